@@ -1,0 +1,34 @@
+"""The applicator interface."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import final
+
+from torch import Tensor
+
+from backdoorbench_moe.ops.checks import check_images
+
+
+class Applicator(ABC):
+    """Where a trigger is applied: to the whole image, to every tile of it, or anywhere else.
+
+    Subclasses write `apply`; users call the object.
+    """
+
+    @final
+    def __call__(self, images: Tensor, trigger: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return copies of `images` with `trigger` applied.
+
+        images: (B, C, H, W) float in [0, 1], any device. Returns the same shape, type and device, in
+        [0, 1]; the input is untouched. Raises ShapeError for anything else.
+        """
+        check_images(images, "images")
+        stamped = self.apply(images, trigger)
+        check_images(stamped, f"output of applicator {type(self).__name__}", like=images)
+        return stamped
+
+    @abstractmethod
+    def apply(self, images: Tensor, trigger: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply `trigger` to a checked batch (B, C, H, W) in [0, 1]; must not write to it."""

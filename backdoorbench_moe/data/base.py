@@ -1,0 +1,122 @@
+"""The data-set interface, and the images it gives."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from backdoorbench_moe.errors import ConfigError, DataError
+from backdoorbench_moe.ops.seeding import generator
+
+
+@dataclass(frozen=True)
+class Split:
+    """images: (N, 3, H, W) uint8. labels: (N,) int64 in [0, classes)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Split:
+        """The same images on another device."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A training and a test split, whole in memory as uint8.
+
+    digest: SHA-256 over the images and labels of both splits, hex.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    digest: str = ""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images, in pixels."""
+        return self.train.images.shape[-1]
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """The same images on another device."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+
+class Dataset(ABC):
+    """A source of images. Subclasses write `read`; users call `load`.
+
+    train_images, test_images: keep this many, drawn once by a fixed seed and kept in their order; all by
+    default.
+    """
+
+    def __init__(self, *, train_images: int | None = None, test_images: int | None = None) -> None:
+        for name, value in (("train_images", train_images), ("test_images", test_images)):
+            if value is not None and value < 1:
+                raise ConfigError.expected(f"dataset: {name}", "a positive number of images", value)
+        self.train_images, self.test_images = train_images, test_images
+
+    @final
+    def load(self) -> ImageSet:
+        """Read, check and return the images. Raises DataError naming the file and what is wrong with it."""
+        images = self.read()
+        for name, split in (("train", images.train), ("test", images.test)):
+            check_split(split, len(images.classes), f"{images.name} {name}")
+        images = replace(
+            images,
+            train=_subset(images.train, self.train_images, "train_images"),
+            test=_subset(images.test, self.test_images, "test_images"),
+        )
+        return replace(images, digest=content_digest(images))
+
+    @abstractmethod
+    def read(self) -> ImageSet:
+        """Read the images; `load` checks them and computes the digest."""
+
+
+def check_split(split: Split, num_classes: int, name: str) -> None:
+    """Raise DataError unless the split is (N, 3, S, S) uint8 with N labels in [0, num_classes)."""
+    shape = tuple(split.images.shape)
+    if split.images.dtype != torch.uint8 or split.images.ndim != 4 or shape[1] != 3 or shape[2] != shape[3]:
+        raise DataError(f"{name}: expected square uint8 images (N, 3, S, S), got {split.images.dtype} {shape}")
+    if not len(split) or tuple(split.labels.shape) != shape[:1] or split.labels.dtype != torch.int64:
+        raise DataError(
+            f"{name}: expected one int64 label for each of {shape[0]} images, "
+            f"got {split.labels.dtype} {tuple(split.labels.shape)}"
+        )
+    low, high = (int(value) for value in torch.aminmax(split.labels))
+    if low < 0 or high >= num_classes:
+        raise DataError(f"{name}: expected labels in 0..{num_classes - 1}, got {low}..{high}")
+
+
+def content_digest(images: ImageSet) -> str:
+    """SHA-256 over the images and labels of both splits, hex."""
+    digest = hashlib.sha256()
+    for split in (images.train, images.test):
+        for tensor in (split.images, split.labels):
+            digest.update(str(tuple(tensor.shape)).encode())
+            digest.update(tensor.contiguous().cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def _subset(split: Split, count: int | None, name: str) -> Split:
+    if count is None:
+        return split
+    if count > len(split):
+        raise ConfigError.expected(f"dataset: {name}", f"at most the {len(split)} images there are", count)
+    keep = torch.randperm(len(split), generator=generator(0, "subset", name))[:count].sort().values
+    return Split(split.images[keep], split.labels[keep])

@@ -1,0 +1,51 @@
+"""Errors a user can cause or meet; the command line prints them as one line and exits with 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BbmoeError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(BbmoeError):
+    """A parameter has a value it cannot have."""
+
+    @classmethod
+    def expected(cls, parameter: str, expected: str, got: object) -> ConfigError:
+        """Build the standard message: what parameter, what was expected, what came."""
+        return cls(f"{parameter}: expected {expected}, got {got!r}")
+
+
+class UnknownNameError(ConfigError):
+    """A name that nothing is registered under; the message suggests near ones."""
+
+    def __init__(self, what: str, name: str, known: Iterable[str], hint: str = "") -> None:
+        known = sorted(known)
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        advice = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        super().__init__(f"{what}: unknown {name!r}; {advice}known: {', '.join(known) or 'none'}{hint}")
+        self.name = name
+        self.suggestions = near
+
+
+class PluginError(BbmoeError):
+    """A third-party package does not keep to the interface, or does not import."""
+
+
+class ShapeError(BbmoeError):
+    """A tensor has a shape, type or range it cannot have."""
+
+
+class DataError(BbmoeError):
+    """A data set is missing, damaged, or not what it is said to be."""
+
+
+class RecordError(BbmoeError):
+    """A run folder, record or model file is missing, damaged, in use, or not ours."""
+
+
+class BbmoeWarning(UserWarning):
+    """Something the user should know that does not stop the run."""

@@ -1,0 +1,1 @@
+"""Pure tensor functions; they know nothing of registries, runs or files."""

@@ -1,0 +1,118 @@
+"""Keyword options of a part, checked against its own signature."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from backdoorbench_moe.errors import ConfigError, UnknownNameError
+
+REQUIRED = inspect.Parameter.empty
+
+
+@dataclass(frozen=True)
+class Option:
+    """One keyword option: its name, annotation and default (`REQUIRED` where there is none)."""
+
+    name: str
+    annotation: Any
+    default: Any
+
+    @property
+    def type_name(self) -> str:
+        """The annotation as a reader would write it."""
+        if get_origin(self.annotation) is Literal:
+            return " | ".join(map(repr, get_args(self.annotation)))
+        return getattr(self.annotation, "__name__", str(self.annotation)) if isinstance(
+            self.annotation, type
+        ) and not get_args(self.annotation) else str(self.annotation).replace("NoneType", "None")
+
+
+def list_options(target: Callable[..., object], *, given: Collection[str] = ()) -> dict[str, Option]:
+    """Read the keyword-only options of a class or function, without those the caller fills in (`given`)."""
+    function = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+    hints = get_type_hints(function)
+    return {
+        parameter.name: Option(parameter.name, hints.get(parameter.name, Any), parameter.default)
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in given
+    }
+
+
+def check_options(
+    target: Callable[..., object], options: Mapping[str, object], *, where: str, given: Collection[str] = ()
+) -> dict[str, Any]:
+    """Check names and types of `options` against the signature of `target` and convert lists to tuples.
+
+    Raises UnknownNameError for an option that is not there, ConfigError for a wrong type or a missing one.
+    """
+    known = list_options(target, given=given)
+    checked = {}
+    for name, value in options.items():
+        if name not in known:
+            raise UnknownNameError(f"{where}: option", name, known)
+        checked[name] = convert(value, known[name].annotation, f"{where}: {name}")
+    for option in known.values():
+        if option.default is REQUIRED and option.name not in checked:
+            raise ConfigError(f"{where}: option {option.name!r} is required ({option.type_name})")
+    return checked
+
+
+def convert(value: object, annotation: Any, parameter: str) -> Any:
+    """Return `value` as `annotation` asks (an int may stand for a float, a list for a tuple).
+
+    Raises ConfigError, naming `parameter`, where it does not fit. A bool is never taken for a number.
+    """
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, annotation, parameter)
+    if origin is Literal:
+        if any(value == choice and type(value) is type(choice) for choice in arguments):
+            return value
+        if isinstance(value, str):
+            raise UnknownNameError(parameter, value, [str(choice) for choice in arguments])
+        raise ConfigError.expected(parameter, " or ".join(map(repr, arguments)), value)
+    if origin is tuple:
+        return _convert_tuple(value, arguments, parameter)
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(annotation, type) and isinstance(value, annotation):
+        if isinstance(value, bool) and annotation is not bool:
+            raise ConfigError.expected(parameter, _describe(annotation), value)
+        return value
+    raise ConfigError.expected(parameter, _describe(annotation), value)
+
+
+def _convert_union(value: object, annotation: Any, parameter: str) -> Any:
+    if value is None and type(None) in get_args(annotation):
+        return None
+    for choice in get_args(annotation):
+        try:
+            return convert(value, choice, parameter)
+        except ConfigError:
+            continue
+    raise ConfigError.expected(parameter, _describe(annotation), value)
+
+
+def _convert_tuple(value: object, arguments: tuple[Any, ...], parameter: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError.expected(parameter, "a list", value)
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return tuple(convert(item, arguments[0], parameter) for item in value)
+    if len(value) != len(arguments):
+        raise ConfigError.expected(parameter, f"a list of {len(arguments)}", value)
+    return tuple(convert(item, kind, parameter) for item, kind in zip(value, arguments, strict=True))
+
+
+def _describe(annotation: Any) -> str:
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " or ".join(_describe(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return f"a list ({', '.join('...' if a is Ellipsis else _describe(a) for a in get_args(annotation))})"
+    return names.get(annotation, str(annotation))

@@ -1,0 +1,133 @@
+"""Names to parts. Targets are lazy: looking a name up imports that part and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from importlib import import_module
+from typing import Any, Generic, TypeVar, cast
+
+from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
+from backdoorbench_moe.options import Option, check_options, list_options
+from backdoorbench_moe.plugins import Candidate, discover
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """The parts of one kind, by name.
+
+    `base` is the interface every part of the kind must subclass, as "module:Class"; it is imported
+    only when a part is. `given` are the keyword arguments the caller of `create` fills in and a user
+    may not.
+    """
+
+    def __init__(self, kind: str, base: str, *, given: tuple[str, ...] = ()) -> None:
+        self.kind = kind
+        self.given = given
+        self._base = base
+        self._local: dict[str, type[T]] = {}
+
+    @cached_property
+    def _found(self) -> tuple[dict[str, Candidate], dict[Candidate, str]]:
+        """Entry points by name, and those refused because the name was taken, with the reason."""
+        names: dict[str, Candidate] = {}
+        refused: dict[Candidate, str] = {}
+        for candidate in discover(self.kind):
+            holder = names.setdefault(candidate.name, candidate)
+            if holder is not candidate:
+                refused[candidate] = f"the name {candidate.name!r} is taken by {holder.origin}"
+        return names, refused
+
+    def names(self) -> list[str]:
+        """Every name that can be looked up, sorted; nothing is imported."""
+        return sorted({*self._found[0], *self._local})
+
+    def candidate(self, name: str) -> Candidate | None:
+        """The entry point behind `name`; None where it was registered from running code."""
+        return self._found[0].get(name)
+
+    def broken(self) -> dict[Candidate, str]:
+        """Third-party entry points that cannot be used, each with its reason. Imports third-party parts."""
+        reasons = dict(self._found[1])
+        for candidate in self._found[0].values():
+            if not candidate.builtin:
+                try:
+                    self._load(candidate)
+                except PluginError as error:
+                    reasons[candidate] = str(error)
+        return reasons
+
+    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+        """Class decorator: offer a part under `name` in this process (a package uses entry points).
+
+        Raises ConfigError if the name is taken or the class does not keep to the interface.
+        """
+
+        def add(part: type[T]) -> type[T]:
+            if name in self.names():
+                raise ConfigError(f"{self.kind} {name!r}: the name is already taken")
+            if not self._fits(part):
+                raise ConfigError(f"{self.kind} {name!r}: {part!r} is no subclass of {self._base}")
+            self._local[name] = part
+            return part
+
+        return add
+
+    def unregister(self, name: str) -> None:
+        """Take back what `register` added."""
+        self._local.pop(name, None)
+
+    def lookup(self, name: str) -> type[T]:
+        """Import and return the part called `name` ("family:argument" finds the family).
+
+        Raises UnknownNameError with near names, or PluginError where its package is at fault.
+        """
+        family = name.partition(":")[0]
+        if family in self._local:
+            return self._local[family]
+        candidate = self._found[0].get(family)
+        if candidate is None:
+            raise UnknownNameError(self.kind, name, self.names())
+        return self._load(candidate)
+
+    def check_name(self, name: str) -> str:
+        """Return `name` if it can be looked up; nothing is imported. Raises UnknownNameError."""
+        if name.partition(":")[0] not in self.names():
+            raise UnknownNameError(self.kind, name, self.names())
+        return name
+
+    def options(self, name: str) -> dict[str, Option]:
+        """The options `create` takes for `name`, without those that the name itself gives."""
+        part, implied = self.lookup(name), self._implied(name)
+        return list_options(part, given=(*self.given, *implied))
+
+    def check(self, name: str, options: Mapping[str, object]) -> dict[str, Any]:
+        """Check options for `name` and return all keyword arguments, without building anything."""
+        part, implied = self.lookup(name), self._implied(name)
+        where = f"{self.kind} {name!r}"
+        return {**check_options(part, options, where=where, given=(*self.given, *implied)), **implied}
+
+    def create(self, name: str, /, *, given: Mapping[str, object] | None = None, **options: object) -> T:
+        """Build the part called `name` from checked options and what the caller gives."""
+        return cast(Callable[..., T], self.lookup(name))(**(given or {}), **self.check(name, options))
+
+    def _implied(self, name: str) -> dict[str, str]:
+        """What "family:argument" says: the option the family names in `name_argument`."""
+        family, colon, argument = name.partition(":")
+        option = getattr(self.lookup(name), "name_argument", None)
+        if colon and option is None:
+            raise ConfigError(f"{self.kind} {family!r}: takes no ':{argument}' behind its name")
+        return {option: argument} if colon and option else {}
+
+    def _load(self, candidate: Candidate) -> type[T]:
+        part = candidate.load()
+        if not self._fits(part):
+            raise PluginError(
+                f"{self.kind} {candidate.name!r} from {candidate.origin}: {part!r} is no subclass of {self._base}"
+            )
+        return cast(type[T], part)
+
+    def _fits(self, part: object) -> bool:
+        module, _, name = self._base.partition(":")
+        return isinstance(part, type) and issubclass(part, getattr(import_module(module), name))
