@@ -1,0 +1,70 @@
+"""Where data sets lie on disk, and how a published archive gets there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import urllib.request
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import wrap_file
+
+from backdoorbench_moe.errors import DataError
+
+VARIABLE = "BBMOE_DATA"
+CACHE = "~/.cache/backdoorbench_moe"
+CHUNK_BYTES = 1 << 20
+TIMEOUT_SECONDS = 30
+
+
+def data_root(root: str | None) -> Path:
+    """The folder (or archive) to read: `root`, else $BBMOE_DATA, else the per-user cache."""
+    try:
+        return Path(root or os.environ.get(VARIABLE) or CACHE).expanduser()
+    except RuntimeError as error:  # "~someone" who does not exist.
+        raise DataError(f"dataset: root: {root}: {error}") from error
+
+
+def missing(what: str, root: Path, names: str, hint: str) -> DataError:
+    """The error for data that is not there: where it was looked for, and how to get it."""
+    state = "holds none of" if root.is_dir() else "does not exist; expected a folder with one of"
+    return DataError(
+        f"{what}: {root} {state}: {names}; say where it lies with --data-root (root=) or ${VARIABLE}{hint}"
+    )
+
+
+def download(url: str, folder: Path, md5: str) -> Path:
+    """Fetch `url` into `folder` and return the file, which appears there only whole and checked.
+
+    Raises DataError when it cannot be fetched or written, or its MD5 is not the published one.
+    """
+    target = folder / url.rpartition("/")[2]
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, partial = tempfile.mkstemp(prefix=f".{target.name}.", dir=folder)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    got = _copy(response, file, target.name)
+                if got != md5:
+                    raise DataError(f"{url}: expected the published MD5 {md5}, got {got}; nothing was kept")
+                Path(partial).replace(target)
+            finally:
+                Path(partial).unlink(missing_ok=True)
+    except OSError as error:  # URLError, time-outs and a full or read-only disk are all OSErrors.
+        raise DataError(
+            f"{url}: cannot be fetched into {folder} ({error}); fetch it elsewhere and use --data-root (root=)"
+        ) from error
+    return target
+
+
+def _copy(response, file, name: str) -> str:  # type: ignore[no-untyped-def]
+    digest = hashlib.md5(usedforsecurity=False)
+    length = int(response.headers.get("Content-Length") or 0)
+    with wrap_file(response, length, description=name, console=Console(stderr=True)) as reader:
+        while chunk := reader.read(CHUNK_BYTES):
+            digest.update(chunk)
+            file.write(chunk)
+    return digest.hexdigest()

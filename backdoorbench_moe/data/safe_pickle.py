@@ -1,0 +1,126 @@
+"""Reading the pickles that CIFAR-10 is published as, and nothing else that a pickle can hold."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from typing import Any
+
+import numpy as np
+
+from backdoorbench_moe.errors import DataError
+
+UNSIGNED_BYTES = ("u1", "|u1", "uint8")
+
+
+def read_pickle(data: bytes, name: str) -> dict[str, Any]:
+    """Read a published batch: a dict of texts, numbers, lists and uint8 arrays.
+
+    data: the bytes of the file. Text written by Python 2 comes back as bytes, but for the keys of the dict.
+    Nothing from the file is called or imported: the few globals these files name are replaced by
+    stand-ins that keep only bytes and shapes.
+    Raises DataError naming the file, and the global where it was refused one.
+    """
+    try:
+        content = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+    except Exception as error:  # A damaged pickle can fail in about any way.
+        raise DataError(f"{name}: damaged ({type(error).__name__}: {error})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{name}: expected a dict, got {type(content).__name__}")
+    return {
+        _text(key): value.array(name) if isinstance(value, _Array) else value
+        for key, value in content.items()
+    }
+
+
+class _Unpickler(pickle.Unpickler):  # noqa: S301
+    def find_class(self, module: str, name: str) -> object:
+        """Return the stand-in for a global. Raises DataError for any that CIFAR-10's files do not hold."""
+        stand_in = STAND_INS.get((module, name))
+        if stand_in is None:
+            raise DataError(f"refused global {module}.{name}; only numpy arrays of bytes are read")
+        return stand_in
+
+
+class _StandIn:
+    """Takes the place of a global; has no attributes that a pickle could set."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: object) -> None:
+        raise DataError("tries to change a global")
+
+
+class _NdarrayType(_StandIn):
+    __slots__ = ()
+
+
+class _Reconstruct(_StandIn):
+    __slots__ = ()
+
+    def __call__(self, kind: object, shape: object, code: object) -> _Array:
+        """Stand in for numpy's `_reconstruct`: an empty array, to be filled by its state."""
+        return _Array()
+
+
+class _MakeDtype(_StandIn):
+    __slots__ = ()
+
+    def __call__(self, code: object, align: object = False, copy: object = True) -> _Dtype:
+        """Stand in for `numpy.dtype`."""
+        return _Dtype(code)
+
+
+class _Encode(_StandIn):
+    __slots__ = ()
+
+    def __call__(self, text: object, encoding: object = "latin1") -> bytes:
+        """Stand in for `_codecs.encode`, by which Python 3 writes bytes in an old protocol."""
+        if not isinstance(text, str) or encoding != "latin1":
+            raise DataError("expected bytes written as latin1 text")
+        return text.encode("latin1")
+
+
+class _Dtype:
+    __slots__ = ("code",)
+
+    def __init__(self, code: object) -> None:
+        self.code = _text(code)
+
+    def __setstate__(self, state: object) -> None:
+        """Byte order and alignment: of no meaning for single bytes."""
+
+
+class _Array:
+    __slots__ = ("state",)
+
+    def __init__(self) -> None:
+        self.state: object = None
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+    def array(self, name: str) -> np.ndarray:
+        """Build the array from (version, shape, dtype, Fortran order, bytes)."""
+        match self.state:
+            case (int(), tuple(shape), _Dtype(code=code), bool() | int() as fortran, bytes(raw)):
+                sizes_fit = all(isinstance(size, int) and size >= 0 for size in shape)
+                if code in UNSIGNED_BYTES and not fortran and sizes_fit and int(np.prod(shape)) == len(raw):
+                    return np.frombuffer(raw, np.uint8).reshape(shape)
+        raise DataError(f"{name}: expected an array of bytes in C order with as many bytes as its shape says")
+
+
+def _text(value: object) -> str:
+    return value.decode("latin1") if isinstance(value, bytes) else str(value)
+
+
+# Old and new module names of numpy.
+STAND_INS: dict[tuple[str, str], _StandIn] = {
+    ("numpy.core.multiarray", "_reconstruct"): _Reconstruct(),
+    ("numpy._core.multiarray", "_reconstruct"): _Reconstruct(),
+    ("numpy", "ndarray"): _NdarrayType(),
+    ("numpy", "dtype"): _MakeDtype(),
+    ("_codecs", "encode"): _Encode(),
+}
