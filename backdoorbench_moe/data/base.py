@@ -92,7 +92,9 @@ def check_split(split: Split, num_classes: int, name: str) -> None:
     """Raise DataError unless the split is (N, 3, S, S) uint8 with N labels in [0, num_classes)."""
     shape = tuple(split.images.shape)
     if split.images.dtype != torch.uint8 or split.images.ndim != 4 or shape[1] != 3 or shape[2] != shape[3]:
-        raise DataError(f"{name}: expected square uint8 images (N, 3, S, S), got {split.images.dtype} {shape}")
+        raise DataError(
+            f"{name}: expected square uint8 images (N, 3, S, S), got {split.images.dtype} {shape}"
+        )
     if not len(split) or tuple(split.labels.shape) != shape[:1] or split.labels.dtype != torch.int64:
         raise DataError(
             f"{name}: expected one int64 label for each of {shape[0]} images, "
@@ -113,10 +115,19 @@ def content_digest(images: ImageSet) -> str:
     return digest.hexdigest()
 
 
+def draw_subset(total: int, count: int | None, name: str) -> Tensor:
+    """Indices of `count` of `total` images (all where None), in order; the same at every call.
+
+    A data set that decodes files may keep these before it decodes; `load` then finds nothing to drop.
+    name: "train_images" or "test_images". Raises ConfigError where there are fewer than `count`.
+    """
+    if count is None or count == total:
+        return torch.arange(total)
+    if count > total:
+        raise ConfigError.expected(f"dataset: {name}", f"at most the {total} images there are", count)
+    return torch.randperm(total, generator=generator(0, "subset", name))[:count].sort().values
+
+
 def _subset(split: Split, count: int | None, name: str) -> Split:
-    if count is None:
-        return split
-    if count > len(split):
-        raise ConfigError.expected(f"dataset: {name}", f"at most the {len(split)} images there are", count)
-    keep = torch.randperm(len(split), generator=generator(0, "subset", name))[:count].sort().values
-    return Split(split.images[keep], split.labels[keep])
+    keep = draw_subset(len(split), count, name)
+    return split if len(keep) == len(split) else Split(split.images[keep], split.labels[keep])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from backdoorbench_moe.data.base import Dataset, ImageSet, Split
+from backdoorbench_moe.data.base import Dataset, ImageSet, Split, draw_subset
 from backdoorbench_moe.data.images import check_image_size, resize
 from backdoorbench_moe.data.roots import data_root, download, missing
 from backdoorbench_moe.data.safe_pickle import read_pickle
@@ -69,12 +70,18 @@ class CIFAR10(Dataset):
             if name not in rows:
                 raise DataError(f"{source}: {name} is missing")
         train, test = [rows[name] for name in TRAIN_FILES], [rows[TEST_FILE]]
-        return ImageSet("cifar10", self._split(train), self._split(test), CLASSES)
+        return ImageSet(
+            "cifar10",
+            self._split(train, self.train_images, "train_images"),
+            self._split(test, self.test_images, "test_images"),
+            CLASSES,
+        )
 
-    def _split(self, rows: list[Rows]) -> Split:
+    def _split(self, rows: list[Rows], count: int | None, name: str) -> Split:
         images = torch.from_numpy(np.concatenate([pixels for pixels, _ in rows]).reshape(-1, 3, SIDE, SIDE))
         labels = torch.from_numpy(np.concatenate([labels for _, labels in rows]))
-        return Split(resize(images, self.image_size), labels)
+        keep = draw_subset(len(labels), count, name)  # Before resizing, which may need much memory.
+        return Split(resize(images[keep], self.image_size), labels[keep])
 
 
 def _find(root: Path) -> Path | None:
@@ -121,7 +128,7 @@ def _read_archive(path: Path) -> Iterator[tuple[str, Rows]]:
                         name,
                         _parser(suffix)(_member_bytes(archive, member, path), f"{path}: {member.name}"),
                     )
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{path}: expected CIFAR-10's archive, cannot read it ({error})") from error
 
 

@@ -55,7 +55,7 @@ def download(url: str, folder: Path, md5: str) -> Path:
                 Path(partial).unlink(missing_ok=True)
     except OSError as error:  # URLError, time-outs and a full or read-only disk are all OSErrors.
         raise DataError(
-            f"{url}: cannot be fetched into {folder} ({error}); fetch it elsewhere and use --data-root (root=)"
+            f"{url}: cannot be fetched into {folder} ({error}); fetch it by hand and use --data-root (root=)"
         ) from error
     return target
 

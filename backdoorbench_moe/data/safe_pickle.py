@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
 from typing import Any
 
@@ -35,7 +36,7 @@ def read_pickle(data: bytes, name: str) -> dict[str, Any]:
     }
 
 
-class _Unpickler(pickle.Unpickler):  # noqa: S301
+class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
         """Return the stand-in for a global. Raises DataError for any that CIFAR-10's files do not hold."""
         stand_in = STAND_INS.get((module, name))
@@ -107,7 +108,7 @@ class _Array:
         match self.state:
             case (int(), tuple(shape), _Dtype(code=code), bool() | int() as fortran, bytes(raw)):
                 sizes_fit = all(isinstance(size, int) and size >= 0 for size in shape)
-                if code in UNSIGNED_BYTES and not fortran and sizes_fit and int(np.prod(shape)) == len(raw):
+                if code in UNSIGNED_BYTES and not fortran and sizes_fit and math.prod(shape) == len(raw):
                     return np.frombuffer(raw, np.uint8).reshape(shape)
         raise DataError(f"{name}: expected an array of bytes in C order with as many bytes as its shape says")
 
