@@ -1,0 +1,127 @@
+"""The reference's pMoE is a Keras model; this puts its weights into ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from backdoorbench_moe.errors import ShapeError
+
+if TYPE_CHECKING:
+    from backdoorbench_moe.models.pmoe import PMoE
+
+# One array of the list: what it is, the shape it must have, and what writes it into our model.
+Slot = tuple[str, tuple[int, ...], Callable[[Tensor], object]]
+
+
+def pmoe_from_keras(weights: Sequence[Any], *, image_size: int = 32, top_k: int = 16) -> PMoE:
+    """Build a PMoE from the arrays of the reference's `model.get_weights()`.
+
+    weights: 70 arrays (42 + 7E for E experts) in the reference's order: kernels HWIO, BN as gamma, beta,
+    moving mean, moving variance. Every size is read off the shapes, but for image_size and top_k, which no
+    weight tells. Outputs, routing and SGD steps then equal the reference's. The moving variance goes on
+    with the unbiased variance of the batch, as in the fused BN that TensorFlow's Keras 2 uses for such maps
+    (Keras 3 would take the biased one).
+
+    Raises ShapeError naming the index, what was expected and what came; ConfigError for image_size, top_k.
+    """
+    from backdoorbench_moe.models.pmoe import PMoE
+
+    arrays = [_as_array(index, weight) for index, weight in enumerate(weights)]
+    sizes = _read_sizes(arrays)
+    # The weights drawn here are thrown away: leave the caller's random stream as it was.
+    with torch.random.fork_rng(devices=[]):
+        model = PMoE(image_size=image_size, top_k=top_k, **sizes)
+    slots = list(_slots(model))
+    for index, (array, (name, shape, _)) in enumerate(zip(arrays, slots, strict=True)):
+        if array.shape != shape:
+            raise ShapeError(f"weights[{index}], {name}: expected shape {shape}, got {array.shape}")
+    with torch.no_grad():
+        for array, (_, _, write) in zip(arrays, slots, strict=True):
+            write(torch.from_numpy(array.astype(np.float32)))
+    return model
+
+
+def _as_array(index: int, weight: Any) -> np.ndarray:
+    array = np.asarray(weight)
+    if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+        raise ShapeError(f"weights[{index}]: expected an array of finite numbers, got {array.dtype}")
+    return array
+
+
+def _read_sizes(arrays: list[np.ndarray]) -> dict[str, int]:
+    """Read the sizes of the model off the few arrays that tell them."""
+    experts, rest = divmod(len(arrays) - 42, 7)
+    if experts < 1 or rest:
+        raise ShapeError(f"weights: expected 70 arrays (42 + 7 for each expert), got {len(arrays)}")
+
+    def last_axis(index: int, name: str, axes: int) -> int:
+        shape = arrays[index].shape
+        if len(shape) != axes or 0 in shape:
+            raise ShapeError(f"weights[{index}], {name}: expected {axes} axes, none empty, got shape {shape}")
+        return shape[-1]
+
+    wide = last_axis(6, "block1.conv1 kernel", 4)
+    if wide % 16:
+        raise ShapeError(f"weights[6], block1.conv1 kernel: expected a multiple of 16 channels, got {wide}")
+    return {
+        "widen_factor": wide // 16,
+        "moe_channels": last_axis(34, "reduce kernel", 4),
+        "num_experts": experts,
+        "expert_channels": last_axis(36 + 5 * experts, "moe.conv kernel of expert 0", 4),
+        "num_classes": last_axis(len(arrays) - 1, "head bias", 1),
+    }
+
+
+def _slots(model: PMoE) -> Iterator[Slot]:
+    """The arrays in the order of `get_weights()`."""
+    trunk, moe = model.trunk, model.moe
+    yield from _conv("stem", trunk.stem)
+    for name, block in (("block1", trunk.block1), ("block2", trunk.block2)):
+        yield from _norm(f"{name}.norm1", block.norm1)
+        yield from _conv(f"{name}.conv1", block.conv1)
+        yield from _norm(f"{name}.norm2", block.norm2)
+        yield from _conv(f"{name}.shortcut", block.shortcut)
+        yield from _conv(f"{name}.conv2", block.conv2)
+    yield from _norm("reduce_norm", model.reduce_norm)
+    yield from _conv("reduce", model.reduce)
+    experts, channels = moe.router.weight.shape
+    outputs = moe.conv.out_channels // experts
+    for expert, weight in enumerate(moe.router.weight):
+        yield f"gate kernel of expert {expert}", (1, 1, channels, 1), _writer(weight, lambda w: w.flatten())
+    for expert in range(experts):
+        part = slice(expert * channels, (expert + 1) * channels)
+        yield from _norm(f"moe.norm of expert {expert}", moe.norm, part)
+    for expert in range(experts):
+        part = slice(expert * outputs, (expert + 1) * outputs)
+        yield from _conv(f"moe.conv of expert {expert}", moe.conv, part)
+    yield from _norm("norm", model.norm)
+    yield (
+        "head kernel",
+        (model.head.in_features, model.head.out_features),
+        _writer(model.head.weight, torch.t),
+    )
+    yield "head bias", (model.head.out_features,), _writer(model.head.bias)
+
+
+def _conv(name: str, conv: nn.Conv2d, part: slice = slice(None)) -> Iterator[Slot]:
+    weight, bias = conv.weight[part], conv.bias
+    assert bias is not None
+    outputs, inputs, rows, columns = weight.shape
+    yield f"{name} kernel", (rows, columns, inputs, outputs), _writer(weight, lambda w: w.permute(3, 2, 0, 1))
+    yield f"{name} bias", (outputs,), _writer(bias[part])
+
+
+def _norm(name: str, norm: nn.BatchNorm2d, part: slice = slice(None)) -> Iterator[Slot]:
+    named = {"gamma": norm.weight, "beta": norm.bias, "mean": norm.running_mean, "variance": norm.running_var}
+    for array, target in named.items():
+        assert target is not None
+        yield f"{name} {array}", tuple(target[part].shape), _writer(target[part])
+
+
+def _writer(target: Tensor, layout: Callable[[Tensor], Tensor] = lambda w: w) -> Callable[[Tensor], object]:
+    return lambda array: target.copy_(layout(array))

@@ -1,0 +1,142 @@
+"""pMoE: a small wide residual network whose experts each choose the patches of an image they work on."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.models.base import RoutedModel, RoutedOutput, Routing
+from backdoorbench_moe.models.keras import pmoe_from_keras
+from backdoorbench_moe.models.wrn_blocks import SameConv2d, WideTrunk, batch_norm, glorot_linear
+
+__all__ = ["PMoE", "PatchMoE", "PatchRouter", "pmoe_from_keras", "select_top"]
+
+
+class PatchRouter(nn.Module):
+    """Expert choice for each image: every expert weighs the P cells of the map and keeps its best K.
+
+    Always works in fp32, also under autocast: bf16 has too few digits to rank 64 near-equal weights.
+    """
+
+    def __init__(self, channels: int, *, num_experts: int, top_k: int, gate_std: float) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.weight = nn.Parameter(torch.empty(num_experts, channels))
+        nn.init.normal_(self.weight, std=gate_std)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) to gates (B, E, P) float32, which sum to 1 over P, and selected (B, E, P) bool."""
+        with torch.autocast(features.device.type, enabled=False):
+            cells = features.flatten(2).to(self.weight.dtype)
+            gates = torch.matmul(self.weight, cells).float().softmax(dim=-1)
+            return gates, select_top(gates, self.top_k)
+
+
+def select_top(gates: Tensor, top_k: int) -> Tensor:
+    """Mark the `top_k` largest of each row (..., P), exactly as many; of equals, the first ones."""
+    best = gates.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+    return torch.zeros_like(gates, dtype=torch.bool).scatter_(-1, best, True)
+
+
+class PatchMoE(nn.Module):
+    """E experts, each BN-ReLU-1x1 conv on its own weighted copy of the map.
+
+    Channels of `norm` and `conv` are grouped by expert: expert e has the in_channels from
+    e * in_channels on, and gives the out_channels from e * out_channels on.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, num_experts: int, top_k: int, gate_std: float
+    ) -> None:
+        super().__init__()
+        self.router = PatchRouter(in_channels, num_experts=num_experts, top_k=top_k, gate_std=gate_std)
+        self.norm = batch_norm(num_experts * in_channels)
+        self.conv = nn.Conv2d(num_experts * in_channels, num_experts * out_channels, 1, groups=num_experts)
+        # Glorot of one expert's kernel; PyTorch would count the outputs of all groups as one fan-out.
+        bound = math.sqrt(6 / (in_channels + out_channels))
+        nn.init.uniform_(self.conv.weight, -bound, bound)
+        if self.conv.bias is not None:
+            nn.init.zeros_(self.conv.bias)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Map (B, C, H, W) to (B, E * out_channels, H, W), with the router's gates and selected.
+
+        A cell that was not routed enters as zeros, counts in BN's statistics and leaves as a constant.
+        """
+        gates, selected = self.router(features)
+        weights = (gates * selected).unflatten(-1, features.shape[-2:]).to(features.dtype)
+        routed = (features.unsqueeze(1) * weights.unsqueeze(2)).flatten(1, 2)
+        return self.conv(F.relu(self.norm(routed), inplace=True)), gates, selected
+
+
+class PMoE(RoutedModel):
+    """pMoE on a wide residual trunk, with expert-choice routing of the cells of its last map.
+
+    `widen_factor` sets the trunk's 16k and 32k channels, `moe_channels` those of the routed map,
+    `expert_channels` what each of `num_experts` gives; each takes the `top_k` best of the P cells.
+    `gate_std` is the standard deviation the gates are drawn with: 1e-4 as in the reference's code
+    (the paper's N(0, 1e-4) could be read as a variance).
+
+    The map is a quarter of the image on a side, so patch_size is 4. Raises ConfigError for sizes
+    below 1, an image size that is no multiple of 4, and a `top_k` over P. Source: Chowdhury et al., ICML
+    2023; code nowazrabbani/pMoE_CNN, `wideresnet_moe.py`. The reference ends in a softmax; here the
+    logits come out, for cross-entropy to take.
+    """
+
+    patch_size = 4
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 10,
+        image_size: int = 32,
+        widen_factor: int = 10,
+        moe_channels: int = 640,
+        expert_channels: int = 160,
+        num_experts: int = 4,
+        top_k: int = 16,
+        gate_std: float = 1e-4,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "num_classes": num_classes,
+            "widen_factor": widen_factor,
+            "moe_channels": moe_channels,
+            "expert_channels": expert_channels,
+            "num_experts": num_experts,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ConfigError.expected(name, "a whole number from 1 on", size)
+        if image_size < 4 or image_size % 4:
+            raise ConfigError.expected("image_size", "a positive multiple of 4 (a patch is 4x4)", image_size)
+        cells = (image_size // 4) ** 2
+        if not 1 <= top_k <= cells:
+            raise ConfigError.expected("top_k", f"1 to {cells}, the patches of the image", top_k)
+        if not 0 <= gate_std < math.inf:
+            raise ConfigError.expected("gate_std", "a finite number from 0 on", gate_std)
+        self.image_size = image_size
+        self.patch_grid = (image_size // 4, image_size // 4)
+        self.trunk = WideTrunk(widen_factor)
+        self.reduce_norm = batch_norm(32 * widen_factor)
+        self.reduce = SameConv2d(32 * widen_factor, moe_channels, 3, stride=2)
+        self.moe = PatchMoE(
+            moe_channels, expert_channels, num_experts=num_experts, top_k=top_k, gate_std=gate_std
+        )
+        self.norm = batch_norm(num_experts * expert_channels)
+        self.head = glorot_linear(num_experts * expert_channels, num_classes)
+
+    def forward_routed(self, images: Tensor) -> RoutedOutput:
+        """Images (B, 3, H, W) in [0, 1] to logits and the routing of the one routed layer.
+
+        The gates are softmax weights over the cells of one image; those selected are used as they are,
+        not renormalised.
+        """
+        features = self.reduce(F.relu(self.reduce_norm(self.trunk(images)), inplace=True))
+        outputs, gates, selected = self.moe(features)
+        pooled = F.relu(self.norm(outputs), inplace=True).mean((2, 3))
+        return RoutedOutput(self.head(pooled), [Routing("moe", gates, selected)])
