@@ -1,0 +1,20 @@
+"""The trigger on the whole image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from backdoorbench_moe.applicators.base import Applicator
+
+
+class ImageApplicator(Applicator):
+    """Hand the whole image to the trigger, as attacks before BadPatches do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def apply(self, images: Tensor, trigger: Callable[[Tensor], Tensor]) -> Tensor:
+        """Stamp the images as they are."""
+        return trigger(images)

@@ -1,0 +1,50 @@
+"""Images to tiles and back."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from backdoorbench_moe.errors import ShapeError
+
+
+def tile(images: Tensor, size: int) -> Tensor:
+    """Cut images into square tiles, row by row.
+
+    images: (B, C, H, W). size: side of a tile in pixels, a divisor of H and W. Returns (B*P, C, size, size)
+    with P = H/size * W/size; the tiles of one image follow each other. May share memory with `images`.
+    Raises ShapeError if the tiles do not cover the image exactly.
+    """
+    batch, channels, height, width = images.shape
+    rows, columns = _grid(size, height, width)
+    cut = images.reshape(batch, channels, rows, size, columns, size).permute(0, 2, 4, 1, 3, 5)
+    return cut.reshape(batch * rows * columns, channels, size, size)
+
+
+def untile(tiles: Tensor, height: int, width: int) -> Tensor:
+    """Put tiles back together: the exact inverse of `tile`.
+
+    tiles: (B*P, C, size, size) as `tile` gives them. Returns (B, C, height, width); may share memory with
+    `tiles`. Raises ShapeError if the tiles are not square or do not make up whole images.
+    """
+    count, channels, size, other = tiles.shape
+    if size != other:
+        raise ShapeError(f"tiles: expected square tiles (B*P, C, S, S), got {tuple(tiles.shape)}")
+    rows, columns = _grid(size, height, width)
+    batch, rest = divmod(count, rows * columns)
+    if rest:
+        raise ShapeError(
+            f"tiles: expected a multiple of {rows * columns} tiles for images of {height}x{width}, got {count}"
+        )
+    grid = tiles.reshape(batch, rows, columns, channels, size, size).permute(0, 3, 1, 4, 2, 5)
+    return grid.reshape(batch, channels, height, width)
+
+
+def _grid(size: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of tiles."""
+    if size < 1 or height % size or width % size:
+        common = math.gcd(height, width)
+        divisors = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        raise ShapeError(f"patch_size: expected a divisor of {height}x{width} ({divisors}), got {size}")
+    return height // size, width // size

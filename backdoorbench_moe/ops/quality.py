@@ -1,0 +1,44 @@
+"""How visible a change to an image is."""
+
+from __future__ import annotations
+
+import torch
+from kornia import metrics
+from torch import Tensor
+
+from backdoorbench_moe.errors import ShapeError
+
+WINDOW = 11
+
+
+def psnr(images: Tensor, others: Tensor) -> Tensor:
+    """Compute the peak signal-to-noise ratio of each pair, in dB.
+
+    images, others: (B, C, H, W) in [0, 1]. Returns (B,) float32 or float64, infinite where a pair is
+    equal. Raises ShapeError if the shapes differ.
+    """
+    images, others = _pair(images, others)
+    # kornia's psnr pools a whole batch into one value; vmap gives it one pair at a time.
+    return torch.vmap(lambda a, b: metrics.psnr(a, b, 1.0))(images, others)
+
+
+def ssim(images: Tensor, others: Tensor) -> Tensor:
+    """Compute the structural similarity of each pair (Wang et al. 2004), averaged over its pixels.
+
+    images, others: (B, C, H, W) in [0, 1]. Returns (B,) float32 or float64, at most 1. The Gaussian
+    window is 11x11, or as large an odd size as reflection at the border of a smaller image allows.
+    Raises ShapeError if the shapes differ.
+    """
+    images, others = _pair(images, others)
+    side = min(images.shape[-2:])
+    window = min(WINDOW, 2 * side - 1)
+    return metrics.ssim(images, others, window).flatten(1).mean(1)
+
+
+def _pair(images: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    if images.shape != others.shape or images.ndim != 4:
+        raise ShapeError(
+            f"others: expected (B, C, H, W) as images {tuple(images.shape)}, got {tuple(others.shape)}"
+        )
+    dtype = torch.promote_types(torch.promote_types(images.dtype, others.dtype), torch.float32)
+    return images.to(dtype), others.to(dtype)

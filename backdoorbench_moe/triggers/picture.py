@@ -1,0 +1,69 @@
+"""The pictures that `blend` mixes in: a file, or our own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from backdoorbench_moe.errors import ConfigError
+
+SIDE = 128
+LIGHT = ((255, 214, 64), (255, 150, 190), (250, 250, 240), (130, 225, 255))
+DARK = ((200, 40, 50), (40, 60, 160), (20, 110, 70), (110, 40, 130))
+INK = (20, 15, 40)
+# Rec. 601, as PIL turns colours to grey.
+LUMA = (0.299, 0.587, 0.114)
+
+
+def draw_quilt() -> Tensor:
+    """Draw our own picture, a smiling face on a dotted patchwork quilt: (1, 3, 128, 128) float32 in [0, 1].
+
+    Light and dark patches alternate on a 4x4 board, so that some structure is left on the smallest tile.
+    Drawn with integers: the same picture on every machine.
+    """
+    picture = torch.empty(3, SIDE, SIDE, dtype=torch.uint8)
+    y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
+    for row in range(4):
+        for column in range(4):
+            ground, dots = (LIGHT, DARK) if (row + column) % 2 == 0 else (DARK, LIGHT)
+            patch = (y // 32 == row) & (x // 32 == column)
+            _paint(picture, patch, ground[(row + 2 * column) % 4])
+            _paint(picture, patch & _disc(x % 16, y % 16, 8, 8, 4), dots[(column + 3 * row) % 4])
+    face = _disc(x, y, 64, 64, 54)
+    smile = _disc(x, y, 64, 66, 34) & ~_disc(x, y, 64, 60, 30) & (y > 70)
+    eyes = _disc(x, y, 46, 50, 8) | _disc(x, y, 82, 50, 8)
+    _paint(picture, (face & ~_disc(x, y, 64, 64, 48)) | smile | eyes, INK)
+    return picture.unsqueeze(0).float() / 255
+
+
+def read_picture(path: str) -> Tensor:
+    """Read a picture file: (1, 3, H, W) float32 in [0, 1].
+
+    Raises ConfigError if it is missing, is no picture, is damaged, or has transparency or a colour model
+    other than RGB, palette or 8-bit grey.
+    """
+    parameter = "blend: image"
+    if not Path(path).is_file():
+        raise ConfigError.expected(parameter, "a picture file", path)
+    try:
+        with Image.open(path) as file:
+            mode = file.mode + (" with transparency" if file.has_transparency_data else "")
+            file.load()
+            pixels = np.array(file.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"{parameter}: expected a readable picture, got {path!r} ({error})") from error
+    if mode not in ("RGB", "P", "L"):
+        raise ConfigError.expected(parameter, f"an RGB, palette or 8-bit grey picture in {path!r}", mode)
+    return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).float() / 255
+
+
+def _disc(x: Tensor, y: Tensor, centre_x: int, centre_y: int, radius: int) -> Tensor:
+    return (x - centre_x) ** 2 + (y - centre_y) ** 2 < radius**2
+
+
+def _paint(picture: Tensor, where: Tensor, colour: tuple[int, int, int]) -> None:
+    picture[:, where] = torch.tensor(colour, dtype=torch.uint8)[:, None]

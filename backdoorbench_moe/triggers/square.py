@@ -1,0 +1,87 @@
+"""The square of BadNets (Gu et al. 2017)."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from PIL import ImageColor
+from torch import Tensor
+
+from backdoorbench_moe.errors import ConfigError, ShapeError, UnknownNameError
+from backdoorbench_moe.triggers.base import Trigger
+
+Place = Literal["upper-left", "upper-right", "lower-left", "lower-right", "centre"]
+
+
+class Square(Trigger):
+    """A square of one colour; the default is the paper's: black, 4x4, upper left.
+
+    size: side in pixels, at most the canvas. colour: a CSS name, "#rrggbb", or red, green and blue in
+    [0, 1]. position: a corner, the centre, or (row, column) of the square's upper left pixel. seed: as
+    every trigger has one; a square draws nothing. Raises ConfigError for a value out of range, and
+    ShapeError when called on a canvas that the square does not fit into.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int = 4,
+        colour: str | tuple[float, float, float] = "black",
+        position: Place | tuple[int, int] = "upper-left",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(seed=seed)
+        if size < 1:
+            raise ConfigError.expected("square: size", "a positive number of pixels", size)
+        if isinstance(position, str):
+            if position not in get_args(Place):
+                raise UnknownNameError("square: position", position, get_args(Place))
+        elif len(position) != 2 or min(position) < 0:
+            raise ConfigError.expected("square: position", "(row, column), both 0 or more", position)
+        self.size, self.position, self.colour = size, position, _rgb(colour)
+
+    def stamp(self, images: Tensor) -> Tensor:
+        """Overwrite the square's pixels; gradients flow to all others."""
+        row, column = self._corner(*images.shape[-2:])
+        stamped = images.clone()
+        target = stamped[:, :, row : row + self.size, column : column + self.size]
+        for channel, value in enumerate(self._channels(images.shape[1])):
+            target[:, channel] = value
+        return stamped
+
+    def _corner(self, height: int, width: int) -> tuple[int, int]:
+        """Row and column of the upper left pixel."""
+        free_rows, free_columns = height - self.size, width - self.size
+        if isinstance(self.position, tuple | list):
+            row, column = self.position
+        elif self.position == "centre":
+            row, column = free_rows // 2, free_columns // 2
+        else:
+            vertical, horizontal = self.position.split("-")
+            row = free_rows if vertical == "lower" else 0
+            column = free_columns if horizontal == "right" else 0
+        if free_rows < 0 or free_columns < 0 or row > free_rows or column > free_columns:
+            raise ShapeError(
+                f"square: expected a square of size {self.size} at {self.position} "
+                f"to fit into the canvas, got {height}x{width}"
+            )
+        return row, column
+
+    def _channels(self, channels: int) -> tuple[float, ...]:
+        """The colour's value in each channel; a grey one fits any number of them."""
+        if len(set(self.colour)) == 1:
+            return self.colour[:1] * channels
+        if channels != 3:
+            raise ShapeError(f"square: expected 3 channels for the colour {self.colour}, got {channels}")
+        return self.colour
+
+
+def _rgb(colour: str | tuple[float, ...]) -> tuple[float, ...]:
+    if isinstance(colour, str):
+        try:
+            return tuple(value / 255 for value in ImageColor.getrgb(colour)[:3])
+        except ValueError:
+            raise ConfigError.expected("square: colour", "a colour name or #rrggbb", colour) from None
+    if len(colour) != 3 or not all(0 <= value <= 1 for value in colour):
+        raise ConfigError.expected("square: colour", "red, green and blue in [0, 1]", colour)
+    return tuple(float(value) for value in colour)

@@ -1,0 +1,63 @@
+"""The warp of WaNet (Nguyen & Tran, ICLR 2021)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.ops.seeding import generator
+from backdoorbench_moe.ops.warp import control_grid, notebook_pixels, take_pixels, wanet_grid, warp_bilinear
+from backdoorbench_moe.triggers.base import Trigger
+
+Sampling = Literal["bilinear", "truncate"]
+
+
+class Warp(Trigger):
+    """A smooth distortion, drawn once from `seed` and made anew for each canvas size.
+
+    grid_size: side k of the control grid. strength: WaNet's s, about twice the mean shift in pixels.
+    sampling: "bilinear" is WaNet's; "truncate" is what the BadPatches notebook does, with its own
+    grid_size=2 and strength=0.25. control_grid: the normalised grid, (1, 2, k, k) float32 on the CPU,
+    channel 0 the x offset. Raises ConfigError for a value out of range.
+    """
+
+    def __init__(
+        self, *, grid_size: int = 4, strength: float = 0.5, sampling: Sampling = "bilinear", seed: int = 0
+    ) -> None:
+        super().__init__(seed=seed)
+        if grid_size < 1:
+            raise ConfigError.expected("warp: grid_size", "a positive number of control points", grid_size)
+        if not (math.isfinite(strength) and strength > 0):
+            raise ConfigError.expected("warp: strength", "a number above 0", strength)
+        if sampling not in get_args(Sampling):
+            raise UnknownNameError("warp: sampling", sampling, get_args(Sampling))
+        self.grid_size, self.strength, self.sampling = grid_size, strength, sampling
+        self.control_grid = control_grid(grid_size, generator(seed, "warp"))
+        self._fields: dict[object, Tensor] = {}
+
+    def stamp(self, images: Tensor) -> Tensor:
+        """Move every pixel; gradients flow to the pixels that were sampled."""
+        field = self._field(images)
+        return take_pixels(images, field) if self.sampling == "truncate" else warp_bilinear(images, field)
+
+    def _field(self, images: Tensor) -> Tensor:
+        """The field for this canvas, where and as precise as the images are."""
+        size = tuple(images.shape[-2:])
+        dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+        key = (size, images.device, dtype)
+        if key not in self._fields:
+            # Made in inference mode, a field could never take part in a backward pass.
+            with torch.inference_mode(False):
+                self._fields[key] = self._make_field(*size, dtype).to(images.device)
+        return self._fields[key]
+
+    def _make_field(self, height: int, width: int, dtype: torch.dtype) -> Tensor:
+        """Computed on the CPU, so that every device samples the same pixels."""
+        if self.sampling == "truncate":
+            # In one precision for all images: an offset of almost nothing must not change its sign.
+            return notebook_pixels(self.control_grid.double(), height, width, self.strength)
+        return wanet_grid(self.control_grid.to(dtype), height, width, self.strength)
