@@ -1,0 +1,134 @@
+"""`bbmoe attack`: from flags to run folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from backdoorbench_moe.config import RunSpec, Values, build_spec, chain_settings, load_yaml, merge
+from backdoorbench_moe.errors import ConfigError
+
+# Flag -> the spec's key.
+FLAGS = {
+    "recipe": "recipe",
+    "dataset": "dataset.name",
+    "data_root": "dataset.root",
+    "download": "dataset.download",
+    "image_size": "dataset.image_size",
+    "model": "model.name",
+    "trigger": "trigger.name",
+    "applicator": "applicator.name",
+    "patch_size": "applicator.patch_size",
+    "poison_rate": "poison.rate",
+    "target": "poison.target",
+    "source": "poison.source",
+    "labels": "poison.labels",
+    "mapping": "poison.mapping",
+    "epochs": "train.epochs",
+    "batch_size": "train.batch_size",
+    "lr": "train.lr",
+    "seed": "seed",
+    "device": "device",
+    "precision": "precision",
+}
+
+
+def spec_options(function: Any) -> Any:
+    """The flags that make up a RunSpec, for every command that takes one."""
+    options = [
+        click.option("--model", metavar="NAME", help="Model, or timm:<architecture>.  [pmoe]"),
+        click.option("--trigger", metavar="NAME", help="What is stamped.  [warp]"),
+        click.option("--applicator", metavar="NAME", help="Where: image, or patch (BadPatches).  [patch]"),
+        click.option("--dataset", metavar="NAME", help="signs (embedded), cifar10, gtsrb, folder.  [signs]"),
+        click.option("--data-root", metavar="DIR", help="Where the data set lies."),
+        click.option("--download", is_flag=True, default=None, help="Fetch the data set if it is not there."),
+        click.option("--image-size", type=int, metavar="PX", help="Resize images to this side."),
+        click.option("--recipe", metavar="NAME", help="quick or paper.  [quick]"),
+        click.option("--epochs", type=int, metavar="N"),
+        click.option("--batch-size", type=int, metavar="N"),
+        click.option("--lr", type=float, metavar="X", help="(Peak) learning rate."),
+        click.option("--poison-rate", metavar="X", help='Share of training images, as 0.01 or "1%".  [0.1]'),
+        click.option("--target", type=int, metavar="CLASS", help="The attacker's class.  [0]"),
+        click.option("--source", metavar="CLASS,..", help="Poison images of these classes only."),
+        click.option("--labels", metavar="KIND", help="dirty (relabelled) or clean.  [dirty]"),
+        click.option("--mapping", metavar="KIND", help="all-to-one or all-to-all.  [all-to-one]"),
+        click.option("--patch-size", type=int, metavar="PX", help="Tile of the patch applicator.  [the model's]"),
+        click.option("--seed", type=int, metavar="N", help="[0]"),
+        click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [auto]"),
+        click.option("--precision", metavar="KIND", help="auto, fp32 or bf16.  [auto]"),
+        click.option("--config", type=Path, metavar="FILE", help="YAML with any of these values."),
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any value, by dotted key."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def spec_from_flags(config: Path | None, settings: tuple[str, ...], flags: dict[str, Any]) -> RunSpec:
+    """Merge defaults < recipe < YAML < flags < --set. Raises ConfigError or UnknownNameError."""
+    layers: list[Values] = [{"trigger": "warp", "applicator": "patch"}]
+    if config is not None:
+        layers.append(load_yaml(config))
+    given: Values = {}
+    for flag, key in FLAGS.items():
+        if (value := flags.get(flag)) is not None:
+            value = _classes(value) if flag == "source" else _number(value) if flag == "poison_rate" else value
+            first, _, second = key.partition(".")
+            given = merge(given, {first: {second: value} if second else value})
+    return build_spec(*layers, given, chain_settings(settings))
+
+
+@click.command("attack")
+@spec_options
+@click.option("--repeats", type=int, default=1, show_default=True, help="Runs with seeds SEED, SEED + 1, ...")
+@click.option("--output", type=Path, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option("--twin/--no-twin", default=True, help="Train the clean twin, for CAD.  [twin]")
+@click.option("--json", "as_json", is_flag=True, help="Print the records as JSON, and nothing else.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def command(
+    *,
+    config: Path | None,
+    settings: tuple[str, ...],
+    repeats: int,
+    output: Path,
+    twin: bool,
+    as_json: bool,
+    quiet: bool,
+    **flags: Any,
+) -> None:
+    """Backdoor a model and measure it: BA, ASR and CAD, in a run folder.
+
+    Interrupted, the same command goes on from the last finished epoch; finished, it trains nothing.
+    """
+    spec = spec_from_flags(config, settings, flags)
+    if repeats < 1:
+        raise ConfigError.expected("--repeats", "at least 1", repeats)
+    from backdoorbench_moe.engine.names import check_names
+
+    check_names(spec)
+    from backdoorbench_moe.cli.progress import make_observer
+    from backdoorbench_moe.cli.tables import print_json, print_runs
+    from backdoorbench_moe.engine.runner import run_attack
+
+    runs = run_attack(spec, output=output, repeats=repeats, twin=twin, observer=make_observer(quiet=quiet))
+    if as_json:
+        print_json(runs)
+    else:
+        print_runs(runs)
+
+
+def _classes(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError.expected("--source", "class numbers such as 1,2", text) from None
+
+
+def _number(text: str) -> float | str:
+    """A rate as a number where it is one; the spec says what is wrong with anything else."""
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -1,0 +1,84 @@
+"""`bbmoe info`: what one part is and what it takes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any
+
+import click
+
+from backdoorbench_moe.cli.list import REGISTRIES, check_kind
+from backdoorbench_moe.config import chain_settings
+from backdoorbench_moe.options import REQUIRED
+
+
+@click.command("info")
+@click.argument("kind")
+@click.argument("name")
+@click.option("--image-size", type=int, default=32, show_default=True, help="Image side for a model's size.")
+@click.option("--num-classes", type=int, default=10, show_default=True, help="Classes for a model's size.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the model.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(
+    kind: str, name: str, image_size: int, num_classes: int, settings: tuple[str, ...], as_json: bool
+) -> None:
+    """Describe one part: KIND is trigger, applicator, model or dataset; NAME as `bbmoe list` shows it.
+
+    For a model, its parameters and multiply-adds per image are counted.
+    """
+    registry = REGISTRIES[check_kind(kind)]
+    registry.check_name(name)
+    part, candidate = registry.lookup(name), registry.candidate(name.partition(":")[0])
+    info: dict[str, Any] = {
+        "kind": check_kind(kind),
+        "name": name,
+        "from": candidate.origin if candidate else "this process",
+        "description": inspect.cleandoc(part.__doc__ or ""),
+        "options": {
+            option.name: {
+                "type": option.type_name,
+                "default": "required" if option.default is REQUIRED else option.default,
+            }
+            for option in registry.options(name).values()
+        },
+    }
+    if info["kind"] == "model":
+        info["size"] = _model_size(name, num_classes, image_size, chain_settings(settings))
+    if as_json:
+        click.echo(json.dumps(info, indent=2))
+    else:
+        _print(info, image_size)
+
+
+def _model_size(name: str, num_classes: int, image_size: int, options: dict[str, Any]) -> dict[str, int]:
+    from backdoorbench_moe.models import create_model
+    from backdoorbench_moe.models.profile import profile_model
+
+    model = create_model(name, num_classes=num_classes, image_size=image_size, **options)
+    profile = profile_model(model, image_size)
+    return {
+        "parameters": profile.parameters,
+        "buffers": profile.buffers,
+        "multiply_adds": profile.multiply_adds,
+    }
+
+
+def _print(info: dict[str, Any], image_size: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.print(f"[bold]{info['kind']} {info['name']}[/bold] ({info['from']})")
+    console.print(info["description"], markup=False)
+    if info["options"]:
+        table = Table("option", "type", "default", box=None, pad_edge=False)
+        for name, option in info["options"].items():
+            table.add_row(name, option["type"], str(option["default"]))
+        console.print()
+        console.print(table)
+    if size := info.get("size"):
+        console.print(
+            f"\n{size['parameters']:,} parameters and {size['buffers']:,} buffer values; "
+            f"{size['multiply_adds']:,} multiply-adds for one {image_size}x{image_size} image"
+        )

@@ -1,0 +1,70 @@
+"""`bbmoe list`: every name that can be used, and where it comes from."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from backdoorbench_moe import applicators, data, models, triggers
+
+REGISTRIES = {
+    "trigger": triggers.registry,
+    "applicator": applicators.registry,
+    "model": models.registry,
+    "dataset": data.registry,
+}
+
+
+@click.command("list")
+@click.argument("kind", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(kind: str | None, as_json: bool) -> None:
+    """List triggers, applicators, models and data sets (or one KIND), and broken plug-ins.
+
+    Third-party parts are imported to see whether they work; built-in ones are not.
+    """
+    kinds = [check_kind(kind)] if kind else list(REGISTRIES)
+    rows, broken = [], []
+    for name in kinds:
+        registry = REGISTRIES[name]
+        reasons = registry.broken()
+        broken += [
+            {"kind": name, "name": c.name, "package": c.package, "version": c.version, "reason": reason}
+            for c, reason in reasons.items()
+        ]
+        for part in registry.names():
+            candidate = registry.candidate(part)
+            if candidate and candidate not in reasons:
+                rows.append(
+                    {"kind": name, "name": part, "package": candidate.package, "version": candidate.version}
+                )
+    if as_json:
+        click.echo(json.dumps({"parts": rows, "broken": broken}, indent=2))
+        return
+    _print(rows, broken)
+
+
+def check_kind(kind: str) -> str:
+    """Accept a kind in singular or plural. Raises UnknownNameError."""
+    from backdoorbench_moe.errors import UnknownNameError
+
+    if kind.removesuffix("s") not in REGISTRIES:
+        raise UnknownNameError("kind", kind, REGISTRIES)
+    return kind.removesuffix("s")
+
+
+def _print(rows: list[dict[str, str]], broken: list[dict[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console, table = Console(), Table(box=None, pad_edge=False)
+    for column in ("kind", "name", "from"):
+        table.add_column(column)
+    for row in rows:
+        name = "timm:<architecture>" if (row["kind"], row["name"]) == ("model", "timm") else row["name"]
+        table.add_row(row["kind"], name, f"{row['package']} {row['version']}")
+    console.print(table)
+    for row in broken:
+        text = f"broken: {row['kind']} {row['name']} ({row['package']} {row['version']}): {row['reason']}"
+        console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,117 @@
+"""What the terminal shows of runs, drawn from their records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from backdoorbench_moe.ops.metrics import mean_std
+
+if TYPE_CHECKING:
+    from backdoorbench_moe.engine.runner import Run
+    from backdoorbench_moe.records import Record
+
+METRICS = {
+    "ba": "clean accuracy (BA)",
+    "asr": "attack success rate (ASR)",
+    "cad": "clean accuracy drop (CAD)",
+}
+
+
+def print_json(runs: Sequence[Run]) -> None:
+    """Print records and their summary as one JSON document."""
+    records = [{"folder": str(run.folder.path), **asdict(run.record)} for run in runs]
+    click.echo(json.dumps({"runs": records, "summary": summarise(runs)}, indent=2))
+
+
+def summarise(runs: Sequence[Run]) -> dict[str, Any]:
+    """Mean, standard deviation and every seed's value of each metric all runs have, in percent."""
+    summary = {}
+    for metric in METRICS:
+        if all(metric in run.record.metrics for run in runs):
+            values = [run.value(metric) for run in runs]
+            mean, std = mean_std(values)
+            seeds = {str(run.spec.seed): value for run, value in zip(runs, values, strict=True)}
+            summary[metric] = {"mean": mean, "std": std, "n": len(values), "seeds": seeds}
+    return summary
+
+
+def print_runs(runs: Sequence[Run]) -> None:
+    """Print one run's metrics with their intervals, or several runs' with mean and deviation."""
+    console = Console()
+    console.print(metrics_table(runs[0].record) if len(runs) == 1 else repeats_table(runs))
+    for run in runs:
+        console.print(f"run folder: {run.folder.path}", soft_wrap=True, highlight=False, markup=False)
+
+
+def title(record: Record) -> str:
+    """What was done, in one line."""
+    spec = record.run_spec
+    if spec.trigger is None or spec.applicator is None:
+        return f"{spec.model.name} on {spec.dataset.name}, clean"
+    return (
+        f"{spec.model.name} on {spec.dataset.name}: {spec.trigger.name} by {spec.applicator.name}, "
+        f"{100 * spec.poison.rate:g}% poisoned"
+    )
+
+
+def metrics_table(record: Record) -> Table:
+    """Metric, value, 95% Wilson interval and number of images."""
+    table = Table(title=title(record), title_justify="left")
+    table.add_column("metric")
+    for column in ("%", "95% interval", "images"):
+        table.add_column(column, justify="right")
+    for name, text in METRICS.items():
+        if (metric := record.metrics.get(name)) is not None:
+            interval = f"{metric['low']:.2f} – {metric['high']:.2f}" if "low" in metric else "–"
+            table.add_row(text, f"{metric['value']:.2f}", interval, str(metric["n"]))
+    return table
+
+
+def repeats_table(runs: Sequence[Run]) -> Table:
+    """Metric, mean ± standard deviation over seeds, and every seed's value."""
+    table = Table(title=f"{title(runs[0].record)}, {len(runs)} seeds", title_justify="left")
+    table.add_column("metric")
+    table.add_column("mean ± std, %", justify="right")
+    for run in runs:
+        table.add_column(f"seed {run.spec.seed}", justify="right")
+    for name, row in summarise(runs).items():
+        mean = f"{row['mean']:.2f} ± {row['std']:.2f}"
+        table.add_row(METRICS[name], mean, *(f"{value:.2f}" for value in row["seeds"].values()))
+    return table
+
+
+def settings_table(record: Record) -> Table:
+    """What the run was made from and on, one line a group of settings."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for key, value in record.spec.items():
+        table.add_row(key, _inline(value))
+    if record.poison:
+        table.add_row("poisoned images", str(record.poison["n"]))
+    if record.data:
+        table.add_row("data digest", record.data["digest"][:16])
+    environment = record.environment
+    if environment:
+        packages = environment["packages"]
+        table.add_row(
+            "made with",
+            f"backdoorbench_moe {packages['backdoorbench-moe']}, torch {packages['torch']}, "
+            f"{environment['device']}, {environment['precision']}, {environment['threads']} threads",
+        )
+    if record.timing:
+        table.add_row("timing", _inline({k: round(v, 2) for k, v in record.timing.items()}))
+    if record.clean_twin:
+        table.add_row("clean twin", record.clean_twin)
+    return table
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={item}" if key != "name" else str(item) for key, item in value.items())
+    return str(value)

@@ -1,0 +1,109 @@
+"""Choosing, stamping and relabelling images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from backdoorbench_moe.config import PoisonSpec
+from backdoorbench_moe.data.base import ImageSet, Split
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.seeding import generator
+
+Stamp = Callable[[Tensor], Tensor]
+# Bounds the float copies of a pass: 4096 images of 32x32 are 50 MB.
+CHUNK_VALUES = 4096 * 3 * 32 * 32
+
+
+@dataclass(frozen=True)
+class PoisonPlan:
+    """indices: (n,) int64, poisoned training images, ascending. labels: (n,) int64, what they are called."""
+
+    indices: Tensor
+    labels: Tensor
+
+
+def check_classes(spec: PoisonSpec, num_classes: int) -> None:
+    """Raise ConfigError if the target or a source class is not one of the data's."""
+    for name, labels in (("poison.target", (spec.target,)), ("poison.source", spec.source)):
+        for label in labels:
+            if label >= num_classes:
+                raise ConfigError.expected(name, f"a class in 0..{num_classes - 1}", label)
+    if spec.mapping == "all-to-one" and spec.labels == "dirty" and spec.source == (spec.target,):
+        raise ConfigError.expected(
+            "poison.source", f"another class than the target {spec.target}", spec.source
+        )
+
+
+def poisoned_labels(labels: Tensor, spec: PoisonSpec, num_classes: int) -> Tensor:
+    """What the attacker wants images with these (N,) labels to be called when triggered."""
+    if spec.mapping == "all-to-all":
+        return (labels + 1) % num_classes
+    return torch.full_like(labels, spec.target)
+
+
+def plan_poison(labels: Tensor, spec: PoisonSpec, num_classes: int, seed: int) -> PoisonPlan:
+    """Draw the training images to poison, once, from the run's seed.
+
+    labels: (N,) int64 of the whole training set. floor(rate * N) images are drawn from all of them, the
+    target class included (as the reference does); from the source classes only where some are named;
+    from the target class only for clean labels. Raises ConfigError if there are too few.
+    """
+    check_classes(spec, num_classes)
+    labels = labels.cpu()
+    count = spec.count(len(labels))
+    allowed = torch.ones_like(labels, dtype=torch.bool)
+    if spec.labels == "clean":
+        allowed &= labels == spec.target
+    if spec.source:
+        allowed &= torch.isin(labels, torch.tensor(spec.source))
+    candidates = allowed.nonzero().squeeze(1)
+    if count > len(candidates):
+        raise ConfigError(
+            f"poison.rate: {spec.rate} of {len(labels)} images is {count}, "
+            f"but only {len(candidates)} images can be poisoned (labels={spec.labels}, source={spec.source or 'all'})"
+        )
+    order = torch.randperm(len(candidates), generator=generator(seed, "poison"))
+    indices = candidates[order[:count]].sort().values
+    wanted = labels if spec.labels == "clean" else poisoned_labels(labels, spec, num_classes)
+    return PoisonPlan(indices, wanted[indices])
+
+
+def apply_plan(split: Split, plan: PoisonPlan, stamp: Stamp) -> Split:
+    """A copy of the split with the planned images stamped and relabelled."""
+    indices = plan.indices.to(split.images.device)
+    images, labels = split.images.clone(), split.labels.clone()
+    images[indices] = stamp_images(split.images[indices], stamp)
+    labels[indices] = plan.labels.to(labels.device)
+    return Split(images, labels)
+
+
+def stamp_images(images: Tensor, stamp: Stamp) -> Tensor:
+    """Stamp (N, C, H, W) uint8 images on their device; rounded to uint8, as an attacker would save them."""
+    size = max(1, CHUNK_VALUES // max(1, images[:1].numel()))
+    out = torch.empty_like(images)
+    for start in range(0, len(images), size):
+        part = slice(start, start + size)
+        out[part] = stamp(images[part].float().div_(255)).mul(255).round_().clamp_(0, 255)
+    return out
+
+
+def triggered_test(images: ImageSet, spec: PoisonSpec, stamp: Stamp) -> tuple[Split, Tensor]:
+    """The test images that count for ASR, stamped, called what the attacker wants; and their true labels.
+
+    Counted are images whose true class is not already the wanted one (and is a source class, where some
+    are named). Returns the split and the (n,) true labels.
+    """
+    labels = images.test.labels
+    wanted = poisoned_labels(labels, spec, images.num_classes)
+    counted = wanted != labels
+    if spec.source:
+        counted &= torch.isin(labels, torch.tensor(spec.source, device=labels.device))
+    if not counted.any():
+        raise ConfigError(
+            "poison.source: expected test images of a source class other than the target, found none"
+        )
+    return Split(stamp_images(images.test.images[counted], stamp), wanted[counted]), labels[counted]

@@ -1,0 +1,249 @@
+"""What one run does, step by step, and the run folder it leaves."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.data.base import ImageSet, Split
+from backdoorbench_moe.engine import parts
+from backdoorbench_moe.engine.device import environment, resolve_device, resolve_precision
+from backdoorbench_moe.engine.evaluate import count_hits
+from backdoorbench_moe.engine.names import check_names
+from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.engine.poison import apply_plan, check_classes, plan_poison, triggered_test
+from backdoorbench_moe.engine.train import Trainer
+from backdoorbench_moe.errors import BbmoeError, RecordError
+from backdoorbench_moe.ops.metrics import proportion
+from backdoorbench_moe.ops.seeding import derive_seed
+from backdoorbench_moe.records import MODEL, Record, RunFolder
+
+SEED_PURPOSES = ("init", "poison", "trigger")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk and what was read from its record."""
+
+    folder: RunFolder
+    record: Record
+
+    @property
+    def spec(self) -> RunSpec:
+        """What the run was made from."""
+        return self.record.run_spec
+
+    def value(self, metric: str) -> float:
+        """A metric in percent: "ba", "asr" or "cad"."""
+        return self.record.metrics[metric]["value"]
+
+    def model(self) -> nn.Module:
+        """The trained model, on the CPU, in evaluation mode. Raises RecordError if its file does not fit."""
+        tensors, _ = self.folder.load_tensors()
+        return parts.load_model(self.spec, self.record.data, tensors, str(self.folder.path / MODEL))
+
+    def stamper(self) -> parts.Stamper:
+        """The trigger and applicator as this run used them. Raises ConfigError for a clean run."""
+        return parts.build_stamper(
+            self.spec,
+            patch_size=self.record.parts.get("model", {}).get("patch_size"),
+            image_size=self.record.data["image_size"],
+        )
+
+
+def load_run(path: Path | str) -> Run:
+    """Open a run folder. Raises RecordError if it is none, or its record is damaged."""
+    folder = RunFolder(path)
+    return Run(folder, folder.read())
+
+
+def run_attack(
+    spec: RunSpec,
+    *,
+    output: Path | str = "runs",
+    repeats: int = 1,
+    twin: bool = True,
+    observer: Observer | None = None,
+) -> list[Run]:
+    """Do the whole job of a spec and return the runs: seeds `spec.seed`, `spec.seed` + 1, ... `repeats`.
+
+    Each trains its victim, then (with `twin`) the clean twin, unless they lie finished in `output`; one
+    that was interrupted goes on from its last epoch. Raises BbmoeError for anything the user can mend.
+    """
+    session = _Session(spec, Path(output), observer or Observer())
+    return [session.attack(replace(spec, seed=spec.seed + n), twin=twin) for n in range(repeats)]
+
+
+class _Session:
+    """Runs on the same data, read once."""
+
+    def __init__(self, spec: RunSpec, output: Path, observer: Observer) -> None:
+        check_names(spec)
+        self.output, self.observer = output, observer
+        self.dataset = parts.build_dataset(spec)
+        self.device = resolve_device(spec.device)
+        self.precision = resolve_precision(spec.precision, self.device)
+        self._images: ImageSet | None = None
+
+    @property
+    def images(self) -> ImageSet:
+        """The data, on the device; read at first use, as a finished run needs none."""
+        if self._images is None:
+            self.observer.on_message(f"reading {type(self.dataset).__name__}")
+            self._images = self.dataset.load().to(self.device)
+        return self._images
+
+    def attack(self, spec: RunSpec, *, twin: bool) -> Run:
+        run = self.finish(spec)
+        if spec.is_clean or not twin:
+            return run
+        clean = self.finish(spec.clean_twin(), wait=True)
+        if clean.record.data["digest"] != run.record.data["digest"]:
+            raise RecordError(
+                f"clean twin {clean.folder.path}: was made from other data; use another --output"
+            )
+        return self._with_cad(run, clean)
+
+    def finish(self, spec: RunSpec, *, wait: bool = False) -> Run:
+        """The finished run of a spec: from disk, or made now. wait: for another process that makes it."""
+        folder = RunFolder(self.output / spec.name)
+        if folder.exists and (record := folder.read()).status == "finished":
+            self.observer.on_message(f"found finished: {folder.path}")
+            return Run(folder, record)
+        job = _Job(spec, self) if not folder.exists else None  # check all there is to check before writing
+
+        def tell() -> None:
+            self.observer.on_message(f"waiting for another process in {folder.path}")
+
+        with folder.lock(wait=tell if wait else None):
+            if folder.exists and (record := folder.read()).status == "finished":
+                return Run(folder, record)
+            return (job or _Job(spec, self)).run(folder)
+
+    def _with_cad(self, run: Run, clean: Run) -> Run:
+        cad = {"value": clean.value("ba") - run.value("ba"), "n": run.record.metrics["ba"]["n"]}
+        if run.record.metrics.get("cad") != cad or run.record.clean_twin != clean.folder.path.name:
+            with run.folder.lock():
+                run.record.metrics["cad"], run.record.clean_twin = cad, clean.folder.path.name
+                run.folder.write(run.record)
+        return run
+
+
+class _Job:
+    """One run, built and checked when made; nothing is on disk before `run`."""
+
+    def __init__(self, spec: RunSpec, session: _Session) -> None:
+        self.spec, self.session, self.images = spec, session, session.images
+        images = self.images
+        check_classes(spec.poison, images.num_classes)
+        self.model = parts.build_model(spec, num_classes=images.num_classes, image_size=images.image_size)
+        self.stamper, self.plan = None, None
+        if not spec.is_clean:
+            size = parts.model_patch_size(self.model)
+            self.stamper = parts.build_stamper(spec, patch_size=size, image_size=images.image_size)
+            self.plan = plan_poison(images.train.labels, spec.poison, images.num_classes, spec.seed)
+
+    def run(self, folder: RunFolder) -> Run:
+        """Train, measure and record, holding the folder's lock."""
+        record = self._record()
+        checkpoint = folder.load_checkpoint()
+        if checkpoint and folder.read().data["digest"] != record.data["digest"]:
+            raise RecordError(f"run folder {folder.path}: was begun with other data; use another --output")
+        folder.write(record)
+        try:
+            started = time.perf_counter()
+            trainer = self._trainer(folder, self._training_split(folder, record))
+            if checkpoint:
+                trainer.restore(*checkpoint)
+            progress = trainer.fit(folder.path.name)
+            record.history = progress.history
+            record.timing = {
+                "train_seconds": progress.seconds,
+                "images_per_second": len(self.images.train) * progress.epoch / progress.seconds,
+            }
+            evaluated = time.perf_counter()
+            record.metrics = self._measure(trainer.model)
+            record.timing["evaluate_seconds"] = time.perf_counter() - evaluated
+            record.timing["total_seconds"] = time.perf_counter() - started
+            folder.save_model(trainer.model.state_dict(), self._model_header())
+        except KeyboardInterrupt:
+            record.status = "interrupted"
+            folder.write(record)
+            raise
+        except BbmoeError as error:
+            record.status, record.error = "failed", str(error)
+            folder.write(record)
+            raise
+        record.status = "finished"
+        folder.write(record)
+        folder.drop_checkpoint()
+        return Run(folder, record)
+
+    def _training_split(self, folder: RunFolder, record: Record) -> Split:
+        if self.stamper is None or self.plan is None:
+            return self.images.train
+        folder.save_poison(self.plan.indices.numpy())
+        started = time.perf_counter()
+        split = apply_plan(self.images.train, self.plan, self.stamper)
+        record.timing["poison_seconds"] = time.perf_counter() - started
+        return split
+
+    def _trainer(self, folder: RunFolder, split: Split) -> Trainer:
+        return Trainer(
+            self.model,
+            split,
+            self.spec.train,
+            seed=self.spec.seed,
+            device=self.session.device,
+            precision=self.session.precision,
+            on_checkpoint=folder.save_checkpoint,
+            observer=self.session.observer,
+        )
+
+    def _measure(self, model: nn.Module) -> dict[str, dict[str, float]]:
+        """BA over all clean test images; ASR over triggered ones that are not the wanted class already."""
+        test, precision = self.images.test, self.session.precision
+        metrics = {"ba": asdict(proportion(count_hits(model, test, precision=precision), len(test)))}
+        if self.stamper is not None:
+            triggered, _ = triggered_test(self.images, self.spec.poison, self.stamper)
+            hits = count_hits(model, triggered, precision=precision)
+            metrics["asr"] = asdict(proportion(hits, len(triggered)))
+        return metrics
+
+    def _record(self) -> Record:
+        spec, images = self.spec, self.images
+        record = Record.for_spec(spec)
+        record.data = {
+            "name": images.name,
+            "classes": list(images.classes),
+            "image_size": images.image_size,
+            "train_images": len(images.train),
+            "test_images": len(images.test),
+            "digest": images.digest,
+        }
+        record.parts = {"model": parts.describe(self.model)}
+        if self.stamper is not None and self.plan is not None:
+            record.parts["trigger"] = parts.describe(self.stamper.trigger)
+            record.parts["applicator"] = parts.describe(self.stamper.applicator)
+            record.poison = {
+                "rate": spec.poison.rate,
+                "n": len(self.plan.indices),
+                "target": spec.poison.target,
+            }
+        record.seeds = {"run": spec.seed} | {p: derive_seed(spec.seed, p) for p in SEED_PURPOSES}
+        record.environment = environment(self.session.device, self.session.precision)
+        return record
+
+    def _model_header(self) -> dict[str, str]:
+        """What the model file says of itself: above all, that it is backdoored."""
+        return {
+            "made_by": "backdoorbench_moe",
+            "backdoored": "false" if self.spec.is_clean else "true",
+            "purpose": "research on backdoors; not for deployment",
+            "model": self.spec.model.name,
+            "digest": self.spec.digest,
+        }

@@ -1,0 +1,119 @@
+"""One training step: eager on the CPU; on a GPU captured once a batch size as a CUDA graph and replayed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from backdoorbench_moe.config import TrainSpec
+from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.engine.device import autocast
+from backdoorbench_moe.models.base import RoutedModel
+
+# Eager steps before a capture: lazily made buffers (momentum, library workspaces) must exist by then.
+WARMUP_STEPS = 3
+
+
+def as_input(images: Tensor) -> Tensor:
+    """(B, C, H, W) uint8 to float in [0, 1], channels last."""
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+def make_optimizer(model: nn.Module, spec: TrainSpec, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of a spec. The learning rate is a tensor on a GPU, so that a graph can read new ones."""
+    weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": weights, "weight_decay": spec.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    on_gpu = device.type == "cuda"
+    lr = torch.tensor(spec.lr, device=device) if on_gpu else spec.lr
+    if spec.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, fused=True, capturable=on_gpu)
+    return torch.optim.SGD(groups, lr=lr, momentum=spec.momentum, nesterov=spec.nesterov, fused=True)
+
+
+class TrainStep:
+    """Forward, backward and update on one batch; loss and hits are summed on the device.
+
+    loss_sum: float64 scalar tensor, sum of the images' losses since `reset`. hits: int64 scalar tensor,
+    images predicted as labelled.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        split: Split,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        self.model, self.optimizer, self.split = model, optimizer, split
+        self.device, self.precision = device, precision
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.hits = torch.zeros((), dtype=torch.int64, device=device)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._seen: dict[int, int] = {}
+
+    def reset(self) -> None:
+        """Set the sums to zero."""
+        self.loss_sum.zero_()
+        self.hits.zero_()
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the next steps."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def __call__(self, indices: Tensor) -> None:
+        """Train on the images at `indices`, (B,) int64 on the device."""
+        if self.device.type != "cuda":
+            self._step(indices)
+            return
+        size = len(indices)
+        if size not in self._graphs:
+            self._seen[size] = self._seen.get(size, 0) + 1
+            if self._seen[size] <= WARMUP_STEPS:
+                self._warm_up(indices)
+                return
+            self._graphs[size] = self._capture(indices)
+        graph, static = self._graphs[size]
+        static.copy_(indices)
+        graph.replay()
+
+    def _step(self, indices: Tensor) -> None:
+        images, labels = as_input(self.split.images[indices]), self.split.labels[indices]
+        with autocast(self.device, self.precision):
+            logits, extra = _forward(self.model, images)
+        loss = nn.functional.cross_entropy(logits.float(), labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss if extra is None else loss + extra).backward()
+        self.optimizer.step()
+        self.loss_sum += loss.detach() * len(indices)
+        self.hits += (logits.argmax(1) == labels).sum()
+
+    def _warm_up(self, indices: Tensor) -> None:
+        """A real step on a side stream, as CUDA graph capture asks for."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self._step(indices)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+
+    def _capture(self, indices: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Record the step without running it; the replay that follows is the step."""
+        static, graph = indices.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step(static)
+        return graph, static
+
+
+def _forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Logits, and the sum of the routers' own losses where there are any."""
+    if not isinstance(model, RoutedModel):
+        return model(images), None
+    output = model.forward_routed(images)
+    losses = [routing.aux_loss for routing in output.routing if routing.aux_loss is not None]
+    return output.logits, torch.stack(losses).sum() if losses else None

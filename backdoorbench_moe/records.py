@@ -1,0 +1,257 @@
+"""The run folder: the record, the model, the poisoned indices, the checkpoint; whole or not there at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from backdoorbench_moe.config import RunSpec, spec_from_dict
+from backdoorbench_moe.errors import ConfigError, RecordError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+SCHEMA_VERSION = 1
+RECORD, MODEL, POISON, CHECKPOINT, LOCK = (
+    "record.json",
+    "model.safetensors",
+    "poison.npz",
+    "checkpoint",
+    ".lock",
+)
+
+
+@dataclass
+class Record:
+    """All that is known of a run, as `record.json` holds it.
+
+    status: running, interrupted, failed or finished. metrics: `ba`, `asr`, `cad` as {"value": percent,
+    "n": images, "low": .., "high": ..} (Wilson 95%; `cad` without low and high). history: one entry an
+    epoch.
+    """
+
+    spec: dict[str, Any]
+    digest: str
+    status: str = "running"
+    data: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=dict)
+    poison: dict[str, Any] | None = None
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    timing: dict[str, float] = field(default_factory=dict)
+    seeds: dict[str, int] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    clean_twin: str | None = None
+    error: str | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    @classmethod
+    def for_spec(cls, spec: RunSpec) -> Record:
+        """A fresh record of a run about to start."""
+        return cls(spec=spec.to_dict(), digest=spec.digest)
+
+    @property
+    def run_spec(self) -> RunSpec:
+        """The spec the run was made from."""
+        return spec_from_dict(self.spec)
+
+
+class RunFolder:
+    """One run on disk. Every file is written beside its place and moved there, so none is ever half there."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    @property
+    def exists(self) -> bool:
+        """Whether a record lies here."""
+        return (self.path / RECORD).is_file()
+
+    def read(self) -> Record:
+        """Read and check the record.
+
+        Raises RecordError if this is no run folder, or the record is damaged or from another version.
+        """
+        if not self.path.is_dir():
+            raise RecordError(f"run folder {self.path}: expected a folder with a {RECORD}, found none")
+        file = self.path / RECORD
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecordError(f"run folder {self.path}: expected a {RECORD} in it, found none") from None
+        except OSError as error:
+            raise RecordError(f"record {file}: {error.strerror}") from error
+        except ValueError as error:
+            raise RecordError(f"record {file}: damaged: {error}") from error
+        return _check_record(values, file)
+
+    def write(self, record: Record) -> None:
+        """Write the record. Raises RecordError if the folder cannot be written."""
+        text = json.dumps(asdict(record), indent=2, allow_nan=True) + "\n"
+        self._write(RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def save_model(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Write the weights as safetensors, with `metadata` in the header."""
+        self._write(MODEL, lambda path: _save_tensors(tensors, path, metadata))
+
+    def load_tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Read weights and header of the model. Raises RecordError if missing or no safetensors file."""
+        return _load_tensors(self.path / MODEL)
+
+    def save_poison(self, indices: np.ndarray) -> None:
+        """Write the indices of the poisoned training images, (n,) int64."""
+        import numpy as np
+
+        def put(path: Path) -> None:
+            with path.open("wb") as file:
+                np.savez_compressed(file, indices=indices)
+
+        self._write(POISON, put)
+
+    def load_poison(self) -> np.ndarray:
+        """Read the indices of the poisoned training images. Raises RecordError."""
+        import numpy as np
+
+        try:
+            with np.load(self.path / POISON, allow_pickle=False) as file:
+                return cast("np.ndarray", file["indices"])
+        except (OSError, ValueError, KeyError) as error:
+            raise RecordError(f"poison indices {self.path / POISON}: missing or damaged ({error})") from error
+
+    def save_checkpoint(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Write tensors and JSON state as one file, in place of the one before."""
+        self._make(self.path / CHECKPOINT)
+        header = {"state": json.dumps(state)}
+        self._write(f"{CHECKPOINT}/state.safetensors", lambda path: _save_tensors(tensors, path, header))
+
+    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Read the last checkpoint; None where there is none. Raises RecordError if it is damaged."""
+        file = self.path / CHECKPOINT / "state.safetensors"
+        if not file.exists():
+            return None
+        tensors, header = _load_tensors(file)
+        try:
+            return tensors, json.loads(header["state"])
+        except (KeyError, ValueError) as error:
+            raise RecordError(f"checkpoint {file}: damaged; delete it to train from the start") from error
+
+    def drop_checkpoint(self) -> None:
+        """Delete the checkpoint of a finished run."""
+        shutil.rmtree(self.path / CHECKPOINT, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def lock(self, *, wait: Callable[[], None] | None = None) -> Iterator[None]:
+        """Hold the folder for this process, creating it if need be; the system lets go if we are killed.
+
+        wait: called once if another process holds it, and then it is waited for; by default that raises
+        RecordError naming the other process.
+        """
+        self._make(self.path)
+        try:
+            file = (self.path / LOCK).open("a+", encoding="utf-8")
+        except OSError as error:
+            raise RecordError(f"output folder {self.path}: {error.strerror}") from error
+        with file:
+            if not _try_lock(file.fileno()):
+                if wait is None:
+                    file.seek(0)
+                    raise RecordError(
+                        f"run folder {self.path}: another process ({file.read().strip() or 'unknown'}) works in it"
+                    )
+                wait()
+                while not _try_lock(file.fileno()):
+                    time.sleep(0.5)
+            file.seek(0)
+            file.truncate()
+            file.write(f"pid {os.getpid()}")
+            file.flush()
+            yield
+
+    def _make(self, path: Path) -> None:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecordError(f"output folder {path}: {error.strerror}") from error
+
+    def _write(self, name: str, put: Callable[[Path], object]) -> None:
+        write_atomically(self.path / name, put)
+
+
+def write_atomically(target: Path, put: Callable[[Path], object]) -> None:
+    """Let `put` write a file beside `target`, then move it there. Raises RecordError if the disk refuses."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        put(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(target)
+    except OSError as error:
+        raise RecordError(f"output {target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(plain, path, metadata=dict(metadata))
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def _load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise RecordError(f"model file {file}: not found")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise RecordError(f"model file {file}: expected a safetensors file: {error}") from error
+
+
+def _check_record(values: object, file: Path) -> Record:
+    known = {item.name: item for item in fields(Record)}
+    if not isinstance(values, dict) or "schema_version" not in values:
+        raise RecordError(f"record {file}: damaged: expected a 'schema_version' in it")
+    if values["schema_version"] != SCHEMA_VERSION:
+        raise RecordError(
+            f"record {file}: expected schema version {SCHEMA_VERSION}, found {values['schema_version']!r}"
+        )
+    missing, extra = known.keys() - values.keys(), values.keys() - known.keys()
+    if missing or extra:
+        raise RecordError(f"record {file}: damaged: missing {sorted(missing)}, unknown {sorted(extra)}")
+    kinds = {"spec": dict, "metrics": dict, "history": list, "data": dict, "environment": dict, "status": str}
+    for name, kind in kinds.items():
+        if not isinstance(values[name], kind):
+            raise RecordError(f"record {file}: damaged: {name!r} is no {kind.__name__}")
+    record = Record(**values)
+    try:
+        digest = record.run_spec.digest
+    except ConfigError as error:
+        raise RecordError(f"record {file}: damaged: {error}") from error
+    if digest != record.digest:
+        raise RecordError(f"record {file}: damaged: its digest is {record.digest}, its spec's is {digest}")
+    return record
