@@ -68,8 +68,11 @@ class PatchMoE(nn.Module):
         A cell that was not routed enters as zeros, counts in BN's statistics and leaves as a constant.
         """
         gates, selected = self.router(features)
-        weights = (gates * selected).unflatten(-1, features.shape[-2:]).to(features.dtype)
-        routed = (features.unsqueeze(1) * weights.unsqueeze(2)).flatten(1, 2)
+        weights = (gates * selected).to(features.dtype).transpose(1, 2)
+        cells = features.flatten(2).transpose(1, 2)
+        # (B, P, E, C) in memory, which is channels_last: written once and never copied to another layout.
+        routed = cells.unsqueeze(2) * weights.unsqueeze(3)
+        routed = routed.flatten(2).transpose(1, 2).unflatten(2, features.shape[-2:])
         return self.conv(F.relu(self.norm(routed), inplace=True)), gates, selected
 
 
