@@ -19,6 +19,7 @@ from backdoorbench_moe.options import convert
 
 RECIPES = ("quick", "paper")
 PARTS = ("dataset", "model", "trigger", "applicator")
+OPTIONAL_PARTS = ("trigger", "applicator")
 # Where the numbers do not depend on them: moving the data or taking another output keeps the digest.
 NOT_IN_DIGEST = ("recipe", "device")
 DATASET_NOT_IN_DIGEST = ("root", "download")
@@ -246,11 +247,20 @@ def merge(*layers: Mapping[str, Any]) -> Values:
 
 
 def _normalise(layer: Mapping[str, Any]) -> Values:
-    """Let a part be given by its bare name."""
-    return {
-        key: {"name": value} if key in PARTS and isinstance(value, str) else value
-        for key, value in layer.items()
-    }
+    """Let a part be given by its bare name; refuse one that is neither a name nor keys and values."""
+    return {key: _normalise_part(key, value) if key in PARTS else value for key, value in layer.items()}
+
+
+def _normalise_part(key: str, value: object) -> Values | None:
+    if isinstance(value, str):
+        return {"name": value}
+    if value is None and key in OPTIONAL_PARTS:
+        return None
+    if not isinstance(value, Mapping):
+        raise ConfigError.expected(key, "a name, or keys with a name among them", value)
+    if not isinstance(value.get("name", ""), str):
+        raise ConfigError.expected(f"{key}.name", "a text", value["name"])
+    return dict(value)
 
 
 def _read(kind: type, values: object, where: str) -> Any:
@@ -265,7 +275,7 @@ def _read(kind: type, values: object, where: str) -> Any:
         if key not in known:
             raise UnknownNameError(f"{where or 'config'}: key", str(key), known)
         if key in PARTS:
-            checked[key] = _read_part(value, path, optional=key in ("trigger", "applicator"))
+            checked[key] = _read_part(value, path, optional=key in OPTIONAL_PARTS)
         elif hints[key] in (PoisonSpec, TrainSpec):
             checked[key] = _read(hints[key], value, path)
         else:

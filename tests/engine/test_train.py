@@ -1,0 +1,142 @@
+"""Training: the schedule by hand, the step against plain PyTorch, going on where it stopped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from backdoorbench_moe.config import TrainSpec
+from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.engine.step import TrainStep, as_input, make_optimizer
+from backdoorbench_moe.engine.train import Trainer, learning_rate, load_weights
+from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.models.base import RoutedModel, RoutedOutput, Routing
+from backdoorbench_moe.ops.seeding import seeded
+
+CPU = torch.device("cpu")
+
+
+class Net(nn.Module):
+    """A small net with batch norm and dropout, so that buffers and noise are tested too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten())
+        self.head = nn.Linear(4 * 36, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(images))
+
+
+def make_split(count: int = 50) -> Split:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    return Split(images, torch.arange(count) % 3)
+
+
+def make_trainer(spec: TrainSpec, saved: list, model: nn.Module | None = None) -> Trainer:
+    with seeded(7, "init"):
+        model = model or Net()
+
+    def keep(tensors, state) -> None:
+        saved.append(({name: tensor.clone() for name, tensor in tensors.items()}, {**state, "history": [*state["history"]]}))
+
+    return Trainer(model, make_split(), spec, seed=7, device=CPU, precision="fp32", on_checkpoint=keep)  # fmt: skip
+
+
+def test_constant_schedule() -> None:
+    assert [learning_rate(TrainSpec(lr=0.3), step, 10) for step in (0, 5, 9)] == [0.3] * 3
+
+
+def test_one_cycle_rises_and_falls_in_straight_lines() -> None:
+    spec = TrainSpec(lr=1.0, schedule="one-cycle", warmup=0.5)
+    rates = [learning_rate(spec, step, 8) for step in range(8)]
+    assert rates == pytest.approx([0.125, 0.375, 0.625, 0.875, 0.875, 0.625, 0.375, 0.125])
+    assert learning_rate(TrainSpec(lr=1.0, schedule="one-cycle", warmup=0.0), 0, 2) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_step_is_plain_sgd_on_cross_entropy(momentum) -> None:
+    model, split = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).double(), make_split(6)
+    weight, bias = (p.detach().clone().requires_grad_() for p in model[1].parameters())
+    spec = TrainSpec(lr=0.05, momentum=momentum, weight_decay=0.01)
+    step = TrainStep(model.float(), make_optimizer(model, spec, CPU), split, CPU, "fp32")
+    velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    losses = []
+    for _ in range(3):
+        step(torch.arange(6))
+        inputs = split.images.flatten(1).double() / 255
+        scores = inputs @ weight.T + bias
+        loss = (scores.logsumexp(1) - scores[torch.arange(6), split.labels]).mean()
+        grads = torch.autograd.grad(loss, (weight, bias))
+        losses.append(6 * loss.item())
+        with torch.no_grad():
+            for index, (p, grad) in enumerate(zip((weight, bias), grads, strict=True)):
+                decayed = grad + (0.01 * p if index == 0 else 0)  # Biases do not decay.
+                velocity[index] = momentum * velocity[index] + decayed
+                p -= 0.05 * velocity[index]
+    torch.testing.assert_close(model[1].weight.double(), weight, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model[1].bias.double(), bias, atol=1e-5, rtol=1e-4)
+    assert step.loss_sum.item() == pytest.approx(sum(losses), rel=1e-4)
+
+
+def test_the_routers_own_loss_is_added() -> None:
+    class Balanced(RoutedModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward_routed(self, images):
+            logits = torch.zeros(len(images), 3) + 0 * self.weight
+            routings = [Routing("a", logits, logits > 0, 2 * self.weight.sum()), Routing("b", logits, logits > 0)]
+            return RoutedOutput(logits, routings)
+
+    model = Balanced()
+    TrainStep(model, make_optimizer(model, TrainSpec(lr=0.5), CPU), make_split(4), CPU, "fp32")(torch.arange(4))
+    assert model.weight.item() == pytest.approx(-0.5 * 2)
+
+
+def test_input_is_scaled_and_channels_last() -> None:
+    inputs = as_input(torch.full((2, 3, 4, 4), 255, dtype=torch.uint8))
+    assert inputs.dtype == torch.float32 and inputs.is_contiguous(memory_format=torch.channels_last)
+    assert (inputs == 1).all()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_going_on_from_any_epoch_gives_the_same_bits(optimizer) -> None:
+    spec = TrainSpec(epochs=3, batch_size=16, optimizer=optimizer, lr=0.01, momentum=0.9, schedule="one-cycle")
+    saved: list = []
+    whole = make_trainer(spec, saved)
+    whole.fit("whole")
+    for tensors, state in saved[:-1]:
+        again = make_trainer(spec, [])
+        again.restore(tensors, state)
+        again.fit("again")
+        for name, tensor in whole.tensors().items():
+            assert torch.equal(tensor, again.tensors()[name]), name
+        losses = [[row["loss"] for row in trainer.progress.history] for trainer in (whole, again)]
+        assert losses[0] == losses[1]
+
+
+def test_training_learns() -> None:
+    trainer = make_trainer(TrainSpec(epochs=30, batch_size=16, lr=0.05, momentum=0.9), [])
+    history = trainer.fit("learn").history
+    assert len(history) == 30
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+
+
+def test_divergence_is_said() -> None:
+    with pytest.raises(RecordError, match=r"training diverged in epoch \d+.*lower train\.lr"):
+        make_trainer(TrainSpec(epochs=5, lr=1e30), []).fit("diverge")
+
+
+def test_weights_must_fit() -> None:
+    model = nn.Linear(2, 3)
+    state = dict(model.state_dict())
+    with pytest.raises(RecordError, match=r"file: weight 'weight': expected shape \(3, 2\), got \(3, 4\)"):
+        load_weights(model, {**state, "weight": torch.zeros(3, 4)}, "file")
+    with pytest.raises(RecordError, match="file: weight 'bias' is missing"):
+        load_weights(model, {"weight": state["weight"]}, "file")
+    with pytest.raises(RecordError, match="file: weight 'extra' is unknown to the model"):
+        load_weights(model, {**state, "extra": state["bias"]}, "file")

@@ -1,0 +1,154 @@
+"""Specs: merging, checking, digests."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backdoorbench_moe.config import (
+    PoisonSpec,
+    RunSpec,
+    build_spec,
+    chain_settings,
+    load_yaml,
+    merge,
+    parse_setting,
+    spec_from_dict,
+)
+from backdoorbench_moe.errors import ConfigError, UnknownNameError
+
+
+def test_layers_win_in_order() -> None:
+    spec = build_spec({"train": {"lr": 0.3, "epochs": 4}}, {"train": {"lr": 0.2}}, chain_settings(["train.lr=0.1"]))
+    assert (spec.train.lr, spec.train.epochs) == (0.1, 4)
+
+
+def test_recipe_gives_the_model_its_options_and_flags_win_over_it() -> None:
+    spec = build_spec({"recipe": "quick", "model": {"name": "pmoe", "widen_factor": 5}})
+    assert spec.model.options == {"widen_factor": 5, "moe_channels": 128, "expert_channels": 32}
+    assert build_spec({"recipe": "quick", "model": "vgg16_bn"}).model.options == {}
+
+
+def test_paper_recipe_is_the_papers() -> None:
+    train = build_spec({"recipe": "paper"}).train
+    assert (train.epochs, train.batch_size, train.lr, train.momentum, train.weight_decay, train.schedule) == (
+        25, 128, 0.1, 0.0, 0.0, "constant",
+    )  # fmt: skip
+    assert build_spec({"recipe": "paper"}).model.options == {}
+
+
+def test_another_name_drops_the_options_of_the_first() -> None:
+    merged = merge({"trigger": {"name": "warp", "strength": 1.0}}, {"trigger": {"name": "square", "size": 2}})
+    assert merged == {"trigger": {"name": "square", "size": 2}}
+
+
+def test_digest_changes_with_what_decides_the_numbers_only() -> None:
+    spec = build_spec({})
+    same = [{"dataset": {"name": "signs", "root": "/elsewhere"}}, {"device": "cpu"}]
+    other = [{"seed": 1}, {"poison": {"rate": 0.2}}, {"train": {"epochs": 7}}, {"precision": "fp32"}]
+    assert {build_spec(layer).digest for layer in same} == {spec.digest}
+    assert len({build_spec(layer).digest for layer in other} | {spec.digest}) == 5
+
+
+def test_attacks_on_the_same_model_share_their_clean_twin() -> None:
+    one, two = build_spec({"trigger": "warp"}), build_spec({"trigger": "square", "poison": {"rate": "1%"}})
+    assert one.clean_twin() == two.clean_twin()
+    assert one.clean_twin().is_clean and not one.is_clean
+
+
+def test_spec_survives_its_dict() -> None:
+    spec = build_spec({"poison": {"source": [1, 2], "labels": "dirty"}, "trigger": {"name": "blend", "ratio": 0.3}})
+    assert spec_from_dict(spec.to_dict()) == spec
+
+
+@pytest.mark.parametrize(
+    ("rate", "images", "count"),
+    [(0.0001, 50_000, 5), (0.0001, 39_209, 3), (0.29, 100, 29), (0.07, 100, 7), (1.0, 17, 17), (0.01, 199, 1)],
+)
+def test_count_is_the_floor_in_exact_arithmetic(rate: float, images: int, count: int) -> None:
+    assert PoisonSpec(rate=rate).count(images) == count
+
+
+@given(st.integers(1, 10_000), st.integers(1, 100_000))
+def test_count_never_exceeds_the_rate(per_myriad: int, images: int) -> None:
+    spec = PoisonSpec(rate=per_myriad / 10_000)
+    if per_myriad * images < 10_000:
+        with pytest.raises(ConfigError, match="is no image"):
+            spec.count(images)
+    else:
+        assert spec.count(images) == per_myriad * images // 10_000
+
+
+BAD = [
+    ({"poison": {"rate": 0}}, r"poison\.rate: expected a number in \(0, 1\], got 0"),
+    ({"poison": {"rate": 1.5}}, r"poison\.rate: expected a number in \(0, 1\], got 1.5"),
+    ({"poison": {"rate": -0.1}}, r"poison\.rate"),
+    ({"poison": {"rate": float("nan")}}, r"poison\.rate"),
+    ({"poison": {"rate": "much"}}, r"poison\.rate: expected a number, got 'much'"),
+    ({"poison": {"rate": True}}, r"poison\.rate: expected a number, got True"),
+    ({"poison": {"target": -1}}, r"poison\.target"),
+    ({"poison": {"target": "cat"}}, r"poison\.target: expected an integer, got 'cat'"),
+    ({"poison": {"source": [1, 1]}}, r"poison\.source"),
+    ({"poison": {"labels": "dirt"}}, r"poison\.labels: unknown 'dirt'; did you mean 'dirty'"),
+    ({"poison": {"mapping": "all-to-all", "labels": "clean"}}, r"poison\.mapping"),
+    ({"poisson": {}}, r"unknown 'poisson'; did you mean 'poison'"),
+    ({"train": {"epoch": 3}}, r"train: key: unknown 'epoch'; did you mean 'epochs'"),
+    ({"train": {"epochs": 0}}, r"train\.epochs: expected at least 1, got 0"),
+    ({"train": {"epochs": 2.5}}, r"train\.epochs: expected an integer, got 2.5"),
+    ({"train": {"lr": float("inf")}}, r"train\.lr"),
+    ({"train": 3}, r"train: expected keys and values, got 3"),
+    ({"model": 7}, r"model: expected a name"),
+    ({"model": {"name": [1]}}, r"model.name: expected a text"),
+    ({"dataset": None}, r"dataset: expected a name"),
+    ({"recipe": "papr"}, r"recipe: unknown 'papr'; did you mean 'paper'"),
+    ({"precision": "fp16"}, r"precision: unknown 'fp16'"),
+    ({"seed": -1}, r"seed"),
+    ({"trigger": None}, r"trigger and applicator: expected both or neither"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), BAD, ids=[str(values) for values, _ in BAD])
+def test_bad_values_name_the_key_and_what_was_expected(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_spec({"trigger": "warp", "applicator": "patch"}, values)
+
+
+@pytest.mark.parametrize("text", ["novalue", "=3", "a..b=1", "a.=1", "a=[1"])
+def test_bad_settings(text: str) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        parse_setting(text)
+
+
+def test_settings_are_typed_by_yaml() -> None:
+    assert chain_settings(["a.b=1", "a.c=x", "a.d=[1, 2]", "e=null"]) == {"a": {"b": 1, "c": "x", "d": [1, 2]}, "e": None}
+
+
+def test_yaml_files(tmp_path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: wide_resnet\npoison: {rate: 1%}\n")
+    spec = build_spec(load_yaml(file))
+    assert isinstance(spec, RunSpec)
+    assert (spec.model.name, spec.poison.rate) == ("wide_resnet", 0.01)
+    file.write_text("a: [1")
+    with pytest.raises(ConfigError, match="no valid YAML"):
+        load_yaml(file)
+    file.write_text("just text")
+    with pytest.raises(ConfigError, match="expected keys and values"):
+        load_yaml(file)
+    with pytest.raises(ConfigError, match="No such file"):
+        load_yaml(tmp_path / "none.yaml")
+
+
+def test_yaml_runs_no_code(tmp_path) -> None:
+    file, trap = tmp_path / "run.yaml", tmp_path / "trap"
+    file.write_text(f"model: !!python/object/apply:os.mkdir ['{trap}']\n")
+    with pytest.raises(ConfigError, match="no valid YAML"):
+        load_yaml(file)
+    assert not trap.exists()
+
+
+def test_unknown_name_error_lists_what_is_known() -> None:
+    error = UnknownNameError("trigger", "wrap", ["warp", "blend"])
+    assert error.suggestions == ["warp"]
+    assert "did you mean 'warp'? known: blend, warp" in str(error)

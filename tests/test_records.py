@@ -1,0 +1,159 @@
+"""The run folder: atomic, checked, held by one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from backdoorbench_moe.config import build_spec
+from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.records import Record, RunFolder, write_atomically
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    folder.write(Record.for_spec(build_spec({})))
+    return folder
+
+
+def test_record_survives_the_disk(folder) -> None:
+    record = folder.read()
+    record.metrics = {"ba": {"value": 90.0, "n": 100, "low": 82.6, "high": 94.5}}
+    folder.write(record)
+    assert folder.read() == record
+    assert [path.name for path in folder.path.iterdir()] == ["record.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "damaged"),
+        (lambda text: "[]", "damaged: expected a 'schema_version'"),
+        (lambda text: text.replace('"schema_version": 1', '"schema_version": 99'), "expected schema version 1, found 99"),
+        (lambda text: text.replace('"status"', '"state"'), r"missing \['status'\], unknown \['state'\]"),
+        (lambda text: text.replace('"metrics": {}', '"metrics": 3'), "'metrics' is no dict"),
+        (lambda text: text.replace('"seed": 0', '"seed": 1'), "its digest is"),
+        (lambda text: text.replace('"seed": 0', '"seed": "x"'), "seed: expected an integer"),
+        (lambda text: text.replace('"seed"', '"sead"'), "unknown 'sead'"),
+    ],
+)  # fmt: skip
+def test_damaged_records_are_refused_by_file_and_reason(folder, change, message) -> None:
+    file = folder.path / "record.json"
+    file.write_text(change(file.read_text()))
+    with pytest.raises(RecordError, match=message) as error:
+        folder.read()
+    assert str(file) in str(error.value)
+
+
+def test_what_is_no_run_folder_is_said_to_be_none(tmp_path) -> None:
+    with pytest.raises(RecordError, match=r"expected a folder with a record\.json"):
+        RunFolder(tmp_path / "none").read()
+    with pytest.raises(RecordError, match=r"expected a record\.json in it"):
+        RunFolder(tmp_path).read()
+
+
+def test_tensors_and_header_survive(folder) -> None:
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last)}
+    folder.save_model(tensors, {"backdoored": "true"})
+    loaded, header = folder.load_tensors()
+    assert header == {"backdoored": "true"}
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk that is no model", b"\x80\x04\x95."])
+def test_model_files_are_safetensors_only(folder, content) -> None:
+    with pytest.raises(RecordError, match="not found"):
+        folder.load_tensors()
+    (folder.path / "model.safetensors").write_bytes(content)
+    with pytest.raises(RecordError, match="expected a safetensors file"):
+        folder.load_tensors()
+
+
+def test_poison_indices(folder) -> None:
+    folder.save_poison(np.array([3, 5, 8]))
+    assert folder.load_poison().tolist() == [3, 5, 8]
+    np.savez(folder.path / "poison.npz", indices=np.array([{"an": "object"}], dtype=object))
+    with pytest.raises(RecordError, match="missing or damaged"):
+        folder.load_poison()
+
+
+def test_checkpoint(folder) -> None:
+    assert folder.load_checkpoint() is None
+    for epoch in (1, 2):
+        folder.save_checkpoint({"w": torch.full((2,), float(epoch))}, {"epoch": epoch})
+    tensors, state = folder.load_checkpoint()
+    assert (tensors["w"].tolist(), state) == ([2.0, 2.0], {"epoch": 2})
+    file = folder.path / "checkpoint" / "state.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        assert json.loads(opened.metadata()["state"]) == {"epoch": 2}
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(RecordError, match="expected a safetensors file"):
+        folder.load_checkpoint()
+    folder.drop_checkpoint()
+    assert folder.load_checkpoint() is None
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+
+    def put(path: Path) -> None:
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RecordError, match="cannot be written: No space left on device"):
+        write_atomically(target, put)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert target.read_text() == "old"
+
+
+def test_full_disk_is_one_clear_error() -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full on this system")
+    with pytest.raises(RecordError, match="No space left"):
+        write_atomically(Path("/dev/shm/bbmoe-test-file"), lambda path: full.write_bytes(b"x" * 10))
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(RecordError, match="output folder"), RunFolder(tmp_path / "runs" / "run").lock():
+        pass
+
+
+HOLD = """
+import sys, time
+from backdoorbench_moe.records import RunFolder
+with RunFolder(sys.argv[1]).lock():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_process_at_a_time_and_a_killed_one_lets_go(folder) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder.path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(RecordError, match=rf"another process \(pid {holder.pid}\)"), folder.lock():
+        pass
+    told = []
+
+    def wait() -> None:
+        told.append(True)
+        holder.kill()
+
+    with folder.lock(wait=wait):
+        assert told
+        assert (folder.path / ".lock").read_text() == f"pid {os.getpid()}"
+    holder.wait()
+    holder.stdout.close()
