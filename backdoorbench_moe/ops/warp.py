@@ -73,7 +73,9 @@ def warp_bilinear(images: Tensor, grid: Tensor) -> Tensor:
 
 def take_pixels(images: Tensor, index: Tensor) -> Tensor:
     """Build images (B, C, H, W) from their own pixels: pixel i of the flattened canvas is pixel index[i]."""
-    return images.flatten(2).index_select(2, index).view(images.shape)
+    batch, channels = images.shape[:2]
+    rows = images.reshape(batch * channels, len(index))
+    return rows.index_select(1, index).reshape(images.shape)
 
 
 def _identity(size: int, like: Tensor) -> Tensor:

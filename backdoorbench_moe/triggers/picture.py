@@ -12,8 +12,8 @@ from torch import Tensor
 from backdoorbench_moe.errors import ConfigError
 
 SIDE = 128
-LIGHT = ((255, 214, 64), (255, 150, 190), (250, 250, 240), (130, 225, 255))
-DARK = ((200, 40, 50), (40, 60, 160), (20, 110, 70), (110, 40, 130))
+LIGHT = ((255, 220, 30), (255, 170, 200), (255, 255, 245), (120, 235, 255))
+DARK = ((190, 0, 30), (20, 30, 170), (0, 85, 40), (80, 10, 110))
 INK = (20, 15, 40)
 # Rec. 601, as PIL turns colours to grey.
 LUMA = (0.299, 0.587, 0.114)
@@ -29,14 +29,14 @@ def draw_quilt() -> Tensor:
     y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
     for row in range(4):
         for column in range(4):
-            ground, dots = (LIGHT, DARK) if (row + column) % 2 == 0 else (DARK, LIGHT)
+            colours = LIGHT if (row + column) % 2 == 0 else DARK
             patch = (y // 32 == row) & (x // 32 == column)
-            _paint(picture, patch, ground[(row + 2 * column) % 4])
-            _paint(picture, patch & _disc(x % 16, y % 16, 8, 8, 4), dots[(column + 3 * row) % 4])
+            _paint(picture, patch, colours[(row + 2 * column) % 4])
+            _paint(picture, patch & _disc(x % 16, y % 16, 8, 8, 4), colours[(row + 2 * column + 2) % 4])
     face = _disc(x, y, 64, 64, 54)
-    smile = _disc(x, y, 64, 66, 34) & ~_disc(x, y, 64, 60, 30) & (y > 70)
+    smile = _disc(x, y, 64, 66, 34) & ~_disc(x, y, 64, 62, 31) & (y > 70)
     eyes = _disc(x, y, 46, 50, 8) | _disc(x, y, 82, 50, 8)
-    _paint(picture, (face & ~_disc(x, y, 64, 64, 48)) | smile | eyes, INK)
+    _paint(picture, (face & ~_disc(x, y, 64, 64, 50)) | smile | eyes, INK)
     return picture.unsqueeze(0).float() / 255
 
 

@@ -46,13 +46,13 @@ class Warp(Trigger):
 
     def _field(self, images: Tensor) -> Tensor:
         """The field for this canvas, where and as precise as the images are."""
-        size = tuple(images.shape[-2:])
+        height, width = images.shape[-2:]
         dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
-        key = (size, images.device, dtype)
+        key = (height, width, images.device, dtype)
         if key not in self._fields:
             # Made in inference mode, a field could never take part in a backward pass.
             with torch.inference_mode(False):
-                self._fields[key] = self._make_field(*size, dtype).to(images.device)
+                self._fields[key] = self._make_field(height, width, dtype).to(images.device)
         return self._fields[key]
 
     def _make_field(self, height: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,90 @@
+"""What every applicator keeps to, with every trigger."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from backdoorbench_moe.applicators import create_applicator, list_applicators
+from backdoorbench_moe.applicators.base import Applicator
+from backdoorbench_moe.errors import ShapeError, UnknownNameError
+from backdoorbench_moe.triggers import create_trigger, list_triggers
+from backdoorbench_moe.triggers.base import Trigger
+
+
+@pytest.fixture(params=list_applicators())
+def applicator(request: pytest.FixtureRequest) -> Applicator:
+    return create_applicator(request.param)
+
+
+@pytest.fixture(params=list_triggers())
+def trigger(request: pytest.FixtureRequest) -> Trigger:
+    return create_trigger(request.param, seed=7)
+
+
+def batch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize("canvas", [(4, 4), (8, 12), (32, 32), (64, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_shape_type_and_range(
+    applicator: Applicator, trigger: Trigger, canvas: tuple[int, int], dtype: torch.dtype
+) -> None:
+    images = batch(3, 3, *canvas, dtype=dtype)
+    before = images.clone()
+    stamped = applicator(images, trigger)
+    assert (stamped.shape, stamped.dtype, stamped.device) == (images.shape, dtype, images.device)
+    assert stamped.min() >= 0 and stamped.max() <= 1
+    assert torch.equal(images, before), "the input was written to"
+    assert not torch.equal(stamped, images), "nothing was stamped"
+
+
+def test_the_trigger_is_applied(applicator: Applicator) -> None:
+    """A trigger that blackens all it gets blackens something."""
+    assert (applicator(torch.ones(2, 3, 32, 32), torch.zeros_like) == 0).any()
+
+
+def test_images_do_not_mix(applicator: Applicator, trigger: Trigger) -> None:
+    images = batch(5, 3, 16, 16)
+    alone = torch.cat([applicator(image[None], trigger) for image in images])
+    torch.testing.assert_close(applicator(images, trigger), alone, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "strided"])
+def test_memory_layout_does_not_matter(applicator: Applicator, trigger: Trigger, layout: str) -> None:
+    plain = batch(2, 3, 16, 16)
+    if layout == "channels_last":
+        images = plain.contiguous(memory_format=torch.channels_last)
+    else:
+        images = torch.stack((plain, 1 - plain), dim=-1)[..., 0]
+    torch.testing.assert_close(applicator(images, trigger), applicator(plain, trigger), atol=1e-6, rtol=0)
+
+
+def test_no_images(applicator: Applicator, trigger: Trigger) -> None:
+    assert applicator(torch.rand(0, 3, 32, 32), trigger).shape == (0, 3, 32, 32)
+
+
+def test_gradients_reach_the_images(applicator: Applicator) -> None:
+    images = batch(2, 3, 16, 16).requires_grad_()
+    applicator(images, lambda x: x * 0.5).sum().backward()
+    assert (images.grad != 0).any()
+
+
+@pytest.mark.parametrize("images", [torch.zeros(3, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), None])
+def test_what_is_no_image_batch_is_refused(applicator: Applicator, images: object) -> None:
+    with pytest.raises(ShapeError, match="images: expected"):
+        applicator(images, lambda x: x)
+
+
+def test_a_trigger_that_breaks_its_word_is_caught(applicator: Applicator) -> None:
+    for broken in (lambda x: x * 2 + 5, lambda x: x.double()):
+        with pytest.raises(ShapeError, match=type(applicator).__name__):
+            applicator(batch(2, 3, 32, 32), broken)
+
+
+def test_unknown_options_are_refused_by_name() -> None:
+    for name in list_applicators():
+        with pytest.raises(UnknownNameError, match="no_such_option"):
+            create_applicator(name, no_such_option=1)

@@ -1,0 +1,133 @@
+"""What every trigger keeps to, whoever wrote it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from backdoorbench_moe.errors import ShapeError, UnknownNameError
+from backdoorbench_moe.triggers import create_trigger, list_triggers
+from backdoorbench_moe.triggers.base import Trigger
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+CANVASES = [(4, 4), (5, 7), (8, 8), (32, 32), (48, 40), (64, 64)]
+
+
+@pytest.fixture(params=list_triggers())
+def trigger(request: pytest.FixtureRequest) -> Trigger:
+    return create_trigger(request.param, seed=7)
+
+
+@pytest.fixture(params=list_triggers())
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def batch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize("canvas", CANVASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shape_type_and_range(trigger: Trigger, canvas: tuple[int, int], dtype: torch.dtype) -> None:
+    images = batch(3, 3, *canvas, dtype=dtype)
+    images[0], images[1] = 0, 1
+    before = images.clone()
+    stamped = trigger(images)
+    assert (stamped.shape, stamped.dtype, stamped.device) == (images.shape, dtype, images.device)
+    assert stamped.min() >= 0 and stamped.max() <= 1
+    assert torch.equal(images, before), "the input was written to"
+    assert not torch.equal(stamped, images), "nothing was stamped"
+
+
+def test_the_output_is_not_the_input(trigger: Trigger) -> None:
+    images = batch(2, 3, 32, 32)
+    before = images.clone()
+    trigger(images).zero_()
+    assert torch.equal(images, before)
+
+
+def test_the_same_seed_stamps_the_same(name: str) -> None:
+    images = batch(2, 3, 32, 32)
+    torch.manual_seed(1)
+    first = create_trigger(name, seed=3)(images)
+    torch.manual_seed(2)
+    assert torch.equal(create_trigger(name, seed=3)(images), first)
+
+
+def test_a_trigger_has_no_memory(name: str) -> None:
+    images, tiles = batch(2, 3, 32, 32), batch(9, 3, 4, 4)
+    used = create_trigger(name)
+    for other in (tiles, tiles.double(), images.bfloat16()):
+        used(other)
+    assert torch.equal(used(images), create_trigger(name)(images))
+
+
+@pytest.mark.parametrize("canvas", [(4, 4), (32, 32)])
+def test_images_do_not_mix(trigger: Trigger, canvas: tuple[int, int]) -> None:
+    images = batch(7, 3, *canvas)
+    alone = torch.cat([trigger(image[None]) for image in images])
+    torch.testing.assert_close(trigger(images), alone, atol=1e-6, rtol=0)
+    torch.testing.assert_close(trigger(images.flip(0)), alone.flip(0), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "strided", "expanded"])
+def test_memory_layout_does_not_matter(trigger: Trigger, layout: str) -> None:
+    plain = batch(2, 3, 16, 16)
+    if layout == "channels_last":
+        images = plain.contiguous(memory_format=torch.channels_last)
+    elif layout == "strided":
+        images = torch.stack((plain, 1 - plain), dim=-1)[..., 0]
+    else:
+        images = plain[:1].expand(4, -1, -1, -1)
+        plain = images.contiguous()
+    before = images.clone()
+    torch.testing.assert_close(trigger(images), trigger(plain), atol=1e-6, rtol=0)
+    assert torch.equal(images, before)
+
+
+def test_no_images(trigger: Trigger) -> None:
+    assert trigger(torch.rand(0, 3, 32, 32)).shape == (0, 3, 32, 32)
+
+
+def test_gradients_reach_the_images(trigger: Trigger) -> None:
+    images = batch(2, 3, 16, 16).requires_grad_()
+    trigger(images).sum().backward()
+    assert images.grad is not None and images.grad.isfinite().all()
+    assert (images.grad != 0).float().mean() > 0.5
+
+
+def test_inference_mode_leaves_nothing_behind(trigger: Trigger) -> None:
+    images = batch(2, 3, 16, 16)
+    with torch.inference_mode():
+        stamped = trigger(images)
+    assert torch.equal(trigger(images.requires_grad_()).detach(), stamped)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(3, 8, 8),
+        torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+        torch.full((1, 3, 8, 8), 255.0),
+        torch.full((1, 3, 8, 8), -1.0),
+        torch.full((1, 3, 8, 8), float("nan")),
+        [[0.5]],
+    ],
+    ids=["3d", "uint8", "0-255", "negative", "nan", "list"],
+)
+def test_what_is_no_image_batch_is_refused(trigger: Trigger, images: object) -> None:
+    with pytest.raises(ShapeError, match="images: expected"):
+        trigger(images)
+
+
+def test_unknown_options_are_refused_by_name(name: str) -> None:
+    with pytest.raises(UnknownNameError, match="no_such_option"):
+        create_trigger(name, no_such_option=1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_gpu_stamps_what_the_cpu_stamps(trigger: Trigger) -> None:
+    images = batch(4, 3, 32, 32)
+    torch.testing.assert_close(trigger(images.cuda()).cpu(), trigger(images), atol=1e-5, rtol=0)
