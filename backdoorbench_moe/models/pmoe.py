@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.models.base import RoutedModel, RoutedOutput, Routing
+from backdoorbench_moe.models.checks import check_positive
 from backdoorbench_moe.models.keras import pmoe_from_keras
 from backdoorbench_moe.models.wrn_blocks import SameConv2d, WideTrunk, batch_norm, glorot_linear
 
@@ -30,7 +32,8 @@ class PatchRouter(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) to gates (B, E, P) float32, which sum to 1 over P, and selected (B, E, P) bool."""
-        with torch.autocast(features.device.type, enabled=False):
+        device = features.device.type
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             cells = features.flatten(2).to(self.weight.dtype)
             gates = torch.matmul(self.weight, cells).float().softmax(dim=-1)
             return gates, select_top(gates, self.top_k)
@@ -105,16 +108,13 @@ class PMoE(RoutedModel):
         gate_std: float = 1e-4,
     ) -> None:
         super().__init__()
-        sizes = {
-            "num_classes": num_classes,
-            "widen_factor": widen_factor,
-            "moe_channels": moe_channels,
-            "expert_channels": expert_channels,
-            "num_experts": num_experts,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ConfigError.expected(name, "a whole number from 1 on", size)
+        check_positive(
+            num_classes=num_classes,
+            widen_factor=widen_factor,
+            moe_channels=moe_channels,
+            expert_channels=expert_channels,
+            num_experts=num_experts,
+        )
         if image_size < 4 or image_size % 4:
             raise ConfigError.expected("image_size", "a positive multiple of 4 (a patch is 4x4)", image_size)
         cells = (image_size // 4) ** 2

@@ -1,0 +1,67 @@
+"""PreActResNet-18 for small images."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backdoorbench_moe.models.checks import check_image_size, check_positive
+
+
+def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
+
+
+class PreActBlock(nn.Module):
+    """BN-ReLU-conv3x3(stride)-BN-ReLU-conv3x3, plus the input, projected 1x1 where its shape changes.
+
+    The projection starts from the activated input; the plain shortcut from the raw one.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = _conv(in_channels, out_channels, 3, stride)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = _conv(out_channels, out_channels, 3)
+        changes = stride != 1 or in_channels != out_channels
+        self.shortcut = _conv(in_channels, out_channels, 1, stride) if changes else None
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
+        active = F.relu(self.norm1(features), inplace=True)
+        kept = features if self.shortcut is None else self.shortcut(active)
+        return kept + self.conv2(F.relu(self.norm2(self.conv1(active)), inplace=True))
+
+
+class PreActResNet18(nn.Module):
+    """PreActResNet-18: 3x3 stem, 4 stages of 2 blocks with `width` * 1, 2, 4, 8 channels, strides 1, 2, 2, 2.
+
+    Raises ConfigError for sizes below 1 and images under 8 pixels. Source: He et al., "Identity Mappings in
+    Deep Residual Networks", ECCV 2016, with the last BN-ReLU of the paper, which the copy that many backdoor
+    toolboxes share leaves out.
+    """
+
+    def __init__(self, *, num_classes: int = 10, image_size: int = 32, width: int = 64) -> None:
+        super().__init__()
+        check_positive(num_classes=num_classes, width=width)
+        check_image_size(image_size, at_least=8)
+        self.stem = _conv(3, width, 3)
+        blocks: list[nn.Module] = []
+        channels = width
+        for stage in range(4):
+            for block in range(2):
+                stride = 2 if stage and not block else 1
+                blocks.append(PreActBlock(channels, width * 2**stage, stride=stride))
+                channels = width * 2**stage
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.BatchNorm2d(channels)
+        self.head = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
+        features = self.blocks(self.stem(images))
+        return self.head(F.relu(self.norm(features), inplace=True).mean((2, 3)))

@@ -1,0 +1,169 @@
+"""Any architecture of timm, from scratch, fitted to the image size."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+import timm
+import torch
+from timm.layers import PatchEmbed
+from torch import Tensor, nn
+
+from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.models.checks import check_image_size, check_positive
+
+# Below this side the stem of a network made for 224x224 would leave next to nothing of an image.
+SMALL_IMAGE = 64
+# A vision transformer gets smaller patches where its own would leave fewer tokens than an 8x8 grid.
+GRID = 8
+
+
+class TimmModel(nn.Module):
+    """`timm.create_model(architecture)` with random weights; "timm:resnet18" names it in one word.
+
+    Convolutional networks: with `small_stem` the first convolution becomes 3x3 with stride 1 and the stem's
+    max pooling goes, as is usual on CIFAR; None does so for images of up to 64 pixels whose architecture is
+    made for larger ones and has a stride in its stem. Models with tokens: `patch_size` is the side of a token's
+    tile in pixels; None keeps the architecture's own where that leaves 64 tokens or more (or is at home at this
+    size), else takes image_size // 8. Their `patch_size` is an attribute. Nothing is ever downloaded.
+
+    Raises UnknownNameError for an architecture timm lacks, and ConfigError where the architecture does
+    not take the option or the image size.
+    """
+
+    name_argument = "architecture"
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 10,
+        image_size: int = 32,
+        architecture: str = "resnet18",
+        small_stem: bool | None = None,
+        patch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(num_classes=num_classes)
+        check_image_size(image_size, at_least=1)
+        _check_architecture(architecture)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            outline = _build(architecture, image_size=None, num_classes=num_classes)
+        options: dict[str, Any] = {"num_classes": num_classes}
+        if _takes(outline, "img_size"):
+            options["img_size"] = image_size
+        chosen = _choose_patch_size(architecture, outline, image_size, patch_size)
+        if chosen is not None:
+            options["patch_size"] = chosen
+        self.network = _build(architecture, image_size=image_size, **options)
+        if _wants_small_stem(architecture, self.network, image_size, small_stem):
+            _shrink_stem(self.network)
+        tokens = _patch_embed(self.network)
+        if tokens is not None:
+            self.patch_size = tokens.patch_size[0]
+        self._try_out(architecture, image_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
+        return self.network(images)
+
+    def _try_out(self, architecture: str, image_size: int) -> None:
+        """Run one empty image: whether strides and windows fit a size shows nowhere else."""
+        self.network.eval()
+        try:
+            with torch.no_grad():
+                self.network(torch.zeros(1, 3, image_size, image_size))
+        except Exception as error:
+            raise _unfit(architecture, image_size, error) from error
+        self.network.train()
+
+
+def _check_architecture(architecture: str) -> None:
+    if not timm.is_model(architecture):
+        names = timm.list_models()
+        near = difflib.get_close_matches(architecture, names, n=8, cutoff=0.4)
+        hint = f" ... ({len(names)} architectures, see timm.list_models())"
+        raise UnknownNameError("architecture", architecture, near or ["resnet18"], hint)
+
+
+def _build(architecture: str, *, image_size: int | None, **options: Any) -> nn.Module:
+    try:
+        return timm.create_model(architecture, pretrained=False, **options)
+    except Exception as error:
+        raise _unfit(architecture, image_size, error) from error
+
+
+def _unfit(architecture: str, image_size: int | None, error: Exception) -> ConfigError:
+    if "'patch_size'" in str(error):  # of TypeError: the architecture's builder names its own
+        return ConfigError(
+            f"patch_size: timm's {architecture!r} fixes its own, too large here; give it as patch_size to keep it"
+        )
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    size = "the options" if image_size is None else f"{image_size}x{image_size} images"
+    return ConfigError(f"architecture: timm's {architecture!r} does not take {size} ({reason})")
+
+
+def _takes(network: nn.Module, option: str) -> bool:
+    return option in inspect.signature(type(network).__init__).parameters
+
+
+def _native_size(network: nn.Module) -> int:
+    return network.default_cfg.get("input_size", (3, 224, 224))[-1]  # type: ignore[union-attr, operator]
+
+
+def _patch_embed(network: nn.Module) -> PatchEmbed | None:
+    return next((module for module in network.modules() if isinstance(module, PatchEmbed)), None)
+
+
+def _choose_patch_size(
+    architecture: str, outline: nn.Module, image_size: int, wanted: int | None
+) -> int | None:
+    """The patch size to build with; None leaves it to the architecture."""
+    embed = _patch_embed(outline)
+    if wanted is not None:
+        if not _takes(outline, "patch_size") or embed is None:
+            raise ConfigError(f"patch_size: timm's {architecture!r} has no patches to size, got {wanted}")
+        if wanted < 1 or image_size % wanted:
+            raise ConfigError.expected("patch_size", f"a divisor of the image's {image_size} pixels", wanted)
+        return wanted if wanted != embed.patch_size[0] else None
+    if embed is None or not _takes(outline, "patch_size"):
+        return None
+    own = embed.patch_size[0]
+    at_home = image_size >= _native_size(outline)
+    if image_size % own == 0 and (at_home or image_size // own >= GRID):
+        return None
+    return image_size // GRID if image_size % GRID == 0 else None
+
+
+def _first_conv(network: nn.Module) -> nn.Conv2d | None:
+    name = network.default_cfg.get("first_conv")  # type: ignore[union-attr, operator]
+    conv = network.get_submodule(name) if isinstance(name, str) else None
+    return conv if isinstance(conv, nn.Conv2d) else None
+
+
+def _wants_small_stem(architecture: str, network: nn.Module, image_size: int, wanted: bool | None) -> bool:
+    conv = _first_conv(network)
+    fits = conv is not None and max(conv.stride) > 1 and not _takes(network, "img_size")
+    if wanted and not fits:
+        raise ConfigError(f"small_stem: timm's {architecture!r} has no convolutional stem with a stride")
+    if wanted is None:
+        return fits and image_size <= SMALL_IMAGE < _native_size(network)
+    return wanted
+
+
+def _shrink_stem(network: nn.Module) -> None:
+    """Make the first convolution 3x3 with stride 1, and drop a max pooling that comes before any other stride."""
+    conv = _first_conv(network)
+    assert conv is not None
+    conv.stride, conv.padding, conv.kernel_size = (1, 1), (1, 1), (3, 3)
+    conv.weight = nn.Parameter(torch.empty(*conv.weight.shape[:2], 3, 3))
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    modules = list(network.named_modules())
+    start = next(place for place, (_, module) in enumerate(modules) if module is conv)
+    for name, module in modules[start + 1 :]:
+        if isinstance(module, nn.Conv2d) and max(module.stride) > 1:
+            return
+        if isinstance(module, nn.MaxPool2d):
+            network.set_submodule(name, nn.Identity())
+            return

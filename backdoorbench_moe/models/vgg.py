@@ -1,0 +1,39 @@
+"""VGG-16 with batch norm for small images."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torchvision.models.vgg import make_layers
+
+from backdoorbench_moe.models.checks import check_image_size, check_positive
+
+# Channels of the 13 convolutions in units of `width`; "M" halves the map.
+_CONVOLUTIONS = (1, 1, "M", 2, 2, "M", 4, 4, 4, "M", 8, 8, 8, "M", 8, 8, 8, "M")
+
+
+class VGG16BN(nn.Module):
+    """VGG-16 with batch norm (configuration D): 13 convolutions of `width` * 1, 2, 4, 8, 8 channels.
+
+    torchvision's layers and initialisation; the three dense layers over a 7x7 map, made for 224x224 images,
+    are one dense layer over the map's average, as is usual at 32x32. Raises ConfigError for sizes below 1 and
+    images under 32 pixels, which five halvings leave nothing of. Source: Simonyan & Zisserman, ICLR 2015.
+    """
+
+    def __init__(self, *, num_classes: int = 10, image_size: int = 32, width: int = 64) -> None:
+        super().__init__()
+        check_positive(num_classes=num_classes, width=width)
+        check_image_size(image_size, at_least=32)
+        layers = [item if isinstance(item, str) else item * width for item in _CONVOLUTIONS]
+        self.features = make_layers(layers, batch_norm=True)
+        self.head = nn.Linear(8 * width, num_classes)
+        for module in self.features:
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
+        return self.head(self.features(images).mean((2, 3)))

@@ -1,0 +1,32 @@
+"""The dense twin of pMoE: the same trunk, with a third group in the place of the experts."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backdoorbench_moe.models.checks import check_image_size, check_positive
+from backdoorbench_moe.models.wrn_blocks import WideBlock, WideTrunk, batch_norm, glorot_linear
+
+
+class WideResNet(nn.Module):
+    """Wide residual network of depth 10: groups of one block with 16k, 32k, 64k channels, k = `widen_factor`.
+
+    Strides 1, 2, 2; BN-ReLU, average over the map, dense. The conventions are Keras's, as in pMoE. Raises
+    ConfigError for sizes below 1. Source: nowazrabbani/pMoE_CNN, `wideresnet.py`. The reference's dense twin
+    averages over a window fixed for its images; here it is the whole map, whatever the image size.
+    """
+
+    def __init__(self, *, num_classes: int = 10, image_size: int = 32, widen_factor: int = 10) -> None:
+        super().__init__()
+        check_positive(num_classes=num_classes, widen_factor=widen_factor)
+        check_image_size(image_size, at_least=4)
+        self.trunk = WideTrunk(widen_factor)
+        self.block3 = WideBlock(32 * widen_factor, 64 * widen_factor, stride=2)
+        self.norm = batch_norm(64 * widen_factor)
+        self.head = glorot_linear(64 * widen_factor, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
+        features = self.block3(self.trunk(images))
+        return self.head(F.relu(self.norm(features), inplace=True).mean((2, 3)))

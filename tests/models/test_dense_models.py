@@ -1,0 +1,75 @@
+"""The dense baselines: sizes known from the literature or worked out by hand, and what they refuse."""
+
+import pytest
+import torch
+
+from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.models import create_model, list_models
+from backdoorbench_moe.models.wrn_blocks import WideTrunk
+
+NARROW = {"wide_resnet": {"widen_factor": 1}, "preact_resnet18": {"width": 4}, "vgg16_bn": {"width": 4}}
+
+
+def parameters(name, **options):
+    with torch.device("meta"):
+        return sum(p.numel() for p in create_model(name, **options).parameters())
+
+
+def test_all_models_are_registered():
+    assert {"pmoe", "wide_resnet", "preact_resnet18", "vgg16_bn", "timm"} <= set(list_models())
+
+
+def test_wide_resnet_parameters_by_hand():
+    def conv(kernel, fan_in, fan_out):
+        return kernel * kernel * fan_in * fan_out + fan_out
+
+    def block(fan_in, fan_out):
+        norms = 2 * fan_in + 2 * fan_out
+        return norms + conv(3, fan_in, fan_out) + conv(3, fan_out, fan_out) + conv(1, fan_in, fan_out)
+
+    want = conv(3, 3, 16) + block(16, 160) + block(160, 320) + block(320, 640) + 2 * 640 + 640 * 10 + 10
+    assert parameters("wide_resnet") == want
+
+
+def test_published_parameter_counts():
+    # kuangliu's PreActResNet18 has 11,171,146; the paper's last BN adds 2 * 512.
+    assert parameters("preact_resnet18") == 11_171_146 + 2 * 512
+    # torchvision's vgg16_bn without its three dense layers, and 512 * 10 + 10 for ours.
+    assert parameters("vgg16_bn") == 14_723_136 + 5_130
+
+
+def test_wide_resnet_shares_pmoes_trunk():
+    wide = create_model("wide_resnet", widen_factor=1)
+    routed = create_model("pmoe", widen_factor=1, moe_channels=8, expert_channels=4)
+    assert type(wide.trunk) is type(routed.trunk) is WideTrunk
+    routed.trunk.load_state_dict(wide.trunk.state_dict())
+
+
+@pytest.mark.parametrize("name", sorted(NARROW))
+@pytest.mark.parametrize("size", [32, 33, 64])
+def test_any_image_size(name, size):
+    model = create_model(name, num_classes=7, image_size=size, **NARROW[name])
+    logits = model(torch.rand(2, 3, size, size))
+    assert logits.shape == (2, 7)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", sorted(NARROW))
+def test_impossible_sizes_are_refused(name):
+    (option,) = NARROW[name]
+    with pytest.raises(ConfigError, match=f"^{option}: expected"):
+        create_model(name, **{option: 0})
+    with pytest.raises(ConfigError, match=r"^image_size: expected at least"):
+        create_model(name, image_size=2)
+    with pytest.raises(UnknownNameError, match="option"):
+        create_model(name, widht=3)
+
+
+@pytest.mark.parametrize("name", sorted(NARROW))
+def test_channels_last_changes_nothing(name):
+    model = create_model(name, **NARROW[name]).eval()
+    images = torch.rand(2, 3, 32, 32)
+    want = model(images)
+    last = model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(last, want, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,128 @@
+"""timm's architectures at small sizes."""
+
+import pytest
+import timm
+import torch
+
+from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.models import create_model
+from backdoorbench_moe.models.timm_models import TimmModel
+
+
+def build(architecture, **options):
+    return create_model(f"timm:{architecture}", **options)
+
+
+@pytest.fixture(autouse=True)
+def no_download(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("tried to go to the network")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+
+
+def test_resnet_gets_a_small_stem_for_small_images():
+    network = build("resnet10t", image_size=32).network
+    assert network.conv1[0].stride == (1, 1)
+    assert isinstance(network.maxpool, torch.nn.Identity)
+    # Strides 1, 2, 2, 2 are left: an eighth of the image.
+    assert network.forward_features(torch.rand(1, 3, 32, 32)).shape[2:] == (4, 4)
+
+
+def test_a_7x7_stem_becomes_3x3():
+    conv = build("resnet18", image_size=32).network.conv1
+    assert conv.weight.shape == (64, 3, 3, 3) and conv.padding == conv.stride == (1, 1)
+
+
+def test_small_stem_can_be_chosen():
+    kept = build("resnet10t", image_size=32, small_stem=False).network
+    want = timm.create_model("resnet10t", num_classes=10)
+    assert {k: v.shape for k, v in kept.state_dict().items()} == {
+        k: v.shape for k, v in want.state_dict().items()
+    }
+    assert isinstance(kept.maxpool, torch.nn.MaxPool2d)
+    assert isinstance(build("resnet10t", image_size=96).network.maxpool, torch.nn.MaxPool2d)
+    assert isinstance(build("resnet10t", image_size=96, small_stem=True).network.maxpool, torch.nn.Identity)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "image_size", "patch_size"),
+    [
+        ("vit_tiny_patch16_224", 32, 4),
+        ("vit_tiny_patch16_224", 64, 8),
+        ("vit_tiny_patch16_224", 128, 16),
+        ("test_vit", 160, 16),
+        ("vit_small_patch32_224", 224, 32),
+    ],
+)
+def test_vit_patches_follow_the_image(architecture, image_size, patch_size):
+    with torch.device("meta"):
+        model = build(architecture, image_size=image_size)
+    assert model.patch_size == patch_size
+    assert model.network.patch_embed.num_patches == (image_size // patch_size) ** 2
+
+
+def test_patch_size_can_be_chosen():
+    model = build("test_vit", image_size=32, patch_size=8)
+    assert model.patch_size == 8
+    assert model.network.patch_embed.num_patches == 16
+
+
+def test_convolutional_models_have_no_patch_size():
+    assert not hasattr(build("mobilenetv3_small_050"), "patch_size")
+
+
+@pytest.mark.parametrize(
+    "architecture", ["test_vit", "test_resnet", "mobilenetv3_small_050", "convnext_atto"]
+)
+@pytest.mark.parametrize("size", [32, 48])
+def test_a_step_of_training(architecture, size):
+    model = build(architecture, num_classes=5, image_size=size)
+    assert model.training
+    logits = model(torch.rand(2, 3, size, size))
+    assert logits.shape == (2, 5)
+    logits.sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_same_seed_same_weights():
+    states = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        states.append(build("test_resnet").state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_unknown_architectures_are_refused_with_near_names():
+    with pytest.raises(UnknownNameError, match=r"'resnet81'; did you mean 'resnet18'") as caught:
+        build("resnet81")
+    assert len(str(caught.value)) < 400
+    with pytest.raises(UnknownNameError, match="architecture"):
+        build("hf-hub:someone/something")
+    with pytest.raises(UnknownNameError):
+        build("")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "message"),
+    [
+        ("test_resnet", {"patch_size": 4}, "patch_size: timm's 'test_resnet' has no patches"),
+        ("test_vit", {"patch_size": 5}, "patch_size: expected a divisor"),
+        ("test_vit", {"patch_size": 0}, "patch_size: expected a divisor"),
+        ("test_vit", {"small_stem": True}, "small_stem: timm's 'test_vit' has no convolutional stem"),
+        ("gmlp_s16_224", {}, "patch_size: timm's 'gmlp_s16_224' fixes its own"),
+        ("levit_128s", {"image_size": 32}, "architecture: timm's 'levit_128s' does not take 32x32 images"),
+        ("test_resnet", {"image_size": 0}, "image_size: expected"),
+        ("test_resnet", {"num_classes": 0}, "num_classes: expected"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(architecture, options, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        build(architecture, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_plain_name_builds_too():
+    assert isinstance(create_model("timm", architecture="test_resnet"), TimmModel)
