@@ -1,0 +1,120 @@
+"""Seconds to stamp 10,000 images of 32x32, uint8 to uint8, for each trigger and applicator.
+
+    python benchmarks/speed/poisoning.py [--json] [--images 10000] [--threads 2] [--device cpu]
+
+Beside it, in the same run, WaNet's formula applied to one image at a time, as dataset transforms do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from backdoorbench_moe.applicators import create_applicator, list_applicators
+from backdoorbench_moe.engine.poison import stamp_images
+from backdoorbench_moe.triggers import create_trigger, list_triggers
+from backdoorbench_moe.triggers.base import Trigger
+from backdoorbench_moe.triggers.warp import Warp
+
+REPEATS = 5
+LOOP_IMAGES = 500
+NOTEBOOK: dict[str, object] = {"grid_size": 2, "strength": 0.25, "sampling": "truncate"}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    shape = (arguments.images, 3, 32, 32)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    result = measure(images.to(arguments.device))
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+    else:
+        show(result)
+
+
+def measure(images: Tensor) -> dict[str, Any]:
+    """Time every trigger with every applicator, and the loop."""
+    variants: dict[str, Trigger] = {name: create_trigger(name) for name in list_triggers()}
+    variants["warp (truncate)"] = create_trigger("warp", **NOTEBOOK)
+    seconds = {}
+    for label, trigger in variants.items():
+        for place in list_applicators():
+            run = partial(stamp_images, images, partial(create_applicator(place), trigger=trigger))
+            seconds[f"{label}, {place}"] = median_seconds(run, images.device)
+    few = images[:LOOP_IMAGES]
+    loop = len(few) / median_seconds(lambda: warp_one_by_one(few, Warp()), images.device)
+    return {
+        "images": len(images),
+        "device": str(images.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "seconds": seconds,
+        "loop_images_per_second": loop,
+        "warp_speedup_over_loop": len(images) / seconds["warp, image"] / loop,
+    }
+
+
+def median_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Median over the repeats, after one run to warm up."""
+    times = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def warp_one_by_one(images: Tensor, warp: Warp) -> Tensor:
+    """WaNet's formula, from the control grid on, for each image by itself."""
+    size, device = images.shape[-1], images.device
+    control = warp.control_grid.to(device)
+    warped = []
+    for image in images:
+        field = F.interpolate(control, size, mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+        axis = torch.linspace(-1, 1, size, device=device)
+        y, x = torch.meshgrid(axis, axis, indexing="ij")
+        grid = (torch.stack((x, y), 2)[None] + warp.strength * field / size).clamp(-1, 1)
+        pixels = F.grid_sample(image[None].float() / 255, grid, align_corners=True)
+        warped.append((pixels[0] * 255).round().to(torch.uint8))
+    return torch.stack(warped)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the table."""
+    table = Table(
+        title=f"Stamping {result['images']:,} images, {result['threads']} threads, {result['device']}"
+    )
+    table.add_column("trigger, applicator")
+    table.add_column("seconds", justify="right")
+    table.add_column("images/s", justify="right")
+    for name, seconds in result["seconds"].items():
+        table.add_row(name, f"{seconds:.3f}", f"{result['images'] / seconds:,.0f}")
+    loop = result["loop_images_per_second"]
+    table.add_row("warp, image, one by one", f"{result['images'] / loop:.3f}", f"{loop:,.0f}")
+    console = Console()
+    console.print(table)
+    console.print(f"warp, batched over one by one: {result['warp_speedup_over_loop']:.0f}x")
+
+
+if __name__ == "__main__":
+    main()
