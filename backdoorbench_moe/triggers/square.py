@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 from PIL import ImageColor
 from torch import Tensor
 
 from backdoorbench_moe.errors import ConfigError, ShapeError, UnknownNameError
 from backdoorbench_moe.triggers.base import Trigger
 
-Place = Literal["upper-left", "upper-right", "lower-left", "lower-right", "centre"]
+PLACES = ("upper-left", "upper-right", "lower-left", "lower-right", "centre")
 
 
 class Square(Trigger):
     """A square of one colour; the default is the paper's: black, 4x4, upper left.
 
     size: side in pixels, at most the canvas. colour: a CSS name, "#rrggbb", or red, green and blue in
-    [0, 1]. position: a corner, the centre, or (row, column) of the square's upper left pixel. seed: as
+    [0, 1]. position: one of PLACES, or (row, column) of the square's upper left pixel. seed: as
     every trigger has one; a square draws nothing. Raises ConfigError for a value out of range, and
     ShapeError when called on a canvas that the square does not fit into.
     """
@@ -27,15 +25,15 @@ class Square(Trigger):
         *,
         size: int = 4,
         colour: str | tuple[float, float, float] = "black",
-        position: Place | tuple[int, int] = "upper-left",
+        position: str | tuple[int, int] = "upper-left",
         seed: int = 0,
     ) -> None:
         super().__init__(seed=seed)
         if size < 1:
             raise ConfigError.expected("square: size", "a positive number of pixels", size)
         if isinstance(position, str):
-            if position not in get_args(Place):
-                raise UnknownNameError("square: position", position, get_args(Place))
+            if position not in PLACES:
+                raise UnknownNameError("square: position", position, PLACES)
         elif len(position) != 2 or min(position) < 0:
             raise ConfigError.expected("square: position", "(row, column), both 0 or more", position)
         self.size, self.position, self.colour = size, position, _rgb(colour)
