@@ -51,7 +51,7 @@ def notebook_pixels(control: Tensor, height: int, width: int, strength: float) -
 
     Departures: the notebook's channel 0 is the y offset (equal in distribution, the grid is random); its
     TensorFlow bicubic kernel has another constant (-0.5, here -0.75) and drops the points outside the grid
-    instead of repeating the edge, which moves the field's sign changes by less than a pixel at 32x32.
+    instead of repeating the edge, which changes the sign of an offset at 1 to 2% of the pixels.
     """
     field = upsample_field(control, height, width, align_corners=False).clamp(-1, 1)
     x = _truncated(field[0, 0], torch.arange(width, device=control.device), width, strength)
