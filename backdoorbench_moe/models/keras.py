@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +15,13 @@ from backdoorbench_moe.errors import ShapeError
 if TYPE_CHECKING:
     from backdoorbench_moe.models.pmoe import PMoE
 
-# One array of the list: what it is, the shape it must have, and what writes it into our model.
-Slot = tuple[str, tuple[int, ...], Callable[[Tensor], object]]
+
+@dataclass(frozen=True)
+class Slot:
+    """One array of the list. name: what it is. ours: our tensor for it, in Keras's layout; writes go through."""
+
+    name: str
+    ours: Tensor
 
 
 def pmoe_from_keras(weights: Sequence[Any], *, image_size: int = 32, top_k: int = 16) -> PMoE:
@@ -36,13 +42,11 @@ def pmoe_from_keras(weights: Sequence[Any], *, image_size: int = 32, top_k: int 
     # The weights drawn here are thrown away: leave the caller's random stream as it was.
     with torch.random.fork_rng(devices=[]):
         model = PMoE(image_size=image_size, top_k=top_k, **sizes)
-    slots = list(_slots(model))
-    for index, (array, (name, shape, _)) in enumerate(zip(arrays, slots, strict=True)):
+    for index, (array, slot) in enumerate(zip(arrays, keras_slots(model), strict=True)):
+        shape = tuple(slot.ours.shape)
         if array.shape != shape:
-            raise ShapeError(f"weights[{index}], {name}: expected shape {shape}, got {array.shape}")
-    with torch.no_grad():
-        for array, (_, _, write) in zip(arrays, slots, strict=True):
-            write(torch.from_numpy(array.astype(np.float32)))
+            raise ShapeError(f"weights[{index}], {slot.name}: expected shape {shape}, got {array.shape}")
+        slot.ours.copy_(torch.from_numpy(array.astype(np.float32)))
     return model
 
 
@@ -77,8 +81,8 @@ def _read_sizes(arrays: list[np.ndarray]) -> dict[str, int]:
     }
 
 
-def _slots(model: PMoE) -> Iterator[Slot]:
-    """The arrays in the order of `get_weights()`."""
+def keras_slots(model: PMoE) -> Iterator[Slot]:
+    """Name the arrays in the order of the reference's `get_weights()`, each with our tensor for it."""
     trunk, moe = model.trunk, model.moe
     yield from _conv("stem", trunk.stem)
     for name, block in (("block1", trunk.block1), ("block2", trunk.block2)):
@@ -91,8 +95,8 @@ def _slots(model: PMoE) -> Iterator[Slot]:
     yield from _conv("reduce", model.reduce)
     experts, channels = moe.router.weight.shape
     outputs = moe.conv.out_channels // experts
-    for expert, weight in enumerate(moe.router.weight):
-        yield f"gate kernel of expert {expert}", (1, 1, channels, 1), _writer(weight, lambda w: w.flatten())
+    for expert, weight in enumerate(moe.router.weight.detach()):
+        yield Slot(f"gate kernel of expert {expert}", weight.view(1, 1, channels, 1))
     for expert in range(experts):
         part = slice(expert * channels, (expert + 1) * channels)
         yield from _norm(f"moe.norm of expert {expert}", moe.norm, part)
@@ -100,28 +104,18 @@ def _slots(model: PMoE) -> Iterator[Slot]:
         part = slice(expert * outputs, (expert + 1) * outputs)
         yield from _conv(f"moe.conv of expert {expert}", moe.conv, part)
     yield from _norm("norm", model.norm)
-    yield (
-        "head kernel",
-        (model.head.in_features, model.head.out_features),
-        _writer(model.head.weight, torch.t),
-    )
-    yield "head bias", (model.head.out_features,), _writer(model.head.bias)
+    yield Slot("head kernel", model.head.weight.detach().t())
+    yield Slot("head bias", model.head.bias.detach())
 
 
 def _conv(name: str, conv: nn.Conv2d, part: slice = slice(None)) -> Iterator[Slot]:
-    weight, bias = conv.weight[part], conv.bias
-    assert bias is not None
-    outputs, inputs, rows, columns = weight.shape
-    yield f"{name} kernel", (rows, columns, inputs, outputs), _writer(weight, lambda w: w.permute(3, 2, 0, 1))
-    yield f"{name} bias", (outputs,), _writer(bias[part])
+    assert conv.bias is not None
+    yield Slot(f"{name} kernel", conv.weight.detach()[part].permute(2, 3, 1, 0))  # OIHW seen as HWIO
+    yield Slot(f"{name} bias", conv.bias.detach()[part])
 
 
 def _norm(name: str, norm: nn.BatchNorm2d, part: slice = slice(None)) -> Iterator[Slot]:
     named = {"gamma": norm.weight, "beta": norm.bias, "mean": norm.running_mean, "variance": norm.running_var}
-    for array, target in named.items():
-        assert target is not None
-        yield f"{name} {array}", tuple(target[part].shape), _writer(target[part])
-
-
-def _writer(target: Tensor, layout: Callable[[Tensor], Tensor] = lambda w: w) -> Callable[[Tensor], object]:
-    return lambda array: target.copy_(layout(array))
+    for array, tensor in named.items():
+        assert tensor is not None
+        yield Slot(f"{name} {array}", tensor.detach()[part])

@@ -1,20 +1,25 @@
 """A PMoE with the reference's weights against pMoE written out plainly in float64."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_pmoe import init_weights, plain_pmoe
+from keras_weights import draw_batches, draw_weights
+from plain_pmoe import plain_pmoe
 
 from backdoorbench_moe.errors import ConfigError, ShapeError
-from backdoorbench_moe.models.keras import _slots
+from backdoorbench_moe.models.keras import keras_slots
 from backdoorbench_moe.models.pmoe import pmoe_from_keras
 
 TOP_K = 5
 
 
-def as_arrays(weights):
-    return [weight.detach().numpy() for weight in weights]
+def as_tensors(arrays):
+    # Through float32, which is what the model keeps.
+    return [torch.from_numpy(array.astype(np.float32)).double() for array in arrays]
 
 
 @pytest.fixture
@@ -23,13 +28,14 @@ def images():
 
 
 def convert(weights):
-    return pmoe_from_keras(as_arrays(weights), image_size=16, top_k=TOP_K).double()
+    arrays = [np.asarray(weight) for weight in weights]
+    return pmoe_from_keras(arrays, image_size=16, top_k=TOP_K).double()
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("experts", [1, 4])
 def test_outputs_and_routing_equal_the_plain_model(images, training, experts):
-    weights = [w.float().double() for w in init_weights(num_experts=experts, seed=experts)]
+    weights = as_tensors(draw_weights(num_experts=experts, seed=experts))
     model = convert(weights).train(training)
     logits, gates, selected, _ = plain_pmoe(
         images, weights, top_k=TOP_K, training=training, num_experts=experts
@@ -42,10 +48,6 @@ def test_outputs_and_routing_equal_the_plain_model(images, training, experts):
     assert torch.equal(routing.selected, selected)
 
 
-def is_statistic(index):
-    return index in STATISTICS
-
-
 # Places of the moving means and variances of 4 experts in the list, in pairs.
 NORMS = (2, 8, 16, 22, 30, 40, 44, 48, 52, 64)
 STATISTICS = {first + 2 for first in NORMS} | {first + 3 for first in NORMS}
@@ -53,7 +55,7 @@ STATISTICS = {first + 2 for first in NORMS} | {first + 3 for first in NORMS}
 
 def test_sgd_steps_equal_the_plain_model(images):
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    weights = [w.float().double() for w in init_weights()]
+    weights = as_tensors(draw_weights())
     model = convert(weights).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
@@ -73,14 +75,37 @@ def test_sgd_steps_equal_the_plain_model(images):
             torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_keras_itself_computes_the_same():
+    """Against numbers that Keras gave; `keras_golden.py` says how they were made."""
+    golden = json.loads((Path(__file__).parent / "keras_golden.json").read_text())
+    model = pmoe_from_keras(draw_weights(), image_size=16, top_k=TOP_K).train()
+    pictures, labels = (torch.from_numpy(array) for array in draw_batches())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for batch, label, loss in zip(pictures, labels, golden["losses"], strict=True):
+        step = F.cross_entropy(model(batch.permute(0, 3, 1, 2)), label)
+        optimizer.zero_grad()
+        step.backward()
+        optimizer.step()
+        assert step.item() == pytest.approx(loss, rel=1e-5)
+    output = model.eval().forward_routed(pictures[0].permute(0, 3, 1, 2))
+    (routing,) = output.routing
+    torch.testing.assert_close(
+        output.logits.softmax(1), torch.tensor(golden["outputs"]), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(routing.gates, torch.tensor(golden["gates"]), rtol=1e-4, atol=1e-5)
+    assert routing.selected.tolist() == golden["selected"]
+    for slot, norm in zip(keras_slots(model), golden["norms"], strict=True):
+        assert slot.ours.norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-5), slot.name
+
+
 def test_the_reference_has_70_arrays():
-    assert len(init_weights()) == 70
-    assert len(list(_slots(convert(init_weights())))) == 70
+    assert len(draw_weights()) == 70
+    assert len(list(keras_slots(convert(draw_weights())))) == 70
 
 
 def test_default_sizes_are_read_off_the_arrays():
-    weights = init_weights(widen_factor=2, moe_channels=24, expert_channels=6, num_classes=7)
-    model = pmoe_from_keras(as_arrays(weights))
+    weights = draw_weights(widen_factor=2, moe_channels=24, expert_channels=6, num_classes=7)
+    model = pmoe_from_keras(weights)
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 7)
     assert model.trunk.block2.conv2.out_channels == 64
     assert model.moe.conv.out_channels == 24
@@ -90,20 +115,20 @@ def test_the_callers_random_stream_is_left_alone():
     torch.manual_seed(3)
     want = torch.rand(1)
     torch.manual_seed(3)
-    pmoe_from_keras(as_arrays(init_weights()))
+    pmoe_from_keras(draw_weights())
     assert torch.equal(torch.rand(1), want)
 
 
 @pytest.mark.parametrize("index", [0, 1, 5, 6, 12, 34, 36, 39, 43, 56, 57, 67, 68])
 def test_every_array_is_checked(index):
-    arrays = as_arrays(init_weights())
+    arrays = draw_weights()
     arrays[index] = np.concatenate([arrays[index]] * 2, axis=0)
     with pytest.raises(ShapeError, match=rf"weights\[{index}\]"):
         pmoe_from_keras(arrays)
 
 
 def test_wrong_counts_and_values_are_refused():
-    arrays = as_arrays(init_weights())
+    arrays = draw_weights()
     with pytest.raises(ShapeError, match=r"expected 70 arrays .* got 69"):
         pmoe_from_keras(arrays[:-1])
     with pytest.raises(ShapeError, match=r"weights\[4\]"):
