@@ -128,9 +128,14 @@ class Trainer:
         weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         load_weights(self.model, weights, "checkpoint")
         optimizer = self.optimizer.state_dict()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for key, value in tensors.items():
             if key.startswith("optimizer."):
                 _, index, name = key.split(".", 2)
+                parameter = parameters[int(index)]
+                if value.shape == parameter.shape:
+                    # The fused optimizers walk memory, so a buffer must lie in memory as its weight does.
+                    value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
                 optimizer["state"].setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict(optimizer)
         self.progress = Progress(**state)

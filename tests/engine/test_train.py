@@ -22,7 +22,7 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten())
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten())
         self.head = nn.Linear(4 * 36, 3)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -40,9 +40,11 @@ def make_trainer(spec: TrainSpec, saved: list, model: nn.Module | None = None) -
         model = model or Net()
 
     def keep(tensors, state) -> None:
-        saved.append(({name: tensor.clone() for name, tensor in tensors.items()}, {**state, "history": [*state["history"]]}))
+        # Contiguous, as they come back from disk, whatever the layout they had in memory.
+        copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        saved.append((copies, {**state, "history": [*state["history"]]}))
 
-    return Trainer(model, make_split(), spec, seed=7, device=CPU, precision="fp32", on_checkpoint=keep)  # fmt: skip
+    return Trainer(model, make_split(), spec, seed=7, device=CPU, precision="fp32", on_checkpoint=keep)
 
 
 def test_constant_schedule() -> None:

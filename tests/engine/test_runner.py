@@ -1,0 +1,225 @@
+"""A whole run on disk: finished, reused, interrupted, killed, damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_spec
+from safetensors import safe_open
+
+from backdoorbench_moe.data import create_dataset
+from backdoorbench_moe.engine.evaluate import count_hits
+from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.engine.poison import triggered_test
+from backdoorbench_moe.engine.runner import Run, load_run, run_attack
+from backdoorbench_moe.errors import BbmoeError, RecordError
+from backdoorbench_moe.records import RunFolder
+
+
+def outcome(run: Run) -> tuple[object, ...]:
+    """What must be equal, bit for bit, between two ways to the same run."""
+    tensors, _ = run.folder.load_tensors()
+    history = [{k: v for k, v in row.items() if k != "seconds"} for row in run.record.history]
+    return run.record.metrics, history, {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+class Counting(Observer):
+    """Counts epochs; interrupts after a given one, as Ctrl-C would."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.epochs, self.messages, self.stop_after = 0, [], stop_after
+
+    def on_message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def on_epoch(self, epoch: int, row: dict[str, float]) -> None:
+        self.epochs += 1
+        if self.epochs == self.stop_after:
+            raise KeyboardInterrupt
+
+
+def test_the_run_folder_holds_all_the_design_says(tmp_path) -> None:
+    [run] = run_attack(tiny_spec(), output=tmp_path)
+    names = sorted(path.name for path in run.folder.path.iterdir())
+    assert names == [".lock", "model.safetensors", "poison.npz", "record.json"]
+    record = json.loads((run.folder.path / "record.json").read_text())
+    assert record["status"] == "finished"
+    assert record["poison"] == {"rate": 0.25, "n": 24, "target": 0}
+    assert len(record["history"]) == 2
+    for metric, count in (("ba", 60), ("asr", 40)):
+        entry = record["metrics"][metric]
+        assert entry["n"] == count and 0 <= entry["low"] <= entry["value"] <= entry["high"] <= 100
+    assert set(record["seeds"]) == {"run", "init", "poison", "trigger"}
+    assert {"python", "packages", "device", "precision", "threads", "git_commit"} <= set(record["environment"])
+    clean = load_run(tmp_path / record["clean_twin"])
+    assert record["metrics"]["cad"] == {"value": clean.value("ba") - run.value("ba"), "n": 60}
+    with safe_open(run.folder.path / "model.safetensors", framework="pt") as opened:
+        assert opened.metadata()["backdoored"] == "true"
+    with safe_open(clean.folder.path / "model.safetensors", framework="pt") as opened:
+        assert opened.metadata()["backdoored"] == "false"
+
+
+def test_the_record_can_be_measured_again_from_the_folder_alone(tmp_path) -> None:
+    [run] = run_attack(tiny_spec(), output=tmp_path, twin=False)
+    again = load_run(run.folder.path)
+    images = create_dataset("tiny").load()
+    model = again.model()
+    ba = 100 * count_hits(model, images.test, precision="fp32") / 60
+    triggered, _ = triggered_test(images, again.spec.poison, again.stamper())
+    asr = 100 * count_hits(model, triggered, precision="fp32") / len(triggered)
+    assert (ba, asr) == (run.value("ba"), run.value("asr"))
+    indices = again.folder.load_poison()
+    assert len(indices) == 24 and np.all(np.diff(indices) > 0)
+
+
+def test_a_finished_run_is_not_trained_again_and_the_twin_is_shared(tmp_path) -> None:
+    run_attack(tiny_spec(), output=tmp_path)
+    again = Counting()
+    run_attack(tiny_spec(), output=tmp_path, observer=again)
+    assert again.epochs == 0
+    other = Counting()
+    run_attack(tiny_spec(trigger="blend"), output=tmp_path, observer=other)
+    assert other.epochs == 2  # Its victim's; the twin was there.
+
+
+def test_repeats_are_seeds(tmp_path) -> None:
+    runs = run_attack(tiny_spec(), output=tmp_path, repeats=2, twin=False)
+    assert [run.spec.seed for run in runs] == [0, 1]
+    alone = run_attack(replace(tiny_spec(), seed=1), output=tmp_path / "alone", twin=False)[0]
+    assert outcome(runs[1]) == outcome(alone)
+
+
+def test_interrupted_and_gone_on_is_never_stopped(tmp_path) -> None:
+    spec = tiny_spec(train={"epochs": 3, "momentum": 0.9, "schedule": "one-cycle"})
+    [whole] = run_attack(spec, output=tmp_path / "whole", twin=False)
+    with pytest.raises(KeyboardInterrupt):
+        run_attack(spec, output=tmp_path / "cut", twin=False, observer=Counting(stop_after=2))
+    cut = load_run(tmp_path / "cut" / spec.name)
+    assert cut.record.status == "interrupted"
+    after = Counting()
+    [resumed] = run_attack(spec, output=tmp_path / "cut", twin=False, observer=after)
+    assert after.epochs == 1
+    assert outcome(resumed) == outcome(whole)
+    assert not (resumed.folder.path / "checkpoint").exists()
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+from tiny import Tiny, tiny_spec
+from backdoorbench_moe import data
+from backdoorbench_moe.engine.runner import run_attack
+data.registry.register("tiny")(Tiny)
+run_attack(tiny_spec(train={"epochs": 400}), output=sys.argv[1], twin=False)
+"""
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_anything_it_goes_on(tmp_path) -> None:
+    """Kill -9 at arbitrary moments, a write among them perhaps; then finish and compare."""
+    spec = tiny_spec(train={"epochs": 400})
+    here = str(Path(__file__).parents[1])
+    checkpoint = tmp_path / spec.name / "checkpoint" / "state.safetensors"
+    for delay in (0.0, 0.3):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path), here])
+        deadline = time.monotonic() + 60
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        while time.monotonic() < deadline and not (checkpoint.exists() and checkpoint.stat().st_mtime_ns > before):
+            time.sleep(0.01)
+        time.sleep(delay)
+        assert process.poll() is None, "it finished before it was killed"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    folder = RunFolder(tmp_path / spec.name)
+    assert folder.read().status == "running"
+    tensors, state = folder.load_checkpoint()
+    assert 0 < state["epoch"] < 400
+    # The epochs before the kill equal those of a run that is never stopped.
+    whole = Counting(stop_after=state["epoch"])
+    with pytest.raises(KeyboardInterrupt):
+        run_attack(spec, output=tmp_path / "whole", twin=False, observer=whole)
+    other, _ = RunFolder(tmp_path / "whole" / spec.name).load_checkpoint()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in tensors.items())
+
+
+def test_other_data_under_the_same_name_is_refused(tmp_path, monkeypatch) -> None:
+    import tiny
+
+    with pytest.raises(KeyboardInterrupt):
+        run_attack(tiny_spec(), output=tmp_path, twin=False, observer=Counting(stop_after=1))
+    split = tiny.Tiny._split
+    monkeypatch.setattr(tiny.Tiny, "_split", lambda self, count, seed: split(self, count, seed + 1))
+    with pytest.raises(RecordError, match="was begun with other data"):
+        run_attack(tiny_spec(), output=tmp_path, twin=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"poison": {"target": 3}}, r"poison\.target: expected a class in 0\.\.2, got 3"),
+        ({"poison": {"source": [7]}}, r"poison\.source: expected a class in 0\.\.2, got 7"),
+        ({"poison": {"rate": 0.001}}, r"poison\.rate: 0\.001 of 96 images is no image"),
+        ({"applicator": {"name": "patch", "patch_size": 5}}, "patch_size"),
+        ({"trigger": {"name": "square", "size": 33}}, "size"),
+        ({"trigger": {"name": "square", "sise": 3}}, "did you mean 'size'"),
+        ({"model": {"name": "pmoe", "top_k": 65}}, "top_k"),
+        ({"dataset": {"name": "tiny", "train_images": 97}}, "train_images: expected at most the 96"),
+        ({"device": "cuda:7"}, "device: expected one of"),
+        ({"device": "gpu"}, "device: expected"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(tmp_path, values, message) -> None:
+    if values.get("device") == "cuda:7" and torch.cuda.device_count() > 7:
+        pytest.skip("this machine has that device")
+    with pytest.raises(BbmoeError, match=message):
+        run_attack(tiny_spec(**values), output=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_divergence_is_recorded(tmp_path) -> None:
+    spec = tiny_spec(train={"lr": 1e30})
+    with pytest.raises(RecordError, match="diverged"):
+        run_attack(spec, output=tmp_path, twin=False)
+    record = load_run(tmp_path / spec.name).record
+    assert record.status == "failed" and "diverged" in record.error
+
+
+def test_a_model_of_another_shape_is_refused(tmp_path) -> None:
+    [run] = run_attack(tiny_spec(), output=tmp_path, twin=False)
+    tensors, header = run.folder.load_tensors()
+    tensors["head.weight"] = torch.zeros(5, 5)
+    run.folder.save_model(tensors, header)
+    with pytest.raises(RecordError, match=r"model\.safetensors: weight 'head\.weight': expected shape \(3, 16\), got \(5, 5\)"):
+        run.model()  # fmt: skip
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_attack(tiny_spec(), output=tmp_path, twin=False, observer=Counting(stop_after=1))
+    folder = RunFolder(tmp_path / tiny_spec().name)
+    tensors, state = folder.load_checkpoint()
+    del tensors["model.head.bias"]
+    folder.save_checkpoint(tensors, state)
+    with pytest.raises(RecordError, match=r"checkpoint: weight 'head\.bias' is missing"):
+        run_attack(tiny_spec(), output=tmp_path, twin=False)
+
+
+def test_the_backdoor_takes(tmp_path) -> None:
+    """The method works end to end on data where it is easy: high BA, high ASR, and a twin without it."""
+    white = {"name": "square", "colour": [1.0, 1.0, 1.0]}
+    spec = tiny_spec(trigger=white, train={"epochs": 30, "batch_size": 8, "lr": 0.1, "momentum": 0.9, "schedule": "one-cycle"})
+    [run] = run_attack(spec, output=tmp_path)
+    assert run.value("ba") > 90 and run.value("asr") > 80
+    triggered, _ = triggered_test(create_dataset("tiny").load(), spec.poison, run.stamper())
+    clean = load_run(tmp_path / run.record.clean_twin)
+    assert count_hits(clean.model(), triggered, precision="fp32") < 0.3 * len(triggered)
