@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from backdoorbench_moe.data.base import Dataset, ImageSet, Split, draw_subset
-from backdoorbench_moe.data.images import check_image_size, resize
+from backdoorbench_moe.data.base import Dataset, ImageSet, Split
+from backdoorbench_moe.data.images import check_image_size, subset_and_resize
 from backdoorbench_moe.data.roots import data_root, download, missing
 from backdoorbench_moe.data.safe_pickle import read_pickle
 from backdoorbench_moe.errors import DataError
@@ -69,19 +69,18 @@ class CIFAR10(Dataset):
         for name in (*TRAIN_FILES, TEST_FILE):
             if name not in rows:
                 raise DataError(f"{source}: {name} is missing")
-        train, test = [rows[name] for name in TRAIN_FILES], [rows[TEST_FILE]]
+        train, test = _split([rows[name] for name in TRAIN_FILES]), _split([rows[TEST_FILE]])
         return ImageSet(
             "cifar10",
-            self._split(train, self.train_images, "train_images"),
-            self._split(test, self.test_images, "test_images"),
+            subset_and_resize(train, self.train_images, "train_images", self.image_size),
+            subset_and_resize(test, self.test_images, "test_images", self.image_size),
             CLASSES,
         )
 
-    def _split(self, rows: list[Rows], count: int | None, name: str) -> Split:
-        images = torch.from_numpy(np.concatenate([pixels for pixels, _ in rows]).reshape(-1, 3, SIDE, SIDE))
-        labels = torch.from_numpy(np.concatenate([labels for _, labels in rows]))
-        keep = draw_subset(len(labels), count, name)  # Before resizing, which may need much memory.
-        return Split(resize(images[keep], self.image_size), labels[keep])
+
+def _split(rows: list[Rows]) -> Split:
+    images = torch.from_numpy(np.concatenate([pixels for pixels, _ in rows]).reshape(-1, 3, SIDE, SIDE))
+    return Split(images, torch.from_numpy(np.concatenate([labels for _, labels in rows])))
 
 
 def _find(root: Path) -> Path | None:

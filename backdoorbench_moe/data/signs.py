@@ -10,7 +10,7 @@ import torch
 
 from backdoorbench_moe.data import sign_drawing as drawing
 from backdoorbench_moe.data.base import Dataset, ImageSet, Split
-from backdoorbench_moe.data.images import check_image_size, resize
+from backdoorbench_moe.data.images import check_image_size, subset_and_resize
 
 # Raised by one whenever any pixel changes; part of the seed.
 VERSION = 1
@@ -70,11 +70,11 @@ class Signs(Dataset):
         """Draw both splits, each from its own seed."""
         train, test = draw_split(0, TRAIN_IMAGES), draw_split(1, TEST_IMAGES)
         return ImageSet(
-            "signs", self._resized(train), self._resized(test), tuple(sign.name for sign in SIGNS)
+            "signs",
+            subset_and_resize(train, self.train_images, "train_images", self.image_size),
+            subset_and_resize(test, self.test_images, "test_images", self.image_size),
+            tuple(sign.name for sign in SIGNS),
         )
-
-    def _resized(self, split: Split) -> Split:
-        return Split(resize(split.images, self.image_size), split.labels)
 
 
 def draw_split(stream: int, count: int) -> Split:

@@ -1,0 +1,180 @@
+"""The German Traffic Sign Recognition Benchmark."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from pathlib import Path
+
+import torch
+
+from backdoorbench_moe.data.base import Dataset, ImageSet, Split, draw_subset
+from backdoorbench_moe.data.images import check_image_size, read_images
+from backdoorbench_moe.data.roots import data_root, missing
+from backdoorbench_moe.errors import BbmoeWarning, DataError
+
+TEST_CSV = "GT-final_test.csv"
+PAPER_TRAIN_IMAGES = 39_209
+CLASSES = (
+    *(f"speed limit {limit}" for limit in (20, 30, 50, 60, 70, 80)),
+    "end of speed limit 80",
+    "speed limit 100",
+    "speed limit 120",
+    "no overtaking",
+    "no overtaking for lorries",
+    "priority at next crossing",
+    "priority road",
+    "give way",
+    "stop",
+    "no vehicles",
+    "no lorries",
+    "no entry",
+    "danger",
+    "bend to the left",
+    "bend to the right",
+    "double bend",
+    "bumpy road",
+    "slippery road",
+    "road narrows on the right",
+    "road works",
+    "traffic lights ahead",
+    "pedestrians",
+    "children",
+    "bicycles",
+    "ice or snow",
+    "wild animals",
+    "end of all limits",
+    "turn right",
+    "turn left",
+    "ahead only",
+    "ahead or right",
+    "ahead or left",
+    "keep right",
+    "keep left",
+    "roundabout",
+    "end of no overtaking",
+    "end of no overtaking for lorries",
+)
+
+Files = list[tuple[Path, int]]
+
+
+class GTSRB(Dataset):
+    """GTSRB (Stallkamp et al. 2012): 43 classes, 39,209 training and 12,630 test images.
+
+    root: the folder GTSRB, or one that holds it; default $BBMOE_DATA, then ~/.cache/backdoorbench_moe.
+    The published layout is Final_Training/Images/000CC/{*.ppm,GT-000CC.csv}, Final_Test/Images/*.ppm and
+    GT-final_test.csv (beside them or with the test images). torchvision's layout (Training/000CC/*.ppm)
+    is another archive with 26,640 training images, not the paper's: a BbmoeWarning says so.
+    Data with fewer images or classes is taken as it is.
+    image_size: side in pixels that every image is resized to, whatever its size and aspect ratio
+    (bilinear, antialiased); the whole image is taken, not the region of interest.
+    train_images, test_images: as in `Dataset`.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | None = None,
+        image_size: int = 32,
+        train_images: int | None = None,
+        test_images: int | None = None,
+    ) -> None:
+        super().__init__(train_images=train_images, test_images=test_images)
+        self.root, self.image_size = root, check_image_size(image_size)
+
+    def read(self) -> ImageSet:
+        """Read both splits. Raises DataError naming the file and what is wrong with it."""
+        base = _find(data_root(self.root))
+        published = base / "Final_Training" / "Images"
+        if published.is_dir():
+            train = [
+                pair for folder, label in _class_folders(published) for pair in _class_rows(folder, label)
+            ]
+        else:
+            train = _torchvision_files(base / "Training")
+        test = _test_files(base)
+        return ImageSet(
+            "gtsrb",
+            self._read(train, self.train_images, "train_images"),
+            self._read(test, self.test_images, "test_images"),
+            CLASSES,
+        )
+
+    def _read(self, files: Files, count: int | None, name: str) -> Split:
+        kept = [files[index] for index in draw_subset(len(files), count, name).tolist()]
+        images = read_images([path for path, _ in kept], self.image_size, crop=False)
+        return Split(images, torch.tensor([label for _, label in kept], dtype=torch.int64))
+
+
+def _find(root: Path) -> Path:
+    """The folder that holds the training images, at or under `root`."""
+    for base in (root, root / "GTSRB", root / "gtsrb" / "GTSRB"):
+        if (base / "Final_Training" / "Images").is_dir() or (base / "Training").is_dir():
+            return base
+    raise missing("gtsrb", root, "GTSRB/Final_Training/Images, gtsrb/GTSRB/Training", "")
+
+
+def _class_folders(folder: Path) -> list[tuple[Path, int]]:
+    names = {f"{label:05d}": label for label in range(len(CLASSES))}
+    folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    for path in folders:
+        if path.name not in names:
+            raise DataError(f"{path}: expected class folders 00000 to {len(CLASSES) - 1:05d}")
+    return [(path, names[path.name]) for path in folders]
+
+
+def _class_rows(folder: Path, label: int) -> Files:
+    table = folder / f"GT-{folder.name}.csv"
+    files = _read_rows(table, folder)
+    for path, given in files:
+        if given != label:
+            raise DataError(f"{table}: {path.name}: expected ClassId {label} as its folder says, got {given}")
+    return files
+
+
+def _torchvision_files(folder: Path) -> Files:
+    files = [(path, label) for sub, label in _class_folders(folder) for path in sorted(sub.glob("*.ppm"))]
+    warnings.warn(
+        f"gtsrb: {folder} is torchvision's layout with {len(files):,} training images; the published set, "
+        f"and the paper's, has {PAPER_TRAIN_IMAGES:,} in Final_Training/Images",
+        BbmoeWarning,
+        stacklevel=2,
+    )
+    return files
+
+
+def _test_files(base: Path) -> Files:
+    images = base / "Final_Test" / "Images"
+    places = [folder / TEST_CSV for folder in (base, images.parent, images, base.parent)]
+    table = next((place for place in places if place.is_file()), None)
+    if table is None:
+        raise DataError(
+            f"{places[0]}: is missing (also looked in {', '.join(str(p.parent) for p in places[1:])})"
+        )
+    return _read_rows(table, images)
+
+
+def _read_rows(table: Path, folder: Path) -> Files:
+    """The files of `folder` and their labels as `table` (';' between columns) says.
+
+    Raises DataError where the table is missing or damaged, or the two do not fit each other.
+    """
+    try:
+        there = {path.name for path in folder.iterdir() if path.suffix == ".ppm"}
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            rows = [(row["Filename"], row["ClassId"]) for row in csv.DictReader(file, delimiter=";")]
+    except FileNotFoundError as error:
+        raise DataError(f"{error.filename}: is missing") from error
+    except KeyError as error:
+        raise DataError(f"{table}: expected the columns Filename and ClassId, found no {error}") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{table}: cannot be read ({error})") from error
+    for name, label in rows:
+        if name not in there:
+            raise DataError(f"{folder / str(name)}: is missing, but {table.name} names it")
+        if not (label or "").isdecimal() or int(label) >= len(CLASSES):
+            raise DataError(f"{table}: {name}: expected a ClassId in 0..{len(CLASSES) - 1}, got {label!r}")
+    if unnamed := there.difference(name for name, _ in rows):
+        raise DataError(f"{table}: has no row for {len(unnamed)} images, such as {min(unnamed)}")
+    return [(folder / name, int(label)) for name, label in rows]

@@ -1,0 +1,147 @@
+"""GTSRB in the published layout and in torchvision's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from backdoorbench_moe.data import create_dataset
+from backdoorbench_moe.errors import BbmoeWarning, DataError
+
+HEADER = "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId"
+
+
+def ppm(path: Path, value: int, size: tuple[int, int] = (32, 32)) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, 0, 255 - value)).save(path)
+    return path.name
+
+
+def write_csv(path: Path, rows: list[tuple[str, object]]) -> None:
+    lines = [HEADER, *(f"{name};32;32;0;0;31;31;{label}" for name, label in rows)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """Three images each of classes 0, 7 and 42; two test images, not in their names' order."""
+    base = tmp_path / "GTSRB"
+    for label in (0, 7, 42):
+        folder = base / "Final_Training" / "Images" / f"{label:05d}"
+        names = [ppm(folder / f"00000_{i:05d}.ppm", label + i, (15 + 40 * i, 30 + i)) for i in range(3)]
+        write_csv(folder / f"GT-{label:05d}.csv", [(name, label) for name in names])
+    tests = base / "Final_Test" / "Images"
+    write_csv(base / "GT-final_test.csv", [(ppm(tests / "1.ppm", 100), 42), (ppm(tests / "0.ppm", 200), 7)])
+    return base
+
+
+def load(root: Path, **options):
+    return create_dataset("gtsrb", root=str(root), **options).load()
+
+
+def test_published_layout(base) -> None:
+    images = load(base)
+    assert images.train.labels.tolist() == [0, 0, 0, 7, 7, 7, 42, 42, 42]
+    assert images.train.images[:, 0, 5, 5].tolist() == [0, 1, 2, 7, 8, 9, 42, 43, 44]
+    assert images.test.labels.tolist() == [42, 7] and images.test.images[:, 0, 9, 9].tolist() == [100, 200]
+    assert images.train.images.shape == (9, 3, 32, 32)
+    assert len(set(images.classes)) == 43
+    assert (images.classes[14], images.classes[13], images.classes[38]) == ("stop", "give way", "keep right")
+    assert load(base.parent).digest == images.digest
+
+
+@pytest.mark.parametrize("place", ["Final_Test", "Final_Test/Images", ".."])
+def test_places_of_the_test_csv(base, place) -> None:
+    (base / "GT-final_test.csv").rename(base / place / "GT-final_test.csv")
+    assert load(base).test.labels.tolist() == [42, 7]
+
+
+def test_image_size_and_subset(base) -> None:
+    images = load(base, image_size=48, train_images=4)
+    assert images.train.images.shape == (4, 3, 48, 48) and images.test.images.shape == (2, 3, 48, 48)
+    whole = load(base)
+    assert set(images.train.images[:, 0, 5, 5].tolist()) <= set(whole.train.images[:, 0, 5, 5].tolist())
+
+
+def test_torchvision_layout_says_its_count(base, tmp_path) -> None:
+    (tmp_path / "gtsrb").mkdir()
+    (base / "Final_Training" / "Images").rename(base / "Training")
+    base.rename(tmp_path / "gtsrb" / "GTSRB")
+    with pytest.warns(BbmoeWarning, match=r"torchvision's layout with 9 training images; .*39,209"):
+        images = load(tmp_path)
+    assert images.train.labels.tolist() == [0, 0, 0, 7, 7, 7, 42, 42, 42]
+
+
+def test_nothing_there(tmp_path) -> None:
+    with pytest.raises(DataError, match=r"gtsrb: .* holds none of: .*Final_Training.*--data-root"):
+        load(tmp_path)
+
+
+def seven(base: Path, *parts: str) -> Path:
+    return base.joinpath("Final_Training", "Images", "00007", *parts)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda base: seven(base, "GT-00007.csv").unlink(), r"GT-00007\.csv: is missing"),
+        (lambda base: (base / "GT-final_test.csv").unlink(), r"GT-final_test\.csv: is missing \(also looked"),
+        (
+            lambda base: seven(base, "00000_00001.ppm").unlink(),
+            r"00000_00001\.ppm: is missing, but GT-00007\.csv",
+        ),
+        (
+            lambda base: ppm(seven(base, "x.ppm"), 1),
+            r"GT-00007\.csv: has no row for 1 images, such as x\.ppm",
+        ),
+        (
+            lambda base: seven(base, "00000_00002.ppm").write_bytes(b"P6\n32 32\n255\nshort"),
+            r"00007/00000_00002\.ppm: cannot be read as an image",
+        ),
+        (
+            lambda base: seven(base).rename(seven(base).with_name("00043")),
+            "00043: expected class folders 00000",
+        ),
+        (
+            lambda base: write_csv(base / "GT-final_test.csv", [("0.ppm", 43), ("1.ppm", 0)]),
+            r"GT-final_test\.csv: 0\.ppm: expected a ClassId in 0\.\.42, got '43'",
+        ),
+        (
+            lambda base: write_csv(base / "GT-final_test.csv", [("0.ppm", -1), ("1.ppm", 0)]),
+            r"expected a ClassId in 0\.\.42, got '-1'",
+        ),
+        (
+            lambda base: write_csv(
+                seven(base, "GT-00007.csv"), [(f"00000_0000{i}.ppm", 8) for i in range(3)]
+            ),
+            r"00000_00000\.ppm: expected ClassId 7 as its folder says, got 8",
+        ),
+        (
+            lambda base: (base / "GT-final_test.csv").write_text("Filename;Width\n0.ppm;32\n"),
+            "expected the columns Filename and ClassId, found no 'ClassId'",
+        ),
+        (
+            lambda base: (base / "GT-final_test.csv").write_bytes(b"Filename;ClassId\n\xff\xfe"),
+            "cannot be read",
+        ),
+        (
+            lambda base: write_csv(base / "GT-final_test.csv", [("../../secret.ppm", 1)]),
+            r"secret\.ppm: is missing, but GT-final_test\.csv names it",
+        ),
+    ],
+)
+def test_damage_names_the_file_and_what_is_wrong(base, damage, message) -> None:
+    damage(base)
+    with pytest.raises(DataError, match=message):
+        load(base)
+
+
+def test_real_sample(samples) -> None:
+    images = load(samples)
+    assert len(images.train) == 1290 and len(images.test) == 860
+    assert images.train.labels.bincount().tolist() == [30] * 43
+    first = next((samples / "GTSRB" / "Final_Training" / "Images" / "00000").glob("00000_00000.ppm"))
+    np.testing.assert_array_equal(images.train.images[0].permute(1, 2, 0), np.asarray(Image.open(first)))
