@@ -24,11 +24,7 @@ class Option:
     @property
     def type_name(self) -> str:
         """The annotation as a reader would write it."""
-        if get_origin(self.annotation) is Literal:
-            return " | ".join(map(repr, get_args(self.annotation)))
-        return getattr(self.annotation, "__name__", str(self.annotation)) if isinstance(
-            self.annotation, type
-        ) and not get_args(self.annotation) else str(self.annotation).replace("NoneType", "None")
+        return _type_name(self.annotation)
 
 
 def list_options(target: Callable[..., object], *, given: Collection[str] = ()) -> dict[str, Option]:
@@ -89,14 +85,15 @@ def convert(value: object, annotation: Any, parameter: str) -> Any:
 
 
 def _convert_union(value: object, annotation: Any, parameter: str) -> Any:
-    if value is None and type(None) in get_args(annotation):
-        return None
+    near: UnknownNameError | None = None
     for choice in get_args(annotation):
         try:
             return convert(value, choice, parameter)
+        except UnknownNameError as error:
+            near = error
         except ConfigError:
             continue
-    raise ConfigError.expected(parameter, _describe(annotation), value)
+    raise near or ConfigError.expected(parameter, _describe(annotation), value)
 
 
 def _convert_tuple(value: object, arguments: tuple[Any, ...], parameter: str) -> tuple[Any, ...]:
@@ -110,9 +107,24 @@ def _convert_tuple(value: object, arguments: tuple[Any, ...], parameter: str) ->
 
 
 def _describe(annotation: Any) -> str:
+    """What a value must be, in words."""
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(_describe(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(repr, get_args(annotation)))
     if get_origin(annotation) is tuple:
         return f"a list ({', '.join('...' if a is Ellipsis else _describe(a) for a in get_args(annotation))})"
     return names.get(annotation, str(annotation))
+
+
+def _type_name(annotation: Any) -> str:
+    """A type as a reader would write it, a choice as its values."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(map(repr, arguments))
+    if origin in (Union, types.UnionType):
+        return " | ".join(map(_type_name, arguments))
+    if annotation is type(None):
+        return "None"
+    return annotation.__name__ if isinstance(annotation, type) and not arguments else str(annotation)

@@ -46,7 +46,8 @@ def test_good_options_are_converted() -> None:
         ({"size": 1, "mode": 1}, "part: mode: expected 'a' or 'b', got 1"),
         ({"size": 1, "color": 3}, "part: color: expected a list, got 3"),
         ({"size": 1, "color": ["x"]}, "part: color: expected an integer, got 'x'"),
-        ({"size": 1, "offset": [1]}, "part: offset: expected"),
+        ({"size": 1, "offset": 3}, "part: offset: expected 'left' or a list"),
+        ({"size": 1, "offset": "lift"}, "part: offset: unknown 'lift'; did you mean 'left'"),
         ({"size": 1, "file": 3}, "part: file: expected a text or none, got 3"),
     ],
 )
@@ -67,6 +68,8 @@ def test_listing() -> None:
     assert list(options) == ["size", "ratio", "mode", "color", "offset", "file", "seed"]
     assert options["mode"].type_name == "'a' | 'b'"
     assert options["file"].type_name == "str | None"
+    assert options["offset"].type_name == "'left' | tuple[int, int]"
+    assert options["size"].type_name == "int"
 
 
 def test_convert_keeps_any() -> None:

@@ -51,7 +51,7 @@ def test_builtins_and_plugins_are_found_by_the_same_lookup(monkeypatch, modules)
     registry = offer(monkeypatch, ("other", "invert", "thirdparty_good:Good"))
     assert registry.names() == ["invert", "square"]
     images = torch.rand(2, 3, 8, 8)
-    assert torch.equal(registry.create("invert")(images), 1 - images)
+    assert torch.equal(registry.create("invert", {})(images), 1 - images)
     assert registry.broken() == {}
 
 
@@ -77,8 +77,8 @@ def test_a_broken_plugin_is_named_and_nothing_else_breaks(monkeypatch, modules, 
     assert (candidate.package, candidate.name) == ("other", "bad")
     assert reason in text
     with pytest.raises(PluginError, match=r"'bad' from other 1\.0"):
-        registry.create("bad")
-    assert registry.create("square") is not None
+        registry.create("bad", {})
+    assert registry.create("square", {}) is not None
 
 
 def test_a_taken_name_stays_with_the_builtin_or_the_first_package(monkeypatch, modules) -> None:
@@ -88,7 +88,7 @@ def test_a_taken_name_stays_with_the_builtin_or_the_first_package(monkeypatch, m
         ("aa", "square", "thirdparty_good:Good"),
         ("bb", "invert", "thirdparty_good:Good"),
     )
-    assert type(registry.create("square")).__module__ == "backdoorbench_moe.triggers.square"
+    assert type(registry.create("square", {})).__module__ == "backdoorbench_moe.triggers.square"
     assert {c.package: text for c, text in registry.broken().items()} == {
         "aa": "the name 'square' is taken by backdoorbench-moe 1.0",
         "zz": "the name 'invert' is taken by bb 1.0",
@@ -109,7 +109,7 @@ def test_registering_from_running_code(modules) -> None:
             return images.clone()
 
     assert "mine" in registry.names()
-    assert isinstance(registry.create("mine", seed=4), Mine)
+    assert isinstance(registry.create("mine", {"seed": 4}), Mine)
     with pytest.raises(ConfigError, match="already taken"):
         registry.register("mine")(Mine)
     with pytest.raises(ConfigError, match="is no subclass"):

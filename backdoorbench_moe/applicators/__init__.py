@@ -14,7 +14,7 @@ registry: Registry[Applicator] = Registry("applicator", "backdoorbench_moe.appli
 
 def create_applicator(name: str, **options: object) -> Applicator:
     """Build the applicator called `name`. Raises UnknownNameError, ConfigError or PluginError."""
-    return registry.create(name, given=None, **options)
+    return registry.create(name, options)
 
 
 def list_applicators() -> list[str]:

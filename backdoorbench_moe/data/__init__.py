@@ -17,7 +17,7 @@ def create_dataset(name: str, **options: object) -> Dataset:
 
     Raises UnknownNameError, ConfigError or PluginError.
     """
-    return registry.create(name, **options)
+    return registry.create(name, options)
 
 
 def list_datasets() -> list[str]:

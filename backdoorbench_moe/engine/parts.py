@@ -100,4 +100,4 @@ def _create(registry: Registry[Any], part: PartSpec, defaults: Mapping[str, obje
     """Build a part; defaults count only where it has such an option and the spec does not set it."""
     known = registry.options(part.name)
     filled = {name: value for name, value in defaults.items() if name in known}
-    return registry.create(part.name, **{**filled, **part.options})
+    return registry.create(part.name, {**filled, **part.options})

@@ -18,7 +18,7 @@ def create_model(name: str, *, num_classes: int = 10, image_size: int = 32, **op
     Weights come from torch's global generator; seed it first. "timm:<architecture>" builds any timm
     model from scratch. Raises UnknownNameError, ConfigError or PluginError.
     """
-    return registry.create(name, given={"num_classes": num_classes, "image_size": image_size}, **options)
+    return registry.create(name, options, {"num_classes": num_classes, "image_size": image_size})
 
 
 def list_models() -> list[str]:

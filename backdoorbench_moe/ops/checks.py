@@ -18,12 +18,18 @@ def check_images(images: object, name: str, *, like: Tensor | None = None) -> No
     Raises ShapeError naming `name`, what was expected and what came.
     """
     if not isinstance(images, Tensor):
-        raise ShapeError(f"{name}: expected a float tensor (B, C, H, W) in [0, 1], got {type(images).__name__}")
+        raise ShapeError(
+            f"{name}: expected a float tensor (B, C, H, W) in [0, 1], got {type(images).__name__}"
+        )
     if images.ndim != 4 or not images.is_floating_point():
         raise ShapeError(
             f"{name}: expected a float tensor (B, C, H, W) in [0, 1], got {images.dtype} {tuple(images.shape)}"
         )
-    if like is not None and (images.shape, images.dtype, images.device) != (like.shape, like.dtype, like.device):
+    if like is not None and (images.shape, images.dtype, images.device) != (
+        like.shape,
+        like.dtype,
+        like.device,
+    ):
         raise ShapeError(
             f"{name}: expected {like.dtype} {tuple(like.shape)} on {like.device} like its input, "
             f"got {images.dtype} {tuple(images.shape)} on {images.device}"

@@ -14,7 +14,7 @@ registry: Registry[Trigger] = Registry("trigger", "backdoorbench_moe.triggers.ba
 
 def create_trigger(name: str, **options: object) -> Trigger:
     """Build the trigger called `name`. Raises UnknownNameError, ConfigError or PluginError."""
-    return registry.create(name, given=None, **options)
+    return registry.create(name, options)
 
 
 def list_triggers() -> list[str]:
