@@ -56,12 +56,13 @@ def read_images(paths: Sequence[Path], size: int, *, crop: bool) -> Tensor:
 def read_image(path: Path) -> Image.Image:
     """Decode one file as RGB. Raises DataError naming it, and its mode where that is not RGB's equal."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            image.load()
+        with Image.open(path, formats=FORMATS) as file:
+            file.load()
+            image: Image.Image = file
             mode, clear = image.mode, image.has_transparency_data
             if mode in MODES and clear:
                 image = image.convert("RGBA")
-                clear = image.getchannel("A").getextrema()[0] < 255
+                clear = image.getchannel("A").histogram()[255] < image.width * image.height
             if mode in MODES and not clear:
                 return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # A damaged file can fail in about any way inside its decoder.
