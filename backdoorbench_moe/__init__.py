@@ -1,3 +1,71 @@
-"""Backdoor attacks and defenses on Mixture-of-Experts image models."""
+"""Backdoor attacks and defenses on Mixture-of-Experts image models.
+
+The public interface, all imported on first use:
+
+- `attack(...)` does a whole run and returns it; `load_run(folder)` opens one.
+- `make_spec(...)` builds the frozen RunSpec that `attack` takes apart.
+- `create_trigger`, `create_applicator`, `create_model`, `create_dataset` and `list_triggers`, ... find
+  the parts by name, third-party ones included.
+- To write an own part, subclass `Trigger`, `Applicator`, `RoutedModel` or `Dataset`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "attack": "backdoorbench_moe.api",
+    "load_run": "backdoorbench_moe.api",
+    "make_spec": "backdoorbench_moe.api",
+    "Run": "backdoorbench_moe.engine.runner",
+    "RunSpec": "backdoorbench_moe.config",
+    "Observer": "backdoorbench_moe.engine.observer",
+    "BbmoeError": "backdoorbench_moe.errors",
+    "create_trigger": "backdoorbench_moe.triggers",
+    "list_triggers": "backdoorbench_moe.triggers",
+    "create_applicator": "backdoorbench_moe.applicators",
+    "list_applicators": "backdoorbench_moe.applicators",
+    "create_model": "backdoorbench_moe.models",
+    "list_models": "backdoorbench_moe.models",
+    "create_dataset": "backdoorbench_moe.data",
+    "list_datasets": "backdoorbench_moe.data",
+    "Trigger": "backdoorbench_moe.triggers.base",
+    "Applicator": "backdoorbench_moe.applicators.base",
+    "RoutedModel": "backdoorbench_moe.models.base",
+    "RoutedOutput": "backdoorbench_moe.models.base",
+    "Routing": "backdoorbench_moe.models.base",
+    "Dataset": "backdoorbench_moe.data.base",
+    "ImageSet": "backdoorbench_moe.data.base",
+    "Split": "backdoorbench_moe.data.base",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from backdoorbench_moe.api import attack, load_run, make_spec
+    from backdoorbench_moe.applicators import create_applicator, list_applicators
+    from backdoorbench_moe.applicators.base import Applicator
+    from backdoorbench_moe.config import RunSpec
+    from backdoorbench_moe.data import create_dataset, list_datasets
+    from backdoorbench_moe.data.base import Dataset, ImageSet, Split
+    from backdoorbench_moe.engine.observer import Observer
+    from backdoorbench_moe.engine.runner import Run
+    from backdoorbench_moe.errors import BbmoeError
+    from backdoorbench_moe.models import create_model, list_models
+    from backdoorbench_moe.models.base import RoutedModel, RoutedOutput, Routing
+    from backdoorbench_moe.triggers import create_trigger, list_triggers
+    from backdoorbench_moe.triggers.base import Trigger
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that importing the package costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

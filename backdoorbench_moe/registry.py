@@ -108,7 +108,9 @@ class Registry(Generic[T]):
         where = f"{self.kind} {name!r}"
         return {**check_options(part, options, where=where, given=(*self.given, *implied)), **implied}
 
-    def create(self, name: str, options: Mapping[str, object], given: Mapping[str, object] | None = None) -> T:
+    def create(
+        self, name: str, options: Mapping[str, object], given: Mapping[str, object] | None = None
+    ) -> T:
         """Build the part called `name` from the user's options, checked, and what the caller gives."""
         return cast(Callable[..., T], self.lookup(name))(**(given or {}), **self.check(name, options))
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# One thread a process, before torch loads: xdist runs as many processes as there are cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from tiny import Tiny

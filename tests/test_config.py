@@ -20,7 +20,9 @@ from backdoorbench_moe.errors import ConfigError, UnknownNameError
 
 
 def test_layers_win_in_order() -> None:
-    spec = build_spec({"train": {"lr": 0.3, "epochs": 4}}, {"train": {"lr": 0.2}}, chain_settings(["train.lr=0.1"]))
+    spec = build_spec(
+        {"train": {"lr": 0.3, "epochs": 4}}, {"train": {"lr": 0.2}}, chain_settings(["train.lr=0.1"])
+    )
     assert (spec.train.lr, spec.train.epochs) == (0.1, 4)
 
 
@@ -58,13 +60,22 @@ def test_attacks_on_the_same_model_share_their_clean_twin() -> None:
 
 
 def test_spec_survives_its_dict() -> None:
-    spec = build_spec({"poison": {"source": [1, 2], "labels": "dirty"}, "trigger": {"name": "blend", "ratio": 0.3}})
+    spec = build_spec(
+        {"poison": {"source": [1, 2], "labels": "dirty"}, "trigger": {"name": "blend", "ratio": 0.3}}
+    )
     assert spec_from_dict(spec.to_dict()) == spec
 
 
 @pytest.mark.parametrize(
     ("rate", "images", "count"),
-    [(0.0001, 50_000, 5), (0.0001, 39_209, 3), (0.29, 100, 29), (0.07, 100, 7), (1.0, 17, 17), (0.01, 199, 1)],
+    [
+        (0.0001, 50_000, 5),
+        (0.0001, 39_209, 3),
+        (0.29, 100, 29),
+        (0.07, 100, 7),
+        (1.0, 17, 17),
+        (0.01, 199, 1),
+    ],
 )
 def test_count_is_the_floor_in_exact_arithmetic(rate: float, images: int, count: int) -> None:
     assert PoisonSpec(rate=rate).count(images) == count
@@ -121,7 +132,10 @@ def test_bad_settings(text: str) -> None:
 
 
 def test_settings_are_typed_by_yaml() -> None:
-    assert chain_settings(["a.b=1", "a.c=x", "a.d=[1, 2]", "e=null"]) == {"a": {"b": 1, "c": "x", "d": [1, 2]}, "e": None}
+    assert chain_settings(["a.b=1", "a.c=x", "a.d=[1, 2]", "e=null"]) == {
+        "a": {"b": 1, "c": "x", "d": [1, 2]},
+        "e": None,
+    }
 
 
 def test_yaml_files(tmp_path) -> None:

@@ -24,7 +24,10 @@ class Dist:
 def offer(monkeypatch: pytest.MonkeyPatch, *offers: tuple[str, str, str]) -> Registry[Trigger]:
     """A registry that sees these (package, name, target) beside the built-in square."""
     points = []
-    for package, name, target in (("backdoorbench-moe", "square", "backdoorbench_moe.triggers.square:Square"), *offers):
+    for package, name, target in (
+        ("backdoorbench-moe", "square", "backdoorbench_moe.triggers.square:Square"),
+        *offers,
+    ):
         point = EntryPoint(name, target, "backdoorbench_moe.triggers")
         vars(point)["dist"] = Dist(package)
         points.append(point)
@@ -37,7 +40,8 @@ def modules(tmp_path, monkeypatch) -> None:
     """Modules a third party might write."""
     head = "from backdoorbench_moe.triggers.base import Trigger\n"
     (tmp_path / "thirdparty_good.py").write_text(
-        head + "class Good(Trigger):\n    def stamp(self, images):\n        return 1 - images\nclass Wrong: ...\n"
+        head
+        + "class Good(Trigger):\n    def stamp(self, images):\n        return 1 - images\nclass Wrong: ...\n"
     )
     (tmp_path / "thirdparty_broken.py").write_text("import a_module_that_is_not_there\n")
     (tmp_path / "thirdparty_exits.py").write_text("raise RuntimeError('no licence')\n")
@@ -119,7 +123,9 @@ def test_registering_from_running_code(modules) -> None:
 
 
 def test_options_of_a_part_are_checked() -> None:
-    with pytest.raises(UnknownNameError, match="trigger 'warp': option: unknown 'gridsize'; did you mean 'grid_size'"):
+    with pytest.raises(
+        UnknownNameError, match="trigger 'warp': option: unknown 'gridsize'; did you mean 'grid_size'"
+    ):
         triggers.create_trigger("warp", gridsize=2)
     with pytest.raises(ConfigError, match="trigger 'square': takes no ':big' behind its name"):
         triggers.create_trigger("square:big")

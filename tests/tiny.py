@@ -13,7 +13,9 @@ TINY_MODEL = {"name": "pmoe", "widen_factor": 1, "moe_channels": 8, "expert_chan
 class Tiny(Dataset):
     """Three classes told apart by colour, with noise: 96 training and 60 test images of 32x32."""
 
-    def __init__(self, *, salt: int = 0, train_images: int | None = None, test_images: int | None = None) -> None:
+    def __init__(
+        self, *, salt: int = 0, train_images: int | None = None, test_images: int | None = None
+    ) -> None:
         super().__init__(train_images=train_images, test_images=test_images)
         self.salt = salt
 

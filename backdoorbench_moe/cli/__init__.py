@@ -51,7 +51,9 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="bbmoe")
 def bbmoe() -> None:
     """Backdoor attacks and defenses on Mixture-of-Experts image models."""
@@ -59,7 +61,7 @@ def bbmoe() -> None:
 
 def main() -> None:
     """Run `bbmoe`; what a user did wrong is one line and exit code 2, never a traceback."""
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         sys.exit(bbmoe.main(prog_name="bbmoe", standalone_mode=False) or 0)
     except click.ClickException as error:

@@ -54,12 +54,16 @@ def spec_options(function: Any) -> Any:
         click.option("--source", metavar="CLASS,..", help="Poison images of these classes only."),
         click.option("--labels", metavar="KIND", help="dirty (relabelled) or clean.  [dirty]"),
         click.option("--mapping", metavar="KIND", help="all-to-one or all-to-all.  [all-to-one]"),
-        click.option("--patch-size", type=int, metavar="PX", help="Tile of the patch applicator.  [the model's]"),
+        click.option(
+            "--patch-size", type=int, metavar="PX", help="Tile of the patch applicator.  [the model's]"
+        ),
         click.option("--seed", type=int, metavar="N", help="[0]"),
         click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [auto]"),
         click.option("--precision", metavar="KIND", help="auto, fp32 or bf16.  [auto]"),
         click.option("--config", type=Path, metavar="FILE", help="YAML with any of these values."),
-        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any value, by dotted key."),
+        click.option(
+            "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any value, by dotted key."
+        ),
     ]
     for option in reversed(options):
         function = option(function)
@@ -74,7 +78,9 @@ def spec_from_flags(config: Path | None, settings: tuple[str, ...], flags: dict[
     given: Values = {}
     for flag, key in FLAGS.items():
         if (value := flags.get(flag)) is not None:
-            value = _classes(value) if flag == "source" else _number(value) if flag == "poison_rate" else value
+            value = (
+                _classes(value) if flag == "source" else _number(value) if flag == "poison_rate" else value
+            )
             first, _, second = key.partition(".")
             given = merge(given, {first: {second: value} if second else value})
     return build_spec(*layers, given, chain_settings(settings))

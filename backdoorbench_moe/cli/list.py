@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
 from backdoorbench_moe import applicators, data, models, triggers
+from backdoorbench_moe.registry import Registry
 
-REGISTRIES = {
+REGISTRIES: dict[str, Registry[Any]] = {
     "trigger": triggers.registry,
     "applicator": applicators.registry,
     "model": models.registry,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -55,13 +56,26 @@ class BarObserver(Observer):
     def on_train_start(self, name: str, *, epochs: int, done: int, images: int) -> None:
         """Show a bar over all images of all epochs."""
         self.on_message(f"training {name}")
-        columns = ("epoch {task.fields[epoch]}", "loss {task.fields[loss]}", "{task.fields[rate]:.0f} images/s")
+        columns = (
+            "epoch {task.fields[epoch]}",
+            "loss {task.fields[loss]}",
+            "{task.fields[rate]:.0f} images/s",
+        )
         self._bar = Progress(
-            BarColumn(), TaskProgressColumn(), *map(TextColumn, columns), TimeRemainingColumn(), console=self._console
+            BarColumn(),
+            TaskProgressColumn(),
+            *map(TextColumn, columns),
+            TimeRemainingColumn(),
+            console=self._console,
         )
         self._epochs, self._seen, self._start = epochs, 0, time.perf_counter()
         self._task: TaskID = self._bar.add_task(
-            "", total=epochs * images, completed=done * images, epoch=f"{done + 1}/{epochs}", loss="–", rate=0.0
+            "",
+            total=epochs * images,
+            completed=done * images,
+            epoch=f"{done + 1}/{epochs}",
+            loss="–",
+            rate=0.0,
         )
         self._bar.start()
 
@@ -69,7 +83,7 @@ class BarObserver(Observer):
         """Move the bar."""
         assert self._bar is not None
         self._seen += images
-        shown = {} if loss is None else {"loss": f"{loss:.3f}"}
+        shown: dict[str, Any] = {} if loss is None else {"loss": f"{loss:.3f}"}
         rate = self._seen / (time.perf_counter() - self._start)
         self._bar.update(self._task, advance=images, rate=rate, **shown)
 

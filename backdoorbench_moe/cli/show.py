@@ -1,4 +1,4 @@
-"""`bbmoe show`: a run folder, read and checked."""
+"""`bbmoe show`: run folders, read and checked."""
 
 from __future__ import annotations
 
@@ -10,36 +10,35 @@ import click
 
 
 @click.command("show")
-@click.argument("run", type=Path)
-@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
-def command(run: Path, as_json: bool) -> None:
-    """Print what the run folder RUN holds: settings, metrics, history, environment."""
+@click.argument("runs", type=Path, nargs=-1, required=True, metavar="RUN...")
+@click.option("--json", "as_json", is_flag=True, help="Print the records as JSON.")
+@click.option("--markdown", is_flag=True, help="Print one Markdown table of all runs.")
+def command(runs: tuple[Path, ...], as_json: bool, markdown: bool) -> None:
+    """Print what a run folder RUN holds: settings, metrics, history, environment; of several, one table."""
     from backdoorbench_moe.records import RunFolder
 
-    record = RunFolder(run).read()
+    records = [RunFolder(run).read() for run in runs]
     if as_json:
-        click.echo(json.dumps(asdict(record), indent=2))
+        documents = [asdict(record) for record in records]
+        click.echo(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
         return
     from rich.console import Console
-    from rich.table import Table
 
-    from backdoorbench_moe.cli.tables import metrics_table, settings_table
+    from backdoorbench_moe.cli import tables
 
+    if markdown:
+        click.echo(tables.markdown_table(records))
+        return
     console = Console(highlight=False)
-    console.print(f"{run}: {record.status}", soft_wrap=True, markup=False)
+    if len(records) > 1:
+        console.print(tables.runs_table(records))
+        return
+    record = records[0]
+    console.print(f"{runs[0]}: {record.status}", soft_wrap=True, markup=False)
     if record.error:
         console.print(f"error: {record.error}", style="red", markup=False)
-    console.print(settings_table(record))
+    console.print(tables.settings_table(record))
     if record.metrics:
-        console.print(metrics_table(record))
+        console.print(tables.metrics_table(record))
     if record.history:
-        table = Table("epoch", "loss", "train accuracy %", "lr", "seconds", box=None, pad_edge=False)
-        for row in record.history:
-            table.add_row(
-                str(row["epoch"]),
-                f"{row['loss']:.4f}",
-                f"{row['train_accuracy']:.2f}",
-                f"{row['lr']:.4g}",
-                f"{row['seconds']:.1f}",
-            )
-        console.print(table)
+        console.print(tables.history_table(record))

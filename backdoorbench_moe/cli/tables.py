@@ -115,3 +115,59 @@ def _inline(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key}={item}" if key != "name" else str(item) for key, item in value.items())
     return str(value)
+
+
+def history_table(record: Record) -> Table:
+    """Loss, accuracy, learning rate and time of every epoch."""
+    table = Table("epoch", "loss", "train accuracy %", "lr", "seconds", box=None, pad_edge=False)
+    for row in record.history:
+        shown = (
+            f"{row['loss']:.4f}",
+            f"{row['train_accuracy']:.2f}",
+            f"{row['lr']:.4g}",
+            f"{row['seconds']:.1f}",
+        )
+        table.add_row(str(row["epoch"]), *shown)
+    return table
+
+
+RUN_COLUMNS = ("data", "model", "trigger", "applicator", "poison", "seed", "epochs", "BA %", "ASR %", "CAD")
+
+
+def run_row(record: Record) -> list[str]:
+    """One run as a row under RUN_COLUMNS; metrics with their 95% interval."""
+    spec = record.run_spec
+    parts = (spec.trigger, spec.applicator)
+    names = ["clean" if part is None else _inline(part.to_dict()) for part in parts]
+    rate = "–" if spec.is_clean else f"{100 * spec.poison.rate:g}%"
+    return [
+        spec.dataset.name,
+        spec.model.name,
+        *(["clean", "–"] if spec.is_clean else names),
+        rate,
+        str(spec.seed),
+        str(spec.train.epochs),
+        *(_metric(record, name) for name in ("ba", "asr", "cad")),
+    ]
+
+
+def runs_table(records: Sequence[Record]) -> Table:
+    """Several runs, one a row."""
+    table = Table(*RUN_COLUMNS)
+    for record in records:
+        table.add_row(*run_row(record))
+    return table
+
+
+def markdown_table(records: Sequence[Record]) -> str:
+    """Several runs as a Markdown table, one a row."""
+    rows = [list(RUN_COLUMNS), ["---"] * len(RUN_COLUMNS), *map(run_row, records)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _metric(record: Record, name: str) -> str:
+    metric = record.metrics.get(name)
+    if metric is None:
+        return "–"
+    interval = f" [{metric['low']:.1f}, {metric['high']:.1f}]" if "low" in metric else ""
+    return f"{metric['value']:.2f}{interval}"

@@ -59,7 +59,7 @@ class Trainer:
         on_checkpoint: Callable[[dict[str, Tensor], dict[str, Any]], None],
         observer: Observer | None = None,
     ) -> None:
-        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model = model.to(device).to(memory_format=torch.channels_last)
         self.split, self.spec, self.seed, self.device = split, spec, seed, device
         self.optimizer = make_optimizer(model, spec, device)
         self.step = TrainStep(model, self.optimizer, split, device, precision)

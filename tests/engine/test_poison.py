@@ -10,7 +10,13 @@ from backdoorbench_moe.config import PoisonSpec
 from backdoorbench_moe.data.base import ImageSet, Split
 from backdoorbench_moe.engine import poison
 from backdoorbench_moe.engine.parts import Stamper
-from backdoorbench_moe.engine.poison import apply_plan, check_classes, plan_poison, stamp_images, triggered_test
+from backdoorbench_moe.engine.poison import (
+    apply_plan,
+    check_classes,
+    plan_poison,
+    stamp_images,
+    triggered_test,
+)
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.triggers import create_trigger
 

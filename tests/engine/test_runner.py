@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_spec
 from safetensors import safe_open
+from tiny import tiny_spec
 
 from backdoorbench_moe.data import create_dataset
 from backdoorbench_moe.engine.evaluate import count_hits
@@ -60,7 +60,9 @@ def test_the_run_folder_holds_all_the_design_says(tmp_path) -> None:
         entry = record["metrics"][metric]
         assert entry["n"] == count and 0 <= entry["low"] <= entry["value"] <= entry["high"] <= 100
     assert set(record["seeds"]) == {"run", "init", "poison", "trigger"}
-    assert {"python", "packages", "device", "precision", "threads", "git_commit"} <= set(record["environment"])
+    assert {"python", "packages", "device", "precision", "threads", "git_commit"} <= set(
+        record["environment"]
+    )
     clean = load_run(tmp_path / record["clean_twin"])
     assert record["metrics"]["cad"] == {"value": clean.value("ba") - run.value("ba"), "n": 60}
     with safe_open(run.folder.path / "model.safetensors", framework="pt") as opened:
@@ -134,7 +136,9 @@ def test_killed_in_the_middle_of_anything_it_goes_on(tmp_path) -> None:
         process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path), here])
         deadline = time.monotonic() + 60
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        while time.monotonic() < deadline and not (checkpoint.exists() and checkpoint.stat().st_mtime_ns > before):
+        while time.monotonic() < deadline and not (
+            checkpoint.exists() and checkpoint.stat().st_mtime_ns > before
+        ):
             time.sleep(0.01)
         time.sleep(delay)
         assert process.poll() is None, "it finished before it was killed"
@@ -199,7 +203,10 @@ def test_a_model_of_another_shape_is_refused(tmp_path) -> None:
     tensors, header = run.folder.load_tensors()
     tensors["head.weight"] = torch.zeros(5, 5)
     run.folder.save_model(tensors, header)
-    with pytest.raises(RecordError, match=r"model\.safetensors: weight 'head\.weight': expected shape \(3, 16\), got \(5, 5\)"):
+    with pytest.raises(
+        RecordError,
+        match=r"model\.safetensors: weight 'head\.weight': expected shape \(3, 16\), got \(5, 5\)",
+    ):
         run.model()  # fmt: skip
 
 
@@ -217,7 +224,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path) -> None:
 def test_the_backdoor_takes(tmp_path) -> None:
     """The method works end to end on data where it is easy: high BA, high ASR, and a twin without it."""
     white = {"name": "square", "colour": [1.0, 1.0, 1.0]}
-    spec = tiny_spec(trigger=white, train={"epochs": 30, "batch_size": 8, "lr": 0.1, "momentum": 0.9, "schedule": "one-cycle"})
+    spec = tiny_spec(
+        trigger=white,
+        train={"epochs": 30, "batch_size": 8, "lr": 0.1, "momentum": 0.9, "schedule": "one-cycle"},
+    )
     [run] = run_attack(spec, output=tmp_path)
     assert run.value("ba") > 90 and run.value("asr") > 80
     triggered, _ = triggered_test(create_dataset("tiny").load(), spec.poison, run.stamper())

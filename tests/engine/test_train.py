@@ -22,7 +22,14 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten())
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 4, 3),
+            nn.Conv2d(4, 4, 1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Dropout(0.2),
+            nn.Flatten(),
+        )
         self.head = nn.Linear(4 * 36, 3)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -41,7 +48,9 @@ def make_trainer(spec: TrainSpec, saved: list, model: nn.Module | None = None) -
 
     def keep(tensors, state) -> None:
         # Contiguous, as they come back from disk, whatever the layout they had in memory.
-        copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        copies = {
+            name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        }
         saved.append((copies, {**state, "history": [*state["history"]]}))
 
     return Trainer(model, make_split(), spec, seed=7, device=CPU, precision="fp32", on_checkpoint=keep)
@@ -91,11 +100,16 @@ def test_the_routers_own_loss_is_added() -> None:
 
         def forward_routed(self, images):
             logits = torch.zeros(len(images), 3) + 0 * self.weight
-            routings = [Routing("a", logits, logits > 0, 2 * self.weight.sum()), Routing("b", logits, logits > 0)]
+            routings = [
+                Routing("a", logits, logits > 0, 2 * self.weight.sum()),
+                Routing("b", logits, logits > 0),
+            ]
             return RoutedOutput(logits, routings)
 
     model = Balanced()
-    TrainStep(model, make_optimizer(model, TrainSpec(lr=0.5), CPU), make_split(4), CPU, "fp32")(torch.arange(4))
+    TrainStep(model, make_optimizer(model, TrainSpec(lr=0.5), CPU), make_split(4), CPU, "fp32")(
+        torch.arange(4)
+    )
     assert model.weight.item() == pytest.approx(-0.5 * 2)
 
 
@@ -107,7 +121,9 @@ def test_input_is_scaled_and_channels_last() -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_going_on_from_any_epoch_gives_the_same_bits(optimizer) -> None:
-    spec = TrainSpec(epochs=3, batch_size=16, optimizer=optimizer, lr=0.01, momentum=0.9, schedule="one-cycle")
+    spec = TrainSpec(
+        epochs=3, batch_size=16, optimizer=optimizer, lr=0.01, momentum=0.9, schedule="one-cycle"
+    )
     saved: list = []
     whole = make_trainer(spec, saved)
     whole.fit("whole")

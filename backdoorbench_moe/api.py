@@ -1,0 +1,58 @@
+"""The toolbox from Python: what the command line does, as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from backdoorbench_moe.config import RunSpec, build_spec, chain_settings
+from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.engine.runner import Run, load_run, run_attack
+
+__all__ = ["attack", "load_run", "make_spec"]
+
+Part = str | Mapping[str, Any]
+
+
+def make_spec(settings: Sequence[str] = (), **values: Any) -> RunSpec:
+    """Build a RunSpec from nested values over the recipe's.
+
+    values: keys of RunSpec; a part is a name, or {"name": ..., option: value}; `poison` and `train` are
+    dicts. settings: "dotted.key=value" texts, which win. Raises UnknownNameError or ConfigError naming
+    the key, what was expected and what came.
+    """
+    return build_spec(values, chain_settings(settings))
+
+
+def attack(
+    *,
+    model: Part = "pmoe",
+    trigger: Part = "warp",
+    applicator: Part = "patch",
+    dataset: Part = "signs",
+    recipe: str = "quick",
+    output: Path | str = "runs",
+    repeats: int = 1,
+    twin: bool = True,
+    observer: Observer | None = None,
+    settings: Sequence[str] = (),
+    **values: Any,
+) -> list[Run]:
+    """Backdoor a model and measure it, as `bbmoe attack` does; returns one Run a seed.
+
+    Each run's `value("ba")`, `value("asr")` and (with `twin`) `value("cad")` are percent; `model()` is
+    the trained model, `stamper()` the trigger as it was applied. Interrupted, the same call goes on from
+    the last finished epoch; finished, it trains nothing. Other keys are those of `make_spec`. Raises
+    BbmoeError for anything the user can mend.
+    """
+    spec = make_spec(
+        settings,
+        model=model,
+        trigger=trigger,
+        applicator=applicator,
+        dataset=dataset,
+        recipe=recipe,
+        **values,
+    )
+    return run_attack(spec, output=output, repeats=repeats, twin=twin, observer=observer)

@@ -1,0 +1,229 @@
+"""The command line: what it prints, what it exits with, and that a user never sees a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from backdoorbench_moe import cli
+
+SMALL = [
+    *("--dataset", "tiny", "--recipe", "paper", "--epochs", "1", "--batch-size", "32", "--precision", "fp32"),
+    *("--set", "model.widen_factor=1", "--set", "model.moe_channels=8", "--set", "model.expert_channels=4"),
+    *("--poison-rate", "0.25"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def bbmoe(capsys, monkeypatch):
+    """Run `bbmoe` in this process; gives exit code, stdout and stderr."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bbmoe", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return run
+
+
+def test_attack_prints_its_metrics_and_json_prints_nothing_else(bbmoe, tmp_path) -> None:
+    code, out, err = bbmoe(
+        "attack", *SMALL, "--trigger", "square", "--applicator", "image", "--output", tmp_path
+    )
+    assert code == 0
+    assert "attack success rate (ASR)" in out and "run folder" in out
+    assert "epoch 1/1" in err and "images/s" in err
+    code, out, err = bbmoe(
+        "attack", *SMALL, "--trigger", "square", "--applicator", "image", "--output", tmp_path, "--json"
+    )
+    assert code == 0 and "found finished" in err
+    document = json.loads(out)
+    metrics = document["runs"][0]["metrics"]
+    assert document["summary"]["asr"]["mean"] == metrics["asr"]["value"]
+    assert set(metrics) == {"ba", "asr", "cad"}
+
+
+def test_repeats_give_mean_deviation_and_every_seed(bbmoe, tmp_path) -> None:
+    args = (
+        "attack",
+        *SMALL,
+        "--trigger",
+        "blend",
+        "--repeats",
+        2,
+        "--no-twin",
+        "--output",
+        tmp_path,
+        "--quiet",
+    )
+    code, out, err = bbmoe(*args, "--json")
+    summary = json.loads(out)["summary"]["ba"]
+    first, second = summary["seeds"]["0"], summary["seeds"]["1"]
+    assert (code, err) == (0, "")
+    assert summary["mean"] == pytest.approx((first + second) / 2)
+    assert summary["std"] == pytest.approx(abs(first - second) / 2**0.5)
+    assert "seed 1" in bbmoe(*args)[1]
+
+
+def test_show(bbmoe, tmp_path) -> None:
+    bbmoe("attack", *SMALL, "--trigger", "square", "--no-twin", "--output", tmp_path, "--quiet")
+    [folder] = tmp_path.iterdir()
+    code, out, _ = bbmoe("show", folder)
+    assert code == 0 and "finished" in out and "clean accuracy (BA)" in out and "train accuracy" in out
+    assert json.loads(bbmoe("show", folder, "--json")[1])["status"] == "finished"
+
+
+def test_show_many_runs_is_one_table_to_paste(bbmoe, tmp_path) -> None:
+    bbmoe("attack", *SMALL, "--trigger", "square", "--output", tmp_path, "--quiet")
+    folders = sorted(tmp_path.iterdir())
+    code, out, _ = bbmoe("show", *folders, "--markdown")
+    lines = out.strip().splitlines()
+    assert code == 0 and len(lines) == 2 + len(folders)
+    assert lines[0].startswith("| data") and set(lines[1]) <= set("|-: ")
+    assert "square" in out and "clean" in out
+
+
+BAD = {
+    "unknown model": (["--model", "pmoo"], "model: unknown 'pmoo'; did you mean 'pmoe'"),
+    "unknown trigger": (["--trigger", "wrap"], "trigger: unknown 'wrap'; did you mean 'warp'"),
+    "unknown applicator": (["--applicator", "pach"], "applicator: unknown 'pach'; did you mean 'patch'"),
+    "unknown dataset": (["--dataset", "cifar"], "dataset: unknown 'cifar'; did you mean 'cifar10'"),
+    "unknown recipe": (["--recipe", "papr"], "recipe: unknown 'papr'; did you mean 'paper'"),
+    "rate over 1": (["--poison-rate", "1.5"], "poison.rate: expected a number in (0, 1], got 1.5"),
+    "rate 0": (["--poison-rate", "0"], "poison.rate: expected a number in (0, 1], got 0"),
+    "rate no number": (["--poison-rate", "lots"], "poison.rate: expected a number, got 'lots'"),
+    "rate too small": (["--poison-rate", "0.0001"], "poison.rate: 0.0001 of 96 images is no image"),
+    "target": (["--target", "3"], "poison.target: expected a class in 0..2, got 3"),
+    "source": (["--source", "0,x"], "--source: expected class numbers"),
+    "patch size": (["--patch-size", "5"], "patch_size"),
+    "patch size on image": (["--applicator", "image", "--patch-size", "4"], "unknown 'patch_size'"),
+    "device": (["--device", "cuda:9"], "device: expected one of"),
+    "precision": (["--precision", "fp8"], "precision: unknown 'fp8'"),
+    "unknown key": (["--set", "train.epoch=3"], "train: key: unknown 'epoch'; did you mean 'epochs'"),
+    "unknown option": (["--set", "trigger.strenth=3"], "unknown 'strenth'; did you mean 'strength'"),
+    "set": (["--set", "train.epochs"], "--set: expected dotted.key=value"),
+    "config": (["--config", "none.yaml"], "config file none.yaml: No such file"),
+    "repeats": (["--repeats", "0"], "--repeats: expected at least 1"),
+    "missing data": (["--dataset", "cifar10", "--data-root", "/nowhere"], "/nowhere"),
+    "no such flag": (["--trigggr", "warp"], "--trigger"),
+    "no number": (["--epochs", "many"], "epochs"),
+}
+
+
+@pytest.mark.parametrize(("args", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_clear_line_and_exit_2(bbmoe, tmp_path, args, message) -> None:
+    if "cuda:9" in args:
+        import torch
+
+        if torch.cuda.device_count() > 9:
+            pytest.skip("this machine has that device")
+    code, out, err = bbmoe("attack", *SMALL, *args, "--output", tmp_path / "runs", "--quiet")
+    assert (code, out) == (2, "")
+    assert message in err and "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_output_that_cannot_be_written(bbmoe, tmp_path) -> None:
+    (tmp_path / "runs").write_text("in the way")
+    code, _, err = bbmoe("attack", *SMALL, "--output", tmp_path / "runs", "--quiet")
+    assert code == 2 and "output folder" in err and err.count("\n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_output(bbmoe, tmp_path) -> None:
+    (tmp_path / "runs").mkdir(mode=0o555)
+    code, _, err = bbmoe("attack", *SMALL, "--output", tmp_path / "runs", "--quiet")
+    assert code == 2 and "Permission denied" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["show", "/nowhere"], "expected a folder with a record.json"),
+        (["atack"], "Did you mean 'attack'"),
+        (["info", "trigger", "wrap"], "did you mean 'warp'"),
+        (["info", "triger", "warp"], "did you mean 'trigger'"),
+        (["list", "modles"], "did you mean 'model'"),
+    ],
+)
+def test_other_commands_refuse_what_is_not_there(bbmoe, args, message) -> None:
+    code, _, err = bbmoe(*args)
+    assert code == 2 and message in err
+
+
+def test_a_damaged_record_is_one_line(bbmoe, tmp_path) -> None:
+    (tmp_path / "record.json").write_text('{"schema_version": 1')
+    code, _, err = bbmoe("show", tmp_path)
+    assert code == 2 and "damaged" in err and err.count("\n") == 1
+
+
+def test_yaml_flags_and_settings_win_in_order(bbmoe, tmp_path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("train: {lr: 0.3, epochs: 9}\npoison: {rate: 50%}\n")
+    args = (
+        "attack",
+        *SMALL,
+        "--config",
+        file,
+        "--lr",
+        "0.2",
+        "--set",
+        "train.momentum=0.5",
+        "--no-twin",
+        "--json",
+    )
+    document = json.loads(bbmoe(*args, "--quiet", "--output", tmp_path / "runs")[1])
+    spec = document["runs"][0]["spec"]
+    assert (spec["train"]["lr"], spec["train"]["epochs"], spec["train"]["momentum"]) == (0.2, 1, 0.5)
+    assert document["runs"][0]["poison"]["n"] == 24  # The flag's 25%, not the file's 50%.
+
+
+def test_list_and_info(bbmoe) -> None:
+    code, out, _ = bbmoe("list")
+    assert code == 0
+    assert all(name in out for name in ("warp", "patch", "pmoe", "timm:<architecture>", "signs"))
+    names = [part["name"] for part in json.loads(bbmoe("list", "triggers", "--json")[1])["parts"]]
+    assert {"square", "blend", "warp"} <= set(names)
+    code, out, _ = bbmoe("info", "trigger", "warp")
+    assert code == 0 and "grid_size" in out and "'bilinear' | 'truncate'" in out
+    code, out, _ = bbmoe("info", "model", "pmoe", "--json")
+    size = json.loads(out)["size"]
+    assert size["parameters"] > 3_900_000 and size["multiply_adds"] > 100 * size["parameters"]
+    assert "multiply-adds" in bbmoe("info", "model", "pmoe", "--set", "widen_factor=1")[1]
+
+
+COLD = """
+import sys
+from backdoorbench_moe import cli
+sys.argv = ["bbmoe", *{args!r}]
+try:
+    cli.main()
+finally:
+    heavy = [name for name in ("torch", "kornia", "timm", "scipy", "matplotlib", "numpy") if name in sys.modules]
+    print("heavy:", heavy, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        (["--help"], 0),
+        (["list", "datasets"], 0),
+        (["attack", "--help"], 0),
+        (["attack", "--trigger", "wrap"], 2),
+    ],
+)
+def test_answers_that_need_no_torch_come_without_it(args, code) -> None:
+    program = COLD.format(args=args)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    assert result.returncode == code, result.stderr
+    assert "heavy: []" in result.stderr
