@@ -189,7 +189,11 @@ def build_spec(*layers: Mapping[str, Any]) -> RunSpec:
     chosen = merge({"recipe": "quick", "model": {"name": "pmoe"}, "dataset": {"name": "signs"}}, *layers)
     recipe = load_recipe(chosen["recipe"])
     models = recipe.pop("models", {})
-    base = {**recipe, "model": {"name": chosen["model"]["name"], **models.get(chosen["model"]["name"], {})}}
+    base = {
+        **recipe,
+        "dataset": {"name": chosen["dataset"]["name"]},
+        "model": {"name": chosen["model"]["name"], **models.get(chosen["model"]["name"], {})},
+    }
     return spec_from_dict(merge({"recipe": chosen["recipe"]}, base, *layers))
 
 

@@ -28,7 +28,7 @@ def test_layers_win_in_order() -> None:
 
 def test_recipe_gives_the_model_its_options_and_flags_win_over_it() -> None:
     spec = build_spec({"recipe": "quick", "model": {"name": "pmoe", "widen_factor": 5}})
-    assert spec.model.options == {"widen_factor": 5, "moe_channels": 128, "expert_channels": 32}
+    assert spec.model.options == {"widen_factor": 5, "moe_channels": 128, "expert_channels": 32, "bn_momentum": 0.1}
     assert build_spec({"recipe": "quick", "model": "vgg16_bn"}).model.options == {}
 
 
@@ -38,6 +38,11 @@ def test_paper_recipe_is_the_papers() -> None:
         25, 128, 0.1, 0.0, 0.0, "constant",
     )  # fmt: skip
     assert build_spec({"recipe": "paper"}).model.options == {}
+
+
+def test_options_of_the_default_data_set_need_no_name() -> None:
+    dataset = build_spec({"dataset": {"train_images": 64}}).dataset
+    assert (dataset.name, dataset.options) == ("signs", {"train_images": 64})
 
 
 def test_another_name_drops_the_options_of_the_first() -> None:
