@@ -13,7 +13,13 @@ from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.models.base import RoutedModel, RoutedOutput, Routing
 from backdoorbench_moe.models.checks import check_positive
 from backdoorbench_moe.models.keras import pmoe_from_keras
-from backdoorbench_moe.models.wrn_blocks import SameConv2d, WideTrunk, batch_norm, glorot_linear
+from backdoorbench_moe.models.wrn_blocks import (
+    SameConv2d,
+    WideTrunk,
+    batch_norm,
+    glorot_linear,
+    set_bn_momentum,
+)
 
 __all__ = ["PMoE", "PatchMoE", "PatchRouter", "pmoe_from_keras", "select_top"]
 
@@ -85,7 +91,7 @@ class PMoE(RoutedModel):
     `widen_factor` sets the trunk's 16k and 32k channels, `moe_channels` those of the routed map,
     `expert_channels` what each of `num_experts` gives; each takes the `top_k` best of the P cells.
     `gate_std` is the standard deviation the gates are drawn with: 1e-4 as in the reference's code
-    (the paper's N(0, 1e-4) could be read as a variance).
+    (the paper's N(0, 1e-4) could be read as a variance). `bn_momentum` is PyTorch's; 0.01 is Keras's 0.99.
 
     The map is a quarter of the image on a side, so patch_size is 4. Raises ConfigError for sizes
     below 1, an image size that is no multiple of 4, and a `top_k` over P. Source: Chowdhury et al., ICML
@@ -106,6 +112,7 @@ class PMoE(RoutedModel):
         num_experts: int = 4,
         top_k: int = 16,
         gate_std: float = 1e-4,
+        bn_momentum: float = 0.01,
     ) -> None:
         super().__init__()
         check_positive(
@@ -132,6 +139,7 @@ class PMoE(RoutedModel):
         )
         self.norm = batch_norm(num_experts * expert_channels)
         self.head = glorot_linear(num_experts * expert_channels, num_classes)
+        set_bn_momentum(self, bn_momentum)
 
     def forward_routed(self, images: Tensor) -> RoutedOutput:
         """Images (B, 3, H, W) in [0, 1] to logits and the routing of the one routed layer.

@@ -6,7 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backdoorbench_moe.models.checks import check_image_size, check_positive
-from backdoorbench_moe.models.wrn_blocks import WideBlock, WideTrunk, batch_norm, glorot_linear
+from backdoorbench_moe.models.wrn_blocks import (
+    WideBlock,
+    WideTrunk,
+    batch_norm,
+    glorot_linear,
+    set_bn_momentum,
+)
 
 
 class WideResNet(nn.Module):
@@ -17,7 +23,14 @@ class WideResNet(nn.Module):
     averages over a window fixed for its images; here it is the whole map, whatever the image size.
     """
 
-    def __init__(self, *, num_classes: int = 10, image_size: int = 32, widen_factor: int = 10) -> None:
+    def __init__(
+        self,
+        *,
+        num_classes: int = 10,
+        image_size: int = 32,
+        widen_factor: int = 10,
+        bn_momentum: float = 0.01,
+    ) -> None:
         super().__init__()
         check_positive(num_classes=num_classes, widen_factor=widen_factor)
         check_image_size(image_size, at_least=4)
@@ -25,6 +38,7 @@ class WideResNet(nn.Module):
         self.block3 = WideBlock(32 * widen_factor, 64 * widen_factor, stride=2)
         self.norm = batch_norm(64 * widen_factor)
         self.head = glorot_linear(64 * widen_factor, num_classes)
+        set_bn_momentum(self, bn_momentum)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to logits (B, classes)."""

@@ -5,10 +5,25 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backdoorbench_moe.errors import ConfigError
+
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
     """BatchNorm as Keras has it: eps 1e-3, and momentum 0.99, which PyTorch writes as 0.01."""
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
+
+
+def set_bn_momentum(model: nn.Module, momentum: float) -> None:
+    """Set how fast running statistics follow the batches, in (0, 1] as PyTorch counts it.
+
+    Keras's 0.01 needs some hundred steps to forget the first ones; a run of few steps needs more. Raises
+    ConfigError.
+    """
+    if not 0 < momentum <= 1:
+        raise ConfigError.expected("bn_momentum", "a number in (0, 1]", momentum)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
 
 
 class SameConv2d(nn.Conv2d):

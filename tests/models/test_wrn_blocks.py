@@ -3,7 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.models import create_model
 from backdoorbench_moe.models.wrn_blocks import SameConv2d, WideBlock
 
 
@@ -43,3 +46,13 @@ def test_block_of_zero_convolutions_is_its_shortcut():
     maps = torch.randn(2, 4, 8, 8)
     want = F.conv2d(maps[:, :, ::2, ::2], block.shortcut.weight)
     torch.testing.assert_close(block(maps), want)
+
+
+def test_bn_momentum_reaches_every_norm_and_is_kerass_by_default() -> None:
+    for name in ("pmoe", "wide_resnet"):
+        for options, momentum in (({}, 0.01), ({"bn_momentum": 0.25}, 0.25)):
+            model = create_model(name, widen_factor=1, **options)
+            norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+            assert norms and {norm.momentum for norm in norms} == {momentum}
+    with pytest.raises(ConfigError, match="bn_momentum"):
+        create_model("pmoe", bn_momentum=0.0)
