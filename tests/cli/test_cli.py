@@ -227,3 +227,10 @@ def test_answers_that_need_no_torch_come_without_it(args, code) -> None:
     )
     assert result.returncode == code, result.stderr
     assert "heavy: []" in result.stderr
+
+
+def test_help_comes_after_commands_were_imported(bbmoe) -> None:
+    """A command's module is an attribute of the package: `cli.list` must not take the place of list."""
+    assert bbmoe("list", "datasets")[0] == 0
+    code, out, _ = bbmoe("--help")
+    assert code == 0 and "attack" in out

@@ -1,0 +1,83 @@
+"""The group of commands; each is imported when it is called."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from importlib import import_module
+from typing import Any
+
+import click
+
+from backdoorbench_moe import __version__
+from backdoorbench_moe.errors import BbmoeError, BbmoeWarning
+
+COMMANDS = {
+    "attack": "Backdoor a model and measure it.",
+    "preview": "Draw what a trigger does to images.",
+    "show": "Print what a run folder holds.",
+    "list": "List triggers, applicators, models and data sets, and broken plug-ins.",
+    "info": "Describe one part and its options.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command when it is called, so that --help answers at once."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order in which they are used."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command; None for a name that is none."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"backdoorbench_moe.cli.{cmd_name}").command
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Refuse an unknown command with near names."""
+        import difflib
+
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            advice = f" Did you mean {near[0]!r}?" if near else f" Commands: {', '.join(COMMANDS)}."
+            raise click.UsageError(f"No such command {args[0]!r}.{advice}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(
+    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(__version__, prog_name="bbmoe")
+def bbmoe() -> None:
+    """Backdoor attacks and defenses on Mixture-of-Experts image models."""
+
+
+def main() -> None:
+    """Run `bbmoe`; what a user did wrong is one line and exit code 2, never a traceback."""
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    try:
+        sys.exit(bbmoe.main(prog_name="bbmoe", standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except BbmoeError as error:
+        click.echo(f"bbmoe: error: {error}", err=True)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("bbmoe: interrupted; the same command goes on from the last finished epoch", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    """Say our own warnings in one line; other libraries' do not concern the user of the command."""
+    if issubclass(category, BbmoeWarning):
+        click.echo(f"bbmoe: warning: {message}", err=True)

@@ -1,0 +1,72 @@
+"""What the README says is run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from backdoorbench_moe import triggers
+from backdoorbench_moe.cli import bbmoe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+BLOCKS = [text for language, text in FENCES if language == "python"]
+
+
+@pytest.mark.slow
+def test_the_python_example_runs(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    [example] = [block for block in BLOCKS if "bbmoe.attack" in block]
+    exec(compile(example, "README.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert re.search(r"BA \d+\.\d  ASR \d+\.\d  CAD -?\d+\.\d", out)
+    assert "torch.Size([8, 4, 64])" in out
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_the_trigger_takes_15_lines_and_works() -> None:
+    [example] = [block for block in BLOCKS if "(Trigger)" in block]
+    assert len(example.strip().splitlines()) <= 15
+    space: dict[str, type] = {}
+    exec(compile(example, "README.md", "exec"), space)
+    triggers.registry.register("invert")(space["Invert"])
+    try:
+        images = torch.rand(2, 3, 8, 8)
+        torch.testing.assert_close(triggers.create_trigger("invert", strength=1.0)(images), 1 - images)
+    finally:
+        triggers.registry.unregister("invert")
+
+
+def commands() -> list[str]:
+    """Every `bbmoe` command in a code block, without its comment."""
+    lines = [line for language, text in FENCES if not language for line in text.splitlines()]
+    return [line.partition("#")[0].strip() for line in lines if line.startswith("bbmoe ")]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_the_commands_take_the_flags_they_are_shown_with(line) -> None:
+    """Each command is parsed by its own click command; what it would do is tested elsewhere."""
+    _, name, *args = shlex.split(line)
+    command = bbmoe.get_command(None, name)  # type: ignore[arg-type]
+    assert command is not None
+    command.make_context(name, args)
+
+
+def test_help_lists_every_command_the_readme_names() -> None:
+    result = CliRunner().invoke(bbmoe, ["--help"], prog_name="bbmoe", catch_exceptions=False)
+    named = {line.split()[1] for line in commands()}
+    assert len(named) >= 5
+    assert named <= set(result.output.split())
+
+
+def test_files_the_readme_points_to_are_there() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links
+    missing = [link for link in links if not link.startswith("http") and not (ROOT / link).exists()]
+    assert not missing
