@@ -76,19 +76,6 @@ def attack(trigger: str, output: Path, *, path: list[Path]) -> subprocess.Comple
     return python("-m", "backdoorbench_moe", *arguments, path=path)
 
 
-def listed(path: list[Path]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    done = python("-m", "backdoorbench_moe", "list", "triggers", "--json", path=path)
-    assert done.returncode == 0, done.stderr
-    listing = json.loads(done.stdout)
-    return listing["parts"], listing["broken"]
-
-
-def test_it_is_listed_with_its_package_and_version(site) -> None:
-    parts, broken = listed([site])
-    assert {"kind": "trigger", "name": "sinusoid", "package": "bbmoe-example", "version": "0.1.0"} in parts
-    assert broken == []
-
-
 def test_it_attacks(site, tmp_path) -> None:
     done = attack("sinusoid", tmp_path, path=[site])
     assert done.returncode == 0, done.stderr
@@ -108,12 +95,15 @@ def test_it_keeps_to_the_interface(site) -> None:
     assert "test_four_columns_by_hand" in done.stdout and "test_images_do_not_mix" in done.stdout
 
 
-def test_bad_packages_are_listed_with_their_reasons_and_break_nothing_else(site, bad_site) -> None:
-    parts, broken = listed([site, bad_site])
-    origins = {row["name"]: row["package"] for row in parts}
-    assert {"sinusoid": "bbmoe-example", "warp": "backdoorbench-moe"}.items() <= origins.items()
-    assert "stripes" not in origins
-    reasons = {(row["package"], row["version"], row["name"]): row["reason"] for row in broken}
+def test_all_are_listed_the_bad_ones_with_their_reasons(site, bad_site) -> None:
+    done = python("-m", "backdoorbench_moe", "list", "triggers", "--json", path=[site, bad_site])
+    assert done.returncode == 0, done.stderr
+    listing = json.loads(done.stdout)
+    example = {"kind": "trigger", "name": "sinusoid", "package": "bbmoe-example", "version": "0.1.0"}
+    assert example in listing["parts"]
+    packages = {row["name"]: row["package"] for row in listing["parts"]}
+    assert packages["warp"] == "backdoorbench-moe" and "stripes" not in packages
+    reasons = {(row["package"], row["version"], row["name"]): row["reason"] for row in listing["broken"]}
     assert reasons.keys() == {("broken-stripes", "0.3", "stripes"), ("false-warp", "0.3", "warp")}
     assert "RuntimeError: no licence found" in reasons["broken-stripes", "0.3", "stripes"]
     assert "the name 'warp' is taken by backdoorbench-moe" in reasons["false-warp", "0.3", "warp"]
