@@ -1,0 +1,102 @@
+"""What the speed benchmarks share: options, child processes, and how a result is shown and kept.
+
+Imports no torch at the top: a child's peak memory is never below what its parent held when it started it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+SMALL_PMOE: dict[str, Any] = {"widen_factor": 2, "moe_channels": 128, "expert_channels": 32}
+# Linux counts ru_maxrss in KiB, macOS in bytes.
+MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+@dataclass(frozen=True)
+class Child:
+    """A finished process: wall seconds, CPU seconds and peak resident bytes of it and its own children."""
+
+    returncode: int
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the option every benchmark takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
+    return parser
+
+
+def at_least_one(text: str) -> int:
+    """Read a count, for argparse."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def run_child(command: Sequence[str], *, quiet: bool) -> Child:
+    """Run a process to its end. quiet: drop what it prints."""
+    output = subprocess.DEVNULL if quiet else None
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=output, stderr=output)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    cpu_seconds = usage.ru_utime + usage.ru_stime
+    return Child(process.returncode, seconds, cpu_seconds, usage.ru_maxrss * MAXRSS_UNIT)
+
+
+def bbmoe_command() -> list[str]:
+    """The installed `bbmoe` of this interpreter; the module where it is not installed."""
+    script = Path(sysconfig.get_path("scripts")) / "bbmoe"
+    return [str(script)] if script.is_file() else [sys.executable, "-m", "backdoorbench_moe"]
+
+
+def environment_of(device: str = "cpu", precision: str = "auto") -> dict[str, Any]:
+    """The environment as a run's record holds it."""
+    from backdoorbench_moe.engine.device import environment, resolve_device, resolve_precision
+
+    where = resolve_device(device)
+    return environment(where, resolve_precision(precision, where))
+
+
+def finish(result: dict[str, Any], table: Table, notes: Sequence[str], file: Path | None) -> None:
+    """Print the table, the notes and where it was measured; write the result where --json asks for it."""
+    console = Console(highlight=False)
+    console.print(table)
+    for note in notes:
+        console.print(note, markup=False)
+    console.print(footer(result["environment"]), style="dim", markup=False)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def footer(environment: Mapping[str, Any]) -> str:
+    """One line: versions and hardware."""
+    device = "" if environment["device"] == "cpu" else f", {environment['device']}"
+    return (
+        f"torch {environment['packages']['torch']}, Python {environment['python']}, "
+        f"{environment['cpu']}, {environment['threads']} threads{device}, "
+        f"commit {environment['git_commit'] or 'unknown'}"
+    )
+
+
+def verdict(met: bool) -> str:
+    """A goal's cell in a table."""
+    return "[green]met[/green]" if met else "[red]missed[/red]"

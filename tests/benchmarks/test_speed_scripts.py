@@ -1,0 +1,131 @@
+"""The speed benchmarks run, and write what their readers expect. Nothing here asks how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+SPEED = Path(__file__).parents[2] / "benchmarks" / "speed"
+ENVIRONMENT_KEYS = {"cpu", "device", "git_commit", "packages", "platform", "precision", "python", "threads"}
+
+
+def call(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script as a user does, on one thread."""
+    return subprocess.run(
+        [sys.executable, str(SPEED / script), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def measure(folder: Path, script: str, *arguments: str) -> dict[str, Any]:
+    """Run a script that succeeds, check what all results hold, and return its result."""
+    file = folder / "new folder" / "result.json"
+    done = call(script, *arguments, "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(file.read_text())
+    assert result["benchmark"] == script.removesuffix(".py")
+    assert result["environment"].keys() == ENVIRONMENT_KEYS
+    assert f"torch {result['environment']['packages']['torch']}" in done.stdout.replace("\n", " ")
+    return result
+
+
+@pytest.mark.slow
+def test_training(tmp_path: Path) -> None:
+    options = ("--model-size", "small", "--batches", "1", "--rounds", "2", "--threads", "1")
+    result = measure(tmp_path, "training.py", *options)
+    assert result["models"].keys() == {"small"}
+    small = result["models"]["small"]
+    assert small["options"] == {"widen_factor": 2, "moe_channels": 128, "expert_channels": 32}
+    # The gates of 4 experts and the head, which are easily counted by hand, are among the parameters.
+    assert small["parameters"] > 4 * 128 + 128 * 10 + 10
+    for loop in ("plain", "toolbox"):
+        rates = small["images_per_second_rounds"][loop]
+        assert len(rates) == 2
+        assert min(rates) <= small["images_per_second"][loop] <= max(rates)
+        rate = 2 * 3 * small["multiply_adds"] * small["images_per_second"][loop] / 1e9
+        assert small["gflops"][loop] == pytest.approx(rate)
+    ratios = [
+        ours / plain
+        for ours, plain in zip(
+            *(small["images_per_second_rounds"][k] for k in ("toolbox", "plain")), strict=True
+        )
+    ]
+    assert small["speedup"] == pytest.approx(sum(ratios) / 2)
+    assert "goal" not in small  # The goal is set for widen factor 10.
+
+
+@pytest.mark.slow
+def test_startup(tmp_path: Path) -> None:
+    result = measure(tmp_path, "startup.py", "--repeats", "1")
+    goals = {command: row["goal_seconds"] for command, row in result["commands"].items()}
+    assert goals == {
+        "python -c pass": None,
+        "bbmoe --help": 0.3,
+        "bbmoe list": 1.0,
+        "bbmoe attack --trigger wrap": 1.0,
+    }
+    for row in result["commands"].values():
+        assert row["seconds_runs"] == [row["seconds"]]
+        assert row["cpu_seconds"] > 0
+        assert row["goal_met"] == (row["goal_seconds"] and row["seconds"] <= row["goal_seconds"])
+
+
+@pytest.mark.slow
+def test_memory(tmp_path: Path) -> None:
+    write_cifar10(tmp_path / "data", images=16)
+    result = measure(tmp_path, "memory.py", "--data-root", str(tmp_path / "data"), "--train-images", "64")
+    assert result["train_images"] == 64
+    assert result["test_images"] == 16
+    assert result["runs"] == 2  # The victim and its clean twin.
+    assert result["spec"]["train"]["batch_size"] == 128
+    assert result["spec"]["train"]["epochs"] == 1
+    # Training holds what the import alone holds, and both are counted in bytes.
+    assert 50e6 < result["import_peak_bytes"] < result["peak_bytes"]
+    assert result["goal_met"] == (result["peak_bytes"] <= 2.5e9)
+    assert str(tmp_path) not in json.dumps(result)
+
+
+def test_memory_without_data(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    done = call("memory.py", "--data-root", str(tmp_path / "nowhere"), "--json", str(file))
+    assert done.returncode == 1
+    assert "nowhere" in done.stderr
+    assert "exit code 2" in done.stderr
+    assert not file.exists()
+
+
+@pytest.mark.slow
+def test_poisoning(tmp_path: Path) -> None:
+    result = measure(tmp_path, "poisoning.py", "--images", "20", "--threads", "1")
+    assert result["images"] == 20
+    triggers = ("blend", "square", "warp", "warp (truncate)")
+    pairs = {f"{trigger}, {place}" for trigger in triggers for place in ("image", "patch")}
+    assert pairs <= result["seconds"].keys()
+    batched = 20 / result["seconds"]["warp, image"]
+    assert result["warp_speedup_over_loop"] == pytest.approx(batched / result["loop_images_per_second"])
+
+
+def test_count_below_one() -> None:
+    done = call("startup.py", "--repeats", "0")
+    assert done.returncode == 2
+    assert "argument --repeats: expected at least 1, got 0" in done.stderr
+
+
+def write_cifar10(folder: Path, *, images: int) -> None:
+    """Random images in CIFAR-10's binary form, `images` in each of its six files."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in (*(f"data_batch_{part}" for part in range(1, 6)), "test_batch"):
+        rows = rng.integers(0, 256, (images, 1 + 3 * 32 * 32), np.uint8)
+        rows[:, 0] = np.arange(images) % 10
+        (folder / f"{name}.bin").write_bytes(rows.tobytes())
