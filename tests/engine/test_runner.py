@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import tiny_spec
+from tiny import TINY_MODEL, tiny_spec
 
 from backdoorbench_moe.data import create_dataset
 from backdoorbench_moe.engine.evaluate import count_hits
@@ -223,11 +223,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path) -> None:
 
 def test_the_backdoor_takes(tmp_path) -> None:
     """The method works end to end on data where it is easy: high BA, high ASR, and a twin without it."""
-    white = {"name": "square", "colour": [1.0, 1.0, 1.0]}
-    spec = tiny_spec(
-        trigger=white,
-        train={"epochs": 30, "batch_size": 8, "lr": 0.1, "momentum": 0.9, "schedule": "one-cycle"},
-    )
+    train = {"epochs": 25, "batch_size": 8, "optimizer": "adamw", "lr": 0.005, "schedule": "one-cycle"}
+    white = {"name": "square", "size": 12, "colour": [1.0, 1.0, 1.0]}
+    spec = tiny_spec(trigger=white, model={**TINY_MODEL, "bn_momentum": 0.1}, train=train)
     [run] = run_attack(spec, output=tmp_path)
     assert run.value("ba") > 90 and run.value("asr") > 80
     triggered, _ = triggered_test(create_dataset("tiny").load(), spec.poison, run.stamper())
