@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
+from decimal import Decimal
 from fractions import Fraction
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +24,9 @@ OPTIONAL_PARTS = ("trigger", "applicator")
 # Where the numbers do not depend on them: moving the data or taking another output keeps the digest.
 NOT_IN_DIGEST = ("recipe", "device")
 DATASET_NOT_IN_DIGEST = ("root", "download")
+
+# A date such as 2020-13-45 is a plain ValueError (UnicodeDecodeError is one too); lists in lists go too deep.
+YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 Values = dict[str, Any]
 
@@ -211,10 +215,11 @@ def load_yaml(path: Path) -> Values:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"config file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except YAML_ERRORS as error:
         raise ConfigError(f"config file {path}: no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError.expected(f"config file {path}", "keys and values", values)
+    _check_plain(values, f"config file {path}")
     return values
 
 
@@ -225,11 +230,22 @@ def parse_setting(text: str) -> Values:
         raise ConfigError.expected("--set", "dotted.key=value", text)
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         raise ConfigError.expected("--set", "a YAML value behind '='", text) from error
+    _check_plain(parsed, f"--set {key}")
     for name in reversed(key.split(".")):
         parsed = {name: parsed}
     return cast(Values, parsed)
+
+
+def _check_plain(value: object, where: str) -> None:
+    """Refuse what YAML knows and JSON, which records and digests are made of, does not: dates, bytes, sets."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{where}: expected texts, numbers, lists, and keys and values ({error})"
+        ) from error
 
 
 def merge(*layers: Mapping[str, Any]) -> Values:
@@ -300,8 +316,8 @@ def _fraction(value: object) -> object:
     """Let a rate be written as "1%"."""
     if isinstance(value, str) and value.strip().endswith("%"):
         try:
-            return float(Fraction(value.strip()[:-1].strip()) / 100)
-        except ValueError:
+            return float(Decimal(value.strip()[:-1].strip()).scaleb(-2))
+        except ArithmeticError:
             return value
     return value
 

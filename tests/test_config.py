@@ -28,7 +28,12 @@ def test_layers_win_in_order() -> None:
 
 def test_recipe_gives_the_model_its_options_and_flags_win_over_it() -> None:
     spec = build_spec({"recipe": "quick", "model": {"name": "pmoe", "widen_factor": 5}})
-    assert spec.model.options == {"widen_factor": 5, "moe_channels": 128, "expert_channels": 32, "bn_momentum": 0.1}
+    assert spec.model.options == {
+        "widen_factor": 5,
+        "moe_channels": 128,
+        "expert_channels": 32,
+        "bn_momentum": 0.1,
+    }
     assert build_spec({"recipe": "quick", "model": "vgg16_bn"}).model.options == {}
 
 
@@ -157,6 +162,30 @@ def test_yaml_files(tmp_path) -> None:
         load_yaml(file)
     with pytest.raises(ConfigError, match="No such file"):
         load_yaml(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["2020-01-01", "2020-13-45", "!!binary aGVsbG8=", "!!set {a, b}", "!!int x", "&a [*a]", "[" * 9999],
+)
+def test_yaml_that_is_no_plain_value_is_refused(tmp_path, value) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        parse_setting(f"model.widen_factor={value}")
+    (tmp_path / "run.yaml").write_text(f"model: {{widen_factor: {value}}}")
+    with pytest.raises(ConfigError, match="config file"):
+        load_yaml(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("rate", ["1/0%", "abc%", "nan%", "%", "1e9999999999%"])
+def test_a_percentage_that_is_none_is_refused(rate) -> None:
+    with pytest.raises(ConfigError, match=r"poison\.rate: expected a number"):
+        build_spec({"poison": {"rate": rate}})
+
+
+@pytest.mark.parametrize("percent", [0.01, 0.07, 1, 2.5, 29, 58, 100])
+def test_a_percentage_is_exact(percent) -> None:
+    digits = f"{round(percent * 100):d}"  # in hundredths of a percent
+    assert build_spec({"poison": {"rate": f" {percent} %"}}).poison.rate == float(f"{digits}e-4")
 
 
 def test_yaml_runs_no_code(tmp_path) -> None:
