@@ -35,11 +35,11 @@ class Candidate:
         """Import the target.
 
         Raises PluginError, naming the package and the reason, whatever the import raised: a
-        third party's module may fail in any way, and must not take anything else down.
+        third party's module may fail in any way, `sys.exit` included, and must not take anything else down.
         """
         try:
             return EntryPoint(self.name, self.target, GROUPS[self.kind]).load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(
                 f"{self.kind} {self.name!r} from {self.origin} does not load: {type(error).__name__}: {error}"
             ) from error

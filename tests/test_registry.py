@@ -45,6 +45,7 @@ def modules(tmp_path, monkeypatch) -> None:
     )
     (tmp_path / "thirdparty_broken.py").write_text("import a_module_that_is_not_there\n")
     (tmp_path / "thirdparty_exits.py").write_text("raise RuntimeError('no licence')\n")
+    (tmp_path / "thirdparty_quits.py").write_text("import sys\nsys.exit('no terminal')\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield
     for name in [name for name in sys.modules if name.startswith("thirdparty_")]:
@@ -70,6 +71,7 @@ def test_looking_names_up_imports_nothing(monkeypatch, modules) -> None:
     [
         ("thirdparty_broken:X", "ModuleNotFoundError: No module named 'a_module_that_is_not_there'"),
         ("thirdparty_exits:X", "RuntimeError: no licence"),
+        ("thirdparty_quits:X", "SystemExit: no terminal"),
         ("thirdparty_good:Missing", "has no attribute 'Missing'"),
         ("thirdparty_good:Wrong", "is no subclass of"),
         ("nowhere_at_all:X", "No module named 'nowhere_at_all'"),
