@@ -43,9 +43,8 @@ def build_dataset(spec: RunSpec) -> Dataset:
 def build_model(spec: RunSpec, *, num_classes: int, image_size: int) -> nn.Module:
     """The model of a spec, its weights drawn from the run's seed."""
     with seeded(spec.seed, "init"):
-        return models.create_model(
-            spec.model.name, num_classes=num_classes, image_size=image_size, **spec.model.options
-        )
+        given = {"num_classes": num_classes, "image_size": image_size}
+        return models.registry.create(spec.model.name, spec.model.options, given)
 
 
 def build_stamper(spec: RunSpec, *, patch_size: int | None, image_size: int) -> Stamper:

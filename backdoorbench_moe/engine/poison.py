@@ -91,6 +91,19 @@ def stamp_images(images: Tensor, stamp: Stamp) -> Tensor:
     return out
 
 
+def counted_for_asr(labels: Tensor, spec: PoisonSpec, num_classes: int) -> Tensor:
+    """Which test images with these (N,) labels count for ASR, (N,) bool. Raises ConfigError if none does."""
+    counted = poisoned_labels(labels, spec, num_classes) != labels
+    if spec.source:
+        counted &= torch.isin(labels, torch.tensor(spec.source, device=labels.device))
+    if not counted.any():
+        raise ConfigError(
+            "poison.target: expected test images of other classes than the target "
+            f"{spec.target} (source={list(spec.source) or 'all'}) to measure ASR on, found none"
+        )
+    return counted
+
+
 def triggered_test(images: ImageSet, spec: PoisonSpec, stamp: Stamp) -> tuple[Split, Tensor]:
     """The test images that count for ASR, stamped, called what the attacker wants; and their true labels.
 
@@ -99,11 +112,5 @@ def triggered_test(images: ImageSet, spec: PoisonSpec, stamp: Stamp) -> tuple[Sp
     """
     labels = images.test.labels
     wanted = poisoned_labels(labels, spec, images.num_classes)
-    counted = wanted != labels
-    if spec.source:
-        counted &= torch.isin(labels, torch.tensor(spec.source, device=labels.device))
-    if not counted.any():
-        raise ConfigError(
-            "poison.source: expected test images of a source class other than the target, found none"
-        )
+    counted = counted_for_asr(labels, spec, images.num_classes)
     return Split(stamp_images(images.test.images[counted], stamp), wanted[counted]), labels[counted]

@@ -15,7 +15,13 @@ from backdoorbench_moe.engine.device import environment, resolve_device, resolve
 from backdoorbench_moe.engine.evaluate import count_hits
 from backdoorbench_moe.engine.names import check_names
 from backdoorbench_moe.engine.observer import Observer
-from backdoorbench_moe.engine.poison import apply_plan, check_classes, plan_poison, triggered_test
+from backdoorbench_moe.engine.poison import (
+    apply_plan,
+    check_classes,
+    counted_for_asr,
+    plan_poison,
+    triggered_test,
+)
 from backdoorbench_moe.engine.train import Trainer
 from backdoorbench_moe.errors import BbmoeError, RecordError
 from backdoorbench_moe.ops.metrics import proportion
@@ -111,18 +117,30 @@ class _Session:
     def finish(self, spec: RunSpec, *, wait: bool = False) -> Run:
         """The finished run of a spec: from disk, or made now. wait: for another process that makes it."""
         folder = RunFolder(self.output / spec.name)
-        if folder.exists and (record := folder.read()).status == "finished":
+        if found := self._find(folder, spec):
             self.observer.on_message(f"found finished: {folder.path}")
-            return Run(folder, record)
+            return found
         job = _Job(spec, self) if not folder.exists else None  # check all there is to check before writing
 
         def tell() -> None:
             self.observer.on_message(f"waiting for another process in {folder.path}")
 
         with folder.lock(wait=tell if wait else None):
-            if folder.exists and (record := folder.read()).status == "finished":
-                return Run(folder, record)
-            return (job or _Job(spec, self)).run(folder)
+            return self._find(folder, spec) or (job or _Job(spec, self)).run(folder)
+
+    def _find(self, folder: RunFolder, spec: RunSpec) -> Run | None:
+        """The finished run in a folder. Raises RecordError if it was made from other data.
+
+        A spec's digest leaves out where the data lies, so other data may have been there. They are read to
+        see, unless the spec names the very place that the run was made from.
+        """
+        if not folder.exists or (record := folder.read()).status != "finished":
+            return None
+        then, now = record.run_spec.dataset.options, spec.dataset.options
+        named = now.get("root") is not None or not hasattr(self.dataset, "root")
+        if not (named and then == now):
+            _check_data(folder, record, self.images)
+        return Run(folder, record)
 
     def _with_cad(self, run: Run, clean: Run) -> Run:
         cad = {"value": clean.value("ba") - run.value("ba"), "n": run.record.metrics["ba"]["n"]}
@@ -131,6 +149,11 @@ class _Session:
                 run.record.metrics["cad"], run.record.clean_twin = cad, clean.folder.path.name
                 run.folder.write(run.record)
         return run
+
+
+def _check_data(folder: RunFolder, record: Record, images: ImageSet) -> None:
+    if record.data.get("digest") != images.digest:
+        raise RecordError(f"run folder {folder.path}: was made from other data; use another --output")
 
 
 class _Job:
@@ -146,21 +169,24 @@ class _Job:
             size = parts.model_patch_size(self.model)
             self.stamper = parts.build_stamper(spec, patch_size=size, image_size=images.image_size)
             self.plan = plan_poison(images.train.labels, spec.poison, images.num_classes, spec.seed)
+            counted_for_asr(images.test.labels, spec.poison, images.num_classes)
 
     def run(self, folder: RunFolder) -> Run:
         """Train, measure and record, holding the folder's lock."""
         record = self._record()
         checkpoint = folder.load_checkpoint()
-        if checkpoint and folder.read().data["digest"] != record.data["digest"]:
-            raise RecordError(f"run folder {folder.path}: was begun with other data; use another --output")
+        if checkpoint:
+            _check_data(folder, folder.read(), self.images)
         folder.write(record)
         try:
             started = time.perf_counter()
             trainer = self._trainer(folder, self._training_split(folder, record))
             if checkpoint:
                 trainer.restore(*checkpoint)
+            record.history = (
+                trainer.progress.history
+            )  # grows with every epoch, for an interrupted run's record
             progress = trainer.fit(folder.path.name)
-            record.history = progress.history
             record.timing = {
                 "train_seconds": progress.seconds,
                 "images_per_second": len(self.images.train) * progress.epoch / progress.seconds,

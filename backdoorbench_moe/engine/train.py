@@ -127,6 +127,13 @@ class Trainer:
         """Go back to a checkpoint. Raises RecordError if it does not fit the model."""
         weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         load_weights(self.model, weights, "checkpoint")
+        try:
+            self._restore_optimizer(tensors)
+            self.progress = Progress(**state)
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise RecordError(f"checkpoint: damaged ({error}); delete it to train from the start") from error
+
+    def _restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
         optimizer = self.optimizer.state_dict()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for key, value in tensors.items():
@@ -138,7 +145,6 @@ class Trainer:
                     value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
                 optimizer["state"].setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict(optimizer)
-        self.progress = Progress(**state)
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import TINY_MODEL, tiny_spec
+from tiny import TINY_MODEL, Tiny, tiny_spec
 
-from backdoorbench_moe.data import create_dataset
+from backdoorbench_moe.data import create_dataset, registry
 from backdoorbench_moe.engine.evaluate import count_hits
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.poison import triggered_test
@@ -46,6 +46,14 @@ class Counting(Observer):
         self.epochs += 1
         if self.epochs == self.stop_after:
             raise KeyboardInterrupt
+
+
+class Placed(Tiny):
+    """Other images at every root."""
+
+    def __init__(self, *, root: str, train_images: int | None = None) -> None:
+        super().__init__(salt=int(root), train_images=train_images)
+        self.root = root
 
 
 def test_the_run_folder_holds_all_the_design_says(tmp_path) -> None:
@@ -107,7 +115,7 @@ def test_interrupted_and_gone_on_is_never_stopped(tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_attack(spec, output=tmp_path / "cut", twin=False, observer=Counting(stop_after=2))
     cut = load_run(tmp_path / "cut" / spec.name)
-    assert cut.record.status == "interrupted"
+    assert cut.record.status == "interrupted" and len(cut.record.history) == 2
     after = Counting()
     [resumed] = run_attack(spec, output=tmp_path / "cut", twin=False, observer=after)
     assert after.epochs == 1
@@ -163,8 +171,26 @@ def test_other_data_under_the_same_name_is_refused(tmp_path, monkeypatch) -> Non
         run_attack(tiny_spec(), output=tmp_path, twin=False, observer=Counting(stop_after=1))
     split = tiny.Tiny._split
     monkeypatch.setattr(tiny.Tiny, "_split", lambda self, count, seed: split(self, count, seed + 1))
-    with pytest.raises(RecordError, match="was begun with other data"):
+    with pytest.raises(RecordError, match="was made from other data"):
         run_attack(tiny_spec(), output=tmp_path, twin=False)
+
+
+def test_a_finished_run_of_other_data_is_not_taken_for_this_one(tmp_path, monkeypatch) -> None:
+    """A spec's digest leaves out where the data lies: the record's content digest decides."""
+    monkeypatch.setitem(registry._local, "placed", Placed)
+    specs = [
+        tiny_spec(dataset={"name": "placed", "root": root, "train_images": 32}) for root in ("1", "2", "01")
+    ]
+    [first] = run_attack(specs[0], output=tmp_path, twin=False)
+    assert {spec.name for spec in specs} == {first.spec.name}
+    with pytest.raises(RecordError, match="was made from other data"):
+        run_attack(specs[1], output=tmp_path, twin=False)
+    again = Counting()
+    [moved] = run_attack(specs[2], output=tmp_path, twin=False, observer=again)
+    assert again.epochs == 0 and outcome(moved) == outcome(first)
+    # The very place it was made from: nothing is read.
+    monkeypatch.setattr(Placed, "read", None)
+    assert run_attack(specs[0], output=tmp_path, twin=False)[0].record == first.record
 
 
 @pytest.mark.parametrize(
@@ -178,6 +204,8 @@ def test_other_data_under_the_same_name_is_refused(tmp_path, monkeypatch) -> Non
         ({"trigger": {"name": "square", "sise": 3}}, "did you mean 'size'"),
         ({"model": {"name": "pmoe", "top_k": 65}}, "top_k"),
         ({"dataset": {"name": "tiny", "train_images": 97}}, "train_images: expected at most the 96"),
+        ({"model": {"name": "pmoe", "num_classes": 5}}, "option: unknown 'num_classes'"),
+        ({"dataset": {"name": "tiny", "test_images": 1}, "poison": {"target": 2}}, "test images of other"),
         ({"device": "cuda:7"}, "device: expected one of"),
         ({"device": "gpu"}, "device: expected"),
     ],
@@ -218,6 +246,26 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path) -> None:
     del tensors["model.head.bias"]
     folder.save_checkpoint(tensors, state)
     with pytest.raises(RecordError, match=r"checkpoint: weight 'head\.bias' is missing"):
+        run_attack(tiny_spec(), output=tmp_path, twin=False)
+
+
+@pytest.mark.parametrize(
+    ("state", "extra"),
+    [
+        ({"epoch": 1, "step": 3}, {}),
+        (None, {}),
+        ({}, {"optimizer.x.step": torch.zeros(1)}),
+        ({}, {"optimizer.999.momentum_buffer": torch.zeros(1)}),
+        ({}, {"optimizer.0": torch.zeros(1)}),
+    ],
+)
+def test_a_damaged_checkpoint_is_said(tmp_path, state, extra) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_attack(tiny_spec(), output=tmp_path, twin=False, observer=Counting(stop_after=1))
+    folder = RunFolder(tmp_path / tiny_spec().name)
+    tensors, _ = folder.load_checkpoint()
+    folder.save_checkpoint({**tensors, **extra}, state)
+    with pytest.raises(RecordError, match=r"checkpoint: damaged .* delete it"):
         run_attack(tiny_spec(), output=tmp_path, twin=False)
 
 
