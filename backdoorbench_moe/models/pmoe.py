@@ -77,9 +77,10 @@ class PatchMoE(nn.Module):
         A cell that was not routed enters as zeros, counts in BN's statistics and leaves as a constant.
         """
         gates, selected = self.router(features)
-        weights = (gates * selected).to(features.dtype).transpose(1, 2)
+        weights = (gates * selected).to(features.dtype).transpose(1, 2).contiguous()
         cells = features.flatten(2).transpose(1, 2)
-        # (B, P, E, C) in memory, which is channels_last: written once and never copied to another layout.
+        # The product takes the layout its factors agree on: (B, P, E, C), which seen as (B, E * C, H, W) is
+        # channels_last. With `weights` left a transposed view it would be (B, E, P, C) and be copied once more.
         routed = cells.unsqueeze(2) * weights.unsqueeze(3)
         routed = routed.flatten(2).transpose(1, 2).unflatten(2, features.shape[-2:])
         return self.conv(F.relu(self.norm(routed), inplace=True)), gates, selected
