@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from zipfile import BadZipFile
 
 from backdoorbench_moe.config import RunSpec, spec_from_dict
 from backdoorbench_moe.errors import ConfigError, RecordError
@@ -28,6 +29,13 @@ RECORD, MODEL, POISON, CHECKPOINT, LOCK = (
     "checkpoint",
     ".lock",
 )
+KINDS = {"spec": dict, "metrics": dict, "history": list, "data": dict, "environment": dict, "status": str}
+KINDS |= {"parts": dict, "timing": dict, "seeds": dict}
+# What the readers of a record take for granted: numbers in a metric and an epoch, texts and numbers elsewhere.
+METRIC_KEYS = {"value", "n"}
+EPOCH_KEYS = {"epoch", "loss", "train_accuracy", "lr", "seconds"}
+DATA_KINDS = {"digest": str, "classes": list, "image_size": int}
+ENVIRONMENT_KINDS = {"packages": dict, "device": str, "precision": str, "threads": int}
 
 
 @dataclass
@@ -73,8 +81,11 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether a record lies here."""
-        return (self.path / RECORD).is_file()
+        """Whether a record lies here. Raises RecordError for a path that cannot be (too long, no access)."""
+        try:
+            return (self.path / RECORD).is_file()
+        except OSError as error:
+            raise RecordError(f"run folder {self.path}: {error.strerror}") from error
 
     def read(self) -> Record:
         """Read and check the record.
@@ -124,7 +135,7 @@ class RunFolder:
         try:
             with np.load(self.path / POISON, allow_pickle=False) as file:
                 return cast("np.ndarray", file["indices"])
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise RecordError(f"poison indices {self.path / POISON}: missing or damaged ({error})") from error
 
     def save_checkpoint(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -204,8 +215,10 @@ def write_atomically(target: Path, put: Callable[[Path], object]) -> None:
 def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError as error:  # Such as a network disk without locks: nobody else holds it.
+        raise RecordError(f"output folder: cannot be locked: {error.strerror}") from error
     return True
 
 
@@ -243,11 +256,12 @@ def _check_record(values: object, file: Path) -> Record:
     missing, extra = known.keys() - values.keys(), values.keys() - known.keys()
     if missing or extra:
         raise RecordError(f"record {file}: damaged: missing {sorted(missing)}, unknown {sorted(extra)}")
-    kinds = {"spec": dict, "metrics": dict, "history": list, "data": dict, "environment": dict, "status": str}
-    for name, kind in kinds.items():
+    for name, kind in KINDS.items():
         if not isinstance(values[name], kind):
             raise RecordError(f"record {file}: damaged: {name!r} is no {kind.__name__}")
     record = Record(**values)
+    if damage := _find_damage(record):
+        raise RecordError(f"record {file}: damaged: {damage}")
     try:
         digest = record.run_spec.digest
     except ConfigError as error:
@@ -255,3 +269,32 @@ def _check_record(values: object, file: Path) -> Record:
     if digest != record.digest:
         raise RecordError(f"record {file}: damaged: its digest is {record.digest}, its spec's is {digest}")
     return record
+
+
+def _find_damage(record: Record) -> str | None:
+    """What is wrong inside a record's fields; None where nothing is."""
+    rows = [("metrics", row, METRIC_KEYS) for row in record.metrics.values()]
+    rows += [("history", row, EPOCH_KEYS) for row in record.history]
+    for name, row, keys in [*rows, ("timing", record.timing, set())]:
+        if not isinstance(row, dict) or not keys <= row.keys() or not all(map(_is_number, row.values())):
+            return f"{name!r}: expected numbers {sorted(keys) or ''}, found {row!r}"
+    if any("low" in row and "high" not in row for row in record.metrics.values()):
+        return "'metrics': an interval without its high end"
+    for name, part, kinds in (
+        ("data", record.data, DATA_KINDS),
+        ("environment", record.environment, ENVIRONMENT_KINDS),
+    ):
+        for key, kind in kinds.items():
+            if (part or record.status == "finished") and not isinstance(part.get(key), kind):
+                return f"{name!r}: expected {key!r}, a {kind.__name__}, found {part.get(key)!r}"
+    if record.poison is not None and not (isinstance(record.poison, dict) and "n" in record.poison):
+        return f"'poison': expected 'n' in it, found {record.poison!r}"
+    if not all(isinstance(text, str | None) for text in (record.clean_twin, record.error)):
+        return "'clean_twin' or 'error' is no text"
+    if record.status == "finished" and "ba" not in record.metrics:
+        return "'metrics': a finished run without 'ba'"
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
