@@ -12,6 +12,8 @@ from click.testing import CliRunner
 
 from backdoorbench_moe import triggers
 from backdoorbench_moe.cli import bbmoe
+from backdoorbench_moe.cli.tables import markdown_table
+from backdoorbench_moe.records import RunFolder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -70,3 +72,21 @@ def test_files_the_readme_points_to_are_there() -> None:
     assert links
     missing = [link for link in links if not link.startswith("http") and not (ROOT / link).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md"])
+def test_the_results_table_is_the_records(page) -> None:
+    """The table on the page is what `bbmoe show ... --markdown` draws from the committed records."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    [shown] = re.findall(r"<!-- first-look -->\n(.*?)<!-- /first-look -->", text, re.DOTALL)
+    folders = sorted(path.parent for path in (ROOT / "benchmarks/results/first-look").glob("*/record.json"))
+    assert shown == markdown_table([RunFolder(folder).read() for folder in folders]) + "\n"
+
+
+def test_the_demo_printed_what_its_record_holds() -> None:
+    [folder] = (ROOT / "benchmarks/results/demo").glob("*-warp-patch-*")
+    record = RunFolder(folder).read()
+    assert folder.name in README
+    for metric in record.metrics.values():
+        assert f"│ {metric['value']:.2f} │" in README.replace("│  ", "│ ")
+    assert record.metrics["ba"]["value"] >= 90 and record.metrics["asr"]["value"] >= 90
