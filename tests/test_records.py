@@ -172,3 +172,8 @@ def test_one_process_at_a_time_and_a_killed_one_lets_go(folder) -> None:
         assert (folder.path / ".lock").read_text() == f"pid {os.getpid()}"
     holder.wait()
     holder.stdout.close()
+
+
+def test_a_path_that_cannot_be_is_one_clear_error(tmp_path) -> None:
+    with pytest.raises(RecordError, match="File name too long"):
+        assert not RunFolder(tmp_path / ("a" * 300)).exists

@@ -70,6 +70,9 @@ def main() -> None:
     except BbmoeError as error:
         click.echo(f"bbmoe: error: {error}", err=True)
         sys.exit(2)
+    except MemoryError as error:
+        click.echo(f"bbmoe: error: not enough memory: {error}", err=True)
+        sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         click.echo("bbmoe: interrupted; the same command goes on from the last finished epoch", err=True)
         sys.exit(130)

@@ -10,6 +10,7 @@ import click
 
 from backdoorbench_moe.cli.list import REGISTRIES, check_kind
 from backdoorbench_moe.config import chain_settings
+from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.options import REQUIRED
 
 
@@ -27,6 +28,8 @@ def command(
 
     For a model, its parameters and multiply-adds per image are counted.
     """
+    if settings and check_kind(kind) != "model":
+        raise ConfigError.expected("--set", "an option of a model, and only for a model", settings[0])
     registry = REGISTRIES[check_kind(kind)]
     registry.check_name(name)
     part, candidate = registry.lookup(name), registry.candidate(name.partition(":")[0])
@@ -52,10 +55,9 @@ def command(
 
 
 def _model_size(name: str, num_classes: int, image_size: int, options: dict[str, Any]) -> dict[str, int]:
-    from backdoorbench_moe.models import create_model
     from backdoorbench_moe.models.profile import profile_model
 
-    model = create_model(name, num_classes=num_classes, image_size=image_size, **options)
+    model = REGISTRIES["model"].create(name, options, {"num_classes": num_classes, "image_size": image_size})
     profile = profile_model(model, image_size)
     return {
         "parameters": profile.parameters,

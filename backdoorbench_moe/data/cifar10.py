@@ -150,6 +150,8 @@ def _parse_pickle(data: bytes, name: str) -> Rows:
         raise DataError(f"{name}: data: expected bytes (N, {PIXELS}), got {got}")
     if not isinstance(labels, list) or any(type(label) is not int for label in labels):
         raise DataError(f"{name}: labels: expected a list of integers, got {type(labels).__name__}")
+    if any(abs(label) > 255 for label in labels):  # More than int64 holds, perhaps.
+        raise DataError(f"{name}: labels: expected numbers in 0..{len(CLASSES) - 1}, got other ones")
     return _check(pixels, np.array(labels, np.int64), name)
 
 

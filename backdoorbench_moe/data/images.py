@@ -20,14 +20,16 @@ FORMATS = ("PNG", "JPEG", "PPM", "BMP", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".webp")
 # These become RGB without loss; with transparency only where every pixel is opaque.
 MODES = ("RGB", "L", "1", "P", "RGBA", "LA", "PA")
+# More than any model here takes; what does not fit into memory is said as such.
+MAX_SIDE = 8192
 RESIZE_CHUNK = 1024
 FILES_CHUNK = 64
 
 
 def check_image_size(image_size: int) -> int:
     """Return `image_size` if it is a side in pixels. Raises ConfigError."""
-    if image_size < 1:
-        raise ConfigError.expected("dataset: image_size", "a positive number of pixels", image_size)
+    if not 1 <= image_size <= MAX_SIDE:
+        raise ConfigError.expected("dataset: image_size", f"1 to {MAX_SIDE} pixels", image_size)
     return image_size
 
 

@@ -30,6 +30,8 @@ def read_pickle(data: bytes, name: str) -> dict[str, Any]:
         raise DataError(f"{name}: damaged ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict):
         raise DataError(f"{name}: expected a dict, got {type(content).__name__}")
+    if not all(isinstance(key, str | bytes) for key in content):
+        raise DataError(f"{name}: expected a dict with texts as keys")
     return {
         _text(key): value.array(name) if isinstance(value, _Array) else value
         for key, value in content.items()

@@ -92,7 +92,7 @@ class Trainer:
         order = torch.randperm(len(self.split), generator=generator(self.seed, "order", epoch)).to(
             self.device
         )
-        batches = order.split(self.spec.batch_size)
+        batches = order.split(min(self.spec.batch_size, len(order)))
         steps, start, told, seen = (
             self.spec.epochs * len(batches),
             time.perf_counter(),

@@ -108,6 +108,7 @@ BAD = {
     "precision": (["--precision", "fp8"], "precision: unknown 'fp8'"),
     "unknown key": (["--set", "train.epoch=3"], "train: key: unknown 'epoch'; did you mean 'epochs'"),
     "unknown option": (["--set", "trigger.strenth=3"], "unknown 'strenth'; did you mean 'strength'"),
+    "huge images": (["--image-size", "100000"], "image_size"),
     "set": (["--set", "train.epochs"], "--set: expected dotted.key=value"),
     "config": (["--config", "none.yaml"], "config file none.yaml: No such file"),
     "repeats": (["--repeats", "0"], "--repeats: expected at least 1"),
@@ -148,6 +149,8 @@ def test_a_read_only_output(bbmoe, tmp_path) -> None:
     [
         (["show", "/nowhere"], "expected a folder with a record.json"),
         (["atack"], "Did you mean 'attack'"),
+        (["info", "model", "pmoe", "--set", "num_classes=3"], "option: unknown 'num_classes'"),
+        (["info", "trigger", "warp", "--set", "seed=3"], "--set: expected an option of a model"),
         (["info", "trigger", "wrap"], "did you mean 'warp'"),
         (["info", "triger", "warp"], "did you mean 'trigger'"),
         (["list", "modles"], "did you mean 'model'"),

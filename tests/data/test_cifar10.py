@@ -147,6 +147,7 @@ def test_missing_file(tmp_path, batches) -> None:
             {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 10]},
             r"expected labels in 0\.\.9, got 0\.\.10",
         ),
+        ({"data": np.zeros((1, 3072), np.uint8), "labels": [10**30]}, r"labels: expected numbers in 0\.\.9"),
         (
             {"data": np.zeros((2, 3072), np.uint8), "labels": ["0", "1"]},
             "labels: expected a list of integers",

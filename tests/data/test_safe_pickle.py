@@ -93,6 +93,13 @@ def test_other_arrays_are_refused(array: np.ndarray) -> None:
         read_pickle(pickle.dumps({"data": array}, 2), "batch")
 
 
+def test_keys_are_texts() -> None:
+    deep = b"\x80\x02}K\x01" + b"\x85" * 5000 + b"K\x01s."  # {((((1,),),),): 1}, and so on
+    for data in (deep, pickle.dumps({3: 4})):
+        with pytest.raises(DataError, match="batch: expected a dict with texts as keys"):
+            read_pickle(data, "batch")
+
+
 def test_a_shape_that_lies_is_refused() -> None:
     data = python2_pickle(ARRAY).replace(b"K\x03K\x04\x86", b"K\x03K\x05\x86")
     with pytest.raises(DataError, match="as many bytes as its shape says"):

@@ -158,3 +158,12 @@ def test_weights_must_fit() -> None:
         load_weights(model, {"weight": state["weight"]}, "file")
     with pytest.raises(RecordError, match="file: weight 'extra' is unknown to the model"):
         load_weights(model, {**state, "extra": state["bias"]}, "file")
+
+
+def test_a_batch_larger_than_the_data_is_all_of_it() -> None:
+    states = []
+    for size in (50, 10**30):
+        trainer = make_trainer(TrainSpec(epochs=1, batch_size=size), [])
+        trainer.fit("run")
+        states.append(trainer.model.state_dict())
+    assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
