@@ -105,7 +105,11 @@ def _list(folder: Path, classes: list[str], root: Path) -> Files:
         if path.suffix.lower() in SUFFIXES
     ]
     for path, _ in files:
-        if not path.resolve().is_relative_to(home):
+        try:
+            inside = path.resolve().is_relative_to(home)
+        except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself, in older Pythons.
+            raise DataError(f"{path}: cannot be followed ({error})") from error
+        if not inside:
             raise DataError(f"{path}: is a link out of {root}, which is not followed")
     if not files:
         raise DataError(f"{folder}: expected class folders with images ({', '.join(SUFFIXES)}), found none")

@@ -173,7 +173,7 @@ def _read_rows(table: Path, folder: Path) -> Files:
     for name, label in rows:
         if name not in there:
             raise DataError(f"{folder / str(name)}: is missing, but {table.name} names it")
-        if not (label or "").isdecimal() or int(label) >= len(CLASSES):
+        if not (label or "").isdecimal() or len(label) > 5 or int(label) >= len(CLASSES):
             raise DataError(f"{table}: {name}: expected a ClassId in 0..{len(CLASSES) - 1}, got {label!r}")
     if unnamed := there.difference(name for name, _ in rows):
         raise DataError(f"{table}: has no row for {len(unnamed)} images, such as {min(unnamed)}")

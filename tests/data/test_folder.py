@@ -144,3 +144,10 @@ def test_options(tmp_path) -> None:
     for fraction in (0.0, 1.0, -0.1, float("nan")):
         with pytest.raises(ConfigError, match="dataset: test_fraction: expected a number between 0 and 1"):
             create_dataset("folder", root=str(tmp_path), test_fraction=fraction)
+
+
+def test_a_link_to_itself_is_said(tmp_path) -> None:
+    fill(tmp_path / "cat", range(2))
+    (tmp_path / "cat" / "loop.png").symlink_to("loop.png")
+    with pytest.raises(DataError, match=r"loop\.png: cannot be"):
+        load(tmp_path)

@@ -110,6 +110,10 @@ def seven(base: Path, *parts: str) -> Path:
             r"GT-final_test\.csv: 0\.ppm: expected a ClassId in 0\.\.42, got '43'",
         ),
         (
+            lambda base: write_csv(base / "GT-final_test.csv", [("0.ppm", "9" * 5000), ("1.ppm", 0)]),
+            r"expected a ClassId in 0\.\.42, got '999",
+        ),
+        (
             lambda base: write_csv(base / "GT-final_test.csv", [("0.ppm", -1), ("1.ppm", 0)]),
             r"expected a ClassId in 0\.\.42, got '-1'",
         ),
