@@ -1,5 +1,8 @@
 """What slow batch norm costs: BA and ASR of finished runs, as recorded and with fresh BN statistics.
 
+Beside them the share of clean images of other classes that are called the target (class 0 for a clean run): a
+model that answers so without any trigger gets that much ASR for nothing.
+
 The reference's BN follows the batches at 0.01 a step; at a constant learning rate of 0.1 the running
 statistics lag behind the weights. Training never reads them, so averaging them anew over the run's own
 (poisoned) training images gives the model that a faster BN would have had, without training again.
@@ -10,7 +13,7 @@ statistics lag behind the weights. Training never reads them, so averaging them 
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +23,7 @@ from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data import create_dataset
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.engine.device import autocast
-from backdoorbench_moe.engine.evaluate import count_hits
+from backdoorbench_moe.engine.evaluate import count_hits, predict
 from backdoorbench_moe.engine.poison import apply_plan, plan_poison, triggered_test
 from backdoorbench_moe.engine.runner import Run, load_run
 from backdoorbench_moe.engine.step import as_input
@@ -31,11 +34,12 @@ BATCH = 128
 
 
 @dataclass(frozen=True)
-class Fresh:
-    """Metrics of a run with fresh BN statistics; `asr` is None for a clean one."""
+class Measured:
+    """Metrics of a model: `asr` is None for a clean run, `called_target` counts clean images."""
 
     ba: Proportion
     asr: Proportion | None
+    called_target: Proportion
 
 
 def renew_statistics(model: nn.Module, batches: list[torch.Tensor], precision: str) -> None:
@@ -50,21 +54,28 @@ def renew_statistics(model: nn.Module, batches: list[torch.Tensor], precision: s
             model(as_input(images))
 
 
-def measure(run: Run, images: ImageSet, count: int) -> Fresh:
-    """BA and ASR of a finished run after its BN saw `count` of its own training images again."""
-    spec, model = run.spec, run.model().to(memory_format=torch.channels_last)
-    precision = run.record.environment["precision"]
-    train = images.train
+def measure(run: Run, model: nn.Module, images: ImageSet) -> Measured:
+    """BA, ASR and called-target of a model on the test images of `images`."""
+    spec, precision = run.spec, run.record.environment["precision"]
+    predicted = predict(model, images.test.images, precision=precision)
+    others = images.test.labels != spec.poison.target
+    ba = proportion(int((predicted == images.test.labels).sum()), len(images.test))
+    called = proportion(int((predicted[others] == spec.poison.target).sum()), int(others.sum()))
+    if spec.is_clean:
+        return Measured(ba, None, called)
+    triggered, _ = triggered_test(images, spec.poison, run.stamper())
+    return Measured(ba, proportion(count_hits(model, triggered, precision=precision), len(triggered)), called)
+
+
+def renew(run: Run, model: nn.Module, images: ImageSet, count: int) -> None:
+    """Renew the model's BN statistics on `count` of the run's own (poisoned) training images."""
+    spec, train = run.spec, images.train
     if not spec.is_clean:
         plan = plan_poison(train.labels, spec.poison, images.num_classes, spec.seed)
         train = apply_plan(train, plan, run.stamper())
     order = torch.randperm(len(train), generator=generator(spec.seed, "recalibrate"))[:count]
-    renew_statistics(model, [train.images[part] for part in order.split(BATCH)], precision)
-    ba = proportion(count_hits(model, images.test, precision=precision), len(images.test))
-    if spec.is_clean:
-        return Fresh(ba, None)
-    triggered, _ = triggered_test(images, spec.poison, run.stamper())
-    return Fresh(ba, proportion(count_hits(model, triggered, precision=precision), len(triggered)))
+    batches = [train.images[part] for part in order.split(BATCH)]
+    renew_statistics(model, batches, run.record.environment["precision"])
 
 
 def load_images(spec: RunSpec, root: str | None) -> ImageSet:
@@ -75,23 +86,22 @@ def load_images(spec: RunSpec, root: str | None) -> ImageSet:
     return create_dataset(spec.dataset.name, **options).load()
 
 
-def show(value: Proportion | dict[str, float] | None) -> str:
+def show(value: Proportion | None) -> str:
     """A share with its 95% interval."""
-    if value is None:
-        return "–"
-    row = value if isinstance(value, dict) else asdict(value)
-    return f"{row['value']:.2f} [{row['low']:.1f}, {row['high']:.1f}]"
+    return "–" if value is None else f"{value.value:.2f} [{value.low:.1f}, {value.high:.1f}]"
 
 
 def main() -> None:
     """Print a Markdown table, one run a row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--data-root")
     parser.add_argument("--images", type=int, default=12_800, help="training images for the statistics")
     args = parser.parse_args()
     loaded: dict[str, ImageSet] = {}
-    print("| run | BA %, recorded | BA %, fresh BN | ASR %, recorded | ASR %, fresh BN |")
+    print("| run | BN | BA % | ASR % | clean images called the target, % |")
     print("| --- | --- | --- | --- | --- |")
     for folder in args.runs:
         run = load_run(folder)
@@ -100,9 +110,13 @@ def main() -> None:
         name = run.spec.dataset.name
         if name not in loaded:
             loaded = {name: load_images(run.spec, args.data_root)}
-        fresh, metrics = measure(run, loaded[name], args.images), run.record.metrics
-        cells = [show(metrics["ba"]), show(fresh.ba), show(metrics.get("asr")), show(fresh.asr)]
-        print(f"| {folder.name} | {' | '.join(cells)} |", flush=True)
+        model = run.model().to(memory_format=torch.channels_last)
+        for kind in ("recorded", "fresh"):
+            if kind == "fresh":
+                renew(run, model, loaded[name], args.images)
+            row = measure(run, model, loaded[name])
+            cells = [show(row.ba), show(row.asr), show(row.called_target)]
+            print(f"| {folder.name} | {kind} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
