@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet, Split
@@ -23,11 +25,12 @@ from backdoorbench_moe.engine.poison import (
     triggered_test,
 )
 from backdoorbench_moe.engine.train import Trainer
-from backdoorbench_moe.errors import BbmoeError, RecordError
+from backdoorbench_moe.errors import BbmoeWarning, RecordError
 from backdoorbench_moe.ops.metrics import proportion
 from backdoorbench_moe.ops.seeding import derive_seed
 from backdoorbench_moe.records import MODEL, Record, RunFolder
 
+Checkpoint = tuple[dict[str, Tensor], dict[str, Any]]
 SEED_PURPOSES = ("init", "poison", "trigger")
 
 
@@ -156,6 +159,20 @@ def _check_data(folder: RunFolder, record: Record, images: ImageSet) -> None:
         raise RecordError(f"run folder {folder.path}: was made from other data; use another --output")
 
 
+def _warn_of_changes(folder: RunFolder, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Warn if a run goes on where its numbers need not be those of an uninterrupted one."""
+    changed = [key for key in ("device", "precision", "threads") if before.get(key) != now[key]]
+    if before.get("packages", {}).get("torch") != now["packages"]["torch"]:
+        changed.append("torch")
+    if changed:
+        warnings.warn(
+            f"run folder {folder.path} goes on under other conditions ({', '.join(changed)}): "
+            "its numbers may differ from an uninterrupted run's",
+            BbmoeWarning,
+            stacklevel=2,
+        )
+
+
 class _Job:
     """One run, built and checked when made; nothing is on disk before `run`."""
 
@@ -176,38 +193,41 @@ class _Job:
         record = self._record()
         checkpoint = folder.load_checkpoint()
         if checkpoint:
-            _check_data(folder, folder.read(), self.images)
+            before = folder.read()
+            _check_data(folder, before, self.images)
+            _warn_of_changes(folder, before.environment, record.environment)
         folder.write(record)
         try:
-            started = time.perf_counter()
-            trainer = self._trainer(folder, self._training_split(folder, record))
-            if checkpoint:
-                trainer.restore(*checkpoint)
-            record.history = (
-                trainer.progress.history
-            )  # grows with every epoch, for an interrupted run's record
-            progress = trainer.fit(folder.path.name)
-            record.timing = {
-                "train_seconds": progress.seconds,
-                "images_per_second": len(self.images.train) * progress.epoch / progress.seconds,
-            }
-            evaluated = time.perf_counter()
-            record.metrics = self._measure(trainer.model)
-            record.timing["evaluate_seconds"] = time.perf_counter() - evaluated
-            record.timing["total_seconds"] = time.perf_counter() - started
-            folder.save_model(trainer.model.state_dict(), self._model_header())
+            self._complete(folder, record, checkpoint)
         except KeyboardInterrupt:
             record.status = "interrupted"
             folder.write(record)
             raise
-        except BbmoeError as error:
-            record.status, record.error = "failed", str(error)
+        except Exception as error:
+            # Anything: a plug-in's own error too must not leave a record that says "running" for ever.
+            record.status, record.error = "failed", str(error) or type(error).__name__
             folder.write(record)
             raise
         record.status = "finished"
         folder.write(record)
         folder.drop_checkpoint()
         return Run(folder, record)
+
+    def _complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
+        started = time.perf_counter()
+        trainer = self._trainer(folder, self._training_split(folder, record))
+        if checkpoint:
+            trainer.restore(*checkpoint)
+        # The same list, which grows with every epoch: an interrupted run's record has it, too.
+        record.history = trainer.progress.history
+        progress = trainer.fit(folder.path.name)
+        record.timing["train_seconds"] = progress.seconds
+        record.timing["images_per_second"] = len(self.images.train) * progress.epoch / progress.seconds
+        evaluated = time.perf_counter()
+        record.metrics = self._measure(trainer.model)
+        record.timing["evaluate_seconds"] = time.perf_counter() - evaluated
+        record.timing["total_seconds"] = time.perf_counter() - started
+        folder.save_model(trainer.model.state_dict(), self._model_header())
 
     def _training_split(self, folder: RunFolder, record: Record) -> Split:
         if self.stamper is None or self.plan is None:

@@ -16,7 +16,7 @@ from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.device import reproducible
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.step import TrainStep, make_optimizer
-from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.errors import ConfigError, RecordError
 from backdoorbench_moe.ops.seeding import generator, seeded
 
 SECONDS_BETWEEN_LOSSES = 1.0
@@ -81,6 +81,17 @@ class Trainer:
                     )
                     self.on_checkpoint(self.tensors(), vars(self.progress).copy())
                     self.observer.on_epoch(epoch + 1, row)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ConfigError(
+                f"train.batch_size: {self.spec.batch_size} leaves a last batch of one image, "
+                "which this model's batch norm cannot take; choose another"
+            ) from error
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"train.batch_size: {self.spec.batch_size} images and this model do not fit {self.device}"
+            ) from error
         finally:
             self.observer.on_train_end()
         return self.progress

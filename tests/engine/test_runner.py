@@ -22,7 +22,7 @@ from backdoorbench_moe.engine.evaluate import count_hits
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.poison import triggered_test
 from backdoorbench_moe.engine.runner import Run, load_run, run_attack
-from backdoorbench_moe.errors import BbmoeError, RecordError
+from backdoorbench_moe.errors import BbmoeError, BbmoeWarning, RecordError
 from backdoorbench_moe.records import RunFolder
 
 
@@ -279,3 +279,46 @@ def test_the_backdoor_takes(tmp_path) -> None:
     triggered, _ = triggered_test(create_dataset("tiny").load(), spec.poison, run.stamper())
     clean = load_run(tmp_path / run.record.clean_twin)
     assert count_hits(clean.model(), triggered, precision="fp32") < 0.3 * len(triggered)
+
+
+def test_a_part_that_raises_leaves_a_record_that_says_so(tmp_path, monkeypatch) -> None:
+    def fail(*args, **kwargs):
+        raise RuntimeError("from a plug-in")
+
+    monkeypatch.setattr("backdoorbench_moe.engine.runner.apply_plan", fail)
+    with pytest.raises(RuntimeError, match="from a plug-in"):
+        run_attack(tiny_spec(), output=tmp_path, twin=False)
+    record = load_run(tmp_path / tiny_spec().name).record
+    assert (record.status, record.error) == ("failed", "from a plug-in")
+
+
+def test_a_last_batch_of_one_image_is_explained(tmp_path) -> None:
+    spec = tiny_spec(
+        dataset={"name": "tiny", "train_images": 33},
+        model={"name": "preact_resnet18", "width": 1},
+        train={"batch_size": 32},
+    )
+    run_attack(spec, output=tmp_path, twin=False)  # At 32 pixels there is more than one value a channel.
+    monkey = torch.nn.BatchNorm2d.forward
+
+    def as_if_one_pixel(self, input):
+        if self.training and len(input) == 1:
+            raise ValueError("Expected more than 1 value per channel when training")
+        return monkey(self, input)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.BatchNorm2d, "forward", as_if_one_pixel)
+        with pytest.raises(BbmoeError, match=r"train\.batch_size: 32 leaves a last batch of one image"):
+            run_attack(replace(spec, seed=1), output=tmp_path, twin=False)
+
+
+def test_going_on_under_other_conditions_is_said(tmp_path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_attack(tiny_spec(), output=tmp_path, twin=False, observer=Counting(stop_after=1))
+    folder = RunFolder(tmp_path / tiny_spec().name)
+    record = folder.read()
+    record.environment["threads"] += 1
+    record.environment["packages"]["torch"] = "1.0"
+    folder.write(record)
+    with pytest.warns(BbmoeWarning, match=r"goes on under other conditions \(threads, torch\)"):
+        run_attack(tiny_spec(), output=tmp_path, twin=False)
