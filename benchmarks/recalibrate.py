@@ -13,6 +13,7 @@ statistics lag behind the weights. Training never reads them, so averaging them 
 from __future__ import annotations
 
 import argparse
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from backdoorbench_moe.data import create_dataset
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.engine.evaluate import count_hits, predict
-from backdoorbench_moe.engine.poison import apply_plan, plan_poison, triggered_test
+from backdoorbench_moe.engine.poison import plan_poison, poisoned, triggered_test
 from backdoorbench_moe.engine.runner import Run, load_run
 from backdoorbench_moe.engine.step import as_input
 from backdoorbench_moe.ops.metrics import Proportion, proportion
@@ -69,13 +70,14 @@ def measure(run: Run, model: nn.Module, images: ImageSet) -> Measured:
 
 def renew(run: Run, model: nn.Module, images: ImageSet, count: int) -> None:
     """Renew the model's BN statistics on `count` of the run's own (poisoned) training images."""
-    spec, train = run.spec, images.train
+    spec, train, precision = run.spec, images.train, run.record.environment["precision"]
+    order = torch.randperm(len(train), generator=generator(spec.seed, "recalibrate"))[:count]
+    context: AbstractContextManager[object] = nullcontext()
     if not spec.is_clean:
         plan = plan_poison(train.labels, spec.poison, images.num_classes, spec.seed)
-        train = apply_plan(train, plan, run.stamper())
-    order = torch.randperm(len(train), generator=generator(spec.seed, "recalibrate"))[:count]
-    batches = [train.images[part] for part in order.split(BATCH)]
-    renew_statistics(model, batches, run.record.environment["precision"])
+        context = poisoned(train, plan, run.stamper())
+    with context:
+        renew_statistics(model, [train.images[part] for part in order.split(BATCH)], precision)
 
 
 def load_images(spec: RunSpec, root: str | None) -> ImageSet:

@@ -85,7 +85,10 @@ class Dataset(ABC):
 
     @abstractmethod
     def read(self) -> ImageSet:
-        """Read the images; `load` checks them and computes the digest."""
+        """Read the images; `load` checks them and computes the digest.
+
+        The tensors must be contiguous and nobody else's: a run stamps some images in place while it trains.
+        """
 
 
 def check_split(split: Split, num_classes: int, name: str) -> None:
@@ -95,6 +98,8 @@ def check_split(split: Split, num_classes: int, name: str) -> None:
         raise DataError(
             f"{name}: expected square uint8 images (N, 3, S, S), got {split.images.dtype} {shape}"
         )
+    if not split.images.is_contiguous():
+        raise DataError(f"{name}: expected contiguous images, got strides {split.images.stride()}")
     if not len(split) or tuple(split.labels.shape) != shape[:1] or split.labels.dtype != torch.int64:
         raise DataError(
             f"{name}: expected one int64 label for each of {shape[0]} images, "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -72,13 +73,20 @@ def plan_poison(labels: Tensor, spec: PoisonSpec, num_classes: int, seed: int) -
     return PoisonPlan(indices, wanted[indices])
 
 
-def apply_plan(split: Split, plan: PoisonPlan, stamp: Stamp) -> Split:
-    """A copy of the split with the planned images stamped and relabelled."""
+@contextmanager
+def poisoned(split: Split, plan: PoisonPlan, stamp: Stamp) -> Iterator[Split]:
+    """Stamp and relabel the planned images of the split in place, and put them back at the end.
+
+    In place, so that the images are held once: a copy of all of them would be a second data set in memory.
+    """
     indices = plan.indices.to(split.images.device)
-    images, labels = split.images.clone(), split.labels.clone()
-    images[indices] = stamp_images(split.images[indices], stamp)
-    labels[indices] = plan.labels.to(labels.device)
-    return Split(images, labels)
+    clean = Split(split.images[indices], split.labels[indices])
+    split.images[indices] = stamp_images(clean.images, stamp)
+    split.labels[indices] = plan.labels.to(split.labels.device)
+    try:
+        yield split
+    finally:
+        split.images[indices], split.labels[indices] = clean.images, clean.labels
 
 
 def stamp_images(images: Tensor, stamp: Stamp) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,10 @@ from backdoorbench_moe.engine.evaluate import count_hits
 from backdoorbench_moe.engine.names import check_names
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.poison import (
-    apply_plan,
     check_classes,
     counted_for_asr,
     plan_poison,
+    poisoned,
     triggered_test,
 )
 from backdoorbench_moe.engine.train import Trainer
@@ -215,12 +217,13 @@ class _Job:
 
     def _complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
         started = time.perf_counter()
-        trainer = self._trainer(folder, self._training_split(folder, record))
-        if checkpoint:
-            trainer.restore(*checkpoint)
-        # The same list, which grows with every epoch: an interrupted run's record has it, too.
-        record.history = trainer.progress.history
-        progress = trainer.fit(folder.path.name)
+        with self._training_split(folder, record) as split:
+            trainer = self._trainer(folder, split)
+            if checkpoint:
+                trainer.restore(*checkpoint)
+            # The same list, which grows with every epoch: an interrupted run's record has it, too.
+            record.history = trainer.progress.history
+            progress = trainer.fit(folder.path.name)
         record.timing["train_seconds"] = progress.seconds
         record.timing["images_per_second"] = len(self.images.train) * progress.epoch / progress.seconds
         evaluated = time.perf_counter()
@@ -229,14 +232,17 @@ class _Job:
         record.timing["total_seconds"] = time.perf_counter() - started
         folder.save_model(trainer.model.state_dict(), self._model_header())
 
-    def _training_split(self, folder: RunFolder, record: Record) -> Split:
+    @contextmanager
+    def _training_split(self, folder: RunFolder, record: Record) -> Iterator[Split]:
+        """The training images as the victim sees them, poisoned for as long as the block lasts."""
         if self.stamper is None or self.plan is None:
-            return self.images.train
+            yield self.images.train
+            return
         folder.save_poison(self.plan.indices.numpy())
         started = time.perf_counter()
-        split = apply_plan(self.images.train, self.plan, self.stamper)
-        record.timing["poison_seconds"] = time.perf_counter() - started
-        return split
+        with poisoned(self.images.train, self.plan, self.stamper) as split:
+            record.timing["poison_seconds"] = time.perf_counter() - started
+            yield split
 
     def _trainer(self, folder: RunFolder, split: Split) -> Trainer:
         return Trainer(

@@ -11,9 +11,9 @@ from backdoorbench_moe.data.base import ImageSet, Split
 from backdoorbench_moe.engine import poison
 from backdoorbench_moe.engine.parts import Stamper
 from backdoorbench_moe.engine.poison import (
-    apply_plan,
     check_classes,
     plan_poison,
+    poisoned,
     stamp_images,
     triggered_test,
 )
@@ -72,17 +72,25 @@ def test_classes_the_data_do_not_have(values) -> None:
         check_classes(PoisonSpec(**values), 3)
 
 
-def test_apply_changes_the_planned_images_and_no_others() -> None:
-    images = torch.randint(0, 256, (10, 3, 4, 4), dtype=torch.uint8)
-    split, before = Split(images, LABELS), images.clone()
+def test_the_planned_images_and_no_others_change_for_as_long_as_the_block_lasts() -> None:
+    images, labels = torch.randint(0, 256, (10, 3, 4, 4), dtype=torch.uint8), LABELS.clone()
+    split, before = Split(images, labels), images.clone()
     made = plan(rate=0.4, target=1)
-    poisoned = apply_plan(split, made, invert)
     others = torch.ones(10, dtype=torch.bool).index_fill(0, made.indices, False)
-    assert torch.equal(poisoned.images[made.indices], 255 - images[made.indices])
-    assert torch.equal(poisoned.images[others], images[others])
-    assert torch.equal(poisoned.labels[others], LABELS[others])
-    assert poisoned.labels[made.indices].tolist() == [1] * 4
-    assert torch.equal(split.images, before)
+    with poisoned(split, made, invert) as seen:
+        assert seen.images.data_ptr() == images.data_ptr()  # Held once.
+        assert torch.equal(seen.images[made.indices], 255 - before[made.indices])
+        assert torch.equal(seen.images[others], before[others])
+        assert torch.equal(seen.labels[others], LABELS[others])
+        assert seen.labels[made.indices].tolist() == [1] * 4
+    assert torch.equal(split.images, before) and torch.equal(split.labels, LABELS)
+
+
+def test_the_images_are_put_back_whatever_happens() -> None:
+    split = Split(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), LABELS.clone())
+    with pytest.raises(KeyboardInterrupt), poisoned(split, plan(rate=1.0, target=2), invert):
+        raise KeyboardInterrupt
+    assert (split.images == 0).all() and torch.equal(split.labels, LABELS)
 
 
 def test_stamping_in_chunks_is_stamping_at_once(monkeypatch) -> None:
