@@ -134,8 +134,8 @@ def history_table(record: Record) -> Table:
 RUN_COLUMNS = ("data", "model", "trigger", "applicator", "poison", "seed", "epochs", "BA %", "ASR %", "CAD")
 
 
-def run_row(record: Record) -> list[str]:
-    """One run as a row under RUN_COLUMNS; metrics with their 95% interval."""
+def run_row(record: Record, *, intervals: bool = True) -> list[str]:
+    """One run as a row under RUN_COLUMNS; metrics with their 95% interval, if wanted."""
     spec = record.run_spec
     parts = (spec.trigger, spec.applicator)
     names = ["clean" if part is None else _inline(part.to_dict()) for part in parts]
@@ -147,15 +147,17 @@ def run_row(record: Record) -> list[str]:
         rate,
         str(spec.seed),
         str(spec.train.epochs),
-        *(_metric(record, name) for name in ("ba", "asr", "cad")),
+        *(_metric(record, name, interval=intervals) for name in ("ba", "asr", "cad")),
     ]
 
 
 def runs_table(records: Sequence[Record]) -> Table:
-    """Several runs, one a row."""
-    table = Table(*RUN_COLUMNS)
+    """Several runs, one a row; without intervals, so that 80 columns will do."""
+    table = Table(box=None, pad_edge=False)
+    for column in RUN_COLUMNS:
+        table.add_column(column, overflow="fold")
     for record in records:
-        table.add_row(*run_row(record))
+        table.add_row(*run_row(record, intervals=False))
     return table
 
 
@@ -165,9 +167,9 @@ def markdown_table(records: Sequence[Record]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _metric(record: Record, name: str) -> str:
+def _metric(record: Record, name: str, *, interval: bool) -> str:
     metric = record.metrics.get(name)
     if metric is None:
         return "–"
-    interval = f" [{metric['low']:.1f}, {metric['high']:.1f}]" if "low" in metric else ""
-    return f"{metric['value']:.2f}{interval}"
+    bounds = f" [{metric['low']:.1f}, {metric['high']:.1f}]" if interval and "low" in metric else ""
+    return f"{metric['value']:.2f}{bounds}"
