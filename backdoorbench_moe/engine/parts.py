@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from backdoorbench_moe import applicators, data, models, triggers
 from backdoorbench_moe.applicators.base import Applicator
 from backdoorbench_moe.config import PartSpec, RunSpec
-from backdoorbench_moe.data.base import Dataset, ImageSet
+from backdoorbench_moe.data.base import Dataset
 from backdoorbench_moe.engine.train import load_weights
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.seeding import derive_seed, seeded
@@ -51,7 +51,8 @@ def build_stamper(spec: RunSpec, *, patch_size: int | None, image_size: int) -> 
     """Trigger and applicator of a spec; seed and patch size are filled in where the spec leaves them open.
 
     patch_size: the model's own. Stamps one grey image, so that what does not fit this image size (a
-    square larger than a tile, a tile that does not divide the image) is said now.
+    square larger than a tile, a tile that does not divide the image) is said now. Raises ConfigError,
+    UnknownNameError or ShapeError.
     """
     if spec.trigger is None or spec.applicator is None:
         raise ConfigError("trigger: expected a trigger and an applicator, got a clean run")
@@ -77,6 +78,7 @@ def describe(part: object) -> dict[str, Any]:
         name: list(value) if isinstance(value, tuple) else value
         for name, value in vars(part).items()
         if not name.startswith("_")
+        and name != "training"
         and (
             isinstance(value, plain)
             or (isinstance(value, tuple) and all(isinstance(v, plain) for v in value))
@@ -85,12 +87,14 @@ def describe(part: object) -> dict[str, Any]:
 
 
 def load_model(
-    spec: RunSpec, images: ImageSet | Mapping[str, Any], tensors: dict[str, Tensor], source: str
+    spec: RunSpec, made_for: Mapping[str, Any], tensors: dict[str, Tensor], source: str
 ) -> nn.Module:
-    """The model of a spec with weights read from a file. Raises RecordError if they do not fit."""
-    if isinstance(images, ImageSet):
-        images = {"classes": images.classes, "image_size": images.image_size}
-    model = build_model(spec, num_classes=len(images["classes"]), image_size=images["image_size"])
+    """The model of a spec with weights read from a file, in evaluation mode.
+
+    made_for: a record's data, for its "classes" and "image_size". source: the file, for messages. Raises RecordError
+    if the weights do not fit.
+    """
+    model = build_model(spec, num_classes=len(made_for["classes"]), image_size=made_for["image_size"])
     load_weights(model, tensors, source)
     return model.eval()
 

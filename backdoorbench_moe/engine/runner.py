@@ -27,7 +27,7 @@ from backdoorbench_moe.engine.poison import (
     triggered_test,
 )
 from backdoorbench_moe.engine.train import Trainer
-from backdoorbench_moe.errors import BbmoeWarning, RecordError
+from backdoorbench_moe.errors import BbmoeWarning, RecordError, UnknownNameError
 from backdoorbench_moe.ops.metrics import proportion
 from backdoorbench_moe.ops.seeding import derive_seed
 from backdoorbench_moe.records import MODEL, Record, RunFolder
@@ -49,7 +49,9 @@ class Run:
         return self.record.run_spec
 
     def value(self, metric: str) -> float:
-        """A metric in percent: "ba", "asr" or "cad"."""
+        """A metric in percent: "ba", "asr" or "cad". Raises UnknownNameError for one that was not measured."""
+        if metric not in self.record.metrics:
+            raise UnknownNameError(f"run {self.folder.path}: metric", metric, self.record.metrics)
         return self.record.metrics[metric]["value"]
 
     def model(self) -> nn.Module:

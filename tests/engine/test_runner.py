@@ -218,6 +218,12 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path, values, mess
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_metric_that_was_not_measured_is_named(tmp_path) -> None:
+    [run] = run_attack(tiny_spec(), output=tmp_path, twin=False)
+    with pytest.raises(BbmoeError, match="metric: unknown 'cad'; known: asr, ba"):
+        run.value("cad")
+
+
 def test_divergence_is_recorded(tmp_path) -> None:
     spec = tiny_spec(train={"lr": 1e30})
     with pytest.raises(RecordError, match="diverged"):
