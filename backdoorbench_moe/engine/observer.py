@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 
+class StopRun(Exception):
+    """Raised by an observer: stop here; the run is interrupted and goes on from its last finished epoch."""
+
+
 class Observer:
     """Receives progress; this one ignores it. Subclass and override what is of interest."""
 

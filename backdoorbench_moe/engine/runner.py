@@ -18,7 +18,7 @@ from backdoorbench_moe.engine import parts
 from backdoorbench_moe.engine.device import environment, resolve_device, resolve_precision
 from backdoorbench_moe.engine.evaluate import count_hits
 from backdoorbench_moe.engine.names import check_names
-from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.engine.observer import Observer, StopRun
 from backdoorbench_moe.engine.poison import (
     check_classes,
     counted_for_asr,
@@ -87,16 +87,20 @@ def run_attack(
     Each trains its victim, then (with `twin`) the clean twin, unless they lie finished in `output`; one
     that was interrupted goes on from its last epoch. Raises BbmoeError for anything the user can mend.
     """
-    session = _Session(spec, Path(output), observer or Observer())
+    session = Session(spec, output, observer)
     return [session.attack(replace(spec, seed=spec.seed + n), twin=twin) for n in range(repeats)]
 
 
-class _Session:
-    """Runs on the same data, read once."""
+class Session:
+    """Runs on the same data, device and precision; the data are read once.
 
-    def __init__(self, spec: RunSpec, output: Path, observer: Observer) -> None:
+    spec: the first of them; only its data set, device and precision count here. output: folder of run
+    folders. Raises BbmoeError if a name is unknown, or the device or the data's folder is not there.
+    """
+
+    def __init__(self, spec: RunSpec, output: Path | str = "runs", observer: Observer | None = None) -> None:
         check_names(spec)
-        self.output, self.observer = output, observer
+        self.output, self.observer = Path(output), observer or Observer()
         self.dataset = parts.build_dataset(spec)
         self.device = resolve_device(spec.device)
         self.precision = resolve_precision(spec.precision, self.device)
@@ -110,19 +114,26 @@ class _Session:
             self._images = self.dataset.load().to(self.device)
         return self._images
 
-    def attack(self, spec: RunSpec, *, twin: bool) -> Run:
+    def check(self, spec: RunSpec) -> None:
+        """Build all parts of a run and check them against the data and each other; nothing is written.
+
+        Raises BbmoeError for what would stop the run before its first step.
+        """
+        check_names(spec)
+        _Job(spec, self)
+
+    def attack(self, spec: RunSpec, *, twin: bool = True) -> Run:
+        """The finished run of a spec, with CAD if the twin is wanted; see `run_attack`."""
         run = self.finish(spec)
         if spec.is_clean or not twin:
             return run
-        clean = self.finish(spec.clean_twin(), wait=True)
-        if clean.record.data["digest"] != run.record.data["digest"]:
-            raise RecordError(
-                f"clean twin {clean.folder.path}: was made from other data; use another --output"
-            )
-        return self._with_cad(run, clean)
+        return link_twin(run, self.finish(spec.clean_twin(), wait=True))
 
     def finish(self, spec: RunSpec, *, wait: bool = False) -> Run:
-        """The finished run of a spec: from disk, or made now. wait: for another process that makes it."""
+        """The finished run of a spec: from disk, or made now. wait: for another process that makes it.
+
+        An observer that raises StopRun leaves the run "interrupted"; the next call goes on from its last epoch.
+        """
         folder = RunFolder(self.output / spec.name)
         if found := self._find(folder, spec):
             self.observer.on_message(f"found finished: {folder.path}")
@@ -149,13 +160,17 @@ class _Session:
             _check_data(folder, record, self.images)
         return Run(folder, record)
 
-    def _with_cad(self, run: Run, clean: Run) -> Run:
-        cad = {"value": clean.value("ba") - run.value("ba"), "n": run.record.metrics["ba"]["n"]}
-        if run.record.metrics.get("cad") != cad or run.record.clean_twin != clean.folder.path.name:
-            with run.folder.lock():
-                run.record.metrics["cad"], run.record.clean_twin = cad, clean.folder.path.name
-                run.folder.write(run.record)
-        return run
+
+def link_twin(run: Run, clean: Run) -> Run:
+    """Write CAD, and which twin it is from, into a run's record. Raises RecordError if their data differ."""
+    if clean.record.data["digest"] != run.record.data["digest"]:
+        raise RecordError(f"clean twin {clean.folder.path}: was made from other data; use another --output")
+    cad = {"value": clean.value("ba") - run.value("ba"), "n": run.record.metrics["ba"]["n"]}
+    if run.record.metrics.get("cad") != cad or run.record.clean_twin != clean.folder.path.name:
+        with run.folder.lock():
+            run.record.metrics["cad"], run.record.clean_twin = cad, clean.folder.path.name
+            run.folder.write(run.record)
+    return run
 
 
 def _check_data(folder: RunFolder, record: Record, images: ImageSet) -> None:
@@ -180,7 +195,7 @@ def _warn_of_changes(folder: RunFolder, before: dict[str, Any], now: dict[str, A
 class _Job:
     """One run, built and checked when made; nothing is on disk before `run`."""
 
-    def __init__(self, spec: RunSpec, session: _Session) -> None:
+    def __init__(self, spec: RunSpec, session: Session) -> None:
         self.spec, self.session, self.images = spec, session, session.images
         images = self.images
         check_classes(spec.poison, images.num_classes)
@@ -203,7 +218,7 @@ class _Job:
         folder.write(record)
         try:
             self._complete(folder, record, checkpoint)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, StopRun):
             record.status = "interrupted"
             folder.write(record)
             raise
