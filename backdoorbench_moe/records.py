@@ -103,7 +103,7 @@ class RunFolder:
             raise RecordError(f"record {file}: {error.strerror}") from error
         except ValueError as error:
             raise RecordError(f"record {file}: damaged: {error}") from error
-        return _check_record(values, file)
+        return parse_record(values, file)
 
     def write(self, record: Record) -> None:
         """Write the record. Raises RecordError if the folder cannot be written."""
@@ -245,7 +245,8 @@ def _load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise RecordError(f"model file {file}: expected a safetensors file: {error}") from error
 
 
-def _check_record(values: object, file: Path) -> Record:
+def parse_record(values: object, file: Path) -> Record:
+    """A record from its JSON values. Raises RecordError, naming `file`, if it is damaged or of another version."""
     known = {item.name: item for item in fields(Record)}
     if not isinstance(values, dict) or "schema_version" not in values:
         raise RecordError(f"record {file}: damaged: expected a 'schema_version' in it")
