@@ -15,6 +15,7 @@ from backdoorbench_moe.errors import BbmoeError, BbmoeWarning
 COMMANDS = {
     "attack": "Backdoor a model and measure it.",
     "preview": "Draw what a trigger does to images.",
+    "bench": "Run a suite of attacks, and draw its tables beside the paper's.",
     "show": "Print what a run folder holds.",
     "list": "List triggers, applicators, models and data sets, and broken plug-ins.",
     "info": "Describe one part and its options.",
@@ -22,37 +23,48 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """A group that imports a command when it is called, so that --help answers at once."""
+    """A group that imports a command when it is called, so that --help answers at once.
+
+    commands_help: name -> one line. package: where module NAME has its `command`.
+    """
+
+    def __init__(self, *args: Any, commands_help: dict[str, str], package: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.commands_help, self.package = commands_help, package
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names in the order in which they are used."""
-        return list(COMMANDS)
+        return list(self.commands_help)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the command; None for a name that is none."""
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self.commands_help:
             return None
-        command: click.Command = import_module(f"backdoorbench_moe.cli.{cmd_name}").command
+        command: click.Command = import_module(f"{self.package}.{cmd_name}").command
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Refuse an unknown command with near names."""
         import difflib
 
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            advice = f" Did you mean {near[0]!r}?" if near else f" Commands: {', '.join(COMMANDS)}."
+        if args and args[0] not in self.commands_help and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], self.commands_help, n=1)
+            known = ", ".join(self.commands_help)
+            advice = f" Did you mean {near[0]!r}?" if near else f" Commands: {known}."
             raise click.UsageError(f"No such command {args[0]!r}.{advice}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl(list(self.commands_help.items()))
 
 
 @click.group(
-    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=LazyGroup,
+    commands_help=COMMANDS,
+    package=__package__,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(__version__, prog_name="bbmoe")
 def bbmoe() -> None:

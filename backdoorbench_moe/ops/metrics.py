@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 
 
 @dataclass(frozen=True)
@@ -38,3 +38,15 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     if not values:
         raise ValueError("mean_std: expected at least one value, got none")
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float | None, float | None]:
+    """Compute the interval of the mean of a normal population (Student's t); None, None for a single value.
+
+    Raises ValueError if there are no values.
+    """
+    mean, std = mean_std(values)
+    if std is None:
+        return None, None
+    half = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * std / len(values) ** 0.5
+    return mean - half, mean + half

@@ -1,0 +1,1 @@
+"""Suites (YAML) to runs to tables: the paper's tables, measured beside the paper."""

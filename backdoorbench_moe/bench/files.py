@@ -1,0 +1,35 @@
+"""Where suites, scales and published tables lie: beside the user's own, or with the project."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from backdoorbench_moe.errors import UnknownNameError
+
+# A source tree keeps them in benchmarks/; an installed package carries copies (see setup.cfg).
+_ROOTS = (Path(__file__).parents[2] / "benchmarks", Path(__file__).parent / "files")
+
+
+def root() -> Path:
+    """The folder of the suites and tables that come with the project."""
+    return next((path for path in _ROOTS if (path / "suites").is_dir()), _ROOTS[-1])
+
+
+def names_in(folder: str, suffix: str = ".yaml") -> list[str]:
+    """Names, without suffix, of the files in one of the project's folders."""
+    return sorted(file.stem for file in (root() / folder).glob(f"*{suffix}"))
+
+
+def find_file(name: str, folder: str, what: str, near: Path | None = None, *, suffix: str = ".yaml") -> Path:
+    """A file by path, or by its bare name in `near` or in the project's `folder`.
+
+    what: "suite", "scale", ..., for the message. Raises UnknownNameError with near names.
+    """
+    if name.endswith(suffix) or "/" in name:
+        if (path := Path(name)).is_file():
+            return path
+        raise UnknownNameError(what, name, names_in(folder, suffix), "; or the path of a file")
+    for place in (near, root() / folder):
+        if place is not None and (place / f"{name}{suffix}").is_file():
+            return place / f"{name}{suffix}"
+    raise UnknownNameError(what, name, names_in(folder, suffix), "; or the path of a file")

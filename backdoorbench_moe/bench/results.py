@@ -1,0 +1,224 @@
+"""The finished runs of a suite, read from run folders or a results folder, and the statistics of a cell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from backdoorbench_moe.bench.paper import PaperTable, load_paper
+from backdoorbench_moe.bench.suite import Cell, Suite
+from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.ops.metrics import mean_interval, mean_std
+from backdoorbench_moe.records import Record, RunFolder, parse_record
+
+MANIFEST, RECORDS = "suite.json", "records.jsonl"
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One metric of one cell over its seeds, in percent, beside the paper's.
+
+    std: sample standard deviation. low, high: 95% interval of the mean over seeds (Student's t). Both None
+    for a single seed. paper: the published mean, None where there is none.
+    """
+
+    seeds: tuple[int, ...]
+    values: tuple[float, ...]
+    mean: float
+    std: float | None
+    low: float | None
+    high: float | None
+    paper: float | None = None
+
+    @property
+    def n(self) -> int:
+        """Number of seeds."""
+        return len(self.values)
+
+    @property
+    def difference(self) -> float | None:
+        """Mean minus the paper's value, in percentage points."""
+        return None if self.paper is None else self.mean - self.paper
+
+    @property
+    def inside(self) -> bool | None:
+        """Whether the paper's value lies inside our 95% interval; None where either is missing."""
+        if self.paper is None or self.low is None or self.high is None:
+            return None
+        return self.low <= self.paper <= self.high
+
+
+@dataclass(frozen=True)
+class ResultSet:
+    """Records of a suite by digest, its clean twins' among them, finished or not."""
+
+    suite: Suite
+    records: Mapping[str, Record]
+    paper: PaperTable
+
+    @classmethod
+    def from_runs(cls, suite: Suite, output: Path | str) -> ResultSet:
+        """Read what there is of a suite in a folder of run folders.
+
+        Raises RecordError for a damaged record, or for runs of one data set that were made from different
+        data.
+        """
+        return cls._of(suite, _read_folders(suite, Path(output)))
+
+    @classmethod
+    def from_folder(cls, suite: Suite, folder: Path | str) -> ResultSet:
+        """Read a results folder. Raises RecordError if it is none, or of another version of the suite."""
+        folder = Path(folder)
+        check_manifest(suite, folder)
+        try:
+            lines = (folder / RECORDS).read_text(encoding="utf-8").splitlines()
+            records = [parse_record(json.loads(line), folder / RECORDS) for line in lines]
+        except (OSError, ValueError) as error:
+            raise RecordError(f"results folder {folder}: {RECORDS} is missing or damaged: {error}") from error
+        wanted = {spec.digest for spec in wanted_specs(suite)}
+        return cls._of(suite, (record for record in records if record.digest in wanted))
+
+    @classmethod
+    def _of(cls, suite: Suite, records: Iterable[Record]) -> ResultSet:
+        found = {record.digest: record for record in records}
+        digests: dict[str, tuple[str, str]] = {}
+        for record in found.values():
+            if record.status == "finished":
+                spec, digest = record.run_spec, record.data["digest"]
+                # The same data set with the same options must be the same images.
+                key = json.dumps(
+                    {k: v for k, v in spec.dataset.to_dict().items() if k not in ("root", "download")}
+                )
+                other, name = digests.setdefault(key, (digest, spec.name))
+                if other != digest:
+                    raise RecordError(
+                        f"runs {name} and {spec.name}: were made from different {spec.dataset.name} data"
+                    )
+        return cls(suite, found, load_paper(suite))
+
+    def record(self, spec: RunSpec) -> Record | None:
+        """The finished record of a spec; None where there is none."""
+        record = self.records.get(spec.digest)
+        return record if record is not None and record.status == "finished" else None
+
+    def finished(self) -> list[Record]:
+        """The finished records in the suite's order, twins last."""
+        specs = wanted_specs(self.suite)
+        return [record for spec in specs if (record := self.record(spec)) is not None]
+
+    def values(self, cell: Cell, metric: str) -> dict[int, float]:
+        """Seed -> percent of every finished run of a cell that has the metric."""
+        found = {}
+        for spec in cell.runs(self.suite.repeats):
+            if (value := self._value(spec, metric)) is not None:
+                found[spec.seed] = value
+        return found
+
+    def statistic(self, cell: Cell, metric: str) -> Statistic | None:
+        """The metric over the cell's seeds; None where no run is finished, or none has it."""
+        found = self.values(cell, metric)
+        if not found:
+            return None
+        values = tuple(found.values())
+        mean, std = mean_std(values)
+        low, high = mean_interval(values)
+        return Statistic(tuple(found), values, mean, std, low, high, self.paper.value(cell.spec, metric))
+
+    def state(self, cell: Cell) -> str:
+        """In a word why a cell has no numbers: "missing", "failed", "running" or "interrupted"."""
+        records = (self.records.get(spec.digest) for spec in cell.runs(self.suite.repeats))
+        states = [record.status for record in records if record is not None]
+        return next(
+            (state for state in ("finished", "failed", "running", "interrupted") if state in states),
+            "missing",
+        )
+
+    def _value(self, spec: RunSpec, metric: str) -> float | None:
+        record = self.record(spec)
+        if record is None:
+            return None
+        stage, _, name = metric.rpartition(".")
+        if name == "cad":
+            # From the twin itself, so that a table does not hang on which run was linked last.
+            twin, ba = self.record(spec.clean_twin()), self._value(spec, f"{stage}.ba" if stage else "ba")
+            return None if twin is None or ba is None else twin.metrics["ba"]["value"] - ba
+        metrics = record.metrics if not stage else _stage(record, stage)
+        return metrics[name]["value"] if name in metrics else None
+
+
+def wanted_specs(suite: Suite) -> list[RunSpec]:
+    """Every run of a suite, each once, then its clean twins and what else its runs are made from."""
+    specs = {spec.digest: spec for _, spec in suite.runs()}
+    for spec in list(specs.values()):
+        twin = spec.clean_twin()
+        specs.setdefault(twin.digest, twin)
+    return list(specs.values())
+
+
+def check_manifest(suite: Suite, folder: Path) -> None:
+    """Raise RecordError unless a results folder is of this very suite, scale and version."""
+    manifest = read_manifest(folder)
+    for key, ours in (("suite", suite.name), ("scale", suite.scale)):
+        if manifest.get(key) != ours:
+            raise RecordError(
+                f"results folder {folder}: expected {key} {ours!r}, found {manifest.get(key)!r}"
+            )
+    if manifest.get("version") != suite.version:
+        raise RecordError(
+            f"results folder {folder}: is of version {manifest.get('version')} of suite {suite.name}, "
+            f"which is now at version {suite.version}; draw it anew from the run folders, or use another folder"
+        )
+    if manifest.get("digest") != suite.digest:
+        raise RecordError(
+            f"results folder {folder}: its runs ({manifest.get('digest')}) are not those of suite {suite.name} "
+            f"version {suite.version} ({suite.digest}): the suite was changed without a new version"
+        )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a results folder says of itself. Raises RecordError if it is none."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecordError(f"results folder {folder}: expected a {MANIFEST} in it, found none") from None
+    except (OSError, ValueError) as error:
+        raise RecordError(f"results folder {folder}: {MANIFEST} is damaged: {error}") from error
+    if not isinstance(manifest, dict):
+        raise RecordError(f"results folder {folder}: {MANIFEST} is damaged: expected keys and values")
+    return manifest
+
+
+def manifest_of(results: ResultSet) -> dict[str, Any]:
+    """What a results folder says of itself."""
+    suite = results.suite
+    return {
+        "suite": suite.name,
+        "version": suite.version,
+        "scale": suite.scale,
+        "digest": suite.digest,
+        "title": suite.title,
+        "note": suite.note,
+        "repeats": suite.repeats,
+        "cells": len(suite.cells),
+        "finished": len(results.finished()),
+    }
+
+
+def record_lines(results: ResultSet) -> Iterator[str]:
+    """Every finished record as a line of JSON."""
+    return (json.dumps(asdict(record), sort_keys=True) for record in results.finished())
+
+
+def _read_folders(suite: Suite, output: Path) -> Iterator[Record]:
+    for spec in wanted_specs(suite):
+        if (folder := RunFolder(output / spec.name)).exists:
+            yield folder.read()
+
+
+def _stage(record: Record, name: str) -> Mapping[str, Any]:
+    stages = getattr(record, "stages", None) or []
+    return next((stage["metrics"] for stage in stages if stage["name"] == name), {})
