@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
@@ -120,7 +120,10 @@ class TrainSpec:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Everything that decides the numbers of one run, and the device it asks for."""
+    """Everything that decides the numbers of one run, and the device it asks for.
+
+    defenses: applied one after the other to the trained victim.
+    """
 
     dataset: PartSpec = PartSpec("signs")
     model: PartSpec = PartSpec("pmoe")
@@ -129,6 +132,7 @@ class RunSpec:
     attack: Literal["data-poisoning"] = "data-poisoning"
     poison: PoisonSpec = PoisonSpec()
     train: TrainSpec = TrainSpec()
+    defenses: tuple[PartSpec, ...] = ()
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
@@ -148,11 +152,16 @@ class RunSpec:
         return self.trigger is None
 
     def clean_twin(self) -> RunSpec:
-        """The same run without poison; every attack on the same data, model and seed shares it."""
-        return replace(self, trigger=None, applicator=None, poison=PoisonSpec(rate=0.0))
+        """The same run without poison or defense; all attacks on the same data, model and seed share it."""
+        return replace(self, trigger=None, applicator=None, poison=PoisonSpec(rate=0.0), defenses=())
+
+    def parent(self) -> RunSpec:
+        """The run that the last defense is applied to."""
+        assert self.defenses, "an undefended run has no parent"
+        return replace(self, defenses=self.defenses[:-1])
 
     def to_dict(self) -> Values:
-        """Plain nested dict; `spec_from_dict` reads it back."""
+        """Plain nested dict; `spec_from_dict` reads it back. No defenses, no such key: older digests hold."""
         values: Values = {}
         for item in fields(self):
             value = getattr(self, item.name)
@@ -160,7 +169,10 @@ class RunSpec:
                 value = value.to_dict()
             elif isinstance(value, (PoisonSpec, TrainSpec)):
                 value = {f.name: getattr(value, f.name) for f in fields(value)}
-            values[item.name] = value
+            elif item.name == "defenses":
+                value = [part.to_dict() for part in value]
+            if item.name != "defenses" or value:
+                values[item.name] = value
         return cast(Values, json.loads(json.dumps(values)))
 
     @property
@@ -178,6 +190,7 @@ class RunSpec:
             parts.append("clean")
         else:
             parts += [self.trigger.name, self.applicator.name, f"{self.poison.rate:g}"]
+        parts += [part.name for part in self.defenses]
         safe = "-".join([*parts, f"s{self.seed}", self.digest])
         return "".join(c if c.isalnum() or c in "-_." else "_" for c in safe)
 
@@ -268,7 +281,15 @@ def merge(*layers: Mapping[str, Any]) -> Values:
 
 def _normalise(layer: Mapping[str, Any]) -> Values:
     """Let a part be given by its bare name; refuse one that is neither a name nor keys and values."""
-    return {key: _normalise_part(key, value) if key in PARTS else value for key, value in layer.items()}
+    known: dict[str, Callable[[str, Any], Any]] = dict.fromkeys(PARTS, _normalise_part)
+    known["defenses"] = _normalise_list
+    return {key: known[key](key, value) if key in known else value for key, value in layer.items()}
+
+
+def _normalise_list(key: str, value: object) -> list[Values | None]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError.expected(key, "a list of names, or of keys with a name among them", value)
+    return [_normalise_part(f"{key}[{place}]", item) for place, item in enumerate(value)]
 
 
 def _normalise_part(key: str, value: object) -> Values | None:
@@ -296,6 +317,9 @@ def _read(kind: type, values: object, where: str) -> Any:
             raise UnknownNameError(f"{where or 'config'}: key", str(key), known)
         if key in PARTS:
             checked[key] = _read_part(value, path, optional=key in OPTIONAL_PARTS)
+        elif key == "defenses":
+            parts = _normalise_list(path, value)
+            checked[key] = tuple(_read_part(item, f"{path}[{i}]") for i, item in enumerate(parts))
         elif hints[key] in (PoisonSpec, TrainSpec):
             checked[key] = _read(hints[key], value, path)
         else:
@@ -303,7 +327,7 @@ def _read(kind: type, values: object, where: str) -> Any:
     return kind(**checked)
 
 
-def _read_part(value: object, where: str, *, optional: bool) -> PartSpec | None:
+def _read_part(value: object, where: str, *, optional: bool = False) -> PartSpec | None:
     if value is None and optional:
         return None
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):

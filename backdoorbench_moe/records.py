@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# Fields that came with a version; a record of an older one does without them.
+ADDED_IN = {2: {"parent", "stages", "scores", "verdict"}}
 RECORD, MODEL, POISON, CHECKPOINT, LOCK = (
     "record.json",
     "model.safetensors",
@@ -30,7 +32,7 @@ RECORD, MODEL, POISON, CHECKPOINT, LOCK = (
     ".lock",
 )
 KINDS = {"spec": dict, "metrics": dict, "history": list, "data": dict, "environment": dict, "status": str}
-KINDS |= {"parts": dict, "timing": dict, "seeds": dict}
+KINDS |= {"parts": dict, "timing": dict, "seeds": dict, "stages": list, "scores": dict, "verdict": dict}
 # What the readers of a record take for granted: numbers in a metric and an epoch, texts and numbers elsewhere.
 METRIC_KEYS = {"value", "n"}
 EPOCH_KEYS = {"epoch", "loss", "train_accuracy", "lr", "seconds"}
@@ -45,6 +47,11 @@ class Record:
     status: running, interrupted, failed or finished. metrics: `ba`, `asr`, `cad` as {"value": percent,
     "n": images, "low": .., "high": ..} (Wilson 95%; `cad` without low and high). history: one entry an
     epoch.
+
+    Of a defended run, too: metrics `ra`, the share of the images of `asr` that are called what they are;
+    parent, folder name of the run it was made from; stages, [{"name": .., "metrics": {..}, "seconds": ..}],
+    "before" first, the last with the run's own metrics; history, the epochs of its tuning. scores and
+    verdict: what a defense that judges gave, by what it judges: "sample", "class" or "model".
     """
 
     spec: dict[str, Any]
@@ -59,6 +66,10 @@ class Record:
     seeds: dict[str, int] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     clean_twin: str | None = None
+    parent: str | None = None
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    scores: dict[str, Any] = field(default_factory=dict)
+    verdict: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
     schema_version: int = SCHEMA_VERSION
 
@@ -250,10 +261,7 @@ def parse_record(values: object, file: Path) -> Record:
     known = {item.name: item for item in fields(Record)}
     if not isinstance(values, dict) or "schema_version" not in values:
         raise RecordError(f"record {file}: damaged: expected a 'schema_version' in it")
-    if values["schema_version"] != SCHEMA_VERSION:
-        raise RecordError(
-            f"record {file}: expected schema version {SCHEMA_VERSION}, found {values['schema_version']!r}"
-        )
+    values = _upgrade(values, file)
     missing, extra = known.keys() - values.keys(), values.keys() - known.keys()
     if missing or extra:
         raise RecordError(f"record {file}: damaged: missing {sorted(missing)}, unknown {sorted(extra)}")
@@ -272,14 +280,30 @@ def parse_record(values: object, file: Path) -> Record:
     return record
 
 
+def _upgrade(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A record of an older version as one of this: what it had not yet takes its default."""
+    version = values["schema_version"]
+    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
+        raise RecordError(f"record {file}: expected schema version 1 to {SCHEMA_VERSION}, found {version!r}")
+    added = {name for since, names in ADDED_IN.items() if since > version for name in names}
+    if early := sorted(added & values.keys()):
+        raise RecordError(f"record {file}: damaged: unknown to schema version {version}: {early}")
+    fresh = asdict(Record(spec={}, digest=""))
+    return {**values, **{name: fresh[name] for name in added}, "schema_version": SCHEMA_VERSION}
+
+
 def _find_damage(record: Record) -> str | None:
     """What is wrong inside a record's fields; None where nothing is."""
-    rows = [("metrics", row, METRIC_KEYS) for row in record.metrics.values()]
+    for stage in record.stages:
+        if not isinstance(stage, dict) or not _is_stage(stage):
+            return f"'stages': expected a name, metrics and seconds, found {stage!r}"
+    metrics = [record.metrics, *(stage["metrics"] for stage in record.stages)]
+    rows = [("metrics", row, METRIC_KEYS) for group in metrics for row in group.values()]
     rows += [("history", row, EPOCH_KEYS) for row in record.history]
     for name, row, keys in [*rows, ("timing", record.timing, set())]:
         if not isinstance(row, dict) or not keys <= row.keys() or not all(map(_is_number, row.values())):
             return f"{name!r}: expected numbers {sorted(keys) or ''}, found {row!r}"
-    if any("low" in row and "high" not in row for row in record.metrics.values()):
+    if any("low" in row and "high" not in row for group in metrics for row in group.values()):
         return "'metrics': an interval without its high end"
     for name, part, kinds in (
         ("data", record.data, DATA_KINDS),
@@ -290,11 +314,16 @@ def _find_damage(record: Record) -> str | None:
                 return f"{name!r}: expected {key!r}, a {kind.__name__}, found {part.get(key)!r}"
     if record.poison is not None and not (isinstance(record.poison, dict) and "n" in record.poison):
         return f"'poison': expected 'n' in it, found {record.poison!r}"
-    if not all(isinstance(text, str | None) for text in (record.clean_twin, record.error)):
-        return "'clean_twin' or 'error' is no text"
+    if not all(isinstance(text, str | None) for text in (record.clean_twin, record.parent, record.error)):
+        return "'clean_twin', 'parent' or 'error' is no text"
     if record.status == "finished" and "ba" not in record.metrics:
         return "'metrics': a finished run without 'ba'"
     return None
+
+
+def _is_stage(stage: dict[str, Any]) -> bool:
+    named = isinstance(stage.get("name"), str) and isinstance(stage.get("metrics"), dict)
+    return named and _is_number(stage.get("seconds"))
 
 
 def _is_number(value: object) -> bool:

@@ -200,3 +200,37 @@ def test_unknown_name_error_lists_what_is_known() -> None:
     error = UnknownNameError("trigger", "wrap", ["warp", "blend"])
     assert error.suggestions == ["warp"]
     assert "did you mean 'warp'? known: blend, warp" in str(error)
+
+
+FINE_PRUNING = {"name": "fine-pruning", "ratio": 0.2}
+
+
+def test_a_defended_run_is_the_victims_spec_and_its_defenses() -> None:
+    victim, spec = build_spec({}), build_spec({"defenses": ["fine-tuning", FINE_PRUNING]})
+    assert spec_from_dict(spec.to_dict()) == spec
+    assert spec.parent() == build_spec(chain_settings(["defenses=[fine-tuning]"]))
+    assert spec.parent().parent() == victim
+    assert len({victim.digest, spec.digest, spec.parent().digest}) == 3
+    assert "-fine-tuning-fine-pruning-s0-" in spec.name
+    assert spec.clean_twin() == victim.clean_twin()
+
+
+def test_an_undefended_run_says_nothing_of_defenses() -> None:
+    spec = build_spec({"defenses": []})
+    assert "defenses" not in spec.to_dict() and spec == build_spec({})
+
+
+@pytest.mark.parametrize(
+    ("defenses", "message"),
+    [
+        ("fine-pruning", r"defenses: expected a list of names, .* got 'fine-pruning'"),
+        ({"0": FINE_PRUNING}, "defenses: expected a list of names"),
+        ([3], r"defenses\[0\]: expected a name, or keys with a name among them, got 3"),
+        ([FINE_PRUNING, None], r"defenses\[1\]: expected a name"),
+        ([{"ratio": 0.1}], r"defenses\[0\]: expected a name"),
+        ([{"name": 3}], r"defenses\[0\]\.name: expected a text, got 3"),
+    ],
+)
+def test_what_is_no_list_of_defenses_is_refused(defenses, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_spec({"defenses": defenses})

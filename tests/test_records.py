@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from backdoorbench_moe.config import build_spec
 from backdoorbench_moe.errors import RecordError
-from backdoorbench_moe.records import Record, RunFolder, write_atomically
+from backdoorbench_moe.records import SCHEMA_VERSION, Record, RunFolder, write_atomically
 
 
 @pytest.fixture
@@ -39,7 +39,14 @@ def test_record_survives_the_disk(folder) -> None:
     [
         (lambda text: text[: len(text) // 2], "damaged"),
         (lambda text: "[]", "damaged: expected a 'schema_version'"),
-        (lambda text: text.replace('"schema_version": 1', '"schema_version": 9'), "expected schema version 1, found 9"),
+        (lambda text: text.replace('"schema_version": 2', '"schema_version": 9'), "version 1 to 2, found 9"),
+        (lambda text: text.replace('"schema_version": 2', '"schema_version": 0'), "version 1 to 2, found 0"),
+        (lambda text: text.replace('"schema_version": 2', '"schema_version": true'), "1 to 2, found True"),
+        (lambda text: text.replace('"schema_version": 2', '"schema_version": 1'), "unknown to schema version 1"),
+        (lambda text: text.replace('"stages": []', '"stages": [3]'), "'stages': expected a name"),
+        (lambda text: text.replace('"stages": []', '"stages": [{"name": "tuned"}]'), "'stages': expected a name"),
+        (lambda text: text.replace('"verdict": {}', '"verdict": 3'), "'verdict' is no dict"),
+        (lambda text: text.replace('"parent": null', '"parent": 3'), "'parent' or 'error' is no text"),
         (lambda text: text.replace('"status"', '"state"'), r"missing \['status'\], unknown \['state'\]"),
         (lambda text: text.replace('"metrics": {}', '"metrics": 3'), "'metrics' is no dict"),
         (lambda text: text.replace('"metrics": {}', '"metrics": {"ba": 90}'), "'metrics': expected numbers"),
@@ -50,7 +57,7 @@ def test_record_survives_the_disk(folder) -> None:
         (lambda text: text.replace('"data": {}', '"data": {"digest": 3}'), "'data': expected 'digest', a str"),
         (lambda text: text.replace('"environment": {}', '"environment": {"a": 3}'), "expected 'packages', a dict"),
         (lambda text: text.replace('"poison": null', '"poison": 3'), "'poison': expected 'n' in it, found 3"),
-        (lambda text: text.replace('"error": null', '"error": 3'), "'clean_twin' or 'error' is no text"),
+        (lambda text: text.replace('"error": null', '"error": 3'), 'is no text'),
         (lambda text: text.replace('"running"', '"finished"'), "'data': expected 'digest'"),
         (lambda text: text.replace('"seed": 0', '"seed": 1'), "its digest is"),
         (lambda text: text.replace('"seed": 0', '"seed": "x"'), "seed: expected an integer"),
@@ -177,3 +184,35 @@ def test_one_process_at_a_time_and_a_killed_one_lets_go(folder) -> None:
 def test_a_path_that_cannot_be_is_one_clear_error(tmp_path) -> None:
     with pytest.raises(RecordError, match="File name too long"):
         assert not RunFolder(tmp_path / ("a" * 300)).exists
+
+
+COMMITTED = sorted((Path(__file__).parents[1] / "benchmarks" / "results").rglob("record.json"))
+
+
+@pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.parent.name)
+def test_committed_records_stay_readable_and_keep_their_digests(file) -> None:
+    """Records of every version that was ever committed; their folders were named when they were made."""
+    record = RunFolder(file.parent).read()
+    assert record.schema_version == SCHEMA_VERSION
+    assert record.run_spec.digest == json.loads(file.read_text())["digest"]
+    assert record.run_spec.name.endswith(record.digest) and file.parent.name.endswith(record.digest)
+
+
+def test_a_record_of_version_1_is_read_and_written_as_one_of_today(folder) -> None:
+    file = folder.path / "record.json"
+    values = json.loads(file.read_text())
+    old = {k: v for k, v in values.items() if k not in ("parent", "stages", "scores", "verdict")}
+    file.write_text(json.dumps({**old, "schema_version": 1}))
+    record = folder.read()
+    assert (record.parent, record.stages, record.scores, record.verdict) == (None, [], {}, {})
+    folder.write(record)
+    assert json.loads(file.read_text()) == values
+
+
+def test_a_record_of_version_1_lacks_nothing_else(folder) -> None:
+    file = folder.path / "record.json"
+    values = json.loads(file.read_text())
+    kept = {k: v for k, v in values.items() if k not in ("parent", "stages", "scores", "verdict", "timing")}
+    file.write_text(json.dumps({**kept, "schema_version": 1}))
+    with pytest.raises(RecordError, match=r"missing \['timing'\]"):
+        folder.read()
