@@ -58,7 +58,7 @@ def load_paper(suite: Suite) -> PaperTable:
     fixed = {key: item for key, item in suite.paper.items() if key not in ("file", "where")}
     file = find_file(suite.paper["file"], "paper", "published table", suffix=".csv")
     with file.open(encoding="utf-8", newline="") as opened:
-        rows = [row for row in csv.DictReader(opened)]
+        rows = list(csv.DictReader(opened))
     if not rows or not set(METRICS) & rows[0].keys() or not fixed.keys() <= rows[0].keys():
         needed = [*fixed, "one of " + "/".join(METRICS)]
         raise ConfigError.expected(f"published table {file.name}", f"the columns {needed}", list(rows[:1]))

@@ -1,0 +1,44 @@
+"""Engines: what spreads jobs over processes, devices and machines. None of them schedules on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from backdoorbench_moe.bench.worker import Job, Outcome
+from backdoorbench_moe.errors import UnknownNameError
+
+ENGINES = ("local", "ray")
+
+
+class Engine(Protocol):
+    """Makes runs side by side."""
+
+    workers: int
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
+        """Make the runs, starting in the order given; yields each outcome as it comes.
+
+        Closing the iterator stops what is running, to be gone on with. A worker that dies fails its own
+        run only.
+        """
+        ...
+
+
+def make_engine(
+    name: str = "local", *, workers: int | None = None, device: str | None = None, address: str | None = None
+) -> Engine:
+    """The engine by name. workers: None for one a GPU, or one.
+
+    Raises UnknownNameError, or ConfigError if what it needs is not there.
+    """
+    if name == "local":
+        from backdoorbench_moe.bench.engines.local import LocalEngine, visible_gpus
+
+        gpus = visible_gpus() if device in (None, "auto", "cuda") else []
+        return LocalEngine(workers or max(1, len(gpus)), gpus=gpus)
+    if name == "ray":
+        from backdoorbench_moe.bench.engines.ray import RayEngine
+
+        return RayEngine(workers, address=address)
+    raise UnknownNameError("--engine", name, ENGINES)

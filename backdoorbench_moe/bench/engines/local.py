@@ -1,0 +1,117 @@
+"""Runs side by side in processes of this machine, each pinned to a GPU where there are any."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import queue
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from backdoorbench_moe.bench.worker import Job, Outcome, work
+from backdoorbench_moe.errors import ConfigError
+
+# glibc gives freed tensors back to the system and asks for them again at every step; kept, a training of
+# the small pMoE on the CPU is about a tenth faster (benchmarks/README.md). Read at a process's start.
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
+
+
+class LocalEngine:
+    """`workers` processes; each lives as long as the engine runs, and is replaced if it dies.
+
+    gpus: CUDA devices; worker i sees the one at i modulo their number, and no other. Without any,
+    the workers share the CPU's cores evenly. Raises ConfigError below one worker.
+    """
+
+    def __init__(self, workers: int = 1, *, gpus: Sequence[str] = ()) -> None:
+        if workers < 1:
+            raise ConfigError.expected("--workers", "at least 1", workers)
+        self.workers, self.gpus = workers, tuple(gpus)
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
+        """Make the runs; see `Engine.run`."""
+        waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        for job in jobs:
+            waiting.put(job)
+        done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        # Without a lock: a worker killed while it holds one would stop all others.
+        stop = multiprocessing.get_context("spawn").RawValue(ctypes.c_bool, False)
+        workers = min(self.workers, len(jobs))
+        with ThreadPoolExecutor(max(1, workers), thread_name_prefix="bench") as threads:
+            for number in range(workers):
+                threads.submit(self._keep_busy, number, waiting, done, stop)
+            try:
+                for _ in jobs:
+                    yield done.get()
+            finally:
+                stop.value = True
+
+    def _keep_busy(
+        self, number: int, waiting: queue.SimpleQueue[Job], done: queue.SimpleQueue[Outcome], stop: Any
+    ) -> None:
+        """Hand jobs to one process until none is left; the engine has such a thread for each process."""
+        pool = None
+        while not stop.value:
+            try:
+                job = waiting.get_nowait()
+            except queue.Empty:
+                break
+            if job.is_late:
+                done.put(Outcome(job.run_spec.name, "waiting"))
+                continue
+            pool = pool or self._start(number, stop)
+            try:
+                done.put(pool.submit(work, job, _is_wanted).result())
+            except BrokenProcessPool:
+                # Killed for memory, or a crash in a library: this run's error, and a new process for the next.
+                done.put(job.fail("the worker process died (killed, or out of memory?)"))
+                pool = None
+        if pool is not None:
+            pool.shutdown()
+
+    def _start(self, number: int, stop: Any) -> ProcessPoolExecutor:
+        gpu = self.gpus[number % len(self.gpus)] if self.gpus else None
+        threads = max(1, len(os.sched_getaffinity(0)) // self.workers)
+        for key, value in KEEP_MEMORY.items():
+            os.environ.setdefault(key, value)
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(
+            1, context, initializer=_prepare, initargs=(threads, gpu, stop, os.getpid())
+        )
+
+
+_stop: Any = None
+_parent = 0
+
+
+def _prepare(threads: int, gpu: str | None, stop: Any, parent: int) -> None:
+    """In a new worker: its device, its threads, and whom it listens to."""
+    global _stop, _parent
+    _stop, _parent = stop, parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The engine tells its workers to stop, between two steps.
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _is_wanted() -> bool:
+    """Whether the engine is alive and has not been stopped: a worker of a killed one must not go on."""
+    return not _stop.value and os.getppid() == _parent
+
+
+def visible_gpus() -> list[str]:
+    """The CUDA devices this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return (named or list(map(str, range(torch.cuda.device_count()))))[: torch.cuda.device_count()]

@@ -1,0 +1,96 @@
+"""How long missing runs will take, from a short measurement on this machine."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from backdoorbench_moe.bench.plan import Planned
+from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.data.base import ImageSet
+from backdoorbench_moe.engine import parts
+from backdoorbench_moe.engine.device import reproducible, resolve_device, resolve_precision
+from backdoorbench_moe.engine.evaluate import BATCH, predict
+from backdoorbench_moe.engine.step import WARMUP_STEPS
+from backdoorbench_moe.engine.train import Trainer
+
+# Long enough to outlast the first steps' extra work, short enough for a suite of four models.
+SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Images per second of training and of prediction; bytes of device memory at the peak (0 on a CPU)."""
+
+    train: float
+    predict: float
+    peak_bytes: int = 0
+
+
+def measure_speed(spec: RunSpec, images: ImageSet) -> Speed:
+    """Train and predict for a few seconds, as the run would; nothing is kept."""
+    device = resolve_device(spec.device)
+    precision = resolve_precision(spec.precision, device)
+    model = parts.build_model(spec, num_classes=images.num_classes, image_size=images.image_size)
+    split, batch = images.train.to(device), min(spec.train.batch_size, len(images.train))
+    trainer = Trainer(
+        model, split, spec.train, seed=0, device=device, precision=precision, on_checkpoint=lambda *_: None
+    )
+    trainer.model.train()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    indices = torch.arange(batch, device=device)
+    with reproducible(device):
+        train = batch * _rate(lambda: trainer.step(indices), WARMUP_STEPS + 1, device)
+    some = images.test.images[:BATCH].to(device)
+    predicted = len(some) * _rate(lambda: predict(trainer.model, some, precision=precision), 1, device)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return Speed(train, predicted, peak)
+
+
+def _rate(step: Callable[[], object], warmup: int, device: torch.device) -> float:
+    """Calls a second, after `warmup` of them."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    for _ in range(warmup):
+        step()
+    wait()
+    started = time.perf_counter()
+    for done in itertools.count(1):
+        step()
+        wait()
+        if (passed := time.perf_counter() - started) > SECONDS:
+            return done / passed
+    raise AssertionError
+
+
+def seconds_left(run: Planned, speed: Speed, images: ImageSet) -> float:
+    """What a run still takes: its epochs, then BA and, where there is a trigger, ASR over the test images."""
+    if run.status == "finished":
+        return 0.0
+    training = (run.spec.train.epochs - run.epochs) * len(images.train) / speed.train
+    return training + (1 if run.spec.is_clean else 2) * len(images.test) / speed.predict
+
+
+def kinds(runs: Sequence[Planned]) -> Iterator[tuple[str, list[Planned]]]:
+    """Runs that take equally long an epoch: the same data, model and batch."""
+    grouped: dict[str, list[Planned]] = {}
+    for run in runs:
+        spec = run.spec
+        key = [
+            spec.dataset.to_dict(),
+            spec.model.to_dict(),
+            spec.train.batch_size,
+            spec.precision,
+            spec.device,
+        ]
+        grouped.setdefault(json.dumps(key, sort_keys=True), []).append(run)
+    yield from grouped.items()

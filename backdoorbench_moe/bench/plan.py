@@ -1,0 +1,82 @@
+"""What a suite still needs: which runs there are, which are missing, and how long those will take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from backdoorbench_moe.bench.suite import Suite
+from backdoorbench_moe.bench.worker import read_life_sign
+from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.records import RunFolder
+
+SIGN_IS_OLD = 60.0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of the suite, and how far it is.
+
+    status: a record's, or "missing". epochs: finished ones. images_per_second, images (in an epoch): 0 unless
+    it runs now.
+    """
+
+    spec: RunSpec
+    status: str
+    epochs: float = 0.0
+    images_per_second: float = 0.0
+    images: int = 0
+    error: str | None = None
+
+
+def order(suite: Suite) -> Iterator[RunSpec]:
+    """Every run once: a repeat of all cells before the next, in each the clean twins, then the attacks.
+
+    A defended run comes after the one it is made from.
+    """
+    seen = set()
+    for n in range(suite.repeats):
+        specs = [replace(cell.spec, seed=cell.spec.seed + n) for cell in suite.cells]
+        chains = [before for spec in specs for before in _chain(spec)]
+        twins = [spec.clean_twin() for spec in specs]
+        for spec in sorted([*twins, *chains], key=lambda spec: (not spec.is_clean, len(spec.defenses))):
+            if spec.digest not in seen:
+                seen.add(spec.digest)
+                yield spec
+
+
+def _chain(spec: RunSpec) -> list[RunSpec]:
+    """The runs a defended run is made from, first to last, and itself; of any other run only itself."""
+    return [replace(spec, defenses=spec.defenses[:n]) for n in range(len(spec.defenses) + 1)]
+
+
+def look(specs: Sequence[RunSpec], output: Path) -> list[Planned]:
+    """How far each run is, from its folder. Raises RecordError for a damaged record."""
+    return [_look(spec, output / spec.name) for spec in specs]
+
+
+def _look(spec: RunSpec, path: Path) -> Planned:
+    folder = RunFolder(path)
+    if not folder.exists:
+        return Planned(spec, "missing")
+    record = folder.read()
+    if record.status in ("finished", "failed"):
+        return Planned(spec, record.status, len(record.history), error=record.error)
+    sign = read_life_sign(path) or {}
+    if time.time() - sign.get("time", 0.0) > SIGN_IS_OLD:
+        return Planned(spec, "interrupted", sign.get("epoch", len(record.history)))
+    epochs = sign["start"] + sign["seen"] / max(1, sign["images"])
+    return Planned(spec, "running", epochs, sign["images_per_second"], sign["images"])
+
+
+def with_place(suite: Suite, options: Mapping[str, Any], device: str | None) -> Suite:
+    """The suite with the data at another place (root, download) or on another device; digests stay."""
+
+    def move(spec: RunSpec) -> RunSpec:
+        dataset = replace(spec.dataset, options={**spec.dataset.options, **options})
+        return replace(spec, dataset=dataset, device=device or spec.device)
+
+    return replace(suite, cells=tuple(replace(cell, spec=move(cell.spec)) for cell in suite.cells))

@@ -1,0 +1,137 @@
+"""Making what a suite still needs: checked first, then handed to an engine."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from backdoorbench_moe.bench.engines import Engine
+from backdoorbench_moe.bench.estimate import kinds, measure_speed, seconds_left
+from backdoorbench_moe.bench.plan import Planned, look, order
+from backdoorbench_moe.bench.suite import Suite
+from backdoorbench_moe.bench.worker import Job, Outcome
+from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.engine.runner import Session, link_twin, load_run
+from backdoorbench_moe.errors import BbmoeError, ConfigError
+from backdoorbench_moe.records import RunFolder
+
+
+@dataclass
+class Report:
+    """What one call did: `total` runs of the suite, of which `found` were finished before, and the outcomes."""
+
+    total: int
+    found: int
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def count(self, status: str) -> int:
+        """Outcomes of a kind."""
+        return sum(outcome.status == status for outcome in self.outcomes)
+
+    @property
+    def failed(self) -> list[Outcome]:
+        """The runs that failed, with their errors."""
+        return [outcome for outcome in self.outcomes if outcome.status == "failed"]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every run of the suite is finished."""
+        return self.found + self.count("finished") == self.total
+
+
+def run_suite(
+    suite: Suite,
+    engine: Engine,
+    *,
+    output: Path | str = "runs",
+    budget: float | None = None,
+    on_outcome: Callable[[Outcome], object] = lambda outcome: None,
+    on_check: Callable[[int, int], object] = lambda done, total: None,
+) -> Report:
+    """Make the runs of a suite that are not finished in `output`, clean twins first, one repeat after another.
+
+    budget: seconds after which to stop, within a run if need be; the next call goes on. A run that failed
+    before is tried again. Raises BbmoeError, before anything is trained, for what a user can mend.
+    """
+    deadline = None if budget is None else time.time() + budget
+    output, specs = Path(output), list(order(suite))
+    todo = [run.spec for run in look(specs, output) if run.status != "finished"]
+    report = Report(total=len(specs), found=len(specs) - len(todo))
+    check(suite, todo, output, on_check)
+    _link(specs, output)
+    jobs = [Job(spec.to_dict(), str(output), deadline) for spec in todo]
+    for outcome in engine.run(jobs) if jobs else ():
+        report.outcomes.append(outcome)
+        if outcome.status == "finished":
+            _link(specs, output, outcome.name)
+        on_outcome(outcome)
+    return report
+
+
+def check(
+    suite: Suite,
+    specs: Sequence[RunSpec],
+    output: Path,
+    on_check: Callable[[int, int], object] = lambda done, total: None,
+) -> None:
+    """Build the parts of every run, one seed a cell, and check them against the data; nothing is trained.
+
+    Raises the first error, naming the run.
+    """
+    one_each = {_without_seed(spec): spec for spec in reversed(specs)}
+    session: tuple[str, Session] | None = None
+    for done, spec in enumerate(reversed(one_each.values()), 1):
+        key = json.dumps([spec.dataset.to_dict(), spec.device, spec.precision], sort_keys=True)
+        try:
+            if session is None or session[0] != key:
+                session = key, Session(spec, output)
+            session[1].check(spec)
+        except BbmoeError as error:
+            raise BbmoeError(f"suite {suite.label}: {spec.name}: {error}") from error
+        on_check(done, len(one_each))
+
+
+def estimate(runs: Sequence[Planned], output: Path) -> Iterator[tuple[Planned, float]]:
+    """Every run with the seconds it still takes, from a short measurement of each kind of run."""
+    seconds: dict[str, float] = {}
+    for _, group in kinds([run for run in runs if run.status != "finished"]):
+        session = Session(group[0].spec, output)
+        speed = measure_speed(group[0].spec, session.images)
+        seconds |= {run.spec.digest: seconds_left(run, speed, session.images) for run in group}
+    return ((run, seconds.get(run.spec.digest, 0.0)) for run in runs)
+
+
+def parse_budget(text: str) -> float:
+    """Read "90s", "9m", "1h30m" or "2d" as seconds. Raises ConfigError."""
+    units, total, number = {"s": 1, "m": 60, "h": 3600, "d": 86400}, 0.0, ""
+    for letter in text.strip():
+        if letter in units and number:
+            try:
+                total, number = total + float(number) * units[letter], ""
+            except ValueError:
+                break
+        else:
+            number += letter
+    if number or total <= 0:
+        raise ConfigError.expected("--budget", "a time such as 90s, 9m or 1h30m", text)
+    return total
+
+
+def _link(specs: Sequence[RunSpec], output: Path, name: str | None = None) -> None:
+    """Write CAD into every finished run whose twin is finished; of one new run, where it plays a part."""
+    for spec in specs:
+        twin = spec.clean_twin()
+        if spec.is_clean or (name is not None and name not in (spec.name, twin.name)):
+            continue
+        folders = [RunFolder(output / each.name) for each in (spec, twin)]
+        if all(folder.exists for folder in folders):
+            run, clean = (load_run(folder.path) for folder in folders)
+            if run.record.status == clean.record.status == "finished":
+                link_twin(run, clean)
+
+
+def _without_seed(spec: RunSpec) -> str:
+    return json.dumps({**spec.to_dict(), "seed": 0}, sort_keys=True)

@@ -1,0 +1,166 @@
+"""What a worker process does: one run after the other, with a sign of life on disk."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backdoorbench_moe.config import RunSpec, spec_from_dict
+from backdoorbench_moe.engine.observer import Observer, StopRun
+from backdoorbench_moe.engine.runner import Session
+from backdoorbench_moe.errors import BbmoeError, RecordError
+from backdoorbench_moe.records import Record, RunFolder, write_atomically
+
+LIFE_SIGN = ".progress.json"
+SECONDS_BETWEEN_SIGNS = 1.0
+
+# Sessions of this process: runs on the same data read them once.
+_sessions: dict[str, Session] = {}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to make, as plain values that any process or machine can be sent.
+
+    output: folder of run folders. deadline: time.time() at which to stop at the latest, None for never.
+    """
+
+    spec: Mapping[str, Any]
+    output: str
+    deadline: float | None = None
+
+    @property
+    def run_spec(self) -> RunSpec:
+        """The spec of the run."""
+        return spec_from_dict(self.spec)
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where the run lies."""
+        return RunFolder(Path(self.output) / self.run_spec.name)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether its time was up before it started."""
+        return self.deadline is not None and time.time() >= self.deadline
+
+    def fail(self, message: str) -> Outcome:
+        """The outcome of a worker that died or never started, put on record."""
+        spec = self.run_spec
+        record_failure(self.folder, spec, message)
+        return Outcome(spec.name, "failed", message)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended.
+
+    status: "finished", "failed", "interrupted" (time was up: the next call goes on from its last epoch), or
+    "waiting" (time was up before it started).
+    """
+
+    name: str
+    status: str
+    error: str | None = None
+
+
+def work(job: Job, alive: Callable[[], bool] = lambda: True) -> Outcome:
+    """Make one run. Nothing is raised but KeyboardInterrupt: an error is the job's outcome, and on record.
+
+    alive: asked now and then; the run stops, to be gone on with, once it answers no.
+    """
+    spec = job.run_spec
+    watch = _Watch(job.folder, job.deadline, alive)
+    try:
+        _session(spec, job.output, watch).finish(spec, wait=True)
+    except StopRun:
+        return Outcome(spec.name, "interrupted")
+    except Exception as error:
+        # Any error, a plug-in's own too: the other runs of the suite go on.
+        message = f"{type(error).__name__}: {error}" if not isinstance(error, BbmoeError) else str(error)
+        return job.fail(message)
+    finally:
+        watch.clear()
+    return Outcome(spec.name, "finished")
+
+
+def record_failure(folder: RunFolder, spec: RunSpec, message: str) -> None:
+    """Leave a record of a run that failed, unless its own record says so already, or it is finished."""
+    try:
+        record = folder.read() if folder.exists else Record.for_spec(spec)
+        if record.status == "finished" or (record.status == "failed" and record.error == message):
+            return
+        record.status, record.error = "failed", message
+        with folder.lock():
+            folder.write(record)
+    except RecordError:
+        # The folder cannot be read or written: the outcome alone has to say it.
+        return
+
+
+def read_life_sign(folder: Path) -> dict[str, Any] | None:
+    """Epochs and images/s of the run that is being made in a folder; None where there is none."""
+    try:
+        sign = json.loads((folder / LIFE_SIGN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return sign if isinstance(sign, dict) else None
+
+
+def _session(spec: RunSpec, output: str, observer: Observer) -> Session:
+    key = json.dumps([spec.dataset.to_dict(), spec.device, spec.precision, output], sort_keys=True)
+    if key not in _sessions:
+        _sessions.clear()  # One data set in memory at a time.
+        _sessions[key] = Session(spec, output)
+    session = _sessions[key]
+    session.observer = observer
+    return session
+
+
+class _Watch(Observer):
+    """Leaves signs of life in the run folder, and stops the run when its time is up."""
+
+    def __init__(self, folder: RunFolder, deadline: float | None, alive: Callable[[], bool]) -> None:
+        self.folder, self.deadline, self.alive = folder, deadline, alive
+        self._sign: dict[str, Any] = {}
+        self._started = self._told = 0.0
+        self._seen = 0
+
+    def on_train_start(self, name: str, *, epochs: int, done: int, images: int) -> None:
+        """Say what is trained."""
+        self._sign = {"epochs": epochs, "epoch": done, "images": images, "start": done}
+        self._started, self._seen = time.time(), 0
+        self._tell()
+        self._stop_if_over()
+
+    def on_step(self, images: int, loss: float | None) -> None:
+        """Count; say so once a second."""
+        self._seen += images
+        if time.time() - self._told > SECONDS_BETWEEN_SIGNS:
+            self._tell()
+            self._stop_if_over()
+
+    def on_epoch(self, epoch: int, row: dict[str, float]) -> None:
+        """Stop here if the time left is too short for one more epoch: its work would be lost."""
+        self._sign["epoch"] = epoch
+        if epoch < self._sign["epochs"]:
+            self._stop_if_over(needed=row["seconds"])
+
+    def clear(self) -> None:
+        """Take the sign away."""
+        (self.folder.path / LIFE_SIGN).unlink(missing_ok=True)
+
+    def _stop_if_over(self, needed: float = 0.0) -> None:
+        over = self.deadline is not None and time.time() + needed > self.deadline
+        if over or not self.alive():
+            raise StopRun
+
+    def _tell(self) -> None:
+        self._told = time.time()
+        rate = self._seen / max(self._told - self._started, 1e-9)
+        text = json.dumps({**self._sign, "seen": self._seen, "images_per_second": rate, "time": self._told})
+        write_atomically(self.folder.path / LIFE_SIGN, lambda path: path.write_text(text, encoding="utf-8"))

@@ -1,0 +1,143 @@
+"""One live display for a whole suite: done, running, failed, images/s, time left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from backdoorbench_moe.bench.plan import Planned, look, order
+
+if TYPE_CHECKING:
+    from backdoorbench_moe.bench.run import Report
+    from backdoorbench_moe.bench.suite import Suite
+    from backdoorbench_moe.bench.worker import Outcome
+
+REFRESH_PER_SECOND = 1
+
+
+def make_display(suite: Suite, output: Path, *, quiet: bool) -> Display:
+    """The display that suits stderr: live on a terminal, a line a run elsewhere, none if quiet."""
+    if quiet:
+        return Display(suite)
+    return LiveDisplay(suite, output) if sys.stderr.isatty() else LineDisplay(suite)
+
+
+def say_time(seconds: float) -> str:
+    """A duration as a person would say it: "40 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class Display(AbstractContextManager["Display"]):
+    """Says nothing but what failed."""
+
+    def __init__(self, suite: Suite) -> None:
+        self.suite, self.console = suite, Console(stderr=True, highlight=False)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to let go of."""
+
+    def on_check(self, done: int, total: int) -> None:
+        """One of the missing runs was checked."""
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        """A run ended."""
+
+    def conclude(self, report: Report) -> None:
+        """Say how it ended, and every error."""
+        made = report.count("finished")
+        left = report.total - report.found - made - len(report.failed)
+        self.console.print(
+            f"{self.suite.label}: {report.total} runs, {report.found} found finished, {made} made now, "
+            f"{len(report.failed)} failed, {left} left"
+        )
+        for outcome in report.failed:
+            self.console.print(
+                f"failed: {outcome.name}: {outcome.error}", style="red", markup=False, soft_wrap=True
+            )
+
+
+class LineDisplay(Display):
+    """A line for every run that ended."""
+
+    def __init__(self, suite: Suite) -> None:
+        super().__init__(suite)
+        self._started = time.perf_counter()
+        self._ended = 0
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        """Say which, how and when."""
+        self._ended += 1
+        passed = say_time(time.perf_counter() - self._started)
+        text = f"{outcome.status}: {outcome.name} ({self._ended}, after {passed})"
+        self.console.print(text, markup=False, soft_wrap=True)
+
+
+class LiveDisplay(Display):
+    """Bars that follow the signs of life in the run folders, whoever makes the runs."""
+
+    def __init__(self, suite: Suite, output: Path) -> None:
+        super().__init__(suite)
+        self.output, self._checked = output, ""
+        self._specs = list(order(suite))
+        self._live = Live(
+            console=self.console,
+            refresh_per_second=REFRESH_PER_SECOND,
+            get_renderable=self._draw,
+            transient=True,
+        )
+
+    def __enter__(self) -> LiveDisplay:
+        """Start drawing."""
+        self._live.start(refresh=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop drawing."""
+        self._live.stop()
+
+    def on_check(self, done: int, total: int) -> None:
+        """Say how many are checked."""
+        self._checked = f"checking {done}/{total}" if done < total else ""
+
+    def _draw(self) -> RenderableType:
+        runs = look(self._specs, self.output)
+        return Group(self._summary(runs), *map(_bar, [run for run in runs if run.status == "running"]))
+
+    def _summary(self, runs: list[Planned]) -> Text:
+        counts = {name: sum(run.status == name for run in runs) for name in ("finished", "running", "failed")}
+        rate = sum(run.images_per_second for run in runs)
+        text = Text(f"{self.suite.label}  {counts['finished']}/{len(runs)} done, {counts['running']} running")
+        if counts["failed"]:
+            text.append(f", {counts['failed']} failed", style="red")
+        if rate:
+            # Epochs stand for images: the runs of one suite mostly have equally many.
+            left = sum(
+                run.spec.train.epochs - run.epochs for run in runs if run.status not in ("finished", "failed")
+            )
+            images = next(run.images for run in runs if run.images)
+            text.append(f"  {rate:.0f} images/s  about {say_time(left * images / rate)} left")
+        return text.append(f"  {self._checked}") if self._checked else text
+
+
+def _bar(run: Planned) -> Table:
+    grid = Table.grid(padding=(0, 1))
+    bar = ProgressBar(total=run.spec.train.epochs, completed=run.epochs, width=20)
+    shown = f"epoch {run.epochs:.1f}/{run.spec.train.epochs}  {run.images_per_second:.0f} images/s"
+    grid.add_row(bar, shown, Text(run.spec.name, overflow="ellipsis", no_wrap=True))
+    return grid

@@ -1,0 +1,132 @@
+"""`bbmoe bench run`: the runs of a suite that are not there yet."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from backdoorbench_moe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from backdoorbench_moe.bench.engines import Engine
+    from backdoorbench_moe.bench.suite import Suite
+
+FAILED, UNFINISHED = 1, 3
+
+
+@click.command("run")
+@click.argument("name", metavar="SUITE")
+@click.option("--scale", metavar="NAME", help="A scale of the suite.  [its first]")
+@click.option(
+    "--only", "filters", multiple=True, metavar="KEY=VALUE,..", help="Only these cells; any spec key."
+)
+@click.option("--repeats", type=int, metavar="N", help="Seeds a cell.  [the suite's]")
+@click.option("--workers", type=int, metavar="N", help="Runs side by side.  [1; on GPUs what fits]")
+@click.option("--engine", metavar="NAME", default="local", show_default=True, help="local or ray.")
+@click.option("--address", metavar="ADDRESS", help="A running Ray cluster.  [a local one]")
+@click.option("--budget", metavar="TIME", help="Stop when 90s, 9m or 1h30m are over.")
+@click.option("--dry-run", is_flag=True, help="List the runs and how long they will take; train nothing.")
+@click.option("--output", type=Path, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option("--data-root", metavar="DIR", help="Where the data set lies.")
+@click.option("--download", is_flag=True, default=None, help="Fetch the data set if it is not there.")
+@click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [auto]")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def command(
+    *,
+    name: str,
+    scale: str | None,
+    filters: tuple[str, ...],
+    repeats: int | None,
+    budget: str | None,
+    dry_run: bool,
+    output: Path,
+    data_root: str | None,
+    download: bool | None,
+    device: str | None,
+    quiet: bool,
+    **engine: Any,
+) -> None:
+    """Make the runs of SUITE (a name or a file) that are not finished, then draw its tables.
+
+    Stopped in any way, the same command goes on; complete, it trains nothing. A run that fails does not
+    stop the others. Exit code 1 if a run failed, 3 if the budget ended before the suite, 2 for a mistake
+    in what was asked.
+    """
+    from backdoorbench_moe.bench.plan import with_place
+    from backdoorbench_moe.bench.run import parse_budget, run_suite
+    from backdoorbench_moe.bench.suite import load_suite
+
+    suite = load_suite(name, scale).only(filters)
+    suite = suite if repeats is None else suite.with_repeats(repeats)
+    given = {"root": data_root, "download": download}
+    suite = with_place(suite, {key: value for key, value in given.items() if value is not None}, device)
+    seconds = None if budget is None else parse_budget(budget)
+    if dry_run:
+        _print_plan(suite, output, quiet=quiet)
+        return
+    from backdoorbench_moe.cli.bench.display import make_display
+
+    with make_display(suite, output, quiet=quiet) as display:
+        report = run_suite(
+            suite,
+            _make_engine(device, **engine),
+            output=output,
+            budget=seconds,
+            on_outcome=display.on_outcome,
+            on_check=display.on_check,
+        )
+    display.conclude(report)
+    _print_tables(suite, output)
+    if report.failed:
+        sys.exit(FAILED)
+    if not report.is_complete:
+        sys.exit(UNFINISHED)
+
+
+def _make_engine(device: str | None, *, engine: str, workers: int | None, address: str | None) -> Engine:
+    from backdoorbench_moe.bench.engines import make_engine
+
+    if address is not None and engine != "ray":
+        raise ConfigError.expected("--address", "--engine ray with it", address)
+    return make_engine(engine, workers=workers, device=device, address=address)
+
+
+def _print_plan(suite: Suite, output: Path, *, quiet: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from backdoorbench_moe.bench.plan import look, order
+    from backdoorbench_moe.bench.run import check, estimate
+    from backdoorbench_moe.cli.bench.display import say_time
+
+    runs = look(list(order(suite)), output)
+    missing = [run for run in runs if run.status != "finished"]
+    check(suite, [run.spec for run in missing], output)
+    table = Table("run", "status", "epochs", "time left", box=None, pad_edge=False)
+    total = 0.0
+    for run, seconds in estimate(runs, output):
+        total += seconds
+        epochs = f"{run.epochs:.0f}/{run.spec.train.epochs}"
+        table.add_row(run.spec.name, run.status, epochs, say_time(seconds) if seconds else "–")
+    console = Console(highlight=False)
+    if not quiet:
+        console.print(table)
+    console.print(f"{suite.title}", markup=False)
+    if suite.note:
+        console.print(suite.note, markup=False)
+    console.print(
+        f"{len(runs)} runs, {len(runs) - len(missing)} finished; about {say_time(total)} left on this machine, "
+        "one run at a time (measured just now)"
+    )
+
+
+def _print_tables(suite: Suite, output: Path) -> None:
+    from rich.console import Console
+
+    from backdoorbench_moe.bench import render
+    from backdoorbench_moe.bench.results import ResultSet
+
+    Console(highlight=False).print(render.rich_tables(ResultSet.from_runs(suite, output)))
