@@ -1,0 +1,251 @@
+"""A suite's tables as text: for the terminal (rich), Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from backdoorbench_moe.bench.results import ResultSet
+from backdoorbench_moe.bench.suite import Cell, value_of
+from backdoorbench_moe.bench.tables import MetricTable, Place, Sheet, build_sheet, default_layout, find_place
+from backdoorbench_moe.bench.wording import (
+    MINUS,
+    counts_line,
+    facts,
+    inside_word,
+    key_name,
+    legend,
+    mean_text,
+    metric_name,
+    paper_parts,
+    place_lines,
+    suite_line,
+)
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+GAP = 2
+
+
+def rich_tables(sheet: Sheet, width: int = 80) -> RenderableType:
+    """The tables for a terminal `width` characters wide; a table that is wider is cut between columns."""
+    from rich.console import Group
+    from rich.text import Text
+
+    items: list[RenderableType] = [
+        Text(sheet.suite.title, style="bold"),
+        Text(f"{suite_line(sheet.suite)}; {counts_line(sheet.counts)}"),
+        Text(f"{legend(has_paper=_has_paper(sheet))}{_second_line(sheet)}", style="dim"),
+    ]
+    for table in sheet.tables:
+        items.append(Text(f"\n{table.title}: {metric_name(table.metric)}", style="bold"))
+        items.extend(_rich_table(table, columns) for columns in _chunks(table, width))
+        if sheet.suite.note:
+            items.append(Text(sheet.suite.note, style="dim"))
+    return Group(*items)
+
+
+def _second_line(sheet: Sheet) -> str:
+    return " The second line of a cell is the paper's." if _has_paper(sheet) else ""
+
+
+def _rich_lines(place: Place) -> list[str]:
+    """As `place_lines`, in as little room as will do: the row's label says "paper"."""
+    ours = place.state if place.statistic is None else mean_text(place.statistic)
+    return [ours, " ".join(paper_parts(place))]
+
+
+def _chunks(table: MetricTable, width: int) -> Iterator[range]:
+    """Ranges of columns that fit beside the row labels; each at least one column."""
+    labels = [key_name(key) for key in table.row_keys]
+    used = start = 0
+    room = width - sum(
+        max(map(len, [name, *(row[n] for row in table.rows)])) + GAP for n, name in enumerate(labels)
+    )
+    for number_, name in enumerate(table.columns):
+        texts = [name, *(text for row in table.places for text in _rich_lines(row[number_]))]
+        needed = max(map(len, texts)) + (GAP if number_ > start else 0)
+        if used + needed > room and number_ > start:
+            yield range(start, number_)
+            start, used = number_, 0
+        used += needed
+    yield range(start, len(table.columns))
+
+
+def _rich_table(table: MetricTable, columns: range) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    for key in table.row_keys:
+        drawn.add_column(Text(key_name(key)), overflow="fold")
+    for number_ in columns:
+        drawn.add_column(Text(table.columns[number_]), justify="right", overflow="fold")
+    for group in table.groups():
+        for place, (labels, places) in enumerate(group):
+            shown = [[text] for text in labels]
+            if place and len(labels) > 1:
+                shown[0] = [""]
+            if table.has_paper:
+                shown[-1].append("  paper")
+            texts = [Text("\n".join(lines)) for lines in shown]
+            texts += [_styled(places[number_], paper=table.has_paper) for number_ in columns]
+            drawn.add_row(*texts)
+        drawn.add_section()
+    return drawn
+
+
+def _styled(place: Place, *, paper: bool) -> Any:
+    from rich.text import Text
+
+    ours, theirs = _rich_lines(place)
+    text = Text(ours, style="" if place.statistic else "yellow")
+    return text.append(f"\n{theirs}", style="dim") if paper else text
+
+
+def markdown(sheet: Sheet) -> str:
+    """The tables as Markdown: a cell on two lines, the second the paper's."""
+    lines = [f"# {_plain(sheet.suite.title)}", "", legend(has_paper=_has_paper(sheet)), ""]
+    for table in sheet.tables:
+        lines += [f"## {_plain(table.title)}: {metric_name(table.metric)}", ""]
+        names = [*(key_name(key) for key in table.row_keys), *table.columns]
+        lines += [
+            _markdown_row(names),
+            _markdown_row(["---"] * len(table.row_keys) + ["--:"] * len(table.columns)),
+        ]
+        for labels, places in zip(table.rows, table.places, strict=True):
+            cells = ["<br>".join(map(_plain, place_lines(place))) for place in places]
+            lines.append(f"| {' | '.join([*map(_plain, labels), *cells])} |")
+        lines += ["", f"{_plain(facts(sheet))}.", ""]
+    return "\n".join(lines)
+
+
+def _markdown_row(texts: Sequence[str]) -> str:
+    return f"| {' | '.join(map(_plain, texts))} |"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown takes as it is, in one line."""
+    for character in "\\|*`":
+        text = text.replace(character, f"\\{character}")
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return " ".join(text.split())
+
+
+CSV_KEYS = ("dataset", "model", "trigger", "applicator", "defenses", "poison.rate")
+CSV_COLUMNS = ("state", "mean", "std", "n", "low", "high", "paper", "difference", "inside", "seeds")
+
+
+def statistics_csv(results: ResultSet) -> str:
+    """Tidy statistics: one row for each cell and metric, with unrounded numbers.
+
+    Rates are in percent. inside: "inside", "outside", "unknown" (a single seed), "" without a published
+    value. seeds: with a space between.
+    """
+    suite = results.suite
+    layouts = suite.tables or (default_layout(suite),)
+    metrics = list(dict.fromkeys(metric for layout in layouts for metric in layout.metrics))
+    parts = {key.partition(".")[0] for key in CSV_KEYS}
+    axes = list(dict.fromkeys(key for cell in suite.cells for key in cell.values))
+    extra = [key for key in axes if key not in CSV_KEYS and key.partition(".")[0] not in parts - {"poison"}]
+    names = ["poison_rate_percent" if key == "poison.rate" else key for key in (*CSV_KEYS, *extra)]
+    rows = [["suite", "version", "scale", *names, "metric", *CSV_COLUMNS]]
+    for cell in suite.cells:
+        keys = [
+            suite.name,
+            suite.version,
+            suite.scale or "",
+            *(_plain_value(cell, k) for k in (*CSV_KEYS, *extra)),
+        ]
+        for metric in metrics:
+            rows.append([*keys, metric, *_csv_values(find_place(results, cell, metric))])
+    return write_csv(rows)
+
+
+def _plain_value(cell: Cell, key: str) -> Any:
+    value = value_of(cell.spec, key)
+    return percent(value) if key == "poison.rate" else "" if value is None else value
+
+
+def percent(rate: float) -> float:
+    """A share as percent, without the noise of the multiplication (0.0007 is 0.07)."""
+    return float(f"{100 * rate:.12g}")
+
+
+def _csv_values(place: Place) -> list[Any]:
+    found = place.statistic
+    if found is None:
+        paper = "" if place.paper is None else place.paper
+        return [place.state, "", "", 0, "", "", paper, "", "", ""]
+    values = [found.mean, found.std, found.n, found.low, found.high, found.paper, found.difference]
+    shown = ["" if value is None else value for value in values]
+    return [place.state, *shown, inside_word(found), " ".join(map(str, found.seeds))]
+
+
+def write_csv(rows: Sequence[Sequence[Any]]) -> str:
+    """Rows as CSV, lines ending in a bare newline."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def latex(sheet: Sheet) -> str:
+    """The tables as LaTeX, one `table` each; needs \\usepackage{booktabs} and nothing else."""
+    head = "% \\usepackage{booktabs} in the preamble.\n"
+    return head + "\n".join(_latex_table(sheet, table) for table in sheet.tables)
+
+
+def _latex_table(sheet: Sheet, table: MetricTable) -> str:
+    said = f"{table.title}: {metric_name(table.metric)}. {facts(sheet)}. {legend(has_paper=table.has_paper)}"
+    names = [*(key_name(key) for key in table.row_keys), *table.columns]
+    lines = [
+        r"\begin{table}",
+        r"  \centering\footnotesize",
+        rf"  \caption{{{tex(said)}}}",
+        rf"  \begin{{tabular}}{{@{{}}{'l' * len(table.row_keys)}{'r' * len(table.columns)}@{{}}}}",
+        r"    \toprule",
+        f"    {' & '.join(map(tex, names))} \\\\",
+    ]
+    for group in table.groups():
+        lines.append(r"    \midrule")
+        for place, (labels, places) in enumerate(group):
+            first = [""] if place and len(labels) > 1 else [labels[0]]
+            lines.append(f"    {' & '.join(map(tex, [*first, *labels[1:], *map(_ours, places)]))} \\\\")
+            if table.has_paper:
+                theirs = [", ".join(paper_parts(item)) for item in places]
+                texts = [*[""] * (len(labels) - 1), r"\quad paper", *map(tex, theirs)]
+                lines.append(f"    {' & '.join(texts)} \\\\ \\addlinespace")
+    return "\n".join([*lines, r"    \bottomrule", r"  \end{tabular}", r"\end{table}", ""])
+
+
+def _ours(place: Place) -> str:
+    return place_lines(place)[0]
+
+
+TEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$", '"': "''",
+    # At the head of a row these would belong to the line break before them.
+    "[": "{[}", "]": "{]}", "*": "{*}",
+    "±": r"$\pm$", MINUS: "$-$", "–": "--", "×": r"$\times$", "…": r"\dots{}",
+}  # fmt: skip
+
+
+def tex(text: str) -> str:
+    """Text that LaTeX sets as it is, in one line."""
+    return " ".join("".join(TEX.get(character, character) for character in text).split())
+
+
+def _has_paper(sheet: Sheet) -> bool:
+    return any(table.has_paper for table in sheet.tables)
+
+
+def render(results: ResultSet, form: str) -> str:
+    """The tables in one of FORMATS."""
+    if form == "csv":
+        return statistics_csv(results)
+    return {"markdown": markdown, "latex": latex}[form](build_sheet(results))
