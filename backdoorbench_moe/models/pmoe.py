@@ -20,6 +20,7 @@ from backdoorbench_moe.models.wrn_blocks import (
     glorot_linear,
     set_bn_momentum,
 )
+from backdoorbench_moe.ops.structure import ChannelGroup
 
 __all__ = ["PMoE", "PatchMoE", "PatchRouter", "pmoe_from_keras", "select_top"]
 
@@ -152,3 +153,18 @@ class PMoE(RoutedModel):
         outputs, gates, selected = self.moe(features)
         pooled = F.relu(self.norm(outputs), inplace=True).mean((2, 3))
         return RoutedOutput(self.head(pooled), [Routing("moe", gates, selected)])
+
+    def components(self) -> dict[str, list[nn.Module]]:
+        """Experts (each channel of `norm` is an expert's), router and head."""
+        experts: list[nn.Module] = [self.moe.norm, self.moe.conv, self.norm]
+        return {"experts": experts, "router": [self.moe.router], "head": [self.head]}
+
+    def prunable(self) -> dict[str, list[ChannelGroup]]:
+        """Each expert's channels of the experts' convolution; and the convolution that makes the routed map."""
+        experts = len(self.moe.router.weight)
+        size = self.moe.conv.out_channels // experts
+        groups = [
+            ChannelGroup(f"expert {e}", self.moe.conv, e * size, (e + 1) * size, self.norm)
+            for e in range(experts)
+        ]
+        return {"experts": groups, "trunk": [ChannelGroup.whole("trunk", self.reduce)]}

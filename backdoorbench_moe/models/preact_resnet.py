@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backdoorbench_moe.models.checks import check_image_size, check_positive
+from backdoorbench_moe.ops.structure import ChannelGroup
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
@@ -65,3 +66,13 @@ class PreActResNet18(nn.Module):
         """Images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
         features = self.blocks(self.stem(images))
         return self.head(F.relu(self.norm(features), inplace=True).mean((2, 3)))
+
+    def components(self) -> dict[str, list[nn.Module]]:
+        """The head; nothing is routed."""
+        return {"head": [self.head]}
+
+    def prunable(self) -> dict[str, list[ChannelGroup]]:
+        """The last convolution, whose sum with the shortcut the last norm takes."""
+        block = self.blocks[-1]
+        assert isinstance(block, PreActBlock)
+        return {"trunk": [ChannelGroup.whole("trunk", block.conv2, self.norm)]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from itertools import pairwise
 from typing import Any
 
 import timm
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.models.checks import check_image_size, check_positive
+from backdoorbench_moe.ops.structure import ChannelGroup
 
 # Below this side the stem of a network made for 224x224 would leave next to nothing of an image.
 SMALL_IMAGE = 64
@@ -67,6 +69,26 @@ class TimmModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
         return self.network(images)
+
+    def components(self) -> dict[str, list[nn.Module]]:
+        """The head, where timm names one."""
+        head = self.network.get_classifier()  # type: ignore[operator]
+        named = isinstance(head, nn.Module) and any(True for _ in head.parameters())
+        return {"head": [head]} if named else {}
+
+    def prunable(self) -> dict[str, list[ChannelGroup]]:
+        """The last convolution with its own batch norm behind it, shortcuts aside; nothing where there is none."""
+        kinds = (nn.Conv2d, nn.BatchNorm2d)
+        modules = [(name, m) for name, m in self.network.named_modules() if isinstance(m, kinds)]
+        found = [
+            (conv, norm)
+            for (name, conv), (_, norm) in pairwise(modules)
+            if isinstance(conv, nn.Conv2d)
+            and isinstance(norm, nn.BatchNorm2d)
+            and norm.num_features == conv.out_channels
+            and "downsample" not in name
+        ]
+        return {"trunk": [ChannelGroup.whole("trunk", *found[-1])]} if found else {}
 
     def _try_out(self, architecture: str, image_size: int) -> None:
         """Run one empty image: whether strides and windows fit a size shows nowhere else."""

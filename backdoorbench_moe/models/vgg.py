@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torchvision.models.vgg import make_layers
 
 from backdoorbench_moe.models.checks import check_image_size, check_positive
+from backdoorbench_moe.ops.structure import ChannelGroup
 
 # Channels of the 13 convolutions in units of `width`; "M" halves the map.
 _CONVOLUTIONS = (1, 1, "M", 2, 2, "M", 4, 4, 4, "M", 8, 8, 8, "M", 8, 8, 8, "M")
@@ -37,3 +38,12 @@ class VGG16BN(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
         return self.head(self.features(images).mean((2, 3)))
+
+    def components(self) -> dict[str, list[nn.Module]]:
+        """The head; nothing is routed."""
+        return {"head": [self.head]}
+
+    def prunable(self) -> dict[str, list[ChannelGroup]]:
+        """The last convolution."""
+        *_, conv, norm, _, _ = self.features  # The last two are a ReLU and a pooling.
+        return {"trunk": [ChannelGroup.whole("trunk", conv, norm)]}

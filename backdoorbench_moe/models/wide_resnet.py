@@ -13,6 +13,7 @@ from backdoorbench_moe.models.wrn_blocks import (
     glorot_linear,
     set_bn_momentum,
 )
+from backdoorbench_moe.ops.structure import ChannelGroup
 
 
 class WideResNet(nn.Module):
@@ -44,3 +45,11 @@ class WideResNet(nn.Module):
         """Images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
         features = self.block3(self.trunk(images))
         return self.head(F.relu(self.norm(features), inplace=True).mean((2, 3)))
+
+    def components(self) -> dict[str, list[nn.Module]]:
+        """The head; nothing is routed."""
+        return {"head": [self.head]}
+
+    def prunable(self) -> dict[str, list[ChannelGroup]]:
+        """The last convolution, whose sum with the shortcut the last norm takes."""
+        return {"trunk": [ChannelGroup.whole("trunk", self.block3.conv2, self.norm)]}
