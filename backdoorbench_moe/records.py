@@ -174,8 +174,8 @@ class RunFolder:
     def lock(self, *, wait: Callable[[], None] | None = None) -> Iterator[None]:
         """Hold the folder for this process, creating it if need be; the system lets go if we are killed.
 
-        wait: called once if another process holds it, and then it is waited for; by default that raises
-        RecordError naming the other process.
+        wait: called twice a second for as long as another process holds it, and may raise; by default that
+        raises RecordError naming the other process.
         """
         self._make(self.path)
         try:
@@ -192,6 +192,7 @@ class RunFolder:
                 wait()
                 while not _try_lock(file.fileno()):
                     time.sleep(0.5)
+                    wait()
             file.seek(0)
             file.truncate()
             file.write(f"pid {os.getpid()}")

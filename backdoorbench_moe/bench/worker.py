@@ -130,6 +130,10 @@ class _Watch(Observer):
         self._started = self._told = 0.0
         self._seen = 0
 
+    def on_wait(self, folder: str) -> None:
+        """Do not wait for longer than the run itself may take."""
+        self._stop_if_over()
+
     def on_train_start(self, name: str, *, epochs: int, done: int, images: int) -> None:
         """Say what is trained."""
         self._sign = {"epochs": epochs, "epoch": done, "images": images, "start": done}

@@ -19,7 +19,19 @@ def make_observer(*, quiet: bool) -> Observer:
     return BarObserver() if sys.stderr.isatty() else LineObserver()
 
 
-class LineObserver(Observer):
+class _Teller(Observer):
+    """Says once what is waited for."""
+
+    _waited_for: str | None = None
+
+    def on_wait(self, folder: str) -> None:
+        """Say so, the first time."""
+        if self._waited_for != folder:
+            self._waited_for = folder
+            self.on_message(f"waiting for another process in {folder}")
+
+
+class LineObserver(_Teller):
     """One plain line for every message and epoch."""
 
     def on_message(self, text: str) -> None:
@@ -42,7 +54,7 @@ class LineObserver(Observer):
         )
 
 
-class BarObserver(Observer):
+class BarObserver(_Teller):
     """A bar with epoch, loss, images/s and time left."""
 
     def __init__(self) -> None:
