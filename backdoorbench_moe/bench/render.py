@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from backdoorbench_moe.bench.results import ResultSet
@@ -25,28 +26,40 @@ from backdoorbench_moe.bench.wording import (
 )
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
     from rich.table import Table
 
 GAP = 2
 
 
-def rich_tables(sheet: Sheet, width: int = 80) -> RenderableType:
-    """The tables for a terminal `width` characters wide; a table that is wider is cut between columns."""
-    from rich.console import Group
-    from rich.text import Text
+@dataclass(frozen=True)
+class RichTables:
+    """The tables of a suite for the terminal; one that is wider than it is cut between columns."""
 
-    items: list[RenderableType] = [
-        Text(sheet.suite.title, style="bold"),
-        Text(f"{suite_line(sheet.suite)}; {counts_line(sheet.counts)}"),
-        Text(f"{legend(has_paper=_has_paper(sheet))}{_second_line(sheet)}", style="dim"),
-    ]
-    for table in sheet.tables:
-        items.append(Text(f"\n{table.title}: {metric_name(table.metric)}", style="bold"))
-        items.extend(_rich_table(table, columns) for columns in _chunks(table, width))
-        if sheet.suite.note:
-            items.append(Text(sheet.suite.note, style="dim"))
-    return Group(*items)
+    sheet: Sheet
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """Draw at the terminal's width."""
+        from rich.text import Text
+
+        sheet = self.sheet
+        yield Text(sheet.suite.title, style="bold")
+        yield Text(f"{suite_line(sheet.suite)}; {counts_line(sheet.counts)}")
+        yield Text(f"{legend(has_paper=_has_paper(sheet))}{_second_line(sheet)}", style="dim")
+        for table in sheet.tables:
+            yield Text(f"\n{table.title}: {metric_name(table.metric)}", style="bold")
+            for columns in _chunks(table, options.max_width):
+                yield _rich_table(table, columns)
+            if sheet.suite.note:
+                yield Text(sheet.suite.note, style="dim")
+
+
+def rich_tables(results: ResultSet) -> RenderableType:
+    """The tables of a suite, to be printed by a rich Console.
+
+    Raises ConfigError where a layout would put two cells in one place.
+    """
+    return RichTables(build_sheet(results))
 
 
 def _second_line(sheet: Sheet) -> str:
@@ -86,10 +99,8 @@ def _rich_table(table: MetricTable, columns: range) -> Table:
     for number_ in columns:
         drawn.add_column(Text(table.columns[number_]), justify="right", overflow="fold")
     for group in table.groups():
-        for place, (labels, places) in enumerate(group):
+        for labels, places in group:
             shown = [[text] for text in labels]
-            if place and len(labels) > 1:
-                shown[0] = [""]
             if table.has_paper:
                 shown[-1].append("  paper")
             texts = [Text("\n".join(lines)) for lines in shown]
@@ -141,7 +152,7 @@ CSV_COLUMNS = ("state", "mean", "std", "n", "low", "high", "paper", "difference"
 
 
 def statistics_csv(results: ResultSet) -> str:
-    """Tidy statistics: one row for each cell and metric, with unrounded numbers.
+    """Tidy statistics: one row for each cell and metric, numbers to six decimals.
 
     Rates are in percent. inside: "inside", "outside", "unknown" (a single seed), "" without a published
     value. seeds: with a space between.
@@ -182,7 +193,7 @@ def _csv_values(place: Place) -> list[Any]:
         paper = "" if place.paper is None else place.paper
         return [place.state, "", "", 0, "", "", paper, "", "", ""]
     values = [found.mean, found.std, found.n, found.low, found.high, found.paper, found.difference]
-    shown = ["" if value is None else value for value in values]
+    shown = ["" if value is None else round(value, 6) for value in values]
     return [place.state, *shown, inside_word(found), " ".join(map(str, found.seeds))]
 
 
@@ -212,9 +223,8 @@ def _latex_table(sheet: Sheet, table: MetricTable) -> str:
     ]
     for group in table.groups():
         lines.append(r"    \midrule")
-        for place, (labels, places) in enumerate(group):
-            first = [""] if place and len(labels) > 1 else [labels[0]]
-            lines.append(f"    {' & '.join(map(tex, [*first, *labels[1:], *map(_ours, places)]))} \\\\")
+        for labels, places in group:
+            lines.append(f"    {' & '.join(map(tex, [*labels, *map(_ours, places)]))} \\\\")
             if table.has_paper:
                 theirs = [", ".join(paper_parts(item)) for item in places]
                 texts = [*[""] * (len(labels) - 1), r"\quad paper", *map(tex, theirs)]

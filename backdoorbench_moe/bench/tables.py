@@ -46,23 +46,31 @@ class MetricTable:
         return any(place.paper is not None for row in self.places for place in row)
 
     def groups(self) -> Iterator[list[tuple[tuple[str, ...], tuple[Place, ...]]]]:
-        """Rows with the same first label, together."""
+        """Rows with the same first label together; labels that would only repeat those above are ""."""
         group: list[tuple[tuple[str, ...], tuple[Place, ...]]] = []
+        above: tuple[str, ...] = ()
         for labels, places in zip(self.rows, self.places, strict=True):
-            if group and len(self.row_keys) > 1 and labels[0] != group[-1][0][0]:
+            if group and len(self.row_keys) > 1 and labels[0] != above[0]:
                 yield group
-                group = []
-            group.append((labels, places))
+                group, above = [], ()
+            last = len(labels) - 1
+            shown = (
+                "" if n < last and labels[: n + 1] == above[: n + 1] else text
+                for n, text in enumerate(labels)
+            )
+            group.append((tuple(shown), places))
+            above = labels
         yield group
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How far a suite is: its runs by status, and the runs these are measured against (clean twins first)."""
+    """How far a suite is: its runs by status, and the `others` these are measured against or made from."""
 
     wanted: int
     finished: int
     failed: int
+    others: str
     others_wanted: int
     others_finished: int
 
@@ -97,12 +105,13 @@ def default_layout(suite: Suite) -> Layout:
 def count_runs(results: ResultSet) -> Counts:
     """Count the suite's runs, and apart from them the clean twins and whatever else they are made from."""
     runs = {spec.digest for _, spec in results.suite.runs()}
-    others = {spec.digest for spec in wanted_specs(results.suite)} - runs
+    others = {spec.digest: spec for spec in wanted_specs(results.suite) if spec.digest not in runs}
     status = {digest: record.status for digest, record in results.records.items()}
     return Counts(
         wanted=len(runs),
         finished=sum(status.get(digest) == "finished" for digest in runs),
-        failed=sum(status.get(digest) == "failed" for digest in runs | others),
+        failed=sum(status.get(digest) == "failed" for digest in {*runs, *others}),
+        others="clean twins" if all(spec.is_clean for spec in others.values()) else "runs they build on",
         others_wanted=len(others),
         others_finished=sum(status.get(digest) == "finished" for digest in others),
     )

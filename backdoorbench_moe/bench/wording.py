@@ -30,8 +30,8 @@ def metric_name(metric: str, *, unit: bool = True) -> str:
 
 
 def key_name(key: str) -> str:
-    """A dotted key as a heading: "trigger.name" -> "trigger"."""
-    return KEY_NAMES.get(key, key.removesuffix(".name"))
+    """A dotted key as a heading: "trigger.name" -> "trigger", "trigger.grid_size" -> "grid size"."""
+    return KEY_NAMES.get(key, key.removesuffix(".name").rpartition(".")[2].replace("_", " "))
 
 
 def axis_name(key: str) -> str:
@@ -101,8 +101,10 @@ def counts_line(counts: Counts) -> str:
 
 def facts(sheet: Sheet) -> str:
     """What stands with every table: suite, version, counts, and what the scale cuts down."""
-    parts = [suite_line(sheet.suite), counts_line(sheet.counts), sheet.suite.note]
-    return "; ".join(part for part in parts if part)
+    text = "; ".join(
+        part for part in (suite_line(sheet.suite), counts_line(sheet.counts), sheet.suite.note) if part
+    )
+    return text[0].upper() + text[1:]
 
 
 def legend(*, has_paper: bool) -> str:

@@ -1,0 +1,252 @@
+"""Figures of a suite: a metric over a key on a log axis, a panel for each trigger, the paper's points beside ours."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+from backdoorbench_moe.bench.results import ResultSet, Statistic
+from backdoorbench_moe.bench.suite import Plot, value_of
+from backdoorbench_moe.bench.tables import find_place, label
+from backdoorbench_moe.bench.wording import axis_name, key_name, metric_name, number
+from backdoorbench_moe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by the colour-blind; the markers tell the lines apart without any colour.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+INK, PAPER, RULE = "#1a1a1a", "#ffffff", "#d9d9d9"
+HOLLOW: dict[str, Any] = {"markerfacecolor": PAPER, "markersize": 7, "linestyle": ":", "linewidth": 0.8}
+PANEL_WIDTH, PANEL_HEIGHT, ROOM, ACROSS, DPI = 3.1, 2.7, 0.75, 3, 150
+
+
+@dataclass(frozen=True)
+class Point:
+    """One x with what was measured there, and the paper's value; either may be None."""
+
+    x: float
+    statistic: Statistic | None
+    paper: float | None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel: line label -> points, in ascending x."""
+
+    label: str
+    lines: dict[str, list[Point]]
+
+
+def build_panels(results: ResultSet, plot: Plot) -> list[Panel]:
+    """What a figure shows; rates in percent.
+
+    Raises ConfigError where two cells would be one point, or an x is no positive number.
+    """
+    where = f"suite {results.suite.name}: plot {plot.title!r}"
+    panels: dict[str, dict[str, dict[float, Point]]] = {}
+    for cell in results.suite.cells:
+        x = value_of(cell.spec, plot.x)
+        if not isinstance(x, int | float) or isinstance(x, bool) or x <= 0:
+            raise ConfigError.expected(f"{where}: {plot.x}", "positive numbers, for a log axis", x)
+        x = 100 * x if plot.x == "poison.rate" else x
+        panel, line = (label(key, value_of(cell.spec, key)) for key in (plot.panels, plot.lines))
+        points = panels.setdefault(panel, {}).setdefault(line, {})
+        if x in points:
+            raise ConfigError(
+                f"{where}: {dict(cell.values)} would share its point with another cell; expected panels or "
+                "lines over a key that tells them apart"
+            )
+        place = find_place(results, cell, plot.metric)
+        points[x] = Point(x, place.statistic, place.paper)
+    return [
+        Panel(name, {line: [points[x] for x in sorted(points)] for line, points in lines.items()})
+        for name, lines in panels.items()
+    ]
+
+
+def draw(results: ResultSet, plot: Plot, form: str) -> bytes:
+    """A figure as "svg" (UTF-8 text) or "png"; the same records, the same bytes."""
+    panels = build_panels(results, plot)
+    with _style(plot.title):
+        figure = _figure(panels, plot)
+        file = BytesIO()
+        nothing = {"svg": ("Creator", "Date", "Format", "Type"), "png": ("Software",)}[form]
+        figure.savefig(file, format=form, metadata=dict.fromkeys(nothing), dpi=DPI)
+    return file.getvalue()
+
+
+def describe(results: ResultSet, plot: Plot) -> str:
+    """A figure in one sentence: its caption."""
+    text = f"{_capital(metric_name(plot.metric, unit=False))} over the {axis_name(plot.x)}"
+    text += f", a panel for each {key_name(plot.panels)}"
+    panels = build_panels(results, plot)
+    points = _points(panels)
+    if any(point.statistic and point.statistic.n > 1 for point in points):
+        text += "; bars are one standard deviation over seeds, points without bars single seeds"
+    elif any(point.statistic for point in points):
+        text += "; single seeds, hence no bars"
+    if any(point.paper is not None for point in points):
+        text += "; hollow markers are the paper's"
+    return f"{text}."
+
+
+def alt_text(results: ResultSet, plot: Plot) -> str:
+    """A figure for those who do not see it: the ends of every line."""
+    texts = []
+    for panel in build_panels(results, plot):
+        for line, points in panel.lines.items():
+            found = [(point.x, point.statistic.mean) for point in points if point.statistic]
+            ends = [found[0], found[-1]] if len(found) > 1 else found
+            said = " to ".join(f"{number(mean)} at {_x(plot, x)}" for x, mean in ends) or "nothing measured"
+            texts.append(f"{panel.label}, {line}: {said}")
+    return f"{_capital(metric_name(plot.metric))}. {'; '.join(texts)}."
+
+
+def inline_svg(svg: bytes, prefix: str, alt: str) -> str:
+    """An SVG file as an element of an HTML page: its ids its own, its colours the page's, with alt text."""
+    from html import escape
+
+    text = svg.decode("utf-8")
+    text = text[text.index("<svg") :]
+    # The page has the one rule of that style itself.
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
+    for colour, variable in (
+        (INK, "ink"),
+        (PAPER, "paper"),
+        (RULE, "rule"),
+        *zip(COLOURS, _LINES, strict=True),
+    ):
+        text = text.replace(colour, f"var(--{variable})")
+    size = re.match(r'<svg [^>]*?viewBox="([^"]*)"', text)
+    assert size is not None
+    head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="{escape(alt)}"'
+    return f'{head} viewBox="{size[1]}"{text[text.index(">") :]}'
+
+
+_LINES = tuple(f"line-{number_}" for number_ in range(len(COLOURS)))
+
+
+def slug(text: str) -> str:
+    """A title as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "plot"
+
+
+def file_names(plots: Sequence[Plot]) -> list[str]:
+    """A file name, without suffix, for each figure; each its own."""
+    names = [slug(plot.title) for plot in plots]
+    return [name if names.count(name) == 1 else f"{name}-{n + 1}" for n, name in enumerate(names)]
+
+
+@contextmanager
+def _style(salt: str) -> Iterator[None]:
+    """Our own settings and nobody else's, so that every machine with the same fonts draws the same."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"svg.hashsalt": salt, "svg.fonttype": "none", "font.size": 9})
+        matplotlib.rcParams.update({"text.parse_math": False})
+        for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"):
+            matplotlib.rcParams[key] = INK
+        yield
+
+
+def _figure(panels: Sequence[Panel], plot: Plot) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    across = min(ACROSS, len(panels))
+    down = math.ceil(len(panels) / across)
+    size = (max(PANEL_WIDTH * across, 4.2) + 0.3, PANEL_HEIGHT * down + ROOM)
+    figure = Figure(figsize=size, facecolor=PAPER, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(plot.title, fontsize=10)
+    grid: Any = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    lines = list(dict.fromkeys(line for panel in panels for line in panel.lines))
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        _draw_panel(axes, panel, lines)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    _label_axes(grid, panels, plot)
+    _add_legend(figure, panels, lines)
+    return figure
+
+
+def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[str]) -> None:
+    axes.set_title(panel.label, fontsize=9)
+    axes.set_xscale("log")
+    axes.grid(color=RULE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    for name, points in panel.lines.items():
+        colour, marker = (styles[lines.index(name) % len(styles)] for styles in (COLOURS, MARKERS))
+        paper = [(point.x, point.paper) for point in points if point.paper is not None]
+        if paper:
+            axes.plot(*zip(*paper, strict=True), color=colour, marker=marker, **HOLLOW)
+        # No number, no line: it would claim what was not measured.
+        means = [math.nan if point.statistic is None else point.statistic.mean for point in points]
+        axes.plot(
+            [point.x for point in points], means, color=colour, marker=marker, markersize=4.5, linewidth=1.6
+        )
+        for point in points:
+            # A point at a time: a single seed has no bar at all, not even a flat one.
+            if point.statistic is not None and point.statistic.std is not None:
+                bar = point.statistic
+                axes.errorbar(point.x, bar.mean, bar.std, color=colour, capsize=2.5, linewidth=1)
+
+
+def _label_axes(grid: Any, panels: Sequence[Panel], plot: Plot) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    unit = " (% of training images)" if plot.x == "poison.rate" else ""
+    for row in grid:
+        name, _, measure = metric_name(plot.metric).rpartition(", ")
+        row[0].set_ylabel(f"{_short(name)} ({measure})")
+    for axes in grid.flat:
+        # Of a column only the lowest panel has a label, and below it may be no panel.
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(labelbottom=True)
+    for axes in list(grid.flat)[: len(panels)][-grid.shape[1] :]:
+        axes.set_xlabel(f"{axis_name(plot.x)}{unit}")
+    if not plot.metric.endswith("cad"):
+        grid.flat[0].set_ylim(-4, 104)
+
+
+def _add_legend(figure: Figure, panels: Sequence[Panel], lines: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for number_, name in enumerate(lines):
+        colour, marker = COLOURS[number_ % len(COLOURS)], MARKERS[number_ % len(MARKERS)]
+        handles.append(Line2D([], [], color=colour, marker=marker, markersize=4.5, linewidth=1.6, label=name))
+    points = _points(panels)
+    if any(point.paper is not None for point in points):
+        handles.append(Line2D([], [], color=INK, marker="o", label="paper (hollow)", **HOLLOW))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+
+
+def _points(panels: Sequence[Panel]) -> list[Point]:
+    return [point for panel in panels for points in panel.lines.values() for point in points]
+
+
+def _short(name: str) -> str:
+    """ "attack success rate (ASR)" -> "ASR": an axis is short of room."""
+    return re.sub(r"^.*?\((\w+)\)", r"\1", name)
+
+
+def _x(plot: Plot, x: float) -> str:
+    return f"{x:g}%" if plot.x == "poison.rate" else f"{x:g}"
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
