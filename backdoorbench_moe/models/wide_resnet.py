@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.models.checks import check_image_size, check_positive
 from backdoorbench_moe.models.wrn_blocks import (
     WideBlock,
@@ -19,8 +22,9 @@ from backdoorbench_moe.ops.structure import ChannelGroup
 class WideResNet(nn.Module):
     """Wide residual network of depth 10: groups of one block with 16k, 32k, 64k channels, k = `widen_factor`.
 
-    Strides 1, 2, 2; BN-ReLU, average over the map, dense. The conventions are Keras's, as in pMoE. Raises
-    ConfigError for sizes below 1. Source: nowazrabbani/pMoE_CNN, `wideresnet.py`. The reference's dense twin
+    Strides 1, 2, 2; BN-ReLU, average over the map, dense. The conventions are Keras's, as in pMoE. k need not
+    be whole (channels are rounded), so that a twin can cost what another model does. Raises ConfigError for
+    sizes below 1. Source: nowazrabbani/pMoE_CNN, `wideresnet.py`. The reference's dense twin
     averages over a window fixed for its images; here it is the whole map, whatever the image size.
     """
 
@@ -29,16 +33,19 @@ class WideResNet(nn.Module):
         *,
         num_classes: int = 10,
         image_size: int = 32,
-        widen_factor: int = 10,
+        widen_factor: float = 10,
         bn_momentum: float = 0.01,
     ) -> None:
         super().__init__()
-        check_positive(num_classes=num_classes, widen_factor=widen_factor)
+        check_positive(num_classes=num_classes)
+        if not 1 <= widen_factor < math.inf:
+            raise ConfigError.expected("widen_factor", "a number from 1 on", widen_factor)
         check_image_size(image_size, at_least=4)
         self.trunk = WideTrunk(widen_factor)
-        self.block3 = WideBlock(32 * widen_factor, 64 * widen_factor, stride=2)
-        self.norm = batch_norm(64 * widen_factor)
-        self.head = glorot_linear(64 * widen_factor, num_classes)
+        channels = round(64 * widen_factor)
+        self.block3 = WideBlock(round(32 * widen_factor), channels, stride=2)
+        self.norm = batch_norm(channels)
+        self.head = glorot_linear(channels, num_classes)
         set_bn_momentum(self, bn_momentum)
 
     def forward(self, images: Tensor) -> Tensor:

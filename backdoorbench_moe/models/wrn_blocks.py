@@ -79,13 +79,14 @@ class WideBlock(nn.Module):
 
 
 class WideTrunk(nn.Sequential):
-    """Stem 3 to 16 channels, then one block each of 16k and 32k channels, strides 1 and 2."""
+    """Stem 3 to 16 channels, then one block each of 16k and 32k channels (rounded), strides 1 and 2."""
 
-    def __init__(self, widen_factor: int) -> None:
+    def __init__(self, widen_factor: float) -> None:
         super().__init__()
+        narrow, wide = round(16 * widen_factor), round(32 * widen_factor)
         self.stem = SameConv2d(3, 16, 3)
-        self.block1 = WideBlock(16, 16 * widen_factor, stride=1)
-        self.block2 = WideBlock(16 * widen_factor, 32 * widen_factor, stride=2)
+        self.block1 = WideBlock(16, narrow, stride=1)
+        self.block2 = WideBlock(narrow, wide, stride=2)
 
 
 def glorot_linear(in_features: int, out_features: int) -> nn.Linear:
