@@ -310,7 +310,7 @@ def _read(kind: type, values: object, where: str) -> Any:
         raise ConfigError.expected(where or "config", "keys and values", values)
     hints = get_type_hints(kind)
     known = [item.name for item in fields(kind)]
-    checked = {}
+    checked: Values = {}
     for key, value in values.items():
         path = f"{where}.{key}" if where else str(key)
         if key not in known:

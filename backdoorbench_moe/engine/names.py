@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backdoorbench_moe import applicators, data, models, triggers
+from backdoorbench_moe import applicators, data, defenses, models, triggers
 from backdoorbench_moe.config import RunSpec
 
 
@@ -13,3 +13,5 @@ def check_names(spec: RunSpec) -> None:
     if spec.trigger and spec.applicator:
         triggers.registry.check_name(spec.trigger.name)
         applicators.registry.check_name(spec.applicator.name)
+    for part in spec.defenses:
+        defenses.registry.check_name(part.name)

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor, nn
-
-from backdoorbench_moe.config import RunSpec
-from backdoorbench_moe.data.base import ImageSet, Split
+from backdoorbench_moe.config import PartSpec, RunSpec
+from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.engine import parts
-from backdoorbench_moe.engine.device import environment, resolve_device, resolve_precision
-from backdoorbench_moe.engine.evaluate import count_hits
+from backdoorbench_moe.engine.defend import DefenseJob, check_defenses
+from backdoorbench_moe.engine.device import resolve_device, resolve_precision
+from backdoorbench_moe.engine.job import Job, Run, check_data
 from backdoorbench_moe.engine.names import check_names
-from backdoorbench_moe.engine.observer import Observer, StopRun
-from backdoorbench_moe.engine.poison import (
-    check_classes,
-    counted_for_asr,
-    plan_poison,
-    poisoned,
-    triggered_test,
-)
-from backdoorbench_moe.engine.train import Trainer
-from backdoorbench_moe.errors import BbmoeWarning, RecordError, UnknownNameError
-from backdoorbench_moe.ops.metrics import proportion
-from backdoorbench_moe.ops.seeding import derive_seed
-from backdoorbench_moe.records import MODEL, Record, RunFolder
+from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.records import RunFolder
+
+__all__ = ["Run", "Session", "link_twin", "load_run", "run_attack", "run_defense"]
+
 
 def load_run(path: Path | str) -> Run:
     """Open a run folder. Raises RecordError if it is none, or its record is damaged."""
@@ -53,6 +40,38 @@ def run_attack(
     """
     session = Session(spec, output, observer)
     return [session.attack(replace(spec, seed=spec.seed + n), twin=twin) for n in range(repeats)]
+
+
+def run_defense(
+    run: Run,
+    defense: PartSpec,
+    *,
+    output: Path | str | None = None,
+    data_root: str | None = None,
+    device: str | None = None,
+    observer: Observer | None = None,
+) -> Run:
+    """Defend the model of a finished run, and return the defended run, which lies in a folder of its own.
+
+    output: folder of run folders; the one `run` lies in where None. data_root and device: other ones than the
+    run was made with. CAD is computed where the clean twin lies beside the run; none is trained. Raises
+    BbmoeError for anything the user can mend.
+    """
+    if run.record.status != "finished":
+        raise RecordError(
+            f"run folder {run.folder.path}: expected a finished run, its status is {run.record.status!r}"
+        )
+    spec, beside = run.spec, run.folder.path.parent
+    if data_root is not None:
+        spec = replace(
+            spec, dataset=replace(spec.dataset, options={**spec.dataset.options, "root": data_root})
+        )
+    spec = replace(spec, defenses=(*spec.defenses, defense), device=device or spec.device)
+    defended = Session(spec, beside if output is None else output, observer).finish(spec, parent=run)
+    twin = RunFolder(beside / run.record.clean_twin) if run.record.clean_twin else None
+    if twin is None or not twin.exists or (record := twin.read()).status != "finished":
+        return defended
+    return link_twin(defended, Run(twin, record))
 
 
 class Session:
@@ -84,7 +103,7 @@ class Session:
         Raises BbmoeError for what would stop the run before its first step.
         """
         check_names(spec)
-        Job(spec, self)
+        check_defenses(spec, Job(spec, self).model, self.images)
 
     def attack(self, spec: RunSpec, *, twin: bool = True) -> Run:
         """The finished run of a spec, with CAD if the twin is wanted; see `run_attack`."""
@@ -93,19 +112,27 @@ class Session:
             return run
         return link_twin(run, self.finish(spec.clean_twin(), wait=True))
 
-    def finish(self, spec: RunSpec, *, wait: bool = False) -> Run:
+    def finish(self, spec: RunSpec, *, wait: bool = False, parent: Run | None = None) -> Run:
         """The finished run of a spec: from disk, or made now. wait: for another process that makes it.
 
-        An observer that raises StopRun leaves the run "interrupted"; the next call goes on from its last epoch.
+        parent: the run that the last of the spec's defenses is applied to; where None it is finished first,
+        in the same output. An observer that raises StopRun leaves the run "interrupted"; the next call goes
+        on from its last epoch, or, if it is a defended one, from its parent.
         """
         folder = RunFolder(self.output / spec.name)
         if found := self._find(folder, spec):
             self.observer.on_message(f"found finished: {folder.path}")
             return found
-        job = Job(spec, self) if not folder.exists else None  # check all there is to check before writing
-
+        if spec.defenses and parent is None:
+            self.check(spec)
+            parent = self.finish(spec.parent(), wait=True)
+        # Check all there is to check before writing.
+        job = self._job(spec, parent) if not folder.exists else None
         with folder.lock(wait=(lambda: self.observer.on_wait(str(folder.path))) if wait else None):
-            return self._find(folder, spec) or (job or Job(spec, self)).run(folder)
+            return self._find(folder, spec) or (job or self._job(spec, parent)).run(folder)
+
+    def _job(self, spec: RunSpec, parent: Run | None) -> Job:
+        return Job(spec, self) if parent is None else DefenseJob(spec, self, parent)
 
     def _find(self, folder: RunFolder, spec: RunSpec) -> Run | None:
         """The finished run in a folder. Raises RecordError if it was made from other data.

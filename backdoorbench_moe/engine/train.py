@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,7 @@ def learning_rate(spec: TrainSpec, step: int, steps: int) -> float:
 class Trainer:
     """Trains a model on a split; `on_checkpoint(tensors, state)` is called after every epoch.
 
+    modules: those in training mode while it trains, the others are in evaluation mode; all where None.
     The order of images and any noise a model draws come from the seed and the epoch alone, so a run that
     goes on from a checkpoint sees the same as one that was never stopped.
     """
@@ -58,6 +59,7 @@ class Trainer:
         precision: str,
         on_checkpoint: Callable[[dict[str, Tensor], dict[str, Any]], None],
         observer: Observer | None = None,
+        modules: Sequence[nn.Module] | None = None,
     ) -> None:
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self.split, self.spec, self.seed, self.device = split, spec, seed, device
@@ -65,6 +67,7 @@ class Trainer:
         self.step = TrainStep(model, self.optimizer, split, device, precision)
         self.progress = Progress()
         self.on_checkpoint, self.observer = on_checkpoint, observer or Observer()
+        self.modules = modules
 
     def fit(self, name: str) -> Progress:
         """Train the epochs that are left. Raises RecordError if the loss is no longer finite."""
@@ -98,7 +101,9 @@ class Trainer:
 
     def _epoch(self, epoch: int) -> dict[str, float]:
         """One pass over all images, the last smaller batch included."""
-        self.model.train()
+        self.model.train(self.modules is None)
+        for module in self.modules or ():
+            module.train()
         self.step.reset()
         order = torch.randperm(len(self.split), generator=generator(self.seed, "order", epoch)).to(
             self.device

@@ -291,7 +291,7 @@ def test_a_part_that_raises_leaves_a_record_that_says_so(tmp_path, monkeypatch) 
     def fail(*args, **kwargs):
         raise RuntimeError("from a plug-in")
 
-    monkeypatch.setattr("backdoorbench_moe.engine.runner.poisoned", fail)
+    monkeypatch.setattr("backdoorbench_moe.engine.job.poisoned", fail)
     with pytest.raises(RuntimeError, match="from a plug-in"):
         run_attack(tiny_spec(), output=tmp_path, twin=False)
     record = load_run(tmp_path / tiny_spec().name).record
