@@ -74,13 +74,8 @@ class ResultSet:
         """Read a results folder. Raises RecordError if it is none, or of another version of the suite."""
         folder = Path(folder)
         check_manifest(suite, folder)
-        try:
-            lines = (folder / RECORDS).read_text(encoding="utf-8").splitlines()
-            records = [parse_record(json.loads(line), folder / RECORDS) for line in lines]
-        except (OSError, ValueError) as error:
-            raise RecordError(f"results folder {folder}: {RECORDS} is missing or damaged: {error}") from error
         wanted = {spec.digest for spec in wanted_specs(suite)}
-        return cls._of(suite, (record for record in records if record.digest in wanted))
+        return cls._of(suite, (record for record in read_lines(folder) if record.digest in wanted))
 
     @classmethod
     def _of(cls, suite: Suite, records: Iterable[Record]) -> ResultSet:
@@ -114,7 +109,7 @@ class ResultSet:
         """Seed -> percent of every finished run of a cell that has the metric."""
         found = {}
         for spec in cell.runs(self.suite.repeats):
-            if (value := self._value(spec, metric)) is not None:
+            if (value := self.value(spec, metric)) is not None:
                 found[spec.seed] = value
         return found
 
@@ -137,17 +132,23 @@ class ResultSet:
             "missing",
         )
 
-    def _value(self, spec: RunSpec, metric: str) -> float | None:
-        record = self.record(spec)
-        if record is None:
-            return None
+    def value(self, spec: RunSpec, metric: str) -> float | None:
+        """A metric of one run in percent; None where the run is not finished or has none."""
         stage, _, name = metric.rpartition(".")
         if name == "cad":
             # From the twin itself, so that a table does not hang on which run was linked last.
-            twin, ba = self.record(spec.clean_twin()), self._value(spec, f"{stage}.ba" if stage else "ba")
+            twin, ba = self.record(spec.clean_twin()), self.value(spec, f"{stage}.ba" if stage else "ba")
             return None if twin is None or ba is None else twin.metrics["ba"]["value"] - ba
-        metrics = record.metrics if not stage else _stage(record, stage)
-        return metrics[name]["value"] if name in metrics else None
+        found = self.metric(spec, metric)
+        return None if found is None else found["value"]
+
+    def metric(self, spec: RunSpec, metric: str) -> Mapping[str, float] | None:
+        """A metric of one run as its record has it, {"value", "n", "low", "high"}; None where it has none."""
+        record = self.record(spec)
+        stage, _, name = metric.rpartition(".")
+        if record is None:
+            return None
+        return (_stage(record, stage) if stage else record.metrics).get(name)
 
 
 def wanted_specs(suite: Suite) -> list[RunSpec]:
@@ -213,6 +214,16 @@ def record_lines(results: ResultSet) -> Iterator[str]:
     return (json.dumps(asdict(record), sort_keys=True) for record in results.finished())
 
 
+def read_lines(folder: Path) -> list[Record]:
+    """The records of a results folder. Raises RecordError if they are missing or damaged."""
+    file = folder / RECORDS
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        return [parse_record(json.loads(line), file) for line in lines]
+    except (OSError, ValueError) as error:
+        raise RecordError(f"results folder {folder}: {RECORDS} is missing or damaged: {error}") from error
+
+
 def _read_folders(suite: Suite, output: Path) -> Iterator[Record]:
     for spec in wanted_specs(suite):
         if (folder := RunFolder(output / spec.name)).exists:
@@ -220,5 +231,4 @@ def _read_folders(suite: Suite, output: Path) -> Iterator[Record]:
 
 
 def _stage(record: Record, name: str) -> Mapping[str, Any]:
-    stages = getattr(record, "stages", None) or []
-    return next((stage["metrics"] for stage in stages if stage["name"] == name), {})
+    return next((stage["metrics"] for stage in record.stages if stage["name"] == name), {})

@@ -93,9 +93,7 @@ def counts_line(counts: Counts) -> str:
     if counts.failed:
         text += f", {counts.failed} failed"
     if counts.others_wanted:
-        text += (
-            f"; {counts.others_finished} of {counts.others_wanted} clean twins and other runs they build on"
-        )
+        text += f"; {counts.others_finished} of {counts.others_wanted} {counts.others}"
     return text
 
 

@@ -1,0 +1,115 @@
+"""A suite's results as one HTML page that needs nothing else: plots, tables, environment, how to run it again."""
+
+from __future__ import annotations
+
+import shlex
+from importlib.resources import files
+from typing import Any
+
+from backdoorbench_moe.bench.plots import alt_text, describe, draw, inline_svg
+from backdoorbench_moe.bench.results import ResultSet
+from backdoorbench_moe.bench.suite import Suite
+from backdoorbench_moe.bench.tables import MetricTable, Place, build_sheet
+from backdoorbench_moe.bench.tidy import environments, train_seconds
+from backdoorbench_moe.bench.wording import (
+    counts_line,
+    facts,
+    inside_word,
+    key_name,
+    legend,
+    mean_text,
+    metric_name,
+    paper_parts,
+    suite_line,
+)
+
+ENVIRONMENT = ("runs", "device", "precision", "threads", "torch", "python", "git commit")
+
+
+def page(results: ResultSet) -> str:
+    """The page as HTML; nothing on it is loaded from elsewhere.
+
+    Raises ConfigError where a layout or plot would put two cells in one place.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    text = (files("backdoorbench_moe.bench") / "templates" / "suite.html").read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    sheet = build_sheet(results)
+    return environment.from_string(text).render(
+        suite=sheet.suite,
+        identity=_capital(suite_line(sheet.suite)),
+        counts=counts_line(sheet.counts),
+        took=f"{_hours(train_seconds(results))} of training in all",
+        figures=_figures(results),
+        tables=[_table(table) for table in sheet.tables],
+        legend=legend(has_paper=any(table.has_paper for table in sheet.tables)),
+        facts=facts(sheet),
+        environment_names=ENVIRONMENT,
+        environments=[_environment(row) for row in environments(results)],
+        commands=commands(sheet.suite),
+    )
+
+
+def commands(suite: Suite) -> list[str]:
+    """What makes and draws a suite's results."""
+    scale = f" --scale {shlex.quote(suite.scale)}" if suite.scale else ""
+    named = f"{shlex.quote(suite.name)}{scale} --repeats {suite.repeats}"
+    return [f"bbmoe bench run {named}", f"bbmoe bench table {named} --save DIR"]
+
+
+def _figures(results: ResultSet) -> list[dict[str, Any]]:
+    from markupsafe import Markup
+
+    figures = []
+    for number, plot in enumerate(results.suite.plots, 1):
+        alt = alt_text(results, plot)
+        # Drawn by us from numbers and escaped labels, not a user's text.
+        svg = Markup(inline_svg(draw(results, plot, "svg"), f"p{number}", alt))
+        figures.append({"title": plot.title, "svg": svg, "caption": describe(results, plot)})
+    return figures
+
+
+def _table(table: MetricTable) -> dict[str, Any]:
+    return {
+        "title": table.title,
+        "metric": metric_name(table.metric),
+        "short": table.metric.upper() if "." not in table.metric else metric_name(table.metric, unit=False),
+        "key_names": [key_name(key) for key in table.row_keys],
+        "columns": table.columns,
+        "groups": [
+            [(labels, [_place(place) for place in places]) for labels, places in group]
+            for group in table.groups()
+        ],
+    }
+
+
+def _place(place: Place) -> dict[str, Any]:
+    found = place.statistic
+    return {
+        "state": place.state,
+        "mean": mean_text(found) if found else "",
+        "paper": paper_parts(place)[:2],
+        "word": inside_word(found) if found else "",
+    }
+
+
+def _environment(row: dict[str, Any]) -> list[str]:
+    device = row.get("cpu", "cpu") if row.get("device") == "cpu" else row.get("device")
+    packages = row.get("packages", {})
+    shown = [row["runs"], device, row.get("precision"), row.get("threads")]
+    shown += [packages.get("torch"), row.get("python"), row.get("git_commit")]
+    return ["–" if item is None else str(item) for item in shown]
+
+
+def _hours(seconds: float) -> str:
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]

@@ -1,0 +1,103 @@
+"""A results folder: the records of a suite and everything drawn from them, small enough to be committed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from backdoorbench_moe.bench import render
+from backdoorbench_moe.bench.page import page
+from backdoorbench_moe.bench.plots import draw, file_names
+from backdoorbench_moe.bench.results import (
+    MANIFEST,
+    RECORDS,
+    ResultSet,
+    check_manifest,
+    manifest_of,
+    read_lines,
+    record_lines,
+)
+from backdoorbench_moe.bench.tables import build_sheet
+from backdoorbench_moe.bench.tidy import environments, tidy_csv
+from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.records import write_atomically
+
+PLOTS = "plots"
+
+
+def save_results(results: ResultSet, folder: Path | str) -> list[Path]:
+    """Write the results folder of a suite, or bring it up to date; return its files.
+
+    Each file is whole or the one before; the same records make the same bytes. Raises RecordError, before
+    anything is written, for a folder of another suite, scale or version, one that is no results folder,
+    and one with finished runs that these results lack.
+    """
+    folder = Path(folder)
+    _check(results, folder)
+    contents = _contents(results)
+    try:
+        (folder / PLOTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecordError(f"results folder {folder}: {error.strerror}") from error
+    # The manifest first: a folder that was left half done is known as ours by it.
+    for name, content in contents.items():
+        write_atomically(folder / name, _put(content))
+    for file in (folder / PLOTS).iterdir():
+        if file.suffix in (".svg", ".png") and f"{PLOTS}/{file.name}" not in contents:
+            file.unlink()
+    if not results.suite.plots:
+        _remove_empty(folder / PLOTS)
+    return [folder / name for name in contents]
+
+
+def _contents(results: ResultSet) -> dict[str, bytes]:
+    sheet = build_sheet(results)
+    texts = {
+        MANIFEST: _json(manifest_of(results)),
+        RECORDS: "".join(f"{line}\n" for line in record_lines(results)),
+        "tidy.csv": tidy_csv(results),
+        "table.csv": render.statistics_csv(results),
+        "table.md": render.markdown(sheet),
+        "table.tex": render.latex(sheet),
+        "environment.json": _json(environments(results)),
+        "index.html": page(results),
+    }
+    contents = {name: text.encode("utf-8") for name, text in texts.items()}
+    plots = results.suite.plots
+    for plot, name in zip(plots, file_names(plots), strict=True):
+        for form in ("svg", "png"):
+            contents[f"{PLOTS}/{name}.{form}"] = draw(results, plot, form)
+    return contents
+
+
+def _check(results: ResultSet, folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise RecordError(f"results folder {folder}: expected a folder, found a file")
+    if not any(folder.iterdir()):
+        return
+    check_manifest(results.suite, folder)
+    if not (folder / RECORDS).exists():
+        return
+    kept = {record.digest for record in results.finished()}
+    lost = [record for record in read_lines(folder) if record.digest not in kept]
+    if lost:
+        raise RecordError(
+            f"results folder {folder}: holds {len(lost)} finished runs that are not among these, such as "
+            f"{lost[0].run_spec.name}; take another folder, or draw from this one"
+        )
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _put(content: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content)
+
+
+def _remove_empty(folder: Path) -> None:
+    if not any(folder.iterdir()):
+        folder.rmdir()
