@@ -3,10 +3,11 @@
 The public interface, all imported on first use:
 
 - `attack(...)` does a whole run and returns it; `load_run(folder)` opens one.
+- `defend(run, defense)` applies a defense to a finished run's model and returns the defended run.
 - `make_spec(...)` builds the frozen RunSpec that `attack` takes apart.
 - `create_trigger`, `create_applicator`, `create_model`, `create_dataset` and `list_triggers`, ... find
   the parts by name, third-party ones included.
-- To write an own part, subclass `Trigger`, `Applicator`, `RoutedModel` or `Dataset`.
+- To write an own part, subclass `Trigger`, `Applicator`, `RoutedModel`, `Defense` or `Dataset`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "attack": "backdoorbench_moe.api",
+    "defend": "backdoorbench_moe.api",
     "load_run": "backdoorbench_moe.api",
     "make_spec": "backdoorbench_moe.api",
     "Run": "backdoorbench_moe.engine.runner",
@@ -30,6 +32,8 @@ _HOMES = {
     "list_applicators": "backdoorbench_moe.applicators",
     "create_model": "backdoorbench_moe.models",
     "list_models": "backdoorbench_moe.models",
+    "create_defense": "backdoorbench_moe.defenses",
+    "list_defenses": "backdoorbench_moe.defenses",
     "create_dataset": "backdoorbench_moe.data",
     "list_datasets": "backdoorbench_moe.data",
     "Trigger": "backdoorbench_moe.triggers.base",
@@ -37,6 +41,10 @@ _HOMES = {
     "RoutedModel": "backdoorbench_moe.models.base",
     "RoutedOutput": "backdoorbench_moe.models.base",
     "Routing": "backdoorbench_moe.models.base",
+    "Defense": "backdoorbench_moe.defenses.base",
+    "DefenseResult": "backdoorbench_moe.defenses.base",
+    "DefenseTask": "backdoorbench_moe.defenses.base",
+    "ChannelGroup": "backdoorbench_moe.ops.structure",
     "Dataset": "backdoorbench_moe.data.base",
     "ImageSet": "backdoorbench_moe.data.base",
     "Split": "backdoorbench_moe.data.base",
@@ -45,17 +53,20 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from backdoorbench_moe.api import attack, load_run, make_spec
+    from backdoorbench_moe.api import attack, defend, load_run, make_spec
     from backdoorbench_moe.applicators import create_applicator, list_applicators
     from backdoorbench_moe.applicators.base import Applicator
     from backdoorbench_moe.config import RunSpec
     from backdoorbench_moe.data import create_dataset, list_datasets
     from backdoorbench_moe.data.base import Dataset, ImageSet, Split
+    from backdoorbench_moe.defenses import create_defense, list_defenses
+    from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
     from backdoorbench_moe.engine.observer import Observer
     from backdoorbench_moe.engine.runner import Run
     from backdoorbench_moe.errors import BbmoeError
     from backdoorbench_moe.models import create_model, list_models
     from backdoorbench_moe.models.base import RoutedModel, RoutedOutput, Routing
+    from backdoorbench_moe.ops.structure import ChannelGroup
     from backdoorbench_moe.triggers import create_trigger, list_triggers
     from backdoorbench_moe.triggers.base import Trigger
 

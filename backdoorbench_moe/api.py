@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backdoorbench_moe.config import RunSpec, build_spec, chain_settings
+from backdoorbench_moe.config import PartSpec, RunSpec, build_spec, chain_settings
 from backdoorbench_moe.engine.observer import Observer
-from backdoorbench_moe.engine.runner import Run, load_run, run_attack
+from backdoorbench_moe.engine.runner import Run, load_run, run_attack, run_defense
 
-__all__ = ["attack", "load_run", "make_spec"]
+__all__ = ["attack", "defend", "load_run", "make_spec"]
 
 Part = str | Mapping[str, Any]
 
@@ -56,3 +56,30 @@ def attack(
         **values,
     )
     return run_attack(spec, output=output, repeats=repeats, twin=twin, observer=observer)
+
+
+def defend(
+    run: Run | Path | str,
+    defense: str,
+    *,
+    output: Path | str | None = None,
+    data_root: str | None = None,
+    device: str | None = None,
+    observer: Observer | None = None,
+    **options: Any,
+) -> Run:
+    """Defend the model of a finished run, as `bbmoe defend` does; returns the defended run.
+
+    run: a Run or its folder. options: the defense's own, such as ratio=0.2. output: folder of run folders;
+    the one `run` lies in where None. `record.stages` of what comes back holds BA, ASR and RA before and after
+    every stage, `model()` is the defended model. Finished before, it is only read. Raises BbmoeError for
+    anything the user can mend.
+    """
+    return run_defense(
+        run if isinstance(run, Run) else load_run(run),
+        PartSpec(defense, options),
+        output=output,
+        data_root=data_root,
+        device=device,
+        observer=observer,
+    )

@@ -14,10 +14,11 @@ from backdoorbench_moe.errors import BbmoeError, BbmoeWarning
 
 COMMANDS = {
     "attack": "Backdoor a model and measure it.",
+    "defend": "Defend the model of a run, and measure it after every stage.",
     "preview": "Draw what a trigger does to images.",
     "bench": "Run a suite of attacks, and draw its tables beside the paper's.",
     "show": "Print what a run folder holds.",
-    "list": "List triggers, applicators, models and data sets, and broken plug-ins.",
+    "list": "List triggers, applicators, models, defenses and data sets, and broken plug-ins.",
     "info": "Describe one part and its options.",
 }
 
@@ -86,7 +87,8 @@ def main() -> None:
         click.echo(f"bbmoe: error: not enough memory: {error}", err=True)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("bbmoe: interrupted; the same command goes on from the last finished epoch", err=True)
+        goes_on = "goes on from the last finished epoch (a defense: from its start)"
+        click.echo(f"bbmoe: interrupted; the same command {goes_on}", err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)

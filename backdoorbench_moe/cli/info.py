@@ -24,7 +24,7 @@ from backdoorbench_moe.options import REQUIRED
 def command(
     kind: str, name: str, image_size: int, num_classes: int, settings: tuple[str, ...], as_json: bool
 ) -> None:
-    """Describe one part: KIND is trigger, applicator, model or dataset; NAME as `bbmoe list` shows it.
+    """Describe one part: KIND is trigger, applicator, model, defense or dataset; NAME as `bbmoe list` shows it.
 
     For a model, its parameters and multiply-adds per image are counted.
     """

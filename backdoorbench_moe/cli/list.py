@@ -7,13 +7,14 @@ from typing import Any
 
 import click
 
-from backdoorbench_moe import applicators, data, models, triggers
+from backdoorbench_moe import applicators, data, defenses, models, triggers
 from backdoorbench_moe.registry import Registry
 
 REGISTRIES: dict[str, Registry[Any]] = {
     "trigger": triggers.registry,
     "applicator": applicators.registry,
     "model": models.registry,
+    "defense": defenses.registry,
     "dataset": data.registry,
 }
 
@@ -22,7 +23,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
 @click.argument("kind", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(kind: str | None, as_json: bool) -> None:
-    """List triggers, applicators, models and data sets (or one KIND), and broken plug-ins.
+    """List triggers, applicators, models, defenses and data sets (or one KIND), and broken plug-ins.
 
     Third-party parts are imported to see whether they work; built-in ones are not.
     """

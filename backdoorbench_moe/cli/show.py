@@ -40,5 +40,7 @@ def command(runs: tuple[Path, ...], as_json: bool, markdown: bool) -> None:
     console.print(tables.settings_table(record))
     if record.metrics:
         console.print(tables.metrics_table(record))
+    if record.stages:
+        console.print(tables.stages_table(record))
     if record.history:
         console.print(tables.history_table(record))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 METRICS = {
     "ba": "clean accuracy (BA)",
     "asr": "attack success rate (ASR)",
+    "ra": "accuracy on triggered images (RA)",
     "cad": "clean accuracy drop (CAD)",
 }
 
@@ -50,14 +51,25 @@ def print_runs(runs: Sequence[Run]) -> None:
         console.print(f"run folder: {run.folder.path}", soft_wrap=True, highlight=False, markup=False)
 
 
+def print_defended(run: Run) -> None:
+    """Print what a defense did, stage by stage, and what it cost against the clean twin."""
+    console = Console(highlight=False)
+    console.print(title(run.record), style="italic", markup=False)
+    console.print(stages_table(run.record))
+    if (cad := run.record.metrics.get("cad")) is not None:
+        console.print(f"{METRICS['cad']}: {cad['value']:.2f}")
+    console.print(f"run folder: {run.folder.path}", soft_wrap=True, markup=False)
+
+
 def title(record: Record) -> str:
     """What was done, in one line."""
     spec = record.run_spec
+    after = "".join(f", {part.name}" for part in spec.defenses)
     if spec.trigger is None or spec.applicator is None:
-        return f"{spec.model.name} on {spec.dataset.name}, clean"
+        return f"{spec.model.name} on {spec.dataset.name}, clean{after}"
     return (
         f"{spec.model.name} on {spec.dataset.name}: {spec.trigger.name} by {spec.applicator.name}, "
-        f"{100 * spec.poison.rate:g}% poisoned"
+        f"{100 * spec.poison.rate:g}% poisoned{after}"
     )
 
 
@@ -71,6 +83,18 @@ def metrics_table(record: Record) -> Table:
         if (metric := record.metrics.get(name)) is not None:
             interval = f"{metric['low']:.2f} – {metric['high']:.2f}" if "low" in metric else "–"
             table.add_row(text, f"{metric['value']:.2f}", interval, str(metric["n"]))
+    return table
+
+
+def stages_table(record: Record) -> Table:
+    """BA, ASR and RA with their 95% intervals before the defense and after each of its stages."""
+    table = Table("stage", box=None, pad_edge=False)
+    names = [name for name in ("ba", "asr", "ra") if name in record.metrics]
+    for column in [f"{name.upper()} %" for name in names] + ["seconds"]:
+        table.add_column(column, justify="right")
+    for stage in record.stages:
+        shown = (_metric(stage["metrics"], name, interval=True) for name in names)
+        table.add_row(stage["name"], *shown, f"{stage['seconds']:.1f}")
     return table
 
 
@@ -106,6 +130,8 @@ def settings_table(record: Record) -> Table:
         )
     if record.timing:
         table.add_row("timing", _inline({k: round(v, 2) for k, v in record.timing.items()}))
+    if record.parent:
+        table.add_row("defended run", record.parent)
     if record.clean_twin:
         table.add_row("clean twin", record.clean_twin)
     return table
@@ -114,6 +140,8 @@ def settings_table(record: Record) -> Table:
 def _inline(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key}={item}" if key != "name" else str(item) for key, item in value.items())
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return "; ".join(map(_inline, value))
     return str(value)
 
 
@@ -142,12 +170,12 @@ def run_row(record: Record, *, intervals: bool = True) -> list[str]:
     rate = "–" if spec.is_clean else f"{100 * spec.poison.rate:g}%"
     return [
         spec.dataset.name,
-        spec.model.name,
+        " + ".join([spec.model.name, *(_inline(part.to_dict()) for part in spec.defenses)]),
         *(["clean", "–"] if spec.is_clean else names),
         rate,
         str(spec.seed),
         str(spec.train.epochs),
-        *(_metric(record, name, interval=intervals) for name in ("ba", "asr", "cad")),
+        *(_metric(record.metrics, name, interval=intervals) for name in ("ba", "asr", "cad")),
     ]
 
 
@@ -167,8 +195,8 @@ def markdown_table(records: Sequence[Record]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _metric(record: Record, name: str, *, interval: bool) -> str:
-    metric = record.metrics.get(name)
+def _metric(metrics: dict[str, dict[str, float]], name: str, *, interval: bool) -> str:
+    metric = metrics.get(name)
     if metric is None:
         return "–"
     bounds = f" [{metric['low']:.1f}, {metric['high']:.1f}]" if interval and "low" in metric else ""

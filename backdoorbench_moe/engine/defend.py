@@ -120,12 +120,16 @@ class DefenseJob(Job):
         names, models, seconds = zip(*stages.kept, strict=True)
         metrics = self._measure(models, recovery=True)
         record.stages = [
-            {"name": name, "metrics": found, "seconds": spent}
-            for name, found, spent in zip(names, metrics, seconds, strict=True)
+            {"name": name, "metrics": found, "seconds": taken}
+            for name, found, taken in zip(names, metrics, seconds, strict=True)
         ]
         record.metrics = dict(metrics[-1])
         record.scores, record.verdict = dict(result.scores), dict(result.verdict)
         record.timing["defense_seconds"] = sum(seconds)
+        if record.history:
+            spent = sum(row["seconds"] for row in record.history)
+            tuned_on = record.data["clean_images"] * len(record.history)
+            record.timing |= {"train_seconds": spent, "images_per_second": tuned_on / spent}
         record.timing["evaluate_seconds"] = time.perf_counter() - evaluated
         record.timing["total_seconds"] = time.perf_counter() - started
         folder.save_model(models[-1].state_dict(), self._model_header())
