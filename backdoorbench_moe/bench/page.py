@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -26,8 +27,8 @@ from backdoorbench_moe.bench.wording import (
 ENVIRONMENT = ("runs", "device", "precision", "threads", "torch", "python", "git commit")
 
 
-def page(results: ResultSet) -> str:
-    """The page as HTML; nothing on it is loaded from elsewhere.
+def page(results: ResultSet, svgs: Sequence[bytes] | None = None) -> str:
+    """The page as HTML; nothing on it is loaded from elsewhere. svgs: the suite's plots, if drawn already.
 
     Raises ConfigError where a layout or plot would put two cells in one place.
     """
@@ -43,7 +44,7 @@ def page(results: ResultSet) -> str:
         identity=_capital(suite_line(sheet.suite)),
         counts=counts_line(sheet.counts),
         took=f"{_hours(train_seconds(results))} of training in all",
-        figures=_figures(results),
+        figures=_figures(results, svgs or [draw(results, plot, "svg") for plot in results.suite.plots]),
         tables=[_table(table) for table in sheet.tables],
         legend=legend(has_paper=any(table.has_paper for table in sheet.tables)),
         facts=facts(sheet),
@@ -60,14 +61,14 @@ def commands(suite: Suite) -> list[str]:
     return [f"bbmoe bench run {named}", f"bbmoe bench table {named} --save DIR"]
 
 
-def _figures(results: ResultSet) -> list[dict[str, Any]]:
+def _figures(results: ResultSet, svgs: Sequence[bytes]) -> list[dict[str, Any]]:
     from markupsafe import Markup
 
     figures = []
-    for number, plot in enumerate(results.suite.plots, 1):
+    for number, (plot, drawn) in enumerate(zip(results.suite.plots, svgs, strict=True), 1):
         alt = alt_text(results, plot)
         # Drawn by us from numbers and escaped labels, not a user's text.
-        svg = Markup(inline_svg(draw(results, plot, "svg"), f"p{number}", alt))
+        svg = Markup(inline_svg(drawn, f"p{number}", alt))
         figures.append({"title": plot.title, "svg": svg, "caption": describe(results, plot)})
     return figures
 

@@ -120,26 +120,27 @@ def _styled(place: Place, *, paper: bool) -> Any:
 
 def markdown(sheet: Sheet) -> str:
     """The tables as Markdown: a cell on two lines, the second the paper's."""
-    lines = [f"# {_plain(sheet.suite.title)}", "", legend(has_paper=_has_paper(sheet)), ""]
+    lines = [f"# {plain(sheet.suite.title)}", "", legend(has_paper=_has_paper(sheet)), ""]
     for table in sheet.tables:
-        lines += [f"## {_plain(table.title)}: {metric_name(table.metric)}", ""]
+        lines += [f"## {plain(table.title)}: {metric_name(table.metric)}", ""]
         names = [*(key_name(key) for key in table.row_keys), *table.columns]
         lines += [
-            _markdown_row(names),
-            _markdown_row(["---"] * len(table.row_keys) + ["--:"] * len(table.columns)),
+            markdown_row(names),
+            markdown_row(["---"] * len(table.row_keys) + ["--:"] * len(table.columns)),
         ]
         for labels, places in zip(table.rows, table.places, strict=True):
-            cells = ["<br>".join(map(_plain, place_lines(place))) for place in places]
-            lines.append(f"| {' | '.join([*map(_plain, labels), *cells])} |")
-        lines += ["", f"{_plain(facts(sheet))}.", ""]
+            cells = ["<br>".join(map(plain, place_lines(place))) for place in places]
+            lines.append(f"| {' | '.join([*map(plain, labels), *cells])} |")
+        lines += ["", f"{plain(facts(sheet))}.", ""]
     return "\n".join(lines)
 
 
-def _markdown_row(texts: Sequence[str]) -> str:
-    return f"| {' | '.join(map(_plain, texts))} |"
+def markdown_row(texts: Sequence[str]) -> str:
+    """One row of a Markdown table."""
+    return f"| {' | '.join(map(plain, texts))} |"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that Markdown takes as it is, in one line."""
     for character in "\\|*`":
         text = text.replace(character, f"\\{character}")
@@ -163,7 +164,7 @@ def statistics_csv(results: ResultSet) -> str:
     parts = {key.partition(".")[0] for key in CSV_KEYS}
     axes = list(dict.fromkeys(key for cell in suite.cells for key in cell.values))
     extra = [key for key in axes if key not in CSV_KEYS and key.partition(".")[0] not in parts - {"poison"}]
-    names = ["poison_rate_percent" if key == "poison.rate" else key for key in (*CSV_KEYS, *extra)]
+    names = [percent_key(key) for key in (*CSV_KEYS, *extra)]
     rows = [["suite", "version", "scale", *names, "metric", *CSV_COLUMNS]]
     for cell in suite.cells:
         keys = [
@@ -185,6 +186,11 @@ def _plain_value(cell: Cell, key: str) -> Any:
 def percent(rate: float) -> float:
     """A share as percent, without the noise of the multiplication (0.0007 is 0.07)."""
     return float(f"{100 * rate:.12g}")
+
+
+def percent_key(key: str) -> str:
+    """The name of a key's column: rates are in percent."""
+    return "poison_rate_percent" if key == "poison.rate" else key
 
 
 def _csv_values(place: Place) -> list[Any]:
@@ -252,10 +258,3 @@ def tex(text: str) -> str:
 
 def _has_paper(sheet: Sheet) -> bool:
     return any(table.has_paper for table in sheet.tables)
-
-
-def render(results: ResultSet, form: str) -> str:
-    """The tables in one of FORMATS."""
-    if form == "csv":
-        return statistics_csv(results)
-    return {"markdown": markdown, "latex": latex}[form](build_sheet(results))

@@ -10,7 +10,7 @@ from typing import Any
 
 from backdoorbench_moe.bench.paper import PaperTable, load_paper
 from backdoorbench_moe.bench.suite import Cell, Suite
-from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.config import DATASET_NOT_IN_DIGEST, RunSpec
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.ops.metrics import mean_interval, mean_std
 from backdoorbench_moe.records import Record, RunFolder, parse_record
@@ -86,7 +86,7 @@ class ResultSet:
                 spec, digest = record.run_spec, record.data["digest"]
                 # The same data set with the same options must be the same images.
                 key = json.dumps(
-                    {k: v for k, v in spec.dataset.to_dict().items() if k not in ("root", "download")}
+                    {k: v for k, v in spec.dataset.to_dict().items() if k not in DATASET_NOT_IN_DIGEST}
                 )
                 other, name = digests.setdefault(key, (digest, spec.name))
                 if other != digest:
@@ -210,8 +210,12 @@ def manifest_of(results: ResultSet) -> dict[str, Any]:
 
 
 def record_lines(results: ResultSet) -> Iterator[str]:
-    """Every finished record as a line of JSON."""
-    return (json.dumps(asdict(record), sort_keys=True) for record in results.finished())
+    """Every finished record as a line of JSON, without where on that machine its data lay."""
+    for record in results.finished():
+        values = asdict(record)
+        for key in DATASET_NOT_IN_DIGEST:
+            values["spec"]["dataset"].pop(key, None)
+        yield json.dumps(values, sort_keys=True)
 
 
 def read_lines(folder: Path) -> list[Record]:

@@ -53,6 +53,8 @@ def save_results(results: ResultSet, folder: Path | str) -> list[Path]:
 
 def _contents(results: ResultSet) -> dict[str, bytes]:
     sheet = build_sheet(results)
+    plots = results.suite.plots
+    drawn = {form: [draw(results, plot, form) for plot in plots] for form in ("svg", "png")}
     texts = {
         MANIFEST: _json(manifest_of(results)),
         RECORDS: "".join(f"{line}\n" for line in record_lines(results)),
@@ -61,13 +63,12 @@ def _contents(results: ResultSet) -> dict[str, bytes]:
         "table.md": render.markdown(sheet),
         "table.tex": render.latex(sheet),
         "environment.json": _json(environments(results)),
-        "index.html": page(results),
+        "index.html": page(results, drawn["svg"]),
     }
     contents = {name: text.encode("utf-8") for name, text in texts.items()}
-    plots = results.suite.plots
-    for plot, name in zip(plots, file_names(plots), strict=True):
-        for form in ("svg", "png"):
-            contents[f"{PLOTS}/{name}.{form}"] = draw(results, plot, form)
+    for form, files in drawn.items():
+        for name, file in zip(file_names(plots), files, strict=True):
+            contents[f"{PLOTS}/{name}.{form}"] = file
     return contents
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from backdoorbench_moe.bench.files import find_file, names_in
-from backdoorbench_moe.config import RunSpec, Values, build_spec, load_yaml, merge
+from backdoorbench_moe.config import DATASET_NOT_IN_DIGEST, RunSpec, Values, build_spec, load_yaml, merge
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 
 METRICS = ("asr", "ba", "cad", "ra")
@@ -123,7 +123,9 @@ def value_of(spec: RunSpec, key: str) -> Any:
     """
     values: Any = {"defenses": [], **spec.to_dict()}
     if key in PARTS:
-        return part_label(values[key])
+        # Where data lies is no property of it.
+        hidden = DATASET_NOT_IN_DIGEST if key == "dataset" else ()
+        return part_label(values[key] and {k: v for k, v in values[key].items() if k not in hidden})
     if key == "defenses":
         return ", ".join(part_label(part) or "" for part in values[key]) or "none"
     first, *rest = key.split(".")
@@ -260,16 +262,17 @@ def _check(suite: Suite, where: str) -> None:
     spec = suite.cells[0].spec
     for table in suite.tables:
         for metric in table.metrics:
-            _check_metric(metric, f"{where}: tables")
+            check_metric(metric, f"{where}: tables")
         for key in (*table.rows, table.columns):
             value_of(spec, key)
     for plot in suite.plots:
-        _check_metric(plot.metric, f"{where}: plots")
+        check_metric(plot.metric, f"{where}: plots")
         for key in (plot.x, plot.panels, plot.lines):
             value_of(spec, key)
 
 
-def _check_metric(metric: str, where: str) -> None:
+def check_metric(metric: str, where: str) -> None:
+    """Raise UnknownNameError for a metric that there is not."""
     if metric.rpartition(".")[2] not in METRICS:
         raise UnknownNameError(f"{where}: metric", metric, METRICS)
 

@@ -7,11 +7,10 @@ from typing import Any
 
 from backdoorbench_moe.bench.render import percent, write_csv
 from backdoorbench_moe.bench.results import ResultSet
-from backdoorbench_moe.bench.suite import METRICS, part_label, value_of
-from backdoorbench_moe.config import PartSpec, RunSpec
+from backdoorbench_moe.bench.suite import METRICS, PARTS, value_of
+from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.records import Record
 
-PARTS = ("dataset", "model", "trigger", "applicator")
 SPEC_COLUMNS = ("defenses", "poison_rate_percent", "target", "seed", "epochs")
 MADE_COLUMNS = ("train_seconds", "images_per_second", "device", "precision", "threads", "torch", "git_commit")
 
@@ -33,7 +32,7 @@ def tidy_csv(results: ResultSet) -> str:
     for record in records:
         spec = record.run_spec
         row = [results.suite.name, results.suite.version, results.suite.scale]
-        row += [text for part in PARTS for text in _part(getattr(spec, part))]
+        row += [text for part in PARTS for text in _part(spec, part)]
         rate = percent(spec.poison.rate)
         row += [value_of(spec, "defenses"), rate, spec.poison.target, spec.seed, spec.train.epochs]
         row += [value for metric in metrics for value in _measured(results, spec, metric)]
@@ -56,11 +55,10 @@ def train_seconds(results: ResultSet) -> float:
     return sum(record.timing.get("train_seconds", 0.0) for record in results.finished())
 
 
-def _part(part: PartSpec | None) -> tuple[str, str]:
-    if part is None:
-        return "none", ""
-    label = part_label(part.to_dict()) or ""
-    return part.name, label.removeprefix(part.name).removeprefix(", ")
+def _part(spec: RunSpec, key: str) -> tuple[str, str]:
+    """A part's name and its options."""
+    name, _, options = (value_of(spec, key) or "none").partition(", ")
+    return name, options
 
 
 def _metric_columns(metric: str) -> list[str]:

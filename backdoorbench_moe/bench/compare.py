@@ -1,0 +1,307 @@
+"""Two suites or result sets side by side: the cells they share, and which of them is ahead by how much."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import ttest_ind
+
+from backdoorbench_moe.bench.paper import PaperTable
+from backdoorbench_moe.bench.results import MANIFEST, ResultSet, Statistic, read_lines, read_manifest
+from backdoorbench_moe.bench.suite import Cell, Suite, load_suite, value_of
+from backdoorbench_moe.bench.tables import find_place, label
+from backdoorbench_moe.bench.wording import suite_line
+from backdoorbench_moe.config import DATASET_NOT_IN_DIGEST, PARTS, RunSpec
+from backdoorbench_moe.errors import ConfigError, RecordError
+from backdoorbench_moe.records import Record
+
+# Cells are over seeds, and where a run was made decides nothing.
+NOT_COMPARED = ("seed", "device", "recipe")
+NOT_COMPARED_KEYS = tuple(f"dataset.{key}" for key in DATASET_NOT_IN_DIGEST)
+FIRST_KEYS = ("dataset.name", "model.name", "trigger.name", "applicator.name", "defenses", "poison.rate")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two: how it is called, and its results."""
+
+    label: str
+    results: ResultSet
+
+
+@dataclass(frozen=True)
+class Value:
+    """One metric of a cell of one side; state says in a word why there is no statistic."""
+
+    state: str
+    statistic: Statistic | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell: its labels, and by metric what A and B have; None for a side without the cell.
+
+    same: both sides have the very same runs, so that a difference would mean nothing.
+    """
+
+    labels: tuple[str, ...]
+    a: Mapping[str, Value] | None
+    b: Mapping[str, Value] | None
+    same: bool = False
+
+    def difference(self, metric: str) -> float | None:
+        """B's mean minus A's; None unless both have one, of different runs."""
+        a, b = self._statistics(metric)
+        return None if a is None or b is None or self.same else b.mean - a.mean
+
+    def interval(self, metric: str) -> tuple[float, float] | None:
+        """Welch's 95% interval of the difference; None where a side has fewer than two seeds."""
+        a, b = self._statistics(metric)
+        return None if a is None or b is None or self.same else welch_interval(a.values, b.values)
+
+    def _statistics(self, metric: str) -> tuple[Statistic | None, Statistic | None]:
+        a, b = (side[metric].statistic if side else None for side in (self.a, self.b))
+        return a, b
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two result sets matched cell by cell.
+
+    keys: what the labels of a row say. differs: what the sets differ in as a whole, which is not matched:
+    key, A's values, B's values. rows: common cells in A's order, then those only A has, then only B's.
+    """
+
+    a: Side
+    b: Side
+    metrics: tuple[str, ...]
+    keys: tuple[str, ...]
+    differs: tuple[tuple[str, str, str], ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Number of rows that are common, only A's, only B's."""
+        both = sum(row.a is not None and row.b is not None for row in self.rows)
+        only_a = sum(row.b is None for row in self.rows)
+        return both, only_a, len(self.rows) - both - only_a
+
+
+def open_side(text: str, output: Path | str) -> Side:
+    """A suite as SUITE or SUITE:SCALE, read from the run folders in `output`, or a results folder by its path.
+
+    A results folder may be of any version: it is taken as it is. Raises UnknownNameError, ConfigError or
+    RecordError.
+    """
+    if (Path(text) / MANIFEST).is_file():
+        results = read_folder(Path(text))
+        return Side(f"{suite_line(results.suite)} ({text})", results)
+    if Path(text).is_dir():
+        raise RecordError(f"results folder {text}: expected a {MANIFEST} in it, found none")
+    name, colon, scale = text.rpartition(":") if ":" in text else (text, "", None)
+    if colon and not (name and scale):
+        raise ConfigError.expected("suite", "SUITE or SUITE:SCALE", text)
+    suite = load_suite(name, scale)
+    return Side(suite_line(suite), ResultSet.from_runs(suite, output))
+
+
+def read_folder(folder: Path) -> ResultSet:
+    """A results folder by its own word, whatever the suite of that name is now; without the paper's values.
+
+    Raises RecordError for one that is damaged or holds no record.
+    """
+    manifest, records = read_manifest(folder), read_lines(folder)
+    attacks = [record for record in records if not record.run_spec.is_clean] or records
+    if not attacks:
+        raise RecordError(f"results folder {folder}: holds no finished run")
+    seeds = [record.run_spec.seed for record in attacks]
+    cells = {
+        _seedless(record.run_spec): Cell({}, replace(record.run_spec, seed=min(seeds))) for record in attacks
+    }
+    try:
+        suite = Suite(
+            name=str(manifest["suite"]),
+            title=str(manifest["title"]),
+            version=int(manifest["version"]),
+            scale=manifest["scale"],
+            note=str(manifest["note"]),
+            repeats=max(seeds) - min(seeds) + 1,
+            cells=tuple(cells.values()),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"results folder {folder}: {MANIFEST} is damaged: {error!r}") from error
+    found: dict[str, Record] = {record.digest: record for record in records}
+    return ResultSet(suite, found, PaperTable())
+
+
+def compare(a: Side, b: Side, metrics: Sequence[str]) -> Comparison:
+    """Match the cells of two sides.
+
+    Cells match where all values of their specs do, seeds apart, but for what the sets differ in as a
+    whole: a key (of a part: for each name of that part) whose values in A and B have none in common while
+    one side has a single value. So scales, data sets or models can be compared, and a rate only one of
+    them has stays alone. Raises ConfigError where no cell is common.
+    """
+    flat_a, flat_b = ([_flatten(cell.spec) for cell in side.results.suite.cells] for side in (a, b))
+    differing = _find_differing(flat_a, flat_b)
+    partners: dict[str, list[int]] = {}
+    for n, flat in enumerate(flat_b):
+        partners.setdefault(_signature(flat, differing), []).append(n)
+    pairs: list[tuple[int | None, int | None]] = []
+    for n, flat in enumerate(flat_a):
+        pairs += [(n, m) for m in partners.get(_signature(flat, differing), [])]
+    for side, count in ((0, len(flat_a)), (1, len(flat_b))):
+        matched = {pair[side] for pair in pairs}
+        pairs += [(n, None) if side == 0 else (None, n) for n in range(count) if n not in matched]
+    if not any(n is not None and m is not None for n, m in pairs):
+        raise ConfigError(f"compare: {a.label} and {b.label} have no cell in common")
+    spoken = [
+        _spoken(n if n is None else flat_a[n], m if m is None else flat_b[m], differing) for n, m in pairs
+    ]
+    keys = _telling(spoken)
+    rows = tuple(
+        Row(
+            tuple(label(key, values.get(key)) for key in keys),
+            None if n is None else _values(a, a.results.suite.cells[n], metrics),
+            None if m is None else _values(b, b.results.suite.cells[m], metrics),
+            n is not None and m is not None and _runs(a, n) == _runs(b, m) != [],
+        )
+        for (n, m), values in zip(pairs, spoken, strict=True)
+    )
+    return Comparison(a, b, tuple(metrics), keys, _said(differing), rows)
+
+
+def welch_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float] | None:
+    """Welch's 95% interval of mean(b) - mean(a), variances unequal; None for a side with fewer than two values.
+
+    Without any spread on either side it is the difference itself.
+    """
+    if min(len(a), len(b)) < 2:
+        return None
+    if len(set(a)) == len(set(b)) == 1:
+        return b[0] - a[0], b[0] - a[0]
+    interval = ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
+    return float(interval.low), float(interval.high)
+
+
+def default_metrics(a: Side, b: Side) -> tuple[str, ...]:
+    """The metrics of both suites' tables; of a results folder those that every attack has."""
+    layouts = [layout for side in (a, b) for layout in side.results.suite.tables]
+    return tuple(dict.fromkeys(metric for layout in layouts for metric in layout.metrics)) or (
+        "asr",
+        "ba",
+        "cad",
+    )
+
+
+Flat = dict[str, Any]
+# (key, name of the part, None for every one) -> the values it has in A and in B.
+Differing = dict[tuple[str, str | None], tuple[set[Any], set[Any]]]
+
+
+def _seedless(spec: RunSpec) -> str:
+    return replace(spec, seed=0).digest
+
+
+def _flatten(spec: RunSpec) -> Flat:
+    """Dotted key -> value, of all that a comparison looks at."""
+    flat: Flat = {"defenses": value_of(spec, "defenses")}
+    for key, value in spec.to_dict().items():
+        if key in (*NOT_COMPARED, "defenses"):
+            continue
+        if key in PARTS and value is None:
+            flat[f"{key}.name"] = None
+        elif isinstance(value, dict):
+            flat |= {f"{key}.{name}": _hashable(item) for name, item in value.items()}
+        else:
+            flat[key] = _hashable(value)
+    return {key: value for key, value in flat.items() if key not in NOT_COMPARED_KEYS}
+
+
+def _hashable(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, list | dict) else value
+
+
+def _find_differing(a: Sequence[Flat], b: Sequence[Flat]) -> Differing:
+    found: Differing = {}
+    keys = {key for flat in (*a, *b) for key in flat}
+    # Names before options: those of parts that have different names are not compared at all.
+    for key in sorted(keys, key=lambda key: (not key.endswith(".name"), key)):
+        part = key.partition(".")[0]
+        name = f"{part}.name"
+        if part not in PARTS or key == name:
+            groups: list[str | None] = [None]
+        elif (name, None) in found:
+            found[key, None] = _values_of(a, key), _values_of(b, key)
+            continue
+        else:
+            groups = sorted({flat[name] for flat in a} & {flat[name] for flat in b} - {None})
+        for group in groups:
+            ours, theirs = (
+                _values_of([f for f in flats if group in (None, f.get(name))], key) for flats in (a, b)
+            )
+            if not ours & theirs and min(len(ours), len(theirs)) == 1:
+                found[key, group] = ours, theirs
+    return found
+
+
+def _values_of(flats: Sequence[Flat], key: str) -> set[Any]:
+    return {flat.get(key) for flat in flats}
+
+
+def _place_of(flat: Flat, key: str, differing: Differing) -> tuple[set[Any], set[Any]] | None:
+    """The values of a key that the sets differ in as a whole; None for one that cells are matched by."""
+    name = flat.get(f"{key.partition('.')[0]}.name")
+    return differing.get((key, None)) or differing.get((key, name))
+
+
+def _signature(flat: Flat, differing: Differing) -> str:
+    kept = {key: value for key, value in flat.items() if _place_of(flat, key, differing) is None}
+    return json.dumps(kept, sort_keys=True)
+
+
+def _spoken(a: Flat | None, b: Flat | None, differing: Differing) -> Flat:
+    """What a row's labels may say: all that is matched, and what only one side has several values of."""
+    spoken: Flat = {}
+    for flat, side in ((a, 0), (b, 1)):
+        for key, value in (flat or {}).items():
+            place = _place_of(flat or {}, key, differing)
+            if place is None or len(place[side]) > 1:
+                spoken[key] = value
+    return spoken
+
+
+def _telling(spoken: Sequence[Flat]) -> tuple[str, ...]:
+    """The fewest keys, the usual ones first, that tell the rows apart."""
+    rest = sorted({key for values in spoken for key in values} - set(FIRST_KEYS))
+    chosen: list[str] = []
+    told = 1
+    for key in (*FIRST_KEYS, *rest):
+        labels = {tuple(str(values.get(name)) for name in (*chosen, key)) for values in spoken}
+        if len(labels) > told:
+            chosen, told = [*chosen, key], len(labels)
+    return tuple(chosen) or ("trigger.name", "applicator.name", "poison.rate")
+
+
+def _said(differing: Differing) -> tuple[tuple[str, str, str], ...]:
+    said = []
+    for (key, group), sets in differing.items():
+        texts = [", ".join(sorted(label(key, value) for value in values)) for values in sets]
+        if sets[0] != sets[1]:
+            said.append((f"{key} of {group}" if group else key, texts[0], texts[1]))
+    return tuple(said)
+
+
+def _runs(side: Side, number: int) -> list[Record]:
+    """The finished runs of a side's cell."""
+    specs = side.results.suite.cells[number].runs(side.results.suite.repeats)
+    return [record for spec in specs if (record := side.results.record(spec)) is not None]
+
+
+def _values(side: Side, cell: Cell, metrics: Sequence[str]) -> dict[str, Value]:
+    places = {metric: find_place(side.results, cell, metric) for metric in metrics}
+    return {metric: Value(place.state, place.statistic) for metric, place in places.items()}

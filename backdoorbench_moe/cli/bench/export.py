@@ -1,0 +1,50 @@
+"""`bbmoe bench export`: all records of a suite, for other tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("export")
+@click.argument("name", metavar="SUITE")
+@click.option("--scale", metavar="NAME", help="A scale of the suite.  [its first]")
+@click.option("--repeats", type=int, metavar="N", help="Seeds a cell.  [the suite's]")
+@click.option("--output", type=Path, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option("--csv", "csv_file", metavar="FILE", help="Write a row for each run; - for the terminal.")
+@click.option("--jsonl", "jsonl_file", metavar="FILE", help="Write a record a line; - for the terminal.")
+def command(
+    name: str,
+    scale: str | None,
+    repeats: int | None,
+    output: Path,
+    csv_file: str | None,
+    jsonl_file: str | None,
+) -> None:
+    """Write all finished records of SUITE, clean twins among them, as one tidy CSV and as lines of JSON."""
+    from backdoorbench_moe.bench.results import ResultSet, record_lines
+    from backdoorbench_moe.bench.suite import load_suite
+    from backdoorbench_moe.bench.tidy import tidy_csv
+    from backdoorbench_moe.errors import ConfigError
+
+    if csv_file is None and jsonl_file is None:
+        raise ConfigError("export: expected --csv or --jsonl, got neither")
+    if csv_file == jsonl_file == "-":
+        raise ConfigError("export: only one of --csv and --jsonl can be -")
+    suite = load_suite(name, scale)
+    results = ResultSet.from_runs(suite if repeats is None else suite.with_repeats(repeats), output)
+    if csv_file is not None:
+        _write(tidy_csv(results), csv_file)
+    if jsonl_file is not None:
+        _write("".join(f"{line}\n" for line in record_lines(results)), jsonl_file)
+    click.echo(f"{len(results.finished())} finished runs of {suite.label}", err=True)
+
+
+def _write(text: str, file: str) -> None:
+    from backdoorbench_moe.records import write_atomically
+
+    if file == "-":
+        click.echo(text, nl=False)
+    else:
+        write_atomically(Path(file), lambda path: path.write_text(text, encoding="utf-8"))

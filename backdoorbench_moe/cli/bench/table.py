@@ -1,0 +1,84 @@
+"""`bbmoe bench table`: what the run folders say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from backdoorbench_moe.bench.results import ResultSet
+
+FORMATS = ("rich", "markdown", "csv", "latex", "html")
+
+
+@click.command("table")
+@click.argument("name", metavar="SUITE")
+@click.option("--scale", metavar="NAME", help="A scale of the suite.  [its first]")
+@click.option("--output", type=Path, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option(
+    "--from", "source", type=Path, metavar="DIR", help="A results folder to read, instead of run folders."
+)
+@click.option(
+    "--only", "filters", multiple=True, metavar="KEY=VALUE,..", help="Only these cells; any spec key."
+)
+@click.option("--repeats", type=int, metavar="N", help="Seeds a cell.  [the suite's]")
+@click.option(
+    "--format", "form", type=click.Choice(FORMATS), default="rich", show_default=True, help="What to print."
+)
+@click.option(
+    "--save", type=Path, metavar="DIR", help="Write a results folder: records, tables, plots and a page."
+)
+def command(
+    name: str,
+    scale: str | None,
+    output: Path,
+    source: Path | None,
+    filters: tuple[str, ...],
+    repeats: int | None,
+    form: str,
+    save: Path | None,
+) -> None:
+    """Draw the tables of SUITE (a name or a file) from its run folders, beside the paper's; nothing is trained.
+
+    What was not run is shown as missing. A results folder of another version of the suite is refused.
+    """
+    from dataclasses import replace
+
+    from backdoorbench_moe.bench.results import ResultSet
+    from backdoorbench_moe.bench.suite import load_suite
+    from backdoorbench_moe.errors import ConfigError
+
+    if save is not None and filters:
+        raise ConfigError("--save: a results folder holds the whole suite; leave --only away")
+    suite = load_suite(name, scale)
+    suite = suite if repeats is None else suite.with_repeats(repeats)
+    results = ResultSet.from_folder(suite, source) if source else ResultSet.from_runs(suite, output)
+    results = replace(results, suite=suite.only(filters))
+    if save is not None:
+        from backdoorbench_moe.bench.save import save_results
+
+        save_results(results, save)
+    _print(results, form)
+    if save is not None:
+        click.echo(f"results folder: {save}", err=True)
+
+
+def _print(results: ResultSet, form: str) -> None:
+    from backdoorbench_moe.bench import render
+    from backdoorbench_moe.bench.tables import build_sheet
+
+    if form == "rich":
+        from rich.console import Console
+
+        Console(highlight=False).print(render.rich_tables(results))
+    elif form == "html":
+        from backdoorbench_moe.bench.page import page
+
+        click.echo(page(results))
+    elif form == "csv":
+        click.echo(render.statistics_csv(results), nl=False)
+    else:
+        draw = render.markdown if form == "markdown" else render.latex
+        click.echo(draw(build_sheet(results)))
