@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -83,19 +84,17 @@ class LocalEngine:
         for key, value in KEEP_MEMORY.items():
             os.environ.setdefault(key, value)
         context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(
-            1, context, initializer=_prepare, initargs=(threads, gpu, stop, os.getpid())
-        )
+        return ProcessPoolExecutor(1, context, initializer=_prepare, initargs=(threads, gpu, stop))
 
 
 _stop: Any = None
-_parent = 0
 
 
-def _prepare(threads: int, gpu: str | None, stop: Any, parent: int) -> None:
+def _prepare(threads: int, gpu: str | None, stop: Any) -> None:
     """In a new worker: its device, its threads, and whom it listens to."""
-    global _stop, _parent
-    _stop, _parent = stop, parent
+    global _stop
+    _stop = stop
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The engine tells its workers to stop, between two steps.
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -104,9 +103,17 @@ def _prepare(threads: int, gpu: str | None, stop: Any, parent: int) -> None:
     torch.set_num_threads(threads)
 
 
+def _end_with_parent() -> None:
+    """A worker of a killed engine must not go on: the next call would find its runs taken."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)  # Whatever it was doing: files are written whole, and runs go on from their last epoch.
+
+
 def _is_wanted() -> bool:
-    """Whether the engine is alive and has not been stopped: a worker of a killed one must not go on."""
-    return not _stop.value and os.getppid() == _parent
+    """Whether the engine has not been stopped."""
+    return not _stop.value
 
 
 def visible_gpus() -> list[str]:

@@ -1,0 +1,307 @@
+"""Making a suite's runs: twice, stopped, killed, failing, side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from suites import GRID, tiny_suite
+
+from backdoorbench_moe.bench import worker
+from backdoorbench_moe.bench.engines import make_engine
+from backdoorbench_moe.bench.engines.local import LocalEngine
+from backdoorbench_moe.bench.plan import look, order
+from backdoorbench_moe.bench.results import ResultSet
+from backdoorbench_moe.bench.run import Report, estimate, parse_budget, run_suite
+from backdoorbench_moe.bench.suite import Suite, parse_suite
+from backdoorbench_moe.bench.worker import Job, Outcome, work
+from backdoorbench_moe.engine.runner import Session, load_run
+from backdoorbench_moe.errors import BbmoeError, ConfigError, UnknownNameError
+from backdoorbench_moe.records import RunFolder
+
+SIGNS = {
+    "title": "Signs",
+    "version": 1,
+    "base": {
+        "recipe": "quick",
+        "dataset": {"name": "signs", "train_images": 256, "test_images": 64},
+        "model": {"name": "pmoe", "widen_factor": 1, "moe_channels": 8, "expert_channels": 4},
+        "train": {"epochs": 3},
+        "precision": "fp32",
+    },
+    "grid": {"applicator": "image", "trigger": "square", "poison.rate": [0.1, 0.2]},
+}
+
+
+class Inline:
+    """An engine without processes. stop_after: images after which the run is told to stop."""
+
+    workers = 1
+
+    def __init__(self, alive: Callable[[], bool] = lambda: True) -> None:
+        self.alive, self.jobs = alive, []
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
+        self.jobs += jobs
+        return (work(job, self.alive) for job in jobs)
+
+
+@pytest.fixture(autouse=True)
+def fresh_sessions(monkeypatch) -> None:
+    monkeypatch.setattr(worker, "_sessions", {})
+    monkeypatch.setattr(worker, "SECONDS_BETWEEN_SIGNS", 0.0)
+
+
+def numbers(suite: Suite, output: Path) -> dict[str, object]:
+    """What must be the same between two ways to the same suite."""
+    results = ResultSet.from_runs(suite, output)
+    return {
+        record.digest: (record.metrics, [{**row, "seconds": 0} for row in record.history])
+        for record in results.finished()
+    }
+
+
+def run(suite: Suite, output: Path, **options) -> tuple[Report, Inline]:
+    engine = options.pop("engine", None) or Inline()
+    return run_suite(suite, engine, output=output, **options), engine
+
+
+def test_a_suite_is_made_once(tmp_path) -> None:
+    suite = tiny_suite()
+    report, engine = run(suite, tmp_path)
+    assert (report.total, report.found, report.count("finished")) == (5, 0, 5)
+    assert report.is_complete and not report.failed
+    first = numbers(suite, tmp_path)
+    assert len(first) == 5
+    for cell in suite.cells:
+        record = load_run(tmp_path / cell.spec.name).record
+        twin = load_run(tmp_path / cell.spec.clean_twin().name).record
+        assert record.metrics["cad"]["value"] == twin.metrics["ba"]["value"] - record.metrics["ba"]["value"]
+        assert not (tmp_path / cell.spec.name / worker.LIFE_SIGN).exists()
+    report, engine = run(suite, tmp_path)
+    assert (report.found, report.outcomes, engine.jobs) == (5, [], [])
+    assert numbers(suite, tmp_path) == first
+
+
+def test_what_cannot_be_is_said_before_anything_is_trained(tmp_path) -> None:
+    suite = tiny_suite(grid={**GRID, "trigger": ["square", {"name": "square", "size": 64}]})
+    with pytest.raises(
+        BbmoeError, match=r"suite tiny: tiny-pmoe-square-image-0.25-s0.*64.*to fit into the canvas"
+    ):
+        run(suite, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_data_set_is_said_before_anything_is_trained(tmp_path) -> None:
+    suite = tiny_suite(
+        base={"recipe": "paper", "dataset": {"name": "cifar10", "root": str(tmp_path / "none")}}
+    )
+    with pytest.raises(BbmoeError, match=r"suite tiny: .*none"):
+        run(suite, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_failing_run_stops_no_other_and_is_tried_again(tmp_path, monkeypatch) -> None:
+    suite = tiny_suite()
+    bad = suite.cells[1].spec.name
+    finish = Session.finish
+
+    def fail_once(self, spec, **options):
+        if spec.name == bad:
+            raise ZeroDivisionError("a plug-in's own error")
+        return finish(self, spec, **options)
+
+    monkeypatch.setattr(Session, "finish", fail_once)
+    report, _ = run(suite, tmp_path)
+    [failed] = report.failed
+    assert (failed.name, failed.error) == (bad, "ZeroDivisionError: a plug-in's own error")
+    assert report.count("finished") == 4 and not report.is_complete
+    record = RunFolder(tmp_path / bad).read()
+    assert (record.status, record.error) == ("failed", failed.error)
+    results = ResultSet.from_runs(suite, tmp_path)
+    assert results.statistic(suite.cells[1], "asr") is None
+    assert results.state(suite.cells[1]) == "failed"
+    monkeypatch.setattr(Session, "finish", finish)
+    report, _ = run(suite, tmp_path)
+    assert report.is_complete and report.count("finished") == 1
+
+
+def test_stopped_within_a_run_it_goes_on_to_the_same_numbers(tmp_path) -> None:
+    suite = tiny_suite()
+    run(suite, tmp_path / "whole")
+    asked = 0
+
+    def alive() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked < 7  # 3 batches an epoch and one question each: the second epoch of the first run.
+
+    report, _ = run(suite, tmp_path / "cut", engine=Inline(alive))
+    assert {outcome.status for outcome in report.outcomes} == {"interrupted"}
+    first = next(iter(order(suite)))
+    record = RunFolder(tmp_path / "cut" / first.name).read()
+    assert (record.status, len(record.history)) == ("interrupted", 1)
+    [planned] = look([first], tmp_path / "cut")
+    assert (planned.status, planned.epochs) == ("interrupted", 1)
+    report, _ = run(suite, tmp_path / "cut")
+    assert report.is_complete
+    assert numbers(suite, tmp_path / "cut") == numbers(suite, tmp_path / "whole")
+
+
+def test_a_budget_that_is_over_starts_nothing(tmp_path) -> None:
+    [spec, *_] = order(tiny_suite())
+    late = Job(spec.to_dict(), str(tmp_path), deadline=time.time() - 1)
+    [outcome] = LocalEngine().run([late])
+    assert outcome == Outcome(spec.name, "waiting")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_epoch_that_would_be_cut_is_not_started(tmp_path, monkeypatch) -> None:
+    [spec, *_] = order(tiny_suite())
+    watch = worker._Watch(RunFolder(tmp_path), time.time() + 100, lambda: True)
+    monkeypatch.setattr(watch, "_tell", lambda: None)
+    watch.on_train_start(spec.name, epochs=3, done=0, images=96)
+    watch.on_epoch(1, {"seconds": 50.0})
+    watch.on_epoch(3, {"seconds": 150.0})  # The last: nothing is left to cut.
+    with pytest.raises(worker.StopRun):
+        watch.on_epoch(1, {"seconds": 150.0})
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("9m", 540), ("1h30m", 5400), ("0.5h", 1800), ("2d", 172800)]
+)
+def test_budgets(text, seconds) -> None:
+    assert parse_budget(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "9", "m", "9 minutes", "-3m", "0s", "1.2.3s"])
+def test_what_is_no_budget(text) -> None:
+    with pytest.raises(ConfigError, match="--budget: expected a time such as 90s"):
+        parse_budget(text)
+
+
+def test_engines_by_name() -> None:
+    with pytest.raises(UnknownNameError, match="--engine: unknown 'lokal'; did you mean 'local'"):
+        make_engine("lokal")
+    with pytest.raises(ConfigError, match="--workers: expected at least 1, got -1"):
+        make_engine("local", workers=-1)
+
+
+def test_an_estimate_counts_what_is_left(tmp_path) -> None:
+    suite = tiny_suite()
+    run(suite.only(["trigger=square"]), tmp_path)
+    twin, a, b, c, d = (seconds for _, seconds in estimate(look(list(order(suite)), tmp_path), tmp_path))
+    assert (twin, a, b) == (0, 0, 0)
+    assert c == d > 0
+
+
+def test_one_cell_recomputed_by_hand(tmp_path) -> None:
+    suite = tiny_suite(repeats=3)
+    run(suite, tmp_path)
+    cell = suite.cells[2]
+    values = []
+    for seed in range(3):
+        [file] = tmp_path.glob(f"tiny-pmoe-blend-image-0.25-s{seed}-*/record.json")
+        values.append(json.loads(file.read_text())["metrics"]["asr"]["value"])
+    mean = sum(values) / 3
+    std = (sum((value - mean) ** 2 for value in values) / 2) ** 0.5
+    half = 4.302652729911275 * std / 3**0.5  # Student's t with two degrees of freedom, 97.5%.
+    found = ResultSet.from_runs(suite, tmp_path).statistic(cell, "asr")
+    assert found is not None
+    assert (found.seeds, found.values, found.n) == ((0, 1, 2), tuple(values), 3)
+    assert (found.mean, found.std, found.low, found.high) == pytest.approx(
+        (mean, std, mean - half, mean + half)
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_make_what_one_makes(tmp_path) -> None:
+    suite = parse_suite(SIGNS, "signs")
+    report, _ = run(suite, tmp_path / "two", engine=LocalEngine(2))
+    assert report.is_complete
+    run(suite, tmp_path / "one")
+    assert numbers(suite, tmp_path / "two") == numbers(suite, tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_a_killed_worker_fails_its_own_run_only(tmp_path) -> None:
+    suite = parse_suite(SIGNS, "signs")
+    killed = []
+
+    def kill_once(outcome: Outcome) -> None:
+        if not killed:
+            [pid] = children(os.getpid())
+            killed.append(os.kill(pid, signal.SIGKILL))
+
+    report, _ = run(suite, tmp_path, engine=LocalEngine(1), on_outcome=kill_once)
+    [failed] = report.failed
+    assert "worker process died" in (failed.error or "")
+    assert report.count("finished") == 2
+    report, _ = run(suite, tmp_path, engine=LocalEngine(1))
+    assert report.is_complete and report.found == 2
+
+
+@pytest.mark.slow
+def test_killed_as_a_whole_it_goes_on_to_the_same_table(tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text(json.dumps(SIGNS))
+    command = [
+        sys.executable,
+        "-m",
+        "backdoorbench_moe",
+        "bench",
+        "run",
+        str(tmp_path / "mine.yaml"),
+        "--workers",
+        "2",
+    ]
+    process = subprocess.Popen([*command, "--output", str(tmp_path / "cut")], stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "cut").glob("*/checkpoint/state.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    workers = children(process.pid)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(map(is_alive, workers)))
+    suite = parse_suite(SIGNS, "mine")
+    assert any(planned.status != "finished" for planned in look(list(order(suite)), tmp_path / "cut"))
+    again = subprocess.run([*command, "--output", str(tmp_path / "cut")], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    run(suite, tmp_path / "whole")
+    assert numbers(suite, tmp_path / "cut") == numbers(suite, tmp_path / "whole")
+
+
+def children(pid: int) -> list[int]:
+    """Worker processes of a process; not the helper that keeps track of shared memory."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+            command = (stat.parent / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and b"spawn_main" in command:
+            found.append(int(stat.parent.name))
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process still runs."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait for a condition, at most for so long."""
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.05)

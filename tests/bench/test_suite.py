@@ -1,0 +1,182 @@
+"""Suites: laid out, filtered, ordered, refused."""
+
+from __future__ import annotations
+
+import pytest
+from suites import BASE, GRID, tiny_suite
+
+from backdoorbench_moe.bench.paper import load_paper
+from backdoorbench_moe.bench.plan import order, with_place
+from backdoorbench_moe.bench.suite import list_scales, list_suites, load_suite, value_of
+from backdoorbench_moe.errors import BbmoeError, ConfigError, UnknownNameError
+
+
+def test_every_combination_once_in_the_order_of_the_file() -> None:
+    cells = [(c.spec.trigger.to_dict(), c.spec.poison.rate) for c in tiny_suite().cells]
+    square, blend = {"name": "square", "size": 4}, {"name": "blend"}
+    assert cells == [(square, 0.25), (square, 0.5), (blend, 0.25), (blend, 0.5)]
+
+
+def test_several_grids_follow_each_other() -> None:
+    suite = tiny_suite(
+        grid=[{"applicator": "image", "trigger": "square"}, {"applicator": "patch", "trigger": "blend"}]
+    )
+    assert [(c.spec.applicator.name, c.spec.trigger.name) for c in suite.cells] == [
+        ("image", "square"),
+        ("patch", "blend"),
+    ]
+
+
+def test_a_dotted_key_adds_to_a_part() -> None:
+    suite = tiny_suite(grid={"trigger": "warp", "trigger.grid_size": [2, 3], "applicator": "image"})
+    assert [c.spec.trigger.to_dict() for c in suite.cells] == [
+        {"name": "warp", "grid_size": 2},
+        {"name": "warp", "grid_size": 3},
+    ]
+
+
+def test_the_suite_wins_over_its_scale_and_the_scale_over_the_recipe(tmp_path) -> None:
+    (tmp_path / "scales").mkdir()
+    (tmp_path / "scales" / "mini.yaml").write_text(
+        "note: half\ntrain: {epochs: 3, lr: 0.5}\nmodels: {wide_resnet: {widen_factor: 1}, pmoe: {widen_factor: 7}}"
+    )
+    (tmp_path / "mine.yaml").write_text(
+        "title: t\nversion: 1\nscales: [mini]\n"
+        "base: {recipe: paper, dataset: tiny, trigger: square, applicator: image, train: {lr: 0.25}}\n"
+        "grid: {model: [pmoe, wide_resnet, {name: pmoe, widen_factor: 1}]}\n"
+    )
+    suite = load_suite(str(tmp_path / "mine.yaml"))
+    assert (suite.name, suite.scale, suite.note, suite.label) == ("mine", "mini", "half", "mine-mini")
+    first, second, third = (cell.spec for cell in suite.cells)
+    assert (first.train.epochs, first.train.lr, first.train.batch_size) == (3, 0.25, 128)
+    assert first.model.to_dict() == {"name": "pmoe", "widen_factor": 7}
+    assert second.model.to_dict() == {"name": "wide_resnet", "widen_factor": 1}
+    assert third.model.options["widen_factor"] == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"grids": {}}, "suite tiny: key: unknown 'grids'; did you mean 'grid'"),
+        ({"version": 0}, "suite tiny: version: expected a whole number from 1, got 0"),
+        ({"repeats": True}, "suite tiny: repeats: expected a whole number from 1, got True"),
+        ({"grid": {}}, "suite tiny: grid: expected at least one key"),
+        ({"grid": {"poison.rate": []}}, "suite tiny: grid: poison.rate: expected at least one value"),
+        (
+            {"grid": {**GRID, "poison.rate": [2.0]}},
+            r"poison.rate=2.0: poison.rate: expected a number in \(0, 1\]",
+        ),
+        ({"grid": {**GRID, "poison.rte": [0.1]}}, "unknown 'rte'; did you mean 'rate'"),
+        ({"grid": {**GRID, "poison.rate": [0.25, "25%"]}}, "is the same run as"),
+        ({"grid": {**GRID, "seed": [0.5]}}, "seed: expected"),
+        ({"scales": "small"}, "scales: expected a list of names"),
+        ({"scales": ["huge"]}, "scale: unknown 'huge'"),
+        ({"tables": [{"title": "t", "rows": ["poison.rat"], "columns": "seed"}]}, "unknown 'poison.rat'"),
+        (
+            {"tables": [{"title": "t", "rows": [], "columns": "seed", "metrics": ["acc"]}]},
+            "metric: unknown 'acc'",
+        ),
+        ({"tables": [{"titel": "t"}]}, "tables: key: unknown 'titel'; did you mean 'title'"),
+        ({"tables": [{"title": "t"}]}, "tables: .*missing"),
+        ({"plots": [{"title": "t", "x": "sed"}]}, "unknown 'sed'; did you mean 'seed'"),
+        ({"paper": 3}, "paper: expected"),
+    ],
+)
+def test_what_a_suite_cannot_have_is_named(values, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny_suite(**values)
+
+
+def test_unknown_suites_and_scales_are_named_with_near_ones(tmp_path) -> None:
+    with pytest.raises(UnknownNameError, match="suite: unknown 'smok'; did you mean 'smoke'"):
+        load_suite("smok")
+    with pytest.raises(UnknownNameError, match="unknown 'smal'; did you mean 'small'"):
+        load_suite("badpatches-table1", "smal")
+    with pytest.raises(ConfigError, match="--scale: suite smoke has no scales"):
+        load_suite("smoke", "small")
+    with pytest.raises(UnknownNameError, match="or the path of a file"):
+        load_suite(str(tmp_path / "none.yaml"))
+
+
+def test_filters_take_any_key_and_rates_as_percent() -> None:
+    suite = tiny_suite()
+    assert len(suite.only(["trigger=square"]).cells) == 2
+    assert len(suite.only(["poison.rate=25%,0.5"]).cells) == 4
+    assert len(suite.only(["trigger=blend", "poison.rate=0.5"]).cells) == 1
+    for text, message in (
+        ("trigger", "--only: expected 'key=value"),
+        ("trigger=blnd", "did you mean 'blend'"),
+        ("poison.rate=3%", "known: 0.25, 0.5"),
+        ("colour=red", "key: unknown 'colour'"),
+    ):
+        with pytest.raises(ConfigError, match=message.replace("'key", "'?key")):
+            suite.only([text])
+
+
+def test_repeats_come_one_after_another_twins_first() -> None:
+    suite = tiny_suite(repeats=2)
+    specs = list(order(suite))
+    assert [spec.seed for spec in specs] == [0] * 5 + [1] * 5
+    assert [spec.is_clean for spec in specs] == ([True] + [False] * 4) * 2
+    assert len({spec.digest for spec in specs}) == 10
+
+
+def test_a_defended_run_comes_after_what_it_is_made_from() -> None:
+    suite = tiny_suite(grid={**GRID, "trigger": "square", "defenses": [["fine-tuning"], []]})
+    for spec in (specs := list(order(suite))):
+        if spec.defenses:
+            parent = next(each for each in specs if not each.defenses and each.poison == spec.poison)
+            assert specs.index(parent) < specs.index(spec)
+    assert len(specs) == 1 + 2 + 2
+
+
+def test_the_place_of_the_data_changes_no_digest() -> None:
+    suite = tiny_suite(base={**BASE, "dataset": "cifar10"})
+    moved = with_place(suite, {"root": "elsewhere"}, "cpu")
+    assert moved.cells[0].spec.dataset.options["root"] == "elsewhere"
+    assert moved.digest == suite.digest
+
+
+def test_values_of_a_spec_by_key() -> None:
+    spec = tiny_suite().cells[0].spec
+    assert value_of(spec, "trigger") == "square, size=4"
+    assert value_of(spec, "trigger.name") == "square"
+    assert value_of(spec, "trigger.colour") is None  # An option the spec leaves to the trigger.
+    assert value_of(spec, "train.batch_size") == 32
+    assert value_of(spec.clean_twin(), "trigger.name") is None
+    with pytest.raises(UnknownNameError):
+        value_of(spec, "train.batch")
+
+
+@pytest.mark.parametrize("name", list_suites())
+def test_the_projects_suites_lay_out_at_every_scale(name) -> None:
+    for scale in list_scales(name) or [None]:
+        suite = load_suite(name, scale)
+        assert suite.cells and suite.tables and suite.title
+        assert suite.note or scale is None
+        load_paper(suite)
+
+
+@pytest.mark.parametrize(("name", "table"), [("badpatches-table1", "1"), ("badpatches-table2", "2")])
+def test_the_paper_suites_have_the_papers_cells(name, table) -> None:
+    suite = load_suite(name, "full")
+    paper = load_paper(suite)
+    assert len(suite.cells) == len(paper.rows) == 36
+    assert all(row["table"] == table for row in paper.rows)
+    for metric in ("asr", "ba", "cad"):
+        found = sorted(paper.value(cell.spec, metric) for cell in suite.cells)
+        assert found == sorted(float(row[metric]) for row in paper.rows)
+    # Read off the paper: Table 1, image, square, 0.5%.
+    if table == "1":
+        cell = suite.only(["applicator=image", "trigger=square", "poison.rate=0.5%"]).cells[0]
+        assert [paper.value(cell.spec, metric) for metric in ("asr", "ba", "cad")] == [90.7, 83.5, 1.5]
+
+
+def test_a_published_table_speaks_only_of_what_it_says(tmp_path) -> None:
+    suite = load_suite("dense-baselines", "small")
+    paper = load_paper(suite)
+    spoken = {cell.spec.model.name for cell in suite.cells if paper.value(cell.spec, "asr") is not None}
+    assert spoken == {"pmoe"}
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(BbmoeError, match=r"published table bad.csv: expected the columns"):
+        load_paper(tiny_suite(paper={"file": str(tmp_path / "bad.csv")}))
