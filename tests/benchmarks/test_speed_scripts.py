@@ -129,3 +129,22 @@ def write_cifar10(folder: Path, *, images: int) -> None:
         rows = rng.integers(0, 256, (images, 1 + 3 * 32 * 32), np.uint8)
         rows[:, 0] = np.arange(images) % 10
         (folder / f"{name}.bin").write_bytes(rows.tobytes())
+
+
+@pytest.mark.slow
+def test_workers(tmp_path: Path) -> None:
+    result = measure(tmp_path, "workers.py", "--rounds", "1", "--train-images", "64", "--epochs", "1")
+    assert result["seconds"].keys() == {"1", "2"}
+    assert result["speedup"] == pytest.approx(result["seconds"]["1"] / result["seconds"]["2"])
+
+
+@pytest.mark.slow
+def test_gpu_script_on_a_cpu(tmp_path: Path) -> None:
+    options = ("--model-size", "small", "--images", "160", "--epochs", "2", "--device", "cpu")
+    result = measure(tmp_path, "gpu.py", *options, "--side-by-side", "1", "2", "--peak", "2")
+    assert [row["side_by_side"] for row in result["rows"]] == [1, 2]
+    # 35.6 million multiply-adds, forward and twice backward, two operations each.
+    assert result["flops"] == 6 * 35_603_712 * 160 * 2
+    for row in result["rows"]:
+        assert row["seconds"] == max(row["seconds_each"])
+        assert row["images_per_second"] == pytest.approx(row["side_by_side"] * 320 / row["seconds"])
