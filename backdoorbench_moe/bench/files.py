@@ -6,18 +6,13 @@ from pathlib import Path
 
 from backdoorbench_moe.errors import UnknownNameError
 
-# A source tree keeps them in benchmarks/; an installed package carries copies (see setup.cfg).
-_ROOTS = (Path(__file__).parents[2] / "benchmarks", Path(__file__).parent / "files")
-
-
-def root() -> Path:
-    """The folder of the suites and tables that come with the project."""
-    return next((path for path in _ROOTS if (path / "suites").is_dir()), _ROOTS[-1])
+# Links to benchmarks/suites and benchmarks/paper; an installed package holds copies.
+ROOT = Path(__file__).parent / "resources"
 
 
 def names_in(folder: str, suffix: str = ".yaml") -> list[str]:
     """Names, without suffix, of the files in one of the project's folders."""
-    return sorted(file.stem for file in (root() / folder).glob(f"*{suffix}"))
+    return sorted(file.stem for file in (ROOT / folder).glob(f"*{suffix}"))
 
 
 def find_file(name: str, folder: str, what: str, near: Path | None = None, *, suffix: str = ".yaml") -> Path:
@@ -29,7 +24,7 @@ def find_file(name: str, folder: str, what: str, near: Path | None = None, *, su
         if (path := Path(name)).is_file():
             return path
         raise UnknownNameError(what, name, names_in(folder, suffix), "; or the path of a file")
-    for place in (near, root() / folder):
+    for place in (near, ROOT / folder):
         if place is not None and (place / f"{name}{suffix}").is_file():
             return place / f"{name}{suffix}"
     raise UnknownNameError(what, name, names_in(folder, suffix), "; or the path of a file")
