@@ -165,7 +165,7 @@ def compare(a: Side, b: Side, metrics: Sequence[str]) -> Comparison:
     keys = _telling(spoken)
     rows = tuple(
         Row(
-            tuple(label(key, values.get(key)) for key in keys),
+            tuple(label(key, values[key]) if key in values else "–" for key in keys),
             None if n is None else _values(a, a.results.suite.cells[n], metrics),
             None if m is None else _values(b, b.results.suite.cells[m], metrics),
             n is not None and m is not None and _runs(a, n) == _runs(b, m) != [],

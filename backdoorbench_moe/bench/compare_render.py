@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from backdoorbench_moe.bench.compare import Comparison, Row, Value
-from backdoorbench_moe.bench.render import markdown_row, percent_key, plain, write_csv
+from backdoorbench_moe.bench.render import markdown_row, percent_key, plain, plain_number, write_csv
 from backdoorbench_moe.bench.wording import key_name, mean_text, metric_name, number, signed
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def comparison_csv(comparison: Comparison) -> str:
         for metric in comparison.metrics:
             values: list[Any] = [*_numbers(row.a, metric), *_numbers(row.b, metric)]
             values += [row.difference(metric), *(row.interval(metric) or (None, None))]
-            shown = [round(v, 6) if isinstance(v, float) else "" if v is None else v for v in values]
+            shown = map(plain_number, values)
             rows.append([comparison.a.label, comparison.b.label, cells, *labels, metric, *shown])
     return write_csv(rows)
 

@@ -41,6 +41,7 @@ def page(results: ResultSet, svgs: Sequence[bytes] | None = None) -> str:
     sheet = build_sheet(results)
     return environment.from_string(text).render(
         suite=sheet.suite,
+        note=_capital(sheet.suite.note),
         identity=_capital(suite_line(sheet.suite)),
         counts=counts_line(sheet.counts),
         took=f"{_hours(train_seconds(results))} of training in all",
@@ -113,4 +114,4 @@ def _hours(seconds: float) -> str:
 
 
 def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
+    return text[:1].upper() + text[1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,9 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, PAPER, RULE = "#1a1a1a", "#ffffff", "#d9d9d9"
 HOLLOW: dict[str, Any] = {"markerfacecolor": PAPER, "markersize": 7, "linestyle": ":", "linewidth": 0.8}
-PANEL_WIDTH, PANEL_HEIGHT, ROOM, ACROSS, DPI = 3.1, 2.7, 0.75, 3, 150
+# In inches. A panel's height holds the gap for its x label and the title of the panel below.
+PANEL_WIDTH, PANEL_HEIGHT, GAP, LEFT, TOP = 3.1, 2.9, 0.75, 0.6, 0.58
+ACROSS, LEGEND_COLUMNS, NARROWEST, DPI = 3, 4, 0.2, 150
 
 
 @dataclass(frozen=True)
@@ -166,12 +169,22 @@ def _figure(panels: Sequence[Panel], plot: Plot) -> Figure:
 
     across = min(ACROSS, len(panels))
     down = math.ceil(len(panels) / across)
-    size = (max(PANEL_WIDTH * across, 4.2) + 0.3, PANEL_HEIGHT * down + ROOM)
-    figure = Figure(figsize=size, facecolor=PAPER, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(plot.title, fontsize=10)
-    grid: Any = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     lines = list(dict.fromkeys(line for panel in panels for line in panel.lines))
+    bottom = 0.55 + 0.22 * math.ceil((len(lines) + 1) / LEGEND_COLUMNS)
+    width, height = max(PANEL_WIDTH * across, 4.2) + LEFT, PANEL_HEIGHT * down + TOP + bottom - GAP
+    figure = Figure(figsize=(width, height), facecolor=PAPER)
+    FigureCanvasAgg(figure)
+    figure.suptitle(plot.title, fontsize=10, y=1 - 0.12 / height, va="top")
+    grid: Any = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    # In inches, as all is of known size: a layout engine would take most of the time.
+    figure.subplots_adjust(
+        left=LEFT / width,
+        right=1 - 0.12 / width,
+        top=1 - TOP / height,
+        bottom=bottom / height,
+        wspace=0.08,
+        hspace=GAP / (PANEL_HEIGHT - GAP),
+    )
     for axes, panel in zip(grid.flat, panels, strict=False):
         _draw_panel(axes, panel, lines)
     for axes in list(grid.flat)[len(panels) :]:
@@ -187,6 +200,8 @@ def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[str]) -> None:
     axes.grid(color=RULE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    if not any(point.statistic for points in panel.lines.values() for point in points):
+        axes.text(0.5, 0.5, "nothing run", transform=axes.transAxes, ha="center", style="italic")
     for name, points in panel.lines.items():
         colour, marker = (styles[lines.index(name) % len(styles)] for styles in (COLOURS, MARKERS))
         paper = [(point.x, point.paper) for point in points if point.paper is not None]
@@ -205,21 +220,31 @@ def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[str]) -> None:
 
 
 def _label_axes(grid: Any, panels: Sequence[Panel], plot: Plot) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
     unit = " (% of training images)" if plot.x == "poison.rate" else ""
+    name, _, measure = metric_name(plot.metric).rpartition(", ")
     for row in grid:
-        name, _, measure = metric_name(plot.metric).rpartition(", ")
         row[0].set_ylabel(f"{_short(name)} ({measure})")
+    xs = sorted({point.x for point in _points(panels)})
     for axes in grid.flat:
-        # Of a column only the lowest panel has a label, and below it may be no panel.
+        if _have_room(xs):
+            axes.xaxis.set_major_locator(FixedLocator(xs))
+            axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.tick_params(labelbottom=True)
+        # Of a column only the lowest panel has labels, and the last row may not reach so far.
+        axes.tick_params(labelbottom=True, labelsize=8)
     for axes in list(grid.flat)[: len(panels)][-grid.shape[1] :]:
         axes.set_xlabel(f"{axis_name(plot.x)}{unit}")
     if not plot.metric.endswith("cad"):
         grid.flat[0].set_ylim(-4, 104)
+
+
+def _have_room(xs: Sequence[float]) -> bool:
+    """Whether a label at every measured x would fit on the log axis; if not, decades are labelled."""
+    gaps = [math.log(after / before) for before, after in itertools.pairwise(xs)]
+    return not gaps or min(gaps) / sum(gaps) * PANEL_WIDTH > NARROWEST
 
 
 def _add_legend(figure: Figure, panels: Sequence[Panel], lines: Sequence[str]) -> None:
@@ -232,7 +257,7 @@ def _add_legend(figure: Figure, panels: Sequence[Panel], lines: Sequence[str]) -
     points = _points(panels)
     if any(point.paper is not None for point in points):
         handles.append(Line2D([], [], color=INK, marker="o", label="paper (hollow)", **HOLLOW))
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles=handles, loc="lower center", ncols=LEGEND_COLUMNS, frameon=False, borderaxespad=0.2)
 
 
 def _points(panels: Sequence[Panel]) -> list[Point]:

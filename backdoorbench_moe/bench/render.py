@@ -199,8 +199,13 @@ def _csv_values(place: Place) -> list[Any]:
         paper = "" if place.paper is None else place.paper
         return [place.state, "", "", 0, "", "", paper, "", "", ""]
     values = [found.mean, found.std, found.n, found.low, found.high, found.paper, found.difference]
-    shown = ["" if value is None else round(value, 6) for value in values]
+    shown = [plain_number(value) for value in values]
     return [place.state, *shown, inside_word(found), " ".join(map(str, found.seeds))]
+
+
+def plain_number(value: Any) -> Any:
+    """A number to six decimals, without a negative zero; None as ""; anything else as it is."""
+    return "" if value is None else round(value, 6) + 0.0 if isinstance(value, float) else value
 
 
 def write_csv(rows: Sequence[Sequence[Any]]) -> str:
@@ -221,7 +226,7 @@ def _latex_table(sheet: Sheet, table: MetricTable) -> str:
     names = [*(key_name(key) for key in table.row_keys), *table.columns]
     lines = [
         r"\begin{table}",
-        r"  \centering\footnotesize",
+        r"  \centering\footnotesize\setlength{\tabcolsep}{4pt}",
         rf"  \caption{{{tex(said)}}}",
         rf"  \begin{{tabular}}{{@{{}}{'l' * len(table.row_keys)}{'r' * len(table.columns)}@{{}}}}",
         r"    \toprule",

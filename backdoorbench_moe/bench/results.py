@@ -16,6 +16,7 @@ from backdoorbench_moe.ops.metrics import mean_interval, mean_std
 from backdoorbench_moe.records import Record, RunFolder, parse_record
 
 MANIFEST, RECORDS = "suite.json", "records.jsonl"
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Statistic:
         """Whether the paper's value lies inside our 95% interval; None where either is missing."""
         if self.paper is None or self.low is None or self.high is None:
             return None
-        return self.low <= self.paper <= self.high
+        # Equal shares of unlike counts differ in their last bit.
+        return self.low - ROUNDING <= self.paper <= self.high + ROUNDING
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,180 @@
+"""Comparisons: what matches what, Welch's interval by hand, and what is said of the rest."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+from fake_runs import fill, finished, part_suite, write
+from rich.console import Console
+from scipy.stats import t
+
+from backdoorbench_moe.bench.compare import (
+    Side,
+    compare,
+    default_metrics,
+    open_side,
+    read_folder,
+    welch_interval,
+)
+from backdoorbench_moe.bench.compare_render import comparison_csv, comparison_markdown, rich_comparison
+from backdoorbench_moe.bench.results import ResultSet
+from backdoorbench_moe.bench.save import save_results
+from backdoorbench_moe.bench.suite import Suite
+from backdoorbench_moe.errors import ConfigError, RecordError
+
+SMALL = {"recipe": "paper", "dataset": {"name": "cifar10", "train_images": 10000}, "train": {"epochs": 10}}
+
+
+def side(suite: Suite, output, name: str = "x") -> Side:
+    return Side(name, ResultSet.from_runs(suite, output))
+
+
+def pairs(comparison):
+    return [row.labels for row in comparison.rows if row.a is not None and row.b is not None]
+
+
+def test_welch_by_hand() -> None:
+    """Variances 1 of 3 and 20/3 of 4: standard error sqrt(1/3 + 5/3), 4 / (1/18 + 25/27) degrees of freedom."""
+    interval = welch_interval([1, 2, 3], [4, 6, 8, 10])
+    half = t.ppf(0.975, 216 / 53) * 2**0.5
+    assert interval == pytest.approx((5 - half, 5 + half))
+    # Between a table's values for 4 and 5 degrees of freedom.
+    assert 2.571 < half / 2**0.5 < 2.776
+
+
+def test_welch_needs_two_seeds_a_side_but_no_spread() -> None:
+    assert welch_interval([1], [1, 2]) is None
+    assert welch_interval([1, 2], [1]) is None
+    assert welch_interval([99, 99], [100, 100, 100]) == (1, 1)
+
+
+def test_means_and_difference_of_a_common_cell(tmp_path) -> None:
+    first, second = part_suite("first"), part_suite("second", base=SMALL)
+    for suite, counts in ((first, (4500, 4590)), (second, (5400, 5490))):
+        for spec, asr in zip(suite.cells[0].runs(2), counts, strict=True):
+            write(tmp_path, finished(spec, asr=asr))
+    row = compare(side(first, tmp_path), side(second, tmp_path), ["asr"]).rows[0]
+    # 50, 51 against 60, 61: equal variances of 1/2, hence 2 degrees of freedom and a standard error of 1/sqrt(2).
+    assert row.difference("asr") == pytest.approx(10)
+    half = 4.30265 / 2**0.5
+    assert row.interval("asr") == pytest.approx((10 - half, 10 + half), abs=1e-4)
+
+
+def test_scales_match_cell_by_cell_and_what_differs_is_said(tmp_path) -> None:
+    comparison = compare(side(part_suite(), tmp_path), side(part_suite("b", base=SMALL), tmp_path), ["asr"])
+    assert comparison.counts == (8, 0, 0)
+    assert comparison.differs == (
+        ("dataset.train_images of cifar10", "none", "10000"),
+        ("train.epochs", "25", "10"),
+    )
+    assert comparison.keys == ("trigger.name", "applicator.name", "poison.rate")
+    assert comparison.rows[0].labels == ("square", "image", "0.5%")
+
+
+def test_data_sets_and_models_match_where_one_side_has_one(tmp_path) -> None:
+    dense = part_suite("dense", grid={**part_suite_grid(), "model": ["vgg16_bn", "preact_resnet18"]})
+    comparison = compare(side(part_suite(), tmp_path), side(dense, tmp_path), ["asr"])
+    assert comparison.counts == (16, 0, 0)
+    assert comparison.differs == (("model.name", "pmoe", "preact_resnet18, vgg16_bn"),)
+    assert comparison.rows[0].labels == ("vgg16_bn", "square", "image", "0.5%")
+    other = part_suite("gtsrb", base={"recipe": "paper", "dataset": "gtsrb"})
+    assert compare(side(part_suite(), tmp_path), side(other, tmp_path), ["asr"]).counts == (8, 0, 0)
+
+
+def part_suite_grid():
+    return {"applicator": ["image", "patch"], "trigger": ["square", "warp"], "poison.rate": ["0.5%", "10%"]}
+
+
+def test_a_model_both_have_is_matched_with_itself_only(tmp_path) -> None:
+    dense = part_suite("dense", grid={**part_suite_grid(), "model": ["pmoe", "vgg16_bn"]})
+    comparison = compare(side(part_suite(), tmp_path), side(dense, tmp_path), ["asr"])
+    assert comparison.counts == (8, 0, 8)
+    assert {labels[0] for labels in pairs(comparison)} == {"pmoe"}
+    assert {row.labels[0] for row in comparison.rows if row.a is None} == {"vgg16_bn"}
+
+
+def test_rates_and_options_are_never_mixed(tmp_path) -> None:
+    """Rates 0.5 and 10% against 1 and 10%: only 10% is common. Likewise the sizes of the square."""
+    other = part_suite("other", grid={**part_suite_grid(), "poison.rate": ["1%", "10%"]})
+    comparison = compare(side(part_suite(), tmp_path), side(other, tmp_path), ["asr"])
+    assert comparison.counts == (4, 4, 4)
+    assert {labels[-1] for labels in pairs(comparison)} == {"10%"}
+    sizes = [part_suite(grid={"trigger": [{"name": "square", "size": n} for n in ns], "applicator": "image"})
+             for ns in ((1, 2), (2, 3))]  # fmt: skip
+    comparison = compare(side(sizes[0], tmp_path), side(sizes[1], tmp_path), ["asr"])
+    assert [row.labels for row in comparison.rows] == [("2",), ("1",), ("3",)]
+    assert comparison.counts == (1, 1, 1)
+
+
+def test_the_same_runs_on_both_sides_have_no_difference(tmp_path) -> None:
+    fill(part_suite(), tmp_path)
+    comparison = compare(side(part_suite("a"), tmp_path), side(part_suite("b"), tmp_path), ["asr", "cad"])
+    row = comparison.rows[0]
+    assert (row.same, row.difference("asr"), row.interval("asr")) == (True, None, None)
+    assert "| same runs |" in comparison_markdown(comparison)
+    # Not run on either side is not "the same runs".
+    assert comparison.rows[7].same is False
+
+
+def test_nothing_in_common_is_an_error(tmp_path) -> None:
+    a = part_suite("a", grid={**part_suite_grid(), "poison.rate": ["1%", "2%"]})
+    b = part_suite("b", grid={**part_suite_grid(), "poison.rate": ["3%", "4%"]})
+    with pytest.raises(ConfigError, match="A and B have no cell in common"):
+        compare(side(a, tmp_path, "A"), side(b, tmp_path, "B"), ["asr"])
+
+
+def test_results_folders_stand_for_themselves_whatever_their_version(tmp_path) -> None:
+    """Old results against new ones; the suite file is not asked."""
+    for version, shift in ((3, 0), (4, 450)):
+        suite = part_suite(version=version, plots=[])
+        fill(suite, tmp_path / f"runs{version}", shift=shift)
+        save_results(ResultSet.from_runs(suite, tmp_path / f"runs{version}"), tmp_path / f"v{version}")
+    old, new = (open_side(str(tmp_path / name), tmp_path) for name in ("v3", "v4"))
+    assert old.label.startswith("suite part, version 3 (")
+    assert default_metrics(old, new) == ("asr", "ba", "cad")
+    comparison = compare(old, new, ["asr", "cad"])
+    assert comparison.counts == (7, 0, 0)
+    # 450 of 9,000 more, in every cell that does not reach 100%.
+    assert [row.difference("asr") for row in comparison.rows] == pytest.approx([5.0] * 7)
+    assert comparison.rows[0].difference("cad") == pytest.approx(0)
+    assert comparison.rows[0].a["cad"].statistic.n == 2
+
+
+def test_folders_that_are_none(tmp_path) -> None:
+    with pytest.raises(RecordError, match=r"expected a suite\.json in it"):
+        open_side(str(tmp_path), tmp_path)
+    (tmp_path / "suite.json").write_text("{}")
+    (tmp_path / "records.jsonl").write_text("")
+    with pytest.raises(RecordError, match="holds no finished run"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["smoke:", ":small", "smoke:small"])
+def test_suites_that_are_none(text, tmp_path) -> None:
+    with pytest.raises(ConfigError):
+        open_side(text, tmp_path)
+
+
+def test_csv_and_terminal_say_the_same(tmp_path) -> None:
+    first = part_suite("first")
+    second = part_suite("second", base=SMALL, grid={**part_suite_grid(), "poison.rate": ["10%", "20%"]})
+    for suite, shift in ((first, 0), (second, 900)):
+        fill(suite, tmp_path, shift=shift)
+    comparison = compare(side(first, tmp_path), side(second, tmp_path), ["asr"])
+    rows = list(csv.DictReader(io.StringIO(comparison_csv(comparison))))
+    assert [row["cells"] for row in rows] == ["both"] * 4 + ["only A"] * 4 + ["only B"] * 4
+    # A's cell 1: 1000 and 1300 of 9,000; B's cell 0: 900 and 1200.
+    assert (rows[0]["poison_rate_percent"], rows[0]["difference"]) == ("10", "-1.111111")
+    assert (rows[0]["a_mean"], rows[0]["b_mean"]) == ("12.777778", "11.666667")
+    assert rows[4]["b_mean"] == rows[4]["difference"] == ""
+    console = Console(width=80, file=io.StringIO(), highlight=False)
+    console.print(rich_comparison(comparison))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, text.splitlines())) <= 80
+    assert "4 cells in both, 4 only in A, 4 only in B" in text
+    at = next(n for n, line in enumerate(text.splitlines()) if line.startswith("square   image"))
+    two = [line.split() for line in text.splitlines()[at : at + 2]]
+    assert two[0] == ["square", "image", "10%", "12.8", "±", "2.4", "(n", "2)", "−1.1"]
+    assert two[1][:5] == ["11.7", "±", "2.4", "(n", "2)"]

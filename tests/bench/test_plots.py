@@ -1,0 +1,109 @@
+"""Figures: what they show, that they are the same twice, and that the page takes them as they are."""
+
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+from fake_runs import fill, finished, part_suite, write
+
+from backdoorbench_moe.bench.plots import alt_text, build_panels, describe, draw, file_names, inline_svg
+from backdoorbench_moe.bench.results import ResultSet
+from backdoorbench_moe.bench.suite import Plot
+from backdoorbench_moe.errors import ConfigError
+
+
+@pytest.fixture
+def results(tmp_path) -> ResultSet:
+    suite = part_suite()
+    fill(suite, tmp_path)
+    return ResultSet.from_runs(suite, tmp_path)
+
+
+def test_panels_lines_and_points_in_percent(results) -> None:
+    panels = build_panels(results, results.suite.plots[0])
+    assert [panel.label for panel in panels] == ["square", "warp"]
+    assert list(panels[0].lines) == ["image", "patch"]
+    square = panels[0].lines["image"]
+    assert [(point.x, point.paper) for point in square] == [(0.5, 90.7), (10, 99.1)]
+    # Seeds 0 and 1 of cell 0: 0 and 300 of 9,000.
+    assert square[0].statistic is not None
+    assert square[0].statistic.mean == pytest.approx(100 * 150 / 9000)
+    # The last cell was not run; the paper's point stands all the same.
+    assert [(point.statistic is None, point.paper) for point in panels[1].lines["patch"]][1] == (True, 99.8)
+
+
+def test_two_cells_at_one_point_and_an_axis_that_cannot_be_are_refused(tmp_path) -> None:
+    grid = {"applicator": "image", "trigger": [{"name": "square", "size": n} for n in (2, 4)]}
+    results = ResultSet.from_runs(part_suite(grid=grid, tables=[]), tmp_path)
+    with pytest.raises(ConfigError, match=r"plot 'p': .*would share its point"):
+        build_panels(results, Plot("p"))
+    with pytest.raises(ConfigError, match=r"plot 'p': trigger\.name: expected positive numbers.*'square'"):
+        build_panels(results, Plot("p", x="trigger.name"))
+
+
+@pytest.mark.parametrize("form", ["svg", "png"])
+def test_the_same_bytes_twice(results, form) -> None:
+    plot = results.suite.plots[0]
+    assert draw(results, plot, form) == draw(results, plot, form)
+
+
+def test_nothing_of_the_users_settings_nor_of_today_is_drawn(results) -> None:
+    import matplotlib
+
+    plot = results.suite.plots[0]
+    svg = draw(results, plot, "svg")
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red"}):
+        assert draw(results, plot, "svg") == svg
+    assert matplotlib.rcParams["svg.hashsalt"] is None
+    assert b"<dc:date>" not in svg
+
+
+def test_bars_stand_only_where_there_are_seeds(tmp_path) -> None:
+    suite = part_suite()
+    write(tmp_path, finished(suite.cells[0].spec))
+    single = ResultSet.from_runs(suite, tmp_path)
+    plot = suite.plots[0]
+    assert describe(single, plot).endswith("; single seeds, hence no bars; hollow markers are the paper's.")
+    bars = len(re.findall(r'id="LineCollection_', draw(single, plot, "svg").decode()))
+    assert bars == 0
+    fill(suite, tmp_path)
+    several = ResultSet.from_runs(suite, tmp_path)
+    assert "one standard deviation over seeds" in describe(several, plot)
+    assert len(re.findall(r'id="LineCollection_', draw(several, plot, "svg").decode())) == 7
+
+
+def test_alt_text_says_the_ends_of_each_line(results) -> None:
+    text = alt_text(results, results.suite.plots[0])
+    assert text.startswith("Attack success rate (ASR), %. square, image: 1.7 at 0.5% to 12.8 at 10%;")
+
+
+def test_labels_are_text_whatever_they_hold(tmp_path) -> None:
+    """No formula, no element, no script; and in the page no id of another figure."""
+    title = '$x_1$ </svg><script>alert(1)</script> & "quotes"'
+    suite = part_suite(plots=[{"title": title}])
+    results = ResultSet.from_runs(suite, tmp_path)
+    svg = draw(results, suite.plots[0], "svg")
+    assert b"<script" not in svg
+    text = inline_svg(svg, "p1", alt=title)
+    assert "<script" not in text
+    tree = ElementTree.fromstring(text)
+    assert tree.attrib["aria-label"] == title
+    assert title in "".join(tree.itertext())
+    ids = re.findall(r'\bid="([^"]*)"', text)
+    assert ids
+    assert all(name.startswith("p1-") for name in ids)
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]*)', text))
+    assert used
+    assert used <= set(ids)
+
+
+def test_file_names_are_plain_and_each_its_own() -> None:
+    titles = ["CIFAR-10: ASR", "GTSRB", "cifar 10 / asr", "%%"]
+    assert file_names([Plot(title) for title in titles]) == [
+        "cifar-10-asr-1",
+        "gtsrb",
+        "cifar-10-asr-3",
+        "plot",
+    ]

@@ -1,0 +1,170 @@
+"""Layouts filled from records: labels, places, counts, and one cell worked out by hand from run folders."""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import pytest
+from fake_runs import fill, finished, part_suite, write
+
+from backdoorbench_moe.bench.results import ResultSet
+from backdoorbench_moe.bench.tables import build_sheet, count_runs
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.records import Record
+
+# Student's t for one degree of freedom, 97.5%: any table of it.
+T_1 = 12.706
+
+
+def place(results, metric, rows, column):
+    [table] = [table for table in build_sheet(results).tables if table.metric == metric]
+    return table.places[table.rows.index(rows)][table.columns.index(column)]
+
+
+def test_a_cell_is_what_its_two_run_folders_hold(tmp_path) -> None:
+    """Image, square, 0.5%: ASR 50 and 51%, by hand; the paper has 90.7."""
+    suite = part_suite()
+    first, second = suite.cells[0].runs(2)
+    write(tmp_path, finished(first, ba=8000, asr=4500))
+    write(tmp_path, finished(second, ba=8100, asr=4590))
+    write(tmp_path, finished(first.clean_twin(), ba=8150))
+    write(tmp_path, finished(second.clean_twin(), ba=8200))
+    results = ResultSet.from_runs(suite, tmp_path)
+
+    asr = place(results, "asr", ("image", "0.5%"), "square").statistic
+    assert (asr.values, asr.seeds, asr.n) == ((50.0, 51.0), (0, 1), 2)
+    assert asr.mean == 50.5
+    assert asr.std == pytest.approx(0.5**0.5)
+    # 0.7071 / sqrt(2) is exactly half a point.
+    assert (asr.low, asr.high) == pytest.approx((50.5 - T_1 / 2, 50.5 + T_1 / 2), abs=1e-3)
+    assert asr.paper == 90.7
+    assert asr.difference == pytest.approx(-40.2)
+    assert asr.inside is False
+
+    cad = place(results, "cad", ("image", "0.5%"), "square").statistic
+    assert cad.values == pytest.approx((1.5, 1.0))
+    assert cad.paper == 1.5
+    assert cad.inside is True
+
+
+def test_a_cell_again_from_the_files_alone(tmp_path) -> None:
+    """Without any of our reading code: the JSON of the run folders against the table."""
+    suite = part_suite()
+    fill(suite, tmp_path)
+    values: dict[tuple[str, str, float], list[float]] = {}
+    for file in sorted(tmp_path.glob("*/record.json")):
+        record = json.loads(file.read_text())
+        spec = record["spec"]
+        if spec["trigger"]:
+            key = (spec["applicator"]["name"], spec["trigger"]["name"], spec["poison"]["rate"])
+            values.setdefault(key, []).append(record["metrics"]["asr"]["value"])
+    assert len(values) == 7
+    results = ResultSet.from_runs(suite, tmp_path)
+    for (applicator, trigger, rate), found in values.items():
+        statistic = place(results, "asr", (applicator, f"{100 * rate:g}%"), trigger).statistic
+        assert statistic.mean == pytest.approx(statistics.fmean(found))
+        assert statistic.std == pytest.approx(statistics.stdev(found))
+
+
+def test_what_was_not_run_says_why_and_has_no_number(tmp_path) -> None:
+    suite = part_suite()
+    specs = [cell.spec for cell in suite.cells]
+    write(tmp_path, finished(specs[0]))
+    for spec, status in zip(specs[1:4], ("failed", "running", "interrupted"), strict=True):
+        record = Record.for_spec(spec)
+        record.status = status
+        write(tmp_path, record)
+    write(tmp_path, finished(specs[4], asr=None))
+    results = ResultSet.from_runs(suite, tmp_path)
+    asr, cad = build_sheet(results).tables
+    states = {
+        (row, column): place.state
+        for row, places in zip(asr.rows, asr.places, strict=True)
+        for column, place in zip(asr.columns, places, strict=True)
+    }
+    assert states == {
+        (("image", "0.5%"), "square"): "finished",
+        (("image", "10%"), "square"): "failed",
+        (("image", "0.5%"), "warp"): "running",
+        (("image", "10%"), "warp"): "interrupted",
+        (("patch", "0.5%"), "square"): "not measured",
+        (("patch", "10%"), "square"): "missing",
+        (("patch", "0.5%"), "warp"): "missing",
+        (("patch", "10%"), "warp"): "missing",
+    }
+    assert cad.places[0][0].state == "no clean twin"
+    with_numbers = [place for table in (asr, cad) for row in table.places for place in row if place.statistic]
+    assert with_numbers == [asr.places[0][0]]
+    # The paper's value does not hang on whether we ran it.
+    assert asr.places[0][1].paper == 8.2
+
+
+def test_a_single_seed_has_no_interval_and_is_never_inside(tmp_path) -> None:
+    suite = part_suite()
+    # 90.7%, exactly the paper's value.
+    write(tmp_path, finished(suite.cells[0].spec, asr=8163))
+    statistic = place(ResultSet.from_runs(suite, tmp_path), "asr", ("image", "0.5%"), "square").statistic
+    assert statistic.difference == pytest.approx(0)
+    assert (statistic.n, statistic.std, statistic.low, statistic.inside) == (1, None, None, None)
+
+
+def test_places_the_grid_has_not_are_dashes(tmp_path) -> None:
+    grid = [
+        {"applicator": "image", "trigger": "square", "poison.rate": 0.1},
+        {"applicator": "patch", "trigger": "warp", "poison.rate": 0.1},
+    ]
+    table = build_sheet(ResultSet.from_runs(part_suite(grid=grid), tmp_path)).tables[0]
+    assert [[place.state for place in row] for row in table.places] == [["missing", "–"], ["–", "missing"]]
+    assert table.places[0][1].cell is None
+
+
+def test_two_cells_in_one_place_are_refused(tmp_path) -> None:
+    grid = {"applicator": "image", "trigger": [{"name": "square", "size": n} for n in (2, 4)]}
+    suite = part_suite(grid=grid)
+    with pytest.raises(ConfigError, match=r"table 'CIFAR-10': .*'size': 4.* would stand in one place"):
+        build_sheet(ResultSet.from_runs(suite, tmp_path))
+
+
+def test_counts_of_runs_and_clean_twins(tmp_path) -> None:
+    suite = part_suite()
+    fill(suite, tmp_path)
+    record = Record.for_spec(suite.cells[-1].spec)
+    record.status = "failed"
+    write(tmp_path, record)
+    counts = count_runs(ResultSet.from_runs(suite, tmp_path))
+    # 8 cells x 2 seeds, all but the last cell's; a twin a seed.
+    assert (counts.finished, counts.wanted, counts.failed) == (14, 16, 1)
+    assert (counts.others_finished, counts.others_wanted, counts.others) == (2, 2, "clean twins")
+
+
+def test_a_suite_without_tables_gets_one(tmp_path) -> None:
+    table = build_sheet(ResultSet.from_runs(part_suite(tables=[]), tmp_path)).tables[0]
+    assert (table.row_keys, table.column_key) == (("applicator", "trigger"), "poison.rate")
+    assert table.rows[0] == ("image", "square")
+    assert table.columns == ("0.5%", "10%")
+
+
+def test_groups_leave_out_labels_that_repeat_those_above(tmp_path) -> None:
+    layout = {
+        "title": "t",
+        "rows": ["applicator.name", "trigger.name", "poison.rate"],
+        "columns": "model.name",
+    }
+    table = build_sheet(ResultSet.from_runs(part_suite(tables=[layout]), tmp_path)).tables[0]
+    assert [[labels for labels, _ in group] for group in table.groups()] == [
+        [(name, "square", "0.5%"), ("", "", "10%"), ("", "warp", "0.5%"), ("", "", "10%")]
+        for name in ("image", "patch")
+    ]
+
+
+def test_without_spread_the_interval_is_the_mean_and_equal_is_inside(tmp_path) -> None:
+    """99.8% of 9,000 is not 99.8 to the last bit."""
+    suite = part_suite(paper={"file": "badpatches_tables_1_2", "table": 1})
+    cell = next(c for c in suite.cells if (c.values["applicator"], c.values["trigger"]) == ("patch", "warp"))
+    [ten] = [c for c in suite.cells if c.values == {**cell.values, "poison.rate": "10%"}]
+    for spec in ten.runs(2):
+        write(tmp_path, finished(spec, asr=8982))
+    statistic = place(ResultSet.from_runs(suite, tmp_path), "asr", ("patch", "10%"), "warp").statistic
+    assert (statistic.std, statistic.paper) == (0, 99.8)
+    assert statistic.inside is True

@@ -1,0 +1,93 @@
+"""`bbmoe bench table`, `compare` and `export`: thin, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from fake_runs import PART, fill, part_suite
+
+from backdoorbench_moe.cli.app import bbmoe
+from backdoorbench_moe.errors import BbmoeError
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A suite file and its runs."""
+    folder = tmp_path_factory.mktemp("bench")
+    suite = {key: value for key, value in PART.items() if key != "plots"}
+    (folder / "part.yaml").write_text(yaml.safe_dump(suite))
+    fill(part_suite(), folder / "runs")
+    return folder
+
+
+def run(place, command: str, *args: str):
+    line = ["bench", command, str(place / "part.yaml"), *args, "--output", str(place / "runs")]
+    return CliRunner().invoke(bbmoe, line, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("form", "begins", "holds"),
+    [
+        ("rich", "Part of Table 1\n", "90.7 −89.0 outside"),
+        ("markdown", "# Part of Table 1\n", "1.7 ± 2.4 (n 2)<br>paper 90.7, −89.0, outside"),
+        ("csv", "suite,version,scale,dataset", "part,3,,cifar10,pmoe,square,image"),
+        ("latex", "% \\usepackage{booktabs}", "1.7 $\\pm$ 2.4 (n 2)"),
+        ("html", "<!doctype html>\n", "1.7 ± 2.4 (n 2)"),
+    ],
+)
+def test_formats(place, form, begins, holds) -> None:
+    result = run(place, "table", "--format", form)
+    assert result.exit_code == 0
+    assert result.stdout.startswith(begins)
+    assert holds in result.stdout
+
+
+def test_only_and_repeats(place) -> None:
+    text = run(place, "table", "--only", "trigger=warp", "--repeats", "1", "--format", "markdown").stdout
+    assert "| applicator | rate | warp |" in text
+    assert "square" not in text
+    assert "(n 2)" not in text
+    assert "3 of 4 runs finished" in text
+
+
+def test_save_then_draw_from_what_was_saved(place, tmp_path) -> None:
+    saved = tmp_path / "r"
+    first = run(place, "table", "--format", "markdown", "--save", str(saved))
+    assert str(saved) in first.stderr
+    assert (saved / "table.md").read_text() + "\n" == first.stdout
+    again = run(place, "table", "--format", "markdown", "--from", str(saved))
+    assert again.stdout == first.stdout
+    some = run(place, "table", "--format", "markdown", "--from", str(saved), "--only", "trigger=warp")
+    assert "square" not in some.stdout
+
+
+def test_a_part_of_a_suite_is_not_saved(place, tmp_path) -> None:
+    with pytest.raises(BbmoeError, match="leave --only away"):
+        run(place, "table", "--only", "trigger=warp", "--save", str(tmp_path / "r"))
+    assert not (tmp_path / "r").exists()
+
+
+def test_export(place, tmp_path) -> None:
+    with pytest.raises(BbmoeError, match="expected --csv or --jsonl"):
+        run(place, "export")
+    with pytest.raises(BbmoeError, match="only one of"):
+        run(place, "export", "--csv", "-", "--jsonl", "-")
+    result = run(place, "export", "--csv", "-", "--jsonl", str(tmp_path / "all.jsonl"))
+    assert len(list(csv.DictReader(io.StringIO(result.stdout)))) == 16
+    assert "16 finished runs of part" in result.stderr
+    lines = (tmp_path / "all.jsonl").read_text().splitlines()
+    assert {json.loads(line)["status"] for line in lines} == {"finished"}
+    assert len(lines) == 16
+
+
+def test_compare(place) -> None:
+    result = run(place, "compare", str(place / "part.yaml"), "--metric", "asr", "--format", "markdown")
+    assert "- 8 cells in both, 0 only in A, 0 only in B" in result.stdout
+    assert "clean accuracy" not in result.stdout
+    with pytest.raises(BbmoeError, match="--metric: metric: unknown 'acc'"):
+        run(place, "compare", str(place / "part.yaml"), "--metric", "acc")
