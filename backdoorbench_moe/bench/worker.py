@@ -88,6 +88,17 @@ def work(job: Job, alive: Callable[[], bool] = lambda: True) -> Outcome:
     return Outcome(spec.name, "finished")
 
 
+def memory_of(job: Job) -> tuple[int, int]:
+    """Bytes of device memory a few steps of a run take at their peak, and bytes that were free before; 0 on a CPU."""
+    import torch
+
+    from backdoorbench_moe.bench.estimate import measure_speed
+
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+    spec = job.run_spec
+    return measure_speed(spec, _session(spec, job.output, Observer()).images).peak_bytes, free
+
+
 def record_failure(folder: RunFolder, spec: RunSpec, message: str) -> None:
     """Leave a record of a run that failed, unless its own record says so already, or it is finished."""
     try:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from suites import GRID, tiny_suite
 
 from backdoorbench_moe.bench import worker
 from backdoorbench_moe.bench.engines import make_engine
-from backdoorbench_moe.bench.engines.local import LocalEngine
+from backdoorbench_moe.bench.engines.local import LocalEngine, runs_that_fit
 from backdoorbench_moe.bench.plan import look, order
 from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.run import Report, estimate, parse_budget, run_suite
@@ -305,3 +306,18 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     while not condition():
         assert time.time() < end
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("needed", "free", "runs"),
+    [(9 << 30, 40 << 30, 3), (9 << 30, 8 << 30, 1), (1 << 30, 140 << 30, 4)],  # 36/10; too little; the cap.
+)
+def test_runs_that_fit_on_a_gpu(needed, free, runs) -> None:
+    assert runs_that_fit(needed, free) == runs
+
+
+def test_the_memory_of_a_run_is_measured_without_a_trace(tmp_path) -> None:
+    [spec, *_] = order(tiny_suite())
+    needed, free = worker.memory_of(Job(spec.to_dict(), str(tmp_path)))
+    assert needed == free == 0 or torch.cuda.is_available()
+    assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from backdoorbench_moe.bench.worker import Job, Outcome, work
+from backdoorbench_moe.bench.worker import Job, Outcome, memory_of, work
 from backdoorbench_moe.errors import ConfigError
 
 # glibc gives freed tensors back to the system and asks for them again at every step; kept, a training of
@@ -25,17 +25,26 @@ KEEP_MEMORY = {
 }
 
 
+# More on a card gained nothing where the memory would have held them (benchmarks/speed/gpu.py measures it).
+MOST_ON_A_GPU = 4
+# What CUDA itself and the libraries take beside tensors, and how much of a card may be filled.
+CONTEXT_BYTES = 1 << 30
+FILL = 0.9
+
+
 class LocalEngine:
     """`workers` processes; each lives as long as the engine runs, and is replaced if it dies.
 
-    gpus: CUDA devices; worker i sees the one at i modulo their number, and no other. Without any,
-    the workers share the CPU's cores evenly. Raises ConfigError below one worker.
+    workers: None for one on a CPU, and on GPUs for as many as fit (see `runs_that_fit`). gpus: CUDA devices;
+    worker i sees the one at i modulo their number, and no other. Without any, the workers share the CPU's
+    cores evenly. Raises ConfigError below one worker.
     """
 
-    def __init__(self, workers: int = 1, *, gpus: Sequence[str] = ()) -> None:
-        if workers < 1:
+    def __init__(self, workers: int | None = None, *, gpus: Sequence[str] = ()) -> None:
+        if workers is not None and workers < 1:
             raise ConfigError.expected("--workers", "at least 1", workers)
-        self.workers, self.gpus = workers, tuple(gpus)
+        self.workers, self.gpus = workers or 1, tuple(gpus)
+        self._measure = workers is None and bool(gpus)
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
         """Make the runs; see `Engine.run`."""
@@ -45,6 +54,8 @@ class LocalEngine:
         done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         # Without a lock: a worker killed while it holds one would stop all others.
         stop = multiprocessing.get_context("spawn").RawValue(ctypes.c_bool, False)
+        if self._measure and jobs:
+            self.workers = len(self.gpus) * self._fit(jobs[0], stop)
         workers = min(self.workers, len(jobs))
         with ThreadPoolExecutor(max(1, workers), thread_name_prefix="bench") as threads:
             for number in range(workers):
@@ -77,6 +88,11 @@ class LocalEngine:
                 pool = None
         if pool is not None:
             pool.shutdown()
+
+    def _fit(self, job: Job, stop: Any) -> int:
+        """How many such runs one GPU holds, from a few of its steps in a process of their own."""
+        with self._start(0, stop) as pool:
+            return runs_that_fit(*pool.submit(memory_of, job).result())
 
     def _start(self, number: int, stop: Any) -> ProcessPoolExecutor:
         gpu = self.gpus[number % len(self.gpus)] if self.gpus else None
@@ -114,6 +130,11 @@ def _end_with_parent() -> None:
 def _is_wanted() -> bool:
     """Whether the engine has not been stopped."""
     return not _stop.value
+
+
+def runs_that_fit(needed: int, free: int) -> int:
+    """How many runs of `needed` bytes of tensors go into `free` bytes of a GPU: 1 to MOST_ON_A_GPU."""
+    return max(1, min(MOST_ON_A_GPU, int(FILL * free) // (needed + CONTEXT_BYTES)))
 
 
 def visible_gpus() -> list[str]:
