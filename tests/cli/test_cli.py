@@ -224,6 +224,8 @@ finally:
         (["list", "datasets"], 0),
         (["attack", "--help"], 0),
         (["attack", "--trigger", "wrap"], 2),
+        (["defend", "--help"], 0),
+        (["defend", "run", "--defense", "fine-prune"], 2),
     ],
 )
 def test_answers_that_need_no_torch_come_without_it(args, code) -> None:
