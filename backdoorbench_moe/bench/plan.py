@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,27 +30,6 @@ class Planned:
     images_per_second: float = 0.0
     images: int = 0
     error: str | None = None
-
-
-def order(suite: Suite) -> Iterator[RunSpec]:
-    """Every run once: a repeat of all cells before the next, in each the clean twins, then the attacks.
-
-    A defended run comes after the one it is made from.
-    """
-    seen = set()
-    for n in range(suite.repeats):
-        specs = [replace(cell.spec, seed=cell.spec.seed + n) for cell in suite.cells]
-        chains = [before for spec in specs for before in _chain(spec)]
-        twins = [spec.clean_twin() for spec in specs]
-        for spec in sorted([*twins, *chains], key=lambda spec: (not spec.is_clean, len(spec.defenses))):
-            if spec.digest not in seen:
-                seen.add(spec.digest)
-                yield spec
-
-
-def _chain(spec: RunSpec) -> list[RunSpec]:
-    """The runs a defended run is made from, first to last, and itself; of any other run only itself."""
-    return [replace(spec, defenses=spec.defenses[:n]) for n in range(len(spec.defenses) + 1)]
 
 
 def look(specs: Sequence[RunSpec], output: Path) -> list[Planned]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from backdoorbench_moe.bench.paper import PaperTable, load_paper
-from backdoorbench_moe.bench.suite import Cell, Suite
+from backdoorbench_moe.bench.suite import Cell, Suite, order
 from backdoorbench_moe.config import DATASET_NOT_IN_DIGEST, RunSpec
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.ops.metrics import mean_interval, mean_std
@@ -76,7 +76,7 @@ class ResultSet:
         """Read a results folder. Raises RecordError if it is none, or of another version of the suite."""
         folder = Path(folder)
         check_manifest(suite, folder)
-        wanted = {spec.digest for spec in wanted_specs(suite)}
+        wanted = {spec.digest for spec in order(suite)}
         return cls._of(suite, (record for record in read_lines(folder) if record.digest in wanted))
 
     @classmethod
@@ -104,7 +104,7 @@ class ResultSet:
 
     def finished(self) -> list[Record]:
         """The finished records in the suite's order, twins last."""
-        specs = wanted_specs(self.suite)
+        specs = sorted(order(self.suite), key=lambda spec: spec.is_clean)
         return [record for spec in specs if (record := self.record(spec)) is not None]
 
     def values(self, cell: Cell, metric: str) -> dict[int, float]:
@@ -151,15 +151,6 @@ class ResultSet:
         if record is None:
             return None
         return (_stage(record, stage) if stage else record.metrics).get(name)
-
-
-def wanted_specs(suite: Suite) -> list[RunSpec]:
-    """Every run of a suite, each once, then its clean twins and what else its runs are made from."""
-    specs = {spec.digest: spec for _, spec in suite.runs()}
-    for spec in list(specs.values()):
-        twin = spec.clean_twin()
-        specs.setdefault(twin.digest, twin)
-    return list(specs.values())
 
 
 def check_manifest(suite: Suite, folder: Path) -> None:
@@ -231,7 +222,7 @@ def read_lines(folder: Path) -> list[Record]:
 
 
 def _read_folders(suite: Suite, output: Path) -> Iterator[Record]:
-    for spec in wanted_specs(suite):
+    for spec in order(suite):
         if (folder := RunFolder(output / spec.name)).exists:
             yield folder.read()
 

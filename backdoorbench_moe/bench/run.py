@@ -10,8 +10,8 @@ from pathlib import Path
 
 from backdoorbench_moe.bench.engines import Engine
 from backdoorbench_moe.bench.estimate import kinds, measure_speed, seconds_left
-from backdoorbench_moe.bench.plan import Planned, look, order
-from backdoorbench_moe.bench.suite import Suite
+from backdoorbench_moe.bench.plan import Planned, look
+from backdoorbench_moe.bench.suite import Suite, order
 from backdoorbench_moe.bench.worker import Job, Outcome
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.runner import Session, link_twin, load_run

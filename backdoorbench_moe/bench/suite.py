@@ -85,11 +85,9 @@ class Suite:
         digests = sorted(cell.spec.digest for cell in self.cells)
         return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:10]
 
-    def runs(self) -> Iterator[tuple[Cell, RunSpec]]:
-        """Every run: one repeat of every cell first, then the next, so that a stopped suite is even."""
-        for n in range(self.repeats):
-            for cell in self.cells:
-                yield cell, replace(cell.spec, seed=cell.spec.seed + n)
+    def runs(self) -> list[RunSpec]:
+        """The runs of all cells: a repeat of every cell before the next, so that a stopped suite is even."""
+        return [cell.runs(self.repeats)[n] for n in range(self.repeats) for cell in self.cells]
 
     def with_repeats(self, repeats: int) -> Suite:
         """The same suite over another number of seeds. Raises ConfigError below 1."""
@@ -114,6 +112,27 @@ class Suite:
         if not cells:
             raise ConfigError(f"--only: {' and '.join(filters)} leave no cell of {self.label}")
         return replace(self, cells=cells)
+
+
+def order(suite: Suite) -> Iterator[RunSpec]:
+    """Every run once: a repeat of all cells before the next, in each the clean twins, then the attacks.
+
+    A defended run comes after the one it is made from.
+    """
+    seen = set()
+    for n in range(suite.repeats):
+        specs = [cell.runs(suite.repeats)[n] for cell in suite.cells]
+        chains = [before for spec in specs for before in _chain(spec)]
+        twins = [spec.clean_twin() for spec in specs]
+        for spec in sorted([*twins, *chains], key=lambda spec: (not spec.is_clean, len(spec.defenses))):
+            if spec.digest not in seen:
+                seen.add(spec.digest)
+                yield spec
+
+
+def _chain(spec: RunSpec) -> list[RunSpec]:
+    """The runs a defended run is made from, first to last, and itself; of any other run only itself."""
+    return [replace(spec, defenses=spec.defenses[:n]) for n in range(len(spec.defenses) + 1)]
 
 
 def value_of(spec: RunSpec, key: str) -> Any:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from backdoorbench_moe.bench.results import ResultSet, Statistic, wanted_specs
-from backdoorbench_moe.bench.suite import Cell, Layout, Suite, value_of
+from backdoorbench_moe.bench.results import ResultSet, Statistic
+from backdoorbench_moe.bench.suite import Cell, Layout, Suite, order, value_of
 from backdoorbench_moe.errors import ConfigError
 
 # What a place without numbers says, beside the states of a record.
@@ -104,8 +104,8 @@ def default_layout(suite: Suite) -> Layout:
 
 def count_runs(results: ResultSet) -> Counts:
     """Count the suite's runs, and apart from them the clean twins and whatever else they are made from."""
-    runs = {spec.digest for _, spec in results.suite.runs()}
-    others = {spec.digest: spec for spec in wanted_specs(results.suite) if spec.digest not in runs}
+    runs = {spec.digest for spec in results.suite.runs()}
+    others = {spec.digest: spec for spec in order(results.suite) if spec.digest not in runs}
     status = {digest: record.status for digest, record in results.records.items()}
     return Counts(
         wanted=len(runs),

@@ -15,7 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from backdoorbench_moe.bench.plan import Planned, look, order
+from backdoorbench_moe.bench.plan import Planned, look
+from backdoorbench_moe.bench.suite import order
 
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.run import Report
