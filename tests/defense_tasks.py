@@ -5,14 +5,15 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from tiny import Tiny
+from tiny import Tiny, tiny_spec
 from torch import Tensor, nn
 
-from backdoorbench_moe.config import TrainSpec
+from backdoorbench_moe.config import RunSpec, TrainSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses.base import DefenseTask
 from backdoorbench_moe.engine.evaluate import logits
 from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.engine.runner import Run
 from backdoorbench_moe.engine.tune import Tuner
 from backdoorbench_moe.models import create_model
 from backdoorbench_moe.ops.seeding import seeded
@@ -73,3 +74,22 @@ def copies(model: nn.Module) -> dict[str, Tensor]:
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     """Names of the tensors that are not equal, bit for bit."""
     return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+
+
+PRUNING = {"name": "fine-pruning", "ratio": 0.25, "clean_fraction": 0.5, "epochs": 1}
+TUNING = {"name": "fine-tuning", "clean_fraction": 0.5, "epochs": 1}
+
+
+def defended_spec(*parts: dict[str, object], **values: object) -> RunSpec:
+    """A tiny spec with these defenses."""
+    return tiny_spec(defenses=list(parts or [PRUNING]), **values)
+
+
+def outcome(run: Run) -> tuple[object, ...]:
+    """What must be equal, bit for bit, between two ways to the same run."""
+    tensors, _ = run.folder.load_tensors()
+    timeless = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+        for rows in (run.record.history, run.record.stages)
+    ]
+    return run.record.metrics, timeless, {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}

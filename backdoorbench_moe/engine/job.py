@@ -69,6 +69,7 @@ class Run:
 
 
 def check_data(folder: RunFolder, record: Record, images: ImageSet) -> None:
+    """Raise RecordError if the run in a folder was made from other images than these."""
     if record.data.get("digest") != images.digest:
         raise RecordError(f"run folder {folder.path}: was made from other data; use another --output")
 
