@@ -6,15 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from backdoorbench_moe.bench.worker import Job, Outcome
-from backdoorbench_moe.errors import UnknownNameError
+from backdoorbench_moe.errors import ConfigError, UnknownNameError
 
 ENGINES = ("local", "ray")
 
 
 class Engine(Protocol):
     """Makes runs side by side."""
-
-    workers: int
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
         """Make the runs, starting in the order given; yields each outcome as it comes.
@@ -26,19 +24,27 @@ class Engine(Protocol):
 
 
 def make_engine(
-    name: str = "local", *, workers: int | None = None, device: str | None = None, address: str | None = None
+    name: str = "local",
+    *,
+    workers: int | None = None,
+    device: str | None = None,
+    address: str | None = None,
+    gpus_per_run: float | None = None,
 ) -> Engine:
-    """The engine by name. workers: None for one a GPU, or one.
+    """The engine by name. workers: None for one, on GPUs and in a Ray cluster for as many as fit.
 
-    Raises UnknownNameError, or ConfigError if what it needs is not there.
+    Raises UnknownNameError, or ConfigError for an option of another engine, or if what it needs is not there.
     """
     if name == "local":
         from backdoorbench_moe.bench.engines.local import LocalEngine, visible_gpus
 
+        for option, value in (("--address", address), ("--gpus-per-run", gpus_per_run)):
+            if value is not None:
+                raise ConfigError.expected(option, "--engine ray with it", value)
         gpus = visible_gpus() if device in (None, "auto", "cuda") else []
-        return LocalEngine(workers or max(1, len(gpus)), gpus=gpus)
+        return LocalEngine(workers, gpus=gpus)
     if name == "ray":
         from backdoorbench_moe.bench.engines.ray import RayEngine
 
-        return RayEngine(workers, address=address)
+        return RayEngine(workers, address=address, gpus_per_run=gpus_per_run)
     raise UnknownNameError("--engine", name, ENGINES)

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from backdoorbench_moe.errors import ConfigError
-
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.engines import Engine
     from backdoorbench_moe.bench.suite import Suite
@@ -24,9 +22,14 @@ FAILED, UNFINISHED = 1, 3
     "--only", "filters", multiple=True, metavar="KEY=VALUE,..", help="Only these cells; any spec key."
 )
 @click.option("--repeats", type=int, metavar="N", help="Seeds a cell.  [the suite's]")
-@click.option("--workers", type=int, metavar="N", help="Runs side by side.  [1; on GPUs what fits]")
+@click.option(
+    "--workers", type=int, metavar="N", help="Runs side by side.  [1; on GPUs or with Ray what fits]"
+)
 @click.option("--engine", metavar="NAME", default="local", show_default=True, help="local or ray.")
-@click.option("--address", metavar="ADDRESS", help="A running Ray cluster.  [a local one]")
+@click.option(
+    "--address", metavar="ADDRESS", help="A running Ray cluster: auto, or HOST:PORT.  [a local one]"
+)
+@click.option("--gpus-per-run", type=float, metavar="SHARE", help="Share of a GPU for a run, with Ray.")
 @click.option("--budget", metavar="TIME", help="Stop when 90s, 9m or 1h30m are over.")
 @click.option("--dry-run", is_flag=True, help="List the runs and how long they will take; train nothing.")
 @click.option("--output", type=Path, default=Path("runs"), show_default=True, help="Folder of run folders.")
@@ -86,20 +89,19 @@ def command(
         sys.exit(UNFINISHED)
 
 
-def _make_engine(device: str | None, *, engine: str, workers: int | None, address: str | None) -> Engine:
+def _make_engine(device: str | None, *, engine: str, **options: Any) -> Engine:
     from backdoorbench_moe.bench.engines import make_engine
 
-    if address is not None and engine != "ray":
-        raise ConfigError.expected("--address", "--engine ray with it", address)
-    return make_engine(engine, workers=workers, device=device, address=address)
+    return make_engine(engine, device=device, **options)
 
 
 def _print_plan(suite: Suite, output: Path, *, quiet: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from backdoorbench_moe.bench.plan import look, order
+    from backdoorbench_moe.bench.plan import look
     from backdoorbench_moe.bench.run import check, estimate
+    from backdoorbench_moe.bench.suite import order
     from backdoorbench_moe.cli.bench.display import say_time
 
     runs = look(list(order(suite)), output)

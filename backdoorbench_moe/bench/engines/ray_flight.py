@@ -1,0 +1,289 @@
+"""Jobs handed to Ray and their outcomes, on the driver's side and in the tasks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from backdoorbench_moe.bench.worker import Job, Outcome, work
+from backdoorbench_moe.data.roots import VARIABLE
+from backdoorbench_moe.errors import BbmoeError, RecordError
+from backdoorbench_moe.records import MODEL, POISON, RECORD, RunFolder, write_atomically
+
+# What a run folder is sent home with, the record last: it says that the others are there.
+FILES = (POISON, MODEL, RECORD)
+RETRIES = 3
+SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_TO_STOP = 60.0
+SECONDS_TO_TIDY = 30.0
+
+Files = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What every run asks of Ray. gpus: share of one; not asked for by a run that wants the CPU.
+
+    reuse_process: whether a process may make one run after the other.
+    """
+
+    cpus: int
+    gpus: float
+    reuse_process: bool
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where the driver is, for a task to find out whether it is there, too.
+
+    token: a file in the output folder. folder: its current folder, which relative paths of a spec start at.
+    data: its $BBMOE_DATA.
+    """
+
+    token: str
+    folder: str
+    data: str | None
+
+
+@dataclass(frozen=True)
+class _Try:
+    """A job as handed to Ray for the `number`-th time, from 0."""
+
+    job: Job
+    number: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.job.run_spec.name
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}#{self.number}"
+
+
+class Flight:
+    """The jobs of one call, at most `limit` of them handed to Ray at a time (None: all).
+
+    A job's deadline counts on the clock of its node, which stops in time for its epoch; the last of all on
+    the driver's, too, so that no job waits longer for room, or runs on by a clock that is wrong.
+    Ray's own retries are not used: those of a process killed for memory have no end.
+    """
+
+    def __init__(self, jobs: Sequence[Job], resources: Resources, limit: int | None) -> None:
+        import ray
+
+        self.waiting = deque(_Try(replace(job, output=str(Path(job.output).absolute()))) for job in jobs)
+        self.limit, self.resources = limit, resources
+        deadlines = [job.deadline for job in jobs if job.deadline is not None]
+        self.deadline = max(deadlines) if len(deadlines) == len(jobs) else None
+        self.running: dict[Any, _Try] = {}
+        self.is_over = self.sends_files = False
+        self.token = uuid.uuid4().hex
+        self.outputs = {one.job.output for one in self.waiting}
+        for output in self.outputs:
+            write_token(output, self.token)
+        self._task = ray.remote(
+            num_cpus=resources.cpus,
+            max_retries=0,
+            max_calls=0 if resources.reuse_process else 1,
+        )(make_run)
+        self.stop = _make_stop()
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Each outcome as it comes. At the deadline what runs is stopped, and what waits is left."""
+        import ray
+
+        while self.waiting or self.running:
+            if not self.is_over and self.deadline is not None and time.time() >= self.deadline:
+                self._halt()
+            if self.is_over:
+                yield from (Outcome(one.name, "waiting") for one in self.waiting)
+                self.waiting.clear()
+            while self.waiting and (self.limit is None or len(self.running) < self.limit):
+                self._hand_over(self.waiting.popleft())
+            if not self.running:
+                break
+            done, _ = ray.wait(list(self.running), timeout=SECONDS_BETWEEN_LOOKS)
+            for reference in done:
+                if outcome := self._collect(reference):
+                    yield outcome
+
+    def close(self) -> None:
+        """Stop what runs, at its next step, and leave nothing behind."""
+        import ray
+        from ray.exceptions import RayError
+
+        with contextlib.suppress(RayError):
+            if self.running:
+                self._halt()
+                ray.wait(list(self.running), num_returns=len(self.running), timeout=SECONDS_TO_STOP)
+            ray.kill(self.stop)
+            if self.sends_files:
+                _tidy_nodes(self.token)
+        for output in self.outputs:
+            _token_path(output, self.token).unlink(missing_ok=True)
+
+    def _hand_over(self, one: _Try) -> None:
+        home = Home(str(_token_path(one.job.output, self.token)), str(Path.cwd()), os.environ.get(VARIABLE))
+        gpus = 0 if one.job.run_spec.device == "cpu" else self.resources.gpus
+        task = self._task.options(num_gpus=gpus, name=one.name)
+        self.running[task.remote(one.job, home, self.resources.cpus, self.stop, one.key)] = one
+
+    def _halt(self) -> None:
+        """Tell the tasks that have started to stop; take back the others."""
+        import ray
+
+        self.is_over = True
+        started = ray.get(self.stop.tell.remote())
+        for reference, one in self.running.items():
+            if one.key not in started:
+                ray.cancel(reference)
+
+    def _collect(self, reference: Any) -> Outcome | None:
+        """The outcome of a task that ended; None if it was lost and is tried again."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+
+        one = self.running.pop(reference)
+        try:
+            outcome, files = ray.get(reference)
+            if files is not None:
+                self.sends_files = True
+                _deliver(one.job.folder, files)
+            return outcome
+        except TaskCancelledError:
+            return Outcome(one.name, "waiting")
+        except RayTaskError as error:
+            return one.job.fail(f"{type(error.cause).__name__}: {error.cause}")
+        except BbmoeError as error:
+            return one.job.fail(str(error))
+        except RayError as error:
+            if self.is_over:
+                return Outcome(one.name, "interrupted")
+            if one.number < RETRIES:
+                self._hand_over(replace(one, number=one.number + 1))
+                return None
+            reason = (str(error).splitlines() or [""])[0]
+            return one.job.fail(f"its worker was lost {RETRIES + 1} times: {type(error).__name__}: {reason}")
+
+
+def make_run(job: Job, home: Home, threads: int, stop: Any, key: str) -> tuple[Outcome, Files | None]:
+    """In a worker process: make a run. Its files come along where the output folder is not the driver's."""
+    import ray
+    import torch
+    from ray.exceptions import RayError
+
+    if ray.get(stop.is_told.remote(key)) or job.is_late:
+        return Outcome(job.run_spec.name, "waiting"), None
+    torch.set_num_threads(threads)
+    with contextlib.suppress(OSError):
+        os.chdir(home.folder)
+    if home.data is not None:
+        os.environ.setdefault(VARIABLE, home.data)
+
+    def is_wanted() -> bool:
+        try:
+            return not ray.get(stop.is_told.remote(key), timeout=5)
+        except RayError:  # Its node was lost, and it starts again on another.
+            return True
+
+    token = Path(home.token)
+    if token.is_file():
+        return work(job, is_wanted), None
+    own = replace(job, output=str(_own_folder(token.name)))
+    outcome = work(own, is_wanted)
+    ended = outcome.status in ("finished", "failed")
+    return outcome, _take(own.folder) if ended else {}
+
+
+def write_token(output: str, token: str) -> None:
+    """Leave a file in the output folder that a task can look for. Raises RecordError if that cannot be."""
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+        _token_path(output, token).touch()
+    except OSError as error:
+        raise RecordError(f"output folder {output}: {error.strerror}") from error
+
+
+def _token_path(output: str, token: str) -> Path:
+    return Path(output) / f".ray-{token}"
+
+
+def _own_folder(name: str) -> Path:
+    """A node's own output folder; nobody can have made it before, as its name cannot be guessed."""
+    folder = Path(tempfile.gettempdir()) / f"bbmoe{name}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _take(folder: RunFolder) -> Files:
+    """The files of a run that ended, which are then deleted here."""
+    files = {name: (folder.path / name).read_bytes() for name in FILES if (folder.path / name).is_file()}
+    shutil.rmtree(folder.path, ignore_errors=True)
+    return files
+
+
+def _deliver(folder: RunFolder, files: Files) -> None:
+    """Write files that came from a node into a run folder. Raises RecordError for a name that has no place there."""
+    if unknown := sorted(files.keys() - set(FILES)):
+        raise RecordError(f"run folder {folder.path}: a worker sent unknown files: {unknown}")
+    if not files:
+        return
+    with folder.lock():
+        for name in (name for name in FILES if name in files):
+            write_atomically(folder.path / name, partial(_put, files[name]))
+        folder.drop_checkpoint()
+
+
+def _put(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
+
+
+def _make_stop() -> Any:
+    """The actor that tells tasks to stop, on whatever node they are."""
+    import ray
+
+    # Here, so that it travels by value: its process need not import torch.
+    class Stop:
+        def __init__(self) -> None:
+            self.told, self.started = False, set[str]()
+
+        def tell(self) -> set[str]:
+            self.told = True
+            return self.started
+
+        def is_told(self, key: str) -> bool:
+            self.started.add(key)
+            return self.told
+
+    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=RETRIES)(Stop).remote()
+
+
+def _tidy_nodes(token: str) -> None:
+    """Delete what is left in the nodes' own folders: runs that others were built on, or that were stopped."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(num_cpus=0, max_retries=0)(_tidy)
+    there = [
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+            _token_path("", token).name
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    ray.wait(there, num_returns=len(there), timeout=SECONDS_TO_TIDY)
+
+
+def _tidy(name: str) -> None:
+    shutil.rmtree(_own_folder(name), ignore_errors=True)

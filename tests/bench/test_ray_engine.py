@@ -1,0 +1,309 @@
+"""The Ray engine, on a real cluster of two nodes of this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import TINY_MODEL
+from torch.testing import assert_close
+
+from backdoorbench_moe.bench import worker
+from backdoorbench_moe.bench.engines import make_engine, ray_flight
+from backdoorbench_moe.bench.engines.ray import RayEngine, _share
+from backdoorbench_moe.bench.worker import Job, Outcome, work
+from backdoorbench_moe.config import build_spec
+from backdoorbench_moe.errors import BbmoeError, ConfigError
+from backdoorbench_moe.records import CHECKPOINT, RunFolder
+
+ray = pytest.importorskip("ray", reason="needs Ray: pip install 'backdoorbench-moe[ray]'")
+cluster_utils = pytest.importorskip("ray.cluster_utils")
+
+# A lost node is noticed within five seconds, not fifteen.
+IMPATIENT = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}
+FOR_EVER = 100_000
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes of one CPU; the driver is on the first."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+    head = {**node, "no_monitor": True, "include_log_monitor": False, "_system_config": IMPATIENT}
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
+    cluster.add_node(**node)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """A folder of images, which any process can read: red, green and blue ones, with noise."""
+    root, noise = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for part, count in (("train", 32), ("test", 16)):
+        for channel, name in enumerate(("red", "green", "blue")):
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = noise.integers(0, 128, (32, 32, 3), dtype=np.uint8)
+                pixels[..., channel] += 100
+                Image.fromarray(pixels).save(root / part / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def make_jobs(images) -> Callable[..., list[Job]]:
+    """(output, epochs, count, deadline) to so many runs that differ in their seeds."""
+
+    def make(output: Path, epochs: int, count: int = 2, deadline: float | None = None) -> list[Job]:
+        spec = {
+            "recipe": "paper",
+            "dataset": {"name": "folder", "root": str(images)},
+            "model": TINY_MODEL,
+            "trigger": "square",
+            "applicator": "image",
+            "precision": "fp32",
+            "poison": {"rate": 0.25},
+            "train": {"epochs": epochs, "batch_size": 32},
+        }
+        specs = [build_spec(spec, {"seed": seed}) for seed in range(count)]
+        return [Job(spec.to_dict(), str(output), deadline) for spec in specs]
+
+    return make
+
+
+def numbers(jobs: list[Job]) -> list[object]:
+    """What must be the same wherever a run is made."""
+    records = [job.folder.read() for job in jobs]
+    assert {record.status for record in records} == {"finished"}
+    return [(r.metrics, [{**row, "seconds": 0} for row in r.history], r.seeds, r.data) for r in records]
+
+
+def made_here(jobs: list[Job], output: Path) -> list[object]:
+    """The numbers of the same runs, made in this process, in another folder."""
+    jobs = [replace(job, output=str(output)) for job in jobs]
+    assert {work(job).status for job in jobs} == {"finished"}
+    return numbers(jobs)
+
+
+def maker(folder: RunFolder) -> int:
+    """The process that last worked in a run folder; 0 for none."""
+    file = folder.path / ".lock"
+    words = file.read_text().split() if file.exists() else []
+    return int(words[1]) if len(words) == 2 else 0
+
+
+def parent(pid: int) -> int:
+    """The process that started one; 0 for one that is no more."""
+    if not Path(f"/proc/{pid}/stat").exists():
+        return 0
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def has_checkpoint(job: Job) -> bool:
+    return (job.folder.path / CHECKPOINT / "state.safetensors").exists()
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    end = time.time() + 300
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture(autouse=True)
+def fresh_sessions(monkeypatch) -> None:
+    monkeypatch.setattr(worker, "_sessions", {})
+
+
+@pytest.mark.slow
+def test_runs_on_two_nodes_are_as_here(cluster, make_jobs, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    engine = make_engine("ray", address=cluster.address)
+    jobs = make_jobs(Path("runs"), 2, 4)
+    outcomes, raylets = [], set()
+    for outcome in engine.run(jobs):
+        outcomes.append(outcome)
+        raylets |= {parent(maker(job.folder)) for job in jobs} - {0}
+    assert raylets == {node.all_processes["raylet"][0].process.pid for node in cluster.list_all_nodes()}
+    assert sorted((outcome.name, outcome.status, outcome.error) for outcome in outcomes) == sorted(
+        (job.run_spec.name, "finished", None) for job in jobs
+    )
+    assert numbers(jobs) == made_here(jobs, tmp_path / "here")
+    assert {job.folder.read().environment["threads"] for job in jobs} == {1}
+    assert sorted(path.name for path in Path("runs").iterdir()) == sorted(job.run_spec.name for job in jobs)
+
+
+@pytest.mark.slow
+def test_files_come_home_where_the_folder_is_not_shared(cluster, make_jobs, tmp_path, monkeypatch) -> None:
+    before = set(Path(tempfile.gettempdir()).glob("bbmoe.ray-*"))
+    # Without its token, the output folder is one that the tasks take for another machine's.
+    monkeypatch.setattr(ray_flight, "write_token", lambda output, token: None)
+    jobs = make_jobs(tmp_path / "runs", 2)
+    outcomes = list(RayEngine(address=cluster.address).run(jobs))
+    assert [outcome.status for outcome in outcomes] == ["finished"] * 2
+    assert numbers(jobs) == made_here(jobs, tmp_path / "here")
+    for job in jobs:
+        assert maker(job.folder) == os.getpid()
+        assert sorted(path.name for path in job.folder.path.iterdir()) == [
+            ".lock",
+            "model.safetensors",
+            "poison.npz",
+            "record.json",
+        ]
+        here = RunFolder(tmp_path / "here" / job.run_spec.name)
+        tensors, header = job.folder.load_tensors()
+        assert header == here.load_tensors()[1]
+        assert_close(tensors, here.load_tensors()[0], rtol=0, atol=0)
+        assert (job.folder.load_poison() == here.load_poison()).all()
+    assert set(Path(tempfile.gettempdir()).glob("bbmoe.ray-*")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "side_by_side"), [(1, 1), (None, 2)])
+def test_time_is_up_for_what_runs_and_what_waits(
+    cluster, make_jobs, tmp_path, monkeypatch, workers, side_by_side
+) -> None:
+    jobs = make_jobs(tmp_path, FOR_EVER, 3, deadline=time.time() + 3600)
+
+    def clock() -> float:
+        """Of the driver alone: the nodes would go on for an hour."""
+        return time.time() + (3600 if sum(has_checkpoint(job) for job in jobs) == side_by_side else 0)
+
+    monkeypatch.setattr(ray_flight, "time", SimpleNamespace(time=clock))
+    outcomes = list(RayEngine(workers, address=cluster.address).run(jobs))
+    statuses = {outcome.name: outcome.status for outcome in outcomes}
+    assert sorted(statuses.values()) == ["interrupted"] * side_by_side + ["waiting"] * (3 - side_by_side)
+    for job in jobs:
+        status = job.folder.read().status if job.folder.exists else "waiting"
+        assert status == statuses[job.run_spec.name]
+
+
+@pytest.mark.slow
+def test_closed_it_stops_what_runs(cluster, make_jobs, tmp_path) -> None:
+    short, long = make_jobs(tmp_path, 1, 1), make_jobs(tmp_path, FOR_EVER, 2)
+    with closing(RayEngine(address=cluster.address).run([*short, *long])) as outcomes:
+        assert next(outcomes) == Outcome(short[0].run_spec.name, "finished")
+        wait_until(lambda: all(map(has_checkpoint, long)))
+    for job in long:
+        assert job.folder.read().status == "interrupted"
+        assert has_checkpoint(job)
+    assert not list(tmp_path.glob(".ray-*"))
+    assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+def test_a_worker_that_always_dies_fails_its_run(cluster, make_jobs, tmp_path, monkeypatch) -> None:
+    def die(job: Job, *rest: object) -> None:
+        with (Path(job.output) / "tries").open("a") as file:
+            file.write("x")
+        os._exit(1)
+
+    monkeypatch.setattr(ray_flight, "make_run", die)
+    monkeypatch.setattr(ray_flight, "RETRIES", 1)
+    [job] = make_jobs(tmp_path, 1, 1)
+    [outcome] = RayEngine(address=cluster.address).run([job])
+    assert outcome.status == "failed"
+    assert (outcome.error or "").startswith("its worker was lost 2 times: WorkerCrashedError")
+    assert (tmp_path / "tries").read_text() == "xx"
+    assert (job.folder.read().status, job.folder.read().error) == ("failed", outcome.error)
+
+
+@pytest.mark.slow
+def test_a_killed_nodes_run_goes_on_elsewhere(cluster, make_jobs, tmp_path) -> None:
+    """The last test on the cluster, of which it leaves one node."""
+    epochs = 60
+    jobs = make_jobs(tmp_path / "runs", epochs)
+    [node] = cluster.worker_nodes
+    raylet = node.all_processes["raylet"][0].process.pid
+    lost: list[tuple[Job, int, list[Any]]] = []
+
+    def kill() -> None:
+        wait_until(lambda: all(map(has_checkpoint, jobs)))
+        [job] = [job for job in jobs if parent(maker(job.folder)) == raylet]
+        pid = maker(job.folder)
+        cluster.remove_node(node, allow_graceful=False)
+        wait_until(lambda: not Path(f"/proc/{pid}").exists())
+        _, state = job.folder.load_checkpoint()  # type: ignore[misc]
+        lost.append((job, pid, state["history"]))
+
+    with ThreadPoolExecutor(1) as thread:
+        killing = thread.submit(kill)
+        outcomes = list(RayEngine(2, address=cluster.address).run(jobs))
+        killing.result()
+    assert [outcome.status for outcome in outcomes] == ["finished"] * 2
+    [(job, pid, rows)] = lost
+    record = job.folder.read()
+    assert maker(job.folder) != pid
+    assert 0 < len(rows) < epochs == len(record.history)
+    # To the microsecond: these epochs were not trained again.
+    assert record.history[: len(rows)] == rows
+    assert numbers(jobs) == made_here(jobs, tmp_path / "here")
+
+
+def test_no_cluster_at_the_address() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        start = time.time()
+        for form in (address, f"ray://{address}"):
+            with pytest.raises(ConfigError, match=rf"--address: no Ray cluster at {form} .*ray start --head"):
+                make_engine("ray", address=form)
+        assert time.time() < start + 5
+
+
+@pytest.mark.slow
+def test_no_cluster_to_be_part_of(make_jobs, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"--address: no Ray cluster at auto .*ray start --head"):
+        list(make_engine("ray", address="auto").run(make_jobs(tmp_path, 1, 1)))
+
+
+def test_options_that_cannot_be(monkeypatch) -> None:
+    for options, message in (
+        ({"workers": 0}, "--workers: expected at least 1, got 0"),
+        ({"gpus_per_run": 0.0}, r"--gpus-per-run: expected a number above 0, at most 1, got 0\.0"),
+        ({"gpus_per_run": 2.0}, "--gpus-per-run: expected a number above 0"),
+        ({"address": "somewhere"}, "--address: expected auto, host:port or ray://host:port, got 'somewhere'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_engine("ray", **options)
+    for options, message in (
+        ({"address": "auto"}, "--address: expected --engine ray with it, got 'auto'"),
+        ({"gpus_per_run": 0.5}, r"--gpus-per-run: expected --engine ray with it, got 0\.5"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_engine("local", **options)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(
+        ConfigError, match=r"--engine ray: Ray cannot be .*pip install 'backdoorbench-moe\[ray\]'"
+    ):
+        make_engine("ray")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "share"),
+    [(0, 4, 0), (8, None, 0.5), (2, 1, 1), (2, 2, 1), (2, 3, 0.5), (3, 8, 1 / 3)],
+)
+def test_the_share_of_a_gpu(gpus, workers, share) -> None:
+    assert _share(gpus, workers) == share
+
+
+def test_only_a_runs_own_files_are_written(tmp_path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(BbmoeError, match=r"a worker sent unknown files: \['\.\./elsewhere'\]"):
+        ray_flight._deliver(folder, {"record.json": b"{}", "../elsewhere": b""})
+    assert not list(tmp_path.iterdir())
