@@ -66,9 +66,11 @@ class ResultSet:
     def from_runs(cls, suite: Suite, output: Path | str) -> ResultSet:
         """Read what there is of a suite in a folder of run folders.
 
-        Raises RecordError for a damaged record, or for runs of one data set that were made from different
-        data.
+        Raises RecordError if there is no such folder, for a damaged record, and for runs of one data set that
+        were made from different data.
         """
+        if not Path(output).is_dir():
+            raise RecordError(f"--output {output}: expected a folder of run folders, found none")
         return cls._of(suite, _read_folders(suite, Path(output)))
 
     @classmethod

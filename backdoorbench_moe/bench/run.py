@@ -15,7 +15,7 @@ from backdoorbench_moe.bench.suite import Suite, order
 from backdoorbench_moe.bench.worker import Job, Outcome
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.runner import Session, link_twin, load_run
-from backdoorbench_moe.errors import BbmoeError, ConfigError
+from backdoorbench_moe.errors import BbmoeError, ConfigError, RecordError
 from backdoorbench_moe.records import RunFolder
 
 
@@ -61,6 +61,10 @@ def run_suite(
     todo = [run.spec for run in look(specs, output) if run.status != "finished"]
     report = Report(total=len(specs), found=len(specs) - len(todo))
     check(suite, todo, output, on_check)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecordError(f"--output {output}: {error.strerror}") from error
     _link(specs, output)
     jobs = [Job(spec.to_dict(), str(output), deadline) for spec in todo]
     for outcome in engine.run(jobs) if jobs else ():

@@ -24,7 +24,7 @@ from backdoorbench_moe.bench.run import Report, estimate, parse_budget, run_suit
 from backdoorbench_moe.bench.suite import Suite, order, parse_suite
 from backdoorbench_moe.bench.worker import Job, Outcome, work
 from backdoorbench_moe.engine.runner import Session, load_run
-from backdoorbench_moe.errors import BbmoeError, ConfigError, UnknownNameError
+from backdoorbench_moe.errors import BbmoeError, ConfigError, RecordError, UnknownNameError
 from backdoorbench_moe.records import RunFolder
 
 SIGNS = {
@@ -107,6 +107,14 @@ def test_a_missing_data_set_is_said_before_anything_is_trained(tmp_path) -> None
     with pytest.raises(BbmoeError, match=r"suite tiny: .*none"):
         run(suite, tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_cannot_be_is_said_before_anything_is_trained(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecordError, match=r"--output .*file: "):
+        run(tiny_suite(), tmp_path / "file")
+    with pytest.raises(RecordError, match=r"--output .*none: expected a folder of run folders"):
+        ResultSet.from_runs(tiny_suite(), tmp_path / "none")
 
 
 def test_a_failing_run_stops_no_other_and_is_tried_again(tmp_path, monkeypatch) -> None:
