@@ -12,7 +12,8 @@ from scipy.stats import ttest_ind
 
 from backdoorbench_moe.bench.paper import PaperTable
 from backdoorbench_moe.bench.results import MANIFEST, ResultSet, Statistic, read_lines, read_manifest
-from backdoorbench_moe.bench.suite import Cell, Suite, load_suite, value_of
+from backdoorbench_moe.bench.suite import Cell, Suite, value_of
+from backdoorbench_moe.bench.suite_file import load_suite
 from backdoorbench_moe.bench.tables import find_place, label
 from backdoorbench_moe.bench.wording import suite_line
 from backdoorbench_moe.config import DATASET_NOT_IN_DIGEST, PARTS, RunSpec

@@ -210,7 +210,7 @@ def record_lines(results: ResultSet) -> Iterator[str]:
         values = asdict(record)
         for key in DATASET_NOT_IN_DIGEST:
             values["spec"]["dataset"].pop(key, None)
-        yield json.dumps(values, sort_keys=True)
+        yield json.dumps(values)
 
 
 def read_lines(folder: Path) -> list[Record]:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any
 
-from backdoorbench_moe.bench.files import find_file, names_in
-from backdoorbench_moe.config import DATASET_NOT_IN_DIGEST, RunSpec, Values, build_spec, load_yaml, merge
+from backdoorbench_moe.config import DATASET_NOT_IN_DIGEST, RunSpec
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 
 METRICS = ("asr", "ba", "cad", "ra")
@@ -169,169 +166,6 @@ def part_label(part: Mapping[str, Any] | None) -> str | None:
     return ", ".join([part["name"], *(f"{key}={value}" for key, value in part.items() if key != "name")])
 
 
-def load_suite(name: str, scale: str | None = None) -> Suite:
-    """Read a suite by name or path, at a scale (the file's first by default), and lay out its grid.
-
-    Every name and number is checked as far as that needs no data. Raises UnknownNameError or ConfigError
-    naming the suite, the key and the cell.
-    """
-    file = find_file(name, "suites", "suite")
-    return parse_suite(load_yaml(file), file.stem, scale, folder=file.parent)
-
-
-SUITE_KEYS = ("title", "version", "scales", "base", "grid", "repeats", "tables", "plots", "paper")
-
-
-def parse_suite(values: Values, name: str, scale: str | None = None, *, folder: Path | None = None) -> Suite:
-    """A suite from its file's values; see `load_suite`. folder: where its scales may lie."""
-    where = f"suite {name}"
-    for key in values:
-        if key not in SUITE_KEYS:
-            raise UnknownNameError(f"{where}: key", str(key), SUITE_KEYS)
-    for key in ("title", "version", "grid"):
-        if key not in values:
-            raise ConfigError.expected(f"{where}: {key}", "it to be given", None)
-    version, repeats = (_count(values.get(key, 1), f"{where}: {key}") for key in ("version", "repeats"))
-    scale, scaled = _load_scale(values.get("scales"), scale, where, folder)
-    base = _mapping(values.get("base", {}), f"{where}: base")
-    cells = tuple(_lay_out(values["grid"], base, scaled, where))
-    suite = Suite(
-        name=name,
-        title=str(values["title"]),
-        version=version,
-        scale=scale,
-        note=str(scaled.get("note", "")),
-        repeats=repeats,
-        cells=cells,
-        tables=tuple(_read_items(Layout, values.get("tables", []), f"{where}: tables")),
-        plots=tuple(_read_items(Plot, values.get("plots", []), f"{where}: plots")),
-        paper=_read_paper(values.get("paper"), where),
-    )
-    _check(suite, where)
-    return suite
-
-
-def _load_scale(
-    scales: object, wanted: str | None, where: str, folder: Path | None
-) -> tuple[str | None, Values]:
-    """The chosen scale's name and values: note, spec keys, and `models` with options by model name."""
-    if scales is None:
-        if wanted is not None:
-            raise ConfigError(f"--scale: {where} has no scales, got {wanted!r}")
-        return None, {}
-    if not isinstance(scales, list) or not scales or not all(isinstance(item, str) for item in scales):
-        raise ConfigError.expected(f"{where}: scales", "a list of names", scales)
-    name = wanted if wanted is not None else scales[0]
-    if name not in scales:
-        raise UnknownNameError(f"{where}: scale", name, scales)
-    return name, load_yaml(find_file(name, "suites/scales", "scale", folder and folder / "scales"))
-
-
-def _lay_out(grid: object, base: Values, scaled: Values, where: str) -> Iterator[Cell]:
-    """Every combination of every grid's values; a suite may have several grids."""
-    scaled = {key: value for key, value in scaled.items() if key != "note"}
-    models = scaled.pop("models", {})
-    for number, axes in enumerate(grid if isinstance(grid, list) else [grid]):
-        place = f"{where}: grid[{number}]" if isinstance(grid, list) else f"{where}: grid"
-        axes = _mapping(axes, place)
-        if not axes:
-            raise ConfigError.expected(place, "at least one key", axes)
-        lists = {key: item if isinstance(item, list) else [item] for key, item in axes.items()}
-        for key, items in lists.items():
-            if not items:
-                raise ConfigError.expected(f"{place}: {key}", "at least one value", items)
-        for combination in itertools.product(*lists.values()):
-            chosen = dict(zip(lists, combination, strict=True))
-            yield Cell(chosen, _build(chosen, base, scaled, models, place))
-
-
-def _build(chosen: Values, base: Values, scaled: Values, models: Values, place: str) -> RunSpec:
-    layers = [base, *(_nest(key, value) for key, value in chosen.items())]
-    shown = ", ".join(f"{key}={value}" for key, value in chosen.items())
-    try:
-        # The scale goes below: what the suite itself says of a model or a data set wins.
-        model = merge({"model": {"name": "pmoe"}}, *(_named(layer) for layer in layers))["model"]["name"]
-        options = {"model": {"name": model, **models.get(model, {})}}
-        data = merge({"dataset": {"name": "signs"}}, *(_named(layer) for layer in layers))["dataset"]["name"]
-        below = merge({"dataset": {"name": data}}, scaled, options)
-        return build_spec(below, *layers)
-    except ConfigError as error:
-        raise ConfigError(f"{place}: {shown}: {error}") from error
-
-
-def _nest(key: str, value: Any) -> Values:
-    for name in reversed(key.split(".")):
-        value = {name: value}
-    return cast(Values, value)
-
-
-def _named(layer: Values) -> Values:
-    """The parts of a layer, bare names spelled out."""
-    return {
-        k: {"name": v} if isinstance(v, str) else v for k, v in layer.items() if k in ("model", "dataset")
-    }
-
-
-def _check(suite: Suite, where: str) -> None:
-    """Refuse runs that are listed twice, and layouts over keys or metrics that there are not."""
-    seen: dict[str, Cell] = {}
-    for cell in suite.cells:
-        if (twin := seen.setdefault(cell.spec.digest, cell)) is not cell:
-            raise ConfigError(f"{where}: grid: {dict(cell.values)} is the same run as {dict(twin.values)}")
-    spec = suite.cells[0].spec
-    for table in suite.tables:
-        for metric in table.metrics:
-            check_metric(metric, f"{where}: tables")
-        for key in (*table.rows, table.columns):
-            value_of(spec, key)
-    for plot in suite.plots:
-        check_metric(plot.metric, f"{where}: plots")
-        for key in (plot.x, plot.panels, plot.lines):
-            value_of(spec, key)
-
-
-def check_metric(metric: str, where: str) -> None:
-    """Raise UnknownNameError for a metric that there is not."""
-    if metric.rpartition(".")[2] not in METRICS:
-        raise UnknownNameError(f"{where}: metric", metric, METRICS)
-
-
-def _read_items(kind: Any, items: object, where: str) -> Iterator[Any]:
-    if not isinstance(items, list):
-        raise ConfigError.expected(where, "a list", items)
-    known = {item.name for item in fields(kind)}
-    for item in items:
-        item = _mapping(item, where)
-        for key in item:
-            if key not in known:
-                raise UnknownNameError(f"{where}: key", key, known)
-        try:
-            yield kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in item.items()})
-        except TypeError as error:
-            raise ConfigError(f"{where}: {error}") from error
-
-
-def _read_paper(paper: object, where: str) -> Values | None:
-    if paper is None:
-        return None
-    values = {"file": paper} if isinstance(paper, str) else _mapping(paper, f"{where}: paper")
-    if not isinstance(values.get("file"), str):
-        raise ConfigError.expected(f"{where}: paper", "the name of a published table", paper)
-    return values
-
-
-def _mapping(value: object, where: str) -> Values:
-    if not isinstance(value, dict):
-        raise ConfigError.expected(where, "keys and values", value)
-    return {str(key): item for key, item in value.items()}
-
-
-def _count(value: object, where: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError.expected(where, "a whole number from 1", value)
-    return value
-
-
 def _scaled(text: str) -> object:
     """Read one value of --only: a rate may be written as 0.5%, a number as any."""
     try:
@@ -343,13 +177,3 @@ def _scaled(text: str) -> object:
 def _shown(value: object) -> str:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return f"{value:.6g}" if is_number else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def list_suites() -> list[str]:
-    """Names of the suites that come with the project."""
-    return names_in("suites")
-
-
-def list_scales(name: str) -> list[str]:
-    """The scales of a suite, its default first."""
-    return list(load_yaml(find_file(name, "suites", "suite")).get("scales") or [])

@@ -6,7 +6,8 @@ from typing import Any
 
 from tiny import TINY_MODEL
 
-from backdoorbench_moe.bench.suite import Suite, parse_suite
+from backdoorbench_moe.bench.suite import Suite
+from backdoorbench_moe.bench.suite_file import parse_suite
 
 BASE = {
     "recipe": "paper",

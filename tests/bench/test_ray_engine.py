@@ -265,10 +265,15 @@ def test_no_cluster_at_the_address() -> None:
         assert time.time() < start + 5
 
 
-@pytest.mark.slow
 def test_no_cluster_to_be_part_of(make_jobs, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"--address: no Ray cluster at auto .*ray start --head"):
+    def refuse(address: str, **options: object) -> None:
+        raise ConnectionError(f"Could not find any running Ray instance ({address}).\nMore lines.")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    message = (
+        r"no Ray cluster at auto \(Could not .* instance \(auto\)\.\); start one with `ray start --head`"
+    )
+    with pytest.raises(ConfigError, match=message):
         list(make_engine("ray", address="auto").run(make_jobs(tmp_path, 1, 1)))
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from backdoorbench_moe.bench.render import latex, markdown, plain, rich_tables, statistics_csv, tex
 from backdoorbench_moe.bench.results import ResultSet
-from backdoorbench_moe.bench.suite import load_suite
+from backdoorbench_moe.bench.suite_file import load_suite
 from backdoorbench_moe.bench.tables import build_sheet
 from backdoorbench_moe.bench.wording import number, signed
 

@@ -21,7 +21,8 @@ from backdoorbench_moe.bench.engines.local import LocalEngine, runs_that_fit
 from backdoorbench_moe.bench.plan import look
 from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.run import Report, estimate, parse_budget, run_suite
-from backdoorbench_moe.bench.suite import Suite, order, parse_suite
+from backdoorbench_moe.bench.suite import Suite, order
+from backdoorbench_moe.bench.suite_file import parse_suite
 from backdoorbench_moe.bench.worker import Job, Outcome, work
 from backdoorbench_moe.engine.runner import Session, load_run
 from backdoorbench_moe.errors import BbmoeError, ConfigError, RecordError, UnknownNameError

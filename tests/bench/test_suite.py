@@ -7,7 +7,8 @@ from suites import BASE, GRID, tiny_suite
 
 from backdoorbench_moe.bench.paper import load_paper
 from backdoorbench_moe.bench.plan import with_place
-from backdoorbench_moe.bench.suite import list_scales, list_suites, load_suite, order, value_of
+from backdoorbench_moe.bench.suite import order, value_of
+from backdoorbench_moe.bench.suite_file import list_scales, list_suites, load_suite
 from backdoorbench_moe.errors import BbmoeError, ConfigError, UnknownNameError
 
 

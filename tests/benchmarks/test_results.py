@@ -1,0 +1,39 @@
+"""What is committed under benchmarks/results is what its records and today's suites make."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from backdoorbench_moe.bench import render
+from backdoorbench_moe.bench.results import ResultSet
+from backdoorbench_moe.bench.suite_file import load_suite
+from backdoorbench_moe.bench.tables import build_sheet
+from backdoorbench_moe.bench.tidy import tidy_csv
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+FOLDERS = sorted(path.parent for path in RESULTS.rglob("suite.json"))
+
+
+def test_there_are_results() -> None:
+    assert FOLDERS
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(RESULTS)))
+def test_the_committed_tables_are_the_records(folder) -> None:
+    manifest = json.loads((folder / "suite.json").read_text(encoding="utf-8"))
+    assert folder.relative_to(RESULTS).parts == (manifest["suite"], manifest["scale"])
+    suite = load_suite(manifest["suite"], manifest["scale"]).with_repeats(manifest["repeats"])
+    results = ResultSet.from_folder(suite, folder)
+    assert results.finished()
+    sheet = build_sheet(results)
+    drawn = {
+        "table.md": render.markdown(sheet),
+        "table.csv": render.statistics_csv(results),
+        "table.tex": render.latex(sheet),
+        "tidy.csv": tidy_csv(results),
+    }
+    for name, text in drawn.items():
+        assert (folder / name).read_bytes() == text.encode("utf-8"), f"{folder.name}: {name}"
