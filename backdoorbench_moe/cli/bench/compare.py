@@ -31,7 +31,7 @@ def command(a: str, b: str, metrics: tuple[str, ...], output: Path, form: str) -
     """
     from backdoorbench_moe.bench import compare_render
     from backdoorbench_moe.bench.compare import compare, default_metrics, open_side
-    from backdoorbench_moe.bench.suite import check_metric
+    from backdoorbench_moe.bench.suite_file import check_metric
 
     for metric in metrics:
         check_metric(metric, "--metric")

@@ -24,7 +24,7 @@ def command(
 ) -> None:
     """Write all finished records of SUITE, clean twins among them, as one tidy CSV and as lines of JSON."""
     from backdoorbench_moe.bench.results import ResultSet, record_lines
-    from backdoorbench_moe.bench.suite import load_suite
+    from backdoorbench_moe.bench.suite_file import load_suite
     from backdoorbench_moe.bench.tidy import tidy_csv
     from backdoorbench_moe.errors import ConfigError
 

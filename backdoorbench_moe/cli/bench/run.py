@@ -60,7 +60,7 @@ def command(
     """
     from backdoorbench_moe.bench.plan import with_place
     from backdoorbench_moe.bench.run import parse_budget, run_suite
-    from backdoorbench_moe.bench.suite import load_suite
+    from backdoorbench_moe.bench.suite_file import load_suite
 
     suite = load_suite(name, scale).only(filters)
     suite = suite if repeats is None else suite.with_repeats(repeats)

@@ -47,7 +47,7 @@ def command(
     from dataclasses import replace
 
     from backdoorbench_moe.bench.results import ResultSet
-    from backdoorbench_moe.bench.suite import load_suite
+    from backdoorbench_moe.bench.suite_file import load_suite
     from backdoorbench_moe.errors import ConfigError
 
     if save is not None and filters:
