@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -17,6 +18,7 @@ from backdoorbench_moe.records import RunFolder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [README, (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")]
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 BLOCKS = [text for language, text in FENCES if language == "python"]
 
@@ -46,16 +48,20 @@ def test_the_trigger_takes_15_lines_and_works() -> None:
 
 
 def commands() -> list[str]:
-    """Every `bbmoe` command in a code block, without its comment."""
-    lines = [line for language, text in FENCES if not language for line in text.splitlines()]
+    """Every `bbmoe` command in a code block of the pages, without its comment."""
+    fences = [f for page in PAGES for f in re.findall(r"^```\n(.*?)^```", page, re.DOTALL | re.MULTILINE)]
+    lines = [line for text in fences for line in text.splitlines()]
     return [line.partition("#")[0].strip() for line in lines if line.startswith("bbmoe ")]
 
 
 @pytest.mark.parametrize("line", commands())
 def test_the_commands_take_the_flags_they_are_shown_with(line) -> None:
     """Each command is parsed by its own click command; what it would do is tested elsewhere."""
-    _, name, *args = shlex.split(line)
-    command = bbmoe.get_command(None, name)  # type: ignore[arg-type]
+    _, *args = shlex.split(line)
+    command: click.Command | None = bbmoe
+    while isinstance(command, click.Group):
+        name, *args = args
+        command = command.get_command(None, name)  # type: ignore[arg-type]
     assert command is not None
     command.make_context(name, args)
 
