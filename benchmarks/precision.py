@@ -1,0 +1,104 @@
+"""The same trained model evaluated in bf16 and in fp32: BA, ASR, and whether the routers choose the same patches.
+
+    python benchmarks/precision.py runs/*/ --data-root DIR [--images 2000]
+
+Overlap is the intersection over union (Jaccard) of the patches an expert selects in the two precisions, averaged
+over images, experts and layers, on clean test images and on triggered ones; predictions that agree are counted
+over the same images. `bbmoe bench run precision` trains in both.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from recalibrate import load_images
+from torch import Tensor, nn
+
+from backdoorbench_moe.data.base import ImageSet
+from backdoorbench_moe.engine.device import autocast
+from backdoorbench_moe.engine.evaluate import measure
+from backdoorbench_moe.engine.poison import triggered_test
+from backdoorbench_moe.engine.runner import Run, load_run
+from backdoorbench_moe.engine.step import as_input
+from backdoorbench_moe.models.base import RoutedModel
+
+PRECISIONS = ("bf16", "fp32")
+BATCH = 500
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Shares in percent: predictions that agree, and overlap of the selected patches (None without routing)."""
+
+    predictions: float
+    overlap: float | None
+
+
+@torch.inference_mode()
+def look(model: nn.Module, images: Tensor, precision: str) -> tuple[Tensor, list[Tensor]]:
+    """Predictions (N,), and the selected patches (N, E, P) bool of every layer, of (N, 3, H, W) uint8 images."""
+    predicted, selected = [], []
+    for part in images.split(BATCH):
+        with autocast(images.device, precision):
+            if isinstance(model, RoutedModel):
+                output = model.forward_routed(as_input(part))
+                selected.append([routing.selected for routing in output.routing])
+                predicted.append(output.logits.argmax(1))
+            else:
+                predicted.append(model(as_input(part)).argmax(1))
+    return torch.cat(predicted), [torch.cat(layer) for layer in zip(*selected, strict=True)]
+
+
+def jaccard(first: Tensor, second: Tensor) -> Tensor:
+    """Intersection over union of (..., P) bool sets, (...); two empty sets are the same."""
+    union = (first | second).sum(-1)
+    return torch.where(union == 0, 1.0, (first & second).sum(-1) / union.clamp(min=1))
+
+
+def agree(model: nn.Module, images: Tensor) -> Agreement:
+    """How far the two precisions agree on some images."""
+    (first, first_layers), (second, second_layers) = (look(model, images, each) for each in PRECISIONS)
+    overlaps = [jaccard(*pair).mean() for pair in zip(first_layers, second_layers, strict=True)]
+    overlap = 100 * torch.stack(overlaps).mean().item() if overlaps else None
+    return Agreement(100 * (first == second).float().mean().item(), overlap)
+
+
+def rows(run: Run, images: ImageSet, count: int) -> list[list[str]]:
+    """One row for clean and one for triggered images."""
+    model = run.model().to(memory_format=torch.channels_last)
+    triggered = None if run.spec.is_clean else triggered_test(images, run.spec.poison, run.stamper())
+    metrics = {each: measure(model, images.test, triggered, precision=each) for each in PRECISIONS}
+    made = []
+    for kind, metric, shown in (
+        ("clean", "ba", images.test.images),
+        ("triggered", "asr", triggered and triggered[0].images),
+    ):
+        if shown is not None:
+            found = agree(model, shown[:count])
+            values = [f"{metrics[each][metric]['value']:.2f}" for each in PRECISIONS]
+            overlap = "–" if found.overlap is None else f"{found.overlap:.2f}"
+            made.append([kind, metric.upper(), *values, f"{found.predictions:.2f}", overlap])
+    return made
+
+
+def main() -> None:
+    """Print a Markdown table, two rows a run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--data-root")
+    parser.add_argument("--images", type=int, default=2000, help="images for the agreement [2000]")
+    args = parser.parse_args()
+    header = ["run", "images", "metric", *PRECISIONS, "same prediction, %", "routing overlap, %"]
+    print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}")
+    for folder in args.runs:
+        run = load_run(folder)
+        if run.record.status == "finished":
+            for row in rows(run, load_images(run.spec, args.data_root), args.images):
+                print(f"| {folder.name} | {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
