@@ -27,7 +27,7 @@ from backdoorbench_moe.bench.engines.ray import RayEngine, _share
 from backdoorbench_moe.bench.worker import Job, Outcome, work
 from backdoorbench_moe.config import build_spec
 from backdoorbench_moe.errors import BbmoeError, ConfigError
-from backdoorbench_moe.records import CHECKPOINT, RunFolder
+from backdoorbench_moe.records import CHECKPOINT, LOCK, RunFolder
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'backdoorbench-moe[ray]'")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
@@ -180,9 +180,29 @@ def test_time_is_up_for_what_runs_and_what_waits(
     jobs = make_jobs(tmp_path, FOR_EVER, 3, deadline=time.time() + 3600)
 
     def clock() -> float:
-        """Of the driver alone: the nodes would go on for an hour."""
-        return time.time() + (3600 if sum(has_checkpoint(job) for job in jobs) == side_by_side else 0)
+        """Of the driver alone: the nodes would go on for an hour. Time enough for a third run to start."""
+        newest = [(job.folder.path / LOCK).stat().st_mtime for job in jobs if has_checkpoint(job)]
+        up = len(newest) == side_by_side and time.time() > max(newest) + 5
+        return time.time() + (3600 if up else 0)
 
+    def make_slow_stop() -> Any:
+        class Stop:
+            def __init__(self) -> None:
+                self.told, self.started = False, set[str]()
+
+            def tell(self) -> set[str]:
+                self.told = True
+                return self.started
+
+            def is_told(self, key: str) -> bool:
+                time.sleep(0.5)
+                self.started.add(key)
+                return self.told
+
+        return ray.remote(num_cpus=0)(Stop).remote()
+
+    # A task that waits for the answer must not lose its CPU to another meanwhile.
+    monkeypatch.setattr(ray_flight, "_make_stop", make_slow_stop)
     monkeypatch.setattr(ray_flight, "time", SimpleNamespace(time=clock))
     outcomes = list(RayEngine(workers, address=cluster.address).run(jobs))
     statuses = {outcome.name: outcome.status for outcome in outcomes}
@@ -225,15 +245,18 @@ def test_a_worker_that_always_dies_fails_its_run(cluster, make_jobs, tmp_path, m
 @pytest.mark.slow
 def test_a_killed_nodes_run_goes_on_elsewhere(cluster, make_jobs, tmp_path) -> None:
     """The last test on the cluster, of which it leaves one node."""
-    epochs = 60
+    epochs = 80
     jobs = make_jobs(tmp_path / "runs", epochs)
     [node] = cluster.worker_nodes
     raylet = node.all_processes["raylet"][0].process.pid
     lost: list[tuple[Job, int, list[Any]]] = []
 
+    def on_node() -> list[Job]:
+        return [job for job in jobs if has_checkpoint(job) and parent(maker(job.folder)) == raylet]
+
     def kill() -> None:
-        wait_until(lambda: all(map(has_checkpoint, jobs)))
-        [job] = [job for job in jobs if parent(maker(job.folder)) == raylet]
+        wait_until(on_node)
+        [job] = on_node()
         pid = maker(job.folder)
         cluster.remove_node(node, allow_graceful=False)
         wait_until(lambda: not Path(f"/proc/{pid}").exists())
@@ -251,7 +274,7 @@ def test_a_killed_nodes_run_goes_on_elsewhere(cluster, make_jobs, tmp_path) -> N
     assert 0 < len(rows) < epochs == len(record.history)
     # To the microsecond: these epochs were not trained again.
     assert record.history[: len(rows)] == rows
-    assert numbers(jobs) == made_here(jobs, tmp_path / "here")
+    assert numbers([job]) == made_here([job], tmp_path / "here")
 
 
 def test_no_cluster_at_the_address() -> None:

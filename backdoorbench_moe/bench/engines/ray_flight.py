@@ -10,6 +10,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ RETRIES = 3
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_STOP = 60.0
 SECONDS_TO_TIDY = 30.0
+SECONDS_TO_ANSWER = 5.0
 
 Files = dict[str, bytes]
 
@@ -179,31 +181,38 @@ class Flight:
 
 def make_run(job: Job, home: Home, threads: int, stop: Any, key: str) -> tuple[Outcome, Files | None]:
     """In a worker process: make a run. Its files come along where the output folder is not the driver's."""
-    import ray
     import torch
-    from ray.exceptions import RayError
 
-    if ray.get(stop.is_told.remote(key)) or job.is_late:
-        return Outcome(job.run_spec.name, "waiting"), None
-    torch.set_num_threads(threads)
-    with contextlib.suppress(OSError):
-        os.chdir(home.folder)
-    if home.data is not None:
-        os.environ.setdefault(VARIABLE, home.data)
+    # A task that waits for Ray in its main thread gives its CPU away to another one meanwhile.
+    with ThreadPoolExecutor(1) as asking:
 
-    def is_wanted() -> bool:
-        try:
-            return not ray.get(stop.is_told.remote(key), timeout=5)
-        except RayError:  # Its node was lost, and it starts again on another.
-            return True
+        def is_wanted() -> bool:
+            return not asking.submit(_is_told, stop, key).result()
 
-    token = Path(home.token)
-    if token.is_file():
-        return work(job, is_wanted), None
-    own = replace(job, output=str(_own_folder(token.name)))
-    outcome = work(own, is_wanted)
+        if job.is_late or not is_wanted():
+            return Outcome(job.run_spec.name, "waiting"), None
+        torch.set_num_threads(threads)
+        with contextlib.suppress(OSError):
+            os.chdir(home.folder)
+        if home.data is not None:
+            os.environ.setdefault(VARIABLE, home.data)
+        token = Path(home.token)
+        if token.is_file():
+            return work(job, is_wanted), None
+        own = replace(job, output=str(_own_folder(token.name)))
+        outcome = work(own, is_wanted)
     ended = outcome.status in ("finished", "failed")
     return outcome, _take(own.folder) if ended else {}
+
+
+def _is_told(stop: Any, key: str) -> bool:
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        return bool(ray.get(stop.is_told.remote(key), timeout=SECONDS_TO_ANSWER))
+    except RayError:  # Its node was lost, and it starts again on another.
+        return False
 
 
 def write_token(output: str, token: str) -> None:
