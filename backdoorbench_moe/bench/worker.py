@@ -166,8 +166,9 @@ class _Watch(Observer):
             self._stop_if_over(needed=row["seconds"])
 
     def clear(self) -> None:
-        """Take the sign away."""
-        (self.folder.path / LIFE_SIGN).unlink(missing_ok=True)
+        """Take the sign away, if it is ours: a run that only waited has left none."""
+        if self._sign:
+            (self.folder.path / LIFE_SIGN).unlink(missing_ok=True)
 
     def _stop_if_over(self, needed: float = 0.0) -> None:
         over = self.deadline is not None and time.time() + needed > self.deadline

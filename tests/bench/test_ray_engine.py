@@ -37,6 +37,10 @@ IMPATIENT = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 10
 FOR_EVER = 100_000
 
 
+# One cluster for all of them: the same process under xdist (--dist loadgroup).
+pytestmark = pytest.mark.xdist_group("ray")
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Two nodes of one CPU; the driver is on the first."""

@@ -184,6 +184,15 @@ def test_an_epoch_that_would_be_cut_is_not_started(tmp_path, monkeypatch) -> Non
         watch.on_epoch(1, {"seconds": 150.0})
 
 
+def test_a_run_that_only_waited_takes_no_other_sign_away(tmp_path) -> None:
+    (tmp_path / worker.LIFE_SIGN).write_text("{}")
+    watch = worker._Watch(RunFolder(tmp_path), time.time() - 1, lambda: True)
+    with pytest.raises(worker.StopRun):
+        watch.on_wait(str(tmp_path))
+    watch.clear()
+    assert (tmp_path / worker.LIFE_SIGN).exists()
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"), [("90s", 90), ("9m", 540), ("1h30m", 5400), ("0.5h", 1800), ("2d", 172800)]
 )
