@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -102,13 +103,13 @@ def memory_of(job: Job) -> tuple[int, int]:
 def record_failure(folder: RunFolder, spec: RunSpec, message: str) -> None:
     """Leave a record of a run that failed, unless its own record says so already, or it is finished."""
     try:
-        record = folder.read() if folder.exists else Record.for_spec(spec)
-        if record.status == "finished" or (record.status == "failed" and record.error == message):
-            return
-        record.status, record.error = "failed", message
         with folder.lock():
+            record = folder.read() if folder.exists else Record.for_spec(spec)
+            if record.status == "finished" or (record.status == "failed" and record.error == message):
+                return
+            record.status, record.error = "failed", message
             folder.write(record)
-    except RecordError:
+    except (RecordError, OSError):
         # The folder cannot be read or written: the outcome alone has to say it.
         return
 
@@ -146,7 +147,8 @@ class _Watch(Observer):
         self._stop_if_over()
 
     def on_train_start(self, name: str, *, epochs: int, done: int, images: int) -> None:
-        """Say what is trained."""
+        """Say what is trained: the run itself, or first the one it is to defend, before it has a folder."""
+        self.folder.path.mkdir(parents=True, exist_ok=True)
         self._sign = {"epochs": epochs, "epoch": done, "images": images, "start": done}
         self._started, self._seen = time.time(), 0
         self._tell()
@@ -168,7 +170,8 @@ class _Watch(Observer):
     def clear(self) -> None:
         """Take the sign away, if it is ours: a run that only waited has left none."""
         if self._sign:
-            (self.folder.path / LIFE_SIGN).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (self.folder.path / LIFE_SIGN).unlink()
 
     def _stop_if_over(self, needed: float = 0.0) -> None:
         over = self.deadline is not None and time.time() + needed > self.deadline

@@ -185,12 +185,33 @@ def test_an_epoch_that_would_be_cut_is_not_started(tmp_path, monkeypatch) -> Non
 
 
 def test_a_run_that_only_waited_takes_no_other_sign_away(tmp_path) -> None:
-    (tmp_path / worker.LIFE_SIGN).write_text("{}")
-    watch = worker._Watch(RunFolder(tmp_path), time.time() - 1, lambda: True)
-    with pytest.raises(worker.StopRun):
-        watch.on_wait(str(tmp_path))
-    watch.clear()
-    assert (tmp_path / worker.LIFE_SIGN).exists()
+    [spec, *_] = order(tiny_suite())
+    sign = tmp_path / spec.name / worker.LIFE_SIGN
+    with RunFolder(tmp_path / spec.name).lock():
+        sign.write_text("{}")
+        asked = iter([True, True, False])
+        outcome = work(Job(spec.to_dict(), str(tmp_path)), lambda: next(asked))
+    assert (outcome.status, sign.exists()) == ("interrupted", True)
+
+
+def test_a_defended_run_alone_makes_what_it_defends(tmp_path) -> None:
+    grid = {**GRID, "trigger": "square", "poison.rate": 0.25, "defenses": [["fine-tuning"]]}
+    _, parent, defended = order(tiny_suite(grid=grid))
+    outcome = work(Job(defended.to_dict(), str(tmp_path)))
+    assert outcome == Outcome(defended.name, "finished")
+    assert {run.status for run in look([parent, defended], tmp_path)} == {"finished"}
+    assert not list(tmp_path.glob(f"*/{worker.LIFE_SIGN}"))
+
+
+def test_a_full_disk_is_the_outcome_of_a_run(tmp_path, monkeypatch) -> None:
+    [spec, *_] = order(tiny_suite())
+
+    def refuse(self, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunFolder, "lock", refuse)
+    outcome = work(Job(spec.to_dict(), str(tmp_path)))
+    assert outcome.status == "failed" and "No space left" in (outcome.error or "")
 
 
 @pytest.mark.parametrize(
