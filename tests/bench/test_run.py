@@ -16,7 +16,7 @@ import torch
 from suites import GRID, tiny_suite
 
 from backdoorbench_moe.bench import worker
-from backdoorbench_moe.bench.engines import make_engine
+from backdoorbench_moe.bench.engines import local, make_engine
 from backdoorbench_moe.bench.engines.local import LocalEngine, runs_that_fit
 from backdoorbench_moe.bench.plan import look
 from backdoorbench_moe.bench.results import ResultSet
@@ -171,6 +171,29 @@ def test_a_budget_that_is_over_starts_nothing(tmp_path) -> None:
     [outcome] = LocalEngine().run([late])
     assert outcome == Outcome(spec.name, "waiting")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_handed_to_a_process_fails_and_holds_up_nothing(tmp_path, monkeypatch) -> None:
+    first, second, *_ = order(tiny_suite())
+    jobs = [Job(spec.to_dict(), str(tmp_path)) for spec in (first, second)]
+    start = LocalEngine._start
+
+    def start_once(self, number, stop):
+        monkeypatch.setattr(LocalEngine, "_start", start)
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(LocalEngine, "_start", start_once)
+    monkeypatch.setattr(local, "work", lambda job, alive: None)  # A lambda cannot be pickled.
+    outcomes = list(LocalEngine(1).run(jobs))
+    assert [outcome.status for outcome in outcomes] == ["failed", "failed"]
+    assert "no more processes" in outcomes[0].error and "pickle" in outcomes[1].error.lower()
+
+
+def test_a_run_that_cannot_be_measured_has_a_gpu_of_its_own(tmp_path, monkeypatch) -> None:
+    [spec, *_] = order(tiny_suite())
+    engine = LocalEngine(gpus=["0"])
+    monkeypatch.setattr(local, "memory_of", lambda job: None)  # A lambda cannot be pickled.
+    assert engine._fit(Job(spec.to_dict(), str(tmp_path)), None) == 1
 
 
 def test_an_epoch_that_would_be_cut_is_not_started(tmp_path, monkeypatch) -> None:

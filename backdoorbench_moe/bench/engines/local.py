@@ -70,6 +70,8 @@ class LocalEngine:
         self, number: int, waiting: queue.SimpleQueue[Job], done: queue.SimpleQueue[Outcome], stop: Any
     ) -> None:
         """Hand jobs to one process until none is left; the engine has such a thread for each process."""
+        # Processes inherit it: Ctrl-C is the engine's, which tells them to stop, also while they still start.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         pool = None
         while not stop.value:
             try:
@@ -79,20 +81,26 @@ class LocalEngine:
             if job.is_late:
                 done.put(Outcome(job.run_spec.name, "waiting"))
                 continue
-            pool = pool or self._start(number, stop)
             try:
+                pool = pool or self._start(number, stop)
                 done.put(pool.submit(work, job, _is_wanted).result())
             except BrokenProcessPool:
                 # Killed for memory, or a crash in a library: this run's error, and a new process for the next.
                 done.put(job.fail("the worker process died (killed, or out of memory?)"))
                 pool = None
+            except BaseException as error:
+                # Whatever it is, as no process can be started: without an outcome the engine would wait for ever.
+                done.put(job.fail(f"{type(error).__name__}: {error}"))
         if pool is not None:
             pool.shutdown()
 
     def _fit(self, job: Job, stop: Any) -> int:
         """How many such runs one GPU holds, from a few of its steps in a process of their own."""
-        with self._start(0, stop) as pool:
-            return runs_that_fit(*pool.submit(memory_of, job).result())
+        try:
+            with self._start(0, stop) as pool:
+                return runs_that_fit(*pool.submit(memory_of, job).result())
+        except Exception:
+            return 1  # Such as one that does not fit at all: the run itself says so.
 
     def _start(self, number: int, stop: Any) -> ProcessPoolExecutor:
         gpu = self.gpus[number % len(self.gpus)] if self.gpus else None
@@ -111,7 +119,6 @@ def _prepare(threads: int, gpu: str | None, stop: Any) -> None:
     global _stop
     _stop = stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The engine tells its workers to stop, between two steps.
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     import torch
