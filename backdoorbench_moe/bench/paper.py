@@ -24,6 +24,8 @@ KEYS = {
     "stage": "stage",
 }
 
+NUMBERS = {*METRICS, "poison_rate_percent", "prune_rate_percent"}
+
 
 @dataclass(frozen=True)
 class PaperTable:
@@ -57,13 +59,30 @@ def load_paper(suite: Suite) -> PaperTable:
         return PaperTable()
     fixed = {key: item for key, item in suite.paper.items() if key not in ("file", "where")}
     file = find_file(suite.paper["file"], "paper", "published table", suffix=".csv")
-    with file.open(encoding="utf-8", newline="") as opened:
-        rows = list(csv.DictReader(opened))
+    try:
+        with file.open(encoding="utf-8", newline="") as opened:
+            rows = list(csv.DictReader(opened))
+    except (OSError, ValueError, csv.Error) as error:
+        raise ConfigError(f"published table {file.name}: cannot be read: {error}") from error
     if not rows or not set(METRICS) & rows[0].keys() or not fixed.keys() <= rows[0].keys():
         needed = [*fixed, "one of " + "/".join(METRICS)]
         raise ConfigError.expected(f"published table {file.name}", f"the columns {needed}", list(rows[:1]))
     kept = tuple(row for row in rows if all(row[key] == str(item) for key, item in fixed.items()))
+    if not kept:
+        raise ConfigError.expected(f"published table {file.name}", f"a row with {fixed}", None)
+    for number, row in enumerate(rows, 2):
+        if None in row or not all(_is_number(row[key]) for key in NUMBERS & row.keys() if row[key] != ""):
+            raise ConfigError.expected(
+                f"published table {file.name}: line {number}", "names and numbers", row
+            )
     return PaperTable(kept, suite.paper.get("where"))
+
+
+def _is_number(text: str | None) -> bool:
+    try:
+        return text is not None and math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _said_of(spec: RunSpec, stage: str) -> dict[str, Any]:

@@ -10,8 +10,12 @@ from pathlib import Path
 
 from backdoorbench_moe.bench.engines import Engine
 from backdoorbench_moe.bench.estimate import kinds, measure_speed, seconds_left
+from backdoorbench_moe.bench.paper import load_paper
 from backdoorbench_moe.bench.plan import Planned, look
+from backdoorbench_moe.bench.plots import build_panels
+from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.suite import Suite, order
+from backdoorbench_moe.bench.tables import build_sheet
 from backdoorbench_moe.bench.worker import Job, Outcome
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.runner import Session, link_twin, load_run
@@ -81,10 +85,14 @@ def check(
     output: Path,
     on_check: Callable[[int, int], object] = lambda done, total: None,
 ) -> None:
-    """Build the parts of every run, one seed a cell, and check them against the data; nothing is trained.
+    """Draw the tables empty, build the parts of every run, one seed a cell, and check them against the data.
 
-    Raises the first error, naming the run.
+    Nothing is trained. Raises the first error, naming the table or the run.
     """
+    empty = ResultSet(suite, {}, load_paper(suite))
+    build_sheet(empty)
+    for plot in suite.plots:
+        build_panels(empty, plot)
     one_each = {_without_seed(spec): spec for spec in reversed(specs)}
     session: tuple[str, Session] | None = None
     for done, spec in enumerate(reversed(one_each.values()), 1):

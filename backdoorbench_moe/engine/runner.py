@@ -155,7 +155,8 @@ def link_twin(run: Run, clean: Run) -> Run:
         raise RecordError(f"clean twin {clean.folder.path}: was made from other data; use another --output")
     cad = {"value": clean.value("ba") - run.value("ba"), "n": run.record.metrics["ba"]["n"]}
     if run.record.metrics.get("cad") != cad or run.record.clean_twin != clean.folder.path.name:
-        with run.folder.lock():
+        # For who finds the run finished, or links it, too: nobody holds a finished run for long.
+        with run.folder.lock(wait=lambda: None):
             run.record.metrics["cad"], run.record.clean_twin = cad, clean.folder.path.name
             run.folder.write(run.record)
     return run

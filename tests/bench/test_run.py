@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,6 +189,47 @@ def test_what_cannot_be_handed_to_a_process_fails_and_holds_up_nothing(tmp_path,
     outcomes = list(LocalEngine(1).run(jobs))
     assert [outcome.status for outcome in outcomes] == ["failed", "failed"]
     assert "no more processes" in outcomes[0].error and "pickle" in outcomes[1].error.lower()
+
+
+def test_what_ends_with_the_engine_has_not_failed(tmp_path) -> None:
+    [spec, *_] = order(tiny_suite())
+    job, stop = Job(spec.to_dict(), str(tmp_path)), SimpleNamespace(value=True)
+    assert local._lost(job, stop, "KeyboardInterrupt: ").status == "interrupted"
+    assert not list(tmp_path.iterdir())
+    stop.value = False
+    assert local._lost(job, stop, "died").status == "failed"
+
+
+def test_two_calls_on_one_output_may_link_the_same_twin(tmp_path) -> None:
+    suite = tiny_suite(grid={**GRID, "trigger": "square", "poison.rate": 0.25})
+    run(suite, tmp_path)
+    folder = RunFolder(tmp_path / suite.cells[0].spec.name)
+    record = folder.read()
+    cad = record.metrics.pop("cad")
+    folder.write(record)
+    with ThreadPoolExecutor(1) as other:
+        with folder.lock():
+            report = other.submit(run, suite, tmp_path)
+            time.sleep(0.2)
+            assert not report.done()
+        assert report.result()[0].is_complete
+    assert folder.read().metrics["cad"] == cad
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tables": [{"title": "t", "rows": ["seed"], "columns": "trigger"}]}, "would stand in one place"),
+        ({"plots": [{"title": "t", "x": "seed"}]}, "seed: expected positive numbers, for a log axis, got 0"),
+        ({"paper": "badpatches_table_9"}, "unknown 'badpatches_table_9'; did you mean 'badpatches_table_3'"),
+        ({"paper": {"file": "badpatches_tables_1_2", "table": 12}}, "expected a row with .*12"),
+        ({"paper": {"file": "badpatches_tables_1_2", "where": {"modl.name": "pmoe"}}}, "unknown 'modl.name'"),
+    ],
+)
+def test_what_could_not_be_drawn_is_said_before_anything_is_trained(tmp_path, values, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(tiny_suite(**values), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_run_that_cannot_be_measured_has_a_gpu_of_its_own(tmp_path, monkeypatch) -> None:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from typing import Any
 
 from backdoorbench_moe.bench.worker import Job, Outcome, memory_of, work
@@ -71,6 +72,8 @@ class LocalEngine:
     ) -> None:
         """Hand jobs to one process until none is left; the engine has such a thread for each process."""
         # Processes inherit it: Ctrl-C is the engine's, which tells them to stop, also while they still start.
+        # (What keeps track of shared memory lets the signal through again where it is started.)
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         pool = None
         while not stop.value:
@@ -86,11 +89,11 @@ class LocalEngine:
                 done.put(pool.submit(work, job, _is_wanted).result())
             except BrokenProcessPool:
                 # Killed for memory, or a crash in a library: this run's error, and a new process for the next.
-                done.put(job.fail("the worker process died (killed, or out of memory?)"))
+                done.put(_lost(job, stop, "the worker process died (killed, or out of memory?)"))
                 pool = None
             except BaseException as error:
                 # Whatever it is, as no process can be started: without an outcome the engine would wait for ever.
-                done.put(job.fail(f"{type(error).__name__}: {error}"))
+                done.put(_lost(job, stop, f"{type(error).__name__}: {error}"))
         if pool is not None:
             pool.shutdown()
 
@@ -109,6 +112,11 @@ class LocalEngine:
             os.environ.setdefault(key, value)
         context = multiprocessing.get_context("spawn")
         return ProcessPoolExecutor(1, context, initializer=_prepare, initargs=(threads, gpu, stop))
+
+
+def _lost(job: Job, stop: Any, message: str) -> Outcome:
+    """The outcome of a job without one: no failure where all were to stop, as by a Ctrl-C."""
+    return Outcome(job.run_spec.name, "interrupted") if stop.value else job.fail(message)
 
 
 _stop: Any = None
