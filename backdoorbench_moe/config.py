@@ -202,7 +202,7 @@ def spec_from_dict(values: Mapping[str, Any]) -> RunSpec:
 
 def build_spec(*layers: Mapping[str, Any]) -> RunSpec:
     """Merge layers (YAML, flags, ...; later ones win) over the recipe they name, and check the result."""
-    layers = tuple(_normalise(layer) for layer in layers)
+    layers = tuple(normalise(layer) for layer in layers)
     chosen = merge({"recipe": "quick", "model": {"name": "pmoe"}, "dataset": {"name": "signs"}}, *layers)
     recipe = load_recipe(chosen["recipe"])
     models = recipe.pop("models", {})
@@ -279,7 +279,7 @@ def merge(*layers: Mapping[str, Any]) -> Values:
     return merged
 
 
-def _normalise(layer: Mapping[str, Any]) -> Values:
+def normalise(layer: Mapping[str, Any]) -> Values:
     """Let a part be given by its bare name; refuse one that is neither a name nor keys and values."""
     known: dict[str, Callable[[str, Any], Any]] = dict.fromkeys(PARTS, _normalise_part)
     known["defenses"] = _normalise_list
@@ -348,4 +348,4 @@ def _fraction(value: object) -> object:
 
 def chain_settings(settings: Iterable[str]) -> Values:
     """Merge several "dotted.key=value" texts, later ones winning."""
-    return merge(*(_normalise(parse_setting(text)) for text in settings))
+    return merge(*(normalise(parse_setting(text)) for text in settings))

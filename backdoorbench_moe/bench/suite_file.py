@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 from backdoorbench_moe.bench.files import find_file, names_in
 from backdoorbench_moe.bench.suite import METRICS, Cell, Layout, Plot, Suite, value_of
-from backdoorbench_moe.config import RunSpec, Values, build_spec, load_yaml, merge
+from backdoorbench_moe.config import RunSpec, Values, build_spec, load_yaml, merge, normalise
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.options import convert
 
 
 def load_suite(name: str, scale: str | None = None) -> Suite:
@@ -42,7 +43,7 @@ def parse_suite(values: Values, name: str, scale: str | None = None, *, folder: 
     cells = tuple(_lay_out(values["grid"], base, scaled, where))
     suite = Suite(
         name=name,
-        title=str(values["title"]),
+        title=convert(values["title"], str, f"{where}: title"),
         version=version,
         scale=scale,
         note=str(scaled.get("note", "")),
@@ -75,7 +76,10 @@ def _load_scale(
 def _lay_out(grid: object, base: Values, scaled: Values, where: str) -> Iterator[Cell]:
     """Every combination of every grid's values; a suite may have several grids."""
     scaled = {key: value for key, value in scaled.items() if key != "note"}
-    models = scaled.pop("models", {})
+    models = _mapping(scaled.pop("models", {}), f"{where}: scale: models")
+    models = {name: _mapping(options, f"{where}: scale: models: {name}") for name, options in models.items()}
+    if grid == []:
+        raise ConfigError.expected(f"{where}: grid", "at least one key", grid)
     for number, axes in enumerate(grid if isinstance(grid, list) else [grid]):
         place = f"{where}: grid[{number}]" if isinstance(grid, list) else f"{where}: grid"
         axes = _mapping(axes, place)
@@ -91,13 +95,16 @@ def _lay_out(grid: object, base: Values, scaled: Values, where: str) -> Iterator
 
 
 def _build(chosen: Values, base: Values, scaled: Values, models: Values, place: str) -> RunSpec:
-    layers = [base, *(_nest(key, value) for key, value in chosen.items())]
+    # A part before its options, wherever they stand in the file: another part would drop them.
+    ordered = sorted(chosen.items(), key=lambda item: item[0].count("."))
+    layers = [base, *(_nest(key, value) for key, value in ordered)]
     shown = ", ".join(f"{key}={value}" for key, value in chosen.items())
     try:
         # The scale goes below: what the suite itself says of a model or a data set wins.
-        model = merge({"model": {"name": "pmoe"}}, *(_named(layer) for layer in layers))["model"]["name"]
+        layers = [normalise(layer) for layer in layers]
+        model = merge({"model": {"name": "pmoe"}}, *layers)["model"]["name"]
         options = {"model": {"name": model, **models.get(model, {})}}
-        data = merge({"dataset": {"name": "signs"}}, *(_named(layer) for layer in layers))["dataset"]["name"]
+        data = merge({"dataset": {"name": "signs"}}, *layers)["dataset"]["name"]
         below = merge({"dataset": {"name": data}}, scaled, options)
         return build_spec(below, *layers)
     except ConfigError as error:
@@ -110,19 +117,15 @@ def _nest(key: str, value: Any) -> Values:
     return cast(Values, value)
 
 
-def _named(layer: Values) -> Values:
-    """The parts of a layer, bare names spelled out."""
-    return {
-        k: {"name": v} if isinstance(v, str) else v for k, v in layer.items() if k in ("model", "dataset")
-    }
-
-
 def _check(suite: Suite, where: str) -> None:
     """Refuse runs that are listed twice, and layouts over keys or metrics that there are not."""
     seen: dict[str, Cell] = {}
     for cell in suite.cells:
-        if (twin := seen.setdefault(cell.spec.digest, cell)) is not cell:
-            raise ConfigError(f"{where}: grid: {dict(cell.values)} is the same run as {dict(twin.values)}")
+        if (twin := seen.setdefault(replace(cell.spec, seed=0).digest, cell)) is not cell:
+            raise ConfigError(
+                f"{where}: grid: {dict(cell.values)} is the same run as {dict(twin.values)}"
+                + ("; for more seeds a cell give repeats" if cell.spec.seed != twin.spec.seed else "")
+            )
     spec = suite.cells[0].spec
     for table in suite.tables:
         for metric in table.metrics:
@@ -144,14 +147,17 @@ def check_metric(metric: str, where: str) -> None:
 def _read_items(kind: Any, items: object, where: str) -> Iterator[Any]:
     if not isinstance(items, list):
         raise ConfigError.expected(where, "a list", items)
-    known = {item.name for item in fields(kind)}
+    known = get_type_hints(kind)
     for item in items:
         item = _mapping(item, where)
-        for key in item:
+        for key, value in item.items():
             if key not in known:
                 raise UnknownNameError(f"{where}: key", key, known)
+            item[key] = convert(value, known[key], f"{where}: {key}")
+            if item[key] == ():
+                raise ConfigError.expected(f"{where}: {key}", "at least one", value)
         try:
-            yield kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in item.items()})
+            yield kind(**item)
         except TypeError as error:
             raise ConfigError(f"{where}: {error}") from error
 
@@ -159,9 +165,11 @@ def _read_items(kind: Any, items: object, where: str) -> Iterator[Any]:
 def _read_paper(paper: object, where: str) -> Values | None:
     if paper is None:
         return None
-    values = {"file": paper} if isinstance(paper, str) else _mapping(paper, f"{where}: paper")
+    values: Values = {"file": paper} if isinstance(paper, str) else _mapping(paper, f"{where}: paper")
     if not isinstance(values.get("file"), str):
         raise ConfigError.expected(f"{where}: paper", "the name of a published table", paper)
+    if "where" in values:
+        values["where"] = _mapping(values["where"], f"{where}: paper: where")
     return values
 
 

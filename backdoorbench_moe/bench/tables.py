@@ -99,7 +99,7 @@ def default_layout(suite: Suite) -> Layout:
     keys = list(dict.fromkeys(key for cell in suite.cells for key in cell.values))
     varied = [key for key in keys if len({label(key, value_of(c.spec, key)) for c in suite.cells}) > 1]
     *rows, column = varied or keys
-    return Layout(suite.title, tuple(rows), column, ("asr", "ba", "cad"))
+    return Layout(suite.title, tuple(rows) or ("model.name",), column, ("asr", "ba", "cad"))
 
 
 def count_runs(results: ResultSet) -> Counts:

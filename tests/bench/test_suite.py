@@ -36,6 +36,24 @@ def test_a_dotted_key_adds_to_a_part() -> None:
     ]
 
 
+def test_a_part_keeps_its_dotted_options_wherever_they_stand() -> None:
+    base = {**BASE, "trigger": "blend"}
+    suite = tiny_suite(base=base, grid={"trigger.size": [2, 3], "trigger": "square", "applicator": "image"})
+    assert [c.spec.trigger.to_dict() for c in suite.cells] == [
+        {"name": "square", "size": 2},
+        {"name": "square", "size": 3},
+    ]
+
+
+def test_a_scale_whose_models_are_no_models_is_refused(tmp_path) -> None:
+    (tmp_path / "scales").mkdir()
+    (tmp_path / "mine.yaml").write_text("title: t\nversion: 1\nscales: [mini]\ngrid: {trigger: square}\n")
+    for text in ("models: [pmoe]", "models: {pmoe: 2}"):
+        (tmp_path / "scales" / "mini.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=r"scale: models.*: expected keys and values"):
+            load_suite(str(tmp_path / "mine.yaml"))
+
+
 def test_the_suite_wins_over_its_scale_and_the_scale_over_the_recipe(tmp_path) -> None:
     (tmp_path / "scales").mkdir()
     (tmp_path / "scales" / "mini.yaml").write_text(
@@ -74,13 +92,26 @@ def test_the_suite_wins_over_its_scale_and_the_scale_over_the_recipe(tmp_path) -
         ({"scales": ["huge"]}, "scale: unknown 'huge'"),
         ({"tables": [{"title": "t", "rows": ["poison.rat"], "columns": "seed"}]}, "unknown 'poison.rat'"),
         (
-            {"tables": [{"title": "t", "rows": [], "columns": "seed", "metrics": ["acc"]}]},
+            {"tables": [{"title": "t", "rows": ["seed"], "columns": "seed", "metrics": ["acc"]}]},
             "metric: unknown 'acc'",
         ),
         ({"tables": [{"titel": "t"}]}, "tables: key: unknown 'titel'; did you mean 'title'"),
         ({"tables": [{"title": "t"}]}, "tables: .*missing"),
         ({"plots": [{"title": "t", "x": "sed"}]}, "unknown 'sed'; did you mean 'seed'"),
         ({"paper": 3}, "paper: expected"),
+        ({"paper": {"file": "badpatches_tables_1_2", "where": ["pmoe"]}}, "where: expected keys and values"),
+        ({"title": None}, "title: expected a text, got None"),
+        ({"grid": []}, r"grid: expected at least one key, got \[\]"),
+        ({"grid": [["square"]]}, r"grid\[0\]: expected keys and values"),
+        ({"grid": {**GRID, "model": [None]}}, "model: expected a name"),
+        ({"base": {**BASE, "model": 3}}, "model: expected a name"),
+        ({"base": {**BASE, "dataset": ["tiny"]}}, "dataset: expected a name"),
+        ({"grid": {**GRID, "seed": [0, 1]}}, "is the same run as .*; for more seeds a cell give repeats"),
+        ({"tables": [{"title": "t", "rows": "seed", "columns": "seed"}]}, "rows: expected a list"),
+        ({"tables": [{"title": "t", "rows": [1], "columns": "seed"}]}, "rows: expected a text, got 1"),
+        ({"tables": [{"title": "t", "rows": [], "columns": "seed"}]}, "rows: expected at least one"),
+        ({"tables": [{"title": "t", "rows": ["seed"], "columns": ["seed"]}]}, "columns: expected a text"),
+        ({"plots": [{"title": 2024}]}, "title: expected a text, got 2024"),
     ],
 )
 def test_what_a_suite_cannot_have_is_named(values, message) -> None:
@@ -178,6 +209,15 @@ def test_a_published_table_speaks_only_of_what_it_says(tmp_path) -> None:
     paper = load_paper(suite)
     spoken = {cell.spec.model.name for cell in suite.cells if paper.value(cell.spec, "asr") is not None}
     assert spoken == {"pmoe"}
+    for text, message in (
+        ("trigger,poison_rate_percent,asr\nsquare,ten,1\n", "line 2: expected names and numbers"),
+        ("trigger,asr\nsquare,high\n", "line 2: expected names and numbers"),
+        ("trigger,asr\nsquare\n", "line 2: expected names and numbers"),
+        ("trigger,asr\nsquäre,1\n", "cannot be read"),
+    ):
+        (tmp_path / "odd.csv").write_bytes(text.encode("latin-1"))
+        with pytest.raises(ConfigError, match=message):
+            load_paper(tiny_suite(paper={"file": str(tmp_path / "odd.csv")}))
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
     with pytest.raises(BbmoeError, match=r"published table bad.csv: expected the columns"):
         load_paper(tiny_suite(paper={"file": str(tmp_path / "bad.csv")}))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import statistics
 
 import pytest
 from fake_runs import fill, finished, part_suite, write
+from rich.console import Console
+from suites import tiny_suite
 
+from backdoorbench_moe.bench import render
 from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.tables import build_sheet, count_runs
 from backdoorbench_moe.errors import ConfigError
@@ -143,6 +147,19 @@ def test_a_suite_without_tables_gets_one(tmp_path) -> None:
     assert (table.row_keys, table.column_key) == (("applicator", "trigger"), "poison.rate")
     assert table.rows[0] == ("image", "square")
     assert table.columns == ("0.5%", "10%")
+
+
+def test_a_suite_with_one_axis_and_no_tables_is_drawn_beside_the_paper(tmp_path) -> None:
+    base = {"recipe": "paper", "dataset": "cifar10", "trigger": "square", "applicator": "image"}
+    suite = tiny_suite(
+        base=base, grid={"poison.rate": ["0.5%", "2%"]}, paper={"file": "badpatches_tables_1_2", "table": 1}
+    )
+    results = ResultSet.from_runs(suite, tmp_path)
+    [asr, *_] = build_sheet(results).tables
+    assert (asr.rows, asr.columns) == ((("pmoe",),), ("0.5%", "2%"))
+    console = Console(file=io.StringIO(), width=100)
+    console.print(render.rich_tables(results))
+    assert "90.7" in console.file.getvalue()
 
 
 def test_groups_leave_out_labels_that_repeat_those_above(tmp_path) -> None:
