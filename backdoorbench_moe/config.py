@@ -222,10 +222,23 @@ def load_recipe(name: str) -> Values:
     return cast(Values, yaml.safe_load(text))
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe, and refuses a key that stands twice in one place: plain YAML would drop the first without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} twice", problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return node
+
+
 def load_yaml(path: Path) -> Values:
     """Read a config file. Raises ConfigError naming the file (and line) where it cannot be read."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigError(f"config file {path}: {error.strerror}") from error
     except YAML_ERRORS as error:

@@ -234,3 +234,14 @@ def test_an_undefended_run_says_nothing_of_defenses() -> None:
 def test_what_is_no_list_of_defenses_is_refused(defenses, message) -> None:
     with pytest.raises(ConfigError, match=message):
         build_spec({"defenses": defenses})
+
+
+def test_a_key_that_stands_twice_is_refused_and_a_merged_one_is_not(tmp_path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("train:\n  lr: 0.1\n  epochs: 2\n  lr: 0.2\n")
+    with pytest.raises(ConfigError, match=r"run.yaml: no valid YAML: 'lr' twice .*line 4"):
+        load_yaml(file)
+    file.write_text(
+        "- &a {lr: 1}\n- &b\n  <<: *a\n  lr: 2\n- {<<: *b, lr: 3}\n".replace("- &a", "x:\n- &a", 1)
+    )
+    assert load_yaml(file) == {"x": [{"lr": 1}, {"lr": 2}, {"lr": 3}]}
