@@ -21,10 +21,17 @@ def find_file(name: str, folder: str, what: str, near: Path | None = None, *, su
     what: "suite", "scale", ..., for the message. Raises UnknownNameError with near names.
     """
     if name.endswith(suffix) or "/" in name:
-        if (path := Path(name)).is_file():
+        if _is_file(path := Path(name)):
             return path
         raise UnknownNameError(what, name, names_in(folder, suffix), "; or the path of a file")
     for place in (near, ROOT / folder):
-        if place is not None and (place / f"{name}{suffix}").is_file():
+        if place is not None and _is_file(place / f"{name}{suffix}"):
             return place / f"{name}{suffix}"
     raise UnknownNameError(what, name, names_in(folder, suffix), "; or the path of a file")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # A text too long for a name.
+        return False

@@ -145,8 +145,12 @@ def slug(text: str) -> str:
 
 def file_names(plots: Sequence[Plot]) -> list[str]:
     """A file name, without suffix, for each figure; each its own."""
-    names = [slug(plot.title) for plot in plots]
-    return [name if names.count(name) == 1 else f"{name}-{n + 1}" for n, name in enumerate(names)]
+    names: list[str] = []
+    for plot in plots:
+        name = slug(plot.title)
+        tried = (f"{name}-{n}" for n in itertools.count(2))
+        names.append(name if name not in names else next(text for text in tried if text not in names))
+    return names
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -127,7 +128,7 @@ def parse_budget(text: str) -> float:
                 break
         else:
             number += letter
-    if number or total <= 0:
+    if number or not 0 < total < math.inf:
         raise ConfigError.expected("--budget", "a time such as 90s, 9m or 1h30m", text)
     return total
 

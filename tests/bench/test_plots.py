@@ -100,10 +100,11 @@ def test_labels_are_text_whatever_they_hold(tmp_path) -> None:
 
 
 def test_file_names_are_plain_and_each_its_own() -> None:
-    titles = ["CIFAR-10: ASR", "GTSRB", "cifar 10 / asr", "%%"]
+    titles = ["CIFAR-10: ASR", "GTSRB", "cifar 10 / asr", "CIFAR 10 ASR 2", "%%"]
     assert file_names([Plot(title) for title in titles]) == [
-        "cifar-10-asr-1",
+        "cifar-10-asr",
         "gtsrb",
-        "cifar-10-asr-3",
+        "cifar-10-asr-2",
+        "cifar-10-asr-2-2",
         "plot",
     ]

@@ -287,7 +287,7 @@ def test_budgets(text, seconds) -> None:
     assert parse_budget(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "9", "m", "9 minutes", "-3m", "0s", "1.2.3s"])
+@pytest.mark.parametrize("text", ["", "9", "m", "9 minutes", "-3m", "0s", "1.2.3s", "nans", "1e400s"])
 def test_what_is_no_budget(text) -> None:
     with pytest.raises(ConfigError, match="--budget: expected a time such as 90s"):
         parse_budget(text)

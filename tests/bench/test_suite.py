@@ -126,6 +126,8 @@ def test_unknown_suites_and_scales_are_named_with_near_ones(tmp_path) -> None:
         load_suite("badpatches-table1", "smal")
     with pytest.raises(ConfigError, match="--scale: suite smoke has no scales"):
         load_suite("smoke", "small")
+    with pytest.raises(UnknownNameError, match="suite: unknown 'xxx"):
+        load_suite("x" * 300)
     with pytest.raises(UnknownNameError, match="or the path of a file"):
         load_suite(str(tmp_path / "none.yaml"))
 
