@@ -73,11 +73,15 @@ def _rate(step: Callable[[], object], warmup: int, device: torch.device) -> floa
 
 
 def seconds_left(run: Planned, speed: Speed, images: ImageSet) -> float:
-    """What a run still takes: its epochs, then BA and, where there is a trigger, ASR over the test images."""
+    """What a run still takes: its epochs, then BA and, where there is a trigger, ASR over the test images.
+
+    A defended run is measured before the defense and at its end; stages in between are not counted.
+    """
     if run.status == "finished":
         return 0.0
-    training = (run.spec.train.epochs - run.epochs) * len(images.train) / speed.train
-    return training + (1 if run.spec.is_clean else 2) * len(images.test) / speed.predict
+    training = (run.total_epochs - run.epochs) * run.share * len(images.train) / speed.train
+    passes = (1 if run.spec.is_clean else 2) * (2 if run.spec.defenses else 1)
+    return training + passes * len(images.test) / speed.predict
 
 
 def kinds(runs: Sequence[Planned]) -> Iterator[tuple[str, list[Planned]]]:

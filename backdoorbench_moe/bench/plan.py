@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from backdoorbench_moe import defenses
 from backdoorbench_moe.bench.suite import Suite
 from backdoorbench_moe.bench.worker import read_life_sign
 from backdoorbench_moe.config import RunSpec
@@ -30,6 +31,21 @@ class Planned:
     images_per_second: float = 0.0
     images: int = 0
     error: str | None = None
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of the whole run; of a defended one those of its last defense (0 where it has no such option)."""
+        return self.spec.train.epochs if not self.spec.defenses else int(self._defense_option("epochs") or 0)
+
+    @property
+    def share(self) -> float:
+        """Share of the training images in an epoch: what the defender holds, for a defended run."""
+        return 1.0 if not self.spec.defenses else float(self._defense_option("clean_fraction") or 0.0)
+
+    def _defense_option(self, name: str) -> Any:
+        defense = self.spec.defenses[-1]
+        option = defenses.registry.options(defense.name).get(name)
+        return defense.options.get(name, option.default if option else None)
 
 
 def look(specs: Sequence[RunSpec], output: Path) -> list[Planned]:

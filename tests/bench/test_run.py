@@ -308,6 +308,14 @@ def test_an_estimate_counts_what_is_left(tmp_path) -> None:
     assert c == d > 0
 
 
+def test_a_defended_run_is_counted_by_its_defense(tmp_path) -> None:
+    grid = {**GRID, "trigger": "square", "poison.rate": 0.25}
+    tuned = [{"name": "fine-tuning", "epochs": 3, "clean_fraction": 0.5}]
+    suite = tiny_suite(grid={**grid, "defenses": [[], ["fine-pruning"], tuned]})
+    planned = [(run.total_epochs, run.share) for run in look(suite.runs(), tmp_path)]
+    assert planned == [(2, 1.0), (5, 0.05), (3, 0.5)]  # The victim's; fine-pruning's defaults; as given.
+
+
 def test_one_cell_recomputed_by_hand(tmp_path) -> None:
     suite = tiny_suite(repeats=3)
     run(suite, tmp_path)

@@ -128,9 +128,8 @@ class LiveDisplay(Display):
             text.append(f", {counts['failed']} failed", style="red")
         if rate:
             # Epochs stand for images: the runs of one suite mostly have equally many.
-            left = sum(
-                run.spec.train.epochs - run.epochs for run in runs if run.status not in ("finished", "failed")
-            )
+            waiting = [run for run in runs if run.status not in ("finished", "failed")]
+            left = sum((run.total_epochs - run.epochs) * run.share for run in waiting)
             images = next(run.images for run in runs if run.images)
             text.append(f"  {rate:.0f} images/s  about {say_time(left * images / rate)} left")
         return text.append(f"  {self._checked}") if self._checked else text
@@ -138,7 +137,7 @@ class LiveDisplay(Display):
 
 def _bar(run: Planned) -> Table:
     grid = Table.grid(padding=(0, 1))
-    bar = ProgressBar(total=run.spec.train.epochs, completed=run.epochs, width=20)
-    shown = f"epoch {run.epochs:.1f}/{run.spec.train.epochs}  {run.images_per_second:.0f} images/s"
+    bar = ProgressBar(total=run.total_epochs, completed=run.epochs, width=20)
+    shown = f"epoch {run.epochs:.1f}/{run.total_epochs}  {run.images_per_second:.0f} images/s"
     grid.add_row(bar, shown, Text(run.spec.name, overflow="ellipsis", no_wrap=True))
     return grid

@@ -111,7 +111,7 @@ def _print_plan(suite: Suite, output: Path, *, quiet: bool) -> None:
     total = 0.0
     for run, seconds in estimate(runs, output):
         total += seconds
-        epochs = f"{run.epochs:.0f}/{run.spec.train.epochs}"
+        epochs = f"{run.epochs:.0f}/{run.total_epochs}"
         table.add_row(run.spec.name, run.status, epochs, say_time(seconds) if seconds else "–")
     console = Console(highlight=False)
     if not quiet:
