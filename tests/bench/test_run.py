@@ -1,80 +1,33 @@
-"""Making a suite's runs: twice, stopped, killed, failing, side by side."""
+"""Making a suite's runs: twice, stopped, failing."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
+from making import Inline, numbers, run
 from suites import GRID, tiny_suite
 
 from backdoorbench_moe.bench import worker
 from backdoorbench_moe.bench.engines import local, make_engine
-from backdoorbench_moe.bench.engines.local import LocalEngine, runs_that_fit
+from backdoorbench_moe.bench.engines.local import LocalEngine
 from backdoorbench_moe.bench.plan import look
 from backdoorbench_moe.bench.results import ResultSet
-from backdoorbench_moe.bench.run import Report, estimate, parse_budget, run_suite
-from backdoorbench_moe.bench.suite import Suite, order
-from backdoorbench_moe.bench.suite_file import parse_suite
+from backdoorbench_moe.bench.run import estimate, parse_budget
+from backdoorbench_moe.bench.suite import order
 from backdoorbench_moe.bench.worker import Job, Outcome, work
 from backdoorbench_moe.engine.runner import Session, load_run
 from backdoorbench_moe.errors import BbmoeError, ConfigError, RecordError, UnknownNameError
 from backdoorbench_moe.records import RunFolder
-
-SIGNS = {
-    "title": "Signs",
-    "version": 1,
-    "base": {
-        "recipe": "quick",
-        "dataset": {"name": "signs", "train_images": 256, "test_images": 64},
-        "model": {"name": "pmoe", "widen_factor": 1, "moe_channels": 8, "expert_channels": 4},
-        "train": {"epochs": 3},
-        "precision": "fp32",
-    },
-    "grid": {"applicator": "image", "trigger": "square", "poison.rate": [0.1, 0.2]},
-}
-
-
-class Inline:
-    """An engine without processes. stop_after: images after which the run is told to stop."""
-
-    workers = 1
-
-    def __init__(self, alive: Callable[[], bool] = lambda: True) -> None:
-        self.alive, self.jobs = alive, []
-
-    def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
-        self.jobs += jobs
-        return (work(job, self.alive) for job in jobs)
 
 
 @pytest.fixture(autouse=True)
 def fresh_sessions(monkeypatch) -> None:
     monkeypatch.setattr(worker, "_sessions", {})
     monkeypatch.setattr(worker, "SECONDS_BETWEEN_SIGNS", 0.0)
-
-
-def numbers(suite: Suite, output: Path) -> dict[str, object]:
-    """What must be the same between two ways to the same suite."""
-    results = ResultSet.from_runs(suite, output)
-    return {
-        record.digest: (record.metrics, [{**row, "seconds": 0} for row in record.history])
-        for record in results.finished()
-    }
-
-
-def run(suite: Suite, output: Path, **options) -> tuple[Report, Inline]:
-    engine = options.pop("engine", None) or Inline()
-    return run_suite(suite, engine, output=output, **options), engine
 
 
 def test_a_suite_is_made_once(tmp_path) -> None:
@@ -175,22 +128,6 @@ def test_a_budget_that_is_over_starts_nothing(tmp_path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_handed_to_a_process_fails_and_holds_up_nothing(tmp_path, monkeypatch) -> None:
-    first, second, *_ = order(tiny_suite())
-    jobs = [Job(spec.to_dict(), str(tmp_path)) for spec in (first, second)]
-    start = LocalEngine._start
-
-    def start_once(self, number, stop):
-        monkeypatch.setattr(LocalEngine, "_start", start)
-        raise OSError("no more processes")
-
-    monkeypatch.setattr(LocalEngine, "_start", start_once)
-    monkeypatch.setattr(local, "work", lambda job, alive: None)  # A lambda cannot be pickled.
-    outcomes = list(LocalEngine(1).run(jobs))
-    assert [outcome.status for outcome in outcomes] == ["failed", "failed"]
-    assert "no more processes" in outcomes[0].error and "pickle" in outcomes[1].error.lower()
-
-
 def test_what_ends_with_the_engine_has_not_failed(tmp_path) -> None:
     [spec, *_] = order(tiny_suite())
     job, stop = Job(spec.to_dict(), str(tmp_path)), SimpleNamespace(value=True)
@@ -230,13 +167,6 @@ def test_what_could_not_be_drawn_is_said_before_anything_is_trained(tmp_path, va
     with pytest.raises(ConfigError, match=message):
         run(tiny_suite(**values), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_run_that_cannot_be_measured_has_a_gpu_of_its_own(tmp_path, monkeypatch) -> None:
-    [spec, *_] = order(tiny_suite())
-    engine = LocalEngine(gpus=["0"])
-    monkeypatch.setattr(local, "memory_of", lambda job: None)  # A lambda cannot be pickled.
-    assert engine._fit(Job(spec.to_dict(), str(tmp_path)), None) == 1
 
 
 def test_an_epoch_that_would_be_cut_is_not_started(tmp_path, monkeypatch) -> None:
@@ -333,104 +263,3 @@ def test_one_cell_recomputed_by_hand(tmp_path) -> None:
     assert (found.mean, found.std, found.low, found.high) == pytest.approx(
         (mean, std, mean - half, mean + half)
     )
-
-
-@pytest.mark.slow
-def test_two_processes_make_what_one_makes(tmp_path) -> None:
-    suite = parse_suite(SIGNS, "signs")
-    report, _ = run(suite, tmp_path / "two", engine=LocalEngine(2))
-    assert report.is_complete
-    run(suite, tmp_path / "one")
-    assert numbers(suite, tmp_path / "two") == numbers(suite, tmp_path / "one")
-
-
-@pytest.mark.slow
-def test_a_killed_worker_fails_its_own_run_only(tmp_path) -> None:
-    suite = parse_suite(SIGNS, "signs")
-    killed = []
-
-    def kill_once(outcome: Outcome) -> None:
-        if not killed:
-            [pid] = children(os.getpid())
-            killed.append(os.kill(pid, signal.SIGKILL))
-
-    report, _ = run(suite, tmp_path, engine=LocalEngine(1), on_outcome=kill_once)
-    [failed] = report.failed
-    assert "worker process died" in (failed.error or "")
-    assert report.count("finished") == 2
-    report, _ = run(suite, tmp_path, engine=LocalEngine(1))
-    assert report.is_complete and report.found == 2
-
-
-@pytest.mark.slow
-def test_killed_as_a_whole_it_goes_on_to_the_same_table(tmp_path) -> None:
-    (tmp_path / "mine.yaml").write_text(json.dumps(SIGNS))
-    command = [
-        sys.executable,
-        "-m",
-        "backdoorbench_moe",
-        "bench",
-        "run",
-        str(tmp_path / "mine.yaml"),
-        "--workers",
-        "2",
-    ]
-    process = subprocess.Popen([*command, "--output", str(tmp_path / "cut")], stderr=subprocess.DEVNULL)
-    while not list((tmp_path / "cut").glob("*/checkpoint/state.safetensors")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    workers = children(process.pid)
-    process.kill()
-    process.wait()
-    wait_until(lambda: not any(map(is_alive, workers)))
-    suite = parse_suite(SIGNS, "mine")
-    assert any(planned.status != "finished" for planned in look(list(order(suite)), tmp_path / "cut"))
-    again = subprocess.run([*command, "--output", str(tmp_path / "cut")], capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    run(suite, tmp_path / "whole")
-    assert numbers(suite, tmp_path / "cut") == numbers(suite, tmp_path / "whole")
-
-
-def children(pid: int) -> list[int]:
-    """Worker processes of a process; not the helper that keeps track of shared memory."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-            command = (stat.parent / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if int(fields[1]) == pid and b"spawn_main" in command:
-            found.append(int(stat.parent.name))
-    return found
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process still runs."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Wait for a condition, at most for so long."""
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end
-        time.sleep(0.05)
-
-
-@pytest.mark.parametrize(
-    ("needed", "free", "runs"),
-    [(9 << 30, 40 << 30, 3), (9 << 30, 8 << 30, 1), (1 << 30, 140 << 30, 4)],  # 36/10; too little; the cap.
-)
-def test_runs_that_fit_on_a_gpu(needed, free, runs) -> None:
-    assert runs_that_fit(needed, free) == runs
-
-
-def test_the_memory_of_a_run_is_measured_without_a_trace(tmp_path) -> None:
-    [spec, *_] = order(tiny_suite())
-    needed, free = worker.memory_of(Job(spec.to_dict(), str(tmp_path)))
-    assert needed == free == 0 or torch.cuda.is_available()
-    assert not list(tmp_path.iterdir())

@@ -1,0 +1,155 @@
+"""Processes side by side: killed, refused, measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from making import SIGNS, numbers, run
+from suites import tiny_suite
+
+from backdoorbench_moe.bench import worker
+from backdoorbench_moe.bench.engines import local
+from backdoorbench_moe.bench.engines.local import LocalEngine, runs_that_fit
+from backdoorbench_moe.bench.plan import look
+from backdoorbench_moe.bench.suite import order
+from backdoorbench_moe.bench.suite_file import parse_suite
+from backdoorbench_moe.bench.worker import Job, Outcome
+
+
+@pytest.fixture(autouse=True)
+def fresh_sessions(monkeypatch) -> None:
+    monkeypatch.setattr(worker, "_sessions", {})
+    monkeypatch.setattr(worker, "SECONDS_BETWEEN_SIGNS", 0.0)
+
+
+def test_what_cannot_be_handed_to_a_process_fails_and_holds_up_nothing(tmp_path, monkeypatch) -> None:
+    first, second, *_ = order(tiny_suite())
+    jobs = [Job(spec.to_dict(), str(tmp_path)) for spec in (first, second)]
+    start = LocalEngine._start
+
+    def start_once(self, number, stop):
+        monkeypatch.setattr(LocalEngine, "_start", start)
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(LocalEngine, "_start", start_once)
+    monkeypatch.setattr(local, "work", lambda job, alive: None)  # A lambda cannot be pickled.
+    outcomes = list(LocalEngine(1).run(jobs))
+    assert [outcome.status for outcome in outcomes] == ["failed", "failed"]
+    assert "no more processes" in outcomes[0].error and "pickle" in outcomes[1].error.lower()
+
+
+def test_a_run_that_cannot_be_measured_has_a_gpu_of_its_own(tmp_path, monkeypatch) -> None:
+    [spec, *_] = order(tiny_suite())
+    engine = LocalEngine(gpus=["0"])
+    monkeypatch.setattr(local, "memory_of", lambda job: None)  # A lambda cannot be pickled.
+    assert engine._fit(Job(spec.to_dict(), str(tmp_path)), None) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_make_what_one_makes(tmp_path) -> None:
+    suite = parse_suite(SIGNS, "signs")
+    report, _ = run(suite, tmp_path / "two", engine=LocalEngine(2))
+    assert report.is_complete
+    run(suite, tmp_path / "one")
+    assert numbers(suite, tmp_path / "two") == numbers(suite, tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_a_killed_worker_fails_its_own_run_only(tmp_path) -> None:
+    suite = parse_suite(SIGNS, "signs")
+    killed = []
+
+    def kill_once(outcome: Outcome) -> None:
+        if not killed:
+            [pid] = children(os.getpid())
+            killed.append(os.kill(pid, signal.SIGKILL))
+
+    report, _ = run(suite, tmp_path, engine=LocalEngine(1), on_outcome=kill_once)
+    [failed] = report.failed
+    assert "worker process died" in (failed.error or "")
+    assert report.count("finished") == 2
+    report, _ = run(suite, tmp_path, engine=LocalEngine(1))
+    assert report.is_complete and report.found == 2
+
+
+@pytest.mark.slow
+def test_killed_as_a_whole_it_goes_on_to_the_same_table(tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text(json.dumps(SIGNS))
+    command = [
+        sys.executable,
+        "-m",
+        "backdoorbench_moe",
+        "bench",
+        "run",
+        str(tmp_path / "mine.yaml"),
+        "--workers",
+        "2",
+    ]
+    process = subprocess.Popen([*command, "--output", str(tmp_path / "cut")], stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "cut").glob("*/checkpoint/state.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    workers = children(process.pid)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(map(is_alive, workers)))
+    suite = parse_suite(SIGNS, "mine")
+    assert any(planned.status != "finished" for planned in look(list(order(suite)), tmp_path / "cut"))
+    again = subprocess.run([*command, "--output", str(tmp_path / "cut")], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    run(suite, tmp_path / "whole")
+    assert numbers(suite, tmp_path / "cut") == numbers(suite, tmp_path / "whole")
+
+
+def children(pid: int) -> list[int]:
+    """Worker processes of a process; not the helper that keeps track of shared memory."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+            command = (stat.parent / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and b"spawn_main" in command:
+            found.append(int(stat.parent.name))
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process still runs."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait for a condition, at most for so long."""
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("needed", "free", "runs"),
+    [(9 << 30, 40 << 30, 3), (9 << 30, 8 << 30, 1), (1 << 30, 140 << 30, 4)],  # 36/10; too little; the cap.
+)
+def test_runs_that_fit_on_a_gpu(needed, free, runs) -> None:
+    assert runs_that_fit(needed, free) == runs
+
+
+def test_the_memory_of_a_run_is_measured_without_a_trace(tmp_path) -> None:
+    [spec, *_] = order(tiny_suite())
+    needed, free = worker.memory_of(Job(spec.to_dict(), str(tmp_path)))
+    assert needed == free == 0 or torch.cuda.is_available()
+    assert not list(tmp_path.iterdir())
