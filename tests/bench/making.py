@@ -25,7 +25,7 @@ SIGNS = {
 
 
 class Inline:
-    """An engine without processes. stop_after: images after which the run is told to stop."""
+    """An engine without processes. alive: asked by its runs whether to go on."""
 
     workers = 1
 
