@@ -17,8 +17,9 @@ from typing import Any
 from backdoorbench_moe.bench.worker import Job, Outcome, memory_of, work
 from backdoorbench_moe.errors import ConfigError
 
-# glibc gives freed tensors back to the system and asks for them again at every step; kept, a training of
-# the small pMoE on the CPU is about a tenth faster (benchmarks/README.md). Read at a process's start.
+# glibc gives freed tensors back to the system and asks for them again at every step; kept, the small
+# pMoE trained about a tenth faster on the CPU (one look: 1,650 against 1,520 images/s, two processes). Read at
+# a process's start.
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
@@ -26,7 +27,7 @@ KEEP_MEMORY = {
 }
 
 
-# More on a card gained nothing where the memory would have held them (benchmarks/speed/gpu.py measures it).
+# A guess, not measured on a GPU yet: benchmarks/speed/gpu.py finds how many side by side are fastest.
 MOST_ON_A_GPU = 4
 # What CUDA itself and the libraries take beside tensors, and how much of a card may be filled.
 CONTEXT_BYTES = 1 << 30
