@@ -20,7 +20,7 @@ from backdoorbench_moe.models.wrn_blocks import (
     glorot_linear,
     set_bn_momentum,
 )
-from backdoorbench_moe.ops.structure import ChannelGroup
+from backdoorbench_moe.ops.structure import ChannelGroup, Expert
 
 __all__ = ["PMoE", "PatchMoE", "PatchRouter", "pmoe_from_keras", "select_top"]
 
@@ -168,3 +168,22 @@ class PMoE(RoutedModel):
             for e in range(experts)
         ]
         return {"experts": groups, "trunk": [ChannelGroup.whole("trunk", self.reduce)]}
+
+    def experts(self) -> list[Expert]:
+        """Each expert: its share of the experts' norm and convolution, and of the norm behind them."""
+        count = len(self.moe.router.weight)
+        sizes = {"moe.norm": self.moe.norm, "moe.conv": self.moe.conv, "norm": self.norm}
+        found = []
+        for e in range(count):
+            rows = {
+                f"{name}.{key}": (e * len(tensor) // count, (e + 1) * len(tensor) // count)
+                for name, module in sizes.items()
+                for key, tensor in module.state_dict().items()
+                if tensor.ndim
+            }
+            # The norm behind the convolution too: it would make a constant of the zeros.
+            output = {
+                key: rows[key] for key in ("moe.conv.weight", "moe.conv.bias", "norm.weight", "norm.bias")
+            }
+            found.append(Expert("moe", e, rows, output, self.moe.conv, rows["moe.conv.weight"]))
+        return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -29,6 +30,38 @@ class ChannelGroup:
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert of a routed model, and where it lies in it.
+
+    layer: the routed layer, as `Routing.layer` names it. index: e, its place in the layer's gates (B, E, P).
+    own: names in the model's state dict to the rows (dim 0), `start` to `stop`, that belong to this expert
+    alone; its row of the router is not among them. output: of these, the weights and biases that leave it
+    without any effect on the logits when they are zero. tap: the module whose output (B, channels, ...) holds
+    what the expert gives, in the channels `start` to `stop` of `channels`.
+    """
+
+    layer: str
+    index: int
+    own: Mapping[str, tuple[int, int]]
+    output: Mapping[str, tuple[int, int]]
+    tap: nn.Module
+    channels: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        """Such as "moe/2"."""
+        return f"{self.layer}/{self.index}"
+
+
+@runtime_checkable
+class WithExperts(Protocol):
+    """A routed model that says where each expert lies; optional, and asked for by what works on single ones."""
+
+    def experts(self) -> list[Expert]:
+        """All experts, those of the first routed layer first, each layer's in the order of its gates."""
 
 
 @runtime_checkable
