@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,17 @@ class Planned:
         return defense.options.get(name, option.default if option else None)
 
 
-def look(specs: Sequence[RunSpec], output: Path) -> list[Planned]:
-    """How far each run is, from its folder. Raises RecordError for a damaged record."""
-    return [_look(spec, output / spec.name) for spec in specs]
+def look(specs: Sequence[RunSpec], output: Path, known: Collection[str] = ()) -> list[Planned]:
+    """How far each run is, from its folder; known: digests of runs that are finished elsewhere.
+
+    Raises RecordError for a damaged record.
+    """
+    return [
+        Planned(spec, "finished", spec.train.epochs)
+        if spec.digest in known
+        else _look(spec, output / spec.name)
+        for spec in specs
+    ]
 
 
 def _look(spec: RunSpec, path: Path) -> Planned:

@@ -63,15 +63,23 @@ class ResultSet:
     paper: PaperTable
 
     @classmethod
-    def from_runs(cls, suite: Suite, output: Path | str) -> ResultSet:
+    def from_runs(
+        cls, suite: Suite, output: Path | str, known: Mapping[str, Record] | None = None
+    ) -> ResultSet:
         """Read what there is of a suite in a folder of run folders.
 
-        Raises RecordError if there is no such folder, for a damaged record, and for runs of one data set that
-        were made from different data.
+        known: finished records by digest, as `read_known` gives them; they count where no run folder is
+        finished. Raises RecordError if there is no such folder (and nothing known), for a damaged record, and for
+        runs of one data set that were made from different data.
         """
-        if not Path(output).is_dir():
+        known = known or {}
+        if not known and not Path(output).is_dir():
             raise RecordError(f"--output {output}: expected a folder of run folders, found none")
-        return cls._of(suite, _read_folders(suite, Path(output)))
+        wanted = (spec.digest for spec in order(suite))
+        kept = {digest: known[digest] for digest in wanted if digest in known}
+        found = {record.digest: record for record in _read_folders(suite, Path(output))}
+        kept |= {k: record for k, record in found.items() if record.status == "finished" or k not in kept}
+        return cls._of(suite, kept.values())
 
     @classmethod
     def from_folder(cls, suite: Suite, folder: Path | str) -> ResultSet:
@@ -221,6 +229,21 @@ def read_lines(folder: Path) -> list[Record]:
         return [parse_record(json.loads(line), file) for line in lines]
     except (OSError, ValueError) as error:
         raise RecordError(f"results folder {folder}: {RECORDS} is missing or damaged: {error}") from error
+
+
+def read_known(folders: Iterable[Path | str]) -> dict[str, Record]:
+    """The records of results folders, of any suites and scales, by digest; of equals, the first folder's.
+
+    A digest stands for all that decides a run's numbers, so suites may share what they have in common. Raises
+    RecordError for a folder that is none, or is damaged.
+    """
+    found: dict[str, Record] = {}
+    for folder in map(Path, folders):
+        read_manifest(folder)
+        for record in read_lines(folder):
+            if record.status == "finished":
+                found.setdefault(record.digest, record)
+    return found
 
 
 def _read_folders(suite: Suite, output: Path) -> Iterator[Record]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,17 +53,19 @@ def run_suite(
     *,
     output: Path | str = "runs",
     budget: float | None = None,
+    known: Collection[str] = (),
     on_outcome: Callable[[Outcome], object] = lambda outcome: None,
     on_check: Callable[[int, int], object] = lambda done, total: None,
 ) -> Report:
     """Make the runs of a suite that are not finished in `output`, clean twins first, one repeat after another.
 
-    budget: seconds after which to stop, within a run if need be; the next call goes on. A run that failed
-    before is tried again. Raises BbmoeError, before anything is trained, for what a user can mend.
+    budget: seconds after which to stop, within a run if need be; the next call goes on. known: digests of
+    runs that are finished elsewhere, and are not made again. A run that failed before is tried again. Raises
+    BbmoeError, before anything is trained, for what a user can mend.
     """
     deadline = None if budget is None else time.time() + budget
     output, specs = Path(output), list(order(suite))
-    todo = [run.spec for run in look(specs, output) if run.status != "finished"]
+    todo = [run.spec for run in look(specs, output, known) if run.status != "finished"]
     report = Report(total=len(specs), found=len(specs) - len(todo))
     check(suite, todo, output, on_check)
     try:

@@ -47,6 +47,16 @@ def test_a_suite_is_made_once(tmp_path) -> None:
     assert numbers(suite, tmp_path) == first
 
 
+def test_runs_that_are_finished_elsewhere_are_not_made_again(tmp_path) -> None:
+    suite = tiny_suite()
+    first = suite.cells[0].spec
+    report, engine = run(suite, tmp_path, known={first.digest})
+    assert (report.total, report.found, report.is_complete) == (5, 1, True)
+    assert first.digest not in {job.run_spec.digest for job in engine.jobs}
+    assert not (tmp_path / first.name).exists()
+    assert look([first], tmp_path, {first.digest})[0].status == "finished"
+
+
 def test_what_cannot_be_is_said_before_anything_is_trained(tmp_path) -> None:
     suite = tiny_suite(grid={**GRID, "trigger": ["square", {"name": "square", "size": 64}]})
     with pytest.raises(

@@ -13,7 +13,7 @@ import pytest
 from fake_runs import fill, finished, part_suite, write
 
 from backdoorbench_moe.bench.page import page
-from backdoorbench_moe.bench.results import ResultSet
+from backdoorbench_moe.bench.results import ResultSet, read_known
 from backdoorbench_moe.bench.save import save_results
 from backdoorbench_moe.bench.tidy import environments, tidy_csv
 from backdoorbench_moe.errors import RecordError
@@ -223,3 +223,34 @@ def test_texts_of_a_suite_are_text_on_the_page(tmp_path) -> None:
     text = page(ResultSet.from_runs(suite, tmp_path))
     assert "<script" not in text
     assert text.count("&lt;script&gt;") >= 4
+
+
+def test_results_folders_count_beside_run_folders(results, tmp_path) -> None:
+    """A results folder and the rest of the runs make what all the runs make; the runs' own come first."""
+    save_results(results, tmp_path / "all")
+    suite = part_suite()
+    half = [record for record in results.finished() if record.run_spec.seed == 0]
+    for record in half:
+        write(tmp_path / "half", record)
+    with pytest.raises(RecordError, match="expected a folder of run folders"):
+        ResultSet.from_runs(suite, tmp_path / "none")
+    known = read_known([tmp_path / "all"])
+    assert len(known) == len(results.finished())
+    for place in ("half", "none"):
+        both = ResultSet.from_runs(suite, tmp_path / place, known)
+        save_results(both, tmp_path / f"with-{place}")
+        assert contents(tmp_path / f"with-{place}") == contents(tmp_path / "all")
+    better = replace(half[-1], metrics={**half[-1].metrics, "ba": {"value": 1.0, "n": 100}})
+    write(tmp_path / "half", better)
+    assert ResultSet.from_runs(suite, tmp_path / "half", known).record(better.run_spec) == better
+
+
+def test_only_finished_runs_of_a_results_folder_are_known(results, tmp_path) -> None:
+    save_results(results, tmp_path / "r")
+    lines = (tmp_path / "r" / "records.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    changed = json.dumps({**first, "status": "failed"})
+    (tmp_path / "r" / "records.jsonl").write_text("\n".join([changed, *lines[1:]]))
+    assert set(read_known([tmp_path / "r"])) == {json.loads(line)["digest"] for line in lines[1:]}
+    with pytest.raises(RecordError, match=r"expected a suite.json in it, found none"):
+        read_known([tmp_path])

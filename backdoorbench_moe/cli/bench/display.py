@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -26,11 +27,14 @@ if TYPE_CHECKING:
 REFRESH_PER_SECOND = 1
 
 
-def make_display(suite: Suite, output: Path, *, quiet: bool) -> Display:
-    """The display that suits stderr: live on a terminal, a line a run elsewhere, none if quiet."""
+def make_display(suite: Suite, output: Path, known: Collection[str] = (), *, quiet: bool) -> Display:
+    """The display that suits stderr: live on a terminal, a line a run elsewhere, none if quiet.
+
+    known: digests of runs that are finished elsewhere.
+    """
     if quiet:
         return Display(suite)
-    return LiveDisplay(suite, output) if sys.stderr.isatty() else LineDisplay(suite)
+    return LiveDisplay(suite, output, known) if sys.stderr.isatty() else LineDisplay(suite)
 
 
 def say_time(seconds: float) -> str:
@@ -90,9 +94,9 @@ class LineDisplay(Display):
 class LiveDisplay(Display):
     """Bars that follow the signs of life in the run folders, whoever makes the runs."""
 
-    def __init__(self, suite: Suite, output: Path) -> None:
+    def __init__(self, suite: Suite, output: Path, known: Collection[str] = ()) -> None:
         super().__init__(suite)
-        self.output, self._checked = output, ""
+        self.output, self._known, self._checked = output, known, ""
         self._specs = list(order(suite))
         self._live = Live(
             console=self.console,
@@ -117,7 +121,7 @@ class LiveDisplay(Display):
         self._checked = f"checking {done}/{total}" if done < total else ""
 
     def _draw(self) -> RenderableType:
-        runs = look(self._specs, self.output)
+        runs = look(self._specs, self.output, self._known)
         return Group(self._summary(runs), *map(_bar, [run for run in runs if run.status == "running"]))
 
     def _summary(self, runs: list[Planned]) -> Text:

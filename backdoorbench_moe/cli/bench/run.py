@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from backdoorbench_moe.cli.bench.options import WITH
+
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.engines import Engine
     from backdoorbench_moe.bench.suite import Suite
+    from backdoorbench_moe.records import Record
 
 FAILED, UNFINISHED = 1, 3
 
@@ -30,6 +34,7 @@ FAILED, UNFINISHED = 1, 3
     "--address", metavar="ADDRESS", help="A running Ray cluster: auto, or HOST:PORT.  [a local one]"
 )
 @click.option("--gpus-per-run", type=float, metavar="SHARE", help="Share of a GPU for a run, with Ray.")
+@WITH
 @click.option("--budget", metavar="TIME", help="Stop when 90s, 9m or 1h30m are over.")
 @click.option("--dry-run", is_flag=True, help="List the runs and how long they will take; train nothing.")
 @click.option("--output", type=Path, default=Path("runs"), show_default=True, help="Folder of run folders.")
@@ -43,6 +48,7 @@ def command(
     scale: str | None,
     filters: tuple[str, ...],
     repeats: int | None,
+    beside: tuple[Path, ...],
     budget: str | None,
     dry_run: bool,
     output: Path,
@@ -59,6 +65,7 @@ def command(
     in what was asked.
     """
     from backdoorbench_moe.bench.plan import with_place
+    from backdoorbench_moe.bench.results import read_known
     from backdoorbench_moe.bench.run import parse_budget, run_suite
     from backdoorbench_moe.bench.suite_file import load_suite
 
@@ -67,22 +74,24 @@ def command(
     given = {"root": data_root, "download": download}
     suite = with_place(suite, {key: value for key, value in given.items() if value is not None}, device)
     seconds = None if budget is None else parse_budget(budget)
+    known = read_known(beside)
     if dry_run:
-        _print_plan(suite, output, quiet=quiet)
+        _print_plan(suite, output, known, quiet=quiet)
         return
     from backdoorbench_moe.cli.bench.display import make_display
 
-    with make_display(suite, output, quiet=quiet) as display:
+    with make_display(suite, output, known, quiet=quiet) as display:
         report = run_suite(
             suite,
             _make_engine(device, **engine),
             output=output,
             budget=seconds,
+            known=known,
             on_outcome=display.on_outcome,
             on_check=display.on_check,
         )
     display.conclude(report)
-    _print_tables(suite, output)
+    _print_tables(suite, output, known)
     if report.failed:
         sys.exit(FAILED)
     if not report.is_complete:
@@ -95,7 +104,7 @@ def _make_engine(device: str | None, *, engine: str, **options: Any) -> Engine:
     return make_engine(engine, device=device, **options)
 
 
-def _print_plan(suite: Suite, output: Path, *, quiet: bool) -> None:
+def _print_plan(suite: Suite, output: Path, known: Mapping[str, Record], *, quiet: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -104,7 +113,7 @@ def _print_plan(suite: Suite, output: Path, *, quiet: bool) -> None:
     from backdoorbench_moe.bench.suite import order
     from backdoorbench_moe.cli.bench.display import say_time
 
-    runs = look(list(order(suite)), output)
+    runs = look(list(order(suite)), output, known)
     missing = [run for run in runs if run.status != "finished"]
     check(suite, [run.spec for run in missing], output)
     table = Table("run", "status", "epochs", "time left", box=None, pad_edge=False)
@@ -125,10 +134,10 @@ def _print_plan(suite: Suite, output: Path, *, quiet: bool) -> None:
     )
 
 
-def _print_tables(suite: Suite, output: Path) -> None:
+def _print_tables(suite: Suite, output: Path, known: Mapping[str, Record]) -> None:
     from rich.console import Console
 
     from backdoorbench_moe.bench import render
     from backdoorbench_moe.bench.results import ResultSet
 
-    Console(highlight=False).print(render.rich_tables(ResultSet.from_runs(suite, output)))
+    Console(highlight=False).print(render.rich_tables(ResultSet.from_runs(suite, output, known)))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from backdoorbench_moe.cli.bench.options import WITH
+
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.results import ResultSet
 
@@ -20,6 +22,7 @@ FORMATS = ("rich", "markdown", "csv", "latex", "html")
 @click.option(
     "--from", "source", type=Path, metavar="DIR", help="A results folder to read, instead of run folders."
 )
+@WITH
 @click.option(
     "--only", "filters", multiple=True, metavar="KEY=VALUE,..", help="Only these cells; any spec key."
 )
@@ -35,6 +38,7 @@ def command(
     scale: str | None,
     output: Path,
     source: Path | None,
+    beside: tuple[Path, ...],
     filters: tuple[str, ...],
     repeats: int | None,
     form: str,
@@ -46,15 +50,20 @@ def command(
     """
     from dataclasses import replace
 
-    from backdoorbench_moe.bench.results import ResultSet
+    from backdoorbench_moe.bench.results import ResultSet, read_known
     from backdoorbench_moe.bench.suite_file import load_suite
     from backdoorbench_moe.errors import ConfigError
 
     if save is not None and filters:
         raise ConfigError("--save: a results folder holds the whole suite; leave --only away")
+    if source is not None and beside:
+        raise ConfigError("--with: counts beside run folders; leave --from away")
     suite = load_suite(name, scale)
     suite = suite if repeats is None else suite.with_repeats(repeats)
-    results = ResultSet.from_folder(suite, source) if source else ResultSet.from_runs(suite, output)
+    if source is not None:
+        results = ResultSet.from_folder(suite, source)
+    else:
+        results = ResultSet.from_runs(suite, output, read_known(beside))
     results = replace(results, suite=suite.only(filters))
     if save is not None:
         from backdoorbench_moe.bench.save import save_results
