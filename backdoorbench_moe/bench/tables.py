@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,10 @@ class MetricTable:
 
 @dataclass(frozen=True)
 class Counts:
-    """How far a suite is: its runs by status, and the `others` these are measured against or made from."""
+    """How far a suite is: its runs by status, and the `others` these are measured against or made from.
+
+    precisions: how many finished ones, the others among them, were computed in which precision.
+    """
 
     wanted: int
     finished: int
@@ -73,6 +77,7 @@ class Counts:
     others: str
     others_wanted: int
     others_finished: int
+    precisions: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ def count_runs(results: ResultSet) -> Counts:
         others="clean twins" if all(spec.is_clean for spec in others.values()) else "runs they build on",
         others_wanted=len(others),
         others_finished=sum(status.get(digest) == "finished" for digest in others),
+        precisions=Counter(record.environment["precision"] for record in results.finished()),
     )
 
 

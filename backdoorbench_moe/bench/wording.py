@@ -94,6 +94,9 @@ def counts_line(counts: Counts) -> str:
         text += f", {counts.failed} failed"
     if counts.others_wanted:
         text += f"; {counts.others_finished} of {counts.others_wanted} {counts.others}"
+    if len(counts.precisions) > 1:
+        # They are not the same arithmetic: a reader must know before comparing rows.
+        text += "; computed " + ", ".join(f"{n} in {name}" for name, n in sorted(counts.precisions.items()))
     return text
 
 

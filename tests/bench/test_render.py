@@ -56,6 +56,16 @@ def test_note_version_and_counts_stand_with_every_table(tmp_path) -> None:
     assert len(re.findall("10,000", drawn(results))) == tables
 
 
+def test_runs_of_unlike_precision_are_told_apart(tmp_path) -> None:
+    suite = part_suite()
+    fill(suite, tmp_path)
+    assert "computed" not in drawn(ResultSet.from_runs(suite, tmp_path))
+    for spec in suite.cells[0].runs(2):
+        write(tmp_path, finished(spec, precision="fp32"))
+    text = " ".join(drawn(ResultSet.from_runs(suite, tmp_path)).split())
+    assert "2 of 2 clean twins; computed 14 in bf16, 2 in fp32" in text
+
+
 def test_terminal_fits_80_columns_with_three_triggers(tmp_path) -> None:
     suite = load_suite("badpatches-table1", "small")
     # As wide as cells get: "100.0 ± 12.3 (n 5)", "100.0 −99.9 outside".
