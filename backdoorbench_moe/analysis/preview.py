@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from backdoorbench_moe.analysis.subject import check_finished, choose_images, run_images
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.engine import parts
@@ -18,10 +19,9 @@ from backdoorbench_moe.engine.names import check_names
 from backdoorbench_moe.engine.poison import stamp_images
 from backdoorbench_moe.engine.runner import Run
 from backdoorbench_moe.engine.step import as_input
-from backdoorbench_moe.errors import ConfigError, DataError, RecordError, UnknownNameError
+from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.models.base import RoutedModel
 from backdoorbench_moe.ops.quality import psnr, ssim
-from backdoorbench_moe.ops.seeding import generator
 from backdoorbench_moe.records import write_atomically
 
 if TYPE_CHECKING:
@@ -91,19 +91,10 @@ def preview_run(run: Run, *, images: int = 6, split: str = "test", data_root: st
     is not finished, DataError for other data than the run's, ConfigError as `preview_spec`.
     """
     _check_choice(images, split)
-    if run.record.status != "finished":
-        raise RecordError(f"run folder {run.folder.path}: expected a finished run, it is {run.record.status}")
-    spec, stamper, model = run.spec, run.stamper(), run.model()
-    if data_root is not None:
-        options = {**spec.dataset.options, "root": data_root}
-        spec = replace(spec, dataset=replace(spec.dataset, options=options))
-    data = parts.build_dataset(spec).load()
-    if data.digest != run.record.data["digest"]:
-        raise DataError(
-            f"{data.name}: expected the data of the run, digest {run.record.data['digest'][:16]}, "
-            f"got {data.digest[:16]}; say where it lies with --data-root (data_root=)"
-        )
-    preview = _stamp(spec, data, stamper, images, split)
+    check_finished(run)
+    stamper, model = run.stamper(), run.model()
+    data = run_images(run, data_root)
+    preview = _stamp(run.spec, data, stamper, images, split)
     if not isinstance(model, RoutedModel):
         return preview
     with torch.inference_mode():
@@ -162,18 +153,6 @@ def _draw(preview: Preview, amplify: float) -> FigureCanvasAgg:
 def format_psnr(value: float) -> str:
     """A PSNR with its unit; the sign of infinity where two images are equal."""
     return f"{value:.1f} dB" if math.isfinite(value) else "∞ dB"
-
-
-def choose_images(labels: Tensor, count: int, seed: int) -> Tensor:
-    """Draw `count` of N images, one of each class in turn; the same for a seed, whatever the count.
-
-    labels: (N,) int64. Returns (count,) int64 places among the N.
-    """
-    order = torch.randperm(len(labels), generator=generator(seed, "preview"))
-    by_class = order[labels[order].argsort(stable=True)]
-    counts = labels.bincount()
-    turns = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
-    return by_class[turns.argsort(stable=True)[:count]]
 
 
 def _check_choice(images: int, split: str) -> None:

@@ -13,7 +13,8 @@ from PIL import Image
 from tiny import TINY_MODEL, Tiny, tiny_spec
 
 from backdoorbench_moe.analysis import preview as previews
-from backdoorbench_moe.analysis.preview import Preview, choose_images, preview_run, preview_spec, save_preview
+from backdoorbench_moe.analysis.preview import Preview, preview_run, preview_spec, save_preview
+from backdoorbench_moe.analysis.subject import choose_images
 from backdoorbench_moe.engine.runner import Run, load_run, run_attack
 from backdoorbench_moe.errors import ConfigError, DataError, RecordError, UnknownNameError
 
