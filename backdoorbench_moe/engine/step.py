@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +39,8 @@ class TrainStep:
     """Forward, backward and update on one batch; loss and hits are summed on the device.
 
     loss_sum: float64 scalar tensor, sum of the images' losses since `reset`. hits: int64 scalar tensor,
-    images predicted as labelled.
+    images predicted as labelled. compile: let torch.compile fuse the forward and backward pass; the first
+    step of a batch size takes minutes then, once in a process for all models of the same make.
     """
 
     def __init__(
@@ -46,9 +50,12 @@ class TrainStep:
         split: Split,
         device: torch.device,
         precision: str,
+        *,
+        compile: bool = False,
     ) -> None:
         self.model, self.optimizer, self.split = model, optimizer, split
         self.device, self.precision = device, precision
+        self._losses = _compiled_losses() if compile else _losses
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.hits = torch.zeros((), dtype=torch.int64, device=device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -86,10 +93,9 @@ class TrainStep:
     def _step(self, indices: Tensor) -> None:
         images, labels = as_input(self.split.images[indices]), self.split.labels[indices]
         with autocast(self.device, self.precision):
-            logits, extra = _forward(self.model, images)
-        loss = nn.functional.cross_entropy(logits.float(), labels)
+            logits, loss, total = self._losses(self.model, images, labels)
         self.optimizer.zero_grad(set_to_none=True)
-        (loss if extra is None else loss + extra).backward()
+        total.backward()
         self.optimizer.step()
         self.loss_sum += loss.detach() * len(indices)
         self.hits += (logits.argmax(1) == labels).sum()
@@ -110,10 +116,22 @@ class TrainStep:
         return graph, static
 
 
-def _forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Logits, and the sum of the routers' own losses where there are any."""
+def _losses(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits; the mean cross-entropy; and what is descended: that, and the routers' own losses, if any."""
     if not isinstance(model, RoutedModel):
-        return model(images), None
-    output = model.forward_routed(images)
-    losses = [routing.aux_loss for routing in output.routing if routing.aux_loss is not None]
-    return output.logits, torch.stack(losses).sum() if losses else None
+        logits, own = model(images), []
+    else:
+        output = model.forward_routed(images)
+        logits = output.logits
+        own = [routing.aux_loss for routing in output.routing if routing.aux_loss is not None]
+    loss = nn.functional.cross_entropy(logits.float(), labels)
+    return logits, loss, loss + torch.stack(own).sum() if own else loss
+
+
+@functools.cache
+def _compiled_losses() -> Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """`_losses` compiled, once: models of the same make share the code, whatever their weights.
+
+    Each batch size by itself: there are two, and code for any size would be slower.
+    """
+    return torch.compile(_losses, dynamic=False)

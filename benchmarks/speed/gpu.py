@@ -1,7 +1,7 @@
 """One 25-epoch CIFAR-10 training of the full pMoE on a GPU, and how many side by side are fastest in total.
 
     python benchmarks/speed/gpu.py [--side-by-side 1 2 3 4] [--epochs 25] [--images 50000] [--model-size full]
-                                   [--device cuda] [--peak TFLOPS] [--json FILE]
+                                   [--device cuda] [--compile] [--peak TFLOPS] [--json FILE]
 
 Trains as `bbmoe attack` does (same step, same precision) on random images of CIFAR-10's size and number; what
 lies around the training (reading, evaluating, writing) is left out. Every training side by side is a process
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--images", type=at_least_one, default=50_000)
     parser.add_argument("--model-size", choices=list(MODELS), default="full")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile, inside the CUDA graphs")
     parser.add_argument("--peak", type=float, metavar="TFLOPS")
     arguments = parser.parse_args()
     result = measure(arguments)
@@ -76,6 +77,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "model_size": arguments.model_size,
         "images": arguments.images,
         "epochs": arguments.epochs,
+        "compiled": arguments.compile,
         "flops": flops,
         "peak_tflops": arguments.peak or known_peak(device),
         "rows": rows,
@@ -88,7 +90,13 @@ def train_side_by_side(count: int, arguments: argparse.Namespace) -> list[dict[s
     """Train in `count` processes that all start their clock at once."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(count), context.SimpleQueue()
-    options = (arguments.model_size, arguments.images, arguments.epochs, arguments.device)
+    options = (
+        arguments.model_size,
+        arguments.images,
+        arguments.epochs,
+        arguments.device,
+        arguments.compile,
+    )
     processes = [
         context.Process(target=train, args=(seed, *options, barrier, results)) for seed in range(count)
     ]
@@ -101,9 +109,20 @@ def train_side_by_side(count: int, arguments: argparse.Namespace) -> list[dict[s
 
 
 def train(
-    seed: int, size: str, images: int, epochs: int, device_name: str, barrier: Any, results: Any
+    seed: int,
+    size: str,
+    images: int,
+    epochs: int,
+    device_name: str,
+    compile: bool,
+    barrier: Any,
+    results: Any,
 ) -> None:
-    """One training, its first epoch's capture and library set-up included in the time."""
+    """One training, its first epoch's capture and library set-up included in the time.
+
+    With `compile`, a first training of one epoch is made before the clock starts: a suite's runs share the
+    compiled code, as they are made in the same processes.
+    """
     began = time.perf_counter()
     device = resolve_device(device_name)
     draw = torch.Generator().manual_seed(seed)
@@ -111,17 +130,9 @@ def train(
         torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8, generator=draw),
         torch.randint(0, 10, (images,), generator=draw),
     ).to(device)
-    torch.manual_seed(seed)
-    model = create_model("pmoe", num_classes=10, image_size=32, **MODELS[size])
-    trainer = Trainer(
-        model,
-        split,
-        TrainSpec(epochs=epochs, batch_size=BATCH_SIZE),
-        seed=seed,
-        device=device,
-        precision=resolve_precision("auto", device),
-        on_checkpoint=lambda *_: None,
-    )
+    if compile:
+        make_trainer(seed, size, split, device, epochs=1, compile=True).fit("compile")
+    trainer = make_trainer(seed, size, split, device, epochs=epochs, compile=compile)
     set_up = time.perf_counter() - began
     barrier.wait()
     started = time.perf_counter()
@@ -129,6 +140,23 @@ def train(
     seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     results.put({"seconds": seconds, "set_up_seconds": set_up, "peak_bytes": peak})
+
+
+def make_trainer(
+    seed: int, size: str, split: Split, device: torch.device, *, epochs: int, compile: bool
+) -> Trainer:
+    """As `bbmoe attack` has it, without checkpoints."""
+    torch.manual_seed(seed)
+    return Trainer(
+        create_model("pmoe", num_classes=10, image_size=32, **MODELS[size]),
+        split,
+        TrainSpec(epochs=epochs, batch_size=BATCH_SIZE),
+        seed=seed,
+        device=device,
+        precision=resolve_precision("auto", device),
+        on_checkpoint=lambda *_: None,
+        compile=compile,
+    )
 
 
 def known_peak(device: torch.device) -> float | None:

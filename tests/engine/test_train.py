@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters as dynamo_counters
 
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.engine import step as step_module
 from backdoorbench_moe.engine.step import TrainStep, as_input, make_optimizer
 from backdoorbench_moe.engine.train import Trainer, learning_rate, load_weights
 from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.models import create_model
 from backdoorbench_moe.models.base import RoutedModel, RoutedOutput, Routing
 from backdoorbench_moe.ops.seeding import seeded
 
@@ -111,6 +116,30 @@ def test_the_routers_own_loss_is_added() -> None:
         torch.arange(4)
     )
     assert model.weight.item() == pytest.approx(-0.5 * 2)
+
+
+def test_a_compiled_step_is_the_same_step_and_is_compiled_once_a_batch_size(monkeypatch) -> None:
+    """Two seeds, batches of 16 and of 4: two compilations in all. Without the code generator, which takes minutes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    step_module._compiled_losses.cache_clear()
+    before = dynamo_counters["stats"]["unique_graphs"]
+    for seed in (0, 1):
+        weights = []
+        for compiled in (False, True):
+            with seeded(seed, "init"):
+                model = create_model("pmoe", num_classes=3, widen_factor=1, moe_channels=8, expert_channels=4)
+            split = Split(torch.zeros(20, 3, 32, 32, dtype=torch.uint8), torch.arange(20) % 3)
+            split.images.random_(generator=torch.Generator().manual_seed(seed))
+            optimizer = make_optimizer(model, TrainSpec(), CPU)
+            step = TrainStep(model, optimizer, split, CPU, "fp32", compile=compiled)
+            for indices in torch.arange(20).split(16):
+                step(indices)
+            weights.append(model.state_dict())
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(weights[1][name], tensor, msg=name)
+    assert dynamo_counters["stats"]["unique_graphs"] - before == 2
+    step_module._compiled_losses.cache_clear()
 
 
 def test_input_is_scaled_and_channels_last() -> None:
