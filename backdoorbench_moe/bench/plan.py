@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from backdoorbench_moe import defenses
+from backdoorbench_moe.bench.life_sign import is_fresh, read_life_sign
 from backdoorbench_moe.bench.suite import Suite
-from backdoorbench_moe.bench.worker import read_life_sign
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.records import RunFolder
-
-SIGN_IS_OLD = 60.0
 
 
 @dataclass(frozen=True)
@@ -68,9 +65,9 @@ def _look(spec: RunSpec, path: Path) -> Planned:
     record = folder.read()
     if record.status in ("finished", "failed"):
         return Planned(spec, record.status, len(record.history), error=record.error)
-    sign = read_life_sign(path) or {}
-    if time.time() - sign.get("time", 0.0) > SIGN_IS_OLD:
-        return Planned(spec, "interrupted", sign.get("epoch", len(record.history)))
+    sign = read_life_sign(path)
+    if sign is None or not is_fresh(sign):
+        return Planned(spec, "interrupted", (sign or {}).get("epoch", len(record.history)))
     epochs = sign["start"] + sign["seen"] / max(1, sign["images"])
     return Planned(spec, "running", epochs, sign["images_per_second"], sign["images"])
 

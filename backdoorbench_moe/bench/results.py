@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from backdoorbench_moe.bench.life_sign import is_fresh, read_life_sign
 from backdoorbench_moe.bench.paper import PaperTable, load_paper
 from backdoorbench_moe.bench.suite import Cell, Suite, order
 from backdoorbench_moe.config import DATASET_NOT_IN_DIGEST, RunSpec
@@ -249,7 +250,10 @@ def read_known(folders: Iterable[Path | str]) -> dict[str, Record]:
 def _read_folders(suite: Suite, output: Path) -> Iterator[Record]:
     for spec in order(suite):
         if (folder := RunFolder(output / spec.name)).exists:
-            yield folder.read()
+            record = folder.read()
+            if record.status == "running" and not is_fresh(read_life_sign(folder.path)):
+                record.status = "interrupted"
+            yield record
 
 
 def _stage(record: Record, name: str) -> Mapping[str, Any]:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from backdoorbench_moe.bench.life_sign import LIFE_SIGN
 from backdoorbench_moe.config import RunSpec, spec_from_dict
 from backdoorbench_moe.engine.observer import Observer, StopRun
 from backdoorbench_moe.engine.runner import Session
 from backdoorbench_moe.errors import BbmoeError, RecordError
 from backdoorbench_moe.records import Record, RunFolder, write_atomically
 
-LIFE_SIGN = ".progress.json"
 SECONDS_BETWEEN_SIGNS = 1.0
 
 # Sessions of this process: runs on the same data read them once.
@@ -112,15 +112,6 @@ def record_failure(folder: RunFolder, spec: RunSpec, message: str) -> None:
     except (RecordError, OSError):
         # The folder cannot be read or written: the outcome alone has to say it.
         return
-
-
-def read_life_sign(folder: Path) -> dict[str, Any] | None:
-    """Epochs and images/s of the run that is being made in a folder; None where there is none."""
-    try:
-        sign = json.loads((folder / LIFE_SIGN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return sign if isinstance(sign, dict) else None
 
 
 def _session(spec: RunSpec, output: str, observer: Observer) -> Session:

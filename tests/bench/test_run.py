@@ -14,6 +14,7 @@ from suites import GRID, tiny_suite
 from backdoorbench_moe.bench import worker
 from backdoorbench_moe.bench.engines import local, make_engine
 from backdoorbench_moe.bench.engines.local import LocalEngine
+from backdoorbench_moe.bench.life_sign import LIFE_SIGN
 from backdoorbench_moe.bench.plan import look
 from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.run import estimate, parse_budget
@@ -41,7 +42,7 @@ def test_a_suite_is_made_once(tmp_path) -> None:
         record = load_run(tmp_path / cell.spec.name).record
         twin = load_run(tmp_path / cell.spec.clean_twin().name).record
         assert record.metrics["cad"]["value"] == twin.metrics["ba"]["value"] - record.metrics["ba"]["value"]
-        assert not (tmp_path / cell.spec.name / worker.LIFE_SIGN).exists()
+        assert not (tmp_path / cell.spec.name / LIFE_SIGN).exists()
     report, engine = run(suite, tmp_path)
     assert (report.found, report.outcomes, engine.jobs) == (5, [], [])
     assert numbers(suite, tmp_path) == first
@@ -192,7 +193,7 @@ def test_an_epoch_that_would_be_cut_is_not_started(tmp_path, monkeypatch) -> Non
 
 def test_a_run_that_only_waited_takes_no_other_sign_away(tmp_path) -> None:
     [spec, *_] = order(tiny_suite())
-    sign = tmp_path / spec.name / worker.LIFE_SIGN
+    sign = tmp_path / spec.name / LIFE_SIGN
     with RunFolder(tmp_path / spec.name).lock():
         sign.write_text("{}")
         asked = iter([True, True, False])
@@ -206,7 +207,7 @@ def test_a_defended_run_alone_makes_what_it_defends(tmp_path) -> None:
     outcome = work(Job(defended.to_dict(), str(tmp_path)))
     assert outcome == Outcome(defended.name, "finished")
     assert {run.status for run in look([parent, defended], tmp_path)} == {"finished"}
-    assert not list(tmp_path.glob(f"*/{worker.LIFE_SIGN}"))
+    assert not list(tmp_path.glob(f"*/{LIFE_SIGN}"))
 
 
 def test_a_full_disk_is_the_outcome_of_a_run(tmp_path, monkeypatch) -> None:

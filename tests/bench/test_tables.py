@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import statistics
+import time
 
 import pytest
 from fake_runs import fill, finished, part_suite, write
@@ -12,6 +13,7 @@ from rich.console import Console
 from suites import tiny_suite
 
 from backdoorbench_moe.bench import render
+from backdoorbench_moe.bench.life_sign import LIFE_SIGN
 from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.tables import build_sheet, count_runs
 from backdoorbench_moe.errors import ConfigError
@@ -79,6 +81,8 @@ def test_what_was_not_run_says_why_and_has_no_number(tmp_path) -> None:
         record = Record.for_spec(spec)
         record.status = status
         write(tmp_path, record)
+    alive = tmp_path / specs[2].name / LIFE_SIGN
+    alive.write_text(json.dumps({"time": time.time()}))
     write(tmp_path, finished(specs[4], asr=None))
     results = ResultSet.from_runs(suite, tmp_path)
     asr, cad = build_sheet(results).tables
@@ -102,6 +106,10 @@ def test_what_was_not_run_says_why_and_has_no_number(tmp_path) -> None:
     assert with_numbers == [asr.places[0][0]]
     # The paper's value does not hang on whether we ran it.
     assert asr.places[0][1].paper == 8.2
+    # Killed: its record says "running" for ever, its sign of life grows old.
+    for sign in (json.dumps({"time": time.time() - 61}), "{"):
+        alive.write_text(sign)
+        assert ResultSet.from_runs(suite, tmp_path).state(suite.cells[2]) == "interrupted"
 
 
 def test_a_single_seed_has_no_interval_and_is_never_inside(tmp_path) -> None:

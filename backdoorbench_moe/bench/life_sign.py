@@ -1,0 +1,26 @@
+"""The sign of life that a run leaves in its folder while a suite makes it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+LIFE_SIGN = ".progress.json"
+OLD_AFTER_SECONDS = 60.0
+
+
+def read_life_sign(folder: Path) -> dict[str, Any] | None:
+    """Epochs and images/s of the run that is, or was, being made in a folder; None where there is none."""
+    try:
+        sign = json.loads((folder / LIFE_SIGN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return sign if isinstance(sign, dict) else None
+
+
+def is_fresh(sign: Mapping[str, Any] | None) -> bool:
+    """Whether a sign says that a run is being made now: one that was killed leaves a sign that grows old."""
+    return sign is not None and time.time() - sign.get("time", 0.0) <= OLD_AFTER_SECONDS
