@@ -8,10 +8,11 @@ import torch
 from tiny import Tiny, tiny_spec
 from torch import Tensor, nn
 
-from backdoorbench_moe.config import RunSpec, TrainSpec
+from backdoorbench_moe.config import PartSpec, RunSpec, TrainSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses.base import DefenseTask
-from backdoorbench_moe.engine.evaluate import logits
+from backdoorbench_moe.engine.defend import fresh_model
+from backdoorbench_moe.engine.evaluate import logits, routings
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.runner import Run
 from backdoorbench_moe.engine.tune import Tuner
@@ -19,10 +20,12 @@ from backdoorbench_moe.models import create_model
 from backdoorbench_moe.ops.seeding import seeded
 
 CPU = torch.device("cpu")
+GIVEN = {"num_classes": 3, "image_size": 32}
 SMALL: dict[str, dict[str, object]] = {
     "pmoe": {"widen_factor": 1, "moe_channels": 8, "expert_channels": 5, "gate_std": 1.0},
     "wide_resnet": {"widen_factor": 1},
-    "preact_resnet18": {"width": 2},
+    # Narrower ones crash oneDNN on one thread.
+    "preact_resnet18": {"width": 8},
     "vgg16_bn": {"width": 4},
     "timm:test_resnet": {},
 }
@@ -46,9 +49,17 @@ def held_images(count: int = 24) -> Split:
 
 
 def make_task(
-    model: nn.Module, *, clean: Split | None = None, seed: int = 7, **recipe: object
+    model: nn.Module,
+    *,
+    name: str = "pmoe",
+    clean: Split | None = None,
+    seed: int = 7,
+    **recipe: object,
 ) -> tuple[DefenseTask, list[tuple[str, dict[str, Tensor]]]]:
-    """A task as the engine makes it, and the list that reported stages come to lie in."""
+    """A task as the engine makes it, and the list that reported stages come to lie in.
+
+    name: what the model was made by.
+    """
     train = TrainSpec(**{"batch_size": 8, "lr": 0.05, **recipe})  # type: ignore[arg-type]
     reported: list[tuple[str, dict[str, Tensor]]] = []
     task = DefenseTask(
@@ -61,6 +72,8 @@ def make_task(
         seed=seed,
         tune=Tuner(train, seed, CPU, "fp32", Observer(), "tuning"),
         logits=partial(logits, precision="fp32"),
+        routing=partial(routings, precision="fp32"),
+        fresh=partial(fresh_model, PartSpec(name, SMALL.get(name, {})), GIVEN, seed, CPU),
         report=lambda name, model: reported.append((name, copies(model))),
     )
     return task, reported

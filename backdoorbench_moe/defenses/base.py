@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, Protocol, final
 
 from backdoorbench_moe.errors import ConfigError, PluginError
@@ -16,13 +17,17 @@ if TYPE_CHECKING:
 
     from backdoorbench_moe.config import TrainSpec
     from backdoorbench_moe.data.base import Split
+    from backdoorbench_moe.models.base import Routing
 
 
 class Tune(Protocol):
     """Trains a model further, in place, as its run's recipe has it; the same call gives the same weights.
 
-    modules: only these are trained, all others rest, their norms' statistics too; all where None. epochs: 0
-    does nothing. lr: the recipe's where None.
+    modules: only these are trained, all others rest, their norms' statistics too; all where None. rows: in
+    place of `modules`, names in the model's state dict to the rows (dim 0), `start` to `stop`, that may change;
+    every other value, of parameters and buffers, stays what it is, bit for bit. The norms that own some of
+    these rows see their batch's statistics while they train, in all of their channels. epochs: 0 does nothing.
+    lr: the recipe's where None. Raises ValueError for a name that the state dict does not have.
     """
 
     def __call__(
@@ -33,6 +38,7 @@ class Tune(Protocol):
         epochs: int,
         lr: float | None = None,
         modules: Sequence[nn.Module] | None = None,
+        rows: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         """Train `model` on `split`."""
 
@@ -44,9 +50,12 @@ class DefenseTask:
     model: the defense's own copy, in evaluation mode, on `device`; it may be changed in place. clean: the
     images the defender holds, uint8 on `device`, with their true labels. train: the recipe the model was
     trained with. seed: for every draw the defense makes. tune: see `Tune`. logits: (model, (N, 3, H, W)
-    uint8) to (N, classes) float32, in evaluation mode. report: call it with a name, such as "pruned", and
-    the model when a stage other than the last is finished; a copy is kept and measured after the defense has
-    returned, so no measurement can lead it.
+    uint8) to (N, classes) float32, in evaluation mode. routing: (model, (N, 3, H, W) uint8) to the `Routing` of
+    every routed layer, a list for each batch of images, in their order; for models that are `ops.structure.Routed`.
+    fresh: a newly drawn, untrained model of the same make, the same at every call, drawn from the
+    defense's seed and not from the attacker's; in evaluation mode, on `device`. report: call it with a name,
+    such as "pruned", and the model when a stage other than the last is finished; a copy is kept and measured
+    after the defense has returned, so no measurement can lead it.
     """
 
     model: nn.Module
@@ -58,6 +67,8 @@ class DefenseTask:
     seed: int
     tune: Tune
     logits: Callable[[nn.Module, Tensor], Tensor]
+    routing: Callable[[nn.Module, Tensor], Iterator[list[Routing]]]
+    fresh: Callable[[], nn.Module]
     report: Callable[[str, nn.Module], None]
 
 
@@ -67,13 +78,20 @@ class DefenseResult:
 
     stage: the name of its last stage, such as "tuned". model: the defended model, of the same architecture
     (the weights have the same names and shapes). scores and verdict: what a defense that judges found, plain
-    values by what it judges: "sample", "class" or "model"; they go into the record as they are.
+    values by what it judges: "sample", "class", "expert" or "model"; they go into the record as they are.
+
+    filter: of a defense that judges inputs, (N, 3, H, W) uint8 images to (N,) finite floats, higher is
+    more suspicious; an image's score does not depend on the others beside it. threshold: a score from it on is
+    suspicious, and such an image is rejected. The engine measures both after the defense has returned, on clean
+    and triggered test images in one shuffled row; with a filter, `stage` is that of the filtered model.
     """
 
     stage: str
     model: nn.Module
     scores: Mapping[str, Any] = field(default_factory=dict)
     verdict: Mapping[str, Any] = field(default_factory=dict)
+    filter: Callable[[Tensor], Tensor] | None = None
+    threshold: float | None = None
 
 
 class Defense(ABC):
@@ -109,6 +127,11 @@ class Defense(ABC):
         result = self.defend(task)
         if not isinstance(result, DefenseResult):
             raise PluginError(f"defense {type(self).__name__}: expected a DefenseResult, got {result!r}")
+        if (result.filter is None) != (result.threshold is None) or not isfinite(result.threshold or 0):
+            raise PluginError(
+                f"defense {type(self).__name__}: expected a filter with a finite threshold, or neither, "
+                f"got {result.filter!r} and {result.threshold!r}"
+            )
         return result
 
     def check(self, model: nn.Module) -> None:  # noqa: B027

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from backdoorbench_moe import defenses
-from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe import defenses, models
+from backdoorbench_moe.config import PartSpec, RunSpec
 from backdoorbench_moe.data.base import ImageSet, Split
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.engine import parts
 from backdoorbench_moe.engine.device import reproducible
-from backdoorbench_moe.engine.evaluate import logits
+from backdoorbench_moe.engine.evaluate import Metrics, logits, routings
+from backdoorbench_moe.engine.filtering import measure_filtered
 from backdoorbench_moe.engine.job import Checkpoint, Job, Run, check_data
-from backdoorbench_moe.engine.poison import stamp_images
+from backdoorbench_moe.engine.poison import stamp_images, triggered_test
 from backdoorbench_moe.engine.tune import Tuner
 from backdoorbench_moe.errors import ConfigError, PluginError, RecordError
 from backdoorbench_moe.ops.seeding import derive_seed, generator, seeded
@@ -58,6 +59,13 @@ def _named(place: int, name: str) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError(f"defenses[{place}].{str(error).removeprefix(f'defense {name!r}: ')}") from error
+
+
+def fresh_model(part: PartSpec, given: Mapping[str, int], seed: int, device: torch.device) -> nn.Module:
+    """A newly drawn model of the same make as a run's, from a defense's seed, in evaluation mode."""
+    with seeded(seed, "fresh"):
+        model = models.registry.create(part.name, part.options, given)
+    return model.to(device).to(memory_format=torch.channels_last).eval()
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -117,8 +125,8 @@ class DefenseJob(Job):
         record.history = tuner.history
         result = self._defend(stages, tuner)
         evaluated = time.perf_counter()
-        names, models, seconds = zip(*stages.kept, strict=True)
-        metrics = self._measure(models, recovery=True)
+        names, kept, seconds = zip(*stages.kept, strict=True)
+        metrics = self._measure_stages(kept, result)
         record.stages = [
             {"name": name, "metrics": found, "seconds": taken}
             for name, found, taken in zip(names, metrics, seconds, strict=True)
@@ -132,10 +140,33 @@ class DefenseJob(Job):
             record.timing |= {"train_seconds": spent, "images_per_second": tuned_on / spent}
         record.timing["evaluate_seconds"] = time.perf_counter() - evaluated
         record.timing["total_seconds"] = time.perf_counter() - started
-        folder.save_model(models[-1].state_dict(), self._model_header())
+        folder.save_model(kept[-1].state_dict(), self._model_header())
+
+    def _measure_stages(self, kept: Sequence[nn.Module], result: DefenseResult) -> list[Metrics]:
+        """BA, ASR and RA of each stage's model; the last one behind its filter, where there is one."""
+        if result.filter is None or result.threshold is None:
+            return self._measure(kept, recovery=True)
+        session, spec = self.session, self.spec
+        metrics = self._measure(kept[:-1], recovery=True)
+        session.observer.on_message(f"measuring the filter of {spec.defenses[-1].name}")
+        triggered = None
+        if self.stamper is not None:
+            triggered = triggered_test(self.images, spec.poison, self.stamper)
+        with reproducible(session.device), seeded(self.seed, "filter noise"):
+            filtered = measure_filtered(
+                kept[-1],
+                self.images.test,
+                triggered,
+                result.filter,
+                result.threshold,
+                seed=spec.seed,
+                precision=session.precision,
+            )
+        return [*metrics, filtered]
 
     def _defend(self, stages: Stages, tuner: Tuner) -> DefenseResult:
         """Hand the defense what it may know, and nothing that leads to the attacker."""
+        given = {"num_classes": self.images.num_classes, "image_size": self.images.image_size}
         task = DefenseTask(
             model=self.model,
             clean=self._clean_images(),
@@ -146,6 +177,8 @@ class DefenseJob(Job):
             seed=self.seed,
             tune=tuner,
             logits=partial(logits, precision=self.session.precision),
+            routing=partial(routings, precision=self.session.precision),
+            fresh=partial(fresh_model, self.spec.model, given, self.seed, self.session.device),
             report=stages.add,
         )
         before = _shapes(self.model)

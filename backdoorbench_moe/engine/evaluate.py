@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.engine.step import as_input
+from backdoorbench_moe.models.base import Routing
 from backdoorbench_moe.ops.metrics import proportion
+from backdoorbench_moe.ops.structure import Routed
 
 BATCH = 500
 Metrics = dict[str, dict[str, float]]
@@ -25,6 +28,18 @@ def logits(model: nn.Module, images: Tensor, *, precision: str, batch_size: int 
         with autocast(images.device, precision):
             found.append(model(as_input(images[start : start + batch_size])).float())
     return torch.cat(found)
+
+
+def routings(
+    model: nn.Module, images: Tensor, *, precision: str, batch_size: int = BATCH
+) -> Iterator[list[Routing]]:
+    """Routing of every routed layer of (N, C, H, W) uint8 images, in evaluation mode: a list a batch, in order."""
+    assert isinstance(model, Routed)
+    model.eval()
+    for start in range(0, len(images), batch_size):
+        with torch.inference_mode(), autocast(images.device, precision):
+            routing = model.forward_routed(as_input(images[start : start + batch_size])).routing
+        yield routing
 
 
 def predict(model: nn.Module, images: Tensor, *, precision: str, batch_size: int = BATCH) -> Tensor:

@@ -20,6 +20,7 @@ from backdoorbench_moe.models.wrn_blocks import (
     glorot_linear,
     set_bn_momentum,
 )
+from backdoorbench_moe.ops.experts import mute
 from backdoorbench_moe.ops.structure import ChannelGroup, Expert
 
 __all__ = ["PMoE", "PatchMoE", "PatchRouter", "pmoe_from_keras", "select_top"]
@@ -187,3 +188,7 @@ class PMoE(RoutedModel):
             }
             found.append(Expert("moe", e, rows, output, self.moe.conv, rows["moe.conv.weight"]))
         return found
+
+    def mask_expert(self, expert: Expert) -> None:
+        """Mute the expert: every expert chooses its own patches, so none of them waits for another to take over."""
+        mute(self, [expert])

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from backdoorbench_moe.ops.pruning import held_at_zero
 from backdoorbench_moe.ops.structure import Expert
 
 
@@ -18,6 +19,36 @@ def mute(model: nn.Module, experts: Iterable[Expert]) -> None:
     for expert in experts:
         for name, (start, stop) in expert.output.items():
             state[name][start:stop].zero_()
+
+
+@contextmanager
+def muted(model: nn.Module, experts: Iterable[Expert]) -> Iterator[None]:
+    """Mute these experts inside the block; afterwards their weights are what they were, bit for bit."""
+    experts, state = list(experts), model.state_dict()
+    kept = [
+        (state[name][start:stop], state[name][start:stop].clone())
+        for expert in experts
+        for name, (start, stop) in expert.output.items()
+    ]
+    try:
+        mute(model, experts)
+        yield
+    finally:
+        for rows, values in kept:
+            rows.copy_(values)
+
+
+@contextmanager
+def kept_muted(model: nn.Module, experts: Iterable[Expert]) -> Iterator[None]:
+    """Keep experts that `mute` muted so while the block trains."""
+    parameters = dict(model.named_parameters())
+    rows = [
+        (parameters[name], torch.arange(start, stop))
+        for expert in experts
+        for name, (start, stop) in expert.output.items()
+    ]
+    with held_at_zero(rows):
+        yield
 
 
 @torch.no_grad()

@@ -60,14 +60,18 @@ def silence(module: nn.Module, channels: Tensor) -> None:
 
 @contextmanager
 def silenced(pruned: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[None]:
-    """Keep channels that `silence` set to zero there while the block trains: their gradients are zero.
+    """Keep channels that `silence` set to zero there while the block trains."""
+    with held_at_zero([(p, channels) for module, channels in pruned for p in _parameters(module)]):
+        yield
+
+
+@contextmanager
+def held_at_zero(rows: Iterable[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """Keep rows of parameters, (n,) int64 each, that are zero so while the block trains: their gradients are zero.
 
     SGD, with momentum or without, and AdamW leave a weight of zero whose gradients are zero where it is.
     """
-    hooks = []
-    for module, channels in pruned:
-        for parameter in _parameters(module):
-            hooks.append(parameter.register_post_accumulate_grad_hook(_clear(channels.to(parameter.device))))
+    hooks = [p.register_post_accumulate_grad_hook(_clear(chosen.to(p.device))) for p, chosen in rows]
     try:
         yield
     finally:
@@ -75,10 +79,10 @@ def silenced(pruned: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[None]:
             hook.remove()
 
 
-def _clear(channels: Tensor) -> Callable[[Tensor], None]:
+def _clear(rows: Tensor) -> Callable[[Tensor], None]:
     def clear(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        parameter.grad.index_fill_(0, channels, 0)
+        parameter.grad.index_fill_(0, rows, 0)
 
     return clear
 

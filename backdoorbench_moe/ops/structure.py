@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,30 @@ class WithExperts(Protocol):
 
     def experts(self) -> list[Expert]:
         """All experts, those of the first routed layer first, each layer's in the order of its gates."""
+
+
+@runtime_checkable
+class MasksExperts(Protocol):
+    """A routed model whose router can pass an expert over; optional beside `WithExperts`.
+
+    Without it, to mask an expert is to mute it. That is right where experts choose patches, since each
+    chooses for itself; where patches choose experts, those of a muted expert would go unserved.
+    """
+
+    def mask_expert(self, expert: Expert) -> None:
+        """Let no patch go to this expert any more, but to the next best, in place.
+
+        What it changes is part of the state dict, whose names and shapes stay; so a model that is written and
+        read again still passes the expert over.
+        """
+
+
+@runtime_checkable
+class Routed(Protocol):
+    """A routed model, as `backdoorbench_moe.models.base.RoutedModel` is."""
+
+    def forward_routed(self, images: Tensor) -> Any:
+        """Images (B, 3, H, W) in [0, 1] to logits and the routing of every routed layer."""
 
 
 @runtime_checkable
