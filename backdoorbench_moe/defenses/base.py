@@ -81,7 +81,7 @@ class DefenseResult:
     values by what it judges: "sample", "class", "expert" or "model"; they go into the record as they are.
 
     filter: of a defense that judges inputs, (N, 3, H, W) uint8 images to (N,) finite floats, higher is
-    more suspicious; an image's score does not depend on the others beside it. threshold: a score from it on is
+    more suspicious; an image's score does not depend on the others beside it. threshold: a score above it is
     suspicious, and such an image is rejected. The engine measures both after the defense has returned, on clean
     and triggered test images in one shuffled row; with a filter, `stage` is that of the filtered model.
     """

@@ -41,7 +41,7 @@ def measure_filtered(
     drawn = None if triggered is None else _draw(*triggered, seed, "triggered")
     images = clean.images if drawn is None else torch.cat([clean.images, drawn[0].images])
     scores = _score(judge, images, seed)
-    rejected = (scores >= threshold).to(images.device)
+    rejected = (scores > threshold).to(images.device)
     predicted = predict(model, images, precision=precision)
     right = (predicted[: len(clean)] == known) & ~rejected[: len(clean)]
     metrics = {"ba": right}

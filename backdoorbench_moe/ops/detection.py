@@ -43,24 +43,20 @@ def _interval(area: float, m: int, n: int) -> tuple[float, float]:
 
 
 def alarms(fpr: float, calibrating: int) -> int:
-    """k, so that a clean score reaches the k-th highest of `calibrating` other clean ones with chance <= fpr.
+    """k, so that a clean score lies above the k-th highest of `calibrating` other clean ones with chance <= fpr.
 
-    That chance is k / (calibrating + 1), whatever the scores' distribution; 0 where there are too few.
+    That chance is k / (calibrating + 1), whatever the scores' distribution, and less where some are equal; 0
+    where there are too few.
     """
     return min(int(fpr * (calibrating + 1) + 1e-9), calibrating)
 
 
 def threshold(clean: np.ndarray, fpr: float) -> float:
-    """The k-th highest of (n,) clean scores, k = `alarms(fpr, n)`; a score from it on is suspicious.
+    """The k-th highest of (n,) clean scores, k = `alarms(fpr, n)`; a score above it is suspicious.
 
-    Where scores are tied, the next higher value, so that ties do not raise the share. Raises ValueError for
-    too few scores.
+    Raises ValueError for too few scores.
     """
     count = alarms(fpr, len(clean))
     if not count:
         raise ValueError(f"threshold: expected at least 1 / fpr - 1 scores, got {len(clean)}")
-    ordered = np.sort(clean)[::-1]
-    at = float(ordered[count - 1])
-    if (clean >= at).sum() <= count:
-        return at
-    return float(np.nextafter(at, np.inf))
+    return float(np.sort(clean)[-count])
