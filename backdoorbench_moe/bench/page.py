@@ -15,11 +15,11 @@ from backdoorbench_moe.bench.tidy import environments, train_seconds
 from backdoorbench_moe.bench.wording import (
     counts_line,
     facts,
+    heading,
     inside_word,
     key_name,
     legend,
     mean_text,
-    metric_name,
     paper_parts,
     suite_line,
 )
@@ -76,9 +76,8 @@ def _figures(results: ResultSet, svgs: Sequence[bytes]) -> list[dict[str, Any]]:
 
 def _table(table: MetricTable) -> dict[str, Any]:
     return {
-        "title": table.title,
-        "metric": metric_name(table.metric),
-        "short": table.metric.upper() if "." not in table.metric else metric_name(table.metric, unit=False),
+        "heading": heading(table),
+        "short": heading(table, short=True),
         "key_names": [key_name(key) for key in table.row_keys],
         "columns": table.columns,
         "groups": [

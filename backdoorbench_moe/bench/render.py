@@ -15,11 +15,11 @@ from backdoorbench_moe.bench.wording import (
     MINUS,
     counts_line,
     facts,
+    heading,
     inside_word,
     key_name,
     legend,
     mean_text,
-    metric_name,
     paper_parts,
     place_lines,
     suite_line,
@@ -47,7 +47,7 @@ class RichTables:
         yield Text(f"{suite_line(sheet.suite)}; {counts_line(sheet.counts)}")
         yield Text(f"{legend(has_paper=_has_paper(sheet))}{_second_line(sheet)}", style="dim")
         for table in sheet.tables:
-            yield Text(f"\n{table.title}: {metric_name(table.metric)}", style="bold")
+            yield Text(f"\n{heading(table)}", style="bold")
             for columns in _chunks(table, options.max_width):
                 yield _rich_table(table, columns)
             if sheet.suite.note:
@@ -122,7 +122,7 @@ def markdown(sheet: Sheet) -> str:
     """The tables as Markdown: a cell on two lines, the second the paper's."""
     lines = [f"# {plain(sheet.suite.title)}", "", legend(has_paper=_has_paper(sheet)), ""]
     for table in sheet.tables:
-        lines += [f"## {plain(table.title)}: {metric_name(table.metric)}", ""]
+        lines += [f"## {plain(heading(table))}", ""]
         names = [*(key_name(key) for key in table.row_keys), *table.columns]
         lines += [
             markdown_row(names),
@@ -222,7 +222,7 @@ def latex(sheet: Sheet) -> str:
 
 
 def _latex_table(sheet: Sheet, table: MetricTable) -> str:
-    said = f"{table.title}: {metric_name(table.metric)}. {facts(sheet)}. {legend(has_paper=table.has_paper)}"
+    said = f"{heading(table)}. {facts(sheet)}. {legend(has_paper=table.has_paper)}"
     names = [*(key_name(key) for key in table.row_keys), *table.columns]
     lines = [
         r"\begin{table}",

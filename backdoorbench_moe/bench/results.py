@@ -161,6 +161,8 @@ class ResultSet:
         stage, _, name = metric.rpartition(".")
         if record is None:
             return None
+        if name == "seconds":
+            return _seconds(record, stage)
         return (_stage(record, stage) if stage else record.metrics).get(name)
 
 
@@ -254,6 +256,15 @@ def _read_folders(suite: Suite, output: Path) -> Iterator[Record]:
             if record.status == "running" and not is_fresh(read_life_sign(folder.path)):
                 record.status = "interrupted"
             yield record
+
+
+def _seconds(record: Record, stage: str) -> Mapping[str, float] | None:
+    """What a stage took; or the whole defense; or, of an undefended run, its training."""
+    if stage:
+        found = next((each["seconds"] for each in record.stages if each["name"] == stage), None)
+    else:
+        found = record.timing.get("defense_seconds" if record.stages else "train_seconds")
+    return None if found is None else {"value": found}
 
 
 def _stage(record: Record, name: str) -> Mapping[str, Any]:

@@ -12,6 +12,11 @@ from backdoorbench_moe.config import DATASET_NOT_IN_DIGEST, RunSpec
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 
 METRICS = ("asr", "ba", "cad", "ra")
+# Of input filters; and how long a defense, or else the training, took.
+FILTER_METRICS = ("auroc", "tpr", "fpr")
+MEASURES = (*METRICS, *FILTER_METRICS, "seconds")
+# As a table's columns: its metrics side by side, instead of a table for each.
+METRIC_COLUMNS = "metric"
 PARTS = ("dataset", "model", "trigger", "applicator")
 
 
@@ -19,8 +24,9 @@ PARTS = ("dataset", "model", "trigger", "applicator")
 class Layout:
     """One table a metric: a row for each combination of the `rows` keys, a column for each of `columns`.
 
-    Keys are those of `value_of`: dotted keys of a spec, or a part's ("trigger": its name and options).
-    metrics: of METRICS; "pruned.asr" is the ASR after a defense's stage "pruned".
+    Keys are those of `value_of`: dotted keys of a spec, or a part's ("trigger": its name and options). With
+    METRIC_COLUMNS ("metric") for columns it is one table, with a column a metric. metrics: of MEASURES;
+    "pruned.asr" is the ASR after a defense's stage "pruned".
     """
 
     title: str

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from backdoorbench_moe.bench.files import find_file, names_in
-from backdoorbench_moe.bench.suite import METRICS, Cell, Layout, Plot, Suite, value_of
+from backdoorbench_moe.bench.suite import MEASURES, METRIC_COLUMNS, Cell, Layout, Plot, Suite, value_of
 from backdoorbench_moe.config import RunSpec, Values, build_spec, load_yaml, merge, normalise
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.options import convert
@@ -130,7 +130,7 @@ def _check(suite: Suite, where: str) -> None:
     for table in suite.tables:
         for metric in table.metrics:
             check_metric(metric, f"{where}: tables")
-        for key in (*table.rows, table.columns):
+        for key in (*table.rows, *(() if table.columns == METRIC_COLUMNS else (table.columns,))):
             value_of(spec, key)
     for plot in suite.plots:
         check_metric(plot.metric, f"{where}: plots")
@@ -140,8 +140,8 @@ def _check(suite: Suite, where: str) -> None:
 
 def check_metric(metric: str, where: str) -> None:
     """Raise UnknownNameError for a metric that there is not."""
-    if metric.rpartition(".")[2] not in METRICS:
-        raise UnknownNameError(f"{where}: metric", metric, METRICS)
+    if metric.rpartition(".")[2] not in MEASURES:
+        raise UnknownNameError(f"{where}: metric", metric, MEASURES)
 
 
 def _read_items(kind: Any, items: object, where: str) -> Iterator[Any]:

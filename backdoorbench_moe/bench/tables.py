@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from backdoorbench_moe.bench.results import ResultSet, Statistic
-from backdoorbench_moe.bench.suite import Cell, Layout, Suite, order, value_of
+from backdoorbench_moe.bench.suite import METRIC_COLUMNS, Cell, Layout, Suite, order, value_of
 from backdoorbench_moe.errors import ConfigError
 
 # What a place without numbers says, beside the states of a record.
@@ -31,10 +31,13 @@ class Place:
 
 @dataclass(frozen=True)
 class MetricTable:
-    """One metric of one layout: rows x columns of places. rows: for each row a label for each of `row_keys`."""
+    """One metric of one layout: rows x columns of places. rows: for each row a label for each of `row_keys`.
+
+    metric: None where the columns are metrics.
+    """
 
     title: str
-    metric: str
+    metric: str | None
     row_keys: tuple[str, ...]
     column_key: str
     rows: tuple[tuple[str, ...], ...]
@@ -95,7 +98,7 @@ def build_sheet(results: ResultSet) -> Sheet:
     Raises ConfigError where a layout would put two cells in one place.
     """
     layouts = results.suite.tables or (default_layout(results.suite),)
-    tables = tuple(_fill(results, layout, metric) for layout in layouts for metric in layout.metrics)
+    tables = tuple(table for layout in layouts for table in _fill(results, layout))
     return Sheet(results.suite, count_runs(results), tables)
 
 
@@ -148,11 +151,20 @@ def label(key: str, value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _fill(results: ResultSet, layout: Layout, metric: str) -> MetricTable:
+def metric_label(metric: str) -> str:
+    """ "pruned.asr" -> "pruned ASR"."""
+    stage, _, name = metric.rpartition(".")
+    name = name if name == "seconds" else name.upper()
+    return f"{stage} {name}" if stage else name
+
+
+def _fill(results: ResultSet, layout: Layout) -> Iterator[MetricTable]:
+    """The layout's tables: one a metric, or one in all."""
+    side_by_side = layout.columns == METRIC_COLUMNS
     there: dict[tuple[tuple[str, ...], str], Cell] = {}
     for cell in results.suite.cells:
         row = tuple(label(key, value_of(cell.spec, key)) for key in layout.rows)
-        column = label(layout.columns, value_of(cell.spec, layout.columns))
+        column = "" if side_by_side else label(layout.columns, value_of(cell.spec, layout.columns))
         if (twin := there.setdefault((row, column), cell)) is not cell:
             raise ConfigError(
                 f"suite {results.suite.name}: table {layout.title!r}: {dict(cell.values)} and "
@@ -160,7 +172,16 @@ def _fill(results: ResultSet, layout: Layout, metric: str) -> MetricTable:
             )
     rows = tuple(dict.fromkeys(row for row, _ in there))
     columns = tuple(dict.fromkeys(column for _, column in there))
-    places = tuple(
-        tuple(find_place(results, there.get((row, column)), metric) for column in columns) for row in rows
-    )
-    return MetricTable(layout.title, metric, layout.rows, layout.columns, rows, columns, places)
+
+    def table(metric: str | None, names: tuple[str, ...], wanted: Sequence[tuple[str, str]]) -> MetricTable:
+        places = tuple(
+            tuple(find_place(results, there.get((row, column)), each) for column, each in wanted)
+            for row in rows
+        )
+        return MetricTable(layout.title, metric, layout.rows, layout.columns, rows, names, places)
+
+    if side_by_side:
+        yield table(None, tuple(map(metric_label, layout.metrics)), [("", m) for m in layout.metrics])
+        return
+    for metric in layout.metrics:
+        yield table(metric, columns, [(column, metric) for column in columns])

@@ -7,7 +7,7 @@ from typing import Any
 
 from backdoorbench_moe.bench.render import percent, write_csv
 from backdoorbench_moe.bench.results import ResultSet
-from backdoorbench_moe.bench.suite import METRICS, PARTS, value_of
+from backdoorbench_moe.bench.suite import FILTER_METRICS, METRICS, PARTS, value_of
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.records import Record
 
@@ -18,12 +18,15 @@ MADE_COLUMNS = ("train_seconds", "images_per_second", "device", "precision", "th
 def tidy_csv(results: ResultSet) -> str:
     """One row for each finished run, clean twins among them, as CSV; numbers as the records have them.
 
-    ba, asr and ra stand with their Wilson 95% interval (`_low`, `_high`) and number of images (`_n`); `cad`
-    is measured against the clean twin. A defense's stage has columns of its own, such as `pruned_asr`.
+    ba, asr and ra stand with their Wilson 95% interval (`_low`, `_high`) and number of images (`_n`), and so do
+    auroc, tpr and fpr where an input filter was run; `cad` is measured against the clean twin. A defense's
+    stage has columns of its own, such as `pruned_asr`.
     """
     records = results.finished()
     stages = list(dict.fromkeys(stage["name"] for record in records for stage in record.stages))
-    metrics = [f"{stage}{metric}" for stage in ("", *(f"{name}." for name in stages)) for metric in METRICS]
+    judged = [name for name in FILTER_METRICS if any(name in record.metrics for record in records)]
+    prefixes = ("", *(f"{name}." for name in stages))
+    metrics = [f"{stage}{metric}" for stage in prefixes for metric in (*METRICS, *judged)]
     parts = [column for part in PARTS for column in (part, f"{part}_options")]
     measured = [column for metric in metrics for column in _metric_columns(metric)]
     rows: list[list[Any]] = [

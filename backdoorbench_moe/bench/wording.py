@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from backdoorbench_moe.bench.results import Statistic
 from backdoorbench_moe.bench.suite import Suite
-from backdoorbench_moe.bench.tables import Counts, Place, Sheet
+from backdoorbench_moe.bench.tables import Counts, MetricTable, Place, Sheet
 
 MINUS = "−"
 METRIC_NAMES = {
     "asr": ("attack success rate (ASR)", "%"),
     "ba": ("clean accuracy (BA)", "%"),
     "cad": ("clean accuracy drop (CAD)", "percentage points"),
-    "ra": ("robust accuracy (RA)", "%"),
+    "ra": ("accuracy on triggered images (RA)", "%"),
+    "auroc": ("area under the ROC curve (AUROC)", "%"),
+    "tpr": ("triggered images rejected (TPR)", "%"),
+    "fpr": ("clean images rejected (FPR)", "%"),
+    "seconds": ("time", "s"),
 }
 KEY_NAMES = {
     "poison.rate": "rate",
@@ -27,6 +31,14 @@ def metric_name(metric: str, *, unit: bool = True) -> str:
     stage, _, name = metric.rpartition(".")
     text, measure = METRIC_NAMES[name]
     return f"{text}{f' after {stage}' if stage else ''}{f', {measure}' if unit else ''}"
+
+
+def heading(table: MetricTable, *, short: bool = False) -> str:
+    """A table's title and what it is of. short: for a table of contents."""
+    if table.metric is None:
+        return table.title
+    name = metric_name(table.metric, unit=not short)
+    return f"{table.title}: {table.metric.upper() if short and '.' not in table.metric else name}"
 
 
 def key_name(key: str) -> str:

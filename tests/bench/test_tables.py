@@ -16,6 +16,7 @@ from backdoorbench_moe.bench import render
 from backdoorbench_moe.bench.life_sign import LIFE_SIGN
 from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.tables import build_sheet, count_runs
+from backdoorbench_moe.bench.tidy import tidy_csv
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.records import Record
 
@@ -193,3 +194,38 @@ def test_without_spread_the_interval_is_the_mean_and_equal_is_inside(tmp_path) -
     statistic = place(ResultSet.from_runs(suite, tmp_path), "asr", ("patch", "10%"), "warp").statistic
     assert (statistic.std, statistic.paper) == (0, 99.8)
     assert statistic.inside is True
+
+
+def test_metrics_side_by_side(tmp_path) -> None:
+    """One table; a filter's metrics where there is one; the seconds of a defense, of a stage, else of the training."""
+    defenses = [[], [{"name": "fine-pruning", "ratio": 0.2}], ["strip"]]
+    metrics = ["asr", "pruned.asr", "auroc", "fpr", "seconds", "pruned.seconds"]
+    layout = {"title": "All", "rows": ["defenses"], "columns": "metric", "metrics": metrics}
+    grid = {"applicator": "image", "trigger": "square", "poison.rate": "10%", "defenses": defenses}
+    suite = part_suite(grid=grid, repeats=1, tables=[layout], plots=[], paper=None)
+    plain, pruned, filtered = (finished(cell.spec, asr=4500 - 900 * n) for n, cell in enumerate(suite.cells))
+    before = {"name": "before", "metrics": plain.metrics, "seconds": 0.0}
+    pruned.timing["defense_seconds"] = filtered.timing["defense_seconds"] = 12.5
+    stages = [("pruned", plain.metrics, 2.5), ("tuned", pruned.metrics, 10.0)]
+    pruned.stages = [before, *({"name": n, "metrics": m, "seconds": s} for n, m, s in stages)]
+    for name in ("auroc", "tpr", "fpr"):
+        filtered.metrics[name] = {"value": 5.0, "n": 100, "low": 1.0, "high": 9.0}
+    filtered.stages = [before, {"name": "filtered", "metrics": filtered.metrics, "seconds": 12.5}]
+    for record in (plain, pruned, filtered):
+        write(tmp_path, record)
+    results = ResultSet.from_runs(suite, tmp_path)
+    [table] = build_sheet(results).tables
+    assert table.columns == ("ASR", "pruned ASR", "AUROC", "FPR", "seconds", "pruned seconds")
+    assert table.rows == (("none",), ("fine-pruning, ratio=0.2",), ("strip",))
+    values = [[place.statistic and place.statistic.mean for place in row] for row in table.places]
+    assert values == [
+        [50.0, None, None, None, 60.5, None],
+        [40.0, 50.0, None, None, 12.5, 2.5],
+        [30.0, None, 5.0, 5.0, 12.5, None],
+    ]
+    head, _, *lines = render.markdown(build_sheet(results)).splitlines()[4:]
+    assert head == "## All"
+    assert lines[0].startswith("| defenses | ASR | pruned ASR |")
+    columns = tidy_csv(results).splitlines()[0].split(",")
+    assert {"auroc", "auroc_low", "fpr_n", "filtered_tpr"} <= set(columns)
+    assert not any("auroc" in name for name in tidy_csv(ResultSet(suite, {}, results.paper)).split(","))
