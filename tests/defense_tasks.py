@@ -42,6 +42,20 @@ def used_model(name: str = "pmoe", *, seed: int = 0) -> nn.Module:
     return model.eval().to(memory_format=torch.channels_last)
 
 
+def trained_model(*, seed: int = 0) -> tuple[nn.Module, Split]:
+    """A small pMoE that has learned something, and images with its own answers, of which no class has most.
+
+    Without one of its experts it gets some of them wrong, and without another, others.
+    """
+    model = used_model(seed=seed)
+    task, _ = make_task(model, clean=held_images(96), lr=0.02, optimizer="adamw")
+    task.tune(model, task.clean, epochs=4)
+    noise = torch.randint(0, 256, (60, 3, 32, 32), generator=torch.Generator().manual_seed(9)).byte()
+    with torch.no_grad():
+        model.head.bias -= logits(model, noise, precision="fp32").mean(0)
+    return model, Split(noise, logits(model, noise, precision="fp32").argmax(1))
+
+
 def held_images(count: int = 24) -> Split:
     """Some clean images of the tiny data set, to own."""
     train = Tiny().read().train

@@ -33,7 +33,7 @@ def structure(model: object) -> Structured:
 def router_of(model: object) -> list[nn.Module]:
     """The modules of the model's router. Raises ConfigError if it has none, or does not name it."""
     if not (router := structure(model).components().get("router")):
-        raise ConfigError(f"model: expected one with a router, {type(model).__name__} has none")
+        raise ConfigError(f"model: expected one with a router, {type(model).__name__} has no router")
     return router
 
 

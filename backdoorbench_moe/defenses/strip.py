@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -179,4 +180,4 @@ def gate_constancy(gates: Tensor) -> Tensor:
     tables = tables / tables.sum(2, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     mixture = torch.special.entr(tables.mean(1)).sum(1)
     divergence = mixture - torch.special.entr(tables).sum(2).mean(1)
-    return 1 - divergence.clamp(min=0) / torch.tensor(gates.shape[1]).log()
+    return 1 - divergence.clamp(min=0) / math.log(gates.shape[1])

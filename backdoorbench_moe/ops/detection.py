@@ -48,7 +48,7 @@ def alarms(fpr: float, calibrating: int) -> int:
     That chance is k / (calibrating + 1), whatever the scores' distribution, and less where some are equal; 0
     where there are too few.
     """
-    return min(int(fpr * (calibrating + 1) + 1e-9), calibrating)
+    return max(0, min(int(fpr * (calibrating + 1) + 1e-9), calibrating))
 
 
 def threshold(clean: np.ndarray, fpr: float) -> float:

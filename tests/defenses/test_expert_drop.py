@@ -1,0 +1,107 @@
+"""Which expert goes, that it stays gone, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from defense_tasks import changed, copies, make_task, trained_model, used_model
+from torch import nn
+
+from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.defenses import create_defense
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.experts import mute
+
+
+def accuracy(model: nn.Module, clean: Split) -> float:
+    pairs = zip(clean.images, clean.labels, strict=True)
+    with torch.no_grad():
+        hits = [int(model(image[None].float() / 255).argmax()) == int(label) for image, label in pairs]
+    return 100 * sum(hits) / len(hits)
+
+
+def silenced_copy(model: nn.Module, gone: tuple[int, ...]) -> nn.Module:
+    """An own way to silence experts: the head no longer hears their channels."""
+    twin = used_model()
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for index in gone:
+            twin.head.weight[:, 5 * index : 5 * (index + 1)] = 0
+    return twin
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_one_dropped_is_that_of_an_own_loop_over_deaf_heads(seed) -> None:
+    model, clean = trained_model(seed=seed)
+    alone = [accuracy(silenced_copy(model, (e,)), clean) for e in range(4)]
+    assert sorted(alone)[-1] > sorted(alone)[-2], "else the test could not tell"
+    result = create_defense("expert-drop")(make_task(model, clean=clean)[0])
+    assert result.stage == "dropped"
+    assert result.scores["expert"] == pytest.approx({f"moe/{e}": alone[e] for e in range(4)})
+    chosen = alone.index(max(alone))
+    assert result.verdict["expert"]["dropped"] == [f"moe/{chosen}"]
+    assert result.verdict["expert"]["accuracy"] == pytest.approx([max(alone)])
+    assert accuracy(model, clean) == pytest.approx(max(alone))
+
+
+def test_several_are_dropped_one_after_the_other_as_by_hand() -> None:
+    model, clean = trained_model(seed=1)
+    gone: list[int] = []
+    for _ in range(3):
+        found = {e: accuracy(silenced_copy(model, (*gone, e)), clean) for e in range(4) if e not in gone}
+        gone.append(max(found, key=lambda e: found[e]))
+    result = create_defense("expert-drop", count=3)(make_task(model, clean=clean)[0])
+    assert result.verdict["expert"]["dropped"] == [f"moe/{e}" for e in gone]
+    assert result.verdict["expert"]["accuracy"][-1] == pytest.approx(accuracy(model, clean))
+    assert len(result.scores["expert"]) == 4
+
+
+def test_only_what_leaves_the_expert_is_set_to_zero() -> None:
+    model, clean = trained_model()
+    before = copies(model)
+    result = create_defense("expert-drop")(make_task(model, clean=clean)[0])
+    [name] = result.verdict["expert"]["dropped"]
+    [expert] = [expert for expert in model.experts() if expert.name == name]
+    after = copies(model)
+    assert changed(before, after) == set(expert.output)
+    mute(model, [expert])
+    assert not changed(after, copies(model))
+
+
+def test_of_equals_the_first_goes() -> None:
+    model = used_model()
+    with torch.no_grad():
+        model.head.weight.zero_()
+    result = create_defense("expert-drop", count=2)(make_task(model)[0])
+    assert result.verdict["expert"]["dropped"] == ["moe/0", "moe/1"]
+
+
+def test_tuning_afterwards_leaves_it_mute() -> None:
+    model = used_model()
+    task, reported = make_task(model, momentum=0.9, weight_decay=0.01)
+    result = create_defense("expert-drop", count=2, epochs=2)(task)
+    [(stage, dropped)] = reported
+    assert (stage, result.stage) == ("dropped", "tuned")
+    after = copies(model)
+    names = result.verdict["expert"]["dropped"]
+    for expert, (name, (start, stop)) in itertools.product(
+        model.experts(), model.experts()[0].output.items()
+    ):
+        start, stop = expert.output[name]
+        if expert.name in names:
+            assert (dropped[name][start:stop] == 0).all() and (after[name][start:stop] == 0).all()
+        elif name.endswith("weight"):
+            assert (dropped[name][start:stop] != after[name][start:stop]).any()
+    assert "trunk.stem.weight" in changed(dropped, after)
+
+
+def test_what_cannot_be_dropped_is_refused() -> None:
+    with pytest.raises(ConfigError, match="count: expected 1 to 3 of the 4 experts of PMoE, got 4"):
+        create_defense("expert-drop", count=4).check(used_model())
+    with pytest.raises(ConfigError, match="model: expected a routed one, WideResNet has no experts"):
+        create_defense("expert-drop").check(used_model("wide_resnet"))
+    for options, message in (({"count": 0}, "count: expected"), ({"epochs": -1}, "epochs: expected")):
+        with pytest.raises(ConfigError, match=message):
+            create_defense("expert-drop", **options)
