@@ -1,0 +1,90 @@
+"""Running the end of a model again and again without its beginning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+Record = tuple[nn.Module, Any]
+
+
+@contextmanager
+def reuse_prefix(model: nn.Module, stop: Collection[nn.Module], run: Callable[[], object]) -> Iterator[None]:
+    """Call `run()`, which passes one batch; inside the block, the model repeats of it what came before `stop`.
+
+    Every call of a submodule that had ended before the first of `stop` began gives what it gave then, whatever
+    comes in, without computing it. Exact for a model in evaluation mode that is given the same batch again and
+    in which nothing but `stop` and what follows it was changed. Must be called as `model(batch)`. An output
+    that is not made of tensors and numbers is computed again.
+    """
+    records = _record(model, set(stop), run)
+    queue: list[Record] = []
+    modules = {id(module): module for module, _ in records}
+    hook = model.register_forward_pre_hook(lambda *_: queue.__setitem__(slice(None), records))
+    # A module may have been given a forward of its own before.
+    own = {key: vars(module).get("forward") for key, module in modules.items()}
+    for module in modules.values():
+        module.forward = _replay(module, module.forward, queue)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for key, module in modules.items():
+            del module.forward
+            if (forward := own[key]) is not None:
+                module.forward = forward
+
+
+def _record(model: nn.Module, stop: set[nn.Module], run: Callable[[], object]) -> list[Record]:
+    """The outermost calls that ended before `stop`, in order, with copies of what they gave."""
+    records: list[Record] = []
+    began: list[int] = []
+    stopped = False
+
+    def enter(module: nn.Module, *_: object) -> None:
+        nonlocal stopped
+        stopped = stopped or module in stop
+        began.append(len(records))
+
+    def leave(module: nn.Module, _: object, output: object) -> None:
+        start = began.pop()
+        if stopped or module is model:
+            return
+        if _can_copy(output):
+            # Calls inside of this one are not made again, as it is not.
+            del records[start:]
+            records.append((module, _copy(output)))
+
+    hooks = [module.register_forward_pre_hook(enter) for module in model.modules()]
+    hooks += [module.register_forward_hook(leave) for module in model.modules()]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return records
+
+
+def _replay(module: nn.Module, forward: Callable[..., Any], queue: list[Record]) -> Callable[..., Any]:
+    def replay(*args: Any, **options: Any) -> Any:
+        if queue and queue[0][0] is module:
+            # A copy, as the next step may work in place.
+            return _copy(queue.pop(0)[1])
+        return forward(*args, **options)
+
+    return replay
+
+
+def _can_copy(value: object) -> bool:
+    if isinstance(value, tuple | list) and type(value) in (tuple, list):
+        return all(map(_can_copy, value))
+    return isinstance(value, Tensor | int | float | None)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(map(_copy, value))
+    return value.clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,86 @@
+"""Muted and patched experts against models changed by hand, one whole evaluation each."""
+
+from __future__ import annotations
+
+import copy
+from itertools import combinations
+
+import pytest
+import torch
+from defense_tasks import used_model
+from routed_models import make_subject, make_triggered
+
+from backdoorbench_moe.analysis import carriers
+from backdoorbench_moe.analysis.carriers import find_carriers
+from backdoorbench_moe.analysis.subject import Subject
+from backdoorbench_moe.engine.evaluate import predict
+from backdoorbench_moe.ops.experts import mute
+
+
+def percent(hits: torch.Tensor) -> float:
+    return pytest.approx(100 * hits.double().mean().item())
+
+
+def subject() -> Subject:
+    return make_subject(used_model("pmoe"))
+
+
+def test_muting_is_that_of_a_copy() -> None:
+    looked_at = subject()
+    triggered, test = make_triggered(looked_at), looked_at.images.test
+    before = {name: tensor.clone() for name, tensor in looked_at.model.state_dict().items()}
+    found = find_carriers(looked_at, triggered, 1000)
+    experts = looked_at.model.experts()
+    groups = [(), *[(e,) for e in experts], *combinations(experts, 2)]
+    muted = [found.whole, *found.singles, *found.pairs]
+    assert [one.experts for one in muted] == [tuple(e.name for e in group) for group in groups]
+    for one, group in zip(muted, groups, strict=True):
+        model = copy.deepcopy(looked_at.model)
+        mute(model, group)
+        assert one.ba.value == percent(predict(model, test.images, precision="fp32") == test.labels)
+        called = predict(model, triggered.images, precision="fp32")
+        assert one.asr is not None and one.asr.value == percent(called == triggered.wanted)
+        assert (one.ba.n, one.asr.n) == (60, 40)
+    assert len({one.asr.value for one in muted}) > 2  # type: ignore[union-attr]
+    for name, tensor in looked_at.model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_patching_puts_the_clean_output_into_the_triggered_pass() -> None:
+    """In pMoE, what follows the experts sees nothing but their outputs, so it can be done by hand."""
+    looked_at = subject()
+    triggered, test, model = make_triggered(looked_at), looked_at.images.test, looked_at.model
+    found = find_carriers(looked_at, triggered, 1000)
+
+    @torch.no_grad()
+    def outputs(images: torch.Tensor) -> torch.Tensor:
+        x = images.float() / 255
+        return model.moe(model.reduce(torch.relu(model.reduce_norm(model.trunk(x)))))[0]
+
+    clean, stamped = outputs(test.images[triggered.places]), outputs(triggered.images)
+    size = clean.shape[1] // 4
+    for e, one in enumerate(found.patched):
+        mixed = stamped.clone()
+        mixed[:, e * size : (e + 1) * size] = clean[:, e * size : (e + 1) * size]
+        with torch.no_grad():
+            called = model.head(torch.relu(model.norm(mixed)).mean((2, 3))).argmax(1)
+        assert one.expert == f"moe/{e}"
+        assert one.asr.value == percent(called == triggered.wanted)
+        assert one.ra.value == percent(called == triggered.true)
+    called = predict(model, test.images[triggered.places], precision="fp32")
+    assert found.clean_called_wanted.value == percent(called == triggered.wanted)  # type: ignore[union-attr]
+
+
+def test_a_drawn_part_is_the_same_every_time(monkeypatch) -> None:
+    looked_at = subject()
+    triggered = make_triggered(looked_at)
+    one, two = (find_carriers(looked_at, triggered, 25) for _ in range(2))
+    assert one == two and (one.whole.ba.n, one.whole.asr.n) == (25, 25)  # type: ignore[union-attr]
+    monkeypatch.setattr(carriers, "MAX_PAIRS", 5)
+    assert find_carriers(looked_at, None, 25).pairs == ()
+
+
+def test_without_a_trigger_there_is_accuracy_alone() -> None:
+    found = find_carriers(subject(), None, 10)
+    assert found.whole.asr is None and found.patched == () and found.clean_called_wanted is None
+    assert len(found.singles) == 4 and len(found.pairs) == 6
