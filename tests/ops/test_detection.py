@@ -65,7 +65,16 @@ def test_empty_groups_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("fpr", "count", "k"),
-    [(0.05, 19, 1), (0.05, 18, 0), (0.05, 39, 2), (0.05, 38, 1), (0.5, 1, 1), (0.9, 3, 3), (0.1, 0, 0), (0.05, -6, 0)],
+    [
+        (0.05, 19, 1),
+        (0.05, 18, 0),
+        (0.05, 39, 2),
+        (0.05, 38, 1),
+        (0.5, 1, 1),
+        (0.9, 3, 3),
+        (0.1, 0, 0),
+        (0.05, -6, 0),
+    ],
 )
 def test_how_many_may_be_called_by_hand(fpr, count, k) -> None:
     assert alarms(fpr, count) == k
