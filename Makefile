@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/bbmoe attack --model pmoe --trigger warp --applicator patch
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

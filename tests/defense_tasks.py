@@ -24,7 +24,6 @@ GIVEN = {"num_classes": 3, "image_size": 32}
 SMALL: dict[str, dict[str, object]] = {
     "pmoe": {"widen_factor": 1, "moe_channels": 8, "expert_channels": 5, "gate_std": 1.0},
     "wide_resnet": {"widen_factor": 1},
-    # Narrower ones crash oneDNN on one thread.
     "preact_resnet18": {"width": 8},
     "vgg16_bn": {"width": 4},
     "timm:test_resnet": {},
@@ -45,13 +44,15 @@ def used_model(name: str = "pmoe", *, seed: int = 0) -> nn.Module:
 def trained_model(*, seed: int = 0) -> tuple[nn.Module, Split]:
     """A small pMoE that has learned something, and images with its own answers, of which no class has most.
 
-    Without one of its experts it gets some of them wrong, and without another, others.
+    Without one of its experts it gets some of them wrong, and without another, others; without the second, which
+    the head hardly hears, next to none: whatever the rounding, that one is missed least.
     """
     model = used_model(seed=seed)
     task, _ = make_task(model, clean=held_images(96), lr=0.02, optimizer="adamw")
     task.tune(model, task.clean, epochs=4)
     noise = torch.randint(0, 256, (60, 3, 32, 32), generator=torch.Generator().manual_seed(9)).byte()
     with torch.no_grad():
+        model.head.weight[:, 5:10] *= 0.01
         model.head.bias -= logits(model, noise, precision="fp32").mean(0)
     return model, Split(noise, logits(model, noise, precision="fp32").argmax(1))
 

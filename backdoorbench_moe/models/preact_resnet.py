@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.models.checks import check_image_size, check_positive
 from backdoorbench_moe.ops.structure import ChannelGroup
+
+# oneDNN's AVX2 backward pass of a strided 1x1 convolution writes beside its memory below 8 channels (torch 2.14.1:
+# heap corruption on one thread, a hang on two); AVX-512 does not.
+MIN_WIDTH = 8
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
@@ -38,14 +43,18 @@ class PreActBlock(nn.Module):
 class PreActResNet18(nn.Module):
     """PreActResNet-18: 3x3 stem, 4 stages of 2 blocks with `width` * 1, 2, 4, 8 channels, strides 1, 2, 2, 2.
 
-    Raises ConfigError for sizes below 1 and images under 8 pixels. Source: He et al., "Identity Mappings in
-    Deep Residual Networks", ECCV 2016, with the last BN-ReLU of the paper, which the copy that many backdoor
-    toolboxes share leaves out.
+    Raises ConfigError for a width below 8, other sizes below 1 and images under 8 pixels. Source: He et al.,
+    "Identity Mappings in Deep Residual Networks", ECCV 2016, with the last BN-ReLU of the paper, which the copy
+    that many backdoor toolboxes share leaves out.
     """
 
     def __init__(self, *, num_classes: int = 10, image_size: int = 32, width: int = 64) -> None:
         super().__init__()
-        check_positive(num_classes=num_classes, width=width)
+        check_positive(num_classes=num_classes)
+        if width < MIN_WIDTH:
+            raise ConfigError.expected(
+                "width", f"at least {MIN_WIDTH} (narrower shortcuts crash oneDNN on some CPUs)", width
+            )
         check_image_size(image_size, at_least=8)
         self.stem = _conv(3, width, 3)
         blocks: list[nn.Module] = []

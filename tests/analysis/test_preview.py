@@ -19,7 +19,7 @@ from backdoorbench_moe.engine.runner import Run, load_run, run_attack
 from backdoorbench_moe.errors import ConfigError, DataError, RecordError, UnknownNameError
 
 SPEC = tiny_spec(trigger={"name": "square", "colour": "white"}, train={"epochs": 1})
-DENSE = {"name": "preact_resnet18", "width": 2}
+DENSE = {"name": "preact_resnet18", "width": 8}
 
 
 def train(tmp_path, **values) -> Run:

@@ -301,7 +301,7 @@ def test_a_part_that_raises_leaves_a_record_that_says_so(tmp_path, monkeypatch) 
 def test_a_last_batch_of_one_image_is_explained(tmp_path) -> None:
     spec = tiny_spec(
         dataset={"name": "tiny", "train_images": 33},
-        model={"name": "preact_resnet18", "width": 1},
+        model={"name": "preact_resnet18", "width": 8},
         train={"batch_size": 32},
     )
     run_attack(spec, output=tmp_path, twin=False)  # At 32 pixels there is more than one value a channel.

@@ -7,7 +7,7 @@ from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.models import create_model, list_models
 from backdoorbench_moe.models.wrn_blocks import WideTrunk
 
-NARROW = {"wide_resnet": {"widen_factor": 1}, "preact_resnet18": {"width": 4}, "vgg16_bn": {"width": 4}}
+NARROW = {"wide_resnet": {"widen_factor": 1}, "preact_resnet18": {"width": 8}, "vgg16_bn": {"width": 4}}
 
 
 def parameters(name, **options):
@@ -82,3 +82,8 @@ def test_a_wide_resnet_between_two_whole_factors():
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
     with pytest.raises(ConfigError, match=r"widen_factor: expected a number from 1 on, got 0\.5"):
         create_model("wide_resnet", widen_factor=0.5)
+
+
+def test_a_width_that_crashes_some_machines_is_refused():
+    with pytest.raises(ConfigError, match=r"width: expected at least 8 .*, got 7"):
+        create_model("preact_resnet18", width=7)
