@@ -4,6 +4,7 @@ The public interface, all imported on first use:
 
 - `attack(...)` does a whole run and returns it; `load_run(folder)` opens one.
 - `defend(run, defense)` applies a defense to a finished run's model and returns the defended run.
+- `analyze(run)` says what the routing of a finished run's model does, and which expert carries the backdoor.
 - `make_spec(...)` builds the frozen RunSpec that `attack` takes apart.
 - `create_trigger`, `create_applicator`, `create_model`, `create_dataset` and `list_triggers`, ... find
   the parts by name, third-party ones included.
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "analyze": "backdoorbench_moe.api",
     "attack": "backdoorbench_moe.api",
     "defend": "backdoorbench_moe.api",
     "load_run": "backdoorbench_moe.api",
@@ -53,7 +55,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from backdoorbench_moe.api import attack, defend, load_run, make_spec
+    from backdoorbench_moe.api import analyze, attack, defend, load_run, make_spec
     from backdoorbench_moe.applicators import create_applicator, list_applicators
     from backdoorbench_moe.applicators.base import Applicator
     from backdoorbench_moe.config import RunSpec

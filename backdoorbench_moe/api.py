@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from backdoorbench_moe.config import PartSpec, RunSpec, build_spec, chain_settings
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.runner import Run, load_run, run_attack, run_defense
 
-__all__ = ["attack", "defend", "load_run", "make_spec"]
+if TYPE_CHECKING:
+    from backdoorbench_moe.analysis.analyze import Analysis
+
+__all__ = ["analyze", "attack", "defend", "load_run", "make_spec"]
 
 Part = str | Mapping[str, Any]
 
@@ -72,14 +75,56 @@ def defend(
 
     run: a Run or its folder. options: the defense's own, such as ratio=0.2. output: folder of run folders;
     the one `run` lies in where None. `record.stages` of what comes back holds BA, ASR and RA before and after
-    every stage, `model()` is the defended model. Finished before, it is only read. Raises BbmoeError for
-    anything the user can mend.
+    every stage, `model()` is the defended model; where the defense is a filter of inputs, `value("auroc")`,
+    "tpr" and "fpr" are percent. Finished before, it is only read. Raises BbmoeError for anything the user can
+    mend.
     """
     return run_defense(
-        run if isinstance(run, Run) else load_run(run),
+        _opened(run),
         PartSpec(defense, options),
         output=output,
         data_root=data_root,
         device=device,
         observer=observer,
     )
+
+
+def analyze(
+    run: Run | Path | str,
+    *,
+    against: Run | Path | str | None = None,
+    images: Sequence[int] | None = None,
+    carriers_images: int = 2000,
+    output: Path | str | None = None,
+    data_root: str | None = None,
+    device: str | None = None,
+    observer: Observer | None = None,
+) -> Analysis:
+    """Look into the model of a finished run, as `bbmoe analyze` does; returns what is found, as dataclasses.
+
+    run, against: a Run or its folder; compared with the clean twin, if it lies beside the run, where `against`
+    is None. images: test images for patch maps. carriers_images: at most so many to measure muted and patched
+    experts on. output: folder that analysis.json is written to; nothing is written where None. Raises
+    BbmoeError for anything the user can mend.
+    """
+    from backdoorbench_moe.analysis.analyze import analyze_run
+    from backdoorbench_moe.analysis.document import check_output, save_document
+
+    if output is not None:
+        check_output(Path(output))
+    analysis = analyze_run(
+        _opened(run),
+        against=None if against is None else _opened(against),
+        images=images,
+        carriers_images=carriers_images,
+        data_root=data_root,
+        device=device,
+        observer=observer,
+    )
+    if output is not None:
+        save_document(analysis, Path(output))
+    return analysis
+
+
+def _opened(run: Run | Path | str) -> Run:
+    return run if isinstance(run, Run) else load_run(run)

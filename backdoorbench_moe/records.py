@@ -51,7 +51,12 @@ class Record:
     Of a defended run, too: metrics `ra`, the share of the images of `asr` that are called what they are;
     parent, folder name of the run it was made from; stages, [{"name": .., "metrics": {..}, "seconds": ..}],
     "before" first, the last with the run's own metrics; history, the epochs of its tuning. scores and
-    verdict: what a defense that judges gave, by what it judges: "sample", "class" or "model".
+    verdict: what a defense that judges gave, by what it judges: "sample", "class", "expert" or "model".
+
+    Behind an input filter: `tpr` and `fpr`, the shares of triggered and of clean images it rejects, and
+    `auroc` of its scores, n of both kinds, low and high; `ba`, `asr` and `ra` of the same images, a rejected one
+    being neither right nor fooled. They are a sample of the test images: see n. The model in the folder is
+    without its filter.
     """
 
     spec: dict[str, Any]

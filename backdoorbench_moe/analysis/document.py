@@ -37,13 +37,15 @@ def as_document(analysis: Analysis) -> dict[str, Any]:
     return {"schema_version": SCHEMA_VERSION, "kind": "analysis", **values, **findings, "units": UNITS}
 
 
+def to_text(document: dict[str, Any]) -> str:
+    """A JSON document, one part a line."""
+    parts = (f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in document.items())
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def save_document(analysis: Analysis, output: Path) -> Path:
     """Write analysis.json into a folder, made if need be; whole or not at all. Raises RecordError."""
-    parts = (
-        f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}"
-        for key, value in as_document(analysis).items()
-    )
-    text = "{\n" + ",\n".join(parts) + "\n}\n"
+    text = to_text(as_document(analysis))
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
-from backdoorbench_moe.bench.plots import alt_text, describe, draw, inline_svg
+from backdoorbench_moe.bench.plots import alt_text, describe, draw
 from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.suite import Suite
 from backdoorbench_moe.bench.tables import MetricTable, Place, build_sheet
@@ -23,6 +23,7 @@ from backdoorbench_moe.bench.wording import (
     paper_parts,
     suite_line,
 )
+from backdoorbench_moe.drawing import inline_svg
 
 ENVIRONMENT = ("runs", "device", "precision", "threads", "torch", "python", "git commit")
 

@@ -5,26 +5,31 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from backdoorbench_moe.bench.results import ResultSet, Statistic
 from backdoorbench_moe.bench.suite import Plot, value_of
 from backdoorbench_moe.bench.tables import find_place, label
 from backdoorbench_moe.bench.wording import axis_name, key_name, metric_name, number
+from backdoorbench_moe.drawing import (
+    COLOURS,
+    INK,
+    MARKERS,
+    PAPER,
+    RULE,
+    drawing_style,
+    figure_bytes,
+    new_figure,
+    slug,
+)
 from backdoorbench_moe.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by the colour-blind; the markers tell the lines apart without any colour.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-INK, PAPER, RULE = "#1a1a1a", "#ffffff", "#d9d9d9"
 HOLLOW: dict[str, Any] = {"markerfacecolor": PAPER, "markersize": 7, "linestyle": ":", "linewidth": 0.8}
 # In inches. A panel's height holds the gap for its x label and the title of the panel below.
 PANEL_WIDTH, PANEL_HEIGHT, GAP, LEFT, TOP = 3.1, 2.9, 0.75, 0.6, 0.58
@@ -78,12 +83,8 @@ def build_panels(results: ResultSet, plot: Plot) -> list[Panel]:
 def draw(results: ResultSet, plot: Plot, form: str) -> bytes:
     """A figure as "svg" (UTF-8 text) or "png"; the same records, the same bytes."""
     panels = build_panels(results, plot)
-    with _style(plot.title):
-        figure = _figure(panels, plot)
-        file = BytesIO()
-        nothing = {"svg": ("Creator", "Date", "Format", "Type"), "png": ("Software",)}[form]
-        figure.savefig(file, format=form, metadata=dict.fromkeys(nothing), dpi=DPI)
-    return file.getvalue()
+    with drawing_style(plot.title):
+        return figure_bytes(_figure(panels, plot), form, DPI)
 
 
 def describe(results: ResultSet, plot: Plot) -> str:
@@ -113,71 +114,23 @@ def alt_text(results: ResultSet, plot: Plot) -> str:
     return f"{_capital(metric_name(plot.metric))}. {'; '.join(texts)}."
 
 
-def inline_svg(svg: bytes, prefix: str, alt: str) -> str:
-    """An SVG file as an element of an HTML page: its ids its own, its colours the page's, with alt text."""
-    from html import escape
-
-    text = svg.decode("utf-8")
-    text = text[text.index("<svg") :]
-    # The page has the one rule of that style itself.
-    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
-    for colour, variable in (
-        (INK, "ink"),
-        (PAPER, "paper"),
-        (RULE, "rule"),
-        *zip(COLOURS, _LINES, strict=True),
-    ):
-        text = text.replace(colour, f"var(--{variable})")
-    size = re.match(r'<svg [^>]*?viewBox="([^"]*)"', text)
-    assert size is not None
-    head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="{escape(alt)}"'
-    return f'{head} viewBox="{size[1]}"{text[text.index(">") :]}'
-
-
-_LINES = tuple(f"line-{number_}" for number_ in range(len(COLOURS)))
-
-
-def slug(text: str) -> str:
-    """A title as a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "plot"
-
-
 def file_names(plots: Sequence[Plot]) -> list[str]:
     """A file name, without suffix, for each figure; each its own."""
     names: list[str] = []
     for plot in plots:
-        name = slug(plot.title)
+        name = slug(plot.title) or "plot"
         tried = (f"{name}-{n}" for n in itertools.count(2))
         names.append(name if name not in names else next(text for text in tried if text not in names))
     return names
 
 
-@contextmanager
-def _style(salt: str) -> Iterator[None]:
-    """Our own settings and nobody else's, so that every machine with the same fonts draws the same."""
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update({"svg.hashsalt": salt, "svg.fonttype": "none", "font.size": 9})
-        matplotlib.rcParams.update({"text.parse_math": False})
-        for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"):
-            matplotlib.rcParams[key] = INK
-        yield
-
-
 def _figure(panels: Sequence[Panel], plot: Plot) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     across = min(ACROSS, len(panels))
     down = math.ceil(len(panels) / across)
     lines = list(dict.fromkeys(line for panel in panels for line in panel.lines))
     bottom = 0.55 + 0.22 * math.ceil((len(lines) + 1) / LEGEND_COLUMNS)
     width, height = max(PANEL_WIDTH * across, 4.2) + LEFT, PANEL_HEIGHT * down + TOP + bottom - GAP
-    figure = Figure(figsize=(width, height), facecolor=PAPER)
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height)
     figure.suptitle(plot.title, fontsize=10, y=1 - 0.12 / height, va="top")
     grid: Any = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     # In inches, as all is of known size: a layout engine would take most of the time.

@@ -15,6 +15,7 @@ from backdoorbench_moe.errors import BbmoeError, BbmoeWarning
 COMMANDS = {
     "attack": "Backdoor a model and measure it.",
     "defend": "Defend the model of a run, and measure it after every stage.",
+    "analyze": "Look into the routing of a run's model, and who carries the backdoor.",
     "preview": "Draw what a trigger does to images.",
     "bench": "Run a suite of attacks, and draw its tables beside the paper's.",
     "show": "Print what a run folder holds.",

@@ -31,6 +31,8 @@ def command(
 ) -> None:
     """Defend the model of the finished run in folder RUN; BA, ASR and RA before and after every stage.
 
+    Of a defense that filters inputs: AUROC, true and false positive rate, and BA, ASR and RA behind it.
+
     The defended model is a run folder of its own, which can be shown and defended again. Interrupted, the
     same command starts over from RUN; finished, it does nothing.
     """

@@ -41,6 +41,6 @@ def command(runs: tuple[Path, ...], as_json: bool, markdown: bool) -> None:
     if record.metrics:
         console.print(tables.metrics_table(record))
     if record.stages:
-        console.print(tables.stages_table(record))
+        tables.print_stages(console, record)
     if record.history:
         console.print(tables.history_table(record))

@@ -22,7 +22,13 @@ METRICS = {
     "asr": "attack success rate (ASR)",
     "ra": "accuracy on triggered images (RA)",
     "cad": "clean accuracy drop (CAD)",
+    "auroc": "area under the ROC curve (AUROC)",
+    "tpr": "triggered images rejected (TPR)",
+    "fpr": "clean images rejected (FPR)",
 }
+FILTER_METRICS = ("auroc", "tpr", "fpr")
+# Of a defense's scores, which may be one an image, so many are shown.
+SHOWN_SCORES = 12
 
 
 def print_json(runs: Sequence[Run]) -> None:
@@ -52,13 +58,25 @@ def print_runs(runs: Sequence[Run]) -> None:
 
 
 def print_defended(run: Run) -> None:
-    """Print what a defense did, stage by stage, and what it cost against the clean twin."""
+    """Print what a defense did, stage by stage, what it judged, and what it cost against the clean twin."""
     console = Console(highlight=False)
     console.print(title(run.record), style="italic", markup=False)
-    console.print(stages_table(run.record))
+    print_stages(console, run.record)
     if (cad := run.record.metrics.get("cad")) is not None:
         console.print(f"{METRICS['cad']}: {cad['value']:.2f}")
     console.print(f"run folder: {run.folder.path}", soft_wrap=True, markup=False)
+
+
+def print_stages(console: Console, record: Record) -> None:
+    """Print the stages of a defense, how well its filter tells images apart, and its scores and verdict."""
+    console.print(stages_table(record))
+    for name in FILTER_METRICS:
+        if (metric := record.metrics.get(name)) is not None:
+            shown = _metric(record.metrics, name, interval=True)
+            console.print(f"{METRICS[name]}: {shown} of {metric['n']} images", markup=False)
+    for what, judged in (("scores", record.scores), ("verdict", record.verdict)):
+        for kind, values in judged.items():
+            console.print(f"{what} by {kind}: {_judged(values)}", markup=False)
 
 
 def title(record: Record) -> str:
@@ -88,14 +106,29 @@ def metrics_table(record: Record) -> Table:
 
 def stages_table(record: Record) -> Table:
     """BA, ASR and RA with their 95% intervals before the defense and after each of its stages."""
-    table = Table("stage", box=None, pad_edge=False)
+    # One blank between columns: three metrics of 100.00 [100.0, 100.0] and a short name fit 80 columns.
+    table = Table("stage", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     names = [name for name in ("ba", "asr", "ra") if name in record.metrics]
-    for column in [f"{name.upper()} %" for name in names] + ["seconds"]:
+    for column in [f"{name.upper()} %" for name in names] + ["s"]:
         table.add_column(column, justify="right")
     for stage in record.stages:
         shown = (_metric(stage["metrics"], name, interval=True) for name in names)
         table.add_row(stage["name"], *shown, f"{stage['seconds']:.1f}")
     return table
+
+
+def _judged(values: Any, separator: str = "; ") -> str:
+    """Scores or a verdict in one line, numbers with four digits; of long ones, the beginning."""
+    if isinstance(values, dict):
+        parts = [f"{name} {_judged(value, ', ')}" for name, value in values.items()]
+    elif isinstance(values, list):
+        parts, separator = [_judged(value) for value in values], ", "
+    elif isinstance(values, float):
+        return f"{values:.4g}"
+    else:
+        return str(values)
+    more = [f"… ({len(parts)} in all)"] if len(parts) > SHOWN_SCORES else []
+    return separator.join(parts[:SHOWN_SCORES] + more) or "none"
 
 
 def repeats_table(runs: Sequence[Run]) -> Table:

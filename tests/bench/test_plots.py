@@ -8,9 +8,10 @@ from xml.etree import ElementTree
 import pytest
 from fake_runs import fill, finished, part_suite, write
 
-from backdoorbench_moe.bench.plots import alt_text, build_panels, describe, draw, file_names, inline_svg
+from backdoorbench_moe.bench.plots import alt_text, build_panels, describe, draw, file_names
 from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.suite import Plot
+from backdoorbench_moe.drawing import inline_svg
 from backdoorbench_moe.errors import ConfigError
 
 

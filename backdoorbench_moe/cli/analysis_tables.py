@@ -1,0 +1,142 @@
+"""What the terminal shows of an analysis: one screen; everything else is in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from backdoorbench_moe.analysis.analyze import Analysis
+    from backdoorbench_moe.analysis.capture import LayerCapture
+    from backdoorbench_moe.analysis.carriers import Carriers, Muted
+    from backdoorbench_moe.analysis.shift import LayerShift
+    from backdoorbench_moe.ops.effects import Mean
+    from backdoorbench_moe.ops.metrics import Proportion
+
+NONE = "–"
+
+
+def print_analysis(analysis: Analysis, file: Path) -> None:
+    """Print a table of the experts of each layer, what holds of the layer, and who carries the backdoor."""
+    console = Console(highlight=False)
+    counts = analysis.images
+    console.print(
+        f"{analysis.run.name}: {counts.test} test images, {counts.triggered} triggered", markup=False
+    )
+    for number in range(len(analysis.findings.routing or ())):
+        console.print(experts_table(analysis, number))
+        for line in layer_lines(analysis, number):
+            console.print(line, markup=False)
+    if analysis.carriers is not None:
+        console.print(carriers_table(analysis.carriers))
+    for missing in analysis.absent:
+        console.print(f"no {missing.part}: {missing.reason}", style="dim", markup=False)
+    if analysis.trigger_from not in (None, analysis.run.name):
+        console.print(f"trigger: that of {analysis.trigger_from}", markup=False)
+    console.print(f"{file} ({analysis.seconds['total']:.1f} s)", soft_wrap=True, markup=False)
+
+
+def experts_table(analysis: Analysis, number: int) -> Table:
+    """One expert of a layer a row."""
+    findings = analysis.findings
+    assert findings.routing is not None and analysis.pixels is not None
+    routing, pixels = findings.routing[number], analysis.pixels[number]
+    title = f"layer {routing.layer}: {len(routing.load)} experts, {routing.frequency.shape[1]} patches"
+    columns: dict[str, Sequence[str]] = {
+        "expert": [str(e) for e in range(len(routing.load))],
+        "patches\nan image": [f"{value:.1f}" for value in routing.load.tolist()],
+        "gate mass\ntaken": [f"{value:.3f}" for value in routing.mass.tolist()],
+        "Jaccard\nothers": [f"{value:.3f}" for value in _others(routing.overlap)],
+        "brighter\nAUC": [NONE if one is None else f"{one.auc:.3f}" for one in pixels.overall],
+    }
+    if findings.capture is not None and findings.shift is not None:
+        capture, shift = findings.capture[number], findings.shift[number]
+        columns |= {
+            "captures\n%": [f"{100 * value:.1f}" for value in capture.by_expert.tolist()],
+            "blind\n%": [f"{100 * value:.1f}" for value in capture.blind_by_expert.tolist()],
+            "shift JS\nnats": [_number(one.value, "{:.2g}") for one in shift.divergence_by_expert],
+            "patches\nchanged %": [_number(one.value, "{:.1f}", 100) for one in shift.changed_by_expert],
+        }
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="left" if name == "expert" else "right")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
+    return table
+
+
+def _others(overlap: Tensor) -> list[float]:
+    """Mean overlap of each expert with the other ones."""
+    others = len(overlap) - 1
+    if not others:
+        return [float("nan")]
+    return [(row.sum().item() - row[e].item()) / others for e, row in enumerate(overlap)]
+
+
+def layer_lines(analysis: Analysis, number: int) -> list[str]:
+    """What holds of a layer as a whole, a line each."""
+    findings = analysis.findings
+    assert findings.routing is not None
+    routing = findings.routing[number]
+    entropy, untaken = (_number(one.value, "{:.3f}") for one in (routing.entropy, routing.untaken))
+    lines = [
+        f"gate entropy {entropy} of 1; {untaken} patches an image go to no expert; "
+        f"spread over the experts (CV): load {routing.load_cv:.3f}, gate mass {routing.mass_cv:.3f}"
+    ]
+    if findings.capture is not None and findings.shift is not None:
+        lines += [*_capture(findings.capture[number]), _shift(findings.shift[number])]
+    if analysis.comparison is not None and analysis.against is not None:
+        same = ", ".join(_number(one.value, "{:.3f}") for one in analysis.comparison.clean[number].same)
+        lines.append(f"Jaccard with the same expert of {analysis.against.name} (not matched): {same}")
+    return lines
+
+
+def _capture(one: LayerCapture) -> list[str]:
+    return [
+        f"trigger captured by an expert: {_share(one.captured)}% of images, blind {one.blind_captured:.2f}%; "
+        f"by {_mean(one.experts)} experts, blind {one.blind_experts:.3f}",
+        f"ASR: captured {_share(one.asr_captured)}, missed {_share(one.asr_missed)}",
+    ]
+
+
+def _shift(one: LayerShift) -> str:
+    changed = _mean(one.changed, "{:.2f}", 100)
+    return f"shift by the trigger: JS {_mean(one.divergence, '{:.3g}')} nats, {changed}% of selected patches"
+
+
+def carriers_table(carriers: Carriers) -> Table:
+    """BA and ASR with each expert muted, with the pair that lowers ASR most, and ASR with each one patched."""
+    table = Table(title="who carries the backdoor", title_justify="left", box=None, pad_edge=False)
+    for name in ("", "BA %", "ASR %", "RA %"):
+        table.add_column(name, justify="right" if name else "left")
+    rows: list[tuple[str, Muted]] = [("all experts", carriers.whole)]
+    rows += [(f"{one.experts[0]} muted", one) for one in carriers.singles]
+    if carriers.pairs:
+        best = min(carriers.pairs, key=lambda one: (one.asr or one.ba).value)
+        rows.append((f"{' and '.join(best.experts)} muted", best))
+    for name, one in rows:
+        table.add_row(name, _share(one.ba), _share(one.asr), "")
+    for patched in carriers.patched:
+        table.add_row(f"{patched.expert} as on clean", "", _share(patched.asr), _share(patched.ra))
+    if carriers.clean_called_wanted is not None:
+        table.add_row("no trigger at all", "", _share(carriers.clean_called_wanted), "")
+    return table
+
+
+def _share(one: Proportion | None) -> str:
+    return f"no images {NONE}" if one is None else f"{one.value:.2f} [{one.low:.1f}, {one.high:.1f}]"
+
+
+def _mean(one: Mean, form: str = "{:.3f}", factor: float = 1) -> str:
+    interval = f" [{_number(one.low, form, factor)}, {_number(one.high, form, factor)}]"
+    return _number(one.value, form, factor) + (interval if one.low is not None else "")
+
+
+def _number(value: Any, form: str, factor: float = 1) -> str:
+    return NONE if value is None else form.format(factor * value)

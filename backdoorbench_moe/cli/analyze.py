@@ -1,0 +1,73 @@
+"""`bbmoe analyze`: what the routing of a run's model does, and who carries the backdoor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from backdoorbench_moe.errors import ConfigError
+
+
+@click.command("analyze")
+@click.argument("run", type=Path, metavar="RUN")
+@click.option("--against", type=Path, metavar="RUN2", help="Compare with this run.  [the clean twin]")
+@click.option("--images", metavar="N,..", help="Test images for patch maps.  [one of each of six classes]")
+@click.option(
+    "--carriers-images", type=int, default=2000, show_default=True, metavar="N",
+    help="At most so many images to measure muted and patched experts on.",
+)  # fmt: skip
+@click.option("--output", type=Path, metavar="DIR", help="Where analysis.json goes.  [RUN]")
+@click.option("--data-root", metavar="DIR", help="Where the data set lies.  [where it lay]")
+@click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [the run's]")
+@click.option("--json", "as_json", is_flag=True, help="Print analysis.json, and nothing else.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def command(
+    *,
+    run: Path,
+    against: Path | None,
+    images: str | None,
+    carriers_images: int,
+    output: Path | None,
+    data_root: str | None,
+    device: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Look into the model of the finished run in folder RUN, over the whole test set.
+
+    Which patches go to which expert; whether the experts receive the patches that the trigger changed, and
+    what it does to the routing; whether they prefer bright patches; which expert carries the backdoor. Of a
+    dense model only what needs no routing.
+    """
+    chosen = None if images is None else _numbers(images)
+    from backdoorbench_moe.analysis.analyze import analyze_run
+    from backdoorbench_moe.analysis.document import as_document, check_output, save_document, to_text
+    from backdoorbench_moe.cli.analysis_tables import print_analysis
+    from backdoorbench_moe.cli.progress import make_observer
+    from backdoorbench_moe.engine.runner import load_run
+
+    opened, other = load_run(run), None if against is None else load_run(against)
+    place = opened.folder.path if output is None else output
+    check_output(place)
+    analysis = analyze_run(
+        opened,
+        against=other,
+        images=chosen,
+        carriers_images=carriers_images,
+        data_root=data_root,
+        device=device,
+        observer=make_observer(quiet=quiet or as_json),
+    )
+    file = save_document(analysis, place)
+    if as_json:
+        click.echo(to_text(as_document(analysis)), nl=False)
+    else:
+        print_analysis(analysis, file)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError.expected("--images", "numbers of test images such as 3,17", text) from None
