@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distribution, entry_points
 
 from backdoorbench_moe.errors import PluginError
 
 PACKAGE = "backdoorbench_moe"
-GROUPS = {kind: f"{PACKAGE}.{kind}s" for kind in ("trigger", "applicator", "model", "defense", "dataset")}
+KINDS = ("trigger", "applicator", "model", "defense", "dataset")
+GROUPS = {kind: f"{PACKAGE}.{kind}s" for kind in KINDS}
+
+# Version of the interfaces that plug-ins keep to; it goes up when what worked with the last one no longer does.
+INTERFACE = 1
+# The names in this entry-point group are the versions a package is written for; a package without any is
+# taken to be written for the one that is installed.
+INTERFACE_GROUP = f"{PACKAGE}.interface"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One entry point: a name some installed package offers. Nothing is imported until `load`."""
+    """One entry point: a name some installed package offers. Nothing is imported until `load`.
+
+    interfaces: the versions of the interface its package says it is written for; empty where it says none.
+    """
 
     kind: str
     name: str
     target: str
     package: str
     version: str
+    interfaces: tuple[str, ...] = ()
 
     @property
     def builtin(self) -> bool:
@@ -31,17 +43,33 @@ class Candidate:
         """Package and version, for messages and lists."""
         return f"{self.package} {self.version}".strip()
 
+    @property
+    def mismatch(self) -> str | None:
+        """Why its package does not go with this version of the interfaces; None where it does."""
+        if not self.interfaces or str(INTERFACE) in self.interfaces:
+            return None
+        written = " or ".join(self.interfaces)
+        return (
+            f"{self.kind} {self.name!r} from {self.origin} is written for interface {written}; "
+            f"this {PACKAGE} has interface {INTERFACE}"
+        )
+
     def load(self) -> object:
         """Import the target.
 
         Raises PluginError, naming the package and the reason, whatever the import raised: a
         third party's module may fail in any way, `sys.exit` included, and must not take anything else down.
         """
+        if self.mismatch:
+            raise PluginError(self.mismatch)
         try:
             return EntryPoint(self.name, self.target, GROUPS[self.kind]).load()
         except (Exception, SystemExit) as error:
+            missing = unmet_requirements(self.package) if isinstance(error, ImportError) else []
+            advice = f"; {self.package} requires {', '.join(missing)}: not installed" if missing else ""
             raise PluginError(
-                f"{self.kind} {self.name!r} from {self.origin} does not load: {type(error).__name__}: {error}"
+                f"{self.kind} {self.name!r} from {self.origin} does not load: "
+                f"{type(error).__name__}: {error}{advice}"
             ) from error
 
 
@@ -54,7 +82,34 @@ def discover(kind: str) -> list[Candidate]:
             target=point.value,
             package=point.dist.name if point.dist else "unknown",
             version=point.dist.version if point.dist else "",
+            interfaces=_interfaces(point.dist) if point.dist else (),
         )
         for point in entry_points(group=GROUPS[kind])
     }
     return sorted(found, key=lambda c: (not c.builtin, c.package, c.name, c.target))
+
+
+def normalize(package: str) -> str:
+    """A package's name in the one spelling that pip compares by ("My_Pkg" is "my-pkg")."""
+    return re.sub(r"[-_.]+", "-", package).lower()
+
+
+def unmet_requirements(package: str) -> list[str]:
+    """What an installed package requires, extras aside, and is not installed; versions are not compared."""
+    try:
+        requirements = distribution(package).requires or []
+    except PackageNotFoundError:
+        return []
+    missing = []
+    for requirement in requirements:
+        name = re.match(r"[\w.-]+", requirement)
+        if name and ";" not in requirement:
+            try:
+                distribution(name[0])
+            except PackageNotFoundError:
+                missing.append(name[0])
+    return missing
+
+
+def _interfaces(package: Distribution) -> tuple[str, ...]:
+    return tuple(sorted(point.name for point in package.entry_points if point.group == INTERFACE_GROUP))

@@ -7,7 +7,7 @@ from functools import cached_property
 from importlib import import_module
 from typing import Any, Generic, TypeVar, cast
 
-from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
+from backdoorbench_moe.errors import BbmoeError, ConfigError, PluginError, UnknownNameError
 from backdoorbench_moe.options import Option, check_options, list_options
 from backdoorbench_moe.plugins import Candidate, discover
 
@@ -30,10 +30,16 @@ class Registry(Generic[T]):
 
     @cached_property
     def _found(self) -> tuple[dict[str, Candidate], dict[Candidate, str]]:
-        """Entry points by name, and those refused because the name was taken, with the reason."""
+        """Entry points by name, and those refused without an import, with the reason.
+
+        A package for another version of the interface holds no name against one that works.
+        """
         names: dict[str, Candidate] = {}
         refused: dict[Candidate, str] = {}
         for candidate in discover(self.kind):
+            if candidate.mismatch:
+                refused[candidate] = candidate.mismatch
+                continue
             holder = names.setdefault(candidate.name, candidate)
             if holder is not candidate:
                 refused[candidate] = f"the name {candidate.name!r} is taken by {holder.origin}"
@@ -47,16 +53,24 @@ class Registry(Generic[T]):
         """The entry point behind `name`; None where it was registered from running code."""
         return self._found[0].get(name)
 
+    def offers(self) -> list[Candidate]:
+        """Every entry point of the kind, usable or not; nothing is imported."""
+        return [*self._found[0].values(), *self._found[1]]
+
+    def fault(self, candidate: Candidate) -> str | None:
+        """Why an entry point cannot be used; None where it can. Imports it unless it is refused before."""
+        if candidate in self._found[1]:
+            return self._found[1][candidate]
+        try:
+            self._load(candidate)
+        except PluginError as error:
+            return str(error)
+        return None
+
     def broken(self) -> dict[Candidate, str]:
         """Third-party entry points that cannot be used, each with its reason. Imports third-party parts."""
-        reasons = dict(self._found[1])
-        for candidate in self._found[0].values():
-            if not candidate.builtin:
-                try:
-                    self._load(candidate)
-                except PluginError as error:
-                    reasons[candidate] = str(error)
-        return reasons
+        reasons = {c: self.fault(c) for c in self.offers() if not c.builtin}
+        return {candidate: reason for candidate, reason in reasons.items() if reason}
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
         """Class decorator: offer a part under `name` in this process (a package uses entry points).
@@ -88,13 +102,13 @@ class Registry(Generic[T]):
             return self._local[family]
         candidate = self._found[0].get(family)
         if candidate is None:
-            raise UnknownNameError(self.kind, name, self.names())
+            raise self._unknown(name)
         return self._load(candidate)
 
     def check_name(self, name: str) -> str:
-        """Return `name` if it can be looked up; nothing is imported. Raises UnknownNameError."""
+        """Return `name` if it can be looked up; nothing is imported. Raises UnknownNameError or PluginError."""
         if name.partition(":")[0] not in self.names():
-            raise UnknownNameError(self.kind, name, self.names())
+            raise self._unknown(name)
         return name
 
     def options(self, name: str) -> dict[str, Option]:
@@ -121,6 +135,13 @@ class Registry(Generic[T]):
         if colon and option is None:
             raise ConfigError(f"{self.kind} {family!r}: takes no ':{argument}' behind its name")
         return {option: argument} if colon and option else {}
+
+    def _unknown(self, name: str) -> BbmoeError:
+        """The error for a name that cannot be looked up: a package's fault where one offers it."""
+        for candidate, reason in self._found[1].items():
+            if candidate.name == name.partition(":")[0]:
+                return PluginError(reason)
+        return UnknownNameError(self.kind, name, self.names())
 
     def _load(self, candidate: Candidate) -> type[T]:
         part = candidate.load()

@@ -17,19 +17,29 @@ BASE = "backdoorbench_moe.triggers.base:Trigger"
 
 
 class Dist:
-    def __init__(self, name: str, version: str = "1.0") -> None:
+    def __init__(self, name: str, interfaces: tuple[str, ...], version: str = "1.0") -> None:
         self.name, self.version = name, version
+        self.entry_points = [
+            EntryPoint(written, "module", "backdoorbench_moe.interface") for written in interfaces
+        ]
 
 
-def offer(monkeypatch: pytest.MonkeyPatch, *offers: tuple[str, str, str]) -> Registry[Trigger]:
-    """A registry that sees these (package, name, target) beside the built-in square."""
+def offer(
+    monkeypatch: pytest.MonkeyPatch,
+    *offers: tuple[str, str, str],
+    interfaces: dict[str, tuple[str, ...]] | None = None,
+) -> Registry[Trigger]:
+    """A registry that sees these (package, name, target) beside the built-in square.
+
+    interfaces: the versions that a package says it is written for.
+    """
     points = []
     for package, name, target in (
         ("backdoorbench-moe", "square", "backdoorbench_moe.triggers.square:Square"),
         *offers,
     ):
         point = EntryPoint(name, target, "backdoorbench_moe.triggers")
-        vars(point)["dist"] = Dist(package)
+        vars(point)["dist"] = Dist(package, (interfaces or {}).get(package, ()))
         points.append(point)
     monkeypatch.setattr(plugins, "entry_points", lambda group: EntryPoints(points))
     return Registry("trigger", BASE)
@@ -99,6 +109,48 @@ def test_a_taken_name_stays_with_the_builtin_or_the_first_package(monkeypatch, m
         "aa": "the name 'square' is taken by backdoorbench-moe 1.0",
         "zz": "the name 'invert' is taken by bb 1.0",
     }
+
+
+def test_a_package_for_another_interface_is_refused_and_holds_no_name(monkeypatch, modules) -> None:
+    registry = offer(
+        monkeypatch,
+        ("aa", "invert", "thirdparty_exits:X"),
+        ("bb", "invert", "thirdparty_good:Good"),
+        ("cc", "later", "thirdparty_exits:X"),
+        interfaces={"aa": ("7",), "bb": ("1", "2"), "cc": ("2", "3")},
+    )
+    assert registry.names() == ["invert", "square"]
+    assert type(registry.create("invert", {})).__module__ == "thirdparty_good"
+    reasons = {c.package: text for c, text in registry.broken().items()}
+    assert reasons == {
+        "aa": "trigger 'invert' from aa 1.0 is written for interface 7; this backdoorbench_moe has interface 1",
+        "cc": "trigger 'later' from cc 1.0 is written for interface 2 or 3; "
+        "this backdoorbench_moe has interface 1",
+    }
+    for find in (registry.lookup, registry.check_name):
+        with pytest.raises(PluginError, match=r"'later' from cc 1\.0 is written for interface 2 or 3"):
+            find("later")
+    assert "thirdparty_exits" not in sys.modules
+
+
+def test_asking_for_a_name_that_only_a_refused_package_has_names_it(monkeypatch, modules) -> None:
+    registry = offer(monkeypatch, ("aa", "invert", "thirdparty_good:Good"), interfaces={"aa": ("0",)})
+    with pytest.raises(PluginError, match="interface 0"):
+        registry.create("invert", {})
+    with pytest.raises(UnknownNameError, match="did you mean 'square'"):
+        registry.create("squares", {})
+
+
+def test_what_a_package_lacks_is_named(monkeypatch, modules, tmp_path) -> None:
+    info = tmp_path / "other-1.0.dist-info"
+    info.mkdir()
+    needs = ["torch>=2", "no-such-thing>=1.2", "another_one ; extra == 'test'"]
+    lines = ["Metadata-Version: 2.1", "Name: other", "Version: 1.0", *(f"Requires-Dist: {n}" for n in needs)]
+    (info / "METADATA").write_text("\n".join(lines) + "\n")
+    registry = offer(monkeypatch, ("other", "bad", "thirdparty_broken:X"), ("other", "no", "thirdparty_exits:X"))
+    missing, exits = (registry.fault(c) for c in registry.offers() if not c.builtin)
+    assert missing.endswith("'a_module_that_is_not_there'; other requires no-such-thing: not installed")
+    assert exits.endswith("RuntimeError: no licence")
 
 
 def test_unknown_names_get_near_ones() -> None:
