@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
-from tiny import Tiny, tiny_spec
+from tiny import tiny_spec
 from torch import Tensor, nn
 
-from backdoorbench_moe.config import PartSpec, RunSpec, TrainSpec
+from backdoorbench_moe.config import PartSpec, RunSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses.base import DefenseTask
-from backdoorbench_moe.engine.defend import fresh_model
-from backdoorbench_moe.engine.evaluate import logits, routings
-from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.engine.evaluate import logits
 from backdoorbench_moe.engine.runner import Run
-from backdoorbench_moe.engine.tune import Tuner
 from backdoorbench_moe.models import create_model
 from backdoorbench_moe.ops.seeding import seeded
+from backdoorbench_moe.testing import making
+from backdoorbench_moe.testing.making import changed, coloured_split, copies
 
-CPU = torch.device("cpu")
-GIVEN = {"num_classes": 3, "image_size": 32}
+__all__ = ["changed", "copies"]
+
 SMALL: dict[str, dict[str, object]] = {
     "pmoe": {"widen_factor": 1, "moe_channels": 8, "expert_channels": 5, "gate_std": 1.0},
     "wide_resnet": {"widen_factor": 1},
@@ -34,11 +31,7 @@ def used_model(name: str = "pmoe", *, seed: int = 0) -> nn.Module:
     """A small model that has seen a batch, so that its norms hold statistics; in evaluation mode."""
     with seeded(seed, "init"):
         model = create_model(name, num_classes=3, **SMALL.get(name, {}))
-    images = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        for _ in range(3):
-            model.train()(images)
-    return model.eval().to(memory_format=torch.channels_last)
+    return making.settle(model).to(memory_format=torch.channels_last)
 
 
 def trained_model(*, seed: int = 0) -> tuple[nn.Module, Split]:
@@ -59,49 +52,14 @@ def trained_model(*, seed: int = 0) -> tuple[nn.Module, Split]:
 
 def held_images(count: int = 24) -> Split:
     """Some clean images of the tiny data set, to own."""
-    train = Tiny().read().train
-    return Split(train.images[:count].clone(), train.labels[:count].clone())
+    return coloured_split(count, 1)
 
 
 def make_task(
-    model: nn.Module,
-    *,
-    name: str = "pmoe",
-    clean: Split | None = None,
-    seed: int = 7,
-    **recipe: object,
+    model: nn.Module, *, name: str = "pmoe", clean: Split | None = None, seed: int = 7, **recipe: object
 ) -> tuple[DefenseTask, list[tuple[str, dict[str, Tensor]]]]:
-    """A task as the engine makes it, and the list that reported stages come to lie in.
-
-    name: what the model was made by.
-    """
-    train = TrainSpec(**{"batch_size": 8, "lr": 0.05, **recipe})  # type: ignore[arg-type]
-    reported: list[tuple[str, dict[str, Tensor]]] = []
-    task = DefenseTask(
-        model=model,
-        clean=held_images() if clean is None else clean,
-        num_classes=3,
-        train=train,
-        device=CPU,
-        precision="fp32",
-        seed=seed,
-        tune=Tuner(train, seed, CPU, "fp32", Observer(), "tuning"),
-        logits=partial(logits, precision="fp32"),
-        routing=partial(routings, precision="fp32"),
-        fresh=partial(fresh_model, PartSpec(name, SMALL.get(name, {})), GIVEN, seed, CPU),
-        report=lambda name, model: reported.append((name, copies(model))),
-    )
-    return task, reported
-
-
-def copies(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model, to keep."""
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
-    """Names of the tensors that are not equal, bit for bit."""
-    return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    """A task as the engine makes it for a model of `SMALL`, and the list that reported stages come to lie in."""
+    return making.make_task(model, PartSpec(name, SMALL.get(name, {})), clean=clean, seed=seed, **recipe)
 
 
 PRUNING = {"name": "fine-pruning", "ratio": 0.25, "clean_fraction": 0.5, "epochs": 1}

@@ -147,7 +147,9 @@ def test_what_a_package_lacks_is_named(monkeypatch, modules, tmp_path) -> None:
     needs = ["torch>=2", "no-such-thing>=1.2", "another_one ; extra == 'test'"]
     lines = ["Metadata-Version: 2.1", "Name: other", "Version: 1.0", *(f"Requires-Dist: {n}" for n in needs)]
     (info / "METADATA").write_text("\n".join(lines) + "\n")
-    registry = offer(monkeypatch, ("other", "bad", "thirdparty_broken:X"), ("other", "no", "thirdparty_exits:X"))
+    registry = offer(
+        monkeypatch, ("other", "bad", "thirdparty_broken:X"), ("other", "no", "thirdparty_exits:X")
+    )
     missing, exits = (registry.fault(c) for c in registry.offers() if not c.builtin)
     assert missing.endswith("'a_module_that_is_not_there'; other requires no-such-thing: not installed")
     assert exits.endswith("RuntimeError: no licence")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from backdoorbench_moe.config import RunSpec, build_spec
 from backdoorbench_moe.data.base import Dataset, ImageSet, Split
+from backdoorbench_moe.testing.making import coloured_split
 
 TINY_MODEL = {"name": "pmoe", "widen_factor": 1, "moe_channels": 8, "expert_channels": 4}
 
@@ -24,11 +23,7 @@ class Tiny(Dataset):
         return ImageSet("tiny", self._split(96, 1), self._split(60, 2), ("red", "green", "blue"))
 
     def _split(self, count: int, seed: int) -> Split:
-        generator = torch.Generator().manual_seed(seed + 10 * self.salt)
-        labels = torch.arange(count) % 3
-        images = torch.randint(0, 128, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
-        images[torch.arange(count), labels] += 100
-        return Split(images, labels)
+        return coloured_split(count, seed + 10 * self.salt)
 
 
 def tiny_spec(**values: object) -> RunSpec:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import final
+from collections.abc import Callable, Mapping
+from typing import ClassVar, final
 
 from torch import Tensor
 
@@ -15,7 +15,11 @@ class Applicator(ABC):
     """Where a trigger is applied: to the whole image, to every tile of it, or anywhere else.
 
     Subclasses write `apply`; users call the object.
+
+    tiny: options that the conformance tests make it with, such as those that have no default.
     """
+
+    tiny: ClassVar[Mapping[str, object]] = {}
 
     @final
     def __call__(self, images: Tensor, trigger: Callable[[Tensor], Tensor]) -> Tensor:

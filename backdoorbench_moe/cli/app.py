@@ -21,6 +21,7 @@ COMMANDS = {
     "show": "Print what a run folder holds.",
     "list": "List triggers, applicators, models, defenses and data sets, and broken plug-ins.",
     "info": "Describe one part and its options.",
+    "plugin": "Write a package of new parts, and check one.",
 }
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from backdoorbench_moe.cli.list import REGISTRIES, check_kind
+from backdoorbench_moe.cli.list import check_kind
 from backdoorbench_moe.config import chain_settings
+from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.options import REQUIRED
 

@@ -3,20 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import click
 
-from backdoorbench_moe import applicators, data, defenses, models, triggers
-from backdoorbench_moe.registry import Registry
-
-REGISTRIES: dict[str, Registry[Any]] = {
-    "trigger": triggers.registry,
-    "applicator": applicators.registry,
-    "model": models.registry,
-    "defense": defenses.registry,
-    "dataset": data.registry,
-}
+from backdoorbench_moe.engine.names import REGISTRIES
 
 
 @click.command("list")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import final
+from pathlib import Path
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -61,8 +63,10 @@ class Dataset(ABC):
     """A source of images. Subclasses write `read`; users call `load`.
 
     train_images, test_images: keep this many, drawn once by a fixed seed and kept in their order; all by
-    default.
+    default. tiny: options that the conformance tests make it with, beside those of `write_tiny`.
     """
+
+    tiny: ClassVar[Mapping[str, object]] = {}
 
     def __init__(self, *, train_images: int | None = None, test_images: int | None = None) -> None:
         for name, value in (("train_images", train_images), ("test_images", test_images)):
@@ -89,6 +93,14 @@ class Dataset(ABC):
 
         The tensors must be contiguous and nobody else's: a run stamps some images in place while it trains.
         """
+
+    @classmethod
+    def write_tiny(cls, folder: Path) -> dict[str, object]:
+        """Write a small set into an empty folder and return the options that read it, for the conformance tests.
+
+        At least 12 training and 5 test images, and 2 classes. What needs no files, as here, returns nothing.
+        """
+        return {}
 
 
 def check_split(split: Split, num_classes: int, name: str) -> None:

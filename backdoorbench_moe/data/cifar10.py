@@ -56,6 +56,14 @@ class CIFAR10(Dataset):
         super().__init__(train_images=train_images, test_images=test_images)
         self.root, self.download, self.image_size = root, download, check_image_size(image_size)
 
+    @classmethod
+    def write_tiny(cls, folder: Path) -> dict[str, object]:
+        """As `Dataset.write_tiny`."""
+        from backdoorbench_moe.data.tiny_files import write_cifar10
+
+        write_cifar10(folder)
+        return {"root": str(folder)}
+
     def read(self) -> ImageSet:
         """Read the six files. Raises DataError naming the file and what is wrong with it."""
         root = data_root(self.root)

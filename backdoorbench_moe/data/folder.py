@@ -45,6 +45,14 @@ class Folder(Dataset):
         self.root, self.image_size = root, check_image_size(image_size)
         self.test_fraction = test_fraction
 
+    @classmethod
+    def write_tiny(cls, folder: Path) -> dict[str, object]:
+        """As `Dataset.write_tiny`."""
+        from backdoorbench_moe.data.tiny_files import write_folder
+
+        write_folder(folder)
+        return {"root": str(folder)}
+
     def read(self) -> ImageSet:
         """List and decode the files. Raises DataError naming the file or folder and what is wrong with it."""
         root = data_root(self.root)

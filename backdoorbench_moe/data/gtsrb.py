@@ -83,6 +83,14 @@ class GTSRB(Dataset):
         super().__init__(train_images=train_images, test_images=test_images)
         self.root, self.image_size = root, check_image_size(image_size)
 
+    @classmethod
+    def write_tiny(cls, folder: Path) -> dict[str, object]:
+        """As `Dataset.write_tiny`."""
+        from backdoorbench_moe.data.tiny_files import write_gtsrb
+
+        write_gtsrb(folder)
+        return {"root": str(folder)}
+
     def read(self) -> ImageSet:
         """Read both splits. Raises DataError naming the file and what is wrong with it."""
         base = _find(data_root(self.root))

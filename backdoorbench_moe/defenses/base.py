@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import TYPE_CHECKING, Any, Literal, Protocol, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, final
 
 from backdoorbench_moe.errors import ConfigError, PluginError
 from backdoorbench_moe.ops.pruning import share_of
@@ -101,7 +101,11 @@ class Defense(ABC):
     finetune_data: "clean", as they were before the attack; or "notebook", with the poisoned ones among them
     still stamped but truly labelled, as the BadPatches notebook tunes on. Subclasses write `defend`, and
     `check` where not every model will do; users call the object.
+
+    tiny: options that the conformance tests make it with: those that keep it short, or have no default.
     """
+
+    tiny: ClassVar[Mapping[str, object]] = {}
 
     def __init__(
         self, *, clean_fraction: float = 0.05, finetune_data: Literal["clean", "notebook"] = "clean"

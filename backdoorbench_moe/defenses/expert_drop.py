@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import nn
 
@@ -24,6 +26,8 @@ class ExpertDrop(Defense):
 
     The idea of pruning what clean images do not need (Liu et al., RAID 2018), with an expert as the unit.
     """
+
+    tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
 
     def __init__(
         self, *, count: int = 1, epochs: int = 0, lr: float | None = None, clean_fraction: float = 0.05

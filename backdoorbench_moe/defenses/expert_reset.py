@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from torch import nn
 
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
@@ -25,6 +28,8 @@ class ExpertReset(Defense):
     percent, without each expert; verdict: the one reset. Raises ConfigError for a model that does not say where
     its experts lie, and for an expert it does not have.
     """
+
+    tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
 
     def __init__(
         self,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -37,6 +37,8 @@ class FinePruning(Defense):
     "notebook". Pruned channels stay zero through the tuning. Raises ConfigError for values out of range,
     and for a scope the model does not have. Source: BadPatches §5 and its notebooks.
     """
+
+    tiny: ClassVar[Mapping[str, object]] = {"ratio": 0.25, "epochs": 1}
 
     def __init__(
         self,

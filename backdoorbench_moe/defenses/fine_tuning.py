@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -20,6 +20,8 @@ class FineTuning(Defense):
     size, schedule) is. clean_fraction: share of the training images the defender holds. Raises ConfigError
     for a part the model does not have.
     """
+
+    tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
 
     def __init__(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -18,6 +19,8 @@ class RouterReset(Defense):
     the run's own where None. clean_fraction: share of the training images the defender holds. Raises
     ConfigError for a model without a router.
     """
+
+    tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
 
     def __init__(
         self,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class BlendFilter(Defense):
     The model is left as it is. Verdict: the threshold, and how many images set it. Source: Gao et al., STRIP
     (ACSAC 2019), §4.
     """
+
+    tiny: ClassVar[Mapping[str, object]] = {"blends": 4, "fpr": 0.25}
 
     def __init__(
         self,

@@ -1,9 +1,20 @@
-"""Names in a spec, checked before anything heavy is imported."""
+"""Names of parts: where they are registered, and those of a spec checked before anything heavy is imported."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from backdoorbench_moe import applicators, data, defenses, models, triggers
 from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.registry import Registry
+
+REGISTRIES: dict[str, Registry[Any]] = {
+    "trigger": triggers.registry,
+    "applicator": applicators.registry,
+    "model": models.registry,
+    "defense": defenses.registry,
+    "dataset": data.registry,
+}
 
 
 def check_names(spec: RunSpec) -> None:

@@ -1,4 +1,8 @@
-"""What a routed model returns, and the interface it keeps."""
+"""What a routed model returns, and the interface it keeps.
+
+Any model, routed or not, may have a class attribute `tiny`: options that the conformance tests make it with, so
+that it is small. Where gates choose, they should lie far apart, so that no rounding decides.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +105,14 @@ class PMoE(RoutedModel):
     """
 
     patch_size = 4
+
+    tiny: ClassVar[Mapping[str, object]] = {
+        "widen_factor": 1,
+        "moe_channels": 16,
+        "expert_channels": 8,
+        "top_k": 6,
+        "gate_std": 1.0,
+    }
 
     def __init__(
         self,

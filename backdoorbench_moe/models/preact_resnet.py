@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -47,6 +50,8 @@ class PreActResNet18(nn.Module):
     "Identity Mappings in Deep Residual Networks", ECCV 2016, with the last BN-ReLU of the paper, which the copy
     that many backdoor toolboxes share leaves out.
     """
+
+    tiny: ClassVar[Mapping[str, object]] = {"width": 8}
 
     def __init__(self, *, num_classes: int = 10, image_size: int = 32, width: int = 64) -> None:
         super().__init__()

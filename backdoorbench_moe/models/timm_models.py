@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -36,6 +37,8 @@ class TimmModel(nn.Module):
     """
 
     name_argument = "architecture"
+
+    tiny: ClassVar[Mapping[str, object]] = {"architecture": "test_resnet"}
 
     def __init__(
         self,

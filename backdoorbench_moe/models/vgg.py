@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from torch import Tensor, nn
 from torchvision.models.vgg import make_layers
 
@@ -19,6 +22,8 @@ class VGG16BN(nn.Module):
     are one dense layer over the map's average, as is usual at 32x32. Raises ConfigError for sizes below 1 and
     images under 32 pixels, which five halvings leave nothing of. Source: Simonyan & Zisserman, ICLR 2015.
     """
+
+    tiny: ClassVar[Mapping[str, object]] = {"width": 8}
 
     def __init__(self, *, num_classes: int = 10, image_size: int = 32, width: int = 64) -> None:
         super().__init__()

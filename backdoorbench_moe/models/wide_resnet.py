@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +29,8 @@ class WideResNet(nn.Module):
     sizes below 1. Source: nowazrabbani/pMoE_CNN, `wideresnet.py`. The reference's dense twin
     averages over a window fixed for its images; here it is the whole map, whatever the image size.
     """
+
+    tiny: ClassVar[Mapping[str, object]] = {"widen_factor": 1}
 
     def __init__(
         self,

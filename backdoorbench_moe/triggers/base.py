@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import final
+from collections.abc import Mapping
+from typing import ClassVar, final
 
 from torch import Tensor
 
@@ -15,7 +16,11 @@ class Trigger(ABC):
 
     A trigger is a function of the canvas: it is drawn once, from `seed`, and the same object stamps a
     32x32 image and a 4x4 tile. Subclasses write `stamp`; users call the object.
+
+    tiny: options that the conformance tests make it with, such as those that have no default.
     """
+
+    tiny: ClassVar[Mapping[str, object]] = {}
 
     def __init__(self, *, seed: int = 0) -> None:
         self.seed = seed

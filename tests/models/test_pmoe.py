@@ -29,6 +29,15 @@ def test_default_size_is_the_references():
     assert sum(p.numel() for p in model.parameters()) + statistics == 3_971_242
 
 
+def test_its_parts_are_its_trunk_router_experts_and_head():
+    model = build(widen_factor=1, moe_channels=8, expert_channels=5)
+    named = {id(p) for modules in model.components().values() for m in modules for p in m.parameters()}
+    rest = {name for name, p in model.named_parameters() if id(p) not in named}
+    assert rest and all(name.startswith(("trunk.", "reduce_norm.", "reduce.")) for name in rest)
+    experts = model.prunable()["experts"]
+    assert [(group.start, group.stop) for group in experts] == [(0, 5), (5, 10), (10, 15), (15, 20)]
+
+
 def test_keras_conventions():
     model = PMoE(**TINY)
     norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]

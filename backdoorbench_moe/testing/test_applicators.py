@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from backdoorbench_moe.applicators import create_applicator, list_applicators
 from backdoorbench_moe.applicators.base import Applicator
 from backdoorbench_moe.errors import ShapeError, UnknownNameError
-from backdoorbench_moe.triggers import create_trigger, list_triggers
+from backdoorbench_moe.testing.making import batch, make
 from backdoorbench_moe.triggers.base import Trigger
 
 
-@pytest.fixture(params=list_applicators())
-def applicator(request: pytest.FixtureRequest) -> Applicator:
-    return create_applicator(request.param)
+@pytest.fixture
+def applicator(applicator_name: str) -> Applicator:
+    return make("applicator", applicator_name)
 
 
-@pytest.fixture(params=list_triggers())
-def trigger(request: pytest.FixtureRequest) -> Trigger:
-    return create_trigger(request.param, seed=7)
-
-
-def batch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+@pytest.fixture
+def trigger(trigger_name: str) -> Trigger:
+    return make("trigger", trigger_name, seed=7)
 
 
 @pytest.mark.parametrize("canvas", [(4, 4), (8, 12), (32, 32), (64, 64)])
@@ -84,7 +78,6 @@ def test_a_trigger_that_breaks_its_word_is_caught(applicator: Applicator) -> Non
             applicator(batch(2, 3, 32, 32), broken)
 
 
-def test_unknown_options_are_refused_by_name() -> None:
-    for name in list_applicators():
-        with pytest.raises(UnknownNameError, match="no_such_option"):
-            create_applicator(name, no_such_option=1)
+def test_unknown_options_are_refused_by_name(applicator_name: str) -> None:
+    with pytest.raises(UnknownNameError, match="no_such_option"):
+        make("applicator", applicator_name, no_such_option=1)

@@ -6,21 +6,17 @@ import copy
 
 import pytest
 import torch
-from defense_tasks import used_model
 
-from backdoorbench_moe.models import list_models
 from backdoorbench_moe.models.base import RoutedModel
 from backdoorbench_moe.ops.experts import copy_expert, expert_outputs, mute, replaced_output
 from backdoorbench_moe.ops.structure import Structured, WithExperts
+from backdoorbench_moe.testing.making import batch, used_model
 
-NAMES = [name if name != "timm" else "timm:test_resnet" for name in list_models()]
 
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_parts_are_the_models_own_and_do_not_overlap(name: str) -> None:
-    model = used_model(name)
-    if not isinstance(model, Structured):
-        pytest.skip("it does not name its parts")
+@pytest.mark.only(interface=Structured)
+def test_the_parts_are_the_models_own_and_do_not_overlap(model_name: str) -> None:
+    model = used_model(model_name)
+    assert isinstance(model, Structured)
     own, components = set(model.modules()), model.components()
     assert components.keys() <= {"experts", "router", "head"} and "head" in components
     if isinstance(model, RoutedModel):
@@ -33,11 +29,10 @@ def test_the_parts_are_the_models_own_and_do_not_overlap(name: str) -> None:
         seen |= weights
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_can_be_pruned_lies_in_the_model(name: str) -> None:
-    model = used_model(name)
-    if not isinstance(model, Structured):
-        pytest.skip("it does not name its parts")
+@pytest.mark.only(interface=Structured)
+def test_what_can_be_pruned_lies_in_the_model(model_name: str) -> None:
+    model = used_model(model_name)
+    assert isinstance(model, Structured)
     own, prunable = set(model.modules()), model.prunable()
     assert prunable.keys() <= {"experts", "trunk"}
     taken = set()
@@ -51,30 +46,19 @@ def test_what_can_be_pruned_lies_in_the_model(name: str) -> None:
             taken |= channels
 
 
-def test_pmoe_is_its_trunk_router_experts_and_head() -> None:
-    model = used_model("pmoe")
-    named = {id(p) for modules in model.components().values() for m in modules for p in m.parameters()}
-    rest = {name for name, p in model.named_parameters() if id(p) not in named}
-    assert rest and all(name.startswith(("trunk.", "reduce_norm.", "reduce.")) for name in rest)
-    experts = model.prunable()["experts"]
-    assert [(group.start, group.stop) for group in experts] == [(0, 5), (5, 10), (10, 15), (15, 20)]
-
-
 def routed_with_experts(name: str) -> RoutedModel:
     model = used_model(name)
-    if not isinstance(model, WithExperts):
-        pytest.skip("it does not say where its experts lie")
-    assert isinstance(model, RoutedModel)
+    assert isinstance(model, RoutedModel) and isinstance(model, WithExperts)
     return model
 
 
 def images() -> torch.Tensor:
-    return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    return batch(4, 3, 32, 32)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_experts_are_those_of_the_gates_and_do_not_overlap(name: str) -> None:
-    model = routed_with_experts(name)
+@pytest.mark.only(interface=WithExperts)
+def test_experts_are_those_of_the_gates_and_do_not_overlap(model_name: str) -> None:
+    model = routed_with_experts(model_name)
     experts, state = model.experts(), model.state_dict()
     expected = [
         (routing.layer, e)
@@ -93,11 +77,11 @@ def test_experts_are_those_of_the_gates_and_do_not_overlap(name: str) -> None:
             taken |= rows
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.only(interface=WithExperts)
 @torch.no_grad()
-def test_a_muted_expert_has_no_effect_and_any_other_has(name: str) -> None:
+def test_a_muted_expert_has_no_effect_and_any_other_has(model_name: str) -> None:
     """Whatever comes out of a muted expert, the logits stay; and so they do not for one that is not muted."""
-    model = routed_with_experts(name)
+    model = routed_with_experts(model_name)
     first, second = model.experts()[:2]
     mute(model, [first])
     before = model(images())
@@ -110,11 +94,11 @@ def test_a_muted_expert_has_no_effect_and_any_other_has(name: str) -> None:
     assert not torch.allclose(heard, before)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.only(interface=WithExperts)
 @torch.no_grad()
-def test_an_expert_is_its_own_weights(name: str) -> None:
+def test_an_expert_is_its_own_weights(model_name: str) -> None:
     """With all experts' weights from another model, and the rest as it was, they are that model's experts."""
-    model, other = routed_with_experts(name), used_model(name, seed=1)
+    model, other = routed_with_experts(model_name), used_model(model_name, seed=1)
     mixed = copy.deepcopy(model)
     for expert in model.experts():
         copy_expert(other, mixed, expert)

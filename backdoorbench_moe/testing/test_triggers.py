@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from backdoorbench_moe.errors import ShapeError, UnknownNameError
-from backdoorbench_moe.triggers import create_trigger, list_triggers
+from backdoorbench_moe.testing.making import batch, make
 from backdoorbench_moe.triggers.base import Trigger
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 CANVASES = [(4, 4), (5, 7), (8, 8), (32, 32), (48, 40), (64, 64)]
 
 
-@pytest.fixture(params=list_triggers())
-def trigger(request: pytest.FixtureRequest) -> Trigger:
-    return create_trigger(request.param, seed=7)
-
-
-@pytest.fixture(params=list_triggers())
-def name(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-def batch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+@pytest.fixture
+def trigger(trigger_name: str) -> Trigger:
+    return make("trigger", trigger_name, seed=7)
 
 
 @pytest.mark.parametrize("canvas", CANVASES)
@@ -48,20 +38,20 @@ def test_the_output_is_not_the_input(trigger: Trigger) -> None:
     assert torch.equal(images, before)
 
 
-def test_the_same_seed_stamps_the_same(name: str) -> None:
+def test_the_same_seed_stamps_the_same(trigger_name: str) -> None:
     images = batch(2, 3, 32, 32)
     torch.manual_seed(1)
-    first = create_trigger(name, seed=3)(images)
+    first = make("trigger", trigger_name, seed=3)(images)
     torch.manual_seed(2)
-    assert torch.equal(create_trigger(name, seed=3)(images), first)
+    assert torch.equal(make("trigger", trigger_name, seed=3)(images), first)
 
 
-def test_a_trigger_has_no_memory(name: str) -> None:
+def test_a_trigger_has_no_memory(trigger_name: str) -> None:
     images, tiles = batch(2, 3, 32, 32), batch(9, 3, 4, 4)
-    used = create_trigger(name)
+    used = make("trigger", trigger_name)
     for other in (tiles, tiles.double(), images.bfloat16()):
         used(other)
-    assert torch.equal(used(images), create_trigger(name)(images))
+    assert torch.equal(used(images), make("trigger", trigger_name)(images))
 
 
 @pytest.mark.parametrize("canvas", [(4, 4), (32, 32)])
@@ -122,9 +112,9 @@ def test_what_is_no_image_batch_is_refused(trigger: Trigger, images: object) -> 
         trigger(images)
 
 
-def test_unknown_options_are_refused_by_name(name: str) -> None:
+def test_unknown_options_are_refused_by_name(trigger_name: str) -> None:
     with pytest.raises(UnknownNameError, match="no_such_option"):
-        create_trigger(name, no_such_option=1)
+        make("trigger", trigger_name, no_such_option=1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

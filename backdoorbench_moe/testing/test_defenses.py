@@ -5,26 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
-from defense_tasks import changed, copies, held_images, make_task, used_model
+from torch import nn
 
-from backdoorbench_moe.defenses import create_defense, list_defenses, registry
-from backdoorbench_moe.defenses.base import Defense, DefenseResult
+from backdoorbench_moe.config import PartSpec
+from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
-
-# What keeps a defense short in a test, for those that have such an option.
-SHORT = {"epochs": 1, "ratio": 0.25, "blends": 4, "fpr": 0.25}
-MODELS = ["pmoe", "wide_resnet", "timm:test_vit"]
-
-name = pytest.mark.parametrize("name", list_defenses())
-model_name = pytest.mark.parametrize("model_name", MODELS)
+from backdoorbench_moe.testing import making
+from backdoorbench_moe.testing.making import changed, coloured_split, copies, used_model
 
 
 def build(name: str) -> Defense:
-    options = registry.options(name)
-    return create_defense(name, **{key: value for key, value in SHORT.items() if key in options})
+    return making.make("defense", name)
+
+
+def make_task(model: nn.Module, name: str, **given: Any) -> tuple[DefenseTask, list[Any]]:
+    return making.make_task(model, PartSpec(name, making.tiny_options("model", name)), **given)
 
 
 def refusal(name: str, model_name: str) -> ConfigError | None:
@@ -36,29 +35,35 @@ def refusal(name: str, model_name: str) -> ConfigError | None:
     return None
 
 
-@name
-def test_it_takes_a_model_or_says_why_not_and_touches_nothing(name: str) -> None:
-    refusals = {model_name: refusal(name, model_name) for model_name in MODELS}
-    assert None in refusals.values()
-    for model_name, error in refusals.items():
-        if error is not None:
-            assert re.fullmatch(r"\w+: .+", str(error)), "it names a parameter, in one line"
-            model = used_model(model_name)
-            before, (task, reported) = copies(model), make_task(model, name=model_name)
-            with pytest.raises(ConfigError, match=re.escape(str(error))):
-                build(name)(task)
-            assert not changed(before, copies(model)) and not reported
+@pytest.fixture
+def taken(defense_name: str, partner_models: list[str]) -> str:
+    """The first model that the defense takes."""
+    found = next((model for model in partner_models if refusal(defense_name, model) is None), None)
+    assert found, f"it takes none of {', '.join(partner_models)}"
+    return found
 
 
-@name
-@model_name
-def test_it_gives_back_a_model_of_the_same_make(name: str, model_name: str) -> None:
-    if refusal(name, model_name):
+def test_a_model_it_does_not_take_is_refused_in_a_line_and_untouched(
+    defense_name: str, model_name: str
+) -> None:
+    error = refusal(defense_name, model_name)
+    if error is None:
+        pytest.skip("it takes this model")
+    assert re.fullmatch(r"\w+: .+", str(error)), "it names a parameter, in one line"
+    model = used_model(model_name)
+    before, (task, reported) = copies(model), make_task(model, model_name)
+    with pytest.raises(ConfigError, match=re.escape(str(error))):
+        build(defense_name)(task)
+    assert not changed(before, copies(model)) and not reported
+
+
+def test_it_gives_back_a_model_of_the_same_make(defense_name: str, model_name: str) -> None:
+    if refusal(defense_name, model_name):
         pytest.skip("it cannot take this model")
-    model, clean = used_model(model_name), held_images()
+    model, clean = used_model(model_name), coloured_split(24, 1)
     before, images, labels = copies(model), clean.images.clone(), clean.labels.clone()
-    task, reported = make_task(model, name=model_name, clean=clean)
-    result = build(name)(task)
+    task, reported = make_task(model, model_name, clean=clean)
+    result = build(defense_name)(task)
     assert isinstance(result, DefenseResult) and result.stage
     after = copies(result.model)
     assert {k: (v.shape, v.dtype) for k, v in after.items()} == {
@@ -75,30 +80,26 @@ def test_it_gives_back_a_model_of_the_same_make(name: str, model_name: str) -> N
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in result.model.modules())
 
 
-@name
-def test_the_seed_decides(name: str) -> None:
+def test_the_seed_decides(defense_name: str, taken: str) -> None:
     torch.manual_seed(1)
-    first = copies(build(name)(make_task(used_model())[0]).model)
+    first = copies(build(defense_name)(make_task(used_model(taken), taken)[0]).model)
     torch.manual_seed(2)
-    again = copies(build(name)(make_task(used_model())[0]).model)
+    again = copies(build(defense_name)(make_task(used_model(taken), taken)[0]).model)
     assert not changed(first, again)
 
 
-@name
-@model_name
-def test_checking_changes_nothing(name: str, model_name: str) -> None:
+def test_checking_changes_nothing(defense_name: str, model_name: str) -> None:
     model = used_model(model_name)
     before, state = copies(model), torch.get_rng_state()
     with contextlib.suppress(ConfigError):
-        build(name).check(model)
+        build(defense_name).check(model)
     assert not changed(before, copies(model)) and torch.equal(torch.get_rng_state(), state)
 
 
-@name
-def test_a_filter_judges_every_image_by_itself(name: str) -> None:
+def test_a_filter_judges_every_image_by_itself(defense_name: str, taken: str) -> None:
     """The same score alone, among others, in another order; for the same image twice; and nothing is written to."""
-    task, _ = make_task(used_model())
-    result = build(name)(task)
+    task, _ = make_task(used_model(taken), taken)
+    result = build(defense_name)(task)
     if result.filter is None:
         pytest.skip("it is no filter")
     images = torch.randint(0, 256, (7, 3, 32, 32), generator=torch.Generator().manual_seed(3)).byte()
@@ -113,9 +114,8 @@ def test_a_filter_judges_every_image_by_itself(name: str) -> None:
     assert torch.equal(images, kept) and not changed(before, copies(task.model))
 
 
-@name
-def test_it_says_how_many_images_it_needs(name: str) -> None:
-    defense = build(name)
+def test_it_says_how_many_images_it_needs(defense_name: str) -> None:
+    defense = build(defense_name)
     assert 3 <= defense.count(1000, 3) <= 1000
     with pytest.raises(
         ConfigError, match=r"clean_fraction: .* expected at least 3, as many as there are classes"
@@ -123,7 +123,6 @@ def test_it_says_how_many_images_it_needs(name: str) -> None:
         defense.count(2, 3)
 
 
-@name
-def test_unknown_options_are_refused_by_name(name: str) -> None:
+def test_unknown_options_are_refused_by_name(defense_name: str) -> None:
     with pytest.raises(UnknownNameError, match="no_such_option"):
-        create_defense(name, no_such_option=1)
+        making.make("defense", defense_name, no_such_option=1)

@@ -1,0 +1,77 @@
+"""`bbmoe plugin check`: does what a package registers keep to its interfaces?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from backdoorbench_moe.testing.check import PackageCheck, PartCheck
+
+FAILED = 1
+STYLES = {"passes": "green", "fails": "red", "broken": "red"}
+
+
+@click.command("check")
+@click.argument("package")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(package: str, as_json: bool) -> None:
+    """Run the conformance tests over everything that the installed PACKAGE registers; exit with 1 if any fails.
+
+    Needs pytest: pip install 'backdoorbench-moe[plugin]'. With pytest's own output and flags:
+    python -m backdoorbench_moe.testing PACKAGE
+    """
+    from rich.console import Console
+
+    from backdoorbench_moe.testing.check import check_package
+
+    with Console(stderr=True).status(f"running the conformance tests over {package}"):
+        check = check_package(package)
+    if as_json:
+        click.echo(json.dumps({**asdict(check), "passes": check.passes}, indent=2))
+    else:
+        _print(check)
+    if not check.passes:
+        sys.exit(FAILED)
+
+
+def _print(check: PackageCheck) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.print(f"{check.package} {check.version}, interface {' or '.join(check.interfaces)}", markup=False)
+    table = Table("kind", "name", "result", box=None, pad_edge=False)
+    for column in ("passed", "failed", "skipped"):
+        table.add_column(column, justify="right")
+    for part in check.parts:
+        counts = ("", "", "") if part.result == "broken" else (part.passed, part.failed, part.skipped)
+        result = f"[{STYLES[part.result]}]{part.result}[/]"
+        table.add_row(part.kind, part.name, result, *map(str, counts))
+    console.print(table)
+    for part in check.parts:
+        _print_failures(console, part)
+    if check.passes:
+        console.print(f"everything {check.package} registers keeps to its interface", markup=False)
+
+
+def _print_failures(console: Console, part: PartCheck) -> None:
+    def say(text: str, style: str = "") -> None:
+        console.print(text, style=style, markup=False, soft_wrap=True)
+
+    where = f"{part.kind} {part.name}"
+    if part.reason:
+        say(f"{where} {part.result}: {part.reason}", "red")
+    for failure in part.failures:
+        say(f"{where} fails {failure.test} in {failure.failing} of {failure.cases} cases", "red")
+        say(f"  {failure.reason}")
+        if failure.line:
+            say(f"  {failure.line}")
+        if failure.case != failure.test:
+            say(f"  first: {failure.case}")

@@ -1,0 +1,28 @@
+"""`python -m backdoorbench_moe.testing [PACKAGE] [pytest's flags]`: the conformance tests, as pytest shows them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def main(arguments: list[str]) -> int:
+    """Run pytest over the tests of this folder, with no other configuration; returns its exit code."""
+    if importlib.util.find_spec("pytest") is None:
+        print("pytest is not installed: pip install 'backdoorbench-moe[plugin]'", file=sys.stderr)
+        return 2
+    import pytest
+
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--bbmoe-package", *arguments]
+    # No settings, cache or conftest of the folder it happens to run in.
+    alone = ["-c", os.devnull, "--rootdir", str(HERE), "-p", "no:cacheprovider", "--import-mode=importlib"]
+    return int(pytest.main([str(HERE), *alone, *arguments]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

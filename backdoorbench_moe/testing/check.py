@@ -1,0 +1,138 @@
+"""The conformance tests over one installed package, in a process of their own, and what came of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from backdoorbench_moe.engine.names import REGISTRIES
+from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
+from backdoorbench_moe.plugins import GROUPS, INTERFACE, Candidate, normalize
+
+# pytest's exit codes: all passed, some failed.
+FINISHED = (0, 1)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One test that a part fails: in how many of its cases, and the first of them with its reason and line."""
+
+    test: str
+    failing: int
+    cases: int
+    case: str
+    reason: str
+    line: str
+
+
+@dataclass
+class PartCheck:
+    """One part: result is "passes", "fails" or "broken", which says that it cannot be used, and why."""
+
+    kind: str
+    name: str
+    result: str = "passes"
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    reason: str | None = None
+    failures: list[Failure] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PackageCheck:
+    """What a package registers, in the order of the kinds, and what came of each."""
+
+    package: str
+    version: str
+    interfaces: tuple[str, ...]
+    parts: list[PartCheck]
+
+    @property
+    def passes(self) -> bool:
+        """Whether everything does."""
+        return all(part.result == "passes" for part in self.parts)
+
+
+def check_package(package: str) -> PackageCheck:
+    """Run the conformance tests over everything an installed package registers.
+
+    A part that cannot be used is reported with its reason and is not tested; the others are.
+    Raises UnknownNameError for a package that is not installed or registers nothing, ConfigError where pytest
+    is not installed, and PluginError where the tests could not be run.
+    """
+    candidates = find_candidates(package)
+    if find_spec("pytest") is None:
+        raise ConfigError("pytest is not installed: pip install 'backdoorbench-moe[plugin]'")
+    parts = []
+    for candidate in candidates:
+        reason = REGISTRIES[candidate.kind].fault(candidate)
+        parts.append(
+            PartCheck(candidate.kind, candidate.name, "broken" if reason else "passes", reason=reason)
+        )
+    usable = [part for part in parts if part.result != "broken"]
+    if usable:
+        rows = _run_tests(candidates[0].package)
+        for part in usable:
+            _judge(part, [row for row in rows if row["parts"].get(part.kind) == part.name])
+    first = candidates[0]
+    return PackageCheck(first.package, first.version, first.interfaces or (str(INTERFACE),), parts)
+
+
+def find_candidates(package: str) -> list[Candidate]:
+    """Everything an installed package registers. Raises UnknownNameError, or ConfigError if it registers nothing."""
+    offers = [candidate for registry in REGISTRIES.values() for candidate in registry.offers()]
+    found = [candidate for candidate in offers if normalize(candidate.package) == normalize(package)]
+    if found:
+        return found
+    try:
+        version(package)
+    except (PackageNotFoundError, ValueError):
+        hint = f"; a folder? first: pip install {package}" if Path(package).is_dir() else ""
+        known = {normalize(candidate.package) for candidate in offers}
+        raise UnknownNameError("package", package, known, hint) from None
+    groups = ", ".join(GROUPS.values())
+    raise ConfigError(f"package {package!r}: registers nothing; expected entry points in one of {groups}")
+
+
+def _run_tests(package: str) -> list[dict[str, Any]]:
+    """A row for every test that was run over a part of the package; the last one may not have come to an end."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"}
+    with tempfile.TemporaryDirectory(prefix="bbmoe-check-") as folder:
+        report = Path(folder) / "report.jsonl"
+        command = [sys.executable, "-m", "backdoorbench_moe.testing", package, f"--bbmoe-report={report}"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        rows = [json.loads(line) for line in report.read_text().splitlines()] if report.exists() else []
+    started = rows and rows[-1]["outcome"] == "started"
+    if started:
+        rows[-1] |= {"outcome": "failed", "reason": f"Python ended (exit code {done.returncode})", "line": ""}
+    elif done.returncode not in FINISHED:
+        tail = " ".join((done.stderr or done.stdout).split())[-300:]
+        raise PluginError(f"package {package!r}: the tests did not run to their end: {tail}")
+    return [row for row in rows if row["outcome"] != "started"]
+
+
+def _judge(part: PartCheck, rows: list[dict[str, Any]]) -> None:
+    """Fill in what came of a part's tests."""
+    counts = Counter(row["outcome"] for row in rows)
+    part.passed, part.failed, part.skipped = (counts[key] for key in ("passed", "failed", "skipped"))
+    for test in dict.fromkeys(row["test"] for row in rows if row["outcome"] == "failed"):
+        cases = [row for row in rows if row["test"] == test]
+        failing = [row for row in cases if row["outcome"] == "failed"]
+        first = failing[0]
+        part.failures.append(
+            Failure(test, len(failing), len(cases), first["case"], first["reason"], first["line"])
+        )
+    if not part.passed and not part.failed:
+        part.result, part.reason = "fails", "no test was run over it"
+    elif part.failed:
+        part.result = "fails"

@@ -1,0 +1,111 @@
+"""What the conformance tests are made of: small parts, images, and a defense's task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backdoorbench_moe.config import PartSpec, TrainSpec
+from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.defenses.base import DefenseTask
+from backdoorbench_moe.engine.defend import fresh_model
+from backdoorbench_moe.engine.evaluate import logits, routings
+from backdoorbench_moe.engine.names import REGISTRIES
+from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.engine.tune import Tuner
+from backdoorbench_moe.ops.seeding import seeded
+
+CLASSES, IMAGE_SIZE = 3, 32
+CPU = torch.device("cpu")
+
+
+def tiny_options(kind: str, name: str) -> dict[str, object]:
+    """The options that make a part small, as its class says; without the one that its name gives."""
+    part = REGISTRIES[kind].lookup(name)
+    given = getattr(part, "name_argument", None) if ":" in name else None
+    return {option: value for option, value in getattr(part, "tiny", {}).items() if option != given}
+
+
+def make(kind: str, name: str, **options: object) -> Any:
+    """A small part of its kind; options win over those that make it small."""
+    return REGISTRIES[kind].create(name, {**tiny_options(kind, name), **options})
+
+
+def build_model(
+    name: str, *, seed: int = 0, num_classes: int = 10, image_size: int = IMAGE_SIZE
+) -> nn.Module:
+    """A small model, its weights drawn from `seed`."""
+    given = {"num_classes": num_classes, "image_size": image_size}
+    with seeded(seed, "init"):
+        return REGISTRIES["model"].create(name, tiny_options("model", name), given)
+
+
+def settle(model: nn.Module) -> nn.Module:
+    """Show a model a few batches in training mode, so that its norms hold statistics; then to evaluation mode."""
+    images = batch(16, 3, IMAGE_SIZE, IMAGE_SIZE)
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(images)
+    return model.eval()
+
+
+def used_model(name: str, *, seed: int = 0) -> nn.Module:
+    """A small model of three classes that has seen some batches; in evaluation mode and channels_last."""
+    model = build_model(name, seed=seed, num_classes=CLASSES)
+    return settle(model).to(memory_format=torch.channels_last)
+
+
+def batch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Images of this shape, uniform in [0, 1), the same at every call."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(shape[0])).to(dtype)
+
+
+def coloured_split(count: int, seed: int) -> Split:
+    """Images of three classes told apart by colour, with noise: (count, 3, 32, 32) uint8."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % CLASSES
+    images = torch.randint(0, 128, (count, 3, IMAGE_SIZE, IMAGE_SIZE), generator=generator, dtype=torch.uint8)
+    images[torch.arange(count), labels] += 100
+    return Split(images, labels)
+
+
+def make_task(
+    model: nn.Module, made_by: PartSpec, *, clean: Split | None = None, seed: int = 7, **recipe: Any
+) -> tuple[DefenseTask, list[tuple[str, dict[str, Tensor]]]]:
+    """A task as the engine makes it, and the list that reported stages come to lie in.
+
+    made_by: the name and options the model was made from. clean: the defender's images, 24 where None.
+    """
+    train = TrainSpec(**{"batch_size": 8, "lr": 0.05, **recipe})
+    given = {"num_classes": CLASSES, "image_size": IMAGE_SIZE}
+    reported: list[tuple[str, dict[str, Tensor]]] = []
+    keep: Callable[[str, nn.Module], None] = lambda name, model: reported.append((name, copies(model)))  # noqa: E731
+    task = DefenseTask(
+        model=model,
+        clean=coloured_split(24, 1) if clean is None else clean,
+        num_classes=CLASSES,
+        train=train,
+        device=CPU,
+        precision="fp32",
+        seed=seed,
+        tune=Tuner(train, seed, CPU, "fp32", Observer(), "tuning"),
+        logits=partial(logits, precision="fp32"),
+        routing=partial(routings, precision="fp32"),
+        fresh=partial(fresh_model, made_by, given, seed, CPU),
+        report=keep,
+    )
+    return task, reported
+
+
+def copies(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model, to keep."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    """Names of the tensors that are not equal, bit for bit."""
+    return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}

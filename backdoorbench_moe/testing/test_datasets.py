@@ -1,0 +1,107 @@
+"""What every data set keeps to, whoever wrote it; published ones by small files in their own layouts."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from backdoorbench_moe.data.base import Dataset, ImageSet, check_split
+from backdoorbench_moe.engine.names import REGISTRIES
+from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.testing.making import make
+
+KEPT = {"train_images": 12, "test_images": 5}
+
+
+@pytest.fixture(scope="session")
+def root(dataset_name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the files of a data set that reads some."""
+    return tmp_path_factory.mktemp("data")
+
+
+@functools.cache
+def written(name: str, root: Path) -> dict[str, object]:
+    """The options that read the few files which the data set wrote."""
+    return REGISTRIES["dataset"].lookup(name).write_tiny(root)
+
+
+def create(name: str, root: Path, **options: Any) -> Dataset:
+    return make("dataset", name, **{**written(name, root), **options})
+
+
+@functools.cache
+def loaded(name: str, root: Path) -> ImageSet:
+    """The whole set; read once."""
+    return create(name, root).load()
+
+
+def test_both_splits_are_valid(dataset_name: str, root: Path) -> None:
+    images = loaded(dataset_name, root)
+    assert images.name == dataset_name
+    assert len(images.classes) == len(set(images.classes)) >= 2 and all(images.classes)
+    for split in (images.train, images.test):
+        check_split(split, images.num_classes, dataset_name)
+        assert split.images.shape[1:] == (3, images.image_size, images.image_size)
+        assert split.images.device.type == "cpu" and split.images.float().std() > 1
+        assert len(split.labels.unique()) >= 2
+
+
+@functools.cache
+def kept(name: str, root: Path) -> ImageSet:
+    """A few images of the set."""
+    return create(name, root, **KEPT).load()
+
+
+def test_a_limit_keeps_as_many_and_the_same_at_every_load(dataset_name: str, root: Path) -> None:
+    first, again, whole = (
+        kept(dataset_name, root),
+        create(dataset_name, root, **KEPT).load(),
+        loaded(dataset_name, root),
+    )
+    assert first.digest == again.digest and len(first.digest) == 64
+    assert first.digest != whole.digest and first.classes == whole.classes
+    for part, same, full, count in (
+        (first.train, again.train, whole.train, 12),
+        (first.test, again.test, whole.test, 5),
+    ):
+        assert len(part) == count
+        assert torch.equal(part.images, same.images) and torch.equal(part.labels, same.labels)
+        # Each kept image is one of the set, with its label, in the set's order.
+        places = [int((full.images == image).flatten(1).all(1).nonzero()[0]) for image in part.images]
+        assert places == sorted(places) and torch.equal(full.labels[places], part.labels)
+
+
+def test_image_size(dataset_name: str, root: Path) -> None:
+    if "image_size" not in REGISTRIES["dataset"].options(dataset_name):
+        pytest.skip("it has no image_size")
+    images = create(dataset_name, root, image_size=16, **KEPT).load()
+    assert images.image_size == 16 and images.test.images.shape == (5, 3, 16, 16)
+    assert images.digest != kept(dataset_name, root).digest
+    assert torch.equal(images.train.labels, kept(dataset_name, root).train.labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"no_such_option": 1}, UnknownNameError, "no_such_option"),
+        ({"train_image": 5}, UnknownNameError, "did you mean 'train_images'"),
+        ({"train_images": 0}, ConfigError, "train_images: expected a positive number of images, got 0"),
+        ({"test_images": "many"}, ConfigError, "test_images: expected an integer or none, got 'many'"),
+        ({"image_size": 0}, ConfigError, "image_size"),
+        ({"image_size": 31.5}, ConfigError, "image_size"),
+    ],
+)
+def test_wrong_options_are_refused(
+    dataset_name: str, root: Path, options: dict, error: type, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        create(dataset_name, root, **options)
+
+
+def test_more_images_than_there_are_are_refused(dataset_name: str, root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train_images: expected at most the \d+ images there are"):
+        create(dataset_name, root, train_images=10**6).load()

@@ -1,0 +1,186 @@
+"""What every model keeps to, whoever wrote it; and what routed ones add."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backdoorbench_moe.errors import UnknownNameError
+from backdoorbench_moe.models.base import RoutedModel, RoutedOutput, Routing
+from backdoorbench_moe.testing.making import batch, build_model, changed, copies, make, settle
+
+only_routed = pytest.mark.only(interface=RoutedModel)
+
+
+def images_of(count: int, *, size: int = 32) -> Tensor:
+    return batch(count, 3, size, size)
+
+
+@functools.cache
+def used(name: str) -> nn.Module:
+    """A model that has seen some batches in training mode; to be left as it is."""
+    return settle(build_model(name))
+
+
+@pytest.mark.parametrize(("size", "classes"), [(32, 10), (32, 3), (64, 3)])
+def test_logits(model_name: str, size: int, classes: int) -> None:
+    model = build_model(model_name, image_size=size, num_classes=classes)
+    for mode in (True, False):
+        with torch.no_grad():
+            logits = model.train(mode)(images_of(4, size=size))
+        assert logits.shape == (4, classes) and logits.dtype == torch.float32
+        assert logits.isfinite().all()
+        assert (logits != logits[:1]).any(), "the images make no difference"
+
+
+def test_a_gradient_reaches_every_parameter_and_the_images(model_name: str) -> None:
+    model = build_model(model_name).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # Norms that start at zero let nothing through to what lies before them.
+                parameter.add_(0.1 * torch.rand(len(parameter), generator=torch.Generator().manual_seed(1)))
+    images = images_of(8).requires_grad_()
+    F.cross_entropy(model(images), torch.arange(8)).backward()
+    assert images.grad is not None and (images.grad != 0).any()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{key} has no gradient"
+        assert parameter.grad.isfinite().all(), key
+        assert parameter.ndim == 1 or (parameter.grad != 0).any(), f"{key}: its gradient is zero"
+
+
+def test_the_seed_decides_the_weights(model_name: str) -> None:
+    first = build_model(model_name).state_dict()
+    torch.rand(1)
+    assert not changed(first, build_model(model_name).state_dict())
+    assert changed(first, build_model(model_name, seed=1).state_dict())
+
+
+def test_building_and_running_leave_nothing_global_behind(model_name: str) -> None:
+    def settings() -> tuple[object, ...]:
+        return (
+            torch.get_default_dtype(),
+            torch.get_num_threads(),
+            torch.is_grad_enabled(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_rng_state().tolist(),
+        )
+
+    before = settings()
+    model = build_model(model_name).eval()
+    model(images_of(2))
+    assert settings() == before
+
+
+def test_images_do_not_mix_in_evaluation(model_name: str) -> None:
+    model, images = used(model_name), images_of(5)
+    with torch.no_grad():
+        together = model(images)
+        alone = torch.cat([model(image[None]) for image in images])
+        shuffled = model(images.flip(0)).flip(0)
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(together, shuffled, atol=1e-4, rtol=1e-4)
+
+
+def test_evaluation_changes_nothing_and_training_mode_no_weights(model_name: str) -> None:
+    model, images = build_model(model_name), images_of(4)
+    before, given = copies(model), images.clone()
+    parameters = {key for key, _ in model.named_parameters()}
+    with torch.no_grad():
+        first = model.eval()(images)
+        assert torch.equal(model(images), first)
+        assert not changed(before, model.state_dict())
+        model.train()(images)
+    assert not changed(before, model.state_dict()) & parameters
+    assert torch.equal(images, given), "the input was written to"
+    assert all(module.training for module in model.modules())
+
+
+def test_the_mode_is_all_that_training_and_evaluation_differ_by(model_name: str) -> None:
+    """After a pass in training mode, a model that starts from the same state answers the same."""
+    model, twin = used(model_name), build_model(model_name, seed=5)
+    with torch.no_grad():
+        twin.train()(images_of(4))
+        twin.load_state_dict(model.state_dict())
+        assert torch.equal(twin.eval()(images_of(4)), model(images_of(4)))
+
+
+def test_memory_layout_does_not_matter(model_name: str) -> None:
+    plain, images = used(model_name), images_of(4)
+    other = build_model(model_name).to(memory_format=torch.channels_last).eval()
+    other.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        want = plain(images)
+        strided = plain(images.contiguous(memory_format=torch.channels_last))
+        got = other(images.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(strided, want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_the_state_makes_the_model(model_name: str) -> None:
+    state = copies(used(model_name))
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    other = build_model(model_name, seed=9)
+    other.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        assert torch.equal(other.eval()(images_of(3)), used(model_name)(images_of(3)))
+
+
+def test_unknown_options_are_refused_by_name(model_name: str) -> None:
+    with pytest.raises(UnknownNameError, match="no_such_option"):
+        make("model", model_name, no_such_option=1)
+
+
+def routed(model_name: str, size: int) -> tuple[RoutedModel, RoutedOutput]:
+    """A routed model of this name and what it did with 3 images."""
+    model = used(model_name) if size == 32 else build_model(model_name, image_size=size).eval()
+    assert isinstance(model, RoutedModel)
+    with torch.no_grad():
+        return model, model.forward_routed(images_of(3, size=size))
+
+
+@only_routed
+@pytest.mark.parametrize("size", [32, 64])
+def test_routing_is_returned(model_name: str, size: int) -> None:
+    model, output = routed(model_name, size)
+    assert torch.equal(output.logits, model(images_of(3, size=size)).detach())
+    rows, columns = model.patch_grid
+    assert (rows * model.patch_size, columns * model.patch_size) == (size, size)
+    modules = dict(model.named_modules())
+    assert output.routing
+    for routing in output.routing:
+        assert routing.layer in modules
+        images, experts, patches = routing.gates.shape
+        assert (images, patches) == (3, rows * columns) and experts >= 1
+        assert routing.gates.is_floating_point() and routing.selected.dtype == torch.bool
+        assert routing.selected.shape == routing.gates.shape
+        assert routing.gates.min() >= 0 and routing.gates.max() <= 1
+
+
+@only_routed
+def test_selection_follows_the_gates(model_name: str) -> None:
+    """Where each expert takes as many patches, or each patch as many experts, they are those the gates rank first."""
+    _, output = routed(model_name, 32)
+    for routing in output.routing:
+        assert (routing.selected.sum((1, 2)) >= 1).all()
+        even = [dim for dim in (1, 2) if routing.selected.sum(dim).unique().numel() == 1]
+        assert not even or any(ranked(routing, dim) for dim in even)
+
+
+def ranked(routing: Routing, dim: int) -> bool:
+    """Whether no gate along `dim` that was left out is above one that was taken."""
+    taken = routing.gates.masked_fill(~routing.selected, 2).amin(dim)
+    left = routing.gates.masked_fill(routing.selected, -1).amax(dim)
+    return bool((taken >= left).all())
+
+
+@only_routed
+def test_routing_of_an_image_is_its_own(model_name: str) -> None:
+    model, output = routed(model_name, 32)
+    with torch.no_grad():
+        alone = [model.forward_routed(image[None]).routing for image in images_of(3)]
+    for layer, routing in enumerate(output.routing):
+        assert torch.equal(routing.selected, torch.cat([image[layer].selected for image in alone]))
