@@ -1,22 +1,28 @@
-"""A trigger from a third-party package: the sinusoidal stripes of Barni et al. (ICIP 2019)."""
+"""A third-party package in one file: a trigger, an applicator and a defense."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from backdoorbench_moe.applicators.base import Applicator
+from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.patches import tile, untile
+from backdoorbench_moe.ops.seeding import generator
 from backdoorbench_moe.triggers.base import Trigger
 
 
 class Sinusoid(Trigger):
     """Vertical stripes, added to every channel: amplitude * cos(2 pi * frequency * column / width).
 
-    amplitude: in (0, 1], the paper's 20 of 255 by default. frequency: periods across the canvas, from 1.
-    The paper has a sine; a cosine is the same but for its phase, and is not all zeros on a tile of four
-    columns, as six periods of a sine are. Raises ConfigError for a value out of range.
+    amplitude: in (0, 1], the 20 of 255 of Barni et al. (ICIP 2019) by default. frequency: periods across the
+    canvas, from 1. The paper has a sine; a cosine is the same but for its phase, and is not all zeros on a tile
+    of four columns, as six periods of a sine are. Raises ConfigError for a value out of range.
     """
 
     def __init__(self, *, amplitude: float = 20 / 255, frequency: int = 6, seed: int = 0) -> None:
@@ -32,3 +38,63 @@ class Sinusoid(Trigger):
         turns = torch.arange(images.shape[-1], device=images.device) * self.frequency / images.shape[-1]
         stripes = self.amplitude * torch.cos(2 * math.pi * turns)
         return (images + stripes.to(images.dtype)).clamp(0, 1)
+
+
+class RandomTiles(Applicator):
+    """BadPatches on some of the tiles: `share` of them, drawn from `seed`, the same in every image.
+
+    share: in (0, 1], rounded to whole tiles, at least one. patch_size: side of a tile in pixels, the model's
+    own where it has one. Raises ConfigError for a value out of range.
+    """
+
+    def __init__(self, *, share: float = 0.5, patch_size: int = 4, seed: int = 0) -> None:
+        super().__init__()
+        if not 0 < share <= 1:
+            raise ConfigError.expected("random-tiles: share", "a number in (0, 1]", share)
+        if patch_size < 1:
+            raise ConfigError.expected("random-tiles: patch_size", "a positive number of pixels", patch_size)
+        self.share, self.patch_size, self.seed = share, patch_size, seed
+
+    def apply(self, images: Tensor, trigger: Callable[[Tensor], Tensor]) -> Tensor:
+        """Stamp every tile, and keep the stamped ones where they were drawn."""
+        tiles = tile(images, self.patch_size)
+        count = images.shape[-2] * images.shape[-1] // self.patch_size**2
+        order = torch.randperm(count, generator=generator(self.seed, "random-tiles"))
+        drawn = (order < max(1, round(self.share * count))).repeat(len(images)).to(images.device)
+        return untile(torch.where(drawn[:, None, None, None], trigger(tiles), tiles), *images.shape[-2:])
+
+
+class MagnitudePruning(Defense):
+    """Set the smallest weights of every layer to zero, then train on; small ones do little for clean images.
+
+    ratio: share of each tensor of two or more dimensions that becomes zero, in [0, 1). epochs: of training after
+    that, from 0; what was pruned may grow again. clean_fraction: see `Defense`. Raises ConfigError for a value
+    out of range. The ranking is that of Han et al. (NeurIPS 2015).
+    """
+
+    tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
+
+    def __init__(self, *, ratio: float = 0.3, epochs: int = 5, clean_fraction: float = 0.05) -> None:
+        super().__init__(clean_fraction=clean_fraction)
+        if not 0 <= ratio < 1:
+            raise ConfigError.expected("ratio", "a number in [0, 1)", ratio)
+        if epochs < 0:
+            raise ConfigError.expected("epochs", "a whole number from 0", epochs)
+        self.ratio, self.epochs = ratio, epochs
+
+    @torch.no_grad()
+    def prune(self, weight: Tensor) -> None:
+        """Set the floor(ratio * n) smallest of a tensor's n values to zero, in place."""
+        order = weight.abs().flatten().argsort(stable=True)
+        smallest = torch.zeros_like(order, dtype=torch.bool)
+        smallest[order[: int(self.ratio * len(order))]] = True
+        weight.masked_fill_(smallest.view_as(weight), 0)
+
+    def defend(self, task: DefenseTask) -> DefenseResult:
+        """Prune, report, tune."""
+        for weight in task.model.parameters():
+            if weight.ndim > 1:
+                self.prune(weight)
+        task.report("pruned", task.model)
+        task.tune(task.model, task.clean, epochs=self.epochs)
+        return DefenseResult("tuned", task.model)

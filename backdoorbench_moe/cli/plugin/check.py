@@ -69,7 +69,8 @@ def _print_failures(console: Console, part: PartCheck) -> None:
     if part.reason:
         say(f"{where} {part.result}: {part.reason}", "red")
     for failure in part.failures:
-        say(f"{where} fails {failure.test} in {failure.failing} of {failure.cases} cases", "red")
+        share = f" in {failure.failing} of {failure.cases} cases" if failure.cases > 1 else ""
+        say(f"{where} fails {failure.test}{share}", "red")
         say(f"  {failure.reason}")
         if failure.line:
             say(f"  {failure.line}")

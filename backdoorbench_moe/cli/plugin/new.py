@@ -1,0 +1,42 @@
+"""`bbmoe plugin new`: a package to start from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from backdoorbench_moe.plugins import KINDS
+
+
+@click.command("new")
+@click.argument("name")
+@click.option(
+    "--kind", "kinds", multiple=True, metavar="KIND", help=f"{', '.join(KINDS)}; once for each.  [trigger]"
+)
+@click.option("--output", type=Path, default=Path(), metavar="DIR", help="Where its folder is made.  [here]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(name: str, kinds: tuple[str, ...], output: Path, as_json: bool) -> None:
+    """Write the package NAME (as bbmoe-stripes) with a part of each --kind, which works as it is.
+
+    The parts are called NAME without "bbmoe-". Nothing is written over.
+    """
+    from backdoorbench_moe.scaffold import plan_package, write_package
+
+    folder = write_package(plan_package(name, kinds or ("trigger",)), output)
+    paths = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    steps = [
+        f"pip install -e {folder}",
+        f"bbmoe plugin check {name}",
+        f"python -m pytest {folder / 'tests'}",
+    ]
+    if as_json:
+        click.echo(json.dumps({"folder": str(folder), "files": paths, "next": steps}, indent=2))
+        return
+    click.echo(f"wrote {folder}")
+    for line in paths:
+        click.echo(f"  {line}")
+    click.echo("next:")
+    for step in steps:
+        click.echo(f"  {step}")

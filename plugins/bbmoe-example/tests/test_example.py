@@ -1,0 +1,66 @@
+"""What only its author can test: the values, by hand. `bbmoe plugin check bbmoe-example` does the rest."""
+
+import math
+
+import pytest
+import torch
+
+from backdoorbench_moe.applicators import create_applicator
+from backdoorbench_moe.defenses import create_defense
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.triggers import create_trigger
+
+
+def test_four_columns_by_hand():
+    """One period over four columns: cos is 1, 0, -1, 0; the last image is clipped to [0, 1]."""
+    trigger = create_trigger("sinusoid", amplitude=0.25, frequency=1)
+    stamped = trigger(torch.tensor([0.5, 1.0])[:, None, None, None].expand(2, 3, 2, 4))
+    want = torch.tensor([[0.75, 0.5, 0.25, 0.5], [1.0, 1.0, 0.75, 1.0]])
+    torch.testing.assert_close(stamped, want[:, None, None].expand(2, 3, 2, 4))
+
+
+def test_the_spectrum_is_one_line():
+    change = create_trigger("sinusoid")(torch.full((1, 1, 1, 32), 0.5, dtype=torch.float64)) - 0.5
+    spectrum = torch.fft.rfft(change.flatten()).abs() * 2 / 32
+    assert spectrum.argmax() == 6 and math.isclose(spectrum[6], 20 / 255, abs_tol=1e-6)
+    assert spectrum.sum() - spectrum[6] < 1e-5
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.01, 1), (0.25, 4), (1.0, 16)])
+def test_so_many_tiles_are_stamped_whole_and_the_same_in_every_image(share, count):
+    applicator = create_applicator("random-tiles", share=share, patch_size=2, seed=3)
+    tiles = (
+        applicator(torch.zeros(2, 1, 8, 8), torch.ones_like).unfold(2, 2, 2).unfold(3, 2, 2).sum((1, 4, 5))
+    )
+    assert set(tiles.unique().tolist()) <= {0.0, 4.0} and (tiles == 4).sum((1, 2)).tolist() == [count, count]
+    assert torch.equal(tiles[0], tiles[1])
+
+
+def test_the_seed_draws_the_tiles():
+    one, other = (
+        create_applicator("random-tiles", seed=s)(torch.zeros(1, 1, 32, 32), torch.ones_like) for s in (0, 1)
+    )
+    assert not torch.equal(one, other) and one.sum() == other.sum() == 512
+
+
+def test_the_smallest_weights_become_zero():
+    weight = torch.nn.Parameter(torch.tensor([[0.5, -0.1, 0.3], [0.0, -2.0, 0.2]]))
+    create_defense("magnitude-pruning", ratio=0.5).prune(weight)
+    assert weight.tolist() == torch.tensor([[0.5, 0, 0.3], [0, -2.0, 0]]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("create", "name", "options"),
+    [
+        (create_trigger, "sinusoid", {"amplitude": 0.0}),
+        (create_trigger, "sinusoid", {"amplitude": math.nan}),
+        (create_trigger, "sinusoid", {"frequency": 0}),
+        (create_applicator, "random-tiles", {"share": 0.0}),
+        (create_applicator, "random-tiles", {"patch_size": 0}),
+        (create_defense, "magnitude-pruning", {"ratio": 1.0}),
+        (create_defense, "magnitude-pruning", {"epochs": -1}),
+    ],
+)
+def test_values_out_of_range_are_refused(create, name, options):
+    with pytest.raises(ConfigError, match=f"{next(iter(options))}: expected"):
+        create(name, **options)
