@@ -13,6 +13,7 @@ from backdoorbench_moe.applicators.base import Applicator
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.patches import tile, untile
+from backdoorbench_moe.ops.pruning import lowest, share_of
 from backdoorbench_moe.ops.seeding import generator
 from backdoorbench_moe.triggers.base import Trigger
 
@@ -85,10 +86,10 @@ class MagnitudePruning(Defense):
     @torch.no_grad()
     def prune(self, weight: Tensor) -> None:
         """Set the floor(ratio * n) smallest of a tensor's n values to zero, in place."""
-        order = weight.abs().flatten().argsort(stable=True)
-        smallest = torch.zeros_like(order, dtype=torch.bool)
-        smallest[order[: int(self.ratio * len(order))]] = True
-        weight.masked_fill_(smallest.view_as(weight), 0)
+        sizes = weight.abs().flatten()
+        smallest = torch.zeros_like(sizes, dtype=torch.bool)
+        smallest[lowest(sizes, share_of(self.ratio, len(sizes)))] = True
+        weight.masked_fill_(smallest.view(weight.shape), 0)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Prune, report, tune."""
