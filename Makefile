@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The tests run over our own plug-ins too.
+PLUGINS := $(sort $(wildcard plugins/*/setup.cfg))
 
 .PHONY: demo test lint install clean
 
@@ -27,13 +29,13 @@ $(VENV)/.installed: setup.cfg $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -e .
 	touch $@
 
-$(VENV)/.installed-test: setup.cfg $(VENV)/bin/python
-	$(BIN)/python -m pip install -q -e '.[test]'
+$(VENV)/.installed-test: setup.cfg $(PLUGINS) $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -e '.[test]' $(patsubst %/setup.cfg,-e ./%,$(PLUGINS))
 	touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-dev: setup.cfg $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -e '.[test,dev]'
-	touch $@ $(VENV)/.installed $(VENV)/.installed-test
+	touch $@ $(VENV)/.installed
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
