@@ -18,6 +18,9 @@ from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
 from backdoorbench_moe.plugins import GROUPS, INTERFACE, Candidate, normalize
 
+Row = dict[str, Any]
+Part = tuple[str, str]  # kind and name
+
 # pytest's exit codes: all passed, some failed.
 FINISHED = (0, 1)
 
@@ -81,9 +84,10 @@ def check_package(package: str) -> PackageCheck:
         )
     usable = [part for part in parts if part.result != "broken"]
     if usable:
-        rows = _run_tests(candidates[0].package)
+        own = {(part.kind, part.name) for part in usable}
+        rows = _attribute(_run_tests(candidates[0].package), own)
         for part in usable:
-            _judge(part, [row for row in rows if row["parts"].get(part.kind) == part.name])
+            _judge(part, rows[part.kind, part.name])
     first = candidates[0]
     return PackageCheck(first.package, first.version, first.interfaces or (str(INTERFACE),), parts)
 
@@ -104,7 +108,7 @@ def find_candidates(package: str) -> list[Candidate]:
     raise ConfigError(f"package {package!r}: registers nothing; expected entry points in one of {groups}")
 
 
-def _run_tests(package: str) -> list[dict[str, Any]]:
+def _run_tests(package: str) -> list[Row]:
     """A row for every test that was run over a part of the package; the last one may not have come to an end."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"}
     with tempfile.TemporaryDirectory(prefix="bbmoe-check-") as folder:
@@ -121,7 +125,23 @@ def _run_tests(package: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["outcome"] != "started"]
 
 
-def _judge(part: PartCheck, rows: list[dict[str, Any]]) -> None:
+def _attribute(rows: list[Row], own: set[Part]) -> dict[Part, list[Row]]:
+    """The tests of each part of the package.
+
+    Where two of its parts fail together and only one of them fails by itself, that one is to blame.
+    """
+    teams = [own.intersection(row["parts"].items()) for row in rows]
+    failing = [(row["outcome"] == "failed", team) for row, team in zip(rows, teams, strict=True)]
+    guilty = {part for failed, team in failing if failed and len(team) == 1 for part in team}
+    found: dict[Part, list[Row]] = {part: [] for part in own}
+    for row, team in zip(rows, teams, strict=True):
+        blamed = team & guilty if row["outcome"] == "failed" else team
+        for part in blamed or team:
+            found[part].append(row)
+    return found
+
+
+def _judge(part: PartCheck, rows: list[Row]) -> None:
     """Fill in what came of a part's tests."""
     counts = Counter(row["outcome"] for row in rows)
     part.passed, part.failed, part.skipped = (counts[key] for key in ("passed", "failed", "skipped"))

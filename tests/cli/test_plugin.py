@@ -41,6 +41,44 @@ class Fine(Trigger):
 """
 
 
+BAD_OTHERS = """
+import torch
+from torch import nn
+
+from backdoorbench_moe.applicators.base import Applicator
+from backdoorbench_moe.data.base import Dataset, ImageSet
+from backdoorbench_moe.data.signs import Signs
+from backdoorbench_moe.defenses.base import Defense, DefenseResult
+
+
+class Idle(Applicator):
+    def apply(self, images, trigger):
+        return images.clone()
+
+
+class Mixes(nn.Module):
+    def __init__(self, *, num_classes=10, image_size=32):
+        super().__init__()
+        self.head = nn.Linear(3 * image_size**2, num_classes)
+
+    def forward(self, images):
+        return self.head((images - images.mean(0)).flatten(1))
+
+
+class Unseeded(Defense):
+    def defend(self, task):
+        with torch.no_grad():
+            next(task.model.parameters()).add_(torch.rand(()))
+        return DefenseResult("shaken", task.model)
+
+
+class Misnamed(Dataset):
+    def read(self):
+        images = Signs(train_images=40, test_images=20).read()
+        return ImageSet("other", images.train, images.test, images.classes)
+"""
+
+
 def check(package: str, site: Path) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:
     done = bbmoe("plugin", "check", package, "--json", path=[site])
     assert done.stdout, done.stderr
@@ -74,8 +112,18 @@ def bad_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     put_package(
         folder,
         "bbmoe-bad",
-        modules={"bad_parts": BAD_PARTS, "bad_lacks": "import a_module_that_is_not_there\n"},
-        points={"triggers": triggers},
+        modules={
+            "bad_parts": BAD_PARTS,
+            "bad_others": BAD_OTHERS,
+            "bad_lacks": "import a_module_that_is_not_there\n",
+        },
+        points={
+            "triggers": triggers,
+            "applicators": ["idle = bad_others:Idle"],
+            "models": ["mixes = bad_others:Mixes"],
+            "defenses": ["unseeded = bad_others:Unseeded"],
+            "datasets": ["misnamed = bad_others:Misnamed"],
+        },
         requires=["torch", "no-such-thing>=2"],
     )
     put_package(
@@ -120,7 +168,8 @@ def test_check_names_every_fault_and_tests_the_rest(bad_site: Path) -> None:
     parts = {part["name"]: part for part in report["parts"]}
     results = {name: part["result"] for name, part in parts.items()}
     broken = dict.fromkeys(("no-trigger", "warp", "lacks"), "broken")
-    assert results == {"writes": "fails", "fine": "passes", **broken}
+    fails = dict.fromkeys(("writes", "idle", "mixes", "unseeded", "misnamed"), "fails")
+    assert results == {"fine": "passes", **fails, **broken}, "what is fine is not blamed for idle"
     assert "is no subclass of backdoorbench_moe.triggers.base:Trigger" in parts["no-trigger"]["reason"]
     assert "the name 'warp' is taken by backdoorbench-moe" in parts["warp"]["reason"]
     reason = parts["lacks"]["reason"]
@@ -130,7 +179,12 @@ def test_check_names_every_fault_and_tests_the_rest(bad_site: Path) -> None:
     first = failures["test_shape_type_and_range"]
     assert first["reason"] == "AssertionError: the input was written to"
     assert first["line"].startswith("test_") and "assert torch.equal(images, before)" in first["line"]
-    assert parts["writes"]["passed"] > 0 and parts["fine"]["passed"] > 50
+    found = {name: {failure["test"] for failure in part["failures"]} for name, part in parts.items()}
+    assert parts["fine"]["passed"] > 50
+    assert found["idle"] >= {"test_the_trigger_is_applied", "test_shape_type_and_range"}
+    assert "test_images_do_not_mix_in_evaluation" in found["mixes"]
+    assert "test_the_seed_decides" in found["unseeded"]
+    assert found["misnamed"] == {"test_both_splits_are_valid"}
 
 
 def test_another_interface_is_refused_without_an_import(bad_site: Path) -> None:
