@@ -95,7 +95,7 @@ def normalize(package: str) -> str:
 
 
 def unmet_requirements(package: str) -> list[str]:
-    """What an installed package requires, extras aside, and is not installed; versions are not compared."""
+    """What an installed package requires and is not there; no versions, and nothing that hangs on a condition."""
     try:
         requirements = distribution(package).requires or []
     except PackageNotFoundError:

@@ -17,6 +17,7 @@ from backdoorbench_moe.engine.evaluate import logits, routings
 from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.tune import Tuner
+from backdoorbench_moe.models.base import Routing
 from backdoorbench_moe.ops.seeding import seeded
 
 CLASSES, IMAGE_SIZE = 3, 32
@@ -109,3 +110,10 @@ def copies(model: nn.Module) -> dict[str, Tensor]:
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     """Names of the tensors that are not equal, bit for bit."""
     return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+
+
+def ranked(routing: Routing, dim: int) -> bool:
+    """Whether no gate along `dim` that was left out is above one that was taken."""
+    taken = routing.gates.masked_fill(~routing.selected, 2).amin(dim)
+    left = routing.gates.masked_fill(routing.selected, -1).amax(dim)
+    return bool((taken >= left).all())

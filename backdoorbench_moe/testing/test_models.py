@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backdoorbench_moe.errors import UnknownNameError
-from backdoorbench_moe.models.base import RoutedModel, RoutedOutput, Routing
-from backdoorbench_moe.testing.making import batch, build_model, changed, copies, make, settle
+from backdoorbench_moe.models.base import RoutedModel, RoutedOutput
+from backdoorbench_moe.testing.making import batch, build_model, changed, copies, make, ranked, settle
 
 only_routed = pytest.mark.only(interface=RoutedModel)
 
@@ -168,13 +168,6 @@ def test_selection_follows_the_gates(model_name: str) -> None:
         assert (routing.selected.sum((1, 2)) >= 1).all()
         even = [dim for dim in (1, 2) if routing.selected.sum(dim).unique().numel() == 1]
         assert not even or any(ranked(routing, dim) for dim in even)
-
-
-def ranked(routing: Routing, dim: int) -> bool:
-    """Whether no gate along `dim` that was left out is above one that was taken."""
-    taken = routing.gates.masked_fill(~routing.selected, 2).amin(dim)
-    left = routing.gates.masked_fill(routing.selected, -1).amax(dim)
-    return bool((taken >= left).all())
 
 
 @only_routed
