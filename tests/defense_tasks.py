@@ -14,9 +14,9 @@ from backdoorbench_moe.engine.runner import Run
 from backdoorbench_moe.models import create_model
 from backdoorbench_moe.ops.seeding import seeded
 from backdoorbench_moe.testing import making
-from backdoorbench_moe.testing.making import changed, coloured_split, copies
+from backdoorbench_moe.testing.making import CPU, changed, coloured_split, copies
 
-__all__ = ["changed", "copies"]
+__all__ = ["CPU", "changed", "copies"]
 
 SMALL: dict[str, dict[str, object]] = {
     "pmoe": {"widen_factor": 1, "moe_channels": 8, "expert_channels": 5, "gate_std": 1.0},
