@@ -104,11 +104,11 @@ def analyze(
 
     run, against: a Run or its folder; compared with the clean twin, if it lies beside the run, where `against`
     is None. images: test images for patch maps. carriers_images: at most so many to measure muted and patched
-    experts on. output: folder that analysis.json is written to; nothing is written where None. Raises
-    BbmoeError for anything the user can mend.
+    experts on. output: folder that analysis.json, report.html and figures/ are written to; nothing is written
+    where None. Raises BbmoeError for anything the user can mend.
     """
     from backdoorbench_moe.analysis.analyze import analyze_run
-    from backdoorbench_moe.analysis.document import check_output, save_document
+    from backdoorbench_moe.analysis.save import check_output, save_analysis
 
     if output is not None:
         check_output(Path(output))
@@ -122,7 +122,7 @@ def analyze(
         observer=observer,
     )
     if output is not None:
-        save_document(analysis, Path(output))
+        save_analysis(analysis, Path(output))
     return analysis
 
 

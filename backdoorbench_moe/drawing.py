@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,6 +81,21 @@ def inline_svg(svg: bytes, prefix: str, alt: str, *, style: str = "") -> str:
     head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="{escape(alt)}"'
     own = f' style="{escape(style)}"' if style else ""
     return f'{head}{own} viewBox="{size[1]}"{text[text.index(">") :]}'
+
+
+def render_page(template: str, **values: Any) -> str:
+    """An HTML page from a jinja2 template, every value escaped unless it is markup.
+
+    `style` in the template stands for the CSS that all our pages share: light, dark, print, small screens.
+    """
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    style = (files("backdoorbench_moe") / "templates" / "page.css").read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(template).render(style=Markup(style), **values)
 
 
 def slug(text: str) -> str:

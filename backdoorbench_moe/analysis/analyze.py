@@ -18,11 +18,19 @@ from backdoorbench_moe.ops.routing import changed_patches, patch_sums
 from backdoorbench_moe.ops.structure import WithExperts
 
 DEFAULT_CARRIERS_IMAGES = 2000
+# Of a run's record: scores, which may be one an image, are left out.
+RECORD_PARTS = (
+    *("spec", "data", "parts", "poison", "history", "stages", "timing", "seeds", "environment"),
+    *("parent", "clean_twin"),
+)
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Which run was looked at. metrics: as its record holds them, in percent. model: the model's name."""
+    """Which run was looked at. metrics: as its record holds them, in percent. model: the model's name.
+
+    record: what else a report says of it, as its record holds it: see RECORD_PARTS.
+    """
 
     name: str
     digest: str
@@ -30,6 +38,7 @@ class RunFacts:
     data: str
     data_digest: str
     metrics: dict[str, dict[str, float]]
+    record: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -264,7 +273,7 @@ def _compare(first: passes.PairedPass, second: passes.PairedPass) -> comparison.
 def _facts(run: Run) -> RunFacts:
     record, spec = run.record, run.spec
     metrics: dict[str, dict[str, Any]] = record.metrics
-    data = record.data
+    data, known = record.data, {name: getattr(record, name) for name in RECORD_PARTS}
     return RunFacts(
-        run.folder.path.name, record.digest, spec.model.name, data["name"], data["digest"], metrics
+        run.folder.path.name, record.digest, spec.model.name, data["name"], data["digest"], metrics, known
     )

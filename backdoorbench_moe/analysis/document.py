@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
+from base64 import b64decode, b64encode
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from backdoorbench_moe.analysis.analyze import Analysis
@@ -30,7 +33,7 @@ UNITS = {
 def as_document(analysis: Analysis) -> dict[str, Any]:
     """The analysis as JSON values: the fields of the dataclasses by their names.
 
-    A bool is 0 or 1 in an array, a number that is not finite is null. Pixels of the examples are left out.
+    A bool is 0 or 1 in an array, a number that is not finite is null; images are PNG files in base64.
     """
     values = _plain(analysis)
     findings = values.pop("findings")
@@ -43,9 +46,9 @@ def to_text(document: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def save_document(analysis: Analysis, output: Path) -> Path:
+def save_document(document: dict[str, Any], output: Path) -> Path:
     """Write analysis.json into a folder, made if need be; whole or not at all. Raises RecordError."""
-    text = to_text(as_document(analysis))
+    text = to_text(document)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -54,28 +57,46 @@ def save_document(analysis: Analysis, output: Path) -> Path:
     return output / FILE
 
 
-def check_output(output: Path) -> None:
-    """Raise RecordError if `output` can be no folder that takes a file; nothing is made."""
-    place = output
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise RecordError(f"output folder {output}: expected a folder, {place} is a file")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise RecordError(f"output folder {output}: {place} cannot be written to")
-    if (output / FILE).is_dir():
-        raise RecordError(f"output folder {output}: expected a file {FILE}, found a folder")
+def load_document(file: Path) -> dict[str, Any]:
+    """Read an analysis.json. Raises RecordError if it is none, or of another version."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecordError(f"analysis {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise RecordError(f"analysis {file}: damaged: {error}") from error
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if version != SCHEMA_VERSION or document.get("kind") != "analysis":
+        raise RecordError(
+            f"analysis {file}: expected an analysis of version {SCHEMA_VERSION}, found {version!r}"
+        )
+    return document
+
+
+def _field(item: dataclasses.Field[Any], value: Any) -> Any:
+    if value is not None and item.metadata.get("document") == "png":
+        return [encode_picture(image) for image in value]
+    return _plain(value)
+
+
+def encode_picture(image: Tensor) -> str:
+    """A (3, H, W) uint8 image as a PNG file in base64."""
+    file = BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG", optimize=True)
+    return b64encode(file.getvalue()).decode("ascii")
+
+
+def decode_picture(text: str) -> np.ndarray:
+    """What `encode_picture` made, as (H, W, 3) uint8."""
+    with Image.open(BytesIO(b64decode(text)), formats=("PNG",)) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return _plain((value.int() if value.dtype.is_floating_point is False else value).tolist())
     if dataclasses.is_dataclass(value):
-        return {
-            item.name: _plain(getattr(value, item.name))
-            for item in dataclasses.fields(value)
-            if item.metadata.get("document", True)
-        }
+        return {item.name: _field(item, getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

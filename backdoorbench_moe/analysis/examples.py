@@ -17,6 +17,8 @@ from backdoorbench_moe.errors import ConfigError
 
 DEFAULT_COUNT = 6
 MAX_IMAGES = 100
+# Of a dataclass field that holds images: how the JSON document gives it.
+PICTURES = {"document": "png"}
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,16 @@ class ModelMaps:
 class Examples:
     """N test images. indices: (N,) int64. labels: the N true class names.
 
-    clean, triggered: (N, 3, S, S) uint8, not in the JSON document; triggered is None without a trigger.
+    clean, triggered: (N, 3, S, S) uint8, PNG files in base64 in the JSON document; triggered is None without a
+    trigger.
     models: the run's own first, then the one it is compared with.
     """
 
     indices: Tensor
     labels: tuple[str, ...]
     models: tuple[ModelMaps, ...]
-    clean: Tensor = field(metadata={"document": False})
-    triggered: Tensor | None = field(metadata={"document": False})
+    clean: Tensor = field(metadata=PICTURES)
+    triggered: Tensor | None = field(metadata=PICTURES)
 
 
 def check_images(images: Sequence[int] | None, count: int) -> None:

@@ -23,7 +23,7 @@ from backdoorbench_moe.bench.wording import (
     paper_parts,
     suite_line,
 )
-from backdoorbench_moe.drawing import inline_svg
+from backdoorbench_moe.drawing import inline_svg, render_page
 
 ENVIRONMENT = ("runs", "device", "precision", "threads", "torch", "python", "git commit")
 
@@ -33,14 +33,10 @@ def page(results: ResultSet, svgs: Sequence[bytes] | None = None) -> str:
 
     Raises ConfigError where a layout or plot would put two cells in one place.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    text = (files("backdoorbench_moe.bench") / "templates" / "suite.html").read_text(encoding="utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    template = (files("backdoorbench_moe.bench") / "templates" / "suite.html").read_text(encoding="utf-8")
     sheet = build_sheet(results)
-    return environment.from_string(text).render(
+    return render_page(
+        template,
         suite=sheet.suite,
         note=_capital(sheet.suite.note),
         identity=_capital(suite_line(sheet.suite)),

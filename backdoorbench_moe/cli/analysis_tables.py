@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 NONE = "–"
 
 
-def print_analysis(analysis: Analysis, file: Path) -> None:
+def print_analysis(analysis: Analysis, files: Sequence[Path]) -> None:
     """Print a table of the experts of each layer, what holds of the layer, and who carries the backdoor."""
     console = Console(highlight=False)
     counts = analysis.images
@@ -39,7 +39,9 @@ def print_analysis(analysis: Analysis, file: Path) -> None:
         console.print(f"no {missing.part}: {missing.reason}", style="dim", markup=False)
     if analysis.trigger_from not in (None, analysis.run.name):
         console.print(f"trigger: that of {analysis.trigger_from}", markup=False)
-    console.print(f"{file} ({analysis.seconds['total']:.1f} s)", soft_wrap=True, markup=False)
+    for file in files:
+        console.print(str(file), soft_wrap=True, markup=False)
+    console.print(f"analyzed in {analysis.seconds['total']:.1f} s", markup=False)
 
 
 def experts_table(analysis: Analysis, number: int) -> Table:

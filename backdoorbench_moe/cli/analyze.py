@@ -17,7 +17,9 @@ from backdoorbench_moe.errors import ConfigError
     "--carriers-images", type=int, default=2000, show_default=True, metavar="N",
     help="At most so many images to measure muted and patched experts on.",
 )  # fmt: skip
-@click.option("--output", type=Path, metavar="DIR", help="Where analysis.json goes.  [RUN]")
+@click.option(
+    "--output", type=Path, metavar="DIR", help="Where analysis.json, report.html and figures/ go.  [RUN]"
+)
 @click.option("--data-root", metavar="DIR", help="Where the data set lies.  [where it lay]")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [the run's]")
 @click.option("--json", "as_json", is_flag=True, help="Print analysis.json, and nothing else.")
@@ -42,7 +44,8 @@ def command(
     """
     chosen = None if images is None else _numbers(images)
     from backdoorbench_moe.analysis.analyze import analyze_run
-    from backdoorbench_moe.analysis.document import as_document, check_output, save_document, to_text
+    from backdoorbench_moe.analysis.document import as_document, to_text
+    from backdoorbench_moe.analysis.save import check_output, save_analysis
     from backdoorbench_moe.cli.analysis_tables import print_analysis
     from backdoorbench_moe.cli.progress import make_observer
     from backdoorbench_moe.engine.runner import load_run
@@ -59,11 +62,11 @@ def command(
         device=device,
         observer=make_observer(quiet=quiet or as_json),
     )
-    file = save_document(analysis, place)
+    files = save_analysis(analysis, place)
     if as_json:
         click.echo(to_text(as_document(analysis)), nl=False)
     else:
-        print_analysis(analysis, file)
+        print_analysis(analysis, files)
 
 
 def _numbers(text: str) -> list[int]:

@@ -1,0 +1,271 @@
+"""What the trigger does to the routing, and which experts carry the backdoor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from backdoorbench_moe.analysis.figures.charts import Panel, Series, chart, matrices
+from backdoorbench_moe.analysis.figures.plate import MAX_LAYERS, Doc, Plate, left_out, make_plate, spread
+from backdoorbench_moe.analysis.figures.words import count, listing, mean, number, percent, proportion, roles
+
+
+def draw_backdoor(document: Doc) -> Iterator[Plate]:
+    """Capture, whether it predicts success, shift, and who carries the backdoor; what there is of them."""
+    if document["capture"] is not None:
+        yield _capture(document)
+        yield _success(document)
+    if document["shift"] is not None:
+        yield _divergence(document)
+        yield _changed(document)
+    if (carriers := document["carriers"]) is not None:
+        yield _muted(document)
+        if carriers["patched"]:
+            yield _patched(document)
+        if carriers["pairs"]:
+            yield _pairs(document)
+
+
+def _others(document: Doc, part: str) -> list[Doc] | None:
+    """The same part of the findings on the model that this one is compared with."""
+    against = document["findings_against"]
+    return None if against is None else against[part]
+
+
+def _names(values: list[Any]) -> list[str]:
+    return [str(place) for place in range(len(values))]
+
+
+def _capture(document: Doc) -> Plate:
+    layers, others = document["capture"], _others(document, "capture")
+    shown = spread(range(len(layers)), MAX_LAYERS)
+    panels = []
+    for place in shown:
+        layer = layers[place]
+        series = [Series(roles(document)[0], _percents(layer["by_expert"]))]
+        if others is not None:
+            series.append(Series(roles(document)[1], _percents(others[place]["by_expert"])))
+        series.append(Series("if routing were blind", _percents(layer["blind_by_expert"]), style="mark"))
+        panels.append(Panel(f"layer {layer['layer']}", series, names=_names(layer["by_expert"])))
+    first = max(layers, key=lambda layer: abs(layer["captured"]["value"] - layer["blind_captured"]))
+    said = (
+        f"Triggered images in which an expert receives a patch that the trigger changed "
+        f"({mean(first['changed_patches'])} of {len(first['changed'])} patches an image): at least one expert in "
+        f"{proportion(first['captured'])}, where blind routing would give {percent(first['blind_captured'])} (layer "
+        f"{first['layer']}); {mean(first['experts'])} experts on average, blind {number(first['blind_experts'])}."
+    )
+    if others is not None:
+        other = others[layers.index(first)]
+        said += f" In the {roles(document)[1]} model at least one expert in {proportion(other['captured'])}."
+    said += left_out(len(shown), len(layers), "routed layers")
+    return make_plate(
+        "capture",
+        "Trigger capture",
+        said,
+        f"Bars for each expert. {said}",
+        lambda: chart(panels, xlabel="expert", ylabel="triggered images, %", limits=(0, 104)),
+    )
+
+
+def _success(document: Doc) -> Plate:
+    layers = document["capture"]
+    shown = spread(layers, MAX_LAYERS)
+    panels = []
+    for layer in shown:
+        kinds = [layer["asr_captured"], layer["asr_missed"]]
+        panels.append(
+            Panel(
+                f"layer {layer['layer']}",
+                [Series.of("ASR", kinds)],
+                names=["captured", "missed"],
+                levels={"all triggered images": layer["asr"]["value"]},
+            )
+        )
+    first = layers[0]
+    caught, missed = first["asr_captured"], first["asr_missed"]
+    said = "Does capture predict success? "
+    if caught is None or missed is None:
+        what = "captured" if missed is None else "missed"
+        said += f"In layer {first['layer']} every image is {what}: ASR {proportion(caught or missed)}."
+    else:
+        apart = caught["low"] > missed["high"] or missed["low"] > caught["high"]
+        said += (
+            f"ASR is {proportion(caught)} of the {caught['n']:,} captured images and {proportion(missed)} of the "
+            f"{missed['n']:,} missed ones (layer {first['layer']}): the intervals "
+            f"{'lie apart' if apart else 'overlap'}."
+        )
+    said += left_out(len(shown), len(layers), "routed layers")
+    return make_plate(
+        "capture-success",
+        "Capture and success",
+        said,
+        f"Two bars for each layer. {said}",
+        lambda: chart(panels, xlabel="", ylabel="ASR, %", limits=(0, 104)),
+    )
+
+
+def _divergence(document: Doc) -> Plate:
+    layers = document["shift"]
+    first = max(layers, key=lambda layer: layer["divergence"]["value"])
+    e, most = _most(first["divergence_by_expert"])
+    said = (
+        f"How far the trigger moves the gates: Jensen-Shannon divergence of clean and triggered version, mean over "
+        f"{count(first['divergence']['n'], 'image')}; {mean(first['divergence'])} nats in layer {first['layer']}, the "
+        f"most in expert {e} with {mean(most)}. {_other_shift(document, 'divergence', 1, ' nats', first)}"
+    )
+    return _shift_plate(document, "divergence", "Routing shift: gates", said, "divergence, nats", 1)
+
+
+def _changed(document: Doc) -> Plate:
+    layers = document["shift"]
+    first = max(layers, key=lambda layer: layer["changed"]["value"])
+    e, most = _most(first["changed_by_expert"])
+    said = (
+        f"Share of an expert's selected patches that the trigger exchanges: {mean(first['changed'], factor=100)}% in "
+        f"layer {first['layer']}, the most in expert {e} with {mean(most, factor=100)}%. "
+        f"{_other_shift(document, 'changed', 100, '%', first)}"
+    )
+    return _shift_plate(
+        document, "changed", "Routing shift: selected patches", said, "selected patches changed, %", 100
+    )
+
+
+def _other_shift(document: Doc, key: str, factor: float, unit: str, first: Doc) -> str:
+    if (others := _others(document, "shift")) is None:
+        return ""
+    other = others[document["shift"].index(first)]
+    return f"In the {roles(document)[1]} model it is {mean(other[key], factor=factor)}{unit}."
+
+
+def _shift_plate(document: Doc, key: str, title: str, said: str, ylabel: str, factor: float) -> Plate:
+    layers, others = document["shift"], _others(document, "shift")
+    shown = spread(range(len(layers)), MAX_LAYERS)
+    panels = []
+    for place in shown:
+        series = [Series.of(roles(document)[0], layers[place][f"{key}_by_expert"], factor)]
+        if others is not None:
+            series.append(Series.of(roles(document)[1], others[place][f"{key}_by_expert"], factor))
+        names = _names(layers[place][f"{key}_by_expert"])
+        panels.append(Panel(f"layer {layers[place]['layer']}", series, names=names))
+    said = (said + left_out(len(shown), len(layers), "routed layers")).strip()
+    return make_plate(
+        f"shift-{key}",
+        title,
+        said,
+        f"Bars with 95% intervals for each expert. {said}",
+        lambda: chart(panels, xlabel="expert", ylabel=ylabel),
+    )
+
+
+def _most(values: list[Doc]) -> tuple[int, Doc]:
+    return max(enumerate(values), key=lambda item: item[1]["value"] or 0)
+
+
+def _muted(document: Doc) -> Plate:
+    carriers = document["carriers"]
+    whole, groups = carriers["whole"], _by_layer(carriers["singles"], lambda one: one["experts"][0])
+    panels = []
+    for layer, ones in spread(list(groups.items()), MAX_LAYERS):
+        series = [Series.of("BA", [one["ba"] for one in ones])]
+        levels = {"BA, all experts": whole["ba"]["value"]}
+        if whole["asr"] is not None:
+            series.append(Series.of("ASR", [one["asr"] for one in ones]))
+            levels["ASR, all experts"] = whole["asr"]["value"]
+        panels.append(Panel(f"layer {layer}", series, names=_names(ones), levels=levels))
+    if whole["asr"] is None:
+        worst = min(carriers["singles"], key=lambda one: one["ba"]["value"])
+        said = (
+            f"BA with one expert muted, on {whole['ba']['n']:,} images: {proportion(whole['ba'])} with all; the "
+            f"lowest {proportion(worst['ba'])} without {worst['experts'][0]}."
+        )
+    else:
+        best = min(carriers["singles"], key=lambda one: one["asr"]["value"])
+        said = (
+            f"BA and ASR with one expert muted, on {whole['ba']['n']:,} and {whole['asr']['n']:,} images. Muting "
+            f"{best['experts'][0]} lowers ASR most, from {proportion(whole['asr'])} to {proportion(best['asr'])}; BA "
+            f"goes from {proportion(whole['ba'])} to {proportion(best['ba'])}."
+        )
+    said += left_out(len(panels), len(groups), "routed layers")
+    return make_plate(
+        "carriers",
+        "Who carries the backdoor" if whole["asr"] is not None else "What each expert is needed for",
+        said,
+        f"Bars with 95% intervals for each expert. {said}",
+        lambda: chart(panels, xlabel="muted expert", ylabel="images, %", limits=(0, 104)),
+    )
+
+
+def _patched(document: Doc) -> Plate:
+    carriers = document["carriers"]
+    groups = _by_layer(carriers["patched"], lambda one: one["expert"])
+    floor = carriers["clean_called_wanted"]["value"]
+    panels = [
+        Panel(
+            f"layer {layer}",
+            [Series.of("ASR", [one["asr"] for one in ones]), Series.of("RA", [one["ra"] for one in ones])],
+            names=_names(ones),
+            levels={"ASR, nothing patched": carriers["whole"]["asr"]["value"], "ASR, no trigger": floor},
+        )
+        for layer, ones in spread(list(groups.items()), MAX_LAYERS)
+    ]
+    best = min(carriers["patched"], key=lambda one: one["asr"]["value"])
+    said = (
+        "Activation patching: one expert gives for a triggered image what it gives for the clean one, the rest "
+        f"of the model sees the trigger. With {best['expert']} so, ASR falls from "
+        f"{proportion(carriers['whole']['asr'])} to {proportion(best['asr'])} and {proportion(best['ra'])} are called "
+        f"what they are (RA); without any trigger {percent(floor)} are called what the attacker wants."
+    )
+    said += left_out(len(panels), len(groups), "routed layers")
+    return make_plate(
+        "patching",
+        "One expert as on clean images",
+        said,
+        f"Bars with 95% intervals for each expert. {said}",
+        lambda: chart(panels, xlabel="patched expert", ylabel="images, %", limits=(0, 104)),
+    )
+
+
+def _pairs(document: Doc) -> Plate:
+    carriers = document["carriers"]
+    key = "ba" if carriers["whole"]["asr"] is None else "asr"
+    groups = _by_layer([*carriers["singles"], *carriers["pairs"]], lambda one: one["experts"][0])
+    panels = []
+    for layer, ones in spread(list(groups.items()), MAX_LAYERS):
+        numbers = sorted({_index(name) for one in ones for name in one["experts"]})
+        size = numbers[-1] + 1
+        matrix: list[list[float | None]] = [[None] * size for _ in range(size)]
+        for one in ones:
+            first, last = _index(one["experts"][0]), _index(one["experts"][-1])
+            matrix[first][last] = matrix[last][first] = one[key]["value"]
+        panels.append((f"layer {layer}", matrix))
+    best = min(carriers["pairs"], key=lambda one: one[key]["value"])
+    said = (
+        f"{key.upper()} in % with two experts muted (on the diagonal, one). The lowest is {proportion(best[key])}, "
+        f"without {listing(best['experts'])}"
+    )
+    said += f"; BA is then {proportion(best['ba'])}." if key == "asr" else "."
+    return make_plate(
+        "carriers-pairs",
+        "Two experts muted",
+        said,
+        f"Matrix of experts. {said}",
+        lambda: matrices(
+            panels, xlabel="muted expert", ylabel="muted expert", limits=(0, 100), form="{:.0f}"
+        ),
+    )
+
+
+def _by_layer(ones: list[Doc], name: Any) -> dict[str, list[Doc]]:
+    """What is said of single experts, by the layer in their names ("moe/2")."""
+    groups: dict[str, list[Doc]] = {}
+    for one in ones:
+        groups.setdefault(name(one).rpartition("/")[0], []).append(one)
+    return groups
+
+
+def _index(name: str) -> int:
+    return int(name.rpartition("/")[2])
+
+
+def _percents(values: list[float]) -> list[float | None]:
+    return [100 * value for value in values]

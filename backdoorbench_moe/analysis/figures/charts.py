@@ -1,0 +1,222 @@
+"""Bars, lines, histograms and matrices, in small panels that a phone can show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from backdoorbench_moe.drawing import COLOURS, INK, MARKERS, PAPER, RULE, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Values = Sequence[float | None]
+# In inches: what a phone shows without scrolling, and the margins around the panels.
+WIDTH, LEFT, RIGHT, TOP, BOTTOM, LEGEND = 4.5, 0.62, 0.1, 0.3, 0.46, 0.22
+MAX_LABELS, MAX_NUMBERS, LEGEND_COLUMNS = 12, 8, 2
+MAP = "cividis"
+# Of numbers on a coloured square: not the page's ink, which changes with its theme while the square does not.
+DARK_TEXT, LIGHT_TEXT = "#111111", "#fafafa"
+
+
+@dataclass(frozen=True)
+class Series:
+    """One value for each place on the x axis, with the ends of its interval; None is not drawn.
+
+    style: "bar", "mark" (a hollow marker: what the bars are compared with), "line" or "steps".
+    """
+
+    label: str
+    values: Values
+    low: Values | None = None
+    high: Values | None = None
+    style: str = "bar"
+
+    @classmethod
+    def of(cls, label: str, ones: Sequence[dict[str, Any] | None], factor: float = 1) -> Series:
+        """Bars of proportions or means as the document has them, times a factor."""
+
+        def column(key: str) -> list[float | None]:
+            return [None if one is None or one[key] is None else factor * one[key] for one in ones]
+
+        return cls(label, column("value"), column("low"), column("high"))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Series over the same places. x: numbers for lines and steps; names: of the places of bars."""
+
+    title: str
+    series: Sequence[Series]
+    names: Sequence[str] = ()
+    x: Sequence[float] = ()
+    levels: dict[str, float] = field(default_factory=dict)
+
+
+def chart(
+    panels: Sequence[Panel],
+    *,
+    xlabel: str,
+    ylabel: str,
+    limits: tuple[float | None, float | None] = (0, None),
+    height: float = 1.7,
+    across: int | None = None,
+    share_y: bool = True,
+) -> Figure:
+    """All panels on one scale, two beside each other where there are several. height: of one, in inches."""
+    across = across or min(2, len(panels))
+    labels = list(dict.fromkeys(one.label for panel in panels for one in panel.series))
+    labels += list(dict.fromkeys(name for panel in panels for name in panel.levels))
+    legend = LEGEND * math.ceil(len(labels) / LEGEND_COLUMNS) if len(labels) > 1 else 0.05
+    figure, grid = _grid(len(panels), across, height, bottom=BOTTOM + legend, share_y=share_y)
+    for place, (axes, panel) in enumerate(zip(grid, panels, strict=False)):
+        axes.set_title(panel.title, fontsize=8.5, loc="left")
+        axes.grid(color=RULE, linewidth=0.6, axis="y")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=7.5)
+        _draw(axes, panel, labels)
+        if place + across >= len(panels):
+            axes.set_xlabel(xlabel, fontsize=8)
+        if place % across == 0:
+            axes.set_ylabel(ylabel, fontsize=8)
+    if share_y:
+        grid[0].set_ylim(*limits)
+    if len(labels) > 1:
+        _legend(figure, panels, labels)
+    return figure
+
+
+def matrices(
+    panels: Sequence[tuple[str, Sequence[Values]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    limits: tuple[float, float] | None = None,
+    form: str = "{:.2f}",
+    rows: Sequence[str] | None = None,
+) -> Figure:
+    """A matrix of values a panel, as coloured squares; with the numbers in them where they have room."""
+    across = min(2, len(panels))
+    values = [value for _, matrix in panels for row in matrix for value in row if value is not None]
+    low, high = limits or (min(values, default=0), max(values, default=1))
+    lines, columns = len(panels[0][1]), len(panels[0][1][0])
+    height = min(4.0, max(1.3, 0.26 * lines + 0.5))
+    left = LEFT + (0.075 * max(map(len, rows)) if rows else 0)
+    figure, grid = _grid(len(panels), across, height, bottom=BOTTOM, left=left)
+    for place, (axes, (title, matrix)) in enumerate(zip(grid, panels, strict=False)):
+        shown = [[math.nan if value is None else value for value in row] for row in matrix]
+        axes.imshow(shown, cmap=MAP, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+        axes.set_title(title, fontsize=8.5, loc="left")
+        axes.tick_params(labelsize=7.5, length=0)
+        _number_places(axes.xaxis, columns)
+        if rows is None:
+            _number_places(axes.yaxis, lines)
+        else:
+            axes.set_yticks(range(lines), rows if place % across == 0 else [""] * lines)
+        if columns * across <= MAX_NUMBERS:
+            for y, row in enumerate(matrix):
+                for x, value in enumerate(row):
+                    if value is not None:
+                        light = (value - low) < 0.6 * (high - low)
+                        colour = LIGHT_TEXT if light else DARK_TEXT
+                        text = form.format(value)
+                        axes.text(x, y, text, ha="center", va="center", fontsize=7.5, color=colour)
+        if place + across >= len(panels):
+            axes.set_xlabel(xlabel, fontsize=8)
+        if place % across == 0:
+            axes.set_ylabel(ylabel, fontsize=8)
+    return figure
+
+
+def _grid(
+    panels: int, across: int, height: float, *, bottom: float, left: float = LEFT, share_y: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure with places for so many panels, row by row; measured in inches, which needs no layout engine."""
+    down, gap = math.ceil(panels / across), TOP + 0.22
+    total = TOP + down * height + (down - 1) * gap + bottom
+    figure = new_figure(WIDTH, total)
+    grid: Any = figure.subplots(down, across, sharey=share_y, squeeze=False)
+    figure.subplots_adjust(
+        left=left / WIDTH,
+        right=1 - RIGHT / WIDTH,
+        top=1 - TOP / total,
+        bottom=bottom / total,
+        wspace=0.12 if share_y else 0.22,
+        hspace=gap / height,
+    )
+    for axes in list(grid.flat)[panels:]:
+        axes.set_visible(False)
+    return figure, list(grid.flat)[:panels]
+
+
+def _draw(axes: Axes, panel: Panel, labels: Sequence[str]) -> None:
+    bars = [one for one in panel.series if one.style == "bar"]
+    for one in panel.series:
+        place = labels.index(one.label)
+        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+        values = [math.nan if value is None else value for value in one.values]
+        if one.style == "line":
+            size = 3 if len(values) <= 30 else 0
+            axes.plot(panel.x, values, color=colour, marker=marker, markersize=size, linewidth=1.4)
+        elif one.style == "steps":
+            axes.stairs(values, panel.x, color=colour, linewidth=1.4, linestyle=("-", "--")[place % 2])
+        elif one.style == "mark":
+            spots = list(map(float, range(len(values))))
+            axes.plot(spots, values, color=INK, marker="D", markersize=5, linestyle="", markerfacecolor=PAPER)
+        else:
+            width = 0.8 / len(bars)
+            spots = [spot - 0.4 + width * (bars.index(one) + 0.5) for spot in range(len(values))]
+            axes.bar(spots, values, width=0.92 * width, color=colour, yerr=_bars(one), ecolor=INK, capsize=2)
+    for name, level in panel.levels.items():
+        colour = COLOURS[labels.index(name) % len(COLOURS)]
+        axes.axhline(level, color=colour, linewidth=1.2, linestyle="--")
+    if panel.names:
+        step = math.ceil(len(panel.names) / MAX_LABELS)
+        axes.set_xticks(range(0, len(panel.names), step), panel.names[::step])
+    else:
+        from matplotlib.ticker import MaxNLocator
+
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+def _bars(one: Series) -> list[list[float]] | None:
+    """Lengths of the error bars below and above; none where an interval is missing."""
+    if one.low is None or one.high is None:
+        return None
+    rows = list(zip(one.values, one.low, one.high, strict=True))
+    below = [0.0 if v is None or low is None else max(0.0, v - low) for v, low, _ in rows]
+    above = [0.0 if v is None or high is None else max(0.0, high - v) for v, _, high in rows]
+    return [below, above]
+
+
+def _number_places(axis: Any, amount: int) -> None:
+    step = math.ceil(amount / MAX_LABELS)
+    axis.set_ticks(range(0, amount, step), [str(place) for place in range(0, amount, step)])
+
+
+def _legend(figure: Figure, panels: Sequence[Panel], labels: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    styles = {one.label: one.style for panel in panels for one in panel.series}
+    handles: list[Any] = []
+    for place, name in enumerate(labels):
+        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+        match styles.get(name):
+            case "bar":
+                handles.append(Patch(color=colour, label=name))
+            case "mark":
+                hollow: dict[str, Any] = {"linestyle": "", "markerfacecolor": PAPER, "markersize": 5}
+                handles.append(Line2D([], [], color=INK, marker="D", label=name, **hollow))
+            case "line":
+                handles.append(Line2D([], [], color=colour, marker=marker, markersize=3, label=name))
+            case "steps":
+                handles.append(Line2D([], [], color=colour, linestyle=("-", "--")[place % 2], label=name))
+            case _:
+                handles.append(Line2D([], [], color=colour, linestyle="--", label=name))
+    style: dict[str, Any] = {"ncols": LEGEND_COLUMNS, "frameon": False, "fontsize": 7.5, "borderaxespad": 0.1}
+    figure.legend(handles=handles, loc="lower center", **style)

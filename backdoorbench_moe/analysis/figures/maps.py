@@ -1,0 +1,104 @@
+"""Patch maps (the paper's Figures 4, 5, 6 and 8): what each expert takes of single images, model beside model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from backdoorbench_moe.analysis.document import decode_picture
+from backdoorbench_moe.analysis.figures.mosaic import Row, draw_mosaic, plain, seen
+from backdoorbench_moe.analysis.figures.plate import (
+    MAX_EXPERTS,
+    MAX_MAP_LAYERS,
+    Doc,
+    Plate,
+    left_out,
+    make_plate,
+    spread,
+)
+from backdoorbench_moe.analysis.figures.words import capital, listing, roles
+
+
+def draw_maps(document: Doc) -> Iterator[Plate]:
+    """A figure for each example: clean and triggered, in the run's model and in the other."""
+    for place in range(len(document["examples"]["indices"])):
+        yield _map(document, place)
+
+
+def example_name(examples: Doc, place: int) -> str:
+    """Such as "Test image 17"; of a file, its name."""
+    return f"Test image {examples['indices'][place]}"
+
+
+def _map(document: Doc, place: int) -> Plate:
+    examples = document["examples"]
+    models = examples["models"]
+    layers = models[0]["clean"]["layers"]
+    chosen = spread(range(len(layers)), MAX_MAP_LAYERS)
+    experts = min(MAX_EXPERTS, len(layers[0]["selected"][place])) if layers else 0
+    name = example_name(examples, place)
+    every: list[int | None] = [*chosen] or [None]
+    rows = [row for layer in every for row in _layer_rows(document, place, layer, experts)]
+    columns = ["image", *(f"expert {e}" for e in range(experts))]
+    said = _said(document, place)
+    sentence = f"{said}"
+    if layers:
+        sentence += " Framed are the patches that an expert takes; grey is what it never sees."
+        sentence += left_out(len(chosen), len(layers), "routed layers")
+        sentence += left_out(experts, len(layers[0]["selected"][place]), "experts")
+    alt = f"{name}{' with the patches that each expert takes' if layers else ''}. {said}"
+    return make_plate(f"image-{place + 1}", name, sentence, alt, lambda: draw_mosaic(columns, rows))
+
+
+def _layer_rows(document: Doc, place: int, layer: int | None, experts: int) -> Iterator[Row]:
+    examples = document["examples"]
+    models = examples["models"]
+    if layer is not None and len(models[0]["clean"]["layers"]) > 1:
+        yield Row(f"layer {models[0]['clean']['layers'][layer]['layer']}")
+    for model, role in zip(models, roles(document), strict=True):
+        for kind in ("clean", "triggered"):
+            if (view := model[kind]) is None:
+                continue
+            image = decode_picture(examples[kind][place])
+            label = f"{role} model,\n{kind} image:\n{_short(view['predicted'][place])}"
+            if layer is None:
+                yield Row(label, [plain(image, (1, 1))])
+                continue
+            selected = view["layers"][layer]["selected"][place]
+            rows, columns = len(selected[0]), len(selected[0][0])
+            cells = [seen(image, chosen) for chosen in selected[:experts]]
+            yield Row(label, [plain(image, (rows, columns)), *cells])
+
+
+def _said(document: Doc, place: int) -> str:
+    """What each model calls the image, and how many of its choices the trigger changes."""
+    examples = document["examples"]
+    label = examples["labels"][place]
+    parts = []
+    for model, role in zip(examples["models"], roles(document), strict=True):
+        text = f"the {role} model calls it {model['clean']['predicted'][place]}"
+        if model["triggered"] is not None:
+            text += f", with the trigger {model['triggered']['predicted'][place]}"
+            if changed := _changed(model, place):
+                text += f" ({changed})"
+        parts.append(text)
+    is_a = "" if label is None else f"A test image of class {label}: "
+    return capital(f"{is_a}{'; '.join(parts)}.")
+
+
+def _changed(model: Doc, place: int) -> str:
+    """How many patches the trigger takes from or gives to each expert."""
+    texts = []
+    for before, after in zip(model["clean"]["layers"], model["triggered"]["layers"], strict=True):
+        counts = [
+            sum(a != b for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
+            for one, other in zip(before["selected"][place], after["selected"][place], strict=True)
+        ]
+        texts.append(sum(counts))
+    if not texts:
+        return ""
+    where = f" in {len(texts)} layers" if len(texts) > 1 else ""
+    return f"choices changed by it, over all experts{where}: {listing([str(sum(texts))])}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 18 else f"{text[:17]}…"

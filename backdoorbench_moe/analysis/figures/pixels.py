@@ -1,0 +1,145 @@
+"""Pixel value against routing (the paper's Figure 7): what the numbers say of "no strong relation"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from backdoorbench_moe.analysis.figures.charts import Panel, Series, chart, matrices
+from backdoorbench_moe.analysis.figures.plate import (
+    MAX_CLASSES,
+    MAX_EXPERTS,
+    MAX_MAP_LAYERS,
+    Doc,
+    Plate,
+    left_out,
+    make_plate,
+    spread,
+)
+from backdoorbench_moe.analysis.figures.words import mean, percent
+
+# Of a rank-biserial correlation, as Cohen's conventions for r have it.
+STRENGTHS = ((0.1, "negligible"), (0.3, "small"), (0.5, "medium"))
+
+
+def draw_pixels(document: Doc) -> Iterator[Plate]:
+    """The distributions, and the effect by class."""
+    if document["pixels"] is None:
+        return
+    yield _distributions(document)
+    if any(one for layer in document["pixels"] for row in layer["by_class"] for one in row):
+        yield _by_class(document)
+
+
+def strength(effect: float) -> str:
+    """A rank-biserial correlation in a word."""
+    return next((word for limit, word in STRENGTHS if abs(effect) < limit), "large")
+
+
+def strongest(document: Doc) -> tuple[str, int, Doc] | None:
+    """Layer, expert and difference of the largest effect over the whole test set."""
+    found = [
+        (layer["layer"], e, one)
+        for layer in document["pixels"]
+        for e, one in enumerate(layer["overall"])
+        if one is not None
+    ]
+    return max(found, key=lambda item: abs(item[2]["rank_biserial"]), default=None)
+
+
+def verdict(document: Doc) -> str:
+    """What the numbers say of the paper's claim, in a sentence."""
+    if (found := strongest(document)) is None:
+        return "Every expert takes all patches or none, so there is nothing to compare."
+    layer, e, one = found
+    word = strength(one["rank_biserial"])
+    agree = "agrees with" if word in ("negligible", "small") else "does not agree with"
+    darker = "brighter" if one["auc"] > 0.5 else "darker"
+    index = next(number for number, item in enumerate(document["pixels"]) if item["layer"] == layer)
+    image = document["pixels"][index]["by_image"][e]
+    return (
+        f"Pixel value and routing are related most in expert {e} of {layer}, which takes {darker} patches: AUC "
+        f"{one['auc']:.3f} (rank-biserial {one['rank_biserial']:+.2f}, {word}; p {_p(one['p'])}; within an image {mean(image)} of "
+        f"{_most(document, index):g}). That {agree} the paper, which sees no strong relation."
+    )
+
+
+def _most(document: Doc, index: int) -> float:
+    """The largest sum a patch can have."""
+    return float(document["pixels"][index]["edges"][-1])
+
+
+def _p(p: float) -> str:
+    return "below 1e-300" if p < 1e-300 else f"{p:.1g}"
+
+
+def _distributions(document: Doc) -> Plate:
+    layers = document["pixels"]
+    shown = spread(layers, MAX_MAP_LAYERS)
+    experts = min(MAX_EXPERTS, len(layers[0]["overall"]))
+    panels = []
+    for layer in shown:
+        for e in range(experts):
+            one = layer["overall"][e]
+            title = f"expert {e}" if len(layers) == 1 else f"{layer['layer']}, expert {e}"
+            title += "" if one is None else f": AUC {one['auc']:.2f}"
+            series = [
+                Series(name, _shares(layer[key][e]), style="steps")
+                for name, key in (("taken", "taken"), ("not taken", "not_taken"))
+            ]
+            panels.append(Panel(title, series, x=layer["edges"]))
+    said = f"Brightness of the patches each expert takes and of those it does not. {verdict(document)}"
+    said += left_out(len(shown), len(layers), "routed layers")
+    said += left_out(experts, len(layers[0]["overall"]), "experts")
+    return make_plate(
+        "pixels",
+        "Pixel value and routing",
+        said,
+        f"Two distributions of patch sums for each expert. {said}",
+        lambda: chart(panels, xlabel="patch sum, dark to bright", ylabel="share of patches, %", height=1.15),
+    )
+
+
+def _shares(counts: list[int]) -> list[float | None]:
+    total = sum(counts)
+    return [100 * value / total if total else None for value in counts]
+
+
+def _by_class(document: Doc) -> Plate:
+    layers, classes = document["pixels"], document["classes"]
+    shown = spread(layers, MAX_MAP_LAYERS)
+    cells = [
+        (one["auc"], classes[c], e, layer["layer"])
+        for layer in layers
+        for c, row in enumerate(layer["by_class"])
+        for e, one in enumerate(row)
+        if one is not None
+    ]
+    low, high = min(cells, key=lambda item: item[0]), max(cells, key=lambda item: item[0])
+    strong = sum(abs(2 * auc - 1) >= STRENGTHS[1][0] for auc, *_ in cells)
+    said = (
+        f"The same by class, as AUC (0.5: none; above: brighter patches are taken): from {low[0]:.2f} ({low[1]}, "
+        f"expert {low[2]} of {low[3]}) to {high[0]:.2f} ({high[1]}, expert {high[2]} of {high[3]}); "
+        f"{percent(100 * strong / len(cells), 0)} of the cells are medium or large effects."
+    )
+    said += left_out(len(shown), len(layers), "routed layers")
+    panels = [
+        (
+            f"layer {layer['layer']}",
+            [[None if one is None else one["auc"] for one in row] for row in layer["by_class"]],
+        )
+        for layer in shown
+    ]
+    names = [name if len(name) <= 16 else f"{name[:15]}…" for name in classes]
+    return make_plate(
+        "pixels-by-class",
+        "Pixel value and routing, by class",
+        said,
+        f"Matrix of classes and experts. {said}",
+        lambda: matrices(
+            panels,
+            xlabel="expert",
+            ylabel="class",
+            limits=(0, 1),
+            rows=names if len(classes) <= MAX_CLASSES else None,
+        ),
+    )

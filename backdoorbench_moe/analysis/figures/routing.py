@@ -1,0 +1,260 @@
+"""Where patches go: heat maps by expert and class, load and its balance, overlap; model beside model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from backdoorbench_moe.analysis.figures.charts import Panel, Series, chart, matrices
+from backdoorbench_moe.analysis.figures.mosaic import Row, draw_mosaic, heat
+from backdoorbench_moe.analysis.figures.plate import (
+    MAX_CLASSES,
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    MAX_MAP_LAYERS,
+    Doc,
+    Plate,
+    left_out,
+    make_plate,
+    spread,
+)
+from backdoorbench_moe.analysis.figures.words import listing, mean, number, percent, roles
+
+# Below this, a class's load differs from the mean by rounding only.
+SAME = 1e-6
+
+
+def draw_routing(document: Doc) -> Iterator[Plate]:
+    """All figures of the routing of clean images."""
+    layers = document["routing"]
+    if layers is None:
+        return
+    yield _frequency(document)
+    yield _by_class(document)
+    if _load_differs(layers):
+        yield _class_load(document)
+    yield _load(document)
+    if len(layers[0]["load"]) > 1:
+        yield _overlap(document)
+    if document["comparison"] is not None:
+        yield _comparison(document)
+
+
+def _frequency(document: Doc) -> Plate:
+    """How often each expert takes each patch; with a second model below the first."""
+    views = [document["routing"]]
+    if document["findings_against"] is not None and document["findings_against"]["routing"] is not None:
+        views.append(document["findings_against"]["routing"])
+    shown = spread(range(len(views[0])), MAX_LAYERS)
+    experts = min(MAX_EXPERTS, len(views[0][0]["load"]))
+    names = roles(document)
+    rows = []
+    for number_ in shown:
+        for view, role in zip(views, names, strict=False):
+            layer = view[number_]
+            label = role if len(views[0]) == 1 else f"{role}\n{_short(layer['layer'])}"
+            cells = [heat(row, tuple(layer["grid"]), 1) for row in layer["frequency"][:experts]]
+            rows.append(Row(label, [*cells, heat(layer["untaken_frequency"], tuple(layer["grid"]), 1)]))
+    columns = [*(f"expert {e}" for e in range(experts)), "no expert"]
+    first = views[0][0]
+    e, p, most = max(
+        ((e, p, value) for e, row in enumerate(first["frequency"]) for p, value in enumerate(row)),
+        key=lambda item: item[2],
+    )
+    row, column = divmod(p, first["grid"][1])
+    said = (
+        f"How often each expert takes each patch of a clean test image: in layer {first['layer']} at most "
+        f"{percent(100 * most)} of images (expert {e}, row {row + 1}, column {column + 1}); "
+        f"{percent(100 * first['takers'][0])} of all patches go to no expert."
+    )
+    said += left_out(len(shown), len(views[0]), "routed layers")
+    said += left_out(experts, len(first["load"]), "experts")
+    return make_plate(
+        "routing",
+        "Where the patches go",
+        said,
+        f"Heat maps of {first['grid'][0]} by {first['grid'][1]} patches, one for each expert. {said}",
+        lambda: draw_mosaic(columns, rows, scale=(1, "share of images")),
+    )
+
+
+def _by_class(document: Doc) -> Plate:
+    """Heat maps of the classes whose routing is furthest from that of all images."""
+    layers, classes = document["routing"], document["classes"]
+    shown = spread(range(len(layers)), MAX_MAP_LAYERS)
+    experts = min(MAX_EXPERTS, len(layers[0]["load"]))
+    distance = {c: d for c in range(len(classes)) if (d := _distance(layers, c)) is not None}
+    ranked = sorted(distance, key=lambda c: (-distance[c], c))
+    kept = sorted(ranked[:MAX_CLASSES])
+    rows = []
+    for number_ in shown:
+        layer = layers[number_]
+        if len(layers) > 1:
+            rows.append(Row(f"layer {layer['layer']}"))
+        for c in kept:
+            cells = [heat(row, tuple(layer["grid"]), 1) for row in layer["by_class"][c][:experts]]
+            rows.append(Row(_short(classes[c]), cells))
+    far, near = ranked[0], ranked[-1]
+    said = (
+        f"The same by class. Most unlike the mean of all images is {classes[far]} (a patch is taken "
+        f"{100 * distance[far]:.1f} percentage points more or less often, on average), least {classes[near]} "
+        f"({100 * distance[near]:.1f})."
+    )
+    said += left_out(len(kept), len(distance), "classes, those furthest from the mean")
+    said += left_out(len(shown), len(layers), "routed layers")
+    said += left_out(experts, len(layers[0]["load"]), "experts")
+    columns = [f"expert {e}" for e in range(experts)]
+    return make_plate(
+        "routing-by-class",
+        "Where the patches of each class go",
+        said,
+        f"Heat maps of patches, a row for each class, a column for each expert. {said}",
+        lambda: draw_mosaic(columns, rows, scale=(1, "share of images of the class")),
+    )
+
+
+def _distance(layers: list[Doc], c: int) -> float | None:
+    """Mean absolute difference of a class's frequencies from all images'; None for a class without images."""
+    gaps = [
+        abs(value - overall)
+        for layer in layers
+        for row, whole in zip(layer["by_class"][c], layer["frequency"], strict=True)
+        for value, overall in zip(row, whole, strict=True)
+        if value is not None
+    ]
+    return sum(gaps) / len(gaps) if gaps else None
+
+
+def _class_loads(layer: Doc) -> list[list[float | None]]:
+    """Patches an image that each expert takes, of the images of each class: (classes, E)."""
+    return [[None if None in row else sum(row) for row in of_class] for of_class in layer["by_class"]]
+
+
+def _load_differs(layers: list[Doc]) -> bool:
+    """Whether an expert takes more patches of one class than of another; where it takes always K, it cannot."""
+    return any(
+        value is not None and abs(value - whole) > 1e-3 * max(1.0, whole)
+        for layer in layers
+        for row in _class_loads(layer)
+        for value, whole in zip(row, layer["load"], strict=True)
+    )
+
+
+def _class_load(document: Doc) -> Plate:
+    layers, classes = document["routing"], document["classes"]
+    shown = spread(range(len(layers)), MAX_LAYERS)
+    loads = {number_: _class_loads(layers[number_]) for number_ in shown}
+    cells = [
+        (value, classes[c], e, layers[number_]["layer"])
+        for number_, rows in loads.items()
+        for c, row in enumerate(rows)
+        for e, value in enumerate(row)
+        if value is not None
+    ]
+    most, least = max(cells, key=lambda one: one[0]), min(cells, key=lambda one: one[0])
+    said = (
+        f"Patches an image that each expert takes, by class: from {least[0]:.1f} ({least[1]}, expert {least[2]} of "
+        f"{least[3]}) to {most[0]:.1f} ({most[1]}, expert {most[2]} of {most[3]})."
+    )
+    said += left_out(len(shown), len(layers), "routed layers")
+    names = [_short(name) for name in classes] if len(classes) <= MAX_CLASSES else None
+    panels = [(layers[number_]["layer"], rows) for number_, rows in loads.items()]
+    return make_plate(
+        "load-by-class",
+        "Load by class",
+        said,
+        f"Matrix of classes and experts for each layer. {said}",
+        lambda: matrices(panels, xlabel="expert", ylabel="class", form="{:.0f}", rows=names),
+    )
+
+
+def _load(document: Doc) -> Plate:
+    layers = document["routing"]
+    shown = spread(layers, MAX_LAYERS)
+    panels = [
+        Panel(
+            f"layer {layer['layer']}",
+            [
+                Series("selected patches", [100 * v if v is not None else None for v in layer["load_share"]]),
+                Series("gate mass", [100 * v if v is not None else None for v in layer["mass_share"]]),
+            ],
+            names=[str(e) for e in range(len(layer["load"]))],
+            levels={"even": 100 / len(layer["load"])},
+        )
+        for layer in shown
+    ]
+    worst = max(layers, key=lambda layer: layer["load_cv"] or 0)
+    said = (
+        f"Share of the selected patches, and of the gate mass on them, by expert. The load varies over the "
+        f"experts by {percent(100 * _rounded(worst['load_cv']))} of its mean (coefficient of variation"
+        f"{', layer ' + worst['layer'] + ', the most uneven' if len(layers) > 1 else ''}), the gate mass by "
+        f"{percent(100 * _rounded(worst['mass_cv']))}; the gates' entropy is {mean(worst['entropy'])} of the largest "
+        f"possible, and {mean(worst['untaken'])} of {len(worst['untaken_frequency'])} patches of an image go to "
+        "no expert."
+    )
+    said += left_out(len(shown), len(layers), "routed layers")
+    return make_plate(
+        "load",
+        "Load and balance",
+        said,
+        f"Bars for each expert. {said}",
+        lambda: chart(panels, xlabel="expert", ylabel="share, %"),
+    )
+
+
+def _rounded(value: float | None) -> float:
+    """A coefficient of variation without the noise of rounding."""
+    return 0.0 if value is None or value < SAME else value
+
+
+def _overlap(document: Doc) -> Plate:
+    layers = document["routing"]
+    shown = spread(layers, MAX_LAYERS)
+    pairs = [
+        (layer["overlap"][e][f], e, f, layer["layer"])
+        for layer in layers
+        for e in range(len(layer["load"]))
+        for f in range(e)
+    ]
+    most, least = max(pairs), min(pairs)
+    said = (
+        f"Overlap of the experts' choices (mean Jaccard index; 1 is the same patches): from {least[0]:.2f} "
+        f"(experts {least[2]} and {least[1]} of {least[3]}) to {most[0]:.2f} (experts {most[2]} and {most[1]} of "
+        f"{most[3]})."
+    )
+    said += left_out(len(shown), len(layers), "routed layers")
+    panels = [(f"layer {layer['layer']}", layer["overlap"]) for layer in shown]
+    return make_plate(
+        "overlap",
+        "Overlap of the experts",
+        said,
+        f"Matrix of experts. {said}",
+        lambda: matrices(panels, xlabel="expert", ylabel="expert", limits=(0, 1)),
+    )
+
+
+def _comparison(document: Doc) -> Plate:
+    layers, other = document["comparison"]["clean"], roles(document)[1]
+    shown = spread(layers, MAX_LAYERS)
+    first = layers[0]
+    same = [number(one["value"], "{:.2f}") for one in first["same"]]
+    best = [max(range(len(row)), key=lambda f: row[f] or 0) for row in first["across"]]
+    said = (
+        f"Overlap of each expert's choices with those of every expert of the {other} model "
+        f"({document['against']['name']}), on clean images: with the expert of its own number {listing(same)} "
+        f"in layer {first['layer']}; the most alike to experts 0 to {len(best) - 1} are "
+        f"{listing([str(f) for f in best])}. "
+        "Two models trained apart need not number their experts alike."
+    )
+    said += left_out(len(shown), len(layers), "routed layers")
+    panels = [(f"layer {layer['layer']}", layer["across"]) for layer in shown]
+    return make_plate(
+        "comparison",
+        "One model's experts beside the other's",
+        said,
+        f"Matrix of this model's experts and the other's. {said}",
+        lambda: matrices(panels, xlabel=f"expert of the {other} model", ylabel="expert", limits=(0, 1)),
+    )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 16 else f"{text[:15]}…"
