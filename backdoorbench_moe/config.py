@@ -23,6 +23,7 @@ PARTS = ("dataset", "model", "trigger", "applicator")
 OPTIONAL_PARTS = ("trigger", "applicator")
 # Where the numbers do not depend on them: moving the data or taking another output keeps the digest.
 NOT_IN_DIGEST = ("recipe", "device")
+LEFT_OUT_IF_NONE = ("defenses", "probe")
 DATASET_NOT_IN_DIGEST = ("root", "download")
 
 # A date such as 2020-13-45 is a plain ValueError (UnicodeDecodeError is one too); lists in lists go too deep.
@@ -120,9 +121,10 @@ class TrainSpec:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Everything that decides the numbers of one run, and the device it asks for.
+    """Everything that decides the numbers of one run, the device it asks for, and what its folder is to hold.
 
-    defenses: applied one after the other to the trained victim.
+    defenses: applied one after the other to the trained victim. probe: of so many test images the routing is
+    kept after every epoch; it changes no number, but a run without it cannot stand for one with it.
     """
 
     dataset: PartSpec = PartSpec("signs")
@@ -133,14 +135,16 @@ class RunSpec:
     poison: PoisonSpec = PoisonSpec()
     train: TrainSpec = TrainSpec()
     defenses: tuple[PartSpec, ...] = ()
+    probe: int = 0
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
     recipe: str = "quick"
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ConfigError.expected("seed", "a number from 0", self.seed)
+        for name in ("seed", "probe"):
+            if getattr(self, name) < 0:
+                raise ConfigError.expected(name, "a number from 0", getattr(self, name))
         if (self.trigger is None) != (self.applicator is None):
             raise ConfigError("trigger and applicator: expected both or neither")
         if (self.trigger is None) != (self.poison.rate == 0):
@@ -152,8 +156,8 @@ class RunSpec:
         return self.trigger is None
 
     def clean_twin(self) -> RunSpec:
-        """The same run without poison or defense; all attacks on the same data, model and seed share it."""
-        return replace(self, trigger=None, applicator=None, poison=PoisonSpec(rate=0.0), defenses=())
+        """The same run without poison, defense or probe; all attacks on the same data, model and seed share it."""
+        return replace(self, trigger=None, applicator=None, poison=PoisonSpec(rate=0.0), defenses=(), probe=0)
 
     def parent(self) -> RunSpec:
         """The run that the last defense is applied to."""
@@ -161,7 +165,7 @@ class RunSpec:
         return replace(self, defenses=self.defenses[:-1])
 
     def to_dict(self) -> Values:
-        """Plain nested dict; `spec_from_dict` reads it back. No defenses, no such key: older digests hold."""
+        """Plain nested dict; `spec_from_dict` reads it back. No defenses or probe, no such key: older digests hold."""
         values: Values = {}
         for item in fields(self):
             value = getattr(self, item.name)
@@ -171,7 +175,7 @@ class RunSpec:
                 value = {f.name: getattr(value, f.name) for f in fields(value)}
             elif item.name == "defenses":
                 value = [part.to_dict() for part in value]
-            if item.name != "defenses" or value:
+            if item.name not in LEFT_OUT_IF_NONE or value:
                 values[item.name] = value
         return cast(Values, json.loads(json.dumps(values)))
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 from backdoorbench_moe.config import RunSpec, spec_from_dict
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 # Fields that came with a version; a record of an older one does without them.
 ADDED_IN = {2: {"parent", "stages", "scores", "verdict"}}
-RECORD, MODEL, POISON, CHECKPOINT, LOCK = (
+RECORD, MODEL, POISON, PROBE, CHECKPOINT, LOCK = (
     "record.json",
     "model.safetensors",
     "poison.npz",
+    "probe.npz",
     "checkpoint",
     ".lock",
 )
@@ -136,23 +137,40 @@ class RunFolder:
 
     def save_poison(self, indices: np.ndarray) -> None:
         """Write the indices of the poisoned training images, (n,) int64."""
+        self._save_arrays(POISON, {"indices": indices})
+
+    def load_poison(self) -> np.ndarray:
+        """Read the indices of the poisoned training images. Raises RecordError."""
+        arrays = self._load_arrays(POISON, "poison indices")
+        if "indices" not in arrays:
+            raise RecordError(f"poison indices {self.path / POISON}: missing or damaged (no 'indices' in it)")
+        return arrays["indices"]
+
+    def save_probe(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write what a probe saw; see `engine.probe`."""
+        self._save_arrays(PROBE, arrays)
+
+    def load_probe(self) -> dict[str, np.ndarray] | None:
+        """Read what a probe saw; None where the run has none. Raises RecordError if it is damaged."""
+        return self._load_arrays(PROBE, "probe") if (self.path / PROBE).exists() else None
+
+    def _save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         import numpy as np
 
         def put(path: Path) -> None:
             with path.open("wb") as file:
-                np.savez_compressed(file, indices=indices)
+                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
-        self._write(POISON, put)
+        self._write(name, put)
 
-    def load_poison(self) -> np.ndarray:
-        """Read the indices of the poisoned training images. Raises RecordError."""
+    def _load_arrays(self, name: str, what: str) -> dict[str, np.ndarray]:
         import numpy as np
 
         try:
-            with np.load(self.path / POISON, allow_pickle=False) as file:
-                return cast("np.ndarray", file["indices"])
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            raise RecordError(f"poison indices {self.path / POISON}: missing or damaged ({error})") from error
+            with np.load(self.path / name, allow_pickle=False) as file:
+                return dict(file)
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
+            raise RecordError(f"{what} {self.path / name}: missing or damaged ({error})") from error
 
     def save_checkpoint(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Write tensors and JSON state as one file, in place of the one before."""

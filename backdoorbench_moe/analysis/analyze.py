@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backdoorbench_moe.analysis import capture, carriers, comparison, examples, passes, pixels, routing, shift
+from backdoorbench_moe.analysis import (
+    capture,
+    carriers,
+    comparison,
+    examples,
+    passes,
+    pixels,
+    probing,
+    routing,
+    shift,
+)
 from backdoorbench_moe.analysis.subject import Subject, open_beside, open_subject
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.runner import Run, load_run
@@ -85,6 +95,7 @@ class Analysis:
     carriers: carriers.Carriers | None
     findings_against: Findings | None
     comparison: comparison.Comparison | None
+    probe: probing.Probing | None
     absent: tuple[Absent, ...]
     seconds: dict[str, float]
 
@@ -130,7 +141,7 @@ class _Analyzer:
         subject, other = self.subject, self.other
         findings, against, light, compared = Findings(), None, None, None
         if subject.routed is None:
-            for part in ("routing", "capture", "shift", "pixels", "carriers", "comparison"):
+            for part in ("routing", "capture", "shift", "pixels", "carriers", "comparison", "probe"):
                 self._miss(part, f"the model {subject.run.spec.model.name!r} is dense: it routes nothing")
         else:
             first = self._pass(subject)
@@ -146,6 +157,7 @@ class _Analyzer:
         with self._timed("examples"):
             shown = self._examples(images)
         found = self._carriers() if subject.routed is not None else None
+        seen = self._probe() if subject.routed is not None else None
         self.seconds["total"] = time.perf_counter() - started
         return Analysis(
             run=_facts(subject.run),
@@ -159,6 +171,7 @@ class _Analyzer:
             carriers=found,
             findings_against=against,
             comparison=compared,
+            probe=seen,
             absent=tuple(self.absent),
             seconds=self.seconds,
         )
@@ -239,6 +252,19 @@ class _Analyzer:
             images = examples.choose_examples(labels, counted, subject.run.spec.seed)
         subjects = [subject] if self.other is None else [subject, self.other]
         return examples.make_examples(subjects, images, self.stamper)
+
+    def _probe(self) -> probing.Probing | None:
+        assert self.subject.routed is not None
+        if self.subject.run.spec.defenses:
+            self._miss(
+                "probe",
+                "the run is a defended one; routing over training is kept in the attacked run's folder",
+            )
+            return None
+        seen = probing.probe_findings(self.subject, self.subject.routed)
+        if seen is None:
+            self._miss("probe", "the run was made without --probe, so routing over training was not kept")
+        return seen
 
     def _carriers(self) -> carriers.Carriers | None:
         if not isinstance(self.subject.model, WithExperts):

@@ -15,7 +15,7 @@ from backdoorbench_moe.analysis.figures.maps import draw_maps
 from backdoorbench_moe.analysis.figures.pixels import draw_pixels
 from backdoorbench_moe.analysis.figures.plate import Doc, Plate
 from backdoorbench_moe.analysis.figures.routing import draw_routing
-from backdoorbench_moe.analysis.figures.training import draw_history
+from backdoorbench_moe.analysis.figures.training import draw_training
 from backdoorbench_moe.analysis.figures.words import role
 from backdoorbench_moe.analysis.report_tables import (
     expert_tables,
@@ -46,7 +46,7 @@ class Section:
 def draw_sections(document: Doc) -> list[Section]:
     """All figures, by the part of the page they stand in."""
     parts: list[tuple[str, str, Callable[[Doc], Iterator[Plate]]]] = [
-        ("training", "Training", lambda document: draw_history(document["run"])),
+        ("training", "Training", draw_training),
         ("examples", "Single images", draw_maps),
         ("routing", "Routing of the whole test set", draw_routing),
         ("backdoor", "What the trigger does, and who carries the backdoor", draw_backdoor),

@@ -32,6 +32,7 @@ FLAGS = {
     "seed": "seed",
     "device": "device",
     "precision": "precision",
+    "probe": "probe",
 }
 
 
@@ -90,6 +91,9 @@ def spec_from_flags(config: Path | None, settings: tuple[str, ...], flags: dict[
 @spec_options
 @click.option("--repeats", type=int, default=1, show_default=True, help="Runs with seeds SEED, SEED + 1, ...")
 @click.option("--output", type=Path, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option(
+    "--probe", type=int, metavar="N", help="Keep the routing of N test images after every epoch.  [0]"
+)
 @click.option("--twin/--no-twin", default=True, help="Train the clean twin, for CAD.  [twin]")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON, and nothing else.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")

@@ -24,6 +24,7 @@ from backdoorbench_moe.engine.poison import (
     poisoned,
     triggered_test,
 )
+from backdoorbench_moe.engine.probe import Probe, check_probe
 from backdoorbench_moe.engine.train import Trainer
 from backdoorbench_moe.errors import BbmoeWarning, RecordError, UnknownNameError
 from backdoorbench_moe.ops.seeding import derive_seed
@@ -96,6 +97,7 @@ class Job:
         images = self.images
         check_classes(spec.poison, images.num_classes)
         self.model = parts.build_model(spec, num_classes=images.num_classes, image_size=images.image_size)
+        check_probe(spec, self.model, images)
         self.stamper, self.plan = None, None
         if not spec.is_clean:
             size = parts.model_patch_size(self.model)
@@ -131,9 +133,12 @@ class Job:
     def _complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
         started = time.perf_counter()
         with self._training_split(folder, record) as split:
-            trainer = self._trainer(folder, split)
+            probe = self._probe(folder)
+            trainer = self._trainer(folder, split, probe)
             if checkpoint:
                 trainer.restore(*checkpoint)
+            if probe is not None:
+                probe.begin(trainer.model, trainer.progress.epoch)
             # The same list, which grows with every epoch: an interrupted run's record has it, too.
             record.history = trainer.progress.history
             progress = trainer.fit(folder.path.name)
@@ -157,7 +162,18 @@ class Job:
             record.timing["poison_seconds"] = time.perf_counter() - started
             yield split
 
-    def _trainer(self, folder: RunFolder, split: Split) -> Trainer:
+    def _probe(self, folder: RunFolder) -> Probe | None:
+        if not self.spec.probe:
+            return None
+        return Probe(self.spec, self.images, self.stamper, self.session.precision, folder)
+
+    def _trainer(self, folder: RunFolder, split: Split, probe: Probe | None) -> Trainer:
+        def keep(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+            # The probe first: a checkpoint without its look could not be gone on from.
+            if probe is not None:
+                probe.look(self.model)
+            folder.save_checkpoint(tensors, state)
+
         return Trainer(
             self.model,
             split,
@@ -165,7 +181,7 @@ class Job:
             seed=self.spec.seed,
             device=self.session.device,
             precision=self.session.precision,
-            on_checkpoint=folder.save_checkpoint,
+            on_checkpoint=keep,
             observer=self.session.observer,
         )
 

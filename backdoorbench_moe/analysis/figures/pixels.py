@@ -58,8 +58,8 @@ def verdict(document: Doc) -> str:
     image = document["pixels"][index]["by_image"][e]
     return (
         f"Pixel value and routing are related most in expert {e} of {layer}, which takes {darker} patches: AUC "
-        f"{one['auc']:.3f} (rank-biserial {one['rank_biserial']:+.2f}, {word}; p {_p(one['p'])}; within an image {mean(image)} of "
-        f"{_most(document, index):g}). That {agree} the paper, which sees no strong relation."
+        f"{one['auc']:.3f} (rank-biserial {one['rank_biserial']:+.2f}, {word}; p {_p(one['p'])}; within an "
+        f"image {mean(image)} of {_most(document, index):g}). That {agree} the paper, which sees no strong relation."
     )
 
 

@@ -1,18 +1,37 @@
-"""Over training: loss and accuracy, and what the probe images' routing was after every epoch."""
+"""Over training: loss and accuracy, and how the probe images were routed after every epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from backdoorbench_moe.analysis.document import decode_picture
 from backdoorbench_moe.analysis.figures.charts import Panel, Series, chart
-from backdoorbench_moe.analysis.figures.plate import Doc, Plate, make_plate
-from backdoorbench_moe.analysis.figures.words import count
+from backdoorbench_moe.analysis.figures.mosaic import Row, draw_mosaic, seen
+from backdoorbench_moe.analysis.figures.plate import (
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    MAX_MAP_LAYERS,
+    Doc,
+    Plate,
+    left_out,
+    make_plate,
+    spread,
+)
+from backdoorbench_moe.analysis.figures.words import count, listing, number, percent
 
 
-def draw_history(facts: Doc) -> Iterator[Plate]:
-    """Loss and training accuracy of every epoch of a run."""
+def draw_training(document: Doc) -> Iterator[Plate]:
+    """Loss and training accuracy of every epoch of the run, and what its probe saw."""
+    facts, probe = document["run"], document["probe"]
     if history := facts["record"]["history"]:
         yield _history(history, ", poisoned ones among them," if facts["record"]["poison"] else "")
+    if probe is not None:
+        yield _settling(probe)
+        if probe["fooled"] is not None:
+            yield _emergence(probe)
+        yield _maps(probe, "clean")
+        if probe["triggered"] is not None:
+            yield _maps(probe, "triggered")
 
 
 def _history(history: list[Doc], poisoned: str) -> Plate:
@@ -38,3 +57,106 @@ def _history(history: list[Doc], poisoned: str) -> Plate:
         f"Two lines over the epochs. {said}",
         lambda: chart(panels, xlabel="epoch", ylabel="", share_y=False, limits=(None, None), height=1.4),
     )
+
+
+def _maps(probe: Doc, kind: str) -> Plate:
+    """What each expert takes of the first probe image, epoch by epoch (the paper's Figure 6)."""
+    image = decode_picture(probe[kind][0])
+    key = "maps" if kind == "clean" else "maps_triggered"
+    layers = spread(probe["layers"], MAX_MAP_LAYERS)
+    experts = min(MAX_EXPERTS, len(layers[0]["maps"][0]))
+    rows = []
+    for layer in layers:
+        if len(probe["layers"]) > 1:
+            rows.append(Row(f"layer {layer['layer']}"))
+        for e in range(experts):
+            rows.append(Row(f"expert {e}", [seen(image, moment[e]) for moment in layer[key]]))
+    columns = [f"epoch {epoch}" if place == 0 else str(epoch) for place, epoch in enumerate(probe["shown"])]
+    settled = layers[-1]["settled" if kind == "clean" else "settled_triggered"]
+    halfway = probe["epochs"][len(settled) // 2]
+    said = (
+        f"What each expert takes of test image {probe['indices'][0]} ({probe['labels'][0]}), "
+        f"{'as it is' if kind == 'clean' else 'with the trigger'}, before training (epoch 0) and after the epochs "
+        f"{listing([str(epoch) for epoch in probe['shown'][1:]])}. Over all "
+        f"{count(len(probe['indices']), 'probe image')} the choices after epoch {halfway} overlap with the last ones by "
+        f"{listing([number(value, '{:.2f}') for value in settled[halfway]])} (Jaccard, expert by expert)."
+    )
+    said += left_out(len(layers), len(probe["layers"]), "routed layers")
+    return make_plate(
+        f"probe-{kind}",
+        f"Over training: a {kind} image",
+        said,
+        f"The image with the patches that each expert takes, a column for each epoch. {said}",
+        lambda: draw_mosaic(columns, rows),
+    )
+
+
+def _settling(probe: Doc) -> Plate:
+    layers = spread(probe["layers"], MAX_LAYERS)
+    panels = [
+        Panel(
+            f"layer {layer['layer']}",
+            [
+                Series(f"expert {e}", [row[e] for row in layer["settled"]], style="line")
+                for e in range(min(MAX_EXPERTS, len(layer["settled"][0])))
+            ],
+            x=probe["epochs"],
+        )
+        for layer in layers
+    ]
+    means = [sum(row) / len(row) for row in probe["layers"][0]["settled"]]
+    said = (
+        f"Overlap (Jaccard) of each expert's choice of {count(len(probe['indices']), 'clean probe image')} with its "
+        f"choice after the last epoch, mean over the images: {means[0]:.2f} before training, {means[1]:.2f} after the "
+        f"first epoch, {means[-2]:.2f} before the last (mean over the experts of layer {layers[0]['layer']})."
+    )
+    said += left_out(len(layers), len(probe["layers"]), "routed layers")
+    return make_plate(
+        "probe-settling",
+        "When the routing settles",
+        said,
+        f"A line for each expert over the epochs. {said}",
+        lambda: chart(panels, xlabel="epoch", ylabel="Jaccard with the last", limits=(0, 1.04)),
+    )
+
+
+def _emergence(probe: Doc) -> Plate:
+    layers = spread(probe["layers"], MAX_LAYERS)
+    panels = [
+        Panel(
+            f"layer {layer['layer']}",
+            [
+                Series("fooled by the trigger", _percents(probe["fooled"]), style="line"),
+                Series("trigger captured", _percents(layer["captured"]), style="line"),
+                Series("selected patches changed", _percents(layer["changed"]), style="line"),
+                Series("clean image right", _percents(probe["right"]), style="line"),
+            ],
+            x=probe["epochs"],
+        )
+        for layer in layers
+    ]
+    first = layers[0]
+    ends = [
+        f"{name} {percent(100 * values[0])} before training, {percent(100 * values[-1])} at the end"
+        for name, values in (
+            ("fooled", probe["fooled"]),
+            ("trigger captured", first["captured"]),
+            ("selected patches changed by it", first["changed"]),
+        )
+    ]
+    said = (
+        f"How the backdoor comes about, on {count(len(probe['indices']), 'probe image')} (layer {first['layer']}): "
+        f"{'; '.join(ends)}."
+    )
+    said += left_out(len(layers), len(probe["layers"]), "routed layers")
+    return make_plate(
+        "probe-backdoor",
+        "How the backdoor comes about",
+        said,
+        f"Lines over the epochs. {said}",
+        lambda: chart(panels, xlabel="epoch", ylabel="probe images, %", limits=(0, 104)),
+    )
+
+
+def _percents(values: list[float]) -> list[float | None]:
+    return [100 * value for value in values]
