@@ -93,7 +93,7 @@ def analyze(
     run: Run | Path | str,
     *,
     against: Run | Path | str | None = None,
-    images: Sequence[int] | None = None,
+    images: Sequence[int | str | Path] | None = None,
     carriers_images: int = 2000,
     output: Path | str | None = None,
     data_root: str | None = None,
@@ -103,9 +103,9 @@ def analyze(
     """Look into the model of a finished run, as `bbmoe analyze` does; returns what is found, as dataclasses.
 
     run, against: a Run or its folder; compared with the clean twin, if it lies beside the run, where `against`
-    is None. images: test images for patch maps. carriers_images: at most so many to measure muted and patched
-    experts on. output: folder that analysis.json, report.html and figures/ are written to; nothing is written
-    where None. Raises BbmoeError for anything the user can mend.
+    is None. images: numbers of test images, or image files, for patch maps. carriers_images: at most so many to
+    measure muted and patched experts on. output: folder that analysis.json, report.html and figures/ are written
+    to; nothing is written where None. Raises BbmoeError for anything the user can mend.
     """
     from backdoorbench_moe.analysis.analyze import analyze_run
     from backdoorbench_moe.analysis.save import check_output, save_analysis

@@ -104,7 +104,7 @@ def analyze_run(
     run: Run,
     *,
     against: Run | None = None,
-    images: Sequence[int] | None = None,
+    images: Sequence[int | str | Path] | None = None,
     carriers_images: int = DEFAULT_CARRIERS_IMAGES,
     data_root: str | None = None,
     device: str | None = None,
@@ -113,15 +113,15 @@ def analyze_run(
     """Look at the model of a finished run; nothing is written.
 
     against: another finished run on the same data; the clean twin, if it lies beside the run, where None.
-    images: test images to draw patch maps of; one of each of several classes where None. carriers_images: at
-    most so many images to measure muted and patched experts on, for BA and for ASR. Raises BbmoeError for
-    anything the user can mend.
+    images: numbers of test images, and image files, to draw patch maps of; one of each of several classes where
+    None. carriers_images: at most so many images to measure muted and patched experts on, for BA and for ASR.
+    Raises BbmoeError for anything the user can mend.
     """
     if carriers_images < 1:
         raise ConfigError.expected("carriers_images", "at least 1", carriers_images)
     subject = open_subject(run, data_root=data_root, device=device)
-    examples.check_images(images, len(subject.images.test))
-    return _Analyzer(subject, against, carriers_images, observer or Observer()).analyze(images)
+    picked = None if images is None else examples.pick_images(images, subject.images)
+    return _Analyzer(subject, against, carriers_images, observer or Observer()).analyze(picked)
 
 
 class _Analyzer:
@@ -136,7 +136,7 @@ class _Analyzer:
         self.source, self.stamper = source, source.stamper if source else None
         self.triggered = self._triggered()
 
-    def analyze(self, images: Sequence[int] | None) -> Analysis:
+    def analyze(self, picked: examples.Picked | None) -> Analysis:
         started = time.perf_counter()
         subject, other = self.subject, self.other
         findings, against, light, compared = Findings(), None, None, None
@@ -155,7 +155,7 @@ class _Analyzer:
                         part, "there is no trigger: the run is clean, and so is what it is compared with"
                     )
         with self._timed("examples"):
-            shown = self._examples(images)
+            shown = self._examples(picked)
         found = self._carriers() if subject.routed is not None else None
         seen = self._probe() if subject.routed is not None else None
         self.seconds["total"] = time.perf_counter() - started
@@ -244,14 +244,15 @@ class _Analyzer:
                 pixels.layer_pixels(layer, sums, labels, classes, model.patch_size) for layer in clean.layers
             )
 
-    def _examples(self, images: Sequence[int] | None) -> examples.Examples:
+    def _examples(self, picked: examples.Picked | None) -> examples.Examples:
         subject = self.subject
-        if images is None:
+        if picked is None:
             counted = None if self.triggered is None else self.triggered.places.cpu()
             labels = subject.images.test.labels.cpu()
-            images = examples.choose_examples(labels, counted, subject.run.spec.seed)
+            chosen = examples.choose_examples(labels, counted, subject.run.spec.seed)
+            picked = examples.pick_images(chosen, subject.images)
         subjects = [subject] if self.other is None else [subject, self.other]
-        return examples.make_examples(subjects, images, self.stamper)
+        return examples.make_examples(subjects, picked, self.stamper)
 
     def _probe(self) -> probing.Probing | None:
         assert self.subject.routed is not None

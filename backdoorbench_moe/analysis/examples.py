@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from backdoorbench_moe.analysis.subject import Subject, choose_images
+from backdoorbench_moe.data.base import ImageSet
+from backdoorbench_moe.data.images import read_images
 from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.engine.parts import Stamper
 from backdoorbench_moe.engine.poison import stamp_images
@@ -47,30 +50,62 @@ class ModelMaps:
 
 
 @dataclass(frozen=True)
+class Picked:
+    """N images to look at: (N, 3, S, S) uint8 on the data's device.
+
+    indices: places in the test split, None for a file. names: such as "test image 7", or the file's name. labels:
+    class names; None for a file, whose class nobody knows.
+    """
+
+    indices: tuple[int | None, ...]
+    names: tuple[str, ...]
+    labels: tuple[str | None, ...]
+    images: Tensor
+
+
+@dataclass(frozen=True)
 class Examples:
-    """N test images. indices: (N,) int64. labels: the N true class names.
+    """N images and what the models do with them. indices, names, labels: as of `Picked`.
 
     clean, triggered: (N, 3, S, S) uint8, PNG files in base64 in the JSON document; triggered is None without a
     trigger.
     models: the run's own first, then the one it is compared with.
     """
 
-    indices: Tensor
-    labels: tuple[str, ...]
+    indices: tuple[int | None, ...]
+    names: tuple[str, ...]
+    labels: tuple[str | None, ...]
     models: tuple[ModelMaps, ...]
     clean: Tensor = field(metadata=PICTURES)
     triggered: Tensor | None = field(metadata=PICTURES)
 
 
-def check_images(images: Sequence[int] | None, count: int) -> None:
-    """Raise ConfigError unless these are 1 to MAX_IMAGES places among `count` test images."""
-    if images is None:
-        return
-    if not 1 <= len(images) <= MAX_IMAGES:
-        raise ConfigError.expected("images", f"1 to {MAX_IMAGES} test images", len(images))
-    for index in images:
-        if not 0 <= index < count:
-            raise ConfigError.expected("images", f"test images in 0..{count - 1}", index)
+def pick_images(wanted: Sequence[int | str | Path], images: ImageSet) -> Picked:
+    """Test images by their number, and image files by their path; these are resized, and cut if not square.
+
+    Raises ConfigError unless these are 1 to MAX_IMAGES and the numbers are there, DataError for a file that is no
+    image.
+    """
+    test, names = images.test, images.classes
+    if not 1 <= len(wanted) <= MAX_IMAGES:
+        raise ConfigError.expected("images", f"1 to {MAX_IMAGES} images", len(wanted))
+    parts: list[Tensor] = []
+    labels: list[str | None] = []
+    for one in wanted:
+        if not isinstance(one, int):
+            parts.append(read_images([Path(one)], images.image_size, crop=True).to(test.images.device))
+            labels.append(None)
+        elif 0 <= one < len(test):
+            parts.append(test.images[one : one + 1])
+            labels.append(names[int(test.labels[one])])
+        else:
+            raise ConfigError.expected("images", f"test images in 0..{len(test) - 1}, or files", one)
+    return Picked(
+        indices=tuple(one if isinstance(one, int) else None for one in wanted),
+        names=tuple(f"test image {one}" if isinstance(one, int) else Path(one).name for one in wanted),
+        labels=tuple(labels),
+        images=torch.cat(parts),
+    )
 
 
 def choose_examples(labels: Tensor, counted: Tensor | None, seed: int) -> list[int]:
@@ -82,12 +117,10 @@ def choose_examples(labels: Tensor, counted: Tensor | None, seed: int) -> list[i
     return places[choose_images(labels[places], DEFAULT_COUNT, seed)].tolist()
 
 
-def make_examples(subjects: Sequence[Subject], indices: Sequence[int], stamper: Stamper | None) -> Examples:
-    """Maps of test images in every subject's model. stamper: the trigger to show, if any."""
-    images, places = subjects[0].images, torch.tensor(list(indices))
-    clean = images.test.images[places.to(images.test.images.device)]
+def make_examples(subjects: Sequence[Subject], picked: Picked, stamper: Stamper | None) -> Examples:
+    """Maps of images in every subject's model. stamper: the trigger to show, if any."""
+    clean, names = picked.images, subjects[0].images.classes
     triggered = None if stamper is None else stamp_images(clean, stamper)
-    names = images.classes
     maps = tuple(
         ModelMaps(
             subject.name,
@@ -96,8 +129,14 @@ def make_examples(subjects: Sequence[Subject], indices: Sequence[int], stamper: 
         )
         for subject in subjects
     )
-    labels = tuple(names[label] for label in images.test.labels.cpu()[places].tolist())
-    return Examples(places, labels, maps, clean.cpu(), None if triggered is None else triggered.cpu())
+    return Examples(
+        indices=picked.indices,
+        names=picked.names,
+        labels=picked.labels,
+        models=maps,
+        clean=clean.cpu(),
+        triggered=None if triggered is None else triggered.cpu(),
+    )
 
 
 @torch.inference_mode()

@@ -31,6 +31,8 @@ from backdoorbench_moe.records import write_atomically
 FILE, FIGURES = "report.html", "figures"
 # In CSS pixels for an inch: a figure is never so small that its letters are, nor needlessly large.
 LEAST, MOST = 72, 118
+# A figure of more inches takes the whole width of the page.
+COLUMN = 5.5
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,8 @@ def _section(section: Section) -> dict[str, Any]:
         sizes = f"min-width: {LEAST * plate.width:.0f}px; max-width: {MOST * plate.width:.0f}px"
         # Drawn by us from numbers and escaped labels, not a user's text.
         svg = Markup(inline_svg(plate.svg, plate.name, plate.alt, style=sizes))
-        figures.append({"name": plate.name, "title": plate.title, "svg": svg, "sentence": plate.sentence})
+        wide = plate.width > COLUMN
+        figures.append({**vars(plate), "svg": svg, "wide": wide})
     return {"name": section.name, "title": section.title, "note": section.note, "figures": figures}
 
 

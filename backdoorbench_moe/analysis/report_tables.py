@@ -105,11 +105,10 @@ def _findings(document: Doc) -> Iterator[str]:
         capture, shift = max(
             layers, key=lambda pair: abs(pair[0]["captured"]["value"] - pair[0]["blind_captured"])
         )
-        way = "more" if capture["captured"]["value"] > capture["blind_captured"] else "less"
         yield (
             f"In layer {capture['layer']} an expert receives a patch that the trigger changed in "
-            f"{percent(capture['captured']['value'])} of the triggered images, {way} than the "
-            f"{percent(capture['blind_captured'])} of blind routing; the trigger exchanges "
+            f"{percent(capture['captured']['value'])} of the triggered images, where blind routing would "
+            f"give {percent(capture['blind_captured'])}; the trigger exchanges "
             f"{mean(shift['changed'], factor=100)}% of the selected patches."
         )
     carriers = document["carriers"]

@@ -12,7 +12,10 @@ from backdoorbench_moe.errors import ConfigError
 @click.command("analyze")
 @click.argument("run", type=Path, metavar="RUN")
 @click.option("--against", type=Path, metavar="RUN2", help="Compare with this run.  [the clean twin]")
-@click.option("--images", metavar="N,..", help="Test images for patch maps.  [one of each of six classes]")
+@click.option(
+    "--images", metavar="N|FILE,..",
+    help="Test images by number, or image files, for patch maps.  [one of each of six classes]",
+)  # fmt: skip
 @click.option(
     "--carriers-images", type=int, default=2000, show_default=True, metavar="N",
     help="At most so many images to measure muted and patched experts on.",
@@ -42,7 +45,7 @@ def command(
     what it does to the routing; whether they prefer bright patches; which expert carries the backdoor. Of a
     dense model only what needs no routing.
     """
-    chosen = None if images is None else _numbers(images)
+    chosen = None if images is None else _images(images)
     from backdoorbench_moe.analysis.analyze import analyze_run
     from backdoorbench_moe.analysis.document import as_document, to_text
     from backdoorbench_moe.analysis.save import check_output, save_analysis
@@ -69,8 +72,8 @@ def command(
         print_analysis(analysis, files)
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError.expected("--images", "numbers of test images such as 3,17", text) from None
+def _images(text: str) -> list[int | Path]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise ConfigError.expected("--images", "numbers of test images such as 3,17, or files", text)
+    return [int(part) if part.removeprefix("-").isdecimal() else Path(part) for part in parts]

@@ -17,6 +17,8 @@ Values = Sequence[float | None]
 # In inches: what a phone shows without scrolling, and the margins around the panels.
 WIDTH, LEFT, RIGHT, TOP, BOTTOM, LEGEND = 4.5, 0.62, 0.1, 0.3, 0.46, 0.22
 MAX_LABELS, MAX_NUMBERS, LEGEND_COLUMNS = 12, 8, 2
+# Beside each other where there are many panels, and how high one of these is.
+MOST_ACROSS, FLAT = 3, 1.2
 MAP = "cividis"
 # Of numbers on a coloured square: not the page's ink, which changes with its theme while the square does not.
 DARK_TEXT, LIGHT_TEXT = "#111111", "#fafafa"
@@ -63,17 +65,17 @@ def chart(
     ylabel: str,
     limits: tuple[float | None, float | None] = (0, None),
     height: float = 1.7,
-    across: int | None = None,
     share_y: bool = True,
 ) -> Figure:
-    """All panels on one scale, two beside each other where there are several. height: of one, in inches."""
-    across = across or min(2, len(panels))
+    """All panels beside and below each other, on one scale. height: of one of few, in inches."""
+    across = _across(len(panels))
+    height = height if across < MOST_ACROSS else min(height, FLAT)
     labels = list(dict.fromkeys(one.label for panel in panels for one in panel.series))
     labels += list(dict.fromkeys(name for panel in panels for name in panel.levels))
     legend = LEGEND * math.ceil(len(labels) / LEGEND_COLUMNS) if len(labels) > 1 else 0.05
     figure, grid = _grid(len(panels), across, height, bottom=BOTTOM + legend, share_y=share_y)
     for place, (axes, panel) in enumerate(zip(grid, panels, strict=False)):
-        axes.set_title(panel.title, fontsize=8.5, loc="left")
+        axes.set_title(panel.title, fontsize=8.5 if across < MOST_ACROSS else 7.5, loc="left")
         axes.grid(color=RULE, linewidth=0.6, axis="y")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
@@ -100,17 +102,17 @@ def matrices(
     rows: Sequence[str] | None = None,
 ) -> Figure:
     """A matrix of values a panel, as coloured squares; with the numbers in them where they have room."""
-    across = min(2, len(panels))
+    across = _across(len(panels))
     values = [value for _, matrix in panels for row in matrix for value in row if value is not None]
     low, high = limits or (min(values, default=0), max(values, default=1))
     lines, columns = len(panels[0][1]), len(panels[0][1][0])
-    height = min(4.0, max(1.3, 0.26 * lines + 0.5))
+    height = min(4.0, max(1.3, 0.26 * lines + 0.5)) if across < MOST_ACROSS else FLAT
     left = LEFT + (0.075 * max(map(len, rows)) if rows else 0)
     figure, grid = _grid(len(panels), across, height, bottom=BOTTOM, left=left)
     for place, (axes, (title, matrix)) in enumerate(zip(grid, panels, strict=False)):
         shown = [[math.nan if value is None else value for value in row] for row in matrix]
         axes.imshow(shown, cmap=MAP, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-        axes.set_title(title, fontsize=8.5, loc="left")
+        axes.set_title(title, fontsize=8.5 if across < MOST_ACROSS else 7.5, loc="left")
         axes.tick_params(labelsize=7.5, length=0)
         _number_places(axes.xaxis, columns)
         if rows is None:
@@ -130,6 +132,10 @@ def matrices(
         if place % across == 0:
             axes.set_ylabel(ylabel, fontsize=8)
     return figure
+
+
+def _across(panels: int) -> int:
+    return min(panels, 2 if panels <= 4 else MOST_ACROSS)
 
 
 def _grid(
@@ -180,7 +186,7 @@ def _draw(axes: Axes, panel: Panel, labels: Sequence[str]) -> None:
     else:
         from matplotlib.ticker import MaxNLocator
 
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
 
 
 def _bars(one: Series) -> list[list[float]] | None:

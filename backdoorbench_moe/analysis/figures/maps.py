@@ -24,18 +24,13 @@ def draw_maps(document: Doc) -> Iterator[Plate]:
         yield _map(document, place)
 
 
-def example_name(examples: Doc, place: int) -> str:
-    """Such as "Test image 17"; of a file, its name."""
-    return f"Test image {examples['indices'][place]}"
-
-
 def _map(document: Doc, place: int) -> Plate:
     examples = document["examples"]
     models = examples["models"]
     layers = models[0]["clean"]["layers"]
     chosen = spread(range(len(layers)), MAX_MAP_LAYERS)
     experts = min(MAX_EXPERTS, len(layers[0]["selected"][place])) if layers else 0
-    name = example_name(examples, place)
+    name = capital(examples["names"][place])
     every: list[int | None] = [*chosen] or [None]
     rows = [row for layer in every for row in _layer_rows(document, place, layer, experts)]
     columns = ["image", *(f"expert {e}" for e in range(experts))]
@@ -81,7 +76,7 @@ def _said(document: Doc, place: int) -> str:
             if changed := _changed(model, place):
                 text += f" ({changed})"
         parts.append(text)
-    is_a = "" if label is None else f"A test image of class {label}: "
+    is_a = "A file, of unknown class: " if label is None else f"A test image of class {label}: "
     return capital(f"{is_a}{'; '.join(parts)}.")
 
 

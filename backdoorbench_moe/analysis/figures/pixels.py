@@ -80,14 +80,15 @@ def _distributions(document: Doc) -> Plate:
     for layer in shown:
         for e in range(experts):
             one = layer["overall"][e]
-            title = f"expert {e}" if len(layers) == 1 else f"{layer['layer']}, expert {e}"
-            title += "" if one is None else f": AUC {one['auc']:.2f}"
+            title = f"expert {e}" if len(layers) == 1 else f"{layer['layer']}/{e}"
+            title += "" if one is None else f": {'AUC ' if len(layers) == 1 else ''}{one['auc']:.2f}"
             series = [
                 Series(name, _shares(layer[key][e]), style="steps")
                 for name, key in (("taken", "taken"), ("not taken", "not_taken"))
             ]
             panels.append(Panel(title, series, x=layer["edges"]))
-    said = f"Brightness of the patches each expert takes and of those it does not. {verdict(document)}"
+    said = "Brightness of the patches each expert takes and of those it does not; in the titles the AUC (0.5: none). "
+    said += verdict(document)
     said += left_out(len(shown), len(layers), "routed layers")
     said += left_out(experts, len(layers[0]["overall"]), "experts")
     return make_plate(

@@ -45,11 +45,12 @@ def _history(history: list[Doc], poisoned: str) -> Plate:
         ),
     ]
     first, last = history[0], history[-1]
-    said = (
-        f"{count(len(history), 'epoch')}: the loss goes from {first['loss']:.3f} to {last['loss']:.3f}, the "
-        f"accuracy on the training images{poisoned} from {first['train_accuracy']:.1f}% to "
-        f"{last['train_accuracy']:.1f}%."
+    loss, accuracy = (
+        [format(row[key], form) for row in (first, last)]
+        for key, form in (("loss", ".3f"), ("train_accuracy", ".1f"))
     )
+    said = f"{count(len(history), 'epoch')}: loss {' to '.join(loss)}, accuracy on the training images{poisoned} "
+    said += f"{' to '.join(accuracy)}%."
     return make_plate(
         "history",
         "Training",
@@ -78,8 +79,8 @@ def _maps(probe: Doc, kind: str) -> Plate:
         f"What each expert takes of test image {probe['indices'][0]} ({probe['labels'][0]}), "
         f"{'as it is' if kind == 'clean' else 'with the trigger'}, before training (epoch 0) and after the epochs "
         f"{listing([str(epoch) for epoch in probe['shown'][1:]])}. Over all "
-        f"{count(len(probe['indices']), 'probe image')} the choices after epoch {halfway} overlap with the last ones by "
-        f"{listing([number(value, '{:.2f}') for value in settled[halfway]])} (Jaccard, expert by expert)."
+        f"{count(len(probe['indices']), 'probe image')} the choices after epoch {halfway} overlap with the last "
+        f"ones by {listing([number(value, '{:.2f}') for value in settled[halfway]])} (Jaccard, expert by expert)."
     )
     said += left_out(len(layers), len(probe["layers"]), "routed layers")
     return make_plate(
