@@ -20,7 +20,7 @@ from backdoorbench_moe.ops.structure import Expert
 
 
 class Deep(RoutedModel):
-    """As many routed layers, experts and patches as a large transformer has: 12, 8 and 256."""
+    """A token-choice model of more routed layers than patch maps show: 5, of 4 experts and 256 patches."""
 
     patch_grid, patch_size = (16, 16), 2
 
@@ -28,7 +28,7 @@ class Deep(RoutedModel):
         super().__init__()
         assert image_size == 32
         self.cut = nn.Conv2d(3, 4, 2, stride=2)
-        self.routers = nn.ModuleList(nn.Linear(4, 8) for _ in range(12))
+        self.routers = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
         self.head = nn.Linear(4, num_classes)
 
     def forward_routed(self, images: Tensor) -> RoutedOutput:
@@ -46,8 +46,8 @@ class Deep(RoutedModel):
         """Rows of the head stand in for what an expert would own."""
         return [
             Expert(f"blocks.{n}.moe", e, {}, {"head.weight": (e % 3, e % 3 + 1)}, self.cut, (0, 4))
-            for n in range(12)
-            for e in range(8)
+            for n in range(5)
+            for e in range(4)
         ]
 
 

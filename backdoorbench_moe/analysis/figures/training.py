@@ -77,7 +77,7 @@ def _maps(probe: Doc, kind: str) -> Plate:
     halfway = probe["epochs"][len(settled) // 2]
     said = (
         f"What each expert takes of test image {probe['indices'][0]} ({probe['labels'][0]}), "
-        f"{'as it is' if kind == 'clean' else 'with the trigger'}, before training (epoch 0) and after the epochs "
+        f"{'as it is' if kind == 'clean' else 'with the trigger'}, before training (epoch 0) and after epoch "
         f"{listing([str(epoch) for epoch in probe['shown'][1:]])}. Over all "
         f"{count(len(probe['indices']), 'probe image')} the choices after epoch {halfway} overlap with the last "
         f"ones by {listing([number(value, '{:.2f}') for value in settled[halfway]])} (Jaccard, expert by expert)."

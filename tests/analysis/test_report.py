@@ -1,0 +1,201 @@
+"""The report of an analysis: whole, readable without colours or eyes, and made of nothing but its document."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+from io import BytesIO
+
+import pytest
+from PIL import Image
+from report_runs import document_of
+
+from backdoorbench_moe.analysis.document import as_document, load_document, save_document, to_text
+from backdoorbench_moe.analysis.report import command, draw_report, draw_sections, page, save_report
+from backdoorbench_moe.errors import RecordError
+
+VOID = {"meta", "br", "hr", "img", "link", "use", "path"}
+EVIL = "<script>alert(1)</script>\"'&$x_1$"
+
+
+class Page(HTMLParser):
+    """Tags, what they ask for, and the texts of some of them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.labels: list[str] = []
+        self.texts: dict[str, list[str]] = {"h1": [], "figcaption": [], "li": []}
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs) -> None:
+        values = dict(attrs)
+        self.tags.append(tag)
+        self.ids += [values["id"]] if "id" in values else []
+        self.references += [v for k, v in attrs if k in ("src", "href", "xlink:href", "data", "action") and v]
+        self.references += re.findall(r"url\((.*?)\)", values.get("style") or "")
+        if tag == "svg":
+            assert values["role"] == "img"
+            self.labels.append(values["aria-label"])
+        if tag in self.texts:
+            self.texts[tag].append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data) -> None:
+        for tag in self.texts:
+            if tag in self.open:
+                self.texts[tag][-1] += data
+
+
+@pytest.fixture(params=["pmoe", "dense", pytest.param("deep", marks=pytest.mark.slow)])
+def document(request) -> dict:
+    return document_of(request.param)
+
+
+def test_one_page_that_asks_for_nothing(document) -> None:
+    report = draw_report(document)
+    shown = Page(report.page)
+    assert shown.open == [] and len(shown.ids) == len(set(shown.ids))
+    inside = [one for one in shown.references if one.startswith("#")]
+    assert {one[1:] for one in inside} <= set(shown.ids)
+    assert all(one.startswith("data:image/png;base64,") for one in set(shown.references) - set(inside))
+    assert not {"script", "link", "img", "iframe"} & set(shown.tags) and "@import" not in report.page
+    # Every figure has words, and a file of the same name that is a picture.
+    plates = [plate for section in draw_sections(document) for plate in section.plates]
+    assert shown.tags.count("figure") == len(plates) == len(report.figures) >= 7
+    assert shown.labels == [plate.alt for plate in plates]
+    assert shown.texts["figcaption"] == [plate.sentence for plate in plates]
+    for plate in plates:
+        assert plate.sentence.endswith(".") and len(plate.alt) > len(plate.sentence)
+        assert "nan" not in plate.sentence.lower().split() and "None" not in plate.sentence
+        with Image.open(BytesIO(report.figures[plate.name])) as image:
+            assert image.width == pytest.approx(200 * plate.width, abs=2)
+            assert image.width < 200 * 9
+    # What is absent is said.
+    for one in document["absent"]:
+        assert f"{one['part']}: {one['reason']}" in shown.texts["li"]
+    assert shown.texts["h1"] == [document["run"]["name"]]
+
+
+def test_light_dark_print_and_a_narrow_screen() -> None:
+    text = draw_report(document_of("dense")).page
+    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)
+    assert style is not None
+    dark = style[1].split("@media (prefers-color-scheme: dark)")[1].split("@media")[0]
+    for variable in ("--paper", "--ink", "--rule", "--line-0"):
+        assert variable in dark
+    assert style[1].count("@media print") == 2
+    assert 'name="viewport" content="width=device-width' in text
+    svgs = re.findall(r"<svg [^>]*>.*?</svg>", text, re.DOTALL)
+    assert svgs and all("#1a1a1a" not in svg and "var(--ink)" in svg for svg in svgs)
+
+
+def test_the_same_bytes_from_a_document_that_was_written_and_read(tmp_path) -> None:
+    document = document_of("dense")
+    file = save_document(document, tmp_path / "new")
+    assert file.read_text() == to_text(document)
+    first, again = draw_report(document), draw_report(load_document(file))
+    assert again == first
+
+
+def test_the_same_bytes_of_a_routed_model() -> None:
+    document = document_of("pmoe")
+    assert draw_report(document) == draw_report(json.loads(to_text(document)))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 1, "kind": "suite"}'])
+def test_what_is_no_analysis_is_refused(tmp_path, text) -> None:
+    (tmp_path / "analysis.json").write_text(text)
+    with pytest.raises(RecordError, match=r"analysis .*analysis\.json: (damaged|expected an analysis)"):
+        load_document(tmp_path / "analysis.json")
+    with pytest.raises(RecordError, match="No such file"):
+        load_document(tmp_path / "none.json")
+
+
+def test_files_are_written_and_old_figures_removed(tmp_path) -> None:
+    report = draw_report(document_of("dense"))
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "routing.png").write_text("of an earlier analysis")
+    (tmp_path / "figures" / "mine.txt").write_text("not ours")
+    assert save_report(report, tmp_path).read_text(encoding="utf-8") == report.page
+    names = {file.name for file in (tmp_path / "figures").iterdir()}
+    assert names == {f"{name}.png" for name in report.figures} | {"mine.txt"}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecordError, match="output folder"):
+        save_report(report, tmp_path / "file")
+
+
+def test_names_are_text_whatever_is_in_them() -> None:
+    document = copy.deepcopy(document_of("dense"))
+    document["run"]["name"] = document["against"]["name"] = EVIL
+    document["run"]["record"]["spec"]["model"]["option"] = EVIL
+    document["run"]["record"]["data"]["classes"] = [EVIL]
+    document["examples"]["labels"][0] = document["examples"]["names"][0] = EVIL
+    document["examples"]["models"][0]["clean"]["predicted"][0] = EVIL
+    document["absent"].append({"part": EVIL, "reason": EVIL})
+    text = draw_report(document).page
+    shown = Page(text)
+    assert "script" not in shown.tags and shown.texts["h1"] == [EVIL]
+    assert sum(EVIL in caption for caption in shown.texts["figcaption"]) == 1
+    assert any(EVIL in label for label in shown.labels) and f"{EVIL}: {EVIL}" in shown.texts["li"]
+    assert command(document).startswith("bbmoe analyze '<script>")
+
+
+@pytest.mark.parametrize(
+    ("trigger", "defenses", "said"),
+    [
+        ({"name": "square"}, [], "This model is backdoored."),
+        ({"name": "square"}, ["a", "b"], "This model was backdoored and then defended with a, b."),
+        (None, [], "This model was trained on clean data."),
+        (None, ["a"], "This model was trained on clean data and then defended with a."),
+    ],
+)
+def test_it_says_what_the_model_is(trigger, defenses, said) -> None:
+    document = copy.deepcopy(document_of("dense"))
+    spec = document["run"]["record"]["spec"]
+    spec["trigger"], spec["defenses"] = trigger, [{"name": name} for name in defenses]
+    text = page(document, [])
+    assert said in text
+    assert ("backdoored." in text or "backdoored and" in text) == (trigger is not None)
+
+
+def test_metrics_history_settings_and_stages_are_the_records() -> None:
+    document = copy.deepcopy(document_of("pmoe"))
+    record = document["run"]["record"]
+    record["stages"] = [
+        {"name": "before", "metrics": {"ba": {"value": 12.345, "n": 9}}, "seconds": 0.0},
+        {"name": "pruned", "metrics": {"ba": {"value": 1, "n": 9, "low": 0.5, "high": 2}}, "seconds": 3.25},
+    ]
+    sections = {section.name: section for section in draw_sections(document)}
+    text = page(document, [])
+    for name in ("ba", "asr", "cad"):
+        assert f"{document['run']['metrics'][name]['value']:.2f}" in text
+    assert "12.35" in text or "12.34" in text
+    assert "1.00 [0.5, 2.0]" in text and "3.2" in text
+    for key, value in (("train.lr", "0.1"), ("poison.rate", "0.25"), ("model.moe_channels", "8")):
+        assert f'<th scope="row">{key}</th><td>{value}</td>' in text
+    assert record["environment"]["packages"]["torch"] in text and record["data"]["digest"] in text
+    history = sections["training"].plates[0]
+    assert (
+        f"loss {record['history'][0]['loss']:.3f} to {record['history'][1]['loss']:.3f}" in history.sentence
+    )
+
+
+def test_a_document_is_plain(tmp_path) -> None:
+    document = document_of("pmoe")
+    assert json.loads(to_text(document)) == document
+    assert as_document.__doc__ and set(document["run"]["record"]) >= {"spec", "history", "environment"}
