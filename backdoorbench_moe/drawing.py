@@ -68,6 +68,8 @@ def inline_svg(svg: bytes, prefix: str, alt: str, *, style: str = "") -> str:
     text = text[text.index("<svg") :]
     # The page has the one rule of that style itself.
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
+    # Equal pictures have equal ids, to which nothing refers.
+    text = re.sub(r'(<image\b[^>]*?) id="[^"]*"', r"\1", text)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
     for colour, variable in (
         (INK, "ink"),

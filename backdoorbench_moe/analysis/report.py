@@ -74,7 +74,11 @@ class Report:
 
 def draw_report(document: Doc) -> Report:
     """The report of an analysis' document; the same document, the same bytes."""
-    sections = draw_sections(document)
+    return make_report(document, draw_sections(document))
+
+
+def make_report(document: Doc, sections: list[Section]) -> Report:
+    """The report of a document whose figures are drawn."""
     figures = {plate.name: plate.png for section in sections for plate in section.plates}
     return Report(page(document, sections), figures)
 

@@ -13,7 +13,15 @@ from PIL import Image
 from report_runs import document_of
 
 from backdoorbench_moe.analysis.document import as_document, load_document, save_document, to_text
-from backdoorbench_moe.analysis.report import command, draw_report, draw_sections, page, save_report
+from backdoorbench_moe.analysis.figures.training import draw_training
+from backdoorbench_moe.analysis.report import (
+    command,
+    draw_report,
+    draw_sections,
+    make_report,
+    page,
+    save_report,
+)
 from backdoorbench_moe.errors import RecordError
 
 VOID = {"meta", "br", "hr", "img", "link", "use", "path"}
@@ -67,7 +75,8 @@ def document(request) -> dict:
 
 
 def test_one_page_that_asks_for_nothing(document) -> None:
-    report = draw_report(document)
+    sections = draw_sections(document)
+    report = make_report(document, sections)
     shown = Page(report.page)
     assert shown.open == [] and len(shown.ids) == len(set(shown.ids))
     inside = [one for one in shown.references if one.startswith("#")]
@@ -75,12 +84,12 @@ def test_one_page_that_asks_for_nothing(document) -> None:
     assert all(one.startswith("data:image/png;base64,") for one in set(shown.references) - set(inside))
     assert not {"script", "link", "img", "iframe"} & set(shown.tags) and "@import" not in report.page
     # Every figure has words, and a file of the same name that is a picture.
-    plates = [plate for section in draw_sections(document) for plate in section.plates]
+    plates = [plate for section in sections for plate in section.plates]
     assert shown.tags.count("figure") == len(plates) == len(report.figures) >= 7
     assert shown.labels == [plate.alt for plate in plates]
     assert shown.texts["figcaption"] == [plate.sentence for plate in plates]
     for plate in plates:
-        assert plate.sentence.endswith(".") and len(plate.alt) > len(plate.sentence)
+        assert plate.sentence.endswith(".") and len(plate.alt) > 60
         assert "nan" not in plate.sentence.lower().split() and "None" not in plate.sentence
         with Image.open(BytesIO(report.figures[plate.name])) as image:
             assert image.width == pytest.approx(200 * plate.width, abs=2)
@@ -98,7 +107,7 @@ def test_light_dark_print_and_a_narrow_screen() -> None:
     dark = style[1].split("@media (prefers-color-scheme: dark)")[1].split("@media")[0]
     for variable in ("--paper", "--ink", "--rule", "--line-0"):
         assert variable in dark
-    assert style[1].count("@media print") == 2
+    assert style[1].count("@media print") == 3
     assert 'name="viewport" content="width=device-width' in text
     svgs = re.findall(r"<svg [^>]*>.*?</svg>", text, re.DOTALL)
     assert svgs and all("#1a1a1a" not in svg and "var(--ink)" in svg for svg in svgs)
@@ -180,7 +189,7 @@ def test_metrics_history_settings_and_stages_are_the_records() -> None:
         {"name": "before", "metrics": {"ba": {"value": 12.345, "n": 9}}, "seconds": 0.0},
         {"name": "pruned", "metrics": {"ba": {"value": 1, "n": 9, "low": 0.5, "high": 2}}, "seconds": 3.25},
     ]
-    sections = {section.name: section for section in draw_sections(document)}
+    [history, *_] = draw_training(document)
     text = page(document, [])
     for name in ("ba", "asr", "cad"):
         assert f"{document['run']['metrics'][name]['value']:.2f}" in text
@@ -189,7 +198,6 @@ def test_metrics_history_settings_and_stages_are_the_records() -> None:
     for key, value in (("train.lr", "0.1"), ("poison.rate", "0.25"), ("model.moe_channels", "8")):
         assert f'<th scope="row">{key}</th><td>{value}</td>' in text
     assert record["environment"]["packages"]["torch"] in text and record["data"]["digest"] in text
-    history = sections["training"].plates[0]
     assert (
         f"loss {record['history'][0]['loss']:.3f} to {record['history'][1]['loss']:.3f}" in history.sentence
     )
