@@ -42,8 +42,9 @@ def command(
     """Look into the model of the finished run in folder RUN, over the whole test set.
 
     Which patches go to which expert; whether the experts receive the patches that the trigger changed, and
-    what it does to the routing; whether they prefer bright patches; which expert carries the backdoor. Of a
-    dense model only what needs no routing.
+    what it does to the routing; whether they prefer bright patches; which expert carries the backdoor; how it came
+    about, if the run was made with --probe. Of a dense model only what needs no routing. All of it goes to
+    analysis.json, figures/*.png, and report.html, one page that opens offline.
     """
     chosen = None if images is None else _images(images)
     from backdoorbench_moe.analysis.analyze import analyze_run

@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from backdoorbench_moe.api import make_spec
+from backdoorbench_moe.engine.runner import run_attack
+
 SPEED = Path(__file__).parents[2] / "benchmarks" / "speed"
 ENVIRONMENT_KEYS = {"cpu", "device", "git_commit", "packages", "platform", "precision", "python", "threads"}
 
@@ -148,3 +151,20 @@ def test_gpu_script_on_a_cpu(tmp_path: Path) -> None:
     for row in result["rows"]:
         assert row["seconds"] == max(row["seconds_each"])
         assert row["images_per_second"] == pytest.approx(row["side_by_side"] * 320 / row["seconds"])
+
+
+@pytest.mark.slow
+def test_analysis(tmp_path: Path) -> None:
+    small = {"train_images": 64, "test_images": 40}
+    model = {"name": "pmoe", "widen_factor": 1, "moe_channels": 8, "expert_channels": 4}
+    spec = make_spec(dataset={"name": "signs", **small}, model=model, train={"epochs": 1}, trigger="square")
+    [run] = run_attack(spec, output=tmp_path / "runs")
+    result = measure(tmp_path, "analysis.py", str(run.folder.path), "--threads", "1")
+    assert list(result["rows"]) == ["alone", "beside its clean twin"]
+    for name, row in result["rows"].items():
+        assert row["test_images"] == 40 and 30 <= row["triggered_images"] < 40
+        assert ("routing against" in row["parts"]) == (name != "alone")
+        assert sum(row["parts"].values()) <= row["seconds"]
+    parts = result["rows"]["alone"]["parts"]
+    assert result["routing_seconds"] == parts["routing"] + parts["statistics"]
+    assert not (run.folder.path / "analysis.json").exists()
