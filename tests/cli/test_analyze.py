@@ -110,6 +110,24 @@ def test_before_and_after_a_defense(bbmoe, victim) -> None:
     )
 
 
+def test_a_clean_run_under_the_trigger_of_the_other(bbmoe, victim) -> None:
+    twin = victim.folder.path.parent / victim.record.clean_twin
+    code, out, _ = bbmoe("analyze", twin, "--against", victim.folder.path, *FAST, "--json")
+    document = json.loads(out)
+    assert code == 0 and document["trigger_from"] == victim.folder.path.name
+    # What the one analysis says of the twin, the other says, too.
+    _, beside, _ = bbmoe("analyze", victim.folder.path, *FAST, "--json")
+    assert document["capture"] == json.loads(beside)["findings_against"]["capture"]
+    page = (twin / "report.html").read_text(encoding="utf-8")
+    assert "This model was trained on clean data." in page
+    assert f"with the trigger of {victim.folder.path.name}" in page
+    alone = json.loads(bbmoe("analyze", twin, *FAST, "--json")[1])
+    assert alone["capture"] is None and alone["images"]["triggered"] == 0
+    page = (twin / "report.html").read_text(encoding="utf-8")
+    assert "What each expert is needed for" in page and "capture: there is no trigger" in page
+    assert not (twin / "figures" / "capture.png").exists()
+
+
 def test_a_probe_from_flag_to_report(bbmoe, tmp_path) -> None:
     flags = ["--dataset", "tiny", "--model", "pmoe", "--epochs", "2", "--probe", "4", "--trigger", "square"]
     sizes = ["widen_factor=1", "moe_channels=8", "expert_channels=4"]
