@@ -30,7 +30,8 @@ class TimmModel(nn.Module):
     max pooling goes, as is usual on CIFAR; None does so for images of up to 64 pixels whose architecture is
     made for larger ones and has a stride in its stem. Models with tokens: `patch_size` is the side of a token's
     tile in pixels; None keeps the architecture's own where that leaves 64 tokens or more (or is at home at this
-    size), else takes image_size // 8. Their `patch_size` is an attribute. Nothing is ever downloaded.
+    size), else takes image_size // 8. Their `patch_size` is an attribute. Transformers: `depth` (blocks), `embed_dim`
+    (features of a token) and `num_heads`; None keeps the architecture's own. Nothing is ever downloaded.
 
     Raises UnknownNameError for an architecture timm lacks, and ConfigError where the architecture does
     not take the option or the image size.
@@ -48,6 +49,9 @@ class TimmModel(nn.Module):
         architecture: str = "resnet18",
         small_stem: bool | None = None,
         patch_size: int | None = None,
+        depth: int | None = None,
+        embed_dim: int | None = None,
+        num_heads: int | None = None,
     ) -> None:
         super().__init__()
         check_positive(num_classes=num_classes)
@@ -61,6 +65,7 @@ class TimmModel(nn.Module):
         chosen = _choose_patch_size(architecture, outline, image_size, patch_size)
         if chosen is not None:
             options["patch_size"] = chosen
+        options |= _choose_sizes(architecture, outline, depth=depth, embed_dim=embed_dim, num_heads=num_heads)
         self.network = _build(architecture, image_size=image_size, **options)
         if _wants_small_stem(architecture, self.network, image_size, small_stem):
             _shrink_stem(self.network)
@@ -159,6 +164,18 @@ def _choose_patch_size(
     if image_size % own == 0 and (at_home or image_size // own >= GRID):
         return None
     return image_size // GRID if image_size % GRID == 0 else None
+
+
+def _choose_sizes(architecture: str, outline: nn.Module, **sizes: int | None) -> dict[str, int]:
+    """The sizes that are given. Raises ConfigError for one the architecture does not take, or below 1."""
+    wanted = {name: size for name, size in sizes.items() if size is not None}
+    check_positive(**wanted)
+    for name, size in wanted.items():
+        annotation = inspect.signature(type(outline).__init__).parameters.get(name)
+        # A network of several stages has its sizes as tuples.
+        if annotation is None or not isinstance(annotation.default, int):
+            raise ConfigError(f"{name}: timm's {architecture!r} has no such size to choose, got {size}")
+    return wanted
 
 
 def _first_conv(network: nn.Module) -> nn.Conv2d | None:

@@ -1,0 +1,65 @@
+"""Carrying tokens to their experts and the answers back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bbmoe_vmoe.experts import Experts
+from bbmoe_vmoe.routers import Assignment
+
+
+def dispatch(tokens: Tensor, assignment: Assignment, experts: Experts) -> Tensor:
+    """What each pair's expert gives for its token: (S, D) to (T, D), in the way that suits the device.
+
+    On a CPU, expert by expert. On a GPU, in grouped products where the precision is one of theirs, otherwise
+    in batched ones with as much room for every expert; neither waits for the device, so a training step
+    can be captured as a CUDA graph. Without gradients nothing is captured, and expert by expert needs the least.
+    """
+    if tokens.device.type == "cuda":
+        halved = torch.is_autocast_enabled("cuda") or tokens.dtype in (torch.bfloat16, torch.float16)
+        if halved and tokens.shape[1] % 8 == 0:
+            return by_groups(tokens, assignment, experts)
+        if torch.is_grad_enabled():
+            return by_buffers(tokens, assignment, experts)
+    return by_expert(tokens, assignment, experts)
+
+
+def by_expert(tokens: Tensor, assignment: Assignment, experts: Experts) -> Tensor:
+    """One expert after the other, each on its own tokens."""
+    return experts.each(tokens[assignment.tokens].split(assignment.counts.tolist()))
+
+
+def by_groups(tokens: Tensor, assignment: Assignment, experts: Experts) -> Tensor:
+    """All experts in one grouped product a layer."""
+    ends = assignment.counts.cumsum(0).to(torch.int32)
+    return experts.grouped(tokens[assignment.tokens], ends, assignment.owners)
+
+
+def by_buffers(tokens: Tensor, assignment: Assignment, experts: Experts) -> Tensor:
+    """All experts in one batched product, on (E, capacity, D) buffers; a pair without room gives anything finite."""
+    starts = assignment.counts.cumsum(0) - assignment.counts
+    places = torch.arange(assignment.capacity, device=tokens.device)
+    rows = (starts.unsqueeze(1) + places).clamp(max=len(assignment.tokens) - 1)
+    outputs = experts(tokens[assignment.tokens[rows]]).flatten(0, 1)
+    own = torch.arange(len(assignment.tokens), device=tokens.device) - starts[assignment.owners]
+    return outputs[assignment.owners * assignment.capacity + own.clamp(max=assignment.capacity - 1)]
+
+
+def combine(outputs: Tensor, assignment: Assignment, heard: Tensor, tokens: int) -> Tensor:
+    """Weighted sum of each token's answers: (T, D) to (S, D). heard: (E,), see `Experts`."""
+    weights = assignment.weights * heard[assignment.owners]
+    weighted = outputs * weights.unsqueeze(1)
+    total = weighted.new_zeros(tokens, outputs.shape[1])
+    return total.index_add(0, assignment.tokens, weighted).to(outputs.dtype)
+
+
+def spread(outputs: Tensor, assignment: Assignment, tokens: int, experts: int) -> Tensor:
+    """What every expert gives to every token, weighted: (T, D) to (E, S, D), zeros where it gives nothing."""
+    weighted = outputs * assignment.weights.unsqueeze(1)
+    table = weighted.new_zeros(experts * tokens, outputs.shape[1])
+    return table.index_copy(0, assignment.owners * tokens + assignment.tokens, weighted).unflatten(
+        0, (experts, tokens)
+    )
+
+
