@@ -17,6 +17,7 @@ import yaml
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.options import convert
+from backdoorbench_moe.plugins import model_recipe
 
 RECIPES = ("quick", "paper")
 PARTS = ("dataset", "model", "trigger", "applicator")
@@ -208,7 +209,7 @@ def build_spec(*layers: Mapping[str, Any]) -> RunSpec:
     """Merge layers (YAML, flags, ...; later ones win) over the recipe they name, and check the result."""
     layers = tuple(normalise(layer) for layer in layers)
     chosen = merge({"recipe": "quick", "model": {"name": "pmoe"}, "dataset": {"name": "signs"}}, *layers)
-    recipe = load_recipe(chosen["recipe"])
+    recipe = load_recipe(chosen["recipe"], chosen["model"]["name"])
     models = recipe.pop("models", {})
     base = {
         **recipe,
@@ -218,12 +219,16 @@ def build_spec(*layers: Mapping[str, Any]) -> RunSpec:
     return spec_from_dict(merge({"recipe": chosen["recipe"]}, base, *layers))
 
 
-def load_recipe(name: str) -> Values:
-    """The values of a named recipe. Raises UnknownNameError."""
+def load_recipe(name: str, model: str = "pmoe") -> Values:
+    """The values of a named recipe, with what the package of a third party's model says for its own models on top.
+
+    Raises UnknownNameError, or PluginError if the package's file cannot be read.
+    """
     if name not in RECIPES:
         raise UnknownNameError("recipe", str(name), RECIPES)
     text = (files("backdoorbench_moe") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    return cast(Values, yaml.safe_load(text))
+    own = model_recipe(model, name)
+    return merge(yaml.safe_load(text), {} if own is None else yaml.safe_load(own))
 
 
 class _Loader(yaml.SafeLoader):

@@ -40,12 +40,13 @@ def muted(model: nn.Module, experts: Iterable[Expert]) -> Iterator[None]:
 
 @contextmanager
 def kept_muted(model: nn.Module, experts: Iterable[Expert]) -> Iterator[None]:
-    """Keep experts that `mute` muted so while the block trains."""
+    """Keep experts that `mute` muted so while the block trains; of buffers, training does not change these."""
     parameters = dict(model.named_parameters())
     rows = [
         (parameters[name], torch.arange(start, stop))
         for expert in experts
         for name, (start, stop) in expert.output.items()
+        if name in parameters
     ]
     with held_at_zero(rows):
         yield

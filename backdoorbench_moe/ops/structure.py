@@ -38,9 +38,10 @@ class Expert:
 
     layer: the routed layer, as `Routing.layer` names it. index: e, its place in the layer's gates (B, E, P).
     own: names in the model's state dict to the rows (dim 0), `start` to `stop`, that belong to this expert
-    alone; its row of the router is not among them. output: of these, the weights and biases that leave it
-    without any effect on the logits when they are zero. tap: the module whose output (B, channels, ...) holds
-    what the expert gives, in the channels `start` to `stop` of `channels`.
+    alone; its row of the router is not among them. output: of these, the weights and biases, or a buffer that
+    training leaves as it is, that leave it without any effect on the logits when they are zero, whatever comes
+    out of its tap. tap: the module whose output (B, channels, ...) holds what the expert gives, in the channels
+    `start` to `stop` of `channels`.
     """
 
     layer: str
