@@ -104,6 +104,9 @@ class DefenseJob(Job):
         self.seed = derive_seed(spec.seed, "defense", len(spec.defenses) - 1)
         self.model = parent.model().to(session.device).to(memory_format=torch.channels_last)
 
+    def start(self) -> None:
+        """Nothing: the parent's model is trained."""
+
     def _check_parent(self) -> None:
         """Raise RecordError if the parent is another spec's run, or was made from other data."""
         folder, record, there = self.parent.folder, self.parent.record, self.images.classes

@@ -27,6 +27,7 @@ from backdoorbench_moe.engine.poison import (
 from backdoorbench_moe.engine.probe import Probe, check_probe
 from backdoorbench_moe.engine.train import Trainer
 from backdoorbench_moe.errors import BbmoeWarning, RecordError, UnknownNameError
+from backdoorbench_moe.models.base import StartsFromFile
 from backdoorbench_moe.ops.seeding import derive_seed
 from backdoorbench_moe.records import MODEL, Record, RunFolder
 
@@ -105,12 +106,24 @@ class Job:
             self.plan = plan_poison(images.train.labels, spec.poison, images.num_classes, spec.seed)
             counted_for_asr(images.test.labels, spec.poison, images.num_classes)
 
+    def start(self) -> None:
+        """Give the model the weights from a file that its training begins with, if it names one.
+
+        Raises ConfigError if the file is not there or does not fit.
+        """
+        if isinstance(self.model, StartsFromFile):
+            self.model.load_start()
+
     def run(self, folder: RunFolder) -> Run:
         """Train, measure and record, holding the folder's lock."""
-        record = self._record()
         checkpoint = folder.load_checkpoint()
+        if not checkpoint:
+            self.start()
+        record = self._record()
         if checkpoint:
             before = folder.read()
+            # What only the start knew of the model.
+            record.parts["model"] = {**before.parts.get("model", {}), **record.parts["model"]}
             check_data(folder, before, self.images)
             _warn_of_changes(folder, before.environment, record.environment)
         folder.write(record)

@@ -128,6 +128,8 @@ class Session:
             parent = self.finish(spec.parent(), wait=True)
         # Check all there is to check before writing.
         job = self._job(spec, parent) if not folder.exists else None
+        if job is not None:
+            job.start()
         with folder.lock(wait=(lambda: self.observer.on_wait(str(folder.path))) if wait else None):
             return self._find(folder, spec) or (job or self._job(spec, parent)).run(folder)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -52,3 +53,17 @@ class RoutedModel(nn.Module, ABC):
     @abstractmethod
     def forward_routed(self, images: Tensor) -> RoutedOutput:
         """Images (B, 3, H, W) in [0, 1] to logits and the routing of every routed layer."""
+
+
+@runtime_checkable
+class StartsFromFile(Protocol):
+    """A model whose training may begin with weights from a file that one of its options names; optional.
+
+    Building it must not need the file: a trained model is built again long after, to be given its own weights.
+    """
+
+    def load_start(self) -> None:
+        """Load these weights, in place; nothing where no file is named. Raises ConfigError, naming the option.
+
+        Called before a victim is trained from its first step, maybe more than once.
+        """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from timm.layers import Mlp
@@ -16,10 +16,14 @@ from bbmoe_vmoe.experts import Experts
 from bbmoe_vmoe.layers import MoELayer, SoftLayer, SoftRouter, SparseLayer, collecting
 from bbmoe_vmoe.routers import ExpertChoiceRouter, Router, TopKRouter
 from bbmoe_vmoe.surgery import build_vit, choose_blocks
+from bbmoe_vmoe.upcycle import COPY, load_dense, read_dense
 
 
 class RoutedViT(RoutedModel):
     """What `vmoe` and `soft-moe` share: `network`, timm's transformer with experts in the place of some MLPs."""
+
+    # For the conformance tests: small, and with gates so far apart that no rounding decides.
+    tiny: ClassVar[dict[str, object]] = {"depth": 2, "embed_dim": 16, "num_heads": 2, "num_experts": 4}
 
     def __init__(
         self,
@@ -50,6 +54,8 @@ class RoutedViT(RoutedModel):
         self.patch_size, self.patch_grid = self.network.patch_embed.patch_size[0], self.network.patch_embed.grid_size
         self.moe_blocks = choose_blocks(moe_blocks, len(self.network.blocks))
         self.num_experts, self.upcycle = num_experts, upcycle
+        if upcycle == "":
+            raise ConfigError.expected("upcycle", f"{COPY}, or a file or run folder of the dense model", upcycle)
 
     def insert_experts(self) -> None:
         """Put layers of experts in the place of the chosen MLPs."""
@@ -58,6 +64,12 @@ class RoutedViT(RoutedModel):
             experts = Experts(block.mlp, self.num_experts, copies=self.upcycle is not None)
             name = f"network.blocks.{number}.mlp"
             block.mlp = self.make_layer(block.mlp, experts, name=name, prefix=self.network.num_prefix_tokens)
+
+    def load_start(self) -> None:
+        """Load the dense weights that `upcycle` names, if it names a file; `upcycled_from` is then its SHA-256."""
+        if self.upcycle not in (None, COPY):
+            tensors, self.upcycled_from = read_dense(self.upcycle)
+            load_dense(self, tensors, source=self.upcycle)
 
     @abstractmethod
     def make_layer(self, mlp: Mlp, experts: Experts, *, name: str, prefix: int) -> MoELayer:
@@ -117,12 +129,16 @@ class VMoE(RoutedViT):
     the same in evaluation, where a limit lets an image's answer hang on the others in its batch. The last five
     do not matter to "expert-choice".
 
-    upcycle: None draws every expert by itself; "copy" starts all of a layer with one MLP's random weights.
+    upcycle: None draws every expert by itself; "copy" starts all of a layer with one MLP's random weights; else
+    the folder, or model.safetensors, of a finished run of the dense transformer: training begins with its weights,
+    every expert with those of the MLP it replaces. A trained model does not need the file again.
 
     The class and register tokens are routed as patches are, but are no part of `Routing`. With "switch" all but
     the number of experts is as in V-MoE (losses, batch priority), not as in the Switch Transformer. Raises
     UnknownNameError or ConfigError naming the option. Source: Riquelme et al., NeurIPS 2021.
     """
+
+    tiny: ClassVar[dict[str, object]] = {**RoutedViT.tiny, "gate_std": 1.0}
 
     def __init__(
         self,
