@@ -15,9 +15,9 @@ from typing import Any, Literal, cast, get_type_hints
 
 import yaml
 
-from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
 from backdoorbench_moe.options import convert
-from backdoorbench_moe.plugins import model_recipe
+from backdoorbench_moe.package_recipes import model_recipe
 
 RECIPES = ("quick", "paper")
 PARTS = ("dataset", "model", "trigger", "applicator")
@@ -228,7 +228,19 @@ def load_recipe(name: str, model: str = "pmoe") -> Values:
         raise UnknownNameError("recipe", str(name), RECIPES)
     text = (files("backdoorbench_moe") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     own = model_recipe(model, name)
-    return merge(yaml.safe_load(text), {} if own is None else yaml.safe_load(own))
+    return merge(yaml.safe_load(text), _load_own(own, name, model) if own is not None else {})
+
+
+def _load_own(text: str, name: str, model: str) -> Values:
+    """A package's own file for a recipe. Raises PluginError for no valid YAML."""
+    try:
+        values = yaml.safe_load(text)
+    except YAML_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise PluginError(f"recipe {name!r} of model {model!r}: no valid YAML: {reason}") from error
+    if not isinstance(values, dict):
+        raise PluginError(f"recipe {name!r} of model {model!r}: expected keys and values, got {values!r}")
+    return values
 
 
 class _Loader(yaml.SafeLoader):

@@ -61,5 +61,3 @@ def spread(outputs: Tensor, assignment: Assignment, tokens: int, experts: int) -
     return table.index_copy(0, assignment.owners * tokens + assignment.tokens, weighted).unflatten(
         0, (experts, tokens)
     )
-
-

@@ -45,7 +45,9 @@ class Experts(nn.Module):
     def each(self, groups: tuple[Tensor, ...]) -> Tensor:
         """The tokens of expert 0, (n_0, D), of expert 1, ... to what they give, all in a row: (n, D)."""
         # Unbound once: the backward pass of E single rows would fill E stacks with zeros.
-        weights = zip(*(p.unbind() for p in (self.weight1, self.bias1, self.weight2, self.bias2)), strict=True)
+        weights = zip(
+            *(p.unbind() for p in (self.weight1, self.bias1, self.weight2, self.bias2)), strict=True
+        )
         outputs = [
             F.linear(self._hidden(F.linear(tokens, weight1, bias1)), weight2, bias2)
             for tokens, (weight1, bias1, weight2, bias2) in zip(groups, weights, strict=True)

@@ -51,11 +51,16 @@ class RoutedViT(RoutedModel):
             embed_dim=embed_dim,
             num_heads=num_heads,
         )
-        self.patch_size, self.patch_grid = self.network.patch_embed.patch_size[0], self.network.patch_embed.grid_size
+        self.patch_size, self.patch_grid = (
+            self.network.patch_embed.patch_size[0],
+            self.network.patch_embed.grid_size,
+        )
         self.moe_blocks = choose_blocks(moe_blocks, len(self.network.blocks))
         self.num_experts, self.upcycle = num_experts, upcycle
         if upcycle == "":
-            raise ConfigError.expected("upcycle", f"{COPY}, or a file or run folder of the dense model", upcycle)
+            raise ConfigError.expected(
+                "upcycle", f"{COPY}, or a file or run folder of the dense model", upcycle
+            )
 
     def insert_experts(self) -> None:
         """Put layers of experts in the place of the chosen MLPs."""

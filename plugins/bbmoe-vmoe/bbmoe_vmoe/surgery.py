@@ -36,7 +36,9 @@ def build_vit(
     network = model.network
     if not isinstance(network, VisionTransformer) or not all(map(_is_plain, network.blocks)):
         raise ConfigError.expected(
-            "vit", "a vision transformer of timm's with a plain MLP in every block, such as vit_tiny_patch16_224", vit
+            "vit",
+            "a vision transformer of timm's with a plain MLP in every block, such as vit_tiny_patch16_224",
+            vit,
         )
     return network
 
@@ -72,7 +74,9 @@ def choose_blocks(wanted: str | tuple[int, ...], depth: int) -> tuple[int, ...]:
         return odd[-count:]
     chosen = odd if wanted == "every-2" else _numbers(wanted)
     if not chosen or not all(0 <= number < depth for number in chosen) or len(set(chosen)) < len(chosen):
-        raise ConfigError.expected("moe_blocks", f"blocks from 0 to {depth - 1}, each once, at least one", wanted)
+        raise ConfigError.expected(
+            "moe_blocks", f"blocks from 0 to {depth - 1}, each once, at least one", wanted
+        )
     return tuple(sorted(chosen))
 
 

@@ -49,7 +49,9 @@ def load_dense(model: RoutedViT, tensors: dict[str, Tensor], *, source: str) -> 
     wanted = {dense: tensor for tensor, dense in own.values() if dense is not None}
     for name in sorted(wanted.keys() ^ tensors.keys()):
         what = "lacks" if name in wanted else "has a"
-        raise ConfigError(f"upcycle: {source}: expected the weights of this model's dense transformer; it {what} {name}")
+        raise ConfigError(
+            f"upcycle: {source}: expected the weights of the dense transformer; it {what} {name}"
+        )
     copies = {dense for name, (_, dense) in own.items() if ".experts." in name}
     for name, tensor in wanted.items():
         shape = tensor.shape[1:] if name in copies else tensor.shape

@@ -41,7 +41,9 @@ def sparse(kind=TopKRouter, top_k=2, count=EXPERTS, **options) -> SparseLayer:
 
 ROUTERS = {
     "top-k": lambda: TopKRouter(FEATURES, EXPERTS, top_k=2, gate_std=1.0).eval(),
-    "top-k with little room": lambda: TopKRouter(FEATURES, EXPERTS, top_k=2, gate_std=1.0, eval_capacity=0.4).eval(),
+    "top-k with little room": lambda: TopKRouter(
+        FEATURES, EXPERTS, top_k=2, gate_std=1.0, eval_capacity=0.4
+    ).eval(),
     "all": lambda: TopKRouter(FEATURES, EXPERTS, top_k=EXPERTS, gate_std=1.0).eval(),
     "expert choice": lambda: ExpertChoiceRouter(FEATURES, EXPERTS, top_k=2, gate_std=1.0),
 }
@@ -50,7 +52,9 @@ ROUTERS = {
 def oracle(experts: Experts, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Every expert on every token, weighted: einsums over all of (S, D) and (S, E)."""
     hidden = torch.einsum("sd,ehd->esh", tokens, experts.weight1) + experts.bias1[:, None]
-    outputs = torch.einsum("esh,edh->esd", nn.functional.gelu(hidden), experts.weight2) + experts.bias2[:, None]
+    outputs = (
+        torch.einsum("esh,edh->esd", nn.functional.gelu(hidden), experts.weight2) + experts.bias2[:, None]
+    )
     return torch.einsum("se,esd->sd", weights, outputs)
 
 

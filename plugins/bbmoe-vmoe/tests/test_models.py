@@ -44,7 +44,9 @@ def test_blocks_as_in_v_moe(wanted, depth, blocks):
     assert choose_blocks(wanted, depth) == blocks
 
 
-@pytest.mark.parametrize("wanted", ["last-3", "last-0", "last-", "4", "1,1", "odd", "", (), (-1,), "every-2 "])
+@pytest.mark.parametrize(
+    "wanted", ["last-3", "last-0", "last-", "4", "1,1", "odd", "", (), (-1,), "every-2 "]
+)
 def test_blocks_that_do_not_exist_are_one_clear_line(wanted):
     with pytest.raises(ConfigError, match=r"^moe_blocks: expected .+, got .+$"):
         choose_blocks(wanted, 4)
@@ -53,8 +55,14 @@ def test_blocks_that_do_not_exist_are_one_clear_line(wanted):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"vit": "resnet18"}, "vit: expected a vision transformer .* got 'resnet18'|depth: timm's 'resnet18'"),
-        ({"vit": "vit_tiny_patch16_22"}, "vit: architecture: unknown 'vit_tiny_patch16_22'; did you mean 'vit_tiny"),
+        (
+            {"vit": "resnet18"},
+            "vit: expected a vision transformer .* got 'resnet18'|depth: timm's 'resnet18'",
+        ),
+        (
+            {"vit": "vit_tiny_patch16_22"},
+            "vit: architecture: unknown 'vit_tiny_patch16_22'; did you mean 'vit_tiny",
+        ),
         ({"num_experts": 2, "top_k": 3}, "top_k: expected 1 to 2, the number of experts, got 3"),
         ({"num_experts": 0}, "num_experts: expected a whole number from 1, got 0"),
         ({"router": "switch", "top_k": 2}, "top_k: expected 1, or none, for router 'switch', got 2"),
@@ -88,8 +96,9 @@ def test_with_one_expert_it_is_its_dense_twin(name):
     own, there = dense.state_dict(), model.state_dict()
     assert all(torch.equal(own[key], there[key]) for key in own.keys() & there.keys())
     assert {key for key in own if key not in there} == {
-        f"network.blocks.{block}.mlp.{part}" for block in (1, 3) for part in
-        ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+        f"network.blocks.{block}.mlp.{part}"
+        for block in (1, 3)
+        for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
     }
 
 
@@ -104,7 +113,8 @@ def test_every_layer_says_its_routing(name):
 
 
 @pytest.mark.parametrize(
-    ("router", "per_token", "per_expert"), [("top-k", 2, None), ("switch", 1, None), ("expert-choice", None, 17)]
+    ("router", "per_token", "per_expert"),
+    [("top-k", 2, None), ("switch", 1, None), ("expert-choice", None, 17)],
 )
 def test_routers(router, per_token, per_expert):
     """65 tokens with the class token; 17 = ceil(2 * 65 / 8) of them for each expert, the class token maybe among."""
@@ -158,7 +168,10 @@ def test_a_muted_expert_stays_so_in_training():
 
 @pytest.fixture
 def dense_file(tmp_path):
-    save_file({k: v.contiguous() for k, v in build(DENSE, seed=5).state_dict().items()}, tmp_path / "model.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in build(DENSE, seed=5).state_dict().items()},
+        tmp_path / "model.safetensors",
+    )
     return tmp_path
 
 
@@ -190,8 +203,14 @@ def test_with_all_experts_chosen_an_upcycled_model_answers_as_the_dense_one(dens
     ("change", "message"),
     [
         (lambda folder: (folder / "model.safetensors").unlink(), "No such file"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 40), "expected a file of safetensors"),
-        (lambda folder: save_file({"a": torch.ones(1)}, folder / "model.safetensors"), "dense transformer; it has a a"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 40),
+            "expected a file of safetensors",
+        ),
+        (
+            lambda folder: save_file({"a": torch.ones(1)}, folder / "model.safetensors"),
+            "dense transformer; it has a a",
+        ),
         (
             lambda folder: save_file(
                 {k: v.contiguous() for k, v in build(DENSE, embed_dim=32).state_dict().items()},

@@ -51,12 +51,12 @@ def test_pairs_lie_by_expert_those_without_room_last():
     assert found.weights.tolist() == pytest.approx([0.9, 0, 0, 0, 0.7, 0, 0.06, 0])
 
 
-@given(
-    tokens=st.integers(1, 12), experts=st.integers(1, 5), capacity=st.integers(1, 12), data=st.data()
-)
+@given(tokens=st.integers(1, 12), experts=st.integers(1, 5), capacity=st.integers(1, 12), data=st.data())
 def test_room_is_never_exceeded_nor_left_while_someone_waits(tokens, experts, capacity, data):
     top_k = data.draw(st.integers(1, experts))
-    gates = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 999))))
+    gates = torch.rand(
+        tokens, experts, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    )
     chosen = best_experts(gates, top_k)
     kept = within_capacity(gates, chosen, capacity)
     for expert in range(experts):

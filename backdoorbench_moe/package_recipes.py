@@ -1,0 +1,35 @@
+"""What the package of a third party's model says of a recipe, where the built-in one does not suit its models."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from importlib.resources import files
+
+from backdoorbench_moe.errors import PluginError
+from backdoorbench_moe.plugins import PACKAGE, discover
+
+GROUP = f"{PACKAGE}.recipes"
+
+
+def model_recipe(model: str, recipe: str) -> str | None:
+    """The YAML file that the package offering a model has for a recipe; None where it has none.
+
+    An entry point names it: in the group `backdoorbench_moe.recipes`, "quick = package.folder:quick" is
+    quick.yaml in that folder of the package. Only the package's top module is imported. Raises PluginError, naming
+    the package, if the file cannot be read.
+    """
+    family = model.partition(":")[0]
+    holder = next((candidate for candidate in discover("model") if candidate.name == family), None)
+    if holder is None or holder.builtin:
+        return None
+    points = entry_points(group=GROUP, name=recipe)
+    point = next((point for point in points if point.dist and point.dist.name == holder.package), None)
+    if point is None:
+        return None
+    package, *folders = point.module.split(".")
+    try:
+        return files(package).joinpath(*folders, f"{point.attr}.yaml").read_text(encoding="utf-8")
+    except (Exception, SystemExit) as error:
+        raise PluginError(
+            f"recipe {recipe!r} from {holder.origin} cannot be read: {type(error).__name__}: {error}"
+        ) from error

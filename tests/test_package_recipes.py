@@ -1,0 +1,71 @@
+"""What a plug-in says of a recipe for its own models, and for no others."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from backdoorbench_moe.config import build_spec, load_recipe
+from backdoorbench_moe.errors import PluginError, UnknownNameError
+
+QUICK = "train: {epochs: 9, lr: 0.5}\nmodels: {slow: {depth: 3}, pmoe: {top_k: 1}}\n"
+
+
+def put_package(folder: Path, *, recipe: str | None = QUICK, init: str = "") -> None:
+    """A package that offers the models "slow" and "steady" and a file for "quick", as pip leaves it."""
+    (folder / "slow_models" / "recipes").mkdir(parents=True)
+    (folder / "slow_models" / "__init__.py").write_text(init)
+    if recipe is not None:
+        (folder / "slow_models" / "recipes" / "fast.yaml").write_text(recipe)
+    info = folder / "slow_models-0.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: slow-models\nVersion: 0.2\n")
+    (info / "entry_points.txt").write_text(
+        "[backdoorbench_moe.models]\nslow = slow_models.none:Slow\nsteady = slow_models.none:Steady\n"
+        "[backdoorbench_moe.recipes]\nquick = slow_models.recipes:fast\n"
+    )
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    sys.modules.pop("slow_models", None)
+
+
+def test_it_counts_for_the_packages_own_models_over_the_built_in_one(place) -> None:
+    put_package(place)
+    built_in = build_spec({"recipe": "quick"})
+    slow, steady = (build_spec({"recipe": "quick", "model": name}) for name in ("slow", "steady"))
+    assert (slow.train.epochs, slow.train.lr) == (9, 0.5) == (steady.train.epochs, steady.train.lr)
+    assert slow.train.optimizer == built_in.train.optimizer == "adamw"
+    assert slow.model.options == {"depth": 3} and steady.model.options == {}
+    assert build_spec({"recipe": "quick", "model": "slow", "train": {"lr": 0.1}}).train.lr == 0.1
+    assert "slow_models.none" not in sys.modules, "no model is imported for its recipe"
+
+
+def test_other_models_and_other_recipes_are_untouched(place) -> None:
+    before = build_spec({"recipe": "quick"}), load_recipe("paper")
+    put_package(place)
+    assert (build_spec({"recipe": "quick"}), load_recipe("paper")) == before
+    assert load_recipe("paper", "slow") == before[1]
+    with pytest.raises(UnknownNameError, match="recipe: unknown 'fast'"):
+        load_recipe("fast", "slow")
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ({"recipe": None}, "recipe 'quick' from slow-models 0.2 cannot be read: FileNotFoundError"),
+        ({"init": "raise SystemExit('no')"}, "from slow-models 0.2 cannot be read: SystemExit: no"),
+        ({"recipe": "a: ["}, "recipe 'quick' of model 'slow': no valid YAML"),
+        ({"recipe": "- a"}, "recipe 'quick' of model 'slow': expected keys and values"),
+    ],
+)
+def test_a_broken_one_is_named_and_stops_no_other_model(place, broken, reason) -> None:
+    put_package(place, **broken)
+    with pytest.raises(PluginError, match=reason):
+        build_spec({"recipe": "quick", "model": "slow"})
+    assert build_spec({"recipe": "quick", "model": "pmoe"}).train.epochs == 5
