@@ -1,0 +1,113 @@
+"""A layer of experts against a dense MLP of equal multiply-adds: python plugins/bbmoe-vmoe/benchmarks/layer.py
+
+The dense MLP has top_k times an expert's hidden units, so that a token costs the same in both; for Soft MoE, which has
+about one slot a token, as many as an expert. Prints seconds for a training step (forward and backward) and a forward
+pass in evaluation, both the median of several, in turns, and their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from timm.layers import Mlp
+from torch import nn
+
+from bbmoe_vmoe.experts import Experts
+from bbmoe_vmoe.layers import SoftLayer, SoftRouter, SparseLayer
+from bbmoe_vmoe.routers import ExpertChoiceRouter, TopKRouter
+
+
+def make_layers(features: int, experts: int, top_k: int, tokens: int) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """Layers of experts by name, each with its dense MLP."""
+
+    def make_experts() -> Experts:
+        return Experts(Mlp(features, 4 * features), experts, copies=False)
+
+    place = {"name": "layer", "prefix": 1}
+    given = {"top_k": top_k, "gate_std": 0.02}
+    sparse, same = Mlp(features, 4 * features * top_k), Mlp(features, 4 * features)
+    soft = SoftRouter(features, experts, max(1, tokens // experts))
+    return {
+        "top-k": (SparseLayer(make_experts(), TopKRouter(features, experts, **given), **place), sparse),
+        "expert-choice": (
+            SparseLayer(make_experts(), ExpertChoiceRouter(features, experts, **given), **place),
+            sparse,
+        ),
+        "soft": (SoftLayer(make_experts(), soft, **place), same),
+    }
+
+
+def train_step(module: nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
+    """Forward and backward."""
+
+    def step() -> None:
+        module.train()
+        module(tokens.requires_grad_()).float().square().mean().backward()
+        module.zero_grad(set_to_none=True)
+
+    return step
+
+
+def evaluate(module: nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
+    """Forward, without gradients."""
+
+    def step() -> None:
+        module.eval()
+        with torch.inference_mode():
+            module(tokens)
+
+    return step
+
+
+def seconds(steps: list[Callable[[], None]], repeats: int, device: torch.device) -> list[float]:
+    """Median seconds of each of the steps, which take turns."""
+    found: list[list[float]] = [[] for _ in steps]
+    for turn in range(repeats + 1):
+        for step, into in zip(steps, found, strict=True):
+            wait(device)
+            started = time.perf_counter()
+            step()
+            wait(device)
+            if turn:  # The first one warms up.
+                into.append(time.perf_counter() - started)
+    return [statistics.median(times) for times in found]
+
+
+def wait(device: torch.device) -> None:
+    """Let the device finish."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--features", type=int, default=192)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=65)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bf16", action="store_true", help="under autocast, as the engine trains where it can")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    print(f"{torch.__version__}, {device}, {torch.get_num_threads()} threads, {vars(options)}")
+    torch.manual_seed(0)
+    layers = make_layers(options.features, options.experts, options.top_k, options.tokens)
+    tokens = torch.randn(options.images, options.tokens, options.features, device=device)
+    for name, pair in layers.items():
+        for kind, make in (("training", train_step), ("evaluation", evaluate)):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.bf16):
+                steps = [make(module.to(device), tokens) for module in pair]
+                layer, dense = seconds(steps, options.repeats, device)
+            row = f"{1e3 * layer:8.1f} ms  dense {1e3 * dense:8.1f} ms  ratio {layer / dense:.2f}"
+            print(f"{name:14} {kind:10} {row}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
