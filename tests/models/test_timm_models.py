@@ -126,3 +126,23 @@ def test_what_does_not_fit_is_refused_in_one_line(architecture, options, message
 
 def test_the_plain_name_builds_too():
     assert isinstance(create_model("timm", architecture="test_resnet"), TimmModel)
+
+
+def test_depth_width_and_heads_of_a_transformer_can_be_chosen():
+    network = build("vit_tiny_patch16_224", image_size=32, depth=3, embed_dim=24, num_heads=4).network
+    assert len(network.blocks) == 3 and network.blocks[0].attn.num_heads == 4
+    assert network.pos_embed.shape == (1, 65, 24) and network.head.in_features == 24
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "message"),
+    [
+        ("resnet10t", {"depth": 3}, "depth: timm's 'resnet10t' has no such size to choose, got 3"),
+        ("swin_tiny_patch4_window7_224", {"num_heads": 3}, "num_heads: .* has no such size to choose, got 3"),
+        ("vit_tiny_patch16_224", {"depth": 0}, "depth: expected a whole number from 1 on, got 0"),
+        ("vit_tiny_patch16_224", {"embed_dim": 25}, "does not take 32x32 images .dim should be divisible"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(architecture, options, message):
+    with pytest.raises(ConfigError, match=message):
+        build(architecture, image_size=32, **options)

@@ -70,8 +70,9 @@ class Experts(nn.Module):
         return self.drop1(self.act(values))
 
 
-def _stack(linear: nn.Linear, count: int) -> tuple[nn.Parameter, nn.Parameter]:
+def _stack(linear: nn.Module, count: int) -> tuple[nn.Parameter, nn.Parameter]:
     """`count` copies of a linear layer's weight and bias."""
+    assert isinstance(linear, nn.Linear) and linear.bias is not None
     weight, bias = linear.weight.detach(), linear.bias.detach()
     return (
         nn.Parameter(weight.expand(count, *weight.shape).clone()),

@@ -137,6 +137,8 @@ class SoftLayer(MoELayer):
     gives (B, E, s, D): what each expert makes of its slots. Source: Puigcerver et al., ICLR 2024, §2.
     """
 
+    router: SoftRouter
+
     def __init__(self, experts: Experts, router: SoftRouter, *, name: str, prefix: int) -> None:
         super().__init__(experts, name=name, prefix=prefix)
         self.router = router

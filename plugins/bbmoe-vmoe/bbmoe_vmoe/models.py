@@ -66,9 +66,11 @@ class RoutedViT(RoutedModel):
         """Put layers of experts in the place of the chosen MLPs."""
         for number in self.moe_blocks:
             block = self.network.blocks[number]
-            experts = Experts(block.mlp, self.num_experts, copies=self.upcycle is not None)
+            mlp = block.mlp
+            assert isinstance(block, nn.Module) and isinstance(mlp, Mlp)
+            experts = Experts(mlp, self.num_experts, copies=self.upcycle is not None)
             name = f"network.blocks.{number}.mlp"
-            block.mlp = self.make_layer(block.mlp, experts, name=name, prefix=self.network.num_prefix_tokens)
+            block.mlp = self.make_layer(experts, name=name, prefix=self.network.num_prefix_tokens)
 
     def load_start(self) -> None:
         """Load the dense weights that `upcycle` names, if it names a file; `upcycled_from` is then its SHA-256."""
@@ -77,12 +79,12 @@ class RoutedViT(RoutedModel):
             load_dense(self, tensors, source=self.upcycle)
 
     @abstractmethod
-    def make_layer(self, mlp: Mlp, experts: Experts, *, name: str, prefix: int) -> MoELayer:
-        """A layer of experts in the place of `mlp`."""
+    def make_layer(self, experts: Experts, *, name: str, prefix: int) -> MoELayer:
+        """A layer of these experts, in the place called `name`."""
 
     def layers(self) -> list[MoELayer]:
         """The layers of experts, first layer first."""
-        return [self.network.blocks[number].mlp for number in self.moe_blocks]
+        return [layer for layer in self.network.modules() if isinstance(layer, MoELayer)]
 
     def forward_routed(self, images: Tensor) -> RoutedOutput:
         """Images (B, 3, H, W) in [0, 1] to logits and the routing of every layer of experts."""
@@ -189,10 +191,10 @@ class VMoE(RoutedViT):
         self.eval_capacity = eval_capacity
         self.insert_experts()
 
-    def make_layer(self, mlp: Mlp, experts: Experts, *, name: str, prefix: int) -> SparseLayer:
+    def make_layer(self, experts: Experts, *, name: str, prefix: int) -> SparseLayer:
         """Router, dispatch, experts."""
         kind: type[Router] = ExpertChoiceRouter if self.router == "expert-choice" else TopKRouter
-        router = kind(mlp.fc1.in_features, self.num_experts, **self._routing)
+        router = kind(self.network.embed_dim, self.num_experts, **self._routing)
         return SparseLayer(experts, router, name=name, prefix=prefix)
 
 
@@ -237,9 +239,9 @@ class SoftMoE(RoutedViT):
         self.slots = max(1, rows * columns // num_experts) if slots is None else slots
         self.insert_experts()
 
-    def make_layer(self, mlp: Mlp, experts: Experts, *, name: str, prefix: int) -> SoftLayer:
+    def make_layer(self, experts: Experts, *, name: str, prefix: int) -> SoftLayer:
         """Router and experts."""
-        router = SoftRouter(mlp.fc1.in_features, self.num_experts, self.slots)
+        router = SoftRouter(self.network.embed_dim, self.num_experts, self.slots)
         return SoftLayer(experts, router, name=name, prefix=prefix)
 
 

@@ -176,7 +176,7 @@ def within_capacity(gates: Tensor, chosen: Tensor, capacity: int) -> Tensor:
     """
     order = gates.detach().amax(-1).sort(descending=True, stable=True).indices
     queue = chosen[order].t().flatten()
-    taken = torch.nn.functional.one_hot(queue, gates.shape[1]).cumsum(0)
+    taken = _marked(queue, gates.shape[1]).cumsum(0)
     has_room = taken.gather(1, queue.unsqueeze(1)).squeeze(1) <= capacity
     served = has_room.unflatten(0, (chosen.shape[1], -1)).t()
     return torch.empty_like(served).index_copy_(0, order, served)
@@ -187,6 +187,10 @@ def assign_chosen(gates: Tensor, chosen: Tensor, kept: Tensor, capacity: int) ->
     experts, owners = gates.shape[1], chosen.flatten()
     order = (2 * owners + ~kept.flatten()).sort(stable=True).indices
     weights = (gates.gather(1, chosen) * kept).flatten()[order]
-    counts = torch.zeros(experts, dtype=torch.int64, device=gates.device)
-    counts = counts.scatter_add(0, owners, torch.ones_like(owners))
+    counts = _marked(owners, experts).sum(0)
     return Assignment(order // chosen.shape[1], owners[order], counts, weights, capacity)
+
+
+def _marked(owners: Tensor, experts: int) -> Tensor:
+    """(T,) numbers of experts as (T, E) bool; unlike counting and `one_hot`, it never waits for the device."""
+    return owners.unsqueeze(1) == torch.arange(experts, device=owners.device)

@@ -13,15 +13,16 @@ import time
 from collections.abc import Callable
 
 import torch
-from timm.layers import Mlp
-from torch import nn
-
 from bbmoe_vmoe.experts import Experts
 from bbmoe_vmoe.layers import SoftLayer, SoftRouter, SparseLayer
 from bbmoe_vmoe.routers import ExpertChoiceRouter, TopKRouter
+from timm.layers import Mlp
+from torch import nn
 
 
-def make_layers(features: int, experts: int, top_k: int, tokens: int) -> dict[str, tuple[nn.Module, nn.Module]]:
+def make_layers(
+    features: int, experts: int, top_k: int, tokens: int
+) -> dict[str, tuple[nn.Module, nn.Module]]:
     """Layers of experts by name, each with its dense MLP."""
 
     def make_experts() -> Experts:
@@ -93,7 +94,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--bf16", action="store_true", help="under autocast, as the engine trains where it can")
+    parser.add_argument(
+        "--bf16", action="store_true", help="under autocast, as the engine trains where it can"
+    )
     options = parser.parse_args()
     device = torch.device(options.device)
     print(f"{torch.__version__}, {device}, {torch.get_num_threads()} threads, {vars(options)}")

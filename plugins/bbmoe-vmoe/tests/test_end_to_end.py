@@ -81,7 +81,7 @@ def test_a_run_that_began_with_a_dense_one_does_not_need_it_again(tmp_path):
     assert not trained.training
     again = defend(upcycled, "router-reset", epochs=1, clean_fraction=0.5)
     assert again.record.status == "finished"
-    with pytest.raises(ConfigError, match="^upcycle: .*No such file"):
+    with pytest.raises(ConfigError, match=r"^upcycle: .*No such file"):
         run(tmp_path, model, seed=1)
     assert len(list(tmp_path.iterdir())) == 3, "nothing is written for a run that cannot start"
 

@@ -199,3 +199,19 @@ def test_routing_goes_to_who_collects_and_to_nobody_else():
             layer(images(2))
     assert [len(found[0].gates) for found in (outer, inner)] == [IMAGES, 2] and len(outer) == len(inner) == 1
     assert outer[0].gates.shape == (IMAGES, EXPERTS, TOKENS - 1), "the first token is no patch"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_under_autocast_the_experts_are_in_bf16_and_the_ways_agree(way):
+    torch.manual_seed(0)
+    experts, choose = make_experts(), ROUTERS["top-k"]()
+    flat = images().flatten(0, 1)
+    want = oracle(
+        experts, flat, (lambda choice: (choice.gates * choice.selected).flatten(0, 1))(choose(images()))
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assignment = choose(images()).assignment
+        outputs = WAYS[way](flat, assignment, experts)
+        got = combine(outputs, assignment, experts.heard, len(flat))
+    assert outputs.dtype == got.dtype == torch.bfloat16 and assignment.weights.dtype == torch.float32
+    torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05 * want.abs().max().item())
