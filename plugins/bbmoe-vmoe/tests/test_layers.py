@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import bbmoe_vmoe.dispatch as dispatching
 import pytest
 import torch
 from bbmoe_vmoe.dispatch import by_buffers, by_expert, by_groups, combine, spread
@@ -215,3 +216,19 @@ def test_under_autocast_the_experts_are_in_bf16_and_the_ways_agree(way):
         got = combine(outputs, assignment, experts.heard, len(flat))
     assert outputs.dtype == got.dtype == torch.bfloat16 and assignment.weights.dtype == torch.float32
     torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05 * want.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("router", "way"), [("top-k", "by_expert"), ("expert choice", "by_buffers"), ("all", "by_buffers")]
+)
+def test_on_a_cpu_batched_where_the_room_is_what_the_tokens_need_and_otherwise_expert_by_expert(
+    router, way, monkeypatch
+):
+    seen = []
+    for name in ("by_expert", "by_groups", "by_buffers"):
+        original = getattr(dispatching, name)
+        monkeypatch.setattr(
+            dispatching, name, lambda *given, n=name, f=original: (seen.append(n), f(*given))[1]
+        )
+    dispatching.dispatch(images().flatten(0, 1), ROUTERS[router]()(images()).assignment, make_experts())
+    assert seen == [way]
