@@ -221,6 +221,9 @@ class Job:
             "digest": images.digest,
         }
         record.parts = {"model": parts.describe(self.model)}
+        # Also where the model's class has it: `Run.stamper` builds the applicator anew from this.
+        if (size := parts.model_patch_size(self.model)) is not None:
+            record.parts["model"]["patch_size"] = size
         if self.stamper is not None and self.plan is not None:
             record.parts["trigger"] = parts.describe(self.stamper.trigger)
             record.parts["applicator"] = parts.describe(self.stamper.applicator)

@@ -98,13 +98,14 @@ class PMoE(RoutedModel):
     `gate_std` is the standard deviation the gates are drawn with: 1e-4 as in the reference's code
     (the paper's N(0, 1e-4) could be read as a variance). `bn_momentum` is PyTorch's; 0.01 is Keras's 0.99.
 
-    The map is a quarter of the image on a side, so patch_size is 4. Raises ConfigError for sizes
-    below 1, an image size that is no multiple of 4, and a `top_k` over P. Source: Chowdhury et al., ICML
+    A cell answers for `patch_size` pixels on a side: 4, the reference's map of a quarter of the image, or
+    8, 16, ... for larger images. Each doubling halves the map once more before the first block (as `Halving`),
+    so that 64x64 by 8 and 224x224 by 16 cost the trunk about what 32x32 and 56x56 by 4 do; with 4 nothing
+    is added to the reference. Raises ConfigError for sizes below 1, a patch size that is no power of two from
+    4, an image size that is no multiple of it, and a `top_k` over P. Source: Chowdhury et al., ICML
     2023; code nowazrabbani/pMoE_CNN, `wideresnet_moe.py`. The reference ends in a softmax; here the
     logits come out, for cross-entropy to take.
     """
-
-    patch_size = 4
 
     tiny: ClassVar[Mapping[str, object]] = {
         "widen_factor": 1,
@@ -119,6 +120,7 @@ class PMoE(RoutedModel):
         *,
         num_classes: int = 10,
         image_size: int = 32,
+        patch_size: int = 4,
         widen_factor: int = 10,
         moe_channels: int = 640,
         expert_channels: int = 160,
@@ -135,16 +137,21 @@ class PMoE(RoutedModel):
             expert_channels=expert_channels,
             num_experts=num_experts,
         )
-        if image_size < 4 or image_size % 4:
-            raise ConfigError.expected("image_size", "a positive multiple of 4 (a patch is 4x4)", image_size)
-        cells = (image_size // 4) ** 2
+        if patch_size < 4 or patch_size.bit_count() != 1:
+            raise ConfigError.expected("patch_size", "a power of two from 4 on", patch_size)
+        if image_size < patch_size or image_size % patch_size:
+            shape = f"a positive multiple of {patch_size} (a patch is {patch_size}x{patch_size})"
+            raise ConfigError.expected("image_size", shape, image_size)
+        side = image_size // patch_size
+        cells = side**2
         if not 1 <= top_k <= cells:
             raise ConfigError.expected("top_k", f"1 to {cells}, the patches of the image", top_k)
         if not 0 <= gate_std < math.inf:
             raise ConfigError.expected("gate_std", "a finite number from 0 on", gate_std)
-        self.image_size = image_size
-        self.patch_grid = (image_size // 4, image_size // 4)
-        self.trunk = WideTrunk(widen_factor)
+        self.image_size, self.patch_size = image_size, patch_size
+        self.patch_grid = (side, side)
+        # The trunk and `reduce` halve the map once each.
+        self.trunk = WideTrunk(widen_factor, halvings=(patch_size // 4).bit_length() - 1)
         self.reduce_norm = batch_norm(32 * widen_factor)
         self.reduce = SameConv2d(32 * widen_factor, moe_channels, 3, stride=2)
         self.moe = PatchMoE(

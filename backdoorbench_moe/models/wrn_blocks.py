@@ -78,13 +78,28 @@ class WideBlock(nn.Module):
         return self.shortcut(features) + change
 
 
-class WideTrunk(nn.Sequential):
-    """Stem 3 to 16 channels, then one block each of 16k and 32k channels (rounded), strides 1 and 2."""
+class Halving(nn.Sequential):
+    """BN-ReLU-conv3x3 of stride 2: (B, C, H, W) to (B, C, ceil(H / 2), ceil(W / 2))."""
 
-    def __init__(self, widen_factor: float) -> None:
+    def __init__(self, channels: int) -> None:
+        super().__init__(
+            batch_norm(channels), nn.ReLU(inplace=True), SameConv2d(channels, channels, 3, stride=2)
+        )
+
+
+class WideTrunk(nn.Sequential):
+    """Stem 3 to 16 channels, then one block each of 16k and 32k channels (rounded), strides 1 and 2.
+
+    halvings: so many times the map is halved between stem and blocks; the reference has none. It keeps the
+    blocks, where nearly all the work is, as small for large images as they are for 32x32.
+    """
+
+    def __init__(self, widen_factor: float, *, halvings: int = 0) -> None:
         super().__init__()
         narrow, wide = round(16 * widen_factor), round(32 * widen_factor)
         self.stem = SameConv2d(3, 16, 3)
+        for number in range(1, halvings + 1):
+            self.add_module(f"halving{number}", Halving(16))
         self.block1 = WideBlock(16, narrow, stride=1)
         self.block2 = WideBlock(narrow, wide, stride=2)
 

@@ -139,11 +139,73 @@ def test_other_image_sizes(size):
     torch.testing.assert_close(routing.gates.sum(-1), torch.ones(2, 4))
 
 
+@pytest.mark.parametrize(("size", "patch"), [(32, 8), (64, 8), (64, 16), (224, 16)])
+def test_larger_patches(size, patch):
+    model = build(size, patch_size=patch, **TINY).eval()
+    side = size // patch
+    assert model.patch_grid == (side, side) and model.patch_size == patch
+    (routing,) = model.forward_routed(images(1, size)).routing
+    assert routing.selected.shape == (1, 4, side * side) and routing.selected.sum(-1).eq(4).all()
+
+
+def test_patches_of_4_add_nothing_to_the_reference():
+    """The same tensors, drawn the same, as before there was a choice; 8 adds a norm and a 3x3 convolution."""
+    plain, coarse = build(**SMALL), build(64, patch_size=8, **SMALL)
+    names = set(coarse.state_dict()) - set(plain.state_dict())
+    assert {name.rpartition(".")[0] for name in names} == {"trunk.halving1.0", "trunk.halving1.2"}
+    added = sum(p.numel() for p in coarse.parameters()) - sum(p.numel() for p in plain.parameters())
+    assert added == 2 * 16 + 16 * 16 * 9 + 16
+    assert coarse.trunk.halving1[0].momentum == 0.01
+    assert (
+        build(**SMALL).state_dict().keys()
+        == plain.state_dict().keys()
+        == build(**SMALL, patch_size=4).state_dict().keys()
+    )
+
+
+def test_the_order_of_the_trunk():
+    names = [name for name, _ in build(64, patch_size=16, **TINY).trunk.named_children()]
+    assert names == ["stem", "halving1", "halving2", "block1", "block2"]
+
+
+@pytest.mark.parametrize("patch", [4, 8, 16])
+def test_a_cell_sees_the_whole_of_its_own_tile(patch):
+    """The gradient of one cell of the routed map to the image: no pixel of the tile is passed over."""
+    size = 4 * patch
+    model = build(size, patch_size=patch, **TINY).double().eval()
+    pixels = images(1, size).double().requires_grad_()
+    seen = []
+    model.moe.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    model(pixels)
+    assert seen[0].shape[-2:] == model.patch_grid
+    (gradient,) = torch.autograd.grad(seen[0][0, :, 1, 2].sum(), pixels)
+    tile = gradient[0, :, patch : 2 * patch, 2 * patch : 3 * patch]
+    assert tile.shape[-1] == patch and (tile != 0).any(0).all()
+
+
+@pytest.mark.parametrize("patch", [8, 16])
+def test_an_image_moved_by_a_tile_moves_the_map_by_a_cell(patch):
+    model = build(8 * patch, patch_size=patch, **TINY).double().eval()
+    seen = []
+    model.moe.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    pixels = images(1, 8 * patch).double()
+    model(pixels)
+    model(pixels.roll((patch, 2 * patch), (2, 3)))
+    # Two cells from the edge on, out of reach of the padding and of what came in at the other side.
+    torch.testing.assert_close(seen[1][..., 4:6, 4:6], seen[0][..., 3:5, 2:4], rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("options", "parameter"),
     [
         ({"image_size": 30}, "image_size"),
         ({"image_size": 0}, "image_size"),
+        ({"image_size": 36, "patch_size": 8}, "image_size"),
+        ({"image_size": 8, "patch_size": 16}, "image_size"),
+        ({"patch_size": 2}, "patch_size"),
+        ({"patch_size": 12}, "patch_size"),
+        ({"patch_size": 0}, "patch_size"),
+        ({"image_size": 32, "patch_size": 16, "top_k": 5}, "top_k"),
         ({"top_k": 65}, "top_k"),
         ({"top_k": 0}, "top_k"),
         ({"image_size": 8, "top_k": 5}, "top_k"),
