@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The tests run over our own plug-ins too.
 PLUGINS := $(sort $(wildcard plugins/*/setup.cfg))
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint docs install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bbmoe attack --model pmoe --trigger warp --applicator patch
@@ -18,6 +18,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Warnings are errors; the site is docs/site/index.html.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/mkdocs.yml
 
 install: $(VENV)/.installed
 
@@ -37,5 +41,9 @@ $(VENV)/.installed-dev: setup.cfg $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -e '.[test,dev]'
 	touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-docs: setup.cfg $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -e '.[docs]'
+	touch $@ $(VENV)/.installed
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,214 @@
+"""The pages of docs/: their code runs, their commands are taken, the plug-in page makes a package that works."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import pytest
+import yaml
+
+import backdoorbench_moe
+from backdoorbench_moe.cli import bbmoe
+from backdoorbench_moe.models import list_models
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = {path.relative_to(DOCS / "pages").as_posix(): path for path in (DOCS / "pages").rglob("*.md")}
+FENCE = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```', re.DOTALL | re.MULTILINE)
+FEW_IMAGES = ["--set", "dataset.train_images=60", "--set", "dataset.test_images=40", "--epochs", "1"]
+SMALL_MODEL = [
+    "--set",
+    "model.widen_factor=1",
+    "--set",
+    "model.moe_channels=8",
+    "--set",
+    "model.expert_channels=4",
+]
+# In one process, for torch takes seconds to import: what the commands print, the models attacked, the page's test.
+USE_IT = """
+import json, pathlib, runpy, sys
+from contextlib import redirect_stdout
+from io import StringIO
+
+import pytest
+from click.testing import CliRunner
+
+import backdoorbench_moe as bbmoe
+from backdoorbench_moe.cli import bbmoe as command
+
+given = json.load(sys.stdin)
+found = {"commands": [], "attacks": []}
+for arguments in given["commands"]:
+    result = CliRunner().invoke(command, arguments)
+    found["commands"].append([arguments[0], result.exit_code, result.output])
+for model, options in given["models"].items():
+    if model in bbmoe.list_models():
+        for applicator in ("image", "patch"):
+            [run] = bbmoe.attack(
+                model={"name": model, **options}, trigger="checker", applicator=applicator, device="cpu",
+                dataset={"name": "signs", "train_images": 60, "test_images": 40}, train={"epochs": 1},
+                precision="fp32", twin=False, output="runs",
+            )
+            found["attacks"].append([model, applicator, run.record.status])
+with redirect_stdout(StringIO()) as printed:
+    runpy.run_path(given["package"] + "/use.py")
+found["use"] = printed.getvalue()
+options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", given["package"]]
+with redirect_stdout(StringIO()):
+    found["own tests"] = int(pytest.main([*options, given["package"] + "/tests"]))
+pathlib.Path("found.json").write_text(json.dumps(found))
+"""
+MODELS = {
+    "pmoe": {"widen_factor": 1, "moe_channels": 8, "expert_channels": 4},
+    "wide_resnet": {"widen_factor": 1},
+    # Where plugins/bbmoe-vmoe is installed.
+    "vmoe": {},
+}
+
+
+def blocks(page: str) -> list[tuple[str, str, str]]:
+    """Language, title and text of every code block of a page."""
+    return FENCE.findall(PAGES[page].read_text(encoding="utf-8"))
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every `bbmoe` command in an untitled block of a page, with its page and without its comment."""
+    return [
+        (page, line.partition("#")[0].strip())
+        for page in sorted(PAGES)
+        for language, title, text in blocks(page)
+        if not language and not title
+        for line in text.splitlines()
+        if line.startswith("bbmoe ")
+    ]
+
+
+@pytest.fixture(scope="module")
+def used(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The plug-in page's files in a folder of their own, installed without network, and what using them gave."""
+    folder = tmp_path_factory.mktemp("written")
+    package, site = folder / "bbmoe-checker", folder / "site"
+    for _, title, text in blocks("plugin.md"):
+        if title:
+            (package / title).parent.mkdir(parents=True, exist_ok=True)
+            (package / title).write_text(text, encoding="utf-8")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--disable-pip-version-check"]
+    install = [*pip, "--no-deps", "--no-build-isolation", "--target", str(site), str(package)]
+    done = subprocess.run(install, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    search = os.pathsep.join(map(str, [site, Path(backdoorbench_moe.__file__).parents[1]]))
+    given = {"commands": plug_in_commands(), "models": MODELS, "package": str(package)}
+    done = subprocess.run(
+        [sys.executable, "-c", USE_IT],
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "found.json").read_text())
+
+
+def plug_in_commands() -> list[list[str]]:
+    """The plug-in page's commands as they stand there, the attacks on fewer images and a smaller model."""
+    lines = [shlex.split(line)[1:] for page, line in commands() if page == "plugin.md"]
+    small = [*FEW_IMAGES, *SMALL_MODEL, "--no-twin", "--device", "cpu"]
+    return [
+        [*words, *small] if words[0] == "attack" else words
+        for words in lines
+        if words[:2] != ["plugin", "new"]
+    ]
+
+
+@pytest.mark.slow
+def test_the_written_trigger_attacks_each_model_on_the_image_and_by_patch(used) -> None:
+    models = [model for model in MODELS if model in list_models() or model != "vmoe"]
+    want = [[model, where, "finished"] for model in models for where in ("image", "patch")]
+    assert used["attacks"] == want
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_plug_in_page_work(used) -> None:
+    named = [name for name, *_ in used["commands"]]
+    assert named.count("attack") == 2 and {"list", "info", "preview"} <= set(named)
+    for name, code, output in used["commands"]:
+        assert code == 0 and "checker" in output, f"{name}: {output}"
+
+
+@pytest.mark.slow
+def test_the_written_test_passes_and_the_written_use_prints_the_fields(used) -> None:
+    assert used["own tests"] == 0
+    # Tiles of 8x8 in four fields along a side: of two pixels each.
+    light, dark = "0.6000, 0.6000", "0.4000, 0.4000"
+    rows = [f"[{light}, {dark}]"] * 2 + [f"[{dark}, {light}]"] * 2
+    assert re.findall(r"\[0[^\]]*\]", used["use"]) == rows
+
+
+@pytest.mark.parametrize(("page", "line"), commands())
+def test_the_commands_take_the_flags_they_are_shown_with(page, line) -> None:
+    """Each is parsed by its own click command; what it would do is tested elsewhere."""
+    _, *arguments = shlex.split(line)
+    command: click.Command | None = bbmoe
+    while isinstance(command, click.Group):
+        name, *arguments = arguments
+        command = command.get_command(None, name)  # type: ignore[arg-type]
+    assert command is not None, line
+    command.make_context(name, arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted(page for page in PAGES if page != "plugin.md"))
+def test_python_on_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, object] = {}
+    for language, _, text in blocks(page):
+        if language == "python":
+            exec(compile(text, page, "exec"), space)
+
+
+def test_all_pages_are_in_the_navigation() -> None:
+    def names(entry: object) -> list[str]:
+        if isinstance(entry, dict):
+            return [name for item in entry.values() for name in names(item)]
+        return [name for item in entry for name in names(item)] if isinstance(entry, list) else [str(entry)]
+
+    settings = yaml.safe_load((DOCS / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert sorted(names(settings["nav"])) == sorted(PAGES)
+
+
+def test_the_reference_has_every_public_name() -> None:
+    text = "".join(PAGES[page].read_text(encoding="utf-8") for page in PAGES if page.startswith("api/"))
+    shown = re.findall(r"^::: backdoorbench_moe\.(?:\w+\.)*(\w+)$", text, re.MULTILINE)
+    assert sorted(set(backdoorbench_moe.__all__) - {"__version__"} - set(shown)) == []
+
+
+@pytest.mark.parametrize(
+    ("docstring", "markdown"),
+    [
+        ("Draw (B, *) of <class>/* by `a*b`.", "Draw (B, \\*) of &lt;class&gt;/\\* by `a*b`."),
+        (
+            "One\nline.\n\nrate: share. low, high: in [0, 1]\nfor all. Raises E: no.",
+            "One line.\n\n- `rate`: share.\n- `low, high`: in \\[0, 1\\] for all.\n\nRaises E: no.",
+        ),
+        ("rate: share.\n\nMore: all.", "- `rate`: share.\n- `More`: all."),
+        ("Two. Names: no list of them. Source: a page.", "Two. Names: no list of them.\n\nSource: a page."),
+    ],
+)
+def test_docstrings_become_markdown(docstring, markdown, monkeypatch) -> None:
+    # griffe comes with [docs] only.
+    monkeypatch.setitem(sys.modules, "griffe", SimpleNamespace(Extension=object, Object=object))
+    spec = importlib.util.spec_from_file_location("docs_docstrings", DOCS / "extensions" / "docstrings.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.to_markdown(docstring) == markdown
