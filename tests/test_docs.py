@@ -140,7 +140,7 @@ def test_the_written_trigger_attacks_each_model_on_the_image_and_by_patch(used) 
 @pytest.mark.slow
 def test_the_commands_of_the_plug_in_page_work(used) -> None:
     named = [name for name, *_ in used["commands"]]
-    assert named.count("attack") == 2 and {"list", "info", "preview"} <= set(named)
+    assert named.count("attack") == 2 and {"list", "info", "preview", "plugin"} <= set(named)
     for name, code, output in used["commands"]:
         assert code == 0 and "checker" in output, f"{name}: {output}"
 
