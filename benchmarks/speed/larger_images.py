@@ -1,6 +1,6 @@
 """Speed and peak memory of stamping and of a training step on images of 32x32, 64x64 and 224x224.
 
-    python benchmarks/speed/larger_images.py [--threads N] [--json FILE]
+    python benchmarks/speed/larger_images.py [--sides 32 64 224] [--threads N] [--json FILE]
 
 The small pmoe with patches of 4, 8 and 16; square, blend and warp by the patch applicator on 64 images at a time,
 and forward, backward and SGD step on batches of 32, in fp32. Every size in a process of its own, for its peak
@@ -20,7 +20,8 @@ from typing import Any
 from common import MAXRSS_UNIT, SMALL_PMOE, at_least_one, environment_of, finish, make_parser
 from rich.table import Table
 
-SIZES = ((32, 4), (64, 8), (224, 16))
+# Side of the images to side of the model's patches.
+PATCHES = {32: 4, 64: 8, 224: 16}
 TRIGGERS = ("square", "blend", "warp")
 STAMPED, BATCH, ROUNDS = 64, 32, 5
 
@@ -29,23 +30,24 @@ def main() -> None:
     """Measure every size in a child, and print."""
     parser = make_parser(__doc__)
     parser.add_argument("--threads", type=at_least_one, default=1, metavar="N", help="of a process [1]")
-    parser.add_argument("--one", nargs=2, type=int, metavar=("SIDE", "PATCH"), help="only this, as JSON")
+    parser.add_argument("--sides", nargs="+", type=int, choices=PATCHES, default=list(PATCHES), help="[all]")
+    parser.add_argument("--here", action="store_true", help="the first side in this process, as JSON")
     given = parser.parse_args()
-    if given.one:
-        print(json.dumps(measure(*given.one, threads=given.threads)))
+    if given.here:
+        print(json.dumps(measure(given.sides[0], threads=given.threads)))
         return
-    rows = [_in_child(side, patch, given.threads) for side, patch in SIZES]
+    rows = [_in_child(side, given.threads) for side in given.sides]
     environment = {**environment_of(precision="fp32"), "threads": given.threads}
-    result = {"benchmark": "larger images", "rows": rows, "environment": environment}
+    result = {"benchmark": "larger_images", "rows": rows, "environment": environment}
     finish(result, make_table(rows), [f"{STAMPED} images stamped, {BATCH} a training step"], given.json)
 
 
-def _in_child(side: int, patch: int, threads: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--one", str(side), str(patch), "--threads", str(threads)]
+def _in_child(side: int, threads: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--here", "--sides", str(side), "--threads", str(threads)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
-def measure(side: int, patch: int, *, threads: int) -> dict[str, Any]:
+def measure(side: int, *, threads: int) -> dict[str, Any]:
     """Images a second, and what the process held at most after stamping and after training."""
     import torch
 
@@ -53,6 +55,7 @@ def measure(side: int, patch: int, *, threads: int) -> dict[str, Any]:
     from backdoorbench_moe.engine.poison import stamp_images
     from backdoorbench_moe.models.profile import profile_model
 
+    patch = PATCHES[side]
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     images = torch.randint(0, 256, (STAMPED, 3, side, side), dtype=torch.uint8)

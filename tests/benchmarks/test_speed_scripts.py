@@ -168,3 +168,11 @@ def test_analysis(tmp_path: Path) -> None:
     parts = result["rows"]["alone"]["parts"]
     assert result["routing_seconds"] == parts["routing"] + parts["statistics"]
     assert not (run.folder.path / "analysis.json").exists()
+
+
+@pytest.mark.slow
+def test_larger_images(tmp_path: Path) -> None:
+    [row] = measure(tmp_path, "larger_images.py", "--sides", "32")["rows"]
+    assert (row["side"], row["patch"]) == (32, 4)
+    assert all(row[name] > 0 for name in ("square", "blend", "warp", "train", "multiply_adds"))
+    assert 0 < row["idle_bytes"] <= row["stamp_bytes"] <= row["train_bytes"]
