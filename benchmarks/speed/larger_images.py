@@ -4,7 +4,7 @@
 
 The small pmoe with patches of 4, 8 and 16; square, blend and warp by the patch applicator on 64 images at a time,
 and forward, backward and SGD step on batches of 32, in fp32. Every size in a process of its own, for its peak
-memory; the best of some rounds, so that other work on the machine disturbs least.
+memory; images a CPU second, in the best of some rounds, so that other work on the machine disturbs least.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _in_child(side: int, threads: int) -> dict[str, Any]:
 
 
 def measure(side: int, *, threads: int) -> dict[str, Any]:
-    """Images a second, and what the process held at most after stamping and after training."""
+    """Images a CPU second, and what the process held at most after stamping and after training."""
     import torch
 
     from backdoorbench_moe import create_applicator, create_model, create_trigger
@@ -83,13 +83,13 @@ def measure(side: int, *, threads: int) -> dict[str, Any]:
 
 
 def _best(work: Callable[[], object]) -> float:
-    """Seconds of the fastest round, after one that is not counted."""
+    """CPU seconds of the fastest round, after one that is not counted."""
     work()
     seconds = []
     for _ in range(ROUNDS):
-        started = time.perf_counter()
+        started = time.process_time()
         work()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     return min(seconds)
 
 
@@ -98,10 +98,10 @@ def _peak_bytes() -> int:
 
 
 def make_table(rows: list[dict[str, Any]]) -> Table:
-    """Images a second, and peaks in MB over what the process held before."""
-    table = Table(title="Images a second, and peak memory", title_justify="left")
+    """Images a CPU second, and peaks in MB over what the process held before."""
+    table = Table(title="Images a CPU second, and peak memory", title_justify="left")
     table.add_column("images, patch")
-    for column in (*TRIGGERS, "train", "M multiply-adds", "stamping, MB", "training, MB"):
+    for column in (*TRIGGERS, "train", "M MACs", "stamp MB", "train MB"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
