@@ -116,7 +116,7 @@ def carriers_table(carriers: Carriers) -> Table:
     """BA and ASR with each expert muted, with the pair that lowers ASR most, and ASR with each one patched."""
     table = Table(title="who carries the backdoor", title_justify="left", box=None, pad_edge=False)
     for name in ("", "BA %", "ASR %", "RA %"):
-        table.add_column(name, justify="right" if name else "left")
+        table.add_column(name, justify="right" if name else "left", overflow="fold")
     rows: list[tuple[str, Muted]] = [("all experts", carriers.whole)]
     rows += [(f"{one.experts[0]} muted", one) for one in carriers.singles]
     if carriers.pairs:
