@@ -71,7 +71,7 @@ MODELS = {
     "pmoe": {"widen_factor": 1, "moe_channels": 8, "expert_channels": 4},
     "wide_resnet": {"widen_factor": 1},
     # Where plugins/bbmoe-vmoe is installed.
-    "vmoe": {},
+    "vmoe": {"depth": 2, "embed_dim": 16, "num_heads": 2, "num_experts": 4},
 }
 
 
