@@ -301,6 +301,9 @@ def _facts(run: Run) -> RunFacts:
     record, spec = run.record, run.spec
     metrics: dict[str, dict[str, Any]] = record.metrics
     data, known = record.data, {name: getattr(record, name) for name in RECORD_PARTS}
+    # A report is handed on: where the data lie is nobody else's business.
+    dataset = {key: value for key, value in record.spec["dataset"].items() if key != "root"}
+    known["spec"] = {**record.spec, "dataset": dataset}
     return RunFacts(
         run.folder.path.name, record.digest, spec.model.name, data["name"], data["digest"], metrics, known
     )

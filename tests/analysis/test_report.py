@@ -11,7 +11,9 @@ from io import BytesIO
 import pytest
 from PIL import Image
 from report_runs import document_of
+from tiny import tiny_spec
 
+from backdoorbench_moe.analysis import analyze
 from backdoorbench_moe.analysis.document import as_document, load_document, save_document, to_text
 from backdoorbench_moe.analysis.figures.training import draw_training
 from backdoorbench_moe.analysis.report import (
@@ -22,6 +24,7 @@ from backdoorbench_moe.analysis.report import (
     page,
     save_report,
 )
+from backdoorbench_moe.engine.runner import run_attack
 from backdoorbench_moe.errors import RecordError
 
 VOID = {"meta", "br", "hr", "img", "link", "use", "path"}
@@ -207,3 +210,10 @@ def test_a_document_is_plain(tmp_path) -> None:
     document = document_of("pmoe")
     assert json.loads(to_text(document)) == document
     assert as_document.__doc__ and set(document["run"]["record"]) >= {"spec", "history", "environment"}
+
+
+def test_it_does_not_say_where_the_data_lie(tmp_path) -> None:
+    [run] = run_attack(tiny_spec(train={"epochs": 1}), output=tmp_path, twin=False)
+    run.record.spec["dataset"] = {"name": "tiny", "root": "/home/somebody/data"}
+    known = analyze._facts(run).record
+    assert known["spec"] == {**run.record.spec, "dataset": {"name": "tiny"}}
