@@ -19,6 +19,8 @@ Ranking = Literal["post-relu", "notebook"]
 class FinePruning(Defense):
     """Prune a share of the last convolution's channels (of every expert), then fine-tune on clean images.
 
+    Of a transformer, which has none: of the hidden units of its last MLP, of each expert in the last layer of experts.
+
     ratio: share of each group's own channels, in [0, 1); floor(ratio * channels) are pruned. scope: "experts",
     each expert's last convolution; "trunk", the last one before them, or of a dense model; "all", both; None is
     "experts" where there are any, else "trunk". epochs: of tuning; 0 only prunes. lr: the run's own where
@@ -28,7 +30,8 @@ class FinePruning(Defense):
     ranking: which channels go, measured on the images the defender holds.
     - "post-relu": those with the least mean activation behind norm and ReLU; the channel of the norm is
       set to zero with that of the convolution, so that the activation itself is zero (Liu et al., RAID 2018).
-      Where no norm has the convolution's channels, of the convolution's own output behind a ReLU.
+      Where no norm has the convolution's channels, of the convolution's own output behind a ReLU. In a transformer
+      the channels are the hidden units of an MLP, so measured where they go into its activation.
     - "notebook": those with the least signed mean of the convolution's output, before the norm; only
       the convolution's channel is set to zero, which the norm makes a constant (BadPatches' notebook).
 
@@ -68,7 +71,7 @@ class FinePruning(Defense):
         pruned: list[tuple[nn.Module, Tensor]] = []
         for group, score in zip(groups, scores, strict=True):
             channels = group.start + lowest(score, share_of(self.ratio, len(group)))
-            pruned.append((group.conv, channels))
+            pruned.append((group.layer, channels))
             if self.ranking == "post-relu" and group.norm is not None:
                 pruned.append((group.norm, channels))
         for module, channels in pruned:
@@ -83,7 +86,7 @@ class FinePruning(Defense):
     def _groups(self, model: nn.Module) -> list[ChannelGroup]:
         there = structure(model).prunable()
         if not there:
-            raise ConfigError(f"scope: {type(model).__name__} has no convolution that could be pruned")
+            raise ConfigError(f"scope: {type(model).__name__} names no channels that could be pruned")
         scope = self.scope or ("experts" if "experts" in there else "trunk")
         if scope != "all" and scope not in there:
             raise ConfigError.expected("scope", f"one of {[*there, 'all']} for {type(model).__name__}", scope)
@@ -102,6 +105,6 @@ def rank_channels(groups: list[ChannelGroup], ranking: Ranking, *, run: Callable
     run: passes the images through the model.
     """
     rectify = ranking == "post-relu"
-    modules = [group.norm if rectify and group.norm is not None else group.conv for group in groups]
+    modules = [(group.norm if rectify else None) or group.tap or group.layer for group in groups]
     means = channel_means(modules, run, rectify=rectify)
     return [means[module][group.start : group.stop] for module, group in zip(modules, groups, strict=True)]

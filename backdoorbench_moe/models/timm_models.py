@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import timm
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
@@ -85,18 +85,15 @@ class TimmModel(nn.Module):
         return {"head": [head]} if named else {}
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
-        """The last convolution with its own batch norm behind it, shortcuts aside; nothing where there is none."""
-        kinds = (nn.Conv2d, nn.BatchNorm2d)
+        """The last convolution with its own norm behind it (shortcuts aside) or hidden layer of an MLP."""
+        kinds = (nn.Conv2d, nn.BatchNorm2d, Mlp)
         modules = [(name, m) for name, m in self.network.named_modules() if isinstance(m, kinds)]
         found = [
-            (conv, norm)
-            for (name, conv), (_, norm) in pairwise(modules)
-            if isinstance(conv, nn.Conv2d)
-            and isinstance(norm, nn.BatchNorm2d)
-            and norm.num_features == conv.out_channels
-            and "downsample" not in name
+            group
+            for (name, module), (_, after) in pairwise([*modules, ("", nn.Identity())])
+            if "downsample" not in name and (group := _prunable(module, after))
         ]
-        return {"trunk": [ChannelGroup.whole("trunk", *found[-1])]} if found else {}
+        return {"trunk": found[-1:]} if found else {}
 
     def _try_out(self, architecture: str, image_size: int) -> None:
         """Run one empty image: whether strides and windows fit a size shows nowhere else."""
@@ -107,6 +104,17 @@ class TimmModel(nn.Module):
         except Exception as error:
             raise _unfit(architecture, image_size, error) from error
         self.network.train()
+
+
+def _prunable(module: nn.Module, after: nn.Module) -> ChannelGroup | None:
+    """The channels of a convolution whose norm comes right after it, or the hidden units of an MLP."""
+    if isinstance(module, Mlp) and isinstance(module.fc1, nn.Linear):
+        return ChannelGroup.whole("trunk", module.fc1)
+    if isinstance(module, nn.Conv2d) and isinstance(after, nn.BatchNorm2d):
+        return (
+            ChannelGroup.whole("trunk", module, after) if after.num_features == module.out_channels else None
+        )
+    return None
 
 
 def _check_architecture(architecture: str) -> None:

@@ -1,4 +1,4 @@
-"""Channels of a convolution: how active they are, and setting the least active to zero for good."""
+"""Channels of a layer: how active they are, and setting the least active to zero for good."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ def channel_means(
 ) -> dict[nn.Module, Tensor]:
     """Mean output of each channel over everything that passes while `run()` runs.
 
-    modules: each gives (B, C, H, W). rectify: of max(output, 0), as behind a ReLU. Returns (C,) float64 on
-    the CPU for each module. Raises ValueError for a module that nothing passed.
+    modules: convolutions and their norms give (B, C, H, W), all others (..., C). rectify: of max(output, 0), as
+    behind a ReLU. Returns (C,) float64 on the CPU for each module. Raises ValueError for a module that nothing passed.
     """
     sums: dict[nn.Module, Tensor] = {}
     counts: dict[nn.Module, int] = {}
 
     def add(module: nn.Module, _: object, output: Tensor) -> None:
         values = output.detach().float()
-        values = (values.relu() if rectify else values).sum((0, 2, 3), dtype=torch.float64)
+        at = 1 if isinstance(module, nn.Conv2d | nn.BatchNorm2d) else values.ndim - 1
+        others = [dim for dim in range(values.ndim) if dim != at]
+        values = (values.relu() if rectify else values).sum(others, dtype=torch.float64)
         sums[module] = sums[module] + values if module in sums else values
-        counts[module] = counts.get(module, 0) + output.numel() // output.shape[1]
+        counts[module] = counts.get(module, 0) + output.numel() // output.shape[at]
 
     wanted = list(dict.fromkeys(modules))
     hooks = [module.register_forward_hook(add) for module in wanted]

@@ -11,25 +11,34 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Output channels `start` to `stop` of `conv`, which are ranked among each other and pruned.
+    """Output channels `start` to `stop` of `layer`, which are ranked among each other and pruned.
 
-    name: what they are, such as "expert 0". norm: the batch norm behind the convolution, whose channel c
-    holds the convolution's channel c; None where there is no such one.
+    name: what they are, such as "expert 0". layer: a convolution, (B, channels, H, W) out, or a linear layer,
+    (..., channels) out; `weight`, and `bias` if it has one, hold one channel a row. norm: the batch norm behind a
+    convolution, whose channel c holds the convolution's channel c; None where there is no such one. tap: the module
+    that gives the channels, (..., channels), where the layer's weights are used without a call of it.
     """
 
     name: str
-    conv: nn.Conv2d
+    layer: nn.Module
     start: int
     stop: int
     norm: nn.BatchNorm2d | None = None
+    tap: nn.Module | None = None
 
     @classmethod
-    def whole(cls, name: str, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None) -> ChannelGroup:
-        """All channels of a convolution."""
-        return cls(name, conv, 0, conv.out_channels, norm)
+    def whole(cls, name: str, layer: nn.Module, norm: nn.BatchNorm2d | None = None) -> ChannelGroup:
+        """All channels of a convolution or linear layer."""
+        return cls(name, layer, 0, channels_of(layer), norm)
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+
+def channels_of(layer: nn.Module) -> int:
+    """How many output channels a layer has: the rows of its weight."""
+    assert isinstance(layer.weight, Tensor)
+    return len(layer.weight)
 
 
 @dataclass(frozen=True)
@@ -97,4 +106,4 @@ class Structured(Protocol):
         """The modules that make up the "experts", the "router" and the "head"; those of them it has."""
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
-        """The last convolution of every expert ("experts") and of what comes before or is all ("trunk")."""
+        """The last convolution or hidden units: of every expert ("experts"), of what is before or all ("trunk")."""

@@ -9,7 +9,7 @@ import torch
 
 from backdoorbench_moe.models.base import RoutedModel
 from backdoorbench_moe.ops.experts import copy_expert, expert_outputs, mute, replaced_output
-from backdoorbench_moe.ops.structure import Structured, WithExperts
+from backdoorbench_moe.ops.structure import Structured, WithExperts, channels_of
 from backdoorbench_moe.testing.making import batch, used_model
 
 
@@ -38,10 +38,13 @@ def test_what_can_be_pruned_lies_in_the_model(model_name: str) -> None:
     taken = set()
     for groups in prunable.values():
         for group in groups:
-            assert group.conv in own and 0 <= group.start < group.stop <= group.conv.out_channels
+            count = channels_of(group.layer)
+            assert group.layer in own and 0 <= group.start < group.stop <= count
             if group.norm is not None:
-                assert group.norm in own and group.norm.num_features == group.conv.out_channels
-            channels = {(id(group.conv), channel) for channel in range(group.start, group.stop)}
+                assert group.norm in own and group.norm.num_features == count
+            if group.tap is not None:
+                assert group.tap in own
+            channels = {(id(group.layer), channel) for channel in range(group.start, group.stop)}
             assert len(channels) == len(group) and not channels & taken
             taken |= channels
 

@@ -155,15 +155,42 @@ def test_a_dense_model_loses_channels_of_its_last_convolution(name, conv) -> Non
         create_defense("fine-pruning", scope="experts")(task)
 
 
+def test_a_transformer_loses_hidden_units_of_its_last_mlp() -> None:
+    """Those an own pass finds least active; and what is left of them adds nothing to any token."""
+    model = used_model("timm:test_vit")
+    task, _ = make_task(model)
+    mlp = model.network.blocks[-1].mlp
+    seen: list[Tensor] = []
+    hook = mlp.fc1.register_forward_hook(lambda m, _, output: seen.append(output))
+    task.logits(model, task.clean.images)
+    hook.remove()
+    active = torch.cat(seen).relu().mean((0, 1))
+    expected = sorted(sorted(range(len(active)), key=lambda unit: active[unit].item())[: len(active) // 4])
+    create_defense("fine-pruning", ratio=0.25, epochs=1)(task)
+    pruned = (mlp.fc1.weight == 0).all(1)
+    assert pruned.nonzero().flatten().tolist() == expected and not mlp.fc1.bias[pruned].any()
+    assert (mlp.fc2.weight[:, pruned] != 0).any()
+
+
+class Unprunable(nn.Module):
+    """A model of which nothing can be pruned."""
+
+    def components(self) -> dict[str, list[nn.Module]]:
+        """None."""
+        return {}
+
+    prunable = components
+
+
 class Nameless(nn.Module):
     """A model that does not say what it is made of."""
 
 
-def test_a_model_without_names_or_convolutions_is_refused_in_one_line() -> None:
+def test_a_model_without_names_or_channels_is_refused_in_one_line() -> None:
     with pytest.raises(ConfigError, match="the model Nameless does not name its parts"):
         create_defense("fine-pruning").check(Nameless())
-    with pytest.raises(ConfigError, match="no convolution that could be pruned"):
-        create_defense("fine-pruning").check(used_model("timm:test_vit"))
+    with pytest.raises(ConfigError, match="Unprunable names no channels that could be pruned"):
+        create_defense("fine-pruning").check(Unprunable())
     with pytest.raises(ConfigError, match=r"ratio: 0\.1 of the 5 channels of expert 0 is no channel"):
         create_defense("fine-pruning", ratio=0.1).check(used_model())
     create_defense("fine-pruning", ratio=0).check(used_model())

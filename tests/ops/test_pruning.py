@@ -51,6 +51,16 @@ def test_means_by_hand() -> None:
     assert not conv._forward_hooks
 
 
+def test_the_channels_of_a_linear_layer_are_the_last_dimension() -> None:
+    linear = nn.Linear(1, 2)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        linear.bias.copy_(torch.tensor([0.0, 1.0]))
+    values = torch.tensor([[[4.0], [-2.0], [0.0]]])  # and 4, -2, 0 and -3, 3, 1 come out
+    means = channel_means([linear], lambda: linear(values), rectify=True)[linear]
+    assert means.tolist() == pytest.approx([4 / 3, 4 / 3])
+
+
 def test_a_module_nothing_passes_is_said(monkeypatch) -> None:
     conv = nn.Conv2d(1, 1, 1)
     with pytest.raises(ValueError, match="pass every module"):

@@ -18,8 +18,11 @@ def dispatch(tokens: Tensor, assignment: Assignment, experts: Experts) -> Tensor
     On a GPU in half precision, in grouped products. Otherwise, where the room is little more than the tokens need, in
     batched ones, whose shapes are always the same: on a CPU in bf16, where every new shape is compiled for, they
     train in two thirds of the time. Where there is room for all, expert by expert; but on a GPU, with gradients,
-    batched again, since that waits for nothing: a training step may be captured as a CUDA graph.
+    batched again, since that waits for nothing: a training step may be captured as a CUDA graph. Expert by expert
+    too where somebody watches the hidden units, since there every row is a token's.
     """
+    if experts.hidden.watched:
+        return by_expert(tokens, assignment, experts)
     on_gpu = tokens.device.type == "cuda"
     halved = torch.is_autocast_enabled(tokens.device.type) or tokens.dtype in (torch.bfloat16, torch.float16)
     if on_gpu and halved and tokens.shape[1] % 8 == 0:

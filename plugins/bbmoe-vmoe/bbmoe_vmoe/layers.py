@@ -16,6 +16,7 @@ from bbmoe_vmoe.dispatch import combine, dispatch, spread
 from bbmoe_vmoe.experts import Experts
 from bbmoe_vmoe.precision import full_precision
 from bbmoe_vmoe.routers import Router
+from bbmoe_vmoe.tap import Tap
 
 _collected: ContextVar[list[Routing] | None] = ContextVar("collected", default=None)
 
@@ -32,19 +33,6 @@ def collecting() -> Iterator[list[Routing]]:
         yield found
     finally:
         _collected.reset(token)
-
-
-class Tap(nn.Module):
-    """Passes what it is given; here it can be read and replaced by a forward hook."""
-
-    def forward(self, values: Tensor) -> Tensor:
-        """The same."""
-        return values
-
-    @property
-    def watched(self) -> bool:
-        """Whether anyone reads or replaces."""
-        return bool(self._forward_hooks)
 
 
 class MoELayer(nn.Module):

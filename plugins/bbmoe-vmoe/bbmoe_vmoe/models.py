@@ -102,16 +102,29 @@ class RoutedViT(RoutedModel):
         }
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
-        """Nothing: a transformer of this make has no convolution that could be pruned."""
-        return {}
+        """Each expert's hidden units in the last layer of experts, and those of the last dense MLP before it."""
+        number = self.moe_blocks[-1]
+        experts = self.network.blocks[number].mlp.experts
+        assert isinstance(experts, Experts)
+        hidden = len(experts.fc1.weight) // self.num_experts
+        groups = [
+            ChannelGroup(f"expert {e}", experts.fc1, e * hidden, (e + 1) * hidden, tap=experts.hidden)
+            for e in range(self.num_experts)
+        ]
+        dense = [block.mlp for block in self.network.blocks[:number] if isinstance(block.mlp, Mlp)]
+        trunk = {"trunk": [ChannelGroup.whole("trunk", dense[-1].fc1)]} if dense else {}
+        return {"experts": groups, **trunk}
 
     def experts(self) -> list[Expert]:
         """Each expert: its rows of the stacked weights; muted by `heard`, which comes after what it gives."""
         found = []
         for layer in self.layers():
-            keys = [f"{layer.name}.experts.{key}" for key in layer.experts.state_dict()]
+            rows = {
+                f"{layer.name}.experts.{key}": len(tensor) // self.num_experts
+                for key, tensor in layer.experts.state_dict().items()
+            }
             for e in range(self.num_experts):
-                own = dict.fromkeys(keys, (e, e + 1))
+                own = {key: (e * size, (e + 1) * size) for key, size in rows.items()}
                 output = {key: rows for key, rows in own.items() if key.endswith(".heard")}
                 found.append(Expert(layer.name, e, own, output, layer.tap, (e, e + 1)))
         return found

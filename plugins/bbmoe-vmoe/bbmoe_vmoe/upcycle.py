@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 # In the place of a file: one random MLP's weights for all experts of a layer.
 COPY = "copy"
-PARTS = {"weight1": "fc1.weight", "bias1": "fc1.bias", "weight2": "fc2.weight", "bias2": "fc2.bias"}
 NOT_DENSE = ("router.", "experts.heard")
 
 
@@ -53,6 +52,11 @@ def load_dense(model: RoutedViT, tensors: dict[str, Tensor], *, source: str) -> 
             f"upcycle: {source}: expected the weights of the dense transformer; it {what} {name}"
         )
     copies = {dense for name, (_, dense) in own.items() if ".experts." in name}
+    # Each stacked weight as (E, ...), to which one MLP's is spread.
+    wanted = {
+        name: tensor.unflatten(0, (model.num_experts, -1)) if name in copies else tensor
+        for name, tensor in wanted.items()
+    }
     for name, tensor in wanted.items():
         shape = tensor.shape[1:] if name in copies else tensor.shape
         if tensors[name].shape != shape:
@@ -70,4 +74,4 @@ def _dense_name(name: str) -> str | None:
         return name
     if part.startswith(NOT_DENSE):
         return None
-    return f"{layer}.mlp.{PARTS[part.removeprefix('experts.')]}"
+    return f"{layer}.mlp.{part.removeprefix('experts.')}"

@@ -52,10 +52,10 @@ ROUTERS = {
 
 def oracle(experts: Experts, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Every expert on every token, weighted: einsums over all of (S, D) and (S, E)."""
-    hidden = torch.einsum("sd,ehd->esh", tokens, experts.weight1) + experts.bias1[:, None]
-    outputs = (
-        torch.einsum("esh,edh->esd", nn.functional.gelu(hidden), experts.weight2) + experts.bias2[:, None]
-    )
+    hidden = torch.einsum("sd,ehd->esh", tokens, experts.fc1.weights)
+    hidden = hidden + experts.fc1.biases[:, None]
+    outputs = torch.einsum("esh,edh->esd", nn.functional.gelu(hidden), experts.fc2.weights)
+    outputs = outputs + experts.fc2.biases[:, None]
     return torch.einsum("se,esd->sd", weights, outputs)
 
 
@@ -110,16 +110,48 @@ def test_one_expert_is_the_dense_mlp_gradients_included(kind, training):
     got.square().sum().backward()
     want.square().sum().backward()
     torch.testing.assert_close(tokens.grad, other.grad)
-    pairs = zip(layer.experts.parameters(), dense.parameters(), strict=True)
-    for stacked, own in ((stacked, own) for stacked, own in pairs):
-        torch.testing.assert_close(stacked.grad[0], own.grad)
+    for stacked, own in zip(layer.experts.parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(stacked.grad, own.grad)
 
 
 def test_drawn_experts_differ_and_copies_do_not():
     drawn, copied = Experts(mlp(), 3, copies=False), Experts(mlp(), 3, copies=True)
-    assert not torch.equal(drawn.weight1[0], drawn.weight1[1])
-    assert all(torch.equal(weight, mlp().fc2.weight) for weight in copied.weight2)
-    assert drawn.weight2.std().item() == pytest.approx(0.02, rel=0.15) and not drawn.bias1.any()
+    assert not torch.equal(drawn.fc1.weights[0], drawn.fc1.weights[1])
+    assert all(torch.equal(weight, mlp().fc2.weight) for weight in copied.fc2.weights)
+    assert drawn.fc2.weight.std().item() == pytest.approx(0.02, rel=0.15) and not drawn.fc1.bias.any()
+
+
+@pytest.mark.parametrize("router", ["top-k", "all", "expert choice"])
+@torch.no_grad()
+def test_watched_hidden_units_are_those_of_the_tokens_an_expert_gets_and_change_no_bit(router):
+    """Sums over the rows against a loop over tokens; padding adds nothing. With a ReLU, and without."""
+    torch.manual_seed(0)
+    layer = SparseLayer(make_experts(), ROUTERS[router](), name="here", prefix=1).eval()
+    tokens, seen = images(), []
+    plain = dispatching.by_expert(tokens.flatten(0, 1), layer.router(tokens).assignment, layer.experts)
+    hook = layer.experts.hidden.register_forward_hook(lambda m, _, output: seen.append(output))
+    watched = dispatching.dispatch(tokens.flatten(0, 1), layer.router(tokens).assignment, layer.experts)
+    hook.remove()
+    assert torch.equal(watched, plain)
+    [rows], chosen = seen, layer.router(tokens).selected
+    for change in (torch.relu, torch.nn.Identity()):
+        want = torch.zeros(EXPERTS, 16)
+        for image, token, expert in chosen.nonzero().tolist():
+            own = layer.experts.fc1
+            want[expert] += change(own.weights[expert] @ tokens[image, token] + own.biases[expert])
+        torch.testing.assert_close(change(rows).sum(0), want.flatten())
+
+
+@torch.no_grad()
+def test_watched_hidden_units_of_a_soft_layer_are_those_of_its_slots():
+    layer, tokens, seen = soft(), images(), []
+    hook = layer.experts.hidden.register_forward_hook(lambda m, _, output: seen.append(output))
+    layer(tokens)
+    hook.remove()
+    mixtures = torch.einsum("bnes,bnd->ebsd", layer.router(tokens)[0], tokens)
+    own = layer.experts.fc1
+    want = torch.einsum("ebsd,ehd->bseh", mixtures, own.weights) + own.biases
+    torch.testing.assert_close(seen[0], want.flatten(0, 1).flatten(1))
 
 
 @pytest.mark.parametrize("kind", [TopKRouter, ExpertChoiceRouter])
@@ -186,7 +218,7 @@ def test_no_token_listens_to_a_masked_soft_expert():
     layer.router.masked[2] = True
     before = layer(images())
     with torch.no_grad():
-        layer.experts.weight2[2] += 1
+        layer.experts.fc2.weights[2] += 1
     assert torch.equal(layer(images()), before)
     assert layer.router(images())[1].sum((2, 3)).allclose(torch.ones(()))
 

@@ -9,10 +9,14 @@ import pytest
 import torch
 from bbmoe_vmoe.surgery import choose_blocks
 from safetensors.torch import save_file
+from torch import nn
 
+from backdoorbench_moe.config import TrainSpec
+from backdoorbench_moe.engine.step import make_optimizer
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.models import create_model
 from backdoorbench_moe.ops.experts import kept_muted, mute
+from backdoorbench_moe.ops.pruning import silence
 from backdoorbench_moe.ops.seeding import seeded
 
 SMALL = {"depth": 4, "embed_dim": 16, "num_heads": 2}
@@ -102,6 +106,23 @@ def test_with_one_expert_it_is_its_dense_twin(name):
     }
 
 
+def test_with_one_expert_it_trains_as_its_dense_twin():
+    """Weight decay included, which leaves biases alone in both."""
+    dense, model = build(DENSE).train(), build(num_experts=1, upcycle="copy").train()
+    spec = TrainSpec(optimizer="adamw", lr=0.01, weight_decay=0.5)
+    for network in (dense, model):
+        optimizer = make_optimizer(network, spec, torch.device("cpu"))
+        for _ in range(4):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(images()), torch.tensor([0, 1, 2, 1])).backward()
+            optimizer.step()
+    own, there = dense.state_dict(), model.state_dict()
+    assert own["network.blocks.3.mlp.fc1.bias"].abs().max() > 0.01
+    for key, tensor in own.items():
+        copied = re.sub(r"([13])\.mlp\.", r"\1.mlp.experts.", key)
+        torch.testing.assert_close(there[copied], tensor, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_layer_says_its_routing(name):
     model = build(name, moe_blocks="1,2,3").eval()
@@ -151,8 +172,29 @@ def test_a_masked_expert_is_kept_in_the_state_and_has_no_effect(name):
     [_, routing] = read.forward_routed(images()).routing
     assert not routing.selected[:, 1].any() and routing.selected[:, 0].any()
     with torch.no_grad():
-        read.network.blocks[3].mlp.experts.weight2[1] += 1
+        read.network.blocks[3].mlp.experts.fc2.weights[1] += 1
     assert torch.equal(read(images()), before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_can_be_pruned_are_hidden_units_of_the_last_layer_of_experts_and_of_the_mlp_before(name):
+    found = build(name).prunable()
+    assert [(group.start, group.stop) for group in found["experts"]] == [
+        (64 * e, 64 * e + 64) for e in range(8)
+    ]
+    assert build(name, moe_blocks="all").prunable().keys() == {"experts"}
+    model = build(name, moe_blocks="3").eval()
+    [trunk], experts = model.prunable()["trunk"], model.prunable()["experts"]
+    assert trunk.layer is model.network.blocks[2].mlp.fc1
+    # Without any of them the two MLPs add no more than a bias.
+    for group in [trunk, *experts]:
+        silence(group.layer, torch.arange(group.start, group.stop))
+    for block in (2, 3):
+        mlp, seen = model.network.blocks[block].mlp, []
+        hook = mlp.register_forward_hook(lambda m, _, output, seen=seen: seen.append(output))
+        model(images())
+        hook.remove()
+        assert torch.allclose(seen[0], seen[0][:1, :1].expand_as(seen[0]), atol=1e-7)
 
 
 def test_a_muted_expert_stays_so_in_training():
@@ -184,8 +226,8 @@ def test_upcycling_copies_the_dense_model(name, dense_file):
     assert len(model.upcycled_from) == 64
     own = dense.network.blocks[3].mlp
     experts = model.network.blocks[3].mlp.experts
-    assert all(torch.equal(weight, own.fc1.weight) for weight in experts.weight1)
-    assert all(torch.equal(bias, own.fc2.bias) for bias in experts.bias2)
+    assert all(torch.equal(weight, own.fc1.weight) for weight in experts.fc1.weights)
+    assert all(torch.equal(bias, own.fc2.bias) for bias in experts.fc2.biases)
     assert torch.equal(model.network.blocks[0].mlp.fc1.weight, dense.network.blocks[0].mlp.fc1.weight)
     assert torch.equal(model.network.head.weight, dense.network.head.weight)
     router = model.network.blocks[1].mlp.router.state_dict()
