@@ -21,17 +21,14 @@ from backdoorbench_moe.triggers.base import Trigger
 class Sinusoid(Trigger):
     """Vertical stripes, added to every channel: amplitude * cos(2 pi * frequency * column / width).
 
-    amplitude: in (0, 1], the 20 of 255 of Barni et al. (ICIP 2019) by default. frequency: periods across the
-    canvas, from 1. The paper has a sine; a cosine is the same but for its phase, and is not all zeros on a tile
-    of four columns, as six periods of a sine are. Raises ConfigError for a value out of range.
+    amplitude: in (0, 1], the 20 of 255 of Barni et al. (ICIP 2019) by default. frequency: periods across the canvas.
+    A cosine, for six periods of the paper's sine are zero on all four columns of a tile.
     """
 
     def __init__(self, *, amplitude: float = 20 / 255, frequency: int = 6, seed: int = 0) -> None:
         super().__init__(seed=seed)
         if not 0 < amplitude <= 1:
             raise ConfigError.expected("sinusoid: amplitude", "a number in (0, 1]", amplitude)
-        if frequency < 1:
-            raise ConfigError.expected("sinusoid: frequency", "at least 1 period", frequency)
         self.amplitude, self.frequency = amplitude, frequency
 
     def stamp(self, images: Tensor) -> Tensor:
@@ -42,18 +39,12 @@ class Sinusoid(Trigger):
 
 
 class RandomTiles(Applicator):
-    """BadPatches on some of the tiles: `share` of them, drawn from `seed`, the same in every image.
-
-    share: in (0, 1], rounded to whole tiles, at least one. patch_size: side of a tile in pixels, the model's
-    own where it has one. Raises ConfigError for a value out of range.
-    """
+    """BadPatches on a `share` of the tiles, in (0, 1], at least one: drawn from `seed`, the same in every image."""
 
     def __init__(self, *, share: float = 0.5, patch_size: int = 4, seed: int = 0) -> None:
         super().__init__()
         if not 0 < share <= 1:
             raise ConfigError.expected("random-tiles: share", "a number in (0, 1]", share)
-        if patch_size < 1:
-            raise ConfigError.expected("random-tiles: patch_size", "a positive number of pixels", patch_size)
         self.share, self.patch_size, self.seed = share, patch_size, seed
 
     def apply(self, images: Tensor, trigger: Callable[[Tensor], Tensor]) -> Tensor:
@@ -66,12 +57,7 @@ class RandomTiles(Applicator):
 
 
 class MagnitudePruning(Defense):
-    """Set the smallest weights of every layer to zero, then train on; small ones do little for clean images.
-
-    ratio: share of each tensor of two or more dimensions that becomes zero, in [0, 1). epochs: of training after
-    that, from 0; what was pruned may grow again. clean_fraction: see `Defense`. Raises ConfigError for a value
-    out of range. The ranking is that of Han et al. (NeurIPS 2015).
-    """
+    """Set the smallest weights of every layer to zero, `ratio` of them, in [0, 1), then train on (Han et al., 2015)."""
 
     tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
 
@@ -79,17 +65,13 @@ class MagnitudePruning(Defense):
         super().__init__(clean_fraction=clean_fraction)
         if not 0 <= ratio < 1:
             raise ConfigError.expected("ratio", "a number in [0, 1)", ratio)
-        if epochs < 0:
-            raise ConfigError.expected("epochs", "a whole number from 0", epochs)
         self.ratio, self.epochs = ratio, epochs
 
     @torch.no_grad()
     def prune(self, weight: Tensor) -> None:
         """Set the floor(ratio * n) smallest of a tensor's n values to zero, in place."""
-        sizes = weight.abs().flatten()
-        smallest = torch.zeros_like(sizes, dtype=torch.bool)
-        smallest[lowest(sizes, share_of(self.ratio, len(sizes)))] = True
-        weight.masked_fill_(smallest.view(weight.shape), 0)
+        smallest = lowest(weight.abs().flatten(), share_of(self.ratio, weight.numel()))
+        weight.copy_(weight.flatten().index_fill(0, smallest, 0).view_as(weight))
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Prune, report, tune."""

@@ -1,7 +1,5 @@
 """What only its author can test: the values, by hand. `bbmoe plugin check bbmoe-example` does the rest."""
 
-import math
-
 import pytest
 import torch
 
@@ -19,28 +17,13 @@ def test_four_columns_by_hand():
     torch.testing.assert_close(stamped, want[:, None, None].expand(2, 3, 2, 4))
 
 
-def test_the_spectrum_is_one_line():
-    change = create_trigger("sinusoid")(torch.full((1, 1, 1, 32), 0.5, dtype=torch.float64)) - 0.5
-    spectrum = torch.fft.rfft(change.flatten()).abs() * 2 / 32
-    assert spectrum.argmax() == 6 and math.isclose(spectrum[6], 20 / 255, abs_tol=1e-6)
-    assert spectrum.sum() - spectrum[6] < 1e-5
-
-
 @pytest.mark.parametrize(("share", "count"), [(0.01, 1), (0.25, 4), (1.0, 16)])
 def test_so_many_tiles_are_stamped_whole_and_the_same_in_every_image(share, count):
     applicator = create_applicator("random-tiles", share=share, patch_size=2, seed=3)
-    tiles = (
-        applicator(torch.zeros(2, 1, 8, 8), torch.ones_like).unfold(2, 2, 2).unfold(3, 2, 2).sum((1, 4, 5))
-    )
+    stamped = applicator(torch.zeros(2, 1, 8, 8), torch.ones_like)
+    tiles = stamped.unfold(2, 2, 2).unfold(3, 2, 2).sum((1, 4, 5))
     assert set(tiles.unique().tolist()) <= {0.0, 4.0} and (tiles == 4).sum((1, 2)).tolist() == [count, count]
     assert torch.equal(tiles[0], tiles[1])
-
-
-def test_the_seed_draws_the_tiles():
-    one, other = (
-        create_applicator("random-tiles", seed=s)(torch.zeros(1, 1, 32, 32), torch.ones_like) for s in (0, 1)
-    )
-    assert not torch.equal(one, other) and one.sum() == other.sum() == 512
 
 
 def test_the_smallest_weights_become_zero():
@@ -53,12 +36,8 @@ def test_the_smallest_weights_become_zero():
     ("create", "name", "options"),
     [
         (create_trigger, "sinusoid", {"amplitude": 0.0}),
-        (create_trigger, "sinusoid", {"amplitude": math.nan}),
-        (create_trigger, "sinusoid", {"frequency": 0}),
         (create_applicator, "random-tiles", {"share": 0.0}),
-        (create_applicator, "random-tiles", {"patch_size": 0}),
         (create_defense, "magnitude-pruning", {"ratio": 1.0}),
-        (create_defense, "magnitude-pruning", {"epochs": -1}),
     ],
 )
 def test_values_out_of_range_are_refused(create, name, options):
