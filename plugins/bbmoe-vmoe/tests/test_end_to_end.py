@@ -11,7 +11,7 @@ from backdoorbench_moe.bench.suite_file import load_suite
 from backdoorbench_moe.config import load_recipe
 from backdoorbench_moe.errors import ConfigError
 
-SUITE = Path(__file__).parents[1] / "suites" / "transformers.yaml"
+SUITES = Path(__file__).parents[1] / "suites"
 SMALL = {"depth": 2, "embed_dim": 16, "num_heads": 2, "num_experts": 4, "moe_blocks": "all"}
 DENSE = {"name": "timm:vit_tiny_patch16_224", "depth": 2, "embed_dim": 16, "num_heads": 2}
 LAYERS = ["network.blocks.0.mlp", "network.blocks.1.mlp"]
@@ -89,6 +89,16 @@ def test_quick_is_the_packages_own():
 
 
 def test_the_suite_is_three_models_three_triggers_and_two_ways_to_apply_them():
-    suite = load_suite(str(SUITE))
+    suite = load_suite(str(SUITES / "transformers.yaml"))
     assert len(suite.cells) == 18 and suite.repeats == 2 and suite.scale == "small"
     assert {cell.spec.model.options["depth"] for cell in suite.cells} == {2}
+
+
+def test_the_defenses_are_measured_on_attacks_of_the_other_suite():
+    suite, attacks = (
+        load_suite(str(SUITES / f"{name}.yaml")) for name in ("transformer-defenses", "transformers")
+    )
+    undefended = [cell.spec for cell in suite.cells if not cell.spec.defenses]
+    assert len(suite.cells) == 44 and len(undefended) == 6
+    specs = [cell.spec for cell in attacks.cells]
+    assert all(spec in specs for spec in undefended)
