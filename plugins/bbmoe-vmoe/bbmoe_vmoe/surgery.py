@@ -30,17 +30,21 @@ def build_vit(
     try:
         model = create_model(f"timm:{vit}", num_classes=num_classes, image_size=image_size, **given)
     except ConfigError as error:
-        if str(error).startswith(("architecture: unknown", *(f"{name}: timm's" for name in sizes))):
+        if str(error).startswith("architecture: unknown"):
             raise ConfigError(f"vit: {error}") from error
+        # A plain transformer lets all of its sizes be chosen.
+        if str(error).startswith(tuple(f"{name}: timm's" for name in sizes)):
+            raise _not_plain(vit) from error
         raise
     network = model.network
     if not isinstance(network, VisionTransformer) or not all(map(_is_plain, network.blocks)):
-        raise ConfigError.expected(
-            "vit",
-            "a vision transformer of timm's with a plain MLP in every block, such as vit_tiny_patch16_224",
-            vit,
-        )
+        raise _not_plain(vit)
     return network
+
+
+def _not_plain(vit: str) -> ConfigError:
+    plain = "a vision transformer of timm's with a plain MLP in every block, such as vit_tiny_patch16_224"
+    return ConfigError.expected("vit", plain, vit)
 
 
 def _is_plain(block: nn.Module) -> bool:
@@ -56,11 +60,11 @@ def _is_plain(block: nn.Module) -> bool:
     )
 
 
-def choose_blocks(wanted: str | tuple[int, ...], depth: int) -> tuple[int, ...]:
+def choose_blocks(wanted: str | int | tuple[int, ...], depth: int) -> tuple[int, ...]:
     """The numbers, from 0 and ascending, of the blocks that get experts.
 
-    wanted: "every-2" (all odd ones), "last-N" (the last N odd ones), both as in V-MoE; "all"; or numbers, as a
-    list or as a text such as "1,3,5". Raises ConfigError for anything else and for blocks that do not exist.
+    wanted: "every-2" (all odd ones), "last-N" (the last N odd ones), both as in V-MoE; "all"; or numbers: one,
+    a list, or a text such as "1,3,5". Raises ConfigError for anything else and for blocks that do not exist.
     """
     odd = tuple(range(1, depth, 2))
     if wanted == "all":
@@ -80,9 +84,9 @@ def choose_blocks(wanted: str | tuple[int, ...], depth: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def _numbers(wanted: str | tuple[int, ...]) -> tuple[int, ...]:
-    if isinstance(wanted, tuple):
-        return wanted
+def _numbers(wanted: str | int | tuple[int, ...]) -> tuple[int, ...]:
+    if not isinstance(wanted, str):
+        return (wanted,) if isinstance(wanted, int) else wanted
     try:
         return tuple(int(part) for part in wanted.split(","))
     except ValueError:
