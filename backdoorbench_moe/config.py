@@ -232,14 +232,22 @@ def load_recipe(name: str, model: str = "pmoe") -> Values:
 
 
 def _load_own(text: str, name: str, model: str) -> Values:
-    """A package's own file for a recipe. Raises PluginError for no valid YAML."""
+    """A package's own file for a recipe. Raises PluginError for what is no valid YAML or no recipe."""
+    where = f"recipe {name!r} of model {model!r}"
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_Loader)
     except YAML_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise PluginError(f"recipe {name!r} of model {model!r}: no valid YAML: {reason}") from error
-    if not isinstance(values, dict):
-        raise PluginError(f"recipe {name!r} of model {model!r}: expected keys and values, got {values!r}")
+        raise PluginError(f"{where}: no valid YAML: {' '.join(str(error).split())}") from error
+    models = values.get("models", {}) if isinstance(values, dict) else None
+    if not isinstance(models, dict) or not all(isinstance(options, dict) for options in models.values()):
+        raise PluginError(
+            f"{where}: expected keys and values, those of a model under models.NAME, got {values!r}"
+        )
+    try:
+        _check_plain(values, where)
+        spec_from_dict({key: value for key, value in values.items() if key != "models"})
+    except ConfigError as error:
+        raise PluginError(f"{where}: {error}") from error
     return values
 
 

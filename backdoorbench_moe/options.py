@@ -38,6 +38,30 @@ def list_options(target: Callable[..., object], *, given: Collection[str] = ()) 
     }
 
 
+def call_fault(part: type, *, given: Collection[str] = ()) -> str | None:
+    """Why a class cannot be made from keyword options and `given`; None where it can."""
+    if inspect.isabstract(part):
+        return (
+            f"{part.__name__} does not define {', '.join(sorted(getattr(part, '__abstractmethods__', ())))}"
+        )
+    try:
+        list_options(part)
+    except Exception as error:  # whatever a third party's annotations raise when they are read
+        return f"the options of {part.__name__} cannot be read: {type(error).__name__}: {error}"
+    parameters = inspect.signature(part).parameters.values()
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [
+        p.name for p in parameters if p.kind in by_place and p.default is REQUIRED and p.name not in given
+    ]
+    if needed:
+        return f"{part.__name__} takes {', '.join(needed)} by place; expected keyword-only options"
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        lacking = sorted(set(given) - {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY})
+        if lacking:
+            return f"{part.__name__} does not take {', '.join(lacking)}"
+    return None
+
+
 def check_options(
     target: Callable[..., object], options: Mapping[str, object], *, where: str, given: Collection[str] = ()
 ) -> dict[str, Any]:

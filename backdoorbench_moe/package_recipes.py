@@ -19,7 +19,8 @@ def model_recipe(model: str, recipe: str) -> str | None:
     the package, if the file cannot be read.
     """
     family = model.partition(":")[0]
-    holder = next((candidate for candidate in discover("model") if candidate.name == family), None)
+    usable = (candidate for candidate in discover("model") if not candidate.mismatch)
+    holder = next((candidate for candidate in usable if candidate.name == family), None)
     if holder is None or holder.builtin:
         return None
     points = entry_points(group=GROUP, name=recipe)

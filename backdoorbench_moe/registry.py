@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any, Generic, TypeVar, cast
 
 from backdoorbench_moe.errors import BbmoeError, ConfigError, PluginError, UnknownNameError
-from backdoorbench_moe.options import Option, check_options, list_options
+from backdoorbench_moe.options import Option, call_fault, check_options, list_options
 from backdoorbench_moe.plugins import Candidate, discover
 
 T = TypeVar("T")
@@ -81,8 +81,8 @@ class Registry(Generic[T]):
         def add(part: type[T]) -> type[T]:
             if name in self.names():
                 raise ConfigError(f"{self.kind} {name!r}: the name is already taken")
-            if not self._fits(part):
-                raise ConfigError(f"{self.kind} {name!r}: {part!r} is no subclass of {self._base}")
+            if fault := self._misfit(part):
+                raise ConfigError(f"{self.kind} {name!r}: {fault}")
             self._local[name] = part
             return part
 
@@ -145,12 +145,13 @@ class Registry(Generic[T]):
 
     def _load(self, candidate: Candidate) -> type[T]:
         part = candidate.load()
-        if not self._fits(part):
-            raise PluginError(
-                f"{self.kind} {candidate.name!r} from {candidate.origin}: {part!r} is no subclass of {self._base}"
-            )
+        if fault := self._misfit(part):
+            raise PluginError(f"{self.kind} {candidate.name!r} from {candidate.origin}: {fault}")
         return cast(type[T], part)
 
-    def _fits(self, part: object) -> bool:
+    def _misfit(self, part: object) -> str | None:
+        """Why something is no part of the kind; None where it is one."""
         module, _, name = self._base.partition(":")
-        return isinstance(part, type) and issubclass(part, getattr(import_module(module), name))
+        if not isinstance(part, type) or not issubclass(part, getattr(import_module(module), name)):
+            return f"{part!r} is no subclass of {self._base}"
+        return call_fault(part, given=self.given)

@@ -62,6 +62,14 @@ def test_other_models_and_other_recipes_are_untouched(place) -> None:
         ({"init": "raise SystemExit('no')"}, "from slow-models 0.2 cannot be read: SystemExit: no"),
         ({"recipe": "a: ["}, "recipe 'quick' of model 'slow': no valid YAML"),
         ({"recipe": "- a"}, "recipe 'quick' of model 'slow': expected keys and values"),
+        ({"recipe": "models: [1]"}, "recipe 'quick' of model 'slow': expected keys and values"),
+        ({"recipe": "models: {slow: null}"}, "expected keys and values, those of a model under models.NAME"),
+        ({"recipe": "trian: {epochs: 2}"}, "recipe 'quick' of model 'slow': .*'trian'; did you mean 'train'"),
+        (
+            {"recipe": "train: {lr: 0.1, lr: 0.2}"},
+            "recipe 'quick' of model 'slow': no valid YAML: 'lr' twice",
+        ),
+        ({"recipe": "models: {slow: {since: 2020-01-01}}"}, "recipe 'quick' of model 'slow'"),
     ],
 )
 def test_a_broken_one_is_named_and_stops_no_other_model(place, broken, reason) -> None:
@@ -69,3 +77,10 @@ def test_a_broken_one_is_named_and_stops_no_other_model(place, broken, reason) -
     with pytest.raises(PluginError, match=reason):
         build_spec({"recipe": "quick", "model": "slow"})
     assert build_spec({"recipe": "quick", "model": "pmoe"}).train.epochs == 5
+
+
+def test_a_package_for_another_interface_has_no_say(place) -> None:
+    put_package(place)
+    points = place / "slow_models-0.2.dist-info" / "entry_points.txt"
+    points.write_text(points.read_text() + "[backdoorbench_moe.interface]\n9 = slow_models\n")
+    assert load_recipe("quick", "slow") == load_recipe("quick")

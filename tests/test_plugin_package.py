@@ -70,7 +70,7 @@ def test_it_attacks_and_defends(site, tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     [run] = json.loads(done.stdout)["runs"]
     assert run["status"] == "finished" and run["spec"]["trigger"] == {"name": "sinusoid"}
-    assert run["parts"]["trigger"]["frequency"] == 6
+    assert run["parts"]["trigger"]["amplitude"] == 20 / 255
     assert run["parts"]["applicator"] == {"share": 0.5, "patch_size": 4, "seed": 0}
     assert run["metrics"]["asr"]["n"] > 0 and 0 <= run["metrics"]["asr"]["value"] <= 100
     assert (Path(run["folder"]) / "model.safetensors").is_file()

@@ -53,6 +53,14 @@ def modules(tmp_path, monkeypatch) -> None:
         head
         + "class Good(Trigger):\n    def stamp(self, images):\n        return 1 - images\nclass Wrong: ...\n"
     )
+    (tmp_path / "thirdparty_unfit.py").write_text(
+        "from __future__ import annotations\nfrom typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from pathlib import Path\n"
+        + head
+        + "class Unfinished(Trigger): ...\n"
+        + "class Hinted(Unfinished):\n    stamp = abs\n    def __init__(self, *, at: Path | None = None): ...\n"
+        + "class Placed(Unfinished):\n    stamp = abs\n    def __init__(self, size, *, seed=0): ...\n"
+    )
     (tmp_path / "thirdparty_broken.py").write_text("import a_module_that_is_not_there\n")
     (tmp_path / "thirdparty_exits.py").write_text("raise RuntimeError('no licence')\n")
     (tmp_path / "thirdparty_quits.py").write_text("import sys\nsys.exit('no terminal')\n")
@@ -85,6 +93,12 @@ def test_looking_names_up_imports_nothing(monkeypatch, modules) -> None:
         ("thirdparty_good:Missing", "has no attribute 'Missing'"),
         ("thirdparty_good:Wrong", "is no subclass of"),
         ("nowhere_at_all:X", "No module named 'nowhere_at_all'"),
+        ("thirdparty_unfit:Unfinished", "Unfinished does not define stamp"),
+        (
+            "thirdparty_unfit:Hinted",
+            "the options of Hinted cannot be read: NameError: name 'Path' is not defined",
+        ),
+        ("thirdparty_unfit:Placed", "Placed takes size by place; expected keyword-only options"),
     ],
 )
 def test_a_broken_plugin_is_named_and_nothing_else_breaks(monkeypatch, modules, target, reason) -> None:
@@ -176,6 +190,24 @@ def test_registering_from_running_code(modules) -> None:
         registry.register("other")(int)  # type: ignore[type-var]
     registry.unregister("mine")
     assert "mine" not in registry.names()
+
+
+def test_a_part_has_to_take_what_it_is_given() -> None:
+    registry = Registry("trigger", BASE, given=("canvas",))
+
+    class Fixed(Trigger):
+        def stamp(self, images):
+            return images.clone()
+
+    with pytest.raises(ConfigError, match=r"^trigger 'fixed': Fixed does not take canvas$"):
+        registry.register("fixed")(Fixed)
+
+    @registry.register("open")
+    class Open(Fixed):
+        def __init__(self, *, seed: int = 0, **anything: object) -> None:
+            super().__init__(seed=seed)
+
+    assert isinstance(registry.create("open", {"seed": 1}, {"canvas": 4}), Open)
 
 
 def test_options_of_a_part_are_checked() -> None:

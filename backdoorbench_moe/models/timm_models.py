@@ -19,6 +19,8 @@ from backdoorbench_moe.ops.structure import ChannelGroup
 
 # Below this side the stem of a network made for 224x224 would leave next to nothing of an image.
 SMALL_IMAGE = 64
+# What has convolutions or MLPs beside the way that features take: shortcuts, and positions made into biases.
+ASIDE = ("downsample", "rel_pos")
 # A vision transformer gets smaller patches where its own would leave fewer tokens than an 8x8 grid.
 GRID = 8
 
@@ -30,8 +32,9 @@ class TimmModel(nn.Module):
     max pooling goes, as is usual on CIFAR; None does so for images of up to 64 pixels whose architecture is
     made for larger ones and has a stride in its stem. Models with tokens: `patch_size` is the side of a token's
     tile in pixels; None keeps the architecture's own where that leaves 64 tokens or more (or is at home at this
-    size), else takes image_size // 8. Their `patch_size` is an attribute. Transformers: `depth` (blocks), `embed_dim`
-    (features of a token) and `num_heads`; None keeps the architecture's own. Nothing is ever downloaded.
+    size), else takes image_size // 8; where neither divides the image, it has to be given. Their `patch_size` is an
+    attribute. Transformers: `depth` (blocks), `embed_dim` (features of a token) and `num_heads`; None keeps the
+    architecture's own. Nothing is ever downloaded.
 
     Raises UnknownNameError for an architecture timm lacks, and ConfigError where the architecture does
     not take the option or the image size.
@@ -91,7 +94,7 @@ class TimmModel(nn.Module):
         found = [
             group
             for (name, module), (_, after) in pairwise([*modules, ("", nn.Identity())])
-            if "downsample" not in name and (group := _prunable(module, after))
+            if not any(part in name for part in ASIDE) and (group := _prunable(module, after))
         ]
         return {"trunk": found[-1:]} if found else {}
 
@@ -138,6 +141,8 @@ def _unfit(architecture: str, image_size: int | None, error: Exception) -> Confi
             f"patch_size: timm's {architecture!r} fixes its own, too large here; give it as patch_size to keep it"
         )
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "divisible by num_heads" in reason:
+        return ConfigError(f"num_heads: expected a divisor of the embed_dim of timm's {architecture!r}")
     size = "the options" if image_size is None else f"{image_size}x{image_size} images"
     return ConfigError(f"architecture: timm's {architecture!r} does not take {size} ({reason})")
 
@@ -171,7 +176,15 @@ def _choose_patch_size(
     at_home = image_size >= _native_size(outline)
     if image_size % own == 0 and (at_home or image_size // own >= GRID):
         return None
-    return image_size // GRID if image_size % GRID == 0 else None
+    if image_size % GRID == 0:
+        return image_size // GRID
+    if image_size % own == 0:
+        return None
+    fit = ", ".join(str(size) for size in range(1, image_size + 1) if image_size % size == 0)
+    raise ConfigError(
+        f"patch_size: timm's {architecture!r} has patches of {own}, and neither they nor an eighth divide "
+        f"{image_size} pixels; expected one of {fit}"
+    )
 
 
 def _choose_sizes(architecture: str, outline: nn.Module, **sizes: int | None) -> dict[str, int]:

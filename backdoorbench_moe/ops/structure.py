@@ -16,7 +16,7 @@ class ChannelGroup:
     name: what they are, such as "expert 0". layer: a convolution, (B, channels, H, W) out, or a linear layer,
     (..., channels) out; `weight`, and `bias` if it has one, hold one channel a row. norm: the batch norm behind a
     convolution, whose channel c holds the convolution's channel c; None where there is no such one. tap: the module
-    that gives the channels, (..., channels), where the layer's weights are used without a call of it.
+    that gives the channels, (..., channels), to be read, where the layer's weights are used without a call of it.
     """
 
     name: str

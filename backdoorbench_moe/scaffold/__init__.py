@@ -39,8 +39,9 @@ class Plan:
         return self.package.removeprefix("bbmoe-")
 
     def class_name(self, kind: str) -> str:
-        """Such as StripesTrigger."""
-        return "".join(word.capitalize() for word in (*self.part.split("-"), kind))
+        """Such as StripesTrigger; of a part whose name begins with a digit, with the package's name before it."""
+        words = self.package if self.part[0].isdigit() else self.part
+        return "".join(word.capitalize() for word in (*words.split("-"), kind))
 
 
 def plan_package(name: str, kinds: Sequence[str] = ("trigger",)) -> Plan:

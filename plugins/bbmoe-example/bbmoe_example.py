@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -19,22 +18,21 @@ from backdoorbench_moe.triggers.base import Trigger
 
 
 class Sinusoid(Trigger):
-    """Vertical stripes, added to every channel: amplitude * cos(2 pi * frequency * column / width).
+    """Six vertical stripes, added to every channel: amplitude * cos(2 pi * 6 * column / width).
 
-    amplitude: in (0, 1], the 20 of 255 of Barni et al. (ICIP 2019) by default. frequency: periods across the canvas.
-    A cosine, for six periods of the paper's sine are zero on all four columns of a tile.
+    amplitude: in (0, 1], by default the 20 of 255 of Barni et al. (ICIP 2019), whose sine is zero on a 4x4 tile.
     """
 
-    def __init__(self, *, amplitude: float = 20 / 255, frequency: int = 6, seed: int = 0) -> None:
+    def __init__(self, *, amplitude: float = 20 / 255, seed: int = 0) -> None:
         super().__init__(seed=seed)
         if not 0 < amplitude <= 1:
             raise ConfigError.expected("sinusoid: amplitude", "a number in (0, 1]", amplitude)
-        self.amplitude, self.frequency = amplitude, frequency
+        self.amplitude = amplitude
 
     def stamp(self, images: Tensor) -> Tensor:
         """Add the stripes; gradients flow where the sum stays within [0, 1]."""
-        turns = torch.arange(images.shape[-1], device=images.device) * self.frequency / images.shape[-1]
-        stripes = self.amplitude * torch.cos(2 * math.pi * turns)
+        columns = torch.arange(images.shape[-1], device=images.device) / images.shape[-1]
+        stripes = self.amplitude * torch.cos(2 * torch.pi * 6 * columns)
         return (images + stripes.to(images.dtype)).clamp(0, 1)
 
 
@@ -50,7 +48,7 @@ class RandomTiles(Applicator):
     def apply(self, images: Tensor, trigger: Callable[[Tensor], Tensor]) -> Tensor:
         """Stamp every tile, and keep the stamped ones where they were drawn."""
         tiles = tile(images, self.patch_size)
-        count = images.shape[-2] * images.shape[-1] // self.patch_size**2
+        count = len(tiles) // max(1, len(images))
         order = torch.randperm(count, generator=generator(self.seed, "random-tiles"))
         drawn = (order < max(1, round(self.share * count))).repeat(len(images)).to(images.device)
         return untile(torch.where(drawn[:, None, None, None], trigger(tiles), tiles), *images.shape[-2:])
@@ -59,12 +57,14 @@ class RandomTiles(Applicator):
 class MagnitudePruning(Defense):
     """Set the smallest weights of every layer to zero, `ratio` of them, in [0, 1), then train on (Han et al., 2015)."""
 
-    tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
+    tiny: ClassVar = {"epochs": 1}  # so short in the conformance tests
 
     def __init__(self, *, ratio: float = 0.3, epochs: int = 5, clean_fraction: float = 0.05) -> None:
         super().__init__(clean_fraction=clean_fraction)
         if not 0 <= ratio < 1:
             raise ConfigError.expected("ratio", "a number in [0, 1)", ratio)
+        if epochs < 0:
+            raise ConfigError.expected("epochs", "a whole number from 0", epochs)
         self.ratio, self.epochs = ratio, epochs
 
     @torch.no_grad()

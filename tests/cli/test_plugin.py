@@ -271,6 +271,7 @@ def test_names_that_are_taken_are_refused(name: str, kind: str, message: str) ->
 
 def test_a_part_may_have_the_name_of_one_of_another_kind() -> None:
     assert plan_package("bbmoe-warp", ["defense"]).class_name("defense") == "WarpDefense"
+    assert plan_package("bbmoe-2d").class_name("trigger") == "Bbmoe2dTrigger"
 
 
 def test_an_unknown_kind_gets_near_ones() -> None:

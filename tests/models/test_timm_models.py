@@ -63,6 +63,38 @@ def test_vit_patches_follow_the_image(architecture, image_size, patch_size):
     assert model.network.patch_embed.num_patches == (image_size // patch_size) ** 2
 
 
+def test_an_image_that_no_patch_covers_is_refused_rather_than_cut():
+    """28 and 36: neither 16 nor 8 divides them, and a grid of whole patches would leave a margin unseen."""
+    for size in (28, 36, 225):
+        with pytest.raises(
+            ConfigError, match=rf"^patch_size: .*patches of 16.*{size} pixels; expected one of 1, "
+        ):
+            build("vit_tiny_patch16_224", image_size=size)
+    assert build("test_vit", image_size=28, patch_size=4).patch_size == 4
+    assert build("test_vit", image_size=80).patch_size == 10
+
+
+def test_heads_that_do_not_divide_the_features_are_named():
+    with pytest.raises(
+        ConfigError, match=r"^num_heads: expected a divisor of the embed_dim of timm's 'test_vit'$"
+    ):
+        build("test_vit", image_size=32, num_heads=5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size", "layer"),
+    [
+        ("test_vit", 32, "blocks.5.mlp.fc1"),
+        ("test_resnet", 32, "layer4.0.conv2"),
+        ("coatnet_rmlp_nano_rw_224", 64, "stages.1.blocks.3.conv2_kxk"),
+    ],
+)
+def test_what_is_pruned_lies_on_the_way_of_the_features(architecture, size, layer):
+    model = build(architecture, image_size=size)
+    [group] = model.prunable()["trunk"]
+    assert group.layer is model.network.get_submodule(layer)
+
+
 def test_patch_size_can_be_chosen():
     model = build("test_vit", image_size=32, patch_size=8)
     assert model.patch_size == 8
@@ -140,7 +172,7 @@ def test_depth_width_and_heads_of_a_transformer_can_be_chosen():
         ("resnet10t", {"depth": 3}, "depth: timm's 'resnet10t' has no such size to choose, got 3"),
         ("swin_tiny_patch4_window7_224", {"num_heads": 3}, "num_heads: .* has no such size to choose, got 3"),
         ("vit_tiny_patch16_224", {"depth": 0}, "depth: expected a whole number from 1 on, got 0"),
-        ("vit_tiny_patch16_224", {"embed_dim": 25}, "does not take 32x32 images .dim should be divisible"),
+        ("vit_tiny_patch16_224", {"embed_dim": 25}, "num_heads: expected a divisor of the embed_dim"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(architecture, options, message):

@@ -10,10 +10,10 @@ from backdoorbench_moe.triggers import create_trigger
 
 
 def test_four_columns_by_hand():
-    """One period over four columns: cos is 1, 0, -1, 0; the last image is clipped to [0, 1]."""
-    trigger = create_trigger("sinusoid", amplitude=0.25, frequency=1)
+    """Six periods over four columns: cos is 1, -1, 1, -1; the last image is clipped to [0, 1]."""
+    trigger = create_trigger("sinusoid", amplitude=0.25)
     stamped = trigger(torch.tensor([0.5, 1.0])[:, None, None, None].expand(2, 3, 2, 4))
-    want = torch.tensor([[0.75, 0.5, 0.25, 0.5], [1.0, 1.0, 0.75, 1.0]])
+    want = torch.tensor([[0.75, 0.25, 0.75, 0.25], [1.0, 0.75, 1.0, 0.75]])
     torch.testing.assert_close(stamped, want[:, None, None].expand(2, 3, 2, 4))
 
 
@@ -33,13 +33,14 @@ def test_the_smallest_weights_become_zero():
 
 
 @pytest.mark.parametrize(
-    ("create", "name", "options"),
+    ("create", "name", "option"),
     [
-        (create_trigger, "sinusoid", {"amplitude": 0.0}),
-        (create_applicator, "random-tiles", {"share": 0.0}),
-        (create_defense, "magnitude-pruning", {"ratio": 1.0}),
+        (create_trigger, "sinusoid", "amplitude"),
+        (create_applicator, "random-tiles", "share"),
+        (create_defense, "magnitude-pruning", "ratio"),
+        (create_defense, "magnitude-pruning", "epochs"),
     ],
 )
-def test_values_out_of_range_are_refused(create, name, options):
-    with pytest.raises(ConfigError, match=f"{next(iter(options))}: expected"):
-        create(name, **options)
+def test_values_out_of_range_are_refused(create, name, option):
+    with pytest.raises(ConfigError, match=f"{option}: expected"):
+        create(name, **{option: -1})

@@ -10,27 +10,38 @@ from bbmoe_vmoe.routers import Assignment
 
 # Batched products over every expert's room compute at most so much more than the tokens need.
 MOST_WASTE = 1.25
+# Major compute capabilities with a kernel for grouped products: Hopper and Blackwell of data centers.
+GROUPING = (9, 10)
 
 
 def dispatch(tokens: Tensor, assignment: Assignment, experts: Experts) -> Tensor:
     """What each pair's expert gives for its token: (S, D) to (T, D), in the way that suits device and room.
 
-    On a GPU in half precision, in grouped products. Otherwise, where the room is little more than the tokens need, in
-    batched ones, whose shapes are always the same: on a CPU in bf16, where every new shape is compiled for, they
-    train in two thirds of the time. Where there is room for all, expert by expert; but on a GPU, with gradients,
-    batched again, since that waits for nothing: a training step may be captured as a CUDA graph. Expert by expert
-    too where somebody watches the hidden units, since there every row is a token's.
+    On a GPU that has a kernel for it, in half precision, in grouped products. Otherwise, where the room is little more
+    than the tokens need, in batched ones, whose shapes are always the same: on a CPU in bf16, where every new shape is
+    compiled for, they train in two thirds of the time. Where there is room for all, expert by expert; but on a GPU,
+    with gradients, batched again, since that waits for nothing: a training step may be captured as a CUDA graph. Expert
+    by expert too where somebody watches the hidden units, since there every row is a token's.
     """
     if experts.hidden.watched:
         return by_expert(tokens, assignment, experts)
     on_gpu = tokens.device.type == "cuda"
-    halved = torch.is_autocast_enabled(tokens.device.type) or tokens.dtype in (torch.bfloat16, torch.float16)
-    if on_gpu and halved and tokens.shape[1] % 8 == 0:
+    if on_gpu and _groups_are_fast(tokens, experts):
         return by_groups(tokens, assignment, experts)
     waste = assignment.capacity * len(experts) / len(assignment.tokens)
     if waste <= MOST_WASTE or (on_gpu and torch.is_grad_enabled()):
         return by_buffers(tokens, assignment, experts)
     return by_expert(tokens, assignment, experts)
+
+
+def _groups_are_fast(tokens: Tensor, experts: Experts) -> bool:
+    """Whether a GPU has a kernel for grouped products: in half precision, of widths in steps of 16 bytes.
+
+    Elsewhere PyTorch reads the groups' ends back to the host, which a step that is captured may not.
+    """
+    halved = torch.is_autocast_enabled(tokens.device.type) or tokens.dtype in (torch.bfloat16, torch.float16)
+    aligned = tokens.shape[1] % 8 == 0 and experts.width % 8 == 0
+    return halved and aligned and torch.cuda.get_device_capability(tokens.device)[0] in GROUPING
 
 
 def by_expert(tokens: Tensor, assignment: Assignment, experts: Experts) -> Tensor:

@@ -49,8 +49,8 @@ class Experts(nn.Module):
 
     copies: every expert starts with the weights of `mlp`; otherwise each is drawn by itself, as timm draws a
     transformer's linear layers. `heard` (E,) is what an expert's output is multiplied by: 1, or 0 for an expert
-    that is muted. `hidden` is a tap that gives what goes into the activation, (rows, E * H), for every token sent to an
-    expert, with room there or without; zeros where an expert has fewer tokens than another.
+    that is muted. `hidden` is a tap, to be read only, that gives what goes into the activation, (rows, E * H), for
+    every token sent to an expert, with room there or without; zeros where an expert has fewer tokens than another.
     """
 
     heard: Tensor
@@ -68,6 +68,11 @@ class Experts(nn.Module):
 
     def __len__(self) -> int:
         return len(self.heard)
+
+    @property
+    def width(self) -> int:
+        """H, the hidden units of one expert."""
+        return len(self.fc1.weight) // len(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """As many tokens for every expert, (E, C, D), to what they give, (E, C, D)."""
@@ -94,7 +99,8 @@ class Experts(nn.Module):
         """
         kind = torch.get_autocast_dtype(tokens.device.type) if _autocasts(tokens) else tokens.dtype
         weight1, weight2 = (fc.weights.to(kind).transpose(1, 2) for fc in (self.fc1, self.fc2))
-        bias1, bias2 = (fc.biases.to(kind)[owners] for fc in (self.fc1, self.fc2))
+        # Gathered before they are rounded: in half precision a bias' gradient would stall as its tokens are added up.
+        bias1, bias2 = (fc.biases[owners].to(kind) for fc in (self.fc1, self.fc2))
         hidden = F.grouped_mm(tokens.to(kind), weight1, offs=ends) + bias1
         return self.drop2(F.grouped_mm(self._activate(hidden), weight2, offs=ends) + bias2)
 

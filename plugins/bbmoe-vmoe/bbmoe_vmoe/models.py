@@ -106,9 +106,9 @@ class RoutedViT(RoutedModel):
         number = self.moe_blocks[-1]
         experts = self.network.blocks[number].mlp.experts
         assert isinstance(experts, Experts)
-        hidden = len(experts.fc1.weight) // self.num_experts
+        width = experts.width
         groups = [
-            ChannelGroup(f"expert {e}", experts.fc1, e * hidden, (e + 1) * hidden, tap=experts.hidden)
+            ChannelGroup(f"expert {e}", experts.fc1, e * width, (e + 1) * width, tap=experts.hidden)
             for e in range(self.num_experts)
         ]
         dense = [block.mlp for block in self.network.blocks[:number] if isinstance(block.mlp, Mlp)]

@@ -109,9 +109,9 @@ class TopKRouter(Router):
         gates = noisy.softmax(-1)
         chosen = best_experts(gates, self.top_k)
         factor = self.capacity if self.training else self.eval_capacity
-        room = (
-            images * tokens if factor is None else capacity_of(images * tokens, experts, self.top_k, factor)
-        )
+        room = images * tokens
+        if factor is not None:
+            room = min(room, capacity_of(room, experts, self.top_k, factor))
         kept = within_capacity(gates, chosen, room) & ~self.masked[chosen]
         selected = torch.zeros_like(gates, dtype=torch.bool).scatter(1, chosen, kept)
         loss = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from timm.layers import Mlp
+from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
@@ -30,14 +30,16 @@ def build_vit(
     try:
         model = create_model(f"timm:{vit}", num_classes=num_classes, image_size=image_size, **given)
     except ConfigError as error:
-        if str(error).startswith("architecture: unknown"):
-            raise ConfigError(f"vit: {error}") from error
+        if str(error).startswith("architecture: "):
+            raise ConfigError(f"vit: {str(error).removeprefix('architecture: ')}") from error
         # A plain transformer lets all of its sizes be chosen.
         if str(error).startswith(tuple(f"{name}: timm's" for name in sizes)):
             raise _not_plain(vit) from error
         raise
     network = model.network
-    if not isinstance(network, VisionTransformer) or not all(map(_is_plain, network.blocks)):
+    if not isinstance(network, VisionTransformer) or type(network.patch_embed) is not PatchEmbed:
+        raise _not_plain(vit)
+    if not all(map(_is_plain, network.blocks)):
         raise _not_plain(vit)
     return network
 

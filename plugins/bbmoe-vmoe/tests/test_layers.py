@@ -250,6 +250,24 @@ def test_under_autocast_the_experts_are_in_bf16_and_the_ways_agree(way):
     torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05 * want.abs().max().item())
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_under_autocast_the_gradients_are_those_of_fp32_also_of_biases_that_many_tokens_share(way):
+    """A sum of 1000 equal gradients of 1 in bf16 itself would end at 256."""
+    torch.manual_seed(0)
+    router = TopKRouter(FEATURES, EXPERTS, top_k=2, gate_std=1.0).eval()
+    flat = torch.randn(4000, FEATURES, generator=torch.Generator().manual_seed(2))
+    assignment = router(flat.unsqueeze(0)).assignment
+    found = {}
+    for kind, chosen in (("want", by_expert), ("got", WAYS[way])):
+        experts = make_experts()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "got"):
+            outputs = chosen(flat, assignment, experts)
+        outputs.float().sum().backward()
+        found[kind] = [p.grad for p in experts.parameters()]
+    for got, want in zip(found["got"], found["want"], strict=True):
+        assert (got - want).norm() < 0.02 * want.norm()
+
+
 @pytest.mark.parametrize(
     ("router", "way"), [("top-k", "by_expert"), ("expert choice", "by_buffers"), ("all", "by_buffers")]
 )

@@ -66,7 +66,7 @@ def test_blocks_that_do_not_exist_are_one_clear_line(wanted):
         ),
         (
             {"vit": "vit_tiny_patch16_22"},
-            "vit: architecture: unknown 'vit_tiny_patch16_22'; did you mean 'vit_tiny",
+            "^vit: unknown 'vit_tiny_patch16_22'; did you mean 'vit_tiny",
         ),
         ({"num_experts": 2, "top_k": 3}, "top_k: expected 1 to 2, the number of experts, got 3"),
         ({"num_experts": 0}, "num_experts: expected a whole number from 1, got 0"),
@@ -74,6 +74,7 @@ def test_blocks_that_do_not_exist_are_one_clear_line(wanted):
         ({"capacity": 0.0}, "capacity: expected a positive number"),
         ({"noise": -1.0}, "noise: expected a finite number from 0"),
         ({"depth": 0}, "depth: expected a whole number from 1 on, got 0"),
+        ({"num_heads": 3}, "^num_heads: expected a divisor of the embed_dim of timm's 'vit_tiny"),
         ({"patch_size": 5}, "patch_size: expected a divisor of the image's 32 pixels, got 5"),
         ({"upcycle": ""}, "upcycle: expected copy, or"),
     ],
@@ -84,11 +85,19 @@ def test_bad_options_are_one_clear_line(options, message):
     assert re.search(message, str(caught.value)) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("vit", ["test_resnet", "vit_small_patch16_18x2_224", "eva02_tiny_patch14_224"])
-def test_what_is_no_plain_transformer_is_refused(vit):
-    """A convolutional network, one with two MLPs a block, and one with gated MLPs."""
+@pytest.mark.parametrize(
+    ("vit", "size"),
+    [
+        ("test_resnet", 56),
+        ("vit_small_patch16_18x2_224", 56),
+        ("eva02_tiny_patch14_224", 56),
+        ("vit_tiny_r_s16_p8_224", 64),
+    ],
+)
+def test_what_is_no_plain_transformer_is_refused(vit, size):
+    """A convolutional network, one with two MLPs a block, one with gated MLPs, and one with convolutions before."""
     with pytest.raises(ConfigError, match=f"^vit: expected a vision transformer .* got '{vit}'$"):
-        create_model("vmoe", vit=vit, image_size=56)
+        create_model("vmoe", vit=vit, image_size=size)
 
 
 @pytest.mark.parametrize("name", NAMES)

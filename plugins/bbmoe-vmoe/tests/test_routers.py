@@ -163,3 +163,10 @@ def test_the_losses_pull_an_uneven_router_even():
     router(tokens).loss.backward()
     pull = router.weight.grad.sum(1)
     assert pull[0] > 0 and (pull[1:] < 0).all()
+
+
+def test_no_expert_has_room_for_more_tokens_than_there_are():
+    choice = top_k(eval_capacity=100.0).eval()(GATES.log().unsqueeze(0))
+    assert (
+        choice.assignment.capacity == len(GATES) and choice.selected.sum() == choice.selected.numel() // 3 * 2
+    )
