@@ -23,6 +23,8 @@ Part = tuple[str, str]  # kind and name
 
 # pytest's exit codes: all passed, some failed.
 FINISHED = (0, 1)
+# Seconds for one test; the slowest of ours take ten.
+TIMEOUT = 300.0
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,10 @@ class PackageCheck:
         return all(part.result == "passes" for part in self.parts)
 
 
-def check_package(package: str) -> PackageCheck:
+def check_package(package: str, *, timeout: float = TIMEOUT) -> PackageCheck:
     """Run the conformance tests over everything an installed package registers.
 
+    timeout: seconds that one test may take, where pytest-timeout is installed; without it there is no limit.
     A part that cannot be used is reported with its reason and is not tested; the others are.
     Raises UnknownNameError for a package that is not installed or registers nothing, ConfigError where pytest
     is not installed, and PluginError where the tests could not be run.
@@ -85,7 +88,7 @@ def check_package(package: str) -> PackageCheck:
     usable = [part for part in parts if part.result != "broken"]
     if usable:
         own = {(part.kind, part.name) for part in usable}
-        rows = _attribute(_run_tests(candidates[0].package), own)
+        rows = _attribute(_run_tests(candidates[0].package, timeout), own)
         for part in usable:
             _judge(part, rows[part.kind, part.name])
     first = candidates[0]
@@ -108,17 +111,22 @@ def find_candidates(package: str) -> list[Candidate]:
     raise ConfigError(f"package {package!r}: registers nothing; expected entry points in one of {groups}")
 
 
-def _run_tests(package: str) -> list[Row]:
+def _run_tests(package: str, timeout: float) -> list[Row]:
     """A row for every test that was run over a part of the package; the last one may not have come to an end."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"}
     with tempfile.TemporaryDirectory(prefix="bbmoe-check-") as folder:
         report = Path(folder) / "report.jsonl"
         command = [sys.executable, "-m", "backdoorbench_moe.testing", package, f"--bbmoe-report={report}"]
+        if find_spec("pytest_timeout"):
+            # By a thread that ends Python: what hangs may be no Python code, and would hang again in the next test.
+            command += [f"--timeout={timeout}", "--timeout-method=thread"]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         rows = [json.loads(line) for line in report.read_text().splitlines()] if report.exists() else []
     started = rows and rows[-1]["outcome"] == "started"
     if started:
-        rows[-1] |= {"outcome": "failed", "reason": f"Python ended (exit code {done.returncode})", "line": ""}
+        late = "+ Timeout +" in done.stdout + done.stderr
+        reason = f"not over after {timeout:g} s" if late else f"Python ended (exit code {done.returncode})"
+        rows[-1] |= {"outcome": "failed", "reason": f"{reason}; what comes after it was not run", "line": ""}
     elif done.returncode not in FINISHED:
         tail = " ".join((done.stderr or done.stdout).split())[-300:]
         raise PluginError(f"package {package!r}: the tests did not run to their end: {tail}")

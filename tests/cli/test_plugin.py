@@ -79,8 +79,8 @@ class Misnamed(Dataset):
 """
 
 
-def check(package: str, site: Path) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:
-    done = bbmoe("plugin", "check", package, "--json", path=[site])
+def check(package: str, site: Path, *more: str) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:
+    done = bbmoe("plugin", "check", package, "--json", *more, path=[site])
     assert done.stdout, done.stderr
     return json.loads(done.stdout), done
 
@@ -138,6 +138,16 @@ def bad_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     put_package(
         folder, "bbmoe-ends", modules={"ends_parts": ends}, points={"triggers": ["ends = ends_parts:Ends"]}
+    )
+    hangs = (
+        BAD_PARTS
+        + "\n\nclass Hangs(Trigger):\n    def stamp(self, images):\n        while True:\n            pass\n"
+    )
+    put_package(
+        folder,
+        "bbmoe-hangs",
+        modules={"hangs_parts": hangs},
+        points={"triggers": ["hangs = hangs_parts:Hangs"]},
     )
     put_package(folder, "no-parts", modules={}, points={})
     return folder
@@ -202,7 +212,16 @@ def test_a_part_that_ends_python_is_named(bad_site: Path) -> None:
     assert done.returncode == 1
     [part] = report["parts"]
     assert part["result"] == "fails"
-    assert part["failures"][-1]["reason"] == "Python ended (exit code 0)"
+    assert part["failures"][-1]["reason"] == "Python ended (exit code 0); what comes after it was not run"
+
+
+@pytest.mark.slow
+def test_a_part_that_hangs_is_named_and_ends_the_check(bad_site: Path) -> None:
+    report, done = check("bbmoe-hangs", bad_site, "--timeout=2")
+    assert done.returncode == 1
+    [part] = report["parts"]
+    assert part["result"] == "fails" and part["failed"] == 1
+    assert part["failures"][-1]["reason"] == "not over after 2 s; what comes after it was not run"
 
 
 @pytest.mark.parametrize(

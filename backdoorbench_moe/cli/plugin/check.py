@@ -20,19 +20,22 @@ STYLES = {"passes": "green", "fails": "red", "broken": "red"}
 
 @click.command("check")
 @click.argument("package")
+@click.option(
+    "--timeout", type=click.FloatRange(0, min_open=True), default=300, show_default=True, help="Of one test."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(package: str, as_json: bool) -> None:
+def command(package: str, timeout: float, as_json: bool) -> None:
     """Run the conformance tests over everything that the installed PACKAGE registers; exit with 1 if any fails.
 
-    Needs pytest: pip install 'backdoorbench-moe[plugin]'. With pytest's own output and flags:
-    python -m backdoorbench_moe.testing PACKAGE
+    Needs pytest, and pytest-timeout for its limit: pip install 'backdoorbench-moe[plugin]'. With pytest's own
+    output and flags: python -m backdoorbench_moe.testing PACKAGE
     """
     from rich.console import Console
 
     from backdoorbench_moe.testing.check import check_package
 
     with Console(stderr=True).status(f"running the conformance tests over {package}"):
-        check = check_package(package)
+        check = check_package(package, timeout=timeout)
     if as_json:
         click.echo(json.dumps({**asdict(check), "passes": check.passes}, indent=2))
     else:
