@@ -110,7 +110,8 @@ class Suite:
             there = {_shown(value_of(cell.spec, key)) for cell in self.cells}
             asked = {_shown(_scaled(part.strip())) for part in wanted.split(",")}
             if unknown := sorted(asked - there):
-                raise UnknownNameError(f"--only {key}: value", unknown[0], there)
+                hint = "; another key goes into an --only of its own" if "=" in unknown[0] else ""
+                raise UnknownNameError(f"--only {key}: value", unknown[0], there, hint)
             cells = tuple(cell for cell in cells if _shown(value_of(cell.spec, key)) in asked)
         if not cells:
             raise ConfigError(f"--only: {' and '.join(filters)} leave no cell of {self.label}")

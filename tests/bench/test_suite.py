@@ -142,6 +142,7 @@ def test_filters_take_any_key_and_rates_as_percent() -> None:
         ("trigger=blnd", "did you mean 'blend'"),
         ("poison.rate=3%", "known: 0.25, 0.5"),
         ("colour=red", "key: unknown 'colour'"),
+        ("trigger=blend,poison.rate=25%", "another key goes into an --only of its own"),
     ):
         with pytest.raises(ConfigError, match=message.replace("'key", "'?key")):
             suite.only([text])

@@ -23,7 +23,11 @@ FAILED, UNFINISHED = 1, 3
 @click.argument("name", metavar="SUITE")
 @click.option("--scale", metavar="NAME", help="A scale of the suite.  [its first]")
 @click.option(
-    "--only", "filters", multiple=True, metavar="KEY=VALUE,..", help="Only these cells; any spec key."
+    "--only",
+    "filters",
+    multiple=True,
+    metavar="KEY=VALUE,..",
+    help="Only these cells; any spec key; may be repeated.",
 )
 @click.option("--repeats", type=int, metavar="N", help="Seeds a cell.  [the suite's]")
 @click.option(

@@ -24,7 +24,11 @@ FORMATS = ("rich", "markdown", "csv", "latex", "html")
 )
 @WITH
 @click.option(
-    "--only", "filters", multiple=True, metavar="KEY=VALUE,..", help="Only these cells; any spec key."
+    "--only",
+    "filters",
+    multiple=True,
+    metavar="KEY=VALUE,..",
+    help="Only these cells; any spec key; may be repeated.",
 )
 @click.option("--repeats", type=int, metavar="N", help="Seeds a cell.  [the suite's]")
 @click.option(
