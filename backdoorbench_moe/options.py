@@ -38,16 +38,26 @@ def list_options(target: Callable[..., object], *, given: Collection[str] = ()) 
     }
 
 
-def call_fault(part: type, *, given: Collection[str] = ()) -> str | None:
-    """Why a class cannot be made from keyword options and `given`; None where it can."""
+def call_fault(part: type, *, given: Collection[str] = (), needs: Collection[str] = ()) -> str | None:
+    """Why a class cannot be made from keyword options and `given`; None where it can.
+
+    needs: keyword options that it has to have.
+    """
     if inspect.isabstract(part):
         return (
             f"{part.__name__} does not define {', '.join(sorted(getattr(part, '__abstractmethods__', ())))}"
         )
     try:
-        list_options(part)
+        options = list_options(part, given=given)
     except Exception as error:  # whatever a third party's annotations raise when they are read
         return f"the options of {part.__name__} cannot be read: {type(error).__name__}: {error}"
+    for option in options.values():
+        if not _is_plain(option.annotation):
+            kinds = "bool, int, float, str, Literal, tuples of these, and None"
+            shown = "none" if option.annotation is Any else option.type_name
+            return f"{part.__name__}: option {option.name!r}: expected an annotation of {kinds}, got {shown}"
+    if lacking := sorted(set(needs) - options.keys()):
+        return f"{part.__name__} does not take {', '.join(lacking)}; expected it as a keyword-only option"
     parameters = inspect.signature(part).parameters.values()
     by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [
@@ -60,6 +70,16 @@ def call_fault(part: type, *, given: Collection[str] = ()) -> str | None:
         if lacking:
             return f"{part.__name__} does not take {', '.join(lacking)}"
     return None
+
+
+def _is_plain(annotation: Any) -> bool:
+    """Whether an option of this type can be written in a config, and checked."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return True
+    if origin in (Union, types.UnionType, tuple):
+        return all(item is Ellipsis or _is_plain(item) for item in arguments)
+    return annotation in (bool, int, float, str, type(None))
 
 
 def check_options(

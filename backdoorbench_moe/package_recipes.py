@@ -6,9 +6,7 @@ from importlib.metadata import entry_points
 from importlib.resources import files
 
 from backdoorbench_moe.errors import PluginError
-from backdoorbench_moe.plugins import PACKAGE, discover
-
-GROUP = f"{PACKAGE}.recipes"
+from backdoorbench_moe.plugins import RECIPE_GROUP, discover
 
 
 def model_recipe(model: str, recipe: str) -> str | None:
@@ -23,7 +21,7 @@ def model_recipe(model: str, recipe: str) -> str | None:
     holder = next((candidate for candidate in usable if candidate.name == family), None)
     if holder is None or holder.builtin:
         return None
-    points = entry_points(group=GROUP, name=recipe)
+    points = entry_points(group=RECIPE_GROUP, name=recipe)
     point = next((point for point in points if point.dist and point.dist.name == holder.package), None)
     if point is None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distribution, entry_points
@@ -17,6 +18,8 @@ INTERFACE = 1
 # The names in this entry-point group are the versions a package is written for; a package without any is
 # taken to be written for the one that is installed.
 INTERFACE_GROUP = f"{PACKAGE}.interface"
+RECIPE_GROUP = f"{PACKAGE}.recipes"
+OWN_GROUPS = (*GROUPS.values(), INTERFACE_GROUP, RECIPE_GROUP)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,20 @@ def discover(kind: str) -> list[Candidate]:
         for point in entry_points(group=GROUPS[kind])
     }
     return sorted(found, key=lambda c: (not c.builtin, c.package, c.name, c.target))
+
+
+def strays() -> list[tuple[Candidate, str]]:
+    """Entry points in groups that look like ours and are none, a kind misspelt, each with what is wrong."""
+    found = []
+    for group in sorted(entry_points().groups):
+        if normalize(group).startswith(normalize(PACKAGE)) and group not in OWN_GROUPS:
+            near = difflib.get_close_matches(group, GROUPS.values(), n=1, cutoff=0.5)
+            advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(GROUPS.values())}"
+            for point in entry_points(group=group):
+                package, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "")
+                candidate = Candidate("entry point", point.name, point.value, package, version)
+                found.append((candidate, f"unknown group {group!r}; {advice}"))
+    return found
 
 
 def normalize(package: str) -> str:

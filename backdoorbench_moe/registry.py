@@ -19,12 +19,14 @@ class Registry(Generic[T]):
 
     `base` is the interface every part of the kind must subclass, as "module:Class"; it is imported
     only when a part is. `given` are the keyword arguments the caller of `create` fills in and a user
-    may not.
+    may not; `needs` are options that every part has.
     """
 
-    def __init__(self, kind: str, base: str, *, given: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, kind: str, base: str, *, given: tuple[str, ...] = (), needs: tuple[str, ...] = ()
+    ) -> None:
         self.kind = kind
-        self.given = given
+        self.given, self.needs = given, needs
         self._base = base
         self._local: dict[str, type[T]] = {}
 
@@ -154,4 +156,4 @@ class Registry(Generic[T]):
         module, _, name = self._base.partition(":")
         if not isinstance(part, type) or not issubclass(part, getattr(import_module(module), name)):
             return f"{part!r} is no subclass of {self._base}"
-        return call_fault(part, given=self.given)
+        return call_fault(part, given=self.given, needs=self.needs)

@@ -40,6 +40,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 import backdoorbench_moe as bbmoe
@@ -62,6 +63,8 @@ for model, options in given["models"].items():
 with redirect_stdout(StringIO()) as printed:
     runpy.run_path(given["package"] + "/use.py")
 found["use"] = printed.getvalue()
+half = runpy.run_path(given["package"] + "/left_half.py")["LeftHalf"]()
+found["half"] = half(torch.zeros(1, 1, 1, 4), lambda images: images + 1).flatten().tolist()
 options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", given["package"]]
 with redirect_stdout(StringIO()):
     found["own tests"] = int(pytest.main([*options, given["package"] + "/tests"]))
@@ -140,14 +143,14 @@ def test_the_written_trigger_attacks_each_model_on_the_image_and_by_patch(used) 
 @pytest.mark.slow
 def test_the_commands_of_the_plug_in_page_work(used) -> None:
     named = [name for name, *_ in used["commands"]]
-    assert named.count("attack") == 2 and {"list", "info", "preview", "plugin"} <= set(named)
+    assert named.count("attack") == 3 and {"list", "info", "preview", "plugin"} <= set(named)
     for name, code, output in used["commands"]:
         assert code == 0 and "checker" in output, f"{name}: {output}"
 
 
 @pytest.mark.slow
 def test_the_written_test_passes_and_the_written_use_prints_the_fields(used) -> None:
-    assert used["own tests"] == 0
+    assert used["own tests"] == 0 and used["half"] == [1.0, 1.0, 0.0, 0.0]
     # Tiles of 8x8 in four fields along a side: of two pixels each.
     light, dark = "0.6000, 0.6000", "0.4000, 0.4000"
     rows = [f"[{light}, {dark}]"] * 2 + [f"[{dark}, {light}]"] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
 
@@ -42,7 +43,7 @@ def offer(
         vars(point)["dist"] = Dist(package, (interfaces or {}).get(package, ()))
         points.append(point)
     monkeypatch.setattr(plugins, "entry_points", lambda group: EntryPoints(points))
-    return Registry("trigger", BASE)
+    return Registry("trigger", BASE, needs=("seed",))
 
 
 @pytest.fixture
@@ -59,7 +60,10 @@ def modules(tmp_path, monkeypatch) -> None:
         + head
         + "class Unfinished(Trigger): ...\n"
         + "class Hinted(Unfinished):\n    stamp = abs\n    def __init__(self, *, at: Path | None = None): ...\n"
-        + "class Placed(Unfinished):\n    stamp = abs\n    def __init__(self, size, *, seed=0): ...\n"
+        + "class Bare(Unfinished):\n    stamp = abs\n    def __init__(self, *, size=1, seed=0): ...\n"
+        + "class Odd(Unfinished):\n    stamp = abs\n    def __init__(self, *, at: list[int] = [], seed: int = 0): ...\n"
+        + "class Seedless(Unfinished):\n    stamp = abs\n    def __init__(self, *, size: int = 1): ...\n"
+        + "class Placed(Unfinished):\n    stamp = abs\n    def __init__(self, size, *, seed: int = 0): ...\n"
     )
     (tmp_path / "thirdparty_broken.py").write_text("import a_module_that_is_not_there\n")
     (tmp_path / "thirdparty_exits.py").write_text("raise RuntimeError('no licence')\n")
@@ -98,6 +102,12 @@ def test_looking_names_up_imports_nothing(monkeypatch, modules) -> None:
             "thirdparty_unfit:Hinted",
             "the options of Hinted cannot be read: NameError: name 'Path' is not defined",
         ),
+        (
+            "thirdparty_unfit:Bare",
+            "Bare: option 'size': expected an annotation of bool, int, .* and None, got none",
+        ),
+        ("thirdparty_unfit:Odd", "Odd: option 'at': expected an annotation of .*, got list"),
+        ("thirdparty_unfit:Seedless", "Seedless does not take seed; expected it as a keyword-only option"),
         ("thirdparty_unfit:Placed", "Placed takes size by place; expected keyword-only options"),
     ],
 )
@@ -105,7 +115,7 @@ def test_a_broken_plugin_is_named_and_nothing_else_breaks(monkeypatch, modules, 
     registry = offer(monkeypatch, ("other", "bad", target))
     [(candidate, text)] = registry.broken().items()
     assert (candidate.package, candidate.name) == ("other", "bad")
-    assert reason in text
+    assert re.search(reason, text)
     with pytest.raises(PluginError, match=r"'bad' from other 1\.0"):
         registry.create("bad", {})
     assert registry.create("square", {}) is not None
@@ -217,3 +227,26 @@ def test_options_of_a_part_are_checked() -> None:
         triggers.create_trigger("warp", gridsize=2)
     with pytest.raises(ConfigError, match="trigger 'square': takes no ':big' behind its name"):
         triggers.create_trigger("square:big")
+
+
+def test_a_group_whose_name_is_misspelt_is_named(monkeypatch) -> None:
+    points = [
+        EntryPoint("one", "thirdparty_good:Good", group)
+        for group in (
+            "backdoorbench_moe.trigger",
+            "backdoorbench-moe.models",
+            "backdoorbench_moe.triggers",
+            "other",
+        )
+    ]
+    for point in points:
+        vars(point)["dist"] = Dist("some", ())
+
+    def entry_points(**chosen: str) -> EntryPoints:
+        return EntryPoints(points).select(**chosen)
+
+    monkeypatch.setattr(plugins, "entry_points", entry_points)
+    assert [(candidate.origin, reason) for candidate, reason in plugins.strays()] == [
+        ("some 1.0", "unknown group 'backdoorbench-moe.models'; did you mean 'backdoorbench_moe.models'?"),
+        ("some 1.0", "unknown group 'backdoorbench_moe.trigger'; did you mean 'backdoorbench_moe.triggers'?"),
+    ]

@@ -7,6 +7,7 @@ import json
 import click
 
 from backdoorbench_moe.engine.names import REGISTRIES
+from backdoorbench_moe.plugins import strays
 
 
 @click.command("list")
@@ -32,6 +33,10 @@ def command(kind: str | None, as_json: bool) -> None:
                 rows.append(
                     {"kind": name, "name": part, "package": candidate.package, "version": candidate.version}
                 )
+    broken += [
+        {"kind": c.kind, "name": c.name, "package": c.package, "version": c.version, "reason": reason}
+        for c, reason in strays()
+    ]
     if as_json:
         click.echo(json.dumps({"parts": rows, "broken": broken}, indent=2))
         return

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet, Split
 from backdoorbench_moe.engine import parts
-from backdoorbench_moe.engine.device import environment
+from backdoorbench_moe.engine.device import RECORDED_PACKAGES, environment
 from backdoorbench_moe.engine.evaluate import Metrics, measure
+from backdoorbench_moe.engine.names import plugin_packages
 from backdoorbench_moe.engine.observer import StopRun
 from backdoorbench_moe.engine.poison import (
     check_classes,
@@ -76,6 +77,25 @@ def check_data(folder: RunFolder, record: Record, images: ImageSet) -> None:
         raise RecordError(f"run folder {folder.path}: was made from other data; use another --output")
 
 
+def check_plugins(folder: RunFolder, record: Record) -> None:
+    """Raise RecordError if a run's parts came from other packages, or other versions of them, than they do now.
+
+    Records of before packages were recorded are taken as they are.
+    """
+    packages = record.environment.get("packages", {})
+    then = {name: packages[name] for name in sorted(packages.keys() - set(RECORDED_PACKAGES))}
+    now = plugin_packages(record.run_spec)
+    if then and then != now:
+        made, there = (
+            ", ".join(f"{name} {version}" for name, version in each.items()) or "no plug-in"
+            for each in (then, now)
+        )
+        raise RecordError(
+            f"run folder {folder.path}: was made with {made}, and installed is {there}; "
+            "delete it or use another --output"
+        )
+
+
 def _warn_of_changes(folder: RunFolder, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Warn if a run goes on where its numbers need not be those of an uninterrupted one."""
     changed = [key for key in ("device", "precision", "threads") if before.get(key) != now[key]]
@@ -125,6 +145,7 @@ class Job:
             # What only the start knew of the model.
             record.parts["model"] = {**before.parts.get("model", {}), **record.parts["model"]}
             check_data(folder, before, self.images)
+            check_plugins(folder, before)
             _warn_of_changes(folder, before.environment, record.environment)
         folder.write(record)
         try:
@@ -233,7 +254,8 @@ class Job:
                 "target": spec.poison.target,
             }
         record.seeds = {"run": spec.seed} | {p: derive_seed(spec.seed, p) for p in SEED_PURPOSES}
-        record.environment = environment(self.session.device, self.session.precision)
+        plugins = plugin_packages(spec)
+        record.environment = environment(self.session.device, self.session.precision, plugins)
         return record
 
     def _model_header(self) -> dict[str, str]:

@@ -17,6 +17,16 @@ REGISTRIES: dict[str, Registry[Any]] = {
 }
 
 
+def plugin_packages(spec: RunSpec) -> dict[str, str]:
+    """The third-party packages that the parts of a spec come from, with their versions."""
+    named = [("dataset", spec.dataset), ("model", spec.model), *(("defense", part) for part in spec.defenses)]
+    named += [
+        (kind, part) for kind, part in (("trigger", spec.trigger), ("applicator", spec.applicator)) if part
+    ]
+    found = [REGISTRIES[kind].candidate(part.name.partition(":")[0]) for kind, part in named]
+    return {c.package: c.version for c in found if c is not None and not c.builtin}
+
+
 def check_names(spec: RunSpec) -> None:
     """Check that every name in the spec can be looked up, importing nothing. Raises UnknownNameError."""
     data.registry.check_name(spec.dataset.name)

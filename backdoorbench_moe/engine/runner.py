@@ -10,7 +10,7 @@ from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.engine import parts
 from backdoorbench_moe.engine.defend import DefenseJob, check_defenses
 from backdoorbench_moe.engine.device import resolve_device, resolve_precision
-from backdoorbench_moe.engine.job import Job, Run, check_data
+from backdoorbench_moe.engine.job import Job, Run, check_data, check_plugins
 from backdoorbench_moe.engine.names import check_names
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.errors import RecordError
@@ -144,6 +144,7 @@ class Session:
         """
         if not folder.exists or (record := folder.read()).status != "finished":
             return None
+        check_plugins(folder, record)
         then, now = record.run_spec.dataset.options, spec.dataset.options
         named = now.get("root") is not None or not hasattr(self.dataset, "root")
         if not (named and then == now):

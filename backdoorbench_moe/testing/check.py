@@ -16,7 +16,7 @@ from typing import Any
 
 from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
-from backdoorbench_moe.plugins import GROUPS, INTERFACE, Candidate, normalize
+from backdoorbench_moe.plugins import GROUPS, INTERFACE, Candidate, normalize, strays
 
 Row = dict[str, Any]
 Part = tuple[str, str]  # kind and name
@@ -85,6 +85,9 @@ def check_package(package: str, *, timeout: float = TIMEOUT) -> PackageCheck:
         parts.append(
             PartCheck(candidate.kind, candidate.name, "broken" if reason else "passes", reason=reason)
         )
+    for stray, reason in strays():
+        if normalize(stray.package) == normalize(package):
+            parts.append(PartCheck(stray.kind, stray.name, "broken", reason=reason))
     usable = [part for part in parts if part.result != "broken"]
     if usable:
         own = {(part.kind, part.name) for part in usable}
@@ -107,6 +110,9 @@ def find_candidates(package: str) -> list[Candidate]:
         hint = f"; a folder? first: pip install {package}" if Path(package).is_dir() else ""
         known = {normalize(candidate.package) for candidate in offers}
         raise UnknownNameError("package", package, known, hint) from None
+    for stray, reason in strays():
+        if normalize(stray.package) == normalize(package):
+            raise ConfigError(f"package {package!r}: registers nothing: {reason}")
     groups = ", ".join(GROUPS.values())
     raise ConfigError(f"package {package!r}: registers nothing; expected entry points in one of {groups}")
 

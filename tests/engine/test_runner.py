@@ -18,6 +18,7 @@ from safetensors import safe_open
 from tiny import TINY_MODEL, Tiny, tiny_spec
 
 from backdoorbench_moe.data import create_dataset, registry
+from backdoorbench_moe.engine import job
 from backdoorbench_moe.engine.evaluate import count_hits
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.poison import triggered_test
@@ -173,6 +174,28 @@ def test_other_data_under_the_same_name_is_refused(tmp_path, monkeypatch) -> Non
     monkeypatch.setattr(tiny.Tiny, "_split", lambda self, count, seed: split(self, count, seed + 1))
     with pytest.raises(RecordError, match="was made from other data"):
         run_attack(tiny_spec(), output=tmp_path, twin=False)
+
+
+def test_a_run_of_another_version_of_a_plug_in_is_refused(tmp_path, monkeypatch) -> None:
+    """Neither taken as finished nor gone on with; a record that names no plug-ins, as older ones, is taken."""
+    spec, installed = tiny_spec(), {"some-triggers": "0.1.0"}
+    monkeypatch.setattr(job, "plugin_packages", lambda spec: installed)
+    with pytest.raises(KeyboardInterrupt):
+        run_attack(spec, output=tmp_path, twin=False, observer=Counting(stop_after=1))
+    refused = (
+        "was made with some-triggers 0.1.0, and installed is some-triggers 0.2.0; delete it or use another"
+    )
+    for _ in range(2):
+        installed["some-triggers"] = "0.2.0"
+        with pytest.raises(RecordError, match=refused):
+            run_attack(spec, output=tmp_path, twin=False)
+        installed["some-triggers"] = "0.1.0"
+        [run] = run_attack(spec, output=tmp_path, twin=False)
+    assert run.record.environment["packages"]["some-triggers"] == "0.1.0"
+    del run.record.environment["packages"]["some-triggers"]
+    run.folder.write(run.record)
+    installed["some-triggers"] = "0.2.0"
+    assert run_attack(spec, output=tmp_path, twin=False)[0].record.timing == run.record.timing
 
 
 def test_a_finished_run_of_other_data_is_not_taken_for_this_one(tmp_path, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,11 @@ def run(output, model, **values):
 @pytest.fixture(scope="module", params=["vmoe", "soft-moe"])
 def attacked(request, tmp_path_factory):
     return run(tmp_path_factory.mktemp("runs"), {"name": request.param, **SMALL})
+
+
+def test_the_record_keeps_the_packages_version(attacked):
+    packages = attacked.record.environment["packages"]
+    assert packages["bbmoe-vmoe"] == version("bbmoe-vmoe") and "bbmoe-example" not in packages
 
 
 def test_every_layer_is_analyzed(attacked):
