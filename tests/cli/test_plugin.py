@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 from third_party import bbmoe, pip_install, put_package, python
 
 from backdoorbench_moe import scaffold
 from backdoorbench_moe.cli import bbmoe as command
+from backdoorbench_moe.cli.plugin.check import _print_failures
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.plugins import KINDS
 from backdoorbench_moe.scaffold import plan_package, write_package
+from backdoorbench_moe.testing.check import Failure, PartCheck
 
 # One process for the fixtures' sake.
 pytestmark = pytest.mark.xdist_group("plugin")
@@ -316,3 +320,22 @@ def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ConfigError, match="cannot be written: No space left"):
         write_package(plan_package("bbmoe-stripes"), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_fails_for_one_reason_is_told_once() -> None:
+    failures = [
+        Failure("test_a", 2, 5, "test_a[4-4]", "it is red", "test_it.py:3: assert blue"),
+        Failure("test_b", 1, 1, "test_b", "it is late", ""),
+        Failure("test_c", 3, 3, "test_c[x]", "it is red", "test_it.py:9: assert blue"),
+    ]
+    console = Console(file=StringIO(), width=200)
+    _print_failures(console, PartCheck("trigger", "dot", "fails", failures=failures))
+    assert console.file.getvalue().splitlines() == [
+        "trigger dot fails test_a in 2 of 5 cases",
+        "  it is red",
+        "  test_it.py:3: assert blue",
+        "  first: test_a[4-4]",
+        "  for the same reason: test_c",
+        "trigger dot fails test_b",
+        "  it is late",
+    ]

@@ -12,7 +12,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from backdoorbench_moe.testing.check import PackageCheck, PartCheck
+    from backdoorbench_moe.testing.check import Failure, PackageCheck, PartCheck
 
 FAILED = 1
 STYLES = {"passes": "green", "fails": "red", "broken": "red"}
@@ -71,7 +71,10 @@ def _print_failures(console: Console, part: PartCheck) -> None:
     where = f"{part.kind} {part.name}"
     if part.reason:
         say(f"{where} {part.result}: {part.reason}", "red")
+    reasons: dict[str, list[Failure]] = {}
     for failure in part.failures:
+        reasons.setdefault(failure.reason, []).append(failure)
+    for failure, *others in reasons.values():
         share = f" in {failure.failing} of {failure.cases} cases" if failure.cases > 1 else ""
         say(f"{where} fails {failure.test}{share}", "red")
         say(f"  {failure.reason}")
@@ -79,3 +82,5 @@ def _print_failures(console: Console, part: PartCheck) -> None:
             say(f"  {failure.line}")
         if failure.case != failure.test:
             say(f"  first: {failure.case}")
+        if others:
+            say(f"  for the same reason: {', '.join(other.test for other in others)}")
