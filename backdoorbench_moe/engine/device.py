@@ -82,12 +82,14 @@ def reproducible(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def environment(device: torch.device, precision: str, plugins: Mapping[str, str]) -> dict[str, Any]:
+def environment(
+    device: torch.device, precision: str, plugins: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Versions, hardware, precision and git commit, for the record; plugins: versions of the packages it used."""
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "packages": {**{name: version(name) for name in RECORDED_PACKAGES}, **plugins},
+        "packages": {**{name: version(name) for name in RECORDED_PACKAGES}, **(plugins or {})},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
