@@ -228,26 +228,28 @@ def load_recipe(name: str, model: str = "pmoe") -> Values:
         raise UnknownNameError("recipe", str(name), RECIPES)
     text = (files("backdoorbench_moe") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     own = model_recipe(model, name)
-    return merge(yaml.safe_load(text), _load_own(own, name, model) if own is not None else {})
+    return merge(yaml.safe_load(text), _load_own(*own, name, model) if own is not None else {})
 
 
-def _load_own(text: str, name: str, model: str) -> Values:
-    """A package's own file for a recipe. Raises PluginError for what is no valid YAML or no recipe."""
+def _load_own(text: str, origin: str, name: str, model: str) -> Values:
+    """A package's own file for a recipe. Raises PluginError, naming the package, for no valid YAML or no recipe."""
     where = f"recipe {name!r} of model {model!r}"
     try:
         values = yaml.load(text, Loader=_Loader)
     except YAML_ERRORS as error:
-        raise PluginError(f"{where}: no valid YAML: {' '.join(str(error).split())}") from error
+        raise PluginError(
+            f"{where}: no valid YAML: {' '.join(str(error).split())} (from {origin})"
+        ) from error
     models = values.get("models", {}) if isinstance(values, dict) else None
     if not isinstance(models, dict) or not all(isinstance(options, dict) for options in models.values()):
         raise PluginError(
-            f"{where}: expected keys and values, those of a model under models.NAME, got {values!r}"
+            f"{where}: expected keys and values, those of a model under models.NAME, got {values!r} (from {origin})"
         )
     try:
         _check_plain(values, where)
         spec_from_dict({key: value for key, value in values.items() if key != "models"})
     except ConfigError as error:
-        raise PluginError(f"{where}: {error}") from error
+        raise PluginError(f"{where}: {error} (from {origin})") from error
     return values
 
 

@@ -9,8 +9,8 @@ from backdoorbench_moe.errors import PluginError
 from backdoorbench_moe.plugins import RECIPE_GROUP, discover
 
 
-def model_recipe(model: str, recipe: str) -> str | None:
-    """The YAML file that the package offering a model has for a recipe; None where it has none.
+def model_recipe(model: str, recipe: str) -> tuple[str, str] | None:
+    """The YAML that the package offering a model has for a recipe, and package and version; None where it has none.
 
     An entry point names it: in the group `backdoorbench_moe.recipes`, "quick = package.folder:quick" is
     quick.yaml in that folder of the package. Only the package's top module is imported. Raises PluginError, naming
@@ -27,7 +27,8 @@ def model_recipe(model: str, recipe: str) -> str | None:
         return None
     package, *folders = point.module.split(".")
     try:
-        return files(package).joinpath(*folders, f"{point.attr}.yaml").read_text(encoding="utf-8")
+        file = files(package).joinpath(*folders, f"{point.attr}.yaml")
+        return file.read_text(encoding="utf-8"), holder.origin
     except (Exception, SystemExit) as error:
         raise PluginError(
             f"recipe {recipe!r} from {holder.origin} cannot be read: {type(error).__name__}: {error}"

@@ -92,18 +92,18 @@ def discover(kind: str) -> list[Candidate]:
     return sorted(found, key=lambda c: (not c.builtin, c.package, c.name, c.target))
 
 
-def strays() -> list[tuple[Candidate, str]]:
-    """Entry points in groups that look like ours and are none, a kind misspelt, each with what is wrong."""
+def strays(package: str | None = None) -> list[tuple[Candidate, str]]:
+    """Entry points, of one package or all, in groups that look like ours and are none, each with what is wrong."""
     found = []
     for group in sorted(entry_points().groups):
         if normalize(group).startswith(normalize(PACKAGE)) and group not in OWN_GROUPS:
             near = difflib.get_close_matches(group, GROUPS.values(), n=1, cutoff=0.5)
             advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(GROUPS.values())}"
             for point in entry_points(group=group):
-                package, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "")
-                candidate = Candidate("entry point", point.name, point.value, package, version)
+                owner, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "")
+                candidate = Candidate("entry point", point.name, point.value, owner, version)
                 found.append((candidate, f"unknown group {group!r}; {advice}"))
-    return found
+    return [stray for stray in found if package is None or normalize(stray[0].package) == normalize(package)]
 
 
 def normalize(package: str) -> str:

@@ -19,23 +19,20 @@ def command(kind: str | None, as_json: bool) -> None:
     Third-party parts are imported to see whether they work; built-in ones are not.
     """
     kinds = [check_kind(kind)] if kind else list(REGISTRIES)
-    rows, broken = [], []
+    rows, faults = [], strays()
     for name in kinds:
         registry = REGISTRIES[name]
         reasons = registry.broken()
-        broken += [
-            {"kind": name, "name": c.name, "package": c.package, "version": c.version, "reason": reason}
-            for c, reason in reasons.items()
-        ]
+        faults += reasons.items()
         for part in registry.names():
             candidate = registry.candidate(part)
             if candidate and candidate not in reasons:
                 rows.append(
                     {"kind": name, "name": part, "package": candidate.package, "version": candidate.version}
                 )
-    broken += [
+    broken = [
         {"kind": c.kind, "name": c.name, "package": c.package, "version": c.version, "reason": reason}
-        for c, reason in strays()
+        for c, reason in faults
     ]
     if as_json:
         click.echo(json.dumps({"parts": rows, "broken": broken}, indent=2))

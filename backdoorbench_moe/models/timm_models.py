@@ -113,11 +113,9 @@ def _prunable(module: nn.Module, after: nn.Module) -> ChannelGroup | None:
     """The channels of a convolution whose norm comes right after it, or the hidden units of an MLP."""
     if isinstance(module, Mlp) and isinstance(module.fc1, nn.Linear):
         return ChannelGroup.whole("trunk", module.fc1)
-    if isinstance(module, nn.Conv2d) and isinstance(after, nn.BatchNorm2d):
-        return (
-            ChannelGroup.whole("trunk", module, after) if after.num_features == module.out_channels else None
-        )
-    return None
+    if not isinstance(module, nn.Conv2d) or not isinstance(after, nn.BatchNorm2d):
+        return None
+    return ChannelGroup.whole("trunk", module, after) if after.num_features == module.out_channels else None
 
 
 def _check_architecture(architecture: str) -> None:

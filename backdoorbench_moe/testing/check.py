@@ -23,8 +23,6 @@ Part = tuple[str, str]  # kind and name
 
 # pytest's exit codes: all passed, some failed.
 FINISHED = (0, 1)
-# Seconds for one test; the slowest of ours take ten.
-TIMEOUT = 300.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class PackageCheck:
         return all(part.result == "passes" for part in self.parts)
 
 
-def check_package(package: str, *, timeout: float = TIMEOUT) -> PackageCheck:
+def check_package(package: str, *, timeout: float) -> PackageCheck:
     """Run the conformance tests over everything an installed package registers.
 
     timeout: seconds that one test may take, where pytest-timeout is installed; without it there is no limit.
@@ -85,9 +83,8 @@ def check_package(package: str, *, timeout: float = TIMEOUT) -> PackageCheck:
         parts.append(
             PartCheck(candidate.kind, candidate.name, "broken" if reason else "passes", reason=reason)
         )
-    for stray, reason in strays():
-        if normalize(stray.package) == normalize(package):
-            parts.append(PartCheck(stray.kind, stray.name, "broken", reason=reason))
+    for stray, reason in strays(package):
+        parts.append(PartCheck(stray.kind, stray.name, "broken", reason=reason))
     usable = [part for part in parts if part.result != "broken"]
     if usable:
         own = {(part.kind, part.name) for part in usable}
@@ -110,9 +107,8 @@ def find_candidates(package: str) -> list[Candidate]:
         hint = f"; a folder? first: pip install {package}" if Path(package).is_dir() else ""
         known = {normalize(candidate.package) for candidate in offers}
         raise UnknownNameError("package", package, known, hint) from None
-    for stray, reason in strays():
-        if normalize(stray.package) == normalize(package):
-            raise ConfigError(f"package {package!r}: registers nothing: {reason}")
+    for _, reason in strays(package):
+        raise ConfigError(f"package {package!r}: registers nothing: {reason}")
     groups = ", ".join(GROUPS.values())
     raise ConfigError(f"package {package!r}: registers nothing; expected entry points in one of {groups}")
 

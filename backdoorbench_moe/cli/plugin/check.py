@@ -15,13 +15,19 @@ if TYPE_CHECKING:
     from backdoorbench_moe.testing.check import Failure, PackageCheck, PartCheck
 
 FAILED = 1
+# Seconds; the slowest conformance test of our own parts takes ten.
+TIMEOUT = 300
 STYLES = {"passes": "green", "fails": "red", "broken": "red"}
 
 
 @click.command("check")
 @click.argument("package")
 @click.option(
-    "--timeout", type=click.FloatRange(0, min_open=True), default=300, show_default=True, help="Of one test."
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=TIMEOUT,
+    show_default=True,
+    help="Of one test.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(package: str, timeout: float, as_json: bool) -> None:
