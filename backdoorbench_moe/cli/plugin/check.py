@@ -27,7 +27,7 @@ STYLES = {"passes": "green", "fails": "red", "broken": "red"}
     type=click.FloatRange(0, min_open=True),
     default=TIMEOUT,
     show_default=True,
-    help="Of one test.",
+    help="Seconds for one test.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(package: str, timeout: float, as_json: bool) -> None:
