@@ -40,13 +40,13 @@ _HOMES = {
     "list_datasets": "backdoorbench_moe.data",
     "Trigger": "backdoorbench_moe.triggers.base",
     "Applicator": "backdoorbench_moe.applicators.base",
-    "RoutedModel": "backdoorbench_moe.models.base",
-    "RoutedOutput": "backdoorbench_moe.models.base",
-    "Routing": "backdoorbench_moe.models.base",
+    "RoutedModel": "backdoorbench_moe.moe.routed",
+    "RoutedOutput": "backdoorbench_moe.moe.routed",
+    "Routing": "backdoorbench_moe.moe.routed",
     "Defense": "backdoorbench_moe.defenses.base",
     "DefenseResult": "backdoorbench_moe.defenses.base",
     "DefenseTask": "backdoorbench_moe.defenses.base",
-    "ChannelGroup": "backdoorbench_moe.ops.structure",
+    "ChannelGroup": "backdoorbench_moe.moe.structure",
     "Dataset": "backdoorbench_moe.data.base",
     "ImageSet": "backdoorbench_moe.data.base",
     "Split": "backdoorbench_moe.data.base",
@@ -67,8 +67,8 @@ if TYPE_CHECKING:
     from backdoorbench_moe.engine.runner import Run
     from backdoorbench_moe.errors import BbmoeError
     from backdoorbench_moe.models import create_model, list_models
-    from backdoorbench_moe.models.base import RoutedModel, RoutedOutput, Routing
-    from backdoorbench_moe.ops.structure import ChannelGroup
+    from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
+    from backdoorbench_moe.moe.structure import ChannelGroup
     from backdoorbench_moe.triggers import create_trigger, list_triggers
     from backdoorbench_moe.triggers.base import Trigger
 

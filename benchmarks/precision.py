@@ -23,7 +23,7 @@ from backdoorbench_moe.engine.evaluate import measure
 from backdoorbench_moe.engine.poison import triggered_test
 from backdoorbench_moe.engine.runner import Run, load_run
 from backdoorbench_moe.engine.step import as_input
-from backdoorbench_moe.models.base import RoutedModel
+from backdoorbench_moe.moe.routed import RoutedModel
 
 PRECISIONS = ("bf16", "fp32")
 BATCH = 500

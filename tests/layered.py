@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from backdoorbench_moe.models.base import RoutedModel, RoutedOutput, Routing
-from backdoorbench_moe.ops.structure import Expert
+from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
+from backdoorbench_moe.moe.structure import Expert
 
 
 class Layer(nn.Module):

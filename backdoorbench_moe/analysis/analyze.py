@@ -24,8 +24,8 @@ from backdoorbench_moe.analysis.subject import Subject, open_beside, open_subjec
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.runner import Run, load_run
 from backdoorbench_moe.errors import BbmoeError, ConfigError
+from backdoorbench_moe.moe.structure import WithExperts
 from backdoorbench_moe.ops.routing import changed_patches, patch_sums
-from backdoorbench_moe.ops.structure import WithExperts
 
 DEFAULT_CARRIERS_IMAGES = 2000
 # Of a run's record: scores, which may be one an image, are left out.

@@ -16,11 +16,11 @@ from backdoorbench_moe.analysis.passes import BATCH, Triggered
 from backdoorbench_moe.analysis.subject import Subject
 from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.engine.step import as_input
-from backdoorbench_moe.ops.experts import expert_outputs, muted, replaced_output
+from backdoorbench_moe.moe.experts import expert_outputs, muted, replaced_output
+from backdoorbench_moe.moe.prefix import reuse_prefix
+from backdoorbench_moe.moe.structure import Expert, WithExperts
 from backdoorbench_moe.ops.metrics import Proportion
-from backdoorbench_moe.ops.prefix import reuse_prefix
 from backdoorbench_moe.ops.seeding import generator
-from backdoorbench_moe.ops.structure import Expert, WithExperts
 
 # Pairs grow with the square of the experts, and each costs two evaluations.
 MAX_PAIRS = 66

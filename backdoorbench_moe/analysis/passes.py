@@ -15,7 +15,7 @@ from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.engine.parts import Stamper
 from backdoorbench_moe.engine.poison import counted_for_asr, poisoned_labels, stamp_images
 from backdoorbench_moe.engine.step import as_input
-from backdoorbench_moe.models.base import RoutedModel, RoutedOutput
+from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput
 from backdoorbench_moe.ops import routing
 
 # So that a batch stays in the cache: on a CPU, 500 took half as long again as 100.

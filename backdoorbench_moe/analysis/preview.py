@@ -20,7 +20,7 @@ from backdoorbench_moe.engine.poison import stamp_images
 from backdoorbench_moe.engine.runner import Run
 from backdoorbench_moe.engine.step import as_input
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
-from backdoorbench_moe.models.base import RoutedModel
+from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.ops.quality import psnr, ssim
 from backdoorbench_moe.records import write_atomically
 

@@ -12,7 +12,7 @@ from backdoorbench_moe.analysis.subject import Subject
 from backdoorbench_moe.engine.poison import poisoned_labels, stamp_images
 from backdoorbench_moe.engine.probe import Seen, View, load_seen
 from backdoorbench_moe.errors import RecordError
-from backdoorbench_moe.models.base import RoutedModel
+from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.ops.routing import changed_patches, changed_share, jaccard
 
 # Of one image the choices themselves are given, at so many moments.

@@ -12,7 +12,7 @@ from backdoorbench_moe.engine import parts
 from backdoorbench_moe.engine.device import resolve_device, resolve_precision
 from backdoorbench_moe.engine.runner import Run
 from backdoorbench_moe.errors import DataError, RecordError, ShapeError
-from backdoorbench_moe.models.base import RoutedModel
+from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.ops.seeding import generator
 
 

@@ -9,7 +9,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, final
 
 from backdoorbench_moe.errors import ConfigError, PluginError
-from backdoorbench_moe.ops.pruning import share_of
+from backdoorbench_moe.moe.pruning import share_of
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from backdoorbench_moe.config import TrainSpec
     from backdoorbench_moe.data.base import Split
-    from backdoorbench_moe.models.base import Routing
+    from backdoorbench_moe.moe.routed import Routing
 
 
 class Tune(Protocol):
@@ -51,7 +51,7 @@ class DefenseTask:
     images the defender holds, uint8 on `device`, with their true labels. train: the recipe the model was
     trained with. seed: for every draw the defense makes. tune: see `Tune`. logits: (model, (N, 3, H, W)
     uint8) to (N, classes) float32, in evaluation mode. routing: (model, (N, 3, H, W) uint8) to the `Routing` of
-    every routed layer, a list for each batch of images, in their order; for models that are `ops.structure.Routed`.
+    every routed layer, a list for each batch of images, in their order; for models that are `moe.routed.RoutedModel`.
     fresh: a newly drawn, untrained model of the same make, the same at every call, drawn from the
     defense's seed and not from the attacker's; in evaluation mode, on `device`. report: call it with a name,
     such as "pruned", and the model when a stage other than the last is finished; a copy is kept and measured

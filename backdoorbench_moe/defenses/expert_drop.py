@@ -11,8 +11,8 @@ from torch import nn
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.parts import accuracy_without, check_tuning, experts_of, least_missed
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.ops.experts import kept_muted, mute
-from backdoorbench_moe.ops.structure import Expert
+from backdoorbench_moe.moe.experts import kept_muted, mute
+from backdoorbench_moe.moe.structure import Expert
 
 
 class ExpertDrop(Defense):

@@ -10,9 +10,9 @@ from torch import nn
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.parts import accuracy_without, check_tuning, experts_of, least_missed
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
-from backdoorbench_moe.ops.experts import copy_expert
-from backdoorbench_moe.ops.norms import measure_statistics
-from backdoorbench_moe.ops.structure import Expert
+from backdoorbench_moe.moe.experts import copy_expert
+from backdoorbench_moe.moe.norms import measure_statistics
+from backdoorbench_moe.moe.structure import Expert
 
 
 class ExpertReset(Defense):

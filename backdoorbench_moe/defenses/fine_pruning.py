@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.parts import check_tuning, structure
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.ops.pruning import channel_means, lowest, share_of, silence, silenced
-from backdoorbench_moe.ops.structure import ChannelGroup
+from backdoorbench_moe.moe.pruning import channel_means, lowest, share_of, silence, silenced
+from backdoorbench_moe.moe.structure import ChannelGroup
 
 Ranking = Literal["post-relu", "notebook"]
 

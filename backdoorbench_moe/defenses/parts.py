@@ -8,8 +8,9 @@ from torch import nn
 
 from backdoorbench_moe.defenses.base import DefenseTask
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.ops.experts import muted
-from backdoorbench_moe.ops.structure import Expert, Routed, Structured, WithExperts
+from backdoorbench_moe.moe.experts import muted
+from backdoorbench_moe.moe.routed import RoutedModel
+from backdoorbench_moe.moe.structure import Expert, Structured, WithExperts
 
 
 def check_tuning(epochs: int, lr: float | None, *, at_least: int) -> None:
@@ -25,7 +26,7 @@ def structure(model: object) -> Structured:
     if not isinstance(model, Structured):
         raise ConfigError(
             f"scope: the model {type(model).__name__} does not name its parts: "
-            "expected methods `components` and `prunable` (see backdoorbench_moe.ops.structure)"
+            "expected methods `components` and `prunable` (see backdoorbench_moe.moe.structure)"
         )
     return model
 
@@ -39,7 +40,7 @@ def router_of(model: object) -> list[nn.Module]:
 
 def check_routed(model: object) -> None:
     """Raise ConfigError if the model has no routing."""
-    if not isinstance(model, Routed):
+    if not isinstance(model, RoutedModel):
         raise ConfigError(f"model: expected a routed one, {type(model).__name__} has no experts to route to")
 
 
@@ -49,7 +50,7 @@ def experts_of(model: object) -> list[Expert]:
     if not isinstance(model, WithExperts):
         raise ConfigError(
             f"model: {type(model).__name__} does not say where its experts lie: "
-            "expected a method `experts` (see backdoorbench_moe.ops.structure)"
+            "expected a method `experts` (see backdoorbench_moe.moe.structure)"
         )
     return model.experts()
 

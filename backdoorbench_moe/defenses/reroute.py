@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.parts import experts_of
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.ops.experts import mute
-from backdoorbench_moe.ops.structure import MasksExperts
+from backdoorbench_moe.moe.experts import mute
+from backdoorbench_moe.moe.structure import MasksExperts
 
 
 class Reroute(Defense):
@@ -17,7 +17,7 @@ class Reroute(Defense):
 
     An expert's usage is the mean over the clean images of the gates of the patches it was sent, as a multiple of
     the mean over its layer's experts: 1 is an even share. threshold: in (0, 1]; the most used expert of a
-    layer always stays. Masking is the model's `mask_expert` (see `ops.structure.MasksExperts`), which has a router
+    layer always stays. Masking is the model's `mask_expert` (see `moe.structure.MasksExperts`), which has a router
     choose others; where a model has none, as where experts choose patches, the expert is muted. Nothing is
     tuned. clean_fraction: share of the training images the defender holds. Scores: usage by expert; verdict: those
     masked, which may be none. Raises ConfigError for a model that does not say where its experts lie.

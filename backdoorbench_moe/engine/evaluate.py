@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.engine.step import as_input
-from backdoorbench_moe.models.base import Routing
+from backdoorbench_moe.moe.routed import RoutedModel, Routing
 from backdoorbench_moe.ops.metrics import proportion
-from backdoorbench_moe.ops.structure import Routed
 
 BATCH = 500
 Metrics = dict[str, dict[str, float]]
@@ -34,7 +33,7 @@ def routings(
     model: nn.Module, images: Tensor, *, precision: str, batch_size: int = BATCH
 ) -> Iterator[list[Routing]]:
     """Routing of every routed layer of (N, C, H, W) uint8 images, in evaluation mode: a list a batch, in order."""
-    assert isinstance(model, Routed)
+    assert isinstance(model, RoutedModel)
     model.eval()
     for start in range(0, len(images), batch_size):
         with torch.inference_mode(), autocast(images.device, precision):

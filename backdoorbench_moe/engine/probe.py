@@ -15,7 +15,7 @@ from backdoorbench_moe.engine.parts import Stamper
 from backdoorbench_moe.engine.poison import counted_for_asr, stamp_images
 from backdoorbench_moe.engine.step import as_input
 from backdoorbench_moe.errors import ConfigError, RecordError
-from backdoorbench_moe.models.base import RoutedModel
+from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.ops.seeding import generator, seeded
 from backdoorbench_moe.records import RunFolder
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.device import autocast
-from backdoorbench_moe.models.base import RoutedModel
+from backdoorbench_moe.moe.routed import RoutedModel
 
 # Eager steps before a capture: lazily made buffers (momentum, library workspaces) must exist by then.
 WARMUP_STEPS = 3

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.models.base import RoutedModel, RoutedOutput, Routing
 from backdoorbench_moe.models.checks import check_positive
 from backdoorbench_moe.models.keras import pmoe_from_keras
 from backdoorbench_moe.models.wrn_blocks import (
@@ -22,8 +21,9 @@ from backdoorbench_moe.models.wrn_blocks import (
     glorot_linear,
     set_bn_momentum,
 )
-from backdoorbench_moe.ops.experts import mute
-from backdoorbench_moe.ops.structure import ChannelGroup, Expert
+from backdoorbench_moe.moe.experts import mute
+from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
+from backdoorbench_moe.moe.structure import ChannelGroup, Expert
 
 __all__ = ["PMoE", "PatchMoE", "PatchRouter", "pmoe_from_keras", "select_top"]
 

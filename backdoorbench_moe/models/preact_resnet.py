@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.models.checks import check_image_size, check_positive
-from backdoorbench_moe.ops.structure import ChannelGroup
+from backdoorbench_moe.moe.structure import ChannelGroup
 
 # oneDNN's AVX2 backward pass of a strided 1x1 convolution writes beside its memory below 8 channels (torch 2.14.1:
 # heap corruption on one thread, a hang on two); AVX-512 does not.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.models.checks import check_image_size, check_positive
-from backdoorbench_moe.ops.structure import ChannelGroup
+from backdoorbench_moe.moe.structure import ChannelGroup
 
 # Below this side the stem of a network made for 224x224 would leave next to nothing of an image.
 SMALL_IMAGE = 64

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.models.vgg import make_layers
 
 from backdoorbench_moe.models.checks import check_image_size, check_positive
-from backdoorbench_moe.ops.structure import ChannelGroup
+from backdoorbench_moe.moe.structure import ChannelGroup
 
 # Channels of the 13 convolutions in units of `width`; "M" halves the map.
 _CONVOLUTIONS = (1, 1, "M", 2, 2, "M", 4, 4, 4, "M", 8, 8, 8, "M", 8, 8, 8, "M")

@@ -18,7 +18,7 @@ from backdoorbench_moe.models.wrn_blocks import (
     glorot_linear,
     set_bn_momentum,
 )
-from backdoorbench_moe.ops.structure import ChannelGroup
+from backdoorbench_moe.moe.structure import ChannelGroup
 
 
 class WideResNet(nn.Module):

@@ -17,7 +17,7 @@ from backdoorbench_moe.engine.evaluate import logits, routings
 from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.tune import Tuner
-from backdoorbench_moe.models.base import Routing
+from backdoorbench_moe.moe.routed import Routing
 from backdoorbench_moe.ops.seeding import seeded
 
 CLASSES, IMAGE_SIZE = 3, 32

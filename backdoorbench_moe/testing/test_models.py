@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backdoorbench_moe.errors import UnknownNameError
-from backdoorbench_moe.models.base import RoutedModel, RoutedOutput
+from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput
 from backdoorbench_moe.testing.making import batch, build_model, changed, copies, make, ranked, settle
 
 only_routed = pytest.mark.only(interface=RoutedModel)

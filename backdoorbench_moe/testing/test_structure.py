@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 
-from backdoorbench_moe.models.base import RoutedModel
-from backdoorbench_moe.ops.experts import copy_expert, expert_outputs, mute, replaced_output
-from backdoorbench_moe.ops.structure import Structured, WithExperts, channels_of
+from backdoorbench_moe.moe.experts import copy_expert, expert_outputs, mute, replaced_output
+from backdoorbench_moe.moe.routed import RoutedModel
+from backdoorbench_moe.moe.structure import Structured, WithExperts, channels_of
 from backdoorbench_moe.testing.making import batch, used_model
 
 

@@ -15,8 +15,8 @@ from backdoorbench_moe import data, models
 from backdoorbench_moe.analysis.analyze import analyze_run
 from backdoorbench_moe.analysis.document import as_document
 from backdoorbench_moe.engine.runner import run_attack
-from backdoorbench_moe.models.base import RoutedModel, RoutedOutput, Routing
-from backdoorbench_moe.ops.structure import Expert
+from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
+from backdoorbench_moe.moe.structure import Expert
 
 
 class Deep(RoutedModel):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from backdoorbench_moe.analysis.passes import Triggered, trigger_test
 from backdoorbench_moe.analysis.subject import Subject
 from backdoorbench_moe.config import PoisonSpec
-from backdoorbench_moe.models.base import RoutedModel, RoutedOutput, Routing
+from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
 
 
 class TokenChoice(RoutedModel):

@@ -14,7 +14,7 @@ from backdoorbench_moe.analysis import carriers
 from backdoorbench_moe.analysis.carriers import find_carriers
 from backdoorbench_moe.analysis.subject import Subject
 from backdoorbench_moe.engine.evaluate import predict
-from backdoorbench_moe.ops.experts import mute
+from backdoorbench_moe.moe.experts import mute
 
 
 def percent(hits: torch.Tensor) -> float:

@@ -19,7 +19,7 @@ from backdoorbench_moe.analysis.comparison import compare_layers
 from backdoorbench_moe.analysis.passes import run_pass
 from backdoorbench_moe.analysis.routing import layer_routing
 from backdoorbench_moe.analysis.shift import layer_shift
-from backdoorbench_moe.models.base import RoutedModel
+from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.ops.routing import changed_patches
 
 MODELS = {"pmoe": lambda: used_model("pmoe"), "token choice": TokenChoice}

@@ -12,7 +12,7 @@ from torch import nn
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.ops.experts import mute
+from backdoorbench_moe.moe.experts import mute
 
 
 def accuracy(model: nn.Module, clean: Split) -> float:

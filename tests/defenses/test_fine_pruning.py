@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.defenses.fine_pruning import rank_channels
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
-from backdoorbench_moe.ops.structure import ChannelGroup
+from backdoorbench_moe.moe.structure import ChannelGroup
 
 
 class ByHand(nn.Module):

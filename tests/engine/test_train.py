@@ -16,7 +16,7 @@ from backdoorbench_moe.engine.step import TrainStep, as_input, make_optimizer
 from backdoorbench_moe.engine.train import Trainer, learning_rate, load_weights
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.models import create_model
-from backdoorbench_moe.models.base import RoutedModel, RoutedOutput, Routing
+from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
 from backdoorbench_moe.ops.seeding import seeded
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from third_party import put_package, python
 
-from backdoorbench_moe.models.base import RoutedModel, Routing
+from backdoorbench_moe.moe.routed import RoutedModel, Routing
 from backdoorbench_moe.testing.making import ranked, tiny_options
 from backdoorbench_moe.testing.selection import REFERENCE_MODELS, Selection, kind_of
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoorbench_moe.models.base import Routing
+from backdoorbench_moe.moe.routed import Routing
 from bbmoe_vmoe.dispatch import combine, dispatch, spread
 from bbmoe_vmoe.experts import Experts
 from bbmoe_vmoe.precision import full_precision

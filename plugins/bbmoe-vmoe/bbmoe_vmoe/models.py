@@ -10,8 +10,8 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.models.base import RoutedModel, RoutedOutput
-from backdoorbench_moe.ops.structure import ChannelGroup, Expert
+from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput
+from backdoorbench_moe.moe.structure import ChannelGroup, Expert
 from bbmoe_vmoe.experts import Experts
 from bbmoe_vmoe.layers import MoELayer, SoftLayer, SoftRouter, SparseLayer, collecting
 from bbmoe_vmoe.routers import ExpertChoiceRouter, Router, TopKRouter

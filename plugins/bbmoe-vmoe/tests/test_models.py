@@ -15,8 +15,8 @@ from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.engine.step import make_optimizer
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.models import create_model
-from backdoorbench_moe.ops.experts import kept_muted, mute
-from backdoorbench_moe.ops.pruning import silence
+from backdoorbench_moe.moe.experts import kept_muted, mute
+from backdoorbench_moe.moe.pruning import silence
 from backdoorbench_moe.ops.seeding import seeded
 
 SMALL = {"depth": 4, "embed_dim": 16, "num_heads": 2}

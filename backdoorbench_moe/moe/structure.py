@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -88,14 +88,6 @@ class MasksExperts(Protocol):
         What it changes is part of the state dict, whose names and shapes stay; so a model that is written and
         read again still passes the expert over.
         """
-
-
-@runtime_checkable
-class Routed(Protocol):
-    """A routed model, as `backdoorbench_moe.models.base.RoutedModel` is."""
-
-    def forward_routed(self, images: Tensor) -> Any:
-        """Images (B, 3, H, W) in [0, 1] to logits and the routing of every routed layer."""
 
 
 @runtime_checkable

@@ -6,7 +6,7 @@ import pytest
 import torch
 from defense_tasks import changed, copies, make_task, used_model
 
-from backdoorbench_moe.ops.experts import kept_muted, mute, muted
+from backdoorbench_moe.moe.experts import kept_muted, mute, muted
 
 
 def test_muted_ends_with_the_block_bit_for_bit_whatever_happens_in_it() -> None:

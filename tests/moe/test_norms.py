@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from backdoorbench_moe.ops.norms import measure_statistics
+from backdoorbench_moe.moe.norms import measure_statistics
 
 
 def two_norms() -> nn.Sequential:

@@ -6,8 +6,8 @@ import torch
 from defense_tasks import used_model
 from torch import Tensor, nn
 
-from backdoorbench_moe.ops.experts import mute, replaced_output
-from backdoorbench_moe.ops.prefix import reuse_prefix
+from backdoorbench_moe.moe.experts import mute, replaced_output
+from backdoorbench_moe.moe.prefix import reuse_prefix
 
 
 class Shared(nn.Module):

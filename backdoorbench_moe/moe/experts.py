@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from backdoorbench_moe.ops.pruning import held_at_zero
-from backdoorbench_moe.ops.structure import Expert
+from backdoorbench_moe.moe.pruning import held_at_zero
+from backdoorbench_moe.moe.structure import Expert
 
 
 @torch.no_grad()

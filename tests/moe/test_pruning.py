@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from backdoorbench_moe.ops.pruning import channel_means, lowest, share_of, silence, silenced
+from backdoorbench_moe.moe.pruning import channel_means, lowest, share_of, silence, silenced
 
 
 @pytest.mark.parametrize(
