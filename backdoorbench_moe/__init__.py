@@ -24,7 +24,7 @@ _HOMES = {
     "defend": "backdoorbench_moe.api",
     "load_run": "backdoorbench_moe.api",
     "make_spec": "backdoorbench_moe.api",
-    "Run": "backdoorbench_moe.engine.runner",
+    "Run": "backdoorbench_moe.engine.run",
     "RunSpec": "backdoorbench_moe.config",
     "Observer": "backdoorbench_moe.engine.observer",
     "BbmoeError": "backdoorbench_moe.errors",
@@ -32,6 +32,8 @@ _HOMES = {
     "list_triggers": "backdoorbench_moe.triggers",
     "create_applicator": "backdoorbench_moe.applicators",
     "list_applicators": "backdoorbench_moe.applicators",
+    "create_attack": "backdoorbench_moe.attacks",
+    "list_attacks": "backdoorbench_moe.attacks",
     "create_model": "backdoorbench_moe.models",
     "list_models": "backdoorbench_moe.models",
     "create_defense": "backdoorbench_moe.defenses",
@@ -43,6 +45,9 @@ _HOMES = {
     "RoutedModel": "backdoorbench_moe.moe.routed",
     "RoutedOutput": "backdoorbench_moe.moe.routed",
     "Routing": "backdoorbench_moe.moe.routed",
+    "Attack": "backdoorbench_moe.attacks.base",
+    "PoisonPlan": "backdoorbench_moe.attacks.base",
+    "Judgement": "backdoorbench_moe.defenses.judgement",
     "Defense": "backdoorbench_moe.defenses.base",
     "DefenseResult": "backdoorbench_moe.defenses.base",
     "DefenseTask": "backdoorbench_moe.defenses.base",
@@ -58,13 +63,16 @@ if TYPE_CHECKING:
     from backdoorbench_moe.api import analyze, attack, defend, load_run, make_spec
     from backdoorbench_moe.applicators import create_applicator, list_applicators
     from backdoorbench_moe.applicators.base import Applicator
+    from backdoorbench_moe.attacks import create_attack, list_attacks
+    from backdoorbench_moe.attacks.base import Attack, PoisonPlan
     from backdoorbench_moe.config import RunSpec
     from backdoorbench_moe.data import create_dataset, list_datasets
     from backdoorbench_moe.data.base import Dataset, ImageSet, Split
     from backdoorbench_moe.defenses import create_defense, list_defenses
     from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+    from backdoorbench_moe.defenses.judgement import Judgement
     from backdoorbench_moe.engine.observer import Observer
-    from backdoorbench_moe.engine.runner import Run
+    from backdoorbench_moe.engine.run import Run
     from backdoorbench_moe.errors import BbmoeError
     from backdoorbench_moe.models import create_model, list_models
     from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing

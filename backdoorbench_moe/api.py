@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from backdoorbench_moe.config import PartSpec, RunSpec, build_spec, chain_settings
 from backdoorbench_moe.engine.observer import Observer
-from backdoorbench_moe.engine.runner import Run, load_run, run_attack, run_defense
+from backdoorbench_moe.engine.run import Run, load_run
+from backdoorbench_moe.engine.runner import run_attack, run_defense
 
 if TYPE_CHECKING:
     from backdoorbench_moe.analysis.analyze import Analysis

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distribution, entry_points
 
 from backdoorbench_moe.errors import PluginError
+from backdoorbench_moe.kinds import KINDS, PACKAGE
 
-PACKAGE = "backdoorbench_moe"
-KINDS = ("trigger", "applicator", "model", "defense", "dataset")
-GROUPS = {kind: f"{PACKAGE}.{kind}s" for kind in KINDS}
+GROUPS = {name: kind.group for name, kind in KINDS.items()}
 
 # Version of the interfaces that plug-ins keep to; it goes up when what worked with the last one no longer does.
 INTERFACE = 1

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any, Generic, TypeVar, cast
 
 from backdoorbench_moe.errors import BbmoeError, ConfigError, PluginError, UnknownNameError
+from backdoorbench_moe.kinds import KINDS
 from backdoorbench_moe.options import Option, call_fault, check_options, list_options
 from backdoorbench_moe.plugins import Candidate, discover
 
@@ -17,17 +18,16 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """The parts of one kind, by name.
 
-    `base` is the interface every part of the kind must subclass, as "module:Class"; it is imported
-    only when a part is. `given` are the keyword arguments the caller of `create` fills in and a user
-    may not; `needs` are options that every part has.
+    Args:
+        kind: Name of the kind, a row of `kinds.KINDS`. The class that its parts subclass is imported only when a
+            part is.
     """
 
-    def __init__(
-        self, kind: str, base: str, *, given: tuple[str, ...] = (), needs: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, kind: str) -> None:
+        row = KINDS[kind]
         self.kind = kind
-        self.given, self.needs = given, needs
-        self._base = base
+        self.given, self.needs = row.given, row.needs
+        self._base = row.base
         self._local: dict[str, type[T]] = {}
 
     @cached_property

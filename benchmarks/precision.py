@@ -18,11 +18,10 @@ from recalibrate import load_images
 from torch import Tensor, nn
 
 from backdoorbench_moe.data.base import ImageSet
-from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.engine.evaluate import measure
-from backdoorbench_moe.engine.poison import triggered_test
-from backdoorbench_moe.engine.runner import Run, load_run
-from backdoorbench_moe.engine.step import as_input
+from backdoorbench_moe.engine.inference import forward, forward_routed
+from backdoorbench_moe.engine.run import Run, load_run
+from backdoorbench_moe.engine.triggered import triggered_test
 from backdoorbench_moe.moe.routed import RoutedModel
 
 PRECISIONS = ("bf16", "fp32")
@@ -42,13 +41,12 @@ def look(model: nn.Module, images: Tensor, precision: str) -> tuple[Tensor, list
     """Predictions (N,), and the selected patches (N, E, P) bool of every layer, of (N, 3, H, W) uint8 images."""
     predicted, selected = [], []
     for part in images.split(BATCH):
-        with autocast(images.device, precision):
-            if isinstance(model, RoutedModel):
-                output = model.forward_routed(as_input(part))
-                selected.append([routing.selected for routing in output.routing])
-                predicted.append(output.logits.argmax(1))
-            else:
-                predicted.append(model(as_input(part)).argmax(1))
+        if isinstance(model, RoutedModel):
+            output = forward_routed(model, part, precision=precision)
+            selected.append([routing.selected for routing in output.routing])
+            predicted.append(output.logits.argmax(1))
+        else:
+            predicted.append(forward(model, part, precision=precision).argmax(1))
     return torch.cat(predicted), [torch.cat(layer) for layer in zip(*selected, strict=True)]
 
 
@@ -69,12 +67,12 @@ def agree(model: nn.Module, images: Tensor) -> Agreement:
 def rows(run: Run, images: ImageSet, count: int) -> list[list[str]]:
     """One row for clean and one for triggered images."""
     model = run.model().to(memory_format=torch.channels_last)
-    triggered = None if run.spec.is_clean else triggered_test(images, run.spec.poison, run.stamper())
+    triggered = triggered_test(images, run.attack(), run.stamper()) if run.spec.attacked else None
     metrics = {each: measure(model, images.test, triggered, precision=each) for each in PRECISIONS}
     made = []
     for kind, metric, shown in (
         ("clean", "ba", images.test.images),
-        ("triggered", "asr", triggered and triggered[0].images),
+        ("triggered", "asr", triggered and triggered.images),
     ):
         if shown is not None:
             found = agree(model, shown[:count])

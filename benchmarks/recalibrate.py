@@ -21,13 +21,12 @@ import torch
 from torch import nn
 
 from backdoorbench_moe.config import RunSpec
-from backdoorbench_moe.data import create_dataset
 from backdoorbench_moe.data.base import ImageSet
-from backdoorbench_moe.engine.device import autocast
-from backdoorbench_moe.engine.evaluate import count_hits, predict
-from backdoorbench_moe.engine.poison import plan_poison, poisoned, triggered_test
-from backdoorbench_moe.engine.runner import Run, load_run
-from backdoorbench_moe.engine.step import as_input
+from backdoorbench_moe.engine.build import build_dataset
+from backdoorbench_moe.engine.inference import forward, predict
+from backdoorbench_moe.engine.poison import poisoned
+from backdoorbench_moe.engine.run import Run, load_run
+from backdoorbench_moe.engine.triggered import triggered_test
 from backdoorbench_moe.ops.metrics import Proportion, proportion
 from backdoorbench_moe.ops.seeding import generator
 
@@ -50,9 +49,9 @@ def renew_statistics(model: nn.Module, batches: list[torch.Tensor], precision: s
             module.reset_running_stats()
             module.momentum = None  # A plain average over the batches.
     model.train()
-    with torch.no_grad(), autocast(batches[0].device, precision):
+    with torch.no_grad():
         for images in batches:
-            model(as_input(images))
+            forward(model, images, precision=precision)
 
 
 def measure(run: Run, model: nn.Module, images: ImageSet) -> Measured:
@@ -62,10 +61,11 @@ def measure(run: Run, model: nn.Module, images: ImageSet) -> Measured:
     others = images.test.labels != spec.poison.target
     ba = proportion(int((predicted == images.test.labels).sum()), len(images.test))
     called = proportion(int((predicted[others] == spec.poison.target).sum()), int(others.sum()))
-    if spec.is_clean:
+    if not spec.attacked:
         return Measured(ba, None, called)
-    triggered, _ = triggered_test(images, spec.poison, run.stamper())
-    return Measured(ba, proportion(count_hits(model, triggered, precision=precision), len(triggered)), called)
+    triggered = triggered_test(images, run.attack(), run.stamper())
+    fooled = predict(model, triggered.images, precision=precision) == triggered.wanted
+    return Measured(ba, proportion(int(fooled.sum()), len(triggered)), called)
 
 
 def renew(run: Run, model: nn.Module, images: ImageSet, count: int) -> None:
@@ -73,8 +73,8 @@ def renew(run: Run, model: nn.Module, images: ImageSet, count: int) -> None:
     spec, train, precision = run.spec, images.train, run.record.environment["precision"]
     order = torch.randperm(len(train), generator=generator(spec.seed, "recalibrate"))[:count]
     context: AbstractContextManager[object] = nullcontext()
-    if not spec.is_clean:
-        plan = plan_poison(train.labels, spec.poison, images.num_classes, spec.seed)
+    if spec.attacked:
+        plan = run.attack()(train.labels, num_classes=images.num_classes, seed=spec.seed)
         context = poisoned(train, plan, run.stamper())
     with context:
         renew_statistics(model, [train.images[part] for part in order.split(BATCH)], precision)
@@ -82,10 +82,7 @@ def renew(run: Run, model: nn.Module, images: ImageSet, count: int) -> None:
 
 def load_images(spec: RunSpec, root: str | None) -> ImageSet:
     """The data of a run, from `root` where it is given."""
-    options = dict(spec.dataset.options)
-    if root is not None:
-        options["root"] = root
-    return create_dataset(spec.dataset.name, **options).load()
+    return build_dataset(spec if root is None else spec.with_data(root=root)).load()
 
 
 def show(value: Proportion | None) -> str:

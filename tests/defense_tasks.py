@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from backdoorbench_moe.config import PartSpec, RunSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses.base import DefenseTask
-from backdoorbench_moe.engine.evaluate import logits
-from backdoorbench_moe.engine.runner import Run
+from backdoorbench_moe.engine.inference import logits
+from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.models import create_model
 from backdoorbench_moe.ops.seeding import seeded
 from backdoorbench_moe.testing import making

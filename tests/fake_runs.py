@@ -9,6 +9,7 @@ from typing import Any
 from backdoorbench_moe.bench.suite import Suite
 from backdoorbench_moe.bench.suite_file import parse_suite
 from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.ops.metrics import proportion
 from backdoorbench_moe.records import Record, RunFolder
 
@@ -58,7 +59,7 @@ def finished(
     record = Record.for_spec(spec)
     record.status = "finished"
     record.metrics = {"ba": asdict(proportion(ba, 10000))}
-    if asr is not None and not spec.is_clean:
+    if asr is not None and spec.attacked:
         record.metrics["asr"] = asdict(proportion(asr, 9000))
     record.data = {"name": spec.dataset.name, "digest": data, "classes": ["a", "b"], "image_size": 32}
     record.environment = {**ENVIRONMENT, **environment}
@@ -83,4 +84,4 @@ def fill(suite: Suite, output: Path, *, shift: int = 0, repeats: int | None = No
         for spec in cell.runs(repeats or suite.repeats):
             asr = min(9000, 1000 * number + 300 * spec.seed + shift)
             write(output, finished(spec, ba=8000 - 10 * number - spec.seed, asr=asr))
-            write(output, finished(spec.clean_twin(), ba=8200 + 5 * spec.seed))
+            write(output, clean_twin(finished(spec), ba=8200 + 5 * spec.seed))

@@ -22,7 +22,8 @@ from backdoorbench_moe.analysis import (
 )
 from backdoorbench_moe.analysis.subject import Subject, open_beside, open_subject
 from backdoorbench_moe.engine.observer import Observer
-from backdoorbench_moe.engine.runner import Run, load_run
+from backdoorbench_moe.engine.run import Run, load_run
+from backdoorbench_moe.engine.triggered import Triggered, triggered_test
 from backdoorbench_moe.errors import BbmoeError, ConfigError
 from backdoorbench_moe.moe.structure import WithExperts
 from backdoorbench_moe.ops.routing import changed_patches, patch_sums
@@ -203,11 +204,10 @@ class _Analyzer:
             return None
         return other
 
-    def _triggered(self) -> passes.Triggered | None:
+    def _triggered(self) -> Triggered | None:
         if self.source is None or self.stamper is None:
             return None
-        images = self.subject.images
-        return passes.trigger_test(images.test, self.source.run.spec.poison, self.stamper, images.num_classes)
+        return triggered_test(self.subject.images, self.source.run.attack(), self.stamper)
 
     def _pass(self, subject: Subject) -> passes.PairedPass:
         assert subject.routed is not None

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.analysis.capture import share
-from backdoorbench_moe.analysis.passes import BATCH, Triggered
+from backdoorbench_moe.analysis.passes import BATCH
 from backdoorbench_moe.analysis.subject import Subject
-from backdoorbench_moe.engine.device import autocast
-from backdoorbench_moe.engine.step import as_input
+from backdoorbench_moe.engine.inference import forward
+from backdoorbench_moe.engine.triggered import Triggered
 from backdoorbench_moe.moe.experts import expert_outputs, muted, replaced_output
 from backdoorbench_moe.moe.prefix import reuse_prefix
 from backdoorbench_moe.moe.structure import Expert, WithExperts
@@ -84,7 +84,7 @@ def find_carriers(subject: Subject, triggered: Triggered | None, limit: int) -> 
     patched: tuple[Patched, ...] = ()
     if triggered is not None:
         chosen = _draw(len(triggered), limit, seed, "asr").to(subject.device)
-        sample = Triggered(*(part[chosen] for part in vars(triggered).values()))
+        sample = triggered.take(chosen)
         asr = [_share(called == sample.wanted) for called in probe.without(sample.images, off)]
         clean, *patches = probe.patched(test.images[sample.places], sample.images)
         floor = _share(clean == sample.wanted)
@@ -142,8 +142,7 @@ class _Probe:
             yield
 
     def _call(self, batch: Tensor, into: list[Tensor]) -> None:
-        with autocast(self.subject.device, self.subject.precision):
-            into.append(self.model(as_input(batch)).argmax(1))
+        into.append(forward(self.model, batch, precision=self.subject.precision).argmax(1))
 
 
 def _draw(total: int, limit: int, seed: int, purpose: str) -> Tensor:

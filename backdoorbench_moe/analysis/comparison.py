@@ -10,8 +10,7 @@ from torch import Tensor
 from backdoorbench_moe.analysis.passes import LayerPass
 from backdoorbench_moe.analysis.routing import mean_overlap
 from backdoorbench_moe.analysis.subject import Subject
-from backdoorbench_moe.engine.device import autocast
-from backdoorbench_moe.engine.step import as_input
+from backdoorbench_moe.engine.inference import forward_routed
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.effects import Mean, means_of
 from backdoorbench_moe.ops.routing import jaccard
@@ -77,8 +76,7 @@ def _shape(subject: Subject) -> list[tuple[str, int, int]]:
     """Name, experts and patches of each routed layer."""
     if subject.routed is None:
         return []
-    with autocast(subject.device, subject.precision):
-        output = subject.routed.forward_routed(as_input(subject.images.test.images[:1]))
+    output = forward_routed(subject.routed, subject.images.test.images[:1], precision=subject.precision)
     return [(one.layer, *one.selected.shape[1:]) for one in output.routing]
 
 

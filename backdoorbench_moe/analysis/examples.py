@@ -12,10 +12,9 @@ from torch import Tensor
 from backdoorbench_moe.analysis.subject import Subject, choose_images
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.data.images import read_images
-from backdoorbench_moe.engine.device import autocast
-from backdoorbench_moe.engine.parts import Stamper
+from backdoorbench_moe.engine.build import Stamper
+from backdoorbench_moe.engine.inference import forward, forward_routed
 from backdoorbench_moe.engine.poison import stamp_images
-from backdoorbench_moe.engine.step import as_input
 from backdoorbench_moe.errors import ConfigError
 
 DEFAULT_COUNT = 6
@@ -142,14 +141,12 @@ def make_examples(subjects: Sequence[Subject], picked: Picked, stamper: Stamper 
 @torch.inference_mode()
 def _see(subject: Subject, images: Tensor, classes: Sequence[str]) -> Seen:
     layers: tuple[LayerMaps, ...] = ()
-    with autocast(subject.device, subject.precision):
-        if (model := subject.routed) is None:
-            logits = subject.model(as_input(images))
-        else:
-            output = model.forward_routed(as_input(images))
-            logits = output.logits
-            layers = tuple(
-                LayerMaps(one.layer, one.selected.unflatten(-1, model.patch_grid).cpu())
-                for one in output.routing
-            )
+    if (model := subject.routed) is None:
+        logits = forward(subject.model, images, precision=subject.precision)
+    else:
+        output = forward_routed(model, images, precision=subject.precision)
+        logits = output.logits
+        layers = tuple(
+            LayerMaps(one.layer, one.selected.unflatten(-1, model.patch_grid).cpu()) for one in output.routing
+        )
     return Seen(tuple(classes[c] for c in logits.argmax(1).tolist()), layers)

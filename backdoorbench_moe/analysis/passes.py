@@ -9,42 +9,13 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.analysis.subject import Subject
-from backdoorbench_moe.config import PoisonSpec
-from backdoorbench_moe.data.base import Split
-from backdoorbench_moe.engine.device import autocast
-from backdoorbench_moe.engine.parts import Stamper
-from backdoorbench_moe.engine.poison import counted_for_asr, poisoned_labels, stamp_images
-from backdoorbench_moe.engine.step import as_input
+from backdoorbench_moe.engine.inference import forward_routed
+from backdoorbench_moe.engine.triggered import Triggered
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput
 from backdoorbench_moe.ops import routing
 
 # So that a batch stays in the cache: on a CPU, 500 took half as long again as 100.
 BATCH = 100
-
-
-@dataclass(frozen=True)
-class Triggered:
-    """The test images that count for ASR, triggered.
-
-    places: (M,) int64, where they stand in the test split, ascending. images: (M, 3, S, S) uint8. wanted,
-    true: (M,) int64, what the attacker wants them called and what they are.
-    """
-
-    places: Tensor
-    images: Tensor
-    wanted: Tensor
-    true: Tensor
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-
-def trigger_test(test: Split, spec: PoisonSpec, stamper: Stamper, num_classes: int) -> Triggered:
-    """Stamp the test images that count for ASR. Raises ConfigError if none does."""
-    places = counted_for_asr(test.labels, spec, num_classes).nonzero().squeeze(1)
-    true = test.labels[places]
-    wanted = poisoned_labels(true, spec, num_classes)
-    return Triggered(places, stamp_images(test.images[places], stamper), wanted, true)
 
 
 @dataclass(frozen=True)
@@ -118,7 +89,7 @@ def run_pass(
     names: list[str] = []
     overs: list[str] = []
     for start in range(0, len(images), batch_size):
-        output = _forward(subject, model, images[start : start + batch_size])
+        output = forward_routed(model, images[start : start + batch_size], precision=subject.precision)
         if not names:
             names = [layer.layer for layer in output.routing]
             overs = [routing.gates_over(layer.gates) for layer in output.routing]
@@ -131,7 +102,7 @@ def run_pass(
         if first == last:
             continue
         own = triggered.places[first:last] - start
-        changed = _forward(subject, model, triggered.images[first:last])
+        changed = forward_routed(model, triggered.images[first:last], precision=subject.precision)
         after = _distributions(changed, overs)
         stamped.add(changed, overs, after)
         divergence.append(
@@ -144,11 +115,6 @@ def run_pass(
         return PairedPass(clean.collect(names, overs), None, None)
     shifts = tuple(torch.cat(parts) for parts in zip(*divergence, strict=True))
     return PairedPass(clean.collect(names, overs), stamped.collect(names, overs), shifts)
-
-
-def _forward(subject: Subject, model: RoutedModel, images: Tensor) -> RoutedOutput:
-    with autocast(subject.device, subject.precision):
-        return model.forward_routed(as_input(images))
 
 
 def _distributions(output: RoutedOutput, overs: Sequence[str]) -> list[Tensor]:

@@ -11,14 +11,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.analysis.subject import check_finished, choose_images, run_images
+from backdoorbench_moe.analysis.subject import choose_images, run_images
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet
-from backdoorbench_moe.engine import parts
+from backdoorbench_moe.engine.build import (
+    Stamper,
+    build_dataset,
+    build_model,
+    build_stamper,
+    describe,
+    model_patch_size,
+)
+from backdoorbench_moe.engine.inference import as_input
 from backdoorbench_moe.engine.names import check_names
 from backdoorbench_moe.engine.poison import stamp_images
-from backdoorbench_moe.engine.runner import Run
-from backdoorbench_moe.engine.step import as_input
+from backdoorbench_moe.engine.run import Run, check_finished
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.ops.quality import psnr, ssim
@@ -77,10 +84,10 @@ def preview_spec(spec: RunSpec, *, images: int = 6, split: str = "test") -> Prev
     """
     _check_choice(images, split)
     check_names(spec)
-    data = parts.build_dataset(spec).load()
-    model = parts.build_model(spec, num_classes=data.num_classes, image_size=data.image_size)
-    size = parts.model_patch_size(model)
-    stamper = parts.build_stamper(spec, patch_size=size, image_size=data.image_size)
+    data = build_dataset(spec).load()
+    model = build_model(spec, num_classes=data.num_classes, image_size=data.image_size)
+    size = model_patch_size(model)
+    stamper = build_stamper(spec, patch_size=size, image_size=data.image_size)
     return _stamp(spec, data, stamper, images, split)
 
 
@@ -162,7 +169,7 @@ def _check_choice(images: int, split: str) -> None:
         raise ConfigError.expected("images", f"1 to {MAX_IMAGES}", images)
 
 
-def _stamp(spec: RunSpec, data: ImageSet, stamper: parts.Stamper, count: int, name: str) -> Preview:
+def _stamp(spec: RunSpec, data: ImageSet, stamper: Stamper, count: int, name: str) -> Preview:
     split = data.train if name == "train" else data.test
     if count > len(split):
         raise ConfigError.expected("images", f"at most the {len(split)} {name} images", count)
@@ -170,7 +177,7 @@ def _stamp(spec: RunSpec, data: ImageSet, stamper: parts.Stamper, count: int, na
     clean = split.images[indices]
     triggered = stamp_images(clean, stamper)
     assert spec.trigger is not None and spec.applicator is not None
-    options = ", ".join(f"{key} {value}" for key, value in parts.describe(stamper.applicator).items())
+    options = ", ".join(f"{key} {value}" for key, value in describe(stamper.applicator).items())
     place = f"{spec.applicator.name} ({options})" if options else spec.applicator.name
     return Preview(
         title=f"{spec.trigger.name} by {place} on {data.name}, {name} images",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from backdoorbench_moe.analysis.examples import PICTURES
 from backdoorbench_moe.analysis.subject import Subject
-from backdoorbench_moe.engine.poison import poisoned_labels, stamp_images
+from backdoorbench_moe.engine.poison import stamp_images
 from backdoorbench_moe.engine.probe import Seen, View, load_seen
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.moe.routed import RoutedModel
@@ -73,7 +73,7 @@ def probe_findings(subject: Subject, model: RoutedModel) -> Probing | None:
     if seen.triggered is not None and subject.stamper is not None:
         triggered = stamp_images(clean, subject.stamper)
         changed = changed_patches(clean, triggered, model.patch_size).cpu()
-        wanted = poisoned_labels(true, subject.run.spec.poison, subject.images.num_classes)
+        wanted = subject.run.attack().wanted(true, subject.images.num_classes)
         fooled = (seen.triggered.predicted == wanted).double().mean(1)
     return Probing(
         indices=seen.indices,
@@ -129,7 +129,7 @@ def _check(seen: Seen, subject: Subject, model: RoutedModel) -> None:
         and bool(((seen.indices >= 0) & (seen.indices < count)).all())
         and len(seen.clean.predicted) == spec.train.epochs + 1
         and all(one.shape[-1] == patches for view in views for one in view.selected)
-        and (seen.triggered is None) == spec.is_clean
+        and (seen.triggered is None) == (spec.trigger is None)
     )
     if not good:
         raise RecordError(f"probe of run folder {subject.run.folder.path}: does not fit the run")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.data.base import ImageSet
-from backdoorbench_moe.engine import parts
+from backdoorbench_moe.engine.build import Stamper, build_dataset
 from backdoorbench_moe.engine.device import resolve_device, resolve_precision
-from backdoorbench_moe.engine.runner import Run
-from backdoorbench_moe.errors import DataError, RecordError, ShapeError
+from backdoorbench_moe.engine.run import Run, check_finished
+from backdoorbench_moe.errors import DataError, ShapeError
 from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.ops.seeding import generator
 
@@ -26,7 +26,7 @@ class Subject:
     run: Run
     model: nn.Module
     images: ImageSet
-    stamper: parts.Stamper | None
+    stamper: Stamper | None
     device: torch.device
     precision: str
 
@@ -48,7 +48,7 @@ def open_subject(run: Run, *, data_root: str | None = None, device: str | None =
     or whose files are damaged, DataError for other data, ShapeError for a model whose patches are not tiles.
     """
     check_finished(run)
-    stamper = None if run.spec.is_clean else run.stamper()
+    stamper = None if run.spec.trigger is None else run.stamper()
     model, where = run.model(), resolve_device(device or run.spec.device)
     images = run_images(run, data_root).to(where)
     return _subject(run, model, images, stamper, where)
@@ -58,12 +58,12 @@ def open_beside(run: Run, other: Subject) -> Subject:
     """Open a second finished run on the data and device of a first. Raises as `open_subject`."""
     check_finished(run)
     check_images(run, other.images)
-    stamper = None if run.spec.is_clean else run.stamper()
+    stamper = None if run.spec.trigger is None else run.stamper()
     return _subject(run, run.model(), other.images, stamper, other.device)
 
 
 def _subject(
-    run: Run, model: nn.Module, images: ImageSet, stamper: parts.Stamper | None, device: torch.device
+    run: Run, model: nn.Module, images: ImageSet, stamper: Stamper | None, device: torch.device
 ) -> Subject:
     if isinstance(model, RoutedModel):
         _check_patches(run, model, images.image_size)
@@ -80,12 +80,6 @@ def _check_patches(run: Run, model: RoutedModel, image_size: int) -> None:
         )
 
 
-def check_finished(run: Run) -> None:
-    """Raise RecordError for a run that is not finished."""
-    if run.record.status != "finished":
-        raise RecordError(f"run folder {run.folder.path}: expected a finished run, it is {run.record.status}")
-
-
 def run_images(run: Run, data_root: str | None = None) -> ImageSet:
     """Read the images a run was made from, on the CPU.
 
@@ -93,9 +87,8 @@ def run_images(run: Run, data_root: str | None = None) -> ImageSet:
     """
     spec = run.spec
     if data_root is not None:
-        options = {**spec.dataset.options, "root": data_root}
-        spec = replace(spec, dataset=replace(spec.dataset, options=options))
-    images = parts.build_dataset(spec).load()
+        spec = spec.with_data(root=data_root)
+    images = build_dataset(spec).load()
     check_images(run, images)
     return images
 

@@ -9,7 +9,7 @@ from backdoorbench_moe.registry import Registry
 if TYPE_CHECKING:
     from backdoorbench_moe.applicators.base import Applicator
 
-registry: Registry[Applicator] = Registry("applicator", "backdoorbench_moe.applicators.base:Applicator")
+registry: Registry[Applicator] = Registry("applicator")
 
 
 def create_applicator(name: str, **options: object) -> Applicator:

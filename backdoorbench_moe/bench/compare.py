@@ -116,7 +116,7 @@ def read_folder(folder: Path) -> ResultSet:
     Raises RecordError for one that is damaged or holds no record.
     """
     manifest, records = read_manifest(folder), read_lines(folder)
-    attacks = [record for record in records if not record.run_spec.is_clean] or records
+    attacks = [record for record in records if record.run_spec.attacked] or records
     if not attacks:
         raise RecordError(f"results folder {folder}: holds no finished run")
     seeds = [record.run_spec.seed for record in attacks]

@@ -13,9 +13,9 @@ import torch
 from backdoorbench_moe.bench.plan import Planned
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet
-from backdoorbench_moe.engine import parts
+from backdoorbench_moe.engine.build import build_model
 from backdoorbench_moe.engine.device import reproducible, resolve_device, resolve_precision
-from backdoorbench_moe.engine.evaluate import BATCH, predict
+from backdoorbench_moe.engine.inference import BATCH, predict
 from backdoorbench_moe.engine.step import WARMUP_STEPS
 from backdoorbench_moe.engine.train import Trainer
 
@@ -36,7 +36,7 @@ def measure_speed(spec: RunSpec, images: ImageSet) -> Speed:
     """Train and predict for a few seconds, as the run would; nothing is kept."""
     device = resolve_device(spec.device)
     precision = resolve_precision(spec.precision, device)
-    model = parts.build_model(spec, num_classes=images.num_classes, image_size=images.image_size)
+    model = build_model(spec, num_classes=images.num_classes, image_size=images.image_size)
     split, batch = images.train.to(device), min(spec.train.batch_size, len(images.train))
     trainer = Trainer(
         model, split, spec.train, seed=0, device=device, precision=precision, on_checkpoint=lambda *_: None
@@ -80,7 +80,7 @@ def seconds_left(run: Planned, speed: Speed, images: ImageSet) -> float:
     if run.status == "finished":
         return 0.0
     training = (run.total_epochs - run.epochs) * run.share * len(images.train) / speed.train
-    passes = (1 if run.spec.is_clean else 2) * (2 if run.spec.defenses else 1)
+    passes = (2 if run.spec.attacked else 1) * (2 if run.spec.defenses else 1)
     return training + passes * len(images.test) / speed.predict
 
 

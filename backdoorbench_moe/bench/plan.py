@@ -76,7 +76,6 @@ def with_place(suite: Suite, options: Mapping[str, Any], device: str | None) -> 
     """The suite with the data at another place (root, download) or on another device; digests stay."""
 
     def move(spec: RunSpec) -> RunSpec:
-        dataset = replace(spec.dataset, options={**spec.dataset.options, **options})
-        return replace(spec, dataset=dataset, device=device or spec.device)
+        return replace(spec.with_data(**options), device=device or spec.device)
 
     return replace(suite, cells=tuple(replace(cell, spec=move(cell.spec)) for cell in suite.cells))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from backdoorbench_moe.bench.life_sign import is_fresh, read_life_sign
 from backdoorbench_moe.bench.paper import PaperTable, load_paper
 from backdoorbench_moe.bench.suite import Cell, Suite, order
 from backdoorbench_moe.config import DATASET_NOT_IN_DIGEST, RunSpec
+from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.ops.metrics import mean_interval, mean_std
 from backdoorbench_moe.records import Record, RunFolder, parse_record
@@ -115,7 +116,7 @@ class ResultSet:
 
     def finished(self) -> list[Record]:
         """The finished records in the suite's order, twins last."""
-        specs = sorted(order(self.suite), key=lambda spec: spec.is_clean)
+        specs = sorted(order(self.suite), key=lambda spec: not spec.attacked)
         return [record for spec in specs if (record := self.record(spec)) is not None]
 
     def values(self, cell: Cell, metric: str) -> dict[int, float]:
@@ -150,7 +151,7 @@ class ResultSet:
         stage, _, name = metric.rpartition(".")
         if name == "cad":
             # From the twin itself, so that a table does not hang on which run was linked last.
-            twin, ba = self.record(spec.clean_twin()), self.value(spec, f"{stage}.ba" if stage else "ba")
+            twin, ba = self.record(clean_twin(spec)), self.value(spec, f"{stage}.ba" if stage else "ba")
             return None if twin is None or ba is None else twin.metrics["ba"]["value"] - ba
         found = self.metric(spec, metric)
         return None if found is None else found["value"]
@@ -218,7 +219,7 @@ def manifest_of(results: ResultSet) -> dict[str, Any]:
 def record_lines(results: ResultSet) -> Iterator[str]:
     """Every finished record as a line of JSON, without where on that machine its data lay."""
     for record in results.finished():
-        values = asdict(record)
+        values = record.to_dict()
         for key in DATASET_NOT_IN_DIGEST:
             values["spec"]["dataset"].pop(key, None)
         yield json.dumps(values)

@@ -19,7 +19,11 @@ from backdoorbench_moe.bench.suite import Suite, order
 from backdoorbench_moe.bench.tables import build_sheet
 from backdoorbench_moe.bench.worker import Job, Outcome
 from backdoorbench_moe.config import RunSpec
-from backdoorbench_moe.engine.runner import Session, link_twin, load_run
+from backdoorbench_moe.engine.graph import reference
+from backdoorbench_moe.engine.run import load_run
+from backdoorbench_moe.engine.runner import Runner
+from backdoorbench_moe.engine.twin import link_twin
+from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import BbmoeError, ConfigError, RecordError
 from backdoorbench_moe.records import RunFolder
 
@@ -97,13 +101,13 @@ def check(
     for plot in suite.plots:
         build_panels(empty, plot)
     one_each = {_without_seed(spec): spec for spec in reversed(specs)}
-    session: tuple[str, Session] | None = None
+    runner: tuple[str, Runner] | None = None
     for done, spec in enumerate(reversed(one_each.values()), 1):
         key = json.dumps([spec.dataset.to_dict(), spec.device, spec.precision], sort_keys=True)
         try:
-            if session is None or session[0] != key:
-                session = key, Session(spec, output)
-            session[1].check(spec)
+            if runner is None or runner[0] != key:
+                runner = key, Runner(spec, output)
+            runner[1].maker(spec)
         except BbmoeError as error:
             raise BbmoeError(f"suite {suite.label}: {spec.name}: {error}") from error
         on_check(done, len(one_each))
@@ -113,9 +117,9 @@ def estimate(runs: Sequence[Planned], output: Path) -> Iterator[tuple[Planned, f
     """Every run with the seconds it still takes, from a short measurement of each kind of run."""
     seconds: dict[str, float] = {}
     for _, group in kinds([run for run in runs if run.status != "finished"]):
-        session = Session(group[0].spec, output)
-        speed = measure_speed(group[0].spec, session.images)
-        seconds |= {run.spec.digest: seconds_left(run, speed, session.images) for run in group}
+        images = Workplace(group[0].spec).images
+        speed = measure_speed(group[0].spec, images)
+        seconds |= {run.spec.digest: seconds_left(run, speed, images) for run in group}
     return ((run, seconds.get(run.spec.digest, 0.0)) for run in runs)
 
 
@@ -136,16 +140,16 @@ def parse_budget(text: str) -> float:
 
 
 def _link(specs: Sequence[RunSpec], output: Path, name: str | None = None) -> None:
-    """Write CAD into every finished run whose twin is finished; of one new run, where it plays a part."""
+    """Compare finished runs with their finished twins; with a name, only those in which that run takes part."""
     for spec in specs:
-        twin = spec.clean_twin()
-        if spec.is_clean or (name is not None and name not in (spec.name, twin.name)):
+        twin = reference(spec)
+        if twin is None or (name is not None and name not in (spec.name, twin.name)):
             continue
         folders = [RunFolder(output / each.name) for each in (spec, twin)]
         if all(folder.exists for folder in folders):
             run, clean = (load_run(folder.path) for folder in folders)
             if run.record.status == clean.record.status == "finished":
-                link_twin(run, clean)
+                link_twin(run, clean, Workplace(spec))
 
 
 def _without_seed(spec: RunSpec) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from backdoorbench_moe.config import DATASET_NOT_IN_DIGEST, RunSpec
+from backdoorbench_moe.config import DATASET_NOT_IN_DIGEST, PARTS, RunSpec
+from backdoorbench_moe.engine.graph import in_order
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 
 METRICS = ("asr", "ba", "cad", "ra")
@@ -17,7 +18,6 @@ FILTER_METRICS = ("auroc", "tpr", "fpr")
 MEASURES = (*METRICS, *FILTER_METRICS, "seconds")
 # As a table's columns: its metrics side by side, instead of a table for each.
 METRIC_COLUMNS = "metric"
-PARTS = ("dataset", "model", "trigger", "applicator")
 
 
 @dataclass(frozen=True)
@@ -119,24 +119,13 @@ class Suite:
 
 
 def order(suite: Suite) -> Iterator[RunSpec]:
-    """Every run once: a repeat of all cells before the next, in each the clean twins, then the attacks.
-
-    A defended run comes after the one it is made from.
-    """
+    """Every run once, with all that it needs; a repeat of all cells before the next, so a stopped suite is even."""
     seen = set()
     for n in range(suite.repeats):
-        specs = [cell.runs(suite.repeats)[n] for cell in suite.cells]
-        chains = [before for spec in specs for before in _chain(spec)]
-        twins = [spec.clean_twin() for spec in specs]
-        for spec in sorted([*twins, *chains], key=lambda spec: (not spec.is_clean, len(spec.defenses))):
+        for spec in in_order(cell.runs(suite.repeats)[n] for cell in suite.cells):
             if spec.digest not in seen:
                 seen.add(spec.digest)
                 yield spec
-
-
-def _chain(spec: RunSpec) -> list[RunSpec]:
-    """The runs a defended run is made from, first to last, and itself; of any other run only itself."""
-    return [replace(spec, defenses=spec.defenses[:n]) for n in range(len(spec.defenses) + 1)]
 
 
 def value_of(spec: RunSpec, key: str) -> Any:
@@ -145,8 +134,9 @@ def value_of(spec: RunSpec, key: str) -> Any:
     "trigger" is "square, size=1"; "trigger.name" is "square"; "trigger.size" is 1, None where not given.
     """
     values: Any = {"defenses": [], **spec.to_dict()}
+    values["attack"] = None if spec.attack is None else spec.attack.to_dict()
     if key in PARTS:
-        # Where data lies is no property of it.
+        # Where the data lie is not a property of them.
         hidden = DATASET_NOT_IN_DIGEST if key == "dataset" else ()
         return part_label(values[key] and {k: v for k, v in values[key].items() if k not in hidden})
     if key == "defenses":

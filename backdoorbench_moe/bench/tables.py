@@ -119,7 +119,7 @@ def count_runs(results: ResultSet) -> Counts:
         wanted=len(runs),
         finished=sum(status.get(digest) == "finished" for digest in runs),
         failed=sum(status.get(digest) == "failed" for digest in {*runs, *others}),
-        others="clean twins" if all(spec.is_clean for spec in others.values()) else "runs they build on",
+        others="clean twins" if all(not spec.attacked for spec in others.values()) else "runs they build on",
         others_wanted=len(others),
         others_finished=sum(status.get(digest) == "finished" for digest in others),
         precisions=Counter(record.environment["precision"] for record in results.finished()),

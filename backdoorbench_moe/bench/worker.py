@@ -13,14 +13,14 @@ from typing import Any
 from backdoorbench_moe.bench.life_sign import LIFE_SIGN
 from backdoorbench_moe.config import RunSpec, spec_from_dict
 from backdoorbench_moe.engine.observer import Observer, StopRun
-from backdoorbench_moe.engine.runner import Session
+from backdoorbench_moe.engine.runner import Runner
 from backdoorbench_moe.errors import BbmoeError, RecordError
 from backdoorbench_moe.records import Record, RunFolder, write_atomically
 
 SECONDS_BETWEEN_SIGNS = 1.0
 
-# Sessions of this process: runs on the same data read them once.
-_sessions: dict[str, Session] = {}
+# The runner of this process: runs on the same data read them once.
+_runners: dict[str, Runner] = {}
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def work(job: Job, alive: Callable[[], bool] = lambda: True) -> Outcome:
     spec = job.run_spec
     watch = _Watch(job.folder, job.deadline, alive)
     try:
-        _session(spec, job.output, watch).finish(spec, wait=True)
+        runner = _runner(spec, job.output, watch)
+        runner.compare(runner.finish(spec, wait=True))
     except StopRun:
         return Outcome(spec.name, "interrupted")
     except Exception as error:
@@ -97,7 +98,7 @@ def memory_of(job: Job) -> tuple[int, int]:
 
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
     spec = job.run_spec
-    return measure_speed(spec, _session(spec, job.output, Observer()).images).peak_bytes, free
+    return measure_speed(spec, _runner(spec, job.output, Observer()).workplace.images).peak_bytes, free
 
 
 def record_failure(folder: RunFolder, spec: RunSpec, message: str) -> None:
@@ -114,14 +115,14 @@ def record_failure(folder: RunFolder, spec: RunSpec, message: str) -> None:
         return
 
 
-def _session(spec: RunSpec, output: str, observer: Observer) -> Session:
+def _runner(spec: RunSpec, output: str, observer: Observer) -> Runner:
     key = json.dumps([spec.dataset.to_dict(), spec.device, spec.precision, output], sort_keys=True)
-    if key not in _sessions:
-        _sessions.clear()  # One data set in memory at a time.
-        _sessions[key] = Session(spec, output)
-    session = _sessions[key]
-    session.observer = observer
-    return session
+    if key not in _runners:
+        _runners.clear()  # One data set in memory at a time.
+        _runners[key] = Runner(spec, output)
+    runner = _runners[key]
+    runner.workplace.observer = observer
+    return runner
 
 
 class _Watch(Observer):

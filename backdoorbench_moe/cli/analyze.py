@@ -52,7 +52,7 @@ def command(
     from backdoorbench_moe.analysis.save import check_output, save_analysis
     from backdoorbench_moe.cli.analysis_tables import print_analysis
     from backdoorbench_moe.cli.progress import make_observer
-    from backdoorbench_moe.engine.runner import load_run
+    from backdoorbench_moe.engine.run import load_run
 
     opened, other = load_run(run), None if against is None else load_run(against)
     place = opened.folder.path if output is None else output

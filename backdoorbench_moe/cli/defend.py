@@ -42,7 +42,8 @@ def command(
     options = chain_settings(settings)
     from backdoorbench_moe.cli.progress import make_observer
     from backdoorbench_moe.cli.tables import print_defended, print_json
-    from backdoorbench_moe.engine.runner import load_run, run_defense
+    from backdoorbench_moe.engine.run import load_run
+    from backdoorbench_moe.engine.runner import run_defense
 
     defended = run_defense(
         load_run(run),

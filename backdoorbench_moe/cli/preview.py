@@ -50,7 +50,7 @@ def command(
     else:
         _check_alone({**flags, "config": config, "set": settings or None})
     from backdoorbench_moe.analysis import preview as drawing
-    from backdoorbench_moe.engine.runner import load_run
+    from backdoorbench_moe.engine.run import load_run
 
     drawing.check_output(output, amplify)
     if run is None:

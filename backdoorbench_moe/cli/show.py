@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -19,7 +18,7 @@ def command(runs: tuple[Path, ...], as_json: bool, markdown: bool) -> None:
 
     records = [RunFolder(run).read() for run in runs]
     if as_json:
-        documents = [asdict(record) for record in records]
+        documents = [record.to_dict() for record in records]
         click.echo(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
         return
     from rich.console import Console

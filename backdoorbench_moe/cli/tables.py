@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,7 +14,7 @@ from backdoorbench_moe.ops.metrics import mean_std
 
 if TYPE_CHECKING:
     from backdoorbench_moe.engine.runner import Run
-    from backdoorbench_moe.records import Record
+    from backdoorbench_moe.records import Judged, Record
 
 METRICS = {
     "ba": "clean accuracy (BA)",
@@ -33,7 +32,7 @@ SHOWN_SCORES = 12
 
 def print_json(runs: Sequence[Run]) -> None:
     """Print records and their summary as one JSON document."""
-    records = [{"folder": str(run.folder.path), **asdict(run.record)} for run in runs]
+    records = [{"folder": str(run.folder.path), **run.record.to_dict()} for run in runs]
     click.echo(json.dumps({"runs": records, "summary": summarise(runs)}, indent=2))
 
 
@@ -74,9 +73,23 @@ def print_stages(console: Console, record: Record) -> None:
         if (metric := record.metrics.get(name)) is not None:
             shown = _metric(record.metrics, name, interval=True)
             console.print(f"{METRICS[name]}: {shown} of {metric['n']} images", markup=False)
-    for what, judged in (("scores", record.scores), ("verdict", record.verdict)):
-        for kind, values in judged.items():
-            console.print(f"{what} by {kind}: {_judged(values)}", markup=False)
+    for judged in record.judgements:
+        for line in judgement_lines(judged):
+            console.print(line, markup=False)
+
+
+def judgement_lines(judged: Judged) -> list[str]:
+    """A judgement in a line or two: what is suspicious and why, then the scores."""
+    suspicious = judged["suspicious"]
+    found = (
+        f"{suspicious} suspicious" if isinstance(suspicious, int) else f"suspicious: {_judged(suspicious)}"
+    )
+    if judged["about"] == "input":
+        found = f"suspicious above {judged['threshold']:.4g}"
+    details = f" ({_judged(judged['details'])})" if judged["details"] else ""
+    reason = f": {judged['reason']}" if judged["reason"] else ""
+    lines = [f"judgement about the {judged['about']}: {found}{details}{reason}"]
+    return lines + ([f"scores: {_judged(judged['scores'])}"] if judged["scores"] else [])
 
 
 def title(record: Record) -> str:
@@ -200,11 +213,11 @@ def run_row(record: Record, *, intervals: bool = True) -> list[str]:
     spec = record.run_spec
     parts = (spec.trigger, spec.applicator)
     names = ["clean" if part is None else _inline(part.to_dict()) for part in parts]
-    rate = "–" if spec.is_clean else f"{100 * spec.poison.rate:g}%"
+    rate = "–" if not spec.poison.rate else f"{100 * spec.poison.rate:g}%"
     return [
         spec.dataset.name,
         " + ".join([spec.model.name, *(_inline(part.to_dict()) for part in spec.defenses)]),
-        *(["clean", "–"] if spec.is_clean else names),
+        *(names if spec.attacked else ["clean", "–"]),
         rate,
         str(spec.seed),
         str(spec.train.epochs),

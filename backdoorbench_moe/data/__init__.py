@@ -9,7 +9,7 @@ from backdoorbench_moe.registry import Registry
 if TYPE_CHECKING:
     from backdoorbench_moe.data.base import Dataset
 
-registry: Registry[Dataset] = Registry("dataset", "backdoorbench_moe.data.base:Dataset")
+registry: Registry[Dataset] = Registry("dataset")
 
 
 def create_dataset(name: str, **options: object) -> Dataset:

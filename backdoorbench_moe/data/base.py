@@ -26,6 +26,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def copy(self) -> Split:
+        """The same images in memory of their own."""
+        return Split(self.images.clone(), self.labels.clone())
+
     def to(self, device: torch.device | str) -> Split:
         """The same images on another device."""
         return Split(self.images.to(device), self.labels.to(device))

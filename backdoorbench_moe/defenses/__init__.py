@@ -9,7 +9,7 @@ from backdoorbench_moe.registry import Registry
 if TYPE_CHECKING:
     from backdoorbench_moe.defenses.base import Defense
 
-registry: Registry[Defense] = Registry("defense", "backdoorbench_moe.defenses.base:Defense")
+registry: Registry[Defense] = Registry("defense")
 
 
 def create_defense(name: str, **options: object) -> Defense:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import isfinite
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, final
 
+from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.errors import ConfigError, PluginError
 from backdoorbench_moe.moe.pruning import share_of
 
@@ -19,16 +19,12 @@ if TYPE_CHECKING:
     from backdoorbench_moe.data.base import Split
     from backdoorbench_moe.moe.routed import Routing
 
+# What a defense may declare that it needs, see `Defense.needs`.
+NEEDS = ("clean", "training-set", "features", "losses")
+
 
 class Tune(Protocol):
-    """Trains a model further, in place, as its run's recipe has it; the same call gives the same weights.
-
-    modules: only these are trained, all others rest, their norms' statistics too; all where None. rows: in
-    place of `modules`, names in the model's state dict to the rows (dim 0), `start` to `stop`, that may change;
-    every other value, of parameters and buffers, stays what it is, bit for bit. The norms that own some of
-    these rows see their batch's statistics while they train, in all of their channels. epochs: 0 does nothing.
-    lr: the recipe's where None. Raises ValueError for a name that the state dict does not have.
-    """
+    """Trains a model further, in place, with its run's recipe; the same call gives the same weights."""
 
     def __call__(
         self,
@@ -40,26 +36,46 @@ class Tune(Protocol):
         modules: Sequence[nn.Module] | None = None,
         rows: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
-        """Train `model` on `split`."""
+        """Train `model` on `split`.
+
+        Args:
+            model: The model; it is left in evaluation mode.
+            split: The images.
+            epochs: Passes over the images; 0 does nothing.
+            lr: Peak learning rate; the recipe's if None.
+            modules: Train only these; all other modules keep their weights and running statistics. All if None.
+            rows: Instead of `modules`: names in the model's state dict to the rows (dim 0), `start` to `stop`, that
+                may change. Every other value, of parameters and buffers, stays as it is, bit for bit. Norms that own
+                some of these rows see the statistics of their batch in all of their channels.
+
+        Raises:
+            ValueError: A name in `rows` is not in the state dict.
+        """
 
 
 @dataclass(frozen=True)
 class DefenseTask:
     """All that a defense knows. Nothing here leads to the attacker: no trigger, no indices, no test images.
 
-    model: the defense's own copy, in evaluation mode, on `device`; it may be changed in place. clean: the
-    images the defender holds, uint8 on `device`, with their true labels. train: the recipe the model was
-    trained with. seed: for every draw the defense makes. tune: see `Tune`. logits: (model, (N, 3, H, W)
-    uint8) to (N, classes) float32, in evaluation mode. routing: (model, (N, 3, H, W) uint8) to the `Routing` of
-    every routed layer, a list for each batch of images, in their order; for models that are `moe.routed.RoutedModel`.
-    fresh: a newly drawn, untrained model of the same make, the same at every call, drawn from the
-    defense's seed and not from the attacker's; in evaluation mode, on `device`. report: call it with a name,
-    such as "pruned", and the model when a stage other than the last is finished; a copy is kept and measured
-    after the defense has returned, so no measurement can lead it.
+    Args:
+        model: The defense's own copy, in evaluation mode, on `device`; it may be changed in place.
+        num_classes: Number of classes.
+        train: The recipe that the model was trained with.
+        device: The device of model and images.
+        precision: "fp32" or "bf16".
+        seed: For every draw that the defense makes.
+        tune: See `Tune`.
+        logits: (model, (N, 3, H, W) uint8) to (N, classes) float32, in evaluation mode.
+        routing: (model, (N, 3, H, W) uint8) to the `Routing` of every routed layer, a list for each batch of
+            images, in their order; for a `moe.routed.RoutedModel`.
+        fresh: Gives a newly drawn, untrained model of the same architecture, the same at every call, in evaluation
+            mode, on `device`. It is drawn from the defense's seed, not from the attacker's.
+        report: Call it with a name, such as "pruned", and the model at the end of every stage but the last. A copy
+            is kept and measured after the defense has returned, so that no measurement can guide it.
+        granted: What the defense declared in `needs`, by name; read it through the properties.
     """
 
     model: nn.Module
-    clean: Split
     num_classes: int
     train: TrainSpec
     device: torch.device
@@ -70,41 +86,74 @@ class DefenseTask:
     routing: Callable[[nn.Module, Tensor], Iterator[list[Routing]]]
     fresh: Callable[[], nn.Module]
     report: Callable[[str, nn.Module], None]
+    granted: Mapping[str, Any]
+
+    @property
+    def clean(self) -> Split:
+        """The images that the defender holds, uint8 on `device`, with their true labels. Needs "clean"."""
+        return self._grant("clean")
+
+    @property
+    def training_set(self) -> Split:
+        """The whole training set as the victim had it, poisoned images and labels included. Needs "training-set"."""
+        return self._grant("training-set")
+
+    @property
+    def features(self) -> Callable[[nn.Module, Tensor], Tensor]:
+        """(model, (N, 3, H, W) uint8) to (N, D) float32, what goes into the head. Needs "features"."""
+        return self._grant("features")
+
+    @property
+    def losses(self) -> Callable[[nn.Module, Split], Tensor]:
+        """(model, split of N images) to (N,) float32, the cross-entropy of each image. Needs "losses"."""
+        return self._grant("losses")
+
+    def _grant(self, need: str) -> Any:
+        if need not in self.granted:
+            raise PluginError(f"defense: uses {need!r}, which it does not declare in `needs`")
+        return self.granted[need]
 
 
 @dataclass(frozen=True)
 class DefenseResult:
     """What a defense gives back.
 
-    stage: the name of its last stage, such as "tuned". model: the defended model, of the same architecture
-    (the weights have the same names and shapes). scores and verdict: what a defense that judges found, plain
-    values by what it judges: "sample", "class", "expert" or "model"; they go into the record as they are.
-
-    filter: of a defense that judges inputs, (N, 3, H, W) uint8 images to (N,) finite floats, higher is
-    more suspicious; an image's score does not depend on the others beside it. threshold: a score above it is
-    suspicious, and such an image is rejected. The engine measures both after the defense has returned, on clean
-    and triggered test images in one shuffled row; with a filter, `stage` is that of the filtered model.
+    Args:
+        stage: Name of its last stage, such as "tuned".
+        model: The defended model; its weights have the same names and shapes as before.
+        judgements: What it found; at most one about inputs. With one, `stage` is that of the filtered model.
     """
 
     stage: str
     model: nn.Module
-    scores: Mapping[str, Any] = field(default_factory=dict)
-    verdict: Mapping[str, Any] = field(default_factory=dict)
-    filter: Callable[[Tensor], Tensor] | None = None
-    threshold: float | None = None
+    judgements: tuple[Judgement, ...] = ()
+
+    @property
+    def filter(self) -> Judgement | None:
+        """The judgement about inputs; None if there is none."""
+        return next((each for each in self.judgements if each.about == "input"), None)
 
 
 class Defense(ABC):
-    """Something done to a model with some clean images and no knowledge of the attack.
+    """Something done to a model by a defender who does not know whether and how it was attacked.
 
-    clean_fraction: share of the training images, in (0, 1], the defender holds; drawn from the task's seed.
-    finetune_data: "clean", as they were before the attack; or "notebook", with the poisoned ones among them
-    still stamped but truly labelled, as the BadPatches notebook tunes on. Subclasses write `defend`, and
-    `check` where not every model will do; users call the object.
+    Subclasses write `defend`, and `check` if not every model will do; users call the object.
 
-    tiny: options that the conformance tests make it with: those that keep it short, or have no default.
+    Attributes:
+        needs: What the defender must have, of `NEEDS`: "clean" images with true labels, the "training-set" as the
+            victim had it, "features" before the head, the "losses" of single images. Nothing else is given.
+        tiny: Options that the conformance tests build the defense with: those that keep it short, or have no default.
+
+    Args:
+        clean_fraction: Share of the training images that the defender holds, in (0, 1]; drawn from the task's seed.
+        finetune_data: "clean": as they were before the attack. "notebook": the poisoned ones among them are stamped
+            but truly labelled, as in the BadPatches notebook.
+
+    Raises:
+        ConfigError: `clean_fraction` is out of range.
     """
 
+    needs: ClassVar[frozenset[str]] = frozenset({"clean"})
     tiny: ClassVar[Mapping[str, object]] = {}
 
     def __init__(
@@ -115,7 +164,13 @@ class Defense(ABC):
         self.clean_fraction, self.finetune_data = clean_fraction, finetune_data
 
     def count(self, images: int, num_classes: int) -> int:
-        """How many of `images` training images the defender holds. Raises ConfigError for too few."""
+        """How many of `images` training images the defender holds; 0 if the defense does not need any.
+
+        Raises:
+            ConfigError: There are fewer than classes.
+        """
+        if "clean" not in self.needs:
+            return 0
         count = share_of(self.clean_fraction, images)
         if count < num_classes:
             raise ConfigError(
@@ -126,20 +181,25 @@ class Defense(ABC):
 
     @final
     def __call__(self, task: DefenseTask) -> DefenseResult:
-        """Defend the task's model. Raises ConfigError if the model cannot take it, PluginError for no result."""
+        """Defend the task's model.
+
+        Raises:
+            ConfigError: The defense cannot be applied to this model.
+            PluginError: The defense returned something else than a valid result.
+        """
         self.check(task.model)
         result = self.defend(task)
         if not isinstance(result, DefenseResult):
             raise PluginError(f"defense {type(self).__name__}: expected a DefenseResult, got {result!r}")
-        if (result.filter is None) != (result.threshold is None) or not isfinite(result.threshold or 0):
+        filters = [each for each in result.judgements if each.about == "input"]
+        if len(filters) > 1:
             raise PluginError(
-                f"defense {type(self).__name__}: expected a filter with a finite threshold, or neither, "
-                f"got {result.filter!r} and {result.threshold!r}"
+                f"defense {type(self).__name__}: expected one judgement about inputs, got {filters}"
             )
         return result
 
     def check(self, model: nn.Module) -> None:  # noqa: B027
-        """Raise ConfigError, naming the option, if this model cannot take the defense; change nothing.
+        """Raise ConfigError, naming the option, if the defense cannot be applied to this model; change nothing.
 
         The model need not be trained yet.
         """

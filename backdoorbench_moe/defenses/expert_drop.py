@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.parts import accuracy_without, check_tuning, experts_of, least_missed
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.experts import kept_muted, mute
@@ -68,8 +69,15 @@ class ExpertDrop(Defense):
         return DefenseResult(
             "tuned" if self.epochs else "dropped",
             task.model,
-            scores={"expert": scores},
-            verdict={"expert": {"dropped": [expert.name for expert in dropped], "accuracy": after}},
+            (
+                Judgement(
+                    "expert",
+                    "clean accuracy in percent without the expert is the highest of those left",
+                    scores=scores,
+                    suspicious=[expert.name for expert in dropped],
+                    details={"accuracy": after},
+                ),
+            ),
         )
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.parts import accuracy_without, check_tuning, experts_of, least_missed
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.moe.experts import copy_expert
@@ -50,16 +51,21 @@ class ExpertReset(Defense):
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Choose, reset, re-train."""
         experts = experts_of(task.model)
-        chosen, scores = self._named(experts), {}
+        chosen = self._named(experts)
+        scores: dict[str, float] | None = None
         if chosen is None:
-            scores = {"expert": accuracy_without(task, experts)}
-            chosen = least_missed(experts, scores["expert"])
+            scores = accuracy_without(task, experts)
+            chosen = least_missed(experts, scores)
         copy_expert(task.fresh(), task.model, chosen)
         self._settle(task, chosen)
         task.report("reset", task.model)
         task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr, rows=chosen.own)
         self._settle(task, chosen)
-        return DefenseResult("tuned", task.model, scores=scores, verdict={"expert": {"reset": chosen.name}})
+        reason = (
+            "clean accuracy in percent without the expert is the highest" if scores else "named by the option"
+        )
+        judged = Judgement("expert", reason, scores=scores, suspicious=[chosen.name])
+        return DefenseResult("tuned", task.model, (judged,))
 
     def _named(self, experts: list[Expert]) -> Expert | None:
         """The expert that the option names; None where it is to be chosen."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.parts import experts_of
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.experts import mute
@@ -47,8 +48,14 @@ class Reroute(Defense):
                 model.mask_expert(expert)
             else:
                 mute(model, [expert])
-        masked = {"expert": {"masked": [expert.name for expert in rare]}}
-        return DefenseResult("rerouted", model, scores={"expert": usage}, verdict=masked)
+        judged = Judgement(
+            "expert",
+            "usage by clean images, as a multiple of an even share, is below the threshold",
+            scores=usage,
+            threshold=self.threshold,
+            suspicious=[expert.name for expert in rare],
+        )
+        return DefenseResult("rerouted", model, (judged,))
 
 
 def expert_usage(task: DefenseTask) -> dict[str, float]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.parts import check_routed
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.detection import alarms, threshold
@@ -39,6 +40,7 @@ class BlendFilter(Defense):
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"blends": 4, "fpr": 0.25}
+    reason: ClassVar[str]
 
     def __init__(
         self,
@@ -78,8 +80,14 @@ class BlendFilter(Defense):
             score_blends, overlays=clean[over].clone(), blend=self.blend, constancy=self.judge(task)
         )
         at = threshold(judge(clean[others]).double().cpu().numpy(), self.fpr)
-        verdict = {"sample": {"threshold": at, "calibrated_on": len(others)}}
-        return DefenseResult("filtered", task.model, verdict=verdict, filter=judge, threshold=at)
+        judged = Judgement(
+            "input",
+            f"{self.reason}; a clean image is above the threshold with a chance of {self.fpr:g} at most",
+            threshold=at,
+            details={"calibrated_on": len(others)},
+            judge=judge,
+        )
+        return DefenseResult("filtered", task.model, (judged,))
 
     @abstractmethod
     def judge(self, task: DefenseTask) -> Callable[[Tensor, int], Tensor]:
@@ -111,6 +119,8 @@ class Strip(BlendFilter):
     `BlendFilter`. Source: Gao et al., ACSAC 2019, §4.
     """
 
+    reason = "predictions stay sure whatever clean image is laid over the input"
+
     def judge(self, task: DefenseTask) -> Callable[[Tensor, int], Tensor]:
         """Minus the mean entropy of predictions."""
         return lambda blends, count: -mean_entropy(task.logits(task.model, blends), count)
@@ -124,6 +134,8 @@ class RoutingStrip(BlendFilter):
     share of its largest value. Both in [0, 1], mean over the routed layers. Other options: see `BlendFilter`.
     Raises ConfigError for a model without routing.
     """
+
+    reason = "routing stays constant whatever clean image is laid over the input"
 
     def __init__(
         self,

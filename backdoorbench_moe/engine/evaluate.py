@@ -1,74 +1,57 @@
-"""Measuring a trained model."""
+"""Measuring a model: clean accuracy, attack success rate, and what these are worth."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict
 
-import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.data.base import Split
-from backdoorbench_moe.engine.device import autocast
-from backdoorbench_moe.engine.step import as_input
-from backdoorbench_moe.moe.routed import RoutedModel, Routing
+from backdoorbench_moe.engine.inference import predict
+from backdoorbench_moe.engine.triggered import Triggered
 from backdoorbench_moe.ops.metrics import proportion
 
-BATCH = 500
 Metrics = dict[str, dict[str, float]]
 
 
-@torch.inference_mode()
-def logits(model: nn.Module, images: Tensor, *, precision: str, batch_size: int = BATCH) -> Tensor:
-    """Logits (N, classes) float32 of (N, C, H, W) uint8 images, in evaluation mode, on their device."""
-    model.eval()
-    found = []
-    for start in range(0, len(images), batch_size):
-        with autocast(images.device, precision):
-            found.append(model(as_input(images[start : start + batch_size])).float())
-    return torch.cat(found)
-
-
-def routings(
-    model: nn.Module, images: Tensor, *, precision: str, batch_size: int = BATCH
-) -> Iterator[list[Routing]]:
-    """Routing of every routed layer of (N, C, H, W) uint8 images, in evaluation mode: a list a batch, in order."""
-    assert isinstance(model, RoutedModel)
-    model.eval()
-    for start in range(0, len(images), batch_size):
-        with torch.inference_mode(), autocast(images.device, precision):
-            routing = model.forward_routed(as_input(images[start : start + batch_size])).routing
-        yield routing
-
-
-def predict(model: nn.Module, images: Tensor, *, precision: str, batch_size: int = BATCH) -> Tensor:
-    """Predicted classes (N,) int64 of (N, C, H, W) uint8 images, in evaluation mode, on their device."""
-    return logits(model, images, precision=precision, batch_size=batch_size).argmax(1)
+def share(hits: Tensor) -> dict[str, float]:
+    """The share of True in (N,) bool as a record's metric: percent, n and the Wilson 95% interval."""
+    return asdict(proportion(int(hits.sum()), len(hits)))
 
 
 def count_hits(model: nn.Module, split: Split, *, precision: str) -> int:
-    """How many images of the split are predicted as labelled."""
+    """Number of images of the split that are predicted as labelled."""
     return int((predict(model, split.images, precision=precision) == split.labels).sum())
 
 
 def measure(
     model: nn.Module,
     test: Split,
-    triggered: tuple[Split, Tensor] | None,
+    triggered: Triggered | None,
     *,
     precision: str,
     recovery: bool = False,
 ) -> Metrics:
-    """BA over all clean test images; ASR over triggered ones that are not the wanted class already.
+    """Measure a model on the test images.
 
-    triggered: as `triggered_test` gives them; None for a clean run. recovery: RA too, the share of the same
-    triggered images that are called what they are.
+    Args:
+        model: The model; it is left in evaluation mode.
+        test: All clean test images.
+        triggered: Those that count for ASR, triggered; None for a clean run.
+        precision: "fp32" or "bf16".
+        recovery: Whether to measure `ra` too.
+
+    Returns:
+        `ba`: share of clean test images predicted as labelled. With triggered images also `asr`: share of them
+        predicted as the attacker wants; `target_rate`: share of the same images, without the trigger, that are
+        predicted as the attacker wants anyway; and `ra`: share of them predicted as what they are.
     """
-    metrics = {"ba": asdict(proportion(count_hits(model, test, precision=precision), len(test)))}
+    called = predict(model, test.images, precision=precision)
+    metrics = {"ba": share(called == test.labels)}
     if triggered is not None:
-        split, true_labels = triggered
-        predicted = predict(model, split.images, precision=precision)
-        metrics["asr"] = asdict(proportion(int((predicted == split.labels).sum()), len(split)))
+        predicted = predict(model, triggered.images, precision=precision)
+        metrics["asr"] = share(predicted == triggered.wanted)
+        metrics["target_rate"] = share(called[triggered.places] == triggered.wanted)
         if recovery:
-            metrics["ra"] = asdict(proportion(int((predicted == true_labels).sum()), len(split)))
+            metrics["ra"] = share(predicted == triggered.true)
     return metrics

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.data.base import Split
-from backdoorbench_moe.engine.evaluate import BATCH, Metrics, predict
+from backdoorbench_moe.defenses.judgement import Judgement
+from backdoorbench_moe.engine.evaluate import Metrics, share
+from backdoorbench_moe.engine.inference import BATCH, predict
+from backdoorbench_moe.engine.triggered import Triggered
 from backdoorbench_moe.errors import PluginError
 from backdoorbench_moe.ops.detection import auroc
-from backdoorbench_moe.ops.metrics import proportion
 from backdoorbench_moe.ops.seeding import generator
 
 # Clean and triggered test images each that a filter is measured on: it may pass every one many times.
@@ -24,9 +26,8 @@ Filter = Callable[[Tensor], Tensor]
 def measure_filtered(
     model: nn.Module,
     test: Split,
-    triggered: tuple[Split, Tensor] | None,
-    judge: Filter,
-    threshold: float,
+    triggered: Triggered | None,
+    judgement: Judgement,
     *,
     seed: int,
     precision: str,
@@ -37,31 +38,33 @@ def measure_filtered(
     rejected image is neither right nor a success of the attacker; AUROC of the scores; TPR and FPR, the shares
     of triggered and of clean images that are rejected. Raises PluginError if the filter gives no such scores.
     """
-    clean, known = _draw(test, test.labels, seed, "clean")
-    drawn = None if triggered is None else _draw(*triggered, seed, "triggered")
-    images = clean.images if drawn is None else torch.cat([clean.images, drawn[0].images])
-    scores = _score(judge, images, seed)
-    rejected = (scores > threshold).to(images.device)
+    clean = _draw(len(test), seed, "clean").to(test.images.device)
+    clean_images, known = test.images[clean], test.labels[clean]
+    drawn = None
+    if triggered is not None:
+        drawn = triggered.take(_draw(len(triggered), seed, "triggered").to(test.images.device))
+    images = clean_images if drawn is None else torch.cat([clean_images, drawn.images])
+    assert judgement.judge is not None and judgement.threshold is not None
+    scores = _score(judgement.judge, images, seed)
+    rejected = (scores > judgement.threshold).to(images.device)
     predicted = predict(model, images, precision=precision)
     right = (predicted[: len(clean)] == known) & ~rejected[: len(clean)]
     metrics = {"ba": right}
     if drawn is not None:
-        split, labels = drawn
         called, kept = predicted[len(clean) :], ~rejected[len(clean) :]
-        metrics |= {"asr": (called == split.labels) & kept, "ra": (called == labels) & kept, "tpr": ~kept}
+        metrics |= {"asr": (called == drawn.wanted) & kept, "ra": (called == drawn.true) & kept, "tpr": ~kept}
     metrics["fpr"] = rejected[: len(clean)]
-    found = {name: asdict(proportion(int(hits.sum()), len(hits))) for name, hits in metrics.items()}
+    found = {name: share(hits) for name, hits in metrics.items()}
     if drawn is not None:
         values = scores.numpy()
         found["auroc"] = asdict(auroc(values[: len(clean)], values[len(clean) :]))
     return found
 
 
-def _draw(split: Split, labels: Tensor, seed: int, kind: str) -> tuple[Split, Tensor]:
-    """Up to IMAGES of a split, with the labels (N,) beside it."""
-    order = torch.randperm(len(split), generator=generator(seed, "filter", kind))[:IMAGES]
-    chosen = order.sort().values.to(split.images.device)
-    return Split(split.images[chosen], split.labels[chosen]), labels[chosen]
+def _draw(count: int, seed: int, kind: str) -> Tensor:
+    """Draw up to IMAGES of `count` images: int64 indices, ascending."""
+    order = torch.randperm(count, generator=generator(seed, "filter", kind))[:IMAGES]
+    return order.sort().values
 
 
 def _score(judge: Filter, images: Tensor, seed: int) -> Tensor:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.config import RunSpec
-from backdoorbench_moe.data.base import ImageSet
-from backdoorbench_moe.engine.device import autocast, reproducible
-from backdoorbench_moe.engine.parts import Stamper
-from backdoorbench_moe.engine.poison import counted_for_asr, stamp_images
-from backdoorbench_moe.engine.step import as_input
+from backdoorbench_moe.engine.device import reproducible
+from backdoorbench_moe.engine.inference import forward_routed
+from backdoorbench_moe.engine.poison import stamp_images
+from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.errors import ConfigError, RecordError
 from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.ops.seeding import generator, seeded
@@ -53,22 +52,22 @@ class Seen:
     triggered: View | None
 
 
-def check_probe(spec: RunSpec, model: nn.Module, images: ImageSet) -> None:
-    """Raise ConfigError unless a spec's probe can be taken: a routed model, and images enough."""
+def check_probe(spec: RunSpec, setup: Setup) -> None:
+    """Raise ConfigError unless a spec's probe can be taken: it needs a routed model, and enough images."""
     if not spec.probe:
         return
-    if not isinstance(model, RoutedModel):
+    if not isinstance(setup.model, RoutedModel):
         raise ConfigError.expected("probe", f"0, as the model {spec.model.name!r} routes nothing", spec.probe)
-    if spec.probe > (most := len(_candidates(spec, images))):
-        what = "test images" if spec.is_clean else "test images that count for ASR"
+    if spec.probe > (most := len(_candidates(setup))):
+        what = "test images that count for ASR" if spec.attacked else "test images"
         raise ConfigError.expected("probe", f"at most the {most} {what}", spec.probe)
 
 
-def _candidates(spec: RunSpec, images: ImageSet) -> Tensor:
-    if spec.is_clean:
+def _candidates(setup: Setup) -> Tensor:
+    images = setup.images
+    if setup.attack is None:
         return torch.arange(len(images.test))
-    counted = counted_for_asr(images.test.labels, spec.poison, images.num_classes)
-    return counted.nonzero().squeeze(1).cpu()
+    return setup.attack.counted(images.test.labels, images.num_classes).nonzero().squeeze(1).cpu()
 
 
 class Probe:
@@ -78,14 +77,12 @@ class Probe:
     Looking changes neither the model nor any generator of random numbers.
     """
 
-    def __init__(
-        self, spec: RunSpec, images: ImageSet, stamper: Stamper | None, precision: str, folder: RunFolder
-    ) -> None:
-        places = _candidates(spec, images)
+    def __init__(self, setup: Setup, precision: str, folder: RunFolder) -> None:
+        places, spec, images = _candidates(setup), setup.spec, setup.images
         order = torch.randperm(len(places), generator=generator(spec.seed, "probe"))
         self.indices = places[order[: spec.probe]].sort().values
         self.clean = images.test.images[self.indices.to(images.test.images.device)]
-        self.triggered = None if stamper is None else stamp_images(self.clean, stamper)
+        self.triggered = None if setup.stamper is None else stamp_images(self.clean, setup.stamper)
         self.precision, self.folder, self.seed = precision, folder, spec.seed
         self.seen: Seen | None = None
 
@@ -127,8 +124,7 @@ class Probe:
 
     @torch.inference_mode()
     def _view(self, model: RoutedModel, images: Tensor) -> tuple[tuple[str, ...], View]:
-        with autocast(images.device, self.precision):
-            output = model.forward_routed(as_input(images))
+        output = forward_routed(model, images, precision=self.precision)
         predicted = output.logits.argmax(1).cpu().unsqueeze(0)
         selected = tuple(one.selected.cpu().unsqueeze(0) for one in output.routing)
         return tuple(one.layer for one in output.routing), View(predicted, selected)

@@ -11,15 +11,11 @@ from torch import Tensor, nn
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.device import autocast
+from backdoorbench_moe.engine.inference import as_input
 from backdoorbench_moe.moe.routed import RoutedModel
 
 # Eager steps before a capture: lazily made buffers (momentum, library workspaces) must exist by then.
 WARMUP_STEPS = 3
-
-
-def as_input(images: Tensor) -> Tensor:
-    """(B, C, H, W) uint8 to float in [0, 1], channels last."""
-    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
 def make_optimizer(model: nn.Module, spec: TrainSpec, device: torch.device) -> torch.optim.Optimizer:

@@ -9,7 +9,7 @@ from backdoorbench_moe.registry import Registry
 if TYPE_CHECKING:
     from torch import nn
 
-registry: Registry[nn.Module] = Registry("model", "torch.nn:Module", given=("num_classes", "image_size"))
+registry: Registry[nn.Module] = Registry("model")
 
 
 def create_model(name: str, *, num_classes: int = 10, image_size: int = 32, **options: object) -> nn.Module:

@@ -43,6 +43,21 @@ def wanet_grid(control: Tensor, height: int, width: int, strength: float) -> Ten
     return torch.stack((x, y), dim=-1).clamp(-1, 1)
 
 
+def add_offsets(grid: Tensor, offsets: Tensor) -> Tensor:
+    """Add an offset to every pixel of a sampling grid (WaNet's noise mode).
+
+    Args:
+        grid: (1, H, W, 2) as `wanet_grid` gives it.
+        offsets: (B, H, W, 2) in [-1, 1], in units of 1 / W of the grid along x and 1 / H along y.
+
+    Returns:
+        (B, H, W, 2), clamped to [-1, 1].
+    """
+    height, width = grid.shape[1:3]
+    size = torch.tensor([width, height], dtype=grid.dtype, device=grid.device)
+    return (grid + offsets.to(grid.dtype) / size).clamp(-1, 1)
+
+
 def notebook_pixels(control: Tensor, height: int, width: int, strength: float) -> Tensor:
     """Which pixel the BadPatches notebook takes for each: coordinates truncated to integers.
 
@@ -62,7 +77,8 @@ def notebook_pixels(control: Tensor, height: int, width: int, strength: float) -
 def warp_bilinear(images: Tensor, grid: Tensor) -> Tensor:
     """Sample images (B, C, H, W) at a grid (1, H, W, 2) as `wanet_grid` gives it, bilinear.
 
-    Half precision is sampled in float32. Returns the shape and type of `images`, in [0, 1] as they are.
+    Half precision is sampled in float32. The grid may also be one for each image, (B, H, W, 2). Returns the shape and
+    type of `images`, in [0, 1] as they are.
     """
     wide = images if images.dtype in (torch.float32, torch.float64) else images.float()
     x, y = grid.to(wide.dtype).expand(len(images), -1, -1, -1).unbind(-1)

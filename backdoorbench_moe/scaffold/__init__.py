@@ -16,7 +16,8 @@ from pathlib import Path
 from backdoorbench_moe import __version__
 from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
-from backdoorbench_moe.plugins import GROUPS, INTERFACE, INTERFACE_GROUP, KINDS, normalize
+from backdoorbench_moe.kinds import KINDS
+from backdoorbench_moe.plugins import GROUPS, INTERFACE, INTERFACE_GROUP, normalize
 
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from backdoorbench_moe.config import PartSpec, TrainSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses.base import DefenseTask
-from backdoorbench_moe.engine.defend import fresh_model
-from backdoorbench_moe.engine.evaluate import logits, routings
+from backdoorbench_moe.engine.build import fresh_model
+from backdoorbench_moe.engine.inference import logits, losses, routings
 from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.tune import Tuner
@@ -87,7 +87,6 @@ def make_task(
     keep: Callable[[str, nn.Module], None] = lambda name, model: reported.append((name, copies(model)))  # noqa: E731
     task = DefenseTask(
         model=model,
-        clean=coloured_split(24, 1) if clean is None else clean,
         num_classes=CLASSES,
         train=train,
         device=CPU,
@@ -98,6 +97,11 @@ def make_task(
         routing=partial(routings, precision="fp32"),
         fresh=partial(fresh_model, made_by, given, seed, CPU),
         report=keep,
+        granted={
+            "clean": coloured_split(24, 1) if clean is None else clean,
+            "training-set": coloured_split(48, 2),
+            "losses": partial(losses, precision="fp32"),
+        },
     )
     return task, reported
 

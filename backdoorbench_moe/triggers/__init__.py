@@ -9,7 +9,7 @@ from backdoorbench_moe.registry import Registry
 if TYPE_CHECKING:
     from backdoorbench_moe.triggers.base import Trigger
 
-registry: Registry[Trigger] = Registry("trigger", "backdoorbench_moe.triggers.base:Trigger", needs=("seed",))
+registry: Registry[Trigger] = Registry("trigger")
 
 
 def create_trigger(name: str, **options: object) -> Trigger:

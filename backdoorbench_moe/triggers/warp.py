@@ -1,4 +1,4 @@
-"""The warp of WaNet (Nguyen & Tran, ICLR 2021)."""
+"""The warp of WaNet (Nguyen and Tran, ICLR 2021)."""
 
 from __future__ import annotations
 
@@ -9,20 +9,42 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
-from backdoorbench_moe.ops.seeding import generator
-from backdoorbench_moe.ops.warp import control_grid, notebook_pixels, take_pixels, wanet_grid, warp_bilinear
+from backdoorbench_moe.ops.seeding import derive_seed, generator, uniform_at
+from backdoorbench_moe.ops.warp import (
+    add_offsets,
+    control_grid,
+    notebook_pixels,
+    take_pixels,
+    wanet_grid,
+    warp_bilinear,
+)
 from backdoorbench_moe.triggers.base import Trigger
 
 Sampling = Literal["bilinear", "truncate"]
 
 
 class Warp(Trigger):
-    """A smooth distortion, drawn once from `seed` and made anew for each canvas size.
+    """A smooth distortion, drawn once from `seed` and computed anew for each canvas size.
 
-    grid_size: side k of the control grid. strength: WaNet's s, about twice the mean shift in pixels.
-    sampling: "bilinear" is WaNet's; "truncate" is what the BadPatches notebook does, with its own
-    grid_size=2 and strength=0.25. control_grid: the normalised grid, (1, 2, k, k) float32 on the CPU,
-    channel 0 the x offset. Raises ConfigError for a value out of range.
+    Its noise form (WaNet's noise mode) is the same distortion with another random offset for every pixel of every
+    image, so that the model learns to answer this one warp and no other. It exists for bilinear sampling. WaNet draws
+    noise images and offsets anew in every batch; here they are drawn once, as an attacker who only delivers data can.
+
+    Args:
+        grid_size: Side k of the control grid, from 1.
+        strength: WaNet's s, above 0: about twice the mean shift in pixels.
+        sampling: "bilinear" is WaNet's; "truncate" is what the BadPatches notebook does, with its own grid_size=2 and
+            strength=0.25.
+        seed: Seed of the control grid and of the noise form's offsets.
+
+    Attributes:
+        control_grid: The normalised grid, (1, 2, k, k) float32 on the CPU; channel 0 is the x offset.
+
+    Raises:
+        ConfigError: A value is out of range.
+
+    Source:
+        WaNet, equations 4 and 5, and its noise mode; BadPatches' notebooks.
     """
 
     def __init__(
@@ -43,6 +65,20 @@ class Warp(Trigger):
         """Move every pixel; gradients flow to the pixels that were sampled."""
         field = self._field(images)
         return take_pixels(images, field) if self.sampling == "truncate" else warp_bilinear(images, field)
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether there is a noise form: the notebook's warp has none."""
+        return self.sampling == "bilinear"
+
+    def stamp_noise(self, images: Tensor, places: Tensor) -> Tensor:
+        """Move every pixel as `stamp`, and by up to half a pixel more, at random along both axes."""
+        if not self.has_noise:
+            return super().stamp_noise(images, places)
+        height, width = images.shape[-2:]
+        offsets = uniform_at(derive_seed(self.seed, "warp noise"), places.to(images.device), height, width, 2)
+        grid = add_offsets(self._field(images), 2 * offsets - 1)
+        return warp_bilinear(images, grid)
 
     def _field(self, images: Tensor) -> Tensor:
         """The field for this canvas, where and as precise as the images are."""

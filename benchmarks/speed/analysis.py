@@ -21,7 +21,7 @@ from rich.table import Table
 from backdoorbench_moe.analysis.analyze import Analysis, analyze_run, twin_folder
 from backdoorbench_moe.analysis.document import as_document
 from backdoorbench_moe.analysis.report import draw_report
-from backdoorbench_moe.engine.runner import Run, load_run
+from backdoorbench_moe.engine.run import Run, load_run
 
 # For 10,000 test images and those of them that are triggered.
 GOAL_SECONDS, GOAL_ROUTING_SECONDS = 60, 15

@@ -13,7 +13,7 @@ from routed_models import make_subject, make_triggered
 from backdoorbench_moe.analysis import carriers
 from backdoorbench_moe.analysis.carriers import find_carriers
 from backdoorbench_moe.analysis.subject import Subject
-from backdoorbench_moe.engine.evaluate import predict
+from backdoorbench_moe.engine.inference import predict
 from backdoorbench_moe.moe.experts import mute
 
 

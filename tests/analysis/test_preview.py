@@ -15,7 +15,9 @@ from tiny import TINY_MODEL, Tiny, tiny_spec
 from backdoorbench_moe.analysis import preview as previews
 from backdoorbench_moe.analysis.preview import Preview, preview_run, preview_spec, save_preview
 from backdoorbench_moe.analysis.subject import choose_images
-from backdoorbench_moe.engine.runner import Run, load_run, run_attack
+from backdoorbench_moe.engine.graph import clean_twin
+from backdoorbench_moe.engine.run import Run, load_run
+from backdoorbench_moe.engine.runner import run_attack
 from backdoorbench_moe.errors import ConfigError, DataError, RecordError, UnknownNameError
 
 SPEC = tiny_spec(trigger={"name": "square", "colour": "white"}, train={"epochs": 1})
@@ -164,7 +166,7 @@ def test_a_choice_that_is_not_there(options, message) -> None:
 
 def test_specs_that_cannot_be_shown() -> None:
     with pytest.raises(ConfigError, match="got a clean run"):
-        preview_spec(SPEC.clean_twin())
+        clean_twin(preview_spec(SPEC))
     with pytest.raises(UnknownNameError, match="did you mean 'square'"):
         preview_spec(tiny_spec(trigger="sqare"))
 

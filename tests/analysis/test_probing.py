@@ -11,7 +11,8 @@ from tiny import tiny_spec
 from backdoorbench_moe.analysis.probing import probe_findings
 from backdoorbench_moe.analysis.subject import open_subject
 from backdoorbench_moe.engine.probe import load_seen
-from backdoorbench_moe.engine.runner import Run, run_attack
+from backdoorbench_moe.engine.run import Run
+from backdoorbench_moe.engine.runner import run_attack
 from backdoorbench_moe.errors import RecordError
 
 

@@ -20,7 +20,9 @@ from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.run import estimate, parse_budget
 from backdoorbench_moe.bench.suite import order
 from backdoorbench_moe.bench.worker import Job, Outcome, work
-from backdoorbench_moe.engine.runner import Session, load_run
+from backdoorbench_moe.engine.graph import clean_twin
+from backdoorbench_moe.engine.run import load_run
+from backdoorbench_moe.engine.runner import Runner
 from backdoorbench_moe.errors import BbmoeError, ConfigError, RecordError, UnknownNameError
 from backdoorbench_moe.records import RunFolder
 
@@ -40,7 +42,7 @@ def test_a_suite_is_made_once(tmp_path) -> None:
     assert len(first) == 5
     for cell in suite.cells:
         record = load_run(tmp_path / cell.spec.name).record
-        twin = load_run(tmp_path / cell.spec.clean_twin().name).record
+        twin = load_run(tmp_path / clean_twin(cell.spec).name).record
         assert record.metrics["cad"]["value"] == twin.metrics["ba"]["value"] - record.metrics["ba"]["value"]
         assert not (tmp_path / cell.spec.name / LIFE_SIGN).exists()
     report, engine = run(suite, tmp_path)
@@ -87,14 +89,14 @@ def test_a_folder_that_cannot_be_is_said_before_anything_is_trained(tmp_path) ->
 def test_a_failing_run_stops_no_other_and_is_tried_again(tmp_path, monkeypatch) -> None:
     suite = tiny_suite()
     bad = suite.cells[1].spec.name
-    finish = Session.finish
+    finish = Runner.finish
 
     def fail_once(self, spec, **options):
         if spec.name == bad:
             raise ZeroDivisionError("a plug-in's own error")
         return finish(self, spec, **options)
 
-    monkeypatch.setattr(Session, "finish", fail_once)
+    monkeypatch.setattr(Runner, "finish", fail_once)
     report, _ = run(suite, tmp_path)
     [failed] = report.failed
     assert (failed.name, failed.error) == (bad, "ZeroDivisionError: a plug-in's own error")
@@ -104,7 +106,7 @@ def test_a_failing_run_stops_no_other_and_is_tried_again(tmp_path, monkeypatch) 
     results = ResultSet.from_runs(suite, tmp_path)
     assert results.statistic(suite.cells[1], "asr") is None
     assert results.state(suite.cells[1]) == "failed"
-    monkeypatch.setattr(Session, "finish", finish)
+    monkeypatch.setattr(Runner, "finish", finish)
     report, _ = run(suite, tmp_path)
     assert report.is_complete and report.count("finished") == 1
 

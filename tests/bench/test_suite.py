@@ -9,6 +9,7 @@ from backdoorbench_moe.bench.paper import load_paper
 from backdoorbench_moe.bench.plan import with_place
 from backdoorbench_moe.bench.suite import order, value_of
 from backdoorbench_moe.bench.suite_file import list_scales, list_suites, load_suite
+from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.errors import BbmoeError, ConfigError, UnknownNameError
 
 
@@ -152,7 +153,7 @@ def test_repeats_come_one_after_another_twins_first() -> None:
     suite = tiny_suite(repeats=2)
     specs = list(order(suite))
     assert [spec.seed for spec in specs] == [0] * 5 + [1] * 5
-    assert [spec.is_clean for spec in specs] == ([True] + [False] * 4) * 2
+    assert [(not spec.attacked) for spec in specs] == ([True] + [False] * 4) * 2
     assert len({spec.digest for spec in specs}) == 10
 
 
@@ -178,7 +179,7 @@ def test_values_of_a_spec_by_key() -> None:
     assert value_of(spec, "trigger.name") == "square"
     assert value_of(spec, "trigger.colour") is None  # An option the spec leaves to the trigger.
     assert value_of(spec, "train.batch_size") == 32
-    assert value_of(spec.clean_twin(), "trigger.name") is None
+    assert clean_twin(value_of(spec), "trigger.name") is None
     with pytest.raises(UnknownNameError):
         value_of(spec, "train.batch")
 

@@ -12,7 +12,8 @@ from PIL import Image
 from tiny import Tiny, tiny_spec
 
 from backdoorbench_moe import api, cli
-from backdoorbench_moe.engine.runner import Run, load_run, run_attack
+from backdoorbench_moe.engine.run import Run, load_run
+from backdoorbench_moe.engine.runner import run_attack
 from backdoorbench_moe.errors import BbmoeError
 
 FAST = ("--carriers-images", "20")

@@ -9,7 +9,8 @@ import pytest
 from tiny import tiny_spec
 
 from backdoorbench_moe import api, cli
-from backdoorbench_moe.engine.runner import Run, run_attack
+from backdoorbench_moe.engine.run import Run
+from backdoorbench_moe.engine.runner import run_attack
 from backdoorbench_moe.errors import BbmoeError
 
 PRUNING = (

@@ -18,7 +18,7 @@ from backdoorbench_moe import scaffold
 from backdoorbench_moe.cli import bbmoe as command
 from backdoorbench_moe.cli.plugin.check import _print_failures
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
-from backdoorbench_moe.plugins import KINDS
+from backdoorbench_moe.kinds import KINDS
 from backdoorbench_moe.scaffold import plan_package, write_package
 from backdoorbench_moe.testing.check import Failure, PartCheck
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -16,10 +17,13 @@ from backdoorbench_moe import defenses, models
 from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
-from backdoorbench_moe.engine.evaluate import count_hits, predict
+from backdoorbench_moe.engine.evaluate import count_hits
+from backdoorbench_moe.engine.graph import clean_twin, needs
+from backdoorbench_moe.engine.inference import predict
 from backdoorbench_moe.engine.observer import Observer
-from backdoorbench_moe.engine.poison import triggered_test
-from backdoorbench_moe.engine.runner import Session, load_run, run_attack, run_defense
+from backdoorbench_moe.engine.run import load_run
+from backdoorbench_moe.engine.runner import Runner, run_attack, run_defense
+from backdoorbench_moe.engine.triggered import triggered_test
 from backdoorbench_moe.errors import BbmoeError, ConfigError, PluginError, RecordError
 from backdoorbench_moe.records import RunFolder
 
@@ -45,10 +49,18 @@ def offer(monkeypatch):
 
 def test_the_parent_is_finished_first_and_the_folder_holds_all(tmp_path) -> None:
     spec = defended_spec()
-    run = Session(spec, tmp_path).attack(spec)
-    parent = load_run(tmp_path / spec.parent().name)
+    run = Runner(spec, tmp_path).attack(spec)
+    parent = load_run(tmp_path / needs(spec)["parent"].name)
     record = json.loads((run.folder.path / "record.json").read_text())
-    assert record["status"] == "finished" and record["parent"] == parent.folder.path.name
+    assert record["status"] == "finished"
+    assert record["inputs"] == [
+        {
+            "role": "parent",
+            "run": parent.folder.path.name,
+            "digest": parent.record.digest,
+            "sha256": hashlib.sha256((parent.folder.path / "model.safetensors").read_bytes()).hexdigest(),
+        }
+    ]
     assert record["spec"]["defenses"] == [PRUNING] and "-fine-pruning-" in run.folder.path.name
     assert [stage["name"] for stage in record["stages"]] == ["before", "pruned", "tuned"]
     assert record["data"]["clean_images"] == 48 and record["parts"]["defense"]["ratio"] == 0.25
@@ -62,9 +74,11 @@ def test_the_parent_is_finished_first_and_the_folder_holds_all(tmp_path) -> None
         name: parent.record.metrics[name] for name in ("ba", "asr")
     }
     clean = load_run(tmp_path / record["clean_twin"])
-    assert clean.spec == tiny_spec().clean_twin()
+    assert clean.spec == clean_twin(tiny_spec())
     cad = {"value": clean.value("ba") - last["ba"]["value"], "n": 60}
-    assert record["metrics"] == {**last, "cad": cad} and "cad" not in last
+    twin = {name: record["metrics"][name] for name in ("twin_asr", "twin_target_rate")}
+    assert all(metric["n"] == 40 for metric in twin.values())
+    assert record["metrics"] == {**last, "cad": cad, **twin} and "cad" not in last
     names = sorted(path.name for path in run.folder.path.iterdir())
     assert names == [".lock", "model.safetensors", "poison.npz", "record.json"]
     assert (run.folder.load_poison() == parent.folder.load_poison()).all()
@@ -76,13 +90,13 @@ def test_the_parent_is_finished_first_and_the_folder_holds_all(tmp_path) -> None
 
 def test_the_record_can_be_measured_again_from_the_folder_alone(tmp_path) -> None:
     spec = defended_spec(train={"epochs": 4, "batch_size": 8})
-    run = Session(spec, tmp_path).finish(spec)
+    run = Runner(spec, tmp_path).finish(spec)
     images, model = Tiny().load(), load_run(run.folder.path).model()
     assert run.value("ba") == 100 * count_hits(model, images.test, precision="fp32") / 60
-    triggered, labels = triggered_test(images, spec.poison, run.stamper())
+    triggered = triggered_test(images, run.attack(), run.stamper())
     predicted = predict(model, triggered.images, precision="fp32")
-    assert run.value("asr") == 100 * (predicted == triggered.labels).double().mean().item()
-    assert run.value("ra") == pytest.approx(100 * (predicted == labels).double().mean().item())
+    assert run.value("asr") == 100 * (predicted == triggered.wanted).double().mean().item()
+    assert run.value("ra") == pytest.approx(100 * (predicted == triggered.true).double().mean().item())
     assert run.value("asr") + run.value("ra") <= 100
     zero = (run.folder.load_tensors()[0]["moe.conv.weight"] == 0).flatten(1).all(1)
     assert zero.reshape(4, 4).sum(1).tolist() == [1, 1, 1, 1]
@@ -90,12 +104,12 @@ def test_the_record_can_be_measured_again_from_the_folder_alone(tmp_path) -> Non
 
 def test_the_same_spec_gives_the_same_numbers_and_a_finished_run_is_only_read(tmp_path) -> None:
     spec = defended_spec()
-    one = Session(spec, tmp_path / "one").finish(spec)
+    one = Runner(spec, tmp_path / "one").finish(spec)
     torch.manual_seed(99)
-    two = Session(spec, tmp_path / "two").finish(spec)
+    two = Runner(spec, tmp_path / "two").finish(spec)
     assert outcome(one) == outcome(two)
     again = Counting()
-    assert outcome(Session(spec, tmp_path / "one", again).finish(spec)) == outcome(one)
+    assert outcome(Runner(spec, tmp_path / "one", again).finish(spec)) == outcome(one)
     assert again.epochs == 0
 
 
@@ -110,7 +124,7 @@ def test_a_defended_run_can_be_defended_again(tmp_path) -> None:
     )
     assert twice.record.stages[0]["metrics"] == once.record.stages[-1]["metrics"]
     assert twice.record.clean_twin == victim.record.clean_twin and "cad" in twice.record.metrics
-    whole = Session(twice.spec, tmp_path / "whole").finish(defended_spec(PRUNING, TUNING))
+    whole = Runner(twice.spec, tmp_path / "whole").finish(defended_spec(PRUNING, TUNING))
     assert len(list((tmp_path / "whole").iterdir())) == 3
     assert outcome(whole)[1:] == outcome(twice)[1:]
 
@@ -127,17 +141,17 @@ def test_another_output_leaves_the_runs_own_folder_as_it_was(tmp_path) -> None:
 
 
 def test_a_clean_run_may_be_defended(tmp_path) -> None:
-    spec = replace(tiny_spec().clean_twin(), defenses=(PartSpec("fine-tuning", {"clean_fraction": 0.5}),))
-    run = Session(spec, tmp_path).attack(spec)
+    spec = replace(clean_twin(tiny_spec()), defenses=(PartSpec("fine-tuning", {"clean_fraction": 0.5}),))
+    run = Runner(spec, tmp_path).attack(spec)
     assert set(run.record.metrics) == {"ba"} and "-clean-fine-tuning-" in run.folder.path.name
 
 
 def test_interrupted_it_starts_over_from_its_parent(tmp_path) -> None:
     spec = defended_spec({**PRUNING, "epochs": 3})
-    whole = Session(spec, tmp_path / "whole").finish(spec)
-    session = Session(spec, tmp_path / "cut")
-    session.finish(spec.parent())
-    session.observer = Counting(stop_after=2)
+    whole = Runner(spec, tmp_path / "whole").finish(spec)
+    session = Runner(spec, tmp_path / "cut")
+    session.finish(needs(spec)["parent"])
+    session.workplace.observer = Counting(stop_after=2)
     with pytest.raises(KeyboardInterrupt):
         session.finish(spec)
     folder = RunFolder(tmp_path / "cut" / spec.name)
@@ -146,7 +160,7 @@ def test_interrupted_it_starts_over_from_its_parent(tmp_path) -> None:
     assert not (folder.path / "model.safetensors").exists()
     with pytest.raises(RecordError, match="expected a finished run, its status is 'interrupted'"):
         run_defense(load_run(folder.path), PartSpec("fine-tuning"))
-    session.observer = Counting()
+    session.workplace.observer = Counting()
     assert outcome(session.finish(spec)) == outcome(whole)
     assert session.observer.epochs == 3
 
@@ -192,7 +206,7 @@ def test_a_defense_that_breaks_the_interface_is_recorded_as_failed(tmp_path, off
     offer("bad", part)
     spec = defended_spec({"name": "bad"})
     with pytest.raises(PluginError, match=message):
-        Session(spec, tmp_path).finish(spec)
+        Runner(spec, tmp_path).finish(spec)
     record = load_run(tmp_path / spec.name).record
     assert record.status == "failed" and message in record.error and not record.stages
 
@@ -223,9 +237,9 @@ BAD = {
 def test_what_is_wrong_is_said_before_anything_is_trained_or_written(tmp_path, part, message) -> None:
     spec = replace(tiny_spec(), defenses=(PartSpec(part.pop("name"), part),))
     counting = Counting()
-    for act in (lambda s: s.finish(spec), lambda s: s.check(spec), lambda s: s.attack(spec)):
+    for act in (lambda s: s.finish(spec), lambda s: s.maker(spec), lambda s: s.attack(spec)):
         with pytest.raises(ConfigError, match=message):
-            act(Session(tiny_spec(), tmp_path / "runs", counting))
+            act(Runner(tiny_spec(), tmp_path / "runs", counting))
     assert counting.epochs == 0 and not (tmp_path / "runs").exists()
 
 
@@ -236,7 +250,7 @@ def test_the_defense_that_is_wrong_is_named_by_its_place(tmp_path) -> None:
     with pytest.raises(
         ConfigError, match=r"defenses\[1\]\.scope: expected one of \['trunk', 'all'\] for WideRes"
     ):
-        Session(spec, tmp_path).finish(spec)
+        Runner(spec, tmp_path).finish(spec)
 
 
 class Nameless(nn.Module):
@@ -257,19 +271,19 @@ def test_a_model_that_names_no_parts_can_be_tuned_but_not_pruned(tmp_path, monke
     with pytest.raises(
         ConfigError, match=r"defenses\[0\]\.scope: the model Nameless does not name its parts"
     ):
-        Session(tiny_spec(), tmp_path / "none").finish(defended_spec(**values))
+        Runner(tiny_spec(), tmp_path / "none").finish(defended_spec(**values))
     assert not (tmp_path / "none").exists()
     spec = defended_spec(TUNING, **values)
-    assert Session(spec, tmp_path).finish(spec).record.status == "finished"
+    assert Runner(spec, tmp_path).finish(spec).record.status == "finished"
 
 
 def test_a_parent_that_is_not_the_one_or_was_made_from_other_data_is_refused(tmp_path, monkeypatch) -> None:
     import tiny
 
-    session = Session(tiny_spec(), tmp_path)
+    session = Runner(tiny_spec(), tmp_path)
     other = session.finish(tiny_spec(seed=1))
     with pytest.raises(RecordError, match="is not the finished run that is to be defended"):
-        session.finish(defended_spec(), parent=other)
+        session.finish(defended_spec(), inputs={"parent": other})
     split = tiny.Tiny._split
     monkeypatch.setattr(tiny.Tiny, "_split", lambda self, count, seed: split(self, count, seed + 1))
     with pytest.raises(RecordError, match="was made from other data"):
@@ -304,7 +318,7 @@ def test_fine_tuning_makes_a_model_forget_and_pruning_alone_does_not(tmp_path) -
         "epochs": 10,
     }
     spec = defended_spec(part, trigger=white, model={**TINY_MODEL, "bn_momentum": 0.1}, train=train)
-    run = Session(spec, tmp_path).finish(spec)
+    run = Runner(spec, tmp_path).finish(spec)
     before, pruned, tuned = (stage["metrics"] for stage in run.record.stages)
     assert before["asr"]["value"] >= 90 and pruned["asr"]["value"] >= 90
     assert tuned["asr"]["value"] <= 10 and tuned["ra"]["value"] >= 80 and tuned["ba"]["value"] >= 90
@@ -312,7 +326,7 @@ def test_fine_tuning_makes_a_model_forget_and_pruning_alone_does_not(tmp_path) -
 
 def test_the_model_on_disk_is_that_of_the_last_stage(tmp_path) -> None:
     spec = defended_spec()
-    run = Session(spec, tmp_path).finish(spec)
-    parent = load_run(tmp_path / spec.parent().name)
+    run = Runner(spec, tmp_path).finish(spec)
+    parent = load_run(tmp_path / needs(spec)["parent"].name)
     assert changed(parent.model().to(CPU).state_dict(), run.model().state_dict())
     assert parent.record == load_run(parent.folder.path).record

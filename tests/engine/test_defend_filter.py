@@ -16,11 +16,13 @@ from backdoorbench_moe import defenses
 from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.engine import filtering
-from backdoorbench_moe.engine.evaluate import predict
 from backdoorbench_moe.engine.filtering import measure_filtered
-from backdoorbench_moe.engine.poison import triggered_test
-from backdoorbench_moe.engine.runner import Session, run_defense
+from backdoorbench_moe.engine.graph import clean_twin, needs
+from backdoorbench_moe.engine.inference import predict
+from backdoorbench_moe.engine.runner import Runner, run_defense
+from backdoorbench_moe.engine.triggered import Triggered, triggered_test
 from backdoorbench_moe.errors import PluginError
 
 STRIP = {"name": "routing-strip", "clean_fraction": 0.5, "blends": 4, "fpr": 0.1}
@@ -40,13 +42,23 @@ class Constant(nn.Module):
         return nn.functional.one_hot((images[:, 0, 0, 0] * 255).round().long(), 3).float()
 
 
-def table(rows: list[tuple[int, int, int]]) -> tuple[Split, Tensor]:
-    """Images of (prediction, label, score), and the labels again."""
+def table(rows: list[tuple[int, int, int]]) -> Split:
+    """Images of (prediction, label, score)."""
     images = torch.zeros(len(rows), 3, 4, 4, dtype=torch.uint8)
     images[:, 0, 0, 0] = torch.tensor([row[0] for row in rows])
     images[:, 1, 0, 0] = torch.tensor([row[2] for row in rows])
-    labels = torch.tensor([row[1] for row in rows])
-    return Split(images, labels), labels
+    return Split(images, torch.tensor([row[1] for row in rows]))
+
+
+def wanting(split: Split) -> Triggered:
+    """These images as triggered ones that are to be called 0."""
+    places = torch.arange(len(split))
+    return Triggered(places, split.images, torch.zeros_like(split.labels), split.labels)
+
+
+def measure(test: Split, triggered: Triggered | None, judge, threshold: float, *, seed: int = 1):
+    judgement = Judgement("input", "its score is high", threshold=threshold, judge=judge)
+    return measure_filtered(Constant(), test, triggered, judgement, seed=seed, precision="fp32")
 
 
 def score(images: Tensor) -> Tensor:
@@ -60,11 +72,9 @@ def test_the_metrics_of_a_table_by_hand() -> None:
     something else. Pairs of a triggered and a clean score in order: of the scores 1, 9, 6, 8, 2 against
     3, 7, 1, 5 they are 0.5, 4, 3, 4 and 1 of 4 each.
     """
-    clean, known = table([(1, 1, 3), (2, 2, 7), (0, 1, 1), (0, 0, 5)])
-    images, true = table([(0, 1, 1), (0, 2, 9), (2, 2, 6), (1, 1, 8), (2, 1, 2)])
-    triggered = (Split(images.images, torch.zeros(5, dtype=torch.int64)), true)
-    test = Split(clean.images, known)
-    found = measure_filtered(Constant(), test, triggered, score, 5.0, seed=1, precision="fp32")
+    test = table([(1, 1, 3), (2, 2, 7), (0, 1, 1), (0, 0, 5)])
+    triggered = wanting(table([(0, 1, 1), (0, 2, 9), (2, 2, 6), (1, 1, 8), (2, 1, 2)]))
+    found = measure(test, triggered, score, 5.0)
     values = {name: metric["value"] for name, metric in found.items()}
     assert values == pytest.approx(
         {"ba": 50.0, "asr": 20.0, "ra": 0.0, "tpr": 60.0, "fpr": 25.0, "auroc": 100 * 12.5 / 20}
@@ -72,18 +82,16 @@ def test_the_metrics_of_a_table_by_hand() -> None:
     assert {name: metric["n"] for name, metric in found.items()} == {
         **{"ba": 4, "asr": 5, "ra": 5, "tpr": 5, "fpr": 4, "auroc": 9}
     }
-    assert measure_filtered(Constant(), test, triggered, score, 6.0, seed=1, precision="fp32")["ra"][
-        "value"
-    ] == pytest.approx(20.0), "a score equal to the threshold is none too high"
-    alone = measure_filtered(Constant(), test, None, score, 5.0, seed=1, precision="fp32")
+    equal = measure(test, triggered, score, 6.0)["ra"]["value"]
+    assert equal == pytest.approx(20.0), "a score equal to the threshold is not suspicious"
+    alone = measure(test, None, score, 5.0)
     assert alone == {name: found[name] for name in ("ba", "fpr")}
 
 
 def test_a_filter_is_shown_images_alone_in_one_shuffled_row(monkeypatch) -> None:
     """Neither the batch nor the place in it tells clean from triggered, and no batch is of one kind."""
     monkeypatch.setattr(filtering, "BATCH", 64)
-    clean, known = table([(0, 0, 0)] * 300)
-    images, true = table([(0, 1, 1)] * 200)
+    clean, images = table([(0, 0, 0)] * 300), table([(0, 1, 1)] * 200)
     seen: list[Tensor] = []
 
     def judge(*arguments: object, **named: object) -> Tensor:
@@ -94,34 +102,31 @@ def test_a_filter_is_shown_images_alone_in_one_shuffled_row(monkeypatch) -> None
         shown.zero_()
         return found
 
-    both = Split(clean.images, known), (images, true)
-    found = measure_filtered(Constant(), *both, judge, 0.5, seed=1, precision="fp32")
+    both = clean, wanting(images)
+    found = measure(*both, judge, 0.5)
     assert [len(part) for part in seen] == [64] * 7 + [52]
     assert all(10 < part.sum() < len(part) - 10 for part in seen)
     assert found["tpr"]["value"] == 100 and found["fpr"]["value"] == 0, "and scores come back in their places"
     assert (images.images[:, 1, 0, 0] == 1).all(), "it was shown a copy"
     order = torch.cat(seen)
     seen.clear()
-    measure_filtered(Constant(), *both, judge, 0.5, seed=1, precision="fp32")
+    measure(*both, judge, 0.5)
     assert torch.equal(torch.cat(seen), order)
     seen.clear()
-    measure_filtered(Constant(), *both, judge, 0.5, seed=2, precision="fp32")
+    measure(*both, judge, 0.5, seed=2)
     assert not torch.equal(torch.cat(seen), order)
 
 
 def test_it_is_measured_on_a_sample_of_each_kind(monkeypatch) -> None:
     monkeypatch.setattr(filtering, "IMAGES", 20)
-    clean, known = table([(0, 0, n) for n in range(100)])
-    images, true = table([(0, 1, 100 + n) for n in range(50)])
+    clean, images = (table([(0, 0, n) for n in range(100)]), table([(0, 1, 100 + n) for n in range(50)]))
     shown: set[int] = set()
 
     def judge(batch: Tensor) -> Tensor:
         shown.update(batch[:, 1, 0, 0].tolist())
         return score(batch)
 
-    found = measure_filtered(
-        Constant(), Split(clean.images, known), (images, true), judge, 99.5, seed=1, precision="fp32"
-    )
+    found = measure(clean, wanting(images), judge, 99.5)
     assert found["fpr"]["n"] == found["tpr"]["n"] == 20 and found["auroc"]["n"] == 40
     assert sum(number < 100 for number in shown) == 20 == sum(number >= 100 for number in shown)
     assert shown - set(range(20)) - set(range(100, 120)), "not the first ones"
@@ -137,9 +142,8 @@ BAD = {
 
 @pytest.mark.parametrize("judge", BAD.values(), ids=BAD.keys())
 def test_scores_that_are_none_are_refused(judge) -> None:
-    clean, known = table([(0, 0, 0)] * 4)
     with pytest.raises(PluginError, match="filter: expected a finite score for each of 4 images, got"):
-        measure_filtered(Constant(), Split(clean.images, known), None, judge, 0.5, seed=1, precision="fp32")
+        measure(table([(0, 0, 0)] * 4), None, judge, 0.5)
 
 
 class Half(Defense):
@@ -151,22 +155,22 @@ class Half(Defense):
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Filter nothing."""
-        return DefenseResult("filtered", task.model, filter=score, threshold=self.at)
+        return DefenseResult(
+            "filtered", task.model, (Judgement("input", "high", threshold=self.at, judge=score),)
+        )
 
 
 @pytest.mark.parametrize("at", [None, float("nan"), float("inf")])
 def test_a_filter_without_a_threshold_is_a_fault_of_the_defense(tmp_path, offer, at) -> None:
     offer("half", Half)
-    [parent] = [Session(tiny_spec(), tmp_path).finish(tiny_spec())]
-    with pytest.raises(
-        PluginError, match="defense Half: expected a filter with a finite threshold, or neither"
-    ):
+    [parent] = [Runner(tiny_spec(), tmp_path).finish(tiny_spec())]
+    with pytest.raises(PluginError, match="threshold: expected a finite number"):
         run_defense(parent, PartSpec("half", {} if at is None else {"at": at}))
 
 
 def test_a_filtered_run_is_measured_from_the_record_alone(tmp_path) -> None:
     spec = defended_spec(STRIP)
-    run = Session(spec, tmp_path).attack(spec)
+    run = Runner(spec, tmp_path).attack(spec)
     record = json.loads((run.folder.path / "record.json").read_text())
     assert [stage["name"] for stage in record["stages"]] == ["before", "filtered"]
     last = record["stages"][1]["metrics"]
@@ -177,7 +181,7 @@ def test_a_filtered_run_is_measured_from_the_record_alone(tmp_path) -> None:
     assert {name: record["metrics"][name] for name in last} == last and "cad" in record["metrics"]
     for metric in last.values():
         assert 0 <= metric["low"] <= metric["value"] <= metric["high"] <= 100
-    parent = Session(spec, tmp_path).finish(spec.parent())
+    parent = Runner(spec, tmp_path).finish(needs(spec)["parent"])
     tensors, before = run.folder.load_tensors()[0], parent.folder.load_tensors()[0]
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors.items())
     # The same numbers, from the filter of a second run and an own count.
@@ -192,16 +196,16 @@ def test_a_filtered_run_is_measured_from_the_record_alone(tmp_path) -> None:
 
     defenses.registry._local["routing-strip"] = Keeping
     try:
-        again = Session(spec, tmp_path / "again").finish(spec)
+        again = Runner(spec, tmp_path / "again").finish(spec)
     finally:
         del defenses.registry._local["routing-strip"]
     assert outcome(again)[1:] == outcome(run)[1:]
-    split, labels = triggered_test(images, spec.poison, run.stamper())
+    triggered = triggered_test(images, run.attack(), run.stamper())
     model = run.model()
-    for name, shown in (("clean", images.test.images), ("triggered", split.images)):
-        kept[name] = result.filter(shown).numpy()
+    for name, shown in (("clean", images.test.images), ("triggered", triggered.images)):
+        kept[name] = result.filter.judge(shown).numpy()
         kept[f"{name} called"] = predict(model, shown, precision="fp32").numpy()
-    passed = {name: kept[name] <= result.threshold for name in ("clean", "triggered")}
+    passed = {name: kept[name] <= result.filter.threshold for name in ("clean", "triggered")}
     u = mannwhitneyu(kept["triggered"], kept["clean"]).statistic
     expected = {
         "auroc": u / 2400,
@@ -209,7 +213,7 @@ def test_a_filtered_run_is_measured_from_the_record_alone(tmp_path) -> None:
         "fpr": 1 - passed["clean"].mean(),
         "ba": ((kept["clean called"] == images.test.labels.numpy()) & passed["clean"]).mean(),
         "asr": ((kept["triggered called"] == 0) & passed["triggered"]).mean(),
-        "ra": ((kept["triggered called"] == labels.numpy()) & passed["triggered"]).mean(),
+        "ra": ((kept["triggered called"] == triggered.true.numpy()) & passed["triggered"]).mean(),
     }
     assert {name: last[name]["value"] for name in last} == pytest.approx(
         {name: 100 * value for name, value in expected.items()}
@@ -218,9 +222,9 @@ def test_a_filtered_run_is_measured_from_the_record_alone(tmp_path) -> None:
 
 def test_a_clean_run_has_the_false_positive_rate_alone(tmp_path) -> None:
     part = PartSpec("strip", {key: value for key, value in STRIP.items() if key != "name"})
-    spec = replace(tiny_spec().clean_twin(), defenses=(part,))
-    run = Session(spec, tmp_path).attack(spec)
-    assert set(run.record.metrics) == {"ba", "fpr"}
+    spec = replace(clean_twin(tiny_spec()), defenses=(part,))
+    run = Runner(spec, tmp_path).attack(spec)
+    assert set(run.record.metrics) == {"ba", "fpr", "cad"}, "what the filter costs a clean model"
 
 
 @pytest.mark.parametrize("called", [0, 1, 2])
@@ -232,11 +236,12 @@ def test_a_filter_of_a_model_of_its_own_is_not_run_on_another(tmp_path, offer, c
             """Always say the same class."""
             with torch.no_grad():
                 task.model.head.bias[called] += 1e6
-            return DefenseResult("filtered", task.model, filter=lambda i: torch.zeros(len(i)), threshold=1.0)
+            judged = Judgement("input", "never", threshold=1.0, judge=lambda images: torch.zeros(len(images)))
+            return DefenseResult("filtered", task.model, (judged,))
 
     offer("bent", Bent)
     spec = defended_spec({"name": "bent"})
-    run = Session(spec, tmp_path).finish(spec)
+    run = Runner(spec, tmp_path).finish(spec)
     after = {name: metric["value"] for name, metric in run.record.stages[-1]["metrics"].items()}
     fooled, right = (100, 0) if called == 0 else (0, 50)
     assert (after["ba"], after["asr"], after["ra"]) == pytest.approx((100 / 3, fooled, right))

@@ -13,13 +13,21 @@ from torch import Tensor
 
 from backdoorbench_moe import defenses
 from backdoorbench_moe.applicators.base import Applicator
+from backdoorbench_moe.attacks.base import Attack, PoisonPlan
+from backdoorbench_moe.attacks.data_poisoning import DataPoisoning
 from backdoorbench_moe.config import PoisonSpec, RunSpec
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
-from backdoorbench_moe.engine.defend import DefenseJob
-from backdoorbench_moe.engine.parts import Stamper
-from backdoorbench_moe.engine.poison import PoisonPlan
-from backdoorbench_moe.engine.runner import Run, Session, load_run
+from backdoorbench_moe.defenses.judgement import Judgement
+from backdoorbench_moe.engine.build import Stamper
+from backdoorbench_moe.engine.graph import needs
+from backdoorbench_moe.engine.makers.defend import DefenseMaker
+from backdoorbench_moe.engine.run import Run, load_run
+from backdoorbench_moe.engine.runner import Runner
+from backdoorbench_moe.engine.setup import Setup
+from backdoorbench_moe.engine.triggered import Triggered
+from backdoorbench_moe.engine.workplace import Workplace
+from backdoorbench_moe.errors import PluginError
 from backdoorbench_moe.records import Record, RunFolder
 from backdoorbench_moe.triggers.base import Trigger
 
@@ -28,6 +36,19 @@ from backdoorbench_moe.triggers.base import Trigger
 def offer(monkeypatch):
     """Offer a defense under a name for the test."""
     return lambda name, part: monkeypatch.setitem(defenses.registry._local, name, part)
+
+
+JUDGEMENTS = (
+    Judgement(
+        "class",
+        "its score is high",
+        scores={"0": 0.1, "1": 0.9, "2": 0.2},
+        threshold=0.5,
+        suspicious=["1"],
+        details={"rounds": 3},
+    ),
+    Judgement("sample", "odd", scores=torch.tensor([1.0, 2.0, 3.0]), suspicious=torch.tensor([0, 2])),
+)
 
 
 class Spy(Defense):
@@ -49,12 +70,12 @@ class Spy(Defense):
             self.answers.append(task.report(stage, task.model))
         with torch.no_grad():
             task.model.head.bias[0] -= 1000.0
-        return DefenseResult("last", task.model, scores={"class": [0.1, 0.9, 0.2]}, verdict={"model": True})
+        return DefenseResult("last", task.model, JUDGEMENTS)
 
 
 SECRETS = (
     *(Stamper, Trigger, Applicator, PoisonPlan, PoisonSpec, RunSpec, Record, RunFolder, Run),
-    *(Session, DefenseJob, ImageSet),
+    *(Runner, Workplace, Setup, DefenseMaker, ImageSet, Attack, Triggered),
 )
 
 
@@ -74,48 +95,63 @@ def reachable(*roots: object) -> list[object]:
     return list(seen.values())
 
 
-def test_nothing_a_defense_is_given_leads_to_the_attacker(tmp_path, offer) -> None:
-    """Structural: a walk over all the task refers to, closures and bound methods included."""
+@pytest.mark.parametrize("need", ["clean", "training-set", "losses"])
+def test_nothing_a_defense_is_given_leads_to_the_attacker(tmp_path, offer, monkeypatch, need) -> None:
+    """Structural: a walk over all the task refers to, closures and bound methods included; grant by grant."""
     Spy.tasks.clear()
     offer("spy", Spy)
+    monkeypatch.setattr(Spy, "needs", frozenset({need}))
     spec = defended_spec({"name": "spy"}, trigger={"name": "square", "size": 5})
-    session = Session(spec, tmp_path)
+    session = Runner(spec, tmp_path)
     session.finish(spec)
     [task] = Spy.tasks
+    assert set(task.granted) == {need}
+    for other in {"clean", "training-set", "losses"} - {need}:
+        with pytest.raises(PluginError, match=f"uses '{other}', which it does not declare"):
+            getattr(task, other.replace("-", "_"))
     found = reachable(task)
     assert not [item for item in found if isinstance(item, SECRETS)]
     assert not [text for text in found if isinstance(text, str) and "square" in text]
-    poisoned = set(load_run(tmp_path / spec.parent().name).folder.load_poison().tolist())
-    test = session.images.test.images
+    poisoned = set(load_run(tmp_path / needs(spec)["parent"].name).folder.load_poison().tolist())
+    test = session.workplace.images.test.images
     for tensor in (item for item in found if isinstance(item, Tensor)):
         assert tensor.untyped_storage().data_ptr() != test.untyped_storage().data_ptr()
         assert tensor.dtype != torch.int64 or tensor.ndim != 1 or set(tensor.tolist()) != poisoned
     # The walk does find what is there: from the job that makes the task it gets to all of it.
-    job = DefenseJob(spec, session, load_run(tmp_path / spec.parent().name))
-    kinds = {type(item) for item in reachable(job) if isinstance(item, SECRETS)}
-    assert {Stamper, PoisonPlan, RunSpec, Session, ImageSet, Run} <= kinds
+    maker = DefenseMaker(spec, session.workplace)
+    kinds = {type(item) for item in reachable(maker) if isinstance(item, SECRETS)}
+    assert {Stamper, PoisonPlan, RunSpec, Workplace, Setup, ImageSet, DataPoisoning} <= kinds
 
 
 def test_stages_are_measured_by_the_engine_after_the_defense_has_returned(
     tmp_path, offer, monkeypatch
 ) -> None:
-    from backdoorbench_moe.engine import job
+    from backdoorbench_moe.engine.makers import base
 
     Spy.answers.clear()
     offer("spy", Spy)
     calls: list[int] = []
-    measure = job.measure
-    monkeypatch.setattr(job, "measure", lambda *a, **k: (calls.append(len(Spy.answers)), measure(*a, **k))[1])
+    measure = base.measure
+    monkeypatch.setattr(
+        base, "measure", lambda *a, **k: (calls.append(len(Spy.answers)), measure(*a, **k))[1]
+    )
     spec = defended_spec({"name": "spy", "stages": ["one", "two"]})
-    run = Session(spec, tmp_path).finish(spec)
+    run = Runner(spec, tmp_path).finish(spec)
     assert calls == [0, 2, 2, 2, 2], "the victim's once; then, both reports made, before, one, two and last"
     assert Spy.answers == [None, None]
     stages = {stage["name"]: stage["metrics"] for stage in run.record.stages}
     assert list(stages) == ["before", "one", "two", "last"]
     assert stages["before"] == stages["one"] == stages["two"], "a shift of all logits changes nothing"
     assert stages["last"]["asr"]["value"] == 0.0, "the target's logit is out of reach"
-    assert run.record.scores == {"class": [0.1, 0.9, 0.2]} and run.record.verdict == {"model": True}
-    tensors, parent = run.folder.load_tensors()[0], load_run(tmp_path / spec.parent().name)
+    one, two = run.record.judgements
+    assert (one["about"], one["scores"], one["threshold"]) == ("class", {"0": 0.1, "1": 0.9, "2": 0.2}, 0.5)
+    assert (one["suspicious"], one["details"]) == (["1"], {"rounds": 3}) and one[
+        "reason"
+    ] == "its score is high"
+    assert (two["about"], two["scores"], two["suspicious"]) == ("sample", None, 2)
+    arrays = run.folder.load_scores()
+    assert arrays["1/scores"].tolist() == [1.0, 2.0, 3.0] and arrays["1/suspicious"].tolist() == [0, 2]
+    tensors, parent = run.folder.load_tensors()[0], load_run(tmp_path / needs(spec)["parent"].name)
     shift = tensors["head.bias"] - parent.folder.load_tensors()[0]["head.bias"]
     torch.testing.assert_close(shift, torch.tensor([-998.0, 2.0, 2.0]), atol=1e-3, rtol=0)
 
@@ -126,9 +162,9 @@ def test_the_outcome_does_not_depend_on_the_attack(tmp_path, part) -> None:
     one, two = defended_spec(part), defended_spec(part, trigger="blend", poison={"rate": 0.5, "target": 2})
     runs = []
     for spec in (one, two):
-        session = Session(spec, tmp_path)
-        parent = session.finish(spec.parent())
-        parent.folder.save_model(load_run(tmp_path / one.parent().name).folder.load_tensors()[0], {})
+        session = Runner(spec, tmp_path)
+        parent = session.finish(needs(spec)["parent"])
+        parent.folder.save_model(load_run(tmp_path / needs(one)["parent"].name).folder.load_tensors()[0], {})
         runs.append(session.finish(spec))
     assert outcome(runs[0])[2] == outcome(runs[1])[2]
     assert runs[0].record.poison != runs[1].record.poison
@@ -156,7 +192,7 @@ def test_clean_and_notebook_data_and_their_share(tmp_path, offer) -> None:
     offer("holder", Holder)
     train = Tiny().load().train
     spec = defended_spec({"name": "holder"})
-    session = Session(spec, tmp_path)
+    session = Runner(spec, tmp_path)
     for data, fraction in (("clean", 1.0), ("notebook", 1.0), ("clean", 0.25), ("notebook", 0.25)):
         part = {"name": "holder", "finetune_data": data, "clean_fraction": fraction}
         run = session.finish(defended_spec(part))
@@ -168,10 +204,44 @@ def test_clean_and_notebook_data_and_their_share(tmp_path, offer) -> None:
     assert differs == run.folder.load_poison().tolist() and len(differs) == 24
     assert (stamped[differs, :, :4, :4] == 0).all()
     few, few_labels = Holder.held["clean 0.25"]
-    assert len(few) == 24 and torch.equal(session.images.train.images, train.images), (
+    assert len(few) == 24 and torch.equal(session.workplace.images.train.images, train.images), (
         "the data were written to"
     )
     places = [int((train.images == image).flatten(1).all(1).nonzero()) for image in few]
     assert places == sorted(set(places)) and few_labels.tolist() == train.labels[places].tolist()
     noted, _ = Holder.held["notebook 0.25"]
     assert torch.equal(noted, stamped[places])
+
+
+class Reader(Defense):
+    """Keeps the training set and its losses."""
+
+    needs = frozenset({"training-set", "losses"})
+    held: list[object] = []  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def defend(self, task: DefenseTask) -> DefenseResult:
+        """Keep, and deface."""
+        split = task.training_set
+        self.held += [split.images.clone(), split.labels.clone(), task.losses(task.model, split)]
+        split.images.zero_()
+        return DefenseResult("kept", task.model)
+
+
+def test_the_training_set_is_the_victims_own_and_a_copy(tmp_path, offer) -> None:
+    Reader.held.clear()
+    offer("reader", Reader)
+    spec = defended_spec({"name": "reader"})
+    runner = Runner(spec, tmp_path)
+    run = runner.finish(spec)
+    images, labels, losses = Reader.held
+    train, indices = Tiny().load().train, run.folder.load_poison()
+    differs = (images != train.images).flatten(1).any(1).nonzero().flatten().tolist()
+    assert differs == indices.tolist() and (images[indices, :, :4, :4] == 0).all()
+    assert (labels[indices] == 0).all() and torch.equal(runner.workplace.images.train.images, train.images)
+    logits = run.model()(images.float().div(255))
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(losses, expected.detach(), atol=1e-4, rtol=1e-4)
+    assert run.record.data["clean_images"] == 0

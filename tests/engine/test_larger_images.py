@@ -12,8 +12,9 @@ from tiny import TINY_MODEL, tiny_spec
 from torch import Tensor, nn
 
 from backdoorbench_moe import models
-from backdoorbench_moe.engine.parts import build_stamper
-from backdoorbench_moe.engine.runner import load_run, run_attack
+from backdoorbench_moe.engine.build import build_stamper
+from backdoorbench_moe.engine.run import load_run
+from backdoorbench_moe.engine.runner import run_attack
 from backdoorbench_moe.errors import ShapeError
 
 SIDE = 64

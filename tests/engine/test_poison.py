@@ -6,70 +6,37 @@ import pytest
 import torch
 
 from backdoorbench_moe.applicators import create_applicator
+from backdoorbench_moe.attacks.base import PoisonPlan
+from backdoorbench_moe.attacks.data_poisoning import DataPoisoning
 from backdoorbench_moe.config import PoisonSpec
 from backdoorbench_moe.data.base import ImageSet, Split
 from backdoorbench_moe.engine import poison
-from backdoorbench_moe.engine.parts import Stamper
-from backdoorbench_moe.engine.poison import (
-    check_classes,
-    plan_poison,
-    poisoned,
-    stamp_images,
-    triggered_test,
-)
-from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.engine.build import Stamper
+from backdoorbench_moe.engine.poison import poisoned, stamp_images, stamp_places
+from backdoorbench_moe.engine.triggered import triggered_test
 from backdoorbench_moe.triggers import create_trigger
+from backdoorbench_moe.triggers.base import Trigger
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 1])
 
 
-def plan(seed: int = 0, **values: object) -> poison.PoisonPlan:
-    return plan_poison(LABELS, PoisonSpec(**values), 3, seed)  # type: ignore[arg-type]
+def plan(seed: int = 0, **values: object) -> PoisonPlan:
+    return DataPoisoning(poison=PoisonSpec(**values))(LABELS, num_classes=3, seed=seed)  # type: ignore[arg-type]
 
 
-def invert(images: torch.Tensor) -> torch.Tensor:
-    return 1 - images
+class Invert(Trigger):
+    """The negative; in training brighter by the place, as noise dark."""
+
+    def stamp(self, images: torch.Tensor) -> torch.Tensor:
+        """The negative."""
+        return 1 - images
+
+    def stamp_noise(self, images: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """As many 255ths as the place says."""
+        return (places[:, None, None, None] / 255).expand_as(images).clone()
 
 
-def test_everything_poisoned_is_called_the_target() -> None:
-    made = plan(rate=1.0, target=2)
-    assert made.indices.tolist() == list(range(10))
-    assert made.labels.tolist() == [2] * 10
-
-
-def test_all_to_all_moves_each_class_to_the_next() -> None:
-    assert plan(rate=1.0, mapping="all-to-all").labels.tolist() == [1, 2, 0, 1, 2, 0, 1, 2, 0, 2]
-
-
-def test_clean_labels_come_from_the_target_class_and_stay() -> None:
-    made = plan(rate=0.3, target=0, labels="clean")
-    assert made.indices.tolist() == [0, 3, 6]
-    assert made.labels.tolist() == [0, 0, 0]
-
-
-def test_source_specific_takes_that_source_only() -> None:
-    made = plan(rate=0.3, target=0, source=(2,))
-    assert made.indices.tolist() == [2, 5, 8]
-    assert made.labels.tolist() == [0, 0, 0]
-
-
-def test_too_few_candidates_is_an_error_with_the_counts() -> None:
-    with pytest.raises(ConfigError, match=r"0\.5 of 10 images is 5, but only 3 images can be poisoned"):
-        plan(rate=0.5, source=(2,))
-
-
-def test_the_draw_follows_the_seed_and_has_no_repeats() -> None:
-    labels = torch.arange(1000) % 3
-    draws = [plan_poison(labels, PoisonSpec(rate=0.1), 3, seed).indices for seed in (0, 0, 1)]
-    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
-    assert all(len(draw.unique()) == 100 for draw in draws)
-    assert (labels[draws[0]] == 0).any()  # The target class is drawn from, too.
-
-
-@pytest.mark.parametrize("values", [{"target": 3}, {"source": (0, 5)}, {"target": 1, "source": (1,)}])
-def test_classes_the_data_do_not_have(values) -> None:
-    with pytest.raises(ConfigError, match=r"poison\.(target|source)"):
-        check_classes(PoisonSpec(**values), 3)
+INVERT = Stamper(Invert(), create_applicator("image"))
 
 
 def test_the_planned_images_and_no_others_change_for_as_long_as_the_block_lasts() -> None:
@@ -77,7 +44,7 @@ def test_the_planned_images_and_no_others_change_for_as_long_as_the_block_lasts(
     split, before = Split(images, labels), images.clone()
     made = plan(rate=0.4, target=1)
     others = torch.ones(10, dtype=torch.bool).index_fill(0, made.indices, False)
-    with poisoned(split, made, invert) as seen:
+    with poisoned(split, made, INVERT) as seen:
         assert seen.images.data_ptr() == images.data_ptr()  # Held once.
         assert torch.equal(seen.images[made.indices], 255 - before[made.indices])
         assert torch.equal(seen.images[others], before[others])
@@ -88,7 +55,7 @@ def test_the_planned_images_and_no_others_change_for_as_long_as_the_block_lasts(
 
 def test_the_images_are_put_back_whatever_happens() -> None:
     split = Split(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), LABELS.clone())
-    with pytest.raises(KeyboardInterrupt), poisoned(split, plan(rate=1.0, target=2), invert):
+    with pytest.raises(KeyboardInterrupt), poisoned(split, plan(rate=1.0, target=2), INVERT):
         raise KeyboardInterrupt
     assert (split.images == 0).all() and torch.equal(split.labels, LABELS)
 
@@ -121,7 +88,40 @@ def make_test_set() -> ImageSet:
     ],
 )
 def test_images_of_the_target_class_do_not_count_for_asr(spec, true, wanted) -> None:
-    split, labels = triggered_test(make_test_set(), spec, invert)
-    assert labels.tolist() == true
-    assert split.labels.tolist() == wanted
-    assert (split.images == 255).all()
+    found = triggered_test(make_test_set(), DataPoisoning(poison=spec), INVERT)
+    assert found.true.tolist() == true
+    assert found.wanted.tolist() == wanted
+    assert (found.images == 255).all()
+    assert torch.equal(LABELS[found.places], found.true)
+
+
+def test_every_group_gets_its_form_and_its_labels() -> None:
+    images, labels = torch.full((10, 3, 4, 4), 10, dtype=torch.uint8), LABELS.clone()
+    made = plan(rate=0.2, cover=0.3, noise=0.4, target=1)
+    assert [len(group) for group in made.groups.values()] == [2, 3, 4]
+    with poisoned(Split(images, labels), made, INVERT) as seen:
+        stamped = torch.cat([made.indices, made.cover])
+        assert (seen.images[stamped] == 245).all()
+        assert seen.images[made.noise, 0, 0, 0].tolist() == made.noise.tolist(), "a function of the place"
+        assert seen.labels[made.indices].tolist() == [1, 1]
+        rest = torch.ones(10, dtype=torch.bool).index_fill(0, made.indices, False)
+        assert torch.equal(seen.labels[rest], LABELS[rest])
+        left = rest.index_fill(0, torch.cat([made.cover, made.noise]), False)
+        assert (seen.images[left] == 10).all() and left.sum() == 1
+    assert (images == 10).all() and torch.equal(labels, LABELS)
+
+
+def test_tiles_of_an_image_have_places_of_their_own() -> None:
+    stamper = Stamper(Invert(), create_applicator("patch", patch_size=2))
+    places = torch.tensor([3, 7])
+    stamped = stamp_places(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), places, stamper.noise)
+    assert stamped[:, 0, ::2, ::2].flatten(1).tolist() == [[12, 13, 14, 15], [28, 29, 30, 31]]
+
+
+def test_an_attack_without_a_trigger_leaves_the_images() -> None:
+    split = Split(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), LABELS.clone())
+    made = plan(rate=0.5, target=2)
+    with poisoned(split, made, None) as seen:
+        assert (seen.images == 0).all() and (seen.labels[made.indices] == 2).all()
+    found = triggered_test(make_test_set(), DataPoisoning(poison=PoisonSpec(target=0)), None)
+    assert (found.images == 0).all() and len(found) == 7

@@ -9,12 +9,14 @@ import pytest
 import torch
 from tiny import Tiny, tiny_spec
 
-from backdoorbench_moe.engine import parts
+from backdoorbench_moe.engine.build import build_model
+from backdoorbench_moe.engine.graph import clean_twin
+from backdoorbench_moe.engine.inference import as_input
 from backdoorbench_moe.engine.observer import Observer, StopRun
 from backdoorbench_moe.engine.poison import stamp_images
 from backdoorbench_moe.engine.probe import load_seen
-from backdoorbench_moe.engine.runner import Run, run_attack
-from backdoorbench_moe.engine.step import as_input
+from backdoorbench_moe.engine.run import Run
+from backdoorbench_moe.engine.runner import run_attack
 from backdoorbench_moe.errors import ConfigError, RecordError
 from backdoorbench_moe.records import RunFolder
 
@@ -48,7 +50,7 @@ def test_it_changes_neither_weights_nor_metrics_nor_older_digests(tmp_path) -> N
     assert "probe" not in plain.spec.to_dict() and plain.spec.digest == tiny_spec(probe=0).digest
     assert load_seen(plain.folder) is None
     # All attacks share a clean twin, probed or not.
-    assert probed.spec.clean_twin() == plain.spec.clean_twin()
+    assert clean_twin(probed.spec) == clean_twin(plain.spec)
 
 
 def test_it_holds_what_the_model_does_before_training_and_at_the_end(tmp_path) -> None:
@@ -59,7 +61,7 @@ def test_it_holds_what_the_model_does_before_training_and_at_the_end(tmp_path) -
     assert seen.indices.tolist() == sorted(set(seen.indices.tolist()))
     # Those that count for ASR: not of the target's class.
     assert (images.test.labels[seen.indices] != 0).all()
-    fresh = parts.build_model(run.spec, num_classes=3, image_size=32).eval()
+    fresh = build_model(run.spec, num_classes=3, image_size=32).eval()
     clean = images.test.images[seen.indices]
     for view, pictures in ((seen.clean, clean), (seen.triggered, stamp_images(clean, run.stamper()))):
         for model, moment in ((fresh, 0), (run.model(), 2)):

@@ -18,11 +18,14 @@ from safetensors import safe_open
 from tiny import TINY_MODEL, Tiny, tiny_spec
 
 from backdoorbench_moe.data import create_dataset, registry
-from backdoorbench_moe.engine import job
+from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.engine import run as engine_run
 from backdoorbench_moe.engine.evaluate import count_hits
+from backdoorbench_moe.engine.makers import base
 from backdoorbench_moe.engine.observer import Observer
-from backdoorbench_moe.engine.poison import triggered_test
-from backdoorbench_moe.engine.runner import Run, load_run, run_attack
+from backdoorbench_moe.engine.run import Run, load_run
+from backdoorbench_moe.engine.runner import run_attack
+from backdoorbench_moe.engine.triggered import triggered_test
 from backdoorbench_moe.errors import BbmoeError, BbmoeWarning, RecordError
 from backdoorbench_moe.records import RunFolder
 
@@ -74,6 +77,14 @@ def test_the_run_folder_holds_all_the_design_says(tmp_path) -> None:
     )
     clean = load_run(tmp_path / record["clean_twin"])
     assert record["metrics"]["cad"] == {"value": clean.value("ba") - run.value("ba"), "n": 60}
+    images, model = Tiny().load(), clean.model()
+    triggered = triggered_test(images, run.attack(), run.stamper())
+    for metric, shown in (
+        ("twin_asr", triggered.images),
+        ("twin_target_rate", images.test.images[triggered.places]),
+    ):
+        hits = count_hits(model, Split(shown, triggered.wanted), precision="fp32")
+        assert record["metrics"][metric]["value"] == 100 * hits / 40
     with safe_open(run.folder.path / "model.safetensors", framework="pt") as opened:
         assert opened.metadata()["backdoored"] == "true"
     with safe_open(clean.folder.path / "model.safetensors", framework="pt") as opened:
@@ -86,9 +97,12 @@ def test_the_record_can_be_measured_again_from_the_folder_alone(tmp_path) -> Non
     images = create_dataset("tiny").load()
     model = again.model()
     ba = 100 * count_hits(model, images.test, precision="fp32") / 60
-    triggered, _ = triggered_test(images, again.spec.poison, again.stamper())
-    asr = 100 * count_hits(model, triggered, precision="fp32") / len(triggered)
-    assert (ba, asr) == (run.value("ba"), run.value("asr"))
+    triggered = triggered_test(images, again.attack(), again.stamper())
+    wanted = Split(triggered.images, triggered.wanted)
+    asr = 100 * count_hits(model, wanted, precision="fp32") / len(triggered)
+    untriggered = Split(images.test.images[triggered.places], triggered.wanted)
+    rate = 100 * count_hits(model, untriggered, precision="fp32") / len(triggered)
+    assert (ba, asr, rate) == tuple(map(run.value, ("ba", "asr", "target_rate")))
     indices = again.folder.load_poison()
     assert len(indices) == 24 and np.all(np.diff(indices) > 0)
 
@@ -179,7 +193,8 @@ def test_other_data_under_the_same_name_is_refused(tmp_path, monkeypatch) -> Non
 def test_a_run_of_another_version_of_a_plug_in_is_refused(tmp_path, monkeypatch) -> None:
     """Neither taken as finished nor gone on with; a record that names no plug-ins, as older ones, is taken."""
     spec, installed = tiny_spec(), {"some-triggers": "0.1.0"}
-    monkeypatch.setattr(job, "plugin_packages", lambda spec: installed)
+    for module in (engine_run, base):
+        monkeypatch.setattr(module, "plugin_packages", lambda spec: installed)
     with pytest.raises(KeyboardInterrupt):
         run_attack(spec, output=tmp_path, twin=False, observer=Counting(stop_after=1))
     refused = (
@@ -243,7 +258,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path, values, mess
 
 def test_a_metric_that_was_not_measured_is_named(tmp_path) -> None:
     [run] = run_attack(tiny_spec(), output=tmp_path, twin=False)
-    with pytest.raises(BbmoeError, match="metric: unknown 'cad'; known: asr, ba"):
+    with pytest.raises(BbmoeError, match="metric: unknown 'cad'; known: asr, ba, target_rate"):
         run.value("cad")
 
 
@@ -305,16 +320,14 @@ def test_the_backdoor_takes(tmp_path) -> None:
     spec = tiny_spec(trigger=white, model={**TINY_MODEL, "bn_momentum": 0.1}, train=train)
     [run] = run_attack(spec, output=tmp_path)
     assert run.value("ba") > 90 and run.value("asr") > 80
-    triggered, _ = triggered_test(create_dataset("tiny").load(), spec.poison, run.stamper())
-    clean = load_run(tmp_path / run.record.clean_twin)
-    assert count_hits(clean.model(), triggered, precision="fp32") < 0.3 * len(triggered)
+    assert run.value("target_rate") < 10 and run.value("twin_asr") < 30 and run.value("twin_target_rate") < 10
 
 
 def test_a_part_that_raises_leaves_a_record_that_says_so(tmp_path, monkeypatch) -> None:
     def fail(*args, **kwargs):
         raise RuntimeError("from a plug-in")
 
-    monkeypatch.setattr("backdoorbench_moe.engine.job.poisoned", fail)
+    monkeypatch.setattr("backdoorbench_moe.engine.makers.train.poisoned", fail)
     with pytest.raises(RuntimeError, match="from a plug-in"):
         run_attack(tiny_spec(), output=tmp_path, twin=False)
     record = load_run(tmp_path / tiny_spec().name).record

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from backdoorbench_moe.plugins import KINDS
+from backdoorbench_moe.kinds import KINDS
 
 
 @click.command("new")

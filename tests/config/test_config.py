@@ -16,6 +16,7 @@ from backdoorbench_moe.config import (
     parse_setting,
     spec_from_dict,
 )
+from backdoorbench_moe.engine.graph import clean_twin, needs
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 
 
@@ -65,8 +66,8 @@ def test_digest_changes_with_what_decides_the_numbers_only() -> None:
 
 def test_attacks_on_the_same_model_share_their_clean_twin() -> None:
     one, two = build_spec({"trigger": "warp"}), build_spec({"trigger": "square", "poison": {"rate": "1%"}})
-    assert one.clean_twin() == two.clean_twin()
-    assert one.clean_twin().is_clean and not one.is_clean
+    assert clean_twin(one) == clean_twin(two)
+    assert one.attacked and not clean_twin(one).attacked
 
 
 def test_spec_survives_its_dict() -> None:
@@ -155,7 +156,7 @@ def test_yaml_files(tmp_path) -> None:
     assert isinstance(spec, RunSpec)
     assert (spec.model.name, spec.poison.rate) == ("wide_resnet", 0.01)
     file.write_text("a: [1")
-    with pytest.raises(ConfigError, match="no valid YAML"):
+    with pytest.raises(ConfigError, match="not valid YAML"):
         load_yaml(file)
     file.write_text("just text")
     with pytest.raises(ConfigError, match="expected keys and values"):
@@ -191,7 +192,7 @@ def test_a_percentage_is_exact(percent) -> None:
 def test_yaml_runs_no_code(tmp_path) -> None:
     file, trap = tmp_path / "run.yaml", tmp_path / "trap"
     file.write_text(f"model: !!python/object/apply:os.mkdir ['{trap}']\n")
-    with pytest.raises(ConfigError, match="no valid YAML"):
+    with pytest.raises(ConfigError, match="not valid YAML"):
         load_yaml(file)
     assert not trap.exists()
 
@@ -208,11 +209,11 @@ FINE_PRUNING = {"name": "fine-pruning", "ratio": 0.2}
 def test_a_defended_run_is_the_victims_spec_and_its_defenses() -> None:
     victim, spec = build_spec({}), build_spec({"defenses": ["fine-tuning", FINE_PRUNING]})
     assert spec_from_dict(spec.to_dict()) == spec
-    assert spec.parent() == build_spec(chain_settings(["defenses=[fine-tuning]"]))
-    assert spec.parent().parent() == victim
-    assert len({victim.digest, spec.digest, spec.parent().digest}) == 3
+    assert needs(spec)["parent"] == build_spec(chain_settings(["defenses=[fine-tuning]"]))
+    assert needs(needs(spec)["parent"])["parent"] == victim and needs(victim) == {}
+    assert len({victim.digest, spec.digest, needs(spec)["parent"].digest}) == 3
     assert "-fine-tuning-fine-pruning-s0-" in spec.name
-    assert spec.clean_twin() == victim.clean_twin()
+    assert clean_twin(spec) == clean_twin(victim)
 
 
 def test_an_undefended_run_says_nothing_of_defenses() -> None:
@@ -239,7 +240,7 @@ def test_what_is_no_list_of_defenses_is_refused(defenses, message) -> None:
 def test_a_key_that_stands_twice_is_refused_and_a_merged_one_is_not(tmp_path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("train:\n  lr: 0.1\n  epochs: 2\n  lr: 0.2\n")
-    with pytest.raises(ConfigError, match=r"run.yaml: no valid YAML: 'lr' twice .*line 4"):
+    with pytest.raises(ConfigError, match=r"run.yaml: not valid YAML: 'lr' twice .*line 4"):
         load_yaml(file)
     file.write_text(
         "- &a {lr: 1}\n- &b\n  <<: *a\n  lr: 2\n- {<<: *b, lr: 3}\n".replace("- &a", "x:\n- &a", 1)

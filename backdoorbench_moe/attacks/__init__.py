@@ -1,0 +1,34 @@
+"""Attacks: who the attacker is, and what of the making of a model he controls."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from backdoorbench_moe.config import PoisonSpec
+from backdoorbench_moe.registry import Registry
+
+if TYPE_CHECKING:
+    from backdoorbench_moe.attacks.base import Attack
+
+registry: Registry[Attack] = Registry("attack")
+
+
+def create_attack(name: str, *, poison: PoisonSpec | None = None, **options: object) -> Attack:
+    """Build an attack by name.
+
+    Args:
+        name: Name of the attack; `list_attacks` lists them.
+        poison: Which training images are poisoned and what they are labelled; the default values if None.
+        **options: The attack's own options.
+
+    Raises:
+        UnknownNameError: There is no such attack or option.
+        ConfigError: An option is of the wrong type or out of range.
+        PluginError: The package that offers the attack is at fault.
+    """
+    return registry.create(name, options, {"poison": poison or PoisonSpec()})
+
+
+def list_attacks() -> list[str]:
+    """List the names of all attacks, built-in and third-party."""
+    return registry.names()

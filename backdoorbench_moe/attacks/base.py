@@ -1,0 +1,144 @@
+"""The attack interface, and the plan of which training images are poisoned."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from backdoorbench_moe.config import PoisonSpec
+from backdoorbench_moe.errors import ConfigError, PluginError
+
+
+def _nothing() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class PoisonPlan:
+    """Training images that the attacker changes, in three disjoint groups of indices, each ascending.
+
+    Args:
+        indices: (n,) int64, the *poison* group: stamped with the trigger's training form, and relabelled.
+        labels: (n,) int64, the labels of the poison group.
+        cover: (c,) int64, the *cover* group: stamped with the trigger's training form; labels stay true.
+        noise: (m,) int64, the *noise* group: stamped with the trigger's noise form; labels stay true.
+    """
+
+    indices: Tensor
+    labels: Tensor
+    cover: Tensor = field(default_factory=_nothing)
+    noise: Tensor = field(default_factory=_nothing)
+
+    @property
+    def groups(self) -> dict[str, Tensor]:
+        """The indices of each group by its name in `poison.npz`; "indices" is the poison group."""
+        return {"indices": self.indices, "cover": self.cover, "noise": self.noise}
+
+
+class Attack(ABC):
+    """What an attacker does to the training of a victim, and what he wants of the model.
+
+    Subclasses write `plan`; users call the object.
+
+    Attributes:
+        uses_trigger: Whether the attack stamps a trigger; if not, a spec of it has neither trigger nor applicator.
+        tiny: Options that the conformance tests build the attack with.
+
+    Args:
+        poison: Which training images are poisoned and what they are labelled.
+    """
+
+    uses_trigger: ClassVar[bool] = True
+    tiny: ClassVar[Mapping[str, object]] = {}
+
+    def __init__(self, *, poison: PoisonSpec) -> None:
+        self.poison = poison
+
+    @final
+    def __call__(self, labels: Tensor, *, num_classes: int, seed: int) -> PoisonPlan:
+        """Choose the training images to poison, once, before training.
+
+        Args:
+            labels: (N,) int64 labels of the whole training set.
+            num_classes: Number of classes of the data.
+            seed: The run's seed; the same seed gives the same plan.
+
+        Returns:
+            The plan, on the CPU.
+
+        Raises:
+            ConfigError: The data do not have the classes or images that the attack needs.
+            PluginError: The attack returned something else than a valid plan.
+        """
+        self.check(num_classes)
+        plan = self.plan(labels.cpu(), num_classes, seed)
+        _check_plan(plan, len(labels), num_classes, type(self).__name__)
+        return plan
+
+    def check(self, num_classes: int) -> None:  # noqa: B027
+        """Raise ConfigError if the attack names a class that the data do not have."""
+
+    @abstractmethod
+    def plan(self, labels: Tensor, num_classes: int, seed: int) -> PoisonPlan:
+        """Choose the images; see `__call__`. `labels` are on the CPU, and `check` has passed."""
+
+    def wanted(self, labels: Tensor, num_classes: int) -> Tensor:
+        """What the attacker wants triggered test images to be called.
+
+        Args:
+            labels: (N,) int64 true labels.
+            num_classes: Number of classes of the data.
+
+        Returns:
+            (N,) int64.
+        """
+        if self.poison.mapping == "all-to-all":
+            return (labels + 1) % num_classes
+        return torch.full_like(labels, self.poison.target)
+
+    def counted(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Which test images count for ASR: those whose true label is not already the wanted one.
+
+        Args:
+            labels: (N,) int64 true labels.
+            num_classes: Number of classes of the data.
+
+        Returns:
+            (N,) bool, True somewhere.
+
+        Raises:
+            ConfigError: No image counts.
+        """
+        counted = self.wanted(labels, num_classes) != labels
+        if self.poison.source:
+            counted &= torch.isin(labels, torch.tensor(self.poison.source, device=labels.device))
+        if not counted.any():
+            raise ConfigError(
+                "poison.target: expected test images of other classes than the target "
+                f"{self.poison.target} (source={list(self.poison.source) or 'all'}) to measure ASR on, found none"
+            )
+        return counted
+
+
+def _check_plan(plan: object, images: int, num_classes: int, attack: str) -> None:
+    """Raise PluginError unless `plan` is a PoisonPlan of disjoint groups of existing images."""
+    if not isinstance(plan, PoisonPlan):
+        raise PluginError(f"attack {attack}: expected a PoisonPlan, got {plan!r}")
+    for name, group in plan.groups.items():
+        if group.dtype != torch.int64 or group.ndim != 1 or (group.diff() <= 0).any():
+            raise PluginError(f"attack {attack}: expected ascending int64 {name}, got {group}")
+    together = torch.cat(list(plan.groups.values()))
+    if len(together.unique()) < len(together):
+        raise PluginError(f"attack {attack}: expected disjoint groups, got an image in two of them")
+    if len(together) and not 0 <= int(together.min()) <= int(together.max()) < images:
+        raise PluginError(f"attack {attack}: expected indices in 0..{images - 1}, got {together}")
+    labels = plan.labels
+    if labels.shape != plan.indices.shape or not ((labels >= 0) & (labels < num_classes)).all():
+        raise PluginError(
+            f"attack {attack}: expected a label in 0..{num_classes - 1} for each poisoned image, got {labels}"
+        )

@@ -1,0 +1,36 @@
+"""What a run is: frozen specs, the YAML files and recipes they come from, and how layers are merged.
+
+Later layers win: defaults < recipe < YAML file < flags < `--set`. Nothing here imports torch.
+"""
+
+from backdoorbench_moe.config.build import build_spec, load_recipe
+from backdoorbench_moe.config.merge import Values, merge
+from backdoorbench_moe.config.shorthand import normalise
+from backdoorbench_moe.config.spec import (
+    DATASET_NOT_IN_DIGEST,
+    PARTS,
+    PartSpec,
+    PoisonSpec,
+    RunSpec,
+    TrainSpec,
+    spec_from_dict,
+)
+from backdoorbench_moe.config.yaml_files import chain_settings, load_yaml, parse_setting
+
+__all__ = [
+    "DATASET_NOT_IN_DIGEST",
+    "PARTS",
+    "PartSpec",
+    "PoisonSpec",
+    "RunSpec",
+    "TrainSpec",
+    "Values",
+    "build_spec",
+    "chain_settings",
+    "load_recipe",
+    "load_yaml",
+    "merge",
+    "normalise",
+    "parse_setting",
+    "spec_from_dict",
+]

@@ -1,0 +1,62 @@
+"""Short forms that users may write, brought to the one long form that specs are read from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+from typing import Any
+
+from backdoorbench_moe.config.merge import Values
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.kinds import KINDS
+
+PARTS = tuple(kind.key for kind in KINDS.values() if not kind.repeated)
+PART_LISTS = tuple(kind.key for kind in KINDS.values() if kind.repeated)
+OPTIONAL_PARTS = ("trigger", "applicator", "attack")
+
+
+def normalise(layer: Mapping[str, Any]) -> Values:
+    """Write every part of a layer as a dict with a name.
+
+    Args:
+        layer: Settings in which a part is a bare name, or a dict that may lack the name.
+
+    Returns:
+        The same settings; each part is a dict, or None where it may be left out and is.
+
+    Raises:
+        ConfigError: A part is neither a name nor a dict, or its name is not a string.
+    """
+    known: dict[str, Callable[[str, Any], Any]] = dict.fromkeys(PARTS, normalise_part)
+    known |= dict.fromkeys(PART_LISTS, normalise_list)
+    return {key: known[key](key, value) if key in known else value for key, value in layer.items()}
+
+
+def normalise_list(key: str, value: object) -> list[Values | None]:
+    """Write a list of parts as dicts. Raises ConfigError naming the item that is not a part."""
+    if not isinstance(value, list | tuple):
+        raise ConfigError.expected(key, "a list of names, or of keys with a name among them", value)
+    return [normalise_part(f"{key}[{place}]", item) for place, item in enumerate(value)]
+
+
+def normalise_part(key: str, value: object) -> Values | None:
+    """Write one part as a dict; None stays None where the part is optional. Raises ConfigError."""
+    if isinstance(value, str):
+        return {"name": value}
+    if value is None and key in OPTIONAL_PARTS:
+        return None
+    if not isinstance(value, Mapping):
+        raise ConfigError.expected(key, "a name, or keys with a name among them", value)
+    if not isinstance(value.get("name", ""), str):
+        raise ConfigError.expected(f"{key}.name", "a text", value["name"])
+    return dict(value)
+
+
+def read_rate(value: object) -> object:
+    """Read "1%" as 0.01; any other value is returned as it is."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            return float(Decimal(value.strip()[:-1].strip()).scaleb(-2))
+        except ArithmeticError:
+            return value
+    return value

@@ -1,0 +1,80 @@
+"""YAML as users write it: config files and single "key=value" settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from backdoorbench_moe.config.merge import Values, merge
+from backdoorbench_moe.config.shorthand import normalise
+from backdoorbench_moe.errors import ConfigError
+
+# A date such as 2020-13-45 raises a plain ValueError, of which UnicodeDecodeError is one; lists nested too deeply
+# raise RecursionError.
+YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
+
+
+class StrictLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice in one mapping; plain YAML silently drops the first."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} twice", problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return node
+
+
+def load_yaml(path: Path) -> Values:
+    """Read a config file.
+
+    Raises:
+        ConfigError: The file cannot be read, is not valid YAML, or holds no mapping of plain values. The message
+            names the file, and the line where there is one.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
+    except OSError as error:
+        raise ConfigError(f"config file {path}: {error.strerror}") from error
+    except YAML_ERRORS as error:
+        raise ConfigError(f"config file {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError.expected(f"config file {path}", "keys and values", values)
+    check_plain(values, f"config file {path}")
+    return values
+
+
+def parse_setting(text: str) -> Values:
+    """Read one "dotted.key=value", its value as YAML, into a nested dict. Raises ConfigError."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError.expected("--set", "dotted.key=value", text)
+    try:
+        parsed = yaml.safe_load(value)
+    except YAML_ERRORS as error:
+        raise ConfigError.expected("--set", "a YAML value behind '='", text) from error
+    check_plain(parsed, f"--set {key}")
+    for name in reversed(key.split(".")):
+        parsed = {name: parsed}
+    return cast(Values, parsed)
+
+
+def chain_settings(settings: Iterable[str]) -> Values:
+    """Merge several "dotted.key=value" strings; later ones win."""
+    return merge(*(normalise(parse_setting(text)) for text in settings))
+
+
+def check_plain(value: object, where: str) -> None:
+    """Raise ConfigError for what YAML can express and JSON cannot (dates, bytes, sets): records are JSON."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{where}: expected texts, numbers, lists, and keys and values ({error})"
+        ) from error

@@ -1,0 +1,179 @@
+"""From a spec to objects: the parts of a run, built and checked against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backdoorbench_moe import applicators, attacks, data, models, triggers
+from backdoorbench_moe.applicators.base import Applicator
+from backdoorbench_moe.attacks.base import Attack
+from backdoorbench_moe.config import PartSpec, RunSpec
+from backdoorbench_moe.data.base import Dataset
+from backdoorbench_moe.engine.train import load_weights
+from backdoorbench_moe.errors import ConfigError, PluginError
+from backdoorbench_moe.ops.seeding import derive_seed, seeded
+from backdoorbench_moe.registry import Registry
+from backdoorbench_moe.triggers.base import Trigger
+
+# The tile of BadPatches where a model has no patches of its own (section 4: 4x4 on 32x32 images).
+DEFAULT_PATCH_SIZE = 4
+
+
+@dataclass(frozen=True)
+class Stamper:
+    """A trigger and the applicator that applies it: together, functions of whole images."""
+
+    trigger: Trigger
+    applicator: Applicator
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Stamp (B, C, H, W) float images in [0, 1] with the trigger's test form."""
+        return self.applicator(images, self.trigger)
+
+    def training(self, images: Tensor, places: Tensor) -> Tensor:
+        """Stamp images with the trigger's training form; places: (B,) int64, their indices in the training set."""
+        return self.applicator(
+            images, lambda canvases: self.trigger.training(canvases, spread(places, canvases))
+        )
+
+    def noise(self, images: Tensor, places: Tensor) -> Tensor:
+        """Stamp images with the trigger's noise form; places: (B,) int64, their indices in the training set."""
+        return self.applicator(
+            images, lambda canvases: self.trigger.noise(canvases, spread(places, canvases))
+        )
+
+
+def spread(places: Tensor, canvases: Tensor) -> Tensor:
+    """Give every canvas that an applicator cut out of B images a place of its own.
+
+    Args:
+        places: (B,) int64, indices of the images in the training set.
+        canvases: (B * n, C, h, w); those of one image follow each other.
+
+    Returns:
+        (B * n,) int64: canvas c of image i has place places[i] * n + c.
+
+    Raises:
+        PluginError: The number of canvases is not a multiple of the number of images.
+    """
+    each, rest = divmod(len(canvases), max(1, len(places)))
+    if rest:
+        raise PluginError(
+            f"applicator: expected as many canvases of every image, got {len(canvases)} of {len(places)} images"
+        )
+    offsets = torch.arange(each, device=places.device)
+    return (places.unsqueeze(1) * each + offsets).flatten()
+
+
+def build_dataset(spec: RunSpec) -> Dataset:
+    """Build the data set of a spec; nothing is read yet."""
+    return data.create_dataset(spec.dataset.name, **spec.dataset.options)
+
+
+def build_model(spec: RunSpec, *, num_classes: int, image_size: int) -> nn.Module:
+    """Build the model of a spec, with weights drawn from the run's seed."""
+    with seeded(spec.seed, "init"):
+        given = {"num_classes": num_classes, "image_size": image_size}
+        return models.registry.create(spec.model.name, spec.model.options, given)
+
+
+def build_attack(spec: RunSpec) -> Attack:
+    """Build the attack of a spec.
+
+    Raises:
+        ConfigError: The run is clean; or the attack stamps a trigger and the spec has none, or the other way round.
+    """
+    if spec.attack is None:
+        raise ConfigError("attack: expected an attack, got a clean run")
+    attack = attacks.registry.create(spec.attack.name, spec.attack.options, {"poison": spec.poison})
+    if attack.uses_trigger != (spec.trigger is not None):
+        expected = "a trigger" if attack.uses_trigger else "no trigger"
+        name = None if spec.trigger is None else spec.trigger.name
+        raise ConfigError.expected("trigger", f"{expected} for attack {spec.attack.name!r}", name)
+    return attack
+
+
+def build_stamper(spec: RunSpec, *, patch_size: int | None, image_size: int) -> Stamper:
+    """Build trigger and applicator; seed and patch size are filled in where the spec leaves them open.
+
+    One grey image is stamped, so that what does not fit this image size (a square larger than a tile, a tile that
+    does not divide the image) is found now.
+
+    Args:
+        spec: The spec of an attacked run.
+        patch_size: Side of the model's own patches in pixels; None if it has none.
+        image_size: Side of the images in pixels.
+
+    Raises:
+        ConfigError: The run has no trigger, or an option is out of range.
+        UnknownNameError: There is no such trigger, applicator or option.
+        ShapeError: The trigger or the tile does not fit the images.
+    """
+    if spec.trigger is None or spec.applicator is None:
+        raise ConfigError("trigger: expected a trigger and an applicator, got a run without one")
+    trigger = _create(triggers.registry, spec.trigger, {"seed": derive_seed(spec.seed, "trigger")})
+    applicator = _create(
+        applicators.registry, spec.applicator, {"patch_size": patch_size or DEFAULT_PATCH_SIZE}
+    )
+    stamper = Stamper(trigger, applicator)
+    stamper(torch.full((1, 3, image_size, image_size), 0.5))
+    return stamper
+
+
+def model_patch_size(model: nn.Module) -> int | None:
+    """Side in pixels of the model's own patches; None if it has none."""
+    size = getattr(model, "patch_size", None)
+    return size if isinstance(size, int) else None
+
+
+def describe(part: object) -> dict[str, Any]:
+    """The plain public attributes of a part, for the record: the values that its options took."""
+    plain = (int, float, str, bool, type(None))
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(part).items()
+        if not name.startswith("_")
+        and name != "training"
+        and (
+            isinstance(value, plain)
+            or (isinstance(value, tuple) and all(isinstance(v, plain) for v in value))
+        )
+    }
+
+
+def load_model(
+    spec: RunSpec, made_for: Mapping[str, Any], tensors: dict[str, Tensor], source: str
+) -> nn.Module:
+    """Build the model of a spec with weights from a file, in evaluation mode.
+
+    Args:
+        spec: The spec.
+        made_for: A record's `data`, for its "classes" and "image_size".
+        tensors: The weights by name.
+        source: The file, for messages.
+
+    Raises:
+        RecordError: The weights do not fit the model.
+    """
+    model = build_model(spec, num_classes=len(made_for["classes"]), image_size=made_for["image_size"])
+    load_weights(model, tensors, source)
+    return model.eval()
+
+
+def fresh_model(part: PartSpec, given: Mapping[str, int], seed: int, device: torch.device) -> nn.Module:
+    """Build a newly drawn model like a run's, from a defense's seed, in evaluation mode."""
+    with seeded(seed, "fresh"):
+        model = models.registry.create(part.name, part.options, given)
+    return model.to(device).to(memory_format=torch.channels_last).eval()
+
+
+def _create(registry: Registry[Any], part: PartSpec, defaults: Mapping[str, object]) -> Any:
+    """Build a part; a default counts only if the part has such an option and the spec does not set it."""
+    known = registry.options(part.name)
+    filled = {name: value for name, value in defaults.items() if name in known}
+    return registry.create(part.name, {**filled, **part.options})

@@ -1,0 +1,64 @@
+"""Passing images through a model: the one way from uint8 images to logits and routing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.engine.device import autocast
+from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
+
+BATCH = 500
+
+
+def as_input(images: Tensor) -> Tensor:
+    """(B, C, H, W) uint8 images as float32 in [0, 1], channels last."""
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+def forward(model: nn.Module, images: Tensor, *, precision: str) -> Tensor:
+    """Logits (B, classes) of one batch of (B, C, H, W) uint8 images, in the model's present mode."""
+    with autocast(images.device, precision):
+        logits: Tensor = model(as_input(images))
+    return logits
+
+
+def forward_routed(model: RoutedModel, images: Tensor, *, precision: str) -> RoutedOutput:
+    """Logits and routing of one batch of (B, C, H, W) uint8 images, in the model's present mode."""
+    with autocast(images.device, precision):
+        return model.forward_routed(as_input(images))
+
+
+@torch.inference_mode()
+def logits(model: nn.Module, images: Tensor, *, precision: str, batch_size: int = BATCH) -> Tensor:
+    """Logits (N, classes) float32 of (N, C, H, W) uint8 images, in evaluation mode, on their device."""
+    model.eval()
+    return torch.cat(
+        [forward(model, batch, precision=precision).float() for batch in images.split(batch_size)]
+    )
+
+
+def routings(
+    model: nn.Module, images: Tensor, *, precision: str, batch_size: int = BATCH
+) -> Iterator[list[Routing]]:
+    """Yield, batch by batch, the routing of every routed layer for (N, C, H, W) uint8 images, in evaluation mode."""
+    assert isinstance(model, RoutedModel)
+    model.eval()
+    for batch in images.split(batch_size):
+        with torch.inference_mode():
+            routing = forward_routed(model, batch, precision=precision).routing
+        yield routing
+
+
+def losses(model: nn.Module, split: Split, *, precision: str, batch_size: int = BATCH) -> Tensor:
+    """Cross-entropy (N,) float32 of each of N images with its label, in evaluation mode, on their device."""
+    found = logits(model, split.images, precision=precision, batch_size=batch_size)
+    return nn.functional.cross_entropy(found, split.labels, reduction="none")
+
+
+def predict(model: nn.Module, images: Tensor, *, precision: str, batch_size: int = BATCH) -> Tensor:
+    """Predicted classes (N,) int64 of (N, C, H, W) uint8 images, in evaluation mode, on their device."""
+    return logits(model, images, precision=precision, batch_size=batch_size).argmax(1)

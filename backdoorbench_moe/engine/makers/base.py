@@ -1,0 +1,142 @@
+"""What all makers have in common: the record from start to end, whatever happens in between."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+from torch import Tensor, nn
+
+from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.engine.device import environment
+from backdoorbench_moe.engine.evaluate import Metrics, measure
+from backdoorbench_moe.engine.graph import is_attacked
+from backdoorbench_moe.engine.names import plugin_packages
+from backdoorbench_moe.engine.observer import StopRun
+from backdoorbench_moe.engine.run import Run, check_data, check_plugins
+from backdoorbench_moe.engine.setup import Setup
+from backdoorbench_moe.engine.workplace import Workplace
+from backdoorbench_moe.errors import BbmoeWarning
+from backdoorbench_moe.ops.seeding import derive_seed
+from backdoorbench_moe.records import Input, Record, RunFolder
+
+Checkpoint = tuple[dict[str, Tensor], dict[str, Any]]
+SEED_PURPOSES = ("init", "poison", "trigger")
+
+
+class Maker(ABC):
+    """Makes one run.
+
+    Everything is built and checked when the maker is made; nothing is on disk before `make`.
+
+    Args:
+        spec: The run's spec.
+        workplace: Where it is made.
+    """
+
+    def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
+        self.spec, self.workplace = spec, workplace
+        self.setup = Setup(spec, workplace.images)
+
+    @abstractmethod
+    def prepare(self, inputs: Mapping[str, Run]) -> None:
+        """Take what the run is made from; may be called more than once.
+
+        Args:
+            inputs: Finished runs by their role, see `graph.needs`.
+
+        Raises:
+            BbmoeError: An input is missing or does not fit.
+        """
+
+    @final
+    def make(self, folder: RunFolder, inputs: Mapping[str, Run]) -> Run:
+        """Make the run in its folder, whose lock is held; an interrupted one is continued."""
+        checkpoint = folder.load_checkpoint()
+        if not checkpoint:
+            self.prepare(inputs)
+        record = self.new_record(inputs)
+        if checkpoint:
+            self._check_continued(folder, record)
+        folder.write(record)
+        try:
+            self.complete(folder, record, checkpoint)
+        except (KeyboardInterrupt, StopRun):
+            record.status = "interrupted"
+            folder.write(record)
+            raise
+        except Exception as error:
+            # Any exception, a plug-in's own included: the record must not say "running" for ever.
+            record.status, record.error = "failed", str(error) or type(error).__name__
+            folder.write(record)
+            raise
+        record.status = "finished"
+        folder.write(record)
+        folder.drop_checkpoint()
+        return Run(folder, record)
+
+    @abstractmethod
+    def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
+        """Train or change the model, measure it, fill in the record and save the model."""
+
+    def new_record(self, inputs: Mapping[str, Run]) -> Record:
+        """The record of the run at its start."""
+        spec, images, workplace = self.spec, self.workplace.images, self.workplace
+        record = Record.for_spec(spec)
+        record.data = {
+            "name": images.name,
+            "classes": list(images.classes),
+            "image_size": images.image_size,
+            "train_images": len(images.train),
+            "test_images": len(images.test),
+            "digest": images.digest,
+        }
+        record.parts = self.setup.describe_parts()
+        record.poison = self.setup.describe_poison()
+        record.inputs = [
+            Input(role=r, run=run.folder.path.name, digest=run.record.digest, sha256=run.folder.model_sha256)
+            for r, run in inputs.items()
+        ]
+        record.seeds = {"run": spec.seed} | {p: derive_seed(spec.seed, p) for p in SEED_PURPOSES}
+        record.environment = environment(workplace.device, workplace.precision, plugin_packages(spec))
+        return record
+
+    def model_header(self) -> dict[str, str]:
+        """What the model file says of itself: above all, whether it is backdoored."""
+        return {
+            "made_by": "backdoorbench_moe",
+            "backdoored": "true" if is_attacked(self.spec) else "false",
+            "purpose": "research on backdoors; not for deployment",
+            "model": self.spec.model.name,
+            "digest": self.spec.digest,
+        }
+
+    def measure(self, models: Sequence[nn.Module], *, recovery: bool = False) -> list[Metrics]:
+        """Measure models; the triggered images are made once for all of them. See `evaluate.measure`."""
+        triggered, test = self.setup.triggered_test(), self.workplace.images.test
+        precision = self.workplace.precision
+        return [measure(model, test, triggered, precision=precision, recovery=recovery) for model in models]
+
+    def _check_continued(self, folder: RunFolder, record: Record) -> None:
+        """Check an interrupted run against what is there now, and keep what only its start could record."""
+        before = folder.read()
+        record.parts["model"] = {**before.parts.get("model", {}), **record.parts["model"]}
+        check_data(folder, before, self.workplace.images)
+        check_plugins(folder, before)
+        _warn_of_changes(folder, before.environment, record.environment)
+
+
+def _warn_of_changes(folder: RunFolder, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Warn if a continued run may get other numbers than one that was never interrupted."""
+    changed = [key for key in ("device", "precision", "threads") if before.get(key) != now[key]]
+    if before.get("packages", {}).get("torch") != now["packages"]["torch"]:
+        changed.append("torch")
+    if changed:
+        warnings.warn(
+            f"run folder {folder.path} goes on under other conditions ({', '.join(changed)}): "
+            "its numbers may differ from an uninterrupted run's",
+            BbmoeWarning,
+            stacklevel=2,
+        )

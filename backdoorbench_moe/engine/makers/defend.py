@@ -1,0 +1,238 @@
+"""Defending the model of a finished run, measured before the defense and after each of its stages."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from backdoorbench_moe import defenses
+from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.engine.build import describe, fresh_model
+from backdoorbench_moe.engine.device import reproducible
+from backdoorbench_moe.engine.evaluate import Metrics
+from backdoorbench_moe.engine.filtering import measure_filtered
+from backdoorbench_moe.engine.graph import PARENT, needs
+from backdoorbench_moe.engine.inference import logits, losses, routings
+from backdoorbench_moe.engine.judging import save_judgements
+from backdoorbench_moe.engine.makers.base import Checkpoint, Maker
+from backdoorbench_moe.engine.poison import poisoned, stamp_places
+from backdoorbench_moe.engine.run import Run, check_data
+from backdoorbench_moe.engine.setup import Setup
+from backdoorbench_moe.engine.train import load_weights
+from backdoorbench_moe.engine.tune import Tuner
+from backdoorbench_moe.engine.workplace import Workplace
+from backdoorbench_moe.errors import ConfigError, PluginError, RecordError
+from backdoorbench_moe.ops.seeding import derive_seed, generator, seeded
+from backdoorbench_moe.records import MODEL, Record, RunFolder
+
+
+def build_defenses(spec: RunSpec, setup: Setup) -> list[Defense]:
+    """Build all defenses of a spec and check them against its model, trained or not, and the data.
+
+    Raises:
+        ConfigError: The message names the defense by its place, and its option.
+    """
+    built = []
+    for place, part in enumerate(spec.defenses):
+        with _named(place, part.name):
+            defense = defenses.registry.create(part.name, part.options)
+            defense.count(len(setup.images.train), setup.images.num_classes)
+            defense.check(setup.model)
+        built.append(defense)
+    return built
+
+
+@contextmanager
+def _named(place: int, name: str) -> Iterator[None]:
+    """Let an error about an option say which defense of the spec it is about."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"defenses[{place}].{str(error).removeprefix(f'defense {name!r}: ')}") from error
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+class Stages:
+    """Copies of a model at the end of each stage, with the seconds that the stage took; measured afterwards."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.kept = [("before", copy.deepcopy(model), 0.0)]
+        self._since = time.perf_counter()
+
+    def add(self, name: str, model: nn.Module) -> None:
+        """Keep the model as it is now. Raises PluginError unless the name is a new non-empty string."""
+        now = time.perf_counter()
+        if not isinstance(name, str) or not name or name in [kept for kept, *_ in self.kept]:
+            raise PluginError(f"defense: expected a new name for a stage, got {name!r}")
+        self.kept.append((name, copy.deepcopy(model), now - self._since))
+        self._since = time.perf_counter()
+
+
+class DefenseMaker(Maker):
+    """Applies the last defense of a spec to the model of its parent run."""
+
+    def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
+        super().__init__(spec, workplace)
+        self.defense = build_defenses(spec, self.setup)[-1]
+        self.seed = derive_seed(spec.seed, "defense", len(spec.defenses) - 1)
+        self.model = self.setup.model
+
+    def prepare(self, inputs: Mapping[str, Run]) -> None:
+        """Load the parent's weights.
+
+        Raises:
+            RecordError: The parent is another spec's run, was made from other data, or its weights do not fit.
+        """
+        parent = inputs[PARENT]
+        self._check_parent(parent)
+        tensors, _ = parent.folder.load_tensors()
+        load_weights(self.model, tensors, str(parent.folder.path / MODEL))
+        self.model.eval().to(self.workplace.device).to(memory_format=torch.channels_last)
+
+    def _check_parent(self, parent: Run) -> None:
+        folder, record, there = parent.folder, parent.record, self.workplace.images.classes
+        if record.digest != needs(self.spec)[PARENT].digest or record.status != "finished":
+            raise RecordError(f"run folder {folder.path}: is not the finished run that is to be defended")
+        if tuple(record.data["classes"]) != there:
+            known = len(record.data["classes"])
+            raise RecordError(
+                f"run folder {folder.path}: its model tells {known} classes apart, which are not "
+                f"the {len(there)} of the data"
+            )
+        check_data(folder, record, self.workplace.images)
+
+    def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
+        """Defend the model, measure every stage and save the last one; it starts over after an interruption."""
+        started = time.perf_counter()
+        if self.setup.plan is not None:
+            folder.save_poison({name: group.numpy() for name, group in self.setup.plan.groups.items()})
+        stages, tuner = Stages(self.model), self._tuner()
+        record.history = tuner.history
+        result = self._defend(stages, tuner)
+        evaluated = time.perf_counter()
+        names, kept, seconds = zip(*stages.kept, strict=True)
+        metrics = self._measure_stages(kept, result)
+        record.stages = [
+            {"name": name, "metrics": found, "seconds": taken}
+            for name, found, taken in zip(names, metrics, seconds, strict=True)
+        ]
+        record.metrics = dict(metrics[-1])
+        record.judgements = save_judgements(result.judgements, folder)
+        record.timing["defense_seconds"] = sum(seconds)
+        if record.history:
+            spent = sum(row["seconds"] for row in record.history)
+            tuned_on = record.data["clean_images"] * len(record.history)
+            record.timing |= {"train_seconds": spent, "images_per_second": tuned_on / spent}
+        record.timing["evaluate_seconds"] = time.perf_counter() - evaluated
+        record.timing["total_seconds"] = time.perf_counter() - started
+        folder.save_model(kept[-1].state_dict(), self.model_header())
+
+    def _measure_stages(self, kept: Sequence[nn.Module], result: DefenseResult) -> list[Metrics]:
+        """BA, ASR and RA of each stage's model; the last one behind its filter, where there is one."""
+        judgement = result.filter
+        if judgement is None:
+            return self.measure(kept, recovery=True)
+        workplace, spec = self.workplace, self.spec
+        metrics = self.measure(kept[:-1], recovery=True)
+        workplace.observer.on_message(f"measuring the filter of {spec.defenses[-1].name}")
+        with reproducible(workplace.device), seeded(self.seed, "filter noise"):
+            filtered = measure_filtered(
+                kept[-1],
+                workplace.images.test,
+                self.setup.triggered_test(),
+                judgement,
+                seed=spec.seed,
+                precision=workplace.precision,
+            )
+        return [*metrics, filtered]
+
+    def _defend(self, stages: Stages, tuner: Tuner) -> DefenseResult:
+        """Hand the defense what it may know, and nothing that leads to the attacker."""
+        workplace, images = self.workplace, self.workplace.images
+        given = {"num_classes": images.num_classes, "image_size": images.image_size}
+        task = DefenseTask(
+            model=self.model,
+            num_classes=images.num_classes,
+            train=self.spec.train,
+            device=workplace.device,
+            precision=workplace.precision,
+            seed=self.seed,
+            tune=tuner,
+            logits=partial(logits, precision=workplace.precision),
+            routing=partial(routings, precision=workplace.precision),
+            fresh=partial(fresh_model, self.spec.model, given, self.seed, workplace.device),
+            report=stages.add,
+            granted={need: self._grant(need) for need in sorted(self.defense.needs)},
+        )
+        before = _shapes(self.model)
+        with reproducible(workplace.device), seeded(self.seed, "noise"):
+            result = self.defense(task)
+        if _shapes(result.model) != before:
+            raise PluginError(
+                f"defense {self.spec.defenses[-1].name!r}: expected a model of the same architecture"
+            )
+        stages.add(result.stage, result.model.eval())
+        return result
+
+    def _grant(self, need: str) -> Any:
+        """What a defense gets for something that it declares it needs."""
+        precision = self.workplace.precision
+        grants: dict[str, Callable[[], Any]] = {
+            "clean": self._clean_images,
+            "training-set": self._training_set,
+            "losses": lambda: partial(losses, precision=precision),
+        }
+        return grants[need]()
+
+    def _training_set(self) -> Split:
+        """A copy of the training set as the victim had it."""
+        train, plan = self.workplace.images.train, self.setup.plan
+        if plan is None:
+            return train.copy()
+        with poisoned(train, plan, self.setup.stamper) as split:
+            return split.copy()
+
+    def _clean_images(self) -> Split:
+        """A copy of the training images that the defender holds, truly labelled."""
+        images, stamper, plan = self.workplace.images, self.setup.stamper, self.setup.plan
+        train = images.train
+        count = self.defense.count(len(train), images.num_classes)
+        keep = torch.randperm(len(train), generator=generator(self.seed, "clean"))[:count].sort().values
+        place = keep.to(train.images.device)
+        held = train.images[place]
+        if self.defense.finetune_data == "notebook" and plan is not None and stamper is not None:
+            stamped = torch.isin(keep, plan.indices).to(held.device)
+            held[stamped] = stamp_places(held[stamped], place[stamped], stamper.training)
+        return Split(held, train.labels[place])
+
+    def _tuner(self) -> Tuner:
+        workplace, name = self.workplace, self.spec.defenses[-1].name
+        return Tuner(
+            self.spec.train, self.seed, workplace.device, workplace.precision, workplace.observer, name
+        )
+
+    def new_record(self, inputs: Mapping[str, Run]) -> Record:
+        """The record at its start, with the parent and what the defense holds."""
+        record = super().new_record(inputs)
+        images = self.workplace.images
+        record.parts["defense"] = describe(self.defense)
+        record.data["clean_images"] = self.defense.count(len(images.train), images.num_classes)
+        record.seeds["defense"] = self.seed
+        return record
+
+    def model_header(self) -> dict[str, str]:
+        """What the model file says of itself, its defenses included."""
+        names = ", ".join(part.name for part in self.spec.defenses)
+        return {**super().model_header(), "defended_by": names, "parent": needs(self.spec)[PARENT].name}

@@ -1,0 +1,92 @@
+"""A run on disk: its record, its model, its trigger, and whether it still is what its record says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from backdoorbench_moe.attacks.base import Attack
+from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.data.base import ImageSet
+from backdoorbench_moe.engine.build import Stamper, build_attack, build_stamper, load_model
+from backdoorbench_moe.engine.device import RECORDED_PACKAGES
+from backdoorbench_moe.engine.names import plugin_packages
+from backdoorbench_moe.errors import RecordError, UnknownNameError
+from backdoorbench_moe.records import MODEL, Record, RunFolder
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and the record that was read from it."""
+
+    folder: RunFolder
+    record: Record
+
+    @property
+    def spec(self) -> RunSpec:
+        """The spec that the run was made from."""
+        return self.record.run_spec
+
+    def value(self, metric: str) -> float:
+        """A metric in percent, such as "ba", "asr" or "cad". Raises UnknownNameError if it was not measured."""
+        if metric not in self.record.metrics:
+            raise UnknownNameError(f"run {self.folder.path}: metric", metric, self.record.metrics)
+        return self.record.metrics[metric]["value"]
+
+    def model(self) -> nn.Module:
+        """The trained model, on the CPU, in evaluation mode. Raises RecordError if its file does not fit."""
+        tensors, _ = self.folder.load_tensors()
+        return load_model(self.spec, self.record.data, tensors, str(self.folder.path / MODEL))
+
+    def attack(self) -> Attack:
+        """The attack that the run was made with. Raises ConfigError for a clean run."""
+        return build_attack(self.spec)
+
+    def stamper(self) -> Stamper:
+        """Trigger and applicator as this run used them. Raises ConfigError for a run without a trigger."""
+        return build_stamper(
+            self.spec,
+            patch_size=self.record.parts.get("model", {}).get("patch_size"),
+            image_size=self.record.data["image_size"],
+        )
+
+
+def load_run(path: Path | str) -> Run:
+    """Open a run folder. Raises RecordError if it is not one, or its record is damaged."""
+    folder = RunFolder(path)
+    return Run(folder, folder.read())
+
+
+def check_finished(run: Run) -> None:
+    """Raise RecordError unless a run is finished."""
+    if run.record.status != "finished":
+        raise RecordError(
+            f"run folder {run.folder.path}: expected a finished run, its status is {run.record.status!r}"
+        )
+
+
+def check_data(folder: RunFolder, record: Record, images: ImageSet) -> None:
+    """Raise RecordError if the run in a folder was made from other images than these."""
+    if record.data.get("digest") != images.digest:
+        raise RecordError(f"run folder {folder.path}: was made from other data; use another --output")
+
+
+def check_plugins(folder: RunFolder, record: Record) -> None:
+    """Raise RecordError if the parts of a run come from other packages or versions now than they did then.
+
+    Records from before packages were recorded are accepted.
+    """
+    packages = record.environment.get("packages", {})
+    then = {name: packages[name] for name in sorted(packages.keys() - set(RECORDED_PACKAGES))}
+    now = plugin_packages(record.run_spec)
+    if then and then != now:
+        made, there = (
+            ", ".join(f"{name} {version}" for name, version in each.items()) or "no plug-in"
+            for each in (then, now)
+        )
+        raise RecordError(
+            f"run folder {folder.path}: was made with {made}, and installed is {there}; "
+            "delete it or use another --output"
+        )

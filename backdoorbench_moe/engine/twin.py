@@ -1,0 +1,48 @@
+"""Comparing a run with its clean twin: what the attack costs, and what the trigger does to a model without it."""
+
+from __future__ import annotations
+
+import torch
+
+from backdoorbench_moe.engine.evaluate import Metrics, measure
+from backdoorbench_moe.engine.run import Run
+from backdoorbench_moe.engine.triggered import triggered_test
+from backdoorbench_moe.engine.workplace import Workplace
+from backdoorbench_moe.errors import RecordError
+
+# Metrics of the twin under the run's trigger, by the name they have in the run's record.
+TWIN_METRICS = {"twin_asr": "asr", "twin_target_rate": "target_rate"}
+
+
+def link_twin(run: Run, clean: Run, workplace: Workplace) -> Run:
+    """Write into a run's record what its comparison with the clean twin gives, and which twin that is.
+
+    `cad` is the twin's BA minus the run's. `twin_asr` and `twin_target_rate` are the twin's ASR under the run's
+    trigger, and its target rate without it: what ASR would be without an attack.
+
+    Raises:
+        RecordError: The two were made from different data.
+    """
+    record, name = run.record, clean.folder.path.name
+    if clean.record.data["digest"] != record.data["digest"]:
+        raise RecordError(f"clean twin {clean.folder.path}: was made from other data; use another --output")
+    found = {"cad": {"value": clean.value("ba") - run.value("ba"), "n": record.metrics["ba"]["n"]}}
+    known = record.clean_twin == name and all(metric in record.metrics for metric in TWIN_METRICS)
+    if run.spec.attacked and not known:
+        found |= _measure_twin(run, clean, workplace)
+    if record.clean_twin != name or any(record.metrics.get(key) != value for key, value in found.items()):
+        # Wait for whoever else finds the run finished, or links it: nobody holds a finished run for long.
+        with run.folder.lock(wait=lambda: None):
+            record.metrics |= found
+            record.clean_twin = name
+            run.folder.write(record)
+    return run
+
+
+def _measure_twin(run: Run, clean: Run, workplace: Workplace) -> Metrics:
+    images = workplace.images
+    stamper = run.stamper() if run.spec.trigger is not None else None
+    triggered = triggered_test(images, run.attack(), stamper)
+    model = clean.model().to(workplace.device).to(memory_format=torch.channels_last)
+    metrics = measure(model, images.test, triggered, precision=workplace.precision)
+    return {name: metrics[metric] for name, metric in TWIN_METRICS.items()}

@@ -1,0 +1,46 @@
+"""Where runs are made: the data in memory, the device, the precision, and who is told about progress."""
+
+from __future__ import annotations
+
+import torch
+
+from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.data.base import ImageSet
+from backdoorbench_moe.engine.build import build_dataset
+from backdoorbench_moe.engine.device import resolve_device, resolve_precision
+from backdoorbench_moe.engine.names import check_names
+from backdoorbench_moe.engine.observer import Observer
+
+
+class Workplace:
+    """Shared by all runs on the same data, device and precision; the data are read once.
+
+    Args:
+        spec: Any of these runs; its data set, device and precision count.
+        observer: Receives progress.
+
+    Attributes:
+        device: The device that is computed on.
+        precision: "fp32" or "bf16".
+
+    Raises:
+        UnknownNameError: A part of the spec does not exist.
+        ConfigError: The device is not there.
+        DataError: The folder of the data is not there.
+    """
+
+    def __init__(self, spec: RunSpec, observer: Observer | None = None) -> None:
+        check_names(spec)
+        self.observer = observer or Observer()
+        self.dataset = build_dataset(spec)
+        self.device: torch.device = resolve_device(spec.device)
+        self.precision: str = resolve_precision(spec.precision, self.device)
+        self._images: ImageSet | None = None
+
+    @property
+    def images(self) -> ImageSet:
+        """The data, on the device; read at first use, since a finished run does not need them."""
+        if self._images is None:
+            self.observer.on_message(f"reading {type(self.dataset).__name__}")
+            self._images = self.dataset.load().to(self.device)
+        return self._images

@@ -1,0 +1,52 @@
+"""The kinds of parts that a run is made of. A new kind is one row here, beside the room that holds its parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PACKAGE = "backdoorbench_moe"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of part.
+
+    Args:
+        name: Such as "trigger"; `create_<name>` and `list_<name>s` are its functions, and
+            `backdoorbench_moe.<name>s` its entry-point group.
+        room: Module, inside the package, that holds its parts and their `registry`.
+        base: Class that every part of the kind subclasses, as "module:Class".
+        given: Keyword arguments that the caller fills in; users may not give them as options.
+        needs: Options that every part of the kind has.
+        repeated: Whether a spec has a list of such parts (under "<name>s") instead of at most one.
+    """
+
+    name: str
+    room: str
+    base: str
+    given: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    repeated: bool = False
+
+    @property
+    def group(self) -> str:
+        """The entry-point group of the kind."""
+        return f"{PACKAGE}.{self.name}s"
+
+    @property
+    def key(self) -> str:
+        """The key of a spec that holds the part, or the list of parts."""
+        return f"{self.name}s" if self.repeated else self.name
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("trigger", "triggers", f"{PACKAGE}.triggers.base:Trigger", needs=("seed",)),
+        Kind("applicator", "applicators", f"{PACKAGE}.applicators.base:Applicator"),
+        Kind("attack", "attacks", f"{PACKAGE}.attacks.base:Attack", given=("poison",)),
+        Kind("model", "models", "torch.nn:Module", given=("num_classes", "image_size")),
+        Kind("defense", "defenses", f"{PACKAGE}.defenses.base:Defense", repeated=True),
+        Kind("dataset", "data", f"{PACKAGE}.data.base:Dataset"),
+    )
+}

@@ -1,0 +1,23 @@
+"""Run folders: the record, the model, the poisoned indices and the checkpoint, each written whole or not at all."""
+
+from backdoorbench_moe.records.atomic import write_atomically
+from backdoorbench_moe.records.folder import CHECKPOINT, LOCK, MODEL, POISON, RECORD, SCORES, RunFolder
+from backdoorbench_moe.records.reading import parse_record
+from backdoorbench_moe.records.record import SCHEMA_VERSION, Input, Judged, Record, Stage
+
+__all__ = [
+    "CHECKPOINT",
+    "LOCK",
+    "MODEL",
+    "POISON",
+    "RECORD",
+    "SCHEMA_VERSION",
+    "SCORES",
+    "Input",
+    "Judged",
+    "Record",
+    "RunFolder",
+    "Stage",
+    "parse_record",
+    "write_atomically",
+]

@@ -1,0 +1,25 @@
+"""Writing a file so that it is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from backdoorbench_moe.errors import RecordError
+
+
+def write_atomically(target: Path, put: Callable[[Path], object]) -> None:
+    """Let `put` write a file beside `target`, then move it there. Raises RecordError if the disk refuses."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        put(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(target)
+    except OSError as error:
+        raise RecordError(f"output {target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

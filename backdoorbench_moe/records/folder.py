@@ -1,0 +1,233 @@
+"""One run's folder on disk: its files, and the lock that one process holds."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
+
+from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.records.atomic import write_atomically
+from backdoorbench_moe.records.reading import parse_record
+from backdoorbench_moe.records.record import Record
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+RECORD, MODEL, POISON, PROBE, SCORES, CHECKPOINT, LOCK = (
+    "record.json",
+    "model.safetensors",
+    "poison.npz",
+    "probe.npz",
+    "scores.npz",
+    "checkpoint",
+    ".lock",
+)
+
+
+class RunFolder:
+    """One run on disk. Every file is written beside its place and then moved there, so none is ever incomplete."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    @property
+    def exists(self) -> bool:
+        """Whether a record lies here. Raises RecordError for a path that cannot be (too long, no access)."""
+        try:
+            return (self.path / RECORD).is_file()
+        except OSError as error:
+            raise RecordError(f"run folder {self.path}: {error.strerror}") from error
+
+    def read(self) -> Record:
+        """Read and check the record.
+
+        Raises RecordError if this is no run folder, or the record is damaged or from another version.
+        """
+        if not self.path.is_dir():
+            raise RecordError(f"run folder {self.path}: expected a folder with a {RECORD}, found none")
+        file = self.path / RECORD
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecordError(f"run folder {self.path}: expected a {RECORD} in it, found none") from None
+        except OSError as error:
+            raise RecordError(f"record {file}: {error.strerror}") from error
+        except ValueError as error:
+            raise RecordError(f"record {file}: damaged: {error}") from error
+        return parse_record(values, file)
+
+    def write(self, record: Record) -> None:
+        """Write the record. Raises RecordError if the folder cannot be written."""
+        text = record.to_json(indent=2) + "\n"
+        self._write(RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def save_model(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Write the weights as safetensors, with `metadata` in the header."""
+        self._write(MODEL, lambda path: _save_tensors(tensors, path, metadata))
+
+    def load_tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Read weights and header of the model. Raises RecordError if missing or no safetensors file."""
+        return _load_tensors(self.path / MODEL)
+
+    @property
+    def model_sha256(self) -> str | None:
+        """SHA-256 of the model file, hex; None if there is none."""
+        try:
+            with (self.path / MODEL).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise RecordError(f"model file {self.path / MODEL}: {error.strerror}") from error
+
+    def save_poison(self, groups: Mapping[str, np.ndarray]) -> None:
+        """Write the indices of the changed training images by group, each (n,) int64; empty groups are left out.
+
+        The poison group is called "indices" and is always written.
+        """
+        self._save_arrays(POISON, {k: v for k, v in groups.items() if len(v) or k == "indices"})
+
+    def load_poison(self, group: str = "indices") -> np.ndarray:
+        """Read the indices of a group: "indices" (the poison group), "cover" or "noise". Raises RecordError."""
+        import numpy as np
+
+        arrays = self._load_arrays(POISON, "poison indices")
+        if "indices" not in arrays:
+            raise RecordError(f"poison indices {self.path / POISON}: missing or damaged (no 'indices' in it)")
+        return arrays.get(group, np.empty(0, np.int64))
+
+    def save_scores(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write scores that are too many for the record."""
+        self._save_arrays(SCORES, arrays)
+
+    def load_scores(self) -> dict[str, np.ndarray]:
+        """Read what `save_scores` wrote. Raises RecordError."""
+        return self._load_arrays(SCORES, "scores")
+
+    def save_probe(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write what a probe saw; see `engine.probe`."""
+        self._save_arrays(PROBE, arrays)
+
+    def load_probe(self) -> dict[str, np.ndarray] | None:
+        """Read what a probe saw; None where the run has none. Raises RecordError if it is damaged."""
+        return self._load_arrays(PROBE, "probe") if (self.path / PROBE).exists() else None
+
+    def _save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        import numpy as np
+
+        def put(path: Path) -> None:
+            with path.open("wb") as file:
+                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+        self._write(name, put)
+
+    def _load_arrays(self, name: str, what: str) -> dict[str, np.ndarray]:
+        import numpy as np
+
+        try:
+            with np.load(self.path / name, allow_pickle=False) as file:
+                return dict(file)
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
+            raise RecordError(f"{what} {self.path / name}: missing or damaged ({error})") from error
+
+    def save_checkpoint(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Write tensors and JSON state as one file, in place of the one before."""
+        self._make(self.path / CHECKPOINT)
+        header = {"state": json.dumps(state)}
+        self._write(f"{CHECKPOINT}/state.safetensors", lambda path: _save_tensors(tensors, path, header))
+
+    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Read the last checkpoint; None where there is none. Raises RecordError if it is damaged."""
+        file = self.path / CHECKPOINT / "state.safetensors"
+        if not file.exists():
+            return None
+        tensors, header = _load_tensors(file)
+        try:
+            return tensors, json.loads(header["state"])
+        except (KeyError, ValueError) as error:
+            raise RecordError(f"checkpoint {file}: damaged; delete it to train from the start") from error
+
+    def drop_checkpoint(self) -> None:
+        """Delete the checkpoint of a finished run."""
+        shutil.rmtree(self.path / CHECKPOINT, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def lock(self, *, wait: Callable[[], None] | None = None) -> Iterator[None]:
+        """Hold the folder for this process, creating it if need be; the system lets go if we are killed.
+
+        wait: called twice a second for as long as another process holds it, and may raise; by default that
+        raises RecordError naming the other process.
+        """
+        self._make(self.path)
+        try:
+            file = (self.path / LOCK).open("a+", encoding="utf-8")
+        except OSError as error:
+            raise RecordError(f"output folder {self.path}: {error.strerror}") from error
+        with file:
+            if not _try_lock(file.fileno()):
+                if wait is None:
+                    file.seek(0)
+                    raise RecordError(
+                        f"run folder {self.path}: another process ({file.read().strip() or 'unknown'}) works in it"
+                    )
+                wait()
+                while not _try_lock(file.fileno()):
+                    time.sleep(0.5)
+                    wait()
+            file.seek(0)
+            file.truncate()
+            file.write(f"pid {os.getpid()}")
+            file.flush()
+            yield
+
+    def _make(self, path: Path) -> None:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecordError(f"output folder {path}: {error.strerror}") from error
+
+    def _write(self, name: str, put: Callable[[Path], object]) -> None:
+        write_atomically(self.path / name, put)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # Such as a network disk without locks: nobody else holds it.
+        raise RecordError(f"output folder: cannot be locked: {error.strerror}") from error
+    return True
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(plain, path, metadata=dict(metadata))
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def _load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise RecordError(f"model file {file}: not found")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise RecordError(f"model file {file}: expected a safetensors file: {error}") from error

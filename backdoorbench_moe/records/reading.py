@@ -1,0 +1,163 @@
+"""Reading a record: from any schema version there has been, checked against the types of the present one."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+from backdoorbench_moe.errors import ConfigError, RecordError
+from backdoorbench_moe.records.record import SCHEMA_VERSION, DataFacts, Environment, Record
+
+# Fields that came with a version; a record of an older one does not have them.
+ADDED_IN = {2: {"parent", "stages", "scores", "verdict"}, 3: {"inputs", "judgements"}}
+REMOVED_IN = {3: {"parent", "scores", "verdict"}}
+EPOCH_KEYS = {"epoch", "loss", "train_accuracy", "lr", "seconds"}
+METRIC_KEYS = {"value", "n"}
+
+
+def parse_record(values: object, file: Path) -> Record:
+    """Read a record from its JSON values.
+
+    Args:
+        values: What the JSON file held.
+        file: Its name, for messages.
+
+    Raises:
+        RecordError: The record is damaged or of an unknown version.
+    """
+    if not isinstance(values, dict) or "schema_version" not in values:
+        raise RecordError(f"record {file}: damaged: expected a 'schema_version' in it")
+    values = _upgrade(values, file)
+    known = {item.name for item in fields(Record)}
+    missing, extra = known - values.keys(), values.keys() - known
+    if missing or extra:
+        raise RecordError(f"record {file}: damaged: missing {sorted(missing)}, unknown {sorted(extra)}")
+    if damage := _find_damage(values):
+        raise RecordError(f"record {file}: damaged: {damage}")
+    record = Record(**values)
+    try:
+        digest = record.run_spec.digest
+    except ConfigError as error:
+        raise RecordError(f"record {file}: damaged: {error}") from error
+    if digest != record.digest:
+        raise RecordError(f"record {file}: damaged: its digest is {record.digest}, its spec's is {digest}")
+    return record
+
+
+def _upgrade(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A record of an older version as one of the present one."""
+    version = values["schema_version"]
+    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
+        raise RecordError(f"record {file}: expected schema version 1 to {SCHEMA_VERSION}, found {version!r}")
+    later = {name for since, names in ADDED_IN.items() if since > version for name in names}
+    if early := sorted(later & values.keys()):
+        raise RecordError(f"record {file}: damaged: unknown to schema version {version}: {early}")
+    values = dict(values)
+    if version < 2:
+        values |= {"parent": None, "stages": [], "scores": {}, "verdict": {}}
+    if version < 3:
+        values = _upgrade_to_3(values, file)
+    return {**values, "schema_version": SCHEMA_VERSION}
+
+
+def _upgrade_to_3(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """`parent` becomes an input; `scores` and `verdict` become judgements."""
+    missing = sorted(REMOVED_IN[3] - values.keys())
+    if missing:
+        raise RecordError(f"record {file}: damaged: missing {missing}, unknown []")
+    parent, scores, verdict = (values.pop(name) for name in ("parent", "scores", "verdict"))
+    if not isinstance(scores, dict) or not isinstance(verdict, dict):
+        raise RecordError(f"record {file}: damaged: 'scores' or 'verdict' is not a dict")
+    if not isinstance(parent, str | None):
+        raise RecordError(f"record {file}: damaged: 'parent' is not a string")
+    inputs = [] if parent is None else [{"role": "parent", "run": parent, "digest": None, "sha256": None}]
+    kinds = dict.fromkeys([*scores, *verdict])
+    return {
+        **values,
+        "inputs": inputs,
+        "judgements": [_judged(k, scores.get(k), verdict.get(k)) for k in kinds],
+    }
+
+
+def _judged(kind: str, scores: Any, verdict: Any) -> dict[str, Any]:
+    """A judgement from what schema version 2 kept by kind: scores by name, and a verdict of any form."""
+    said = dict(verdict) if isinstance(verdict, dict) else {} if verdict is None else {"verdict": verdict}
+    chosen: Any = next((said.pop(key) for key in ("dropped", "reset", "masked") if key in said), [])
+    if not isinstance(scores, dict):
+        said |= {} if scores is None else {"scores": scores}
+        scores = None
+    return {
+        # Schema version 2 knew no judgements of training samples: "sample" was an input.
+        "about": "input" if kind == "sample" else kind,
+        "scores": scores,
+        "threshold": said.pop("threshold", None),
+        "suspicious": chosen if isinstance(chosen, list) else [chosen],
+        "reason": "",
+        "details": said,
+    }
+
+
+def _find_damage(values: dict[str, Any]) -> str | None:
+    """What does not fit the schema; None if everything does."""
+    for name, annotation in get_type_hints(Record).items():
+        if damage := _misfit(values[name], annotation, name):
+            return damage
+    finished = values["status"] == "finished"
+    for name, facts in (("data", DataFacts), ("environment", Environment)):
+        if (values[name] or finished) and (damage := _misfit(values[name], facts, name)):
+            return damage
+    groups = [("metrics", values["metrics"])]
+    groups += [(f"stages[{n}].metrics", stage["metrics"]) for n, stage in enumerate(values["stages"])]
+    for where, group in groups:
+        for name, metric in group.items():
+            if not metric.keys() >= METRIC_KEYS or ("low" in metric) != ("high" in metric):
+                return f"'{where}.{name}': expected value, n, and both or neither of low and high, found {metric!r}"
+    for n, row in enumerate(values["history"]):
+        if not row.keys() >= EPOCH_KEYS:
+            return f"'history[{n}]': expected the keys {sorted(EPOCH_KEYS)}, found {row!r}"
+    if values["poison"] is not None and "n" not in values["poison"]:
+        return f"'poison': expected 'n' in it, found {values['poison']!r}"
+    return None
+
+
+NAMES = {float: "a number", int: "an integer", str: "a string", dict: "keys and values", list: "a list"}
+
+
+def _misfit(value: Any, annotation: Any, where: str) -> str | None:
+    """Why a JSON value does not fit a type; None if it does."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is Any:
+        return None
+    if origin in (Union, types.UnionType):
+        found = [_misfit(value, choice, where) for choice in arguments]
+        return None if None in found else found[0]
+    if is_typeddict(annotation):
+        return _misfit_of_keys(value, annotation, where)
+    kind = origin or annotation
+    if kind is types.NoneType:
+        return None if value is None else f"{where!r}: expected null, found {value!r}"
+    expected = (int, float) if kind is float else kind
+    if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool):
+        return f"{where!r}: expected {NAMES.get(kind, kind.__name__)}, found {value!r}"
+    items: dict[str, Any] = {}
+    if isinstance(value, list):
+        items = {f"{where}[{n}]": item for n, item in enumerate(value)}
+    elif isinstance(value, dict):
+        items = {f"{where}.{key}": item for key, item in value.items()}
+    return next((bad for name, item in items.items() if (bad := _misfit(item, arguments[-1], name))), None)
+
+
+def _misfit_of_keys(value: Any, annotation: Any, where: str) -> str | None:
+    if not isinstance(value, dict):
+        return f"{where!r}: expected keys and values, found {value!r}"
+    for key, kind in get_type_hints(annotation, include_extras=True).items():
+        optional = get_origin(kind) is NotRequired
+        if key not in value:
+            if optional:
+                continue
+            return f"{where!r}: expected {key!r} in it, found {value!r}"
+        if damage := _misfit(value[key], get_args(kind)[0] if optional else kind, f"{where}.{key}"):
+            return damage
+    return None

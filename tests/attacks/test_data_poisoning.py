@@ -1,0 +1,120 @@
+"""Which training images are poisoned and what they are labelled: worked by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backdoorbench_moe.attacks.base import Attack, PoisonPlan
+from backdoorbench_moe.attacks.data_poisoning import DataPoisoning
+from backdoorbench_moe.config import PoisonSpec
+from backdoorbench_moe.errors import ConfigError, PluginError
+
+LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 1])
+
+
+def plan(seed: int = 0, **values: object) -> PoisonPlan:
+    return DataPoisoning(poison=PoisonSpec(**values))(LABELS, num_classes=3, seed=seed)  # type: ignore[arg-type]
+
+
+def test_everything_poisoned_is_called_the_target() -> None:
+    made = plan(rate=1.0, target=2)
+    assert made.indices.tolist() == list(range(10))
+    assert made.labels.tolist() == [2] * 10
+
+
+def test_all_to_all_moves_each_class_to_the_next() -> None:
+    assert plan(rate=1.0, mapping="all-to-all").labels.tolist() == [1, 2, 0, 1, 2, 0, 1, 2, 0, 2]
+
+
+def test_clean_labels_come_from_the_target_class_and_stay() -> None:
+    made = plan(rate=0.3, target=0, labels="clean")
+    assert made.indices.tolist() == [0, 3, 6]
+    assert made.labels.tolist() == [0, 0, 0]
+
+
+def test_source_specific_takes_that_source_only() -> None:
+    made = plan(rate=0.3, target=0, source=(2,))
+    assert made.indices.tolist() == [2, 5, 8]
+    assert made.labels.tolist() == [0, 0, 0]
+
+
+def test_too_few_candidates_is_an_error_with_the_counts() -> None:
+    with pytest.raises(ConfigError, match=r"0\.5 of 10 images is 5, but only 3 images can be chosen"):
+        plan(rate=0.5, source=(2,))
+
+
+def test_the_draw_follows_the_seed_and_has_no_repeats() -> None:
+    labels = torch.arange(1000) % 3
+    attack = DataPoisoning(poison=PoisonSpec(rate=0.1))
+    draws = [attack(labels, num_classes=3, seed=seed).indices for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert all(len(draw.unique()) == 100 for draw in draws)
+    assert (labels[draws[0]] == 0).any()  # The target class is drawn from, too.
+
+
+@pytest.mark.parametrize("values", [{"target": 3}, {"source": (0, 5)}, {"target": 1, "source": (1,)}])
+def test_classes_the_data_do_not_have(values) -> None:
+    with pytest.raises(ConfigError, match=r"poison\.(target|source)"):
+        DataPoisoning(poison=PoisonSpec(**values)).check(3)
+
+
+@given(
+    rate=st.floats(0.01, 0.3), cover=st.floats(0, 0.3), noise=st.floats(0, 0.3), seed=st.integers(0, 2**31)
+)
+def test_groups_are_disjoint_and_rates_count_from_the_whole_set(rate, cover, noise, seed) -> None:
+    labels = torch.arange(300) % 3
+    spec = PoisonSpec(
+        rate=rate, cover=cover if cover * 300 >= 1 else 0, noise=noise if noise * 300 >= 1 else 0
+    )
+    made = DataPoisoning(poison=spec)(labels, num_classes=3, seed=seed)
+    groups = [set(group.tolist()) for group in made.groups.values()]
+    assert len(set.union(*groups)) == sum(map(len, groups))
+    assert list(map(len, groups)) == [spec.count(300, each) for each in ("rate", "cover", "noise")]
+
+
+def test_cover_and_noise_do_not_change_who_is_poisoned() -> None:
+    assert (
+        plan(rate=0.3, target=1).indices.tolist()
+        == plan(rate=0.3, target=1, cover=0.3, noise=0.3).indices.tolist()
+    )
+
+
+def test_the_cover_of_a_source_specific_attack_comes_from_other_classes() -> None:
+    made = plan(rate=0.2, target=0, source=(2,), cover=0.7)
+    assert set(LABELS[made.indices].tolist()) == {2} and set(LABELS[made.cover].tolist()) == {0, 1}
+    with pytest.raises(
+        ConfigError, match=r"poison\.cover: 0\.8 of 10 images is 8, but only 7 images can be chosen"
+    ):
+        plan(rate=0.2, target=0, source=(2,), cover=0.8)
+
+
+class Broken(Attack):
+    """Returns what it is told to."""
+
+    made: object = None
+
+    def plan(self, labels, num_classes, seed):
+        """Return it."""
+        return self.made
+
+
+INDICES = torch.tensor([1, 4])
+BAD = {
+    "nothing": (None, "expected a PoisonPlan, got None"),
+    "twice": (PoisonPlan(torch.tensor([4, 4]), torch.tensor([0, 0])), "ascending int64 indices"),
+    "two groups": (PoisonPlan(INDICES, torch.tensor([0, 0]), cover=torch.tensor([4])), "in two of them"),
+    "outside": (PoisonPlan(torch.tensor([1, 10]), torch.tensor([0, 0])), r"indices in 0\.\.9"),
+    "no class": (PoisonPlan(INDICES, torch.tensor([0, 3])), r"a label in 0\.\.2"),
+    "a label short": (PoisonPlan(INDICES, torch.tensor([0])), r"a label in 0\.\.2"),
+}
+
+
+@pytest.mark.parametrize(("made", "message"), BAD.values(), ids=BAD.keys())
+def test_a_plan_that_is_not_one_is_refused(made, message) -> None:
+    attack = Broken(poison=PoisonSpec())
+    attack.made = made
+    with pytest.raises(PluginError, match=message):
+        attack(LABELS, num_classes=3, seed=0)
