@@ -31,9 +31,10 @@ def make_spec(settings: Sequence[str] = (), **values: Any) -> RunSpec:
 
 def attack(
     *,
+    attack: Part | None = "data-poisoning",
     model: Part = "pmoe",
-    trigger: Part = "warp",
-    applicator: Part = "patch",
+    trigger: Part | None = None,
+    applicator: Part | None = None,
     dataset: Part = "signs",
     recipe: str = "quick",
     output: Path | str = "runs",
@@ -52,11 +53,11 @@ def attack(
     """
     spec = make_spec(
         settings,
+        attack=attack,
         model=model,
-        trigger=trigger,
-        applicator=applicator,
         dataset=dataset,
         recipe=recipe,
+        **{key: part for key, part in (("trigger", trigger), ("applicator", applicator)) if part is not None},
         **values,
     )
     return run_attack(spec, output=output, repeats=repeats, twin=twin, observer=observer)

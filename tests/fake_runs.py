@@ -84,4 +84,4 @@ def fill(suite: Suite, output: Path, *, shift: int = 0, repeats: int | None = No
         for spec in cell.runs(repeats or suite.repeats):
             asr = min(9000, 1000 * number + 300 * spec.seed + shift)
             write(output, finished(spec, ba=8000 - 10 * number - spec.seed, asr=asr))
-            write(output, clean_twin(finished(spec), ba=8200 + 5 * spec.seed))
+            write(output, finished(clean_twin(spec), ba=8200 + 5 * spec.seed))

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from backdoorbench_moe.config import build_spec
 from backdoorbench_moe.errors import RecordError
-from backdoorbench_moe.records import SCHEMA_VERSION, Record, RunFolder, write_atomically
+from backdoorbench_moe.records import SCHEMA_VERSION, Judged, Record, RunFolder, write_atomically
 
 
 @pytest.fixture
@@ -39,26 +39,28 @@ def test_record_survives_the_disk(folder) -> None:
     [
         (lambda text: text[: len(text) // 2], "damaged"),
         (lambda text: "[]", "damaged: expected a 'schema_version'"),
-        (lambda text: text.replace('"schema_version": 2', '"schema_version": 9'), "version 1 to 2, found 9"),
-        (lambda text: text.replace('"schema_version": 2', '"schema_version": 0'), "version 1 to 2, found 0"),
-        (lambda text: text.replace('"schema_version": 2', '"schema_version": true'), "1 to 2, found True"),
-        (lambda text: text.replace('"schema_version": 2', '"schema_version": 1'), "unknown to schema version 1"),
-        (lambda text: text.replace('"stages": []', '"stages": [3]'), "'stages': expected a name"),
-        (lambda text: text.replace('"stages": []', '"stages": [{"name": "tuned"}]'), "'stages': expected a name"),
-        (lambda text: text.replace('"verdict": {}', '"verdict": 3'), "'verdict' is no dict"),
-        (lambda text: text.replace('"parent": null', '"parent": 3'), "'parent' or 'error' is no text"),
+        (lambda text: text.replace('"schema_version": 3', '"schema_version": 9'), "version 1 to 3, found 9"),
+        (lambda text: text.replace('"schema_version": 3', '"schema_version": 0'), "version 1 to 3, found 0"),
+        (lambda text: text.replace('"schema_version": 3', '"schema_version": true'), "1 to 3, found True"),
+        (lambda text: text.replace('"schema_version": 3', '"schema_version": 1'), "unknown to schema version 1"),
+        (lambda text: text.replace('"stages": []', '"stages": [3]'), r"'stages\[0\]': expected keys"),
+        (lambda text: text.replace('"stages": []', '"stages": [{"name": "t"}]'), r"stages\[0\]': expected 'metrics'"),
+        (lambda text: text.replace('"judgements": []', '"judgements": 3'), "'judgements': expected a list"),
+        (lambda text: text.replace('"judgements": []', '"judgements": [{"about": 3}]'), "about': expected a string"),
+        (lambda text: text.replace('"inputs": []', '"inputs": [{"role": "parent"}]'), "expected 'run' in it"),
+        (lambda text: text.replace('"clean_twin": null', '"clean_twin": 3'), "'clean_twin': expected a string"),
         (lambda text: text.replace('"status"', '"state"'), r"missing \['status'\], unknown \['state'\]"),
-        (lambda text: text.replace('"metrics": {}', '"metrics": 3'), "'metrics' is no dict"),
-        (lambda text: text.replace('"metrics": {}', '"metrics": {"ba": 90}'), "'metrics': expected numbers"),
-        (lambda text: text.replace('"metrics": {}', '"metrics": {"ba": {"value": 9}}'), "'metrics': expected"),
-        (lambda text: text.replace('"history": []', '"history": [{"epoch": 1}]'), "'history': expected numbers"),
-        (lambda text: text.replace('"timing": {}', '"timing": {"a": "b"}'), "'timing': expected numbers"),
-        (lambda text: text.replace('"parts": {}', '"parts": null'), "'parts' is no dict"),
-        (lambda text: text.replace('"data": {}', '"data": {"digest": 3}'), "'data': expected 'digest', a str"),
-        (lambda text: text.replace('"environment": {}', '"environment": {"a": 3}'), "expected 'packages', a dict"),
-        (lambda text: text.replace('"poison": null', '"poison": 3'), "'poison': expected 'n' in it, found 3"),
-        (lambda text: text.replace('"error": null', '"error": 3'), 'is no text'),
-        (lambda text: text.replace('"running"', '"finished"'), "'data': expected 'digest'"),
+        (lambda text: text.replace('"metrics": {}', '"metrics": 3'), "'metrics': expected keys and values, found 3"),
+        (lambda text: text.replace('"metrics": {}', '"metrics": {"ba": 90}'), "'metrics.ba': expected keys and"),
+        (lambda text: text.replace('"metrics": {}', '"metrics": {"ba": {"value": 9}}'), "ba': expected value, n"),
+        (lambda text: text.replace('"history": []', '"history": [{"epoch": 1}]'), r"'history\[0\]': expected the keys"),
+        (lambda text: text.replace('"timing": {}', '"timing": {"a": "b"}'), "'timing.a': expected a number, found 'b'"),
+        (lambda text: text.replace('"parts": {}', '"parts": null'), "'parts': expected keys and values, found None"),
+        (lambda text: text.replace('"data": {}', '"data": {"digest": 3}'), "'data': expected 'classes' in it"),
+        (lambda text: text.replace('"environment": {}', '"environment": {"a": 3}'), "expected 'packages' in it"),
+        (lambda text: text.replace('"poison": null', '"poison": 3'), "'poison': expected keys and values, found 3"),
+        (lambda text: text.replace('"error": null', '"error": 3'), "'error': expected a string, found 3"),
+        (lambda text: text.replace('"running"', '"finished"'), "'data': expected 'classes' in it"),
         (lambda text: text.replace('"seed": 0', '"seed": 1'), "its digest is"),
         (lambda text: text.replace('"seed": 0', '"seed": "x"'), "seed: expected an integer"),
         (lambda text: text.replace('"seed"', '"sead"'), "unknown 'sead'"),
@@ -100,7 +102,7 @@ def test_model_files_are_safetensors_only(folder, content) -> None:
 
 
 def test_poison_indices(folder) -> None:
-    folder.save_poison(np.array([3, 5, 8]))
+    folder.save_poison({"indices": np.array([3, 5, 8])})
     assert folder.load_poison().tolist() == [3, 5, 8]
     np.savez(folder.path / "poison.npz", indices=np.array([{"an": "object"}], dtype=object))
     with pytest.raises(RecordError, match="missing or damaged"):
@@ -198,21 +200,85 @@ def test_committed_records_stay_readable_and_keep_their_digests(file) -> None:
     assert record.run_spec.name.endswith(record.digest) and file.parent.name.endswith(record.digest)
 
 
+LATER = {1: ("parent", "stages", "scores", "verdict"), 2: ()}
+OLD = {"parent": "signs-pmoe-s0-0123456789", "stages": [], "scores": {}, "verdict": {}}
+
+
+def old_record(folder, version: int, **changes) -> Path:
+    """Write the folder's record as a version of the schema had it."""
+    file = folder.path / "record.json"
+    values = {k: v for k, v in json.loads(file.read_text()).items() if k not in ("inputs", "judgements")}
+    values = {k: v for k, v in {**OLD, **values, **changes}.items() if k not in LATER[version]}
+    file.write_text(json.dumps({**values, "schema_version": version}))
+    return file
+
+
 def test_a_record_of_version_1_is_read_and_written_as_one_of_today(folder) -> None:
-    file = folder.path / "record.json"
-    values = json.loads(file.read_text())
-    old = {k: v for k, v in values.items() if k not in ("parent", "stages", "scores", "verdict")}
-    file.write_text(json.dumps({**old, "schema_version": 1}))
+    today = json.loads((folder.path / "record.json").read_text())
+    file = old_record(folder, 1)
     record = folder.read()
-    assert (record.parent, record.stages, record.scores, record.verdict) == (None, [], {}, {})
+    assert (record.parent, record.stages, record.inputs, record.judgements) == (None, [], [], [])
     folder.write(record)
-    assert json.loads(file.read_text()) == values
+    assert json.loads(file.read_text()) == today
 
 
-def test_a_record_of_version_1_lacks_nothing_else(folder) -> None:
-    file = folder.path / "record.json"
+def test_what_version_2_said_of_a_defense_is_kept(folder) -> None:
+    scores = {"expert": {"moe/0": 1.5, "moe/1": 2.0}, "class": [0.5, 0.25]}
+    verdict = {
+        "expert": {"dropped": ["moe/1"], "accuracy": [90.0]},
+        "sample": {"threshold": 0.5, "calibrated_on": 44},
+        "model": True,
+    }
+    old_record(folder, 2, scores=scores, verdict=verdict)
+    record = folder.read()
+    assert record.parent == OLD["parent"]
+    assert record.inputs == [{"role": "parent", "run": OLD["parent"], "digest": None, "sha256": None}]
+    kept = {one["about"]: one for one in record.judgements}
+    assert list(kept) == ["expert", "class", "input", "model"]
+    assert (kept["expert"]["scores"], kept["expert"]["suspicious"]) == (scores["expert"], ["moe/1"])
+    assert kept["expert"]["details"] == {"accuracy": [90.0]}
+    assert kept["class"]["scores"] is None and kept["class"]["details"] == {"scores": [0.5, 0.25]}
+    assert (kept["input"]["threshold"], kept["input"]["details"]) == (0.5, {"calibrated_on": 44})
+    assert kept["model"]["details"] == {"verdict": True}
+    folder.write(record)
+    assert folder.read() == record
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_older_record_lacks_nothing_else(folder, version) -> None:
+    file = old_record(folder, version)
     values = json.loads(file.read_text())
-    kept = {k: v for k, v in values.items() if k not in ("parent", "stages", "scores", "verdict", "timing")}
-    file.write_text(json.dumps({**kept, "schema_version": 1}))
+    del values["timing"]
+    file.write_text(json.dumps(values))
     with pytest.raises(RecordError, match=r"missing \['timing'\]"):
         folder.read()
+
+
+def test_the_record_is_json_for_any_reader(folder) -> None:
+    """No NaN, no infinity: other readers than Python's refuse them."""
+    record = folder.read()
+    record.timing["a"] = float("inf")
+    record.judgements = [
+        Judged(
+            about="expert",
+            scores={"moe/0": float("nan"), "moe/1": 1.0},
+            threshold=None,
+            suspicious=[],
+            reason="r",
+            details={"list": [float("-inf")]},
+        )
+    ]
+    record.timing.pop("a")
+    folder.write(record)
+    text = (folder.path / "record.json").read_text()
+    assert not {"NaN", "Infinity"} & set(text.replace(",", " ").split())
+    [judged] = folder.read().judgements
+    assert judged["scores"] == {"moe/0": None, "moe/1": 1.0} and judged["details"] == {"list": [None]}
+
+
+def test_groups_of_poisoned_images(folder) -> None:
+    groups = {"indices": np.array([3, 5]), "cover": np.array([1]), "noise": np.array([], np.int64)}
+    folder.save_poison(groups)
+    assert [folder.load_poison(name).tolist() for name in groups] == [[3, 5], [1], []]
+    folder.save_poison({"indices": np.array([3, 5])})
+    assert folder.load_poison("cover").tolist() == [], "as runs from before there were groups"

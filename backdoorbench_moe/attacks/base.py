@@ -80,8 +80,17 @@ class Attack(ABC):
         _check_plan(plan, len(labels), num_classes, type(self).__name__)
         return plan
 
-    def check(self, num_classes: int) -> None:  # noqa: B027
-        """Raise ConfigError if the attack names a class that the data do not have."""
+    def check(self, num_classes: int) -> None:
+        """Raise ConfigError if the target or a source class is not one of the data's."""
+        poison = self.poison
+        for name, labels in (("poison.target", (poison.target,)), ("poison.source", poison.source)):
+            for label in labels:
+                if label >= num_classes:
+                    raise ConfigError.expected(name, f"a class in 0..{num_classes - 1}", label)
+        if poison.mapping == "all-to-one" and poison.labels == "dirty" and poison.source == (poison.target,):
+            raise ConfigError.expected(
+                "poison.source", f"another class than the target {poison.target}", poison.source
+            )
 
     @abstractmethod
     def plan(self, labels: Tensor, num_classes: int, seed: int) -> PoisonPlan:

@@ -28,18 +28,6 @@ class DataPoisoning(Attack):
     def __init__(self, *, poison: PoisonSpec) -> None:
         super().__init__(poison=poison)
 
-    def check(self, num_classes: int) -> None:
-        """Raise ConfigError if the target or a source class is not one of the data's."""
-        poison = self.poison
-        for name, labels in (("poison.target", (poison.target,)), ("poison.source", poison.source)):
-            for label in labels:
-                if label >= num_classes:
-                    raise ConfigError.expected(name, f"a class in 0..{num_classes - 1}", label)
-        if poison.mapping == "all-to-one" and poison.labels == "dirty" and poison.source == (poison.target,):
-            raise ConfigError.expected(
-                "poison.source", f"another class than the target {poison.target}", poison.source
-            )
-
     def plan(self, labels: Tensor, num_classes: int, seed: int) -> PoisonPlan:
         """Draw floor(rate * N) images, then the cover and the noise group from the rest."""
         poison = self.poison

@@ -17,6 +17,7 @@ FLAGS = {
     "data_root": "dataset.root",
     "download": "dataset.download",
     "image_size": "dataset.image_size",
+    "attack": "attack.name",
     "model": "model.name",
     "trigger": "trigger.name",
     "applicator": "applicator.name",
@@ -39,6 +40,7 @@ FLAGS = {
 def spec_options(function: Any) -> Any:
     """The flags that make up a RunSpec, for every command that takes one."""
     options = [
+        click.option("--attack", metavar="NAME", help="Who the attacker is.  [data-poisoning]"),
         click.option("--model", metavar="NAME", help="Model, or timm:<architecture>.  [pmoe]"),
         click.option("--trigger", metavar="NAME", help="What is stamped.  [warp]"),
         click.option("--applicator", metavar="NAME", help="Where: image, or patch (BadPatches).  [patch]"),
@@ -73,7 +75,7 @@ def spec_options(function: Any) -> Any:
 
 def spec_from_flags(config: Path | None, settings: tuple[str, ...], flags: dict[str, Any]) -> RunSpec:
     """Merge defaults < recipe < YAML < flags < --set. Raises ConfigError or UnknownNameError."""
-    layers: list[Values] = [{"trigger": "warp", "applicator": "patch"}]
+    layers: list[Values] = []
     if config is not None:
         layers.append(load_yaml(config))
     given: Values = {}

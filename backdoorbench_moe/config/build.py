@@ -11,7 +11,7 @@ import yaml
 from backdoorbench_moe.config.merge import Values, merge
 from backdoorbench_moe.config.package_recipes import model_recipe
 from backdoorbench_moe.config.shorthand import normalise
-from backdoorbench_moe.config.spec import RunSpec, spec_from_dict
+from backdoorbench_moe.config.spec import DEFAULT_ATTACK, RunSpec, spec_from_dict
 from backdoorbench_moe.config.yaml_files import YAML_ERRORS, StrictLoader, check_plain
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
 
@@ -34,10 +34,26 @@ def build_spec(*layers: Mapping[str, Any]) -> RunSpec:
     models = recipe.pop("models", {})
     base = {
         **recipe,
+        **_implied_by_attack(chosen),
         "dataset": {"name": chosen["dataset"]["name"]},
         "model": {"name": chosen["model"]["name"], **models.get(chosen["model"]["name"], {})},
     }
     return spec_from_dict(merge({"recipe": chosen["recipe"]}, base, *layers))
+
+
+def _implied_by_attack(chosen: Values) -> Values:
+    """What the chosen attack implies for keys that are left open.
+
+    The default attack stamps the default trigger; another one stamps none unless one is given; without an attack
+    nothing is poisoned.
+    """
+    if "attack" in chosen and chosen["attack"] is None:
+        return {"trigger": None, "applicator": None, "poison": {"rate": 0.0}}
+    if chosen.get("attack", {}).get("name", DEFAULT_ATTACK) != DEFAULT_ATTACK:
+        return {}
+    default = RunSpec()
+    assert default.trigger is not None and default.applicator is not None
+    return {"trigger": default.trigger.to_dict(), "applicator": default.applicator.to_dict()}
 
 
 def load_recipe(name: str, model: str = "pmoe") -> Values:

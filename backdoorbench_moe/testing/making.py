@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backdoorbench_moe.config import PartSpec, TrainSpec
+from backdoorbench_moe.config import PartSpec, PoisonSpec, TrainSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses.base import DefenseTask
 from backdoorbench_moe.engine.build import fresh_model
@@ -34,6 +34,11 @@ def tiny_options(kind: str, name: str) -> dict[str, object]:
 def make(kind: str, name: str, **options: object) -> Any:
     """A small part of its kind; options win over those that make it small."""
     return REGISTRIES[kind].create(name, {**tiny_options(kind, name), **options})
+
+
+def make_attack(name: str, *, poison: PoisonSpec, **options: object) -> Any:
+    """A small attack; options win over those that make it small."""
+    return REGISTRIES["attack"].create(name, {**tiny_options("attack", name), **options}, {"poison": poison})
 
 
 def build_model(

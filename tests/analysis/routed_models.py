@@ -9,9 +9,9 @@ import torch
 from tiny import Tiny
 from torch import Tensor, nn
 
-from backdoorbench_moe.analysis.passes import Triggered, trigger_test
 from backdoorbench_moe.analysis.subject import Subject
-from backdoorbench_moe.config import PoisonSpec
+from backdoorbench_moe.attacks import create_attack
+from backdoorbench_moe.engine.triggered import Triggered, triggered_test
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
 
 
@@ -60,4 +60,4 @@ def make_subject(model: nn.Module, **values: Any) -> Subject:
 
 def make_triggered(subject: Subject) -> Triggered:
     """The images that count for ASR, triggered, with target 0."""
-    return trigger_test(subject.images.test, PoisonSpec(), stamp, 3)  # type: ignore[arg-type]
+    return triggered_test(subject.images, create_attack("data-poisoning"), stamp)

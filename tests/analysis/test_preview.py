@@ -166,7 +166,7 @@ def test_a_choice_that_is_not_there(options, message) -> None:
 
 def test_specs_that_cannot_be_shown() -> None:
     with pytest.raises(ConfigError, match="got a clean run"):
-        clean_twin(preview_spec(SPEC))
+        preview_spec(clean_twin(SPEC))
     with pytest.raises(UnknownNameError, match="did you mean 'square'"):
         preview_spec(tiny_spec(trigger="sqare"))
 

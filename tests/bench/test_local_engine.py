@@ -26,8 +26,8 @@ from backdoorbench_moe.bench.worker import Job, Outcome
 
 
 @pytest.fixture(autouse=True)
-def fresh_sessions(monkeypatch) -> None:
-    monkeypatch.setattr(worker, "_sessions", {})
+def fresh_runners(monkeypatch) -> None:
+    monkeypatch.setattr(worker, "_runners", {})
     monkeypatch.setattr(worker, "SECONDS_BETWEEN_SIGNS", 0.0)
 
 

@@ -129,8 +129,8 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def fresh_sessions(monkeypatch) -> None:
-    monkeypatch.setattr(worker, "_sessions", {})
+def fresh_runners(monkeypatch) -> None:
+    monkeypatch.setattr(worker, "_runners", {})
 
 
 @pytest.mark.slow

@@ -179,7 +179,7 @@ def test_values_of_a_spec_by_key() -> None:
     assert value_of(spec, "trigger.name") == "square"
     assert value_of(spec, "trigger.colour") is None  # An option the spec leaves to the trigger.
     assert value_of(spec, "train.batch_size") == 32
-    assert clean_twin(value_of(spec), "trigger.name") is None
+    assert value_of(clean_twin(spec), "trigger.name") is None
     with pytest.raises(UnknownNameError):
         value_of(spec, "train.batch")
 

@@ -36,8 +36,8 @@ def test_a_cell_is_what_its_two_run_folders_hold(tmp_path) -> None:
     first, second = suite.cells[0].runs(2)
     write(tmp_path, finished(first, ba=8000, asr=4500))
     write(tmp_path, finished(second, ba=8100, asr=4590))
-    write(tmp_path, clean_twin(finished(first), ba=8150))
-    write(tmp_path, clean_twin(finished(second), ba=8200))
+    write(tmp_path, finished(clean_twin(first), ba=8150))
+    write(tmp_path, finished(clean_twin(second), ba=8200))
     results = ResultSet.from_runs(suite, tmp_path)
 
     asr = place(results, "asr", ("image", "0.5%"), "square").statistic
