@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
-from fractions import Fraction
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, cast, get_type_hints
 
 import yaml
 
-from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
+from backdoorbench_moe.errors import BbmoeWarning, ConfigError, PluginError, UnknownNameError
 from backdoorbench_moe.options import convert
 from backdoorbench_moe.package_recipes import model_recipe
+from backdoorbench_moe.shares import share_of, smallest_share
 
 RECIPES = ("quick", "paper")
 PARTS = ("dataset", "model", "trigger", "applicator")
@@ -45,45 +46,80 @@ class PartSpec:
         return {"name": self.name, **self.options}
 
 
+def class_number(parameter: str, label: int | str) -> int:
+    """Return the number of a class. Raises ConfigError if it is given by name, since only the data knows the names."""
+    if isinstance(label, str):
+        raise ConfigError.expected(parameter, "a class number (`bbmoe info dataset` shows them)", label)
+    return label
+
+
 @dataclass(frozen=True)
 class PoisonSpec:
     """Which training images are poisoned, and what they are called.
 
-    rate: share of the training set, in (0, 1]; 0 makes the clean twin. target: the attacker's class.
-    labels: "dirty" draws from all images and relabels them; "clean" draws from the images that already
-    have the label they are to have, and relabels nothing. mapping: "all-to-one" (target) or
-    "all-to-all" (class y becomes y + 1). source: only images of these classes; all where empty.
+    A class is given by its number, or by its name until `engine.class_names.resolve_classes` has replaced that by the
+    number: only then does the spec have a digest. Digits are always a number, even where a class has such a name.
+
+    Args:
+        rate: Share of the training set, in (0, 1]; 0 makes the clean twin.
+        target: The attacker's class.
+        labels: "dirty" draws from all images and relabels them; "clean" draws from the images that already have the
+            label they are to have, and relabels nothing.
+        mapping: "all-to-one" (the target), or "all-to-all" (class y becomes y + 1).
+        source: Only images of these classes; all classes if empty.
     """
 
     rate: float = 0.1
-    target: int = 0
+    target: int | str = 0
     labels: Literal["dirty", "clean"] = "dirty"
     mapping: Literal["all-to-one", "all-to-all"] = "all-to-one"
-    source: tuple[int, ...] = ()
+    source: tuple[int | str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "target", _digits(self.target))
+        object.__setattr__(self, "source", tuple(map(_digits, self.source)))
         if not 0 <= self.rate <= 1:
-            raise ConfigError.expected("poison.rate", "a number in (0, 1]", self.rate)
-        if self.target < 0:
+            percent = f"{self.rate:g}%"
+            hint = f"; {percent} is written {percent}" if 1 < self.rate <= 100 else ""
+            raise ConfigError(f"poison.rate: expected a number in (0, 1], got {self.rate!r}{hint}")
+        if _is_negative(self.target):
             raise ConfigError.expected("poison.target", "a class number from 0", self.target)
-        if any(label < 0 for label in self.source):
+        if any(map(_is_negative, self.source)):
             raise ConfigError.expected("poison.source", "class numbers from 0", self.source)
         if len(set(self.source)) != len(self.source):
             raise ConfigError.expected("poison.source", "each class once", self.source)
         if self.mapping == "all-to-all" and self.labels == "clean":
             raise ConfigError("poison.mapping: all-to-all changes labels; it needs poison.labels=dirty")
 
-    def count(self, images: int) -> int:
-        """Number of images to poison: floor(rate * images), exactly (0.29 of 100 is 29).
+    def check_numbered(self) -> None:
+        """Raise ConfigError if a class is still given by name."""
+        class_number("poison.target", self.target)
+        for label in self.source:
+            class_number("poison.source", label)
 
-        Raises ConfigError if the rate is positive and the count is 0.
+    def count(self, images: int) -> int:
+        """Return how many of `images` training images to poison: `share_of` the rate.
+
+        Raises:
+            ConfigError: The rate is positive and the count is 0.
         """
-        count = int(Fraction(repr(self.rate)) * images)
+        count = share_of(self.rate, images)
         if self.rate > 0 and count == 0:
             raise ConfigError(
-                f"poison.rate: {self.rate} of {images} images is no image; expected at least {1 / images:.2g}"
+                f"poison.rate: {self.rate} of {images} images is no image; "
+                f"expected at least {smallest_share(images)}"
             )
         return count
+
+
+def _digits(label: int | str) -> int | str:
+    """Read a class that is written in digits as its number."""
+    digits = label.removeprefix("-") if isinstance(label, str) else ""
+    return int(label) if digits.isascii() and digits.isdecimal() else label
+
+
+def _is_negative(label: int | str) -> bool:
+    return not isinstance(label, str) and label < 0
 
 
 @dataclass(frozen=True)
@@ -182,7 +218,8 @@ class RunSpec:
 
     @property
     def digest(self) -> str:
-        """Ten hex digits over all that decides the numbers."""
+        """Ten hex digits over all that decides the numbers. Raises ConfigError if a class is given by name."""
+        self.poison.check_numbered()
         values = {k: v for k, v in self.to_dict().items() if k not in NOT_IN_DIGEST}
         values["dataset"] = {k: v for k, v in values["dataset"].items() if k not in DATASET_NOT_IN_DIGEST}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
@@ -381,7 +418,13 @@ def _read_part(value: object, where: str, *, optional: bool = False) -> PartSpec
 
 
 def _fraction(value: object) -> object:
-    """Let a rate be written as "1%"."""
+    """Let a rate be written as "1%"; warn of a bare 1, which is 100%."""
+    if value == 1 and isinstance(value, int) and not isinstance(value, bool):
+        warnings.warn(
+            "poison.rate: 1 is 100% of the training images; 1% is written 1%, and 1.0 says 100% without this warning",
+            BbmoeWarning,
+            stacklevel=2,
+        )
     if isinstance(value, str) and value.strip().endswith("%"):
         try:
             return float(Decimal(value.strip()[:-1].strip()).scaleb(-2))

@@ -94,6 +94,13 @@ class Dataset(ABC):
         The tensors must be contiguous and nobody else's: a run stamps some images in place while it trains.
         """
 
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the classes in their order, those of `load`.
+
+        Reads all images; a subclass that knows the names without should override it.
+        """
+        return self.load().classes
+
     @classmethod
     def write_tiny(cls, folder: Path) -> dict[str, object]:
         """Write a small set into an empty folder and return the options that read it, for the conformance tests.

@@ -64,6 +64,10 @@ class CIFAR10(Dataset):
         write_cifar10(folder)
         return {"root": str(folder)}
 
+    def class_names(self) -> tuple[str, ...]:
+        """Return the ten names; reads nothing."""
+        return CLASSES
+
     def read(self) -> ImageSet:
         """Read the six files. Raises DataError naming the file and what is wrong with it."""
         root = data_root(self.root)

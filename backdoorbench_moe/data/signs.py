@@ -66,6 +66,10 @@ class Signs(Dataset):
         super().__init__(train_images=train_images, test_images=test_images)
         self.image_size = check_image_size(image_size)
 
+    def class_names(self) -> tuple[str, ...]:
+        """Return the ten names; draws nothing."""
+        return tuple(sign.name for sign in SIGNS)
+
     def read(self) -> ImageSet:
         """Draw both splits, each from its own seed."""
         train, test = draw_split(0, TRAIN_IMAGES), draw_split(1, TEST_IMAGES)
@@ -73,7 +77,7 @@ class Signs(Dataset):
             "signs",
             subset_and_resize(train, self.train_images, "train_images", self.image_size),
             subset_and_resize(test, self.test_images, "test_images", self.image_size),
-            tuple(sign.name for sign in SIGNS),
+            self.class_names(),
         )
 
 

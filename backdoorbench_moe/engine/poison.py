@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.config import PoisonSpec
+from backdoorbench_moe.config import PoisonSpec, class_number
 from backdoorbench_moe.data.base import ImageSet, Split
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.seeding import generator
@@ -28,14 +28,19 @@ class PoisonPlan:
 
 
 def check_classes(spec: PoisonSpec, num_classes: int) -> None:
-    """Raise ConfigError if the target or a source class is not one of the data's."""
+    """Check the target and the source classes against the data.
+
+    Raises:
+        ConfigError: One is not a class of the data or is still given by name, or the target is among the sources
+            where poisoning would not change its images' label.
+    """
     for name, labels in (("poison.target", (spec.target,)), ("poison.source", spec.source)):
         for label in labels:
-            if label >= num_classes:
+            if class_number(name, label) >= num_classes:
                 raise ConfigError.expected(name, f"a class in 0..{num_classes - 1}", label)
-    if spec.mapping == "all-to-one" and spec.labels == "dirty" and spec.source == (spec.target,):
+    if spec.mapping == "all-to-one" and spec.labels == "dirty" and spec.target in spec.source:
         raise ConfigError.expected(
-            "poison.source", f"another class than the target {spec.target}", spec.source
+            "poison.source", f"classes other than the target {spec.target}, whose label is kept", spec.source
         )
 
 
@@ -43,7 +48,7 @@ def poisoned_labels(labels: Tensor, spec: PoisonSpec, num_classes: int) -> Tenso
     """What the attacker wants images with these (N,) labels to be called when triggered."""
     if spec.mapping == "all-to-all":
         return (labels + 1) % num_classes
-    return torch.full_like(labels, spec.target)
+    return torch.full_like(labels, class_number("poison.target", spec.target))
 
 
 def plan_poison(labels: Tensor, spec: PoisonSpec, num_classes: int, seed: int) -> PoisonPlan:

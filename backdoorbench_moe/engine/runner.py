@@ -8,6 +8,12 @@ from pathlib import Path
 from backdoorbench_moe.config import PartSpec, RunSpec
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.engine import parts
+from backdoorbench_moe.engine.class_names import (
+    describe_classes,
+    describe_poison,
+    resolve_classes,
+    warn_of_numeric_names,
+)
 from backdoorbench_moe.engine.defend import DefenseJob, check_defenses
 from backdoorbench_moe.engine.device import resolve_device, resolve_precision
 from backdoorbench_moe.engine.job import Job, Run, check_data, check_plugins
@@ -95,7 +101,15 @@ class Session:
         if self._images is None:
             self.observer.on_message(f"reading {type(self.dataset).__name__}")
             self._images = self.dataset.load().to(self.device)
+            self.observer.on_message(describe_classes(self._images.classes))
         return self._images
+
+    def resolve(self, spec: RunSpec) -> RunSpec:
+        """Return the spec with its classes by number; only then does it have a digest. See `resolve_classes`."""
+        return resolve_classes(spec, self._class_names)
+
+    def _class_names(self) -> tuple[str, ...]:
+        return self.dataset.class_names() if self._images is None else self._images.classes
 
     def check(self, spec: RunSpec) -> None:
         """Build all parts of a run and check them against the data and each other; nothing is written.
@@ -103,10 +117,12 @@ class Session:
         Raises BbmoeError for what would stop the run before its first step.
         """
         check_names(spec)
+        spec = self.resolve(spec)
         check_defenses(spec, Job(spec, self).model, self.images)
 
     def attack(self, spec: RunSpec, *, twin: bool = True) -> Run:
         """The finished run of a spec, with CAD if the twin is wanted; see `run_attack`."""
+        spec = self.resolve(spec)
         run = self.finish(spec)
         if spec.is_clean or not twin:
             return run
@@ -119,6 +135,7 @@ class Session:
         in the same output. An observer that raises StopRun leaves the run "interrupted"; the next call goes
         on from its last epoch, or, if it is a defended one, from its parent.
         """
+        spec = self.resolve(spec)
         folder = RunFolder(self.output / spec.name)
         if found := self._find(folder, spec):
             self.observer.on_message(f"found finished: {folder.path}")
@@ -134,7 +151,13 @@ class Session:
             return self._find(folder, spec) or (job or self._job(spec, parent)).run(folder)
 
     def _job(self, spec: RunSpec, parent: Run | None) -> Job:
-        return Job(spec, self) if parent is None else DefenseJob(spec, self, parent)
+        if parent is not None:
+            return DefenseJob(spec, self, parent)
+        job = Job(spec, self)
+        if not spec.is_clean:
+            warn_of_numeric_names(spec.poison, self.images.classes)
+            self.observer.on_message(describe_poison(spec.poison, self.images.classes))
+        return job
 
     def _find(self, folder: RunFolder, spec: RunSpec) -> Run | None:
         """The finished run in a folder. Raises RecordError if it was made from other data.

@@ -1,0 +1,33 @@
+"""Shares of a whole: how many items a share between 0 and 1 amounts to."""
+
+from __future__ import annotations
+
+from decimal import ROUND_CEILING, Context, Decimal
+from fractions import Fraction
+
+
+def share_of(share: float, total: int) -> int:
+    """Return how many of `total` items a share is: floor(share * total) of the share as it is written.
+
+    The arithmetic is decimal, so 0.29 of 100 is 29, although the float 0.29 is a little less than that. A share that
+    was computed as n / total gives n, whatever the division rounded: 20 / 39209 of 39209 is 20.
+
+    Args:
+        share: In [0, 1].
+        total: Number of items, from 0.
+    """
+    exact = Fraction(repr(float(share))) * total
+    nearest = round(exact)
+    return nearest if total and nearest / total == float(share) else int(exact)
+
+
+def smallest_share(total: int) -> float:
+    """Return a short share of `total` items that is not less than one item: 0.13 of 8.
+
+    Args:
+        total: Number of items, from 1.
+
+    Returns:
+        1 / total, rounded up to two significant digits; `share_of` it is at least 1.
+    """
+    return float(Context(prec=2, rounding=ROUND_CEILING).divide(Decimal(1), Decimal(total)))
