@@ -18,14 +18,14 @@ from backdoorbench_moe.data.base import Split, draw_subset
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError
 from backdoorbench_moe.image_files import decode
 
-# More than any model here takes; what does not fit into memory is said as such.
+# More than any model here takes. What does not fit into memory has an error of its own.
 MAX_SIDE = 8192
 RESIZE_CHUNK = 1024
 FILES_CHUNK = 64
 
 
 def check_image_size(image_size: int) -> int:
-    """Return `image_size` if it is a side in pixels. Raises ConfigError."""
+    """Return `image_size` if it is a possible side in pixels. Raises ConfigError if it is not."""
     if not 1 <= image_size <= MAX_SIDE:
         raise ConfigError.expected("dataset: image_size", f"1 to {MAX_SIDE} pixels", image_size)
     return image_size
@@ -81,7 +81,7 @@ def read_images(paths: Sequence[Path], size: int, *, crop: bool) -> Tensor:
 
 
 def subset_and_resize(split: Split, count: int | None, name: str, size: int) -> Split:
-    """Keep `count` images of a split (`name` as in `draw_subset`), then resize: that may need much memory."""
+    """Keep `count` images of a split, as `draw_subset` draws them, then resize: all at once may need much memory."""
     keep = draw_subset(len(split), count, name)
     whole = len(keep) == len(split)
     images, labels = (split.images, split.labels) if whole else (split.images[keep], split.labels[keep])
@@ -91,7 +91,7 @@ def subset_and_resize(split: Split, count: int | None, name: str, size: int) -> 
 def resize(images: Tensor, size: int) -> Tensor:
     """Resize a uint8 batch (N, 3, H, W) to (N, 3, size, size): bilinear, antialiased.
 
-    Returns `images` itself where it has that size. The aspect ratio is not kept.
+    The aspect ratio is not kept. Images of that size already are returned as they are, not copied.
     """
     if tuple(images.shape[-2:]) == (size, size):
         return images

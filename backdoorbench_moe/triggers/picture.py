@@ -1,4 +1,4 @@
-"""The pictures that `blend` mixes in: a file, or our own."""
+"""The picture that `blend` mixes in: from a file, or our own."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ SIDE = 128
 LIGHT = ((255, 220, 30), (255, 170, 200), (255, 255, 245), (120, 235, 255))
 DARK = ((190, 0, 30), (20, 30, 170), (0, 85, 40), (80, 10, 110))
 INK = (20, 15, 40)
-# Rec. 601, as PIL turns colours to grey.
+# Weights of red, green and blue in grey (ITU-R BT.601), as in Pillow.
 LUMA = (0.299, 0.587, 0.114)
 
 
 def draw_quilt() -> Tensor:
-    """Draw our own picture, a smiling face on a dotted patchwork quilt: (1, 3, 128, 128) float32 in [0, 1].
+    """Draw our own picture, a smiling face on a dotted patchwork quilt.
 
-    Light and dark patches alternate on a 4x4 board, so that some structure is left on the smallest tile.
-    Drawn with integers: the same picture on every machine.
+    Light and dark patches alternate on a 4x4 board, so that some structure is left on the smallest tile. It is drawn
+    with integers and is the same on every machine.
+
+    Returns:
+        (1, 3, 128, 128) float32 in [0, 1].
     """
     picture = torch.empty(3, SIDE, SIDE, dtype=torch.uint8)
     y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
