@@ -69,7 +69,7 @@ def decode(path: Path) -> tuple[Image.Image, bool]:
         with Image.open(path, formats=_formats()) as file:
             bits = _bits_per_channel(file, path)
             # A PSD file's frames are its layers, and Pillow opens it at the flattened image.
-            more = bool(getattr(file, "is_animated", False)) and file.format != "PSD"
+            more = file.format != "PSD" and bool(getattr(file, "is_animated", False))
             file.load()
             image: Image.Image = file
             mode, clear = image.mode, image.has_transparency_data

@@ -7,16 +7,15 @@ from fractions import Fraction
 
 
 def share_of(share: float, total: int) -> int:
-    """Return how many of `total` items a share is: floor(share * total) of the share as it is written.
+    """Return how many of `total` items a share is: floor(share * total), or n if the share is the float of n / total.
 
-    The arithmetic is decimal, so 0.29 of 100 is 29, although the float 0.29 is a little less than that. A share that
-    was computed as n / total gives n, whatever the division rounded: 20 / 39209 of 39209 is 20.
+    So 0.29 of 100 is 29, and 20 / 39209 of 39209 is 20, although both floats are a little less than the fractions.
 
     Args:
         share: In [0, 1].
         total: Number of items, from 0.
     """
-    exact = Fraction(repr(float(share))) * total
+    exact = Fraction(float(share)) * total
     nearest = round(exact)
     return nearest if total and nearest / total == float(share) else int(exact)
 

@@ -214,6 +214,21 @@ def test_of_several_frames_the_first_is_read_and_it_is_said(tmp_path, suffix) ->
         read_images([path, path], SIDE, crop=False)
 
 
+def test_the_layers_of_a_psd_file_are_no_frames(tmp_path) -> None:
+    """What Pillow calls its frames are the layers; it opens the file at the flattened image."""
+    layer = struct.pack(">iiiiH4s4s4sI", 0, 0, 2, 2, 0, b"8BIM", b"norm", b"\xff\0\0\0", 0)
+    layers = struct.pack(">h", 2) + 2 * layer
+    header = struct.pack(">4sH6xHIIHH", b"8BPS", 1, 3, 2, 2, 8, 3)
+    flattened = b"\0\0" + bytes([200] * 4 + [100] * 4 + [0] * 4)
+    blocks = struct.pack(">II", 0, 0) + struct.pack(">II", 4 + len(layers), len(layers)) + layers
+    path = tmp_path / "layers.psd"
+    path.write_bytes(header + blocks + flattened)
+    with Image.open(path) as file:
+        assert file.n_frames == 2  # type: ignore[attr-defined]
+    image, more = decode(path)
+    assert not more and image.getpixel((1, 1)) == (200, 100, 0)
+
+
 def test_all_refused_files_are_counted_and_the_first_is_named(tmp_path) -> None:
     paths = [tmp_path / f"{number:03d}.png" for number in range(130)]
     for number, path in enumerate(paths):

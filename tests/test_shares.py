@@ -20,7 +20,17 @@ TOTALS = st.integers(1, 10**7)
 
 @pytest.mark.parametrize(
     ("share", "total", "count"),
-    [(0.1, 160, 16), (0.3, 10, 3), (0.29, 100, 29), (0.1, 9, 0), (1.0, 7, 7), (0, 5, 0), (0.7, 10, 7)],
+    [
+        (0.1, 160, 16),
+        (0.3, 10, 3),
+        (0.29, 100, 29),
+        (0.1, 9, 0),
+        (1.0, 7, 7),
+        (0, 5, 0),
+        (0.7, 10, 7),
+        (1 / 3, 3, 1),
+        (20 / 39_209, 39_209, 20),
+    ],
 )
 def test_share_is_exact_and_rounded_down(share, total, count) -> None:
     assert share_of(share, total) == count
