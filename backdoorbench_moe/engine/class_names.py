@@ -49,8 +49,8 @@ def warn_of_numeric_names(poison: PoisonSpec, classes: Sequence[str]) -> None:
 
 
 def describe_classes(classes: Sequence[str]) -> str:
-    """Return the classes with their numbers in one line: "2 classes: 0 cat, 1 dog"; of many, the first ones."""
-    shown = [f"{number} {name}" for number, name in enumerate(classes[:SHOWN_CLASSES])]
+    """Return the classes with their numbers in one line: "2 classes: 0 (cat), 1 (dog)"; of many, the first ones."""
+    shown = [f"{number} ({name})" for number, name in enumerate(classes[:SHOWN_CLASSES])]
     more = len(classes) - len(shown)
     return f"{len(classes)} classes: {', '.join(shown)}" + (f", and {more} more" if more else "")
 

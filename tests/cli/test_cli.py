@@ -246,7 +246,8 @@ def test_the_target_by_name_is_the_run_of_its_number(bbmoe, tmp_path) -> None:
     code, out, err = bbmoe(*args, "--target", "Blue")
     assert code == 0
     assert (
-        "3 classes: 0 red, 1 green, 2 blue" in err and "target: 2 (blue); source: 0 (red), 1 (green)" in err
+        "3 classes: 0 (red), 1 (green), 2 (blue)" in err
+        and "target: 2 (blue); source: 0 (red), 1 (green)" in err
     )
     code, again, err = bbmoe(*args, "--target", "2")
     assert code == 0 and "found finished" in err and again == out

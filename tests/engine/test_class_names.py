@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from tiny import tiny_spec
 
 from backdoorbench_moe.config import PoisonSpec, build_spec, spec_from_dict
@@ -106,6 +107,19 @@ def test_a_number_that_is_another_classes_name_is_said(poison, message) -> None:
     assert len(said) == 1 and message in str(said[0].message)
 
 
+def test_an_attack_says_it_before_it_trains(tmp_path) -> None:
+    for name in ("1", "2", "3"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for index in range(8):
+            Image.new("RGB", (32, 32), (50 * int(name), index, 0)).save(
+                tmp_path / "data" / name / f"{index}.png"
+            )
+    spec = tiny_spec(dataset={"name": "folder", "root": str(tmp_path / "data")}, poison={"target": 1})
+    with pytest.raises(BbmoeWarning, match="1 is the number of class '2'"):  # An error in the tests.
+        run_attack(spec, output=tmp_path / "runs", twin=False)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_numbers_that_are_no_other_classes_name_are_not() -> None:
     warn_of_numeric_names(PoisonSpec(target=1, source=(0, 2)), ("0", "1", "2", "10"))
     warn_of_numeric_names(PoisonSpec(target=0), ("1", "2"))
@@ -113,9 +127,9 @@ def test_numbers_that_are_no_other_classes_name_are_not() -> None:
 
 
 def test_classes_in_one_line() -> None:
-    assert describe_classes(("cat", "dog")) == "2 classes: 0 cat, 1 dog"
+    assert describe_classes(("cat", "dog")) == "2 classes: 0 (cat), 1 (dog)"
     many = describe_classes([f"c{number}" for number in range(43)])
-    assert many.startswith("43 classes: 0 c0, 1 c1, ") and many.endswith("19 c19, and 23 more")
+    assert many.startswith("43 classes: 0 (c0), 1 (c1), ") and many.endswith("19 (c19), and 23 more")
     spec = PoisonSpec(target=1, source=(0,))
     assert describe_poison(spec, ("cat", "dog")) == "target: 1 (dog); source: 0 (cat)"
     assert "after" in describe_poison(replace(spec, mapping="all-to-all"), ("cat", "dog"))
