@@ -20,13 +20,17 @@ class ConfigError(BbmoeError):
 
 
 class UnknownNameError(ConfigError):
-    """A name that nothing is registered under; the message suggests near ones."""
+    """A name that nothing is registered under; the message suggests near ones, and lists the known up to a limit."""
+
+    LISTED = 50
 
     def __init__(self, what: str, name: str, known: Iterable[str], hint: str = "") -> None:
         known = sorted(known)
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         advice = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        super().__init__(f"{what}: unknown {name!r}; {advice}known: {', '.join(known) or 'none'}{hint}")
+        listed = ", ".join(known[: self.LISTED]) or "none"
+        more = f", and {len(known) - self.LISTED} more" if len(known) > self.LISTED else ""
+        super().__init__(f"{what}: unknown {name!r}; {advice}known: {listed}{more}{hint}")
         self.name = name
         self.suggestions = near
 

@@ -10,7 +10,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.config import PoisonSpec
+from backdoorbench_moe.config import PoisonSpec, class_number
 from backdoorbench_moe.errors import ConfigError, PluginError
 
 
@@ -81,15 +81,22 @@ class Attack(ABC):
         return plan
 
     def check(self, num_classes: int) -> None:
-        """Raise ConfigError if the target or a source class is not one of the data's."""
+        """Check the target and the source classes against the data.
+
+        Raises:
+            ConfigError: One is not a class of the data or is still given by name, or the target is among the sources
+                although poisoning would not change the label of its images.
+        """
         poison = self.poison
         for name, labels in (("poison.target", (poison.target,)), ("poison.source", poison.source)):
             for label in labels:
-                if label >= num_classes:
+                if class_number(name, label) >= num_classes:
                     raise ConfigError.expected(name, f"a class in 0..{num_classes - 1}", label)
-        if poison.mapping == "all-to-one" and poison.labels == "dirty" and poison.source == (poison.target,):
+        if poison.mapping == "all-to-one" and poison.labels == "dirty" and poison.target in poison.source:
             raise ConfigError.expected(
-                "poison.source", f"another class than the target {poison.target}", poison.source
+                "poison.source",
+                f"classes other than the target {poison.target}, whose label is kept",
+                poison.source,
             )
 
     @abstractmethod
@@ -108,7 +115,7 @@ class Attack(ABC):
         """
         if self.poison.mapping == "all-to-all":
             return (labels + 1) % num_classes
-        return torch.full_like(labels, self.poison.target)
+        return torch.full_like(labels, class_number("poison.target", self.poison.target))
 
     def counted(self, labels: Tensor, num_classes: int) -> Tensor:
         """Which test images count for ASR: those whose true label is not already the wanted one.

@@ -106,7 +106,10 @@ def _build(chosen: Values, base: Values, scaled: Values, models: Values, place: 
         options = {"model": {"name": model, **models.get(model, {})}}
         data = merge({"dataset": {"name": "signs"}}, *layers)["dataset"]["name"]
         below = merge({"dataset": {"name": data}}, scaled, options)
-        return build_spec(below, *layers)
+        spec = build_spec(below, *layers)
+        # A suite's digest and tables need no data, so its classes are given by number.
+        spec.poison.check_numbered()
+        return spec
     except ConfigError as error:
         raise ConfigError(f"{place}: {shown}: {error}") from error
 

@@ -53,8 +53,10 @@ def spec_options(function: Any) -> Any:
         click.option("--batch-size", type=int, metavar="N"),
         click.option("--lr", type=float, metavar="X", help="(Peak) learning rate."),
         click.option("--poison-rate", metavar="X", help='Share of training images, as 0.01 or "1%".  [0.1]'),
-        click.option("--target", type=int, metavar="CLASS", help="The attacker's class.  [0]"),
-        click.option("--source", metavar="CLASS,..", help="Poison images of these classes only."),
+        click.option("--target", metavar="CLASS", help="The attacker's class, by number or name.  [0]"),
+        click.option(
+            "--source", metavar="CLASS,..", help="Poison images of these classes only, by number or name."
+        ),
         click.option("--labels", metavar="KIND", help="dirty (relabelled) or clean.  [dirty]"),
         click.option("--mapping", metavar="KIND", help="all-to-one or all-to-all.  [all-to-one]"),
         click.option(
@@ -131,16 +133,19 @@ def command(
         print_runs(runs)
 
 
-def _classes(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError.expected("--source", "class numbers such as 1,2", text) from None
+def _classes(text: str) -> list[str]:
+    """Split a list of classes at its commas; a name that holds one goes into `--set poison.source=[...]`."""
+    classes = [part.strip() for part in text.split(",")]
+    if not all(classes):
+        raise ConfigError.expected("--source", "classes such as 1,2 or cat,dog", text)
+    return classes
 
 
 def _number(text: str) -> float | str:
-    """A rate as a number where it is one; the spec says what is wrong with anything else."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    """Read a rate as a number if it is one; the spec says what is wrong with anything else."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

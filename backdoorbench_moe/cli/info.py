@@ -11,7 +11,7 @@ import click
 from backdoorbench_moe.cli.list import check_kind
 from backdoorbench_moe.config import chain_settings
 from backdoorbench_moe.engine.names import REGISTRIES
-from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.errors import ConfigError, DataError
 from backdoorbench_moe.options import REQUIRED
 
 
@@ -20,17 +20,30 @@ from backdoorbench_moe.options import REQUIRED
 @click.argument("name")
 @click.option("--image-size", type=int, default=32, show_default=True, help="Image side for a model's size.")
 @click.option("--num-classes", type=int, default=10, show_default=True, help="Classes for a model's size.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the model.")
+@click.option("--data-root", metavar="DIR", help="Where a data set lies, to list its classes.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the model or data set."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
-    kind: str, name: str, image_size: int, num_classes: int, settings: tuple[str, ...], as_json: bool
+    *,
+    kind: str,
+    name: str,
+    image_size: int,
+    num_classes: int,
+    data_root: str | None,
+    settings: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Describe one part: KIND is trigger, applicator, model, defense or dataset; NAME as `bbmoe list` shows it.
 
-    For a model, its parameters and multiply-adds per image are counted.
+    For a model, its parameters and multiply-adds per image are counted. For a data set, its classes are listed by
+    number and name.
     """
-    if settings and check_kind(kind) != "model":
-        raise ConfigError.expected("--set", "an option of a model, and only for a model", settings[0])
+    if settings and check_kind(kind) not in ("model", "dataset"):
+        raise ConfigError.expected("--set", "an option of a model or data set, and only for one", settings[0])
+    if data_root is not None and check_kind(kind) != "dataset":
+        raise ConfigError.expected("--data-root", "a data set to go with it", data_root)
     registry = REGISTRIES[check_kind(kind)]
     registry.check_name(name)
     part, candidate = registry.lookup(name), registry.candidate(name.partition(":")[0])
@@ -49,6 +62,9 @@ def command(
     }
     if info["kind"] == "model":
         info["size"] = _model_size(name, num_classes, image_size, chain_settings(settings))
+    if info["kind"] == "dataset":
+        options = chain_settings(settings) | ({} if data_root is None else {"root": data_root})
+        info["classes"] = _class_names(name, options)
     if as_json:
         click.echo(json.dumps(info, indent=2))
     else:
@@ -67,6 +83,20 @@ def _model_size(name: str, num_classes: int, image_size: int, options: dict[str,
     }
 
 
+def _class_names(name: str, options: dict[str, Any]) -> list[str] | None:
+    """Return the classes of a data set by number; None if they are only known with data, and it was not named."""
+    registry = REGISTRIES["dataset"]
+    needed = {key for key, option in registry.options(name).items() if option.default is REQUIRED}
+    if not options and needed:
+        return None
+    try:
+        return list(registry.create(name, options).class_names())
+    except DataError:
+        if options:
+            raise
+        return None
+
+
 def _print(info: dict[str, Any], image_size: int) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -80,6 +110,11 @@ def _print(info: dict[str, Any], image_size: int) -> None:
             table.add_row(name, option["type"], str(option["default"]))
         console.print()
         console.print(table)
+    if (classes := info.get("classes")) is not None:
+        console.print("\nclasses, by number and name (--target takes either):")
+        console.print("\n".join(f"{number:>4}  {name}" for number, name in enumerate(classes)), markup=False)
+    elif info["kind"] == "dataset":
+        console.print("\nIts classes are listed with --data-root DIR.")
     if size := info.get("size"):
         console.print(
             f"\n{size['parameters']:,} parameters and {size['buffers']:,} buffer values; "

@@ -5,12 +5,12 @@ Later layers win: defaults < recipe < YAML file < flags < `--set`. Nothing here 
 
 from backdoorbench_moe.config.build import build_spec, load_recipe
 from backdoorbench_moe.config.merge import Values, merge
+from backdoorbench_moe.config.poison import PoisonSpec, class_number
 from backdoorbench_moe.config.shorthand import normalise
 from backdoorbench_moe.config.spec import (
     DATASET_NOT_IN_DIGEST,
     PARTS,
     PartSpec,
-    PoisonSpec,
     RunSpec,
     TrainSpec,
     spec_from_dict,
@@ -27,6 +27,7 @@ __all__ = [
     "Values",
     "build_spec",
     "chain_settings",
+    "class_number",
     "load_recipe",
     "load_yaml",
     "merge",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any
 
 from backdoorbench_moe.config.merge import Values
-from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.errors import BbmoeWarning, ConfigError
 from backdoorbench_moe.kinds import KINDS
 
 PARTS = tuple(kind.key for kind in KINDS.values() if not kind.repeated)
@@ -53,7 +54,13 @@ def normalise_part(key: str, value: object) -> Values | None:
 
 
 def read_rate(value: object) -> object:
-    """Read "1%" as 0.01; any other value is returned as it is."""
+    """Read "1%" as 0.01; any other value is returned as it is, with a warning for a bare 1, which is 100%."""
+    if value == 1 and isinstance(value, int) and not isinstance(value, bool):
+        warnings.warn(
+            "poison.rate: 1 is 100% of the training images; 1% is written 1%, and 1.0 says 100% without this warning",
+            BbmoeWarning,
+            stacklevel=2,
+        )
     if isinstance(value, str) and value.strip().endswith("%"):
         try:
             return float(Decimal(value.strip()[:-1].strip()).scaleb(-2))

@@ -6,10 +6,10 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from fractions import Fraction
 from typing import Any, Literal, cast, get_type_hints
 
 from backdoorbench_moe.config.merge import Values
+from backdoorbench_moe.config.poison import PoisonSpec
 from backdoorbench_moe.config.shorthand import (
     OPTIONAL_PARTS,
     PART_LISTS,
@@ -27,7 +27,6 @@ NOT_IN_DIGEST = ("recipe", "device")
 DATASET_NOT_IN_DIGEST = ("root", "download")
 # Keys that came later are written only where they are set, so that older digests hold.
 LEFT_OUT_IF_EMPTY = ("defenses", "probe")
-POISON_LEFT_OUT_IF_EMPTY = ("cover", "noise")
 # Also written where there is no attack: clean runs have had this name in their digest from the beginning.
 DEFAULT_ATTACK = "data-poisoning"
 
@@ -42,71 +41,6 @@ class PartSpec:
     def to_dict(self) -> Values:
         """{"name": ..., option: value, ...}."""
         return {"name": self.name, **self.options}
-
-
-@dataclass(frozen=True)
-class PoisonSpec:
-    """Which training images are poisoned, and what they are labelled.
-
-    Three disjoint groups: *poison* is stamped and relabelled, *cover* is stamped and keeps its labels, *noise* is
-    stamped with the trigger's noise form and keeps its labels.
-
-    Args:
-        rate: Share of the whole training set in the poison group, in (0, 1]; 0 for a clean run.
-        target: The attacker's class.
-        labels: "dirty" draws from all images and relabels them; "clean" draws from images that already have the
-            label they are to have, and relabels nothing.
-        mapping: "all-to-one" (the target) or "all-to-all" (class y becomes y + 1).
-        source: Draw only images of these classes; all classes where empty.
-        cover: Share of the whole training set in the cover group, in [0, 1).
-        noise: Share of the whole training set in the noise group, in [0, 1).
-    """
-
-    rate: float = 0.1
-    target: int = 0
-    labels: Literal["dirty", "clean"] = "dirty"
-    mapping: Literal["all-to-one", "all-to-all"] = "all-to-one"
-    source: tuple[int, ...] = ()
-    cover: float = 0.0
-    noise: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rate <= 1:
-            raise ConfigError.expected("poison.rate", "a number in (0, 1]", self.rate)
-        for name in ("cover", "noise"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError.expected(f"poison.{name}", "a number in [0, 1)", getattr(self, name))
-        if self.target < 0:
-            raise ConfigError.expected("poison.target", "a class number from 0", self.target)
-        if any(label < 0 for label in self.source):
-            raise ConfigError.expected("poison.source", "class numbers from 0", self.source)
-        if len(set(self.source)) != len(self.source):
-            raise ConfigError.expected("poison.source", "each class once", self.source)
-        if self.mapping == "all-to-all" and self.labels == "clean":
-            raise ConfigError("poison.mapping: all-to-all changes labels; it needs poison.labels=dirty")
-
-    def to_dict(self) -> Values:
-        """Write the values; groups that are empty are left out, as they came later than the first digests."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {k: v for k, v in values.items() if v or k not in POISON_LEFT_OUT_IF_EMPTY}
-
-    def count(self, images: int, group: str = "rate") -> int:
-        """Number of images in a group: floor(share * images), exactly (0.29 of 100 is 29).
-
-        Args:
-            images: Size of the whole training set.
-            group: "rate" for the poison group, "cover" or "noise".
-
-        Raises:
-            ConfigError: The share is positive and the number is 0.
-        """
-        share = getattr(self, group)
-        count = int(Fraction(repr(share)) * images)
-        if share > 0 and count == 0:
-            raise ConfigError(
-                f"poison.{group}: {share} of {images} images is no image; expected at least {1 / images:.2g}"
-            )
-        return count
 
 
 @dataclass(frozen=True)
@@ -177,7 +111,7 @@ class RunSpec:
     trigger: PartSpec | None = PartSpec("warp")
     applicator: PartSpec | None = PartSpec("patch")
     attack: PartSpec | None = PartSpec(DEFAULT_ATTACK)
-    poison: PoisonSpec = PoisonSpec()
+    poison: PoisonSpec = field(default_factory=PoisonSpec)
     train: TrainSpec = TrainSpec()
     defenses: tuple[PartSpec, ...] = ()
     probe: int = 0
@@ -239,7 +173,8 @@ class RunSpec:
 
     @property
     def digest(self) -> str:
-        """Ten hex digits over everything that decides the numbers."""
+        """Ten hex digits over everything that decides the numbers. Raises ConfigError for a class given by name."""
+        self.poison.check_numbered()
         values = {k: v for k, v in self.to_dict().items() if k not in NOT_IN_DIGEST}
         values["dataset"] = {k: v for k, v in values["dataset"].items() if k not in DATASET_NOT_IN_DIGEST}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]

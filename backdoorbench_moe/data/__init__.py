@@ -15,11 +15,14 @@ registry: Registry[Dataset] = Registry("dataset")
 def create_dataset(name: str, **options: object) -> Dataset:
     """Build the data set called `name`; its `load()` reads the images.
 
-    Raises UnknownNameError, ConfigError or PluginError.
+    Raises:
+        UnknownNameError: No data set, or no option of it, has such a name.
+        ConfigError: An option is missing, or has a value it cannot have.
+        PluginError: The data set's package cannot be used.
     """
     return registry.create(name, options)
 
 
 def list_datasets() -> list[str]:
-    """Names of all data sets, built-in and third-party."""
+    """Return the names of all data sets, built-in and third-party."""
     return registry.names()

@@ -1,4 +1,4 @@
-"""The data-set interface, and the images it gives."""
+"""The interface of data sets, and the images they give."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from backdoorbench_moe.ops.seeding import generator
 
 @dataclass(frozen=True)
 class Split:
-    """images: (N, 3, H, W) uint8. labels: (N,) int64 in [0, classes)."""
+    """Images with their labels.
+
+    Attributes:
+        images: (N, 3, H, W) uint8.
+        labels: (N,) int64, class numbers from 0.
+    """
 
     images: Tensor
     labels: Tensor
@@ -37,9 +42,14 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A training and a test split, whole in memory as uint8.
+    """A training and a test split, held in memory as uint8.
 
-    digest: SHA-256 over the images and labels of both splits, hex.
+    Attributes:
+        name: Name of the data set.
+        train: Training images.
+        test: Test images.
+        classes: Names of the classes; a label is a place in it.
+        digest: SHA-256 over the images and labels of both splits, in hexadecimal.
     """
 
     name: str
@@ -55,7 +65,7 @@ class ImageSet:
 
     @property
     def image_size(self) -> int:
-        """Side of the square images, in pixels."""
+        """Side of the images, which are square, in pixels."""
         return self.train.images.shape[-1]
 
     def to(self, device: torch.device | str) -> ImageSet:
@@ -66,8 +76,12 @@ class ImageSet:
 class Dataset(ABC):
     """A source of images. Subclasses write `read`; users call `load`.
 
-    train_images, test_images: keep this many, drawn once by a fixed seed and kept in their order; all by
-    default. tiny: options that the conformance tests make it with, beside those of `write_tiny`.
+    Args:
+        train_images: Keep this many training images, drawn with a fixed seed and left in their order; all if None.
+        test_images: The same for the test images.
+
+    Attributes:
+        tiny: Options that the conformance tests create it with, besides those that `write_tiny` returns.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {}
@@ -80,7 +94,12 @@ class Dataset(ABC):
 
     @final
     def load(self) -> ImageSet:
-        """Read, check and return the images. Raises DataError naming the file and what is wrong with it."""
+        """Read, check and return the images.
+
+        Raises:
+            DataError: Files are missing, damaged or not what they should be; the message names the file.
+            ConfigError: `train_images` or `test_images` is more than there are.
+        """
         images = self.read()
         for name, split in (("train", images.train), ("test", images.test)):
             check_split(split, len(images.classes), f"{images.name} {name}")
@@ -95,20 +114,33 @@ class Dataset(ABC):
     def read(self) -> ImageSet:
         """Read the images; `load` checks them and computes the digest.
 
-        The tensors must be contiguous and nobody else's: a run stamps some images in place while it trains.
+        The tensors must be contiguous and must not be shared with anything else, because a run stamps some of the
+        images in place while it trains.
         """
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the classes in their order, those of `load`.
+
+        Reads all images; a subclass that knows the names without should override it.
+        """
+        return self.load().classes
 
     @classmethod
     def write_tiny(cls, folder: Path) -> dict[str, object]:
-        """Write a small set into an empty folder and return the options that read it, for the conformance tests.
+        """Write a small data set into an empty folder, for the conformance tests, and return the options that read it.
 
-        At least 12 training and 5 test images, and 2 classes. What needs no files, as here, returns nothing.
+        It must have at least 12 training images, 5 test images and 2 classes. A data set that needs no files, as this
+        default assumes, returns no options.
         """
         return {}
 
 
 def check_split(split: Split, num_classes: int, name: str) -> None:
-    """Raise DataError unless the split is (N, 3, S, S) uint8 with N labels in [0, num_classes)."""
+    """Check that a split holds (N, 3, S, S) uint8 images, N of them at least 1, and N labels in [0, num_classes).
+
+    Raises:
+        DataError: It does not; the message begins with `name`.
+    """
     shape = tuple(split.images.shape)
     if split.images.dtype != torch.uint8 or split.images.ndim != 4 or shape[1] != 3 or shape[2] != shape[3]:
         raise DataError(
@@ -127,7 +159,7 @@ def check_split(split: Split, num_classes: int, name: str) -> None:
 
 
 def content_digest(images: ImageSet) -> str:
-    """SHA-256 over the images and labels of both splits, hex."""
+    """Return the SHA-256 over the images and labels of both splits, in hexadecimal."""
     digest = hashlib.sha256()
     for split in (images.train, images.test):
         for tensor in (split.images, split.labels):
@@ -137,10 +169,20 @@ def content_digest(images: ImageSet) -> str:
 
 
 def draw_subset(total: int, count: int | None, name: str) -> Tensor:
-    """Indices of `count` of `total` images (all where None), in order; the same at every call.
+    """Draw `count` of `total` images; the same at every call.
 
-    A data set that decodes files may keep these before it decodes; `load` then finds nothing to drop.
-    name: "train_images" or "test_images". Raises ConfigError where there are fewer than `count`.
+    A data set that decodes files can draw before it decodes; `load` then has nothing left to drop.
+
+    Args:
+        total: Number of images.
+        count: How many to keep; all if None.
+        name: "train_images" or "test_images".
+
+    Returns:
+        (count,) int64, indices in ascending order.
+
+    Raises:
+        ConfigError: There are fewer than `count`.
     """
     if count is None or count == total:
         return torch.arange(total)

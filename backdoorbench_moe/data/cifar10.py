@@ -1,4 +1,4 @@
-"""CIFAR-10 in any of its published forms."""
+"""CIFAR-10, from any of the forms it is published in."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE
 TRAIN_FILES, TEST_FILE = tuple(f"data_batch_{part}" for part in range(1, 6)), "test_batch"
-# Folder in the archive, archive, and what its files end in.
+# The folder inside the archive, the archive, and the suffix of its files.
 PYTHON_FORM = ("cifar-10-batches-py", "cifar-10-python.tar.gz", "")
 BINARY_FORM = ("cifar-10-batches-bin", "cifar-10-binary.tar.gz", ".bin")
-# The published files have 31 MB each.
+# The published files are 31 MB each.
 MAX_MEMBER_BYTES = 64 << 20
 
 Rows = tuple[np.ndarray, np.ndarray]
@@ -36,12 +36,15 @@ Rows = tuple[np.ndarray, np.ndarray]
 class CIFAR10(Dataset):
     """CIFAR-10 (Krizhevsky 2009): 10 classes, 50,000 training and 10,000 test images of 32x32.
 
-    root: the folder or the archive of the "python" or the "binary" form, or the folder that holds one of
-    them; default $BBMOE_DATA, then ~/.cache/backdoorbench_moe. Archives are read in place. Data with fewer
-    images is taken as it is.
-    download: where nothing is found in root, fetch the published archive there and check its MD5.
-    image_size: side in pixels to resize to (bilinear, antialiased); 32 keeps the images as they are.
-    train_images, test_images: as in `Dataset`.
+    Archives are read without unpacking them. Data with fewer images is taken as it is.
+
+    Args:
+        root: The folder or the archive of the "python" or the "binary" form, or the folder that holds one of them;
+            default $BBMOE_DATA, then ~/.cache/backdoorbench_moe.
+        download: If nothing is found in `root`, fetch the published archive into it and check its MD5.
+        image_size: Side in pixels to resize to (bilinear, antialiased); 32 keeps the images as they are.
+        train_images: Keep this many training images, as in `Dataset`.
+        test_images: Keep this many test images, as in `Dataset`.
     """
 
     def __init__(
@@ -64,8 +67,16 @@ class CIFAR10(Dataset):
         write_cifar10(folder)
         return {"root": str(folder)}
 
+    def class_names(self) -> tuple[str, ...]:
+        """Return the ten names; reads nothing."""
+        return CLASSES
+
     def read(self) -> ImageSet:
-        """Read the six files. Raises DataError naming the file and what is wrong with it."""
+        """Read the six files.
+
+        Raises:
+            DataError: The message names the file and what is wrong with it.
+        """
         root = data_root(self.root)
         source = _find(root)
         if source is None and self.download:
@@ -92,7 +103,7 @@ def _split(rows: list[Rows]) -> Split:
 
 
 def _find(root: Path) -> Path | None:
-    """The folder or archive to read at or under `root`."""
+    """Return the folder or archive to read, at or under `root`; None if there is none."""
     if root.is_file():
         return root
     for folder, archive, suffix in (PYTHON_FORM, BINARY_FORM):
@@ -120,7 +131,7 @@ def _read_folder(folder: Path) -> Iterator[tuple[str, Rows]]:
 
 
 def _read_archive(path: Path) -> Iterator[tuple[str, Rows]]:
-    """Read the expected members, by their exact names, in one pass; nothing is written to disk."""
+    """Read the members that are expected, by their exact names, in one pass; nothing is written to the disk."""
     wanted = {
         f"{folder}/{name}{suffix}": (name, suffix)
         for folder, _, suffix in (PYTHON_FORM, BINARY_FORM)
@@ -158,8 +169,8 @@ def _parse_pickle(data: bytes, name: str) -> Rows:
         raise DataError(f"{name}: data: expected bytes (N, {PIXELS}), got {got}")
     if not isinstance(labels, list) or any(type(label) is not int for label in labels):
         raise DataError(f"{name}: labels: expected a list of integers, got {type(labels).__name__}")
-    if any(abs(label) > 255 for label in labels):  # More than int64 holds, perhaps.
-        raise DataError(f"{name}: labels: expected numbers in 0..{len(CLASSES) - 1}, got other ones")
+    if any(abs(label) > 255 for label in labels):  # Possibly more than int64 holds.
+        raise DataError(f"{name}: labels: expected numbers in 0..{len(CLASSES) - 1}, got larger ones")
     return _check(pixels, np.array(labels, np.int64), name)
 
 

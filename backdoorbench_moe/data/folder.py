@@ -2,32 +2,63 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from backdoorbench_moe.data.base import Dataset, ImageSet, Split, draw_subset
-from backdoorbench_moe.data.images import SUFFIXES, check_image_size, read_images
+from backdoorbench_moe.data.images import check_image_size, read_images
+from backdoorbench_moe.data.listing import LeftOut, find_images, list_folder, order_classes
 from backdoorbench_moe.data.roots import data_root
-from backdoorbench_moe.errors import ConfigError, DataError
+from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError
 from backdoorbench_moe.ops.seeding import generator
 
 Files = list[tuple[Path, int]]
+# In any case. Of the test folder's names, the first that is there counts.
+TRAIN_NAMES = (("train", "training"),)
+TEST_NAMES = (("test", "testing"), ("val", "valid", "validation"))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the class folders lie.
+
+    Attributes:
+        root: The folder that was named.
+        train: Holds the training images' class folders; `root` itself if there is no split.
+        test: Holds the test images' class folders; None if there is no split.
+        classes: Names of the classes, by number.
+    """
+
+    root: Path
+    train: Path
+    test: Path | None
+    classes: tuple[str, ...]
 
 
 class Folder(Dataset):
-    """Images in one folder for each class, of any size and in any of the formats in `images.SUFFIXES`.
+    """Images in one folder for each class, of any size and in any format that Pillow decodes.
 
-    root: holds train/<class>/* and test/<class>/*, or <class>/*, which is then split. Classes are numbered
-    by name. A link that leads out of root is an error.
-    test_fraction: share of each class that is kept for the test, in (0, 1); the same images at every call,
-    at least one of each class on either side. Of no meaning where there is a train and a test folder.
-    image_size: the shorter side becomes this many pixels (bilinear, antialiased), then the middle is cut
-    out.
-    train_images, test_images: as in `Dataset`.
+    The folder holds `train/<class>/...` and `test/<class>/...`, or `<class>/...`, which is then split. The names are
+    taken in any case, `training`, `testing`, `val`, `valid` and `validation` too; a validation folder is the test set
+    only if there is no test folder. Classes are numbered by the names of their folders: by value if all are numbers
+    (2 before 10), otherwise as text. Images lie in a class folder or at any depth below it. Files that are no images
+    are left out, and a warning counts them by suffix; what operating systems and notebooks leave behind (`.DS_Store`,
+    `Thumbs.db`, `__MACOSX`, `.ipynb_checkpoints`, ...) is passed over. A link that leads out of the folder is an error.
 
-    Grey and palette images become RGB, which loses nothing. Others (CMYK, 16 bits, transparent pixels)
-    have no one right RGB form and are refused.
+    Images are turned upright as their EXIF orientation says. Of a file with several frames or pages the first is
+    read, and a warning counts such files. Grey and palette images become RGB, which loses nothing. Images of more than
+    8 bits a channel, CMYK images and those with transparent pixels have no exact 8-bit RGB form and are refused.
+
+    Args:
+        root: The folder.
+        test_fraction: Share of each class that is kept for the test, in (0, 1); the same images at every call, at
+            least one of each class on either side. Without effect if there is a training and a test folder.
+        image_size: The shorter side becomes this many pixels (bilinear, antialiased), then the middle is cut out.
+        train_images: Keep this many training images, as in `Dataset`.
+        test_images: Keep this many test images, as in `Dataset`.
     """
 
     def __init__(
@@ -53,33 +84,37 @@ class Folder(Dataset):
         write_folder(folder)
         return {"root": str(folder)}
 
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the class folders, by number; reads no image."""
+        return _find_layout(data_root(self.root), LeftOut()).classes
+
     def read(self) -> ImageSet:
-        """List and decode the files. Raises DataError naming the file or folder and what is wrong with it."""
-        root = data_root(self.root)
-        if not root.is_dir():
-            raise DataError(f"folder: {root}: expected a folder of class folders, found none")
-        parts = [root / "train", root / "test"]
-        if all(part.is_dir() for part in parts):
-            classes = [path.name for path in _folders(parts[0])]
-            for path in _folders(parts[1]):
-                if path.name not in classes:
-                    raise DataError(f"{path}: expected the classes of {parts[0]}, which has no such folder")
-            train, test = (_list(part, classes, root) for part in parts)
-            if untaught := set(range(len(classes))) - {label for _, label in train}:
-                raise DataError(f"{parts[0] / classes[min(untaught)]}: expected images, found none")
-        elif any(part.is_dir() for part in parts):
-            raise DataError(f"folder: {root}: expected both train and test, or neither")
+        """List and decode the files.
+
+        Raises:
+            DataError: The message names the file or folder and what is wrong with it.
+        """
+        left_out = LeftOut()
+        layout = _find_layout(data_root(self.root), left_out)
+        train = _list_images(layout, layout.train, left_out)
+        if layout.test is None:
+            train, test = self._divide(train, layout.classes)
         else:
-            classes = [path.name for path in _folders(root)]
-            train, test = self._divide(_list(root, classes, root), classes)
+            test = _list_images(layout, layout.test, left_out)
+            if untaught := set(range(len(layout.classes))) - {label for _, label in train}:
+                raise DataError(
+                    f"{layout.train / layout.classes[min(untaught)]}: expected images, found none"
+                )
+        _warn_of_choices(layout)
+        left_out.warn(f"folder: {layout.root}")
         return ImageSet(
             "folder",
             self._read(train, self.train_images, "train_images"),
             self._read(test, self.test_images, "test_images"),
-            tuple(classes),
+            layout.classes,
         )
 
-    def _divide(self, files: Files, classes: list[str]) -> tuple[Files, Files]:
+    def _divide(self, files: Files, classes: tuple[str, ...]) -> tuple[Files, Files]:
         test: set[Path] = set()
         for label, name in enumerate(classes):
             paths = [path for path, given in files if given == label]
@@ -98,27 +133,69 @@ class Folder(Dataset):
         return Split(images, torch.tensor([label for _, label in kept], dtype=torch.int64))
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _find_layout(root: Path, left_out: LeftOut) -> Layout:
+    """Find the class folders. Raises DataError if there are none, or the layout is not clear."""
+    if not root.is_dir():
+        raise DataError(f"folder: {root}: expected a folder of class folders, found none")
+    train, test = (_find_split(root, names) for names in (TRAIN_NAMES, TEST_NAMES))
+    one = train or test
+    if one is not None and (train is None or test is None):
+        raise DataError(f"folder: {root}: expected both train and test, or neither; found only {one.name}")
+    base = train or root
+    classes = order_classes(path.name for path in _class_folders(base, left_out))
+    if test is not None:
+        for path in _class_folders(test, left_out):
+            if path.name not in classes:
+                raise DataError(f"{path}: expected the classes of {base}, which has no such folder")
+        for path in list_folder(root)[1]:
+            left_out.add_file(path)
+    return Layout(root, base, test, tuple(classes))
 
 
-def _list(folder: Path, classes: list[str], root: Path) -> Files:
-    """The images of every class, by class and name. Raises DataError for a link that leads out of `root`."""
-    home = root.resolve()
+def _find_split(root: Path, choices: tuple[tuple[str, ...], ...]) -> Path | None:
+    """The folder of one split; of the first choice that is there. Raises DataError if two folders fit it."""
+    for names in choices:
+        found = [path for path in list_folder(root)[0] if path.name.casefold() in names]
+        if len(found) > 1:
+            both = " and ".join(path.name for path in found)
+            raise DataError(f"folder: {root}: expected one of {', '.join(names)}, found {both}")
+        if found:
+            return found[0]
+    return None
+
+
+def _class_folders(folder: Path, left_out: LeftOut) -> list[Path]:
+    folders, files = list_folder(folder)
+    for path in files:
+        left_out.add_file(path)
+    return [path for path in folders if not path.name.startswith(".")]
+
+
+def _list_images(layout: Layout, folder: Path, left_out: LeftOut) -> Files:
+    """The images of every class, by class, folder and name. Raises DataError if there are none."""
     files = [
         (path, label)
-        for label, name in enumerate(classes)
+        for label, name in enumerate(layout.classes)
         if (folder / name).is_dir()
-        for path in sorted((folder / name).iterdir())
-        if path.suffix.lower() in SUFFIXES
+        for path in find_images(folder / name, layout.root, left_out)
     ]
-    for path, _ in files:
-        try:
-            inside = path.resolve().is_relative_to(home)
-        except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself, in older Pythons.
-            raise DataError(f"{path}: cannot be followed ({error})") from error
-        if not inside:
-            raise DataError(f"{path}: is a link out of {root}, which is not followed")
     if not files:
-        raise DataError(f"{folder}: expected class folders with images ({', '.join(SUFFIXES)}), found none")
+        found = f" ({left_out})" if str(left_out) else ""
+        raise DataError(f"{folder}: expected class folders with images, found none{found}")
     return files
+
+
+def _warn_of_choices(layout: Layout) -> None:
+    """Say what a user could have meant otherwise: the order of numbers, and folders beside those that are read."""
+    says = []
+    if list(layout.classes) != sorted(layout.classes):
+        says.append("all class folders are numbers and sorted as such (2 before 10)")
+    if layout.test is not None:
+        read = (layout.train.name, layout.test.name)
+        if layout.test.name.casefold() not in TEST_NAMES[0]:
+            says.append(f"the test images are those of {layout.test.name}")
+        others = [path.name for path in list_folder(layout.root)[0] if path.name not in read]
+        if others:
+            says.append(f"only {read[0]} and {read[1]} are read, not {', '.join(others)}")
+    for text in says:
+        warnings.warn(f"folder: {layout.root}: {text}", BbmoeWarning, stacklevel=3)

@@ -10,8 +10,10 @@ import torch
 
 from backdoorbench_moe.data.base import Dataset, ImageSet, Split, draw_subset
 from backdoorbench_moe.data.images import check_image_size, read_images
+from backdoorbench_moe.data.listing import is_hidden, list_folder
 from backdoorbench_moe.data.roots import data_root, missing
 from backdoorbench_moe.errors import BbmoeWarning, DataError
+from backdoorbench_moe.image_files import is_image
 
 TEST_CSV = "GT-final_test.csv"
 PAPER_TRAIN_IMAGES = 39_209
@@ -62,14 +64,17 @@ Files = list[tuple[Path, int]]
 class GTSRB(Dataset):
     """GTSRB (Stallkamp et al. 2012): 43 classes, 39,209 training and 12,630 test images.
 
-    root: the folder GTSRB, or one that holds it; default $BBMOE_DATA, then ~/.cache/backdoorbench_moe.
     The published layout is Final_Training/Images/000CC/{*.ppm,GT-000CC.csv}, Final_Test/Images/*.ppm and
-    GT-final_test.csv (beside them or with the test images). torchvision's layout (Training/000CC/*.ppm)
-    is another archive with 26,640 training images, not the paper's: a BbmoeWarning says so.
-    Data with fewer images or classes is taken as it is.
-    image_size: side in pixels that every image is resized to, whatever its size and aspect ratio
-    (bilinear, antialiased); the whole image is taken, not the region of interest.
-    train_images, test_images: as in `Dataset`.
+    GT-final_test.csv (beside them or with the test images). Its tables must name every image once, and no other.
+    torchvision's layout (Training/000CC/*.ppm) is another archive with 26,640 training images, not the paper's; a
+    BbmoeWarning says so. Data with fewer images or classes is taken as it is.
+
+    Args:
+        root: The folder GTSRB, or one that holds it; default $BBMOE_DATA, then ~/.cache/backdoorbench_moe.
+        image_size: Side in pixels that every image is resized to, whatever its size and aspect ratio (bilinear,
+            antialiased); the whole image is taken, not the region of interest.
+        train_images: Keep this many training images, as in `Dataset`.
+        test_images: Keep this many test images, as in `Dataset`.
     """
 
     def __init__(
@@ -91,8 +96,16 @@ class GTSRB(Dataset):
         write_gtsrb(folder)
         return {"root": str(folder)}
 
+    def class_names(self) -> tuple[str, ...]:
+        """Return the 43 names; reads nothing."""
+        return CLASSES
+
     def read(self) -> ImageSet:
-        """Read both splits. Raises DataError naming the file and what is wrong with it."""
+        """Read both splits.
+
+        Raises:
+            DataError: The message names the file and what is wrong with it.
+        """
         base = _find(data_root(self.root))
         published = base / "Final_Training" / "Images"
         if published.is_dir():
@@ -116,7 +129,7 @@ class GTSRB(Dataset):
 
 
 def _find(root: Path) -> Path:
-    """The folder that holds the training images, at or under `root`."""
+    """Return the folder that holds the training images, at or under `root`."""
     for base in (root, root / "GTSRB", root / "gtsrb" / "GTSRB"):
         if (base / "Final_Training" / "Images").is_dir() or (base / "Training").is_dir():
             return base
@@ -125,7 +138,7 @@ def _find(root: Path) -> Path:
 
 def _class_folders(folder: Path) -> list[tuple[Path, int]]:
     names = {f"{label:05d}": label for label in range(len(CLASSES))}
-    folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    folders = [path for path in list_folder(folder)[0] if not is_hidden(path)]
     for path in folders:
         if path.name not in names:
             raise DataError(f"{path}: expected class folders 00000 to {len(CLASSES) - 1:05d}")
@@ -142,7 +155,7 @@ def _class_rows(folder: Path, label: int) -> Files:
 
 
 def _torchvision_files(folder: Path) -> Files:
-    files = [(path, label) for sub, label in _class_folders(folder) for path in sorted(sub.glob("*.ppm"))]
+    files = [(path, label) for sub, label in _class_folders(folder) for path in _images(sub)]
     warnings.warn(
         f"gtsrb: {folder} is torchvision's layout with {len(files):,} training images; the published set, "
         f"and the paper's, has {PAPER_TRAIN_IMAGES:,} in Final_Training/Images",
@@ -164,25 +177,43 @@ def _test_files(base: Path) -> Files:
 
 
 def _read_rows(table: Path, folder: Path) -> Files:
-    """The files of `folder` and their labels as `table` (';' between columns) says.
+    """Return the images of `folder` and their labels as `table` (';' between columns) says.
 
-    Raises DataError where the table is missing or damaged, or the two do not fit each other.
+    Raises:
+        DataError: The table is missing or damaged, does not name exactly the images there are, or names one twice.
     """
+    rows = _parse_rows(table)
+    there = {path.name for path in _images(folder)}
+    lines: dict[str, int] = {}
+    for name, label, line in rows:
+        if name not in there:
+            raise DataError(f"{folder / str(name)}: is missing, but {table.name} names it")
+        if name in lines:
+            raise DataError(
+                f"{table}: line {line}: names {name} again, which line {lines[name]} names already"
+            )
+        lines[name] = line
+        if not (label or "").isdecimal() or len(label) > 5 or int(label) >= len(CLASSES):
+            raise DataError(f"{table}: {name}: expected a ClassId in 0..{len(CLASSES) - 1}, got {label!r}")
+    if unnamed := there.difference(lines):
+        raise DataError(f"{table}: has no row for {len(unnamed)} images, such as {min(unnamed)}")
+    return [(folder / name, int(label)) for name, label, _ in rows]
+
+
+def _images(folder: Path) -> list[Path]:
+    """Return the images of a folder by name."""
+    return [path for path in list_folder(folder)[1] if is_image(path) and not is_hidden(path)]
+
+
+def _parse_rows(table: Path) -> list[tuple[str, str, int]]:
+    """Return file name, label and line number of every row of a table."""
     try:
-        there = {path.name for path in folder.iterdir() if path.suffix == ".ppm"}
         with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = [(row["Filename"], row["ClassId"]) for row in csv.DictReader(file, delimiter=";")]
+            reader = csv.DictReader(file, delimiter=";")
+            return [(row["Filename"], row["ClassId"], reader.line_num) for row in reader]
     except FileNotFoundError as error:
         raise DataError(f"{error.filename}: is missing") from error
     except KeyError as error:
         raise DataError(f"{table}: expected the columns Filename and ClassId, found no {error}") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table}: cannot be read ({error})") from error
-    for name, label in rows:
-        if name not in there:
-            raise DataError(f"{folder / str(name)}: is missing, but {table.name} names it")
-        if not (label or "").isdecimal() or len(label) > 5 or int(label) >= len(CLASSES):
-            raise DataError(f"{table}: {name}: expected a ClassId in 0..{len(CLASSES) - 1}, got {label!r}")
-    if unnamed := there.difference(name for name, _ in rows):
-        raise DataError(f"{table}: has no row for {len(unnamed)} images, such as {min(unnamed)}")
-    return [(folder / name, int(label)) for name, label in rows]

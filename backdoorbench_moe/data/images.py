@@ -1,8 +1,9 @@
-"""Decoding and resizing, shared by the data sets."""
+"""Reading and resizing images, shared by the data sets."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,37 +15,50 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from backdoorbench_moe.data.base import Split, draw_subset
-from backdoorbench_moe.errors import ConfigError, DataError
+from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError
+from backdoorbench_moe.image_files import decode
 
-FORMATS = ("PNG", "JPEG", "PPM", "BMP", "WEBP")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".webp")
-# These become RGB without loss; with transparency only where every pixel is opaque.
-MODES = ("RGB", "L", "1", "P", "RGBA", "LA", "PA")
-# More than any model here takes; what does not fit into memory is said as such.
+# More than any model here takes. What does not fit into memory has an error of its own.
 MAX_SIDE = 8192
 RESIZE_CHUNK = 1024
 FILES_CHUNK = 64
 
 
 def check_image_size(image_size: int) -> int:
-    """Return `image_size` if it is a side in pixels. Raises ConfigError."""
+    """Return `image_size` if it is a possible side in pixels. Raises ConfigError if it is not."""
     if not 1 <= image_size <= MAX_SIDE:
         raise ConfigError.expected("dataset: image_size", f"1 to {MAX_SIDE} pixels", image_size)
     return image_size
 
 
 def read_images(paths: Sequence[Path], size: int, *, crop: bool) -> Tensor:
-    """Decode files in parallel and resize them to (N, 3, size, size) uint8: bilinear, antialiased.
+    """Decode files in parallel and resize them: bilinear, antialiased. A warning counts the files of several frames.
 
-    crop: keep the aspect ratio, the shorter side becoming `size`, and cut out the middle; otherwise both
-    sides become `size`.
-    Raises DataError naming the first file that is damaged, missing, or of a mode that is not RGB's equal.
+    Args:
+        paths: N files; what is taken and what is refused is said in `image_files.decode`.
+        size: Side of the result in pixels.
+        crop: Keep the aspect ratio, the shorter side becoming `size`, and cut out the middle; otherwise both sides
+            become `size`.
+
+    Returns:
+        (N, 3, size, size) uint8.
+
+    Raises:
+        DataError: A file is damaged, missing or refused; the message names the first one and counts the others.
     """
     images = np.empty((len(paths), 3, size, size), np.uint8)
+    faults: dict[int, DataError] = {}
+    several: list[int] = []
 
     def fill(start: int) -> None:
         for row, path in enumerate(paths[start : start + FILES_CHUNK], start):
-            image = read_image(path)
+            try:
+                image, more = decode(path)
+            except DataError as error:
+                faults[row] = error
+                continue
+            if more:
+                several.append(row)
             if image.size != (size, size):
                 fit = ImageOps.fit if crop else Image.Image.resize
                 image = fit(image, (size, size), Image.Resampling.BILINEAR)
@@ -52,29 +66,22 @@ def read_images(paths: Sequence[Path], size: int, *, crop: bool) -> Tensor:
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(fill, range(0, len(paths), FILES_CHUNK)))
+    if faults:
+        others = f"; {len(faults) - 1} more of {len(paths)} files are refused, too" if len(faults) > 1 else ""
+        raise DataError(f"{faults[min(faults)]}{others}") from faults[min(faults)]
+    if several:
+        what = "file has" if len(several) == 1 else "files have"
+        warnings.warn(
+            f"{len(several)} {what} several frames or pages, such as {paths[min(several)]}; "
+            "only the first of each is read",
+            BbmoeWarning,
+            stacklevel=2,
+        )
     return torch.from_numpy(images)
 
 
-def read_image(path: Path) -> Image.Image:
-    """Decode one file as RGB. Raises DataError naming it, and its mode where that is not RGB's equal."""
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            file.load()
-            image: Image.Image = file
-            mode, clear = image.mode, image.has_transparency_data
-            if mode in MODES and clear:
-                image = image.convert("RGBA")
-                clear = image.getchannel("A").histogram()[255] < image.width * image.height
-            if mode in MODES and not clear:
-                return image if image.mode == "RGB" else image.convert("RGB")
-    except Exception as error:  # A damaged file can fail in about any way inside its decoder.
-        raise DataError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from error
-    what = f"mode {mode} with transparent pixels" if mode in MODES else f"mode {mode}"
-    raise DataError(f"{path}: expected an RGB, grey or palette image without transparency, got {what}")
-
-
 def subset_and_resize(split: Split, count: int | None, name: str, size: int) -> Split:
-    """Keep `count` images of a split (`name` as in `draw_subset`), then resize: that may need much memory."""
+    """Keep `count` images of a split, as `draw_subset` draws them, then resize: all at once may need much memory."""
     keep = draw_subset(len(split), count, name)
     whole = len(keep) == len(split)
     images, labels = (split.images, split.labels) if whole else (split.images[keep], split.labels[keep])
@@ -84,7 +91,7 @@ def subset_and_resize(split: Split, count: int | None, name: str, size: int) -> 
 def resize(images: Tensor, size: int) -> Tensor:
     """Resize a uint8 batch (N, 3, H, W) to (N, 3, size, size): bilinear, antialiased.
 
-    Returns `images` itself where it has that size. The aspect ratio is not kept.
+    The aspect ratio is not kept. Images of that size already are returned as they are, not copied.
     """
     if tuple(images.shape[-2:]) == (size, size):
         return images

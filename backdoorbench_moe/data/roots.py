@@ -1,4 +1,4 @@
-"""Where data sets lie on disk, and how a published archive gets there."""
+"""Where data sets are on disk, and the download of published archives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TIMEOUT_SECONDS = 30
 
 
 def data_root(root: str | None) -> Path:
-    """The folder (or archive) to read: `root`, else $BBMOE_DATA, else the per-user cache."""
+    """Return the folder or archive to read: `root`, else $BBMOE_DATA, else the per-user cache."""
     try:
         return Path(root or os.environ.get(VARIABLE) or CACHE).expanduser()
     except RuntimeError as error:  # "~someone" who does not exist.
@@ -28,17 +28,18 @@ def data_root(root: str | None) -> Path:
 
 
 def missing(what: str, root: Path, names: str, hint: str) -> DataError:
-    """The error for data that is not there: where it was looked for, and how to get it."""
+    """Return the error for missing data, which says where it was looked for and how to name another place."""
     state = "holds none of" if root.is_dir() else "does not exist; expected a folder with one of"
     return DataError(
-        f"{what}: {root} {state}: {names}; say where it lies with --data-root (root=) or ${VARIABLE}{hint}"
+        f"{what}: {root} {state}: {names}; name its folder with --data-root (root=) or ${VARIABLE}{hint}"
     )
 
 
 def download(url: str, folder: Path, md5: str) -> Path:
-    """Fetch `url` into `folder` and return the file, which appears there only whole and checked.
+    """Fetch `url` into `folder` and return the file, which appears there only once it is complete and checked.
 
-    Raises DataError when it cannot be fetched or written, or its MD5 is not the published one.
+    Raises:
+        DataError: It cannot be fetched or written, or its MD5 is not the published one.
     """
     target = folder / url.rpartition("/")[2]
     try:

@@ -1,4 +1,4 @@
-"""Reading the pickles that CIFAR-10 is published as, and nothing else that a pickle can hold."""
+"""A reader for the pickles that CIFAR-10 is published as; it admits nothing else that a pickle can hold."""
 
 from __future__ import annotations
 
@@ -17,16 +17,24 @@ UNSIGNED_BYTES = ("u1", "|u1", "uint8")
 def read_pickle(data: bytes, name: str) -> dict[str, Any]:
     """Read a published batch: a dict of texts, numbers, lists and uint8 arrays.
 
-    data: the bytes of the file. Text written by Python 2 comes back as bytes, but for the keys of the dict.
-    Nothing from the file is called or imported: the few globals these files name are replaced by
-    stand-ins that keep only bytes and shapes.
-    Raises DataError naming the file, and the global where it was refused one.
+    Nothing that the file names is called or imported: the few globals of these files are replaced by stand-ins that
+    keep only bytes and shapes.
+
+    Args:
+        data: Content of the file.
+        name: Name of the file, for messages.
+
+    Returns:
+        The dict, its keys as texts. Other texts that Python 2 wrote are bytes.
+
+    Raises:
+        DataError: The file is damaged, holds something else, or names another global, which the message says.
     """
     try:
         content = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
-    except Exception as error:  # A damaged pickle can fail in about any way.
+    except Exception as error:  # A damaged pickle can fail in any way.
         raise DataError(f"{name}: damaged ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict):
         raise DataError(f"{name}: expected a dict, got {type(content).__name__}")
@@ -48,7 +56,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _StandIn:
-    """Takes the place of a global; has no attributes that a pickle could set."""
+    """Takes the place of a global, without attributes that a pickle could set."""
 
     __slots__ = ()
 
@@ -93,7 +101,7 @@ class _Dtype:
         self.code = _text(code)
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and alignment: of no meaning for single bytes."""
+        """Ignore byte order and alignment, which mean nothing for single bytes."""
 
 
 class _Array:

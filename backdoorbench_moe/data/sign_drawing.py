@@ -1,12 +1,12 @@
 """Drawing traffic-sign-like pictures, a batch at a time.
 
-Every picture is the same on every machine: the random bits come from PCG64's raw stream, and the pixels
-from additions, multiplications, divisions, square roots and comparisons in float32, which IEEE 754 fixes to
-the last bit. No sine, no sum over an axis, no library convolution, whose last bits differ between machines.
+Every picture is the same on every machine. The random bits come from PCG64's raw stream, and the pixels from float32
+additions, multiplications, divisions, square roots and comparisons, which IEEE 754 fixes to the last bit. Sines, sums
+over an axis and library convolutions are avoided, since their last bits differ between machines.
 
-Axis letters: B pictures, S the side, Y X rows and columns. Coordinates (B, S, S) of a sign are in units of
-its radius, x to the right and y down. A *level* is a field that is below 0 inside a figure and above 0
-outside, and grows by about 1 for each radius of distance.
+Axis letters: B pictures, S side. The coordinates (B, S, S) of a sign are in units of its radius, x to the right and y
+down. A *level* is a field that is below 0 inside a figure and above 0 outside of it, and that grows by about 1 with
+each radius of distance.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ class Draws:
         self._bits = np.random.PCG64(np.random.SeedSequence(seed))
 
     def uniform(self, low: float, high: float, *shape: int) -> Array:
-        """Numbers in [low, high): 24 random bits each, which float32 holds exactly."""
+        """Return numbers in [low, high) from 24 random bits each, which float32 holds exactly."""
         raw = np.asarray(self._bits.random_raw(shape), np.uint64) >> np.uint64(40)
         return raw.astype(np.float32) * np.float32(2.0**-24) * np.float32(high - low) + np.float32(low)
 
     def triangular(self, *shape: int) -> Array:
-        """Noise in (-1, 1) as int16 in units of 1/255, the difference of two random bytes."""
+        """Return noise in (-1, 1), as int16 in units of 1/255: the difference of two random bytes."""
         count = int(np.prod(shape))
         raw = np.asarray(self._bits.random_raw((count + 3) // 4), "<u8").view(np.uint8)
         return (raw[0 : 2 * count : 2].astype(np.int16) - raw[1 : 2 * count : 2]).reshape(shape)
 
     def permutation(self, count: int) -> Array:
-        """The numbers 0..count-1 in random order."""
+        """Return the numbers 0 to count - 1 in random order."""
         return np.argsort(np.asarray(self._bits.random_raw(count)), kind="stable")
 
 
@@ -73,12 +73,12 @@ def octagon(x: Array, y: Array) -> Array:
 
 
 def triangle(x: Array, y: Array) -> Array:
-    """Level of a triangle pointing up, with sides a little steeper than an even one's."""
+    """Level of a triangle pointing up, with sides a little steeper than those of an equilateral one."""
     return np.maximum(y - 0.72, np.abs(x) * 0.88 - y * 0.475 - 0.5)
 
 
 def bar(x: Array, y: Array) -> Array:
-    """Level of a lying bar."""
+    """Level of a horizontal bar."""
     return box(x, y, 0.6, 0.17)
 
 
@@ -88,27 +88,27 @@ def plus(x: Array, y: Array) -> Array:
 
 
 def cross(x: Array, y: Array) -> Array:
-    """Level of a cross on its corners."""
+    """Level of a diagonal cross."""
     return plus((x + y) * DIAGONAL, (x - y) * DIAGONAL)
 
 
 def small_cross(x: Array, y: Array) -> Array:
-    """Level of a cross on its corners, set low and small for a triangle."""
+    """Level of a diagonal cross, low and small enough for a triangle."""
     return cross(x * 1.35, (y - 0.22) * 1.35) * 0.74
 
 
 def exclamation(x: Array, y: Array) -> Array:
-    """Level of an exclamation mark, set low for a triangle."""
+    """Level of an exclamation mark, low enough for a triangle."""
     return np.minimum(box(x, y - 0.02, 0.11, 0.33), box(x, y - 0.52, 0.11, 0.1))
 
 
 def tee(x: Array, y: Array) -> Array:
-    """Level of a T: a street that ends."""
+    """Level of a T, the sign of a dead end."""
     return np.minimum(box(x, y + 0.34, 0.5, 0.17), box(x, y - 0.2, 0.15, 0.45))
 
 
 def pause(x: Array, y: Array) -> Array:
-    """Level of two standing bars."""
+    """Level of two vertical bars."""
     return box(np.abs(x) - 0.29, y, 0.14, 0.5)
 
 
@@ -140,7 +140,7 @@ class Paint:
 
 @dataclass(frozen=True)
 class Scene:
-    """What chance decides for B pictures; every field is a float32 array with B first."""
+    """The random values of B pictures; the first axis of every field is B."""
 
     radius: Array
     centre: Array
@@ -165,13 +165,13 @@ class Scene:
 
 
 def draw_scene(draws: Draws, count: int, side: int) -> Scene:
-    """Draw the chances of `count` pictures."""
+    """Draw the random values of `count` pictures."""
 
     def column(low: float, high: float) -> Array:
         return draws.uniform(low, high, count, 1, 1)
 
     def colour(first: Colour, second: Colour, third: Colour) -> Array:
-        """Any mixture of three colours, lighter or darker."""
+        """A random mixture of three colours, made lighter or darker."""
         share, rest = column(0, 1)[..., None], column(0, 1)[..., None]
         one, two, three = (np.array(c, np.float32)[None, :, None, None] for c in (first, second, third))
         mixed = one + share * (two - one)
@@ -180,7 +180,7 @@ def draw_scene(draws: Draws, count: int, side: int) -> Scene:
     radius = column(0.3, 0.44) * side
     return Scene(
         radius=radius,
-        # Small signs lie anywhere; large ones may lose a little at the edge.
+        # Small signs may be anywhere; large ones may be cut a little at the edge.
         centre=draws.uniform(-1, 1, count, 2, 1, 1) * (0.5 * side - 0.85 * radius)[:, None],
         turn=column(-0.14, 0.14),
         stretch=column(0.85, 1.0),
@@ -220,7 +220,7 @@ def draw_signs(scene: Scene, shape: Level, glyph: Level, paint: Paint, side: int
 
 
 def _grid(side: int) -> tuple[Array, Array]:
-    """Pixel centres (1, S, 1) and (1, 1, S) around the middle of the picture: y and x."""
+    """Return the pixel centres relative to the middle of the picture: y (1, S, 1) and x (1, 1, S)."""
     line = np.arange(side, dtype=np.float32) - (side - 1) / 2
     return line[None, :, None], line[None, None, :]
 
@@ -238,7 +238,7 @@ def _sign_coordinates(scene: Scene, side: int) -> tuple[Array, Array]:
 
 
 def _background(scene: Scene, side: int) -> Array:
-    """Sky over ground, and clutter: spots of another colour and of light and dark."""
+    """Draw sky over ground, and clutter: spots of another colour, and of light and dark."""
     y, _ = _grid(side)
     spots, shades = _smooth(scene.clutter[:, 0], side), _smooth(scene.clutter[:, 1], side)
     below = np.clip((y + (side / 2) - scene.horizon + spots * 4.0) * 0.7, 0.0, 1.0)[:, None]
@@ -261,7 +261,7 @@ def _smooth(knots: Array, side: int) -> Array:
 
 
 def _expose(picture: Array, scene: Scene, side: int) -> Array:
-    """Shadow, light, haze and noise, then bytes."""
+    """Apply shadow, light, haze and noise, and convert to uint8."""
     y, x = _grid(side)
     along, across, offset, depth = (scene.shadow[:, part] for part in range(4))
     edge = (x * along + y * across) * 0.5 + offset * (side / 4)

@@ -1,4 +1,4 @@
-"""The embedded default data set: traffic-sign-like pictures, drawn here, the same for everybody."""
+"""The embedded default data set: pictures like traffic signs, drawn by this module, the same on every machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from backdoorbench_moe.data import sign_drawing as drawing
 from backdoorbench_moe.data.base import Dataset, ImageSet, Split
 from backdoorbench_moe.data.images import check_image_size, subset_and_resize
 
-# Raised by one whenever any pixel changes; part of the seed.
+# Part of the seed; raised by one whenever a pixel changes.
 VERSION = 1
 SIDE = 32
 TRAIN_IMAGES, TEST_IMAGES = 6000, 2000
@@ -36,7 +36,7 @@ class Sign:
     glyph: drawing.Level
 
 
-# No colour, shape or glyph alone tells a class: each is shared.
+# Classes share colours, shapes and glyphs, so that none of these alone tells a class.
 SIGNS = (
     Sign("no entry", drawing.disc, RED_FACE, drawing.bar),
     Sign("road closed", drawing.disc, RED_FACE, drawing.cross),
@@ -52,12 +52,15 @@ SIGNS = (
 
 
 class Signs(Dataset):
-    """Ten kinds of signs, 6,000 training and 2,000 test images of 32x32, as many of each kind.
+    """Ten kinds of signs: 6,000 training and 2,000 test images of 32x32, equally many of each kind.
 
-    Shape, colour and glyph make a kind; place, size, rotation, tilt, blur, background, fading, light,
-    shadow, haze and noise vary.
-    image_size: side in pixels to resize to (bilinear, antialiased); 32 keeps the images as they are drawn.
-    train_images, test_images: as in `Dataset`.
+    Shape, colour and glyph make a kind; place, size, rotation, tilt, blur, background, fading, light, shadow, haze and
+    noise vary.
+
+    Args:
+        image_size: Side in pixels to resize to (bilinear, antialiased); 32 keeps the images as they are drawn.
+        train_images: Keep this many training images, as in `Dataset`.
+        test_images: Keep this many test images, as in `Dataset`.
     """
 
     def __init__(
@@ -66,6 +69,10 @@ class Signs(Dataset):
         super().__init__(train_images=train_images, test_images=test_images)
         self.image_size = check_image_size(image_size)
 
+    def class_names(self) -> tuple[str, ...]:
+        """Return the ten names; draws nothing."""
+        return tuple(sign.name for sign in SIGNS)
+
     def read(self) -> ImageSet:
         """Draw both splits, each from its own seed."""
         train, test = draw_split(0, TRAIN_IMAGES), draw_split(1, TEST_IMAGES)
@@ -73,14 +80,18 @@ class Signs(Dataset):
             "signs",
             subset_and_resize(train, self.train_images, "train_images", self.image_size),
             subset_and_resize(test, self.test_images, "test_images", self.image_size),
-            tuple(sign.name for sign in SIGNS),
+            self.class_names(),
         )
 
 
 def draw_split(stream: int, count: int, *, side: int = SIDE) -> Split:
-    """Draw `count` pictures (a multiple of the number of kinds) from the seed (VERSION, stream).
+    """Draw pictures from the seed (VERSION, stream).
 
-    side: in pixels. A larger side draws, and does not resize: edges as sharp and noise as fine as at 32x32.
+    Args:
+        stream: 0 for the training images, 1 for the test images.
+        count: Number of pictures, a multiple of the number of kinds.
+        side: In pixels. Larger pictures are drawn at that size, not resized: their edges are as sharp, and their
+            noise as fine, as at 32x32.
     """
     draws = drawing.Draws(VERSION, stream)
     order = draws.permutation(count)
@@ -94,7 +105,7 @@ def draw_split(stream: int, count: int, *, side: int = SIDE) -> Split:
 
     kinds = (np.flatnonzero(labels == kind) for kind in range(len(SIGNS)))
     parts = [rows[start : start + CHUNK] for rows in kinds for start in range(0, len(rows), CHUNK)]
-    # Small parts stay in the cache; numpy lets go of the interpreter lock while it computes.
+    # Small parts stay in the cache. Threads help, since numpy releases the interpreter lock while it computes.
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(fill, parts))
     return Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))

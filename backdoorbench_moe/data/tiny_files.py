@@ -1,4 +1,4 @@
-"""Small files in the layouts of the published sets, and folders of pictures, for tests."""
+"""Writers of small data sets for tests: in the layouts of the published sets, and as folders of images."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from PIL import Image
 
 
 def pixels(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """Random pixels, uint8."""
+    """Return random uint8 pixels."""
     return rng.integers(0, 256, shape, np.uint8)
 
 
 def write_cifar10(root: Path) -> None:
-    """The published binary form: a label, then 3072 pixels."""
+    """Write CIFAR-10 in its binary form: a label, then 3072 pixels."""
     rng = np.random.default_rng(0)
     folder = root / "cifar-10-batches-bin"
     folder.mkdir()
@@ -24,7 +24,7 @@ def write_cifar10(root: Path) -> None:
 
 
 def write_gtsrb(root: Path) -> None:
-    """The published layout: a folder and a CSV for each class, one of each for all test images."""
+    """Write GTSRB as published: a folder and a table for each class, and one of each for all test images."""
     rng = np.random.default_rng(0)
     header = "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId"
 
@@ -43,7 +43,7 @@ def write_gtsrb(root: Path) -> None:
 
 
 def write_folder(root: Path) -> None:
-    """Two class folders of pictures of different sizes."""
+    """Write two class folders of images of different sizes."""
     rng = np.random.default_rng(0)
     for kind in ("cat", "dog"):
         (root / kind).mkdir()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, final
 
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.errors import ConfigError, PluginError
-from backdoorbench_moe.moe.pruning import share_of
+from backdoorbench_moe.shares import share_of
 
 if TYPE_CHECKING:
     import torch

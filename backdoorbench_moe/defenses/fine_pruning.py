@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.parts import check_tuning, structure
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.moe.pruning import channel_means, lowest, share_of, silence, silenced
+from backdoorbench_moe.moe.pruning import channel_means, lowest, silence, silenced
 from backdoorbench_moe.moe.structure import ChannelGroup
+from backdoorbench_moe.shares import share_of, smallest_share
 
 Ranking = Literal["post-relu", "notebook"]
 
@@ -94,7 +95,8 @@ class FinePruning(Defense):
         for group in groups:
             if self.ratio and not share_of(self.ratio, len(group)):
                 raise ConfigError(
-                    f"ratio: {self.ratio} of the {len(group)} channels of {group.name} is no channel"
+                    f"ratio: {self.ratio} of the {len(group)} channels of {group.name} is no channel; "
+                    f"expected at least {smallest_share(len(group))}"
                 )
         return groups
 

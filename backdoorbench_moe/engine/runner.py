@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from backdoorbench_moe.config import PartSpec, RunSpec
+from backdoorbench_moe.engine.class_names import describe_poison, warn_of_numeric_names
 from backdoorbench_moe.engine.graph import PARENT, needs, reference
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.defend import DefenseMaker
@@ -109,10 +110,19 @@ class Runner:
         Raises:
             BbmoeError: Anything that would stop the run before its first step.
         """
-        return DefenseMaker(spec, self.workplace) if spec.defenses else TrainMaker(spec, self.workplace)
+        spec = self.workplace.resolve(spec)
+        if spec.defenses:
+            return DefenseMaker(spec, self.workplace)
+        maker = TrainMaker(spec, self.workplace)
+        if spec.attacked:
+            classes = self.workplace.images.classes
+            warn_of_numeric_names(spec.poison, classes)
+            self.workplace.observer.on_message(describe_poison(spec.poison, classes))
+        return maker
 
     def attack(self, spec: RunSpec, *, twin: bool = True) -> Run:
         """The finished run of a spec, compared with its clean twin if wanted; see `run_attack`."""
+        spec = self.workplace.resolve(spec)
         run, clean = self.finish(spec), reference(spec)
         if clean is None or not twin:
             return run
@@ -137,6 +147,7 @@ class Runner:
             BbmoeError: Anything that the user can correct.
             StopRun: The observer stopped the run; the next call continues it.
         """
+        spec = self.workplace.resolve(spec)
         observer, folder = self.workplace.observer, RunFolder(self.output / spec.name)
         if found := self._find(folder, spec):
             observer.on_message(f"found finished: {folder.path}")

@@ -7,6 +7,7 @@ import torch
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.engine.build import build_dataset
+from backdoorbench_moe.engine.class_names import describe_classes, resolve_classes
 from backdoorbench_moe.engine.device import resolve_device, resolve_precision
 from backdoorbench_moe.engine.names import check_names
 from backdoorbench_moe.engine.observer import Observer
@@ -43,4 +44,12 @@ class Workplace:
         if self._images is None:
             self.observer.on_message(f"reading {type(self.dataset).__name__}")
             self._images = self.dataset.load().to(self.device)
+            self.observer.on_message(describe_classes(self._images.classes))
         return self._images
+
+    def resolve(self, spec: RunSpec) -> RunSpec:
+        """The spec with its classes by number, without which it has no digest. See `resolve_classes`."""
+        return resolve_classes(spec, self._class_names)
+
+    def _class_names(self) -> tuple[str, ...]:
+        return self.dataset.class_names() if self._images is None else self._images.classes

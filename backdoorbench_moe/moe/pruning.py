@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
-
-
-def share_of(share: float, total: int) -> int:
-    """floor(share * total), exactly as the share is written (0.29 of 100 is 29)."""
-    return int(Fraction(repr(float(share))) * total)
 
 
 def channel_means(

@@ -50,6 +50,10 @@ def test_both_splits_are_valid(dataset_name: str, root: Path) -> None:
         assert len(split.labels.unique()) >= 2
 
 
+def test_class_names_are_those_of_the_images(dataset_name: str, root: Path) -> None:
+    assert create(dataset_name, root).class_names() == loaded(dataset_name, root).classes
+
+
 @functools.cache
 def kept(name: str, root: Path) -> ImageSet:
     """A few images of the set."""

@@ -1,4 +1,4 @@
-"""The pictures that `blend` mixes in: a file, or our own."""
+"""The picture that `blend` mixes in: from a file, or our own."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.errors import ConfigError, DataError
+from backdoorbench_moe.image_files import read_image
 
 SIDE = 128
 LIGHT = ((255, 220, 30), (255, 170, 200), (255, 255, 245), (120, 235, 255))
 DARK = ((190, 0, 30), (20, 30, 170), (0, 85, 40), (80, 10, 110))
 INK = (20, 15, 40)
-# Rec. 601, as PIL turns colours to grey.
+# Weights of red, green and blue in grey (ITU-R BT.601), as in Pillow.
 LUMA = (0.299, 0.587, 0.114)
 
 
 def draw_quilt() -> Tensor:
-    """Draw our own picture, a smiling face on a dotted patchwork quilt: (1, 3, 128, 128) float32 in [0, 1].
+    """Draw our own picture, a smiling face on a dotted patchwork quilt.
 
-    Light and dark patches alternate on a 4x4 board, so that some structure is left on the smallest tile.
-    Drawn with integers: the same picture on every machine.
+    Light and dark patches alternate on a 4x4 board, so that some structure is left on the smallest tile. It is drawn
+    with integers and is the same on every machine.
+
+    Returns:
+        (1, 3, 128, 128) float32 in [0, 1].
     """
     picture = torch.empty(3, SIDE, SIDE, dtype=torch.uint8)
     y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
@@ -41,23 +44,20 @@ def draw_quilt() -> Tensor:
 
 
 def read_picture(path: str) -> Tensor:
-    """Read a picture file: (1, 3, H, W) float32 in [0, 1].
+    """Read a picture file as the data sets read theirs: see `image_files.decode`.
 
-    Raises ConfigError if it is missing, is no picture, is damaged, or has transparency or a colour model
-    other than RGB, palette or 8-bit grey.
+    Returns:
+        (1, 3, H, W) float32 in [0, 1].
+
+    Raises:
+        ConfigError: The file is missing or damaged, or has no exact 8-bit RGB form.
     """
-    parameter = "blend: image"
     if not Path(path).is_file():
-        raise ConfigError.expected(parameter, "a picture file", path)
+        raise ConfigError.expected("blend: image", "a picture file", path)
     try:
-        with Image.open(path) as file:
-            mode = file.mode + (" with transparency" if file.has_transparency_data else "")
-            file.load()
-            pixels = np.array(file.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{parameter}: expected a readable picture, got {path!r} ({error})") from error
-    if mode not in ("RGB", "P", "L"):
-        raise ConfigError.expected(parameter, f"an RGB, palette or 8-bit grey picture in {path!r}", mode)
+        pixels = np.array(read_image(Path(path)))
+    except DataError as error:
+        raise ConfigError(f"blend: image: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).float() / 255
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from backdoorbench_moe.applicators.base import Applicator
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.moe.pruning import lowest, share_of
+from backdoorbench_moe.moe.pruning import lowest
 from backdoorbench_moe.ops.patches import tile, untile
 from backdoorbench_moe.ops.seeding import generator
+from backdoorbench_moe.shares import share_of
 from backdoorbench_moe.triggers.base import Trigger
 
 

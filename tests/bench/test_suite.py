@@ -88,6 +88,10 @@ def test_the_suite_wins_over_its_scale_and_the_scale_over_the_recipe(tmp_path) -
         ),
         ({"grid": {**GRID, "poison.rte": [0.1]}}, "unknown 'rte'; did you mean 'rate'"),
         ({"grid": {**GRID, "poison.rate": [0.25, "25%"]}}, "is the same run as"),
+        (
+            {"grid": {**GRID, "poison.target": ["stop"]}},
+            r"suite tiny: grid: .*poison.target=stop: poison.target: expected a class number .* got 'stop'",
+        ),
         ({"grid": {**GRID, "seed": [0.5]}}, "seed: expected"),
         ({"scales": "small"}, "scales: expected a list of names"),
         ({"scales": ["huge"]}, "scale: unknown 'huge'"),

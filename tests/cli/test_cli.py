@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from backdoorbench_moe import cli
+from backdoorbench_moe.errors import BbmoeWarning
 
 SMALL = [
     *("--dataset", "tiny", "--recipe", "paper", "--epochs", "1", "--batch-size", "32", "--precision", "fp32"),
@@ -104,7 +106,18 @@ BAD = {
     "rate no number": (["--poison-rate", "lots"], "poison.rate: expected a number, got 'lots'"),
     "rate too small": (["--poison-rate", "0.0001"], "poison.rate: 0.0001 of 96 images is no image"),
     "target": (["--target", "3"], "poison.target: expected a class in 0..2, got 3"),
-    "source": (["--source", "0,x"], "--source: expected class numbers"),
+    "target name": (["--target", "blu"], "poison.target: class: unknown 'blu'; did you mean 'blue'"),
+    "source": (["--source", "1,,2"], "--source: expected classes such as 1,2 or cat,dog, got '1,,2'"),
+    "source name": (["--source", "1,grean"], "poison.source: class: unknown 'grean'; did you mean 'green'"),
+    "source twice": (["--source", "1,green"], "poison.source: expected each class once, got (1, 1)"),
+    "source has the target": (
+        ["--source", "red,1"],
+        "poison.source: expected classes other than the target 0",
+    ),
+    "rate is a percentage": (
+        ["--poison-rate", "5"],
+        "poison.rate: expected a number in (0, 1], got 5.0; 5% is",
+    ),
     "patch size": (["--patch-size", "5"], "patch_size"),
     "patch size on image": (["--applicator", "image", "--patch-size", "4"], "unknown 'patch_size'"),
     "device": (["--device", "cuda:9"], "device: expected one of"),
@@ -154,6 +167,12 @@ def test_a_read_only_output(bbmoe, tmp_path) -> None:
         (["atack"], "Did you mean 'attack'"),
         (["info", "model", "pmoe", "--set", "num_classes=3"], "option: unknown 'num_classes'"),
         (["info", "trigger", "warp", "--set", "seed=3"], "--set: expected an option of a model"),
+        (["info", "model", "pmoe", "--data-root", "."], "--data-root: expected a data set to go with it"),
+        (
+            ["info", "dataset", "folder", "--data-root", "/nowhere"],
+            "/nowhere: expected a folder of class folders",
+        ),
+        (["info", "dataset", "folder", "--set", "image_size=3"], "option 'root' is required"),
         (["info", "trigger", "wrap"], "did you mean 'warp'"),
         (["info", "triger", "warp"], "did you mean 'trigger'"),
         (["list", "modles"], "did you mean 'model'"),
@@ -203,6 +222,49 @@ def test_list_and_info(bbmoe) -> None:
     size = json.loads(out)["size"]
     assert size["parameters"] > 3_900_000 and size["multiply_adds"] > 100 * size["parameters"]
     assert "multiply-adds" in bbmoe("info", "model", "pmoe", "--set", "widen_factor=1")[1]
+
+
+def test_info_lists_classes_by_number_and_name(bbmoe, tmp_path) -> None:
+    for name in ("0", "2", "10"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "empty.png").touch()
+    code, out, _ = bbmoe("info", "dataset", "folder", "--data-root", tmp_path)
+    assert code == 0 and [line.split() for line in out.splitlines()[-3:]] == [
+        ["0", "0"],
+        ["1", "2"],
+        ["2", "10"],
+    ]
+    code, out, _ = bbmoe("info", "dataset", "folder")
+    assert code == 0 and "--data-root" in out.splitlines()[-1]
+    assert json.loads(bbmoe("info", "dataset", "folder", "--json")[1])["classes"] is None
+    assert json.loads(bbmoe("info", "dataset", "gtsrb", "--json")[1])["classes"][14] == "stop"
+    assert json.loads(bbmoe("info", "dataset", "tiny", "--json")[1])["classes"] == ["red", "green", "blue"]
+
+
+def test_the_target_by_name_is_the_run_of_its_number(bbmoe, tmp_path) -> None:
+    args = ["attack", *SMALL, "--trigger", "square", "--no-twin", "--output", tmp_path, "--source", "red,1"]
+    code, out, err = bbmoe(*args, "--target", "Blue")
+    assert code == 0
+    assert (
+        "3 classes: 0 (red), 1 (green), 2 (blue)" in err
+        and "target: 2 (blue); source: 0 (red), 1 (green)" in err
+    )
+    code, again, err = bbmoe(*args, "--target", "2")
+    assert code == 0 and "found finished" in err and again == out
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_rate_of_1_says_that_it_is_100_percent(bbmoe, tmp_path) -> None:
+    args = ["attack", *SMALL, "--trigger", "square", "--no-twin", "--quiet", "--output", tmp_path, "--json"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", BbmoeWarning)
+        _, out, err = bbmoe(*args, "--poison-rate", "1")
+    assert (
+        err.startswith("bbmoe: warning: poison.rate: 1 is 100% of the training images")
+        and err.count("\n") == 1
+    )
+    assert json.loads(out)["runs"][0]["poison"]["n"] == 96
+    assert bbmoe(*args, "--poison-rate", "100%")[1] == out
 
 
 COLD = """

@@ -17,7 +17,7 @@ from backdoorbench_moe.config import (
     spec_from_dict,
 )
 from backdoorbench_moe.engine.graph import clean_twin, needs
-from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.errors import BbmoeWarning, ConfigError, UnknownNameError
 
 
 def test_layers_win_in_order() -> None:
@@ -104,14 +104,23 @@ def test_count_never_exceeds_the_rate(per_myriad: int, images: int) -> None:
 
 BAD = [
     ({"poison": {"rate": 0}}, r"poison\.rate: expected a number in \(0, 1\], got 0"),
-    ({"poison": {"rate": 1.5}}, r"poison\.rate: expected a number in \(0, 1\], got 1.5"),
+    (
+        {"poison": {"rate": 1.5}},
+        r"poison\.rate: expected a number in \(0, 1\], got 1.5; 1.5% is written 1.5%",
+    ),
+    ({"poison": {"rate": 101}}, r"poison\.rate: expected a number in \(0, 1\], got 101.0$"),
     ({"poison": {"rate": -0.1}}, r"poison\.rate"),
     ({"poison": {"rate": float("nan")}}, r"poison\.rate"),
     ({"poison": {"rate": "much"}}, r"poison\.rate: expected a number, got 'much'"),
     ({"poison": {"rate": True}}, r"poison\.rate: expected a number, got True"),
     ({"poison": {"target": -1}}, r"poison\.target"),
-    ({"poison": {"target": "cat"}}, r"poison\.target: expected an integer, got 'cat'"),
+    ({"poison": {"target": "-1"}}, r"poison\.target: expected a class number from 0, got -1"),
+    ({"poison": {"target": 1.5}}, r"poison\.target: expected an integer or a text, got 1.5"),
+    ({"poison": {"target": True}}, r"poison\.target: expected an integer or a text, got True"),
     ({"poison": {"source": [1, 1]}}, r"poison\.source"),
+    ({"poison": {"source": [1, "1"]}}, r"poison\.source: expected each class once, got \(1, 1\)"),
+    ({"poison": {"source": ["cat", "cat"]}}, r"poison\.source: expected each class once"),
+    ({"poison": {"source": "cat"}}, r"poison\.source: expected a list, got 'cat'"),
     ({"poison": {"labels": "dirt"}}, r"poison\.labels: unknown 'dirt'; did you mean 'dirty'"),
     ({"poison": {"mapping": "all-to-all", "labels": "clean"}}, r"poison\.mapping"),
     ({"poisson": {}}, r"unknown 'poisson'; did you mean 'poison'"),
@@ -187,6 +196,33 @@ def test_a_percentage_that_is_none_is_refused(rate) -> None:
 def test_a_percentage_is_exact(percent) -> None:
     digits = f"{round(percent * 100):d}"  # in hundredths of a percent
     assert build_spec({"poison": {"rate": f" {percent} %"}}).poison.rate == float(f"{digits}e-4")
+
+
+def test_a_bare_1_is_all_images_and_says_so() -> None:
+    with pytest.warns(BbmoeWarning, match=r"poison\.rate: 1 is 100% .* 1% is written 1%"):
+        spec = build_spec(chain_settings(["poison.rate=1"]))
+    assert spec.poison.rate == 1.0 and spec.poison.count(17) == 17
+    for meant in ("1.0", "100%"):  # Nothing to say: BbmoeWarning is an error in the tests.
+        assert build_spec(chain_settings([f"poison.rate={meant}"])) == spec
+    assert spec_from_dict(spec.to_dict()) == spec
+
+
+def test_a_class_in_digits_is_its_number_however_it_is_written() -> None:
+    numbered = build_spec({"poison": {"target": 3, "source": [1, 2]}})
+    written = build_spec({"poison": {"target": "3", "source": ["1", "02"]}})
+    assert written == numbered and written.digest == numbered.digest
+
+
+@pytest.mark.parametrize("poison", [{"target": "cat"}, {"source": ["cat"]}])
+def test_a_class_by_name_has_no_digest_before_the_data_number_it(poison) -> None:
+    spec = build_spec({"poison": poison})
+    assert spec_from_dict(spec.to_dict()) == spec
+    for key in ("digest", "name"):
+        with pytest.raises(
+            ConfigError, match=r"poison\.(target|source): expected a class number .* got 'cat'"
+        ):
+            getattr(spec, key)
+    assert clean_twin(spec).digest == clean_twin(build_spec({})).digest
 
 
 def test_yaml_runs_no_code(tmp_path) -> None:

@@ -143,6 +143,53 @@ def test_damage_names_the_file_and_what_is_wrong(base, damage, message) -> None:
         load(base)
 
 
+@pytest.mark.parametrize("again", ["1.ppm", "0.ppm"])
+def test_an_image_that_is_named_twice_is_refused_with_the_line(base, again) -> None:
+    rows = [("1.ppm", 42), ("0.ppm", 7), (again, 7)]
+    write_csv(base / "GT-final_test.csv", rows)
+    first = 2 + [name for name, _ in rows].index(again)
+    message = rf"GT-final_test\.csv: line 4: names {again} again, which line {first} names already"
+    with pytest.raises(DataError, match=message):
+        load(base)
+    write_csv(seven(base, "GT-00007.csv"), [(f"00000_0000{i % 3}.ppm", 7) for i in range(4)])
+    with pytest.raises(DataError, match=r"GT-00007\.csv: line 5: names 00000_00000\.ppm again"):
+        load(base)
+
+
+@pytest.mark.parametrize(
+    "place", ["Final_Training/Images", "Final_Training/Images/00007", "Final_Test/Images", ""]
+)
+def test_clutter_changes_nothing(base, place) -> None:
+    digest = load(base).digest
+    for name in (
+        ".DS_Store",
+        "._00000_00000.ppm",
+        "Thumbs.db",
+        ".ipynb_checkpoints/00000_00000.ppm",
+        "__MACOSX/x.ppm",
+    ):
+        (base / place / name).parent.mkdir(exist_ok=True)
+        (base / place / name).touch()
+    assert load(base).digest == digest
+
+
+def test_clutter_in_torchvisions_layout_changes_nothing(base) -> None:
+    (base / "Final_Training" / "Images").rename(base / "Training")
+    for name in ("00007/._00000_00000.ppm", ".ipynb_checkpoints"):
+        (base / "Training" / name).touch()
+    with pytest.warns(BbmoeWarning, match="with 9 training images"):
+        assert len(load(base).train) == 9
+
+
+def test_images_of_another_format_are_taken_where_the_table_names_them(base) -> None:
+    digest = load(base).digest
+    for path in seven(base).glob("*.ppm"):
+        Image.open(path).save(path.with_suffix(".png"))
+        path.unlink()
+    write_csv(seven(base, "GT-00007.csv"), [(f"00000_0000{i}.png", 7) for i in range(3)])
+    assert load(base).digest == digest
+
+
 def test_real_sample(samples) -> None:
     images = load(samples)
     assert len(images.train) == 1290 and len(images.test) == 860

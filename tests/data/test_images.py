@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from backdoorbench_moe.data.images import read_image, read_images, resize
+from backdoorbench_moe.data.images import read_images, resize
 from backdoorbench_moe.errors import DataError
+from backdoorbench_moe.image_files import read_image
 
 
 def save(path: Path, pixels: np.ndarray, mode: str | None = None) -> Path:

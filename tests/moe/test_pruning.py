@@ -4,24 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
-from backdoorbench_moe.moe.pruning import channel_means, lowest, share_of, silence, silenced
-
-
-@pytest.mark.parametrize(
-    ("share", "total", "count"),
-    [(0.1, 160, 16), (0.3, 10, 3), (0.29, 100, 29), (0.1, 9, 0), (1.0, 7, 7), (0, 5, 0), (0.7, 10, 7)],
-)
-def test_share_is_exact_and_rounded_down(share, total, count) -> None:
-    assert share_of(share, total) == count
-
-
-@given(percent=st.integers(0, 100), total=st.integers(0, 10**6))
-def test_share_is_integer_arithmetic(percent: int, total: int) -> None:
-    assert share_of(percent / 100, total) == percent * total // 100
+from backdoorbench_moe.moe.pruning import channel_means, lowest, silence, silenced
 
 
 def test_lowest_takes_the_first_of_equals() -> None:

@@ -84,7 +84,7 @@ def test_grey_images_get_the_pictures_luma(tmp_path: Path) -> None:
 def test_other_modes_are_refused(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "picture.tiff"
     Image.new(mode, (4, 4)).save(path)
-    with pytest.raises(ConfigError, match=rf"blend: image: .*picture\.tiff.*got '{mode}"):
+    with pytest.raises(ConfigError, match=rf"blend: image: .*picture\.tiff.*got mode {mode}"):
         Blend(image=str(path))
 
 
@@ -94,7 +94,9 @@ def test_files_that_are_no_picture(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty.png").touch()
     for name in ("half.png", "text.png", "empty.png", "missing.png", "."):
-        with pytest.raises(ConfigError, match=r"blend: image: expected a (readable picture|picture file)"):
+        with pytest.raises(
+            ConfigError, match=r"blend: image: (expected a picture file|.* cannot be read as an image)"
+        ):
             create_trigger("blend", image=str(tmp_path / name))
 
 
