@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.models.checks import check_positive
-from backdoorbench_moe.models.keras import pmoe_from_keras
 from backdoorbench_moe.models.wrn_blocks import (
     SameConv2d,
     WideTrunk,
@@ -22,10 +20,9 @@ from backdoorbench_moe.models.wrn_blocks import (
     set_bn_momentum,
 )
 from backdoorbench_moe.moe.experts import mute
+from backdoorbench_moe.moe.precision import full_precision
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
 from backdoorbench_moe.moe.structure import ChannelGroup, Expert
-
-__all__ = ["PMoE", "PatchMoE", "PatchRouter", "pmoe_from_keras", "select_top"]
 
 
 class PatchRouter(nn.Module):
@@ -42,8 +39,7 @@ class PatchRouter(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) to gates (B, E, P) float32, which sum to 1 over P, and selected (B, E, P) bool."""
-        device = features.device.type
-        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+        with full_precision(features.device):
             cells = features.flatten(2).to(self.weight.dtype)
             gates = torch.matmul(self.weight, cells).float().softmax(dim=-1)
             return gates, select_top(gates, self.top_k)

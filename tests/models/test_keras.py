@@ -11,8 +11,7 @@ from keras_weights import draw_batches, draw_weights
 from plain_pmoe import plain_pmoe
 
 from backdoorbench_moe.errors import ConfigError, ShapeError
-from backdoorbench_moe.models.keras import keras_slots
-from backdoorbench_moe.models.pmoe import pmoe_from_keras
+from backdoorbench_moe.models.keras import keras_slots, pmoe_from_keras
 
 TOP_K = 5
 

@@ -261,7 +261,7 @@ def test_with_all_experts_chosen_an_upcycled_model_answers_as_the_dense_one(dens
         ),
         (
             lambda folder: save_file({"a": torch.ones(1)}, folder / "model.safetensors"),
-            "dense transformer; it has a a",
+            "dense transformer; it has an unexpected a",
         ),
         (
             lambda folder: save_file(
