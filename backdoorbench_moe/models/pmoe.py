@@ -158,15 +158,25 @@ class PMoE(RoutedModel):
         set_bn_momentum(self, bn_momentum)
 
     def forward_routed(self, images: Tensor) -> RoutedOutput:
-        """Images (B, 3, H, W) in [0, 1] to logits and the routing of the one routed layer.
+        """Map images (B, 3, H, W) in [0, 1] to logits and the routing of the one routed layer.
 
-        The gates are softmax weights over the cells of one image; those selected are used as they are,
-        not renormalised.
+        The gates are a softmax over the cells of one image. Those of the selected cells are not renormalised.
         """
-        features = self.reduce(F.relu(self.reduce_norm(self.trunk(images)), inplace=True))
-        outputs, gates, selected = self.moe(features)
-        pooled = F.relu(self.norm(outputs), inplace=True).mean((2, 3))
-        return RoutedOutput(self.head(pooled), [Routing("moe", gates, selected)])
+        features, routing = self._features(images)
+        return RoutedOutput(self.classify(features), [routing])
+
+    def extract_features(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) in [0, 1] to the features (B, D) before the head."""
+        return self._features(images)[0]
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Map features (B, D) to logits (B, classes)."""
+        return self.head(features)
+
+    def _features(self, images: Tensor) -> tuple[Tensor, Routing]:
+        cells = self.reduce(F.relu(self.reduce_norm(self.trunk(images)), inplace=True))
+        outputs, gates, selected = self.moe(cells)
+        return F.relu(self.norm(outputs), inplace=True).mean((2, 3)), Routing("moe", gates, selected)
 
     def components(self) -> dict[str, list[nn.Module]]:
         """Experts (each channel of `norm` is an expert's), router and head."""

@@ -77,9 +77,17 @@ class PreActResNet18(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
+        """Map images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
+        return self.classify(self.extract_features(images))
+
+    def extract_features(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) in [0, 1] to the features (B, D) before the head."""
         features = self.blocks(self.stem(images))
-        return self.head(F.relu(self.norm(features), inplace=True).mean((2, 3)))
+        return F.relu(self.norm(features), inplace=True).mean((2, 3))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Map features (B, D) to logits (B, classes)."""
+        return self.head(features)
 
     def components(self) -> dict[str, list[nn.Module]]:
         """The head; nothing is routed."""

@@ -69,6 +69,7 @@ class TimmModel(nn.Module):
         if chosen is not None:
             options["patch_size"] = chosen
         options |= _choose_sizes(architecture, outline, depth=depth, embed_dim=embed_dim, num_heads=num_heads)
+        self.architecture = architecture
         self.network = _build(architecture, image_size=image_size, **options)
         if _wants_small_stem(architecture, self.network, image_size, small_stem):
             _shrink_stem(self.network)
@@ -78,17 +79,35 @@ class TimmModel(nn.Module):
         self._try_out(architecture, image_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
+        """Map images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
         return self.network(images)
 
+    def extract_features(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) in [0, 1] to the features (B, D) before the last linear layer.
+
+        Raises:
+            ConfigError: If the architecture does not end in one linear layer, but in several side by side.
+        """
+        self._check_features()
+        return self._run(images)[1][0].flatten(1)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Map features (B, D) to logits (B, classes).
+
+        Raises:
+            ConfigError: If the architecture does not end in one linear layer, but in several side by side.
+        """
+        self._check_features()
+        return _apply_flat(self._last_layer(), features)
+
     def components(self) -> dict[str, list[nn.Module]]:
-        """The head, where timm names one."""
+        """The head, if timm names one with weights."""
         head = self.network.get_classifier()  # type: ignore[operator]
         named = isinstance(head, nn.Module) and any(True for _ in head.parameters())
         return {"head": [head]} if named else {}
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
-        """The last convolution with its own norm behind it (shortcuts aside) or hidden layer of an MLP."""
+        """The last convolution that has its own batch norm, outside of shortcuts, or hidden layer of an MLP."""
         kinds = (nn.Conv2d, nn.BatchNorm2d, Mlp)
         modules = [(name, m) for name, m in self.network.named_modules() if isinstance(m, kinds)]
         found = [
@@ -98,19 +117,50 @@ class TimmModel(nn.Module):
         ]
         return {"trunk": found[-1:]} if found else {}
 
-    def _try_out(self, architecture: str, image_size: int) -> None:
-        """Run one empty image: whether strides and windows fit a size shows nowhere else."""
-        self.network.eval()
+    def _last_layer(self) -> nn.Module:
+        """The last linear layer or convolution of timm's classifier; a module that is never called if there is none."""
+        head = self.network.get_classifier()  # type: ignore[operator]
+        inside = head.modules() if isinstance(head, nn.Module) else ()
+        return next(reversed([m for m in inside if isinstance(m, nn.Linear | nn.Conv2d)]), nn.Identity())
+
+    def _run(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Run the network. Returns the logits, and the input of the last layer for each time it was called."""
+        seen: list[Tensor] = []
+        hook = self._last_layer().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
-            with torch.no_grad():
-                self.network(torch.zeros(1, 3, image_size, image_size))
-        except Exception as error:
-            raise _unfit(architecture, image_size, error) from error
+            return self.network(images), seen
+        finally:
+            hook.remove()
+
+    def _check_features(self) -> None:
+        if not self._has_features:
+            raise ConfigError(
+                f"model: timm's {self.architecture!r} does not end in one linear layer, "
+                "so it has no features before its head"
+            )
+
+    def _try_out(self, architecture: str, image_size: int) -> None:
+        """Run one image: only this shows whether the strides fit its size, and what the last layer is given."""
+        self.network.eval()
+        image = torch.linspace(0, 1, 3 * image_size**2).reshape(1, 3, image_size, image_size)
+        with torch.no_grad():
+            try:
+                logits, seen = self._run(image)
+            except Exception as error:
+                raise _unfit(architecture, image_size, error) from error
+            self._has_features = len(seen) == 1 and seen[0].numel() == seen[0].shape[1]
+            if self._has_features and not logits.is_meta:
+                self._has_features = torch.equal(_apply_flat(self._last_layer(), seen[0].flatten(1)), logits)
         self.network.train()
 
 
+def _apply_flat(layer: nn.Module, features: Tensor) -> Tensor:
+    """Features (B, D) through a linear layer, or through a convolution as a map of one cell: (B, classes)."""
+    return layer(features[..., None, None] if isinstance(layer, nn.Conv2d) else features).flatten(1)
+
+
 def _prunable(module: nn.Module, after: nn.Module) -> ChannelGroup | None:
-    """The channels of a convolution whose norm comes right after it, or the hidden units of an MLP."""
+    """The channels of a convolution that its batch norm directly follows, or the hidden units of an MLP."""
     if isinstance(module, Mlp) and isinstance(module.fc1, nn.Linear):
         return ChannelGroup.whole("trunk", module.fc1)
     if not isinstance(module, nn.Conv2d) or not isinstance(after, nn.BatchNorm2d):

@@ -41,8 +41,16 @@ class VGG16BN(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
-        return self.head(self.features(images).mean((2, 3)))
+        """Map images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
+        return self.classify(self.extract_features(images))
+
+    def extract_features(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) in [0, 1] to the features (B, D) before the head."""
+        return self.features(images).mean((2, 3))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Map features (B, D) to logits (B, classes)."""
+        return self.head(features)
 
     def components(self) -> dict[str, list[nn.Module]]:
         """The head; nothing is routed."""

@@ -53,9 +53,17 @@ class WideResNet(nn.Module):
         set_bn_momentum(self, bn_momentum)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
+        """Map images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
+        return self.classify(self.extract_features(images))
+
+    def extract_features(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) in [0, 1] to the features (B, D) before the head."""
         features = self.block3(self.trunk(images))
-        return self.head(F.relu(self.norm(features), inplace=True).mean((2, 3)))
+        return F.relu(self.norm(features), inplace=True).mean((2, 3))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Map features (B, D) to logits (B, classes)."""
+        return self.head(features)
 
     def components(self) -> dict[str, list[nn.Module]]:
         """The head; nothing is routed."""

@@ -119,6 +119,14 @@ class RoutedViT(RoutedModel):
             logits = self.network(images)
         return RoutedOutput(logits, routing)
 
+    def extract_features(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) in [0, 1] to the features (B, D) before the head."""
+        return self.network.forward_head(self.network.forward_features(images), pre_logits=True)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Map features (B, D) to logits (B, classes)."""
+        return self.network.get_classifier()(features)
+
     def components(self) -> dict[str, list[nn.Module]]:
         """The experts and routers of all MoE layers, and the classifier."""
         layers = self.layers()

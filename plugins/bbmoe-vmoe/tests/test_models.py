@@ -92,10 +92,11 @@ def test_bad_options_are_one_clear_line(options, message):
         ("vit_small_patch16_18x2_224", 56),
         ("eva02_tiny_patch14_224", 56),
         ("vit_tiny_r_s16_p8_224", 64),
+        ("deit_tiny_distilled_patch16_224", 224),
     ],
 )
 def test_what_is_no_plain_transformer_is_refused(vit, size):
-    """A convolutional network, one with two MLPs a block, one with gated MLPs, and one with convolutions before."""
+    """A convolutional network, and transformers with two MLPs in a block, gated MLPs, convolutions, two classifiers."""
     with pytest.raises(ConfigError, match=f"^vit: expected a vision transformer .* got '{vit}'$"):
         create_model("vmoe", vit=vit, image_size=size)
 
