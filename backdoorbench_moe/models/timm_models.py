@@ -1,4 +1,4 @@
-"""Any architecture of timm, from scratch, fitted to the image size."""
+"""Any architecture of timm, untrained and fitted to the image size."""
 
 from __future__ import annotations
 
@@ -17,27 +17,36 @@ from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.models.checks import check_image_size, check_positive
 from backdoorbench_moe.moe.structure import ChannelGroup
 
-# Below this side the stem of a network made for 224x224 would leave next to nothing of an image.
+# Up to this side, the strided stem of a network made for 224x224 would leave too small a map.
 SMALL_IMAGE = 64
-# What has convolutions or MLPs beside the way that features take: shortcuts, and positions made into biases.
+# Parts of module names whose convolutions and MLPs are not on the main path: shortcuts and relative positions.
 ASIDE = ("downsample", "rel_pos")
-# A vision transformer gets smaller patches where its own would leave fewer tokens than an 8x8 grid.
+# A vision transformer gets smaller patches if its own would give fewer tokens than an 8x8 grid.
 GRID = 8
 
 
 class TimmModel(nn.Module):
-    """`timm.create_model(architecture)` with random weights; "timm:resnet18" names it in one word.
+    """Any architecture of timm with random weights: "timm:resnet18" or `architecture="resnet18"`.
 
-    Convolutional networks: with `small_stem` the first convolution becomes 3x3 with stride 1 and the stem's
-    max pooling goes, as is usual on CIFAR; None does so for images of up to 64 pixels whose architecture is
-    made for larger ones and has a stride in its stem. Models with tokens: `patch_size` is the side of a token's
-    tile in pixels; None keeps the architecture's own where that leaves 64 tokens or more (or is at home at this
-    size), else takes image_size // 8; where neither divides the image, it has to be given. Their `patch_size` is an
-    attribute. Transformers: `depth` (blocks), `embed_dim` (features of a token) and `num_heads`; None keeps the
-    architecture's own. Nothing is ever downloaded.
+    Nothing is downloaded. Models with patches have the attribute `patch_size`.
 
-    Raises UnknownNameError for an architecture timm lacks, and ConfigError where the architecture does
-    not take the option or the image size.
+    Args:
+        num_classes: Number of classes.
+        image_size: Side of the images in pixels.
+        architecture: Name of the architecture in timm.
+        small_stem: For convolutional networks: whether the first convolution becomes 3x3 with stride 1 and the max
+            pooling of the stem is removed, as is usual on CIFAR. None for images of up to 64 pixels, if the
+            architecture is made for larger ones and its stem has a stride.
+        patch_size: For models with patches: side of a patch in pixels, a divisor of `image_size`. None keeps the
+            architecture's own if it gives at least 64 tokens or `image_size` is at least the architecture's own, and
+            otherwise takes image_size // 8. It must be given if neither divides the image.
+        depth: For transformers: number of blocks; None for the architecture's own.
+        embed_dim: For transformers: features of a token; None for the architecture's own.
+        num_heads: For transformers: attention heads, a divisor of `embed_dim`; None for the architecture's own.
+
+    Raises:
+        UnknownNameError: For an architecture that timm does not have.
+        ConfigError: If the architecture does not take an option or the image size.
     """
 
     name_argument = "architecture"
@@ -210,7 +219,7 @@ def _patch_embed(network: nn.Module) -> PatchEmbed | None:
 def _choose_patch_size(
     architecture: str, outline: nn.Module, image_size: int, wanted: int | None
 ) -> int | None:
-    """The patch size to build with; None leaves it to the architecture."""
+    """The patch size to build with; None for the architecture's own."""
     embed = _patch_embed(outline)
     if wanted is not None:
         if not _takes(outline, "patch_size") or embed is None:
@@ -236,12 +245,12 @@ def _choose_patch_size(
 
 
 def _choose_sizes(architecture: str, outline: nn.Module, **sizes: int | None) -> dict[str, int]:
-    """The sizes that are given. Raises ConfigError for one the architecture does not take, or below 1."""
+    """The sizes that are given. Raises ConfigError for one that the architecture does not take or that is below 1."""
     wanted = {name: size for name, size in sizes.items() if size is not None}
     check_positive(**wanted)
     for name, size in wanted.items():
         annotation = inspect.signature(type(outline).__init__).parameters.get(name)
-        # A network of several stages has its sizes as tuples.
+        # A network of several stages has tuples of sizes, which cannot be chosen.
         if annotation is None or not isinstance(annotation.default, int):
             raise ConfigError(f"{name}: timm's {architecture!r} has no such size to choose, got {size}")
     return wanted
@@ -264,7 +273,7 @@ def _wants_small_stem(architecture: str, network: nn.Module, image_size: int, wa
 
 
 def _shrink_stem(network: nn.Module) -> None:
-    """Make the first convolution 3x3 with stride 1, and drop a max pooling that comes before any other stride."""
+    """Make the first convolution 3x3 with stride 1, and remove a max pooling that comes before any other stride."""
     conv = _first_conv(network)
     assert conv is not None
     conv.stride, conv.padding, conv.kernel_size = (1, 1), (1, 1), (3, 3)
