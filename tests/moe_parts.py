@@ -14,7 +14,7 @@ from backdoorbench_moe.moe.layers import (
     SparseMoELayer,
     TopKRouter,
 )
-from backdoorbench_moe.moe.layers.dispatch import dispatch_batched, dispatch_each, dispatch_grouped
+from backdoorbench_moe.moe.layers.dispatching import dispatch_batched, dispatch_each, dispatch_grouped
 
 IMAGES, TOKENS, FEATURES, HIDDEN, EXPERTS = 3, 5, 8, 16, 4
 WAYS = {"each": dispatch_each, "grouped": dispatch_grouped, "batched": dispatch_batched}

@@ -16,7 +16,7 @@ from backdoorbench_moe.moe.layers.assignment import (
     within_capacity,
 )
 from backdoorbench_moe.moe.layers.base import MoELayer, collect_routing
-from backdoorbench_moe.moe.layers.dispatch import combine, dispatch, scatter_outputs
+from backdoorbench_moe.moe.layers.dispatching import combine, dispatch, scatter_outputs
 from backdoorbench_moe.moe.layers.experts import Experts, MLPExperts, StackedLinear
 from backdoorbench_moe.moe.layers.losses import importance_loss, load_loss, squared_variation
 from backdoorbench_moe.moe.layers.routers import (

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from backdoorbench_moe.moe.layers.assignment import Assignment
 from backdoorbench_moe.moe.layers.base import MoELayer
-from backdoorbench_moe.moe.layers.dispatch import combine, dispatch, scatter_outputs
+from backdoorbench_moe.moe.layers.dispatching import combine, dispatch, scatter_outputs
 from backdoorbench_moe.moe.layers.experts import Experts
 from backdoorbench_moe.moe.layers.routers import Router
 from backdoorbench_moe.moe.routed import Routing

@@ -17,8 +17,7 @@ from moe_parts import (
     plain_moe,
 )
 
-import backdoorbench_moe.moe.layers.dispatch as dispatching
-from backdoorbench_moe.moe.layers import TopKRouter, combine, scatter_outputs
+from backdoorbench_moe.moe.layers import TopKRouter, combine, dispatching, scatter_outputs
 
 
 @pytest.mark.parametrize("way", WAYS)
