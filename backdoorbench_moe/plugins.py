@@ -12,8 +12,8 @@ from backdoorbench_moe.kinds import KINDS, PACKAGE
 
 GROUPS = {name: kind.group for name, kind in KINDS.items()}
 
-# Version of the interfaces that plug-ins keep to; it goes up when what worked with the last one no longer does.
-INTERFACE = 1
+# Version of the interfaces for plug-ins. It is raised when something that worked with the previous one stops working.
+INTERFACE = 2
 # The names in this entry-point group are the versions a package is written for; a package without any is
 # taken to be written for the one that is installed.
 INTERFACE_GROUP = f"{PACKAGE}.interface"

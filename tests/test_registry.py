@@ -11,6 +11,7 @@ import torch
 
 from backdoorbench_moe import plugins, triggers
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
+from backdoorbench_moe.plugins import INTERFACE
 from backdoorbench_moe.registry import Registry
 from backdoorbench_moe.triggers.base import Trigger
 
@@ -141,18 +142,19 @@ def test_a_package_for_another_interface_is_refused_and_holds_no_name(monkeypatc
         ("aa", "invert", "thirdparty_exits:X"),
         ("bb", "invert", "thirdparty_good:Good"),
         ("cc", "later", "thirdparty_exits:X"),
-        interfaces={"aa": ("7",), "bb": ("1", "2"), "cc": ("2", "3")},
+        interfaces={"aa": ("7",), "bb": ("1", str(INTERFACE)), "cc": ("8", "9")},
     )
     assert registry.names() == ["invert", "square"]
     assert type(registry.create("invert", {})).__module__ == "thirdparty_good"
     reasons = {c.package: text for c, text in registry.broken().items()}
     assert reasons == {
-        "aa": "trigger 'invert' from aa 1.0 is written for interface 7; this backdoorbench_moe has interface 1",
-        "cc": "trigger 'later' from cc 1.0 is written for interface 2 or 3; "
-        "this backdoorbench_moe has interface 1",
+        "aa": "trigger 'invert' from aa 1.0 is written for interface 7; "
+        f"this backdoorbench_moe has interface {INTERFACE}",
+        "cc": "trigger 'later' from cc 1.0 is written for interface 8 or 9; "
+        f"this backdoorbench_moe has interface {INTERFACE}",
     }
     for find in (registry.lookup, registry.check_name):
-        with pytest.raises(PluginError, match=r"'later' from cc 1\.0 is written for interface 2 or 3"):
+        with pytest.raises(PluginError, match=r"'later' from cc 1\.0 is written for interface 8 or 9"):
             find("later")
     assert "thirdparty_exits" not in sys.modules
 

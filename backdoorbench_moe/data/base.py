@@ -13,31 +13,8 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.errors import ConfigError, DataError
+from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.ops.seeding import generator
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images with their labels.
-
-    Attributes:
-        images: (N, 3, H, W) uint8.
-        labels: (N,) int64, class numbers from 0.
-    """
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def copy(self) -> Split:
-        """The same images in memory of their own."""
-        return Split(self.images.clone(), self.labels.clone())
-
-    def to(self, device: torch.device | str) -> Split:
-        """The same images on another device."""
-        return Split(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)

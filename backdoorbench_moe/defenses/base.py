@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from backdoorbench_moe.config import TrainSpec
-    from backdoorbench_moe.data.base import Split
     from backdoorbench_moe.moe.routed import Routing
+    from backdoorbench_moe.ops.images import Split
 
 # What a defense may declare that it needs, see `Defense.needs`.
 NEEDS = ("clean", "training-set", "features", "losses")

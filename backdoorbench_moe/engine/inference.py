@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
+from backdoorbench_moe.moe.structure import WithFeatures
+from backdoorbench_moe.ops.images import Split
 
 BATCH = 500
 
@@ -51,6 +52,18 @@ def routings(
         with torch.inference_mode():
             routing = forward_routed(model, batch, precision=precision).routing
         yield routing
+
+
+@torch.inference_mode()
+def features(model: WithFeatures, images: Tensor, *, precision: str, batch_size: int = BATCH) -> Tensor:
+    """Features before the head, (N, D) float32, of (N, C, H, W) uint8 images, in evaluation mode, on their device."""
+    assert isinstance(model, nn.Module)
+    model.eval()
+    found = []
+    for batch in images.split(batch_size):
+        with autocast(batch.device, precision):
+            found.append(model.extract_features(as_input(batch)).float())
+    return torch.cat(found)
 
 
 def losses(model: nn.Module, split: Split, *, precision: str, batch_size: int = BATCH) -> Tensor:

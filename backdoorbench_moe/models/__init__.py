@@ -1,4 +1,4 @@
-"""Models: images in, logits out; routed ones also say where they sent each patch."""
+"""Models, which map images to logits. Routed models also report which experts process each patch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,27 @@ registry: Registry[nn.Module] = Registry("model")
 
 
 def create_model(name: str, *, num_classes: int = 10, image_size: int = 32, **options: object) -> nn.Module:
-    """Build the model called `name` for (B, 3, image_size, image_size) images in [0, 1].
+    """Build a model for images (B, 3, image_size, image_size) in [0, 1].
 
-    Weights come from torch's global generator; seed it first. "timm:<architecture>" builds any timm
-    model from scratch. Raises UnknownNameError, ConfigError or PluginError.
+    Weights are drawn from torch's global generator; seed it first for reproducible weights.
+
+    Args:
+        name: Name of a model, see `list_models`. "timm:<architecture>" builds any timm architecture from scratch.
+        num_classes: Number of classes.
+        image_size: Side of the images in pixels.
+        **options: The model's own options.
+
+    Returns:
+        The model, in training mode.
+
+    Raises:
+        UnknownNameError: For a name or option that does not exist.
+        ConfigError: For an option of the wrong type or out of range.
+        PluginError: If the model is a plug-in's and cannot be loaded.
     """
     return registry.create(name, options, {"num_classes": num_classes, "image_size": image_size})
 
 
 def list_models() -> list[str]:
-    """Names of all models, built-in and third-party; `timm` stands for every "timm:<architecture>"."""
+    """Return the names of all built-in and third-party models. `timm` stands for every "timm:<architecture>"."""
     return registry.names()

@@ -1,4 +1,4 @@
-"""Checks on the sizes a model is built from."""
+"""Checks of the sizes that a model is built with."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ from backdoorbench_moe.errors import ConfigError
 
 
 def check_positive(**sizes: int) -> None:
-    """Raise ConfigError for the first size below 1."""
+    """Check that sizes are at least 1.
+
+    Raises:
+        ConfigError: For the first size below 1.
+    """
     for name, size in sizes.items():
         if size < 1:
             raise ConfigError.expected(name, "a whole number from 1 on", size)
 
 
 def check_image_size(image_size: int, *, at_least: int) -> None:
-    """Raise ConfigError for images too small for the model's strides."""
+    """Check that images are large enough for the model's strides.
+
+    Raises:
+        ConfigError: If `image_size` is below `at_least` pixels.
+    """
     if image_size < at_least:
         raise ConfigError.expected("image_size", f"at least {at_least} for this model", image_size)

@@ -1,45 +1,56 @@
-"""The reference's pMoE is a Keras model; this puts its weights into ours."""
+"""Conversion of the reference's pMoE, a Keras model, to `PMoE`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ShapeError
-
-if TYPE_CHECKING:
-    from backdoorbench_moe.models.pmoe import PMoE
+from backdoorbench_moe.models.pmoe import PMoE
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One array of the list. name: what it is. ours: our tensor for it, in Keras's layout; writes go through."""
+    """One array in the list of Keras weights.
+
+    Attributes:
+        name: What the array is, such as "block1.conv1 kernel".
+        ours: View of the tensor in `PMoE` that corresponds to it, in Keras's layout. Writing to it changes the model.
+    """
 
     name: str
     ours: Tensor
 
 
 def pmoe_from_keras(weights: Sequence[Any], *, image_size: int = 32, top_k: int = 16) -> PMoE:
-    """Build a PMoE from the arrays of the reference's `model.get_weights()`.
+    """Build a `PMoE` from the weights of the reference's Keras model.
 
-    weights: 70 arrays (42 + 7E for E experts) in the reference's order: kernels HWIO, BN as gamma, beta,
-    moving mean, moving variance. Every size is read off the shapes, but for image_size and top_k, which no
-    weight tells. Outputs, routing and SGD steps then equal the reference's. The moving variance goes on
-    with the unbiased variance of the batch, as in the fused BN that TensorFlow's Keras 2 uses for such maps
-    (Keras 3 would take the biased one).
+    Outputs, routing and SGD steps then equal the reference's. In training, the moving variance is updated with the
+    unbiased variance of the batch, as TensorFlow's fused batch norm in Keras 2 does (Keras 3 uses the biased one).
 
-    Raises ShapeError naming the index, what was expected and what came; ConfigError for image_size, top_k.
+    Args:
+        weights: What `model.get_weights()` returns: 42 + 7 * E arrays for E experts (70 for 4) in the reference's
+            order, kernels as HWIO, batch norms as gamma, beta, moving mean, moving variance.
+        image_size: Side of the images in pixels. Like `top_k`, it cannot be derived from the weights.
+        top_k: Patches that each expert takes.
+
+    Returns:
+        The model, in training mode.
+
+    Raises:
+        ShapeError: For an array of the wrong shape or type, naming its index, what was expected and what came.
+        ConfigError: For an `image_size` or `top_k` out of range.
+
+    Source: nowazrabbani/pMoE_CNN, `wideresnet_moe.py`.
     """
-    from backdoorbench_moe.models.pmoe import PMoE
-
     arrays = [_as_array(index, weight) for index, weight in enumerate(weights)]
     sizes = _read_sizes(arrays)
-    # The weights drawn here are thrown away: leave the caller's random stream as it was.
+    # The random initial weights are overwritten, so they are not drawn from the caller's random stream.
     with torch.random.fork_rng(devices=[]):
         model = PMoE(image_size=image_size, top_k=top_k, **sizes)
     for index, (array, slot) in enumerate(zip(arrays, keras_slots(model), strict=True)):
@@ -58,7 +69,7 @@ def _as_array(index: int, weight: Any) -> np.ndarray:
 
 
 def _read_sizes(arrays: list[np.ndarray]) -> dict[str, int]:
-    """Read the sizes of the model off the few arrays that tell them."""
+    """Derive the options of `PMoE` from the shapes of the arrays."""
     experts, rest = divmod(len(arrays) - 42, 7)
     if experts < 1 or rest:
         raise ShapeError(f"weights: expected 70 arrays (42 + 7 for each expert), got {len(arrays)}")
@@ -82,7 +93,7 @@ def _read_sizes(arrays: list[np.ndarray]) -> dict[str, int]:
 
 
 def keras_slots(model: PMoE) -> Iterator[Slot]:
-    """Name the arrays in the order of the reference's `get_weights()`, each with our tensor for it."""
+    """Yield the arrays in the order of the reference's `get_weights()`, with the corresponding tensors of `model`."""
     trunk, moe = model.trunk, model.moe
     yield from _conv("stem", trunk.stem)
     for name, block in (("block1", trunk.block1), ("block2", trunk.block2)):

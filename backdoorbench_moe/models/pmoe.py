@@ -1,10 +1,9 @@
-"""pMoE: a small wide residual network whose experts each choose the patches of an image they work on."""
+"""pMoE: a wide residual network with expert-choice routing of the patches of an image."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.models.checks import check_positive
-from backdoorbench_moe.models.keras import pmoe_from_keras
 from backdoorbench_moe.models.wrn_blocks import (
     SameConv2d,
     WideTrunk,
@@ -22,16 +20,21 @@ from backdoorbench_moe.models.wrn_blocks import (
     set_bn_momentum,
 )
 from backdoorbench_moe.moe.experts import mute
+from backdoorbench_moe.moe.precision import full_precision
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
 from backdoorbench_moe.moe.structure import ChannelGroup, Expert
 
-__all__ = ["PMoE", "PatchMoE", "PatchRouter", "pmoe_from_keras", "select_top"]
-
 
 class PatchRouter(nn.Module):
-    """Expert choice for each image: every expert weighs the P cells of the map and keeps its best K.
+    """Expert-choice router: in each image, every expert selects the K cells of the map with the largest gates.
 
-    Always works in fp32, also under autocast: bf16 has too few digits to rank 64 near-equal weights.
+    Gates are computed in fp32 also under autocast: bf16 has too few digits to rank 64 gates that are nearly equal.
+
+    Args:
+        channels: Channels of the map.
+        num_experts: Number of experts E.
+        top_k: Cells K that each expert selects.
+        gate_std: Standard deviation of the initial weights.
     """
 
     def __init__(self, channels: int, *, num_experts: int, top_k: int, gate_std: float) -> None:
@@ -41,25 +44,46 @@ class PatchRouter(nn.Module):
         nn.init.normal_(self.weight, std=gate_std)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) to gates (B, E, P) float32, which sum to 1 over P, and selected (B, E, P) bool."""
-        device = features.device.type
-        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+        """Compute the routing of a map.
+
+        Args:
+            features: (B, C, H, W), with P = H * W cells.
+
+        Returns:
+            Gates (B, E, P) float32, a softmax over the cells, and selected (B, E, P) bool.
+        """
+        with full_precision(features.device):
             cells = features.flatten(2).to(self.weight.dtype)
             gates = torch.matmul(self.weight, cells).float().softmax(dim=-1)
             return gates, select_top(gates, self.top_k)
 
 
 def select_top(gates: Tensor, top_k: int) -> Tensor:
-    """Mark the `top_k` largest of each row (..., P), exactly as many; of equals, the first ones."""
+    """Mark the largest gates.
+
+    Args:
+        gates: (..., P).
+        top_k: Number K of gates to mark in each row.
+
+    Returns:
+        (..., P) bool, True for exactly K entries of each row. Of equal gates, the first are marked.
+    """
     best = gates.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
     return torch.zeros_like(gates, dtype=torch.bool).scatter_(-1, best, True)
 
 
 class PatchMoE(nn.Module):
-    """E experts, each BN-ReLU-1x1 conv on its own weighted copy of the map.
+    """E experts of batch norm, ReLU and 1x1 convolution, each on its own weighted copy of the map.
 
-    Channels of `norm` and `conv` are grouped by expert: expert e has the in_channels from
-    e * in_channels on, and gives the out_channels from e * out_channels on.
+    The channels of `norm` and `conv` are grouped by expert: expert e has the in_channels input channels from
+    e * in_channels and the out_channels output channels from e * out_channels.
+
+    Args:
+        in_channels: Channels of the map.
+        out_channels: Output channels of each expert.
+        num_experts: Number of experts E.
+        top_k: Cells that each expert selects.
+        gate_std: Standard deviation of the router's initial weights.
     """
 
     def __init__(
@@ -69,42 +93,59 @@ class PatchMoE(nn.Module):
         self.router = PatchRouter(in_channels, num_experts=num_experts, top_k=top_k, gate_std=gate_std)
         self.norm = batch_norm(num_experts * in_channels)
         self.conv = nn.Conv2d(num_experts * in_channels, num_experts * out_channels, 1, groups=num_experts)
-        # Glorot of one expert's kernel; PyTorch would count the outputs of all groups as one fan-out.
+        # Glorot uniform for the kernel of one expert; PyTorch would count the outputs of all groups as one fan-out.
         bound = math.sqrt(6 / (in_channels + out_channels))
         nn.init.uniform_(self.conv.weight, -bound, bound)
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map (B, C, H, W) to (B, E * out_channels, H, W), with the router's gates and selected.
+        """Compute all experts.
 
-        A cell that was not routed enters as zeros, counts in BN's statistics and leaves as a constant.
+        A cell that an expert did not select enters it as zeros, counts in its batch statistics, and leaves it as the
+        same constant for all such cells.
+
+        Args:
+            features: (B, C, H, W).
+
+        Returns:
+            Outputs (B, E * out_channels, H, W), gates (B, E, P) and selected (B, E, P).
         """
         gates, selected = self.router(features)
         weights = (gates * selected).to(features.dtype).transpose(1, 2).contiguous()
         cells = features.flatten(2).transpose(1, 2)
-        # The product takes the layout its factors agree on: (B, P, E, C), which seen as (B, E * C, H, W) is
-        # channels_last. With `weights` left a transposed view it would be (B, E, P, C) and be copied once more.
+        # With contiguous `weights`, the product has the memory layout (B, P, E, C), and its view as (B, E * C, H, W)
+        # is channels_last. If `weights` were a transposed view, the layout would be (B, E, P, C) and need a copy.
         routed = cells.unsqueeze(2) * weights.unsqueeze(3)
         routed = routed.flatten(2).transpose(1, 2).unflatten(2, features.shape[-2:])
         return self.conv(F.relu(self.norm(routed), inplace=True)), gates, selected
 
 
 class PMoE(RoutedModel):
-    """pMoE on a wide residual trunk, with expert-choice routing of the cells of its last map.
+    """pMoE: a wide residual trunk, and experts that each select cells of its last map.
 
-    `widen_factor` sets the trunk's 16k and 32k channels, `moe_channels` those of the routed map,
-    `expert_channels` what each of `num_experts` gives; each takes the `top_k` best of the P cells.
-    `gate_std` is the standard deviation the gates are drawn with: 1e-4 as in the reference's code
-    (the paper's N(0, 1e-4) could be read as a variance). `bn_momentum` is PyTorch's; 0.01 is Keras's 0.99.
+    With `patch_size` 4, the model is the reference's, whose map has a quarter of the image's side. With 8, 16, ... the
+    map is halved one or more times before the first block (see `Halving`), so that the trunk costs about as much for
+    64x64 images by 8 as for 32x32 images by 4. The reference ends in a softmax; this model returns logits.
 
-    A cell answers for `patch_size` pixels on a side: 4, the reference's map of a quarter of the image, or
-    8, 16, ... for larger images. Each doubling halves the map once more before the first block (as `Halving`),
-    so that 64x64 by 8 and 224x224 by 16 cost the trunk about what 32x32 and 56x56 by 4 do; with 4 nothing
-    is added to the reference. Raises ConfigError for sizes below 1, a patch size that is no power of two from
-    4, an image size that is no multiple of it, and a `top_k` over P. Source: Chowdhury et al., ICML
-    2023; code nowazrabbani/pMoE_CNN, `wideresnet_moe.py`. The reference ends in a softmax; here the
-    logits come out, for cross-entropy to take.
+    Args:
+        num_classes: Number of classes.
+        image_size: Side of the images in pixels, a multiple of `patch_size`.
+        patch_size: Side in pixels of the image tile that belongs to a cell: 4, 8, 16, ...
+        widen_factor: The blocks of the trunk have 16 and 32 times as many channels.
+        moe_channels: Channels of the map that is routed.
+        expert_channels: Output channels of each expert.
+        num_experts: Number of experts.
+        top_k: Cells that each expert selects, 1 to the number of cells.
+        gate_std: Standard deviation of the router's initial weights. The default is that of the reference's code; the
+            paper's N(0, 1e-4) could also be read as a variance.
+        bn_momentum: Momentum of batch norms in (0, 1], as PyTorch counts it; the default is 0.99 in Keras.
+
+    Raises:
+        ConfigError: For an option out of range.
+
+    Source: Chowdhury et al., "Patch-level Routing in Mixture-of-Experts is Provably Sample-efficient for Convolutional
+    Neural Networks", ICML 2023; code nowazrabbani/pMoE_CNN, `wideresnet_moe.py`.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {
@@ -150,7 +191,7 @@ class PMoE(RoutedModel):
             raise ConfigError.expected("gate_std", "a finite number from 0 on", gate_std)
         self.image_size, self.patch_size = image_size, patch_size
         self.patch_grid = (side, side)
-        # The trunk and `reduce` halve the map once each.
+        # Both the trunk and `reduce` halve the map once.
         self.trunk = WideTrunk(widen_factor, halvings=(patch_size // 4).bit_length() - 1)
         self.reduce_norm = batch_norm(32 * widen_factor)
         self.reduce = SameConv2d(32 * widen_factor, moe_channels, 3, stride=2)
@@ -162,23 +203,33 @@ class PMoE(RoutedModel):
         set_bn_momentum(self, bn_momentum)
 
     def forward_routed(self, images: Tensor) -> RoutedOutput:
-        """Images (B, 3, H, W) in [0, 1] to logits and the routing of the one routed layer.
+        """Map images (B, 3, H, W) in [0, 1] to logits and the routing of the one routed layer.
 
-        The gates are softmax weights over the cells of one image; those selected are used as they are,
-        not renormalised.
+        The gates are a softmax over the cells of one image. Those of the selected cells are not renormalised.
         """
-        features = self.reduce(F.relu(self.reduce_norm(self.trunk(images)), inplace=True))
-        outputs, gates, selected = self.moe(features)
-        pooled = F.relu(self.norm(outputs), inplace=True).mean((2, 3))
-        return RoutedOutput(self.head(pooled), [Routing("moe", gates, selected)])
+        features, routing = self._features(images)
+        return RoutedOutput(self.classify(features), [routing])
+
+    def extract_features(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) in [0, 1] to the features (B, D) before the head."""
+        return self._features(images)[0]
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Map features (B, D) to logits (B, classes)."""
+        return self.head(features)
+
+    def _features(self, images: Tensor) -> tuple[Tensor, Routing]:
+        cells = self.reduce(F.relu(self.reduce_norm(self.trunk(images)), inplace=True))
+        outputs, gates, selected = self.moe(cells)
+        return F.relu(self.norm(outputs), inplace=True).mean((2, 3)), Routing("moe", gates, selected)
 
     def components(self) -> dict[str, list[nn.Module]]:
-        """Experts (each channel of `norm` is an expert's), router and head."""
+        """The experts with the norm behind them, each channel of which belongs to one expert; the router; the head."""
         experts: list[nn.Module] = [self.moe.norm, self.moe.conv, self.norm]
         return {"experts": experts, "router": [self.moe.router], "head": [self.head]}
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
-        """Each expert's channels of the experts' convolution; and the convolution that makes the routed map."""
+        """The output channels of each expert, and those of the convolution that computes the routed map."""
         experts = len(self.moe.router.weight)
         size = self.moe.conv.out_channels // experts
         groups = [
@@ -188,7 +239,7 @@ class PMoE(RoutedModel):
         return {"experts": groups, "trunk": [ChannelGroup.whole("trunk", self.reduce)]}
 
     def experts(self) -> list[Expert]:
-        """Each expert: its share of the experts' norm and convolution, and of the norm behind them."""
+        """Each expert: its channels of the experts' norm and convolution, and of the norm behind them."""
         count = len(self.moe.router.weight)
         sizes = {"moe.norm": self.moe.norm, "moe.conv": self.moe.conv, "norm": self.norm}
         found = []
@@ -199,7 +250,7 @@ class PMoE(RoutedModel):
                 for key, tensor in module.state_dict().items()
                 if tensor.ndim
             }
-            # The norm behind the convolution too: it would make a constant of the zeros.
+            # The norm behind the convolution is included, since it turns zeros into a constant.
             output = {
                 key: rows[key] for key in ("moe.conv.weight", "moe.conv.bias", "norm.weight", "norm.bias")
             }
@@ -207,5 +258,5 @@ class PMoE(RoutedModel):
         return found
 
     def mask_expert(self, expert: Expert) -> None:
-        """Mute the expert: every expert chooses its own patches, so none of them waits for another to take over."""
+        """Mute the expert. Experts select patches independently, so there are none that another would have to take."""
         mute(self, [expert])

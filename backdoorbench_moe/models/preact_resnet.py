@@ -12,8 +12,8 @@ from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.models.checks import check_image_size, check_positive
 from backdoorbench_moe.moe.structure import ChannelGroup
 
-# oneDNN's AVX2 backward pass of a strided 1x1 convolution writes beside its memory below 8 channels (torch 2.14.1:
-# heap corruption on one thread, a hang on two); AVX-512 does not.
+# Below 8 channels, oneDNN's backward pass of a strided 1x1 convolution writes out of bounds on CPUs with AVX2 but
+# without AVX-512 (torch 2.14.1: heap corruption with one thread, a hang with two).
 MIN_WIDTH = 8
 
 
@@ -22,9 +22,9 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
 
 
 class PreActBlock(nn.Module):
-    """BN-ReLU-conv3x3(stride)-BN-ReLU-conv3x3, plus the input, projected 1x1 where its shape changes.
+    """Pre-activation block: BN, ReLU, 3x3 convolution with a stride, BN, ReLU, 3x3 convolution, and a shortcut.
 
-    The projection starts from the activated input; the plain shortcut from the raw one.
+    If the shape changes, the shortcut is a 1x1 convolution of the activated input, otherwise the input itself.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
@@ -37,18 +37,26 @@ class PreActBlock(nn.Module):
         self.shortcut = _conv(in_channels, out_channels, 1, stride) if changes else None
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
+        """Map (B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         active = F.relu(self.norm1(features), inplace=True)
         kept = features if self.shortcut is None else self.shortcut(active)
         return kept + self.conv2(F.relu(self.norm2(self.conv1(active)), inplace=True))
 
 
 class PreActResNet18(nn.Module):
-    """PreActResNet-18: 3x3 stem, 4 stages of 2 blocks with `width` * 1, 2, 4, 8 channels, strides 1, 2, 2, 2.
+    """PreActResNet-18: a 3x3 stem and 4 stages of 2 blocks, with strides 1, 2, 2, 2.
 
-    Raises ConfigError for a width below 8, other sizes below 1 and images under 8 pixels. Source: He et al.,
-    "Identity Mappings in Deep Residual Networks", ECCV 2016, with the last BN-ReLU of the paper, which the copy
-    that many backdoor toolboxes share leaves out.
+    It has the last batch norm and ReLU of the paper, which the implementation shared by many backdoor toolboxes omits.
+
+    Args:
+        num_classes: Number of classes.
+        image_size: Side of the images in pixels, from 8.
+        width: Channels of the first stage, from 8; the others have 2, 4 and 8 times as many.
+
+    Raises:
+        ConfigError: For an option out of range.
+
+    Source: He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"width": 8}
@@ -77,16 +85,24 @@ class PreActResNet18(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
+        """Map images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
+        return self.classify(self.extract_features(images))
+
+    def extract_features(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) in [0, 1] to the features (B, D) before the head."""
         features = self.blocks(self.stem(images))
-        return self.head(F.relu(self.norm(features), inplace=True).mean((2, 3)))
+        return F.relu(self.norm(features), inplace=True).mean((2, 3))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Map features (B, D) to logits (B, classes)."""
+        return self.head(features)
 
     def components(self) -> dict[str, list[nn.Module]]:
-        """The head; nothing is routed."""
+        """The head."""
         return {"head": [self.head]}
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
-        """The last convolution, whose sum with the shortcut the last norm takes."""
+        """The last convolution. The norm behind it takes its sum with the shortcut."""
         block = self.blocks[-1]
         assert isinstance(block, PreActBlock)
         return {"trunk": [ChannelGroup.whole("trunk", block.conv2, self.norm)]}

@@ -1,4 +1,4 @@
-"""How large a model is and what one image costs it."""
+"""Size of a model and the cost of one image."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class ModelProfile:
-    """parameters: trained numbers. buffers: other floating-point numbers kept, such as BN's statistics.
+    """Size and cost of a model.
 
-    multiply_adds: multiply-adds of one image's forward pass in convolutions, dense layers and attention.
+    Attributes:
+        parameters: Number of trained values.
+        buffers: Number of other floating-point values in the state, such as running statistics of batch norms.
+        multiply_adds: Multiply-adds in convolutions, linear layers and attention for one image, forward pass only.
     """
 
     parameters: int
@@ -23,10 +26,14 @@ class ModelProfile:
 
 
 def profile_model(model: nn.Module, image_size: int) -> ModelProfile:
-    """Count what `model` holds, and run one empty (1, 3, image_size, image_size) image through it.
+    """Count a model's values, and the multiply-adds of one image.
 
-    The model is left as it was. Routed models are counted as they compute: a patch that no expert chose
-    costs what a chosen one does where the code computes both.
+    The model is not changed. Multiply-adds are those that are computed: if a routed model's code also computes experts
+    on patches they did not select, these count as well.
+
+    Args:
+        model: The model, on any device, "meta" included.
+        image_size: Side of the image in pixels.
     """
     reference = next(model.parameters())
     training = {module: module.training for module in model.modules()}
@@ -34,8 +41,8 @@ def profile_model(model: nn.Module, image_size: int) -> ModelProfile:
     counter = FlopCounterMode(display=False)
     model.eval()
     try:
-        # The plain form of attention is the one made of products the counter knows on every device. Gradients
-        # are on because the counter's module hooks fail without them on models with learned tokens.
+        # The counter knows the matrix products of the plain implementation of attention on every device. Gradients are
+        # enabled because its module hooks fail without them on models with learned tokens.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             model(images)
     finally:

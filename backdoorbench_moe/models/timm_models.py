@@ -1,4 +1,4 @@
-"""Any architecture of timm, from scratch, fitted to the image size."""
+"""Any architecture of timm, untrained and fitted to the image size."""
 
 from __future__ import annotations
 
@@ -17,27 +17,36 @@ from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.models.checks import check_image_size, check_positive
 from backdoorbench_moe.moe.structure import ChannelGroup
 
-# Below this side the stem of a network made for 224x224 would leave next to nothing of an image.
+# Up to this side, the strided stem of a network made for 224x224 would leave too small a map.
 SMALL_IMAGE = 64
-# What has convolutions or MLPs beside the way that features take: shortcuts, and positions made into biases.
+# Parts of module names whose convolutions and MLPs are not on the main path: shortcuts and relative positions.
 ASIDE = ("downsample", "rel_pos")
-# A vision transformer gets smaller patches where its own would leave fewer tokens than an 8x8 grid.
+# A vision transformer gets smaller patches if its own would give fewer tokens than an 8x8 grid.
 GRID = 8
 
 
 class TimmModel(nn.Module):
-    """`timm.create_model(architecture)` with random weights; "timm:resnet18" names it in one word.
+    """Any architecture of timm with random weights: "timm:resnet18" or `architecture="resnet18"`.
 
-    Convolutional networks: with `small_stem` the first convolution becomes 3x3 with stride 1 and the stem's
-    max pooling goes, as is usual on CIFAR; None does so for images of up to 64 pixels whose architecture is
-    made for larger ones and has a stride in its stem. Models with tokens: `patch_size` is the side of a token's
-    tile in pixels; None keeps the architecture's own where that leaves 64 tokens or more (or is at home at this
-    size), else takes image_size // 8; where neither divides the image, it has to be given. Their `patch_size` is an
-    attribute. Transformers: `depth` (blocks), `embed_dim` (features of a token) and `num_heads`; None keeps the
-    architecture's own. Nothing is ever downloaded.
+    Nothing is downloaded. Models with patches have the attribute `patch_size`.
 
-    Raises UnknownNameError for an architecture timm lacks, and ConfigError where the architecture does
-    not take the option or the image size.
+    Args:
+        num_classes: Number of classes.
+        image_size: Side of the images in pixels.
+        architecture: Name of the architecture in timm.
+        small_stem: For convolutional networks: whether the first convolution becomes 3x3 with stride 1 and the max
+            pooling of the stem is removed, as is usual on CIFAR. None for images of up to 64 pixels, if the
+            architecture is made for larger ones and its stem has a stride.
+        patch_size: For models with patches: side of a patch in pixels, a divisor of `image_size`. None keeps the
+            architecture's own if it gives at least 64 tokens or `image_size` is at least the architecture's own, and
+            otherwise takes image_size // 8. It must be given if neither divides the image.
+        depth: For transformers: number of blocks; None for the architecture's own.
+        embed_dim: For transformers: features of a token; None for the architecture's own.
+        num_heads: For transformers: attention heads, a divisor of `embed_dim`; None for the architecture's own.
+
+    Raises:
+        UnknownNameError: For an architecture that timm does not have.
+        ConfigError: If the architecture does not take an option or the image size.
     """
 
     name_argument = "architecture"
@@ -69,6 +78,7 @@ class TimmModel(nn.Module):
         if chosen is not None:
             options["patch_size"] = chosen
         options |= _choose_sizes(architecture, outline, depth=depth, embed_dim=embed_dim, num_heads=num_heads)
+        self.architecture = architecture
         self.network = _build(architecture, image_size=image_size, **options)
         if _wants_small_stem(architecture, self.network, image_size, small_stem):
             _shrink_stem(self.network)
@@ -78,17 +88,35 @@ class TimmModel(nn.Module):
         self._try_out(architecture, image_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
+        """Map images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
         return self.network(images)
 
+    def extract_features(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) in [0, 1] to the features (B, D) before the last linear layer.
+
+        Raises:
+            ConfigError: If the architecture does not end in one linear layer, but in several side by side.
+        """
+        self._check_features()
+        return self._run(images)[1][0].flatten(1)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Map features (B, D) to logits (B, classes).
+
+        Raises:
+            ConfigError: If the architecture does not end in one linear layer, but in several side by side.
+        """
+        self._check_features()
+        return _apply_flat(self._last_layer(), features)
+
     def components(self) -> dict[str, list[nn.Module]]:
-        """The head, where timm names one."""
+        """The head, if timm names one with weights."""
         head = self.network.get_classifier()  # type: ignore[operator]
         named = isinstance(head, nn.Module) and any(True for _ in head.parameters())
         return {"head": [head]} if named else {}
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
-        """The last convolution with its own norm behind it (shortcuts aside) or hidden layer of an MLP."""
+        """The last convolution that has its own batch norm, outside of shortcuts, or hidden layer of an MLP."""
         kinds = (nn.Conv2d, nn.BatchNorm2d, Mlp)
         modules = [(name, m) for name, m in self.network.named_modules() if isinstance(m, kinds)]
         found = [
@@ -98,19 +126,50 @@ class TimmModel(nn.Module):
         ]
         return {"trunk": found[-1:]} if found else {}
 
-    def _try_out(self, architecture: str, image_size: int) -> None:
-        """Run one empty image: whether strides and windows fit a size shows nowhere else."""
-        self.network.eval()
+    def _last_layer(self) -> nn.Module:
+        """The last linear layer or convolution of timm's classifier; a module that is never called if there is none."""
+        head = self.network.get_classifier()  # type: ignore[operator]
+        inside = head.modules() if isinstance(head, nn.Module) else ()
+        return next(reversed([m for m in inside if isinstance(m, nn.Linear | nn.Conv2d)]), nn.Identity())
+
+    def _run(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Run the network. Returns the logits, and the input of the last layer for each time it was called."""
+        seen: list[Tensor] = []
+        hook = self._last_layer().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
-            with torch.no_grad():
-                self.network(torch.zeros(1, 3, image_size, image_size))
-        except Exception as error:
-            raise _unfit(architecture, image_size, error) from error
+            return self.network(images), seen
+        finally:
+            hook.remove()
+
+    def _check_features(self) -> None:
+        if not self._has_features:
+            raise ConfigError(
+                f"model: timm's {self.architecture!r} does not end in one linear layer, "
+                "so it has no features before its head"
+            )
+
+    def _try_out(self, architecture: str, image_size: int) -> None:
+        """Run one image: only this shows whether the strides fit its size, and what the last layer is given."""
+        self.network.eval()
+        image = torch.linspace(0, 1, 3 * image_size**2).reshape(1, 3, image_size, image_size)
+        with torch.no_grad():
+            try:
+                logits, seen = self._run(image)
+            except Exception as error:
+                raise _unfit(architecture, image_size, error) from error
+            self._has_features = len(seen) == 1 and seen[0].numel() == seen[0].shape[1]
+            if self._has_features and not logits.is_meta:
+                self._has_features = torch.equal(_apply_flat(self._last_layer(), seen[0].flatten(1)), logits)
         self.network.train()
 
 
+def _apply_flat(layer: nn.Module, features: Tensor) -> Tensor:
+    """Features (B, D) through a linear layer, or through a convolution as a map of one cell: (B, classes)."""
+    return layer(features[..., None, None] if isinstance(layer, nn.Conv2d) else features).flatten(1)
+
+
 def _prunable(module: nn.Module, after: nn.Module) -> ChannelGroup | None:
-    """The channels of a convolution whose norm comes right after it, or the hidden units of an MLP."""
+    """The channels of a convolution that its batch norm directly follows, or the hidden units of an MLP."""
     if isinstance(module, Mlp) and isinstance(module.fc1, nn.Linear):
         return ChannelGroup.whole("trunk", module.fc1)
     if not isinstance(module, nn.Conv2d) or not isinstance(after, nn.BatchNorm2d):
@@ -160,7 +219,7 @@ def _patch_embed(network: nn.Module) -> PatchEmbed | None:
 def _choose_patch_size(
     architecture: str, outline: nn.Module, image_size: int, wanted: int | None
 ) -> int | None:
-    """The patch size to build with; None leaves it to the architecture."""
+    """The patch size to build with; None for the architecture's own."""
     embed = _patch_embed(outline)
     if wanted is not None:
         if not _takes(outline, "patch_size") or embed is None:
@@ -186,12 +245,12 @@ def _choose_patch_size(
 
 
 def _choose_sizes(architecture: str, outline: nn.Module, **sizes: int | None) -> dict[str, int]:
-    """The sizes that are given. Raises ConfigError for one the architecture does not take, or below 1."""
+    """The sizes that are given. Raises ConfigError for one that the architecture does not take or that is below 1."""
     wanted = {name: size for name, size in sizes.items() if size is not None}
     check_positive(**wanted)
     for name, size in wanted.items():
         annotation = inspect.signature(type(outline).__init__).parameters.get(name)
-        # A network of several stages has its sizes as tuples.
+        # A network of several stages has tuples of sizes, which cannot be chosen.
         if annotation is None or not isinstance(annotation.default, int):
             raise ConfigError(f"{name}: timm's {architecture!r} has no such size to choose, got {size}")
     return wanted
@@ -214,7 +273,7 @@ def _wants_small_stem(architecture: str, network: nn.Module, image_size: int, wa
 
 
 def _shrink_stem(network: nn.Module) -> None:
-    """Make the first convolution 3x3 with stride 1, and drop a max pooling that comes before any other stride."""
+    """Make the first convolution 3x3 with stride 1, and remove a max pooling that comes before any other stride."""
     conv = _first_conv(network)
     assert conv is not None
     conv.stride, conv.padding, conv.kernel_size = (1, 1), (1, 1), (3, 3)

@@ -11,16 +11,25 @@ from torchvision.models.vgg import make_layers
 from backdoorbench_moe.models.checks import check_image_size, check_positive
 from backdoorbench_moe.moe.structure import ChannelGroup
 
-# Channels of the 13 convolutions in units of `width`; "M" halves the map.
+# Channels of the 13 convolutions as multiples of `width`; "M" is max pooling, which halves the map.
 _CONVOLUTIONS = (1, 1, "M", 2, 2, "M", 4, 4, 4, "M", 8, 8, 8, "M", 8, 8, 8, "M")
 
 
 class VGG16BN(nn.Module):
-    """VGG-16 with batch norm (configuration D): 13 convolutions of `width` * 1, 2, 4, 8, 8 channels.
+    """VGG-16 with batch norm (configuration D), with one linear layer on the average of the last map.
 
-    torchvision's layers and initialisation; the three dense layers over a 7x7 map, made for 224x224 images,
-    are one dense layer over the map's average, as is usual at 32x32. Raises ConfigError for sizes below 1 and
-    images under 32 pixels, which five halvings leave nothing of. Source: Simonyan & Zisserman, ICLR 2015.
+    Layers and initialisation are torchvision's. The single linear layer replaces the three of the original, which are
+    made for the 7x7 map of 224x224 images, as is usual for 32x32 images.
+
+    Args:
+        num_classes: Number of classes.
+        image_size: Side of the images in pixels, from 32, since the map is halved five times.
+        width: Channels of the first two convolutions; the others have 2, 4 and 8 times as many.
+
+    Raises:
+        ConfigError: For an option out of range.
+
+    Source: Simonyan & Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", ICLR 2015.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"width": 8}
@@ -41,14 +50,22 @@ class VGG16BN(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
-        return self.head(self.features(images).mean((2, 3)))
+        """Map images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
+        return self.classify(self.extract_features(images))
+
+    def extract_features(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) in [0, 1] to the features (B, D) before the head."""
+        return self.features(images).mean((2, 3))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Map features (B, D) to logits (B, classes)."""
+        return self.head(features)
 
     def components(self) -> dict[str, list[nn.Module]]:
-        """The head; nothing is routed."""
+        """The head."""
         return {"head": [self.head]}
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
         """The last convolution."""
-        *_, conv, norm, _, _ = self.features  # The last two are a ReLU and a pooling.
+        *_, conv, norm, _, _ = self.features  # The last two are a ReLU and a max pooling.
         return {"trunk": [ChannelGroup.whole("trunk", conv, norm)]}

@@ -1,4 +1,4 @@
-"""The dense twin of pMoE: the same trunk, with a third group in the place of the experts."""
+"""The dense counterpart of pMoE: the same trunk, with a third block in place of the experts."""
 
 from __future__ import annotations
 
@@ -22,12 +22,21 @@ from backdoorbench_moe.moe.structure import ChannelGroup
 
 
 class WideResNet(nn.Module):
-    """Wide residual network of depth 10: groups of one block with 16k, 32k, 64k channels, k = `widen_factor`.
+    """Wide residual network of depth 10: three groups of one block, with strides 1, 2, 2, and a linear head.
 
-    Strides 1, 2, 2; BN-ReLU, average over the map, dense. The conventions are Keras's, as in pMoE. k need not
-    be whole (channels are rounded), so that a twin can cost what another model does. Raises ConfigError for
-    sizes below 1. Source: nowazrabbani/pMoE_CNN, `wideresnet.py`. The reference's dense twin
-    averages over a window fixed for its images; here it is the whole map, whatever the image size.
+    Padding, initialisation and batch norms follow Keras, as in pMoE. The last map is averaged over its whole size; the
+    reference averages over a window that is fixed for 32x32 images.
+
+    Args:
+        num_classes: Number of classes.
+        image_size: Side of the images in pixels, from 4.
+        widen_factor: The blocks have 16, 32 and 64 times as many channels, rounded. It may be fractional, from 1.
+        bn_momentum: Momentum of batch norms in (0, 1], as PyTorch counts it; the default is 0.99 in Keras.
+
+    Raises:
+        ConfigError: For an option out of range.
+
+    Source: nowazrabbani/pMoE_CNN, `wideresnet.py`.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"widen_factor": 1}
@@ -53,14 +62,22 @@ class WideResNet(nn.Module):
         set_bn_momentum(self, bn_momentum)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
+        """Map images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
+        return self.classify(self.extract_features(images))
+
+    def extract_features(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) in [0, 1] to the features (B, D) before the head."""
         features = self.block3(self.trunk(images))
-        return self.head(F.relu(self.norm(features), inplace=True).mean((2, 3)))
+        return F.relu(self.norm(features), inplace=True).mean((2, 3))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Map features (B, D) to logits (B, classes)."""
+        return self.head(features)
 
     def components(self) -> dict[str, list[nn.Module]]:
-        """The head; nothing is routed."""
+        """The head."""
         return {"head": [self.head]}
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
-        """The last convolution, whose sum with the shortcut the last norm takes."""
+        """The last convolution. The norm behind it takes its sum with the shortcut."""
         return {"trunk": [ChannelGroup.whole("trunk", self.block3.conv2, self.norm)]}

@@ -1,4 +1,4 @@
-"""The trunk of the wide residual networks of pMoE, with the conventions of Keras that change numbers."""
+"""The trunk of pMoE and of its dense counterpart, with the conventions of Keras that change results."""
 
 from __future__ import annotations
 
@@ -9,15 +9,22 @@ from backdoorbench_moe.errors import ConfigError
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """BatchNorm as Keras has it: eps 1e-3, and momentum 0.99, which PyTorch writes as 0.01."""
+    """Return a batch norm with Keras's defaults: eps 1e-3 and momentum 0.99, which is 0.01 in PyTorch."""
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
 
 
 def set_bn_momentum(model: nn.Module, momentum: float) -> None:
-    """Set how fast running statistics follow the batches, in (0, 1] as PyTorch counts it.
+    """Set the momentum of all batch norms of a model.
 
-    Keras's 0.01 needs some hundred steps to forget the first ones; a run of few steps needs more. Raises
-    ConfigError.
+    With Keras's default, running statistics need some hundred steps to forget their initial values. Short runs need a
+    larger momentum.
+
+    Args:
+        model: The model.
+        momentum: In (0, 1], as PyTorch counts it.
+
+    Raises:
+        ConfigError: For a momentum out of range.
     """
     if not 0 < momentum <= 1:
         raise ConfigError.expected("bn_momentum", "a number in (0, 1]", momentum)
@@ -29,21 +36,21 @@ def set_bn_momentum(model: nn.Module, momentum: float) -> None:
 class SameConv2d(nn.Conv2d):
     """Convolution with Keras's "same" padding, Glorot uniform kernels and zero biases.
 
-    The output side is ceil(input / stride). Where the padding needed is odd, Keras puts the odd row and
-    column at the bottom and right; PyTorch's own padding would put it at the top and left.
+    The output side is ceil(input / stride). If the total padding is odd, Keras pads one row and column more at the
+    bottom and right than at the top and left.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride=stride)
 
     def reset_parameters(self) -> None:
-        """Draw the kernel Glorot uniform; set the bias to zero."""
+        """Draw the kernel from a Glorot uniform distribution and set the bias to zero."""
         nn.init.xavier_uniform_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
+        """Map (B, C, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         top, bottom = self._padding(input.shape[-2])
         left, right = self._padding(input.shape[-1])
         if (top, left) == (bottom, right):
@@ -51,16 +58,16 @@ class SameConv2d(nn.Conv2d):
         return F.conv2d(F.pad(input, (left, right, top, bottom)), self.weight, self.bias, self.stride)
 
     def _padding(self, size: int) -> tuple[int, int]:
-        """Rows before and after an axis of `size`."""
+        """Padding before and after an axis of `size`."""
         kernel, stride = self.kernel_size[0], self.stride[0]
         total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
         return total // 2, total - total // 2
 
 
 class WideBlock(nn.Module):
-    """Pre-activation block: BN-ReLU-conv3x3(stride)-BN-ReLU-conv3x3, plus a 1x1 shortcut of the raw input.
+    """Pre-activation block: BN, ReLU, 3x3 convolution with a stride, BN, ReLU, 3x3 convolution, and a shortcut.
 
-    (B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride)).
+    The shortcut is always a 1x1 convolution of the input before activation.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
@@ -72,14 +79,14 @@ class WideBlock(nn.Module):
         self.shortcut = SameConv2d(in_channels, out_channels, 1, stride=stride)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Add the block's change to the shortcut of its input."""
+        """Map (B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         change = self.conv1(F.relu(self.norm1(features), inplace=True))
         change = self.conv2(F.relu(self.norm2(change), inplace=True))
         return self.shortcut(features) + change
 
 
 class Halving(nn.Sequential):
-    """BN-ReLU-conv3x3 of stride 2: (B, C, H, W) to (B, C, ceil(H / 2), ceil(W / 2))."""
+    """BN, ReLU and a 3x3 convolution of stride 2: (B, C, H, W) to (B, C, ceil(H / 2), ceil(W / 2))."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(
@@ -88,10 +95,12 @@ class Halving(nn.Sequential):
 
 
 class WideTrunk(nn.Sequential):
-    """Stem 3 to 16 channels, then one block each of 16k and 32k channels (rounded), strides 1 and 2.
+    """A stem of 16 channels and two blocks, with strides 1 and 2.
 
-    halvings: so many times the map is halved between stem and blocks; the reference has none. It keeps the
-    blocks, where nearly all the work is, as small for large images as they are for 32x32.
+    Args:
+        widen_factor: The blocks have 16 and 32 times as many channels, rounded.
+        halvings: How many times the map is halved between the stem and the blocks. The reference has none. They keep
+            the cost of the blocks, which dominates, for larger images at what it is for 32x32.
     """
 
     def __init__(self, widen_factor: float, *, halvings: int = 0) -> None:
@@ -105,7 +114,7 @@ class WideTrunk(nn.Sequential):
 
 
 def glorot_linear(in_features: int, out_features: int) -> nn.Linear:
-    """Dense layer with a Glorot uniform kernel and zero bias, as in Keras."""
+    """Return a linear layer with Glorot uniform weights and zero bias, as in Keras."""
     linear = nn.Linear(in_features, out_features)
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)

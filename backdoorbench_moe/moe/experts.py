@@ -1,4 +1,4 @@
-"""Single experts of a routed model: muting them, and giving them other weights or outputs."""
+"""Operations on single experts of a routed model: muting, copying weights, reading and replacing outputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from backdoorbench_moe.moe.structure import Expert
 
 @torch.no_grad()
 def mute(model: nn.Module, experts: Iterable[Expert]) -> None:
-    """Let these experts of the model have no effect on its logits any more, in place."""
+    """Mute experts for good: set the rows in `Expert.output` to zero, in place.
+
+    Args:
+        model: The model that the experts belong to.
+        experts: The experts, which then have no effect on the logits.
+    """
     state = model.state_dict()
     for expert in experts:
         for name, (start, stop) in expert.output.items():
@@ -23,7 +28,7 @@ def mute(model: nn.Module, experts: Iterable[Expert]) -> None:
 
 @contextmanager
 def muted(model: nn.Module, experts: Iterable[Expert]) -> Iterator[None]:
-    """Mute these experts inside the block; afterwards their weights are what they were, bit for bit."""
+    """Mute experts inside the block. Afterwards their weights are restored bit for bit."""
     experts, state = list(experts), model.state_dict()
     kept = [
         (state[name][start:stop], state[name][start:stop].clone())
@@ -40,7 +45,10 @@ def muted(model: nn.Module, experts: Iterable[Expert]) -> Iterator[None]:
 
 @contextmanager
 def kept_muted(model: nn.Module, experts: Iterable[Expert]) -> Iterator[None]:
-    """Keep experts that `mute` muted so while the block trains; of buffers, training does not change these."""
+    """Keep muted experts muted while the model is trained inside the block.
+
+    The rows of parameters get gradients of zero. Buffers need no such care, since training does not change them.
+    """
     parameters = dict(model.named_parameters())
     rows = [
         (parameters[name], torch.arange(start, stop))
@@ -54,7 +62,13 @@ def kept_muted(model: nn.Module, experts: Iterable[Expert]) -> Iterator[None]:
 
 @torch.no_grad()
 def copy_expert(source: nn.Module, target: nn.Module, expert: Expert) -> None:
-    """Give one expert of `target` the weights it has in `source`, a model of the same make, in place."""
+    """Copy the weights of one expert from one model to another, in place.
+
+    Args:
+        source: Model that the weights are read from.
+        target: Model of the same architecture that is changed.
+        expert: The expert, of either model.
+    """
     weights, state = source.state_dict(), target.state_dict()
     for name, (start, stop) in expert.own.items():
         state[name][start:stop].copy_(weights[name][start:stop])
@@ -62,7 +76,12 @@ def copy_expert(source: nn.Module, target: nn.Module, expert: Expert) -> None:
 
 @contextmanager
 def replaced_output(expert: Expert, values: Tensor) -> Iterator[None]:
-    """Let an expert give `values` inside the block, whatever comes in: (B, channels, ...) as its tap gives."""
+    """Replace the output of an expert inside the block, whatever its input is.
+
+    Args:
+        expert: The expert.
+        values: (B, channels, ...), the output that its tap passes instead.
+    """
     start, stop = expert.channels
 
     def replace(_: nn.Module, __: object, output: Tensor) -> Tensor:
@@ -78,9 +97,17 @@ def replaced_output(expert: Expert, values: Tensor) -> Iterator[None]:
 
 
 def expert_outputs(experts: Sequence[Expert], run: Callable[[], object]) -> list[Tensor]:
-    """What each expert gives while `run()` passes one batch: (B, channels, ...) each.
+    """Read the outputs of experts for one batch.
 
-    Raises ValueError if no batch passed, or more than one.
+    Args:
+        experts: The experts.
+        run: Function that passes one batch through the model.
+
+    Returns:
+        For each expert the output that its tap passes, (B, channels, ...).
+
+    Raises:
+        ValueError: If `run` passes no batch or more than one.
     """
     found: dict[nn.Module, list[Tensor]] = {expert.tap: [] for expert in experts}
     hooks = [tap.register_forward_hook(lambda m, _, output: found[m].append(output)) for tap in found]

@@ -1,4 +1,4 @@
-"""Batch norms' running statistics, measured anew on given images."""
+"""Measuring the running statistics of batch norms anew."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def measure_statistics(
     model: nn.Module, rows: Mapping[str, tuple[int, int]], run: Callable[[], object]
 ) -> None:
-    """Set rows of batch norms' running mean and variance to those of what passes in evaluation mode, in place.
+    """Set running means and variances of batch norms to the moments of their inputs in evaluation mode, in place.
 
-    rows: state-dict names to the channels, `start` to `stop`, that may change; other names than running
-    statistics are passed over. run: passes the same images through the model each time it is called, once for
-    each norm, those that come first in the model first; a norm behind another sees what that one gives with
-    its new statistics. The variance is the unbiased one, as in training.
+    Norms are measured one after the other, in the order of `model.named_modules()`. A norm behind another therefore
+    sees inputs that were normalised with the new statistics. The variance is unbiased, as in training.
+
+    Args:
+        model: The model, in evaluation mode.
+        rows: The channels (start, stop) to set, by state-dict name. Names that are not running statistics are ignored.
+        run: Function that passes the same images through the model each time it is called, once for each norm.
+
+    Raises:
+        ValueError: If a norm receives fewer than two values for a channel.
     """
     for name, module in model.named_modules():
         keys = f"{name}.running_mean", f"{name}.running_var"
@@ -34,9 +40,9 @@ def measure_statistics(
 
 
 def _moments(module: nn.Module, run: Callable[[], object]) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance (C,) float64 of all that enters a module (B, C, ...) while `run()` runs.
+    """Mean and unbiased variance, (C,) float64 each, of a module's inputs (B, C, ...) during `run()`.
 
-    Batches are joined by the formula of Chan, Golub and LeVeque, which does not cancel.
+    Batches are merged by the formula of Chan, Golub and LeVeque (1983), which is numerically stable.
     """
     count = 0
     mean = squares = torch.zeros((), dtype=torch.float64)

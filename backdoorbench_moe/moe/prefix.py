@@ -1,4 +1,4 @@
-"""Running the end of a model again and again without its beginning."""
+"""Evaluating the end of a model repeatedly without computing its beginning again."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ Record = tuple[nn.Module, Any]
 
 @contextmanager
 def reuse_prefix(model: nn.Module, stop: Collection[nn.Module], run: Callable[[], object]) -> Iterator[None]:
-    """Call `run()`, which passes one batch; inside the block, the model repeats of it what came before `stop`.
+    """Record what the model computes before the modules in `stop`, and reuse it inside the block.
 
-    Every call of a submodule that had ended before the first of `stop` began gives what it gave then, whatever
-    comes in, without computing it. Exact for a model in evaluation mode that is given the same batch again and
-    in which nothing but `stop` and what follows it was changed. Must be called as `model(batch)`. An output
-    that is not made of tensors and numbers is computed again.
+    During `run()`, the outputs of all submodules that return before the first module in `stop` is called are recorded.
+    Inside the block, calls of these submodules return the recorded outputs, whatever their inputs. This is exact if
+    the model is in evaluation mode, is called as `model(batch)` with the same batch, and only modules in `stop` and
+    those that follow them were changed. Outputs that do not consist of tensors and numbers are computed again.
+
+    Args:
+        model: The model, in evaluation mode.
+        stop: The first modules that may be changed inside the block.
+        run: Function that passes one batch through the model.
     """
     records = _record(model, set(stop), run)
     queue: list[Record] = []
     modules = {id(module): module for module, _ in records}
     hook = model.register_forward_pre_hook(lambda *_: queue.__setitem__(slice(None), records))
-    # A module may have been given a forward of its own before.
+    # A module may already have a `forward` in its instance dictionary.
     own = {key: vars(module).get("forward") for key, module in modules.items()}
     for module in modules.values():
         module.forward = _replay(module, module.forward, queue)
@@ -39,7 +44,7 @@ def reuse_prefix(model: nn.Module, stop: Collection[nn.Module], run: Callable[[]
 
 
 def _record(model: nn.Module, stop: set[nn.Module], run: Callable[[], object]) -> list[Record]:
-    """The outermost calls that ended before `stop`, in order, with copies of what they gave."""
+    """The outermost calls that returned before `stop`, in order, with copies of their outputs."""
     records: list[Record] = []
     began: list[int] = []
     stopped = False
@@ -54,7 +59,7 @@ def _record(model: nn.Module, stop: set[nn.Module], run: Callable[[], object]) -
         if stopped or module is model:
             return
         if _can_copy(output):
-            # Calls inside of this one are not made again, as it is not.
+            # Calls inside this one will not be made again, since this one is replaced.
             del records[start:]
             records.append((module, _copy(output)))
 
@@ -71,7 +76,7 @@ def _record(model: nn.Module, stop: set[nn.Module], run: Callable[[], object]) -
 def _replay(module: nn.Module, forward: Callable[..., Any], queue: list[Record]) -> Callable[..., Any]:
     def replay(*args: Any, **options: Any) -> Any:
         if queue and queue[0][0] is module:
-            # A copy, as the next step may work in place.
+            # A copy, since the next step may modify it in place.
             return _copy(queue.pop(0)[1])
         return forward(*args, **options)
 

@@ -1,4 +1,4 @@
-"""Channels of a layer: how active they are, and setting the least active to zero for good."""
+"""Activity of a layer's channels, and setting channels to zero for good."""
 
 from __future__ import annotations
 
@@ -12,10 +12,18 @@ from torch import Tensor, nn
 def channel_means(
     modules: Iterable[nn.Module], run: Callable[[], object], *, rectify: bool
 ) -> dict[nn.Module, Tensor]:
-    """Mean output of each channel over everything that passes while `run()` runs.
+    """Measure the mean output of each channel during `run()`.
 
-    modules: convolutions and their norms give (B, C, H, W), all others (..., C). rectify: of max(output, 0), as
-    behind a ReLU. Returns (C,) float64 on the CPU for each module. Raises ValueError for a module that nothing passed.
+    Args:
+        modules: Convolutions and batch norms, whose output is (B, C, H, W), or other modules with output (..., C).
+        run: Function that passes images through the model.
+        rectify: Whether to average max(output, 0), as behind a ReLU, instead of the output.
+
+    Returns:
+        For each module (C,) float64 on the CPU.
+
+    Raises:
+        ValueError: If a module was not called.
     """
     sums: dict[nn.Module, Tensor] = {}
     counts: dict[nn.Module, int] = {}
@@ -37,35 +45,47 @@ def channel_means(
             hook.remove()
     if len(sums) < len(wanted):
         raise ValueError("channel_means: expected the run to pass every module")
-    # Through numbers, since what was summed in inference mode may not be used outside of it.
+    # Converted through Python numbers, since inference tensors cannot be used everywhere outside of inference mode.
     means = {module: (total / counts[module]).tolist() for module, total in sums.items()}
     return {module: torch.tensor(values, dtype=torch.float64) for module, values in means.items()}
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` lowest of (C,) scores, ascending; of equals, the first ones."""
+    """Return the indices of the `count` lowest of (C,) scores, ascending. Of equal scores the first are taken."""
     return scores.sort(stable=True).indices[:count].sort().values
 
 
 @torch.no_grad()
 def silence(module: nn.Module, channels: Tensor) -> None:
-    """Set weight and bias of a module's output channels, (n,) int64, to zero."""
+    """Set weights and biases of output channels to zero, in place.
+
+    Args:
+        module: A layer or norm whose `weight` and `bias` have one row for each channel.
+        channels: (n,) int64.
+    """
     for parameter in _parameters(module):
         parameter.index_fill_(0, channels.to(parameter.device), 0)
 
 
 @contextmanager
 def silenced(pruned: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[None]:
-    """Keep channels that `silence` set to zero there while the block trains."""
+    """Keep channels at zero while the model is trained inside the block.
+
+    Args:
+        pruned: Modules and their channels, (n,) int64, that `silence` has set to zero.
+    """
     with held_at_zero([(p, channels) for module, channels in pruned for p in _parameters(module)]):
         yield
 
 
 @contextmanager
 def held_at_zero(rows: Iterable[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
-    """Keep rows of parameters, (n,) int64 each, that are zero so while the block trains: their gradients are zero.
+    """Keep rows of parameters at zero while the model is trained inside the block.
 
-    SGD, with momentum or without, and AdamW leave a weight of zero whose gradients are zero where it is.
+    Their gradients are set to zero. SGD, with or without momentum, and AdamW then do not change weights that are zero.
+
+    Args:
+        rows: Parameters and their rows, (n,) int64, which are zero.
     """
     hooks = [p.register_post_accumulate_grad_hook(_clear(chosen.to(p.device))) for p, chosen in rows]
     try:

@@ -1,4 +1,4 @@
-"""Routed models: what they return, and the interface they keep."""
+"""Routed models and what they return."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Routing:
-    """What one routed layer did with a batch.
+    """How one routed layer distributed the patches of a batch to its experts.
 
-    layer: the module's dotted name. gates: (B, E, P) float, the router's weights before selection.
-    selected: (B, E, P) bool, which patches each expert received. aux_loss: scalar added to the loss in
-    training (load balancing), or None.
+    Attributes:
+        layer: Dotted name of the layer's module.
+        gates: (B, E, P) float in [0, 1], the router's weights before selection.
+        selected: (B, E, P) bool, the patches that each expert processed.
+        aux_loss: Scalar that is added to the loss in training, such as a load-balancing loss, or None.
     """
 
     layer: str
@@ -25,26 +27,34 @@ class Routing:
 
 @dataclass(frozen=True)
 class RoutedOutput:
-    """logits: (B, classes); routing: one entry for each routed layer, first layer first."""
+    """Output of a routed model.
+
+    Attributes:
+        logits: (B, classes).
+        routing: One entry for each routed layer, first layer first.
+    """
 
     logits: Tensor
     routing: list[Routing]
 
 
 class RoutedModel(nn.Module, ABC):
-    """A model that sends patches to experts and says which.
+    """Base class of models that send patches to experts and report the routing.
 
-    patch_grid: rows and columns of patches, P = rows * columns, row by row. patch_size: side in pixels of
-    the image tile that a patch answers for.
+    A subclass implements `forward_routed` and sets the attributes.
+
+    Attributes:
+        patch_grid: Rows and columns of patches. The P = rows * columns patches are numbered row by row.
+        patch_size: Side in pixels of the image tile that belongs to a patch.
     """
 
     patch_grid: tuple[int, int]
     patch_size: int
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
+        """Map images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
         return self.forward_routed(images).logits
 
     @abstractmethod
     def forward_routed(self, images: Tensor) -> RoutedOutput:
-        """Images (B, 3, H, W) in [0, 1] to logits and the routing of every routed layer."""
+        """Map images (B, 3, H, W) in [0, 1] to logits and the routing of every routed layer."""

@@ -1,4 +1,7 @@
-"""What a model says of its own make, so that a defense can work on any model that says it."""
+"""Optional protocols by which a model describes its parts, so that defenses and analyses work on any model.
+
+A model may implement any of them, or none. Users ask with `isinstance` and say which one they need.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,17 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Output channels `start` to `stop` of `layer`, which are ranked among each other and pruned.
+    """A range of output channels of one layer, which are ranked against each other and pruned.
 
-    name: what they are, such as "expert 0". layer: a convolution, (B, channels, H, W) out, or a linear layer,
-    (..., channels) out; `weight`, and `bias` if it has one, hold one channel a row. norm: the batch norm behind a
-    convolution, whose channel c holds the convolution's channel c; None where there is no such one. tap: the module
-    that gives the channels, (..., channels), to be read, where the layer's weights are used without a call of it.
+    Attributes:
+        name: What the channels are, such as "expert 0".
+        layer: A convolution, whose output is (B, channels, H, W), or a linear layer, whose output is
+            (..., channels). Row c of its `weight`, and of its `bias` if it has one, belongs to channel c.
+        start: First channel of the group.
+        stop: Index behind the last channel of the group.
+        norm: The batch norm that directly follows a convolution, with the same channels, or None.
+        tap: Module whose output (..., channels) holds the layer's channels, to be read by a forward hook; needed
+            if the layer's weights are used without calling the layer. None if the layer itself can be hooked.
     """
 
     name: str
@@ -28,7 +36,7 @@ class ChannelGroup:
 
     @classmethod
     def whole(cls, name: str, layer: nn.Module, norm: nn.BatchNorm2d | None = None) -> ChannelGroup:
-        """All channels of a convolution or linear layer."""
+        """The group of all output channels of a convolution or linear layer."""
         return cls(name, layer, 0, channels_of(layer), norm)
 
     def __len__(self) -> int:
@@ -36,21 +44,27 @@ class ChannelGroup:
 
 
 def channels_of(layer: nn.Module) -> int:
-    """How many output channels a layer has: the rows of its weight."""
+    """Number of output channels of a convolution or linear layer."""
     assert isinstance(layer.weight, Tensor)
     return len(layer.weight)
 
 
 @dataclass(frozen=True)
 class Expert:
-    """One expert of a routed model, and where it lies in it.
+    """One expert of a routed model and where its weights and outputs are found.
 
-    layer: the routed layer, as `Routing.layer` names it. index: e, its place in the layer's gates (B, E, P).
-    own: names in the model's state dict to the rows (dim 0), `start` to `stop`, that belong to this expert
-    alone; its row of the router is not among them. output: of these, the weights and biases, or a buffer that
-    training leaves as it is, that leave it without any effect on the logits when they are zero, whatever comes
-    out of its tap. tap: the module whose output (B, channels, ...) holds what the expert gives, in the channels
-    `start` to `stop` of `channels`.
+    Ranges of rows are (start, stop) along the first dimension of a tensor in the model's state dict.
+
+    Attributes:
+        layer: Dotted name of the routed layer, as in `Routing.layer`.
+        index: Number of the expert in the layer's gates (B, E, P), 0 to E - 1.
+        own: The rows that belong to this expert alone, by state-dict name. The expert's row of the router is not
+            among them.
+        output: Those of the rows in `own` that mute the expert when they are set to zero: whatever its tap passes
+            then has no effect on the logits. They are weights and biases, or a buffer that training does not change.
+        tap: Module whose output (B, channels, ...) holds the expert's output. A forward hook on it can read or
+            replace the output.
+        channels: (start, stop) of the expert's channels in the tap's output.
     """
 
     layer: str
@@ -62,40 +76,69 @@ class Expert:
 
     @property
     def name(self) -> str:
-        """Such as "moe/2"."""
+        """Layer and index, such as "moe/2"."""
         return f"{self.layer}/{self.index}"
 
 
 @runtime_checkable
 class WithExperts(Protocol):
-    """A routed model that says where each expert lies; optional, and asked for by what works on single ones."""
+    """A routed model that says where each expert's weights and outputs are. Needed by what works on single experts."""
 
     def experts(self) -> list[Expert]:
-        """All experts, those of the first routed layer first, each layer's in the order of its gates."""
+        """All experts, those of the first routed layer first, and within a layer in the order of its gates."""
 
 
 @runtime_checkable
 class MasksExperts(Protocol):
-    """A routed model whose router can pass an expert over; optional beside `WithExperts`.
+    """A routed model whose router can exclude an expert; only useful together with `WithExperts`.
 
-    Without it, to mask an expert is to mute it. That is right where experts choose patches, since each
-    chooses for itself; where patches choose experts, those of a muted expert would go unserved.
+    Masking a model that does not implement this mutes the expert. That is the same if experts choose patches. If
+    patches choose experts, those of a muted expert would lose one of their experts, whereas masking sends them to the
+    next best.
     """
 
     def mask_expert(self, expert: Expert) -> None:
-        """Let no patch go to this expert any more, but to the next best, in place.
+        """Exclude an expert from routing, in place: its patches go to the next best expert.
 
-        What it changes is part of the state dict, whose names and shapes stay; so a model that is written and
-        read again still passes the expert over.
+        The change is part of the state dict, whose names and shapes stay the same, so that a model that is saved and
+        loaded still excludes the expert.
         """
 
 
 @runtime_checkable
 class Structured(Protocol):
-    """A model that names its parts; optional, and asked for by defenses that touch only some of them."""
+    """A model that names its components. Needed by defenses that change only some of them."""
 
     def components(self) -> dict[str, list[nn.Module]]:
-        """The modules that make up the "experts", the "router" and the "head"; those of them it has."""
+        """Modules by component: "experts", "router" and "head", as far as the model has them, without overlap."""
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
-        """The last convolution or hidden units: of every expert ("experts"), of what is before or all ("trunk")."""
+        """Channels that can be pruned, by scope.
+
+        "experts": the last channels or hidden units of every expert, a group for each. "trunk": the last convolution
+        or hidden layer before the experts, or of the whole model if it has no experts.
+        """
+
+
+@runtime_checkable
+class WithFeatures(Protocol):
+    """A model with features before its head, the last linear layer: `forward` is `classify(extract_features(images))`.
+
+    The method is not called `features` because many networks have a convolutional trunk of that name.
+    """
+
+    def extract_features(self, images: Tensor) -> Tensor:
+        """Compute the input of the last linear layer.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+
+        Returns:
+            (B, D) features.
+
+        Raises:
+            ConfigError: If the model wraps an architecture that has no such layer.
+        """
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Apply the last linear layer: features (B, D) to logits (B, classes)."""

@@ -13,7 +13,7 @@ from backdoorbench_moe.config import PartSpec, PoisonSpec, TrainSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses.base import DefenseTask
 from backdoorbench_moe.engine.build import fresh_model
-from backdoorbench_moe.engine.inference import logits, losses, routings
+from backdoorbench_moe.engine.inference import features, logits, losses, routings
 from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.tune import Tuner
@@ -105,6 +105,7 @@ def make_task(
         granted={
             "clean": coloured_split(24, 1) if clean is None else clean,
             "training-set": coloured_split(48, 2),
+            "features": partial(features, precision="fp32"),
             "losses": partial(losses, precision="fp32"),
         },
     )

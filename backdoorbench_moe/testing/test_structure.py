@@ -1,22 +1,58 @@
-"""What a model that names its parts keeps to."""
+"""Conformance tests for models that describe their parts: experts, components, prunable channels, features."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from backdoorbench_moe.moe.experts import copy_expert, expert_outputs, mute, replaced_output
+from backdoorbench_moe.moe.experts import copy_expert, expert_outputs, muted, replaced_output
+from backdoorbench_moe.moe.pruning import channel_means, silence
 from backdoorbench_moe.moe.routed import RoutedModel
-from backdoorbench_moe.moe.structure import Structured, WithExperts, channels_of
-from backdoorbench_moe.testing.making import batch, used_model
+from backdoorbench_moe.moe.structure import (
+    ChannelGroup,
+    Expert,
+    MasksExperts,
+    Structured,
+    WithExperts,
+    WithFeatures,
+    channels_of,
+)
+from backdoorbench_moe.testing.making import batch, changed, copies, used_model
+
+# What a replaced expert gives: far from what any expert gives by itself.
+REPLACED = 3.0
+
+
+def images() -> Tensor:
+    return batch(4, 3, 32, 32)
+
+
+def structured(name: str) -> Structured:
+    model = used_model(name)
+    assert isinstance(model, Structured) and isinstance(model, nn.Module)
+    return model
+
+
+def with_experts(name: str, *, seed: int = 0) -> RoutedModel:
+    model = used_model(name, seed=seed)
+    assert isinstance(model, RoutedModel) and isinstance(model, WithExperts)
+    return model
+
+
+def logits_if_replaced(model: nn.Module, expert: Expert) -> Tensor:
+    """The logits if the expert gives the same large value everywhere."""
+    [given] = expert_outputs([expert], lambda: model(images()))
+    with replaced_output(expert, torch.full_like(given, REPLACED)):
+        return model(images())
 
 
 @pytest.mark.only(interface=Structured)
 def test_the_parts_are_the_models_own_and_do_not_overlap(model_name: str) -> None:
-    model = used_model(model_name)
-    assert isinstance(model, Structured)
+    model = structured(model_name)
     own, components = set(model.modules()), model.components()
     assert components.keys() <= {"experts", "router", "head"} and "head" in components
     if isinstance(model, RoutedModel):
@@ -30,9 +66,22 @@ def test_the_parts_are_the_models_own_and_do_not_overlap(model_name: str) -> Non
 
 
 @pytest.mark.only(interface=Structured)
+@torch.no_grad()
+def test_the_head_decides_the_logits_last(model_name: str) -> None:
+    """Without the weights of the head all images have the same logits."""
+    model = structured(model_name)
+    assert not torch.equal(*model(images()).split(2))
+    for module in model.components()["head"]:
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                parameter.zero_()
+    logits = model(images())
+    torch.testing.assert_close(logits, logits[:1].expand_as(logits))
+
+
+@pytest.mark.only(interface=Structured)
 def test_what_can_be_pruned_lies_in_the_model(model_name: str) -> None:
-    model = used_model(model_name)
-    assert isinstance(model, Structured)
+    model = structured(model_name)
     own, prunable = set(model.modules()), model.prunable()
     assert prunable.keys() <= {"experts", "trunk"}
     taken = set()
@@ -49,19 +98,33 @@ def test_what_can_be_pruned_lies_in_the_model(model_name: str) -> None:
             taken |= channels
 
 
-def routed_with_experts(name: str) -> RoutedModel:
-    model = used_model(name)
-    assert isinstance(model, RoutedModel) and isinstance(model, WithExperts)
-    return model
+@pytest.mark.only(interface=Structured)
+@torch.no_grad()
+def test_channels_that_can_be_pruned_can_be_measured_and_have_an_effect(model_name: str) -> None:
+    """What the tap gives are the layer's channels: zeros once they have no weights. All together they matter."""
+    for scope, groups in structured(model_name).prunable().items():
+        model = structured(model_name)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # Norms that start at zero would hide what lies before them.
+                parameter.add_(0.1 * torch.rand(len(parameter), generator=torch.Generator().manual_seed(1)))
+        before = model(images())
+        for group in model.prunable()[scope]:
+            assert len(measured(model, group)) == channels_of(group.layer)
+            silence(group.layer, torch.arange(group.start, group.stop))
+            assert not measured(model, group)[group.start : group.stop].any(), group.name
+        assert groups and not torch.equal(model(images()), before), scope
 
 
-def images() -> torch.Tensor:
-    return batch(4, 3, 32, 32)
+def measured(model: nn.Module, group: ChannelGroup) -> Tensor:
+    """Mean absolute value of every channel of the group's layer."""
+    tap = group.tap or group.layer
+    both = [channel_means([tap], lambda: model(images()), rectify=rectify)[tap] for rectify in (True, False)]
+    return 2 * both[0] - both[1]
 
 
 @pytest.mark.only(interface=WithExperts)
 def test_experts_are_those_of_the_gates_and_do_not_overlap(model_name: str) -> None:
-    model = routed_with_experts(model_name)
+    model = with_experts(model_name)
     experts, state = model.experts(), model.state_dict()
     expected = [
         (routing.layer, e)
@@ -81,33 +144,129 @@ def test_experts_are_those_of_the_gates_and_do_not_overlap(model_name: str) -> N
 
 
 @pytest.mark.only(interface=WithExperts)
+def test_the_experts_weights_are_those_of_the_component(model_name: str) -> None:
+    """Together the experts own every row of the component "experts", and none of the router or the head."""
+    model = with_experts(model_name)
+    if not isinstance(model, Structured):
+        return
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rows: dict[str, int] = {}
+    for expert in model.experts():
+        for key, (start, stop) in expert.own.items():
+            rows[key] = rows.get(key, 0) + stop - start
+    state = model.state_dict()
+    for component, modules in model.components().items():
+        for name in (names[id(p)] for module in modules for p in module.parameters()):
+            assert rows.get(name, 0) == (len(state[name]) if component == "experts" else 0), name
+
+
+@pytest.mark.only(interface=WithExperts)
 @torch.no_grad()
 def test_a_muted_expert_has_no_effect_and_any_other_has(model_name: str) -> None:
-    """Whatever comes out of a muted expert, the logits stay; and so they do not for one that is not muted."""
-    model = routed_with_experts(model_name)
-    first, second = model.experts()[:2]
-    mute(model, [first])
-    before = model(images())
-    [gives, other] = expert_outputs([first, second], lambda: model(images()))
-    with replaced_output(first, torch.full_like(gives, 3.0)):
-        muted = model(images())
-    with replaced_output(second, torch.full_like(other, 3.0)):
-        heard = model(images())
-    torch.testing.assert_close(muted, before, rtol=0, atol=0)
-    assert not torch.allclose(heard, before)
+    """Whatever its tap gives, the logits stay the same if the expert is muted, and only then."""
+    model = with_experts(model_name)
+    plain = model(images())
+    for expert in model.experts():
+        with muted(model, [expert]):
+            torch.testing.assert_close(logits_if_replaced(model, expert), model(images()), rtol=0, atol=0)
+        assert not torch.allclose(logits_if_replaced(model, expert), plain), expert.name
+
+
+@pytest.mark.only(interface=WithExperts)
+@torch.no_grad()
+def test_reading_an_expert_and_giving_back_what_was_read_changes_nothing(model_name: str) -> None:
+    model = with_experts(model_name)
+    plain, experts = model(images()), model.experts()
+    given = expert_outputs(experts, lambda: model(images()))
+    for expert, values in zip(experts, given, strict=True):
+        with replaced_output(expert, values):
+            torch.testing.assert_close(model(images()), plain, msg=expert.name)
+    assert torch.equal(model(images()), plain)
 
 
 @pytest.mark.only(interface=WithExperts)
 @torch.no_grad()
 def test_an_expert_is_its_own_weights(model_name: str) -> None:
-    """With all experts' weights from another model, and the rest as it was, they are that model's experts."""
-    model, other = routed_with_experts(model_name), used_model(model_name, seed=1)
+    """With an expert's weights from another model, its own outputs change and no other expert's in its layer."""
+    model, other = with_experts(model_name), used_model(model_name, seed=1)
+    # What enters a later layer changes with the experts of the first.
+    places = [place for place, one in enumerate(model.experts()) if one.layer == model.experts()[0].layer]
+    before = expert_outputs(model.experts(), lambda: model(images()))
+    used = [place for place in places if before[place].any()]
+    assert used
+    for place in used:
+        mixed = copy.deepcopy(model)
+        copy_expert(other, mixed, model.experts()[place])
+        after = expert_outputs(mixed.experts(), lambda model=mixed: model(images()))
+        same = [torch.allclose(after[number], before[number]) for number in places]
+        assert same == [number != place for number in places], model.experts()[place].name
+
+
+@pytest.mark.only(interface=WithExperts)
+@torch.no_grad()
+def test_copying_every_expert_copies_what_they_own_and_nothing_else(model_name: str) -> None:
+    model, other = with_experts(model_name), used_model(model_name, seed=1)
     mixed = copy.deepcopy(model)
     for expert in model.experts():
         copy_expert(other, mixed, expert)
     own = {key for expert in model.experts() for key in expert.own}
     for key, tensor in mixed.state_dict().items():
-        torch.testing.assert_close(tensor, (other if key in own else model).state_dict()[key])
-    [gives] = expert_outputs(model.experts()[:1], lambda: model(images()))
-    with replaced_output(model.experts()[0], gives):
-        torch.testing.assert_close(model(images()), model(images()))
+        torch.testing.assert_close(tensor, (other if key in own else model).state_dict()[key], msg=key)
+
+
+@pytest.mark.only(interface=MasksExperts)
+@torch.no_grad()
+def test_a_masked_expert_has_no_effect_also_after_loading(model_name: str) -> None:
+    """Whatever its weights, the logits stay the same; and another model that loads the state answers alike."""
+    other = used_model(model_name, seed=1)
+    for number in range(len(with_experts(model_name).experts())):
+        model = with_experts(model_name)
+        assert isinstance(model, MasksExperts)
+        expert, before = model.experts()[number], copies(model)
+        model.mask_expert(expert)
+        after, masked = copies(model), model(images())
+        assert changed(before, after), "it is part of the state"
+        assert {k: (v.shape, v.dtype) for k, v in after.items()} == {
+            k: (v.shape, v.dtype) for k, v in before.items()
+        }
+        # A model may mask an expert by muting it; these weights stay.
+        rest = {key: rows for key, rows in expert.own.items() if key not in expert.output}
+        copy_expert(other, model, replace(expert, own=rest))
+        assert torch.equal(model(images()), masked), expert.name
+        loaded = used_model(model_name, seed=1)
+        loaded.load_state_dict(after)
+        assert torch.equal(loaded(images()), masked), expert.name
+
+
+@pytest.mark.only(interface=WithFeatures)
+@torch.no_grad()
+def test_the_features_are_what_the_last_linear_layer_makes_logits_of(model_name: str) -> None:
+    model = used_model(model_name)
+    assert isinstance(model, WithFeatures)
+    before, given = copies(model), images()
+    features = model.extract_features(given)
+    assert features.ndim == 2 and len(features) == 4 and features.is_floating_point()
+    assert not torch.equal(features[0], features[1]), "the images make no difference"
+    assert torch.equal(given, images()) and not changed(before, copies(model))
+    assert torch.equal(model.classify(features), model(images()))
+    # Of a linear layer with bias: f(x) + f(-x) = 2 f(0).
+    both = model.classify(features) + model.classify(-features)
+    twice = 2 * model.classify(torch.zeros_like(features))
+    torch.testing.assert_close(both, twice, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.only(interface=WithFeatures)
+@torch.no_grad()
+def test_the_features_come_before_the_head(model_name: str) -> None:
+    """Without the head's weights they are what they were."""
+    model = used_model(model_name)
+    assert isinstance(model, WithFeatures)
+    if not isinstance(model, Structured) or not (head := model.components().get("head")):
+        return
+    features = model.extract_features(images())
+    last = [m for module in head for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
+    assert last.weight.numel() // len(last.weight) == features.shape[1]
+    last.weight.zero_()
+    assert torch.equal(model.extract_features(images()), features)
+    logits = model.classify(features)
+    torch.testing.assert_close(logits, logits[:1].expand_as(logits))

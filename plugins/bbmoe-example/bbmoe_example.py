@@ -21,7 +21,16 @@ from backdoorbench_moe.triggers.base import Trigger
 class Sinusoid(Trigger):
     """Six vertical stripes, added to every channel: amplitude * cos(2 pi * 6 * column / width).
 
-    amplitude: in (0, 1], by default the 20 of 255 of Barni et al. (ICIP 2019), whose sine is zero on a 4x4 tile.
+    The source uses a sine, which would be zero on a 4x4 tile.
+
+    Args:
+        amplitude: In (0, 1]; the default is the source's.
+        seed: Not used, since nothing is drawn.
+
+    Raises:
+        ConfigError: For an amplitude out of range.
+
+    Source: Barni et al., "A New Backdoor Attack in CNNs by Training Set Corruption Without Label Poisoning", ICIP 2019.
     """
 
     def __init__(self, *, amplitude: float = 20 / 255, seed: int = 0) -> None:
@@ -31,14 +40,23 @@ class Sinusoid(Trigger):
         self.amplitude = amplitude
 
     def stamp(self, images: Tensor) -> Tensor:
-        """Add the stripes; gradients flow where the sum stays within [0, 1]."""
+        """Add the stripes to images (B, C, H, W) and clip the sum to [0, 1]."""
         columns = torch.arange(images.shape[-1], device=images.device) / images.shape[-1]
         stripes = self.amplitude * torch.cos(2 * torch.pi * 6 * columns)
         return (images + stripes.to(images.dtype)).clamp(0, 1)
 
 
 class RandomTiles(Applicator):
-    """BadPatches on a `share` of the tiles, in (0, 1], at least one: drawn from `seed`, the same in every image."""
+    """BadPatches on a share of the tiles, which are drawn once and the same in every image.
+
+    Args:
+        share: Share of the tiles that are stamped, in (0, 1]; at least one tile is.
+        patch_size: Side of a tile in pixels.
+        seed: Seed that the tiles are drawn from.
+
+    Raises:
+        ConfigError: For a share out of range.
+    """
 
     def __init__(self, *, share: float = 0.5, patch_size: int = 4, seed: int = 0) -> None:
         super().__init__()
@@ -47,7 +65,7 @@ class RandomTiles(Applicator):
         self.share, self.patch_size, self.seed = share, patch_size, seed
 
     def apply(self, images: Tensor, trigger: Callable[[Tensor], Tensor]) -> Tensor:
-        """Stamp every tile, and keep the stamped ones where they were drawn."""
+        """Stamp every tile of images (B, C, H, W), and keep the stamped version of those that were drawn."""
         tiles = tile(images, self.patch_size)
         count = len(tiles) // max(1, len(images))
         order = torch.randperm(count, generator=generator(self.seed, "random-tiles"))
@@ -56,9 +74,20 @@ class RandomTiles(Applicator):
 
 
 class MagnitudePruning(Defense):
-    """Set the smallest weights of every layer to zero, `ratio` of them, in [0, 1), then train on (Han et al., 2015)."""
+    """Set the smallest weights of every layer to zero, then train the model on clean images.
 
-    tiny: ClassVar = {"epochs": 1}  # so short in the conformance tests
+    Args:
+        ratio: Share of the weights that are set to zero, in [0, 1).
+        epochs: Epochs of training, from 0.
+        clean_fraction: See `Defense`.
+
+    Raises:
+        ConfigError: For an option out of range.
+
+    Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015.
+    """
+
+    tiny: ClassVar = {"epochs": 1}  # Used by the conformance tests.
 
     def __init__(self, *, ratio: float = 0.3, epochs: int = 5, clean_fraction: float = 0.05) -> None:
         super().__init__(clean_fraction=clean_fraction)
@@ -70,12 +99,12 @@ class MagnitudePruning(Defense):
 
     @torch.no_grad()
     def prune(self, weight: Tensor) -> None:
-        """Set the floor(ratio * n) smallest of a tensor's n values to zero, in place."""
+        """Set the floor(ratio * n) values of a tensor with the smallest magnitude to zero, in place."""
         smallest = lowest(weight.abs().flatten(), share_of(self.ratio, weight.numel()))
         weight.copy_(weight.flatten().index_fill(0, smallest, 0).view_as(weight))
 
     def defend(self, task: DefenseTask) -> DefenseResult:
-        """Prune, report, tune."""
+        """Prune every weight matrix, report the stage, and tune."""
         for weight in task.model.parameters():
             if weight.ndim > 1:
                 self.prune(weight)

@@ -19,6 +19,7 @@ from backdoorbench_moe.cli import bbmoe as command
 from backdoorbench_moe.cli.plugin.check import _print_failures
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.kinds import KINDS
+from backdoorbench_moe.plugins import INTERFACE
 from backdoorbench_moe.scaffold import plan_package, write_package
 from backdoorbench_moe.testing.check import Failure, PartCheck
 
@@ -207,7 +208,7 @@ def test_another_interface_is_refused_without_an_import(bad_site: Path) -> None:
     text = " ".join(done.stdout.split())
     assert "bbmoe-later 0.3, interface 9" in text
     assert "trigger later broken: trigger 'later' from bbmoe-later 0.3 is written for interface 9; " in text
-    assert "has interface 1" in text
+    assert f"has interface {INTERFACE}" in text
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from backdoorbench_moe.attacks.base import Attack, PoisonPlan
 from backdoorbench_moe.attacks.data_poisoning import DataPoisoning
 from backdoorbench_moe.config import PoisonSpec, RunSpec
 from backdoorbench_moe.data.base import ImageSet
-from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.base import NEEDS, Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.engine.build import Stamper
 from backdoorbench_moe.engine.graph import needs
@@ -95,7 +95,7 @@ def reachable(*roots: object) -> list[object]:
     return list(seen.values())
 
 
-@pytest.mark.parametrize("need", ["clean", "training-set", "losses"])
+@pytest.mark.parametrize("need", NEEDS)
 def test_nothing_a_defense_is_given_leads_to_the_attacker(tmp_path, offer, monkeypatch, need) -> None:
     """Structural: a walk over all the task refers to, closures and bound methods included; grant by grant."""
     Spy.tasks.clear()
@@ -106,7 +106,7 @@ def test_nothing_a_defense_is_given_leads_to_the_attacker(tmp_path, offer, monke
     session.finish(spec)
     [task] = Spy.tasks
     assert set(task.granted) == {need}
-    for other in {"clean", "training-set", "losses"} - {need}:
+    for other in {*NEEDS} - {need}:
         with pytest.raises(PluginError, match=f"uses '{other}', which it does not declare"):
             getattr(task, other.replace("-", "_"))
     found = reachable(task)
@@ -216,7 +216,7 @@ def test_clean_and_notebook_data_and_their_share(tmp_path, offer) -> None:
 class Reader(Defense):
     """Keeps the training set and its losses."""
 
-    needs = frozenset({"training-set", "losses"})
+    needs = frozenset({"training-set", "features", "losses"})
     held: list[object] = []  # noqa: RUF012
 
     def __init__(self) -> None:
@@ -225,7 +225,8 @@ class Reader(Defense):
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Keep, and deface."""
         split = task.training_set
-        self.held += [split.images.clone(), split.labels.clone(), task.losses(task.model, split)]
+        self.held += [split.images.clone(), split.labels.clone()]
+        self.held += [task.losses(task.model, split), task.features(task.model, split.images)]
         split.images.zero_()
         return DefenseResult("kept", task.model)
 
@@ -236,12 +237,14 @@ def test_the_training_set_is_the_victims_own_and_a_copy(tmp_path, offer) -> None
     spec = defended_spec({"name": "reader"})
     runner = Runner(spec, tmp_path)
     run = runner.finish(spec)
-    images, labels, losses = Reader.held
+    images, labels, losses, features = Reader.held
     train, indices = Tiny().load().train, run.folder.load_poison()
     differs = (images != train.images).flatten(1).any(1).nonzero().flatten().tolist()
     assert differs == indices.tolist() and (images[indices, :, :4, :4] == 0).all()
     assert (labels[indices] == 0).all() and torch.equal(runner.workplace.images.train.images, train.images)
-    logits = run.model()(images.float().div(255))
+    model = run.model()
+    logits = model(images.float().div(255))
     expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     torch.testing.assert_close(losses, expected.detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.head(features), logits, atol=1e-4, rtol=1e-4)
     assert run.record.data["clean_images"] == 0

@@ -1,11 +1,11 @@
 """Write keras_golden.json: what Keras computes for the weights and batches of keras_weights.py.
 
-Not a test. TensorFlow is no dependency of the project; to make the file again:
+This is not a test, and TensorFlow is not a dependency of the project. To write the file again:
 
     python -m venv keras && keras/bin/pip install tensorflow-cpu tf-keras
     keras/bin/python tests/models/keras_golden.py
 
-tf-keras is Keras 2, which the reference was written for (Keras 3 updates the moving variance otherwise).
+tf-keras is Keras 2, which the reference was written for. Keras 3 updates the moving variance differently.
 """
 
 import json
@@ -23,7 +23,7 @@ layers = keras.layers
 
 
 class Gate(layers.Layer):
-    """The map weighted by the top 5 of a softmax over its cells, with the softmax and the choice."""
+    """The map, weighted by the 5 largest values of a softmax over its cells; the softmax; and the selected cells."""
 
     def build(self, shape):
         self.kernel = self.add_weight(shape=(1, 1, shape[-1], 1), name="kernel")
@@ -48,7 +48,7 @@ def block(x, channels, stride):
 
 
 def build():
-    """The model, and one that gives the gates and choices of its 4 experts."""
+    """The model, and one that returns the gates and selected cells of its 4 experts."""
     images = keras.Input((16, 16, 3))
     x = block(block(layers.Conv2D(16, 3, padding="same")(images), 16, 1), 32, 2)
     x = layers.Conv2D(8, 3, strides=2, padding="same")(active(x))

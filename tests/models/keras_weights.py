@@ -1,11 +1,12 @@
-"""Weights and batches for the comparisons with Keras; numpy only, so that TensorFlow's side can import it."""
+"""Weights and batches for the comparison with Keras. Only numpy is needed, so that `keras_golden.py` can import it."""
 
 import numpy as np
 
 
 def draw_weights(widen_factor=1, moe_channels=8, expert_channels=4, num_experts=4, num_classes=3, seed=0):
-    """Random weights in the order of the reference's get_weights(); gammas, betas, biases off their defaults."""
-    random = np.random.RandomState(seed)  # its stream is frozen, unlike default_rng's
+    """Random weights in the order of the reference's get_weights(); also for gammas, betas and biases."""
+    # Its numbers are the same in all versions of numpy, unlike those of default_rng.
+    random = np.random.RandomState(seed)
 
     def draw(*shape, scale=1.0):
         return scale * random.standard_normal(shape)

@@ -1,7 +1,7 @@
-"""pMoE written out in the plainest way, from the description: Keras layout, one expert after the other.
+"""A plain implementation of pMoE from its description: Keras layout, one expert after the other.
 
-`weights` is the list of 70 arrays in the order of the reference's get_weights(), as tensors. Shares no
-code with the package.
+`weights` is the list of 70 arrays in the order of the reference's get_weights(), as tensors. No code is shared with the
+package.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""A PMoE with the reference's weights against pMoE written out plainly in float64."""
+"""A PMoE with the reference's weights against a plain implementation in float64 and against Keras."""
 
 import json
 from pathlib import Path
@@ -11,14 +11,13 @@ from keras_weights import draw_batches, draw_weights
 from plain_pmoe import plain_pmoe
 
 from backdoorbench_moe.errors import ConfigError, ShapeError
-from backdoorbench_moe.models.keras import keras_slots
-from backdoorbench_moe.models.pmoe import pmoe_from_keras
+from backdoorbench_moe.models.keras import keras_slots, pmoe_from_keras
 
 TOP_K = 5
 
 
 def as_tensors(arrays):
-    # Through float32, which is what the model keeps.
+    # Rounded to float32, the precision of the model's weights.
     return [torch.from_numpy(array.astype(np.float32)).double() for array in arrays]
 
 
@@ -48,7 +47,7 @@ def test_outputs_and_routing_equal_the_plain_model(images, training, experts):
     assert torch.equal(routing.selected, selected)
 
 
-# Places of the moving means and variances of 4 experts in the list, in pairs.
+# Index of the first array of each batch norm in the list, for 4 experts; means and variances are 2 and 3 behind it.
 NORMS = (2, 8, 16, 22, 30, 40, 44, 48, 52, 64)
 STATISTICS = {first + 2 for first in NORMS} | {first + 3 for first in NORMS}
 
@@ -76,7 +75,7 @@ def test_sgd_steps_equal_the_plain_model(images):
 
 
 def test_keras_itself_computes_the_same():
-    """Against numbers that Keras gave; `keras_golden.py` says how they were made."""
+    """Against numbers that Keras computed, see `keras_golden.py`."""
     golden = json.loads((Path(__file__).parent / "keras_golden.json").read_text())
     model = pmoe_from_keras(draw_weights(), image_size=16, top_k=TOP_K).train()
     pictures, labels = (torch.from_numpy(array) for array in draw_batches())

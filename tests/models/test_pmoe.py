@@ -78,7 +78,7 @@ def test_router_by_hand():
     # e = 2.718282: 1 + e + e^2 + e^3 = 31.192874 and 3e + 1 = 9.154845.
     want = [[0.032059, 0.643914, 0.087144, 0.236883], [0.296923, 0.296923, 0.109232, 0.296923]]
     torch.testing.assert_close(gates, torch.tensor([want]), rtol=0, atol=2e-6)
-    # Of three equal cells the first two.
+    # Of three equal gates, the first two are selected.
     assert selected.tolist() == [[[False, True, False, True], [True, True, False, False]]]
 
 
@@ -103,7 +103,7 @@ def test_unrouted_cells_leave_as_the_experts_constant():
 
 
 def test_one_expert_for_all_cells_is_the_dense_layer():
-    """Gates of zero give every cell 1/P and nothing is dropped; BN takes the factor out again, eps aside."""
+    """Router weights of zero give every cell the gate 1/P and drop none; BN cancels this factor except for eps."""
     moe = PatchMoE(6, 3, num_experts=1, top_k=16, gate_std=0.0).double().train()
     features = torch.randn(4, 6, 4, 4, dtype=torch.float64)
     outputs, gates, selected = moe(features)
@@ -149,7 +149,7 @@ def test_larger_patches(size, patch):
 
 
 def test_patches_of_4_add_nothing_to_the_reference():
-    """The same tensors, drawn the same, as before there was a choice; 8 adds a norm and a 3x3 convolution."""
+    """Patches of 8 add a norm and a 3x3 convolution to the tensors of patches of 4."""
     plain, coarse = build(**SMALL), build(64, patch_size=8, **SMALL)
     names = set(coarse.state_dict()) - set(plain.state_dict())
     assert {name.rpartition(".")[0] for name in names} == {"trunk.halving1.0", "trunk.halving1.2"}
@@ -170,7 +170,7 @@ def test_the_order_of_the_trunk():
 
 @pytest.mark.parametrize("patch", [4, 8, 16])
 def test_a_cell_sees_the_whole_of_its_own_tile(patch):
-    """The gradient of one cell of the routed map to the image: no pixel of the tile is passed over."""
+    """The gradient of one cell of the routed map reaches every pixel of its tile."""
     size = 4 * patch
     model = build(size, patch_size=patch, **TINY).double().eval()
     pixels = images(1, size).double().requires_grad_()
@@ -191,7 +191,7 @@ def test_an_image_moved_by_a_tile_moves_the_map_by_a_cell(patch):
     pixels = images(1, 8 * patch).double()
     model(pixels)
     model(pixels.roll((patch, 2 * patch), (2, 3)))
-    # Two cells from the edge on, out of reach of the padding and of what came in at the other side.
+    # At least two cells from the edge, beyond the influence of the padding and of what was rolled in.
     torch.testing.assert_close(seen[1][..., 4:6, 4:6], seen[0][..., 3:5, 2:4], rtol=1e-10, atol=1e-12)
 
 

@@ -19,7 +19,7 @@ def test_by_hand():
 
 
 def pmoe_multiply_adds(k, moe, expert, experts=4, classes=10):
-    """Of the description: maps of 32x32, 16x16 and 8x8 cells."""
+    """From the description: maps of 32x32, 16x16 and 8x8 cells."""
     block1 = 32 * 32 * (9 * 16 * 16 * k + 9 * (16 * k) ** 2 + 16 * 16 * k)
     block2 = 16 * 16 * (9 * 16 * k * 32 * k + 9 * (32 * k) ** 2 + 16 * k * 32 * k)
     routed = 64 * (9 * 32 * k * moe + moe * experts + moe * expert * experts)

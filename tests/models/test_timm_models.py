@@ -178,3 +178,31 @@ def test_depth_width_and_heads_of_a_transformer_can_be_chosen():
 def test_sizes_that_do_not_fit_are_refused(architecture, options, message):
     with pytest.raises(ConfigError, match=message):
         build(architecture, image_size=32, **options)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size", "features"),
+    [
+        ("test_vit", 32, 64),
+        ("test_convnext", 32, 64),
+        ("dla46_c", 32, 256),  # Its classifier is a convolution.
+        ("efficientvit_m0", 224, 192),  # A norm and a linear layer.
+    ],
+)
+def test_features_are_what_the_last_layer_is_given(architecture, size, features):
+    model, images = build(architecture, image_size=size).eval(), torch.rand(2, 3, size, size)
+    found = model.extract_features(images)
+    assert found.shape == (2, features)
+    assert torch.equal(model.classify(found), model(images))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("architecture", ["deit_tiny_distilled_patch16_224", "levit_128s"])
+def test_two_classifiers_have_no_features_in_common(architecture):
+    model, images = build(architecture, image_size=224), torch.rand(1, 3, 224, 224)
+    message = f"^model: timm's '{architecture}' does not end in one linear layer, so it has no features"
+    with pytest.raises(ConfigError, match=message):
+        model.extract_features(images)
+    with pytest.raises(ConfigError, match=message):
+        model.classify(torch.zeros(1, 8))
+    assert model.components() == {}

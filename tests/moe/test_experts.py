@@ -1,4 +1,4 @@
-"""Muting for a while, and staying mute."""
+"""Muting experts inside a block, and keeping them muted in training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics measured anew, against a pass in training mode and against all values at once."""
+"""Measured statistics against a pass in training mode and against moments of all values at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A repeated beginning gives what computing it gives, and is not computed."""
+"""A reused prefix gives what computing it gives, and is not computed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from backdoorbench_moe.moe.prefix import reuse_prefix
 
 
 class Shared(nn.Module):
-    """Uses one norm before and after the layer that changes, works in place, and passes tuples."""
+    """Uses one norm before and after the layer that changes, modifies tensors in place, and passes tuples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Split(nn.Module):
 
 
 def count(module: nn.Module) -> list[int]:
-    """A list that grows with every real computation of a module."""
+    """A list that gets an element whenever a module is really computed."""
     calls: list[int] = []
     original = module.forward
 
@@ -43,7 +43,7 @@ def count(module: nn.Module) -> list[int]:
 
 
 @torch.no_grad()
-def test_a_shared_module_is_repeated_only_where_it_came_before() -> None:
+def test_a_shared_module_is_reused_only_where_it_came_before() -> None:
     torch.manual_seed(0)
     model, batch = Shared().eval(), torch.randn(5, 3)
     calls = count(model.first)
@@ -81,7 +81,7 @@ def test_a_routed_models_trunk_is_computed_once() -> None:
 
 
 @torch.no_grad()
-def test_what_is_no_tensor_is_computed_again() -> None:
+def test_an_output_that_is_not_a_tensor_is_computed_again() -> None:
     class Odd(nn.Module):
         def forward(self, values: Tensor) -> dict[str, Tensor]:
             return {"twice": 2 * values}

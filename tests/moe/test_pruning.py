@@ -1,4 +1,4 @@
-"""Ranking channels and keeping them at zero."""
+"""Activity of channels, ranking them and keeping them at zero."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_channels_of_a_linear_layer_are_the_last_dimension() -> None:
     assert means.tolist() == pytest.approx([4 / 3, 4 / 3])
 
 
-def test_a_module_nothing_passes_is_said(monkeypatch) -> None:
+def test_a_module_that_is_not_called_is_an_error() -> None:
     conv = nn.Conv2d(1, 1, 1)
     with pytest.raises(ValueError, match="pass every module"):
         channel_means([conv], lambda: None, rectify=True)

@@ -21,7 +21,7 @@ from backdoorbench_moe.engine.device import reproducible
 from backdoorbench_moe.engine.evaluate import Metrics
 from backdoorbench_moe.engine.filtering import measure_filtered
 from backdoorbench_moe.engine.graph import PARENT, needs
-from backdoorbench_moe.engine.inference import logits, losses, routings
+from backdoorbench_moe.engine.inference import features, logits, losses, routings
 from backdoorbench_moe.engine.judging import save_judgements
 from backdoorbench_moe.engine.makers.base import Checkpoint, Maker
 from backdoorbench_moe.engine.poison import poisoned, stamp_places
@@ -31,6 +31,7 @@ from backdoorbench_moe.engine.train import load_weights
 from backdoorbench_moe.engine.tune import Tuner
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import ConfigError, PluginError, RecordError
+from backdoorbench_moe.moe.structure import WithFeatures
 from backdoorbench_moe.ops.seeding import derive_seed, generator, seeded
 from backdoorbench_moe.records import MODEL, Record, RunFolder
 
@@ -46,9 +47,18 @@ def build_defenses(spec: RunSpec, setup: Setup) -> list[Defense]:
         with _named(place, part.name):
             defense = defenses.registry.create(part.name, part.options)
             defense.count(len(setup.images.train), setup.images.num_classes)
+            _check_features(defense, setup.model)
             defense.check(setup.model)
         built.append(defense)
     return built
+
+
+def _check_features(defense: Defense, model: nn.Module) -> None:
+    if "features" in defense.needs and not isinstance(model, WithFeatures):
+        raise ConfigError(
+            f"model: {type(model).__name__} does not give features before its head: "
+            "expected methods `extract_features` and `classify` (see backdoorbench_moe.moe.structure)"
+        )
 
 
 @contextmanager
@@ -192,6 +202,7 @@ class DefenseMaker(Maker):
         grants: dict[str, Callable[[], Any]] = {
             "clean": self._clean_images,
             "training-set": self._training_set,
+            "features": lambda: partial(features, precision=precision),
             "losses": lambda: partial(losses, precision=precision),
         }
         return grants[need]()

@@ -1,4 +1,4 @@
-"""What only its author can test: the values, by hand. `bbmoe plugin check bbmoe-example` does the rest."""
+"""Tests of values, by hand. `bbmoe plugin check bbmoe-example` tests everything that all parts have in common."""
 
 import pytest
 import torch

@@ -1,1 +1,1 @@
-"""Vision transformers with mixtures of experts, for backdoorbench_moe: `vmoe` and `soft-moe`."""
+"""Vision transformers with mixtures of experts for backdoorbench_moe: `vmoe` and `soft-moe`."""

@@ -1,164 +1,64 @@
-"""The models: a timm vision transformer with experts in some of its blocks."""
+"""The models `vmoe` and `soft-moe`: a timm vision transformer with MoE layers in place of some MLPs."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import torch
-from timm.layers import Mlp
-from torch import Tensor, nn
-
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput
-from backdoorbench_moe.moe.structure import ChannelGroup, Expert
-from bbmoe_vmoe.experts import Experts
-from bbmoe_vmoe.layers import MoELayer, SoftLayer, SoftRouter, SparseLayer, collecting
-from bbmoe_vmoe.routers import ExpertChoiceRouter, Router, TopKRouter
-from bbmoe_vmoe.surgery import build_vit, choose_blocks
-from bbmoe_vmoe.upcycle import COPY, load_dense, read_dense
-
-
-class RoutedViT(RoutedModel):
-    """What `vmoe` and `soft-moe` share: `network`, timm's transformer with experts in the place of some MLPs."""
-
-    # For the conformance tests: small, and with gates so far apart that no rounding decides.
-    tiny: ClassVar[dict[str, object]] = {"depth": 2, "embed_dim": 16, "num_heads": 2, "num_experts": 4}
-
-    def __init__(
-        self,
-        *,
-        num_classes: int,
-        image_size: int,
-        vit: str,
-        patch_size: int | None,
-        depth: int | None,
-        embed_dim: int | None,
-        num_heads: int | None,
-        moe_blocks: str | int | tuple[int, ...],
-        num_experts: int,
-        upcycle: str | None,
-    ) -> None:
-        super().__init__()
-        if num_experts < 1:
-            raise ConfigError.expected("num_experts", "a whole number from 1", num_experts)
-        self.network = build_vit(
-            vit,
-            num_classes=num_classes,
-            image_size=image_size,
-            patch_size=patch_size,
-            depth=depth,
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-        )
-        self.patch_size, self.patch_grid = (
-            self.network.patch_embed.patch_size[0],
-            self.network.patch_embed.grid_size,
-        )
-        self.moe_blocks = choose_blocks(moe_blocks, len(self.network.blocks))
-        self.num_experts, self.upcycle = num_experts, upcycle
-        if upcycle == "":
-            raise ConfigError.expected(
-                "upcycle", f"{COPY}, or a file or run folder of the dense model", upcycle
-            )
-
-    def insert_experts(self) -> None:
-        """Put layers of experts in the place of the chosen MLPs."""
-        for number in self.moe_blocks:
-            block = self.network.blocks[number]
-            mlp = block.mlp
-            assert isinstance(block, nn.Module) and isinstance(mlp, Mlp)
-            experts = Experts(mlp, self.num_experts, copies=self.upcycle is not None)
-            name = f"network.blocks.{number}.mlp"
-            block.mlp = self.make_layer(experts, name=name, prefix=self.network.num_prefix_tokens)
-
-    def load_start(self) -> None:
-        """Load the dense weights that `upcycle` names, if it names a file; `upcycled_from` is then its SHA-256."""
-        if self.upcycle not in (None, COPY):
-            tensors, self.upcycled_from = read_dense(self.upcycle)
-            load_dense(self, tensors, source=self.upcycle)
-
-    @abstractmethod
-    def make_layer(self, experts: Experts, *, name: str, prefix: int) -> MoELayer:
-        """A layer of these experts, in the place called `name`."""
-
-    def layers(self) -> list[MoELayer]:
-        """The layers of experts, first layer first."""
-        return [layer for layer in self.network.modules() if isinstance(layer, MoELayer)]
-
-    def forward_routed(self, images: Tensor) -> RoutedOutput:
-        """Images (B, 3, H, W) in [0, 1] to logits and the routing of every layer of experts."""
-        with collecting() as routing:
-            logits = self.network(images)
-        return RoutedOutput(logits, routing)
-
-    def components(self) -> dict[str, list[nn.Module]]:
-        """The layers' experts and routers, and the classifier."""
-        layers = self.layers()
-        return {
-            "experts": [layer.experts for layer in layers],
-            "router": [layer.router for layer in layers],
-            "head": [self.network.get_classifier()],
-        }
-
-    def prunable(self) -> dict[str, list[ChannelGroup]]:
-        """Each expert's hidden units in the last layer of experts, and those of the last dense MLP before it."""
-        number = self.moe_blocks[-1]
-        experts = self.network.blocks[number].mlp.experts
-        assert isinstance(experts, Experts)
-        width = experts.width
-        groups = [
-            ChannelGroup(f"expert {e}", experts.fc1, e * width, (e + 1) * width, tap=experts.hidden)
-            for e in range(self.num_experts)
-        ]
-        dense = [block.mlp for block in self.network.blocks[:number] if isinstance(block.mlp, Mlp)]
-        trunk = {"trunk": [ChannelGroup.whole("trunk", dense[-1].fc1)]} if dense else {}
-        return {"experts": groups, **trunk}
-
-    def experts(self) -> list[Expert]:
-        """Each expert: its rows of the stacked weights; muted by `heard`, which comes after what it gives."""
-        found = []
-        for layer in self.layers():
-            rows = {
-                f"{layer.name}.experts.{key}": len(tensor) // self.num_experts
-                for key, tensor in layer.experts.state_dict().items()
-            }
-            for e in range(self.num_experts):
-                own = {key: (e * size, (e + 1) * size) for key, size in rows.items()}
-                output = {key: rows for key, rows in own.items() if key.endswith(".heard")}
-                found.append(Expert(layer.name, e, own, output, layer.tap, (e, e + 1)))
-        return found
-
-    @torch.no_grad()
-    def mask_expert(self, expert: Expert) -> None:
-        """Let no token go to, or listen to, this expert any more; the router's softmax leaves it out."""
-        layer = self.get_submodule(expert.layer)
-        layer.router.masked[expert.index] = True  # type: ignore[union-attr, index, operator]
+from backdoorbench_moe.moe.layers import (
+    ExpertChoiceRouter,
+    Experts,
+    Router,
+    SoftMoELayer,
+    SoftRouter,
+    SparseMoELayer,
+    TopKRouter,
+)
+from bbmoe_vmoe.routed_vit import RoutedViT
 
 
 class VMoE(RoutedViT):
-    """V-MoE on any of timm's plain vision transformers: sparse experts in the place of some MLPs.
+    """V-MoE: sparse MoE layers in place of some MLPs of a vision transformer from timm.
 
-    vit, patch_size, depth, embed_dim, num_heads: the dense transformer, as "timm:<vit>" with these options.
-    moe_blocks: see `surgery.choose_blocks`. router: "top-k", each token takes `top_k` of `num_experts` experts;
-    "switch", the same with one; "expert-choice", each expert takes its tokens of every image, `top_k` experts
-    a token on average. top_k: 1 for "switch", otherwise 2 where None. gate_std: what the routers' weights are
-    drawn with. noise: standard deviation of the noise on the routers' logits in training, times 1 / num_experts.
-    importance, load: weights of the losses that keep the experts evenly loaded, summed over the layers. capacity:
-    room of the experts in training, as a multiple of an even load over the batch; None is no limit. eval_capacity:
-    the same in evaluation, where a limit lets an image's answer hang on the others in its batch. The last five
-    do not matter to "expert-choice".
+    Class and register tokens are routed as patches are but are not part of `Routing`. With router "switch" only the
+    number of experts differs from V-MoE: losses and batch priority are V-MoE's, not the Switch Transformer's.
 
-    upcycle: None draws every expert by itself; "copy" starts all of a layer with one MLP's random weights; else
-    the folder, or model.safetensors, of a finished run of the dense transformer: training begins with its weights,
-    every expert with those of the MLP it replaces. A trained model does not need the file again.
+    Args:
+        num_classes: Number of classes.
+        image_size: Side of the images in pixels.
+        vit: Name of the dense transformer in timm. Its blocks must have a plain MLP.
+        patch_size: Side of a patch in pixels, a divisor of `image_size`; None for the choice of "timm:<vit>".
+        depth: Number of blocks; None for the architecture's own.
+        embed_dim: Features of a token; None for the architecture's own.
+        num_heads: Attention heads, a divisor of `embed_dim`; None for the architecture's own.
+        moe_blocks: Blocks whose MLP is replaced, counted from 0: "every-2" (1, 3, 5, ...), "last-N" (the last N of
+            these), "all", or numbers such as 3 or "1,3,5".
+        num_experts: Experts of each layer.
+        router: "top-k": each token goes to `top_k` experts. "switch": each token goes to one. "expert-choice": each
+            expert takes the same number of tokens of every image, `top_k` experts for a token on average.
+        top_k: 1 to `num_experts`; None for 1 with "switch" and otherwise 2.
+        gate_std: Standard deviation of the routers' initial weights.
+        noise: Standard deviation of the noise on the routers' logits in training, times `num_experts`. This and the
+            next four options have no effect with "expert-choice".
+        importance: Weight of the importance loss, which is summed over the layers.
+        load: Weight of the load loss, which is summed over the layers.
+        capacity: Largest number of tokens of an expert in training, as a multiple of an even load over the batch;
+            None for no limit.
+        eval_capacity: The same in evaluation. With a limit, an image's output depends on the others in its batch.
+        upcycle: None to draw the weights of each expert separately; "copy" to start all experts of a layer with the
+            same random MLP; otherwise the folder or model.safetensors of a finished run of the dense transformer,
+            whose weights training starts from: every expert with those of the MLP it replaces. The file is not needed
+            again once the model is trained.
 
-    The class and register tokens are routed as patches are, but are no part of `Routing`. With "switch" all but
-    the number of experts is as in V-MoE (losses, batch priority), not as in the Switch Transformer. Raises
-    UnknownNameError or ConfigError naming the option. Source: Riquelme et al., NeurIPS 2021.
+    Raises:
+        UnknownNameError: For an architecture that timm does not have.
+        ConfigError: For an option out of range, naming the option.
+
+    Source: Riquelme et al., "Scaling Vision with Sparse Mixture of Experts", NeurIPS 2021.
     """
 
-    tiny: ClassVar[dict[str, object]] = {**RoutedViT.tiny, "gate_std": 1.0}
+    tiny: ClassVar[Mapping[str, object]] = {**RoutedViT.tiny, "gate_std": 1.0}
 
     def __init__(
         self,
@@ -195,28 +95,45 @@ class VMoE(RoutedViT):
             upcycle=upcycle,
         )
         self.router, self.top_k = router, _top_k(router, top_k, num_experts)
-        _check_from_zero(gate_std=gate_std, noise=noise, importance=importance, load=load)
+        _check_not_negative(gate_std=gate_std, noise=noise, importance=importance, load=load)
         _check_positive(capacity=capacity, eval_capacity=eval_capacity)
-        self._routing: dict[str, Any] = {"top_k": self.top_k, "gate_std": gate_std}
+        self._router_options: dict[str, Any] = {"top_k": self.top_k, "gate_std": gate_std}
         if router != "expert-choice":
-            self._routing |= {"noise": noise, "importance": importance, "load": load}
-            self._routing |= {"capacity": capacity, "eval_capacity": eval_capacity}
+            self._router_options |= {"noise": noise, "importance": importance, "load": load}
+            self._router_options |= {"capacity": capacity, "eval_capacity": eval_capacity}
         self.eval_capacity = eval_capacity
         self.insert_experts()
 
-    def make_layer(self, experts: Experts, *, name: str, prefix: int) -> SparseLayer:
-        """Router, dispatch, experts."""
-        kind: type[Router] = ExpertChoiceRouter if self.router == "expert-choice" else TopKRouter
-        router = kind(self.network.embed_dim, self.num_experts, **self._routing)
-        return SparseLayer(experts, router, name=name, prefix=prefix)
+    def make_layer(self, experts: Experts, *, name: str, num_prefix_tokens: int) -> SparseMoELayer:
+        """A sparse layer with the router that was chosen."""
+        kind = ExpertChoiceRouter if self.router == "expert-choice" else TopKRouter
+        router: Router = kind(self.network.embed_dim, self.num_experts, **self._router_options)
+        return SparseMoELayer(experts, router, name=name, num_prefix_tokens=num_prefix_tokens)
 
 
 class SoftMoE(RoutedViT):
-    """Soft MoE on any of timm's plain vision transformers: experts work on mixtures of tokens, nothing is dropped.
+    """Soft MoE: experts process mixtures of an image's tokens, and no token is dropped.
 
-    slots: mixtures for each expert; where None, as many as give about one slot a token. All other options as of
-    `vmoe`. For what counts as routing, see `layers.SoftLayer`. Raises UnknownNameError or ConfigError naming
-    the option. Source: Puigcerver et al., ICLR 2024.
+    `SoftMoELayer` says what counts as routing.
+
+    Args:
+        num_classes: Number of classes.
+        image_size: Side of the images in pixels.
+        vit: Name of the dense transformer in timm. Its blocks must have a plain MLP.
+        patch_size: Side of a patch in pixels, a divisor of `image_size`; None for the choice of "timm:<vit>".
+        depth: Number of blocks; None for the architecture's own.
+        embed_dim: Features of a token; None for the architecture's own.
+        num_heads: Attention heads, a divisor of `embed_dim`; None for the architecture's own.
+        moe_blocks: Blocks whose MLP is replaced, as for `vmoe`.
+        num_experts: Experts of each layer.
+        slots: Slots of each expert; None for about one slot for each patch.
+        upcycle: What the experts start with, as for `vmoe`.
+
+    Raises:
+        UnknownNameError: For an architecture that timm does not have.
+        ConfigError: For an option out of range, naming the option.
+
+    Source: Puigcerver et al., "From Sparse to Soft Mixtures of Experts", ICLR 2024.
     """
 
     def __init__(
@@ -252,10 +169,10 @@ class SoftMoE(RoutedViT):
         self.slots = max(1, rows * columns // num_experts) if slots is None else slots
         self.insert_experts()
 
-    def make_layer(self, experts: Experts, *, name: str, prefix: int) -> SoftLayer:
-        """Router and experts."""
+    def make_layer(self, experts: Experts, *, name: str, num_prefix_tokens: int) -> SoftMoELayer:
+        """A soft layer."""
         router = SoftRouter(self.network.embed_dim, self.num_experts, self.slots)
-        return SoftLayer(experts, router, name=name, prefix=prefix)
+        return SoftMoELayer(experts, router, name=name, num_prefix_tokens=num_prefix_tokens)
 
 
 def _top_k(router: str, top_k: int | None, num_experts: int) -> int:
@@ -270,7 +187,7 @@ def _top_k(router: str, top_k: int | None, num_experts: int) -> int:
     return top_k
 
 
-def _check_from_zero(**values: float) -> None:
+def _check_not_negative(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value < float("inf"):
             raise ConfigError.expected(name, "a finite number from 0", value)

@@ -1,4 +1,4 @@
-"""A timm vision transformer, taken apart: which blocks there are, and which get experts."""
+"""Building the dense vision transformer, and choosing the blocks that get experts."""
 
 from __future__ import annotations
 
@@ -20,10 +20,21 @@ def build_vit(
     embed_dim: int | None,
     num_heads: int | None,
 ) -> VisionTransformer:
-    """The dense transformer, as "timm:<vit>" with these options builds it from the same random stream.
+    """Build the dense transformer. "timm:<vit>" with the same options and seed builds one with equal weights.
 
-    Raises UnknownNameError for a name timm lacks; ConfigError for one that is no vision transformer of plain
-    blocks, and for options that do not fit it.
+    Args:
+        vit: Name of the architecture in timm.
+        num_classes: Number of classes.
+        image_size: Side of the images in pixels.
+        patch_size: Side of a patch in pixels; None for the choice of "timm:<vit>".
+        depth: Number of blocks; None for the architecture's own.
+        embed_dim: Features of a token; None for the architecture's own.
+        num_heads: Attention heads; None for the architecture's own.
+
+    Raises:
+        UnknownNameError: For an architecture that timm does not have.
+        ConfigError: For an architecture that is not a vision transformer with plain blocks and one classifier, and
+            for options that do not fit it.
     """
     sizes = {"patch_size": patch_size, "depth": depth, "embed_dim": embed_dim, "num_heads": num_heads}
     given = {name: value for name, value in sizes.items() if value is not None}
@@ -32,14 +43,15 @@ def build_vit(
     except ConfigError as error:
         if str(error).startswith("architecture: "):
             raise ConfigError(f"vit: {str(error).removeprefix('architecture: ')}") from error
-        # A plain transformer lets all of its sizes be chosen.
+        # All sizes of a plain transformer can be chosen.
         if str(error).startswith(tuple(f"{name}: timm's" for name in sizes)):
             raise _not_plain(vit) from error
         raise
     network = model.network
     if not isinstance(network, VisionTransformer) or type(network.patch_embed) is not PatchEmbed:
         raise _not_plain(vit)
-    if not all(map(_is_plain, network.blocks)):
+    # One with a distillation token has two classifiers.
+    if not all(map(_is_plain, network.blocks)) or not isinstance(network.get_classifier(), nn.Linear):
         raise _not_plain(vit)
     return network
 
@@ -50,7 +62,7 @@ def _not_plain(vit: str) -> ConfigError:
 
 
 def _is_plain(block: nn.Module) -> bool:
-    """Whether a block is timm's usual one, with two linear layers and nothing but an activation between."""
+    """Whether a block is timm's `Block` with an MLP of two linear layers and only an activation between them."""
     mlp = getattr(block, "mlp", None)
     return (
         type(block) is Block
@@ -63,10 +75,15 @@ def _is_plain(block: nn.Module) -> bool:
 
 
 def choose_blocks(wanted: str | int | tuple[int, ...], depth: int) -> tuple[int, ...]:
-    """The numbers, from 0 and ascending, of the blocks that get experts.
+    """Return the numbers of the blocks that get experts, counted from 0, in ascending order.
 
-    wanted: "every-2" (all odd ones), "last-N" (the last N odd ones), both as in V-MoE; "all"; or numbers: one,
-    a list, or a text such as "1,3,5". Raises ConfigError for anything else and for blocks that do not exist.
+    Args:
+        wanted: "every-2" (1, 3, 5, ...) or "last-N" (the last N of these), both as in V-MoE; "all"; or numbers: one,
+            several, or a string such as "1,3,5".
+        depth: Number of blocks.
+
+    Raises:
+        ConfigError: For anything else, and for blocks that do not exist or are named twice.
     """
     odd = tuple(range(1, depth, 2))
     if wanted == "all":

@@ -1,30 +1,37 @@
-"""Sparse upcycling: a dense transformer's weights, its MLPs copied into every expert (Komatsuzaki et al., 2023)."""
+"""Sparse upcycling: starting from a trained dense transformer, whose MLPs are copied into every expert.
+
+Source: Komatsuzaki et al., "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints", ICLR 2023.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError
 
-if TYPE_CHECKING:
-    from bbmoe_vmoe.models import RoutedViT
-
-# In the place of a file: one random MLP's weights for all experts of a layer.
+# Value of the option `upcycle` that names no file: all experts of a layer start with the same random MLP.
 COPY = "copy"
+# Parts of an MoE layer that a dense transformer does not have.
 NOT_DENSE = ("router.", "experts.heard")
 
 
 def read_dense(path: str) -> tuple[dict[str, Tensor], str]:
-    """Weights of a dense run, by its folder or its model file, and the file's SHA-256.
+    """Read the weights of a dense run.
 
-    Raises ConfigError if there is no such file, or it holds no tensors.
+    Args:
+        path: The run's folder, or its model.safetensors.
+
+    Returns:
+        The tensors by name, and the SHA-256 of the file.
+
+    Raises:
+        ConfigError: If there is no such file or it is not a safetensors file.
     """
     file = Path(path)
     file = file / "model.safetensors" if file.is_dir() else file
@@ -39,22 +46,29 @@ def read_dense(path: str) -> tuple[dict[str, Tensor], str]:
 
 
 @torch.no_grad()
-def load_dense(model: RoutedViT, tensors: dict[str, Tensor], *, source: str) -> None:
-    """Give a model a dense run's weights, in place; routers keep their own.
+def load_dense(model: nn.Module, tensors: dict[str, Tensor], *, num_experts: int, source: str) -> None:
+    """Load the weights of a dense transformer into a model with MoE layers, in place. Routers keep their weights.
 
-    Raises ConfigError, and changes nothing, unless names and shapes are those of the model's dense transformer.
+    Args:
+        model: A transformer whose MoE layers are called "...mlp".
+        tensors: The dense transformer's tensors by name.
+        num_experts: Experts of each layer.
+        source: Where the tensors come from, for error messages.
+
+    Raises:
+        ConfigError: If names or shapes differ from those of the model's dense transformer; nothing is loaded then.
     """
     own = {name: (tensor, _dense_name(name)) for name, tensor in model.state_dict().items()}
     wanted = {dense: tensor for tensor, dense in own.values() if dense is not None}
     for name in sorted(wanted.keys() ^ tensors.keys()):
-        what = "lacks" if name in wanted else "has a"
+        what = "lacks" if name in wanted else "has an unexpected"
         raise ConfigError(
             f"upcycle: {source}: expected the weights of the dense transformer; it {what} {name}"
         )
     copies = {dense for name, (_, dense) in own.items() if ".experts." in name}
-    # Each stacked weight as (E, ...), to which one MLP's is spread.
+    # Stacked weights as (E, ...), so that the MLP's weights are broadcast to every expert.
     wanted = {
-        name: tensor.unflatten(0, (model.num_experts, -1)) if name in copies else tensor
+        name: tensor.unflatten(0, (num_experts, -1)) if name in copies else tensor
         for name, tensor in wanted.items()
     }
     for name, tensor in wanted.items():
@@ -68,7 +82,7 @@ def load_dense(model: RoutedViT, tensors: dict[str, Tensor], *, source: str) -> 
 
 
 def _dense_name(name: str) -> str | None:
-    """What a weight is called in the dense transformer; None for what that one does not have."""
+    """The name of a tensor in the dense transformer; None for a tensor that it does not have."""
     layer, dot, part = name.partition(".mlp.")
     if not dot or part.startswith(("fc1.", "fc2.")):
         return name

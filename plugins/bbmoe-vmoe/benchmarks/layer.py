@@ -1,9 +1,9 @@
-"""A layer of experts against a dense MLP of equal multiply-adds: python plugins/bbmoe-vmoe/benchmarks/layer.py
+"""Time an MoE layer against a dense MLP with as many multiply-adds: python plugins/bbmoe-vmoe/benchmarks/layer.py
 
-The dense MLP has top_k times an expert's hidden units, so that a token costs the same in both; for Soft MoE, which has
-about one slot a token, as many as an expert. Prints the time of a training step (forward and backward) and of a
-forward pass in evaluation, both the median of several, in turns, and their ratio. On a CPU it is the processor's time,
-which other work on the machine disturbs less.
+The dense MLP has top_k times the hidden units of one expert, so that a token costs the same in both. For Soft MoE,
+which has about one slot for each token, it has as many as one expert. The script prints the time of a training step
+(forward and backward) and of a forward pass in evaluation mode, each the median of several measured in turns, and
+their ratio. On a CPU it measures processor time, which is less disturbed by other work on the machine.
 """
 
 from __future__ import annotations
@@ -14,41 +14,47 @@ import time
 from collections.abc import Callable
 
 import torch
-from bbmoe_vmoe.experts import Experts
-from bbmoe_vmoe.layers import SoftLayer, SoftRouter, SparseLayer
-from bbmoe_vmoe.routers import ExpertChoiceRouter, TopKRouter
 from timm.layers import Mlp
 from torch import nn
+
+from backdoorbench_moe.moe.layers import (
+    ExpertChoiceRouter,
+    MLPExperts,
+    SoftMoELayer,
+    SoftRouter,
+    SparseMoELayer,
+    TopKRouter,
+)
 
 
 def make_layers(
     features: int, experts: int, top_k: int, tokens: int
 ) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """Layers of experts by name, each with its dense MLP."""
+    """MoE layers by name, each with its dense MLP."""
 
-    def make_experts() -> Experts:
-        return Experts(Mlp(features, 4 * features), experts, copies=False)
+    def make_experts() -> MLPExperts:
+        mlp = Mlp(features, 4 * features)
+        return MLPExperts(mlp.fc1, mlp.act, mlp.fc2, num_experts=experts, copies=False)
 
-    place = {"name": "layer", "prefix": 1}
-    given = {"top_k": top_k, "gate_std": 0.02}
     sparse, same = Mlp(features, 4 * features * top_k), Mlp(features, 4 * features)
-    soft = SoftRouter(features, experts, max(1, tokens // experts))
-    return {
-        "top-k": (SparseLayer(make_experts(), TopKRouter(features, experts, **given), **place), sparse),
-        "expert-choice": (
-            SparseLayer(make_experts(), ExpertChoiceRouter(features, experts, **given), **place),
-            sparse,
-        ),
-        "soft": (SoftLayer(make_experts(), soft, **place), same),
+    routers = {
+        "top-k": TopKRouter(features, experts, top_k=top_k, gate_std=0.02),
+        "expert-choice": ExpertChoiceRouter(features, experts, top_k=top_k, gate_std=0.02),
     }
+    place = {"name": "layer", "num_prefix_tokens": 1}
+    layers: dict[str, tuple[nn.Module, nn.Module]] = {
+        name: (SparseMoELayer(make_experts(), router, **place), sparse) for name, router in routers.items()
+    }
+    soft = SoftRouter(features, experts, max(1, tokens // experts))
+    return {**layers, "soft": (SoftMoELayer(make_experts(), soft, **place), same)}
 
 
 def train_step(module: nn.Module, tokens: torch.Tensor, bf16: bool) -> Callable[[], None]:
-    """Forward and backward."""
+    """A function that runs one forward and backward pass."""
 
     def step() -> None:
         module.train()
-        # Entered at every step, as in training: inside, casts of weights are made once and kept.
+        # Entered in every step, as in training: autocast caches the casts of weights until its context ends.
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=bf16):
             outputs = module(tokens.requires_grad_())
         outputs.float().square().mean().backward()
@@ -58,7 +64,7 @@ def train_step(module: nn.Module, tokens: torch.Tensor, bf16: bool) -> Callable[
 
 
 def evaluate(module: nn.Module, tokens: torch.Tensor, bf16: bool) -> Callable[[], None]:
-    """Forward, without gradients."""
+    """A function that runs one forward pass in evaluation mode, without gradients."""
 
     def step() -> None:
         module.eval()
@@ -70,7 +76,7 @@ def evaluate(module: nn.Module, tokens: torch.Tensor, bf16: bool) -> Callable[[]
 
 
 def seconds(steps: list[Callable[[], None]], repeats: int, device: torch.device) -> list[float]:
-    """Median seconds of each of the steps, which take turns."""
+    """Median seconds of each step; the steps are run in turns."""
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     found: list[list[float]] = [[] for _ in steps]
     for turn in range(repeats + 1):
@@ -79,13 +85,13 @@ def seconds(steps: list[Callable[[], None]], repeats: int, device: torch.device)
             started = clock()
             step()
             wait(device)
-            if turn:  # The first one warms up.
+            if turn:  # The first turn warms up.
                 into.append(clock() - started)
     return [statistics.median(times) for times in found]
 
 
 def wait(device: torch.device) -> None:
-    """Let the device finish."""
+    """Wait until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

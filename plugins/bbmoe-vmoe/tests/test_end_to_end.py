@@ -1,4 +1,4 @@
-"""From an attack to its analysis and defenses, with nothing of the package but the plug-in's models."""
+"""From an attack to its analysis and defenses, with the plug-in's models."""
 
 from __future__ import annotations
 

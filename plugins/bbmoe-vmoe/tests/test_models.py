@@ -1,4 +1,4 @@
-"""The models: surgery, what they say of themselves, upcycling, and what bad options get."""
+"""The models: choice of blocks, structure, upcycling, and errors for bad options."""
 
 from __future__ import annotations
 
@@ -92,17 +92,18 @@ def test_bad_options_are_one_clear_line(options, message):
         ("vit_small_patch16_18x2_224", 56),
         ("eva02_tiny_patch14_224", 56),
         ("vit_tiny_r_s16_p8_224", 64),
+        ("deit_tiny_distilled_patch16_224", 224),
     ],
 )
-def test_what_is_no_plain_transformer_is_refused(vit, size):
-    """A convolutional network, one with two MLPs a block, one with gated MLPs, and one with convolutions before."""
+def test_other_than_a_plain_transformer_is_refused(vit, size):
+    """A convolutional network, and transformers with two MLPs in a block, gated MLPs, convolutions, two classifiers."""
     with pytest.raises(ConfigError, match=f"^vit: expected a vision transformer .* got '{vit}'$"):
         create_model("vmoe", vit=vit, image_size=size)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_with_one_expert_it_is_its_dense_twin(name):
-    """One expert that is the MLP; for Soft MoE, one slot that listens to one token is no twin, so only the trunk."""
+    """With one expert that copies the MLP. Soft MoE mixes tokens even then, so only its other weights are compared."""
     dense = build(DENSE).eval()
     model = build(name, num_experts=1, upcycle="copy").eval()
     if name == "vmoe":
@@ -117,7 +118,7 @@ def test_with_one_expert_it_is_its_dense_twin(name):
 
 
 def test_with_one_expert_it_trains_as_its_dense_twin():
-    """Weight decay included, which leaves biases alone in both."""
+    """Including weight decay, which is not applied to biases in both."""
     dense, model = build(DENSE).train(), build(num_experts=1, upcycle="copy").train()
     spec = TrainSpec(optimizer="adamw", lr=0.01, weight_decay=0.5)
     for network in (dense, model):
@@ -134,7 +135,7 @@ def test_with_one_expert_it_trains_as_its_dense_twin():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_layer_says_its_routing(name):
+def test_every_layer_reports_its_routing(name):
     model = build(name, moe_blocks="1,2,3").eval()
     output = model.forward_routed(images())
     assert [routing.layer for routing in output.routing] == [f"network.blocks.{n}.mlp" for n in (1, 2, 3)]
@@ -148,7 +149,7 @@ def test_every_layer_says_its_routing(name):
     [("top-k", 2, None), ("switch", 1, None), ("expert-choice", None, 17)],
 )
 def test_routers(router, per_token, per_expert):
-    """65 tokens with the class token; 17 = ceil(2 * 65 / 8) of them for each expert, the class token maybe among."""
+    """65 tokens with the class token; each expert takes 17 = ceil(2 * 65 / 8), which may include the class token."""
     [first, *_] = build(router=router).eval().forward_routed(images()).routing
     if per_token:
         assert (first.selected.sum(1) == per_token).all()
@@ -196,7 +197,7 @@ def test_what_can_be_pruned_are_hidden_units_of_the_last_layer_of_experts_and_of
     model = build(name, moe_blocks="3").eval()
     [trunk], experts = model.prunable()["trunk"], model.prunable()["experts"]
     assert trunk.layer is model.network.blocks[2].mlp.fc1
-    # Without any of them the two MLPs add no more than a bias.
+    # Without any of them, the two MLPs add only a bias.
     for group in [trunk, *experts]:
         silence(group.layer, torch.arange(group.start, group.stop))
     for block in (2, 3):
@@ -261,7 +262,7 @@ def test_with_all_experts_chosen_an_upcycled_model_answers_as_the_dense_one(dens
         ),
         (
             lambda folder: save_file({"a": torch.ones(1)}, folder / "model.safetensors"),
-            "dense transformer; it has a a",
+            "dense transformer; it has an unexpected a",
         ),
         (
             lambda folder: save_file(
@@ -272,7 +273,7 @@ def test_with_all_experts_chosen_an_upcycled_model_answers_as_the_dense_one(dens
         ),
     ],
 )
-def test_a_file_that_will_not_do_is_one_clear_line(change, message, dense_file):
+def test_a_file_that_does_not_fit_is_one_clear_line(change, message, dense_file):
     change(dense_file)
     model = build(upcycle=str(dense_file))
     before = copy.deepcopy(model.state_dict())

@@ -1,0 +1,59 @@
+"""MoE layers to build models from, in the place of an MLP.
+
+A sparse layer has three independent parts: a `Router` decides which experts process each token, `dispatch` computes
+them, and `Experts` are what is computed. To add another gate, subclass `LinearRouter` (or `Router`, if the logits are
+not linear in the token); to add another kind of expert, subclass `Experts`. `SoftMoELayer` is the layer of Soft MoE.
+
+Axis letters: B batch, N tokens of an image, S tokens of the batch (S = B * N), T pairs of a token and an expert,
+P patches, E experts, K selected experts, s slots, D features.
+"""
+
+from backdoorbench_moe.moe.layers.assignment import (
+    Assignment,
+    assign_chosen,
+    expert_capacity,
+    top_experts,
+    within_capacity,
+)
+from backdoorbench_moe.moe.layers.base import MoELayer, collect_routing
+from backdoorbench_moe.moe.layers.dispatching import combine, dispatch, scatter_outputs
+from backdoorbench_moe.moe.layers.experts import Experts, MLPExperts, StackedLinear
+from backdoorbench_moe.moe.layers.losses import importance_loss, load_loss, squared_variation
+from backdoorbench_moe.moe.layers.routers import (
+    ExpertChoiceRouter,
+    LinearRouter,
+    Router,
+    RouterOutput,
+    TopKRouter,
+)
+from backdoorbench_moe.moe.layers.soft import SoftMoELayer, SoftRouter
+from backdoorbench_moe.moe.layers.sparse import SparseMoELayer
+from backdoorbench_moe.moe.layers.tap import Tap
+
+__all__ = [
+    "Assignment",
+    "ExpertChoiceRouter",
+    "Experts",
+    "LinearRouter",
+    "MLPExperts",
+    "MoELayer",
+    "Router",
+    "RouterOutput",
+    "SoftMoELayer",
+    "SoftRouter",
+    "SparseMoELayer",
+    "StackedLinear",
+    "Tap",
+    "TopKRouter",
+    "assign_chosen",
+    "collect_routing",
+    "combine",
+    "dispatch",
+    "expert_capacity",
+    "importance_loss",
+    "load_loss",
+    "scatter_outputs",
+    "squared_variation",
+    "top_experts",
+    "within_capacity",
+]

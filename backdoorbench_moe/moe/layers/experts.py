@@ -1,0 +1,204 @@
+"""The experts of one layer, with their weights stacked so that all of them can be computed at once."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from backdoorbench_moe.moe.layers.tap import Tap
+from backdoorbench_moe.moe.structure import ChannelGroup
+
+# Standard deviation of the initial weights, as timm draws the linear layers of a vision transformer.
+INIT_STD = 0.02
+
+
+class StackedLinear(nn.Module):
+    """E linear layers of the same shape, with their weights stacked along the first dimension.
+
+    A row of `weight` is one output of one expert, and `bias` has one dimension, as in a single linear layer. An
+    optimizer that decays weights but not biases therefore treats both alike.
+
+    Args:
+        linear: The layer that every expert starts as a copy of. It must have a bias.
+        count: Number of experts E.
+
+    Attributes:
+        weight: (E * out, in) parameter, the rows of expert 0 first.
+        bias: (E * out,) parameter.
+    """
+
+    def __init__(self, linear: nn.Linear, count: int) -> None:
+        super().__init__()
+        assert linear.bias is not None
+        self.count = count
+        self.weight = nn.Parameter(linear.weight.detach().repeat(count, 1))
+        self.bias = nn.Parameter(linear.bias.detach().repeat(count))
+
+    def draw(self) -> None:
+        """Draw the weights of every expert anew and set the biases to zero."""
+        nn.init.trunc_normal_(self.weight, std=INIT_STD)
+        nn.init.zeros_(self.bias)
+
+    @property
+    def weights(self) -> Tensor:
+        """(E, out, in) view of `weight`."""
+        return self.weight.unflatten(0, (self.count, -1))
+
+    @property
+    def biases(self) -> Tensor:
+        """(E, out) view of `bias`."""
+        return self.bias.unflatten(0, (self.count, -1))
+
+
+class Experts(nn.Module, ABC):
+    """Base class of the experts of one layer: E networks of the same shape, from D features to D features.
+
+    A subclass computes them in three ways, among which `dispatch` chooses. All three give the same result up to
+    rounding. Weights are stored with the rows of expert 0 first, so that every tensor in the state dict can be
+    split along its first dimension into E equal parts.
+
+    Args:
+        num_experts: Number of experts E.
+
+    Attributes:
+        heard: (E,) buffer, the factor of each expert's output: 1, or 0 for an expert that is muted.
+        hidden: Tap that passes the hidden units before the activation, (rows, E * hidden units), for every token
+            that was sent to an expert, whether it had room there or not. Rows are padded with zeros for experts that
+            have fewer tokens than others. Its hooks may only read.
+    """
+
+    heard: Tensor
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.hidden = Tap()
+        self.register_buffer("heard", torch.ones(num_experts))
+
+    def __len__(self) -> int:
+        return len(self.heard)
+
+    @property
+    @abstractmethod
+    def hidden_features(self) -> int:
+        """Number of hidden units of one expert."""
+
+    @abstractmethod
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Compute all experts on equally many tokens each: (E, n, D) to (E, n, D)."""
+
+    @abstractmethod
+    def forward_each(self, groups: Sequence[Tensor]) -> Tensor:
+        """Compute one expert after the other.
+
+        Args:
+            groups: For each expert the tokens it processes, (n_e, D).
+
+        Returns:
+            (T, D) outputs, T the sum of all n_e, those of expert 0 first.
+        """
+
+    @abstractmethod
+    def forward_grouped(self, tokens: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
+        """Compute all experts in grouped matrix products, without reading anything back from the device.
+
+        Args:
+            tokens: (T, D), those of expert 0 first.
+            ends: (E,) int32, the index behind the last token of each expert.
+            experts: (T,) int64, the expert of each token.
+
+        Returns:
+            (T, D) outputs.
+        """
+
+    @abstractmethod
+    def channel_groups(self) -> list[ChannelGroup]:
+        """The hidden units of each expert as channels that can be pruned, one group for each expert."""
+
+
+class MLPExperts(Experts):
+    """Experts that are MLPs of two linear layers with an activation between them.
+
+    Args:
+        fc1: First linear layer of the MLP that the experts are modelled on, (hidden units, D). It has a bias.
+        act: Activation, shared by all experts. It has no parameters.
+        fc2: Second linear layer, (D, hidden units). It has a bias.
+        num_experts: Number of experts E.
+        copies: Whether every expert starts with the weights of this MLP. Otherwise the weights of each are drawn from
+            a truncated normal distribution of standard deviation 0.02, and biases are 0.
+        drop1: Dropout behind the activation; none if None.
+        drop2: Dropout behind the second linear layer; none if None.
+    """
+
+    def __init__(
+        self,
+        fc1: nn.Linear,
+        act: nn.Module,
+        fc2: nn.Linear,
+        *,
+        num_experts: int,
+        copies: bool,
+        drop1: nn.Module | None = None,
+        drop2: nn.Module | None = None,
+    ) -> None:
+        super().__init__(num_experts)
+        self.fc1, self.fc2 = StackedLinear(fc1, num_experts), StackedLinear(fc2, num_experts)
+        self.act = act
+        self.drop1 = nn.Identity() if drop1 is None else drop1
+        self.drop2 = nn.Identity() if drop2 is None else drop2
+        if not copies:
+            self.fc1.draw()
+            self.fc2.draw()
+
+    @property
+    def hidden_features(self) -> int:
+        """Number of hidden units of one expert."""
+        return len(self.fc1.weight) // len(self)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Compute all experts on equally many tokens each: (E, n, D) to (E, n, D)."""
+        hidden = _batched(self.fc1, tokens)
+        if self.hidden.watched:
+            self.hidden(hidden.transpose(0, 1).flatten(1))
+        return self.drop2(_batched(self.fc2, self._activate(hidden)))
+
+    def forward_each(self, groups: Sequence[Tensor]) -> Tensor:
+        """Compute one expert after the other, see `Experts.forward_each`."""
+        # Unbound once: the backward pass of E separate indexing operations would fill E stacks with zeros.
+        first, second = (zip(fc.weights, fc.biases, strict=True) for fc in (self.fc1, self.fc2))
+        hidden = [F.linear(tokens, *fc) for tokens, fc in zip(groups, first, strict=True)]
+        if self.hidden.watched:
+            self.hidden(pad_sequence(hidden).flatten(1))
+        outputs = [F.linear(self._activate(values), *fc) for values, fc in zip(hidden, second, strict=True)]
+        return self.drop2(torch.cat(outputs))
+
+    def forward_grouped(self, tokens: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
+        """Compute all experts in two grouped matrix products, see `Experts.forward_grouped`."""
+        device = tokens.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
+        weight1, weight2 = (fc.weights.to(dtype).transpose(1, 2) for fc in (self.fc1, self.fc2))
+        # Gathered before they are rounded: in half precision the gradient of a bias, summed over many tokens, would
+        # stop growing.
+        bias1, bias2 = (fc.biases[experts].to(dtype) for fc in (self.fc1, self.fc2))
+        hidden = F.grouped_mm(tokens.to(dtype), weight1, offs=ends) + bias1
+        return self.drop2(F.grouped_mm(self._activate(hidden), weight2, offs=ends) + bias2)
+
+    def channel_groups(self) -> list[ChannelGroup]:
+        """The hidden units of each expert as channels that can be pruned, one group for each expert."""
+        width = self.hidden_features
+        return [
+            ChannelGroup(f"expert {e}", self.fc1, e * width, (e + 1) * width, tap=self.hidden)
+            for e in range(len(self))
+        ]
+
+    def _activate(self, values: Tensor) -> Tensor:
+        return self.drop1(self.act(values))
+
+
+def _batched(fc: StackedLinear, values: Tensor) -> Tensor:
+    """(E, n, in) to (E, n, out)."""
+    return torch.baddbmm(fc.biases.unsqueeze(1), values, fc.weights.transpose(1, 2))

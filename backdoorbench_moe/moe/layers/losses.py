@@ -1,0 +1,47 @@
+"""Auxiliary losses that keep the experts of a token-choice router evenly loaded.
+
+Source: Riquelme et al., "Scaling Vision with Sparse Mixture of Experts", NeurIPS 2021, appendix A.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def squared_variation(values: Tensor) -> Tensor:
+    """Return the squared coefficient of variation: population variance over squared mean.
+
+    Args:
+        values: (E,), one value for each expert.
+
+    Returns:
+        A scalar; 0 if all values are equal.
+    """
+    return values.var(correction=0) / values.mean().square()
+
+
+def importance_loss(gates: Tensor) -> Tensor:
+    """Return the squared variation of the experts' importance, which is the sum of their gates over all tokens.
+
+    Args:
+        gates: (S, E) softmax of the logits without noise, for S tokens.
+    """
+    return squared_variation(gates.sum(0))
+
+
+def load_loss(logits: Tensor, noisy: Tensor, deviation: float, top_k: int) -> Tensor:
+    """Return the squared variation of the experts' load, which is the expected number of tokens they receive.
+
+    An expert's chance to receive a token is the probability that its logit is at least the `top_k`-th largest noisy
+    logit if only its own noise were drawn again. Unlike the number of tokens it did receive, this has a gradient.
+
+    Args:
+        logits: (S, E) logits without noise, for S tokens.
+        noisy: (S, E) the same logits with normal noise added.
+        deviation: Standard deviation of the noise, above 0.
+        top_k: Experts for each token.
+    """
+    threshold = noisy.topk(top_k, dim=-1).values[:, -1:]
+    chances = torch.special.ndtr((logits - threshold) / deviation)
+    return squared_variation(chances.sum(0))

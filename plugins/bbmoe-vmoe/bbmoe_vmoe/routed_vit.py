@@ -1,0 +1,155 @@
+"""What `vmoe` and `soft-moe` have in common: a timm vision transformer with MoE layers in place of some MLPs."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.layers import Experts, MLPExperts, MoELayer, collect_routing
+from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput
+from backdoorbench_moe.moe.structure import ChannelGroup, Expert
+from bbmoe_vmoe.surgery import build_vit, choose_blocks
+from bbmoe_vmoe.upcycle import COPY, load_dense, read_dense
+
+
+class RoutedViT(RoutedModel):
+    """A timm vision transformer, `network`, with MoE layers in place of some MLPs.
+
+    A subclass implements `make_layer` and calls `insert_experts` at the end of its `__init__`.
+
+    Args:
+        num_classes: Number of classes.
+        image_size: Side of the images in pixels.
+        vit: Name of the dense transformer in timm.
+        patch_size: Side of a patch in pixels; None for the choice of "timm:<vit>".
+        depth: Number of blocks; None for the architecture's own.
+        embed_dim: Features of a token; None for the architecture's own.
+        num_heads: Attention heads; None for the architecture's own.
+        moe_blocks: Blocks whose MLP is replaced, see `choose_blocks`.
+        num_experts: Experts of each layer.
+        upcycle: What the experts start with: None, "copy", or a run folder or file, see `VMoE`.
+
+    Raises:
+        UnknownNameError: For an architecture that timm does not have.
+        ConfigError: For an option out of range, naming the option.
+    """
+
+    tiny: ClassVar[Mapping[str, object]] = {"depth": 2, "embed_dim": 16, "num_heads": 2, "num_experts": 4}
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        image_size: int,
+        vit: str,
+        patch_size: int | None,
+        depth: int | None,
+        embed_dim: int | None,
+        num_heads: int | None,
+        moe_blocks: str | int | tuple[int, ...],
+        num_experts: int,
+        upcycle: str | None,
+    ) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise ConfigError.expected("num_experts", "a whole number from 1", num_experts)
+        self.network = build_vit(
+            vit,
+            num_classes=num_classes,
+            image_size=image_size,
+            patch_size=patch_size,
+            depth=depth,
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+        )
+        embed = self.network.patch_embed
+        self.patch_size, self.patch_grid = embed.patch_size[0], embed.grid_size
+        self.moe_blocks = choose_blocks(moe_blocks, len(self.network.blocks))
+        self.num_experts, self.upcycle = num_experts, upcycle
+        if upcycle == "":
+            raise ConfigError.expected(
+                "upcycle", f"{COPY}, or a file or run folder of the dense model", upcycle
+            )
+
+    def insert_experts(self) -> None:
+        """Replace the MLPs of the chosen blocks by MoE layers."""
+        for number in self.moe_blocks:
+            block = self.network.blocks[number]
+            mlp = block.mlp
+            assert isinstance(block, nn.Module) and isinstance(mlp, Mlp)
+            assert isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.fc2, nn.Linear)
+            experts = MLPExperts(
+                mlp.fc1,
+                mlp.act,
+                mlp.fc2,
+                num_experts=self.num_experts,
+                copies=self.upcycle is not None,
+                drop1=mlp.drop1,
+                drop2=mlp.drop2,
+            )
+            name, prefix = f"network.blocks.{number}.mlp", self.network.num_prefix_tokens
+            block.mlp = self.make_layer(experts, name=name, num_prefix_tokens=prefix)
+
+    @abstractmethod
+    def make_layer(self, experts: Experts, *, name: str, num_prefix_tokens: int) -> MoELayer:
+        """The MoE layer that takes the place of one MLP, see `MoELayer` for the arguments."""
+
+    def load_start(self) -> None:
+        """Load the weights of the dense run that `upcycle` names, if it names one.
+
+        The attribute `upcycled_from` is then the SHA-256 of the file.
+        """
+        if self.upcycle not in (None, COPY):
+            tensors, self.upcycled_from = read_dense(self.upcycle)
+            load_dense(self, tensors, num_experts=self.num_experts, source=self.upcycle)
+
+    def layers(self) -> list[MoELayer]:
+        """The MoE layers, first layer first."""
+        return [layer for layer in self.network.modules() if isinstance(layer, MoELayer)]
+
+    def forward_routed(self, images: Tensor) -> RoutedOutput:
+        """Map images (B, 3, H, W) in [0, 1] to logits (B, classes) and the routing of every MoE layer."""
+        with collect_routing() as routing:
+            logits = self.network(images)
+        return RoutedOutput(logits, routing)
+
+    def extract_features(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) in [0, 1] to the features (B, D) before the head."""
+        return self.network.forward_head(self.network.forward_features(images), pre_logits=True)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Map features (B, D) to logits (B, classes)."""
+        return self.network.get_classifier()(features)
+
+    def components(self) -> dict[str, list[nn.Module]]:
+        """The experts and routers of all MoE layers, and the classifier."""
+        layers = self.layers()
+        return {
+            "experts": [layer.experts for layer in layers],
+            "router": [layer.router for layer in layers],
+            "head": [self.network.get_classifier()],
+        }
+
+    def prunable(self) -> dict[str, list[ChannelGroup]]:
+        """The hidden units of each expert in the last MoE layer, and those of the last dense MLP before it."""
+        number = self.moe_blocks[-1]
+        dense = [block.mlp for block in self.network.blocks[:number] if isinstance(block.mlp, Mlp)]
+        trunk = {"trunk": [ChannelGroup.whole("trunk", dense[-1].fc1)]} if dense else {}
+        return {"experts": self.layers()[-1].experts.channel_groups(), **trunk}
+
+    def experts(self) -> list[Expert]:
+        """Each expert: its rows of the stacked weights."""
+        return [expert for layer in self.layers() for expert in layer.locate_experts()]
+
+    @torch.no_grad()
+    def mask_expert(self, expert: Expert) -> None:
+        """Exclude an expert from routing: no token goes to it, or listens to it in Soft MoE."""
+        layer = self.get_submodule(expert.layer)
+        assert isinstance(layer, MoELayer)
+        layer.mask_expert(expert.index)
