@@ -135,17 +135,18 @@ def markdown(sheet: Sheet) -> str:
     """Write the tables as Markdown. A cell has two lines, the second with the published value."""
     lines = [f"# {plain(sheet.suite.title)}", "", _legend(sheet), ""]
     for table in sheet.tables:
-        lines += [f"## {plain(heading(table))}", ""]
-        names = [*(key_name(key) for key in table.row_keys), *table.columns]
-        lines += [
-            markdown_row(names),
-            markdown_row(["---"] * len(table.row_keys) + ["--:"] * len(table.columns)),
-        ]
-        for labels, places in zip(table.rows, table.places, strict=True):
-            cells = ["<br>".join(map(plain, place_lines(place))) for place in places]
-            lines.append(f"| {' | '.join([*map(plain, labels), *cells])} |")
-        lines += ["", f"{plain(facts(sheet))}.", ""]
+        lines += [f"## {plain(heading(table))}", "", *table_lines(table), "", f"{plain(facts(sheet))}.", ""]
     return "\n".join(lines)
+
+
+def table_lines(table: MetricTable) -> list[str]:
+    """Write one table as lines of Markdown."""
+    names = [*(key_name(key) for key in table.row_keys), *table.columns]
+    lines = [markdown_row(names), markdown_row(["---"] * len(table.row_keys) + ["--:"] * len(table.columns))]
+    for labels, places in zip(table.rows, table.places, strict=True):
+        cells = ["<br>".join(map(plain, place_lines(place))) for place in places]
+        lines.append(f"| {' | '.join([*map(plain, labels), *cells])} |")
+    return lines
 
 
 def markdown_row(texts: Sequence[str]) -> str:
