@@ -99,7 +99,7 @@ def test_a_mean_of_which_one_seed_collapsed_says_so(one_of_three) -> None:
     said = f"66.7 ± 28.9 (n 3, {MARK}1)"
     for text in (render.markdown(sheet), drawn(render.rich_tables(results)), page(results)):
         assert text.count(said) == 1
-        assert "the clean accuracy is near chance" in " ".join(text.split())
+        assert f"{MARK}k: the clean accuracy of k of the n seeds is near chance" in " ".join(text.split())
     assert r"66.7 $\pm$ 28.9 (n 3, $\dagger$1)" in render.latex(sheet)
     assert "50.0 ± 0.0 (n 3)" in render.markdown(sheet)
     assert f"{MARK}: the clean accuracy of at least one seed is near chance" in describe(

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from backdoorbench_moe.bench.compare import CellPair, SuiteComparison, Value
 from backdoorbench_moe.bench.render import markdown_row, percent_key, plain, plain_number, write_csv
-from backdoorbench_moe.bench.wording import key_name, mean_text, number, signed
-from backdoorbench_moe.collapse import MARK
+from backdoorbench_moe.bench.wording import COLLAPSED, key_name, mean_text, number, signed
 from backdoorbench_moe.metrics import metric as find_metric
 
 if TYPE_CHECKING:
@@ -18,10 +17,6 @@ if TYPE_CHECKING:
 LEGEND = (
     "A cell: mean ± standard deviation over n seeds. Difference: B minus A, in percentage points, and its 95% "
     "interval (from the intervals of both means; none where a side has fewer than 3 seeds)."
-)
-COLLAPSED = (
-    f" {MARK} and a number: of so many seeds the clean accuracy is near chance, and their ASR says nothing "
-    "about the trigger."
 )
 
 
@@ -46,7 +41,7 @@ def _legend(comparison: SuiteComparison) -> str:
         for metric in comparison.metrics
         if side is not None
     ]
-    return LEGEND + (COLLAPSED if any(one is not None and one.near_chance for one in found) else "")
+    return LEGEND + (f" {COLLAPSED}." if any(one is not None and one.near_chance for one in found) else "")
 
 
 def _head(comparison: SuiteComparison) -> list[str]:

@@ -17,6 +17,8 @@ KEY_NAMES = {
     "train.epochs": "epochs",
 }
 AXIS_NAMES = {"poison.rate": "poisoning rate"}
+# Stands in the legend if `mean_text` marks a cell.
+COLLAPSED = f"{MARK}k: the clean accuracy of k of the n seeds is near chance, and their ASR says nothing about the trigger"
 
 
 def heading(table: MetricTable, *, short: bool = False) -> str:
@@ -120,8 +122,5 @@ def legend(*, has_paper: bool, has_collapsed: bool = False) -> str:
             "inside our 95% interval of the mean (Wilson's interval at the effective number of images)"
         )
     if has_collapsed:
-        text += (
-            f". {MARK} and a number: of so many of the n seeds the clean accuracy is near chance, and their ASR "
-            "says nothing about the trigger"
-        )
+        text += f". {COLLAPSED}"
     return f"{text}."
