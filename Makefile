@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The tests run over our own plug-ins too.
 PLUGINS := $(sort $(wildcard plugins/*/setup.cfg))
 
-.PHONY: demo test lint docs install clean
+.PHONY: demo test lint docs results install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bbmoe attack --model pmoe --trigger warp --applicator patch
@@ -23,6 +23,10 @@ lint: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
 	@! grep -rE --include='*.html' '(src|<link[^>]*href)="(https?:)?//' docs/site || { echo 'the site asks other hosts'; exit 1; }
+
+# Tables, plots and pages under benchmarks/results and the marked tables of both READMEs, from the committed records.
+results: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/redraw.py
 
 install: $(VENV)/.installed
 

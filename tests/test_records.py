@@ -207,7 +207,11 @@ OLD = {"parent": "signs-pmoe-s0-0123456789", "stages": [], "scores": {}, "verdic
 def old_record(folder, version: int, **changes) -> Path:
     """Write the folder's record as a version of the schema had it."""
     file = folder.path / "record.json"
-    values = {k: v for k, v in json.loads(file.read_text()).items() if k not in ("inputs", "judgements")}
+    values = {
+        k: v
+        for k, v in json.loads(file.read_text()).items()
+        if k not in ("inputs", "judgements", "near_chance")
+    }
     values = {k: v for k, v in {**OLD, **values, **changes}.items() if k not in LATER[version]}
     file.write_text(json.dumps({**values, "schema_version": version}))
     return file

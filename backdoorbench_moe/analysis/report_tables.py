@@ -1,4 +1,4 @@
-"""What a report says in tables and in its first lines, from an analysis' document."""
+"""The tables and the first lines of a report, from the document of an analysis."""
 
 from __future__ import annotations
 
@@ -8,30 +8,39 @@ from typing import Any
 from backdoorbench_moe.analysis.figures.pixels import verdict
 from backdoorbench_moe.analysis.figures.plate import Doc
 from backdoorbench_moe.analysis.figures.words import NONE, mean, number, percent, proportion, role
+from backdoorbench_moe.collapse import MARK, MARK_LEGEND, describe_collapse, is_near_chance
+from backdoorbench_moe.metrics import METRICS, sort_metrics
 
-METRICS = {
-    "ba": "clean accuracy (BA)",
-    "asr": "attack success rate (ASR)",
-    "ra": "accuracy on triggered images (RA)",
-    "cad": "clean accuracy drop (CAD)",
-    "auroc": "area under the ROC curve (AUROC)",
-    "tpr": "triggered images rejected (TPR)",
-    "fpr": "clean images rejected (FPR)",
-}
-# Of a list in the settings, such as class names, so many are shown.
+# Lists in the settings can be long, such as class names; this many items are shown.
 SHOWN = 12
 
 Table = dict[str, Any]
 
 
 def metric_rows(document: Doc) -> list[list[str]]:
-    """Metric, then value with interval and number of images, of the run and of the other."""
+    """Build the table of metrics: name, then value with interval, of the run and of the other one.
+
+    A run with an ASR has a row for the target rate without the trigger, also where it was not measured.
+    A BA near chance is marked.
+    """
     both = [facts for facts in (document["run"], document["against"]) if facts is not None]
-    return [
-        [text, *(_metric(facts["metrics"].get(name)) for facts in both)]
-        for name, text in METRICS.items()
-        if any(name in facts["metrics"] for facts in both)
-    ]
+    keys = {key for facts in both for key in facts["metrics"]}
+    if "asr" in keys:
+        keys.add("target_rate")
+    rows = []
+    for one in sort_metrics(keys):
+        cells = [_metric(facts["metrics"].get(one.key)) for facts in both]
+        if one.key == "ba":
+            near = [is_near_chance(_record(facts)) for facts in both]
+            cells = [f"{text} {MARK}" if marked else text for text, marked in zip(cells, near, strict=True)]
+        rows.append([one.label, *cells])
+    return rows
+
+
+def _record(facts: Doc) -> Doc:
+    """What `collapse` reads of a record."""
+    record = facts["record"]
+    return {"metrics": facts["metrics"], "data": record["data"], "near_chance": record.get("near_chance")}
 
 
 def _metric(one: Doc | None) -> str:
@@ -42,25 +51,28 @@ def _metric(one: Doc | None) -> str:
 
 
 def stage_table(facts: Doc) -> Table | None:
-    """BA, ASR and RA before a defense and after each of its stages."""
-    if not (stages := facts["record"]["stages"]):
+    """Build the table of a defense's stages: metrics before it and after each; None without a defense."""
+    record = facts["record"]
+    if not (stages := record["stages"]):
         return None
-    names = [name for name in METRICS if any(name in stage["metrics"] for stage in stages)]
+    found = sort_metrics({key for stage in stages for key in stage["metrics"]})
+    near = [is_near_chance({"metrics": stage["metrics"], "data": record["data"]}) for stage in stages]
     return {
-        "columns": ["stage", *(name.upper() for name in names), "seconds"],
+        "columns": ["stage", *(one.short for one in found), "seconds"],
         "rows": [
             [
-                stage["name"],
-                *(_metric(stage["metrics"].get(name)) for name in names),
+                f"{stage['name']} {MARK}" if marked else stage["name"],
+                *(_metric(stage["metrics"].get(one.key)) for one in found),
                 f"{stage['seconds']:.1f}",
             ]
-            for stage in stages
+            for stage, marked in zip(stages, near, strict=True)
         ],
+        "note": MARK_LEGEND if any(near) else "",
     }
 
 
 def expert_tables(document: Doc) -> list[Table]:
-    """One table a routed layer, one expert a row."""
+    """Build one table for each routed layer, with one row for each expert."""
     if document["routing"] is None:
         return []
     return [_experts(document, place) for place in range(len(document["routing"]))]
@@ -86,20 +98,15 @@ def _experts(document: Doc, place: int) -> Table:
 
 
 def finding_lines(document: Doc) -> list[str]:
-    """The most important of it, a sentence each."""
+    """List the most important findings, one sentence each."""
     return list(_findings(document))
 
 
 def _findings(document: Doc) -> Iterator[str]:
-    run, metrics = document["run"], document["run"]["metrics"]
-    if "asr" in metrics:
-        text = f"The {role(run)} model has BA {percent(metrics['ba']['value'], 2)} and ASR "
-        text += percent(metrics["asr"]["value"], 2)
-        if "cad" in metrics:
-            text += f"; its clean accuracy is {_drop(metrics['cad']['value'])} the clean twin's"
-        yield f"{text}."
-    else:
-        yield f"The {role(run)} model has BA {percent(metrics['ba']['value'], 2)}."
+    yield _measured(document["run"])
+    for facts, name in ((document["run"], "The model"), (document["against"], "The other model")):
+        if facts is not None and (line := describe_collapse(_record(facts))) is not None:
+            yield f"{name} is {line}."
     if document["capture"] is not None:
         layers = zip(document["capture"], document["shift"], strict=True)
         capture, shift = max(
@@ -122,12 +129,26 @@ def _findings(document: Doc) -> Iterator[str]:
         yield verdict(document)
 
 
+def _measured(run: Doc) -> str:
+    metrics = run["metrics"]
+    parts = [
+        f"{METRICS[key].short} {percent(metrics[key]['value'], 2)}" for key in ("ba", "asr") if key in metrics
+    ]
+    text = f"The {role(run)} model has {' and '.join(parts)}"
+    if "target_rate" in metrics:
+        rate = percent(metrics["target_rate"]["value"], 2)
+        text += f"; without the trigger it already calls {rate} of the same images what the attacker wants"
+    if "asr" in metrics and "cad" in metrics:
+        text += f"; its clean accuracy is {_drop(metrics['cad']['value'])} the clean twin's"
+    return f"{text}."
+
+
 def _drop(cad: float) -> str:
     return f"{abs(cad):.2f} points {'below' if cad >= 0 else 'above'}"
 
 
 def flat(values: Doc, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested values as dotted keys and texts."""
+    """Flatten nested values to pairs of dotted key and text."""
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
         name = f"{prefix}{key}"

@@ -1,4 +1,4 @@
-"""Two suites or result sets side by side: the cells they share, and which of them is ahead by how much."""
+"""Two suites or results folders side by side: the cells they share, and by how much these differ."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import ttest_ind
-
 from backdoorbench_moe.bench.paper import PaperTable
-from backdoorbench_moe.bench.results import MANIFEST, ResultSet, Statistic, read_lines, read_manifest
-from backdoorbench_moe.bench.suite import Cell, Suite, value_of
+from backdoorbench_moe.bench.results import MANIFEST, ResultSet, read_lines, read_manifest
+from backdoorbench_moe.bench.statistic import Statistic
+from backdoorbench_moe.bench.suite import Cell, Layout, Suite, value_of
 from backdoorbench_moe.bench.suite_file import load_suite
-from backdoorbench_moe.bench.tables import find_place, label
+from backdoorbench_moe.bench.tables import DEFAULT_METRICS, find_place, label, table_metrics
 from backdoorbench_moe.bench.wording import suite_line
 from backdoorbench_moe.config import DATASET_NOT_IN_DIGEST, PARTS, RunSpec
 from backdoorbench_moe.errors import ConfigError, RecordError
+from backdoorbench_moe.ops.intervals import difference_interval
 from backdoorbench_moe.records import Record
 
-# Cells are over seeds, and where a run was made decides nothing.
+# A cell spans the seeds, and neither the device nor the name of the recipe changes what a run is.
 NOT_COMPARED = ("seed", "device", "recipe")
 NOT_COMPARED_KEYS = tuple(f"dataset.{key}" for key in DATASET_NOT_IN_DIGEST)
 FIRST_KEYS = ("dataset.name", "model.name", "trigger.name", "applicator.name", "defenses", "poison.rate")
@@ -28,7 +28,7 @@ FIRST_KEYS = ("dataset.name", "model.name", "trigger.name", "applicator.name", "
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two: how it is called, and its results."""
+    """One of the two sides: its label and its results."""
 
     label: str
     results: ResultSet
@@ -36,17 +36,21 @@ class Side:
 
 @dataclass(frozen=True)
 class Value:
-    """One metric of a cell of one side; state says in a word why there is no statistic."""
+    """One metric of a cell of one side; `state` says why there is no statistic."""
 
     state: str
     statistic: Statistic | None = None
 
 
 @dataclass(frozen=True)
-class Row:
-    """One cell: its labels, and by metric what A and B have; None for a side without the cell.
+class CellPair:
+    """One cell of either side, or of both.
 
-    same: both sides have the very same runs, so that a difference would mean nothing.
+    Args:
+        labels: The values of the comparison's keys.
+        a: What A has of each metric; None if A has no such cell.
+        b: What B has of each metric; None if B has no such cell.
+        same: Whether both sides have the same runs, so that a difference would mean nothing.
     """
 
     labels: tuple[str, ...]
@@ -55,14 +59,20 @@ class Row:
     same: bool = False
 
     def difference(self, metric: str) -> float | None:
-        """B's mean minus A's; None unless both have one, of different runs."""
+        """Compute B's mean minus A's; None unless both have one, from different runs."""
         a, b = self._statistics(metric)
         return None if a is None or b is None or self.same else b.mean - a.mean
 
     def interval(self, metric: str) -> tuple[float, float] | None:
-        """Welch's 95% interval of the difference; None where a side has fewer than two seeds."""
+        """Compute the 95% interval of the difference (see `ops.intervals.difference_interval`).
+
+        Returns:
+            Low and high end; None where a side has no interval, as it has fewer than three seeds.
+        """
         a, b = self._statistics(metric)
-        return None if a is None or b is None or self.same else welch_interval(a.values, b.values)
+        if a is None or b is None or self.same:
+            return None
+        return difference_interval(a.mean, a.interval, b.mean, b.interval)
 
     def _statistics(self, metric: str) -> tuple[Statistic | None, Statistic | None]:
         a, b = (side[metric].statistic if side else None for side in (self.a, self.b))
@@ -70,11 +80,17 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SuiteComparison:
     """Two result sets matched cell by cell.
 
-    keys: what the labels of a row say. differs: what the sets differ in as a whole, which is not matched:
-    key, A's values, B's values. rows: common cells in A's order, then those only A has, then only B's.
+    Args:
+        a: The first side.
+        b: The second side.
+        metrics: Keys of the metrics that are compared.
+        keys: Keys whose values the labels of a row give.
+        differs: What the sides differ in as a whole, which cells are not matched by: key, A's values,
+            B's values.
+        rows: Common cells in A's order, then cells that only A has, then those that only B has.
     """
 
     a: Side
@@ -82,21 +98,28 @@ class Comparison:
     metrics: tuple[str, ...]
     keys: tuple[str, ...]
     differs: tuple[tuple[str, str, str], ...]
-    rows: tuple[Row, ...]
+    rows: tuple[CellPair, ...]
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """Number of rows that are common, only A's, only B's."""
+        """Number of rows that are common, that only A has, and that only B has."""
         both = sum(row.a is not None and row.b is not None for row in self.rows)
         only_a = sum(row.b is None for row in self.rows)
         return both, only_a, len(self.rows) - both - only_a
 
 
 def open_side(text: str, output: Path | str) -> Side:
-    """A suite as SUITE or SUITE:SCALE, read from the run folders in `output`, or a results folder by its path.
+    """Open one side of a comparison.
 
-    A results folder may be of any version: it is taken as it is. Raises UnknownNameError, ConfigError or
-    RecordError.
+    Args:
+        text: SUITE or SUITE:SCALE, or the path of a results folder, which may be of any version of its
+            suite.
+        output: Folder of run folders that a suite is read from.
+
+    Raises:
+        UnknownNameError: If there is no such suite or scale.
+        ConfigError: If the text is malformed or the suite is not valid.
+        RecordError: If the folder cannot be read.
     """
     if (Path(text) / MANIFEST).is_file():
         results = read_folder(Path(text))
@@ -111,9 +134,12 @@ def open_side(text: str, output: Path | str) -> Side:
 
 
 def read_folder(folder: Path) -> ResultSet:
-    """A results folder by its own word, whatever the suite of that name is now; without the paper's values.
+    """Read a results folder by its own manifest, whatever the suite of that name is now.
 
-    Raises RecordError for one that is damaged or holds no record.
+    The published values are left out, as they belong to the suite's file.
+
+    Raises:
+        RecordError: If the folder is damaged or holds no finished run.
     """
     manifest, records = read_manifest(folder), read_lines(folder)
     attacks = [record for record in records if record.run_spec.attacked] or records
@@ -139,13 +165,16 @@ def read_folder(folder: Path) -> ResultSet:
     return ResultSet(suite, found, PaperTable())
 
 
-def compare(a: Side, b: Side, metrics: Sequence[str]) -> Comparison:
+def compare(a: Side, b: Side, metrics: Sequence[str]) -> SuiteComparison:
     """Match the cells of two sides.
 
-    Cells match where all values of their specs do, seeds apart, but for what the sets differ in as a
-    whole: a key (of a part: for each name of that part) whose values in A and B have none in common while
-    one side has a single value. So scales, data sets or models can be compared, and a rate only one of
-    them has stays alone. Raises ConfigError where no cell is common.
+    Two cells match if their specs agree in everything but the seed and what the sides differ in as a
+    whole. The sides differ in a key as a whole if they have no value of it in common and one of them has
+    a single value; options of a part are looked at separately for each name of the part. So scales, data
+    sets or models can be compared, while a poisoning rate that only one side has is left unmatched.
+
+    Raises:
+        ConfigError: If no cell is common.
     """
     flat_a, flat_b = ([_flatten(cell.spec) for cell in side.results.suite.cells] for side in (a, b))
     differing = _find_differing(flat_a, flat_b)
@@ -165,7 +194,7 @@ def compare(a: Side, b: Side, metrics: Sequence[str]) -> Comparison:
     ]
     keys = _telling(spoken)
     rows = tuple(
-        Row(
+        CellPair(
             tuple(label(key, values[key]) if key in values else "–" for key in keys),
             None if n is None else _values(a, a.results.suite.cells[n], metrics),
             None if m is None else _values(b, b.results.suite.cells[m], metrics),
@@ -173,30 +202,16 @@ def compare(a: Side, b: Side, metrics: Sequence[str]) -> Comparison:
         )
         for (n, m), values in zip(pairs, spoken, strict=True)
     )
-    return Comparison(a, b, tuple(metrics), keys, _said(differing), rows)
-
-
-def welch_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float] | None:
-    """Welch's 95% interval of mean(b) - mean(a), variances unequal; None for a side with fewer than two values.
-
-    Without any spread on either side it is the difference itself.
-    """
-    if min(len(a), len(b)) < 2:
-        return None
-    if len(set(a)) == len(set(b)) == 1:
-        return b[0] - a[0], b[0] - a[0]
-    interval = ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
-    return float(interval.low), float(interval.high)
+    return SuiteComparison(a, b, tuple(metrics), keys, _said(differing), rows)
 
 
 def default_metrics(a: Side, b: Side) -> tuple[str, ...]:
-    """The metrics of both suites' tables; of a results folder those that every attack has."""
-    layouts = [layout for side in (a, b) for layout in side.results.suite.tables]
-    return tuple(dict.fromkeys(metric for layout in layouts for metric in layout.metrics)) or (
-        "asr",
-        "ba",
-        "cad",
-    )
+    """Give the metrics of both suites' tables; a results folder has the default layout's."""
+    sides = [side.results for side in (a, b) if side.results.suite.tables]
+    layouts = [(results, layout) for results in sides for layout in results.suite.tables]
+    # A results folder keeps no layouts.
+    layouts = layouts or [(side.results, Layout("", (), "", DEFAULT_METRICS)) for side in (a, b)]
+    return tuple(dict.fromkeys(key for results, layout in layouts for key in table_metrics(results, layout)))
 
 
 Flat = dict[str, Any]
@@ -209,9 +224,11 @@ def _seedless(spec: RunSpec) -> str:
 
 
 def _flatten(spec: RunSpec) -> Flat:
-    """Dotted key -> value, of all that a comparison looks at."""
+    """The values by dotted key that cells are matched by."""
     flat: Flat = {"defenses": value_of(spec, "defenses")}
-    for key, value in spec.to_dict().items():
+    # A spec writes an attack without options as its bare name.
+    attack = None if spec.attack is None else spec.attack.to_dict()
+    for key, value in {**spec.to_dict(), "attack": attack}.items():
         if key in (*NOT_COMPARED, "defenses"):
             continue
         if key in PARTS and value is None:
@@ -230,7 +247,7 @@ def _hashable(value: Any) -> Any:
 def _find_differing(a: Sequence[Flat], b: Sequence[Flat]) -> Differing:
     found: Differing = {}
     keys = {key for flat in (*a, *b) for key in flat}
-    # Names before options: those of parts that have different names are not compared at all.
+    # Names before options: the options of parts with different names are not compared.
     for key in sorted(keys, key=lambda key: (not key.endswith(".name"), key)):
         part = key.partition(".")[0]
         name = f"{part}.name"
@@ -255,7 +272,7 @@ def _values_of(flats: Sequence[Flat], key: str) -> set[Any]:
 
 
 def _place_of(flat: Flat, key: str, differing: Differing) -> tuple[set[Any], set[Any]] | None:
-    """The values of a key that the sets differ in as a whole; None for one that cells are matched by."""
+    """The values of a key that the sides differ in as a whole; None for a key that cells are matched by."""
     name = flat.get(f"{key.partition('.')[0]}.name")
     return differing.get((key, None)) or differing.get((key, name))
 
@@ -266,7 +283,7 @@ def _signature(flat: Flat, differing: Differing) -> str:
 
 
 def _spoken(a: Flat | None, b: Flat | None, differing: Differing) -> Flat:
-    """What a row's labels may say: all that is matched, and what only one side has several values of."""
+    """What the labels of a row may give: keys that are matched, and keys with several values on one side."""
     spoken: Flat = {}
     for flat, side in ((a, 0), (b, 1)):
         for key, value in (flat or {}).items():

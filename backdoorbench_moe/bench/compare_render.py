@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from backdoorbench_moe.bench.compare import Comparison, Row, Value
+from backdoorbench_moe.bench.compare import CellPair, SuiteComparison, Value
 from backdoorbench_moe.bench.render import markdown_row, percent_key, plain, plain_number, write_csv
-from backdoorbench_moe.bench.wording import key_name, mean_text, metric_name, number, signed
+from backdoorbench_moe.bench.wording import COLLAPSED, key_name, mean_text, number, signed
+from backdoorbench_moe.metrics import metric as find_metric
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -15,24 +16,35 @@ if TYPE_CHECKING:
 
 LEGEND = (
     "A cell: mean ± standard deviation over n seeds. Difference: B minus A, in percentage points, and its 95% "
-    "interval (Welch's t; none where a side has a single seed)."
+    "interval (from the intervals of both means; none where a side has fewer than 3 seeds)."
 )
 
 
-def rich_comparison(comparison: Comparison) -> RenderableType:
-    """One table a metric, for 80 columns and more."""
+def rich_comparison(comparison: SuiteComparison) -> RenderableType:
+    """Build one table for each metric, for 80 columns and more."""
     from rich.console import Group
     from rich.text import Text
 
     items: list[RenderableType] = [Text(line) for line in _head(comparison)]
-    items.append(Text(LEGEND, style="dim"))
+    items.append(Text(_legend(comparison), style="dim"))
     for metric in comparison.metrics:
-        items.append(Text(f"\n{metric_name(metric)}", style="bold"))
+        items.append(Text(f"\n{find_metric(metric).title}", style="bold"))
         items.append(_rich_table(comparison, metric))
     return Group(*items)
 
 
-def _head(comparison: Comparison) -> list[str]:
+def _legend(comparison: SuiteComparison) -> str:
+    found = [
+        side[metric].statistic
+        for row in comparison.rows
+        for side in (row.a, row.b)
+        for metric in comparison.metrics
+        if side is not None
+    ]
+    return LEGEND + (f" {COLLAPSED}." if any(one is not None and one.near_chance for one in found) else "")
+
+
+def _head(comparison: SuiteComparison) -> list[str]:
     both, only_a, only_b = comparison.counts
     lines = [f"A: {comparison.a.label}", f"B: {comparison.b.label}"]
     notes = [side.results.suite.note for side in (comparison.a, comparison.b)]
@@ -46,8 +58,8 @@ def _head(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _texts(row: Row, metric: str) -> list[str]:
-    """A, B, the difference and its interval."""
+def _texts(row: CellPair, metric: str) -> list[str]:
+    """The texts of A, B, the difference and its interval."""
     difference, interval = row.difference(metric), row.interval(metric)
     return [
         _side(row.a, metric),
@@ -67,7 +79,7 @@ def _side(values: Any, metric: str) -> str:
 COLUMNS = ("A", "B", "B − A", "95% interval")
 
 
-def _rich_table(comparison: Comparison, metric: str) -> Table:
+def _rich_table(comparison: SuiteComparison, metric: str) -> Table:
     from rich.table import Table
     from rich.text import Text
 
@@ -84,28 +96,31 @@ def _rich_table(comparison: Comparison, metric: str) -> Table:
     return table
 
 
-def _sections(comparison: Comparison) -> list[Sequence[Row]]:
+def _sections(comparison: SuiteComparison) -> list[Sequence[CellPair]]:
     both, only_a, _ = comparison.counts
     rows = comparison.rows
     return [rows[:both], rows[both : both + only_a], rows[both + only_a :]]
 
 
-def comparison_markdown(comparison: Comparison) -> str:
-    """One table a metric, as Markdown."""
+def comparison_markdown(comparison: SuiteComparison) -> str:
+    """Write one table for each metric as Markdown."""
     lines = [f"# {plain(comparison.a.label)} and {plain(comparison.b.label)}", ""]
     lines += [f"- {plain(line)}" for line in _head(comparison)]
-    lines += ["", LEGEND, ""]
+    lines += ["", _legend(comparison), ""]
     for metric in comparison.metrics:
         names = [*(key_name(key) for key in comparison.keys), *COLUMNS]
-        lines += [f"## {metric_name(metric)}", "", markdown_row(names)]
+        lines += [f"## {find_metric(metric).title}", "", markdown_row(names)]
         lines.append(markdown_row(["---"] * len(comparison.keys) + ["--:"] * len(COLUMNS)))
         lines += [markdown_row([*row.labels, *_texts(row, metric)]) for row in comparison.rows]
         lines.append("")
     return "\n".join(lines)
 
 
-def comparison_csv(comparison: Comparison) -> str:
-    """One row for each cell and metric, as CSV; numbers to six decimals. cells: "both", "only A", "only B"."""
+def comparison_csv(comparison: SuiteComparison) -> str:
+    """Write one row for each cell and metric as CSV, numbers to six decimals.
+
+    The column `cells` is "both", "only A" or "only B".
+    """
     sides = [f"{side}_{name}" for side in "ab" for name in ("state", "mean", "std", "n")]
     keys = [percent_key(key) for key in comparison.keys]
     rows: list[list[Any]] = [["a", "b", "cells", *keys, "metric", *sides, "difference", "low", "high"]]

@@ -1,4 +1,4 @@
-"""A suite's results as one HTML page that needs nothing else: plots, tables, environment, how to run it again."""
+"""A suite's results as one self-contained HTML page: plots, tables, environment, commands."""
 
 from __future__ import annotations
 
@@ -29,9 +29,14 @@ ENVIRONMENT = ("runs", "device", "precision", "threads", "torch", "python", "git
 
 
 def page(results: ResultSet, svgs: Sequence[bytes] | None = None) -> str:
-    """The page as HTML; nothing on it is loaded from elsewhere. svgs: the suite's plots, if drawn already.
+    """Write the page as HTML that loads nothing from elsewhere.
 
-    Raises ConfigError where a layout or plot would put two cells in one place.
+    Args:
+        results: The results of the suite.
+        svgs: The suite's plots as SVG files, if they are drawn already.
+
+    Raises:
+        ConfigError: If a layout or plot would put two cells in one place.
     """
     template = (files("backdoorbench_moe.bench") / "templates" / "suite.html").read_text(encoding="utf-8")
     sheet = build_sheet(results)
@@ -44,7 +49,7 @@ def page(results: ResultSet, svgs: Sequence[bytes] | None = None) -> str:
         took=f"{_hours(train_seconds(results))} of training in all",
         figures=_figures(results, svgs or [draw(results, plot, "svg") for plot in results.suite.plots]),
         tables=[_table(table) for table in sheet.tables],
-        legend=legend(has_paper=any(table.has_paper for table in sheet.tables)),
+        legend=legend(has_paper=sheet.has_paper, has_collapsed=sheet.has_collapsed),
         facts=facts(sheet),
         environment_names=ENVIRONMENT,
         environments=[_environment(row) for row in environments(results)],
@@ -53,7 +58,7 @@ def page(results: ResultSet, svgs: Sequence[bytes] | None = None) -> str:
 
 
 def commands(suite: Suite) -> list[str]:
-    """What makes and draws a suite's results."""
+    """Give the commands that make and draw a suite's results."""
     scale = f" --scale {shlex.quote(suite.scale)}" if suite.scale else ""
     named = f"{shlex.quote(suite.name)}{scale} --repeats {suite.repeats}"
     return [f"bbmoe bench run {named}", f"bbmoe bench table {named} --save DIR"]
@@ -65,7 +70,7 @@ def _figures(results: ResultSet, svgs: Sequence[bytes]) -> list[dict[str, Any]]:
     figures = []
     for number, (plot, drawn) in enumerate(zip(results.suite.plots, svgs, strict=True), 1):
         alt = alt_text(results, plot)
-        # Drawn by us from numbers and escaped labels, not a user's text.
+        # The SVG is our own drawing of numbers and escaped labels, so it is safe as markup.
         svg = Markup(inline_svg(drawn, f"p{number}", alt))
         figures.append({"title": plot.title, "svg": svg, "caption": describe(results, plot)})
     return figures

@@ -1,4 +1,4 @@
-"""Published numbers, to stand beside measured ones."""
+"""Published numbers that measured ones are compared with."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from backdoorbench_moe.bench.files import find_file
-from backdoorbench_moe.bench.suite import METRICS, Suite, value_of
+from backdoorbench_moe.bench.suite import Suite, value_of
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.metrics import METRICS
 
-# Column of a published table -> what it says of a spec.
+# Column of a published table -> the key of a spec that it gives (see `value_of`).
 KEYS = {
     "dataset": "dataset.name",
     "model": "model.name",
@@ -29,31 +30,55 @@ NUMBERS = {*METRICS, "poison_rate_percent", "prune_rate_percent"}
 
 @dataclass(frozen=True)
 class PaperTable:
-    """The rows of a published table, and the specs it speaks of (`where`: key -> value)."""
+    """A published table.
+
+    Args:
+        rows: Its rows, column -> text.
+        where: Keys and values that a spec must have for the table to apply to it.
+    """
 
     rows: tuple[Mapping[str, str], ...] = ()
     where: Mapping[str, Any] | None = None
 
     def value(self, spec: RunSpec, metric: str) -> float | None:
-        """The published mean of a metric in percent; None where the paper has none.
+        """Look up the published mean of a metric.
 
-        metric: "asr" and so on; "pruned.asr" is that of a defense's stage.
+        Args:
+            spec: Spec of a run.
+            metric: Key of the metric; "pruned.asr" is the ASR after the stage "pruned" of a defense.
+
+        Returns:
+            The mean in the metric's unit; None if the table has none for this spec.
         """
+        text = self._text(spec, metric)
+        return float(text) if text else None
+
+    def rounding(self, spec: RunSpec, metric: str) -> float:
+        """Give half a unit of the last published digit: "96.6" stands for 96.6 ± 0.05."""
+        text = self._text(spec, metric)
+        return 0.5 * 10.0 ** -len(text.partition(".")[2]) if text else 0.0
+
+    def _text(self, spec: RunSpec, metric: str) -> str:
         stage, _, name = metric.rpartition(".")
         if any(value_of(spec, key) != wanted for key, wanted in (self.where or {}).items()):
-            return None
-        said = _said_of(spec, stage)
+            return ""
+        expected = _column_values(spec, stage)
         for row in self.rows:
-            if all(_agrees(row[column], said[column]) for column in KEYS if column in row):
-                return float(row[name]) if row.get(name) else None
-        return None
+            if all(_agrees(row[column], expected[column]) for column in KEYS if column in row):
+                return row.get(name) or ""
+        return ""
 
 
 def load_paper(suite: Suite) -> PaperTable:
-    """The published table a suite names; an empty one where it names none.
+    """Load the published table of a suite.
 
-    Beside `file` and `where` a suite may fix columns of the file, such as `table: 1`. Raises ConfigError
-    for a file that is no table.
+    Beside `file` and `where`, a suite's `paper` may fix columns of the file, such as `table: 1`.
+
+    Returns:
+        The table; an empty one for a suite without one.
+
+    Raises:
+        ConfigError: If the file is not a table with the columns, rows and numbers that are needed.
     """
     if suite.paper is None:
         return PaperTable()
@@ -64,7 +89,7 @@ def load_paper(suite: Suite) -> PaperTable:
             rows = list(csv.DictReader(opened))
     except (OSError, ValueError, csv.Error) as error:
         raise ConfigError(f"published table {file.name}: cannot be read: {error}") from error
-    if not rows or not set(METRICS) & rows[0].keys() or not fixed.keys() <= rows[0].keys():
+    if not rows or not METRICS.keys() & rows[0].keys() or not fixed.keys() <= rows[0].keys():
         needed = [*fixed, "one of " + "/".join(METRICS)]
         raise ConfigError.expected(f"published table {file.name}", f"the columns {needed}", list(rows[:1]))
     kept = tuple(row for row in rows if all(row[key] == str(item) for key, item in fixed.items()))
@@ -85,16 +110,16 @@ def _is_number(text: str | None) -> bool:
         return False
 
 
-def _said_of(spec: RunSpec, stage: str) -> dict[str, Any]:
-    """What each column would have to be for a row to speak of this spec."""
+def _column_values(spec: RunSpec, stage: str) -> dict[str, Any]:
+    """The value that each column must have in the row of this spec."""
     defenses = spec.to_dict().get("defenses", [])
-    said = {
+    values = {
         column: value_of(spec, key) for column, key in KEYS.items() if not key.startswith(("defense", "st"))
     }
-    said["poison_rate_percent"] = 100 * spec.poison.rate
-    said["prune_rate_percent"] = 100 * defenses[-1].get("ratio", math.nan) if defenses else 0.0
-    said["stage"] = stage or ("finetuned" if defenses else "before")
-    return said
+    values["poison_rate_percent"] = 100 * spec.poison.rate
+    values["prune_rate_percent"] = 100 * defenses[-1].get("ratio", math.nan) if defenses else 0.0
+    values["stage"] = stage or ("finetuned" if defenses else "before")
+    return values
 
 
 def _agrees(text: str, value: Any) -> bool:

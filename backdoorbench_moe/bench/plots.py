@@ -1,18 +1,19 @@
-"""Figures of a suite: a metric over a key on a log axis, a panel for each trigger, the paper's points beside ours."""
+"""Figures of a suite: a metric over a key on a log axis, one panel for each trigger, with the published points."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from backdoorbench_moe.bench.results import ResultSet, Statistic
+from backdoorbench_moe.bench.results import ResultSet
+from backdoorbench_moe.bench.statistic import Statistic
 from backdoorbench_moe.bench.suite import Plot, value_of
 from backdoorbench_moe.bench.tables import find_place, label
-from backdoorbench_moe.bench.wording import axis_name, key_name, metric_name, number
+from backdoorbench_moe.bench.wording import axis_name, key_name, number
+from backdoorbench_moe.collapse import MARK
 from backdoorbench_moe.drawing import (
     COLOURS,
     INK,
@@ -25,20 +26,22 @@ from backdoorbench_moe.drawing import (
     slug,
 )
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.metrics import PERCENT
+from backdoorbench_moe.metrics import metric as find_metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 HOLLOW: dict[str, Any] = {"markerfacecolor": PAPER, "markersize": 7, "linestyle": ":", "linewidth": 0.8}
-# In inches. A panel's height holds the gap for its x label and the title of the panel below.
+# In inches. The height of a panel includes the gap for its x label and the title of the panel below.
 PANEL_WIDTH, PANEL_HEIGHT, GAP, LEFT, TOP = 3.1, 2.9, 0.75, 0.6, 0.58
 ACROSS, LEGEND_COLUMNS, NARROWEST, DPI = 3, 4, 0.2, 150
 
 
 @dataclass(frozen=True)
 class Point:
-    """One x with what was measured there, and the paper's value; either may be None."""
+    """What was measured at one x, and the published value; either may be None."""
 
     x: float
     statistic: Statistic | None
@@ -47,16 +50,17 @@ class Point:
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel: line label -> points, in ascending x."""
+    """One panel: its title, and for each line label the points in ascending order of x."""
 
     label: str
     lines: dict[str, list[Point]]
 
 
 def build_panels(results: ResultSet, plot: Plot) -> list[Panel]:
-    """What a figure shows; rates in percent.
+    """Collect what a figure shows, with rates in percent.
 
-    Raises ConfigError where two cells would be one point, or an x is no positive number.
+    Raises:
+        ConfigError: If two cells would share a point, or an x is not a positive number.
     """
     where = f"suite {results.suite.name}: plot {plot.title!r}"
     panels: dict[str, dict[str, dict[float, Point]]] = {}
@@ -81,15 +85,15 @@ def build_panels(results: ResultSet, plot: Plot) -> list[Panel]:
 
 
 def draw(results: ResultSet, plot: Plot, form: str) -> bytes:
-    """A figure as "svg" (UTF-8 text) or "png"; the same records, the same bytes."""
+    """Draw a figure as an "svg" or "png" file; the same records give the same bytes."""
     panels = build_panels(results, plot)
     with drawing_style(plot.title):
         return figure_bytes(_figure(panels, plot), form, DPI)
 
 
 def describe(results: ResultSet, plot: Plot) -> str:
-    """A figure in one sentence: its caption."""
-    text = f"{_capital(metric_name(plot.metric, unit=False))} over the {axis_name(plot.x)}"
+    """Describe a figure in one sentence: its caption."""
+    text = f"{_capital(find_metric(plot.metric).label)} over the {axis_name(plot.x)}"
     text += f", a panel for each {key_name(plot.panels)}"
     panels = build_panels(results, plot)
     points = _points(panels)
@@ -97,13 +101,15 @@ def describe(results: ResultSet, plot: Plot) -> str:
         text += "; bars are one standard deviation over seeds, points without bars single seeds"
     elif any(point.statistic for point in points):
         text += "; single seeds, hence no bars"
+    if any(_has_collapsed(point) for point in points):
+        text += f"; {MARK}: the clean accuracy of at least one seed is near chance"
     if any(point.paper is not None for point in points):
         text += "; hollow markers are the paper's"
     return f"{text}."
 
 
 def alt_text(results: ResultSet, plot: Plot) -> str:
-    """A figure for those who do not see it: the ends of every line."""
+    """Describe a figure for readers who cannot see it, by the ends of every line."""
     texts = []
     for panel in build_panels(results, plot):
         for line, points in panel.lines.items():
@@ -111,11 +117,11 @@ def alt_text(results: ResultSet, plot: Plot) -> str:
             ends = [found[0], found[-1]] if len(found) > 1 else found
             said = " to ".join(f"{number(mean)} at {_x(plot, x)}" for x, mean in ends) or "nothing measured"
             texts.append(f"{panel.label}, {line}: {said}")
-    return f"{_capital(metric_name(plot.metric))}. {'; '.join(texts)}."
+    return f"{_capital(find_metric(plot.metric).title)}. {'; '.join(texts)}."
 
 
 def file_names(plots: Sequence[Plot]) -> list[str]:
-    """A file name, without suffix, for each figure; each its own."""
+    """Choose a file name, without suffix, for each figure; no two are the same."""
     names: list[str] = []
     for plot in plots:
         name = slug(plot.title) or "plot"
@@ -133,7 +139,7 @@ def _figure(panels: Sequence[Panel], plot: Plot) -> Figure:
     figure = new_figure(width, height)
     figure.suptitle(plot.title, fontsize=10, y=1 - 0.12 / height, va="top")
     grid: Any = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
-    # In inches, as all is of known size: a layout engine would take most of the time.
+    # Every size is known, and a layout engine would take most of the time.
     figure.subplots_adjust(
         left=LEFT / width,
         right=1 - 0.12 / width,
@@ -164,13 +170,16 @@ def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[str]) -> None:
         paper = [(point.x, point.paper) for point in points if point.paper is not None]
         if paper:
             axes.plot(*zip(*paper, strict=True), color=colour, marker=marker, **HOLLOW)
-        # No number, no line: it would claim what was not measured.
+        # NaN interrupts the line where nothing was measured.
         means = [math.nan if point.statistic is None else point.statistic.mean for point in points]
         axes.plot(
             [point.x for point in points], means, color=colour, marker=marker, markersize=4.5, linewidth=1.6
         )
         for point in points:
-            # A point at a time: a single seed has no bar at all, not even a flat one.
+            if _has_collapsed(point):
+                above = (point.x, point.statistic.mean)  # type: ignore[union-attr]
+                axes.annotate(MARK, above, (0, 4), textcoords="offset points", color=colour, ha="center")
+            # One point at a time, so that a single seed has no bar, not even a flat one.
             if point.statistic is not None and point.statistic.std is not None:
                 bar = point.statistic
                 axes.errorbar(point.x, bar.mean, bar.std, color=colour, capsize=2.5, linewidth=1)
@@ -180,9 +189,9 @@ def _label_axes(grid: Any, panels: Sequence[Panel], plot: Plot) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
     unit = " (% of training images)" if plot.x == "poison.rate" else ""
-    name, _, measure = metric_name(plot.metric).rpartition(", ")
+    found = find_metric(plot.metric)
     for row in grid:
-        row[0].set_ylabel(f"{_short(name)} ({measure})")
+        row[0].set_ylabel(f"{found.short}{found.suffix} ({found.unit})")
     xs = sorted({point.x for point in _points(panels)})
     for axes in grid.flat:
         if _have_room(xs):
@@ -190,16 +199,16 @@ def _label_axes(grid: Any, panels: Sequence[Panel], plot: Plot) -> None:
             axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        # Of a column only the lowest panel has labels, and the last row may not reach so far.
+        # Shared axes show labels only in the last row, which may be incomplete.
         axes.tick_params(labelbottom=True, labelsize=8)
     for axes in list(grid.flat)[: len(panels)][-grid.shape[1] :]:
         axes.set_xlabel(f"{axis_name(plot.x)}{unit}")
-    if not plot.metric.endswith("cad"):
+    if found.unit == PERCENT:
         grid.flat[0].set_ylim(-4, 104)
 
 
 def _have_room(xs: Sequence[float]) -> bool:
-    """Whether a label at every measured x would fit on the log axis; if not, decades are labelled."""
+    """Whether a label at every measured x fits on the log axis; if not, decades are labelled."""
     gaps = [math.log(after / before) for before, after in itertools.pairwise(xs)]
     return not gaps or min(gaps) / sum(gaps) * PANEL_WIDTH > NARROWEST
 
@@ -221,9 +230,8 @@ def _points(panels: Sequence[Panel]) -> list[Point]:
     return [point for panel in panels for points in panel.lines.values() for point in points]
 
 
-def _short(name: str) -> str:
-    """ "attack success rate (ASR)" -> "ASR": an axis is short of room."""
-    return re.sub(r"^.*?\((\w+)\)", r"\1", name)
+def _has_collapsed(point: Point) -> bool:
+    return point.statistic is not None and point.statistic.near_chance > 0
 
 
 def _x(plot: Plot, x: float) -> str:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.suite import Cell, value_of
-from backdoorbench_moe.bench.tables import MetricTable, Place, Sheet, build_sheet, default_layout, find_place
+from backdoorbench_moe.bench.tables import (
+    MetricTable,
+    Place,
+    Sheet,
+    build_sheet,
+    find_place,
+    layouts_of,
+    table_metrics,
+)
 from backdoorbench_moe.bench.wording import (
     MINUS,
     counts_line,
@@ -34,18 +42,18 @@ GAP = 2
 
 @dataclass(frozen=True)
 class RichTables:
-    """The tables of a suite for the terminal; one that is wider than it is cut between columns."""
+    """The tables of a suite for the terminal; a table that is too wide is split between columns."""
 
     sheet: Sheet
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """Draw at the terminal's width."""
+        """Render at the terminal's width."""
         from rich.text import Text
 
         sheet = self.sheet
         yield Text(sheet.suite.title, style="bold")
         yield Text(f"{suite_line(sheet.suite)}; {counts_line(sheet.counts)}")
-        yield Text(f"{legend(has_paper=_has_paper(sheet))}{_second_line(sheet)}", style="dim")
+        yield Text(f"{_legend(sheet)}{_second_line(sheet)}", style="dim")
         for table in sheet.tables:
             yield Text(f"\n{heading(table)}", style="bold")
             for columns in _chunks(table, options.max_width):
@@ -55,25 +63,30 @@ class RichTables:
 
 
 def rich_tables(results: ResultSet) -> RenderableType:
-    """The tables of a suite, to be printed by a rich Console.
+    """Build the tables of a suite for a rich Console.
 
-    Raises ConfigError where a layout would put two cells in one place.
+    Raises:
+        ConfigError: If a layout would put two cells in one place.
     """
     return RichTables(build_sheet(results))
 
 
+def _legend(sheet: Sheet | MetricTable) -> str:
+    return legend(has_paper=sheet.has_paper, has_collapsed=sheet.has_collapsed)
+
+
 def _second_line(sheet: Sheet) -> str:
-    return " The second line of a cell is the paper's." if _has_paper(sheet) else ""
+    return " The second line of a cell is the paper's." if sheet.has_paper else ""
 
 
 def _rich_lines(place: Place) -> list[str]:
-    """As `place_lines`, in as little room as will do: the row's label says "paper"."""
+    """As `place_lines`, but shorter: the label of the row says "paper"."""
     ours = place.state if place.statistic is None else mean_text(place.statistic)
     return [ours, " ".join(paper_parts(place))]
 
 
 def _chunks(table: MetricTable, width: int) -> Iterator[range]:
-    """Ranges of columns that fit beside the row labels; each at least one column."""
+    """Yield ranges of columns that fit beside the row labels, of at least one column each."""
     labels = [key_name(key) for key in table.row_keys]
     used = start = 0
     room = width - sum(
@@ -119,29 +132,30 @@ def _styled(place: Place, *, paper: bool) -> Any:
 
 
 def markdown(sheet: Sheet) -> str:
-    """The tables as Markdown: a cell on two lines, the second the paper's."""
-    lines = [f"# {plain(sheet.suite.title)}", "", legend(has_paper=_has_paper(sheet)), ""]
+    """Write the tables as Markdown. A cell has two lines, the second with the published value."""
+    lines = [f"# {plain(sheet.suite.title)}", "", _legend(sheet), ""]
     for table in sheet.tables:
-        lines += [f"## {plain(heading(table))}", ""]
-        names = [*(key_name(key) for key in table.row_keys), *table.columns]
-        lines += [
-            markdown_row(names),
-            markdown_row(["---"] * len(table.row_keys) + ["--:"] * len(table.columns)),
-        ]
-        for labels, places in zip(table.rows, table.places, strict=True):
-            cells = ["<br>".join(map(plain, place_lines(place))) for place in places]
-            lines.append(f"| {' | '.join([*map(plain, labels), *cells])} |")
-        lines += ["", f"{plain(facts(sheet))}.", ""]
+        lines += [f"## {plain(heading(table))}", "", *table_lines(table), "", f"{plain(facts(sheet))}.", ""]
     return "\n".join(lines)
 
 
+def table_lines(table: MetricTable) -> list[str]:
+    """Write one table as lines of Markdown."""
+    names = [*(key_name(key) for key in table.row_keys), *table.columns]
+    lines = [markdown_row(names), markdown_row(["---"] * len(table.row_keys) + ["--:"] * len(table.columns))]
+    for labels, places in zip(table.rows, table.places, strict=True):
+        cells = ["<br>".join(map(plain, place_lines(place))) for place in places]
+        lines.append(f"| {' | '.join([*map(plain, labels), *cells])} |")
+    return lines
+
+
 def markdown_row(texts: Sequence[str]) -> str:
-    """One row of a Markdown table."""
+    """Write one row of a Markdown table."""
     return f"| {' | '.join(map(plain, texts))} |"
 
 
 def plain(text: str) -> str:
-    """Text that Markdown takes as it is, in one line."""
+    """Escape text for Markdown, in one line."""
     for character in "\\|*`":
         text = text.replace(character, f"\\{character}")
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -149,18 +163,33 @@ def plain(text: str) -> str:
 
 
 CSV_KEYS = ("dataset", "model", "trigger", "applicator", "defenses", "poison.rate")
-CSV_COLUMNS = ("state", "mean", "std", "n", "low", "high", "paper", "difference", "inside", "seeds")
+CSV_COLUMNS = (
+    "state",
+    "mean",
+    "std",
+    "n",
+    "low",
+    "high",
+    "paper",
+    "difference",
+    "inside",
+    "seeds",
+    "near_chance",
+)
 
 
 def statistics_csv(results: ResultSet) -> str:
-    """Tidy statistics: one row for each cell and metric, numbers to six decimals.
+    """Write tidy statistics as CSV: one row for each cell and metric, numbers to six decimals.
 
-    Rates are in percent. inside: "inside", "outside", "unknown" (a single seed), "" without a published
-    value. seeds: with a space between.
+    Rates are in percent. `low` and `high` are the 95% interval of the mean over seeds, empty for fewer
+    than three seeds. `inside` tells whether the published value lies in it: "inside", "outside",
+    "unknown" (no interval), or empty without a published value. `seeds` are separated by blanks.
+    `near_chance` is the number of seeds whose model is near chance.
     """
     suite = results.suite
-    layouts = suite.tables or (default_layout(suite),)
-    metrics = list(dict.fromkeys(metric for layout in layouts for metric in layout.metrics))
+    metrics = list(
+        dict.fromkeys(key for layout in layouts_of(suite) for key in table_metrics(results, layout))
+    )
     parts = {key.partition(".")[0] for key in CSV_KEYS}
     axes = list(dict.fromkeys(key for cell in suite.cells for key in cell.values))
     extra = [key for key in axes if key not in CSV_KEYS and key.partition(".")[0] not in parts - {"poison"}]
@@ -184,12 +213,12 @@ def _plain_value(cell: Cell, key: str) -> Any:
 
 
 def percent(rate: float) -> float:
-    """A share as percent, without the noise of the multiplication (0.0007 is 0.07)."""
+    """Convert a share to percent without rounding noise: 0.0007 gives 0.07."""
     return float(f"{100 * rate:.12g}")
 
 
 def percent_key(key: str) -> str:
-    """The name of a key's column: rates are in percent."""
+    """Name the column of a key; rates are in percent."""
     return "poison_rate_percent" if key == "poison.rate" else key
 
 
@@ -197,32 +226,33 @@ def _csv_values(place: Place) -> list[Any]:
     found = place.statistic
     if found is None:
         paper = "" if place.paper is None else place.paper
-        return [place.state, "", "", 0, "", "", paper, "", "", ""]
+        return [place.state, "", "", 0, "", "", paper, "", "", "", 0]
     values = [found.mean, found.std, found.n, found.low, found.high, found.paper, found.difference]
     shown = [plain_number(value) for value in values]
-    return [place.state, *shown, inside_word(found), " ".join(map(str, found.seeds))]
+    inside = inside_word(found) or ("" if found.paper is None else "unknown")
+    return [place.state, *shown, inside, " ".join(map(str, found.seeds)), found.near_chance]
 
 
 def plain_number(value: Any) -> Any:
-    """A number to six decimals, without a negative zero; None as ""; anything else as it is."""
+    """Round a number to six decimals, without a negative zero; None gives "", other values stay as they are."""
     return "" if value is None else round(value, 6) + 0.0 if isinstance(value, float) else value
 
 
 def write_csv(rows: Sequence[Sequence[Any]]) -> str:
-    """Rows as CSV, lines ending in a bare newline."""
+    """Write rows as CSV with lines that end in a newline only."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
 def latex(sheet: Sheet) -> str:
-    """The tables as LaTeX, one `table` each; needs \\usepackage{booktabs} and nothing else."""
+    """Write the tables as LaTeX, one `table` environment each; they need the package booktabs only."""
     head = "% \\usepackage{booktabs} in the preamble.\n"
     return head + "\n".join(_latex_table(sheet, table) for table in sheet.tables)
 
 
 def _latex_table(sheet: Sheet, table: MetricTable) -> str:
-    said = f"{heading(table)}. {facts(sheet)}. {legend(has_paper=table.has_paper)}"
+    said = f"{heading(table)}. {facts(sheet)}. {_legend(table)}"
     names = [*(key_name(key) for key in table.row_keys), *table.columns]
     lines = [
         r"\begin{table}",
@@ -250,16 +280,12 @@ def _ours(place: Place) -> str:
 TEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$", '"': "''",
-    # At the head of a row these would belong to the line break before them.
+    # At the beginning of a row these would be read as arguments of the line break before them.
     "[": "{[}", "]": "{]}", "*": "{*}",
-    "±": r"$\pm$", MINUS: "$-$", "–": "--", "×": r"$\times$", "…": r"\dots{}",
+    "±": r"$\pm$", "†": r"$\dagger$", MINUS: "$-$", "–": "--", "×": r"$\times$", "…": r"\dots{}",
 }  # fmt: skip
 
 
 def tex(text: str) -> str:
-    """Text that LaTeX sets as it is, in one line."""
+    """Escape text for LaTeX, in one line."""
     return " ".join("".join(TEX.get(character, character) for character in text).split())
-
-
-def _has_paper(sheet: Sheet) -> bool:
-    return any(table.has_paper for table in sheet.tables)

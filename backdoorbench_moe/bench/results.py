@@ -1,8 +1,9 @@
-"""The finished runs of a suite, read from run folders or a results folder, and the statistics of a cell."""
+"""The finished runs of a suite, read from run folders or from a results folder."""
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,55 +11,29 @@ from typing import Any
 
 from backdoorbench_moe.bench.life_sign import is_fresh, read_life_sign
 from backdoorbench_moe.bench.paper import PaperTable, load_paper
+from backdoorbench_moe.bench.statistic import Statistic
 from backdoorbench_moe.bench.suite import Cell, Suite, order
+from backdoorbench_moe.collapse import is_near_chance
 from backdoorbench_moe.config import DATASET_NOT_IN_DIGEST, RunSpec
 from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.errors import RecordError
-from backdoorbench_moe.ops.metrics import mean_interval, mean_std
+from backdoorbench_moe.metrics import PERCENT
+from backdoorbench_moe.metrics import metric as find_metric
+from backdoorbench_moe.ops.intervals import Interval, difference_interval, seeds_interval
 from backdoorbench_moe.records import Record, RunFolder, parse_record
 
 MANIFEST, RECORDS = "suite.json", "records.jsonl"
-ROUNDING = 1e-9
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """One metric of one cell over its seeds, in percent, beside the paper's.
-
-    std: sample standard deviation. low, high: 95% interval of the mean over seeds (Student's t). Both None
-    for a single seed. paper: the published mean, None where there is none.
-    """
-
-    seeds: tuple[int, ...]
-    values: tuple[float, ...]
-    mean: float
-    std: float | None
-    low: float | None
-    high: float | None
-    paper: float | None = None
-
-    @property
-    def n(self) -> int:
-        """Number of seeds."""
-        return len(self.values)
-
-    @property
-    def difference(self) -> float | None:
-        """Mean minus the paper's value, in percentage points."""
-        return None if self.paper is None else self.mean - self.paper
-
-    @property
-    def inside(self) -> bool | None:
-        """Whether the paper's value lies inside our 95% interval; None where either is missing."""
-        if self.paper is None or self.low is None or self.high is None:
-            return None
-        # Equal shares of unlike counts differ in their last bit.
-        return self.low - ROUNDING <= self.paper <= self.high + ROUNDING
 
 
 @dataclass(frozen=True)
 class ResultSet:
-    """Records of a suite by digest, its clean twins' among them, finished or not."""
+    """The records of a suite.
+
+    Args:
+        suite: The suite.
+        records: Records by digest, finished or not, with those of the clean twins.
+        paper: The published table beside the suite; empty if it has none.
+    """
 
     suite: Suite
     records: Mapping[str, Record]
@@ -68,11 +43,17 @@ class ResultSet:
     def from_runs(
         cls, suite: Suite, output: Path | str, known: Mapping[str, Record] | None = None
     ) -> ResultSet:
-        """Read what there is of a suite in a folder of run folders.
+        """Read the runs of a suite from a folder of run folders.
 
-        known: finished records by digest, as `read_known` gives them; they count where no run folder is
-        finished. Raises RecordError if there is no such folder (and nothing known), for a damaged record, and for
-        runs of one data set that were made from different data.
+        Args:
+            suite: The suite.
+            output: The folder of run folders. Runs of the suite that it lacks are missing in the result.
+            known: Finished records by digest, as `read_known` returns them. They are used where the
+                folder has no finished run.
+
+        Raises:
+            RecordError: If there is no such folder and nothing is known, if a record is damaged, or if
+                runs on one data set were made from different data.
         """
         known = known or {}
         if not known and not Path(output).is_dir():
@@ -85,7 +66,11 @@ class ResultSet:
 
     @classmethod
     def from_folder(cls, suite: Suite, folder: Path | str) -> ResultSet:
-        """Read a results folder. Raises RecordError if it is none, or of another version of the suite."""
+        """Read a results folder.
+
+        Raises:
+            RecordError: If it is not a results folder, or one of another suite, scale or version.
+        """
         folder = Path(folder)
         check_manifest(suite, folder)
         wanted = {spec.digest for spec in order(suite)}
@@ -110,17 +95,21 @@ class ResultSet:
         return cls(suite, found, load_paper(suite))
 
     def record(self, spec: RunSpec) -> Record | None:
-        """The finished record of a spec; None where there is none."""
+        """Get the finished record of a spec; None if it is not finished."""
         record = self.records.get(spec.digest)
         return record if record is not None and record.status == "finished" else None
 
     def finished(self) -> list[Record]:
-        """The finished records in the suite's order, twins last."""
+        """List the finished records in the suite's order, clean twins last."""
         specs = sorted(order(self.suite), key=lambda spec: not spec.attacked)
         return [record for spec in specs if (record := self.record(spec)) is not None]
 
+    def measured(self, metric: str) -> bool:
+        """Tell whether any finished run has a metric."""
+        return any(self.value(record.run_spec, metric) is not None for record in self.finished())
+
     def values(self, cell: Cell, metric: str) -> dict[int, float]:
-        """Seed -> percent of every finished run of a cell that has the metric."""
+        """Get a metric of the finished runs of a cell that have it, by seed."""
         found = {}
         for spec in cell.runs(self.suite.repeats):
             if (value := self.value(spec, metric)) is not None:
@@ -128,17 +117,21 @@ class ResultSet:
         return found
 
     def statistic(self, cell: Cell, metric: str) -> Statistic | None:
-        """The metric over the cell's seeds; None where no run is finished, or none has it."""
+        """Compute the statistics of a metric over a cell's seeds; None if no finished run has it."""
         found = self.values(cell, metric)
         if not found:
             return None
-        values = tuple(found.values())
-        mean, std = mean_std(values)
-        low, high = mean_interval(values)
-        return Statistic(tuple(found), values, mean, std, low, high, self.paper.value(cell.spec, metric))
+        specs = [spec for spec in cell.runs(self.suite.repeats) if spec.seed in found]
+        return Statistic.of(
+            found,
+            self._interval(specs, metric),
+            self.paper.value(cell.spec, metric),
+            self.paper.rounding(cell.spec, metric),
+            sum(self._near_chance(spec, metric) for spec in specs),
+        )
 
     def state(self, cell: Cell) -> str:
-        """In a word why a cell has no numbers: "missing", "failed", "running" or "interrupted"."""
+        """Say why a cell has no numbers: "missing", "failed", "running" or "interrupted"."""
         records = (self.records.get(spec.digest) for spec in cell.runs(self.suite.repeats))
         states = [record.status for record in records if record is not None]
         return next(
@@ -147,28 +140,104 @@ class ResultSet:
         )
 
     def value(self, spec: RunSpec, metric: str) -> float | None:
-        """A metric of one run in percent; None where the run is not finished or has none."""
-        stage, _, name = metric.rpartition(".")
-        if name == "cad":
-            # From the twin itself, so that a table does not hang on which run was linked last.
-            twin, ba = self.record(clean_twin(spec)), self.value(spec, f"{stage}.ba" if stage else "ba")
-            return None if twin is None or ba is None else twin.metrics["ba"]["value"] - ba
+        """Get a metric of one run, in its unit; None if the run is not finished or does not have it."""
+        if _base(metric) == "cad":
+            # Computed, not read: the twin may have been linked again after the run was recorded.
+            twin, ba = (self.value(spec, _replaced(metric, name)) for name in ("twin_ba", "ba"))
+            return None if twin is None or ba is None else twin - ba
         found = self.metric(spec, metric)
         return None if found is None else found["value"]
 
     def metric(self, spec: RunSpec, metric: str) -> Mapping[str, float] | None:
-        """A metric of one run as its record has it, {"value", "n", "low", "high"}; None where it has none."""
+        """Get a metric of one run as its record has it.
+
+        Args:
+            spec: Spec of the run.
+            metric: Key of the metric, such as "asr", "task/2.ba" or "pruned.asr".
+
+        Returns:
+            {"value", "n", "low", "high"}, of "seconds" only the value; None if the run is not finished
+            or does not have the metric.
+        """
         record = self.record(spec)
-        stage, _, name = metric.rpartition(".")
         if record is None:
             return None
+        name = _base(metric)
+        if name == "twin_ba":
+            twin = self.record(clean_twin(spec))
+            # A stage of a defense has no counterpart in the twin, a part of the data has.
+            parts = [text for text in metric.split(".")[:-1] if "/" in text]
+            return None if twin is None else twin.metrics.get(".".join([*parts, "ba"]))
+        if metric in record.metrics:
+            return record.metrics[metric]
+        stage, _, name = metric.rpartition(".") if name == "seconds" else metric.partition(".")
         if name == "seconds":
             return _seconds(record, stage)
-        return (_stage(record, stage) if stage else record.metrics).get(name)
+        return _stage(record, stage).get(name)
+
+    def _interval(self, specs: list[RunSpec], metric: str) -> Interval | None:
+        """The 95% interval of a metric's mean over these runs."""
+        if _base(metric) == "cad":
+            (ba, ba_interval), (twin, twin_interval) = (
+                self._mean(specs, _replaced(metric, name)) for name in ("ba", "twin_ba")
+            )
+            return difference_interval(ba, ba_interval, twin, twin_interval)
+        rows = [row for spec in specs if (row := self.metric(spec, metric)) is not None]
+        if find_metric(metric).unit != PERCENT or not all("n" in row for row in rows):
+            return None
+        images = min(self._images(spec, metric) for spec in specs)
+        return seeds_interval([row["value"] for row in rows], images)
+
+    def _mean(self, specs: list[RunSpec], metric: str) -> tuple[float, Interval | None]:
+        """Mean of a metric over these runs, which all have it, and its interval."""
+        values = [value for spec in specs if (value := self.value(spec, metric)) is not None]
+        return statistics.fmean(values), self._interval(specs, metric)
+
+    def _images(self, spec: RunSpec, metric: str) -> int:
+        """Number of images that the uncertainty of a run's metric is counted on."""
+        if _base(metric) == "auroc":
+            # Its variance is at most A (1 - A) over the smaller of the two groups (Birnbaum and Klose, 1957).
+            groups = [self.metric(spec, _replaced(metric, name)) for name in ("tpr", "fpr")]
+            counts = [int(group["n"]) for group in groups if group is not None]
+            if len(counts) == len(groups):
+                return min(counts)
+        row = self.metric(spec, metric)
+        return int(row["n"]) if row is not None else 0
+
+    def _near_chance(self, spec: RunSpec, metric: str) -> bool:
+        """Whether the model that a metric is measured on is near chance, or the twin it is compared with."""
+        record = self.record(spec)
+        if record is None:
+            return False
+        base, stage = _base(metric), metric.partition(".")[0]
+        metrics = _stage(record, stage)
+        fields = {
+            "data": record.data,
+            "near_chance": None if metrics else getattr(record, "near_chance", None),
+        }
+        found = is_near_chance({**fields, "metrics": metrics or record.metrics})
+        if base == "cad" or base.startswith("twin_"):
+            twin = clean_twin(spec)
+            found |= twin.digest != spec.digest and self._near_chance(twin, "ba")
+        return found
+
+
+def _base(metric: str) -> str:
+    """The last part of a key, also of one that is not in the table of metrics."""
+    return metric.rpartition(".")[2]
+
+
+def _replaced(metric: str, name: str) -> str:
+    """The same metric with another last part: "pruned.cad" -> "pruned.ba"."""
+    return ".".join([*metric.split(".")[:-1], name])
 
 
 def check_manifest(suite: Suite, folder: Path) -> None:
-    """Raise RecordError unless a results folder is of this very suite, scale and version."""
+    """Check that a results folder is of this suite, scale and version.
+
+    Raises:
+        RecordError: If it is not.
+    """
     manifest = read_manifest(folder)
     for key, ours in (("suite", suite.name), ("scale", suite.scale)):
         if manifest.get(key) != ours:
@@ -178,7 +247,7 @@ def check_manifest(suite: Suite, folder: Path) -> None:
     if manifest.get("version") != suite.version:
         raise RecordError(
             f"results folder {folder}: is of version {manifest.get('version')} of suite {suite.name}, "
-            f"which is now at version {suite.version}; draw it anew from the run folders, or use another folder"
+            f"which is now at version {suite.version}; redraw it from the run folders, or use another folder"
         )
     if manifest.get("digest") != suite.digest:
         raise RecordError(
@@ -188,7 +257,11 @@ def check_manifest(suite: Suite, folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a results folder says of itself. Raises RecordError if it is none."""
+    """Read the manifest of a results folder.
+
+    Raises:
+        RecordError: If it is missing or damaged.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -201,7 +274,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def manifest_of(results: ResultSet) -> dict[str, Any]:
-    """What a results folder says of itself."""
+    """Make the manifest of a results folder."""
     suite = results.suite
     return {
         "suite": suite.name,
@@ -217,7 +290,7 @@ def manifest_of(results: ResultSet) -> dict[str, Any]:
 
 
 def record_lines(results: ResultSet) -> Iterator[str]:
-    """Every finished record as a line of JSON, without where on that machine its data lay."""
+    """Yield every finished record as a line of JSON, without the path of its data."""
     for record in results.finished():
         values = record.to_dict()
         for key in DATASET_NOT_IN_DIGEST:
@@ -226,7 +299,11 @@ def record_lines(results: ResultSet) -> Iterator[str]:
 
 
 def read_lines(folder: Path) -> list[Record]:
-    """The records of a results folder. Raises RecordError if they are missing or damaged."""
+    """Read the records of a results folder.
+
+    Raises:
+        RecordError: If they are missing or damaged.
+    """
     file = folder / RECORDS
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -236,10 +313,15 @@ def read_lines(folder: Path) -> list[Record]:
 
 
 def read_known(folders: Iterable[Path | str]) -> dict[str, Record]:
-    """The records of results folders, of any suites and scales, by digest; of equals, the first folder's.
+    """Read the finished records of results folders of any suites and scales.
 
-    A digest stands for all that decides a run's numbers, so suites may share what they have in common. Raises
-    RecordError for a folder that is none, or is damaged.
+    A digest stands for everything that decides a run's numbers, so suites can share runs.
+
+    Returns:
+        Records by digest; of two with the same digest the one of the first folder.
+
+    Raises:
+        RecordError: If a folder is not a results folder, or damaged.
     """
     found: dict[str, Record] = {}
     for folder in map(Path, folders):
@@ -260,7 +342,7 @@ def _read_folders(suite: Suite, output: Path) -> Iterator[Record]:
 
 
 def _seconds(record: Record, stage: str) -> Mapping[str, float] | None:
-    """What a stage took; or the whole defense; or, of an undefended run, its training."""
+    """The time of a stage; without a stage, of the whole defense, or of the training if there is none."""
     if stage:
         found = next((each["seconds"] for each in record.stages if each["name"] == stage), None)
     else:

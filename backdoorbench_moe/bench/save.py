@@ -1,4 +1,4 @@
-"""A results folder: the records of a suite and everything drawn from them, small enough to be committed."""
+"""A results folder: the records of a suite and all tables and plots, small enough to be committed."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from backdoorbench_moe.bench.results import (
     read_lines,
     record_lines,
 )
+from backdoorbench_moe.bench.suite import Suite
 from backdoorbench_moe.bench.tables import build_sheet
 from backdoorbench_moe.bench.tidy import environments, tidy_csv
 from backdoorbench_moe.errors import RecordError
@@ -27,20 +28,45 @@ PLOTS = "plots"
 
 
 def save_results(results: ResultSet, folder: Path | str) -> list[Path]:
-    """Write the results folder of a suite, or bring it up to date; return its files.
+    """Write the results folder of a suite, or update it.
 
-    Each file is whole or the one before; the same records make the same bytes. Raises RecordError, before
-    anything is written, for a folder of another suite, scale or version, one that is no results folder,
-    and one with finished runs that these results lack.
+    Each file is replaced as a whole. The same records give the same bytes.
+
+    Returns:
+        The files of the folder.
+
+    Raises:
+        RecordError: If the folder is of another suite, scale or version, is not a results folder, or
+            holds finished runs that these results lack. Nothing is written then.
     """
     folder = Path(folder)
     _check(results, folder)
-    contents = _contents(results)
+    return _write(results, folder, _contents(results))
+
+
+def redraw_results(suite: Suite, folder: Path | str) -> list[Path]:
+    """Draw tables, plots and page of a results folder again from its own records.
+
+    The records stay untouched, byte for byte: they are what was measured.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        RecordError: If the folder is not a results folder of this suite, scale and version.
+    """
+    folder = Path(folder)
+    results = ResultSet.from_folder(suite, folder)
+    contents = {name: content for name, content in _contents(results).items() if name != RECORDS}
+    return _write(results, folder, contents)
+
+
+def _write(results: ResultSet, folder: Path, contents: dict[str, bytes]) -> list[Path]:
     try:
         (folder / PLOTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecordError(f"results folder {folder}: {error.strerror}") from error
-    # The manifest first: a folder that was left half done is known as ours by it.
+    # The manifest first: by it a folder that was left incomplete is recognised as ours.
     for name, content in contents.items():
         write_atomically(folder / name, _put(content))
     for file in (folder / PLOTS).iterdir():
@@ -87,7 +113,7 @@ def _check(results: ResultSet, folder: Path) -> None:
     if lost:
         raise RecordError(
             f"results folder {folder}: holds {len(lost)} finished runs that are not among these, such as "
-            f"{lost[0].run_spec.name}; take another folder, or draw from this one"
+            f"{lost[0].run_spec.name}; use another folder, or draw from this one"
         )
 
 

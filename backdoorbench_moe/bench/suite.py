@@ -12,32 +12,43 @@ from backdoorbench_moe.config import DATASET_NOT_IN_DIGEST, PARTS, RunSpec
 from backdoorbench_moe.engine.graph import in_order
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 
-METRICS = ("asr", "ba", "cad", "ra")
-# Of input filters; and how long a defense, or else the training, took.
-FILTER_METRICS = ("auroc", "tpr", "fpr")
-MEASURES = (*METRICS, *FILTER_METRICS, "seconds")
-# As a table's columns: its metrics side by side, instead of a table for each.
+# As a table's columns: the metrics of one table side by side, instead of one table for each metric.
 METRIC_COLUMNS = "metric"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One table a metric: a row for each combination of the `rows` keys, a column for each of `columns`.
+    """The layout of tables: one table for each metric.
 
-    Keys are those of `value_of`: dotted keys of a spec, or a part's ("trigger": its name and options). With
-    METRIC_COLUMNS ("metric") for columns it is one table, with a column a metric. metrics: of MEASURES;
-    "pruned.asr" is the ASR after a defense's stage "pruned".
+    Args:
+        title: Title of the tables.
+        rows: Keys (see `value_of`): one row for each combination of their values.
+        columns: A key: one column for each of its values. With `METRIC_COLUMNS` ("metric") there is one
+            table in all, with one column for each metric.
+        metrics: Keys of metrics (see `backdoorbench_moe.metrics`); "pruned.asr" is the ASR after the
+            stage "pruned" of a defense.
+        no_trigger: Put the target rate without the trigger beside every ASR, if any run measured it.
+            A high ASR means little where the model calls the same images the target anyway.
     """
 
     title: str
     rows: tuple[str, ...]
     columns: str
     metrics: tuple[str, ...] = ("asr",)
+    no_trigger: bool = True
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure: `metric` over `x` on a log axis, a panel for each of `panels`, a line for each of `lines`."""
+    """A figure: a metric over a number on a log axis.
+
+    Args:
+        title: Title of the figure.
+        x: Key of the number (see `value_of`).
+        panels: Key with one panel for each of its values.
+        lines: Key with one line for each of its values.
+        metric: Key of the metric.
+    """
 
     title: str
     x: str = "poison.rate"
@@ -48,13 +59,18 @@ class Plot:
 
 @dataclass(frozen=True)
 class Cell:
-    """One place in the grid: the axes' values and the spec they make, with the suite's first seed."""
+    """A cell of the grid.
+
+    Args:
+        values: The value of each key of the grid.
+        spec: The spec they make, with the suite's first seed.
+    """
 
     values: Mapping[str, Any]
     spec: RunSpec
 
     def runs(self, repeats: int) -> list[RunSpec]:
-        """One spec a seed."""
+        """The specs of the cell's runs, one for each seed."""
         return [replace(self.spec, seed=self.spec.seed + n) for n in range(repeats)]
 
 
@@ -62,8 +78,17 @@ class Cell:
 class Suite:
     """A suite at one scale, its grid laid out.
 
-    version: raised by its author when its runs change; result folders keep it. note: what the scale cuts
-    down, for every table. paper: the published table beside it (see `paper`), if any.
+    Args:
+        name: Name of the suite.
+        title: Title of its page.
+        version: Raised by the author whenever the suite's runs change; results folders keep it.
+        scale: Name of the scale; None for a suite without scales.
+        note: What the scale cuts down; shown with every table.
+        repeats: Number of seeds a cell.
+        cells: The cells of all grids.
+        tables: Layouts of its tables; the default layout if empty.
+        plots: Its figures.
+        paper: The published table it is compared with (see `bench.paper`), if any.
     """
 
     name: str
@@ -84,28 +109,39 @@ class Suite:
 
     @property
     def digest(self) -> str:
-        """Ten hex digits over all its runs' digests, whatever the number of repeats."""
+        """Ten hex digits of a hash over the digests of all cells; the number of repeats does not change it."""
         digests = sorted(cell.spec.digest for cell in self.cells)
         return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:10]
 
     def runs(self) -> list[RunSpec]:
-        """The runs of all cells: a repeat of every cell before the next, so that a stopped suite is even."""
+        """The runs of all cells, the first seed of every cell before the second of any."""
         return [cell.runs(self.repeats)[n] for n in range(self.repeats) for cell in self.cells]
 
     def with_repeats(self, repeats: int) -> Suite:
-        """The same suite over another number of seeds. Raises ConfigError below 1."""
+        """Change the number of seeds a cell.
+
+        Raises:
+            ConfigError: If it is below 1.
+        """
         if repeats < 1:
             raise ConfigError.expected("repeats", "at least 1", repeats)
         return replace(self, repeats=repeats)
 
     def only(self, filters: Sequence[str]) -> Suite:
-        """The cells that every "key=value[,value]" admits. Raises ConfigError where a filter leaves none."""
+        """Keep the cells that match every filter.
+
+        Args:
+            filters: Each is "key=value[,value]", with a key of `value_of`.
+
+        Raises:
+            ConfigError: If a filter is malformed, names an unknown value, or no cell is left.
+        """
         cells = self.cells
         for text in filters:
             key, equals, wanted = text.partition("=")
             if not equals:
                 raise ConfigError.expected("--only", "key=value[,value]", text)
-            # A part is meant by its name, whatever its options.
+            # A part is matched by its name; its options do not matter.
             key = f"{key}.name" if key in PARTS else key
             there = {_shown(value_of(cell.spec, key)) for cell in self.cells}
             asked = {_shown(_scaled(part.strip())) for part in wanted.split(",")}
@@ -119,7 +155,10 @@ class Suite:
 
 
 def order(suite: Suite) -> Iterator[RunSpec]:
-    """Every run once, with all that it needs; a repeat of all cells before the next, so a stopped suite is even."""
+    """Yield every run once, with all that it needs, in the order in which they are made.
+
+    The first seed of every cell comes before the second of any, so a stopped suite is even; see `graph.in_order`.
+    """
     seen = set()
     for n in range(suite.repeats):
         for spec in in_order(cell.runs(suite.repeats)[n] for cell in suite.cells):
@@ -129,14 +168,18 @@ def order(suite: Suite) -> Iterator[RunSpec]:
 
 
 def value_of(spec: RunSpec, key: str) -> Any:
-    """The value of a dotted key in a spec; of a part, its label. Raises UnknownNameError for no such key.
+    """Look up a dotted key in a spec.
 
-    "trigger" is "square, size=1"; "trigger.name" is "square"; "trigger.size" is 1, None where not given.
+    "trigger" gives the part's label, such as "square, size=1"; "trigger.name" gives "square";
+    "trigger.size" gives 1, or None where the option is not given.
+
+    Raises:
+        UnknownNameError: If a spec has no such key.
     """
     values: Any = {"defenses": [], **spec.to_dict()}
     values["attack"] = None if spec.attack is None else spec.attack.to_dict()
     if key in PARTS:
-        # Where the data lie is not a property of them.
+        # The folder that holds the data does not change the results.
         hidden = DATASET_NOT_IN_DIGEST if key == "dataset" else ()
         return part_label(values[key] and {k: v for k, v in values[key].items() if k not in hidden})
     if key == "defenses":
@@ -157,14 +200,14 @@ def value_of(spec: RunSpec, key: str) -> Any:
 
 
 def part_label(part: Mapping[str, Any] | None) -> str | None:
-    """A part in one line: "warp, grid_size=4, strength=0.5"."""
+    """Write a part in one line, such as "warp, grid_size=4, strength=0.5"; None for no part."""
     if part is None:
         return None
     return ", ".join([part["name"], *(f"{key}={value}" for key, value in part.items() if key != "name")])
 
 
 def _scaled(text: str) -> object:
-    """Read one value of --only: a rate may be written as 0.5%, a number as any."""
+    """Read one value of --only: a number, a percentage such as 0.5%, or text."""
     try:
         return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Suites from YAML files: read, merged with their scale, laid out and checked."""
+"""Reading suites from YAML files: merge with the scale, lay out the grid, check everything."""
 
 from __future__ import annotations
 
@@ -9,17 +9,24 @@ from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from backdoorbench_moe.bench.files import find_file, names_in
-from backdoorbench_moe.bench.suite import MEASURES, METRIC_COLUMNS, Cell, Layout, Plot, Suite, value_of
+from backdoorbench_moe.bench.suite import METRIC_COLUMNS, Cell, Layout, Plot, Suite, value_of
 from backdoorbench_moe.config import RunSpec, Values, build_spec, load_yaml, merge, normalise
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.metrics import metric
 from backdoorbench_moe.options import convert
 
 
 def load_suite(name: str, scale: str | None = None) -> Suite:
-    """Read a suite by name or path, at a scale (the file's first by default), and lay out its grid.
+    """Read a suite and lay out its grid.
 
-    Every name and number is checked as far as that needs no data. Raises UnknownNameError or ConfigError
-    naming the suite, the key and the cell.
+    Args:
+        name: Name of a suite that comes with the project, or path of a YAML file.
+        scale: One of the suite's scales, the first by default.
+
+    Raises:
+        UnknownNameError: If there is no such suite, scale, key or part.
+        ConfigError: If a value is not allowed, as far as that can be checked without data. The message
+            names the suite, the key and the cell.
     """
     file = find_file(name, "suites", "suite")
     return parse_suite(load_yaml(file), file.stem, scale, folder=file.parent)
@@ -29,7 +36,14 @@ SUITE_KEYS = ("title", "version", "scales", "base", "grid", "repeats", "tables",
 
 
 def parse_suite(values: Values, name: str, scale: str | None = None, *, folder: Path | None = None) -> Suite:
-    """A suite from its file's values; see `load_suite`. folder: where its scales may lie."""
+    """Make a suite from the values of its file (see `load_suite`).
+
+    Args:
+        values: Content of the YAML file.
+        name: Name of the suite.
+        scale: One of the suite's scales, the first by default.
+        folder: Folder of the file, whose subfolder `scales` is searched for scales.
+    """
     where = f"suite {name}"
     for key in values:
         if key not in SUITE_KEYS:
@@ -60,7 +74,7 @@ def parse_suite(values: Values, name: str, scale: str | None = None, *, folder: 
 def _load_scale(
     scales: object, wanted: str | None, where: str, folder: Path | None
 ) -> tuple[str | None, Values]:
-    """The chosen scale's name and values: note, spec keys, and `models` with options by model name."""
+    """Load the chosen scale: its name, and its values (note, spec keys, and options for each model)."""
     if scales is None:
         if wanted is not None:
             raise ConfigError(f"--scale: {where} has no scales, got {wanted!r}")
@@ -74,7 +88,7 @@ def _load_scale(
 
 
 def _lay_out(grid: object, base: Values, scaled: Values, where: str) -> Iterator[Cell]:
-    """Every combination of every grid's values; a suite may have several grids."""
+    """Yield a cell for every combination of values of each grid."""
     scaled = {key: value for key, value in scaled.items() if key != "note"}
     models = _mapping(scaled.pop("models", {}), f"{where}: scale: models")
     models = {name: _mapping(options, f"{where}: scale: models: {name}") for name, options in models.items()}
@@ -95,12 +109,12 @@ def _lay_out(grid: object, base: Values, scaled: Values, where: str) -> Iterator
 
 
 def _build(chosen: Values, base: Values, scaled: Values, models: Values, place: str) -> RunSpec:
-    # A part before its options, wherever they stand in the file: another part would drop them.
+    # Parts before their options, in whatever order the file has them: naming a part resets its options.
     ordered = sorted(chosen.items(), key=lambda item: item[0].count("."))
     layers = [base, *(_nest(key, value) for key, value in ordered)]
     shown = ", ".join(f"{key}={value}" for key, value in chosen.items())
     try:
-        # The scale goes below: what the suite itself says of a model or a data set wins.
+        # The scale is the lowest layer: what the suite sets for a model or a data set takes precedence.
         layers = [normalise(layer) for layer in layers]
         model = merge({"model": {"name": "pmoe"}}, *layers)["model"]["name"]
         options = {"model": {"name": model, **models.get(model, {})}}
@@ -121,7 +135,7 @@ def _nest(key: str, value: Any) -> Values:
 
 
 def _check(suite: Suite, where: str) -> None:
-    """Refuse runs that are listed twice, and layouts over keys or metrics that there are not."""
+    """Check that no run is listed twice, and that layouts and plots use known keys and metrics."""
     seen: dict[str, Cell] = {}
     for cell in suite.cells:
         if (twin := seen.setdefault(replace(cell.spec, seed=0).digest, cell)) is not cell:
@@ -131,8 +145,8 @@ def _check(suite: Suite, where: str) -> None:
             )
     spec = suite.cells[0].spec
     for table in suite.tables:
-        for metric in table.metrics:
-            check_metric(metric, f"{where}: tables")
+        for key in table.metrics:
+            check_metric(key, f"{where}: tables")
         for key in (*table.rows, *(() if table.columns == METRIC_COLUMNS else (table.columns,))):
             value_of(spec, key)
     for plot in suite.plots:
@@ -141,10 +155,13 @@ def _check(suite: Suite, where: str) -> None:
             value_of(spec, key)
 
 
-def check_metric(metric: str, where: str) -> None:
-    """Raise UnknownNameError for a metric that there is not."""
-    if metric.rpartition(".")[2] not in MEASURES:
-        raise UnknownNameError(f"{where}: metric", metric, MEASURES)
+def check_metric(key: str, where: str) -> None:
+    """Check that a metric is known.
+
+    Raises:
+        UnknownNameError: If it is not; the message begins with `where`.
+    """
+    metric(key, f"{where}: metric")
 
 
 def _read_items(kind: Any, items: object, where: str) -> Iterator[Any]:
@@ -189,10 +206,10 @@ def _count(value: object, where: str) -> int:
 
 
 def list_suites() -> list[str]:
-    """Names of the suites that come with the project."""
+    """List the names of the suites that come with the project."""
     return names_in("suites")
 
 
 def list_scales(name: str) -> list[str]:
-    """The scales of a suite, its default first."""
+    """List the scales of a suite, its default first."""
     return list(load_yaml(find_file(name, "suites", "suite")).get("scales") or [])

@@ -1,4 +1,4 @@
-"""A suite's layouts filled from its records: labels and places, the same for every format."""
+"""A suite's layouts filled from its records: labels and places, the same for every output format."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backdoorbench_moe.bench.results import ResultSet, Statistic
+from backdoorbench_moe.bench.results import ResultSet
+from backdoorbench_moe.bench.statistic import Statistic
 from backdoorbench_moe.bench.suite import METRIC_COLUMNS, Cell, Layout, Suite, order, value_of
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.metrics import metric as find_metric
 
 # What a place without numbers says, beside the states of a record.
 NO_CELL, NO_TWIN, NOT_MEASURED = "–", "no clean twin", "not measured"
+DEFAULT_METRICS = ("asr", "ba", "cad")
 
 
 @dataclass(frozen=True)
 class Place:
-    """One place of a table: the statistic of a metric, or in a word why there is none.
+    """One place of a table.
 
-    cell: None where the suite has no run for this place. paper: the published value, also where nothing
-    was run.
+    Args:
+        state: "finished", or why there are no numbers.
+        cell: The cell of the suite; None if the suite has no run for this place.
+        statistic: The statistics of the metric; None if there are no numbers.
+        paper: The published value, also where nothing was run.
     """
 
     state: str
@@ -31,9 +37,16 @@ class Place:
 
 @dataclass(frozen=True)
 class MetricTable:
-    """One metric of one layout: rows x columns of places. rows: for each row a label for each of `row_keys`.
+    """One table: rows x columns of places.
 
-    metric: None where the columns are metrics.
+    Args:
+        title: Title of the layout.
+        metric: Key of its metric; None if the columns are metrics.
+        row_keys: Keys of the row labels.
+        column_key: Key of the columns.
+        rows: For each row one label for each of `row_keys`.
+        columns: Labels of the columns.
+        places: The places, row by row.
     """
 
     title: str
@@ -46,11 +59,17 @@ class MetricTable:
 
     @property
     def has_paper(self) -> bool:
-        """Whether there is a published value for any place."""
+        """Whether any place has a published value."""
         return any(place.paper is not None for row in self.places for place in row)
 
+    @property
+    def has_collapsed(self) -> bool:
+        """Whether any place has a seed whose model is near chance."""
+        found = [place.statistic for row in self.places for place in row]
+        return any(statistic is not None and statistic.near_chance for statistic in found)
+
     def groups(self) -> Iterator[list[tuple[tuple[str, ...], tuple[Place, ...]]]]:
-        """Rows with the same first label together; labels that would only repeat those above are ""."""
+        """Yield rows with the same first label together; labels equal to those of the row above are ""."""
         group: list[tuple[tuple[str, ...], tuple[Place, ...]]] = []
         above: tuple[str, ...] = ()
         for labels, places in zip(self.rows, self.places, strict=True):
@@ -68,10 +87,17 @@ class MetricTable:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """How far a suite is: its runs by status, and the `others` these are measured against or made from.
+class RunCounts:
+    """How many runs of a suite there are.
 
-    precisions: how many finished ones, the others among them, were computed in which precision.
+    Args:
+        wanted: Number of runs of all cells and seeds.
+        finished: How many of them are finished.
+        failed: How many failed, the other runs among them.
+        others: What the other runs are: those that the suite's runs are compared with or made from.
+        others_wanted: Number of other runs.
+        others_finished: How many of them are finished.
+        precisions: Number of finished runs, the others among them, by precision.
     """
 
     wanted: int
@@ -85,37 +111,67 @@ class Counts:
 
 @dataclass(frozen=True)
 class Sheet:
-    """All tables of a suite, and how much of it was run."""
+    """All tables of a suite, and how many of its runs they are made from."""
 
     suite: Suite
-    counts: Counts
+    counts: RunCounts
     tables: tuple[MetricTable, ...]
+
+    @property
+    def has_paper(self) -> bool:
+        """Whether any table has a published value."""
+        return any(table.has_paper for table in self.tables)
+
+    @property
+    def has_collapsed(self) -> bool:
+        """Whether any table has a seed whose model is near chance."""
+        return any(table.has_collapsed for table in self.tables)
 
 
 def build_sheet(results: ResultSet) -> Sheet:
-    """Fill every layout of a suite, one table a metric.
+    """Fill every layout of a suite.
 
-    Raises ConfigError where a layout would put two cells in one place.
+    Raises:
+        ConfigError: If a layout would put two cells in one place.
     """
-    layouts = results.suite.tables or (default_layout(results.suite),)
-    tables = tuple(table for layout in layouts for table in _fill(results, layout))
+    tables = tuple(table for layout in layouts_of(results.suite) for table in _fill(results, layout))
     return Sheet(results.suite, count_runs(results), tables)
 
 
+def layouts_of(suite: Suite) -> tuple[Layout, ...]:
+    """Give the layouts of a suite, or the default one if it has none."""
+    return suite.tables or (default_layout(suite),)
+
+
 def default_layout(suite: Suite) -> Layout:
-    """A layout for a suite that gives none: a row for each value of its grid's keys, the last key across."""
+    """Lay out a suite that has no layout: a row for each value of its grid's keys, the last key across."""
     keys = list(dict.fromkeys(key for cell in suite.cells for key in cell.values))
     varied = [key for key in keys if len({label(key, value_of(c.spec, key)) for c in suite.cells}) > 1]
     *rows, column = varied or keys
-    return Layout(suite.title, tuple(rows) or ("model.name",), column, ("asr", "ba", "cad"))
+    return Layout(suite.title, tuple(rows) or ("model.name",), column, DEFAULT_METRICS)
 
 
-def count_runs(results: ResultSet) -> Counts:
-    """Count the suite's runs, and apart from them the clean twins and whatever else they are made from."""
+def table_metrics(results: ResultSet, layout: Layout) -> tuple[str, ...]:
+    """Give the metrics of a layout, each ASR followed by the target rate without the trigger.
+
+    The rate is left out where the layout says so, or no run has measured it.
+    """
+    metrics: list[str] = []
+    for key in layout.metrics:
+        metrics.append(key)
+        beside = f"{key.removesuffix('asr')}target_rate"
+        is_asr = layout.no_trigger and find_metric(key).base == "asr"
+        if is_asr and beside not in layout.metrics and results.measured(beside):
+            metrics.append(beside)
+    return tuple(metrics)
+
+
+def count_runs(results: ResultSet) -> RunCounts:
+    """Count the suite's runs and, apart from them, the clean twins and other runs they need."""
     runs = {spec.digest for spec in results.suite.runs()}
     others = {spec.digest: spec for spec in order(results.suite) if spec.digest not in runs}
     status = {digest: record.status for digest, record in results.records.items()}
-    return Counts(
+    return RunCounts(
         wanted=len(runs),
         finished=sum(status.get(digest) == "finished" for digest in runs),
         failed=sum(status.get(digest) == "failed" for digest in {*runs, *others}),
@@ -127,7 +183,7 @@ def count_runs(results: ResultSet) -> Counts:
 
 
 def find_place(results: ResultSet, cell: Cell | None, metric: str) -> Place:
-    """What is known of a metric of a cell."""
+    """Find what is known of a metric of a cell."""
     if cell is None:
         return Place(NO_CELL)
     paper = results.paper.value(cell.spec, metric)
@@ -141,7 +197,7 @@ def find_place(results: ResultSet, cell: Cell | None, metric: str) -> Place:
 
 
 def label(key: str, value: Any) -> str:
-    """A value as a label; rates as percent."""
+    """Write the value of a key as a label; rates in percent."""
     if value is None:
         return "none"
     if key == "poison.rate":
@@ -151,37 +207,38 @@ def label(key: str, value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def metric_label(metric: str) -> str:
-    """ "pruned.asr" -> "pruned ASR"."""
-    stage, _, name = metric.rpartition(".")
-    name = name if name == "seconds" else name.upper()
-    return f"{stage} {name}" if stage else name
-
-
 def _fill(results: ResultSet, layout: Layout) -> Iterator[MetricTable]:
-    """The layout's tables: one a metric, or one in all."""
+    """Fill a layout: one table for each metric, or one in all."""
     side_by_side = layout.columns == METRIC_COLUMNS
-    there: dict[tuple[tuple[str, ...], str], Cell] = {}
-    for cell in results.suite.cells:
-        row = tuple(label(key, value_of(cell.spec, key)) for key in layout.rows)
-        column = "" if side_by_side else label(layout.columns, value_of(cell.spec, layout.columns))
-        if (twin := there.setdefault((row, column), cell)) is not cell:
-            raise ConfigError(
-                f"suite {results.suite.name}: table {layout.title!r}: {dict(cell.values)} and "
-                f"{dict(twin.values)} would stand in one place; expected a key in rows that tells them apart"
-            )
-    rows = tuple(dict.fromkeys(row for row, _ in there))
-    columns = tuple(dict.fromkeys(column for _, column in there))
+    metrics = table_metrics(results, layout)
+    cells = _arrange(results.suite, layout, side_by_side)
+    rows = tuple(dict.fromkeys(row for row, _ in cells))
+    columns = tuple(dict.fromkeys(column for _, column in cells))
 
     def table(metric: str | None, names: tuple[str, ...], wanted: Sequence[tuple[str, str]]) -> MetricTable:
         places = tuple(
-            tuple(find_place(results, there.get((row, column)), each) for column, each in wanted)
+            tuple(find_place(results, cells.get((row, column)), each) for column, each in wanted)
             for row in rows
         )
         return MetricTable(layout.title, metric, layout.rows, layout.columns, rows, names, places)
 
     if side_by_side:
-        yield table(None, tuple(map(metric_label, layout.metrics)), [("", m) for m in layout.metrics])
+        names = tuple(find_metric(key).heading for key in metrics)
+        yield table(None, names, [("", key) for key in metrics])
         return
-    for metric in layout.metrics:
-        yield table(metric, columns, [(column, metric) for column in columns])
+    for key in metrics:
+        yield table(key, columns, [(column, key) for column in columns])
+
+
+def _arrange(suite: Suite, layout: Layout, side_by_side: bool) -> dict[tuple[tuple[str, ...], str], Cell]:
+    """The cell at each pair of row labels and column label."""
+    cells: dict[tuple[tuple[str, ...], str], Cell] = {}
+    for cell in suite.cells:
+        row = tuple(label(key, value_of(cell.spec, key)) for key in layout.rows)
+        column = "" if side_by_side else label(layout.columns, value_of(cell.spec, layout.columns))
+        if (other := cells.setdefault((row, column), cell)) is not cell:
+            raise ConfigError(
+                f"suite {suite.name}: table {layout.title!r}: {dict(cell.values)} and "
+                f"{dict(other.values)} would stand in one place; expected a key in rows that tells them apart"
+            )
+    return cells

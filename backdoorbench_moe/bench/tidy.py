@@ -1,50 +1,53 @@
-"""What was run, one row a run, and on what."""
+"""One row for each run of a suite, and the environments the runs were made in."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from backdoorbench_moe.bench.render import percent, write_csv
 from backdoorbench_moe.bench.results import ResultSet
-from backdoorbench_moe.bench.suite import FILTER_METRICS, METRICS, PARTS, value_of
+from backdoorbench_moe.bench.suite import PARTS, value_of
+from backdoorbench_moe.collapse import collapsed
 from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.metrics import sort_metrics
 from backdoorbench_moe.records import Record
 
 SPEC_COLUMNS = ("defenses", "poison_rate_percent", "target", "seed", "epochs")
 MADE_COLUMNS = ("train_seconds", "images_per_second", "device", "precision", "threads", "torch", "git_commit")
+# These have columns in every file, so that code that reads several files finds them.
+ALWAYS = ("ba", "asr", "target_rate", "ra", "cad")
 
 
 def tidy_csv(results: ResultSet) -> str:
-    """One row for each finished run, clean twins among them, as CSV; numbers as the records have them.
+    """Write one row for each finished run, clean twins among them, as CSV.
 
-    ba, asr and ra stand with their Wilson 95% interval (`_low`, `_high`) and number of images (`_n`), and so do
-    auroc, tpr and fpr where an input filter was run; `cad` is measured against the clean twin. A defense's
-    stage has columns of its own, such as `pruned_asr`.
+    Numbers are those of the records, unrounded. Each metric has its value, its 95% interval (`_low`,
+    `_high`) and its number of images (`_n`); `cad` only its value, computed from the clean twin.
+    Metrics of a defense's stage have columns of their own, such as `pruned_asr`. `near_chance` tells
+    whether the model is near chance.
     """
     records = results.finished()
-    stages = list(dict.fromkeys(stage["name"] for record in records for stage in record.stages))
-    judged = [name for name in FILTER_METRICS if any(name in record.metrics for record in records)]
-    prefixes = ("", *(f"{name}." for name in stages))
-    metrics = [f"{stage}{metric}" for stage in prefixes for metric in (*METRICS, *judged)]
+    metrics = _metrics(records)
     parts = [column for part in PARTS for column in (part, f"{part}_options")]
-    measured = [column for metric in metrics for column in _metric_columns(metric)]
-    rows: list[list[Any]] = [
-        ["suite", "version", "scale", *parts, *SPEC_COLUMNS, *measured, *MADE_COLUMNS, "digest"]
-    ]
+    measured = [column for key in metrics for column in _metric_columns(key)]
+    head = ["suite", "version", "scale", *parts, *SPEC_COLUMNS, *measured, "near_chance"]
+    rows: list[list[Any]] = [[*head, *MADE_COLUMNS, "digest"]]
     for record in records:
         spec = record.run_spec
         row = [results.suite.name, results.suite.version, results.suite.scale]
         row += [text for part in PARTS for text in _part(spec, part)]
         rate = percent(spec.poison.rate)
         row += [value_of(spec, "defenses"), rate, spec.poison.target, spec.seed, spec.train.epochs]
-        row += [value for metric in metrics for value in _measured(results, spec, metric)]
+        row += [value for key in metrics for value in _measured(results, spec, key)]
+        row.append("yes" if collapsed(record) else "no")
         rows.append([*row, *_made(record), record.digest])
     return write_csv([["" if value is None else value for value in row] for row in rows])
 
 
 def environments(results: ResultSet) -> list[dict[str, Any]]:
-    """The distinct environments the runs were made in, the most used first, each with its number of `runs`."""
+    """List the distinct environments the runs were made in, the most used first, each with its number of `runs`."""
     counts: dict[str, int] = {}
     for record in results.finished():
         text = json.dumps(record.environment, sort_keys=True)
@@ -54,8 +57,21 @@ def environments(results: ResultSet) -> list[dict[str, Any]]:
 
 
 def train_seconds(results: ResultSet) -> float:
-    """Seconds of training of all finished runs together."""
+    """Add up the training time of all finished runs, in seconds."""
     return sum(record.timing.get("train_seconds", 0.0) for record in results.finished())
+
+
+def _metrics(records: Iterable[Record]) -> list[str]:
+    """Keys of the metrics that have columns: those of the runs, then those of each stage."""
+    whole = dict.fromkeys(ALWAYS)
+    stages: dict[str, dict[str, None]] = {}
+    for record in records:
+        whole |= dict.fromkeys(record.metrics)
+        for stage in record.stages:
+            found = stages.setdefault(stage["name"], dict.fromkeys(("cad",)))
+            found |= dict.fromkeys(stage["metrics"])
+    keys = [one.key for one in sort_metrics(whole)]
+    return keys + [f"{name}.{one.key}" for name, found in stages.items() for one in sort_metrics(found)]
 
 
 def _part(spec: RunSpec, key: str) -> tuple[str, str]:
@@ -64,16 +80,20 @@ def _part(spec: RunSpec, key: str) -> tuple[str, str]:
     return name, options
 
 
-def _metric_columns(metric: str) -> list[str]:
-    name = metric.replace(".", "_")
-    return [name] if metric.endswith("cad") else [name, f"{name}_low", f"{name}_high", f"{name}_n"]
+def _is_cad(key: str) -> bool:
+    return key.rpartition(".")[2] == "cad"
 
 
-def _measured(results: ResultSet, spec: RunSpec, metric: str) -> list[Any]:
-    if metric.endswith("cad"):
-        return [results.value(spec, metric)]
-    found = results.metric(spec, metric) or {}
-    return [found.get(key) for key in ("value", "low", "high", "n")]
+def _metric_columns(key: str) -> list[str]:
+    name = key.replace(".", "_").replace("/", "_")
+    return [name] if _is_cad(key) else [name, f"{name}_low", f"{name}_high", f"{name}_n"]
+
+
+def _measured(results: ResultSet, spec: RunSpec, key: str) -> list[Any]:
+    if _is_cad(key):
+        return [results.value(spec, key)]
+    found = results.metric(spec, key) or {}
+    return [found.get(name) for name in ("value", "low", "high", "n")]
 
 
 def _made(record: Record) -> list[Any]:

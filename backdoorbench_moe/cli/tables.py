@@ -1,4 +1,4 @@
-"""What the terminal shows of runs, drawn from their records."""
+"""Tables of runs for the terminal and as Markdown, drawn from their records."""
 
 from __future__ import annotations
 
@@ -10,23 +10,19 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from backdoorbench_moe.collapse import MARK, MARK_LEGEND, collapse_line, collapsed, is_near_chance
+from backdoorbench_moe.metrics import METRICS, PERCENT, sort_metrics
+from backdoorbench_moe.ops.intervals import FEWEST_SEEDS, Interval, difference_interval, seeds_interval
 from backdoorbench_moe.ops.metrics import mean_std
 
 if TYPE_CHECKING:
     from backdoorbench_moe.engine.runner import Run
     from backdoorbench_moe.records import Judged, Record
 
-METRICS = {
-    "ba": "clean accuracy (BA)",
-    "asr": "attack success rate (ASR)",
-    "ra": "accuracy on triggered images (RA)",
-    "cad": "clean accuracy drop (CAD)",
-    "auroc": "area under the ROC curve (AUROC)",
-    "tpr": "triggered images rejected (TPR)",
-    "fpr": "clean images rejected (FPR)",
-}
+NONE = "–"
 FILTER_METRICS = ("auroc", "tpr", "fpr")
-# Of a defense's scores, which may be one an image, so many are shown.
+STAGE_METRICS = ("ba", "asr", "ra")
+# Scores can have one value an image; this many are shown.
 SHOWN_SCORES = 12
 
 
@@ -37,19 +33,45 @@ def print_json(runs: Sequence[Run]) -> None:
 
 
 def summarise(runs: Sequence[Run]) -> dict[str, Any]:
-    """Mean, standard deviation and every seed's value of each metric all runs have, in percent."""
+    """Summarise the metrics that all runs have.
+
+    Args:
+        runs: Runs that differ in their seed.
+
+    Returns:
+        For each metric its mean, sample standard deviation (None for one run), the 95% interval of the
+        mean as `low` and `high` (None for fewer than three runs), the number of runs `n`, and the value
+        of each seed; all in the metric's unit.
+    """
     summary = {}
-    for metric in METRICS:
-        if all(metric in run.record.metrics for run in runs):
-            values = [run.value(metric) for run in runs]
-            mean, std = mean_std(values)
-            seeds = {str(run.spec.seed): value for run, value in zip(runs, values, strict=True)}
-            summary[metric] = {"mean": mean, "std": std, "n": len(values), "seeds": seeds}
+    for one in sort_metrics(set.intersection(*(set(run.record.metrics) for run in runs))):
+        values = [run.record.metrics[one.key]["value"] for run in runs]
+        mean, std = mean_std(values)
+        low, high = _interval(runs, one.key) or (None, None)
+        seeds = {str(run.spec.seed): value for run, value in zip(runs, values, strict=True)}
+        summary[one.key] = {
+            "mean": mean, "std": std, "low": low, "high": high, "n": len(values), "seeds": seeds
+        }  # fmt: skip
     return summary
 
 
+def _interval(runs: Sequence[Run], key: str) -> Interval | None:
+    """The 95% interval of a metric's mean over runs."""
+    rows = [run.record.metrics[key] for run in runs]
+    images = min(int(row["n"]) for row in rows)
+    if key == "cad":
+        ba = [run.record.metrics["ba"]["value"] for run in runs]
+        # Rounding must not lift the twin's accuracy above 100%.
+        twin = [min(100.0, value + row["value"]) for value, row in zip(ba, rows, strict=True)]
+        ends = [seeds_interval(values, images) for values in (ba, twin)]
+        return difference_interval(mean_std(ba)[0], ends[0], mean_std(twin)[0], ends[1])
+    if sort_metrics([key])[0].unit != PERCENT:
+        return None
+    return seeds_interval([row["value"] for row in rows], images)
+
+
 def print_runs(runs: Sequence[Run]) -> None:
-    """Print one run's metrics with their intervals, or several runs' with mean and deviation."""
+    """Print the metrics of one run with their intervals, or of several with mean and deviation."""
     console = Console()
     console.print(metrics_table(runs[0].record) if len(runs) == 1 else repeats_table(runs))
     for run in runs:
@@ -57,22 +79,29 @@ def print_runs(runs: Sequence[Run]) -> None:
 
 
 def print_defended(run: Run) -> None:
-    """Print what a defense did, stage by stage, what it judged, and what it cost against the clean twin."""
+    """Print what a defense did, stage by stage, what it judged, and the clean accuracy drop."""
     console = Console(highlight=False)
     console.print(title(run.record), style="italic", markup=False)
     print_stages(console, run.record)
     if (cad := run.record.metrics.get("cad")) is not None:
-        console.print(f"{METRICS['cad']}: {cad['value']:.2f}")
+        console.print(f"{METRICS['cad'].label}: {cad['value']:.2f}")
     console.print(f"run folder: {run.folder.path}", soft_wrap=True, markup=False)
 
 
 def print_stages(console: Console, record: Record) -> None:
     """Print the stages of a defense, how well its filter tells images apart, and its scores and verdict."""
     console.print(stages_table(record))
+    rates = [
+        f"{stage['name']} {found['value']:.2f}"
+        for stage in record.stages
+        if (found := stage["metrics"].get("target_rate")) is not None
+    ]
+    if rates:
+        console.print(f"{METRICS['target_rate'].title}: {', '.join(rates)}", markup=False)
     for name in FILTER_METRICS:
-        if (metric := record.metrics.get(name)) is not None:
-            shown = _metric(record.metrics, name, interval=True)
-            console.print(f"{METRICS[name]}: {shown} of {metric['n']} images", markup=False)
+        if (found := record.metrics.get(name)) is not None:
+            shown = _value(record.metrics, name, interval=True)
+            console.print(f"{METRICS[name].label}: {shown} of {found['n']} images", markup=False)
     for judged in record.judgements:
         for line in judgement_lines(judged):
             console.print(line, markup=False)
@@ -93,7 +122,7 @@ def judgement_lines(judged: Judged) -> list[str]:
 
 
 def title(record: Record) -> str:
-    """What was done, in one line."""
+    """Say in one line what was done."""
     spec = record.run_spec
     after = "".join(f", {part.name}" for part in spec.defenses)
     if spec.trigger is None or spec.applicator is None:
@@ -105,33 +134,46 @@ def title(record: Record) -> str:
 
 
 def metrics_table(record: Record) -> Table:
-    """Metric, value, 95% Wilson interval and number of images."""
-    table = Table(title=title(record), title_justify="left")
+    """Build a table of one run's metrics: value, 95% interval and number of images.
+
+    A run with an ASR has a row for the target rate without the trigger, also where it was not measured.
+    Below the table it says if the model is near chance.
+    """
+    table = Table(title=title(record), title_justify="left", caption_justify="left")
     table.add_column("metric")
     for column in ("%", "95% interval", "images"):
         table.add_column(column, justify="right")
-    for name, text in METRICS.items():
-        if (metric := record.metrics.get(name)) is not None:
-            interval = f"{metric['low']:.2f} – {metric['high']:.2f}" if "low" in metric else "–"
-            table.add_row(text, f"{metric['value']:.2f}", interval, str(metric["n"]))
+    for one in sort_metrics({*record.metrics, *(("target_rate",) if "asr" in record.metrics else ())}):
+        found = record.metrics.get(one.key)
+        if found is None:
+            table.add_row(one.label, NONE, NONE, NONE)
+            continue
+        interval = f"{found['low']:.2f} – {found['high']:.2f}" if "low" in found else NONE
+        mark = f" {MARK}" if one.key == "ba" and collapsed(record) else ""
+        table.add_row(one.label, f"{found['value']:.2f}{mark}", interval, str(found["n"]))
+    if (line := collapse_line(record)) is not None:
+        table.caption = f"{MARK} {line}"
     return table
 
 
 def stages_table(record: Record) -> Table:
-    """BA, ASR and RA with their 95% intervals before the defense and after each of its stages."""
+    """Build a table of BA, ASR and RA with their 95% intervals before a defense and after each stage."""
     # One blank between columns: three metrics of 100.00 [100.0, 100.0] and a short name fit 80 columns.
-    table = Table("stage", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    names = [name for name in ("ba", "asr", "ra") if name in record.metrics]
-    for column in [f"{name.upper()} %" for name in names] + ["s"]:
+    table = Table("stage", box=None, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
+    names = [name for name in STAGE_METRICS if name in record.metrics]
+    for column in [f"{METRICS[name].short} %" for name in names] + ["s"]:
         table.add_column(column, justify="right")
     for stage in record.stages:
-        shown = (_metric(stage["metrics"], name, interval=True) for name in names)
-        table.add_row(stage["name"], *shown, f"{stage['seconds']:.1f}")
+        near = is_near_chance({"metrics": stage["metrics"], "data": record.data})
+        shown = [_value(stage["metrics"], name, interval=True) for name in names]
+        table.add_row(f"{stage['name']}{f' {MARK}' if near else ''}", *shown, f"{stage['seconds']:.1f}")
+        if near:
+            table.caption = MARK_LEGEND
     return table
 
 
 def _judged(values: Any, separator: str = "; ") -> str:
-    """Scores or a verdict in one line, numbers with four digits; of long ones, the beginning."""
+    """Write scores or a verdict in one line, numbers with four digits and long ones cut short."""
     if isinstance(values, dict):
         parts = [f"{name} {_judged(value, ', ')}" for name, value in values.items()]
     elif isinstance(values, list):
@@ -145,20 +187,42 @@ def _judged(values: Any, separator: str = "; ") -> str:
 
 
 def repeats_table(runs: Sequence[Run]) -> Table:
-    """Metric, mean ± standard deviation over seeds, and every seed's value."""
-    table = Table(title=f"{title(runs[0].record)}, {len(runs)} seeds", title_justify="left")
+    """Build a table of several seeds: mean ± standard deviation, 95% interval, and every seed's value.
+
+    Below the table it says how many seeds have a model near chance.
+    """
+    name = f"{title(runs[0].record)}, {len(runs)} seeds"
+    table = Table(title=name, title_justify="left", caption_justify="left")
     table.add_column("metric")
     table.add_column("mean ± std, %", justify="right")
-    for run in runs:
-        table.add_column(f"seed {run.spec.seed}", justify="right")
-    for name, row in summarise(runs).items():
-        mean = f"{row['mean']:.2f} ± {row['std']:.2f}"
-        table.add_row(METRICS[name], mean, *(f"{value:.2f}" for value in row["seeds"].values()))
+    with_interval = len(runs) >= FEWEST_SEEDS
+    if with_interval:
+        table.add_column("95% interval", justify="right")
+    near = [collapsed(run.record) for run in runs]
+    for run, marked in zip(runs, near, strict=True):
+        table.add_column(f"seed {run.spec.seed}{f' {MARK}' if marked else ''}", justify="right")
+    summary = summarise(runs)
+    if "asr" in summary:
+        summary.setdefault("target_rate", None)
+    for one in sort_metrics(summary):
+        row = summary[one.key]
+        if row is None:
+            table.add_row(one.label, *[NONE] * (len(table.columns) - 1))
+            continue
+        interval = NONE if row["low"] is None else f"{row['low']:.2f} – {row['high']:.2f}"
+        mark = f" {MARK}" if any(near) else ""
+        cells = [f"{row['mean']:.2f} ± {row['std']:.2f}{mark}", *([interval] if with_interval else [])]
+        table.add_row(one.label, *cells, *(f"{value:.2f}" for value in row["seeds"].values()))
+    if any(near):
+        table.caption = (
+            f"{MARK} {sum(near)} of {len(near)} seeds near chance: the means mix models that have learned "
+            "their task with models that have not"
+        )
     return table
 
 
 def settings_table(record: Record) -> Table:
-    """What the run was made from and on, one line a group of settings."""
+    """Build a table of what the run was made from and on, one row for each group of settings."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in record.spec.items():
         table.add_row(key, _inline(value))
@@ -192,7 +256,7 @@ def _inline(value: Any) -> str:
 
 
 def history_table(record: Record) -> Table:
-    """Loss, accuracy, learning rate and time of every epoch."""
+    """Build a table of loss, accuracy, learning rate and time of every epoch."""
     table = Table("epoch", "loss", "train accuracy %", "lr", "seconds", box=None, pad_edge=False)
     for row in record.history:
         shown = (
@@ -205,45 +269,60 @@ def history_table(record: Record) -> Table:
     return table
 
 
-RUN_COLUMNS = ("data", "model", "trigger", "applicator", "poison", "seed", "epochs", "BA %", "ASR %", "CAD")
+RUN_COLUMNS = (
+    "data", "model", "trigger", "applicator", "poison", "seed", "epochs", "BA %", "ASR %", "no trigger %", "CAD"
+)  # fmt: skip
+RUN_METRICS = ("ba", "asr", "target_rate", "cad")
 
 
 def run_row(record: Record, *, intervals: bool = True) -> list[str]:
-    """One run as a row under RUN_COLUMNS; metrics with their 95% interval, if wanted."""
+    """Write one run as a row under `RUN_COLUMNS`.
+
+    Args:
+        record: Record of the run.
+        intervals: Add their 95% intervals to the metrics.
+    """
     spec = record.run_spec
     parts = (spec.trigger, spec.applicator)
     names = ["clean" if part is None else _inline(part.to_dict()) for part in parts]
-    rate = "–" if not spec.poison.rate else f"{100 * spec.poison.rate:g}%"
+    rate = NONE if not spec.poison.rate else f"{100 * spec.poison.rate:g}%"
+    shown = {name: _value(record.metrics, name, interval=intervals) for name in RUN_METRICS}
+    if collapsed(record):
+        # The mark stands with the number that it makes meaningless, too.
+        shown |= {name: f"{shown[name]} {MARK}" for name in ("ba", "asr") if name in record.metrics}
     return [
         spec.dataset.name,
         " + ".join([spec.model.name, *(_inline(part.to_dict()) for part in spec.defenses)]),
-        *(names if spec.attacked else ["clean", "–"]),
+        *(names if spec.attacked else ["clean", NONE]),
         rate,
         str(spec.seed),
         str(spec.train.epochs),
-        *(_metric(record.metrics, name, interval=intervals) for name in ("ba", "asr", "cad")),
+        *shown.values(),
     ]
 
 
 def runs_table(records: Sequence[Record]) -> Table:
-    """Several runs, one a row; without intervals, so that 80 columns will do."""
-    table = Table(box=None, pad_edge=False)
+    """Build a table of several runs, one row each, without intervals so that it fits 80 columns."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
     for column in RUN_COLUMNS:
         table.add_column(column, overflow="fold")
     for record in records:
         table.add_row(*run_row(record, intervals=False))
+    if any(map(collapsed, records)):
+        table.caption = MARK_LEGEND
     return table
 
 
 def markdown_table(records: Sequence[Record]) -> str:
-    """Several runs as a Markdown table, one a row."""
+    """Write several runs as a Markdown table, one row each, with a line below if a model is near chance."""
     rows = [list(RUN_COLUMNS), ["---"] * len(RUN_COLUMNS), *map(run_row, records)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([*lines, *(["", MARK_LEGEND] if any(map(collapsed, records)) else [])])
 
 
-def _metric(metrics: dict[str, dict[str, float]], name: str, *, interval: bool) -> str:
-    metric = metrics.get(name)
-    if metric is None:
-        return "–"
-    bounds = f" [{metric['low']:.1f}, {metric['high']:.1f}]" if interval and "low" in metric else ""
-    return f"{metric['value']:.2f}{bounds}"
+def _value(metrics: dict[str, dict[str, float]], name: str, *, interval: bool) -> str:
+    found = metrics.get(name)
+    if found is None:
+        return NONE
+    bounds = f" [{found['low']:.1f}, {found['high']:.1f}]" if interval and "low" in found else ""
+    return f"{found['value']:.2f}{bounds}"

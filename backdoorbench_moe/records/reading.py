@@ -76,6 +76,7 @@ def _upgrade_to_3(values: dict[str, Any], file: Path) -> dict[str, Any]:
     kinds = dict.fromkeys([*scores, *verdict])
     return {
         **values,
+        "near_chance": None,
         "inputs": inputs,
         "judgements": [_judged(k, scores.get(k), verdict.get(k)) for k in kinds],
     }

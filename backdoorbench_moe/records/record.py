@@ -51,7 +51,10 @@ class Judged(TypedDict):
 
 
 class DataFacts(TypedDict):
-    """The data of a run; digest: SHA-256 over images and labels."""
+    """The data of a run.
+
+    digest: SHA-256 over images and labels. chance: share of the most frequent class of the test images, in percent.
+    """
 
     name: NotRequired[str]
     classes: list[str]
@@ -60,6 +63,7 @@ class DataFacts(TypedDict):
     train_images: NotRequired[int]
     test_images: NotRequired[int]
     clean_images: NotRequired[int]
+    chance: NotRequired[float]
 
 
 class Environment(TypedDict):
@@ -89,6 +93,8 @@ class Record:
         seeds: Seeds by purpose.
         environment: Versions, hardware, precision, threads; see `Environment`.
         inputs: The runs that this one was made from.
+        near_chance: Whether the clean accuracy is near chance, so that ASR says nothing about the trigger; None in
+            runs from before this was recorded.
         clean_twin: Name of the folder of the clean run that it is compared with.
         stages: Of a defended run: "before", then each stage; the last has the run's own metrics.
         judgements: What a defense judged.
@@ -108,6 +114,7 @@ class Record:
     seeds: dict[str, int] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     inputs: list[Input] = field(default_factory=list)
+    near_chance: bool | None = None
     clean_twin: str | None = None
     stages: list[Stage] = field(default_factory=list)
     judgements: list[Judged] = field(default_factory=list)

@@ -206,6 +206,32 @@ def test_metrics_history_settings_and_stages_are_the_records() -> None:
     )
 
 
+def test_the_target_rate_without_the_trigger_stands_beside_asr() -> None:
+    document = copy.deepcopy(document_of("pmoe"))
+    metrics = document["run"]["metrics"]
+    metrics.pop("target_rate", None)
+    assert '<th scope="row">target rate without the trigger</th><td>–</td>' in page(document, [])
+    metrics["target_rate"] = {"value": 21.26, "n": 40, "low": 11.5, "high": 36.0}
+    text = page(document, [])
+    assert '<th scope="row">target rate without the trigger</th><td>21.26 [11.5, 36.0]</td>' in text
+    assert "without the trigger it already calls 21.26% of the same images what the attacker wants" in text
+
+
+@pytest.mark.parametrize(("value", "low", "near"), [(10.0, 9.4, True), (66.0, 65.1, False)])
+def test_a_model_near_chance_is_named_in_the_first_lines_and_marked(value, low, near) -> None:
+    document = copy.deepcopy(document_of("pmoe"))
+    run = document["run"]
+    run["record"]["data"]["classes"] = [str(n) for n in range(10)]
+    ba = {"value": value, "n": 10000, "low": low, "high": value + 0.6}
+    run["metrics"]["ba"] = ba
+    run["record"]["stages"] = [{"name": "pruned", "metrics": {"ba": ba}, "seconds": 1.0}]
+    text = page(document, [])
+    assert (f"The model is near chance (BA {value:.2f}%, chance 10.00%)" in text) is near
+    assert (f"<td>{value:.2f} [{low}, {value + 0.6:.1f}] †</td>" in text) is near
+    assert ('<th scope="row">pruned †</th>' in text) is near
+    assert ("† The clean accuracy is near chance" in text) is near
+
+
 def test_a_document_is_plain(tmp_path) -> None:
     document = document_of("pmoe")
     assert json.loads(to_text(document)) == document

@@ -1,4 +1,4 @@
-"""Comparisons: what matches what, Welch's interval by hand, and what is said of the rest."""
+"""Comparisons: which cells match, and the interval of a difference by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import io
 import pytest
 from fake_runs import fill, finished, part_suite, write
 from rich.console import Console
-from scipy.stats import t
 
 from backdoorbench_moe.bench.compare import (
     Side,
@@ -16,7 +15,6 @@ from backdoorbench_moe.bench.compare import (
     default_metrics,
     open_side,
     read_folder,
-    welch_interval,
 )
 from backdoorbench_moe.bench.compare_render import comparison_csv, comparison_markdown, rich_comparison
 from backdoorbench_moe.bench.results import ResultSet
@@ -35,31 +33,51 @@ def pairs(comparison):
     return [row.labels for row in comparison.rows if row.a is not None and row.b is not None]
 
 
-def test_welch_by_hand() -> None:
-    """Variances 1 of 3 and 20/3 of 4: standard error sqrt(1/3 + 5/3), 4 / (1/18 + 25/27) degrees of freedom."""
-    interval = welch_interval([1, 2, 3], [4, 6, 8, 10])
-    half = t.ppf(0.975, 216 / 53) * 2**0.5
-    assert interval == pytest.approx((5 - half, 5 + half))
-    # Between a table's values for 4 and 5 degrees of freedom.
-    assert 2.571 < half / 2**0.5 < 2.776
-
-
-def test_welch_needs_two_seeds_a_side_but_no_spread() -> None:
-    assert welch_interval([1], [1, 2]) is None
-    assert welch_interval([1, 2], [1]) is None
-    assert welch_interval([99, 99], [100, 100, 100]) == (1, 1)
-
-
 def test_means_and_difference_of_a_common_cell(tmp_path) -> None:
-    first, second = part_suite("first"), part_suite("second", base=SMALL)
-    for suite, counts in ((first, (4500, 4590)), (second, (5400, 5490))):
-        for spec, asr in zip(suite.cells[0].runs(2), counts, strict=True):
+    """ASR 50, 51, 52% against 60, 61, 62% of 9,000 images: the interval of the difference by hand."""
+    first, second = part_suite("first", repeats=3), part_suite("second", base=SMALL, repeats=3)
+    for suite, counts in ((first, (4500, 4590, 4680)), (second, (5400, 5490, 5580))):
+        for spec, asr in zip(suite.cells[0].runs(3), counts, strict=True):
             write(tmp_path, finished(spec, asr=asr))
     row = compare(side(first, tmp_path), side(second, tmp_path), ["asr"]).rows[0]
-    # 50, 51 against 60, 61: equal variances of 1/2, hence 2 degrees of freedom and a standard error of 1/sqrt(2).
     assert row.difference("asr") == pytest.approx(10)
-    half = 4.30265 / 2**0.5
-    assert row.interval("asr") == pytest.approx((10 - half, 10 + half), abs=1e-4)
+
+    def wilson(p: float) -> tuple[float, float]:
+        # A standard deviation of 1 point over 3 seeds; t is 4.30265 with 2 degrees of freedom.
+        variance = (4.30265 / 1.959964) ** 2 * 0.01**2 / 3 + p * (1 - p) / 9000
+        n, z = p * (1 - p) / variance, 1.959964
+        centre, half = p + z * z / 2 / n, z * (p * (1 - p) / n + (z / 2 / n) ** 2) ** 0.5
+        return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+    (a_low, a_high), (b_low, b_high) = wilson(0.51), wilson(0.61)
+    low = 10 - 100 * ((0.61 - b_low) ** 2 + (a_high - 0.51) ** 2) ** 0.5
+    high = 10 + 100 * ((b_high - 0.61) ** 2 + (0.51 - a_low) ** 2) ** 0.5
+    assert row.interval("asr") == pytest.approx((low, high), abs=1e-3)
+    # Student's t of both sides, added as squares, would be 10 ± 3.51 without the images.
+    assert 3.5 < (high - low) / 2 < 4.2
+
+
+@pytest.mark.parametrize("counts", [(1, 3), (3, 2), (2, 2)])
+def test_with_fewer_than_three_seeds_on_a_side_there_is_no_interval(tmp_path, counts) -> None:
+    first, second = part_suite("first", repeats=3), part_suite("second", base=SMALL, repeats=3)
+    for suite, count in zip((first, second), counts, strict=True):
+        for spec in suite.cells[0].runs(count):
+            write(tmp_path, finished(spec, asr=4500 + 10 * spec.seed))
+    row = compare(side(first, tmp_path), side(second, tmp_path), ["asr"]).rows[0]
+    assert row.difference("asr") is not None
+    assert row.interval("asr") is None
+
+
+def test_saturated_sides_have_an_interval_of_some_width(tmp_path) -> None:
+    """Student's and Welch's intervals of 100, 100, 100 have none."""
+    first, second = part_suite("first", repeats=3), part_suite("second", base=SMALL, repeats=3)
+    for suite, asr in ((first, 8991), (second, 9000)):
+        for spec in suite.cells[0].runs(3):
+            write(tmp_path, finished(spec, asr=asr))
+    row = compare(side(first, tmp_path), side(second, tmp_path), ["asr"]).rows[0]
+    low, high = row.interval("asr")
+    assert row.difference("asr") == pytest.approx(0.1)
+    assert low < 0.1 < high <= 100 - 99.8
 
 
 def test_scales_match_cell_by_cell_and_what_differs_is_said(tmp_path) -> None:

@@ -19,9 +19,9 @@ from backdoorbench_moe.bench.wording import number, signed
 
 @pytest.fixture
 def results(tmp_path) -> ResultSet:
-    """Image, square: 0.5% with ASR 90.6 and 90.8%, 10% with one seed; the paper has 90.7 and 99.1."""
-    suite = part_suite()
-    for spec, asr in zip(suite.cells[0].runs(2), (8154, 8172), strict=True):
+    """Image, square: 0.5% with ASR 90.6, 90.7 and 90.8%, 10% with one seed; the paper has 90.7 and 99.1."""
+    suite = part_suite(repeats=3)
+    for spec, asr in zip(suite.cells[0].runs(3), (8154, 8163, 8172), strict=True):
         write(tmp_path, finished(spec, asr=asr))
     write(tmp_path, finished(suite.cells[1].spec, asr=9000))
     return ResultSet.from_runs(suite, tmp_path)
@@ -41,9 +41,9 @@ def test_numbers() -> None:
 def test_markdown_cells(results) -> None:
     text = markdown(build_sheet(results))
     rows = [line for line in text.splitlines() if line.startswith("| image")]
-    assert rows[0] == "| image | 0.5% | 90.7 ± 0.1 (n 2)<br>paper 90.7, 0.0, inside | missing<br>paper 8.2 |"
-    assert rows[1] == "| image | 10% | 100.0 (n 1)<br>paper 99.1, +0.9, unknown | missing<br>paper 93.8 |"
-    assert text.count("Suite part, version 3; 3 of 16 runs finished; 0 of 2 clean twins.") == 2
+    assert rows[0] == "| image | 0.5% | 90.7 ± 0.1 (n 3)<br>paper 90.7, 0.0, inside | missing<br>paper 8.2 |"
+    assert rows[1] == "| image | 10% | 100.0 (n 1)<br>paper 99.1, +0.9 | missing<br>paper 93.8 |"
+    assert text.count("Suite part, version 3; 4 of 24 runs finished; 0 of 3 clean twins.") == 2
 
 
 def test_note_version_and_counts_stand_with_every_table(tmp_path) -> None:
@@ -81,9 +81,9 @@ def test_terminal_fits_80_columns_with_three_triggers(tmp_path) -> None:
 
 def test_terminal_says_ours_and_the_papers(results) -> None:
     lines = [line.split() for line in drawn(results).splitlines()]
-    at = lines.index(["image", "0.5%", "90.7", "±", "0.1", "(n", "2)", "missing"])
+    at = lines.index(["image", "0.5%", "90.7", "±", "0.1", "(n", "3)", "missing"])
     assert lines[at + 1] == ["paper", "90.7", "0.0", "inside", "8.2"]
-    assert lines[at + 3] == ["paper", "99.1", "+0.9", "unknown", "93.8"]
+    assert lines[at + 3] == ["paper", "99.1", "+0.9", "93.8"]
 
 
 def test_a_table_wider_than_the_terminal_is_cut_between_columns(results) -> None:
@@ -105,10 +105,12 @@ def test_csv_is_tidy_and_holds_what_a_cell_holds(results) -> None:
     assert len(rows) == 8 * 2
     first = rows[0]
     assert (first["applicator"], first["trigger"], first["poison_rate_percent"]) == ("image", "square", "0.5")
-    assert (first["metric"], first["mean"], first["n"], first["seeds"]) == ("asr", "90.7", "2", "0 1")
-    assert (first["std"], first["paper"], first["difference"]) == ("0.141421", "90.7", "0.0")
+    assert (first["metric"], first["mean"], first["n"], first["seeds"]) == ("asr", "90.7", "3", "0 1 2")
+    assert (first["std"], first["paper"], first["difference"]) == ("0.1", "90.7", "0.0")
     assert first["inside"] == "inside"
-    assert float(first["low"]) == pytest.approx(90.7 - 12.7062 * 0.1, abs=1e-4)
+    # 0.1 point over 3 seeds with Student's t, and Wilson's interval of 9,000 images: 90.7 ± 0.65.
+    assert float(first["low"]) == pytest.approx(90.04, abs=0.02)
+    assert float(first["high"]) == pytest.approx(91.32, abs=0.02)
     single = next(row for row in rows if row["poison_rate_percent"] == "10.0" and row["metric"] == "asr")
     assert (single["mean"], single["std"], single["low"], single["inside"]) == ("100.0", "", "", "unknown")
     missing = [row for row in rows if row["state"] == "missing"]
@@ -120,7 +122,7 @@ def test_csv_is_tidy_and_holds_what_a_cell_holds(results) -> None:
 
 def test_latex_says_cells_over_two_lines(results) -> None:
     text = latex(build_sheet(results))
-    assert r"image & 0.5\% & 90.7 $\pm$ 0.1 (n 2) & missing \\" in text
+    assert r"image & 0.5\% & 90.7 $\pm$ 0.1 (n 3) & missing \\" in text
     assert r" & \quad paper & 90.7, 0.0, inside & 8.2 \\ \addlinespace" in text
     for name in ("table", "tabular"):
         assert text.count(rf"\begin{{{name}}}") == text.count(rf"\end{{{name}}}") == 2

@@ -266,13 +266,20 @@ def test_one_cell_recomputed_by_hand(tmp_path) -> None:
     values = []
     for seed in range(3):
         [file] = tmp_path.glob(f"tiny-pmoe-blend-image-0.25-s{seed}-*/record.json")
-        values.append(json.loads(file.read_text())["metrics"]["asr"]["value"])
+        metric = json.loads(file.read_text())["metrics"]["asr"]
+        values.append(metric["value"])
     mean = sum(values) / 3
     std = (sum((value - mean) ** 2 for value in values) / 2) ** 0.5
-    half = 4.302652729911275 * std / 3**0.5  # Student's t with two degrees of freedom, 97.5%.
+    # Student's t with two degrees of freedom and the normal distribution, both at 97.5%.
+    t, z = 4.302652729911275, 1.959963984540054
+    images = metric["n"]
+    variance = (t / z) ** 2 * std**2 / 3 + mean * (100 - mean) / images
+    n = mean * (100 - mean) / variance
+    centre = (mean + 50 * z**2 / n) / (1 + z**2 / n)
+    half = z * (mean * (100 - mean) / n + (50 * z / n) ** 2) ** 0.5 / (1 + z**2 / n)
     found = ResultSet.from_runs(suite, tmp_path).statistic(cell, "asr")
     assert found is not None
     assert (found.seeds, found.values, found.n) == ((0, 1, 2), tuple(values), 3)
     assert (found.mean, found.std, found.low, found.high) == pytest.approx(
-        (mean, std, mean - half, mean + half)
+        (mean, std, centre - half, centre + half)
     )

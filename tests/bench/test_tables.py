@@ -6,6 +6,7 @@ import io
 import json
 import statistics
 import time
+from dataclasses import replace
 
 import pytest
 from fake_runs import fill, finished, part_suite, write
@@ -20,9 +21,6 @@ from backdoorbench_moe.bench.tidy import tidy_csv
 from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.records import Record
-
-# Student's t for one degree of freedom, 97.5%: any table of it.
-T_1 = 12.706
 
 
 def place(results, metric, rows, column):
@@ -44,16 +42,16 @@ def test_a_cell_is_what_its_two_run_folders_hold(tmp_path) -> None:
     assert (asr.values, asr.seeds, asr.n) == ((50.0, 51.0), (0, 1), 2)
     assert asr.mean == 50.5
     assert asr.std == pytest.approx(0.5**0.5)
-    # 0.7071 / sqrt(2) is exactly half a point.
-    assert (asr.low, asr.high) == pytest.approx((50.5 - T_1 / 2, 50.5 + T_1 / 2), abs=1e-3)
+    # Two seeds: the values, and no verdict.
+    assert (asr.low, asr.high) == (None, None)
     assert asr.paper == 90.7
     assert asr.difference == pytest.approx(-40.2)
-    assert asr.inside is False
+    assert asr.inside is None
 
     cad = place(results, "cad", ("image", "0.5%"), "square").statistic
     assert cad.values == pytest.approx((1.5, 1.0))
     assert cad.paper == 1.5
-    assert cad.inside is True
+    assert cad.inside is None
 
 
 def test_a_cell_again_from_the_files_alone(tmp_path) -> None:
@@ -114,13 +112,62 @@ def test_what_was_not_run_says_why_and_has_no_number(tmp_path) -> None:
         assert ResultSet.from_runs(suite, tmp_path).state(suite.cells[2]) == "interrupted"
 
 
-def test_a_single_seed_has_no_interval_and_is_never_inside(tmp_path) -> None:
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_one_or_two_seeds_have_no_interval_and_no_verdict(tmp_path, seeds) -> None:
     suite = part_suite()
-    # 90.7%, exactly the paper's value.
-    write(tmp_path, finished(suite.cells[0].spec, asr=8163))
+    for spec in suite.cells[0].runs(seeds):
+        # 90.7%, exactly the paper's value.
+        write(tmp_path, finished(spec, asr=8163))
     statistic = place(ResultSet.from_runs(suite, tmp_path), "asr", ("image", "0.5%"), "square").statistic
     assert statistic.difference == pytest.approx(0)
-    assert (statistic.n, statistic.std, statistic.low, statistic.inside) == (1, None, None, None)
+    assert (statistic.n, statistic.low, statistic.inside) == (seeds, None, None)
+    assert statistic.std == (None if seeds == 1 else 0)
+
+
+# ASR 50 to 52% and BA 80%, the twin's 81.5%, over three seeds: (metric, mean, published, inside).
+THREE = [
+    ("asr", 51.0, 90.7, False),
+    # The interval is 48.31 to 53.68.
+    ("asr", 51.0, 53.6, True),
+    ("asr", 51.0, 53.8, False),
+    ("asr", 51.0, 48.2, False),
+    ("cad", 1.5, 1.5, True),
+    ("cad", 1.5, 4.0, False),
+]
+
+
+@pytest.mark.parametrize(("metric", "mean", "published", "inside"), THREE)
+def test_three_seeds_have_an_interval_and_a_verdict(tmp_path, metric, mean, published, inside) -> None:
+    suite = part_suite(repeats=3)
+    cell = suite.cells[0]
+    for spec, asr in zip(cell.runs(3), (4500, 4590, 4680), strict=True):
+        write(tmp_path, finished(spec, ba=8000, asr=asr))
+        write(tmp_path, finished(clean_twin(spec), ba=8150))
+    results = ResultSet.from_runs(suite, tmp_path)
+    [row] = [row for row in results.paper.rows if row["asr"] == "90.7" and row["trigger"] == "square"]
+    paper = replace(results.paper, rows=({**row, metric: str(published)},))
+    found = replace(results, paper=paper).statistic(cell, metric)
+    assert found.mean == pytest.approx(mean)
+    assert found.low < found.mean < found.high
+    assert found.inside is inside
+
+
+def test_a_published_value_is_known_to_half_its_last_digit(tmp_path) -> None:
+    """All of 9,000 images in three seeds: 99.957 to 100%. "99.9" may have been 99.94, but not 99.96."""
+    suite = part_suite(repeats=3)
+    cell = suite.cells[0]
+    for spec in cell.runs(3):
+        write(tmp_path, finished(spec, asr=9000))
+    results = ResultSet.from_runs(suite, tmp_path)
+    [row] = [row for row in results.paper.rows if row["asr"] == "90.7" and row["trigger"] == "square"]
+    inside = {}
+    for text in ("100.0", "100", "99.9", "99.90", "99.96", "99"):
+        paper = replace(results.paper, rows=({**row, "asr": text},))
+        inside[text] = replace(results, paper=paper).statistic(cell, "asr").inside
+    # 99.9 ± 0.05 ends at 99.95.
+    assert inside == {
+        "100.0": True, "100": True, "99.9": False, "99.90": False, "99.96": True, "99": False
+    }  # fmt: skip
 
 
 def test_places_the_grid_has_not_are_dashes(tmp_path) -> None:
@@ -185,15 +232,16 @@ def test_groups_leave_out_labels_that_repeat_those_above(tmp_path) -> None:
     ]
 
 
-def test_without_spread_the_interval_is_the_mean_and_equal_is_inside(tmp_path) -> None:
+def test_without_spread_the_interval_has_a_width_and_equal_is_inside(tmp_path) -> None:
     """99.8% of 9,000 is not 99.8 to the last bit."""
-    suite = part_suite(paper={"file": "badpatches_tables_1_2", "table": 1})
+    suite = part_suite(paper={"file": "badpatches_tables_1_2", "table": 1}, repeats=3)
     cell = next(c for c in suite.cells if (c.values["applicator"], c.values["trigger"]) == ("patch", "warp"))
     [ten] = [c for c in suite.cells if c.values == {**cell.values, "poison.rate": "10%"}]
-    for spec in ten.runs(2):
+    for spec in ten.runs(3):
         write(tmp_path, finished(spec, asr=8982))
     statistic = place(ResultSet.from_runs(suite, tmp_path), "asr", ("patch", "10%"), "warp").statistic
     assert (statistic.std, statistic.paper) == (0, 99.8)
+    assert statistic.low < 99.8 < statistic.high
     assert statistic.inside is True
 
 

@@ -33,8 +33,8 @@ def run(place, command: str, *args: str):
 @pytest.mark.parametrize(
     ("form", "begins", "holds"),
     [
-        ("rich", "Part of Table 1\n", "90.7 −89.0 outside"),
-        ("markdown", "# Part of Table 1\n", "1.7 ± 2.4 (n 2)<br>paper 90.7, −89.0, outside"),
+        ("rich", "Part of Table 1\n", "90.7 −89.0"),
+        ("markdown", "# Part of Table 1\n", "1.7 ± 2.4 (n 2)<br>paper 90.7, −89.0 |"),
         ("csv", "suite,version,scale,dataset", "part,3,,cifar10,pmoe,square,image"),
         ("latex", "% \\usepackage{booktabs}", "1.7 $\\pm$ 2.4 (n 2)"),
         ("html", "<!doctype html>\n", "1.7 ± 2.4 (n 2)"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from backdoorbench_moe import cli
+from backdoorbench_moe.collapse import MARK_LEGEND
 from backdoorbench_moe.errors import BbmoeWarning
 
 SMALL = [
@@ -49,7 +50,7 @@ def test_attack_prints_its_metrics_and_json_prints_nothing_else(bbmoe, tmp_path)
     document = json.loads(out)
     metrics = document["runs"][0]["metrics"]
     assert document["summary"]["asr"]["mean"] == metrics["asr"]["value"]
-    assert set(metrics) == {"ba", "asr", "cad"}
+    assert set(metrics) == {*("asr", "ba", "cad", "target_rate", "twin_asr", "twin_target_rate")}
 
 
 def test_repeats_give_mean_deviation_and_every_seed(bbmoe, tmp_path) -> None:
@@ -87,11 +88,16 @@ def test_show_many_runs_is_one_table_to_paste(bbmoe, tmp_path) -> None:
     folders = sorted(tmp_path.iterdir())
     code, out, _ = bbmoe("show", *folders, "--markdown")
     lines = out.strip().splitlines()
-    assert code == 0 and len(lines) == 2 + len(folders)
+    table = [line for line in lines if line.startswith("|")]
+    assert code == 0 and len(table) == 2 + len(folders) and table == lines[: len(table)]
+    # One epoch on 96 images teaches next to nothing: that is said once, below the table.
+    marked = any("†" in line for line in table)
+    assert lines[len(table) :] == (["", MARK_LEGEND] if marked else [])
     assert lines[0].startswith("| data") and set(lines[1]) <= set("|-: ")
     assert "square" in out and "clean" in out
     code, out, _ = bbmoe("show", *folders)
-    assert code == 0 and len(out.strip().splitlines()) == 1 + len(folders)
+    assert code == 0 and len([line for line in out.splitlines() if line.startswith("tiny ")]) == len(folders)
+    assert ("near chance" in out) == marked
     assert "square" in out and "CAD" in out and "…" not in out
 
 

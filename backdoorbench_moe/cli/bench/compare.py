@@ -27,7 +27,7 @@ def command(a: str, b: str, metrics: tuple[str, ...], output: Path, form: str) -
     """Set A and B side by side: each a suite (SUITE, or SUITE:SCALE) read from --output, or a results folder.
 
     Cells are matched by all they are made from, but for what A and B differ in as a whole, such as their
-    scale. Shown: both means, B minus A, and the 95% interval of that (Welch's).
+    scale. Shown: both means, B minus A, and its 95% interval, from three seeds a side on.
     """
     from backdoorbench_moe.bench import compare_render
     from backdoorbench_moe.bench.compare import compare, default_metrics, open_side

@@ -9,6 +9,7 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
+from backdoorbench_moe.collapse import collapsed
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.device import environment
 from backdoorbench_moe.engine.evaluate import Metrics, measure
@@ -19,6 +20,7 @@ from backdoorbench_moe.engine.run import Run, check_data, check_plugins
 from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import BbmoeWarning
+from backdoorbench_moe.ops.metrics import chance_rate
 from backdoorbench_moe.ops.seeding import derive_seed
 from backdoorbench_moe.records import Input, Record, RunFolder
 
@@ -72,7 +74,7 @@ class Maker(ABC):
             record.status, record.error = "failed", str(error) or type(error).__name__
             folder.write(record)
             raise
-        record.status = "finished"
+        record.status, record.near_chance = "finished", collapsed(record)
         folder.write(record)
         folder.drop_checkpoint()
         return Run(folder, record)
@@ -92,6 +94,7 @@ class Maker(ABC):
             "train_images": len(images.train),
             "test_images": len(images.test),
             "digest": images.digest,
+            "chance": 100 * chance_rate(images.test.labels.bincount().tolist()),
         }
         record.parts = self.setup.describe_parts()
         record.poison = self.setup.describe_poison()

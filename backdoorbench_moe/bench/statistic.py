@@ -1,0 +1,83 @@
+"""The statistics of one metric over the seeds of a cell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from backdoorbench_moe.ops.intervals import Interval
+from backdoorbench_moe.ops.metrics import mean_std
+
+# Equal shares of different counts differ in their last bit.
+LAST_BIT = 1e-9
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One metric of one cell over its seeds, beside the published value.
+
+    Args:
+        seeds: Seeds of the finished runs that have the metric.
+        values: Their values, in the metric's unit.
+        mean: Mean of the values.
+        std: Sample standard deviation; None for a single seed.
+        interval: 95% interval of the mean over seeds (see `ops.intervals`); None for fewer than three
+            seeds and for metrics that are not counted on images.
+        paper: Published mean; None where there is none.
+        rounding: Half a unit of the last published digit.
+        near_chance: How many of the seeds have a model near chance (see `backdoorbench_moe.collapse`).
+    """
+
+    seeds: tuple[int, ...]
+    values: tuple[float, ...]
+    mean: float
+    std: float | None
+    interval: Interval | None = None
+    paper: float | None = None
+    rounding: float = 0.0
+    near_chance: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        values: Mapping[int, float],
+        interval: Interval | None = None,
+        paper: float | None = None,
+        rounding: float = 0.0,
+        near_chance: int = 0,
+    ) -> Statistic:
+        """Compute mean and standard deviation of the values by seed, of which there must be some."""
+        mean, std = mean_std(tuple(values.values()))
+        return cls(tuple(values), tuple(values.values()), mean, std, interval, paper, rounding, near_chance)
+
+    @property
+    def n(self) -> int:
+        """Number of seeds."""
+        return len(self.values)
+
+    @property
+    def low(self) -> float | None:
+        """Low end of the interval."""
+        return None if self.interval is None else self.interval[0]
+
+    @property
+    def high(self) -> float | None:
+        """High end of the interval."""
+        return None if self.interval is None else self.interval[1]
+
+    @property
+    def difference(self) -> float | None:
+        """Mean minus the published value."""
+        return None if self.paper is None else self.mean - self.paper
+
+    @property
+    def inside(self) -> bool | None:
+        """Whether the published value, as far as its digits tell it, lies inside the interval.
+
+        None where there is no published value or no interval. The published value is taken as exact but
+        for its rounding: how far it would change with other seeds is not known.
+        """
+        if self.paper is None or self.interval is None:
+            return None
+        margin = self.rounding + LAST_BIT
+        return self.interval[0] - margin <= self.paper <= self.interval[1] + margin

@@ -1,0 +1,134 @@
+"""The metrics a record can hold: key, name, unit, and which direction is better.
+
+This table only describes metrics. Which of them a run has is decided by what makes the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from backdoorbench_moe.errors import UnknownNameError
+
+PERCENT, POINTS, SECONDS = "%", "percentage points", "s"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a metric is called and how its value is read.
+
+    Args:
+        key: Name in a record, such as "asr" or "task/2.ba".
+        name: Full name, such as "attack success rate".
+        short: Name for narrow columns, such as "ASR".
+        unit: "%", "percentage points" or "s".
+        better: Which direction is better from the view of the model's owner, who defends it; None for
+            a metric that describes another model, such as the clean twin.
+        suffix: What a qualified key adds to the name, such as " of task/2" or " after pruned".
+    """
+
+    key: str
+    name: str
+    short: str
+    unit: str
+    better: Literal["higher", "lower"] | None
+    suffix: str = ""
+
+    @property
+    def base(self) -> str:
+        """The key without qualifiers: "pruned.asr" -> "asr"."""
+        return self.key.rpartition(".")[2]
+
+    @property
+    def label(self) -> str:
+        """Name and, where it is an acronym, short name: "attack success rate (ASR) after pruned"."""
+        acronym = f" ({self.short})" if self.short.isupper() else ""
+        return f"{self.name}{acronym}{self.suffix}"
+
+    @property
+    def title(self) -> str:
+        """Label and unit: "attack success rate (ASR), %"."""
+        return f"{self.label}, {self.unit}"
+
+    @property
+    def heading(self) -> str:
+        """Qualifiers and short name, as the heading of a column: "pruned ASR"."""
+        return " ".join([*self.key.split(".")[:-1], self.short])
+
+
+METRICS = {
+    one.key: one
+    for one in (
+        Metric("ba", "clean accuracy", "BA", PERCENT, "higher"),
+        Metric("asr", "attack success rate", "ASR", PERCENT, "lower"),
+        # Of the images that ASR is measured on, without their trigger.
+        Metric("target_rate", "target rate without the trigger", "no trigger", PERCENT, "lower"),
+        Metric("twin_ba", "clean accuracy of the clean twin", "twin BA", PERCENT, None),
+        Metric("twin_asr", "attack success rate of the clean twin", "twin ASR", PERCENT, None),
+        Metric(
+            "twin_target_rate",
+            "target rate of the clean twin without the trigger",
+            "twin, no trigger",
+            PERCENT,
+            None,
+        ),
+        Metric("ra", "accuracy on triggered images", "RA", PERCENT, "higher"),
+        Metric("cad", "clean accuracy drop", "CAD", POINTS, "lower"),
+        Metric("auroc", "area under the ROC curve", "AUROC", PERCENT, "higher"),
+        Metric("tpr", "triggered images rejected", "TPR", PERCENT, "higher"),
+        Metric("fpr", "clean images rejected", "FPR", PERCENT, "lower"),
+        Metric("seconds", "time", "seconds", SECONDS, "lower"),
+    )
+}
+
+
+def metric(key: str, what: str = "metric") -> Metric:
+    """Look up a metric by its key, which may be qualified.
+
+    A qualifier stands before the key with a dot between: one with a slash in it says what part of the
+    data the metric is of ("task/2.ba"), any other one after which stage of a defense it was measured
+    ("pruned.asr"). There may be several ("pruned.task/2.ba").
+
+    Args:
+        key: Key of `METRICS`, with or without qualifiers.
+        what: What the key is, for the error message.
+
+    Returns:
+        The metric, with the qualifiers in its label and heading.
+
+    Raises:
+        UnknownNameError: If the key without qualifiers is not in `METRICS`, or a qualifier is empty.
+    """
+    *qualifiers, base = key.split(".")
+    if base not in METRICS:
+        raise UnknownNameError(f"{what} {key!r}" if qualifiers else what, base, METRICS)
+    if not all(qualifiers):
+        raise UnknownNameError(what, key, METRICS)
+    parts = [text for text in qualifiers if "/" in text]
+    stages = [text for text in qualifiers if "/" not in text]
+    suffix = "".join([*(f" of {text}" for text in parts), *(f" after {text}" for text in stages)])
+    return replace(METRICS[base], key=key, suffix=suffix)
+
+
+def sort_metrics(keys: Iterable[str]) -> list[Metric]:
+    """Look up the metrics of a record, in the order of `METRICS`.
+
+    Args:
+        keys: Keys as a record has them. Unlike in `metric`, unknown ones are allowed: a record may come
+            from a newer version or a plug-in. They are called by their key.
+
+    Returns:
+        Metrics without qualifiers, then qualified ones, then unknown ones, each group in table order.
+    """
+    order = list(METRICS)
+    found = []
+    for key in keys:
+        try:
+            one = metric(key)
+        except UnknownNameError:
+            one = Metric(key, key, key, "", None)
+        known = one.base in METRICS
+        rank = order.index(one.base) if known else len(order)
+        found.append((not known, "." in key, key.rpartition(".")[0], rank, one))
+    return [row[-1] for row in sorted(found, key=lambda row: row[:-1])]

@@ -1,0 +1,125 @@
+"""Confidence intervals of means over seeds and of their differences, on the scale from 0 to 100%.
+
+Student's t interval of the seeds' values is not used: it leaves the scale (27.8 ± 20.1 over two seeds
+gives -153 to 209%), has no width where all seeds agree (100, 100, 100), and ignores that each value is
+a count over test images which all seeds share. `benchmarks/interval_coverage.py` simulates how often
+either interval holds the true mean.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from functools import cache
+
+from scipy.stats import norm, t
+
+# With fewer seeds the spread between them is not known well enough for any statement.
+FEWEST_SEEDS = 3
+
+Interval = tuple[float, float]
+
+
+def seeds_interval(values: Sequence[float], images: int) -> Interval | None:
+    """Compute the 95% interval of a mean share over seeds.
+
+    Two things are uncertain: which seeds were drawn, and which test images. The variance of the mean of
+    k seeds is estimated as s²/k + p(1 - p)/n, with s the standard deviation between seeds. The images
+    are counted once, as n and not as k n, because every seed is tested on the same images: an unusually
+    easy test set is easy for all of them. (If images and seeds were independent, s would already hold
+    the images' part; then the interval is a little too wide.) As s is estimated from k - 1 degrees of
+    freedom, its part is enlarged by (t/z)², the squared ratio of the quantiles of Student's t and of the
+    normal distribution. The number of images that a simple random sample would need for the same
+    variance, the effective sample size, then goes into Wilson's interval.
+
+    The interval lies within 0 and 100. Where all seeds have 0 or 100% it is Wilson's of a single run,
+    and with many seeds that agree it tends to that one.
+
+    In the simulation the interval covers the true mean in 93% of cases or more with 3, 5 and 10 seeds,
+    as long as the beta distribution of the seeds' true shares has no pole at 0 or 1, that is, as long as
+    most seeds lie near the mean. It fails where rare seeds that are far from the others make the mean:
+    three seeds seldom show them. With a mean of 99% and a standard deviation of 3 points, where most
+    seeds have 100%, coverage is 66 to 82%.
+
+    Args:
+        values: One share a seed, in percent.
+        images: Number of test images of each seed.
+
+    Returns:
+        Low and high end in percent; None for fewer than `FEWEST_SEEDS` seeds.
+
+    Raises:
+        ValueError: If a value is outside 0 to 100, or there are no images.
+
+    Source:
+        Effective sample size and enlarged variance: Korn and Graubard, Survey Methodology 24 (1998),
+        193-201, with seeds as the clusters of the survey. With Wilson's interval in the place of
+        Clopper and Pearson's: Franco et al., Journal of Survey Statistics and Methodology 7 (2019),
+        334-364.
+    """
+    if images < 1 or not all(0 <= value <= 100 for value in values):
+        raise ValueError(f"seeds_interval: expected 0 to 100% of at least 1 image, got {values} of {images}")
+    count = len(values)
+    if count < FEWEST_SEEDS:
+        return None
+    share = statistics.fmean(values) / 100
+    between = statistics.variance(values) / 100**2 / count * _enlargement(count - 1)
+    single = share * (1 - share)
+    # At 0 and 100% all seeds agree, and the ratio would be 0 / 0.
+    effective = images if single == 0 else single / (between + single / images)
+    return _wilson(share, effective)
+
+
+@cache
+def _normal_quantile() -> float:
+    return float(norm.ppf(0.975))
+
+
+@cache
+def _enlargement(freedom: int) -> float:
+    """(t/z)²: by how much a variance estimated from few degrees of freedom must be enlarged."""
+    return float(t.ppf(0.975, freedom) / _normal_quantile()) ** 2
+
+
+def _wilson(share: float, count: float) -> Interval:
+    """Wilson's interval in percent for a number of images that need not be whole."""
+    z = _normal_quantile()
+    scale = 1 + z * z / count
+    centre = (share + z * z / (2 * count)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    # Rounding must not push a bound of exactly 0 or 100 off the scale or inside of it.
+    low = 0.0 if share == 0 else max(0.0, centre - half)
+    high = 1.0 if share == 1 else min(1.0, centre + half)
+    return 100 * low, 100 * high
+
+
+def difference_interval(
+    a: float, a_interval: Interval | None, b: float, b_interval: Interval | None
+) -> Interval | None:
+    """Compute the 95% interval of the difference b - a of two means from the intervals of both.
+
+    The distances from the means to their bounds are added as squares (method of variance estimates
+    recovery). The interval is never wider than the scale allows, and it has a width where both means
+    are 0 or 100%. The means are taken as independent; where both sides share seeds or test images
+    they tend to move together, and the interval is too wide.
+
+    Args:
+        a: First mean.
+        a_interval: Its 95% interval; None where there is none.
+        b: Second mean, in the same unit.
+        b_interval: Its 95% interval; None where there is none.
+
+    Returns:
+        Low and high end of b - a; None where a side has no interval.
+
+    Source:
+        Zou and Donner, Statistics in Medicine 27 (2008), 1693-1702; for two Wilson intervals it is
+        method 10 of Newcombe, Statistics in Medicine 17 (1998), 873-890.
+    """
+    if a_interval is None or b_interval is None:
+        return None
+    (a_low, a_high), (b_low, b_high) = a_interval, b_interval
+    low = b - a - math.hypot(b - b_low, a_high - a)
+    high = b - a + math.hypot(b_high - b, a - a_low)
+    return low, high

@@ -1,0 +1,174 @@
+"""Coverage of the intervals over seeds by simulation: how often a 95% interval holds the true mean.
+
+    python benchmarks/interval_coverage.py [--repeats 4000]
+
+Each seed's true share is drawn from a beta distribution with a given mean and standard deviation. Then
+its test images are drawn in one of two ways:
+
+- independent: each seed misses images of its own (binomial counts);
+- shared: one test set for all seeds, whose images are misjudged in one fixed order of difficulty, so
+  that two seeds with the same true share misjudge the same images.
+
+Real seeds lie between the two. The script prints a Markdown table with coverage and median width of
+`ops.intervals.seeds_interval`, and of Student's t interval for comparison, and a second table for
+differences of two means.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import t
+
+from backdoorbench_moe.ops.intervals import Interval, difference_interval, seeds_interval
+
+# Mean and standard deviation of the seeds' true shares. `POLES`: the beta distribution has a pole at 0
+# or 1, which means that most seeds lie there and rare ones far away.
+REGULAR = [
+    (0.02, 0.0),
+    (0.02, 0.01),
+    (0.5, 0.0),
+    (0.5, 0.05),
+    (0.5, 0.15),
+    (0.9, 0.0),
+    (0.9, 0.02),
+    (0.9, 0.05),
+    (0.99, 0.0),
+    (0.99, 0.002),
+    (0.99, 0.01),
+    (0.999, 0.0),
+    (0.999, 0.001),
+    (1.0, 0.0),
+]
+POLES = [(0.02, 0.05), (0.9, 0.1), (0.9, 0.15), (0.99, 0.03), (0.999, 0.005)]
+IMAGES, SEEDS = (1800, 9000), (3, 5, 10)
+DIFFERENCES = [
+    ((0.5, 0.05), (0.6, 0.05)),
+    ((0.65, 0.01), (0.66, 0.01)),
+    ((0.9, 0.05), (0.99, 0.002)),
+    ((1.0, 0.0), (0.99, 0.002)),
+    ((1.0, 0.0), (1.0, 0.0)),
+]
+
+Method = Callable[[list[float], int], Interval | None]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Share of intervals that hold the truth, and their median width, both in percent."""
+
+    share: float
+    width: float
+
+
+def draw(
+    mean: float, std: float, images: int, seeds: int, repeats: int, *, shared: bool, rng: np.random.Generator
+) -> np.ndarray:
+    """Draw measured shares in percent, (repeats, seeds)."""
+    truth = _true_shares(mean, std, (repeats, seeds), rng)
+    if not shared:
+        return 100 * rng.binomial(images, truth) / images
+    difficulty = np.sort(rng.random((repeats, images)))
+    rows = zip(difficulty, truth, strict=True)
+    return 100 * np.array([np.searchsorted(row, shares) for row, shares in rows]) / images
+
+
+def _true_shares(mean: float, std: float, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    if std == 0:
+        return np.full(shape, mean)
+    concentration = mean * (1 - mean) / std**2 - 1
+    return rng.beta(mean * concentration, (1 - mean) * concentration, shape)
+
+
+def simulate(
+    mean: float,
+    std: float,
+    images: int,
+    seeds: int,
+    *,
+    shared: bool,
+    repeats: int,
+    rng: np.random.Generator,
+    method: Method = seeds_interval,
+) -> Coverage:
+    """Simulate the coverage of a mean over seeds."""
+    found = draw(mean, std, images, seeds, repeats, shared=shared, rng=rng)
+    intervals = [method(values.tolist(), images) for values in found]
+    return _coverage(intervals, 100 * mean)
+
+
+def simulate_difference(
+    a: tuple[float, float],
+    b: tuple[float, float],
+    images: int,
+    seeds: int,
+    *,
+    repeats: int,
+    rng: np.random.Generator,
+) -> Coverage:
+    """Simulate the coverage of the difference of two means, over independent images."""
+    sides = [draw(*side, images, seeds, repeats, shared=False, rng=rng) for side in (a, b)]
+    intervals = []
+    for x, y in zip(*sides, strict=True):
+        ends = [seeds_interval(values.tolist(), images) for values in (x, y)]
+        intervals.append(difference_interval(float(x.mean()), ends[0], float(y.mean()), ends[1]))
+    return _coverage(intervals, 100 * (b[0] - a[0]))
+
+
+def _coverage(intervals: list[Interval | None], truth: float) -> Coverage:
+    ends = np.array([interval for interval in intervals if interval is not None])
+    low, high = ends[:, 0], ends[:, 1]
+    # Bounds that are equal to the truth differ from it in their last bit.
+    held = (low <= truth + 1e-9) & (truth - 1e-9 <= high)
+    return Coverage(100 * float(held.mean()), float(np.median(high - low)))
+
+
+def student_interval(values: list[float], images: int) -> Interval:
+    """Compute Student's t interval of the mean, which knows nothing of the images."""
+    count = len(values)
+    half = float(t.ppf(0.975, count - 1)) * float(np.std(values, ddof=1)) / count**0.5
+    mean = float(np.mean(values))
+    return mean - half, mean + half
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=4000, help="simulated experiments a cell")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng = np.random.default_rng(options.seed)
+    print("| mean % | std | images | seeds | independent | width | shared | width | Student's t, shared |")
+    print("| --: | --: | --: | --: | --: | --: | --: | --: | --: |")
+    for mean, std in REGULAR + POLES:
+        for images in IMAGES:
+            for seeds in SEEDS:
+                found = [
+                    simulate(mean, std, images, seeds, shared=shared, repeats=repeats, rng=rng, method=method)
+                    for shared, repeats, method in (
+                        (False, options.repeats, seeds_interval),
+                        (True, options.repeats, seeds_interval),
+                        (True, options.repeats // 4, student_interval),
+                    )
+                ]
+                texts = [f"{one.share:.1f} | {one.width:.2f}" for one in found[:2]]
+                row = [f"{100 * mean:g}", f"{100 * std:g}", str(images), str(seeds), *texts]
+                print(f"| {' | '.join(row)} | {found[2].share:.1f} |")
+    print("\n| A: mean %, std | B: mean %, std | images | seeds | coverage | width |")
+    print("| --- | --- | --: | --: | --: | --: |")
+    for a, b in DIFFERENCES:
+        for images in IMAGES:
+            for seeds in SEEDS:
+                one = simulate_difference(a, b, images, seeds, repeats=options.repeats, rng=rng)
+                row = [f"{100 * mean:g}, {100 * std:g}" for mean, std in (a, b)]
+                row += [str(images), str(seeds), f"{one.share:.1f}", f"{one.width:.2f}"]
+                print(f"| {' | '.join(row)} |")
+
+
+if __name__ == "__main__":
+    main()

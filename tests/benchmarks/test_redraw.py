@@ -1,0 +1,86 @@
+"""`make results`: what it draws, that it draws the same twice, and that records stay as they are."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+
+from backdoorbench_moe.errors import RecordError
+
+ROOT = Path(__file__).parents[2]
+FIRST_LOOK = "benchmarks/results/first-look"
+DEMO = "benchmarks/results/demo"
+TABLE_1 = "benchmarks/results/badpatches-table1/small"
+PLUGIN = "plugins/bbmoe-vmoe/suites"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("redraw_script", ROOT / "benchmarks" / "redraw.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """The parts of the repository that it reads, with one results folder."""
+    for name in (FIRST_LOOK, DEMO, TABLE_1, PLUGIN):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("README.md", "benchmarks/README.md"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.slow
+def test_stale_drawings_are_redrawn_and_a_second_call_changes_nothing(script, copy, capsys) -> None:
+    folder = copy / TABLE_1
+    records = (folder / "records.jsonl").read_bytes()
+    (folder / "table.md").write_text("an older legend\n")
+    (folder / "table.tex").unlink()
+    (folder / "plots" / "old.svg").write_text("<svg/>")
+    for name in ("README.md", "benchmarks/README.md"):
+        text = (copy / name).read_text(encoding="utf-8")
+        before, mark, after = text.partition("<!-- table1 -->\n")
+        (copy / name).write_text(f"{before}{mark}| stale |\n{after}", encoding="utf-8")
+    script.main(copy)
+    assert capsys.readouterr().out.split() == [TABLE_1, "README.md", "benchmarks/README.md"]
+    first = contents(copy)
+    # Plots depend on the machine's fonts; everything else is what is committed.
+    for name, content in first.items():
+        if Path(name).suffix not in (".svg", ".png", ".html"):
+            assert content == (ROOT / name).read_bytes(), name
+    assert first[f"{TABLE_1}/records.jsonl"] == records
+    assert f"{TABLE_1}/plots/old.svg" not in first
+    script.main(copy)
+    assert capsys.readouterr().out == ""
+    assert contents(copy) == first
+
+
+def test_only_known_marked_tables_are_replaced(script) -> None:
+    text = "a\n<!-- table1 -->\nold\n<!-- /table1 -->\nb\n<!-- fresh -->\nkept\n<!-- /fresh -->\n<!-- table1 -->\nx"
+    assert script.redraw_page(text, {"table1": "new \\1\n"}) == text.replace("old\n", "new \\1\n")
+
+
+def test_every_committed_folder_has_its_suite(script) -> None:
+    folders = script.results_folders(ROOT)
+    assert len(folders) >= 10
+    for folder in folders:
+        assert script.suite_of(ROOT, folder).cells
+
+
+def test_a_folder_of_another_suite_is_refused_untouched(script, copy) -> None:
+    manifest = copy / TABLE_1 / "suite.json"
+    manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 99'))
+    before = contents(copy)
+    with pytest.raises(RecordError, match="is of version 99"):
+        script.main(copy)
+    assert contents(copy) == before
