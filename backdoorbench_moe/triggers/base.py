@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor
 
 from backdoorbench_moe.errors import ConfigError, ShapeError
@@ -101,7 +102,10 @@ class Trigger(ABC):
         return stamped
 
 
-def _check_places(images: Tensor, places: Tensor) -> None:
+def _check_places(images: Tensor, places: object) -> None:
     check_images(images, "images")
-    if places.shape != images.shape[:1]:
-        raise ShapeError(f"places: expected one for each of {len(images)} images, got {tuple(places.shape)}")
+    expected = f"places: expected an int64 tensor ({len(images)},), one place for each image"
+    if not isinstance(places, Tensor):
+        raise ShapeError(f"{expected}, got {type(places).__name__}")
+    if places.shape != images.shape[:1] or places.dtype != torch.int64:
+        raise ShapeError(f"{expected}, got {places.dtype} {tuple(places.shape)}")
