@@ -16,10 +16,13 @@ class Applicator(ABC):
 
     Subclasses write `apply`; users call the object.
 
-    tiny: options that the conformance tests make it with, such as those that have no default.
+    Attributes:
+        tiny: Options that the conformance tests build the applicator with, such as those that have no default.
+        deviations: Conformance tests that the applicator is known to fail, and why: reasons by name of the test.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {}
+    deviations: ClassVar[Mapping[str, str]] = {}
 
     @final
     def __call__(self, images: Tensor, trigger: Callable[[Tensor], Tensor]) -> Tensor:

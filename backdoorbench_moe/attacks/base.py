@@ -48,6 +48,7 @@ class Attack(ABC):
     Attributes:
         uses_trigger: Whether the attack stamps a trigger; if not, a spec of it has neither trigger nor applicator.
         tiny: Options that the conformance tests build the attack with.
+        deviations: Conformance tests that the attack is known to fail, and why: reasons by name of the test.
 
     Args:
         poison: Which training images are poisoned and what they are labelled.
@@ -55,6 +56,7 @@ class Attack(ABC):
 
     uses_trigger: ClassVar[bool] = True
     tiny: ClassVar[Mapping[str, object]] = {}
+    deviations: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, *, poison: PoisonSpec) -> None:
         self.poison = poison

@@ -143,6 +143,7 @@ class Defense(ABC):
         needs: What the defender must have, of `NEEDS`: "clean" images with true labels, the "training-set" as the
             victim had it, "features" before the head, the "losses" of single images. Nothing else is given.
         tiny: Options that the conformance tests build the defense with: those that keep it short, or have no default.
+        deviations: Conformance tests that the defense is known to fail, and why: reasons by name of the test.
 
     Args:
         clean_fraction: Share of the training images that the defender holds, in (0, 1]; drawn from the task's seed.
@@ -155,6 +156,7 @@ class Defense(ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset({"clean"})
     tiny: ClassVar[Mapping[str, object]] = {}
+    deviations: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self, *, clean_fraction: float = 0.05, finetune_data: Literal["clean", "notebook"] = "clean"

@@ -30,12 +30,14 @@ class Trigger(ABC):
 
     Attributes:
         tiny: Options that the conformance tests build the trigger with, such as those that have no default.
+        deviations: Conformance tests that the trigger is known to fail, and why: reasons by name of the test.
 
     Args:
         seed: Seed of everything that the trigger draws.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {}
+    deviations: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, *, seed: int = 0) -> None:
         self.seed = seed
