@@ -8,7 +8,7 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from backdoorbench_moe.ops.checks import check_images
+from backdoorbench_moe.ops.checks import check_image_batch
 
 
 class Applicator(ABC):
@@ -31,9 +31,9 @@ class Applicator(ABC):
         images: (B, C, H, W) float in [0, 1], any device. Returns the same shape, type and device, in
         [0, 1]; the input is untouched. Raises ShapeError for anything else.
         """
-        check_images(images, "images")
+        check_image_batch(images, "images")
         stamped = self.apply(images, trigger)
-        check_images(stamped, f"output of applicator {type(self).__name__}", like=images)
+        check_image_batch(stamped, f"output of applicator {type(self).__name__}", like=images)
         return stamped
 
     @abstractmethod

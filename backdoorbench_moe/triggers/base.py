@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.errors import ConfigError, ShapeError
-from backdoorbench_moe.ops.checks import check_images
+from backdoorbench_moe.ops.checks import check_image_batch
 
 
 class Trigger(ABC):
@@ -55,7 +55,7 @@ class Trigger(ABC):
         Raises:
             ShapeError: The images, or what the trigger made of them, are not as said here.
         """
-        check_images(images, "images")
+        check_image_batch(images, "images")
         return self._checked(self.stamp(images), images)
 
     @final
@@ -100,12 +100,12 @@ class Trigger(ABC):
         raise ConfigError(f"poison.noise: the trigger {type(self).__name__} has no noise form")
 
     def _checked(self, stamped: Tensor, images: Tensor) -> Tensor:
-        check_images(stamped, f"output of trigger {type(self).__name__}", like=images)
+        check_image_batch(stamped, f"output of trigger {type(self).__name__}", like=images)
         return stamped
 
 
 def _check_places(images: Tensor, places: object) -> None:
-    check_images(images, "images")
+    check_image_batch(images, "images")
     expected = f"places: expected an int64 tensor ({len(images)},), one place for each image"
     if not isinstance(places, Tensor):
         raise ShapeError(f"{expected}, got {type(places).__name__}")
