@@ -6,11 +6,19 @@ import inspect
 import types
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 
 REQUIRED = inspect.Parameter.empty
+
+
+class NamesFile:
+    """Marks an annotation of an option whose value is the path of a file that the part reads."""
+
+
+# Annotation of such an option. The file is part of the spec: its content is hashed, recorded and checked.
+FilePath = Annotated[str, NamesFile]
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,12 @@ class Option:
     default: Any
 
     @property
+    def names_file(self) -> bool:
+        """Whether its value is the path of a file that the part reads."""
+        choices = (self.annotation, *get_args(self.annotation))
+        return any(NamesFile in getattr(choice, "__metadata__", ()) for choice in choices)
+
+    @property
     def type_name(self) -> str:
         """The annotation as a reader would write it."""
         return _type_name(self.annotation)
@@ -30,7 +44,7 @@ class Option:
 def list_options(target: Callable[..., object], *, given: Collection[str] = ()) -> dict[str, Option]:
     """Read the keyword-only options of a class or function, without those the caller fills in (`given`)."""
     function = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
-    hints = get_type_hints(function)
+    hints = get_type_hints(function, include_extras=True)
     return {
         parameter.name: Option(parameter.name, hints.get(parameter.name, Any), parameter.default)
         for parameter in inspect.signature(function).parameters.values()
@@ -77,6 +91,8 @@ def _is_plain(annotation: Any) -> bool:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return True
+    if origin is Annotated:
+        return _is_plain(arguments[0])
     if origin in (Union, types.UnionType, tuple):
         return all(item is Ellipsis or _is_plain(item) for item in arguments)
     return annotation in (bool, int, float, str, type(None))
@@ -109,6 +125,8 @@ def convert(value: object, annotation: Any, parameter: str) -> Any:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is Any:
         return value
+    if origin is Annotated:
+        return convert(value, arguments[0], parameter)
     if origin in (Union, types.UnionType):
         return _convert_union(value, annotation, parameter)
     if origin is Literal:
@@ -152,6 +170,12 @@ def _convert_tuple(value: object, arguments: tuple[Any, ...], parameter: str) ->
 
 def _describe(annotation: Any) -> str:
     """What a value must be, in words."""
+    if get_origin(annotation) is Annotated:
+        return (
+            "the path of a file"
+            if NamesFile in annotation.__metadata__
+            else _describe(get_args(annotation)[0])
+        )
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(_describe(choice) for choice in get_args(annotation))
@@ -169,6 +193,8 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(map(repr, arguments))
     if origin in (Union, types.UnionType):
         return " | ".join(map(_type_name, arguments))
+    if origin is Annotated:
+        return "file" if NamesFile in annotation.__metadata__ else _type_name(arguments[0])
     if annotation is type(None):
         return "None"
     return annotation.__name__ if isinstance(annotation, type) and not arguments else str(annotation)

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from backdoorbench_moe.config import build_spec
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.records import SCHEMA_VERSION, Judged, Record, RunFolder, write_atomically
+from backdoorbench_moe.records.reading import ADDED_IN
 
 
 @pytest.fixture
@@ -207,11 +208,7 @@ OLD = {"parent": "signs-pmoe-s0-0123456789", "stages": [], "scores": {}, "verdic
 def old_record(folder, version: int, **changes) -> Path:
     """Write the folder's record as a version of the schema had it."""
     file = folder.path / "record.json"
-    values = {
-        k: v
-        for k, v in json.loads(file.read_text()).items()
-        if k not in ("inputs", "judgements", "near_chance")
-    }
+    values = {k: v for k, v in json.loads(file.read_text()).items() if k not in ADDED_IN[3]}
     values = {k: v for k, v in {**OLD, **values, **changes}.items() if k not in LATER[version]}
     file.write_text(json.dumps({**values, "schema_version": version}))
     return file

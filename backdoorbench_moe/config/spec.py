@@ -26,7 +26,7 @@ from backdoorbench_moe.options import convert
 NOT_IN_DIGEST = ("recipe", "device")
 DATASET_NOT_IN_DIGEST = ("root", "download")
 # Keys that came later are written only where they are set, so that older digests hold.
-LEFT_OUT_IF_EMPTY = ("defenses", "probe")
+LEFT_OUT_IF_EMPTY = ("defenses", "files", "probe")
 # Also written where there is no attack: clean runs have had this name in their digest from the beginning.
 DEFAULT_ATTACK = "data-poisoning"
 
@@ -99,6 +99,8 @@ class RunSpec:
         poison: Which training images are poisoned and what they are labelled.
         train: How the victim trains.
         defenses: Applied one after the other to the trained model.
+        files: SHA-256 of every file that an option names, by the option's key, such as "trigger.image". It is filled
+            in when the run is made, and stands for the path in the digest.
         probe: Number of test images whose routing is kept after every epoch; it changes no metric.
         seed: Seed of the run; every other seed is derived from it.
         precision: Precision of training and evaluation; "auto" is bf16 where the hardware has it.
@@ -114,6 +116,7 @@ class RunSpec:
     poison: PoisonSpec = field(default_factory=PoisonSpec)
     train: TrainSpec = TrainSpec()
     defenses: tuple[PartSpec, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
     probe: int = 0
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -145,6 +148,27 @@ class RunSpec:
                 if part is not None:
                     yield kind.name, part
 
+    def options_by_key(self) -> Iterator[tuple[str, str, PartSpec]]:
+        """Every part with its kind and the beginning of its options' keys, such as "trigger." or "defenses[0]."."""
+        for kind in KINDS.values():
+            value = getattr(self, kind.key)
+            for place, part in enumerate(value if kind.repeated else (value,)):
+                if part is not None:
+                    yield kind.name, f"{kind.key}[{place}]." if kind.repeated else f"{kind.key}.", part
+
+    def with_options(self, changed: Mapping[str, object]) -> RunSpec:
+        """The same run with other values of some options, by their keys."""
+        parts: dict[str, Any] = {}
+        for name, start, part in self.options_by_key():
+            own = {key.removeprefix(start): value for key, value in changed.items() if key.startswith(start)}
+            new, kind = replace(part, options={**part.options, **own}) if own else part, KINDS[name]
+            parts[kind.key] = (*parts.get(kind.key, ()), new) if kind.repeated else new
+        return replace(self, **parts)
+
+    def without_paths(self) -> RunSpec:
+        """The same run without the paths of files whose content it holds the hash of."""
+        return self.with_options(dict.fromkeys(self.files)) if self.files else self
+
     def with_data(self, **options: object) -> RunSpec:
         """The same run with other options of its data set, such as the `root` where the data lie now."""
         return replace(self, dataset=replace(self.dataset, options={**self.dataset.options, **options}))
@@ -163,6 +187,8 @@ class RunSpec:
                 value = _write_attack(value)
             elif item.name == "defenses":
                 value = [part.to_dict() for part in value]
+            elif item.name == "files":
+                value = dict(value)
             elif isinstance(value, PartSpec | PoisonSpec):
                 value = value.to_dict()
             elif isinstance(value, TrainSpec):
@@ -175,7 +201,7 @@ class RunSpec:
     def digest(self) -> str:
         """Ten hex digits over everything that decides the numbers. Raises ConfigError for a class given by name."""
         self.poison.check_numbered()
-        values = {k: v for k, v in self.to_dict().items() if k not in NOT_IN_DIGEST}
+        values = {k: v for k, v in self.without_paths().to_dict().items() if k not in NOT_IN_DIGEST}
         values["dataset"] = {k: v for k, v in values["dataset"].items() if k not in DATASET_NOT_IN_DIGEST}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 
@@ -245,12 +271,22 @@ def _read(kind: type, values: object, where: str) -> Any:
         elif key in PART_LISTS:
             parts = normalise_list(path, value)
             checked[key] = tuple(_read_part(item, f"{path}[{i}]") for i, item in enumerate(parts))
+        elif key == "files" and kind is RunSpec:
+            checked[key] = _read_files(value)
         elif hints[key] in (PoisonSpec, TrainSpec):
             checked[key] = _read(hints[key], value, path)
         else:
             rate = kind is PoisonSpec and hints[key] is float
             checked[key] = convert(read_rate(value) if rate else value, hints[key], path)
     return kind(**checked)
+
+
+def _read_files(value: object) -> dict[str, str]:
+    if not isinstance(value, Mapping) or not all(
+        isinstance(text, str) for pair in value.items() for text in pair
+    ):
+        raise ConfigError.expected("files", "a SHA-256 by the key of an option", value)
+    return dict(value)
 
 
 def _read_part(value: object, where: str, *, optional: bool = False) -> PartSpec | None:

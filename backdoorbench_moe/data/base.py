@@ -97,6 +97,20 @@ class Dataset(ABC):
         images in place while it trains.
         """
 
+    def source(self) -> Path | None:
+        """The folder or file that the images are read from; None for a set without files, or if it is not there."""
+        return None
+
+    @final
+    def fingerprint(self) -> str | None:
+        """A cheap sign of whether the files have changed: SHA-256 over their names, sizes and times of change.
+
+        It covers every file in the `source`, whether it is read or not, and not their content: a change that keeps
+        size and time is not noticed, and a copied folder has another fingerprint. None without a source.
+        """
+        source = self.source()
+        return None if source is None else fingerprint_of(source)
+
     def class_names(self) -> tuple[str, ...]:
         """Return the names of the classes in their order, those of `load`.
 
@@ -112,6 +126,16 @@ class Dataset(ABC):
         default assumes, returns no options.
         """
         return {}
+
+
+def fingerprint_of(source: Path) -> str:
+    """SHA-256, hex, over the names, sizes and times of change of a file, or of all files in a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
+        if path.is_file():
+            facts = path.stat()
+            digest.update(f"{path.relative_to(source)}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def check_split(split: Split, num_classes: int, name: str) -> None:

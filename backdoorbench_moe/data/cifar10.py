@@ -67,6 +67,10 @@ class CIFAR10(Dataset):
         write_cifar10(folder)
         return {"root": str(folder)}
 
+    def source(self) -> Path | None:
+        """The folder or archive that is read."""
+        return _find(data_root(self.root))
+
     def class_names(self) -> tuple[str, ...]:
         """Return the ten names; reads nothing."""
         return CLASSES

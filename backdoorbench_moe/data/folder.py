@@ -84,6 +84,11 @@ class Folder(Dataset):
         write_folder(folder)
         return {"root": str(folder)}
 
+    def source(self) -> Path | None:
+        """The folder."""
+        root = data_root(self.root)
+        return root if root.is_dir() else None
+
     def class_names(self) -> tuple[str, ...]:
         """Return the names of the class folders, by number; reads no image."""
         return _find_layout(data_root(self.root), LeftOut()).classes

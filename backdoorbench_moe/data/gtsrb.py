@@ -96,6 +96,13 @@ class GTSRB(Dataset):
         write_gtsrb(folder)
         return {"root": str(folder)}
 
+    def source(self) -> Path | None:
+        """The folder that holds training and test images."""
+        try:
+            return _find(data_root(self.root))
+        except DataError:
+            return None
+
     def class_names(self) -> tuple[str, ...]:
         """Return the 43 names; reads nothing."""
         return CLASSES

@@ -83,13 +83,24 @@ def reproducible(device: torch.device) -> Iterator[None]:
 
 
 def environment(
-    device: torch.device, precision: str, plugins: Mapping[str, str] | None = None
+    device: torch.device,
+    precision: str,
+    plugins: Mapping[str, str] | None = None,
+    sources: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Versions, hardware, precision and git commit, for the record; plugins: versions of the packages it used."""
+    """Versions, hardware, precision and git commit, for the record.
+
+    Args:
+        device: The device.
+        precision: "fp32" or "bf16".
+        plugins: Versions of the third-party packages that the run uses.
+        sources: Hashes of their code.
+    """
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": {**{name: version(name) for name in RECORDED_PACKAGES}, **(plugins or {})},
+        "sources": dict(sources or {}),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from backdoorbench_moe.config import RunSpec
@@ -18,6 +21,30 @@ def plugin_packages(spec: RunSpec) -> dict[str, str]:
     """The third-party packages that the parts of a spec come from, with their versions."""
     found = [REGISTRIES[kind].candidate(part.name.partition(":")[0]) for kind, part in spec.parts()]
     return {c.package: c.version for c in found if c is not None and not c.builtin}
+
+
+def plugin_sources(spec: RunSpec) -> dict[str, str]:
+    """A hash of the Python code of each third-party package that the parts of a spec come from.
+
+    It covers the .py files of the top-level package or module that holds the part; 16 hex digits of a SHA-256.
+    """
+    found = {}
+    for kind, part in spec.parts():
+        candidate = REGISTRIES[kind].candidate(part.name.partition(":")[0])
+        if candidate is not None and not candidate.builtin:
+            found[candidate.package] = _hash_code(candidate.target.partition(":")[0].partition(".")[0])
+    return found
+
+
+def _hash_code(module: str) -> str:
+    origin = find_spec(module)
+    digest = hashlib.sha256()
+    if origin is not None and origin.origin is not None:
+        file = Path(origin.origin)
+        folder = file.parent
+        for path in sorted(folder.rglob("*.py")) if file.name == "__init__.py" else [file]:
+            digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def check_names(spec: RunSpec) -> None:

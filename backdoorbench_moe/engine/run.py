@@ -12,7 +12,8 @@ from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.engine.build import Stamper, build_attack, build_stamper, load_model
 from backdoorbench_moe.engine.device import RECORDED_PACKAGES
-from backdoorbench_moe.engine.names import plugin_packages
+from backdoorbench_moe.engine.files import locate_files
+from backdoorbench_moe.engine.names import plugin_packages, plugin_sources
 from backdoorbench_moe.errors import RecordError, UnknownNameError
 from backdoorbench_moe.records import MODEL, Record, RunFolder
 
@@ -38,7 +39,17 @@ class Run:
     def model(self) -> nn.Module:
         """The trained model, on the CPU, in evaluation mode. Raises RecordError if its file does not fit."""
         tensors, _ = self.folder.load_tensors()
-        return load_model(self.spec, self.record.data, tensors, str(self.folder.path / MODEL))
+        model = load_model(self.spec, self.record.data, tensors, str(self.folder.path / MODEL))
+        check_model(self)
+        return model
+
+    def located_spec(self) -> RunSpec:
+        """The spec with its named files where they lie now: the copies in the folder, or the paths of then.
+
+        Raises:
+            RecordError: A file is missing or not the one that the run was made with.
+        """
+        return locate_files(self.spec, self.record.files, self.folder)
 
     def attack(self) -> Attack:
         """The attack that the run was made with. Raises ConfigError for a clean run."""
@@ -47,10 +58,17 @@ class Run:
     def stamper(self) -> Stamper:
         """Trigger and applicator as this run used them. Raises ConfigError for a run without a trigger."""
         return build_stamper(
-            self.spec,
+            self.located_spec(),
             patch_size=self.record.parts.get("model", {}).get("patch_size"),
             image_size=self.record.data["image_size"],
         )
+
+
+def check_model(run: Run) -> None:
+    """Raise RecordError if the model file is not the one that the run was finished with."""
+    known = run.record.model_sha256
+    if known is not None and run.folder.model_sha256 not in (None, known):
+        raise RecordError(f"model file {run.folder.path / MODEL}: was replaced after the run was finished")
 
 
 def load_run(path: Path | str) -> Run:
@@ -74,9 +92,9 @@ def check_data(folder: RunFolder, record: Record, images: ImageSet) -> None:
 
 
 def check_plugins(folder: RunFolder, record: Record) -> None:
-    """Raise RecordError if the parts of a run come from other packages or versions now than they did then.
+    """Raise RecordError if the parts of a run come from other packages, versions or code now than they did then.
 
-    Records from before packages were recorded are accepted.
+    Records from before packages or their code were recorded are accepted.
     """
     packages = record.environment.get("packages", {})
     then = {name: packages[name] for name in sorted(packages.keys() - set(RECORDED_PACKAGES))}
@@ -88,5 +106,13 @@ def check_plugins(folder: RunFolder, record: Record) -> None:
         )
         raise RecordError(
             f"run folder {folder.path}: was made with {made}, and installed is {there}; "
+            "delete it or use another --output"
+        )
+    coded, code = record.environment.get("sources", {}), plugin_sources(record.run_spec)
+    if changed := sorted(
+        package for package in coded.keys() & code.keys() if coded[package] != code[package]
+    ):
+        raise RecordError(
+            f"run folder {folder.path}: the code of {', '.join(changed)} has changed since it was made; "
             "delete it or use another --output"
         )

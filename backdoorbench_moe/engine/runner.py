@@ -13,7 +13,7 @@ from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.defend import DefenseMaker
 from backdoorbench_moe.engine.makers.train import TrainMaker
 from backdoorbench_moe.engine.observer import Observer
-from backdoorbench_moe.engine.run import Run, check_data, check_finished, check_plugins, load_run
+from backdoorbench_moe.engine.run import Run, check_data, check_finished, check_model, check_plugins, load_run
 from backdoorbench_moe.engine.twin import link_twin
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.records import RunFolder
@@ -76,7 +76,7 @@ def run_defense(
         BbmoeError: Anything that the user can correct.
     """
     check_finished(run)
-    spec, beside = run.spec, run.folder.path.parent
+    spec, beside = run.located_spec(), run.folder.path.parent
     if data_root is not None:
         spec = spec.with_data(root=data_root)
     spec = replace(spec, defenses=(*spec.defenses, defense), device=device or spec.device)
@@ -162,16 +162,18 @@ class Runner:
             return self._find(folder, spec) or (maker or self.maker(spec)).make(folder, inputs)
 
     def _find(self, folder: RunFolder, spec: RunSpec) -> Run | None:
-        """The finished run in a folder. Raises RecordError if it was made from other data.
+        """The finished run in a folder; None if there is none.
 
-        The digest leaves out where the data lie, so a finished run may have been made from other data. These are
-        read to find out, unless the spec names the very place that the run was made from.
+        The digest leaves out where the data lie; and data, plug-ins and the model file may have changed since.
+
+        Raises:
+            RecordError: The run was made from other data or with other plug-ins, or its model was replaced.
         """
         if not folder.exists or (record := folder.read()).status != "finished":
             return None
+        run = Run(folder, record)
         check_plugins(folder, record)
-        then, now = record.run_spec.dataset.options, spec.dataset.options
-        named = now.get("root") is not None or not hasattr(self.workplace.dataset, "root")
-        if not (named and then == now):
+        check_model(run)
+        if not self.workplace.is_unchanged(record):
             check_data(folder, record, self.workplace.images)
-        return Run(folder, record)
+        return run

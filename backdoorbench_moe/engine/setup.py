@@ -41,6 +41,7 @@ class Setup:
             attack.check(images.num_classes)
         self.model = build_model(spec, num_classes=images.num_classes, image_size=images.image_size)
         self.attack, self.stamper, self.plan = attack, None, None
+        self._triggered: Triggered | None = None
         if attack is not None:
             if attack.uses_trigger:
                 size = model_patch_size(self.model)
@@ -55,8 +56,10 @@ class Setup:
             raise ConfigError(f"poison.noise: the trigger {self.spec.trigger.name!r} has no noise form")
 
     def triggered_test(self) -> Triggered | None:
-        """The test images that count for ASR, triggered; None for a clean run."""
-        return None if self.attack is None else triggered_test(self.images, self.attack, self.stamper)
+        """The test images that count for ASR, triggered; None for a clean run. They are stamped once."""
+        if self._triggered is None and self.attack is not None:
+            self._triggered = triggered_test(self.images, self.attack, self.stamper)
+        return self._triggered
 
     def describe_parts(self) -> dict[str, Any]:
         """What the options of model, trigger and applicator came to be, for the record."""

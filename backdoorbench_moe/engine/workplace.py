@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 
 from backdoorbench_moe.config import RunSpec
@@ -9,8 +11,10 @@ from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.engine.build import build_dataset
 from backdoorbench_moe.engine.class_names import describe_classes, resolve_classes
 from backdoorbench_moe.engine.device import resolve_device, resolve_precision
+from backdoorbench_moe.engine.files import pin_files
 from backdoorbench_moe.engine.names import check_names
 from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.records import Record
 
 
 class Workplace:
@@ -43,13 +47,30 @@ class Workplace:
         """The data, on the device; read at first use, since a finished run does not need them."""
         if self._images is None:
             self.observer.on_message(f"reading {type(self.dataset).__name__}")
+            _ = (
+                self.fingerprint
+            )  # Before the files are read, so that a change meanwhile is noticed the next time.
             self._images = self.dataset.load().to(self.device)
             self.observer.on_message(describe_classes(self._images.classes))
         return self._images
 
     def resolve(self, spec: RunSpec) -> RunSpec:
-        """The spec with its classes by number, without which it has no digest. See `resolve_classes`."""
-        return resolve_classes(spec, self._class_names)
+        """The spec as it is made: classes by number, files by their content. Only then is its digest final."""
+        return pin_files(resolve_classes(spec, self._class_names))
+
+    def is_unchanged(self, record: Record) -> bool:
+        """Whether a run's data are known to be these without reading them: they have the same fingerprint.
+
+        Data without files are made by the package itself, whose version the record has.
+        """
+        if (known := record.data.get("fingerprint")) is not None:
+            return known == self.fingerprint
+        return not hasattr(self.dataset, "root")
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """The fingerprint of the data's files, see `Dataset.fingerprint`."""
+        return self.dataset.fingerprint()
 
     def _class_names(self) -> tuple[str, ...]:
         return self.dataset.class_names() if self._images is None else self._images.classes

@@ -3,7 +3,7 @@
 from backdoorbench_moe.records.atomic import write_atomically
 from backdoorbench_moe.records.folder import CHECKPOINT, LOCK, MODEL, POISON, RECORD, SCORES, RunFolder
 from backdoorbench_moe.records.reading import parse_record
-from backdoorbench_moe.records.record import SCHEMA_VERSION, Input, Judged, Record, Stage
+from backdoorbench_moe.records.record import SCHEMA_VERSION, Input, Judged, NamedFile, Record, Stage
 
 __all__ = [
     "CHECKPOINT",
@@ -15,6 +15,7 @@ __all__ = [
     "SCORES",
     "Input",
     "Judged",
+    "NamedFile",
     "Record",
     "RunFolder",
     "Stage",

@@ -11,7 +11,10 @@ from backdoorbench_moe.errors import ConfigError, RecordError
 from backdoorbench_moe.records.record import SCHEMA_VERSION, DataFacts, Environment, Record
 
 # Fields that came with a version; a record of an older one does not have them.
-ADDED_IN = {2: {"parent", "stages", "scores", "verdict"}, 3: {"inputs", "judgements"}}
+ADDED_IN = {
+    2: {"parent", "stages", "scores", "verdict"},
+    3: {"inputs", "judgements", "near_chance", "files", "model_sha256"},
+}
 REMOVED_IN = {3: {"parent", "scores", "verdict"}}
 EPOCH_KEYS = {"epoch", "loss", "train_accuracy", "lr", "seconds"}
 METRIC_KEYS = {"value", "n"}
@@ -77,6 +80,8 @@ def _upgrade_to_3(values: dict[str, Any], file: Path) -> dict[str, Any]:
     return {
         **values,
         "near_chance": None,
+        "files": [],
+        "model_sha256": None,
         "inputs": inputs,
         "judgements": [_judged(k, scores.get(k), verdict.get(k)) for k in kinds],
     }

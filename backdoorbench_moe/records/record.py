@@ -26,6 +26,20 @@ class Input(TypedDict):
     sha256: str | None
 
 
+class NamedFile(TypedDict):
+    """A file that an option of the spec names.
+
+    key: the option's, such as "trigger.image". name: of the file, without its folder. sha256: of its content. bytes:
+    its size. kept: the copy's path in the run folder; None for a large file.
+    """
+
+    key: str
+    name: str
+    sha256: str
+    bytes: int
+    kept: str | None
+
+
 class Stage(TypedDict):
     """The model at the end of a stage of a defense: name, metrics, and the seconds that the stage took."""
 
@@ -53,7 +67,8 @@ class Judged(TypedDict):
 class DataFacts(TypedDict):
     """The data of a run.
 
-    digest: SHA-256 over images and labels. chance: share of the most frequent class of the test images, in percent.
+    digest: SHA-256 over images and labels. fingerprint: SHA-256 over names, sizes and times of the files they were read
+    from; None for data without files. chance: share of the most frequent class of the test images, in percent.
     """
 
     name: NotRequired[str]
@@ -63,6 +78,7 @@ class DataFacts(TypedDict):
     train_images: NotRequired[int]
     test_images: NotRequired[int]
     clean_images: NotRequired[int]
+    fingerprint: NotRequired[str | None]
     chance: NotRequired[float]
 
 
@@ -93,6 +109,8 @@ class Record:
         seeds: Seeds by purpose.
         environment: Versions, hardware, precision, threads; see `Environment`.
         inputs: The runs that this one was made from.
+        files: The files that options of the spec name.
+        model_sha256: SHA-256 of the model file, from when the run was finished.
         near_chance: Whether the clean accuracy is near chance, so that ASR says nothing about the trigger; None in
             runs from before this was recorded.
         clean_twin: Name of the folder of the clean run that it is compared with.
@@ -114,6 +132,8 @@ class Record:
     seeds: dict[str, int] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     inputs: list[Input] = field(default_factory=list)
+    files: list[NamedFile] = field(default_factory=list)
+    model_sha256: str | None = None
     near_chance: bool | None = None
     clean_twin: str | None = None
     stages: list[Stage] = field(default_factory=list)

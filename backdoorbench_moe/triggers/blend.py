@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backdoorbench_moe.errors import ConfigError, ShapeError
+from backdoorbench_moe.options import FilePath
 from backdoorbench_moe.triggers.base import Trigger
 from backdoorbench_moe.triggers.picture import LUMA, draw_quilt, read_picture
 
@@ -20,7 +21,7 @@ class Blend(Trigger):
     ShapeError when called on images of neither 1 nor 3 channels.
     """
 
-    def __init__(self, *, ratio: float = 0.5, image: str | None = None, seed: int = 0) -> None:
+    def __init__(self, *, ratio: float = 0.5, image: FilePath | None = None, seed: int = 0) -> None:
         super().__init__(seed=seed)
         if not 0 < ratio <= 1:
             raise ConfigError.expected("blend: ratio", "a number in (0, 1]", ratio)

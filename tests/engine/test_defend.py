@@ -143,7 +143,7 @@ def test_another_output_leaves_the_runs_own_folder_as_it_was(tmp_path) -> None:
 def test_a_clean_run_may_be_defended(tmp_path) -> None:
     spec = replace(clean_twin(tiny_spec()), defenses=(PartSpec("fine-tuning", {"clean_fraction": 0.5}),))
     run = Runner(spec, tmp_path).attack(spec)
-    assert set(run.record.metrics) == {"ba"} and "-clean-fine-tuning-" in run.folder.path.name
+    assert set(run.record.metrics) == {"ba", "cad"} and "-clean-fine-tuning-" in run.folder.path.name
 
 
 def test_interrupted_it_starts_over_from_its_parent(tmp_path) -> None:
@@ -162,7 +162,7 @@ def test_interrupted_it_starts_over_from_its_parent(tmp_path) -> None:
         run_defense(load_run(folder.path), PartSpec("fine-tuning"))
     session.workplace.observer = Counting()
     assert outcome(session.finish(spec)) == outcome(whole)
-    assert session.observer.epochs == 3
+    assert session.workplace.observer.epochs == 3
 
 
 class Bad(Defense):

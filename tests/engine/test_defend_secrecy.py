@@ -19,8 +19,10 @@ from backdoorbench_moe.config import PoisonSpec, RunSpec
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.defenses.base import NEEDS, Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.judgement import Judgement
+from backdoorbench_moe.engine import runner
 from backdoorbench_moe.engine.build import Stamper
 from backdoorbench_moe.engine.graph import needs
+from backdoorbench_moe.engine.makers import defend as makers_defend
 from backdoorbench_moe.engine.makers.defend import DefenseMaker
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.runner import Runner
@@ -137,7 +139,9 @@ def test_stages_are_measured_by_the_engine_after_the_defense_has_returned(
     )
     spec = defended_spec({"name": "spy", "stages": ["one", "two"]})
     run = Runner(spec, tmp_path).finish(spec)
-    assert calls == [0, 2, 2, 2, 2], "the victim's once; then, both reports made, before, one, two and last"
+    assert calls == [0, 0, 2, 2, 2], (
+        "the victim, and before the defense; then, both reports made, one, two and last"
+    )
     assert Spy.answers == [None, None]
     stages = {stage["name"]: stage["metrics"] for stage in run.record.stages}
     assert list(stages) == ["before", "one", "two", "last"]
@@ -157,8 +161,12 @@ def test_stages_are_measured_by_the_engine_after_the_defense_has_returned(
 
 
 @pytest.mark.parametrize("part", [PRUNING, TUNING], ids=["fine-pruning", "fine-tuning"])
-def test_the_outcome_does_not_depend_on_the_attack(tmp_path, part) -> None:
+def test_the_outcome_does_not_depend_on_the_attack(tmp_path, monkeypatch, part) -> None:
     """The same weights under another trigger, target and poisoned set: the defended weights are the same."""
+    # The model that is put in the place of the other attack's is not the one of its record.
+    for check in ("check_model", "check_same"):
+        monkeypatch.setattr(makers_defend, check, lambda *_: None)
+    monkeypatch.setattr(runner, "check_model", lambda *_: None)
     one, two = defended_spec(part), defended_spec(part, trigger="blend", poison={"rate": 0.5, "target": 2})
     runs = []
     for spec in (one, two):

@@ -55,9 +55,15 @@ class Counting(Observer):
 class Placed(Tiny):
     """Other images at every root."""
 
+    file: Path | None = None
+
     def __init__(self, *, root: str, train_images: int | None = None) -> None:
         super().__init__(salt=int(root), train_images=train_images)
         self.root = root
+
+    def source(self) -> Path | None:
+        """A file, if there is one."""
+        return self.file
 
 
 def test_the_run_folder_holds_all_the_design_says(tmp_path) -> None:
@@ -226,9 +232,31 @@ def test_a_finished_run_of_other_data_is_not_taken_for_this_one(tmp_path, monkey
     again = Counting()
     [moved] = run_attack(specs[2], output=tmp_path, twin=False, observer=again)
     assert again.epochs == 0 and outcome(moved) == outcome(first)
-    # The very place it was made from: nothing is read.
-    monkeypatch.setattr(Placed, "read", None)
-    assert run_attack(specs[0], output=tmp_path, twin=False)[0].record == first.record
+
+
+def test_data_whose_files_have_not_changed_are_not_read_again(tmp_path, monkeypatch) -> None:
+    """The fingerprint decides: of another one, the content; without one, the content, too."""
+    monkeypatch.setitem(registry._local, "placed", Placed)
+    file = tmp_path / "images.bin"
+    file.write_bytes(b"abc")
+    monkeypatch.setattr(Placed, "file", file)
+    spec = tiny_spec(dataset={"name": "placed", "root": "1", "train_images": 32})
+    [first] = run_attack(spec, output=tmp_path, twin=False)
+    assert first.record.data["fingerprint"]
+    reads = []
+    read = Placed.read
+    monkeypatch.setattr(Placed, "read", lambda self: (reads.append(1), read(self))[1])
+    assert run_attack(spec, output=tmp_path, twin=False)[0].record == first.record and not reads
+    os.utime(file, ns=(0, 0))
+    assert run_attack(spec, output=tmp_path, twin=False)[0].record == first.record and len(reads) == 1
+    file.write_bytes(b"abcd")
+    monkeypatch.setattr(Placed, "_split", lambda self, count, seed: Tiny._split(self, count, seed + 9))
+    with pytest.raises(RecordError, match="was made from other data"):
+        run_attack(spec, output=tmp_path, twin=False)
+    first.record.data["fingerprint"] = None
+    first.folder.write(first.record)
+    with pytest.raises(RecordError, match="was made from other data"):
+        run_attack(spec, output=tmp_path, twin=False)
 
 
 @pytest.mark.parametrize(

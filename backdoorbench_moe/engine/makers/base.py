@@ -13,8 +13,9 @@ from backdoorbench_moe.collapse import collapsed
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.device import environment
 from backdoorbench_moe.engine.evaluate import Metrics, measure
+from backdoorbench_moe.engine.files import keep_files
 from backdoorbench_moe.engine.graph import is_attacked
-from backdoorbench_moe.engine.names import plugin_packages
+from backdoorbench_moe.engine.names import plugin_packages, plugin_sources
 from backdoorbench_moe.engine.observer import StopRun
 from backdoorbench_moe.engine.run import Run, check_data, check_plugins
 from backdoorbench_moe.engine.setup import Setup
@@ -62,6 +63,7 @@ class Maker(ABC):
         record = self.new_record(inputs)
         if checkpoint:
             self._check_continued(folder, record)
+        record.files = keep_files(self.spec, folder)
         folder.write(record)
         try:
             self.complete(folder, record, checkpoint)
@@ -75,6 +77,7 @@ class Maker(ABC):
             folder.write(record)
             raise
         record.status, record.near_chance = "finished", collapsed(record)
+        record.model_sha256 = folder.model_sha256
         folder.write(record)
         folder.drop_checkpoint()
         return Run(folder, record)
@@ -94,6 +97,7 @@ class Maker(ABC):
             "train_images": len(images.train),
             "test_images": len(images.test),
             "digest": images.digest,
+            "fingerprint": workplace.fingerprint,
             "chance": 100 * chance_rate(images.test.labels.bincount().tolist()),
         }
         record.parts = self.setup.describe_parts()
@@ -103,8 +107,13 @@ class Maker(ABC):
             for r, run in inputs.items()
         ]
         record.seeds = {"run": spec.seed} | {p: derive_seed(spec.seed, p) for p in SEED_PURPOSES}
-        record.environment = environment(workplace.device, workplace.precision, plugin_packages(spec))
+        record.environment = self.environment()
         return record
+
+    def environment(self) -> dict[str, Any]:
+        """What the run is made with, for the record."""
+        device, precision = self.workplace.device, self.workplace.precision
+        return environment(device, precision, plugin_packages(self.spec), plugin_sources(self.spec))
 
     def model_header(self) -> dict[str, str]:
         """What the model file says of itself: above all, whether it is backdoored."""

@@ -17,6 +17,7 @@ from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.engine.build import describe, fresh_model
+from backdoorbench_moe.engine.consistency import check_same
 from backdoorbench_moe.engine.device import reproducible
 from backdoorbench_moe.engine.evaluate import Metrics
 from backdoorbench_moe.engine.filtering import measure_filtered
@@ -25,7 +26,7 @@ from backdoorbench_moe.engine.inference import features, logits, losses, routing
 from backdoorbench_moe.engine.judging import save_judgements
 from backdoorbench_moe.engine.makers.base import Checkpoint, Maker
 from backdoorbench_moe.engine.poison import poisoned, stamp_places
-from backdoorbench_moe.engine.run import Run, check_data
+from backdoorbench_moe.engine.run import Run, check_data, check_model
 from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.engine.train import load_weights
 from backdoorbench_moe.engine.tune import Tuner
@@ -98,18 +99,24 @@ class DefenseMaker(Maker):
         self.defense = build_defenses(spec, self.setup)[-1]
         self.seed = derive_seed(spec.seed, "defense", len(spec.defenses) - 1)
         self.model = self.setup.model
+        self.before: Metrics | None = None
 
     def prepare(self, inputs: Mapping[str, Run]) -> None:
-        """Load the parent's weights.
+        """Load the parent's weights, and measure the model before the defense.
 
         Raises:
-            RecordError: The parent is another spec's run, was made from other data, or its weights do not fit.
+            RecordError: The parent is another spec's run, was made from other data, its weights do not fit, or its
+                model does not give the numbers of its record.
         """
         parent = inputs[PARENT]
         self._check_parent(parent)
         tensors, _ = parent.folder.load_tensors()
         load_weights(self.model, tensors, str(parent.folder.path / MODEL))
+        check_model(parent)
         self.model.eval().to(self.workplace.device).to(memory_format=torch.channels_last)
+        if self.before is None:
+            [self.before] = self.measure([self.model], recovery=True)
+            check_same(parent, self.before, self.environment())
 
     def _check_parent(self, parent: Run) -> None:
         folder, record, there = parent.folder, parent.record, self.workplace.images.classes
@@ -133,7 +140,8 @@ class DefenseMaker(Maker):
         result = self._defend(stages, tuner)
         evaluated = time.perf_counter()
         names, kept, seconds = zip(*stages.kept, strict=True)
-        metrics = self._measure_stages(kept, result)
+        assert self.before is not None
+        metrics = [self.before, *self._measure_stages(kept[1:], result)]
         record.stages = [
             {"name": name, "metrics": found, "seconds": taken}
             for name, found, taken in zip(names, metrics, seconds, strict=True)

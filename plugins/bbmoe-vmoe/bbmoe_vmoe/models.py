@@ -15,6 +15,7 @@ from backdoorbench_moe.moe.layers import (
     SparseMoELayer,
     TopKRouter,
 )
+from backdoorbench_moe.options import FilePath
 from bbmoe_vmoe.routed_vit import RoutedViT
 
 
@@ -80,7 +81,7 @@ class VMoE(RoutedViT):
         load: float = 0.005,
         capacity: float | None = 1.05,
         eval_capacity: float | None = None,
-        upcycle: str | None = None,
+        upcycle: FilePath | None = None,
     ) -> None:
         super().__init__(
             num_classes=num_classes,
@@ -149,7 +150,7 @@ class SoftMoE(RoutedViT):
         moe_blocks: str | int | tuple[int, ...] = "every-2",
         num_experts: int = 8,
         slots: int | None = None,
-        upcycle: str | None = None,
+        upcycle: FilePath | None = None,
     ) -> None:
         super().__init__(
             num_classes=num_classes,

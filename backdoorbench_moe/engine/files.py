@@ -1,0 +1,101 @@
+"""Files that a spec's options name: part of the spec by their content, not by their path."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.engine.names import REGISTRIES
+from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.records import MODEL, NamedFile, RunFolder, write_atomically
+
+# A larger file is not copied into the run folder; it has to stay where it is.
+KEPT_BYTES = 4 << 20
+FILES = "files"
+
+
+def named_files(spec: RunSpec) -> Iterator[tuple[str, Path]]:
+    """Every file that an option of the spec names, by the option's key; a run folder stands for its model file.
+
+    Values that name nothing on disk are left out: the part itself says what it expected.
+    """
+    for kind, start, part in spec.options_by_key():
+        if not any(isinstance(value, str) for value in part.options.values()):
+            continue
+        for name, option in REGISTRIES[kind].options(part.name).items():
+            value = part.options.get(name)
+            if option.names_file and isinstance(value, str):
+                path = Path(value).expanduser()
+                path = path / MODEL if path.is_dir() else path
+                if path.is_file():
+                    yield f"{start}{name}", path.absolute()
+
+
+def pin_files(spec: RunSpec) -> RunSpec:
+    """Put the SHA-256 of every named file into the spec, and its absolute path into the option.
+
+    A hash that the spec holds already is checked, see `check_files`.
+
+    Raises:
+        RecordError: A file cannot be read, or is not the one that the spec was made with.
+    """
+    found = dict(named_files(spec))
+    if not found and not spec.files:
+        return spec
+    check_files(spec)
+    hashes = {key: spec.files.get(key) or sha256_of(path) for key, path in found.items()}
+    pinned = spec.with_options({key: str(path) for key, path in found.items()})
+    return replace(pinned, files={**spec.files, **hashes})
+
+
+def check_files(spec: RunSpec) -> None:
+    """Raise RecordError if a file that the spec holds the hash of is missing or has another content now."""
+    found = dict(named_files(spec))
+    for key, known in spec.files.items():
+        if key not in found:
+            raise RecordError(f"{key}: the file that the run was made with is not there any more")
+        if (now := sha256_of(found[key])) != known:
+            raise RecordError(
+                f"{key}: {found[key]} has changed: expected a file of SHA-256 {known[:16]}, found {now[:16]}"
+            )
+
+
+def keep_files(spec: RunSpec, folder: RunFolder) -> list[NamedFile]:
+    """Describe the named files for the record, and copy the small ones into the run folder."""
+    kept = []
+    for key, path in named_files(spec):
+        if key in spec.files:
+            size = path.stat().st_size
+            name = f"{FILES}/{key}{path.suffix}" if size <= KEPT_BYTES else None
+            if name is not None:
+                target = folder.path / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(target, partial(shutil.copyfile, path))
+            kept.append(NamedFile(key=key, name=path.name, sha256=spec.files[key], bytes=size, kept=name))
+    return kept
+
+
+def locate_files(spec: RunSpec, files: list[NamedFile], folder: RunFolder) -> RunSpec:
+    """The spec of a run with the paths of the copies in its folder, where there are such.
+
+    Raises:
+        RecordError: A file, or its copy, is missing or not the one that the run was made with.
+    """
+    copies = {file["key"]: str((folder.path / file["kept"]).absolute()) for file in files if file["kept"]}
+    located = spec.with_options(copies)
+    check_files(located)
+    return located
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, hex. Raises RecordError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read: {error.strerror}") from error

@@ -1,0 +1,95 @@
+"""Whatever changed under a run's name: it is not taken for the answer."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from tiny import tiny_spec
+
+from backdoorbench_moe import triggers
+from backdoorbench_moe.config import PartSpec
+from backdoorbench_moe.engine import names
+from backdoorbench_moe.engine.run import load_run
+from backdoorbench_moe.engine.runner import run_attack, run_defense
+from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.plugins import Candidate
+
+TUNING = PartSpec("fine-tuning", {"clean_fraction": 0.5, "epochs": 1})
+
+
+def test_a_replaced_model_file_is_refused(tmp_path) -> None:
+    [run] = run_attack(tiny_spec(), output=tmp_path, twin=False)
+    tensors, header = run.folder.load_tensors()
+    tensors["head.bias"] += 1
+    run.folder.save_model(tensors, header)
+    for use in (
+        run.model,
+        lambda: run_attack(tiny_spec(), output=tmp_path, twin=False),
+        lambda: run_defense(load_run(run.folder.path), TUNING),
+    ):
+        with pytest.raises(RecordError, match="was replaced after the run was finished"):
+            use()
+
+
+def test_the_net_numbers_that_are_not_the_records_are_refused(tmp_path) -> None:
+    """Whatever the reason: here a record of before model files were hashed, whose file was replaced."""
+    [run] = run_attack(tiny_spec(train={"epochs": 20, "batch_size": 8}), output=tmp_path, twin=False)
+    tensors, header = run.folder.load_tensors()
+    tensors["head.bias"][0] += 1e6
+    run.folder.save_model(tensors, header)
+    run.record.model_sha256 = None
+    run.folder.write(run.record)
+    with pytest.raises(
+        RecordError, match=r"its record says (BA|ASR) .* measured again it is (33\.33|100\.00)% of"
+    ):
+        run_defense(load_run(run.folder.path), TUNING)
+    assert [path.name for path in tmp_path.iterdir()] == [run.folder.path.name], "nothing was written"
+    # Another precision gives other numbers anyway.
+    run.record.environment["precision"] = "bf16"
+    run.folder.write(run.record)
+    assert run_defense(load_run(run.folder.path), TUNING).record.status == "finished"
+
+
+CODE = """
+from backdoorbench_moe.triggers.square import Square
+
+
+class Mark(Square):
+    pass
+"""
+
+
+@pytest.mark.parametrize("package", [True, False])
+def test_plug_in_code_edited_without_a_new_version(tmp_path, monkeypatch, package) -> None:
+    home, module = tmp_path / "site", "some_marks" if package else "more_marks"
+    file = home / module / "inner.py" if package else home / f"{module}.py"
+    file.parent.mkdir(parents=True)
+    if package:
+        (file.parent / "__init__.py").touch()
+    file.write_text(CODE)
+    monkeypatch.syspath_prepend(str(home))
+    target = f"{module}.inner:Mark" if package else f"{module}:Mark"
+    candidate = Candidate("trigger", "mark", target, "some-marks", "0.1.0")
+    monkeypatch.setitem(triggers.registry._found[0], "mark", candidate)
+    spec = tiny_spec(trigger="mark")
+    [run] = run_attack(spec, output=tmp_path / "runs", twin=False)
+    assert set(run.record.environment["sources"]) == {"some-marks"}
+    assert run_attack(spec, output=tmp_path / "runs", twin=False)[0].record == run.record
+    file.write_text(CODE + "# edited\n")
+    with pytest.raises(
+        RecordError, match="the code of some-marks has changed since it was made; delete it or use"
+    ):
+        run_attack(spec, output=tmp_path / "runs", twin=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_the_hash_of_code_is_one_of_names_and_contents(tmp_path, monkeypatch) -> None:
+    (tmp_path / "some_code").mkdir()
+    for name in ("__init__.py", "a.py"):
+        (tmp_path / "some_code" / name).write_text("x = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    first = names._hash_code("some_code")
+    (tmp_path / "some_code" / "a.py").rename(tmp_path / "some_code" / "b.py")
+    assert names._hash_code("some_code") != first
