@@ -87,7 +87,7 @@ def call_fault(part: type, *, given: Collection[str] = (), needs: Collection[str
         p.name for p in parameters if p.kind in by_place and p.default is REQUIRED and p.name not in given
     ]
     if needed:
-        return f"{part.__name__} takes {', '.join(needed)} by place; expected keyword-only options"
+        return f"{part.__name__} takes {', '.join(needed)} as positional arguments; expected keyword-only options"
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         lacking = sorted(set(given) - {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY})
         if lacking:

@@ -159,7 +159,7 @@ class Registry(Generic[T]):
         family, colon, argument = name.partition(":")
         option = getattr(self.lookup(name), "name_argument", None)
         if colon and option is None:
-            raise ConfigError(f"{self.kind} {family!r}: takes no ':{argument}' behind its name")
+            raise ConfigError(f"{self.kind} {family!r}: does not take ':{argument}' after its name")
         return {option: argument} if colon and option else {}
 
     def _unknown(self, name: str) -> BbmoeError:
@@ -179,5 +179,5 @@ class Registry(Generic[T]):
         """Why an object is not a part of the kind, or None if it is one."""
         module, _, name = self._base.partition(":")
         if not isinstance(part, type) or not issubclass(part, getattr(import_module(module), name)):
-            return f"{part!r} is no subclass of {self._base}"
+            return f"{part!r} is not a subclass of {self._base}"
         return call_fault(part, given=self.given, needs=self.needs)
