@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
@@ -18,6 +19,7 @@ import yaml
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
 from backdoorbench_moe.options import convert
 from backdoorbench_moe.package_recipes import model_recipe
+from backdoorbench_moe.plain import plain
 
 RECIPES = ("quick", "paper")
 PARTS = ("dataset", "model", "trigger", "applicator")
@@ -39,6 +41,10 @@ class PartSpec:
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", plain(self.name))
+        object.__setattr__(self, "options", plain(self.options))
 
     def to_dict(self) -> Values:
         """{"name": ..., option: value, ...}."""
@@ -266,6 +272,11 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+# YAML 1.1, which PyYAML reads, takes 1e-3 for a text: it wants 1.0e-3. This is the rule of YAML 1.2.
+_EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+
+
 def load_yaml(path: Path) -> Values:
     """Read a config file. Raises ConfigError naming the file (and line) where it cannot be read."""
     try:
@@ -286,7 +297,7 @@ def parse_setting(text: str) -> Values:
     if not equals or not all(key.split(".")):
         raise ConfigError.expected("--set", "dotted.key=value", text)
     try:
-        parsed = yaml.safe_load(value)
+        parsed = yaml.load(value, Loader=_Loader)
     except YAML_ERRORS as error:
         raise ConfigError.expected("--set", "a YAML value behind '='", text) from error
     _check_plain(parsed, f"--set {key}")
