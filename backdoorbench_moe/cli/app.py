@@ -11,6 +11,7 @@ import click
 
 from backdoorbench_moe import __version__
 from backdoorbench_moe.errors import BbmoeError, BbmoeWarning
+from backdoorbench_moe.spelling import near_names
 
 COMMANDS = {
     "attack": "Backdoor a model and measure it.",
@@ -48,10 +49,8 @@ class LazyGroup(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Refuse an unknown command with near names."""
-        import difflib
-
         if args and args[0] not in self.commands_help and not args[0].startswith("-"):
-            near = difflib.get_close_matches(args[0], self.commands_help, n=1)
+            near = near_names(args[0], self.commands_help, most=1)
             known = ", ".join(self.commands_help)
             advice = f" Did you mean {near[0]!r}?" if near else f" Commands: {known}."
             raise click.UsageError(f"No such command {args[0]!r}.{advice}", ctx)
