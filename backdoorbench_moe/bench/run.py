@@ -21,6 +21,7 @@ from backdoorbench_moe.bench.worker import Job, Outcome
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.runner import Session, link_twin, load_run
 from backdoorbench_moe.errors import BbmoeError, ConfigError, RecordError
+from backdoorbench_moe.paths import expand
 from backdoorbench_moe.records import RunFolder
 
 
@@ -64,7 +65,7 @@ def run_suite(
     BbmoeError, before anything is trained, for what a user can mend.
     """
     deadline = None if budget is None else time.time() + budget
-    output, specs = Path(output), list(order(suite))
+    output, specs = expand(output), list(order(suite))
     todo = [run.spec for run in look(specs, output, known) if run.status != "finished"]
     report = Report(total=len(specs), found=len(specs) - len(todo))
     check(suite, todo, output, on_check)

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import click
 
+from backdoorbench_moe.cli.params import PATH
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.paths import expand
 
 
 @click.command("analyze")
-@click.argument("run", type=Path, metavar="RUN")
-@click.option("--against", type=Path, metavar="RUN2", help="Compare with this run.  [the clean twin]")
+@click.argument("run", type=PATH, metavar="RUN")
+@click.option("--against", type=PATH, metavar="RUN2", help="Compare with this run.  [the clean twin]")
 @click.option(
     "--images", metavar="N|FILE,..",
     help="Test images by number, or image files, for patch maps.  [one of each of six classes]",
@@ -21,7 +23,7 @@ from backdoorbench_moe.errors import ConfigError
     help="At most so many images to measure muted and patched experts on.",
 )  # fmt: skip
 @click.option(
-    "--output", type=Path, metavar="DIR", help="Where analysis.json, report.html and figures/ go.  [RUN]"
+    "--output", type=PATH, metavar="DIR", help="Where analysis.json, report.html and figures/ go.  [RUN]"
 )
 @click.option("--data-root", metavar="DIR", help="Where the data set lies.  [where it lay]")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [the run's]")
@@ -77,4 +79,4 @@ def _images(text: str) -> list[int | Path]:
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
         raise ConfigError.expected("--images", "numbers of test images such as 3,17, or files", text)
-    return [int(part) if part.removeprefix("-").isdecimal() else Path(part) for part in parts]
+    return [int(part) if part.removeprefix("-").isdecimal() else expand(part) for part in parts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import warnings
 from importlib import import_module
@@ -10,6 +11,8 @@ from typing import Any
 import click
 
 from backdoorbench_moe import __version__
+from backdoorbench_moe.cli.signals import Terminated, interrupt_on_signals
+from backdoorbench_moe.cli.streams import give_up_stdout, prepare_streams, say
 from backdoorbench_moe.errors import BbmoeError, BbmoeWarning
 from backdoorbench_moe.spelling import near_names
 
@@ -62,8 +65,20 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(self.commands_help.items()))
 
 
+class Root(LazyGroup):
+    """The group of all commands."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a closed pipe is left to `main`."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            # Without its number, by which click would know it, and exit with 1.
+            raise BrokenPipeError("standard output was closed") from error
+
+
 @click.group(
-    cls=LazyGroup,
+    cls=Root,
     commands_help=COMMANDS,
     package=__package__,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -74,28 +89,50 @@ def bbmoe() -> None:
 
 
 def main() -> None:
-    """Run `bbmoe`; what a user did wrong is one line and exit code 2, never a traceback."""
+    """Run `bbmoe` and exit.
+
+    Exit codes: 2 and one line, never a traceback, for what a user or the machine did wrong; 128 + N after signal
+    N, such as 130 for Ctrl-C and 143 for SIGTERM; other codes are those of the command.
+    """
+    prepare_streams()
     warnings.showwarning = _show_warning  # type: ignore[assignment]
+    sys.exit(_run())
+
+
+def _run() -> int | str:
     try:
-        sys.exit(bbmoe.main(prog_name="bbmoe", standalone_mode=False) or 0)
+        with interrupt_on_signals():
+            try:
+                return bbmoe.main(prog_name="bbmoe", standalone_mode=False) or 0
+            finally:
+                # Here and not at Python's exit, where a full disk would be a traceback.
+                sys.stdout.flush()
     except click.ClickException as error:
         error.show()
-        sys.exit(2)
     except BbmoeError as error:
-        click.echo(f"bbmoe: error: {error}", err=True)
-        sys.exit(2)
+        say(f"bbmoe: error: {error}")
     except MemoryError as error:
-        click.echo(f"bbmoe: error: not enough memory: {error}", err=True)
-        sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        goes_on = "goes on from the last finished epoch (a defense: from its start)"
-        click.echo(f"bbmoe: interrupted; the same command {goes_on}", err=True)
-        sys.exit(130)
+        say(f"bbmoe: error: not enough memory: {error}")
     except BrokenPipeError:
-        sys.exit(141)
+        give_up_stdout()
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        give_up_stdout()
+        say(f"bbmoe: error: {error.filename or 'standard output'}: {error.strerror or error}")
+    except (click.Abort, KeyboardInterrupt) as error:
+        cause = error.__cause__ if isinstance(error, click.Abort) else error
+        number, name = (
+            (cause.number, f" by {cause}") if isinstance(cause, Terminated) else (signal.SIGINT, "")
+        )
+        say(
+            f"bbmoe: interrupted{name}; the same command goes on from the last finished epoch "
+            "(a defense: from its start)"
+        )
+        return 128 + number
+    return 2
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    """Say our own warnings in one line; other libraries' do not concern the user of the command."""
+    """Print this package's own warnings in one line; those of other libraries do not concern the user."""
     if issubclass(category, BbmoeWarning):
-        click.echo(f"bbmoe: warning: {message}", err=True)
+        say(f"bbmoe: warning: {message}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from backdoorbench_moe.cli.params import PATH
 from backdoorbench_moe.config import RunSpec, Values, build_spec, chain_settings, load_yaml, merge
 from backdoorbench_moe.errors import ConfigError
 
@@ -61,7 +62,7 @@ def spec_options(function: Any) -> Any:
         click.option("--seed", type=int, metavar="N", help="[0]"),
         click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [auto]"),
         click.option("--precision", metavar="KIND", help="auto, fp32 or bf16.  [auto]"),
-        click.option("--config", type=Path, metavar="FILE", help="YAML with any of these values."),
+        click.option("--config", type=PATH, metavar="FILE", help="YAML with any of these values."),
         click.option(
             "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any value, by dotted key."
         ),
@@ -90,7 +91,7 @@ def spec_from_flags(config: Path | None, settings: tuple[str, ...], flags: dict[
 @click.command("attack")
 @spec_options
 @click.option("--repeats", type=int, default=1, show_default=True, help="Runs with seeds SEED, SEED + 1, ...")
-@click.option("--output", type=Path, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
 @click.option(
     "--probe", type=int, metavar="N", help="Keep the routing of N test images after every epoch.  [0]"
 )

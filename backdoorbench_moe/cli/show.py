@@ -8,9 +8,11 @@ from pathlib import Path
 
 import click
 
+from backdoorbench_moe.cli.params import PATH
+
 
 @click.command("show")
-@click.argument("runs", type=Path, nargs=-1, required=True, metavar="RUN...")
+@click.argument("runs", type=PATH, nargs=-1, required=True, metavar="RUN...")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON.")
 @click.option("--markdown", is_flag=True, help="Print one Markdown table of all runs.")
 def command(runs: tuple[Path, ...], as_json: bool, markdown: bool) -> None:

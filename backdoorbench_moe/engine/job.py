@@ -26,6 +26,7 @@ from backdoorbench_moe.engine.poison import (
     triggered_test,
 )
 from backdoorbench_moe.engine.probe import Probe, check_probe
+from backdoorbench_moe.engine.torch_state import default_torch_state
 from backdoorbench_moe.engine.train import Trainer
 from backdoorbench_moe.errors import BbmoeWarning, RecordError, UnknownNameError
 from backdoorbench_moe.models.base import StartsFromFile
@@ -57,11 +58,13 @@ class Run:
             raise UnknownNameError(f"run {self.folder.path}: metric", metric, self.record.metrics)
         return self.record.metrics[metric]["value"]
 
+    @default_torch_state()
     def model(self) -> nn.Module:
         """The trained model, on the CPU, in evaluation mode. Raises RecordError if its file does not fit."""
         tensors, _ = self.folder.load_tensors()
         return parts.load_model(self.spec, self.record.data, tensors, str(self.folder.path / MODEL))
 
+    @default_torch_state()
     def stamper(self) -> parts.Stamper:
         """The trigger and applicator as this run used them. Raises ConfigError for a clean run."""
         return parts.build_stamper(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.paths import expand
 
 SIDE = 128
 LIGHT = ((255, 220, 30), (255, 170, 200), (255, 255, 245), (120, 235, 255))
@@ -47,10 +46,10 @@ def read_picture(path: str) -> Tensor:
     other than RGB, palette or 8-bit grey.
     """
     parameter = "blend: image"
-    if not Path(path).is_file():
+    if not expand(path).is_file():
         raise ConfigError.expected(parameter, "a picture file", path)
     try:
-        with Image.open(path) as file:
+        with Image.open(expand(path)) as file:
             mode = file.mode + (" with transparency" if file.has_transparency_data else "")
             file.load()
             pixels = np.array(file.convert("RGB"))

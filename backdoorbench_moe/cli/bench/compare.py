@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from backdoorbench_moe.cli.params import PATH
+
 FORMATS = ("rich", "markdown", "csv")
 
 
@@ -19,7 +21,7 @@ FORMATS = ("rich", "markdown", "csv")
     metavar="NAME",
     help="asr, ba, cad, ra, or STAGE.asr.  [the tables']",
 )
-@click.option("--output", type=Path, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
 @click.option(
     "--format", "form", type=click.Choice(FORMATS), default="rich", show_default=True, help="What to print."
 )

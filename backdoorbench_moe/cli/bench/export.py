@@ -6,12 +6,14 @@ from pathlib import Path
 
 import click
 
+from backdoorbench_moe.cli.params import PATH
+
 
 @click.command("export")
 @click.argument("name", metavar="SUITE")
 @click.option("--scale", metavar="NAME", help="A scale of the suite.  [its first]")
 @click.option("--repeats", type=int, metavar="N", help="Seeds a cell.  [the suite's]")
-@click.option("--output", type=Path, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
 @click.option("--csv", "csv_file", metavar="FILE", help="Write a row for each run; - for the terminal.")
 @click.option("--jsonl", "jsonl_file", metavar="FILE", help="Write a record a line; - for the terminal.")
 def command(
@@ -42,9 +44,10 @@ def command(
 
 
 def _write(text: str, file: str) -> None:
+    from backdoorbench_moe.paths import expand
     from backdoorbench_moe.records import write_atomically
 
     if file == "-":
         click.echo(text, nl=False)
     else:
-        write_atomically(Path(file), lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(expand(file), lambda path: path.write_text(text, encoding="utf-8"))

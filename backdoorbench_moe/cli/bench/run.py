@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from backdoorbench_moe.cli.bench.options import WITH
+from backdoorbench_moe.cli.params import PATH
 
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.engines import Engine
@@ -41,7 +42,7 @@ FAILED, UNFINISHED = 1, 3
 @WITH
 @click.option("--budget", metavar="TIME", help="Stop when 90s, 9m or 1h30m are over.")
 @click.option("--dry-run", is_flag=True, help="List the runs and how long they will take; train nothing.")
-@click.option("--output", type=Path, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
 @click.option("--data-root", metavar="DIR", help="Where the data set lies.")
 @click.option("--download", is_flag=True, default=None, help="Fetch the data set if it is not there.")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [auto]")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from backdoorbench_moe.cli.bench.options import WITH
+from backdoorbench_moe.cli.params import PATH
 
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.results import ResultSet
@@ -18,9 +19,9 @@ FORMATS = ("rich", "markdown", "csv", "latex", "html")
 @click.command("table")
 @click.argument("name", metavar="SUITE")
 @click.option("--scale", metavar="NAME", help="A scale of the suite.  [its first]")
-@click.option("--output", type=Path, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
 @click.option(
-    "--from", "source", type=Path, metavar="DIR", help="A results folder to read, instead of run folders."
+    "--from", "source", type=PATH, metavar="DIR", help="A results folder to read, instead of run folders."
 )
 @WITH
 @click.option(
@@ -35,7 +36,7 @@ FORMATS = ("rich", "markdown", "csv", "latex", "html")
     "--format", "form", type=click.Choice(FORMATS), default="rich", show_default=True, help="What to print."
 )
 @click.option(
-    "--save", type=Path, metavar="DIR", help="Write a results folder: records, tables, plots and a page."
+    "--save", type=PATH, metavar="DIR", help="Write a results folder: records, tables, plots and a page."
 )
 def command(
     name: str,

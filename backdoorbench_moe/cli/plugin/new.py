@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from backdoorbench_moe.cli.params import PATH
 from backdoorbench_moe.plugins import KINDS
 
 
@@ -15,7 +16,7 @@ from backdoorbench_moe.plugins import KINDS
 @click.option(
     "--kind", "kinds", multiple=True, metavar="KIND", help=f"{', '.join(KINDS)}; once for each.  [trigger]"
 )
-@click.option("--output", type=Path, default=Path(), metavar="DIR", help="Where its folder is made.  [here]")
+@click.option("--output", type=PATH, default=Path(), metavar="DIR", help="Where its folder is made.  [here]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(name: str, kinds: tuple[str, ...], output: Path, as_json: bool) -> None:
     """Write the package NAME (as bbmoe-stripes) with a part of each --kind, which works as it is.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.paths import expand
 
 if TYPE_CHECKING:
     from bbmoe_vmoe.models import RoutedViT
@@ -26,7 +26,7 @@ def read_dense(path: str) -> tuple[dict[str, Tensor], str]:
 
     Raises ConfigError if there is no such file, or it holds no tensors.
     """
-    file = Path(path)
+    file = expand(path)
     file = file / "model.safetensors" if file.is_dir() else file
     try:
         with file.open("rb") as stream:
