@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.threads import Look, threads_option, use_threads
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.paths import expand
 
@@ -27,6 +28,7 @@ from backdoorbench_moe.paths import expand
 )
 @click.option("--data-root", metavar="DIR", help="Where the data set lies.  [where it lay]")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [the run's]")
+@threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print analysis.json, and nothing else.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def command(
@@ -38,6 +40,7 @@ def command(
     output: Path | None,
     data_root: str | None,
     device: str | None,
+    threads: int | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -48,6 +51,7 @@ def command(
     about, if the run was made with --probe. Of a dense model only what needs no routing. All of it goes to
     analysis.json, figures/*.png, and report.html, one page that opens offline.
     """
+    look = Look.now()
     chosen = None if images is None else _images(images)
     from backdoorbench_moe.analysis.analyze import analyze_run
     from backdoorbench_moe.analysis.document import as_document, to_text
@@ -57,6 +61,7 @@ def command(
     from backdoorbench_moe.engine.runner import load_run
 
     opened, other = load_run(run), None if against is None else load_run(against)
+    use_threads(threads, look, device or opened.spec.device)
     place = opened.folder.path if output is None else output
     check_output(place)
     analysis = analyze_run(

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.threads import Look, threads_option, use_threads
 from backdoorbench_moe.config import RunSpec, Values, build_spec, chain_settings, load_yaml, merge
 from backdoorbench_moe.errors import ConfigError
 
@@ -96,6 +97,8 @@ def spec_from_flags(config: Path | None, settings: tuple[str, ...], flags: dict[
     "--probe", type=int, metavar="N", help="Keep the routing of N test images after every epoch.  [0]"
 )
 @click.option("--twin/--no-twin", default=True, help="Train the clean twin, for CAD.  [twin]")
+@threads_option
+@click.option("--dry-run", is_flag=True, help="List the runs and how long they will take; train nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON, and nothing else.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def command(
@@ -105,6 +108,8 @@ def command(
     repeats: int,
     output: Path,
     twin: bool,
+    threads: int | None,
+    dry_run: bool,
     as_json: bool,
     quiet: bool,
     **flags: Any,
@@ -113,12 +118,17 @@ def command(
 
     Interrupted, the same command goes on from the last finished epoch; finished, it trains nothing.
     """
+    look = Look.now()
     spec = spec_from_flags(config, settings, flags)
     if repeats < 1:
         raise ConfigError.expected("--repeats", "at least 1", repeats)
     from backdoorbench_moe.engine.names import check_names
 
     check_names(spec)
+    use_threads(threads, look, spec.device)
+    if dry_run:
+        _print_plan(spec, repeats, output, twin=twin, as_json=as_json)
+        return
     from backdoorbench_moe.cli.progress import make_observer
     from backdoorbench_moe.cli.tables import print_json, print_runs
     from backdoorbench_moe.engine.runner import run_attack
@@ -128,6 +138,30 @@ def command(
         print_json(runs)
     else:
         print_runs(runs)
+
+
+def _print_plan(spec: RunSpec, repeats: int, output: Path, *, twin: bool, as_json: bool) -> None:
+    from dataclasses import replace
+
+    from backdoorbench_moe.bench.plan import look
+    from backdoorbench_moe.bench.run import estimate
+    from backdoorbench_moe.cli.plan_table import print_plan
+    from backdoorbench_moe.engine.runner import Session
+
+    seeds = [replace(spec, seed=spec.seed + number) for number in range(repeats)]
+    specs = [each for one in seeds for each in ([one, one.clean_twin()] if twin else [one])]
+    # Each run is listed once, after those that it is made from.
+    made_from = [parent for each in specs for parent in _parents(each)]
+    runs = look(list({each.digest: each for each in [*made_from, *specs]}.values()), output)
+    session = Session(spec, output)
+    for run in runs:
+        if run.status != "finished":
+            session.check(run.spec)
+    print_plan(list(estimate(runs, output)), as_json=as_json)
+
+
+def _parents(spec: RunSpec) -> list[RunSpec]:
+    return [*_parents(spec.parent()), spec.parent()] if spec.defenses else []
 
 
 def _classes(text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import Any
@@ -20,9 +21,13 @@ def make_observer(*, quiet: bool) -> Observer:
 
 
 class _Teller(Observer):
-    """Says once what is waited for."""
+    """Says once which run is waited for."""
 
     _waited_for: str | None = None
+
+    def on_found(self, folder: str) -> None:
+        """Say so."""
+        self.on_message(f"found finished: {folder}")
 
     def on_wait(self, folder: str) -> None:
         """Say so, the first time."""
@@ -35,11 +40,12 @@ class LineObserver(_Teller):
     """One plain line for every message and epoch."""
 
     def on_message(self, text: str) -> None:
-        """Print the message."""
-        print(text, file=sys.stderr, flush=True)
+        """Print the message; a run does not end because it cannot be printed."""
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
     def on_train_start(self, name: str, *, epochs: int, done: int, images: int) -> None:
-        """Print what is trained, and from where."""
+        """Print what is trained, and after which epoch it continues."""
         self._epochs, self._images, self._done = epochs, images, done
         self._start = time.perf_counter()
         goes_on = f", going on after epoch {done}" if done else ""
@@ -106,7 +112,7 @@ class BarObserver(_Teller):
         self._bar.update(self._task, epoch=shown, loss=f"{row['loss']:.3f}")
 
     def on_train_end(self) -> None:
-        """Leave the bar on the screen and let go of it."""
+        """Leave the bar on the screen as it is."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -121,7 +121,7 @@ class Session:
         """
         folder = RunFolder(self.output / spec.name)
         if found := self._find(folder, spec):
-            self.observer.on_message(f"found finished: {folder.path}")
+            self.observer.on_found(str(folder.path))
             return found
         if spec.defenses and parent is None:
             self.check(spec)
@@ -131,7 +131,10 @@ class Session:
         if job is not None:
             job.start()
         with folder.lock(wait=(lambda: self.observer.on_wait(str(folder.path))) if wait else None):
-            return self._find(folder, spec) or (job or self._job(spec, parent)).run(folder)
+            if found := self._find(folder, spec):
+                self.observer.on_found(str(folder.path))
+                return found
+            return (job or self._job(spec, parent)).run(folder)
 
     def _job(self, spec: RunSpec, parent: Run | None) -> Job:
         return Job(spec, self) if parent is None else DefenseJob(spec, self, parent)

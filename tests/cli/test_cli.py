@@ -86,10 +86,11 @@ def test_show_many_runs_is_one_table_to_paste(bbmoe, tmp_path) -> None:
     code, out, _ = bbmoe("show", *folders, "--markdown")
     lines = out.strip().splitlines()
     assert code == 0 and len(lines) == 2 + len(folders)
-    assert lines[0].startswith("| data") and set(lines[1]) <= set("|-: ")
+    assert lines[0].startswith("| status | data") and set(lines[1]) <= set("|-: ")
     assert "square" in out and "clean" in out
     code, out, _ = bbmoe("show", *folders)
-    assert code == 0 and len(out.strip().splitlines()) == 1 + len(folders)
+    assert code == 0 and len(out.strip().splitlines()) == 2 + len(folders)
+    assert out.startswith("all 2 runs: status finished, data tiny, model pmoe")
     assert "square" in out and "CAD" in out and "…" not in out
 
 
