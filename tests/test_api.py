@@ -59,7 +59,9 @@ def make(output: Path) -> dict[str, Any]:
         logits = model(images)
     return {
         "metrics": [one.record.metrics for one in (run, defended, judged)],
-        "weights": {name: value.double().sum().item() for name, value in defended.model().state_dict().items()},
+        "weights": {
+            name: value.double().sum().item() for name, value in defended.model().state_dict().items()
+        },
         "analysis": [document[key] for key in ("routing", "capture", "carriers", "pixels")],
         "stamped": stamped.tolist(),
         "logits": logits.float().tolist(),
@@ -180,4 +182,6 @@ def test_a_tilde_is_the_home_directory_everywhere(tmp_path, monkeypatch) -> None
         bbmoe.load_run("~nobody-of-that-name/x")
     (tmp_path / "file").write_text("")
     with pytest.raises(RecordError, match=f"output folder {tmp_path}/file"):
-        bbmoe.attack(output="~/file", dataset="tiny", model=TINY_MODEL, trigger="square", poison={"rate": 0.25})
+        bbmoe.attack(
+            output="~/file", dataset="tiny", model=TINY_MODEL, trigger="square", poison={"rate": 0.25}
+        )

@@ -21,7 +21,7 @@ from backdoorbench_moe.plain import plain
 from backdoorbench_moe.triggers import create_trigger
 
 
-class Form(str, enum.Enum):
+class Form(enum.StrEnum):
     DIRTY = "dirty"
 
 
@@ -108,7 +108,9 @@ def test_a_wrong_value_of_another_library_is_named() -> None:
         build_spec({"train": {"epochs": np.float64(2.5)}})
 
 
-@pytest.mark.parametrize("text", ["1e-3", "1E-3", "+1e-3", "1.e-3", "1.0e-3", "0.1e-2", ".1e-2", "10e-4", "0.001"])
+@pytest.mark.parametrize(
+    "text", ["1e-3", "1E-3", "+1e-3", "1.e-3", "1.0e-3", "0.1e-2", ".1e-2", "10e-4", "0.001"]
+)
 def test_a_number_with_an_exponent_is_a_number_in_yaml(tmp_path, text) -> None:
     assert parse_setting(f"train.lr={text}") == {"train": {"lr": 0.001}}
     (tmp_path / "run.yaml").write_text(f"train: {{lr: {text}}}\n")

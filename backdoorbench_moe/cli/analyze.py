@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.streams import echo
 from backdoorbench_moe.cli.threads import Look, threads_option, use_threads
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.paths import expand
@@ -75,7 +76,7 @@ def command(
     )
     files = save_analysis(analysis, place)
     if as_json:
-        click.echo(to_text(as_document(analysis)), nl=False)
+        echo(to_text(as_document(analysis)), nl=False)
     else:
         print_analysis(analysis, files)
 

@@ -65,20 +65,8 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(self.commands_help.items()))
 
 
-class Root(LazyGroup):
-    """The group of all commands."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; a closed pipe is left to `main`."""
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError as error:
-            # Without its number, by which click would know it, and exit with 1.
-            raise BrokenPipeError("standard output was closed") from error
-
-
 @click.group(
-    cls=Root,
+    cls=LazyGroup,
     commands_help=COMMANDS,
     package=__package__,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -115,7 +103,7 @@ def _run() -> int | str:
         say(f"bbmoe: error: not enough memory: {error}")
     except BrokenPipeError:
         give_up_stdout()
-        return 128 + signal.SIGPIPE
+        return 1  # As click and rich have it, where they notice first.
     except OSError as error:
         give_up_stdout()
         say(f"bbmoe: error: {error.filename or 'standard output'}: {error.strerror or error}")

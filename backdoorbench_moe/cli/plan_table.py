@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import click
 from rich.console import Console
 from rich.table import Table
+
+from backdoorbench_moe.cli.streams import echo
 
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.plan import Planned
@@ -57,7 +58,7 @@ def print_plan(planned: Estimates, *, as_json: bool = False) -> None:
             for run, seconds in planned
         ]
         document = {"runs": runs, "seconds_left": sum(seconds for _, seconds in planned)}
-        click.echo(json.dumps(document, indent=2))
+        echo(json.dumps(document, indent=2))
         return
     console = Console(highlight=False)
     console.print(plan_table(planned))

@@ -11,6 +11,7 @@ import click
 
 from backdoorbench_moe.cli.attack import spec_from_flags, spec_options
 from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.streams import echo
 from backdoorbench_moe.engine.names import check_names
 from backdoorbench_moe.errors import ConfigError
 
@@ -61,7 +62,7 @@ def command(
         preview = drawing.preview_run(load_run(run), images=images, split=split, data_root=root)
     drawing.save_preview(preview, output, amplify=amplify)
     if as_json:
-        click.echo(json.dumps(_document(preview, output), indent=2))
+        echo(json.dumps(_document(preview, output), indent=2))
     else:
         _print(preview, output)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.streams import echo
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +44,7 @@ def command(
     shown = sort_runs(shown, order or [])
     if as_json:
         documents = [{**asdict(run.record), "status": run.status} for run in shown]
-        click.echo(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
+        echo(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
         return
     from rich.console import Console
 
@@ -51,7 +52,7 @@ def command(
     from backdoorbench_moe.cli.show_columns import choose_columns
 
     if markdown:
-        click.echo(show_table.markdown_table(choose_columns(keys, shown, intervals=True), shown))
+        echo(show_table.markdown_table(choose_columns(keys, shown, intervals=True), shown))
         return
     console = Console(highlight=False)
     if len(shown) == 1 and keys is None:

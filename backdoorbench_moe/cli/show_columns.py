@@ -67,20 +67,20 @@ def choose_columns(keys: Sequence[str] | None, runs: Sequence[ShownRun], *, inte
 
 def list_columns(*, intervals: bool = False) -> list[Column]:
     """All columns with a name of their own, in the order in which they are printed."""
-    plain: list[tuple[str, str, Callable[[ShownRun], Any]]] = [
-        ("run", "run", lambda run: run.folder.path.name),
-        ("status", "status", lambda run: run.status),
-        ("data", "data", lambda run: run.record.run_spec.dataset.name),
-        ("model", "model", lambda run: run.record.run_spec.model.name),
-        ("trigger", "trigger", lambda run: _part(run.record.spec["trigger"]) or "clean"),
-        ("applicator", "applicator", lambda run: _part(run.record.spec["applicator"])),
-        ("poison", "poison", lambda run: run.record.run_spec.poison.rate or None),
-        ("defense", "defense", lambda run: " + ".join(map(_part, run.record.spec.get("defenses", []))) or None),
-        ("seed", "seed", lambda run: run.record.run_spec.seed),
-        ("epochs", "epochs", lambda run: run.record.run_spec.train.epochs),
-    ]
-    columns = [Column(key, title, value, _text_of(value)) for key, title, value in plain]
-    columns[6] = Column("poison", "poison", plain[6][2], _rate)
+    values: dict[str, Callable[[ShownRun], Any]] = {
+        "run": lambda run: run.folder.path.name,
+        "status": lambda run: run.status,
+        "data": lambda run: run.record.run_spec.dataset.name,
+        "model": lambda run: run.record.run_spec.model.name,
+        "trigger": lambda run: _part(run.record.spec["trigger"]) or "clean",
+        "applicator": lambda run: _part(run.record.spec["applicator"]) or None,
+        "poison": lambda run: run.record.run_spec.poison.rate or None,
+        "defense": lambda run: " + ".join(map(_part, run.record.spec.get("defenses", []))) or None,
+        "seed": lambda run: run.record.run_spec.seed,
+        "epochs": lambda run: run.record.run_spec.train.epochs,
+    }
+    texts = {"poison": _rate}
+    columns = [Column(key, key, value, texts.get(key) or _text_of(value)) for key, value in values.items()]
     return columns + [_metric(key, intervals=intervals) for key in METRICS]
 
 
@@ -128,8 +128,6 @@ def _rate(run: ShownRun) -> str:
     return f"{100 * rate:g}%" if rate else NONE
 
 
-def _part(values: dict[str, Any] | None) -> str | None:
-    """A part's name and options in one line."""
-    if values is None:
-        return None
-    return ", ".join(str(item) if key == "name" else f"{key}={item}" for key, item in values.items())
+def _part(values: dict[str, Any] | None) -> str:
+    """A part's name and options in one line; "" for no part."""
+    return ", ".join(str(item) if key == "name" else f"{key}={item}" for key, item in (values or {}).items())

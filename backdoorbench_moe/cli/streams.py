@@ -46,10 +46,15 @@ def _stand_in(error: UnicodeError) -> tuple[str, int]:
     return "".join(STAND_INS.get(letter, "?") for letter in missing), error.end
 
 
+def echo(text: str, *, nl: bool = True) -> None:
+    """Print to standard output, in its own encoding: click writes UTF-8 to a stream that says it is ASCII."""
+    click.echo(text, nl=nl, file=sys.stdout)
+
+
 def say(text: str) -> None:
     """Print a line to standard error; nothing happens where it cannot be written."""
     with contextlib.suppress(OSError, ValueError):
-        click.echo(text, err=True)
+        click.echo(text, file=sys.stderr)
 
 
 def give_up_stdout() -> None:

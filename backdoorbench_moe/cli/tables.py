@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import click
 from rich.console import Console
 from rich.table import Table
 
+from backdoorbench_moe.cli.streams import echo
 from backdoorbench_moe.ops.metrics import mean_std
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ SHOWN_SCORES = 12
 def print_json(runs: Sequence[Run]) -> None:
     """Print records and their summary as one JSON document."""
     records = [{"folder": str(run.folder.path), **asdict(run.record)} for run in runs]
-    click.echo(json.dumps({"runs": records, "summary": summarise(runs)}, indent=2))
+    echo(json.dumps({"runs": records, "summary": summarise(runs)}, indent=2))
 
 
 def summarise(runs: Sequence[Run]) -> dict[str, Any]:

@@ -98,7 +98,11 @@ def _busy_seconds(places: set[int]) -> float | None:
     except (OSError, ValueError):
         return None
     names = {f"cpu{place}" for place in places}
-    found = [list(map(int, rest.split())) for name, _, rest in (line.partition(" ") for line in lines) if name in names]
+    found = [
+        list(map(int, rest.split()))
+        for name, _, rest in (line.partition(" ") for line in lines)
+        if name in names
+    ]
     # Fields of a core: user, nice, system, idle, waiting for input and output, and two kinds of interrupts.
     busy = sum(sum(fields[:3]) + sum(fields[5:7]) for fields in found)
     return busy / os.sysconf("SC_CLK_TCK") if found else None

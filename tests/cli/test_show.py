@@ -88,7 +88,9 @@ def test_no_word_is_broken_and_no_line_too_long(bbmoe, tmp_path, width, same_mod
 
 def test_status_and_all_metrics_are_shown(bbmoe, tmp_path) -> None:
     records = many(tmp_path)
-    code, out, _ = bbmoe("show", tmp_path, "--markdown", "--columns", "run,status,ba,asr,ra,auroc,tpr,fpr,cad")
+    code, out, _ = bbmoe(
+        "show", tmp_path, "--markdown", "--columns", "run,status,ba,asr,ra,auroc,tpr,fpr,cad"
+    )
     assert code == 0
     found = {row[0]: row[1:] for row in rows(out)}
     assert len(found) == len({record.run_spec.name for record in records})
@@ -116,7 +118,9 @@ def test_metrics_that_no_run_has_are_no_columns(bbmoe, tmp_path) -> None:
     assert heading == ["seed", "BA", "%", "ASR", "%"]
 
 
-@pytest.mark.parametrize("key", ["asr", "-asr", "ba,-seed", "-auroc", "model,ba", "poison.rate,-ba", "timing.n"])
+@pytest.mark.parametrize(
+    "key", ["asr", "-asr", "ba,-seed", "-auroc", "model,ba", "poison.rate,-ba", "timing.n"]
+)
 def test_sorted_by_columns_with_what_is_missing_last(bbmoe, tmp_path, key) -> None:
     """Against Python's own sort, key by key from the last."""
     records = many(tmp_path)

@@ -51,7 +51,8 @@ class Machine:
 
 
 @pytest.mark.parametrize(
-    ("cores", "busy", "own", "free"), [(2, 0, 0, 2), (2, 1, 0.9, 1), (8, 2.5, 1, 5.5), (2, 2, 0, 0), (64, 16, 1, 48)]
+    ("cores", "busy", "own", "free"),
+    [(2, 0, 0, 2), (2, 1, 0.9, 1), (8, 2.5, 1, 5.5), (2, 2, 0, 0), (64, 16, 1, 48)],
 )
 def test_free_cores_are_those_that_others_leave(monkeypatch, tmp_path, cores, busy, own, free) -> None:
     machine = Machine(monkeypatch, tmp_path, cores)
@@ -76,7 +77,9 @@ def test_a_warning_where_threads_would_wait(monkeypatch, tmp_path, threads, busy
         warn_of_busy_cores(threads, look)
 
 
-@pytest.mark.parametrize(("limit", "warned"), [("max 100000", False), ("200000 100000", True), ("nonsense", False)])
+@pytest.mark.parametrize(
+    ("limit", "warned"), [("max 100000", False), ("200000 100000", True), ("nonsense", False)]
+)
 def test_a_containers_quota_counts(monkeypatch, tmp_path, limit, warned) -> None:
     machine = Machine(monkeypatch, tmp_path, 64)
     (tmp_path / "cpu.max").write_text(limit)

@@ -58,6 +58,9 @@ def make_engine(
         from backdoorbench_moe.bench.engines.ray import RayEngine
 
         return RayEngine(
-            workers, address=address, gpus_per_run=gpus_per_run, cpus_per_run=1 if threads is None else threads
+            workers,
+            address=address,
+            gpus_per_run=gpus_per_run,
+            cpus_per_run=1 if threads is None else threads,
         )
     raise UnknownNameError("--engine", name, ENGINES)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.streams import echo
 
 FORMATS = ("rich", "markdown", "csv")
 
@@ -44,6 +45,6 @@ def command(a: str, b: str, metrics: tuple[str, ...], output: Path, form: str) -
 
         Console(highlight=False).print(compare_render.rich_comparison(comparison))
     elif form == "markdown":
-        click.echo(compare_render.comparison_markdown(comparison))
+        echo(compare_render.comparison_markdown(comparison))
     else:
-        click.echo(compare_render.comparison_csv(comparison), nl=False)
+        echo(compare_render.comparison_csv(comparison), nl=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.streams import echo, say
 
 
 @click.command("export")
@@ -40,7 +41,7 @@ def command(
         _write(tidy_csv(results), csv_file)
     if jsonl_file is not None:
         _write("".join(f"{line}\n" for line in record_lines(results)), jsonl_file)
-    click.echo(f"{len(results.finished())} finished runs of {suite.label}", err=True)
+    say(f"{len(results.finished())} finished runs of {suite.label}")
 
 
 def _write(text: str, file: str) -> None:
@@ -48,6 +49,6 @@ def _write(text: str, file: str) -> None:
     from backdoorbench_moe.records import write_atomically
 
     if file == "-":
-        click.echo(text, nl=False)
+        echo(text, nl=False)
     else:
         write_atomically(expand(file), lambda path: path.write_text(text, encoding="utf-8"))

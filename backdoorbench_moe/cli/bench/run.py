@@ -41,7 +41,10 @@ FAILED, UNFINISHED = 1, 3
 )
 @click.option("--gpus-per-run", type=float, metavar="SHARE", help="Share of a GPU for a run, with Ray.")
 @click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads of a run.  [its share of the cores]"
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="CPU threads of a run.  [its share of the cores]",
 )
 @WITH
 @click.option("--budget", metavar="TIME", help="Stop when 90s, 9m or 1h30m are over.")

@@ -9,6 +9,7 @@ import click
 
 from backdoorbench_moe.cli.bench.options import WITH
 from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.streams import echo, say
 
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.results import ResultSet
@@ -76,7 +77,7 @@ def command(
         save_results(results, save)
     _print(results, form)
     if save is not None:
-        click.echo(f"results folder: {save}", err=True)
+        say(f"results folder: {save}")
 
 
 def _print(results: ResultSet, form: str) -> None:
@@ -90,9 +91,9 @@ def _print(results: ResultSet, form: str) -> None:
     elif form == "html":
         from backdoorbench_moe.bench.page import page
 
-        click.echo(page(results))
+        echo(page(results))
     elif form == "csv":
-        click.echo(render.statistics_csv(results), nl=False)
+        echo(render.statistics_csv(results), nl=False)
     else:
         draw = render.markdown if form == "markdown" else render.latex
-        click.echo(draw(build_sheet(results)))
+        echo(draw(build_sheet(results)))

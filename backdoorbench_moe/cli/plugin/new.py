@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.streams import echo
 from backdoorbench_moe.plugins import KINDS
 
 
@@ -33,11 +34,11 @@ def command(name: str, kinds: tuple[str, ...], output: Path, as_json: bool) -> N
         f"python -m pytest {folder / 'tests'}",
     ]
     if as_json:
-        click.echo(json.dumps({"folder": str(folder), "files": paths, "next": steps}, indent=2))
+        echo(json.dumps({"folder": str(folder), "files": paths, "next": steps}, indent=2))
         return
-    click.echo(f"wrote {folder}")
+    echo(f"wrote {folder}")
     for line in paths:
-        click.echo(f"  {line}")
-    click.echo("next:")
+        echo(f"  {line}")
+    echo("next:")
     for step in steps:
-        click.echo(f"  {step}")
+        echo(f"  {step}")
