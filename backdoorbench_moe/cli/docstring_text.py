@@ -46,7 +46,12 @@ def _fill(indent: int, text: str, width: int) -> str:
     head = " " * indent
     rest = head + HANGING if ENTRY.match(text) and (indent or text[0] in "-*") else head
     return textwrap.fill(
-        text, width, initial_indent=head, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+        text,
+        width,
+        initial_indent=head,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from backdoorbench_moe.cli.streams import echo
+from backdoorbench_moe.counting import count
 
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.plan import Planned
@@ -39,7 +40,7 @@ def total_line(planned: Estimates) -> str:
     finished = sum(run.status == "finished" for run, _ in planned)
     total = say_time(sum(seconds for _, seconds in planned))
     return (
-        f"{len(planned)} runs, {finished} finished; about {total} left on this machine, one run at a time "
+        f"{count(len(planned), 'run')}, {finished} finished; about {total} left on this machine, one run at a time "
         "(measured just now)"
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from backdoorbench_moe.counting import count
 from backdoorbench_moe.engine.observer import Observer
 
 
@@ -48,8 +49,8 @@ class LineObserver(_Teller):
         """Print what is trained, and after which epoch it continues."""
         self._epochs, self._images, self._done = epochs, images, done
         self._start = time.perf_counter()
-        goes_on = f", going on after epoch {done}" if done else ""
-        self.on_message(f"training {name}: {epochs} epochs of {images} images{goes_on}")
+        goes_on = f", continued after epoch {done}" if done else ""
+        self.on_message(f"training {name}: {count(epochs, 'epoch')} of {count(images, 'image')}{goes_on}")
 
     def on_epoch(self, epoch: int, row: dict[str, float]) -> None:
         """Print the epoch's line of history."""

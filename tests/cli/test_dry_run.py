@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+
 from backdoorbench_moe import cli
 from backdoorbench_moe.bench import estimate
 
@@ -48,16 +49,28 @@ def test_it_lists_what_the_attack_makes_and_writes_nothing(bbmoe, tmp_path) -> N
 
 
 def test_what_is_made_from_others_is_listed_after_them(bbmoe, tmp_path) -> None:
-    defenses = "defenses=[{name: fine-tuning, clean_fraction: 0.5, epochs: 1}, {name: fine-pruning, clean_fraction: 0.5}]"
+    defenses = "defenses=[{name: fine-tuning, clean_fraction: 0.5, epochs: 1}, {name: fine-pruning, ratio: 0.5, clean_fraction: 0.5}]"
     words = ["attack", *SMALL, "--trigger", "square", "--output", tmp_path, "--quiet", "--set", defenses]
-    runs = json.loads(bbmoe(*words, "--dry-run", "--json")[1])["runs"]
+    code, out, err = bbmoe(*words, "--dry-run", "--json")
+    assert code == 0, err
+    runs = json.loads(out)["runs"]
     assert [run["total_epochs"] for run in runs] == [1, 1, 5, 1]  # Victim, tuned, pruned, twin.
     assert bbmoe(*words)[0] == 0
     assert {run["run"] for run in runs} == {folder.name for folder in tmp_path.iterdir()}
 
 
 def test_without_a_twin_there_is_none(bbmoe, tmp_path) -> None:
-    words = ["attack", *SMALL, "--trigger", "square", "--no-twin", "--output", tmp_path, "--dry-run", "--json"]
+    words = [
+        "attack",
+        *SMALL,
+        "--trigger",
+        "square",
+        "--no-twin",
+        "--output",
+        tmp_path,
+        "--dry-run",
+        "--json",
+    ]
     assert len(json.loads(bbmoe(*words)[1])["runs"]) == 1
 
 

@@ -112,22 +112,6 @@ def test_a_suite_ended_by_a_scheduler_leaves_no_run_running_or_failed(tmp_path, 
     assert {record["status"] for record in records(output)} == {"interrupted"}
 
 
-@pytest.mark.slow
-def test_timeout_ends_a_suite_so(tmp_path) -> None:
-    if shutil.which("timeout") is None:
-        pytest.skip("needs timeout, of GNU coreutils")
-    (tmp_path / "mine.yaml").write_text(
-        json.dumps({**SUITE, "base": {**SUITE["base"], "train": {"epochs": 4000}}})
-    )
-    words = command("bench", "run", tmp_path / "mine.yaml", "--workers", 2, "--output", tmp_path / "runs")
-    done = subprocess.run(
-        ["timeout", "--preserve-status", "25", *words], capture_output=True, text=True, env=ENVIRONMENT
-    )
-    assert done.returncode == 143 and "by SIGTERM" in done.stderr
-    found = records(tmp_path / "runs")
-    assert found and {record["status"] for record in found} == {"interrupted"}
-
-
 @pytest.fixture(scope="module")
 def output(tmp_path_factory) -> Path:
     """A finished run, its twin and a defended one."""

@@ -44,7 +44,9 @@ def test_the_docstring_is_found_without_an_import(kind, name) -> None:
     assert first and "\n" not in first and not first.endswith(".")
 
 
-@pytest.mark.parametrize("target", ["backdoorbench_moe.triggers.warp:Nothing", "no_such_module:X", "json:X", "sys:X"])
+@pytest.mark.parametrize(
+    "target", ["backdoorbench_moe.triggers.warp:Nothing", "no_such_module:X", "json:X", "sys:X"]
+)
 def test_a_target_without_source_or_class_has_none(target) -> None:
     assert docstring_of(target) is None and summary(None) == ""
 
@@ -70,7 +72,9 @@ def test_list_says_what_each_name_is_and_where_a_third_party_comes_from(bbmoe) -
     listed = json.loads(bbmoe("list", "--json")[1])["parts"]
     assert len(listed) == len(EVERY) and all(part["summary"] for part in listed)
     for part in listed:
-        [line] = [line for line in out.splitlines() if f"  {part['summary']}" in line and part["name"] in line]
+        [line] = [
+            line for line in out.splitlines() if f"  {part['summary']}" in line and part["name"] in line
+        ]
         origin = f"({part['package']} {part['version']})"
         assert (origin in line) == (part["package"] != "backdoorbench-moe")
 
@@ -91,7 +95,7 @@ def test_info_wraps_a_description_once(bbmoe, kind, name, width) -> None:
     assert out.split() == words
 
 
-GOOGLE = '''
+GOOGLE = """
     Summary of it.
 
     A paragraph that is
@@ -110,7 +114,7 @@ GOOGLE = '''
     - an item
       of two lines
     - another
-'''
+"""
 
 
 def test_sections_and_lists_keep_their_form() -> None:
@@ -134,7 +138,9 @@ def test_sections_and_lists_keep_their_form() -> None:
     )
 
 
-@given(st.lists(st.lists(st.text("ab", min_size=1, max_size=9), min_size=1, max_size=8), min_size=1, max_size=4))
+@given(
+    st.lists(st.lists(st.text("ab", min_size=1, max_size=9), min_size=1, max_size=8), min_size=1, max_size=4)
+)
 def test_wrapping_twice_is_wrapping_once(paragraphs) -> None:
     text = "\n\n".join(" ".join(words) for words in paragraphs)
     assert reflow(reflow(text, 17), 30) == reflow(text, 30)
@@ -153,7 +159,10 @@ def test_a_model_is_shown_with_the_recipes_values_as_attack_uses_them(bbmoe, mod
     assert asked["size"] == info["recipe"]["size"] != info["size"]
     _, out, _ = bbmoe("info", "model", model, "--recipe", recipe)
     [line] = [line for line in out.splitlines() if line.startswith("widen_factor")]
-    assert line.split()[2:] == ["10" if model == "pmoe" else str(info["options"]["widen_factor"]["default"]), "2"]
+    assert line.split()[2:] == [
+        "10" if model == "pmoe" else str(info["options"]["widen_factor"]["default"]),
+        "2",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from rich.text import Text
 from backdoorbench_moe.bench.plan import Planned, look
 from backdoorbench_moe.bench.suite import order
 from backdoorbench_moe.cli.plan_table import say_time
+from backdoorbench_moe.counting import count
 
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.run import Report
@@ -61,7 +62,7 @@ class Display(AbstractContextManager["Display"]):
         left = report.total - report.found - made - others - len(report.failed)
         elsewhere = f"{others} made meanwhile by another process, " if others else ""
         self.console.print(
-            f"{self.suite.label}: {report.total} runs, {report.found} found finished, {made} made now, "
+            f"{self.suite.label}: {count(report.total, 'run')}, {report.found} found finished, {made} made now, "
             f"{elsewhere}{len(report.failed)} failed, {left} left"
         )
         for outcome in report.failed:
