@@ -17,8 +17,9 @@ from backdoorbench_moe.paths import expand
 
 if TYPE_CHECKING:
     from backdoorbench_moe.analysis.analyze import Analysis
+    from backdoorbench_moe.analysis.figures.plate import Plate
 
-__all__ = ["analyze", "attack", "defend", "load_run", "make_spec"]
+__all__ = ["analyze", "attack", "defend", "draw_figures", "load_run", "make_spec"]
 
 Part = str | Mapping[str, Any]
 PathLike = str | os.PathLike[str]
@@ -185,6 +186,24 @@ def analyze(
     if folder is not None:
         save_analysis(analysis, folder)
     return analysis
+
+
+def draw_figures(analysis: Analysis) -> dict[str, Plate]:
+    """Draw the figures of an analysis' report.
+
+    Args:
+        analysis: What `analyze` returned.
+
+    Returns:
+        The figures by name, such as "routing", "capture" or "carriers"; which there are depends on the run. Each
+        has a `title`, a `sentence` with its numbers, and the drawing as the bytes `svg` and `png`. A notebook
+        shows it.
+    """
+    from backdoorbench_moe.analysis.document import as_document
+    from backdoorbench_moe.analysis.report import draw_sections
+
+    sections = draw_sections(as_document(analysis))
+    return {plate.name: plate for section in sections for plate in section.plates}
 
 
 def load_run(path: PathLike) -> Run:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from tiny import TINY_MODEL, Tiny
 import backdoorbench_moe as bbmoe
 from backdoorbench_moe import data
 from backdoorbench_moe.analysis.document import as_document
+from backdoorbench_moe.engine.runner import Run
 from backdoorbench_moe.engine.torch_state import default_torch_state
 from backdoorbench_moe.errors import BbmoeError, ConfigError, RecordError
 
@@ -158,8 +162,6 @@ def test_a_defense_that_is_no_name_is_refused(tmp_path) -> None:
 
 
 def test_a_list_of_runs_says_how_to_unpack_it(monkeypatch) -> None:
-    from backdoorbench_moe.engine.runner import Run
-
     with pytest.raises(ConfigError, match=r"got a list of 2; .*\[run\] = attack"):
         bbmoe.analyze([Run(None, None), Run(None, None)])
 
@@ -185,3 +187,32 @@ def test_a_tilde_is_the_home_directory_everywhere(tmp_path, monkeypatch) -> None
         bbmoe.attack(
             output="~/file", dataset="tiny", model=TINY_MODEL, trigger="square", poison={"rate": 0.25}
         )
+
+
+@pytest.mark.slow
+def test_a_run_and_its_figures_show_themselves_in_a_notebook(tmp_path, capsys) -> None:
+    [run] = bbmoe.attack(
+        model=TINY_MODEL,
+        dataset="tiny",
+        trigger="square",
+        recipe="paper",
+        train={"epochs": 1, "batch_size": 32},
+        poison={"rate": 0.25},
+        precision="fp32",
+        output=tmp_path,
+        twin=False,
+        observer=bbmoe.LineObserver(sys.stdout),
+    )
+    assert "epoch 1/1" in capsys.readouterr().out
+    assert repr(run).startswith(f"<Run {run.folder.path.name}: finished, BA ") and len(repr(run)) < 200
+    html = run._repr_html_()
+    ET.fromstring(f"<div>{html}</div>")  # Every tag is closed.
+    for key in ("ba", "asr"):
+        assert f"<th>{key.upper()}</th><td>{run.value(key):.2f}</td>" in html
+    record = replace(run.record, status="failed", error="<script>", metrics={})
+    assert "&lt;script&gt;" in Run(run.folder, record)._repr_html_()
+    figures = bbmoe.draw_figures(bbmoe.analyze(run, carriers_images=10))
+    assert {"history", "routing", "capture", "carriers"} <= figures.keys()
+    for name, figure in figures.items():
+        assert figure.name == name and ET.fromstring(figure._repr_svg_()).tag.endswith("svg")
+        assert figure.png.startswith(b"\x89PNG")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -177,6 +178,20 @@ def test_python_on_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch) -
     for language, _, text in blocks(page):
         if language == "python":
             exec(compile(text, page, "exec"), space)
+
+
+def test_the_reference_names_every_optional_protocol() -> None:
+    """Every protocol of models that something asks for, found in the source."""
+    modules = ("moe.structure", "models.base")
+    found = {
+        f"backdoorbench_moe.{name}.{key}"
+        for name in modules
+        for key, value in vars(importlib.import_module(f"backdoorbench_moe.{name}")).items()
+        if getattr(value, "_is_protocol", False) and value.__module__ == f"backdoorbench_moe.{name}"
+    }
+    text = PAGES["api/interfaces.md"].read_text(encoding="utf-8")
+    assert len(found) >= 4
+    assert found <= set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
 
 
 def test_all_pages_are_in_the_navigation() -> None:

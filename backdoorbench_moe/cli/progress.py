@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -38,12 +38,19 @@ class _Teller(Observer):
 
 
 class LineObserver(_Teller):
-    """One plain line for every message and epoch."""
+    """Prints one plain line for every message and epoch.
+
+    Args:
+        file: Where to print; by default standard error. A notebook shows `sys.stdout` without a red background.
+    """
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        self._file = file
 
     def on_message(self, text: str) -> None:
         """Print the message; a run does not end because it cannot be printed."""
         with contextlib.suppress(OSError):
-            print(text, file=sys.stderr, flush=True)
+            print(text, file=self._file or sys.stderr, flush=True)
 
     def on_train_start(self, name: str, *, epochs: int, done: int, images: int) -> None:
         """Print what is trained, and after which epoch it continues."""

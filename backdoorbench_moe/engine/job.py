@@ -17,6 +17,7 @@ from backdoorbench_moe.engine import parts
 from backdoorbench_moe.engine.device import RECORDED_PACKAGES, environment
 from backdoorbench_moe.engine.evaluate import Metrics, measure
 from backdoorbench_moe.engine.names import plugin_packages
+from backdoorbench_moe.engine.notebook import run_html, run_line
 from backdoorbench_moe.engine.observer import StopRun
 from backdoorbench_moe.engine.poison import (
     check_classes,
@@ -40,12 +41,18 @@ Checkpoint = tuple[dict[str, Tensor], dict[str, Any]]
 SEED_PURPOSES = ("init", "poison", "trigger")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A run on disk and what was read from its record."""
 
     folder: RunFolder
     record: Record
+
+    def __repr__(self) -> str:
+        return run_line(self.folder.path.name, self.record)
+
+    def _repr_html_(self) -> str:
+        return run_html(self.folder.path.name, self.record)
 
     @property
     def spec(self) -> RunSpec:

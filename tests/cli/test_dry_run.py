@@ -49,7 +49,8 @@ def test_it_lists_what_the_attack_makes_and_writes_nothing(bbmoe, tmp_path) -> N
 
 
 def test_what_is_made_from_others_is_listed_after_them(bbmoe, tmp_path) -> None:
-    defenses = "defenses=[{name: fine-tuning, clean_fraction: 0.5, epochs: 1}, {name: fine-pruning, ratio: 0.5, clean_fraction: 0.5}]"
+    tuned, pruned = "name: fine-tuning, epochs: 1", "name: fine-pruning, ratio: 0.5"
+    defenses = f"defenses=[{{{tuned}, clean_fraction: 0.5}}, {{{pruned}, clean_fraction: 0.5}}]"
     words = ["attack", *SMALL, "--trigger", "square", "--output", tmp_path, "--quiet", "--set", defenses]
     code, out, err = bbmoe(*words, "--dry-run", "--json")
     assert code == 0, err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import sys
 import textwrap
@@ -86,7 +87,7 @@ def test_info_wraps_a_description_once(bbmoe, kind, name, width) -> None:
     name = "timm:resnet18" if name == "timm" else name
     out = reflow(REGISTRIES[kind].lookup(name).__doc__, width)
     lines = out.splitlines()
-    for line, after in zip(lines, lines[1:], strict=False):
+    for line, after in itertools.pairwise(lines):
         assert len(line) <= width or " " not in line.strip()
         indent = len(after) - len(after.lstrip())
         if line.strip() and after.strip() and not indent and after[0] not in "-*" and line[-1] != ":":
