@@ -42,9 +42,11 @@ def command(
     values that the recipe gives it, as `bbmoe attack` does.
     """
     kind = check_kind(kind)
-    for option, value in (("--set", settings[0] if settings else None), ("--recipe", recipe)):
-        if value is not None and kind != "model":
-            raise ConfigError.expected(option, "KIND model with it", value)
+    if kind != "model":
+        if settings:
+            raise ConfigError.expected("--set", "an option of a model, and KIND model", settings[0])
+        if recipe is not None:
+            raise ConfigError.expected("--recipe", "KIND model with it", recipe)
     registry = REGISTRIES[kind]
     registry.check_name(name)
     part, candidate = registry.lookup(name), registry.candidate(name.partition(":")[0])

@@ -170,13 +170,13 @@ def test_a_worker_that_is_asked_to_end_interrupts_its_run_only(tmp_path) -> None
 
     with ThreadPoolExecutor(1) as beside:
         sent = beside.submit(end_once)
-        report, _ = run(suite, tmp_path, engine=LocalEngine(1))
+        report, _ = run(suite, tmp_path, engine=LocalEngine(1, threads=1))
         sent.result()
     statuses = sorted(outcome.status for outcome in report.outcomes)
     assert statuses == ["finished", "finished", "interrupted"] and ended
     interrupted = [one for one in look(list(order(suite)), tmp_path) if one.status != "finished"]
     assert [one.status for one in interrupted] == ["interrupted"] and interrupted[0].epochs >= 1
-    report, _ = run(suite, tmp_path, engine=LocalEngine(1))
+    report, _ = run(suite, tmp_path, engine=LocalEngine(1, threads=1))
     assert report.is_complete
     run(suite, tmp_path / "whole")
     assert numbers(suite, tmp_path) == numbers(suite, tmp_path / "whole")
