@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +21,14 @@ import pytest
 import yaml
 
 import backdoorbench_moe
+from backdoorbench_moe.bench.paper import load_paper
+from backdoorbench_moe.bench.results import ResultSet
+from backdoorbench_moe.bench.suite_file import parse_suite
+from backdoorbench_moe.bench.tables import build_sheet
 from backdoorbench_moe.cli import bbmoe
 from backdoorbench_moe.models import list_models
 
+OWN = "backdoorbench-moe"
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = {path.relative_to(DOCS / "pages").as_posix(): path for path in (DOCS / "pages").rglob("*.md")}
 FENCE = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```', re.DOTALL | re.MULTILINE)
@@ -174,9 +182,40 @@ def test_the_commands_take_the_flags_they_are_shown_with(page, line) -> None:
 def test_python_on_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     space: dict[str, object] = {}
-    for language, _, text in blocks(page):
-        if language == "python":
-            exec(compile(text, page, "exec"), space)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        for language, _, text in blocks(page):
+            if language == "python":
+                exec(compile(text, page, "exec"), space)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def test_the_suite_on_its_page_is_read_and_has_every_defense_of_ours() -> None:
+    [(_, title, text)] = [block for block in blocks("your-suite.md") if block[1].endswith(".yaml")]
+    suite = parse_suite(yaml.safe_load(text), title.removesuffix(".yaml"), None)
+    used = {part.name for cell in suite.cells for part in cell.spec.defenses}
+    ours = {
+        point.name for point in entry_points(group="backdoorbench_moe.defenses") if point.dist.name == OWN
+    }
+    assert used == ours and len(suite.cells) == len(ours) + 2
+    build_sheet(ResultSet(suite, {}, load_paper(suite)))
+    for _, _, text in [block for block in blocks("your-suite.md") if block[0] == "yaml" and not block[1]]:
+        parse_suite({**yaml.safe_load(text), "title": "part", "version": 1}, "part", None)
+
+
+def test_the_reference_names_every_optional_protocol() -> None:
+    """Every protocol of models that something asks for, found in the source."""
+    modules = ("moe.structure", "models.base")
+    found = {
+        f"backdoorbench_moe.{name}.{key}"
+        for name in modules
+        for key, value in vars(importlib.import_module(f"backdoorbench_moe.{name}")).items()
+        if getattr(value, "_is_protocol", False) and value.__module__ == f"backdoorbench_moe.{name}"
+    }
+    text = "".join(PAGES[page].read_text(encoding="utf-8") for page in ("api/interfaces.md", "api/moe.md"))
+    assert len(found) >= 4
+    assert found <= set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
 
 
 def test_all_pages_are_in_the_navigation() -> None:

@@ -16,6 +16,9 @@ class Observer:
     def on_wait(self, folder: str) -> None:
         """Another process works in a run folder that this run needs; called twice a second until it is done."""
 
+    def on_found(self, folder: str) -> None:
+        """A run is finished in its folder already, and is not made: before this call, or while it waited."""
+
     def on_train_start(self, name: str, *, epochs: int, done: int, images: int) -> None:
         """Training of run `name` starts or goes on: `done` of `epochs` are behind it, `images` in each."""
 

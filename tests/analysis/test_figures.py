@@ -14,6 +14,7 @@ from report_runs import document_of
 from backdoorbench_moe.analysis.figures import backdoor, maps, mosaic, pixels, routing, training, words
 from backdoorbench_moe.analysis.figures.charts import Panel, Series, chart
 from backdoorbench_moe.analysis.figures.plate import left_out, spread
+from backdoorbench_moe.counting import count
 
 
 def plates(draw, document) -> dict:
@@ -63,7 +64,7 @@ def test_what_is_drawn_of_many_is_spread_over_them(count, most) -> None:
 
 def test_words() -> None:
     assert words.listing(["a"]) == "a" and words.listing(["a", "b", "c"]) == "a, b and c"
-    assert words.count(1, "patch") == "1 patch" and words.count(1200, "patch") == "1,200 patches"
+    assert count(1, "patch") == "1 patch" and count(1200, "patch") == "1,200 patches"
     assert words.mean({"value": 0.12345, "low": None, "high": None}) == "0.123"
     assert words.mean({"value": 0.5, "low": 0.25, "high": 0.75}, factor=100) == "50 [25, 75]"
     assert words.proportion(None) == "–" and words.number(None) == "–"
@@ -159,9 +160,10 @@ def test_the_papers_claim_about_pixel_values_is_judged_by_the_largest_effect(auc
     document = copy.deepcopy(document_of("pmoe"))
     for e, one in enumerate(document["pixels"][0]["overall"]):
         one |= {"auc": auc if e == 2 else 0.5, "rank_biserial": 2 * auc - 1 if e == 2 else 0, "p": 0.0}
+    document["run"]["data"] = "cifar10"
     text = pixels.verdict(document)
     assert "expert 2 of moe" in text and said in text and "p below 1e-300" in text
-    assert ("That agrees with the paper" in text) == (abs(2 * auc - 1) < 0.3)
+    assert ("That agrees with BadPatches" in text) == (abs(2 * auc - 1) < 0.3)
 
 
 def test_experts_that_take_all_or_nothing_have_no_pixel_figure_by_class() -> None:

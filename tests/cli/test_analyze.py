@@ -162,7 +162,7 @@ def test_a_dense_model_shows_what_it_has(bbmoe, tmp_path) -> None:
 BAD = {
     "no image": (["--images", "none.png"], "none.png: cannot be read as an image (FileNotFoundError"),
     "no picture": (["--images", "3,{text}"], "text.png: cannot be read as an image (UnidentifiedImageError"),
-    "clear": (["--images", "{clear}"], "clear.png: expected an RGB, grey or palette image without transparency"),
+    "clear": (["--images", "{clear}"], "clear.png: expected an RGB, grey or palette image of 8 bits"),
     "images": (["--images", "60"], "images: expected test images in 0..59, or files, got 60"),
     "negative": (["--images", "-1"], "images: expected test images in 0..59, or files, got -1"),
     "empty": (["--images", "3,,4"], "--images: expected numbers of test images such as 3,17, or files"),

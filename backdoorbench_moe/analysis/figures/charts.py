@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Values = Sequence[float | None]
 # In inches: what a phone shows without scrolling, and the margins around the panels.
-WIDTH, LEFT, RIGHT, TOP, BOTTOM, LEGEND = 4.5, 0.62, 0.1, 0.3, 0.46, 0.22
+WIDTH, LEFT, RIGHT, TOP, BOTTOM, LEGEND = 4.5, 0.62, 0.2, 0.34, 0.46, 0.22
 MAX_LABELS, MAX_NUMBERS, LEGEND_COLUMNS = 12, 8, 2
 # Beside each other where there are many panels, and how high one of these is.
 MOST_ACROSS, FLAT = 3, 1.2

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 CELL, SIDE, GAP, TOP, BOTTOM = 64, 0.64, 0.06, 0.24, 0.06
 HEADING, SCALE = 0.24, 0.42
 CHARACTER = 0.066
+# From the left of the scale to the text beside it.
+SCALE_TEXT = 1.12
 MAP = "cividis"
 # A patch that an expert did not take is mixed with this grey; one it took has this border.
 GREY, LEFT_OF_IT, BORDER = 128, 0.22, (213, 94, 0)
@@ -44,6 +46,8 @@ def draw_mosaic(
     heights = [step if row.cells else HEADING for row in rows]
     foot = BOTTOM + (SCALE if scale else 0)
     least = 0.1 + CHARACTER * max((len(row.label) for row in rows if not row.cells), default=0)
+    if scale:
+        least = max(least, left + SCALE_TEXT + CHARACTER * len(scale[1]))
     width, height = max(left + step * len(columns), least, 3.0), TOP + sum(heights) + foot
     figure = new_figure(width, height)
     for place, name in enumerate(columns):
@@ -129,7 +133,7 @@ def _scale(figure: Figure, left: float, scale: tuple[float, str]) -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)
-    _text(figure, left + 1.12, 0.25, what)
+    _text(figure, left + SCALE_TEXT, 0.25, what)
 
 
 def _text(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:

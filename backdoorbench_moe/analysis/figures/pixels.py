@@ -1,4 +1,4 @@
-"""Pixel value against routing (the paper's Figure 7): what the numbers say of "no strong relation"."""
+"""Pixel value against routing (Figure 7 of BadPatches): how strongly the two are related."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from backdoorbench_moe.analysis.figures.plate import (
 from backdoorbench_moe.analysis.figures.words import mean, percent
 
 # Of a rank-biserial correlation, as Cohen's conventions for r have it.
+PAPERS_DATA, PAPERS_MODEL = ("cifar10", "gtsrb"), "pmoe"
 STRENGTHS = ((0.1, "negligible"), (0.3, "small"), (0.5, "medium"))
 
 
@@ -47,20 +48,28 @@ def strongest(document: Doc) -> tuple[str, int, Doc] | None:
 
 
 def verdict(document: Doc) -> str:
-    """What the numbers say of the paper's claim, in a sentence."""
+    """How strongly pixel value and routing are related, and, on the paper's data, whether that agrees with it."""
     if (found := strongest(document)) is None:
         return "Every expert takes all patches or none, so there is nothing to compare."
     layer, e, one = found
     word = strength(one["rank_biserial"])
-    agree = "agrees with" if word in ("negligible", "small") else "does not agree with"
     darker = "brighter" if one["auc"] > 0.5 else "darker"
     index = next(number for number, item in enumerate(document["pixels"]) if item["layer"] == layer)
     image = document["pixels"][index]["by_image"][e]
-    return (
+    said = (
         f"Pixel value and routing are related most in expert {e} of {layer}, which takes {darker} patches: AUC "
         f"{one['auc']:.3f} (rank-biserial {one['rank_biserial']:+.2f}, {word}; p {_p(one['p'])}; within an "
-        f"image {mean(image)} of {_most(document, index):g}). That {agree} the paper, which sees no strong relation."
+        f"image {mean(image)} of {_most(document, index):g})."
     )
+    return said + _compare_with_paper(document["run"], word)
+
+
+def _compare_with_paper(run: Doc, word: str) -> str:
+    """A sentence on the paper's claim where the run is on its data and model; it says nothing of others."""
+    if run["data"] not in PAPERS_DATA or run["model"] != PAPERS_MODEL:
+        return ""
+    agrees = "agrees with" if word in ("negligible", "small") else "does not agree with"
+    return f" That {agrees} BadPatches, which sees no strong relation on this data set."
 
 
 def _most(document: Doc, index: int) -> float:

@@ -19,7 +19,7 @@ DPI = 200
 MAX_LAYERS, MAX_MAP_LAYERS, MAX_EXPERTS, MAX_CLASSES = 12, 3, 16, 12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plate:
     """A figure: name, for its file; title; sentence, with its numbers; alt, for who does not see it.
 
@@ -33,6 +33,12 @@ class Plate:
     svg: bytes
     png: bytes
     width: float
+
+    def __repr__(self) -> str:
+        return f"<figure {self.name}: {self.title}>"
+
+    def _repr_svg_(self) -> str:
+        return self.svg.decode("utf-8")
 
 
 def make_plate(name: str, title: str, sentence: str, alt: str, make: Callable[[], Figure]) -> Plate:

@@ -17,7 +17,8 @@ from backdoorbench_moe.analysis.figures.plate import (
     make_plate,
     spread,
 )
-from backdoorbench_moe.analysis.figures.words import count, listing, number, percent
+from backdoorbench_moe.analysis.figures.words import listing, number, percent
+from backdoorbench_moe.counting import count
 
 
 def draw_training(document: Doc) -> Iterator[Plate]:

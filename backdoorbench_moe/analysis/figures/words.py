@@ -38,12 +38,6 @@ def listing(texts: Sequence[str]) -> str:
     return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
 
 
-def count(amount: int, what: str) -> str:
-    """ "1 patch", "2 patches"; `what` in the singular."""
-    plural = f"{what}es" if what.endswith(("ch", "s")) else f"{what}s"
-    return f"{amount:,} {what if amount == 1 else plural}"
-
-
 def capital(text: str) -> str:
     """With a capital at the beginning."""
     return text[:1].upper() + text[1:]
