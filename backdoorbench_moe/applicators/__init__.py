@@ -1,4 +1,4 @@
-"""Applicators: where a trigger is applied. `patch` is BadPatches."""
+"""Applicators: where on an image a trigger is stamped. `patch` is that of BadPatches."""
 
 from __future__ import annotations
 
@@ -13,10 +13,20 @@ registry: Registry[Applicator] = Registry("applicator")
 
 
 def create_applicator(name: str, **options: object) -> Applicator:
-    """Build the applicator called `name`. Raises UnknownNameError, ConfigError or PluginError."""
+    """Build an applicator by name.
+
+    Args:
+        name: Name of the applicator; `list_applicators` lists them.
+        **options: The applicator's own options.
+
+    Raises:
+        UnknownNameError: There is no such applicator or option.
+        ConfigError: An option is of the wrong type or out of range.
+        PluginError: The package that offers the applicator is at fault.
+    """
     return registry.create(name, options)
 
 
 def list_applicators() -> list[str]:
-    """Names of all applicators, built-in and third-party."""
+    """List the names of all applicators, built-in and third-party."""
     return registry.names()

@@ -8,31 +8,41 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from backdoorbench_moe.ops.checks import check_images
+from backdoorbench_moe.ops.checks import check_image_batch
 
 
 class Applicator(ABC):
-    """Where a trigger is applied: to the whole image, to every tile of it, or anywhere else.
+    """Where on an image a trigger is stamped: on the whole image, on every tile of it, or elsewhere.
 
-    Subclasses write `apply`; users call the object.
+    Subclasses implement `apply`; users call the object.
 
-    tiny: options that the conformance tests make it with, such as those that have no default.
+    Attributes:
+        tiny: Options that the conformance tests build the applicator with, such as those that have no default.
+        deviations: Conformance tests that the applicator is known to fail, and why: reasons by name of the test.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {}
+    deviations: ClassVar[Mapping[str, str]] = {}
 
     @final
     def __call__(self, images: Tensor, trigger: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return copies of `images` with `trigger` applied.
+        """Stamp images with a trigger.
 
-        images: (B, C, H, W) float in [0, 1], any device. Returns the same shape, type and device, in
-        [0, 1]; the input is untouched. Raises ShapeError for anything else.
+        Args:
+            images: (B, C, H, W) float in [0, 1], on any device; they are not changed.
+            trigger: Function that stamps images or tiles, (N, C, h, w) float in [0, 1].
+
+        Returns:
+            Stamped copies of the same shape, type and device, in [0, 1].
+
+        Raises:
+            ShapeError: The images, or the stamped images that the applicator returned, do not have this form.
         """
-        check_images(images, "images")
+        check_image_batch(images, "images")
         stamped = self.apply(images, trigger)
-        check_images(stamped, f"output of applicator {type(self).__name__}", like=images)
+        check_image_batch(stamped, f"output of applicator {type(self).__name__}", like=images)
         return stamped
 
     @abstractmethod
     def apply(self, images: Tensor, trigger: Callable[[Tensor], Tensor]) -> Tensor:
-        """Apply `trigger` to a checked batch (B, C, H, W) in [0, 1]; must not write to it."""
+        """Apply `trigger` to a checked batch (B, C, H, W) in [0, 1], which must not be written to."""

@@ -1,4 +1,4 @@
-"""The trigger on the whole image."""
+"""The applicator of the whole image."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from backdoorbench_moe.applicators.base import Applicator
 
 
 class ImageApplicator(Applicator):
-    """Hand the whole image to the trigger, as attacks before BadPatches do."""
+    """Apply the trigger to the whole image, as attacks before BadPatches do."""
 
     def __init__(self) -> None:
         super().__init__()
 
     def apply(self, images: Tensor, trigger: Callable[[Tensor], Tensor]) -> Tensor:
-        """Stamp the images as they are."""
+        """Stamp whole images."""
         return trigger(images)

@@ -1,4 +1,4 @@
-"""BadPatches (arXiv 2505.01811): the trigger on every tile of the image."""
+"""The applicator of BadPatches, which stamps every tile of the image."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from backdoorbench_moe.ops.patches import tile, untile
 
 
 class PatchApplicator(Applicator):
-    """Cut the image into tiles, stamp each as an image of its own, put them back (BadPatches § 3).
+    """Cut the image into tiles, stamp each tile as if it were an image, and put the tiles back.
 
-    patch_size: side of a tile in pixels, a divisor of the image's sides; best the size of the model's own
-    patches, whatever the trigger's size. Raises ConfigError if it is below 1, and ShapeError when called
-    on an image that it does not tile.
+    Args:
+        patch_size: Side of a tile in pixels, a divisor of the image's height and width. It should be the size of the
+            model's patches, independently of the trigger's size.
+
+    Raises:
+        ConfigError: `patch_size` is below 1.
+
+    Source:
+        BadPatches (arXiv 2505.01811), section 3.
     """
 
     def __init__(self, *, patch_size: int = 4) -> None:
@@ -26,5 +32,9 @@ class PatchApplicator(Applicator):
         self.patch_size = patch_size
 
     def apply(self, images: Tensor, trigger: Callable[[Tensor], Tensor]) -> Tensor:
-        """Stamp every tile in one batch."""
+        """Stamp all tiles in one batch.
+
+        Raises:
+            ShapeError: `patch_size` does not divide the image's height and width.
+        """
         return untile(trigger(tile(images, self.patch_size)), *images.shape[-2:])

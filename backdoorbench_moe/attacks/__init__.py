@@ -1,4 +1,4 @@
-"""Attacks: who the attacker is, and what of the making of a model he controls."""
+"""Attacks: what an attacker does to the training of a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def create_attack(name: str, *, poison: PoisonSpec | None = None, **options: obj
 
     Args:
         name: Name of the attack; `list_attacks` lists them.
-        poison: Which training images are poisoned and what they are labelled; the default values if None.
+        poison: Which training images are poisoned, and their labels; the default values if None.
         **options: The attack's own options.
 
     Raises:

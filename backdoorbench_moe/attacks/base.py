@@ -23,10 +23,10 @@ class PoisonPlan:
     """Training images that the attacker changes, in three disjoint groups of indices, each ascending.
 
     Args:
-        indices: (n,) int64, the *poison* group: stamped with the trigger's training form, and relabelled.
-        labels: (n,) int64, the labels of the poison group.
-        cover: (c,) int64, the *cover* group: stamped with the trigger's training form; labels stay true.
-        noise: (m,) int64, the *noise* group: stamped with the trigger's noise form; labels stay true.
+        indices: (n,) int64, the *poison* group: stamped with the trigger's training form and relabelled.
+        labels: (n,) int64, the new labels of the poison group.
+        cover: (c,) int64, the *cover* group: stamped with the trigger's training form, with true labels.
+        noise: (m,) int64, the *noise* group: stamped with the trigger's noise form, with true labels.
     """
 
     indices: Tensor
@@ -36,25 +36,27 @@ class PoisonPlan:
 
     @property
     def groups(self) -> dict[str, Tensor]:
-        """The indices of each group by its name in `poison.npz`; "indices" is the poison group."""
+        """The indices of each group, by its name in `poison.npz`, where "indices" is the poison group."""
         return {"indices": self.indices, "cover": self.cover, "noise": self.noise}
 
 
 class Attack(ABC):
-    """What an attacker does to the training of a victim, and what he wants of the model.
+    """What an attacker does to the training of a model, and which predictions the attacker wants.
 
-    Subclasses write `plan`; users call the object.
+    Subclasses implement `plan`; users call the object.
 
     Attributes:
-        uses_trigger: Whether the attack stamps a trigger; if not, a spec of it has neither trigger nor applicator.
+        uses_trigger: Whether the attack stamps a trigger. If not, its specs have neither a trigger nor an applicator.
         tiny: Options that the conformance tests build the attack with.
+        deviations: Conformance tests that the attack is known to fail, and why: reasons by name of the test.
 
     Args:
-        poison: Which training images are poisoned and what they are labelled.
+        poison: Which training images are poisoned, and their labels.
     """
 
     uses_trigger: ClassVar[bool] = True
     tiny: ClassVar[Mapping[str, object]] = {}
+    deviations: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, *, poison: PoisonSpec) -> None:
         self.poison = poison
@@ -73,7 +75,7 @@ class Attack(ABC):
 
         Raises:
             ConfigError: The data do not have the classes or images that the attack needs.
-            PluginError: The attack returned something else than a valid plan.
+            PluginError: The attack did not return a valid plan.
         """
         self.check(num_classes)
         plan = self.plan(labels.cpu(), num_classes, seed)
@@ -84,8 +86,8 @@ class Attack(ABC):
         """Check the target and the source classes against the data.
 
         Raises:
-            ConfigError: One is not a class of the data or is still given by name, or the target is among the sources
-                although poisoning would not change the label of its images.
+            ConfigError: One of them is not a class of the data, or is a name that has not been resolved; or the
+                target is among the sources although its images would keep their label.
         """
         poison = self.poison
         for name, labels in (("poison.target", (poison.target,)), ("poison.source", poison.source)):
@@ -101,10 +103,10 @@ class Attack(ABC):
 
     @abstractmethod
     def plan(self, labels: Tensor, num_classes: int, seed: int) -> PoisonPlan:
-        """Choose the images; see `__call__`. `labels` are on the CPU, and `check` has passed."""
+        """Choose the images, see `__call__`; `labels` are on the CPU, and `check` has passed."""
 
     def wanted(self, labels: Tensor, num_classes: int) -> Tensor:
-        """What the attacker wants triggered test images to be called.
+        """Return the class that the attacker wants each triggered test image to be predicted as.
 
         Args:
             labels: (N,) int64 true labels.
@@ -118,14 +120,14 @@ class Attack(ABC):
         return torch.full_like(labels, class_number("poison.target", self.poison.target))
 
     def counted(self, labels: Tensor, num_classes: int) -> Tensor:
-        """Which test images count for ASR: those whose true label is not already the wanted one.
+        """Return which test images count for ASR: those whose true label differs from the wanted one.
 
         Args:
             labels: (N,) int64 true labels.
             num_classes: Number of classes of the data.
 
         Returns:
-            (N,) bool, True somewhere.
+            (N,) bool, True for at least one image.
 
         Raises:
             ConfigError: No image counts.

@@ -1,4 +1,4 @@
-"""Data poisoning: the attacker changes a share of the training images and their labels, nothing else."""
+"""Data poisoning: the attacker changes some training images and their labels, and nothing else."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from backdoorbench_moe.ops.seeding import generator
 class DataPoisoning(Attack):
     """Stamp and relabel images of the training set once, before the victim trains on it.
 
-    Which images, and what they are labelled, is said by the spec's `poison`. Groups are drawn from the whole
-    training set, target class included, as the reference does; only from the source classes if some are named; with
-    clean labels only from the target class. Rates count from the whole training set.
+    The poison group is drawn from the whole training set, including the target class, as in the BadPatches code; or
+    from the source classes, if there are any; or from the target class, if labels are clean. Rates are shares of the
+    whole training set.
 
     Args:
-        poison: Rates of the groups, target, labels, mapping and source classes.
+        poison: Rates of the groups, target class, labels, mapping and source classes.
 
     Source:
         BadNets (Gu et al., 2017); BadPatches (arXiv 2505.01811), section 4.
@@ -29,7 +29,7 @@ class DataPoisoning(Attack):
         super().__init__(poison=poison)
 
     def plan(self, labels: Tensor, num_classes: int, seed: int) -> PoisonPlan:
-        """Draw floor(rate * N) images, then the cover and the noise group from the rest."""
+        """Draw the poison group, floor(rate * N) images, and then the other groups from the rest."""
         poison = self.poison
         indices = self._draw(self._candidates(labels), "rate", len(labels), seed, "poison")
         rest = torch.ones(len(labels), dtype=torch.bool)
@@ -50,13 +50,13 @@ class DataPoisoning(Attack):
         return allowed
 
     def _cover_candidates(self, labels: Tensor) -> Tensor:
-        """Images that may be in the cover group: of a source-specific attack those of all other classes (TaCT)."""
+        """Images that may be in the cover group, (N,) bool: with source classes, those of other classes (TaCT)."""
         if not self.poison.source:
             return torch.ones_like(labels, dtype=torch.bool)
         return ~torch.isin(labels, torch.tensor(self.poison.source))
 
     def _draw(self, allowed: Tensor, group: str, images: int, seed: int, purpose: str) -> Tensor:
-        """Draw the indices of a group, ascending, from the images that are allowed, (N,) bool."""
+        """Draw the indices of a group, in ascending order, from the images in the mask `allowed`, (N,) bool."""
         count, candidates = self.poison.count(images, group), allowed.nonzero().squeeze(1)
         if count > len(candidates):
             poison = self.poison

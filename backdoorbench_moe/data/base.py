@@ -59,9 +59,11 @@ class Dataset(ABC):
 
     Attributes:
         tiny: Options that the conformance tests create it with, besides those that `write_tiny` returns.
+        deviations: Conformance tests that the data set is known to fail, and why: reasons by name of the test.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {}
+    deviations: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, *, train_images: int | None = None, test_images: int | None = None) -> None:
         for name, value in (("train_images", train_images), ("test_images", test_images)):

@@ -1,4 +1,4 @@
-"""The defense interface, and all that a defense is given."""
+"""The defense interface, and everything that a defense is given."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from backdoorbench_moe.moe.routed import Routing
     from backdoorbench_moe.ops.images import Split
 
-# What a defense may declare that it needs, see `Defense.needs`.
+# What a defense may declare in `Defense.needs`.
 NEEDS = ("clean", "training-set", "features", "losses")
 
 
@@ -43,10 +43,11 @@ class Tune(Protocol):
             split: The images.
             epochs: Passes over the images; 0 does nothing.
             lr: Peak learning rate; the recipe's if None.
-            modules: Train only these; all other modules keep their weights and running statistics. All if None.
-            rows: Instead of `modules`: names in the model's state dict to the rows (dim 0), `start` to `stop`, that
-                may change. Every other value, of parameters and buffers, stays as it is, bit for bit. Norms that own
-                some of these rows see the statistics of their batch in all of their channels.
+            modules: Train only these modules; all others keep their weights and running statistics. If None, all
+                modules are trained.
+            rows: Train only these rows (of dimension 0), as (start, stop) by name in the model's state dict; given
+                instead of `modules`. All other values of parameters and buffers stay the same, bit for bit. Norms
+                that own some of the rows normalise all of their channels with the statistics of the batch.
 
         Raises:
             ValueError: A name in `rows` is not in the state dict.
@@ -55,7 +56,7 @@ class Tune(Protocol):
 
 @dataclass(frozen=True)
 class DefenseTask:
-    """All that a defense knows. Nothing here leads to the attacker: no trigger, no indices, no test images.
+    """Everything that a defense knows. It holds no trigger, no indices of poisoned images and no test images.
 
     Args:
         model: The defense's own copy, in evaluation mode, on `device`; it may be changed in place.
@@ -63,16 +64,18 @@ class DefenseTask:
         train: The recipe that the model was trained with.
         device: The device of model and images.
         precision: "fp32" or "bf16".
-        seed: For every draw that the defense makes.
+        seed: Seed of every random draw of the defense.
         tune: See `Tune`.
-        logits: (model, (N, 3, H, W) uint8) to (N, classes) float32, in evaluation mode.
-        routing: (model, (N, 3, H, W) uint8) to the `Routing` of every routed layer, a list for each batch of
-            images, in their order; for a `moe.routed.RoutedModel`.
-        fresh: Gives a newly drawn, untrained model of the same architecture, the same at every call, in evaluation
-            mode, on `device`. It is drawn from the defense's seed, not from the attacker's.
-        report: Call it with a name, such as "pruned", and the model at the end of every stage but the last. A copy
-            is kept and measured after the defense has returned, so that no measurement can guide it.
-        granted: What the defense declared in `needs`, by name; read it through the properties.
+        logits: Function of a model and images (B, 3, H, W) uint8 that returns (B, classes) float32, computed in
+            evaluation mode.
+        routing: Function of a `moe.routed.RoutedModel` and images (B, 3, H, W) uint8 that yields, batch by batch in
+            the order of the images, the list of the `Routing` of every routed layer.
+        fresh: Function that returns an untrained model of the same architecture, in evaluation mode, on `device`.
+            Its weights are drawn from the defense's seed, not from the attacker's, and are the same at every call.
+        report: Function of a name, such as "pruned", and the model, to be called at the end of every stage except
+            the last. It keeps a copy, which is measured after the defense has returned, so that no measurement can
+            influence the defense.
+        granted: What the defense declared in `needs`, by name. Defenses read it through the properties.
     """
 
     model: nn.Module
@@ -90,7 +93,7 @@ class DefenseTask:
 
     @property
     def clean(self) -> Split:
-        """The images that the defender holds, uint8 on `device`, with their true labels. Needs "clean"."""
+        """The images that the defender holds, uint8 on `device`, and their true labels. Needs "clean"."""
         return self._grant("clean")
 
     @property
@@ -100,12 +103,18 @@ class DefenseTask:
 
     @property
     def features(self) -> Callable[[nn.Module, Tensor], Tensor]:
-        """(model, (N, 3, H, W) uint8) to (N, D) float32, what goes into the head. Needs "features"."""
+        """Function of a model and images (B, 3, H, W) uint8 that returns the head's input, (B, D) float32.
+
+        Needs "features".
+        """
         return self._grant("features")
 
     @property
     def losses(self) -> Callable[[nn.Module, Split], Tensor]:
-        """(model, split of N images) to (N,) float32, the cross-entropy of each image. Needs "losses"."""
+        """Function of a model and a split of B images that returns the cross-entropy of each, (B,) float32.
+
+        Needs "losses".
+        """
         return self._grant("losses")
 
     def _grant(self, need: str) -> Any:
@@ -116,12 +125,13 @@ class DefenseTask:
 
 @dataclass(frozen=True)
 class DefenseResult:
-    """What a defense gives back.
+    """What a defense returns.
 
     Args:
-        stage: Name of its last stage, such as "tuned".
+        stage: Name of the last stage, such as "tuned". If there is a judgement about inputs, this is the stage of the
+            model together with its input filter.
         model: The defended model; its weights have the same names and shapes as before.
-        judgements: What it found; at most one about inputs. With one, `stage` is that of the filtered model.
+        judgements: The findings of the defense, of which at most one is about inputs.
     """
 
     stage: str
@@ -130,24 +140,27 @@ class DefenseResult:
 
     @property
     def filter(self) -> Judgement | None:
-        """The judgement about inputs; None if there is none."""
+        """The judgement about inputs, or None."""
         return next((each for each in self.judgements if each.about == "input"), None)
 
 
 class Defense(ABC):
-    """Something done to a model by a defender who does not know whether and how it was attacked.
+    """What a defender does to a model without knowing whether and how it was attacked.
 
-    Subclasses write `defend`, and `check` if not every model will do; users call the object.
+    Subclasses implement `defend`, and `check` if they do not work on every model. Users call the object.
 
     Attributes:
-        needs: What the defender must have, of `NEEDS`: "clean" images with true labels, the "training-set" as the
-            victim had it, "features" before the head, the "losses" of single images. Nothing else is given.
-        tiny: Options that the conformance tests build the defense with: those that keep it short, or have no default.
+        needs: What the defense is given, a subset of `NEEDS`: "clean" images with true labels, the "training-set"
+            as the victim had it, "features" before the head, and the "losses" of single images.
+        tiny: Options that the conformance tests build the defense with: those that make it short, and those that
+            have no default.
+        deviations: Conformance tests that the defense is known to fail, and why: reasons by name of the test.
 
     Args:
-        clean_fraction: Share of the training images that the defender holds, in (0, 1]; drawn from the task's seed.
-        finetune_data: "clean": as they were before the attack. "notebook": the poisoned ones among them are stamped
-            but truly labelled, as in the BadPatches notebook.
+        clean_fraction: Share of the training images that the defender holds, in (0, 1]. Which images is drawn from
+            the task's seed.
+        finetune_data: The defender's images: "clean", as they were before the attack, or "notebook", in which the
+            poisoned ones are stamped but have their true labels, as in the BadPatches notebook.
 
     Raises:
         ConfigError: `clean_fraction` is out of range.
@@ -155,6 +168,7 @@ class Defense(ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset({"clean"})
     tiny: ClassVar[Mapping[str, object]] = {}
+    deviations: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self, *, clean_fraction: float = 0.05, finetune_data: Literal["clean", "notebook"] = "clean"
@@ -164,10 +178,14 @@ class Defense(ABC):
         self.clean_fraction, self.finetune_data = clean_fraction, finetune_data
 
     def count(self, images: int, num_classes: int) -> int:
-        """How many of `images` training images the defender holds; 0 if the defense does not need any.
+        """Return the number of training images that the defender holds; 0 if the defense does not need "clean".
+
+        Args:
+            images: Number of training images.
+            num_classes: Number of classes.
 
         Raises:
-            ConfigError: There are fewer than classes.
+            ConfigError: There are fewer images than classes.
         """
         if "clean" not in self.needs:
             return 0
@@ -185,7 +203,7 @@ class Defense(ABC):
 
         Raises:
             ConfigError: The defense cannot be applied to this model.
-            PluginError: The defense returned something else than a valid result.
+            PluginError: The defense did not return a valid result.
         """
         self.check(task.model)
         result = self.defend(task)
@@ -199,11 +217,15 @@ class Defense(ABC):
         return result
 
     def check(self, model: nn.Module) -> None:  # noqa: B027
-        """Raise ConfigError, naming the option, if the defense cannot be applied to this model; change nothing.
+        """Check whether the defense can be applied to a model.
 
-        The model need not be trained yet.
+        Args:
+            model: The model, trained or not; it must not be changed.
+
+        Raises:
+            ConfigError: The defense cannot be applied; the message names the option or the model.
         """
 
     @abstractmethod
     def defend(self, task: DefenseTask) -> DefenseResult:
-        """Do it; `check` has passed."""
+        """Defend the task's model; `check` has passed."""

@@ -1,4 +1,4 @@
-"""Expert-drop: mute the experts that clean images miss least; a backdoor may live in one."""
+"""Expert-drop: mute the experts that clean accuracy depends on least, since a backdoor may lie in one of them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,31 @@ from torch import nn
 
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.judgement import Judgement
-from backdoorbench_moe.defenses.parts import accuracy_without, check_tuning, experts_of, least_missed
+from backdoorbench_moe.defenses.requirements import accuracy_without, check_tuning, experts_of, least_missed
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.experts import kept_muted, mute
 from backdoorbench_moe.moe.structure import Expert
 
 
 class ExpertDrop(Defense):
-    """Mute `count` experts, one after the other, each time the one without which clean accuracy is highest.
+    """Mute experts, one after the other, each time the one without which clean accuracy is highest.
 
-    count: from 1; every routed layer keeps one expert at least. epochs: of tuning on clean images afterwards,
-    in which the muted ones stay so; 0 only mutes. lr: the run's own where None. clean_fraction: share of the
-    training images the defender holds. Of equals, the first expert goes. Scores: clean accuracy, in percent,
-    without each expert alone; verdict: those dropped, in order, and the accuracy after each. Raises ConfigError
-    for a model that does not say where its experts lie, and for more experts than there are to drop.
+    The idea is that of pruning what clean images do not need, with an expert as the unit. Of several equal experts
+    the first is muted. The judgement's scores are the clean accuracies, in percent, without each expert alone; its
+    details hold the accuracy after each step.
 
-    The idea of pruning what clean images do not need (Liu et al., RAID 2018), with an expert as the unit.
+    Args:
+        count: Number of experts to mute, from 1. Every routed layer keeps at least one expert.
+        epochs: Epochs of tuning on clean images afterwards, from 0; muted experts stay muted.
+        lr: Peak learning rate, above 0; that of the run's recipe if None.
+        clean_fraction: Share of the training images that the defender holds, in (0, 1].
+
+    Raises:
+        ConfigError: A value is out of range, the model does not have the protocol `WithExperts`, or it has too few
+            experts.
+
+    Source:
+        Liu et al., "Fine-Pruning", RAID 2018, for the idea.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
@@ -37,11 +46,11 @@ class ExpertDrop(Defense):
         if count < 1:
             raise ConfigError.expected("count", "a whole number from 1", count)
         check_tuning(epochs, lr, at_least=0)
-        # Not `count`: that is the interface's name for the number of images.
+        # `count` is already a method of the interface: the number of the defender's images.
         self.drop, self.epochs, self.lr = count, epochs, lr
 
     def check(self, model: nn.Module) -> None:
-        """Raise ConfigError if the model does not say where its experts lie, or has too few."""
+        """Raise ConfigError if the model does not name its experts, or has too few."""
         experts = experts_of(model)
         most = len(experts) - len({expert.layer for expert in experts})
         if self.drop > most:
@@ -50,7 +59,7 @@ class ExpertDrop(Defense):
             )
 
     def defend(self, task: DefenseTask) -> DefenseResult:
-        """Rank, mute, tune."""
+        """Mute the experts one by one, then tune."""
         experts = experts_of(task.model)
         scores = found = accuracy_without(task, experts)
         dropped: list[Expert] = []
@@ -82,8 +91,8 @@ class ExpertDrop(Defense):
 
 
 def _droppable(experts: list[Expert], dropped: list[Expert]) -> list[Expert]:
-    """Experts still heard that are not the last of their layer."""
-    gone = {expert.name for expert in dropped}
-    left = [expert for expert in experts if expert.name not in gone]
-    heard = Counter(expert.layer for expert in left)
-    return [expert for expert in left if heard[expert.layer] > 1]
+    """The experts that are neither dropped nor the only one left in their layer."""
+    names = {expert.name for expert in dropped}
+    left = [expert for expert in experts if expert.name not in names]
+    active = Counter(expert.layer for expert in left)
+    return [expert for expert in left if active[expert.layer] > 1]

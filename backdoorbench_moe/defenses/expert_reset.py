@@ -1,4 +1,4 @@
-"""Expert-reset: draw one expert's weights anew and re-train it alone on clean images."""
+"""Expert-reset: re-initialise one expert and train it again, alone, on clean images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.judgement import Judgement
-from backdoorbench_moe.defenses.parts import accuracy_without, check_tuning, experts_of, least_missed
+from backdoorbench_moe.defenses.requirements import accuracy_without, check_tuning, experts_of, least_missed
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.moe.experts import copy_expert
 from backdoorbench_moe.moe.norms import measure_statistics
@@ -17,17 +17,23 @@ from backdoorbench_moe.moe.structure import Expert
 
 
 class ExpertReset(Defense):
-    """Re-initialise one expert and re-train only its own rows on clean images; all else stays, bit for bit.
+    """Re-initialise one expert and train only its own rows on clean images; all other values stay the same.
 
-    expert: "least-missed", the one whose muting costs the least clean accuracy, as `expert-drop` would choose
-    (it is the cheapest to learn again); or a name such as "moe/2"; or a number, its place among all experts from
-    0 on. The router stays, so the expert gets the patches it got. epochs: of tuning, from 1. lr: the run's own
-    where None. clean_fraction: share of the training images the defender holds.
+    The router is not changed, so the expert selects the patches that it selected before. The statistics of the
+    expert's norms are measured on the clean images after the reset and again after the training, because a running
+    mean with a momentum of 0.01 would not converge in so few steps. With `expert="least-missed"`, the judgement's
+    scores are the clean accuracies, in percent, without each expert.
 
-    Its norms' statistics are measured on the clean images after the reset and after the tuning: a running mean
-    of momentum 0.01 would not have come to them by then. Scores (of "least-missed"): clean accuracy, in
-    percent, without each expert; verdict: the one reset. Raises ConfigError for a model that does not say where
-    its experts lie, and for an expert it does not have.
+    Args:
+        expert: Which expert: its name, such as "moe/2"; its number among all experts, from 0; or "least-missed", the
+            one without which clean accuracy is highest, as in `expert-drop`. That one is the easiest to learn again.
+        epochs: Epochs of training, from 1.
+        lr: Peak learning rate, above 0; that of the run's recipe if None.
+        clean_fraction: Share of the training images that the defender holds, in (0, 1].
+
+    Raises:
+        ConfigError: A value is out of range, the model does not have the protocol `WithExperts`, or it has no such
+            expert.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
@@ -45,11 +51,11 @@ class ExpertReset(Defense):
         self.expert, self.epochs, self.lr = expert, epochs, lr
 
     def check(self, model: nn.Module) -> None:
-        """Raise ConfigError if the model does not say where its experts lie, or lacks the one named."""
+        """Raise ConfigError if the model does not name its experts, or does not have the chosen one."""
         self._named(experts_of(model))
 
     def defend(self, task: DefenseTask) -> DefenseResult:
-        """Choose, reset, re-train."""
+        """Choose the expert, reset it, and train it."""
         experts = experts_of(task.model)
         chosen = self._named(experts)
         scores: dict[str, float] | None = None
@@ -68,7 +74,7 @@ class ExpertReset(Defense):
         return DefenseResult("tuned", task.model, (judged,))
 
     def _named(self, experts: list[Expert]) -> Expert | None:
-        """The expert that the option names; None where it is to be chosen."""
+        """The expert that the option names; None for "least-missed"."""
         if self.expert == "least-missed":
             return None
         if isinstance(self.expert, int):

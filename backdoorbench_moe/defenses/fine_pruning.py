@@ -1,4 +1,4 @@
-"""Fine-pruning: set the channels that clean images use least to zero, then tune on clean images."""
+"""Fine-pruning: set the channels that clean images activate least to zero, then tune on clean images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
-from backdoorbench_moe.defenses.parts import check_tuning, structure
+from backdoorbench_moe.defenses.requirements import check_tuning, structure
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.pruning import channel_means, lowest, silence, silenced
 from backdoorbench_moe.moe.structure import ChannelGroup
@@ -18,28 +18,37 @@ Ranking = Literal["post-relu", "notebook"]
 
 
 class FinePruning(Defense):
-    """Prune a share of the last convolution's channels (of every expert), then fine-tune on clean images.
+    """Prune a share of the channels of the last convolution (of every expert), then fine-tune on clean images.
 
-    Of a transformer, which has none: of the hidden units of its last MLP, of each expert in the last layer of experts.
+    In a transformer the channels are the hidden units of the last MLP, or of each expert in the last layer of experts.
+    Pruned channels stay zero during the tuning.
 
-    ratio: share of each group's own channels, in [0, 1); floor(ratio * channels) are pruned. scope: "experts",
-    each expert's last convolution; "trunk", the last one before them, or of a dense model; "all", both; None is
-    "experts" where there are any, else "trunk". epochs: of tuning; 0 only prunes. lr: the run's own where
-    None, as all else of its recipe is. clean_fraction: share of the training images the defender holds; the
-    paper's 1.0. finetune_data: see `Defense`.
+    Departures: the original ranks channels on held-out images. Here they are ranked on the defender's images, which
+    are training images that the victim has seen, without the attacker's changes (unless `finetune_data` is
+    "notebook").
 
-    ranking: which channels go, measured on the images the defender holds.
-    - "post-relu": those with the least mean activation behind norm and ReLU; the channel of the norm is
-      set to zero with that of the convolution, so that the activation itself is zero (Liu et al., RAID 2018).
-      Where no norm has the convolution's channels, of the convolution's own output behind a ReLU. In a transformer
-      the channels are the hidden units of an MLP, so measured where they go into its activation.
-    - "notebook": those with the least signed mean of the convolution's output, before the norm; only
-      the convolution's channel is set to zero, which the norm makes a constant (BadPatches' notebook).
+    Args:
+        ratio: Share of the channels of each group that is pruned, in [0, 1); floor(ratio * channels) are.
+        ranking: Which channels are pruned. "post-relu": those with the lowest mean activation after norm and ReLU, as
+            in the paper; the norm's channel is set to zero as well, so that the activation is zero. If no norm has the
+            same channels, the activation is that of the convolution's output after a ReLU. Hidden units of an MLP are
+            measured at the input of its activation function. "notebook": those with the lowest signed mean of the
+            convolution's output before the norm, as in the BadPatches notebook; only the convolution's channel is set
+            to zero, which the norm turns into a constant.
+        scope: Which channels. "experts": the last convolution of each expert. "trunk": the last convolution before
+            the experts, or of a model without experts. "all": both. None: "experts" if the model has any, otherwise
+            "trunk".
+        epochs: Epochs of tuning, from 0; 0 only prunes.
+        lr: Peak learning rate, above 0; that of the run's recipe if None.
+        clean_fraction: Share of the training images that the defender holds, in (0, 1]; 1.0 in the BadPatches paper.
+        finetune_data: See `Defense`.
 
-    Departure: the original ranks on held-out images. The defender's are drawn from the training set, and so
-    have been seen by the victim; the attacker's changes to them are undone unless finetune_data is
-    "notebook". Pruned channels stay zero through the tuning. Raises ConfigError for values out of range,
-    and for a scope the model does not have. Source: BadPatches §5 and its notebooks.
+    Raises:
+        ConfigError: A value is out of range, the model does not have the scope, or the ratio prunes no channel of a
+            group.
+
+    Source:
+        Liu et al., "Fine-Pruning", RAID 2018; BadPatches (arXiv 2505.01811), section 5, and its notebooks.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"ratio": 0.25, "epochs": 1}
@@ -62,11 +71,11 @@ class FinePruning(Defense):
         self.ratio, self.ranking, self.scope, self.epochs, self.lr = ratio, ranking, scope, epochs, lr
 
     def check(self, model: nn.Module) -> None:
-        """Raise ConfigError if the model has no such channels, or too few for the ratio to be one."""
+        """Raise ConfigError if the model has no such channels, or if the ratio prunes none of them."""
         self._groups(model)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
-        """Rank, prune, tune."""
+        """Rank the channels, prune the lowest, and tune."""
         groups = self._groups(task.model)
         scores = rank_channels(groups, self.ranking, run=lambda: task.logits(task.model, task.clean.images))
         pruned: list[tuple[nn.Module, Tensor]] = []
@@ -85,13 +94,15 @@ class FinePruning(Defense):
         return DefenseResult("tuned", task.model)
 
     def _groups(self, model: nn.Module) -> list[ChannelGroup]:
-        there = structure(model).prunable()
-        if not there:
+        prunable = structure(model).prunable()
+        if not prunable:
             raise ConfigError(f"scope: {type(model).__name__} names no channels that could be pruned")
-        scope = self.scope or ("experts" if "experts" in there else "trunk")
-        if scope != "all" and scope not in there:
-            raise ConfigError.expected("scope", f"one of {[*there, 'all']} for {type(model).__name__}", scope)
-        groups = [group for name in there for group in there[name] if scope in (name, "all")]
+        scope = self.scope or ("experts" if "experts" in prunable else "trunk")
+        if scope != "all" and scope not in prunable:
+            raise ConfigError.expected(
+                "scope", f"one of {[*prunable, 'all']} for {type(model).__name__}", scope
+            )
+        groups = [group for name in prunable for group in prunable[name] if scope in (name, "all")]
         for group in groups:
             if self.ratio and not share_of(self.ratio, len(group)):
                 raise ConfigError(
@@ -102,9 +113,15 @@ class FinePruning(Defense):
 
 
 def rank_channels(groups: list[ChannelGroup], ranking: Ranking, *, run: Callable[[], object]) -> list[Tensor]:
-    """Score each group's channels, (channels,) float64 a group; the least are the first to go.
+    """Score the channels of each group; those with the lowest scores are pruned first.
 
-    run: passes the images through the model.
+    Args:
+        groups: The groups of channels.
+        ranking: See `FinePruning`.
+        run: Function that passes the images through the model.
+
+    Returns:
+        (channels,) float64 for each group.
     """
     rectify = ranking == "post-relu"
     modules = [(group.norm if rectify else None) or group.tap or group.layer for group in groups]

@@ -1,4 +1,4 @@
-"""Fine-tuning on clean images: which part of a model forgets the backdoor?"""
+"""Fine-tuning of a model, or of one of its components, on clean images."""
 
 from __future__ import annotations
 
@@ -8,17 +8,24 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
-from backdoorbench_moe.defenses.parts import check_tuning, structure
+from backdoorbench_moe.defenses.requirements import check_tuning, structure
 from backdoorbench_moe.errors import ConfigError
 
 
 class FineTuning(Defense):
-    """Train the model, or one part of it, for some more epochs on clean images.
+    """Train the model, or one of its components, for some more epochs on clean images.
 
-    scope: "all", or one of "experts", "router" and "head"; what is outside it keeps its weights and its norms'
-    statistics. epochs: from 1. lr: the run's own where None, as all else of its recipe (optimizer, batch
-    size, schedule) is. clean_fraction: share of the training images the defender holds. Raises ConfigError
-    for a part the model does not have.
+    Optimizer, batch size and schedule are those of the run's recipe.
+
+    Args:
+        scope: What is trained: "all", or the component "experts", "router" or "head". The rest of the model keeps its
+            weights and the statistics of its norms.
+        epochs: Epochs of training, from 1.
+        lr: Peak learning rate, above 0; that of the run's recipe if None.
+        clean_fraction: Share of the training images that the defender holds, in (0, 1].
+
+    Raises:
+        ConfigError: A value is out of range, or the model does not have the component.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
@@ -36,11 +43,11 @@ class FineTuning(Defense):
         self.scope, self.epochs, self.lr = scope, epochs, lr
 
     def check(self, model: nn.Module) -> None:
-        """Raise ConfigError if the model has no such part."""
+        """Raise ConfigError if the model does not have the component."""
         self._modules(model)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
-        """Tune what is in scope."""
+        """Train what is in scope."""
         modules = self._modules(task.model)
         task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr, modules=modules)
         return DefenseResult("tuned", task.model)

@@ -1,4 +1,4 @@
-"""What a defense that judges found: about inputs, training samples, classes, experts or the model."""
+"""Findings of a defense: about inputs, training samples, classes, experts or the model."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ About = Literal["input", "sample", "class", "expert", "model"]
 
 @dataclass(frozen=True)
 class Judgement:
-    """One judgement of a defense.
+    """One finding of a defense: scores, a threshold, and what is suspicious.
 
     Args:
-        about: What is judged: "input" (any image at test time), "sample" (of the training set), "class", "expert" or
-            "model".
-        reason: One sentence: how the scores were made, and what is suspicious for that reason.
-        scores: Score by name, such as "moe/2" for an expert or "3" for a class; (N,) float for the N samples of the
-            training set; None for inputs.
-        threshold: The score at which something becomes suspicious; None if nothing was decided by a threshold.
-        suspicious: Names of what is suspicious; (n,) int64 indices for samples.
-        details: Plain values for the record that the other fields do not hold.
-        judge: Of a judgement about inputs: (N, 3, H, W) uint8 images to (N,) finite floats. A score above
-            `threshold` is suspicious, and such an image is rejected. The score of an image must not depend on the
-            others beside it. The engine measures it after the defense has returned, on clean and triggered test
-            images in one shuffled batch.
+        about: What is judged: an "input" (any image at test time), a "sample" (of the training set), a "class", an
+            "expert", or the "model".
+        reason: One sentence that says what the scores measure, and which scores are suspicious.
+        scores: Scores by name, such as "moe/2" for an expert or "3" for a class; for samples, (N,) float, one for
+            each image of the training set; for inputs, None.
+        threshold: The score that separates suspicious from unsuspicious; None if no threshold was used.
+        suspicious: Names of what is suspicious; for samples, (n,) int64 indices.
+        details: Further plain values for the record.
+        judge: Function that scores inputs, given if and only if `about` is "input". It takes images (B, 3, H, W)
+            uint8 and returns (B,) finite floats. Images with a score above `threshold` are rejected. The score of
+            an image must not depend on the other images of the batch. The engine evaluates it after the defense has
+            returned, on clean and triggered test images in shuffled batches.
 
     Raises:
-        PluginError: A field is missing or does not go with the others.
+        PluginError: A field is missing or contradicts another one.
     """
 
     about: About

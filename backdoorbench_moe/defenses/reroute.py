@@ -1,4 +1,4 @@
-"""Reroute: mask the experts that clean images hardly use."""
+"""Reroute: mask the experts that clean images use least."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ from torch import Tensor, nn
 
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.judgement import Judgement
-from backdoorbench_moe.defenses.parts import experts_of
+from backdoorbench_moe.defenses.requirements import experts_of
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.experts import mute
 from backdoorbench_moe.moe.structure import MasksExperts
 
 
 class Reroute(Defense):
-    """Mask the experts that clean images give less than `threshold` times their even share of the gates' weight.
+    """Mask the experts whose usage by clean images is below a threshold.
 
-    An expert's usage is the mean over the clean images of the gates of the patches it was sent, as a multiple of
-    the mean over its layer's experts: 1 is an even share. threshold: in (0, 1]; the most used expert of a
-    layer always stays. Masking is the model's `mask_expert` (see `moe.structure.MasksExperts`), which has a router
-    choose others; where a model has none, as where experts choose patches, the expert is muted. Nothing is
-    tuned. clean_fraction: share of the training images the defender holds. Scores: usage by expert; verdict: those
-    masked, which may be none. Raises ConfigError for a model that does not say where its experts lie.
+    The usage of an expert is the mean, over the clean images, of the sum of the gates of the patches that it selected,
+    divided by the mean of the same over all experts of its layer: 1 is an even share. The most used expert of a layer
+    is never masked. A model with `mask_expert` (see `moe.structure.MasksExperts`) is asked to mask, so that its router
+    chooses other experts. In all other models, such as those in which experts choose patches, the expert is muted.
+    Nothing is tuned. The judgement's scores are the usages; possibly no expert is suspicious.
+
+    Args:
+        threshold: Usage below which an expert is masked, in (0, 1].
+        clean_fraction: Share of the training images that the defender holds, in (0, 1].
+
+    Raises:
+        ConfigError: A value is out of range, or the model does not have the protocol `WithExperts`.
     """
 
     def __init__(self, *, threshold: float = 0.5, clean_fraction: float = 0.05) -> None:
@@ -31,11 +37,11 @@ class Reroute(Defense):
         self.threshold = threshold
 
     def check(self, model: nn.Module) -> None:
-        """Raise ConfigError if the model does not say where its experts lie."""
+        """Raise ConfigError if the model does not name its experts."""
         experts_of(model)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
-        """Count, mask."""
+        """Measure the usage of all experts, and mask the rarely used ones."""
         model, experts = task.model, experts_of(task.model)
         usage = expert_usage(task)
         most = {
@@ -59,7 +65,11 @@ class Reroute(Defense):
 
 
 def expert_usage(task: DefenseTask) -> dict[str, float]:
-    """Usage of each expert, by its name, on the images the defender holds; 1 where all are used alike."""
+    """Measure the usage of each expert on the images that the defender holds.
+
+    Returns:
+        Usage by name of the expert, from 0; its mean over the experts of a layer is 1.
+    """
     sums: dict[str, Tensor] = {}
     for batch in task.routing(task.model, task.clean.images):
         for routing in batch:

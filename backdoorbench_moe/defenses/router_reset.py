@@ -1,4 +1,4 @@
-"""Router-reset: draw the router's weights anew and re-train it, alone or with all else, on clean images."""
+"""Router-reset: re-initialise the router and train it again on clean images."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ import torch
 from torch import nn
 
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
-from backdoorbench_moe.defenses.parts import check_tuning, router_of
+from backdoorbench_moe.defenses.requirements import check_tuning, router_of
 
 
 class RouterReset(Defense):
-    """Re-initialise the router, so that nothing of what the attacker taught it is left, and re-train on clean images.
+    """Re-initialise the router, so that nothing is left of what it learned from poison, and train on clean images.
 
-    scope: "router" re-trains the router and nothing else; "all" the whole model. epochs: of tuning, from 1. lr:
-    the run's own where None. clean_fraction: share of the training images the defender holds. Raises
-    ConfigError for a model without a router.
+    Args:
+        scope: "router" trains the router only; "all" trains the whole model.
+        epochs: Epochs of training, from 1.
+        lr: Peak learning rate, above 0; that of the run's recipe if None.
+        clean_fraction: Share of the training images that the defender holds, in (0, 1].
+
+    Raises:
+        ConfigError: A value is out of range, or the model has no router.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
@@ -39,7 +44,7 @@ class RouterReset(Defense):
         router_of(model)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
-        """Reset, re-train."""
+        """Reset the router, then train."""
         router = router_of(task.model)
         with torch.no_grad():
             for own, drawn in zip(router, router_of(task.fresh()), strict=True):

@@ -1,4 +1,4 @@
-"""STRIP, and the same on routing: is an image's answer too constant when others are laid over it?"""
+"""STRIP, and its idea applied to routing: input filters that blend an image with clean ones."""
 
 from __future__ import annotations
 
@@ -13,30 +13,42 @@ from torch import Tensor, nn
 
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.judgement import Judgement
-from backdoorbench_moe.defenses.parts import check_routed
+from backdoorbench_moe.defenses.requirements import check_routed
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.ops.detection import alarms, threshold
+from backdoorbench_moe.ops.detection import alarms, calibrate_threshold
 from backdoorbench_moe.ops.routing import jaccard
 from backdoorbench_moe.ops.seeding import generator
 
-Blend = Literal["mean", "sum"]
-# Blends are made 8,000 of 32x32 at a time: 25 MB.
+BlendMode = Literal["mean", "sum"]
+# Values of the superpositions that are computed at a time: 8,000 images of 3x32x32, 25 MB.
 CHUNK_VALUES = 8000 * 3 * 32 * 32
 
 
-class BlendFilter(Defense):
-    """An input filter that lays clean images over an input and scores how constant what the model does stays.
+class SuperpositionFilter(Defense):
+    """Base class of input filters that blend an input with clean images and measure how little the model reacts.
 
-    blends: how many of the defender's images, from 2, are laid over each input; drawn once, and the same for
-    every input, so that the filter is a function of the image (the original draws them for each input). blend:
-    "mean" of the two images, or their "sum", cut off at white, as the original's code has it, in which a black
-    trigger vanishes. calibrate: up to this many of the defender's other images set the threshold, so that a
-    clean image like them is rejected with a chance of `fpr`, in (0, 1), at most (the original fits a normal
-    distribution). clean_fraction: share of the training images the defender holds, which the victim has seen.
-    Raises ConfigError for values out of range, and where there are too few images for the blends and for `fpr`.
+    A backdoored model's answer to a triggered image depends on the trigger only, so it stays the same when another
+    image is blended in. The model itself is not changed. The judgement holds the threshold, and the number of images
+    that it was calibrated on (`details["calibrated_on"]`).
 
-    The model is left as it is. Verdict: the threshold, and how many images set it. Source: Gao et al., STRIP
-    (ACSAC 2019), §4.
+    Departures from STRIP: the images to blend with are drawn once and are the same for every input, so that the
+    score is a function of the image; STRIP draws them for each input. The threshold is a quantile of the scores of
+    clean images; STRIP fits a normal distribution to them.
+
+    Args:
+        blends: Number of the defender's images that each input is blended with, from 2.
+        blend: "mean" is the mean of both images. "sum" is their sum, clipped at white, as in STRIP's code; a black
+            trigger does not show in it.
+        fpr: Highest false positive rate, in (0, 1): the chance that a clean image is rejected.
+        calibrate: The threshold is set on up to this many of the defender's other images.
+        clean_fraction: Share of the training images that the defender holds, in (0, 1]. The victim was trained on
+            these images.
+
+    Raises:
+        ConfigError: A value is out of range, or the images are too few for `blends` and `fpr`.
+
+    Source:
+        Gao et al., "STRIP", ACSAC 2019, section 4.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"blends": 4, "fpr": 0.25}
@@ -46,7 +58,7 @@ class BlendFilter(Defense):
         self,
         *,
         blends: int = 16,
-        blend: Blend = "mean",
+        blend: BlendMode = "mean",
         fpr: float = 0.05,
         calibrate: int = 1000,
         clean_fraction: float = 0.05,
@@ -61,88 +73,153 @@ class BlendFilter(Defense):
         self.blends, self.blend, self.fpr, self.calibrate = blends, blend, fpr, calibrate
 
     def count(self, images: int, num_classes: int) -> int:
-        """How many of `images` training images the defender holds. Raises ConfigError for too few."""
+        """Return the number of training images that the defender holds.
+
+        Args:
+            images: Number of training images.
+            num_classes: Number of classes.
+
+        Raises:
+            ConfigError: They are too few to set a threshold for `fpr`.
+        """
         count = super().count(images, num_classes)
         left = count - self.blends
         if not alarms(self.fpr, left):
             raise ConfigError(
-                f"clean_fraction: {self.clean_fraction} of {images} images is {count}; {self.blends} are laid over "
+                f"clean_fraction: {self.clean_fraction} of {images} images is {count}; {self.blends} are blended into "
                 f"the others, and the {max(left, 0)} left are too few to set a threshold for fpr={self.fpr}"
             )
         return count
 
     def defend(self, task: DefenseTask) -> DefenseResult:
-        """Draw the images to lay over, and find the threshold on others."""
+        """Draw the images to blend with, and calibrate the threshold on other images."""
         clean = task.clean.images
         order = torch.randperm(len(clean), generator=generator(task.seed, "blends")).to(clean.device)
         over, others = order[: self.blends], order[self.blends : self.blends + self.calibrate]
-        judge = partial(
-            score_blends, overlays=clean[over].clone(), blend=self.blend, constancy=self.judge(task)
+        score = partial(
+            score_superpositions,
+            overlays=clean[over].clone(),
+            mode=self.blend,
+            constancy=self.measure_constancy(task),
         )
-        at = threshold(judge(clean[others]).double().cpu().numpy(), self.fpr)
-        judged = Judgement(
+        judgement = Judgement(
             "input",
-            f"{self.reason}; a clean image is above the threshold with a chance of {self.fpr:g} at most",
-            threshold=at,
+            f"{self.reason}; a clean image is above the threshold with a chance of at most {self.fpr:g}",
+            threshold=calibrate_threshold(score(clean[others]).double().cpu().numpy(), self.fpr),
             details={"calibrated_on": len(others)},
-            judge=judge,
+            judge=score,
         )
-        return DefenseResult("filtered", task.model, (judged,))
+        return DefenseResult("filtered", task.model, (judgement,))
 
     @abstractmethod
-    def judge(self, task: DefenseTask) -> Callable[[Tensor, int], Tensor]:
-        """What scores blends: (N * n, 3, H, W) uint8, the n of an image side by side, and n, to (N,)."""
+    def measure_constancy(self, task: DefenseTask) -> Callable[[Tensor, int], Tensor]:
+        """Return a function that measures how little the model reacts to what is blended in.
+
+        Args:
+            task: The task, whose model is measured.
+
+        Returns:
+            A function of images (B * n, 3, H, W) uint8, of which each n in a row are the superpositions of one
+            input, and of n. It returns (B,) scores; higher is more constant.
+        """
 
 
-def score_blends(
-    images: Tensor, *, overlays: Tensor, blend: Blend, constancy: Callable[[Tensor, int], Tensor]
+def score_superpositions(
+    images: Tensor, *, overlays: Tensor, mode: BlendMode, constancy: Callable[[Tensor, int], Tensor]
 ) -> Tensor:
-    """Score (N, 3, H, W) uint8 images by how constant their blends with (n, 3, H, W) stay: (N,) float64."""
+    """Score images by how constant the model stays on their superpositions.
+
+    Args:
+        images: (B, 3, H, W) uint8.
+        overlays: (n, 3, H, W) uint8, the images to blend with.
+        mode: How two images are blended.
+        constancy: See `SuperpositionFilter.measure_constancy`.
+
+    Returns:
+        (B,) float64; higher is more suspicious.
+    """
     size = max(1, CHUNK_VALUES // overlays.numel())
-    found = [
-        constancy(superimpose(part, overlays, blend).flatten(0, 1), len(overlays))
-        for part in images.split(size)
+    scores = [
+        constancy(superimpose(chunk, overlays, mode).flatten(0, 1), len(overlays))
+        for chunk in images.split(size)
     ]
-    return torch.cat(found)
+    return torch.cat(scores)
 
 
-def superimpose(images: Tensor, overlays: Tensor, blend: Blend) -> Tensor:
-    """Blend (N, C, H, W) with (n, C, H, W), both uint8: (N, n, C, H, W) uint8, the mean rounded down."""
+def superimpose(images: Tensor, overlays: Tensor, mode: BlendMode) -> Tensor:
+    """Blend every image with every overlay.
+
+    Args:
+        images: (B, C, H, W) uint8.
+        overlays: (n, C, H, W) uint8.
+        mode: "mean", rounded down, or "sum", clipped at 255.
+
+    Returns:
+        (B, n, C, H, W) uint8.
+    """
     total = images.unsqueeze(1).short() + overlays.unsqueeze(0).short()
-    return (total.div(2, rounding_mode="floor") if blend == "mean" else total.clamp(max=255)).to(torch.uint8)
+    return (total.div(2, rounding_mode="floor") if mode == "mean" else total.clamp(max=255)).to(torch.uint8)
 
 
-class Strip(BlendFilter):
-    """STRIP: an image is suspicious whose prediction stays sure and the same whatever is laid over it.
+class Strip(SuperpositionFilter):
+    """STRIP: reject an image if the prediction stays the same and confident whatever clean image is blended in.
 
-    The score is minus the mean entropy, in nats, of the predictions of the blends. Takes any model. Options: see
-    `BlendFilter`. Source: Gao et al., ACSAC 2019, §4.
+    The score is minus the mean entropy, in nats, of the predictions on the superpositions. Works on any model. See
+    `SuperpositionFilter` for the departures from the original.
+
+    Args:
+        blends: Number of the defender's images that each input is blended with, from 2.
+        blend: How two images are blended: "mean", or "sum", clipped at white.
+        fpr: Highest false positive rate, in (0, 1): the chance that a clean image is rejected.
+        calibrate: The threshold is set on up to this many of the defender's other images.
+        clean_fraction: Share of the training images that the defender holds, in (0, 1].
+
+    Raises:
+        ConfigError: A value is out of range, or the images are too few for `blends` and `fpr`.
+
+    Source:
+        Gao et al., "STRIP", ACSAC 2019, section 4.
     """
 
-    reason = "predictions stay sure whatever clean image is laid over the input"
+    reason = "predictions stay confident whatever clean image is blended into the input"
 
-    def judge(self, task: DefenseTask) -> Callable[[Tensor, int], Tensor]:
-        """Minus the mean entropy of predictions."""
-        return lambda blends, count: -mean_entropy(task.logits(task.model, blends), count)
+    def measure_constancy(self, task: DefenseTask) -> Callable[[Tensor, int], Tensor]:
+        """Measure minus the mean entropy of the predictions."""
+        return lambda blended, count: -mean_entropy(task.logits(task.model, blended), count)
 
 
-class RoutingStrip(BlendFilter):
-    """STRIP's idea on routing: an image is suspicious whose routing stays too constant whatever is laid over it.
+class RoutingStrip(SuperpositionFilter):
+    """STRIP on routing: reject an image if its routing stays the same whatever clean image is blended in.
 
-    statistic: "jaccard", mean Jaccard index of the selected (expert, patch) pairs of two blends, over all pairs
-    of blends; or "jensen-shannon", 1 minus the gates' mean divergence from their mean over the blends, as a
-    share of its largest value. Both in [0, 1], mean over the routed layers. Other options: see `BlendFilter`.
-    Raises ConfigError for a model without routing.
+    Needs a routed model. The score is the mean over the routed layers. See `SuperpositionFilter` for the departures
+    from the original.
+
+    Args:
+        statistic: How constant the routing is, in [0, 1]. "jaccard": mean Jaccard index of the selected (expert,
+            patch) pairs of two superpositions, over all pairs of superpositions. "jensen-shannon": 1 minus the
+            Jensen-Shannon divergence of the gates of all superpositions, as a share of its maximum.
+        blends: Number of the defender's images that each input is blended with, from 2.
+        blend: How two images are blended: "mean", or "sum", clipped at white.
+        fpr: Highest false positive rate, in (0, 1): the chance that a clean image is rejected.
+        calibrate: The threshold is set on up to this many of the defender's other images.
+        clean_fraction: Share of the training images that the defender holds, in (0, 1].
+
+    Raises:
+        ConfigError: A value is out of range, the images are too few for `blends` and `fpr`, or the model has no
+            routing.
+
+    Source:
+        The idea of STRIP (Gao et al., ACSAC 2019) with routing in the place of predictions.
     """
 
-    reason = "routing stays constant whatever clean image is laid over the input"
+    reason = "routing stays constant whatever clean image is blended into the input"
 
     def __init__(
         self,
         *,
         statistic: Literal["jaccard", "jensen-shannon"] = "jaccard",
         blends: int = 16,
-        blend: Blend = "mean",
+        blend: BlendMode = "mean",
         fpr: float = 0.05,
         calibrate: int = 1000,
         clean_fraction: float = 0.05,
@@ -156,13 +233,13 @@ class RoutingStrip(BlendFilter):
         """Raise ConfigError if the model has no routing."""
         check_routed(model)
 
-    def judge(self, task: DefenseTask) -> Callable[[Tensor, int], Tensor]:
-        """How constant the routing is."""
+    def measure_constancy(self, task: DefenseTask) -> Callable[[Tensor, int], Tensor]:
+        """Measure the statistic, mean over the routed layers."""
         name = "selected" if self.statistic == "jaccard" else "gates"
         measure = selection_constancy if self.statistic == "jaccard" else gate_constancy
 
-        def constancy(blends: Tensor, count: int) -> Tensor:
-            layers = zip(*task.routing(task.model, blends), strict=True)
+        def constancy(blended: Tensor, count: int) -> Tensor:
+            layers = zip(*task.routing(task.model, blended), strict=True)
             tables = (torch.cat([getattr(routing, name) for routing in layer]) for layer in layers)
             return torch.stack([measure(table.unflatten(0, (-1, count))) for table in tables]).mean(0)
 
@@ -170,13 +247,28 @@ class RoutingStrip(BlendFilter):
 
 
 def mean_entropy(logits: Tensor, count: int) -> Tensor:
-    """Mean entropy, in nats, of the predictions of each `count` of (N * count, classes) logits: (N,) float64."""
-    chances = logits.double().softmax(1)
-    return torch.special.entr(chances).sum(1).unflatten(0, (-1, count)).mean(1)
+    """Compute the mean entropy of the predictions on the superpositions of each image.
+
+    Args:
+        logits: (B * n, classes); each n rows in a row belong to one image.
+        count: n.
+
+    Returns:
+        (B,) float64, in nats.
+    """
+    probabilities = logits.double().softmax(1)
+    return torch.special.entr(probabilities).sum(1).unflatten(0, (-1, count)).mean(1)
 
 
 def selection_constancy(selected: Tensor) -> Tensor:
-    """Mean Jaccard index of two of n selections, over all pairs: (N, n, E, P) bool to (N,) float64 in [0, 1]."""
+    """Compute the mean Jaccard index of two selections, over all pairs of n selections.
+
+    Args:
+        selected: (B, n, E, P) bool.
+
+    Returns:
+        (B,) float64 in [0, 1].
+    """
     count = selected.shape[1]
     pairs = torch.ones(count, count, dtype=torch.bool, device=selected.device).triu(1)
     chosen = selected.flatten(2)
@@ -184,11 +276,17 @@ def selection_constancy(selected: Tensor) -> Tensor:
 
 
 def gate_constancy(gates: Tensor) -> Tensor:
-    """1 - JS / log n of n sets of gates: (N, n, E, P) to (N,) float64 in [0, 1].
+    """Compute 1 - JS / log n, where JS is the Jensen-Shannon divergence of n sets of gates.
 
-    JS is the mean Kullback-Leibler divergence of the gates from their mean over the n. A set of gates is taken as
-    one distribution over (expert, patch); for gates that sum to 1 over the patches of every expert, or over
-    the experts of every patch, that is the mean divergence of an expert's, or a patch's, distribution.
+    JS is the mean Kullback-Leibler divergence of the sets from their mean. Each set is normalised to one
+    distribution over (expert, patch). For gates that sum to 1 over the patches of every expert (or over the experts
+    of every patch), JS equals the mean divergence of the distributions of the experts (or of the patches).
+
+    Args:
+        gates: (B, n, E, P), from 0.
+
+    Returns:
+        (B,) float64 in [0, 1].
     """
     tables = gates.flatten(2).double()
     tables = tables / tables.sum(2, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)

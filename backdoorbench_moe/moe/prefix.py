@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-Record = tuple[nn.Module, Any]
+Call = tuple[nn.Module, Any]
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def reuse_prefix(model: nn.Module, stop: Collection[nn.Module], run: Callable[[]
         run: Function that passes one batch through the model.
     """
     records = _record(model, set(stop), run)
-    queue: list[Record] = []
+    queue: list[Call] = []
     modules = {id(module): module for module, _ in records}
     hook = model.register_forward_pre_hook(lambda *_: queue.__setitem__(slice(None), records))
     # A module may already have a `forward` in its instance dictionary.
@@ -43,9 +43,9 @@ def reuse_prefix(model: nn.Module, stop: Collection[nn.Module], run: Callable[[]
                 module.forward = forward
 
 
-def _record(model: nn.Module, stop: set[nn.Module], run: Callable[[], object]) -> list[Record]:
+def _record(model: nn.Module, stop: set[nn.Module], run: Callable[[], object]) -> list[Call]:
     """The outermost calls that returned before `stop`, in order, with copies of their outputs."""
-    records: list[Record] = []
+    records: list[Call] = []
     began: list[int] = []
     stopped = False
 
@@ -73,7 +73,7 @@ def _record(model: nn.Module, stop: set[nn.Module], run: Callable[[], object]) -
     return records
 
 
-def _replay(module: nn.Module, forward: Callable[..., Any], queue: list[Record]) -> Callable[..., Any]:
+def _replay(module: nn.Module, forward: Callable[..., Any], queue: list[Call]) -> Callable[..., Any]:
     def replay(*args: Any, **options: Any) -> Any:
         if queue and queue[0][0] is module:
             # A copy, since the next step may modify it in place.

@@ -11,7 +11,7 @@ from backdoorbench_moe.errors import ShapeError
 TOLERANCE = 1e-2
 
 
-def check_images(images: object, name: str, *, like: Tensor | None = None) -> None:
+def check_image_batch(images: object, name: str, *, like: Tensor | None = None) -> None:
     """Check that `images` is a float batch (B, C, H, W) in [0, 1], and shaped, typed and placed as `like`.
 
     The range is read on the CPU only: on an accelerator it would make every step wait for the device.

@@ -51,12 +51,12 @@ def alarms(fpr: float, calibrating: int) -> int:
     return max(0, min(int(fpr * (calibrating + 1) + 1e-9), calibrating))
 
 
-def threshold(clean: np.ndarray, fpr: float) -> float:
+def calibrate_threshold(clean: np.ndarray, fpr: float) -> float:
     """The k-th highest of (n,) clean scores, k = `alarms(fpr, n)`; a score above it is suspicious.
 
     Raises ValueError for too few scores.
     """
     count = alarms(fpr, len(clean))
     if not count:
-        raise ValueError(f"threshold: expected at least 1 / fpr - 1 scores, got {len(clean)}")
+        raise ValueError(f"calibrate_threshold: expected at least 1 / fpr - 1 scores, got {len(clean)}")
     return float(np.sort(clean)[-count])

@@ -1,9 +1,16 @@
-"""Conformance tests: what every trigger, applicator, model, defense and data set keeps to, whoever wrote it.
+"""Conformance tests, which every trigger, applicator, attack, model, defense and data set must pass.
 
-`bbmoe plugin check PACKAGE` runs them over what an installed package registers and says what fails and why;
-`python -m backdoorbench_moe.testing [PACKAGE] [pytest's flags]` is the same with pytest's own output, and runs
-over every registered name where there is no PACKAGE. They need pytest: `pip install 'backdoorbench-moe[plugin]'`.
+`bbmoe plugin check PACKAGE` runs them over the parts that an installed package registers, and prints which tests
+fail and why. `python -m backdoorbench_moe.testing [PACKAGE] [flags]` runs the same tests with pytest's own output
+and flags, over all registered parts if no PACKAGE is given. They need pytest:
+`pip install 'backdoorbench-moe[plugin]'`.
 
-A part says how it is made for them: the class attribute `tiny` holds the options that make it small or short,
-and those that have no default; a data set that reads files overrides `write_tiny`.
+A part tells the tests two things by class attributes:
+
+- `tiny`: the options that make the part small or short, and those that have no default. A data set that reads files
+  also overrides `write_tiny`.
+- `deviations`: tests that the part is known to fail, with a reason for each, as in
+  `{"test_gradients_reach_the_images": "rounds to 8 bits"}`. Such a failure is shown but does not count. A deviation
+  is itself a failure of the part if it names a test that does not run over the part, or one of which every case
+  passes.
 """

@@ -1,4 +1,4 @@
-"""The conformance tests over one installed package, in a process of their own, and what came of them."""
+"""The conformance tests over one installed package, run in a process of their own, and their outcome."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from typing import Any
 from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
 from backdoorbench_moe.plugins import GROUPS, INTERFACE, Candidate, normalize, strays
+from backdoorbench_moe.testing.deviations import Part, declared
 
 Row = dict[str, Any]
-Part = tuple[str, str]  # kind and name
 
 # pytest's exit codes: all passed, some failed.
 FINISHED = (0, 1)
@@ -27,7 +27,16 @@ FINISHED = (0, 1)
 
 @dataclass(frozen=True)
 class Failure:
-    """One test that a part fails: in how many of its cases, and the first of them with its reason and line."""
+    """A test that a part fails.
+
+    Attributes:
+        test: Name of the test.
+        failing: Number of its cases that fail.
+        cases: Number of its cases.
+        case: The first case that fails.
+        reason: The error of that case.
+        line: The line of code that raised it; empty if Python itself ended.
+    """
 
     test: str
     failing: int
@@ -37,9 +46,38 @@ class Failure:
     line: str
 
 
+@dataclass(frozen=True)
+class Deviation:
+    """A test that a part fails and declares to fail.
+
+    Attributes:
+        test: Name of the test.
+        failing: Number of its cases that fail.
+        cases: Number of its cases.
+        reason: The reason that the part gives.
+    """
+
+    test: str
+    failing: int
+    cases: int
+    reason: str
+
+
 @dataclass
 class PartCheck:
-    """One part: result is "passes", "fails" or "broken", which says that it cannot be used, and why."""
+    """The outcome of the tests of one part.
+
+    Attributes:
+        kind: Kind of the part, such as "trigger".
+        name: Name of the part.
+        result: "passes"; "fails"; or "broken" if the part cannot be used.
+        passed: Number of cases that passed.
+        failed: Number of cases that failed although the part does not declare it.
+        skipped: Number of cases that were skipped.
+        reason: Why the part is broken, or why it fails as a whole.
+        failures: The tests that failed.
+        deviations: The tests that failed as the part declares.
+    """
 
     kind: str
     name: str
@@ -49,11 +87,19 @@ class PartCheck:
     skipped: int = 0
     reason: str | None = None
     failures: list[Failure] = field(default_factory=list)
+    deviations: list[Deviation] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class PackageCheck:
-    """What a package registers, in the order of the kinds, and what came of each."""
+    """The outcome for everything that a package registers.
+
+    Attributes:
+        package: Name of the package.
+        version: Version of the package.
+        interfaces: Versions of the interfaces that it is written for.
+        parts: The outcome for each part, in the order of the kinds.
+    """
 
     package: str
     version: str
@@ -62,17 +108,23 @@ class PackageCheck:
 
     @property
     def passes(self) -> bool:
-        """Whether everything does."""
+        """Whether every part passes."""
         return all(part.result == "passes" for part in self.parts)
 
 
 def check_package(package: str, *, timeout: float) -> PackageCheck:
     """Run the conformance tests over everything an installed package registers.
 
-    timeout: seconds that one test may take, where pytest-timeout is installed; without it there is no limit.
     A part that cannot be used is reported with its reason and is not tested; the others are.
-    Raises UnknownNameError for a package that is not installed or registers nothing, ConfigError where pytest
-    is not installed, and PluginError where the tests could not be run.
+
+    Args:
+        package: Name of the package.
+        timeout: Seconds that one test may take. It needs pytest-timeout; without it there is no limit.
+
+    Raises:
+        UnknownNameError: The package is not installed.
+        ConfigError: The package registers nothing, or pytest is not installed.
+        PluginError: The tests could not be run.
     """
     candidates = find_candidates(package)
     if find_spec("pytest") is None:
@@ -96,7 +148,12 @@ def check_package(package: str, *, timeout: float) -> PackageCheck:
 
 
 def find_candidates(package: str) -> list[Candidate]:
-    """Everything an installed package registers. Raises UnknownNameError, or ConfigError if it registers nothing."""
+    """Return everything that an installed package registers.
+
+    Raises:
+        UnknownNameError: The package is not installed.
+        ConfigError: The package registers nothing.
+    """
     offers = [candidate for registry in REGISTRIES.values() for candidate in registry.offers()]
     found = [candidate for candidate in offers if normalize(candidate.package) == normalize(package)]
     if found:
@@ -114,13 +171,13 @@ def find_candidates(package: str) -> list[Candidate]:
 
 
 def _run_tests(package: str, timeout: float) -> list[Row]:
-    """A row for every test that was run over a part of the package; the last one may not have come to an end."""
+    """Run the tests, and return a row for every case; the last one may be a case that ended Python."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"}
     with tempfile.TemporaryDirectory(prefix="bbmoe-check-") as folder:
         report = Path(folder) / "report.jsonl"
         command = [sys.executable, "-m", "backdoorbench_moe.testing", package, f"--bbmoe-report={report}"]
         if find_spec("pytest_timeout"):
-            # By a thread that ends Python: what hangs may be no Python code, and would hang again in the next test.
+            # A thread ends Python: compiled code that hangs cannot be interrupted.
             command += [f"--timeout={timeout}", "--timeout-method=thread"]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         rows = [json.loads(line) for line in report.read_text().splitlines()] if report.exists() else []
@@ -136,9 +193,9 @@ def _run_tests(package: str, timeout: float) -> list[Row]:
 
 
 def _attribute(rows: list[Row], own: set[Part]) -> dict[Part, list[Row]]:
-    """The tests of each part of the package.
+    """Return the rows of each part of the package.
 
-    Where two of its parts fail together and only one of them fails by itself, that one is to blame.
+    If two parts of the package fail a test together, and only one of them fails a test by itself, that one is blamed.
     """
     teams = [own.intersection(row["parts"].items()) for row in rows]
     failing = [(row["outcome"] == "failed", team) for row, team in zip(rows, teams, strict=True)]
@@ -152,7 +209,7 @@ def _attribute(rows: list[Row], own: set[Part]) -> dict[Part, list[Row]]:
 
 
 def _judge(part: PartCheck, rows: list[Row]) -> None:
-    """Fill in what came of a part's tests."""
+    """Fill in the outcome of a part from the rows of its tests."""
     counts = Counter(row["outcome"] for row in rows)
     part.passed, part.failed, part.skipped = (counts[key] for key in ("passed", "failed", "skipped"))
     for test in dict.fromkeys(row["test"] for row in rows if row["outcome"] == "failed"):
@@ -162,7 +219,11 @@ def _judge(part: PartCheck, rows: list[Row]) -> None:
         part.failures.append(
             Failure(test, len(failing), len(cases), first["case"], first["reason"], first["line"])
         )
-    if not part.passed and not part.failed:
+    for test, why in declared(part.kind, part.name).items():
+        cases = [row for row in rows if row["test"] == test]
+        if failing := [row for row in cases if row["outcome"] == "deviates"]:
+            part.deviations.append(Deviation(test, len(failing), len(cases), why))
+    if not part.passed and not part.failed and not part.deviations:
         part.result, part.reason = "fails", "no test was run over it"
     elif part.failed:
         part.result = "fails"

@@ -31,6 +31,10 @@ class Selection:
         """The names that are tested."""
         return [name for name in REGISTRIES[kind].names() if self._tests(kind, name)]
 
+    def parts(self) -> list[tuple[str, str]]:
+        """Kind and name of every part that is tested."""
+        return [(kind, name) for kind in REGISTRIES for name in self.names(kind)]
+
     def partners(self, kind: str) -> list[str]:
         """The names that something of another kind is tested with."""
         registry = REGISTRIES[kind]

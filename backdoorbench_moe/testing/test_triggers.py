@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
-from backdoorbench_moe.errors import ShapeError, UnknownNameError
+from backdoorbench_moe.errors import ConfigError, ShapeError, UnknownNameError
 from backdoorbench_moe.testing.making import batch, make
 from backdoorbench_moe.triggers.base import Trigger
 
@@ -13,9 +16,17 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 CANVASES = [(4, 4), (5, 7), (8, 8), (32, 32), (48, 40), (64, 64)]
 
 
+Form = Callable[[Tensor, Tensor], Tensor]
+
+
 @pytest.fixture
 def trigger(trigger_name: str) -> Trigger:
     return make("trigger", trigger_name, seed=7)
+
+
+def forms(trigger: Trigger) -> dict[str, Form]:
+    """The forms that take the places of the images: the training form, and the noise form of a trigger that has one."""
+    return {"training": trigger.training, **({"noise": trigger.noise} if trigger.has_noise else {})}
 
 
 @pytest.mark.parametrize("canvas", CANVASES)
@@ -111,6 +122,86 @@ def test_inference_mode_leaves_nothing_behind(trigger: Trigger) -> None:
 def test_what_is_no_image_batch_is_refused(trigger: Trigger, images: object) -> None:
     with pytest.raises(ShapeError, match="images: expected"):
         trigger(images)
+
+
+@pytest.mark.parametrize("canvas", CANVASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forms_keep_shape_type_and_range(
+    trigger: Trigger, canvas: tuple[int, int], dtype: torch.dtype
+) -> None:
+    images, places = batch(3, 3, *canvas, dtype=dtype), torch.tensor([5, 0, 70_000])
+    images[0], images[1] = 0, 1
+    before = images.clone()
+    for name, form in forms(trigger).items():
+        stamped = form(images, places)
+        assert (stamped.shape, stamped.dtype, stamped.device) == (images.shape, dtype, images.device), name
+        assert stamped.min() >= 0 and stamped.max() <= 1, name
+        assert torch.equal(images, before), f"{name}: the input was written to"
+        assert not torch.equal(stamped, images), f"{name}: nothing was stamped"
+        stamped.zero_()
+        assert torch.equal(images, before), f"{name}: the output shares memory with the input"
+        assert torch.equal(places, torch.tensor([5, 0, 70_000])), f"{name}: the places were written to"
+
+
+def test_forms_depend_on_the_place_and_not_on_the_batch(trigger: Trigger) -> None:
+    """Permuted with their places, split into batches of any size, or repeated, images are stamped the same."""
+    images, places = batch(6, 3, 8, 8), torch.tensor([3, 41, 0, 5, 1_281_166, 6])
+    order = torch.tensor([4, 2, 5, 0, 3, 1])
+    for name, form in forms(trigger).items():
+        whole = form(images, places)
+
+        def assert_same(stamped: Tensor, expected: Tensor, name: str = name) -> None:
+            torch.testing.assert_close(
+                stamped, expected, atol=1e-6, rtol=0, msg=f"{name} depends on the batch"
+            )
+
+        assert_same(form(images[order], places[order]), whole[order])
+        for size in (1, 4):
+            pairs = zip(images.split(size), places.split(size), strict=True)
+            assert_same(torch.cat([form(*pair) for pair in pairs]), whole)
+        assert_same(form(images, places), whole)
+
+
+def test_the_same_seed_stamps_the_same_in_all_forms(trigger_name: str) -> None:
+    images, places = batch(3, 3, 16, 16), torch.tensor([9, 2, 4])
+    torch.manual_seed(1)
+    first = {
+        name: form(images, places) for name, form in forms(make("trigger", trigger_name, seed=3)).items()
+    }
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    for name, form in forms(make("trigger", trigger_name, seed=3)).items():
+        assert torch.equal(form(images, places), first[name]), (
+            f"{name} draws at random, but not from its seed"
+        )
+    assert torch.equal(torch.get_rng_state(), state), "torch's own generator was used"
+
+
+def test_the_noise_form_is_another_stamp_than_the_triggers(trigger: Trigger) -> None:
+    images, places = batch(3, 3, 32, 32), torch.tensor([9, 2, 4])
+    if trigger.has_noise:
+        stamped = trigger.noise(images, places)
+        for mine, triggers in ((stamped, trigger(images)), (stamped, trigger.training(images, places))):
+            assert not torch.equal(mine, triggers), "a model cannot tell the noise form from the trigger"
+    else:
+        with pytest.raises(ConfigError, match=f"{type(trigger).__name__} has no noise form"):
+            trigger.noise(images, places)
+
+
+def test_forms_stamp_no_images(trigger: Trigger) -> None:
+    for form in forms(trigger).values():
+        assert form(torch.rand(0, 3, 32, 32), torch.empty(0, dtype=torch.int64)).shape == (0, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "places",
+    [torch.tensor([1]), torch.tensor([1, 2, 3]), torch.tensor([[1], [2]]), torch.tensor([0.5, 1.0]), [1, 2]],
+    ids=["too few", "too many", "2d", "float", "list"],
+)
+def test_places_that_do_not_go_with_the_images_are_refused(trigger: Trigger, places: object) -> None:
+    for form in (trigger.training, trigger.noise):
+        with pytest.raises(ShapeError, match="places: expected"):
+            form(batch(2, 3, 8, 8), places)
 
 
 def test_unknown_options_are_refused_by_name(trigger_name: str) -> None:

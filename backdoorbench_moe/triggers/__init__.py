@@ -1,4 +1,4 @@
-"""Triggers: what is stamped. Where it is stamped is an applicator's business."""
+"""Triggers: what is stamped on an image. An applicator decides where."""
 
 from __future__ import annotations
 
@@ -13,10 +13,20 @@ registry: Registry[Trigger] = Registry("trigger")
 
 
 def create_trigger(name: str, **options: object) -> Trigger:
-    """Build the trigger called `name`. Raises UnknownNameError, ConfigError or PluginError."""
+    """Build a trigger by name.
+
+    Args:
+        name: Name of the trigger; `list_triggers` lists them.
+        **options: The trigger's own options.
+
+    Raises:
+        UnknownNameError: There is no such trigger or option.
+        ConfigError: An option is of the wrong type or out of range.
+        PluginError: The package that offers the trigger is at fault.
+    """
     return registry.create(name, options)
 
 
 def list_triggers() -> list[str]:
-    """Names of all triggers, built-in and third-party."""
+    """List the names of all triggers, built-in and third-party."""
     return registry.names()

@@ -6,35 +6,38 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor
 
 from backdoorbench_moe.errors import ConfigError, ShapeError
-from backdoorbench_moe.ops.checks import check_images
+from backdoorbench_moe.ops.checks import check_image_batch
 
 
 class Trigger(ABC):
-    """A change to an image that a backdoored model answers with the attacker's class.
+    """A change to an image that makes a backdoored model predict the attacker's class.
 
-    A trigger is a function of the canvas: it is drawn once, from `seed`, and the same object stamps a 32x32 image
-    and a 4x4 tile. It has up to three forms:
+    Everything random about a trigger is drawn once, from `seed`. The same object stamps images of any size, such as
+    32x32 images and 4x4 tiles. A trigger has up to three forms:
 
     - the *test form*, `trigger(images)`, which every trigger has;
     - the *training form*, `trigger.training(images, places)`, for poison and cover images: the test form, unless a
       subclass overrides `stamp_training`;
-    - the *noise form*, `trigger.noise(images, places)`, for noise images: another stamp, which the model is to learn
+    - the *noise form*, `trigger.noise(images, places)`, for noise images: a different stamp, which the model learns
       to ignore. Only triggers that override `stamp_noise` have it.
 
-    A form that draws something for each image draws it as a function of the image's place in the training set, so
-    that it does not depend on the batch (see `ops.seeding.uniform_at`).
+    If a form draws random numbers for each image, it draws them as a function of the image's place in the training
+    set, so that they do not depend on the batch (see `ops.seeding.uniform_at`).
 
     Attributes:
         tiny: Options that the conformance tests build the trigger with, such as those that have no default.
+        deviations: Conformance tests that the trigger is known to fail, and why: reasons by name of the test.
 
     Args:
-        seed: Seed of everything that the trigger draws.
+        seed: Seed of everything random about the trigger.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {}
+    deviations: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, *, seed: int = 0) -> None:
         self.seed = seed
@@ -50,9 +53,9 @@ class Trigger(ABC):
             Stamped copies of the same shape, type and device, in [0, 1].
 
         Raises:
-            ShapeError: The images, or what the trigger made of them, are not as said here.
+            ShapeError: The images, or the stamped images that the trigger returned, do not have this form.
         """
-        check_images(images, "images")
+        check_image_batch(images, "images")
         return self._checked(self.stamp(images), images)
 
     @final
@@ -61,20 +64,31 @@ class Trigger(ABC):
 
         Args:
             images: (B, C, H, W) float in [0, 1], on any device.
-            places: (B,) int64, where each image stands in the training set.
+            places: (B,) int64, the index of each image in the training set.
 
         Returns:
-            Stamped copies, as `__call__`.
+            Stamped copies of the same shape, type and device, in [0, 1].
+
+        Raises:
+            ShapeError: The images, the places or the stamped images do not have this form.
         """
         _check_places(images, places)
         return self._checked(self.stamp_training(images, places), images)
 
     @final
     def noise(self, images: Tensor, places: Tensor) -> Tensor:
-        """Stamp images with the noise form; arguments and result as of `training`.
+        """Stamp images with the noise form.
+
+        Args:
+            images: (B, C, H, W) float in [0, 1], on any device.
+            places: (B,) int64, the index of each image in the training set.
+
+        Returns:
+            Stamped copies of the same shape, type and device, in [0, 1].
 
         Raises:
             ConfigError: The trigger has no noise form.
+            ShapeError: The images, the places or the stamped images do not have this form.
         """
         _check_places(images, places)
         return self._checked(self.stamp_noise(images, places), images)
@@ -86,22 +100,25 @@ class Trigger(ABC):
 
     @abstractmethod
     def stamp(self, images: Tensor) -> Tensor:
-        """Stamp a checked batch (B, C, H, W) in [0, 1]; must not write to it."""
+        """Stamp a checked batch (B, C, H, W) in [0, 1], which must not be written to."""
 
     def stamp_training(self, images: Tensor, places: Tensor) -> Tensor:
-        """Stamp a checked batch (B, C, H, W) as `stamp`, in the form that training images get."""
+        """Stamp a checked batch, as `stamp` does, for training. By default the same as `stamp`."""
         return self.stamp(images)
 
     def stamp_noise(self, images: Tensor, places: Tensor) -> Tensor:
-        """Stamp a checked batch (B, C, H, W) with another stamp than the trigger's own."""
+        """Stamp a checked batch, as `stamp` does, with the noise form."""
         raise ConfigError(f"poison.noise: the trigger {type(self).__name__} has no noise form")
 
     def _checked(self, stamped: Tensor, images: Tensor) -> Tensor:
-        check_images(stamped, f"output of trigger {type(self).__name__}", like=images)
+        check_image_batch(stamped, f"output of trigger {type(self).__name__}", like=images)
         return stamped
 
 
-def _check_places(images: Tensor, places: Tensor) -> None:
-    check_images(images, "images")
-    if places.shape != images.shape[:1]:
-        raise ShapeError(f"places: expected one for each of {len(images)} images, got {tuple(places.shape)}")
+def _check_places(images: Tensor, places: object) -> None:
+    check_image_batch(images, "images")
+    expected = f"places: expected an int64 tensor ({len(images)},), one place for each image"
+    if not isinstance(places, Tensor):
+        raise ShapeError(f"{expected}, got {type(places).__name__}")
+    if places.shape != images.shape[:1] or places.dtype != torch.int64:
+        raise ShapeError(f"{expected}, got {places.dtype} {tuple(places.shape)}")

@@ -1,4 +1,4 @@
-"""The blended picture (Chen et al. 2017)."""
+"""The trigger of Blended (Chen et al., 2017): a picture that is mixed into the image."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ from backdoorbench_moe.triggers.picture import LUMA, draw_quilt, read_picture
 
 
 class Blend(Trigger):
-    """(1 - ratio) * image + ratio * picture, the picture resized to the canvas.
+    """Blend a picture, resized to the image's size, into the image: (1 - ratio) * image + ratio * picture.
 
-    ratio: in (0, 1]; the paper's is 0.5. image: path of a picture file; by default a picture of our own
-    (the paper's Hello Kitty is not ours to ship). seed: as every trigger has one; a blend draws nothing.
-    Raises ConfigError for a ratio out of range or a file that is missing, damaged or of a wrong mode, and
-    ShapeError when called on images of neither 1 nor 3 channels.
+    Args:
+        ratio: Weight of the picture, in (0, 1]; 0.5 in the paper.
+        image: Path of a picture file. By default a picture that comes with this package, in the place of the paper's,
+            which cannot be distributed.
+        seed: Not used, as nothing is random.
+
+    Raises:
+        ConfigError: `ratio` is out of range, or the file is missing, damaged or not an 8-bit picture.
+
+    Source:
+        Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning", 2017.
     """
 
     def __init__(self, *, ratio: float = 0.5, image: FilePath | None = None, seed: int = 0) -> None:
@@ -31,23 +38,27 @@ class Blend(Trigger):
 
     @property
     def picture(self) -> Tensor:
-        """The picture as it is, (1, 3, H, W) float32 in [0, 1]; our own is drawn when first asked for."""
+        """The picture in its own size, (1, 3, H, W) float32 in [0, 1]."""
         if self._picture is None:
             self._picture = draw_quilt()
         return self._picture
 
     def stamp(self, images: Tensor) -> Tensor:
-        """Blend the picture into every image; gradients flow with weight 1 - ratio."""
+        """Blend the picture into every image; gradients are scaled by 1 - ratio.
+
+        Raises:
+            ShapeError: The images have neither 1 nor 3 channels.
+        """
         return torch.lerp(images, self._resize(images), self.ratio)
 
     def _resize(self, images: Tensor) -> Tensor:
-        """The picture for this canvas (bilinear, antialiased), where and as precise as the images are."""
+        """The picture in the size, device and type of the images, resized bilinearly with antialiasing."""
         channels, size = images.shape[1], images.shape[-2:]
         if channels not in (1, 3):
             raise ShapeError(f"blend: expected images of 1 or 3 channels, got {channels}")
         key = (channels, size, images.device, images.dtype)
         if key not in self._resized:
-            # Made in inference mode, a picture could never take part in a backward pass.
+            # Tensors that are created in inference mode cannot take part in a backward pass later.
             with torch.inference_mode(False):
                 resized = F.interpolate(self.picture, size, mode="bilinear", antialias=True).clamp(0, 1)
                 if channels == 1:

@@ -1,4 +1,4 @@
-"""The picture that `blend` mixes in: from a file, or our own."""
+"""The picture that the trigger `blend` mixes in: read from a file, or drawn here."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 def draw_quilt() -> Tensor:
-    """Draw our own picture, a smiling face on a dotted patchwork quilt.
+    """Draw a smiling face on a dotted patchwork quilt.
 
-    Light and dark patches alternate on a 4x4 board, so that some structure is left on the smallest tile. It is drawn
-    with integers and is the same on every machine.
+    Light and dark patches alternate on a 4x4 board, so that even a tile of 4x4 pixels shows some structure. Only
+    integers are used, so the picture is the same on every machine.
 
     Returns:
         (1, 3, 128, 128) float32 in [0, 1].
@@ -43,13 +43,13 @@ def draw_quilt() -> Tensor:
 
 
 def read_picture(path: str) -> Tensor:
-    """Read a picture file as the data sets read theirs: see `image_files.decode`.
+    """Read a picture file in the same way as the images of a data set, see `image_files.decode`.
 
     Returns:
         (1, 3, H, W) float32 in [0, 1].
 
     Raises:
-        ConfigError: The file is missing or damaged, or has no exact 8-bit RGB form.
+        ConfigError: The file is missing or damaged, or cannot be converted to 8-bit RGB without loss.
     """
     if not expand(path).is_file():
         raise ConfigError.expected("blend: image", "a picture file", path)

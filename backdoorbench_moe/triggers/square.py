@@ -1,4 +1,4 @@
-"""The square of BadNets (Gu et al. 2017)."""
+"""The trigger of BadNets (Gu et al., 2017): a square of one colour."""
 
 from __future__ import annotations
 
@@ -12,12 +12,20 @@ PLACES = ("upper-left", "upper-right", "lower-left", "lower-right", "centre")
 
 
 class Square(Trigger):
-    """A square of one colour; the default is the paper's: black, 4x4, upper left.
+    """Overwrite a square with one colour; the defaults are BadNets' in the paper: black, 4x4, upper left.
 
-    size: side in pixels, at most the canvas. colour: a CSS name, "#rrggbb", or red, green and blue in
-    [0, 1]. position: one of PLACES, or (row, column) of the square's upper left pixel. seed: as
-    every trigger has one; a square draws nothing. Raises ConfigError for a value out of range, and
-    ShapeError when called on a canvas that the square does not fit into.
+    Args:
+        size: Side in pixels, from 1, at most the image's height and width.
+        colour: A CSS colour name, "#rrggbb", or red, green and blue in [0, 1].
+        position: A corner ("upper-left", "upper-right", "lower-left", "lower-right"), "centre", or (row, column) of
+            the square's upper left pixel, from 0.
+        seed: Not used, as nothing is random.
+
+    Raises:
+        ConfigError: A value is out of range.
+
+    Source:
+        Gu et al., "BadNets", 2017.
     """
 
     def __init__(
@@ -39,7 +47,12 @@ class Square(Trigger):
         self.size, self.position, self.colour = size, position, _rgb(colour)
 
     def stamp(self, images: Tensor) -> Tensor:
-        """Overwrite the square's pixels; gradients flow to all others."""
+        """Overwrite the square's pixels; gradients flow to all other pixels.
+
+        Raises:
+            ShapeError: The square does not fit into the images, or a colour other than grey does not fit their
+                number of channels.
+        """
         row, column = self._corner(*images.shape[-2:])
         stamped = images.clone()
         target = stamped[:, :, row : row + self.size, column : column + self.size]
@@ -66,7 +79,7 @@ class Square(Trigger):
         return row, column
 
     def _channels(self, channels: int) -> tuple[float, ...]:
-        """The colour's value in each channel; a grey one fits any number of them."""
+        """The colour's value in each channel; grey has one for any number of channels."""
         if len(set(self.colour)) == 1:
             return self.colour[:1] * channels
         if channels != 3:

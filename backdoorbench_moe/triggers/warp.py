@@ -1,4 +1,4 @@
-"""The warp of WaNet (Nguyen and Tran, ICLR 2021)."""
+"""The trigger of WaNet (Nguyen and Tran, ICLR 2021): a smooth distortion of the image."""
 
 from __future__ import annotations
 
@@ -24,27 +24,30 @@ Sampling = Literal["bilinear", "truncate"]
 
 
 class Warp(Trigger):
-    """A smooth distortion, drawn once from `seed` and computed anew for each canvas size.
+    """Distort the image smoothly, by a field of offsets that is drawn once from `seed`.
 
-    Its noise form (WaNet's noise mode) is the same distortion with another random offset for every pixel of every
-    image, so that the model learns to answer this one warp and no other. It exists for bilinear sampling. WaNet draws
-    noise images and offsets anew in every batch; here they are drawn once, as an attacker who only delivers data can.
+    The noise form is WaNet's noise mode: the same distortion, and in addition a random offset of up to half a pixel
+    for every pixel of every image. The model thereby learns to react to this warp only, and not to warps like it.
+    "truncate" has no noise form.
+
+    Departure: WaNet draws the noise images and their offsets anew in every batch. Here they are drawn once, as an
+    attacker who only delivers data has to.
 
     Args:
         grid_size: Side k of the control grid, from 1.
-        strength: WaNet's s, above 0: about twice the mean shift in pixels.
-        sampling: "bilinear" is WaNet's; "truncate" is what the BadPatches notebook does, with its own grid_size=2 and
-            strength=0.25.
+        strength: WaNet's s, above 0; about twice the mean shift in pixels.
+        sampling: "bilinear", as in WaNet, or "truncate", as in the BadPatches notebook, which also uses grid_size=2
+            and strength=0.25.
         seed: Seed of the control grid and of the noise form's offsets.
 
     Attributes:
-        control_grid: The normalised grid, (1, 2, k, k) float32 on the CPU; channel 0 is the x offset.
+        control_grid: The normalised control grid, (1, 2, k, k) float32 on the CPU; channel 0 holds the x offsets.
 
     Raises:
         ConfigError: A value is out of range.
 
     Source:
-        WaNet, equations 4 and 5, and its noise mode; BadPatches' notebooks.
+        WaNet, equations 4 and 5, and its noise mode; the notebooks of BadPatches (arXiv 2505.01811).
     """
 
     def __init__(
@@ -62,17 +65,17 @@ class Warp(Trigger):
         self._fields: dict[object, Tensor] = {}
 
     def stamp(self, images: Tensor) -> Tensor:
-        """Move every pixel; gradients flow to the pixels that were sampled."""
+        """Warp the images; gradients flow to the pixels that were sampled."""
         field = self._field(images)
         return take_pixels(images, field) if self.sampling == "truncate" else warp_bilinear(images, field)
 
     @property
     def has_noise(self) -> bool:
-        """Whether there is a noise form: the notebook's warp has none."""
+        """Whether the trigger has a noise form: with bilinear sampling only."""
         return self.sampling == "bilinear"
 
     def stamp_noise(self, images: Tensor, places: Tensor) -> Tensor:
-        """Move every pixel as `stamp`, and by up to half a pixel more, at random along both axes."""
+        """Warp the images, with a random offset of up to half a pixel more along both axes."""
         if not self.has_noise:
             return super().stamp_noise(images, places)
         height, width = images.shape[-2:]
@@ -81,19 +84,19 @@ class Warp(Trigger):
         return warp_bilinear(images, grid)
 
     def _field(self, images: Tensor) -> Tensor:
-        """The field for this canvas, where and as precise as the images are."""
+        """The field for images of this size, on their device and in their precision."""
         height, width = images.shape[-2:]
         dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
         key = (height, width, images.device, dtype)
         if key not in self._fields:
-            # Made in inference mode, a field could never take part in a backward pass.
+            # Tensors that are created in inference mode cannot take part in a backward pass later.
             with torch.inference_mode(False):
                 self._fields[key] = self._make_field(height, width, dtype).to(images.device)
         return self._fields[key]
 
     def _make_field(self, height: int, width: int, dtype: torch.dtype) -> Tensor:
-        """Computed on the CPU, so that every device samples the same pixels."""
+        """Compute the field on the CPU, so that every device samples the same pixels."""
         if self.sampling == "truncate":
-            # In one precision for all images: an offset of almost nothing must not change its sign.
+            # Always in float64: the sign of a very small offset must not depend on the precision of the images.
             return notebook_pixels(self.control_grid.double(), height, width, self.strength)
         return wanet_grid(self.control_grid.to(dtype), height, width, self.strength)

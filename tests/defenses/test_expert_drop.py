@@ -39,10 +39,10 @@ def test_the_one_dropped_is_that_of_an_own_loop_over_deaf_heads(seed) -> None:
     assert sorted(alone)[-1] > sorted(alone)[-2], "else the test could not tell"
     result = create_defense("expert-drop")(make_task(model, clean=clean)[0])
     assert result.stage == "dropped"
-    assert result.scores["expert"] == pytest.approx({f"moe/{e}": alone[e] for e in range(4)})
+    assert result.judgements[0].scores == pytest.approx({f"moe/{e}": alone[e] for e in range(4)})
     chosen = alone.index(max(alone))
-    assert result.verdict["expert"]["dropped"] == [f"moe/{chosen}"]
-    assert result.verdict["expert"]["accuracy"] == pytest.approx([max(alone)])
+    assert result.judgements[0].suspicious == [f"moe/{chosen}"]
+    assert result.judgements[0].details["accuracy"] == pytest.approx([max(alone)])
     assert accuracy(model, clean) == pytest.approx(max(alone))
 
 
@@ -53,16 +53,16 @@ def test_several_are_dropped_one_after_the_other_as_by_hand() -> None:
         found = {e: accuracy(silenced_copy(model, (*gone, e)), clean) for e in range(4) if e not in gone}
         gone.append(max(found, key=lambda e: found[e]))
     result = create_defense("expert-drop", count=3)(make_task(model, clean=clean)[0])
-    assert result.verdict["expert"]["dropped"] == [f"moe/{e}" for e in gone]
-    assert result.verdict["expert"]["accuracy"][-1] == pytest.approx(accuracy(model, clean))
-    assert len(result.scores["expert"]) == 4
+    assert result.judgements[0].suspicious == [f"moe/{e}" for e in gone]
+    assert result.judgements[0].details["accuracy"][-1] == pytest.approx(accuracy(model, clean))
+    assert len(result.judgements[0].scores) == 4
 
 
 def test_only_what_leaves_the_expert_is_set_to_zero() -> None:
     model, clean = trained_model()
     before = copies(model)
     result = create_defense("expert-drop")(make_task(model, clean=clean)[0])
-    [name] = result.verdict["expert"]["dropped"]
+    [name] = result.judgements[0].suspicious
     [expert] = [expert for expert in model.experts() if expert.name == name]
     after = copies(model)
     assert changed(before, after) == set(expert.output)
@@ -75,7 +75,7 @@ def test_of_equals_the_first_goes() -> None:
     with torch.no_grad():
         model.head.weight.zero_()
     result = create_defense("expert-drop", count=2)(make_task(model)[0])
-    assert result.verdict["expert"]["dropped"] == ["moe/0", "moe/1"]
+    assert result.judgements[0].suspicious == ["moe/0", "moe/1"]
 
 
 def test_tuning_afterwards_leaves_it_mute() -> None:
@@ -85,7 +85,7 @@ def test_tuning_afterwards_leaves_it_mute() -> None:
     [(stage, dropped)] = reported
     assert (stage, result.stage) == ("dropped", "tuned")
     after = copies(model)
-    names = result.verdict["expert"]["dropped"]
+    names = result.judgements[0].suspicious
     for expert, (name, (start, stop)) in itertools.product(
         model.experts(), model.experts()[0].output.items()
     ):

@@ -60,8 +60,9 @@ def test_usage_by_hand() -> None:
 def test_those_below_the_threshold_are_masked(threshold, masked) -> None:
     model, task, defense = by_hand(threshold=threshold)
     result = defense(task)
-    assert result.verdict == {"expert": {"masked": masked}} and result.stage == "rerouted"
-    assert result.scores["expert"] == pytest.approx(expert_usage(by_hand()[1]))
+    [judged] = result.judgements
+    assert judged.about == "expert" and judged.suspicious == masked and result.stage == "rerouted"
+    assert result.judgements[0].scores == pytest.approx(expert_usage(by_hand()[1]))
     off = [(model.layers[n].bias == -torch.inf).nonzero().flatten().tolist() for n in (0, 1)]
     assert [f"layers/{n}/{e}" for n in (0, 1) for e in off[n]] == masked
 
@@ -70,7 +71,7 @@ def test_a_model_that_cannot_mask_has_them_muted() -> None:
     bare = Layered([0.6, 0.3, 0.1], [0.25, 0.5, 0.25])
     before = copies(bare)
     result = create_defense("reroute")(make_task(bare)[0])
-    assert result.verdict["expert"]["masked"] == ["layers/0/1", "layers/0/2", "layers/1/0", "layers/1/2"]
+    assert result.judgements[0].suspicious == ["layers/0/1", "layers/0/2", "layers/1/0", "layers/1/2"]
     assert changed(before, copies(bare)) == {"layers.0.vectors", "layers.1.vectors"}
     assert (bare.layers[0].vectors == 0).all(1).tolist() == [False, True, True]
 
@@ -90,10 +91,10 @@ def test_of_a_layer_used_alike_nobody_is_masked_and_the_most_used_never() -> Non
         model.moe.router.weight.zero_()
     before = copies(model)
     result = create_defense("reroute", threshold=1.0)(make_task(model)[0])
-    assert result.scores["expert"] == pytest.approx({f"moe/{e}": 1.0 for e in range(4)})
-    assert len(result.verdict["expert"]["masked"]) < 4
+    assert result.judgements[0].scores == pytest.approx({f"moe/{e}": 1.0 for e in range(4)})
+    assert len(result.judgements[0].suspicious) < 4
     result = create_defense("reroute")(make_task(model)[0])
-    assert result.verdict["expert"]["masked"] == [] and not changed(before, copies(model))
+    assert result.judgements[0].suspicious == [] and not changed(before, copies(model))
 
 
 def test_pmoe_mutes_the_expert_whose_gates_are_flattest() -> None:
@@ -103,7 +104,7 @@ def test_pmoe_mutes_the_expert_whose_gates_are_flattest() -> None:
         model.moe.router.weight.mul_(1e4)
         model.moe.router.weight[2] = 0
     result = create_defense("reroute", threshold=0.5)(make_task(model)[0])
-    assert result.verdict["expert"]["masked"] == ["moe/2"]
+    assert result.judgements[0].suspicious == ["moe/2"]
     assert (model.moe.conv.weight == 0).flatten(1).all(1).reshape(4, 5).all(1).tolist() == [
         *(False, False, True, False)
     ]

@@ -18,7 +18,8 @@ def test_only_the_experts_own_rows_change(option, index, recipe) -> None:
     task, reported = make_task(model, **recipe)
     result = create_defense("expert-reset", expert=option, epochs=2)(task)
     after = copies(model)
-    assert result.verdict == {"expert": {"reset": f"moe/{index}"}} and result.scores == {}
+    [judged] = result.judgements
+    assert (judged.about, judged.suspicious, judged.scores) == ("expert", [f"moe/{index}"], None)
     assert changed(before, after) <= expert.own.keys()
     for name, (start, stop) in expert.own.items():
         assert torch.equal(before[name][:start], after[name][:start]), name
@@ -53,9 +54,9 @@ def test_by_default_it_is_the_one_that_expert_drop_would_drop() -> None:
     (one, clean), (other, _) = trained_model(seed=2), trained_model(seed=2)
     drop = create_defense("expert-drop")(make_task(one, clean=clean)[0])
     reset = create_defense("expert-reset", epochs=1)(make_task(other, clean=clean)[0])
-    assert drop.verdict["expert"]["dropped"] == ["moe/1"]
-    assert [reset.verdict["expert"]["reset"]] == drop.verdict["expert"]["dropped"]
-    assert reset.scores == drop.scores
+    assert drop.judgements[0].suspicious == ["moe/1"]
+    assert reset.judgements[0].suspicious == drop.judgements[0].suspicious
+    assert reset.judgements[0].scores == drop.judgements[0].scores
 
 
 def test_the_routers_weights_are_new_and_alone_or_with_all_trained() -> None:

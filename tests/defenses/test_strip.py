@@ -13,7 +13,7 @@ from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.defenses.strip import (
     gate_constancy,
     mean_entropy,
-    score_blends,
+    score_superpositions,
     selection_constancy,
     superimpose,
 )
@@ -91,7 +91,7 @@ def test_every_image_is_scored_over_its_own_blends_in_chunks(monkeypatch) -> Non
         calls.append(len(blends))
         return blends.double().mean((1, 2, 3)).unflatten(0, (-1, count)).mean(1)
 
-    scores = score_blends(images, overlays=over, blend="mean", constancy=constancy)
+    scores = score_superpositions(images, overlays=over, mode="mean", constancy=constancy)
     assert scores.tolist() == pytest.approx([(20 * i // 2 + (20 * i + 100) // 2) / 2 for i in range(8)])
     assert calls == [6, 6, 4]
 
@@ -103,8 +103,8 @@ def test_the_filter_scores_routing_of_blends_as_an_own_loop_does(statistic, monk
     task, _ = make_task(model, clean=held_images(20))
     result = create_defense("routing-strip", statistic=statistic, blends=6, fpr=0.2)(task)
     images = torch.randint(0, 256, (100, 3, 32, 32), generator=torch.Generator().manual_seed(4)).byte()
-    scores = result.filter(images)
-    over = result.filter.keywords["overlays"]
+    scores = result.filter.judge(images)
+    over = result.filter.judge.keywords["overlays"]
     assert len(over) == 6 and {tuple(o.flatten()[:9].tolist()) for o in over} <= {
         tuple(i.flatten()[:9].tolist()) for i in task.clean.images
     }
@@ -127,14 +127,14 @@ def test_the_threshold_is_of_images_that_are_laid_over_nothing() -> None:
     model = used_model()
     task, _ = make_task(model)
     result = create_defense("strip", blends=4, fpr=0.25)(task)
-    over = {tuple(o.flatten().tolist()) for o in result.filter.keywords["overlays"]}
+    over = {tuple(o.flatten().tolist()) for o in result.filter.judge.keywords["overlays"]}
     others = [image for image in task.clean.images if tuple(image.flatten().tolist()) not in over]
     assert len(over) == 4 and len(others) == 20
-    scores = sorted(result.filter(torch.stack(others)).tolist(), reverse=True)
-    assert result.threshold == pytest.approx(scores[4], abs=1e-6)
-    assert result.verdict == {"sample": {"threshold": result.threshold, "calibrated_on": 20}}
+    scores = sorted(result.filter.judge(torch.stack(others)).tolist(), reverse=True)
+    assert result.filter.threshold == pytest.approx(scores[4], abs=1e-6)
+    assert result.filter.details == {"calibrated_on": 20}
     few = create_defense("strip", blends=4, fpr=0.25, calibrate=7)(make_task(model)[0])
-    assert few.verdict["sample"]["calibrated_on"] == 7 and few.stage == "filtered"
+    assert few.filter.details["calibrated_on"] == 7 and few.stage == "filtered"
 
 
 def test_a_prediction_that_nothing_moves_is_the_most_suspicious() -> None:
@@ -152,9 +152,9 @@ def test_a_prediction_that_nothing_moves_is_the_most_suspicious() -> None:
     result = create_defense("strip", blends=4, fpr=0.25)(replace(task, logits=answers))
     images = task.clean.images[:6].clone()
     images[:3, 0, 0, 0], images[3:, 0, 0, 0] = 0, 200
-    scores = result.filter(images)
+    scores = result.filter.judge(images)
     assert scores[:3].min() > scores[3:].max() and scores[:3].tolist() == pytest.approx([0.0] * 3)
-    assert (scores[3:] <= result.threshold).all(), "as sure as clean images are"
+    assert (scores[3:] <= result.filter.threshold).all(), "as sure as clean images are"
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_too_few_images_for_the_false_positive_rate_are_refused() -> None:
     defense = create_defense("strip", clean_fraction=1.0)
     assert defense.count(16 + 19, 3) == 35
     with pytest.raises(
-        ConfigError, match=r"clean_fraction: 1\.0 of 34 images is 34; 16 are laid over the others"
+        ConfigError, match=r"clean_fraction: 1\.0 of 34 images is 34; 16 are blended into the others"
     ):
         defense.count(34, 3)
     with pytest.raises(ConfigError, match="the 0 left are too few"):

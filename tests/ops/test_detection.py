@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 
-from backdoorbench_moe.ops.detection import alarms, auroc, threshold
+from backdoorbench_moe.ops.detection import alarms, auroc, calibrate_threshold
 
 scores = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=30).map(np.array)
 
@@ -82,9 +82,9 @@ def test_how_many_may_be_called_by_hand(fpr, count, k) -> None:
 
 def test_the_threshold_by_hand() -> None:
     clean = np.array([0.3, 0.9, 0.1, 0.7, 0.5, 0.2, 0.4, 0.8, 0.6])
-    assert threshold(clean, 0.1) == 0.9 and threshold(clean, 0.25) == 0.8
+    assert calibrate_threshold(clean, 0.1) == 0.9 and calibrate_threshold(clean, 0.25) == 0.8
     with pytest.raises(ValueError, match="got 9"):
-        threshold(clean, 0.05)
+        calibrate_threshold(clean, 0.05)
 
 
 @settings(max_examples=25)
@@ -92,7 +92,7 @@ def test_the_threshold_by_hand() -> None:
 def test_a_further_clean_score_is_called_no_more_often_than_asked(count, fpr, seed, tied) -> None:
     """Each of count + 1 scores left out in turn: as many are called as may be, fewer where some are equal."""
     values = np.random.default_rng(seed).normal(size=count + 1).round(0 if tied else 9)
-    called = [values[i] > threshold(np.delete(values, i), fpr) for i in range(count + 1)]
+    called = [values[i] > calibrate_threshold(np.delete(values, i), fpr) for i in range(count + 1)]
     assert sum(called) <= fpr * (count + 1) + 1e-9
     if not tied:
         assert sum(called) == alarms(fpr, count)

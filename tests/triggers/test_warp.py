@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.seeding import derive_seed, uniform_at
 from backdoorbench_moe.triggers import create_trigger
 from backdoorbench_moe.triggers.warp import Warp
 
@@ -54,6 +56,87 @@ def test_the_warp_moves_the_picture() -> None:
     ramp = torch.linspace(0, 1, 64).expand(1, 1, 64, 64)
     shift = (Warp(strength=0.5)(ramp) - ramp).abs().mean() * 63
     assert 0.1 < shift < 0.4
+
+
+def wanet_noise(images: Tensor, warp: Warp, places: list[int]) -> Tensor:
+    """WaNet's noise mode image by image, in float64, as in its code: `ins = rand * 2 - 1; grid + ins / height`."""
+    height, width = images.shape[-2:]
+    count = height * width * 2
+    axes = [torch.linspace(-1, 1, steps=n, dtype=torch.float64) for n in (height, width)]
+    y, x = torch.meshgrid(*axes, indexing="ij")
+    field = F.interpolate(
+        warp.control_grid.double(), size=(height, width), mode="bicubic", align_corners=True
+    )
+    shift = warp.strength * field.permute(0, 2, 3, 1)
+    size = torch.tensor([width, height], dtype=torch.float64)
+    plain = torch.clamp(torch.stack((x, y), 2)[None] + shift / size, -1, 1)
+    warped = []
+    for image, place in zip(images.double(), places, strict=True):
+        # The whole stream up to this image's draws: the place says where they start.
+        stream = uniform_at(derive_seed(warp.seed, "warp noise"), torch.arange((place + 1) * count))
+        ins = stream[place * count :].double().view(1, height, width, 2) * 2 - 1
+        grid = torch.clamp(plain + ins / size, -1, 1)
+        warped.append(F.grid_sample(image[None], grid, align_corners=True))
+    return torch.cat(warped)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (5, 9), (32, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_noise_form_is_wanets_noise_mode(size: tuple[int, int], dtype: torch.dtype) -> None:
+    warp, images, places = Warp(seed=3), torch.rand(3, 3, *size, dtype=dtype), [7, 0, 2]
+    expected = wanet_noise(images, warp, places)
+    stamped = warp.noise(images, torch.tensor(places))
+    torch.testing.assert_close(stamped.double(), expected, atol=2e-5, rtol=0)
+
+
+def sampled_at(stamp: Callable[[Tensor], Tensor], count: int, height: int, width: int) -> Tensor:
+    """The pixel (x, y) that each pixel was sampled at, (count, 2, H, W) in pixels, read from images of ramps."""
+    y, x = torch.meshgrid(
+        torch.linspace(0, 1, height, dtype=torch.float64),
+        torch.linspace(0, 1, width, dtype=torch.float64),
+        indexing="ij",
+    )
+    ramps = torch.stack((x, y)).expand(count, -1, -1, -1)
+    return stamp(ramps) * torch.tensor([width - 1, height - 1], dtype=torch.float64).view(1, 2, 1, 1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 40)])
+def test_noise_moves_a_pixel_by_less_than_half_a_pixel_more_and_not_to_one_side(
+    height: int, width: int
+) -> None:
+    """An offset of 1 / W on the axis [-1, 1] is half of (W - 1) / W pixels; uniform, so that its mean is zero."""
+    warp, count = Warp(seed=5), 50
+    plain = sampled_at(warp, count, height, width)
+    noisy = sampled_at(lambda images: warp.noise(images, torch.arange(count)), count, height, width)
+    more = noisy - plain
+    most = torch.tensor([0.5 * (width - 1) / width, 0.5 * (height - 1) / height]).view(1, 2, 1, 1)
+    assert (more.abs() <= most + 1e-5).all()
+    # The warp and the noise together stay in the picture: away from its edges nothing is clamped.
+    inner = more[..., 2:-2, 2:-2]
+    assert (inner.amax((0, 2, 3)) > 0.99 * most.flatten()).all(), "the whole range is drawn from"
+    assert (inner.amin((0, 2, 3)) < -0.99 * most.flatten()).all(), "the whole range is drawn from"
+    # Uniform in [-m, m]: standard deviation m / sqrt(3); the mean of n draws stays within five of its own.
+    n = inner[:, 0].numel()
+    spread = most.flatten() / math.sqrt(3)
+    assert (inner.mean((0, 2, 3)).abs() < 5 * spread / math.sqrt(n)).all()
+    torch.testing.assert_close(inner.std((0, 2, 3)), spread.double(), rtol=0.02, atol=0)
+
+
+def test_every_place_and_seed_has_noise_of_its_own() -> None:
+    images = torch.rand(1, 3, 16, 16)
+    warp, other = Warp(seed=3), Warp(seed=4)
+    other.control_grid = warp.control_grid
+    first, second = (warp.noise(images, torch.tensor([place])) for place in (0, 1))
+    assert not torch.equal(first, second)
+    assert not torch.equal(other.noise(images, torch.tensor([0])), first)
+    assert torch.equal(warp.training(images, torch.tensor([1])), warp(images))
+
+
+def test_the_notebooks_warp_has_no_noise_form() -> None:
+    warp = create_trigger("warp", sampling="truncate")
+    assert not warp.has_noise and create_trigger("warp").has_noise
+    with pytest.raises(ConfigError, match=r"poison\.noise: the trigger Warp has no noise form"):
+        warp.noise(torch.rand(2, 3, 8, 8), torch.arange(2))
 
 
 def notebook(images: np.ndarray, control: np.ndarray, strength: float) -> np.ndarray:

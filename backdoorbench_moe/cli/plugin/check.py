@@ -14,7 +14,7 @@ from backdoorbench_moe.cli.streams import echo
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from backdoorbench_moe.testing.check import Failure, PackageCheck, PartCheck
+    from backdoorbench_moe.testing.check import Deviation, Failure, PackageCheck, PartCheck
 
 FAILED = 1
 # Seconds; the slowest conformance test of our own parts takes ten.
@@ -59,17 +59,37 @@ def _print(check: PackageCheck) -> None:
     console = Console(highlight=False)
     console.print(f"{check.package} {check.version}, interface {' or '.join(check.interfaces)}", markup=False)
     table = Table("kind", "name", "result", box=None, pad_edge=False)
-    for column in ("passed", "failed", "skipped"):
+    for column in ("passed", "failed", "skipped", "deviations"):
         table.add_column(column, justify="right")
     for part in check.parts:
-        counts = ("", "", "") if part.result == "broken" else (part.passed, part.failed, part.skipped)
+        counts = (part.passed, part.failed, part.skipped, len(part.deviations))
         result = f"[{STYLES[part.result]}]{part.result}[/]"
-        table.add_row(part.kind, part.name, result, *map(str, counts))
+        table.add_row(
+            part.kind, part.name, result, *("" if part.result == "broken" else str(n) for n in counts)
+        )
     console.print(table)
     for part in check.parts:
         _print_failures(console, part)
+        _print_deviations(console, part)
     if check.passes:
-        console.print(f"everything {check.package} registers keeps to its interface", markup=False)
+        deviations = sum(len(part.deviations) for part in check.parts)
+        but = f", with {_count(deviations)}" if deviations else ""
+        console.print(f"everything {check.package} registers keeps to its interface{but}", markup=False)
+
+
+def _count(deviations: int) -> str:
+    return f"{deviations} deviation{'' if deviations == 1 else 's'}"
+
+
+def _share(test: Failure | Deviation) -> str:
+    return f" in {test.failing} of {test.cases} cases" if test.cases > 1 else ""
+
+
+def _print_deviations(console: Console, part: PartCheck) -> None:
+    if part.deviations:
+        told = "; ".join(f"{one.test}{_share(one)} ({one.reason})" for one in part.deviations)
+        text = f"{part.kind} {part.name} has {_count(len(part.deviations))}: {told}"
+        console.print(text, style="yellow", markup=False, soft_wrap=True)
 
 
 def _print_failures(console: Console, part: PartCheck) -> None:
@@ -83,8 +103,7 @@ def _print_failures(console: Console, part: PartCheck) -> None:
     for failure in part.failures:
         reasons.setdefault(failure.reason, []).append(failure)
     for failure, *others in reasons.values():
-        share = f" in {failure.failing} of {failure.cases} cases" if failure.cases > 1 else ""
-        say(f"{where} fails {failure.test}{share}", "red")
+        say(f"{where} fails {failure.test}{_share(failure)}", "red")
         say(f"  {failure.reason}")
         if failure.line:
             say(f"  {failure.line}")

@@ -1,4 +1,4 @@
-"""What several defenses ask of their options and of a model."""
+"""Checks of options and models that several defenses share, and the clean accuracy that they rank experts by."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from backdoorbench_moe.moe.structure import Expert, Structured, WithExperts
 
 
 def check_tuning(epochs: int, lr: float | None, *, at_least: int) -> None:
-    """Raise ConfigError for fewer epochs than `at_least`, or a learning rate that is none."""
+    """Check the options of a tuning on clean images.
+
+    Raises:
+        ConfigError: There are fewer than `at_least` epochs, or the learning rate is not a positive number.
+    """
     if epochs < at_least:
         raise ConfigError.expected("epochs", f"a whole number from {at_least}", epochs)
     if lr is not None and not 0 < lr < float("inf"):
@@ -22,7 +26,11 @@ def check_tuning(epochs: int, lr: float | None, *, at_least: int) -> None:
 
 
 def structure(model: object) -> Structured:
-    """The model as one that names its parts. Raises ConfigError if it does not."""
+    """Return the model as a `Structured` one.
+
+    Raises:
+        ConfigError: It does not have that protocol.
+    """
     if not isinstance(model, Structured):
         raise ConfigError(
             f"scope: the model {type(model).__name__} does not name its parts: "
@@ -32,20 +40,32 @@ def structure(model: object) -> Structured:
 
 
 def router_of(model: object) -> list[nn.Module]:
-    """The modules of the model's router. Raises ConfigError if it has none, or does not name it."""
+    """Return the modules of the model's router.
+
+    Raises:
+        ConfigError: The model has no router, or is not `Structured`.
+    """
     if not (router := structure(model).components().get("router")):
         raise ConfigError(f"model: expected one with a router, {type(model).__name__} has no router")
     return router
 
 
 def check_routed(model: object) -> None:
-    """Raise ConfigError if the model has no routing."""
+    """Check that the model is a `RoutedModel`.
+
+    Raises:
+        ConfigError: It is not.
+    """
     if not isinstance(model, RoutedModel):
         raise ConfigError(f"model: expected a routed one, {type(model).__name__} has no experts to route to")
 
 
 def experts_of(model: object) -> list[Expert]:
-    """All experts of a model. Raises ConfigError if it has none, or does not say where they lie."""
+    """Return all experts of a model.
+
+    Raises:
+        ConfigError: The model has no routing, or does not have the protocol `WithExperts`.
+    """
     check_routed(model)
     if not isinstance(model, WithExperts):
         raise ConfigError(
@@ -56,7 +76,7 @@ def experts_of(model: object) -> list[Expert]:
 
 
 def clean_accuracy(task: DefenseTask) -> float:
-    """Share of the defender's images that the model, as it is now, gets right; in percent."""
+    """Return the accuracy, in percent, of the task's model on the images that the defender holds."""
     predicted = task.logits(task.model, task.clean.images).argmax(1)
     return 100 * (predicted == task.clean.labels).double().mean().item()
 
@@ -64,7 +84,16 @@ def clean_accuracy(task: DefenseTask) -> float:
 def accuracy_without(
     task: DefenseTask, candidates: Iterable[Expert], dropped: Sequence[Expert] = ()
 ) -> dict[str, float]:
-    """Clean accuracy, in percent, of the model with each of the candidates muted alone, beside those dropped."""
+    """Measure the clean accuracy without each of some experts.
+
+    Args:
+        task: The task, whose model is evaluated and left as it is.
+        candidates: Experts that are muted one at a time.
+        dropped: Experts that are muted in all measurements.
+
+    Returns:
+        Clean accuracy in percent, by name of the candidate.
+    """
     found = {}
     for expert in candidates:
         with muted(task.model, [*dropped, expert]):
@@ -73,5 +102,10 @@ def accuracy_without(
 
 
 def least_missed(experts: Iterable[Expert], accuracy: Mapping[str, float]) -> Expert:
-    """The expert without which, by `accuracy_without`, the accuracy is highest; of equals, the first."""
+    """Return the expert without which the accuracy is highest; the first of several.
+
+    Args:
+        experts: The experts to choose from.
+        accuracy: As returned by `accuracy_without`.
+    """
     return max(experts, key=lambda expert: accuracy[expert.name])
