@@ -165,7 +165,7 @@ def test_a_choice_that_is_not_there(options, message) -> None:
 
 
 def test_specs_that_cannot_be_shown() -> None:
-    with pytest.raises(ConfigError, match="got a clean run"):
+    with pytest.raises(ConfigError, match="got a run without one"):
         preview_spec(clean_twin(SPEC))
     with pytest.raises(UnknownNameError, match="did you mean 'square'"):
         preview_spec(tiny_spec(trigger="sqare"))
@@ -183,7 +183,7 @@ def test_wrong_factors_and_file_names(tmp_path, amplify) -> None:
 
 def test_runs_that_cannot_be_shown(tmp_path, monkeypatch) -> None:
     run = train(tmp_path)
-    with pytest.raises(RecordError, match="expected a finished run, it is interrupted"):
+    with pytest.raises(RecordError, match="expected a finished run, its status is 'interrupted'"):
         preview_run(Run(run.folder, replace(run.record, status="interrupted")))
     split = Tiny._split
     monkeypatch.setattr(Tiny, "_split", lambda self, count, seed: split(self, count, seed + 1))

@@ -212,12 +212,14 @@ def test_runs_that_cannot_be_analyzed(bbmoe, victim, tmp_path) -> None:
     assert names
     cut = {name: tensor[:2].clone() if name in names else tensor for name, tensor in tensors.items()}
     victim.folder.save_model(cut, header)
+    victim.record.model_sha256 = victim.folder.model_sha256
+    victim.folder.write(victim.record)
     code, _, err = bbmoe("analyze", victim.folder.path, "--quiet")
     assert code == 2 and "expected the 2 classes that the model of run" in err and err.count("\n") == 1
     victim.record.status = "interrupted"
     victim.folder.write(victim.record)
     code, _, err = bbmoe("analyze", victim.folder.path, "--quiet")
-    assert code == 2 and "expected a finished run, it is interrupted" in err
+    assert code == 2 and "expected a finished run, its status is 'interrupted'" in err
     assert files_in(tmp_path) == before
 
 
