@@ -44,6 +44,7 @@ import torch
 from click.testing import CliRunner
 
 import backdoorbench_moe as bbmoe
+from backdoorbench_moe import defenses
 from backdoorbench_moe.cli import bbmoe as command
 
 given = json.load(sys.stdin)
@@ -60,6 +61,10 @@ for model, options in given["models"].items():
                 precision="fp32", twin=False, output="runs",
             )
             found["attacks"].append([model, applicator, run.record.status])
+low_loss = runpy.run_path(given["package"] + "/low_loss.py")["LowLoss"]
+defenses.registry.register("low-loss")(low_loss)
+judgements = bbmoe.defend(run, "low-loss", share=0.1, output="runs").record.judgements
+found["judged"] = [[judgement["about"], judgement["suspicious"]] for judgement in judgements]
 with redirect_stdout(StringIO()) as printed:
     runpy.run_path(given["package"] + "/use.py")
 found["use"] = printed.getvalue()
@@ -138,6 +143,11 @@ def test_the_written_trigger_attacks_each_model_on_the_image_and_by_patch(used) 
     models = [model for model in MODELS if model in list_models() or model != "vmoe"]
     want = [[model, where, "finished"] for model in models for where in ("image", "patch")]
     assert used["attacks"] == want
+
+
+@pytest.mark.slow
+def test_the_written_defense_judges_a_tenth_of_60_training_images(used) -> None:
+    assert used["judged"] == [["sample", 6]]
 
 
 @pytest.mark.slow
