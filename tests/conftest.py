@@ -20,3 +20,14 @@ def tiny() -> Iterator[None]:
     data.registry.register("tiny")(Tiny)
     yield
     data.registry.unregister("tiny")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of `make test-quick`: the first case of every test that is not slow."""
+    chosen: set[str] = set()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        if test not in chosen and item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.quick)
+            chosen.add(test)
