@@ -9,6 +9,7 @@ from collections.abc import Iterator
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from quick import mark_quick
 from tiny import Tiny
 
 from backdoorbench_moe import data
@@ -24,10 +25,5 @@ def tiny() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of `make test-quick`: the first case of every test that is not slow."""
-    chosen: set[str] = set()
-    for item in items:
-        test = item.nodeid.partition("[")[0]
-        if test not in chosen and item.get_closest_marker("slow") is None:
-            item.add_marker(pytest.mark.quick)
-            chosen.add(test)
+    """Mark the tests of `make test-quick`, before `-m` chooses among them."""
+    mark_quick(items)
