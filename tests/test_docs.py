@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import inspect
 import json
 import os
+import pkgutil
 import re
 import shlex
 import signal
@@ -13,7 +14,6 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -52,6 +52,7 @@ import torch
 from click.testing import CliRunner
 
 import backdoorbench_moe as bbmoe
+from backdoorbench_moe import defenses
 from backdoorbench_moe.cli import bbmoe as command
 
 given = json.load(sys.stdin)
@@ -68,6 +69,10 @@ for model, options in given["models"].items():
                 precision="fp32", twin=False, output="runs",
             )
             found["attacks"].append([model, applicator, run.record.status])
+low_loss = runpy.run_path(given["package"] + "/low_loss.py")["LowLoss"]
+defenses.registry.register("low-loss")(low_loss)
+judgements = bbmoe.defend(run, "low-loss", share=0.1, output="runs").record.judgements
+found["judged"] = [[judgement["about"], judgement["suspicious"]] for judgement in judgements]
 with redirect_stdout(StringIO()) as printed:
     runpy.run_path(given["package"] + "/use.py")
 found["use"] = printed.getvalue()
@@ -146,6 +151,11 @@ def test_the_written_trigger_attacks_each_model_on_the_image_and_by_patch(used) 
     models = [model for model in MODELS if model in list_models() or model != "vmoe"]
     want = [[model, where, "finished"] for model in models for where in ("image", "patch")]
     assert used["attacks"] == want
+
+
+@pytest.mark.slow
+def test_the_written_defense_judges_a_tenth_of_60_training_images(used) -> None:
+    assert used["judged"] == [["sample", 6]]
 
 
 @pytest.mark.slow
@@ -234,23 +244,36 @@ def test_the_reference_has_every_public_name() -> None:
     assert sorted(set(backdoorbench_moe.__all__) - {"__version__"} - set(shown)) == []
 
 
-@pytest.mark.parametrize(
-    ("docstring", "markdown"),
-    [
-        ("Draw (B, *) of <class>/* by `a*b`.", "Draw (B, \\*) of &lt;class&gt;/\\* by `a*b`."),
-        (
-            "One\nline.\n\nrate: share. low, high: in [0, 1]\nfor all. Raises E: no.",
-            "One line.\n\n- `rate`: share.\n- `low, high`: in \\[0, 1\\] for all.\n\nRaises E: no.",
-        ),
-        ("rate: share.\n\nMore: all.", "- `rate`: share.\n- `More`: all."),
-        ("Two. Names: no list of them. Source: a page.", "Two. Names: no list of them.\n\nSource: a page."),
-    ],
-)
-def test_docstrings_become_markdown(docstring, markdown, monkeypatch) -> None:
-    # griffe comes with [docs] only.
-    monkeypatch.setitem(sys.modules, "griffe", SimpleNamespace(Extension=object, Object=object))
-    spec = importlib.util.spec_from_file_location("docs_docstrings", DOCS / "extensions" / "docstrings.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.to_markdown(docstring) == markdown
+def shown_docstrings() -> dict[str, str]:
+    """The docstrings that the reference shows, by dotted name: of what its pages name, and of the public members."""
+    found = {}
+    for page, path in PAGES.items():
+        names = re.findall(r"^::: ([\w.]+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert names or not page.startswith("api/"), page
+        for name in names:
+            shown = pkgutil.resolve_name(name)
+            members = [
+                (f"{name}.{key}", value)
+                for key, value in vars(shown).items()
+                if not key.startswith("_")
+                and getattr(value, "__module__", "").startswith("backdoorbench_moe")
+            ]
+            found |= {key: inspect.getdoc(value) or "" for key, value in [(name, shown), *members]}
+    return found
+
+
+def find_tags(text: str) -> list[str]:
+    """What Markdown would take for an HTML tag, and so not show: angle brackets around a name, outside of code."""
+    return re.findall(r"</?[A-Za-z][^<>]*>", re.sub(r"`[^`]*`", "", text))
+
+
+def test_the_reference_shows_all_of_a_docstring() -> None:
+    docstrings = shown_docstrings()
+    assert {"backdoorbench_moe.attack", "backdoorbench_moe.Trigger.stamp"} <= docstrings.keys()
+    assert not {name: tags for name, text in docstrings.items() if (tags := find_tags(text))}
+
+
+def test_a_tag_in_a_docstring_is_found() -> None:
+    assert find_tags("See `timm:<name>`, or timm:<architecture>, where 0 < x and y > 1.") == [
+        "<architecture>"
+    ]
