@@ -1,4 +1,4 @@
-"""`--probe N`: what is kept, that it changes nothing, and that an interruption leaves no trace in it."""
+"""`--probe N`: its contents, that it does not change training, and that it survives interruptions."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def test_it_holds_what_the_model_does_before_training_and_at_the_end(tmp_path) -
     fresh = build_model(run.spec, num_classes=3, image_size=32).eval()
     clean = images.test.images[record.indices]
     for history, pictures in ((record.clean, clean), (record.triggered, stamp_images(clean, run.stamper()))):
-        for model, moment in ((fresh, 0), (run.model(), 2)):
-            # As training has it: near ties may fall otherwise in another memory format.
+        for model, step in ((fresh, 0), (run.model(), 2)):
+            # The memory format of training: in another one, near ties may be decided differently.
             laid_out = model.to(memory_format=torch.channels_last)
             with torch.inference_mode():
                 output = laid_out.forward_routed(as_input(pictures))
-            assert torch.equal(history.selected[0][moment], output.routing[0].selected)
-            assert torch.equal(history.predicted[moment], output.logits.argmax(1))
+            assert torch.equal(history.selected[0][step], output.routing[0].selected)
+            assert torch.equal(history.predicted[step], output.logits.argmax(1))
     assert not torch.equal(record.clean.selected[0][0], record.clean.selected[0][2])
     clean_run = attacked(tmp_path, probe=60, trigger=None, applicator=None, poison={"rate": 0})
     record = load_probe_record(clean_run.folder)
@@ -78,7 +78,7 @@ def test_it_holds_what_the_model_does_before_training_and_at_the_end(tmp_path) -
 
 
 @pytest.mark.parametrize("after", [1, 2])
-def test_interrupted_and_gone_on_is_the_same_file(tmp_path, after) -> None:
+def test_an_interrupted_and_continued_run_has_the_same_file(tmp_path, after) -> None:
     values = {"probe": 5, "train": {"epochs": 3, "momentum": 0.9}}
     whole = attacked(tmp_path / "whole", **values)
     with pytest.raises(StopRun):
@@ -120,7 +120,7 @@ def test_a_checkpoint_whose_probe_is_gone_is_refused(tmp_path) -> None:
     assert len(load_probe_record(attacked(tmp_path, **values).folder).clean.predicted) == 4
 
 
-def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path) -> None:
+def test_invalid_probes_are_refused_before_anything_is_written(tmp_path) -> None:
     with pytest.raises(ConfigError, match="probe: expected a number from 0, got -1"):
         tiny_spec(probe=-1)
     with pytest.raises(ConfigError, match="probe: expected an integer, got 'some'"):
