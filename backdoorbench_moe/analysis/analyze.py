@@ -155,7 +155,7 @@ def analyze_run(
     Args:
         run: The run.
         against: Another finished run on the same data to compare with; None for the clean twin, if its folder is
-            beside that of the run.
+            next to that of the run.
         images: Example images to draw patch maps of, as indices in the test split or paths of image files; None
             to draw images of several classes.
         carriers_images: Largest number of images on which BA, and on which ASR, is measured with experts muted

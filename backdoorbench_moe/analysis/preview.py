@@ -93,7 +93,7 @@ def preview_spec(spec: RunSpec, *, images: int = 6, split: str = "test") -> Prev
 
     Raises:
         ConfigError: The spec has no trigger, or the split has fewer images.
-        UnknownNameError: There is no such split, or a part of the spec does not exist.
+        UnknownNameError: The split or a part of the spec does not exist.
     """
     _check_choice(images, split)
     check_names(spec)
@@ -117,7 +117,7 @@ def preview_run(run: Run, *, images: int = 6, split: str = "test", data_root: st
         RecordError: The run is not finished.
         DataError: The data are not those of the run.
         ConfigError: The run has no trigger, or the split has fewer images.
-        UnknownNameError: There is no such split.
+        UnknownNameError: The split does not exist.
     """
     _check_choice(images, split)
     check_finished(run)

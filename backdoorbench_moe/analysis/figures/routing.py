@@ -251,7 +251,7 @@ def _comparison(document: Doc) -> Plate:
     panels = [(f"layer {layer['layer']}", layer["across"]) for layer in shown]
     return make_plate(
         "comparison",
-        "One model's experts beside the other's",
+        "Overlap with the experts of the other model",
         said,
         f"Matrix of this model's experts and the other's. {said}",
         lambda: matrices(panels, xlabel=f"expert of the {other} model", ylabel="expert", limits=(0, 1)),
