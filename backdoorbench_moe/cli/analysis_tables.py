@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from backdoorbench_moe.analysis.analyze import Analysis
     from backdoorbench_moe.analysis.capture import LayerCapture
-    from backdoorbench_moe.analysis.carriers import Carriers, Muted
+    from backdoorbench_moe.analysis.carriers import Carriers, MutingResult
     from backdoorbench_moe.analysis.shift import LayerShift
     from backdoorbench_moe.ops.effects import Mean
     from backdoorbench_moe.ops.metrics import Proportion
@@ -125,7 +125,7 @@ def carriers_table(carriers: Carriers) -> Table:
     table = Table(title="who carries the backdoor", title_justify="left", box=None, pad_edge=False)
     for name in ("", "BA %", "ASR %", "RA %"):
         table.add_column(name, justify="right" if name else "left", overflow="fold")
-    rows: list[tuple[str, Muted]] = [("all experts", carriers.whole)]
+    rows: list[tuple[str, MutingResult]] = [("all experts", carriers.whole)]
     rows += [(f"{one.experts[0]} muted", one) for one in carriers.singles]
     if carriers.pairs:
         best = min(carriers.pairs, key=lambda one: (one.asr or one.ba).value)
