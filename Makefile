@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The tests run over our own plug-ins too.
 PLUGINS := $(sort $(wildcard plugins/*/setup.cfg))
 
-.PHONY: demo test lint docs results install clean
+.PHONY: demo test test-quick lint docs results install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bbmoe attack --model pmoe --trigger warp --applicator patch
@@ -13,11 +13,17 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0
 
+# The first case of every test that is not slow, see tests/quick.py: every room in less than 90 s on two cores.
+test-quick: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m quick -n 2 --dist loadgroup --max-worker-restart 0
+
+# Import circles: tests/test_imports.py; the order of the rooms: lint-imports.
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/test_imports.py
 
 # Warnings are errors (not with --quiet, which would not count them); the site is docs/site/index.html.
 docs: $(VENV)/.installed-docs
@@ -30,7 +36,7 @@ results: $(VENV)/.installed-test
 
 install: $(VENV)/.installed
 
-# The stamps hang on setup.cfg: it holds the dependencies and the entry points.
+# The stamp files depend on setup.cfg, which has the dependencies and the entry points.
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 

@@ -4,6 +4,7 @@ The public interface, all imported on first use:
 
 - `attack(...)` does a whole run and returns it; `load_run(folder)` opens one.
 - `defend(run, defense)` applies a defense to a finished run's model and returns the defended run.
+- `draw_figures(analysis)` draws what `analyze` found.
 - `analyze(run)` says what the routing of a finished run's model does, and which expert carries the backdoor.
 - `make_spec(...)` builds the frozen RunSpec that `attack` takes apart.
 - `create_trigger`, `create_applicator`, `create_model`, `create_dataset` and `list_triggers`, ... find
@@ -22,11 +23,13 @@ _HOMES = {
     "analyze": "backdoorbench_moe.api",
     "attack": "backdoorbench_moe.api",
     "defend": "backdoorbench_moe.api",
+    "draw_figures": "backdoorbench_moe.api",
     "load_run": "backdoorbench_moe.api",
     "make_spec": "backdoorbench_moe.api",
     "Run": "backdoorbench_moe.engine.run",
     "RunSpec": "backdoorbench_moe.config",
     "Observer": "backdoorbench_moe.engine.observer",
+    "LineObserver": "backdoorbench_moe.engine.line_observer",
     "BbmoeError": "backdoorbench_moe.errors",
     "create_trigger": "backdoorbench_moe.triggers",
     "list_triggers": "backdoorbench_moe.triggers",
@@ -60,7 +63,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from backdoorbench_moe.api import analyze, attack, defend, load_run, make_spec
+    from backdoorbench_moe.api import analyze, attack, defend, draw_figures, load_run, make_spec
     from backdoorbench_moe.applicators import create_applicator, list_applicators
     from backdoorbench_moe.applicators.base import Applicator
     from backdoorbench_moe.attacks import create_attack, list_attacks
@@ -71,6 +74,7 @@ if TYPE_CHECKING:
     from backdoorbench_moe.defenses import create_defense, list_defenses
     from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
     from backdoorbench_moe.defenses.judgement import Judgement
+    from backdoorbench_moe.engine.line_observer import LineObserver
     from backdoorbench_moe.engine.observer import Observer
     from backdoorbench_moe.engine.run import Run
     from backdoorbench_moe.errors import BbmoeError

@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backdoorbench_moe.config import PartSpec, RunSpec, build_spec, chain_settings
+from backdoorbench_moe.engine import runner
 from backdoorbench_moe.engine.observer import Observer
-from backdoorbench_moe.engine.run import Run, load_run
-from backdoorbench_moe.engine.runner import run_attack, run_defense
+from backdoorbench_moe.engine.run import Run
+from backdoorbench_moe.engine.torch_state import default_torch_state
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.paths import expand
 
 if TYPE_CHECKING:
     from backdoorbench_moe.analysis.analyze import Analysis
+    from backdoorbench_moe.analysis.figures.plate import Plate
 
-__all__ = ["analyze", "attack", "defend", "load_run", "make_spec"]
+__all__ = ["analyze", "attack", "defend", "draw_figures", "load_run", "make_spec"]
 
 Part = str | Mapping[str, Any]
+PathLike = str | os.PathLike[str]
 
 
 def make_spec(settings: Sequence[str] = (), **values: Any) -> RunSpec:
-    """Build a RunSpec from nested values over the recipe's.
+    """Build a RunSpec from nested values; what is not given comes from the recipe.
 
-    values: keys of RunSpec; a part is a name, or {"name": ..., option: value}; `poison` and `train` are
-    dicts. settings: "dotted.key=value" texts, which win. Raises UnknownNameError or ConfigError naming
-    the key, what was expected and what came.
+    Args:
+        settings: Texts of the form "dotted.key=value", as for `--set`; they win over `values`.
+        values: Keys of RunSpec. A part is a name, or a dict with its "name" and options; `poison` and `train`
+            are dicts. NumPy scalars, paths and `torch.device` may stand for plain values.
+
+    Raises:
+        UnknownNameError: A key or name does not exist; near ones are suggested.
+        ConfigError: A value is of the wrong type or out of range.
     """
     return build_spec(values, chain_settings(settings))
 
 
+@default_torch_state()
 def attack(
     *,
     attack: Part | None = "data-poisoning",
@@ -37,19 +49,36 @@ def attack(
     applicator: Part | None = None,
     dataset: Part = "signs",
     recipe: str = "quick",
-    output: Path | str = "runs",
+    output: PathLike = "runs",
     repeats: int = 1,
     twin: bool = True,
     observer: Observer | None = None,
     settings: Sequence[str] = (),
     **values: Any,
 ) -> list[Run]:
-    """Backdoor a model and measure it, as `bbmoe attack` does; returns one Run a seed.
+    """Backdoor a model and measure it, as `bbmoe attack` does.
 
-    Each run's `value("ba")`, `value("asr")` and (with `twin`) `value("cad")` are percent; `model()` is
-    the trained model, `stamper()` the trigger as it was applied. Interrupted, the same call goes on from
-    the last finished epoch; finished, it trains nothing. Other keys are those of `make_spec`. Raises
-    BbmoeError for anything the user can mend.
+    Interrupted, the same call continues from the last finished epoch; finished, it trains nothing.
+
+    Args:
+        model: Name of the model to attack, or a dict with its "name" and options; so are the next three.
+        trigger: What is stamped.
+        applicator: Where it is stamped.
+        dataset: The images.
+        recipe: Where the values come from that are not given: "quick" or "paper".
+        output: Folder of run folders.
+        repeats: Number of runs, with seeds `seed`, `seed` + 1, ...
+        twin: Whether to train the clean twin of each run as well, for CAD.
+        observer: Receives progress.
+        settings: See `make_spec`.
+        values: Other keys of the spec; see `make_spec`.
+
+    Returns:
+        One run a seed. `value("ba")`, `value("asr")` and, with `twin`, `value("cad")` are in percent; `model()` is
+        the trained model, `stamper()` the trigger as it was applied.
+
+    Raises:
+        BbmoeError: The user can mend it; nothing was written if it is in what was asked for.
     """
     spec = make_spec(
         settings,
@@ -60,73 +89,149 @@ def attack(
         **{key: part for key, part in (("trigger", trigger), ("applicator", applicator)) if part is not None},
         **values,
     )
-    return run_attack(spec, output=output, repeats=repeats, twin=twin, observer=observer)
+    return runner.run_attack(
+        spec, output=_path(output, "output"), repeats=repeats, twin=twin, observer=observer
+    )
 
 
+@default_torch_state()
 def defend(
-    run: Run | Path | str,
+    run: Run | PathLike,
     defense: str,
     *,
-    output: Path | str | None = None,
-    data_root: str | None = None,
+    output: PathLike | None = None,
+    data_root: PathLike | None = None,
     device: str | None = None,
     observer: Observer | None = None,
     **options: Any,
 ) -> Run:
-    """Defend the model of a finished run, as `bbmoe defend` does; returns the defended run.
+    """Defend the model of a finished run, as `bbmoe defend` does. Finished before, it is only read.
 
-    run: a Run or its folder. options: the defense's own, such as ratio=0.2. output: folder of run folders;
-    the one `run` lies in where None. `record.stages` of what comes back holds BA, ASR and RA before and after
-    every stage, `model()` is the defended model; where the defense is a filter of inputs, `value("auroc")`,
-    "tpr" and "fpr" are percent. Finished before, it is only read. Raises BbmoeError for anything the user can
-    mend.
+    Args:
+        run: A Run, or its folder. To defend a model of your own, attack it first: a defense is measured with the
+            run's data and trigger.
+        defense: Name of the defense.
+        output: Folder of run folders; by default the one that `run` lies in.
+        data_root: Where the data set lies; by default where it lay.
+        device: Device to compute on; by default the run's.
+        observer: Receives progress.
+        options: The defense's own, such as `ratio=0.2`.
+
+    Returns:
+        The defended run. `record.stages` holds BA, ASR and RA before the defense and after each of its stages,
+        `model()` is the defended model. If the defense filters inputs, `value("auroc")`, `value("tpr")` and
+        `value("fpr")` are in percent.
+
+    Raises:
+        BbmoeError: The user can mend it.
     """
-    return run_defense(
-        _opened(run),
+    if not isinstance(defense, str):
+        raise ConfigError.expected("defense", 'a name such as "fine-pruning"', defense)
+    return runner.run_defense(
+        _opened(run, "run"),
         PartSpec(defense, options),
-        output=output,
-        data_root=data_root,
-        device=device,
+        output=None if output is None else _path(output, "output"),
+        data_root=None if data_root is None else str(_path(data_root, "data_root")),
+        device=None if device is None else str(device),
         observer=observer,
     )
 
 
+@default_torch_state()
 def analyze(
-    run: Run | Path | str,
+    run: Run | PathLike,
     *,
-    against: Run | Path | str | None = None,
-    images: Sequence[int | str | Path] | None = None,
+    against: Run | PathLike | None = None,
+    images: Sequence[int | PathLike] | None = None,
     carriers_images: int = 2000,
-    output: Path | str | None = None,
-    data_root: str | None = None,
+    output: PathLike | None = None,
+    data_root: PathLike | None = None,
     device: str | None = None,
     observer: Observer | None = None,
 ) -> Analysis:
-    """Look into the model of a finished run, as `bbmoe analyze` does; returns what is found, as dataclasses.
+    """Look into the model of a finished run, as `bbmoe analyze` does.
 
-    run, against: a Run or its folder; compared with the clean twin, if it lies beside the run, where `against`
-    is None. images: numbers of test images, or image files, for patch maps. carriers_images: at most so many to
-    measure muted and patched experts on. output: folder that analysis.json, report.html and figures/ are written
-    to; nothing is written where None. Raises BbmoeError for anything the user can mend.
+    Args:
+        run: A Run, or its folder.
+        against: A run to compare with, or its folder; by default the clean twin, if it lies beside the run.
+        images: Numbers of test images, or image files, to draw patch maps of.
+        carriers_images: The largest number of images to measure muted and patched experts on.
+        output: Folder to write analysis.json, report.html and figures/ to; by default nothing is written.
+        data_root: Where the data set lies; by default where it lay.
+        device: Device to compute on; by default the run's.
+        observer: Receives progress.
+
+    Returns:
+        What was found, as dataclasses.
+
+    Raises:
+        BbmoeError: The user can mend it.
     """
     from backdoorbench_moe.analysis.analyze import analyze_run
     from backdoorbench_moe.analysis.save import check_output, save_analysis
 
-    if output is not None:
-        check_output(Path(output))
+    opened = _opened(run, "run")
+    other = None if against is None else _opened(against, "against")
+    folder = None if output is None else _path(output, "output")
+    if folder is not None:
+        check_output(folder)
     analysis = analyze_run(
-        _opened(run),
-        against=None if against is None else _opened(against),
-        images=images,
+        opened,
+        against=other,
+        images=None if images is None else [one if isinstance(one, int) else expand(one) for one in images],
         carriers_images=carriers_images,
-        data_root=data_root,
-        device=device,
+        data_root=None if data_root is None else str(_path(data_root, "data_root")),
+        device=None if device is None else str(device),
         observer=observer,
     )
-    if output is not None:
-        save_analysis(analysis, Path(output))
+    if folder is not None:
+        save_analysis(analysis, folder)
     return analysis
 
 
-def _opened(run: Run | Path | str) -> Run:
-    return run if isinstance(run, Run) else load_run(run)
+def draw_figures(analysis: Analysis) -> dict[str, Plate]:
+    """Draw the figures of an analysis' report.
+
+    Args:
+        analysis: What `analyze` returned.
+
+    Returns:
+        The figures by name, such as "routing", "capture" or "carriers"; which there are depends on the run. Each
+        has a `title`, a `sentence` with its numbers, and the drawing as the bytes `svg` and `png`. A notebook
+        shows it.
+    """
+    from backdoorbench_moe.analysis.document import as_document
+    from backdoorbench_moe.analysis.report import draw_sections
+
+    sections = draw_sections(as_document(analysis))
+    return {plate.name: plate for section in sections for plate in section.plates}
+
+
+def load_run(path: PathLike) -> Run:
+    """Open a run folder.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        RecordError: There is no record in it, or it is damaged.
+        ConfigError: `path` is something else than a path.
+    """
+    return runner.load_run(_path(path, "path"))
+
+
+def _opened(run: Run | PathLike, parameter: str) -> Run:
+    if isinstance(run, Run):
+        return run
+    if isinstance(run, list | tuple) and run and all(isinstance(one, Run) for one in run):
+        raise ConfigError(
+            f"{parameter}: expected one Run, got a list of {len(run)}; attack() returns one a seed: [run] = attack(...)"
+        )
+    return runner.load_run(_path(run, parameter, "a Run (from attack or load_run) or the path of its folder"))
+
+
+def _path(value: object, parameter: str, expected: str = "a path") -> Path:
+    if isinstance(value, str | os.PathLike):
+        return expand(value)
+    # Of a model or an array the type: its text may have thousands of lines.
+    raise ConfigError(f"{parameter}: expected {expected}, got an object of type {type(value).__name__}")

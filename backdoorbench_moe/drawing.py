@@ -1,4 +1,4 @@
-"""What every figure and page shares: colours, settings of matplotlib, files of the same bytes, SVG on a page."""
+"""Drawing of figures and HTML pages: colours, matplotlib settings, reproducible files, SVG inside a page."""
 
 from __future__ import annotations
 
@@ -12,21 +12,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by the colour-blind; the markers tell the lines apart without any colour.
+# The colours of Okabe and Ito can be distinguished by colour-blind readers, the markers without any colours.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, PAPER, RULE = "#1a1a1a", "#ffffff", "#d9d9d9"
-LINES = tuple(f"line-{number}" for number in range(len(COLOURS)))
+LINE_VARIABLES = tuple(f"line-{number}" for number in range(len(COLOURS)))
 
-# What a file would say of the program and the day it was made on.
-UNSAID = {"svg": ("Creator", "Date", "Format", "Type"), "png": ("Software",)}
+# Metadata that matplotlib would write by default: program and date, which would make equal figures differ.
+OMITTED_METADATA = {"svg": ("Creator", "Date", "Format", "Type"), "png": ("Software",)}
 
 
 @contextmanager
 def drawing_style(salt: str) -> Iterator[None]:
-    """Our own settings and nobody else's, so that every machine with the same fonts draws the same.
+    """Draw inside the block with fixed matplotlib settings, whatever the user's own are.
 
-    salt: what the ids in an SVG are made from. Text is drawn as it is: a class may be called "$x$".
+    Machines with the same fonts and versions draw the same bytes. Text is never parsed as mathematics, since a
+    class may be named "$x$".
+
+    Args:
+        salt: Salt of the ids in an SVG file.
     """
     import matplotlib
 
@@ -40,7 +44,12 @@ def drawing_style(salt: str) -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, without a window system and without pyplot's global state."""
+    """Make an empty figure, independent of any display and of pyplot's global state.
+
+    Args:
+        width: Width in inches.
+        height: Height in inches.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -50,32 +59,44 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def figure_bytes(figure: Figure, form: str, dpi: int) -> bytes:
-    """A figure as "svg" (UTF-8 text) or "png", inside `drawing_style`; the same figure, the same bytes."""
+    """Encode a figure as an image file. Inside `drawing_style`, equal figures give equal bytes.
+
+    Args:
+        figure: The figure.
+        form: "svg" (UTF-8 text) or "png".
+        dpi: Resolution of a PNG file, in pixels per inch.
+    """
     file = BytesIO()
-    figure.savefig(file, format=form, metadata=dict.fromkeys(UNSAID[form]), dpi=dpi)
+    figure.savefig(file, format=form, metadata=dict.fromkeys(OMITTED_METADATA[form]), dpi=dpi)
     return file.getvalue()
 
 
 def inline_svg(svg: bytes, prefix: str, alt: str, *, style: str = "") -> str:
-    """An SVG file as an element of an HTML page: its ids its own, its colours the page's, with alt text.
+    """Convert an SVG file to an element of an HTML page.
 
-    The page has CSS variables --ink, --paper, --rule and --line-0, --line-1, ... for them. style: CSS of the
-    element itself.
+    Its colours are replaced with the CSS variables --ink, --paper, --rule, --line-0, --line-1, ..., which the page
+    defines.
+
+    Args:
+        svg: The SVG file.
+        prefix: Prefix of all ids, unique within the page.
+        alt: Alternative text for readers who cannot see the figure.
+        style: CSS of the element.
     """
     from html import escape
 
     text = svg.decode("utf-8")
     text = text[text.index("<svg") :]
-    # The page has the one rule of that style itself.
+    # page.css has the only rule of this style.
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
-    # Equal pictures have equal ids, to which nothing refers.
+    # Equal images have equal ids, which must be unique on the page. Nothing refers to them.
     text = re.sub(r'(<image\b[^>]*?) id="[^"]*"', r"\1", text)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
     for colour, variable in (
         (INK, "ink"),
         (PAPER, "paper"),
         (RULE, "rule"),
-        *zip(COLOURS, LINES, strict=True),
+        *zip(COLOURS, LINE_VARIABLES, strict=True),
     ):
         text = text.replace(colour, f"var(--{variable})")
     size = re.match(r'<svg [^>]*?viewBox="([^"]*)"', text)
@@ -86,9 +107,12 @@ def inline_svg(svg: bytes, prefix: str, alt: str, *, style: str = "") -> str:
 
 
 def render_page(template: str, **values: Any) -> str:
-    """An HTML page from a jinja2 template, every value escaped unless it is markup.
+    """Render an HTML page from a jinja2 template.
 
-    `style` in the template stands for the CSS that all our pages share: light, dark, print, small screens.
+    Args:
+        template: Text of the template. Its variable `style` is the common CSS of all pages, for light and dark
+            themes, print and small screens.
+        **values: The other variables; every value that is not `Markup` is escaped.
     """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -101,5 +125,5 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def slug(text: str) -> str:
-    """A title as part of a file name; "" of one without letters and digits."""
+    """Convert a title to a part of a file name; "" for a title without letters and digits."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

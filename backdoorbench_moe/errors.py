@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+
+from backdoorbench_moe.spelling import near_names
 
 
 class BbmoeError(Exception):
@@ -11,22 +12,22 @@ class BbmoeError(Exception):
 
 
 class ConfigError(BbmoeError):
-    """A parameter has a value it cannot have."""
+    """A parameter has a value that it cannot have."""
 
     @classmethod
     def expected(cls, parameter: str, expected: str, got: object) -> ConfigError:
-        """Build the standard message: what parameter, what was expected, what came."""
+        """Build the standard message: the parameter, what was expected, and what was received."""
         return cls(f"{parameter}: expected {expected}, got {got!r}")
 
 
 class UnknownNameError(ConfigError):
-    """A name that nothing is registered under; the message suggests near ones, and lists the known up to a limit."""
+    """An unknown name; the message suggests known ones that are spelt like it, and lists the known up to a limit."""
 
     LISTED = 50
 
     def __init__(self, what: str, name: str, known: Iterable[str], hint: str = "") -> None:
         known = sorted(known)
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        near = near_names(name, known)
         advice = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
         listed = ", ".join(known[: self.LISTED]) or "none"
         more = f", and {len(known) - self.LISTED} more" if len(known) > self.LISTED else ""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.plain import plain
 
 REQUIRED = inspect.Parameter.empty
 
@@ -135,10 +136,13 @@ def check_options(
 
 
 def convert(value: object, annotation: Any, parameter: str) -> Any:
-    """Return `value` as `annotation` asks (an int may stand for a float, a list for a tuple).
+    """Return `value` as `annotation` asks: an int may stand for a float, a list for a tuple.
 
-    Raises ConfigError, naming `parameter`, where it does not fit. A bool is never taken for a number.
+    Values of other libraries, such as NumPy scalars, paths and `torch.device`, are made plain first (see
+    `plain.plain`). A bool is never taken for a number. Raises ConfigError, naming `parameter`, for a value that
+    does not fit.
     """
+    value = plain(value)
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is Any:
         return value

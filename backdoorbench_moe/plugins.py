@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distribution, entry_points
 
 from backdoorbench_moe.errors import PluginError
 from backdoorbench_moe.kinds import KINDS, PACKAGE
+from backdoorbench_moe.spelling import near_names
 
 GROUPS = {name: kind.group for name, kind in KINDS.items()}
 
@@ -107,7 +107,7 @@ def strays(package: str | None = None) -> list[tuple[Candidate, str]]:
     found = []
     for group in sorted(entry_points().groups):
         if normalize(group).startswith(normalize(PACKAGE)) and group not in OWN_GROUPS:
-            near = difflib.get_close_matches(group, GROUPS.values(), n=1, cutoff=0.5)
+            near = near_names(group, GROUPS.values(), most=1)
             advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(GROUPS.values())}"
             for point in entry_points(group=group):
                 owner, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "")

@@ -26,7 +26,10 @@ from backdoorbench_moe.bench.save import redraw_results
 from backdoorbench_moe.bench.suite import Suite
 from backdoorbench_moe.bench.suite_file import load_suite
 from backdoorbench_moe.bench.tables import build_sheet
-from backdoorbench_moe.cli.tables import markdown_table, metrics_table
+from backdoorbench_moe.cli.show import read_shown
+from backdoorbench_moe.cli.show_columns import choose_columns
+from backdoorbench_moe.cli.show_table import markdown_table
+from backdoorbench_moe.cli.tables import metrics_table
 from backdoorbench_moe.records import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +60,8 @@ def table1(root: Path) -> str:
 def first_look(root: Path) -> str:
     """Draw the runs of the first look as `bbmoe show --markdown` does."""
     folders = sorted(file.parent for file in (root / RESULTS / "first-look").glob("*/record.json"))
-    return markdown_table([RunFolder(folder).read() for folder in folders]) + "\n"
+    runs = [read_shown(folder) for folder in folders]
+    return markdown_table(choose_columns(None, runs, intervals=True), runs) + "\n"
 
 
 def demo(root: Path) -> str:

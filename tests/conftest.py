@@ -9,6 +9,7 @@ from collections.abc import Iterator
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from quick import mark_quick
 from tiny import Tiny
 
 from backdoorbench_moe import data
@@ -20,3 +21,9 @@ def tiny() -> Iterator[None]:
     data.registry.register("tiny")(Tiny)
     yield
     data.registry.unregister("tiny")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of `make test-quick`, before `-m` chooses among them."""
+    mark_quick(items)

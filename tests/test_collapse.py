@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,8 @@ from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.tables import build_sheet
 from backdoorbench_moe.bench.tidy import tidy_csv
 from backdoorbench_moe.cli import tables
+from backdoorbench_moe.cli.show_columns import ShownRun, list_columns
+from backdoorbench_moe.cli.show_table import markdown_table
 from backdoorbench_moe.collapse import MARK, MARK_LEGEND, collapse_line, collapsed
 from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.ops.metrics import proportion
@@ -173,12 +176,17 @@ def test_the_tables_of_runs_are_marked(suite) -> None:
     text = drawn(tables.metrics_table(bad))
     assert f"10.00 {MARK}" in text and "near chance (BA 10.00%, chance 10.00%)" in text
     assert MARK not in drawn(tables.metrics_table(good))
-    row = tables.run_row(bad)
-    assert [cell.endswith(MARK) for cell in row[7:]] == [True, True, False, False]
-    assert MARK not in "".join(tables.run_row(good))
-    assert tables.markdown_table([bad, good]).endswith(f"|\n\n{MARK_LEGEND}")
-    assert MARK not in tables.markdown_table([good])
-    assert MARK_LEGEND in " ".join(drawn(tables.runs_table([bad, good])).split())
+    shown = [ShownRun(SimpleNamespace(path=Path("run")), record, "finished") for record in (bad, good)]
+    columns = {column.key: column for column in list_columns(intervals=True)}
+    assert [columns[key].text(shown[0]).endswith(MARK) for key in ("ba", "asr", "seed")] == [
+        True,
+        True,
+        False,
+    ]
+    assert not any(column.text(shown[1]).endswith(MARK) for column in columns.values())
+    chosen = [columns[key] for key in ("seed", "ba", "asr")]
+    assert markdown_table(chosen, shown).endswith(f"|\n\n{MARK_LEGEND}")
+    assert MARK not in markdown_table(chosen, shown[1:])
 
 
 def test_several_seeds_say_how_many(suite) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import inspect
 import json
 import os
+import pkgutil
 import re
 import shlex
+import signal
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -18,9 +21,14 @@ import pytest
 import yaml
 
 import backdoorbench_moe
+from backdoorbench_moe.bench.paper import load_paper
+from backdoorbench_moe.bench.results import ResultSet
+from backdoorbench_moe.bench.suite_file import parse_suite
+from backdoorbench_moe.bench.tables import build_sheet
 from backdoorbench_moe.cli import bbmoe
 from backdoorbench_moe.models import list_models
 
+OWN = "backdoorbench-moe"
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = {path.relative_to(DOCS / "pages").as_posix(): path for path in (DOCS / "pages").rglob("*.md")}
 FENCE = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```', re.DOTALL | re.MULTILINE)
@@ -44,6 +52,7 @@ import torch
 from click.testing import CliRunner
 
 import backdoorbench_moe as bbmoe
+from backdoorbench_moe import defenses
 from backdoorbench_moe.cli import bbmoe as command
 
 given = json.load(sys.stdin)
@@ -60,6 +69,10 @@ for model, options in given["models"].items():
                 precision="fp32", twin=False, output="runs",
             )
             found["attacks"].append([model, applicator, run.record.status])
+low_loss = runpy.run_path(given["package"] + "/low_loss.py")["LowLoss"]
+defenses.registry.register("low-loss")(low_loss)
+judgements = bbmoe.defend(run, "low-loss", share=0.1, output="runs").record.judgements
+found["judged"] = [[judgement["about"], judgement["suspicious"]] for judgement in judgements]
 with redirect_stdout(StringIO()) as printed:
     runpy.run_path(given["package"] + "/use.py")
 found["use"] = printed.getvalue()
@@ -141,6 +154,11 @@ def test_the_written_trigger_attacks_each_model_on_the_image_and_by_patch(used) 
 
 
 @pytest.mark.slow
+def test_the_written_defense_judges_a_tenth_of_60_training_images(used) -> None:
+    assert used["judged"] == [["sample", 6]]
+
+
+@pytest.mark.slow
 def test_the_commands_of_the_plug_in_page_work(used) -> None:
     named = [name for name, *_ in used["commands"]]
     assert named.count("attack") == 3 and {"list", "info", "preview", "plugin"} <= set(named)
@@ -174,9 +192,40 @@ def test_the_commands_take_the_flags_they_are_shown_with(page, line) -> None:
 def test_python_on_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     space: dict[str, object] = {}
-    for language, _, text in blocks(page):
-        if language == "python":
-            exec(compile(text, page, "exec"), space)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        for language, _, text in blocks(page):
+            if language == "python":
+                exec(compile(text, page, "exec"), space)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def test_the_suite_on_its_page_is_read_and_has_every_defense_of_ours() -> None:
+    [(_, title, text)] = [block for block in blocks("your-suite.md") if block[1].endswith(".yaml")]
+    suite = parse_suite(yaml.safe_load(text), title.removesuffix(".yaml"), None)
+    used = {part.name for cell in suite.cells for part in cell.spec.defenses}
+    ours = {
+        point.name for point in entry_points(group="backdoorbench_moe.defenses") if point.dist.name == OWN
+    }
+    assert used == ours and len(suite.cells) == len(ours) + 2
+    build_sheet(ResultSet(suite, {}, load_paper(suite)))
+    for _, _, text in [block for block in blocks("your-suite.md") if block[0] == "yaml" and not block[1]]:
+        parse_suite({**yaml.safe_load(text), "title": "part", "version": 1}, "part", None)
+
+
+def test_the_reference_names_every_optional_protocol() -> None:
+    """Every protocol of models that something asks for, found in the source."""
+    modules = ("moe.structure", "models.base")
+    found = {
+        f"backdoorbench_moe.{name}.{key}"
+        for name in modules
+        for key, value in vars(importlib.import_module(f"backdoorbench_moe.{name}")).items()
+        if getattr(value, "_is_protocol", False) and value.__module__ == f"backdoorbench_moe.{name}"
+    }
+    text = "".join(PAGES[page].read_text(encoding="utf-8") for page in ("api/interfaces.md", "api/moe.md"))
+    assert len(found) >= 4
+    assert found <= set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
 
 
 def test_all_pages_are_in_the_navigation() -> None:
@@ -195,23 +244,36 @@ def test_the_reference_has_every_public_name() -> None:
     assert sorted(set(backdoorbench_moe.__all__) - {"__version__"} - set(shown)) == []
 
 
-@pytest.mark.parametrize(
-    ("docstring", "markdown"),
-    [
-        ("Draw (B, *) of <class>/* by `a*b`.", "Draw (B, \\*) of &lt;class&gt;/\\* by `a*b`."),
-        (
-            "One\nline.\n\nrate: share. low, high: in [0, 1]\nfor all. Raises E: no.",
-            "One line.\n\n- `rate`: share.\n- `low, high`: in \\[0, 1\\] for all.\n\nRaises E: no.",
-        ),
-        ("rate: share.\n\nMore: all.", "- `rate`: share.\n- `More`: all."),
-        ("Two. Names: no list of them. Source: a page.", "Two. Names: no list of them.\n\nSource: a page."),
-    ],
-)
-def test_docstrings_become_markdown(docstring, markdown, monkeypatch) -> None:
-    # griffe comes with [docs] only.
-    monkeypatch.setitem(sys.modules, "griffe", SimpleNamespace(Extension=object, Object=object))
-    spec = importlib.util.spec_from_file_location("docs_docstrings", DOCS / "extensions" / "docstrings.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.to_markdown(docstring) == markdown
+def shown_docstrings() -> dict[str, str]:
+    """The docstrings that the reference shows, by dotted name: of what its pages name, and of the public members."""
+    found = {}
+    for page, path in PAGES.items():
+        names = re.findall(r"^::: ([\w.]+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert names or not page.startswith("api/"), page
+        for name in names:
+            shown = pkgutil.resolve_name(name)
+            members = [
+                (f"{name}.{key}", value)
+                for key, value in vars(shown).items()
+                if not key.startswith("_")
+                and getattr(value, "__module__", "").startswith("backdoorbench_moe")
+            ]
+            found |= {key: inspect.getdoc(value) or "" for key, value in [(name, shown), *members]}
+    return found
+
+
+def find_tags(text: str) -> list[str]:
+    """What Markdown would take for an HTML tag, and so not show: angle brackets around a name, outside of code."""
+    return re.findall(r"</?[A-Za-z][^<>]*>", re.sub(r"`[^`]*`", "", text))
+
+
+def test_the_reference_shows_all_of_a_docstring() -> None:
+    docstrings = shown_docstrings()
+    assert {"backdoorbench_moe.attack", "backdoorbench_moe.Trigger.stamp"} <= docstrings.keys()
+    assert not {name: tags for name, text in docstrings.items() if (tags := find_tags(text))}
+
+
+def test_a_tag_in_a_docstring_is_found() -> None:
+    assert find_tags("See `timm:<name>`, or timm:<architecture>, where 0 < x and y > 1.") == [
+        "<architecture>"
+    ]

@@ -13,7 +13,9 @@ from click.testing import CliRunner
 
 from backdoorbench_moe import triggers
 from backdoorbench_moe.cli import bbmoe
-from backdoorbench_moe.cli.tables import markdown_table
+from backdoorbench_moe.cli.show import read_shown
+from backdoorbench_moe.cli.show_columns import choose_columns
+from backdoorbench_moe.cli.show_table import markdown_table
 from backdoorbench_moe.records import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -84,7 +86,8 @@ def test_the_first_look_is_its_records() -> None:
     """The table on the page is what `bbmoe show ... --markdown` draws from the committed records."""
     [shown] = re.findall(r"<!-- first-look -->\n(.*?)<!-- /first-look -->", PAGES[1], re.DOTALL)
     folders = sorted(path.parent for path in (ROOT / "benchmarks/results/first-look").glob("*/record.json"))
-    assert shown == markdown_table([RunFolder(folder).read() for folder in folders]) + "\n"
+    runs = [read_shown(folder) for folder in folders]
+    assert shown == markdown_table(choose_columns(None, runs, intervals=True), runs) + "\n"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=["README.md", "benchmarks/README.md"])

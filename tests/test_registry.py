@@ -44,7 +44,7 @@ def offer(
         vars(point)["dist"] = Dist(package, (interfaces or {}).get(package, ()))
         points.append(point)
     monkeypatch.setattr(plugins, "entry_points", lambda group: EntryPoints(points))
-    return Registry("trigger", BASE, needs=("seed",))
+    return Registry("trigger")
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_unknown_names_get_near_ones() -> None:
 
 
 def test_registering_from_running_code(modules) -> None:
-    registry = Registry("trigger", BASE)
+    registry = Registry("trigger")
 
     @registry.register("mine")
     class Mine(Trigger):
@@ -208,7 +208,8 @@ def test_registering_from_running_code(modules) -> None:
 
 
 def test_a_part_has_to_take_what_it_is_given() -> None:
-    registry = Registry("trigger", BASE, given=("canvas",))
+    registry = Registry("trigger")
+    registry.given = ("canvas",)
 
     class Fixed(Trigger):
         def stamp(self, images):

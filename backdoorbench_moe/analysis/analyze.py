@@ -1,4 +1,4 @@
-"""Everything `bbmoe analyze` finds of a run, put together."""
+"""The analysis of a run, as made by `bbmoe analyze`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from backdoorbench_moe.analysis import (
     examples,
     passes,
     pixels,
-    probing,
+    probe_summary,
     routing,
     shift,
 )
-from backdoorbench_moe.analysis.subject import Subject, open_beside, open_subject
+from backdoorbench_moe.analysis.opened_run import OpenedRun, open_beside, open_run
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.triggered import Triggered, triggered_test
@@ -29,7 +29,7 @@ from backdoorbench_moe.moe.structure import WithExperts
 from backdoorbench_moe.ops.routing import changed_patches, patch_sums
 
 DEFAULT_CARRIERS_IMAGES = 2000
-# Of a run's record: scores, which may be one an image, are left out.
+# Parts of a run's record that are copied. Judgements are not: they may have one score for each image.
 RECORD_PARTS = (
     *("spec", "data", "parts", "poison", "history", "stages", "timing", "seeds", "environment"),
     *("parent", "clean_twin"),
@@ -38,9 +38,16 @@ RECORD_PARTS = (
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Which run was looked at. metrics: as its record holds them, in percent. model: the model's name.
+    """Facts about an analysed run.
 
-    record: what else a report says of it, as its record holds it: see RECORD_PARTS.
+    Attributes:
+        name: Name of the run folder.
+        digest: Digest of the run's spec.
+        model: Name of the model.
+        data: Name of the data set.
+        data_digest: Digest of the data.
+        metrics: The recorded metrics, in percent.
+        record: Further parts of the run's record, see RECORD_PARTS.
     """
 
     name: str
@@ -54,7 +61,15 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Findings:
-    """What is found of one model's routing, layer by layer; None where `Analysis.absent` says why."""
+    """Routing of one model, layer by layer.
+
+    A part that could not be computed is None; `Analysis.absent` gives the reason.
+
+    Attributes:
+        routing: Routing of the clean test images.
+        capture: Trigger capture, over the triggered images that count for ASR.
+        shift: Routing shift between these images and their clean versions.
+    """
 
     routing: tuple[routing.LayerRouting, ...] | None = None
     capture: tuple[capture.LayerCapture, ...] | None = None
@@ -62,16 +77,26 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class Absent:
-    """A part of the analysis that is not there, and why."""
+class MissingPart:
+    """A part of the analysis that could not be computed.
+
+    Attributes:
+        part: Name of the part, such as "capture".
+        reason: Why it is missing.
+    """
 
     part: str
     reason: str
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Numbers of images: clean test images, and those of them that ASR counts (0 without a trigger)."""
+class ImageCounts:
+    """Numbers of images.
+
+    Attributes:
+        test: Number of clean test images.
+        triggered: Number of those that count for ASR; 0 without a trigger.
+    """
 
     test: int
     triggered: int
@@ -79,25 +104,39 @@ class Counts:
 
 @dataclass(frozen=True)
 class Analysis:
-    """All that is found of a run, and of the one it is compared with.
+    """The analysis of a run and of the run that it is compared with.
 
-    trigger_from: folder name of the run whose trigger was stamped: the run's own, or, where the run is clean,
-    that of the one it is compared with. seconds: what each part took, and "total".
+    Attributes:
+        run: The run.
+        against: The run that it is compared with; None if there is none.
+        trigger_from: Name of the run folder whose trigger is used: the run's own or, if the run has no trigger,
+            that of the run it is compared with. None without a trigger.
+        classes: Class names.
+        images: Numbers of images.
+        examples: Patch maps of example images.
+        findings: Routing of the run's model.
+        pixels: Brightness of the patches that each expert takes, layer by layer.
+        carriers: BA and ASR with experts muted and patched.
+        findings_against: Routing of the other model.
+        comparison: Overlap of the two models' selections.
+        probe: Routing over training.
+        absent: The parts that are missing, with reasons.
+        seconds: Seconds that each part took, and "total".
     """
 
     run: RunFacts
     against: RunFacts | None
     trigger_from: str | None
     classes: tuple[str, ...]
-    images: Counts
+    images: ImageCounts
     examples: examples.Examples
     findings: Findings
     pixels: tuple[pixels.LayerPixels, ...] | None
     carriers: carriers.Carriers | None
     findings_against: Findings | None
-    comparison: comparison.Comparison | None
-    probe: probing.Probing | None
-    absent: tuple[Absent, ...]
+    comparison: comparison.RoutingComparison | None
+    probe: probe_summary.ProbeSummary | None
+    absent: tuple[MissingPart, ...]
     seconds: dict[str, float]
 
 
@@ -111,94 +150,112 @@ def analyze_run(
     device: str | None = None,
     observer: Observer | None = None,
 ) -> Analysis:
-    """Look at the model of a finished run; nothing is written.
+    """Analyse the model of a finished run. Nothing is written.
 
-    against: another finished run on the same data; the clean twin, if it lies beside the run, where None.
-    images: numbers of test images, and image files, to draw patch maps of; one of each of several classes where
-    None. carriers_images: at most so many images to measure muted and patched experts on, for BA and for ASR.
-    Raises BbmoeError for anything the user can mend.
+    Args:
+        run: The run.
+        against: Another finished run on the same data to compare with; None for the clean twin, if its folder is
+            next to that of the run.
+        images: Example images to draw patch maps of, as indices in the test split or paths of image files; None
+            to draw images of several classes.
+        carriers_images: Largest number of images on which BA, and on which ASR, is measured with experts muted
+            and patched; at least 1.
+        data_root: Folder of the data, if it has moved since the run was made.
+        device: "auto", "cpu", "cuda" or "cuda:N"; None for the run's own.
+        observer: Receives progress.
+
+    Raises:
+        BbmoeError: The runs, the data or the options are unusable.
     """
     if carriers_images < 1:
         raise ConfigError.expected("carriers_images", "at least 1", carriers_images)
-    subject = open_subject(run, data_root=data_root, device=device)
-    picked = None if images is None else examples.pick_images(images, subject.images)
-    return _Analyzer(subject, against, carriers_images, observer or Observer()).analyze(picked)
+    opened = open_run(run, data_root=data_root, device=device)
+    chosen = None if images is None else examples.collect_examples(images, opened.images)
+    return _Analyzer(opened, against, carriers_images, observer or Observer()).analyze(chosen)
 
 
 class _Analyzer:
-    """One analysis under way."""
+    """Computes one analysis.
 
-    def __init__(self, subject: Subject, against: Run | None, limit: int, observer: Observer) -> None:
-        self.subject, self.limit, self.observer = subject, limit, observer
-        self.absent: list[Absent] = []
+    Args:
+        opened: The run to analyse.
+        against: The run to compare with; None for the clean twin.
+        limit: Largest number of images on which muted and patched experts are measured.
+        observer: Receives progress.
+    """
+
+    def __init__(self, opened: OpenedRun, against: Run | None, limit: int, observer: Observer) -> None:
+        self.opened, self.limit, self.observer = opened, limit, observer
+        self.absent: list[MissingPart] = []
         self.seconds: dict[str, float] = {}
-        self.other = self._other(against)
-        source = next((s for s in (subject, self.other) if s is not None and s.stamper is not None), None)
+        self.other = self._open_other(against)
+        source = next((r for r in (opened, self.other) if r is not None and r.stamper is not None), None)
         self.source, self.stamper = source, source.stamper if source else None
         self.triggered = self._triggered()
 
-    def analyze(self, picked: examples.Picked | None) -> Analysis:
+    def analyze(self, chosen: examples.ExampleImages | None) -> Analysis:
+        """Compute all parts; chosen: the example images, drawn if None."""
         started = time.perf_counter()
-        subject, other = self.subject, self.other
-        findings, against, light, compared = Findings(), None, None, None
-        if subject.routed is None:
+        opened, other = self.opened, self.other
+        findings, against, brightness, compared = Findings(), None, None, None
+        if opened.routed is None:
             for part in ("routing", "capture", "shift", "pixels", "carriers", "comparison", "probe"):
-                self._miss(part, f"the model {subject.run.spec.model.name!r} is dense: it routes nothing")
+                self._miss(part, f"the model {opened.run.spec.model.name!r} is dense: it routes nothing")
         else:
-            first = self._pass(subject)
-            findings, light = self._findings(subject, first), self._pixels(first.clean)
+            first = self._pass(opened)
+            findings, brightness = self._findings(opened, first), self._pixels(first.clean)
             if other is not None:
                 second = self._pass(other)
                 against, compared = self._findings(other, second), _compare(first, second)
-            for part in ("capture", "shift"):
-                if self.triggered is None:
+            if self.triggered is None:
+                for part in ("capture", "shift"):
                     self._miss(
-                        part, "there is no trigger: the run is clean, and so is what it is compared with"
+                        part, "there is no trigger: neither this run nor a run it is compared with has one"
                     )
         with self._timed("examples"):
-            shown = self._examples(picked)
-        found = self._carriers() if subject.routed is not None else None
-        seen = self._probe() if subject.routed is not None else None
+            shown = self._examples(chosen)
+        carriers_found = self._carriers() if opened.routed is not None else None
+        probe = self._probe() if opened.routed is not None else None
         self.seconds["total"] = time.perf_counter() - started
         return Analysis(
-            run=_facts(subject.run),
+            run=_facts(opened.run),
             against=None if other is None else _facts(other.run),
             trigger_from=None if self.source is None else self.source.name,
-            classes=subject.images.classes,
-            images=Counts(len(subject.images.test), len(self.triggered or ())),
+            classes=opened.images.classes,
+            images=ImageCounts(len(opened.images.test), len(self.triggered or ())),
             examples=shown,
             findings=findings,
-            pixels=light,
-            carriers=found,
+            pixels=brightness,
+            carriers=carriers_found,
             findings_against=against,
             comparison=compared,
-            probe=seen,
+            probe=probe,
             absent=tuple(self.absent),
             seconds=self.seconds,
         )
 
     def _miss(self, part: str, reason: str) -> None:
-        self.absent.append(Absent(part, reason))
+        self.absent.append(MissingPart(part, reason))
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        self.observer.on_message(f"analyzing {self.subject.name}: {name}")
+        self.observer.on_message(f"analyzing {self.opened.name}: {name}")
         started = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - started
 
-    def _other(self, against: Run | None) -> Subject | None:
-        """What to compare with: what was asked for, or the clean twin, if it can be."""
+    def _open_other(self, against: Run | None) -> OpenedRun | None:
+        """Open the run to compare with: the given one or, if it can be used, the clean twin."""
         if against is not None:
-            other = open_beside(against, self.subject)
-            comparison.check_comparable(self.subject, other)
+            other = open_beside(against, self.opened)
+            comparison.check_comparable(self.opened, other)
             return other
-        if (place := twin_folder(self.subject.run)) is None:
+        if (folder := twin_folder(self.opened.run)) is None:
             self._miss("against", "no other run was named, and there is no clean twin")
             return None
         try:
-            other = open_beside(load_run(place), self.subject)
-            comparison.check_comparable(self.subject, other)
+            other = open_beside(load_run(folder), self.opened)
+            comparison.check_comparable(self.opened, other)
         except BbmoeError as error:
             self._miss("against", f"the clean twin cannot be used: {error}")
             return None
@@ -207,35 +264,37 @@ class _Analyzer:
     def _triggered(self) -> Triggered | None:
         if self.source is None or self.stamper is None:
             return None
-        return triggered_test(self.subject.images, self.source.run.attack(), self.stamper)
+        return triggered_test(self.opened.images, self.source.run.attack(), self.stamper)
 
-    def _pass(self, subject: Subject) -> passes.PairedPass:
-        assert subject.routed is not None
-        with self._timed("routing" if subject is self.subject else "routing against"):
-            return passes.run_pass(subject, subject.routed, self.triggered)
+    def _pass(self, opened: OpenedRun) -> passes.PairedPass:
+        assert opened.routed is not None
+        with self._timed("routing" if opened is self.opened else "routing against"):
+            return passes.run_pass(opened, opened.routed, self.triggered)
 
-    def _findings(self, subject: Subject, found: passes.PairedPass) -> Findings:
-        model, images, triggered = subject.routed, subject.images, self.triggered
+    def _findings(self, opened: OpenedRun, found: passes.PairedPass) -> Findings:
+        model, images, triggered = opened.routed, opened.images, self.triggered
         assert model is not None
-        with self._timed("statistics" if subject is self.subject else "statistics against"):
+        with self._timed("statistics" if opened is self.opened else "statistics against"):
             labels = images.test.labels.cpu()
-            spread = tuple(
+            layers = tuple(
                 routing.layer_routing(layer, labels, images.num_classes, model.patch_grid)
                 for layer in found.clean.layers
             )
             if triggered is None or found.triggered is None or found.divergence is None:
-                return Findings(spread)
+                return Findings(layers)
             before = images.test.images[triggered.places]
             changed = changed_patches(before, triggered.images, model.patch_size).cpu()
             success = found.triggered.predicted == triggered.wanted.cpu()
-            caught = tuple(capture.layer_capture(layer, changed, success) for layer in found.triggered.layers)
-            layers = zip(found.clean.layers, found.triggered.layers, found.divergence, strict=True)
+            captures = tuple(
+                capture.layer_capture(layer, changed, success) for layer in found.triggered.layers
+            )
+            pairs = zip(found.clean.layers, found.triggered.layers, found.divergence, strict=True)
             places = triggered.places.cpu()
-            shifts = tuple(shift.layer_shift(a, b, places, divergence) for a, b, divergence in layers)
-        return Findings(spread, caught, shifts)
+            shifts = tuple(shift.layer_shift(a, b, places, divergence) for a, b, divergence in pairs)
+        return Findings(layers, captures, shifts)
 
     def _pixels(self, clean: passes.RoutedPass) -> tuple[pixels.LayerPixels, ...]:
-        images, model = self.subject.images, self.subject.routed
+        images, model = self.opened.images, self.opened.routed
         assert model is not None
         with self._timed("pixels"):
             sums = patch_sums(images.test.images, model.patch_size).cpu()
@@ -244,36 +303,36 @@ class _Analyzer:
                 pixels.layer_pixels(layer, sums, labels, classes, model.patch_size) for layer in clean.layers
             )
 
-    def _examples(self, picked: examples.Picked | None) -> examples.Examples:
-        subject = self.subject
-        if picked is None:
+    def _examples(self, chosen: examples.ExampleImages | None) -> examples.Examples:
+        opened = self.opened
+        if chosen is None:
             counted = None if self.triggered is None else self.triggered.places.cpu()
-            labels = subject.images.test.labels.cpu()
-            chosen = examples.choose_examples(labels, counted, subject.run.spec.seed)
-            picked = examples.pick_images(chosen, subject.images)
-        subjects = [subject] if self.other is None else [subject, self.other]
-        return examples.make_examples(subjects, picked, self.stamper)
+            labels = opened.images.test.labels.cpu()
+            drawn = examples.draw_examples(labels, counted, opened.run.spec.seed)
+            chosen = examples.collect_examples(drawn, opened.images)
+        runs = [opened] if self.other is None else [opened, self.other]
+        return examples.make_examples(runs, chosen, self.stamper)
 
-    def _probe(self) -> probing.Probing | None:
-        assert self.subject.routed is not None
-        if self.subject.run.spec.defenses:
+    def _probe(self) -> probe_summary.ProbeSummary | None:
+        assert self.opened.routed is not None
+        if self.opened.run.spec.defenses:
             self._miss(
                 "probe",
                 "the run is a defended one; routing over training is kept in the attacked run's folder",
             )
             return None
-        seen = probing.probe_findings(self.subject, self.subject.routed)
-        if seen is None:
+        summary = probe_summary.summarize_probe(self.opened, self.opened.routed)
+        if summary is None:
             self._miss("probe", "the run was made without --probe, so routing over training was not kept")
-        return seen
+        return summary
 
     def _carriers(self) -> carriers.Carriers | None:
-        if not isinstance(self.subject.model, WithExperts):
-            name = self.subject.run.spec.model.name
-            self._miss("carriers", f"the model {name!r} does not say where its experts lie")
+        if not isinstance(self.opened.model, WithExperts):
+            name = self.opened.run.spec.model.name
+            self._miss("carriers", f"the model {name!r} does not list its experts (experts())")
             return None
         with self._timed("carriers"):
-            found = carriers.find_carriers(self.subject, self.triggered, self.limit)
+            found = carriers.find_carriers(self.opened, self.triggered, self.limit)
         if not found.pairs and len(found.singles) > 1:
             self._miss("carriers.pairs", f"there are more than {carriers.MAX_PAIRS} pairs of experts")
         if not found.patched:
@@ -282,28 +341,29 @@ class _Analyzer:
 
 
 def twin_folder(run: Run) -> Path | None:
-    """Where the clean twin of a run lies beside it; None where it has none, or it is not there."""
+    """Return the folder of a run's clean twin; None if the run has no twin or the folder is not there."""
     name = run.record.clean_twin
     if not name or Path(name).name != name:
         return None
-    place = run.folder.path.parent / name
-    return place if place.is_dir() else None
+    folder = run.folder.path.parent / name
+    return folder if folder.is_dir() else None
 
 
-def _compare(first: passes.PairedPass, second: passes.PairedPass) -> comparison.Comparison:
-    stamped = None
+def _compare(first: passes.PairedPass, second: passes.PairedPass) -> comparison.RoutingComparison:
+    triggered = None
     if first.triggered is not None and second.triggered is not None:
-        stamped = comparison.compare_layers(first.triggered.layers, second.triggered.layers)
-    return comparison.Comparison(comparison.compare_layers(first.clean.layers, second.clean.layers), stamped)
+        triggered = comparison.compare_layers(first.triggered.layers, second.triggered.layers)
+    clean = comparison.compare_layers(first.clean.layers, second.clean.layers)
+    return comparison.RoutingComparison(clean, triggered)
 
 
 def _facts(run: Run) -> RunFacts:
     record, spec = run.record, run.spec
     metrics: dict[str, dict[str, Any]] = record.metrics
-    data, known = record.data, {name: getattr(record, name) for name in RECORD_PARTS}
-    # A report is handed on: where the data lie is nobody else's business.
+    data, parts = record.data, {name: getattr(record, name) for name in RECORD_PARTS}
+    # Reports are passed on to others, so the folder of the data is left out.
     dataset = {key: value for key, value in record.spec["dataset"].items() if key != "root"}
-    known["spec"] = {**record.spec, "dataset": dataset}
+    parts["spec"] = {**record.spec, "dataset": dataset}
     return RunFacts(
-        run.folder.path.name, record.digest, spec.model.name, data["name"], data["digest"], metrics, known
+        run.folder.path.name, record.digest, spec.model.name, data["name"], data["digest"], metrics, parts
     )

@@ -1,4 +1,4 @@
-"""Trigger capture: do experts receive the patches that a trigger changed, and does the attack hang on it?"""
+"""Trigger capture: which experts receive the patches that a trigger changed, and whether capture predicts success."""
 
 from __future__ import annotations
 
@@ -14,17 +14,29 @@ from backdoorbench_moe.ops.routing import blind_miss
 
 @dataclass(frozen=True)
 class LayerCapture:
-    """Of the M triggered images that ASR counts: which experts receive a patch whose pixels the trigger changed.
+    """Trigger capture in one routed layer, over the M triggered images that count for ASR.
 
-    A patch stands for the tile of pixels it answers for; its receptive field may be wider. Proportions and
-    `blind_*` shares are percent. "Blind" is what would be expected if each expert picked as many patches as it
-    took of this image, each set of them equally likely, independent of the other experts (hypergeometric, for
-    each image by its own number of changed patches, mean over the images).
+    An expert captures the trigger of an image if it receives at least one patch in which the trigger changed a
+    pixel. An image is captured if any expert captures its trigger. A patch is the tile of pixels at its position;
+    its receptive field may be larger.
 
-    changed_patches: number of patches the trigger changed in an image. changed: (P,) in [0, 1], share of images
-    in which it changed a patch. captured: images in which at least one expert receives a changed patch. experts:
-    number of experts that do. by_expert: (E,) share in [0, 1] of images in which an expert does, and blind.
-    asr: over all M, over those captured and those missed; None where there are none.
+    The `blind_*` attributes are what blind routing would give: each expert keeps the number of patches that it
+    takes of an image, but draws them uniformly at random, independently of the other experts. This is computed
+    exactly for each image (hypergeometric distribution) and averaged over the images.
+
+    Attributes:
+        layer: Name of the layer.
+        changed_patches: Number of patches that the trigger changes in an image.
+        changed: (P,) in [0, 1], share of images in which the trigger changes a patch.
+        captured: Captured images, in percent.
+        blind_captured: The same under blind routing, in percent.
+        experts: Number of experts that capture the trigger of an image.
+        blind_experts: The same under blind routing.
+        by_expert: (E,) in [0, 1], share of images whose trigger an expert captures.
+        blind_by_expert: (E,) in [0, 1], the same under blind routing.
+        asr: ASR over all M images, in percent.
+        asr_captured: ASR over the captured images, in percent; None if there are none.
+        asr_missed: ASR over the images that are not captured, in percent; None if there are none.
     """
 
     layer: str
@@ -42,9 +54,12 @@ class LayerCapture:
 
 
 def layer_capture(layer: LayerPass, changed: Tensor, success: Tensor) -> LayerCapture:
-    """Capture in one layer's pass over M triggered images.
+    """Compute the capture in one layer.
 
-    changed: (M, P) bool, patches the trigger changed. success: (M,) bool, called what the attacker wants.
+    Args:
+        layer: The layer's pass over the M triggered images.
+        changed: (M, P) bool, patches that the trigger changed.
+        success: (M,) bool, whether an image is classified as the attacker wants.
     """
     receives = (layer.selected & changed.unsqueeze(1)).any(-1)
     captured = receives.any(1)
@@ -60,11 +75,11 @@ def layer_capture(layer: LayerPass, changed: Tensor, success: Tensor) -> LayerCa
         by_expert=receives.double().mean(0),
         blind_by_expert=(1 - miss).mean(0),
         asr=proportion(int(success.sum()), len(success)),
-        asr_captured=share(success[captured]),
-        asr_missed=share(success[~captured]),
+        asr_captured=proportion_of(success[captured]),
+        asr_missed=proportion_of(success[~captured]),
     )
 
 
-def share(hits: Tensor) -> Proportion | None:
-    """The proportion of true ones in (n,) bool; None of none."""
+def proportion_of(hits: Tensor) -> Proportion | None:
+    """Return the proportion of True in (n,) bool; None for an empty tensor."""
     return proportion(int(hits.sum()), len(hits)) if len(hits) else None

@@ -1,4 +1,4 @@
-"""Who carries the backdoor: experts muted, and their outputs for triggered images replaced by those for clean ones."""
+"""Which experts carry the backdoor: BA and ASR with experts muted, and with their clean outputs patched in."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.analysis.capture import share
+from backdoorbench_moe.analysis.capture import proportion_of
+from backdoorbench_moe.analysis.opened_run import OpenedRun
 from backdoorbench_moe.analysis.passes import BATCH
-from backdoorbench_moe.analysis.subject import Subject
 from backdoorbench_moe.engine.inference import forward
 from backdoorbench_moe.engine.triggered import Triggered
 from backdoorbench_moe.moe.experts import expert_outputs, muted, replaced_output
@@ -22,13 +22,19 @@ from backdoorbench_moe.moe.structure import Expert, WithExperts
 from backdoorbench_moe.ops.metrics import Proportion
 from backdoorbench_moe.ops.seeding import generator
 
-# Pairs grow with the square of the experts, and each costs two evaluations.
+# The number of pairs grows with the square of the number of experts, and each pair costs two evaluations.
 MAX_PAIRS = 66
 
 
 @dataclass(frozen=True)
-class Muted:
-    """BA and ASR with these experts (their names, such as "moe/2") without effect; asr is None without a trigger."""
+class MutingResult:
+    """BA and ASR while some experts are muted, that is, output zero.
+
+    Attributes:
+        experts: Names of the muted experts, such as "moe/2".
+        ba: Benign accuracy, in percent.
+        asr: Attack success rate, in percent; None without a trigger.
+    """
 
     experts: tuple[str, ...]
     ba: Proportion
@@ -36,10 +42,16 @@ class Muted:
 
 
 @dataclass(frozen=True)
-class Patched:
-    """One expert gives for each triggered image what it gives for the clean version; the rest sees the trigger.
+class PatchingResult:
+    """ASR and RA with activation patching of one expert.
 
-    asr: share called what the attacker wants. ra: share of the same images called what they are.
+    For each triggered image, the output of the expert is replaced with its output for the clean version of the
+    image. All other modules process the triggered image.
+
+    Attributes:
+        expert: Name of the expert, such as "moe/2".
+        asr: Share of the images that are classified as the attacker wants, in percent.
+        ra: Share of the same images that are classified correctly (robust accuracy), in percent.
     """
 
     expert: str
@@ -49,100 +61,133 @@ class Patched:
 
 @dataclass(frozen=True)
 class Carriers:
-    """Measured on images drawn once: of the whole test set for BA, of those that ASR counts for ASR.
+    """What each expert contributes to BA and ASR.
 
-    whole: with all experts. clean_called_wanted: share of the clean versions that are called what the attacker
-    wants, the least that ASR can be expected to fall to. singles: each expert muted. pairs: each two of one
-    layer; empty where there are more than MAX_PAIRS. patched: activation patching, expert by expert; empty
-    without a trigger.
+    BA is measured on a sample of the test images, ASR on a sample of the triggered images. All results use the
+    same two samples.
+
+    Attributes:
+        whole: The model with all experts.
+        clean_called_wanted: Share of the clean versions of the sampled triggered images that are classified as
+            the attacker wants, in percent: a lower limit for ASR. None without a trigger.
+        singles: Results with each expert muted.
+        pairs: Results with each two experts of one layer muted; empty if there are more than MAX_PAIRS.
+        patched: Results of activation patching, one per expert; empty without a trigger.
     """
 
-    whole: Muted
+    whole: MutingResult
     clean_called_wanted: Proportion | None
-    singles: tuple[Muted, ...]
-    pairs: tuple[Muted, ...]
-    patched: tuple[Patched, ...]
+    singles: tuple[MutingResult, ...]
+    pairs: tuple[MutingResult, ...]
+    patched: tuple[PatchingResult, ...]
 
 
 Experts = tuple[Expert, ...]
 
 
-def find_carriers(subject: Subject, triggered: Triggered | None, limit: int) -> Carriers:
-    """Mute and patch the experts of a model that says where they lie.
+def find_carriers(opened: OpenedRun, triggered: Triggered | None, limit: int) -> Carriers:
+    """Measure BA and ASR with experts muted and patched.
 
-    limit: at most so many images for BA, and for ASR. They are drawn by the run's seed.
+    Args:
+        opened: A run whose model has `experts()`.
+        triggered: The test images that count for ASR, triggered; None without a trigger.
+        limit: Largest number of images in each of the two samples, which are drawn with the run's seed.
     """
-    probe, seed, test = _Probe(subject), subject.run.spec.seed, subject.images.test
-    singles = [(expert,) for expert in probe.experts]
-    pairs = [pair for pair in combinations(probe.experts, 2) if pair[0].layer == pair[1].layer]
-    off: list[Experts] = [(), *singles, *(pairs if len(pairs) <= MAX_PAIRS else ())]
+    evaluator, seed, test = _ExpertEvaluator(opened), opened.run.spec.seed, opened.images.test
+    singles = [(expert,) for expert in evaluator.experts]
+    pairs = [pair for pair in combinations(evaluator.experts, 2) if pair[0].layer == pair[1].layer]
+    groups: list[Experts] = [(), *singles, *(pairs if len(pairs) <= MAX_PAIRS else ())]
 
-    places = _draw(len(test), limit, seed, "ba").to(subject.device)
-    ba = [_share(called == test.labels[places]) for called in probe.without(test.images[places], off)]
-    asr: list[Proportion | None] = [None] * len(off)
+    places = _draw(len(test), limit, seed, "ba").to(opened.device)
+    ba = [
+        _proportion(predicted == test.labels[places])
+        for predicted in evaluator.predict_muted(test.images[places], groups)
+    ]
+    asr: list[Proportion | None] = [None] * len(groups)
     floor: Proportion | None = None
-    patched: tuple[Patched, ...] = ()
+    patched: tuple[PatchingResult, ...] = ()
     if triggered is not None:
-        chosen = _draw(len(triggered), limit, seed, "asr").to(subject.device)
+        chosen = _draw(len(triggered), limit, seed, "asr").to(opened.device)
         sample = triggered.take(chosen)
-        asr = [_share(called == sample.wanted) for called in probe.without(sample.images, off)]
-        clean, *patches = probe.patched(test.images[sample.places], sample.images)
-        floor = _share(clean == sample.wanted)
+        asr = [
+            _proportion(predicted == sample.wanted)
+            for predicted in evaluator.predict_muted(sample.images, groups)
+        ]
+        clean, *patches = evaluator.predict_patched(test.images[sample.places], sample.images)
+        floor = _proportion(clean == sample.wanted)
         patched = tuple(
-            Patched(expert.name, _share(called == sample.wanted), _share(called == sample.true))
-            for expert, called in zip(probe.experts, patches, strict=True)
+            PatchingResult(
+                expert.name, _proportion(predicted == sample.wanted), _proportion(predicted == sample.true)
+            )
+            for expert, predicted in zip(evaluator.experts, patches, strict=True)
         )
     whole, *rest = (
-        Muted(tuple(expert.name for expert in experts), b, a)
-        for experts, b, a in zip(off, ba, asr, strict=True)
+        MutingResult(tuple(expert.name for expert in experts), b, a)
+        for experts, b, a in zip(groups, ba, asr, strict=True)
     )
     return Carriers(whole, floor, tuple(rest[: len(singles)]), tuple(rest[len(singles) :]), patched)
 
 
-class _Probe:
-    """A model with its experts; what comes before them is computed once for each batch."""
+class _ExpertEvaluator:
+    """Evaluates a model with changed experts; what precedes the experts is computed once per batch."""
 
-    def __init__(self, subject: Subject) -> None:
-        model = subject.model
+    def __init__(self, opened: OpenedRun) -> None:
+        model = opened.model
         assert isinstance(model, WithExperts)
-        self.subject, self.model, self.experts = subject, subject.model, model.experts()
+        self.opened, self.model, self.experts = opened, opened.model, model.experts()
         owners = {name.rpartition(".")[0] for expert in self.experts for name in expert.output}
-        self.changing = {*map(subject.model.get_submodule, owners), *(e.tap for e in self.experts)}
+        self.changing = {*map(opened.model.get_submodule, owners), *(e.tap for e in self.experts)}
 
-    def without(self, images: Tensor, off: Sequence[Experts]) -> list[Tensor]:
-        """Predicted classes (n,) of (n, C, H, W) uint8 images with each of these groups of experts muted."""
-        found: list[list[Tensor]] = [[] for _ in off]
-        for batch in images.split(BATCH):
-            with self._repeating(batch):
-                for experts, into in zip(off, found, strict=True):
-                    with muted(self.model, experts):
-                        self._call(batch, into)
-        return [torch.cat(parts) for parts in found]
+    def predict_muted(self, images: Tensor, groups: Sequence[Experts]) -> list[Tensor]:
+        """Predict with each group of experts muted.
 
-    def patched(self, clean: Tensor, triggered: Tensor) -> list[Tensor]:
-        """Predicted classes (n,) of the clean images, then of the triggered ones with each expert patched.
+        Args:
+            images: (n, C, H, W) uint8.
+            groups: The groups; an empty one mutes nothing.
 
-        What the experts give for the clean images is held for one batch only.
+        Returns:
+            Predicted classes (n,) for each group.
         """
-        found: list[list[Tensor]] = [[] for _ in range(len(self.experts) + 1)]
-        for one, other in zip(clean.split(BATCH), triggered.split(BATCH), strict=True):
+        predicted: list[list[Tensor]] = [[] for _ in groups]
+        for batch in images.split(BATCH):
+            with self._reusing_prefix(batch):
+                for experts, batches in zip(groups, predicted, strict=True):
+                    with muted(self.model, experts):
+                        self._predict(batch, batches)
+        return [torch.cat(batches) for batches in predicted]
+
+    def predict_patched(self, clean: Tensor, triggered: Tensor) -> list[Tensor]:
+        """Predict with the clean output of each expert patched into the pass of the triggered images.
+
+        The clean outputs are held in memory for one batch at a time.
+
+        Args:
+            clean: (n, C, H, W) uint8.
+            triggered: (n, C, H, W) uint8, the triggered versions.
+
+        Returns:
+            Predicted classes (n,) of the clean images, then of the triggered ones for each patched expert.
+        """
+        predicted: list[list[Tensor]] = [[] for _ in range(len(self.experts) + 1)]
+        for clean_batch, batch in zip(clean.split(BATCH), triggered.split(BATCH), strict=True):
             with torch.inference_mode():
-                outputs = expert_outputs(self.experts, partial(self._call, one, found[0]))
-            with self._repeating(other):
-                for expert, values, into in zip(self.experts, outputs, found[1:], strict=True):
+                outputs = expert_outputs(self.experts, partial(self._predict, clean_batch, predicted[0]))
+            with self._reusing_prefix(batch):
+                for expert, values, batches in zip(self.experts, outputs, predicted[1:], strict=True):
                     with replaced_output(expert, values):
-                        self._call(other, into)
-        return [torch.cat(parts) for parts in found]
+                        self._predict(batch, batches)
+        return [torch.cat(batches) for batches in predicted]
 
     @contextmanager
-    def _repeating(self, batch: Tensor) -> Iterator[None]:
+    def _reusing_prefix(self, batch: Tensor) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
-            stack.enter_context(reuse_prefix(self.model, self.changing, partial(self._call, batch, [])))
+            stack.enter_context(reuse_prefix(self.model, self.changing, partial(self._predict, batch, [])))
             yield
 
-    def _call(self, batch: Tensor, into: list[Tensor]) -> None:
-        into.append(forward(self.model, batch, precision=self.subject.precision).argmax(1))
+    def _predict(self, batch: Tensor, batches: list[Tensor]) -> None:
+        """Append the predicted classes of a batch to `batches`."""
+        batches.append(forward(self.model, batch, precision=self.opened.precision).argmax(1))
 
 
 def _draw(total: int, limit: int, seed: int, purpose: str) -> Tensor:
@@ -150,7 +195,7 @@ def _draw(total: int, limit: int, seed: int, purpose: str) -> Tensor:
     return order[:limit].sort().values
 
 
-def _share(hits: Tensor) -> Proportion:
-    found = share(hits)
+def _proportion(hits: Tensor) -> Proportion:
+    found = proportion_of(hits)
     assert found is not None
     return found

@@ -1,4 +1,4 @@
-"""Two models' routing of the same images, beside each other."""
+"""Comparing the routing of the same images in two models."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from backdoorbench_moe.analysis.opened_run import OpenedRun
 from backdoorbench_moe.analysis.passes import LayerPass
 from backdoorbench_moe.analysis.routing import mean_overlap
-from backdoorbench_moe.analysis.subject import Subject
 from backdoorbench_moe.engine.inference import forward_routed
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.effects import Mean, means_of
@@ -20,12 +20,17 @@ CHUNK = 1000
 
 @dataclass(frozen=True)
 class LayerComparison:
-    """One layer of the run's model against the same layer of the other's.
+    """Overlap of the experts' selections in one layer of the run's model and of the other model.
 
-    same: E means over images of the Jaccard index of expert e's choice in one model with expert e's in the
-    other. across: (E, E) means of every expert of the run's model with every one of the other's. Experts are
-    not matched: where the two were trained apart, number e means nothing, and only `across` shows who is like
-    whom.
+    The experts of the two models are not matched: if the models were trained separately, equal numbers mean
+    nothing, and `across` shows which experts are alike.
+
+    Attributes:
+        layer: Name of the layer.
+        same: For each of the E experts, the Jaccard index of its selection with that of the expert of the same
+            number in the other model, mean over the images, in [0, 1].
+        across: (E, E) in [0, 1], the same for each expert of the run's model (row) with each expert of the other
+            model (column).
     """
 
     layer: str
@@ -34,8 +39,13 @@ class LayerComparison:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Layer by layer on the N clean test images and on the M triggered ones (None without a trigger)."""
+class RoutingComparison:
+    """Comparison of two models, layer by layer.
+
+    Attributes:
+        clean: The layers, on the clean test images.
+        triggered: The layers, on the triggered images that count for ASR; None without a trigger.
+    """
 
     clean: tuple[LayerComparison, ...]
     triggered: tuple[LayerComparison, ...] | None
@@ -44,42 +54,46 @@ class Comparison:
 def compare_layers(
     first: tuple[LayerPass, ...], second: tuple[LayerPass, ...]
 ) -> tuple[LayerComparison, ...]:
-    """Compare two models' passes over the same images."""
+    """Compare the layers of two models' passes over the same images."""
     return tuple(
         LayerComparison(
             one.layer,
-            means_of(_own_overlap(one.selected, other.selected)),
+            means_of(_overlap_of_same_number(one.selected, other.selected)),
             mean_overlap(one.selected, other.selected),
         )
         for one, other in zip(first, second, strict=True)
     )
 
 
-def _own_overlap(first: Tensor, second: Tensor) -> Tensor:
-    """Jaccard index of expert e with expert e: (N, E)."""
+def _overlap_of_same_number(first: Tensor, second: Tensor) -> Tensor:
+    """Jaccard index of expert e with expert e: two (N, E, P) bool to (N, E)."""
     parts = zip(first.split(CHUNK), second.split(CHUNK), strict=True)
     return torch.cat([jaccard(a, b).diagonal(dim1=1, dim2=2) for a, b in parts])
 
 
-def check_comparable(first: Subject, second: Subject) -> None:
-    """Raise ConfigError unless both models are dense, or route alike: same layers, experts and patches."""
-    one, other = (_shape(subject) for subject in (first, second))
+def check_comparable(first: OpenedRun, second: OpenedRun) -> None:
+    """Check that two models have the same routed layers, with the same numbers of experts and patches.
+
+    Raises:
+        ConfigError: They differ. Two dense models have no routed layers and do not differ.
+    """
+    one, other = (_routed_layers(opened) for opened in (first, second))
     if one != other:
         raise ConfigError(
-            f"against: expected a model that routes as that of {first.name} ({_words(one)}), "
-            f"got {second.name} ({_words(other)})"
+            f"against: expected a model with the routed layers of {first.name} ({_describe(one)}), "
+            f"got {second.name} ({_describe(other)})"
         )
 
 
 @torch.inference_mode()
-def _shape(subject: Subject) -> list[tuple[str, int, int]]:
-    """Name, experts and patches of each routed layer."""
-    if subject.routed is None:
+def _routed_layers(opened: OpenedRun) -> list[tuple[str, int, int]]:
+    """Return name, number of experts and number of patches of each routed layer."""
+    if opened.routed is None:
         return []
-    output = forward_routed(subject.routed, subject.images.test.images[:1], precision=subject.precision)
-    return [(one.layer, *one.selected.shape[1:]) for one in output.routing]
+    output = forward_routed(opened.routed, opened.images.test.images[:1], precision=opened.precision)
+    return [(layer.layer, *layer.selected.shape[1:]) for layer in output.routing]
 
 
-def _words(shape: list[tuple[str, int, int]]) -> str:
-    parts = [f"{name}: {experts} experts, {patches} patches" for name, experts, patches in shape]
+def _describe(layers: list[tuple[str, int, int]]) -> str:
+    parts = [f"{name}: {experts} experts, {patches} patches" for name, experts, patches in layers]
     return "; ".join(parts) or "dense"

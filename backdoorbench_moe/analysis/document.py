@@ -1,4 +1,4 @@
-"""`analysis.json`: an analysis as plain lists and numbers."""
+"""`analysis.json`: an analysis as JSON values."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from backdoorbench_moe.records import write_atomically
 
 SCHEMA_VERSION = 1
 FILE = "analysis.json"
-# More would be noise, and every number stands in the file.
+# Significant digits of a float. More would be noise and make the file larger.
 DIGITS = 6
 UNITS = {
-    "value, low, high beside n": "percent in metrics, capture and carriers; otherwise the unit of what they are of",
+    "value, low, high beside n": (
+        "percent in metrics, capture and carriers; elsewhere the unit of the averaged quantity"
+    ),
     "divergence": "nats, 0 to ln 2",
     "frequency, share, takers, entropy, overlap, changed": "0 to 1",
     "pixels": "sum over a patch's pixels of their mean over the channels, in [0, 1]",
@@ -31,23 +33,35 @@ UNITS = {
 
 
 def as_document(analysis: Analysis) -> dict[str, Any]:
-    """The analysis as JSON values: the fields of the dataclasses by their names.
+    """Convert an analysis to JSON values; each dataclass becomes an object with the names of its attributes.
 
-    A bool is 0 or 1 in an array, a number that is not finite is null; images are PNG files in base64.
+    Tensors become nested lists, with 0 and 1 for bool. Floats are rounded to DIGITS significant digits, and NaN
+    and infinity become null. Images become PNG files in base64.
     """
-    values = _plain(analysis)
+    values = _to_json(analysis)
     findings = values.pop("findings")
     return {"schema_version": SCHEMA_VERSION, "kind": "analysis", **values, **findings, "units": UNITS}
 
 
 def to_text(document: dict[str, Any]) -> str:
-    """A JSON document, one part a line."""
+    """Format a document as JSON with one line for each top-level key."""
     parts = (f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in document.items())
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def save_document(document: dict[str, Any], output: Path) -> Path:
-    """Write analysis.json into a folder, made if need be; whole or not at all. Raises RecordError."""
+    """Write analysis.json atomically.
+
+    Args:
+        document: The document.
+        output: The folder to write to; it is created if it does not exist.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        RecordError: The file cannot be written.
+    """
     text = to_text(document)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -58,7 +72,11 @@ def save_document(document: dict[str, Any], output: Path) -> Path:
 
 
 def load_document(file: Path) -> dict[str, Any]:
-    """Read an analysis.json. Raises RecordError if it is none, or of another version."""
+    """Read an analysis.json.
+
+    Raises:
+        RecordError: The file cannot be read, is not an analysis, or has another schema version.
+    """
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -76,31 +94,31 @@ def load_document(file: Path) -> dict[str, Any]:
 def _field(item: dataclasses.Field[Any], value: Any) -> Any:
     if value is not None and item.metadata.get("document") == "png":
         return [encode_picture(image) for image in value]
-    return _plain(value)
+    return _to_json(value)
 
 
 def encode_picture(image: Tensor) -> str:
-    """A (3, H, W) uint8 image as a PNG file in base64."""
+    """Encode a (3, H, W) uint8 image as a PNG file in base64."""
     file = BytesIO()
     Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG", optimize=True)
     return b64encode(file.getvalue()).decode("ascii")
 
 
 def decode_picture(text: str) -> np.ndarray:
-    """What `encode_picture` made, as (H, W, 3) uint8."""
+    """Decode the text from `encode_picture` to (H, W, 3) uint8."""
     with Image.open(BytesIO(b64decode(text)), formats=("PNG",)) as image:
         return np.asarray(image.convert("RGB"))
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return _plain((value.int() if value.dtype.is_floating_point is False else value).tolist())
+        return _to_json((value.int() if value.dtype.is_floating_point is False else value).tolist())
     if dataclasses.is_dataclass(value):
         return {item.name: _field(item, getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_to_json(item) for item in value]
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     return value

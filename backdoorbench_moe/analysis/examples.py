@@ -1,4 +1,4 @@
-"""Patch maps: which patches of some images each expert processes, clean and triggered, in one model and another."""
+"""Patch maps: which patches of example images each expert processes, clean and triggered, in one or two models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.analysis.subject import Subject, choose_images
+from backdoorbench_moe.analysis.opened_run import OpenedRun, draw_images
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.data.images import read_images
 from backdoorbench_moe.engine.build import Stamper
@@ -19,21 +19,31 @@ from backdoorbench_moe.errors import ConfigError
 
 DEFAULT_COUNT = 6
 MAX_IMAGES = 100
-# Of a dataclass field that holds images: how the JSON document gives it.
+# Metadata of dataclass fields that hold images: the JSON document stores them as PNG files.
 PICTURES = {"document": "png"}
 
 
 @dataclass(frozen=True)
 class LayerMaps:
-    """selected: (N, E, rows, columns) bool, the patches each expert of a routed layer takes."""
+    """Patch maps of one routed layer.
+
+    Attributes:
+        layer: Name of the layer.
+        selected: (N, E, rows, columns) bool, whether an expert processes a patch of an image.
+    """
 
     layer: str
     selected: Tensor
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What one model does with N images. predicted: the N class names. layers: none of a dense model."""
+class MappedPredictions:
+    """Predictions and patch maps of one model for N images.
+
+    Attributes:
+        predicted: Names of the N predicted classes.
+        layers: Patch maps of the routed layers; empty for a dense model.
+    """
 
     predicted: tuple[str, ...]
     layers: tuple[LayerMaps, ...]
@@ -41,19 +51,28 @@ class Seen:
 
 @dataclass(frozen=True)
 class ModelMaps:
-    """One model's view of the clean images and of the triggered ones; `triggered` is None without a trigger."""
+    """Predictions and patch maps of one model for the examples.
+
+    Attributes:
+        run: Name of the model's run folder.
+        clean: For the clean images.
+        triggered: For the triggered images; None without a trigger.
+    """
 
     run: str
-    clean: Seen
-    triggered: Seen | None
+    clean: MappedPredictions
+    triggered: MappedPredictions | None
 
 
 @dataclass(frozen=True)
-class Picked:
-    """N images to look at: (N, 3, S, S) uint8 on the data's device.
+class ExampleImages:
+    """N images, from the test split or from files.
 
-    indices: places in the test split, None for a file. names: such as "test image 7", or the file's name. labels:
-    class names; None for a file, whose class nobody knows.
+    Attributes:
+        indices: Indices in the test split; None for a file.
+        names: Names such as "test image 7", or the name of the file.
+        labels: Class names; None for a file.
+        images: (N, 3, S, S) uint8, on the device of the data.
     """
 
     indices: tuple[int | None, ...]
@@ -64,11 +83,15 @@ class Picked:
 
 @dataclass(frozen=True)
 class Examples:
-    """N images and what the models do with them. indices, names, labels: as of `Picked`.
+    """N example images and their patch maps.
 
-    clean, triggered: (N, 3, S, S) uint8, PNG files in base64 in the JSON document; triggered is None without a
-    trigger.
-    models: the run's own first, then the one it is compared with.
+    Attributes:
+        indices: Indices in the test split; None for a file.
+        names: Names such as "test image 7", or the name of the file.
+        labels: Class names; None for a file.
+        models: Patch maps in the run's own model and, if there is one, in the model it is compared with.
+        clean: (N, 3, S, S) uint8; in the JSON document a list of PNG files in base64.
+        triggered: The same with the trigger; None without a trigger.
     """
 
     indices: tuple[int | None, ...]
@@ -79,11 +102,17 @@ class Examples:
     triggered: Tensor | None = field(metadata=PICTURES)
 
 
-def pick_images(wanted: Sequence[int | str | Path], images: ImageSet) -> Picked:
-    """Test images by their number, and image files by their path; these are resized, and cut if not square.
+def collect_examples(wanted: Sequence[int | str | Path], images: ImageSet) -> ExampleImages:
+    """Collect example images.
 
-    Raises ConfigError unless these are 1 to MAX_IMAGES and the numbers are there, DataError for a file that is no
-    image.
+    Args:
+        wanted: 1 to MAX_IMAGES images. A number is an index in the test split, anything else the path of an
+            image file. Files are resized, and cropped if they are not square.
+        images: The data.
+
+    Raises:
+        ConfigError: There are too few or too many images, or an index is out of range.
+        DataError: A file cannot be read as an image.
     """
     test, names = images.test, images.classes
     if not 1 <= len(wanted) <= MAX_IMAGES:
@@ -99,7 +128,7 @@ def pick_images(wanted: Sequence[int | str | Path], images: ImageSet) -> Picked:
             labels.append(names[int(test.labels[one])])
         else:
             raise ConfigError.expected("images", f"test images in 0..{len(test) - 1}, or files", one)
-    return Picked(
+    return ExampleImages(
         indices=tuple(one if isinstance(one, int) else None for one in wanted),
         names=tuple(f"test image {one}" if isinstance(one, int) else Path(one).name for one in wanted),
         labels=tuple(labels),
@@ -107,31 +136,44 @@ def pick_images(wanted: Sequence[int | str | Path], images: ImageSet) -> Picked:
     )
 
 
-def choose_examples(labels: Tensor, counted: Tensor | None, seed: int) -> list[int]:
-    """Draw test images, one of each class in turn, of those that count for ASR where there is a trigger.
+def draw_examples(labels: Tensor, counted: Tensor | None, seed: int) -> list[int]:
+    """Draw DEFAULT_COUNT test images class by class, see `draw_images`.
 
-    labels: (N,) int64. counted: (M,) int64 places that count; None for all.
+    Args:
+        labels: (N,) int64, classes of the test images.
+        counted: (M,) int64, indices of the test images that count for ASR, which are drawn from; None to draw from
+            all.
+        seed: The seed.
+
+    Returns:
+        Indices in the test split.
     """
     places = torch.arange(len(labels)) if counted is None else counted
-    return places[choose_images(labels[places], DEFAULT_COUNT, seed)].tolist()
+    return places[draw_images(labels[places], DEFAULT_COUNT, seed)].tolist()
 
 
-def make_examples(subjects: Sequence[Subject], picked: Picked, stamper: Stamper | None) -> Examples:
-    """Maps of images in every subject's model. stamper: the trigger to show, if any."""
-    clean, names = picked.images, subjects[0].images.classes
+def make_examples(runs: Sequence[OpenedRun], images: ExampleImages, stamper: Stamper | None) -> Examples:
+    """Compute the patch maps of example images in the model of each run.
+
+    Args:
+        runs: The runs, on the same data.
+        images: The images.
+        stamper: The trigger to show; None to show the clean images only.
+    """
+    clean, names = images.images, runs[0].images.classes
     triggered = None if stamper is None else stamp_images(clean, stamper)
     maps = tuple(
         ModelMaps(
-            subject.name,
-            _see(subject, clean, names),
-            None if triggered is None else _see(subject, triggered, names),
+            opened.name,
+            _predict(opened, clean, names),
+            None if triggered is None else _predict(opened, triggered, names),
         )
-        for subject in subjects
+        for opened in runs
     )
     return Examples(
-        indices=picked.indices,
-        names=picked.names,
-        labels=picked.labels,
+        indices=images.indices,
+        names=images.names,
+        labels=images.labels,
         models=maps,
         clean=clean.cpu(),
         triggered=None if triggered is None else triggered.cpu(),
@@ -139,14 +181,15 @@ def make_examples(subjects: Sequence[Subject], picked: Picked, stamper: Stamper 
 
 
 @torch.inference_mode()
-def _see(subject: Subject, images: Tensor, classes: Sequence[str]) -> Seen:
+def _predict(opened: OpenedRun, images: Tensor, classes: Sequence[str]) -> MappedPredictions:
     layers: tuple[LayerMaps, ...] = ()
-    if (model := subject.routed) is None:
-        logits = forward(subject.model, images, precision=subject.precision)
+    if (model := opened.routed) is None:
+        logits = forward(opened.model, images, precision=opened.precision)
     else:
-        output = forward_routed(model, images, precision=subject.precision)
+        output = forward_routed(model, images, precision=opened.precision)
         logits = output.logits
         layers = tuple(
-            LayerMaps(one.layer, one.selected.unflatten(-1, model.patch_grid).cpu()) for one in output.routing
+            LayerMaps(layer.layer, layer.selected.unflatten(-1, model.patch_grid).cpu())
+            for layer in output.routing
         )
-    return Seen(tuple(classes[c] for c in logits.argmax(1).tolist()), layers)
+    return MappedPredictions(tuple(classes[c] for c in logits.argmax(1).tolist()), layers)

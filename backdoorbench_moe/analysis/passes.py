@@ -1,4 +1,4 @@
-"""The one batched pass over the test images that all routing statistics come from."""
+"""One batched pass over the test images; all routing statistics are computed from what it collects."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.analysis.subject import Subject
+from backdoorbench_moe.analysis.opened_run import OpenedRun
 from backdoorbench_moe.engine.inference import forward_routed
 from backdoorbench_moe.engine.triggered import Triggered
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput
 from backdoorbench_moe.ops import routing
 
-# So that a batch stays in the cache: on a CPU, 500 took half as long again as 100.
+# Small, so that a batch stays in the cache: on a CPU, batches of 500 took half as long again as batches of 100.
 BATCH = 100
 
 
@@ -22,21 +22,30 @@ BATCH = 100
 class LayerPass:
     """What one routed layer did with N images, on the CPU.
 
-    gates_over: the axis over which the gates are a distribution, see `ops.routing.gates_over`. selected:
-    (N, E, P) bool. kept: (N, E) float32, sum of the gates of the patches an expert takes. entropy: (N, D)
-    float32 in [0, 1], one for each distribution: D is P where the gates are over the experts, otherwise E.
+    Attributes:
+        layer: Name of the layer.
+        gates_over: Axis over which the gates sum to 1, see `ops.routing.gates_over`.
+        selected: (N, E, P) bool, whether an expert processes a patch.
+        gate_mass: (N, E) float32, sum of the gates of the patches that an expert processes.
+        entropy: (N, D) float32 in [0, 1], normalised entropy of each of an image's D gate distributions: D is P
+            if the gates sum to 1 over the experts, otherwise E.
     """
 
     layer: str
     gates_over: str
     selected: Tensor
-    kept: Tensor
+    gate_mass: Tensor
     entropy: Tensor
 
 
 @dataclass(frozen=True)
 class RoutedPass:
-    """What a model did with N images. predicted: (N,) int64. layers: first routed layer first."""
+    """What a routed model did with N images.
+
+    Attributes:
+        predicted: (N,) int64, predicted classes.
+        layers: The routed layers, in the order of the forward pass.
+    """
 
     predicted: Tensor
     layers: tuple[LayerPass, ...]
@@ -44,10 +53,13 @@ class RoutedPass:
 
 @dataclass(frozen=True)
 class PairedPass:
-    """All N clean test images, and the M of them that were triggered.
+    """What a routed model did with all N clean test images and with the M that count for ASR, triggered.
 
-    divergence: for each layer (M, E) float32, Jensen-Shannon divergence in nats of the gates of an image and its
-    triggered version, see `ops.routing.js_divergence`. triggered and divergence are None without a trigger.
+    Attributes:
+        clean: The N clean test images.
+        triggered: The M triggered ones; None without a trigger.
+        divergence: For each layer (M, E) float32, Jensen-Shannon divergence in nats between the gates of an image
+            and those of its triggered version, see `ops.routing.js_divergence`; None without a trigger.
     """
 
     clean: RoutedPass
@@ -56,68 +68,76 @@ class PairedPass:
 
 
 class _Collector:
-    """Gathers what is kept of each batch; the gates themselves are dropped."""
+    """Collects the predictions, selections, gate masses and entropies of batches, but not their gates."""
 
     def __init__(self) -> None:
         self.predicted: list[Tensor] = []
         self.layers: list[list[tuple[Tensor, Tensor, Tensor]]] = []
 
-    def add(self, output: RoutedOutput, overs: Sequence[str], gates: Sequence[Tensor]) -> None:
+    def add(self, output: RoutedOutput, axes: Sequence[str], gates: Sequence[Tensor]) -> None:
         self.predicted.append(output.logits.argmax(1).cpu())
-        self.layers = self.layers or [[] for _ in overs]
-        for kept, layer, over, probabilities in zip(self.layers, output.routing, overs, gates, strict=True):
-            weights = (layer.gates.float() * layer.selected).sum(-1)
-            entropy = routing.normalised_entropy(probabilities, over).float()
-            kept.append((layer.selected.cpu(), weights.cpu(), entropy.cpu()))
+        self.layers = self.layers or [[] for _ in axes]
+        for batches, layer, axis, probabilities in zip(self.layers, output.routing, axes, gates, strict=True):
+            mass = (layer.gates.float() * layer.selected).sum(-1)
+            entropy = routing.normalised_entropy(probabilities, axis).float()
+            batches.append((layer.selected.cpu(), mass.cpu(), entropy.cpu()))
 
-    def collect(self, names: Sequence[str], overs: Sequence[str]) -> RoutedPass:
+    def collect(self, names: Sequence[str], axes: Sequence[str]) -> RoutedPass:
         layers = [
-            LayerPass(name, over, *(torch.cat(parts) for parts in zip(*batches, strict=True)))
-            for name, over, batches in zip(names, overs, self.layers, strict=True)
+            LayerPass(name, axis, *(torch.cat(parts) for parts in zip(*batches, strict=True)))
+            for name, axis, batches in zip(names, axes, self.layers, strict=True)
         ]
         return RoutedPass(torch.cat(self.predicted), tuple(layers))
 
 
 @torch.inference_mode()
 def run_pass(
-    subject: Subject, model: RoutedModel, triggered: Triggered | None, *, batch_size: int = BATCH
+    opened: OpenedRun, model: RoutedModel, triggered: Triggered | None, *, batch_size: int = BATCH
 ) -> PairedPass:
-    """Pass the clean test images, and with each batch the triggered versions of those in it that have one."""
-    images = subject.images.test.images
+    """Pass the clean test images and their triggered versions through a routed model, batch by batch.
+
+    Args:
+        opened: The run whose data and precision are used.
+        model: Its model.
+        triggered: The test images that count for ASR, triggered; None without a trigger.
+        batch_size: Number of clean images in a batch. It is followed by a batch with the triggered versions of
+            those images.
+    """
+    images = opened.images.test.images
     clean, stamped = _Collector(), _Collector()
     divergence: list[list[Tensor]] = []
     names: list[str] = []
-    overs: list[str] = []
+    axes: list[str] = []
     for start in range(0, len(images), batch_size):
-        output = forward_routed(model, images[start : start + batch_size], precision=subject.precision)
+        output = forward_routed(model, images[start : start + batch_size], precision=opened.precision)
         if not names:
             names = [layer.layer for layer in output.routing]
-            overs = [routing.gates_over(layer.gates) for layer in output.routing]
-        gates = _distributions(output, overs)
-        clean.add(output, overs, gates)
+            axes = [routing.gates_over(layer.gates) for layer in output.routing]
+        gates = _distributions(output, axes)
+        clean.add(output, axes, gates)
         if triggered is None:
             continue
         edges = torch.tensor([start, start + batch_size], device=triggered.places.device)
         first, last = torch.searchsorted(triggered.places, edges).tolist()
         if first == last:
             continue
-        own = triggered.places[first:last] - start
-        changed = forward_routed(model, triggered.images[first:last], precision=subject.precision)
-        after = _distributions(changed, overs)
-        stamped.add(changed, overs, after)
+        rows = triggered.places[first:last] - start
+        changed = forward_routed(model, triggered.images[first:last], precision=opened.precision)
+        after = _distributions(changed, axes)
+        stamped.add(changed, axes, after)
         divergence.append(
             [
-                routing.js_divergence(a[own], b, over).float().cpu()
-                for a, b, over in zip(gates, after, overs, strict=True)
+                routing.js_divergence(a[rows], b, axis).float().cpu()
+                for a, b, axis in zip(gates, after, axes, strict=True)
             ]
         )
     if triggered is None:
-        return PairedPass(clean.collect(names, overs), None, None)
+        return PairedPass(clean.collect(names, axes), None, None)
     shifts = tuple(torch.cat(parts) for parts in zip(*divergence, strict=True))
-    return PairedPass(clean.collect(names, overs), stamped.collect(names, overs), shifts)
+    return PairedPass(clean.collect(names, axes), stamped.collect(names, axes), shifts)
 
 
-def _distributions(output: RoutedOutput, overs: Sequence[str]) -> list[Tensor]:
+def _distributions(output: RoutedOutput, axes: Sequence[str]) -> list[Tensor]:
     return [
-        routing.distributions(layer.gates, over) for layer, over in zip(output.routing, overs, strict=True)
+        routing.distributions(layer.gates, axis) for layer, axis in zip(output.routing, axes, strict=True)
     ]

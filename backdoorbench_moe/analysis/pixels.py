@@ -1,4 +1,7 @@
-"""Pixel value against routing (the paper's Figure 7): are the patches an expert takes brighter or darker?"""
+"""Pixel value against routing: are the patches that an expert takes brighter or darker than the others?
+
+Source: the question of Figure 7 of BadPatches (patch sums of the patches that are routed to an expert).
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,26 @@ BINS = 32
 
 @dataclass(frozen=True)
 class LayerPixels:
-    """Patch sums of the clean test images: sum over a patch's pixels of their mean over the channels, in [0, 1].
+    """Brightness of the patches that each expert of one layer takes, over the clean test images.
 
-    edges: (bins + 1,) shared borders of the histograms, 0 to patch_size². taken, not_taken: (E, bins) int64
-    numbers of patches.
-    overall: E differences between the patches an expert takes and those it does not. by_class: the same for
-    the images of each class. None where an expert takes all or none. The patches of one image are not
-    independent, so p and the effect sizes of these see more evidence than there is.
-    by_image: E differences, mean of the patches taken minus mean of those not taken in one image, mean over
-    images with its interval; by_image_share: (E,) share of images in which it is above 0. Images of which an
-    expert takes all or none are left out.
+    The brightness of a patch is its patch sum: each pixel is averaged over the channels, in [0, 1], and the pixels
+    are added up, so that the sum lies between 0 and patch_size².
+
+    Patches of one image are not independent, so `overall` and `by_class` overstate the evidence: their p-values
+    are too small. `by_image` compares within each image and then averages over the images.
+
+    Attributes:
+        layer: Name of the layer.
+        edges: (bins + 1,) float64, edges of the histogram bins, from 0 to patch_size².
+        taken: (E, bins) int64, histograms of the patches that an expert takes.
+        not_taken: (E, bins) int64, histograms of the patches that it does not take.
+        overall: For each of the E experts, the difference between the patches that it takes and those that it
+            does not; None if it takes all patches or none.
+        by_class: The same for the images of each class.
+        by_image: For each of the E experts, the mean sum of the taken patches minus that of the others, computed
+            for each image and averaged over the images. Images of which an expert takes all patches or none are
+            left out.
+        by_image_share: (E,) in [0, 1], share of these images in which the difference is above 0.
     """
 
     layer: str
@@ -40,7 +53,15 @@ class LayerPixels:
 def layer_pixels(
     layer: LayerPass, sums: Tensor, labels: Tensor, classes: int, patch_size: int
 ) -> LayerPixels:
-    """Compare patch sums (N, P) of N images between what each expert takes and what it does not."""
+    """Compare the sums of the patches that each expert takes with the sums of the others.
+
+    Args:
+        layer: The layer's pass over the N clean test images.
+        sums: (N, P) float64, patch sums.
+        labels: (N,) int64, classes of the images.
+        classes: Number of classes.
+        patch_size: Side of a patch, in pixels.
+    """
     selected = layer.selected
     edges = torch.linspace(0, patch_size**2, BINS + 1, dtype=torch.float64)
     bins = (sums / patch_size**2 * BINS).long().clamp(max=BINS - 1)
@@ -59,9 +80,14 @@ def layer_pixels(
 
 
 def image_differences(selected: Tensor, sums: Tensor) -> Tensor:
-    """Mean sum of the patches taken minus that of those not taken, by image and expert: (N, E) float64.
+    """For each image and expert, the mean sum of the taken patches minus that of the others.
 
-    NaN where an expert takes all patches of an image, or none.
+    Args:
+        selected: (N, E, P) bool, whether an expert takes a patch.
+        sums: (N, P) float64, patch sums.
+
+    Returns:
+        (N, E) float64; NaN if an expert takes all patches of an image, or none.
     """
     values, taken = sums.unsqueeze(2), selected.double()
     inside = (taken @ values).squeeze(2)

@@ -1,4 +1,4 @@
-"""A picture of what a trigger does: clean, triggered, the amplified difference, what each expert sees."""
+"""Preview of a trigger: clean image, triggered image, amplified difference, and the tiles each expert selects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.analysis.subject import choose_images, run_images
+from backdoorbench_moe.analysis.opened_run import draw_images, load_run_images
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.engine.build import (
@@ -36,24 +36,30 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "test")
 MAX_IMAGES = 100
-# Brightness that is left to the tiles an expert did not select.
+# Brightness of the tiles that an expert did not select, as a share of their own.
 DIMMED = 0.15
 
-# In pixels: the side of an image (about; a multiple of its own), gaps and margins.
+# In pixels: the approximate side of a drawn image (a multiple of its own side), gap and margins.
 CELL, GAP, LEFT, RIGHT, TOP, BOTTOM = 160, 8, 132, 92, 84, 12
-# A power of two, so that pixels to inches and back is exact.
+# A power of two, so that converting pixels to inches and back is exact.
 DPI = 128
 GREY = "0.35"
 
 
 @dataclass(frozen=True)
 class Preview:
-    """Some images of a split, and what a trigger makes of them.
+    """N images of a split, without and with a trigger.
 
-    indices: (N,) int64, places in the split. labels: the N class names. clean, triggered: (N, 3, S, S)
-    uint8, as an attacker would save them. psnr: (N,) in dB, infinite where nothing changed. ssim: (N,),
-    at most 1. selected: (N, E, rows, columns) bool, the tiles of the triggered image that each expert of
-    the last routed layer took; None without a routed model.
+    Attributes:
+        title: Title of the drawing.
+        indices: (N,) int64, indices in the split.
+        labels: The N class names.
+        clean: (N, 3, S, S) uint8.
+        triggered: (N, 3, S, S) uint8, rounded as in an image file.
+        psnr: (N,) PSNR in dB; infinite for an image that the trigger did not change.
+        ssim: (N,) SSIM, at most 1.
+        selected: (N, E, rows, columns) bool, the tiles of the triggered image that each expert of the last routed
+            layer selects; None without a trained routed model.
     """
 
     title: str
@@ -67,20 +73,27 @@ class Preview:
 
     @property
     def mean_psnr(self) -> float:
-        """Mean PSNR of the images that changed at all, in dB; infinite where none did."""
+        """Mean PSNR in dB over the images that the trigger changed; infinite if it changed none."""
         changed = self.psnr[self.psnr.isfinite()]
         return changed.mean().item() if len(changed) else math.inf
 
     @property
     def mean_ssim(self) -> float:
-        """Mean SSIM of all images."""
+        """Mean SSIM over all images."""
         return self.ssim.mean().item()
 
 
 def preview_spec(spec: RunSpec, *, images: int = 6, split: str = "test") -> Preview:
-    """Stamp `images` images of `split` ("train" or "test"), of one class after the other, as `spec` says.
+    """Apply the trigger of a spec to some images. No model is trained.
 
-    Nothing is trained. Raises ConfigError for a clean spec or a number or split that is not there.
+    Args:
+        spec: The spec.
+        images: Number of images, 1 to MAX_IMAGES, drawn class by class with the spec's seed.
+        split: "train" or "test".
+
+    Raises:
+        ConfigError: The spec has no trigger, or the split has fewer images.
+        UnknownNameError: The split or a part of the spec does not exist.
     """
     _check_choice(images, split)
     check_names(spec)
@@ -92,15 +105,24 @@ def preview_spec(spec: RunSpec, *, images: int = 6, split: str = "test") -> Prev
 
 
 def preview_run(run: Run, *, images: int = 6, split: str = "test", data_root: str | None = None) -> Preview:
-    """Stamp images as the finished `run` did and, for a routed model, say which tiles each expert took.
+    """Apply the trigger of a finished run to some images, and route them if the model is a routed one.
 
-    data_root: where the data lies now, if not where the run found it. Raises RecordError for a run that
-    is not finished, DataError for other data than the run's, ConfigError as `preview_spec`.
+    Args:
+        run: The run.
+        images: Number of images, 1 to MAX_IMAGES, drawn class by class with the run's seed.
+        split: "train" or "test".
+        data_root: Folder of the data, if it has moved since the run was made.
+
+    Raises:
+        RecordError: The run is not finished.
+        DataError: The data are not those of the run.
+        ConfigError: The run has no trigger, or the split has fewer images.
+        UnknownNameError: The split does not exist.
     """
     _check_choice(images, split)
     check_finished(run)
     stamper, model = run.stamper(), run.model()
-    data = run_images(run, data_root)
+    data = load_run_images(run, data_root)
     preview = _stamp(run.spec, data, stamper, images, split)
     if not isinstance(model, RoutedModel):
         return preview
@@ -110,7 +132,11 @@ def preview_run(run: Run, *, images: int = 6, split: str = "test", data_root: st
 
 
 def check_output(output: Path, amplify: float) -> None:
-    """Raise ConfigError unless `output` is named as a PNG file and `amplify` is a number above 0."""
+    """Check the options of `save_preview`.
+
+    Raises:
+        ConfigError: The name of the file does not end in .png, or `amplify` is not a number above 0.
+    """
     if output.suffix.lower() != ".png":
         raise ConfigError.expected("output", "a file name that ends in .png", str(output))
     if not (math.isfinite(amplify) and amplify > 0):
@@ -118,10 +144,16 @@ def check_output(output: Path, amplify: float) -> None:
 
 
 def save_preview(preview: Preview, output: Path, *, amplify: float = 5.0) -> None:
-    """Draw the preview as a PNG file, in place of one that may be there; whole or not at all.
+    """Draw a preview and write it atomically as a PNG file; an existing file is replaced.
 
-    amplify: factor the absolute difference is shown with, above 0. Raises ConfigError for a wrong file
-    name or factor, RecordError where the file cannot be written.
+    Args:
+        preview: The preview.
+        output: Path of the file.
+        amplify: Factor that the absolute difference is multiplied with, above 0.
+
+    Raises:
+        ConfigError: The name of the file does not end in .png, or `amplify` is not a number above 0.
+        RecordError: The file cannot be written.
     """
     check_output(output, amplify)
     canvas = _draw(preview, amplify)
@@ -129,7 +161,7 @@ def save_preview(preview: Preview, output: Path, *, amplify: float = 5.0) -> Non
 
 
 def _draw(preview: Preview, amplify: float) -> FigureCanvasAgg:
-    """One row an image. Places are in pixels from the upper left, so that every pixel is drawn as it is."""
+    """Draw one row per image. Positions are in whole pixels, so that the images are drawn without resampling."""
     columns = _columns(preview, amplify)
     rows, side = len(preview.indices), preview.clean.shape[-1]
     cell = min(max(1, round(CELL / side)) * side, 2 * CELL)
@@ -158,7 +190,7 @@ def _draw(preview: Preview, amplify: float) -> FigureCanvasAgg:
 
 
 def format_psnr(value: float) -> str:
-    """A PSNR with its unit; the sign of infinity where two images are equal."""
+    """Format a PSNR in dB; infinity for two equal images."""
     return f"{value:.1f} dB" if math.isfinite(value) else "∞ dB"
 
 
@@ -173,7 +205,7 @@ def _stamp(spec: RunSpec, data: ImageSet, stamper: Stamper, count: int, name: st
     split = data.train if name == "train" else data.test
     if count > len(split):
         raise ConfigError.expected("images", f"at most the {len(split)} {name} images", count)
-    indices = choose_images(split.labels, count, spec.seed)
+    indices = draw_images(split.labels, count, spec.seed)
     clean = split.images[indices]
     triggered = stamp_images(clean, stamper)
     assert spec.trigger is not None and spec.applicator is not None
@@ -191,7 +223,7 @@ def _stamp(spec: RunSpec, data: ImageSet, stamper: Stamper, count: int, name: st
 
 
 def _columns(preview: Preview, amplify: float) -> dict[str, Tensor]:
-    """Column titles to (N, 3, S, S) uint8 images."""
+    """Return (N, 3, S, S) uint8 images by the title of their column."""
     clean, triggered = preview.clean.float(), preview.triggered.float()
     columns = {
         "clean": preview.clean,
@@ -201,10 +233,10 @@ def _columns(preview: Preview, amplify: float) -> dict[str, Tensor]:
     if preview.selected is not None:
         height, width = triggered.shape[-2:]
         rows, tiles = preview.selected.shape[-2:]
-        seen = preview.selected.repeat_interleave(height // rows, 2).repeat_interleave(width // tiles, 3)
-        for expert in range(seen.shape[1]):
-            light = torch.where(seen[:, expert, None], 1.0, DIMMED)
-            columns[f"expert {expert}"] = _to_uint8(triggered * light)
+        selected = preview.selected.repeat_interleave(height // rows, 2).repeat_interleave(width // tiles, 3)
+        for expert in range(selected.shape[1]):
+            brightness = torch.where(selected[:, expert, None], 1.0, DIMMED)
+            columns[f"expert {expert}"] = _to_uint8(triggered * brightness)
     return columns
 
 
@@ -213,7 +245,7 @@ def _to_uint8(values: Tensor) -> Tensor:
 
 
 def _blank(width: int, height: int) -> FigureCanvasAgg:
-    """An empty picture of so many pixels, drawn without a window system and without pyplot's global state."""
+    """Return an empty canvas of a size in pixels, independent of any display and of pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -221,7 +253,15 @@ def _blank(width: int, height: int) -> FigureCanvasAgg:
 
 
 def _write(canvas: FigureCanvasAgg, left: float, top: float, text: str, **style: Any) -> None:
-    """Write text as it is (a class may be called "$x$"), its middle `top` pixels from the upper border."""
+    """Write text without parsing it as mathematics, since a class may be named "$x$".
+
+    Args:
+        canvas: The canvas.
+        left: Horizontal position, in pixels from the left.
+        top: Position of the vertical centre, in pixels from the top.
+        text: The text.
+        **style: Further properties of the text.
+    """
     width, height = canvas.get_width_height()
     style = {"ha": "left", "va": "center", "fontsize": 8, "parse_math": False, **style}
     canvas.figure.text(left / width, 1 - top / height, text, **style)

@@ -1,4 +1,4 @@
-"""`report.html`: an analysis as one page that needs nothing else, and its figures as files, from its document."""
+"""`report.html` and figures/*.png: an analysis as a self-contained page, drawn from its JSON document."""
 
 from __future__ import annotations
 
@@ -29,15 +29,22 @@ from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.records import write_atomically
 
 FILE, FIGURES = "report.html", "figures"
-# In CSS pixels for an inch: a figure is never so small that its letters are, nor needlessly large.
-LEAST, MOST = 72, 118
-# A figure of more inches takes the whole width of the page.
+# Smallest and largest scale of a figure, in CSS pixels per inch: its text stays legible and it does not get too large.
+MIN_SCALE, MAX_SCALE = 72, 118
+# A figure wider than this, in inches, spans both columns of the page.
 COLUMN = 5.5
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page. note: what it is about, or why it is empty."""
+    """A section of the page.
+
+    Attributes:
+        name: Its id on the page.
+        title: Its heading.
+        note: A sentence below the heading; may be empty.
+        plates: Its figures. A section without figures is left out.
+    """
 
     name: str
     title: str
@@ -46,7 +53,7 @@ class Section:
 
 
 def draw_sections(document: Doc) -> list[Section]:
-    """All figures, by the part of the page they stand in."""
+    """Draw all figures of a document, section by section."""
     parts: list[tuple[str, str, Callable[[Doc], Iterator[Plate]]]] = [
         ("training", "Training", draw_training),
         ("examples", "Single images", draw_maps),
@@ -58,35 +65,50 @@ def draw_sections(document: Doc) -> list[Section]:
 
 
 NOTES = {
-    "examples": "Drawn by the run's seed, one of each class in turn, or as --images says.",
-    "backdoor": "Measured on the test images that count for ASR: those that are not of the wanted class already.",
-    "pixels": "A patch's sum is over its pixels, of their mean over the channels, in [0, 1].",
+    "examples": "Drawn with the run's seed, one of each class in turn, or chosen with --images.",
+    "backdoor": "Measured on the test images that count for ASR: those that do not belong to the wanted class already.",
+    "pixels": "A patch sum adds up the pixels of a patch; each is averaged over the channels and lies in [0, 1].",
 }
 
 
 @dataclass(frozen=True)
-class Report:
-    """A drawn report: the page, and the figures by file name without suffix."""
+class AnalysisReport:
+    """A drawn report.
+
+    Attributes:
+        page: The HTML page.
+        figures: PNG files by their names without suffix.
+    """
 
     page: str
     figures: dict[str, bytes]
 
 
-def draw_report(document: Doc) -> Report:
-    """The report of an analysis' document; the same document, the same bytes."""
+def draw_report(document: Doc) -> AnalysisReport:
+    """Draw the report of an analysis. Equal documents give equal bytes."""
     return make_report(document, draw_sections(document))
 
 
-def make_report(document: Doc, sections: list[Section]) -> Report:
-    """The report of a document whose figures are drawn."""
+def make_report(document: Doc, sections: list[Section]) -> AnalysisReport:
+    """Make a report of sections that are already drawn."""
     figures = {plate.name: plate.png for section in sections for plate in section.plates}
-    return Report(page(document, sections), figures)
+    return AnalysisReport(page(document, sections), figures)
 
 
-def save_report(report: Report, output: Path) -> Path:
-    """Write report.html and figures/*.png into a folder that is there; each file whole or not at all.
+def save_report(report: AnalysisReport, output: Path) -> Path:
+    """Write report.html and figures/*.png, each file atomically.
 
-    Figures of an earlier analysis that are not drawn any more are removed. Raises RecordError.
+    Figures of an earlier analysis that are not part of the report are deleted.
+
+    Args:
+        report: The report.
+        output: The folder to write to, which exists.
+
+    Returns:
+        Path of report.html.
+
+    Raises:
+        RecordError: A file cannot be written.
     """
     folder = output / FIGURES
     try:
@@ -94,7 +116,7 @@ def save_report(report: Report, output: Path) -> Path:
     except OSError as error:
         raise RecordError(f"output folder {folder}: {error.strerror}") from error
     for name, png in report.figures.items():
-        write_atomically(folder / f"{name}.png", partial(_put, png))
+        write_atomically(folder / f"{name}.png", partial(_write_bytes, png))
     for file in folder.glob("*.png"):
         if file.stem not in report.figures:
             file.unlink()
@@ -102,12 +124,15 @@ def save_report(report: Report, output: Path) -> Path:
     return output / FILE
 
 
-def _put(content: bytes, path: Path) -> None:
+def _write_bytes(content: bytes, path: Path) -> None:
     path.write_bytes(content)
 
 
 def page(document: Doc, sections: list[Section]) -> str:
-    """The page as HTML; nothing on it is loaded from elsewhere, and names are text, whatever is in them."""
+    """Render the page as HTML.
+
+    The page loads nothing from elsewhere, and names from the document are escaped.
+    """
     template = (files("backdoorbench_moe.analysis") / "templates" / "report.html").read_text(encoding="utf-8")
     run, against = document["run"], document["against"]
     return render_page(
@@ -133,7 +158,7 @@ def page(document: Doc, sections: list[Section]) -> str:
 
 
 def command(document: Doc) -> str:
-    """What makes this analysis again, from the folder of run folders."""
+    """Return the command that repeats the analysis, to be run in the folder of the run folders."""
     words = ["bbmoe", "analyze", document["run"]["name"]]
     if document["against"] is not None:
         words += ["--against", document["against"]["name"]]
@@ -145,8 +170,8 @@ def _section(section: Section) -> dict[str, Any]:
 
     figures = []
     for plate in section.plates:
-        sizes = f"min-width: {LEAST * plate.width:.0f}px; max-width: {MOST * plate.width:.0f}px"
-        # Drawn by us from numbers and escaped labels, not a user's text.
+        sizes = f"min-width: {MIN_SCALE * plate.width:.0f}px; max-width: {MAX_SCALE * plate.width:.0f}px"
+        # Safe as markup: matplotlib escapes the labels in the SVG.
         svg = Markup(inline_svg(plate.svg, plate.name, plate.alt, style=sizes))
         wide = plate.width > COLUMN
         figures.append({**vars(plate), "svg": svg, "wide": wide})

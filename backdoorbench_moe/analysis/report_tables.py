@@ -1,4 +1,4 @@
-"""The tables and the first lines of a report, from the document of an analysis."""
+"""Tables and summary of a report, from the JSON document of an analysis."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from backdoorbench_moe.analysis.figures.words import NONE, mean, number, percent
 from backdoorbench_moe.collapse import MARK, MARK_LEGEND, describe_collapse, is_near_chance
 from backdoorbench_moe.metrics import METRICS, sort_metrics
 
-# Lists in the settings can be long, such as class names; this many items are shown.
+# Number of items shown of a long list in the settings, such as class names.
 SHOWN = 12
 
 Table = dict[str, Any]
 
 
 def metric_rows(document: Doc) -> list[list[str]]:
-    """Build the table of metrics: name, then value with interval, of the run and of the other one.
+    """Build the table of metrics.
 
-    A run with an ASR has a row for the target rate without the trigger, also where it was not measured.
-    A BA near chance is marked.
+    A run with an ASR has a row for the target rate without the trigger, even if it was not measured. A BA near
+    chance is marked.
+
+    Returns:
+        Rows with the name of the metric, its value and interval for the run, and the same for the other run, if
+        there is one.
     """
     both = [facts for facts in (document["run"], document["against"]) if facts is not None]
     keys = {key for facts in both for key in facts["metrics"]}
@@ -38,7 +42,7 @@ def metric_rows(document: Doc) -> list[list[str]]:
 
 
 def _record(facts: Doc) -> Doc:
-    """What `collapse` reads of a record."""
+    """Return the parts of a record that the `collapse` module reads."""
     record = facts["record"]
     return {"metrics": facts["metrics"], "data": record["data"], "near_chance": record.get("near_chance")}
 
@@ -51,7 +55,7 @@ def _metric(one: Doc | None) -> str:
 
 
 def stage_table(facts: Doc) -> Table | None:
-    """Build the table of a defense's stages: metrics before it and after each; None without a defense."""
+    """Build the table of metrics before a defense and after each of its stages; None without a defense."""
     record = facts["record"]
     if not (stages := record["stages"]):
         return None
@@ -148,7 +152,7 @@ def _drop(cad: float) -> str:
 
 
 def flat(values: Doc, prefix: str = "") -> list[tuple[str, str]]:
-    """Flatten nested values to pairs of dotted key and text."""
+    """Flatten nested values to pairs of a dotted key and its value as text."""
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
         name = f"{prefix}{key}"

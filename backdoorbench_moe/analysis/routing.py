@@ -1,4 +1,4 @@
-"""Where patches go, over the whole test set: frequency, load, overlap, entropy, what nobody takes."""
+"""Routing statistics of the clean test images: frequency, load, overlap, entropy, patches that no expert takes."""
 
 from __future__ import annotations
 
@@ -16,20 +16,30 @@ CHUNK = 1000
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """What one routed layer does with the clean test images.
+    """Routing in one routed layer, over the clean test images.
 
-    grid: rows and columns of the P patches. gates_over: "patches", "experts" or "neither", the axis over which
-    the gates sum to 1.
-    frequency: (E, P) in [0, 1], share of images in which an expert takes a patch. by_class: (classes, E, P),
-    the same for images of one class; NaN for a class without images.
-    load: (E,) mean number of patches an expert takes. load_share: (E,) of all that are taken. load_cv:
-    coefficient of variation of the load (standard deviation over mean, both over the experts; 0 is even).
-    mass: (E,) mean sum of the gates of the patches an expert takes. mass_share, mass_cv: as for the load.
-    overlap: (E, E) mean Jaccard index of two experts' choices.
-    entropy: of the gates, as a share of the largest one, 0..1; mean over an image's distributions, then over
-    the images. entropy_by_expert: (E,); None where the gates are over the experts.
-    untaken: number of patches of an image that no expert takes. untaken_frequency: (P,) share of images in
-    which no expert takes a patch. takers: (E + 1,) share of patches that exactly n experts take.
+    An expert takes a patch if the patch is among those that are routed to it. A coefficient of variation is the
+    population standard deviation over the mean, both over the experts; 0 is perfectly even.
+
+    Attributes:
+        layer: Name of the layer.
+        grid: Rows and columns of the P patches.
+        gates_over: Axis over which the gates sum to 1: "patches", "experts" or "neither".
+        frequency: (E, P) in [0, 1], share of images in which an expert takes a patch.
+        by_class: (classes, E, P), the same for the images of one class; NaN for a class without images.
+        load: (E,) mean number of patches of an image that an expert takes.
+        load_share: (E,) in [0, 1], the load as a share of the total load.
+        load_cv: Coefficient of variation of the load.
+        mass: (E,) gate mass: sum of the gates of the patches that an expert takes, mean over the images.
+        mass_share: (E,) in [0, 1], the gate mass as a share of the total.
+        mass_cv: Coefficient of variation of the gate mass.
+        overlap: (E, E) in [0, 1], Jaccard index of the patches that two experts take, mean over the images.
+        entropy: Normalised entropy of the gates, in [0, 1], mean over an image's distributions and then over the
+            images.
+        entropy_by_expert: (E,) the same for each expert; None if the gates sum to 1 over the experts.
+        untaken: Number of patches of an image that no expert takes.
+        untaken_frequency: (P,) in [0, 1], share of images in which no expert takes a patch.
+        takers: (E + 1,) in [0, 1], share of patches that exactly 0, 1, ..., E experts take.
     """
 
     layer: str
@@ -52,12 +62,19 @@ class LayerRouting:
 
 
 def layer_routing(layer: LayerPass, labels: Tensor, classes: int, grid: tuple[int, int]) -> LayerRouting:
-    """Statistics of one layer's pass over N images with these (N,) labels, on the CPU."""
+    """Compute the routing statistics of one layer.
+
+    Args:
+        layer: The layer's pass over the N clean test images.
+        labels: (N,) int64, classes of the images, on the CPU.
+        classes: Number of classes.
+        grid: Rows and columns of the patches.
+    """
     selected, experts = layer.selected, layer.selected.shape[1]
     counts = routing.counts_by_class(selected, labels, classes)
     sizes = labels.bincount(minlength=classes).double()
     frequency = counts.sum(0).double() / len(labels)
-    load, mass = frequency.sum(-1), layer.kept.double().mean(0)
+    load, mass = frequency.sum(-1), layer.gate_mass.double().mean(0)
     takers = selected.sum(1)
     return LayerRouting(
         layer=layer.layer,
@@ -67,10 +84,10 @@ def layer_routing(layer: LayerPass, labels: Tensor, classes: int, grid: tuple[in
         by_class=counts.double() / sizes[:, None, None],
         load=load,
         load_share=load / load.sum(),
-        load_cv=variation(load),
+        load_cv=coefficient_of_variation(load),
         mass=mass,
         mass_share=mass / mass.sum(),
-        mass_cv=variation(mass),
+        mass_cv=coefficient_of_variation(mass),
         overlap=mean_overlap(selected, selected),
         entropy=mean_of(layer.entropy.mean(1)),
         entropy_by_expert=None if layer.gates_over == "experts" else layer.entropy.double().mean(0),
@@ -81,7 +98,15 @@ def layer_routing(layer: LayerPass, labels: Tensor, classes: int, grid: tuple[in
 
 
 def mean_overlap(first: Tensor, second: Tensor) -> Tensor:
-    """Mean over N images of every expert's Jaccard index with every one's: (N, E, P) and (N, F, P) to (E, F)."""
+    """Jaccard index of the patches that two experts take, mean over the images, for each pair of experts.
+
+    Args:
+        first: (N, E, P) bool, patches that the first experts take.
+        second: (N, F, P) bool, patches that the second experts take.
+
+    Returns:
+        (E, F) float64 in [0, 1].
+    """
     parts = [
         routing.jaccard(a, b).double().sum(0)
         for a, b in zip(first.split(CHUNK), second.split(CHUNK), strict=True)
@@ -89,6 +114,6 @@ def mean_overlap(first: Tensor, second: Tensor) -> Tensor:
     return torch.stack(parts).sum(0) / len(first)
 
 
-def variation(values: Tensor) -> float:
-    """Coefficient of variation of (E,) values: population standard deviation over mean; NaN for all zeros."""
+def coefficient_of_variation(values: Tensor) -> float:
+    """Coefficient of variation of (E,) values; NaN if all of them are 0."""
     return (values.std(correction=0) / values.mean()).item()

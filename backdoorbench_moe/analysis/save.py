@@ -1,4 +1,4 @@
-"""What `bbmoe analyze` leaves in a folder: analysis.json, figures/*.png and report.html."""
+"""Writing an analysis to a folder: analysis.json, figures/*.png and report.html."""
 
 from __future__ import annotations
 
@@ -11,9 +11,19 @@ from backdoorbench_moe.errors import RecordError
 
 
 def save_analysis(analysis: Analysis, output: Path) -> list[Path]:
-    """Write the document, the figures and the report into a folder, made if need be; each file whole or not at all.
+    """Write the document, the figures and the report of an analysis.
 
-    Returns the document and the report. All is drawn before anything is written. Raises RecordError.
+    Everything is drawn before the first file is written, and each file is written atomically.
+
+    Args:
+        analysis: The analysis.
+        output: The folder to write to; it is created if it does not exist.
+
+    Returns:
+        Paths of the document and of the report.
+
+    Raises:
+        RecordError: A file cannot be written.
     """
     values = document.as_document(analysis)
     drawn = report.draw_report(values)
@@ -22,14 +32,18 @@ def save_analysis(analysis: Analysis, output: Path) -> list[Path]:
 
 
 def check_output(output: Path) -> None:
-    """Raise RecordError if `output` can be no folder that takes the files; nothing is made."""
-    place = output
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise RecordError(f"output folder {output}: expected a folder, {place} is a file")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise RecordError(f"output folder {output}: {place} cannot be written to")
+    """Check, without creating anything, that the files of an analysis can be written to a folder.
+
+    Raises:
+        RecordError: The folder or a file cannot be written.
+    """
+    existing = output
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise RecordError(f"output folder {output}: expected a folder, {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RecordError(f"output folder {output}: {existing} is not writable")
     for name in (document.FILE, report.FILE):
         if (output / name).is_dir():
             raise RecordError(f"output folder {output}: expected a file {name}, found a folder")

@@ -1,4 +1,4 @@
-"""Routing shift: how the routing of an image changes when the trigger is stamped on it."""
+"""Routing shift: how the trigger changes the routing of an image."""
 
 from __future__ import annotations
 
@@ -13,11 +13,19 @@ from backdoorbench_moe.ops.routing import changed_share
 
 @dataclass(frozen=True)
 class LayerShift:
-    """The M test images that ASR counts, each against its triggered version.
+    """Routing shift in one routed layer, over the M test images that count for ASR.
 
-    divergence: Jensen-Shannon divergence of the gates in nats, 0 to ln 2; of gates over the patches the mean
-    over the experts, of gates over the experts their sum. changed: share in [0, 1] of the selected patches
-    that change, |A xor B| / (|A| + |B|), mean over the experts. by_expert: E of each. All are means over images.
+    All values compare an image with its triggered version and are means over the images.
+
+    Attributes:
+        layer: Name of the layer.
+        divergence: Jensen-Shannon divergence of the gates in nats, in [0, ln 2]. Gates that sum to 1 over the
+            patches have one divergence per expert, which are averaged; of gates that sum to 1 over the experts, each
+            expert contributes one term, and the terms are summed.
+        divergence_by_expert: The divergence or the term of each of the E experts.
+        changed: Share of an expert's selected patches that change, |A xor B| / (|A| + |B|), in [0, 1], averaged
+            over the experts.
+        changed_by_expert: The share for each of the E experts.
     """
 
     layer: str
@@ -28,7 +36,14 @@ class LayerShift:
 
 
 def layer_shift(clean: LayerPass, triggered: LayerPass, places: Tensor, divergence: Tensor) -> LayerShift:
-    """Shift in one layer. places: (M,) of the triggered images among the clean ones. divergence: (M, E)."""
+    """Compute the shift in one layer.
+
+    Args:
+        clean: The layer's pass over the N clean test images.
+        triggered: Its pass over the M triggered images.
+        places: (M,) int64, indices of the triggered images among the clean ones.
+        divergence: (M, E) float32, divergences in nats, see `PairedPass`.
+    """
     changed = changed_share(clean.selected[places], triggered.selected)
     total = divergence.sum(1) if clean.gates_over == "experts" else divergence.mean(1)
     return LayerShift(

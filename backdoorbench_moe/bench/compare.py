@@ -18,6 +18,7 @@ from backdoorbench_moe.bench.wording import suite_line
 from backdoorbench_moe.config import DATASET_NOT_IN_DIGEST, PARTS, RunSpec
 from backdoorbench_moe.errors import ConfigError, RecordError
 from backdoorbench_moe.ops.intervals import difference_interval
+from backdoorbench_moe.paths import expand
 from backdoorbench_moe.records import Record
 
 # A cell spans the seeds, and neither the device nor the name of the recipe changes what a run is.
@@ -121,10 +122,11 @@ def open_side(text: str, output: Path | str) -> Side:
         ConfigError: If the text is malformed or the suite is not valid.
         RecordError: If the folder cannot be read.
     """
-    if (Path(text) / MANIFEST).is_file():
-        results = read_folder(Path(text))
+    folder = expand(text)
+    if (folder / MANIFEST).is_file():
+        results = read_folder(folder)
         return Side(f"{suite_line(results.suite)} ({text})", results)
-    if Path(text).is_dir():
+    if folder.is_dir():
         raise RecordError(f"results folder {text}: expected a {MANIFEST} in it, found none")
     name, colon, scale = text.rpartition(":") if ":" in text else (text, "", None)
     if colon and not (name and scale):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from backdoorbench_moe.errors import UnknownNameError
+from backdoorbench_moe.paths import expand
 
 # Links to benchmarks/suites and benchmarks/paper; an installed package holds copies.
 ROOT = Path(__file__).parent / "resources"
@@ -21,7 +22,7 @@ def find_file(name: str, folder: str, what: str, near: Path | None = None, *, su
     what: "suite", "scale", ..., for the message. Raises UnknownNameError with near names.
     """
     if name.endswith(suffix) or "/" in name:
-        if _is_file(path := Path(name)):
+        if _is_file(path := expand(name)):
             return path
         raise UnknownNameError(what, name, names_in(folder, suffix), "; or the path of a file")
     for place in (near, ROOT / folder):

@@ -25,19 +25,26 @@ from backdoorbench_moe.engine.runner import Runner
 from backdoorbench_moe.engine.twin import link_twin
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import BbmoeError, ConfigError, RecordError
+from backdoorbench_moe.paths import expand
 from backdoorbench_moe.records import RunFolder
 
 
 @dataclass
 class Report:
-    """What one call did: `total` runs of the suite, of which `found` were finished before, and the outcomes."""
+    """What one call did.
+
+    Attributes:
+        total: Runs of the suite.
+        found: Those that were finished before the call.
+        outcomes: Of the others, how each ended.
+    """
 
     total: int
     found: int
     outcomes: list[Outcome] = field(default_factory=list)
 
     def count(self, status: str) -> int:
-        """Outcomes of a kind."""
+        """The number of outcomes with a status; "finished" are the runs that this call made itself."""
         return sum(outcome.status == status for outcome in self.outcomes)
 
     @property
@@ -48,7 +55,7 @@ class Report:
     @property
     def is_complete(self) -> bool:
         """Whether every run of the suite is finished."""
-        return self.found + self.count("finished") == self.total
+        return self.found + self.count("found") + self.count("finished") == self.total
 
 
 def run_suite(
@@ -68,7 +75,7 @@ def run_suite(
     BbmoeError, before anything is trained, for what a user can mend.
     """
     deadline = None if budget is None else time.time() + budget
-    output, specs = Path(output), list(order(suite))
+    output, specs = expand(output), list(order(suite))
     todo = [run.spec for run in look(specs, output, known) if run.status != "finished"]
     report = Report(total=len(specs), found=len(specs) - len(todo))
     check(suite, todo, output, on_check)
@@ -80,7 +87,7 @@ def run_suite(
     jobs = [Job(spec.to_dict(), str(output), deadline) for spec in todo]
     for outcome in engine.run(jobs) if jobs else ():
         report.outcomes.append(outcome)
-        if outcome.status == "finished":
+        if outcome.status in ("finished", "found"):
             _link(specs, output, outcome.name)
         on_outcome(outcome)
     return report

@@ -14,6 +14,7 @@ from backdoorbench_moe.bench.life_sign import LIFE_SIGN
 from backdoorbench_moe.config import RunSpec, spec_from_dict
 from backdoorbench_moe.engine.observer import Observer, StopRun
 from backdoorbench_moe.engine.runner import Runner
+from backdoorbench_moe.engine.status import is_held
 from backdoorbench_moe.errors import BbmoeError, RecordError
 from backdoorbench_moe.records import Record, RunFolder, write_atomically
 
@@ -21,18 +22,25 @@ SECONDS_BETWEEN_SIGNS = 1.0
 
 # The runner of this process: runs on the same data read them once.
 _runners: dict[str, Runner] = {}
+# Whether `work` is making a run.
+_working = False
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run to make, as plain values that any process or machine can be sent.
+    """A run to make, as plain values that can be sent to any process or machine.
 
-    output: folder of run folders. deadline: time.time() at which to stop at the latest, None for never.
+    Attributes:
+        spec: The run's spec.
+        output: Folder of run folders.
+        deadline: `time.time()` at which to stop at the latest; None for never.
+        wait: Whether to wait for another process that is making the run now.
     """
 
     spec: Mapping[str, Any]
     output: str
     deadline: float | None = None
+    wait: bool = True
 
     @property
     def run_spec(self) -> RunSpec:
@@ -60,8 +68,12 @@ class Job:
 class Outcome:
     """How a job ended.
 
-    status: "finished", "failed", "interrupted" (time was up: the next call goes on from its last epoch), or
-    "waiting" (time was up before it started).
+    Attributes:
+        name: The run's name.
+        status: "finished" (made now), "found" (another process finished it in the meantime), "failed",
+            "interrupted" (the next call continues from its last epoch), "waiting" (time was up before it started),
+            or "held" (another process is making it, and the job need not be waited for).
+        error: Why it failed.
     """
 
     name: str
@@ -70,13 +82,19 @@ class Outcome:
 
 
 def work(job: Job, alive: Callable[[], bool] = lambda: True) -> Outcome:
-    """Make one run. Nothing is raised but KeyboardInterrupt: an error is the job's outcome, and on record.
+    """Make one run. An error is the job's outcome and is recorded; nothing but KeyboardInterrupt is raised.
 
-    alive: asked now and then; the run stops, to be gone on with, once it answers no.
+    Args:
+        job: The run to make.
+        alive: Called about once a second; when it returns False, the run is interrupted.
     """
+    global _working
     spec = job.run_spec
+    if not job.wait and is_held(job.folder):
+        return Outcome(spec.name, "held")
     watch = _Watch(job.folder, job.deadline, alive)
     try:
+        _working = True
         runner = _runner(spec, job.output, watch)
         runner.compare(runner.finish(spec, wait=True))
     except StopRun:
@@ -86,8 +104,15 @@ def work(job: Job, alive: Callable[[], bool] = lambda: True) -> Outcome:
         message = f"{type(error).__name__}: {error}" if not isinstance(error, BbmoeError) else str(error)
         return job.fail(message)
     finally:
+        _working = False
         watch.clear()
-    return Outcome(spec.name, "finished")
+    return Outcome(spec.name, "found" if watch.was_found else "finished")
+
+
+def stop_working() -> None:
+    """Interrupt the run that this process is making, if any: for a signal handler. Raises StopRun."""
+    if _working:
+        raise StopRun
 
 
 def memory_of(job: Job) -> tuple[int, int]:
@@ -126,13 +151,18 @@ def _runner(spec: RunSpec, output: str, observer: Observer) -> Runner:
 
 
 class _Watch(Observer):
-    """Leaves signs of life in the run folder, and stops the run when its time is up."""
+    """Writes signs of life into the run folder, and stops the run when its time is up."""
 
     def __init__(self, folder: RunFolder, deadline: float | None, alive: Callable[[], bool]) -> None:
         self.folder, self.deadline, self.alive = folder, deadline, alive
+        self.was_found = False
         self._sign: dict[str, Any] = {}
         self._started = self._told = 0.0
         self._seen = 0
+
+    def on_found(self, folder: str) -> None:
+        """Note that the run itself was made by another process; one that it is based on does not count."""
+        self.was_found = self.was_found or Path(folder) == self.folder.path
 
     def on_wait(self, folder: str) -> None:
         """Do not wait for longer than the run itself may take."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from backdoorbench_moe.analysis.analyze import Analysis
     from backdoorbench_moe.analysis.capture import LayerCapture
-    from backdoorbench_moe.analysis.carriers import Carriers, Muted
+    from backdoorbench_moe.analysis.carriers import Carriers, MutingResult
     from backdoorbench_moe.analysis.shift import LayerShift
     from backdoorbench_moe.ops.effects import Mean
     from backdoorbench_moe.ops.metrics import Proportion
@@ -54,7 +54,7 @@ def experts_table(analysis: Analysis, number: int) -> Table:
         "expert": [str(e) for e in range(len(routing.load))],
         "patches\nan image": [f"{value:.1f}" for value in routing.load.tolist()],
         "gate mass\ntaken": [f"{value:.3f}" for value in routing.mass.tolist()],
-        "Jaccard\nothers": [f"{value:.3f}" for value in _others(routing.overlap)],
+        "Jaccard\nothers": [_number(value, "{:.3f}") for value in _others(routing.overlap)],
         "brighter\nAUC": [NONE if one is None else f"{one.auc:.3f}" for one in pixels.overall],
     }
     if findings.capture is not None and findings.shift is not None:
@@ -73,11 +73,11 @@ def experts_table(analysis: Analysis, number: int) -> Table:
     return table
 
 
-def _others(overlap: Tensor) -> list[float]:
-    """Mean overlap of each expert with the other ones."""
+def _others(overlap: Tensor) -> list[float] | list[None]:
+    """Mean overlap of each expert with the others; None for a single expert."""
     others = len(overlap) - 1
     if not others:
-        return [float("nan")]
+        return [None]
     return [(row.sum().item() - row[e].item()) / others for e, row in enumerate(overlap)]
 
 
@@ -103,8 +103,16 @@ def _capture(one: LayerCapture) -> list[str]:
     return [
         f"trigger captured by an expert: {_share(one.captured)}% of images, blind {one.blind_captured:.2f}%; "
         f"by {_mean(one.experts)} experts, blind {one.blind_experts:.3f}",
-        f"ASR: captured {_share(one.asr_captured)}, missed {_share(one.asr_missed)}",
+        _success(one),
     ]
+
+
+def _success(one: LayerCapture) -> str:
+    """ASR of captured and of missed images; of a kind without an image, that there is none."""
+    if one.asr_captured is None or one.asr_missed is None:
+        kind = "missed" if one.asr_captured is None else "captured"
+        return f"ASR: {_share(one.asr_captured or one.asr_missed)}; every image is {kind}"
+    return f"ASR: captured {_share(one.asr_captured)}, missed {_share(one.asr_missed)}"
 
 
 def _shift(one: LayerShift) -> str:
@@ -117,7 +125,7 @@ def carriers_table(carriers: Carriers) -> Table:
     table = Table(title="who carries the backdoor", title_justify="left", box=None, pad_edge=False)
     for name in ("", "BA %", "ASR %", "RA %"):
         table.add_column(name, justify="right" if name else "left", overflow="fold")
-    rows: list[tuple[str, Muted]] = [("all experts", carriers.whole)]
+    rows: list[tuple[str, MutingResult]] = [("all experts", carriers.whole)]
     rows += [(f"{one.experts[0]} muted", one) for one in carriers.singles]
     if carriers.pairs:
         best = min(carriers.pairs, key=lambda one: (one.asr or one.ba).value)
@@ -132,7 +140,7 @@ def carriers_table(carriers: Carriers) -> Table:
 
 
 def _share(one: Proportion | None) -> str:
-    return f"no images {NONE}" if one is None else f"{one.value:.2f} [{one.low:.1f}, {one.high:.1f}]"
+    return NONE if one is None else f"{one.value:.2f} [{one.low:.1f}, {one.high:.1f}]"
 
 
 def _mean(one: Mean, form: str = "{:.3f}", factor: float = 1) -> str:

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import click
 
+from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.streams import echo
+from backdoorbench_moe.cli.threads import Look, threads_option, use_threads
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.paths import expand
 
 
 @click.command("analyze")
-@click.argument("run", type=Path, metavar="RUN")
-@click.option("--against", type=Path, metavar="RUN2", help="Compare with this run.  [the clean twin]")
+@click.argument("run", type=PATH, metavar="RUN")
+@click.option("--against", type=PATH, metavar="RUN2", help="Compare with this run.  [the clean twin]")
 @click.option(
     "--images", metavar="N|FILE,..",
     help="Test images by number, or image files, for patch maps.  [one of each of six classes]",
@@ -21,10 +25,11 @@ from backdoorbench_moe.errors import ConfigError
     help="At most so many images to measure muted and patched experts on.",
 )  # fmt: skip
 @click.option(
-    "--output", type=Path, metavar="DIR", help="Where analysis.json, report.html and figures/ go.  [RUN]"
+    "--output", type=PATH, metavar="DIR", help="Where analysis.json, report.html and figures/ go.  [RUN]"
 )
 @click.option("--data-root", metavar="DIR", help="Where the data set lies.  [where it lay]")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [the run's]")
+@threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print analysis.json, and nothing else.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def command(
@@ -36,6 +41,7 @@ def command(
     output: Path | None,
     data_root: str | None,
     device: str | None,
+    threads: int | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -46,6 +52,7 @@ def command(
     about, if the run was made with --probe. Of a dense model only what needs no routing. All of it goes to
     analysis.json, figures/*.png, and report.html, one page that opens offline.
     """
+    look = Look.now()
     chosen = None if images is None else _images(images)
     from backdoorbench_moe.analysis.analyze import analyze_run
     from backdoorbench_moe.analysis.document import as_document, to_text
@@ -55,6 +62,7 @@ def command(
     from backdoorbench_moe.engine.run import load_run
 
     opened, other = load_run(run), None if against is None else load_run(against)
+    use_threads(threads, look, device or opened.spec.device)
     place = opened.folder.path if output is None else output
     check_output(place)
     analysis = analyze_run(
@@ -68,7 +76,7 @@ def command(
     )
     files = save_analysis(analysis, place)
     if as_json:
-        click.echo(to_text(as_document(analysis)), nl=False)
+        echo(to_text(as_document(analysis)), nl=False)
     else:
         print_analysis(analysis, files)
 
@@ -77,4 +85,4 @@ def _images(text: str) -> list[int | Path]:
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
         raise ConfigError.expected("--images", "numbers of test images such as 3,17, or files", text)
-    return [int(part) if part.removeprefix("-").isdecimal() else Path(part) for part in parts]
+    return [int(part) if part.removeprefix("-").isdecimal() else expand(part) for part in parts]

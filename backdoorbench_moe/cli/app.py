@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import warnings
 from importlib import import_module
@@ -10,7 +11,10 @@ from typing import Any
 import click
 
 from backdoorbench_moe import __version__
+from backdoorbench_moe.cli.signals import Terminated, interrupt_on_signals
+from backdoorbench_moe.cli.streams import give_up_stdout, prepare_streams, say
 from backdoorbench_moe.errors import BbmoeError, BbmoeWarning
+from backdoorbench_moe.spelling import near_names
 
 COMMANDS = {
     "attack": "Backdoor a model and measure it.",
@@ -48,10 +52,8 @@ class LazyGroup(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Refuse an unknown command with near names."""
-        import difflib
-
         if args and args[0] not in self.commands_help and not args[0].startswith("-"):
-            near = difflib.get_close_matches(args[0], self.commands_help, n=1)
+            near = near_names(args[0], self.commands_help, most=1)
             known = ", ".join(self.commands_help)
             advice = f" Did you mean {near[0]!r}?" if near else f" Commands: {known}."
             raise click.UsageError(f"No such command {args[0]!r}.{advice}", ctx)
@@ -75,28 +77,50 @@ def bbmoe() -> None:
 
 
 def main() -> None:
-    """Run `bbmoe`; what a user did wrong is one line and exit code 2, never a traceback."""
+    """Run `bbmoe` and exit.
+
+    Exit codes: 2 and one line, never a traceback, for what a user or the machine did wrong; 128 + N after signal
+    N, such as 130 for Ctrl-C and 143 for SIGTERM; other codes are those of the command.
+    """
+    prepare_streams()
     warnings.showwarning = _show_warning  # type: ignore[assignment]
+    sys.exit(_run())
+
+
+def _run() -> int | str:
     try:
-        sys.exit(bbmoe.main(prog_name="bbmoe", standalone_mode=False) or 0)
+        with interrupt_on_signals():
+            try:
+                return bbmoe.main(prog_name="bbmoe", standalone_mode=False) or 0
+            finally:
+                # Here and not at Python's exit, where a full disk would be a traceback.
+                sys.stdout.flush()
     except click.ClickException as error:
         error.show()
-        sys.exit(2)
     except BbmoeError as error:
-        click.echo(f"bbmoe: error: {error}", err=True)
-        sys.exit(2)
+        say(f"bbmoe: error: {error}")
     except MemoryError as error:
-        click.echo(f"bbmoe: error: not enough memory: {error}", err=True)
-        sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        goes_on = "goes on from the last finished epoch (a defense: from its start)"
-        click.echo(f"bbmoe: interrupted; the same command {goes_on}", err=True)
-        sys.exit(130)
+        say(f"bbmoe: error: not enough memory: {error}")
     except BrokenPipeError:
-        sys.exit(141)
+        give_up_stdout()
+        return 1  # As click and rich have it, where they notice first.
+    except OSError as error:
+        give_up_stdout()
+        say(f"bbmoe: error: {error.filename or 'standard output'}: {error.strerror or error}")
+    except (click.Abort, KeyboardInterrupt) as error:
+        cause = error.__cause__ if isinstance(error, click.Abort) else error
+        number, name = (
+            (cause.number, f" by {cause}") if isinstance(cause, Terminated) else (signal.SIGINT, "")
+        )
+        say(
+            f"bbmoe: interrupted{name}; the same command goes on from the last finished epoch "
+            "(a defense: from its start)"
+        )
+        return 128 + number
+    return 2
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    """Say our own warnings in one line; other libraries' do not concern the user of the command."""
+    """Print this package's own warnings in one line; those of other libraries do not concern the user."""
     if issubclass(category, BbmoeWarning):
-        click.echo(f"bbmoe: warning: {message}", err=True)
+        say(f"bbmoe: warning: {message}")

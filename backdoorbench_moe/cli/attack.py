@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.threads import Look, threads_option, use_threads
 from backdoorbench_moe.config import RunSpec, Values, build_spec, chain_settings, load_yaml, merge
 from backdoorbench_moe.errors import ConfigError
 
@@ -65,7 +67,7 @@ def spec_options(function: Any) -> Any:
         click.option("--seed", type=int, metavar="N", help="[0]"),
         click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [auto]"),
         click.option("--precision", metavar="KIND", help="auto, fp32 or bf16.  [auto]"),
-        click.option("--config", type=Path, metavar="FILE", help="YAML with any of these values."),
+        click.option("--config", type=PATH, metavar="FILE", help="YAML with any of these values."),
         click.option(
             "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any value, by dotted key."
         ),
@@ -94,11 +96,13 @@ def spec_from_flags(config: Path | None, settings: tuple[str, ...], flags: dict[
 @click.command("attack")
 @spec_options
 @click.option("--repeats", type=int, default=1, show_default=True, help="Runs with seeds SEED, SEED + 1, ...")
-@click.option("--output", type=Path, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
 @click.option(
     "--probe", type=int, metavar="N", help="Keep the routing of N test images after every epoch.  [0]"
 )
 @click.option("--twin/--no-twin", default=True, help="Train the clean twin, for CAD.  [twin]")
+@threads_option
+@click.option("--dry-run", is_flag=True, help="List the runs and how long they will take; train nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON, and nothing else.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def command(
@@ -108,6 +112,8 @@ def command(
     repeats: int,
     output: Path,
     twin: bool,
+    threads: int | None,
+    dry_run: bool,
     as_json: bool,
     quiet: bool,
     **flags: Any,
@@ -116,12 +122,17 @@ def command(
 
     Interrupted, the same command goes on from the last finished epoch; finished, it trains nothing.
     """
+    look = Look.now()
     spec = spec_from_flags(config, settings, flags)
     if repeats < 1:
         raise ConfigError.expected("--repeats", "at least 1", repeats)
     from backdoorbench_moe.engine.names import check_names
 
     check_names(spec)
+    use_threads(threads, look, spec.device)
+    if dry_run:
+        _print_plan(spec, repeats, output, twin=twin, as_json=as_json)
+        return
     from backdoorbench_moe.cli.progress import make_observer
     from backdoorbench_moe.cli.tables import print_json, print_runs
     from backdoorbench_moe.engine.runner import run_attack
@@ -131,6 +142,26 @@ def command(
         print_json(runs)
     else:
         print_runs(runs)
+
+
+def _print_plan(spec: RunSpec, repeats: int, output: Path, *, twin: bool, as_json: bool) -> None:
+    from dataclasses import replace
+
+    from backdoorbench_moe.bench.plan import look
+    from backdoorbench_moe.bench.run import estimate
+    from backdoorbench_moe.cli.plan_table import print_plan
+    from backdoorbench_moe.engine.graph import in_order, lineage
+    from backdoorbench_moe.engine.runner import Runner
+
+    runner = Runner(spec, output)
+    spec = runner.workplace.resolve(spec)
+    seeds = [replace(spec, seed=spec.seed + number) for number in range(repeats)]
+    specs = in_order(seeds) if twin else [each for one in seeds for each in lineage(one)]
+    runs = look(specs, output)
+    for run in runs:
+        if run.status != "finished":
+            runner.maker(run.spec)
+    print_plan(list(estimate(runs, output)), as_json=as_json)
 
 
 def _classes(text: str) -> list[str]:

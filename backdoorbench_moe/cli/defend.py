@@ -6,16 +6,19 @@ from pathlib import Path
 
 import click
 
+from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.threads import Look, threads_option, use_threads
 from backdoorbench_moe.config import PartSpec, chain_settings
 
 
 @click.command("defend")
-@click.argument("run", type=Path, metavar="RUN")
+@click.argument("run", type=PATH, metavar="RUN")
 @click.option("--defense", required=True, metavar="NAME", help="What is done; see `bbmoe list defenses`.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the defense.")
-@click.option("--output", type=Path, metavar="DIR", help="Folder of run folders.  [the one RUN lies in]")
+@click.option("--output", type=PATH, metavar="DIR", help="Folder of run folders.  [the one RUN lies in]")
 @click.option("--data-root", metavar="DIR", help="Where the data set lies.  [where it lay]")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [the run's]")
+@threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON, and nothing else.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def command(
@@ -26,6 +29,7 @@ def command(
     output: Path | None,
     data_root: str | None,
     device: str | None,
+    threads: int | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -36,6 +40,7 @@ def command(
     The defended model is a run folder of its own, which can be shown and defended again. Interrupted, the
     same command starts over from RUN; finished, it does nothing.
     """
+    look = Look.now()
     from backdoorbench_moe import defenses
 
     defenses.registry.check_name(defense)
@@ -45,8 +50,10 @@ def command(
     from backdoorbench_moe.engine.run import load_run
     from backdoorbench_moe.engine.runner import run_defense
 
+    parent = load_run(run)
+    use_threads(threads, look, device or parent.spec.device)
     defended = run_defense(
-        load_run(run),
+        parent,
         PartSpec(defense, options),
         output=output,
         data_root=data_root,

@@ -1,23 +1,27 @@
-"""`bbmoe info`: what one part is and what it takes."""
+"""`bbmoe info`: what one part is and which options it takes."""
 
 from __future__ import annotations
 
-import inspect
 import json
 from typing import Any
 
 import click
 
 from backdoorbench_moe.cli.list import check_kind
-from backdoorbench_moe.config import chain_settings
+from backdoorbench_moe.cli.streams import echo
+from backdoorbench_moe.config import chain_settings, load_recipe
 from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.errors import ConfigError, DataError
 from backdoorbench_moe.options import REQUIRED
+
+RECIPE = "quick"
+WIDEST = 100
 
 
 @click.command("info")
 @click.argument("kind")
 @click.argument("name")
+@click.option("--recipe", metavar="NAME", help=f"Of a model: the recipe whose values are shown.  [{RECIPE}]")
 @click.option("--image-size", type=int, default=32, show_default=True, help="Image side for a model's size.")
 @click.option("--num-classes", type=int, default=10, show_default=True, help="Classes for a model's size.")
 @click.option("--data-root", metavar="DIR", help="Where a data set lies, to list its classes.")
@@ -29,6 +33,7 @@ def command(
     *,
     kind: str,
     name: str,
+    recipe: str | None,
     image_size: int,
     num_classes: int,
     data_root: str | None,
@@ -37,21 +42,24 @@ def command(
 ) -> None:
     """Describe one part: KIND is trigger, applicator, model, defense or dataset; NAME as `bbmoe list` shows it.
 
-    For a model, its parameters and multiply-adds per image are counted. For a data set, its classes are listed by
-    number and name.
+    Of a model, its parameters and multiply-adds for an image are counted: with its own defaults, and with the
+    values that the recipe gives it, as `bbmoe attack` does. Of a data set, its classes are listed by number and name.
     """
-    if settings and check_kind(kind) not in ("model", "dataset"):
+    kind = check_kind(kind)
+    if settings and kind not in ("model", "dataset"):
         raise ConfigError.expected("--set", "an option of a model or data set, and only for one", settings[0])
-    if data_root is not None and check_kind(kind) != "dataset":
+    if data_root is not None and kind != "dataset":
         raise ConfigError.expected("--data-root", "a data set to go with it", data_root)
-    registry = REGISTRIES[check_kind(kind)]
+    if recipe is not None and kind != "model":
+        raise ConfigError.expected("--recipe", "KIND model with it", recipe)
+    registry = REGISTRIES[kind]
     registry.check_name(name)
     part, candidate = registry.lookup(name), registry.candidate(name.partition(":")[0])
     info: dict[str, Any] = {
-        "kind": check_kind(kind),
+        "kind": kind,
         "name": name,
         "from": candidate.origin if candidate else "this process",
-        "description": inspect.cleandoc(part.__doc__ or ""),
+        "description": part.__doc__ or "",
         "options": {
             option.name: {
                 "type": option.type_name,
@@ -60,13 +68,18 @@ def command(
             for option in registry.options(name).values()
         },
     }
-    if info["kind"] == "model":
-        info["size"] = _model_size(name, num_classes, image_size, chain_settings(settings))
-    if info["kind"] == "dataset":
+    if kind == "model":
+        given = chain_settings(settings)
+        info["size"] = _model_size(name, num_classes, image_size, given)
+        chosen = recipe or RECIPE
+        options = load_recipe(chosen, name).get("models", {}).get(name, {})
+        size = _model_size(name, num_classes, image_size, {**options, **given}) if options else info["size"]
+        info["recipe"] = {"name": chosen, "options": options, "size": size}
+    if kind == "dataset":
         options = chain_settings(settings) | ({} if data_root is None else {"root": data_root})
         info["classes"] = _class_names(name, options)
     if as_json:
-        click.echo(json.dumps(info, indent=2))
+        echo(json.dumps(info, indent=2))
     else:
         _print(info, image_size)
 
@@ -99,15 +112,24 @@ def _class_names(name: str, options: dict[str, Any]) -> list[str] | None:
 
 def _print(info: dict[str, Any], image_size: int) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
+    from backdoorbench_moe.cli.docstring_text import reflow
+
     console = Console(highlight=False)
-    console.print(f"[bold]{info['kind']} {info['name']}[/bold] ({info['from']})")
-    console.print(info["description"], markup=False)
+    console.print(f"[bold]{info['kind']} {escape(info['name'])}[/bold] ({info['from']})")
+    text = reflow(info["description"], min(console.width, WIDEST))
+    console.print(text, markup=False, soft_wrap=True)
+    recipe = info.get("recipe", {"options": {}})
     if info["options"]:
-        table = Table("option", "type", "default", box=None, pad_edge=False)
+        columns = ["option", "type", "default"]
+        columns += [f"recipe {recipe['name']}"] if recipe["options"] else []
+        table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for name, option in info["options"].items():
-            table.add_row(name, option["type"], str(option["default"]))
+            cells = [name, option["type"], str(option["default"])]
+            cells += [str(recipe["options"].get(name, ""))] if recipe["options"] else []
+            table.add_row(*map(escape, cells))
         console.print()
         console.print(table)
     if (classes := info.get("classes")) is not None:
@@ -116,7 +138,13 @@ def _print(info: dict[str, Any], image_size: int) -> None:
     elif info["kind"] == "dataset":
         console.print("\nIts classes are listed with --data-root DIR.")
     if size := info.get("size"):
-        console.print(
-            f"\n{size['parameters']:,} parameters and {size['buffers']:,} buffer values; "
-            f"{size['multiply_adds']:,} multiply-adds for one {image_size}x{image_size} image"
-        )
+        console.print(f"\n{_size_line(size, image_size)}")
+        if recipe["options"]:
+            console.print(f"with recipe {recipe['name']}: {_size_line(recipe['size'], image_size)}")
+
+
+def _size_line(size: dict[str, int], image_size: int) -> str:
+    return (
+        f"{size['parameters']:,} parameters and {size['buffers']:,} buffer values; "
+        f"{size['multiply_adds']:,} multiply-adds for one {image_size}x{image_size} image"
+    )

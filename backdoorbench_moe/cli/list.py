@@ -1,4 +1,4 @@
-"""`bbmoe list`: every name that can be used, and where it comes from."""
+"""`bbmoe list`: every name that can be used, what it is, and where it comes from."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import json
 
 import click
 
+from backdoorbench_moe.cli.docstring_text import docstring_of, summary
+from backdoorbench_moe.cli.streams import echo
 from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.plugins import strays
+
+OWN_PACKAGE = "backdoorbench-moe"
 
 
 @click.command("list")
@@ -16,7 +20,8 @@ from backdoorbench_moe.plugins import strays
 def command(kind: str | None, as_json: bool) -> None:
     """List triggers, applicators, models, defenses and data sets (or one KIND), and broken plug-ins.
 
-    Third-party parts are imported to see whether they work; built-in ones are not.
+    What is not marked as a package's own comes with this package. Third-party parts are imported to see whether
+    they work; built-in ones are not. `bbmoe info KIND NAME` describes one in full.
     """
     kinds = [check_kind(kind)] if kind else list(REGISTRIES)
     rows, faults = [], strays()
@@ -28,20 +33,26 @@ def command(kind: str | None, as_json: bool) -> None:
             candidate = registry.candidate(part)
             if candidate and candidate not in reasons:
                 rows.append(
-                    {"kind": name, "name": part, "package": candidate.package, "version": candidate.version}
+                    {
+                        "kind": name,
+                        "name": part,
+                        "package": candidate.package,
+                        "version": candidate.version,
+                        "summary": summary(docstring_of(candidate.target)),
+                    }
                 )
     broken = [
         {"kind": c.kind, "name": c.name, "package": c.package, "version": c.version, "reason": reason}
         for c, reason in faults
     ]
     if as_json:
-        click.echo(json.dumps({"parts": rows, "broken": broken}, indent=2))
+        echo(json.dumps({"parts": rows, "broken": broken}, indent=2))
         return
     _print(rows, broken)
 
 
 def check_kind(kind: str) -> str:
-    """Accept a kind in singular or plural. Raises UnknownNameError."""
+    """Return a kind given in the singular or plural. Raises UnknownNameError."""
     from backdoorbench_moe.errors import UnknownNameError
 
     if kind.removesuffix("s") not in REGISTRIES:
@@ -51,14 +62,20 @@ def check_kind(kind: str) -> str:
 
 def _print(rows: list[dict[str, str]], broken: list[dict[str, str]]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console, table = Console(), Table(box=None, pad_edge=False)
-    for column in ("kind", "name", "from"):
-        table.add_column(column)
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("kind", "name"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("what it is")
+    last = None
     for row in rows:
         name = "timm:<architecture>" if (row["kind"], row["name"]) == ("model", "timm") else row["name"]
-        table.add_row(row["kind"], name, f"{row['package']} {row['version']}")
+        origin = "" if row["package"] == OWN_PACKAGE else f" ({row['package']} {row['version']})"
+        table.add_row(row["kind"] if row["kind"] != last else "", name, escape(row["summary"] + origin))
+        last = row["kind"]
     console.print(table)
     for row in broken:
         text = f"broken: {row['kind']} {row['name']} ({row['package']} {row['version']}): {row['reason']}"

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from backdoorbench_moe.cli.attack import spec_from_flags, spec_options
+from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.streams import echo
 from backdoorbench_moe.engine.names import check_names
 from backdoorbench_moe.errors import ConfigError
 
@@ -19,13 +21,13 @@ if TYPE_CHECKING:
 
 @click.command("preview")
 @spec_options
-@click.option("--run", type=Path, metavar="RUN", help="As this run folder's run did; shows its experts too.")
+@click.option("--run", type=PATH, metavar="RUN", help="As this run folder's run did; shows its experts too.")
 @click.option(
     "--images", type=int, default=6, show_default=True, metavar="N", help="One of each class in turn."
 )
 @click.option("--split", default="test", show_default=True, metavar="NAME", help="train or test.")
 @click.option("--amplify", type=float, default=5.0, show_default=True, metavar="X", help="Of the difference.")
-@click.option("--output", type=Path, default=Path("preview.png"), show_default=True, metavar="FILE")
+@click.option("--output", type=PATH, default=Path("preview.png"), show_default=True, metavar="FILE")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     *,
@@ -60,7 +62,7 @@ def command(
         preview = drawing.preview_run(load_run(run), images=images, split=split, data_root=root)
     drawing.save_preview(preview, output, amplify=amplify)
     if as_json:
-        click.echo(json.dumps(_document(preview, output), indent=2))
+        echo(json.dumps(_document(preview, output), indent=2))
     else:
         _print(preview, output)
 

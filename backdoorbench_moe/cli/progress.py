@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from backdoorbench_moe.engine.line_observer import AnnouncingObserver, LineObserver
 from backdoorbench_moe.engine.observer import Observer
 
 
@@ -19,42 +20,7 @@ def make_observer(*, quiet: bool) -> Observer:
     return BarObserver() if sys.stderr.isatty() else LineObserver()
 
 
-class _Teller(Observer):
-    """Says once what is waited for."""
-
-    _waited_for: str | None = None
-
-    def on_wait(self, folder: str) -> None:
-        """Say so, the first time."""
-        if self._waited_for != folder:
-            self._waited_for = folder
-            self.on_message(f"waiting for another process in {folder}")
-
-
-class LineObserver(_Teller):
-    """One plain line for every message and epoch."""
-
-    def on_message(self, text: str) -> None:
-        """Print the message."""
-        print(text, file=sys.stderr, flush=True)
-
-    def on_train_start(self, name: str, *, epochs: int, done: int, images: int) -> None:
-        """Print what is trained, and from where."""
-        self._epochs, self._images, self._done = epochs, images, done
-        self._start = time.perf_counter()
-        goes_on = f", going on after epoch {done}" if done else ""
-        self.on_message(f"training {name}: {epochs} epochs of {images} images{goes_on}")
-
-    def on_epoch(self, epoch: int, row: dict[str, float]) -> None:
-        """Print the epoch's line of history."""
-        left = (self._epochs - epoch) * (time.perf_counter() - self._start) / (epoch - self._done)
-        self.on_message(
-            f"epoch {epoch}/{self._epochs}  loss {row['loss']:.4f}  train accuracy {row['train_accuracy']:.1f}%  "
-            f"{self._images / row['seconds']:.0f} images/s  {left:.0f} s left"
-        )
-
-
-class BarObserver(_Teller):
+class BarObserver(AnnouncingObserver):
     """A bar with epoch, loss, images/s and time left."""
 
     def __init__(self) -> None:
@@ -106,7 +72,7 @@ class BarObserver(_Teller):
         self._bar.update(self._task, epoch=shown, loss=f"{row['loss']:.3f}")
 
     def on_train_end(self) -> None:
-        """Leave the bar on the screen and let go of it."""
+        """Leave the bar on the screen as it is."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

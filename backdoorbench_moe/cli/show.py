@@ -4,38 +4,100 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.streams import echo
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from backdoorbench_moe.cli.show_columns import ShownRun
+
 
 @click.command("show")
-@click.argument("runs", type=Path, nargs=-1, required=True, metavar="RUN...")
+@click.argument("runs", type=PATH, nargs=-1, required=True, metavar="RUN...")
+@click.option(
+    "--columns",
+    metavar="NAME,..",
+    help="What to print of each run: run, status, data, model, trigger, applicator, poison, defense, seed, epochs, a "
+    "metric such as asr, or a dotted key such as train.lr or timing.total_seconds.  [those that say something]",
+)
+@click.option("--sort", metavar="NAME,..", help="Sort by these columns; -NAME from high to low.  [as given]")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON.")
 @click.option("--markdown", is_flag=True, help="Print one Markdown table of all runs.")
-def command(runs: tuple[Path, ...], as_json: bool, markdown: bool) -> None:
-    """Print what a run folder RUN holds: settings, metrics, history, environment; of several, one table."""
-    from backdoorbench_moe.records import RunFolder
+def command(
+    *, runs: tuple[Path, ...], columns: str | None, sort: str | None, as_json: bool, markdown: bool
+) -> None:
+    """Print what run folders hold; RUN may also be a folder of run folders.
 
-    records = [RunFolder(run).read() for run in runs]
+    Of one run: settings, metrics, history and environment. Of several: one table. What is equal in all of them is
+    printed once above it; with too many columns for the terminal, the table is continued below.
+    """
+    from backdoorbench_moe.cli.show_table import sort_runs, split_keys
+
+    keys, order = split_keys(columns, "--columns"), split_keys(sort, "--sort")
+    shown = [read_shown(folder) for run in runs for folder in _folders(run)]
+    shown = sort_runs(shown, order or [])
     if as_json:
-        documents = [record.to_dict() for record in records]
-        click.echo(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
+        documents = [{**run.record.to_dict(), "status": run.status} for run in shown]
+        echo(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
         return
     from rich.console import Console
 
-    from backdoorbench_moe.cli import tables
+    from backdoorbench_moe.cli import show_table
+    from backdoorbench_moe.cli.show_columns import choose_columns
 
     if markdown:
-        click.echo(tables.markdown_table(records))
+        echo(show_table.markdown_table(choose_columns(keys, shown, intervals=True), shown))
         return
     console = Console(highlight=False)
-    if len(records) > 1:
-        console.print(tables.runs_table(records))
+    if len(shown) == 1 and keys is None:
+        _print_one(console, shown[0])
         return
-    record = records[0]
-    console.print(f"{runs[0]}: {record.status}", soft_wrap=True, markup=False)
+    chosen = choose_columns(keys, shown, intervals=False)
+    equal, chosen = ("", chosen) if keys is not None else show_table.lift_columns(chosen, shown)
+    if equal:
+        console.print(equal, markup=False)
+    for table in show_table.build_tables(chosen, shown, console.width):
+        console.print(table)
+    if legend := show_table.mark_legend(shown):
+        console.print(legend, markup=False)
+    for run in shown:
+        if run.record.error:
+            text = f"{run.status}: {run.folder.path}: {run.record.error}"
+            console.print(text, style="red", soft_wrap=True, markup=False)
+
+
+def _folders(path: Path) -> list[Path]:
+    """A run folder itself, or the run folders in a folder; what is neither is refused when it is read."""
+    from backdoorbench_moe.records import RunFolder
+
+    if RunFolder(path).exists or not path.is_dir():
+        return [path]
+    return [inner for inner in sorted(path.iterdir()) if RunFolder(inner).exists] or [path]
+
+
+def read_shown(path: Path) -> ShownRun:
+    """Read a run folder. Raises RecordError."""
+    from backdoorbench_moe.cli.show_columns import ShownRun
+    from backdoorbench_moe.engine.status import status_of
+    from backdoorbench_moe.records import RunFolder
+
+    folder = RunFolder(path)
+    record = folder.read()
+    return ShownRun(folder, record, status_of(folder, record))
+
+
+def _print_one(console: Console, run: ShownRun) -> None:
+    from backdoorbench_moe.cli import tables
+
+    record = run.record
+    console.print(f"{run.folder.path}: {run.status}", soft_wrap=True, markup=False)
     if record.error:
-        console.print(f"error: {record.error}", style="red", markup=False)
+        console.print(f"error: {record.error}", style="red", soft_wrap=True, markup=False)
     console.print(tables.settings_table(record))
     if record.metrics:
         console.print(tables.metrics_table(record))

@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import click
 from rich.console import Console
 from rich.table import Table
 
+from backdoorbench_moe.cli.streams import echo
 from backdoorbench_moe.collapse import MARK, MARK_LEGEND, collapse_line, collapsed, is_near_chance
 from backdoorbench_moe.metrics import METRICS, PERCENT, sort_metrics
 from backdoorbench_moe.ops.intervals import FEWEST_SEEDS, Interval, difference_interval, seeds_interval
@@ -29,7 +29,7 @@ SHOWN_SCORES = 12
 def print_json(runs: Sequence[Run]) -> None:
     """Print records and their summary as one JSON document."""
     records = [{"folder": str(run.folder.path), **run.record.to_dict()} for run in runs]
-    click.echo(json.dumps({"runs": records, "summary": summarise(runs)}, indent=2))
+    echo(json.dumps({"runs": records, "summary": summarise(runs)}, indent=2))
 
 
 def summarise(runs: Sequence[Run]) -> dict[str, Any]:
@@ -267,57 +267,6 @@ def history_table(record: Record) -> Table:
         )
         table.add_row(str(row["epoch"]), *shown)
     return table
-
-
-RUN_COLUMNS = (
-    "data", "model", "trigger", "applicator", "poison", "seed", "epochs", "BA %", "ASR %", "no trigger %", "CAD"
-)  # fmt: skip
-RUN_METRICS = ("ba", "asr", "target_rate", "cad")
-
-
-def run_row(record: Record, *, intervals: bool = True) -> list[str]:
-    """Write one run as a row under `RUN_COLUMNS`.
-
-    Args:
-        record: Record of the run.
-        intervals: Add their 95% intervals to the metrics.
-    """
-    spec = record.run_spec
-    parts = (spec.trigger, spec.applicator)
-    names = ["clean" if part is None else _inline(part.to_dict()) for part in parts]
-    rate = NONE if not spec.poison.rate else f"{100 * spec.poison.rate:g}%"
-    shown = {name: _value(record.metrics, name, interval=intervals) for name in RUN_METRICS}
-    if collapsed(record):
-        # The mark stands with the number that it makes meaningless, too.
-        shown |= {name: f"{shown[name]} {MARK}" for name in ("ba", "asr") if name in record.metrics}
-    return [
-        spec.dataset.name,
-        " + ".join([spec.model.name, *(_inline(part.to_dict()) for part in spec.defenses)]),
-        *(names if spec.attacked else ["clean", NONE]),
-        rate,
-        str(spec.seed),
-        str(spec.train.epochs),
-        *shown.values(),
-    ]
-
-
-def runs_table(records: Sequence[Record]) -> Table:
-    """Build a table of several runs, one row each, without intervals so that it fits 80 columns."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
-    for column in RUN_COLUMNS:
-        table.add_column(column, overflow="fold")
-    for record in records:
-        table.add_row(*run_row(record, intervals=False))
-    if any(map(collapsed, records)):
-        table.caption = MARK_LEGEND
-    return table
-
-
-def markdown_table(records: Sequence[Record]) -> str:
-    """Write several runs as a Markdown table, one row each, with a line below if a model is near chance."""
-    rows = [list(RUN_COLUMNS), ["---"] * len(RUN_COLUMNS), *map(run_row, records)]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([*lines, *(["", MARK_LEGEND] if any(map(collapsed, records)) else [])])
 
 
 def _value(metrics: dict[str, dict[str, float]], name: str, *, interval: bool) -> str:

@@ -21,6 +21,7 @@ from backdoorbench_moe.config.shorthand import (
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.kinds import KINDS
 from backdoorbench_moe.options import convert
+from backdoorbench_moe.plain import plain
 
 # They decide no number: another device or another place of the data keeps the digest.
 NOT_IN_DIGEST = ("recipe", "device")
@@ -37,6 +38,10 @@ class PartSpec:
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", plain(self.name))
+        object.__setattr__(self, "options", plain(self.options))
 
     def to_dict(self) -> Values:
         """{"name": ..., option: value, ...}."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +32,11 @@ class StrictLoader(yaml.SafeLoader):
         return node
 
 
+# YAML 1.1, which PyYAML reads, takes 1e-3 for a text: it wants 1.0e-3. This is the rule of YAML 1.2.
+EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+
+
 def load_yaml(path: Path) -> Values:
     """Read a config file.
 
@@ -56,7 +62,7 @@ def parse_setting(text: str) -> Values:
     if not equals or not all(key.split(".")):
         raise ConfigError.expected("--set", "dotted.key=value", text)
     try:
-        parsed = yaml.safe_load(value)
+        parsed = yaml.load(value, Loader=StrictLoader)
     except YAML_ERRORS as error:
         raise ConfigError.expected("--set", "a YAML value behind '='", text) from error
     check_plain(parsed, f"--set {key}")

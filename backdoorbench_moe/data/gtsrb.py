@@ -64,9 +64,9 @@ Files = list[tuple[Path, int]]
 class GTSRB(Dataset):
     """GTSRB (Stallkamp et al. 2012): 43 classes, 39,209 training and 12,630 test images.
 
-    The published layout is Final_Training/Images/000CC/{*.ppm,GT-000CC.csv}, Final_Test/Images/*.ppm and
-    GT-final_test.csv (beside them or with the test images). Its tables must name every image once, and no other.
-    torchvision's layout (Training/000CC/*.ppm) is another archive with 26,640 training images, not the paper's; a
+    The published layout is `Final_Training/Images/000CC/{*.ppm,GT-000CC.csv}`, `Final_Test/Images/*.ppm` and
+    `GT-final_test.csv` (beside them or with the test images). Its tables must name every image once, and no other.
+    torchvision's layout (`Training/000CC/*.ppm`) is another archive with 26,640 training images, not the paper's; a
     BbmoeWarning says so. Data with fewer images or classes is taken as it is.
 
     Args:

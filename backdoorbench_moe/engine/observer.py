@@ -16,6 +16,9 @@ class Observer:
     def on_wait(self, folder: str) -> None:
         """Another process is making a run that this one needs; called twice a second until that is done."""
 
+    def on_found(self, folder: str) -> None:
+        """A run is finished in its folder already, and is not made: before this call, or while it waited."""
+
     def on_train_start(self, name: str, *, epochs: int, done: int, images: int) -> None:
         """Training of `name` starts or continues: `done` of `epochs` are finished; each has `images` images."""
 

@@ -1,4 +1,4 @@
-"""A probe: what a model does with some fixed test images before training and after every epoch."""
+"""Probe: predictions and routing of a fixed set of test images, before training and after every epoch."""
 
 from __future__ import annotations
 
@@ -20,50 +20,63 @@ from backdoorbench_moe.records import RunFolder
 
 
 @dataclass(frozen=True)
-class View:
-    """Of N images at T moments (before training, after epoch 1, 2, ...), layer by layer.
+class RoutingHistory:
+    """Predictions and routing of N images at T points in time: before training, after epoch 1, 2, ...
 
-    predicted: (T, N) int64. selected: for each routed layer (T, N, E, P) bool.
+    Attributes:
+        predicted: (T, N) int64, predicted classes.
+        selected: One (T, N, E, P) bool tensor per routed layer: whether an expert processes a patch.
     """
 
     predicted: Tensor
     selected: tuple[Tensor, ...]
 
-    def first(self, moments: int) -> View:
-        """The first moments only."""
-        return View(self.predicted[:moments], tuple(one[:moments] for one in self.selected))
+    def truncate(self, steps: int) -> RoutingHistory:
+        """Return the first `steps` points in time."""
+        return RoutingHistory(self.predicted[:steps], tuple(layer[:steps] for layer in self.selected))
 
-    def then(self, other: View) -> View:
-        """This view, and another after it."""
-        pairs = zip(self.selected, other.selected, strict=True)
-        return View(torch.cat([self.predicted, other.predicted]), tuple(torch.cat([a, b]) for a, b in pairs))
+    def extend(self, other: RoutingHistory) -> RoutingHistory:
+        """Return this history followed by another one of the same images."""
+        layers = zip(self.selected, other.selected, strict=True)
+        return RoutingHistory(
+            torch.cat([self.predicted, other.predicted]), tuple(torch.cat(pair) for pair in layers)
+        )
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a run's folder holds of its probe. indices: (N,) int64, places in the test split, ascending.
+class ProbeRecord:
+    """Contents of a run's probe file.
 
-    layers: names of the routed layers. triggered: None of a clean run.
+    Attributes:
+        indices: (N,) int64, indices of the probe images in the test split, ascending.
+        layers: Names of the routed layers.
+        clean: History of the clean images.
+        triggered: History of the same images with the trigger; None for a run without a trigger.
     """
 
     indices: Tensor
     layers: tuple[str, ...]
-    clean: View
-    triggered: View | None
+    clean: RoutingHistory
+    triggered: RoutingHistory | None
 
 
 def check_probe(spec: RunSpec, setup: Setup) -> None:
-    """Raise ConfigError unless a spec's probe can be taken: it needs a routed model, and enough images."""
+    """Check that the probe of a spec can be taken.
+
+    Raises:
+        ConfigError: The spec has a probe, but its model is not routed or there are too few images.
+    """
     if not spec.probe:
         return
     if not isinstance(setup.model, RoutedModel):
         raise ConfigError.expected("probe", f"0, as the model {spec.model.name!r} routes nothing", spec.probe)
-    if spec.probe > (most := len(_candidates(setup))):
+    if spec.probe > (available := len(_candidates(setup))):
         what = "test images that count for ASR" if spec.attacked else "test images"
-        raise ConfigError.expected("probe", f"at most the {most} {what}", spec.probe)
+        raise ConfigError.expected("probe", f"at most the {available} {what}", spec.probe)
 
 
 def _candidates(setup: Setup) -> Tensor:
+    """Return the indices of the test images that may be drawn for the probe."""
     images = setup.images
     if setup.attack is None:
         return torch.arange(len(images.test))
@@ -71,100 +84,125 @@ def _candidates(setup: Setup) -> Tensor:
 
 
 class Probe:
-    """The fixed images of a run, and what was seen of them so far; written after every look.
+    """Records predictions and routing of a run's probe images; its file is written after every recording.
 
-    The images are drawn by the run's seed from those that count for ASR, of a clean run from all test images.
-    Looking changes neither the model nor any generator of random numbers.
+    The images are drawn with the run's seed from the test images that count for ASR, or from all test images for
+    a clean run. Recording changes neither the model nor the state of any random number generator.
+
+    Args:
+        setup: The parts of the run.
+        precision: "fp32" or "bf16".
+        folder: The run folder that the probe file is written to.
+
+    Attributes:
+        indices: (N,) int64, indices of the probe images in the test split, ascending.
+        record: Everything recorded so far; None before the first recording.
     """
 
     def __init__(self, setup: Setup, precision: str, folder: RunFolder) -> None:
-        places, spec, images = _candidates(setup), setup.spec, setup.images
-        order = torch.randperm(len(places), generator=generator(spec.seed, "probe"))
-        self.indices = places[order[: spec.probe]].sort().values
+        candidates, spec, images = _candidates(setup), setup.spec, setup.images
+        order = torch.randperm(len(candidates), generator=generator(spec.seed, "probe"))
+        self.indices = candidates[order[: spec.probe]].sort().values
         self.clean = images.test.images[self.indices.to(images.test.images.device)]
         self.triggered = None if setup.stamper is None else stamp_images(self.clean, setup.stamper)
         self.precision, self.folder, self.seed = precision, folder, spec.seed
-        self.seen: Seen | None = None
+        self.record: ProbeRecord | None = None
 
     def begin(self, model: nn.Module, epoch: int) -> None:
-        """Look at an untrained model, or go on where a checkpoint after `epoch` epochs was written.
+        """Record the untrained model, or load what was recorded before a checkpoint.
 
-        Raises RecordError where the file does not reach so far.
+        Args:
+            model: The model that is trained.
+            epoch: Number of epochs that the checkpoint has; 0 to start from the beginning.
+
+        Raises:
+            RecordError: The probe file does not belong to the checkpoint.
         """
         if not epoch:
             self.look(model)
             return
-        found = load_seen(self.folder)
+        found = load_probe_record(self.folder)
         if found is None or not found.indices.equal(self.indices) or len(found.clean.predicted) <= epoch:
             raise RecordError(
                 f"run folder {self.folder.path}: its probe does not fit its checkpoint; delete the checkpoint "
                 "to train from the start"
             )
-        # A process that was killed between the two files had looked once more.
-        later = None if found.triggered is None else found.triggered.first(epoch + 1)
-        self.seen = Seen(found.indices, found.layers, found.clean.first(epoch + 1), later)
+        # The probe file is written before the checkpoint: if the process was killed in between, the file is
+        # one epoch ahead.
+        triggered = None if found.triggered is None else found.triggered.truncate(epoch + 1)
+        self.record = ProbeRecord(found.indices, found.layers, found.clean.truncate(epoch + 1), triggered)
 
     def look(self, model: nn.Module) -> None:
-        """Add what the model does now, and write it all."""
+        """Record the present state of the model and write the probe file."""
         assert isinstance(model, RoutedModel)
-        before = model.training
+        training = model.training
         model.eval()
-        # A model of somebody else may draw noise even now.
+        # A model from a plug-in may draw noise in evaluation mode, too.
         with reproducible(self.clean.device), seeded(self.seed, "probe noise"):
-            layers, clean = self._view(model, self.clean)
-            triggered = None if self.triggered is None else self._view(model, self.triggered)[1]
-        model.train(before)
-        if (seen := self.seen) is not None:
-            clean = seen.clean.then(clean)
-            triggered = (
-                None if triggered is None or seen.triggered is None else seen.triggered.then(triggered)
-            )
-        self.seen = Seen(self.indices, layers, clean, triggered)
-        self.folder.save_probe(_arrays(self.seen))
+            layers, clean = self._observe(model, self.clean)
+            triggered = None if self.triggered is None else self._observe(model, self.triggered)[1]
+        model.train(training)
+        if (earlier := self.record) is not None:
+            clean = earlier.clean.extend(clean)
+            if triggered is not None:
+                triggered = None if earlier.triggered is None else earlier.triggered.extend(triggered)
+        self.record = ProbeRecord(self.indices, layers, clean, triggered)
+        self.folder.save_probe(_to_arrays(self.record))
 
     @torch.inference_mode()
-    def _view(self, model: RoutedModel, images: Tensor) -> tuple[tuple[str, ...], View]:
+    def _observe(self, model: RoutedModel, images: Tensor) -> tuple[tuple[str, ...], RoutingHistory]:
+        """Return the names of the routed layers and a history with one point in time."""
         output = forward_routed(model, images, precision=self.precision)
         predicted = output.logits.argmax(1).cpu().unsqueeze(0)
-        selected = tuple(one.selected.cpu().unsqueeze(0) for one in output.routing)
-        return tuple(one.layer for one in output.routing), View(predicted, selected)
+        selected = tuple(layer.selected.cpu().unsqueeze(0) for layer in output.routing)
+        return tuple(layer.layer for layer in output.routing), RoutingHistory(predicted, selected)
 
 
-def _arrays(seen: Seen) -> dict[str, np.ndarray]:
-    arrays = {"indices": seen.indices.numpy(), "layers": np.array(seen.layers)}
+def _to_arrays(record: ProbeRecord) -> dict[str, np.ndarray]:
+    arrays = {"indices": record.indices.numpy(), "layers": np.array(record.layers)}
     for kind in ("clean", "triggered"):
-        if (view := getattr(seen, kind)) is not None:
-            arrays[f"{kind}_predicted"] = view.predicted.numpy()
-            arrays |= {f"{kind}_{place}": one.numpy() for place, one in enumerate(view.selected)}
+        if (history := getattr(record, kind)) is not None:
+            arrays[f"{kind}_predicted"] = history.predicted.numpy()
+            arrays |= {f"{kind}_{number}": layer.numpy() for number, layer in enumerate(history.selected)}
     return arrays
 
 
-def load_seen(folder: RunFolder) -> Seen | None:
-    """What a run's probe saw; None where it had none. Raises RecordError if the file is damaged."""
+def load_probe_record(folder: RunFolder) -> ProbeRecord | None:
+    """Read the probe file of a run folder.
+
+    Returns:
+        The contents; None for a run without a probe.
+
+    Raises:
+        RecordError: The file is damaged.
+    """
     if (arrays := folder.load_probe()) is None:
         return None
     try:
         layers = tuple(map(str, arrays["layers"]))
-        clean = _read_view(arrays, "clean", len(layers))
-        triggered = _read_view(arrays, "triggered", len(layers)) if "triggered_predicted" in arrays else None
-        seen = Seen(torch.from_numpy(arrays["indices"]), layers, clean, triggered)
-        _check_shapes(seen)
+        clean = _read_history(arrays, "clean", len(layers))
+        triggered = (
+            _read_history(arrays, "triggered", len(layers)) if "triggered_predicted" in arrays else None
+        )
+        record = ProbeRecord(torch.from_numpy(arrays["indices"]), layers, clean, triggered)
+        _check_shapes(record)
     except (KeyError, TypeError, ValueError) as error:
         raise RecordError(f"probe of run folder {folder.path}: damaged ({error})") from error
-    return seen
+    return record
 
 
-def _read_view(arrays: dict[str, np.ndarray], kind: str, layers: int) -> View:
+def _read_history(arrays: dict[str, np.ndarray], kind: str, layers: int) -> RoutingHistory:
     predicted = torch.from_numpy(arrays[f"{kind}_predicted"])
-    return View(predicted, tuple(torch.from_numpy(arrays[f"{kind}_{place}"]) for place in range(layers)))
+    selected = tuple(torch.from_numpy(arrays[f"{kind}_{number}"]) for number in range(layers))
+    return RoutingHistory(predicted, selected)
 
 
-def _check_shapes(seen: Seen) -> None:
-    """Raise ValueError unless all arrays are of the same images and moments."""
-    wanted = (len(seen.clean.predicted), len(seen.indices))
-    for view in (seen.clean, seen.triggered):
-        for one in () if view is None else (view.predicted, *view.selected):
-            if one.shape[:2] != wanted or (one.ndim == 4) != (one.dtype == torch.bool):
+def _check_shapes(record: ProbeRecord) -> None:
+    """Raise ValueError unless all arrays have the same images and points in time, and the right type."""
+    expected = (len(record.clean.predicted), len(record.indices))
+    for history in (record.clean, record.triggered):
+        for array in () if history is None else (history.predicted, *history.selected):
+            if array.shape[:2] != expected or (array.ndim == 4) != (array.dtype == torch.bool):
                 raise ValueError(
-                    f"expected {wanted[0]} moments of {wanted[1]} images, got {tuple(one.shape)}"
+                    f"expected {expected[0]} points in time of {expected[1]} images, got {tuple(array.shape)}"
                 )

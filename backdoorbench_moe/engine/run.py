@@ -14,16 +14,24 @@ from backdoorbench_moe.engine.build import Stamper, build_attack, build_stamper,
 from backdoorbench_moe.engine.device import RECORDED_PACKAGES
 from backdoorbench_moe.engine.files import locate_files
 from backdoorbench_moe.engine.names import plugin_packages, plugin_sources
+from backdoorbench_moe.engine.notebook import run_html, run_line
+from backdoorbench_moe.engine.torch_state import default_torch_state
 from backdoorbench_moe.errors import RecordError, UnknownNameError
 from backdoorbench_moe.records import MODEL, Record, RunFolder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A run folder and the record that was read from it."""
 
     folder: RunFolder
     record: Record
+
+    def __repr__(self) -> str:
+        return run_line(self.folder.path.name, self.record)
+
+    def _repr_html_(self) -> str:
+        return run_html(self.folder.path.name, self.record)
 
     @property
     def spec(self) -> RunSpec:
@@ -36,6 +44,7 @@ class Run:
             raise UnknownNameError(f"run {self.folder.path}: metric", metric, self.record.metrics)
         return self.record.metrics[metric]["value"]
 
+    @default_torch_state()
     def model(self) -> nn.Module:
         """The trained model, on the CPU, in evaluation mode. Raises RecordError if its file does not fit."""
         tensors, _ = self.folder.load_tensors()
@@ -55,6 +64,7 @@ class Run:
         """The attack that the run was made with. Raises ConfigError for a clean run."""
         return build_attack(self.spec)
 
+    @default_torch_state()
     def stamper(self) -> Stamper:
         """Trigger and applicator as this run used them. Raises ConfigError for a run without a trigger."""
         return build_stamper(

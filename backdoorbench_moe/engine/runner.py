@@ -150,7 +150,7 @@ class Runner:
         spec = self.workplace.resolve(spec)
         observer, folder = self.workplace.observer, RunFolder(self.output / spec.name)
         if found := self._find(folder, spec):
-            observer.on_message(f"found finished: {folder.path}")
+            observer.on_found(str(folder.path))
             return found
         # Everything is checked before anything is written or trained, the runs it is made from included.
         maker = None if folder.exists else self.maker(spec)
@@ -159,7 +159,10 @@ class Runner:
         if maker is not None:
             maker.prepare(inputs)
         with folder.lock(wait=(lambda: observer.on_wait(str(folder.path))) if wait else None):
-            return self._find(folder, spec) or (maker or self.maker(spec)).make(folder, inputs)
+            if found := self._find(folder, spec):
+                observer.on_found(str(folder.path))
+                return found
+            return (maker or self.maker(spec)).make(folder, inputs)
 
     def _find(self, folder: RunFolder, spec: RunSpec) -> Run | None:
         """The finished run in a folder; None if there is none.

@@ -18,7 +18,7 @@ def create_model(name: str, *, num_classes: int = 10, image_size: int = 32, **op
     Weights are drawn from torch's global generator; seed it first for reproducible weights.
 
     Args:
-        name: Name of a model, see `list_models`. "timm:<architecture>" builds any timm architecture from scratch.
+        name: Name of a model, see `list_models`. `timm:<architecture>` builds any timm architecture from scratch.
         num_classes: Number of classes.
         image_size: Side of the images in pixels.
         **options: The model's own options.
@@ -35,5 +35,5 @@ def create_model(name: str, *, num_classes: int = 10, image_size: int = 32, **op
 
 
 def list_models() -> list[str]:
-    """Return the names of all built-in and third-party models. `timm` stands for every "timm:<architecture>"."""
+    """Return the names of all built-in and third-party models. `timm` stands for every `timm:<architecture>`."""
     return registry.names()

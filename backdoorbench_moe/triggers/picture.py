@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from backdoorbench_moe.errors import ConfigError, DataError
 from backdoorbench_moe.image_files import read_image
+from backdoorbench_moe.paths import expand
 
 SIDE = 128
 LIGHT = ((255, 220, 30), (255, 170, 200), (255, 255, 245), (120, 235, 255))
@@ -52,10 +51,10 @@ def read_picture(path: str) -> Tensor:
     Raises:
         ConfigError: The file is missing or damaged, or cannot be converted to 8-bit RGB without loss.
     """
-    if not Path(path).is_file():
+    if not expand(path).is_file():
         raise ConfigError.expected("blend: image", "a picture file", path)
     try:
-        pixels = np.array(read_image(Path(path)))
+        pixels = np.array(read_image(expand(path)))
     except DataError as error:
         raise ConfigError(f"blend: image: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).float() / 255

@@ -49,11 +49,18 @@ def at_least_one(text: str) -> int:
     return value
 
 
-def run_child(command: Sequence[str], *, quiet: bool) -> Child:
-    """Run a process to its end. quiet: drop what it prints."""
+def run_child(command: Sequence[str], *, quiet: bool, variables: Mapping[str, str] | None = None) -> Child:
+    """Run a process to its end.
+
+    Args:
+        command: Program and arguments.
+        quiet: Drop what it prints.
+        variables: Environment variables to set for it.
+    """
     output = subprocess.DEVNULL if quiet else None
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=output, stderr=output)
+    environment = {**os.environ, **(variables or {})}
+    process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)

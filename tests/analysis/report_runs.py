@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import Tiny, tiny_spec
+from tiny import TINY_MODEL, Tiny, tiny_spec
 from torch import Tensor, nn
 
 from backdoorbench_moe import data, models
-from backdoorbench_moe.analysis.analyze import analyze_run
+from backdoorbench_moe.analysis.analyze import Analysis, analyze_run
 from backdoorbench_moe.analysis.document import as_document
 from backdoorbench_moe.engine.runner import run_attack
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
@@ -54,6 +54,19 @@ class Deep(RoutedModel):
 SPECS: dict[str, dict[str, Any]] = {
     "pmoe": {"probe": 5},
     "deep": {"model": "deep", "train": {"epochs": 1, "batch_size": 32, "lr": 0.1}, "probe": 2},
+    "two experts": {"model": {**TINY_MODEL, "num_experts": 2}, "probe": 3},
+    "one expert": {"model": {**TINY_MODEL, "num_experts": 1}, "probe": 2},
+    # Every expert takes every patch: no image is missed, and nothing can be compared.
+    "all patches": {
+        "model": {**TINY_MODEL, "num_experts": 2, "top_k": 64},
+        "train": {"epochs": 1, "batch_size": 32},
+    },
+    # A trigger of one pixel and one patch an expert: it may be that no image is captured.
+    "one patch": {
+        "model": {**TINY_MODEL, "num_experts": 2, "top_k": 1},
+        "trigger": {"name": "square", "size": 1},
+        "train": {"epochs": 1, "batch_size": 32},
+    },
     "dense": {"model": {"name": "wide_resnet", "widen_factor": 1}},
 }
 
@@ -61,6 +74,12 @@ SPECS: dict[str, dict[str, Any]] = {
 @functools.cache
 def document_of(kind: str) -> dict[str, Any]:
     """The document of a backdoored run beside its clean twin; `kind` names one of SPECS. Do not change it."""
+    return as_document(analysis_of(kind))
+
+
+@functools.cache
+def analysis_of(kind: str) -> Analysis:
+    """The analysis that `document_of` is made from."""
     known = {"tiny": (data.registry, Tiny), "deep": (models.registry, Deep)}
     added = [
         (registry, name, part) for name, (registry, part) in known.items() if name not in registry.names()
@@ -70,7 +89,7 @@ def document_of(kind: str) -> dict[str, Any]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             [run] = run_attack(tiny_spec(**SPECS[kind]), output=Path(folder))
-            return as_document(analyze_run(run, carriers_images=20))
+            return analyze_run(run, carriers_images=20)
     finally:
         for registry, name, _ in added:
             registry.unregister(name)

@@ -1,4 +1,4 @@
-"""A routed model of the other kind, and what an analysis is given, made by hand for tests."""
+"""A small token-choice model and hand-made inputs of an analysis, for tests."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from tiny import Tiny
 from torch import Tensor, nn
 
-from backdoorbench_moe.analysis.subject import Subject
+from backdoorbench_moe.analysis.opened_run import OpenedRun
 from backdoorbench_moe.attacks import create_attack
 from backdoorbench_moe.engine.triggered import Triggered, triggered_test
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
 
 
 class TokenChoice(RoutedModel):
-    """Two routed layers in which each 8x8 patch chooses its best two of three experts; one layer is capped.
+    """Two routed layers in which each 8x8 patch chooses its best two of three experts.
 
-    The second layer's first expert takes nothing, so that some patches go to one expert alone.
+    The first expert of the second layer takes nothing, so that some patches go to a single expert.
     """
 
     patch_grid, patch_size = (4, 4), 8
@@ -45,19 +45,19 @@ class TokenChoice(RoutedModel):
 
 
 def stamp(images: Tensor) -> Tensor:
-    """A white 6x6 square, upper left: it lies in four patches of four pixels, and in one of eight."""
+    """Draw a white 6x6 square in the upper left corner. It touches four patches of 4x4 pixels, or one of 8x8."""
     out = images.clone()
     out[:, :, :6, :6] = 1
     return out
 
 
-def make_subject(model: nn.Module, **values: Any) -> Subject:
-    """The tiny data's images with a model, as far as a pass needs it."""
+def open_with_model(model: nn.Module, **values: Any) -> OpenedRun:
+    """Make an opened run of the tiny data set and a model, with the parts that a pass needs."""
     run: Any = SimpleNamespace(spec=SimpleNamespace(seed=0))
     images = Tiny(**values).load()
-    return Subject(run, model.eval(), images, stamp, torch.device("cpu"), "fp32")  # type: ignore[arg-type]
+    return OpenedRun(run, model.eval(), images, stamp, torch.device("cpu"), "fp32")  # type: ignore[arg-type]
 
 
-def make_triggered(subject: Subject) -> Triggered:
-    """The images that count for ASR, triggered, with target 0."""
-    return triggered_test(subject.images, create_attack("data-poisoning"), stamp)
+def make_triggered(opened: OpenedRun) -> Triggered:
+    """Return the triggered images that count for ASR with target 0."""
+    return triggered_test(opened.images, create_attack("data-poisoning"), stamp)

@@ -1,4 +1,4 @@
-"""Muted and patched experts against models changed by hand, one whole evaluation each."""
+"""Muting and patching of experts against models that are changed by hand and evaluated as a whole."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from itertools import combinations
 import pytest
 import torch
 from defense_tasks import used_model
-from routed_models import make_subject, make_triggered
+from routed_models import make_triggered, open_with_model
 
 from backdoorbench_moe.analysis import carriers
 from backdoorbench_moe.analysis.carriers import find_carriers
-from backdoorbench_moe.analysis.subject import Subject
+from backdoorbench_moe.analysis.opened_run import OpenedRun
 from backdoorbench_moe.engine.inference import predict
 from backdoorbench_moe.moe.experts import mute
 
@@ -21,36 +21,36 @@ def percent(hits: torch.Tensor) -> float:
     return pytest.approx(100 * hits.double().mean().item())
 
 
-def subject() -> Subject:
-    return make_subject(used_model("pmoe"))
+def open_pmoe() -> OpenedRun:
+    return open_with_model(used_model("pmoe"))
 
 
-def test_muting_is_that_of_a_copy() -> None:
-    looked_at = subject()
-    triggered, test = make_triggered(looked_at), looked_at.images.test
-    before = {name: tensor.clone() for name, tensor in looked_at.model.state_dict().items()}
-    found = find_carriers(looked_at, triggered, 1000)
-    experts = looked_at.model.experts()
+def test_muting_equals_that_of_a_muted_copy() -> None:
+    opened = open_pmoe()
+    triggered, test = make_triggered(opened), opened.images.test
+    before = {name: tensor.clone() for name, tensor in opened.model.state_dict().items()}
+    found = find_carriers(opened, triggered, 1000)
+    experts = opened.model.experts()
     groups = [(), *[(e,) for e in experts], *combinations(experts, 2)]
     muted = [found.whole, *found.singles, *found.pairs]
     assert [one.experts for one in muted] == [tuple(e.name for e in group) for group in groups]
     for one, group in zip(muted, groups, strict=True):
-        model = copy.deepcopy(looked_at.model)
+        model = copy.deepcopy(opened.model)
         mute(model, group)
         assert one.ba.value == percent(predict(model, test.images, precision="fp32") == test.labels)
         called = predict(model, triggered.images, precision="fp32")
         assert one.asr is not None and one.asr.value == percent(called == triggered.wanted)
         assert (one.ba.n, one.asr.n) == (60, 40)
     assert len({one.asr.value for one in muted}) > 2  # type: ignore[union-attr]
-    for name, tensor in looked_at.model.state_dict().items():
+    for name, tensor in opened.model.state_dict().items():
         assert torch.equal(tensor, before[name])
 
 
 def test_patching_puts_the_clean_output_into_the_triggered_pass() -> None:
-    """In pMoE, what follows the experts sees nothing but their outputs, so it can be done by hand."""
-    looked_at = subject()
-    triggered, test, model = make_triggered(looked_at), looked_at.images.test, looked_at.model
-    found = find_carriers(looked_at, triggered, 1000)
+    """In pMoE, the layers after the experts get nothing but the experts' outputs, so patching is easy by hand."""
+    opened = open_pmoe()
+    triggered, test, model = make_triggered(opened), opened.images.test, opened.model
+    found = find_carriers(opened, triggered, 1000)
 
     @torch.no_grad()
     def outputs(images: torch.Tensor) -> torch.Tensor:
@@ -71,16 +71,16 @@ def test_patching_puts_the_clean_output_into_the_triggered_pass() -> None:
     assert found.clean_called_wanted.value == percent(called == triggered.wanted)  # type: ignore[union-attr]
 
 
-def test_a_drawn_part_is_the_same_every_time(monkeypatch) -> None:
-    looked_at = subject()
-    triggered = make_triggered(looked_at)
-    one, two = (find_carriers(looked_at, triggered, 25) for _ in range(2))
+def test_the_samples_are_reproducible(monkeypatch) -> None:
+    opened = open_pmoe()
+    triggered = make_triggered(opened)
+    one, two = (find_carriers(opened, triggered, 25) for _ in range(2))
     assert one == two and (one.whole.ba.n, one.whole.asr.n) == (25, 25)  # type: ignore[union-attr]
     monkeypatch.setattr(carriers, "MAX_PAIRS", 5)
-    assert find_carriers(looked_at, None, 25).pairs == ()
+    assert find_carriers(opened, None, 25).pairs == ()
 
 
-def test_without_a_trigger_there_is_accuracy_alone() -> None:
-    found = find_carriers(subject(), None, 10)
+def test_without_a_trigger_only_ba_is_measured() -> None:
+    found = find_carriers(open_pmoe(), None, 10)
     assert found.whole.asr is None and found.patched == () and found.clean_called_wanted is None
     assert len(found.singles) == 4 and len(found.pairs) == 6

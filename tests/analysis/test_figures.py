@@ -1,4 +1,4 @@
-"""Figures: pixels by hand, and sentences that say the numbers of the document."""
+"""Figures: pixels computed by hand, and sentences that state the numbers of the document."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from report_runs import document_of
 
 from backdoorbench_moe.analysis.figures import backdoor, maps, mosaic, pixels, routing, training, words
-from backdoorbench_moe.analysis.figures.charts import Panel, Series, chart
+from backdoorbench_moe.analysis.figures.charts import ChartPanel, Series, chart
 from backdoorbench_moe.analysis.figures.plate import left_out, spread
+from backdoorbench_moe.counting import count
 
 
 def plates(draw, document) -> dict:
@@ -22,8 +23,8 @@ def plates(draw, document) -> dict:
 
 def test_patches_an_expert_does_not_take_are_grey_and_the_others_framed() -> None:
     image = np.full((32, 32, 3), (10, 200, 90), np.uint8)
-    # The left half of the four by four patches, of 16 by 16 pixels of the cell.
-    picture = mosaic.seen(image, [[1, 1, 0, 0]] * 4)
+    # The left half of the 4x4 patches, each of which has 16x16 pixels in the cell.
+    picture = mosaic.mark_selected(image, [[1, 1, 0, 0]] * 4)
     assert picture.shape == (64, 64, 4) and (picture[..., 3] == 255).all()
     grey = [round(0.22 * value + 0.78 * 128) for value in (10, 200, 90)]
     assert (picture[:, 32:, :3] == grey).all()
@@ -37,23 +38,23 @@ def test_an_image_of_any_size_has_patches_of_whole_pixels() -> None:
     generator = np.random.default_rng(0)
     for side, grid in ((32, 8), (28, 14), (224, 14), (30, 3), (256, 32)):
         image = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
-        picture = mosaic.seen(image, np.ones((grid, grid), dtype=int).tolist())
+        picture = mosaic.mark_selected(image, np.ones((grid, grid), dtype=int).tolist())
         assert picture.shape[0] == picture.shape[1] and picture.shape[0] % grid == 0
         assert 48 <= picture.shape[0] <= 96
-        assert picture.shape == mosaic.plain(image, (grid, grid)).shape
+        assert picture.shape == mosaic.image_cell(image, (grid, grid)).shape
 
 
-def test_a_heat_map_runs_from_dark_to_bright_and_leaves_out_what_is_not_there() -> None:
-    picture = mosaic.heat([0, 0.5, 1, None], (2, 2), 1)
+def test_a_heat_map_runs_from_dark_to_bright_and_missing_values_are_transparent() -> None:
+    picture = mosaic.heat_map([0, 0.5, 1, None], (2, 2), 1)
     cells = [picture[y, x] for y in (0, 40) for x in (0, 40)]
     light = [int(cell[:3].sum()) for cell in cells[:3]]
     assert light == sorted(light) and len(set(light)) == 3
     assert [int(cell[3]) for cell in cells] == [255, 255, 255, 0]
-    assert (mosaic.heat([0.5], (1, 1), 0.5) == mosaic.heat([1], (1, 1), 1)).all()
+    assert (mosaic.heat_map([0.5], (1, 1), 0.5) == mosaic.heat_map([1], (1, 1), 1)).all()
 
 
 @given(st.integers(0, 60), st.integers(2, 20))
-def test_what_is_drawn_of_many_is_spread_over_them(count, most) -> None:
+def test_items_to_draw_are_evenly_spread(count, most) -> None:
     chosen = spread(range(count), most)
     assert len(chosen) == min(count, most) and chosen == sorted(set(chosen))
     if count:
@@ -63,7 +64,7 @@ def test_what_is_drawn_of_many_is_spread_over_them(count, most) -> None:
 
 def test_words() -> None:
     assert words.listing(["a"]) == "a" and words.listing(["a", "b", "c"]) == "a, b and c"
-    assert words.count(1, "patch") == "1 patch" and words.count(1200, "patch") == "1,200 patches"
+    assert count(1, "patch") == "1 patch" and count(1200, "patch") == "1,200 patches"
     assert words.mean({"value": 0.12345, "low": None, "high": None}) == "0.123"
     assert words.mean({"value": 0.5, "low": 0.25, "high": 0.75}, factor=100) == "50 [25, 75]"
     assert words.proportion(None) == "–" and words.number(None) == "–"
@@ -109,7 +110,7 @@ def test_capture_and_carriers_say_the_documents_numbers() -> None:
     pair = min(carriers["pairs"], key=lambda one: one["asr"]["value"])
     assert f"without {pair['experts'][0]} and {pair['experts'][1]}" in drawn["carriers-pairs"].sentence
     patched = min(carriers["patched"], key=lambda one: one["asr"]["value"])
-    assert f"With {patched['expert']} so" in drawn["patching"].sentence
+    assert f"reached with {patched['expert']}: it falls" in drawn["patching"].sentence
     [shift] = document["shift"]
     most = max(one["value"] for one in shift["changed_by_expert"])
     assert f"with {100 * most:.3g} [" in drawn["shift-changed"].sentence
@@ -159,9 +160,10 @@ def test_the_papers_claim_about_pixel_values_is_judged_by_the_largest_effect(auc
     document = copy.deepcopy(document_of("pmoe"))
     for e, one in enumerate(document["pixels"][0]["overall"]):
         one |= {"auc": auc if e == 2 else 0.5, "rank_biserial": 2 * auc - 1 if e == 2 else 0, "p": 0.0}
+    document["run"]["data"] = "cifar10"
     text = pixels.verdict(document)
     assert "expert 2 of moe" in text and said in text and "p below 1e-300" in text
-    assert ("That agrees with the paper" in text) == (abs(2 * auc - 1) < 0.3)
+    assert ("That agrees with BadPatches" in text) == (abs(2 * auc - 1) < 0.3)
 
 
 def test_experts_that_take_all_or_nothing_have_no_pixel_figure_by_class() -> None:
@@ -194,8 +196,8 @@ def test_a_model_of_many_layers_has_its_load_by_class_and_says_what_is_not_drawn
     document = document_of("deep")
     drawn = plates(routing.draw_routing, document)
     assert "load-by-class" in drawn
-    assert "Drawn are 3 of 5 routed layers" in drawn["routing-by-class"].sentence
-    assert "Drawn are" not in drawn["load"].sentence
+    assert "The figure shows 3 of 5 routed layers" in drawn["routing-by-class"].sentence
+    assert "The figure shows" not in drawn["load"].sentence
     loads = [sum(row) for layer in document["routing"] for of in layer["by_class"] for row in of]
     assert f"to {max(loads):.1f} (" in drawn["load-by-class"].sentence
 
@@ -210,18 +212,18 @@ def test_a_probe_is_shown_epoch_by_epoch() -> None:
     assert f"{100 * document['probe']['fooled'][-1]:.1f}% at the end" in drawn["probe-backdoor"].sentence
 
 
-def test_no_record_of_training_no_figure_of_it() -> None:
+def test_without_a_training_history_there_is_no_figure() -> None:
     document = json.loads(json.dumps(document_of("dense")))
     document["run"]["record"]["history"] = []
     assert list(training.draw_training(document)) == []
 
 
-def test_bars_have_the_intervals_they_were_given_and_none_where_there_is_none() -> None:
+def test_bars_have_the_intervals_that_they_were_given() -> None:
     series = Series.of(
         "x", [{"value": 2, "low": 1.5, "high": 3}, None, {"value": 1, "low": None, "high": None}], 10
     )
     assert series.values == [20, None, 10] and series.low == [15, None, None]
-    figure = chart([Panel("p", [series], names=["a", "b", "c"])], xlabel="", ylabel="")
+    figure = chart([ChartPanel("p", [series], names=["a", "b", "c"])], xlabel="", ylabel="")
     [container] = [one for one in figure.axes[0].containers if hasattr(one, "patches")]
     assert [bar.get_height() for bar in container.patches][::2] == [20, 10]
     segments = container.errorbar.lines[2][0].get_segments()

@@ -1,4 +1,4 @@
-"""The batched pass and what is made of it, against a slow loop over single images in plain Python."""
+"""The batched pass and its statistics, against a slow loop over single images in plain Python."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import fmean, pstdev
 import pytest
 import torch
 from defense_tasks import used_model
-from routed_models import TokenChoice, make_subject, make_triggered
+from routed_models import TokenChoice, make_triggered, open_with_model
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 
@@ -46,17 +46,17 @@ class One:
 def case(request) -> Iterator[dict]:
     name, number = request.param
     model = MODELS[name]()
-    subject = make_subject(model)
-    triggered = make_triggered(subject)
-    found = run_pass(subject, model, triggered, batch_size=17)
+    opened = open_with_model(model)
+    triggered = make_triggered(opened)
+    found = run_pass(opened, model, triggered, batch_size=17)
     yield {
         "name": name,
         "number": number,
         "model": model,
-        "subject": subject,
+        "opened": opened,
         "triggered": triggered,
         "found": found,
-        "clean": [One(model, image, number) for image in subject.images.test.images],
+        "clean": [One(model, image, number) for image in opened.images.test.images],
         "stamped": [One(model, image, number) for image in triggered.images],
     }
 
@@ -71,13 +71,13 @@ def test_predictions_and_selections(case) -> None:
         layer = found.layers[case["number"]]
         sets = [[set(row.nonzero().flatten().tolist()) for row in image] for image in layer.selected]
         assert sets == [one.sets for one in ones]
-        kept = [[sum(one.gates[e, p] for p in one.sets[e]) for e in range(one.experts)] for one in ones]
-        assert layer.kept.flatten().tolist() == approx([value for row in kept for value in row])
+        mass = [[sum(one.gates[e, p] for p in one.sets[e]) for e in range(one.experts)] for one in ones]
+        assert layer.gate_mass.flatten().tolist() == approx([value for row in mass for value in row])
 
 
 def test_routing(case) -> None:
-    ones, subject = case["clean"], case["subject"]
-    labels = subject.images.test.labels
+    ones, opened = case["clean"], case["opened"]
+    labels = opened.images.test.labels
     layer = case["found"].clean.layers[case["number"]]
     found = layer_routing(layer, labels, 4, case["model"].patch_grid)
     experts, patches, n = ones[0].experts, ones[0].patches, len(ones)
@@ -122,7 +122,7 @@ def test_shift(case) -> None:
     )
     pairs = [(case["clean"][int(place)], after) for place, after in zip(places, case["stamped"], strict=True)]
     axis = 1 if case["name"] == "pmoe" else 0
-    # Over the patches one value an expert; over the experts one a patch.
+    # Gates over the patches have one divergence per expert, gates over the experts one per patch.
     divergences = [jensenshannon(a.gates, b.gates, axis=axis) ** 2 for a, b in pairs]
     assert got.divergence.value == approx(fmean(d.mean() for d in divergences)) and got.divergence.n == 40
     for e, mean in enumerate(got.changed_by_expert):
@@ -138,11 +138,11 @@ def test_shift(case) -> None:
 
 def test_capture(case) -> None:
     number, triggered, model = case["number"], case["triggered"], case["model"]
-    images = case["subject"].images.test.images[triggered.places]
+    images = case["opened"].images.test.images[triggered.places]
     changed = changed_patches(images, triggered.images, model.patch_size)
     success = torch.arange(len(changed)) % 3 == 0
     got = layer_capture(case["found"].triggered.layers[number], changed, success)
-    # By the square's place, not by its pixels: a 6x6 square covers 2x2 patches of 4, or one of 8.
+    # From the position of the 6x6 square, not its pixels: it touches four patches of 4x4 pixels, or one of 8x8.
     touched = {0, 1, 8, 9} if model.patch_size == 4 else {0}
     assert changed[:, sorted(touched)].all() and int(changed.sum()) == len(touched) * len(changed)
     assert got.changed_patches.value == len(touched)
@@ -182,16 +182,16 @@ def test_comparison_with_itself_and_another(case) -> None:
 
 def test_without_a_trigger_there_is_one_pass(monkeypatch) -> None:
     model = TokenChoice()
-    found = run_pass(make_subject(model), model, None)
+    found = run_pass(open_with_model(model), model, None)
     assert found.triggered is None and found.divergence is None and len(found.clean.predicted) == 60
 
 
 def test_batches_without_a_counted_image() -> None:
-    """Every third test image has the target's class; one by one, its batch has nothing to trigger."""
+    """Every third test image has the target class: with batches of one image, these have nothing to trigger."""
     model = TokenChoice()
-    subject = make_subject(model)
-    triggered = make_triggered(subject)
-    one, many = (run_pass(subject, model, triggered, batch_size=size) for size in (1, 60))
+    opened = open_with_model(model)
+    triggered = make_triggered(opened)
+    one, many = (run_pass(opened, model, triggered, batch_size=size) for size in (1, 60))
     for a, b in zip(one.triggered.layers, many.triggered.layers, strict=True):  # type: ignore[union-attr]
         assert torch.equal(a.selected, b.selected)
     for a, b in zip(one.divergence, many.divergence, strict=True):  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Patch sums against routing: hand-worked, and against scipy."""
+"""Patch sums and routing: against values computed by hand, and against scipy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The preview's choice, its numbers, and its picture read back pixel by pixel."""
+"""The images and numbers of a preview, and its drawing read back pixel by pixel."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from PIL import Image
 from tiny import TINY_MODEL, Tiny, tiny_spec
 
 from backdoorbench_moe.analysis import preview as previews
+from backdoorbench_moe.analysis.opened_run import draw_images
 from backdoorbench_moe.analysis.preview import Preview, preview_run, preview_spec, save_preview
-from backdoorbench_moe.analysis.subject import choose_images
 from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.runner import run_attack
@@ -29,7 +29,7 @@ def train(tmp_path, **values) -> Run:
 
 
 def cells(path, columns: int, rows: int) -> np.ndarray:
-    """The pictures in the file, as (columns, rows, 32, 32, 3): five pixels for one, all five equal."""
+    """Read the cells of a drawing as (columns, rows, 32, 32, 3), and check that each pixel is drawn as 5x5 pixels."""
     picture = np.asarray(Image.open(path).convert("RGB"))
     step = previews.CELL + previews.GAP
     assert picture.shape == (
@@ -53,11 +53,11 @@ def pixels(images: torch.Tensor) -> np.ndarray:
 
 def test_one_of_each_class_in_turn() -> None:
     labels = torch.tensor([2, 2, 2, 0, 0, 4, 2, 0])
-    chosen = choose_images(labels, 8, seed=1)
+    chosen = draw_images(labels, 8, seed=1)
     assert labels[chosen].tolist() == [0, 2, 4, 0, 2, 0, 2, 2]
     assert sorted(chosen.tolist()) == list(range(8))
-    assert torch.equal(choose_images(labels, 5, seed=1), chosen[:5])
-    assert len({tuple(choose_images(labels, 8, seed=seed).tolist()) for seed in range(10)}) > 5
+    assert torch.equal(draw_images(labels, 5, seed=1), chosen[:5])
+    assert len({tuple(draw_images(labels, 8, seed=seed).tolist()) for seed in range(10)}) > 5
 
 
 def test_images_are_stamped_as_in_the_attack() -> None:
@@ -83,7 +83,7 @@ def test_the_split_and_the_models_patch_are_used() -> None:
     assert not changed[:, 1:4].any() and (preview.triggered[:, :, ::4, ::4] == 255).all()
 
 
-def test_the_picture_shows_what_is_there(tmp_path) -> None:
+def test_the_drawing_shows_the_images_and_their_difference(tmp_path) -> None:
     preview = preview_spec(SPEC, images=4)
     save_preview(preview, tmp_path / "a.png", amplify=3)
     clean, triggered, difference = cells(tmp_path / "a.png", columns=3, rows=4)
@@ -94,7 +94,10 @@ def test_the_picture_shows_what_is_there(tmp_path) -> None:
 
 
 def test_a_routed_model_shows_what_each_expert_saw(tmp_path) -> None:
-    model = {**TINY_MODEL, "gate_std": 1.0}  # No rounding decides which tile is selected.
+    model = {
+        **TINY_MODEL,
+        "gate_std": 1.0,
+    }  # Large enough that rounding does not decide which tile is selected.
     run = train(tmp_path, model=model, trigger={"name": "blend", "ratio": 0.2})
     preview = preview_run(run, images=2)
     save_preview(preview, tmp_path / "a.png")
@@ -115,7 +118,7 @@ def test_a_dense_model_has_no_experts_to_show(tmp_path) -> None:
     cells(tmp_path / "a.png", columns=3, rows=2)
 
 
-def test_nothing_changed_is_infinitely_good() -> None:
+def test_psnr_of_unchanged_images_is_infinite() -> None:
     same = torch.tensor([math.inf, 20.0, math.inf, 30.0])
     blank = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
     preview = Preview("", torch.arange(4), ("a",) * 4, blank, blank, same, torch.ones(4))
@@ -159,13 +162,13 @@ def test_a_file_that_cannot_be_written(tmp_path) -> None:
         ({"split": "tset"}, "split: unknown 'tset'; did you mean 'test'"),
     ],
 )
-def test_a_choice_that_is_not_there(options, message) -> None:
+def test_invalid_choices_of_images(options, message) -> None:
     with pytest.raises(ConfigError, match=message):
         preview_spec(SPEC, **options)
 
 
 def test_specs_that_cannot_be_shown() -> None:
-    with pytest.raises(ConfigError, match="got a clean run"):
+    with pytest.raises(ConfigError, match="got a run without one"):
         preview_spec(clean_twin(SPEC))
     with pytest.raises(UnknownNameError, match="did you mean 'square'"):
         preview_spec(tiny_spec(trigger="sqare"))
@@ -183,9 +186,9 @@ def test_wrong_factors_and_file_names(tmp_path, amplify) -> None:
 
 def test_runs_that_cannot_be_shown(tmp_path, monkeypatch) -> None:
     run = train(tmp_path)
-    with pytest.raises(RecordError, match="expected a finished run, it is interrupted"):
+    with pytest.raises(RecordError, match="expected a finished run, its status is 'interrupted'"):
         preview_run(Run(run.folder, replace(run.record, status="interrupted")))
     split = Tiny._split
     monkeypatch.setattr(Tiny, "_split", lambda self, count, seed: split(self, count, seed + 1))
-    with pytest.raises(DataError, match=r"tiny: expected the data of the run, digest .* say where it lies"):
+    with pytest.raises(DataError, match=r"tiny: expected the data of the run, digest .* give its folder"):
         preview_run(load_run(run.folder.path))

@@ -1,4 +1,4 @@
-"""The report of an analysis: whole, readable without colours or eyes, and made of nothing but its document."""
+"""The report of an analysis: complete, accessible, self-contained, and drawn from its document alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EVIL = "<script>alert(1)</script>\"'&$x_1$"
 
 
 class Page(HTMLParser):
-    """Tags, what they ask for, and the texts of some of them."""
+    """Collects tags, ids, references, labels and the texts of some tags."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def document(request) -> dict:
     return document_of(request.param)
 
 
-def test_one_page_that_asks_for_nothing(document) -> None:
+def test_the_page_is_self_contained(document) -> None:
     sections = draw_sections(document)
     report = make_report(document, sections)
     shown = Page(report.page)
@@ -86,7 +86,7 @@ def test_one_page_that_asks_for_nothing(document) -> None:
     assert {one[1:] for one in inside} <= set(shown.ids)
     assert all(one.startswith("data:image/png;base64,") for one in set(shown.references) - set(inside))
     assert not {"script", "link", "img", "iframe"} & set(shown.tags) and "@import" not in report.page
-    # Every figure has words, and a file of the same name that is a picture.
+    # Every figure has a caption, an alternative text and a PNG file of the same name.
     plates = [plate for section in sections for plate in section.plates]
     assert shown.tags.count("figure") == len(plates) == len(report.figures) >= 7
     assert shown.labels == [plate.alt for plate in plates]
@@ -97,7 +97,7 @@ def test_one_page_that_asks_for_nothing(document) -> None:
         with Image.open(BytesIO(report.figures[plate.name])) as image:
             assert image.width == pytest.approx(200 * plate.width, abs=2)
             assert image.width < 200 * 9
-    # What is absent is said.
+    # Missing parts are listed with their reasons.
     for one in document["absent"]:
         assert f"{one['part']}: {one['reason']}" in shown.texts["li"]
     assert shown.texts["h1"] == [document["run"]["name"]]
@@ -130,7 +130,7 @@ def test_the_same_bytes_of_a_routed_model() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 1, "kind": "suite"}'])
-def test_what_is_no_analysis_is_refused(tmp_path, text) -> None:
+def test_other_files_are_refused(tmp_path, text) -> None:
     (tmp_path / "analysis.json").write_text(text)
     with pytest.raises(RecordError, match=r"analysis .*analysis\.json: (damaged|expected an analysis)"):
         load_document(tmp_path / "analysis.json")
@@ -151,7 +151,7 @@ def test_files_are_written_and_old_figures_removed(tmp_path) -> None:
         save_report(report, tmp_path / "file")
 
 
-def test_names_are_text_whatever_is_in_them() -> None:
+def test_names_are_escaped() -> None:
     document = copy.deepcopy(document_of("dense"))
     document["run"]["name"] = document["against"]["name"] = EVIL
     document["run"]["record"]["spec"]["model"]["option"] = EVIL
@@ -221,7 +221,7 @@ def test_the_target_rate_without_the_trigger_stands_beside_asr() -> None:
 def test_a_model_near_chance_is_named_in_the_first_lines_and_marked(value, low, near) -> None:
     document = copy.deepcopy(document_of("pmoe"))
     run = document["run"]
-    run["record"]["data"]["classes"] = [str(n) for n in range(10)]
+    run["record"]["data"] |= {"classes": [str(n) for n in range(10)], "chance": 10.0}
     ba = {"value": value, "n": 10000, "low": low, "high": value + 0.6}
     run["metrics"]["ba"] = ba
     run["record"]["stages"] = [{"name": "pruned", "metrics": {"ba": ba}, "seconds": 1.0}]

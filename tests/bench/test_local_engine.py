@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -153,3 +154,44 @@ def test_the_memory_of_a_run_is_measured_without_a_trace(tmp_path) -> None:
     needed, free = worker.memory_of(Job(spec.to_dict(), str(tmp_path)))
     assert needed == free == 0 or torch.cuda.is_available()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_asked_to_end_interrupts_its_run_only(tmp_path) -> None:
+    """SIGTERM to one worker: no failure; the next run gets a new process, and the call after it goes on."""
+    suite = parse_suite(SIGNS, "signs")
+    ended: list[int] = []
+
+    def end_once() -> None:
+        wait_until(lambda: any(tmp_path.glob("*/checkpoint/state.safetensors")))
+        [pid] = children(os.getpid())
+        ended.append(pid)
+        os.kill(pid, signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as beside:
+        sent = beside.submit(end_once)
+        report, _ = run(suite, tmp_path, engine=LocalEngine(1, threads=1))
+        sent.result()
+    statuses = sorted(outcome.status for outcome in report.outcomes)
+    assert statuses == ["finished", "finished", "interrupted"] and ended
+    interrupted = [one for one in look(list(order(suite)), tmp_path) if one.status != "finished"]
+    assert [one.status for one in interrupted] == ["interrupted"] and interrupted[0].epochs >= 1
+    report, _ = run(suite, tmp_path, engine=LocalEngine(1, threads=1))
+    assert report.is_complete
+    run(suite, tmp_path / "whole")
+    assert numbers(suite, tmp_path) == numbers(suite, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_calls_at_once_share_the_work_and_count_what_each_made(tmp_path) -> None:
+    """Of six runs and a twin each call makes some, none is made twice, and the sum is all."""
+    grid = {**SIGNS["grid"], "poison.rate": [0.05, 0.1, 0.15, 0.2, 0.25, 0.3]}
+    suite = parse_suite({**SIGNS, "grid": grid}, "signs")
+    with ThreadPoolExecutor(2) as both:
+        calls = [both.submit(run, suite, tmp_path, engine=LocalEngine(1)) for _ in range(2)]
+        reports = [call.result()[0] for call in calls]
+    assert all(report.is_complete and report.total == 7 for report in reports)
+    assert sum(report.count("finished") for report in reports) == 7
+    assert all(report.count("finished") >= 2 for report in reports)
+    for report in reports:
+        assert report.count("finished") + report.count("found") + report.found == 7

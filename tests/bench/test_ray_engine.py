@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -279,6 +280,22 @@ def test_a_killed_nodes_run_goes_on_elsewhere(cluster, make_jobs, tmp_path) -> N
     # To the microsecond: these epochs were not trained again.
     assert record.history[: len(rows)] == rows
     assert numbers([job]) == made_here([job], tmp_path / "here")
+
+
+@pytest.mark.slow
+def test_it_leaves_the_callers_handler_of_sigterm(cluster) -> None:
+    """Ray sets one of its own, which would end the process with its runs recorded as running."""
+    ray.shutdown()
+
+    def mine(*_: object) -> None:
+        pass
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        with RayEngine(1, address=cluster.address)._cluster():
+            assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_no_cluster_at_the_address() -> None:

@@ -17,10 +17,11 @@ from backdoorbench_moe.bench.engines.local import LocalEngine
 from backdoorbench_moe.bench.life_sign import LIFE_SIGN
 from backdoorbench_moe.bench.plan import look
 from backdoorbench_moe.bench.results import ResultSet
-from backdoorbench_moe.bench.run import estimate, parse_budget
+from backdoorbench_moe.bench.run import Report, estimate, parse_budget
 from backdoorbench_moe.bench.suite import order
 from backdoorbench_moe.bench.worker import Job, Outcome, work
 from backdoorbench_moe.engine.graph import clean_twin
+from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import Runner
 from backdoorbench_moe.errors import BbmoeError, ConfigError, RecordError, UnknownNameError
@@ -283,3 +284,51 @@ def test_one_cell_recomputed_by_hand(tmp_path) -> None:
     assert (found.mean, found.std, found.low, found.high) == pytest.approx(
         (mean, std, centre - half, centre + half)
     )
+
+
+class Watching(Observer):
+    """Notes what it is told of finished runs."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def on_found(self, folder: str) -> None:
+        self.found.append(folder)
+
+
+def test_a_run_that_another_process_makes_meanwhile_is_not_counted_as_made(tmp_path) -> None:
+    """Both wait for the same twin and the same run; each says whether it made it itself."""
+    suite = tiny_suite(grid={**GRID, "trigger": "square", "poison.rate": 0.25})
+    twin, spec = order(suite)
+    folder = RunFolder(tmp_path / spec.name)
+    with ThreadPoolExecutor(1) as other, folder.lock():
+        late = other.submit(work, Job(spec.to_dict(), str(tmp_path)))
+        time.sleep(0.3)
+        assert not late.done()
+        # What a process that holds the folder does, without its lock.
+        elsewhere = Runner(spec, tmp_path / "elsewhere").finish(spec)
+        folder.write(elsewhere.record)
+    assert late.result() == Outcome(spec.name, "found")
+    assert work(Job(twin.to_dict(), str(tmp_path))) == Outcome(twin.name, "finished")
+    assert work(Job(twin.to_dict(), str(tmp_path))) == Outcome(twin.name, "found")
+    report = Report(total=3, found=1, outcomes=[Outcome("a", "finished"), Outcome("b", "found")])
+    assert report.is_complete and report.count("finished") == 1
+
+
+def test_a_parent_that_is_found_does_not_make_the_run_a_found_one(tmp_path) -> None:
+    grid = {**GRID, "trigger": "square", "poison.rate": 0.25, "defenses": [["fine-tuning"]]}
+    _, parent, defended = order(tiny_suite(grid=grid))
+    watching = Watching()
+    Runner(parent, tmp_path, watching).finish(parent)
+    assert watching.found == []
+    assert work(Job(defended.to_dict(), str(tmp_path))) == Outcome(defended.name, "finished")
+    Runner(parent, tmp_path, watching).finish(parent)
+    assert watching.found == [str(tmp_path / parent.name)]
+
+
+def test_a_run_that_is_held_is_not_waited_for_while_there_is_other_work(tmp_path) -> None:
+    [spec, *_] = order(tiny_suite())
+    job = Job(spec.to_dict(), str(tmp_path), wait=False)
+    with job.folder.lock():
+        assert work(job) == Outcome(spec.name, "held")
+    assert work(job) == Outcome(spec.name, "finished")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import numpy as np
 import pytest
 
 from backdoorbench_moe.api import make_spec
+from backdoorbench_moe.bench.suite_file import load_suite
+from backdoorbench_moe.config import build_spec, merge, parse_setting
 from backdoorbench_moe.engine.runner import run_attack
 
 SPEED = Path(__file__).parents[2] / "benchmarks" / "speed"
@@ -176,3 +180,31 @@ def test_larger_images(tmp_path: Path) -> None:
     assert (row["side"], row["patch"]) == (32, 4)
     assert all(row[name] > 0 for name in ("square", "blend", "warp", "train", "multiply_adds"))
     assert 0 < row["idle_bytes"] <= row["stamp_bytes"] <= row["train_bytes"]
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path) -> None:
+    few = ("--set", "dataset.train_images=64", "--set", "dataset.test_images=40", "--set", "train.epochs=1")
+    result = measure(tmp_path, "demo.py", "--seeds", "2", "--precision", "avx2", "--former", "1", *few)
+    runs = result["runs"]
+    assert [(run["recipe"], run["seed"]) for run in runs] == [("quick", 0), ("former", 0), ("quick", 1)]
+    # 64 images of 32x32 teach nothing, and one epoch of them takes far less than the goal.
+    [summary] = result["summary"].values()
+    assert summary["goal_seconds_met"] and not summary["goal_percent_met"]
+    assert summary["seconds_ratio"] == pytest.approx(runs[0]["seconds"] / runs[1]["seconds"])
+    assert summary["lowest"]["asr"] == min(runs[0]["asr"], runs[2]["asr"])
+    assert runs[0]["model"]["widen_factor"] < runs[1]["model"]["widen_factor"] == 2
+    assert all(run["cpu_seconds"] > 0 and 0 <= run["twin_ba"] <= 100 for run in runs)
+
+
+def test_the_former_recipe_is_complete_and_is_the_one_the_smoke_suite_keeps() -> None:
+    """Its settings leave nothing to the present recipe, which may change again."""
+    sys.path.insert(0, str(SPEED))
+    try:
+        former = importlib.import_module("demo").FORMER
+    finally:
+        sys.path.remove(str(SPEED))
+    spec = build_spec(merge(*map(parse_setting, former)))
+    [cell, *_] = load_suite("smoke").cells
+    assert replace(cell.spec.train, epochs=5) == spec.train
+    assert cell.spec.model == spec.model

@@ -162,7 +162,7 @@ def test_a_dense_model_shows_what_it_has(bbmoe, tmp_path) -> None:
 BAD = {
     "no image": (["--images", "none.png"], "none.png: cannot be read as an image (FileNotFoundError"),
     "no picture": (["--images", "3,{text}"], "text.png: cannot be read as an image (UnidentifiedImageError"),
-    "clear": (["--images", "{clear}"], "clear.png: expected an RGB, grey or palette image without transparency"),
+    "clear": (["--images", "{clear}"], "clear.png: expected an RGB, grey or palette image of 8 bits a channel without"),
     "images": (["--images", "60"], "images: expected test images in 0..59, or files, got 60"),
     "negative": (["--images", "-1"], "images: expected test images in 0..59, or files, got -1"),
     "empty": (["--images", "3,,4"], "--images: expected numbers of test images such as 3,17, or files"),
@@ -197,7 +197,7 @@ def test_runs_that_cannot_be_analyzed(bbmoe, victim, tmp_path) -> None:
     before = files_in(tmp_path)
     for against, message in (
         (other, "tiny: expected the data of the run"),
-        (dense, "against: expected a model that routes as that of"),
+        (dense, "against: expected a model with the routed layers of"),
     ):
         code, _, err = bbmoe("analyze", victim.folder.path, "--against", against.folder.path, "--quiet")
         assert code == 2 and message in err and err.count("\n") == 1
@@ -212,12 +212,14 @@ def test_runs_that_cannot_be_analyzed(bbmoe, victim, tmp_path) -> None:
     assert names
     cut = {name: tensor[:2].clone() if name in names else tensor for name, tensor in tensors.items()}
     victim.folder.save_model(cut, header)
+    victim.record.model_sha256 = victim.folder.model_sha256
+    victim.folder.write(victim.record)
     code, _, err = bbmoe("analyze", victim.folder.path, "--quiet")
     assert code == 2 and "expected the 2 classes that the model of run" in err and err.count("\n") == 1
     victim.record.status = "interrupted"
     victim.folder.write(victim.record)
     code, _, err = bbmoe("analyze", victim.folder.path, "--quiet")
-    assert code == 2 and "expected a finished run, it is interrupted" in err
+    assert code == 2 and "expected a finished run, its status is 'interrupted'" in err
     assert files_in(tmp_path) == before
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from backdoorbench_moe import cli
-from backdoorbench_moe.collapse import MARK_LEGEND
 from backdoorbench_moe.errors import BbmoeWarning
 
 SMALL = [
@@ -88,16 +87,12 @@ def test_show_many_runs_is_one_table_to_paste(bbmoe, tmp_path) -> None:
     folders = sorted(tmp_path.iterdir())
     code, out, _ = bbmoe("show", *folders, "--markdown")
     lines = out.strip().splitlines()
-    table = [line for line in lines if line.startswith("|")]
-    assert code == 0 and len(table) == 2 + len(folders) and table == lines[: len(table)]
-    # One epoch on 96 images teaches next to nothing: that is said once, below the table.
-    marked = any("†" in line for line in table)
-    assert lines[len(table) :] == (["", MARK_LEGEND] if marked else [])
-    assert lines[0].startswith("| data") and set(lines[1]) <= set("|-: ")
+    assert code == 0 and len(lines) == 2 + len(folders)
+    assert lines[0].startswith("| status | data") and set(lines[1]) <= set("|-: ")
     assert "square" in out and "clean" in out
     code, out, _ = bbmoe("show", *folders)
-    assert code == 0 and len([line for line in out.splitlines() if line.startswith("tiny ")]) == len(folders)
-    assert ("near chance" in out) == marked
+    assert code == 0 and len(out.strip().splitlines()) == 2 + len(folders)
+    assert out.startswith("all 2 runs: status finished, data tiny, model pmoe")
     assert "square" in out and "CAD" in out and "…" not in out
 
 

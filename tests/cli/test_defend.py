@@ -47,7 +47,7 @@ def victim(tmp_path) -> Run:
 
 def test_it_prints_every_stage_and_makes_a_folder_beside_the_run(bbmoe, victim) -> None:
     code, out, err = bbmoe("defend", victim.folder.path, *PRUNING)
-    assert code == 0 and "training fine-pruning: 1 epochs of 48 images" in err
+    assert code == 0 and "training fine-pruning: 1 epoch of 48 images" in err
     [folder] = victim.folder.path.parent.glob("*-fine-pruning-*")
     record = json.loads((folder / "record.json").read_text())
     assert f"run folder: {folder}" in out and "square by image, 25% poisoned, fine-pruning" in out

@@ -31,8 +31,8 @@ def test_recipe_gives_the_model_its_options_and_flags_win_over_it() -> None:
     spec = build_spec({"recipe": "quick", "model": {"name": "pmoe", "widen_factor": 5}})
     assert spec.model.options == {
         "widen_factor": 5,
-        "moe_channels": 128,
-        "expert_channels": 32,
+        "moe_channels": 16,
+        "expert_channels": 16,
         "bn_momentum": 0.1,
     }
     assert build_spec({"recipe": "quick", "model": "vgg16_bn"}).model.options == {}

@@ -18,7 +18,7 @@ from backdoorbench_moe.engine.class_names import (
     resolve_classes,
     warn_of_numeric_names,
 )
-from backdoorbench_moe.engine.runner import Session, run_attack
+from backdoorbench_moe.engine.runner import Runner, run_attack
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError, UnknownNameError
 
 CLASSES = ("cat", "dog", "Dog", "stop sign", "7")
@@ -139,7 +139,7 @@ def test_the_record_and_the_folder_have_the_number(tmp_path) -> None:
     spec = tiny_spec(poison={"target": "blue", "source": ["red"]})
     with pytest.raises(ConfigError, match="expected a class number"):
         _ = spec.digest
-    Session(spec, tmp_path).check(spec)
+    Runner(spec, tmp_path).maker(spec)
     [run] = run_attack(spec, output=tmp_path, twin=False)
     numbered = tiny_spec(poison={"target": 2, "source": [0]})
     assert run.spec == numbered and run.folder.path.name == numbered.name
@@ -158,4 +158,4 @@ def test_a_target_among_the_sources_is_refused_where_it_changes_nothing(tmp_path
         {"mapping": "all-to-all", "source": [0, 1]},
     ):
         spec = tiny_spec(poison=poison)
-        Session(spec, tmp_path).check(spec)
+        Runner(spec, tmp_path).maker(spec)

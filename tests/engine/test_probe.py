@@ -1,4 +1,4 @@
-"""`--probe N`: what is kept, that it changes nothing, and that an interruption leaves no trace in it."""
+"""`--probe N`: its contents, that it does not change training, and that it survives interruptions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.engine.inference import as_input
 from backdoorbench_moe.engine.observer import Observer, StopRun
 from backdoorbench_moe.engine.poison import stamp_images
-from backdoorbench_moe.engine.probe import load_seen
+from backdoorbench_moe.engine.probe import load_probe_record
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.runner import run_attack
 from backdoorbench_moe.errors import ConfigError, RecordError
@@ -48,37 +48,37 @@ def test_it_changes_neither_weights_nor_metrics_nor_older_digests(tmp_path) -> N
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and ours.keys() == theirs.keys()
     assert probed.record.metrics == plain.record.metrics
     assert "probe" not in plain.spec.to_dict() and plain.spec.digest == tiny_spec(probe=0).digest
-    assert load_seen(plain.folder) is None
+    assert load_probe_record(plain.folder) is None
     # All attacks share a clean twin, probed or not.
     assert clean_twin(probed.spec) == clean_twin(plain.spec)
 
 
 def test_it_holds_what_the_model_does_before_training_and_at_the_end(tmp_path) -> None:
     run = attacked(tmp_path, probe=6)
-    seen = load_seen(run.folder)
+    record = load_probe_record(run.folder)
     images = Tiny().load()
-    assert seen.layers == ("moe",) and seen.clean.selected[0].shape == (3, 6, 4, 64)
-    assert seen.indices.tolist() == sorted(set(seen.indices.tolist()))
+    assert record.layers == ("moe",) and record.clean.selected[0].shape == (3, 6, 4, 64)
+    assert record.indices.tolist() == sorted(set(record.indices.tolist()))
     # Those that count for ASR: not of the target's class.
-    assert (images.test.labels[seen.indices] != 0).all()
+    assert (images.test.labels[record.indices] != 0).all()
     fresh = build_model(run.spec, num_classes=3, image_size=32).eval()
-    clean = images.test.images[seen.indices]
-    for view, pictures in ((seen.clean, clean), (seen.triggered, stamp_images(clean, run.stamper()))):
-        for model, moment in ((fresh, 0), (run.model(), 2)):
-            # As training has it: near ties may fall otherwise in another memory format.
+    clean = images.test.images[record.indices]
+    for history, pictures in ((record.clean, clean), (record.triggered, stamp_images(clean, run.stamper()))):
+        for model, step in ((fresh, 0), (run.model(), 2)):
+            # The memory format of training: in another one, near ties may be decided differently.
             laid_out = model.to(memory_format=torch.channels_last)
             with torch.inference_mode():
                 output = laid_out.forward_routed(as_input(pictures))
-            assert torch.equal(view.selected[0][moment], output.routing[0].selected)
-            assert torch.equal(view.predicted[moment], output.logits.argmax(1))
-    assert not torch.equal(seen.clean.selected[0][0], seen.clean.selected[0][2])
+            assert torch.equal(history.selected[0][step], output.routing[0].selected)
+            assert torch.equal(history.predicted[step], output.logits.argmax(1))
+    assert not torch.equal(record.clean.selected[0][0], record.clean.selected[0][2])
     clean_run = attacked(tmp_path, probe=60, trigger=None, applicator=None, poison={"rate": 0})
-    seen = load_seen(clean_run.folder)
-    assert seen.triggered is None and seen.indices.tolist() == list(range(60))
+    record = load_probe_record(clean_run.folder)
+    assert record.triggered is None and record.indices.tolist() == list(range(60))
 
 
 @pytest.mark.parametrize("after", [1, 2])
-def test_interrupted_and_gone_on_is_the_same_file(tmp_path, after) -> None:
+def test_an_interrupted_and_continued_run_has_the_same_file(tmp_path, after) -> None:
     values = {"probe": 5, "train": {"epochs": 3, "momentum": 0.9}}
     whole = attacked(tmp_path / "whole", **values)
     with pytest.raises(StopRun):
@@ -117,10 +117,10 @@ def test_a_checkpoint_whose_probe_is_gone_is_refused(tmp_path) -> None:
     with pytest.raises(RecordError, match=r"probe .*probe\.npz: missing or damaged"):
         attacked(tmp_path, **values)
     shutil.rmtree(folder.path / "checkpoint")
-    assert len(load_seen(attacked(tmp_path, **values).folder).clean.predicted) == 4
+    assert len(load_probe_record(attacked(tmp_path, **values).folder).clean.predicted) == 4
 
 
-def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path) -> None:
+def test_invalid_probes_are_refused_before_anything_is_written(tmp_path) -> None:
     with pytest.raises(ConfigError, match="probe: expected a number from 0, got -1"):
         tiny_spec(probe=-1)
     with pytest.raises(ConfigError, match="probe: expected an integer, got 'some'"):
@@ -146,4 +146,4 @@ def test_a_damaged_file_is_named(tmp_path) -> None:
     ):
         run.folder.save_probe(spoiled)
         with pytest.raises(RecordError, match=r"probe of run folder .*: damaged"):
-            load_seen(run.folder)
+            load_probe_record(run.folder)

@@ -1,1 +1,1 @@
-"""The figures of an analysis, drawn from its JSON document, so that a report can be drawn again without the model."""
+"""Figures of a report, drawn from the JSON document, so that a report can be redrawn without the model."""

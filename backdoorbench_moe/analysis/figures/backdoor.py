@@ -1,17 +1,18 @@
-"""What the trigger does to the routing, and which experts carry the backdoor."""
+"""Figures of trigger capture, routing shift and the experts that carry the backdoor."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from backdoorbench_moe.analysis.figures.charts import Panel, Series, chart, matrices
+from backdoorbench_moe.analysis.figures.charts import ChartPanel, Series, chart, matrices
 from backdoorbench_moe.analysis.figures.plate import MAX_LAYERS, Doc, Plate, left_out, make_plate, spread
-from backdoorbench_moe.analysis.figures.words import count, listing, mean, number, percent, proportion, roles
+from backdoorbench_moe.analysis.figures.words import listing, mean, number, percent, proportion, roles
+from backdoorbench_moe.counting import count
 
 
 def draw_backdoor(document: Doc) -> Iterator[Plate]:
-    """Capture, whether it predicts success, shift, and who carries the backdoor; what there is of them."""
+    """Draw the figures of capture, shift and carriers, as far as the document has these parts."""
     if document["capture"] is not None:
         yield _capture(document)
         yield _success(document)
@@ -27,7 +28,7 @@ def draw_backdoor(document: Doc) -> Iterator[Plate]:
 
 
 def _others(document: Doc, part: str) -> list[Doc] | None:
-    """The same part of the findings on the model that this one is compared with."""
+    """Return the same part of the findings for the other model; None without one."""
     against = document["findings_against"]
     return None if against is None else against[part]
 
@@ -46,13 +47,13 @@ def _capture(document: Doc) -> Plate:
         if others is not None:
             series.append(Series(roles(document)[1], _percents(others[place]["by_expert"])))
         series.append(Series("if routing were blind", _percents(layer["blind_by_expert"]), style="mark"))
-        panels.append(Panel(f"layer {layer['layer']}", series, names=_names(layer["by_expert"])))
+        panels.append(ChartPanel(f"layer {layer['layer']}", series, names=_names(layer["by_expert"])))
     first = max(layers, key=lambda layer: abs(layer["captured"]["value"] - layer["blind_captured"]))
     said = (
         f"Triggered images in which an expert receives a patch that the trigger changed "
-        f"({mean(first['changed_patches'])} of {len(first['changed'])} patches an image): at least one expert in "
+        f"({mean(first['changed_patches'])} of {len(first['changed'])} patches of an image): at least one expert in "
         f"{proportion(first['captured'])}, where blind routing would give {percent(first['blind_captured'])} (layer "
-        f"{first['layer']}); {mean(first['experts'])} experts on average, blind {number(first['blind_experts'])}."
+        f"{first['layer']}); {mean(first['experts'])} experts on average, {number(first['blind_experts'])} if blind."
     )
     if others is not None:
         other = others[layers.index(first)]
@@ -74,7 +75,7 @@ def _success(document: Doc) -> Plate:
     for layer in shown:
         kinds = [layer["asr_captured"], layer["asr_missed"]]
         panels.append(
-            Panel(
+            ChartPanel(
                 f"layer {layer['layer']}",
                 [Series.of("ASR", kinds)],
                 names=["captured", "missed"],
@@ -109,8 +110,8 @@ def _divergence(document: Doc) -> Plate:
     first = max(layers, key=lambda layer: layer["divergence"]["value"])
     e, most = _most(first["divergence_by_expert"])
     said = (
-        f"How far the trigger moves the gates: Jensen-Shannon divergence of clean and triggered version, mean over "
-        f"{count(first['divergence']['n'], 'image')}; {mean(first['divergence'])} nats in layer {first['layer']}, the "
+        f"How far the trigger moves the gates: Jensen-Shannon divergence of clean and triggered image, mean over "
+        f"{count(first['divergence']['n'], 'image')}; {mean(first['divergence'])} nats in layer {first['layer']}, "
         f"most in expert {e} with {mean(most)}. {_other_shift(document, 'divergence', 1, ' nats', first)}"
     )
     return _shift_plate(document, "divergence", "Routing shift: gates", said, "divergence, nats", 1)
@@ -122,7 +123,7 @@ def _changed(document: Doc) -> Plate:
     e, most = _most(first["changed_by_expert"])
     said = (
         f"Share of an expert's selected patches that the trigger exchanges: {mean(first['changed'], factor=100)}% in "
-        f"layer {first['layer']}, the most in expert {e} with {mean(most, factor=100)}%. "
+        f"layer {first['layer']}, most in expert {e} with {mean(most, factor=100)}%. "
         f"{_other_shift(document, 'changed', 100, '%', first)}"
     )
     return _shift_plate(
@@ -146,7 +147,7 @@ def _shift_plate(document: Doc, key: str, title: str, said: str, ylabel: str, fa
         if others is not None:
             series.append(Series.of(roles(document)[1], others[place][f"{key}_by_expert"], factor))
         names = _names(layers[place][f"{key}_by_expert"])
-        panels.append(Panel(f"layer {layers[place]['layer']}", series, names=names))
+        panels.append(ChartPanel(f"layer {layers[place]['layer']}", series, names=names))
     said = (said + left_out(len(shown), len(layers), "routed layers")).strip()
     return make_plate(
         f"shift-{key}",
@@ -171,12 +172,12 @@ def _muted(document: Doc) -> Plate:
         if whole["asr"] is not None:
             series.append(Series.of("ASR", [one["asr"] for one in ones]))
             levels["ASR, all experts"] = whole["asr"]["value"]
-        panels.append(Panel(f"layer {layer}", series, names=_names(ones), levels=levels))
+        panels.append(ChartPanel(f"layer {layer}", series, names=_names(ones), levels=levels))
     if whole["asr"] is None:
         worst = min(carriers["singles"], key=lambda one: one["ba"]["value"])
         said = (
-            f"BA with one expert muted, on {whole['ba']['n']:,} images: {proportion(whole['ba'])} with all; the "
-            f"lowest {proportion(worst['ba'])} without {worst['experts'][0]}."
+            f"BA with one expert muted, on {whole['ba']['n']:,} images: {proportion(whole['ba'])} with all experts; "
+            f"the lowest {proportion(worst['ba'])} without {worst['experts'][0]}."
         )
     else:
         best = min(carriers["singles"], key=lambda one: one["asr"]["value"])
@@ -200,7 +201,7 @@ def _patched(document: Doc) -> Plate:
     groups = _by_layer(carriers["patched"], lambda one: one["expert"])
     floor = carriers["clean_called_wanted"]["value"]
     panels = [
-        Panel(
+        ChartPanel(
             f"layer {layer}",
             [Series.of("ASR", [one["asr"] for one in ones]), Series.of("RA", [one["ra"] for one in ones])],
             names=_names(ones),
@@ -210,15 +211,16 @@ def _patched(document: Doc) -> Plate:
     ]
     best = min(carriers["patched"], key=lambda one: one["asr"]["value"])
     said = (
-        "Activation patching: one expert gives for a triggered image what it gives for the clean one, the rest "
-        f"of the model sees the trigger. With {best['expert']} so, ASR falls from "
-        f"{proportion(carriers['whole']['asr'])} to {proportion(best['asr'])} and {proportion(best['ra'])} are called "
-        f"what they are (RA); without any trigger {percent(floor)} are called what the attacker wants."
+        "Activation patching: the output of one expert is that for the clean image, while the rest of the model "
+        f"processes the triggered one. The lowest ASR is reached with {best['expert']}: it falls from "
+        f"{proportion(carriers['whole']['asr'])} to {proportion(best['asr'])}, and {proportion(best['ra'])} of the "
+        f"images are classified correctly (RA). Without the trigger, {percent(floor)} are classified as the attacker "
+        "wants."
     )
     said += left_out(len(panels), len(groups), "routed layers")
     return make_plate(
         "patching",
-        "One expert as on clean images",
+        "Activation patching of one expert",
         said,
         f"Bars with 95% intervals for each expert. {said}",
         lambda: chart(panels, xlabel="patched expert", ylabel="images, %", limits=(0, 104)),
@@ -256,7 +258,7 @@ def _pairs(document: Doc) -> Plate:
 
 
 def _by_layer(ones: list[Doc], name: Any) -> dict[str, list[Doc]]:
-    """What is said of single experts, by the layer in their names ("moe/2")."""
+    """Group values of experts by the layer in their names, such as "moe" in "moe/2"."""
     groups: dict[str, list[Doc]] = {}
     for one in ones:
         groups.setdefault(name(one).rpartition("/")[0], []).append(one)

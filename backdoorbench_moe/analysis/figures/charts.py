@@ -1,4 +1,4 @@
-"""Bars, lines, histograms and matrices, in small panels that a phone can show."""
+"""Charts of bars, lines, histograms and matrices, in panels small enough for a phone."""
 
 from __future__ import annotations
 
@@ -15,20 +15,25 @@ if TYPE_CHECKING:
 
 Values = Sequence[float | None]
 # In inches: what a phone shows without scrolling, and the margins around the panels.
-WIDTH, LEFT, RIGHT, TOP, BOTTOM, LEGEND = 4.5, 0.62, 0.1, 0.3, 0.46, 0.22
+WIDTH, LEFT, RIGHT, TOP, BOTTOM, LEGEND = 4.5, 0.62, 0.2, 0.34, 0.46, 0.22
 MAX_LABELS, MAX_NUMBERS, LEGEND_COLUMNS = 12, 8, 2
-# Beside each other where there are many panels, and how high one of these is.
+# Number of panels in a row if there are many, and the height of such a panel in inches.
 MOST_ACROSS, FLAT = 3, 1.2
 MAP = "cividis"
-# Of numbers on a coloured square: not the page's ink, which changes with its theme while the square does not.
+# Colours of numbers on a coloured square, which unlike the page's text does not change with the theme.
 DARK_TEXT, LIGHT_TEXT = "#111111", "#fafafa"
 
 
 @dataclass(frozen=True)
 class Series:
-    """One value for each place on the x axis, with the ends of its interval; None is not drawn.
+    """One value for each position on the x axis; a value of None is not drawn.
 
-    style: "bar", "mark" (a hollow marker: what the bars are compared with), "line" or "steps".
+    Attributes:
+        label: Label in the legend.
+        values: The values.
+        low: Lower ends of their intervals; None without intervals.
+        high: Upper ends of their intervals; None without intervals.
+        style: "bar", "mark" (a hollow marker, for values that bars are compared with), "line" or "steps".
     """
 
     label: str
@@ -39,7 +44,7 @@ class Series:
 
     @classmethod
     def of(cls, label: str, ones: Sequence[dict[str, Any] | None], factor: float = 1) -> Series:
-        """Bars of proportions or means as the document has them, times a factor."""
+        """Make bars of the proportions or means in a document, multiplied with a factor."""
 
         def column(key: str) -> list[float | None]:
             return [None if one is None or one[key] is None else factor * one[key] for one in ones]
@@ -48,8 +53,16 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Panel:
-    """Series over the same places. x: numbers for lines and steps; names: of the places of bars."""
+class ChartPanel:
+    """One panel of a chart: series over the same x axis.
+
+    Attributes:
+        title: Title of the panel.
+        series: The series.
+        names: Labels of the positions on the x axis, for bars.
+        x: Positions on the x axis, for lines and steps.
+        levels: Horizontal lines by their labels.
+    """
 
     title: str
     series: Sequence[Series]
@@ -59,7 +72,7 @@ class Panel:
 
 
 def chart(
-    panels: Sequence[Panel],
+    panels: Sequence[ChartPanel],
     *,
     xlabel: str,
     ylabel: str,
@@ -67,7 +80,16 @@ def chart(
     height: float = 1.7,
     share_y: bool = True,
 ) -> Figure:
-    """All panels beside and below each other, on one scale. height: of one of few, in inches."""
+    """Draw panels in rows.
+
+    Args:
+        panels: The panels.
+        xlabel: Label of the x axes.
+        ylabel: Label of the y axes.
+        limits: Limits of the y axes if they are shared; None for an automatic limit.
+        height: Height of a panel in inches; less if there are many panels.
+        share_y: Whether all panels have the same y axis.
+    """
     across = _across(len(panels))
     height = height if across < MOST_ACROSS else min(height, FLAT)
     labels = list(dict.fromkeys(one.label for panel in panels for one in panel.series))
@@ -101,7 +123,16 @@ def matrices(
     form: str = "{:.2f}",
     rows: Sequence[str] | None = None,
 ) -> Figure:
-    """A matrix of values a panel, as coloured squares; with the numbers in them where they have room."""
+    """Draw one matrix per panel as coloured squares, with the values as text if there is room.
+
+    Args:
+        panels: Titles and matrices; None in a matrix is left empty.
+        xlabel: Label of the x axes.
+        ylabel: Label of the y axes.
+        limits: Smallest and largest value of the colour scale; None for those of the values.
+        form: Format of the values.
+        rows: Labels of the rows; None to number them.
+    """
     across = _across(len(panels))
     values = [value for _, matrix in panels for row in matrix for value in row if value is not None]
     low, high = limits or (min(values, default=0), max(values, default=1))
@@ -141,7 +172,7 @@ def _across(panels: int) -> int:
 def _grid(
     panels: int, across: int, height: float, *, bottom: float, left: float = LEFT, share_y: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with places for so many panels, row by row; measured in inches, which needs no layout engine."""
+    """Make a figure with a grid of axes, `across` in a row. All sizes are in inches, so no layout engine is needed."""
     down, gap = math.ceil(panels / across), TOP + 0.22
     total = TOP + down * height + (down - 1) * gap + bottom
     figure = new_figure(WIDTH, total)
@@ -159,7 +190,7 @@ def _grid(
     return figure, list(grid.flat)[:panels]
 
 
-def _draw(axes: Axes, panel: Panel, labels: Sequence[str]) -> None:
+def _draw(axes: Axes, panel: ChartPanel, labels: Sequence[str]) -> None:
     bars = [one for one in panel.series if one.style == "bar"]
     for one in panel.series:
         place = labels.index(one.label)
@@ -190,7 +221,7 @@ def _draw(axes: Axes, panel: Panel, labels: Sequence[str]) -> None:
 
 
 def _bars(one: Series) -> list[list[float]] | None:
-    """Lengths of the error bars below and above; none where an interval is missing."""
+    """Return the lengths of the error bars below and above the values: 0 without an interval, None without any."""
     if one.low is None or one.high is None:
         return None
     rows = list(zip(one.values, one.low, one.high, strict=True))
@@ -204,7 +235,7 @@ def _number_places(axis: Any, amount: int) -> None:
     axis.set_ticks(range(0, amount, step), [str(place) for place in range(0, amount, step)])
 
 
-def _legend(figure: Figure, panels: Sequence[Panel], labels: Sequence[str]) -> None:
+def _legend(figure: Figure, panels: Sequence[ChartPanel], labels: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

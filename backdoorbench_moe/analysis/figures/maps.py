@@ -1,11 +1,14 @@
-"""Patch maps (the paper's Figures 4, 5, 6 and 8): what each expert takes of single images, model beside model."""
+"""Patch maps of example images: the patches that each expert takes, in one or two models.
+
+Source: the form of Figures 4, 5, 6 and 8 of BadPatches.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from backdoorbench_moe.analysis.document import decode_picture
-from backdoorbench_moe.analysis.figures.mosaic import Row, draw_mosaic, plain, seen
+from backdoorbench_moe.analysis.figures.mosaic import MosaicRow, draw_mosaic, image_cell, mark_selected
 from backdoorbench_moe.analysis.figures.plate import (
     MAX_EXPERTS,
     MAX_MAP_LAYERS,
@@ -19,7 +22,7 @@ from backdoorbench_moe.analysis.figures.words import capital, listing, roles
 
 
 def draw_maps(document: Doc) -> Iterator[Plate]:
-    """A figure for each example: clean and triggered, in the run's model and in the other."""
+    """Draw one figure per example: the clean and the triggered image in each model."""
     for place in range(len(document["examples"]["indices"])):
         yield _map(document, place)
 
@@ -37,18 +40,18 @@ def _map(document: Doc, place: int) -> Plate:
     said = _said(document, place)
     sentence = f"{said}"
     if layers:
-        sentence += " Framed are the patches that an expert takes; grey is what it never sees."
+        sentence += " The patches that an expert takes are framed, the others are grey."
         sentence += left_out(len(chosen), len(layers), "routed layers")
         sentence += left_out(experts, len(layers[0]["selected"][place]), "experts")
     alt = f"{name}{' with the patches that each expert takes' if layers else ''}. {said}"
     return make_plate(f"image-{place + 1}", name, sentence, alt, lambda: draw_mosaic(columns, rows))
 
 
-def _layer_rows(document: Doc, place: int, layer: int | None, experts: int) -> Iterator[Row]:
+def _layer_rows(document: Doc, place: int, layer: int | None, experts: int) -> Iterator[MosaicRow]:
     examples = document["examples"]
     models = examples["models"]
     if layer is not None and len(models[0]["clean"]["layers"]) > 1:
-        yield Row(f"layer {models[0]['clean']['layers'][layer]['layer']}")
+        yield MosaicRow(f"layer {models[0]['clean']['layers'][layer]['layer']}")
     for model, role in zip(models, roles(document), strict=True):
         for kind in ("clean", "triggered"):
             if (view := model[kind]) is None:
@@ -56,16 +59,16 @@ def _layer_rows(document: Doc, place: int, layer: int | None, experts: int) -> I
             image = decode_picture(examples[kind][place])
             label = f"{role} model,\n{kind} image:\n{_short(view['predicted'][place])}"
             if layer is None:
-                yield Row(label, [plain(image, (1, 1))])
+                yield MosaicRow(label, [image_cell(image, (1, 1))])
                 continue
             selected = view["layers"][layer]["selected"][place]
             rows, columns = len(selected[0]), len(selected[0][0])
-            cells = [seen(image, chosen) for chosen in selected[:experts]]
-            yield Row(label, [plain(image, (rows, columns)), *cells])
+            cells = [mark_selected(image, chosen) for chosen in selected[:experts]]
+            yield MosaicRow(label, [image_cell(image, (rows, columns)), *cells])
 
 
 def _said(document: Doc, place: int) -> str:
-    """What each model calls the image, and how many of its choices the trigger changes."""
+    """Say what each model predicts, and how many selections of its experts the trigger changes."""
     examples = document["examples"]
     label = examples["labels"][place]
     parts = []
@@ -81,7 +84,7 @@ def _said(document: Doc, place: int) -> str:
 
 
 def _changed(model: Doc, place: int) -> str:
-    """How many patches the trigger takes from or gives to each expert."""
+    """Say how many selections of the experts the trigger changes; "" for a dense model."""
     texts = []
     for before, after in zip(model["clean"]["layers"], model["triggered"]["layers"], strict=True):
         counts = [

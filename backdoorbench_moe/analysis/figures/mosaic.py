@@ -1,4 +1,4 @@
-"""Small pictures in rows and columns, drawn pixel by pixel: heat maps of routing, and images with patches marked."""
+"""Mosaics: heat maps and images with marked patches, in rows and columns, drawn without resampling."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 CELL, SIDE, GAP, TOP, BOTTOM = 64, 0.64, 0.06, 0.24, 0.06
 HEADING, SCALE = 0.24, 0.42
 CHARACTER = 0.066
+# From the left of the scale to the text beside it.
+SCALE_TEXT = 1.12
 MAP = "cividis"
 # A patch that an expert did not take is mixed with this grey; one it took has this border.
 GREY, LEFT_OF_IT, BORDER = 128, 0.22, (213, 94, 0)
@@ -27,23 +29,36 @@ Picture = np.ndarray
 
 
 @dataclass(frozen=True)
-class Row:
-    """Cells (h, w, 4) uint8, None for an empty one; without cells, a heading."""
+class MosaicRow:
+    """A row of a mosaic; a heading if it has no cells.
+
+    Attributes:
+        label: Text to the left of the cells, or the heading.
+        cells: (h, w, 4) uint8 pictures of equal size; None for an empty cell.
+    """
 
     label: str
     cells: Sequence[Picture | None] = ()
 
 
 def draw_mosaic(
-    columns: Sequence[str], rows: Sequence[Row], *, scale: tuple[float, str] | None = None
+    columns: Sequence[str], rows: Sequence[MosaicRow], *, scale: tuple[float, str] | None = None
 ) -> Figure:
-    """A figure of rows of cells of one size. scale: the value of the brightest colour, and what it is of."""
+    """Draw a mosaic.
+
+    Args:
+        columns: Titles of the columns.
+        rows: The rows.
+        scale: For heat maps, the value of the brightest colour and the name of the quantity; None for no scale.
+    """
     longest = max((len(line) for row in rows if row.cells for line in row.label.split("\n")), default=0)
     left = 0.12 + CHARACTER * longest
     step = SIDE + GAP
     heights = [step if row.cells else HEADING for row in rows]
     foot = BOTTOM + (SCALE if scale else 0)
     least = 0.1 + CHARACTER * max((len(row.label) for row in rows if not row.cells), default=0)
+    if scale:
+        least = max(least, left + SCALE_TEXT + CHARACTER * len(scale[1]))
     width, height = max(left + step * len(columns), least, 3.0), TOP + sum(heights) + foot
     figure = new_figure(width, height)
     for place, name in enumerate(columns):
@@ -65,8 +80,17 @@ def draw_mosaic(
     return figure
 
 
-def heat(values: Sequence[float | None], grid: tuple[int, int], most: float) -> Picture:
-    """Values (P,) of a grid of patches as coloured squares, 0 to `most`; transparent where there is none."""
+def heat_map(values: Sequence[float | None], grid: tuple[int, int], most: float) -> Picture:
+    """Draw the values of a grid of patches as coloured squares.
+
+    Args:
+        values: (P,) values; None is transparent.
+        grid: Rows and columns of the patches.
+        most: Value of the brightest colour; that of the darkest is 0.
+
+    Returns:
+        (h, w, 4) uint8.
+    """
     from matplotlib import colormaps
 
     array = np.array([np.nan if value is None else value for value in values], dtype=float).reshape(grid)
@@ -77,8 +101,8 @@ def heat(values: Sequence[float | None], grid: tuple[int, int], most: float) -> 
     return colours.repeat(side, 0).repeat(side, 1)
 
 
-def plain(image: Picture, grid: tuple[int, int]) -> Picture:
-    """An (H, W, 3) image as a cell, its patches of whole pixels."""
+def image_cell(image: Picture, grid: tuple[int, int]) -> Picture:
+    """Scale an (H, W, 3) uint8 image to a cell in which each patch of the grid has a whole number of pixels."""
     size = [round(CELL / places) or 1 for places in grid]
     rows, columns = (places * side for places, side in zip(grid, size, strict=True))
     height, width = image.shape[:2]
@@ -89,10 +113,18 @@ def plain(image: Picture, grid: tuple[int, int]) -> Picture:
     return np.dstack([image, np.full(image.shape[:2], 255, np.uint8)])
 
 
-def seen(image: Picture, selected: Sequence[Sequence[int]]) -> Picture:
-    """An image (H, W, 3) in which the patches not selected, of (rows, columns), are greyed, the others framed."""
+def mark_selected(image: Picture, selected: Sequence[Sequence[int]]) -> Picture:
+    """Draw an image in which selected patches are framed and all others are greyed.
+
+    Args:
+        image: (H, W, 3) uint8.
+        selected: (rows, columns), 1 for a selected patch and 0 for another one.
+
+    Returns:
+        (h, w, 4) uint8.
+    """
     chosen = np.asarray(selected, dtype=bool)
-    picture = plain(image, (chosen.shape[0], chosen.shape[1]))
+    picture = image_cell(image, (chosen.shape[0], chosen.shape[1]))
     inside = _fill(chosen, picture.shape)
     colours = picture[..., :3]
     colours[~inside] = (LEFT_OF_IT * colours[~inside] + (1 - LEFT_OF_IT) * GREY).round()
@@ -103,12 +135,12 @@ def seen(image: Picture, selected: Sequence[Sequence[int]]) -> Picture:
 
 
 def _fill(grid: Picture, shape: Sequence[int]) -> Picture:
-    """Each place of a grid as the square of pixels it stands for."""
+    """Enlarge a grid to a picture of the given shape."""
     return grid.repeat(shape[0] // grid.shape[0], 0).repeat(shape[1] // grid.shape[1], 1)
 
 
 def _strip(cells: Sequence[Picture | None]) -> Picture:
-    """Cells beside each other, with transparent gaps."""
+    """Join cells horizontally, with transparent gaps."""
     shape = next(cell.shape for cell in cells if cell is not None)
     gap = np.zeros((shape[0], max(1, round(shape[1] * GAP / SIDE)), 4), np.uint8)
     parts: list[Picture] = []
@@ -129,11 +161,11 @@ def _scale(figure: Figure, left: float, scale: tuple[float, str]) -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)
-    _text(figure, left + 1.12, 0.25, what)
+    _text(figure, left + SCALE_TEXT, 0.25, what)
 
 
 def _text(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
-    """Text at so many inches from the lower left."""
+    """Write text at a position in inches from the lower left corner."""
     width, height = figure.get_size_inches()
     style = {"ha": "left", "va": "center", "fontsize": 8, **style}
     figure.text(x / width, y / height, text, **style)

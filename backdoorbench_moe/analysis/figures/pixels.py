@@ -1,10 +1,10 @@
-"""Pixel value against routing (the paper's Figure 7): what the numbers say of "no strong relation"."""
+"""Pixel value against routing (Figure 7 of BadPatches): how strongly the two are related."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from backdoorbench_moe.analysis.figures.charts import Panel, Series, chart, matrices
+from backdoorbench_moe.analysis.figures.charts import ChartPanel, Series, chart, matrices
 from backdoorbench_moe.analysis.figures.plate import (
     MAX_CLASSES,
     MAX_EXPERTS,
@@ -18,11 +18,12 @@ from backdoorbench_moe.analysis.figures.plate import (
 from backdoorbench_moe.analysis.figures.words import mean, percent
 
 # Of a rank-biserial correlation, as Cohen's conventions for r have it.
+PAPERS_DATA, PAPERS_MODEL = ("cifar10", "gtsrb"), "pmoe"
 STRENGTHS = ((0.1, "negligible"), (0.3, "small"), (0.5, "medium"))
 
 
 def draw_pixels(document: Doc) -> Iterator[Plate]:
-    """The distributions, and the effect by class."""
+    """Draw the distributions of patch sums and the effects by class."""
     if document["pixels"] is None:
         return
     yield _distributions(document)
@@ -31,12 +32,12 @@ def draw_pixels(document: Doc) -> Iterator[Plate]:
 
 
 def strength(effect: float) -> str:
-    """A rank-biserial correlation in a word."""
+    """Name the strength of a rank-biserial correlation."""
     return next((word for limit, word in STRENGTHS if abs(effect) < limit), "large")
 
 
 def strongest(document: Doc) -> tuple[str, int, Doc] | None:
-    """Layer, expert and difference of the largest effect over the whole test set."""
+    """Return layer, expert and difference of the largest effect; None if nothing can be compared."""
     found = [
         (layer["layer"], e, one)
         for layer in document["pixels"]
@@ -47,24 +48,32 @@ def strongest(document: Doc) -> tuple[str, int, Doc] | None:
 
 
 def verdict(document: Doc) -> str:
-    """What the numbers say of the paper's claim, in a sentence."""
+    """How strongly pixel value and routing are related, and, on the paper's data, whether that agrees with it."""
     if (found := strongest(document)) is None:
         return "Every expert takes all patches or none, so there is nothing to compare."
     layer, e, one = found
     word = strength(one["rank_biserial"])
-    agree = "agrees with" if word in ("negligible", "small") else "does not agree with"
     darker = "brighter" if one["auc"] > 0.5 else "darker"
     index = next(number for number, item in enumerate(document["pixels"]) if item["layer"] == layer)
     image = document["pixels"][index]["by_image"][e]
-    return (
+    said = (
         f"Pixel value and routing are related most in expert {e} of {layer}, which takes {darker} patches: AUC "
         f"{one['auc']:.3f} (rank-biserial {one['rank_biserial']:+.2f}, {word}; p {_p(one['p'])}; within an "
-        f"image {mean(image)} of {_most(document, index):g}). That {agree} the paper, which sees no strong relation."
+        f"image {mean(image)} of {_most(document, index):g})."
     )
+    return said + _compare_with_paper(document["run"], word)
+
+
+def _compare_with_paper(run: Doc, word: str) -> str:
+    """A sentence on the paper's claim where the run is on its data and model; it says nothing of others."""
+    if run["data"] not in PAPERS_DATA or run["model"] != PAPERS_MODEL:
+        return ""
+    agrees = "agrees with" if word in ("negligible", "small") else "does not agree with"
+    return f" That {agrees} BadPatches, which sees no strong relation on this data set."
 
 
 def _most(document: Doc, index: int) -> float:
-    """The largest sum a patch can have."""
+    """Return the largest possible patch sum."""
     return float(document["pixels"][index]["edges"][-1])
 
 
@@ -86,8 +95,8 @@ def _distributions(document: Doc) -> Plate:
                 Series(name, _shares(layer[key][e]), style="steps")
                 for name, key in (("taken", "taken"), ("not taken", "not_taken"))
             ]
-            panels.append(Panel(title, series, x=layer["edges"]))
-    said = "Brightness of the patches each expert takes and of those it does not; in the titles the AUC (0.5: none). "
+            panels.append(ChartPanel(title, series, x=layer["edges"]))
+    said = "Brightness of the patches that each expert takes and of the others; the titles give the AUC (0.5: equal). "
     said += verdict(document)
     said += left_out(len(shown), len(layers), "routed layers")
     said += left_out(experts, len(layers[0]["overall"]), "experts")
@@ -118,7 +127,7 @@ def _by_class(document: Doc) -> Plate:
     low, high = min(cells, key=lambda item: item[0]), max(cells, key=lambda item: item[0])
     strong = sum(abs(2 * auc - 1) >= STRENGTHS[1][0] for auc, *_ in cells)
     said = (
-        f"The same by class, as AUC (0.5: none; above: brighter patches are taken): from {low[0]:.2f} ({low[1]}, "
+        f"The same by class, as AUC (0.5: equal; above: brighter patches are taken): from {low[0]:.2f} ({low[1]}, "
         f"expert {low[2]} of {low[3]}) to {high[0]:.2f} ({high[1]}, expert {high[2]} of {high[3]}); "
         f"{percent(100 * strong / len(cells), 0)} of the cells are medium or large effects."
     )

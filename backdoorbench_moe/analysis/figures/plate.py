@@ -1,4 +1,4 @@
-"""One figure of a report: its files, its title, what it says in one sentence, and in words for who cannot see it."""
+"""Plates: drawn figures with title, caption and alternative text."""
 
 from __future__ import annotations
 
@@ -15,15 +15,22 @@ Doc = dict[str, Any]
 Item = TypeVar("Item")
 
 DPI = 200
-# So many are drawn of a model that has more; all of them are in analysis.json.
+# Largest numbers that are drawn; analysis.json has all layers, experts and classes.
 MAX_LAYERS, MAX_MAP_LAYERS, MAX_EXPERTS, MAX_CLASSES = 12, 3, 16, 12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plate:
-    """A figure: name, for its file; title; sentence, with its numbers; alt, for who does not see it.
+    """A drawn figure with its texts.
 
-    svg, png: the drawn files. width: in inches.
+    Attributes:
+        name: Name of its file, without suffix.
+        title: Title.
+        sentence: Caption, which states the most important numbers.
+        alt: Alternative text for readers who cannot see the figure.
+        svg: SVG file.
+        png: PNG file.
+        width: Width in inches.
     """
 
     name: str
@@ -34,9 +41,15 @@ class Plate:
     png: bytes
     width: float
 
+    def __repr__(self) -> str:
+        return f"<figure {self.name}: {self.title}>"
+
+    def _repr_svg_(self) -> str:
+        return self.svg.decode("utf-8")
+
 
 def make_plate(name: str, title: str, sentence: str, alt: str, make: Callable[[], Figure]) -> Plate:
-    """Draw what `make` makes; the same numbers, the same bytes."""
+    """Make a plate of the figure that `make` returns. Equal figures give equal bytes; see `Plate` for the texts."""
     with drawing_style(name):
         figure = make()
         svg, png = (figure_bytes(figure, form, DPI) for form in ("svg", "png"))
@@ -45,12 +58,12 @@ def make_plate(name: str, title: str, sentence: str, alt: str, make: Callable[[]
 
 
 def spread(items: Sequence[Item], most: int) -> list[Item]:
-    """At most `most` items, the first and the last among them, evenly between."""
+    """Pick at most `most` evenly spaced items, including the first and the last one; `most` is at least 2."""
     if len(items) <= most:
         return list(items)
     return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
 
 
 def left_out(shown: int, total: int, what: str) -> str:
-    """A sentence on what is not drawn; "" where all is."""
-    return f" Drawn are {shown} of {total} {what}; analysis.json has all." if shown < total else ""
+    """Say how many of the items are drawn; "" if all of them are."""
+    return f" The figure shows {shown} of {total} {what}; analysis.json has all." if shown < total else ""

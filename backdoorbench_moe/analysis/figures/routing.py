@@ -1,11 +1,11 @@
-"""Where patches go: heat maps by expert and class, load and its balance, overlap; model beside model."""
+"""Figures of the routing of clean images: heat maps by expert and class, load, overlap, the other model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from backdoorbench_moe.analysis.figures.charts import Panel, Series, chart, matrices
-from backdoorbench_moe.analysis.figures.mosaic import Row, draw_mosaic, heat
+from backdoorbench_moe.analysis.figures.charts import ChartPanel, Series, chart, matrices
+from backdoorbench_moe.analysis.figures.mosaic import MosaicRow, draw_mosaic, heat_map
 from backdoorbench_moe.analysis.figures.plate import (
     MAX_CLASSES,
     MAX_EXPERTS,
@@ -19,12 +19,12 @@ from backdoorbench_moe.analysis.figures.plate import (
 )
 from backdoorbench_moe.analysis.figures.words import listing, mean, number, percent, roles
 
-# Below this, a class's load differs from the mean by rounding only.
+# A coefficient of variation below this is rounding error.
 SAME = 1e-6
 
 
 def draw_routing(document: Doc) -> Iterator[Plate]:
-    """All figures of the routing of clean images."""
+    """Draw all figures of the routing of clean images."""
     layers = document["routing"]
     if layers is None:
         return
@@ -40,7 +40,7 @@ def draw_routing(document: Doc) -> Iterator[Plate]:
 
 
 def _frequency(document: Doc) -> Plate:
-    """How often each expert takes each patch; with a second model below the first."""
+    """Draw how often each expert takes each patch, in each model."""
     views = [document["routing"]]
     if document["findings_against"] is not None and document["findings_against"]["routing"] is not None:
         views.append(document["findings_against"]["routing"])
@@ -52,8 +52,10 @@ def _frequency(document: Doc) -> Plate:
         for view, role in zip(views, names, strict=False):
             layer = view[number_]
             label = role if len(views[0]) == 1 else f"{role}\n{_short(layer['layer'])}"
-            cells = [heat(row, tuple(layer["grid"]), 1) for row in layer["frequency"][:experts]]
-            rows.append(Row(label, [*cells, heat(layer["untaken_frequency"], tuple(layer["grid"]), 1)]))
+            cells = [heat_map(row, tuple(layer["grid"]), 1) for row in layer["frequency"][:experts]]
+            rows.append(
+                MosaicRow(label, [*cells, heat_map(layer["untaken_frequency"], tuple(layer["grid"]), 1)])
+            )
     columns = [*(f"expert {e}" for e in range(experts)), "no expert"]
     first = views[0][0]
     e, p, most = max(
@@ -78,7 +80,7 @@ def _frequency(document: Doc) -> Plate:
 
 
 def _by_class(document: Doc) -> Plate:
-    """Heat maps of the classes whose routing is furthest from that of all images."""
+    """Draw heat maps of the classes whose routing differs most from that of all images."""
     layers, classes = document["routing"], document["classes"]
     shown = spread(range(len(layers)), MAX_MAP_LAYERS)
     experts = min(MAX_EXPERTS, len(layers[0]["load"]))
@@ -89,14 +91,14 @@ def _by_class(document: Doc) -> Plate:
     for number_ in shown:
         layer = layers[number_]
         if len(layers) > 1:
-            rows.append(Row(f"layer {layer['layer']}"))
+            rows.append(MosaicRow(f"layer {layer['layer']}"))
         for c in kept:
-            cells = [heat(row, tuple(layer["grid"]), 1) for row in layer["by_class"][c][:experts]]
-            rows.append(Row(_short(classes[c]), cells))
+            cells = [heat_map(row, tuple(layer["grid"]), 1) for row in layer["by_class"][c][:experts]]
+            rows.append(MosaicRow(_short(classes[c]), cells))
     far, near = ranked[0], ranked[-1]
     said = (
-        f"The same by class. Most unlike the mean of all images is {classes[far]} (a patch is taken "
-        f"{100 * distance[far]:.1f} percentage points more or less often, on average), least {classes[near]} "
+        f"The same by class. {classes[far]} differs most from the mean of all images (on average, a patch is taken "
+        f"{100 * distance[far]:.1f} percentage points more or less often), {classes[near]} least "
         f"({100 * distance[near]:.1f})."
     )
     said += left_out(len(kept), len(distance), "classes, those furthest from the mean")
@@ -113,7 +115,7 @@ def _by_class(document: Doc) -> Plate:
 
 
 def _distance(layers: list[Doc], c: int) -> float | None:
-    """Mean absolute difference of a class's frequencies from all images'; None for a class without images."""
+    """Mean absolute difference between the frequencies of a class and of all images; None without images."""
     gaps = [
         abs(value - overall)
         for layer in layers
@@ -125,12 +127,12 @@ def _distance(layers: list[Doc], c: int) -> float | None:
 
 
 def _class_loads(layer: Doc) -> list[list[float | None]]:
-    """Patches an image that each expert takes, of the images of each class: (classes, E)."""
+    """Mean number of patches of an image that each expert takes, by class: (classes, E)."""
     return [[None if None in row else sum(row) for row in of_class] for of_class in layer["by_class"]]
 
 
 def _load_differs(layers: list[Doc]) -> bool:
-    """Whether an expert takes more patches of one class than of another; where it takes always K, it cannot."""
+    """Whether the load of any expert depends on the class. With expert choice it cannot: each takes K patches."""
     return any(
         value is not None and abs(value - whole) > 1e-3 * max(1.0, whole)
         for layer in layers
@@ -152,7 +154,7 @@ def _class_load(document: Doc) -> Plate:
     ]
     most, least = max(cells, key=lambda one: one[0]), min(cells, key=lambda one: one[0])
     said = (
-        f"Patches an image that each expert takes, by class: from {least[0]:.1f} ({least[1]}, expert {least[2]} of "
+        f"Patches of an image that each expert takes, by class: from {least[0]:.1f} ({least[1]}, expert {least[2]} of "
         f"{least[3]}) to {most[0]:.1f} ({most[1]}, expert {most[2]} of {most[3]})."
     )
     said += left_out(len(shown), len(layers), "routed layers")
@@ -171,7 +173,7 @@ def _load(document: Doc) -> Plate:
     layers = document["routing"]
     shown = spread(layers, MAX_LAYERS)
     panels = [
-        Panel(
+        ChartPanel(
             f"layer {layer['layer']}",
             [
                 Series("selected patches", [100 * v if v is not None else None for v in layer["load_share"]]),
@@ -202,7 +204,7 @@ def _load(document: Doc) -> Plate:
 
 
 def _rounded(value: float | None) -> float:
-    """A coefficient of variation without the noise of rounding."""
+    """Round a coefficient of variation that is only rounding error to 0; None as well."""
     return 0.0 if value is None or value < SAME else value
 
 
@@ -241,15 +243,15 @@ def _comparison(document: Doc) -> Plate:
     said = (
         f"Overlap of each expert's choices with those of every expert of the {other} model "
         f"({document['against']['name']}), on clean images: with the expert of its own number {listing(same)} "
-        f"in layer {first['layer']}; the most alike to experts 0 to {len(best) - 1} are "
-        f"{listing([str(f) for f in best])}. "
+        f"in layer {first['layer']}; the experts most similar to experts 0 to {len(best) - 1} "
+        f"are {listing([str(f) for f in best])}. "
         "Two models trained apart need not number their experts alike."
     )
     said += left_out(len(shown), len(layers), "routed layers")
     panels = [(f"layer {layer['layer']}", layer["across"]) for layer in shown]
     return make_plate(
         "comparison",
-        "One model's experts beside the other's",
+        "Overlap with the experts of the other model",
         said,
         f"Matrix of this model's experts and the other's. {said}",
         lambda: matrices(panels, xlabel=f"expert of the {other} model", ylabel="expert", limits=(0, 1)),

@@ -1,12 +1,12 @@
-"""Over training: loss and accuracy, and how the probe images were routed after every epoch."""
+"""Figures of training: loss and accuracy, and the routing of the probe images after every epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from backdoorbench_moe.analysis.document import decode_picture
-from backdoorbench_moe.analysis.figures.charts import Panel, Series, chart
-from backdoorbench_moe.analysis.figures.mosaic import Row, draw_mosaic, seen
+from backdoorbench_moe.analysis.figures.charts import ChartPanel, Series, chart
+from backdoorbench_moe.analysis.figures.mosaic import MosaicRow, draw_mosaic, mark_selected
 from backdoorbench_moe.analysis.figures.plate import (
     MAX_EXPERTS,
     MAX_LAYERS,
@@ -17,11 +17,12 @@ from backdoorbench_moe.analysis.figures.plate import (
     make_plate,
     spread,
 )
-from backdoorbench_moe.analysis.figures.words import count, listing, number, percent
+from backdoorbench_moe.analysis.figures.words import listing, number, percent
+from backdoorbench_moe.counting import count
 
 
 def draw_training(document: Doc) -> Iterator[Plate]:
-    """Loss and training accuracy of every epoch of the run, and what its probe saw."""
+    """Draw loss and training accuracy of every epoch, and what the probe recorded if there was one."""
     facts, probe = document["run"], document["probe"]
     if history := facts["record"]["history"]:
         yield _history(history, ", poisoned ones among them," if facts["record"]["poison"] else "")
@@ -37,8 +38,8 @@ def draw_training(document: Doc) -> Iterator[Plate]:
 def _history(history: list[Doc], poisoned: str) -> Plate:
     epochs = [row["epoch"] for row in history]
     panels = [
-        Panel("loss", [Series("run", [row["loss"] for row in history], style="line")], x=epochs),
-        Panel(
+        ChartPanel("loss", [Series("run", [row["loss"] for row in history], style="line")], x=epochs),
+        ChartPanel(
             "training accuracy, %",
             [Series("run", [row["train_accuracy"] for row in history], style="line")],
             x=epochs,
@@ -61,7 +62,10 @@ def _history(history: list[Doc], poisoned: str) -> Plate:
 
 
 def _maps(probe: Doc, kind: str) -> Plate:
-    """What each expert takes of the first probe image, epoch by epoch (the paper's Figure 6)."""
+    """Draw the patches of the first probe image that each expert takes, epoch by epoch.
+
+    Source: the form of Figure 6 of BadPatches.
+    """
     image = decode_picture(probe[kind][0])
     key = "maps" if kind == "clean" else "maps_triggered"
     layers = spread(probe["layers"], MAX_MAP_LAYERS)
@@ -69,9 +73,9 @@ def _maps(probe: Doc, kind: str) -> Plate:
     rows = []
     for layer in layers:
         if len(probe["layers"]) > 1:
-            rows.append(Row(f"layer {layer['layer']}"))
+            rows.append(MosaicRow(f"layer {layer['layer']}"))
         for e in range(experts):
-            rows.append(Row(f"expert {e}", [seen(image, moment[e]) for moment in layer[key]]))
+            rows.append(MosaicRow(f"expert {e}", [mark_selected(image, moment[e]) for moment in layer[key]]))
     columns = [f"epoch {epoch}" if place == 0 else str(epoch) for place, epoch in enumerate(probe["shown"])]
     settled = layers[-1]["settled" if kind == "clean" else "settled_triggered"]
     halfway = probe["epochs"][len(settled) // 2]
@@ -95,7 +99,7 @@ def _maps(probe: Doc, kind: str) -> Plate:
 def _settling(probe: Doc) -> Plate:
     layers = spread(probe["layers"], MAX_LAYERS)
     panels = [
-        Panel(
+        ChartPanel(
             f"layer {layer['layer']}",
             [
                 Series(f"expert {e}", [row[e] for row in layer["settled"]], style="line")
@@ -124,7 +128,7 @@ def _settling(probe: Doc) -> Plate:
 def _emergence(probe: Doc) -> Plate:
     layers = spread(probe["layers"], MAX_LAYERS)
     panels = [
-        Panel(
+        ChartPanel(
             f"layer {layer['layer']}",
             [
                 Series("fooled by the trigger", _percents(probe["fooled"]), style="line"),

@@ -1,4 +1,4 @@
-"""Numbers as a figure's sentence says them."""
+"""Formatting numbers and names for the sentences of figures."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ NONE = "–"
 
 
 def number(value: Any, form: str = "{:.3g}", factor: float = 1) -> str:
-    """A number that may not be there."""
+    """Format a number times a factor; NONE for None."""
     return NONE if value is None else form.format(factor * value)
 
 
 def percent(value: Any, digits: int = 1) -> str:
-    """A value in percent."""
+    """Format a value in percent; NONE for None."""
     return NONE if value is None else f"{value:.{digits}f}%"
 
 
 def proportion(one: Doc | None) -> str:
-    """A proportion in percent, with its 95% interval."""
+    """Format a proportion in percent with its 95% interval; NONE for None."""
     return NONE if one is None else f"{percent(one['value'])} [{one['low']:.1f}, {one['high']:.1f}]"
 
 
 def mean(one: Doc, form: str = "{:.3g}", factor: float = 1) -> str:
-    """A mean with its 95% interval, where it has one."""
+    """Format a mean times a factor, with its 95% interval if it has one."""
     text = number(one["value"], form, factor)
     if one["low"] is None:
         return text
@@ -34,23 +34,17 @@ def mean(one: Doc, form: str = "{:.3g}", factor: float = 1) -> str:
 
 
 def listing(texts: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """List texts as "a", "a and b" or "a, b and c"."""
     return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
 
 
-def count(amount: int, what: str) -> str:
-    """ "1 patch", "2 patches"; `what` in the singular."""
-    plural = f"{what}es" if what.endswith(("ch", "s")) else f"{what}s"
-    return f"{amount:,} {what if amount == 1 else plural}"
-
-
 def capital(text: str) -> str:
-    """With a capital at the beginning."""
+    """Capitalise the first letter of a text and leave the others."""
     return text[:1].upper() + text[1:]
 
 
 def role(facts: Doc) -> str:
-    """What a run's model is, in a word: clean, backdoored or defended."""
+    """Return what a run's model is: "clean", "backdoored" or "defended"."""
     spec = facts["record"]["spec"]
     if spec.get("defenses"):
         return "defended"
@@ -58,7 +52,7 @@ def role(facts: Doc) -> str:
 
 
 def roles(document: Doc) -> list[str]:
-    """The role of the run, then of the one it is compared with; where they are the same, told apart."""
+    """Return the role of the run and, if there is one, of the other run, with "this" and "other" if they are equal."""
     both = [role(facts) for facts in (document["run"], document["against"]) if facts is not None]
     if len(both) == 2 and both[0] == both[1]:
         return [f"this {both[0]}", f"other {both[1]}"]

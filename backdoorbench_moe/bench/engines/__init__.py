@@ -30,10 +30,21 @@ def make_engine(
     device: str | None = None,
     address: str | None = None,
     gpus_per_run: float | None = None,
+    threads: int | None = None,
 ) -> Engine:
-    """The engine by name. workers: None for one, on GPUs and in a Ray cluster for as many as fit.
+    """Make an engine by its name.
 
-    Raises UnknownNameError, or ConfigError for an option of another engine, or if what it needs is not there.
+    Args:
+        name: "local" or "ray".
+        workers: Runs side by side; None for one, on GPUs and in a Ray cluster for as many as fit.
+        device: The device that the runs ask for.
+        address: Of a running Ray cluster.
+        gpus_per_run: Share of a GPU for a run, in (0, 1], with Ray.
+        threads: CPU threads of a run; None for an equal share of the cores, with Ray for one.
+
+    Raises:
+        UnknownNameError: There is no such engine.
+        ConfigError: An option belongs to another engine, or what the engine needs is not there.
     """
     if name == "local":
         from backdoorbench_moe.bench.engines.local import LocalEngine, visible_gpus
@@ -42,9 +53,14 @@ def make_engine(
             if value is not None:
                 raise ConfigError.expected(option, "--engine ray with it", value)
         gpus = visible_gpus() if device in (None, "auto", "cuda") else []
-        return LocalEngine(workers, gpus=gpus)
+        return LocalEngine(workers, gpus=gpus, threads=threads)
     if name == "ray":
         from backdoorbench_moe.bench.engines.ray import RayEngine
 
-        return RayEngine(workers, address=address, gpus_per_run=gpus_per_run)
+        return RayEngine(
+            workers,
+            address=address,
+            gpus_per_run=gpus_per_run,
+            cpus_per_run=1 if threads is None else threads,
+        )
     raise UnknownNameError("--engine", name, ENGINES)

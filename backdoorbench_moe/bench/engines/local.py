@@ -11,10 +11,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from multiprocessing import resource_tracker
 from typing import Any
 
-from backdoorbench_moe.bench.worker import Job, Outcome, memory_of, work
+from backdoorbench_moe.bench.worker import Job, Outcome, memory_of, stop_working, work
 from backdoorbench_moe.errors import ConfigError
 
 # glibc gives freed tensors back to the system and asks for them again at every step; kept, the small
@@ -35,24 +36,37 @@ FILL = 0.9
 
 
 class LocalEngine:
-    """`workers` processes; each lives as long as the engine runs, and is replaced if it dies.
+    """Worker processes on this machine; one that dies is replaced.
 
-    workers: None for one on a CPU, and on GPUs for as many as fit (see `runs_that_fit`). gpus: CUDA devices;
-    worker i sees the one at i modulo their number, and no other. Without any, the workers share the CPU's
-    cores evenly. Raises ConfigError below one worker.
+    Args:
+        workers: Their number; None for one on a CPU, and on GPUs for as many as fit (see `runs_that_fit`).
+        gpus: CUDA devices; worker i sees the one at i modulo their number, and no other.
+        threads: CPU threads of a worker; None for an equal share of the cores.
+
+    Raises:
+        ConfigError: There is less than one worker or thread.
     """
 
-    def __init__(self, workers: int | None = None, *, gpus: Sequence[str] = ()) -> None:
-        if workers is not None and workers < 1:
-            raise ConfigError.expected("--workers", "at least 1", workers)
+    def __init__(
+        self, workers: int | None = None, *, gpus: Sequence[str] = (), threads: int | None = None
+    ) -> None:
+        for option, value in (("--workers", workers), ("--threads", threads)):
+            if value is not None and value < 1:
+                raise ConfigError.expected(option, "at least 1", value)
+        self.threads = threads
         self.workers, self.gpus = workers or 1, tuple(gpus)
         self._measure = workers is None and bool(gpus)
+
+    @property
+    def threads_each(self) -> int:
+        """CPU threads of a worker."""
+        return self.threads or max(1, len(os.sched_getaffinity(0)) // self.workers)
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
         """Make the runs; see `Engine.run`."""
         waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
         for job in jobs:
-            waiting.put(job)
+            waiting.put(replace(job, wait=False))
         done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         # Without a lock: a worker killed while it holds one would stop all others.
         stop = multiprocessing.get_context("spawn").RawValue(ctypes.c_bool, False)
@@ -72,10 +86,11 @@ class LocalEngine:
         self, number: int, waiting: queue.SimpleQueue[Job], done: queue.SimpleQueue[Outcome], stop: Any
     ) -> None:
         """Hand jobs to one process until none is left; the engine has such a thread for each process."""
-        # Processes inherit it: Ctrl-C is the engine's, which tells them to stop, also while they still start.
-        # (What keeps track of shared memory lets the signal through again where it is started.)
+        # The worker processes inherit this: they leave Ctrl-C to the engine, which tells them to stop, and SIGTERM
+        # until they have started and handle it themselves (see `_prepare`). The process that tracks shared memory
+        # would unblock the signals when it is started, so it is started first.
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         pool = None
         while not stop.value:
             try:
@@ -87,7 +102,17 @@ class LocalEngine:
                 continue
             try:
                 pool = pool or self._start(number, stop)
-                done.put(pool.submit(work, job, _is_wanted).result())
+                job = replace(job, wait=job.wait or waiting.empty())
+                outcome = pool.submit(work, job, _is_wanted).result()
+                if outcome.status == "held":
+                    # By another engine. It is waited for when everything else is done.
+                    waiting.put(replace(job, wait=True))
+                    continue
+                done.put(outcome)
+                if outcome.status == "interrupted":
+                    # By a signal to this worker alone, it may be: it would stop the next run, too.
+                    pool.shutdown()
+                    pool = None
             except BrokenProcessPool:
                 # Killed for memory, or a crash in a library: this run's error, and a new process for the next.
                 done.put(_lost(job, stop, "the worker process died (killed, or out of memory?)"))
@@ -108,11 +133,10 @@ class LocalEngine:
 
     def _start(self, number: int, stop: Any) -> ProcessPoolExecutor:
         gpu = self.gpus[number % len(self.gpus)] if self.gpus else None
-        threads = max(1, len(os.sched_getaffinity(0)) // self.workers)
         for key, value in KEEP_MEMORY.items():
             os.environ.setdefault(key, value)
         context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(1, context, initializer=_prepare, initargs=(threads, gpu, stop))
+        return ProcessPoolExecutor(1, context, initializer=_prepare, initargs=(self.threads_each, gpu, stop))
 
 
 def _lost(job: Job, stop: Any, message: str) -> Outcome:
@@ -121,12 +145,15 @@ def _lost(job: Job, stop: Any, message: str) -> Outcome:
 
 
 _stop: Any = None
+_terminated = False
 
 
 def _prepare(threads: int, gpu: str | None, stop: Any) -> None:
-    """In a new worker: its device, its threads, and whom it listens to."""
+    """Set up a new worker process: its device, its threads, and what makes it stop."""
     global _stop
     _stop = stop
+    signal.signal(signal.SIGTERM, _terminate)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -135,8 +162,15 @@ def _prepare(threads: int, gpu: str | None, stop: Any) -> None:
     torch.set_num_threads(threads)
 
 
+def _terminate(*_: object) -> None:
+    """Stop the run after SIGTERM, which a scheduler sends to all processes of a job."""
+    global _terminated
+    _terminated = True
+    stop_working()
+
+
 def _end_with_parent() -> None:
-    """A worker of a killed engine must not go on: the next call would find its runs taken."""
+    """End this process when the engine's was killed: the next call would find its runs taken."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -144,8 +178,8 @@ def _end_with_parent() -> None:
 
 
 def _is_wanted() -> bool:
-    """Whether the engine has not been stopped."""
-    return not _stop.value
+    """Whether neither the engine nor this worker was told to stop."""
+    return not (_stop.value or _terminated)
 
 
 def runs_that_fit(needed: int, free: int) -> int:

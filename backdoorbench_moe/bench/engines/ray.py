@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -82,8 +84,12 @@ class RayEngine:
         options["runtime_env"] = {"env_vars": KEEP_MEMORY}
         if self.address is None:
             options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        # Ray ends the process at once on SIGTERM, where the caller may want to stop its runs first.
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(self.address or "local", **options)  # None instead of "local" would follow $RAY_ADDRESS.
+            if handler is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)
         except (OSError, RuntimeError, ValueError) as error:
             raise _no_cluster(self.address or "this machine", error) from error
         try:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import click
 
+from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.streams import echo
+
 FORMATS = ("rich", "markdown", "csv")
 
 
@@ -19,7 +22,7 @@ FORMATS = ("rich", "markdown", "csv")
     metavar="NAME",
     help="asr, ba, cad, ra, or STAGE.asr.  [the tables']",
 )
-@click.option("--output", type=Path, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
 @click.option(
     "--format", "form", type=click.Choice(FORMATS), default="rich", show_default=True, help="What to print."
 )
@@ -42,6 +45,6 @@ def command(a: str, b: str, metrics: tuple[str, ...], output: Path, form: str) -
 
         Console(highlight=False).print(compare_render.rich_comparison(comparison))
     elif form == "markdown":
-        click.echo(compare_render.comparison_markdown(comparison))
+        echo(compare_render.comparison_markdown(comparison))
     else:
-        click.echo(compare_render.comparison_csv(comparison), nl=False)
+        echo(compare_render.comparison_csv(comparison), nl=False)

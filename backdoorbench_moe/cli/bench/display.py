@@ -18,6 +18,8 @@ from rich.text import Text
 
 from backdoorbench_moe.bench.plan import Planned, look
 from backdoorbench_moe.bench.suite import order
+from backdoorbench_moe.cli.plan_table import say_time
+from backdoorbench_moe.counting import count
 
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.run import Report
@@ -35,13 +37,6 @@ def make_display(suite: Suite, output: Path, known: Collection[str] = (), *, qui
     if quiet:
         return Display(suite)
     return LiveDisplay(suite, output, known) if sys.stderr.isatty() else LineDisplay(suite)
-
-
-def say_time(seconds: float) -> str:
-    """A duration as a person would say it: "40 s", "12 min", "3.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Display(AbstractContextManager["Display"]):
@@ -63,11 +58,12 @@ class Display(AbstractContextManager["Display"]):
 
     def conclude(self, report: Report) -> None:
         """Say how it ended, and every error."""
-        made = report.count("finished")
-        left = report.total - report.found - made - len(report.failed)
+        made, others = report.count("finished"), report.count("found")
+        left = report.total - report.found - made - others - len(report.failed)
+        elsewhere = f"{others} made meanwhile by another process, " if others else ""
         self.console.print(
-            f"{self.suite.label}: {report.total} runs, {report.found} found finished, {made} made now, "
-            f"{len(report.failed)} failed, {left} left"
+            f"{self.suite.label}: {count(report.total, 'run')}, {report.found} found finished, {made} made now, "
+            f"{elsewhere}{len(report.failed)} failed, {left} left"
         )
         for outcome in report.failed:
             self.console.print(

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import click
 
+from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.streams import echo, say
+
 
 @click.command("export")
 @click.argument("name", metavar="SUITE")
 @click.option("--scale", metavar="NAME", help="A scale of the suite.  [its first]")
 @click.option("--repeats", type=int, metavar="N", help="Seeds a cell.  [the suite's]")
-@click.option("--output", type=Path, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
 @click.option("--csv", "csv_file", metavar="FILE", help="Write a row for each run; - for the terminal.")
 @click.option("--jsonl", "jsonl_file", metavar="FILE", help="Write a record a line; - for the terminal.")
 def command(
@@ -38,13 +41,14 @@ def command(
         _write(tidy_csv(results), csv_file)
     if jsonl_file is not None:
         _write("".join(f"{line}\n" for line in record_lines(results)), jsonl_file)
-    click.echo(f"{len(results.finished())} finished runs of {suite.label}", err=True)
+    say(f"{len(results.finished())} finished runs of {suite.label}")
 
 
 def _write(text: str, file: str) -> None:
+    from backdoorbench_moe.paths import expand
     from backdoorbench_moe.records import write_atomically
 
     if file == "-":
-        click.echo(text, nl=False)
+        echo(text, nl=False)
     else:
-        write_atomically(Path(file), lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(expand(file), lambda path: path.write_text(text, encoding="utf-8"))

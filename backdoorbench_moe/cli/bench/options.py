@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
+
+from backdoorbench_moe.cli.params import PATH
 
 WITH = click.option(
     "--with",
     "beside",
     multiple=True,
-    type=Path,
+    type=PATH,
     metavar="DIR",
     help="A results folder, of any suite, whose runs count as finished; may be repeated.",
 )

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from backdoorbench_moe.cli.bench.options import WITH
+from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.threads import Look, warn_of_busy_cores
 
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.engines import Engine
@@ -38,10 +40,16 @@ FAILED, UNFINISHED = 1, 3
     "--address", metavar="ADDRESS", help="A running Ray cluster: auto, or HOST:PORT.  [a local one]"
 )
 @click.option("--gpus-per-run", type=float, metavar="SHARE", help="Share of a GPU for a run, with Ray.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="CPU threads of a run.  [its share of the cores]",
+)
 @WITH
 @click.option("--budget", metavar="TIME", help="Stop when 90s, 9m or 1h30m are over.")
 @click.option("--dry-run", is_flag=True, help="List the runs and how long they will take; train nothing.")
-@click.option("--output", type=Path, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
 @click.option("--data-root", metavar="DIR", help="Where the data set lies.")
 @click.option("--download", is_flag=True, default=None, help="Fetch the data set if it is not there.")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [auto]")
@@ -68,6 +76,7 @@ def command(
     stop the others. Exit code 1 if a run failed, 3 if the budget ended before the suite, 2 for a mistake
     in what was asked.
     """
+    look = Look.now()
     from backdoorbench_moe.bench.plan import with_place
     from backdoorbench_moe.bench.results import read_known
     from backdoorbench_moe.bench.run import parse_budget, run_suite
@@ -82,12 +91,16 @@ def command(
     if dry_run:
         _print_plan(suite, output, known, quiet=quiet)
         return
+    from backdoorbench_moe.bench.engines.local import LocalEngine
     from backdoorbench_moe.cli.bench.display import make_display
 
+    maker = _make_engine(device, **engine)
+    if isinstance(maker, LocalEngine) and not maker.gpus and engine["threads"] is None:
+        warn_of_busy_cores(maker.workers * maker.threads_each, look)
     with make_display(suite, output, known, quiet=quiet) as display:
         report = run_suite(
             suite,
-            _make_engine(device, **engine),
+            maker,
             output=output,
             budget=seconds,
             known=known,
@@ -110,32 +123,23 @@ def _make_engine(device: str | None, *, engine: str, **options: Any) -> Engine:
 
 def _print_plan(suite: Suite, output: Path, known: Mapping[str, Record], *, quiet: bool) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     from backdoorbench_moe.bench.plan import look
     from backdoorbench_moe.bench.run import check, estimate
     from backdoorbench_moe.bench.suite import order
-    from backdoorbench_moe.cli.bench.display import say_time
+    from backdoorbench_moe.cli.plan_table import plan_table, total_line
 
     runs = look(list(order(suite)), output, known)
     missing = [run for run in runs if run.status != "finished"]
     check(suite, [run.spec for run in missing], output)
-    table = Table("run", "status", "epochs", "time left", box=None, pad_edge=False)
-    total = 0.0
-    for run, seconds in estimate(runs, output):
-        total += seconds
-        epochs = f"{run.epochs:.0f}/{run.total_epochs}"
-        table.add_row(run.spec.name, run.status, epochs, say_time(seconds) if seconds else "–")
+    planned = list(estimate(runs, output))
     console = Console(highlight=False)
     if not quiet:
-        console.print(table)
+        console.print(plan_table(planned))
     console.print(f"{suite.title}", markup=False)
     if suite.note:
         console.print(suite.note, markup=False)
-    console.print(
-        f"{len(runs)} runs, {len(runs) - len(missing)} finished; about {say_time(total)} left on this machine, "
-        "one run at a time (measured just now)"
-    )
+    console.print(total_line(planned))
 
 
 def _print_tables(suite: Suite, output: Path, known: Mapping[str, Record]) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from backdoorbench_moe.cli.bench.options import WITH
+from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.streams import echo, say
 
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.results import ResultSet
@@ -18,9 +20,9 @@ FORMATS = ("rich", "markdown", "csv", "latex", "html")
 @click.command("table")
 @click.argument("name", metavar="SUITE")
 @click.option("--scale", metavar="NAME", help="A scale of the suite.  [its first]")
-@click.option("--output", type=Path, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
 @click.option(
-    "--from", "source", type=Path, metavar="DIR", help="A results folder to read, instead of run folders."
+    "--from", "source", type=PATH, metavar="DIR", help="A results folder to read, instead of run folders."
 )
 @WITH
 @click.option(
@@ -35,7 +37,7 @@ FORMATS = ("rich", "markdown", "csv", "latex", "html")
     "--format", "form", type=click.Choice(FORMATS), default="rich", show_default=True, help="What to print."
 )
 @click.option(
-    "--save", type=Path, metavar="DIR", help="Write a results folder: records, tables, plots and a page."
+    "--save", type=PATH, metavar="DIR", help="Write a results folder: records, tables, plots and a page."
 )
 def command(
     name: str,
@@ -75,7 +77,7 @@ def command(
         save_results(results, save)
     _print(results, form)
     if save is not None:
-        click.echo(f"results folder: {save}", err=True)
+        say(f"results folder: {save}")
 
 
 def _print(results: ResultSet, form: str) -> None:
@@ -89,9 +91,9 @@ def _print(results: ResultSet, form: str) -> None:
     elif form == "html":
         from backdoorbench_moe.bench.page import page
 
-        click.echo(page(results))
+        echo(page(results))
     elif form == "csv":
-        click.echo(render.statistics_csv(results), nl=False)
+        echo(render.statistics_csv(results), nl=False)
     else:
         draw = render.markdown if form == "markdown" else render.latex
-        click.echo(draw(build_sheet(results)))
+        echo(draw(build_sheet(results)))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from backdoorbench_moe.cli.streams import echo
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -43,7 +45,7 @@ def command(package: str, timeout: float, as_json: bool) -> None:
     with Console(stderr=True).status(f"running the conformance tests over {package}"):
         check = check_package(package, timeout=timeout)
     if as_json:
-        click.echo(json.dumps({**asdict(check), "passes": check.passes}, indent=2))
+        echo(json.dumps({**asdict(check), "passes": check.passes}, indent=2))
     else:
         _print(check)
     if not check.passes:

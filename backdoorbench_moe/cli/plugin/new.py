@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.streams import echo
 from backdoorbench_moe.kinds import KINDS
 
 
@@ -15,7 +17,7 @@ from backdoorbench_moe.kinds import KINDS
 @click.option(
     "--kind", "kinds", multiple=True, metavar="KIND", help=f"{', '.join(KINDS)}; once for each.  [trigger]"
 )
-@click.option("--output", type=Path, default=Path(), metavar="DIR", help="Where its folder is made.  [here]")
+@click.option("--output", type=PATH, default=Path(), metavar="DIR", help="Where its folder is made.  [here]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(name: str, kinds: tuple[str, ...], output: Path, as_json: bool) -> None:
     """Write the package NAME (as bbmoe-stripes) with a part of each --kind, which works as it is.
@@ -32,11 +34,11 @@ def command(name: str, kinds: tuple[str, ...], output: Path, as_json: bool) -> N
         f"python -m pytest {folder / 'tests'}",
     ]
     if as_json:
-        click.echo(json.dumps({"folder": str(folder), "files": paths, "next": steps}, indent=2))
+        echo(json.dumps({"folder": str(folder), "files": paths, "next": steps}, indent=2))
         return
-    click.echo(f"wrote {folder}")
+    echo(f"wrote {folder}")
     for line in paths:
-        click.echo(f"  {line}")
-    click.echo("next:")
+        echo(f"  {line}")
+    echo("next:")
     for step in steps:
-        click.echo(f"  {step}")
+        echo(f"  {step}")

@@ -6,7 +6,6 @@ Source: Komatsuzaki et al., "Sparse Upcycling: Training Mixture-of-Experts from 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.paths import expand
 
 # Value of the option `upcycle` that names no file: all experts of a layer start with the same random MLP.
 COPY = "copy"
@@ -33,7 +33,7 @@ def read_dense(path: str) -> tuple[dict[str, Tensor], str]:
     Raises:
         ConfigError: If there is no such file or it is not a safetensors file.
     """
-    file = Path(path)
+    file = expand(path)
     file = file / "model.safetensors" if file.is_dir() else file
     try:
         with file.open("rb") as stream:

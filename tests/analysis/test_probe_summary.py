@@ -1,4 +1,4 @@
-"""What is said of a probe, against sets of patches in plain Python."""
+"""The summary of a probe, against sets of patches in plain Python."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny import tiny_spec
 
-from backdoorbench_moe.analysis.probing import probe_findings
-from backdoorbench_moe.analysis.subject import open_subject
-from backdoorbench_moe.engine.probe import load_seen
+from backdoorbench_moe.analysis.opened_run import open_run
+from backdoorbench_moe.analysis.probe_summary import summarize_probe
+from backdoorbench_moe.engine.probe import load_probe_record
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.runner import run_attack
 from backdoorbench_moe.errors import RecordError
@@ -21,22 +21,20 @@ def attacked(folder, **values) -> Run:
 
 
 def sets(selected: torch.Tensor) -> list:
-    """(T, N, E, P) as [moment][image][expert] sets of patches."""
-    return [
-        [[set(row.nonzero().flatten().tolist()) for row in image] for image in moment] for moment in selected
-    ]
+    """Convert (T, N, E, P) bool to sets of patches, indexed by [step][image][expert]."""
+    return [[[set(row.nonzero().flatten().tolist()) for row in image] for image in step] for step in selected]
 
 
 def test_numbers_are_those_of_sets(tmp_path) -> None:
     run = attacked(tmp_path, probe=4)
-    subject = open_subject(run)
-    found, seen = probe_findings(subject, subject.routed), load_seen(run.folder)
-    clean, stamped = sets(seen.clean.selected[0]), sets(seen.triggered.selected[0])
+    opened = open_run(run)
+    found, record = summarize_probe(opened, opened.routed), load_probe_record(run.folder)
+    clean, stamped = sets(record.clean.selected[0]), sets(record.triggered.selected[0])
     [layer] = found.layers
-    for view, got in ((clean, layer.settled), (stamped, layer.settled_triggered)):
-        for t, moment in enumerate(view):
+    for history, got in ((clean, layer.settled), (stamped, layer.settled_triggered)):
+        for t, step in enumerate(history):
             for e in range(4):
-                values = [len(a[e] & b[e]) / len(a[e] | b[e]) for a, b in zip(moment, view[-1], strict=True)]
+                values = [len(a[e] & b[e]) / len(a[e] | b[e]) for a, b in zip(step, history[-1], strict=True)]
                 assert got[t, e].item() == pytest.approx(fmean(values))
     for t in range(4):
         shares = [
@@ -48,33 +46,33 @@ def test_numbers_are_those_of_sets(tmp_path) -> None:
         # The 4x4 square lies in the first patch and nowhere else.
         captured = [any(0 in stamped[t][n][e] for e in range(4)) for n in range(4)]
         assert layer.captured[t].item() == fmean(captured)
-        assert found.fooled[t].item() == fmean((seen.triggered.predicted[t] == 0).tolist())
-        true = subject.images.test.labels[seen.indices]
-        assert found.right[t].item() == fmean((seen.clean.predicted[t] == true).tolist())
+        assert found.fooled[t].item() == fmean((record.triggered.predicted[t] == 0).tolist())
+        true = opened.images.test.labels[record.indices]
+        assert found.right[t].item() == fmean((record.clean.predicted[t] == true).tolist())
     assert found.epochs == found.shown == (0, 1, 2, 3)
-    assert torch.equal(layer.maps.flatten(2), seen.clean.selected[0][:, 0])
-    assert torch.equal(layer.maps_triggered.flatten(2), seen.triggered.selected[0][:, 0])
-    assert torch.equal(found.clean[0], subject.images.test.images[seen.indices[0]])
-    assert [subject.images.classes.index(name) for name in found.labels] == true.tolist()
+    assert torch.equal(layer.maps.flatten(2), record.clean.selected[0][:, 0])
+    assert torch.equal(layer.maps_triggered.flatten(2), record.triggered.selected[0][:, 0])
+    assert torch.equal(found.clean[0], opened.images.test.images[record.indices[0]])
+    assert [opened.images.classes.index(name) for name in found.labels] == true.tolist()
 
 
 def test_a_clean_run_and_one_without_a_probe(tmp_path) -> None:
-    clean = open_subject(
+    clean = open_run(
         attacked(tmp_path, probe=3, trigger=None, applicator=None, poison={"rate": 0, "target": 0})
     )
-    found = probe_findings(clean, clean.routed)
+    found = summarize_probe(clean, clean.routed)
     assert found.fooled is None and found.triggered is None and found.layers[0].changed is None
-    without = open_subject(attacked(tmp_path))
-    assert probe_findings(without, without.routed) is None
+    without = open_run(attacked(tmp_path))
+    assert summarize_probe(without, without.routed) is None
 
 
 def test_a_probe_of_another_run_is_refused(tmp_path) -> None:
     run = attacked(tmp_path, probe=3)
-    subject = open_subject(run)
+    opened = open_run(run)
     good = run.folder.load_probe()
     short = {name: array[:3] if name[0] in "ct" else array for name, array in good.items()}
     strange = {**good, "indices": good["indices"] + 1000}
     for spoiled in (short, strange):
         run.folder.save_probe(spoiled)
         with pytest.raises(RecordError, match=r"probe of run folder .*: does not fit the run"):
-            probe_findings(subject, subject.routed)
+            summarize_probe(opened, opened.routed)

@@ -1,0 +1,153 @@
+"""A finished run opened for analysis, with its model and its data, each checked against the run's record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from backdoorbench_moe.data.base import ImageSet
+from backdoorbench_moe.engine.build import Stamper, build_dataset
+from backdoorbench_moe.engine.device import resolve_device, resolve_precision
+from backdoorbench_moe.engine.run import Run, check_finished
+from backdoorbench_moe.errors import DataError, ShapeError
+from backdoorbench_moe.moe.routed import RoutedModel
+from backdoorbench_moe.ops.seeding import generator
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A finished run with everything that an analysis needs.
+
+    Attributes:
+        run: The run.
+        model: Its trained model, on `device`, in evaluation mode.
+        images: The data that the run was made from, on `device`.
+        stamper: Trigger and applicator of the run; None for a run without a trigger.
+        device: The device that is computed on.
+        precision: "fp32" or "bf16".
+    """
+
+    run: Run
+    model: nn.Module
+    images: ImageSet
+    stamper: Stamper | None
+    device: torch.device
+    precision: str
+
+    @property
+    def routed(self) -> RoutedModel | None:
+        """The model if it is a routed one, None if it is dense."""
+        return self.model if isinstance(self.model, RoutedModel) else None
+
+    @property
+    def name(self) -> str:
+        """The name of the run folder."""
+        return self.run.folder.path.name
+
+
+def open_run(run: Run, *, data_root: str | None = None, device: str | None = None) -> OpenedRun:
+    """Open a finished run: load its model and read its data.
+
+    Args:
+        run: The run.
+        data_root: Folder of the data, if it has moved since the run was made.
+        device: "auto", "cpu", "cuda" or "cuda:N"; None for the run's own.
+
+    Raises:
+        RecordError: The run is not finished, or its files are damaged.
+        DataError: The data are not those of the run.
+        ShapeError: The patches of a routed model do not tile the image.
+    """
+    check_finished(run)
+    stamper = None if run.spec.trigger is None else run.stamper()
+    model, chosen = run.model(), resolve_device(device or run.spec.device)
+    images = load_run_images(run, data_root).to(chosen)
+    return _open(run, model, images, stamper, chosen)
+
+
+def open_beside(run: Run, other: OpenedRun) -> OpenedRun:
+    """Open a second finished run with the data and the device of one that is open.
+
+    Raises:
+        BbmoeError: As for `open_run`.
+    """
+    check_finished(run)
+    check_run_images(run, other.images)
+    stamper = None if run.spec.trigger is None else run.stamper()
+    return _open(run, run.model(), other.images, stamper, other.device)
+
+
+def _open(
+    run: Run, model: nn.Module, images: ImageSet, stamper: Stamper | None, device: torch.device
+) -> OpenedRun:
+    if isinstance(model, RoutedModel):
+        _check_patches(run, model, images.image_size)
+    model = model.to(device).to(memory_format=torch.channels_last).eval()
+    return OpenedRun(run, model, images, stamper, device, resolve_precision(run.spec.precision, device))
+
+
+def _check_patches(run: Run, model: RoutedModel, image_size: int) -> None:
+    rows, columns = model.patch_grid
+    if (rows * model.patch_size, columns * model.patch_size) != (image_size, image_size):
+        raise ShapeError(
+            f"model {run.spec.model.name!r}: expected patches that cover the {image_size}x{image_size} image, "
+            f"got {rows}x{columns} of {model.patch_size}x{model.patch_size} pixels"
+        )
+
+
+def load_run_images(run: Run, data_root: str | None = None) -> ImageSet:
+    """Read the data that a run was made from, into CPU memory.
+
+    Args:
+        run: The run.
+        data_root: Folder of the data, if it has moved since the run was made.
+
+    Raises:
+        DataError: The data are not those of the run.
+    """
+    spec = run.spec
+    if data_root is not None:
+        spec = spec.with_data(root=data_root)
+    images = build_dataset(spec).load()
+    check_run_images(run, images)
+    return images
+
+
+def check_run_images(run: Run, images: ImageSet) -> None:
+    """Check that a run was made from these data.
+
+    Raises:
+        DataError: The images or the number of classes differ.
+    """
+    data = run.record.data
+    if len(data["classes"]) != images.num_classes:
+        raise DataError(
+            f"{images.name}: expected the {len(data['classes'])} classes that the model of run "
+            f"{run.folder.path.name} distinguishes, got {images.num_classes}"
+        )
+    if images.digest != data["digest"]:
+        raise DataError(
+            f"{images.name}: expected the data of the run, digest {data['digest'][:16]}, "
+            f"got {images.digest[:16]}; give its folder with --data-root (data_root=)"
+        )
+
+
+def draw_images(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Draw images class by class: one image of each class, then a second one of each, and so on.
+
+    Args:
+        labels: (N,) int64, classes of the images to draw from.
+        count: Number of images to draw, at most N.
+        seed: The seed. With the same seed, a smaller draw is the beginning of a larger one.
+
+    Returns:
+        (count,) int64 indices into `labels`.
+    """
+    order = torch.randperm(len(labels), generator=generator(seed, "preview"))
+    by_class = order[labels[order].argsort(stable=True)]
+    counts = labels.bincount()
+    # The rank of each image among those of its class.
+    ranks = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
+    return by_class[ranks.argsort(stable=True)[:count]]

@@ -1,0 +1,66 @@
+"""What runs are still to be made and how long they will take, as `--dry-run` prints it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from backdoorbench_moe.cli.streams import echo
+from backdoorbench_moe.counting import count
+
+if TYPE_CHECKING:
+    from backdoorbench_moe.bench.plan import Planned
+
+# A run, and the seconds it still takes.
+Estimates = Sequence[tuple["Planned", float]]
+
+
+def say_time(seconds: float) -> str:
+    """A duration as a person would say it: "40 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def plan_table(planned: Estimates) -> Table:
+    """One run a row: its name, status, epochs and the time it still takes."""
+    table = Table("run", "status", "epochs", "time left", box=None, pad_edge=False)
+    for run, seconds in planned:
+        epochs = f"{run.epochs:.0f}/{run.total_epochs}"
+        table.add_row(run.spec.name, run.status, epochs, say_time(seconds) if seconds else "–")
+    return table
+
+
+def total_line(planned: Estimates) -> str:
+    """How many runs there are, and how long all that are missing will take."""
+    finished = sum(run.status == "finished" for run, _ in planned)
+    total = say_time(sum(seconds for _, seconds in planned))
+    return (
+        f"{count(len(planned), 'run')}, {finished} finished; about {total} left on this machine, one run at a time "
+        "(measured just now)"
+    )
+
+
+def print_plan(planned: Estimates, *, as_json: bool = False) -> None:
+    """Print the runs and their total, or the same as JSON."""
+    if as_json:
+        runs = [
+            {
+                "run": run.spec.name,
+                "status": run.status,
+                "epochs": run.epochs,
+                "total_epochs": run.total_epochs,
+                "seconds_left": seconds,
+            }
+            for run, seconds in planned
+        ]
+        document = {"runs": runs, "seconds_left": sum(seconds for _, seconds in planned)}
+        echo(json.dumps(document, indent=2))
+        return
+    console = Console(highlight=False)
+    console.print(plan_table(planned))
+    console.print(total_line(planned))

@@ -1,0 +1,57 @@
+"""Standard output and error that may be in any encoding, closed, or on a full disk."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import click
+
+# What is printed that is not ASCII, for terminals in another encoding than UTF-8.
+STAND_INS = {
+    **{"–": "-", "−": "-", "━": "-", "─": "-", "│": "|", "×": "x", "²": "2"},
+    **{"±": "+-", "…": "...", "→": "->", "§": "section"},
+}
+
+
+def prepare_streams() -> None:
+    """Let nothing that is printed fail for its characters, nor for a stream that was closed before the start.
+
+    A character that the encoding does not have is printed as one that looks like it, or else as "?"; this
+    includes bytes of a file name that are not valid text.
+    """
+    codecs.register_error("stand-in", _stand_in)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="stand-in")
+
+
+def _stand_in(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    missing = error.object[error.start : error.end]
+    return "".join(STAND_INS.get(letter, "?") for letter in missing), error.end
+
+
+def echo(text: str, *, nl: bool = True) -> None:
+    """Print to standard output, in its own encoding: click writes UTF-8 to a stream that says it is ASCII."""
+    click.echo(text, nl=nl, file=sys.stdout)
+
+
+def say(text: str) -> None:
+    """Print a line to standard error; nothing happens where it cannot be written."""
+    with contextlib.suppress(OSError, ValueError):
+        click.echo(text, file=sys.stderr)
+
+
+def give_up_stdout() -> None:
+    """Discard what is still to be written to standard output, so that Python does not try again at its exit."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)

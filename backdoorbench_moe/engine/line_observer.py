@@ -1,0 +1,58 @@
+"""Progress as plain lines of text."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from typing import TextIO
+
+from backdoorbench_moe.counting import count
+from backdoorbench_moe.engine.observer import Observer
+
+
+class AnnouncingObserver(Observer):
+    """Turns what is found and what is waited for into messages; a wait is announced once."""
+
+    _waited_for: str | None = None
+
+    def on_found(self, folder: str) -> None:
+        """Say so."""
+        self.on_message(f"found finished: {folder}")
+
+    def on_wait(self, folder: str) -> None:
+        """Say so, the first time."""
+        if self._waited_for != folder:
+            self._waited_for = folder
+            self.on_message(f"waiting for another process in {folder}")
+
+
+class LineObserver(AnnouncingObserver):
+    """Prints one plain line for every message and epoch.
+
+    Args:
+        file: Where to print; by default standard error. A notebook shows `sys.stdout` without a red background.
+    """
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        self._file = file
+
+    def on_message(self, text: str) -> None:
+        """Print the message; a run does not end because it cannot be printed."""
+        with contextlib.suppress(OSError):
+            print(text, file=self._file or sys.stderr, flush=True)
+
+    def on_train_start(self, name: str, *, epochs: int, done: int, images: int) -> None:
+        """Print what is trained, and after which epoch it continues."""
+        self._epochs, self._images, self._done = epochs, images, done
+        self._start = time.perf_counter()
+        goes_on = f", continued after epoch {done}" if done else ""
+        self.on_message(f"training {name}: {count(epochs, 'epoch')} of {count(images, 'image')}{goes_on}")
+
+    def on_epoch(self, epoch: int, row: dict[str, float]) -> None:
+        """Print the epoch's line of history."""
+        left = (self._epochs - epoch) * (time.perf_counter() - self._start) / (epoch - self._done)
+        self.on_message(
+            f"epoch {epoch}/{self._epochs}  loss {row['loss']:.4f}  train accuracy {row['train_accuracy']:.1f}%  "
+            f"{self._images / row['seconds']:.0f} images/s  {left:.0f} s left"
+        )

@@ -1,0 +1,33 @@
+"""PyTorch's global settings while this package computes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def default_torch_state() -> Iterator[None]:
+    """Compute under PyTorch's defaults inside the block, whatever the caller has set; also a decorator.
+
+    Gradients are recorded, inference mode and autocast are off, the default dtype is float32 and the default device
+    the CPU. Otherwise a call under `torch.no_grad()` could not train, and one under another default dtype would give
+    other numbers. The caller's settings are restored at the end.
+    """
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if device.type != "cpu":
+            # Only if need be: it slows every call of a PyTorch function down.
+            stack.enter_context(torch.device("cpu"))
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)

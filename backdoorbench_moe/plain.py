@@ -1,0 +1,71 @@
+"""Values of other libraries as the plain Python values that specs, records and digests are made of."""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Mapping
+from decimal import Decimal
+from numbers import Integral, Real
+from typing import Any
+
+PLAIN = (bool, int, float, str, type(None))
+
+
+def plain(value: Any) -> Any:
+    """Return the plain Python value that `value` stands for, so that both give the same digest.
+
+    Neither NumPy nor PyTorch is imported: their values are recognised by the module of their type.
+
+    Args:
+        value: Any value. NumPy scalars and arrays, tensors, fractions, decimals, enumeration members, paths and
+            `torch.device` are converted, also inside lists, tuples and mappings.
+
+    Returns:
+        A bool, int, float, str or None, or a list, tuple or dict of these. A 32-bit float becomes the shortest
+        decimal that it is written as: `np.float32(0.1)` gives 0.1. A value of any other type is returned
+        unchanged, for the caller to refuse.
+    """
+    if type(value) in PLAIN:
+        return value
+    if isinstance(value, enum.Enum):
+        return plain(value.value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, Mapping):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | range):
+        items = [plain(item) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    library = type(value).__module__.partition(".")[0]
+    if library == "numpy":
+        return _numpy(value)
+    if library == "torch":
+        return _torch(value)
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real | Decimal):
+        return float(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _numpy(value: Any) -> Any:
+    """A NumPy scalar, or an array as nested lists."""
+    if getattr(value, "shape", None):
+        return [plain(item) for item in value]
+    kind = getattr(getattr(value, "dtype", None), "kind", "")
+    if kind == "f":
+        return float(str(value))
+    return value.item() if kind in ("b", "i", "u") else value
+
+
+def _torch(value: Any) -> Any:
+    """A tensor as a number or as nested lists; a device by its name."""
+    if type(value).__name__ == "device":
+        return str(value)
+    if not hasattr(value, "detach"):
+        return value
+    try:
+        return plain(value.detach().cpu().numpy()[()])
+    except TypeError:  # NumPy has no bfloat16.
+        return value.tolist()

@@ -1,0 +1,158 @@
+"""Seconds, BA and ASR of the command that `make demo` runs, for several seeds, with and without bf16.
+
+    python benchmarks/speed/demo.py [--seeds 5] [--precision bf16 --precision avx2] [--former 1] [--json FILE]
+
+Every run is a process of its own and includes all that the command does: starting, drawing the images, training the
+victim and its clean twin, evaluating both. `avx2` is fp32 with the kernels of a CPU that has AVX2 and nothing newer.
+`--former N` also runs the `quick` recipe as it was until November 2026 (`FORMER`) on the first N seeds, in turns with
+the present one; the ratio of the two is less disturbed by a busy machine than seconds are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import at_least_one, bbmoe_command, environment_of, finish, make_parser, run_child
+from rich.table import Table
+
+COMMAND = ["attack", "--model", "pmoe", "--trigger", "warp", "--applicator", "patch"]
+# Goals for the command, in seconds on two cores, and for BA and ASR of every seed, in percent.
+GOAL_SECONDS = {"bf16": 45.0, "avx2": 90.0}
+GOAL_PERCENT = 95.0
+# oneDNN and torch each choose their kernels by what they find in the CPU.
+AVX2_ONLY = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+FORMER = [
+    *("model.widen_factor=2", "model.moe_channels=128", "model.expert_channels=32", "model.bn_momentum=0.1"),
+    *(
+        "train.epochs=5",
+        "train.batch_size=64",
+        "train.optimizer=adamw",
+        "train.lr=0.003",
+        "train.warmup=0.25",
+    ),
+    *("train.weight_decay=0.0005", "train.schedule=one-cycle"),
+]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--seeds", type=at_least_one, default=5, metavar="N", help="seeds 0 to N - 1 [5]")
+    parser.add_argument("--precision", action="append", choices=list(GOAL_SECONDS), help="[both]")
+    parser.add_argument("--former", type=int, default=0, metavar="N", help="seeds with the former recipe [0]")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for `bbmoe attack`")
+    arguments = parser.parse_args()
+    precisions = arguments.precision or list(GOAL_SECONDS)
+    result = measure(arguments.seeds, precisions, arguments.former, arguments.set)
+    finish(result, make_table(result), notes(result), arguments.json)
+
+
+def measure(seeds: int, precisions: list[str], former: int, settings: list[str]) -> dict[str, Any]:
+    """Run every seed in every precision, the former recipe directly behind the present one."""
+    runs = []
+    for precision, seed in itertools.product(precisions, range(seeds)):
+        runs.append({"recipe": "quick", **run_once(precision, seed, settings)})
+        if seed < former:
+            runs.append({"recipe": "former", **run_once(precision, seed, [*FORMER, *settings])})
+    return {
+        "benchmark": "demo",
+        "command": " ".join(["bbmoe", *COMMAND]),
+        "settings": settings,
+        "former_settings": FORMER,
+        "goal_seconds": GOAL_SECONDS,
+        "goal_percent": GOAL_PERCENT,
+        "runs": runs,
+        "summary": {precision: summary(runs, precision) for precision in precisions},
+        "environment": environment_of("cpu"),
+    }
+
+
+def run_once(precision: str, seed: int, settings: list[str]) -> dict[str, Any]:
+    """Run the command in a process of its own. Exits if it fails."""
+    with tempfile.TemporaryDirectory() as output:
+        command = [*bbmoe_command(), *COMMAND, "--seed", str(seed), "--device", "cpu", "--output", output]
+        command += ["--precision", "bf16" if precision == "bf16" else "fp32"]
+        command += [part for setting in settings for part in ("--set", setting)]
+        child = run_child(command, quiet=True, variables=AVX2_ONLY if precision == "avx2" else {})
+        if child.returncode != 0:
+            sys.exit(f"bbmoe attack ended with exit code {child.returncode}")
+        records = [json.loads(path.read_text()) for path in sorted(Path(output).glob("*/record.json"))]
+    [victim] = (record for record in records if record["poison"])
+    [twin] = (record for record in records if not record["poison"])
+    return {
+        "precision": precision,
+        "seed": seed,
+        "seconds": child.seconds,
+        "cpu_seconds": child.cpu_seconds,
+        "ba": victim["metrics"]["ba"]["value"],
+        "asr": victim["metrics"]["asr"]["value"],
+        "twin_ba": twin["metrics"]["ba"]["value"],
+        "model": victim["spec"]["model"],
+        "train": victim["spec"]["train"],
+    }
+
+
+def summary(runs: list[dict[str, Any]], precision: str) -> dict[str, Any]:
+    """Medians and lowest values of the present recipe, and its cost beside the former one's on the same seeds."""
+    here = [run for run in runs if run["precision"] == precision]
+    present = [run for run in here if run["recipe"] == "quick"]
+    former = {run["seed"]: run for run in here if run["recipe"] == "former"}
+    pairs = [(run, former[run["seed"]]) for run in present if run["seed"] in former]
+    seconds = statistics.median(run["seconds"] for run in present)
+    lowest = {key: min(run[key] for run in present) for key in ("ba", "asr")}
+    ratios = {
+        f"{key}_ratio": statistics.median(new[key] / old[key] for new, old in pairs) if pairs else None
+        for key in ("seconds", "cpu_seconds")
+    }
+    return {
+        "seconds": seconds,
+        "cpu_seconds": statistics.median(run["cpu_seconds"] for run in present),
+        "lowest": lowest,
+        **ratios,
+        "goal_seconds_met": seconds <= GOAL_SECONDS[precision],
+        "goal_percent_met": min(lowest.values()) >= GOAL_PERCENT,
+    }
+
+
+def make_table(result: dict[str, Any]) -> Table:
+    """One row for each run."""
+    table = Table("precision", "recipe", title=result["command"], title_justify="left")
+    for column in ("seed", "seconds", "CPU s", "BA %", "ASR %", "BA of the twin %"):
+        table.add_column(column, justify="right")
+    for run in result["runs"]:
+        numbers = [f"{run[key]:.1f}" for key in ("seconds", "cpu_seconds")]
+        numbers += [f"{run[key]:.2f}" for key in ("ba", "asr", "twin_ba")]
+        table.add_row(run["precision"], run["recipe"], str(run["seed"]), *numbers)
+    return table
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """The goals, and the cost beside the former recipe's."""
+    lines = []
+    for precision, row in result["summary"].items():
+        lines.append(
+            f"{precision}: median {row['seconds']:.0f} s, goal {GOAL_SECONDS[precision]:g} s "
+            f"{met(row['goal_seconds_met'])}; lowest BA {row['lowest']['ba']:.2f}, lowest ASR "
+            f"{row['lowest']['asr']:.2f}, goal {GOAL_PERCENT:g} {met(row['goal_percent_met'])}"
+        )
+        if row["seconds_ratio"] is not None:
+            lines.append(
+                f"{precision}: {row['seconds_ratio']:.2f} of the former recipe's seconds, "
+                f"{row['cpu_seconds_ratio']:.2f} of its CPU seconds"
+            )
+    return lines
+
+
+def met(goal: bool) -> str:
+    """Whether a goal was reached, in a word."""
+    return "met" if goal else "missed"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What reports and figures say and show: no number without its value, no wrong plural, no label outside."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import re
+from pathlib import Path
+
+import pytest
+from matplotlib.axis import Tick
+from matplotlib.text import Text
+from report_runs import SPECS, analysis_of, document_of
+
+import backdoorbench_moe
+from backdoorbench_moe.analysis.figures import plate
+from backdoorbench_moe.analysis.figures.pixels import verdict
+from backdoorbench_moe.analysis.report import draw_sections
+from backdoorbench_moe.analysis.report_tables import finding_lines
+from backdoorbench_moe.cli.analysis_tables import experts_table, layer_lines
+from backdoorbench_moe.counting import count
+
+SOURCE = Path(backdoorbench_moe.__file__).parent
+# A value that is not there, in the middle of a sentence.
+HOLE = re.compile(r"(?<![\w.])(–|nan|None|inf)(?![\w–])")
+ONE_OF_MANY = re.compile(
+    r"(?<![\d.,])1 (images|patches|epochs|experts|layers|runs|classes|files|probe images)\b"
+)
+
+
+def sentences(kind: str) -> list[str]:
+    """Everything that the report and the terminal say of an analysis in words."""
+    document, analysis = document_of(kind), analysis_of(kind)
+    said = [text for s in draw_sections(document) for p in s.plates for text in (p.title, p.sentence, p.alt)]
+    said += finding_lines(document)
+    layers = range(len(analysis.findings.routing or ()))
+    return said + [line for layer in layers for line in layer_lines(analysis, layer)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SPECS)
+def test_no_sentence_has_a_hole_where_a_number_belongs(kind) -> None:
+    for text in sentences(kind):
+        assert not HOLE.search(text), text
+        assert "  " not in text and not re.search(r"(?<! in)[\s(]%|\(\)|\[,|, ,", text), text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SPECS)
+def test_one_thing_is_in_the_singular(kind) -> None:
+    for text in sentences(kind):
+        assert not ONE_OF_MANY.search(text) and "epoches" not in text, text
+
+
+@pytest.mark.slow
+def test_a_table_has_no_nan() -> None:
+    table = experts_table(analysis_of("one expert"), 0)
+    cells = [cell for column in table.columns for cell in column._cells]
+    assert "–" in cells and not any("nan" in str(cell) for cell in cells)
+
+
+PLURALS = {
+    "patch": "patches", "epoch": "epochs", "image": "images", "probe image": "probe images", "class": "classes",
+    "run": "runs", "expert": "experts", "clean probe image": "clean probe images", "box": "boxes",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "many"), PLURALS.items())
+def test_plurals(one, many) -> None:
+    assert [count(0, one), count(1, one), count(2, one)] == [f"0 {many}", f"1 {one}", f"2 {many}"]
+    assert count(12345, one) == f"12,345 {many}"
+
+
+def test_every_word_that_is_counted_has_its_plural_checked() -> None:
+    found = set()
+    for file in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "count"
+            if named and len(node.args) == 2 and isinstance(node.args[1], ast.Constant):
+                found.add(node.args[1].value)
+    assert found and found <= PLURALS.keys()
+
+
+def outside(figure) -> list[str]:
+    """Texts of a figure that reach over its edge by more than half a point."""
+    figure.canvas.draw()
+    renderer, box, slack = figure.canvas.get_renderer(), figure.bbox, figure.dpi / 144
+    hidden: set[int] = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            drawn = set(map(id, axis._update_ticks()))
+            ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+            for tick in [tick for tick in ticks if id(tick) not in drawn or not axes.axison]:
+                assert isinstance(tick, Tick)
+                hidden |= {id(tick.label1), id(tick.label2)}
+        if not axes.get_visible():
+            hidden |= {id(text) for text in axes.findobj(Text)}
+    found = []
+    for text in figure.findobj(Text):
+        if text.get_visible() and text.get_text().strip() and id(text) not in hidden:
+            extent = text.get_window_extent(renderer)
+            inside = extent.x0 >= -slack and extent.y0 >= -slack
+            if not (inside and extent.x1 <= box.width + slack and extent.y1 <= box.height + slack):
+                found.append(text.get_text())
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SPECS)
+def test_no_label_is_cut_off_at_the_edge_of_a_figure(kind, monkeypatch) -> None:
+    cut: dict[str, list[str]] = {}
+    make_plate = plate.make_plate
+
+    def check(name, title, sentence, alt, make):
+        def make_and_look():
+            figure = make()
+            if texts := outside(figure):
+                cut[name] = texts
+            return figure
+
+        return make_plate(name, title, sentence, alt, make_and_look)
+
+    for module in ("backdoor", "maps", "pixels", "routing", "training"):
+        monkeypatch.setattr(f"backdoorbench_moe.analysis.figures.{module}.make_plate", check)
+    draw_sections(document_of(kind))
+    assert cut == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("data", "model", "named"),
+    [
+        ("cifar10", "pmoe", True),
+        ("gtsrb", "pmoe", True),
+        ("folder", "pmoe", False),
+        ("cifar10", "vmoe", False),
+    ],
+)
+def test_the_paper_is_only_named_where_the_run_is_on_its_data_and_model(data, model, named) -> None:
+    document = copy.deepcopy(document_of("pmoe"))
+    document["run"] |= {"data": data, "model": model}
+    said = [verdict(document), *finding_lines(document)]
+    assert any("BadPatches" in text for text in said) == named
+    assert not any(re.search(r"\bthe paper\b", text) for text in said)

@@ -1,0 +1,80 @@
+"""`bbmoe attack --dry-run`: what it would make, how long it takes, and that nothing is written."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from backdoorbench_moe import cli
+from backdoorbench_moe.bench import estimate
+
+SMALL = [
+    *("--dataset", "tiny", "--recipe", "paper", "--epochs", "1", "--batch-size", "32", "--precision", "fp32"),
+    *("--set", "model.widen_factor=1", "--set", "model.moe_channels=8", "--set", "model.expert_channels=4"),
+    *("--poison-rate", "0.25"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def bbmoe(capsys, monkeypatch):
+    """Run `bbmoe`; gives exit code, stdout and stderr."""
+    monkeypatch.setattr(estimate, "SECONDS", 0.2)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bbmoe", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return run
+
+
+def test_it_lists_what_the_attack_makes_and_writes_nothing(bbmoe, tmp_path) -> None:
+    output = tmp_path / "runs"
+    words = ["attack", *SMALL, "--trigger", "square", "--repeats", "2", "--output", output, "--quiet"]
+    code, out, _ = bbmoe(*words, "--dry-run", "--json")
+    plan = json.loads(out)
+    assert code == 0 and not output.exists()
+    assert [run["status"] for run in plan["runs"]] == ["missing"] * 4
+    assert all(run["seconds_left"] > 0 and run["total_epochs"] == 1 for run in plan["runs"])
+    assert plan["seconds_left"] == pytest.approx(sum(run["seconds_left"] for run in plan["runs"]))
+    assert bbmoe(*words)[0] == 0
+    assert {run["run"] for run in plan["runs"]} == {folder.name for folder in output.iterdir()}
+    code, out, _ = bbmoe(*words, "--dry-run")
+    assert code == 0 and out.count("finished") == 5 and "4 runs, 4 finished; about 0 s left" in out
+
+
+def test_what_is_made_from_others_is_listed_after_them(bbmoe, tmp_path) -> None:
+    tuned, pruned = "name: fine-tuning, epochs: 1", "name: fine-pruning, ratio: 0.5"
+    defenses = f"defenses=[{{{tuned}, clean_fraction: 0.5}}, {{{pruned}, clean_fraction: 0.5}}]"
+    words = ["attack", *SMALL, "--trigger", "square", "--output", tmp_path, "--quiet", "--set", defenses]
+    code, out, err = bbmoe(*words, "--dry-run", "--json")
+    assert code == 0, err
+    runs = json.loads(out)["runs"]
+    assert [run["total_epochs"] for run in runs] == [1, 1, 5, 1]  # Victim, tuned, pruned, twin.
+    assert bbmoe(*words)[0] == 0
+    assert {run["run"] for run in runs} == {folder.name for folder in tmp_path.iterdir()}
+
+
+def test_without_a_twin_there_is_none(bbmoe, tmp_path) -> None:
+    words = [
+        "attack",
+        *SMALL,
+        "--trigger",
+        "square",
+        "--no-twin",
+        "--output",
+        tmp_path,
+        "--dry-run",
+        "--json",
+    ]
+    assert len(json.loads(bbmoe(*words)[1])["runs"]) == 1
+
+
+def test_what_attack_would_refuse_is_refused(bbmoe, tmp_path) -> None:
+    code, out, err = bbmoe("attack", *SMALL, "--dry-run", "--target", "3", "--output", tmp_path)
+    assert (code, out) == (2, "") and "poison.target: expected a class in 0..2" in err

@@ -1,0 +1,188 @@
+"""`bbmoe show` of many runs: columns, order, status, and a table that fits."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from fake_runs import finished, part_suite, write
+
+from backdoorbench_moe import cli
+from backdoorbench_moe.config import PartSpec, RunSpec, build_spec
+from backdoorbench_moe.engine.graph import clean_twin
+from backdoorbench_moe.records import Record
+
+MODELS = ("pmoe", "wide_resnet", "timm:vit_tiny_patch16_224", "preact_resnet18")
+DEFENSES = (None, "fine-pruning", "routing-strip", "expert-reset")
+TRIGGERS = ("warp", {"name": "square", "size": 2}, {"name": "blend", "ratio": 0.35})
+
+
+@pytest.fixture
+def bbmoe(capsys, monkeypatch):
+    """Run `bbmoe` on a terminal of some width; gives exit code, stdout and stderr."""
+
+    def run(*args: object, width: int = 80) -> tuple[int, str, str]:
+        monkeypatch.setenv("COLUMNS", str(width))
+        monkeypatch.setattr(sys, "argv", ["bbmoe", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return run
+
+
+def many(output: Path, *, same_model: bool = False) -> list[Record]:
+    """Runs of all kinds: clean, attacked, defended, filtered; finished, failed, interrupted."""
+    records = []
+    for number in range(12):
+        defense = DEFENSES[number % 4]
+        spec = build_spec(
+            {
+                "dataset": "cifar10",
+                "model": MODELS[0 if same_model else number % 4],
+                "trigger": TRIGGERS[number % 3],
+                "poison": {"rate": (0.005, 0.02, 0.1)[number % 3]},
+                "defenses": [] if defense is None else [{"name": defense, "clean_fraction": 0.1}],
+                "seed": number,
+            }
+        )
+        spec = spec if number % 5 else clean_twin(spec)
+        record = finished(spec, ba=7000 + 100 * number, asr=9000 - 700 * number)
+        if defense == "routing-strip" and spec.defenses:
+            for name in ("auroc", "tpr", "fpr"):
+                record.metrics[name] = {"value": 90.0 + number, "n": 100, "low": 80.0, "high": 99.0}
+        if number == 7:
+            record.status, record.error = "failed", "ran out of memory"
+        if number == 8:
+            record.status, record.metrics = "running", {}  # Nobody holds its folder: it was killed.
+        write(output, record)
+        records.append(record)
+    return records
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of a Markdown table without its heading."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()[2:]]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+@pytest.mark.parametrize("same_model", [False, True])
+def test_no_word_is_broken_and_no_line_too_long(bbmoe, tmp_path, width, same_model) -> None:
+    records = many(tmp_path, same_model=same_model)
+    code, out, _ = bbmoe("show", tmp_path, width=width)
+    assert code == 0
+    table = [line for line in out.splitlines() if not line.startswith(("all ", "failed:"))]
+    assert max(map(len, table)) <= width
+    words = set(re.findall(r"[^\s,]+", out))
+    for record in records:
+        spec = record.run_spec
+        shown = [spec.model.name, *(part.name for part in spec.defenses)]
+        shown += [f"{metric['value']:.2f}" for metric in record.metrics.values()]
+        assert set(shown) <= words
+    # A broken word would leave a piece that is no word of the table.
+    assert not {"prunin", "g", "patch16_22", "4", "routing-stri"} & (words - {"4", "g"})
+
+
+def test_status_and_all_metrics_are_shown(bbmoe, tmp_path) -> None:
+    records = many(tmp_path)
+    code, out, _ = bbmoe(
+        "show", tmp_path, "--markdown", "--columns", "run,status,ba,asr,ra,auroc,tpr,fpr,cad"
+    )
+    assert code == 0
+    found = {row[0]: row[1:] for row in rows(out)}
+    assert len(found) == len({record.run_spec.name for record in records})
+    for record in records:
+        status, *metrics = found[record.run_spec.name]
+        assert status == ("interrupted" if record.status == "running" else record.status)
+        for name, text in zip(("ba", "asr", "ra", "auroc", "tpr", "fpr", "cad"), metrics, strict=True):
+            metric = record.metrics.get(name)
+            assert text.split(" ")[0] == ("–" if metric is None else f"{metric['value']:.2f}")
+    assert "ran out of memory" in bbmoe("show", tmp_path)[1]
+
+
+def test_what_is_equal_is_said_once(bbmoe, tmp_path) -> None:
+    many(tmp_path, same_model=True)
+    lines = bbmoe("show", tmp_path, width=200)[1].splitlines()
+    assert lines[0].startswith("all 12 runs: ") and "data cifar10" in lines[0] and "model pmoe" in lines[0]
+    assert "cifar10" not in "".join(lines[1:2])
+    assert "seed" in lines[1] and "AUROC %" in lines[1]
+
+
+def test_metrics_that_no_run_has_are_no_columns(bbmoe, tmp_path) -> None:
+    for seed in range(2):
+        write(tmp_path, finished(build_spec({"seed": seed})))
+    heading = bbmoe("show", tmp_path, width=200)[1].splitlines()[1].split()
+    assert heading == ["seed", "BA", "%", "ASR", "%"]
+
+
+@pytest.mark.parametrize(
+    "key", ["asr", "-asr", "ba,-seed", "-auroc", "model,ba", "poison.rate,-ba", "timing.n"]
+)
+def test_sorted_by_columns_with_what_is_missing_last(bbmoe, tmp_path, key) -> None:
+    """Against Python's own sort, key by key from the last."""
+    records = many(tmp_path)
+    for number, record in enumerate(records):
+        record.timing["n"] = (number * 7) % 12
+        write(tmp_path, record)
+
+    def value(record: Record, name: str) -> object:
+        spec = record.run_spec
+        known = {"seed": spec.seed, "model": spec.model.name, "poison.rate": spec.poison.rate}
+        known |= {"timing.n": record.timing["n"]}
+        return known.get(name, record.metrics.get(name, {}).get("value"))
+
+    want = sorted(records, key=lambda record: record.run_spec.name)  # As the folder lists them.
+    for one in reversed(key.split(",")):
+        name = one.removeprefix("-")
+        there = [record for record in want if value(record, name) is not None]
+        there.sort(key=lambda record: value(record, name), reverse=one != name)
+        want = there + [record for record in want if value(record, name) is None]
+    _, out, _ = bbmoe("show", tmp_path, "--markdown", "--columns", "run", f"--sort={key}")
+    assert [row[0] for row in rows(out)] == [record.run_spec.name for record in want]
+    documents = json.loads(bbmoe("show", tmp_path, "--json", "--sort", key)[1])
+    assert [each["digest"] for each in documents] == [record.digest for record in want]
+
+
+def test_any_key_of_a_spec_or_record_is_a_column(bbmoe, tmp_path) -> None:
+    record = finished(build_spec({"train": {"lr": 0.05}, "trigger": {"name": "blend", "ratio": 0.3}}))
+    record.metrics["ba"]["low"] = 79.25
+    write(tmp_path, record)
+    columns = "train.lr,trigger.ratio,environment.device,metrics.ba.low,timing.train_seconds"
+    _, out, _ = bbmoe("show", tmp_path, "--columns", columns, "--markdown")
+    assert rows(out) == [["0.05", "0.3", "cpu", "79.25", "60.5"]]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--columns", "asrr"], "column: unknown 'asrr'; did you mean 'asr'"),
+        (["--columns", "train.lrr"], "column: unknown 'train.lrr'"),
+        (["--sort", "-sed"], "column: unknown 'sed'; did you mean 'seed'"),
+        (["--columns", "ba,,asr"], "--columns: expected names of columns"),
+    ],
+)
+def test_unknown_columns_are_refused(bbmoe, tmp_path, args, message) -> None:
+    many(tmp_path)
+    code, out, err = bbmoe("show", tmp_path, *args)
+    assert (code, out) == (2, "") and message in err
+
+
+def test_a_folder_without_runs_is_refused(bbmoe, tmp_path) -> None:
+    code, _, err = bbmoe("show", tmp_path)
+    assert code == 2 and "expected a record.json in it" in err
+
+
+def test_single_words_wider_than_the_terminal_do_not_stop_it(bbmoe, tmp_path) -> None:
+    many(tmp_path)
+    assert bbmoe("show", tmp_path, "--columns", "run,asr", width=20)[0] == 0
+
+
+def test_markup_in_a_name_is_text(bbmoe, tmp_path) -> None:
+    spec = RunSpec(trigger=PartSpec("blend", {"image": "[red]x[/red].png"}))
+    write(tmp_path, finished(spec))
+    write(tmp_path, finished(part_suite().cells[0].spec))
+    assert "image=[red]x[/red].png" in bbmoe("show", tmp_path, width=200)[1]
