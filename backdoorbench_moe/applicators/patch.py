@@ -12,7 +12,9 @@ from backdoorbench_moe.ops.patches import tile, untile
 
 
 class PatchApplicator(Applicator):
-    """Cut the image into tiles, stamp each tile as if it were an image, and put the tiles back.
+    """Stamp every tile of the image, as in BadPatches.
+
+    The image is cut into tiles, each tile is stamped as if it were an image, and the tiles are put back.
 
     Args:
         patch_size: Side of a tile in pixels, a divisor of the image's height and width. It should be the size of the

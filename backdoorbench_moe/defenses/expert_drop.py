@@ -17,11 +17,12 @@ from backdoorbench_moe.moe.structure import Expert
 
 
 class ExpertDrop(Defense):
-    """Mute experts, one after the other, each time the one without which clean accuracy is highest.
+    """Mute the experts that clean accuracy depends on least.
 
-    The idea is that of pruning what clean images do not need, with an expert as the unit. Of several equal experts
-    the first is muted. The judgement's scores are the clean accuracies, in percent, without each expert alone; its
-    details hold the accuracy after each step.
+    Experts are muted one after the other, each time the one without which clean accuracy is highest. The idea is that
+    of pruning what clean images do not need, with an expert as the unit. Of several equal experts the first is muted.
+    The judgement's scores are the clean accuracies, in percent, without each expert alone; its details hold the
+    accuracy after each step.
 
     Args:
         count: Number of experts to mute, from 1. Every routed layer keeps at least one expert.

@@ -17,7 +17,9 @@ from backdoorbench_moe.moe.structure import Expert
 
 
 class ExpertReset(Defense):
-    """Re-initialise one expert and train only its own rows on clean images; all other values stay the same.
+    """Re-initialise one expert and train it again, alone, on clean images.
+
+    Only the rows of weights that belong to the expert change; all other values stay the same, bit for bit.
 
     The router is not changed, so the expert selects the patches that it selected before. The statistics of the
     expert's norms are measured on the clean images after the reset and again after the training, because a running

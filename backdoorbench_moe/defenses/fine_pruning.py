@@ -18,10 +18,11 @@ Ranking = Literal["post-relu", "notebook"]
 
 
 class FinePruning(Defense):
-    """Prune a share of the channels of the last convolution (of every expert), then fine-tune on clean images.
+    """Prune the channels that clean images activate least, then fine-tune on clean images.
 
-    In a transformer the channels are the hidden units of the last MLP, or of each expert in the last layer of experts.
-    Pruned channels stay zero during the tuning.
+    The channels are those of the last convolution, of each expert in a mixture of experts. In a transformer the
+    channels are the hidden units of the last MLP, or of each expert in the last layer of experts. Pruned channels
+    stay zero during the tuning.
 
     Departures: the original ranks channels on held-out images. Here they are ranked on the defender's images, which
     are training images that the victim has seen, without the attacker's changes (unless `finetune_data` is

@@ -13,7 +13,7 @@ from backdoorbench_moe.errors import ConfigError
 
 
 class FineTuning(Defense):
-    """Train the model, or one of its components, for some more epochs on clean images.
+    """Train the model, or one of its components, further on clean images.
 
     Optimizer, batch size and schedule are those of the run's recipe.
 

@@ -13,7 +13,9 @@ from backdoorbench_moe.defenses.requirements import check_tuning, router_of
 
 
 class RouterReset(Defense):
-    """Re-initialise the router, so that nothing is left of what it learned from poison, and train on clean images.
+    """Re-initialise the router and train it again on clean images.
+
+    Nothing is left of what the router learned from poisoned images.
 
     Args:
         scope: "router" trains the router only; "all" trains the whole model.

@@ -162,7 +162,7 @@ def superimpose(images: Tensor, overlays: Tensor, mode: BlendMode) -> Tensor:
 
 
 class Strip(SuperpositionFilter):
-    """STRIP: reject an image if the prediction stays the same and confident whatever clean image is blended in.
+    """Reject images whose prediction stays the same when clean images are blended in (STRIP).
 
     The score is minus the mean entropy, in nats, of the predictions on the superpositions. Works on any model. See
     `SuperpositionFilter` for the departures from the original.
@@ -189,7 +189,7 @@ class Strip(SuperpositionFilter):
 
 
 class RoutingStrip(SuperpositionFilter):
-    """STRIP on routing: reject an image if its routing stays the same whatever clean image is blended in.
+    """Reject images whose routing stays the same when clean images are blended in.
 
     Needs a routed model. The score is the mean over the routed layers. See `SuperpositionFilter` for the departures
     from the original.

@@ -13,7 +13,9 @@ from backdoorbench_moe.triggers.picture import LUMA, draw_quilt, read_picture
 
 
 class Blend(Trigger):
-    """Blend a picture, resized to the image's size, into the image: (1 - ratio) * image + ratio * picture.
+    """Blend a picture into the image.
+
+    The stamped image is (1 - ratio) * image + ratio * picture, with the picture resized to the size of the image.
 
     Args:
         ratio: Weight of the picture, in (0, 1]; 0.5 in the paper.

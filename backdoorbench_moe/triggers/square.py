@@ -12,7 +12,9 @@ PLACES = ("upper-left", "upper-right", "lower-left", "lower-right", "centre")
 
 
 class Square(Trigger):
-    """Overwrite a square with one colour; the defaults are BadNets' in the paper: black, 4x4, upper left.
+    """Overwrite a square with one colour.
+
+    The defaults are those of the BadNets paper: black, 4x4 pixels, upper left.
 
     Args:
         size: Side in pixels, from 1, at most the image's height and width.

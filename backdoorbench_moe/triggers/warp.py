@@ -24,7 +24,9 @@ Sampling = Literal["bilinear", "truncate"]
 
 
 class Warp(Trigger):
-    """Distort the image smoothly, by a field of offsets that is drawn once from `seed`.
+    """Distort the image smoothly, as in WaNet.
+
+    The offsets of the pixels are drawn once, from `seed`.
 
     The noise form is WaNet's noise mode: the same distortion, and in addition a random offset of up to half a pixel
     for every pixel of every image. The model thereby learns to react to this warp only, and not to warps like it.

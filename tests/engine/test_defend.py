@@ -224,7 +224,10 @@ BAD = {
         {"name": "fine-pruning", "ratoi": 1},
         r"defenses\[0\]\.option: unknown 'ratoi'; did you mean",
     ),
-    "no channel": ({"name": "fine-pruning", "ratio": 0.1}, r"defenses\[0\]\.ratio: 0\.1 of the 4 channels"),
+    "no channel": (
+        {"name": "fine-pruning", "ratio": 0.1},
+        r"defenses\[0\]\.ratio: 0\.1 prunes none of the 4 channels",
+    ),
     "too few images": (
         {"name": "fine-tuning", "clean_fraction": 0.02},
         r"\[0\]\.clean_fraction: 0\.02 of 96 .* is 1;",

@@ -148,6 +148,7 @@ def parts(site: Path) -> dict[str, dict[str, Any]]:
     return {part["name"]: part for part in report["parts"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "test", "reason"),
     [
@@ -165,6 +166,7 @@ def test_a_declared_deviation_passes_and_is_shown(
     assert 1 <= deviation["failing"] <= deviation["cases"]
 
 
+@pytest.mark.slow
 def test_a_model_may_declare_deviations_and_fails_for_what_it_does_not_declare(
     parts: dict[str, dict[str, Any]],
 ) -> None:
@@ -173,12 +175,14 @@ def test_a_model_may_declare_deviations_and_fails_for_what_it_does_not_declare(
     assert part["result"] == "fails" and "test_logits" in {failure["test"] for failure in part["failures"]}
 
 
+@pytest.mark.slow
 def test_the_same_part_fails_without_the_declaration(parts: dict[str, dict[str, Any]]) -> None:
     part = parts["undeclared"]
     assert part["result"] == "fails" and part["deviations"] == []
     assert {failure["test"] for failure in part["failures"]} == {GRADIENTS}
 
 
+@pytest.mark.slow
 def test_a_deviation_may_concern_some_cases_only(parts: dict[str, dict[str, Any]]) -> None:
     part = parts["half"]
     assert part["result"] == "passes", part["failures"]
@@ -189,6 +193,7 @@ def test_a_deviation_may_concern_some_cases_only(parts: dict[str, dict[str, Any]
     assert shares["test_a_trigger_has_no_memory"] == (1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -216,6 +221,7 @@ def test_a_deviation_that_is_none_is_a_failure_in_one_line(
     assert failure["line"] == ""
 
 
+@pytest.mark.slow
 def test_parts_without_deviations_are_neither_blamed_nor_counted(parts: dict[str, dict[str, Any]]) -> None:
     """The applicator and a trigger are tested together; it is the trigger that deviates."""
     for name in ("negative", "whole"):
@@ -226,6 +232,7 @@ def run_honest(site: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return python("-m", "backdoorbench_moe.testing", "bbmoe-honest", *more, path=[site])
 
 
+@pytest.mark.slow
 def test_the_table_shows_the_deviation(site: Path) -> None:
     done = bbmoe("plugin", "check", "bbmoe-honest", path=[site])
     assert done.returncode == 0, done.stdout + done.stderr
@@ -244,6 +251,7 @@ def test_pytest_shows_the_reason(site: Path) -> None:
     assert "test_deviations[trigger b]" not in done.stdout, "it declares nothing"
 
 
+@pytest.mark.slow
 def test_a_selection_of_tests_says_nothing_of_those_that_did_not_run(site: Path) -> None:
     done = run_honest(site, "-k", "no_memory or deviations")
     assert done.returncode == 0, done.stdout
