@@ -110,7 +110,9 @@ def test_capture_and_carriers_say_the_documents_numbers() -> None:
     pair = min(carriers["pairs"], key=lambda one: one["asr"]["value"])
     assert f"without {pair['experts'][0]} and {pair['experts'][1]}" in drawn["carriers-pairs"].sentence
     patched = min(carriers["patched"], key=lambda one: one["asr"]["value"])
-    assert f"reached with {patched['expert']}: it falls" in drawn["patching"].sentence
+    assert (
+        f"reached with {patched['expert']}: {words.proportion(patched['asr'])}" in drawn["patching"].sentence
+    )
     [shift] = document["shift"]
     most = max(one["value"] for one in shift["changed_by_expert"])
     assert f"with {100 * most:.3g} [" in drawn["shift-changed"].sentence
