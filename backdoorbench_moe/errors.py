@@ -1,4 +1,4 @@
-"""Errors a user can cause or meet; the command line prints them as one line and exits with 2."""
+"""Errors that users may see; the command line prints them in one line and exits with code 2."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from backdoorbench_moe.spelling import near_names
 
 
 class BbmoeError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class ConfigError(BbmoeError):
@@ -37,20 +37,20 @@ class UnknownNameError(ConfigError):
 
 
 class PluginError(BbmoeError):
-    """A third-party package does not keep to the interface, or does not import."""
+    """A third-party package does not implement the interface, or cannot be imported."""
 
 
 class ShapeError(BbmoeError):
-    """A tensor has a shape, type or range it cannot have."""
+    """A tensor does not have the expected shape, type or range."""
 
 
 class DataError(BbmoeError):
-    """A data set is missing, damaged, or not what it is said to be."""
+    """A data set is missing, damaged, or not the expected one."""
 
 
 class RecordError(BbmoeError):
-    """A run folder, record or model file is missing, damaged, in use, or not ours."""
+    """A run folder, record or model file is missing, damaged, in use, or was not written by this package."""
 
 
 class BbmoeWarning(UserWarning):
-    """Something the user should know that does not stop the run."""
+    """A message to the user that does not stop the run."""

@@ -1,4 +1,4 @@
-"""The kinds of parts that a run is made of. A new kind is one row here, beside the room that holds its parts."""
+"""The kinds of parts that a run consists of. A new kind is one row here, and the module that holds its parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keyword options of a part, checked against its own signature."""
+"""Keyword options of a part, which are checked against its signature."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ FilePath = Annotated[str, NamesFile]
 
 @dataclass(frozen=True)
 class Option:
-    """One keyword option: its name, annotation and default (`REQUIRED` where there is none)."""
+    """A keyword option.
+
+    Args:
+        name: Its name.
+        annotation: Its type.
+        default: Its default value, or `REQUIRED`.
+    """
 
     name: str
     annotation: Any
@@ -38,12 +44,12 @@ class Option:
 
     @property
     def type_name(self) -> str:
-        """The annotation as a reader would write it."""
+        """The annotation as written in source code."""
         return _type_name(self.annotation)
 
 
 def list_options(target: Callable[..., object], *, given: Collection[str] = ()) -> dict[str, Option]:
-    """Read the keyword-only options of a class or function, without those the caller fills in (`given`)."""
+    """Return the keyword-only parameters of a class or function by name, without those in `given`."""
     function = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
     hints = get_type_hints(function, include_extras=True)
     return {
@@ -54,9 +60,12 @@ def list_options(target: Callable[..., object], *, given: Collection[str] = ()) 
 
 
 def call_fault(part: type, *, given: Collection[str] = (), needs: Collection[str] = ()) -> str | None:
-    """Why a class cannot be made from keyword options and `given`; None where it can.
+    """Return why a class cannot be built from keyword options, or None if it can.
 
-    needs: keyword options that it has to have.
+    Args:
+        part: The class.
+        given: Keyword arguments that the caller gives.
+        needs: Keyword options that the class must have.
     """
     if inspect.isabstract(part):
         return (
@@ -64,7 +73,7 @@ def call_fault(part: type, *, given: Collection[str] = (), needs: Collection[str
         )
     try:
         options = list_options(part, given=given)
-    except Exception as error:  # whatever a third party's annotations raise when they are read
+    except Exception as error:  # Evaluating annotations runs code of third parties.
         return f"the options of {part.__name__} cannot be read: {type(error).__name__}: {error}"
     for option in options.values():
         if not _is_plain(option.annotation):
@@ -79,7 +88,7 @@ def call_fault(part: type, *, given: Collection[str] = (), needs: Collection[str
         p.name for p in parameters if p.kind in by_place and p.default is REQUIRED and p.name not in given
     ]
     if needed:
-        return f"{part.__name__} takes {', '.join(needed)} by place; expected keyword-only options"
+        return f"{part.__name__} takes {', '.join(needed)} as positional arguments; expected keyword-only options"
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         lacking = sorted(set(given) - {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY})
         if lacking:
@@ -88,7 +97,7 @@ def call_fault(part: type, *, given: Collection[str] = (), needs: Collection[str
 
 
 def _is_plain(annotation: Any) -> bool:
-    """Whether an option of this type can be written in a config, and checked."""
+    """Whether values of this type can be written in a config and checked."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return True
@@ -102,9 +111,17 @@ def _is_plain(annotation: Any) -> bool:
 def check_options(
     target: Callable[..., object], options: Mapping[str, object], *, where: str, given: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Check names and types of `options` against the signature of `target` and convert lists to tuples.
+    """Check the names and types of options against a signature, and convert lists to tuples.
 
-    Raises UnknownNameError for an option that is not there, ConfigError for a wrong type or a missing one.
+    Args:
+        target: Class or function that has the options.
+        options: Values by name.
+        where: The part, for error messages, such as "trigger 'warp'".
+        given: Parameters that are not options, because the caller gives them.
+
+    Raises:
+        UnknownNameError: There is no such option.
+        ConfigError: A value is of the wrong type, or a required option is missing.
     """
     known = list_options(target, given=given)
     checked = {}
@@ -173,7 +190,7 @@ def _convert_tuple(value: object, arguments: tuple[Any, ...], parameter: str) ->
 
 
 def _describe(annotation: Any) -> str:
-    """What a value must be, in words."""
+    """Describe the values of a type in words."""
     if get_origin(annotation) is Annotated:
         return (
             "the path of a file"
@@ -191,7 +208,7 @@ def _describe(annotation: Any) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    """A type as a reader would write it, a choice as its values."""
+    """A type as written in source code; a `Literal` by its values."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " | ".join(map(repr, arguments))

@@ -1,4 +1,4 @@
-"""Finding parts by entry point: one lookup for built-ins and for third-party packages."""
+"""Entry points of parts, both built-in and of third-party packages."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ GROUPS = {name: kind.group for name, kind in KINDS.items()}
 
 # Version of the interfaces for plug-ins. It is raised when something that worked with the previous one stops working.
 INTERFACE = 2
-# The names in this entry-point group are the versions a package is written for; a package without any is
-# taken to be written for the one that is installed.
+# The names in this entry-point group are the versions that a package is written for. A package without any is
+# assumed to be written for the installed version.
 INTERFACE_GROUP = f"{PACKAGE}.interface"
 RECIPE_GROUP = f"{PACKAGE}.recipes"
 OWN_GROUPS = (*GROUPS.values(), INTERFACE_GROUP, RECIPE_GROUP)
@@ -23,9 +23,15 @@ OWN_GROUPS = (*GROUPS.values(), INTERFACE_GROUP, RECIPE_GROUP)
 
 @dataclass(frozen=True)
 class Candidate:
-    """One entry point: a name some installed package offers. Nothing is imported until `load`.
+    """An entry point of an installed package; nothing is imported before `load`.
 
-    interfaces: the versions of the interface its package says it is written for; empty where it says none.
+    Args:
+        kind: Kind of the part, such as "trigger".
+        name: Name of the part.
+        target: The part, as "module:Class".
+        package: Name of the package.
+        version: Version of the package.
+        interfaces: Versions of the interfaces that the package is written for; empty if it does not say.
     """
 
     kind: str
@@ -37,17 +43,17 @@ class Candidate:
 
     @property
     def builtin(self) -> bool:
-        """Whether this package itself offers it."""
+        """Whether the part belongs to this package."""
         return self.target.startswith(f"{PACKAGE}.")
 
     @property
     def origin(self) -> str:
-        """Package and version, for messages and lists."""
+        """Name and version of the package, for messages and lists."""
         return f"{self.package} {self.version}".strip()
 
     @property
     def mismatch(self) -> str | None:
-        """Why its package does not go with this version of the interfaces; None where it does."""
+        """Why the package does not work with this version of the interfaces, or None if it does."""
         if not self.interfaces or str(INTERFACE) in self.interfaces:
             return None
         written = " or ".join(self.interfaces)
@@ -57,10 +63,11 @@ class Candidate:
         )
 
     def load(self) -> object:
-        """Import the target.
+        """Import the part.
 
-        Raises PluginError, naming the package and the reason, whatever the import raised: a
-        third party's module may fail in any way, `sys.exit` included, and must not take anything else down.
+        Raises:
+            PluginError: The import failed in any way, even by `sys.exit`; the message names the package and the
+                reason.
         """
         if self.mismatch:
             raise PluginError(self.mismatch)
@@ -76,7 +83,7 @@ class Candidate:
 
 
 def discover(kind: str) -> list[Candidate]:
-    """List what installed packages offer for `kind`, built-ins first, then by package and name."""
+    """Return all entry points of a kind, built-in ones first, then sorted by package and name."""
     found = {
         Candidate(
             kind=kind,
@@ -92,7 +99,11 @@ def discover(kind: str) -> list[Candidate]:
 
 
 def strays(package: str | None = None) -> list[tuple[Candidate, str]]:
-    """Entry points, of one package or all, in groups that look like ours and are none, each with what is wrong."""
+    """Return entry points in unknown groups of the form `backdoorbench_moe.*`, with the error message of each.
+
+    Args:
+        package: Only those of this package; of all packages if None.
+    """
     found = []
     for group in sorted(entry_points().groups):
         if normalize(group).startswith(normalize(PACKAGE)) and group not in OWN_GROUPS:
@@ -106,12 +117,15 @@ def strays(package: str | None = None) -> list[tuple[Candidate, str]]:
 
 
 def normalize(package: str) -> str:
-    """A package's name in the one spelling that pip compares by ("My_Pkg" is "my-pkg")."""
+    """Normalise the name of a package as pip does ("My_Pkg" to "my-pkg")."""
     return re.sub(r"[-_.]+", "-", package).lower()
 
 
 def unmet_requirements(package: str) -> list[str]:
-    """What an installed package requires and is not there; no versions, and nothing that hangs on a condition."""
+    """Return the names of the requirements of an installed package that are not installed.
+
+    Versions are not compared, and requirements with a condition are left out.
+    """
     try:
         requirements = distribution(package).requires or []
     except PackageNotFoundError:

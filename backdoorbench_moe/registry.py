@@ -1,4 +1,4 @@
-"""Names to parts. Targets are lazy: looking a name up imports that part and no other."""
+"""Registries, which find parts by name and import a part when it is looked up."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ class Registry(Generic[T]):
     """The parts of one kind, by name.
 
     Args:
-        kind: Name of the kind, a row of `kinds.KINDS`. The class that its parts subclass is imported only when a
-            part is.
+        kind: Name of the kind, a key of `kinds.KINDS`. The base class of its parts is not imported before a part is.
     """
 
     def __init__(self, kind: str) -> None:
@@ -32,9 +31,9 @@ class Registry(Generic[T]):
 
     @cached_property
     def _found(self) -> tuple[dict[str, Candidate], dict[Candidate, str]]:
-        """Entry points by name, and those refused without an import, with the reason.
+        """The usable entry points by name, and the refused ones with the reason; nothing is imported.
 
-        A package for another version of the interface holds no name against one that works.
+        An entry point of a package for another version of the interfaces is refused, and leaves its name to others.
         """
         names: dict[str, Candidate] = {}
         refused: dict[Candidate, str] = {}
@@ -48,19 +47,19 @@ class Registry(Generic[T]):
         return names, refused
 
     def names(self) -> list[str]:
-        """Every name that can be looked up, sorted; nothing is imported."""
+        """Return all names that can be looked up, sorted; nothing is imported."""
         return sorted({*self._found[0], *self._local})
 
     def candidate(self, name: str) -> Candidate | None:
-        """The entry point behind `name`; None where it was registered from running code."""
+        """Return the entry point of a name; None for a part that was registered by `register`."""
         return self._found[0].get(name)
 
     def offers(self) -> list[Candidate]:
-        """Every entry point of the kind, usable or not; nothing is imported."""
+        """Return all entry points of the kind, usable or not; nothing is imported."""
         return [*self._found[0].values(), *self._found[1]]
 
     def fault(self, candidate: Candidate) -> str | None:
-        """Why an entry point cannot be used; None where it can. Imports it unless it is refused before."""
+        """Return why an entry point cannot be used, or None if it can. The part is imported, unless it is refused."""
         if candidate in self._found[1]:
             return self._found[1][candidate]
         try:
@@ -70,14 +69,18 @@ class Registry(Generic[T]):
         return None
 
     def broken(self) -> dict[Candidate, str]:
-        """Third-party entry points that cannot be used, each with its reason. Imports third-party parts."""
+        """Return the reason for each third-party entry point that cannot be used. Third-party parts are imported."""
         reasons = {c: self.fault(c) for c in self.offers() if not c.builtin}
         return {candidate: reason for candidate, reason in reasons.items() if reason}
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Class decorator: offer a part under `name` in this process (a package uses entry points).
+        """Return a class decorator that registers a part in this process; packages use entry points instead.
 
-        Raises ConfigError if the name is taken or the class does not keep to the interface.
+        Args:
+            name: Name of the part.
+
+        Raises:
+            ConfigError: The name is taken, or the class does not implement the interface.
         """
 
         def add(part: type[T]) -> type[T]:
@@ -91,13 +94,18 @@ class Registry(Generic[T]):
         return add
 
     def unregister(self, name: str) -> None:
-        """Take back what `register` added."""
+        """Remove a part that `register` added."""
         self._local.pop(name, None)
 
     def lookup(self, name: str) -> type[T]:
-        """Import and return the part called `name` ("family:argument" finds the family).
+        """Import and return a part.
 
-        Raises UnknownNameError with near names, or PluginError where its package is at fault.
+        Args:
+            name: Name of the part; of "family:argument" only the family counts.
+
+        Raises:
+            UnknownNameError: There is no part of this name; similar names are suggested.
+            PluginError: The package that offers it is at fault.
         """
         family = name.partition(":")[0]
         if family in self._local:
@@ -108,18 +116,23 @@ class Registry(Generic[T]):
         return self._load(candidate)
 
     def check_name(self, name: str) -> str:
-        """Return `name` if it can be looked up; nothing is imported. Raises UnknownNameError or PluginError."""
+        """Return the name if it can be looked up; nothing is imported.
+
+        Raises:
+            UnknownNameError: There is no part of this name; similar names are suggested.
+            PluginError: A package offers it, but cannot be used.
+        """
         if name.partition(":")[0] not in self.names():
             raise self._unknown(name)
         return name
 
     def options(self, name: str) -> dict[str, Option]:
-        """The options `create` takes for `name`, without those that the name itself gives."""
+        """Return the options of a part, without one that is given by the name, as in "family:argument"."""
         part, implied = self.lookup(name), self._implied(name)
         return list_options(part, given=(*self.given, *implied))
 
     def check(self, name: str, options: Mapping[str, object]) -> dict[str, Any]:
-        """Check options for `name` and return all keyword arguments, without building anything."""
+        """Check the options of a part and return all of its keyword arguments; nothing is built."""
         part, implied = self.lookup(name), self._implied(name)
         where = f"{self.kind} {name!r}"
         return {**check_options(part, options, where=where, given=(*self.given, *implied)), **implied}
@@ -127,19 +140,30 @@ class Registry(Generic[T]):
     def create(
         self, name: str, options: Mapping[str, object], given: Mapping[str, object] | None = None
     ) -> T:
-        """Build the part called `name` from the user's options, checked, and what the caller gives."""
+        """Build a part.
+
+        Args:
+            name: Name of the part.
+            options: The user's options, which are checked.
+            given: Keyword arguments of the caller, see `kinds.Kind.given`.
+
+        Raises:
+            UnknownNameError: There is no such part or option.
+            ConfigError: An option is of the wrong type or out of range.
+            PluginError: The package that offers the part is at fault.
+        """
         return cast(Callable[..., T], self.lookup(name))(**(given or {}), **self.check(name, options))
 
     def _implied(self, name: str) -> dict[str, str]:
-        """What "family:argument" says: the option the family names in `name_argument`."""
+        """The option that "family:argument" gives: its name is the family's `name_argument`."""
         family, colon, argument = name.partition(":")
         option = getattr(self.lookup(name), "name_argument", None)
         if colon and option is None:
-            raise ConfigError(f"{self.kind} {family!r}: takes no ':{argument}' behind its name")
+            raise ConfigError(f"{self.kind} {family!r}: does not take ':{argument}' after its name")
         return {option: argument} if colon and option else {}
 
     def _unknown(self, name: str) -> BbmoeError:
-        """The error for a name that cannot be looked up: a package's fault where one offers it."""
+        """The error for a name that cannot be looked up; a PluginError if a package offers it."""
         for candidate, reason in self._found[1].items():
             if candidate.name == name.partition(":")[0]:
                 return PluginError(reason)
@@ -152,8 +176,8 @@ class Registry(Generic[T]):
         return cast(type[T], part)
 
     def _misfit(self, part: object) -> str | None:
-        """Why something is no part of the kind; None where it is one."""
+        """Why an object is not a part of the kind, or None if it is one."""
         module, _, name = self._base.partition(":")
         if not isinstance(part, type) or not issubclass(part, getattr(import_module(module), name)):
-            return f"{part!r} is no subclass of {self._base}"
+            return f"{part!r} is not a subclass of {self._base}"
         return call_fault(part, given=self.given, needs=self.needs)

@@ -96,7 +96,7 @@ def test_looking_names_up_imports_nothing(monkeypatch, modules) -> None:
         ("thirdparty_exits:X", "RuntimeError: no licence"),
         ("thirdparty_quits:X", "SystemExit: no terminal"),
         ("thirdparty_good:Missing", "has no attribute 'Missing'"),
-        ("thirdparty_good:Wrong", "is no subclass of"),
+        ("thirdparty_good:Wrong", "is not a subclass of"),
         ("nowhere_at_all:X", "No module named 'nowhere_at_all'"),
         ("thirdparty_unfit:Unfinished", "Unfinished does not define stamp"),
         (
@@ -109,7 +109,10 @@ def test_looking_names_up_imports_nothing(monkeypatch, modules) -> None:
         ),
         ("thirdparty_unfit:Odd", "Odd: option 'at': expected an annotation of .*, got list"),
         ("thirdparty_unfit:Seedless", "Seedless does not take seed; expected it as a keyword-only option"),
-        ("thirdparty_unfit:Placed", "Placed takes size by place; expected keyword-only options"),
+        (
+            "thirdparty_unfit:Placed",
+            "Placed takes size as positional arguments; expected keyword-only options",
+        ),
     ],
 )
 def test_a_broken_plugin_is_named_and_nothing_else_breaks(monkeypatch, modules, target, reason) -> None:
@@ -198,7 +201,7 @@ def test_registering_from_running_code(modules) -> None:
     assert isinstance(registry.create("mine", {"seed": 4}), Mine)
     with pytest.raises(ConfigError, match="already taken"):
         registry.register("mine")(Mine)
-    with pytest.raises(ConfigError, match="is no subclass"):
+    with pytest.raises(ConfigError, match="is not a subclass"):
         registry.register("other")(int)  # type: ignore[type-var]
     registry.unregister("mine")
     assert "mine" not in registry.names()
@@ -228,7 +231,7 @@ def test_options_of_a_part_are_checked() -> None:
         UnknownNameError, match="trigger 'warp': option: unknown 'gridsize'; did you mean 'grid_size'"
     ):
         triggers.create_trigger("warp", gridsize=2)
-    with pytest.raises(ConfigError, match="trigger 'square': takes no ':big' behind its name"):
+    with pytest.raises(ConfigError, match="trigger 'square': does not take ':big' after its name"):
         triggers.create_trigger("square:big")
 
 

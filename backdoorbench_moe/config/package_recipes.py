@@ -1,4 +1,4 @@
-"""What the package of a third party's model says of a recipe, where the built-in one does not suit its models."""
+"""Recipes that the package of a third-party model adds to the built-in ones for its models."""
 
 from __future__ import annotations
 
@@ -10,11 +10,21 @@ from backdoorbench_moe.plugins import RECIPE_GROUP, discover
 
 
 def model_recipe(model: str, recipe: str) -> tuple[str, str] | None:
-    """The YAML that the package offering a model has for a recipe, and package and version; None where it has none.
+    """Return the recipe of the package that offers a model.
 
-    An entry point names it: in the group `backdoorbench_moe.recipes`, "quick = package.folder:quick" is
-    quick.yaml in that folder of the package. Only the package's top module is imported. Raises PluginError, naming
-    the package, if the file cannot be read.
+    The package names the file by an entry point: in the group `backdoorbench_moe.recipes`, the entry point
+    "quick = package.folder:quick" stands for quick.yaml in that folder of the package. Only the top-level module of
+    the package is imported.
+
+    Args:
+        model: Name of the model.
+        recipe: Name of the recipe, such as "quick".
+
+    Returns:
+        The text of the YAML file, and name and version of the package; None if the package has no such recipe.
+
+    Raises:
+        PluginError: The file cannot be read.
     """
     family = model.partition(":")[0]
     usable = (candidate for candidate in discover("model") if not candidate.mismatch)

@@ -96,7 +96,7 @@ class FinePruning(Defense):
     def _groups(self, model: nn.Module) -> list[ChannelGroup]:
         prunable = structure(model).prunable()
         if not prunable:
-            raise ConfigError(f"scope: {type(model).__name__} names no channels that could be pruned")
+            raise ConfigError(f"scope: {type(model).__name__} has no channels that can be pruned")
         scope = self.scope or ("experts" if "experts" in prunable else "trunk")
         if scope != "all" and scope not in prunable:
             raise ConfigError.expected(
@@ -106,7 +106,7 @@ class FinePruning(Defense):
         for group in groups:
             if self.ratio and not share_of(self.ratio, len(group)):
                 raise ConfigError(
-                    f"ratio: {self.ratio} of the {len(group)} channels of {group.name} is no channel; "
+                    f"ratio: {self.ratio} prunes none of the {len(group)} channels of {group.name}; "
                     f"expected at least {smallest_share(len(group))}"
                 )
         return groups

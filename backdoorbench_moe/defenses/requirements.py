@@ -33,7 +33,7 @@ def structure(model: object) -> Structured:
     """
     if not isinstance(model, Structured):
         raise ConfigError(
-            f"scope: the model {type(model).__name__} does not name its parts: "
+            f"scope: the model {type(model).__name__} does not name its components: "
             "expected methods `components` and `prunable` (see backdoorbench_moe.moe.structure)"
         )
     return model
@@ -46,7 +46,7 @@ def router_of(model: object) -> list[nn.Module]:
         ConfigError: The model has no router, or is not `Structured`.
     """
     if not (router := structure(model).components().get("router")):
-        raise ConfigError(f"model: expected one with a router, {type(model).__name__} has no router")
+        raise ConfigError(f"model: expected a model with a router, {type(model).__name__} has none")
     return router
 
 
@@ -57,7 +57,7 @@ def check_routed(model: object) -> None:
         ConfigError: It is not.
     """
     if not isinstance(model, RoutedModel):
-        raise ConfigError(f"model: expected a routed one, {type(model).__name__} has no experts to route to")
+        raise ConfigError(f"model: expected a routed model, {type(model).__name__} has no routing")
 
 
 def experts_of(model: object) -> list[Expert]:
@@ -69,7 +69,7 @@ def experts_of(model: object) -> list[Expert]:
     check_routed(model)
     if not isinstance(model, WithExperts):
         raise ConfigError(
-            f"model: {type(model).__name__} does not say where its experts lie: "
+            f"model: {type(model).__name__} does not name its experts: "
             "expected a method `experts` (see backdoorbench_moe.moe.structure)"
         )
     return model.experts()

@@ -1,4 +1,4 @@
-"""Where and how precisely a run computes, and what the record says about it."""
+"""Device and precision of a run, and the description of the environment in its record."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ RECORDED_PACKAGES = ("backdoorbench-moe", "torch", "torchvision", "timm", "korni
 
 
 def resolve_device(name: str) -> torch.device:
-    """ "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N". Raises ConfigError if it is not there."""
+    """Return a device by name.
+
+    Args:
+        name: "auto" (a GPU if there is one, otherwise the CPU), "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        ConfigError: There is no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -29,44 +36,44 @@ def resolve_device(name: str) -> torch.device:
             raise ConfigError.expected("device", "auto, cpu, cuda or cuda:N", name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        there = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
-        raise ConfigError.expected("device", f"one of {['auto', 'cpu', *there]}", name) from error
+        available = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+        raise ConfigError.expected("device", f"one of {['auto', 'cpu', *available]}", name) from error
     return device
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies in bfloat16 itself."""
+    """Return whether the hardware has bfloat16 instructions."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # torch has no public question for this yet; a build without the private one answers no.
-    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, question, lambda: False)() for question in questions)
+    # torch has no public functions for this; if a build lacks the private ones, the answer is no.
+    functions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, function, lambda: False)() for function in functions)
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """ "auto" is bf16 where the hardware has it, else fp32."""
+    """Return "fp32" or "bf16"; "auto" is "bf16" if the hardware has it, see `has_bf16`."""
     return ("bf16" if has_bf16(device) else "fp32") if name == "auto" else name
 
 
 @contextlib.contextmanager
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """The autocast context of a resolved precision.
+    """Compute in a precision, "fp32" or "bf16", inside the block.
 
-    In training in bf16 on a CPU, attention takes its plain form: the backward pass of the fused one takes more than
-    twice as long there.
+    For training in bf16 on a CPU, the fused kernels of attention are disabled, because their backward pass takes more
+    than twice as long there.
     """
-    halved = precision == "bf16"
-    plain = halved and device.type == "cpu" and torch.is_grad_enabled()
+    reduced = precision == "bf16"
+    unfused = reduced and device.type == "cpu" and torch.is_grad_enabled()
     with (
-        torch.autocast(device.type, dtype=torch.bfloat16, enabled=halved),
-        sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext(),
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=reduced),
+        sdpa_kernel(SDPBackend.MATH) if unfused else contextlib.nullcontext(),
     ):
         yield
 
 
 @contextlib.contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
-    """Choose deterministic kernels inside the block. The CPU's are, for a fixed number of threads."""
+    """Use deterministic kernels inside the block. On the CPU they always are, for a fixed number of threads."""
     if device.type != "cuda":
         yield
         return
@@ -118,7 +125,7 @@ def _cpu_name() -> str:
 
 
 def _git_commit() -> str | None:
-    """Commit of the source tree this package runs from; None where it is installed elsewhere."""
+    """The commit of the source tree that this package runs from; None if it does not run from one."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""Measuring an input filter: it sees images, and never whether they are triggered."""
+"""Measurement of an input filter, which is given images without being told which are triggered."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ from backdoorbench_moe.errors import PluginError
 from backdoorbench_moe.ops.detection import auroc
 from backdoorbench_moe.ops.seeding import generator
 
-# Clean and triggered test images each that a filter is measured on: it may pass every one many times.
+# Number of clean, and of triggered, test images that a filter is measured on. Filters may be slow.
 IMAGES = 2000
-
-Filter = Callable[[Tensor], Tensor]
 
 
 def measure_filtered(
@@ -32,11 +30,25 @@ def measure_filtered(
     seed: int,
     precision: str,
 ) -> Metrics:
-    """What a model behind a filter does, on up to IMAGES clean and as many triggered test images, drawn from a seed.
+    """Measure a model together with an input filter.
 
-    triggered: as `triggered_test` gives them; None for a clean run. Returns BA, ASR and RA, where a
-    rejected image is neither right nor a success of the attacker; AUROC of the scores; TPR and FPR, the shares
-    of triggered and of clean images that are rejected. Raises PluginError if the filter gives no such scores.
+    Up to `IMAGES` clean test images and as many triggered ones are drawn.
+
+    Args:
+        model: The model.
+        test: The test images.
+        triggered: The triggered test images; None for a clean run.
+        judgement: The judgement about inputs, whose `judge` and `threshold` are the filter.
+        seed: Seed of the draws.
+        precision: "fp32" or "bf16".
+
+    Returns:
+        BA, ASR and RA, for which a rejected image counts neither as correct nor as a success of the attack; AUROC of
+        the scores; TPR and FPR, the shares of triggered and of clean images that are rejected. For a clean run only
+        BA and FPR.
+
+    Raises:
+        PluginError: The filter does not return a finite score for each image.
     """
     clean = _draw(len(test), seed, "clean").to(test.images.device)
     clean_images, known = test.images[clean], test.labels[clean]
@@ -62,21 +74,21 @@ def measure_filtered(
 
 
 def _draw(count: int, seed: int, kind: str) -> Tensor:
-    """Draw up to IMAGES of `count` images: int64 indices, ascending."""
+    """Draw up to `IMAGES` of `count` images, as ascending int64 indices."""
     order = torch.randperm(count, generator=generator(seed, "filter", kind))[:IMAGES]
     return order.sort().values
 
 
-def _score(judge: Filter, images: Tensor, seed: int) -> Tensor:
-    """Scores (N,) float64 on the CPU, of the images handed over in a shuffled row, a batch at a time."""
+def _score(judge: Callable[[Tensor], Tensor], images: Tensor, seed: int) -> Tensor:
+    """Score the images in shuffled batches; (N,) float64 on the CPU."""
     order = torch.randperm(len(images), generator=generator(seed, "filter", "order"))
     scores = torch.empty(len(images), dtype=torch.float64)
-    for part in order.split(BATCH):
-        found = judge(images[part.to(images.device)])
-        if not isinstance(found, Tensor) or found.shape != part.shape or not found.isfinite().all():
+    for indices in order.split(BATCH):
+        found = judge(images[indices.to(images.device)])
+        if not isinstance(found, Tensor) or found.shape != indices.shape or not found.isfinite().all():
             raise PluginError(
-                f"filter: expected a finite score for each of {len(part)} images, "
+                f"filter: expected a finite score for each of {len(indices)} images, "
                 f"got {tuple(found.shape) if isinstance(found, Tensor) else found!r}"
             )
-        scores[part] = found.detach().to("cpu", torch.float64)
+        scores[indices] = found.detach().to("cpu", torch.float64)
     return scores

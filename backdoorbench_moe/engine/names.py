@@ -1,4 +1,4 @@
-"""Names of parts: the registries of all kinds, and checks on the names in a spec that import nothing heavy."""
+"""The registries of all kinds of parts, and look-ups of the names in a spec, which import no part."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
 
 
 def plugin_packages(spec: RunSpec) -> dict[str, str]:
-    """The third-party packages that the parts of a spec come from, with their versions."""
+    """Return the versions of the third-party packages that the parts of a spec come from, by package."""
     found = [REGISTRIES[kind].candidate(part.name.partition(":")[0]) for kind, part in spec.parts()]
     return {c.package: c.version for c in found if c is not None and not c.builtin}
 
@@ -48,6 +48,11 @@ def _hash_code(module: str) -> str:
 
 
 def check_names(spec: RunSpec) -> None:
-    """Raise UnknownNameError for a part of the spec that cannot be looked up; nothing is imported."""
+    """Check that every part of a spec is registered; nothing is imported.
+
+    Raises:
+        UnknownNameError: There is no part of this name.
+        PluginError: A package offers one, but it cannot be used.
+    """
     for kind, part in spec.parts():
         REGISTRIES[kind].check_name(part.name)

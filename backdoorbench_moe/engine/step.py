@@ -1,4 +1,4 @@
-"""One training step: eager on the CPU; on a GPU captured once a batch size as a CUDA graph and replayed."""
+"""One training step: eager on the CPU; on a GPU captured as a CUDA graph for each batch size, and replayed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.engine.inference import as_input
 from backdoorbench_moe.moe.routed import RoutedModel
 
-# Eager steps before a capture: lazily made buffers (momentum, library workspaces) must exist by then.
+# Number of eager steps before a capture, in which momentum buffers and library workspaces are created.
 WARMUP_STEPS = 3
 
 
 def make_optimizer(model: nn.Module, spec: TrainSpec, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of a spec. The learning rate is a tensor on a GPU, so that a graph can read new ones."""
+    """Create the optimizer of a spec. Biases and norms, parameters of one dimension, get no weight decay.
+
+    Args:
+        model: The model; parameters that do not require gradients are left out.
+        spec: The recipe.
+        device: The device. On a GPU the learning rate is a tensor, so that a CUDA graph reads its current value.
+    """
     weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": weights, "weight_decay": spec.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -32,11 +38,20 @@ def make_optimizer(model: nn.Module, spec: TrainSpec, device: torch.device) -> t
 
 
 class TrainStep:
-    """Forward, backward and update on one batch; loss and hits are summed on the device.
+    """Forward pass, backward pass and update on one batch; losses and hits are summed on the device.
 
-    loss_sum: float64 scalar tensor, sum of the images' losses since `reset`. hits: int64 scalar tensor,
-    images predicted as labelled. compile: let torch.compile fuse the forward and backward pass; the first
-    step of a batch size takes minutes then, once in a process for all models of the same make.
+    Args:
+        model: The model, on `device`.
+        optimizer: Its optimizer, see `make_optimizer`.
+        split: The training images, on `device`.
+        device: The device.
+        precision: "fp32" or "bf16".
+        compile: Whether torch.compile fuses the forward and backward pass. The first step with each batch size then
+            takes minutes, once in a process for all models of the same architecture.
+
+    Attributes:
+        loss_sum: Sum of the losses of all images since `reset`, float64 scalar tensor.
+        hits: Number of images since `reset` that were predicted as labelled, int64 scalar tensor.
     """
 
     def __init__(
@@ -71,7 +86,7 @@ class TrainStep:
                 group["lr"] = lr
 
     def __call__(self, indices: Tensor) -> None:
-        """Train on the images at `indices`, (B,) int64 on the device."""
+        """Train on the images with the given indices, (B,) int64 on the device."""
         if self.device.type != "cuda":
             self._step(indices)
             return
@@ -97,7 +112,7 @@ class TrainStep:
         self.hits += (logits.argmax(1) == labels).sum()
 
     def _warm_up(self, indices: Tensor) -> None:
-        """A real step on a side stream, as CUDA graph capture asks for."""
+        """Run a step on a side stream, as required before the capture of a CUDA graph."""
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -105,7 +120,7 @@ class TrainStep:
         torch.cuda.current_stream(self.device).wait_stream(stream)
 
     def _capture(self, indices: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Record the step without running it; the replay that follows is the step."""
+        """Record a step without running it; the caller replays it."""
         static, graph = indices.clone(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._step(static)
@@ -113,7 +128,7 @@ class TrainStep:
 
 
 def _losses(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits; the mean cross-entropy; and what is descended: that, and the routers' own losses, if any."""
+    """Compute logits, the mean cross-entropy, and the loss to minimise: the former plus the routers' own losses."""
     if not isinstance(model, RoutedModel):
         logits, own = model(images), []
     else:
@@ -126,8 +141,8 @@ def _losses(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, T
 
 @functools.cache
 def _compiled_losses() -> Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """`_losses` compiled, once: models of the same make share the code, whatever their weights.
+    """Return `_losses` compiled; the code is shared by models of the same architecture.
 
-    Each batch size by itself: there are two, and code for any size would be slower.
+    It is compiled for each batch size: there are two, and code for variable sizes is slower.
     """
     return torch.compile(_losses, dynamic=False)

@@ -1,4 +1,4 @@
-"""Training to the end of the spec, from the last checkpoint if there is one."""
+"""Training of a model, which continues from the last checkpoint if there is one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ SECONDS_BETWEEN_LOSSES = 1.0
 
 @dataclass
 class Progress:
-    """What a checkpoint holds beside tensors: finished epochs, their history, time spent on them."""
+    """The plain values of a checkpoint.
+
+    Attributes:
+        epoch: Number of finished epochs.
+        history: One row for each of them.
+        seconds: Time spent on them.
+    """
 
     epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -32,7 +38,7 @@ class Progress:
 
 
 def learning_rate(spec: TrainSpec, step: int, steps: int) -> float:
-    """Learning rate of step `step` of `steps` (from 0)."""
+    """Return the learning rate of step number `step`, from 0, of `steps` in total."""
     if spec.schedule == "constant":
         return spec.lr
     peak = spec.warmup * steps
@@ -41,12 +47,24 @@ def learning_rate(spec: TrainSpec, step: int, steps: int) -> float:
 
 
 class Trainer:
-    """Trains a model on a split; `on_checkpoint(tensors, state)` is called after every epoch.
+    """Trains a model on a split.
 
-    modules: those in training mode while it trains, the others are in evaluation mode; all where None.
-    compile: see `TrainStep`; off, as it gained nothing on a CPU (1.01x) and was not measured on a GPU.
-    The order of images and any noise a model draws come from the seed and the epoch alone, so a run that
-    goes on from a checkpoint sees the same as one that was never stopped.
+    The order of the images, and whatever the model draws at random, depend on the seed and the epoch only. A run that
+    continues from a checkpoint therefore gives the same model as one that was never interrupted.
+
+    Args:
+        model: The model, which is trained in place.
+        split: The training images, on `device`.
+        spec: The recipe.
+        seed: Seed of the order of the images and of the model's random draws.
+        device: The device.
+        precision: "fp32" or "bf16".
+        on_checkpoint: Function that is called after every epoch with the tensors and the plain values of a checkpoint.
+        observer: Receives the progress.
+        modules: The modules that are in training mode during training, while all others are in evaluation mode; all
+            if None.
+        compile: See `TrainStep`. The default is False: on a CPU there was no gain (1.01x), and it was not measured on a
+            GPU.
     """
 
     def __init__(
@@ -72,7 +90,15 @@ class Trainer:
         self.modules = modules
 
     def fit(self, name: str) -> Progress:
-        """Train the epochs that are left. Raises RecordError if the loss is no longer finite."""
+        """Train the remaining epochs.
+
+        Args:
+            name: Name of the run, for the observer.
+
+        Raises:
+            RecordError: The loss is not finite.
+            ConfigError: The batch size does not suit the model or the device's memory.
+        """
         done = self.progress.epoch
         self.observer.on_train_start(name, epochs=self.spec.epochs, done=done, images=len(self.split))
         try:
@@ -91,7 +117,7 @@ class Trainer:
                 raise
             raise ConfigError(
                 f"train.batch_size: {self.spec.batch_size} leaves a last batch of one image, "
-                "which this model's batch norm cannot take; choose another"
+                "on which this model's batch norm cannot be trained; choose another size"
             ) from error
         except torch.OutOfMemoryError as error:
             raise ConfigError(
@@ -102,7 +128,7 @@ class Trainer:
         return self.progress
 
     def _epoch(self, epoch: int) -> dict[str, float]:
-        """One pass over all images, the last smaller batch included."""
+        """Train on all images once, including the last, smaller batch."""
         self.model.train(self.modules is None)
         for module in self.modules or ():
             module.train()
@@ -111,21 +137,17 @@ class Trainer:
             self.device
         )
         batches = order.split(min(self.spec.batch_size, len(order)))
-        steps, start, told, seen = (
-            self.spec.epochs * len(batches),
-            time.perf_counter(),
-            time.perf_counter(),
-            0,
-        )
+        steps, seen = self.spec.epochs * len(batches), 0
+        start = reported = time.perf_counter()
         with seeded(self.seed, "noise", epoch):
             for number, indices in enumerate(batches):
                 lr = learning_rate(self.spec, epoch * len(batches) + number, steps)
                 self.step.set_lr(lr)
                 self.step(indices)
                 seen, loss, now = seen + len(indices), None, time.perf_counter()
-                # On a GPU, reading the loss would make the host wait for the device.
-                if self.device.type == "cpu" and now - told > SECONDS_BETWEEN_LOSSES:
-                    loss, told = self.step.loss_sum.item() / seen, now
+                # On a GPU, reading the loss makes the host wait for the device.
+                if self.device.type == "cpu" and now - reported > SECONDS_BETWEEN_LOSSES:
+                    loss, reported = self.step.loss_sum.item() / seen, now
                 self.observer.on_step(len(indices), loss)
         loss = self.step.loss_sum.item() / seen
         seconds = time.perf_counter() - start
@@ -135,14 +157,22 @@ class Trainer:
         return {"epoch": epoch + 1, "loss": loss, "train_accuracy": accuracy, "lr": lr, "seconds": seconds}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights and optimizer state, flat, for a checkpoint."""
+        """Return the weights and the state of the optimizer as one flat dict."""
         flat = {f"model.{key}": value for key, value in self.model.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             flat |= {f"optimizer.{index}.{key}": v for key, v in state.items() if isinstance(v, Tensor)}
         return flat
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Go back to a checkpoint. Raises RecordError if it does not fit the model."""
+        """Restore a checkpoint.
+
+        Args:
+            tensors: As returned by `tensors`.
+            state: The fields of `Progress`.
+
+        Raises:
+            RecordError: The checkpoint is damaged or belongs to another model.
+        """
         weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         load_weights(self.model, weights, "checkpoint")
         try:
@@ -159,14 +189,23 @@ class Trainer:
                 _, index, name = key.split(".", 2)
                 parameter = parameters[int(index)]
                 if value.shape == parameter.shape:
-                    # The fused optimizers walk memory, so a buffer must lie in memory as its weight does.
+                    # Fused optimizers require that a buffer has the memory format of its weight.
                     value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
                 optimizer["state"].setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict(optimizer)
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Load weights whose names and shapes must all fit. Raises RecordError naming the first that does not."""
+    """Load weights, whose names and shapes must be exactly those of the model.
+
+    Args:
+        model: The model.
+        tensors: Weights by name.
+        source: Where they come from, for the error message.
+
+    Raises:
+        RecordError: A name is missing or unknown, or a shape differs.
+    """
     own = model.state_dict()
     for name in sorted(own.keys() ^ tensors.keys()):
         raise RecordError(

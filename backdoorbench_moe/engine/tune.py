@@ -1,4 +1,4 @@
-"""Training a model further, for a defense."""
+"""Further training of a model, by a defense."""
 
 from __future__ import annotations
 
@@ -18,9 +18,16 @@ from backdoorbench_moe.ops.seeding import derive_seed
 
 @dataclass
 class Tuner:
-    """What a defense calls to train a model further; see `backdoorbench_moe.defenses.base.Tune`.
+    """The implementation of `backdoorbench_moe.defenses.base.Tune`, which defenses call.
 
-    name: what the observer is told is trained. history: a row an epoch, over all calls.
+    Args:
+        recipe: The recipe of the run; calls may replace its epochs and learning rate.
+        seed: Seed of the defense. Each call derives another one from it.
+        device: The device.
+        precision: "fp32" or "bf16".
+        observer: Receives the progress.
+        name: Name of the training, for the observer.
+        history: One row for each epoch of all calls.
     """
 
     recipe: TrainSpec
@@ -41,7 +48,7 @@ class Tuner:
         modules: Sequence[nn.Module] | None = None,
         rows: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
-        """Train `model`, or only some of its modules or rows, in place; it is left in evaluation mode."""
+        """Train `model`, or some of its modules or rows, in place; it is left in evaluation mode."""
         if not epochs:
             return
         done = len(self.history)
@@ -67,7 +74,11 @@ class Tuner:
 
 
 def _owners(model: nn.Module, rows: Mapping[str, tuple[int, int]]) -> list[nn.Module]:
-    """The modules whose own parameters or buffers these are. Raises ValueError for a name that is none."""
+    """Return the modules that own the parameters and buffers with these names.
+
+    Raises:
+        ValueError: A name is not in the model's state dict.
+    """
     if unknown := sorted(rows.keys() - model.state_dict().keys()):
         raise ValueError(f"rows: expected names in the model's state dict, got {unknown}")
     return [model.get_submodule(name) for name in dict.fromkeys(key.rpartition(".")[0] for key in rows)]
@@ -76,23 +87,23 @@ def _owners(model: nn.Module, rows: Mapping[str, tuple[int, int]]) -> list[nn.Mo
 def _put_back(
     model: nn.Module, modules: Sequence[nn.Module], rows: Mapping[str, tuple[int, int]]
 ) -> Callable[..., None]:
-    """A hook behind a step that puts everything but these rows of the training modules back where it was.
+    """Return a hook, called after each step, that restores all values of the training modules except these rows.
 
-    Neither gradients, weight decay nor momentum then move the rest, and a norm's statistics of other
-    channels rest too. Only copies on the device, in place, as a CUDA graph needs them.
+    Gradients, weight decay and momentum then do not change the other values, nor do batches change the statistics of
+    the other channels of a norm. The hook copies in place and on the device, as required by CUDA graphs.
     """
     training = {id(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
     pairs = []
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) in training:
             start, stop = rows.get(name, (0, 0))
-            parts = [tensor.detach()] if start == stop else [tensor.detach()[:start], tensor.detach()[stop:]]
-            pairs += [(part, part.clone()) for part in parts if part.numel()]
+            fixed = [tensor.detach()] if start == stop else [tensor.detach()[:start], tensor.detach()[stop:]]
+            pairs += [(values, values.clone()) for values in fixed if values.numel()]
 
     @torch.no_grad()
     def put_back(*_: object) -> None:
-        for part, kept in pairs:
-            part.copy_(kept)
+        for values, kept in pairs:
+            values.copy_(kept)
 
     return put_back
 
@@ -103,17 +114,17 @@ def _only(
     modules: Sequence[nn.Module] | None,
     rows: Mapping[str, tuple[int, int]] | None,
 ) -> Iterator[None]:
-    """Let only the parameters of these modules, or those with some of the rows, take gradients inside the block."""
+    """Inside the block, let only the parameters of these modules, or those that have such rows, require gradients."""
     if modules is None:
         yield
         return
     chosen = {id(parameter) for module in modules for parameter in module.parameters()}
     before = [(name, parameter, parameter.requires_grad) for name, parameter in model.named_parameters()]
     try:
-        for name, parameter, asked in before:
+        for name, parameter, required in before:
             wanted = id(parameter) in chosen and (rows is None or name in rows)
-            parameter.requires_grad_(asked and wanted)
+            parameter.requires_grad_(required and wanted)
         yield
     finally:
-        for _, parameter, asked in before:
-            parameter.requires_grad_(asked)
+        for _, parameter, required in before:
+            parameter.requires_grad_(required)

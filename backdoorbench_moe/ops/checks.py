@@ -1,4 +1,4 @@
-"""Checks on image tensors at the public boundary."""
+"""Checks of image tensors that callers and plug-ins hand over."""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ from torch import Tensor
 
 from backdoorbench_moe.errors import ShapeError
 
-# Bilinear weights in half precision may sum to a little over one.
+# In half precision, bilinear weights may sum to slightly more than one.
 TOLERANCE = 1e-2
 
 
 def check_image_batch(images: object, name: str, *, like: Tensor | None = None) -> None:
-    """Check that `images` is a float batch (B, C, H, W) in [0, 1], and shaped, typed and placed as `like`.
+    """Check a batch of float images.
 
-    The range is read on the CPU only: on an accelerator it would make every step wait for the device.
-    Raises ShapeError naming `name`, what was expected and what came.
+    The range is checked on the CPU only, because on an accelerator the check would make every step wait for the device.
+
+    Args:
+        images: Expected to be (B, C, H, W) float in [0, 1].
+        name: Name of the images in the error message.
+        like: Tensor of the expected shape, type and device, if they are known.
+
+    Raises:
+        ShapeError: The images do not have this form.
     """
     if not isinstance(images, Tensor):
         raise ShapeError(

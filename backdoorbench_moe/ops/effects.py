@@ -1,4 +1,4 @@
-"""Means with their intervals, and how far two groups of values lie apart."""
+"""Means with confidence intervals, and effect sizes of the difference between two groups of values."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of `n` values with its 95% interval `low` to `high` (Student's t).
+    """A mean with its 95% confidence interval (Student's t).
 
-    value is None of no value; low and high are None of fewer than two.
+    Attributes:
+        value: The mean; None if there are no values.
+        n: Number of values.
+        low: Low end of the interval; None for fewer than two values.
+        high: High end of the interval; None for fewer than two values.
     """
 
     value: float | None
@@ -24,7 +28,7 @@ class Mean:
 
 
 def mean_of(values: Tensor) -> Mean:
-    """The mean of (N,) values and its 95% interval; NaN is left out."""
+    """Compute the mean of (N,) values and its 95% interval, without values that are NaN."""
     values = values.double().flatten()
     values = values[~values.isnan()]
     n = len(values)
@@ -36,18 +40,22 @@ def mean_of(values: Tensor) -> Mean:
 
 
 def means_of(values: Tensor) -> tuple[Mean, ...]:
-    """`mean_of` each column of (N, E)."""
+    """Compute `mean_of` for each column of (N, E) values."""
     return tuple(mean_of(column) for column in values.unbind(1))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How the values of a first group lie to those of a second.
+    """The difference between two groups of values.
 
-    n: sizes of both. means: of both. auc: probability that a value of the first is larger than one of the
-    second, ties half ("common language effect size"). rank_biserial: 2 auc - 1. cohens_d: difference of the
-    means in pooled standard deviations; None where there is no spread. p: two-sided Mann-Whitney U test, with
-    correction for ties and continuity.
+    Attributes:
+        n: Sizes of both groups.
+        means: Means of both groups.
+        auc: Probability that a value of the first group is larger than one of the second, where ties count half
+            ("common language effect size"); in [0, 1].
+        rank_biserial: Rank-biserial correlation, 2 auc - 1, in [-1, 1].
+        cohens_d: Difference of the means in pooled standard deviations; None if these are zero.
+        p: p-value of the two-sided Mann-Whitney U test, corrected for ties and continuity.
     """
 
     n: tuple[int, int]
@@ -59,10 +67,17 @@ class Difference:
 
 
 def differences(values: Tensor, groups: Tensor) -> list[Difference | None]:
-    """Compare values inside each group with those outside of it; None where one of the two is empty.
+    """Compare the values inside each group with those outside of it.
 
-    values: (N,) float. groups: (E, N) bool. The values are ranked once for all groups, which is what makes
-    this cheaper than as many calls of scipy's `mannwhitneyu`.
+    The values are ranked once for all groups, which makes this faster than a call of SciPy's `mannwhitneyu` for each
+    of them.
+
+    Args:
+        values: (N,) float.
+        groups: (E, N) bool, the members of each of E groups.
+
+    Returns:
+        One difference for each group; None if the group or its complement is empty.
     """
     values = values.double().cpu()
     ranks = torch.from_numpy(stats.rankdata(values.numpy()))

@@ -24,9 +24,9 @@ class Split:
         return len(self.labels)
 
     def copy(self) -> Split:
-        """The same images in memory of their own."""
+        """Return a copy that does not share memory."""
         return Split(self.images.clone(), self.labels.clone())
 
     def to(self, device: torch.device | str) -> Split:
-        """The same images on another device."""
+        """Return the split on a device."""
         return Split(self.images.to(device), self.labels.to(device))

@@ -1,9 +1,9 @@
 """Confidence intervals of means over seeds and of their differences, on the scale from 0 to 100%.
 
-Student's t interval of the seeds' values is not used: it leaves the scale (27.8 ± 20.1 over two seeds
-gives -153 to 209%), has no width where all seeds agree (100, 100, 100), and ignores that each value is
-a count over test images which all seeds share. `benchmarks/interval_coverage.py` simulates how often
-either interval holds the true mean.
+Student's t interval of the values of all seeds is not used, for three reasons: it leaves the scale (27.8 ± 20.1 over
+two seeds gives -153 to 209%), it has no width if all seeds agree (100, 100, 100), and it ignores that each value is a
+count over the same test images. `benchmarks/interval_coverage.py` simulates how often each of the two intervals
+contains the true mean.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import cache
 
 from scipy.stats import norm, t
 
-# With fewer seeds the spread between them is not known well enough for any statement.
+# With fewer seeds, the standard deviation between them cannot be estimated well enough.
 FEWEST_SEEDS = 3
 
 Interval = tuple[float, float]
@@ -24,33 +24,31 @@ Interval = tuple[float, float]
 def seeds_interval(values: Sequence[float], images: int) -> Interval | None:
     """Compute the 95% interval of a mean share over seeds.
 
-    Two things are uncertain: which seeds were drawn, and which test images. The variance of the mean of
-    k seeds is estimated as s²/k + p(1 - p)/n, with s the standard deviation between seeds. The images
-    are counted once, as n and not as k n, because every seed is tested on the same images: an unusually
-    easy test set is easy for all of them. (If images and seeds were independent, s would already hold
-    the images' part; then the interval is a little too wide.) As s is estimated from k - 1 degrees of
-    freedom, its part is enlarged by (t/z)², the squared ratio of the quantiles of Student's t and of the
-    normal distribution. The number of images that a simple random sample would need for the same
-    variance, the effective sample size, then goes into Wilson's interval.
+    There are two sources of uncertainty: the choice of the seeds and the choice of the test images. The variance of
+    the mean p of k seeds is estimated as s²/k + p(1 - p)/n, where s is the standard deviation between seeds. The
+    number of images is n and not k n, because all seeds are tested on the same images: an unusually easy test set is
+    easy for all of them. (If images and seeds were independent, s would already contain the variance of the images,
+    and the interval would be slightly too wide.) As s is estimated with k - 1 degrees of freedom, s²/k is multiplied
+    by (t/z)², the squared ratio of the quantiles of Student's t and of the normal distribution. The number of images
+    of a simple random sample with the same variance, the effective sample size, is then used in Wilson's interval.
 
-    The interval lies within 0 and 100. Where all seeds have 0 or 100% it is Wilson's of a single run,
-    and with many seeds that agree it tends to that one.
+    The interval lies within 0 and 100. If all seeds have 0% or all have 100%, it is Wilson's interval of a single
+    run, which is also its limit for many seeds that agree.
 
-    In the simulation the interval covers the true mean in 93% of cases or more with 3, 5 and 10 seeds,
-    as long as the beta distribution of the seeds' true shares has no pole at 0 or 1, that is, as long as
-    most seeds lie near the mean. It fails where rare seeds that are far from the others make the mean:
-    three seeds seldom show them. With a mean of 99% and a standard deviation of 3 points, where most
-    seeds have 100%, coverage is 66 to 82%.
+    In the simulation, the interval covers the true mean in at least 93% of cases with 3, 5 and 10 seeds, if the beta
+    distribution of the true shares has no pole at 0 or 1, that is, if most seeds lie near the mean. Coverage is lower
+    if the mean is determined by rare seeds that lie far from the others, as three seeds seldom include one of them:
+    with a mean of 99% and a standard deviation of 3 points, where most seeds have 100%, it is 66 to 82%.
 
     Args:
-        values: One share a seed, in percent.
+        values: The share of each seed, in percent.
         images: Number of test images of each seed.
 
     Returns:
-        Low and high end in percent; None for fewer than `FEWEST_SEEDS` seeds.
+        Low and high end in percent; None if there are fewer than `FEWEST_SEEDS` seeds.
 
     Raises:
-        ValueError: If a value is outside 0 to 100, or there are no images.
+        ValueError: A value is outside 0 to 100, or there are no images.
 
     Source:
         Effective sample size and enlarged variance: Korn and Graubard, Survey Methodology 24 (1998),
@@ -78,17 +76,17 @@ def _normal_quantile() -> float:
 
 @cache
 def _enlargement(freedom: int) -> float:
-    """(t/z)²: by how much a variance estimated from few degrees of freedom must be enlarged."""
+    """(t/z)², the factor for a variance that is estimated with few degrees of freedom."""
     return float(t.ppf(0.975, freedom) / _normal_quantile()) ** 2
 
 
 def _wilson(share: float, count: float) -> Interval:
-    """Wilson's interval in percent for a number of images that need not be whole."""
+    """Wilson's interval in percent; the number of images need not be an integer."""
     z = _normal_quantile()
     scale = 1 + z * z / count
     centre = (share + z * z / (2 * count)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    # Rounding must not push a bound of exactly 0 or 100 off the scale or inside of it.
+    # A bound of exactly 0 or 100 must not change by rounding.
     low = 0.0 if share == 0 else max(0.0, centre - half)
     high = 1.0 if share == 1 else min(1.0, centre + half)
     return 100 * low, 100 * high
@@ -99,19 +97,19 @@ def difference_interval(
 ) -> Interval | None:
     """Compute the 95% interval of the difference b - a of two means from the intervals of both.
 
-    The distances from the means to their bounds are added as squares (method of variance estimates
-    recovery). The interval is never wider than the scale allows, and it has a width where both means
-    are 0 or 100%. The means are taken as independent; where both sides share seeds or test images
-    they tend to move together, and the interval is too wide.
+    The squared distances between the means and their bounds are added (method of variance estimates recovery). The
+    interval stays on the scale from -100 to 100, and its width is not zero if both means are 0 or 100%. The means are
+    assumed to be independent. If both share seeds or test images, they are usually positively correlated, and the
+    interval is too wide.
 
     Args:
         a: First mean.
-        a_interval: Its 95% interval; None where there is none.
+        a_interval: Its 95% interval, or None if it has none.
         b: Second mean, in the same unit.
-        b_interval: Its 95% interval; None where there is none.
+        b_interval: Its 95% interval, or None if it has none.
 
     Returns:
-        Low and high end of b - a; None where a side has no interval.
+        Low and high end of b - a; None if one of the means has no interval.
 
     Source:
         Zou and Donner, Statistics in Medicine 27 (2008), 1693-1702; for two Wilson intervals it is

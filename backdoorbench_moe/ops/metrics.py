@@ -53,9 +53,9 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def chance_rate(counts: Sequence[int]) -> float:
-    """Compute the accuracy of always answering the most frequent class, in (0, 1].
+    """Compute the accuracy of a model that always predicts the most frequent class, in (0, 1].
 
-    It is not 1 / classes where classes are unbalanced: on GTSRB's test images it is 5.9% of 43 classes.
+    If classes are unbalanced, it is more than 1 / classes: 5.9% on GTSRB's test images of 43 classes.
 
     Args:
         counts: Number of test images of each class.
@@ -71,22 +71,20 @@ def chance_rate(counts: Sequence[int]) -> float:
 def near_chance(hits: int, n: int, chance: float) -> bool:
     """Decide whether an accuracy is near chance, from its Wilson 95% interval.
 
-    It is if one of two things holds:
+    It is near chance if one of two conditions holds:
 
-    - The interval reaches down to chance: the model cannot be told from one that always gives the same
-      answer.
-    - The whole interval lies below `min(2 c, c + 0.1 (1 - c))` with c the chance: the model does better
-      than chance, but less than twice as well, and has come less than a tenth of the way from chance to
-      100%. The first limit decides where classes are many (2% of 100 balanced classes), the second where
-      they are few (55% of two balanced classes).
+    - The interval contains chance or lies below it: the model may be one that always predicts the same class.
+    - The whole interval lies below `min(2 c, c + 0.1 (1 - c))`, where c is the chance: the model is better than
+      chance, but by less than a factor of two and by less than a tenth of the distance from chance to 100%. The first
+      limit is the lower one if there are many classes (2% for 100 balanced classes), the second one if there are few
+      (55% for two).
 
-    The interval is used so that neither a few lucky images acquit a collapsed model, nor a few unlucky
-    ones condemn a weak one.
+    The interval is used so that a few images, predicted correctly or wrongly by luck, do not decide.
 
     Args:
         hits: Number of test images whose class is predicted correctly.
         n: Number of test images.
-        chance: Accuracy of always answering the most frequent class (see `chance_rate`), in (0, 1].
+        chance: Accuracy of always predicting the most frequent class (see `chance_rate`), in (0, 1].
 
     Raises:
         ValueError: If the counts are impossible or the chance is not in (0, 1].

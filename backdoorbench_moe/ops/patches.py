@@ -1,4 +1,4 @@
-"""Images to tiles and back."""
+"""Cutting images into tiles, and putting tiles together."""
 
 from __future__ import annotations
 
@@ -12,9 +12,16 @@ from backdoorbench_moe.errors import ShapeError
 def tile(images: Tensor, size: int) -> Tensor:
     """Cut images into square tiles, row by row.
 
-    images: (B, C, H, W). size: side of a tile in pixels, a divisor of H and W. Returns (B*P, C, size, size)
-    with P = H/size * W/size; the tiles of one image follow each other. May share memory with `images`.
-    Raises ShapeError if the tiles do not cover the image exactly.
+    Args:
+        images: (B, C, H, W).
+        size: Side S of a tile in pixels, a divisor of H and W.
+
+    Returns:
+        (B*P, C, S, S) with P = H/S * W/S, in which the P tiles of an image follow each other. It may share memory with
+        `images`.
+
+    Raises:
+        ShapeError: The tiles do not cover the image exactly.
     """
     batch, channels, height, width = images.shape
     rows, columns = _grid(size, height, width)
@@ -23,10 +30,18 @@ def tile(images: Tensor, size: int) -> Tensor:
 
 
 def untile(tiles: Tensor, height: int, width: int) -> Tensor:
-    """Put tiles back together: the exact inverse of `tile`.
+    """Put tiles together to images; the exact inverse of `tile`.
 
-    tiles: (B*P, C, size, size) as `tile` gives them. Returns (B, C, height, width); may share memory with
-    `tiles`. Raises ShapeError if the tiles are not square or do not make up whole images.
+    Args:
+        tiles: (B*P, C, S, S) as returned by `tile`.
+        height: H, the height of the images.
+        width: W, the width of the images.
+
+    Returns:
+        (B, C, H, W). It may share memory with `tiles`.
+
+    Raises:
+        ShapeError: The tiles are not square, or do not make up whole images.
     """
     count, channels, size, other = tiles.shape
     if size != other:
@@ -42,7 +57,7 @@ def untile(tiles: Tensor, height: int, width: int) -> Tensor:
 
 
 def _grid(size: int, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of tiles."""
+    """Numbers of rows and columns of tiles."""
     if size < 1 or height % size or width % size:
         common = math.gcd(height, width)
         divisors = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)

@@ -14,8 +14,15 @@ WINDOW = 11
 def psnr(images: Tensor, others: Tensor) -> Tensor:
     """Compute the peak signal-to-noise ratio of each pair, in dB.
 
-    images, others: (B, C, H, W) in [0, 1]. Returns (B,) float32 or float64, infinite where a pair is
-    equal. Raises ShapeError if the shapes differ.
+    Args:
+        images: (B, C, H, W) in [0, 1].
+        others: (B, C, H, W) in [0, 1], the images to compare with.
+
+    Returns:
+        (B,) float32 or float64; infinite for two equal images.
+
+    Raises:
+        ShapeError: The shapes differ.
     """
     images, others = _pair(images, others)
     if not len(images):
@@ -25,11 +32,23 @@ def psnr(images: Tensor, others: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, others: Tensor) -> Tensor:
-    """Compute the structural similarity of each pair (Wang et al. 2004), averaged over its pixels.
+    """Compute the structural similarity of each pair, averaged over its pixels.
 
-    images, others: (B, C, H, W) in [0, 1]. Returns (B,) float32 or float64, at most 1. The Gaussian
-    window is 11x11, or as large an odd size as reflection at the border of a smaller image allows.
-    Raises ShapeError if the shapes differ.
+    The Gaussian window has 11x11 pixels. For smaller images it is the largest window of odd size for which the border
+    can be padded by reflection.
+
+    Args:
+        images: (B, C, H, W) in [0, 1].
+        others: (B, C, H, W) in [0, 1], the images to compare with.
+
+    Returns:
+        (B,) float32 or float64, at most 1.
+
+    Raises:
+        ShapeError: The shapes differ.
+
+    Source:
+        Wang et al., "Image quality assessment", IEEE Transactions on Image Processing 13 (2004).
     """
     images, others = _pair(images, others)
     side = min(images.shape[-2:])

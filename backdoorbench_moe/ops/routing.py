@@ -1,4 +1,4 @@
-"""Routing as numbers: who takes which patch, how evenly, and what changes between two versions of an image."""
+"""Statistics of routing: how even it is, and how it differs between classes and between two images."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from torch import Tensor
 
 from backdoorbench_moe.ops.patches import tile
 
-# How far from 1 the sum of gates may be, for gates that were computed in bf16.
+# Largest deviation of the sum of gates from 1, as gates may have been computed in bf16.
 SUM_TOLERANCE = 0.01
 
 
 def gates_over(gates: Tensor) -> str:
-    """Say over which axis the gates (B, E, P) are a distribution: "patches", "experts" or "neither".
+    """Find the axis over which gates are probability distributions.
 
-    An expert that weighs the patches of an image has gates that sum to 1 over P; a patch that weighs the
-    experts has gates that sum to 1 over E. Where both hold, "patches".
+    If experts weigh patches, the gates of each expert sum to 1 over P; if patches weigh experts, the gates of each
+    patch sum to 1 over E.
+
+    Args:
+        gates: (B, E, P).
+
+    Returns:
+        "patches", "experts" or "neither"; "patches" if both hold.
     """
     for name, dim in (("patches", -1), ("experts", -2)):
         if ((gates.float().sum(dim) - 1).abs() <= SUM_TOLERANCE).all():
@@ -24,9 +30,14 @@ def gates_over(gates: Tensor) -> str:
 
 
 def distributions(gates: Tensor, over: str) -> Tensor:
-    """Gates (B, E, P) as float64 that sum to exactly 1 over the experts, or else over the patches.
+    """Normalise gates so that they sum to exactly 1 over an axis.
 
-    over: as `gates_over` says; "neither" is brought to sum to 1 over the patches. What sums to 0 stays 0.
+    Args:
+        gates: (B, E, P), from 0.
+        over: As returned by `gates_over`; "neither" is normalised over the patches.
+
+    Returns:
+        (B, E, P) float64. Gates that sum to 0 stay 0.
     """
     dim = _axis(over)
     gates = gates.double()
@@ -34,9 +45,15 @@ def distributions(gates: Tensor, over: str) -> Tensor:
 
 
 def normalised_entropy(probabilities: Tensor, over: str) -> Tensor:
-    """Entropy of (B, E, P) distributions as a share of the largest one, in [0, 1]; 0 where there is one choice.
+    """Compute the entropy of distributions, divided by the largest possible entropy.
 
-    Returns (B, E) for distributions over the patches, (B, P) for those over the experts.
+    Args:
+        probabilities: (B, E, P), as returned by `distributions`.
+        over: The axis of the distributions, see `gates_over`.
+
+    Returns:
+        (B, E) for distributions over the patches, (B, P) for those over the experts; in [0, 1]. It is 0 if there is
+        only one patch or expert to choose.
     """
     dim = _axis(over)
     choices = torch.tensor(max(2, probabilities.shape[dim]))
@@ -44,10 +61,19 @@ def normalised_entropy(probabilities: Tensor, over: str) -> Tensor:
 
 
 def js_divergence(first: Tensor, second: Tensor, over: str) -> Tensor:
-    """Jensen-Shannon divergence in nats of (B, E, P) distributions, by expert: (B, E) in [0, ln 2].
+    """Compute the Jensen-Shannon divergence of two routings, by expert.
 
-    Over the patches: that of each expert's two distributions. Over the experts: each expert's term of the
-    divergence, mean over the patches, so that the sum over E is the mean divergence of a patch.
+    For distributions over the patches it is the divergence of each expert's two distributions. For distributions over
+    the experts it is each expert's term of the divergence, averaged over the patches; its sum over E is the mean
+    divergence of a patch.
+
+    Args:
+        first: (B, E, P) distributions.
+        second: (B, E, P) distributions.
+        over: The axis of the distributions, see `gates_over`.
+
+    Returns:
+        (B, E) in nats, in [0, ln 2].
     """
     middle = (first + second) / 2
     terms = torch.special.entr(middle) - (torch.special.entr(first) + torch.special.entr(second)) / 2
@@ -56,9 +82,14 @@ def js_divergence(first: Tensor, second: Tensor, over: str) -> Tensor:
 
 
 def jaccard(first: Tensor, second: Tensor) -> Tensor:
-    """Jaccard index of every expert's choice in (B, E, P) bool with every one's in (B, F, P): (B, E, F).
+    """Compute the Jaccard index of the selections of all pairs of experts.
 
-    Two experts that took nothing chose the same: 1.
+    Args:
+        first: (B, E, P) bool, the patches that each of E experts selected.
+        second: (B, F, P) bool, the patches that each of F experts selected.
+
+    Returns:
+        (B, E, F) in [0, 1]; 1 for two experts that selected nothing.
     """
     one, other = first.float(), second.float()
     common = one @ other.transpose(1, 2)
@@ -67,29 +98,48 @@ def jaccard(first: Tensor, second: Tensor) -> Tensor:
 
 
 def changed_share(first: Tensor, second: Tensor) -> Tensor:
-    """Share of each expert's selected patches that differ between two selections (B, E, P) bool: (B, E).
+    """Compute the share of each expert's selected patches that differ between two selections.
 
-    |A xor B| / (|A| + |B|), which is the share of K that was exchanged where both hold K; 0 where both are
-    empty.
+    It is |A xor B| / (|A| + |B|). If both selections have K patches, it is the share of the K that was exchanged.
+
+    Args:
+        first: (B, E, P) bool.
+        second: (B, E, P) bool.
+
+    Returns:
+        (B, E) in [0, 1]; 0 if both selections are empty.
     """
     size = first.sum(-1) + second.sum(-1)
     return (first ^ second).sum(-1) / size.clamp(min=1)
 
 
 def counts_by_class(selected: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """How many images of each class had each patch taken by each expert: (classes, E, P) int64.
+    """Count in how many images of each class an expert selected a patch.
 
-    selected: (N, E, P) bool. labels: (N,) int64.
+    Args:
+        selected: (B, E, P) bool.
+        labels: (B,) int64.
+        classes: Number of classes.
+
+    Returns:
+        (classes, E, P) int64.
     """
     counts = torch.zeros(classes, *selected.shape[1:], dtype=torch.int64, device=selected.device)
     return counts.index_add_(0, labels, selected.long())
 
 
 def blind_miss(changed: Tensor, taken: Tensor, patches: int) -> Tensor:
-    """Probability that an expert that picks blindly takes none of the changed patches: (B, E) float64.
+    """Compute the probability that an expert that selects at random selects none of the changed patches.
 
-    changed: (B,) number of changed patches m. taken: (B, E) number K an expert picks of the P `patches`,
-    each set of K equally likely: C(P - m, K) / C(P, K), the hypergeometric probability of no hit.
+    Each set of K of the P patches is equally likely, so it is the hypergeometric probability C(P - m, K) / C(P, K).
+
+    Args:
+        changed: (B,), m, the number of changed patches.
+        taken: (B, E), K, the number of patches that each expert selects.
+        patches: P.
+
+    Returns:
+        (B, E) float64.
     """
     m, k = changed.double().unsqueeze(1), taken.double()
     others = patches - m
@@ -99,15 +149,29 @@ def blind_miss(changed: Tensor, taken: Tensor, patches: int) -> Tensor:
 
 
 def changed_patches(clean: Tensor, triggered: Tensor, size: int) -> Tensor:
-    """Which patches differ in any pixel: (B, P) bool of two (B, C, H, W) uint8 images, tiles of `size`."""
+    """Find the patches in which two images differ.
+
+    Args:
+        clean: (B, C, H, W) uint8.
+        triggered: (B, C, H, W) uint8.
+        size: Side of a patch in pixels, a divisor of H and W.
+
+    Returns:
+        (B, P) bool, True if any pixel differs.
+    """
     differs = (clean != triggered).any(1, keepdim=True)
     return tile(differs, size).flatten(1).any(1).unflatten(0, (len(clean), -1))
 
 
 def patch_sums(images: Tensor, size: int) -> Tensor:
-    """Sum over a patch's pixels of their mean over the channels: (B, P) float64 in [0, size * size].
+    """Compute the sum of the grey values of each patch's pixels.
 
-    images: (B, C, H, W) uint8, taken as [0, 1].
+    Args:
+        images: (B, C, H, W) uint8; 0 to 255 stand for [0, 1]. A pixel's grey value is its mean over the channels.
+        size: Side of a patch in pixels, a divisor of H and W.
+
+    Returns:
+        (B, P) float64 in [0, size * size].
     """
     sums = tile(images.sum(1, keepdim=True, dtype=torch.int32), size).flatten(1).sum(1)
     return sums.unflatten(0, (len(images), -1)).double() / (255 * images.shape[1])

@@ -1,4 +1,4 @@
-"""One seed for each purpose, all derived from the run's."""
+"""Random numbers: one seed for each purpose, derived from the seed of the run."""
 
 from __future__ import annotations
 
@@ -10,27 +10,35 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# The constants of SplitMix64 as signed 64-bit integers, which torch multiplies modulo 2**64.
+# The constants of SplitMix64 as signed 64-bit integers; torch multiplies them modulo 2**64.
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 MIX = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
-    """Derive a seed in [0, 2**63) for a purpose such as ("order", epoch); the same on every machine."""
+    """Derive a seed for a purpose; it is the same on every machine.
+
+    Args:
+        seed: The seed of the run.
+        *purpose: Words and numbers that name the purpose, such as "order", epoch.
+
+    Returns:
+        Seed in [0, 2**63).
+    """
     text = "/".join(map(str, (seed, *purpose)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """A CPU generator for a purpose. Draws are made on the CPU, so that every device gets the same."""
+    """Return a generator for a purpose, see `derive_seed`. It is on the CPU, so that all devices get the same draws."""
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))
 
 
 @contextmanager
 def seeded(seed: int, *purpose: str | int) -> Iterator[None]:
-    """Seed torch's global generators inside the block and restore them afterwards.
+    """Seed torch's global generators inside the block, and restore their states afterwards.
 
-    For code that takes no generator: weight initialisation of other people's models, dropout.
+    This is for code that does not take a generator, such as the initialisation of weights and dropout.
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=list(devices)):
@@ -39,12 +47,12 @@ def seeded(seed: int, *purpose: str | int) -> Iterator[None]:
 
 
 def uniform_at(seed: int, places: Tensor, *shape: int) -> Tensor:
-    """Draw uniform numbers as a function of a seed and of places, whatever else is in the batch.
+    """Draw uniform numbers as a function of a seed and of places, independently of the rest of the batch.
 
     Args:
         seed: In [0, 2**63), see `derive_seed`.
         places: (N,) int64 from 0, such as indices in the training set; on any device.
-        *shape: Shape of what is drawn for each place.
+        *shape: Shape of the numbers that are drawn for each place.
 
     Returns:
         (N, *shape) float32 in [0, 1), on the device of `places`: element e of place p is the upper 24 bits of output
@@ -63,5 +71,5 @@ def uniform_at(seed: int, places: Tensor, *shape: int) -> Tensor:
 
 
 def _shift_right(values: Tensor, bits: int) -> Tensor:
-    """Logical shift of int64; torch's own copies the sign."""
+    """Shift int64 to the right, filling with zeros; torch's own shift repeats the sign bit."""
     return (values >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,7 +1,6 @@
-"""Warping fields: WaNet's, and the one of the BadPatches notebook.
+"""Warping fields of WaNet and of the BadPatches notebook.
 
-A field is computed once for a canvas size, as precise and on the device as its control grid is; warping a
-batch is one call.
+A field depends on the image size only. It has the precision and the device of its control grid.
 """
 
 from __future__ import annotations
@@ -13,29 +12,56 @@ from torch.nn import functional as F
 
 
 def control_grid(size: int, generator: torch.Generator) -> Tensor:
-    """Draw a control grid: uniform in [-1, 1], divided by its mean absolute value (WaNet eq. 4).
+    """Draw a control grid: uniform in [-1, 1], divided by its mean absolute value.
 
-    Returns (1, 2, size, size) float32 on the CPU; channel 0 is the x offset, channel 1 the y offset.
+    Args:
+        size: Side k of the grid.
+        generator: Generator of the draw, on the CPU.
+
+    Returns:
+        (1, 2, k, k) float32 on the CPU. Channel 0 holds the x offsets, channel 1 the y offsets.
+
+    Source:
+        WaNet, equation 4.
     """
     grid = torch.rand(1, 2, size, size, generator=generator) * 2 - 1
     return grid / grid.abs().mean()
 
 
 def upsample_field(control: Tensor, height: int, width: int, *, align_corners: bool) -> Tensor:
-    """Upsample a control grid (1, 2, k, k) to a field (1, 2, height, width) of offsets, bicubic.
+    """Upsample a control grid to a field of offsets with bicubic interpolation.
 
-    align_corners: the outer control points sit on the outer pixels (WaNet), or pixel centres are at half
-    integers (the notebook). Where the canvas has fewer pixels than k the field is sampled, not averaged.
+    Args:
+        control: (1, 2, k, k). If the image has fewer than k pixels, the grid is sampled and not averaged.
+        height: H, the height of the images.
+        width: W, the width of the images.
+        align_corners: True places the outer control points at the centres of the outer pixels, as in WaNet; False
+            places the centres of pixels at half integers, as in the notebook.
+
+    Returns:
+        (1, 2, H, W).
     """
     return F.interpolate(control, (height, width), mode="bicubic", align_corners=align_corners)
 
 
 def wanet_grid(control: Tensor, height: int, width: int, strength: float) -> Tensor:
-    """Where WaNet samples: identity + strength * field / size, clamped to [-1, 1] (WaNet eq. 5 and code).
+    """Compute WaNet's sampling grid: identity + strength * field / size, clamped to [-1, 1].
 
-    Returns (1, height, width, 2), x before y; -1 and 1 are the centres of the outer pixels. WaNet
-    knows square images only and divides by the height; here each axis is divided by its own size, so that a
-    strength moves pixels equally far along both.
+    Departure: WaNet's images are square, and it divides by the height. Here each axis is divided by its own size, so
+    that a strength moves pixels by the same distance along both axes.
+
+    Args:
+        control: (1, 2, k, k), see `control_grid`.
+        height: H, the height of the images.
+        width: W, the width of the images.
+        strength: WaNet's s.
+
+    Returns:
+        (1, H, W, 2), the coordinates (x, y) that each pixel is sampled at; -1 and 1 are the centres of the outer
+        pixels.
+
+    Source:
+        WaNet, equation 5, and its code.
     """
     field = upsample_field(control, height, width, align_corners=True)
     x = _identity(width, control) + strength * field[:, 0] / width
@@ -47,8 +73,9 @@ def add_offsets(grid: Tensor, offsets: Tensor) -> Tensor:
     """Add an offset to every pixel of a sampling grid (WaNet's noise mode).
 
     Args:
-        grid: (1, H, W, 2) as `wanet_grid` gives it.
-        offsets: (B, H, W, 2) in [-1, 1], in units of 1 / W of the grid along x and 1 / H along y.
+        grid: (1, H, W, 2) as returned by `wanet_grid`.
+        offsets: (B, H, W, 2) in [-1, 1]; they are divided by W along x and by H along y, so that 1 is about half a
+            pixel.
 
     Returns:
         (B, H, W, 2), clamped to [-1, 1].
@@ -59,14 +86,26 @@ def add_offsets(grid: Tensor, offsets: Tensor) -> Tensor:
 
 
 def notebook_pixels(control: Tensor, height: int, width: int, strength: float) -> Tensor:
-    """Which pixel the BadPatches notebook takes for each: coordinates truncated to integers.
+    """Compute which pixel the BadPatches notebook samples for each pixel: coordinates are truncated to integers.
 
-    Returns (height * width,) int64 indices into the flattened canvas. An offset below zero, however small,
-    takes the neighbour before; one above zero does nothing until it reaches a whole pixel.
+    A negative offset, however small, therefore samples the previous pixel, and a positive one has no effect below one
+    pixel.
 
-    Departures: the notebook's channel 0 is the y offset (equal in distribution, the grid is random); its
-    TensorFlow bicubic kernel has another constant (-0.5, here -0.75) and drops the points outside the grid
-    instead of repeating the edge, which changes the sign of an offset at 1 to 2% of the pixels.
+    Departures: channel 0 of the notebook's grid holds the y offsets, which has the same distribution. Its bicubic
+    kernel, that of TensorFlow, has the constant -0.5 (here -0.75) and drops points outside of the grid, where this one
+    repeats the edge. This changes the sign of the offset at 1 to 2% of the pixels.
+
+    Args:
+        control: (1, 2, k, k), see `control_grid`.
+        height: H, the height of the images.
+        width: W, the width of the images.
+        strength: Strength of the warp, as in `wanet_grid`.
+
+    Returns:
+        (H * W,) int64 indices into the flattened image.
+
+    Source:
+        The notebooks of BadPatches (arXiv 2505.01811).
     """
     field = upsample_field(control, height, width, align_corners=False).clamp(-1, 1)
     x = _truncated(field[0, 0], torch.arange(width, device=control.device), width, strength)
@@ -75,20 +114,32 @@ def notebook_pixels(control: Tensor, height: int, width: int, strength: float) -
 
 
 def warp_bilinear(images: Tensor, grid: Tensor) -> Tensor:
-    """Sample images (B, C, H, W) at a grid (1, H, W, 2) as `wanet_grid` gives it, bilinear.
+    """Sample images at a grid with bilinear interpolation; half precision is sampled in float32.
 
-    Half precision is sampled in float32. The grid may also be one for each image, (B, H, W, 2). Returns the shape and
-    type of `images`, in [0, 1] as they are.
+    Args:
+        images: (B, C, H, W) in [0, 1].
+        grid: (1, H, W, 2) as returned by `wanet_grid`, or (B, H, W, 2), one grid for each image.
+
+    Returns:
+        (B, C, H, W) of the same type, in [0, 1].
     """
     wide = images if images.dtype in (torch.float32, torch.float64) else images.float()
     x, y = grid.to(wide.dtype).expand(len(images), -1, -1, -1).unbind(-1)
     warped = remap(wide, x, y, align_corners=True, padding_mode="border", normalized_coordinates=True)
-    # The four weights may sum to a little over one.
+    # The four bilinear weights may sum to slightly more than one.
     return warped.clamp_(0, 1).to(images.dtype)
 
 
 def take_pixels(images: Tensor, index: Tensor) -> Tensor:
-    """Build images (B, C, H, W) from their own pixels: pixel i of the flattened canvas is pixel index[i]."""
+    """Rearrange the pixels of images.
+
+    Args:
+        images: (B, C, H, W).
+        index: (H * W,) int64; pixel i of the flattened result is pixel index[i] of the image.
+
+    Returns:
+        (B, C, H, W).
+    """
     batch, channels = images.shape[:2]
     rows = images.reshape(batch * channels, len(index))
     return rows.index_select(1, index).reshape(images.shape)
@@ -99,6 +150,6 @@ def _identity(size: int, like: Tensor) -> Tensor:
 
 
 def _truncated(field: Tensor, pixels: Tensor, size: int, strength: float) -> Tensor:
-    """Truncate pixel + offset; an offset of field / size on the axis [-1, 1] is half of (size - 1) as many pixels."""
+    """Truncate pixel + offset to integers; a length of 1 on the axis [-1, 1] is (size - 1) / 2 pixels."""
     offset = strength * field / size * (size - 1) / 2
     return (pixels + offset).clamp(0, size - 1).long()

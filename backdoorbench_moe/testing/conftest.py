@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
-# One thread, before torch loads: the models are small, and the same sums are made on every machine.
+# One thread, set before torch is imported: the models are small, and sums do not depend on the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -27,7 +27,7 @@ DEVIATING = "deviating_part"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Offer what `bbmoe plugin check` sets."""
+    """Add the options that `bbmoe plugin check` uses."""
     group = parser.getgroup("backdoorbench_moe")
     group.addoption("--bbmoe-package", metavar="NAME", help="test only what this installed package registers")
     group.addoption(
@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose the parts."""
+    """Select the parts."""
     config.stash[DEVIATIONS] = Deviations()
     tests: defaultdict[Part, set[str]] = defaultdict(set)
     config.stash[TESTS] = tests
@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give every test the names it asks for: `trigger_name`, or `defense_name` and `model_name`, and so on."""
+    """Parametrize tests by the names that they take: `trigger_name`, or `defense_name` and `model_name`, and so on."""
     stash = metafunc.config.stash
     stash[FILES].add(metafunc.definition.path.name)
     if DEVIATING in metafunc.fixturenames:
@@ -79,7 +79,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Write that a test begins: a part may end Python."""
+    """Report that a test starts, as a part may end Python."""
     _write(item, {"outcome": "started"})
 
 
@@ -87,7 +87,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[Any]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Write the outcome of a test, or of a fixture that failed."""
+    """Report the outcome of a test, or of a fixture that failed."""
     report = yield
     if report.when == "call" or not report.passed:
         reason = _reason(call.excinfo) if report.failed and call.excinfo is not None else {}
@@ -99,7 +99,7 @@ def pytest_runtest_makereport(
 
 @pytest.fixture(scope="session")
 def partner_models(pytestconfig: pytest.Config) -> list[str]:
-    """The models a defense is tried on."""
+    """The models that a defense is tested on."""
     return pytestconfig.stash[CHOSEN].partners("model")
 
 

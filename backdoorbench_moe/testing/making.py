@@ -1,4 +1,4 @@
-"""What the conformance tests are made of: small parts, images, and a defense's task."""
+"""Small parts, images and tasks of defenses, for the conformance tests."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ CPU = torch.device("cpu")
 
 
 def tiny_options(kind: str, name: str) -> dict[str, object]:
-    """The options that make a part small, as its class says; without the one that its name gives."""
+    """Return the options in a part's `tiny`, without one that is given by its name."""
     part = REGISTRIES[kind].lookup(name)
     given = getattr(part, "name_argument", None) if ":" in name else None
     return {option: value for option, value in getattr(part, "tiny", {}).items() if option != given}
 
 
 def make(kind: str, name: str, **options: object) -> Any:
-    """A small part of its kind; options win over those that make it small."""
+    """Build a small part; `options` take precedence over its `tiny`."""
     return REGISTRIES[kind].create(name, {**tiny_options(kind, name), **options})
 
 
 def make_attack(name: str, *, poison: PoisonSpec, **options: object) -> Any:
-    """A small attack; options win over those that make it small."""
+    """Build a small attack; `options` take precedence over its `tiny`."""
     return REGISTRIES["attack"].create(name, {**tiny_options("attack", name), **options}, {"poison": poison})
 
 
 def build_model(
     name: str, *, seed: int = 0, num_classes: int = 10, image_size: int = IMAGE_SIZE
 ) -> nn.Module:
-    """A small model, its weights drawn from `seed`."""
+    """Build a small model with weights drawn from `seed`."""
     given = {"num_classes": num_classes, "image_size": image_size}
     with seeded(seed, "init"):
         return REGISTRIES["model"].create(name, tiny_options("model", name), given)
 
 
 def settle(model: nn.Module) -> nn.Module:
-    """Show a model a few batches in training mode, so that its norms hold statistics; then to evaluation mode."""
+    """Pass a few batches through a model in training mode, so that its norms have statistics; then evaluation mode."""
     images = batch(16, 3, IMAGE_SIZE, IMAGE_SIZE)
     with torch.no_grad():
         for _ in range(3):
@@ -60,18 +60,18 @@ def settle(model: nn.Module) -> nn.Module:
 
 
 def used_model(name: str, *, seed: int = 0) -> nn.Module:
-    """A small model of three classes that has seen some batches; in evaluation mode and channels_last."""
+    """Build a small model of three classes and `settle` it; in evaluation mode and channels_last."""
     model = build_model(name, seed=seed, num_classes=CLASSES)
     return settle(model).to(memory_format=torch.channels_last)
 
 
 def batch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Images of this shape, uniform in [0, 1), the same at every call."""
+    """Return images of a shape, uniform in [0, 1), the same at every call."""
     return torch.rand(*shape, generator=torch.Generator().manual_seed(shape[0])).to(dtype)
 
 
 def coloured_split(count: int, seed: int) -> Split:
-    """Images of three classes told apart by colour, with noise: (count, 3, 32, 32) uint8."""
+    """Draw noisy images of three classes that differ in colour, (count, 3, 32, 32) uint8."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % CLASSES
     images = torch.randint(0, 128, (count, 3, IMAGE_SIZE, IMAGE_SIZE), generator=generator, dtype=torch.uint8)
@@ -82,9 +82,17 @@ def coloured_split(count: int, seed: int) -> Split:
 def make_task(
     model: nn.Module, made_by: PartSpec, *, clean: Split | None = None, seed: int = 7, **recipe: Any
 ) -> tuple[DefenseTask, list[tuple[str, dict[str, Tensor]]]]:
-    """A task as the engine makes it, and the list that reported stages come to lie in.
+    """Make a task in the same way as the engine.
 
-    made_by: the name and options the model was made from. clean: the defender's images, 24 where None.
+    Args:
+        model: The model to defend.
+        made_by: Name and options that the model was built from.
+        clean: The images that the defender holds; 24 images if None.
+        seed: Seed of the defense.
+        **recipe: Fields of the `TrainSpec`.
+
+    Returns:
+        The task, and a list to which name and state of every reported stage are appended.
     """
     train = TrainSpec(**{"batch_size": 8, "lr": 0.05, **recipe})
     given = {"num_classes": CLASSES, "image_size": IMAGE_SIZE}
@@ -113,17 +121,17 @@ def make_task(
 
 
 def copies(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model, to keep."""
+    """Return a copy of the state of a model."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
-    """Names of the tensors that are not equal, bit for bit."""
+    """Return the names of the tensors that are not equal bit for bit."""
     return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
 
 
 def ranked(routing: Routing, dim: int) -> bool:
-    """Whether no gate along `dim` that was left out is above one that was taken."""
+    """Return whether, along `dim`, no gate that was not selected exceeds one that was."""
     taken = routing.gates.masked_fill(~routing.selected, 2).amin(dim)
     left = routing.gates.masked_fill(routing.selected, -1).amax(dim)
     return bool((taken >= left).all())

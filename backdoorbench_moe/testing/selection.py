@@ -1,4 +1,4 @@
-"""The names the conformance tests run over."""
+"""Selection of the parts that the conformance tests run over."""
 
 from __future__ import annotations
 
@@ -8,44 +8,50 @@ from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.errors import PluginError
 from backdoorbench_moe.plugins import normalize
 
-# The models every defense is tried on: one with experts, a dense one, and one without convolutions.
+# The models that every defense is tested on: one with experts, a dense one, and one without convolutions.
 REFERENCE_MODELS = ("pmoe", "wide_resnet", "timm:test_vit")
 
 
 def kind_of(fixture: str) -> str | None:
-    """The kind a fixture such as "trigger_name" names; None for one that names none."""
+    """Return the kind in the name of a fixture, such as "trigger" of "trigger_name", or None."""
     kind = fixture.removesuffix("_name")
     return kind if kind != fixture and kind in REGISTRIES else None
 
 
 class Selection:
-    """What is tested, and with what: all that is registered, or what one package registers, with built-ins.
+    """The parts that are tested, and the parts that they are tested together with.
 
-    Nothing is tested together with a part that does not load, nor with another package's: it is not to blame.
+    A part is tested together with built-in parts and parts of its own package. Parts that cannot be imported, and parts
+    of other packages, are left out, since a failure could be theirs.
+
+    Args:
+        package: Name of the package whose parts are tested; all registered parts if None.
     """
 
     def __init__(self, package: str | None) -> None:
         self.package = None if package is None else normalize(package)
 
     def names(self, kind: str) -> list[str]:
-        """The names that are tested."""
+        """Return the names of the parts of a kind that are tested."""
         return [name for name in REGISTRIES[kind].names() if self._tests(kind, name)]
 
     def parts(self) -> list[tuple[str, str]]:
-        """Kind and name of every part that is tested."""
+        """Return kind and name of every part that is tested."""
         return [(kind, name) for kind in REGISTRIES for name in self.names(kind)]
 
     def partners(self, kind: str) -> list[str]:
-        """The names that something of another kind is tested with."""
+        """Return the names of the parts of a kind that parts of other kinds are tested together with."""
         registry = REGISTRIES[kind]
         builtin = [name for name in registry.names() if _builtin(kind, name)]
         third = [name for name in self.names(kind) if name not in builtin and has(kind, name, object)]
         return [*(REFERENCE_MODELS if kind == "model" else builtin), *third]
 
     def rows(self, kinds: Sequence[str], interface: type | None = None) -> list[tuple[str, ...]]:
-        """The names, or pairs of names of two kinds, that a test runs over.
+        """Return the names, or pairs of names, that a test runs over.
 
-        interface: take only classes that have it.
+        Args:
+            kinds: One kind, or two.
+            interface: Take only classes that have this interface; given with one kind.
         """
         if len(kinds) == 1:
             [kind] = kinds
@@ -72,7 +78,7 @@ def _builtin(kind: str, name: str) -> bool:
 
 
 def has(kind: str, name: str, interface: type) -> bool:
-    """Whether the class called `name` has an interface; not where it does not load."""
+    """Return whether a part has an interface; False if it cannot be imported."""
     try:
         return issubclass(REGISTRIES[kind].lookup(name), interface)
     except PluginError:

@@ -1,4 +1,4 @@
-"""What every applicator keeps to, with every trigger."""
+"""Conformance tests of applicators, with every trigger."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_shape_type_and_range(
 
 
 def test_the_trigger_is_applied(applicator: Applicator) -> None:
-    """A trigger that blackens all it gets blackens something."""
+    """A trigger that sets everything to black sets at least one pixel to black."""
     assert (applicator(torch.ones(2, 3, 32, 32), torch.zeros_like) == 0).any()
 
 
@@ -67,12 +67,12 @@ def test_gradients_reach_the_images(applicator: Applicator) -> None:
 
 
 @pytest.mark.parametrize("images", [torch.zeros(3, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), None])
-def test_what_is_no_image_batch_is_refused(applicator: Applicator, images: object) -> None:
+def test_invalid_images_are_refused(applicator: Applicator, images: object) -> None:
     with pytest.raises(ShapeError, match="images: expected"):
         applicator(images, lambda x: x)
 
 
-def test_a_trigger_that_breaks_its_word_is_caught(applicator: Applicator) -> None:
+def test_invalid_output_of_a_trigger_is_refused(applicator: Applicator) -> None:
     for broken in (lambda x: x * 2 + 5, lambda x: x.double()):
         with pytest.raises(ShapeError, match=type(applicator).__name__):
             applicator(batch(2, 3, 32, 32), broken)

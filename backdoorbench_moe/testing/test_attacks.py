@@ -1,4 +1,4 @@
-"""What every attack keeps to, whoever wrote it."""
+"""Conformance tests of attacks."""
 
 from __future__ import annotations
 

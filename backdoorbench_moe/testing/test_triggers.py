@@ -1,4 +1,4 @@
-"""What every trigger keeps to, whoever wrote it."""
+"""Conformance tests of triggers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def trigger(trigger_name: str) -> Trigger:
 
 
 def forms(trigger: Trigger) -> dict[str, Form]:
-    """The forms that take the places of the images: the training form, and the noise form of a trigger that has one."""
+    """The forms that take places: the training form, and the noise form if the trigger has one."""
     return {"training": trigger.training, **({"noise": trigger.noise} if trigger.has_noise else {})}
 
 
@@ -119,7 +119,7 @@ def test_inference_mode_leaves_nothing_behind(trigger: Trigger) -> None:
     ],
     ids=["3d", "uint8", "0-255", "negative", "nan", "list"],
 )
-def test_what_is_no_image_batch_is_refused(trigger: Trigger, images: object) -> None:
+def test_invalid_images_are_refused(trigger: Trigger, images: object) -> None:
     with pytest.raises(ShapeError, match="images: expected"):
         trigger(images)
 
@@ -144,7 +144,7 @@ def test_forms_keep_shape_type_and_range(
 
 
 def test_forms_depend_on_the_place_and_not_on_the_batch(trigger: Trigger) -> None:
-    """Permuted with their places, split into batches of any size, or repeated, images are stamped the same."""
+    """Images are stamped the same if the batch is permuted together with its places, or split."""
     images, places = batch(6, 3, 8, 8), torch.tensor([3, 41, 0, 5, 1_281_166, 6])
     order = torch.tensor([4, 2, 5, 0, 3, 1])
     for name, form in forms(trigger).items():
@@ -198,7 +198,7 @@ def test_forms_stamp_no_images(trigger: Trigger) -> None:
     [torch.tensor([1]), torch.tensor([1, 2, 3]), torch.tensor([[1], [2]]), torch.tensor([0.5, 1.0]), [1, 2]],
     ids=["too few", "too many", "2d", "float", "list"],
 )
-def test_places_that_do_not_go_with_the_images_are_refused(trigger: Trigger, places: object) -> None:
+def test_invalid_places_are_refused(trigger: Trigger, places: object) -> None:
     for form in (trigger.training, trigger.noise):
         with pytest.raises(ShapeError, match="places: expected"):
             form(batch(2, 3, 8, 8), places)

@@ -185,7 +185,7 @@ def test_check_names_every_fault_and_tests_the_rest(bad_site: Path) -> None:
     broken = dict.fromkeys(("no-trigger", "warp", "lacks"), "broken")
     fails = dict.fromkeys(("writes", "idle", "mixes", "unseeded", "misnamed"), "fails")
     assert results == {"fine": "passes", **fails, **broken}, "what is fine is not blamed for idle"
-    assert "is no subclass of backdoorbench_moe.triggers.base:Trigger" in parts["no-trigger"]["reason"]
+    assert "is not a subclass of backdoorbench_moe.triggers.base:Trigger" in parts["no-trigger"]["reason"]
     assert "the name 'warp' is taken by backdoorbench-moe" in parts["warp"]["reason"]
     reason = parts["lacks"]["reason"]
     assert "'lacks' from bbmoe-bad 0.3 does not load: ModuleNotFoundError" in reason

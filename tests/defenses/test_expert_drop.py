@@ -100,7 +100,7 @@ def test_tuning_afterwards_leaves_it_mute() -> None:
 def test_what_cannot_be_dropped_is_refused() -> None:
     with pytest.raises(ConfigError, match="count: expected 1 to 3 of the 4 experts of PMoE, got 4"):
         create_defense("expert-drop", count=4).check(used_model())
-    with pytest.raises(ConfigError, match="model: expected a routed one, WideResNet has no experts"):
+    with pytest.raises(ConfigError, match="model: expected a routed model, WideResNet has no routing"):
         create_defense("expert-drop").check(used_model("wide_resnet"))
     for options, message in (({"count": 0}, "count: expected"), ({"epochs": -1}, "epochs: expected")):
         with pytest.raises(ConfigError, match=message):

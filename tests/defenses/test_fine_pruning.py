@@ -187,11 +187,11 @@ class Nameless(nn.Module):
 
 
 def test_a_model_without_names_or_channels_is_refused_in_one_line() -> None:
-    with pytest.raises(ConfigError, match="the model Nameless does not name its parts"):
+    with pytest.raises(ConfigError, match="the model Nameless does not name its components"):
         create_defense("fine-pruning").check(Nameless())
-    with pytest.raises(ConfigError, match="Unprunable names no channels that could be pruned"):
+    with pytest.raises(ConfigError, match="Unprunable has no channels that can be pruned"):
         create_defense("fine-pruning").check(Unprunable())
-    with pytest.raises(ConfigError, match=r"ratio: 0\.1 of the 5 channels of expert 0 is no channel"):
+    with pytest.raises(ConfigError, match=r"ratio: 0\.1 prunes none of the 5 channels of expert 0"):
         create_defense("fine-pruning", ratio=0.1).check(used_model())
     create_defense("fine-pruning", ratio=0).check(used_model())
 

@@ -114,5 +114,5 @@ def test_bad_values_are_refused() -> None:
     for value in (0, 1.5, float("nan")):
         with pytest.raises(ConfigError, match=r"threshold: expected a number in \(0, 1\]"):
             create_defense("reroute", threshold=value)
-    with pytest.raises(ConfigError, match="model: expected a routed one"):
+    with pytest.raises(ConfigError, match="model: expected a routed model"):
         create_defense("reroute").check(used_model("wide_resnet"))

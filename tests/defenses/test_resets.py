@@ -89,7 +89,10 @@ def test_what_is_not_there_is_refused() -> None:
         create_defense("expert-reset", expert=4).check(used_model())
     with pytest.raises(ConfigError, match="expert: expected 0 to 3, or a name, got -1"):
         create_defense("expert-reset", expert=-1).check(used_model())
-    for name, message in (("expert-reset", "expected a routed one"), ("router-reset", "one with a router")):
+    for name, message in (
+        ("expert-reset", "expected a routed model"),
+        ("router-reset", "a model with a router"),
+    ):
         with pytest.raises(ConfigError, match=f"model: .*{message}, WideResNet has no"):
             create_defense(name).check(used_model("wide_resnet"))
         with pytest.raises(ConfigError, match="epochs: expected a whole number from 1, got 0"):

@@ -185,6 +185,6 @@ def test_too_few_images_for_the_false_positive_rate_are_refused() -> None:
 
 
 def test_a_model_without_routing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="model: expected a routed one, WideResNet has no experts"):
+    with pytest.raises(ConfigError, match="model: expected a routed model, WideResNet has no routing"):
         create_defense("routing-strip").check(used_model("wide_resnet"))
     create_defense("strip").check(used_model("wide_resnet"))

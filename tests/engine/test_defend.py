@@ -269,7 +269,7 @@ def test_a_model_that_names_no_parts_can_be_tuned_but_not_pruned(tmp_path, monke
     monkeypatch.setitem(models.registry._local, "nameless", Nameless)
     values = {"model": "nameless", "train": {"lr": 0.01}}
     with pytest.raises(
-        ConfigError, match=r"defenses\[0\]\.scope: the model Nameless does not name its parts"
+        ConfigError, match=r"defenses\[0\]\.scope: the model Nameless does not name its components"
     ):
         Runner(tiny_spec(), tmp_path / "none").finish(defended_spec(**values))
     assert not (tmp_path / "none").exists()

@@ -233,7 +233,7 @@ def test_the_table_shows_the_deviation(site: Path) -> None:
     assert lines[1].split() == ["kind", "name", "result", "passed", "failed", "skipped", "deviations"]
     assert [(row.split()[1], row.split()[-1]) for row in lines[2:4]] == [("a", "1"), ("b", "0")]
     assert lines[4] == f"trigger a has 1 deviation: {GRADIENTS} (rounds to 8 bits)"
-    assert lines[5] == "everything bbmoe-honest registers keeps to its interface, with 1 deviation"
+    assert lines[5] == "all parts of bbmoe-honest conform to their interfaces, with 1 deviation"
 
 
 def test_pytest_shows_the_reason(site: Path) -> None:

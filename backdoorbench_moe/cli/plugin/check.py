@@ -1,4 +1,4 @@
-"""`bbmoe plugin check`: does what a package registers keep to its interfaces?"""
+"""`bbmoe plugin check`: conformance tests of the parts that a package registers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from backdoorbench_moe.testing.check import Deviation, Failure, PackageCheck, PartCheck
 
 FAILED = 1
-# Seconds; the slowest conformance test of our own parts takes ten.
+# In seconds; the slowest conformance test of a built-in part takes ten.
 TIMEOUT = 300
 STYLES = {"passes": "green", "fails": "red", "broken": "red"}
 
@@ -33,9 +33,9 @@ STYLES = {"passes": "green", "fails": "red", "broken": "red"}
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(package: str, timeout: float, as_json: bool) -> None:
-    """Run the conformance tests over everything that the installed PACKAGE registers; exit with 1 if any fails.
+    """Run the conformance tests over all parts that the installed PACKAGE registers; exit with 1 if any fails.
 
-    Needs pytest, and pytest-timeout for its limit: pip install 'backdoorbench-moe[plugin]'. With pytest's own
+    Needs pytest, and pytest-timeout for --timeout: pip install 'backdoorbench-moe[plugin]'. With pytest's own
     output and flags: python -m backdoorbench_moe.testing PACKAGE
     """
     from rich.console import Console
@@ -74,7 +74,7 @@ def _print(check: PackageCheck) -> None:
     if check.passes:
         deviations = sum(len(part.deviations) for part in check.parts)
         but = f", with {_count(deviations)}" if deviations else ""
-        console.print(f"everything {check.package} registers keeps to its interface{but}", markup=False)
+        console.print(f"all parts of {check.package} conform to their interfaces{but}", markup=False)
 
 
 def _count(deviations: int) -> str:
