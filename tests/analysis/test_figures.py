@@ -79,6 +79,7 @@ def test_roles_tell_two_models_apart() -> None:
     assert words.roles(document) == ["this defended", "other defended"]
 
 
+@pytest.mark.slow
 def test_a_map_says_what_the_models_say() -> None:
     document = document_of("pmoe")
     examples = document["examples"]

@@ -341,6 +341,7 @@ def test_a_damaged_checkpoint_is_said(tmp_path, state, extra) -> None:
         run_attack(tiny_spec(), output=tmp_path, twin=False)
 
 
+@pytest.mark.slow
 def test_the_backdoor_takes(tmp_path) -> None:
     """The method works end to end on data where it is easy: high BA, high ASR, and a twin without it."""
     train = {"epochs": 25, "batch_size": 8, "optimizer": "adamw", "lr": 0.005, "schedule": "one-cycle"}
