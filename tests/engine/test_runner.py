@@ -197,7 +197,7 @@ def test_other_data_under_the_same_name_is_refused(tmp_path, monkeypatch) -> Non
 
 
 def test_a_run_of_another_version_of_a_plug_in_is_refused(tmp_path, monkeypatch) -> None:
-    """Neither taken as finished nor gone on with; a record that names no plug-ins, as older ones, is taken."""
+    """It is neither accepted as finished nor continued; an older record, which names no plug-ins, is accepted."""
     spec, installed = tiny_spec(), {"some-triggers": "0.1.0"}
     for module in (engine_run, base):
         monkeypatch.setattr(module, "plugin_packages", lambda spec: installed)
