@@ -83,9 +83,9 @@ def call_fault(part: type, *, given: Collection[str] = (), needs: Collection[str
     if lacking := sorted(set(needs) - options.keys()):
         return f"{part.__name__} does not take {', '.join(lacking)}; expected it as a keyword-only option"
     parameters = inspect.signature(part).parameters.values()
-    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [
-        p.name for p in parameters if p.kind in by_place and p.default is REQUIRED and p.name not in given
+        p.name for p in parameters if p.kind in positional and p.default is REQUIRED and p.name not in given
     ]
     if needed:
         return f"{part.__name__} takes {', '.join(needed)} as positional arguments; expected keyword-only options"
@@ -136,11 +136,18 @@ def check_options(
 
 
 def convert(value: object, annotation: Any, parameter: str) -> Any:
-    """Return `value` as `annotation` asks: an int may stand for a float, a list for a tuple.
+    """Convert a value to the type of an option: an int to a float, a list to a tuple.
 
-    Values of other libraries, such as NumPy scalars, paths and `torch.device`, are made plain first (see
-    `plain.plain`). A bool is never taken for a number. Raises ConfigError, naming `parameter`, for a value that
-    does not fit.
+    Values of other libraries, such as NumPy scalars, paths and `torch.device`, are made plain first, see
+    `plain.plain`. A bool is never converted to a number.
+
+    Args:
+        value: The value.
+        annotation: The type of the option.
+        parameter: Name of the option in error messages.
+
+    Raises:
+        ConfigError: The value does not have the type.
     """
     value = plain(value)
     origin, arguments = get_origin(annotation), get_args(annotation)
