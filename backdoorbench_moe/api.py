@@ -123,7 +123,7 @@ def defend(
         `value("fpr")` are in percent.
 
     Raises:
-        BbmoeError: The user can mend it.
+        BbmoeError: Anything that the user can correct.
     """
     if not isinstance(defense, str):
         raise ConfigError.expected("defense", 'a name such as "fine-pruning"', defense)
@@ -165,7 +165,7 @@ def analyze(
         What was found, as dataclasses.
 
     Raises:
-        BbmoeError: The user can mend it.
+        BbmoeError: Anything that the user can correct.
     """
     from backdoorbench_moe.analysis.analyze import analyze_run
     from backdoorbench_moe.analysis.save import check_output, save_analysis

@@ -21,6 +21,8 @@ from backdoorbench_moe.analysis import (
     shift,
 )
 from backdoorbench_moe.analysis.opened_run import OpenedRun, open_beside, open_run
+from backdoorbench_moe.engine.consistency import check_same
+from backdoorbench_moe.engine.evaluate import measure, share
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.triggered import Triggered, triggered_test
@@ -199,10 +201,12 @@ class _Analyzer:
         opened, other = self.opened, self.other
         findings, against, brightness, compared = Findings(), None, None, None
         if opened.routed is None:
+            self._check_dense()
             for part in ("routing", "capture", "shift", "pixels", "carriers", "comparison", "probe"):
                 self._miss(part, f"the model {opened.run.spec.model.name!r} is dense: it routes nothing")
         else:
             first = self._pass(opened)
+            self._check_routed(first)
             findings, brightness = self._findings(opened, first), self._pixels(first.clean)
             if other is not None:
                 second = self._pass(other)
@@ -233,6 +237,21 @@ class _Analyzer:
             absent=tuple(self.absent),
             seconds=self.seconds,
         )
+
+    def _check_dense(self) -> None:
+        """Measure a dense model again; see `engine.consistency`."""
+        opened = self.opened
+        triggered = self.triggered if self.source is opened else None
+        found = measure(opened.model, opened.images.test, triggered, precision=opened.precision)
+        check_same(opened.run, found, precision=opened.precision)
+
+    def _check_routed(self, first: passes.PairedPass) -> None:
+        """Compare a routed model's predictions with its record; see `engine.consistency`."""
+        opened = self.opened
+        found = {"ba": share(first.clean.predicted == opened.images.test.labels.cpu())}
+        if self.source is opened and first.triggered is not None and self.triggered is not None:
+            found["asr"] = share(first.triggered.predicted == self.triggered.wanted.cpu())
+        check_same(opened.run, found, precision=opened.precision)
 
     def _miss(self, part: str, reason: str) -> None:
         self.absent.append(MissingPart(part, reason))

@@ -25,7 +25,13 @@ SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Speed:
-    """Images per second of training and of prediction; bytes of device memory at the peak (0 on a CPU)."""
+    """How fast a kind of run is on this machine.
+
+    Attributes:
+        train: Images per second in training.
+        predict: Images per second in evaluation.
+        peak_bytes: Peak of device memory in bytes; 0 on a CPU.
+    """
 
     train: float
     predict: float
@@ -73,9 +79,9 @@ def _rate(step: Callable[[], object], warmup: int, device: torch.device) -> floa
 
 
 def seconds_left(run: Planned, speed: Speed, images: ImageSet) -> float:
-    """What a run still takes: its epochs, then BA and, where there is a trigger, ASR over the test images.
+    """Estimate the seconds that a run still takes: its epochs, then the evaluation of BA and, if attacked, ASR.
 
-    A defended run is measured before the defense and at its end; stages in between are not counted.
+    A defended run is evaluated before the defense and at its end; stages in between are not counted.
     """
     if run.status == "finished":
         return 0.0
@@ -85,7 +91,7 @@ def seconds_left(run: Planned, speed: Speed, images: ImageSet) -> float:
 
 
 def kinds(runs: Sequence[Planned]) -> Iterator[tuple[str, list[Planned]]]:
-    """Runs that take equally long an epoch: the same data, model and batch."""
+    """Group runs that need the same time for an epoch: those with the same data, model and batch size."""
     grouped: dict[str, list[Planned]] = {}
     for run in runs:
         spec = run.spec

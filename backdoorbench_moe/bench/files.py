@@ -17,9 +17,17 @@ def names_in(folder: str, suffix: str = ".yaml") -> list[str]:
 
 
 def find_file(name: str, folder: str, what: str, near: Path | None = None, *, suffix: str = ".yaml") -> Path:
-    """A file by path, or by its bare name in `near` or in the project's `folder`.
+    """Find a file by its path, or by its bare name in `near` or in the project's folder.
 
-    what: "suite", "scale", ..., for the message. Raises UnknownNameError with near names.
+    Args:
+        name: A path (with a "/" or the suffix), or a bare name.
+        folder: The project's folder, such as "suites".
+        what: "suite", "scale", ..., for the message.
+        near: A folder that is searched first.
+        suffix: Of the file.
+
+    Raises:
+        UnknownNameError: There is no such file; the message suggests near names.
     """
     if name.endswith(suffix) or "/" in name:
         if _is_file(path := expand(name)):

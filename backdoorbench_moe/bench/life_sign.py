@@ -13,7 +13,7 @@ OLD_AFTER_SECONDS = 60.0
 
 
 def read_life_sign(folder: Path) -> dict[str, Any] | None:
-    """Epochs and images/s of the run that is, or was, being made in a folder; None where there is none."""
+    """Read the progress of the run that is, or was, being made in a folder; None if there is no sign of life."""
     try:
         sign = json.loads((folder / LIFE_SIGN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -22,5 +22,5 @@ def read_life_sign(folder: Path) -> dict[str, Any] | None:
 
 
 def is_fresh(sign: Mapping[str, Any] | None) -> bool:
-    """Whether a sign says that a run is being made now: one that was killed leaves a sign that grows old."""
+    """Whether a sign of life is recent, so that the run is being made now; a killed run leaves an old one."""
     return sign is not None and time.time() - sign.get("time", 0.0) <= OLD_AFTER_SECONDS

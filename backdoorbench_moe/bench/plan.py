@@ -18,8 +18,13 @@ from backdoorbench_moe.records import RunFolder
 class Planned:
     """A run of the suite, and how far it is.
 
-    status: a record's, or "missing". epochs: finished ones. images_per_second, images (in an epoch): 0 unless
-    it runs now.
+    Attributes:
+        spec: The run's spec.
+        status: A record's status, or "missing".
+        epochs: Finished epochs.
+        images_per_second: Speed of a run that is being made now; otherwise 0.
+        images: Images in an epoch of a run that is being made now; otherwise 0.
+        error: Why the run failed.
     """
 
     spec: RunSpec
@@ -31,7 +36,7 @@ class Planned:
 
     @property
     def total_epochs(self) -> int:
-        """Epochs of the whole run; of a defended one those of its last defense (0 where it has no such option)."""
+        """Epochs of the whole run; of a defended run those of its last defense, 0 if that has no such option."""
         return self.spec.train.epochs if not self.spec.defenses else int(self._defense_option("epochs") or 0)
 
     @property
@@ -46,9 +51,15 @@ class Planned:
 
 
 def look(specs: Sequence[RunSpec], output: Path, known: Collection[str] = ()) -> list[Planned]:
-    """How far each run is, from its folder; known: digests of runs that are finished elsewhere.
+    """Read from its folder how far each run is.
 
-    Raises RecordError for a damaged record.
+    Args:
+        specs: The runs.
+        output: Folder of run folders.
+        known: Digests of runs that are finished elsewhere.
+
+    Raises:
+        RecordError: A record is damaged.
     """
     return [
         Planned(spec, "finished", spec.train.epochs)

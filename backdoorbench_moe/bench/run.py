@@ -70,9 +70,19 @@ def run_suite(
 ) -> Report:
     """Make the runs of a suite that are not finished in `output`, clean twins first, one repeat after another.
 
-    budget: seconds after which to stop, within a run if need be; the next call goes on. known: digests of
-    runs that are finished elsewhere, and are not made again. A run that failed before is tried again. Raises
-    BbmoeError, before anything is trained, for what a user can mend.
+    A run that failed before is tried again.
+
+    Args:
+        suite: The suite.
+        engine: Makes the runs.
+        output: Folder of run folders.
+        budget: Seconds after which to stop, within a run if need be; the next call continues. None for no limit.
+        known: Digests of runs that are finished elsewhere and are not made again.
+        on_outcome: Called with each outcome.
+        on_check: Called with the number of cells that are checked, and of all.
+
+    Raises:
+        BbmoeError: Anything that the user can correct, before anything is trained.
     """
     deadline = None if budget is None else time.time() + budget
     output, specs = expand(output), list(order(suite))
@@ -99,9 +109,13 @@ def check(
     output: Path,
     on_check: Callable[[int, int], object] = lambda done, total: None,
 ) -> None:
-    """Draw the tables empty, build the parts of every run, one seed a cell, and check them against the data.
+    """Check a suite without training anything.
 
-    Nothing is trained. Raises the first error, naming the table or the run.
+    Tables and plots are laid out without values, and the parts of one run of every cell are built and checked against
+    the data.
+
+    Raises:
+        BbmoeError: The first error; it names the table or the run.
     """
     empty = ResultSet(suite, {}, load_paper(suite))
     build_sheet(empty)
@@ -110,7 +124,7 @@ def check(
     one_each = {_without_seed(spec): spec for spec in reversed(specs)}
     runner: tuple[str, Runner] | None = None
     for done, spec in enumerate(reversed(one_each.values()), 1):
-        key = json.dumps([spec.dataset.to_dict(), spec.device, spec.precision], sort_keys=True)
+        key = _place_of(spec)
         try:
             if runner is None or runner[0] != key:
                 runner = key, Runner(spec, output)
@@ -148,6 +162,7 @@ def parse_budget(text: str) -> float:
 
 def _link(specs: Sequence[RunSpec], output: Path, name: str | None = None) -> None:
     """Compare finished runs with their finished twins; with a name, only those in which that run takes part."""
+    workplaces: dict[str, Workplace] = {}
     for spec in specs:
         twin = reference(spec)
         if twin is None or (name is not None and name not in (spec.name, twin.name)):
@@ -156,7 +171,14 @@ def _link(specs: Sequence[RunSpec], output: Path, name: str | None = None) -> No
         if all(folder.exists for folder in folders):
             run, clean = (load_run(folder.path) for folder in folders)
             if run.record.status == clean.record.status == "finished":
-                link_twin(run, clean, Workplace(spec))
+                key = _place_of(spec)
+                workplaces[key] = workplaces.get(key) or Workplace(spec)
+                link_twin(run, clean, workplaces[key])
+
+
+def _place_of(spec: RunSpec) -> str:
+    """What runs share that are made in one workplace."""
+    return json.dumps([spec.dataset.to_dict(), spec.device, spec.precision], sort_keys=True)
 
 
 def _without_seed(spec: RunSpec) -> str:

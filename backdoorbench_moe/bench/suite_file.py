@@ -11,6 +11,7 @@ from typing import Any, cast, get_type_hints
 from backdoorbench_moe.bench.files import find_file, names_in
 from backdoorbench_moe.bench.suite import METRIC_COLUMNS, Cell, Layout, Plot, Suite, value_of
 from backdoorbench_moe.config import RunSpec, Values, build_spec, load_yaml, merge, normalise
+from backdoorbench_moe.engine.files import pin_files
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.metrics import metric
 from backdoorbench_moe.options import convert
@@ -123,7 +124,7 @@ def _build(chosen: Values, base: Values, scaled: Values, models: Values, place: 
         spec = build_spec(below, *layers)
         # A suite's digest and tables need no data, so its classes are given by number.
         spec.poison.check_numbered()
-        return spec
+        return pin_files(spec)
     except ConfigError as error:
         raise ConfigError(f"{place}: {shown}: {error}") from error
 

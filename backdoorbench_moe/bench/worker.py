@@ -116,7 +116,7 @@ def stop_working() -> None:
 
 
 def memory_of(job: Job) -> tuple[int, int]:
-    """Bytes of device memory a few steps of a run take at their peak, and bytes that were free before; 0 on a CPU."""
+    """Peak of device memory in a few steps of a run, and the memory that was free before, in bytes; 0 on a CPU."""
     import torch
 
     from backdoorbench_moe.bench.estimate import measure_speed
@@ -127,7 +127,7 @@ def memory_of(job: Job) -> tuple[int, int]:
 
 
 def record_failure(folder: RunFolder, spec: RunSpec, message: str) -> None:
-    """Leave a record of a run that failed, unless its own record says so already, or it is finished."""
+    """Record that a run failed, unless its record already says so or the run is finished."""
     try:
         with folder.lock():
             record = folder.read() if folder.exists else Record.for_spec(spec)
@@ -190,7 +190,7 @@ class _Watch(Observer):
             self._stop_if_over(needed=row["seconds"])
 
     def clear(self) -> None:
-        """Take the sign away, if it is ours: a run that only waited has left none."""
+        """Remove the sign of life if this run wrote one; a run that only waited did not."""
         if self._sign:
             with contextlib.suppress(OSError):
                 (self.folder.path / LIFE_SIGN).unlink()

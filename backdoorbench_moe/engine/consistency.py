@@ -16,7 +16,9 @@ TOLERANCE = 0.01
 METRICS = ("ba", "asr")
 
 
-def check_same(run: Run, measured: Metrics, environment: Mapping[str, Any]) -> None:
+def check_same(
+    run: Run, measured: Metrics, *, precision: str, environment: Mapping[str, Any] | None = None
+) -> None:
     """Check that a run's model gives the BA and ASR of its record again.
 
     It is the net under all other checks: whatever has changed since, data, trigger, code or model, would show here.
@@ -24,18 +26,17 @@ def check_same(run: Run, measured: Metrics, environment: Mapping[str, Any]) -> N
     Args:
         run: The run.
         measured: What was measured now, on the same images.
-        environment: What was computed with now, as a record has it.
+        precision: What it was measured in; in another precision than the run's nothing is checked.
+        environment: What it was computed with, as a record has it, if the same batches were passed; else None.
 
     Raises:
-        RecordError: A number is another one: at all in the same environment, by more than 1% of the images in another
-            one. In another precision nothing is checked.
+        RecordError: A number is another one: at all in the same environment, else by more than 1% of the images.
     """
     record = run.record
     expected = unfiltered_metrics(run)
-    if expected is None or environment["precision"] != record.environment["precision"]:
+    if expected is None or precision != record.environment["precision"]:
         return
-    same = all(record.environment.get(key) == environment.get(key) for key in SAME_SUMS)
-    same = same and record.environment["packages"].get("torch") == environment["packages"].get("torch")
+    same = environment is not None and _sums_alike(record.environment, environment)
     for name in METRICS:
         if name in expected and name in measured:
             then, now = expected[name], measured[name]
@@ -46,6 +47,12 @@ def check_same(run: Run, measured: Metrics, environment: Mapping[str, Any]) -> N
                     f"{then['n']:g} images, measured again it is {now['value']:.2f}% of {now['n']:g}: something that "
                     "the run was made with has changed (data, trigger, plug-in code or model)"
                 )
+
+
+def _sums_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(one.get(key) == other.get(key) for key in SAME_SUMS) and (
+        one["packages"].get("torch") == other["packages"].get("torch")
+    )
 
 
 def unfiltered_metrics(run: Run) -> Mapping[str, Any] | None:

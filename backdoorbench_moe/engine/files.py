@@ -11,7 +11,8 @@ from pathlib import Path
 
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.names import REGISTRIES
-from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.errors import BbmoeError, RecordError
+from backdoorbench_moe.paths import expand
 from backdoorbench_moe.records import MODEL, NamedFile, RunFolder, write_atomically
 
 # A larger file is not copied into the run folder; it has to stay where it is.
@@ -25,15 +26,22 @@ def named_files(spec: RunSpec) -> Iterator[tuple[str, Path]]:
     Values that name nothing on disk are left out: the part itself says what it expected.
     """
     for kind, start, part in spec.options_by_key():
-        if not any(isinstance(value, str) for value in part.options.values()):
-            continue
-        for name, option in REGISTRIES[kind].options(part.name).items():
-            value = part.options.get(name)
-            if option.names_file and isinstance(value, str):
-                path = Path(value).expanduser()
-                path = path / MODEL if path.is_dir() else path
-                if path.is_file():
-                    yield f"{start}{name}", path.absolute()
+        paths = {name: path for name, value in part.options.items() if (path := _find(value)) is not None}
+        # The part is imported only if one of its options could name a file.
+        options = REGISTRIES[kind].options(part.name) if paths else {}
+        for name, path in paths.items():
+            if name in options and options[name].names_file:
+                yield f"{start}{name}", path
+
+
+def _find(value: object) -> Path | None:
+    """The file that an option's value names, if there is one."""
+    try:
+        path = expand(value) if isinstance(value, str) and value else None
+        path = path / MODEL if path is not None and path.is_dir() else path
+        return path.absolute() if path is not None and path.is_file() else None
+    except (OSError, ValueError, BbmoeError):  # A text that cannot be a path.
+        return None
 
 
 def pin_files(spec: RunSpec) -> RunSpec:

@@ -28,7 +28,8 @@ def link_twin(run: Run, clean: Run, workplace: Workplace) -> Run:
         raise RecordError(f"clean twin {clean.folder.path}: was made from other data; use another --output")
     found = {"cad": {"value": clean.value("ba") - run.value("ba"), "n": record.metrics["ba"]["n"]}}
     known = record.clean_twin == name and all(metric in record.metrics for metric in TWIN_METRICS)
-    if run.spec.attacked and not known:
+    # Without its model file a twin can still be compared by its accuracy.
+    if run.spec.attacked and not known and clean.folder.model_sha256 is not None:
         found |= _measure_twin(run, clean, workplace)
     if record.clean_twin != name or any(record.metrics.get(key) != value for key, value in found.items()):
         # Wait for whoever else finds the run finished, or links it: nobody holds a finished run for long.

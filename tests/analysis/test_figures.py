@@ -79,6 +79,7 @@ def test_roles_tell_two_models_apart() -> None:
     assert words.roles(document) == ["this defended", "other defended"]
 
 
+@pytest.mark.slow
 def test_a_map_says_what_the_models_say() -> None:
     document = document_of("pmoe")
     examples = document["examples"]
@@ -110,7 +111,9 @@ def test_capture_and_carriers_say_the_documents_numbers() -> None:
     pair = min(carriers["pairs"], key=lambda one: one["asr"]["value"])
     assert f"without {pair['experts'][0]} and {pair['experts'][1]}" in drawn["carriers-pairs"].sentence
     patched = min(carriers["patched"], key=lambda one: one["asr"]["value"])
-    assert f"reached with {patched['expert']}: it falls" in drawn["patching"].sentence
+    assert (
+        f"reached with {patched['expert']}: {words.proportion(patched['asr'])}" in drawn["patching"].sentence
+    )
     [shift] = document["shift"]
     most = max(one["value"] for one in shift["changed_by_expert"])
     assert f"with {100 * most:.3g} [" in drawn["shift-changed"].sentence

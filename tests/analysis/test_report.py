@@ -77,6 +77,7 @@ def document(request) -> dict:
     return document_of(request.param)
 
 
+@pytest.mark.slow
 def test_the_page_is_self_contained(document) -> None:
     sections = draw_sections(document)
     report = make_report(document, sections)
@@ -116,6 +117,7 @@ def test_light_dark_print_and_a_narrow_screen() -> None:
     assert svgs and all("#1a1a1a" not in svg and "var(--ink)" in svg for svg in svgs)
 
 
+@pytest.mark.slow
 def test_the_same_bytes_from_a_document_that_was_written_and_read(tmp_path) -> None:
     document = document_of("dense")
     file = save_document(document, tmp_path / "new")
@@ -124,6 +126,7 @@ def test_the_same_bytes_from_a_document_that_was_written_and_read(tmp_path) -> N
     assert again == first
 
 
+@pytest.mark.slow
 def test_the_same_bytes_of_a_routed_model() -> None:
     document = document_of("pmoe")
     assert draw_report(document) == draw_report(json.loads(to_text(document)))

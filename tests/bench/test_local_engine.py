@@ -32,6 +32,7 @@ def fresh_runners(monkeypatch) -> None:
     monkeypatch.setattr(worker, "SECONDS_BETWEEN_SIGNS", 0.0)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_handed_to_a_process_fails_and_holds_up_nothing(tmp_path, monkeypatch) -> None:
     first, second, *_ = order(tiny_suite())
     jobs = [Job(spec.to_dict(), str(tmp_path)) for spec in (first, second)]
@@ -48,6 +49,7 @@ def test_what_cannot_be_handed_to_a_process_fails_and_holds_up_nothing(tmp_path,
     assert "no more processes" in outcomes[0].error and "pickle" in outcomes[1].error.lower()
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_measured_has_a_gpu_of_its_own(tmp_path, monkeypatch) -> None:
     [spec, *_] = order(tiny_suite())
     engine = LocalEngine(gpus=["0"])
@@ -149,6 +151,7 @@ def test_runs_that_fit_on_a_gpu(needed, free, runs) -> None:
     assert runs_that_fit(needed, free) == runs
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_run_is_measured_without_a_trace(tmp_path) -> None:
     [spec, *_] = order(tiny_suite())
     needed, free = worker.memory_of(Job(spec.to_dict(), str(tmp_path)))

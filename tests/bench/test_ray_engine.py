@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -351,8 +352,30 @@ def test_the_share_of_a_gpu(gpus, workers, share) -> None:
     assert _share(gpus, workers) == share
 
 
-def test_only_a_runs_own_files_are_written(tmp_path) -> None:
+@pytest.mark.parametrize(
+    "name", ["../elsewhere", "files/../../elsewhere", "files/..", "files/", "files/a/b", "/tmp/x"]
+)
+def test_only_a_runs_own_files_are_written(tmp_path, name) -> None:
     folder = RunFolder(tmp_path / "run")
-    with pytest.raises(BbmoeError, match=r"a worker sent unknown files: \['\.\./elsewhere'\]"):
-        ray_flight._deliver(folder, {"record.json": b"{}", "../elsewhere": b""})
+    with pytest.raises(BbmoeError, match=rf"a worker sent unknown files: \['{re.escape(name)}'\]"):
+        ray_flight._deliver(folder, {"record.json": b"{}", name: b""})
     assert not list(tmp_path.iterdir())
+
+
+def test_all_files_of_a_run_come_home_the_record_last(tmp_path) -> None:
+    away, home = RunFolder(tmp_path / "away"), RunFolder(tmp_path / "home")
+    sent = (
+        "files/trigger.image.png",
+        "poison.npz",
+        "probe.npz",
+        "scores.npz",
+        "model.safetensors",
+        "record.json",
+    )
+    for name in (*sent, ".lock", "checkpoint/state.safetensors"):
+        (away.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (away.path / name).write_bytes(name.encode())
+    files = ray_flight._take(away)
+    assert tuple(files) == sent and not away.path.exists()
+    ray_flight._deliver(home, files)
+    assert {name: (home.path / name).read_bytes() for name in sent} == files

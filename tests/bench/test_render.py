@@ -46,6 +46,7 @@ def test_markdown_cells(results) -> None:
     assert text.count("Suite part, version 3; 4 of 24 runs finished; 0 of 3 clean twins.") == 2
 
 
+@pytest.mark.slow
 def test_note_version_and_counts_stand_with_every_table(tmp_path) -> None:
     results = ResultSet.from_runs(load_suite("badpatches-table1", "small"), tmp_path)
     tables = len(build_sheet(results).tables)
@@ -66,6 +67,7 @@ def test_runs_of_unlike_precision_are_told_apart(tmp_path) -> None:
     assert "2 of 2 clean twins; computed 14 in bf16, 2 in fp32" in text
 
 
+@pytest.mark.slow
 def test_terminal_fits_80_columns_with_three_triggers(tmp_path) -> None:
     suite = load_suite("badpatches-table1", "small")
     # As wide as cells get: "100.0 ± 12.3 (n 5)", "100.0 −99.9 outside".

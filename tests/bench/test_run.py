@@ -34,6 +34,7 @@ def fresh_runners(monkeypatch) -> None:
     monkeypatch.setattr(worker, "SECONDS_BETWEEN_SIGNS", 0.0)
 
 
+@pytest.mark.slow
 def test_a_suite_is_made_once(tmp_path) -> None:
     suite = tiny_suite()
     report, engine = run(suite, tmp_path)
@@ -51,6 +52,7 @@ def test_a_suite_is_made_once(tmp_path) -> None:
     assert numbers(suite, tmp_path) == first
 
 
+@pytest.mark.slow
 def test_runs_that_are_finished_elsewhere_are_not_made_again(tmp_path) -> None:
     suite = tiny_suite()
     first = suite.cells[0].spec
@@ -87,6 +89,7 @@ def test_a_folder_that_cannot_be_is_said_before_anything_is_trained(tmp_path) ->
         ResultSet.from_runs(tiny_suite(), tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_a_failing_run_stops_no_other_and_is_tried_again(tmp_path, monkeypatch) -> None:
     suite = tiny_suite()
     bad = suite.cells[1].spec.name
@@ -112,6 +115,7 @@ def test_a_failing_run_stops_no_other_and_is_tried_again(tmp_path, monkeypatch) 
     assert report.is_complete and report.count("finished") == 1
 
 
+@pytest.mark.slow
 def test_stopped_within_a_run_it_goes_on_to_the_same_numbers(tmp_path) -> None:
     suite = tiny_suite()
     run(suite, tmp_path / "whole")
@@ -244,6 +248,7 @@ def test_engines_by_name() -> None:
         make_engine("local", workers=-1)
 
 
+@pytest.mark.slow
 def test_an_estimate_counts_what_is_left(tmp_path) -> None:
     suite = tiny_suite()
     run(suite.only(["trigger=square"]), tmp_path)
@@ -260,6 +265,7 @@ def test_a_defended_run_is_counted_by_its_defense(tmp_path) -> None:
     assert planned == [(2, 1.0), (5, 0.05), (3, 0.5)]  # The victim's; fine-pruning's defaults; as given.
 
 
+@pytest.mark.slow
 def test_one_cell_recomputed_by_hand(tmp_path) -> None:
     suite = tiny_suite(repeats=3)
     run(suite, tmp_path)

@@ -39,6 +39,7 @@ def results(runs) -> ResultSet:
     return ResultSet.from_runs(part_suite(), runs)
 
 
+@pytest.mark.slow
 def test_the_same_records_make_the_same_bytes_also_from_the_folder_itself(results, tmp_path) -> None:
     first, second, third = (tmp_path / name for name in "abc")
     save_results(results, first)
@@ -50,6 +51,7 @@ def test_the_same_records_make_the_same_bytes_also_from_the_folder_itself(result
     assert contents(third) == before
 
 
+@pytest.mark.slow
 def test_a_newer_drawing_takes_the_place_of_the_older(results, runs, tmp_path) -> None:
     folder = tmp_path / "r"
     save_results(results, folder)
@@ -98,6 +100,7 @@ def test_other_suites_and_other_folders_are_refused(results, tmp_path) -> None:
     assert contents(mine) == {"thesis.txt": b"mine"}
 
 
+@pytest.mark.slow
 def test_a_folder_without_or_with_damaged_records(results, tmp_path) -> None:
     save_results(results, tmp_path / "r")
     file = tmp_path / "r" / "records.jsonl"
@@ -225,6 +228,7 @@ def test_texts_of_a_suite_are_text_on_the_page(tmp_path) -> None:
     assert text.count("&lt;script&gt;") >= 4
 
 
+@pytest.mark.slow
 def test_results_folders_count_beside_run_folders(results, tmp_path) -> None:
     """A results folder and the rest of the runs make what all the runs make; the runs' own come first."""
     save_results(results, tmp_path / "all")

@@ -70,6 +70,7 @@ def test_only_known_marked_tables_are_replaced(script) -> None:
     assert script.redraw_page(text, {"table1": "new \\1\n"}) == text.replace("old\n", "new \\1\n")
 
 
+@pytest.mark.slow
 def test_every_committed_folder_has_its_suite(script) -> None:
     folders = script.results_folders(ROOT)
     assert len(folders) >= 10

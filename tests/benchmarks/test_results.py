@@ -22,6 +22,7 @@ def test_there_are_results() -> None:
     assert FOLDERS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(RESULTS)))
 def test_the_committed_tables_are_the_records(folder) -> None:
     manifest = json.loads((folder / "suite.json").read_text(encoding="utf-8"))

@@ -102,6 +102,7 @@ def test_memory(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(result)
 
 
+@pytest.mark.slow
 def test_memory_without_data(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     done = call("memory.py", "--data-root", str(tmp_path / "nowhere"), "--json", str(file))

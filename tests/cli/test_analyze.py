@@ -43,6 +43,7 @@ def files_in(folder: Path) -> list[str]:
     return sorted(str(file.relative_to(folder)) for file in folder.rglob("*"))
 
 
+@pytest.mark.slow
 def test_it_prints_a_screen_and_writes_document_figures_and_report(bbmoe, victim, tmp_path) -> None:
     before = files_in(tmp_path)
     code, out, err = bbmoe("analyze", victim.folder.path, *FAST, "--output", tmp_path / "new" / "place")
@@ -63,6 +64,7 @@ def test_it_prints_a_screen_and_writes_document_figures_and_report(bbmoe, victim
     assert [file for file in files_in(tmp_path) if not file.startswith("new")] == before
 
 
+@pytest.mark.slow
 def test_json_and_the_run_folder_by_default(bbmoe, victim) -> None:
     code, out, err = bbmoe("analyze", victim.folder.path, *FAST, "--json")
     assert (code, err) == (0, "")
@@ -78,6 +80,7 @@ def test_json_and_the_run_folder_by_default(bbmoe, victim) -> None:
     assert first == again
 
 
+@pytest.mark.slow
 def test_chosen_images_and_files(bbmoe, victim, tmp_path) -> None:
     image = Tiny().load().test.images[7]
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "seven.png")
@@ -98,6 +101,7 @@ def test_chosen_images_and_files(bbmoe, victim, tmp_path) -> None:
     assert "Wide.jpg" in page and "of unknown class" in page
 
 
+@pytest.mark.slow
 def test_before_and_after_a_defense(bbmoe, victim) -> None:
     defended = api.defend(victim, "fine-tuning", clean_fraction=0.5, epochs=1)
     code, out, _ = bbmoe("analyze", defended.folder.path, "--against", victim.folder.path, *FAST, "--json")
@@ -111,6 +115,7 @@ def test_before_and_after_a_defense(bbmoe, victim) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_clean_run_under_the_trigger_of_the_other(bbmoe, victim) -> None:
     twin = victim.folder.path.parent / victim.record.clean_twin
     code, out, _ = bbmoe("analyze", twin, "--against", victim.folder.path, *FAST, "--json")
@@ -129,6 +134,7 @@ def test_a_clean_run_under_the_trigger_of_the_other(bbmoe, victim) -> None:
     assert not (twin / "figures" / "capture.png").exists()
 
 
+@pytest.mark.slow
 def test_a_probe_from_flag_to_report(bbmoe, tmp_path) -> None:
     flags = ["--dataset", "tiny", "--model", "pmoe", "--epochs", "2", "--probe", "4", "--trigger", "square"]
     sizes = ["widen_factor=1", "moe_channels=8", "expert_channels=4"]
@@ -149,6 +155,7 @@ def test_a_probe_from_flag_to_report(bbmoe, tmp_path) -> None:
     assert code == 2 and "probe: expected a number from 0, got -2" in err and not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_a_dense_model_shows_what_it_has(bbmoe, tmp_path) -> None:
     [run] = run_attack(tiny_spec(model={"name": "wide_resnet", "widen_factor": 1}), output=tmp_path)
     code, out, _ = bbmoe("analyze", run.folder.path, "--quiet")
@@ -187,6 +194,7 @@ def test_bad_input_is_one_clear_line_and_exit_2(bbmoe, victim, tmp_path, args, m
     assert files_in(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_runs_that_cannot_be_analyzed(bbmoe, victim, tmp_path) -> None:
     [other] = run_attack(
         tiny_spec(dataset={"name": "tiny", "salt": 1}), output=tmp_path / "other", twin=False
@@ -223,6 +231,7 @@ def test_runs_that_cannot_be_analyzed(bbmoe, victim, tmp_path) -> None:
     assert files_in(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_the_same_from_python(victim, tmp_path) -> None:
     analysis = api.analyze(victim, images=[3], carriers_images=20)
     assert analysis.examples.indices == (3,) and not (victim.folder.path / "analysis.json").exists()

@@ -32,6 +32,7 @@ def silenced_copy(model: nn.Module, gone: tuple[int, ...]) -> nn.Module:
     return twin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_one_dropped_is_that_of_an_own_loop_over_deaf_heads(seed) -> None:
     model, clean = trained_model(seed=seed)
@@ -46,6 +47,7 @@ def test_the_one_dropped_is_that_of_an_own_loop_over_deaf_heads(seed) -> None:
     assert accuracy(model, clean) == pytest.approx(max(alone))
 
 
+@pytest.mark.slow
 def test_several_are_dropped_one_after_the_other_as_by_hand() -> None:
     model, clean = trained_model(seed=1)
     gone: list[int] = []

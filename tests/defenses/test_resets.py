@@ -50,6 +50,7 @@ def test_its_norms_are_those_of_the_clean_images_after_every_stage() -> None:
         )
 
 
+@pytest.mark.slow
 def test_by_default_it_is_the_one_that_expert_drop_would_drop() -> None:
     (one, clean), (other, _) = trained_model(seed=2), trained_model(seed=2)
     drop = create_defense("expert-drop")(make_task(one, clean=clean)[0])

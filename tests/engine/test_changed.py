@@ -7,6 +7,7 @@ import sys
 import pytest
 from tiny import tiny_spec
 
+import backdoorbench_moe as bbmoe
 from backdoorbench_moe import triggers
 from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.engine import names
@@ -44,6 +45,8 @@ def test_the_net_numbers_that_are_not_the_records_are_refused(tmp_path) -> None:
         RecordError, match=r"its record says (BA|ASR) .* measured again it is (33\.33|100\.00)% of"
     ):
         run_defense(load_run(run.folder.path), TUNING)
+    with pytest.raises(RecordError, match=r"its record says (BA|ASR)"):
+        bbmoe.analyze(run.folder.path)
     assert [path.name for path in tmp_path.iterdir()] == [run.folder.path.name], "nothing was written"
     # Another precision gives other numbers anyway.
     run.record.environment["precision"] = "bf16"

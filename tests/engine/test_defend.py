@@ -88,6 +88,7 @@ def test_the_parent_is_finished_first_and_the_folder_holds_all(tmp_path) -> None
     assert header["parent"] == parent.folder.path.name and header["digest"] == spec.digest
 
 
+@pytest.mark.slow
 def test_the_record_can_be_measured_again_from_the_folder_alone(tmp_path) -> None:
     spec = defended_spec(train={"epochs": 4, "batch_size": 8})
     run = Runner(spec, tmp_path).finish(spec)
@@ -113,6 +114,7 @@ def test_the_same_spec_gives_the_same_numbers_and_a_finished_run_is_only_read(tm
     assert again.epochs == 0
 
 
+@pytest.mark.slow
 def test_a_defended_run_can_be_defended_again(tmp_path) -> None:
     [victim] = run_attack(tiny_spec(), output=tmp_path)
     once = run_defense(victim, PartSpec("fine-pruning", {k: v for k, v in PRUNING.items() if k != "name"}))
@@ -140,12 +142,14 @@ def test_another_output_leaves_the_runs_own_folder_as_it_was(tmp_path) -> None:
     assert run.record.parent == "elsewhere" and "cad" not in run.record.metrics
 
 
+@pytest.mark.slow
 def test_a_clean_run_may_be_defended(tmp_path) -> None:
     spec = replace(clean_twin(tiny_spec()), defenses=(PartSpec("fine-tuning", {"clean_fraction": 0.5}),))
     run = Runner(spec, tmp_path).attack(spec)
     assert set(run.record.metrics) == {"ba", "cad"} and "-clean-fine-tuning-" in run.folder.path.name
 
 
+@pytest.mark.slow
 def test_interrupted_it_starts_over_from_its_parent(tmp_path) -> None:
     spec = defended_spec({**PRUNING, "epochs": 3})
     whole = Runner(spec, tmp_path / "whole").finish(spec)

@@ -168,6 +168,7 @@ def test_a_filter_without_a_threshold_is_a_fault_of_the_defense(tmp_path, offer,
         run_defense(parent, PartSpec("half", {} if at is None else {"at": at}))
 
 
+@pytest.mark.slow
 def test_a_filtered_run_is_measured_from_the_record_alone(tmp_path) -> None:
     spec = defended_spec(STRIP)
     run = Runner(spec, tmp_path).attack(spec)

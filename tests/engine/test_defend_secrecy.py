@@ -160,6 +160,7 @@ def test_stages_are_measured_by_the_engine_after_the_defense_has_returned(
     torch.testing.assert_close(shift, torch.tensor([-998.0, 2.0, 2.0]), atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [PRUNING, TUNING], ids=["fine-pruning", "fine-tuning"])
 def test_the_outcome_does_not_depend_on_the_attack(tmp_path, monkeypatch, part) -> None:
     """The same weights under another trigger, target and poisoned set: the defended weights are the same."""

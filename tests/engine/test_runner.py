@@ -197,7 +197,7 @@ def test_other_data_under_the_same_name_is_refused(tmp_path, monkeypatch) -> Non
 
 
 def test_a_run_of_another_version_of_a_plug_in_is_refused(tmp_path, monkeypatch) -> None:
-    """Neither taken as finished nor gone on with; a record that names no plug-ins, as older ones, is taken."""
+    """It is neither accepted as finished nor continued; an older record, which names no plug-ins, is accepted."""
     spec, installed = tiny_spec(), {"some-triggers": "0.1.0"}
     for module in (engine_run, base):
         monkeypatch.setattr(module, "plugin_packages", lambda spec: installed)
@@ -341,6 +341,7 @@ def test_a_damaged_checkpoint_is_said(tmp_path, state, extra) -> None:
         run_attack(tiny_spec(), output=tmp_path, twin=False)
 
 
+@pytest.mark.slow
 def test_the_backdoor_takes(tmp_path) -> None:
     """The method works end to end on data where it is easy: high BA, high ASR, and a twin without it."""
     train = {"epochs": 25, "batch_size": 8, "optimizer": "adamw", "lr": 0.005, "schedule": "one-cycle"}

@@ -119,6 +119,7 @@ def test_the_routers_own_loss_is_added() -> None:
     assert model.weight.item() == pytest.approx(-0.5 * 2)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_the_same_step_and_is_compiled_once_a_batch_size(monkeypatch) -> None:
     """Two seeds, batches of 16 and of 4: two compilations in all. Without the code generator, which takes minutes."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

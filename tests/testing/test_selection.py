@@ -38,6 +38,7 @@ print(s.rows(("model",)), s.rows(("dataset",)), Selection("other-parts").rows(("
 """
 
 
+@pytest.mark.slow
 def test_a_package_is_tested_with_builtins_and_not_with_what_is_broken_or_anothers(tmp_path) -> None:
     points = {
         "triggers": ["negative = one_parts:Negative", "gone = one_parts:Gone"],

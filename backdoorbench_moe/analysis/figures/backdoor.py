@@ -212,10 +212,10 @@ def _patched(document: Doc) -> Plate:
     best = min(carriers["patched"], key=lambda one: one["asr"]["value"])
     said = (
         "Activation patching: the output of one expert is that for the clean image, while the rest of the model "
-        f"processes the triggered one. The lowest ASR is reached with {best['expert']}: it falls from "
-        f"{proportion(carriers['whole']['asr'])} to {proportion(best['asr'])}, and {proportion(best['ra'])} of the "
-        f"images are classified correctly (RA). Without the trigger, {percent(floor)} are classified as the attacker "
-        "wants."
+        f"processes the triggered one. The lowest ASR is reached with {best['expert']}: "
+        f"{proportion(best['asr'])} instead of {proportion(carriers['whole']['asr'])}, and {proportion(best['ra'])} "
+        f"of the images are classified correctly (RA). Without the trigger, {percent(floor)} are classified as the "
+        "attacker wants."
     )
     said += left_out(len(panels), len(groups), "routed layers")
     return make_plate(

@@ -97,8 +97,8 @@ def _by_class(document: Doc) -> Plate:
             rows.append(MosaicRow(_short(classes[c]), cells))
     far, near = ranked[0], ranked[-1]
     said = (
-        f"The same by class. {classes[far]} differs most from the mean of all images (on average, a patch is taken "
-        f"{100 * distance[far]:.1f} percentage points more or less often), {classes[near]} least "
+        f"The same by class. Class {classes[far]} differs most from the mean of all images (on average, a patch is "
+        f"taken {100 * distance[far]:.1f} percentage points more or less often), class {classes[near]} least "
         f"({100 * distance[near]:.1f})."
     )
     said += left_out(len(kept), len(distance), "classes, those furthest from the mean")
@@ -242,7 +242,7 @@ def _comparison(document: Doc) -> Plate:
     best = [max(range(len(row)), key=lambda f: row[f] or 0) for row in first["across"]]
     said = (
         f"Overlap of each expert's choices with those of every expert of the {other} model "
-        f"({document['against']['name']}), on clean images: with the expert of its own number {listing(same)} "
+        f"({document['against']['name']}), on clean images: with the expert of the same number {listing(same)} "
         f"in layer {first['layer']}; the experts most similar to experts 0 to {len(best) - 1} "
         f"are {listing([str(f) for f in best])}. "
         "Two models trained apart need not number their experts alike."

@@ -1,4 +1,4 @@
-"""Engines: what spreads jobs over processes, devices and machines. None of them schedules on its own."""
+"""Engines: they distribute jobs over processes, devices and machines."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Engine(Protocol):
     """Makes runs side by side."""
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
-        """Make the runs, starting in the order given; yields each outcome as it comes.
+        """Make the runs, started in the given order; yields each outcome when it is known.
 
-        Closing the iterator stops what is running, to be gone on with. A worker that dies fails its own
-        run only.
+        Closing the iterator interrupts what is running; the next call continues it. A worker process that dies fails
+        only the run that it was making.
         """
         ...
 

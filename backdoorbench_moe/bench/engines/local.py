@@ -118,7 +118,7 @@ class LocalEngine:
                 done.put(_lost(job, stop, "the worker process died (killed, or out of memory?)"))
                 pool = None
             except BaseException as error:
-                # Whatever it is, as no process can be started: without an outcome the engine would wait for ever.
+                # Any error, such as a process that cannot start: without an outcome the engine would wait for ever.
                 done.put(_lost(job, stop, f"{type(error).__name__}: {error}"))
         if pool is not None:
             pool.shutdown()
@@ -140,7 +140,7 @@ class LocalEngine:
 
 
 def _lost(job: Job, stop: Any, message: str) -> Outcome:
-    """The outcome of a job without one: no failure where all were to stop, as by a Ctrl-C."""
+    """The outcome of a job whose worker gave none: interrupted if all were to stop (Ctrl-C), otherwise failed."""
     return Outcome(job.run_spec.name, "interrupted") if stop.value else job.fail(message)
 
 
@@ -170,7 +170,7 @@ def _terminate(*_: object) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when the engine's was killed: the next call would find its runs taken."""
+    """End this process if the engine's process was killed; otherwise the next call would find its runs locked."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""Runs as tasks of a Ray cluster: an existing one, or one on this machine for as long as the runs take."""
+"""Runs as tasks of a Ray cluster: a running one, or one that is started on this machine for this call."""
 
 from __future__ import annotations
 
@@ -21,19 +21,23 @@ SECONDS_TO_ANSWER = 5.0
 
 
 class RayEngine:
-    """Runs as Ray tasks. Ray decides where and when; a run whose worker or node is lost starts on another.
+    """Runs as Ray tasks. Ray decides where and when; a run whose worker or node is lost starts on another one.
 
-    workers: runs side by side at most; None for as many as the cluster has room for.
-    address: "auto" for the cluster that this machine is part of, "host:port" of its head, or
-    "ray://host:port" from outside of it; None starts one on this machine and stops it at the end. A program
-    that has joined a cluster by itself stays in that one.
-    gpus_per_run: share of a GPU, in (0, 1], that a run is given where it may use one; None for a half, or what
-    lets `workers` run side by side. cpus_per_run: its CPUs and torch threads.
+    Every node needs this package, and the data at the same path or at its own $BBMOE_DATA. Nodes that share the output
+    folder work in it, and a lost run continues from its checkpoint. Other nodes work in a temporary folder and send
+    the files of a finished run to the driver; there a lost or interrupted run starts over.
 
-    Every node needs this package, and the data at the same path or at its own $BBMOE_DATA. Nodes that
-    share the output folder work in it, and a lost run goes on from its checkpoint. Others work in a
-    temporary folder and send home what a finished run leaves; there a lost or stopped run starts anew.
-    Raises ConfigError for a value out of range, no Ray, or no cluster at the address.
+    Args:
+        workers: Largest number of runs side by side; None for as many as the cluster has room for.
+        address: "auto" for the cluster that this machine is part of, "host:port" of its head, or "ray://host:port"
+            from outside of it; None starts one on this machine and stops it at the end. A program that has already
+            joined a cluster stays in it.
+        gpus_per_run: Share of a GPU for each run that may use one, in (0, 1]; None for a half, or for what lets
+            `workers` run side by side.
+        cpus_per_run: CPUs and torch threads of a run, from 1.
+
+    Raises:
+        ConfigError: A value is out of range, Ray is not installed, or there is no cluster at the address.
     """
 
     def __init__(
@@ -115,14 +119,14 @@ class RayEngine:
 
 
 def _share(gpus: float, workers: int | None) -> float:
-    """The share of a GPU for each of `workers` runs; 0 where there is none."""
+    """The share of a GPU for each of `workers` runs; 0 without GPUs."""
     if not gpus:
         return 0.0
     return 0.5 if workers is None else 1 / math.ceil(workers / gpus)
 
 
 def _check_address(address: str) -> None:
-    """Refuse an address that nobody listens at: Ray itself would try for minutes, then end the process."""
+    """Raise ConfigError if nobody listens at an address: Ray would try for minutes and then end the process."""
     if address == "auto":
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")

@@ -18,11 +18,13 @@ from typing import Any
 
 from backdoorbench_moe.bench.worker import Job, Outcome, work
 from backdoorbench_moe.data.roots import VARIABLE
+from backdoorbench_moe.engine.files import FILES
 from backdoorbench_moe.errors import BbmoeError, RecordError
-from backdoorbench_moe.records import MODEL, POISON, RECORD, RunFolder, write_atomically
+from backdoorbench_moe.records import MODEL, POISON, PROBE, RECORD, SCORES, RunFolder, write_atomically
 
-# What a run folder is sent home with, the record last: it says that the others are there.
-FILES = (POISON, MODEL, RECORD)
+# The files of a run folder that are sent to the driver, with the copies of named files. The record comes last: it says
+# that the others are there.
+SENT = (POISON, PROBE, SCORES, MODEL, RECORD)
 RETRIES = 3
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_STOP = 60.0
@@ -34,9 +36,12 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True)
 class Resources:
-    """What every run asks of Ray. gpus: share of one; not asked for by a run that wants the CPU.
+    """What every run asks of Ray.
 
-    reuse_process: whether a process may make one run after the other.
+    Attributes:
+        cpus: CPUs, and torch threads.
+        gpus: Share of a GPU, in [0, 1]; a run on the CPU does not ask for it.
+        reuse_process: Whether a process may make several runs, one after the other.
     """
 
     cpus: int
@@ -46,10 +51,12 @@ class Resources:
 
 @dataclass(frozen=True)
 class Home:
-    """Where the driver is, for a task to find out whether it is there, too.
+    """Where the driver runs, so that a task can tell whether it shares the output folder.
 
-    token: a file in the output folder. folder: its current folder, which relative paths of a spec start at.
-    data: its $BBMOE_DATA.
+    Attributes:
+        token: A file in the driver's output folder.
+        folder: The driver's current folder; relative paths in a spec start there.
+        data: The driver's $BBMOE_DATA.
     """
 
     token: str
@@ -74,11 +81,16 @@ class _Try:
 
 
 class Flight:
-    """The jobs of one call, at most `limit` of them handed to Ray at a time (None: all).
+    """The jobs of one call.
 
-    A job's deadline counts on the clock of its node, which stops in time for its epoch; the last of all on
-    the driver's, too, so that no job waits longer for room, or runs on by a clock that is wrong.
-    Ray's own retries are not used: those of a process killed for memory have no end.
+    A job stops at its deadline by the clock of its node. The latest deadline is also checked by the driver's clock, so
+    that no job waits for a node after it, or continues because of a wrong clock. Ray's own retries are not used: a
+    process that is killed for memory would be retried without end.
+
+    Args:
+        jobs: The jobs.
+        resources: What each asks of Ray.
+        limit: Number of jobs that are handed to Ray at a time; None for all.
     """
 
     def __init__(self, jobs: Sequence[Job], resources: Resources, limit: int | None) -> None:
@@ -237,21 +249,30 @@ def _own_folder(name: str) -> Path:
 
 def _take(folder: RunFolder) -> Files:
     """The files of a run that ended, which are then deleted here."""
-    files = {name: (folder.path / name).read_bytes() for name in FILES if (folder.path / name).is_file()}
+    copies = [f"{FILES}/{path.name}" for path in sorted((folder.path / FILES).glob("*"))]
+    names = [name for name in (*copies, *SENT) if (folder.path / name).is_file()]
+    files = {name: (folder.path / name).read_bytes() for name in names}
     shutil.rmtree(folder.path, ignore_errors=True)
     return files
 
 
 def _deliver(folder: RunFolder, files: Files) -> None:
     """Write files that came from a node into a run folder. Raises RecordError for a name that has no place there."""
-    if unknown := sorted(files.keys() - set(FILES)):
+    if unknown := sorted(name for name in files if not _belongs(name)):
         raise RecordError(f"run folder {folder.path}: a worker sent unknown files: {unknown}")
     if not files:
         return
     with folder.lock():
-        for name in (name for name in FILES if name in files):
-            write_atomically(folder.path / name, partial(_put, files[name]))
+        for name, content in files.items():  # In the order in which they were taken: the record last.
+            (folder.path / name).parent.mkdir(exist_ok=True)
+            write_atomically(folder.path / name, partial(_put, content))
         folder.drop_checkpoint()
+
+
+def _belongs(name: str) -> bool:
+    """Whether a file of this name may be written into a run folder: no path that leads out of it."""
+    copy = name.removeprefix(f"{FILES}/")
+    return name in SENT or (copy != name and Path(copy).name == copy and copy not in ("", ".", ".."))
 
 
 def _put(content: bytes, path: Path) -> None:

@@ -29,8 +29,8 @@ FORMATS = ("rich", "markdown", "csv")
 def command(a: str, b: str, metrics: tuple[str, ...], output: Path, form: str) -> None:
     """Set A and B side by side: each a suite (SUITE, or SUITE:SCALE) read from --output, or a results folder.
 
-    Cells are matched by all they are made from, but for what A and B differ in as a whole, such as their
-    scale. Shown: both means, B minus A, and its 95% interval, from three seeds a side on.
+    Cells match if all settings are equal, apart from those in which A and B differ as a whole, such as their
+    scale. Shown are both means, B minus A and, with at least three seeds on each side, its 95% interval.
     """
     from backdoorbench_moe.bench import compare_render
     from backdoorbench_moe.bench.compare import compare, default_metrics, open_side

@@ -132,7 +132,7 @@ class Maker(ABC):
         return [measure(model, test, triggered, precision=precision, recovery=recovery) for model in models]
 
     def _check_continued(self, folder: RunFolder, record: Record) -> None:
-        """Check an interrupted run against what is there now, and keep what only its start could record."""
+        """Check that data and plug-ins are those of the interrupted run, and keep what was recorded at its start."""
         before = folder.read()
         record.parts["model"] = {**before.parts.get("model", {}), **record.parts["model"]}
         check_data(folder, before, self.workplace.images)

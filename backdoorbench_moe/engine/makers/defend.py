@@ -116,7 +116,9 @@ class DefenseMaker(Maker):
         self.model.eval().to(self.workplace.device).to(memory_format=torch.channels_last)
         if self.before is None:
             [self.before] = self.measure([self.model], recovery=True)
-            check_same(parent, self.before, self.environment())
+            check_same(
+                parent, self.before, precision=self.workplace.precision, environment=self.environment()
+            )
 
     def _check_parent(self, parent: Run) -> None:
         folder, record, there = parent.folder, parent.record, self.workplace.images.classes

@@ -42,6 +42,7 @@ def test_the_record_keeps_the_packages_version(attacked):
     assert packages["bbmoe-vmoe"] == version("bbmoe-vmoe") and "bbmoe-example" not in packages
 
 
+@pytest.mark.slow
 def test_every_layer_is_analyzed(attacked):
     found = analyze(attacked, carriers_images=8)
     assert [layer.layer for layer in found.findings.routing] == LAYERS
@@ -54,6 +55,7 @@ def test_every_layer_is_analyzed(attacked):
     assert [absent.part for absent in found.absent] == ["against", "probe"], "no clean twin, no probe"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "defense",
     [
@@ -73,6 +75,7 @@ def test_defenses_work(attacked, defense):
     assert done.record.status == "finished" and done.record.metrics["asr"]["n"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_began_with_a_dense_one_does_not_need_it_again(tmp_path):
     dense = run(tmp_path, DENSE)
     model = {"name": "vmoe", "upcycle": str(dense.folder.path), **SMALL}
