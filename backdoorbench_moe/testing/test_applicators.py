@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from backdoorbench_moe.applicators.base import Applicator
 from backdoorbench_moe.errors import ShapeError, UnknownNameError
@@ -44,6 +45,23 @@ def test_images_do_not_mix(applicator: Applicator, trigger: Trigger) -> None:
     images = batch(5, 3, 16, 16)
     alone = torch.cat([applicator(image[None], trigger) for image in images])
     torch.testing.assert_close(applicator(images, trigger), alone, atol=1e-6, rtol=0)
+
+
+def test_the_canvases_of_an_image_follow_each_other(applicator: Applicator) -> None:
+    """A form that depends on the places of the images relies on this, and on as many canvases for every image."""
+    values = torch.tensor([0.125, 0.25, 0.5, 1.0])
+    calls = []
+
+    def trigger(canvases: Tensor) -> Tensor:
+        calls.append(canvases.clone())
+        return 1 - canvases
+
+    applicator(values.view(4, 1, 1, 1).expand(4, 3, 32, 32), trigger)
+    for canvases in calls:
+        count, rest = divmod(len(canvases), len(values))
+        assert rest == 0, "the images have different numbers of canvases"
+        expected = values.repeat_interleave(count).view(-1, 1, 1, 1).expand_as(canvases)
+        assert torch.equal(canvases, expected), "a canvas is not of the image that it is expected of"
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "strided"])
