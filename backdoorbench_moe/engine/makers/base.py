@@ -76,6 +76,7 @@ class Maker(ABC):
             record.status, record.error = "failed", str(error) or type(error).__name__
             folder.write(record)
             raise
+        assert self.required_metrics() <= record.metrics.keys(), "the maker left out a metric"
         record.status, record.near_chance = "finished", collapsed(record)
         record.model_sha256 = folder.model_sha256
         folder.write(record)
@@ -85,6 +86,10 @@ class Maker(ABC):
     @abstractmethod
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
         """Train or change the model, measure it, fill in the record and save the model."""
+
+    def required_metrics(self) -> set[str]:
+        """The metrics that a finished run of this kind has."""
+        return {"ba", "asr", "target_rate"} if self.spec.attacked else {"ba"}
 
     def new_record(self, inputs: Mapping[str, Run]) -> Record:
         """The record of the run at its start."""

@@ -244,6 +244,10 @@ class DefenseMaker(Maker):
             self.spec.train, self.seed, workplace.device, workplace.precision, workplace.observer, name
         )
 
+    def required_metrics(self) -> set[str]:
+        """The metrics of a defended run; behind a filter the target rate is not measured."""
+        return {"ba", "asr", "ra"} if self.spec.attacked else {"ba"}
+
     def new_record(self, inputs: Mapping[str, Run]) -> Record:
         """The record at its start, with the parent and what the defense holds."""
         record = super().new_record(inputs)
