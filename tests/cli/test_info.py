@@ -162,7 +162,7 @@ def test_a_model_is_shown_with_the_recipes_values_as_attack_uses_them(bbmoe, mod
     [line] = [line for line in out.splitlines() if line.startswith("widen_factor")]
     assert line.split()[2:] == [
         "10" if model == "pmoe" else str(info["options"]["widen_factor"]["default"]),
-        "2",
+        str(info["recipe"]["options"]["widen_factor"]),
     ]
 
 
