@@ -148,6 +148,7 @@ def parts(site: Path) -> dict[str, dict[str, Any]]:
     return {part["name"]: part for part in report["parts"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "test", "reason"),
     [
@@ -165,6 +166,7 @@ def test_a_declared_deviation_passes_and_is_shown(
     assert 1 <= deviation["failing"] <= deviation["cases"]
 
 
+@pytest.mark.slow
 def test_a_model_may_declare_deviations_and_fails_for_what_it_does_not_declare(
     parts: dict[str, dict[str, Any]],
 ) -> None:
@@ -226,6 +228,7 @@ def run_honest(site: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return python("-m", "backdoorbench_moe.testing", "bbmoe-honest", *more, path=[site])
 
 
+@pytest.mark.slow
 def test_the_table_shows_the_deviation(site: Path) -> None:
     done = bbmoe("plugin", "check", "bbmoe-honest", path=[site])
     assert done.returncode == 0, done.stdout + done.stderr
@@ -236,6 +239,7 @@ def test_the_table_shows_the_deviation(site: Path) -> None:
     assert lines[5] == "all parts of bbmoe-honest conform to their interfaces, with 1 deviation"
 
 
+@pytest.mark.slow
 def test_pytest_shows_the_reason(site: Path) -> None:
     done = run_honest(site, "-k", "gradients or deviations", "-rx", "-v")
     assert done.returncode == 0, done.stdout
@@ -244,6 +248,7 @@ def test_pytest_shows_the_reason(site: Path) -> None:
     assert "test_deviations[trigger b]" not in done.stdout, "it declares nothing"
 
 
+@pytest.mark.slow
 def test_a_selection_of_tests_says_nothing_of_those_that_did_not_run(site: Path) -> None:
     done = run_honest(site, "-k", "no_memory or deviations")
     assert done.returncode == 0, done.stdout
