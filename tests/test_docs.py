@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,13 @@ def test_the_reference_has_every_public_name() -> None:
     text = "".join(PAGES[page].read_text(encoding="utf-8") for page in PAGES if page.startswith("api/"))
     shown = re.findall(r"^::: backdoorbench_moe\.(?:\w+\.)*(\w+)$", text, re.MULTILINE)
     assert sorted(set(backdoorbench_moe.__all__) - {"__version__"} - set(shown)) == []
+
+
+def test_contributing_lists_the_rooms_of_the_import_contract() -> None:
+    root = DOCS.parent
+    [contract] = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = [re.sub(r"backdoorbench_moe\.|[()]", "", layer) for layer in contract["layers"]]
+    assert "\n".join(["```", *layers, "```"]) in (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def shown_docstrings() -> dict[str, str]:

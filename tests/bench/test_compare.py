@@ -143,6 +143,7 @@ def test_nothing_in_common_is_an_error(tmp_path) -> None:
         compare(side(a, tmp_path, "A"), side(b, tmp_path, "B"), ["asr"])
 
 
+@pytest.mark.slow
 def test_results_folders_stand_for_themselves_whatever_their_version(tmp_path) -> None:
     """Old results against new ones; the suite file is not asked."""
     for version, shift in ((3, 0), (4, 450)):

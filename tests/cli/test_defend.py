@@ -45,6 +45,7 @@ def victim(tmp_path) -> Run:
     return run_attack(tiny_spec(), output=tmp_path / "runs")[0]
 
 
+@pytest.mark.slow
 def test_it_prints_every_stage_and_makes_a_folder_beside_the_run(bbmoe, victim) -> None:
     code, out, err = bbmoe("defend", victim.folder.path, *PRUNING)
     assert code == 0 and "training fine-pruning: 1 epoch of 48 images" in err

@@ -33,6 +33,7 @@ def bbmoe(capsys, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_it_lists_what_the_attack_makes_and_writes_nothing(bbmoe, tmp_path) -> None:
     output = tmp_path / "runs"
     words = ["attack", *SMALL, "--trigger", "square", "--repeats", "2", "--output", output, "--quiet"]

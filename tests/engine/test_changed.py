@@ -33,6 +33,7 @@ def test_a_replaced_model_file_is_refused(tmp_path) -> None:
             use()
 
 
+@pytest.mark.slow
 def test_the_net_numbers_that_are_not_the_records_are_refused(tmp_path) -> None:
     """Whatever the reason: here a record of before model files were hashed, whose file was replaced."""
     [run] = run_attack(tiny_spec(train={"epochs": 20, "batch_size": 8}), output=tmp_path, twin=False)

@@ -28,6 +28,7 @@ def resolve(classes: Sequence[str] = CLASSES, **poison: object):
     return resolve_classes(build_spec({"poison": poison}), lambda: classes).poison
 
 
+@pytest.mark.slow
 @given(
     classes=st.lists(st.text("abXY ", min_size=1, max_size=4), unique=True, min_size=2, max_size=9),
     data=st.data(),

@@ -103,6 +103,7 @@ def test_the_record_can_be_measured_again_from_the_folder_alone(tmp_path) -> Non
     assert zero.reshape(4, 4).sum(1).tolist() == [1, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_the_same_spec_gives_the_same_numbers_and_a_finished_run_is_only_read(tmp_path) -> None:
     spec = defended_spec()
     one = Runner(spec, tmp_path / "one").finish(spec)

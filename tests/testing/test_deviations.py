@@ -243,6 +243,7 @@ def test_the_table_shows_the_deviation(site: Path) -> None:
     assert lines[5] == "all parts of bbmoe-honest conform to their interfaces, with 1 deviation"
 
 
+@pytest.mark.slow
 def test_pytest_shows_the_reason(site: Path) -> None:
     done = run_honest(site, "-k", "gradients or deviations", "-rx", "-v")
     assert done.returncode == 0, done.stdout

@@ -37,6 +37,7 @@ def attacked(request, tmp_path_factory):
     return run(tmp_path_factory.mktemp("runs"), {"name": request.param, **SMALL})
 
 
+@pytest.mark.slow
 def test_the_record_keeps_the_packages_version(attacked):
     packages = attacked.record.environment["packages"]
     assert packages["bbmoe-vmoe"] == version("bbmoe-vmoe") and "bbmoe-example" not in packages
