@@ -61,7 +61,11 @@ def choose_columns(keys: Sequence[str] | None, runs: Sequence[ShownRun], *, inte
     known = {column.key: column for column in list_columns(intervals=intervals)}
     if keys is None:
         optional = {"run", "defense", *METRICS}
-        used = [key for key in known if any(known[key].value(run) is not None for run in runs)]
+        used = {key for key in known if any(known[key].value(run) is not None for run in runs)}
+        if "asr" in used:
+            used.add(
+                "target_rate"
+            )  # What ASR is worth is seen beside it, and where it was not measured, too.
         return [known[key] for key in known if key not in optional or (key in used and key != "run")]
     return [known[key] if key in known else _dotted(key, runs, list(known)) for key in keys]
 

@@ -17,6 +17,7 @@ from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.tables import build_sheet
 from backdoorbench_moe.bench.tidy import tidy_csv
 from backdoorbench_moe.cli import tables
+from backdoorbench_moe.cli.show_columns import ShownRun, choose_columns
 from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.ops.metrics import proportion
 
@@ -127,9 +128,15 @@ def test_the_tables_of_runs_have_it_or_a_dash(tmp_path) -> None:
     suite = part_suite(repeats=3)
     specs = suite.cells[0].runs(3)
     new, old = [record_of(spec) for spec in specs], [finished(spec) for spec in specs]
-    assert tables.RUN_COLUMNS[8:10] == ("ASR %", "no trigger %")
-    assert tables.run_row(new[0])[8:10] == ["50.00 [49.0, 51.0]", "1.00 [0.8, 1.2]"]
-    assert tables.run_row(old[0])[9] == "–"
+    for records, texts in (
+        (new, ["50.00 [49.0, 51.0]", "1.00 [0.8, 1.2]"]),
+        (old, ["50.00 [49.0, 51.0]", "–"]),
+    ):
+        shown = [ShownRun(SimpleNamespace(path=tmp_path), record, "finished") for record in records]
+        columns = choose_columns(None, shown, intervals=True)
+        place = [column.title for column in columns].index("ASR %")
+        assert columns[place + 1].title == "no trigger %"
+        assert [column.text(shown[0]) for column in columns[place : place + 2]] == texts
     for records, value in ((new, "1.00"), (old, "–")):
         single = row_of(tables.metrics_table(records[0]))
         assert single[0] == value

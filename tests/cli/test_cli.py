@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from backdoorbench_moe import cli
+from backdoorbench_moe.collapse import MARK_LEGEND
 from backdoorbench_moe.errors import BbmoeWarning
 
 SMALL = [
@@ -87,11 +88,15 @@ def test_show_many_runs_is_one_table_to_paste(bbmoe, tmp_path) -> None:
     folders = sorted(tmp_path.iterdir())
     code, out, _ = bbmoe("show", *folders, "--markdown")
     lines = out.strip().splitlines()
-    assert code == 0 and len(lines) == 2 + len(folders)
+    table = [line for line in lines if line.startswith("|")]
+    assert code == 0 and len(table) == 2 + len(folders) and table == lines[: len(table)]
+    # One epoch on 96 images teaches next to nothing: that is said once, below the table.
+    marked = any("†" in line for line in table)
+    assert lines[len(table) :] == (["", MARK_LEGEND] if marked else [])
     assert lines[0].startswith("| status | data") and set(lines[1]) <= set("|-: ")
-    assert "square" in out and "clean" in out
+    assert "square" in out and "clean" in out and "no trigger %" in lines[0]
     code, out, _ = bbmoe("show", *folders)
-    assert code == 0 and len(out.strip().splitlines()) == 2 + len(folders)
+    assert code == 0 and ("near chance" in out) == marked
     assert out.startswith("all 2 runs: status finished, data tiny, model pmoe")
     assert "square" in out and "CAD" in out and "…" not in out
 

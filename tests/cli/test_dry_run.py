@@ -56,7 +56,7 @@ def test_what_is_made_from_others_is_listed_after_them(bbmoe, tmp_path) -> None:
     code, out, err = bbmoe(*words, "--dry-run", "--json")
     assert code == 0, err
     runs = json.loads(out)["runs"]
-    assert [run["total_epochs"] for run in runs] == [1, 1, 5, 1]  # Victim, tuned, pruned, twin.
+    assert [run["total_epochs"] for run in runs] == [1, 1, 1, 5]  # Twin, victim, tuned, pruned.
     assert bbmoe(*words)[0] == 0
     assert {run["run"] for run in runs} == {folder.name for folder in tmp_path.iterdir()}
 

