@@ -78,7 +78,7 @@ def attack(
         the trained model, `stamper()` the trigger as it was applied.
 
     Raises:
-        BbmoeError: The user can mend it; nothing was written if it is in what was asked for.
+        BbmoeError: Anything that the user can correct. If the settings are wrong, nothing was written.
     """
     spec = make_spec(
         settings,

@@ -42,7 +42,7 @@ class Folder(Dataset):
     """Images in one folder for each class, of any size and in any format that Pillow decodes.
 
     The folder holds either `train/<class>/...` and `test/<class>/...`, or only `<class>/...`, which is then split.
-    `training`, `testing`, `val`, `valid` and `validation` are also accepted, in upper or lower case. A validation folder
+    `training`, `testing`, `val`, `valid` and `validation` are accepted too, in upper or lower case. A validation folder
     is the test set only if there is no test folder. Classes are numbered in the order of their folders' names: by value
     if all names are numbers (2 before 10), otherwise as text. Images may be at any depth below their class folder.
 

@@ -92,9 +92,9 @@ class WithExperts(Protocol):
 class MasksExperts(Protocol):
     """A routed model whose router can exclude an expert; only useful together with `WithExperts`.
 
-    In a model that does not implement this, an expert is muted instead. With expert choice (experts select patches) both
-    are the same. With token choice (patches select experts) they differ: patches that selected a muted expert have one
-    expert less, while patches that selected a masked expert go to the next best one.
+    In a model that does not implement this, an expert is muted instead. With expert choice (experts select patches)
+    both are the same. With token choice (patches select experts) they differ: patches that selected a muted expert
+    have one expert less, while patches that selected a masked expert go to the next best one.
     """
 
     def mask_expert(self, expert: Expert) -> None:

@@ -1,4 +1,4 @@
-"""Writing a file so that it is there whole or not at all."""
+"""Atomic writes: after a crash a file is either complete or absent."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class Warp(Trigger):
 
         Args:
             images: (B, C, H, W).
-            places: (B,) int64, the place of each image in the data set; the offsets depend on it.
+            places: (B,) int64, the index of each image in the training set; the offsets depend on it.
         """
         if not self.has_noise:
             return super().stamp_noise(images, places)
