@@ -1,4 +1,4 @@
-"""Atomic writes: after a crash a file is either complete or absent."""
+"""Atomic writes: a file is either replaced completely or left unchanged."""
 
 from __future__ import annotations
 
