@@ -78,7 +78,7 @@ def attack(
         the trained model, `stamper()` the trigger as it was applied.
 
     Raises:
-        BbmoeError: The user can mend it; nothing was written if it is in what was asked for.
+        BbmoeError: Anything that the user can correct. If the settings are wrong, nothing was written.
     """
     spec = make_spec(
         settings,
@@ -111,8 +111,8 @@ def defend(
         run: A Run, or its folder. To defend a model of your own, attack it first: a defense is measured with the
             run's data and trigger.
         defense: Name of the defense.
-        output: Folder of run folders; by default the one that `run` lies in.
-        data_root: Where the data set lies; by default where it lay.
+        output: Folder of run folders; by default the one that contains `run`.
+        data_root: Folder of the data set; by default the one that the run used.
         device: Device to compute on; by default the run's.
         observer: Receives progress.
         options: The defense's own, such as `ratio=0.2`.
@@ -157,7 +157,7 @@ def analyze(
         images: Numbers of test images, or image files, to draw patch maps of.
         carriers_images: The largest number of images to measure muted and patched experts on.
         output: Folder to write analysis.json, report.html and figures/ to; by default nothing is written.
-        data_root: Where the data set lies; by default where it lay.
+        data_root: Folder of the data set; by default the one that the run used.
         device: Device to compute on; by default the run's.
         observer: Receives progress.
 

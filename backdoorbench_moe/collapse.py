@@ -56,7 +56,7 @@ def chance_of(record: Mapping[str, Any]) -> float | None:
 
 
 def collapse_line(record: Record) -> str | None:
-    """Say in one line that a run's model is near chance; None where it is not."""
+    """Say in one line that a run's model is near chance; None if it is not."""
     return describe_collapse(_fields(record))
 
 

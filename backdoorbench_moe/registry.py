@@ -1,4 +1,4 @@
-"""Registries, which find parts by name and import a part when it is looked up."""
+"""Registries: they find parts by name, and import a part only when it is looked up."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ class Registry(Generic[T]):
     """The parts of one kind, by name.
 
     Args:
-        kind: Name of the kind, a key of `kinds.KINDS`. The base class of its parts is not imported before a part is.
+        kind: Name of the kind, a key of `kinds.KINDS`.
+
+    Attributes:
+        kind: The same name.
+        given: Keyword arguments that the caller of `create` fills in; users may not give them as options.
+        needs: Options that every part of the kind has.
     """
 
     def __init__(self, kind: str) -> None:
@@ -33,7 +38,8 @@ class Registry(Generic[T]):
     def _found(self) -> tuple[dict[str, Candidate], dict[Candidate, str]]:
         """The usable entry points by name, and the refused ones with the reason; nothing is imported.
 
-        An entry point of a package for another version of the interfaces is refused, and leaves its name to others.
+        An entry point is refused if its package was written for another version of the interfaces, or if its name
+        is taken by another entry point. An entry point that is refused for its version does not take its name.
         """
         names: dict[str, Candidate] = {}
         refused: dict[Candidate, str] = {}
@@ -59,7 +65,7 @@ class Registry(Generic[T]):
         return [*self._found[0].values(), *self._found[1]]
 
     def fault(self, candidate: Candidate) -> str | None:
-        """Return why an entry point cannot be used, or None if it can. The part is imported, unless it is refused."""
+        """Return why an entry point cannot be used, or None if it can. Imports the part to find out."""
         if candidate in self._found[1]:
             return self._found[1][candidate]
         try:
@@ -74,7 +80,7 @@ class Registry(Generic[T]):
         return {candidate: reason for candidate, reason in reasons.items() if reason}
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Return a class decorator that registers a part in this process; packages use entry points instead.
+        """Return a class decorator that registers a part for this process only; packages use entry points.
 
         Args:
             name: Name of the part.
@@ -101,11 +107,11 @@ class Registry(Generic[T]):
         """Import and return a part.
 
         Args:
-            name: Name of the part; of "family:argument" only the family counts.
+            name: Name of the part. In "family:argument" only the family is looked up.
 
         Raises:
             UnknownNameError: There is no part of this name; similar names are suggested.
-            PluginError: The package that offers it is at fault.
+            PluginError: The part cannot be imported, or does not implement the interface.
         """
         family = name.partition(":")[0]
         if family in self._local:
@@ -127,12 +133,18 @@ class Registry(Generic[T]):
         return name
 
     def options(self, name: str) -> dict[str, Option]:
-        """Return the options of a part, without one that is given by the name, as in "family:argument"."""
+        """Return the options of a part by name, except the one that "family:argument" sets."""
         part, implied = self.lookup(name), self._implied(name)
         return list_options(part, given=(*self.given, *implied))
 
     def check(self, name: str, options: Mapping[str, object]) -> dict[str, Any]:
-        """Check the options of a part and return all of its keyword arguments; nothing is built."""
+        """Check the options of a part and return all of its keyword arguments; nothing is built.
+
+        Raises:
+            UnknownNameError: There is no such part or option.
+            ConfigError: An option is missing, of the wrong type or out of range.
+            PluginError: The part cannot be used.
+        """
         part, implied = self.lookup(name), self._implied(name)
         where = f"{self.kind} {name!r}"
         return {**check_options(part, options, where=where, given=(*self.given, *implied)), **implied}
@@ -145,17 +157,17 @@ class Registry(Generic[T]):
         Args:
             name: Name of the part.
             options: The user's options, which are checked.
-            given: Keyword arguments of the caller, see `kinds.Kind.given`.
+            given: Keyword arguments that the caller fills in; their names are in `kinds.Kind.given`.
 
         Raises:
             UnknownNameError: There is no such part or option.
             ConfigError: An option is of the wrong type or out of range.
-            PluginError: The package that offers the part is at fault.
+            PluginError: The part cannot be used.
         """
         return cast(Callable[..., T], self.lookup(name))(**(given or {}), **self.check(name, options))
 
     def _implied(self, name: str) -> dict[str, str]:
-        """The option that "family:argument" gives: its name is the family's `name_argument`."""
+        """The option that "family:argument" sets; the class attribute `name_argument` says which one."""
         family, colon, argument = name.partition(":")
         option = getattr(self.lookup(name), "name_argument", None)
         if colon and option is None:

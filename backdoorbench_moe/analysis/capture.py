@@ -20,9 +20,9 @@ class LayerCapture:
     pixel. An image is captured if any expert captures its trigger. A patch is the tile of pixels at its position;
     its receptive field may be larger.
 
-    The `blind_*` attributes are what blind routing would give: each expert keeps the number of patches that it
-    takes of an image, but draws them uniformly at random, independently of the other experts. This is computed
-    exactly for each image (hypergeometric distribution) and averaged over the images.
+    The `blind_*` attributes are expected values under blind routing: each expert receives as many patches of an image
+    as before, but they are drawn uniformly at random, independently of the other experts. They are computed exactly for
+    each image (hypergeometric distribution) and averaged over the images.
 
     Attributes:
         layer: Name of the layer.
@@ -60,6 +60,9 @@ def layer_capture(layer: LayerPass, changed: Tensor, success: Tensor) -> LayerCa
         layer: The layer's pass over the M triggered images.
         changed: (M, P) bool, patches that the trigger changed.
         success: (M,) bool, whether an image is classified as the attacker wants.
+
+    Returns:
+        The capture, over all M images.
     """
     receives = (layer.selected & changed.unsqueeze(1)).any(-1)
     captured = receives.any(1)
@@ -81,5 +84,5 @@ def layer_capture(layer: LayerPass, changed: Tensor, success: Tensor) -> LayerCa
 
 
 def proportion_of(hits: Tensor) -> Proportion | None:
-    """Return the proportion of True in (n,) bool; None for an empty tensor."""
+    """Return the proportion of True in a bool tensor (n,), or None if it is empty."""
     return proportion(int(hits.sum()), len(hits)) if len(hits) else None

@@ -1,4 +1,4 @@
-"""The attack interface, and the plan of which training images are poisoned."""
+"""The attack interface, and the plan that says which training images are poisoned."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PoisonPlan:
 
     @property
     def groups(self) -> dict[str, Tensor]:
-        """The indices of each group, by its name in `poison.npz`, where "indices" is the poison group."""
+        """The indices of each group, by the name that `poison.npz` uses; "indices" is the poison group."""
         return {"indices": self.indices, "cover": self.cover, "noise": self.noise}
 
 
@@ -48,7 +48,7 @@ class Attack(ABC):
     Attributes:
         uses_trigger: Whether the attack stamps a trigger. If not, its specs have neither a trigger nor an applicator.
         tiny: Options that the conformance tests build the attack with.
-        deviations: Conformance tests that the attack is known to fail, and why: reasons by name of the test.
+        deviations: Names of conformance tests that the attack is known to fail, each with the reason.
 
     Args:
         poison: Which training images are poisoned, and their labels.
@@ -74,8 +74,8 @@ class Attack(ABC):
             The plan, on the CPU.
 
         Raises:
-            ConfigError: The data do not have the classes or images that the attack needs.
-            PluginError: The attack did not return a valid plan.
+            ConfigError: The data lack classes or images that the attack needs.
+            PluginError: The subclass did not return a valid plan.
         """
         self.check(num_classes)
         plan = self.plan(labels.cpu(), num_classes, seed)
@@ -86,8 +86,8 @@ class Attack(ABC):
         """Check the target and the source classes against the data.
 
         Raises:
-            ConfigError: One of them is not a class of the data, or is a name that has not been resolved; or the
-                target is among the sources although its images would keep their label.
+            ConfigError: One of them is not a class of the data, or is a name that was not resolved to a number; or
+                the sources include the target, whose images already have the target's label.
         """
         poison = self.poison
         for name, labels in (("poison.target", (poison.target,)), ("poison.source", poison.source)):
@@ -103,7 +103,7 @@ class Attack(ABC):
 
     @abstractmethod
     def plan(self, labels: Tensor, num_classes: int, seed: int) -> PoisonPlan:
-        """Choose the images, see `__call__`; `labels` are on the CPU, and `check` has passed."""
+        """Choose the images; see `__call__`, which has called `check` and moved `labels` to the CPU."""
 
     def wanted(self, labels: Tensor, num_classes: int) -> Tensor:
         """Return the class that the attacker wants each triggered test image to be predicted as.
@@ -113,21 +113,23 @@ class Attack(ABC):
             num_classes: Number of classes of the data.
 
         Returns:
-            (N,) int64.
+            (N,) int64 classes.
         """
         if self.poison.mapping == "all-to-all":
             return (labels + 1) % num_classes
         return torch.full_like(labels, class_number("poison.target", self.poison.target))
 
     def counted(self, labels: Tensor, num_classes: int) -> Tensor:
-        """Return which test images count for ASR: those whose true label differs from the wanted one.
+        """Return which test images count for ASR.
+
+        An image counts if its true label differs from the wanted one and, if there are source classes, is one of them.
 
         Args:
             labels: (N,) int64 true labels.
             num_classes: Number of classes of the data.
 
         Returns:
-            (N,) bool, True for at least one image.
+            (N,) bool; at least one image counts.
 
         Raises:
             ConfigError: No image counts.
@@ -144,7 +146,7 @@ class Attack(ABC):
 
 
 def _check_plan(plan: object, images: int, num_classes: int, attack: str) -> None:
-    """Raise PluginError unless `plan` is a PoisonPlan of disjoint groups of existing images."""
+    """Raise PluginError unless `plan` is a PoisonPlan with disjoint groups, indices in range and valid labels."""
     if not isinstance(plan, PoisonPlan):
         raise PluginError(f"attack {attack}: expected a PoisonPlan, got {plan!r}")
     for name, group in plan.groups.items():

@@ -1,4 +1,4 @@
-"""Where suites, scales and published tables lie: beside the user's own, or with the project."""
+"""Paths of suites, scales and published tables: next to the user's own suite, or in the project."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class ResultSet:
 
     Args:
         suite: The suite.
-        records: Records by digest, finished or not, with those of the clean twins.
+        records: Records by digest, finished or not, including those of the clean twins.
         paper: The published table beside the suite; empty if it has none.
     """
 
@@ -47,7 +47,7 @@ class ResultSet:
 
         Args:
             suite: The suite.
-            output: The folder of run folders. Runs of the suite that it lacks are missing in the result.
+            output: The folder of run folders. Runs of the suite that are not in it are missing in the result.
             known: Finished records by digest, as `read_known` returns them. They are used where the
                 folder has no finished run.
 
@@ -105,7 +105,7 @@ class ResultSet:
         return [record for spec in specs if (record := self.record(spec)) is not None]
 
     def measured(self, metric: str) -> bool:
-        """Tell whether any finished run has a metric."""
+        """Return whether any finished run has a metric."""
         return any(self.value(record.run_spec, metric) is not None for record in self.finished())
 
     def values(self, cell: Cell, metric: str) -> dict[int, float]:
@@ -131,7 +131,7 @@ class ResultSet:
         )
 
     def state(self, cell: Cell) -> str:
-        """Say why a cell has no numbers: "missing", "failed", "running" or "interrupted"."""
+        """Return "finished" if any run of a cell is, else "failed", "running", "interrupted" or "missing"."""
         records = (self.records.get(spec.digest) for spec in cell.runs(self.suite.repeats))
         states = [record.status for record in records if record is not None]
         return next(
@@ -156,7 +156,7 @@ class ResultSet:
             metric: Key of the metric, such as "asr", "task/2.ba" or "pruned.asr".
 
         Returns:
-            {"value", "n", "low", "high"}, of "seconds" only the value; None if the run is not finished
+            {"value", "n", "low", "high"}; for "seconds" only {"value"}; None if the run is not finished
             or does not have the metric.
         """
         record = self.record(spec)
@@ -165,7 +165,7 @@ class ResultSet:
         name = _base(metric)
         if name == "twin_ba":
             twin = self.record(clean_twin(spec))
-            # A stage of a defense has no counterpart in the twin, a part of the data has.
+            # The twin has no stages of a defense, but it has the same parts of the data, such as "task/2".
             parts = [text for text in metric.split(".")[:-1] if "/" in text]
             return None if twin is None else twin.metrics.get(".".join([*parts, "ba"]))
         if metric in record.metrics:
@@ -194,7 +194,7 @@ class ResultSet:
         return statistics.fmean(values), self._interval(specs, metric)
 
     def _images(self, spec: RunSpec, metric: str) -> int:
-        """Number of images that the uncertainty of a run's metric is counted on."""
+        """Number of images that determines the uncertainty of a run's metric."""
         if _base(metric) == "auroc":
             # Its variance is at most A (1 - A) over the smaller of the two groups (Birnbaum and Klose, 1957).
             groups = [self.metric(spec, _replaced(metric, name)) for name in ("tpr", "fpr")]
@@ -205,7 +205,7 @@ class ResultSet:
         return int(row["n"]) if row is not None else 0
 
     def _near_chance(self, spec: RunSpec, metric: str) -> bool:
-        """Whether the model that a metric is measured on is near chance, or the twin it is compared with."""
+        """Whether the model that a metric is measured on, or the twin that it is compared with, is near chance."""
         record = self.record(spec)
         if record is None:
             return False
@@ -223,7 +223,7 @@ class ResultSet:
 
 
 def _base(metric: str) -> str:
-    """The last part of a key, also of one that is not in the table of metrics."""
+    """The last part of a metric's key: "pruned.asr" -> "asr"."""
     return metric.rpartition(".")[2]
 
 
@@ -318,7 +318,7 @@ def read_known(folders: Iterable[Path | str]) -> dict[str, Record]:
     A digest stands for everything that decides a run's numbers, so suites can share runs.
 
     Returns:
-        Records by digest; of two with the same digest the one of the first folder.
+        Records by digest. If several folders have the same digest, the first folder wins.
 
     Raises:
         RecordError: If a folder is not a results folder, or damaged.
@@ -342,7 +342,7 @@ def _read_folders(suite: Suite, output: Path) -> Iterator[Record]:
 
 
 def _seconds(record: Record, stage: str) -> Mapping[str, float] | None:
-    """The time of a stage; without a stage, of the whole defense, or of the training if there is none."""
+    """Seconds of a stage. If `stage` is empty, of the whole defense, or of the training of an undefended run."""
     if stage:
         found = next((each["seconds"] for each in record.stages if each["name"] == stage), None)
     else:

@@ -23,7 +23,7 @@ class Statistic:
         std: Sample standard deviation; None for a single seed.
         interval: 95% interval of the mean over seeds (see `ops.intervals`); None for fewer than three
             seeds and for metrics that are not counted on images.
-        paper: Published mean; None where there is none.
+        paper: Published mean; None if nothing was published.
         rounding: Half a unit of the last published digit.
         near_chance: How many of the seeds have a model near chance (see `backdoorbench_moe.collapse`).
     """
@@ -46,7 +46,7 @@ class Statistic:
         rounding: float = 0.0,
         near_chance: int = 0,
     ) -> Statistic:
-        """Compute mean and standard deviation of the values by seed, of which there must be some."""
+        """Compute mean and standard deviation of the values by seed; there must be at least one."""
         mean, std = mean_std(tuple(values.values()))
         return cls(tuple(values), tuple(values.values()), mean, std, interval, paper, rounding, near_chance)
 
@@ -74,7 +74,7 @@ class Statistic:
     def inside(self) -> bool | None:
         """Whether the published value, as far as its digits tell it, lies inside the interval.
 
-        None where there is no published value or no interval. The published value is taken as exact but
+        None if there is no published value or no interval. The published value is taken as exact but
         for its rounding: how far it would change with other seeds is not known.
         """
         if self.paper is None or self.interval is None:

@@ -171,7 +171,7 @@ def value_of(spec: RunSpec, key: str) -> Any:
     """Look up a dotted key in a spec.
 
     "trigger" gives the part's label, such as "square, size=1"; "trigger.name" gives "square";
-    "trigger.size" gives 1, or None where the option is not given.
+    "trigger.size" gives 1, or None if the option is not given.
 
     Raises:
         UnknownNameError: If a spec has no such key.

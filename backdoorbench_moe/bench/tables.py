@@ -183,7 +183,7 @@ def count_runs(results: ResultSet) -> RunCounts:
 
 
 def find_place(results: ResultSet, cell: Cell | None, metric: str) -> Place:
-    """Find what is known of a metric of a cell."""
+    """Find the state and the values of a metric in a cell."""
     if cell is None:
         return Place(NO_CELL)
     paper = results.paper.value(cell.spec, metric)

@@ -49,7 +49,7 @@ class Job:
 
     @property
     def folder(self) -> RunFolder:
-        """Where the run lies."""
+        """Folder of the run."""
         return RunFolder(Path(self.output) / self.run_spec.name)
 
     @property
@@ -100,7 +100,7 @@ def work(job: Job, alive: Callable[[], bool] = lambda: True) -> Outcome:
     except StopRun:
         return Outcome(spec.name, "interrupted")
     except Exception as error:
-        # Any error, a plug-in's own too: the other runs of the suite go on.
+        # Any error, including those of plug-ins: the other runs of the suite must continue.
         message = f"{type(error).__name__}: {error}" if not isinstance(error, BbmoeError) else str(error)
         return job.fail(message)
     finally:

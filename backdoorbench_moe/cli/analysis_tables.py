@@ -108,7 +108,7 @@ def _capture(one: LayerCapture) -> list[str]:
 
 
 def _success(one: LayerCapture) -> str:
-    """ASR of captured and of missed images; of a kind without an image, that there is none."""
+    """ASR of captured and of missed images, or a note that there are no such images."""
     if one.asr_captured is None or one.asr_missed is None:
         kind = "missed" if one.asr_captured is None else "captured"
         return f"ASR: {_share(one.asr_captured or one.asr_missed)}; every image is {kind}"

@@ -27,7 +27,7 @@ from backdoorbench_moe.paths import expand
 @click.option(
     "--output", type=PATH, metavar="DIR", help="Where analysis.json, report.html and figures/ go.  [RUN]"
 )
-@click.option("--data-root", metavar="DIR", help="Where the data set lies.  [where it lay]")
+@click.option("--data-root", metavar="DIR", help="Folder of the data set.  [the one of RUN]")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [the run's]")
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print analysis.json, and nothing else.")

@@ -44,7 +44,7 @@ class LazyGroup(click.Group):
         return list(self.commands_help)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the command; None for a name that is none."""
+        """Import the command; None if there is no command of this name."""
         if cmd_name not in self.commands_help:
             return None
         command: click.Command = import_module(f"{self.package}.{cmd_name}").command

@@ -12,7 +12,7 @@ from backdoorbench_moe.cli.threads import Look, threads_option, use_threads
 from backdoorbench_moe.config import RunSpec, Values, build_spec, chain_settings, load_yaml, merge
 from backdoorbench_moe.errors import ConfigError
 
-# Flag -> the spec's key.
+# Parameter of the command -> key of the spec that it sets.
 FLAGS = {
     "recipe": "recipe",
     "dataset": "dataset.name",
@@ -47,8 +47,10 @@ def spec_options(function: Any) -> Any:
         click.option("--trigger", metavar="NAME", help="What is stamped.  [warp]"),
         click.option("--applicator", metavar="NAME", help="Where: image, or patch (BadPatches).  [patch]"),
         click.option("--dataset", metavar="NAME", help="signs (embedded), cifar10, gtsrb, folder.  [signs]"),
-        click.option("--data-root", metavar="DIR", help="Where the data set lies."),
-        click.option("--download", is_flag=True, default=None, help="Fetch the data set if it is not there."),
+        click.option("--data-root", metavar="DIR", help="Folder of the data set."),
+        click.option(
+            "--download", is_flag=True, default=None, help="Download the data set if it is missing."
+        ),
         click.option("--image-size", type=int, metavar="PX", help="Resize images to this side."),
         click.option("--recipe", metavar="NAME", help="quick or paper.  [quick]"),
         click.option("--epochs", type=int, metavar="N"),
@@ -120,7 +122,7 @@ def command(
 ) -> None:
     """Backdoor a model and measure it: BA, ASR and CAD, in a run folder.
 
-    Interrupted, the same command goes on from the last finished epoch; finished, it trains nothing.
+    Repeat the command to continue an interrupted run after its last finished epoch. A finished run is reused.
     """
     look = Look.now()
     spec = spec_from_flags(config, settings, flags)
@@ -165,7 +167,7 @@ def _print_plan(spec: RunSpec, repeats: int, output: Path, *, twin: bool, as_jso
 
 
 def _classes(text: str) -> list[str]:
-    """Split a list of classes at its commas; a name that holds one goes into `--set poison.source=[...]`."""
+    """Split a list of classes at its commas. Names that contain a comma need `--set poison.source=[...]`."""
     classes = [part.strip() for part in text.split(",")]
     if not all(classes):
         raise ConfigError.expected("--source", "classes such as 1,2 or cat,dog", text)
@@ -173,7 +175,7 @@ def _classes(text: str) -> list[str]:
 
 
 def _number(text: str) -> float | str:
-    """Read a rate as a number if it is one; the spec says what is wrong with anything else."""
+    """Convert a rate to a number if possible; other text is checked, and refused, by the spec."""
     for kind in (int, float):
         try:
             return kind(text)

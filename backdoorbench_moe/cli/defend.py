@@ -15,8 +15,10 @@ from backdoorbench_moe.config import PartSpec, chain_settings
 @click.argument("run", type=PATH, metavar="RUN")
 @click.option("--defense", required=True, metavar="NAME", help="What is done; see `bbmoe list defenses`.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the defense.")
-@click.option("--output", type=PATH, metavar="DIR", help="Folder of run folders.  [the one RUN lies in]")
-@click.option("--data-root", metavar="DIR", help="Where the data set lies.  [where it lay]")
+@click.option(
+    "--output", type=PATH, metavar="DIR", help="Folder of run folders.  [the one that contains RUN]"
+)
+@click.option("--data-root", metavar="DIR", help="Folder of the data set.  [the one of RUN]")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [the run's]")
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON, and nothing else.")

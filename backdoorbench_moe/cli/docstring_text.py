@@ -56,7 +56,7 @@ def _fill(indent: int, text: str, width: int) -> str:
 
 
 def summary(docstring: str | None) -> str:
-    """The first sentence of a docstring, in one line; "" where there is none."""
+    """The first sentence of a docstring, in one line; "" if it is empty."""
     paragraph = inspect.cleandoc(docstring or "").partition("\n\n")[0]
     line = " ".join(paragraph.split())
     return re.split(r"(?<=[a-z0-9)\]`'\"%])\.(?= [A-Z]|$)", line, maxsplit=1)[0]
@@ -65,7 +65,7 @@ def summary(docstring: str | None) -> str:
 def docstring_of(target: str) -> str | None:
     """The docstring of "module:Class", read from the module's source without importing it.
 
-    Only the packages around the module are imported. None where the source has no such class or no docstring.
+    Only the packages around the module are imported. None if the source has no such class, or the class no docstring.
     """
     module, _, name = target.partition(":")
     try:

@@ -64,7 +64,7 @@ class Look:
     Attributes:
         cores: Cores that this process may use: those it is bound to, or fewer if a container has a quota.
         time: Seconds on a monotonic clock.
-        busy: Seconds that these cores have worked since the start of the system; None where it does not say.
+        busy: Seconds that these cores have worked since the start of the system; None if it does not say.
         own: Of these, the seconds that this process has taken.
     """
 
@@ -109,7 +109,7 @@ def _busy_seconds(places: set[int]) -> float | None:
 
 
 def _quota() -> float | None:
-    """How many cores' time a container may use; None where it has no limit."""
+    """How many cores' time a container may use; None if it has no limit."""
     try:
         quota, period = (CGROUP / "cpu.max").read_text(encoding="ascii").split()
         return int(quota) / int(period)

@@ -23,7 +23,7 @@ def normalise(layer: Mapping[str, Any]) -> Values:
         layer: Settings in which a part is a bare name, or a dict that may lack the name.
 
     Returns:
-        The same settings; each part is a dict, or None where it may be left out and is.
+        The same settings; each part is a dict, or None for an optional part that is absent.
 
     Raises:
         ConfigError: A part is neither a name nor a dict, or its name is not a string.
@@ -41,7 +41,7 @@ def normalise_list(key: str, value: object) -> list[Values | None]:
 
 
 def normalise_part(key: str, value: object) -> Values | None:
-    """Write one part as a dict; None stays None where the part is optional. Raises ConfigError."""
+    """Write one part as a dict; None stays None if the part is optional. Raises ConfigError."""
     if isinstance(value, str):
         return {"name": value}
     if value is None and key in OPTIONAL_PARTS:

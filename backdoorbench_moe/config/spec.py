@@ -1,4 +1,4 @@
-"""The frozen spec of a run, how it is read from plain values, and its digest."""
+"""The frozen spec of a run, reading it from plain values, and its digest."""
 
 from __future__ import annotations
 
@@ -23,18 +23,23 @@ from backdoorbench_moe.kinds import KINDS
 from backdoorbench_moe.options import convert
 from backdoorbench_moe.plain import plain
 
-# They decide no number: another device or another place of the data keeps the digest.
+# These do not influence the numbers of a run, so they are left out of its digest.
 NOT_IN_DIGEST = ("recipe", "device")
 DATASET_NOT_IN_DIGEST = ("root", "download")
-# Keys that came later are written only where they are set, so that older digests hold.
+# These keys were added later. They are written only if they are set, so that the digests of older specs still hold.
 LEFT_OUT_IF_EMPTY = ("defenses", "files", "probe")
-# Also written where there is no attack: clean runs have had this name in their digest from the beginning.
+# Also written for clean runs: their digests have contained this name from the beginning.
 DEFAULT_ATTACK = "data-poisoning"
 
 
 @dataclass(frozen=True)
 class PartSpec:
-    """A part by name, with its options; the part checks the options when it is built."""
+    """Name and options of a part. The options are checked when the part is built.
+
+    Args:
+        name: Name of the part, such as "warp".
+        options: The options that are set, by name; the others take their defaults.
+    """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -44,7 +49,7 @@ class PartSpec:
         object.__setattr__(self, "options", plain(self.options))
 
     def to_dict(self) -> Values:
-        """{"name": ..., option: value, ...}."""
+        """Return the name and the options in one dict."""
         return {"name": self.name, **self.options}
 
 
@@ -54,15 +59,18 @@ class TrainSpec:
 
     Args:
         epochs: Passes over the training set, from 1.
-        batch_size: Images in a step, from 1; the last batch of an epoch may be smaller.
+        batch_size: Images per step, from 1; the last batch of an epoch may be smaller.
         optimizer: "sgd" or "adamw".
         lr: Peak learning rate, above 0.
-        momentum: Of SGD, in [0, 1).
-        nesterov: Use Nesterov momentum.
-        weight_decay: From 0; not applied to biases and norm parameters.
-        schedule: "constant", or "one-cycle": linear up over the first `warmup` share of all steps, then linear
-            down to 0.
-        warmup: Share of all steps, in [0, 1).
+        momentum: Momentum of SGD, in [0, 1).
+        nesterov: Use Nesterov momentum; `momentum` must then be above 0.
+        weight_decay: Weight decay, from 0; not applied to biases and norm parameters.
+        schedule: Learning rate over the steps: "constant", or "one-cycle", which rises linearly during the warmup and
+            then falls linearly to 0.
+        warmup: Share of all steps in which "one-cycle" rises, in [0, 1).
+
+    Raises:
+        ConfigError: A value is out of range.
     """
 
     epochs: int = 25
@@ -93,24 +101,27 @@ class TrainSpec:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Everything that decides the numbers of one run, the device it asks for, and what its folder shall hold.
+    """All settings of one run: what decides its numbers, the device, and what its folder records.
 
     Args:
         dataset: The data set.
         model: The architecture.
-        trigger: What is stamped on images; None where the attack stamps nothing, or there is no attack.
+        trigger: What is stamped on images; None if the attack stamps nothing, or if there is no attack.
         applicator: Where the trigger is applied; given if and only if there is a trigger.
         attack: Who the attacker is and what he controls; None for a clean run.
-        poison: Which training images are poisoned and what they are labelled.
+        poison: Which training images are poisoned, and which labels they get.
         train: How the victim trains.
         defenses: Applied one after the other to the trained model.
-        files: SHA-256 of every file that an option names, by the option's key, such as "trigger.image". It is filled
-            in when the run is made, and stands for the path in the digest.
-        probe: Number of test images whose routing is kept after every epoch; it changes no metric.
-        seed: Seed of the run; every other seed is derived from it.
+        files: SHA-256 of every file that an option names, by the option's key, such as "trigger.image". Filled in when
+            the run is made. The digest covers these hashes instead of the paths.
+        probe: Number of test images, from 0, whose routing is recorded after every epoch. Changes no metric.
+        seed: Seed of the run, from 0; every other seed is derived from it.
         precision: Precision of training and evaluation; "auto" is bf16 where the hardware has it.
         device: "auto", "cpu", "cuda" or "cuda:N"; not part of the digest.
         recipe: Name of the recipe that the values came from; not part of the digest.
+
+    Raises:
+        ConfigError: A value is out of range, or values contradict each other, such as a trigger without an attack.
     """
 
     dataset: PartSpec = PartSpec("signs")
@@ -154,7 +165,7 @@ class RunSpec:
                     yield kind.name, part
 
     def options_by_key(self) -> Iterator[tuple[str, str, PartSpec]]:
-        """Every part with its kind and the beginning of its options' keys, such as "trigger." or "defenses[0]."."""
+        """Every part as (kind, prefix, part); the keys of its options start with the prefix, such as "trigger."."""
         for kind in KINDS.values():
             value = getattr(self, kind.key)
             for place, part in enumerate(value if kind.repeated else (value,)):
@@ -162,7 +173,11 @@ class RunSpec:
                     yield kind.name, f"{kind.key}[{place}]." if kind.repeated else f"{kind.key}.", part
 
     def with_options(self, changed: Mapping[str, object]) -> RunSpec:
-        """The same run with other values of some options, by their keys."""
+        """Return a copy with other values for some options.
+
+        Args:
+            changed: New values by the key of the option, such as "trigger.size" or "defenses[0].ratio".
+        """
         parts: dict[str, Any] = {}
         for name, start, part in self.options_by_key():
             own = {key.removeprefix(start): value for key, value in changed.items() if key.startswith(start)}
@@ -171,16 +186,16 @@ class RunSpec:
         return replace(self, **parts)
 
     def without_paths(self) -> RunSpec:
-        """The same run without the paths of files whose content it holds the hash of."""
+        """Return a copy in which the options that name a file in `files` are None."""
         return self.with_options(dict.fromkeys(self.files)) if self.files else self
 
     def with_data(self, **options: object) -> RunSpec:
-        """The same run with other options of its data set, such as the `root` where the data lie now."""
+        """Return a copy with other options for the data set, such as a new `root`."""
         return replace(self, dataset=replace(self.dataset, options={**self.dataset.options, **options}))
 
     @property
     def attacked(self) -> bool:
-        """Whether an attacker had a hand in the making of this model."""
+        """Whether the model is attacked."""
         return self.attack is not None
 
     def to_dict(self) -> Values:
@@ -204,7 +219,11 @@ class RunSpec:
 
     @property
     def digest(self) -> str:
-        """Ten hex digits over everything that decides the numbers. Raises ConfigError for a class given by name."""
+        """First ten hex digits of a SHA-256 over everything that decides the numbers.
+
+        Raises:
+            ConfigError: A class is given by name and not yet resolved to its number.
+        """
         self.poison.check_numbered()
         values = {k: v for k, v in self.without_paths().to_dict().items() if k not in NOT_IN_DIGEST}
         values["dataset"] = {k: v for k, v in values["dataset"].items() if k not in DATASET_NOT_IN_DIGEST}
@@ -215,8 +234,8 @@ class RunSpec:
         """Name of the run's folder: readable parts, then the digest."""
         parts = [self.dataset.name, self.model.name, *self._attack_labels()]
         parts += [part.name for part in self.defenses]
-        safe = "-".join([*parts, f"s{self.seed}", self.digest])
-        return "".join(c if c.isalnum() or c in "-_." else "_" for c in safe)
+        name = "-".join([*parts, f"s{self.seed}", self.digest])
+        return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
 
     def _attack_labels(self) -> list[str]:
         if self.attack is None:
@@ -227,14 +246,14 @@ class RunSpec:
 
 
 def _write_attack(attack: PartSpec | None) -> str | Values:
-    """An attack as its bare name where it has no options, as in records from before attacks had any."""
+    """Write an attack without options as its bare name, as records did before attacks had options."""
     if attack is None:
         return DEFAULT_ATTACK
     return attack.to_dict() if attack.options else attack.name
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> RunSpec:
-    """Read a spec from a nested dict, complete or not; what is missing takes its default.
+    """Read a spec from a nested dict; keys that are missing take their defaults.
 
     Raises:
         UnknownNameError: A key does not exist.
@@ -244,10 +263,10 @@ def spec_from_dict(values: Mapping[str, Any]) -> RunSpec:
 
 
 def _fill_in_attack(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Settle what the attack implies for keys that are left open.
+    """Fill in the keys that follow from the attack.
 
-    Without a trigger the default attack is no attack: so clean runs have always been written. An attack other than
-    the default one has no trigger unless one is given.
+    The default attack with the trigger null means no attack, because clean runs have always been written this way. Any
+    other attack has no trigger and no applicator unless they are given.
     """
     if not isinstance(values, Mapping):
         return values

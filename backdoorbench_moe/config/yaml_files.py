@@ -42,7 +42,7 @@ def load_yaml(path: Path) -> Values:
 
     Raises:
         ConfigError: The file cannot be read, is not valid YAML, or holds no mapping of plain values. The message
-            names the file, and the line where there is one.
+            names the file, and the line if it is known.
     """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)

@@ -1,4 +1,4 @@
-"""Any folder of class folders."""
+"""The data set that reads images from any folder with one subfolder for each class."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError
 from backdoorbench_moe.ops.seeding import generator
 
 Files = list[tuple[Path, int]]
-# In any case. Of the test folder's names, the first that is there counts.
+# Compared without regard to case. The first group that matches a folder is used.
 TRAIN_NAMES = (("train", "training"),)
 TEST_NAMES = (("test", "testing"), ("val", "valid", "validation"))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the class folders lie.
+    """Where the class folders are.
 
     Attributes:
-        root: The folder that was named.
-        train: Holds the training images' class folders; `root` itself if there is no split.
-        test: Holds the test images' class folders; None if there is no split.
+        root: The folder that the user named.
+        train: The folder with the class folders for training; `root` itself if there is no split.
+        test: The folder with the class folders for testing; None if there is no split.
         classes: Names of the classes, by number.
     """
 
@@ -41,24 +41,30 @@ class Layout:
 class Folder(Dataset):
     """Images in one folder for each class, of any size and in any format that Pillow decodes.
 
-    The folder holds `train/<class>/...` and `test/<class>/...`, or `<class>/...`, which is then split. The names are
-    taken in any case, `training`, `testing`, `val`, `valid` and `validation` too; a validation folder is the test set
-    only if there is no test folder. Classes are numbered by the names of their folders: by value if all are numbers
-    (2 before 10), otherwise as text. Images lie in a class folder or at any depth below it. Files that are no images
-    are left out, and a warning counts them by suffix; what operating systems and notebooks leave behind (`.DS_Store`,
-    `Thumbs.db`, `__MACOSX`, `.ipynb_checkpoints`, ...) is passed over. A link that leads out of the folder is an error.
+    The folder holds either `train/<class>/...` and `test/<class>/...`, or only `<class>/...`, which is then split.
+    `training`, `testing`, `val`, `valid` and `validation` are accepted too, in upper or lower case. A validation folder
+    is the test set only if there is no test folder. Classes are numbered in the order of their folders' names: by value
+    if all names are numbers (2 before 10), otherwise as text. Images may be at any depth below their class folder.
 
-    Images are turned upright as their EXIF orientation says. Of a file with several frames or pages the first is
-    read, and a warning counts such files. Grey and palette images become RGB, which loses nothing. Images of more than
-    8 bits a channel, CMYK images and those with transparent pixels have no exact 8-bit RGB form and are refused.
+    Files that are not images are skipped, and a warning counts them by suffix. Files of operating systems and notebooks
+    (`.DS_Store`, `Thumbs.db`, `__MACOSX`, `.ipynb_checkpoints`, ...) are skipped silently. A link to a target outside
+    the folder is an error.
+
+    Images are rotated as their EXIF orientation says. If a file has several frames or pages, the first is read, and a
+    warning counts such files. Grey and palette images are converted to RGB without loss. Images with more than 8 bits
+    per channel, CMYK images and images with transparent pixels cannot be converted exactly and are refused.
 
     Args:
         root: The folder.
-        test_fraction: Share of each class that is kept for the test, in (0, 1); the same images at every call, at
-            least one of each class on either side. Without effect if there is a training and a test folder.
-        image_size: The shorter side becomes this many pixels (bilinear, antialiased), then the middle is cut out.
+        test_fraction: Share of each class that is used for testing if there is no test folder, in (0, 1). The split is
+            always the same, and both parts have at least one image of each class.
+        image_size: Side of the square images, in pixels. Images are resized so that the shorter side has this size
+            (bilinear, antialiased), then cropped at the centre.
         train_images: Keep this many training images, as in `Dataset`.
         test_images: Keep this many test images, as in `Dataset`.
+
+    Raises:
+        ConfigError: A value is out of range.
     """
 
     def __init__(
@@ -78,26 +84,27 @@ class Folder(Dataset):
 
     @classmethod
     def write_tiny(cls, folder: Path) -> dict[str, object]:
-        """As `Dataset.write_tiny`."""
+        """Write a small data set for the conformance tests; see `Dataset.write_tiny`."""
         from backdoorbench_moe.data.tiny_files import write_folder
 
         write_folder(folder)
         return {"root": str(folder)}
 
     def source(self) -> Path | None:
-        """The folder."""
+        """Return the folder, or None if it does not exist."""
         root = data_root(self.root)
         return root if root.is_dir() else None
 
     def class_names(self) -> tuple[str, ...]:
-        """Return the names of the class folders, by number; reads no image."""
+        """Return the names of the classes, by number, without reading images."""
         return _find_layout(data_root(self.root), LeftOut()).classes
 
     def read(self) -> ImageSet:
         """List and decode the files.
 
         Raises:
-            DataError: The message names the file or folder and what is wrong with it.
+            DataError: The layout is unclear, a class has too few images, or a file cannot be read. The message names
+                the file or folder.
         """
         left_out = LeftOut()
         layout = _find_layout(data_root(self.root), left_out)
@@ -139,7 +146,11 @@ class Folder(Dataset):
 
 
 def _find_layout(root: Path, left_out: LeftOut) -> Layout:
-    """Find the class folders. Raises DataError if there are none, or the layout is not clear."""
+    """Find the class folders, and count other files in `left_out`.
+
+    Raises:
+        DataError: There are no class folders, or it is unclear which ones are meant.
+    """
     if not root.is_dir():
         raise DataError(f"folder: {root}: expected a folder of class folders, found none")
     train, test = (_find_split(root, names) for names in (TRAIN_NAMES, TEST_NAMES))
@@ -158,7 +169,11 @@ def _find_layout(root: Path, left_out: LeftOut) -> Layout:
 
 
 def _find_split(root: Path, choices: tuple[tuple[str, ...], ...]) -> Path | None:
-    """The folder of one split; of the first choice that is there. Raises DataError if two folders fit it."""
+    """Find the folder of a split by the first group of names that matches any; None if no group does.
+
+    Raises:
+        DataError: Two folders match the same group.
+    """
     for names in choices:
         found = [path for path in list_folder(root)[0] if path.name.casefold() in names]
         if len(found) > 1:
@@ -177,7 +192,7 @@ def _class_folders(folder: Path, left_out: LeftOut) -> list[Path]:
 
 
 def _list_images(layout: Layout, folder: Path, left_out: LeftOut) -> Files:
-    """The images of every class, by class, folder and name. Raises DataError if there are none."""
+    """List the images with their labels, sorted by class, folder and name. Raises DataError if there are none."""
     files = [
         (path, label)
         for label, name in enumerate(layout.classes)
@@ -191,7 +206,7 @@ def _list_images(layout: Layout, folder: Path, left_out: LeftOut) -> Files:
 
 
 def _warn_of_choices(layout: Layout) -> None:
-    """Say what a user could have meant otherwise: the order of numbers, and folders beside those that are read."""
+    """Warn of choices that may surprise: the order of numbered classes, and folders that are not read."""
     says = []
     if list(layout.classes) != sorted(layout.classes):
         says.append("all class folders are numbers and sorted as such (2 before 10)")

@@ -27,12 +27,12 @@ CLUTTER = frozenset(
         "thumbs.db",
     }
 )
-# The other half of a file from macOS ("._cat.png"), which is no image whatever its suffix.
+# The other half of a file from macOS ("._cat.png"), which is not an image, whatever its suffix.
 APPLE_DOUBLE = "._"
 
 
 class LeftOut:
-    """Counts what lies in a folder and is not read, by what it is, to be said in one warning."""
+    """Counts the files in a folder that are not read, by type, for one warning."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""STRIP, and its idea applied to routing: input filters that blend an image with clean ones."""
+"""STRIP, and STRIP on routing: input filters that blend each image with clean images."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from backdoorbench_moe.ops.routing import jaccard
 from backdoorbench_moe.ops.seeding import generator
 
 BlendMode = Literal["mean", "sum"]
-# Values of the superpositions that are computed at a time: 8,000 images of 3x32x32, 25 MB.
+# Number of pixel values that are computed at a time: 8,000 images of 3x32x32, 25 MB.
 CHUNK_VALUES = 8000 * 3 * 32 * 32
 
 
 class SuperpositionFilter(Defense):
     """Base class of input filters that blend an input with clean images and measure how little the model reacts.
 
-    A backdoored model's answer to a triggered image depends on the trigger only, so it stays the same when another
-    image is blended in. The model itself is not changed. The judgement holds the threshold, and the number of images
-    that it was calibrated on (`details["calibrated_on"]`).
+    A backdoored model's prediction for a triggered image depends mostly on the trigger, so it stays the same when
+    another image is blended in. The model is not changed. The judgement holds the threshold and, as
+    `details["calibrated_on"]`, the number of images that were used to set it.
 
-    Departures from STRIP: the images to blend with are drawn once and are the same for every input, so that the
-    score is a function of the image; STRIP draws them for each input. The threshold is a quantile of the scores of
-    clean images; STRIP fits a normal distribution to them.
+    Departures from STRIP: STRIP draws new images to blend with for each input. Here they are drawn once, so that the
+    same input always gets the same score. STRIP fits a normal distribution to the scores of clean images. Here the
+    threshold is a quantile of these scores.
 
     Args:
         blends: Number of the defender's images that each input is blended with, from 2.
-        blend: "mean" is the mean of both images. "sum" is their sum, clipped at white, as in STRIP's code; a black
-            trigger does not show in it.
+        blend: "mean" is the mean of both images. "sum" is their sum, clipped at white, as in STRIP's code; it hides a
+            black trigger.
         fpr: Highest false positive rate, in (0, 1): the chance that a clean image is rejected.
-        calibrate: The threshold is set on up to this many of the defender's other images.
+        calibrate: Largest number of the defender's remaining images that are used to set the threshold.
         clean_fraction: Share of the training images that the defender holds, in (0, 1]. The victim was trained on
             these images.
 
@@ -80,7 +80,7 @@ class SuperpositionFilter(Defense):
             num_classes: Number of classes.
 
         Raises:
-            ConfigError: They are too few to set a threshold for `fpr`.
+            ConfigError: The defender would hold too few images to set a threshold for `fpr`.
         """
         count = super().count(images, num_classes)
         left = count - self.blends
@@ -92,7 +92,7 @@ class SuperpositionFilter(Defense):
         return count
 
     def defend(self, task: DefenseTask) -> DefenseResult:
-        """Draw the images to blend with, and calibrate the threshold on other images."""
+        """Draw the images to blend with, and set the threshold with the defender's remaining images."""
         clean = task.clean.images
         order = torch.randperm(len(clean), generator=generator(task.seed, "blends")).to(clean.device)
         over, others = order[: self.blends], order[self.blends : self.blends + self.calibrate]
@@ -113,14 +113,14 @@ class SuperpositionFilter(Defense):
 
     @abstractmethod
     def measure_constancy(self, task: DefenseTask) -> Callable[[Tensor, int], Tensor]:
-        """Return a function that measures how little the model reacts to what is blended in.
+        """Return a function that measures how little the model reacts to the images that are blended in.
 
         Args:
-            task: The task, whose model is measured.
+            task: Holds the model to measure.
 
         Returns:
-            A function of images (B * n, 3, H, W) uint8, of which each n in a row are the superpositions of one
-            input, and of n. It returns (B,) scores; higher is more constant.
+            A function `constancy(images, n)`. Its images are (B * n, 3, H, W) uint8: n superpositions of the first
+            input, then n of the second, and so on. It returns (B,) scores; higher is more constant.
         """
 
 
@@ -162,7 +162,7 @@ def superimpose(images: Tensor, overlays: Tensor, mode: BlendMode) -> Tensor:
 
 
 class Strip(SuperpositionFilter):
-    """Reject images whose prediction stays the same when clean images are blended in (STRIP).
+    """STRIP: reject an image if its prediction stays confident when clean images are blended in.
 
     The score is minus the mean entropy, in nats, of the predictions on the superpositions. Works on any model. See
     `SuperpositionFilter` for the departures from the original.
@@ -189,15 +189,15 @@ class Strip(SuperpositionFilter):
 
 
 class RoutingStrip(SuperpositionFilter):
-    """Reject images whose routing stays the same when clean images are blended in.
+    """STRIP on routing: reject an image if its routing stays the same when clean images are blended in.
 
     Needs a routed model. The score is the mean over the routed layers. See `SuperpositionFilter` for the departures
     from the original.
 
     Args:
-        statistic: How constant the routing is, in [0, 1]. "jaccard": mean Jaccard index of the selected (expert,
-            patch) pairs of two superpositions, over all pairs of superpositions. "jensen-shannon": 1 minus the
-            Jensen-Shannon divergence of the gates of all superpositions, as a share of its maximum.
+        statistic: Measure of how constant the routing is, in [0, 1]. "jaccard": Jaccard index of the (expert, patch)
+            pairs that are selected in two superpositions, averaged over all pairs of superpositions. "jensen-shannon":
+            1 minus the Jensen-Shannon divergence of the gates of all superpositions, divided by its maximum.
         blends: Number of the defender's images that each input is blended with, from 2.
         blend: How two images are blended: "mean", or "sum", clipped at white.
         fpr: Highest false positive rate, in (0, 1): the chance that a clean image is rejected.
@@ -209,7 +209,7 @@ class RoutingStrip(SuperpositionFilter):
             routing.
 
     Source:
-        The idea of STRIP (Gao et al., ACSAC 2019) with routing in the place of predictions.
+        The idea of STRIP (Gao et al., ACSAC 2019), applied to routing instead of predictions.
     """
 
     reason = "routing stays constant whatever clean image is blended into the input"
@@ -234,7 +234,7 @@ class RoutingStrip(SuperpositionFilter):
         check_routed(model)
 
     def measure_constancy(self, task: DefenseTask) -> Callable[[Tensor, int], Tensor]:
-        """Measure the statistic, mean over the routed layers."""
+        """Measure the statistic, averaged over the routed layers."""
         name = "selected" if self.statistic == "jaccard" else "gates"
         measure = selection_constancy if self.statistic == "jaccard" else gate_constancy
 
@@ -250,8 +250,8 @@ def mean_entropy(logits: Tensor, count: int) -> Tensor:
     """Compute the mean entropy of the predictions on the superpositions of each image.
 
     Args:
-        logits: (B * n, classes); each n rows in a row belong to one image.
-        count: n.
+        logits: (B * n, classes); n consecutive rows belong to one image.
+        count: Number of superpositions n of each image.
 
     Returns:
         (B,) float64, in nats.
@@ -261,7 +261,7 @@ def mean_entropy(logits: Tensor, count: int) -> Tensor:
 
 
 def selection_constancy(selected: Tensor) -> Tensor:
-    """Compute the mean Jaccard index of two selections, over all pairs of n selections.
+    """Compute the Jaccard index of two selections, averaged over all pairs of n selections.
 
     Args:
         selected: (B, n, E, P) bool.
@@ -278,12 +278,12 @@ def selection_constancy(selected: Tensor) -> Tensor:
 def gate_constancy(gates: Tensor) -> Tensor:
     """Compute 1 - JS / log n, where JS is the Jensen-Shannon divergence of n sets of gates.
 
-    JS is the mean Kullback-Leibler divergence of the sets from their mean. Each set is normalised to one
-    distribution over (expert, patch). For gates that sum to 1 over the patches of every expert (or over the experts
-    of every patch), JS equals the mean divergence of the distributions of the experts (or of the patches).
+    Each set is first normalised to one distribution over all (expert, patch) pairs. JS is the mean Kullback-Leibler
+    divergence of these distributions from their mean. If the gates of each expert sum to 1 over the patches, JS equals
+    the mean of the divergences of the single experts; if those of each patch sum to 1, of the single patches.
 
     Args:
-        gates: (B, n, E, P), from 0.
+        gates: (B, n, E, P), not negative.
 
     Returns:
         (B,) float64 in [0, 1].

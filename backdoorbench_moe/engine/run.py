@@ -53,7 +53,7 @@ class Run:
         return model
 
     def located_spec(self) -> RunSpec:
-        """The spec with its named files where they lie now: the copies in the folder, or the paths of then.
+        """The spec with current paths of its named files: the copies in the run folder, or the original paths.
 
         Raises:
             RecordError: A file is missing or not the one that the run was made with.

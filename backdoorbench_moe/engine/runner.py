@@ -1,4 +1,4 @@
-"""Finding or making the runs that a spec asks for, in the order that their graph demands."""
+"""Find or make the run of a spec, and first the runs that it depends on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run_attack(
 ) -> list[Run]:
     """Attack a model and measure it, with several seeds.
 
-    A run that lies finished in `output` is not made again; one that was interrupted continues after its last epoch.
+    A finished run in `output` is reused. An interrupted one continues after its last completed epoch.
 
     Args:
         spec: The run with the first seed.
@@ -59,18 +59,18 @@ def run_defense(
     device: str | None = None,
     observer: Observer | None = None,
 ) -> Run:
-    """Defend the model of a finished run; the defended run lies in a folder of its own.
+    """Defend the model of a finished run. The defended run gets its own folder.
 
     Args:
         run: The run to defend.
         defense: The defense.
-        output: Folder of run folders; the one that `run` lies in if None.
-        data_root: Where the data lie now; where the run found them if None.
-        device: Another device than the run's.
+        output: Folder of run folders; None for the one that contains `run`.
+        data_root: Folder of the data; None for the one that `run` used.
+        device: Device to compute on; None for the one that `run` asked for.
         observer: Receives progress.
 
     Returns:
-        The defended run. It is compared with the clean twin if that one lies beside `run`; none is trained.
+        The defended run. It is compared with the clean twin if the twin is finished and next to `run`.
 
     Raises:
         BbmoeError: Anything that the user can correct.
@@ -92,12 +92,12 @@ class Runner:
     """Finds or makes runs on the same data, device and precision.
 
     Args:
-        spec: Any of these runs; its data set, device and precision count.
+        spec: Spec of any of these runs. Only its data set, device and precision are used.
         output: Folder of run folders.
         observer: Receives progress.
 
     Raises:
-        BbmoeError: A name is unknown, or the device or the folder of the data is not there.
+        BbmoeError: A name is unknown, or the device or the data folder does not exist.
     """
 
     def __init__(self, spec: RunSpec, output: Path | str = "runs", observer: Observer | None = None) -> None:
@@ -105,7 +105,7 @@ class Runner:
         self.output = Path(output)
 
     def maker(self, spec: RunSpec) -> Maker:
-        """The maker of a run, with all its parts built and checked against the data and each other.
+        """Return the maker of a run. All parts are built, and checked against the data and each other.
 
         Raises:
             BbmoeError: Anything that would stop the run before its first step.
@@ -121,7 +121,7 @@ class Runner:
         return maker
 
     def attack(self, spec: RunSpec, *, twin: bool = True) -> Run:
-        """The finished run of a spec, compared with its clean twin if wanted; see `run_attack`."""
+        """Return the finished run of a spec. With `twin`, compare it with its clean twin; see `run_attack`."""
         spec = self.workplace.resolve(spec)
         run, clean = self.finish(spec), reference(spec)
         if clean is None or not twin:
@@ -129,18 +129,18 @@ class Runner:
         return link_twin(run, self.finish(clean, wait=True), self.workplace)
 
     def compare(self, run: Run) -> Run:
-        """Compare a run with its clean twin if that one lies finished in the same output; none is trained."""
+        """Compare a run with its clean twin if the output has a finished one; a missing twin is not trained."""
         clean = reference(run.spec)
         if clean is None or (found := self._find(RunFolder(self.output / clean.name), clean)) is None:
             return run
         return link_twin(run, found, self.workplace)
 
     def finish(self, spec: RunSpec, *, wait: bool = False, inputs: Mapping[str, Run] | None = None) -> Run:
-        """The finished run of a spec: read from disk, or made now.
+        """Return the finished run of a spec. It is read from disk, or made if it does not exist.
 
         Args:
             spec: The run.
-            wait: Wait if another process is making it; otherwise that is an error.
+            wait: If another process is making the run, wait for it; if False, raise an error.
             inputs: The runs that it is made from, by role; found or made in the same output if None.
 
         Raises:
@@ -152,7 +152,7 @@ class Runner:
         if found := self._find(folder, spec):
             observer.on_found(str(folder.path))
             return found
-        # Everything is checked before anything is written or trained, the runs it is made from included.
+        # Check everything before anything is written or trained, including the runs that this one is made from.
         maker = None if folder.exists else self.maker(spec)
         if inputs is None:
             inputs = {role: self.finish(needed, wait=True) for role, needed in needs(spec).items()}
@@ -167,7 +167,8 @@ class Runner:
     def _find(self, folder: RunFolder, spec: RunSpec) -> Run | None:
         """The finished run in a folder; None if there is none.
 
-        The digest leaves out where the data lie; and data, plug-ins and the model file may have changed since.
+        The digest does not cover the location of the data. Therefore check that data, plug-ins and model file are
+        still those that the run was made with.
 
         Raises:
             RecordError: The run was made from other data or with other plug-ins, or its model was replaced.

@@ -40,7 +40,7 @@ def triggered_test(images: ImageSet, attack: Attack, stamp: Stamp | None) -> Tri
 
     Args:
         images: The data.
-        attack: Says which images count and what they are to be called.
+        attack: Decides which images count, and as which class they should be predicted.
         stamp: The test form of the trigger; None for an attack without one, whose images stay as they are.
 
     Raises:

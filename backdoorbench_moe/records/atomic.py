@@ -1,4 +1,4 @@
-"""Writing a file so that it is there whole or not at all."""
+"""Atomic writes: a file is either replaced completely or left unchanged."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether a record lies here. Raises RecordError for a path that cannot be (too long, no access)."""
+        """Whether the folder has a record. Raises RecordError for a path that cannot be (too long, no access)."""
         try:
             return (self.path / RECORD).is_file()
         except OSError as error:
@@ -119,7 +119,7 @@ class RunFolder:
         self._save_arrays(PROBE, arrays)
 
     def load_probe(self) -> dict[str, np.ndarray] | None:
-        """Read what a probe saw; None where the run has none. Raises RecordError if it is damaged."""
+        """Read what a probe saw; None if the run has none. Raises RecordError if it is damaged."""
         return self._load_arrays(PROBE, "probe") if (self.path / PROBE).exists() else None
 
     def _save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
@@ -147,7 +147,7 @@ class RunFolder:
         self._write(f"{CHECKPOINT}/state.safetensors", lambda path: _save_tensors(tensors, path, header))
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Read the last checkpoint; None where there is none. Raises RecordError if it is damaged."""
+        """Read the last checkpoint; None if there is none. Raises RecordError if it is damaged."""
         file = self.path / CHECKPOINT / "state.safetensors"
         if not file.exists():
             return None

@@ -1,4 +1,4 @@
-"""The record: everything that is known of a run, as a typed schema."""
+"""The record of a run, as a typed schema."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ SCHEMA_VERSION = 3
 class Input(TypedDict):
     """A run that this one was made from.
 
-    role: such as "parent". run: name of its folder. digest: its spec's digest. sha256: of its model file. The last two
-    are None in runs that were made before they were recorded.
+    Attributes:
+        role: What the run is used as, such as "parent".
+        run: Name of its folder.
+        digest: Digest of its spec; None in old records.
+        sha256: SHA-256 of its model file; None in old records.
     """
 
     role: str
@@ -29,8 +32,12 @@ class Input(TypedDict):
 class NamedFile(TypedDict):
     """A file that an option of the spec names.
 
-    key: the option's, such as "trigger.image". name: of the file, without its folder. sha256: of its content. bytes:
-    its size. kept: the copy's path in the run folder; None for a large file.
+    Attributes:
+        key: Key of the option, such as "trigger.image".
+        name: Name of the file, without its folder.
+        sha256: SHA-256 of its content.
+        bytes: Size in bytes.
+        kept: Path of the copy inside the run folder; None for a large file, which is not copied.
     """
 
     key: str
@@ -41,7 +48,13 @@ class NamedFile(TypedDict):
 
 
 class Stage(TypedDict):
-    """The model at the end of a stage of a defense: name, metrics, and the seconds that the stage took."""
+    """The model at the end of a stage of a defense.
+
+    Attributes:
+        name: Name of the stage, such as "before" or "pruned".
+        metrics: Metrics of the model by name, as in `Record.metrics`.
+        seconds: Duration of the stage in seconds.
+    """
 
     name: str
     metrics: dict[str, dict[str, float]]
@@ -51,9 +64,13 @@ class Stage(TypedDict):
 class Judged(TypedDict):
     """A judgement of a defense.
 
-    about: "input", "sample" (of the training set), "class", "expert" or "model". scores: by name; None where they are
-    in scores.npz, or are not kept. threshold: a score beyond it is suspicious; None where there is none. suspicious:
-    names of what is, or their number where they are in scores.npz. reason: one sentence. details: anything else.
+    Attributes:
+        about: What was judged: "input", "sample" (of the training set), "class", "expert" or "model".
+        scores: Scores by the name of what was judged; None if they are in `scores.npz` or were not saved.
+        threshold: Scores beyond it are suspicious; None if the defense sets no threshold.
+        suspicious: Names of what is suspicious; only their number if `scores.npz` holds their indices.
+        reason: The reason, in one sentence.
+        details: Further values of the defense.
     """
 
     about: str
@@ -67,8 +84,16 @@ class Judged(TypedDict):
 class DataFacts(TypedDict):
     """The data of a run.
 
-    digest: SHA-256 over images and labels. fingerprint: SHA-256 over names, sizes and times of the files they were read
-    from; None for data without files. chance: share of the most frequent class of the test images, in percent.
+    Attributes:
+        name: Name of the data set.
+        classes: Names of the classes, by number.
+        image_size: Side of the square images, in pixels.
+        digest: SHA-256 over images and labels.
+        train_images: Number of training images.
+        test_images: Number of test images.
+        clean_images: Number of training images that the defender holds.
+        fingerprint: SHA-256 over names, sizes and times of the files that were read; None for data without files.
+        chance: Share of the test images that are of the most frequent class, in percent.
     """
 
     name: NotRequired[str]
@@ -83,7 +108,14 @@ class DataFacts(TypedDict):
 
 
 class Environment(TypedDict):
-    """What a run was made with."""
+    """The software and hardware that a run was made with.
+
+    Attributes:
+        packages: Versions of packages by name.
+        device: Name of the device.
+        precision: "fp32" or "bf16".
+        threads: Number of CPU threads of PyTorch.
+    """
 
     packages: dict[str, str]
     device: str
@@ -93,30 +125,32 @@ class Environment(TypedDict):
 
 @dataclass
 class Record:
-    """Everything that is known of a run, as `record.json` holds it.
+    """The record of a run; `record.json` holds it.
 
     Attributes:
         spec: The spec as a plain dict; see `run_spec`.
         digest: The spec's digest.
         status: "running", "interrupted", "failed" or "finished".
         data: See `DataFacts`.
-        parts: Values that the options of model, trigger, applicator and defense took.
-        poison: Number of poisoned images `n`, rate and target; cover and noise if there are such; None if clean.
-        metrics: Metrics by name (see `backdoorbench_moe.metrics`): {"value": percent, "n": images, "low": ..,
-            "high": ..}, the interval Wilson's at 95%, or that of Newcombe for `auroc`; `cad` has no interval.
+        parts: Options of model, trigger, applicator and defense with the values that were used, defaults included.
+        poison: Number of poisoned images `n`, rate and target, and the cover and noise groups if there are any; None
+            for a clean run.
+        metrics: Metrics by name (see `backdoorbench_moe.metrics`): {"value": percent, "n": images, "low": percent,
+            "high": percent}. The 95% interval is Wilson's, or Newcombe's for `auroc`; `cad` has none.
         history: One entry for each epoch of training or tuning.
-        timing: Seconds of the parts of the work.
+        timing: Durations in seconds, and images per second, by name.
         seeds: Seeds by purpose.
         environment: Versions, hardware, precision, threads; see `Environment`.
         inputs: The runs that this one was made from.
         files: The files that options of the spec name.
-        model_sha256: SHA-256 of the model file, from when the run was finished.
+        model_sha256: SHA-256 of the model file when the run finished.
         near_chance: Whether the clean accuracy is near chance, so that ASR says nothing about the trigger; None in
-            runs from before this was recorded.
-        clean_twin: Name of the folder of the clean run that it is compared with.
-        stages: Of a defended run: "before", then each stage; the last has the run's own metrics.
-        judgements: What a defense judged.
-        error: Why the run failed.
+            old records.
+        clean_twin: Name of the folder of the clean run that this run is compared with; None if there is none.
+        stages: For a defended run, "before" and then each stage of the defense; empty otherwise. The metrics of the
+            last stage are those of the run.
+        judgements: The judgements of a defense.
+        error: Why the run failed; None if it did not fail.
         schema_version: Version of this schema.
     """
 
@@ -143,7 +177,7 @@ class Record:
 
     @classmethod
     def for_spec(cls, spec: RunSpec) -> Record:
-        """A record of a run that is about to start."""
+        """Make the record of a run that is about to start."""
         return cls(spec=spec.to_dict(), digest=spec.digest)
 
     @property
@@ -153,11 +187,11 @@ class Record:
 
     @property
     def parent(self) -> str | None:
-        """Name of the folder of the run that was defended; None for an undefended run."""
+        """Name of the parent's folder, that is, of the run that was defended; None for an undefended run."""
         return next((each["run"] for each in self.inputs if each["role"] == "parent"), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as plain values that any JSON reader takes: numbers that are not finite become None."""
+        """Return the record as plain values that any JSON reader accepts: NaN and infinity become None."""
         values: dict[str, Any] = _finite(asdict(self))
         return values
 

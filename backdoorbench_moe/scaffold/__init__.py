@@ -49,7 +49,7 @@ def plan_package(name: str, kinds: Sequence[str] = ("trigger",)) -> Plan:
     """Check the name of a new package and the kinds of its parts; nothing is written.
 
     Raises ConfigError for a name that pip or Python would not take, or that a package, a module or a part
-    has already; UnknownNameError for a kind that is none.
+    has already; UnknownNameError for an unknown kind.
     """
     for kind in kinds:
         if kind not in KINDS:
@@ -102,7 +102,7 @@ def render_package(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _taken(plan: Plan) -> str | None:
-    """What has the package's name, its module's or its parts'; None where they are free."""
+    """What has the package's name, its module's or its parts'; None if they are free."""
     try:
         return f"a package of that name is installed ({version(plan.package)})"
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The conformance tests over one installed package, run in a process of their own, and their outcome."""
+"""Run the conformance tests on an installed package, in a separate process, and collect the outcome."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Failure:
         cases: Number of its cases.
         case: The first case that fails.
         reason: The error of that case.
-        line: The line of code that raised it; empty if Python itself ended.
+        line: The line of code that raised it; empty if the process ended.
     """
 
     test: str
@@ -48,7 +48,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Deviation:
-    """A test that a part fails and declares to fail.
+    """A test that a part fails, as it declares in its `deviations`.
 
     Attributes:
         test: Name of the test.
@@ -72,11 +72,11 @@ class PartCheck:
         name: Name of the part.
         result: "passes"; "fails"; or "broken" if the part cannot be used.
         passed: Number of cases that passed.
-        failed: Number of cases that failed although the part does not declare it.
+        failed: Number of cases that failed and are not declared as deviations.
         skipped: Number of cases that were skipped.
-        reason: Why the part is broken, or why it fails as a whole.
-        failures: The tests that failed.
-        deviations: The tests that failed as the part declares.
+        reason: Why the part is broken, or why none of its tests ran; None otherwise.
+        failures: The tests that failed, without the declared ones.
+        deviations: The tests that failed and are declared as deviations.
     """
 
     kind: str
@@ -113,13 +113,13 @@ class PackageCheck:
 
 
 def check_package(package: str, *, timeout: float) -> PackageCheck:
-    """Run the conformance tests over everything an installed package registers.
+    """Run the conformance tests on every part that an installed package registers.
 
     A part that cannot be used is reported with its reason and is not tested; the others are.
 
     Args:
         package: Name of the package.
-        timeout: Seconds that one test may take. It needs pytest-timeout; without it there is no limit.
+        timeout: Seconds that one test may take. Has no effect if pytest-timeout is not installed.
 
     Raises:
         UnknownNameError: The package is not installed.
@@ -171,13 +171,13 @@ def find_candidates(package: str) -> list[Candidate]:
 
 
 def _run_tests(package: str, timeout: float) -> list[Row]:
-    """Run the tests, and return a row for every case; the last one may be a case that ended Python."""
+    """Run the tests and return a row for every case. If a case ended the process, its row is the last one."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"}
     with tempfile.TemporaryDirectory(prefix="bbmoe-check-") as folder:
         report = Path(folder) / "report.jsonl"
         command = [sys.executable, "-m", "backdoorbench_moe.testing", package, f"--bbmoe-report={report}"]
         if find_spec("pytest_timeout"):
-            # A thread ends Python: compiled code that hangs cannot be interrupted.
+            # This method ends the whole process, because compiled code that does not return cannot be interrupted.
             command += [f"--timeout={timeout}", "--timeout-method=thread"]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         rows = [json.loads(line) for line in report.read_text().splitlines()] if report.exists() else []
@@ -195,7 +195,8 @@ def _run_tests(package: str, timeout: float) -> list[Row]:
 def _attribute(rows: list[Row], own: set[Part]) -> dict[Part, list[Row]]:
     """Return the rows of each part of the package.
 
-    If two parts of the package fail a test together, and only one of them fails a test by itself, that one is blamed.
+    Some tests use two parts. If such a test fails and only one of the parts also fails tests on its own, the failure
+    counts for that part alone.
     """
     teams = [own.intersection(row["parts"].items()) for row in rows]
     failing = [(row["outcome"] == "failed", team) for row, team in zip(rows, teams, strict=True)]

@@ -27,7 +27,7 @@ def make_task(model: nn.Module, name: str, **given: Any) -> tuple[DefenseTask, l
 
 
 def refusal(name: str, model_name: str) -> ConfigError | None:
-    """Why the defense cannot take the model; None where it can."""
+    """Why the defense cannot take the model; None if it can."""
     try:
         build(name).check(used_model(model_name))
     except ConfigError as error:

@@ -19,7 +19,7 @@ class Blend(Trigger):
 
     Args:
         ratio: Weight of the picture, in (0, 1]; 0.5 in the paper.
-        image: Path of a picture file. By default a picture that comes with this package, in the place of the paper's,
+        image: Path of a picture file. By default a picture that comes with this package, instead of the paper's,
             which cannot be distributed.
         seed: Not used, as nothing is random.
 

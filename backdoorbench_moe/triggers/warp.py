@@ -28,25 +28,26 @@ class Warp(Trigger):
 
     The offsets of the pixels are drawn once, from `seed`.
 
-    The noise form is WaNet's noise mode: the same distortion, and in addition a random offset of up to half a pixel
-    for every pixel of every image. The model thereby learns to react to this warp only, and not to warps like it.
-    "truncate" has no noise form.
+    The noise form is WaNet's noise mode: the same distortion plus a random offset of up to half a pixel for each pixel
+    of each image. It teaches the model to react to exactly this warp and to ignore similar ones. With "truncate" there
+    is no noise form.
 
-    Departure: WaNet draws the noise images and their offsets anew in every batch. Here they are drawn once, as an
-    attacker who only delivers data has to.
+    Departure: WaNet draws new noise images and offsets for every batch. Here they are drawn once, because an attacker
+    who poisons data has no influence on the batches.
 
     Args:
-        grid_size: Side k of the control grid, from 1.
-        strength: WaNet's s, above 0; about twice the mean shift in pixels.
-        sampling: "bilinear", as in WaNet, or "truncate", as in the BadPatches notebook, which also uses grid_size=2
-            and strength=0.25.
+        grid_size: Number of control points k along each side of the control grid, from 1.
+        strength: WaNet's s, above 0. The mean shift is about half as many pixels.
+        sampling: "bilinear", as in WaNet, or "truncate", as in the BadPatches notebook. The notebook also uses
+            grid_size=2 and strength=0.25.
         seed: Seed of the control grid and of the noise form's offsets.
 
     Attributes:
         control_grid: The normalised control grid, (1, 2, k, k) float32 on the CPU; channel 0 holds the x offsets.
 
     Raises:
-        ConfigError: A value is out of range.
+        ConfigError: `grid_size` or `strength` is out of range.
+        UnknownNameError: `sampling` is unknown.
 
     Source:
         WaNet, equations 4 and 5, and its noise mode; the notebooks of BadPatches (arXiv 2505.01811).
@@ -67,17 +68,22 @@ class Warp(Trigger):
         self._fields: dict[object, Tensor] = {}
 
     def stamp(self, images: Tensor) -> Tensor:
-        """Warp the images; gradients flow to the pixels that were sampled."""
+        """Warp the images; gradients flow back to the pixels that were sampled."""
         field = self._field(images)
         return take_pixels(images, field) if self.sampling == "truncate" else warp_bilinear(images, field)
 
     @property
     def has_noise(self) -> bool:
-        """Whether the trigger has a noise form: with bilinear sampling only."""
+        """Whether the trigger has a noise form; true only for bilinear sampling."""
         return self.sampling == "bilinear"
 
     def stamp_noise(self, images: Tensor, places: Tensor) -> Tensor:
-        """Warp the images, with a random offset of up to half a pixel more along both axes."""
+        """Warp the images, and shift each pixel by an additional random offset of up to half a pixel along each axis.
+
+        Args:
+            images: (B, C, H, W).
+            places: (B,) int64, the index of each image in the training set; the offsets depend on it.
+        """
         if not self.has_noise:
             return super().stamp_noise(images, places)
         height, width = images.shape[-2:]
@@ -86,7 +92,7 @@ class Warp(Trigger):
         return warp_bilinear(images, grid)
 
     def _field(self, images: Tensor) -> Tensor:
-        """The field for images of this size, on their device and in their precision."""
+        """The field for images of this size, on their device; float64 for float64 images, otherwise float32."""
         height, width = images.shape[-2:]
         dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
         key = (height, width, images.device, dtype)

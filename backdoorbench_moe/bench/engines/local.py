@@ -174,7 +174,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os._exit(1)  # Whatever it was doing: files are written whole, and runs go on from their last epoch.
+    os._exit(1)  # Safe at any time: files are written atomically, and runs continue from their last epoch.
 
 
 def _is_wanted() -> bool:

@@ -50,8 +50,8 @@ FAILED, UNFINISHED = 1, 3
 @click.option("--budget", metavar="TIME", help="Stop when 90s, 9m or 1h30m are over.")
 @click.option("--dry-run", is_flag=True, help="List the runs and how long they will take; train nothing.")
 @click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
-@click.option("--data-root", metavar="DIR", help="Where the data set lies.")
-@click.option("--download", is_flag=True, default=None, help="Fetch the data set if it is not there.")
+@click.option("--data-root", metavar="DIR", help="Folder of the data set.")
+@click.option("--download", is_flag=True, default=None, help="Download the data set if it is missing.")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [auto]")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def command(

@@ -121,7 +121,7 @@ class Maker(ABC):
         return environment(device, precision, plugin_packages(self.spec), plugin_sources(self.spec))
 
     def model_header(self) -> dict[str, str]:
-        """What the model file says of itself: above all, whether it is backdoored."""
+        """Metadata of the model file, above all whether the model is backdoored."""
         return {
             "made_by": "backdoorbench_moe",
             "backdoored": "true" if is_attacked(self.spec) else "false",

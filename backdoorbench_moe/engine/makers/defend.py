@@ -38,10 +38,10 @@ from backdoorbench_moe.records import MODEL, Record, RunFolder
 
 
 def build_defenses(spec: RunSpec, setup: Setup) -> list[Defense]:
-    """Build all defenses of a spec and check them against its model, trained or not, and the data.
+    """Build all defenses of a spec and check them against its model, which need not be trained, and its data.
 
     Raises:
-        ConfigError: The message names the defense by its place, and its option.
+        ConfigError: A defense does not fit the model or the data. The message names it by its index, as "defenses[0]".
     """
     built = []
     for place, part in enumerate(spec.defenses):
@@ -76,14 +76,14 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 class Stages:
-    """Copies of a model at the end of each stage, with the seconds that the stage took; measured afterwards."""
+    """Copies of the model at the end of each stage, with the duration in seconds. They are measured afterwards."""
 
     def __init__(self, model: nn.Module) -> None:
         self.kept = [("before", copy.deepcopy(model), 0.0)]
         self._since = time.perf_counter()
 
     def add(self, name: str, model: nn.Module) -> None:
-        """Keep the model as it is now. Raises PluginError unless the name is a new non-empty string."""
+        """Copy the model as it is now. Raises PluginError if the name is empty or already used."""
         now = time.perf_counter()
         if not isinstance(name, str) or not name or name in [kept for kept, *_ in self.kept]:
             raise PluginError(f"defense: expected a new name for a stage, got {name!r}")
@@ -105,8 +105,8 @@ class DefenseMaker(Maker):
         """Load the parent's weights, and measure the model before the defense.
 
         Raises:
-            RecordError: The parent is another spec's run, was made from other data, its weights do not fit, or its
-                model does not give the numbers of its record.
+            RecordError: The parent is the run of another spec, was made from other data, or has weights that do not
+                fit; or its model does not reproduce the metrics of its record.
         """
         parent = inputs[PARENT]
         self._check_parent(parent)
@@ -133,7 +133,7 @@ class DefenseMaker(Maker):
         check_data(folder, record, self.workplace.images)
 
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
-        """Defend the model, measure every stage and save the last one; it starts over after an interruption."""
+        """Defend the model, measure every stage and save the last one. A continued run starts from the beginning."""
         started = time.perf_counter()
         if self.setup.plan is not None:
             folder.save_poison({name: group.numpy() for name, group in self.setup.plan.groups.items()})
@@ -160,7 +160,7 @@ class DefenseMaker(Maker):
         folder.save_model(kept[-1].state_dict(), self.model_header())
 
     def _measure_stages(self, kept: Sequence[nn.Module], result: DefenseResult) -> list[Metrics]:
-        """BA, ASR and RA of each stage's model; the last one behind its filter, where there is one."""
+        """BA, ASR and RA of the model of each stage; if the defense is a filter, the last one is measured with it."""
         judgement = result.filter
         if judgement is None:
             return self.measure(kept, recovery=True)
@@ -179,7 +179,7 @@ class DefenseMaker(Maker):
         return [*metrics, filtered]
 
     def _defend(self, stages: Stages, tuner: Tuner) -> DefenseResult:
-        """Hand the defense what it may know, and nothing that leads to the attacker."""
+        """Run the defense on a task that holds nothing from which it could identify the attack."""
         workplace, images = self.workplace, self.workplace.images
         given = {"num_classes": images.num_classes, "image_size": images.image_size}
         task = DefenseTask(
@@ -207,7 +207,7 @@ class DefenseMaker(Maker):
         return result
 
     def _grant(self, need: str) -> Any:
-        """What a defense gets for something that it declares it needs."""
+        """The data or function that a defense gets for one of the `needs` that it declares."""
         precision = self.workplace.precision
         grants: dict[str, Callable[[], Any]] = {
             "clean": self._clean_images,
@@ -218,7 +218,7 @@ class DefenseMaker(Maker):
         return grants[need]()
 
     def _training_set(self) -> Split:
-        """A copy of the training set as the victim had it."""
+        """A copy of the training set as the victim used it, with poisoned images."""
         train, plan = self.workplace.images.train, self.setup.plan
         if plan is None:
             return train.copy()
@@ -226,7 +226,7 @@ class DefenseMaker(Maker):
             return split.copy()
 
     def _clean_images(self) -> Split:
-        """A copy of the training images that the defender holds, truly labelled."""
+        """A copy of the training images that the defender holds, with their true labels."""
         images, stamper, plan = self.workplace.images, self.setup.stamper, self.setup.plan
         train = images.train
         count = self.defense.count(len(train), images.num_classes)
@@ -249,7 +249,7 @@ class DefenseMaker(Maker):
         return {"ba", "asr", "ra"} if self.spec.attacked else {"ba"}
 
     def new_record(self, inputs: Mapping[str, Run]) -> Record:
-        """The record at its start, with the parent and what the defense holds."""
+        """Make the record of a run that starts, with the defense's options, seed and number of clean images."""
         record = super().new_record(inputs)
         images = self.workplace.images
         record.parts["defense"] = describe(self.defense)
@@ -258,6 +258,6 @@ class DefenseMaker(Maker):
         return record
 
     def model_header(self) -> dict[str, str]:
-        """What the model file says of itself, its defenses included."""
+        """Metadata of the model file, with the names of the defenses and of the parent."""
         names = ", ".join(part.name for part in self.spec.defenses)
         return {**super().model_header(), "defended_by": names, "parent": needs(self.spec)[PARENT].name}

@@ -1,4 +1,4 @@
-"""MoE layers to build models from, in the place of an MLP.
+"""MoE layers to build models from, in place of an MLP.
 
 A sparse layer has three independent parts: a `Router` decides which experts process each token, `dispatch` computes
 them, and `Experts` are what is computed. To add another gate, subclass `LinearRouter` (or `Router`, if the logits are
