@@ -68,7 +68,7 @@ METRICS = {
         Metric("twin_asr", "attack success rate of the clean twin", "twin ASR", PERCENT, None),
         Metric(
             "twin_target_rate",
-            "target rate of the clean twin without the trigger",
+            "target rate of the clean twin",
             "twin, no trigger",
             PERCENT,
             None,
