@@ -20,7 +20,17 @@ from backdoorbench_moe.config import build_spec, merge, parse_setting
 from backdoorbench_moe.engine.runner import run_attack
 
 SPEED = Path(__file__).parents[2] / "benchmarks" / "speed"
-ENVIRONMENT_KEYS = {"cpu", "device", "git_commit", "packages", "platform", "precision", "python", "threads"}
+ENVIRONMENT_KEYS = {
+    "cpu",
+    "device",
+    "git_commit",
+    "packages",
+    "platform",
+    "precision",
+    "python",
+    "sources",
+    "threads",
+}
 
 
 def call(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
