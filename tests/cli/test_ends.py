@@ -70,7 +70,7 @@ def test_a_defense_and_an_analysis_end_so_too(tmp_path) -> None:
     words = ["defend", folder, "--defense", "fine-tuning", "--set", "epochs=900", "--set", "clean_fraction=1"]
     code, said = stopped(words, any_file(tmp_path, "*-fine-tuning-*/record.json"))
     assert (code, "by SIGTERM" in said) == (143, True)
-    assert [record["status"] for record in records(tmp_path) if record["parent"]] == ["interrupted"]
+    assert [record["status"] for record in records(tmp_path) if record["inputs"]] == ["interrupted"]
     process = subprocess.Popen(
         command("analyze", folder), stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT
     )

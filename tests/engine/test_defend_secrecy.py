@@ -166,8 +166,8 @@ def test_the_outcome_does_not_depend_on_the_attack(tmp_path, monkeypatch, part) 
     """The same weights under another trigger, target and poisoned set: the defended weights are the same."""
     # The model that is put in the place of the other attack's is not the one of its record.
     for check in ("check_model", "check_same"):
-        monkeypatch.setattr(makers_defend, check, lambda *_: None)
-    monkeypatch.setattr(runner, "check_model", lambda *_: None)
+        monkeypatch.setattr(makers_defend, check, lambda *_, **__: None)
+    monkeypatch.setattr(runner, "check_model", lambda *_, **__: None)
     one, two = defended_spec(part), defended_spec(part, trigger="blend", poison={"rate": 0.5, "target": 2})
     runs = []
     for spec in (one, two):
