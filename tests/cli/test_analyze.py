@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,26 +10,12 @@ import torch
 from PIL import Image
 from tiny import Tiny, tiny_spec
 
-from backdoorbench_moe import api, cli
+from backdoorbench_moe import api
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.runner import run_attack
 from backdoorbench_moe.errors import BbmoeError
 
 FAST = ("--carriers-images", "20")
-
-
-@pytest.fixture
-def bbmoe(capsys, monkeypatch):
-    """Run `bbmoe` in this process; gives exit code, stdout and stderr."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bbmoe", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture

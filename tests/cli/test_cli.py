@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from backdoorbench_moe import cli
 from backdoorbench_moe.collapse import MARK_LEGEND
 from backdoorbench_moe.errors import BbmoeWarning
 
@@ -20,20 +19,6 @@ SMALL = [
     *("--set", "model.widen_factor=1", "--set", "model.moe_channels=8", "--set", "model.expert_channels=4"),
     *("--poison-rate", "0.25"),
 ]  # fmt: skip
-
-
-@pytest.fixture
-def bbmoe(capsys, monkeypatch):
-    """Run `bbmoe` in this process; gives exit code, stdout and stderr."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bbmoe", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
 
 
 def test_attack_prints_its_metrics_and_json_prints_nothing_else(bbmoe, tmp_path) -> None:

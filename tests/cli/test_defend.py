@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 from tiny import tiny_spec
 
-from backdoorbench_moe import api, cli
+from backdoorbench_moe import api
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.runner import run_attack
 from backdoorbench_moe.errors import BbmoeError
@@ -23,20 +22,6 @@ PRUNING = (
     "--set",
     "epochs=1",
 )
-
-
-@pytest.fixture
-def bbmoe(capsys, monkeypatch):
-    """Run `bbmoe` in this process; gives exit code, stdout and stderr."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bbmoe", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture

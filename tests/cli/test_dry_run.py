@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import sys
 
 import pytest
 
-from backdoorbench_moe import cli
 from backdoorbench_moe.bench import estimate
 
 SMALL = [
@@ -18,19 +17,10 @@ SMALL = [
 
 
 @pytest.fixture
-def bbmoe(capsys, monkeypatch):
-    """Run `bbmoe`; gives exit code, stdout and stderr."""
+def bbmoe(bbmoe, monkeypatch):
+    """Run `bbmoe` on a wide terminal, with a short measurement."""
     monkeypatch.setattr(estimate, "SECONDS", 0.2)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bbmoe", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
+    return functools.partial(bbmoe, width=200)
 
 
 @pytest.mark.slow

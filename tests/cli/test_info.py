@@ -5,34 +5,17 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
-import sys
 import textwrap
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backdoorbench_moe import cli
 from backdoorbench_moe.cli.docstring_text import docstring_of, reflow, summary
 from backdoorbench_moe.config import build_spec
 from backdoorbench_moe.engine.names import REGISTRIES
 
 EVERY = [(kind, name) for kind, registry in REGISTRIES.items() for name in registry.names()]
-
-
-@pytest.fixture
-def bbmoe(capsys, monkeypatch):
-    """Run `bbmoe` on a terminal of some width; gives exit code, stdout and stderr."""
-
-    def run(*args: object, width: int = 80) -> tuple[int, str, str]:
-        monkeypatch.setenv("COLUMNS", str(width))
-        monkeypatch.setattr(sys, "argv", ["bbmoe", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
 
 
 @pytest.mark.parametrize(("kind", "name"), EVERY)

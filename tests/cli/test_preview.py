@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import sys
 
 import pytest
 from PIL import Image
 from tiny import tiny_spec
 
-from backdoorbench_moe import cli
 from backdoorbench_moe.analysis import preview as previews
 from backdoorbench_moe.engine.runner import run_attack
 
@@ -17,18 +16,10 @@ SMALL = ["--dataset", "tiny", "--images", "2"]
 
 
 @pytest.fixture
-def preview(capsys, monkeypatch, tmp_path):
-    """Run `bbmoe preview` in this process, in an empty folder; gives exit code, stdout and stderr."""
+def preview(bbmoe, monkeypatch, tmp_path):
+    """Run `bbmoe preview` in an empty folder; gives exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bbmoe", "preview", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
+    return functools.partial(bbmoe, "preview")
 
 
 def columns(path) -> float:

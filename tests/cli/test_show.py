@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 from fake_runs import finished, part_suite, write
 
-from backdoorbench_moe import cli
 from backdoorbench_moe.config import PartSpec, RunSpec, build_spec
 from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.records import Record
@@ -18,21 +16,6 @@ from backdoorbench_moe.records import Record
 MODELS = ("pmoe", "wide_resnet", "timm:vit_tiny_patch16_224", "preact_resnet18")
 DEFENSES = (None, "fine-pruning", "routing-strip", "expert-reset")
 TRIGGERS = ("warp", {"name": "square", "size": 2}, {"name": "blend", "ratio": 0.35})
-
-
-@pytest.fixture
-def bbmoe(capsys, monkeypatch):
-    """Run `bbmoe` on a terminal of some width; gives exit code, stdout and stderr."""
-
-    def run(*args: object, width: int = 80) -> tuple[int, str, str]:
-        monkeypatch.setenv("COLUMNS", str(width))
-        monkeypatch.setattr(sys, "argv", ["bbmoe", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
 
 
 def many(output: Path, *, same_model: bool = False) -> list[Record]:
