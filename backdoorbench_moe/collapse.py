@@ -10,8 +10,10 @@ from backdoorbench_moe.ops.metrics import near_chance
 if TYPE_CHECKING:
     from backdoorbench_moe.records import Record
 
-# Stands beside the accuracy of such a model in tables.
+# Stands in tables beside the numbers of such a model.
 MARK = "†"
+# The metrics that are marked: what shows the collapse, and what it makes meaningless.
+MARKED = ("ba", "asr")
 MARK_LEGEND = f"{MARK} The clean accuracy is near chance: the model's ASR says nothing about the trigger."
 
 

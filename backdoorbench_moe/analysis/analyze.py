@@ -34,7 +34,7 @@ DEFAULT_CARRIERS_IMAGES = 2000
 # Parts of a run's record that are copied. Judgements are not: they may have one score for each image.
 RECORD_PARTS = (
     *("spec", "data", "parts", "poison", "history", "stages", "timing", "seeds", "environment"),
-    *("parent", "clean_twin"),
+    *("parent", "clean_twin", "near_chance"),
 )
 
 
@@ -48,6 +48,7 @@ class RunFacts:
         model: Name of the model.
         data: Name of the data set.
         data_digest: Digest of the data.
+        attacked: Whether the model was attacked, with a trigger or without.
         metrics: The recorded metrics, in percent.
         record: Further parts of the run's record, see RECORD_PARTS.
     """
@@ -57,6 +58,7 @@ class RunFacts:
     model: str
     data: str
     data_digest: str
+    attacked: bool
     metrics: dict[str, dict[str, float]]
     record: dict[str, Any]
 
@@ -241,17 +243,27 @@ class _Analyzer:
     def _check_dense(self) -> None:
         """Measure a dense model again; see `engine.consistency`."""
         opened = self.opened
-        triggered = self.triggered if self.source is opened else None
-        found = measure(opened.model, opened.images.test, triggered, precision=opened.precision)
+        found = measure(opened.model, opened.images.test, self._counted(), precision=opened.precision)
         check_same(opened.run, found, precision=opened.precision)
 
     def _check_routed(self, first: passes.PairedPass) -> None:
         """Compare a routed model's predictions with its record; see `engine.consistency`."""
-        opened = self.opened
+        opened, counted = self.opened, self._counted()
         found = {"ba": share(first.clean.predicted == opened.images.test.labels.cpu())}
-        if self.source is opened and first.triggered is not None and self.triggered is not None:
-            found["asr"] = share(first.triggered.predicted == self.triggered.wanted.cpu())
+        if counted is not None:
+            # Without a trigger the images that count are clean test images.
+            stamped = first.triggered if counted is self.triggered else None
+            predicted = stamped.predicted if stamped else first.clean.predicted[counted.places.cpu()]
+            found["asr"] = share(predicted == counted.wanted.cpu())
         check_same(opened.run, found, precision=opened.precision)
+
+    def _counted(self) -> Triggered | None:
+        """Return the images of the run's own ASR; None if it was not attacked."""
+        if self.source is self.opened:
+            return self.triggered
+        if not self.opened.run.spec.attacked:
+            return None
+        return triggered_test(self.opened.images, self.opened.run.attack(), None)
 
     def _miss(self, part: str, reason: str) -> None:
         self.absent.append(MissingPart(part, reason))
@@ -384,5 +396,12 @@ def _facts(run: Run) -> RunFacts:
     dataset = {key: value for key, value in record.spec["dataset"].items() if key != "root"}
     parts["spec"] = {**record.spec, "dataset": dataset}
     return RunFacts(
-        run.folder.path.name, record.digest, spec.model.name, data["name"], data["digest"], metrics, parts
+        name=run.folder.path.name,
+        digest=record.digest,
+        model=spec.model.name,
+        data=data["name"],
+        data_digest=data["digest"],
+        attacked=spec.attacked,
+        metrics=metrics,
+        record=parts,
     )

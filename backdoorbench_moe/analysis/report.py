@@ -24,6 +24,7 @@ from backdoorbench_moe.analysis.report_tables import (
     metric_rows,
     stage_table,
 )
+from backdoorbench_moe.collapse import MARK, MARK_LEGEND
 from backdoorbench_moe.drawing import inline_svg, render_page
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.records import write_atomically
@@ -134,18 +135,19 @@ def page(document: Doc, sections: list[Section]) -> str:
     The page loads nothing from elsewhere, and names from the document are escaped.
     """
     template = (files("backdoorbench_moe.analysis") / "templates" / "report.html").read_text(encoding="utf-8")
-    run, against = document["run"], document["against"]
+    run, against, metrics = document["run"], document["against"], metric_rows(document)
     return render_page(
         template,
         run=run,
         against=against,
         role=role(run),
-        backdoored=run["record"]["spec"]["trigger"] is not None,
+        backdoored=run["attacked"],
         defenses=[part["name"] for part in run["record"]["spec"].get("defenses", [])],
         counts=document["images"],
         trigger_from=document["trigger_from"],
         findings=finding_lines(document),
-        metrics=metric_rows(document),
+        metrics=metrics,
+        metrics_note=MARK_LEGEND if any(MARK in cell for row in metrics for cell in row) else "",
         stages=stage_table(run),
         tables=expert_tables(document),
         sections=[_section(section) for section in sections if section.plates],

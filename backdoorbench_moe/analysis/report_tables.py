@@ -8,7 +8,7 @@ from typing import Any
 from backdoorbench_moe.analysis.figures.pixels import verdict
 from backdoorbench_moe.analysis.figures.plate import Doc
 from backdoorbench_moe.analysis.figures.words import NONE, mean, number, percent, proportion, role
-from backdoorbench_moe.collapse import MARK, MARK_LEGEND, describe_collapse, is_near_chance
+from backdoorbench_moe.collapse import MARK, MARK_LEGEND, MARKED, describe_collapse, is_near_chance
 from backdoorbench_moe.metrics import METRICS, sort_metrics
 
 # Number of items shown of a long list in the settings, such as class names.
@@ -20,8 +20,8 @@ Table = dict[str, Any]
 def metric_rows(document: Doc) -> list[list[str]]:
     """Build the table of metrics.
 
-    A run with an ASR has a row for the target rate without the trigger, even if it was not measured. A BA near
-    chance is marked.
+    A run with an ASR has a row for the target rate without the trigger, even if it was not measured. BA and ASR of
+    a model near chance are marked.
 
     Returns:
         Rows with the name of the metric, its value and interval for the run, and the same for the other run, if
@@ -34,7 +34,7 @@ def metric_rows(document: Doc) -> list[list[str]]:
     rows = []
     for one in sort_metrics(keys):
         cells = [_metric(facts["metrics"].get(one.key)) for facts in both]
-        if one.key == "ba":
+        if one.key in MARKED:
             near = [is_near_chance(_record(facts)) for facts in both]
             cells = [f"{text} {MARK}" if marked else text for text, marked in zip(cells, near, strict=True)]
         rows.append([one.label, *cells])
@@ -44,7 +44,7 @@ def metric_rows(document: Doc) -> list[list[str]]:
 def _record(facts: Doc) -> Doc:
     """Return the parts of a record that the `collapse` module reads."""
     record = facts["record"]
-    return {"metrics": facts["metrics"], "data": record["data"], "near_chance": record.get("near_chance")}
+    return {"metrics": facts["metrics"], "data": record["data"], "near_chance": record["near_chance"]}
 
 
 def _metric(one: Doc | None) -> str:

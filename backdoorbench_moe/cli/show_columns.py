@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from backdoorbench_moe.collapse import MARK, collapsed
+from backdoorbench_moe.collapse import MARK, MARKED, collapsed
 from backdoorbench_moe.errors import UnknownNameError
 from backdoorbench_moe.metrics import METRICS, PERCENT
 from backdoorbench_moe.records import Record, RunFolder
@@ -77,7 +77,7 @@ def list_columns(*, intervals: bool = False) -> list[Column]:
         "status": lambda run: run.status,
         "data": lambda run: run.record.run_spec.dataset.name,
         "model": lambda run: run.record.run_spec.model.name,
-        "trigger": lambda run: _part(run.record.spec["trigger"]) or "clean",
+        "trigger": _trigger,
         "applicator": lambda run: _part(run.record.spec["applicator"]) or None,
         "poison": lambda run: run.record.run_spec.poison.rate or None,
         "defense": lambda run: " + ".join(map(_part, run.record.spec.get("defenses", []))) or None,
@@ -95,8 +95,7 @@ def _metric(key: str, *, intervals: bool) -> Column:
         if metric is None:
             return NONE
         bounds = f" [{metric['low']:.1f}, {metric['high']:.1f}]" if intervals and "low" in metric else ""
-        # The mark stands with the number that it makes meaningless, too.
-        mark = f" {MARK}" if key in ("ba", "asr") and collapsed(run.record) else ""
+        mark = f" {MARK}" if key in MARKED and collapsed(run.record) else ""
         return f"{metric['value']:.2f}{bounds}{mark}"
 
     unit = " %" if METRICS[key].unit == PERCENT else ""
@@ -130,6 +129,10 @@ def _text_of(value: Callable[[ShownRun], Any]) -> Callable[[ShownRun], str]:
         return NONE if found is None else f"{found:.6g}" if isinstance(found, float) else str(found)
 
     return text
+
+
+def _trigger(run: ShownRun) -> str | None:
+    return _part(run.record.spec["trigger"]) or (None if run.record.run_spec.attacked else "clean")
 
 
 def _rate(run: ShownRun) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from backdoorbench_moe.cli.streams import echo
-from backdoorbench_moe.collapse import MARK, MARK_LEGEND, collapse_line, collapsed, is_near_chance
+from backdoorbench_moe.collapse import MARK, MARK_LEGEND, MARKED, collapse_line, collapsed, is_near_chance
 from backdoorbench_moe.metrics import METRICS, PERCENT, sort_metrics
 from backdoorbench_moe.ops.intervals import FEWEST_SEEDS, Interval, difference_interval, seeds_interval
 from backdoorbench_moe.ops.metrics import mean_std
@@ -89,7 +89,7 @@ def print_defended(run: Run) -> None:
 
 
 def print_stages(console: Console, record: Record) -> None:
-    """Print the stages of a defense, how well its filter tells images apart, and its scores and verdict."""
+    """Print the stages of a defense, how well its input filter finds triggered images, and its judgements."""
     console.print(stages_table(record))
     rates = [
         f"{stage['name']} {found['value']:.2f}"
@@ -125,12 +125,13 @@ def title(record: Record) -> str:
     """Say in one line what was done."""
     spec = record.run_spec
     after = "".join(f", {part.name}" for part in spec.defenses)
+    what = f"{spec.model.name} on {spec.dataset.name}"
+    if spec.attack is None:
+        return f"{what}, clean{after}"
     if spec.trigger is None or spec.applicator is None:
-        return f"{spec.model.name} on {spec.dataset.name}, clean{after}"
-    return (
-        f"{spec.model.name} on {spec.dataset.name}: {spec.trigger.name} by {spec.applicator.name}, "
-        f"{100 * spec.poison.rate:g}% poisoned{after}"
-    )
+        return f"{what}: {spec.attack.name}{after}"
+    poisoned = f"{100 * spec.poison.rate:g}% poisoned"
+    return f"{what}: {spec.trigger.name} by {spec.applicator.name}, {poisoned}{after}"
 
 
 def metrics_table(record: Record) -> Table:
@@ -149,7 +150,7 @@ def metrics_table(record: Record) -> Table:
             table.add_row(one.label, NONE, NONE, NONE)
             continue
         interval = f"{found['low']:.2f} – {found['high']:.2f}" if "low" in found else NONE
-        mark = f" {MARK}" if one.key == "ba" and collapsed(record) else ""
+        mark = f" {MARK}" if one.key in MARKED and collapsed(record) else ""
         table.add_row(one.label, f"{found['value']:.2f}{mark}", interval, str(found["n"]))
     if (line := collapse_line(record)) is not None:
         table.caption = f"{MARK} {line}"

@@ -171,21 +171,21 @@ def test_names_are_escaped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("trigger", "defenses", "said"),
+    ("attacked", "defenses", "said"),
     [
-        ({"name": "square"}, [], "This model is backdoored."),
-        ({"name": "square"}, ["a", "b"], "This model was backdoored and then defended with a, b."),
-        (None, [], "This model was trained on clean data."),
-        (None, ["a"], "This model was trained on clean data and then defended with a."),
+        (True, [], "This model is backdoored."),
+        (True, ["a", "b"], "This model was backdoored and then defended with a, b."),
+        (False, [], "This model was trained on clean data."),
+        (False, ["a"], "This model was trained on clean data and then defended with a."),
     ],
 )
-def test_it_says_what_the_model_is(trigger, defenses, said) -> None:
+def test_it_says_what_the_model_is(attacked, defenses, said) -> None:
     document = copy.deepcopy(document_of("dense"))
-    spec = document["run"]["record"]["spec"]
-    spec["trigger"], spec["defenses"] = trigger, [{"name": name} for name in defenses]
+    document["run"]["attacked"] = attacked
+    document["run"]["record"]["spec"]["defenses"] = [{"name": name} for name in defenses]
     text = page(document, [])
     assert said in text
-    assert ("backdoored." in text or "backdoored and" in text) == (trigger is not None)
+    assert ("backdoored." in text or "backdoored and" in text) == attacked
 
 
 def test_metrics_history_settings_and_stages_are_the_records() -> None:
@@ -223,15 +223,18 @@ def test_the_target_rate_without_the_trigger_stands_beside_asr() -> None:
 @pytest.mark.parametrize(("value", "low", "near"), [(10.0, 9.4, True), (66.0, 65.1, False)])
 def test_a_model_near_chance_is_named_in_the_first_lines_and_marked(value, low, near) -> None:
     document = copy.deepcopy(document_of("pmoe"))
-    run = document["run"]
+    run, document["against"] = document["run"], None
     run["record"]["data"] |= {"classes": [str(n) for n in range(10)], "chance": 10.0}
     ba = {"value": value, "n": 10000, "low": low, "high": value + 0.6}
     run["metrics"]["ba"] = ba
+    run["record"]["near_chance"] = None  # As in an older record.
     run["record"]["stages"] = [{"name": "pruned", "metrics": {"ba": ba}, "seconds": 1.0}]
     text = page(document, [])
     assert (f"The model is near chance (BA {value:.2f}%, chance 10.00%)" in text) is near
     assert (f"<td>{value:.2f} [{low}, {value + 0.6:.1f}] †</td>" in text) is near
     assert ('<th scope="row">pruned †</th>' in text) is near
+    asr = run["metrics"]["asr"]
+    assert (f"<td>{asr['value']:.2f} [{asr['low']:.1f}, {asr['high']:.1f}] †</td>" in text) is near
     assert ("† The clean accuracy is near chance" in text) is near
 
 

@@ -10,12 +10,19 @@ from safetensors import safe_open
 from tiny import tiny_spec
 
 from backdoorbench_moe import attacks
+from backdoorbench_moe.analysis.analyze import analyze_run
+from backdoorbench_moe.analysis.document import as_document
+from backdoorbench_moe.analysis.figures.words import role
+from backdoorbench_moe.analysis.report import page
 from backdoorbench_moe.attacks.base import Attack, PoisonPlan
+from backdoorbench_moe.cli.show import read_shown
+from backdoorbench_moe.cli.show_columns import choose_columns
+from backdoorbench_moe.cli.tables import title
 from backdoorbench_moe.config import PartSpec, PoisonSpec, RunSpec, build_spec, spec_from_dict
 from backdoorbench_moe.engine.graph import clean_twin, in_order, is_attacked, lineage, needs, reference
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import Runner, run_attack
-from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.errors import ConfigError, RecordError
 
 TUNING = PartSpec("fine-tuning", {"clean_fraction": 0.5, "epochs": 1})
 
@@ -57,6 +64,26 @@ def test_an_attack_without_a_trigger_marks_its_models(tmp_path, label_flip) -> N
     defended = Runner(label_flip, tmp_path).finish(replace(label_flip, defenses=(TUNING,)))
     assert header(defended)["backdoored"] == "true"
     assert header(load_run(tmp_path / run.record.clean_twin))["backdoored"] == "false"
+
+
+def test_a_model_attacked_without_a_trigger_is_nowhere_called_clean(tmp_path, label_flip) -> None:
+    [run] = run_attack(label_flip, output=tmp_path)
+    analysis = analyze_run(run)
+    assert analysis.findings.capture is None and any(one.part == "capture" for one in analysis.absent)
+    document = as_document(analysis)
+    assert role(document["run"]) == "backdoored" and role(document["against"]) == "clean"
+    text = page(document, [])
+    assert "This model is backdoored" in text and "trained on clean data" not in text
+    assert title(run.record) == "pmoe on tiny: label-flip"
+    [column] = choose_columns(["trigger"], [shown := read_shown(run.folder.path)], intervals=False)
+    assert column.value(shown) is None
+
+
+def test_an_analysis_measures_the_asr_again_that_needs_no_trigger(tmp_path, label_flip) -> None:
+    [run] = run_attack(label_flip, output=tmp_path, twin=False)
+    run.record.metrics["asr"]["value"] = 100.0 - run.value("asr")
+    with pytest.raises(RecordError, match="its record says ASR"):
+        analyze_run(run)
 
 
 def test_options_of_an_attack_are_checked_and_part_of_the_digest(tmp_path, label_flip) -> None:

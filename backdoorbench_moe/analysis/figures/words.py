@@ -45,10 +45,9 @@ def capital(text: str) -> str:
 
 def role(facts: Doc) -> str:
     """Return what a run's model is: "clean", "backdoored" or "defended"."""
-    spec = facts["record"]["spec"]
-    if spec.get("defenses"):
+    if facts["record"]["spec"].get("defenses"):
         return "defended"
-    return "clean" if spec["trigger"] is None else "backdoored"
+    return "backdoored" if facts["attacked"] else "clean"
 
 
 def roles(document: Doc) -> list[str]:
