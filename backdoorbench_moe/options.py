@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -77,7 +77,7 @@ def call_fault(part: type, *, given: Collection[str] = (), needs: Collection[str
         return f"the options of {part.__name__} cannot be read: {type(error).__name__}: {error}"
     for option in options.values():
         if not _is_plain(option.annotation):
-            kinds = "bool, int, float, str, Literal, tuples of these, and None"
+            kinds = "bool, int, float, str, Literal, tuples of these, FilePath and None"
             shown = "none" if option.annotation is Any else option.type_name
             return f"{part.__name__}: option {option.name!r}: expected an annotation of {kinds}, got {shown}"
     if lacking := sorted(set(needs) - options.keys()):
@@ -103,6 +103,8 @@ def _is_plain(annotation: Any) -> bool:
         return True
     if origin is Annotated:
         return _is_plain(arguments[0])
+    if origin is tuple and any(NamesFile in getattr(item, "__metadata__", ()) for item in arguments):
+        return False  # Only files that an option names alone are found and hashed.
     if origin in (Union, types.UnionType, tuple):
         return all(item is Ellipsis or _is_plain(item) for item in arguments)
     return annotation in (bool, int, float, str, type(None))
@@ -184,6 +186,22 @@ def _convert_union(value: object, annotation: Any, parameter: str) -> Any:
         except ConfigError:
             continue
     raise near or ConfigError.expected(parameter, _describe(annotation), value)
+
+
+def convert_fields(spec: object, prefix: str, names: Iterable[str]) -> None:
+    """Convert fields of a frozen dataclass to their annotated types, for its `__post_init__`.
+
+    Args:
+        spec: The dataclass instance.
+        prefix: Put before a field's name in error messages, such as "train.".
+        names: The fields.
+
+    Raises:
+        ConfigError: A value does not have the type.
+    """
+    hints = get_type_hints(type(spec))
+    for name in names:
+        object.__setattr__(spec, name, convert(getattr(spec, name), hints[name], f"{prefix}{name}"))
 
 
 def _convert_tuple(value: object, arguments: tuple[Any, ...], parameter: str) -> tuple[Any, ...]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import enum
+import json
 import os
 from collections.abc import Mapping
 from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
+
+from backdoorbench_moe.errors import ConfigError
 
 PLAIN = (bool, int, float, str, type(None))
 
@@ -47,6 +50,24 @@ def plain(value: Any) -> Any:
     if isinstance(value, Real | Decimal):
         return float(value)
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def check_plain(value: object, where: str) -> None:
+    """Check that a value can be written to a record, which is JSON: no date, bytes, set, NaN or infinity.
+
+    Args:
+        value: The value, made plain.
+        where: What it is, in the error message.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{where}: expected texts, finite numbers, lists, and keys and values ({error})"
+        ) from error
 
 
 def _numpy(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import json
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from backdoorbench_moe.api import make_spec
-from backdoorbench_moe.config import PartSpec, build_spec, load_yaml, parse_setting
+from backdoorbench_moe.config import PartSpec, PoisonSpec, TrainSpec, build_spec, load_yaml, parse_setting
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.plain import plain
 from backdoorbench_moe.triggers import create_trigger
@@ -101,6 +102,23 @@ def test_a_spec_from_other_libraries_values_is_the_plain_one() -> None:
 def test_parts_take_them_too() -> None:
     assert PartSpec("square", {"size": np.int64(2)}) == PartSpec("square", {"size": 2})
     assert create_trigger("square", size=np.int64(2)).size == 2
+
+
+def test_parts_of_a_spec_made_directly_take_them_too() -> None:
+    made = PoisonSpec(rate=np.float64(0.25), target=np.int64(2), source=np.array([0, 1]))
+    assert made == PoisonSpec(rate=0.25, target=2, source=(0, 1)) and type(made.rate) is float
+    assert PoisonSpec(rate="25%") == PoisonSpec(rate=0.25)
+    assert type(TrainSpec(lr=np.float32(0.5)).lr) is float
+    spec = dataclasses.replace(make_spec(), seed=np.int64(4), device=torch.device("cpu"))
+    assert (type(spec.seed), spec.device) == (int, "cpu")
+    with pytest.raises(ConfigError, match=r"poison\.rate: expected a number, got 'x'"):
+        PoisonSpec(rate="x")
+
+
+@pytest.mark.parametrize("value", [{1, 2}, float("nan"), [float("inf")], b"x"], ids=str)
+def test_an_option_that_json_cannot_hold_is_refused(value) -> None:
+    with pytest.raises(ConfigError, match=r"^square: size: expected texts, finite numbers, lists"):
+        PartSpec("square", {"size": value})
 
 
 def test_a_wrong_value_of_another_library_is_named() -> None:

@@ -75,6 +75,17 @@ def test_damaged_records_are_refused_by_file_and_reason(folder, change, message)
     assert str(file) in str(error.value)
 
 
+def test_a_damaged_compressed_file_is_named(folder) -> None:
+    folder.save_poison({"indices": np.arange(1000)})
+    [file] = folder.path.glob("poison.npz")
+    content = bytearray(file.read_bytes())
+    for at in range(60, len(content) - 200, 7):  # Behind the header of the file within.
+        content[at] ^= 0xFF
+    file.write_bytes(content)
+    with pytest.raises(RecordError, match=f"{file}: missing or damaged"):
+        folder.load_poison()
+
+
 def test_what_is_no_run_folder_is_said_to_be_none(tmp_path) -> None:
     with pytest.raises(RecordError, match=r"expected a folder with a record\.json"):
         RunFolder(tmp_path / "none").read()

@@ -12,8 +12,9 @@ from backdoorbench_moe.config.merge import Values, merge
 from backdoorbench_moe.config.package_recipes import model_recipe
 from backdoorbench_moe.config.shorthand import normalise
 from backdoorbench_moe.config.spec import DEFAULT_ATTACK, RunSpec, spec_from_dict
-from backdoorbench_moe.config.yaml_files import YAML_ERRORS, StrictLoader, check_plain
+from backdoorbench_moe.config.yaml_files import YAML_ERRORS, StrictLoader
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
+from backdoorbench_moe.plain import check_plain
 
 RECIPES = ("quick", "paper")
 

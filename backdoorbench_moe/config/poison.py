@@ -6,11 +6,14 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from backdoorbench_moe.config.merge import Values
+from backdoorbench_moe.config.shorthand import read_rate
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.options import convert_fields
 from backdoorbench_moe.shares import share_of, smallest_share
 
 # They came later than the first digests, and are written only where they are set.
-LEFT_OUT_IF_EMPTY = ("cover", "noise")
+OPTIONAL_GROUPS = ("cover", "noise")
+RATES = ("rate", *OPTIONAL_GROUPS)
 
 
 def class_number(parameter: str, label: int | str) -> int:
@@ -50,6 +53,9 @@ class PoisonSpec:
     noise: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in RATES:
+            object.__setattr__(self, name, read_rate(f"poison.{name}", getattr(self, name)))
+        convert_fields(self, "poison.", (item.name for item in fields(self)))
         object.__setattr__(self, "target", _digits(self.target))
         object.__setattr__(self, "source", tuple(map(_digits, self.source)))
         self._check_rates()
@@ -64,8 +70,7 @@ class PoisonSpec:
 
     def _check_rates(self) -> None:
         if not 0 <= self.rate <= 1:
-            percent = f"{self.rate:g}%"
-            hint = f"; {percent} is written {percent}" if 1 < self.rate <= 100 else ""
+            hint = f"; for {self.rate:g} percent write {self.rate:g}%" if 1 < self.rate <= 100 else ""
             raise ConfigError(f"poison.rate: expected a number in (0, 1], got {self.rate!r}{hint}")
         for name in ("cover", "noise"):
             if not 0 <= getattr(self, name) < 1:
@@ -80,7 +85,7 @@ class PoisonSpec:
     def to_dict(self) -> Values:
         """Write the values as a plain dict; groups that are empty are left out."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {k: v for k, v in values.items() if v or k not in LEFT_OUT_IF_EMPTY}
+        return {k: v for k, v in values.items() if v or k not in OPTIONAL_GROUPS}
 
     def count(self, images: int, group: str = "rate") -> int:
         """Number of images in a group: `share_of` its rate.
@@ -96,7 +101,8 @@ class PoisonSpec:
         count = share_of(rate, images)
         if rate > 0 and count == 0:
             raise ConfigError(
-                f"poison.{group}: {rate} of {images} images is no image; expected at least {smallest_share(images)}"
+                f"poison.{group}: {rate} of {images} images rounds down to 0 images; "
+                f"expected at least {smallest_share(images)}"
             )
         return count
 

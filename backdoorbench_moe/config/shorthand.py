@@ -10,6 +10,7 @@ from typing import Any
 from backdoorbench_moe.config.merge import Values
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError
 from backdoorbench_moe.kinds import KINDS
+from backdoorbench_moe.plain import plain
 
 PARTS = tuple(kind.key for kind in KINDS.values() if not kind.repeated)
 PART_LISTS = tuple(kind.key for kind in KINDS.values() if kind.repeated)
@@ -53,11 +54,19 @@ def normalise_part(key: str, value: object) -> Values | None:
     return dict(value)
 
 
-def read_rate(value: object) -> object:
-    """Read "1%" as 0.01; any other value is returned as it is, with a warning for a bare 1, which is 100%."""
-    if value == 1 and isinstance(value, int) and not isinstance(value, bool):
+def read_rate(key: str, value: object) -> object:
+    """Read "1%" as 0.01; any other value is returned as a plain one.
+
+    Args:
+        key: Key of the rate, such as "poison.rate". Only there a bare 1, which is 100%, gives a warning: elsewhere
+            it is out of range.
+        value: The rate.
+    """
+    value = plain(value)
+    if key == "poison.rate" and value == 1 and isinstance(value, int) and not isinstance(value, bool):
         warnings.warn(
-            "poison.rate: 1 is 100% of the training images; 1% is written 1%, and 1.0 says 100% without this warning",
+            "poison.rate: 1 means 100% of the training images; write 1% for one percent, or 1.0 for 100% without "
+            "this warning",
             BbmoeWarning,
             stacklevel=2,
         )

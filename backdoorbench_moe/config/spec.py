@@ -16,12 +16,11 @@ from backdoorbench_moe.config.shorthand import (
     PARTS,
     normalise_list,
     normalise_part,
-    read_rate,
 )
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.kinds import KINDS
-from backdoorbench_moe.options import convert
-from backdoorbench_moe.plain import plain
+from backdoorbench_moe.options import convert_fields
+from backdoorbench_moe.plain import check_plain, plain
 
 # These do not influence the numbers of a run, so they are left out of its digest.
 NOT_IN_DIGEST = ("recipe", "device")
@@ -47,6 +46,8 @@ class PartSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", plain(self.name))
         object.__setattr__(self, "options", plain(self.options))
+        for option, value in self.options.items():
+            check_plain(value, f"{self.name}: {option}")
 
     def to_dict(self) -> Values:
         """Return the name and the options in one dict."""
@@ -84,6 +85,7 @@ class TrainSpec:
     warmup: float = 0.25
 
     def __post_init__(self) -> None:
+        convert_fields(self, "train.", (item.name for item in fields(self)))
         checks = {
             "epochs": (self.epochs >= 1, "at least 1"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
@@ -140,9 +142,14 @@ class RunSpec:
     recipe: str = "quick"
 
     def __post_init__(self) -> None:
+        convert_fields(self, "", ("probe", "seed", "precision", "device", "recipe"))
         for name in ("seed", "probe"):
             if getattr(self, name) < 0:
                 raise ConfigError.expected(name, "a number from 0", getattr(self, name))
+        # A spec that is derived from another, such as a clean twin, does not have the files of the parts it lacks.
+        options = {f"{start}{name}" for _, start, part in self.options_by_key() for name in part.options}
+        own = {key: known for key, known in self.files.items() if key in options}
+        object.__setattr__(self, "files", own)
         if (self.trigger is None) != (self.applicator is None):
             raise ConfigError("trigger and applicator: expected both or neither")
         if self.attack is None:
@@ -158,11 +165,7 @@ class RunSpec:
 
     def parts(self) -> Iterator[tuple[str, PartSpec]]:
         """Every part of the spec with its kind, in the order of `kinds.KINDS`."""
-        for kind in KINDS.values():
-            value = getattr(self, kind.key)
-            for part in value if kind.repeated else (value,):
-                if part is not None:
-                    yield kind.name, part
+        return ((kind, part) for kind, _, part in self.options_by_key())
 
     def options_by_key(self) -> Iterator[tuple[str, str, PartSpec]]:
         """Every part as (kind, prefix, part); the keys of its options start with the prefix, such as "trigger."."""
@@ -300,8 +303,7 @@ def _read(kind: type, values: object, where: str) -> Any:
         elif hints[key] in (PoisonSpec, TrainSpec):
             checked[key] = _read(hints[key], value, path)
         else:
-            rate = kind is PoisonSpec and hints[key] is float
-            checked[key] = convert(read_rate(value) if rate else value, hints[key], path)
+            checked[key] = value  # Converted by the dataclass itself.
     return kind(**checked)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 from backdoorbench_moe.config.merge import Values, merge
 from backdoorbench_moe.config.shorthand import normalise
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.plain import check_plain
 
 # A date such as 2020-13-45 raises a plain ValueError, of which UnicodeDecodeError is one; lists nested too deeply
 # raise RecursionError.
@@ -74,13 +74,3 @@ def parse_setting(text: str) -> Values:
 def chain_settings(settings: Iterable[str]) -> Values:
     """Merge several "dotted.key=value" strings; later ones win."""
     return merge(*(normalise(parse_setting(text)) for text in settings))
-
-
-def check_plain(value: object, where: str) -> None:
-    """Raise ConfigError for what YAML can express and JSON cannot (dates, bytes, sets): records are JSON."""
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{where}: expected texts, numbers, lists, and keys and values ({error})"
-        ) from error

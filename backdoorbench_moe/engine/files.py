@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.errors import BbmoeError, RecordError
 from backdoorbench_moe.paths import expand
-from backdoorbench_moe.records import MODEL, NamedFile, RunFolder, write_atomically
+from backdoorbench_moe.records import MODEL, NamedFile, RunFolder
 
 # A larger file is not copied into the run folder; it has to stay where it is.
 KEPT_BYTES = 4 << 20
@@ -62,9 +60,18 @@ def pin_files(spec: RunSpec) -> RunSpec:
 
 
 def check_files(spec: RunSpec) -> None:
-    """Raise RecordError if a file that the spec holds the hash of is missing or has another content now."""
+    """Check the files that the spec holds the hashes of.
+
+    A model reads its file only when training starts, and then says itself if it is missing; a trained model does not
+    need it.
+
+    Raises:
+        RecordError: A file has another content now, or is missing and not the model's.
+    """
     found = dict(named_files(spec))
     for key, known in spec.files.items():
+        if key not in found and key.startswith("model."):
+            continue
         if key not in found:
             raise RecordError(f"{key}: the file that the run was made with is not there any more")
         if (now := sha256_of(found[key])) != known:
@@ -81,15 +88,13 @@ def keep_files(spec: RunSpec, folder: RunFolder) -> list[NamedFile]:
             size = path.stat().st_size
             name = f"{FILES}/{key}{path.suffix}" if size <= KEPT_BYTES else None
             if name is not None:
-                target = folder.path / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(target, partial(shutil.copyfile, path))
+                folder.keep(name, path)
             kept.append(NamedFile(key=key, name=path.name, sha256=spec.files[key], bytes=size, kept=name))
     return kept
 
 
 def locate_files(spec: RunSpec, files: list[NamedFile], folder: RunFolder) -> RunSpec:
-    """The spec of a run with the paths of the copies in its folder, where there are such.
+    """Return the spec of a run with each file option set to the copy in the run folder, if there is one.
 
     Raises:
         RecordError: A file, or its copy, is missing or not the one that the run was made with.

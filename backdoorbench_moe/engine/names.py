@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,24 +27,26 @@ def plugin_packages(spec: RunSpec) -> dict[str, str]:
 def plugin_sources(spec: RunSpec) -> dict[str, str]:
     """A hash of the Python code of each third-party package that the parts of a spec come from.
 
-    It covers the .py files of the top-level package or module that holds the part; 16 hex digits of a SHA-256.
+    It covers the .py files of the top-level packages or modules that hold the parts; 16 hex digits of a SHA-256.
     """
-    found = {}
+    modules: dict[str, set[str]] = {}
     for kind, part in spec.parts():
         candidate = REGISTRIES[kind].candidate(part.name.partition(":")[0])
         if candidate is not None and not candidate.builtin:
-            found[candidate.package] = _hash_code(candidate.target.partition(":")[0].partition(".")[0])
-    return found
+            module = candidate.target.partition(":")[0].partition(".")[0]
+            modules.setdefault(candidate.package, set()).add(module)
+    return {package: _hash_code(sorted(names)) for package, names in modules.items()}
 
 
-def _hash_code(module: str) -> str:
-    origin = find_spec(module)
+def _hash_code(modules: Sequence[str]) -> str:
     digest = hashlib.sha256()
-    if origin is not None and origin.origin is not None:
-        file = Path(origin.origin)
-        folder = file.parent
-        for path in sorted(folder.rglob("*.py")) if file.name == "__init__.py" else [file]:
-            digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    for module in modules:
+        origin = find_spec(module)
+        if origin is not None and origin.origin is not None:
+            file = Path(origin.origin)
+            folder = file.parent
+            for path in sorted(folder.rglob("*.py")) if file.name == "__init__.py" else [file]:
+                digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

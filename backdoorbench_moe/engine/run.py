@@ -62,7 +62,7 @@ class Run:
 
     def attack(self) -> Attack:
         """The attack that the run was made with. Raises ConfigError for a clean run."""
-        return build_attack(self.spec)
+        return build_attack(self.located_spec())
 
     @default_torch_state()
     def stamper(self) -> Stamper:

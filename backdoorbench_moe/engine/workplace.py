@@ -7,13 +7,14 @@ from functools import cached_property
 import torch
 
 from backdoorbench_moe.config import RunSpec
-from backdoorbench_moe.data.base import ImageSet
+from backdoorbench_moe.data.base import Dataset, ImageSet
 from backdoorbench_moe.engine.build import build_dataset
 from backdoorbench_moe.engine.class_names import describe_classes, resolve_classes
 from backdoorbench_moe.engine.device import resolve_device, resolve_precision
 from backdoorbench_moe.engine.files import pin_files
 from backdoorbench_moe.engine.names import check_names
 from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.kinds import PACKAGE
 from backdoorbench_moe.records import Record
 
 
@@ -61,11 +62,13 @@ class Workplace:
     def is_unchanged(self, record: Record) -> bool:
         """Whether a run's data are known to be these without reading them: they have the same fingerprint.
 
-        Data without files are made by the package itself, whose version the record has.
+        Data sets of this package that read no files are made by its code. Those of other packages are read again,
+        as what they read is not known.
         """
         if (known := record.data.get("fingerprint")) is not None:
             return known == self.fingerprint
-        return not hasattr(self.dataset, "root")
+        kind = type(self.dataset)
+        return kind.source is Dataset.source and kind.__module__.partition(".")[0] == PACKAGE
 
     @cached_property
     def fingerprint(self) -> str | None:

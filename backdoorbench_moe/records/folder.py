@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,8 +139,13 @@ class RunFolder:
         try:
             with np.load(self.path / name, allow_pickle=False) as file:
                 return dict(file)
-        except (OSError, ValueError, EOFError, BadZipFile) as error:
+        except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
             raise RecordError(f"{what} {self.path / name}: missing or damaged ({error})") from error
+
+    def keep(self, name: str, source: Path) -> None:
+        """Copy a file to `name` in the run folder. Raises RecordError if it cannot be written."""
+        self._make((self.path / name).parent)
+        self._write(name, functools.partial(shutil.copyfile, source))
 
     def save_checkpoint(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Write tensors and JSON state as one file, in place of the one before."""
@@ -163,10 +170,16 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self, *, wait: Callable[[], None] | None = None) -> Iterator[None]:
-        """Hold the folder for this process, creating it if need be; the system lets go if we are killed.
+        """Hold the folder's lock inside the block. The folder is created if it does not exist.
 
-        wait: called twice a second for as long as another process holds it, and may raise; by default that
-        raises RecordError naming the other process.
+        The operating system releases the lock if the process is killed.
+
+        Args:
+            wait: Called twice a second while another process holds the lock; it may raise. If None, a held lock is
+                an error.
+
+        Raises:
+            RecordError: Another process holds the lock, or the folder cannot be written or locked.
         """
         self._make(self.path)
         try:
@@ -174,14 +187,14 @@ class RunFolder:
         except OSError as error:
             raise RecordError(f"output folder {self.path}: {error.strerror}") from error
         with file:
-            if not _try_lock(file.fileno()):
+            if not self._try_lock(file.fileno()):
                 if wait is None:
                     file.seek(0)
                     raise RecordError(
                         f"run folder {self.path}: another process ({file.read().strip() or 'unknown'}) works in it"
                     )
                 wait()
-                while not _try_lock(file.fileno()):
+                while not self._try_lock(file.fileno()):
                     time.sleep(0.5)
                     wait()
             file.seek(0)
@@ -189,6 +202,15 @@ class RunFolder:
             file.write(f"pid {os.getpid()}")
             file.flush()
             yield
+
+    def _try_lock(self, descriptor: int) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:  # For example a network disk without locks.
+            raise RecordError(f"output folder {self.path}: cannot be locked: {error.strerror}") from error
+        return True
 
     def _make(self, path: Path) -> None:
         try:
@@ -198,16 +220,6 @@ class RunFolder:
 
     def _write(self, name: str, put: Callable[[Path], object]) -> None:
         write_atomically(self.path / name, put)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:  # Such as a network disk without locks: nobody else holds it.
-        raise RecordError(f"output folder: cannot be locked: {error.strerror}") from error
-    return True
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

@@ -1,6 +1,6 @@
 """Seconds, BA and ASR of the command that `make demo` runs, for several seeds, with and without bf16.
 
-    python benchmarks/speed/demo.py [--seeds 5] [--precision bf16 --precision avx2] [--former 1] [--json FILE]
+    python benchmarks/speed/demo.py [--seeds 5] [--first-seed 0] [--precision avx2] [--former 1]
 
 Every run is a process of its own and includes all that the command does: starting, drawing the images, training the
 victim and its clean twin, evaluating both. `avx2` is fp32 with the kernels of a CPU that has AVX2 and nothing newer.
@@ -20,6 +20,8 @@ from typing import Any
 
 from common import at_least_one, bbmoe_command, environment_of, finish, make_parser, run_child
 from rich.table import Table
+
+from backdoorbench_moe.counting import count
 
 COMMAND = ["attack", "--model", "pmoe", "--trigger", "warp", "--applicator", "patch"]
 # Goals for the command, in seconds on two cores, and for BA and ASR of every seed, in percent.
@@ -43,22 +45,24 @@ FORMER = [
 def main() -> None:
     """Measure and print."""
     parser = make_parser(__doc__)
-    parser.add_argument("--seeds", type=at_least_one, default=5, metavar="N", help="seeds 0 to N - 1 [5]")
+    parser.add_argument("--seeds", type=at_least_one, default=5, metavar="N", help="number of seeds [5]")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="the first of them [0]")
     parser.add_argument("--precision", action="append", choices=list(GOAL_SECONDS), help="[both]")
     parser.add_argument("--former", type=int, default=0, metavar="N", help="seeds with the former recipe [0]")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for `bbmoe attack`")
     arguments = parser.parse_args()
     precisions = arguments.precision or list(GOAL_SECONDS)
-    result = measure(arguments.seeds, precisions, arguments.former, arguments.set)
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    result = measure(seeds, precisions, arguments.former, arguments.set)
     finish(result, make_table(result), notes(result), arguments.json)
 
 
-def measure(seeds: int, precisions: list[str], former: int, settings: list[str]) -> dict[str, Any]:
+def measure(seeds: range, precisions: list[str], former: int, settings: list[str]) -> dict[str, Any]:
     """Run every seed in every precision, the former recipe directly behind the present one."""
     runs = []
-    for precision, seed in itertools.product(precisions, range(seeds)):
+    for precision, seed in itertools.product(precisions, seeds):
         recipes = {"quick": settings, "former": [*FORMER, *settings]}
-        for recipe in recipes if seed < former else ["quick"]:
+        for recipe in recipes if seed in seeds[:former] else ["quick"]:
             run = {"recipe": recipe, **run_once(precision, seed, recipes[recipe])}
             # Minutes apart, so that one sees it work.
             line = f"{precision}, {recipe}, seed {seed}: {run['seconds']:.1f} s, {run['cpu_seconds']:.1f} CPU s, "
@@ -117,6 +121,8 @@ def summary(runs: list[dict[str, Any]], precision: str) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "cpu_seconds": statistics.median(run["cpu_seconds"] for run in present),
+        "seeds": len(present),
+        "pairs": len(pairs),
         "lowest": lowest,
         **ratios,
         "goal_seconds_met": seconds <= GOAL_SECONDS[precision],
@@ -141,14 +147,15 @@ def notes(result: dict[str, Any]) -> list[str]:
     lines = []
     for precision, row in result["summary"].items():
         lines.append(
-            f"{precision}: median {row['seconds']:.0f} s, goal {GOAL_SECONDS[precision]:g} s "
+            f"{precision}: {count(row['seeds'], 'seed')}, each measured once; "
+            f"median {row['seconds']:.0f} s, goal {GOAL_SECONDS[precision]:g} s "
             f"{met(row['goal_seconds_met'])}; lowest BA {row['lowest']['ba']:.2f}, lowest ASR "
             f"{row['lowest']['asr']:.2f}, goal {GOAL_PERCENT:g} {met(row['goal_percent_met'])}"
         )
         if row["seconds_ratio"] is not None:
             lines.append(
                 f"{precision}: {row['seconds_ratio']:.2f} of the former recipe's seconds, "
-                f"{row['cpu_seconds_ratio']:.2f} of its CPU seconds"
+                f"{row['cpu_seconds_ratio']:.2f} of its CPU seconds (median of {count(row['pairs'], 'pair')})"
             )
     return lines
 

@@ -95,7 +95,10 @@ BAD = {
     "rate over 1": (["--poison-rate", "1.5"], "poison.rate: expected a number in (0, 1], got 1.5"),
     "rate 0": (["--poison-rate", "0"], "poison.rate: expected a number in (0, 1], got 0"),
     "rate no number": (["--poison-rate", "lots"], "poison.rate: expected a number, got 'lots'"),
-    "rate too small": (["--poison-rate", "0.0001"], "poison.rate: 0.0001 of 96 images is no image"),
+    "rate too small": (
+        ["--poison-rate", "0.0001"],
+        "poison.rate: 0.0001 of 96 images rounds down to 0 images",
+    ),
     "target": (["--target", "3"], "poison.target: expected a class in 0..2, got 3"),
     "target name": (["--target", "blu"], "poison.target: class: unknown 'blu'; did you mean 'blue'"),
     "source": (["--source", "1,,2"], "--source: expected classes such as 1,2 or cat,dog, got '1,,2'"),
@@ -107,7 +110,7 @@ BAD = {
     ),
     "rate is a percentage": (
         ["--poison-rate", "5"],
-        "poison.rate: expected a number in (0, 1], got 5.0; 5% is",
+        "poison.rate: expected a number in (0, 1], got 5.0; for 5 percent write 5%",
     ),
     "patch size": (["--patch-size", "5"], "patch_size"),
     "patch size on image": (["--applicator", "image", "--patch-size", "4"], "unknown 'patch_size'"),
@@ -251,7 +254,7 @@ def test_a_rate_of_1_says_that_it_is_100_percent(bbmoe, tmp_path) -> None:
         warnings.simplefilter("always", BbmoeWarning)
         _, out, err = bbmoe(*args, "--poison-rate", "1")
     assert (
-        err.startswith("bbmoe: warning: poison.rate: 1 is 100% of the training images")
+        err.startswith("bbmoe: warning: poison.rate: 1 means 100% of the training images")
         and err.count("\n") == 1
     )
     assert json.loads(out)["runs"][0]["poison"]["n"] == 96

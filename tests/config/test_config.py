@@ -96,7 +96,7 @@ def test_count_is_the_floor_in_exact_arithmetic(rate: float, images: int, count:
 def test_count_never_exceeds_the_rate(per_myriad: int, images: int) -> None:
     spec = PoisonSpec(rate=per_myriad / 10_000)
     if per_myriad * images < 10_000:
-        with pytest.raises(ConfigError, match="is no image"):
+        with pytest.raises(ConfigError, match="rounds down to 0 images"):
             spec.count(images)
     else:
         assert spec.count(images) == per_myriad * images // 10_000
@@ -106,7 +106,7 @@ BAD = [
     ({"poison": {"rate": 0}}, r"poison\.rate: expected a number in \(0, 1\], got 0"),
     (
         {"poison": {"rate": 1.5}},
-        r"poison\.rate: expected a number in \(0, 1\], got 1.5; 1.5% is written 1.5%",
+        r"poison\.rate: expected a number in \(0, 1\], got 1.5; for 1.5 percent write 1.5%",
     ),
     ({"poison": {"rate": 101}}, r"poison\.rate: expected a number in \(0, 1\], got 101.0$"),
     ({"poison": {"rate": -0.1}}, r"poison\.rate"),
@@ -199,7 +199,7 @@ def test_a_percentage_is_exact(percent) -> None:
 
 
 def test_a_bare_1_is_all_images_and_says_so() -> None:
-    with pytest.warns(BbmoeWarning, match=r"poison\.rate: 1 is 100% .* 1% is written 1%"):
+    with pytest.warns(BbmoeWarning, match=r"poison\.rate: 1 means 100% .* write 1% for one percent"):
         spec = build_spec(chain_settings(["poison.rate=1"]))
     assert spec.poison.rate == 1.0 and spec.poison.count(17) == 17
     for meant in ("1.0", "100%"):  # Nothing to say: BbmoeWarning is an error in the tests.

@@ -8,7 +8,7 @@ import pytest
 from tiny import tiny_spec
 
 import backdoorbench_moe as bbmoe
-from backdoorbench_moe import triggers
+from backdoorbench_moe import defenses, triggers
 from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.engine import names
 from backdoorbench_moe.engine.run import load_run
@@ -94,6 +94,24 @@ def test_the_hash_of_code_is_one_of_names_and_contents(tmp_path, monkeypatch) ->
     for name in ("__init__.py", "a.py"):
         (tmp_path / "some_code" / name).write_text("x = 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    first = names._hash_code("some_code")
+    first = names._hash_code(["some_code"])
     (tmp_path / "some_code" / "a.py").rename(tmp_path / "some_code" / "b.py")
-    assert names._hash_code("some_code") != first
+    assert names._hash_code(["some_code"]) != first
+
+
+def test_every_module_that_parts_of_a_package_come_from_is_hashed(tmp_path, monkeypatch) -> None:
+    for name in ("one_mark", "other_mark"):
+        (tmp_path / f"{name}.py").write_text(CODE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    trigger = Candidate("trigger", "one_mark", "one_mark:Mark", "two-modules", "0.1.0")
+    monkeypatch.setitem(triggers.registry._found[0], "one_mark", trigger)
+    defense = Candidate("defense", "guard", "other_mark:Mark", "two-modules", "0.1.0")
+    monkeypatch.setitem(defenses.registry._found[0], "guard", defense)
+    spec = tiny_spec(trigger="one_mark", defenses=["guard"])
+    first = names.plugin_sources(spec)
+    assert set(first) == {"two-modules"}
+    for name in ("one_mark", "other_mark"):
+        (tmp_path / f"{name}.py").write_text(CODE + f"# {name} edited\n")
+        now = names.plugin_sources(spec)
+        assert now != first
+        first = now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from tiny import tiny_spec
 from backdoorbench_moe.config import PartSpec, RunSpec, build_spec, spec_from_dict
 from backdoorbench_moe.engine import files
 from backdoorbench_moe.engine.files import pin_files
+from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.runner import run_attack, run_defense
 from backdoorbench_moe.errors import RecordError
@@ -118,3 +120,42 @@ def test_an_older_run_with_a_path_keeps_its_digest() -> None:
     """Before files were hashed, the path stood in the digest."""
     spec = build_spec({"trigger": {"name": "blend", "image": "p.png"}})
     assert spec.digest != build_spec({"trigger": {"name": "blend", "image": "q.png"}}).digest
+
+
+def test_the_clean_twin_does_not_have_the_files_of_the_attack(tmp_path) -> None:
+    """The twin names no file, and attacks that differ only in their picture share it."""
+    runs = []
+    for seed in (1, 2):
+        draw(tmp_path / f"{seed}.png", seed)
+        runs += run_attack(blended(str(tmp_path / f"{seed}.png")), output=tmp_path / "runs")
+    assert len({run.folder.path for run in runs}) == 2
+    [twin] = set((tmp_path / "runs").iterdir()) - {run.folder.path for run in runs}
+    assert load_run(twin).record.status == "finished" and not load_run(twin).record.files
+
+
+def test_a_spec_keeps_the_hashes_of_files_it_names_only(tmp_path) -> None:
+    draw(tmp_path / "p.png", 1)
+    spec = pin_files(blended(str(tmp_path / "p.png")))
+    assert set(spec.files) == {"trigger.image"}
+    assert clean_twin(spec).files == {}
+
+
+def test_an_older_run_without_hashes_can_be_defended(run) -> None:
+    """Its record has the path in place of the hash, and its digest, too."""
+    path = run.folder.path / "record.json"
+    values = json.loads(path.read_text())
+    spec = spec_from_dict({**values["spec"], "files": {}})
+    values |= {"spec": spec.to_dict(), "digest": spec.digest, "files": []}
+    path.write_text(json.dumps(values))
+    old = load_run(run.folder.path)
+    assert old.record.digest == spec.digest != run.record.digest
+    defended = run_defense(old, TUNING)
+    assert defended.record.stages[0]["metrics"]["asr"] == run.record.metrics["asr"]
+
+
+def test_a_trained_model_does_not_need_the_file_it_started_from(tmp_path) -> None:
+    model = PartSpec("vmoe", {"upcycle": "gone.safetensors"})
+    spec = dataclasses.replace(blended("p.png"), model=model, files={"model.upcycle": "0" * 64})
+    files.check_files(spec)
+    with pytest.raises(RecordError, match=r"trigger\.image: the file .* is not there any more"):
+        files.check_files(dataclasses.replace(spec, files={"trigger.image": "0" * 64}))

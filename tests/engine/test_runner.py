@@ -264,7 +264,7 @@ def test_data_whose_files_have_not_changed_are_not_read_again(tmp_path, monkeypa
     [
         ({"poison": {"target": 3}}, r"poison\.target: expected a class in 0\.\.2, got 3"),
         ({"poison": {"source": [7]}}, r"poison\.source: expected a class in 0\.\.2, got 7"),
-        ({"poison": {"rate": 0.001}}, r"poison\.rate: 0\.001 of 96 images is no image"),
+        ({"poison": {"rate": 0.001}}, r"poison\.rate: 0\.001 of 96 images rounds down to 0 images"),
         ({"applicator": {"name": "patch", "patch_size": 5}}, "patch_size"),
         ({"trigger": {"name": "square", "size": 33}}, "size"),
         ({"trigger": {"name": "square", "sise": 3}}, "did you mean 'size'"),

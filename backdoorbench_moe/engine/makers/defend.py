@@ -20,6 +20,7 @@ from backdoorbench_moe.engine.build import describe, fresh_model
 from backdoorbench_moe.engine.consistency import check_same
 from backdoorbench_moe.engine.device import reproducible
 from backdoorbench_moe.engine.evaluate import Metrics
+from backdoorbench_moe.engine.files import pin_files
 from backdoorbench_moe.engine.filtering import measure_filtered
 from backdoorbench_moe.engine.graph import PARENT, needs
 from backdoorbench_moe.engine.inference import features, logits, losses, routings
@@ -122,7 +123,9 @@ class DefenseMaker(Maker):
 
     def _check_parent(self, parent: Run) -> None:
         folder, record, there = parent.folder, parent.record, self.workplace.images.classes
-        if record.digest != needs(self.spec)[PARENT].digest or record.status != "finished":
+        # A run from before files were hashed has their paths in its digest.
+        digests = (record.digest, pin_files(parent.located_spec()).digest)
+        if needs(self.spec)[PARENT].digest not in digests or record.status != "finished":
             raise RecordError(f"run folder {folder.path}: is not the finished run that is to be defended")
         if tuple(record.data["classes"]) != there:
             known = len(record.data["classes"])
