@@ -2,14 +2,14 @@
 
 The public interface, all imported on first use:
 
-- `attack(...)` does a whole run and returns it; `load_run(folder)` opens one.
+- `attack(...)` trains and measures backdoored models and returns their runs; `load_run(folder)` opens a run.
 - `defend(run, defense)` applies a defense to a finished run's model and returns the defended run.
 - `draw_figures(analysis)` draws what `analyze` found.
-- `analyze(run)` says what the routing of a finished run's model does, and which expert carries the backdoor.
-- `make_spec(...)` builds the frozen RunSpec that `attack` takes apart.
-- `create_trigger`, `create_applicator`, `create_model`, `create_dataset` and `list_triggers`, ... find
-  the parts by name, third-party ones included.
-- To write an own part, subclass `Trigger`, `Applicator`, `RoutedModel`, `Defense` or `Dataset`.
+- `analyze(run)` analyses the routing of a finished run's model, and which expert carries the backdoor.
+- `make_spec(...)` builds the frozen RunSpec of a run.
+- `create_trigger`, `create_applicator`, `create_attack`, `create_model`, `create_defense` and `create_dataset` build
+  parts by name, third-party ones included; `list_triggers` and the like return the names.
+- To write a part of your own, subclass `Trigger`, `Applicator`, `Attack`, `RoutedModel`, `Defense` or `Dataset`.
 """
 
 from __future__ import annotations

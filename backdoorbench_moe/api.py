@@ -61,11 +61,13 @@ def attack(
     Interrupted, the same call continues from the last finished epoch; finished, it trains nothing.
 
     Args:
-        model: Name of the model to attack, or a dict with its "name" and options; so are the next three.
-        trigger: What is stamped.
-        applicator: Where it is stamped.
-        dataset: The images.
-        recipe: Where the values come from that are not given: "quick" or "paper".
+        model: Name of the model to attack, or a dict with its "name" and options. `attack`, `trigger`, `applicator`
+            and `dataset` take the same.
+        trigger: The trigger.
+        applicator: Where in the image the trigger is stamped.
+        attack: The attack; by default "data-poisoning".
+        dataset: The data set.
+        recipe: "quick" or "paper"; it has the values that are not given.
         output: Folder of run folders.
         repeats: Number of runs, with seeds `seed`, `seed` + 1, ...
         twin: Whether to train the clean twin of each run as well, for CAD.
@@ -74,8 +76,8 @@ def attack(
         values: Other keys of the spec; see `make_spec`.
 
     Returns:
-        One run a seed. `value("ba")`, `value("asr")` and, with `twin`, `value("cad")` are in percent; `model()` is
-        the trained model, `stamper()` the trigger as it was applied.
+        One run for each seed. `value("ba")`, `value("asr")` and, with `twin`, `value("cad")` are in percent;
+        `model()` is the trained model, `stamper()` the trigger as it was applied.
 
     Raises:
         BbmoeError: Anything that the user can correct. If the settings are wrong, nothing was written.

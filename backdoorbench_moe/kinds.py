@@ -18,6 +18,7 @@ class Kind:
         base: Class that every part of the kind subclasses, as "module:Class".
         given: Keyword arguments that the caller fills in; users may not give them as options.
         needs: Options that every part of the kind has.
+        optional: Whether a spec may have None instead of such a part.
         repeated: Whether a spec has a list of such parts (under "<name>s") instead of at most one.
     """
 
@@ -26,6 +27,7 @@ class Kind:
     base: str
     given: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    optional: bool = False
     repeated: bool = False
 
     @property
@@ -42,9 +44,9 @@ class Kind:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("trigger", "triggers", f"{PACKAGE}.triggers.base:Trigger", needs=("seed",)),
-        Kind("applicator", "applicators", f"{PACKAGE}.applicators.base:Applicator"),
-        Kind("attack", "attacks", f"{PACKAGE}.attacks.base:Attack", given=("poison",)),
+        Kind("trigger", "triggers", f"{PACKAGE}.triggers.base:Trigger", needs=("seed",), optional=True),
+        Kind("applicator", "applicators", f"{PACKAGE}.applicators.base:Applicator", optional=True),
+        Kind("attack", "attacks", f"{PACKAGE}.attacks.base:Attack", given=("poison",), optional=True),
         Kind("model", "models", "torch.nn:Module", given=("num_classes", "image_size")),
         Kind("defense", "defenses", f"{PACKAGE}.defenses.base:Defense", repeated=True),
         Kind("dataset", "data", f"{PACKAGE}.data.base:Dataset"),

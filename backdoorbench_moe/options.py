@@ -36,11 +36,13 @@ class Option:
     annotation: Any
     default: Any
 
-    @property
-    def names_file(self) -> bool:
-        """Whether its value is the path of a file that the part reads."""
+    def names_file(self, value: object) -> bool:
+        """Return whether a value is the path of a file that the part reads, and not one of a Literal's words."""
         choices = (self.annotation, *get_args(self.annotation))
-        return any(NamesFile in getattr(choice, "__metadata__", ()) for choice in choices)
+        words = [word for choice in choices if get_origin(choice) is Literal for word in get_args(choice)]
+        return value not in words and any(
+            NamesFile in getattr(choice, "__metadata__", ()) for choice in choices
+        )
 
     @property
     def type_name(self) -> str:

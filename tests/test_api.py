@@ -208,7 +208,7 @@ def test_a_run_and_its_figures_show_themselves_in_a_notebook(tmp_path, capsys) -
     html = run._repr_html_()
     ET.fromstring(f"<div>{html}</div>")  # Every tag is closed.
     for key in ("ba", "asr"):
-        assert f"<th>{key.upper()}</th><td>{run.value(key):.2f}</td>" in html
+        assert f"({key.upper()})</th><td>{run.value(key):.2f}</td>" in html
     record = replace(run.record, status="failed", error="<script>", metrics={})
     assert "&lt;script&gt;" in Run(run.folder, record)._repr_html_()
     figures = bbmoe.draw_figures(bbmoe.analyze(run, carriers_images=10))

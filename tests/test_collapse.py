@@ -83,6 +83,26 @@ def test_without_ba_or_classes_nothing_is_claimed(suite) -> None:
     assert not collapsed(record)
 
 
+def test_behind_an_input_filter_the_model_alone_decides(suite) -> None:
+    """A filter that rejects nearly everything has a BA near 0; its model may be a good one."""
+    record = record_of(suite.cells[0].spec, ba=9000)
+    filtered = {
+        **record.metrics,
+        "ba": asdict(proportion(100, 10000)),
+        "fpr": asdict(proportion(9900, 10000)),
+    }
+    record.near_chance = None
+    record.stages = [
+        {"name": "before", "metrics": record.metrics, "seconds": 0.0},
+        {"name": "filtered", "metrics": filtered, "seconds": 1.0},
+    ]
+    record.metrics = filtered
+    assert not collapsed(record)
+    record.stages[0]["metrics"] = {"ba": asdict(proportion(1000, 10000))}
+    assert collapsed(record)
+    assert "BA 10.00%" in (collapse_line(record) or "")
+
+
 @pytest.fixture
 def one_of_three(suite, tmp_path) -> ResultSet:
     """Seed 1 of the first cell collapsed; its twin and all other runs did not."""

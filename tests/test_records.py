@@ -256,6 +256,20 @@ def test_what_version_2_said_of_a_defense_is_kept(folder) -> None:
     assert folder.read() == record
 
 
+def test_what_version_2_said_in_another_form_is_kept_in_the_details(folder) -> None:
+    scores = {"expert": {"moe": {"0": 1.5}}, "class": {"0": 1.0}}
+    verdict = {"expert": {"masked": [3, 5]}, "class": {"reset": 4, "threshold": [0.1, 0.2]}}
+    old_record(folder, 2, scores=scores, verdict=verdict)
+    record = folder.read()
+    expert, of_class = record.judgements
+    assert (expert["scores"], expert["suspicious"]) == (None, ["3", "5"])
+    assert expert["details"] == {"scores": {"moe": {"0": 1.5}}}
+    assert (of_class["scores"], of_class["suspicious"], of_class["threshold"]) == ({"0": 1.0}, ["4"], None)
+    assert of_class["details"] == {"threshold": [0.1, 0.2]}
+    folder.write(record)
+    assert folder.read() == record
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_an_older_record_lacks_nothing_else(folder, version) -> None:
     file = old_record(folder, version)

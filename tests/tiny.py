@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from backdoorbench_moe.config import RunSpec, build_spec
 from backdoorbench_moe.data.base import Dataset, ImageSet, Split
 from backdoorbench_moe.testing.making import coloured_split
@@ -24,6 +26,11 @@ class Tiny(Dataset):
 
     def _split(self, count: int, seed: int) -> Split:
         return coloured_split(count, seed + 10 * self.salt)
+
+
+def count_hits(model: nn.Module, split: Split) -> int:
+    """Number of images of a small split that the model predicts as labelled."""
+    return int((model.eval()(split.images.float() / 255).argmax(1) == split.labels).sum())
 
 
 def tiny_spec(**values: object) -> RunSpec:

@@ -145,19 +145,30 @@ class Attack(ABC):
         return counted
 
 
+def _is_index(values: object) -> bool:
+    return (
+        isinstance(values, Tensor)
+        and values.dtype == torch.int64
+        and values.ndim == 1
+        and values.device.type == "cpu"
+    )
+
+
 def _check_plan(plan: object, images: int, num_classes: int, attack: str) -> None:
     """Raise PluginError unless `plan` is a PoisonPlan with disjoint groups, indices in range and valid labels."""
     if not isinstance(plan, PoisonPlan):
         raise PluginError(f"attack {attack}: expected a PoisonPlan, got {plan!r}")
     for name, group in plan.groups.items():
-        if group.dtype != torch.int64 or group.ndim != 1 or (group.diff() <= 0).any():
-            raise PluginError(f"attack {attack}: expected ascending int64 {name}, got {group}")
+        if not _is_index(group) or (group.diff() <= 0).any():
+            raise PluginError(f"attack {attack}: expected ascending int64 {name} on the CPU, got {group}")
     together = torch.cat(list(plan.groups.values()))
     if len(together.unique()) < len(together):
         raise PluginError(f"attack {attack}: expected disjoint groups, got an image in two of them")
     if len(together) and not 0 <= int(together.min()) <= int(together.max()) < images:
         raise PluginError(f"attack {attack}: expected indices in 0..{images - 1}, got {together}")
     labels = plan.labels
+    if not _is_index(labels):
+        raise PluginError(f"attack {attack}: expected int64 labels on the CPU, got {labels}")
     if labels.shape != plan.indices.shape or not ((labels >= 0) & (labels < num_classes)).all():
         raise PluginError(
             f"attack {attack}: expected a label in 0..{num_classes - 1} for each poisoned image, got {labels}"

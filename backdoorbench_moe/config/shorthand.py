@@ -14,7 +14,7 @@ from backdoorbench_moe.plain import plain
 
 PARTS = tuple(kind.key for kind in KINDS.values() if not kind.repeated)
 PART_LISTS = tuple(kind.key for kind in KINDS.values() if kind.repeated)
-OPTIONAL_PARTS = ("trigger", "applicator", "attack")
+OPTIONAL_PARTS = tuple(kind.key for kind in KINDS.values() if kind.optional)
 
 
 def normalise(layer: Mapping[str, Any]) -> Values:

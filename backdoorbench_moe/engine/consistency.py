@@ -9,8 +9,8 @@ from backdoorbench_moe.engine.evaluate import Metrics
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.errors import RecordError
 
-# Where the same sums are made, every prediction is the same. Elsewhere rounding may change the class of an image whose
-# two largest logits are nearly equal.
+# On a CPU, the same kernels and threads add in the same order, so that every prediction is the same. Elsewhere rounding
+# may change the class of an image whose two largest logits are nearly equal.
 SAME_SUMS = ("device", "precision", "threads", "cpu")
 TOLERANCE = 0.01
 METRICS = ("ba", "asr")
@@ -21,16 +21,19 @@ def check_same(
 ) -> None:
     """Check that a run's model gives the BA and ASR of its record again.
 
-    It is the net under all other checks: whatever has changed since, data, trigger, code or model, would show here.
+    This check comes last and catches what the others miss: a change of the data, the trigger, the code or the model
+    shows in these numbers.
 
     Args:
         run: The run.
-        measured: What was measured now, on the same images.
-        precision: What it was measured in; in another precision than the run's nothing is checked.
-        environment: What it was computed with, as a record has it, if the same batches were passed; else None.
+        measured: The metrics measured now, on the same images.
+        precision: The precision of this measurement. If it is not the run's, nothing is checked.
+        environment: The environment of this measurement, as a record has it, if the images were passed in the same
+            batches as in the run; otherwise None.
 
     Raises:
-        RecordError: A number is another one: at all in the same environment, else by more than 1% of the images.
+        RecordError: A metric differs. In the same environment on a CPU no difference is allowed; otherwise 1
+            percentage point, or 3 images if they are more.
     """
     record = run.record
     expected = unfiltered_metrics(run)
@@ -44,14 +47,16 @@ def check_same(
             if then["n"] != now["n"] or abs(then["value"] - now["value"]) > allowed + 1e-9:
                 raise RecordError(
                     f"run folder {run.folder.path}: its record says {name.upper()} {then['value']:.2f}% of "
-                    f"{then['n']:g} images, measured again it is {now['value']:.2f}% of {now['n']:g}: something that "
-                    "the run was made with has changed (data, trigger, plug-in code or model)"
+                    f"{then['n']:g} images, but now it is {now['value']:.2f}% of {now['n']:g}: the data, the trigger, "
+                    "plug-in code or the model has changed since the run was made"
                 )
 
 
 def _sums_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return all(one.get(key) == other.get(key) for key in SAME_SUMS) and (
-        one["packages"].get("torch") == other["packages"].get("torch")
+    return (
+        one["device"] == "cpu"
+        and all(one.get(key) == other.get(key) for key in SAME_SUMS)
+        and one["packages"].get("torch") == other["packages"].get("torch")
     )
 
 

@@ -19,11 +19,6 @@ def share(hits: Tensor) -> dict[str, float]:
     return asdict(proportion(int(hits.sum()), len(hits)))
 
 
-def count_hits(model: nn.Module, split: Split, *, precision: str) -> int:
-    """Number of images of the split that are predicted as labelled."""
-    return int((predict(model, split.images, precision=precision) == split.labels).sum())
-
-
 def measure(
     model: nn.Module,
     test: Split,

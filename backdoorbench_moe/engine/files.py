@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def named_files(spec: RunSpec) -> Iterator[tuple[str, Path]]:
         # The part is imported only if one of its options could name a file.
         options = REGISTRIES[kind].options(part.name) if paths else {}
         for name, path in paths.items():
-            if name in options and options[name].names_file:
+            if name in options and options[name].names_file(part.options[name]):
                 yield f"{start}{name}", path
 
 
@@ -80,16 +80,26 @@ def check_files(spec: RunSpec) -> None:
             )
 
 
-def keep_files(spec: RunSpec, folder: RunFolder) -> list[NamedFile]:
-    """Describe the named files for the record, and copy the small ones into the run folder."""
+def keep_files(spec: RunSpec, folder: RunFolder, known: Iterable[NamedFile] = ()) -> list[NamedFile]:
+    """Describe the named files for the record, and copy the small ones into the run folder.
+
+    Args:
+        spec: The spec, with the hashes of its files.
+        folder: The run folder.
+        known: The files of the runs that this one is made from. A file that is one of them keeps its name, while its
+            path may be that of a copy.
+    """
+    names = {file["sha256"]: file["name"] for file in known}
     kept = []
     for key, path in named_files(spec):
         if key in spec.files:
             size = path.stat().st_size
-            name = f"{FILES}/{key}{path.suffix}" if size <= KEPT_BYTES else None
-            if name is not None:
-                folder.keep(name, path)
-            kept.append(NamedFile(key=key, name=path.name, sha256=spec.files[key], bytes=size, kept=name))
+            copy = f"{FILES}/{key}{path.suffix}" if size <= KEPT_BYTES else None
+            if copy is not None:
+                folder.keep(copy, path)
+            sha256 = spec.files[key]
+            name = names.get(sha256, path.name)
+            kept.append(NamedFile(key=key, name=name, sha256=sha256, bytes=size, kept=copy))
     return kept
 
 

@@ -17,11 +17,11 @@ class AnnouncingObserver(Observer):
     _waited_for: str | None = None
 
     def on_found(self, folder: str) -> None:
-        """Say so."""
+        """Announce a run that is finished already."""
         self.on_message(f"found finished: {folder}")
 
     def on_wait(self, folder: str) -> None:
-        """Say so, the first time."""
+        """Announce, once for each folder, that another process is waited for."""
         if self._waited_for != folder:
             self._waited_for = folder
             self.on_message(f"waiting for another process in {folder}")
@@ -38,8 +38,9 @@ class LineObserver(AnnouncingObserver):
         self._file = file
 
     def on_message(self, text: str) -> None:
-        """Print the message; a run does not end because it cannot be printed."""
-        with contextlib.suppress(OSError):
+        """Print the message. A message that cannot be printed does not end the run."""
+        # ValueError: the file is closed, or its encoding lacks a character.
+        with contextlib.suppress(OSError, ValueError):
             print(text, file=self._file or sys.stderr, flush=True)
 
     def on_train_start(self, name: str, *, epochs: int, done: int, images: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -25,17 +26,35 @@ def plugin_packages(spec: RunSpec) -> dict[str, str]:
 
 
 def plugin_sources(spec: RunSpec) -> dict[str, str]:
-    """A hash of the Python code of each third-party package that the parts of a spec come from.
+    """A hash of the Python code of every third-party part of a spec.
 
-    It covers the .py files of the top-level packages or modules that hold the parts; 16 hex digits of a SHA-256.
+    Returns:
+        16 hex digits of a SHA-256 by the name of the package: of the .py files of the top-level packages or modules
+        that hold the parts. For a part that was registered in this process, of the source code of its methods, by
+        kind and name, such as "trigger mark"; such a part without source code is left out.
     """
     modules: dict[str, set[str]] = {}
+    registered = {}
     for kind, part in spec.parts():
-        candidate = REGISTRIES[kind].candidate(part.name.partition(":")[0])
-        if candidate is not None and not candidate.builtin:
+        name = part.name.partition(":")[0]
+        candidate = REGISTRIES[kind].candidate(name)
+        if candidate is None:
+            registered[f"{kind} {name}"] = _hash_methods(REGISTRIES[kind].lookup(name))
+        elif not candidate.builtin:
             module = candidate.target.partition(":")[0].partition(".")[0]
             modules.setdefault(candidate.package, set()).add(module)
-    return {package: _hash_code(sorted(names)) for package, names in modules.items()}
+    found = {package: _hash_code(sorted(names)) for package, names in modules.items()}
+    return found | {name: code for name, code in registered.items() if code is not None}
+
+
+def _hash_methods(part: type) -> str | None:
+    # Not the source of the class as a whole: Python does not find it for a class in a notebook.
+    methods = [value for value in vars(part).values() if inspect.isfunction(value)]
+    try:
+        source = "\0".join(inspect.getsource(method) for method in methods)
+    except OSError:
+        return None
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def _hash_code(modules: Sequence[str]) -> str:

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from html import escape
 
+from backdoorbench_moe.collapse import collapse_line
+from backdoorbench_moe.metrics import Metric, sort_metrics
 from backdoorbench_moe.records import Record
 
 
 def run_line(name: str, record: Record) -> str:
     """A run in one line: its folder's name, status and metrics."""
-    metrics = ", ".join(f"{key.upper()} {metric['value']:.2f}" for key, metric in record.metrics.items())
-    return f"<Run {name}: {record.status}{', ' if metrics else ''}{metrics}>"
+    metrics = [
+        f"{one.heading} {record.metrics[one.key]['value']:.2f}" for one in sort_metrics(record.metrics)
+    ]
+    near = ["near chance"] if collapse_line(record) else []
+    return f"<Run {name}: {', '.join([record.status, *metrics, *near])}>"
 
 
 def run_html(name: str, record: Record) -> str:
     """A run as an HTML table of its metrics, in percent, with their 95% intervals and numbers of images."""
-    rows = []
-    for key, metric in record.metrics.items():
-        interval = f"{metric['low']:.2f} – {metric['high']:.2f}" if "low" in metric else "–"
-        cells = (f"{metric['value']:.2f}", interval, f"{metric['n']:,}")
-        rows.append(f"<tr><th>{escape(key.upper())}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    error = f"<p>{escape(record.error)}</p>" if record.error else ""
+    rows = "".join(_row(one, record.metrics[one.key]) for one in sort_metrics(record.metrics))
+    notes = "".join(f"<p>{escape(note)}</p>" for note in (record.error, collapse_line(record)) if note)
     head = "<tr><th></th><th>%</th><th>95% interval</th><th>images</th></tr>"
-    table = f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
-    return f"<p><code>{escape(name)}</code>: {escape(record.status)}</p>{error}{table}"
+    table = f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>" if rows else ""
+    return f"<p><code>{escape(name)}</code>: {escape(record.status)}</p>{notes}{table}"
+
+
+def _row(metric: Metric, found: dict[str, float]) -> str:
+    interval = f"{found['low']:.2f} – {found['high']:.2f}" if "low" in found else "–"
+    cells = (f"{found['value']:.2f}", interval, f"{found['n']:,}")
+    label = f"<th>{escape(metric.label)}</th>"
+    return f"<tr>{label}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"

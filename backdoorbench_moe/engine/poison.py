@@ -20,9 +20,9 @@ CHUNK_VALUES = 512 * 3 * 32 * 32
 
 @contextmanager
 def poisoned(split: Split, plan: PoisonPlan, stamper: Stamper | None) -> Iterator[Split]:
-    """Stamp and relabel the planned images inside the block, and put them back at its end.
+    """Stamp and relabel the planned images inside the block, and restore them at its end.
 
-    It is done in place, so that the images are held once: a copy would be a second data set in memory.
+    The images are changed in place: a copy would be a second data set in memory.
 
     Args:
         split: The training split.
@@ -31,10 +31,11 @@ def poisoned(split: Split, plan: PoisonPlan, stamper: Stamper | None) -> Iterato
     """
     changed = torch.cat(list(plan.groups.values())).to(split.images.device)
     clean = Split(split.images[changed], split.labels[changed])
-    if stamper is not None:
-        _stamp_groups(split.images, plan, stamper)
-    split.labels[plan.indices.to(split.labels.device)] = plan.labels.to(split.labels.device)
+    # Stamping, too, can fail or be interrupted, and the images serve other runs afterwards.
     try:
+        if stamper is not None:
+            _stamp_groups(split.images, plan, stamper)
+        split.labels[plan.indices.to(split.labels.device)] = plan.labels.to(split.labels.device)
         yield split
     finally:
         split.images[changed], split.labels[changed] = clean.images, clean.labels

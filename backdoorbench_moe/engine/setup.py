@@ -62,11 +62,13 @@ class Setup:
         return self._triggered
 
     def describe_parts(self) -> dict[str, Any]:
-        """What the options of model, trigger and applicator came to be, for the record."""
+        """Return the values that the options of model, attack, trigger and applicator took, for the record."""
         parts = {"model": describe(self.model)}
         # Also where the class holds it, since `Run.stamper` builds the applicator from this.
         if (size := model_patch_size(self.model)) is not None:
             parts["model"]["patch_size"] = size
+        if self.attack is not None and (options := describe(self.attack)):
+            parts["attack"] = options
         if self.stamper is not None:
             parts["trigger"] = describe(self.stamper.trigger)
             parts["applicator"] = describe(self.stamper.applicator)

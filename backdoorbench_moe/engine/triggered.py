@@ -16,10 +16,10 @@ class Triggered:
     """M test images with the trigger on them.
 
     Args:
-        places: (M,) int64, their indices in the test split, ascending.
+        places: (M,) int64, indices of the images in the test split, ascending.
         images: (M, C, H, W) uint8.
-        wanted: (M,) int64, what the attacker wants them to be called.
-        true: (M,) int64, what they are.
+        wanted: (M,) int64, classes that the attacker wants the images to be predicted as.
+        true: (M,) int64, their labels.
     """
 
     places: Tensor

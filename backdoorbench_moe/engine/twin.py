@@ -27,7 +27,11 @@ def link_twin(run: Run, clean: Run, workplace: Workplace) -> Run:
     if clean.record.data["digest"] != record.data["digest"]:
         raise RecordError(f"clean twin {clean.folder.path}: was made from other data; use another --output")
     found = {"cad": {"value": clean.value("ba") - run.value("ba"), "n": record.metrics["ba"]["n"]}}
-    known = record.clean_twin == name and all(metric in record.metrics for metric in TWIN_METRICS)
+    # A twin that was trained again, elsewhere or in another precision, has another BA.
+    known = record.clean_twin == name and all(
+        record.metrics.get(key) == found[key] if key in found else key in record.metrics
+        for key in ("cad", *TWIN_METRICS)
+    )
     # Without its model file a twin can still be compared by its accuracy.
     if run.spec.attacked and not known and clean.folder.model_sha256 is not None:
         found |= _measure_twin(run, clean, workplace)

@@ -1,4 +1,4 @@
-"""Where runs are made: the data in memory, the device, the precision, and who is told about progress."""
+"""Where runs are made: the data in memory, the device, the precision, and the observer of progress."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class Workplace:
     """Shared by all runs on the same data, device and precision; the data are read once.
 
     Args:
-        spec: Any of these runs; its data set, device and precision count.
+        spec: Spec of any of these runs. Only its data set, device and precision are used.
         observer: Receives progress.
 
     Attributes:
-        device: The device that is computed on.
+        device: The device of the computations.
         precision: "fp32" or "bf16".
 
     Raises:
         UnknownNameError: A part of the spec does not exist.
-        ConfigError: The device is not there.
-        DataError: The folder of the data is not there.
+        ConfigError: The device does not exist.
+        DataError: The folder of the data does not exist.
     """
 
     def __init__(self, spec: RunSpec, observer: Observer | None = None) -> None:
@@ -48,15 +48,14 @@ class Workplace:
         """The data, on the device; read at first use, since a finished run does not need them."""
         if self._images is None:
             self.observer.on_message(f"reading {type(self.dataset).__name__}")
-            _ = (
-                self.fingerprint
-            )  # Before the files are read, so that a change meanwhile is noticed the next time.
+            # The fingerprint is taken first, so that a change while the files are read is noticed the next time.
+            _ = self.fingerprint
             self._images = self.dataset.load().to(self.device)
             self.observer.on_message(describe_classes(self._images.classes))
         return self._images
 
     def resolve(self, spec: RunSpec) -> RunSpec:
-        """The spec as it is made: classes by number, files by their content. Only then is its digest final."""
+        """Return the spec with classes by number and the hashes of its files. Only then is its digest final."""
         return pin_files(resolve_classes(spec, self._class_names))
 
     def is_unchanged(self, record: Record) -> bool:

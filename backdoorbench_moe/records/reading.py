@@ -91,18 +91,29 @@ def _judged(kind: str, scores: Any, verdict: Any) -> dict[str, Any]:
     """A judgement from what schema version 2 kept by kind: scores by name, and a verdict of any form."""
     said = dict(verdict) if isinstance(verdict, dict) else {} if verdict is None else {"verdict": verdict}
     chosen: Any = next((said.pop(key) for key in ("dropped", "reset", "masked") if key in said), [])
-    if not isinstance(scores, dict):
-        said |= {} if scores is None else {"scores": scores}
-        scores = None
+    threshold = said.pop("threshold", None)
+    if scores is not None and not _is_flat(scores):
+        said, scores = said | {"scores": scores}, None
+    if not _is_number(threshold):
+        said, threshold = said | {"threshold": threshold}, None
     return {
         # Schema version 2 knew no judgements of training samples: "sample" was an input.
         "about": "input" if kind == "sample" else kind,
         "scores": scores,
-        "threshold": said.pop("threshold", None),
-        "suspicious": chosen if isinstance(chosen, list) else [chosen],
+        "threshold": threshold,
+        "suspicious": [str(name) for name in (chosen if isinstance(chosen, list) else [chosen])],
         "reason": "",
         "details": said,
     }
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number or null."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _is_flat(scores: Any) -> bool:
+    return isinstance(scores, dict) and all(map(_is_number, scores.values()))
 
 
 def _find_damage(values: dict[str, Any]) -> str | None:

@@ -111,16 +111,26 @@ class Environment(TypedDict):
     """The software and hardware that a run was made with.
 
     Attributes:
-        packages: Versions of packages by name.
-        device: Name of the device.
+        packages: Versions of packages by name; of third-party packages, those that parts of the run come from.
+        device: Name of the device, such as "cpu".
         precision: "fp32" or "bf16".
         threads: Number of CPU threads of PyTorch.
+        python: Version of Python.
+        platform: Operating system and architecture.
+        cpu: Name of the CPU.
+        git_commit: Commit of the source tree, followed by "-dirty" if it was changed; None for an installed package.
+        sources: Hashes of the code of third-party parts; see `engine.names.plugin_sources`.
     """
 
     packages: dict[str, str]
     device: str
     precision: str
     threads: int
+    python: NotRequired[str]
+    platform: NotRequired[str]
+    cpu: NotRequired[str]
+    git_commit: NotRequired[str | None]
+    sources: NotRequired[dict[str, str]]
 
 
 @dataclass
@@ -132,7 +142,8 @@ class Record:
         digest: The spec's digest.
         status: "running", "interrupted", "failed" or "finished".
         data: See `DataFacts`.
-        parts: Options of model, trigger, applicator and defense with the values that were used, defaults included.
+        parts: Options of model, attack, trigger, applicator and defense with the values that were used, defaults
+            included.
         poison: Number of poisoned images `n`, rate and target, and the cover and noise groups if there are any; None
             for a clean run.
         metrics: Metrics by name (see `backdoorbench_moe.metrics`): {"value": percent, "n": images, "low": percent,

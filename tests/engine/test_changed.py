@@ -15,6 +15,7 @@ from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import run_attack, run_defense
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.plugins import Candidate
+from backdoorbench_moe.triggers.square import Square
 
 TUNING = PartSpec("fine-tuning", {"clean_fraction": 0.5, "epochs": 1})
 
@@ -42,9 +43,7 @@ def test_the_net_numbers_that_are_not_the_records_are_refused(tmp_path) -> None:
     run.folder.save_model(tensors, header)
     run.record.model_sha256 = None
     run.folder.write(run.record)
-    with pytest.raises(
-        RecordError, match=r"its record says (BA|ASR) .* measured again it is (33\.33|100\.00)% of"
-    ):
+    with pytest.raises(RecordError, match=r"its record says (BA|ASR) .* but now it is (33\.33|100\.00)% of"):
         run_defense(load_run(run.folder.path), TUNING)
     with pytest.raises(RecordError, match=r"its record says (BA|ASR)"):
         bbmoe.analyze(run.folder.path)
@@ -78,7 +77,7 @@ def test_plug_in_code_edited_without_a_new_version(tmp_path, monkeypatch, packag
     monkeypatch.setitem(triggers.registry._found[0], "mark", candidate)
     spec = tiny_spec(trigger="mark")
     [run] = run_attack(spec, output=tmp_path / "runs", twin=False)
-    assert set(run.record.environment["sources"]) == {"some-marks"}
+    assert set(run.record.environment["sources"]) == {"some-marks", "dataset tiny"}
     assert run_attack(spec, output=tmp_path / "runs", twin=False)[0].record == run.record
     file.write_text(CODE + "# edited\n")
     with pytest.raises(
@@ -87,6 +86,28 @@ def test_plug_in_code_edited_without_a_new_version(tmp_path, monkeypatch, packag
         run_attack(spec, output=tmp_path / "runs", twin=False)
     for name in [name for name in sys.modules if name.partition(".")[0] == module]:
         monkeypatch.delitem(sys.modules, name)
+
+
+def test_a_registered_part_edited_in_the_same_session(tmp_path, monkeypatch) -> None:
+    """As in a notebook, where the cell that defines the part is run again."""
+    source = "class Mark(Square):\n    def __init__(self, *, seed: int = 0):\n        super().__init__(size=SIZE)\n"
+    spec = tiny_spec(trigger="mark")
+
+    def define(size: int) -> None:
+        file = tmp_path / f"cell{size}.py"
+        file.write_text(source.replace("SIZE", str(size)))
+        names_there = {"Square": Square}
+        exec(compile(file.read_text(), str(file), "exec"), names_there)
+        monkeypatch.setitem(triggers.registry._local, "mark", names_there["Mark"])
+
+    define(2)
+    [run] = run_attack(spec, output=tmp_path / "runs", twin=False)
+    assert set(run.record.environment["sources"]) == {"trigger mark", "dataset tiny"}
+    define(2)
+    assert run_attack(spec, output=tmp_path / "runs", twin=False)[0].record == run.record
+    define(3)
+    with pytest.raises(RecordError, match="the code of trigger mark has changed since it was made"):
+        run_attack(spec, output=tmp_path / "runs", twin=False)
 
 
 def test_the_hash_of_code_is_one_of_names_and_contents(tmp_path, monkeypatch) -> None:
@@ -109,7 +130,7 @@ def test_every_module_that_parts_of_a_package_come_from_is_hashed(tmp_path, monk
     monkeypatch.setitem(defenses.registry._found[0], "guard", defense)
     spec = tiny_spec(trigger="one_mark", defenses=["guard"])
     first = names.plugin_sources(spec)
-    assert set(first) == {"two-modules"}
+    assert set(first) == {"two-modules", "dataset tiny"}
     for name in ("one_mark", "other_mark"):
         (tmp_path / f"{name}.py").write_text(CODE + f"# {name} edited\n")
         now = names.plugin_sources(spec)

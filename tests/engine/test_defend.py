@@ -10,14 +10,13 @@ import pytest
 import torch
 from defense_tasks import CPU, PRUNING, TUNING, changed, defended_spec, outcome
 from safetensors import safe_open
-from tiny import TINY_MODEL, Tiny, tiny_spec
+from tiny import TINY_MODEL, Tiny, count_hits, tiny_spec
 from torch import Tensor, nn
 
 from backdoorbench_moe import defenses, models
 from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
-from backdoorbench_moe.engine.evaluate import count_hits
 from backdoorbench_moe.engine.graph import clean_twin, needs
 from backdoorbench_moe.engine.inference import predict
 from backdoorbench_moe.engine.observer import Observer
@@ -93,7 +92,7 @@ def test_the_record_can_be_measured_again_from_the_folder_alone(tmp_path) -> Non
     spec = defended_spec(train={"epochs": 4, "batch_size": 8})
     run = Runner(spec, tmp_path).finish(spec)
     images, model = Tiny().load(), load_run(run.folder.path).model()
-    assert run.value("ba") == 100 * count_hits(model, images.test, precision="fp32") / 60
+    assert run.value("ba") == 100 * count_hits(model, images.test) / 60
     triggered = triggered_test(images, run.attack(), run.stamper())
     predicted = predict(model, triggered.images, precision="fp32")
     assert run.value("asr") == 100 * (predicted == triggered.wanted).double().mean().item()

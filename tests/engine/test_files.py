@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.runner import run_attack, run_defense
 from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.options import FilePath, list_options
 
 TUNING = PartSpec("fine-tuning", {"clean_fraction": 0.5, "epochs": 1})
 
@@ -101,6 +103,23 @@ def test_a_large_file_is_not_copied_but_checked(tmp_path, monkeypatch) -> None:
         RecordError, match=r"trigger\.image: the file that the run was made with is not there"
     ):
         run.stamper()
+
+
+def test_a_defended_run_names_the_file_as_its_parent_does(run, tmp_path) -> None:
+    defended = run_defense(run, TUNING, output=tmp_path / "out")
+    [there], [here] = run.record.files, defended.record.files
+    assert here == there and here["name"] == "p.png"
+
+
+def test_a_word_that_an_option_has_is_no_file(tmp_path, monkeypatch) -> None:
+    class Picky:
+        def __init__(self, *, start: FilePath | Literal["copy"] | None = None) -> None:
+            pass
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "copy").touch()
+    option = list_options(Picky)["start"]
+    assert option.names_file("copy.bin") and not option.names_file("copy")
 
 
 def test_a_spec_that_names_no_file_is_as_it_was() -> None:

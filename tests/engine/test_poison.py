@@ -53,6 +53,19 @@ def test_the_planned_images_and_no_others_change_for_as_long_as_the_block_lasts(
     assert torch.equal(split.images, before) and torch.equal(split.labels, LABELS)
 
 
+def test_the_images_are_put_back_when_the_trigger_fails_after_a_group_was_stamped() -> None:
+    class NoNoise(Invert):
+        def stamp_noise(self, images: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no memory")
+
+    split = Split(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), LABELS.clone())
+    made = plan(rate=0.3, noise=0.3, target=2)
+    failing = Stamper(NoNoise(), create_applicator("image"))
+    with pytest.raises(RuntimeError, match="no memory"), poisoned(split, made, failing):
+        pass
+    assert (split.images == 0).all() and torch.equal(split.labels, LABELS)
+
+
 def test_the_images_are_put_back_whatever_happens() -> None:
     split = Split(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), LABELS.clone())
     with pytest.raises(KeyboardInterrupt), poisoned(split, plan(rate=1.0, target=2), INVERT):

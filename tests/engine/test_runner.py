@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import TINY_MODEL, Tiny, tiny_spec
+from tiny import TINY_MODEL, Tiny, count_hits, tiny_spec
 
 from backdoorbench_moe.data import create_dataset, registry
-from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.data.base import ImageSet, Split
 from backdoorbench_moe.engine import run as engine_run
-from backdoorbench_moe.engine.evaluate import count_hits
 from backdoorbench_moe.engine.makers import base
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.run import Run, load_run
@@ -53,9 +52,11 @@ class Counting(Observer):
 
 
 class Placed(Tiny):
-    """Other images at every root."""
+    """Other images at every root, and of every `shift`."""
 
     file: Path | None = None
+    shift = 0
+    reads = 0
 
     def __init__(self, *, root: str, train_images: int | None = None) -> None:
         super().__init__(salt=int(root), train_images=train_images)
@@ -64,6 +65,12 @@ class Placed(Tiny):
     def source(self) -> Path | None:
         """A file, if there is one."""
         return self.file
+
+    def read(self) -> ImageSet:
+        """Draw the images, and count how often."""
+        Placed.reads += 1
+        self.salt += self.shift
+        return super().read()
 
 
 def test_the_run_folder_holds_all_the_design_says(tmp_path) -> None:
@@ -89,7 +96,7 @@ def test_the_run_folder_holds_all_the_design_says(tmp_path) -> None:
         ("twin_asr", triggered.images),
         ("twin_target_rate", images.test.images[triggered.places]),
     ):
-        hits = count_hits(model, Split(shown, triggered.wanted), precision="fp32")
+        hits = count_hits(model, Split(shown, triggered.wanted))
         assert record["metrics"][metric]["value"] == 100 * hits / 40
     with safe_open(run.folder.path / "model.safetensors", framework="pt") as opened:
         assert opened.metadata()["backdoored"] == "true"
@@ -102,12 +109,12 @@ def test_the_record_can_be_measured_again_from_the_folder_alone(tmp_path) -> Non
     again = load_run(run.folder.path)
     images = create_dataset("tiny").load()
     model = again.model()
-    ba = 100 * count_hits(model, images.test, precision="fp32") / 60
+    ba = 100 * count_hits(model, images.test) / 60
     triggered = triggered_test(images, again.attack(), again.stamper())
     wanted = Split(triggered.images, triggered.wanted)
-    asr = 100 * count_hits(model, wanted, precision="fp32") / len(triggered)
+    asr = 100 * count_hits(model, wanted) / len(triggered)
     untriggered = Split(images.test.images[triggered.places], triggered.wanted)
-    rate = 100 * count_hits(model, untriggered, precision="fp32") / len(triggered)
+    rate = 100 * count_hits(model, untriggered) / len(triggered)
     assert (ba, asr, rate) == tuple(map(run.value, ("ba", "asr", "target_rate")))
     indices = again.folder.load_poison()
     assert len(indices) == 24 and np.all(np.diff(indices) > 0)
@@ -121,6 +128,22 @@ def test_a_finished_run_is_not_trained_again_and_the_twin_is_shared(tmp_path) ->
     other = Counting()
     run_attack(tiny_spec(trigger="blend"), output=tmp_path, observer=other)
     assert other.epochs == 2  # Its victim's; the twin was there.
+
+
+def test_the_numbers_of_a_twin_that_was_trained_again_are_measured_again(tmp_path) -> None:
+    [run] = run_attack(tiny_spec(), output=tmp_path)
+    before = dict(run.record.metrics)
+    twin = tmp_path / run.record.clean_twin
+    record = json.loads((twin / "record.json").read_text())
+    ba = record["metrics"]["ba"]
+    ba["value"] = 100 - ba["value"]  # As if it had been trained on another machine.
+    (twin / "record.json").write_text(json.dumps(record))
+    stale = {**before, "twin_asr": {**before["twin_asr"], "value": -1.0}}
+    run.record.metrics = stale
+    run.folder.write(run.record)
+    [again] = run_attack(tiny_spec(), output=tmp_path)
+    assert again.record.metrics["twin_asr"] == before["twin_asr"]
+    assert again.record.metrics["cad"]["value"] == ba["value"] - run.value("ba")
 
 
 def test_repeats_are_seeds(tmp_path) -> None:
@@ -243,14 +266,12 @@ def test_data_whose_files_have_not_changed_are_not_read_again(tmp_path, monkeypa
     spec = tiny_spec(dataset={"name": "placed", "root": "1", "train_images": 32})
     [first] = run_attack(spec, output=tmp_path, twin=False)
     assert first.record.data["fingerprint"]
-    reads = []
-    read = Placed.read
-    monkeypatch.setattr(Placed, "read", lambda self: (reads.append(1), read(self))[1])
-    assert run_attack(spec, output=tmp_path, twin=False)[0].record == first.record and not reads
+    monkeypatch.setattr(Placed, "reads", 0)
+    assert run_attack(spec, output=tmp_path, twin=False)[0].record == first.record and Placed.reads == 0
     os.utime(file, ns=(0, 0))
-    assert run_attack(spec, output=tmp_path, twin=False)[0].record == first.record and len(reads) == 1
+    assert run_attack(spec, output=tmp_path, twin=False)[0].record == first.record and Placed.reads == 1
     file.write_bytes(b"abcd")
-    monkeypatch.setattr(Placed, "_split", lambda self, count, seed: Tiny._split(self, count, seed + 9))
+    monkeypatch.setattr(Placed, "shift", 5)
     with pytest.raises(RecordError, match="was made from other data"):
         run_attack(spec, output=tmp_path, twin=False)
     first.record.data["fingerprint"] = None

@@ -22,7 +22,7 @@ from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import BbmoeWarning
 from backdoorbench_moe.ops.metrics import chance_rate
-from backdoorbench_moe.ops.seeding import derive_seed
+from backdoorbench_moe.ops.seeding import derive_seed, seeded
 from backdoorbench_moe.records import Input, Record, RunFolder
 
 Checkpoint = tuple[dict[str, Tensor], dict[str, Any]]
@@ -63,7 +63,8 @@ class Maker(ABC):
         record = self.new_record(inputs)
         if checkpoint:
             self._check_continued(folder, record)
-        record.files = keep_files(self.spec, folder)
+        known = [file for run in inputs.values() for file in run.record.files]
+        record.files = keep_files(self.spec, folder, known)
         folder.write(record)
         try:
             self.complete(folder, record, checkpoint)
@@ -133,8 +134,12 @@ class Maker(ABC):
     def measure(self, models: Sequence[nn.Module], *, recovery: bool = False) -> list[Metrics]:
         """Measure models; the triggered images are made once for all of them. See `evaluate.measure`."""
         triggered, test = self.setup.triggered_test(), self.workplace.images.test
-        precision = self.workplace.precision
-        return [measure(model, test, triggered, precision=precision, recovery=recovery) for model in models]
+        found, precision = [], self.workplace.precision
+        for model in models:
+            # A model that draws random numbers in evaluation mode draws the same ones every time.
+            with seeded(self.spec.seed, "measure"):
+                found.append(measure(model, test, triggered, precision=precision, recovery=recovery))
+        return found
 
     def _check_continued(self, folder: RunFolder, record: Record) -> None:
         """Check that data and plug-ins are those of the interrupted run, and keep what was recorded at its start."""

@@ -81,7 +81,7 @@ class VMoE(RoutedViT):
         load: float = 0.005,
         capacity: float | None = 1.05,
         eval_capacity: float | None = None,
-        upcycle: FilePath | None = None,
+        upcycle: FilePath | Literal["copy"] | None = None,
     ) -> None:
         super().__init__(
             num_classes=num_classes,
@@ -150,7 +150,7 @@ class SoftMoE(RoutedViT):
         moe_blocks: str | int | tuple[int, ...] = "every-2",
         num_experts: int = 8,
         slots: int | None = None,
-        upcycle: FilePath | None = None,
+        upcycle: FilePath | Literal["copy"] | None = None,
     ) -> None:
         super().__init__(
             num_classes=num_classes,

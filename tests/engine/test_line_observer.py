@@ -1,0 +1,29 @@
+"""Progress as plain lines, wherever they are printed."""
+
+from __future__ import annotations
+
+import io
+
+from backdoorbench_moe.engine.line_observer import LineObserver
+
+
+def test_a_finished_run_is_announced_and_a_wait_once() -> None:
+    file = io.StringIO()
+    observer = LineObserver(file)
+    observer.on_found("a")
+    for folder in ("b", "b", "c"):
+        observer.on_wait(folder)
+    lines = file.getvalue().splitlines()
+    assert lines == [
+        "found finished: a",
+        "waiting for another process in b",
+        "waiting for another process in c",
+    ]
+
+
+def test_a_message_that_cannot_be_printed_does_not_end_the_run() -> None:
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    LineObserver(ascii_only).on_message("Épée")
+    closed = io.StringIO()
+    closed.close()
+    LineObserver(closed).on_message("a line")
