@@ -24,7 +24,7 @@ import yaml
 import backdoorbench_moe
 from backdoorbench_moe.bench.paper import load_paper
 from backdoorbench_moe.bench.results import ResultSet
-from backdoorbench_moe.bench.suite_file import parse_suite
+from backdoorbench_moe.bench.suite_file import list_suites, parse_suite
 from backdoorbench_moe.bench.tables import build_sheet
 from backdoorbench_moe.cli import bbmoe
 from backdoorbench_moe.models import list_models
@@ -227,6 +227,12 @@ def test_the_reference_names_every_optional_protocol() -> None:
     text = "".join(PAGES[page].read_text(encoding="utf-8") for page in ("api/interfaces.md", "api/moe.md"))
     assert len(found) >= 4
     assert found <= set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+
+
+def test_the_page_of_the_suites_lists_every_built_in_one() -> None:
+    text = PAGES["reproduce.md"].read_text(encoding="utf-8")
+    rows = "".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
+    assert sorted(re.findall(r"`([\w-]+)`", rows)) == list_suites()
 
 
 def test_all_pages_are_in_the_navigation() -> None:
