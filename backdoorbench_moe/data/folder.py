@@ -10,7 +10,7 @@ import torch
 
 from backdoorbench_moe.data.base import Dataset, ImageSet, Split, draw_subset
 from backdoorbench_moe.data.images import check_image_size, read_images
-from backdoorbench_moe.data.listing import LeftOut, find_images, list_folder, order_classes
+from backdoorbench_moe.data.listing import LeftOut, find_images, is_hidden, list_folder, order_classes
 from backdoorbench_moe.data.roots import data_root
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError
 from backdoorbench_moe.ops.seeding import generator
@@ -58,10 +58,10 @@ class Folder(Dataset):
         root: The folder.
         test_fraction: Share of each class that is used for testing if there is no test folder, in (0, 1). The split is
             always the same, and both parts have at least one image of each class.
-        image_size: Side of the square images, in pixels. Images are resized so that the shorter side has this size
-            (bilinear, antialiased), then cropped at the centre.
-        train_images: Keep this many training images, as in `Dataset`.
-        test_images: Keep this many test images, as in `Dataset`.
+        image_size: Side of the square images in pixels, 1 to 8192. Images are resized so that the shorter side has
+            this size (bilinear, antialiased), then cropped at the centre.
+        train_images: Number of training images to keep, from 1; all if None. See `Dataset`.
+        test_images: Number of test images to keep, from 1; all if None. See `Dataset`.
 
     Raises:
         ConfigError: A value is out of range.
@@ -188,7 +188,9 @@ def _class_folders(folder: Path, left_out: LeftOut) -> list[Path]:
     folders, files = list_folder(folder)
     for path in files:
         left_out.add_file(path)
-    return [path for path in folders if not path.name.startswith(".")]
+    for path in filter(is_hidden, folders):
+        left_out.add_hidden_folder(path)
+    return [path for path in folders if not is_hidden(path)]
 
 
 def _list_images(layout: Layout, folder: Path, left_out: LeftOut) -> Files:

@@ -45,6 +45,9 @@ def draw_quilt() -> Tensor:
 def read_picture(path: str) -> Tensor:
     """Read a picture file in the same way as the images of a data set, see `image_files.decode`.
 
+    Args:
+        path: The file. A leading "~" is replaced by the home directory.
+
     Returns:
         (1, 3, H, W) float32 in [0, 1].
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -217,6 +218,32 @@ def test_what_is_left_out_is_counted_by_suffix(tmp_path) -> None:
     assert images.digest == whole.digest and len(said) == 1
     for part in ("1 .md", "1 outside of class folders", "1 without a suffix", "1 .mp4"):
         assert part in str(said[0].message)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_files_in_hidden_folders_beside_the_class_folders_are_counted(tmp_path, split) -> None:
+    bases = [tmp_path / "train", tmp_path / "test"] if split else [tmp_path]
+    for base in bases:
+        fill(base / "cat", range(4))
+        fill(base / "dog", range(4))
+    whole = load(tmp_path)
+    touch(bases[0], ".eel/a.png", ".eel/deep/b.png")
+    (bases[0] / ".empty").mkdir()
+    with pytest.warns(BbmoeWarning, match=r"2 files left out: 2 hidden$"):
+        assert load(tmp_path).digest == whole.digest
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names of files are texts there")
+def test_names_that_are_not_utf_8_are_read_and_have_a_fingerprint(tmp_path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    fill(folder, range(10, 14))
+    (folder / "010.png").rename(folder / os.fsdecode(b"na\xefve.png"))
+    fill(tmp_path / "dog", range(4))
+    dataset = create_dataset("folder", root=str(tmp_path))
+    assert len(dataset.load().train) == 6 and dataset.load().classes == (folder.name, "dog")
+    before = dataset.fingerprint()
+    os.utime(folder / os.fsdecode(b"na\xefve.png"), (1, 1))
+    assert before is not None and dataset.fingerprint() != before
 
 
 CLUTTER = [".DS_Store", "Thumbs.db", "desktop.ini", "._000.png", "__MACOSX/._000.png", "__MACOSX/cat/000.png"]
