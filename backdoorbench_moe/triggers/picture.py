@@ -54,10 +54,11 @@ def read_picture(path: str) -> Tensor:
     Raises:
         ConfigError: The file is missing or damaged, or cannot be converted to 8-bit RGB without loss.
     """
-    if not expand(path).is_file():
+    file = expand(path, "blend: image")
+    if not file.is_file():
         raise ConfigError.expected("blend: image", "a picture file", path)
     try:
-        pixels = np.array(read_image(expand(path)))
+        pixels = np.array(read_image(file))
     except DataError as error:
         raise ConfigError(f"blend: image: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).float() / 255

@@ -77,6 +77,10 @@ def test_blocks_that_do_not_exist_are_one_clear_line(wanted):
         ({"num_heads": 3}, "^num_heads: expected a divisor of the embed_dim of timm's 'vit_tiny"),
         ({"patch_size": 5}, "patch_size: expected a divisor of the image's 32 pixels, got 5"),
         ({"upcycle": ""}, "upcycle: expected copy, or"),
+        (
+            {"image_size": 31},
+            "^patch_size: timm's 'vit_tiny_patch16_224' has patches of 16, and neither .* 31 pixels",
+        ),
     ],
 )
 def test_bad_options_are_one_clear_line(options, message):
@@ -155,6 +159,13 @@ def test_routers(router, per_token, per_expert):
         assert (first.selected.sum(1) == per_token).all()
     else:
         assert set(first.selected.sum(2).flatten().tolist()) <= {per_expert - 1, per_expert}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_images(name):
+    model = build(name).eval()
+    output = model.forward_routed(images(0))
+    assert output.logits.shape == (0, 3) and all(len(routing.gates) == 0 for routing in output.routing)
 
 
 @pytest.mark.parametrize("name", NAMES)
