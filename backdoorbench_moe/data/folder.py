@@ -127,9 +127,11 @@ class Folder(Dataset):
         )
 
     def _divide(self, files: Files, classes: tuple[str, ...]) -> tuple[Files, Files]:
+        by_class: list[list[Path]] = [[] for _ in classes]
+        for path, label in files:
+            by_class[label].append(path)
         test: set[Path] = set()
-        for label, name in enumerate(classes):
-            paths = [path for path, given in files if given == label]
+        for name, paths in zip(classes, by_class, strict=True):
             if len(paths) < 2:
                 raise DataError(
                     f"folder: class {name!r}: expected at least 2 images to split, got {len(paths)}"

@@ -224,7 +224,10 @@ class PMoE(RoutedModel):
         return F.relu(self.norm(outputs), inplace=True).mean((2, 3)), Routing("moe", gates, selected)
 
     def components(self) -> dict[str, list[nn.Module]]:
-        """Return the experts with the norm behind them, whose channels each belong to one expert; router; and head."""
+        """Return the modules of the experts, the router and the head.
+
+        The norm behind the experts is one of theirs, since each of its channels belongs to one expert.
+        """
         experts: list[nn.Module] = [self.moe.norm, self.moe.conv, self.norm]
         return {"experts": experts, "router": [self.moe.router], "head": [self.head]}
 

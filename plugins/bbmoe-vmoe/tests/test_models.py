@@ -11,13 +11,15 @@ from bbmoe_vmoe.surgery import choose_blocks
 from safetensors.torch import save_file
 from torch import nn
 
-from backdoorbench_moe.config import TrainSpec
+from backdoorbench_moe.config import PartSpec, TrainSpec
+from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.engine.step import make_optimizer
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.models import create_model
 from backdoorbench_moe.moe.experts import kept_muted, mute
 from backdoorbench_moe.moe.pruning import silence
 from backdoorbench_moe.ops.seeding import seeded
+from backdoorbench_moe.testing.making import changed, copies, make_task
 
 SMALL = {"depth": 4, "embed_dim": 16, "num_heads": 2}
 DENSE = "timm:vit_tiny_patch16_224"
@@ -196,6 +198,20 @@ def test_a_masked_expert_is_kept_in_the_state_and_has_no_effect(name):
     with torch.no_grad():
         read.network.blocks[3].mlp.experts.fc2.weights[1] += 1
     assert torch.equal(read(images()), before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_masked_expert_stays_masked_when_the_router_is_reset(name):
+    model = build(name).eval()
+    model.mask_expert(model.experts()[9])
+    before = copies(model)
+    task, reported = make_task(model, PartSpec(name, SMALL))
+    create_defense("router-reset", epochs=1)(task)
+    [(_, reset)] = reported
+    routers = {key for key in before if ".router." in key and before[key].is_floating_point()}
+    assert changed(before, reset) == routers - {key for key in routers if key.endswith(".scale")}
+    masked = {key: value.tolist() for key, value in copies(model).items() if key.endswith(".masked")}
+    assert list(masked.values()) == [[False] * 8, [False, True, *[False] * 6]]
 
 
 @pytest.mark.parametrize("name", NAMES)
