@@ -103,19 +103,23 @@ class Dataset(ABC):
         """Return the folder or file that the images are read from; None if it does not exist or there is none."""
         return None
 
+    def files_beside(self) -> tuple[Path, ...]:
+        """Return the files that are read but are not in the `source`; none by default."""
+        return ()
+
     @final
     def fingerprint(self) -> str | None:
         """Return a hash that changes with the files: SHA-256 of their names, sizes and times of modification.
 
-        It is cheap, since no file is opened. It covers every file in the `source`, including those that are not read,
-        but not their content: a change that keeps size and time is not noticed, and a copied folder has another
-        fingerprint.
+        It is cheap, since no file is opened. It covers the `files_beside` and every file in the `source`, including
+        those that are not read, but not their content: a change that keeps size and time is not noticed, and a copied
+        folder has another fingerprint.
 
         Returns:
             The hash in hexadecimal; None if there is no source.
         """
         source = self.source()
-        return None if source is None else fingerprint_of(source)
+        return None if source is None else fingerprint_of(source, *self.files_beside())
 
     def class_names(self) -> tuple[str, ...]:
         """Return the names of the classes, by number, as in the result of `load`.
@@ -140,15 +144,16 @@ class Dataset(ABC):
         return {}
 
 
-def fingerprint_of(source: Path) -> str:
-    """Return the SHA-256 of the names, sizes and times of modification of a file, or of all files in a folder."""
+def fingerprint_of(*sources: Path) -> str:
+    """Return the SHA-256 of the names, sizes and times of modification of files, and of all files in folders."""
     digest = hashlib.sha256()
-    for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
-        if path.is_file():
-            facts = path.stat()
-            # Names of files need not be valid UTF-8.
-            digest.update(os.fsencode(path.relative_to(source)))
-            digest.update(f"\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
+    for source in sources:
+        for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
+            if path.is_file():
+                facts = path.stat()
+                # Names of files need not be valid UTF-8.
+                digest.update(os.fsencode(path.relative_to(source)))
+                digest.update(f"\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 

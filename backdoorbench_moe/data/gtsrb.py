@@ -113,6 +113,12 @@ class GTSRB(Dataset):
         except DataError:
             return None
 
+    def files_beside(self) -> tuple[Path, ...]:
+        """Return the table of the test images if it is not in the `source`, as after unpacking the three archives."""
+        base = self.source()
+        table = None if base is None else _find_test_table(base)
+        return () if base is None or table is None or table.is_relative_to(base) else (table,)
+
     def class_names(self) -> tuple[str, ...]:
         """Return the names of the 43 classes; no file is read."""
         return CLASSES
@@ -183,14 +189,20 @@ def _torchvision_files(folder: Path) -> Files:
 
 
 def _test_files(base: Path) -> Files:
-    images = base / "Final_Test" / "Images"
-    places = [folder / TEST_CSV for folder in (base, images.parent, images, base.parent)]
-    table = next((place for place in places if place.is_file()), None)
+    table = _find_test_table(base)
     if table is None:
-        raise DataError(
-            f"{places[0]}: is missing (also looked in {', '.join(str(p.parent) for p in places[1:])})"
-        )
-    return _read_rows(table, images)
+        first, *others = _table_folders(base)
+        raise DataError(f"{first / TEST_CSV}: is missing (also looked in {', '.join(map(str, others))})")
+    return _read_rows(table, base / "Final_Test" / "Images")
+
+
+def _table_folders(base: Path) -> tuple[Path, ...]:
+    """The folders in which the table of the test images is looked for, in this order."""
+    return base, base / "Final_Test", base / "Final_Test" / "Images", base.parent
+
+
+def _find_test_table(base: Path) -> Path | None:
+    return next((path for folder in _table_folders(base) if (path := folder / TEST_CSV).is_file()), None)
 
 
 def _read_rows(table: Path, folder: Path) -> Files:
