@@ -43,8 +43,11 @@ class Folder(Dataset):
 
     The folder holds either `train/<class>/...` and `test/<class>/...`, or only `<class>/...`, which is then split.
     `training`, `testing`, `val`, `valid` and `validation` are accepted too, in upper or lower case. A validation folder
-    is the test set only if there is no test folder. Classes are numbered in the order of their folders' names: by value
-    if all names are numbers (2 before 10), otherwise as text. Images may be at any depth below their class folder.
+    is the test set only if there is no test folder. A folder `train` without a test folder is a class of this name if
+    it has no subfolders and is not the only folder.
+
+    Classes are numbered in the order of their folders' names: by value if all names are numbers (2 before 10),
+    otherwise as text. Images may be at any depth below their class folder.
 
     Files that are not images are skipped, and a warning counts them by suffix. Files of operating systems and notebooks
     (`.DS_Store`, `Thumbs.db`, `__MACOSX`, `.ipynb_checkpoints`, ...) are skipped silently. A link to a target outside
@@ -158,7 +161,11 @@ def _find_layout(root: Path, left_out: LeftOut) -> Layout:
     train, test = (_find_split(root, names) for names in (TRAIN_NAMES, TEST_NAMES))
     one = train or test
     if one is not None and (train is None or test is None):
-        raise DataError(f"folder: {root}: expected both train and test, or neither; found only {one.name}")
+        if list_folder(one)[0] or len(list_folder(root)[0]) == 1:
+            raise DataError(
+                f"folder: {root}: expected both train and test, or neither; found only {one.name}"
+            )
+        train = test = None  # It holds no folders, so it is a class with this name, beside other classes.
     base = train or root
     classes = order_classes(path.name for path in _class_folders(base, left_out))
     if test is not None:

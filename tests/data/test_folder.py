@@ -290,6 +290,24 @@ def test_a_validation_folder_is_the_test_set_only_without_one(tmp_path, name) ->
     assert name in str(said[0].message) and "extra" in str(said[0].message)
 
 
+def test_train_may_be_the_name_of_a_class(tmp_path) -> None:
+    """Beside the other vehicles, and if nothing else in the folder makes it a split."""
+    for name, first in (("bus", 0), ("car", 20), ("train", 40)):
+        fill(tmp_path / name, range(first, first + 4))
+    images = load(tmp_path)
+    assert images.classes == ("bus", "car", "train")
+    assert set((images.train.images[images.train.labels == 2][:, 0, 3, 3] // 20).tolist()) == {2}
+    fill(tmp_path / "train" / "cat", range(2))
+    with pytest.raises(DataError, match="expected both train and test, or neither; found only train"):
+        load(tmp_path)
+
+
+def test_a_folder_of_images_called_train_alone_is_refused(tmp_path) -> None:
+    fill(tmp_path / "train", range(4))
+    with pytest.raises(DataError, match="expected both train and test, or neither; found only train"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     "names", [("train", "training", "test"), ("train", "val", "valid"), ("Train", "train", "test")]
 )
