@@ -78,7 +78,7 @@ class Attack(ABC):
             PluginError: The subclass did not return a valid plan.
         """
         self.check(num_classes)
-        plan = self.plan(labels.cpu(), num_classes, seed)
+        plan = self.plan(labels.cpu().long(), num_classes, seed)
         _check_plan(plan, len(labels), num_classes, type(self).__name__)
         return plan
 
@@ -139,10 +139,12 @@ class Attack(ABC):
             source = [class_number("poison.source", label) for label in self.poison.source]
             counted &= torch.isin(labels, torch.tensor(source, device=labels.device))
         if not counted.any():
-            raise ConfigError(
-                "poison.target: expected test images of other classes than the target "
-                f"{self.poison.target} (source={list(self.poison.source) or 'all'}) to measure ASR on, found none"
-            )
+            source = f"source={list(self.poison.source) or 'all'}"
+            if self.poison.mapping == "all-to-all":
+                what = "poison.mapping: expected at least 2 classes, and test images"
+            else:
+                what = f"poison.target: expected test images of other classes than the target {self.poison.target}"
+            raise ConfigError(f"{what} ({source}) to measure ASR on, found none")
         return counted
 
 

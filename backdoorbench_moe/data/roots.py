@@ -44,7 +44,10 @@ def missing(what: str, root: Path, names: str, hint: str) -> DataError:
         names: Names of the files and folders that were expected there.
         hint: Further advice, added to the end of the message.
     """
-    state = "holds none of" if root.is_dir() else "does not exist; expected a folder with one of"
+    if root.is_dir():
+        state = "holds none of"
+    else:
+        state = f"{'is a file' if root.exists() else 'does not exist'}; expected a folder with one of"
     return DataError(
         f"{what}: {root} {state}: {names}; name its folder with --data-root (root=) or ${VARIABLE}{hint}"
     )

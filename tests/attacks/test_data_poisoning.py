@@ -91,6 +91,24 @@ def test_the_cover_of_a_source_specific_attack_comes_from_other_classes() -> Non
         plan(rate=0.2, target=0, source=(2,), cover=0.8)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"target": 0},
+            r"poison\.target: expected test images of other classes than the target 0 \(source=all\)",
+        ),
+        (
+            {"mapping": "all-to-all"},
+            r"poison\.mapping: expected at least 2 classes, and test images \(source=all\)",
+        ),
+    ],
+)
+def test_with_one_class_there_is_no_asr(values, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DataPoisoning(poison=PoisonSpec(**values)).counted(torch.zeros(5, dtype=torch.int64), 1)
+
+
 class Broken(Attack):
     """Returns what it is told to."""
 

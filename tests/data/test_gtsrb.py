@@ -66,6 +66,13 @@ def test_places_of_the_test_csv(base, place) -> None:
     assert dataset.fingerprint() != before, "a table with other labels, wherever it is, is noticed"
 
 
+def test_a_file_in_the_place_of_the_folder_is_said(base) -> None:
+    with pytest.raises(
+        DataError, match=r"GT-final_test\.csv is a file; expected a folder with one of: GTSRB"
+    ):
+        load(base / "GT-final_test.csv")
+
+
 def test_image_size_and_subset(base) -> None:
     images = load(base, image_size=48, train_images=4)
     assert images.train.images.shape == (4, 3, 48, 48) and images.test.images.shape == (2, 3, 48, 48)
