@@ -23,7 +23,7 @@ NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackagePlan:
     """A package to be written.
 
     Attributes:
@@ -50,7 +50,7 @@ class Plan:
         return "".join(word.capitalize() for word in (*words.split("-"), kind))
 
 
-def plan_package(name: str, kinds: Sequence[str] = ("trigger",)) -> Plan:
+def plan_package(name: str, kinds: Sequence[str] = ("trigger",)) -> PackagePlan:
     """Check the name of a new package and the kinds of its parts. Nothing is written.
 
     Args:
@@ -64,7 +64,7 @@ def plan_package(name: str, kinds: Sequence[str] = ("trigger",)) -> Plan:
     for kind in kinds:
         if kind not in KINDS:
             raise UnknownNameError("--kind", kind, KINDS)
-    plan = Plan(name, tuple(kind for kind in KINDS if kind in kinds))
+    plan = PackagePlan(name, tuple(kind for kind in KINDS if kind in kinds))
     if not NAME.fullmatch(name) or keyword.iskeyword(plan.module):
         raise ConfigError.expected(
             "name", "lower case letters, digits and single hyphens, as bbmoe-stripes", name
@@ -74,7 +74,7 @@ def plan_package(name: str, kinds: Sequence[str] = ("trigger",)) -> Plan:
     return plan
 
 
-def write_package(plan: Plan, output: Path) -> Path:
+def write_package(plan: PackagePlan, output: Path) -> Path:
     """Write a package into a new folder. If writing fails, nothing is left.
 
     Args:
@@ -108,7 +108,7 @@ def write_package(plan: Plan, output: Path) -> Path:
     return target
 
 
-def render_package(plan: Plan) -> Iterator[tuple[str, str]]:
+def render_package(plan: PackagePlan) -> Iterator[tuple[str, str]]:
     """Yield the path, relative to the package's folder, and the text of every file."""
     yield "setup.cfg", _render("setup.cfg", plan)
     yield "pyproject.toml", _render("pyproject.toml", plan)
@@ -119,7 +119,7 @@ def render_package(plan: Plan) -> Iterator[tuple[str, str]]:
         yield f"tests/test_{kind}.py", _render(f"test_{kind}.py", plan, kind)
 
 
-def _taken(plan: Plan) -> str | None:
+def _taken(plan: PackagePlan) -> str | None:
     """Return what has the name of the package, of its module or of its parts; None if they are free."""
     try:
         return f"a package of that name is installed ({version(plan.package)})"
@@ -135,7 +135,7 @@ def _taken(plan: Plan) -> str | None:
     return None
 
 
-def _render(template: str, plan: Plan, kind: str = "") -> str:
+def _render(template: str, plan: PackagePlan, kind: str = "") -> str:
     from jinja2 import Environment, StrictUndefined
 
     text = (files(__name__) / "templates" / f"{template}.jinja").read_text(encoding="utf-8")
