@@ -139,12 +139,12 @@ class Attack(ABC):
             source = [class_number("poison.source", label) for label in self.poison.source]
             counted &= torch.isin(labels, torch.tensor(source, device=labels.device))
         if not counted.any():
-            source = f"source={list(self.poison.source) or 'all'}"
+            asked = f"source={list(self.poison.source) or 'all'}"
             if self.poison.mapping == "all-to-all":
                 what = "poison.mapping: expected at least 2 classes, and test images"
             else:
                 what = f"poison.target: expected test images of other classes than the target {self.poison.target}"
-            raise ConfigError(f"{what} ({source}) to measure ASR on, found none")
+            raise ConfigError(f"{what} ({asked}) to measure ASR on, found none")
         return counted
 
 
