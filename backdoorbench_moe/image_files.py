@@ -1,4 +1,4 @@
-"""Image files as 8-bit RGB images, read with Pillow; what has no exact 8-bit RGB form is refused."""
+"""Reading image files with Pillow as 8-bit RGB. Images that cannot be converted to it exactly are refused."""
 
 from __future__ import annotations
 
@@ -12,38 +12,42 @@ from PIL import Image, ImageOps
 
 from backdoorbench_moe.errors import BbmoeWarning, DataError
 
-# Tried first, in this order; most files are one of these.
+# The most frequent formats, which are tried first, in this order.
 COMMON = ("PNG", "JPEG", "PPM", "BMP", "WEBP", "GIF", "TIFF")
-# EPS starts another program, WMF needs Windows, and of the others Pillow reads no pixels by itself.
+# EPS starts another program, WMF needs Windows, and Pillow cannot read the pixels of the others by itself.
 NOT_READ = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "PDF", "PALM"})
-# These become RGB without loss; those with transparency only if every pixel is opaque.
+# Modes that can be converted to RGB exactly; those with an alpha channel only if every pixel is opaque.
 MODES = ("RGB", "L", "1", "P", "RGBA", "LA", "PA")
 TIFF_BITS_PER_SAMPLE = 258
-# A raw mode such as "RGB;16B" names 16 bits and their byte order; without an order ("BGR;16") it is 5, 6 and 5 bits.
+# A raw mode such as "RGB;16B" means 16 bits per channel, with the byte order. Without an order ("BGR;16") it means 16
+# bits per pixel: 5, 6 and 5.
 DEEP_RAW_MODE = re.compile(r";16[BLN]$")
 # Start of a JPEG 2000 codestream, then 36 bytes of sizes, then the number of components.
 J2K_COMPONENTS = re.compile(rb"\xff\x4f\xff\x51.{36}(..)", re.DOTALL)
-# AVIF's configuration box: bits 6 and 5 of its third byte say 10 and 12 bits.
+# AVIF's configuration box: in its third byte, bit 6 is set for more than 8 bits, and bit 5 as well for 12 bits.
 AV1_FLAGS = re.compile(rb"av1C..(.)", re.DOTALL)
 
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
-    """Suffixes of the files that this Pillow decodes, in lower case and with their dot."""
+    """Return the suffixes of the files that the installed Pillow can decode, in lower case, such as ".png"."""
     suffixes = Image.registered_extensions()
     return frozenset(suffix for suffix, kind in suffixes.items() if kind in _formats() or kind == "MPO")
 
 
 def is_image(path: Path) -> bool:
-    """Return whether a file's suffix, in any case, is one of an image that Pillow decodes."""
+    """Return whether a file has the suffix, in upper or lower case, of a format that Pillow can decode."""
     return path.suffix.lower() in image_suffixes()
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read one image file, of any suffix, as 8-bit RGB; see `decode`.
+    """Read an image file with any suffix as 8-bit RGB, see `decode`. Warn if it has several frames.
+
+    Args:
+        path: The file.
 
     Raises:
-        DataError: The file is missing or damaged, or has no exact 8-bit RGB form.
+        DataError: The file is missing or damaged, or cannot be converted exactly.
     """
     image, more = decode(path)
     if more:
@@ -54,16 +58,20 @@ def read_image(path: Path) -> Image.Image:
 
 
 def decode(path: Path) -> tuple[Image.Image, bool]:
-    """Decode one image file as 8-bit RGB, turned upright as its EXIF orientation says.
+    """Decode an image file as 8-bit RGB, rotated as its EXIF orientation says.
 
-    Grey and palette images become RGB, and opaque ones lose their alpha channel: neither changes a pixel. Images of
-    more than 8 bits a channel, of other colour models (CMYK) and with transparent pixels are refused.
+    Grey and palette images are converted to RGB, and the alpha channel of opaque images is dropped, which changes no
+    pixel. Images with more than 8 bits per channel, of other colour models (CMYK) or with transparent pixels are
+    refused.
+
+    Args:
+        path: The file, with any suffix.
 
     Returns:
-        The first frame, and whether the file has more of them (an animation, or a TIFF file of several pages).
+        The first frame, and whether the file has others (an animation, or a TIFF file with several pages).
 
     Raises:
-        DataError: The file is missing or damaged, or has no exact 8-bit RGB form. The message names the file.
+        DataError: The file is missing or damaged, or cannot be converted exactly. The message names the file.
     """
     try:
         with Image.open(path, formats=_formats()) as file:
@@ -80,7 +88,7 @@ def decode(path: Path) -> tuple[Image.Image, bool]:
                 if not clear:
                     _turn_upright(image)
                     return image if image.mode == "RGB" else image.convert("RGB"), more
-    except Exception as error:  # A damaged file can fail in any way inside its decoder.
+    except Exception as error:  # Decoders raise any kind of error for a damaged file.
         raise DataError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from error
     got = f"mode {mode}" + (f" of {bits} bits" if bits > 8 else "")
     got += " with transparent pixels" if bits <= 8 and mode in MODES else ""
@@ -91,7 +99,7 @@ def decode(path: Path) -> tuple[Image.Image, bool]:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Names of the formats to try; only those that have a suffix, since Pillow guesses the others from few bytes."""
+    """Return the names of the formats to try. Formats without a suffix are left out: Pillow guesses them."""
     Image.init()
     named = set(Image.registered_extensions().values())
     others = sorted((named & set(Image.OPEN)) - NOT_READ - set(COMMON))
@@ -99,14 +107,14 @@ def _formats() -> tuple[str, ...]:
 
 
 def _turn_upright(image: Image.Image) -> None:
-    """Apply the EXIF orientation in place; without one, or with a damaged EXIF block, the image stays as stored."""
-    # Pillow raises many kinds of errors over a damaged block, and no viewer refuses the pixels for it.
+    """Rotate an image as its EXIF orientation says, in place; not if there is none or the EXIF block is damaged."""
+    # For a damaged block Pillow raises many kinds of errors. Viewers show such an image nevertheless.
     with suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
 
 
 def _bits_per_channel(file: Image.Image, path: Path) -> int:
-    """Return the bits a channel as stored, where Pillow would cut them down to 8 without a word; otherwise 8."""
+    """Return the bits per channel in the file if Pillow would reduce them to 8 silently; otherwise 8."""
     if file.format == "TIFF":
         return max(file.tag_v2.get(TIFF_BITS_PER_SAMPLE, (8,)))  # type: ignore[attr-defined]
     if file.format == "JPEG2000":
@@ -132,5 +140,5 @@ def _jpeg2000_bits(data: bytes) -> int:
     if found is None:
         return 8
     count, start = int.from_bytes(found[1], "big"), found.end()
-    # Three bytes a component; the first holds its sign and its bits less one.
+    # Each component has three bytes. The first holds the sign and the number of bits minus one.
     return max((depth & 0x7F) + 1 for depth in data[start : start + 3 * count : 3])

@@ -8,10 +8,14 @@ from pathlib import Path
 from backdoorbench_moe.errors import ConfigError
 
 
-def expand(path: str | os.PathLike[str]) -> Path:
+def expand(path: str | os.PathLike[str], parameter: str = "path") -> Path:
     """Return a path with a leading "~" or "~user" replaced by that home directory.
 
     A shell does this for `--output ~/runs`, but not for `--output=~/runs`, and Python never does.
+
+    Args:
+        path: The path.
+        parameter: Name of the parameter that it is given by, for the error message.
 
     Raises:
         ConfigError: There is no such user.
@@ -19,4 +23,4 @@ def expand(path: str | os.PathLike[str]) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ConfigError.expected("path", "an existing user behind '~'", str(path)) from error
+        raise ConfigError.expected(parameter, "an existing user behind '~'", str(path)) from error

@@ -84,17 +84,11 @@ class Candidate:
 
 def discover(kind: str) -> list[Candidate]:
     """Return all entry points of a kind, built-in ones first, then sorted by package and name."""
-    found = {
-        Candidate(
-            kind=kind,
-            name=point.name,
-            target=point.value,
-            package=point.dist.name if point.dist else "unknown",
-            version=point.dist.version if point.dist else "",
-            interfaces=_interfaces(point.dist) if point.dist else (),
-        )
-        for point in entry_points(group=GROUPS[kind])
-    }
+    found = set()
+    for point in entry_points(group=GROUPS[kind]):
+        package, version = _owner(point)
+        interfaces = _interfaces(point.dist) if point.dist else ()
+        found.add(Candidate(kind, point.name, point.value, package, version, interfaces))
     return sorted(found, key=lambda c: (not c.builtin, c.package, c.name, c.target))
 
 
@@ -110,8 +104,7 @@ def strays(package: str | None = None) -> list[tuple[Candidate, str]]:
             near = near_names(group, GROUPS.values(), most=1)
             advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(GROUPS.values())}"
             for point in entry_points(group=group):
-                owner, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "")
-                candidate = Candidate("entry point", point.name, point.value, owner, version)
+                candidate = Candidate("entry point", point.name, point.value, *_owner(point))
                 found.append((candidate, f"unknown group {group!r}; {advice}"))
     return [stray for stray in found if package is None or normalize(stray[0].package) == normalize(package)]
 
@@ -139,6 +132,14 @@ def unmet_requirements(package: str) -> list[str]:
             except PackageNotFoundError:
                 missing.append(name[0])
     return missing
+
+
+def _owner(point: EntryPoint) -> tuple[str, str]:
+    """Name and version of the package of an entry point; "unknown" and "" if its metadata are missing or damaged."""
+    try:
+        return (point.dist.name or "unknown", point.dist.version or "") if point.dist else ("unknown", "")
+    except (AttributeError, KeyError, TypeError):  # The error depends on the version of Python.
+        return "unknown", ""
 
 
 def _interfaces(package: Distribution) -> tuple[str, ...]:

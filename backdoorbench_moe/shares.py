@@ -21,7 +21,7 @@ def share_of(share: float, total: int) -> int:
 
 
 def smallest_share(total: int) -> float:
-    """Return a short share of `total` items that is not less than one item: 0.13 of 8.
+    """Return a share with few digits that is at least one of `total` items, such as 0.13 of 8.
 
     Args:
         total: Number of items, from 1.

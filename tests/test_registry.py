@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
 import torch
+from third_party import bbmoe
 
 from backdoorbench_moe import plugins, triggers
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
@@ -87,6 +88,21 @@ def test_looking_names_up_imports_nothing(monkeypatch, modules) -> None:
     registry = offer(monkeypatch, ("other", "bad", "thirdparty_broken:X"))
     assert registry.check_name("bad") == "bad"
     assert "thirdparty_broken" not in sys.modules
+
+
+@pytest.mark.parametrize("metadata", ["Metadata-Version: 2.1\n", None])
+def test_a_package_without_name_and_version_hides_no_other(tmp_path, metadata) -> None:
+    """As an interrupted `pip uninstall` leaves it."""
+    info = tmp_path / "half-1.0.dist-info"
+    info.mkdir()
+    if metadata is not None:
+        (info / "METADATA").write_text(metadata)
+    (info / "entry_points.txt").write_text(
+        "[backdoorbench_moe.triggers]\nhalf = half:Half\n[backdoorbench_moe.trigers]\nhalf = half:Half\n"
+    )
+    done = bbmoe("list", "triggers", path=[tmp_path])
+    assert done.returncode == 0, done.stderr
+    assert "square" in done.stdout and "half" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,6 @@ def test_the_written_model_is_attacked_defended_and_analyzed(model, tmp_path) ->
     )
     for defense, options in OPTIONS.items():
         defended = bbmoe.defend(run, defense, **options)
-        assert defended.record.status == "finished" and defended.value("ba") >= 0, defense
+        assert defended.record.status == "finished" and defended.record.metrics["ba"]["n"] > 0, defense
     analysis = bbmoe.analyze(run, carriers_images=10)
     assert analysis.carriers is not None and len(analysis.carriers.singles) == 3

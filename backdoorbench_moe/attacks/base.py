@@ -48,7 +48,7 @@ class Attack(ABC):
     Attributes:
         uses_trigger: Whether the attack stamps a trigger. If not, its specs have neither a trigger nor an applicator.
         tiny: Options that the conformance tests build the attack with.
-        deviations: Names of conformance tests that the attack is known to fail, each with the reason.
+        deviations: Conformance tests that the attack is known to fail, and why: reasons by name of the test.
 
     Args:
         poison: Which training images are poisoned, and their labels.
@@ -78,7 +78,7 @@ class Attack(ABC):
             PluginError: The subclass did not return a valid plan.
         """
         self.check(num_classes)
-        plan = self.plan(labels.cpu(), num_classes, seed)
+        plan = self.plan(labels.cpu().long(), num_classes, seed)
         _check_plan(plan, len(labels), num_classes, type(self).__name__)
         return plan
 
@@ -136,22 +136,16 @@ class Attack(ABC):
         """
         counted = self.wanted(labels, num_classes) != labels
         if self.poison.source:
-            counted &= torch.isin(labels, torch.tensor(self.poison.source, device=labels.device))
+            source = [class_number("poison.source", label) for label in self.poison.source]
+            counted &= torch.isin(labels, torch.tensor(source, device=labels.device))
         if not counted.any():
-            raise ConfigError(
-                "poison.target: expected test images of other classes than the target "
-                f"{self.poison.target} (source={list(self.poison.source) or 'all'}) to measure ASR on, found none"
-            )
+            asked = f"source={list(self.poison.source) or 'all'}"
+            if self.poison.mapping == "all-to-all":
+                what = "poison.mapping: expected at least 2 classes, and test images"
+            else:
+                what = f"poison.target: expected test images of other classes than the target {self.poison.target}"
+            raise ConfigError(f"{what} ({asked}) to measure ASR on, found none")
         return counted
-
-
-def _is_index(values: object) -> bool:
-    return (
-        isinstance(values, Tensor)
-        and values.dtype == torch.int64
-        and values.ndim == 1
-        and values.device.type == "cpu"
-    )
 
 
 def _check_plan(plan: object, images: int, num_classes: int, attack: str) -> None:
@@ -159,7 +153,7 @@ def _check_plan(plan: object, images: int, num_classes: int, attack: str) -> Non
     if not isinstance(plan, PoisonPlan):
         raise PluginError(f"attack {attack}: expected a PoisonPlan, got {plan!r}")
     for name, group in plan.groups.items():
-        if not _is_index(group) or (group.diff() <= 0).any():
+        if not _is_int64_vector(group) or (group.diff() <= 0).any():
             raise PluginError(f"attack {attack}: expected ascending int64 {name} on the CPU, got {group}")
     together = torch.cat(list(plan.groups.values()))
     if len(together.unique()) < len(together):
@@ -167,9 +161,22 @@ def _check_plan(plan: object, images: int, num_classes: int, attack: str) -> Non
     if len(together) and not 0 <= int(together.min()) <= int(together.max()) < images:
         raise PluginError(f"attack {attack}: expected indices in 0..{images - 1}, got {together}")
     labels = plan.labels
-    if not _is_index(labels):
-        raise PluginError(f"attack {attack}: expected int64 labels on the CPU, got {labels}")
-    if labels.shape != plan.indices.shape or not ((labels >= 0) & (labels < num_classes)).all():
+    if (
+        not _is_int64_vector(labels)
+        or len(labels) != len(plan.indices)
+        or not ((labels >= 0) & (labels < num_classes)).all()
+    ):
         raise PluginError(
-            f"attack {attack}: expected a label in 0..{num_classes - 1} for each poisoned image, got {labels}"
+            f"attack {attack}: expected a label in 0..{num_classes - 1} for each poisoned image, int64 on the CPU, "
+            f"got {labels}"
         )
+
+
+def _is_int64_vector(values: object) -> bool:
+    """Whether a value is a vector of indices or classes, on the CPU."""
+    return (
+        isinstance(values, Tensor)
+        and values.dtype == torch.int64
+        and values.ndim == 1
+        and values.device.type == "cpu"
+    )

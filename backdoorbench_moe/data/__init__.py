@@ -13,16 +13,20 @@ registry: Registry[Dataset] = Registry("dataset")
 
 
 def create_dataset(name: str, **options: object) -> Dataset:
-    """Build the data set called `name`; its `load()` reads the images.
+    """Build a data set by name. Images are read by its method `load`.
+
+    Args:
+        name: Name of the data set; `list_datasets` lists them.
+        **options: The data set's own options.
 
     Raises:
-        UnknownNameError: No data set, or no option of it, has such a name.
-        ConfigError: An option is missing, or has a value it cannot have.
-        PluginError: The data set's package cannot be used.
+        UnknownNameError: There is no such data set or option.
+        ConfigError: An option is missing, of the wrong type or out of range.
+        PluginError: The package that offers the data set is at fault.
     """
     return registry.create(name, options)
 
 
 def list_datasets() -> list[str]:
-    """Return the names of all data sets, built-in and third-party."""
+    """List the names of all data sets, built-in and third-party."""
     return registry.names()

@@ -1,8 +1,9 @@
-"""The interface of data sets, and the images they give."""
+"""The data set interface, and the images that data sets load."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,14 +20,14 @@ from backdoorbench_moe.ops.seeding import generator
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A training and a test split, held in memory as uint8.
+    """The images of a data set, held in memory as uint8.
 
     Attributes:
         name: Name of the data set.
-        train: Training images.
-        test: Test images.
-        classes: Names of the classes; a label is a place in it.
-        digest: SHA-256 over the images and labels of both splits, in hexadecimal.
+        train: Training images and their labels.
+        test: Test images and their labels.
+        classes: Names of the classes, by number.
+        digest: SHA-256 of the images and labels of both splits, in hexadecimal.
     """
 
     name: str
@@ -46,19 +47,20 @@ class ImageSet:
         return self.train.images.shape[-1]
 
     def to(self, device: torch.device | str) -> ImageSet:
-        """The same images on another device."""
+        """Return the same images on another device."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
 class Dataset(ABC):
-    """A source of images. Subclasses write `read`; users call `load`.
+    """A source of images. Subclasses implement `read`; users call `load`.
 
     Args:
-        train_images: Keep this many training images, drawn with a fixed seed and left in their order; all if None.
-        test_images: The same for the test images.
+        train_images: Number of training images to keep; all if None. They are drawn with a fixed seed, and their
+            order is not changed.
+        test_images: Number of test images to keep, in the same way.
 
     Attributes:
-        tiny: Options that the conformance tests create it with, besides those that `write_tiny` returns.
+        tiny: Options that the conformance tests build the data set with, besides those that `write_tiny` returns.
         deviations: Conformance tests that the data set is known to fail, and why: reasons by name of the test.
     """
 
@@ -76,8 +78,8 @@ class Dataset(ABC):
         """Read, check and return the images.
 
         Raises:
-            DataError: Files are missing, damaged or not what they should be; the message names the file.
-            ConfigError: `train_images` or `test_images` is more than there are.
+            DataError: Files are missing, damaged or of another kind; the message names the file.
+            ConfigError: The data set has fewer than `train_images` or `test_images` images.
         """
         images = self.read()
         for name, split in (("train", images.train), ("test", images.test)):
@@ -91,58 +93,80 @@ class Dataset(ABC):
 
     @abstractmethod
     def read(self) -> ImageSet:
-        """Read the images; `load` checks them and computes the digest.
+        """Read the images. `load` checks them, draws the images to keep, and computes the digest.
 
-        The tensors must be contiguous and must not be shared with anything else, because a run stamps some of the
-        images in place while it trains.
+        The tensors must be contiguous and must not share memory with anything else, because a run stamps some of the
+        images in place.
         """
 
     def source(self) -> Path | None:
-        """The folder or file that the images are read from; None for a set without files, or if it is not there."""
+        """Return the folder or file that the images are read from; None if it does not exist or there is none."""
         return None
+
+    def files_beside(self) -> tuple[Path, ...]:
+        """Return the files that are read but are not in the `source`; none by default."""
+        return ()
 
     @final
     def fingerprint(self) -> str | None:
-        """A cheap sign of whether the files have changed: SHA-256 over their names, sizes and times of change.
+        """Return a hash that changes with the files: SHA-256 of their names, sizes and times of modification.
 
-        It covers every file in the `source`, whether it is read or not, and not their content: a change that keeps
-        size and time is not noticed, and a copied folder has another fingerprint. None without a source.
+        It is cheap, since no file is opened. It covers the `files_beside` and every file in the `source`, including
+        those that are not read, but not their content: a change that keeps size and time is not noticed, and a copied
+        folder has another fingerprint.
+
+        Returns:
+            The hash in hexadecimal; None if there is no source.
         """
         source = self.source()
-        return None if source is None else fingerprint_of(source)
+        return None if source is None else fingerprint_of(source, *self.files_beside())
 
     def class_names(self) -> tuple[str, ...]:
-        """Return the names of the classes in their order, those of `load`.
+        """Return the names of the classes, by number, as in the result of `load`.
 
-        Reads all images; a subclass that knows the names without should override it.
+        All images are read. Subclasses that know the names without reading images should override this.
         """
         return self.load().classes
 
     @classmethod
     def write_tiny(cls, folder: Path) -> dict[str, object]:
-        """Write a small data set into an empty folder, for the conformance tests, and return the options that read it.
+        """Write a small data set for the conformance tests.
 
-        It must have at least 12 training images, 5 test images and 2 classes. A data set that needs no files, as this
-        default assumes, returns no options.
+        It must have at least 12 training images, 5 test images and 2 classes. Data sets that read files override
+        this; the default writes nothing.
+
+        Args:
+            folder: An empty folder.
+
+        Returns:
+            The options that read the data set.
         """
         return {}
 
 
-def fingerprint_of(source: Path) -> str:
-    """SHA-256, hex, over the names, sizes and times of change of a file, or of all files in a folder."""
+def fingerprint_of(*sources: Path) -> str:
+    """Return the SHA-256 of the names, sizes and times of modification of files, and of all files in folders."""
     digest = hashlib.sha256()
-    for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
-        if path.is_file():
-            facts = path.stat()
-            digest.update(f"{path.relative_to(source)}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
+    for source in sources:
+        for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
+            if path.is_file():
+                facts = path.stat()
+                # Names of files need not be valid UTF-8.
+                digest.update(os.fsencode(path.relative_to(source)))
+                digest.update(f"\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
 def check_split(split: Split, num_classes: int, name: str) -> None:
-    """Check that a split holds (N, 3, S, S) uint8 images, N of them at least 1, and N labels in [0, num_classes).
+    """Check the images and labels of a split.
+
+    Args:
+        split: Expected to hold contiguous images (N, 3, S, S) uint8 with N > 0, and labels (N,) int64.
+        num_classes: Number of classes; labels must be below it.
+        name: What the split is, for the beginning of the error message.
 
     Raises:
-        DataError: It does not; the message begins with `name`.
+        DataError: The split does not have this form.
     """
     shape = tuple(split.images.shape)
     if split.images.dtype != torch.uint8 or split.images.ndim != 4 or shape[1] != 3 or shape[2] != shape[3]:
@@ -162,7 +186,7 @@ def check_split(split: Split, num_classes: int, name: str) -> None:
 
 
 def content_digest(images: ImageSet) -> str:
-    """Return the SHA-256 over the images and labels of both splits, in hexadecimal."""
+    """Return the SHA-256 of the images and labels of both splits, in hexadecimal."""
     digest = hashlib.sha256()
     for split in (images.train, images.test):
         for tensor in (split.images, split.labels):
@@ -172,20 +196,20 @@ def content_digest(images: ImageSet) -> str:
 
 
 def draw_subset(total: int, count: int | None, name: str) -> Tensor:
-    """Draw `count` of `total` images; the same at every call.
+    """Draw the images of a split that are kept; every call returns the same.
 
-    A data set that decodes files can draw before it decodes; `load` then has nothing left to drop.
+    Data sets that decode files can call this first and decode only the images that are kept.
 
     Args:
         total: Number of images.
-        count: How many to keep; all if None.
-        name: "train_images" or "test_images".
+        count: Number of images to keep; all if None.
+        name: The option with this number, "train_images" or "test_images". The draw depends on it.
 
     Returns:
         (count,) int64, indices in ascending order.
 
     Raises:
-        ConfigError: There are fewer than `count`.
+        ConfigError: There are fewer than `count` images.
     """
     if count is None or count == total:
         return torch.arange(total)

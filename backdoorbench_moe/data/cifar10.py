@@ -1,4 +1,4 @@
-"""CIFAR-10, from any of the forms it is published in."""
+"""The CIFAR-10 data set, in either of the two formats that it is published in."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE
 TRAIN_FILES, TEST_FILE = tuple(f"data_batch_{part}" for part in range(1, 6)), "test_batch"
-# The folder inside the archive, the archive, and the suffix of its files.
+# Name of the folder inside the archive, name of the archive, and suffix of the files.
 PYTHON_FORM = ("cifar-10-batches-py", "cifar-10-python.tar.gz", "")
 BINARY_FORM = ("cifar-10-batches-bin", "cifar-10-binary.tar.gz", ".bin")
 # The published files are 31 MB each.
@@ -34,17 +34,23 @@ Rows = tuple[np.ndarray, np.ndarray]
 
 
 class CIFAR10(Dataset):
-    """CIFAR-10 (Krizhevsky 2009): 10 classes, 50,000 training and 10,000 test images of 32x32.
+    """CIFAR-10: 10 classes, 50,000 training and 10,000 test images of 32x32 pixels.
 
-    Archives are read without unpacking them. Data with fewer images is taken as it is.
+    Archives are read without being unpacked. Files with fewer images are accepted.
 
     Args:
-        root: The folder or the archive of the "python" or the "binary" form, or the folder that holds one of them;
-            default $BBMOE_DATA, then ~/.cache/backdoorbench_moe.
-        download: If nothing is found in `root`, fetch the published archive into it and check its MD5.
-        image_size: Side in pixels to resize to (bilinear, antialiased); 32 keeps the images as they are.
-        train_images: Keep this many training images, as in `Dataset`.
-        test_images: Keep this many test images, as in `Dataset`.
+        root: The folder or archive of the "python" or the "binary" version, or a folder that contains it. By default
+            the environment variable BBMOE_DATA, or ~/.cache/backdoorbench_moe if that is not set.
+        download: Whether to download the published archive into `root` if nothing is found there. Its MD5 is checked.
+        image_size: Side of the images in pixels, 1 to 8192. Other sizes than 32 are resized (bilinear, antialiased).
+        train_images: Number of training images to keep, from 1; all if None. See `Dataset`.
+        test_images: Number of test images to keep, from 1; all if None. See `Dataset`.
+
+    Raises:
+        ConfigError: A value is out of range.
+
+    Source:
+        Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
     """
 
     def __init__(
@@ -61,25 +67,25 @@ class CIFAR10(Dataset):
 
     @classmethod
     def write_tiny(cls, folder: Path) -> dict[str, object]:
-        """As `Dataset.write_tiny`."""
+        """Write a small data set for the conformance tests; see `Dataset.write_tiny`."""
         from backdoorbench_moe.data.tiny_files import write_cifar10
 
         write_cifar10(folder)
         return {"root": str(folder)}
 
     def source(self) -> Path | None:
-        """The folder or archive that is read."""
+        """Return the folder or archive that is read; None if there is none."""
         return _find(data_root(self.root))
 
     def class_names(self) -> tuple[str, ...]:
-        """Return the ten names; reads nothing."""
+        """Return the names of the ten classes; no file is read."""
         return CLASSES
 
     def read(self) -> ImageSet:
         """Read the six files.
 
         Raises:
-            DataError: The message names the file and what is wrong with it.
+            DataError: Files are missing or damaged, or cannot be downloaded; the message names the file.
         """
         root = data_root(self.root)
         source = _find(root)
@@ -107,7 +113,7 @@ def _split(rows: list[Rows]) -> Split:
 
 
 def _find(root: Path) -> Path | None:
-    """Return the folder or archive to read, at or under `root`; None if there is none."""
+    """Return the folder or archive to read, which is `root` or in `root`; None if there is none."""
     if root.is_file():
         return root
     for folder, archive, suffix in (PYTHON_FORM, BINARY_FORM):
@@ -135,7 +141,7 @@ def _read_folder(folder: Path) -> Iterator[tuple[str, Rows]]:
 
 
 def _read_archive(path: Path) -> Iterator[tuple[str, Rows]]:
-    """Read the members that are expected, by their exact names, in one pass; nothing is written to the disk."""
+    """Read the six files of an archive by their exact names, in one pass. Nothing is written to disk."""
     wanted = {
         f"{folder}/{name}{suffix}": (name, suffix)
         for folder, _, suffix in (PYTHON_FORM, BINARY_FORM)
@@ -173,7 +179,7 @@ def _parse_pickle(data: bytes, name: str) -> Rows:
         raise DataError(f"{name}: data: expected bytes (N, {PIXELS}), got {got}")
     if not isinstance(labels, list) or any(type(label) is not int for label in labels):
         raise DataError(f"{name}: labels: expected a list of integers, got {type(labels).__name__}")
-    if any(abs(label) > 255 for label in labels):  # Possibly more than int64 holds.
+    if any(abs(label) > 255 for label in labels):  # They might not fit into int64.
         raise DataError(f"{name}: labels: expected numbers in 0..{len(CLASSES) - 1}, got larger ones")
     return _check(pixels, np.array(labels, np.int64), name)
 

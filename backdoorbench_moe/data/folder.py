@@ -10,7 +10,7 @@ import torch
 
 from backdoorbench_moe.data.base import Dataset, ImageSet, Split, draw_subset
 from backdoorbench_moe.data.images import check_image_size, read_images
-from backdoorbench_moe.data.listing import LeftOut, find_images, list_folder, order_classes
+from backdoorbench_moe.data.listing import LeftOut, find_images, is_hidden, list_folder, order_classes
 from backdoorbench_moe.data.roots import data_root
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError
 from backdoorbench_moe.ops.seeding import generator
@@ -43,8 +43,11 @@ class Folder(Dataset):
 
     The folder holds either `train/<class>/...` and `test/<class>/...`, or only `<class>/...`, which is then split.
     `training`, `testing`, `val`, `valid` and `validation` are accepted too, in upper or lower case. A validation folder
-    is the test set only if there is no test folder. Classes are numbered in the order of their folders' names: by value
-    if all names are numbers (2 before 10), otherwise as text. Images may be at any depth below their class folder.
+    is the test set only if there is no test folder. A folder `train` without a test folder is a class of this name if
+    it has no subfolders and is not the only folder.
+
+    Classes are numbered in the order of their folders' names: by value if all names are numbers (2 before 10),
+    otherwise as text. Images may be at any depth below their class folder.
 
     Files that are not images are skipped, and a warning counts them by suffix. Files of operating systems and notebooks
     (`.DS_Store`, `Thumbs.db`, `__MACOSX`, `.ipynb_checkpoints`, ...) are skipped silently. A link to a target outside
@@ -58,10 +61,10 @@ class Folder(Dataset):
         root: The folder.
         test_fraction: Share of each class that is used for testing if there is no test folder, in (0, 1). The split is
             always the same, and both parts have at least one image of each class.
-        image_size: Side of the square images, in pixels. Images are resized so that the shorter side has this size
-            (bilinear, antialiased), then cropped at the centre.
-        train_images: Keep this many training images, as in `Dataset`.
-        test_images: Keep this many test images, as in `Dataset`.
+        image_size: Side of the square images in pixels, 1 to 8192. Images are resized so that the shorter side has
+            this size (bilinear, antialiased), then cropped at the centre.
+        train_images: Number of training images to keep, from 1; all if None. See `Dataset`.
+        test_images: Number of test images to keep, from 1; all if None. See `Dataset`.
 
     Raises:
         ConfigError: A value is out of range.
@@ -127,9 +130,11 @@ class Folder(Dataset):
         )
 
     def _divide(self, files: Files, classes: tuple[str, ...]) -> tuple[Files, Files]:
+        by_class: list[list[Path]] = [[] for _ in classes]
+        for path, label in files:
+            by_class[label].append(path)
         test: set[Path] = set()
-        for label, name in enumerate(classes):
-            paths = [path for path, given in files if given == label]
+        for name, paths in zip(classes, by_class, strict=True):
             if len(paths) < 2:
                 raise DataError(
                     f"folder: class {name!r}: expected at least 2 images to split, got {len(paths)}"
@@ -156,7 +161,11 @@ def _find_layout(root: Path, left_out: LeftOut) -> Layout:
     train, test = (_find_split(root, names) for names in (TRAIN_NAMES, TEST_NAMES))
     one = train or test
     if one is not None and (train is None or test is None):
-        raise DataError(f"folder: {root}: expected both train and test, or neither; found only {one.name}")
+        if list_folder(one)[0] or len(list_folder(root)[0]) == 1:
+            raise DataError(
+                f"folder: {root}: expected both train and test, or neither; found only {one.name}"
+            )
+        train = test = None  # It holds no folders, so it is a class with this name, beside other classes.
     base = train or root
     classes = order_classes(path.name for path in _class_folders(base, left_out))
     if test is not None:
@@ -188,7 +197,9 @@ def _class_folders(folder: Path, left_out: LeftOut) -> list[Path]:
     folders, files = list_folder(folder)
     for path in files:
         left_out.add_file(path)
-    return [path for path in folders if not path.name.startswith(".")]
+    for path in filter(is_hidden, folders):
+        left_out.add_hidden_folder(path)
+    return [path for path in folders if not is_hidden(path)]
 
 
 def _list_images(layout: Layout, folder: Path, left_out: LeftOut) -> Files:

@@ -1,4 +1,4 @@
-"""The German Traffic Sign Recognition Benchmark."""
+"""The GTSRB data set: the German Traffic Sign Recognition Benchmark."""
 
 from __future__ import annotations
 
@@ -62,19 +62,29 @@ Files = list[tuple[Path, int]]
 
 
 class GTSRB(Dataset):
-    """GTSRB (Stallkamp et al. 2012): 43 classes, 39,209 training and 12,630 test images.
+    """GTSRB: 43 classes, 39,209 training and 12,630 test images.
 
-    The published layout is `Final_Training/Images/000CC/{*.ppm,GT-000CC.csv}`, `Final_Test/Images/*.ppm` and
-    `GT-final_test.csv` (beside them or with the test images). Its tables must name every image once, and no other.
-    torchvision's layout (`Training/000CC/*.ppm`) is another archive with 26,640 training images, not the paper's; a
-    BbmoeWarning says so. Data with fewer images or classes is taken as it is.
+    The published folders are `Final_Training/Images/000CC` for each class, with its images and the table
+    `GT-000CC.csv`, and `Final_Test/Images`. The table of the test images, `GT-final_test.csv`, may be in one of the
+    folders above them or beside them. A table must list every image of its folder exactly once, and no other. Fewer
+    images or classes are accepted.
+
+    The folders of torchvision (`Training/000CC`) come from another archive with 26,640 training images, which is not
+    the one that papers use. They are read with a warning.
 
     Args:
-        root: The folder GTSRB, or one that holds it; default $BBMOE_DATA, then ~/.cache/backdoorbench_moe.
-        image_size: Side in pixels that every image is resized to, whatever its size and aspect ratio (bilinear,
-            antialiased); the whole image is taken, not the region of interest.
-        train_images: Keep this many training images, as in `Dataset`.
-        test_images: Keep this many test images, as in `Dataset`.
+        root: The folder GTSRB, or a folder that contains it. By default the environment variable BBMOE_DATA, or
+            ~/.cache/backdoorbench_moe if that is not set.
+        image_size: Side of the images in pixels, 1 to 8192. The whole image, not its region of interest, is resized to
+            this size (bilinear, antialiased); the aspect ratio is not kept.
+        train_images: Number of training images to keep, from 1; all if None. See `Dataset`.
+        test_images: Number of test images to keep, from 1; all if None. See `Dataset`.
+
+    Raises:
+        ConfigError: A value is out of range.
+
+    Source:
+        Stallkamp et al., "Man vs. computer", Neural Networks 32 (2012).
     """
 
     def __init__(
@@ -90,28 +100,34 @@ class GTSRB(Dataset):
 
     @classmethod
     def write_tiny(cls, folder: Path) -> dict[str, object]:
-        """As `Dataset.write_tiny`."""
+        """Write a small data set for the conformance tests; see `Dataset.write_tiny`."""
         from backdoorbench_moe.data.tiny_files import write_gtsrb
 
         write_gtsrb(folder)
         return {"root": str(folder)}
 
     def source(self) -> Path | None:
-        """The folder that holds training and test images."""
+        """Return the folder that contains the training and test images; None if there is none."""
         try:
             return _find(data_root(self.root))
         except DataError:
             return None
 
+    def files_beside(self) -> tuple[Path, ...]:
+        """Return the table of the test images if it is not in the `source`, as after unpacking the three archives."""
+        base = self.source()
+        table = None if base is None else _find_test_table(base)
+        return () if base is None or table is None or table.is_relative_to(base) else (table,)
+
     def class_names(self) -> tuple[str, ...]:
-        """Return the 43 names; reads nothing."""
+        """Return the names of the 43 classes; no file is read."""
         return CLASSES
 
     def read(self) -> ImageSet:
         """Read both splits.
 
         Raises:
-            DataError: The message names the file and what is wrong with it.
+            DataError: Files are missing or damaged, or do not agree with their tables; the message names the file.
         """
         base = _find(data_root(self.root))
         published = base / "Final_Training" / "Images"
@@ -136,7 +152,7 @@ class GTSRB(Dataset):
 
 
 def _find(root: Path) -> Path:
-    """Return the folder that holds the training images, at or under `root`."""
+    """Return the folder that contains the training and test images, at or below `root`."""
     for base in (root, root / "GTSRB", root / "gtsrb" / "GTSRB"):
         if (base / "Final_Training" / "Images").is_dir() or (base / "Training").is_dir():
             return base
@@ -173,21 +189,27 @@ def _torchvision_files(folder: Path) -> Files:
 
 
 def _test_files(base: Path) -> Files:
-    images = base / "Final_Test" / "Images"
-    places = [folder / TEST_CSV for folder in (base, images.parent, images, base.parent)]
-    table = next((place for place in places if place.is_file()), None)
+    table = _find_test_table(base)
     if table is None:
-        raise DataError(
-            f"{places[0]}: is missing (also looked in {', '.join(str(p.parent) for p in places[1:])})"
-        )
-    return _read_rows(table, images)
+        first, *others = _table_folders(base)
+        raise DataError(f"{first / TEST_CSV}: is missing (also looked in {', '.join(map(str, others))})")
+    return _read_rows(table, base / "Final_Test" / "Images")
+
+
+def _table_folders(base: Path) -> tuple[Path, ...]:
+    """The folders in which the table of the test images is looked for, in this order."""
+    return base, base / "Final_Test", base / "Final_Test" / "Images", base.parent
+
+
+def _find_test_table(base: Path) -> Path | None:
+    return next((path for folder in _table_folders(base) if (path := folder / TEST_CSV).is_file()), None)
 
 
 def _read_rows(table: Path, folder: Path) -> Files:
-    """Return the images of `folder` and their labels as `table` (';' between columns) says.
+    """Read the labels of the images in a folder from a table with columns separated by ";".
 
     Raises:
-        DataError: The table is missing or damaged, does not name exactly the images there are, or names one twice.
+        DataError: The table is missing or damaged, or does not list every image of the folder exactly once.
     """
     rows = _parse_rows(table)
     there = {path.name for path in _images(folder)}
@@ -208,12 +230,12 @@ def _read_rows(table: Path, folder: Path) -> Files:
 
 
 def _images(folder: Path) -> list[Path]:
-    """Return the images of a folder by name."""
+    """Return the images of a folder, sorted by name."""
     return [path for path in list_folder(folder)[1] if is_image(path) and not is_hidden(path)]
 
 
 def _parse_rows(table: Path) -> list[tuple[str, str, int]]:
-    """Return file name, label and line number of every row of a table."""
+    """Return the file name, the label and the line number of every row of a table."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, delimiter=";")

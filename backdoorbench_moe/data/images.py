@@ -18,33 +18,39 @@ from backdoorbench_moe.data.base import Split, draw_subset
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError
 from backdoorbench_moe.image_files import decode
 
-# More than any model here takes. What does not fit into memory has an error of its own.
+# No model takes larger images.
 MAX_SIDE = 8192
 RESIZE_CHUNK = 1024
 FILES_CHUNK = 64
 
 
 def check_image_size(image_size: int) -> int:
-    """Return `image_size` if it is a possible side in pixels. Raises ConfigError if it is not."""
+    """Return `image_size` if it is in [1, `MAX_SIDE`].
+
+    Raises:
+        ConfigError: It is not.
+    """
     if not 1 <= image_size <= MAX_SIDE:
         raise ConfigError.expected("dataset: image_size", f"1 to {MAX_SIDE} pixels", image_size)
     return image_size
 
 
 def read_images(paths: Sequence[Path], size: int, *, crop: bool) -> Tensor:
-    """Decode files in parallel and resize them: bilinear, antialiased. A warning counts the files of several frames.
+    """Decode image files in parallel and resize the images (bilinear, antialiased).
+
+    A warning counts the files that have several frames; only the first frame is read.
 
     Args:
-        paths: N files; what is taken and what is refused is said in `image_files.decode`.
-        size: Side of the result in pixels.
-        crop: Keep the aspect ratio, the shorter side becoming `size`, and cut out the middle; otherwise both sides
-            become `size`.
+        paths: N files; `image_files.decode` says which images are accepted.
+        size: Side of the resized images in pixels.
+        crop: True to keep the aspect ratio: the shorter side is resized to `size`, and the image is cropped at the
+            centre. False to resize both sides to `size`.
 
     Returns:
         (N, 3, size, size) uint8.
 
     Raises:
-        DataError: A file is damaged, missing or refused; the message names the first one and counts the others.
+        DataError: Files are missing, damaged or not accepted; the message names the first one and counts the others.
     """
     images = np.empty((len(paths), 3, size, size), np.uint8)
     faults: dict[int, DataError] = {}
@@ -81,7 +87,22 @@ def read_images(paths: Sequence[Path], size: int, *, crop: bool) -> Tensor:
 
 
 def subset_and_resize(split: Split, count: int | None, name: str, size: int) -> Split:
-    """Keep `count` images of a split, as `draw_subset` draws them, then resize: all at once may need much memory."""
+    """Keep some images of a split, see `draw_subset`, and resize them.
+
+    The images are drawn first, because all of them might not fit into memory in the new size.
+
+    Args:
+        split: The whole split.
+        count: Number of images to keep; all if None.
+        name: "train_images" or "test_images".
+        size: Side of the resized images in pixels.
+
+    Returns:
+        The resized images with their labels. They share memory with `split` if nothing has to be done.
+
+    Raises:
+        ConfigError: There are fewer than `count` images.
+    """
     keep = draw_subset(len(split), count, name)
     whole = len(keep) == len(split)
     images, labels = (split.images, split.labels) if whole else (split.images[keep], split.labels[keep])
@@ -89,9 +110,14 @@ def subset_and_resize(split: Split, count: int | None, name: str, size: int) -> 
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Resize a uint8 batch (N, 3, H, W) to (N, 3, size, size): bilinear, antialiased.
+    """Resize images (bilinear, antialiased); the aspect ratio is not kept.
 
-    The aspect ratio is not kept. Images of that size already are returned as they are, not copied.
+    Args:
+        images: (N, 3, H, W) uint8.
+        size: Side of the resized images in pixels.
+
+    Returns:
+        (N, 3, size, size) uint8; `images` itself if it has this size.
     """
     if tuple(images.shape[-2:]) == (size, size):
         return images

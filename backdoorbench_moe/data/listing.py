@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 from backdoorbench_moe.errors import BbmoeWarning, DataError
 from backdoorbench_moe.image_files import is_image
 
-# What operating systems, file servers, archives and notebooks leave behind; passed over without a word.
+# Files and folders of operating systems, file servers, version control and notebooks. They are skipped silently.
 CLUTTER = frozenset(
     {
         "__macosx",
@@ -27,7 +28,7 @@ CLUTTER = frozenset(
         "thumbs.db",
     }
 )
-# The other half of a file from macOS ("._cat.png"), which is not an image, whatever its suffix.
+# Prefix of the files in which macOS keeps metadata of another file: "._cat.png" is not an image.
 APPLE_DOUBLE = "._"
 
 
@@ -46,32 +47,40 @@ class LeftOut:
         else:
             self.counts[path.suffix.lower() or "without a suffix"] += 1
 
+    def add_hidden_folder(self, path: Path) -> None:
+        """Count all files in a hidden folder, at any depth. Links to folders are not followed."""
+        self.counts["hidden"] += sum(len(files) for _, _, files in os.walk(path))
+
     def __str__(self) -> str:
-        """Return such as "12 files left out: 10 .txt, 2 hidden"; empty if there is nothing to say."""
+        """Describe the counts, as in "12 files left out: 10 .txt, 2 hidden"; empty if no file was left out."""
         total = self.counts.total()
         if not total:
             return ""
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.counts.most_common())
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.counts.most_common() if count)
         return f"{total:,} {'file' if total == 1 else 'files'} left out: {kinds}"
 
     def warn(self, where: str) -> None:
-        """Warn of all that was counted, if anything was."""
+        """Issue a warning with the counts, if a file was left out.
+
+        Args:
+            where: The data set and its folder, for the beginning of the message.
+        """
         if text := str(self):
             warnings.warn(f"{where}: {text}", BbmoeWarning, stacklevel=3)
 
 
 def is_clutter(path: Path) -> bool:
-    """Return whether a file or folder belongs to an operating system or a tool, and not to the data."""
+    """Return whether a file or folder was left by an operating system or a tool and does not belong to the data."""
     return path.name.casefold() in CLUTTER or path.name.startswith(APPLE_DOUBLE)
 
 
 def is_hidden(path: Path) -> bool:
-    """Return whether the name of a file or folder begins with a dot."""
+    """Return whether the name of a file or folder starts with a dot."""
     return path.name.startswith(".")
 
 
 def list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the subfolders and the files of a folder, each by name and without clutter.
+    """Return the subfolders and the files of a folder, each sorted by name, without clutter.
 
     Raises:
         DataError: The folder cannot be read.
@@ -88,11 +97,16 @@ def list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
 def find_images(folder: Path, root: Path, left_out: LeftOut) -> list[Path]:
     """Find the images of a folder at any depth, as torchvision's ImageFolder does.
 
-    Those of a folder come by name, then those of its subfolders. Hidden files and folders are left out. Links are
-    followed if they stay inside `root`.
+    The images of a folder come first, sorted by name, and then those of its subfolders. Hidden files and folders are
+    left out. Links are followed if their targets are inside `root`.
+
+    Args:
+        folder: The folder to search.
+        root: The folder of the whole data set.
+        left_out: Counts the files that are left out.
 
     Raises:
-        DataError: A link leads out of `root`, to itself or to a folder that holds it, or a folder cannot be read.
+        DataError: A link points outside `root`, to itself or to a folder that contains it; or a folder cannot be read.
     """
     images = []
     for path in _files_below(folder, root, ()):
@@ -106,7 +120,7 @@ def find_images(folder: Path, root: Path, left_out: LeftOut) -> list[Path]:
 
 
 def _files_below(folder: Path, root: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """Every file below a folder but clutter. above: where the folders that hold this one really lie."""
+    """Yield all files below a folder, without clutter. `above`: the resolved paths of the folders that contain it."""
     real = _follow(folder, root)
     if real in above:
         raise DataError(f"{folder}: is a link to a folder that holds it")
@@ -120,7 +134,7 @@ def _files_below(folder: Path, root: Path, above: tuple[Path, ...]) -> Iterator[
 
 
 def _follow(path: Path, root: Path) -> Path:
-    """Where a file or folder really lies. Raises DataError for a link that leads out of `root`, or nowhere."""
+    """Resolve the links in a path. Raises DataError if the target is missing or outside `root`."""
     try:
         real, home = path.resolve(strict=True), root.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself, in older Pythons.
@@ -131,7 +145,7 @@ def _follow(path: Path, root: Path) -> Path:
 
 
 def order_classes(names: Iterable[str]) -> list[str]:
-    """Sort class names: by their value if all are numbers (2 before 10), otherwise as text."""
+    """Sort class names: by value if all are numbers (2 before 10), otherwise as text."""
     names = list(names)
     if all(name.isascii() and name.isdecimal() for name in names):
         return sorted(names, key=lambda name: (int(name), name))

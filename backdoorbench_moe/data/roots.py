@@ -1,4 +1,4 @@
-"""Where data sets are on disk, and the download of published archives."""
+"""Finding the folders of data sets, and downloading published archives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ TIMEOUT_SECONDS = 30
 
 
 def data_root(root: str | None) -> Path:
-    """Return the folder or archive to read: `root`, else $BBMOE_DATA, else the per-user cache."""
+    """Return the folder or archive to read.
+
+    Args:
+        root: A path, in which a leading "~" is replaced by the home directory. If None or empty, the environment
+            variable BBMOE_DATA is used, and if that is not set, the user's cache folder.
+
+    Raises:
+        DataError: There is no such user as in "~user".
+    """
     try:
         return Path(root or os.environ.get(VARIABLE) or CACHE).expanduser()
     except RuntimeError as error:  # "~someone" who does not exist.
@@ -28,18 +36,36 @@ def data_root(root: str | None) -> Path:
 
 
 def missing(what: str, root: Path, names: str, hint: str) -> DataError:
-    """Return the error for missing data, which says where it was looked for and how to name another place."""
-    state = "holds none of" if root.is_dir() else "does not exist; expected a folder with one of"
+    """Make the error for a data set that was not found.
+
+    Args:
+        what: Name of the data set.
+        root: The folder that was searched.
+        names: Names of the files and folders that were expected there.
+        hint: Further advice, added to the end of the message.
+    """
+    if root.is_dir():
+        state = "holds none of"
+    else:
+        state = f"{'is a file' if root.exists() else 'does not exist'}; expected a folder with one of"
     return DataError(
         f"{what}: {root} {state}: {names}; name its folder with --data-root (root=) or ${VARIABLE}{hint}"
     )
 
 
 def download(url: str, folder: Path, md5: str) -> Path:
-    """Fetch `url` into `folder` and return the file, which appears there only once it is complete and checked.
+    """Download a file. It appears under its name only when it is complete and its checksum is verified.
+
+    Args:
+        url: Address of the file.
+        folder: Folder to write to; it is created if needed.
+        md5: The published MD5, in hexadecimal.
+
+    Returns:
+        Path of the file.
 
     Raises:
-        DataError: It cannot be fetched or written, or its MD5 is not the published one.
+        DataError: The file cannot be downloaded or written, or has another MD5.
     """
     target = folder / url.rpartition("/")[2]
     try:

@@ -1,4 +1,4 @@
-"""A reader for the pickles that CIFAR-10 is published as; it admits nothing else that a pickle can hold."""
+"""A safe reader for the pickle files of CIFAR-10: it refuses pickles with any other content."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ UNSIGNED_BYTES = ("u1", "|u1", "uint8")
 
 
 def read_pickle(data: bytes, name: str) -> dict[str, Any]:
-    """Read a published batch: a dict of texts, numbers, lists and uint8 arrays.
+    """Read a pickle file of CIFAR-10: a dict of strings, numbers, lists and uint8 arrays.
 
-    Nothing that the file names is called or imported: the few globals of these files are replaced by stand-ins that
-    keep only bytes and shapes.
+    No code that the file refers to is imported or called. The few globals that these files refer to are replaced by
+    stand-ins, which only keep bytes and shapes.
 
     Args:
         data: Content of the file.
-        name: Name of the file, for messages.
+        name: Name of the file, for error messages.
 
     Returns:
-        The dict, its keys as texts. Other texts that Python 2 wrote are bytes.
+        The dict, with strings as keys. Strings among the values that were written by Python 2 are bytes.
 
     Raises:
-        DataError: The file is damaged, holds something else, or names another global, which the message says.
+        DataError: The file is damaged, has other content, or refers to another global, which the message names.
     """
     try:
         content = _Unpickler(io.BytesIO(data), encoding="bytes").load()
@@ -48,7 +48,7 @@ def read_pickle(data: bytes, name: str) -> dict[str, Any]:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
-        """Return the stand-in for a global. Raises DataError for any that CIFAR-10's files do not hold."""
+        """Return the stand-in for a global. Raises DataError if CIFAR-10's files do not refer to it."""
         stand_in = STAND_INS.get((module, name))
         if stand_in is None:
             raise DataError(f"refused global {module}.{name}; only numpy arrays of bytes are read")
@@ -56,7 +56,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _StandIn:
-    """Takes the place of a global, without attributes that a pickle could set."""
+    """Base class of stand-ins for globals. They have no attributes that a pickle could set."""
 
     __slots__ = ()
 
@@ -72,7 +72,7 @@ class _Reconstruct(_StandIn):
     __slots__ = ()
 
     def __call__(self, kind: object, shape: object, code: object) -> _Array:
-        """Stand in for numpy's `_reconstruct`: an empty array, to be filled by its state."""
+        """Return an array without data, as numpy's `_reconstruct` does; the data follow in its state."""
         return _Array()
 
 
@@ -80,7 +80,7 @@ class _MakeDtype(_StandIn):
     __slots__ = ()
 
     def __call__(self, code: object, align: object = False, copy: object = True) -> _Dtype:
-        """Stand in for `numpy.dtype`."""
+        """Return a data type, as `numpy.dtype` does."""
         return _Dtype(code)
 
 
@@ -88,7 +88,7 @@ class _Encode(_StandIn):
     __slots__ = ()
 
     def __call__(self, text: object, encoding: object = "latin1") -> bytes:
-        """Stand in for `_codecs.encode`, by which Python 3 writes bytes in an old protocol."""
+        """Encode bytes that were written as text, as `_codecs.encode` does; Python 3 uses it in old protocols."""
         if not isinstance(text, str) or encoding != "latin1":
             raise DataError("expected bytes written as latin1 text")
         return text.encode("latin1")
@@ -101,7 +101,7 @@ class _Dtype:
         self.code = _text(code)
 
     def __setstate__(self, state: object) -> None:
-        """Ignore byte order and alignment, which mean nothing for single bytes."""
+        """Ignore byte order and alignment, which have no meaning for single bytes."""
 
 
 class _Array:

@@ -1,12 +1,12 @@
-"""Drawing traffic-sign-like pictures, a batch at a time.
+"""Drawing pictures of traffic signs, one batch at a time.
 
-Every picture is the same on every machine. The random bits come from PCG64's raw stream, and the pixels from float32
-additions, multiplications, divisions, square roots and comparisons, which IEEE 754 fixes to the last bit. Sines, sums
-over an axis and library convolutions are avoided, since their last bits differ between machines.
+Every picture is the same on every machine. Random bits are the raw output of PCG64. Pixels are computed by float32
+additions, multiplications, divisions, square roots and comparisons only, whose results IEEE 754 defines to the last
+bit. Sines, sums over an axis and convolutions of libraries are avoided, since their last bits differ between machines.
 
-Axis letters: B pictures, S side. The coordinates (B, S, S) of a sign are in units of its radius, x to the right and y
-down. A *level* is a field that is below 0 inside a figure and above 0 outside of it, and that grows by about 1 with
-each radius of distance.
+Axis letters: B pictures, S side. The coordinates of a sign, (B, S, S), are in units of its radius; x points to the
+right and y down. The *level* of a figure is a function of the coordinates that is negative inside the figure and
+positive outside. Its slope is about 1 for each radius of distance.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ DIAGONAL = 0.70710678  # 1 / sqrt(2)
 
 
 class Draws:
-    """Uniform float32 numbers from a seed, the same with every version of numpy."""
+    """Random numbers from a seed, the same with every version of numpy."""
 
     def __init__(self, *seed: int) -> None:
         self._bits = np.random.PCG64(np.random.SeedSequence(seed))
 
     def uniform(self, low: float, high: float, *shape: int) -> Array:
-        """Return numbers in [low, high) from 24 random bits each, which float32 holds exactly."""
+        """Return float32 numbers that are uniform in [low, high), from 24 random bits each."""
         raw = np.asarray(self._bits.random_raw(shape), np.uint64) >> np.uint64(40)
         return raw.astype(np.float32) * np.float32(2.0**-24) * np.float32(high - low) + np.float32(low)
 
     def triangular(self, *shape: int) -> Array:
-        """Return noise in (-1, 1), as int16 in units of 1/255: the difference of two random bytes."""
+        """Return noise with a triangular distribution, int16 in -255 to 255: differences of two random bytes."""
         count = int(np.prod(shape))
         raw = np.asarray(self._bits.random_raw((count + 3) // 4), "<u8").view(np.uint8)
         return (raw[0 : 2 * count : 2].astype(np.int16) - raw[1 : 2 * count : 2]).reshape(shape)

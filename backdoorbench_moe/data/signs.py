@@ -1,4 +1,4 @@
-"""The embedded default data set: pictures like traffic signs, drawn by this module, the same on every machine."""
+"""The default data set, which needs no files: images of traffic signs, drawn by this package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from backdoorbench_moe.data import sign_drawing as drawing
 from backdoorbench_moe.data.base import Dataset, ImageSet, Split
 from backdoorbench_moe.data.images import check_image_size, subset_and_resize
 
-# Part of the seed; raised by one whenever a pixel changes.
+# Part of the seed. It is raised by one whenever a pixel changes.
 VERSION = 1
 SIDE = 32
 TRAIN_IMAGES, TEST_IMAGES = 6000, 2000
@@ -36,7 +36,7 @@ class Sign:
     glyph: drawing.Level
 
 
-# Classes share colours, shapes and glyphs, so that none of these alone tells a class.
+# Classes share colours, shapes and glyphs, so that none of these is sufficient to recognise a class.
 SIGNS = (
     Sign("no entry", drawing.disc, RED_FACE, drawing.bar),
     Sign("road closed", drawing.disc, RED_FACE, drawing.cross),
@@ -52,15 +52,19 @@ SIGNS = (
 
 
 class Signs(Dataset):
-    """Ten kinds of signs: 6,000 training and 2,000 test images of 32x32, equally many of each kind.
+    """Traffic signs drawn by this package: 10 classes, 6,000 training and 2,000 test images of 32x32 pixels.
 
-    Shape, colour and glyph make a kind; place, size, rotation, tilt, blur, background, fading, light, shadow, haze and
-    noise vary.
+    All classes have the same number of images, which are the same on every machine. A class is defined by shape,
+    colour and glyph of the sign. Position, size, rotation, tilt, blur, background, fading, light, shadow, haze and
+    noise are random.
 
     Args:
-        image_size: Side in pixels to resize to (bilinear, antialiased); 32 keeps the images as they are drawn.
-        train_images: Keep this many training images, as in `Dataset`.
-        test_images: Keep this many test images, as in `Dataset`.
+        image_size: Side of the images in pixels, 1 to 8192. Other sizes than 32 are resized (bilinear, antialiased).
+        train_images: Number of training images to keep, from 1; all if None. See `Dataset`.
+        test_images: Number of test images to keep, from 1; all if None. See `Dataset`.
+
+    Raises:
+        ConfigError: A value is out of range.
     """
 
     def __init__(
@@ -70,7 +74,7 @@ class Signs(Dataset):
         self.image_size = check_image_size(image_size)
 
     def class_names(self) -> tuple[str, ...]:
-        """Return the ten names; draws nothing."""
+        """Return the names of the ten classes; nothing is drawn."""
         return tuple(sign.name for sign in SIGNS)
 
     def read(self) -> ImageSet:
@@ -85,13 +89,16 @@ class Signs(Dataset):
 
 
 def draw_split(stream: int, count: int, *, side: int = SIDE) -> Split:
-    """Draw pictures from the seed (VERSION, stream).
+    """Draw the images of a split from the seed (VERSION, stream).
 
     Args:
         stream: 0 for the training images, 1 for the test images.
-        count: Number of pictures, a multiple of the number of kinds.
-        side: In pixels. Larger pictures are drawn at that size, not resized: their edges are as sharp, and their
-            noise as fine, as at 32x32.
+        count: Number of images, a multiple of the number of classes.
+        side: Side of the images in pixels. Larger images are not resized but drawn in this size: their edges are as
+            sharp, and their noise as fine, as with 32 pixels.
+
+    Returns:
+        Images (count, 3, side, side) and their labels.
     """
     draws = drawing.Draws(VERSION, stream)
     order = draws.permutation(count)
@@ -105,7 +112,7 @@ def draw_split(stream: int, count: int, *, side: int = SIDE) -> Split:
 
     kinds = (np.flatnonzero(labels == kind) for kind in range(len(SIGNS)))
     parts = [rows[start : start + CHUNK] for rows in kinds for start in range(0, len(rows), CHUNK)]
-    # Small parts stay in the cache. Threads help, since numpy releases the interpreter lock while it computes.
+    # Small parts fit into the cache. Threads are faster, since numpy releases the interpreter lock while it computes.
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(fill, parts))
     return Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))

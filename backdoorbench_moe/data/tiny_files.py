@@ -1,4 +1,4 @@
-"""Writers of small data sets for tests: in the layouts of the published sets, and as folders of images."""
+"""Writing small data sets for tests, in the formats of published ones and as folders of images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def pixels(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def write_cifar10(root: Path) -> None:
-    """Write CIFAR-10 in its binary form: a label, then 3072 pixels."""
+    """Write CIFAR-10 in its binary format: for each image a label and 3072 pixel values, one byte each."""
     rng = np.random.default_rng(0)
     folder = root / "cifar-10-batches-bin"
     folder.mkdir()
@@ -24,7 +24,7 @@ def write_cifar10(root: Path) -> None:
 
 
 def write_gtsrb(root: Path) -> None:
-    """Write GTSRB as published: a folder and a table for each class, and one of each for all test images."""
+    """Write GTSRB as published: a folder with a table for each class, and one folder and table of test images."""
     rng = np.random.default_rng(0)
     header = "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId"
 

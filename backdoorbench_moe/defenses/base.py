@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, final
 
 from backdoorbench_moe.defenses.judgement import Judgement
-from backdoorbench_moe.errors import ConfigError, PluginError
+from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
 from backdoorbench_moe.shares import share_of
 
 if TYPE_CHECKING:
@@ -164,6 +164,7 @@ class Defense(ABC):
 
     Raises:
         ConfigError: `clean_fraction` is out of range.
+        PluginError: `needs` has a name that is not in `NEEDS`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"clean"})
@@ -175,6 +176,8 @@ class Defense(ABC):
     ) -> None:
         if not 0 < clean_fraction <= 1:
             raise ConfigError.expected("clean_fraction", "a number in (0, 1]", clean_fraction)
+        for unknown in sorted(set(self.needs).difference(NEEDS)):
+            raise PluginError(f"defense {type(self).__name__}: {UnknownNameError('needs', unknown, NEEDS)}")
         self.clean_fraction, self.finetune_data = clean_fraction, finetune_data
 
     def count(self, images: int, num_classes: int) -> int:
@@ -205,10 +208,14 @@ class Defense(ABC):
             ConfigError: The defense cannot be applied to this model.
             PluginError: The defense did not return a valid result.
         """
-        self.check(task.model)
+        self.check_model(task.model)
         result = self.defend(task)
         if not isinstance(result, DefenseResult):
             raise PluginError(f"defense {type(self).__name__}: expected a DefenseResult, got {result!r}")
+        if not all(isinstance(each, Judgement) for each in result.judgements):
+            raise PluginError(
+                f"defense {type(self).__name__}: expected judgements, got {result.judgements!r}"
+            )
         filters = [each for each in result.judgements if each.about == "input"]
         if len(filters) > 1:
             raise PluginError(
@@ -216,8 +223,27 @@ class Defense(ABC):
             )
         return result
 
+    @final
+    def check_model(self, model: nn.Module) -> None:
+        """Check whether the defense can be applied to a model, and whether the model gives what `needs` declares.
+
+        Args:
+            model: The model, trained or not; it is not changed.
+
+        Raises:
+            ConfigError: The defense cannot be applied; the message names the option or the model.
+        """
+        from backdoorbench_moe.moe.structure import WithFeatures
+
+        if "features" in self.needs and not isinstance(model, WithFeatures):
+            raise ConfigError(
+                f"model: {type(model).__name__} does not give features before its head: "
+                "expected methods `extract_features` and `classify` (see backdoorbench_moe.moe.structure)"
+            )
+        self.check(model)
+
     def check(self, model: nn.Module) -> None:  # noqa: B027
-        """Check whether the defense can be applied to a model.
+        """Check whether the defense can be applied to a model. By default it can be applied to any.
 
         Args:
             model: The model, trained or not; it must not be changed.

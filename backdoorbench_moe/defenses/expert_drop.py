@@ -54,6 +54,10 @@ class ExpertDrop(Defense):
         """Raise ConfigError if the model does not name its experts, or has too few."""
         experts = experts_of(model)
         most = len(experts) - len({expert.layer for expert in experts})
+        if not most:
+            raise ConfigError(
+                f"model: expected a layer of at least 2 experts, {type(model).__name__} has only one in each"
+            )
         if self.drop > most:
             raise ConfigError.expected(
                 "count", f"1 to {most} of the {len(experts)} experts of {type(model).__name__}", self.drop

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from backdoorbench_moe.errors import PluginError
+from backdoorbench_moe.plain import plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,17 +26,19 @@ class Judgement:
             "expert", or the "model".
         reason: One sentence that says what the scores measure, and which scores are suspicious.
         scores: Scores by name, such as "moe/2" for an expert or "3" for a class; for samples, (N,) float, one for
-            each image of the training set; for inputs, None.
+            each image of the training set; for inputs, None. They should be finite: NaN and infinity are recorded
+            as null.
         threshold: The score that separates suspicious from unsuspicious; None if no threshold was used.
-        suspicious: Names of what is suspicious; for samples, (n,) int64 indices.
-        details: Further plain values for the record.
+        suspicious: Names of what is suspicious; for samples, (n,) int64 indices; for inputs, empty.
+        details: Further values for the record: texts, numbers, lists and mappings. Those of NumPy and PyTorch are
+            converted.
         judge: Function that scores inputs, given if and only if `about` is "input". It takes images (B, 3, H, W)
             uint8 and returns (B,) finite floats. Images with a score above `threshold` are rejected. The score of
             an image must not depend on the other images of the batch. The engine evaluates it after the defense has
             returned, on clean and triggered test images in shuffled batches.
 
     Raises:
-        PluginError: A field is missing or contradicts another one.
+        PluginError: A field is missing, has a value that it cannot have, or contradicts another one.
     """
 
     about: About
@@ -51,11 +55,61 @@ class Judgement:
         if not isinstance(self.reason, str) or not self.reason:
             raise PluginError(f"judgement: reason: expected a sentence, got {self.reason!r}")
         if (self.about == "input") != (self.judge is not None):
-            raise PluginError(
-                f"judgement about {self.about}: judge: expected a function for inputs, and none for anything else, "
-                f"got {self.judge!r}"
-            )
+            raise self._expected("judge", "a function for inputs, and none for anything else", self.judge)
         if self.threshold is not None and not isfinite(self.threshold):
             raise PluginError(f"judgement: threshold: expected a finite number, got {self.threshold}")
         if self.judge is not None and self.threshold is None:
             raise PluginError("judgement about input: threshold: expected a finite number, got None")
+        self._check_scores()
+        self._check_suspicious()
+        self._check_details()
+
+    def _check_scores(self) -> None:
+        if self.scores is None:
+            return
+        if self.about == "input":
+            raise self._expected("scores", "none, since `judge` gives them", self.scores)
+        if self.about == "sample":
+            if not _is_vector(self.scores, floating=True):
+                raise self._expected("scores", "a tensor (N,) of floats", self.scores)
+        elif not isinstance(self.scores, Mapping) or not all(map(_is_score, self.scores.items())):
+            raise self._expected("scores", "numbers by name", self.scores)
+
+    def _check_suspicious(self) -> None:
+        names = self.suspicious
+        if not len(names):
+            return
+        if self.about == "input":
+            raise self._expected("suspicious", "none, since the filter decides for each input", names)
+        if self.about == "sample":
+            if not _is_vector(names, floating=False):
+                raise self._expected("suspicious", "a tensor (n,) of int64 indices", names)
+        elif isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise self._expected("suspicious", "a list of names", names)
+
+    def _check_details(self) -> None:
+        if not isinstance(self.details, Mapping):
+            raise self._expected("details", "values by name", self.details)
+        object.__setattr__(self, "details", plain(self.details))
+        try:
+            json.dumps(self.details)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise self._expected("details", f"values that JSON has ({error})", self.details) from error
+
+    def _expected(self, name: str, expected: str, got: object) -> PluginError:
+        return PluginError(f"judgement about {self.about}: {name}: expected {expected}, got {got!r}")
+
+
+def _is_score(item: tuple[object, Any]) -> bool:
+    """Whether a name and its score can be written to a record."""
+    name, score = item
+    return isinstance(name, str) and type(plain(score)) in (int, float)
+
+
+def _is_vector(values: object, *, floating: bool) -> bool:
+    """Whether values are a tensor of one dimension, of floats or of int64."""
+    import torch
+
+    if not isinstance(values, torch.Tensor) or values.ndim != 1:
+        return False
+    return values.is_floating_point() if floating else values.dtype == torch.int64

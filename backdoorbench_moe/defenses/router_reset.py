@@ -15,7 +15,8 @@ from backdoorbench_moe.defenses.requirements import check_tuning, router_of
 class RouterReset(Defense):
     """Re-initialise the router and train it again on clean images.
 
-    Nothing is left of what the router learned from poisoned images.
+    Nothing is left of what the router learned from poisoned images. Experts that an earlier defense has masked stay
+    masked.
 
     Args:
         scope: "router" trains the router only; "all" trains the whole model.
@@ -50,7 +51,11 @@ class RouterReset(Defense):
         router = router_of(task.model)
         with torch.no_grad():
             for own, drawn in zip(router, router_of(task.fresh()), strict=True):
-                own.load_state_dict(drawn.state_dict())
+                fresh = drawn.state_dict()
+                for name, tensor in own.state_dict().items():
+                    # Other types are not learned, such as the mask of experts.
+                    if tensor.is_floating_point():
+                        tensor.copy_(fresh[name])
         task.report("reset", task.model)
         modules = router if self.scope == "router" else None
         task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr, modules=modules)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import torch
+
+from backdoorbench_moe.attacks.base import PoisonPlan
 from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.counting import count
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.engine.build import (
     build_attack,
@@ -13,8 +18,12 @@ from backdoorbench_moe.engine.build import (
     describe,
     model_patch_size,
 )
+from backdoorbench_moe.engine.poison import stamp_images
 from backdoorbench_moe.engine.triggered import Triggered, triggered_test
-from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.errors import BbmoeWarning, ConfigError
+
+# Images on which the trigger is tried.
+VISIBLE_ON = 64
 
 
 class Setup:
@@ -46,14 +55,31 @@ class Setup:
             if attack.uses_trigger:
                 size = model_patch_size(self.model)
                 self.stamper = build_stamper(spec, patch_size=size, image_size=images.image_size)
-                self._check_forms()
+                self._check_visible()
             self.plan = attack(images.train.labels, num_classes=images.num_classes, seed=spec.seed)
+            self._check_noise(self.plan)
             attack.counted(images.test.labels, images.num_classes)
 
-    def _check_forms(self) -> None:
-        assert self.stamper is not None and self.spec.trigger is not None
-        if self.spec.poison.noise and not self.stamper.trigger.has_noise:
-            raise ConfigError(f"poison.noise: the trigger {self.spec.trigger.name!r} has no noise form")
+    def _check_noise(self, plan: PoisonPlan) -> None:
+        if len(plan.noise) and (self.stamper is None or not self.stamper.trigger.has_noise):
+            name = (
+                "a run without a trigger"
+                if self.spec.trigger is None
+                else f"the trigger {self.spec.trigger.name!r}"
+            )
+            raise ConfigError(f"poison.noise: {name} has no noise form")
+
+    def _check_visible(self) -> None:
+        """Warn if the trigger changes nothing, as a warp of tiles of one pixel does."""
+        assert self.stamper is not None and self.spec.trigger is not None and self.spec.applicator is not None
+        images = self.images.test.images[:VISIBLE_ON]
+        if torch.equal(stamp_images(images, self.stamper), images):
+            warnings.warn(
+                f"trigger: {self.spec.trigger.name!r} with the applicator {self.spec.applicator.name!r} changes none "
+                f"of {count(len(images), 'test image')}",
+                BbmoeWarning,
+                stacklevel=2,
+            )
 
     def triggered_test(self) -> Triggered | None:
         """The test images that count for ASR, triggered; None for a clean run. They are stamped once."""

@@ -224,12 +224,15 @@ class PMoE(RoutedModel):
         return F.relu(self.norm(outputs), inplace=True).mean((2, 3)), Routing("moe", gates, selected)
 
     def components(self) -> dict[str, list[nn.Module]]:
-        """The experts with the norm behind them, each channel of which belongs to one expert; the router; the head."""
+        """Return the modules of the experts, the router and the head.
+
+        The norm behind the experts is one of theirs, since each of its channels belongs to one expert.
+        """
         experts: list[nn.Module] = [self.moe.norm, self.moe.conv, self.norm]
         return {"experts": experts, "router": [self.moe.router], "head": [self.head]}
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
-        """The output channels of each expert, and those of the convolution that computes the routed map."""
+        """Return the output channels of each expert, and those of the convolution that computes the routed map."""
         experts = len(self.moe.router.weight)
         size = self.moe.conv.out_channels // experts
         groups = [
@@ -239,7 +242,7 @@ class PMoE(RoutedModel):
         return {"experts": groups, "trunk": [ChannelGroup.whole("trunk", self.reduce)]}
 
     def experts(self) -> list[Expert]:
-        """Each expert: its channels of the experts' norm and convolution, and of the norm behind them."""
+        """Return each expert's channels of the experts' norm and convolution, and of the norm behind them."""
         count = len(self.moe.router.weight)
         sizes = {"moe.norm": self.moe.norm, "moe.conv": self.moe.conv, "norm": self.norm}
         found = []
@@ -258,5 +261,5 @@ class PMoE(RoutedModel):
         return found
 
     def mask_expert(self, expert: Expert) -> None:
-        """Mute the expert. Experts select patches independently, so there are none that another would have to take."""
+        """Mute the expert. The others are not affected, since each expert selects its patches by itself."""
         mute(self, [expert])

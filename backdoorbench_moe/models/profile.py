@@ -35,7 +35,8 @@ def profile_model(model: nn.Module, image_size: int) -> ModelProfile:
         model: The model, on any device, "meta" included.
         image_size: Side of the image in pixels.
     """
-    reference = next(model.parameters())
+    # A model without parameters is run on the CPU in float32.
+    reference = next(model.parameters(), torch.empty(0, dtype=torch.float32))
     training = {module: module.training for module in model.modules()}
     images = torch.zeros(1, 3, image_size, image_size, device=reference.device, dtype=reference.dtype)
     counter = FlopCounterMode(display=False)

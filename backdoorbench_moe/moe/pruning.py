@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 
 def channel_means(
@@ -15,7 +17,7 @@ def channel_means(
     """Measure the mean output of each channel during `run()`.
 
     Args:
-        modules: Convolutions and batch norms, whose output is (B, C, H, W), or other modules with output (..., C).
+        modules: Convolutions and batch norms, whose output is (B, C, ...), or other modules with output (..., C).
         run: Function that passes images through the model.
         rectify: Whether to average max(output, 0), as behind a ReLU, instead of the output.
 
@@ -30,7 +32,7 @@ def channel_means(
 
     def add(module: nn.Module, _: object, output: Tensor) -> None:
         values = output.detach().float()
-        at = 1 if isinstance(module, nn.Conv2d | nn.BatchNorm2d) else values.ndim - 1
+        at = 1 if isinstance(module, _ConvNd | _BatchNorm) else values.ndim - 1
         others = [dim for dim in range(values.ndim) if dim != at]
         values = (values.relu() if rectify else values).sum(others, dtype=torch.float64)
         sums[module] = sums[module] + values if module in sums else values
@@ -85,9 +87,14 @@ def held_at_zero(rows: Iterable[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
     Their gradients are set to zero. SGD, with or without momentum, and AdamW then do not change weights that are zero.
 
     Args:
-        rows: Parameters and their rows, (n,) int64, which are zero.
+        rows: Parameters and their rows, (n,) int64, which are zero. Parameters that do not require gradients are not
+            trained, so nothing is done for them; they must not be made to require gradients inside the block.
     """
-    hooks = [p.register_post_accumulate_grad_hook(_clear(chosen.to(p.device))) for p, chosen in rows]
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(_clear(chosen.to(parameter.device)))
+        for parameter, chosen in rows
+        if parameter.requires_grad
+    ]
     try:
         yield
     finally:

@@ -1,1 +1,1 @@
-"""Pure tensor functions; they know nothing of registries, runs or files."""
+"""Pure functions of tensors and numbers, which use no registry, run or file."""

@@ -160,7 +160,7 @@ def changed_patches(clean: Tensor, triggered: Tensor, size: int) -> Tensor:
         (B, P) bool, True if any pixel differs.
     """
     differs = (clean != triggered).any(1, keepdim=True)
-    return tile(differs, size).flatten(1).any(1).unflatten(0, (len(clean), -1))
+    return _by_image(tile(differs, size).flatten(1).any(1), clean, size)
 
 
 def patch_sums(images: Tensor, size: int) -> Tensor:
@@ -174,7 +174,13 @@ def patch_sums(images: Tensor, size: int) -> Tensor:
         (B, P) float64 in [0, size * size].
     """
     sums = tile(images.sum(1, keepdim=True, dtype=torch.int32), size).flatten(1).sum(1)
-    return sums.unflatten(0, (len(images), -1)).double() / (255 * images.shape[1])
+    return _by_image(sums, images, size).double() / (255 * images.shape[1])
+
+
+def _by_image(values: Tensor, images: Tensor, size: int) -> Tensor:
+    """Values (B * P,) of the patches of B images as (B, P), also if there are no images."""
+    height, width = images.shape[-2:]
+    return values.view(len(images), (height // size) * (width // size))
 
 
 def _axis(over: str) -> int:

@@ -26,7 +26,9 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
         Seed in [0, 2**63).
     """
     text = "/".join(map(str, (seed, *purpose)))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    # Names of files, and so of classes, need not be valid UTF-8; Python then represents them with surrogates.
+    encoded = text.encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.sha256(encoded).digest()[:8], "big") >> 1
 
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:

@@ -24,7 +24,8 @@ def control_grid(size: int, generator: torch.Generator) -> Tensor:
     Source:
         WaNet, equation 4.
     """
-    grid = torch.rand(1, 2, size, size, generator=generator) * 2 - 1
+    # The type is named, because another default type would draw other numbers.
+    grid = torch.rand(1, 2, size, size, generator=generator, dtype=torch.float32) * 2 - 1
     return grid / grid.abs().mean()
 
 

@@ -1,4 +1,4 @@
-"""A package of new parts, written from templates: installs and passes the conformance tests as it is."""
+"""Writing a package of new parts from templates. It can be installed and passes the conformance tests as it is."""
 
 from __future__ import annotations
 
@@ -23,38 +23,48 @@ NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A package to be written: its name, and the kinds of which it has a part each."""
+class PackagePlan:
+    """A package to be written.
+
+    Attributes:
+        package: Name of the package.
+        kinds: The kinds of parts; the package has one part of each.
+    """
 
     package: str
     kinds: tuple[str, ...]
 
     @property
     def module(self) -> str:
-        """Its name in Python."""
+        """Name of the package's Python module."""
         return self.package.replace("-", "_")
 
     @property
     def part(self) -> str:
-        """The name its parts are registered under."""
+        """Name that the parts are registered under."""
         return self.package.removeprefix("bbmoe-")
 
     def class_name(self, kind: str) -> str:
-        """Such as StripesTrigger; of a part whose name begins with a digit, with the package's name before it."""
+        """Return the name of a part's class, such as StripesTrigger. It never starts with a digit."""
         words = self.package if self.part[0].isdigit() else self.part
         return "".join(word.capitalize() for word in (*words.split("-"), kind))
 
 
-def plan_package(name: str, kinds: Sequence[str] = ("trigger",)) -> Plan:
-    """Check the name of a new package and the kinds of its parts; nothing is written.
+def plan_package(name: str, kinds: Sequence[str] = ("trigger",)) -> PackagePlan:
+    """Check the name of a new package and the kinds of its parts. Nothing is written.
 
-    Raises ConfigError for a name that pip or Python would not take, or that a package, a module or a part
-    has already; UnknownNameError for an unknown kind.
+    Args:
+        name: Name of the package.
+        kinds: Kinds of parts, keys of `kinds.KINDS`.
+
+    Raises:
+        ConfigError: pip or Python does not accept the name, or a package, a module or a part has it already.
+        UnknownNameError: A kind is unknown.
     """
     for kind in kinds:
         if kind not in KINDS:
             raise UnknownNameError("--kind", kind, KINDS)
-    plan = Plan(name, tuple(kind for kind in KINDS if kind in kinds))
+    plan = PackagePlan(name, tuple(kind for kind in KINDS if kind in kinds))
     if not NAME.fullmatch(name) or keyword.iskeyword(plan.module):
         raise ConfigError.expected(
             "name", "lower case letters, digits and single hyphens, as bbmoe-stripes", name
@@ -64,16 +74,24 @@ def plan_package(name: str, kinds: Sequence[str] = ("trigger",)) -> Plan:
     return plan
 
 
-def write_package(plan: Plan, output: Path) -> Path:
-    """Write the package into a new folder of its name in `output`, all or nothing; returns that folder.
+def write_package(plan: PackagePlan, output: Path) -> Path:
+    """Write a package into a new folder. If writing fails, nothing is left.
 
-    Raises ConfigError if the folder is there, or `output` is not or cannot be written to.
+    Args:
+        plan: The package.
+        output: Folder in which the package's folder is made.
+
+    Returns:
+        The package's folder.
+
+    Raises:
+        ConfigError: The package's folder exists, or `output` does not exist or cannot be written to.
     """
     target = output / plan.package
     if not output.is_dir():
-        raise ConfigError.expected("--output", "a folder that is there", str(output))
+        raise ConfigError.expected("--output", "an existing folder", str(output))
     if target.exists() or target.is_symlink():
-        raise ConfigError(f"{target}: is there already; expected to write a new folder")
+        raise ConfigError(f"{target}: expected to write a new folder, but it exists")
     partial = None
     try:
         partial = Path(tempfile.mkdtemp(dir=output, prefix=f".{plan.package}-"))
@@ -90,8 +108,8 @@ def write_package(plan: Plan, output: Path) -> Path:
     return target
 
 
-def render_package(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Every file of the package: its path in the package's folder, and its text."""
+def render_package(plan: PackagePlan) -> Iterator[tuple[str, str]]:
+    """Yield the path, relative to the package's folder, and the text of every file."""
     yield "setup.cfg", _render("setup.cfg", plan)
     yield "pyproject.toml", _render("pyproject.toml", plan)
     yield "README.md", _render("README.md", plan)
@@ -101,8 +119,8 @@ def render_package(plan: Plan) -> Iterator[tuple[str, str]]:
         yield f"tests/test_{kind}.py", _render(f"test_{kind}.py", plan, kind)
 
 
-def _taken(plan: Plan) -> str | None:
-    """What has the package's name, its module's or its parts'; None if they are free."""
+def _taken(plan: PackagePlan) -> str | None:
+    """Return what has the name of the package, of its module or of its parts; None if they are free."""
     try:
         return f"a package of that name is installed ({version(plan.package)})"
     except PackageNotFoundError:
@@ -117,7 +135,7 @@ def _taken(plan: Plan) -> str | None:
     return None
 
 
-def _render(template: str, plan: Plan, kind: str = "") -> str:
+def _render(template: str, plan: PackagePlan, kind: str = "") -> str:
     from jinja2 import Environment, StrictUndefined
 
     text = (files(__name__) / "templates" / f"{template}.jinja").read_text(encoding="utf-8")

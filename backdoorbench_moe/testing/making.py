@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from backdoorbench_moe.config import PartSpec, PoisonSpec, TrainSpec
 from backdoorbench_moe.data.base import Split
-from backdoorbench_moe.defenses.base import DefenseTask
+from backdoorbench_moe.defenses.base import NEEDS, DefenseTask
 from backdoorbench_moe.engine.build import fresh_model
 from backdoorbench_moe.engine.inference import features, logits, losses, routings
 from backdoorbench_moe.engine.names import REGISTRIES
@@ -80,13 +80,20 @@ def coloured_split(count: int, seed: int) -> Split:
 
 
 def make_task(
-    model: nn.Module, made_by: PartSpec, *, clean: Split | None = None, seed: int = 7, **recipe: Any
+    model: nn.Module,
+    made_by: PartSpec,
+    *,
+    needs: Collection[str] = NEEDS,
+    clean: Split | None = None,
+    seed: int = 7,
+    **recipe: Any,
 ) -> tuple[DefenseTask, list[tuple[str, dict[str, Tensor]]]]:
     """Make a task in the same way as the engine.
 
     Args:
         model: The model to defend.
         made_by: Name and options that the model was built from.
+        needs: What is granted, see `Defense.needs`; everything by default.
         clean: The images that the defender holds; 24 images if None.
         seed: Seed of the defense.
         **recipe: Fields of the `TrainSpec`.
@@ -98,6 +105,12 @@ def make_task(
     given = {"num_classes": CLASSES, "image_size": IMAGE_SIZE}
     reported: list[tuple[str, dict[str, Tensor]]] = []
     keep: Callable[[str, nn.Module], None] = lambda name, model: reported.append((name, copies(model)))  # noqa: E731
+    grants = {
+        "clean": coloured_split(24, 1) if clean is None else clean,
+        "training-set": coloured_split(48, 2),
+        "features": partial(features, precision="fp32"),
+        "losses": partial(losses, precision="fp32"),
+    }
     task = DefenseTask(
         model=model,
         num_classes=CLASSES,
@@ -110,12 +123,7 @@ def make_task(
         routing=partial(routings, precision="fp32"),
         fresh=partial(fresh_model, made_by, given, seed, CPU),
         report=keep,
-        granted={
-            "clean": coloured_split(24, 1) if clean is None else clean,
-            "training-set": coloured_split(48, 2),
-            "features": partial(features, precision="fp32"),
-            "losses": partial(losses, precision="fp32"),
-        },
+        granted={need: grants[need] for need in needs},
     )
     return task, reported
 

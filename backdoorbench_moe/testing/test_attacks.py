@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -47,7 +49,31 @@ def test_planning_writes_to_nothing(attack: Attack) -> None:
     assert torch.equal(torch.get_rng_state(), state), "torch's own generator was used"
 
 
-def test_what_is_wanted_are_classes_and_no_image_that_has_its_wanted_label_counts(attack: Attack) -> None:
+@pytest.mark.parametrize(
+    "values",
+    [{"cover": 0.05}, {"noise": 0.05}, {"labels": "clean"}, {"source": (1,)}],
+    ids=["cover", "noise", "clean labels", "source"],
+)
+def test_settings_are_followed_or_refused(attack_name: str, values: dict[str, Any]) -> None:
+    """An attack must not ignore a part of the `PoisonSpec`. It may refuse to work with it."""
+    attack = make_attack(attack_name, poison=PoisonSpec(rate=0.1, **values))
+    [name] = values
+    try:
+        made = plan(attack)
+    except ConfigError as error:
+        assert f"poison.{name}: " in str(error), "the message does not name the setting"
+        return
+    true = LABELS[made.indices]
+    followed = {
+        "cover": len(made.cover) == attack.poison.count(len(LABELS), "cover"),
+        "noise": len(made.noise) == attack.poison.count(len(LABELS), "noise"),
+        "labels": torch.equal(made.labels, true),
+        "source": bool((true == 1).all()),
+    }
+    assert followed[name], f"poison.{name} is ignored"
+
+
+def test_wanted_labels_are_classes_and_images_that_have_theirs_do_not_count(attack: Attack) -> None:
     wanted, counted = attack.wanted(LABELS, CLASSES), attack.counted(LABELS, CLASSES)
     assert wanted.shape == LABELS.shape and wanted.dtype == torch.int64
     assert ((wanted >= 0) & (wanted < CLASSES)).all()

@@ -1,4 +1,4 @@
-"""What every data set keeps to, whoever wrote it; published ones by small files in their own layouts."""
+"""Conformance tests of data sets. Those that read files are tested on small files that they write themselves."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ KEPT = {"train_images": 12, "test_images": 5}
 
 @pytest.fixture(scope="session")
 def root(dataset_name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for the files of a data set that reads some."""
+    """A folder for the files of the data set."""
     return tmp_path_factory.mktemp("data")
 
 
 @functools.cache
 def written(name: str, root: Path) -> dict[str, object]:
-    """The options that read the few files which the data set wrote."""
+    """Let the data set write its files, and return the options that read them."""
     return REGISTRIES["dataset"].lookup(name).write_tiny(root)
 
 
@@ -35,7 +35,7 @@ def create(name: str, root: Path, **options: Any) -> Dataset:
 
 @functools.cache
 def loaded(name: str, root: Path) -> ImageSet:
-    """The whole set; read once."""
+    """Return the whole data set, which is read once."""
     return create(name, root).load()
 
 
@@ -56,11 +56,11 @@ def test_class_names_are_those_of_the_images(dataset_name: str, root: Path) -> N
 
 @functools.cache
 def kept(name: str, root: Path) -> ImageSet:
-    """A few images of the set."""
+    """Return a few images of the data set."""
     return create(name, root, **KEPT).load()
 
 
-def test_a_limit_keeps_as_many_and_the_same_at_every_load(dataset_name: str, root: Path) -> None:
+def test_a_limit_keeps_this_number_and_the_same_images_at_every_load(dataset_name: str, root: Path) -> None:
     first, again, whole = (
         kept(dataset_name, root),
         create(dataset_name, root, **KEPT).load(),
@@ -74,14 +74,14 @@ def test_a_limit_keeps_as_many_and_the_same_at_every_load(dataset_name: str, roo
     ):
         assert len(part) == count
         assert torch.equal(part.images, same.images) and torch.equal(part.labels, same.labels)
-        # Each kept image is one of the set, with its label, in the set's order.
+        # Each kept image is in the data set, with its label, in the same order.
         places = [int((full.images == image).flatten(1).all(1).nonzero()[0]) for image in part.images]
         assert places == sorted(places) and torch.equal(full.labels[places], part.labels)
 
 
 def test_image_size(dataset_name: str, root: Path) -> None:
     if "image_size" not in REGISTRIES["dataset"].options(dataset_name):
-        pytest.skip("it has no image_size")
+        pytest.skip("no option image_size")
     images = create(dataset_name, root, image_size=16, **KEPT).load()
     assert images.image_size == 16 and images.test.images.shape == (5, 3, 16, 16)
     assert images.digest != kept(dataset_name, root).digest

@@ -1,15 +1,15 @@
-"""What every defense keeps to, whoever wrote it."""
+"""Conformance tests of defenses."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
@@ -22,28 +22,32 @@ def build(name: str) -> Defense:
     return making.make("defense", name)
 
 
-def make_task(model: nn.Module, name: str, **given: Any) -> tuple[DefenseTask, list[Any]]:
-    return making.make_task(model, PartSpec(name, making.tiny_options("model", name)), **given)
+def make_task(
+    defense: Defense, model: nn.Module, model_name: str, **given: Any
+) -> tuple[DefenseTask, list[Any]]:
+    """Make a task that grants what the defense declares, and nothing else."""
+    made_by = PartSpec(model_name, making.tiny_options("model", model_name))
+    return making.make_task(model, made_by, needs=defense.needs, **given)
 
 
 def refusal(name: str, model_name: str) -> ConfigError | None:
-    """Why the defense cannot take the model; None if it can."""
+    """Return why the defense cannot be applied to the model; None if it can."""
     try:
-        build(name).check(used_model(model_name))
+        build(name).check_model(used_model(model_name))
     except ConfigError as error:
         return error
     return None
 
 
 @pytest.fixture
-def taken(defense_name: str, partner_models: list[str]) -> str:
-    """The first model that the defense takes."""
+def accepted(defense_name: str, partner_models: list[str]) -> str:
+    """The first model that the defense can be applied to."""
     found = next((model for model in partner_models if refusal(defense_name, model) is None), None)
-    assert found, f"it takes none of {', '.join(partner_models)}"
+    assert found, f"it cannot be applied to any of {', '.join(partner_models)}"
     return found
 
 
-def test_a_model_is_refused_in_a_line_or_defended(defense_name: str, model_name: str) -> None:
+def test_a_model_is_refused_in_one_line_or_defended(defense_name: str, model_name: str) -> None:
     error = refusal(defense_name, model_name)
     if error is None:
         assert_defended(defense_name, model_name)
@@ -52,21 +56,21 @@ def test_a_model_is_refused_in_a_line_or_defended(defense_name: str, model_name:
 
 
 def assert_refused(defense_name: str, model_name: str, error: ConfigError) -> None:
-    """It names a parameter in one line, and the call that would change the model says the same and changes nothing."""
+    """Assert that the error is one line that names a parameter, and that a call raises it and changes nothing."""
     assert re.fullmatch(r"\w+: .+", str(error))
-    model = used_model(model_name)
-    before, (task, reported) = copies(model), make_task(model, model_name)
+    defense, model = build(defense_name), used_model(model_name)
+    before, (task, reported) = copies(model), make_task(defense, model, model_name)
     with pytest.raises(ConfigError, match=re.escape(str(error))):
-        build(defense_name)(task)
+        defense(task)
     assert not changed(before, copies(model)) and not reported
 
 
 def assert_defended(defense_name: str, model_name: str) -> None:
-    """It gives back a model of the same make, finite and free of hooks, and leaves the images as they were."""
-    model, clean = used_model(model_name), coloured_split(24, 1)
+    """Assert that it returns a finite model of the same architecture without hooks, and does not change the images."""
+    defense, model, clean = build(defense_name), used_model(model_name), coloured_split(24, 1)
     before, images, labels = copies(model), clean.images.clone(), clean.labels.clone()
-    task, reported = make_task(model, model_name, clean=clean)
-    result = build(defense_name)(task)
+    task, reported = make_task(defense, model, model_name, clean=clean)
+    result = defense(task)
     assert isinstance(result, DefenseResult) and result.stage
     after = copies(result.model)
     assert {k: (v.shape, v.dtype) for k, v in after.items()} == {
@@ -78,33 +82,38 @@ def assert_defended(defense_name: str, model_name: str) -> None:
     )
     names = [stage for stage, _ in reported] + [result.stage]
     assert len(set(names)) == len(names) and "before" not in names
-    json.dumps([dict(judgement.details) for judgement in result.judgements])
+    for judgement in result.judgements:
+        scores = judgement.scores
+        values = torch.tensor(list(scores.values())) if isinstance(scores, Mapping) else scores
+        assert not isinstance(values, Tensor) or values.isfinite().all(), f"scores of {judgement.about}"
     assert all(parameter.requires_grad for parameter in result.model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in result.model.modules())
 
 
-def test_the_seed_decides(defense_name: str, taken: str) -> None:
-    torch.manual_seed(1)
-    first = copies(build(defense_name)(make_task(used_model(taken), taken)[0]).model)
-    torch.manual_seed(2)
-    again = copies(build(defense_name)(make_task(used_model(taken), taken)[0]).model)
-    assert not changed(first, again)
+def test_the_seed_decides(defense_name: str, accepted: str) -> None:
+    defended = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        defense = build(defense_name)
+        defended.append(copies(defense(make_task(defense, used_model(accepted), accepted)[0]).model))
+    assert not changed(*defended)
 
 
 def test_checking_changes_nothing(defense_name: str, model_name: str) -> None:
     model = used_model(model_name)
     before, state = copies(model), torch.get_rng_state()
     with contextlib.suppress(ConfigError):
-        build(defense_name).check(model)
+        build(defense_name).check_model(model)
     assert not changed(before, copies(model)) and torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_filter_judges_every_image_by_itself(defense_name: str, taken: str) -> None:
-    """The same score alone, among others, in another order; for the same image twice; and nothing is written to."""
-    task, _ = make_task(used_model(taken), taken)
-    result = build(defense_name)(task)
+def test_a_filter_judges_every_image_by_itself(defense_name: str, accepted: str) -> None:
+    """The score of an image is the same alone, in a batch and in another order. Nothing is written to."""
+    defense = build(defense_name)
+    task, _ = make_task(defense, used_model(accepted), accepted)
+    result = defense(task)
     if result.filter is None or result.filter.judge is None:
-        pytest.skip("it is no filter")
+        pytest.skip("not a filter")
     images = torch.randint(0, 256, (7, 3, 32, 32), generator=torch.Generator().manual_seed(3)).byte()
     images[6] = images[0]
     kept, before = images.clone(), copies(task.model)
@@ -118,8 +127,12 @@ def test_a_filter_judges_every_image_by_itself(defense_name: str, taken: str) ->
     assert torch.equal(images, kept) and not changed(before, copies(task.model))
 
 
-def test_it_says_how_many_images_it_needs(defense_name: str) -> None:
+def test_number_of_clean_images(defense_name: str) -> None:
+    """A defense that needs clean images gets at least one for each class; any other gets none."""
     defense = build(defense_name)
+    if "clean" not in defense.needs:
+        assert defense.count(1000, 3) == defense.count(2, 3) == 0
+        return
     assert 3 <= defense.count(1000, 3) <= 1000
     with pytest.raises(
         ConfigError, match=r"clean_fraction: .* expected at least 3, as many as there are classes"

@@ -1,4 +1,4 @@
-"""What every model keeps to, whoever wrote it; and what routed ones add."""
+"""Conformance tests of models, and of the routing of routed models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def images_of(count: int, *, size: int = 32) -> Tensor:
 
 @functools.cache
 def used(name: str) -> nn.Module:
-    """A model that has seen some batches in training mode; to be left as it is."""
+    """Return a model that has seen some batches in training mode. It is shared, so tests must not change it."""
     return settle(build_model(name))
 
 
@@ -41,7 +41,9 @@ def test_a_gradient_reaches_every_parameter_and_the_images(model_name: str) -> N
     model = build_model(model_name).train()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:  # Norms that start at zero let nothing through to what lies before them.
+            if (
+                parameter.ndim == 1
+            ):  # A norm with scale zero lets no gradient through to the layers before it.
                 parameter.add_(0.1 * torch.rand(len(parameter), generator=torch.Generator().manual_seed(1)))
     images = images_of(8).requires_grad_()
     F.cross_entropy(model(images), torch.arange(8)).backward()
@@ -59,7 +61,7 @@ def test_the_seed_decides_the_weights(model_name: str) -> None:
     assert changed(first, build_model(model_name, seed=1).state_dict())
 
 
-def test_building_and_running_leave_nothing_global_behind(model_name: str) -> None:
+def test_building_and_running_change_no_global_setting(model_name: str) -> None:
     def settings() -> tuple[object, ...]:
         return (
             torch.get_default_dtype(),
@@ -99,8 +101,8 @@ def test_evaluation_changes_nothing_and_training_mode_no_weights(model_name: str
     assert all(module.training for module in model.modules())
 
 
-def test_the_mode_is_all_that_training_and_evaluation_differ_by(model_name: str) -> None:
-    """After a pass in training mode, a model that starts from the same state answers the same."""
+def test_training_leaves_nothing_behind_that_is_not_in_the_state(model_name: str) -> None:
+    """After a pass in training mode, a model that loads the state of another gives the same logits."""
     model, twin = used(model_name), build_model(model_name, seed=5)
     with torch.no_grad():
         twin.train()(images_of(4))
@@ -120,7 +122,7 @@ def test_memory_layout_does_not_matter(model_name: str) -> None:
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
-def test_the_state_makes_the_model(model_name: str) -> None:
+def test_models_with_the_same_state_are_the_same(model_name: str) -> None:
     state = copies(used(model_name))
     assert all(tensor.isfinite().all() for tensor in state.values())
     other = build_model(model_name, seed=9)
@@ -135,7 +137,7 @@ def test_unknown_options_are_refused_by_name(model_name: str) -> None:
 
 
 def routed(model_name: str, size: int) -> tuple[RoutedModel, RoutedOutput]:
-    """A routed model of this name and what it did with 3 images."""
+    """Return a routed model and its output for 3 images."""
     model = used(model_name) if size == 32 else build_model(model_name, image_size=size).eval()
     assert isinstance(model, RoutedModel)
     with torch.no_grad():
@@ -162,7 +164,7 @@ def test_routing_is_returned(model_name: str, size: int) -> None:
 
 @only_routed
 def test_selection_follows_the_gates(model_name: str) -> None:
-    """Where each expert takes as many patches, or each patch as many experts, they are those the gates rank first."""
+    """If all experts select the same number of patches, or all patches of experts, these have the largest gates."""
     _, output = routed(model_name, 32)
     for routing in output.routing:
         assert (routing.selected.sum((1, 2)) >= 1).all()

@@ -23,7 +23,7 @@ from backdoorbench_moe.moe.structure import (
 )
 from backdoorbench_moe.testing.making import batch, changed, copies, used_model
 
-# What a replaced expert gives: far from what any expert gives by itself.
+# The output that replaces an expert's, far from what any expert computes.
 REPLACED = 3.0
 
 
@@ -44,7 +44,7 @@ def with_experts(name: str, *, seed: int = 0) -> RoutedModel:
 
 
 def logits_if_replaced(model: nn.Module, expert: Expert) -> Tensor:
-    """The logits if the expert gives the same large value everywhere."""
+    """Return the logits if the expert's output is the same large value everywhere."""
     [given] = expert_outputs([expert], lambda: model(images()))
     with replaced_output(expert, torch.full_like(given, REPLACED)):
         return model(images())
@@ -101,11 +101,11 @@ def test_what_can_be_pruned_lies_in_the_model(model_name: str) -> None:
 @pytest.mark.only(interface=Structured)
 @torch.no_grad()
 def test_channels_that_can_be_pruned_can_be_measured_and_have_an_effect(model_name: str) -> None:
-    """What the tap gives are the layer's channels: zeros once they have no weights. All together they matter."""
+    """The tap passes the layer's channels, which are zero without weights. Without all of them the logits change."""
     for scope, groups in structured(model_name).prunable().items():
         model = structured(model_name)
         for parameter in model.parameters():
-            if parameter.ndim == 1:  # Norms that start at zero would hide what lies before them.
+            if parameter.ndim == 1:  # A norm with scale zero would hide the effect of the layers before it.
                 parameter.add_(0.1 * torch.rand(len(parameter), generator=torch.Generator().manual_seed(1)))
         before = model(images())
         for group in model.prunable()[scope]:
@@ -116,7 +116,7 @@ def test_channels_that_can_be_pruned_can_be_measured_and_have_an_effect(model_na
 
 
 def measured(model: nn.Module, group: ChannelGroup) -> Tensor:
-    """Mean absolute value of every channel of the group's layer."""
+    """Return the mean absolute value of every channel of the group's layer."""
     tap = group.tap or group.layer
     both = [channel_means([tap], lambda: model(images()), rectify=rectify)[tap] for rectify in (True, False)]
     return 2 * both[0] - both[1]
@@ -148,7 +148,7 @@ def test_the_experts_weights_are_those_of_the_component(model_name: str) -> None
     """Together the experts own every row of the component "experts", and none of the router or the head."""
     model = with_experts(model_name)
     if not isinstance(model, Structured):
-        return
+        pytest.skip("does not name its components")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     rows: dict[str, int] = {}
     for expert in model.experts():
@@ -163,7 +163,7 @@ def test_the_experts_weights_are_those_of_the_component(model_name: str) -> None
 @pytest.mark.only(interface=WithExperts)
 @torch.no_grad()
 def test_a_muted_expert_has_no_effect_and_any_other_has(model_name: str) -> None:
-    """Whatever its tap gives, the logits stay the same if the expert is muted, and only then."""
+    """Another output of the expert changes the logits if and only if the expert is not muted."""
     model = with_experts(model_name)
     plain = model(images())
     for expert in model.experts():
@@ -174,7 +174,7 @@ def test_a_muted_expert_has_no_effect_and_any_other_has(model_name: str) -> None
 
 @pytest.mark.only(interface=WithExperts)
 @torch.no_grad()
-def test_reading_an_expert_and_giving_back_what_was_read_changes_nothing(model_name: str) -> None:
+def test_replacing_an_experts_output_by_itself_changes_nothing(model_name: str) -> None:
     model = with_experts(model_name)
     plain, experts = model(images()), model.experts()
     given = expert_outputs(experts, lambda: model(images()))
@@ -189,7 +189,7 @@ def test_reading_an_expert_and_giving_back_what_was_read_changes_nothing(model_n
 def test_an_expert_is_its_own_weights(model_name: str) -> None:
     """With an expert's weights from another model, its own outputs change and no other expert's in its layer."""
     model, other = with_experts(model_name), used_model(model_name, seed=1)
-    # What enters a later layer changes with the experts of the first.
+    # Only experts of the first layer, since they change the inputs of later layers.
     places = [place for place, one in enumerate(model.experts()) if one.layer == model.experts()[0].layer]
     before = expert_outputs(model.experts(), lambda: model(images()))
     used = [place for place in places if before[place].any()]
@@ -217,7 +217,7 @@ def test_copying_every_expert_copies_what_they_own_and_nothing_else(model_name: 
 @pytest.mark.only(interface=MasksExperts)
 @torch.no_grad()
 def test_a_masked_expert_has_no_effect_also_after_loading(model_name: str) -> None:
-    """Whatever its weights, the logits stay the same; and another model that loads the state answers alike."""
+    """Other weights of the expert do not change the logits, and a model that loads the state has the same logits."""
     other = used_model(model_name, seed=1)
     for number in range(len(with_experts(model_name).experts())):
         model = with_experts(model_name)
@@ -225,11 +225,11 @@ def test_a_masked_expert_has_no_effect_also_after_loading(model_name: str) -> No
         expert, before = model.experts()[number], copies(model)
         model.mask_expert(expert)
         after, masked = copies(model), model(images())
-        assert changed(before, after), "it is part of the state"
+        assert changed(before, after), "the mask is not part of the state"
         assert {k: (v.shape, v.dtype) for k, v in after.items()} == {
             k: (v.shape, v.dtype) for k, v in before.items()
         }
-        # A model may mask an expert by muting it; these weights stay.
+        # A model may mask an expert by muting it, so the rows that mute it are kept.
         rest = {key: rows for key, rows in expert.own.items() if key not in expert.output}
         copy_expert(other, model, replace(expert, own=rest))
         assert torch.equal(model(images()), masked), expert.name
@@ -240,7 +240,7 @@ def test_a_masked_expert_has_no_effect_also_after_loading(model_name: str) -> No
 
 @pytest.mark.only(interface=WithFeatures)
 @torch.no_grad()
-def test_the_features_are_what_the_last_linear_layer_makes_logits_of(model_name: str) -> None:
+def test_the_features_are_the_input_of_the_last_linear_layer(model_name: str) -> None:
     model = used_model(model_name)
     assert isinstance(model, WithFeatures)
     before, given = copies(model), images()
@@ -249,7 +249,7 @@ def test_the_features_are_what_the_last_linear_layer_makes_logits_of(model_name:
     assert not torch.equal(features[0], features[1]), "the images make no difference"
     assert torch.equal(given, images()) and not changed(before, copies(model))
     assert torch.equal(model.classify(features), model(images()))
-    # Of a linear layer with bias: f(x) + f(-x) = 2 f(0).
+    # A linear layer with bias satisfies f(x) + f(-x) = 2 f(0).
     both = model.classify(features) + model.classify(-features)
     twice = 2 * model.classify(torch.zeros_like(features))
     torch.testing.assert_close(both, twice, rtol=1e-4, atol=1e-4)
@@ -258,11 +258,11 @@ def test_the_features_are_what_the_last_linear_layer_makes_logits_of(model_name:
 @pytest.mark.only(interface=WithFeatures)
 @torch.no_grad()
 def test_the_features_come_before_the_head(model_name: str) -> None:
-    """Without the head's weights they are what they were."""
+    """They do not change with the weights of the head."""
     model = used_model(model_name)
     assert isinstance(model, WithFeatures)
     if not isinstance(model, Structured) or not (head := model.components().get("head")):
-        return
+        pytest.skip("does not name its head")
     features = model.extract_features(images())
     last = [m for module in head for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
     assert last.weight.numel() // len(last.weight) == features.shape[1]

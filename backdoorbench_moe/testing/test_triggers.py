@@ -58,6 +58,25 @@ def test_the_same_seed_stamps_the_same(trigger_name: str) -> None:
     assert torch.equal(again, first), "draws at random, but not from its seed"
 
 
+def test_the_default_dtype_does_not_matter(trigger_name: str) -> None:
+    """A trigger that is built under another default dtype, as in some notebooks, is the same trigger."""
+    images, places = batch(2, 3, 16, 16), torch.tensor([9, 2])
+
+    def stamped() -> dict[str, Tensor]:
+        trigger = make("trigger", trigger_name, seed=3)
+        found = {name: form(images, places) for name, form in forms(trigger).items()}
+        return {"test": trigger(images), **found}
+
+    expected, dtype = stamped(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = stamped()
+    finally:
+        torch.set_default_dtype(dtype)
+    for name, images in found.items():
+        torch.testing.assert_close(images, expected[name], atol=1e-5, rtol=0, msg=f"{name} form")
+
+
 def test_a_trigger_has_no_memory(trigger_name: str) -> None:
     images, tiles = batch(2, 3, 32, 32), batch(9, 3, 4, 4)
     used = make("trigger", trigger_name)

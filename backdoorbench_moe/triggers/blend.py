@@ -64,6 +64,7 @@ class Blend(Trigger):
             with torch.inference_mode(False):
                 resized = F.interpolate(self.picture, size, mode="bilinear", antialias=True).clamp(0, 1)
                 if channels == 1:
-                    resized = (resized * torch.tensor(LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+                    weights = torch.tensor(LUMA, dtype=torch.float32).view(1, 3, 1, 1)
+                    resized = (resized * weights).sum(1, keepdim=True)
                 self._resized[key] = resized.to(images.device, images.dtype)
         return self._resized[key]

@@ -45,16 +45,20 @@ def draw_quilt() -> Tensor:
 def read_picture(path: str) -> Tensor:
     """Read a picture file in the same way as the images of a data set, see `image_files.decode`.
 
+    Args:
+        path: The file. A leading "~" is replaced by the home directory.
+
     Returns:
         (1, 3, H, W) float32 in [0, 1].
 
     Raises:
         ConfigError: The file is missing or damaged, or cannot be converted to 8-bit RGB without loss.
     """
-    if not expand(path).is_file():
+    file = expand(path, "blend: image")
+    if not file.is_file():
         raise ConfigError.expected("blend: image", "a picture file", path)
     try:
-        pixels = np.array(read_image(expand(path)))
+        pixels = np.array(read_image(file))
     except DataError as error:
         raise ConfigError(f"blend: image: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).float() / 255

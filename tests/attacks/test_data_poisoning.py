@@ -91,6 +91,24 @@ def test_the_cover_of_a_source_specific_attack_comes_from_other_classes() -> Non
         plan(rate=0.2, target=0, source=(2,), cover=0.8)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"target": 0},
+            r"poison\.target: expected test images of other classes than the target 0 \(source=all\)",
+        ),
+        (
+            {"mapping": "all-to-all"},
+            r"poison\.mapping: expected at least 2 classes, and test images \(source=all\)",
+        ),
+    ],
+)
+def test_with_one_class_there_is_no_asr(values, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DataPoisoning(poison=PoisonSpec(**values)).counted(torch.zeros(5, dtype=torch.int64), 1)
+
+
 class Broken(Attack):
     """Returns what it is told to."""
 
@@ -109,6 +127,12 @@ BAD = {
     "outside": (PoisonPlan(torch.tensor([1, 10]), torch.tensor([0, 0])), r"indices in 0\.\.9"),
     "no class": (PoisonPlan(INDICES, torch.tensor([0, 3])), r"a label in 0\.\.2"),
     "a label short": (PoisonPlan(INDICES, torch.tensor([0])), r"a label in 0\.\.2"),
+    "labels that are no integers": (
+        PoisonPlan(INDICES, torch.tensor([0.5, 1.0])),
+        r"a label in 0\.\.2 \(int64\)",
+    ),
+    "a list of labels": (PoisonPlan(INDICES, [0, 1]), r"a label in 0\.\.2 \(int64\)"),
+    "a list of indices": (PoisonPlan([1, 4], torch.tensor([0, 0])), "ascending int64 indices"),
 }
 
 
@@ -118,3 +142,11 @@ def test_a_plan_that_is_not_one_is_refused(made, message) -> None:
     attack.made = made
     with pytest.raises(PluginError, match=message):
         attack(LABELS, num_classes=3, seed=0)
+
+
+@pytest.mark.parametrize("values", [{"target": "dog"}, {"target": 0, "source": ("dog",)}])
+def test_a_class_whose_name_was_not_replaced_by_its_number_is_refused(values) -> None:
+    attack = DataPoisoning(poison=PoisonSpec(**values))
+    for ask in (lambda: attack.check(3), lambda: attack.counted(LABELS, 3)):
+        with pytest.raises(ConfigError, match=r"poison\.(target|source): expected a class number .*'dog'"):
+            ask()

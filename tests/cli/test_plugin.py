@@ -172,7 +172,7 @@ def test_what_new_writes_passes_the_conformance_tests(site: Path) -> None:
 def test_what_new_writes_passes_its_own_tests(site: Path, written: Path) -> None:
     options = ["-c", "/dev/null", "--rootdir", written, "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = python("-m", "pytest", *options, written / "tests", path=[site])
-    assert done.returncode == 0 and "19 passed" in done.stdout, done.stdout
+    assert done.returncode == 0 and "20 passed" in done.stdout, done.stdout
 
 
 @pytest.mark.slow
@@ -305,10 +305,10 @@ def test_an_unknown_kind_gets_near_ones() -> None:
 
 def test_nothing_is_written_over(tmp_path: Path) -> None:
     (tmp_path / "bbmoe-stripes").mkdir()
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="expected to write a new folder, but it exists"):
         write_package(plan_package("bbmoe-stripes"), tmp_path)
     assert list((tmp_path / "bbmoe-stripes").iterdir()) == []
-    with pytest.raises(ConfigError, match="--output: expected a folder that is there"):
+    with pytest.raises(ConfigError, match="--output: expected an existing folder"):
         write_package(plan_package("bbmoe-stripes"), tmp_path / "nowhere")
 
 

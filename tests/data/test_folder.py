@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -219,6 +220,32 @@ def test_what_is_left_out_is_counted_by_suffix(tmp_path) -> None:
         assert part in str(said[0].message)
 
 
+@pytest.mark.parametrize("split", [True, False])
+def test_files_in_hidden_folders_beside_the_class_folders_are_counted(tmp_path, split) -> None:
+    bases = [tmp_path / "train", tmp_path / "test"] if split else [tmp_path]
+    for base in bases:
+        fill(base / "cat", range(4))
+        fill(base / "dog", range(4))
+    whole = load(tmp_path)
+    touch(bases[0], ".eel/a.png", ".eel/deep/b.png")
+    (bases[0] / ".empty").mkdir()
+    with pytest.warns(BbmoeWarning, match=r"2 files left out: 2 hidden$"):
+        assert load(tmp_path).digest == whole.digest
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names of files are texts there")
+def test_names_that_are_not_utf_8_are_read_and_have_a_fingerprint(tmp_path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    fill(folder, range(10, 14))
+    (folder / "010.png").rename(folder / os.fsdecode(b"na\xefve.png"))
+    fill(tmp_path / "dog", range(4))
+    dataset = create_dataset("folder", root=str(tmp_path))
+    assert len(dataset.load().train) == 6 and dataset.load().classes == (folder.name, "dog")
+    before = dataset.fingerprint()
+    os.utime(folder / os.fsdecode(b"na\xefve.png"), (1, 1))
+    assert before is not None and dataset.fingerprint() != before
+
+
 CLUTTER = [".DS_Store", "Thumbs.db", "desktop.ini", "._000.png", "__MACOSX/._000.png", "__MACOSX/cat/000.png"]
 CLUTTER += [".ipynb_checkpoints/000-checkpoint.png", "@eaDir/000.png/thumb.jpg", ".git/config"]
 
@@ -261,6 +288,24 @@ def test_a_validation_folder_is_the_test_set_only_without_one(tmp_path, name) ->
         images = load(tmp_path)
     assert reds(images.test) == [20, 21] and images.classes == ("cat",) and len(said) == 1
     assert name in str(said[0].message) and "extra" in str(said[0].message)
+
+
+def test_train_may_be_the_name_of_a_class(tmp_path) -> None:
+    """Beside the other vehicles, and if nothing else in the folder makes it a split."""
+    for name, first in (("bus", 0), ("car", 20), ("train", 40)):
+        fill(tmp_path / name, range(first, first + 4))
+    images = load(tmp_path)
+    assert images.classes == ("bus", "car", "train")
+    assert set((images.train.images[images.train.labels == 2][:, 0, 3, 3] // 20).tolist()) == {2}
+    fill(tmp_path / "train" / "cat", range(2))
+    with pytest.raises(DataError, match="expected both train and test, or neither; found only train"):
+        load(tmp_path)
+
+
+def test_a_folder_of_images_called_train_alone_is_refused(tmp_path) -> None:
+    fill(tmp_path / "train", range(4))
+    with pytest.raises(DataError, match="expected both train and test, or neither; found only train"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +56,21 @@ def test_published_layout(base) -> None:
 
 @pytest.mark.parametrize("place", ["Final_Test", "Final_Test/Images", ".."])
 def test_places_of_the_test_csv(base, place) -> None:
-    (base / "GT-final_test.csv").rename(base / place / "GT-final_test.csv")
+    table = (base / "GT-final_test.csv").rename(base / place / "GT-final_test.csv")
     assert load(base).test.labels.tolist() == [42, 7]
+    dataset = create_dataset("gtsrb", root=str(base))
+    before = dataset.fingerprint()
+    assert dataset.fingerprint() == before
+    write_csv(table, [("1.ppm", 7), ("0.ppm", 42)])
+    os.utime(table, (1, 1))
+    assert dataset.fingerprint() != before, "a table with other labels, wherever it is, is noticed"
+
+
+def test_a_file_in_the_place_of_the_folder_is_said(base) -> None:
+    with pytest.raises(
+        DataError, match=r"GT-final_test\.csv is a file; expected a folder with one of: GTSRB"
+    ):
+        load(base / "GT-final_test.csv")
 
 
 def test_image_size_and_subset(base) -> None:

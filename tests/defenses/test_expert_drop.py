@@ -6,12 +6,13 @@ import itertools
 
 import pytest
 import torch
-from defense_tasks import changed, copies, make_task, trained_model, used_model
+from defense_tasks import SMALL, changed, copies, make_task, trained_model, used_model
 from torch import nn
 
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.models import create_model
 from backdoorbench_moe.moe.experts import mute
 
 
@@ -104,6 +105,11 @@ def test_what_cannot_be_dropped_is_refused() -> None:
         create_defense("expert-drop", count=4).check(used_model())
     with pytest.raises(ConfigError, match="model: expected a routed model, WideResNet has no routing"):
         create_defense("expert-drop").check(used_model("wide_resnet"))
+    alone = create_model("pmoe", num_experts=1, **SMALL["pmoe"])
+    with pytest.raises(
+        ConfigError, match="model: expected a layer of at least 2 experts, PMoE has only one in"
+    ):
+        create_defense("expert-drop").check(alone)
     for options, message in (({"count": 0}, "count: expected"), ({"epochs": -1}, "epochs: expected")):
         with pytest.raises(ConfigError, match=message):
             create_defense("expert-drop", **options)

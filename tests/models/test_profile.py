@@ -18,6 +18,10 @@ def test_by_hand():
     assert profile_model(model, 8) == ModelProfile(parameters, 8, multiply_adds)
 
 
+def test_a_model_without_parameters():
+    assert profile_model(nn.Flatten(), 8) == ModelProfile(0, 0, 0)
+
+
 def pmoe_multiply_adds(k, moe, expert, experts=4, classes=10):
     """From the description: maps of 32x32, 16x16 and 8x8 cells."""
     block1 = 32 * 32 * (9 * 16 * 16 * k + 9 * (16 * k) ** 2 + 16 * 16 * k)

@@ -46,6 +46,25 @@ def test_the_channels_of_a_linear_layer_are_the_last_dimension() -> None:
     assert means.tolist() == pytest.approx([4 / 3, 4 / 3])
 
 
+@pytest.mark.parametrize(
+    ("module", "shape"), [(nn.Conv1d(2, 3, 1), (4, 2, 5)), (nn.Conv3d(2, 3, 1), (4, 2, 5, 6, 7))]
+)
+def test_the_channels_of_a_convolution_are_dimension_1(module, shape) -> None:
+    values = torch.randn(shape)
+    means = channel_means([module], lambda: module(values), rectify=False)[module]
+    expected = module(values).detach().double().transpose(0, 1).flatten(1).mean(1)
+    torch.testing.assert_close(means, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_frozen_channels_need_no_care() -> None:
+    conv = nn.Conv2d(2, 4, 3)
+    conv.weight.requires_grad_(False)
+    silence(conv, torch.tensor([1]))
+    with silenced([(conv, torch.tensor([1]))]):
+        conv(torch.rand(1, 2, 4, 4)).sum().backward()
+    assert conv.weight.grad is None and conv.bias.grad[1] == 0 and (conv.bias.grad[[0, 2, 3]] != 0).all()
+
+
 def test_a_module_that_is_not_called_is_an_error() -> None:
     conv = nn.Conv2d(1, 1, 1)
     with pytest.raises(ValueError, match="pass every module"):

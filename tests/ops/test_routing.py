@@ -132,6 +132,12 @@ def test_a_blind_miss_against_simulation() -> None:
     torch.testing.assert_close(got, hit.double().mean(0), atol=0.01, rtol=0)
 
 
+def test_no_images() -> None:
+    nothing = torch.zeros(0, 3, 4, 8, dtype=torch.uint8)
+    assert routing.changed_patches(nothing, nothing, 2).shape == (0, 8)
+    assert routing.patch_sums(nothing, 2).shape == (0, 8)
+
+
 def test_changed_patches_by_hand() -> None:
     clean = torch.zeros(2, 3, 4, 8, dtype=torch.uint8)
     triggered = clean.clone()

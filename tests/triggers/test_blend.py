@@ -64,6 +64,13 @@ def test_one_object_stamps_images_and_tiles_of_any_type() -> None:
             assert torch.equal(stamped, expected)
 
 
+def test_a_user_that_does_not_exist_is_an_error_of_the_option() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^blend: image: expected an existing user behind '~', got '~nobody"
+    ):
+        Blend(image="~nobody-of-this-name/picture.png")
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGB"])
 def test_grey_and_palette_pictures_are_taken(tmp_path: Path, mode: str) -> None:
     pixels = np.full((4, 4, 3), 51)  # one of the palette's colours

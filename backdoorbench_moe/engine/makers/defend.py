@@ -33,7 +33,6 @@ from backdoorbench_moe.engine.train import load_weights
 from backdoorbench_moe.engine.tune import Tuner
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import ConfigError, PluginError, RecordError
-from backdoorbench_moe.moe.structure import WithFeatures
 from backdoorbench_moe.ops.seeding import derive_seed, generator, seeded
 from backdoorbench_moe.records import MODEL, Record, RunFolder
 
@@ -49,18 +48,9 @@ def build_defenses(spec: RunSpec, setup: Setup) -> list[Defense]:
         with _named(place, part.name):
             defense = defenses.registry.create(part.name, part.options)
             defense.count(len(setup.images.train), setup.images.num_classes)
-            _check_features(defense, setup.model)
-            defense.check(setup.model)
+            defense.check_model(setup.model)
         built.append(defense)
     return built
-
-
-def _check_features(defense: Defense, model: nn.Module) -> None:
-    if "features" in defense.needs and not isinstance(model, WithFeatures):
-        raise ConfigError(
-            f"model: {type(model).__name__} does not give features before its head: "
-            "expected methods `extract_features` and `classify` (see backdoorbench_moe.moe.structure)"
-        )
 
 
 @contextmanager

@@ -41,8 +41,9 @@ def expert_capacity(tokens: int, experts: int, top_k: int, factor: float) -> int
         top_k: Experts for each token.
         factor: Multiple of an even load.
     """
-    # The factor is taken as it is written: 1.05 * 100 is slightly above 105 in binary.
-    return math.ceil(round(top_k * tokens * factor / experts, 6))
+    share = top_k * tokens * factor / experts
+    # The factor is taken as it is written: 1.05 * 100 is slightly above 105 in binary. Room is never rounded to 0.
+    return math.ceil(round(share, 6) or share)
 
 
 def top_experts(gates: Tensor, top_k: int) -> Tensor:

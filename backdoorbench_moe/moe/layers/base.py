@@ -89,7 +89,7 @@ class MoELayer(nn.Module, ABC):
         return outputs.reshape(tokens.shape)
 
     def locate_experts(self) -> list[Expert]:
-        """Where each expert lies in the model, for `WithExperts`. Experts are muted by the buffer `heard`."""
+        """Return where each expert is in the model, for `WithExperts`. Experts are muted by the buffer `heard`."""
         rows = {
             f"{self.name}.experts.{key}": len(tensor) // len(self.experts)
             for key, tensor in self.experts.state_dict().items()

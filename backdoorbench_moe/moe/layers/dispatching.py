@@ -34,7 +34,7 @@ def dispatch(tokens: Tensor, assignment: Assignment, experts: Experts) -> Tensor
     Returns:
         (T, D) outputs, not weighted. A pair that exceeds the capacity may have any finite output.
     """
-    if experts.hidden.watched:
+    if experts.hidden.watched or not len(assignment.tokens):
         return dispatch_each(tokens, assignment, experts)
     on_gpu = tokens.device.type == "cuda"
     if on_gpu and _has_grouped_kernel(tokens, experts):

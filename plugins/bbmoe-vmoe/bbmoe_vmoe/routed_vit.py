@@ -98,7 +98,7 @@ class RoutedViT(RoutedModel):
 
     @abstractmethod
     def make_layer(self, experts: Experts, *, name: str, num_prefix_tokens: int) -> MoELayer:
-        """The MoE layer that takes the place of one MLP, see `MoELayer` for the arguments."""
+        """Build the MoE layer that replaces one MLP, see `MoELayer` for the arguments."""
 
     def load_start(self) -> None:
         """Load the weights of the dense run that `upcycle` names, if it names one.
@@ -110,7 +110,7 @@ class RoutedViT(RoutedModel):
             load_dense(self, tensors, num_experts=self.num_experts, source=self.upcycle)
 
     def layers(self) -> list[MoELayer]:
-        """The MoE layers, first layer first."""
+        """Return the MoE layers, first layer first."""
         return [layer for layer in self.network.modules() if isinstance(layer, MoELayer)]
 
     def forward_routed(self, images: Tensor) -> RoutedOutput:
@@ -128,7 +128,7 @@ class RoutedViT(RoutedModel):
         return self.network.get_classifier()(features)
 
     def components(self) -> dict[str, list[nn.Module]]:
-        """The experts and routers of all MoE layers, and the classifier."""
+        """Return the experts and routers of all MoE layers, and the classifier."""
         layers = self.layers()
         return {
             "experts": [layer.experts for layer in layers],
@@ -137,19 +137,19 @@ class RoutedViT(RoutedModel):
         }
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
-        """The hidden units of each expert in the last MoE layer, and those of the last dense MLP before it."""
+        """Return the hidden units of each expert in the last MoE layer, and those of the last dense MLP before it."""
         number = self.moe_blocks[-1]
         dense = [block.mlp for block in self.network.blocks[:number] if isinstance(block.mlp, Mlp)]
         trunk = {"trunk": [ChannelGroup.whole("trunk", dense[-1].fc1)]} if dense else {}
         return {"experts": self.layers()[-1].experts.channel_groups(), **trunk}
 
     def experts(self) -> list[Expert]:
-        """Each expert: its rows of the stacked weights."""
+        """Return where each expert is: its rows of the stacked weights."""
         return [expert for layer in self.layers() for expert in layer.locate_experts()]
 
     @torch.no_grad()
     def mask_expert(self, expert: Expert) -> None:
-        """Exclude an expert from routing: no token goes to it, or listens to it in Soft MoE."""
+        """Exclude an expert from routing, in place, see `MoELayer.mask_expert`."""
         layer = self.get_submodule(expert.layer)
         assert isinstance(layer, MoELayer)
         layer.mask_expert(expert.index)

@@ -43,8 +43,9 @@ def build_vit(
     except ConfigError as error:
         if str(error).startswith("architecture: "):
             raise ConfigError(f"vit: {str(error).removeprefix('architecture: ')}") from error
-        # All sizes of a plain transformer can be chosen.
-        if str(error).startswith(tuple(f"{name}: timm's" for name in sizes)):
+        # All sizes of a plain transformer can be chosen. If only its own patches do not fit, it may still be one.
+        refused = str(error).startswith(tuple(f"{name}: timm's" for name in sizes))
+        if refused and f"{vit!r} has patches of " not in str(error):
             raise _not_plain(vit) from error
         raise
     network = model.network

@@ -33,7 +33,7 @@ def read_dense(path: str) -> tuple[dict[str, Tensor], str]:
     Raises:
         ConfigError: If there is no such file or it is not a safetensors file.
     """
-    file = expand(path)
+    file = expand(path, "upcycle")
     file = file / "model.safetensors" if file.is_dir() else file
     try:
         with file.open("rb") as stream:

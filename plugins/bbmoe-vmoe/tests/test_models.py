@@ -11,13 +11,15 @@ from bbmoe_vmoe.surgery import choose_blocks
 from safetensors.torch import save_file
 from torch import nn
 
-from backdoorbench_moe.config import TrainSpec
+from backdoorbench_moe.config import PartSpec, TrainSpec
+from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.engine.step import make_optimizer
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.models import create_model
 from backdoorbench_moe.moe.experts import kept_muted, mute
 from backdoorbench_moe.moe.pruning import silence
 from backdoorbench_moe.ops.seeding import seeded
+from backdoorbench_moe.testing.making import changed, copies, make_task
 
 SMALL = {"depth": 4, "embed_dim": 16, "num_heads": 2}
 DENSE = "timm:vit_tiny_patch16_224"
@@ -77,6 +79,10 @@ def test_blocks_that_do_not_exist_are_one_clear_line(wanted):
         ({"num_heads": 3}, "^num_heads: expected a divisor of the embed_dim of timm's 'vit_tiny"),
         ({"patch_size": 5}, "patch_size: expected a divisor of the image's 32 pixels, got 5"),
         ({"upcycle": ""}, "upcycle: expected copy, or"),
+        (
+            {"image_size": 31},
+            "^patch_size: timm's 'vit_tiny_patch16_224' has patches of 16, and neither .* 31 pixels",
+        ),
     ],
 )
 def test_bad_options_are_one_clear_line(options, message):
@@ -158,6 +164,13 @@ def test_routers(router, per_token, per_expert):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_no_images(name):
+    model = build(name).eval()
+    output = model.forward_routed(images(0))
+    assert output.logits.shape == (0, 3) and all(len(routing.gates) == 0 for routing in output.routing)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_copy_routes_by_itself(name):
     model = build(name).train()
     twin = copy.deepcopy(model)
@@ -185,6 +198,20 @@ def test_a_masked_expert_is_kept_in_the_state_and_has_no_effect(name):
     with torch.no_grad():
         read.network.blocks[3].mlp.experts.fc2.weights[1] += 1
     assert torch.equal(read(images()), before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_masked_expert_stays_masked_when_the_router_is_reset(name):
+    model = build(name).eval()
+    model.mask_expert(model.experts()[9])
+    before = copies(model)
+    task, reported = make_task(model, PartSpec(name, SMALL))
+    create_defense("router-reset", epochs=1)(task)
+    [(_, reset)] = reported
+    routers = {key for key in before if ".router." in key and before[key].is_floating_point()}
+    assert changed(before, reset) == routers - {key for key in routers if key.endswith(".scale")}
+    masked = {key: value.tolist() for key, value in copies(model).items() if key.endswith(".masked")}
+    assert list(masked.values()) == [[False] * 8, [False, True, *[False] * 6]]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -47,6 +47,12 @@ def test_routing_is_a_distribution_over_the_patches_and_selects_more_than_an_eve
     assert torch.equal(routing.selected, routing.gates > 0.25) and routing.selected.any()
 
 
+def test_no_images():
+    with collect_routing() as found:
+        assert make_soft()(make_tokens(0)).shape == (0, TOKENS, 8)
+    assert found[0].gates.shape == (0, EXPERTS, TOKENS - 1)
+
+
 def test_no_token_listens_to_a_masked_expert():
     layer = make_soft()
     plain = layer(make_tokens())

@@ -84,6 +84,25 @@ def test_a_map_is_routed_as_its_cells_row_by_row():
     assert torch.equal(found[0].gates, found[1].gates) and found[0].gates.shape == (2, EXPERTS, 12)
 
 
+def test_the_smallest_capacity_is_one_token():
+    layer = make_sparse(eval_capacity=1e-9).eval()
+    with collect_routing() as found:
+        layer(make_tokens())
+    assert layer.router(make_tokens()).selected.sum((0, 1)).tolist() == [1] * EXPERTS
+    assert found[0].selected.sum() <= EXPERTS
+
+
+@pytest.mark.parametrize("kind", [TopKRouter, ExpertChoiceRouter])
+@pytest.mark.parametrize("watched", [False, True])
+def test_no_images(kind, watched):
+    layer = make_sparse(kind).eval()
+    if watched:
+        layer.tap.register_forward_hook(lambda *_: None)
+    with collect_routing() as found:
+        assert layer(make_tokens(0)).shape == (0, TOKENS, FEATURES)
+    assert found[0].gates.shape == found[0].selected.shape == (0, EXPERTS, TOKENS - 1)
+
+
 class OverTheChosen(LinearRouter):
     """Another gate, as another package would add it: a softmax over the logits of the two best experts only."""
 
