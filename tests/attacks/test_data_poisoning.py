@@ -129,9 +129,9 @@ BAD = {
     "a label short": (PoisonPlan(INDICES, torch.tensor([0])), r"a label in 0\.\.2"),
     "labels that are no integers": (
         PoisonPlan(INDICES, torch.tensor([0.5, 1.0])),
-        r"a label in 0\.\.2 \(int64\)",
+        r"a label in 0\.\.2 for each poisoned image, int64",
     ),
-    "a list of labels": (PoisonPlan(INDICES, [0, 1]), r"a label in 0\.\.2 \(int64\)"),
+    "a list of labels": (PoisonPlan(INDICES, [0, 1]), r"a label in 0\.\.2 for each poisoned image, int64"),
     "a list of indices": (PoisonPlan([1, 4], torch.tensor([0, 0])), "ascending int64 indices"),
 }
 

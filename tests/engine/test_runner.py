@@ -23,7 +23,7 @@ from backdoorbench_moe.engine import run as engine_run
 from backdoorbench_moe.engine.makers import base
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.run import Run, load_run
-from backdoorbench_moe.engine.runner import run_attack
+from backdoorbench_moe.engine.runner import Runner, run_attack
 from backdoorbench_moe.engine.triggered import triggered_test
 from backdoorbench_moe.errors import BbmoeError, BbmoeWarning, RecordError
 from backdoorbench_moe.records import RunFolder
@@ -144,6 +144,14 @@ def test_the_numbers_of_a_twin_that_was_trained_again_are_measured_again(tmp_pat
     [again] = run_attack(tiny_spec(), output=tmp_path)
     assert again.record.metrics["twin_asr"] == before["twin_asr"]
     assert again.record.metrics["cad"]["value"] == ba["value"] - run.value("ba")
+
+
+def test_a_trigger_that_changes_no_image_is_said(tmp_path) -> None:
+    """A warp moves pixels within a tile; a tile of one pixel has nowhere to move it."""
+    values = {"trigger": "warp", "applicator": {"name": "patch", "patch_size": 1}, "model": "wide_resnet"}
+    message = "trigger: 'warp' with the applicator 'patch' changes none of 60 test images"
+    with pytest.warns(BbmoeWarning, match=message):
+        Runner(tiny_spec(**values), tmp_path).maker(tiny_spec(**values))
 
 
 def test_repeats_are_seeds(tmp_path) -> None:
