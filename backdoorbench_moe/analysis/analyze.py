@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from backdoorbench_moe.engine.triggered import Triggered, triggered_test
 from backdoorbench_moe.errors import BbmoeError, ConfigError
 from backdoorbench_moe.moe.structure import WithExperts
 from backdoorbench_moe.ops.routing import changed_patches, patch_sums
+from backdoorbench_moe.records.sharing import without_folders
 
 DEFAULT_CARRIERS_IMAGES = 2000
 # Parts of a run's record that are copied. Judgements are not: they may have one score for each image.
@@ -47,10 +49,10 @@ class RunFacts:
         digest: Digest of the run's spec.
         model: Name of the model.
         data: Name of the data set.
-        data_digest: Digest of the data.
+        data_digest: SHA-256 over the images and labels.
         attacked: Whether the model was attacked, with a trigger or without.
         metrics: The recorded metrics, in percent.
-        record: Further parts of the run's record, see RECORD_PARTS.
+        record: Further parts of the run's record (see RECORD_PARTS), without the folders of this machine.
     """
 
     name: str
@@ -107,12 +109,27 @@ class ImageCounts:
 
 
 @dataclass(frozen=True)
+class AnalysisOptions:
+    """Options of an analysis that change its results.
+
+    Attributes:
+        images: The example images as given: an index in the test split, or the name of a file without its folder;
+            None if they were drawn.
+        carriers_images: Largest number of images on which muted and patched experts were measured.
+    """
+
+    images: tuple[int | str, ...] | None
+    carriers_images: int
+
+
+@dataclass(frozen=True)
 class Analysis:
     """The analysis of a run and of the run that it is compared with.
 
     Attributes:
         run: The run.
         against: The run that it is compared with; None if there is none.
+        options: Options that change the results.
         trigger_from: Name of the run folder whose trigger is used: the run's own or, if the run has no trigger,
             that of the run it is compared with. None without a trigger.
         classes: Class names.
@@ -130,6 +147,7 @@ class Analysis:
 
     run: RunFacts
     against: RunFacts | None
+    options: AnalysisOptions
     trigger_from: str | None
     classes: tuple[str, ...]
     images: ImageCounts
@@ -175,7 +193,11 @@ def analyze_run(
         raise ConfigError.expected("carriers_images", "at least 1", carriers_images)
     opened = open_run(run, data_root=data_root, device=device)
     chosen = None if images is None else examples.collect_examples(images, opened.images)
-    return _Analyzer(opened, against, carriers_images, observer or Observer()).analyze(chosen)
+    names = (
+        None if images is None else tuple(one if isinstance(one, int) else Path(one).name for one in images)
+    )
+    options = AnalysisOptions(names, carriers_images)
+    return _Analyzer(opened, against, options, observer or Observer()).analyze(chosen)
 
 
 class _Analyzer:
@@ -184,12 +206,14 @@ class _Analyzer:
     Args:
         opened: The run to analyse.
         against: The run to compare with; None for the clean twin.
-        limit: Largest number of images on which muted and patched experts are measured.
+        options: Options that change the results.
         observer: Receives progress.
     """
 
-    def __init__(self, opened: OpenedRun, against: Run | None, limit: int, observer: Observer) -> None:
-        self.opened, self.limit, self.observer = opened, limit, observer
+    def __init__(
+        self, opened: OpenedRun, against: Run | None, options: AnalysisOptions, observer: Observer
+    ) -> None:
+        self.opened, self.options, self.observer = opened, options, observer
         self.absent: list[MissingPart] = []
         self.seconds: dict[str, float] = {}
         self.other = self._open_other(against)
@@ -226,6 +250,7 @@ class _Analyzer:
         return Analysis(
             run=_facts(opened.run),
             against=None if other is None else _facts(other.run),
+            options=self.options,
             trigger_from=None if self.source is None else self.source.name,
             classes=opened.images.classes,
             images=ImageCounts(len(opened.images.test), len(self.triggered or ())),
@@ -288,7 +313,9 @@ class _Analyzer:
             other = open_beside(load_run(folder), self.opened)
             comparison.check_comparable(self.opened, other)
         except BbmoeError as error:
-            self._miss("against", f"the clean twin cannot be used: {error}")
+            # The report is passed on to others, so it does not say where the run folders are.
+            reason = str(error).replace(f"{folder.parent}{os.sep}", "")
+            self._miss("against", f"the clean twin cannot be used: {reason}")
             return None
         return other
 
@@ -363,7 +390,7 @@ class _Analyzer:
             self._miss("carriers", f"the model {name!r} does not list its experts (experts())")
             return None
         with self._timed("carriers"):
-            found = carriers.find_carriers(self.opened, self.triggered, self.limit)
+            found = carriers.find_carriers(self.opened, self.triggered, self.options.carriers_images)
         if not found.pairs and len(found.singles) > 1:
             self._miss("carriers.pairs", f"there are more than {carriers.MAX_PAIRS} pairs of experts")
         if not found.patched:
@@ -390,18 +417,15 @@ def _compare(first: passes.PairedPass, second: passes.PairedPass) -> comparison.
 
 def _facts(run: Run) -> RunFacts:
     record, spec = run.record, run.spec
-    metrics: dict[str, dict[str, Any]] = record.metrics
-    data, parts = record.data, {name: getattr(record, name) for name in RECORD_PARTS}
-    # Reports are passed on to others, so the folder of the data is left out.
-    dataset = {key: value for key, value in record.spec["dataset"].items() if key != "root"}
-    parts["spec"] = {**record.spec, "dataset": dataset}
+    # Reports are passed on to others.
+    values = {**without_folders(record), "parent": record.parent}
     return RunFacts(
         name=run.folder.path.name,
         digest=record.digest,
         model=spec.model.name,
-        data=data["name"],
-        data_digest=data["digest"],
+        data=record.data["name"],
+        data_digest=record.data["digest"],
         attacked=spec.attacked,
-        metrics=metrics,
-        record=parts,
+        metrics=values["metrics"],
+        record={name: values[name] for name in RECORD_PARTS},
     )

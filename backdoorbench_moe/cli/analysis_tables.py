@@ -134,8 +134,8 @@ def carriers_table(carriers: Carriers) -> Table:
         table.add_row(name, _share(one.ba), _share(one.asr), "")
     for patched in carriers.patched:
         table.add_row(f"{patched.expert} as on clean", "", _share(patched.asr), _share(patched.ra))
-    if carriers.clean_called_wanted is not None:
-        table.add_row("no trigger at all", "", _share(carriers.clean_called_wanted), "")
+    if carriers.target_rate is not None:
+        table.add_row("no trigger at all", "", _share(carriers.target_rate), "")
     return table
 
 

@@ -140,7 +140,7 @@ def test_without_a_trigger_muting_is_about_ba_alone() -> None:
     document = copy.deepcopy(document_of("pmoe"))
     document["capture"] = document["shift"] = None
     carriers = document["carriers"]
-    carriers |= {"patched": [], "clean_called_wanted": None}
+    carriers |= {"patched": [], "target_rate": None}
     for one in (carriers["whole"], *carriers["singles"], *carriers["pairs"]):
         one["asr"] = None
     drawn = plates(backdoor.draw_backdoor, document)

@@ -1,4 +1,4 @@
-"""Runs side by side in processes of this machine, each pinned to a GPU where there are any."""
+"""Runs side by side in processes of this machine, each on one GPU if there are GPUs."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ from multiprocessing import resource_tracker
 from typing import Any
 
 from backdoorbench_moe.bench.worker import Job, Outcome, memory_of, stop_working, work
+from backdoorbench_moe.cores import usable_cores
 from backdoorbench_moe.errors import ConfigError
 
-# glibc gives freed tensors back to the system and asks for them again at every step; kept, the small
-# pMoE trained about a tenth faster on the CPU (one look: 1,650 against 1,520 images/s, two processes). Read at
-# a process's start.
+# By default, glibc returns the memory of freed tensors to the system and asks for it again at every step. With these
+# values it keeps the memory, and the small pMoE trained about a tenth faster on the CPU (measured once, with two
+# processes: 1,650 instead of 1,520 images/s). A process reads them when it starts.
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
 
+# Signals that ask a worker to end: a scheduler sends SIGTERM to all processes of a job, a closed terminal SIGHUP.
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
-# A guess, not measured on a GPU yet: benchmarks/speed/gpu.py finds how many side by side are fastest.
+# A guess, not measured on a GPU yet: benchmarks/speed/gpu.py measures how many runs side by side are fastest.
 MOST_ON_A_GPU = 4
-# What CUDA itself and the libraries take beside tensors, and how much of a card may be filled.
+# Memory that CUDA and its libraries take in addition to tensors, and the share of a card that may be filled.
 CONTEXT_BYTES = 1 << 30
 FILL = 0.9
 
@@ -39,12 +42,13 @@ class LocalEngine:
     """Worker processes on this machine; one that dies is replaced.
 
     Args:
-        workers: Their number; None for one on a CPU, and on GPUs for as many as fit (see `runs_that_fit`).
-        gpus: CUDA devices; worker i sees the one at i modulo their number, and no other.
+        workers: Number of worker processes; None for one on a CPU, and on GPUs for as many as fit (see
+            `runs_that_fit`).
+        gpus: CUDA devices. They are assigned to the workers in turn, and a worker sees no other device.
         threads: CPU threads of a worker; None for an equal share of the cores.
 
     Raises:
-        ConfigError: There is less than one worker or thread.
+        ConfigError: `workers` or `threads` is below 1.
     """
 
     def __init__(
@@ -60,7 +64,7 @@ class LocalEngine:
     @property
     def threads_each(self) -> int:
         """CPU threads of a worker."""
-        return self.threads or max(1, len(os.sched_getaffinity(0)) // self.workers)
+        return self.threads or max(1, len(usable_cores()) // self.workers)
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
         """Make the runs; see `Engine.run`."""
@@ -86,11 +90,11 @@ class LocalEngine:
         self, number: int, waiting: queue.SimpleQueue[Job], done: queue.SimpleQueue[Outcome], stop: Any
     ) -> None:
         """Hand jobs to one process until none is left; the engine has such a thread for each process."""
-        # The worker processes inherit this: they leave Ctrl-C to the engine, which tells them to stop, and SIGTERM
-        # until they have started and handle it themselves (see `_prepare`). The process that tracks shared memory
-        # would unblock the signals when it is started, so it is started first.
+        # The worker processes inherit the blocked signals. Ctrl-C stays blocked in them, as the engine tells them to
+        # stop; the others are blocked until a worker can handle them (see `_prepare`). The process that tracks shared
+        # memory would unblock the signals when it is started, so it is started first.
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *ENDING_SIGNALS})
         pool = None
         while not stop.value:
             try:
@@ -152,8 +156,11 @@ def _prepare(threads: int, gpu: str | None, stop: Any) -> None:
     """Set up a new worker process: its device, its threads, and what makes it stop."""
     global _stop
     _stop = stop
-    signal.signal(signal.SIGTERM, _terminate)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    for number in ENDING_SIGNALS:
+        # One that is ignored, as SIGHUP under `nohup`, stays ignored.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _terminate)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -163,7 +170,7 @@ def _prepare(threads: int, gpu: str | None, stop: Any) -> None:
 
 
 def _terminate(*_: object) -> None:
-    """Stop the run after SIGTERM, which a scheduler sends to all processes of a job."""
+    """Stop the run of this worker: the handler of ENDING_SIGNALS."""
     global _terminated
     _terminated = True
     stop_working()
