@@ -64,7 +64,7 @@ def suite_in(home: Path):
     table = {"title": "Mine", "rows": ["dataset", "trigger", "defenses"], "columns": "poison.rate"}
     layout = {
         "tables": [{**table, "metrics": ["asr", "cad"]}],
-        "plots": [{"title": "Mine", "lines": "trigger"}],
+        "plots": [{"title": "Mine", "panels": "defenses", "lines": "trigger"}],
     }
     return parse_suite({"title": "Mine", "version": 1, "base": base, "grid": grid, **layout}, "mine")
 

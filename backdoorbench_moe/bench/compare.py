@@ -36,7 +36,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Value:
-    """One metric of a cell of one side; `state` says why there is no statistic."""
+    """One metric of a cell of one side. `state` is "finished", or the reason why there is no statistic."""
 
     state: str
     statistic: Statistic | None = None
@@ -87,7 +87,7 @@ class SuiteComparison:
         a: The first side.
         b: The second side.
         metrics: Keys of the metrics that are compared.
-        keys: Keys whose values the labels of a row give.
+        keys: Keys of the labels of a row.
         differs: What the sides differ in as a whole, which cells are not matched by: key, A's values,
             B's values.
         rows: Common cells in A's order, then cells that only A has, then those that only B has.
@@ -135,7 +135,7 @@ def open_side(text: str, output: Path | str) -> Side:
 
 
 def read_folder(folder: Path) -> ResultSet:
-    """Read a results folder by its own manifest, whatever the suite of that name is now.
+    """Read a results folder by its own manifest, even if the suite of that name has changed since.
 
     The published values are left out, as they belong to the suite's file.
 
@@ -190,10 +190,10 @@ def compare(a: Side, b: Side, metrics: Sequence[str]) -> SuiteComparison:
         pairs += [(n, None) if side == 0 else (None, n) for n in range(count) if n not in matched]
     if not any(n is not None and m is not None for n, m in pairs):
         raise ConfigError(f"compare: {a.label} and {b.label} have no cell in common")
-    spoken = [
-        _spoken(n if n is None else flat_a[n], m if m is None else flat_b[m], differing) for n, m in pairs
+    shown = [
+        _row_values(n if n is None else flat_a[n], m if m is None else flat_b[m], differing) for n, m in pairs
     ]
-    keys = _telling(spoken)
+    keys = _distinguishing_keys(shown)
     rows = tuple(
         CellPair(
             tuple(label(key, values[key]) if key in values else "–" for key in keys),
@@ -201,9 +201,9 @@ def compare(a: Side, b: Side, metrics: Sequence[str]) -> SuiteComparison:
             None if m is None else _values(b, b.results.suite.cells[m], metrics),
             n is not None and m is not None and _results_of_runs(a, n) == _results_of_runs(b, m) != [],
         )
-        for (n, m), values in zip(pairs, spoken, strict=True)
+        for (n, m), values in zip(pairs, shown, strict=True)
     )
-    return SuiteComparison(a, b, tuple(metrics), keys, _said(differing), rows)
+    return SuiteComparison(a, b, tuple(metrics), keys, _describe(differing), rows)
 
 
 def default_metrics(a: Side, b: Side) -> tuple[str, ...]:
@@ -284,34 +284,34 @@ def _signature(flat: Flat, differing: Differing) -> str:
     return json.dumps(kept, sort_keys=True)
 
 
-def _spoken(a: Flat | None, b: Flat | None, differing: Differing) -> Flat:
-    """What the labels of a row may give: keys that are matched, and keys with several values on one side."""
-    spoken: Flat = {}
+def _row_values(a: Flat | None, b: Flat | None, differing: Differing) -> Flat:
+    """Return the values that labels of a row may show: of keys that are matched, and of keys with several values."""
+    shown: Flat = {}
     for flat, side in ((a, 0), (b, 1)):
         for key, value in (flat or {}).items():
             sets = _differing_values(flat or {}, key, differing)
             if sets is None or len(sets[side]) > 1:
-                spoken[key] = value
-    return spoken
+                shown[key] = value
+    return shown
 
 
-def _telling(spoken: Sequence[Flat]) -> tuple[str, ...]:
-    """The fewest keys, the usual ones first, that tell the rows apart."""
-    # A file is told by its name sooner than by its hash.
+def _distinguishing_keys(shown: Sequence[Flat]) -> tuple[str, ...]:
+    """Choose keys that tell the rows apart, as few as possible and the usual ones first."""
+    # The name of a file is preferred to its hash.
     rest = sorted(
-        {key for values in spoken for key in values} - set(FIRST_KEYS),
+        {key for values in shown for key in values} - set(FIRST_KEYS),
         key=lambda key: (key.startswith("files."), key),
     )
     chosen: list[str] = []
-    told = 1
+    distinct = 1
     for key in (*FIRST_KEYS, *rest):
-        labels = {tuple(str(values.get(name)) for name in (*chosen, key)) for values in spoken}
-        if len(labels) > told:
-            chosen, told = [*chosen, key], len(labels)
+        labels = {tuple(str(values.get(name)) for name in (*chosen, key)) for values in shown}
+        if len(labels) > distinct:
+            chosen, distinct = [*chosen, key], len(labels)
     return tuple(chosen) or ("trigger.name", "applicator.name", "poison.rate")
 
 
-def _said(differing: Differing) -> tuple[tuple[str, str, str], ...]:
+def _describe(differing: Differing) -> tuple[tuple[str, str, str], ...]:
     said = []
     for (key, group), sets in differing.items():
         texts = [", ".join(sorted(label(key, value) for value in values)) for values in sets]

@@ -72,7 +72,7 @@ class LocalEngine:
         for job in jobs:
             waiting.put(replace(job, wait=False))
         done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        # Without a lock: a worker killed while it holds one would stop all others.
+        # It has no lock: a worker that is killed while it holds a lock would stop all others.
         stop = multiprocessing.get_context("spawn").RawValue(ctypes.c_bool, False)
         if self._measure and jobs:
             self.workers = len(self.gpus) * self._fit(jobs[0], stop)
@@ -89,10 +89,12 @@ class LocalEngine:
     def _keep_busy(
         self, number: int, waiting: queue.SimpleQueue[Job], done: queue.SimpleQueue[Outcome], stop: Any
     ) -> None:
-        """Hand jobs to one process until none is left; the engine has such a thread for each process."""
+        """Hand jobs to one process until none is left. The engine has one such thread for each process."""
         # The worker processes inherit the blocked signals. Ctrl-C stays blocked in them, as the engine tells them to
-        # stop; the others are blocked until a worker can handle them (see `_prepare`). The process that tracks shared
-        # memory would unblock the signals when it is started, so it is started first.
+        # stop; the others are blocked until a worker can handle them (see `_prepare`).
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+        # The process that tracks shared memory is started first: starting it unblocks SIGINT and SIGTERM, which it
+        # ignores. It does not ignore SIGHUP, but inherits that it is blocked.
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *ENDING_SIGNALS})
         pool = None
@@ -109,31 +111,31 @@ class LocalEngine:
                 job = replace(job, wait=job.wait or waiting.empty())
                 outcome = pool.submit(work, job, _is_wanted).result()
                 if outcome.status == "held":
-                    # By another engine. It is waited for when everything else is done.
+                    # Another engine is making it. This one waits for it when no other job is left.
                     waiting.put(replace(job, wait=True))
                     continue
                 done.put(outcome)
                 if outcome.status == "interrupted":
-                    # By a signal to this worker alone, it may be: it would stop the next run, too.
+                    # The signal may have been sent to this worker alone, which would also stop the next run.
                     pool.shutdown()
                     pool = None
             except BrokenProcessPool:
-                # Killed for memory, or a crash in a library: this run's error, and a new process for the next.
+                # Killed for its memory, or crashed in a library: the run has failed, and the next has a new process.
                 done.put(_lost(job, stop, "the worker process died (killed, or out of memory?)"))
                 pool = None
             except BaseException as error:
-                # Any error, such as a process that cannot start: without an outcome the engine would wait for ever.
+                # Any error, such as a process that cannot start: without an outcome, the engine would wait for ever.
                 done.put(_lost(job, stop, f"{type(error).__name__}: {error}"))
         if pool is not None:
             pool.shutdown()
 
     def _fit(self, job: Job, stop: Any) -> int:
-        """How many such runs one GPU holds, from a few of its steps in a process of their own."""
+        """Return how many such runs fit on one GPU, measured in a few steps in a process of its own."""
         try:
             with self._start(0, stop) as pool:
                 return runs_that_fit(*pool.submit(memory_of, job).result())
         except Exception:
-            return 1  # Such as one that does not fit at all: the run itself says so.
+            return 1  # A run that does not fit at all, for example, fails with its own message.
 
     def _start(self, number: int, stop: Any) -> ProcessPoolExecutor:
         gpu = self.gpus[number % len(self.gpus)] if self.gpus else None
@@ -144,7 +146,7 @@ class LocalEngine:
 
 
 def _lost(job: Job, stop: Any, message: str) -> Outcome:
-    """The outcome of a job whose worker gave none: interrupted if all were to stop (Ctrl-C), otherwise failed."""
+    """Return the outcome of a job whose worker gave none: interrupted if the engine was stopped, otherwise failed."""
     return Outcome(job.run_spec.name, "interrupted") if stop.value else job.fail(message)
 
 
@@ -153,7 +155,7 @@ _terminated = False
 
 
 def _prepare(threads: int, gpu: str | None, stop: Any) -> None:
-    """Set up a new worker process: its device, its threads, and what makes it stop."""
+    """Set up a new worker process: its device, its threads and its signals."""
     global _stop
     _stop = stop
     for number in ENDING_SIGNALS:
@@ -185,17 +187,17 @@ def _end_with_parent() -> None:
 
 
 def _is_wanted() -> bool:
-    """Whether neither the engine nor this worker was told to stop."""
+    """Return whether neither the engine nor this worker was told to stop."""
     return not (_stop.value or _terminated)
 
 
 def runs_that_fit(needed: int, free: int) -> int:
-    """How many runs of `needed` bytes of tensors go into `free` bytes of a GPU: 1 to MOST_ON_A_GPU."""
+    """Return how many runs of `needed` bytes of tensors fit into `free` bytes of a GPU, from 1 to MOST_ON_A_GPU."""
     return max(1, min(MOST_ON_A_GPU, int(FILL * free) // (needed + CONTEXT_BYTES)))
 
 
 def visible_gpus() -> list[str]:
-    """The CUDA devices this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """List the CUDA devices that this process may use, named as in CUDA_VISIBLE_DEVICES."""
     import torch
 
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
