@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from backdoorbench_moe.analysis import (
     capture,
@@ -21,6 +20,7 @@ from backdoorbench_moe.analysis import (
     routing,
     shift,
 )
+from backdoorbench_moe.analysis.facts import RunFacts, run_facts
 from backdoorbench_moe.analysis.opened_run import OpenedRun, open_beside, open_run
 from backdoorbench_moe.engine.consistency import check_same
 from backdoorbench_moe.engine.evaluate import measure, share
@@ -30,39 +30,8 @@ from backdoorbench_moe.engine.triggered import Triggered, triggered_test
 from backdoorbench_moe.errors import BbmoeError, ConfigError
 from backdoorbench_moe.moe.structure import WithExperts
 from backdoorbench_moe.ops.routing import changed_patches, patch_sums
-from backdoorbench_moe.records.sharing import without_folders
 
 DEFAULT_CARRIERS_IMAGES = 2000
-# Parts of a run's record that are copied. Judgements are not: they may have one score for each image.
-RECORD_PARTS = (
-    *("spec", "data", "parts", "poison", "history", "stages", "timing", "seeds", "environment"),
-    *("parent", "clean_twin", "near_chance"),
-)
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """Facts about an analysed run.
-
-    Attributes:
-        name: Name of the run folder.
-        digest: Digest of the run's spec.
-        model: Name of the model.
-        data: Name of the data set.
-        data_digest: SHA-256 over the images and labels.
-        attacked: Whether the model was attacked, with a trigger or without.
-        metrics: The recorded metrics, in percent.
-        record: Further parts of the run's record (see RECORD_PARTS), without the folders of this machine.
-    """
-
-    name: str
-    digest: str
-    model: str
-    data: str
-    data_digest: str
-    attacked: bool
-    metrics: dict[str, dict[str, float]]
-    record: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -248,8 +217,8 @@ class _Analyzer:
         probe = self._probe() if opened.routed is not None else None
         self.seconds["total"] = time.perf_counter() - started
         return Analysis(
-            run=_facts(opened.run),
-            against=None if other is None else _facts(other.run),
+            run=run_facts(opened.run),
+            against=None if other is None else run_facts(other.run),
             options=self.options,
             trigger_from=None if self.source is None else self.source.name,
             classes=opened.images.classes,
@@ -413,19 +382,3 @@ def _compare(first: passes.PairedPass, second: passes.PairedPass) -> comparison.
         triggered = comparison.compare_layers(first.triggered.layers, second.triggered.layers)
     clean = comparison.compare_layers(first.clean.layers, second.clean.layers)
     return comparison.RoutingComparison(clean, triggered)
-
-
-def _facts(run: Run) -> RunFacts:
-    record, spec = run.record, run.spec
-    # Reports are passed on to others.
-    values = {**without_folders(record), "parent": record.parent}
-    return RunFacts(
-        name=run.folder.path.name,
-        digest=record.digest,
-        model=spec.model.name,
-        data=record.data["name"],
-        data_digest=record.data["digest"],
-        attacked=spec.attacked,
-        metrics=values["metrics"],
-        record={name: values[name] for name in RECORD_PARTS},
-    )

@@ -13,8 +13,8 @@ from PIL import Image
 from report_runs import document_of
 from tiny import tiny_spec
 
-from backdoorbench_moe.analysis import analyze
 from backdoorbench_moe.analysis.document import as_document, load_document, save_document, to_text
+from backdoorbench_moe.analysis.facts import run_facts
 from backdoorbench_moe.analysis.figures.training import draw_training
 from backdoorbench_moe.analysis.report import (
     command,
@@ -273,5 +273,5 @@ def test_an_older_document_is_read_with_todays_names(tmp_path) -> None:
 def test_it_does_not_say_where_the_data_lie(tmp_path) -> None:
     [run] = run_attack(tiny_spec(train={"epochs": 1}), output=tmp_path, twin=False)
     run.record.spec["dataset"] = {"name": "tiny", "root": "/home/somebody/data"}
-    known = analyze._facts(run).record
+    known = run_facts(run).record
     assert known["spec"] == {**run.record.spec, "dataset": {"name": "tiny"}}
