@@ -1,4 +1,4 @@
-"""Numbers of things, in words."""
+"""Words of sentences: numbers of things, and capital letters."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ def count(amount: int, what: str) -> str:
     hissing = what.endswith(("s", "x", "z", "sh", "tch"))
     plural = f"{what}es" if hissing else f"{what}s"
     return f"{amount:,} {what if amount == 1 else plural}"
+
+
+def capital(text: str) -> str:
+    """Capitalise the first letter of a text, which may be empty, and leave the others."""
+    return text[:1].upper() + text[1:]

@@ -37,7 +37,7 @@ class Agreement:
 
 
 @torch.inference_mode()
-def look(model: nn.Module, images: Tensor, precision: str) -> tuple[Tensor, list[Tensor]]:
+def predict_and_select(model: nn.Module, images: Tensor, precision: str) -> tuple[Tensor, list[Tensor]]:
     """Predictions (N,), and the selected patches (N, E, P) bool of every layer, of (N, 3, H, W) uint8 images."""
     predicted, selected = [], []
     for part in images.split(BATCH):
@@ -58,7 +58,9 @@ def jaccard(first: Tensor, second: Tensor) -> Tensor:
 
 def agree(model: nn.Module, images: Tensor) -> Agreement:
     """How far the two precisions agree on some images."""
-    (first, first_layers), (second, second_layers) = (look(model, images, each) for each in PRECISIONS)
+    (first, first_layers), (second, second_layers) = (
+        predict_and_select(model, images, each) for each in PRECISIONS
+    )
     overlaps = [jaccard(*pair).mean() for pair in zip(first_layers, second_layers, strict=True)]
     overlap = 100 * torch.stack(overlaps).mean().item() if overlaps else None
     return Agreement(100 * (first == second).float().mean().item(), overlap)

@@ -1,11 +1,11 @@
 """What slow batch norm costs: BA and ASR of finished runs, as recorded and with fresh BN statistics.
 
-Beside them the share of clean images of other classes that are called the target (class 0 for a clean run): a
-model that answers so without any trigger gets that much ASR for nothing.
+Beside them stands the target rate without the trigger, of a clean run for class 0. It is how much ASR the model would
+have without any trigger.
 
-The reference's BN follows the batches at 0.01 a step; at a constant learning rate of 0.1 the running
-statistics lag behind the weights. Training never reads them, so averaging them anew over the run's own
-(poisoned) training images gives the model that a faster BN would have had, without training again.
+The running statistics of the reference's BN change by 0.01 of the way in each step. At a constant learning rate of 0.1
+they lag behind the weights. Training never reads them. So averaging them anew over the run's own (poisoned) training
+images gives the model that a faster BN would have had, without training again.
 
     python benchmarks/recalibrate.py runs/*/ --data-root DIR [--images 12800]
 """
@@ -14,36 +14,27 @@ from __future__ import annotations
 
 import argparse
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from backdoorbench_moe.attacks import create_attack
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.engine.build import build_dataset
-from backdoorbench_moe.engine.inference import forward, predict
+from backdoorbench_moe.engine.evaluate import Metrics, measure
+from backdoorbench_moe.engine.inference import forward
 from backdoorbench_moe.engine.poison import poisoned
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.triggered import triggered_test
-from backdoorbench_moe.ops.metrics import Proportion, proportion
 from backdoorbench_moe.ops.seeding import generator
 
 BATCH = 128
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Metrics of a model: `asr` is None for a clean run, `called_target` counts clean images."""
-
-    ba: Proportion
-    asr: Proportion | None
-    called_target: Proportion
-
-
 def renew_statistics(model: nn.Module, batches: list[torch.Tensor], precision: str) -> None:
-    """Replace every BN's running statistics by the mean over `batches` of (B, 3, H, W) uint8 images."""
+    """Replace the running statistics of every BN by their mean over `batches` of (B, 3, H, W) uint8 images."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
@@ -54,18 +45,20 @@ def renew_statistics(model: nn.Module, batches: list[torch.Tensor], precision: s
             forward(model, images, precision=precision)
 
 
-def measure(run: Run, model: nn.Module, images: ImageSet) -> Measured:
-    """BA, ASR and called-target of a model on the test images of `images`."""
-    spec, precision = run.spec, run.record.environment["precision"]
-    predicted = predict(model, images.test.images, precision=precision)
-    others = images.test.labels != spec.poison.target
-    ba = proportion(int((predicted == images.test.labels).sum()), len(images.test))
-    called = proportion(int((predicted[others] == spec.poison.target).sum()), int(others.sum()))
-    if not spec.attacked:
-        return Measured(ba, None, called)
-    triggered = triggered_test(images, run.attack(), run.stamper())
-    fooled = predict(model, triggered.images, precision=precision) == triggered.wanted
-    return Measured(ba, proportion(int(fooled.sum()), len(triggered)), called)
+def measure_run(run: Run, model: nn.Module, images: ImageSet) -> Metrics:
+    """Measure a model of a run on the test images of `images`.
+
+    Returns:
+        `ba`, `asr` and `target_rate` (see `engine.evaluate.measure`). A clean run has no `asr`; its `target_rate` is
+        that of an attack on class 0.
+    """
+    precision = run.record.environment["precision"]
+    attack = run.attack() if run.spec.attacked else create_attack("data-poisoning")
+    triggered = triggered_test(images, attack, run.stamper() if run.spec.trigger is not None else None)
+    metrics = measure(model, images.test, triggered, precision=precision)
+    if not run.spec.attacked:
+        del metrics["asr"]
+    return metrics
 
 
 def renew(run: Run, model: nn.Module, images: ImageSet, count: int) -> None:
@@ -81,17 +74,18 @@ def renew(run: Run, model: nn.Module, images: ImageSet, count: int) -> None:
 
 
 def load_images(spec: RunSpec, root: str | None) -> ImageSet:
-    """The data of a run, from `root` where it is given."""
+    """Load the data of a run, from `root` if it is given."""
     return build_dataset(spec if root is None else spec.with_data(root=root)).load()
 
 
-def show(value: Proportion | None) -> str:
-    """A share with its 95% interval."""
-    return "–" if value is None else f"{value.value:.2f} [{value.low:.1f}, {value.high:.1f}]"
+def show(metrics: Metrics, name: str) -> str:
+    """Write a metric with its 95% interval; "–" if it was not measured."""
+    found = metrics.get(name)
+    return "–" if found is None else f"{found['value']:.2f} [{found['low']:.1f}, {found['high']:.1f}]"
 
 
 def main() -> None:
-    """Print a Markdown table, one run a row."""
+    """Print a Markdown table with two rows for each run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -100,7 +94,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=12_800, help="training images for the statistics")
     args = parser.parse_args()
     loaded: dict[str, ImageSet] = {}
-    print("| run | BN | BA % | ASR % | clean images called the target, % |")
+    print("| run | BN | BA % | ASR % | target rate without the trigger, % |")
     print("| --- | --- | --- | --- | --- |")
     for folder in args.runs:
         run = load_run(folder)
@@ -113,8 +107,8 @@ def main() -> None:
         for kind in ("recorded", "fresh"):
             if kind == "fresh":
                 renew(run, model, loaded[name], args.images)
-            row = measure(run, model, loaded[name])
-            cells = [show(row.ba), show(row.asr), show(row.called_target)]
+            metrics = measure_run(run, model, loaded[name])
+            cells = [show(metrics, key) for key in ("ba", "asr", "target_rate")]
             print(f"| {folder.name} | {kind} | {' | '.join(cells)} |", flush=True)
 
 

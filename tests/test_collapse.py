@@ -20,7 +20,7 @@ from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.tables import build_sheet
 from backdoorbench_moe.bench.tidy import tidy_csv
 from backdoorbench_moe.cli import tables
-from backdoorbench_moe.cli.show_columns import ShownRun, list_columns
+from backdoorbench_moe.cli.show_columns import ShownRun, choose_columns
 from backdoorbench_moe.cli.show_table import markdown_table
 from backdoorbench_moe.collapse import MARK, MARK_LEGEND, collapse_line, collapsed
 from backdoorbench_moe.engine.graph import clean_twin
@@ -123,7 +123,9 @@ def test_a_mean_of_which_one_seed_collapsed_says_so(one_of_three) -> None:
     said = f"66.7 ± 28.9 (n 3, {MARK}1)"
     for text in (render.markdown(sheet), drawn(render.rich_tables(results)), page(results)):
         assert text.count(said) == 1
-        assert f"{MARK}k: the clean accuracy of k of the n seeds is near chance" in " ".join(text.split())
+        assert f"{MARK}k: in k of the n seeds, the clean accuracy of the model is near chance" in " ".join(
+            text.split()
+        )
     assert r"66.7 $\pm$ 28.9 (n 3, $\dagger$1)" in render.latex(sheet)
     assert "50.0 ± 0.0 (n 3)" in render.markdown(sheet)
     assert f"{MARK}: the clean accuracy of at least one seed is near chance" in describe(
@@ -197,14 +199,14 @@ def test_the_tables_of_runs_are_marked(suite) -> None:
     assert f"10.00 {MARK}" in text and "near chance (BA 10.00%, chance 10.00%)" in text
     assert MARK not in drawn(tables.metrics_table(good))
     shown = [ShownRun(SimpleNamespace(path=Path("run")), record, "finished") for record in (bad, good)]
-    columns = {column.key: column for column in list_columns(intervals=True)}
+    chosen = choose_columns(["seed", "ba", "asr"], shown, intervals=True)
+    columns = {column.key: column for column in chosen}
     assert [columns[key].text(shown[0]).endswith(MARK) for key in ("ba", "asr", "seed")] == [
         True,
         True,
         False,
     ]
     assert not any(column.text(shown[1]).endswith(MARK) for column in columns.values())
-    chosen = [columns[key] for key in ("seed", "ba", "asr")]
     assert markdown_table(chosen, shown).endswith(f"|\n\n{MARK_LEGEND}")
     assert MARK not in markdown_table(chosen, shown[1:])
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from backdoorbench_moe.analysis import (
     capture,
@@ -20,6 +20,7 @@ from backdoorbench_moe.analysis import (
     routing,
     shift,
 )
+from backdoorbench_moe.analysis.facts import RunFacts, run_facts
 from backdoorbench_moe.analysis.opened_run import OpenedRun, open_beside, open_run
 from backdoorbench_moe.engine.consistency import check_same
 from backdoorbench_moe.engine.evaluate import measure, share
@@ -31,36 +32,6 @@ from backdoorbench_moe.moe.structure import WithExperts
 from backdoorbench_moe.ops.routing import changed_patches, patch_sums
 
 DEFAULT_CARRIERS_IMAGES = 2000
-# Parts of a run's record that are copied. Judgements are not: they may have one score for each image.
-RECORD_PARTS = (
-    *("spec", "data", "parts", "poison", "history", "stages", "timing", "seeds", "environment"),
-    *("parent", "clean_twin", "near_chance"),
-)
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """Facts about an analysed run.
-
-    Attributes:
-        name: Name of the run folder.
-        digest: Digest of the run's spec.
-        model: Name of the model.
-        data: Name of the data set.
-        data_digest: Digest of the data.
-        attacked: Whether the model was attacked, with a trigger or without.
-        metrics: The recorded metrics, in percent.
-        record: Further parts of the run's record, see RECORD_PARTS.
-    """
-
-    name: str
-    digest: str
-    model: str
-    data: str
-    data_digest: str
-    attacked: bool
-    metrics: dict[str, dict[str, float]]
-    record: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -107,12 +78,27 @@ class ImageCounts:
 
 
 @dataclass(frozen=True)
+class AnalysisOptions:
+    """Options of an analysis that change its results.
+
+    Attributes:
+        images: The example images as given: an index in the test split, or the name of a file without its folder;
+            None if they were drawn.
+        carriers_images: Largest number of images on which muted and patched experts were measured.
+    """
+
+    images: tuple[int | str, ...] | None
+    carriers_images: int
+
+
+@dataclass(frozen=True)
 class Analysis:
     """The analysis of a run and of the run that it is compared with.
 
     Attributes:
         run: The run.
         against: The run that it is compared with; None if there is none.
+        options: Options that change the results.
         trigger_from: Name of the run folder whose trigger is used: the run's own or, if the run has no trigger,
             that of the run it is compared with. None without a trigger.
         classes: Class names.
@@ -130,6 +116,7 @@ class Analysis:
 
     run: RunFacts
     against: RunFacts | None
+    options: AnalysisOptions
     trigger_from: str | None
     classes: tuple[str, ...]
     images: ImageCounts
@@ -175,7 +162,11 @@ def analyze_run(
         raise ConfigError.expected("carriers_images", "at least 1", carriers_images)
     opened = open_run(run, data_root=data_root, device=device)
     chosen = None if images is None else examples.collect_examples(images, opened.images)
-    return _Analyzer(opened, against, carriers_images, observer or Observer()).analyze(chosen)
+    names = (
+        None if images is None else tuple(one if isinstance(one, int) else Path(one).name for one in images)
+    )
+    options = AnalysisOptions(names, carriers_images)
+    return _Analyzer(opened, against, options, observer or Observer()).analyze(chosen)
 
 
 class _Analyzer:
@@ -184,12 +175,14 @@ class _Analyzer:
     Args:
         opened: The run to analyse.
         against: The run to compare with; None for the clean twin.
-        limit: Largest number of images on which muted and patched experts are measured.
+        options: Options that change the results.
         observer: Receives progress.
     """
 
-    def __init__(self, opened: OpenedRun, against: Run | None, limit: int, observer: Observer) -> None:
-        self.opened, self.limit, self.observer = opened, limit, observer
+    def __init__(
+        self, opened: OpenedRun, against: Run | None, options: AnalysisOptions, observer: Observer
+    ) -> None:
+        self.opened, self.options, self.observer = opened, options, observer
         self.absent: list[MissingPart] = []
         self.seconds: dict[str, float] = {}
         self.other = self._open_other(against)
@@ -224,8 +217,9 @@ class _Analyzer:
         probe = self._probe() if opened.routed is not None else None
         self.seconds["total"] = time.perf_counter() - started
         return Analysis(
-            run=_facts(opened.run),
-            against=None if other is None else _facts(other.run),
+            run=run_facts(opened.run),
+            against=None if other is None else run_facts(other.run),
+            options=self.options,
             trigger_from=None if self.source is None else self.source.name,
             classes=opened.images.classes,
             images=ImageCounts(len(opened.images.test), len(self.triggered or ())),
@@ -288,7 +282,9 @@ class _Analyzer:
             other = open_beside(load_run(folder), self.opened)
             comparison.check_comparable(self.opened, other)
         except BbmoeError as error:
-            self._miss("against", f"the clean twin cannot be used: {error}")
+            # The report is passed on to others, so it does not say where the run folders are.
+            reason = str(error).replace(f"{folder.parent}{os.sep}", "")
+            self._miss("against", f"the clean twin cannot be used: {reason}")
             return None
         return other
 
@@ -363,7 +359,7 @@ class _Analyzer:
             self._miss("carriers", f"the model {name!r} does not list its experts (experts())")
             return None
         with self._timed("carriers"):
-            found = carriers.find_carriers(self.opened, self.triggered, self.limit)
+            found = carriers.find_carriers(self.opened, self.triggered, self.options.carriers_images)
         if not found.pairs and len(found.singles) > 1:
             self._miss("carriers.pairs", f"there are more than {carriers.MAX_PAIRS} pairs of experts")
         if not found.patched:
@@ -386,22 +382,3 @@ def _compare(first: passes.PairedPass, second: passes.PairedPass) -> comparison.
         triggered = comparison.compare_layers(first.triggered.layers, second.triggered.layers)
     clean = comparison.compare_layers(first.clean.layers, second.clean.layers)
     return comparison.RoutingComparison(clean, triggered)
-
-
-def _facts(run: Run) -> RunFacts:
-    record, spec = run.record, run.spec
-    metrics: dict[str, dict[str, Any]] = record.metrics
-    data, parts = record.data, {name: getattr(record, name) for name in RECORD_PARTS}
-    # Reports are passed on to others, so the folder of the data is left out.
-    dataset = {key: value for key, value in record.spec["dataset"].items() if key != "root"}
-    parts["spec"] = {**record.spec, "dataset": dataset}
-    return RunFacts(
-        name=run.folder.path.name,
-        digest=record.digest,
-        model=spec.model.name,
-        data=data["name"],
-        data_digest=data["digest"],
-        attacked=spec.attacked,
-        metrics=metrics,
-        record=parts,
-    )

@@ -32,7 +32,7 @@ class MutingResult:
 
     Attributes:
         experts: Names of the muted experts, such as "moe/2".
-        ba: Benign accuracy, in percent.
+        ba: Clean accuracy, in percent.
         asr: Attack success rate, in percent; None without a trigger.
     """
 
@@ -51,7 +51,7 @@ class PatchingResult:
     Attributes:
         expert: Name of the expert, such as "moe/2".
         asr: Share of the images that are classified as the attacker wants, in percent.
-        ra: Share of the same images that are classified correctly (robust accuracy), in percent.
+        ra: Share of the same images that are classified correctly (accuracy on triggered images), in percent.
     """
 
     expert: str
@@ -68,15 +68,15 @@ class Carriers:
 
     Attributes:
         whole: The model with all experts.
-        clean_called_wanted: Share of the clean versions of the sampled triggered images that are classified as
-            the attacker wants, in percent: a lower limit for ASR. None without a trigger.
+        target_rate: Target rate without the trigger: share of the clean versions of the sampled triggered images that
+            are classified as the attacker wants, in percent. None without a trigger.
         singles: Results with each expert muted.
         pairs: Results with each two experts of one layer muted; empty if there are more than MAX_PAIRS.
         patched: Results of activation patching, one per expert; empty without a trigger.
     """
 
     whole: MutingResult
-    clean_called_wanted: Proportion | None
+    target_rate: Proportion | None
     singles: tuple[MutingResult, ...]
     pairs: tuple[MutingResult, ...]
     patched: tuple[PatchingResult, ...]
@@ -104,7 +104,7 @@ def find_carriers(opened: OpenedRun, triggered: Triggered | None, limit: int) ->
         for predicted in evaluator.predict_muted(test.images[places], groups)
     ]
     asr: list[Proportion | None] = [None] * len(groups)
-    floor: Proportion | None = None
+    target_rate: Proportion | None = None
     patched: tuple[PatchingResult, ...] = ()
     if triggered is not None:
         chosen = _draw(len(triggered), limit, seed, "asr").to(opened.device)
@@ -114,7 +114,7 @@ def find_carriers(opened: OpenedRun, triggered: Triggered | None, limit: int) ->
             for predicted in evaluator.predict_muted(sample.images, groups)
         ]
         clean, *patches = evaluator.predict_patched(test.images[sample.places], sample.images)
-        floor = _proportion(clean == sample.wanted)
+        target_rate = _proportion(clean == sample.wanted)
         patched = tuple(
             PatchingResult(
                 expert.name, _proportion(predicted == sample.wanted), _proportion(predicted == sample.true)
@@ -125,7 +125,7 @@ def find_carriers(opened: OpenedRun, triggered: Triggered | None, limit: int) ->
         MutingResult(tuple(expert.name for expert in experts), b, a)
         for experts, b, a in zip(groups, ba, asr, strict=True)
     )
-    return Carriers(whole, floor, tuple(rest[: len(singles)]), tuple(rest[len(singles) :]), patched)
+    return Carriers(whole, target_rate, tuple(rest[: len(singles)]), tuple(rest[len(singles) :]), patched)
 
 
 class _ExpertEvaluator:

@@ -22,6 +22,8 @@ SCHEMA_VERSION = 1
 FILE = "analysis.json"
 # Significant digits of a float. More would be noise and make the file larger.
 DIGITS = 6
+# Keys of "carriers" in older files.
+RENAMED_IN_CARRIERS = {"clean_called_wanted": "target_rate"}
 UNITS = {
     "value, low, high beside n": (
         "percent in metrics, capture and carriers; elsewhere the unit of the averaged quantity"
@@ -72,7 +74,7 @@ def save_document(document: dict[str, Any], output: Path) -> Path:
 
 
 def load_document(file: Path) -> dict[str, Any]:
-    """Read an analysis.json.
+    """Read an analysis.json, also one that was written before parts of it were renamed.
 
     Raises:
         RecordError: The file cannot be read, is not an analysis, or has another schema version.
@@ -88,6 +90,10 @@ def load_document(file: Path) -> dict[str, Any]:
         raise RecordError(
             f"analysis {file}: expected an analysis of version {SCHEMA_VERSION}, found {version!r}"
         )
+    carriers = document.get("carriers")
+    for old, new in RENAMED_IN_CARRIERS.items():
+        if isinstance(carriers, dict) and old in carriers:
+            carriers[new] = carriers.pop(old)
     return document
 
 

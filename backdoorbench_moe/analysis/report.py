@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from backdoorbench_moe.analysis.analyze import DEFAULT_CARRIERS_IMAGES
 from backdoorbench_moe.analysis.figures.backdoor import draw_backdoor
 from backdoorbench_moe.analysis.figures.maps import draw_maps
 from backdoorbench_moe.analysis.figures.pixels import draw_pixels
@@ -160,10 +161,18 @@ def page(document: Doc, sections: list[Section]) -> str:
 
 
 def command(document: Doc) -> str:
-    """Return the command that repeats the analysis, to be run in the folder of the run folders."""
+    """Return the command that repeats the analysis.
+
+    It is to be run in the folder of the run folders; image files that were given are to be copied there.
+    """
     words = ["bbmoe", "analyze", document["run"]["name"]]
     if document["against"] is not None:
         words += ["--against", document["against"]["name"]]
+    options = document.get("options", {})  # Older documents do not have them.
+    if (images := options.get("images")) is not None:
+        words += ["--images", ",".join(map(str, images))]
+    if (count := options.get("carriers_images", DEFAULT_CARRIERS_IMAGES)) != DEFAULT_CARRIERS_IMAGES:
+        words += ["--carriers-images", str(count)]
     return shlex.join(words)
 
 

@@ -34,7 +34,7 @@ def metric_rows(document: Doc) -> list[list[str]]:
     rows = []
     for one in sort_metrics(keys):
         cells = [_metric(facts["metrics"].get(one.key)) for facts in both]
-        if one.key in MARKED:
+        if one.base in MARKED:
             near = [is_near_chance(_record(facts)) for facts in both]
             cells = [f"{text} {MARK}" if marked else text for text, marked in zip(cells, near, strict=True)]
         rows.append([one.label, *cells])

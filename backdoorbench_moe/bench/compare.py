@@ -15,7 +15,7 @@ from backdoorbench_moe.bench.suite import Cell, Layout, Suite, value_of
 from backdoorbench_moe.bench.suite_file import load_suite
 from backdoorbench_moe.bench.tables import DEFAULT_METRICS, find_place, label, table_metrics
 from backdoorbench_moe.bench.wording import suite_line
-from backdoorbench_moe.config import DATASET_NOT_IN_DIGEST, PARTS, RunSpec
+from backdoorbench_moe.config import PARTS, RunSpec
 from backdoorbench_moe.errors import ConfigError, RecordError
 from backdoorbench_moe.ops.intervals import difference_interval
 from backdoorbench_moe.paths import expand
@@ -23,7 +23,6 @@ from backdoorbench_moe.records import Record
 
 # A cell spans the seeds, and neither the device nor the name of the recipe changes what a run is.
 NOT_COMPARED = ("seed", "device", "recipe")
-NOT_COMPARED_KEYS = tuple(f"dataset.{key}" for key in DATASET_NOT_IN_DIGEST)
 FIRST_KEYS = ("dataset.name", "model.name", "trigger.name", "applicator.name", "defenses", "poison.rate")
 
 
@@ -37,7 +36,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Value:
-    """One metric of a cell of one side; `state` says why there is no statistic."""
+    """One metric of a cell of one side. `state` is "finished", or the reason why there is no statistic."""
 
     state: str
     statistic: Statistic | None = None
@@ -88,7 +87,7 @@ class SuiteComparison:
         a: The first side.
         b: The second side.
         metrics: Keys of the metrics that are compared.
-        keys: Keys whose values the labels of a row give.
+        keys: Keys of the labels of a row.
         differs: What the sides differ in as a whole, which cells are not matched by: key, A's values,
             B's values.
         rows: Common cells in A's order, then cells that only A has, then those that only B has.
@@ -136,7 +135,7 @@ def open_side(text: str, output: Path | str) -> Side:
 
 
 def read_folder(folder: Path) -> ResultSet:
-    """Read a results folder by its own manifest, whatever the suite of that name is now.
+    """Read a results folder by its own manifest, even if the suite of that name has changed since.
 
     The published values are left out, as they belong to the suite's file.
 
@@ -191,20 +190,20 @@ def compare(a: Side, b: Side, metrics: Sequence[str]) -> SuiteComparison:
         pairs += [(n, None) if side == 0 else (None, n) for n in range(count) if n not in matched]
     if not any(n is not None and m is not None for n, m in pairs):
         raise ConfigError(f"compare: {a.label} and {b.label} have no cell in common")
-    spoken = [
-        _spoken(n if n is None else flat_a[n], m if m is None else flat_b[m], differing) for n, m in pairs
+    shown = [
+        _row_values(n if n is None else flat_a[n], m if m is None else flat_b[m], differing) for n, m in pairs
     ]
-    keys = _telling(spoken)
+    keys = _distinguishing_keys(shown)
     rows = tuple(
         CellPair(
             tuple(label(key, values[key]) if key in values else "–" for key in keys),
             None if n is None else _values(a, a.results.suite.cells[n], metrics),
             None if m is None else _values(b, b.results.suite.cells[m], metrics),
-            n is not None and m is not None and _runs(a, n) == _runs(b, m) != [],
+            n is not None and m is not None and _results_of_runs(a, n) == _results_of_runs(b, m) != [],
         )
-        for (n, m), values in zip(pairs, spoken, strict=True)
+        for (n, m), values in zip(pairs, shown, strict=True)
     )
-    return SuiteComparison(a, b, tuple(metrics), keys, _said(differing), rows)
+    return SuiteComparison(a, b, tuple(metrics), keys, _describe(differing), rows)
 
 
 def default_metrics(a: Side, b: Side) -> tuple[str, ...]:
@@ -226,7 +225,8 @@ def _seedless(spec: RunSpec) -> str:
 
 
 def _flatten(spec: RunSpec) -> Flat:
-    """The values by dotted key that cells are matched by."""
+    """Return the values that cells are matched by, by dotted key."""
+    spec = spec.without_folders()
     flat: Flat = {"defenses": value_of(spec, "defenses")}
     # A spec writes an attack without options as its bare name.
     attack = None if spec.attack is None else spec.attack.to_dict()
@@ -239,7 +239,7 @@ def _flatten(spec: RunSpec) -> Flat:
             flat |= {f"{key}.{name}": _hashable(item) for name, item in value.items()}
         else:
             flat[key] = _hashable(value)
-    return {key: value for key, value in flat.items() if key not in NOT_COMPARED_KEYS}
+    return flat
 
 
 def _hashable(value: Any) -> Any:
@@ -273,41 +273,45 @@ def _values_of(flats: Sequence[Flat], key: str) -> set[Any]:
     return {flat.get(key) for flat in flats}
 
 
-def _place_of(flat: Flat, key: str, differing: Differing) -> tuple[set[Any], set[Any]] | None:
-    """The values of a key that the sides differ in as a whole; None for a key that cells are matched by."""
+def _differing_values(flat: Flat, key: str, differing: Differing) -> tuple[set[Any], set[Any]] | None:
+    """Return the values that A and B have of a key in which they differ as a whole; None for any other key."""
     name = flat.get(f"{key.partition('.')[0]}.name")
     return differing.get((key, None)) or differing.get((key, name))
 
 
 def _signature(flat: Flat, differing: Differing) -> str:
-    kept = {key: value for key, value in flat.items() if _place_of(flat, key, differing) is None}
+    kept = {key: value for key, value in flat.items() if _differing_values(flat, key, differing) is None}
     return json.dumps(kept, sort_keys=True)
 
 
-def _spoken(a: Flat | None, b: Flat | None, differing: Differing) -> Flat:
-    """What the labels of a row may give: keys that are matched, and keys with several values on one side."""
-    spoken: Flat = {}
+def _row_values(a: Flat | None, b: Flat | None, differing: Differing) -> Flat:
+    """Return the values that labels of a row may show: of keys that are matched, and of keys with several values."""
+    shown: Flat = {}
     for flat, side in ((a, 0), (b, 1)):
         for key, value in (flat or {}).items():
-            place = _place_of(flat or {}, key, differing)
-            if place is None or len(place[side]) > 1:
-                spoken[key] = value
-    return spoken
+            sets = _differing_values(flat or {}, key, differing)
+            if sets is None or len(sets[side]) > 1:
+                shown[key] = value
+    return shown
 
 
-def _telling(spoken: Sequence[Flat]) -> tuple[str, ...]:
-    """The fewest keys, the usual ones first, that tell the rows apart."""
-    rest = sorted({key for values in spoken for key in values} - set(FIRST_KEYS))
+def _distinguishing_keys(shown: Sequence[Flat]) -> tuple[str, ...]:
+    """Choose keys that tell the rows apart, as few as possible and the usual ones first."""
+    # The name of a file is preferred to its hash.
+    rest = sorted(
+        {key for values in shown for key in values} - set(FIRST_KEYS),
+        key=lambda key: (key.startswith("files."), key),
+    )
     chosen: list[str] = []
-    told = 1
+    distinct = 1
     for key in (*FIRST_KEYS, *rest):
-        labels = {tuple(str(values.get(name)) for name in (*chosen, key)) for values in spoken}
-        if len(labels) > told:
-            chosen, told = [*chosen, key], len(labels)
+        labels = {tuple(str(values.get(name)) for name in (*chosen, key)) for values in shown}
+        if len(labels) > distinct:
+            chosen, distinct = [*chosen, key], len(labels)
     return tuple(chosen) or ("trigger.name", "applicator.name", "poison.rate")
 
 
-def _said(differing: Differing) -> tuple[tuple[str, str, str], ...]:
+def _describe(differing: Differing) -> tuple[tuple[str, str, str], ...]:
     said = []
     for (key, group), sets in differing.items():
         texts = [", ".join(sorted(label(key, value) for value in values)) for values in sets]
@@ -316,10 +320,12 @@ def _said(differing: Differing) -> tuple[tuple[str, str, str], ...]:
     return tuple(said)
 
 
-def _runs(side: Side, number: int) -> list[Record]:
-    """The finished runs of a side's cell."""
+def _results_of_runs(side: Side, number: int) -> list[tuple[str, dict[str, dict[str, float]]]]:
+    """Digest and metrics of the finished runs of a side's cell, which are the same wherever a run was made."""
     specs = side.results.suite.cells[number].runs(side.results.suite.repeats)
-    return [record for spec in specs if (record := side.results.record(spec)) is not None]
+    return [
+        (record.digest, record.metrics) for spec in specs if (record := side.results.record(spec)) is not None
+    ]
 
 
 def _values(side: Side, cell: Cell, metrics: Sequence[str]) -> dict[str, Value]:

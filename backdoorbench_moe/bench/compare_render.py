@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from backdoorbench_moe.bench.compare import CellPair, SuiteComparison, Value
 from backdoorbench_moe.bench.render import markdown_row, percent_key, plain, plain_number, write_csv
 from backdoorbench_moe.bench.wording import COLLAPSED, key_name, mean_text, number, signed
+from backdoorbench_moe.counting import count
 from backdoorbench_moe.metrics import metric as find_metric
 
 if TYPE_CHECKING:
@@ -53,8 +54,7 @@ def _head(comparison: SuiteComparison) -> list[str]:
     else:
         lines += [f"{name}: {note}" for name, note in zip("AB", notes, strict=True) if note]
     lines += [f"{key}: {a} in A, {b} in B" for key, a, b in comparison.differs]
-    cells = "cell" if both == 1 else "cells"
-    lines.append(f"{both} {cells} in both, {only_a} only in A, {only_b} only in B")
+    lines.append(f"{count(both, 'cell')} in both, {only_a} only in A, {only_b} only in B")
     return lines
 
 
@@ -119,9 +119,10 @@ def comparison_markdown(comparison: SuiteComparison) -> str:
 def comparison_csv(comparison: SuiteComparison) -> str:
     """Write one row for each cell and metric as CSV, numbers to six decimals.
 
-    The column `cells` is "both", "only A" or "only B".
+    The column `cells` is "both", "only A" or "only B". `a_near_chance` and `b_near_chance` are the numbers of seeds
+    whose model, or twin if the metric needs it, is near chance.
     """
-    sides = [f"{side}_{name}" for side in "ab" for name in ("state", "mean", "std", "n")]
+    sides = [f"{side}_{name}" for side in "ab" for name in ("state", "mean", "std", "n", "near_chance")]
     keys = [percent_key(key) for key in comparison.keys]
     rows: list[list[Any]] = [["a", "b", "cells", *keys, "metric", *sides, "difference", "low", "high"]]
     for row in comparison.rows:
@@ -138,7 +139,9 @@ def comparison_csv(comparison: SuiteComparison) -> str:
 
 def _numbers(values: Any, metric: str) -> list[Any]:
     if values is None:
-        return [None] * 4
+        return [None] * 5
     value: Value = values[metric]
     found = value.statistic
-    return [value.state, *((None, None, 0) if found is None else (found.mean, found.std, found.n))]
+    if found is None:
+        return [value.state, None, None, 0, 0]
+    return [value.state, found.mean, found.std, found.n, found.near_chance]

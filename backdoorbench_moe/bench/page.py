@@ -23,6 +23,7 @@ from backdoorbench_moe.bench.wording import (
     paper_parts,
     suite_line,
 )
+from backdoorbench_moe.counting import capital
 from backdoorbench_moe.drawing import inline_svg, render_page
 
 ENVIRONMENT = ("runs", "device", "precision", "threads", "torch", "python", "git commit")
@@ -43,8 +44,8 @@ def page(results: ResultSet, svgs: Sequence[bytes] | None = None) -> str:
     return render_page(
         template,
         suite=sheet.suite,
-        note=_capital(sheet.suite.note),
-        identity=_capital(suite_line(sheet.suite)),
+        note=capital(sheet.suite.note),
+        identity=capital(suite_line(sheet.suite)),
         counts=counts_line(sheet.counts),
         took=f"{_hours(train_seconds(results))} of training in all",
         figures=_figures(results, svgs or [draw(results, plot, "svg") for plot in results.suite.plots]),
@@ -112,7 +113,3 @@ def _hours(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.0f} seconds"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

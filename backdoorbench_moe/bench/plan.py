@@ -1,4 +1,4 @@
-"""What a suite still needs: which runs there are, which are missing, and how long those will take."""
+"""How far the runs of a suite are, and which of them are missing."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from backdoorbench_moe import defenses
 from backdoorbench_moe.bench.life_sign import is_fresh, read_life_sign
 from backdoorbench_moe.bench.suite import Suite
 from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.engine.status import status_of
 from backdoorbench_moe.records import RunFolder
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A run of the suite, and how far it is.
+    """A run and its progress.
 
     Attributes:
         spec: The run's spec.
-        status: A record's status, or "missing".
-        epochs: Finished epochs.
-        images_per_second: Speed of a run that is being made now; otherwise 0.
-        images: Images in an epoch of a run that is being made now; otherwise 0.
-        error: Why the run failed.
+        status: Status of its record (see `engine.status`), or "missing".
+        epochs: Number of finished epochs; with a fraction if the run is being made now.
+        images_per_second: Speed of a run that a suite is making now; otherwise 0.
+        images: Images in an epoch of such a run; otherwise 0.
+        error: Why the run failed; None if it did not fail.
     """
 
     spec: RunSpec
@@ -36,12 +37,12 @@ class Planned:
 
     @property
     def total_epochs(self) -> int:
-        """Epochs of the whole run; of a defended run those of its last defense, 0 if that has no such option."""
+        """Epochs of the whole run; for a defended run those of its last defense, or 0 if it has no such option."""
         return self.spec.train.epochs if not self.spec.defenses else int(self._defense_option("epochs") or 0)
 
     @property
     def share(self) -> float:
-        """Share of the training images in an epoch: what the defender holds, for a defended run."""
+        """Share of the training images in an epoch: 1, or for a defended run the share that the defender holds."""
         return 1.0 if not self.spec.defenses else float(self._defense_option("clean_fraction") or 0.0)
 
     def _defense_option(self, name: str) -> Any:
@@ -50,8 +51,8 @@ class Planned:
         return defense.options.get(name, option.default if option else None)
 
 
-def look(specs: Sequence[RunSpec], output: Path, known: Collection[str] = ()) -> list[Planned]:
-    """Read from its folder how far each run is.
+def read_plan(specs: Sequence[RunSpec], output: Path, known: Collection[str] = ()) -> list[Planned]:
+    """Read the progress of each run from its folder.
 
     Args:
         specs: The runs.
@@ -61,30 +62,34 @@ def look(specs: Sequence[RunSpec], output: Path, known: Collection[str] = ()) ->
     Raises:
         RecordError: A record is damaged.
     """
-    return [
-        Planned(spec, "finished", spec.train.epochs)
-        if spec.digest in known
-        else _look(spec, output / spec.name)
-        for spec in specs
-    ]
+    return [_finished(spec) if spec.digest in known else _read(spec, output / spec.name) for spec in specs]
 
 
-def _look(spec: RunSpec, path: Path) -> Planned:
+def _finished(spec: RunSpec) -> Planned:
+    run = Planned(spec, "finished")
+    return replace(run, epochs=run.total_epochs)
+
+
+def _read(spec: RunSpec, path: Path) -> Planned:
     folder = RunFolder(path)
     if not folder.exists:
         return Planned(spec, "missing")
     record = folder.read()
-    if record.status in ("finished", "failed"):
-        return Planned(spec, record.status, len(record.history), error=record.error)
+    status, epochs = status_of(folder, record), len(record.history)
+    if status == "finished":
+        return _finished(spec)
+    if status == "failed":
+        return Planned(spec, status, epochs, error=record.error)
     sign = read_life_sign(path)
-    if sign is None or not is_fresh(sign):
-        return Planned(spec, "interrupted", (sign or {}).get("epoch", len(record.history)))
-    epochs = sign["start"] + sign["seen"] / max(1, sign["images"])
-    return Planned(spec, "running", epochs, sign["images_per_second"], sign["images"])
+    if status == "running" and sign is not None and is_fresh(sign):
+        done = sign["start"] + sign["seen"] / max(1, sign["images"])
+        return Planned(spec, status, done, sign["images_per_second"], sign["images"])
+    # The record of a run that was killed can be older than its last sign of life.
+    return Planned(spec, status, max(epochs, (sign or {}).get("epoch", 0)))
 
 
 def with_place(suite: Suite, options: Mapping[str, Any], device: str | None) -> Suite:
-    """The suite with the data at another place (root, download) or on another device; digests stay."""
+    """Return the suite with other options of the data set (root, download) or another device, with the same digests."""
 
     def move(spec: RunSpec) -> RunSpec:
         return replace(spec.with_data(**options), device=device or spec.device)

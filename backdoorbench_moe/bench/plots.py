@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from backdoorbench_moe.bench.record_metrics import uses_twin
 from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.statistic import Statistic
 from backdoorbench_moe.bench.suite import Plot, value_of
 from backdoorbench_moe.bench.tables import find_place, label
 from backdoorbench_moe.bench.wording import axis_name, key_name, number
 from backdoorbench_moe.collapse import MARK
+from backdoorbench_moe.counting import capital
 from backdoorbench_moe.drawing import (
     COLOURS,
     INK,
@@ -93,7 +95,7 @@ def draw(results: ResultSet, plot: Plot, form: str) -> bytes:
 
 def describe(results: ResultSet, plot: Plot) -> str:
     """Describe a figure in one sentence: its caption."""
-    text = f"{_capital(find_metric(plot.metric).label)} over the {axis_name(plot.x)}"
+    text = f"{capital(find_metric(plot.metric).label)} over the {axis_name(plot.x)}"
     text += f", a panel for each {key_name(plot.panels)}"
     panels = build_panels(results, plot)
     points = _points(panels)
@@ -102,7 +104,8 @@ def describe(results: ResultSet, plot: Plot) -> str:
     elif any(point.statistic for point in points):
         text += "; single seeds, hence no bars"
     if any(_has_collapsed(point) for point in points):
-        text += f"; {MARK}: the clean accuracy of at least one seed is near chance"
+        twins = " or its twin" if uses_twin(plot.metric) else ""
+        text += f"; {MARK}: the clean accuracy of at least one seed{twins} is near chance"
     if any(point.paper is not None for point in points):
         text += "; hollow markers are the paper's"
     return f"{text}."
@@ -117,7 +120,7 @@ def alt_text(results: ResultSet, plot: Plot) -> str:
             ends = [found[0], found[-1]] if len(found) > 1 else found
             said = " to ".join(f"{number(mean)} at {_x(plot, x)}" for x, mean in ends) or "nothing measured"
             texts.append(f"{panel.label}, {line}: {said}")
-    return f"{_capital(find_metric(plot.metric).title)}. {'; '.join(texts)}."
+    return f"{capital(find_metric(plot.metric).title)}. {'; '.join(texts)}."
 
 
 def file_names(plots: Sequence[Plot]) -> list[str]:
@@ -236,7 +239,3 @@ def _has_collapsed(point: Point) -> bool:
 
 def _x(plot: Plot, x: float) -> str:
     return f"{x:g}%" if plot.x == "poison.rate" else f"{x:g}"
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]

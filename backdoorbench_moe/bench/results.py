@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from backdoorbench_moe.bench.life_sign import is_fresh, read_life_sign
 from backdoorbench_moe.bench.paper import PaperTable, load_paper
-from backdoorbench_moe.bench.statistic import Statistic
+from backdoorbench_moe.bench.record_metrics import (
+    base_of,
+    find_value,
+    is_of_collapsed_model,
+    uses_twin,
+    with_base,
+)
+from backdoorbench_moe.bench.statistic import Sample, Statistic, drop_interval
 from backdoorbench_moe.bench.suite import Cell, Suite, order
-from backdoorbench_moe.collapse import is_near_chance
-from backdoorbench_moe.config import DATASET_NOT_IN_DIGEST, RunSpec
+from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.graph import clean_twin
+from backdoorbench_moe.engine.status import status_of
 from backdoorbench_moe.errors import RecordError
-from backdoorbench_moe.metrics import PERCENT
 from backdoorbench_moe.metrics import metric as find_metric
-from backdoorbench_moe.ops.intervals import Interval, difference_interval, seeds_interval
+from backdoorbench_moe.ops.intervals import Interval
 from backdoorbench_moe.records import Record, RunFolder, parse_record
+from backdoorbench_moe.records.sharing import without_folders
 
 MANIFEST, RECORDS = "suite.json", "records.jsonl"
 
@@ -83,10 +88,9 @@ class ResultSet:
         for record in found.values():
             if record.status == "finished":
                 spec, digest = record.run_spec, record.data["digest"]
-                # The same data set with the same options must be the same images.
-                key = json.dumps(
-                    {k: v for k, v in spec.dataset.to_dict().items() if k not in DATASET_NOT_IN_DIGEST}
-                )
+                # The same data set with the same options and files must be the same images.
+                files = {key: known for key, known in spec.files.items() if key.startswith("dataset.")}
+                key = json.dumps([spec.without_folders().dataset.to_dict(), files])
                 other, name = digests.setdefault(key, (digest, spec.name))
                 if other != digest:
                     raise RecordError(
@@ -141,9 +145,9 @@ class ResultSet:
 
     def value(self, spec: RunSpec, metric: str) -> float | None:
         """Get a metric of one run, in its unit; None if the run is not finished or does not have it."""
-        if _base(metric) == "cad":
+        if base_of(metric) == "cad":
             # Computed, not read: the twin may have been linked again after the run was recorded.
-            twin, ba = (self.value(spec, _replaced(metric, name)) for name in ("twin_ba", "ba"))
+            twin, ba = (self.value(spec, with_base(metric, name)) for name in ("twin_ba", "ba"))
             return None if twin is None or ba is None else twin - ba
         found = self.metric(spec, metric)
         return None if found is None else found["value"]
@@ -162,74 +166,52 @@ class ResultSet:
         record = self.record(spec)
         if record is None:
             return None
-        name = _base(metric)
-        if name == "twin_ba":
+        if base_of(metric) == "twin_ba":
             twin = self.record(clean_twin(spec))
             # The twin has no stages of a defense, but it has the same parts of the data, such as "task/2".
             parts = [text for text in metric.split(".")[:-1] if "/" in text]
             return None if twin is None else twin.metrics.get(".".join([*parts, "ba"]))
-        if metric in record.metrics:
-            return record.metrics[metric]
-        stage, _, name = metric.rpartition(".") if name == "seconds" else metric.partition(".")
-        if name == "seconds":
-            return _seconds(record, stage)
-        return _stage(record, stage).get(name)
+        return find_value(record, metric)
+
+    def has_twin(self, cell: Cell) -> bool:
+        """Return whether the clean twin of any finished run of a cell is finished."""
+        specs = cell.runs(self.suite.repeats)
+        return any(self.record(spec) and self.record(clean_twin(spec)) for spec in specs)
 
     def _interval(self, specs: list[RunSpec], metric: str) -> Interval | None:
         """The 95% interval of a metric's mean over these runs."""
-        if _base(metric) == "cad":
-            (ba, ba_interval), (twin, twin_interval) = (
-                self._mean(specs, _replaced(metric, name)) for name in ("ba", "twin_ba")
-            )
-            return difference_interval(ba, ba_interval, twin, twin_interval)
-        rows = [row for spec in specs if (row := self.metric(spec, metric)) is not None]
-        if find_metric(metric).unit != PERCENT or not all("n" in row for row in rows):
-            return None
-        images = min(self._images(spec, metric) for spec in specs)
-        return seeds_interval([row["value"] for row in rows], images)
+        if base_of(metric) == "cad":
+            ba, twin_ba = (self._sample(specs, with_base(metric, name)) for name in ("ba", "twin_ba"))
+            return drop_interval(ba, twin_ba)
+        return self._sample(specs, metric).interval(find_metric(metric))
 
-    def _mean(self, specs: list[RunSpec], metric: str) -> tuple[float, Interval | None]:
-        """Mean of a metric over these runs, which all have it, and its interval."""
-        values = [value for spec in specs if (value := self.value(spec, metric)) is not None]
-        return statistics.fmean(values), self._interval(specs, metric)
+    def _sample(self, specs: list[RunSpec], metric: str) -> Sample:
+        """A metric of those of these runs that have it."""
+        having = [(spec, row) for spec in specs if (row := self.metric(spec, metric)) is not None]
+        values = tuple(row["value"] for _, row in having)
+        return Sample(values, min((self._images(spec, metric) for spec, _ in having), default=0))
 
     def _images(self, spec: RunSpec, metric: str) -> int:
         """Number of images that determines the uncertainty of a run's metric."""
-        if _base(metric) == "auroc":
+        if base_of(metric) == "auroc":
             # Its variance is at most A (1 - A) over the smaller of the two groups (Birnbaum and Klose, 1957).
-            groups = [self.metric(spec, _replaced(metric, name)) for name in ("tpr", "fpr")]
+            groups = [self.metric(spec, with_base(metric, name)) for name in ("tpr", "fpr")]
             counts = [int(group["n"]) for group in groups if group is not None]
             if len(counts) == len(groups):
                 return min(counts)
-        row = self.metric(spec, metric)
-        return int(row["n"]) if row is not None else 0
+        row = self.metric(spec, metric) or {}
+        return int(row.get("n", 0))
 
     def _near_chance(self, spec: RunSpec, metric: str) -> bool:
         """Whether the model that a metric is measured on, or the twin that it is compared with, is near chance."""
         record = self.record(spec)
         if record is None:
             return False
-        base, stage = _base(metric), metric.partition(".")[0]
-        metrics = _stage(record, stage)
-        fields = {
-            "data": record.data,
-            "near_chance": None if metrics else getattr(record, "near_chance", None),
-        }
-        found = is_near_chance({**fields, "metrics": metrics or record.metrics})
-        if base == "cad" or base.startswith("twin_"):
+        found = is_of_collapsed_model(record, metric)
+        if uses_twin(metric):
             twin = clean_twin(spec)
             found |= twin.digest != spec.digest and self._near_chance(twin, "ba")
         return found
-
-
-def _base(metric: str) -> str:
-    """The last part of a metric's key: "pruned.asr" -> "asr"."""
-    return metric.rpartition(".")[2]
-
-
-def _replaced(metric: str, name: str) -> str:
-    """The same metric with another last part: "pruned.cad" -> "pruned.ba"."""
-    return ".".join([*metric.split(".")[:-1], name])
 
 
 def check_manifest(suite: Suite, folder: Path) -> None:
@@ -290,12 +272,9 @@ def manifest_of(results: ResultSet) -> dict[str, Any]:
 
 
 def record_lines(results: ResultSet) -> Iterator[str]:
-    """Yield every finished record as a line of JSON, without the path of its data."""
+    """Yield every finished record as a line of JSON, without the folders of this machine (see `records.sharing`)."""
     for record in results.finished():
-        values = record.to_dict()
-        for key in DATASET_NOT_IN_DIGEST:
-            values["spec"]["dataset"].pop(key, None)
-        yield json.dumps(values)
+        yield json.dumps(without_folders(record))
 
 
 def read_lines(folder: Path) -> list[Record]:
@@ -336,19 +315,4 @@ def _read_folders(suite: Suite, output: Path) -> Iterator[Record]:
     for spec in order(suite):
         if (folder := RunFolder(output / spec.name)).exists:
             record = folder.read()
-            if record.status == "running" and not is_fresh(read_life_sign(folder.path)):
-                record.status = "interrupted"
-            yield record
-
-
-def _seconds(record: Record, stage: str) -> Mapping[str, float] | None:
-    """Seconds of a stage. If `stage` is empty, of the whole defense, or of the training of an undefended run."""
-    if stage:
-        found = next((each["seconds"] for each in record.stages if each["name"] == stage), None)
-    else:
-        found = record.timing.get("defense_seconds" if record.stages else "train_seconds")
-    return None if found is None else {"value": found}
-
-
-def _stage(record: Record, name: str) -> Mapping[str, Any]:
-    return next((stage["metrics"] for stage in record.stages if stage["name"] == name), {})
+            yield replace(record, status=status_of(folder, record))

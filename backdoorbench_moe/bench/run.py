@@ -1,4 +1,4 @@
-"""Making what a suite still needs: checked first, then handed to an engine."""
+"""Making the missing runs of a suite: they are checked first and then handed to an engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from backdoorbench_moe.bench.engines import Engine
 from backdoorbench_moe.bench.estimate import kinds, measure_speed, seconds_left
 from backdoorbench_moe.bench.paper import load_paper
-from backdoorbench_moe.bench.plan import Planned, look
+from backdoorbench_moe.bench.plan import Planned, read_plan
 from backdoorbench_moe.bench.plots import build_panels
 from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.suite import Suite, order
@@ -31,12 +31,12 @@ from backdoorbench_moe.records import RunFolder
 
 @dataclass
 class Report:
-    """What one call did.
+    """What one call of `run_suite` did.
 
     Attributes:
-        total: Runs of the suite.
-        found: Those that were finished before the call.
-        outcomes: Of the others, how each ended.
+        total: Number of runs of the suite.
+        found: Number of runs that were finished before the call.
+        outcomes: How each of the other runs ended.
     """
 
     total: int
@@ -44,7 +44,7 @@ class Report:
     outcomes: list[Outcome] = field(default_factory=list)
 
     def count(self, status: str) -> int:
-        """The number of outcomes with a status; "finished" are the runs that this call made itself."""
+        """Count the outcomes with a status; "finished" are the runs that this call made itself."""
         return sum(outcome.status == status for outcome in self.outcomes)
 
     @property
@@ -68,25 +68,26 @@ def run_suite(
     on_outcome: Callable[[Outcome], object] = lambda outcome: None,
     on_check: Callable[[int, int], object] = lambda done, total: None,
 ) -> Report:
-    """Make the runs of a suite that are not finished in `output`, clean twins first, one repeat after another.
+    """Make the runs of a suite that are not finished in `output`.
 
-    A run that failed before is tried again.
+    Clean twins come first, and all runs of one seed before those of the next. A run that failed before is tried again.
 
     Args:
         suite: The suite.
         engine: Makes the runs.
         output: Folder of run folders.
-        budget: Seconds after which to stop, within a run if need be; the next call continues. None for no limit.
+        budget: Seconds after which to stop, also in the middle of a run, which the next call continues; None for no
+            limit.
         known: Digests of runs that are finished elsewhere and are not made again.
         on_outcome: Called with each outcome.
-        on_check: Called with the number of cells that are checked, and of all.
+        on_check: Called with the number of cells that are checked so far, and with the number of all cells.
 
     Raises:
-        BbmoeError: Anything that the user can correct, before anything is trained.
+        BbmoeError: A mistake in the suite or the options, found before anything is trained.
     """
     deadline = None if budget is None else time.time() + budget
     output, specs = expand(output), list(order(suite))
-    todo = [run.spec for run in look(specs, output, known) if run.status != "finished"]
+    todo = [run.spec for run in read_plan(specs, output, known) if run.status != "finished"]
     report = Report(total=len(specs), found=len(specs) - len(todo))
     check(suite, todo, output, on_check)
     try:
@@ -111,8 +112,8 @@ def check(
 ) -> None:
     """Check a suite without training anything.
 
-    Tables and plots are laid out without values, and the parts of one run of every cell are built and checked against
-    the data.
+    Tables and plots are laid out without values. For every cell, the parts of one run are built and checked against the
+    data.
 
     Raises:
         BbmoeError: The first error; it names the table or the run.
@@ -124,7 +125,7 @@ def check(
     one_each = {_without_seed(spec): spec for spec in reversed(specs)}
     runner: tuple[str, Runner] | None = None
     for done, spec in enumerate(reversed(one_each.values()), 1):
-        key = _place_of(spec)
+        key = _workplace_key(spec)
         try:
             if runner is None or runner[0] != key:
                 runner = key, Runner(spec, output)
@@ -134,8 +135,8 @@ def check(
         on_check(done, len(one_each))
 
 
-def estimate(runs: Sequence[Planned], output: Path) -> Iterator[tuple[Planned, float]]:
-    """Every run with the seconds it still takes, from a short measurement of each kind of run."""
+def estimate(runs: Sequence[Planned]) -> Iterator[tuple[Planned, float]]:
+    """Yield every run with the seconds that it still takes, from a short measurement of each kind of run."""
     seconds: dict[str, float] = {}
     for _, group in kinds([run for run in runs if run.status != "finished"]):
         images = Workplace(group[0].spec).images
@@ -161,7 +162,7 @@ def parse_budget(text: str) -> float:
 
 
 def _link(specs: Sequence[RunSpec], output: Path, name: str | None = None) -> None:
-    """Compare finished runs with their finished twins; with a name, only those in which that run takes part."""
+    """Compare finished runs with their finished twins; if a name is given, only pairs of which it is one."""
     workplaces: dict[str, Workplace] = {}
     for spec in specs:
         twin = reference(spec)
@@ -171,13 +172,13 @@ def _link(specs: Sequence[RunSpec], output: Path, name: str | None = None) -> No
         if all(folder.exists for folder in folders):
             run, clean = (load_run(folder.path) for folder in folders)
             if run.record.status == clean.record.status == "finished":
-                key = _place_of(spec)
+                key = _workplace_key(spec)
                 workplaces[key] = workplaces.get(key) or Workplace(spec)
                 link_twin(run, clean, workplaces[key])
 
 
-def _place_of(spec: RunSpec) -> str:
-    """What runs share that are made in one workplace."""
+def _workplace_key(spec: RunSpec) -> str:
+    """Return a text that is equal for runs that can be made in the same workplace."""
     return json.dumps([spec.dataset.to_dict(), spec.device, spec.precision], sort_keys=True)
 
 

@@ -1,15 +1,51 @@
-"""The statistics of one metric over the seeds of a cell."""
+"""The statistics of one metric over seeds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from backdoorbench_moe.ops.intervals import Interval
+from backdoorbench_moe.metrics import METRICS, PERCENT, Metric
+from backdoorbench_moe.ops.intervals import Interval, difference_interval, seeds_interval
 from backdoorbench_moe.ops.metrics import mean_std
 
 # Equal shares of different counts differ in their last bit.
 LAST_BIT = 1e-9
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One metric of several runs that differ in their seed.
+
+    Attributes:
+        values: Its values, in its unit.
+        images: Number of images that each value was measured on; 0 for a metric that is not counted on images.
+    """
+
+    values: tuple[float, ...]
+    images: int
+
+    def interval(self, metric: Metric) -> Interval | None:
+        """Compute the 95% interval of the mean (see `ops.intervals`).
+
+        Returns:
+            Low and high end; None for fewer than three seeds and for metrics that are not counted on images.
+        """
+        if metric.unit != PERCENT or not self.images:
+            return None
+        return seeds_interval(self.values, self.images)
+
+
+def drop_interval(ba: Sample, twin_ba: Sample) -> Interval | None:
+    """Compute the 95% interval of the mean clean accuracy drop: that of the twin's mean BA minus the mean BA.
+
+    Returns:
+        Low and high end in percentage points; None for fewer than three seeds.
+    """
+    (mean, interval), (twin_mean, twin_interval) = (
+        (mean_std(sample.values)[0], sample.interval(METRICS["ba"])) for sample in (ba, twin_ba)
+    )
+    return difference_interval(mean, interval, twin_mean, twin_interval)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from backdoorbench_moe.config import DATASET_NOT_IN_DIGEST, PARTS, RunSpec
+from backdoorbench_moe.config import PARTS, RunSpec
 from backdoorbench_moe.engine.graph import in_order
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 
@@ -170,18 +170,17 @@ def order(suite: Suite) -> Iterator[RunSpec]:
 def value_of(spec: RunSpec, key: str) -> Any:
     """Look up a dotted key in a spec.
 
-    "trigger" gives the part's label, such as "square, size=1"; "trigger.name" gives "square";
-    "trigger.size" gives 1, or None if the option is not given.
+    "trigger" gives the part's label, such as "square, size=1"; "trigger.name" gives "square"; "trigger.size" gives 1,
+    or None if the option is not given. The folders of data and files are left out, as they differ between machines.
 
     Raises:
         UnknownNameError: If a spec has no such key.
     """
+    spec = spec.without_folders()
     values: Any = {"defenses": [], **spec.to_dict()}
     values["attack"] = None if spec.attack is None else spec.attack.to_dict()
     if key in PARTS:
-        # The folder that holds the data does not change the results.
-        hidden = DATASET_NOT_IN_DIGEST if key == "dataset" else ()
-        return part_label(values[key] and {k: v for k, v in values[key].items() if k not in hidden})
+        return part_label(values[key])
     if key == "defenses":
         return ", ".join(part_label(part) or "" for part in values[key]) or "none"
     first, *rest = key.split(".")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from backdoorbench_moe.bench.record_metrics import uses_twin
 from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.statistic import Statistic
 from backdoorbench_moe.bench.suite import METRIC_COLUMNS, Cell, Layout, Suite, order, value_of
@@ -192,7 +193,7 @@ def find_place(results: ResultSet, cell: Cell | None, metric: str) -> Place:
         return Place("finished", cell, statistic, paper)
     state = results.state(cell)
     if state == "finished":
-        state = NO_TWIN if metric == "cad" else NOT_MEASURED
+        state = NO_TWIN if uses_twin(metric) and not results.has_twin(cell) else NOT_MEASURED
     return Place(state, cell, None, paper)
 
 

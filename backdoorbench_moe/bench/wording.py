@@ -6,6 +6,7 @@ from backdoorbench_moe.bench.statistic import Statistic
 from backdoorbench_moe.bench.suite import Suite
 from backdoorbench_moe.bench.tables import MetricTable, Place, RunCounts, Sheet
 from backdoorbench_moe.collapse import MARK
+from backdoorbench_moe.counting import capital
 from backdoorbench_moe.metrics import metric
 from backdoorbench_moe.ops.intervals import FEWEST_SEEDS
 
@@ -18,7 +19,10 @@ KEY_NAMES = {
 }
 AXIS_NAMES = {"poison.rate": "poisoning rate"}
 # Stands in the legend if `mean_text` marks a cell.
-COLLAPSED = f"{MARK}k: the clean accuracy of k of the n seeds is near chance, so their ASR says nothing of the trigger"
+COLLAPSED = (
+    f"{MARK}k: in k of the n seeds, the clean accuracy of the model is near chance (for CAD and values of the twin: "
+    "of the model or its twin); ASR and CAD of such seeds say nothing about the attack"
+)
 
 
 def heading(table: MetricTable, *, short: bool = False) -> str:
@@ -110,7 +114,7 @@ def facts(sheet: Sheet) -> str:
     text = "; ".join(
         part for part in (suite_line(sheet.suite), counts_line(sheet.counts), sheet.suite.note) if part
     )
-    return text[0].upper() + text[1:]
+    return capital(text)
 
 
 def legend(*, has_paper: bool, has_collapsed: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""What the terminal shows of an analysis: one screen; everything else is in the file."""
+"""An analysis on the terminal: the most important numbers on one screen; analysis.json has all of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NONE = "–"
 
 
 def print_analysis(analysis: Analysis, files: Sequence[Path]) -> None:
-    """Print a table of the experts of each layer, what holds of the layer, and who carries the backdoor."""
+    """Print a table of the experts of each layer, lines about the whole layer, and which experts carry the backdoor."""
     console = Console(highlight=False)
     counts = analysis.images
     console.print(
@@ -45,7 +45,7 @@ def print_analysis(analysis: Analysis, files: Sequence[Path]) -> None:
 
 
 def experts_table(analysis: Analysis, number: int) -> Table:
-    """One expert of a layer a row."""
+    """Build a table with one row for each expert of a layer."""
     findings = analysis.findings
     assert findings.routing is not None and analysis.pixels is not None
     routing, pixels = findings.routing[number], analysis.pixels[number]
@@ -82,7 +82,7 @@ def _others(overlap: Tensor) -> list[float] | list[None]:
 
 
 def layer_lines(analysis: Analysis, number: int) -> list[str]:
-    """What holds of a layer as a whole, a line each."""
+    """Write the results for a whole layer, one in each line."""
     findings = analysis.findings
     assert findings.routing is not None
     routing = findings.routing[number]
@@ -121,7 +121,7 @@ def _shift(one: LayerShift) -> str:
 
 
 def carriers_table(carriers: Carriers) -> Table:
-    """BA and ASR with each expert muted, with the pair that lowers ASR most, and ASR with each one patched."""
+    """Build a table of BA and ASR with each expert muted, with the most effective pair, and with each one patched."""
     table = Table(title="who carries the backdoor", title_justify="left", box=None, pad_edge=False)
     for name in ("", "BA %", "ASR %", "RA %"):
         table.add_column(name, justify="right" if name else "left", overflow="fold")
@@ -134,8 +134,8 @@ def carriers_table(carriers: Carriers) -> Table:
         table.add_row(name, _share(one.ba), _share(one.asr), "")
     for patched in carriers.patched:
         table.add_row(f"{patched.expert} as on clean", "", _share(patched.asr), _share(patched.ra))
-    if carriers.clean_called_wanted is not None:
-        table.add_row("no trigger at all", "", _share(carriers.clean_called_wanted), "")
+    if carriers.target_rate is not None:
+        table.add_row("no trigger at all", "", _share(carriers.target_rate), "")
     return table
 
 

@@ -1,4 +1,4 @@
-"""`bbmoe analyze`: what the routing of a run's model does, and who carries the backdoor."""
+"""`bbmoe analyze`: the routing of a run's model, and which experts carry the backdoor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import click
 
 from backdoorbench_moe.cli.params import PATH
 from backdoorbench_moe.cli.streams import echo
-from backdoorbench_moe.cli.threads import Look, threads_option, use_threads
+from backdoorbench_moe.cli.threads import CoreUsage, threads_option, use_threads
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.paths import expand
 
@@ -22,7 +22,7 @@ from backdoorbench_moe.paths import expand
 )  # fmt: skip
 @click.option(
     "--carriers-images", type=int, default=2000, show_default=True, metavar="N",
-    help="At most so many images to measure muted and patched experts on.",
+    help="Largest number of images to measure muted and patched experts on.",
 )  # fmt: skip
 @click.option(
     "--output", type=PATH, metavar="DIR", help="Where analysis.json, report.html and figures/ go.  [RUN]"
@@ -45,14 +45,15 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Look into the model of the finished run in folder RUN, over the whole test set.
+    """Analyse the model of the finished run in folder RUN on the whole test set.
 
-    Which patches go to which expert; whether the experts receive the patches that the trigger changed, and
-    what it does to the routing; whether they prefer bright patches; which expert carries the backdoor; how it came
-    about, if the run was made with --probe. Of a dense model only what needs no routing. All of it goes to
-    analysis.json, figures/*.png, and report.html, one page that opens offline.
+    The analysis shows which patches go to which expert, whether experts receive the patches that the trigger changed,
+    how the trigger changes the routing, whether experts prefer bright patches, and which experts carry the backdoor. If
+    the run was made with --probe, it also shows how the routing developed in training. For a dense model, the parts
+    about routing are missing. The results are written to analysis.json, figures/*.png, and report.html, a single page
+    that needs no network.
     """
-    look = Look.now()
+    usage = CoreUsage.now()
     chosen = None if images is None else _images(images)
     from backdoorbench_moe.analysis.analyze import analyze_run
     from backdoorbench_moe.analysis.document import as_document, to_text
@@ -62,7 +63,7 @@ def command(
     from backdoorbench_moe.engine.run import load_run
 
     opened, other = load_run(run), None if against is None else load_run(against)
-    use_threads(threads, look, device or opened.spec.device)
+    use_threads(threads, usage, device or opened.spec.device)
     place = opened.folder.path if output is None else output
     check_output(place)
     analysis = analyze_run(

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from backdoorbench_moe import __version__
+from backdoorbench_moe.cli.kind_names import ALL_KINDS
 from backdoorbench_moe.cli.signals import Terminated, interrupt_on_signals
 from backdoorbench_moe.cli.streams import give_up_stdout, prepare_streams, say
 from backdoorbench_moe.errors import BbmoeError, BbmoeWarning
@@ -19,11 +20,11 @@ from backdoorbench_moe.spelling import near_names
 COMMANDS = {
     "attack": "Backdoor a model and measure it.",
     "defend": "Defend the model of a run, and measure it after every stage.",
-    "analyze": "Look into the routing of a run's model, and who carries the backdoor.",
+    "analyze": "Analyse the routing of a run's model, and which experts carry the backdoor.",
     "preview": "Draw what a trigger does to images.",
     "bench": "Run a suite of attacks, and draw its tables beside the paper's.",
     "show": "Print what a run folder holds.",
-    "list": "List triggers, applicators, models, defenses and data sets, and broken plug-ins.",
+    "list": f"List {ALL_KINDS}, and broken plug-ins.",
     "info": "Describe one part and its options.",
     "plugin": "Write a package of new parts, and check one.",
 }

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from backdoorbench_moe.cli.params import PATH
-from backdoorbench_moe.cli.threads import Look, threads_option, use_threads
+from backdoorbench_moe.cli.threads import CoreUsage, threads_option, use_threads
 from backdoorbench_moe.config import RunSpec, Values, build_spec, chain_settings, load_yaml, merge
 from backdoorbench_moe.errors import ConfigError
 
@@ -124,14 +124,14 @@ def command(
 
     Repeat the command to continue an interrupted run after its last finished epoch. A finished run is reused.
     """
-    look = Look.now()
+    usage = CoreUsage.now()
     spec = spec_from_flags(config, settings, flags)
     if repeats < 1:
         raise ConfigError.expected("--repeats", "at least 1", repeats)
     from backdoorbench_moe.engine.names import check_names
 
     check_names(spec)
-    use_threads(threads, look, spec.device)
+    use_threads(threads, usage, spec.device)
     if dry_run:
         _print_plan(spec, repeats, output, twin=twin, as_json=as_json)
         return
@@ -149,7 +149,7 @@ def command(
 def _print_plan(spec: RunSpec, repeats: int, output: Path, *, twin: bool, as_json: bool) -> None:
     from dataclasses import replace
 
-    from backdoorbench_moe.bench.plan import look
+    from backdoorbench_moe.bench.plan import read_plan
     from backdoorbench_moe.bench.run import estimate
     from backdoorbench_moe.cli.plan_table import print_plan
     from backdoorbench_moe.engine.graph import in_order, lineage
@@ -159,11 +159,11 @@ def _print_plan(spec: RunSpec, repeats: int, output: Path, *, twin: bool, as_jso
     spec = runner.workplace.resolve(spec)
     seeds = [replace(spec, seed=spec.seed + number) for number in range(repeats)]
     specs = in_order(seeds) if twin else [each for one in seeds for each in lineage(one)]
-    runs = look(specs, output)
+    runs = read_plan(specs, output)
     for run in runs:
         if run.status != "finished":
             runner.maker(run.spec)
-    print_plan(list(estimate(runs, output)), as_json=as_json)
+    print_plan(list(estimate(runs)), as_json=as_json)
 
 
 def _classes(text: str) -> list[str]:

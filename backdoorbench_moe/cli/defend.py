@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from backdoorbench_moe.cli.params import PATH
-from backdoorbench_moe.cli.threads import Look, threads_option, use_threads
+from backdoorbench_moe.cli.threads import CoreUsage, threads_option, use_threads
 from backdoorbench_moe.config import PartSpec, chain_settings
 
 
@@ -42,7 +42,7 @@ def command(
     The defended model is a run folder of its own, which can be shown and defended again. Interrupted, the
     same command starts over from RUN; finished, it does nothing.
     """
-    look = Look.now()
+    usage = CoreUsage.now()
     from backdoorbench_moe import defenses
 
     defenses.registry.check_name(defense)
@@ -53,7 +53,7 @@ def command(
     from backdoorbench_moe.engine.runner import run_defense
 
     parent = load_run(run)
-    use_threads(threads, look, device or parent.spec.device)
+    use_threads(threads, usage, device or parent.spec.device)
     defended = run_defense(
         parent,
         PartSpec(defense, options),

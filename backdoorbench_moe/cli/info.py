@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from backdoorbench_moe.cli.kind_names import ONE_KIND
 from backdoorbench_moe.cli.list import check_kind
 from backdoorbench_moe.cli.streams import echo
 from backdoorbench_moe.config import chain_settings, load_recipe
@@ -18,7 +19,14 @@ RECIPE = "quick"
 WIDEST = 100
 
 
-@click.command("info")
+HELP = f"""Describe one part: KIND is {ONE_KIND}; NAME as `bbmoe list` shows it.
+
+For a model, its parameters and its multiply-adds for one image are counted: with the model's own defaults, and with the
+values that the recipe gives it, as `bbmoe attack` does. For a data set, its classes are listed by number and name.
+"""
+
+
+@click.command("info", help=HELP)
 @click.argument("kind")
 @click.argument("name")
 @click.option("--recipe", metavar="NAME", help=f"Of a model: the recipe whose values are shown.  [{RECIPE}]")
@@ -40,11 +48,7 @@ def command(
     settings: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Describe one part: KIND is trigger, applicator, model, defense or dataset; NAME as `bbmoe list` shows it.
-
-    Of a model, its parameters and multiply-adds for an image are counted: with its own defaults, and with the
-    values that the recipe gives it, as `bbmoe attack` does. Of a data set, its classes are listed by number and name.
-    """
+    """Describe one part."""
     kind = check_kind(kind)
     if settings and kind not in ("model", "dataset"):
         raise ConfigError.expected("--set", "an option of a model or data set, and only for one", settings[0])

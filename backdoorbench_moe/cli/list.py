@@ -1,4 +1,4 @@
-"""`bbmoe list`: every name that can be used, what it is, and where it comes from."""
+"""`bbmoe list`: the names of all parts, what they are, and the packages that they come from."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import click
 
 from backdoorbench_moe.cli.docstring_text import docstring_of, summary
+from backdoorbench_moe.cli.kind_names import ALL_KINDS
 from backdoorbench_moe.cli.streams import echo
 from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.plugins import strays
@@ -14,15 +15,18 @@ from backdoorbench_moe.plugins import strays
 OWN_PACKAGE = "backdoorbench-moe"
 
 
-@click.command("list")
+HELP = f"""List {ALL_KINDS} (or one KIND), and broken plug-ins.
+
+Parts of other packages are listed with the name of their package, and are imported to check that they work; built-in
+parts are not imported. `bbmoe info KIND NAME` describes one part in full.
+"""
+
+
+@click.command("list", help=HELP)
 @click.argument("kind", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(kind: str | None, as_json: bool) -> None:
-    """List triggers, applicators, models, defenses and data sets (or one KIND), and broken plug-ins.
-
-    What is not marked as a package's own comes with this package. Third-party parts are imported to see whether
-    they work; built-in ones are not. `bbmoe info KIND NAME` describes one in full.
-    """
+    """List the names of all parts, or of those of one kind."""
     kinds = [check_kind(kind)] if kind else list(REGISTRIES)
     rows, faults = [], strays()
     for name in kinds:

@@ -1,4 +1,4 @@
-"""What runs are still to be made and how long they will take, as `--dry-run` prints it."""
+"""Missing runs and the time that they will take, as `--dry-run` prints them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Estimates = Sequence[tuple["Planned", float]]
 
 
 def say_time(seconds: float) -> str:
-    """A duration as a person would say it: "40 s", "12 min", "3.5 h"."""
+    """Write a duration with the unit that fits: "40 s", "12 min", "3.5 h"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def plan_table(planned: Estimates) -> Table:
-    """One run a row: its name, status, epochs and the time it still takes."""
+    """Build a table with one row for each run: name, status, epochs, and the time that it still takes."""
     table = Table("run", "status", "epochs", "time left", box=None, pad_edge=False)
     for run, seconds in planned:
         epochs = f"{run.epochs:.0f}/{run.total_epochs}"
@@ -36,7 +36,7 @@ def plan_table(planned: Estimates) -> Table:
 
 
 def total_line(planned: Estimates) -> str:
-    """How many runs there are, and how long all that are missing will take."""
+    """Write the number of runs, and how long the missing ones will take in all."""
     finished = sum(run.status == "finished" for run, _ in planned)
     total = say_time(sum(seconds for _, seconds in planned))
     return (

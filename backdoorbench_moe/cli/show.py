@@ -1,4 +1,4 @@
-"""`bbmoe show`: run folders, read and checked."""
+"""`bbmoe show`: what run folders hold, as tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     "--columns",
     metavar="NAME,..",
     help="What to print of each run: run, status, data, model, trigger, applicator, poison, defense, seed, epochs, a "
-    "metric such as asr, or a dotted key such as train.lr or timing.total_seconds.  [those that say something]",
+    "metric such as asr, or a dotted key such as train.lr or timing.total_seconds.  [settings and recorded metrics]",
 )
 @click.option("--sort", metavar="NAME,..", help="Sort by these columns; -NAME from high to low.  [as given]")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON.")
@@ -33,8 +33,8 @@ def command(
 ) -> None:
     """Print what run folders hold; RUN may also be a folder of run folders.
 
-    Of one run: settings, metrics, history and environment. Of several: one table. What is equal in all of them is
-    printed once above it; with too many columns for the terminal, the table is continued below.
+    For one run: settings, metrics, history and environment. For several runs: one table. Values that all runs share are
+    printed once above the table. Columns that do not fit into the terminal go into further tables below.
     """
     from backdoorbench_moe.cli.show_table import sort_runs, split_keys
 
@@ -63,7 +63,7 @@ def command(
         console.print(equal, markup=False)
     for table in show_table.build_tables(chosen, shown, console.width):
         console.print(table)
-    if legend := show_table.mark_legend(shown):
+    if legend := show_table.mark_legend(chosen, shown):
         console.print(legend, markup=False)
     for run in shown:
         if run.record.error:
@@ -72,7 +72,7 @@ def command(
 
 
 def _folders(path: Path) -> list[Path]:
-    """A run folder itself, or the run folders in a folder; what is neither is refused when it is read."""
+    """Return a run folder itself, or the run folders in a folder; any other path itself, which is refused when read."""
     from backdoorbench_moe.records import RunFolder
 
     if RunFolder(path).exists or not path.is_dir():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from backdoorbench_moe.collapse import MARK, MARKED, collapsed
+from backdoorbench_moe.bench.record_metrics import base_of, find_value, is_of_collapsed_model, with_base
+from backdoorbench_moe.collapse import MARK, MARKED
 from backdoorbench_moe.errors import UnknownNameError
-from backdoorbench_moe.metrics import METRICS, PERCENT
+from backdoorbench_moe.metrics import METRICS, PERCENT, Metric, sort_metrics
 from backdoorbench_moe.records import Record, RunFolder
 
 NONE = "–"
@@ -34,10 +35,10 @@ class Column:
     """A column of the table of runs.
 
     Attributes:
-        key: What `--columns` and `--sort` call it.
+        key: Its name in `--columns` and `--sort`.
         title: Its heading.
-        value: The value of a run, a text or a number; None if it has none.
-        text: The value as it is printed.
+        value: Returns the value of a run, a text or a number; None if the run has none.
+        text: Returns the value as it is printed.
     """
 
     key: str
@@ -47,31 +48,43 @@ class Column:
 
 
 def choose_columns(keys: Sequence[str] | None, runs: Sequence[ShownRun], *, intervals: bool) -> list[Column]:
-    """The columns of these keys, or those that say something of these runs.
+    """Choose the columns of a table.
 
     Args:
-        keys: Names from `list_columns`, or dotted keys of the spec or the record (`train.lr`,
-            `timing.total_seconds`); None for the usual ones, metrics and defense only if a run has them.
+        keys: Names of settings such as "seed"; metrics such as "asr", "task/2.ba", "pruned.asr" (after a stage of a
+            defense) or "seconds"; or dotted keys of the spec or the record such as "train.lr" or
+            "timing.total_seconds". None for all settings, and for the metrics that the runs' records hold.
         runs: The runs to be shown.
         intervals: Whether metrics are printed with their 95% interval.
 
     Raises:
-        UnknownNameError: A key is neither a column nor in any of the records.
+        UnknownNameError: A key is none of these.
     """
-    known = {column.key: column for column in list_columns(intervals=intervals)}
-    if keys is None:
-        optional = {"run", "defense", *METRICS}
-        used = {key for key in known if any(known[key].value(run) is not None for run in runs)}
-        if "asr" in used:
-            used.add(
-                "target_rate"
-            )  # What ASR is worth is seen beside it, and where it was not measured, too.
-        return [known[key] for key in known if key not in optional or (key in used and key != "run")]
-    return [known[key] if key in known else _dotted(key, runs, list(known)) for key in keys]
+    settings = {column.key: column for column in list_settings()}
+    measured = {key for run in runs for key in run.record.metrics}
+    if keys is not None:
+        return [_column(key, settings, measured, runs, intervals=intervals) for key in keys]
+    if "asr" in measured:
+        # It shows what ASR is worth, and is shown even if it was not measured.
+        measured.add("target_rate")
+    defended = any(settings["defense"].value(run) is not None for run in runs)
+    hidden = {"run"} if defended else {"run", "defense"}
+    shown = [column for key, column in settings.items() if key not in hidden]
+    return shown + [_metric(one, intervals=intervals) for one in sort_metrics(measured)]
 
 
-def list_columns(*, intervals: bool = False) -> list[Column]:
-    """All columns with a name of their own, in the order in which they are printed."""
+def _column(
+    key: str, settings: Mapping[str, Column], measured: set[str], runs: Sequence[ShownRun], *, intervals: bool
+) -> Column:
+    if key in settings:
+        return settings[key]
+    if key in METRICS or any(_find(run.record, key) is not None for run in runs):
+        return _metric(sort_metrics([key])[0], intervals=intervals)
+    return _dotted(key, runs, [*settings, *METRICS, *sorted(measured - METRICS.keys())])
+
+
+def list_settings() -> list[Column]:
+    """List the columns that are not metrics, in the order in which they are printed."""
     values: dict[str, Callable[[ShownRun], Any]] = {
         "run": lambda run: run.folder.path.name,
         "status": lambda run: run.status,
@@ -85,29 +98,44 @@ def list_columns(*, intervals: bool = False) -> list[Column]:
         "epochs": lambda run: run.record.run_spec.train.epochs,
     }
     texts = {"poison": _rate}
-    columns = [Column(key, key, value, texts.get(key) or _text_of(value)) for key, value in values.items()]
-    return columns + [_metric(key, intervals=intervals) for key in METRICS]
+    return [Column(key, key, value, texts.get(key) or _text_of(value)) for key, value in values.items()]
 
 
-def _metric(key: str, *, intervals: bool) -> Column:
+def _find(record: Record, key: str) -> Mapping[str, float] | None:
+    """A metric of a record. The twin's BA, which is in the twin's own record, is computed from BA and CAD."""
+    found = find_value(record, key)
+    if found is None and base_of(key) == "twin_ba":
+        ba, drop = (find_value(record, with_base(key, name)) for name in ("ba", "cad"))
+        if ba is not None and drop is not None:
+            # Rounding must not lift the accuracy above 100%.
+            return {"value": min(100.0, ba["value"] + drop["value"])}
+    return found
+
+
+def _metric(metric: Metric, *, intervals: bool) -> Column:
+    def value(run: ShownRun) -> float | None:
+        return (_find(run.record, metric.key) or {}).get("value")
+
     def text(run: ShownRun) -> str:
-        metric = run.record.metrics.get(key)
-        if metric is None:
+        found = _find(run.record, metric.key)
+        if found is None:
             return NONE
-        bounds = f" [{metric['low']:.1f}, {metric['high']:.1f}]" if intervals and "low" in metric else ""
-        mark = f" {MARK}" if key in MARKED and collapsed(run.record) else ""
-        return f"{metric['value']:.2f}{bounds}{mark}"
+        bounds = f" [{found['low']:.1f}, {found['high']:.1f}]" if intervals and "low" in found else ""
+        mark = f" {MARK}" if _is_marked(run.record, metric) else ""
+        return f"{found['value']:.2f}{bounds}{mark}"
 
-    unit = " %" if METRICS[key].unit == PERCENT else ""
-    return Column(
-        key, f"{METRICS[key].heading}{unit}", lambda run: run.record.metrics.get(key, {}).get("value"), text
-    )
+    unit = " %" if metric.unit == PERCENT else ""
+    return Column(metric.key, f"{metric.heading}{unit}", value, text)
+
+
+def _is_marked(record: Record, metric: Metric) -> bool:
+    return metric.base in MARKED and is_of_collapsed_model(record, metric.key)
 
 
 def _dotted(key: str, runs: Sequence[ShownRun], known: Sequence[str]) -> Column:
     def value(run: ShownRun) -> Any:
-        found = _look_up(run.record.spec, key)
-        return found if found is not None else _look_up(asdict(run.record), key)
+        found = _get(run.record.spec, key)
+        return found if found is not None else _get(asdict(run.record), key)
 
     if all(value(run) is None for run in runs):
         hint = "; or a dotted key of the spec or record, such as train.lr or timing.total_seconds"
@@ -115,7 +143,7 @@ def _dotted(key: str, runs: Sequence[ShownRun], known: Sequence[str]) -> Column:
     return Column(key, key, value, _text_of(value))
 
 
-def _look_up(values: Any, key: str) -> Any:
+def _get(values: Any, key: str) -> Any:
     for name in key.split("."):
         values = values.get(name) if isinstance(values, dict) else None
     return values

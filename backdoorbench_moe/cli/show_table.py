@@ -1,4 +1,4 @@
-"""Several runs as a table that fits the terminal without breaking a word."""
+"""Several runs as a table that fits into the terminal without breaking a word."""
 
 from __future__ import annotations
 
@@ -9,27 +9,32 @@ from typing import Any
 from rich.table import Table
 
 from backdoorbench_moe.cli.show_columns import NONE, Column, ShownRun, choose_columns
-from backdoorbench_moe.collapse import MARK, MARK_LEGEND, collapsed
+from backdoorbench_moe.collapse import MARK, MARK_LEGEND
 from backdoorbench_moe.errors import ConfigError
 
 GAP = 2
-# Below this many runs, a column in which all are equal is still a column.
+# With fewer runs, a column stays in the table even if all its values are equal.
 FEWEST_TO_LIFT = 2
-# Which columns may be printed once for all runs: the others are what a table of runs is for.
+# Columns that are printed once, above the table, if all runs have the same value. Metrics always stay in the table.
 LIFTED = ("status", "data", "model", "trigger", "applicator", "poison", "defense", "seed", "epochs")
 
 
 def sort_runs(runs: Sequence[ShownRun], keys: Sequence[str]) -> list[ShownRun]:
-    """Runs sorted by columns, the first key first; a key with "-" before it sorts from high to low.
+    """Sort runs by columns; runs without a value come last.
 
-    Runs without a value come last. Raises UnknownNameError for a key that is no column.
+    Args:
+        runs: The runs.
+        keys: Keys of columns (see `choose_columns`), the most important first; "-" before a key sorts from high to low.
+
+    Raises:
+        UnknownNameError: There is no such column.
     """
     ordered = list(runs)
     for key in reversed(keys):
         [column] = choose_columns([key.removeprefix("-")], runs, intervals=False)
-        there = [run for run in ordered if column.value(run) is not None]
-        there.sort(key=lambda run: _order(column.value(run)), reverse=key.startswith("-"))
-        ordered = there + [run for run in ordered if column.value(run) is None]
+        having = [run for run in ordered if column.value(run) is not None]
+        having.sort(key=lambda run: _order(column.value(run)), reverse=key.startswith("-"))
+        ordered = having + [run for run in ordered if column.value(run) is None]
     return ordered
 
 
@@ -38,7 +43,7 @@ def _order(value: Any) -> tuple[int, float, str]:
 
 
 def split_keys(text: str | None, parameter: str) -> list[str] | None:
-    """The keys in a comma-separated list. Raises ConfigError for an empty one among them."""
+    """Split a comma-separated list of keys. Raises ConfigError if one of them is empty."""
     if text is None:
         return None
     keys = [key.strip() for key in text.split(",")]
@@ -48,7 +53,12 @@ def split_keys(text: str | None, parameter: str) -> list[str] | None:
 
 
 def lift_columns(columns: Sequence[Column], runs: Sequence[ShownRun]) -> tuple[str, list[Column]]:
-    """A line with what is equal in all runs, and the columns that are left. Both as they were for one run."""
+    """Take columns in which all runs are equal out of a table.
+
+    Returns:
+        A line with the values that all runs share, "" if there are none, and the remaining columns. For a single run,
+        all columns remain.
+    """
     if len(runs) < FEWEST_TO_LIFT:
         return "", list(columns)
     equal = [c for c in columns if c.key in LIFTED and len({c.text(run) for run in runs}) == 1]
@@ -58,12 +68,12 @@ def lift_columns(columns: Sequence[Column], runs: Sequence[ShownRun]) -> tuple[s
 
 
 def build_tables(columns: Sequence[Column], runs: Sequence[ShownRun], width: int) -> list[Table]:
-    """The runs as one table; as several below each other where a line has not enough room for all columns.
+    """Build a table of runs, or several tables below each other if the columns do not fit into one line.
 
     Args:
-        columns: What to print.
-        runs: One a row. In several tables each row begins with its number.
-        width: Characters in a line.
+        columns: The columns.
+        runs: The runs, one for each row. If there are several tables, each row begins with its number.
+        width: Number of characters in a line.
     """
     cells = [[column.title, *(column.text(run) for run in runs)] for column in columns]
     if _needed(cells) <= width:
@@ -78,7 +88,7 @@ def build_tables(columns: Sequence[Column], runs: Sequence[ShownRun], width: int
 
 
 def _needed(cells: Sequence[Sequence[str]]) -> int:
-    """The characters in a line that columns need at least, each as wide as its longest word."""
+    """Number of characters that the columns need in a line if each is as wide as its longest word."""
     return sum(map(_longest_word, cells)) + GAP * (len(cells) - 1)
 
 
@@ -118,13 +128,14 @@ def _wrap(text: str, size: int) -> str:
 
 
 def markdown_table(columns: Sequence[Column], runs: Sequence[ShownRun]) -> str:
-    """The runs as a Markdown table, one a row, with a line below if a model is near chance."""
+    """Write the runs as a Markdown table, one for each row, with the legend of the mark of models near chance."""
     rows = [[column.title for column in columns], ["---"] * len(columns)]
     rows += [[column.text(run).replace("|", "\\|") for column in columns] for run in runs]
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([*lines, *(["", legend] if (legend := mark_legend(runs)) else [])])
+    return "\n".join([*lines, *(["", legend] if (legend := mark_legend(columns, runs)) else [])])
 
 
-def mark_legend(runs: Sequence[ShownRun]) -> str | None:
-    """What the mark of a model near chance means; None if no run has one."""
-    return MARK_LEGEND if any(collapsed(run.record) for run in runs) else None
+def mark_legend(columns: Sequence[Column], runs: Sequence[ShownRun]) -> str | None:
+    """Return the explanation of the mark of models near chance; None if no value is marked."""
+    marked = any(column.text(run).endswith(MARK) for column in columns for run in runs)
+    return MARK_LEGEND if marked else None

@@ -1,4 +1,4 @@
-"""Tables of runs for the terminal and as Markdown, drawn from their records."""
+"""Tables of runs for the terminal, drawn from their records."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from backdoorbench_moe.bench.record_metrics import with_base
+from backdoorbench_moe.bench.statistic import Sample, drop_interval
 from backdoorbench_moe.cli.streams import echo
 from backdoorbench_moe.collapse import MARK, MARK_LEGEND, MARKED, collapse_line, collapsed, is_near_chance
-from backdoorbench_moe.metrics import METRICS, PERCENT, sort_metrics
-from backdoorbench_moe.ops.intervals import FEWEST_SEEDS, Interval, difference_interval, seeds_interval
+from backdoorbench_moe.metrics import METRICS, Metric, sort_metrics
+from backdoorbench_moe.ops.intervals import FEWEST_SEEDS, Interval
 from backdoorbench_moe.ops.metrics import mean_std
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 NONE = "–"
 FILTER_METRICS = ("auroc", "tpr", "fpr")
 STAGE_METRICS = ("ba", "asr", "ra")
-# Scores can have one value an image; this many are shown.
+# There may be one score for each image; only the first ones are shown.
 SHOWN_SCORES = 12
 
 
@@ -47,7 +49,7 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
     for one in sort_metrics(set.intersection(*(set(run.record.metrics) for run in runs))):
         values = [run.record.metrics[one.key]["value"] for run in runs]
         mean, std = mean_std(values)
-        low, high = _interval(runs, one.key) or (None, None)
+        low, high = _interval(runs, one) or (None, None)
         seeds = {str(run.spec.seed): value for run, value in zip(runs, values, strict=True)}
         summary[one.key] = {
             "mean": mean, "std": std, "low": low, "high": high, "n": len(values), "seeds": seeds
@@ -55,23 +57,27 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
     return summary
 
 
-def _interval(runs: Sequence[Run], key: str) -> Interval | None:
-    """The 95% interval of a metric's mean over runs."""
-    rows = [run.record.metrics[key] for run in runs]
-    images = min(int(row["n"]) for row in rows)
-    if key == "cad":
-        ba = [run.record.metrics["ba"]["value"] for run in runs]
-        # Rounding must not lift the twin's accuracy above 100%.
-        twin = [min(100.0, value + row["value"]) for value, row in zip(ba, rows, strict=True)]
-        ends = [seeds_interval(values, images) for values in (ba, twin)]
-        return difference_interval(mean_std(ba)[0], ends[0], mean_std(twin)[0], ends[1])
-    if sort_metrics([key])[0].unit != PERCENT:
+def _interval(runs: Sequence[Run], metric: Metric) -> Interval | None:
+    """The 95% interval of a metric's mean over runs that all have it."""
+    sample = _sample(runs, metric.key)
+    if metric.base != "cad":
+        return sample.interval(metric)
+    ba_key = with_base(metric.key, "ba")
+    if any(ba_key not in run.record.metrics for run in runs):
         return None
-    return seeds_interval([row["value"] for row in rows], images)
+    ba = Sample(_sample(runs, ba_key).values, sample.images)
+    # Rounding must not lift the twin's accuracy above 100%.
+    twin = (min(100.0, value + drop) for value, drop in zip(ba.values, sample.values, strict=True))
+    return drop_interval(ba, Sample(tuple(twin), sample.images))
+
+
+def _sample(runs: Sequence[Run], key: str) -> Sample:
+    rows = [run.record.metrics[key] for run in runs]
+    return Sample(tuple(row["value"] for row in rows), min(int(row["n"]) for row in rows))
 
 
 def print_runs(runs: Sequence[Run]) -> None:
-    """Print the metrics of one run with their intervals, or of several with mean and deviation."""
+    """Print the metrics of one run with their intervals, or those of several runs with mean and standard deviation."""
     console = Console()
     console.print(metrics_table(runs[0].record) if len(runs) == 1 else repeats_table(runs))
     for run in runs:
@@ -79,7 +85,7 @@ def print_runs(runs: Sequence[Run]) -> None:
 
 
 def print_defended(run: Run) -> None:
-    """Print what a defense did, stage by stage, what it judged, and the clean accuracy drop."""
+    """Print the metrics after each stage of a defense, its judgements, and the clean accuracy drop."""
     console = Console(highlight=False)
     console.print(title(run.record), style="italic", markup=False)
     print_stages(console, run.record)
@@ -108,7 +114,7 @@ def print_stages(console: Console, record: Record) -> None:
 
 
 def judgement_lines(judged: Judged) -> list[str]:
-    """A judgement in a line or two: what is suspicious and why, then the scores."""
+    """Write a judgement in one or two lines: what is suspicious and why, then the scores if there are any."""
     suspicious = judged["suspicious"]
     found = (
         f"{suspicious} suspicious" if isinstance(suspicious, int) else f"suspicious: {_judged(suspicious)}"
@@ -122,7 +128,7 @@ def judgement_lines(judged: Judged) -> list[str]:
 
 
 def title(record: Record) -> str:
-    """Say in one line what was done."""
+    """Write model, data, attack and defenses of a run in one line."""
     spec = record.run_spec
     after = "".join(f", {part.name}" for part in spec.defenses)
     what = f"{spec.model.name} on {spec.dataset.name}"
@@ -137,8 +143,8 @@ def title(record: Record) -> str:
 def metrics_table(record: Record) -> Table:
     """Build a table of one run's metrics: value, 95% interval and number of images.
 
-    A run with an ASR has a row for the target rate without the trigger, also where it was not measured.
-    Below the table it says if the model is near chance.
+    A run with an ASR has a row for the target rate without the trigger, even if it was not measured. If the model is
+    near chance, a line below the table says so.
     """
     table = Table(title=title(record), title_justify="left", caption_justify="left")
     table.add_column("metric")
@@ -150,7 +156,7 @@ def metrics_table(record: Record) -> Table:
             table.add_row(one.label, NONE, NONE, NONE)
             continue
         interval = f"{found['low']:.2f} – {found['high']:.2f}" if "low" in found else NONE
-        mark = f" {MARK}" if one.key in MARKED and collapsed(record) else ""
+        mark = f" {MARK}" if one.base in MARKED and collapsed(record) else ""
         table.add_row(one.label, f"{found['value']:.2f}{mark}", interval, str(found["n"]))
     if (line := collapse_line(record)) is not None:
         table.caption = f"{MARK} {line}"
@@ -159,7 +165,7 @@ def metrics_table(record: Record) -> Table:
 
 def stages_table(record: Record) -> Table:
     """Build a table of BA, ASR and RA with their 95% intervals before a defense and after each stage."""
-    # One blank between columns: three metrics of 100.00 [100.0, 100.0] and a short name fit 80 columns.
+    # With one blank between columns, a short name and three metrics such as 100.00 [100.0, 100.0] fit into 80 columns.
     table = Table("stage", box=None, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
     names = [name for name in STAGE_METRICS if name in record.metrics]
     for column in [f"{METRICS[name].short} %" for name in names] + ["s"]:
@@ -174,7 +180,7 @@ def stages_table(record: Record) -> Table:
 
 
 def _judged(values: Any, separator: str = "; ") -> str:
-    """Write scores or a verdict in one line, numbers with four digits and long ones cut short."""
+    """Write scores or details of a judgement in one line; numbers have four digits, and long lists are cut."""
     if isinstance(values, dict):
         parts = [f"{name} {_judged(value, ', ')}" for name, value in values.items()]
     elif isinstance(values, list):
@@ -190,7 +196,7 @@ def _judged(values: Any, separator: str = "; ") -> str:
 def repeats_table(runs: Sequence[Run]) -> Table:
     """Build a table of several seeds: mean ± standard deviation, 95% interval, and every seed's value.
 
-    Below the table it says how many seeds have a model near chance.
+    If models are near chance, a line below the table says how many.
     """
     name = f"{title(runs[0].record)}, {len(runs)} seeds"
     table = Table(title=name, title_justify="left", caption_justify="left")
@@ -223,7 +229,7 @@ def repeats_table(runs: Sequence[Run]) -> Table:
 
 
 def settings_table(record: Record) -> Table:
-    """Build a table of what the run was made from and on, one row for each group of settings."""
+    """Build a table of the settings, data and environment of a run, one row for each group."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in record.spec.items():
         table.add_row(key, _inline(value))

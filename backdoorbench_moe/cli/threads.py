@@ -11,10 +11,11 @@ from typing import Any
 
 import click
 
+from backdoorbench_moe.cores import usable_cores
 from backdoorbench_moe.errors import BbmoeWarning
 
-# A shorter look at the cores says little: the system counts in hundredths of a second.
-SHORTEST_LOOK = 0.3
+# The system counts in hundredths of a second, so that a shorter measurement says little.
+SHORTEST_SECONDS = 0.3
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 
@@ -28,28 +29,28 @@ def threads_option(function: Any) -> Any:
     )(function)
 
 
-def use_threads(threads: int | None, look: Look, device: str | None) -> None:
-    """Let PyTorch use so many threads on the CPU.
+def use_threads(threads: int | None, usage: CoreUsage, device: str | None) -> None:
+    """Set the number of CPU threads of PyTorch.
 
     Args:
-        threads: The number; None leaves PyTorch's own, and warns if fewer cores than that are free.
-        look: A look at the cores begun earlier.
-        device: The device that is asked for; no warning where it is a GPU.
+        threads: The number; None keeps PyTorch's own, and warns if fewer cores than that are free.
+        usage: The usage of the cores when the command started.
+        device: The device that was asked for; there is no warning if it is a GPU.
     """
     import torch
 
     if threads is not None:
         torch.set_num_threads(threads)
     elif device == "cpu" or (device in (None, "auto") and not torch.cuda.is_available()):
-        warn_of_busy_cores(torch.get_num_threads(), look)
+        warn_of_busy_cores(torch.get_num_threads(), usage)
 
 
-def warn_of_busy_cores(threads: int, look: Look) -> None:
-    """Warn if so many threads would wait for each other, as fewer cores are free for them."""
-    free = look.free_cores()
+def warn_of_busy_cores(threads: int, usage: CoreUsage) -> None:
+    """Warn if fewer cores than `threads` are free, so that threads would have to wait for each other."""
+    free = usage.free_cores()
     if free is not None and threads > max(1, round(free)):
         warnings.warn(
-            f"{threads} threads on {look.cores:g} cores, of which about {max(0.0, free):.1f} are free: threads that "
+            f"{threads} threads on {usage.cores:g} cores, of which about {max(0.0, free):.1f} are free: threads that "
             f"wait for each other can be slower than fewer; try --threads {max(1, round(free))} "
             "(which changes the last digits of the numbers)",
             BbmoeWarning,
@@ -58,14 +59,14 @@ def warn_of_busy_cores(threads: int, look: Look) -> None:
 
 
 @dataclass(frozen=True)
-class Look:
-    """How busy the cores were at some moment; a second look says how many were free in between.
+class CoreUsage:
+    """How long the cores of this process have worked up to some moment.
 
     Attributes:
-        cores: Cores that this process may use: those it is bound to, or fewer if a container has a quota.
+        cores: Number of cores that this process may use: those it is bound to, or fewer if a container has a quota.
         time: Seconds on a monotonic clock.
-        busy: Seconds that these cores have worked since the start of the system; None if it does not say.
-        own: Of these, the seconds that this process has taken.
+        busy: Seconds that these cores have worked since the start of the system; None if the system does not say.
+        own: Seconds of these that this process has taken.
     """
 
     cores: float
@@ -74,30 +75,30 @@ class Look:
     own: float
 
     @classmethod
-    def now(cls) -> Look:
-        """Look at the cores now."""
-        places = os.sched_getaffinity(0)
+    def now(cls) -> CoreUsage:
+        """Read the usage at this moment."""
+        numbers = usable_cores()
         quota = _quota()
-        cores = len(places) if quota is None else min(len(places), quota)
-        return cls(cores, time.monotonic(), _busy_seconds(places), time.process_time())
+        cores = len(numbers) if quota is None else min(len(numbers), quota)
+        return cls(cores, time.monotonic(), _busy_seconds(numbers), time.process_time())
 
     def free_cores(self) -> float | None:
-        """How many cores other processes have left free since this look; None if that is not known."""
-        now = Look.now()
+        """Compute how many cores other processes have left free since then; None if that is not known."""
+        now = CoreUsage.now()
         passed = now.time - self.time
-        if self.busy is None or now.busy is None or passed < SHORTEST_LOOK:
+        if self.busy is None or now.busy is None or passed < SHORTEST_SECONDS:
             return None
         others = max(0.0, (now.busy - self.busy) - (now.own - self.own)) / passed
-        return min(self.cores, len(os.sched_getaffinity(0)) - others)
+        return min(self.cores, len(usable_cores()) - others)
 
 
-def _busy_seconds(places: set[int]) -> float | None:
-    """Seconds that some cores have worked since the start, by /proc/stat."""
+def _busy_seconds(numbers: set[int]) -> float | None:
+    """Seconds that some cores have worked since the start of the system, from /proc/stat; None without that file."""
     try:
         lines = (PROC / "stat").read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):
         return None
-    names = {f"cpu{place}" for place in places}
+    names = {f"cpu{number}" for number in numbers}
     found = [
         list(map(int, rest.split()))
         for name, _, rest in (line.partition(" ") for line in lines)
@@ -109,7 +110,7 @@ def _busy_seconds(places: set[int]) -> float | None:
 
 
 def _quota() -> float | None:
-    """How many cores' time a container may use; None if it has no limit."""
+    """Number of cores whose time a container may use; None if it has no limit."""
     try:
         quota, period = (CGROUP / "cpu.max").read_text(encoding="ascii").split()
         return int(quota) / int(period)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal, cast, get_type_hints
 
 from backdoorbench_moe.config.merge import Values
@@ -191,6 +192,27 @@ class RunSpec:
     def without_paths(self) -> RunSpec:
         """Return a copy in which the options that name a file in `files` are None."""
         return self.with_options(dict.fromkeys(self.files)) if self.files else self
+
+    @property
+    def file_paths(self) -> dict[str, str]:
+        """The path of every file whose hash is in `files`, by the key of the option that names it."""
+        options = {
+            f"{start}{name}": item
+            for _, start, part in self.options_by_key()
+            for name, item in part.options.items()
+        }
+        return {key: path for key in self.files if isinstance(path := options[key], str)}
+
+    def without_folders(self) -> RunSpec:
+        """Return a copy, with the same digest, that does not say in which folders of this machine files lie.
+
+        The options that say where the data lie are left out, and a file in `files` is given by its name alone.
+        """
+        kept = {k: v for k, v in self.dataset.options.items() if k not in DATASET_NOT_IN_DIGEST}
+        if kept == self.dataset.options and not self.files:
+            return self
+        spec = replace(self, dataset=replace(self.dataset, options=kept))
+        return spec.with_options({key: Path(path).name for key, path in self.file_paths.items()})
 
     def with_data(self, **options: object) -> RunSpec:
         """Return a copy with other options for the data set, such as a new `root`."""

@@ -76,4 +76,4 @@ def _number(parameter: str, label: int | str, classes: Sequence[str]) -> int:
     folded = [number for number, name in enumerate(classes) if name.casefold() == label.casefold()]
     if len(folded) == 1:
         return folded[0]
-    raise UnknownNameError(f"{parameter}: class", label, classes, "; its number will do, too")
+    raise UnknownNameError(f"{parameter}: class", label, classes, "; or its number")

@@ -68,7 +68,7 @@ def test_patching_puts_the_clean_output_into_the_triggered_pass() -> None:
         assert one.asr.value == percent(called == triggered.wanted)
         assert one.ra.value == percent(called == triggered.true)
     called = predict(model, test.images[triggered.places], precision="fp32")
-    assert found.clean_called_wanted.value == percent(called == triggered.wanted)  # type: ignore[union-attr]
+    assert found.target_rate.value == percent(called == triggered.wanted)  # type: ignore[union-attr]
 
 
 def test_the_samples_are_reproducible(monkeypatch) -> None:
@@ -82,5 +82,5 @@ def test_the_samples_are_reproducible(monkeypatch) -> None:
 
 def test_without_a_trigger_only_ba_is_measured() -> None:
     found = find_carriers(open_pmoe(), None, 10)
-    assert found.whole.asr is None and found.patched == () and found.clean_called_wanted is None
+    assert found.whole.asr is None and found.patched == () and found.target_rate is None
     assert len(found.singles) == 4 and len(found.pairs) == 6

@@ -140,7 +140,7 @@ def test_without_a_trigger_muting_is_about_ba_alone() -> None:
     document = copy.deepcopy(document_of("pmoe"))
     document["capture"] = document["shift"] = None
     carriers = document["carriers"]
-    carriers |= {"patched": [], "clean_called_wanted": None}
+    carriers |= {"patched": [], "target_rate": None}
     for one in (carriers["whole"], *carriers["singles"], *carriers["pairs"]):
         one["asr"] = None
     drawn = plates(backdoor.draw_backdoor, document)
@@ -165,7 +165,7 @@ def test_the_papers_claim_about_pixel_values_is_judged_by_the_largest_effect(auc
         one |= {"auc": auc if e == 2 else 0.5, "rank_biserial": 2 * auc - 1 if e == 2 else 0, "p": 0.0}
     document["run"]["data"] = "cifar10"
     text = pixels.verdict(document)
-    assert "expert 2 of moe" in text and said in text and "p below 1e-300" in text
+    assert "expert 2 of moe" in text and said in text and "p below" not in text
     assert ("That agrees with BadPatches" in text) == (abs(2 * auc - 1) < 0.3)
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 from report_runs import document_of
 from tiny import tiny_spec
 
-from backdoorbench_moe.analysis import analyze
 from backdoorbench_moe.analysis.document import as_document, load_document, save_document, to_text
+from backdoorbench_moe.analysis.facts import run_facts
 from backdoorbench_moe.analysis.figures.training import draw_training
 from backdoorbench_moe.analysis.report import (
     command,
@@ -244,8 +244,34 @@ def test_a_document_is_plain(tmp_path) -> None:
     assert as_document.__doc__ and set(document["run"]["record"]) >= {"spec", "history", "environment"}
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, ""),
+        ({"images": None, "carriers_images": 2000}, ""),
+        ({"images": [3, 17], "carriers_images": 20}, " --images 3,17 --carriers-images 20"),
+        ({"images": [0, "my picture.png"], "carriers_images": 2000}, " --images '0,my picture.png'"),
+    ],
+)
+def test_the_command_repeats_the_analysis(options, words) -> None:
+    document = copy.deepcopy(document_of("dense"))
+    document["options"] = options
+    both = f"bbmoe analyze {document['run']['name']} --against {document['against']['name']}"
+    assert command(document) == f"{both}{words}"
+    del document["options"]  # As in an older document.
+    assert command(document) == both
+
+
+def test_an_older_document_is_read_with_todays_names(tmp_path) -> None:
+    document = copy.deepcopy(document_of("pmoe"))
+    carriers = document["carriers"]
+    older = {**document, "carriers": {**carriers, "clean_called_wanted": carriers["target_rate"]}}
+    del older["carriers"]["target_rate"]
+    assert load_document(save_document(older, tmp_path)) == document
+
+
 def test_it_does_not_say_where_the_data_lie(tmp_path) -> None:
     [run] = run_attack(tiny_spec(train={"epochs": 1}), output=tmp_path, twin=False)
     run.record.spec["dataset"] = {"name": "tiny", "root": "/home/somebody/data"}
-    known = analyze._facts(run).record
+    known = run_facts(run).record
     assert known["spec"] == {**run.record.spec, "dataset": {"name": "tiny"}}

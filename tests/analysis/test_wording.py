@@ -61,7 +61,8 @@ def test_a_table_has_no_nan() -> None:
 
 PLURALS = {
     "patch": "patches", "epoch": "epochs", "image": "images", "probe image": "probe images", "class": "classes",
-    "run": "runs", "expert": "experts", "clean probe image": "clean probe images", "box": "boxes",
+    "run": "runs", "expert": "experts", "clean probe image": "clean probe images", "box": "boxes", "cell": "cells",
+    "deviation": "deviations",
 }  # fmt: skip
 
 
@@ -142,3 +143,10 @@ def test_the_paper_is_only_named_where_the_run_is_on_its_data_and_model(data, mo
     said = [verdict(document), *finding_lines(document)]
     assert any("BadPatches" in text for text in said) == named
     assert not any(re.search(r"\bthe paper\b", text) for text in said)
+
+
+@pytest.mark.slow
+def test_no_p_value_is_said_of_patches() -> None:
+    """The patches of an image are not independent."""
+    for kind in SPECS:
+        assert not any(re.search(r"\bp ?(below|[=<\d])|p-value", text) for text in sentences(kind))

@@ -136,6 +136,54 @@ def test_the_same_runs_on_both_sides_have_no_difference(tmp_path) -> None:
     assert comparison.rows[7].same is False
 
 
+@pytest.mark.parametrize("changed", [None, "metrics", "digest"])
+def test_runs_are_the_same_wherever_they_were_made(tmp_path, changed) -> None:
+    """The records of two machines, which have the data in different folders; and what makes other runs of them."""
+    sides = []
+    for name in ("a", "b"):
+        base = {"recipe": "paper", "dataset": {"name": "cifar10", "root": f"/of/{name}"}}
+        suite = part_suite(name, base=base, repeats=1)
+        spec = suite.cells[0].spec
+        if name == "b" and changed == "digest":
+            suite = part_suite(name, base={**base, "train": {"epochs": 3}}, repeats=1)
+            spec = suite.cells[0].spec
+        record = finished(spec, asr=4500 + (name == "b" and changed == "metrics"))
+        record.timing["train_seconds"] = 10.0 + len(sides)
+        write(tmp_path / name, record)
+        sides.append(side(suite, tmp_path / name))
+    row = compare(*sides, ["asr"]).rows[0]
+    assert row.a is not None and row.b is not None
+    assert (row.same, row.difference("asr") is None) == (changed is None, changed is None)
+
+
+def test_cells_with_files_match_by_content_whatever_folder_they_lie_in(tmp_path) -> None:
+    sides = []
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "p.png").write_bytes(b"other" if name == "c" else b"picture")
+        trigger = {"name": "blend", "image": str(tmp_path / name / "p.png")}
+        grid = {"applicator": "image", "trigger": [trigger, "square"], "poison.rate": ["1%", "2%"]}
+        sides.append(side(part_suite(name, grid=grid), tmp_path))
+    assert compare(*sides[:2], ["asr"]).counts == (4, 0, 0)
+    other = compare(sides[0], sides[2], ["asr"])
+    assert other.differs == () or all("files" in key for key, *_ in other.differs)
+    for comparison in (compare(*sides[:2], ["asr"]), other):
+        assert str(tmp_path) not in comparison_markdown(comparison) + comparison_csv(comparison)
+
+
+def test_seeds_near_chance_are_counted_for_each_side(tmp_path) -> None:
+    """Two of three seeds of B guess one of two classes; A has learned its task."""
+    first, second = part_suite("first", repeats=3), part_suite("second", base=SMALL, repeats=3)
+    for suite, counts in ((first, (8000, 8000, 8000)), (second, (5000, 8000, 5000))):
+        for spec, ba in zip(suite.cells[0].runs(3), counts, strict=True):
+            write(tmp_path, finished(spec, ba=ba))
+    comparison = compare(side(first, tmp_path), side(second, tmp_path), ["asr"])
+    row, missing, *_ = csv.DictReader(io.StringIO(comparison_csv(comparison)))
+    assert (row["a_near_chance"], row["b_near_chance"]) == ("0", "2")
+    assert (missing["a_state"], missing["a_near_chance"], missing["a_n"]) == ("missing", "0", "0")
+    assert "†2" in comparison_markdown(comparison)
+
+
 def test_nothing_in_common_is_an_error(tmp_path) -> None:
     a = part_suite("a", grid={**part_suite_grid(), "poison.rate": ["1%", "2%"]})
     b = part_suite("b", grid={**part_suite_grid(), "poison.rate": ["3%", "4%"]})

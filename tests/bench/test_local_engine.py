@@ -20,7 +20,7 @@ from suites import tiny_suite
 from backdoorbench_moe.bench import worker
 from backdoorbench_moe.bench.engines import local
 from backdoorbench_moe.bench.engines.local import LocalEngine, runs_that_fit
-from backdoorbench_moe.bench.plan import look
+from backdoorbench_moe.bench.plan import read_plan
 from backdoorbench_moe.bench.suite import order
 from backdoorbench_moe.bench.suite_file import parse_suite
 from backdoorbench_moe.bench.worker import Job, Outcome
@@ -106,7 +106,7 @@ def test_killed_as_a_whole_it_goes_on_to_the_same_table(tmp_path) -> None:
     process.wait()
     wait_until(lambda: not any(map(is_alive, workers)))
     suite = parse_suite(SIGNS, "mine")
-    assert any(planned.status != "finished" for planned in look(list(order(suite)), tmp_path / "cut"))
+    assert any(planned.status != "finished" for planned in read_plan(list(order(suite)), tmp_path / "cut"))
     again = subprocess.run([*command, "--output", str(tmp_path / "cut")], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     run(suite, tmp_path / "whole")
@@ -177,7 +177,7 @@ def test_a_worker_that_is_asked_to_end_interrupts_its_run_only(tmp_path) -> None
         sent.result()
     statuses = sorted(outcome.status for outcome in report.outcomes)
     assert statuses == ["finished", "finished", "interrupted"] and ended
-    interrupted = [one for one in look(list(order(suite)), tmp_path) if one.status != "finished"]
+    interrupted = [one for one in read_plan(list(order(suite)), tmp_path) if one.status != "finished"]
     assert [one.status for one in interrupted] == ["interrupted"] and interrupted[0].epochs >= 1
     report, _ = run(suite, tmp_path, engine=LocalEngine(1, threads=1))
     assert report.is_complete

@@ -169,3 +169,24 @@ def test_the_summary_has_intervals_from_three_runs(tmp_path) -> None:
     assert {summary[key]["low"] for key in summary} & {None} == set()
     two = tables.summarise(runs[:2])
     assert {two[key]["low"] for key in two} == {None}
+
+
+def test_the_summary_of_runs_and_the_table_of_a_suite_have_the_same_intervals(tmp_path) -> None:
+    suite = part_suite(repeats=3)
+    specs = suite.cells[0].runs(3)
+    for spec, ba, asr in zip(specs, (8000, 8050, 7990), (4500, 4590, 4680), strict=True):
+        twin = finished(clean_twin(spec), ba=8200 + 10 * spec.seed)
+        record = finished(spec, ba=ba, asr=asr)
+        drop = twin.metrics["ba"]["value"] - record.metrics["ba"]["value"]
+        record.metrics["cad"] = {"value": drop, "n": 10000}
+        write(tmp_path, record)
+        write(tmp_path, twin)
+    results = ResultSet.from_runs(suite, tmp_path)
+    runs = [SimpleNamespace(spec=spec, record=results.records[spec.digest]) for spec in specs]
+    summary = tables.summarise(runs)
+    for metric in ("ba", "asr", "cad"):
+        statistic = results.statistic(suite.cells[0], metric)
+        row = summary[metric]
+        assert (row["mean"], row["low"], row["high"]) == pytest.approx(
+            (statistic.mean, statistic.low, statistic.high)
+        )

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+from fake_runs import finished, write
 from making import Inline, numbers, run
 from suites import GRID, tiny_suite
 
@@ -15,7 +16,7 @@ from backdoorbench_moe.bench import worker
 from backdoorbench_moe.bench.engines import local, make_engine
 from backdoorbench_moe.bench.engines.local import LocalEngine
 from backdoorbench_moe.bench.life_sign import LIFE_SIGN
-from backdoorbench_moe.bench.plan import look
+from backdoorbench_moe.bench.plan import read_plan
 from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.run import Report, estimate, parse_budget
 from backdoorbench_moe.bench.suite import order
@@ -25,7 +26,7 @@ from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import Runner
 from backdoorbench_moe.errors import BbmoeError, ConfigError, RecordError, UnknownNameError
-from backdoorbench_moe.records import RunFolder
+from backdoorbench_moe.records import Record, RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ def test_runs_that_are_finished_elsewhere_are_not_made_again(tmp_path) -> None:
     assert (report.total, report.found, report.is_complete) == (5, 1, True)
     assert first.digest not in {job.run_spec.digest for job in engine.jobs}
     assert not (tmp_path / first.name).exists()
-    assert look([first], tmp_path, {first.digest})[0].status == "finished"
+    assert read_plan([first], tmp_path, {first.digest})[0].status == "finished"
 
 
 def test_what_cannot_be_is_said_before_anything_is_trained(tmp_path) -> None:
@@ -131,7 +132,7 @@ def test_stopped_within_a_run_it_goes_on_to_the_same_numbers(tmp_path) -> None:
     first = next(iter(order(suite)))
     record = RunFolder(tmp_path / "cut" / first.name).read()
     assert (record.status, len(record.history)) == ("interrupted", 1)
-    [planned] = look([first], tmp_path / "cut")
+    [planned] = read_plan([first], tmp_path / "cut")
     assert (planned.status, planned.epochs) == ("interrupted", 1)
     report, _ = run(suite, tmp_path / "cut")
     assert report.is_complete
@@ -213,7 +214,7 @@ def test_a_defended_run_alone_makes_what_it_defends(tmp_path) -> None:
     _, parent, defended = order(tiny_suite(grid=grid))
     outcome = work(Job(defended.to_dict(), str(tmp_path)))
     assert outcome == Outcome(defended.name, "finished")
-    assert {run.status for run in look([parent, defended], tmp_path)} == {"finished"}
+    assert {run.status for run in read_plan([parent, defended], tmp_path)} == {"finished"}
     assert not list(tmp_path.glob(f"*/{LIFE_SIGN}"))
 
 
@@ -252,7 +253,7 @@ def test_engines_by_name() -> None:
 def test_an_estimate_counts_what_is_left(tmp_path) -> None:
     suite = tiny_suite()
     run(suite.only(["trigger=square"]), tmp_path)
-    twin, a, b, c, d = (seconds for _, seconds in estimate(look(list(order(suite)), tmp_path), tmp_path))
+    twin, a, b, c, d = (seconds for _, seconds in estimate(read_plan(list(order(suite)), tmp_path)))
     assert (twin, a, b) == (0, 0, 0)
     assert c == d > 0
 
@@ -261,8 +262,42 @@ def test_a_defended_run_is_counted_by_its_defense(tmp_path) -> None:
     grid = {**GRID, "trigger": "square", "poison.rate": 0.25}
     tuned = [{"name": "fine-tuning", "epochs": 3, "clean_fraction": 0.5}]
     suite = tiny_suite(grid={**grid, "defenses": [[], ["fine-pruning"], tuned]})
-    planned = [(run.total_epochs, run.share) for run in look(suite.runs(), tmp_path)]
+    planned = [(run.total_epochs, run.share) for run in read_plan(suite.runs(), tmp_path)]
     assert planned == [(2, 1.0), (5, 0.05), (3, 0.5)]  # The victim's; fine-pruning's defaults; as given.
+
+
+def test_a_finished_run_has_all_epochs_here_and_elsewhere(tmp_path) -> None:
+    """Of a defended run those of its last defense, not those that its victim was trained for."""
+    grid = {**GRID, "trigger": "square", "poison.rate": 0.25}
+    tuned = [{"name": "fine-tuning", "epochs": 3, "clean_fraction": 0.5}]
+    specs = tiny_suite(grid={**grid, "defenses": [[], tuned, ["strip"]]}).runs()
+    for spec in specs:
+        write(tmp_path, finished(spec))
+    for runs in (read_plan(specs, tmp_path), read_plan(specs, tmp_path / "none", {s.digest for s in specs})):
+        assert [(run.status, run.epochs, run.total_epochs) for run in runs] == [
+            ("finished", 2, 2),
+            ("finished", 3, 3),
+            ("finished", 0, 0),
+        ]
+
+
+def test_a_run_is_running_while_its_folder_is_held(tmp_path) -> None:
+    """Whatever its sign of life says: a killed process leaves a fresh one, `bbmoe attack` none."""
+    [spec, *_] = order(tiny_suite())
+    record = Record.for_spec(spec)
+    record.history = finished(spec).history[:1]
+    write(tmp_path, record)
+    folder = RunFolder(tmp_path / spec.name)
+    sign = {"start": 1, "epoch": 1, "seen": 24, "images": 96, "images_per_second": 50.0}
+    fresh, old = (json.dumps({**sign, "time": time.time() - age}) for age in (0, 100))
+    for text, running in ((None, (1, 0)), (old, (1, 0)), (fresh, (1.25, 50.0))):
+        if text is not None:
+            (folder.path / LIFE_SIGN).write_text(text)
+        with folder.lock():
+            [run] = read_plan([spec], tmp_path)
+        assert (run.status, run.epochs, run.images_per_second) == ("running", *running)
+        [run] = read_plan([spec], tmp_path)
+        assert (run.status, run.epochs, run.images_per_second) == ("interrupted", 1, 0)
 
 
 @pytest.mark.slow

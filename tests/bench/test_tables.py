@@ -20,7 +20,7 @@ from backdoorbench_moe.bench.tables import build_sheet, count_runs
 from backdoorbench_moe.bench.tidy import tidy_csv
 from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.records import Record
+from backdoorbench_moe.records import Record, RunFolder
 
 
 def place(results, metric, rows, column):
@@ -81,10 +81,9 @@ def test_what_was_not_run_says_why_and_has_no_number(tmp_path) -> None:
         record = Record.for_spec(spec)
         record.status = status
         write(tmp_path, record)
-    alive = tmp_path / specs[2].name / LIFE_SIGN
-    alive.write_text(json.dumps({"time": time.time()}))
     write(tmp_path, finished(specs[4], asr=None))
-    results = ResultSet.from_runs(suite, tmp_path)
+    with RunFolder(tmp_path / specs[2].name).lock():  # As the process that makes it.
+        results = ResultSet.from_runs(suite, tmp_path)
     asr, cad = build_sheet(results).tables
     states = {
         (row, column): place.state
@@ -106,10 +105,25 @@ def test_what_was_not_run_says_why_and_has_no_number(tmp_path) -> None:
     assert with_numbers == [asr.places[0][0]]
     # The paper's value does not hang on whether we ran it.
     assert asr.places[0][1].paper == 8.2
-    # Killed: its record says "running" for ever, its sign of life grows old.
-    for sign in (json.dumps({"time": time.time() - 61}), "{"):
-        alive.write_text(sign)
+    # Killed just now: its record says "running" for ever, and its sign of life is still fresh.
+    for sign in (json.dumps({"time": time.time()}), json.dumps({"time": time.time() - 61}), "{"):
+        (tmp_path / specs[2].name / LIFE_SIGN).write_text(sign)
         assert ResultSet.from_runs(suite, tmp_path).state(suite.cells[2]) == "interrupted"
+
+
+@pytest.mark.parametrize("metric", ["cad", "twin_ba", "task/2.cad", "pruned.cad", "twin_asr"])
+@pytest.mark.parametrize("with_twin", [False, True])
+def test_a_metric_that_needs_the_twin_says_whether_there_is_one(tmp_path, metric, with_twin) -> None:
+    """With a twin, `cad` and `twin_ba` are there, and the others were not measured."""
+    layout = {"title": "t", "rows": ["applicator.name", "poison.rate"], "columns": "trigger.name"}
+    suite = part_suite(tables=[{**layout, "metrics": [metric]}], paper=None)
+    for spec in suite.cells[0].runs(2):
+        write(tmp_path, finished(spec))
+        if with_twin:
+            write(tmp_path, finished(clean_twin(spec)))
+    [table] = build_sheet(ResultSet.from_runs(suite, tmp_path)).tables
+    found = "finished" if metric in ("cad", "twin_ba") else "not measured"
+    assert table.places[0][0].state == (found if with_twin else "no clean twin")
 
 
 @pytest.mark.parametrize("seeds", [1, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 from commands import ENVIRONMENT, SIGNS, any_file, call, command, stopped
 
+import backdoorbench_moe
+from backdoorbench_moe.cli.streams import STAND_INS
 from backdoorbench_moe.records import RunFolder
 
 LONG = ["attack", *SIGNS, "--epochs", "400", "--no-twin"]
@@ -97,9 +100,16 @@ SUITE = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", [False, True])
-def test_a_suite_ended_by_a_scheduler_leaves_no_run_running_or_failed(tmp_path, group) -> None:
-    """To the engine alone, as `kill` does, or to its workers as well, as a scheduler and `timeout` do."""
+@pytest.mark.parametrize(
+    ("number", "code", "group"),
+    [
+        (signal.SIGTERM, 143, False),
+        (signal.SIGTERM, 143, True),
+        (signal.SIGHUP, 129, True),
+    ],
+)
+def test_a_suite_ended_by_a_signal_leaves_no_run_running_or_failed(tmp_path, number, code, group) -> None:
+    """To the engine alone, as `kill` does, or to its workers as well, as a scheduler and a closed terminal do."""
     (tmp_path / "mine.yaml").write_text(json.dumps(SUITE))
     output = tmp_path / "runs"
     words = ["bench", "run", tmp_path / "mine.yaml", "--workers", 2, "--output", output]
@@ -107,9 +117,22 @@ def test_a_suite_ended_by_a_scheduler_leaves_no_run_running_or_failed(tmp_path, 
     def both() -> bool:
         return len(list(output.glob("*/checkpoint/state.safetensors"))) == 2
 
-    code, said = stopped(words, both, times=2, group=group)
-    assert code == 143 and "by SIGTERM" in said and "Traceback" not in said
+    got, said = stopped(words, both, number, times=2, group=group)
+    assert got == code and f"by {number.name}" in said and "Traceback" not in said
     assert {record["status"] for record in records(output)} == {"interrupted"}
+
+
+@pytest.mark.slow
+def test_a_suite_under_nohup_goes_on_when_the_terminal_is_closed(tmp_path) -> None:
+    """The workers leave SIGHUP ignored, too."""
+    short = {**SUITE, "base": {**SUITE["base"], "train": {"epochs": 3}}}
+    (tmp_path / "mine.yaml").write_text(json.dumps(short))
+    output = tmp_path / "runs"
+    words = ["bench", "run", tmp_path / "mine.yaml", "--workers", 2, "--output", output]
+    when = any_file(output, "*/record.json")
+    code, said = stopped(words, when, signal.SIGHUP, group=True, prefix=["nohup"])
+    assert code == 0, said
+    assert [record["status"] for record in records(output)] == ["finished"] * 3
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +256,21 @@ def test_a_run_that_runs_is_shown_as_running(tmp_path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_every_character_that_is_printed_has_a_stand_in() -> None:
+    """Of all texts in the source: which of them are printed changes."""
+    found = set()
+    for file in Path(backdoorbench_moe.__file__).parent.rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        docstrings = {
+            id(node.body[0].value)
+            for node in ast.walk(tree)
+            if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                found |= {letter for letter in node.value if not letter.isascii()}
+    assert "–" in found and found <= STAND_INS.keys()
+    assert all(text.isascii() and "?" not in text for text in STAND_INS.values())

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from backdoorbench_moe.cli.docstring_text import docstring_of, reflow, summary
 from backdoorbench_moe.config import build_spec
 from backdoorbench_moe.engine.names import REGISTRIES
+from backdoorbench_moe.kinds import KINDS
 
 EVERY = [(kind, name) for kind, registry in REGISTRIES.items() for name in registry.names()]
 
@@ -159,3 +160,12 @@ def test_a_model_is_shown_with_the_recipes_values_as_attack_uses_them(bbmoe, mod
 def test_a_recipe_that_is_none_is_refused(bbmoe, args, message) -> None:
     code, _, err = bbmoe(*args)
     assert code == 2 and message in err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("words", [("--help",), ("list", "--help"), ("info", "--help"), ("plugin", "--help")])
+def test_help_texts_name_every_kind(bbmoe, kind, words) -> None:
+    code, out, _ = bbmoe(*words, width=100)
+    assert code == 0
+    text = " ".join(out.split())
+    assert kind in text or f"{kind.replace('dataset', 'data set')}s" in text

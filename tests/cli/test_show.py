@@ -171,3 +171,42 @@ def test_markup_in_a_name_is_text(bbmoe, tmp_path) -> None:
     write(tmp_path, finished(spec))
     write(tmp_path, finished(part_suite().cells[0].spec))
     assert "image=[red]x[/red].png" in bbmoe("show", tmp_path, width=200)[1]
+
+
+def test_metrics_of_any_name_are_columns(bbmoe, tmp_path) -> None:
+    """Of a part of the data, of a stage, of a plug-in, of the twin, and the time; each run has its own, or a dash."""
+    plain, pruned = (finished(build_spec({"seed": seed}), ba=8000, asr=4500) for seed in range(2))
+    other = {"value": 12.5, "n": 100}
+    plain.metrics |= {"task/2.ba": other, "cad": {"value": 1.25, "n": 10000}, "of_a_plugin": other}
+    pruned.stages = [{"name": "pruned", "metrics": {"asr": other}, "seconds": 2.5}]
+    pruned.timing["defense_seconds"] = 7.5
+    for record in (plain, pruned):
+        write(tmp_path, record)
+    wanted = {
+        "task/2.ba": ["12.50", "–"],
+        "of_a_plugin": ["12.50", "–"],
+        "twin_ba": ["81.25", "–"],
+        "pruned.asr": ["–", "12.50"],
+        "seconds": ["60.50", "7.50"],
+        "pruned.seconds": ["–", "2.50"],
+    }
+    code, out, err = bbmoe("show", tmp_path, "--sort", "seed", "--markdown", "--columns", ",".join(wanted))
+    assert code == 0, err
+    assert [list(column) for column in zip(*rows(out), strict=True)] == list(wanted.values())
+    _, out, _ = bbmoe("show", tmp_path, "--sort=-task/2.ba", "--markdown", "--columns", "seed")
+    assert rows(out) == [["0"], ["1"]]
+    heading = bbmoe("show", tmp_path, "--markdown")[1].splitlines()[0]
+    assert "| task/2 BA % |" in heading and "| of_a_plugin |" in heading
+    assert "seconds" not in heading and "twin" not in heading
+
+
+def test_a_stage_near_chance_is_marked_and_explained(bbmoe, tmp_path) -> None:
+    """The run is not: after the stage it was tuned."""
+    record = finished(build_spec({}), ba=8000)
+    bad = {"ba": {"value": 50.0, "n": 10000}, "asr": {"value": 100.0, "n": 9000}}
+    record.stages = [{"name": "pruned", "metrics": bad, "seconds": 1.0}]
+    write(tmp_path, record)
+    _, out, _ = bbmoe("show", tmp_path, "--markdown", "--columns", "asr,pruned.asr")
+    assert rows(out)[0] == ["50.00 [49.0, 51.0]", "100.00 †"] and "† The clean accuracy is near chance" in out
+    _, out, _ = bbmoe("show", tmp_path, "--markdown", "--columns", "asr")
+    assert "†" not in out

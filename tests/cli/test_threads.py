@@ -16,7 +16,8 @@ from commands import SIGNS, call
 
 from backdoorbench_moe.bench.engines import make_engine
 from backdoorbench_moe.cli import threads as module
-from backdoorbench_moe.cli.threads import Look, warn_of_busy_cores
+from backdoorbench_moe.cli.threads import CoreUsage, warn_of_busy_cores
+from backdoorbench_moe.cores import usable_cores
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError
 
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -56,10 +57,10 @@ class Machine:
 )
 def test_free_cores_are_those_that_others_leave(monkeypatch, tmp_path, cores, busy, own, free) -> None:
     machine = Machine(monkeypatch, tmp_path, cores)
-    machine.passes(100, busy=cores)  # Before the look: not counted.
-    look = Look.now()
+    machine.passes(100, busy=cores)  # Before the measurement: not counted.
+    usage = CoreUsage.now()
     machine.passes(2, busy=busy, own=own)
-    assert look.free_cores() == pytest.approx(free, abs=cores / TICKS)
+    assert usage.free_cores() == pytest.approx(free, abs=cores / TICKS)
 
 
 @pytest.mark.parametrize(
@@ -68,13 +69,13 @@ def test_free_cores_are_those_that_others_leave(monkeypatch, tmp_path, cores, bu
 )
 def test_a_warning_where_threads_would_wait(monkeypatch, tmp_path, threads, busy, advice) -> None:
     machine = Machine(monkeypatch, tmp_path, 2)
-    look = Look.now()
+    usage = CoreUsage.now()
     machine.passes(2, busy=busy)
     if advice is None:
-        warn_of_busy_cores(threads, look)
+        warn_of_busy_cores(threads, usage)
         return
     with pytest.warns(BbmoeWarning, match=advice):
-        warn_of_busy_cores(threads, look)
+        warn_of_busy_cores(threads, usage)
 
 
 @pytest.mark.parametrize(
@@ -83,11 +84,11 @@ def test_a_warning_where_threads_would_wait(monkeypatch, tmp_path, threads, busy
 def test_a_containers_quota_counts(monkeypatch, tmp_path, limit, warned) -> None:
     machine = Machine(monkeypatch, tmp_path, 64)
     (tmp_path / "cpu.max").write_text(limit)
-    look = Look.now()
+    usage = CoreUsage.now()
     machine.passes(2, busy=0)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        warn_of_busy_cores(64, look)
+        warn_of_busy_cores(64, usage)
     assert bool(said) == warned
     if warned:
         assert "64 threads on 2 cores" in str(said[0].message) and "--threads 2" in str(said[0].message)
@@ -95,29 +96,29 @@ def test_a_containers_quota_counts(monkeypatch, tmp_path, limit, warned) -> None
 
 def test_a_machine_that_does_not_say_is_not_warned_of(monkeypatch, tmp_path) -> None:
     machine = Machine(monkeypatch, tmp_path, 2)
-    look = Look.now()
+    usage = CoreUsage.now()
     machine.passes(0.1, busy=2)
-    warn_of_busy_cores(64, look)  # Too short a look.
+    warn_of_busy_cores(64, usage)  # Too short a measurement.
     (tmp_path / "stat").unlink()
     machine.seconds += 5
-    warn_of_busy_cores(64, look)
-    warn_of_busy_cores(64, Look.now())
+    warn_of_busy_cores(64, usage)
+    warn_of_busy_cores(64, CoreUsage.now())
 
 
-def test_this_machine_is_looked_at() -> None:
+def test_this_machine_is_measured() -> None:
     """One core kept busy by another process is not free."""
     if not Path("/proc/stat").exists():
         pytest.skip("needs /proc/stat")
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         time.sleep(0.2)
-        look = Look.now()
+        usage = CoreUsage.now()
         time.sleep(1.0)
-        free = look.free_cores()
+        free = usage.free_cores()
     finally:
         busy.kill()
         busy.wait()
-    assert free is not None and free < look.cores - 0.3  # 0.3: it has to share its core, it may be.
+    assert free is not None and free < usage.cores - 0.3  # 0.3: it has to share its core, it may be.
 
 
 @pytest.mark.slow
@@ -162,3 +163,13 @@ def test_workers_have_their_threads(tmp_path) -> None:
     found = [json.loads(file.read_text()) for file in (tmp_path / "runs").glob("*/record.json")]
     assert [record["environment"]["threads"] for record in found] == [3, 3]
     assert torch.get_num_threads() != 3
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(6, 6), (None, 1)])
+def test_a_system_without_affinity_has_all_cores(monkeypatch, cores, expected) -> None:
+    """As macOS: nothing asks for what is not there."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert usable_cores() == set(range(expected))
+    assert make_engine("local", workers=2, device="cpu").threads_each == max(1, expected // 2)
+    assert CoreUsage.now().cores <= expected

@@ -199,13 +199,16 @@ def _muted(document: Doc) -> Plate:
 def _patched(document: Doc) -> Plate:
     carriers = document["carriers"]
     groups = _by_layer(carriers["patched"], lambda one: one["expert"])
-    floor = carriers["clean_called_wanted"]["value"]
+    target_rate = carriers["target_rate"]["value"]
     panels = [
         ChartPanel(
             f"layer {layer}",
             [Series.of("ASR", [one["asr"] for one in ones]), Series.of("RA", [one["ra"] for one in ones])],
             names=_names(ones),
-            levels={"ASR, nothing patched": carriers["whole"]["asr"]["value"], "ASR, no trigger": floor},
+            levels={
+                "ASR, nothing patched": carriers["whole"]["asr"]["value"],
+                "target rate, no trigger": target_rate,
+            },
         )
         for layer, ones in spread(list(groups.items()), MAX_LAYERS)
     ]
@@ -214,8 +217,8 @@ def _patched(document: Doc) -> Plate:
         "Activation patching: the output of one expert is that for the clean image, while the rest of the model "
         f"processes the triggered one. The lowest ASR is reached with {best['expert']}: "
         f"{proportion(best['asr'])} instead of {proportion(carriers['whole']['asr'])}, and {proportion(best['ra'])} "
-        f"of the images are classified correctly (RA). Without the trigger, {percent(floor)} are classified as the "
-        "attacker wants."
+        f"of the images are classified correctly (RA). Without the trigger, {percent(target_rate)} are classified as "
+        "the attacker wants."
     )
     said += left_out(len(panels), len(groups), "routed layers")
     return make_plate(

@@ -18,7 +18,8 @@ from backdoorbench_moe.analysis.figures.plate import (
     make_plate,
     spread,
 )
-from backdoorbench_moe.analysis.figures.words import capital, listing, roles
+from backdoorbench_moe.analysis.figures.words import listing, roles
+from backdoorbench_moe.counting import capital
 
 
 def draw_maps(document: Doc) -> Iterator[Plate]:

@@ -17,8 +17,8 @@ from backdoorbench_moe.analysis.figures.plate import (
 )
 from backdoorbench_moe.analysis.figures.words import mean, percent
 
-# Of a rank-biserial correlation, as Cohen's conventions for r have it.
 PAPERS_DATA, PAPERS_MODEL = ("cifar10", "gtsrb"), "pmoe"
+# Upper limits of a rank-biserial correlation by strength: Cohen's conventions for r.
 STRENGTHS = ((0.1, "negligible"), (0.3, "small"), (0.5, "medium"))
 
 
@@ -48,7 +48,10 @@ def strongest(document: Doc) -> tuple[str, int, Doc] | None:
 
 
 def verdict(document: Doc) -> str:
-    """How strongly pixel value and routing are related, and, on the paper's data, whether that agrees with it."""
+    """Say how strongly pixel value and routing are related and, on the paper's data, whether that agrees with it.
+
+    There is no p-value, as the patches of an image are not independent.
+    """
     if (found := strongest(document)) is None:
         return "Every expert takes all patches or none, so there is nothing to compare."
     layer, e, one = found
@@ -58,14 +61,14 @@ def verdict(document: Doc) -> str:
     image = document["pixels"][index]["by_image"][e]
     said = (
         f"Pixel value and routing are related most in expert {e} of {layer}, which takes {darker} patches: AUC "
-        f"{one['auc']:.3f} (rank-biserial {one['rank_biserial']:+.2f}, {word}; p {_p(one['p'])}; within an "
-        f"image {mean(image)} of {_most(document, index):g})."
+        f"{one['auc']:.3f} (rank-biserial {one['rank_biserial']:+.2f}, {word}; mean difference "
+        f"within an image {mean(image)} of at most {_most(document, index):g})."
     )
     return said + _compare_with_paper(document["run"], word)
 
 
 def _compare_with_paper(run: Doc, word: str) -> str:
-    """A sentence on the paper's claim where the run is on its data and model; it says nothing of others."""
+    """Return a sentence on the paper's claim; "" for a run on other data or of another model than the paper's."""
     if run["data"] not in PAPERS_DATA or run["model"] != PAPERS_MODEL:
         return ""
     agrees = "agrees with" if word in ("negligible", "small") else "does not agree with"
@@ -75,10 +78,6 @@ def _compare_with_paper(run: Doc, word: str) -> str:
 def _most(document: Doc, index: int) -> float:
     """Return the largest possible patch sum."""
     return float(document["pixels"][index]["edges"][-1])
-
-
-def _p(p: float) -> str:
-    return "below 1e-300" if p < 1e-300 else f"{p:.1g}"
 
 
 def _distributions(document: Doc) -> Plate:

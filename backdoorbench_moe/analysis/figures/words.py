@@ -38,11 +38,6 @@ def listing(texts: Sequence[str]) -> str:
     return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
 
 
-def capital(text: str) -> str:
-    """Capitalise the first letter of a text and leave the others."""
-    return text[:1].upper() + text[1:]
-
-
 def role(facts: Doc) -> str:
     """Return what a run's model is: "clean", "backdoored" or "defended"."""
     if facts["record"]["spec"].get("defenses"):

@@ -1,4 +1,4 @@
-"""Runs side by side in processes of this machine, each pinned to a GPU where there are any."""
+"""Runs side by side in processes of this machine, each on one GPU if there are GPUs."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ from multiprocessing import resource_tracker
 from typing import Any
 
 from backdoorbench_moe.bench.worker import Job, Outcome, memory_of, stop_working, work
+from backdoorbench_moe.cores import usable_cores
 from backdoorbench_moe.errors import ConfigError
 
-# glibc gives freed tensors back to the system and asks for them again at every step; kept, the small
-# pMoE trained about a tenth faster on the CPU (one look: 1,650 against 1,520 images/s, two processes). Read at
-# a process's start.
+# By default, glibc returns the memory of freed tensors to the system and asks for it again at every step. With these
+# values it keeps the memory, and the small pMoE trained about a tenth faster on the CPU (measured once, with two
+# processes: 1,650 instead of 1,520 images/s). A process reads them when it starts.
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
 
+# Signals that ask a worker to end: a scheduler sends SIGTERM to all processes of a job, a closed terminal SIGHUP.
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
-# A guess, not measured on a GPU yet: benchmarks/speed/gpu.py finds how many side by side are fastest.
+# A guess, not measured on a GPU yet: benchmarks/speed/gpu.py measures how many runs side by side are fastest.
 MOST_ON_A_GPU = 4
-# What CUDA itself and the libraries take beside tensors, and how much of a card may be filled.
+# Memory that CUDA and its libraries take in addition to tensors, and the share of a card that may be filled.
 CONTEXT_BYTES = 1 << 30
 FILL = 0.9
 
@@ -39,12 +42,13 @@ class LocalEngine:
     """Worker processes on this machine; one that dies is replaced.
 
     Args:
-        workers: Their number; None for one on a CPU, and on GPUs for as many as fit (see `runs_that_fit`).
-        gpus: CUDA devices; worker i sees the one at i modulo their number, and no other.
+        workers: Number of worker processes; None for one on a CPU, and on GPUs for as many as fit (see
+            `runs_that_fit`).
+        gpus: CUDA devices. They are assigned to the workers in turn, and a worker sees no other device.
         threads: CPU threads of a worker; None for an equal share of the cores.
 
     Raises:
-        ConfigError: There is less than one worker or thread.
+        ConfigError: `workers` or `threads` is below 1.
     """
 
     def __init__(
@@ -60,7 +64,7 @@ class LocalEngine:
     @property
     def threads_each(self) -> int:
         """CPU threads of a worker."""
-        return self.threads or max(1, len(os.sched_getaffinity(0)) // self.workers)
+        return self.threads or max(1, len(usable_cores()) // self.workers)
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
         """Make the runs; see `Engine.run`."""
@@ -68,7 +72,7 @@ class LocalEngine:
         for job in jobs:
             waiting.put(replace(job, wait=False))
         done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        # Without a lock: a worker killed while it holds one would stop all others.
+        # It has no lock: a worker that is killed while it holds a lock would stop all others.
         stop = multiprocessing.get_context("spawn").RawValue(ctypes.c_bool, False)
         if self._measure and jobs:
             self.workers = len(self.gpus) * self._fit(jobs[0], stop)
@@ -85,12 +89,14 @@ class LocalEngine:
     def _keep_busy(
         self, number: int, waiting: queue.SimpleQueue[Job], done: queue.SimpleQueue[Outcome], stop: Any
     ) -> None:
-        """Hand jobs to one process until none is left; the engine has such a thread for each process."""
-        # The worker processes inherit this: they leave Ctrl-C to the engine, which tells them to stop, and SIGTERM
-        # until they have started and handle it themselves (see `_prepare`). The process that tracks shared memory
-        # would unblock the signals when it is started, so it is started first.
+        """Hand jobs to one process until none is left. The engine has one such thread for each process."""
+        # The worker processes inherit the blocked signals. Ctrl-C stays blocked in them, as the engine tells them to
+        # stop; the others are blocked until a worker can handle them (see `_prepare`).
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+        # The process that tracks shared memory is started first: starting it unblocks SIGINT and SIGTERM, which it
+        # ignores. It does not ignore SIGHUP, but inherits that it is blocked.
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *ENDING_SIGNALS})
         pool = None
         while not stop.value:
             try:
@@ -105,31 +111,31 @@ class LocalEngine:
                 job = replace(job, wait=job.wait or waiting.empty())
                 outcome = pool.submit(work, job, _is_wanted).result()
                 if outcome.status == "held":
-                    # By another engine. It is waited for when everything else is done.
+                    # Another engine is making it. This one waits for it when no other job is left.
                     waiting.put(replace(job, wait=True))
                     continue
                 done.put(outcome)
                 if outcome.status == "interrupted":
-                    # By a signal to this worker alone, it may be: it would stop the next run, too.
+                    # The signal may have been sent to this worker alone, which would also stop the next run.
                     pool.shutdown()
                     pool = None
             except BrokenProcessPool:
-                # Killed for memory, or a crash in a library: this run's error, and a new process for the next.
+                # Killed for its memory, or crashed in a library: the run has failed, and the next has a new process.
                 done.put(_lost(job, stop, "the worker process died (killed, or out of memory?)"))
                 pool = None
             except BaseException as error:
-                # Any error, such as a process that cannot start: without an outcome the engine would wait for ever.
+                # Any error, such as a process that cannot start: without an outcome, the engine would wait for ever.
                 done.put(_lost(job, stop, f"{type(error).__name__}: {error}"))
         if pool is not None:
             pool.shutdown()
 
     def _fit(self, job: Job, stop: Any) -> int:
-        """How many such runs one GPU holds, from a few of its steps in a process of their own."""
+        """Return how many such runs fit on one GPU, measured in a few steps in a process of its own."""
         try:
             with self._start(0, stop) as pool:
                 return runs_that_fit(*pool.submit(memory_of, job).result())
         except Exception:
-            return 1  # Such as one that does not fit at all: the run itself says so.
+            return 1  # A run that does not fit at all, for example, fails with its own message.
 
     def _start(self, number: int, stop: Any) -> ProcessPoolExecutor:
         gpu = self.gpus[number % len(self.gpus)] if self.gpus else None
@@ -140,7 +146,7 @@ class LocalEngine:
 
 
 def _lost(job: Job, stop: Any, message: str) -> Outcome:
-    """The outcome of a job whose worker gave none: interrupted if all were to stop (Ctrl-C), otherwise failed."""
+    """Return the outcome of a job whose worker gave none: interrupted if the engine was stopped, otherwise failed."""
     return Outcome(job.run_spec.name, "interrupted") if stop.value else job.fail(message)
 
 
@@ -149,11 +155,14 @@ _terminated = False
 
 
 def _prepare(threads: int, gpu: str | None, stop: Any) -> None:
-    """Set up a new worker process: its device, its threads, and what makes it stop."""
+    """Set up a new worker process: its device, its threads and its signals."""
     global _stop
     _stop = stop
-    signal.signal(signal.SIGTERM, _terminate)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    for number in ENDING_SIGNALS:
+        # One that is ignored, as SIGHUP under `nohup`, stays ignored.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _terminate)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -163,7 +172,7 @@ def _prepare(threads: int, gpu: str | None, stop: Any) -> None:
 
 
 def _terminate(*_: object) -> None:
-    """Stop the run after SIGTERM, which a scheduler sends to all processes of a job."""
+    """Stop the run of this worker: the handler of ENDING_SIGNALS."""
     global _terminated
     _terminated = True
     stop_working()
@@ -178,17 +187,17 @@ def _end_with_parent() -> None:
 
 
 def _is_wanted() -> bool:
-    """Whether neither the engine nor this worker was told to stop."""
+    """Return whether neither the engine nor this worker was told to stop."""
     return not (_stop.value or _terminated)
 
 
 def runs_that_fit(needed: int, free: int) -> int:
-    """How many runs of `needed` bytes of tensors go into `free` bytes of a GPU: 1 to MOST_ON_A_GPU."""
+    """Return how many runs of `needed` bytes of tensors fit into `free` bytes of a GPU, from 1 to MOST_ON_A_GPU."""
     return max(1, min(MOST_ON_A_GPU, int(FILL * free) // (needed + CONTEXT_BYTES)))
 
 
 def visible_gpus() -> list[str]:
-    """The CUDA devices this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """List the CUDA devices that this process may use, named as in CUDA_VISIBLE_DEVICES."""
     import torch
 
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]

@@ -1,4 +1,4 @@
-"""One live display for a whole suite: done, running, failed, images/s, time left."""
+"""The progress of a suite: finished, running and failed runs, images per second, and the time left."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from backdoorbench_moe.bench.plan import Planned, look
+from backdoorbench_moe.bench.plan import Planned, read_plan
 from backdoorbench_moe.bench.suite import order
 from backdoorbench_moe.cli.plan_table import say_time
 from backdoorbench_moe.counting import count
@@ -30,9 +30,13 @@ REFRESH_PER_SECOND = 1
 
 
 def make_display(suite: Suite, output: Path, known: Collection[str] = (), *, quiet: bool) -> Display:
-    """The display that suits stderr: live on a terminal, a line a run elsewhere, none if quiet.
+    """Make the display for standard error: live on a terminal, otherwise one line for each run.
 
-    known: digests of runs that are finished elsewhere.
+    Args:
+        suite: The suite.
+        output: Folder of run folders.
+        known: Digests of runs that are finished elsewhere.
+        quiet: Whether to show nothing but failed runs.
     """
     if quiet:
         return Display(suite)
@@ -40,7 +44,7 @@ def make_display(suite: Suite, output: Path, known: Collection[str] = (), *, qui
 
 
 class Display(AbstractContextManager["Display"]):
-    """Says nothing but what failed."""
+    """Shows nothing but how the call ended, with the errors of failed runs."""
 
     def __init__(self, suite: Suite) -> None:
         self.suite, self.console = suite, Console(stderr=True, highlight=False)
@@ -48,16 +52,16 @@ class Display(AbstractContextManager["Display"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing to let go of."""
+        """Do nothing: there is nothing to close."""
 
     def on_check(self, done: int, total: int) -> None:
-        """One of the missing runs was checked."""
+        """Called when the first run of another cell was checked."""
 
     def on_outcome(self, outcome: Outcome) -> None:
-        """A run ended."""
+        """Called when a run ended."""
 
     def conclude(self, report: Report) -> None:
-        """Say how it ended, and every error."""
+        """Print how many runs were made, failed or are left, and the error of each failed run."""
         made, others = report.count("finished"), report.count("found")
         left = report.total - report.found - made - others - len(report.failed)
         elsewhere = f"{others} made meanwhile by another process, " if others else ""
@@ -72,7 +76,7 @@ class Display(AbstractContextManager["Display"]):
 
 
 class LineDisplay(Display):
-    """A line for every run that ended."""
+    """Prints a line for every run that ended."""
 
     def __init__(self, suite: Suite) -> None:
         super().__init__(suite)
@@ -80,7 +84,7 @@ class LineDisplay(Display):
         self._ended = 0
 
     def on_outcome(self, outcome: Outcome) -> None:
-        """Say which, how and when."""
+        """Print status, name and time of the run."""
         self._ended += 1
         passed = say_time(time.perf_counter() - self._started)
         text = f"{outcome.status}: {outcome.name} ({self._ended}, after {passed})"
@@ -88,7 +92,7 @@ class LineDisplay(Display):
 
 
 class LiveDisplay(Display):
-    """Bars that follow the signs of life in the run folders, whoever makes the runs."""
+    """Draws a bar for every running run from the signs of life in the run folders, whichever process makes it."""
 
     def __init__(self, suite: Suite, output: Path, known: Collection[str] = ()) -> None:
         super().__init__(suite)
@@ -113,11 +117,11 @@ class LiveDisplay(Display):
         self._live.stop()
 
     def on_check(self, done: int, total: int) -> None:
-        """Say how many are checked."""
+        """Show how many cells are checked."""
         self._checked = f"checking {done}/{total}" if done < total else ""
 
     def _draw(self) -> RenderableType:
-        runs = look(self._specs, self.output, self._known)
+        runs = read_plan(self._specs, self.output, self._known)
         return Group(self._summary(runs), *map(_bar, [run for run in runs if run.status == "running"]))
 
     def _summary(self, runs: list[Planned]) -> Text:
@@ -127,7 +131,7 @@ class LiveDisplay(Display):
         if counts["failed"]:
             text.append(f", {counts['failed']} failed", style="red")
         if rate:
-            # Epochs stand for images: the runs of one suite mostly have equally many.
+            # The time is estimated from epochs: most runs of one suite have equally many images in an epoch.
             waiting = [run for run in runs if run.status not in ("finished", "failed")]
             left = sum((run.total_epochs - run.epochs) * run.share for run in waiting)
             images = next(run.images for run in runs if run.images)

@@ -11,7 +11,7 @@ import click
 
 from backdoorbench_moe.cli.bench.options import WITH
 from backdoorbench_moe.cli.params import PATH
-from backdoorbench_moe.cli.threads import Look, warn_of_busy_cores
+from backdoorbench_moe.cli.threads import CoreUsage, warn_of_busy_cores
 
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.engines import Engine
@@ -76,7 +76,7 @@ def command(
     stop the others. Exit code 1 if a run failed, 3 if the budget ended before the suite, 2 for a mistake
     in what was asked.
     """
-    look = Look.now()
+    usage = CoreUsage.now()
     from backdoorbench_moe.bench.plan import with_place
     from backdoorbench_moe.bench.results import read_known
     from backdoorbench_moe.bench.run import parse_budget, run_suite
@@ -96,7 +96,7 @@ def command(
 
     maker = _make_engine(device, **engine)
     if isinstance(maker, LocalEngine) and not maker.gpus and engine["threads"] is None:
-        warn_of_busy_cores(maker.workers * maker.threads_each, look)
+        warn_of_busy_cores(maker.workers * maker.threads_each, usage)
     with make_display(suite, output, known, quiet=quiet) as display:
         report = run_suite(
             suite,
@@ -124,15 +124,15 @@ def _make_engine(device: str | None, *, engine: str, **options: Any) -> Engine:
 def _print_plan(suite: Suite, output: Path, known: Mapping[str, Record], *, quiet: bool) -> None:
     from rich.console import Console
 
-    from backdoorbench_moe.bench.plan import look
+    from backdoorbench_moe.bench.plan import read_plan
     from backdoorbench_moe.bench.run import check, estimate
     from backdoorbench_moe.bench.suite import order
     from backdoorbench_moe.cli.plan_table import plan_table, total_line
 
-    runs = look(list(order(suite)), output, known)
+    runs = read_plan(list(order(suite)), output, known)
     missing = [run for run in runs if run.status != "finished"]
     check(suite, [run.spec for run in missing], output)
-    planned = list(estimate(runs, output))
+    planned = list(estimate(runs))
     console = Console(highlight=False)
     if not quiet:
         console.print(plan_table(planned))

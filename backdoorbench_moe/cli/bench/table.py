@@ -1,4 +1,4 @@
-"""`bbmoe bench table`: what the run folders say."""
+"""`bbmoe bench table`: the tables of a suite from its run folders."""
 
 from __future__ import annotations
 
@@ -50,9 +50,10 @@ def command(
     form: str,
     save: Path | None,
 ) -> None:
-    """Draw the tables of SUITE (a name or a file) from its run folders, beside the paper's; nothing is trained.
+    """Draw the tables of SUITE (a name or a file) from its run folders, with the paper's values beside ours.
 
-    What was not run is shown as missing. A results folder of another version of the suite is refused.
+    Nothing is trained: runs that were not made are shown as missing. A results folder of another version of the suite
+    is refused.
     """
     from dataclasses import replace
 
@@ -61,9 +62,9 @@ def command(
     from backdoorbench_moe.errors import ConfigError
 
     if save is not None and filters:
-        raise ConfigError("--save: a results folder holds the whole suite; leave --only away")
+        raise ConfigError("--save: cannot be used with --only, as a results folder holds the whole suite")
     if source is not None and beside:
-        raise ConfigError("--with: counts beside run folders; leave --from away")
+        raise ConfigError("--with: cannot be used with --from, as it adds to run folders")
     suite = load_suite(name, scale)
     suite = suite if repeats is None else suite.with_repeats(repeats)
     if source is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from backdoorbench_moe.cli.app import LazyGroup
+from backdoorbench_moe.cli.kind_names import ALL_KINDS
 
 COMMANDS = {
     "new": "Write a package with a new part that installs and passes as it is.",
@@ -12,6 +13,12 @@ COMMANDS = {
 }
 
 
-@click.group("plugin", cls=LazyGroup, commands_help=COMMANDS, package=__package__)
+@click.group(
+    "plugin",
+    cls=LazyGroup,
+    commands_help=COMMANDS,
+    package=__package__,
+    help=f"Add {ALL_KINDS} from a package of your own.",
+)
 def command() -> None:
-    """Add triggers, applicators, models, defenses and data sets from a package of your own."""
+    """Add parts from a package of your own."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from backdoorbench_moe.cli.streams import echo
+from backdoorbench_moe.counting import count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,12 +74,8 @@ def _print(check: PackageCheck) -> None:
         _print_deviations(console, part)
     if check.passes:
         deviations = sum(len(part.deviations) for part in check.parts)
-        but = f", with {_count(deviations)}" if deviations else ""
+        but = f", with {count(deviations, 'deviation')}" if deviations else ""
         console.print(f"all parts of {check.package} conform to their interfaces{but}", markup=False)
-
-
-def _count(deviations: int) -> str:
-    return f"{deviations} deviation{'' if deviations == 1 else 's'}"
 
 
 def _share(test: Failure | Deviation) -> str:
@@ -88,7 +85,7 @@ def _share(test: Failure | Deviation) -> str:
 def _print_deviations(console: Console, part: PartCheck) -> None:
     if part.deviations:
         told = "; ".join(f"{one.test}{_share(one)} ({one.reason})" for one in part.deviations)
-        text = f"{part.kind} {part.name} has {_count(len(part.deviations))}: {told}"
+        text = f"{part.kind} {part.name} has {count(len(part.deviations), 'deviation')}: {told}"
         console.print(text, style="yellow", markup=False, soft_wrap=True)
 
 

@@ -1,0 +1,64 @@
+"""The metrics of one record, also those of the stages of a defense, and whether they are of a model near chance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from backdoorbench_moe.collapse import is_near_chance
+from backdoorbench_moe.records import Record
+
+
+def base_of(key: str) -> str:
+    """Return the last part of a metric's key: "pruned.asr" -> "asr"."""
+    return key.rpartition(".")[2]
+
+
+def with_base(key: str, base: str) -> str:
+    """Return the same key with another last part: "pruned.cad" -> "pruned.ba"."""
+    return ".".join([*key.split(".")[:-1], base])
+
+
+def uses_twin(key: str) -> bool:
+    """Return whether a metric needs the clean twin: it is measured on the twin or compared with it."""
+    base = base_of(key)
+    return base == "cad" or base.startswith("twin_")
+
+
+def find_value(record: Record, key: str) -> Mapping[str, float] | None:
+    """Find a metric in a record.
+
+    Args:
+        record: The record.
+        key: Key of the metric, such as "asr", "task/2.ba", "pruned.asr" or "seconds".
+
+    Returns:
+        {"value", "n", "low", "high"}; for "seconds" only {"value"}; None if the record does not have the metric.
+    """
+    if key in record.metrics:
+        return record.metrics[key]
+    if base_of(key) == "seconds":
+        return _seconds(record, key.rpartition(".")[0])
+    stage, _, name = key.partition(".")
+    return _stage_metrics(record, stage).get(name)
+
+
+def is_of_collapsed_model(record: Record, key: str) -> bool:
+    """Return whether the model that a metric is measured on is near chance: at the end of its stage, if it has one."""
+    metrics = _stage_metrics(record, key.partition(".")[0])
+    # The record's own field is about the whole run.
+    known = None if metrics else getattr(record, "near_chance", None)
+    return is_near_chance({"data": record.data, "near_chance": known, "metrics": metrics or record.metrics})
+
+
+def _stage_metrics(record: Record, name: str) -> Mapping[str, Any]:
+    return next((stage["metrics"] for stage in record.stages if stage["name"] == name), {})
+
+
+def _seconds(record: Record, stage: str) -> Mapping[str, float] | None:
+    """Seconds of a stage. If `stage` is empty, of the whole defense, or of the training of an undefended run."""
+    if stage:
+        found = next((each["seconds"] for each in record.stages if each["name"] == stage), None)
+    else:
+        found = record.timing.get("defense_seconds" if record.stages else "train_seconds")
+    return None if found is None else {"value": found}

@@ -1,0 +1,41 @@
+"""Records that are passed on to others: without the folders of the machine that they were made on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from backdoorbench_moe.config import DATASET_NOT_IN_DIGEST
+from backdoorbench_moe.records.record import Record
+
+
+def without_folders(record: Record) -> dict[str, Any]:
+    """Return a record as plain values that do not say in which folders of this machine files lie.
+
+    The options that say where the data lie are left out. Wherever the record has the path of a file that an option
+    names, also within a text, it has the name of the file instead. The digest of the spec stays the same: it covers
+    the content of these files, not their paths.
+
+    Args:
+        record: The record.
+
+    Returns:
+        The values; `records.parse_record` reads them.
+    """
+    names = {path: Path(path).name for path in record.run_spec.file_paths.values()}
+    values: dict[str, Any] = _rename(record.to_dict(), names)
+    dataset = values["spec"]["dataset"]
+    values["spec"]["dataset"] = {k: v for k, v in dataset.items() if k not in DATASET_NOT_IN_DIGEST}
+    return values
+
+
+def _rename(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _rename(item, names) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rename(item, names) for item in value]
+    if isinstance(value, str):
+        for path, name in names.items():
+            value = value.replace(path, name)
+    return value
