@@ -148,7 +148,7 @@ class RunSpec:
             if getattr(self, name) < 0:
                 raise ConfigError.expected(name, "a number from 0", getattr(self, name))
         # A spec that is derived from another, such as a clean twin, does not have the files of the parts it lacks.
-        options = {f"{start}{name}" for _, start, part in self.options_by_key() for name in part.options}
+        options = self._options()
         own = {key: known for key, known in self.files.items() if key in options}
         object.__setattr__(self, "files", own)
         if (self.trigger is None) != (self.applicator is None):
@@ -196,12 +196,13 @@ class RunSpec:
     @property
     def file_paths(self) -> dict[str, str]:
         """The path of every file whose hash is in `files`, by the key of the option that names it."""
-        options = {
-            f"{start}{name}": item
-            for _, start, part in self.options_by_key()
-            for name, item in part.options.items()
-        }
+        options = self._options()
         return {key: path for key in self.files if isinstance(path := options[key], str)}
+
+    def _options(self) -> Values:
+        """All options of all parts, by key, such as "trigger.image"."""
+        parts = self.options_by_key()
+        return {f"{start}{name}": value for _, start, part in parts for name, value in part.options.items()}
 
     def without_folders(self) -> RunSpec:
         """Return a copy, with the same digest, that does not say in which folders of this machine files lie.
