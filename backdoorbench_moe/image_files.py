@@ -73,6 +73,9 @@ def decode(path: Path) -> tuple[Image.Image, bool]:
     Raises:
         DataError: The file is missing or damaged, or cannot be converted exactly. The message names the file.
     """
+    if path.exists() and not path.is_file():
+        # Opening a named pipe would wait for ever.
+        raise DataError(f"{path}: expected an image file, got a folder, pipe or device")
     try:
         with Image.open(path, formats=_formats()) as file:
             bits = _bits_per_channel(file, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -237,3 +238,11 @@ def test_all_refused_files_are_counted_and_the_first_is_named(tmp_path) -> None:
         DataError, match=r"070\.png: expected .* 16 bits; 2 more of 130 files are refused, too"
     ):
         read_images(paths, 4, crop=False)
+
+
+def test_a_named_pipe_or_folder_called_like_an_image_is_refused_at_once(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    for name in ("pipe.png", "folder.png"):
+        with pytest.raises(DataError, match=f"{name}: expected an image file, got a folder, pipe or device"):
+            decode(tmp_path / name)

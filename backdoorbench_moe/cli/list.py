@@ -77,10 +77,14 @@ def _print(rows: list[dict[str, str]], broken: list[dict[str, str]]) -> None:
     last = None
     for row in rows:
         name = "timm:<architecture>" if (row["kind"], row["name"]) == ("model", "timm") else row["name"]
-        origin = "" if row["package"] == OWN_PACKAGE else f" ({row['package']} {row['version']})"
+        origin = "" if row["package"] == OWN_PACKAGE else f" ({_origin(row)})"
         table.add_row(row["kind"] if row["kind"] != last else "", name, escape(row["summary"] + origin))
         last = row["kind"]
     console.print(table)
     for row in broken:
-        text = f"broken: {row['kind']} {row['name']} ({row['package']} {row['version']}): {row['reason']}"
+        text = f"broken: {row['kind']} {row['name']} ({_origin(row)}): {row['reason']}"
         console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _origin(row: dict[str, str]) -> str:
+    return f"{row['package']} {row['version']}".strip()

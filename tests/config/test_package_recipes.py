@@ -76,7 +76,7 @@ def test_a_broken_one_is_named_and_stops_no_other_model(place, broken, reason) -
     put_package(place, **broken)
     with pytest.raises(PluginError, match=reason):
         build_spec({"recipe": "quick", "model": "slow"})
-    assert build_spec({"recipe": "quick", "model": "pmoe"}).train.epochs == 5
+    assert build_spec({"recipe": "quick", "model": "pmoe"}).train.epochs == 6
 
 
 def test_a_package_for_another_interface_has_no_say(place) -> None:
