@@ -45,7 +45,9 @@ def spec_options(function: Any) -> Any:
         click.option("--attack", metavar="NAME", help="How the model is attacked.  [data-poisoning]"),
         click.option("--model", metavar="NAME", help="Model, or timm:<architecture>.  [pmoe]"),
         click.option("--trigger", metavar="NAME", help="Trigger that is stamped into images.  [warp]"),
-        click.option("--applicator", metavar="NAME", help="Where it is stamped: image, or patch (BadPatches).  [patch]"),
+        click.option(
+            "--applicator", metavar="NAME", help="Where it is stamped: image, or patch (BadPatches).  [patch]"
+        ),
         click.option("--dataset", metavar="NAME", help="signs (embedded), cifar10, gtsrb, folder.  [signs]"),
         click.option("--data-root", metavar="DIR", help="Folder of the data set."),
         click.option(
