@@ -48,7 +48,7 @@ def test_good_options_are_converted() -> None:
         ({"size": 1, "color": ["x"]}, "part: color: expected an integer, got 'x'"),
         ({"size": 1, "offset": 3}, "part: offset: expected 'left' or a list"),
         ({"size": 1, "offset": "lift"}, "part: offset: unknown 'lift'; did you mean 'left'"),
-        ({"size": 1, "file": 3}, "part: file: expected a text or none, got 3"),
+        ({"size": 1, "file": 3}, "part: file: expected a string or none, got 3"),
     ],
 )
 def test_bad_options(options: dict[str, object], message: str) -> None:

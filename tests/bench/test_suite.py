@@ -105,7 +105,7 @@ def test_the_suite_wins_over_its_scale_and_the_scale_over_the_recipe(tmp_path) -
         ({"plots": [{"title": "t", "x": "sed"}]}, "unknown 'sed'; did you mean 'seed'"),
         ({"paper": 3}, "paper: expected"),
         ({"paper": {"file": "badpatches_tables_1_2", "where": ["pmoe"]}}, "where: expected keys and values"),
-        ({"title": None}, "title: expected a text, got None"),
+        ({"title": None}, "title: expected a string, got None"),
         ({"grid": []}, r"grid: expected at least one key, got \[\]"),
         ({"grid": [["square"]]}, r"grid\[0\]: expected keys and values"),
         ({"grid": {**GRID, "model": [None]}}, "model: expected a name"),
@@ -113,10 +113,10 @@ def test_the_suite_wins_over_its_scale_and_the_scale_over_the_recipe(tmp_path) -
         ({"base": {**BASE, "dataset": ["tiny"]}}, "dataset: expected a name"),
         ({"grid": {**GRID, "seed": [0, 1]}}, "is the same run as .*; for more seeds a cell give repeats"),
         ({"tables": [{"title": "t", "rows": "seed", "columns": "seed"}]}, "rows: expected a list"),
-        ({"tables": [{"title": "t", "rows": [1], "columns": "seed"}]}, "rows: expected a text, got 1"),
+        ({"tables": [{"title": "t", "rows": [1], "columns": "seed"}]}, "rows: expected a string, got 1"),
         ({"tables": [{"title": "t", "rows": [], "columns": "seed"}]}, "rows: expected at least one"),
-        ({"tables": [{"title": "t", "rows": ["seed"], "columns": ["seed"]}]}, "columns: expected a text"),
-        ({"plots": [{"title": 2024}]}, "title: expected a text, got 2024"),
+        ({"tables": [{"title": "t", "rows": ["seed"], "columns": ["seed"]}]}, "columns: expected a string"),
+        ({"plots": [{"title": 2024}]}, "title: expected a string, got 2024"),
     ],
 )
 def test_what_a_suite_cannot_have_is_named(values, message) -> None:
