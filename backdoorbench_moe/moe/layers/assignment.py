@@ -61,7 +61,7 @@ def top_experts(gates: Tensor, top_k: int) -> Tensor:
 
 
 def within_capacity(gates: Tensor, chosen: Tensor, capacity: int) -> Tensor:
-    """Decide which tokens the chosen experts process, given their capacity: the batch prioritized routing of V-MoE.
+    """Decide which tokens the chosen experts process, given their capacity: Batch Prioritized Routing of V-MoE.
 
     The first choices of all tokens are assigned before all second choices, and so on. Choices of the same rank are
     assigned in descending order of the largest gate of each token; for equal gates, in ascending order of the tokens.
