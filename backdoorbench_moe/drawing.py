@@ -1,4 +1,4 @@
-"""Drawing of figures and HTML pages: colours, matplotlib settings, reproducible files, SVG inside a page."""
+"""Figures and HTML pages: colours, matplotlib settings, reproducible image files, and SVG inside a page."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The colours of Okabe and Ito can be distinguished by colour-blind readers, the markers without any colours.
+# The colours of Okabe and Ito, which colour-blind readers can distinguish. In print without colours, the markers
+# distinguish the lines.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, PAPER, RULE = "#1a1a1a", "#ffffff", "#d9d9d9"
 LINE_VARIABLES = tuple(f"line-{number}" for number in range(len(COLOURS)))
 
-# Metadata that matplotlib would write by default: program and date, which would make equal figures differ.
+# Metadata that matplotlib writes by default. They are left out, since the date and the version of matplotlib would make
+# the files of equal figures differ.
 OMITTED_METADATA = {"svg": ("Creator", "Date", "Format", "Type"), "png": ("Software",)}
 
 
 @contextmanager
 def drawing_style(salt: str) -> Iterator[None]:
-    """Draw inside the block with fixed matplotlib settings, whatever the user's own are.
+    """Use fixed matplotlib settings inside the block, independent of the user's own settings.
 
-    Machines with the same fonts and versions draw the same bytes. Text is never parsed as mathematics, since a
-    class may be named "$x$".
+    Machines with the same fonts and package versions then write the same bytes. Text is never parsed as a formula,
+    since a class may be named "$x$".
 
     Args:
-        salt: Salt of the ids in an SVG file.
+        salt: Text from which the ids in an SVG file are derived (`svg.hashsalt`).
     """
     import matplotlib
 
@@ -44,7 +46,7 @@ def drawing_style(salt: str) -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Make an empty figure, independent of any display and of pyplot's global state.
+    """Create an empty figure that needs no display and does not use the global state of pyplot.
 
     Args:
         width: Width in inches.
@@ -59,7 +61,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def figure_bytes(figure: Figure, form: str, dpi: int) -> bytes:
-    """Encode a figure as an image file. Inside `drawing_style`, equal figures give equal bytes.
+    """Return a figure as the content of an image file. Inside `drawing_style`, equal figures give equal bytes.
 
     Args:
         figure: The figure.
@@ -72,24 +74,24 @@ def figure_bytes(figure: Figure, form: str, dpi: int) -> bytes:
 
 
 def inline_svg(svg: bytes, prefix: str, alt: str, *, style: str = "") -> str:
-    """Convert an SVG file to an element of an HTML page.
+    """Convert an SVG file to an `<svg>` element of an HTML page.
 
-    Its colours are replaced with the CSS variables --ink, --paper, --rule, --line-0, --line-1, ..., which the page
-    defines.
+    The colours of this module are replaced with the CSS variables --ink, --paper, --rule, --line-0, --line-1, ...,
+    which the page must define.
 
     Args:
-        svg: The SVG file.
-        prefix: Prefix of all ids, unique within the page.
+        svg: Content of the SVG file, as returned by `figure_bytes`.
+        prefix: Prefix of all ids in the element, unique within the page.
         alt: Alternative text for readers who cannot see the figure.
-        style: CSS of the element.
+        style: CSS declarations for the element.
     """
     from html import escape
 
     text = svg.decode("utf-8")
     text = text[text.index("<svg") :]
-    # page.css has the only rule of this style.
+    # Remove matplotlib's style sheet. Its only rule is also in page.css.
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
-    # Equal images have equal ids, which must be unique on the page. Nothing refers to them.
+    # Remove the ids of embedded images: equal images have equal ids, but ids must be unique. Nothing refers to them.
     text = re.sub(r'(<image\b[^>]*?) id="[^"]*"', r"\1", text)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
     for colour, variable in (
@@ -110,9 +112,8 @@ def render_page(template: str, **values: Any) -> str:
     """Render an HTML page from a jinja2 template.
 
     Args:
-        template: Text of the template. Its variable `style` is the common CSS of all pages, for light and dark
-            themes, print and small screens.
-        **values: The other variables; every value that is not `Markup` is escaped.
+        template: Text of the template. The variable `style` contains the CSS that all pages share.
+        **values: All other variables. Values that are not `Markup` are escaped.
     """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -125,5 +126,5 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def slug(text: str) -> str:
-    """Convert a title to a part of a file name; "" for a title without letters and digits."""
+    """Convert a title to lower-case ASCII letters, digits and hyphens, for a file name; "" if it has none of them."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

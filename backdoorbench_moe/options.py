@@ -1,4 +1,4 @@
-"""Keyword options of a part, which are checked against its signature."""
+"""Options: the keyword-only parameters of a part's constructor, by which values from a config are checked."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ REQUIRED = inspect.Parameter.empty
 
 
 class NamesFile:
-    """Marks an annotation of an option whose value is the path of a file that the part reads."""
+    """Marker in the annotation of an option whose value is the path of a file that the part reads."""
 
 
-# Annotation of such an option. The file is part of the spec: its content is hashed, recorded and checked.
+# The annotation of such an option. The spec of a run then contains the SHA-256 of the file, which is checked later.
 FilePath = Annotated[str, NamesFile]
 
 
@@ -27,9 +27,9 @@ class Option:
     """A keyword option.
 
     Args:
-        name: Its name.
-        annotation: Its type.
-        default: Its default value, or `REQUIRED`.
+        name: Name of the parameter.
+        annotation: Type of the parameter; `Any` if it has no annotation.
+        default: Default value, or `REQUIRED`.
     """
 
     name: str
@@ -37,16 +37,24 @@ class Option:
     default: Any
 
     def names_file(self, value: object) -> bool:
-        """Return whether a value is the path of a file that the part reads, and not one of a Literal's words."""
+        """Return whether a value of this option is the path of a file that the part reads.
+
+        It is not if the annotation has no `FilePath`, or if the value is one of the choices of its `Literal`.
+
+        Args:
+            value: A value of the option other than None.
+        """
         choices = (self.annotation, *get_args(self.annotation))
         words = [word for choice in choices if get_origin(choice) is Literal for word in get_args(choice)]
-        return value not in words and any(
-            NamesFile in getattr(choice, "__metadata__", ()) for choice in choices
+        return (
+            value is not None
+            and value not in words
+            and any(NamesFile in getattr(choice, "__metadata__", ()) for choice in choices)
         )
 
     @property
     def type_name(self) -> str:
-        """The annotation as written in source code."""
+        """The type as shown to users: as in source code, but "file" for `FilePath` and the choices of a `Literal`."""
         return _type_name(self.annotation)
 
 
@@ -66,8 +74,8 @@ def call_fault(part: type, *, given: Collection[str] = (), needs: Collection[str
 
     Args:
         part: The class.
-        given: Keyword arguments that the caller gives.
-        needs: Keyword options that the class must have.
+        given: Keyword arguments that the caller passes besides the options.
+        needs: Options that the class must have.
     """
     if inspect.isabstract(part):
         return (
@@ -75,7 +83,7 @@ def call_fault(part: type, *, given: Collection[str] = (), needs: Collection[str
         )
     try:
         options = list_options(part, given=given)
-    except Exception as error:  # Evaluating annotations runs code of third parties.
+    except Exception as error:  # Evaluating annotations runs third-party code, which may raise anything.
         return f"the options of {part.__name__} cannot be read: {type(error).__name__}: {error}"
     for option in options.values():
         if not _is_plain(option.annotation):
@@ -99,14 +107,14 @@ def call_fault(part: type, *, given: Collection[str] = (), needs: Collection[str
 
 
 def _is_plain(annotation: Any) -> bool:
-    """Whether values of this type can be written in a config and checked."""
+    """Whether values of this type can be written in a config file and checked by `convert`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return True
     if origin is Annotated:
         return _is_plain(arguments[0])
     if origin is tuple and any(NamesFile in getattr(item, "__metadata__", ()) for item in arguments):
-        return False  # Only files that an option names alone are found and hashed.
+        return False  # Files are hashed only if the option holds a single path.
     if origin in (Union, types.UnionType, tuple):
         return all(item is Ellipsis or _is_plain(item) for item in arguments)
     return annotation in (bool, int, float, str, type(None))
@@ -115,13 +123,16 @@ def _is_plain(annotation: Any) -> bool:
 def check_options(
     target: Callable[..., object], options: Mapping[str, object], *, where: str, given: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Check the names and types of options against a signature, and convert lists to tuples.
+    """Check the names and types of options against a signature, and convert the values (see `convert`).
 
     Args:
         target: Class or function that has the options.
         options: Values by name.
         where: The part, for error messages, such as "trigger 'warp'".
-        given: Parameters that are not options, because the caller gives them.
+        given: Keyword-only parameters that are not options, because the caller passes them.
+
+    Returns:
+        The converted values by name. Options that are not in `options` are left out.
 
     Raises:
         UnknownNameError: There is no such option.
@@ -140,10 +151,10 @@ def check_options(
 
 
 def convert(value: object, annotation: Any, parameter: str) -> Any:
-    """Convert a value to the type of an option: an int to a float, a list to a tuple.
+    """Convert a value to the type of an option, such as an int to a float, or a list to a tuple.
 
-    Values of other libraries, such as NumPy scalars, paths and `torch.device`, are made plain first, see
-    `plain.plain`. A bool is never converted to a number.
+    First `plain.plain` converts values of other libraries, such as NumPy scalars, paths and `torch.device`, to plain
+    Python values. A bool is never converted to a number.
 
     Args:
         value: The value.
@@ -195,8 +206,8 @@ def convert_fields(spec: object, prefix: str, names: Iterable[str]) -> None:
 
     Args:
         spec: The dataclass instance.
-        prefix: Put before a field's name in error messages, such as "train.".
-        names: The fields.
+        prefix: Prefix of the names of fields in error messages, such as "train.".
+        names: Names of the fields to convert.
 
     Raises:
         ConfigError: A value does not have the type.
@@ -212,7 +223,7 @@ def _convert_tuple(value: object, arguments: tuple[Any, ...], parameter: str) ->
     if len(arguments) == 2 and arguments[1] is Ellipsis:
         return tuple(convert(item, arguments[0], parameter) for item in value)
     if len(value) != len(arguments):
-        raise ConfigError.expected(parameter, f"a list of {len(arguments)}", value)
+        raise ConfigError.expected(parameter, f"a list of {len(arguments)} items", value)
     return tuple(convert(item, kind, parameter) for item, kind in zip(value, arguments, strict=True))
 
 
@@ -224,7 +235,7 @@ def _describe(annotation: Any) -> str:
             if NamesFile in annotation.__metadata__
             else _describe(get_args(annotation)[0])
         )
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "none"}
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(_describe(choice) for choice in get_args(annotation))
     if get_origin(annotation) is Literal:
@@ -235,7 +246,7 @@ def _describe(annotation: Any) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    """A type as written in source code; a `Literal` by its values."""
+    """A type as shown to users, see `Option.type_name`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " | ".join(map(repr, arguments))

@@ -66,7 +66,7 @@ def check_plain(value: object, where: str) -> None:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{where}: expected texts, finite numbers, lists, and keys and values ({error})"
+            f"{where}: expected strings, finite numbers, lists and mappings ({error})"
         ) from error
 
 

@@ -12,10 +12,10 @@ from backdoorbench_moe.spelling import near_names
 
 GROUPS = {name: kind.group for name, kind in KINDS.items()}
 
-# Version of the interfaces for plug-ins. It is raised when something that worked with the previous one stops working.
+# Version of the interfaces that plug-ins implement. It is increased by changes that break plug-ins.
 INTERFACE = 2
-# The names in this entry-point group are the versions that a package is written for. A package without any is
-# assumed to be written for the installed version.
+# Entry-point group in which a package declares the versions of the interfaces that it supports: each entry point is
+# named after one version, such as "2". A package that declares none is assumed to support the installed version.
 INTERFACE_GROUP = f"{PACKAGE}.interface"
 RECIPE_GROUP = f"{PACKAGE}.recipes"
 OWN_GROUPS = (*GROUPS.values(), INTERFACE_GROUP, RECIPE_GROUP)
@@ -23,7 +23,7 @@ OWN_GROUPS = (*GROUPS.values(), INTERFACE_GROUP, RECIPE_GROUP)
 
 @dataclass(frozen=True)
 class Candidate:
-    """An entry point of an installed package; nothing is imported before `load`.
+    """An entry point of an installed package. `load` imports the part.
 
     Args:
         kind: Kind of the part, such as "trigger".
@@ -31,7 +31,7 @@ class Candidate:
         target: The part, as "module:Class".
         package: Name of the package.
         version: Version of the package.
-        interfaces: Versions of the interfaces that the package is written for; empty if it does not say.
+        interfaces: Versions of the interfaces that the package supports; empty if it does not declare any.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class Candidate:
 
     @property
     def builtin(self) -> bool:
-        """Whether the part belongs to this package."""
+        """Whether the part is in a module of `backdoorbench_moe`."""
         return self.target.startswith(f"{PACKAGE}.")
 
     @property
@@ -66,8 +66,8 @@ class Candidate:
         """Import the part.
 
         Raises:
-            PluginError: The import failed in any way, even by `sys.exit`; the message names the package and the
-                reason.
+            PluginError: The package does not support this version of the interfaces, or the import raised any
+                exception, including `SystemExit`. The message names the package and the reason.
         """
         if self.mismatch:
             raise PluginError(self.mismatch)
@@ -75,7 +75,8 @@ class Candidate:
             return EntryPoint(self.name, self.target, GROUPS[self.kind]).load()
         except (Exception, SystemExit) as error:
             missing = unmet_requirements(self.package) if isinstance(error, ImportError) else []
-            advice = f"; {self.package} requires {', '.join(missing)}: not installed" if missing else ""
+            names = ", ".join(missing)
+            advice = f"; {self.package} requires packages that are not installed: {names}" if missing else ""
             raise PluginError(
                 f"{self.kind} {self.name!r} from {self.origin} does not load: "
                 f"{type(error).__name__}: {error}{advice}"
@@ -93,14 +94,20 @@ def discover(kind: str) -> list[Candidate]:
 
 
 def strays(package: str | None = None) -> list[tuple[Candidate, str]]:
-    """Return entry points in unknown groups of the form `backdoorbench_moe.*`, with the error message of each.
+    """Return the entry points in misspelt groups: those that begin with "backdoorbench_moe" but are unknown.
+
+    Case, and the choice of "-", "_" and ".", are ignored in this comparison.
 
     Args:
-        package: Only those of this package; of all packages if None.
+        package: Name of the package whose entry points are returned; None for all packages.
+
+    Returns:
+        Each entry point with an error message that suggests a group.
     """
     found = []
     for group in sorted(entry_points().groups):
-        if normalize(group).startswith(normalize(PACKAGE)) and group not in OWN_GROUPS:
+        name, own = normalize(group), normalize(PACKAGE)
+        if (name == own or name.startswith(f"{own}-")) and group not in OWN_GROUPS:
             near = near_names(group, GROUPS.values(), most=1)
             advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(GROUPS.values())}"
             for point in entry_points(group=group):
@@ -117,7 +124,7 @@ def normalize(package: str) -> str:
 def unmet_requirements(package: str) -> list[str]:
     """Return the names of the requirements of an installed package that are not installed.
 
-    Versions are not compared, and requirements with a condition are left out.
+    Versions are not compared. Requirements with an environment marker (after ";") are ignored.
     """
     try:
         requirements = distribution(package).requires or []

@@ -1,4 +1,7 @@
-"""Registries: they find parts by name, and import a part only when it is looked up."""
+"""Registries, which find parts by name. A part is a class of one kind, such as a trigger or a model.
+
+The module of a part is imported only when the part is looked up.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,9 @@ class Registry(Generic[T]):
 
     Attributes:
         kind: The same name.
-        given: Keyword arguments that the caller of `create` fills in; users may not give them as options.
-        needs: Options that every part of the kind has.
+        given: Keyword arguments that the code that calls `create` passes, such as "num_classes" for models. Users
+            cannot set them as options.
+        needs: Options that every part of the kind must have.
     """
 
     def __init__(self, kind: str) -> None:
@@ -36,10 +40,10 @@ class Registry(Generic[T]):
 
     @cached_property
     def _found(self) -> tuple[dict[str, Candidate], dict[Candidate, str]]:
-        """The usable entry points by name, and the refused ones with the reason; nothing is imported.
+        """The usable entry points by name, and the reason for each refused one; nothing is imported.
 
-        An entry point is refused if its package was written for another version of the interfaces, or if its name
-        is taken by another entry point. An entry point that is refused for its version does not take its name.
+        An entry point is refused if its package was written for another version of the interfaces, or if another
+        usable entry point already has its name.
         """
         names: dict[str, Candidate] = {}
         refused: dict[Candidate, str] = {}
@@ -57,15 +61,19 @@ class Registry(Generic[T]):
         return sorted({*self._found[0], *self._local})
 
     def candidate(self, name: str) -> Candidate | None:
-        """Return the entry point of a name; None for a part that was registered by `register`."""
+        """Return the usable entry point with this name.
+
+        Returns:
+            The entry point; None if there is none, because the part was added by `register` or does not exist.
+        """
         return self._found[0].get(name)
 
     def offers(self) -> list[Candidate]:
-        """Return all entry points of the kind, usable or not; nothing is imported."""
+        """Return all entry points of the kind, including refused ones; nothing is imported."""
         return [*self._found[0].values(), *self._found[1]]
 
     def fault(self, candidate: Candidate) -> str | None:
-        """Return why an entry point cannot be used, or None if it can. Imports the part to find out."""
+        """Return why an entry point cannot be used, or None if it can. The part is imported unless it is refused."""
         if candidate in self._found[1]:
             return self._found[1][candidate]
         try:
@@ -75,12 +83,14 @@ class Registry(Generic[T]):
         return None
 
     def broken(self) -> dict[Candidate, str]:
-        """Return the reason for each third-party entry point that cannot be used. Third-party parts are imported."""
+        """Import all third-party parts, and return the reason for each entry point that cannot be used."""
         reasons = {c: self.fault(c) for c in self.offers() if not c.builtin}
         return {candidate: reason for candidate, reason in reasons.items() if reason}
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Return a class decorator that registers a part for this process only; packages use entry points.
+        """Return a class decorator that registers a part in the current process.
+
+        Installed packages register their parts by entry points instead.
 
         Args:
             name: Name of the part.
@@ -107,7 +117,8 @@ class Registry(Generic[T]):
         """Import and return a part.
 
         Args:
-            name: Name of the part. In "family:argument" only the family is looked up.
+            name: Name of the part, or "family:argument", such as "timm:resnet18". Then the family is the name of the
+                part, and the argument is the value of one of its options.
 
         Raises:
             UnknownNameError: There is no part of this name; similar names are suggested.
@@ -126,19 +137,23 @@ class Registry(Generic[T]):
 
         Raises:
             UnknownNameError: There is no part of this name; similar names are suggested.
-            PluginError: A package offers it, but cannot be used.
+            PluginError: The package of the part was written for another version of the interfaces.
         """
         if name.partition(":")[0] not in self.names():
             raise self._unknown(name)
         return name
 
     def options(self, name: str) -> dict[str, Option]:
-        """Return the options of a part by name, except the one that "family:argument" sets."""
+        """Return the options of a part by name, without the option that "family:argument" sets."""
         part, implied = self.lookup(name), self._implied(name)
         return list_options(part, given=(*self.given, *implied))
 
     def check(self, name: str, options: Mapping[str, object]) -> dict[str, Any]:
-        """Check the options of a part and return all of its keyword arguments; nothing is built.
+        """Check the options of a part without building it.
+
+        Returns:
+            The options with converted values, and the option that "family:argument" sets. Options that are not set
+            are left out; they take their defaults.
 
         Raises:
             UnknownNameError: There is no such part or option.
@@ -155,19 +170,22 @@ class Registry(Generic[T]):
         """Build a part.
 
         Args:
-            name: Name of the part.
-            options: The user's options, which are checked.
-            given: Keyword arguments that the caller fills in; their names are in `kinds.Kind.given`.
+            name: Name of the part, as in `lookup`.
+            options: The user's options, by name.
+            given: The keyword arguments that `kinds.Kind.given` names.
 
         Raises:
             UnknownNameError: There is no such part or option.
-            ConfigError: An option is of the wrong type or out of range.
+            ConfigError: An option is missing, of the wrong type or out of range.
             PluginError: The part cannot be used.
         """
         return cast(Callable[..., T], self.lookup(name))(**(given or {}), **self.check(name, options))
 
     def _implied(self, name: str) -> dict[str, str]:
-        """The option that "family:argument" sets; the class attribute `name_argument` says which one."""
+        """Return the option that "family:argument" sets, as {name: argument}; an empty dict for a name without ":".
+
+        The class attribute `name_argument` holds the name of this option.
+        """
         family, colon, argument = name.partition(":")
         option = getattr(self.lookup(name), "name_argument", None)
         if colon and option is None:
@@ -175,7 +193,7 @@ class Registry(Generic[T]):
         return {option: argument} if colon and option else {}
 
     def _unknown(self, name: str) -> BbmoeError:
-        """The error for a name that cannot be looked up; a PluginError if a package offers it."""
+        """The error for a name that cannot be looked up: a PluginError if its entry point was refused."""
         for candidate, reason in self._found[1].items():
             if candidate.name == name.partition(":")[0]:
                 return PluginError(reason)

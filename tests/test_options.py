@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
-from backdoorbench_moe.options import check_options, convert, list_options
+from backdoorbench_moe.options import FilePath, check_options, convert, list_options
 
 
 class Part:
@@ -48,7 +48,7 @@ def test_good_options_are_converted() -> None:
         ({"size": 1, "color": ["x"]}, "part: color: expected an integer, got 'x'"),
         ({"size": 1, "offset": 3}, "part: offset: expected 'left' or a list"),
         ({"size": 1, "offset": "lift"}, "part: offset: unknown 'lift'; did you mean 'left'"),
-        ({"size": 1, "file": 3}, "part: file: expected a text or none, got 3"),
+        ({"size": 1, "file": 3}, "part: file: expected a string or none, got 3"),
     ],
 )
 def test_bad_options(options: dict[str, object], message: str) -> None:
@@ -75,3 +75,10 @@ def test_listing() -> None:
 def test_convert_keeps_any() -> None:
     marker = object()
     assert convert(marker, Any, "x") is marker
+
+
+def test_none_names_no_file() -> None:
+    def function(*, image: FilePath | None = None) -> None: ...
+
+    option = list_options(function)["image"]
+    assert option.names_file("a.png") and not option.names_file(None)

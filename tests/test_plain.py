@@ -117,7 +117,7 @@ def test_parts_of_a_spec_made_directly_take_them_too() -> None:
 
 @pytest.mark.parametrize("value", [{1, 2}, float("nan"), [float("inf")], b"x"], ids=str)
 def test_an_option_that_json_cannot_hold_is_refused(value) -> None:
-    with pytest.raises(ConfigError, match=r"^square: size: expected texts, finite numbers, lists"):
+    with pytest.raises(ConfigError, match=r"^square: size: expected strings, finite numbers, lists"):
         PartSpec("square", {"size": value})
 
 

@@ -196,7 +196,8 @@ def test_what_a_package_lacks_is_named(monkeypatch, modules, tmp_path) -> None:
         monkeypatch, ("other", "bad", "thirdparty_broken:X"), ("other", "no", "thirdparty_exits:X")
     )
     missing, exits = (registry.fault(c) for c in registry.offers() if not c.builtin)
-    assert missing.endswith("'a_module_that_is_not_there'; other requires no-such-thing: not installed")
+    advice = "other requires packages that are not installed: no-such-thing"
+    assert missing.endswith(f"'a_module_that_is_not_there'; {advice}")
     assert exits.endswith("RuntimeError: no licence")
 
 

@@ -1,4 +1,4 @@
-"""The applicator of BadPatches, which stamps every tile of the image."""
+"""The applicator of BadPatches, which stamps every square tile of the image."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from backdoorbench_moe.ops.patches import tile, untile
 class PatchApplicator(Applicator):
     """Stamp every tile of the image, as in BadPatches.
 
-    The image is cut into tiles, each tile is stamped as if it were an image, and the tiles are put back.
+    The image is cut into square tiles, each tile is stamped as if it were an image, and the tiles are put together
+    again.
 
     Args:
-        patch_size: Side of a tile in pixels, a divisor of the image's height and width. It should be the size of the
-            model's patches, independently of the trigger's size.
+        patch_size: Side of a tile in pixels, a divisor of the image's height and width. To stamp every patch that the
+            model routes, set it to the patch size of the model, also if the trigger is smaller.
 
     Raises:
         ConfigError: `patch_size` is below 1.
@@ -34,7 +35,14 @@ class PatchApplicator(Applicator):
         self.patch_size = patch_size
 
     def apply(self, images: Tensor, trigger: Callable[[Tensor], Tensor]) -> Tensor:
-        """Stamp all tiles in one batch.
+        """Stamp every tile of the images, all in one call of `trigger`.
+
+        Args:
+            images: (B, C, H, W) float in [0, 1].
+            trigger: Function that stamps tiles, (N, C, patch_size, patch_size) float in [0, 1].
+
+        Returns:
+            (B, C, H, W), the stamped images.
 
         Raises:
             ShapeError: `patch_size` does not divide the image's height and width.

@@ -1,4 +1,4 @@
-"""The attack interface, and the plan that says which training images are poisoned."""
+"""The attack interface, and the plan of the training images that an attack changes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,19 @@ def _nothing() -> Tensor:
 
 @dataclass(frozen=True)
 class PoisonPlan:
-    """Training images that the attacker changes, in three disjoint groups of indices, each ascending.
+    """The training images that the attacker changes, in three disjoint groups.
+
+    The tensors are on the CPU, and the indices of each group are in ascending order. For the forms of a trigger, see
+    `triggers.base.Trigger`.
 
     Args:
-        indices: (n,) int64, the *poison* group: stamped with the trigger's training form and relabelled.
+        indices: (n,) int64 indices of the *poison* group: images that are stamped with the trigger's training form
+            and get new labels.
         labels: (n,) int64, the new labels of the poison group.
-        cover: (c,) int64, the *cover* group: stamped with the trigger's training form, with true labels.
-        noise: (m,) int64, the *noise* group: stamped with the trigger's noise form, with true labels.
+        cover: (c,) int64 indices of the *cover* group: images that are stamped with the trigger's training form and
+            keep their labels.
+        noise: (m,) int64 indices of the *noise* group: images that are stamped with the trigger's noise form and keep
+            their labels.
     """
 
     indices: Tensor
@@ -36,19 +42,19 @@ class PoisonPlan:
 
     @property
     def groups(self) -> dict[str, Tensor]:
-        """The indices of each group, by the name that `poison.npz` uses; "indices" is the poison group."""
+        """The indices of each group by its name in `poison.npz`, where the poison group is called "indices"."""
         return {"indices": self.indices, "cover": self.cover, "noise": self.noise}
 
 
 class Attack(ABC):
     """What an attacker does to the training of a model, and which predictions the attacker wants.
 
-    Subclasses implement `plan`; users call the object.
+    Subclasses implement `plan`. Users call an instance, which checks arguments and results.
 
     Attributes:
-        uses_trigger: Whether the attack stamps a trigger. If not, its specs have neither a trigger nor an applicator.
-        tiny: Options that the conformance tests build the attack with.
-        deviations: Conformance tests that the attack is known to fail, and why: reasons by name of the test.
+        uses_trigger: Whether the attack stamps a trigger. If False, the spec must have no trigger and no applicator.
+        tiny: Options with which the conformance tests build the attack.
+        deviations: Conformance tests that the attack is known to fail: the reason for each, by name of the test.
 
     Args:
         poison: Which training images are poisoned, and their labels.
@@ -63,12 +69,12 @@ class Attack(ABC):
 
     @final
     def __call__(self, labels: Tensor, *, num_classes: int, seed: int) -> PoisonPlan:
-        """Choose the training images to poison, once, before training.
+        """Choose the training images to change. It is called once, before training.
 
         Args:
-            labels: (N,) int64 labels of the whole training set.
+            labels: (N,) int64 true labels of the whole training set, on any device.
             num_classes: Number of classes of the data.
-            seed: The run's seed; the same seed gives the same plan.
+            seed: The run's seed. The same seed gives the same plan.
 
         Returns:
             The plan, on the CPU.
@@ -86,8 +92,9 @@ class Attack(ABC):
         """Check the target and the source classes against the data.
 
         Raises:
-            ConfigError: One of them is not a class of the data, or is a name that was not resolved to a number; or
-                the sources include the target, whose images already have the target's label.
+            ConfigError: A class does not exist in the data, or is still given by name instead of number; or, in an
+                all-to-one attack with dirty labels, the target is one of the sources, so that its images would keep
+                their label.
         """
         poison = self.poison
         for name, labels in (("poison.target", (poison.target,)), ("poison.source", poison.source)):
@@ -103,10 +110,10 @@ class Attack(ABC):
 
     @abstractmethod
     def plan(self, labels: Tensor, num_classes: int, seed: int) -> PoisonPlan:
-        """Choose the images; see `__call__`, which has called `check` and moved `labels` to the CPU."""
+        """Choose the images; see `__call__`, which calls this after `check`, with `labels` on the CPU."""
 
     def wanted(self, labels: Tensor, num_classes: int) -> Tensor:
-        """Return the class that the attacker wants each triggered test image to be predicted as.
+        """Return the class that the attacker wants the model to predict for each image with the trigger.
 
         Args:
             labels: (N,) int64 true labels.
@@ -120,19 +127,20 @@ class Attack(ABC):
         return torch.full_like(labels, class_number("poison.target", self.poison.target))
 
     def counted(self, labels: Tensor, num_classes: int) -> Tensor:
-        """Return which test images count for ASR.
+        """Return which test images the attack success rate (ASR) is measured on.
 
-        An image counts if its true label differs from the wanted one and, if there are source classes, is one of them.
+        These are the images whose true label differs from the class that the attacker wants; with source classes, only
+        those of the source classes.
 
         Args:
             labels: (N,) int64 true labels.
             num_classes: Number of classes of the data.
 
         Returns:
-            (N,) bool; at least one image counts.
+            (N,) bool, with at least one True.
 
         Raises:
-            ConfigError: No image counts.
+            ConfigError: There are no such images.
         """
         counted = self.wanted(labels, num_classes) != labels
         if self.poison.source:
@@ -154,7 +162,9 @@ def _check_plan(plan: object, images: int, num_classes: int, attack: str) -> Non
         raise PluginError(f"attack {attack}: expected a PoisonPlan, got {plan!r}")
     for name, group in plan.groups.items():
         if not _is_int64_vector(group) or (group.diff() <= 0).any():
-            raise PluginError(f"attack {attack}: expected ascending int64 {name} on the CPU, got {group}")
+            raise PluginError(
+                f"attack {attack}: {name}: expected int64 indices in ascending order on the CPU, got {group}"
+            )
     together = torch.cat(list(plan.groups.values()))
     if len(together.unique()) < len(together):
         raise PluginError(f"attack {attack}: expected disjoint groups, got an image in two of them")
@@ -173,7 +183,7 @@ def _check_plan(plan: object, images: int, num_classes: int, attack: str) -> Non
 
 
 def _is_int64_vector(values: object) -> bool:
-    """Whether a value is a vector of indices or classes, on the CPU."""
+    """Whether a value is a one-dimensional int64 tensor on the CPU."""
     return (
         isinstance(values, Tensor)
         and values.dtype == torch.int64

@@ -14,15 +14,21 @@ from backdoorbench_moe.ops.seeding import generator
 class DataPoisoning(Attack):
     """Stamp and relabel images of the training set once, before the victim trains on it.
 
-    The poison group is drawn from the whole training set, including the target class, as in the BadPatches code; or
-    from the source classes, if there are any; or from the target class, if labels are clean. Rates are shares of the
-    whole training set.
+    The poison group is drawn from the whole training set, including the target class, as in the code of BadPatches.
+    With source classes, it is drawn from these classes only; with clean labels, from the target class only. The cover
+    group is drawn from the other images, with source classes only from those of other classes. The noise group is
+    drawn from the rest. All rates are shares of the whole training set.
 
     Args:
         poison: Rates of the groups, target class, labels, mapping and source classes.
 
+    Raises:
+        ConfigError: When the plan is made: a group has fewer candidates than images, or its rate is positive but gives
+            no image.
+
     Source:
-        BadNets (Gu et al., 2017); BadPatches (arXiv 2505.01811), section 4.
+        BadNets (Gu et al., 2017); BadPatches (arXiv 2505.01811), section 4; for source classes with a cover group,
+        TaCT (Tang et al., USENIX Security 2021).
     """
 
     def __init__(self, *, poison: PoisonSpec) -> None:
@@ -50,13 +56,24 @@ class DataPoisoning(Attack):
         return allowed
 
     def _cover_candidates(self, labels: Tensor) -> Tensor:
-        """Images that may be in the cover group, (N,) bool: with source classes, those of other classes (TaCT)."""
+        """Images that may be in the cover group, (N,) bool: with source classes, the images of other classes."""
         if not self.poison.source:
             return torch.ones_like(labels, dtype=torch.bool)
         return ~torch.isin(labels, torch.tensor(self.poison.source))
 
     def _draw(self, allowed: Tensor, group: str, images: int, seed: int, purpose: str) -> Tensor:
-        """Draw the indices of a group, in ascending order, from the images in the mask `allowed`, (N,) bool."""
+        """Draw the images of a group.
+
+        Args:
+            allowed: (N,) bool, the images to draw from.
+            group: The field of `PoisonSpec` that holds the rate of the group.
+            images: Number N of training images.
+            seed: The run's seed.
+            purpose: Name of the draw. Draws with other names are independent.
+
+        Returns:
+            (n,) int64 indices in ascending order.
+        """
         count, candidates = self.poison.count(images, group), allowed.nonzero().squeeze(1)
         if count > len(candidates):
             poison = self.poison

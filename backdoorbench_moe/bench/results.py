@@ -251,7 +251,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RecordError(f"results folder {folder}: {MANIFEST} is damaged: {error}") from error
     if not isinstance(manifest, dict):
-        raise RecordError(f"results folder {folder}: {MANIFEST} is damaged: expected keys and values")
+        raise RecordError(f"results folder {folder}: {MANIFEST} is damaged: expected a mapping")
     return manifest
 
 

@@ -196,13 +196,13 @@ def _read_paper(paper: object, where: str) -> Values | None:
 
 def _mapping(value: object, where: str) -> Values:
     if not isinstance(value, dict):
-        raise ConfigError.expected(where, "keys and values", value)
+        raise ConfigError.expected(where, "a mapping", value)
     return {str(key): item for key, item in value.items()}
 
 
 def _count(value: object, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError.expected(where, "a whole number from 1", value)
+        raise ConfigError.expected(where, "an integer of at least 1", value)
     return value
 
 

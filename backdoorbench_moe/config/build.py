@@ -1,4 +1,4 @@
-"""From settings in layers to one spec: recipes below, what the user wrote on top."""
+"""Building a spec from a recipe and the user's settings, which take precedence over the recipe."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ RECIPES = ("quick", "paper")
 
 
 def build_spec(*layers: Mapping[str, Any]) -> RunSpec:
-    """Merge layers over the recipe they name, and check the result.
+    """Build a spec from layers of settings and the recipe that they name.
 
     Args:
-        layers: Settings such as a YAML file's, flags' and `--set`s'; later ones win.
+        layers: Nested settings, such as those of a YAML file, of flags and of `--set`. Later layers take precedence
+            over earlier ones, and all of them over the recipe. By default the recipe is "quick", the model "pmoe" and
+            the data set "signs".
 
     Raises:
         UnknownNameError: A key or the recipe does not exist.
         ConfigError: A value is of the wrong type or out of range.
+        PluginError: The package of a third-party model has a recipe that cannot be read, or is not valid.
     """
     layers = tuple(normalise(layer) for layer in layers)
     chosen = merge({"recipe": "quick", "model": {"name": "pmoe"}, "dataset": {"name": "signs"}}, *layers)
@@ -43,10 +46,10 @@ def build_spec(*layers: Mapping[str, Any]) -> RunSpec:
 
 
 def _implied_by_attack(chosen: Values) -> Values:
-    """What the chosen attack implies for keys that are left open.
+    """The default values of trigger, applicator and poison rate that the attack implies.
 
-    The default attack stamps the default trigger; another one stamps none unless one is given; without an attack
-    nothing is poisoned.
+    The default attack has the default trigger and applicator. Other attacks have no defaults. Without an attack there
+    is no trigger and no applicator, and the poison rate is 0.
     """
     if "attack" in chosen and chosen["attack"] is None:
         return {"trigger": None, "applicator": None, "poison": {"rate": 0.0}}
@@ -58,7 +61,15 @@ def _implied_by_attack(chosen: Values) -> Values:
 
 
 def load_recipe(name: str, model: str = "pmoe") -> Values:
-    """Read a recipe, and what the package of a third party's model says for its own models on top.
+    """Read a recipe.
+
+    Args:
+        name: Name of the recipe, "quick" or "paper".
+        model: Name of the model. If it is a third-party model whose package has a recipe with the same name, the
+            values of the package take precedence over the built-in ones.
+
+    Returns:
+        Settings as in a config file, and under "models" the options of single models by their name.
 
     Raises:
         UnknownNameError: There is no such recipe.
@@ -72,7 +83,17 @@ def load_recipe(name: str, model: str = "pmoe") -> Values:
 
 
 def _load_own(text: str, origin: str, name: str, model: str) -> Values:
-    """A package's own file for a recipe. Raises PluginError naming the package."""
+    """Parse and check the recipe of a third-party package.
+
+    Args:
+        text: Content of the YAML file.
+        origin: Name and version of the package, for error messages.
+        name: Name of the recipe.
+        model: Name of the model.
+
+    Raises:
+        PluginError: The file is not valid YAML, or not a recipe.
+    """
     where = f"recipe {name!r} of model {model!r}"
     try:
         values = yaml.load(text, Loader=StrictLoader)
@@ -83,7 +104,8 @@ def _load_own(text: str, origin: str, name: str, model: str) -> Values:
     models = values.get("models", {}) if isinstance(values, dict) else None
     if not isinstance(models, dict) or not all(isinstance(options, dict) for options in models.values()):
         raise PluginError(
-            f"{where}: expected keys and values, those of a model under models.NAME, got {values!r} (from {origin})"
+            f"{where}: expected a mapping, with the options of a model under models.NAME, "
+            f"got {values!r} (from {origin})"
         )
     try:
         check_plain(values, where)

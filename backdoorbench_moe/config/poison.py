@@ -60,9 +60,9 @@ class PoisonSpec:
         object.__setattr__(self, "source", tuple(map(_digits, self.source)))
         self._check_rates()
         if _is_negative(self.target):
-            raise ConfigError.expected("poison.target", "a class number from 0", self.target)
+            raise ConfigError.expected("poison.target", "a class number of at least 0", self.target)
         if any(map(_is_negative, self.source)):
-            raise ConfigError.expected("poison.source", "class numbers from 0", self.source)
+            raise ConfigError.expected("poison.source", "class numbers of at least 0", self.source)
         if len(set(self.source)) != len(self.source):
             raise ConfigError.expected("poison.source", "each class once", self.source)
         if self.mapping == "all-to-all" and self.labels == "clean":

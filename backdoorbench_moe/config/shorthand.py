@@ -37,7 +37,7 @@ def normalise(layer: Mapping[str, Any]) -> Values:
 def normalise_list(key: str, value: object) -> list[Values | None]:
     """Write a list of parts as dicts. Raises ConfigError naming the item that is not a part."""
     if not isinstance(value, list | tuple):
-        raise ConfigError.expected(key, "a list of names, or of keys with a name among them", value)
+        raise ConfigError.expected(key, "a list of names, or of mappings with the key 'name'", value)
     return [normalise_part(f"{key}[{place}]", item) for place, item in enumerate(value)]
 
 
@@ -48,9 +48,9 @@ def normalise_part(key: str, value: object) -> Values | None:
     if value is None and key in OPTIONAL_PARTS:
         return None
     if not isinstance(value, Mapping):
-        raise ConfigError.expected(key, "a name, or keys with a name among them", value)
+        raise ConfigError.expected(key, "a name, or a mapping with the key 'name'", value)
     if not isinstance(value.get("name", ""), str):
-        raise ConfigError.expected(f"{key}.name", "a text", value["name"])
+        raise ConfigError.expected(f"{key}.name", "a string", value["name"])
     return dict(value)
 
 

@@ -1,4 +1,4 @@
-"""The frozen spec of a run, reading it from plain values, and its digest."""
+"""`RunSpec`, which holds all settings of a run, its digest, and its conversion from and to plain values."""
 
 from __future__ import annotations
 
@@ -23,22 +23,26 @@ from backdoorbench_moe.kinds import KINDS
 from backdoorbench_moe.options import convert_fields
 from backdoorbench_moe.plain import check_plain, plain
 
-# These do not influence the numbers of a run, so they are left out of its digest.
+# Fields that are not part of the digest, so that a run on another device or with the data elsewhere has the same one.
 NOT_IN_DIGEST = ("recipe", "device")
 DATASET_NOT_IN_DIGEST = ("root", "download")
-# These keys were added later. They are written only if they are set, so that the digests of older specs still hold.
+# Keys that were added later. `to_dict` leaves them out if they are empty, so that the digests of older specs are
+# unchanged.
 LEFT_OUT_IF_EMPTY = ("defenses", "files", "probe")
-# Also written for clean runs: their digests have contained this name from the beginning.
+# `to_dict` writes this name for clean runs too, since it has always been part of their digests.
 DEFAULT_ATTACK = "data-poisoning"
 
 
 @dataclass(frozen=True)
 class PartSpec:
-    """Name and options of a part. The options are checked when the part is built.
+    """Name and options of a part. The part checks its options when it is built.
 
     Args:
         name: Name of the part, such as "warp".
         options: The options that are set, by name; the others take their defaults.
+
+    Raises:
+        ConfigError: An option cannot be written as JSON.
     """
 
     name: str
@@ -57,19 +61,19 @@ class PartSpec:
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """How the victim trains.
+    """Settings of the training.
 
     Args:
-        epochs: Passes over the training set, from 1.
-        batch_size: Images per step, from 1; the last batch of an epoch may be smaller.
+        epochs: Number of passes over the training set, at least 1.
+        batch_size: Images per step, at least 1; the last batch of an epoch may be smaller.
         optimizer: "sgd" or "adamw".
         lr: Peak learning rate, above 0.
-        momentum: Momentum of SGD, in [0, 1).
-        nesterov: Use Nesterov momentum; `momentum` must then be above 0.
-        weight_decay: Weight decay, from 0; not applied to biases and norm parameters.
-        schedule: Learning rate over the steps: "constant", or "one-cycle", which rises linearly during the warmup and
-            then falls linearly to 0.
-        warmup: Share of all steps in which "one-cycle" rises, in [0, 1).
+        momentum: Momentum of SGD, in [0, 1); ignored by AdamW.
+        nesterov: Whether SGD uses Nesterov momentum; `momentum` must then be above 0.
+        weight_decay: Weight decay, at least 0; not applied to biases and the parameters of norms.
+        schedule: "constant" learning rate; or "one-cycle": it rises linearly to `lr` during the warmup and then falls
+            linearly to 0.
+        warmup: Share of all steps that are the warmup of "one-cycle", in [0, 1).
 
     Raises:
         ConfigError: A value is out of range.
@@ -92,34 +96,37 @@ class TrainSpec:
             "batch_size": (self.batch_size >= 1, "at least 1"),
             "lr": (0 < self.lr < float("inf"), "a positive number"),
             "momentum": (0 <= self.momentum < 1, "a number in [0, 1)"),
-            "weight_decay": (0 <= self.weight_decay < float("inf"), "a number from 0"),
+            "weight_decay": (0 <= self.weight_decay < float("inf"), "a number of at least 0"),
             "warmup": (0 <= self.warmup < 1, "a number in [0, 1)"),
         }
         for name, (good, expected) in checks.items():
             if not good:
                 raise ConfigError.expected(f"train.{name}", expected, getattr(self, name))
-        if self.nesterov and not self.momentum:
+        if self.nesterov and self.optimizer == "sgd" and not self.momentum:
             raise ConfigError.expected("train.momentum", "a positive number where train.nesterov is set", 0)
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """All settings of one run: what decides its numbers, the device, and what its folder records.
+    """All settings of one run.
 
     Args:
         dataset: The data set.
         model: The architecture.
-        trigger: What is stamped on images; None if the attack stamps nothing, or if there is no attack.
-        applicator: Where the trigger is applied; given if and only if there is a trigger.
-        attack: Who the attacker is and what he controls; None for a clean run.
+        trigger: The pattern that is stamped on images; None if the attack stamps nothing, or if there is no attack.
+        applicator: Where on an image the trigger is stamped; None if and only if `trigger` is None.
+        attack: The attack; None for a clean run.
         poison: Which training images are poisoned, and which labels they get.
-        train: How the victim trains.
-        defenses: Applied one after the other to the trained model.
-        files: SHA-256 of every file that an option names, by the option's key, such as "trigger.image". Filled in when
-            the run is made. The digest covers these hashes instead of the paths.
-        probe: Number of test images, from 0, whose routing is recorded after every epoch. Changes no metric.
-        seed: Seed of the run, from 0; every other seed is derived from it.
-        precision: Precision of training and evaluation; "auto" is bf16 where the hardware has it.
+        train: Settings of the training.
+        defenses: Defenses that are applied to the trained model, one after the other; empty for an undefended run.
+        files: SHA-256 of every file that an option names, by the option's key, such as "trigger.image". It is filled
+            in before the run starts (see `engine.files.pin_files`). The digest covers these hashes, not the paths.
+        probe: Number of test images, at least 0, whose routing is recorded before training and after every epoch. It
+            is part of the digest, although it does not change the metrics.
+        seed: Seed of the run, at least 0. The seeds of training, poisoning and defenses are derived from it, and that
+            of the trigger unless it is set as an option. Which images are kept or split off does not depend on it.
+        precision: Precision of training and evaluation: "fp32", "bf16", or "auto" for bf16 if the hardware has bf16
+            instructions and fp32 otherwise.
         device: "auto", "cpu", "cuda" or "cuda:N"; not part of the digest.
         recipe: Name of the recipe that the values came from; not part of the digest.
 
@@ -146,8 +153,9 @@ class RunSpec:
         convert_fields(self, "", ("probe", "seed", "precision", "device", "recipe"))
         for name in ("seed", "probe"):
             if getattr(self, name) < 0:
-                raise ConfigError.expected(name, "a number from 0", getattr(self, name))
-        # A spec that is derived from another, such as a clean twin, does not have the files of the parts it lacks.
+                raise ConfigError.expected(name, "a number of at least 0", getattr(self, name))
+        # Drop the files of options that this spec does not have. It may be derived from another spec, as a clean twin,
+        # which has no trigger, is derived from the spec of an attacked run.
         options = self._options()
         own = {key: known for key, known in self.files.items() if key in options}
         object.__setattr__(self, "files", own)
@@ -165,11 +173,14 @@ class RunSpec:
             raise ConfigError.expected("poison.rate", "0, as there is no attack", self.poison.rate)
 
     def parts(self) -> Iterator[tuple[str, PartSpec]]:
-        """Every part of the spec with its kind, in the order of `kinds.KINDS`."""
+        """Yield (kind, part) for every part of the spec, in the order of `kinds.KINDS`."""
         return ((kind, part) for kind, _, part in self.options_by_key())
 
     def options_by_key(self) -> Iterator[tuple[str, str, PartSpec]]:
-        """Every part as (kind, prefix, part); the keys of its options start with the prefix, such as "trigger."."""
+        """Yield (kind, prefix, part) for every part of the spec.
+
+        The key of an option is the prefix, such as "trigger." or "defenses[0].", followed by the option's name.
+        """
         for kind in KINDS.values():
             value = getattr(self, kind.key)
             for place, part in enumerate(value if kind.repeated else (value,)):
@@ -180,7 +191,8 @@ class RunSpec:
         """Return a copy with other values for some options.
 
         Args:
-            changed: New values by the key of the option, such as "trigger.size" or "defenses[0].ratio".
+            changed: New values by the key of the option, such as "trigger.size" or "defenses[0].ratio". Keys of parts
+                that the spec does not have are ignored.
         """
         parts: dict[str, Any] = {}
         for name, start, part in self.options_by_key():
@@ -190,7 +202,7 @@ class RunSpec:
         return replace(self, **parts)
 
     def without_paths(self) -> RunSpec:
-        """Return a copy in which the options that name a file in `files` are None."""
+        """Return a copy in which every option whose file is in `files` is None."""
         return self.with_options(dict.fromkeys(self.files)) if self.files else self
 
     @property
@@ -225,7 +237,7 @@ class RunSpec:
         return self.attack is not None
 
     def to_dict(self) -> Values:
-        """Write the spec as a plain nested dict; `spec_from_dict` reads it back."""
+        """Return the spec as a nested dict of plain values; `spec_from_dict` converts it back."""
         values: Values = {}
         for item in fields(self):
             value = getattr(self, item.name)
@@ -245,10 +257,13 @@ class RunSpec:
 
     @property
     def digest(self) -> str:
-        """First ten hex digits of a SHA-256 over everything that decides the numbers.
+        """First ten hexadecimal digits of the SHA-256 of the settings, by which equal runs are recognised.
+
+        It covers the content of files instead of their paths. It does not cover the device, the name of the recipe,
+        and the location of the data.
 
         Raises:
-            ConfigError: A class is given by name and not yet resolved to its number.
+            ConfigError: `poison` has a class by name instead of number; see `engine.class_names.resolve_classes`.
         """
         self.poison.check_numbered()
         values = {k: v for k, v in self.without_paths().to_dict().items() if k not in NOT_IN_DIGEST}
@@ -257,7 +272,7 @@ class RunSpec:
 
     @property
     def name(self) -> str:
-        """Name of the run's folder: readable parts, then the digest."""
+        """Name of the run's folder: data set, model, attack, defenses, seed and digest, joined by hyphens."""
         parts = [self.dataset.name, self.model.name, *self._attack_labels()]
         parts += [part.name for part in self.defenses]
         name = "-".join([*parts, f"s{self.seed}", self.digest])
@@ -272,14 +287,17 @@ class RunSpec:
 
 
 def _write_attack(attack: PartSpec | None) -> str | Values:
-    """Write an attack without options as its bare name, as records did before attacks had options."""
+    """The value of the key "attack": a name if there are no options, as in records from before attacks had options.
+
+    No attack is written as `DEFAULT_ATTACK`; the null trigger then shows that the run is clean.
+    """
     if attack is None:
         return DEFAULT_ATTACK
     return attack.to_dict() if attack.options else attack.name
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> RunSpec:
-    """Read a spec from a nested dict; keys that are missing take their defaults.
+    """Build a spec from a nested dict; keys that are missing take their defaults.
 
     Raises:
         UnknownNameError: A key does not exist.
@@ -289,10 +307,10 @@ def spec_from_dict(values: Mapping[str, Any]) -> RunSpec:
 
 
 def _fill_in_attack(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Fill in the keys that follow from the attack.
+    """Fill in the keys that the attack implies.
 
-    The default attack with the trigger null means no attack, because clean runs have always been written this way. Any
-    other attack has no trigger and no applicator unless they are given.
+    The default attack with a null trigger means no attack, since this is how clean runs are written (see
+    `_write_attack`). For any other attack, trigger and applicator are None unless they are given.
     """
     if not isinstance(values, Mapping):
         return values
@@ -306,9 +324,9 @@ def _fill_in_attack(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _read(kind: type, values: object, where: str) -> Any:
-    """Build a spec dataclass from a dict; its annotations say which keys and types are allowed."""
+    """Build the dataclass `kind` from a dict whose keys are names of fields. `where` is the key of the dict itself."""
     if not isinstance(values, Mapping):
-        raise ConfigError.expected(where or "config", "keys and values", values)
+        raise ConfigError.expected(where or "config", "a mapping", values)
     hints = get_type_hints(kind)
     known = [item.name for item in fields(kind)]
     checked: Values = {}
@@ -326,7 +344,7 @@ def _read(kind: type, values: object, where: str) -> Any:
         elif hints[key] in (PoisonSpec, TrainSpec):
             checked[key] = _read(hints[key], value, path)
         else:
-            checked[key] = value  # Converted by the dataclass itself.
+            checked[key] = value  # The dataclass converts and checks it.
     return kind(**checked)
 
 
@@ -334,7 +352,7 @@ def _read_files(value: object) -> dict[str, str]:
     if not isinstance(value, Mapping) or not all(
         isinstance(text, str) for pair in value.items() for text in pair
     ):
-        raise ConfigError.expected("files", "a SHA-256 by the key of an option", value)
+        raise ConfigError.expected("files", "a mapping from keys of options to SHA-256 digests", value)
     return dict(value)
 
 
@@ -344,6 +362,6 @@ def _read_part(value: object, where: str, *, optional: bool = False) -> PartSpec
     if where == "attack":
         value = normalise_part(where, value)
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-        raise ConfigError.expected(where, "a name, or keys with a name among them", value)
+        raise ConfigError.expected(where, "a name, or a mapping with the key 'name'", value)
     options = {str(key): item for key, item in value.items() if key != "name"}
     return PartSpec(value["name"], options)

@@ -51,7 +51,7 @@ def load_yaml(path: Path) -> Values:
     except YAML_ERRORS as error:
         raise ConfigError(f"config file {path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ConfigError.expected(f"config file {path}", "keys and values", values)
+        raise ConfigError.expected(f"config file {path}", "a mapping", values)
     check_plain(values, f"config file {path}")
     return values
 

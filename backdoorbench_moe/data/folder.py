@@ -1,4 +1,4 @@
-"""The data set that reads images from any folder with one subfolder for each class."""
+"""Data set of images in any folder that has one subfolder for each class."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from backdoorbench_moe.data.roots import data_root
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError
 from backdoorbench_moe.ops.seeding import generator
 
+# Image files with their class numbers.
 Files = list[tuple[Path, int]]
-# Compared without regard to case. The first group that matches a folder is used.
+# Names of the folders of a split, in lower case; case is ignored. Each tuple is a group of equivalent names. The first
+# group that contains the name of a folder is used.
 TRAIN_NAMES = (("train", "training"),)
 TEST_NAMES = (("test", "testing"), ("val", "valid", "validation"))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the class folders are.
+    """Location of the class folders.
 
     Attributes:
-        root: The folder that the user named.
-        train: The folder with the class folders for training; `root` itself if there is no split.
-        test: The folder with the class folders for testing; None if there is no split.
+        root: The folder of the data set.
+        train: The folder that contains the class folders for training; `root` if the data set has no test folder.
+        test: The folder that contains the class folders for testing; None if the data set has none.
         classes: Names of the classes, by number.
     """
 
@@ -41,30 +43,33 @@ class Layout:
 class Folder(Dataset):
     """Images in one folder for each class, of any size and in any format that Pillow decodes.
 
-    The folder holds either `train/<class>/...` and `test/<class>/...`, or only `<class>/...`, which is then split.
-    `training`, `testing`, `val`, `valid` and `validation` are accepted too, in upper or lower case. A validation folder
-    is the test set only if there is no test folder. A folder `train` without a test folder is a class of this name if
-    it has no subfolders and is not the only folder.
+    The folder contains either `train/<class>/...` and `test/<class>/...`, or only `<class>/...`. In the second case the
+    images of each class are split into training and test images.
+
+    `train` may also be called `training`, and `test` may be called `testing`, or, if there is no such folder, `val`,
+    `valid` or `validation`. Case is ignored. If only one of the two folders exists, it is an error; but if this folder
+    has no subfolders and is not the only one, it is a class.
 
     Classes are numbered in the order of their folders' names: by value if all names are numbers (2 before 10),
     otherwise as text. Images may be at any depth below their class folder.
 
     Files that are not images are skipped, and a warning counts them by suffix. Files of operating systems and notebooks
-    (`.DS_Store`, `Thumbs.db`, `__MACOSX`, `.ipynb_checkpoints`, ...) are skipped silently. A link to a target outside
-    the folder is an error.
+    (`.DS_Store`, `Thumbs.db`, `__MACOSX`, `.ipynb_checkpoints`, ...) are skipped silently. A link to an image or folder
+    outside of the data set's folder is an error.
 
-    Images are rotated as their EXIF orientation says. If a file has several frames or pages, the first is read, and a
-    warning counts such files. Grey and palette images are converted to RGB without loss. Images with more than 8 bits
-    per channel, CMYK images and images with transparent pixels cannot be converted exactly and are refused.
+    Images are rotated by their EXIF orientation. If a file has several frames or pages, the first is read, and a
+    warning counts such files. Grey and palette images are converted to RGB without loss. Images that cannot be
+    converted exactly are an error: those with more than 8 bits per channel, CMYK images, and images with transparent
+    pixels.
 
     Args:
-        root: The folder.
-        test_fraction: Share of each class that is used for testing if there is no test folder, in (0, 1). The split is
-            always the same, and both parts have at least one image of each class.
+        root: Path of the folder.
         image_size: Side of the square images in pixels, 1 to 8192. Images are resized so that the shorter side has
             this size (bilinear, antialiased), then cropped at the centre.
-        train_images: Number of training images to keep, from 1; all if None. See `Dataset`.
-        test_images: Number of test images to keep, from 1; all if None. See `Dataset`.
+        test_fraction: Share of each class that is used for testing if there is no test folder, in (0, 1). The split is
+            always the same, and both parts have at least one image of each class.
+        train_images: Number of training images to keep, at least 1; all if None. See `Dataset`.
+        test_images: Number of test images to keep, at least 1; all if None. See `Dataset`.
 
     Raises:
         ConfigError: A value is out of range.
@@ -94,7 +99,7 @@ class Folder(Dataset):
         return {"root": str(folder)}
 
     def source(self) -> Path | None:
-        """Return the folder, or None if it does not exist."""
+        """Return the path of the folder, or None if it does not exist."""
         root = data_root(self.root)
         return root if root.is_dir() else None
 
@@ -103,10 +108,11 @@ class Folder(Dataset):
         return _find_layout(data_root(self.root), LeftOut()).classes
 
     def read(self) -> ImageSet:
-        """List and decode the files.
+        """List the files, and decode those that are kept.
 
         Raises:
-            DataError: The layout is unclear, a class has too few images, or a file cannot be read. The message names
+            ConfigError: There are fewer images than `train_images` or `test_images`.
+            DataError: The layout is ambiguous, a class has too few images, or a file cannot be read. The message names
                 the file or folder.
         """
         left_out = LeftOut()
@@ -130,6 +136,7 @@ class Folder(Dataset):
         )
 
     def _divide(self, files: Files, classes: tuple[str, ...]) -> tuple[Files, Files]:
+        """Split each class at random into training and test files; the order is not changed."""
         by_class: list[list[Path]] = [[] for _ in classes]
         for path, label in files:
             by_class[label].append(path)
@@ -151,10 +158,10 @@ class Folder(Dataset):
 
 
 def _find_layout(root: Path, left_out: LeftOut) -> Layout:
-    """Find the class folders, and count other files in `left_out`.
+    """Find the class folders, and count the files outside of them in `left_out`.
 
     Raises:
-        DataError: There are no class folders, or it is unclear which ones are meant.
+        DataError: The root does not exist, or it is ambiguous which folders are the class folders.
     """
     if not root.is_dir():
         raise DataError(f"folder: {root}: expected a folder of class folders, found none")
@@ -165,7 +172,7 @@ def _find_layout(root: Path, left_out: LeftOut) -> Layout:
             raise DataError(
                 f"folder: {root}: expected both train and test, or neither; found only {one.name}"
             )
-        train = test = None  # It holds no folders, so it is a class with this name, beside other classes.
+        train = test = None  # A folder without subfolders, beside others, is a class with this name.
     base = train or root
     classes = order_classes(path.name for path in _class_folders(base, left_out))
     if test is not None:
@@ -178,10 +185,17 @@ def _find_layout(root: Path, left_out: LeftOut) -> Layout:
 
 
 def _find_split(root: Path, choices: tuple[tuple[str, ...], ...]) -> Path | None:
-    """Find the folder of a split by the first group of names that matches any; None if no group does.
+    """Find the folder of a split by its name.
+
+    Args:
+        root: The folder that contains it.
+        choices: Groups of names, in order of preference; see `TRAIN_NAMES`.
+
+    Returns:
+        The folder with a name in the first possible group; None if there is none.
 
     Raises:
-        DataError: Two folders match the same group.
+        DataError: Several folders have names in this group.
     """
     for names in choices:
         found = [path for path in list_folder(root)[0] if path.name.casefold() in names]
@@ -194,6 +208,7 @@ def _find_split(root: Path, choices: tuple[tuple[str, ...], ...]) -> Path | None
 
 
 def _class_folders(folder: Path, left_out: LeftOut) -> list[Path]:
+    """List the subfolders that are not hidden, and count all other files in `left_out`."""
     folders, files = list_folder(folder)
     for path in files:
         left_out.add_file(path)
@@ -203,7 +218,11 @@ def _class_folders(folder: Path, left_out: LeftOut) -> list[Path]:
 
 
 def _list_images(layout: Layout, folder: Path, left_out: LeftOut) -> Files:
-    """List the images with their labels, sorted by class, folder and name. Raises DataError if there are none."""
+    """List the images in class folders with their class numbers, sorted by class, folder and name.
+
+    Raises:
+        DataError: There are none.
+    """
     files = [
         (path, label)
         for label, name in enumerate(layout.classes)
@@ -217,10 +236,10 @@ def _list_images(layout: Layout, folder: Path, left_out: LeftOut) -> Files:
 
 
 def _warn_of_choices(layout: Layout) -> None:
-    """Warn of choices that may surprise: the order of numbered classes, and folders that are not read."""
+    """Warn if classes are sorted by value, validation images are used for testing, or folders are not read."""
     says = []
     if list(layout.classes) != sorted(layout.classes):
-        says.append("all class folders are numbers and sorted as such (2 before 10)")
+        says.append("all class folders have numbers as names and are sorted by value (2 before 10)")
     if layout.test is not None:
         read = (layout.train.name, layout.test.name)
         if layout.test.name.casefold() not in TEST_NAMES[0]:

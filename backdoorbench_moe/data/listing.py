@@ -1,4 +1,4 @@
-"""Which files under a folder are images, and what is left out."""
+"""Listing of the images below a folder, and of the files that are left out."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ APPLE_DOUBLE = "._"
 
 
 class LeftOut:
-    """Counts the files in a folder that are not read, by type, for one warning."""
+    """Counts by type of the files that are not read, for one warning."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
     def add_file(self, path: Path) -> None:
-        """Count a file that is not read."""
+        """Count a file that is not read: as hidden, as an image outside of class folders, or by its suffix."""
         if is_hidden(path):
             self.counts["hidden"] += 1
         elif is_image(path):
@@ -60,17 +60,17 @@ class LeftOut:
         return f"{total:,} {'file' if total == 1 else 'files'} left out: {kinds}"
 
     def warn(self, where: str) -> None:
-        """Issue a warning with the counts, if a file was left out.
+        """Issue a warning with the counts if any file was left out.
 
         Args:
-            where: The data set and its folder, for the beginning of the message.
+            where: Beginning of the message: the data set and its folder.
         """
         if text := str(self):
             warnings.warn(f"{where}: {text}", BbmoeWarning, stacklevel=3)
 
 
 def is_clutter(path: Path) -> bool:
-    """Return whether a file or folder was left by an operating system or a tool and does not belong to the data."""
+    """Return whether a file or folder was written by an operating system or a tool and is not part of the data."""
     return path.name.casefold() in CLUTTER or path.name.startswith(APPLE_DOUBLE)
 
 
@@ -95,10 +95,10 @@ def list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def find_images(folder: Path, root: Path, left_out: LeftOut) -> list[Path]:
-    """Find the images of a folder at any depth, as torchvision's ImageFolder does.
+    """Find the images below a folder, at any depth.
 
-    The images of a folder come first, sorted by name, and then those of its subfolders. Hidden files and folders are
-    left out. Links are followed if their targets are inside `root`.
+    The images directly in a folder come first, sorted by name, and then those in its subfolders. Hidden files and
+    folders are left out. Links are followed if their targets are inside `root`.
 
     Args:
         folder: The folder to search.
@@ -106,7 +106,8 @@ def find_images(folder: Path, root: Path, left_out: LeftOut) -> list[Path]:
         left_out: Counts the files that are left out.
 
     Raises:
-        DataError: A link points outside `root`, to itself or to a folder that contains it; or a folder cannot be read.
+        DataError: A link to an image or folder has a target outside `root`, that does not exist, or that contains the
+            link; or a folder cannot be read.
     """
     images = []
     for path in _files_below(folder, root, ()):
@@ -120,10 +121,16 @@ def find_images(folder: Path, root: Path, left_out: LeftOut) -> list[Path]:
 
 
 def _files_below(folder: Path, root: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """Yield all files below a folder, without clutter. `above`: the resolved paths of the folders that contain it."""
+    """Yield all files below a folder, without clutter.
+
+    Args:
+        folder: The folder.
+        root: The folder of the whole data set, which links may not leave.
+        above: Resolved paths of the folders that contain `folder`.
+    """
     real = _follow(folder, root)
     if real in above:
-        raise DataError(f"{folder}: is a link to a folder that holds it")
+        raise DataError(f"{folder}: is a link to a folder that contains it")
     folders, files = list_folder(folder)
     for path in files:
         if path.is_symlink() and is_image(path):
@@ -137,10 +144,13 @@ def _follow(path: Path, root: Path) -> Path:
     """Resolve the links in a path. Raises DataError if the target is missing or outside `root`."""
     try:
         real, home = path.resolve(strict=True), root.resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself, in older Pythons.
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # Older versions of Python raise RuntimeError for a link to itself.
         raise DataError(f"{path}: cannot be followed ({error})") from error
     if not real.is_relative_to(home):
-        raise DataError(f"{path}: is a link out of {root}, which is not followed")
+        raise DataError(f"{path}: is a link to a target outside {root}, which is not followed")
     return real
 
 

@@ -1,4 +1,4 @@
-"""The defense interface, and everything that a defense is given."""
+"""The defense interface, and the task that a defense is called with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ NEEDS = ("clean", "training-set", "features", "losses")
 
 
 class Tune(Protocol):
-    """Trains a model further, in place, with its run's recipe; the same call gives the same weights."""
+    """Trains a model further, in place, with the recipe of the run.
+
+    The seed of each call is derived from the defense's seed and the epochs of earlier calls. A defense that makes the
+    same calls with the same seed therefore gets the same weights.
+    """
 
     def __call__(
         self,
@@ -39,15 +43,15 @@ class Tune(Protocol):
         """Train `model` on `split`.
 
         Args:
-            model: The model; it is left in evaluation mode.
-            split: The images.
-            epochs: Passes over the images; 0 does nothing.
-            lr: Peak learning rate; the recipe's if None.
-            modules: Train only these modules; all others keep their weights and running statistics. If None, all
-                modules are trained.
-            rows: Train only these rows (of dimension 0), as (start, stop) by name in the model's state dict; given
-                instead of `modules`. All other values of parameters and buffers stay the same, bit for bit. Norms
-                that own some of the rows normalise all of their channels with the statistics of the batch.
+            model: The model. After training it is in evaluation mode.
+            split: The images and their labels.
+            epochs: Number of passes over the images; with 0, nothing is done.
+            lr: Peak learning rate; that of the recipe if None.
+            modules: The modules to train. All others keep their weights and running statistics. All modules are
+                trained if None.
+            rows: The rows to train, instead of `modules`: ranges (start, stop) of dimension 0, by name in the model's
+                state dict. All other values of parameters and buffers stay the same, bit for bit. During the training,
+                norms with some of these rows normalise all of their channels with the statistics of the batch.
 
         Raises:
             ValueError: A name in `rows` is not in the state dict.
@@ -56,26 +60,28 @@ class Tune(Protocol):
 
 @dataclass(frozen=True)
 class DefenseTask:
-    """Everything that a defense knows. It holds no trigger, no indices of poisoned images and no test images.
+    """What a defense is given: the model, data and functions. It has no information about the attack.
+
+    In particular, it holds no trigger, no indices of poisoned images and no test images.
 
     Args:
-        model: The defense's own copy, in evaluation mode, on `device`; it may be changed in place.
+        model: The model to defend, in evaluation mode, on `device`. The defense may change it in place.
         num_classes: Number of classes.
-        train: The recipe that the model was trained with.
-        device: The device of model and images.
+        train: The settings that the model was trained with.
+        device: The device of the model and the images.
         precision: "fp32" or "bf16".
-        seed: Seed of every random draw of the defense.
-        tune: See `Tune`.
+        seed: Seed that the defense should derive all random draws from.
+        tune: Function that trains a model further; see `Tune`.
         logits: Function of a model and images (B, 3, H, W) uint8 that returns (B, classes) float32, computed in
             evaluation mode.
         routing: Function of a `moe.routed.RoutedModel` and images (B, 3, H, W) uint8 that yields, batch by batch in
             the order of the images, the list of the `Routing` of every routed layer.
         fresh: Function that returns an untrained model of the same architecture, in evaluation mode, on `device`.
             Its weights are drawn from the defense's seed, not from the attacker's, and are the same at every call.
-        report: Function of a name, such as "pruned", and the model, to be called at the end of every stage except
-            the last. It keeps a copy, which is measured after the defense has returned, so that no measurement can
-            influence the defense.
-        granted: What the defense declared in `needs`, by name. Defenses read it through the properties.
+        report: Function of the name of a stage, such as "pruned", and the model. The defense calls it at the end of
+            every stage except the last. It copies the model; the copy is measured after the defense has returned, so
+            that the measurement cannot influence the defense.
+        granted: Data and functions by the name in `Defense.needs`. Defenses read them through the properties.
     """
 
     model: nn.Module
@@ -93,33 +99,33 @@ class DefenseTask:
 
     @property
     def clean(self) -> Split:
-        """The images that the defender holds, uint8 on `device`, and their true labels. Needs "clean"."""
+        """The images that the defender holds, uint8 on `device`, and their true labels. Requires "clean"."""
         return self._grant("clean")
 
     @property
     def training_set(self) -> Split:
-        """The whole training set as the victim had it, poisoned images and labels included. Needs "training-set"."""
+        """The whole training set as the victim used it, with poisoned images and labels. Requires "training-set"."""
         return self._grant("training-set")
 
     @property
     def features(self) -> Callable[[nn.Module, Tensor], Tensor]:
-        """Function of a model and images (B, 3, H, W) uint8 that returns the head's input, (B, D) float32.
+        """Function of a model and images (B, 3, H, W) uint8 that returns the input of the head, (B, D) float32.
 
-        Needs "features".
+        Requires "features".
         """
         return self._grant("features")
 
     @property
     def losses(self) -> Callable[[nn.Module, Split], Tensor]:
-        """Function of a model and a split of B images that returns the cross-entropy of each, (B,) float32.
+        """Function of a model and a split of B images that returns the cross-entropy of each image, (B,) float32.
 
-        Needs "losses".
+        Requires "losses".
         """
         return self._grant("losses")
 
     def _grant(self, need: str) -> Any:
         if need not in self.granted:
-            raise PluginError(f"defense: uses {need!r}, which it does not declare in `needs`")
+            raise PluginError(f"defense: uses {need!r}, which is not declared in its `needs`")
         return self.granted[need]
 
 
@@ -128,10 +134,10 @@ class DefenseResult:
     """What a defense returns.
 
     Args:
-        stage: Name of the last stage, such as "tuned". If there is a judgement about inputs, this is the stage of the
-            model together with its input filter.
-        model: The defended model; its weights have the same names and shapes as before.
-        judgements: The findings of the defense, of which at most one is about inputs.
+        stage: Name of the last stage, such as "tuned". If there is a judgement about inputs, the last stage is the
+            model together with this input filter.
+        model: The defended model. Names and shapes in its state dict must be the same as before.
+        judgements: The findings of the defense. At most one may be about inputs.
     """
 
     stage: str
@@ -140,27 +146,28 @@ class DefenseResult:
 
     @property
     def filter(self) -> Judgement | None:
-        """The judgement about inputs, or None."""
+        """The judgement about inputs, which is an input filter; None if there is none."""
         return next((each for each in self.judgements if each.about == "input"), None)
 
 
 class Defense(ABC):
-    """What a defender does to a model without knowing whether and how it was attacked.
+    """A defense, which a defender applies to a model without knowing whether and how it was attacked.
 
-    Subclasses implement `defend`, and `check` if they do not work on every model. Users call the object.
+    Subclasses implement `defend`, and `check` if they do not work on every model. Users call an instance.
 
     Attributes:
-        needs: What the defense is given, a subset of `NEEDS`: "clean" images with true labels, the "training-set"
-            as the victim had it, "features" before the head, and the "losses" of single images.
-        tiny: Options that the conformance tests build the defense with: those that make it short, and those that
-            have no default.
-        deviations: Conformance tests that the defense is known to fail, and why: reasons by name of the test.
+        needs: What `DefenseTask` must provide besides the model, a subset of `NEEDS`: "clean" (images with true
+            labels), "training-set" (as the victim used it), "features" (the input of the head) and "losses" (of single
+            images).
+        tiny: Options with which the conformance tests build the defense: options that make it fast, and options
+            without default.
+        deviations: Conformance tests that the defense is known to fail: the reason for each, by name of the test.
 
     Args:
-        clean_fraction: Share of the training images that the defender holds, in (0, 1]. Which images is drawn from
-            the task's seed.
-        finetune_data: The defender's images: "clean", as they were before the attack, or "notebook", in which the
-            poisoned ones are stamped but have their true labels, as in the BadPatches notebook.
+        clean_fraction: Share of the training images that the defender holds, in (0, 1]. They are drawn with a seed that
+            is derived from that of the run.
+        finetune_data: The images that the defender holds: "clean", as they were before the attack; or "notebook", in
+            which the poisoned ones have the trigger and their true labels, as in the notebook of BadPatches.
 
     Raises:
         ConfigError: `clean_fraction` is out of range.
@@ -206,7 +213,7 @@ class Defense(ABC):
 
         Raises:
             ConfigError: The defense cannot be applied to this model.
-            PluginError: The defense did not return a valid result.
+            PluginError: The subclass did not return a valid result.
         """
         self.check_model(task.model)
         result = self.defend(task)
@@ -219,13 +226,13 @@ class Defense(ABC):
         filters = [each for each in result.judgements if each.about == "input"]
         if len(filters) > 1:
             raise PluginError(
-                f"defense {type(self).__name__}: expected one judgement about inputs, got {filters}"
+                f"defense {type(self).__name__}: expected at most one judgement about inputs, got {filters}"
             )
         return result
 
     @final
     def check_model(self, model: nn.Module) -> None:
-        """Check whether the defense can be applied to a model, and whether the model gives what `needs` declares.
+        """Check whether the defense can be applied to a model; if it needs "features", the model must have them.
 
         Args:
             model: The model, trained or not; it is not changed.
@@ -243,7 +250,7 @@ class Defense(ABC):
         self.check(model)
 
     def check(self, model: nn.Module) -> None:  # noqa: B027
-        """Check whether the defense can be applied to a model. By default it can be applied to any.
+        """Check whether the defense can be applied to a model. The default accepts every model.
 
         Args:
             model: The model, trained or not; it must not be changed.
@@ -254,4 +261,4 @@ class Defense(ABC):
 
     @abstractmethod
     def defend(self, task: DefenseTask) -> DefenseResult:
-        """Defend the task's model; `check` has passed."""
+        """Defend the task's model. It is called after `check` has accepted the model."""

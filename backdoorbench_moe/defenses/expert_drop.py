@@ -45,7 +45,7 @@ class ExpertDrop(Defense):
     ) -> None:
         super().__init__(clean_fraction=clean_fraction)
         if count < 1:
-            raise ConfigError.expected("count", "a whole number from 1", count)
+            raise ConfigError.expected("count", "an integer of at least 1", count)
         check_tuning(epochs, lr, at_least=0)
         # `count` is already a method of the interface: the number of the defender's images.
         self.drop, self.epochs, self.lr = count, epochs, lr

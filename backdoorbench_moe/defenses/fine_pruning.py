@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.requirements import check_tuning, structure
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.moe.pruning import channel_means, lowest, silence, silenced
+from backdoorbench_moe.moe.pruning import channel_means, kept_silent, lowest, silence
 from backdoorbench_moe.moe.structure import ChannelGroup
 from backdoorbench_moe.shares import share_of, smallest_share
 
@@ -90,7 +90,7 @@ class FinePruning(Defense):
         if not self.epochs:
             return DefenseResult("pruned", task.model)
         task.report("pruned", task.model)
-        with silenced(pruned):
+        with kept_silent(pruned):
             task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr)
         return DefenseResult("tuned", task.model)
 

@@ -20,7 +20,7 @@ def check_tuning(epochs: int, lr: float | None, *, at_least: int) -> None:
         ConfigError: There are fewer than `at_least` epochs, or the learning rate is not a positive number.
     """
     if epochs < at_least:
-        raise ConfigError.expected("epochs", f"a whole number from {at_least}", epochs)
+        raise ConfigError.expected("epochs", f"an integer of at least {at_least}", epochs)
     if lr is not None and not 0 < lr < float("inf"):
         raise ConfigError.expected("lr", "a positive number", lr)
 

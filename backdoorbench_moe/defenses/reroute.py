@@ -16,18 +16,21 @@ from backdoorbench_moe.moe.structure import MasksExperts
 class Reroute(Defense):
     """Mask the experts whose usage by clean images is below a threshold.
 
-    The usage of an expert is the mean, over the clean images, of the sum of the gates of the patches that it selected,
-    divided by the mean of the same over all experts of its layer: 1 is an even share. The most used expert of a layer
-    is never masked. A model with `mask_expert` (see `moe.structure.MasksExperts`) is asked to mask, so that its router
-    chooses other experts. In all other models, such as those in which experts choose patches, the expert is muted.
-    Nothing is tuned. The judgement's scores are the usages; possibly no expert is suspicious.
+    The usage of an expert is the sum of the gates of all patches that it selected in the clean images, divided by the
+    mean of this sum over the experts of its layer. It is 1 for every expert if all are used equally.
+
+    If the model has the method `mask_expert` (see `moe.structure.MasksExperts`), its router then chooses other experts.
+    In other models the expert is muted instead, so that its output has no effect on the logits. The most used expert of
+    a layer is never masked. The model is not trained further. The scores of the judgement are the usages. It is
+    possible that no expert is suspicious.
 
     Args:
         threshold: Usage below which an expert is masked, in (0, 1].
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
 
     Raises:
-        ConfigError: A value is out of range, or the model does not have the protocol `WithExperts`.
+        ConfigError: A value is out of range; or, when the model is checked, it does not implement the protocol
+            `WithExperts`.
     """
 
     def __init__(self, *, threshold: float = 0.5, clean_fraction: float = 0.05) -> None:
@@ -37,11 +40,11 @@ class Reroute(Defense):
         self.threshold = threshold
 
     def check(self, model: nn.Module) -> None:
-        """Raise ConfigError if the model does not name its experts."""
+        """Raise ConfigError if the model is not a routed model that implements the protocol `WithExperts`."""
         experts_of(model)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
-        """Measure the usage of all experts, and mask the rarely used ones."""
+        """Measure the usage of all experts, and mask those below the threshold."""
         model, experts = task.model, experts_of(task.model)
         usage = expert_usage(task)
         most = {
@@ -68,7 +71,7 @@ def expert_usage(task: DefenseTask) -> dict[str, float]:
     """Measure the usage of each expert on the images that the defender holds.
 
     Returns:
-        Usage by name of the expert, from 0; its mean over the experts of a layer is 1.
+        Usage by name of the expert, not negative. Its mean over the experts of a layer is 1.
     """
     sums: dict[str, Tensor] = {}
     for batch in task.routing(task.model, task.clean.images):

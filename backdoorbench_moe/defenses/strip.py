@@ -15,34 +15,35 @@ from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.requirements import check_routed
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.ops.detection import alarms, calibrate_threshold
+from backdoorbench_moe.ops.detection import calibrate_threshold, threshold_rank
 from backdoorbench_moe.ops.routing import jaccard
 from backdoorbench_moe.ops.seeding import generator
 
 BlendMode = Literal["mean", "sum"]
-# Number of pixel values that are computed at a time: 8,000 images of 3x32x32, 25 MB.
+# Largest number of pixel values that are blended at a time: 8,000 images of 3x32x32, 25 MB.
 CHUNK_VALUES = 8000 * 3 * 32 * 32
 
 
 class SuperpositionFilter(Defense):
     """Base class of input filters that blend an input with clean images and measure how little the model reacts.
 
-    A backdoored model's prediction for a triggered image depends mostly on the trigger, so it stays the same when
-    another image is blended in. The model is not changed. The judgement holds the threshold and, as
-    `details["calibrated_on"]`, the number of images that were used to set it.
+    A backdoored model's prediction for a triggered image depends mostly on the trigger. It therefore stays the same if
+    another image is blended in. Images for which the model reacts least are rejected. The model is not changed.
+
+    Subclasses implement `measure_constancy`, and set `reason`, the first half of the judgement's reason. The detail
+    "calibrated_on" of the judgement is the number of images that were used to set the threshold.
 
     Departures from STRIP: STRIP draws new images to blend with for each input. Here they are drawn once, so that the
     same input always gets the same score. STRIP fits a normal distribution to the scores of clean images. Here the
     threshold is a quantile of these scores.
 
     Args:
-        blends: Number of the defender's images that each input is blended with, from 2.
-        blend: "mean" is the mean of both images. "sum" is their sum, clipped at white, as in STRIP's code; it hides a
-            black trigger.
-        fpr: Highest false positive rate, in (0, 1): the chance that a clean image is rejected.
-        calibrate: Largest number of the defender's remaining images that are used to set the threshold.
-        clean_fraction: Share of the training images that the defender holds, in (0, 1]. The victim was trained on
-            these images.
+        blends: Number of the defender's images that each input is blended with, at least 2.
+        blend: How two images are blended: "mean"; or "sum", clipped at white as in STRIP's code, which hides a black
+            trigger.
+        fpr: Highest false positive rate, in (0, 1): the probability that a clean image is rejected.
+        calibrate: Largest number of the defender's other images that are used to set the threshold.
+        clean_fraction: Share of the training images that the defender holds, in (0, 1]. The model was trained on them.
 
     Raises:
         ConfigError: A value is out of range, or the images are too few for `blends` and `fpr`.
@@ -65,11 +66,13 @@ class SuperpositionFilter(Defense):
     ) -> None:
         super().__init__(clean_fraction=clean_fraction)
         if blends < 2:
-            raise ConfigError.expected("blends", "a whole number from 2", blends)
+            raise ConfigError.expected("blends", "an integer of at least 2", blends)
         if not 0 < fpr < 1:
             raise ConfigError.expected("fpr", "a number in (0, 1)", fpr)
-        if not alarms(fpr, calibrate):
-            raise ConfigError.expected("calibrate", f"enough images to tell an fpr of {fpr}", calibrate)
+        if not threshold_rank(fpr, calibrate):
+            raise ConfigError.expected(
+                "calibrate", f"enough images to set a threshold for fpr={fpr}", calibrate
+            )
         self.blends, self.blend, self.fpr, self.calibrate = blends, blend, fpr, calibrate
 
     def count(self, images: int, num_classes: int) -> int:
@@ -84,7 +87,7 @@ class SuperpositionFilter(Defense):
         """
         count = super().count(images, num_classes)
         left = count - self.blends
-        if not alarms(self.fpr, left):
+        if not threshold_rank(self.fpr, left):
             raise ConfigError(
                 f"clean_fraction: {self.clean_fraction} of {images} images is {count}; {self.blends} are blended into "
                 f"the others, and the {max(left, 0)} left are too few to set a threshold for fpr={self.fpr}"
@@ -116,18 +119,19 @@ class SuperpositionFilter(Defense):
         """Return a function that measures how little the model reacts to the images that are blended in.
 
         Args:
-            task: Holds the model to measure.
+            task: The task with the model.
 
         Returns:
-            A function `constancy(images, n)`. Its images are (B * n, 3, H, W) uint8: n superpositions of the first
-            input, then n of the second, and so on. It returns (B,) scores; higher is more constant.
+            A function `constancy(images, n)`. Its images, (B * n, 3, H, W) uint8, are the n superpositions of the first
+            input, then the n of the second, and so on. It returns (B,) scores, which are higher the less the model
+            reacts.
         """
 
 
 def score_superpositions(
     images: Tensor, *, overlays: Tensor, mode: BlendMode, constancy: Callable[[Tensor, int], Tensor]
 ) -> Tensor:
-    """Score images by how constant the model stays on their superpositions.
+    """Score images by how little the model reacts when other images are blended in.
 
     Args:
         images: (B, 3, H, W) uint8.
@@ -164,14 +168,14 @@ def superimpose(images: Tensor, overlays: Tensor, mode: BlendMode) -> Tensor:
 class Strip(SuperpositionFilter):
     """STRIP: reject an image if its prediction stays confident when clean images are blended in.
 
-    The score is minus the mean entropy, in nats, of the predictions on the superpositions. Works on any model. See
-    `SuperpositionFilter` for the departures from the original.
+    The score is the negative mean entropy, in nats, of the predictions for the blended images. It works on any model.
+    See `SuperpositionFilter` for the departures from STRIP.
 
     Args:
-        blends: Number of the defender's images that each input is blended with, from 2.
+        blends: Number of the defender's images that each input is blended with, at least 2.
         blend: How two images are blended: "mean", or "sum", clipped at white.
-        fpr: Highest false positive rate, in (0, 1): the chance that a clean image is rejected.
-        calibrate: The threshold is set on up to this many of the defender's other images.
+        fpr: Highest false positive rate, in (0, 1): the probability that a clean image is rejected.
+        calibrate: Largest number of the defender's other images that are used to set the threshold.
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
 
     Raises:
@@ -184,24 +188,25 @@ class Strip(SuperpositionFilter):
     reason = "predictions stay confident whatever clean image is blended into the input"
 
     def measure_constancy(self, task: DefenseTask) -> Callable[[Tensor, int], Tensor]:
-        """Measure minus the mean entropy of the predictions."""
+        """Return a function that measures the negative mean entropy of the predictions."""
         return lambda blended, count: -mean_entropy(task.logits(task.model, blended), count)
 
 
 class RoutingStrip(SuperpositionFilter):
     """STRIP on routing: reject an image if its routing stays the same when clean images are blended in.
 
-    Needs a routed model. The score is the mean over the routed layers. See `SuperpositionFilter` for the departures
-    from the original.
+    It needs a routed model. The score is the mean of `statistic` over the routed layers. See `SuperpositionFilter` for
+    the departures from STRIP.
 
     Args:
-        statistic: Measure of how constant the routing is, in [0, 1]. "jaccard": Jaccard index of the (expert, patch)
-            pairs that are selected in two superpositions, averaged over all pairs of superpositions. "jensen-shannon":
-            1 minus the Jensen-Shannon divergence of the gates of all superpositions, divided by its maximum.
-        blends: Number of the defender's images that each input is blended with, from 2.
+        statistic: Measure of how constant the routing is over the superpositions of an input, in [0, 1]. "jaccard":
+            Jaccard index of the (expert, patch) pairs that are selected in two superpositions, averaged over all pairs
+            of superpositions. "jensen-shannon": 1 - JS / log(blends), where JS is the Jensen-Shannon divergence of the
+            gates of all superpositions and log(blends) its maximum.
+        blends: Number of the defender's images that each input is blended with, at least 2.
         blend: How two images are blended: "mean", or "sum", clipped at white.
-        fpr: Highest false positive rate, in (0, 1): the chance that a clean image is rejected.
-        calibrate: The threshold is set on up to this many of the defender's other images.
+        fpr: Highest false positive rate, in (0, 1): the probability that a clean image is rejected.
+        calibrate: Largest number of the defender's other images that are used to set the threshold.
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
 
     Raises:
@@ -234,7 +239,7 @@ class RoutingStrip(SuperpositionFilter):
         check_routed(model)
 
     def measure_constancy(self, task: DefenseTask) -> Callable[[Tensor, int], Tensor]:
-        """Measure the statistic, averaged over the routed layers."""
+        """Return a function that measures the statistic, averaged over the routed layers."""
         name = "selected" if self.statistic == "jaccard" else "gates"
         measure = selection_constancy if self.statistic == "jaccard" else gate_constancy
 
@@ -247,10 +252,10 @@ class RoutingStrip(SuperpositionFilter):
 
 
 def mean_entropy(logits: Tensor, count: int) -> Tensor:
-    """Compute the mean entropy of the predictions on the superpositions of each image.
+    """Compute the mean entropy of the predictions for the superpositions of each image.
 
     Args:
-        logits: (B * n, classes); n consecutive rows belong to one image.
+        logits: (B * n, classes); each n consecutive rows belong to one image.
         count: Number of superpositions n of each image.
 
     Returns:
@@ -261,10 +266,10 @@ def mean_entropy(logits: Tensor, count: int) -> Tensor:
 
 
 def selection_constancy(selected: Tensor) -> Tensor:
-    """Compute the Jaccard index of two selections, averaged over all pairs of n selections.
+    """Compute the Jaccard index of two of n selections of (expert, patch) pairs, averaged over all pairs of selections.
 
     Args:
-        selected: (B, n, E, P) bool.
+        selected: (B, n, E, P) bool, n selections for each of B images.
 
     Returns:
         (B,) float64 in [0, 1].
@@ -278,12 +283,13 @@ def selection_constancy(selected: Tensor) -> Tensor:
 def gate_constancy(gates: Tensor) -> Tensor:
     """Compute 1 - JS / log n, where JS is the Jensen-Shannon divergence of n sets of gates.
 
-    Each set is first normalised to one distribution over all (expert, patch) pairs. JS is the mean Kullback-Leibler
-    divergence of these distributions from their mean. If the gates of each expert sum to 1 over the patches, JS equals
-    the mean of the divergences of the single experts; if those of each patch sum to 1, of the single patches.
+    The gates (E, P) of each set are first normalised to one distribution over all (expert, patch) pairs. JS is the mean
+    of the Kullback-Leibler divergences of the n distributions from their mean; its maximum is log n. If the gates of
+    each expert sum to 1 over the patches, JS equals the mean over the experts of their own divergences. If the gates
+    of each patch sum to 1 over the experts, it equals the mean over the patches.
 
     Args:
-        gates: (B, n, E, P), not negative.
+        gates: (B, n, E, P), not negative: n sets of gates for each of B images.
 
     Returns:
         (B,) float64 in [0, 1].

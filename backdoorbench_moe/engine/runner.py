@@ -1,4 +1,7 @@
-"""Find or make the run of a spec, and first the runs that it depends on."""
+"""Finding finished runs on disk, and making those that do not exist, after the runs that they depend on.
+
+To make a run means to train or defend a model, measure it, and write its folder.
+"""
 
 from __future__ import annotations
 
@@ -29,22 +32,22 @@ def run_attack(
     twin: bool = True,
     observer: Observer | None = None,
 ) -> list[Run]:
-    """Attack a model and measure it, with several seeds.
+    """Train and measure the model of a spec, once for each of several seeds.
 
     A finished run in `output` is reused. An interrupted one continues after its last completed epoch.
 
     Args:
         spec: The run with the first seed.
-        output: Folder of run folders.
-        repeats: Number of seeds, `spec.seed`, `spec.seed` + 1, ...
-        twin: Whether to make the clean twin too and compare the run with it.
+        output: Folder that contains the run folders.
+        repeats: Number of seeds: `spec.seed`, `spec.seed` + 1, ...
+        twin: Whether to compare each run with its clean twin: the same run without the attack, which is made too.
         observer: Receives progress.
 
     Returns:
         One finished run for each seed.
 
     Raises:
-        BbmoeError: Anything that the user can correct.
+        BbmoeError: A setting is not valid, or the data, a plug-in or a run folder cannot be used.
     """
     runner = Runner(spec, output, observer)
     return [runner.attack(replace(spec, seed=spec.seed + n), twin=twin) for n in range(repeats)]
@@ -59,21 +62,21 @@ def run_defense(
     device: str | None = None,
     observer: Observer | None = None,
 ) -> Run:
-    """Defend the model of a finished run. The defended run gets its own folder.
+    """Defend the model of a finished run. The defended run gets a folder of its own.
 
     Args:
         run: The run to defend.
         defense: The defense.
-        output: Folder of run folders; None for the one that contains `run`.
-        data_root: Folder of the data; None for the one that `run` used.
-        device: Device to compute on; None for the one that `run` asked for.
+        output: Folder for the folder of the defended run; None for the folder that contains that of `run`.
+        data_root: Folder of the data; None for the one in the spec of `run`.
+        device: Device to compute on; None for the one in the spec of `run`.
         observer: Receives progress.
 
     Returns:
-        The defended run. It is compared with the clean twin if the twin is finished and next to `run`.
+        The defended run. It is compared with the clean twin of `run` if that is finished and in the same folder.
 
     Raises:
-        BbmoeError: Anything that the user can correct.
+        BbmoeError: A setting is not valid, or the data, a plug-in or a run folder cannot be used.
     """
     check_finished(run)
     spec, beside = run.located_spec(), run.folder.path.parent
@@ -92,12 +95,13 @@ class Runner:
     """Finds or makes runs on the same data, device and precision.
 
     Args:
-        spec: Spec of any of these runs. Only its data set, device and precision are used.
-        output: Folder of run folders.
+        spec: Spec of any of these runs. Only its data set, device and precision are used, but the names of all its
+            parts must exist.
+        output: Folder that contains the run folders.
         observer: Receives progress.
 
     Raises:
-        BbmoeError: A name is unknown, or the device or the data folder does not exist.
+        BbmoeError: A name is unknown, an option of the data set is not valid, or the device does not exist.
     """
 
     def __init__(self, spec: RunSpec, output: Path | str = "runs", observer: Observer | None = None) -> None:
@@ -105,10 +109,10 @@ class Runner:
         self.output = Path(output)
 
     def maker(self, spec: RunSpec) -> Maker:
-        """Return the maker of a run. All parts are built, and checked against the data and each other.
+        """Return the maker of a run, which has built all parts, and checked them against the data and each other.
 
         Raises:
-            BbmoeError: Anything that would stop the run before its first step.
+            BbmoeError: A part cannot be built, or does not fit the data or another part.
         """
         spec = self.workplace.resolve(spec)
         if spec.defenses:
@@ -121,7 +125,7 @@ class Runner:
         return maker
 
     def attack(self, spec: RunSpec, *, twin: bool = True) -> Run:
-        """Return the finished run of a spec. With `twin`, compare it with its clean twin; see `run_attack`."""
+        """Return the finished run of a spec, as `finish` does. With `twin`, compare it with its clean twin."""
         spec = self.workplace.resolve(spec)
         run, clean = self.finish(spec), reference(spec)
         if clean is None or not twin:
@@ -129,30 +133,31 @@ class Runner:
         return link_twin(run, self.finish(clean, wait=True), self.workplace)
 
     def compare(self, run: Run) -> Run:
-        """Compare a run with its clean twin if the output has a finished one; a missing twin is not trained."""
+        """Compare a run with its clean twin if there is a finished one in the output folder; none is trained."""
         clean = reference(run.spec)
         if clean is None or (found := self._find(RunFolder(self.output / clean.name), clean)) is None:
             return run
         return link_twin(run, found, self.workplace)
 
     def finish(self, spec: RunSpec, *, wait: bool = False, inputs: Mapping[str, Run] | None = None) -> Run:
-        """Return the finished run of a spec. It is read from disk, or made if it does not exist.
+        """Return the finished run of a spec. It is made if it does not exist, and continued if it was interrupted.
 
         Args:
             spec: The run.
-            wait: If another process is making the run, wait for it; if False, raise an error.
-            inputs: The runs that it is made from, by role; found or made in the same output if None.
+            wait: Whether to wait if another process is making the run; if False, this is an error.
+            inputs: The runs that it is made from, by role (see `graph.needs`). If None, they are found or made in the
+                same output folder.
 
         Raises:
-            BbmoeError: Anything that the user can correct.
-            StopRun: The observer stopped the run; the next call continues it.
+            BbmoeError: A setting is not valid, or the data, a plug-in or a run folder cannot be used.
+            StopRun: The observer stopped the run. The next call continues it.
         """
         spec = self.workplace.resolve(spec)
         observer, folder = self.workplace.observer, RunFolder(self.output / spec.name)
         if found := self._find(folder, spec):
             observer.on_found(str(folder.path))
             return found
-        # Check everything before anything is written or trained, including the runs that this one is made from.
+        # Building the maker checks the settings before anything is written, and before the inputs are made.
         maker = None if folder.exists else self.maker(spec)
         if inputs is None:
             inputs = {role: self.finish(needed, wait=True) for role, needed in needs(spec).items()}
@@ -165,10 +170,10 @@ class Runner:
             return (maker or self.maker(spec)).make(folder, inputs)
 
     def _find(self, folder: RunFolder, spec: RunSpec) -> Run | None:
-        """The finished run in a folder; None if there is none.
+        """Return the finished run in a folder, or None if there is none.
 
-        The digest does not cover the location of the data. Therefore check that data, plug-ins and model file are
-        still those that the run was made with.
+        The digest does not cover the content of the data, the plug-ins and the model file. They are compared with those
+        that the run was made with.
 
         Raises:
             RecordError: The run was made from other data or with other plug-ins, or its model was replaced.

@@ -1,4 +1,4 @@
-"""One training step: eager on the CPU; on a GPU captured as a CUDA graph for each batch size, and replayed."""
+"""Training steps: eager on the CPU; on a GPU, captured as one CUDA graph for each batch size and replayed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.engine.inference import as_input
 from backdoorbench_moe.moe.routed import RoutedModel
 
-# Number of eager steps before a capture, in which momentum buffers and library workspaces are created.
+# Number of eager steps with a batch size before its capture. They create momentum buffers and library workspaces.
 WARMUP_STEPS = 3
 
 
 def make_optimizer(model: nn.Module, spec: TrainSpec, device: torch.device) -> torch.optim.Optimizer:
-    """Create the optimizer of a spec. Biases and norms, parameters of one dimension, get no weight decay.
+    """Create the optimizer of a spec.
+
+    Parameters with at most one dimension (biases, and scales and offsets of norms) get no weight decay.
 
     Args:
-        model: The model; parameters that do not require gradients are left out.
-        spec: The recipe.
-        device: The device. On a GPU the learning rate is a tensor, so that a CUDA graph reads its current value.
+        model: The model. Parameters that do not require gradients are left out.
+        spec: Settings of the training.
+        device: Device of the model. On a GPU the learning rate is a tensor, so that a CUDA graph reads its current
+            value.
     """
     weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
@@ -38,20 +41,22 @@ def make_optimizer(model: nn.Module, spec: TrainSpec, device: torch.device) -> t
 
 
 class TrainStep:
-    """Forward pass, backward pass and update on one batch; losses and hits are summed on the device.
+    """A function that trains on one batch: forward pass, backward pass and update.
+
+    The losses and the correct predictions are summed on the device, without synchronisation.
 
     Args:
         model: The model, on `device`.
-        optimizer: Its optimizer, see `make_optimizer`.
+        optimizer: The optimizer of the model, see `make_optimizer`.
         split: The training images, on `device`.
         device: The device.
         precision: "fp32" or "bf16".
-        compile: Whether torch.compile fuses the forward and backward pass. The first step with each batch size then
-            takes minutes, once in a process for all models of the same architecture.
+        compile: Whether to compile the computation of the loss with `torch.compile`. The first step with each batch
+            size then takes minutes. The compiled code is reused for all models of the same architecture in a process.
 
     Attributes:
-        loss_sum: Sum of the losses of all images since `reset`, float64 scalar tensor.
-        hits: Number of images since `reset` that were predicted as labelled, int64 scalar tensor.
+        loss_sum: Sum of the cross-entropy over all images since `reset`, float64 scalar tensor.
+        hits: Number of images since `reset` whose predicted class was their label, int64 scalar tensor.
     """
 
     def __init__(
@@ -73,7 +78,7 @@ class TrainStep:
         self._seen: dict[int, int] = {}
 
     def reset(self) -> None:
-        """Set the sums to zero."""
+        """Set `loss_sum` and `hits` to zero."""
         self.loss_sum.zero_()
         self.hits.zero_()
 
@@ -86,7 +91,7 @@ class TrainStep:
                 group["lr"] = lr
 
     def __call__(self, indices: Tensor) -> None:
-        """Train on the images with the given indices, (B,) int64 on the device."""
+        """Train on the images of the split with the given indices, (B,) int64 on the device."""
         if self.device.type != "cuda":
             self._step(indices)
             return
@@ -120,7 +125,7 @@ class TrainStep:
         torch.cuda.current_stream(self.device).wait_stream(stream)
 
     def _capture(self, indices: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Record a step without running it; the caller replays it."""
+        """Capture a step, without running it. Returns the graph and the tensor that it reads the indices from."""
         static, graph = indices.clone(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._step(static)
@@ -128,7 +133,10 @@ class TrainStep:
 
 
 def _losses(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute logits, the mean cross-entropy, and the loss to minimise: the former plus the routers' own losses."""
+    """Return the logits, the mean cross-entropy, and the loss to minimise.
+
+    The latter is the cross-entropy plus the auxiliary losses of the routed layers.
+    """
     if not isinstance(model, RoutedModel):
         logits, own = model(images), []
     else:
@@ -141,8 +149,9 @@ def _losses(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, T
 
 @functools.cache
 def _compiled_losses() -> Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """Return `_losses` compiled; the code is shared by models of the same architecture.
+    """Return `_losses` compiled. All models of the same architecture share the compiled code.
 
-    It is compiled for each batch size: there are two, and code for variable sizes is slower.
+    It is compiled for each batch size instead of a variable one, which would be slower. There are two sizes: that of
+    the last batch of an epoch, and that of all others.
     """
     return torch.compile(_losses, dynamic=False)

@@ -1,4 +1,4 @@
-"""Where runs are made: the data in memory, the device, the precision, and the observer of progress."""
+"""What runs on the same data and device share: the data in memory, the device, the precision and the observer."""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ from backdoorbench_moe.records import Record
 
 
 class Workplace:
-    """Shared by all runs on the same data, device and precision; the data are read once.
+    """The data, the device, the precision and the observer of several runs. The data are read at most once.
 
     Args:
-        spec: Spec of any of these runs. Only its data set, device and precision are used.
+        spec: Spec of any of these runs. Only its data set, device and precision are used, but the names of all its
+            parts must exist.
         observer: Receives progress.
 
     Attributes:
+        observer: Receives progress.
+        dataset: The data set, which `images` reads.
         device: The device of the computations.
         precision: "fp32" or "bf16".
 
     Raises:
         UnknownNameError: A part of the spec does not exist.
-        ConfigError: The device does not exist.
-        DataError: The folder of the data does not exist.
+        ConfigError: The device does not exist, or an option of the data set is not valid.
+        PluginError: The data set cannot be used.
     """
 
     def __init__(self, spec: RunSpec, observer: Observer | None = None) -> None:
@@ -45,24 +48,34 @@ class Workplace:
 
     @property
     def images(self) -> ImageSet:
-        """The data, on the device; read at first use, since a finished run does not need them."""
+        """The data, on the device. They are read at the first use, since finished runs can be found without them.
+
+        Raises:
+            DataError: Files are missing, damaged or not the expected ones.
+            ConfigError: The data set has fewer images than its options say.
+        """
         if self._images is None:
             self.observer.on_message(f"reading {type(self.dataset).__name__}")
-            # The fingerprint is taken first, so that a change while the files are read is noticed the next time.
+            # Compute the fingerprint first. If files change while they are read, it then differs from the next one.
             _ = self.fingerprint
             self._images = self.dataset.load().to(self.device)
             self.observer.on_message(describe_classes(self._images.classes))
         return self._images
 
     def resolve(self, spec: RunSpec) -> RunSpec:
-        """Return the spec with classes by number and the hashes of its files. Only then is its digest final."""
+        """Return the spec with classes by number and with the hashes of its files, as its final digest requires.
+
+        Raises:
+            UnknownNameError: There is no class of a given name.
+            RecordError: A file cannot be read, or has changed since it was hashed.
+        """
         return pin_files(resolve_classes(spec, self._class_names))
 
     def is_unchanged(self, record: Record) -> bool:
-        """Whether a run's data are known to be these without reading them: they have the same fingerprint.
+        """Return whether it is certain, without reading the data, that a run was made from the same data.
 
-        Data sets of this package that read no files are made by its code. Those of other packages are read again,
-        as what they read is not known.
+        It is certain if the files have the fingerprint in the record, or if a data set of this package reads no files
+        but generates its images. A third-party data set without a `source` may read anything, so it is never certain.
         """
         if (known := record.data.get("fingerprint")) is not None:
             return known == self.fingerprint
@@ -71,7 +84,7 @@ class Workplace:
 
     @cached_property
     def fingerprint(self) -> str | None:
-        """The fingerprint of the data's files, see `Dataset.fingerprint`."""
+        """The fingerprint of the files of the data set, see `Dataset.fingerprint`; computed once."""
         return self.dataset.fingerprint()
 
     def _class_names(self) -> tuple[str, ...]:

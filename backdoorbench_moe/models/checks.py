@@ -13,7 +13,7 @@ def check_positive(**sizes: int) -> None:
     """
     for name, size in sizes.items():
         if size < 1:
-            raise ConfigError.expected(name, "a whole number from 1 on", size)
+            raise ConfigError.expected(name, "an integer of at least 1", size)
 
 
 def check_image_size(image_size: int, *, at_least: int) -> None:

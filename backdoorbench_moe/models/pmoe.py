@@ -1,4 +1,4 @@
-"""pMoE: a wide residual network with expert-choice routing of the patches of an image."""
+"""pMoE: a wide residual network in which experts choose patches of the image (expert-choice routing)."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ from backdoorbench_moe.moe.structure import ChannelGroup, Expert
 
 
 class PatchRouter(nn.Module):
-    """Expert-choice router: in each image, every expert selects the K cells of the map with the largest gates.
+    """Expert-choice router: in each image, every expert selects the K cells with its largest gates.
 
-    Gates are computed in fp32 also under autocast: bf16 has too few digits to rank 64 gates that are nearly equal.
+    A cell is one position of the feature map, with the values of all channels. It corresponds to a patch of the image.
+
+    Gates are computed in fp32 even under autocast, because bf16 is too coarse to rank gates that are nearly equal.
 
     Args:
-        channels: Channels of the map.
-        num_experts: Number of experts E.
-        top_k: Cells K that each expert selects.
+        channels: Channels of the feature map.
+        num_experts: Number E of experts.
+        top_k: Number K of cells that each expert selects.
         gate_std: Standard deviation of the initial weights.
     """
 
@@ -44,13 +46,13 @@ class PatchRouter(nn.Module):
         nn.init.normal_(self.weight, std=gate_std)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the routing of a map.
+        """Compute the routing of a batch of feature maps.
 
         Args:
             features: (B, C, H, W), with P = H * W cells.
 
         Returns:
-            Gates (B, E, P) float32, a softmax over the cells, and selected (B, E, P) bool.
+            Gates (B, E, P) float32, a softmax over the cells; and the selected cells (B, E, P) bool.
         """
         with full_precision(features.device):
             cells = features.flatten(2).to(self.weight.dtype)
@@ -73,16 +75,19 @@ def select_top(gates: Tensor, top_k: int) -> Tensor:
 
 
 class PatchMoE(nn.Module):
-    """E experts of batch norm, ReLU and 1x1 convolution, each on its own weighted copy of the map.
+    """E experts, each of batch norm, ReLU and 1x1 convolution, which process the cells that they select.
 
-    The channels of `norm` and `conv` are grouped by expert: expert e has the in_channels input channels from
-    e * in_channels and the out_channels output channels from e * out_channels.
+    The input of an expert is the feature map, in which each cell is multiplied by its gate if the expert selected it,
+    and by 0 otherwise.
+
+    All experts are computed by one batch norm and one grouped convolution, whose channels are ordered by expert: the
+    input channels of expert e start at e * in_channels, and its output channels at e * out_channels.
 
     Args:
-        in_channels: Channels of the map.
+        in_channels: Channels of the feature map.
         out_channels: Output channels of each expert.
-        num_experts: Number of experts E.
-        top_k: Cells that each expert selects.
+        num_experts: Number E of experts.
+        top_k: Number of cells that each expert selects.
         gate_std: Standard deviation of the router's initial weights.
     """
 
@@ -93,17 +98,17 @@ class PatchMoE(nn.Module):
         self.router = PatchRouter(in_channels, num_experts=num_experts, top_k=top_k, gate_std=gate_std)
         self.norm = batch_norm(num_experts * in_channels)
         self.conv = nn.Conv2d(num_experts * in_channels, num_experts * out_channels, 1, groups=num_experts)
-        # Glorot uniform for the kernel of one expert; PyTorch would count the outputs of all groups as one fan-out.
+        # Glorot uniform with the fan-out of one expert. PyTorch's function would use that of all experts together.
         bound = math.sqrt(6 / (in_channels + out_channels))
         nn.init.uniform_(self.conv.weight, -bound, bound)
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute all experts.
+        """Compute the outputs of all experts.
 
-        A cell that an expert did not select enters it as zeros, counts in its batch statistics, and leaves it as the
-        same constant for all such cells.
+        Cells that an expert did not select are zeros in its input. They are included in the statistics of its batch
+        norm, and the expert's output is the same constant for all of them.
 
         Args:
             features: (B, C, H, W).
@@ -114,38 +119,44 @@ class PatchMoE(nn.Module):
         gates, selected = self.router(features)
         weights = (gates * selected).to(features.dtype).transpose(1, 2).contiguous()
         cells = features.flatten(2).transpose(1, 2)
-        # With contiguous `weights`, the product has the memory layout (B, P, E, C), and its view as (B, E * C, H, W)
-        # is channels_last. If `weights` were a transposed view, the layout would be (B, E, P, C) and need a copy.
+        # Since `weights` are contiguous, the product has the memory layout (B, P, E, C), so that its view of shape
+        # (B, E * C, H, W) is channels_last. With a transposed view of `weights`, the layout would be (B, E, P, C),
+        # which would have to be copied.
         routed = cells.unsqueeze(2) * weights.unsqueeze(3)
         routed = routed.flatten(2).transpose(1, 2).unflatten(2, features.shape[-2:])
         return self.conv(F.relu(self.norm(routed), inplace=True)), gates, selected
 
 
 class PMoE(RoutedModel):
-    """pMoE: a wide residual trunk, and experts that each select cells of its last map.
+    """pMoE: a wide residual network whose experts each select cells of the last feature map.
 
-    With `patch_size` 4, the model is the reference's, whose map has a quarter of the image's side. With 8, 16, ... the
-    map is halved one or more times before the first block (see `Halving`), so that the trunk costs about as much for
-    64x64 images by 8 as for 32x32 images by 4. The reference ends in a softmax; this model returns logits.
+    A cell is one position of this feature map; it corresponds to a patch of the image. With `patch_size` 4, the model
+    is that of the reference code, whose feature map has a quarter of the image's side. For 8, 16, ... the feature map
+    is also halved one or more times before the first block (see `Halving`). Then 64x64 images with patches of 8x8 take
+    about as much computation as 32x32 images with patches of 4x4.
+
+    Departure: the reference returns the output of a softmax; this model returns logits.
 
     Args:
         num_classes: Number of classes.
         image_size: Side of the images in pixels, a multiple of `patch_size`.
-        patch_size: Side in pixels of the image tile that belongs to a cell: 4, 8, 16, ...
-        widen_factor: The blocks of the trunk have 16 and 32 times as many channels.
-        moe_channels: Channels of the map that is routed.
+        patch_size: Side of a patch in pixels, a power of two: 4, 8, 16, ...
+        widen_factor: Width w of the network, at least 1: its two blocks have 16 * w and 32 * w channels.
+        moe_channels: Channels of the feature map that the experts select cells of.
         expert_channels: Output channels of each expert.
         num_experts: Number of experts.
-        top_k: Cells that each expert selects, 1 to the number of cells.
-        gate_std: Standard deviation of the router's initial weights. The default is that of the reference's code; the
-            paper's N(0, 1e-4) could also be read as a variance.
-        bn_momentum: Momentum of batch norms in (0, 1], as PyTorch counts it; the default is 0.99 in Keras.
+        top_k: Number of cells that each expert selects in an image, from 1 to (image_size / patch_size)^2.
+        gate_std: Standard deviation of the router's initial weights, at least 0. The default is that of the reference
+            code. In the paper it is not clear whether N(0, 1e-4) states a standard deviation or a variance.
+        bn_momentum: Momentum of batch norms as PyTorch defines it, in (0, 1]. The default corresponds to the default
+            0.99 of Keras.
 
     Raises:
-        ConfigError: For an option out of range.
+        ConfigError: An option is out of range.
 
-    Source: Chowdhury et al., "Patch-level Routing in Mixture-of-Experts is Provably Sample-efficient for Convolutional
-    Neural Networks", ICML 2023; code nowazrabbani/pMoE_CNN, `wideresnet_moe.py`.
+    Source:
+        Chowdhury et al., "Patch-level Routing in Mixture-of-Experts is Provably Sample-efficient for Convolutional
+        Neural Networks", ICML 2023; code nowazrabbani/pMoE_CNN, `wideresnet_moe.py`.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {
@@ -179,19 +190,19 @@ class PMoE(RoutedModel):
             num_experts=num_experts,
         )
         if patch_size < 4 or patch_size.bit_count() != 1:
-            raise ConfigError.expected("patch_size", "a power of two from 4 on", patch_size)
+            raise ConfigError.expected("patch_size", "a power of two, at least 4", patch_size)
         if image_size < patch_size or image_size % patch_size:
             shape = f"a positive multiple of {patch_size} (a patch is {patch_size}x{patch_size})"
             raise ConfigError.expected("image_size", shape, image_size)
         side = image_size // patch_size
         cells = side**2
         if not 1 <= top_k <= cells:
-            raise ConfigError.expected("top_k", f"1 to {cells}, the patches of the image", top_k)
+            raise ConfigError.expected("top_k", f"1 to {cells}, the number of patches", top_k)
         if not 0 <= gate_std < math.inf:
-            raise ConfigError.expected("gate_std", "a finite number from 0 on", gate_std)
+            raise ConfigError.expected("gate_std", "a finite number of at least 0", gate_std)
         self.image_size, self.patch_size = image_size, patch_size
         self.patch_grid = (side, side)
-        # Both the trunk and `reduce` halve the map once.
+        # Besides the halvings, the trunk's second block and `reduce` each halve the feature map: a quarter in total.
         self.trunk = WideTrunk(widen_factor, halvings=(patch_size // 4).bit_length() - 1)
         self.reduce_norm = batch_norm(32 * widen_factor)
         self.reduce = SameConv2d(32 * widen_factor, moe_channels, 3, stride=2)
@@ -211,7 +222,7 @@ class PMoE(RoutedModel):
         return RoutedOutput(self.classify(features), [routing])
 
     def extract_features(self, images: Tensor) -> Tensor:
-        """Map images (B, 3, H, W) in [0, 1] to the features (B, D) before the head."""
+        """Map images (B, 3, H, W) in [0, 1] to features (B, D), the input of the head."""
         return self._features(images)[0]
 
     def classify(self, features: Tensor) -> Tensor:
@@ -226,13 +237,13 @@ class PMoE(RoutedModel):
     def components(self) -> dict[str, list[nn.Module]]:
         """Return the modules of the experts, the router and the head.
 
-        The norm behind the experts is one of theirs, since each of its channels belongs to one expert.
+        The batch norm after the experts is part of "experts", because each of its channels belongs to one expert.
         """
         experts: list[nn.Module] = [self.moe.norm, self.moe.conv, self.norm]
         return {"experts": experts, "router": [self.moe.router], "head": [self.head]}
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
-        """Return the output channels of each expert, and those of the convolution that computes the routed map."""
+        """Return the output channels of each expert, and of the convolution that computes the experts' input."""
         experts = len(self.moe.router.weight)
         size = self.moe.conv.out_channels // experts
         groups = [
@@ -242,7 +253,10 @@ class PMoE(RoutedModel):
         return {"experts": groups, "trunk": [ChannelGroup.whole("trunk", self.reduce)]}
 
     def experts(self) -> list[Expert]:
-        """Return each expert's channels of the experts' norm and convolution, and of the norm behind them."""
+        """Return all experts.
+
+        Each has a range of channels of the experts' batch norm and convolution, and of the batch norm after them.
+        """
         count = len(self.moe.router.weight)
         sizes = {"moe.norm": self.moe.norm, "moe.conv": self.moe.conv, "norm": self.norm}
         found = []
@@ -253,7 +267,7 @@ class PMoE(RoutedModel):
                 for key, tensor in module.state_dict().items()
                 if tensor.ndim
             }
-            # The norm behind the convolution is included, since it turns zeros into a constant.
+            # The batch norm after the convolution is included, because it maps zeros to a constant other than zero.
             output = {
                 key: rows[key] for key in ("moe.conv.weight", "moe.conv.bias", "norm.weight", "norm.bias")
             }
@@ -261,5 +275,5 @@ class PMoE(RoutedModel):
         return found
 
     def mask_expert(self, expert: Expert) -> None:
-        """Mute the expert. The others are not affected, since each expert selects its patches by itself."""
+        """Mute the expert. The routing of the others does not change, since experts select patches independently."""
         mute(self, [expert])

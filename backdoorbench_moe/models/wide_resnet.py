@@ -52,7 +52,7 @@ class WideResNet(nn.Module):
         super().__init__()
         check_positive(num_classes=num_classes)
         if not 1 <= widen_factor < math.inf:
-            raise ConfigError.expected("widen_factor", "a number from 1 on", widen_factor)
+            raise ConfigError.expected("widen_factor", "a number of at least 1", widen_factor)
         check_image_size(image_size, at_least=4)
         self.trunk = WideTrunk(widen_factor)
         channels = round(64 * widen_factor)

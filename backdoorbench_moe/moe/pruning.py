@@ -1,4 +1,4 @@
-"""Activity of a layer's channels, and setting channels to zero for good."""
+"""Pruning of channels: measuring their activity, setting their weights to zero, and keeping them at zero."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def channel_means(
     """Measure the mean output of each channel during `run()`.
 
     Args:
-        modules: Convolutions and batch norms, whose output is (B, C, ...), or other modules with output (..., C).
+        modules: Convolutions and batch norms, with an output (B, C, ...), or other modules with an output (..., C).
         run: Function that passes images through the model.
-        rectify: Whether to average max(output, 0), as behind a ReLU, instead of the output.
+        rectify: Whether to average max(output, 0), the output of a ReLU after the module, instead of the output.
 
     Returns:
-        For each module (C,) float64 on the CPU.
+        For each module, (C,) float64 on the CPU: the means over all other dimensions and all calls.
 
     Raises:
-        ValueError: If a module was not called.
+        ValueError: `run` did not call one of the modules.
     """
     sums: dict[nn.Module, Tensor] = {}
     counts: dict[nn.Module, int] = {}
@@ -46,35 +46,35 @@ def channel_means(
         for hook in hooks:
             hook.remove()
     if len(sums) < len(wanted):
-        raise ValueError("channel_means: expected the run to pass every module")
-    # Converted through Python numbers, since inference tensors cannot be used everywhere outside of inference mode.
+        raise ValueError("channel_means: expected `run` to call every module")
+    # Conversion to Python numbers and back: operations on inference tensors may fail outside of inference mode.
     means = {module: (total / counts[module]).tolist() for module, total in sums.items()}
     return {module: torch.tensor(values, dtype=torch.float64) for module, values in means.items()}
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
-    """Return the indices of the `count` lowest of (C,) scores, ascending. Of equal scores the first are taken."""
+    """Return the indices of the `count` lowest of (C,) scores, in ascending order; of equal scores, the first."""
     return scores.sort(stable=True).indices[:count].sort().values
 
 
 @torch.no_grad()
 def silence(module: nn.Module, channels: Tensor) -> None:
-    """Set weights and biases of output channels to zero, in place.
+    """Set the weights and biases of output channels to zero, in place.
 
     Args:
-        module: A layer or norm whose `weight` and `bias` have one row for each channel.
-        channels: (n,) int64.
+        module: A layer or norm whose `weight` and `bias` have one row for each channel; either may be None.
+        channels: (n,) int64, indices of the channels.
     """
     for parameter in _parameters(module):
         parameter.index_fill_(0, channels.to(parameter.device), 0)
 
 
 @contextmanager
-def silenced(pruned: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[None]:
-    """Keep channels at zero while the model is trained inside the block.
+def kept_silent(pruned: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[None]:
+    """Keep channels at zero while the model is trained inside the block; see `held_at_zero`.
 
     Args:
-        pruned: Modules and their channels, (n,) int64, that `silence` has set to zero.
+        pruned: Modules and the indices of their channels, (n,) int64, that `silence` has set to zero before.
     """
     with held_at_zero([(p, channels) for module, channels in pruned for p in _parameters(module)]):
         yield
@@ -84,11 +84,12 @@ def silenced(pruned: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[None]:
 def held_at_zero(rows: Iterable[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
     """Keep rows of parameters at zero while the model is trained inside the block.
 
-    Their gradients are set to zero. SGD, with or without momentum, and AdamW then do not change weights that are zero.
+    Hooks set the gradients of these rows to zero. SGD, with or without momentum, and AdamW then do not change them, if
+    the optimizer is created inside the block.
 
     Args:
-        rows: Parameters and their rows, (n,) int64, which are zero. Parameters that do not require gradients are not
-            trained, so nothing is done for them; they must not be made to require gradients inside the block.
+        rows: Parameters and the indices of their rows, (n,) int64, which must be zero. Parameters that do not require
+            gradients get no hook; they must not be made to require gradients inside the block.
     """
     hooks = [
         parameter.register_post_accumulate_grad_hook(_clear(chosen.to(parameter.device)))

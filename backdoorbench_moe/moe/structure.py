@@ -1,7 +1,7 @@
 """Optional protocols by which a model describes its parts, so that defenses and analyses work on any model.
 
-A model may implement any of them, or none. Code that needs one checks for it with `isinstance`, and names it in the
-error if the model does not implement it.
+A model may implement any of these protocols, or none. Code that needs a protocol checks with `isinstance` whether the
+model implements it. Otherwise it raises an error that names the missing methods.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """A range of output channels of one layer, which are ranked against each other and pruned.
+    """A range of output channels of one layer. Pruning compares the channels of a group with each other.
 
     Attributes:
         name: What the channels are, such as "expert 0".
@@ -24,8 +24,8 @@ class ChannelGroup:
         start: First channel of the group.
         stop: One past the last channel of the group.
         norm: The batch norm that directly follows a convolution, with the same channels, or None.
-        tap: Module whose output (..., channels) holds the layer's channels, for a forward hook. Needed only if the
-            model uses the layer's weights without calling the layer; None if the layer itself can be hooked.
+        tap: Module whose output (..., channels) is the output of the layer, so that a forward hook can read it. It is
+            needed only if the model uses the layer's weights without calling the layer. None otherwise.
     """
 
     name: str
@@ -37,7 +37,7 @@ class ChannelGroup:
 
     @classmethod
     def whole(cls, name: str, layer: nn.Module, norm: nn.BatchNorm2d | None = None) -> ChannelGroup:
-        """The group of all output channels of a convolution or linear layer."""
+        """Return the group of all output channels of a convolution or linear layer."""
         return cls(name, layer, 0, channels_of(layer), norm)
 
     def __len__(self) -> int:
@@ -45,7 +45,7 @@ class ChannelGroup:
 
 
 def channels_of(layer: nn.Module) -> int:
-    """Number of output channels of a convolution or linear layer."""
+    """Return the number of output channels of a convolution or linear layer."""
     assert isinstance(layer.weight, Tensor)
     return len(layer.weight)
 
@@ -58,10 +58,10 @@ class Expert:
 
     Attributes:
         layer: Dotted name of the routed layer, as in `Routing.layer`.
-        index: Number of the expert in the layer's gates (B, E, P), 0 to E - 1.
-        own: The rows that belong to this expert alone, by state-dict name, without the expert's row of the router.
-        output: The rows that mute the expert when they are set to zero: its output then has no effect on the logits.
-            They are a subset of `own`, either weights and biases or a buffer that training does not change.
+        index: Index of the expert along E in the layer's gates (B, E, P), 0 to E - 1.
+        own: The rows that only this expert uses, by state-dict name. The expert's row of the router is not included.
+        output: The rows that mute the expert when they are set to zero, that is, its output then has no effect on the
+            logits. They are a subset of `own`: weights and biases, or a buffer that training does not change.
         tap: Module whose output (B, channels, ...) holds the expert's output. A forward hook on it can read or
             replace the output.
         channels: (start, stop) of the expert's channels in the tap's output.
@@ -82,7 +82,10 @@ class Expert:
 
 @runtime_checkable
 class WithExperts(Protocol):
-    """A routed model that says where each expert's weights and outputs are. Needed for work on single experts."""
+    """A routed model that says where each expert's weights and outputs are.
+
+    Needed by defenses and analyses that change or measure single experts.
+    """
 
     def experts(self) -> list[Expert]:
         """Return all experts: those of the first routed layer by index, then those of the second, and so on."""
@@ -90,15 +93,16 @@ class WithExperts(Protocol):
 
 @runtime_checkable
 class MasksExperts(Protocol):
-    """A routed model whose router can exclude an expert; only useful together with `WithExperts`.
+    """A routed model whose router can exclude an expert. It should also implement `WithExperts`.
 
-    In a model that does not implement this, an expert is muted instead. With expert choice (experts select patches)
-    both are the same. With token choice (patches select experts) they differ: patches that selected a muted expert
-    have one expert less, while patches that selected a masked expert go to the next best one.
+    If a model does not implement this protocol, experts are muted instead (see `Expert.output`). In expert-choice
+    routing, in which experts select patches, muting and masking have the same effect. In token-choice routing, in which
+    patches select experts, they differ: a patch that selected a muted expert is processed by one expert less, while a
+    patch that selected a masked expert is sent to the next best expert.
     """
 
     def mask_expert(self, expert: Expert) -> None:
-        """Exclude an expert from routing, in place: its patches go to the next best expert.
+        """Exclude an expert from routing, in place. Its patches are sent to the next best expert.
 
         The change must be stored in the state dict without new names or shapes, so that the expert is still excluded
         after saving and loading.
@@ -110,16 +114,17 @@ class Structured(Protocol):
     """A model that names its components. Needed by defenses that change only some of them."""
 
     def components(self) -> dict[str, list[nn.Module]]:
-        """Return the modules of "experts", "router" and "head". Components that the model lacks are left out.
+        """Return the modules of each component: "experts", "router" and "head" (the classifier).
 
-        No parameter belongs to two components.
+        Components that the model does not have are left out. No parameter may belong to two components.
         """
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
-        """Return the channels that can be pruned, by scope.
+        """Return the channels that can be pruned, by scope. Scopes that the model does not have are left out.
 
-        "experts": the last channels or hidden units of each expert, one group per expert. "trunk": the last convolution
-        or hidden layer before the experts; if the model has no experts, the last one of the model.
+        "experts" has one group for each expert: the output channels of its last convolution, or its hidden units.
+        "trunk" has the channels of the last convolution or hidden layer before the experts; or, if the model has no
+        experts, of the last one in the model.
         """
 
 
@@ -127,7 +132,7 @@ class Structured(Protocol):
 class WithFeatures(Protocol):
     """A model whose `forward` is `classify(extract_features(images))`, where `classify` is the last linear layer.
 
-    The method is not called `features` because many networks have a convolutional trunk of that name.
+    The name `features` is avoided, since it is the name of the convolutional trunk in many networks.
     """
 
     def extract_features(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Detection by scores: the area under the ROC curve, and thresholds of a given false positive rate."""
+"""Detection by scores: the area under the ROC curve, and thresholds for a given false positive rate."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from backdoorbench_moe.ops.metrics import Proportion
 
 
 def auroc(clean: np.ndarray, triggered: np.ndarray) -> Proportion:
-    """Compute the area under the ROC curve: how often a triggered score exceeds a clean one; ties count half.
+    """Compute the area under the ROC curve (AUROC) with a 95% confidence interval.
 
-    The 95% interval is Newcombe's method 5: the bounds are the areas from which the measured one lies 1.96 standard
-    errors away, with the standard error of Hanley and McNeil at the bound, as in Wilson's interval of a share. Its
-    width is therefore not zero at 0% or 100%.
+    The area is the share of all pairs of a triggered and a clean score in which the triggered score is higher; equal
+    scores count half.
+
+    The interval is Newcombe's method 5. Like Wilson's interval for a proportion, it uses the standard error at each
+    bound instead of the standard error at the measured area: a bound is an area whose distance from the measured area
+    is 1.96 times its own standard error, by the formula of Hanley and McNeil. Its width is therefore above 0 even for
+    a measured area of 0% or 100%.
 
     Args:
-        clean: (m,) scores; higher is more suspicious.
-        triggered: (n,) scores.
+        clean: (m,) scores of clean images; higher is more suspicious.
+        triggered: (n,) scores of triggered images.
 
     Returns:
-        The area in percent and its interval, with m + n as the number of images.
+        The area and its interval in percent, with m + n as the number of images.
 
     Raises:
         ValueError: A group is empty.
@@ -41,49 +45,50 @@ def auroc(clean: np.ndarray, triggered: np.ndarray) -> Proportion:
 
 
 def _interval(area: float, m: int, n: int) -> tuple[float, float]:
-    """The two areas that lie 1.96 of their own standard errors away from the measured one."""
+    """Return the two areas whose distance from `area` is 1.96 times their own standard error, in [0, 1]."""
     z = float(norm.ppf(0.975))
 
     def error(at: float) -> float:
         size = (m + n) / 2 - 1
         return math.sqrt(at * (1 - at) * (1 + size * (1 - at) / (2 - at) + size * at / (1 + at)) / (m * n))
 
-    # The difference is negative at the measured area and positive at the far end, so there is a root between them.
+    # 1.96 errors minus the distance: positive at the measured area, where the distance is 0, and negative at 0 or 1,
+    # where the error is 0. So there is a root between them.
     low = 0.0 if area == 0 else brentq(lambda at: z * error(at) - (area - at), 0, area - 1e-15)
     high = 1.0 if area == 1 else brentq(lambda at: z * error(at) - (at - area), area + 1e-15, 1)
     return float(low), float(high)
 
 
-def alarms(fpr: float, calibrating: int) -> int:
-    """Compute how many clean scores may lie above a threshold that is calibrated on clean scores.
+def threshold_rank(fpr: float, calibrating: int) -> int:
+    """Compute which of n calibration scores of clean images to use as threshold: the k-th highest.
 
-    A new clean score lies above the k-th highest of n other clean scores with a chance of k / (n + 1), whatever the
-    distribution of the scores, or less if some are equal.
+    A new clean score exceeds the k-th highest of n other clean scores with a probability of k / (n + 1), whatever the
+    distribution of the scores; or less if scores are equal.
 
     Args:
         fpr: Highest false positive rate, in (0, 1).
-        calibrating: n, the number of scores that the threshold is calibrated on.
+        calibrating: Number n of scores that the threshold is calibrated on.
 
     Returns:
-        The largest k of which the chance is at most `fpr`; 0 if n is too small for any.
+        The largest k, 1 to n, for which this probability is at most `fpr`; 0 if n is too small for any k.
     """
     return max(0, min(int(fpr * (calibrating + 1) + 1e-9), calibrating))
 
 
 def calibrate_threshold(clean: np.ndarray, fpr: float) -> float:
-    """Set a threshold so that a clean score lies above it with a chance of at most `fpr`.
+    """Compute a threshold that a new clean score exceeds with a probability of at most `fpr`.
 
     Args:
         clean: (n,) scores of clean images.
         fpr: Highest false positive rate, in (0, 1).
 
     Returns:
-        The k-th highest score, with k = `alarms(fpr, n)`.
+        The k-th highest score, with k = `threshold_rank(fpr, n)`.
 
     Raises:
         ValueError: There are too few scores for this rate.
     """
-    count = alarms(fpr, len(clean))
-    if not count:
+    rank = threshold_rank(fpr, len(clean))
+    if not rank:
         raise ValueError(f"calibrate_threshold: expected at least 1 / fpr - 1 scores, got {len(clean)}")
-    return float(np.sort(clean)[-count])
+    return float(np.sort(clean)[-rank])

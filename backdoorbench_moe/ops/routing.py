@@ -7,21 +7,21 @@ from torch import Tensor
 
 from backdoorbench_moe.ops.patches import tile
 
-# Largest deviation of the sum of gates from 1, as gates may have been computed in bf16.
+# Largest deviation from 1 of the sum of gates that form a distribution. They may have been computed in bf16.
 SUM_TOLERANCE = 0.01
 
 
 def gates_over(gates: Tensor) -> str:
-    """Find the axis over which gates are probability distributions.
+    """Find the axis over which gates sum to 1.
 
-    If experts weigh patches, the gates of each expert sum to 1 over P; if patches weigh experts, the gates of each
-    patch sum to 1 over E.
+    In expert-choice routing the gates of each expert usually sum to 1 over the patches. In token-choice routing the
+    gates of each patch usually sum to 1 over the experts.
 
     Args:
         gates: (B, E, P).
 
     Returns:
-        "patches", "experts" or "neither"; "patches" if both hold.
+        "patches", "experts" or "neither"; "patches" if they sum to 1 over both.
     """
     for name, dim in (("patches", -1), ("experts", -2)):
         if ((gates.float().sum(dim) - 1).abs() <= SUM_TOLERANCE).all():
@@ -33,8 +33,8 @@ def distributions(gates: Tensor, over: str) -> Tensor:
     """Normalise gates so that they sum to exactly 1 over an axis.
 
     Args:
-        gates: (B, E, P), from 0.
-        over: As returned by `gates_over`; "neither" is normalised over the patches.
+        gates: (B, E, P), not negative.
+        over: As returned by `gates_over`. For "neither", gates are normalised over the patches.
 
     Returns:
         (B, E, P) float64. Gates that sum to 0 stay 0.
@@ -52,8 +52,8 @@ def normalised_entropy(probabilities: Tensor, over: str) -> Tensor:
         over: The axis of the distributions, see `gates_over`.
 
     Returns:
-        (B, E) for distributions over the patches, (B, P) for those over the experts; in [0, 1]. It is 0 if there is
-        only one patch or expert to choose.
+        (B, E) for distributions over the patches, (B, P) for distributions over the experts; in [0, 1]. It is 0 if
+        there is only one patch or only one expert.
     """
     dim = _axis(over)
     choices = torch.tensor(max(2, probabilities.shape[dim]))
@@ -61,11 +61,11 @@ def normalised_entropy(probabilities: Tensor, over: str) -> Tensor:
 
 
 def js_divergence(first: Tensor, second: Tensor, over: str) -> Tensor:
-    """Compute the Jensen-Shannon divergence of two routings, by expert.
+    """Compute the Jensen-Shannon divergence between two routings of the same images, for each expert.
 
-    For distributions over the patches it is the divergence of each expert's two distributions. For distributions over
-    the experts it is each expert's term of the divergence, averaged over the patches; its sum over E is the mean
-    divergence of a patch.
+    If each expert has a distribution over the patches, the result is the divergence between its two distributions. If
+    each patch has a distribution over the experts, the divergence of a patch is a sum with one term for each expert.
+    The result is then the mean of an expert's term over the patches.
 
     Args:
         first: (B, E, P) distributions.
@@ -82,7 +82,7 @@ def js_divergence(first: Tensor, second: Tensor, over: str) -> Tensor:
 
 
 def jaccard(first: Tensor, second: Tensor) -> Tensor:
-    """Compute the Jaccard index of the selections of all pairs of experts.
+    """Compute the Jaccard index of the selected patches for each pair of an expert of `first` and one of `second`.
 
     Args:
         first: (B, E, P) bool, the patches that each of E experts selected.
@@ -98,9 +98,9 @@ def jaccard(first: Tensor, second: Tensor) -> Tensor:
 
 
 def changed_share(first: Tensor, second: Tensor) -> Tensor:
-    """Compute the share of each expert's selected patches that differ between two selections.
+    """Compute, for each expert, how far two selections of patches differ: |A xor B| / (|A| + |B|).
 
-    It is |A xor B| / (|A| + |B|). If both selections have K patches, it is the share of the K that was exchanged.
+    If A and B both have K patches, it is the share of the K patches that are not in the other selection.
 
     Args:
         first: (B, E, P) bool.
@@ -129,14 +129,14 @@ def counts_by_class(selected: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def blind_miss(changed: Tensor, taken: Tensor, patches: int) -> Tensor:
-    """Compute the probability that an expert that selects at random selects none of the changed patches.
+    """Compute the probability that a random selection of K out of P patches contains none of m changed patches.
 
-    Each set of K of the P patches is equally likely, so it is the hypergeometric probability C(P - m, K) / C(P, K).
+    All sets of K patches are equally likely, so that the probability is hypergeometric: C(P - m, K) / C(P, K).
 
     Args:
-        changed: (B,), m, the number of changed patches.
-        taken: (B, E), K, the number of patches that each expert selects.
-        patches: P.
+        changed: (B,), the number m of changed patches in each image.
+        taken: (B, E), the number K of patches that each expert selects.
+        patches: The number P of patches in an image.
 
     Returns:
         (B, E) float64.
@@ -149,11 +149,11 @@ def blind_miss(changed: Tensor, taken: Tensor, patches: int) -> Tensor:
 
 
 def changed_patches(clean: Tensor, triggered: Tensor, size: int) -> Tensor:
-    """Find the patches in which two images differ.
+    """Find the patches that a trigger changes.
 
     Args:
         clean: (B, C, H, W) uint8.
-        triggered: (B, C, H, W) uint8.
+        triggered: (B, C, H, W) uint8, the same images with the trigger.
         size: Side of a patch in pixels, a divisor of H and W.
 
     Returns:
@@ -167,7 +167,7 @@ def patch_sums(images: Tensor, size: int) -> Tensor:
     """Compute the sum of the grey values of each patch's pixels.
 
     Args:
-        images: (B, C, H, W) uint8; 0 to 255 stand for [0, 1]. A pixel's grey value is its mean over the channels.
+        images: (B, C, H, W) uint8. The grey value of a pixel is its mean over the channels, divided by 255.
         size: Side of a patch in pixels, a divisor of H and W.
 
     Returns:
@@ -178,7 +178,7 @@ def patch_sums(images: Tensor, size: int) -> Tensor:
 
 
 def _by_image(values: Tensor, images: Tensor, size: int) -> Tensor:
-    """Values (B * P,) of the patches of B images as (B, P), also if there are no images."""
+    """Reshape one value for each patch from (B * P,) to (B, P). B may be 0."""
     height, width = images.shape[-2:]
     return values.view(len(images), (height // size) * (width // size))
 

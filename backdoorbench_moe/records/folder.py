@@ -1,4 +1,4 @@
-"""One run's folder on disk: its files, and the lock that one process holds."""
+"""The folder of a run on disk: its files, and a lock by which only one process at a time makes the run."""
 
 from __future__ import annotations
 
@@ -37,23 +37,35 @@ RECORD, MODEL, POISON, PROBE, SCORES, CHECKPOINT, LOCK = (
 
 
 class RunFolder:
-    """One run on disk. Every file is written beside its place and then moved there, so none is ever incomplete."""
+    """The folder of a run.
+
+    Files except the lock are written under a temporary name and then renamed, so that none is ever incomplete.
+
+    Args:
+        path: Path of the folder, which need not exist.
+    """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
 
     @property
     def exists(self) -> bool:
-        """Whether the folder has a record. Raises RecordError for a path that cannot be (too long, no access)."""
+        """Whether the folder has a record.
+
+        Raises:
+            RecordError: The path is too long, or may not be accessed.
+        """
         try:
             return (self.path / RECORD).is_file()
         except OSError as error:
             raise RecordError(f"run folder {self.path}: {error.strerror}") from error
 
     def read(self) -> Record:
-        """Read and check the record.
+        """Read and check the record; one of an older schema version is converted.
 
-        Raises RecordError if this is no run folder, or the record is damaged or from another version.
+        Raises:
+            RecordError: The folder or the record does not exist, or the record cannot be read, is damaged or has an
+                unknown schema version.
         """
         if not self.path.is_dir():
             raise RecordError(f"run folder {self.path}: expected a folder with a {RECORD}, found none")
@@ -74,16 +86,28 @@ class RunFolder:
         self._write(RECORD, lambda path: path.write_text(text, encoding="utf-8"))
 
     def save_model(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write the weights as safetensors, with `metadata` in the header."""
+        """Write a model's weights as a safetensors file, with `metadata` in its header.
+
+        Raises:
+            RecordError: The file cannot be written.
+        """
         self._write(MODEL, lambda path: _save_tensors(tensors, path, metadata))
 
     def load_tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Read weights and header of the model. Raises RecordError if missing or no safetensors file."""
-        return _load_tensors(self.path / MODEL)
+        """Read the weights of the model and the metadata in the header of its file.
+
+        Raises:
+            RecordError: The file does not exist, or is not a safetensors file.
+        """
+        return _load_tensors(self.path / MODEL, "model file")
 
     @property
     def model_sha256(self) -> str | None:
-        """SHA-256 of the model file, hex; None if there is none."""
+        """SHA-256 of the model file, in hexadecimal; None if there is no such file.
+
+        Raises:
+            RecordError: The file cannot be read.
+        """
         try:
             with (self.path / MODEL).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
@@ -93,14 +117,26 @@ class RunFolder:
             raise RecordError(f"model file {self.path / MODEL}: {error.strerror}") from error
 
     def save_poison(self, groups: Mapping[str, np.ndarray]) -> None:
-        """Write the indices of the changed training images by group, each (n,) int64; empty groups are left out.
+        """Write the indices of the training images that the attacker changed.
 
-        The poison group is called "indices" and is always written.
+        Args:
+            groups: (n,) int64 indices by group: "indices" (the poison group), "cover" or "noise". Groups without
+                images are left out, except "indices".
         """
         self._save_arrays(POISON, {k: v for k, v in groups.items() if len(v) or k == "indices"})
 
     def load_poison(self, group: str = "indices") -> np.ndarray:
-        """Read the indices of a group: "indices" (the poison group), "cover" or "noise". Raises RecordError."""
+        """Read the indices of the training images in a group.
+
+        Args:
+            group: "indices" (the poison group), "cover" or "noise".
+
+        Returns:
+            (n,) int64; empty if the file has no such group.
+
+        Raises:
+            RecordError: The file does not exist or is damaged.
+        """
         import numpy as np
 
         arrays = self._load_arrays(POISON, "poison indices")
@@ -109,19 +145,19 @@ class RunFolder:
         return arrays.get(group, np.empty(0, np.int64))
 
     def save_scores(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write scores that are too many for the record."""
+        """Write the scores of a defense that are too many for the record."""
         self._save_arrays(SCORES, arrays)
 
     def load_scores(self) -> dict[str, np.ndarray]:
-        """Read what `save_scores` wrote. Raises RecordError."""
+        """Read what `save_scores` wrote. Raises RecordError if the file does not exist or is damaged."""
         return self._load_arrays(SCORES, "scores")
 
     def save_probe(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write what a probe saw; see `engine.probe`."""
+        """Write the predictions and the routing that a probe recorded; see `engine.probe`."""
         self._save_arrays(PROBE, arrays)
 
     def load_probe(self) -> dict[str, np.ndarray] | None:
-        """Read what a probe saw; None if the run has none. Raises RecordError if it is damaged."""
+        """Read what `save_probe` wrote; None if there is no such file. Raises RecordError if it is damaged."""
         return self._load_arrays(PROBE, "probe") if (self.path / PROBE).exists() else None
 
     def _save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
@@ -143,12 +179,20 @@ class RunFolder:
             raise RecordError(f"{what} {self.path / name}: missing or damaged ({error})") from error
 
     def keep(self, name: str, source: Path) -> None:
-        """Copy a file to `name` in the run folder. Raises RecordError if it cannot be written."""
+        """Copy a file into the run folder.
+
+        Args:
+            name: Path of the copy, relative to the run folder.
+            source: The file.
+
+        Raises:
+            RecordError: The copy cannot be written.
+        """
         self._make((self.path / name).parent)
         self._write(name, functools.partial(shutil.copyfile, source))
 
     def save_checkpoint(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Write tensors and JSON state as one file, in place of the one before."""
+        """Write a checkpoint, a file of tensors and JSON values, which replaces the previous one."""
         self._make(self.path / CHECKPOINT)
         header = {"state": json.dumps(state)}
         self._write(f"{CHECKPOINT}/state.safetensors", lambda path: _save_tensors(tensors, path, header))
@@ -158,14 +202,14 @@ class RunFolder:
         file = self.path / CHECKPOINT / "state.safetensors"
         if not file.exists():
             return None
-        tensors, header = _load_tensors(file)
         try:
+            tensors, header = _load_tensors(file, "checkpoint")
             return tensors, json.loads(header["state"])
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, RecordError) as error:
             raise RecordError(f"checkpoint {file}: damaged; delete it to train from the start") from error
 
     def drop_checkpoint(self) -> None:
-        """Delete the checkpoint of a finished run."""
+        """Delete the checkpoint if there is one, without raising errors."""
         shutil.rmtree(self.path / CHECKPOINT, ignore_errors=True)
 
     @contextlib.contextmanager
@@ -175,8 +219,8 @@ class RunFolder:
         The operating system releases the lock if the process is killed.
 
         Args:
-            wait: Called twice a second while another process holds the lock; it may raise. If None, a held lock is
-                an error.
+            wait: Function that is called twice a second while another process holds the lock; an exception that it
+                raises ends the waiting. If None, a lock that another process holds is an error.
 
         Raises:
             RecordError: Another process holds the lock, or the folder cannot be written or locked.
@@ -191,7 +235,7 @@ class RunFolder:
                 if wait is None:
                     file.seek(0)
                     raise RecordError(
-                        f"run folder {self.path}: another process ({file.read().strip() or 'unknown'}) works in it"
+                        f"run folder {self.path}: in use by another process ({file.read().strip() or 'unknown'})"
                     )
                 wait()
                 while not self._try_lock(file.fileno()):
@@ -208,7 +252,7 @@ class RunFolder:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        except OSError as error:  # For example a network disk without locks.
+        except OSError as error:  # For example, a network file system without locks.
             raise RecordError(f"output folder {self.path}: cannot be locked: {error.strerror}") from error
         return True
 
@@ -233,13 +277,13 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
         raise OSError(str(error)) from error
 
 
-def _load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _load_tensors(file: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
-        raise RecordError(f"model file {file}: not found")
+        raise RecordError(f"{what} {file}: not found")
     try:
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise RecordError(f"model file {file}: expected a safetensors file: {error}") from error
+        raise RecordError(f"{what} {file}: expected a safetensors file: {error}") from error

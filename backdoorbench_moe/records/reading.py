@@ -1,4 +1,4 @@
-"""Reading a record: from any schema version there has been, checked against the types of the present one."""
+"""Reading of records: conversion from older schema versions, and checks against the current schema."""
 
 from __future__ import annotations
 
@@ -10,28 +10,32 @@ from typing import Any, NotRequired, Union, get_args, get_origin, get_type_hints
 from backdoorbench_moe.errors import ConfigError, RecordError
 from backdoorbench_moe.records.record import SCHEMA_VERSION, DataFacts, Environment, Record
 
-# Fields that came with a version; a record of an older one does not have them.
+# Fields of `Record` that each schema version added. Records of older versions do not have them.
 ADDED_IN = {
     2: {"parent", "stages", "scores", "verdict"},
     3: {"inputs", "judgements", "near_chance", "files", "model_sha256"},
 }
 REMOVED_IN = {3: {"parent", "scores", "verdict"}}
+# Keys that every row of the history, and every metric, must have.
 EPOCH_KEYS = {"epoch", "loss", "train_accuracy", "lr", "seconds"}
 METRIC_KEYS = {"value", "n"}
 
 
 def parse_record(values: object, file: Path) -> Record:
-    """Read a record from its JSON values.
+    """Convert the content of a JSON file to a record.
 
     Args:
-        values: What the JSON file held.
-        file: Its name, for messages.
+        values: The parsed content of the file.
+        file: Path of the file, for error messages.
+
+    Returns:
+        The record, in the current schema version.
 
     Raises:
-        RecordError: The record is damaged or of an unknown version.
+        RecordError: The record is damaged, or has an unknown schema version.
     """
     if not isinstance(values, dict) or "schema_version" not in values:
-        raise RecordError(f"record {file}: damaged: expected a 'schema_version' in it")
+        raise RecordError(f"record {file}: damaged: expected the key 'schema_version'")
     values = _upgrade(values, file)
     known = {item.name for item in fields(Record)}
     missing, extra = known - values.keys(), values.keys() - known
@@ -45,18 +49,20 @@ def parse_record(values: object, file: Path) -> Record:
     except ConfigError as error:
         raise RecordError(f"record {file}: damaged: {error}") from error
     if digest != record.digest:
-        raise RecordError(f"record {file}: damaged: its digest is {record.digest}, its spec's is {digest}")
+        raise RecordError(
+            f"record {file}: damaged: expected {digest}, the digest of its spec, found {record.digest}"
+        )
     return record
 
 
 def _upgrade(values: dict[str, Any], file: Path) -> dict[str, Any]:
-    """A record of an older version as one of the present one."""
+    """Convert the values of a record to the current schema version."""
     version = values["schema_version"]
     if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
         raise RecordError(f"record {file}: expected schema version 1 to {SCHEMA_VERSION}, found {version!r}")
     later = {name for since, names in ADDED_IN.items() if since > version for name in names}
     if early := sorted(later & values.keys()):
-        raise RecordError(f"record {file}: damaged: unknown to schema version {version}: {early}")
+        raise RecordError(f"record {file}: damaged: schema version {version} does not have {early}")
     values = dict(values)
     if version < 2:
         values |= {"parent": None, "stages": [], "scores": {}, "verdict": {}}
@@ -66,7 +72,7 @@ def _upgrade(values: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _upgrade_to_3(values: dict[str, Any], file: Path) -> dict[str, Any]:
-    """`parent` becomes an input; `scores` and `verdict` become judgements."""
+    """Convert `parent` to an input, and `scores` and `verdict` to judgements."""
     missing = sorted(REMOVED_IN[3] - values.keys())
     if missing:
         raise RecordError(f"record {file}: damaged: missing {missing}, unknown []")
@@ -88,7 +94,13 @@ def _upgrade_to_3(values: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _judged(kind: str, scores: Any, verdict: Any) -> dict[str, Any]:
-    """A judgement from what schema version 2 kept by kind: scores by name, and a verdict of any form."""
+    """Convert an entry of `scores` and of `verdict`, in schema version 2, to a judgement.
+
+    Args:
+        kind: Key of both entries: what was judged.
+        scores: Scores by name, usually; values of any other form become a detail.
+        verdict: The decision, in any form. Its parts that a judgement has no field for become details.
+    """
     said = dict(verdict) if isinstance(verdict, dict) else {} if verdict is None else {"verdict": verdict}
     chosen: Any = next((said.pop(key) for key in ("dropped", "reset", "masked") if key in said), [])
     threshold = said.pop("threshold", None)
@@ -97,7 +109,7 @@ def _judged(kind: str, scores: Any, verdict: Any) -> dict[str, Any]:
     if not _is_number(threshold):
         said, threshold = said | {"threshold": threshold}, None
     return {
-        # Schema version 2 knew no judgements of training samples: "sample" was an input.
+        # In schema version 2, "sample" meant an input. There were no judgements about training samples.
         "about": "input" if kind == "sample" else kind,
         "scores": scores,
         "threshold": threshold,
@@ -117,7 +129,7 @@ def _is_flat(scores: Any) -> bool:
 
 
 def _find_damage(values: dict[str, Any]) -> str | None:
-    """What does not fit the schema; None if everything does."""
+    """Return a description of the first value that does not fit the schema, or None."""
     for name, annotation in get_type_hints(Record).items():
         if damage := _misfit(values[name], annotation, name):
             return damage
@@ -135,15 +147,15 @@ def _find_damage(values: dict[str, Any]) -> str | None:
         if not row.keys() >= EPOCH_KEYS:
             return f"'history[{n}]': expected the keys {sorted(EPOCH_KEYS)}, found {row!r}"
     if values["poison"] is not None and "n" not in values["poison"]:
-        return f"'poison': expected 'n' in it, found {values['poison']!r}"
+        return f"'poison': expected the key 'n', found {values['poison']!r}"
     return None
 
 
-NAMES = {float: "a number", int: "an integer", str: "a string", dict: "keys and values", list: "a list"}
+NAMES = {float: "a number", int: "an integer", str: "a string", dict: "a mapping", list: "a list"}
 
 
 def _misfit(value: Any, annotation: Any, where: str) -> str | None:
-    """Why a JSON value does not fit a type; None if it does."""
+    """Return why a JSON value does not fit a type, or None if it does. `where` is the path of the value."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is Any:
         return None
@@ -167,14 +179,15 @@ def _misfit(value: Any, annotation: Any, where: str) -> str | None:
 
 
 def _misfit_of_keys(value: Any, annotation: Any, where: str) -> str | None:
+    """Return why a JSON value does not fit a `TypedDict`, or None if it does. Unknown keys are allowed."""
     if not isinstance(value, dict):
-        return f"{where!r}: expected keys and values, found {value!r}"
+        return f"{where!r}: expected a mapping, found {value!r}"
     for key, kind in get_type_hints(annotation, include_extras=True).items():
         optional = get_origin(kind) is NotRequired
         if key not in value:
             if optional:
                 continue
-            return f"{where!r}: expected {key!r} in it, found {value!r}"
+            return f"{where!r}: expected the key {key!r}, found {value!r}"
         if damage := _misfit(value[key], get_args(kind)[0] if optional else kind, f"{where}.{key}"):
             return damage
     return None

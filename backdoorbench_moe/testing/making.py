@@ -1,4 +1,4 @@
-"""Small parts, images and tasks of defenses, for the conformance tests."""
+"""Small parts, images and defense tasks for the conformance tests."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ CPU = torch.device("cpu")
 
 
 def tiny_options(kind: str, name: str) -> dict[str, object]:
-    """Return the options in a part's `tiny`, without one that is given by its name."""
+    """Return the options in a part's `tiny`, without the option that a name "family:argument" sets."""
     part = REGISTRIES[kind].lookup(name)
     given = getattr(part, "name_argument", None) if ":" in name else None
     return {option: value for option, value in getattr(part, "tiny", {}).items() if option != given}
 
 
 def make(kind: str, name: str, **options: object) -> Any:
-    """Build a small part; `options` take precedence over its `tiny`."""
+    """Build a small part. `options` take precedence over those in its `tiny`."""
     return REGISTRIES[kind].create(name, {**tiny_options(kind, name), **options})
 
 
 def make_attack(name: str, *, poison: PoisonSpec, **options: object) -> Any:
-    """Build a small attack; `options` take precedence over its `tiny`."""
+    """Build a small attack. `options` take precedence over those in its `tiny`."""
     return REGISTRIES["attack"].create(name, {**tiny_options("attack", name), **options}, {"poison": poison})
 
 
@@ -51,7 +51,11 @@ def build_model(
 
 
 def settle(model: nn.Module) -> nn.Module:
-    """Pass a few batches through a model in training mode, so that its norms have statistics; then evaluation mode."""
+    """Pass three batches through a model in training mode, so that batch norms have running statistics.
+
+    Returns:
+        The same model, in evaluation mode.
+    """
     images = batch(16, 3, IMAGE_SIZE, IMAGE_SIZE)
     with torch.no_grad():
         for _ in range(3):
@@ -60,13 +64,17 @@ def settle(model: nn.Module) -> nn.Module:
 
 
 def used_model(name: str, *, seed: int = 0) -> nn.Module:
-    """Build a small model of three classes and `settle` it; in evaluation mode and channels_last."""
+    """Build a small model of three classes with running statistics (see `settle`), but without training.
+
+    Returns:
+        The model, in evaluation mode and in the memory format channels_last.
+    """
     model = build_model(name, seed=seed, num_classes=CLASSES)
     return settle(model).to(memory_format=torch.channels_last)
 
 
 def batch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return images of a shape, uniform in [0, 1), the same at every call."""
+    """Return values of a shape, uniform in [0, 1); the same at every call with this shape."""
     return torch.rand(*shape, generator=torch.Generator().manual_seed(shape[0])).to(dtype)
 
 
@@ -88,18 +96,18 @@ def make_task(
     seed: int = 7,
     **recipe: Any,
 ) -> tuple[DefenseTask, list[tuple[str, dict[str, Tensor]]]]:
-    """Make a task in the same way as the engine.
+    """Make a task for a defense, with the same functions as the engine, in fp32 on the CPU.
 
     Args:
         model: The model to defend.
         made_by: Name and options that the model was built from.
-        needs: What is granted, see `Defense.needs`; everything by default.
+        needs: Names of the data and functions that the task provides, see `Defense.needs`; all by default.
         clean: The images that the defender holds; 24 images if None.
         seed: Seed of the defense.
-        **recipe: Fields of the `TrainSpec`.
+        **recipe: Fields of the task's `TrainSpec`; by default the batch size is 8 and the learning rate 0.05.
 
     Returns:
-        The task, and a list to which name and state of every reported stage are appended.
+        The task, and a list. `task.report` appends the name of the stage and a copy of the model's state dict to it.
     """
     train = TrainSpec(**{"batch_size": 8, "lr": 0.05, **recipe})
     given = {"num_classes": CLASSES, "image_size": IMAGE_SIZE}
@@ -129,17 +137,17 @@ def make_task(
 
 
 def copies(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of the state of a model."""
+    """Return a copy of the state dict of a model."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
-    """Return the names of the tensors that are not equal bit for bit."""
+    """Return the names of the tensors that differ between two state dicts."""
     return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
 
 
 def ranked(routing: Routing, dim: int) -> bool:
-    """Return whether, along `dim`, no gate that was not selected exceeds one that was."""
+    """Return whether, along `dim`, all selected gates are at least as large as all others."""
     taken = routing.gates.masked_fill(~routing.selected, 2).amin(dim)
     left = routing.gates.masked_fill(routing.selected, -1).amax(dim)
     return bool((taken >= left).all())

@@ -23,7 +23,7 @@ from backdoorbench_moe.moe.structure import (
 )
 from backdoorbench_moe.testing.making import batch, changed, copies, used_model
 
-# The output that replaces an expert's, far from what any expert computes.
+# Value that replaces the output of an expert, far from what any expert computes.
 REPLACED = 3.0
 
 
@@ -44,7 +44,7 @@ def with_experts(name: str, *, seed: int = 0) -> RoutedModel:
 
 
 def logits_if_replaced(model: nn.Module, expert: Expert) -> Tensor:
-    """Return the logits if the expert's output is the same large value everywhere."""
+    """Return the logits of the model if all values of the expert's output are `REPLACED`."""
     [given] = expert_outputs([expert], lambda: model(images()))
     with replaced_output(expert, torch.full_like(given, REPLACED)):
         return model(images())
@@ -52,6 +52,7 @@ def logits_if_replaced(model: nn.Module, expert: Expert) -> Tensor:
 
 @pytest.mark.only(interface=Structured)
 def test_the_parts_are_the_models_own_and_do_not_overlap(model_name: str) -> None:
+    """The components are modules of the model, and no parameter belongs to two. Routed models have all three."""
     model = structured(model_name)
     own, components = set(model.modules()), model.components()
     assert components.keys() <= {"experts", "router", "head"} and "head" in components
@@ -68,7 +69,7 @@ def test_the_parts_are_the_models_own_and_do_not_overlap(model_name: str) -> Non
 @pytest.mark.only(interface=Structured)
 @torch.no_grad()
 def test_the_head_decides_the_logits_last(model_name: str) -> None:
-    """Without the weights of the head all images have the same logits."""
+    """The images have different logits, but equal ones if the weights of the head are set to zero."""
     model = structured(model_name)
     assert not torch.equal(*model(images()).split(2))
     for module in model.components()["head"]:
@@ -81,6 +82,7 @@ def test_the_head_decides_the_logits_last(model_name: str) -> None:
 
 @pytest.mark.only(interface=Structured)
 def test_what_can_be_pruned_lies_in_the_model(model_name: str) -> None:
+    """Layers, norms and taps are modules of the model; ranges of channels are valid and do not overlap."""
     model = structured(model_name)
     own, prunable = set(model.modules()), model.prunable()
     assert prunable.keys() <= {"experts", "trunk"}
@@ -101,11 +103,13 @@ def test_what_can_be_pruned_lies_in_the_model(model_name: str) -> None:
 @pytest.mark.only(interface=Structured)
 @torch.no_grad()
 def test_channels_that_can_be_pruned_can_be_measured_and_have_an_effect(model_name: str) -> None:
-    """The tap passes the layer's channels, which are zero without weights. Without all of them the logits change."""
+    """Channels with weights of zero are zero in the tap's output. Pruning all of a scope changes the logits."""
     for scope, groups in structured(model_name).prunable().items():
         model = structured(model_name)
         for parameter in model.parameters():
-            if parameter.ndim == 1:  # A norm with scale zero would hide the effect of the layers before it.
+            if (
+                parameter.ndim == 1
+            ):  # An initial scale of zero in a norm would hide the effect of earlier layers.
                 parameter.add_(0.1 * torch.rand(len(parameter), generator=torch.Generator().manual_seed(1)))
         before = model(images())
         for group in model.prunable()[scope]:
@@ -116,7 +120,7 @@ def test_channels_that_can_be_pruned_can_be_measured_and_have_an_effect(model_na
 
 
 def measured(model: nn.Module, group: ChannelGroup) -> Tensor:
-    """Return the mean absolute value of every channel of the group's layer."""
+    """Return the mean absolute value of every channel of the group's layer: |x| = 2 max(x, 0) - x."""
     tap = group.tap or group.layer
     both = [channel_means([tap], lambda: model(images()), rectify=rectify)[tap] for rectify in (True, False)]
     return 2 * both[0] - both[1]
@@ -124,6 +128,7 @@ def measured(model: nn.Module, group: ChannelGroup) -> Tensor:
 
 @pytest.mark.only(interface=WithExperts)
 def test_experts_are_those_of_the_gates_and_do_not_overlap(model_name: str) -> None:
+    """There is one expert for each gate of each routed layer, in this order, and no row belongs to two experts."""
     model = with_experts(model_name)
     experts, state = model.experts(), model.state_dict()
     expected = [
@@ -145,7 +150,7 @@ def test_experts_are_those_of_the_gates_and_do_not_overlap(model_name: str) -> N
 
 @pytest.mark.only(interface=WithExperts)
 def test_the_experts_weights_are_those_of_the_component(model_name: str) -> None:
-    """Together the experts own every row of the component "experts", and none of the router or the head."""
+    """Together the experts own all rows of the parameters in the component "experts", and none in the others."""
     model = with_experts(model_name)
     if not isinstance(model, Structured):
         pytest.skip("does not name its components")
@@ -163,7 +168,7 @@ def test_the_experts_weights_are_those_of_the_component(model_name: str) -> None
 @pytest.mark.only(interface=WithExperts)
 @torch.no_grad()
 def test_a_muted_expert_has_no_effect_and_any_other_has(model_name: str) -> None:
-    """Another output of the expert changes the logits if and only if the expert is not muted."""
+    """Replacing the output of an expert changes the logits if and only if the expert is not muted."""
     model = with_experts(model_name)
     plain = model(images())
     for expert in model.experts():
@@ -187,9 +192,9 @@ def test_replacing_an_experts_output_by_itself_changes_nothing(model_name: str) 
 @pytest.mark.only(interface=WithExperts)
 @torch.no_grad()
 def test_an_expert_is_its_own_weights(model_name: str) -> None:
-    """With an expert's weights from another model, its own outputs change and no other expert's in its layer."""
+    """Weights from another model change the outputs of the expert, but not those of the other experts in its layer."""
     model, other = with_experts(model_name), used_model(model_name, seed=1)
-    # Only experts of the first layer, since they change the inputs of later layers.
+    # Only experts of the first routed layer are tested, since these change the inputs of later layers.
     places = [place for place, one in enumerate(model.experts()) if one.layer == model.experts()[0].layer]
     before = expert_outputs(model.experts(), lambda: model(images()))
     used = [place for place in places if before[place].any()]
@@ -205,6 +210,7 @@ def test_an_expert_is_its_own_weights(model_name: str) -> None:
 @pytest.mark.only(interface=WithExperts)
 @torch.no_grad()
 def test_copying_every_expert_copies_what_they_own_and_nothing_else(model_name: str) -> None:
+    """Tensors of which experts own rows then equal those of the other model; all other tensors are unchanged."""
     model, other = with_experts(model_name), used_model(model_name, seed=1)
     mixed = copy.deepcopy(model)
     for expert in model.experts():
@@ -217,7 +223,7 @@ def test_copying_every_expert_copies_what_they_own_and_nothing_else(model_name: 
 @pytest.mark.only(interface=MasksExperts)
 @torch.no_grad()
 def test_a_masked_expert_has_no_effect_also_after_loading(model_name: str) -> None:
-    """Other weights of the expert do not change the logits, and a model that loads the state has the same logits."""
+    """A masked expert's weights have no effect on the logits, and a model that loads the state has the same logits."""
     other = used_model(model_name, seed=1)
     for number in range(len(with_experts(model_name).experts())):
         model = with_experts(model_name)
@@ -229,7 +235,7 @@ def test_a_masked_expert_has_no_effect_also_after_loading(model_name: str) -> No
         assert {k: (v.shape, v.dtype) for k, v in after.items()} == {
             k: (v.shape, v.dtype) for k, v in before.items()
         }
-        # A model may mask an expert by muting it, so the rows that mute it are kept.
+        # The rows in `output` are not changed, because a model may mask an expert by setting them to zero.
         rest = {key: rows for key, rows in expert.own.items() if key not in expert.output}
         copy_expert(other, model, replace(expert, own=rest))
         assert torch.equal(model(images()), masked), expert.name
@@ -258,7 +264,7 @@ def test_the_features_are_the_input_of_the_last_linear_layer(model_name: str) ->
 @pytest.mark.only(interface=WithFeatures)
 @torch.no_grad()
 def test_the_features_come_before_the_head(model_name: str) -> None:
-    """They do not change with the weights of the head."""
+    """The features do not depend on the weights of the head."""
     model = used_model(model_name)
     assert isinstance(model, WithFeatures)
     if not isinstance(model, Structured) or not (head := model.components().get("head")):

@@ -26,24 +26,28 @@ Sampling = Literal["bilinear", "truncate"]
 class Warp(Trigger):
     """Distort the image smoothly, as in WaNet.
 
-    The offsets of the pixels are drawn once, from `seed`.
+    A grid of k x k random offsets, drawn once from `seed`, is upsampled to one offset for each pixel. All images get
+    the same distortion.
 
-    The noise form is WaNet's noise mode: the same distortion plus a random offset of up to half a pixel for each pixel
-    of each image. It teaches the model to react to exactly this warp and to ignore similar ones. With "truncate" there
-    is no noise form.
+    The noise form (see `Trigger`) is WaNet's noise mode: the same distortion plus a random offset of up to half a pixel
+    along each axis, for each pixel of each image. It teaches the model to react to exactly this distortion and to
+    ignore similar ones. With "truncate" there is no noise form.
 
     Departure: WaNet draws new noise images and offsets for every batch. Here they are drawn once, because an attacker
-    who poisons data has no influence on the batches.
+    who only poisons data cannot influence the batches.
 
     Args:
-        grid_size: Number of control points k along each side of the control grid, from 1.
-        strength: WaNet's s, above 0. The mean shift is about half as many pixels.
-        sampling: "bilinear", as in WaNet, or "truncate", as in the BadPatches notebook. The notebook also uses
-            grid_size=2 and strength=0.25.
+        grid_size: Number k of control points along each side of the grid, at least 1.
+        strength: WaNet's s, above 0. In images of 32x32, with the default grid, the mean shift along each axis is
+            about 0.36 * `strength` pixels.
+        sampling: "bilinear": pixel values are interpolated, as in WaNet. "truncate": the coordinates of the sampled
+            pixel are truncated to integers, as in the notebook of BadPatches, which also uses grid_size=2 and
+            strength=0.25.
         seed: Seed of the control grid and of the noise form's offsets.
 
     Attributes:
-        control_grid: The normalised control grid, (1, 2, k, k) float32 on the CPU; channel 0 holds the x offsets.
+        control_grid: The grid of offsets, divided by their mean absolute value, (1, 2, k, k) float32 on the CPU.
+            Channel 0 holds the x offsets, channel 1 the y offsets.
 
     Raises:
         ConfigError: `grid_size` or `strength` is out of range.
@@ -68,7 +72,7 @@ class Warp(Trigger):
         self._fields: dict[object, Tensor] = {}
 
     def stamp(self, images: Tensor) -> Tensor:
-        """Warp the images; gradients flow back to the pixels that were sampled."""
+        """Warp a batch (B, C, H, W) in [0, 1]. It is differentiable with respect to the images."""
         field = self._field(images)
         return take_pixels(images, field) if self.sampling == "truncate" else warp_bilinear(images, field)
 
@@ -81,8 +85,11 @@ class Warp(Trigger):
         """Warp the images, and shift each pixel by an additional random offset of up to half a pixel along each axis.
 
         Args:
-            images: (B, C, H, W).
-            places: (B,) int64, the index of each image in the training set; the offsets depend on it.
+            images: (B, C, H, W) in [0, 1].
+            places: (B,) int64, the index of each image in the training set. The random offsets are a function of it.
+
+        Raises:
+            ConfigError: The trigger has no noise form.
         """
         if not self.has_noise:
             return super().stamp_noise(images, places)
@@ -92,7 +99,10 @@ class Warp(Trigger):
         return warp_bilinear(images, grid)
 
     def _field(self, images: Tensor) -> Tensor:
-        """The field for images of this size, on their device; float64 for float64 images, otherwise float32."""
+        """Return the pixels to sample (see `_make_field`) for images of this size, on their device; cached.
+
+        Sampling grids are float64 for float64 images and float32 for all others.
+        """
         height, width = images.shape[-2:]
         dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
         key = (height, width, images.device, dtype)
@@ -103,7 +113,10 @@ class Warp(Trigger):
         return self._fields[key]
 
     def _make_field(self, height: int, width: int, dtype: torch.dtype) -> Tensor:
-        """Compute the field on the CPU, so that every device samples the same pixels."""
+        """Compute what each pixel samples: the indices of pixels for "truncate", or a sampling grid for "bilinear".
+
+        They are computed on the CPU, so that all devices sample the same pixels.
+        """
         if self.sampling == "truncate":
             # Always in float64: the sign of a very small offset must not depend on the precision of the images.
             return notebook_pixels(self.control_grid.double(), height, width, self.strength)

@@ -94,7 +94,7 @@ class MagnitudePruning(Defense):
         if not 0 <= ratio < 1:
             raise ConfigError.expected("ratio", "a number in [0, 1)", ratio)
         if epochs < 0:
-            raise ConfigError.expected("epochs", "a whole number from 0", epochs)
+            raise ConfigError.expected("epochs", "an integer of at least 0", epochs)
         self.ratio, self.epochs = ratio, epochs
 
     @torch.no_grad()

@@ -122,7 +122,7 @@ class Broken(Attack):
 INDICES = torch.tensor([1, 4])
 BAD = {
     "nothing": (None, "expected a PoisonPlan, got None"),
-    "twice": (PoisonPlan(torch.tensor([4, 4]), torch.tensor([0, 0])), "ascending int64 indices"),
+    "twice": (PoisonPlan(torch.tensor([4, 4]), torch.tensor([0, 0])), "int64 indices in ascending order"),
     "two groups": (PoisonPlan(INDICES, torch.tensor([0, 0]), cover=torch.tensor([4])), "in two of them"),
     "outside": (PoisonPlan(torch.tensor([1, 10]), torch.tensor([0, 0])), r"indices in 0\.\.9"),
     "no class": (PoisonPlan(INDICES, torch.tensor([0, 3])), r"a label in 0\.\.2"),
@@ -132,7 +132,7 @@ BAD = {
         r"a label in 0\.\.2 for each poisoned image, int64",
     ),
     "a list of labels": (PoisonPlan(INDICES, [0, 1]), r"a label in 0\.\.2 for each poisoned image, int64"),
-    "a list of indices": (PoisonPlan([1, 4], torch.tensor([0, 0])), "ascending int64 indices"),
+    "a list of indices": (PoisonPlan([1, 4], torch.tensor([0, 0])), "int64 indices in ascending order"),
 }
 
 

@@ -51,7 +51,7 @@ def test_a_scale_whose_models_are_no_models_is_refused(tmp_path) -> None:
     (tmp_path / "mine.yaml").write_text("title: t\nversion: 1\nscales: [mini]\ngrid: {trigger: square}\n")
     for text in ("models: [pmoe]", "models: {pmoe: 2}"):
         (tmp_path / "scales" / "mini.yaml").write_text(text)
-        with pytest.raises(ConfigError, match=r"scale: models.*: expected keys and values"):
+        with pytest.raises(ConfigError, match=r"scale: models.*: expected a mapping"):
             load_suite(str(tmp_path / "mine.yaml"))
 
 
@@ -78,8 +78,8 @@ def test_the_suite_wins_over_its_scale_and_the_scale_over_the_recipe(tmp_path) -
     ("values", "message"),
     [
         ({"grids": {}}, "suite tiny: key: unknown 'grids'; did you mean 'grid'"),
-        ({"version": 0}, "suite tiny: version: expected a whole number from 1, got 0"),
-        ({"repeats": True}, "suite tiny: repeats: expected a whole number from 1, got True"),
+        ({"version": 0}, "suite tiny: version: expected an integer of at least 1, got 0"),
+        ({"repeats": True}, "suite tiny: repeats: expected an integer of at least 1, got True"),
         ({"grid": {}}, "suite tiny: grid: expected at least one key"),
         ({"grid": {"poison.rate": []}}, "suite tiny: grid: poison.rate: expected at least one value"),
         (
@@ -104,19 +104,19 @@ def test_the_suite_wins_over_its_scale_and_the_scale_over_the_recipe(tmp_path) -
         ({"tables": [{"title": "t"}]}, "tables: .*missing"),
         ({"plots": [{"title": "t", "x": "sed"}]}, "unknown 'sed'; did you mean 'seed'"),
         ({"paper": 3}, "paper: expected"),
-        ({"paper": {"file": "badpatches_tables_1_2", "where": ["pmoe"]}}, "where: expected keys and values"),
-        ({"title": None}, "title: expected a text, got None"),
+        ({"paper": {"file": "badpatches_tables_1_2", "where": ["pmoe"]}}, "where: expected a mapping"),
+        ({"title": None}, "title: expected a string, got None"),
         ({"grid": []}, r"grid: expected at least one key, got \[\]"),
-        ({"grid": [["square"]]}, r"grid\[0\]: expected keys and values"),
+        ({"grid": [["square"]]}, r"grid\[0\]: expected a mapping"),
         ({"grid": {**GRID, "model": [None]}}, "model: expected a name"),
         ({"base": {**BASE, "model": 3}}, "model: expected a name"),
         ({"base": {**BASE, "dataset": ["tiny"]}}, "dataset: expected a name"),
         ({"grid": {**GRID, "seed": [0, 1]}}, "is the same run as .*; for more seeds a cell give repeats"),
         ({"tables": [{"title": "t", "rows": "seed", "columns": "seed"}]}, "rows: expected a list"),
-        ({"tables": [{"title": "t", "rows": [1], "columns": "seed"}]}, "rows: expected a text, got 1"),
+        ({"tables": [{"title": "t", "rows": [1], "columns": "seed"}]}, "rows: expected a string, got 1"),
         ({"tables": [{"title": "t", "rows": [], "columns": "seed"}]}, "rows: expected at least one"),
-        ({"tables": [{"title": "t", "rows": ["seed"], "columns": ["seed"]}]}, "columns: expected a text"),
-        ({"plots": [{"title": 2024}]}, "title: expected a text, got 2024"),
+        ({"tables": [{"title": "t", "rows": ["seed"], "columns": ["seed"]}]}, "columns: expected a string"),
+        ({"plots": [{"title": 2024}]}, "title: expected a string, got 2024"),
     ],
 )
 def test_what_a_suite_cannot_have_is_named(values, message) -> None:

@@ -137,7 +137,11 @@ def test_a_probe_from_flag_to_report(bbmoe, tmp_path) -> None:
         encoding="utf-8"
     )
     code, _, err = bbmoe("attack", *flags, "--set", "probe=-2", "--output", tmp_path / "no")
-    assert code == 2 and "probe: expected a number from 0, got -2" in err and not (tmp_path / "no").exists()
+    assert (
+        code == 2
+        and "probe: expected a number of at least 0, got -2" in err
+        and not (tmp_path / "no").exists()
+    )
 
 
 @pytest.mark.slow

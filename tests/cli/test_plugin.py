@@ -189,7 +189,9 @@ def test_check_names_every_fault_and_tests_the_rest(bad_site: Path) -> None:
     assert "the name 'warp' is taken by backdoorbench-moe" in parts["warp"]["reason"]
     reason = parts["lacks"]["reason"]
     assert "'lacks' from bbmoe-bad 0.3 does not load: ModuleNotFoundError" in reason
-    assert reason.endswith("'a_module_that_is_not_there'; bbmoe-bad requires no-such-thing: not installed")
+    assert reason.endswith(
+        "'a_module_that_is_not_there'; bbmoe-bad requires packages that are not installed: no-such-thing"
+    )
     failures = {failure["test"]: failure for failure in parts["writes"]["failures"]}
     first = failures["test_shape_type_and_range"]
     assert first["reason"] == "AssertionError: the input was written to"

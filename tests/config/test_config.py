@@ -114,9 +114,9 @@ BAD = [
     ({"poison": {"rate": "much"}}, r"poison\.rate: expected a number, got 'much'"),
     ({"poison": {"rate": True}}, r"poison\.rate: expected a number, got True"),
     ({"poison": {"target": -1}}, r"poison\.target"),
-    ({"poison": {"target": "-1"}}, r"poison\.target: expected a class number from 0, got -1"),
-    ({"poison": {"target": 1.5}}, r"poison\.target: expected an integer or a text, got 1.5"),
-    ({"poison": {"target": True}}, r"poison\.target: expected an integer or a text, got True"),
+    ({"poison": {"target": "-1"}}, r"poison\.target: expected a class number of at least 0, got -1"),
+    ({"poison": {"target": 1.5}}, r"poison\.target: expected an integer or a string, got 1.5"),
+    ({"poison": {"target": True}}, r"poison\.target: expected an integer or a string, got True"),
     ({"poison": {"source": [1, 1]}}, r"poison\.source"),
     ({"poison": {"source": [1, "1"]}}, r"poison\.source: expected each class once, got \(1, 1\)"),
     ({"poison": {"source": ["cat", "cat"]}}, r"poison\.source: expected each class once"),
@@ -128,9 +128,9 @@ BAD = [
     ({"train": {"epochs": 0}}, r"train\.epochs: expected at least 1, got 0"),
     ({"train": {"epochs": 2.5}}, r"train\.epochs: expected an integer, got 2.5"),
     ({"train": {"lr": float("inf")}}, r"train\.lr"),
-    ({"train": 3}, r"train: expected keys and values, got 3"),
+    ({"train": 3}, r"train: expected a mapping, got 3"),
     ({"model": 7}, r"model: expected a name"),
-    ({"model": {"name": [1]}}, r"model.name: expected a text"),
+    ({"model": {"name": [1]}}, r"model.name: expected a string"),
     ({"dataset": None}, r"dataset: expected a name"),
     ({"recipe": "papr"}, r"recipe: unknown 'papr'; did you mean 'paper'"),
     ({"precision": "fp16"}, r"precision: unknown 'fp16'"),
@@ -168,7 +168,7 @@ def test_yaml_files(tmp_path) -> None:
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_yaml(file)
     file.write_text("just text")
-    with pytest.raises(ConfigError, match="expected keys and values"):
+    with pytest.raises(ConfigError, match="expected a mapping"):
         load_yaml(file)
     with pytest.raises(ConfigError, match="No such file"):
         load_yaml(tmp_path / "none.yaml")
@@ -262,10 +262,10 @@ def test_an_undefended_run_says_nothing_of_defenses() -> None:
     [
         ("fine-pruning", r"defenses: expected a list of names, .* got 'fine-pruning'"),
         ({"0": FINE_PRUNING}, "defenses: expected a list of names"),
-        ([3], r"defenses\[0\]: expected a name, or keys with a name among them, got 3"),
+        ([3], r"defenses\[0\]: expected a name, or a mapping with the key 'name', got 3"),
         ([FINE_PRUNING, None], r"defenses\[1\]: expected a name"),
         ([{"ratio": 0.1}], r"defenses\[0\]: expected a name"),
-        ([{"name": 3}], r"defenses\[0\]\.name: expected a text, got 3"),
+        ([{"name": 3}], r"defenses\[0\]\.name: expected a string, got 3"),
     ],
 )
 def test_what_is_no_list_of_defenses_is_refused(defenses, message) -> None:

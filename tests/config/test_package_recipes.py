@@ -61,9 +61,12 @@ def test_other_models_and_other_recipes_are_untouched(place) -> None:
         ({"recipe": None}, "recipe 'quick' from slow-models 0.2 cannot be read: FileNotFoundError"),
         ({"init": "raise SystemExit('no')"}, "from slow-models 0.2 cannot be read: SystemExit: no"),
         ({"recipe": "a: ["}, "recipe 'quick' of model 'slow': not valid YAML"),
-        ({"recipe": "- a"}, "recipe 'quick' of model 'slow': expected keys and values"),
-        ({"recipe": "models: [1]"}, "recipe 'quick' of model 'slow': expected keys and values"),
-        ({"recipe": "models: {slow: null}"}, "expected keys and values, those of a model under models.NAME"),
+        ({"recipe": "- a"}, "recipe 'quick' of model 'slow': expected a mapping"),
+        ({"recipe": "models: [1]"}, "recipe 'quick' of model 'slow': expected a mapping"),
+        (
+            {"recipe": "models: {slow: null}"},
+            "expected a mapping, with the options of a model under models.NAME",
+        ),
         ({"recipe": "trian: {epochs: 2}"}, "recipe 'quick' of model 'slow': .*'trian'; did you mean 'train'"),
         (
             {"recipe": "train: {lr: 0.1, lr: 0.2}"},

@@ -89,11 +89,11 @@ def test_links_out_of_root_are_refused_and_links_inside_are_not(tmp_path) -> Non
     assert len(load(root).train) + len(load(root).test) == 7
     fill(tmp_path / "elsewhere", range(1))
     (root / "cat" / "out.png").symlink_to(tmp_path / "elsewhere" / "000.png")
-    with pytest.raises(DataError, match=r"cat/out\.png: is a link out of"):
+    with pytest.raises(DataError, match=r"cat/out\.png: is a link to a target outside"):
         load(root)
     (root / "cat" / "out.png").unlink()
     (root / "eel").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match=r"root/eel: is a link out of"):
+    with pytest.raises(DataError, match=r"root/eel: is a link to a target outside"):
         load(root)
 
 
@@ -324,7 +324,7 @@ def test_classes_named_by_numbers_are_sorted_by_value_and_it_is_said(tmp_path) -
     for number in (10, 2, 0, 1):
         fill(tmp_path / str(number), range(number * 10, number * 10 + 3))
     with pytest.warns(
-        BbmoeWarning, match=r"all class folders are numbers and sorted as such \(2 before 10\)"
+        BbmoeWarning, match=r"all class folders have numbers as names and are sorted by value \(2 before 10\)"
     ):
         images = load(tmp_path)
     assert images.classes == ("0", "1", "2", "10")
@@ -364,7 +364,7 @@ def test_links_in_a_circle_are_said(tmp_path, way) -> None:
         (tmp_path / "dog" / "deep" / "link").symlink_to(tmp_path / "cat")
     else:
         (tmp_path / "cat" / "deep" / "link").symlink_to("." if way == "itself" else "..")
-    with pytest.raises(DataError, match="link: is a link to a folder that holds it"):
+    with pytest.raises(DataError, match="link: is a link to a folder that contains it"):
         load(tmp_path)
 
 

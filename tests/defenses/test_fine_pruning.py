@@ -202,7 +202,7 @@ def test_a_model_without_names_or_channels_is_refused_in_one_line() -> None:
         ({"ratio": 1.0}, r"ratio: expected a number in \[0, 1\), got 1\.0"),
         ({"ratio": -0.1}, "ratio: expected"),
         ({"ratio": float("nan")}, "ratio: expected"),
-        ({"epochs": -1}, "epochs: expected a whole number from 0, got -1"),
+        ({"epochs": -1}, "epochs: expected an integer of at least 0, got -1"),
         ({"lr": 0}, "lr: expected a positive number, got 0"),
         ({"clean_fraction": 0}, r"clean_fraction: expected a number in \(0, 1\], got 0"),
         ({"clean_fraction": 1.1}, "clean_fraction: expected"),

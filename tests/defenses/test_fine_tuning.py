@@ -47,5 +47,5 @@ def test_a_part_the_model_lacks_is_refused() -> None:
             ConfigError, match=r"scope: expected one of \['all', 'head'\] for WideResNet, got"
         ):
             create_defense("fine-tuning", scope=scope).check(used_model("wide_resnet"))
-    with pytest.raises(ConfigError, match="epochs: expected a whole number from 1, got 0"):
+    with pytest.raises(ConfigError, match="epochs: expected an integer of at least 1, got 0"):
         create_defense("fine-tuning", epochs=0)

@@ -80,7 +80,7 @@ class Returns(Defense):
         (lambda model: DefenseResult("done", model, ({"about": "class"},)), "expected judgements, got"),
         (
             lambda model: DefenseResult("done", model, (RIGHT["input"],) * 2),
-            "expected one judgement about inputs",
+            "expected at most one judgement about inputs",
         ),
     ],
 )

@@ -96,5 +96,5 @@ def test_what_is_not_there_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=f"model: .*{message}, WideResNet has no"):
             create_defense(name).check(used_model("wide_resnet"))
-        with pytest.raises(ConfigError, match="epochs: expected a whole number from 1, got 0"):
+        with pytest.raises(ConfigError, match="epochs: expected an integer of at least 1, got 0"):
             create_defense(name, epochs=0)

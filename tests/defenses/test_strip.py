@@ -160,10 +160,10 @@ def test_a_prediction_that_nothing_moves_is_the_most_suspicious() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"blends": 1}, "blends: expected a whole number from 2, got 1"),
+        ({"blends": 1}, "blends: expected an integer of at least 2, got 1"),
         ({"fpr": 0}, r"fpr: expected a number in \(0, 1\), got 0"),
         ({"fpr": 1}, "fpr: expected"),
-        ({"calibrate": 5}, r"calibrate: expected enough images to tell an fpr of 0\.05, got 5"),
+        ({"calibrate": 5}, r"calibrate: expected enough images to set a threshold for fpr=0\.05, got 5"),
         ({"blend": "max"}, "blend: unknown 'max'"),
     ],
 )

@@ -299,7 +299,7 @@ def test_a_parent_that_is_not_the_one_or_was_made_from_other_data_is_refused(tmp
     monkeypatch.setattr(
         tiny.Tiny, "read", lambda self: ImageSet("tiny", self._split(96, 1), self._split(60, 2), four)
     )
-    with pytest.raises(RecordError, match="its model tells 3 classes apart, which are not the 4 of the data"):
+    with pytest.raises(RecordError, match="model for the 4 classes of the data, got one for other"):
         run_defense(other, PartSpec("fine-tuning", {"clean_fraction": 0.5}))
     assert [path.name for path in tmp_path.iterdir()] == [other.folder.path.name]
 

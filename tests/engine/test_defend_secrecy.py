@@ -109,7 +109,7 @@ def test_nothing_a_defense_is_given_leads_to_the_attacker(tmp_path, offer, monke
     [task] = Spy.tasks
     assert set(task.granted) == {need}
     for other in {*NEEDS} - {need}:
-        with pytest.raises(PluginError, match=f"uses '{other}', which it does not declare"):
+        with pytest.raises(PluginError, match=f"uses '{other}', which is not declared"):
             getattr(task, other.replace("-", "_"))
     found = reachable(task)
     assert not [item for item in found if isinstance(item, SECRETS)]

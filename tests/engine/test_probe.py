@@ -121,7 +121,7 @@ def test_a_checkpoint_whose_probe_is_gone_is_refused(tmp_path) -> None:
 
 
 def test_invalid_probes_are_refused_before_anything_is_written(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="probe: expected a number from 0, got -1"):
+    with pytest.raises(ConfigError, match="probe: expected a number of at least 0, got -1"):
         tiny_spec(probe=-1)
     with pytest.raises(ConfigError, match="probe: expected an integer, got 'some'"):
         tiny_spec(probe="some")

@@ -420,5 +420,5 @@ def test_going_on_under_other_conditions_is_said(tmp_path) -> None:
     record.environment["threads"] += 1
     record.environment["packages"]["torch"] = "1.0"
     folder.write(record)
-    with pytest.warns(BbmoeWarning, match=r"goes on under other conditions \(threads, torch\)"):
+    with pytest.warns(BbmoeWarning, match=r"continues in another environment \(threads, torch\)"):
         run_attack(tiny_spec(), output=tmp_path, twin=False)

@@ -80,7 +80,7 @@ def test_a_wide_resnet_between_two_whole_factors():
     channels = [model.trunk.block1, model.trunk.block2, model.block3]
     assert [block.conv2.out_channels for block in channels] == [28, 57, 114]  # 28.48, 56.96, 113.92
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
-    with pytest.raises(ConfigError, match=r"widen_factor: expected a number from 1 on, got 0\.5"):
+    with pytest.raises(ConfigError, match=r"widen_factor: expected a number of at least 1, got 0\.5"):
         create_model("wide_resnet", widen_factor=0.5)
 
 

@@ -171,7 +171,7 @@ def test_depth_width_and_heads_of_a_transformer_can_be_chosen():
     [
         ("resnet10t", {"depth": 3}, "depth: timm's 'resnet10t' has no such size to choose, got 3"),
         ("swin_tiny_patch4_window7_224", {"num_heads": 3}, "num_heads: .* has no such size to choose, got 3"),
-        ("vit_tiny_patch16_224", {"depth": 0}, "depth: expected a whole number from 1 on, got 0"),
+        ("vit_tiny_patch16_224", {"depth": 0}, "depth: expected an integer of at least 1, got 0"),
         ("vit_tiny_patch16_224", {"embed_dim": 25}, "num_heads: expected a divisor of the embed_dim"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from backdoorbench_moe.moe.pruning import channel_means, lowest, silence, silenced
+from backdoorbench_moe.moe.pruning import channel_means, kept_silent, lowest, silence
 
 
 def test_lowest_takes_the_first_of_equals() -> None:
@@ -60,14 +60,14 @@ def test_frozen_channels_need_no_care() -> None:
     conv = nn.Conv2d(2, 4, 3)
     conv.weight.requires_grad_(False)
     silence(conv, torch.tensor([1]))
-    with silenced([(conv, torch.tensor([1]))]):
+    with kept_silent([(conv, torch.tensor([1]))]):
         conv(torch.rand(1, 2, 4, 4)).sum().backward()
     assert conv.weight.grad is None and conv.bias.grad[1] == 0 and (conv.bias.grad[[0, 2, 3]] != 0).all()
 
 
 def test_a_module_that_is_not_called_is_an_error() -> None:
     conv = nn.Conv2d(1, 1, 1)
-    with pytest.raises(ValueError, match="pass every module"):
+    with pytest.raises(ValueError, match="to call every module"):
         channel_means([conv], lambda: None, rectify=True)
     assert not conv._forward_hooks
 
@@ -80,7 +80,7 @@ def test_a_module_that_is_not_called_is_an_error() -> None:
     ],
     ids=["sgd", "adamw"],
 )
-def test_silenced_channels_stay_exactly_zero_and_no_others(make) -> None:
+def test_silent_channels_stay_exactly_zero_and_no_others(make) -> None:
     torch.manual_seed(0)
     conv, norm = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_silenced_channels_stay_exactly_zero_and_no_others(make) -> None:
         (norm(conv(images)) - 1).pow(2).sum().backward()
         optimizer.step()
 
-    with silenced(pruned):
+    with kept_silent(pruned):
         for _ in range(4):
             step()
     for parameter in (conv.weight, conv.bias):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 
-from backdoorbench_moe.ops.detection import alarms, auroc, calibrate_threshold
+from backdoorbench_moe.ops.detection import auroc, calibrate_threshold, threshold_rank
 
 scores = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=30).map(np.array)
 
@@ -77,7 +77,7 @@ def test_empty_groups_are_refused() -> None:
     ],
 )
 def test_how_many_may_be_called_by_hand(fpr, count, k) -> None:
-    assert alarms(fpr, count) == k
+    assert threshold_rank(fpr, count) == k
 
 
 def test_the_threshold_by_hand() -> None:
@@ -95,4 +95,4 @@ def test_a_further_clean_score_is_called_no_more_often_than_asked(count, fpr, se
     called = [values[i] > calibrate_threshold(np.delete(values, i), fpr) for i in range(count + 1)]
     assert sum(called) <= fpr * (count + 1) + 1e-9
     if not tied:
-        assert sum(called) == alarms(fpr, count)
+        assert sum(called) == threshold_rank(fpr, count)

@@ -1,4 +1,4 @@
-"""What all makers have in common: the record from start to end, whatever happens in between."""
+"""Base class of makers, which train or defend the model of a run and write its folder."""
 
 from __future__ import annotations
 
@@ -25,18 +25,24 @@ from backdoorbench_moe.ops.metrics import chance_rate
 from backdoorbench_moe.ops.seeding import derive_seed, seeded
 from backdoorbench_moe.records import Input, Record, RunFolder
 
+# Tensors and JSON values of `RunFolder.load_checkpoint`.
 Checkpoint = tuple[dict[str, Tensor], dict[str, Any]]
+# Purposes of the seeds that are derived from the run's seed and recorded.
 SEED_PURPOSES = ("init", "poison", "trigger")
 
 
 class Maker(ABC):
-    """Makes one run.
+    """Makes one run: trains or defends a model, measures it, and writes the run folder.
 
-    Everything is built and checked when the maker is made; nothing is on disk before `make`.
+    The constructor builds and checks all parts of the run. Nothing is written before `make` is called. Subclasses
+    implement `prepare` and `complete`.
 
     Args:
         spec: The run's spec.
-        workplace: Where it is made.
+        workplace: The data, the device, the precision and the observer.
+
+    Raises:
+        BbmoeError: A part cannot be built, or does not fit the data or another part.
     """
 
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
@@ -45,10 +51,12 @@ class Maker(ABC):
 
     @abstractmethod
     def prepare(self, inputs: Mapping[str, Run]) -> None:
-        """Take what the run is made from; may be called more than once.
+        """Load what the run needs before it starts, such as the weights of another run.
+
+        It may be called more than once. `make` does not call it for a run that continues from a checkpoint.
 
         Args:
-            inputs: Finished runs by their role, see `graph.needs`.
+            inputs: The finished runs that this one is made from, by role; see `graph.needs`.
 
         Raises:
             BbmoeError: An input is missing or does not fit.
@@ -56,7 +64,17 @@ class Maker(ABC):
 
     @final
     def make(self, folder: RunFolder, inputs: Mapping[str, Run]) -> Run:
-        """Make the run in its folder, whose lock is held; an interrupted one is continued."""
+        """Make the run, or continue it from its last checkpoint.
+
+        If it is interrupted or fails, the record says so and the exception is raised again.
+
+        Args:
+            folder: The run folder; the caller holds its lock.
+            inputs: The finished runs that this one is made from, by role.
+
+        Returns:
+            The finished run.
+        """
         checkpoint = folder.load_checkpoint()
         if not checkpoint:
             self.prepare(inputs)
@@ -73,7 +91,7 @@ class Maker(ABC):
             folder.write(record)
             raise
         except Exception as error:
-            # Any exception, a plug-in's own included: the record must not say "running" for ever.
+            # Any exception, including those of plug-ins, since the record must not keep the status "running".
             record.status, record.error = "failed", str(error) or type(error).__name__
             folder.write(record)
             raise
@@ -86,14 +104,20 @@ class Maker(ABC):
 
     @abstractmethod
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
-        """Train or change the model, measure it, fill in the record and save the model."""
+        """Train or defend the model, measure it, fill in the record and save the model.
+
+        Args:
+            folder: The run folder.
+            record: The record of the run, which is changed in place and written by `make`.
+            checkpoint: The last checkpoint of an interrupted run; None for a new run.
+        """
 
     def required_metrics(self) -> set[str]:
-        """The metrics that a finished run of this kind has."""
+        """Return the metrics that the record of every finished run must have."""
         return {"ba", "asr", "target_rate"} if self.spec.attacked else {"ba"}
 
     def new_record(self, inputs: Mapping[str, Run]) -> Record:
-        """The record of the run at its start."""
+        """Return the record of the run at its start."""
         spec, images, workplace = self.spec, self.workplace.images, self.workplace
         record = Record.for_spec(spec)
         record.data = {
@@ -117,12 +141,12 @@ class Maker(ABC):
         return record
 
     def environment(self) -> dict[str, Any]:
-        """What the run is made with, for the record."""
+        """Return the software and hardware that the run is made with, for the record."""
         device, precision = self.workplace.device, self.workplace.precision
         return environment(device, precision, plugin_packages(self.spec), plugin_sources(self.spec))
 
     def model_header(self) -> dict[str, str]:
-        """Metadata of the model file, above all whether the model is backdoored."""
+        """Return the metadata of the model file, which say whether the model is backdoored."""
         return {
             "made_by": "backdoorbench_moe",
             "backdoored": "true" if is_attacked(self.spec) else "false",
@@ -132,7 +156,15 @@ class Maker(ABC):
         }
 
     def measure(self, models: Sequence[nn.Module], *, recovery: bool = False) -> list[Metrics]:
-        """Measure models; the triggered images are made once for all of them. See `evaluate.measure`."""
+        """Measure models on clean and triggered test images, see `evaluate.measure`.
+
+        Args:
+            models: The models, on the workplace's device.
+            recovery: Whether to measure the accuracy on triggered images (RA), too.
+
+        Returns:
+            The metrics of each model.
+        """
         triggered, test = self.setup.triggered_test(), self.workplace.images.test
         found, precision = [], self.workplace.precision
         for model in models:
@@ -142,7 +174,11 @@ class Maker(ABC):
         return found
 
     def _check_continued(self, folder: RunFolder, record: Record) -> None:
-        """Check that data and plug-ins are those of the interrupted run, and keep what was recorded at its start."""
+        """Check that data and plug-ins are those of the interrupted run, and warn if its environment has changed.
+
+        Values about the model that were only known at the start of the run, such as the hash of the file that it
+        started from, are copied to the new record.
+        """
         before = folder.read()
         record.parts["model"] = {**before.parts.get("model", {}), **record.parts["model"]}
         check_data(folder, before, self.workplace.images)
@@ -151,14 +187,14 @@ class Maker(ABC):
 
 
 def _warn_of_changes(folder: RunFolder, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Warn if a continued run may get other numbers than one that was never interrupted."""
+    """Warn if a continued run may get other metrics than an uninterrupted one, because the environment has changed."""
     changed = [key for key in ("device", "precision", "threads") if before.get(key) != now[key]]
     if before.get("packages", {}).get("torch") != now["packages"]["torch"]:
         changed.append("torch")
     if changed:
         warnings.warn(
-            f"run folder {folder.path} goes on under other conditions ({', '.join(changed)}): "
-            "its numbers may differ from an uninterrupted run's",
+            f"run folder {folder.path}: the run continues in another environment ({', '.join(changed)}); "
+            "its metrics may differ from those of an uninterrupted run",
             BbmoeWarning,
             stacklevel=2,
         )

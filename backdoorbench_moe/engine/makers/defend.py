@@ -1,4 +1,4 @@
-"""Defending the model of a finished run, measured before the defense and after each of its stages."""
+"""Defending the model of a finished run, with measurements before the defense and after each of its stages."""
 
 from __future__ import annotations
 
@@ -38,10 +38,15 @@ from backdoorbench_moe.records import MODEL, Record, RunFolder
 
 
 def build_defenses(spec: RunSpec, setup: Setup) -> list[Defense]:
-    """Build all defenses of a spec and check them against its model, which need not be trained, and its data.
+    """Build all defenses of a spec, and check them against the model and the data.
+
+    Args:
+        spec: The spec.
+        setup: The model, which need not be trained, and the data.
 
     Raises:
-        ConfigError: A defense does not fit the model or the data. The message names it by its index, as "defenses[0]".
+        ConfigError: A defense does not fit the model or the data. The message starts with its index in the spec, such
+            as "defenses[0]".
     """
     built = []
     for place, part in enumerate(spec.defenses):
@@ -55,7 +60,7 @@ def build_defenses(spec: RunSpec, setup: Setup) -> list[Defense]:
 
 @contextmanager
 def _named(place: int, name: str) -> Iterator[None]:
-    """Let an error about an option say which defense of the spec it is about."""
+    """Inside the block, let the message of a ConfigError start with the index of the defense, as in "defenses[0]."."""
     try:
         yield
     except ConfigError as error:
@@ -67,14 +72,21 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 class Stages:
-    """Copies of the model at the end of each stage, with the duration in seconds. They are measured afterwards."""
+    """Copies of the model at the end of each stage, which are measured after the defense has returned.
+
+    Args:
+        model: The model before the defense, which is the first stage, "before".
+
+    Attributes:
+        kept: (name, copy of the model, duration in seconds) of each stage.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.kept = [("before", copy.deepcopy(model), 0.0)]
         self._since = time.perf_counter()
 
     def add(self, name: str, model: nn.Module) -> None:
-        """Copy the model as it is now. Raises PluginError if the name is empty or already used."""
+        """Copy the model at the end of a stage. Raises PluginError if the name is empty or already used."""
         now = time.perf_counter()
         if not isinstance(name, str) or not name or name in [kept for kept, *_ in self.kept]:
             raise PluginError(f"defense: expected a new name for a stage, got {name!r}")
@@ -96,8 +108,8 @@ class DefenseMaker(Maker):
         """Load the parent's weights, and measure the model before the defense.
 
         Raises:
-            RecordError: The parent is the run of another spec, was made from other data, or has weights that do not
-                fit; or its model does not reproduce the metrics of its record.
+            RecordError: The parent is not the run that the spec needs, was made from other data, or has weights that do
+                not fit the model; or its model does not have the metrics of its record any more.
         """
         parent = inputs[PARENT]
         self._check_parent(parent)
@@ -113,20 +125,21 @@ class DefenseMaker(Maker):
 
     def _check_parent(self, parent: Run) -> None:
         folder, record, there = parent.folder, parent.record, self.workplace.images.classes
-        # A run from before files were hashed has their paths in its digest.
+        # The digest of a run that was made before files were hashed covers their paths. The second digest covers their
+        # hashes.
         digests = (record.digest, pin_files(parent.located_spec()).digest)
         if needs(self.spec)[PARENT].digest not in digests or record.status != "finished":
             raise RecordError(f"run folder {folder.path}: is not the finished run that is to be defended")
         if tuple(record.data["classes"]) != there:
             known = len(record.data["classes"])
             raise RecordError(
-                f"run folder {folder.path}: its model tells {known} classes apart, which are not "
-                f"the {len(there)} of the data"
+                f"run folder {folder.path}: expected a model for the {len(there)} classes of the data, "
+                f"got one for other classes ({known})"
             )
         check_data(folder, record, self.workplace.images)
 
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
-        """Defend the model, measure every stage and save the last one. A continued run starts from the beginning."""
+        """Defend the model, measure every stage and save the last one. There are no checkpoints to continue from."""
         started = time.perf_counter()
         if self.setup.plan is not None:
             folder.save_poison({name: group.numpy() for name, group in self.setup.plan.groups.items()})
@@ -153,7 +166,12 @@ class DefenseMaker(Maker):
         folder.save_model(kept[-1].state_dict(), self.model_header())
 
     def _measure_stages(self, kept: Sequence[nn.Module], result: DefenseResult) -> list[Metrics]:
-        """BA, ASR and RA of the model of each stage; if the defense is a filter, the last one is measured with it."""
+        """Measure the model of each stage. If there is an input filter, the last stage is measured together with it.
+
+        Args:
+            kept: The models of the stages after "before".
+            result: The result of the defense.
+        """
         judgement = result.filter
         if judgement is None:
             return self.measure(kept, recovery=True)
@@ -172,7 +190,7 @@ class DefenseMaker(Maker):
         return [*metrics, filtered]
 
     def _defend(self, stages: Stages, tuner: Tuner) -> DefenseResult:
-        """Run the defense on a task that holds nothing from which it could identify the attack."""
+        """Run the defense on a task that contains no information about the attack."""
         workplace, images = self.workplace, self.workplace.images
         given = {"num_classes": images.num_classes, "image_size": images.image_size}
         task = DefenseTask(
@@ -200,7 +218,7 @@ class DefenseMaker(Maker):
         return result
 
     def _grant(self, need: str) -> Any:
-        """The data or function that a defense gets for one of the `needs` that it declares."""
+        """Return the data or function that a defense is given for one of the names in its `needs`."""
         precision = self.workplace.precision
         grants: dict[str, Callable[[], Any]] = {
             "clean": self._clean_images,
@@ -211,7 +229,7 @@ class DefenseMaker(Maker):
         return grants[need]()
 
     def _training_set(self) -> Split:
-        """A copy of the training set as the victim used it, with poisoned images."""
+        """Return a copy of the training set as the victim used it, with poisoned images and labels."""
         train, plan = self.workplace.images.train, self.setup.plan
         if plan is None:
             return train.copy()
@@ -219,7 +237,10 @@ class DefenseMaker(Maker):
             return split.copy()
 
     def _clean_images(self) -> Split:
-        """A copy of the training images that the defender holds, with their true labels."""
+        """Return copies of the training images that the defender holds, with their true labels.
+
+        For "notebook" data, the images in the poison group have the trigger; see `Defense`.
+        """
         images, stamper, plan = self.workplace.images, self.setup.stamper, self.setup.plan
         train = images.train
         count = self.defense.count(len(train), images.num_classes)
@@ -238,11 +259,11 @@ class DefenseMaker(Maker):
         )
 
     def required_metrics(self) -> set[str]:
-        """The metrics of a defended run; behind a filter the target rate is not measured."""
+        """Return the metrics that a defended run must have; the target rate is not measured with an input filter."""
         return {"ba", "asr", "ra"} if self.spec.attacked else {"ba"}
 
     def new_record(self, inputs: Mapping[str, Run]) -> Record:
-        """Make the record of a run that starts, with the defense's options, seed and number of clean images."""
+        """Return the record of the run at its start, with the defense's options, seed and number of clean images."""
         record = super().new_record(inputs)
         images = self.workplace.images
         record.parts["defense"] = describe(self.defense)
@@ -251,6 +272,6 @@ class DefenseMaker(Maker):
         return record
 
     def model_header(self) -> dict[str, str]:
-        """Metadata of the model file, with the names of the defenses and of the parent."""
+        """Return the metadata of the model file, with the names of the defenses and of the parent's folder."""
         names = ", ".join(part.name for part in self.spec.defenses)
         return {**super().model_header(), "defended_by": names, "parent": needs(self.spec)[PARENT].name}

@@ -1,4 +1,4 @@
-"""Which token goes to which expert: choosing experts, their capacity, and the list of (token, expert) pairs."""
+"""Assignment of tokens to experts: choice of experts, capacity, and the list of (token, expert) pairs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Assignment:
-    """T pairs of a token and an expert, sorted by expert. Tokens are numbered from 0 to S - 1 through the batch.
+    """T pairs of a token and an expert, sorted by expert. The S tokens of the whole batch are numbered from 0.
 
-    T depends on shapes alone, never on values, so that a training step can be captured as a CUDA graph. Pairs that
-    exceed an expert's capacity therefore stay in the list with weight 0.
+    T must depend only on the shapes of tensors, not on their values, so that a training step can be captured as a CUDA
+    graph. Therefore pairs that exceed an expert's capacity are not removed, but get the weight 0.
 
     Attributes:
         tokens: (T,) int64, the token of each pair.
         experts: (T,) int64, the expert of each pair, ascending.
         counts: (E,) int64, the number of pairs of each expert.
-        weights: (T,) float32, the factor of the expert's output. It is 0 for a pair that exceeds the expert's
-            capacity; within an expert these pairs come last.
-        capacity: The largest number of pairs of one expert whose weight may differ from 0.
+        weights: (T,) float32, the factor by which the expert's output for the token is multiplied. It is 0 for pairs
+            that exceed the expert's capacity, which are the last pairs of the expert.
+        capacity: Upper bound of the number of pairs of one expert with a weight other than 0.
     """
 
     tokens: Tensor
@@ -33,16 +33,17 @@ class Assignment:
 
 
 def expert_capacity(tokens: int, experts: int, top_k: int, factor: float) -> int:
-    """Return ceil(top_k * tokens * factor / experts), the number of tokens that an expert takes at most.
+    """Return ceil(top_k * tokens * factor / experts), the largest number of tokens that one expert processes.
 
     Args:
         tokens: Number of tokens.
         experts: Number of experts.
-        top_k: Experts for each token.
-        factor: Multiple of an even load.
+        top_k: Number of experts that each token selects.
+        factor: Capacity as a multiple of the load of an expert if all experts process equally many tokens.
     """
     share = top_k * tokens * factor / experts
-    # The factor is taken as it is written: 1.05 * 100 is slightly above 105 in binary. Room is never rounded to 0.
+    # Rounding first removes binary errors: 1.05 * 100 is slightly above 105, and its ceiling would be 106. A small
+    # share must not become 0 by this rounding, so that its ceiling is 1.
     return math.ceil(round(share, 6) or share)
 
 
@@ -51,29 +52,31 @@ def top_experts(gates: Tensor, top_k: int) -> Tensor:
 
     Args:
         gates: (S, E).
-        top_k: Experts for each token, 1 to E.
+        top_k: Number K of experts for each token, 1 to E.
 
     Returns:
-        (S, K) int64 numbers of experts, largest gate first. Of equal gates, the lower number comes first.
+        (S, K) int64 indices of experts, by descending gate. Among equal gates, the lower index comes first.
     """
     return gates.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
 
 
 def within_capacity(gates: Tensor, chosen: Tensor, capacity: int) -> Tensor:
-    """Decide by batch priority which of the chosen experts have room for their token.
+    """Decide which tokens the chosen experts process, given their capacity: Batch Prioritized Routing of V-MoE.
 
-    First choices of all tokens are served before second choices, and so on. Among the choices of the same rank,
-    tokens with a larger largest gate are served first; of equal gates, the token with the lower number.
+    The first choices of all tokens are assigned before all second choices, and so on. Choices of the same rank are
+    assigned in descending order of the largest gate of each token; for equal gates, in ascending order of the tokens.
+    A choice is dropped if its expert is full.
 
     Args:
         gates: (S, E).
-        chosen: (S, K) int64 numbers of experts, first choice first.
-        capacity: Tokens that one expert takes.
+        chosen: (S, K) int64 indices of experts, first choice first.
+        capacity: Largest number of tokens that one expert processes.
 
     Returns:
-        (S, K) bool, True where the expert takes the token.
+        (S, K) bool, True where the expert processes the token.
 
-    Source: Riquelme et al., NeurIPS 2021, §4.1.
+    Source:
+        Riquelme et al., "Scaling Vision with Sparse Mixture of Experts" (V-MoE), NeurIPS 2021, section 4.1.
     """
     order = gates.detach().amax(-1).sort(descending=True, stable=True).indices
     queue = chosen[order].t().flatten()
@@ -87,10 +90,10 @@ def assign_chosen(gates: Tensor, chosen: Tensor, kept: Tensor, capacity: int) ->
     """Pair each token with its chosen experts, weighted by their gates.
 
     Args:
-        gates: (S, E), the weights of the experts' outputs.
-        chosen: (S, K) int64 numbers of experts.
-        kept: (S, K) bool, False for pairs that get weight 0.
-        capacity: At least the number of kept pairs of any expert.
+        gates: (S, E), the factors of the experts' outputs.
+        chosen: (S, K) int64 indices of experts.
+        kept: (S, K) bool, False for pairs that get the weight 0.
+        capacity: Upper bound of the number of kept pairs of one expert.
 
     Returns:
         An assignment of T = S * K pairs.
@@ -103,5 +106,5 @@ def assign_chosen(gates: Tensor, chosen: Tensor, kept: Tensor, capacity: int) ->
 
 
 def _one_hot(numbers: Tensor, experts: int) -> Tensor:
-    """(T,) numbers of experts to (T, E) bool. Unlike `bincount` and `one_hot`, this never waits for the device."""
+    """Encode (T,) indices of experts as (T, E) bool, without the device synchronisation of `bincount` and `one_hot`."""
     return numbers.unsqueeze(1) == torch.arange(experts, device=numbers.device)

@@ -165,7 +165,7 @@ class SoftMoE(RoutedViT):
             upcycle=upcycle,
         )
         if slots is not None and slots < 1:
-            raise ConfigError.expected("slots", "a whole number from 1", slots)
+            raise ConfigError.expected("slots", "an integer of at least 1", slots)
         rows, columns = self.patch_grid
         self.slots = max(1, rows * columns // num_experts) if slots is None else slots
         self.insert_experts()
@@ -191,7 +191,7 @@ def _top_k(router: str, top_k: int | None, num_experts: int) -> int:
 def _check_not_negative(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value < float("inf"):
-            raise ConfigError.expected(name, "a finite number from 0", value)
+            raise ConfigError.expected(name, "a finite number of at least 0", value)
 
 
 def _check_positive(**values: float | None) -> None:

@@ -1,4 +1,4 @@
-"""What `vmoe` and `soft-moe` have in common: a timm vision transformer with MoE layers in place of some MLPs."""
+"""Base class of the models `vmoe` and `soft-moe`: a timm vision transformer in which MoE layers replace some MLPs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bbmoe_vmoe.upcycle import COPY, load_dense, read_dense
 
 
 class RoutedViT(RoutedModel):
-    """A timm vision transformer, `network`, with MoE layers in place of some MLPs.
+    """A timm vision transformer in which MoE layers replace some MLPs.
 
     A subclass implements `make_layer` and calls `insert_experts` at the end of its `__init__`.
 
@@ -27,17 +27,22 @@ class RoutedViT(RoutedModel):
         num_classes: Number of classes.
         image_size: Side of the images in pixels.
         vit: Name of the dense transformer in timm.
-        patch_size: Side of a patch in pixels; None for the choice of "timm:<vit>".
-        depth: Number of blocks; None for the architecture's own.
-        embed_dim: Features of a token; None for the architecture's own.
-        num_heads: Attention heads; None for the architecture's own.
-        moe_blocks: Blocks whose MLP is replaced, see `choose_blocks`.
-        num_experts: Experts of each layer.
-        upcycle: What the experts start with: None, "copy", or a run folder or file, see `VMoE`.
+        patch_size: Side of a patch in pixels; None for the size that the model "timm:<vit>" uses for `image_size`.
+        depth: Number of blocks; None for the default of the architecture.
+        embed_dim: Number of features of a token; None for the default of the architecture.
+        num_heads: Number of attention heads; None for the default of the architecture.
+        moe_blocks: The blocks whose MLP is replaced, see `choose_blocks`.
+        num_experts: Number of experts in each MoE layer, at least 1.
+        upcycle: Initial weights of the experts: None, "copy", or a run folder or model file, see `VMoE`.
+
+    Attributes:
+        network: The transformer.
+        patch_size: Side of a patch in pixels.
+        patch_grid: Rows and columns of patches.
 
     Raises:
-        UnknownNameError: For an architecture that timm does not have.
-        ConfigError: For an option out of range, naming the option.
+        UnknownNameError: timm has no such architecture.
+        ConfigError: An option is out of range; the message names it.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"depth": 2, "embed_dim": 16, "num_heads": 2, "num_experts": 4}
@@ -58,7 +63,7 @@ class RoutedViT(RoutedModel):
     ) -> None:
         super().__init__()
         if num_experts < 1:
-            raise ConfigError.expected("num_experts", "a whole number from 1", num_experts)
+            raise ConfigError.expected("num_experts", "an integer of at least 1", num_experts)
         self.network = build_vit(
             vit,
             num_classes=num_classes,
@@ -78,7 +83,7 @@ class RoutedViT(RoutedModel):
             )
 
     def insert_experts(self) -> None:
-        """Replace the MLPs of the chosen blocks by MoE layers."""
+        """Replace the MLPs of the blocks in `moe_blocks` with MoE layers."""
         for number in self.moe_blocks:
             block = self.network.blocks[number]
             mlp = block.mlp
@@ -98,12 +103,15 @@ class RoutedViT(RoutedModel):
 
     @abstractmethod
     def make_layer(self, experts: Experts, *, name: str, num_prefix_tokens: int) -> MoELayer:
-        """Build the MoE layer that replaces one MLP, see `MoELayer` for the arguments."""
+        """Build the MoE layer that replaces one MLP. The arguments are those of `MoELayer`."""
 
     def load_start(self) -> None:
-        """Load the weights of the dense run that `upcycle` names, if it names one.
+        """Load the weights of the dense model if `upcycle` is a run folder or a file; otherwise do nothing.
 
-        The attribute `upcycled_from` is then the SHA-256 of the file.
+        The attribute `upcycled_from` is then set to the SHA-256 of the file.
+
+        Raises:
+            ConfigError: The file does not exist, or its weights do not fit.
         """
         if self.upcycle not in (None, COPY):
             tensors, self.upcycled_from = read_dense(self.upcycle)
@@ -120,7 +128,7 @@ class RoutedViT(RoutedModel):
         return RoutedOutput(logits, routing)
 
     def extract_features(self, images: Tensor) -> Tensor:
-        """Map images (B, 3, H, W) in [0, 1] to the features (B, D) before the head."""
+        """Map images (B, 3, H, W) in [0, 1] to features (B, D), the input of the classifier."""
         return self.network.forward_head(self.network.forward_features(images), pre_logits=True)
 
     def classify(self, features: Tensor) -> Tensor:
@@ -144,7 +152,7 @@ class RoutedViT(RoutedModel):
         return {"experts": self.layers()[-1].experts.channel_groups(), **trunk}
 
     def experts(self) -> list[Expert]:
-        """Return where each expert is: its rows of the stacked weights."""
+        """Return all experts. Each has a range of rows of its layer's stacked weights."""
         return [expert for layer in self.layers() for expert in layer.locate_experts()]
 
     @torch.no_grad()
