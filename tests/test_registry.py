@@ -259,6 +259,7 @@ def test_a_group_whose_name_is_misspelt_is_named(monkeypatch) -> None:
             "backdoorbench_moe.trigger",
             "backdoorbench-moe.models",
             "backdoorbench_moe.triggers",
+            "backdoorbench_moextra.triggers",
             "other",
         )
     ]
