@@ -16,6 +16,7 @@ from backdoorbench_moe.bench.compare import Side, compare
 from backdoorbench_moe.bench.compare_render import comparison_markdown
 from backdoorbench_moe.bench.page import page
 from backdoorbench_moe.bench.plots import describe, draw
+from backdoorbench_moe.bench.record_metrics import is_of_collapsed_model
 from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.tables import build_sheet
 from backdoorbench_moe.bench.tidy import tidy_csv
@@ -98,8 +99,10 @@ def test_behind_an_input_filter_the_model_alone_decides(suite) -> None:
     ]
     record.metrics = filtered
     assert not collapsed(record)
+    assert not is_of_collapsed_model(record, "filtered.asr")
     record.stages[0]["metrics"] = {"ba": asdict(proportion(1000, 10000))}
     assert collapsed(record)
+    assert is_of_collapsed_model(record, "filtered.asr") and is_of_collapsed_model(record, "asr")
     assert "BA 10.00%" in (collapse_line(record) or "")
 
 

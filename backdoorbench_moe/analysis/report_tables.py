@@ -60,7 +60,8 @@ def stage_table(facts: Doc) -> Table | None:
     if not (stages := record["stages"]):
         return None
     found = sort_metrics({key for stage in stages for key in stage["metrics"]})
-    near = [is_near_chance({"metrics": stage["metrics"], "data": record["data"]}) for stage in stages]
+    run = {"data": record["data"], "stages": stages}
+    near = [is_near_chance({**run, "metrics": stage["metrics"]}) for stage in stages]
     return {
         "columns": ["stage", *(one.short for one in found), "seconds"],
         "rows": [

@@ -48,7 +48,8 @@ def is_of_collapsed_model(record: Record, key: str) -> bool:
     metrics = _stage_metrics(record, key.partition(".")[0])
     # The record's own field is about the whole run.
     known = None if metrics else getattr(record, "near_chance", None)
-    return is_near_chance({"data": record.data, "near_chance": known, "metrics": metrics or record.metrics})
+    fields = {"data": record.data, "stages": record.stages, "near_chance": known}
+    return is_near_chance({**fields, "metrics": metrics or record.metrics})
 
 
 def _stage_metrics(record: Record, name: str) -> Mapping[str, Any]:

@@ -171,7 +171,7 @@ def stages_table(record: Record) -> Table:
     for column in [f"{METRICS[name].short} %" for name in names] + ["s"]:
         table.add_column(column, justify="right")
     for stage in record.stages:
-        near = is_near_chance({"metrics": stage["metrics"], "data": record.data})
+        near = is_near_chance({"metrics": stage["metrics"], "data": record.data, "stages": record.stages})
         shown = [_value(stage["metrics"], name, interval=True) for name in names]
         table.add_row(f"{stage['name']}{f' {MARK}' if near else ''}", *shown, f"{stage['seconds']:.1f}")
         if near:
