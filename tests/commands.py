@@ -49,6 +49,7 @@ def stopped(
         text=True,
         env=ENVIRONMENT,
         start_new_session=True,
+        preexec_fn=_default_signals,
     )
     end = time.time() + 120
     while not when():
@@ -58,6 +59,12 @@ def stopped(
         (os.killpg if group else os.kill)(process.pid, number)
     out, _ = process.communicate(timeout=60)
     return process.returncode, out
+
+
+def _default_signals() -> None:
+    """Undo what the tests inherit: run under nohup, they ignore SIGHUP, and so would the processes they start."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def any_file(output: Path, pattern: str) -> Callable[[], bool]:
