@@ -1,11 +1,11 @@
 """How fast one run trains with one thread and with one for each core, on free and on busy cores.
 
-    python benchmarks/speed/threads.py [--rounds 3] [--train-images N] [--epochs N] [--json FILE]
+    python benchmarks/speed/threads.py [--rounds 3] [--busy N ...] [--train-images N] [--epochs N] [--json FILE]
 
-For every round: no, half and all cores busy with another process each; the number of threads; and what a thread does
-while it waits for the others at the end of an operator: it checks again and again for some time ("spin", the default of
-the OpenMP library in PyTorch's packages for Linux) or sleeps at once ("sleep", `OMP_WAIT_POLICY=PASSIVE`). The images
-per second are those of the training alone, from the run's record.
+For every round: no, half and all cores busy with another process each; one thread, and one for each core; and what
+a thread does while it waits for the others at the end of an operator: it checks again and again for some time ("spin",
+the default of the OpenMP library in PyTorch's packages for Linux) or sleeps at once ("sleep",
+`OMP_WAIT_POLICY=PASSIVE`). The images per second are those of the training alone, from the run's record.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ def main() -> None:
     """Measure and print."""
     parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=at_least_one, default=3, help="rounds of all ways [3]")
+    parser.add_argument("--busy", type=int, nargs="+", metavar="N", help="busy cores [none, half and all]")
     parser.add_argument("--train-images", type=at_least_one, default=2000, metavar="N", help="[2000]")
     parser.add_argument("--epochs", type=at_least_one, default=2, help="[2]")
     arguments = parser.parse_args()
-    result = measure(arguments.rounds, arguments.train_images, arguments.epochs)
+    result = measure(arguments.rounds, arguments.busy, arguments.train_images, arguments.epochs)
     finish(result, make_table(result), [], arguments.json)
 
 
-def measure(rounds: int, images: int, epochs: int) -> dict[str, Any]:
+def measure(rounds: int, busy_cores: list[int] | None, images: int, epochs: int) -> dict[str, Any]:
     """Train in every way, in turns."""
     cores = os.cpu_count() or 1
-    ways = list(itertools.product(sorted({0, cores // 2, cores}), sorted({1, cores}), WAITING))
+    ways = list(itertools.product(busy_cores or sorted({0, cores // 2, cores}), sorted({1, cores}), WAITING))
     speeds: dict[tuple[int, int, str], list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for busy, threads, waiting in ways:

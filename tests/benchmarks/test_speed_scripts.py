@@ -157,6 +157,17 @@ def test_workers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_threads(tmp_path: Path) -> None:
+    small = ("--busy", "1", "--train-images", "64", "--epochs", "1")
+    rows = measure(tmp_path, "threads.py", "--rounds", "1", *small)["rows"]
+    found = {(row["busy"], row["threads"], row["waiting"]): row["images_per_second"] for row in rows}
+    assert found.keys() == {
+        (1, threads, waiting) for threads in (1, os.cpu_count()) for waiting in ("spin", "sleep")
+    }
+    assert all(len(speeds) == 1 and speeds[0] > 0 for speeds in found.values())
+
+
+@pytest.mark.slow
 def test_gpu_script_on_a_cpu(tmp_path: Path) -> None:
     options = ("--model-size", "small", "--images", "160", "--epochs", "2", "--device", "cpu")
     result = measure(tmp_path, "gpu.py", *options, "--side-by-side", "1", "2", "--peak", "2")
