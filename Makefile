@@ -1,4 +1,5 @@
-# `make demo` and `make test` need nothing but Python >= 3.11 and the network for pip.
+# `make demo` and `make test` need nothing but Python >= 3.11 and the network for pip. On a machine whose cores are busy:
+# `make demo OPTIONS="--threads 1"`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ PLUGINS := $(sort $(wildcard plugins/*/setup.cfg))
 .PHONY: demo test test-quick lint docs results install clean
 
 demo: $(VENV)/.installed
-	$(BIN)/bbmoe attack --model pmoe --trigger warp --applicator patch
+	$(BIN)/bbmoe attack --model pmoe --trigger warp --applicator patch $(OPTIONS)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0

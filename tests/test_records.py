@@ -104,6 +104,19 @@ def test_tensors_and_header_survive(folder) -> None:
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
+def test_equal_models_are_equal_files(folder) -> None:
+    """The library writes the metadata in random order."""
+    tensors = {"a": torch.rand(3, 5), "b": torch.rand(2)}
+    header = {f"key {number}": "é" * number for number in range(12)}
+    found = set()
+    for names in (list(header), list(reversed(header))):
+        folder.save_model(tensors, {name: header[name] for name in names})
+        found.add((folder.path / "model.safetensors").read_bytes())
+    assert len(found) == 1
+    loaded, again = folder.load_tensors()
+    assert again == header and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
 @pytest.mark.parametrize("content", [b"", b"junk that is no model", b"\x80\x04\x95."])
 def test_model_files_are_safetensors_only(folder, content) -> None:
     with pytest.raises(RecordError, match="not found"):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from backdoorbench_moe.collapse import describe_collapse
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -29,6 +31,9 @@ def print_analysis(analysis: Analysis, files: Sequence[Path]) -> None:
     console.print(
         f"{analysis.run.name}: {counts.test} test images, {counts.triggered} triggered", markup=False
     )
+    facts = {**analysis.run.record, "metrics": analysis.run.metrics}
+    if (line := describe_collapse(facts)) is not None:
+        console.print(line, markup=False)
     for number in range(len(analysis.findings.routing or ())):
         console.print(experts_table(analysis, number))
         for line in layer_lines(analysis, number):

@@ -11,6 +11,7 @@ from backdoorbench_moe.collapse import MARK, MARKED
 from backdoorbench_moe.errors import UnknownNameError
 from backdoorbench_moe.metrics import METRICS, PERCENT, Metric, sort_metrics
 from backdoorbench_moe.records import Record, RunFolder
+from backdoorbench_moe.records.sharing import without_folders
 
 NONE = "–"
 
@@ -160,7 +161,9 @@ def _text_of(value: Callable[[ShownRun], Any]) -> Callable[[ShownRun], str]:
 
 
 def _trigger(run: ShownRun) -> str | None:
-    return _part(run.record.spec["trigger"]) or (None if run.record.run_spec.attacked else "clean")
+    return _part(without_folders(run.record)["spec"]["trigger"]) or (
+        None if run.record.run_spec.attacked else "clean"
+    )
 
 
 def _rate(run: ShownRun) -> str:

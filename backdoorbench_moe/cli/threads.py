@@ -40,6 +40,12 @@ def use_threads(threads: int | None, usage: CoreUsage, device: str | None) -> No
     import torch
 
     if threads is not None:
+        if threads > usage.cores:
+            warnings.warn(
+                f"--threads {threads} on {usage.cores:g} cores: threads that wait for each other are slower than fewer",
+                BbmoeWarning,
+                stacklevel=2,
+            )
         torch.set_num_threads(threads)
     elif device == "cpu" or (device in (None, "auto") and not torch.cuda.is_available()):
         warn_of_busy_cores(torch.get_num_threads(), usage)

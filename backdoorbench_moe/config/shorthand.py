@@ -72,7 +72,10 @@ def read_rate(key: str, value: object) -> object:
         )
     if isinstance(value, str) and value.strip().endswith("%"):
         try:
-            return float(Decimal(value.strip()[:-1].strip()).scaleb(-2))
+            rate = float(Decimal(value.strip()[:-1].strip()).scaleb(-2))
         except ArithmeticError:
             return value
+        if rate > 1:
+            raise ConfigError.expected(key, "at most 100%", value)
+        return rate
     return value

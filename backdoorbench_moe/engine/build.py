@@ -17,6 +17,7 @@ from backdoorbench_moe.data.base import Dataset
 from backdoorbench_moe.engine.train import load_weights
 from backdoorbench_moe.errors import ConfigError, PluginError
 from backdoorbench_moe.ops.seeding import derive_seed, seeded
+from backdoorbench_moe.options import REQUIRED
 from backdoorbench_moe.registry import Registry
 from backdoorbench_moe.triggers.base import Trigger
 
@@ -71,7 +72,12 @@ def spread(places: Tensor, canvases: Tensor) -> Tensor:
 
 
 def build_dataset(spec: RunSpec) -> Dataset:
-    """Build the data set of a spec; nothing is read yet."""
+    """Build the data set of a spec; nothing is read yet. Raises ConfigError if it needs a folder and has none."""
+    root = data.registry.options(spec.dataset.name).get("root")
+    if root is not None and root.default is REQUIRED and "root" not in spec.dataset.options:
+        raise ConfigError(
+            f"dataset.root: {spec.dataset.name} needs the folder of the images (--data-root DIR)"
+        )
     return data.create_dataset(spec.dataset.name, **spec.dataset.options)
 
 

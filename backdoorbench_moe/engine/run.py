@@ -46,7 +46,12 @@ class Run:
 
     @default_torch_state()
     def model(self) -> nn.Module:
-        """The trained model, on the CPU, in evaluation mode. Raises RecordError if its file does not fit."""
+        """The trained model, on the CPU, in evaluation mode.
+
+        Raises:
+            RecordError: The model file does not fit or was replaced, or the run's plug-ins or their code have changed.
+        """
+        check_plugins(self.folder, self.record)
         tensors, _ = self.folder.load_tensors()
         model = load_model(self.spec, self.record.data, tensors, str(self.folder.path / MODEL))
         check_model(self)
@@ -56,8 +61,10 @@ class Run:
         """The spec with current paths of its named files: the copies in the run folder, or the original paths.
 
         Raises:
-            RecordError: A file is missing or not the one that the run was made with.
+            RecordError: A file is missing or not the one that the run was made with; or the run's plug-ins or their
+                code have changed.
         """
+        check_plugins(self.folder, self.record)
         return locate_files(self.spec, self.record.files, self.folder)
 
     def attack(self) -> Attack:

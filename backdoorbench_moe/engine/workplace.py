@@ -15,6 +15,7 @@ from backdoorbench_moe.engine.files import pin_files
 from backdoorbench_moe.engine.names import check_names
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.kinds import PACKAGE
+from backdoorbench_moe.paths import expand
 from backdoorbench_moe.records import Record
 
 
@@ -69,7 +70,7 @@ class Workplace:
             UnknownNameError: There is no class of a given name.
             RecordError: A file cannot be read, or has changed since it was hashed.
         """
-        return pin_files(resolve_classes(spec, self._class_names))
+        return pin_files(resolve_classes(_with_absolute_root(spec), self._class_names))
 
     def is_unchanged(self, record: Record) -> bool:
         """Return whether it is certain, without reading the data, that a run was made from the same data.
@@ -89,3 +90,11 @@ class Workplace:
 
     def _class_names(self) -> tuple[str, ...]:
         return self.dataset.class_names() if self._images is None else self._images.classes
+
+
+def _with_absolute_root(spec: RunSpec) -> RunSpec:
+    """Return the spec with the absolute path of its data, so that the run can be used from any folder."""
+    root = spec.dataset.options.get("root")
+    if not isinstance(root, str) or not (path := expand(root, "dataset.root")).exists():
+        return spec
+    return spec.with_data(root=str(path.absolute()))

@@ -268,13 +268,27 @@ class RunFolder:
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(plain, path, metadata=dict(metadata))
+        path.write_bytes(_sort_header(save(plain, metadata=dict(metadata))))
     except SafetensorError as error:
         raise OSError(str(error)) from error
+
+
+def _sort_header(content: bytes) -> bytes:
+    """Sort the metadata of a safetensors file, which the library writes in random order.
+
+    Equal models then have equal files. A file is the length of its header as 8 bytes, the header as JSON, filled up
+    with spaces to a multiple of 8 bytes, and the tensors.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def _load_tensors(file: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:

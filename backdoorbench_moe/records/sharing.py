@@ -23,7 +23,10 @@ def without_folders(record: Record) -> dict[str, Any]:
     Returns:
         The values; `records.parse_record` reads them.
     """
-    names = {path: Path(path).name for path in record.run_spec.file_paths.values()}
+    # The file of a defended run is a copy of its parent's, under another name.
+    known = {file["key"]: file["name"] for file in record.files}
+    paths = record.run_spec.file_paths
+    names = {path: known.get(key, Path(path).name) for key, path in paths.items()}
     values: dict[str, Any] = _rename(record.to_dict(), names)
     dataset = values["spec"]["dataset"]
     values["spec"]["dataset"] = {k: v for k, v in dataset.items() if k not in DATASET_NOT_IN_DIGEST}

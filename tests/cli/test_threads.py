@@ -123,11 +123,13 @@ def test_this_machine_is_measured() -> None:
 
 @pytest.mark.slow
 def test_the_number_is_used_and_recorded(tmp_path) -> None:
-    for threads in (1, 3):
+    more = len(usable_cores()) + 1
+    for threads in (1, more):
         words = ["attack", *SIGNS, "--epochs", "1", "--no-twin", "--threads", threads, "--json", "--quiet"]
         done = call(*words, "--output", tmp_path / str(threads), stdout=subprocess.PIPE)
         assert json.loads(done.stdout)["runs"][0]["environment"]["threads"] == threads, done.stderr
-        assert done.stderr == b""
+        warned = f"bbmoe: warning: --threads {more} on ".encode()
+        assert done.stderr.startswith(warned) if threads == more else done.stderr == b""
     [run] = (tmp_path / "1").iterdir()
     done = call("defend", run, "--defense", "fine-tuning", "--threads", 2, "--json", stdout=subprocess.PIPE)
     assert json.loads(done.stdout)["runs"][0]["environment"]["threads"] == 2

@@ -192,6 +192,11 @@ def test_a_percentage_that_is_none_is_refused(rate) -> None:
         build_spec({"poison": {"rate": rate}})
 
 
+def test_more_than_all_images_is_refused_as_it_was_written() -> None:
+    with pytest.raises(ConfigError, match=r"poison\.rate: expected at most 100%, got '101%'"):
+        build_spec({"poison": {"rate": "101%"}})
+
+
 @pytest.mark.parametrize("percent", [0.01, 0.07, 1, 2.5, 29, 58, 100])
 def test_a_percentage_is_exact(percent) -> None:
     digits = f"{round(percent * 100):d}"  # in hundredths of a percent

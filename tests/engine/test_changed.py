@@ -110,6 +110,21 @@ def test_a_registered_part_edited_in_the_same_session(tmp_path, monkeypatch) -> 
         run_attack(spec, output=tmp_path / "runs", twin=False)
 
 
+def test_a_finished_run_whose_plug_in_was_edited_is_neither_defended_nor_analysed(
+    tmp_path, monkeypatch
+) -> None:
+    (tmp_path / "own_mark.py").write_text(CODE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    candidate = Candidate("trigger", "mark", "own_mark:Mark", "own-mark", "0.1.0")
+    monkeypatch.setitem(triggers.registry._found[0], "mark", candidate)
+    [run] = run_attack(tiny_spec(trigger="mark"), output=tmp_path / "runs", twin=False)
+    (tmp_path / "own_mark.py").write_text(CODE + "# edited\n")
+    opened = load_run(run.folder.path)
+    for use in (opened.model, opened.stamper, opened.attack, lambda: run_defense(opened, TUNING)):
+        with pytest.raises(RecordError, match="the code of own-mark has changed since it was made"):
+            use()
+
+
 def test_the_hash_of_code_is_one_of_names_and_contents(tmp_path, monkeypatch) -> None:
     (tmp_path / "some_code").mkdir()
     for name in ("__init__.py", "a.py"):

@@ -19,7 +19,7 @@ from backdoorbench_moe.engine.files import pin_files
 from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.runner import run_attack, run_defense
-from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.errors import ConfigError, RecordError
 from backdoorbench_moe.options import FilePath, list_options
 
 TUNING = PartSpec("fine-tuning", {"clean_fraction": 0.5, "epochs": 1})
@@ -178,3 +178,20 @@ def test_a_trained_model_does_not_need_the_file_it_started_from(tmp_path) -> Non
     files.check_files(spec)
     with pytest.raises(RecordError, match=r"trigger\.image: the file .* is not there any more"):
         files.check_files(dataclasses.replace(spec, files={"trigger.image": "0" * 64}))
+
+
+def test_a_run_on_a_relative_data_folder_can_be_used_from_any_folder(tmp_path, monkeypatch) -> None:
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / "data" / split / label).mkdir(parents=True)
+            for seed in range(8):
+                draw(tmp_path / "data" / split / label / f"{seed}.png", seed)
+    monkeypatch.chdir(tmp_path)
+    spec = tiny_spec(dataset={"name": "folder", "root": "data", "image_size": 32})
+    [made] = run_attack(spec, output=tmp_path / "runs", twin=False)
+    monkeypatch.chdir(tmp_path / "runs")
+    assert run_defense(load_run(made.folder.path), TUNING).record.status == "finished"
+    with pytest.raises(
+        ConfigError, match=r"dataset\.root: folder needs the folder of the images \(--data-root DIR\)"
+    ):
+        run_attack(tiny_spec(dataset="folder"), output=tmp_path / "runs")
