@@ -125,11 +125,15 @@ def _findings(document: Doc) -> Iterator[str]:
         )
     carriers = document["carriers"]
     if carriers is not None and carriers["whole"]["asr"] is not None:
+        whole = carriers["whole"]["asr"]
         best = min(carriers["singles"], key=lambda one: one["asr"]["value"])
-        yield (
-            f"Without {best['experts'][0]} the model's ASR is {proportion(best['asr'])} instead of "
-            f"{proportion(carriers['whole']['asr'])}: the lowest that muting one expert reaches."
-        )
+        if best["asr"]["value"] < whole["value"]:
+            yield (
+                f"Muting {best['experts'][0]} reduces the model's ASR from {proportion(whole)} to "
+                f"{proportion(best['asr'])}; no other single expert reduces it more."
+            )
+        else:
+            yield f"Muting a single expert does not reduce the model's ASR of {proportion(whole)}."
     if document["pixels"] is not None:
         yield verdict(document)
 

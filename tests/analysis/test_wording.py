@@ -150,3 +150,27 @@ def test_no_p_value_is_said_of_patches() -> None:
     """The patches of an image are not independent."""
     for kind in SPECS:
         assert not any(re.search(r"\bp ?(below|[=<\d])|p-value", text) for text in sentences(kind))
+
+
+@pytest.mark.parametrize(
+    ("single", "expected"),
+    [
+        (
+            40.0,
+            "Muting moe/1 reduces the model's ASR from 90.0% [0.0, 100.0] to 40.0% [0.0, 100.0]; "
+            "no other single expert reduces it more.",
+        ),
+        (90.0, "Muting a single expert does not reduce the model's ASR of 90.0% [0.0, 100.0]."),
+    ],
+)
+def test_the_expert_whose_muting_reduces_asr_most_is_named_only_if_one_does(single, expected) -> None:
+    document = copy.deepcopy(document_of("one expert"))
+    row = {"n": 100, "low": 0.0, "high": 100.0}
+    document["carriers"] = {
+        "whole": {"asr": {"value": 90.0, **row}},
+        "singles": [
+            {"experts": ["moe/0"], "asr": {"value": 95.0, **row}},
+            {"experts": ["moe/1"], "asr": {"value": single, **row}},
+        ],
+    }
+    assert expected in finding_lines(document)
