@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from backdoorbench_moe import defenses, models
 from backdoorbench_moe.config import PartSpec
-from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.engine.graph import clean_twin, needs
 from backdoorbench_moe.engine.inference import predict
@@ -285,20 +284,14 @@ def test_a_model_that_names_no_parts_can_be_tuned_but_not_pruned(tmp_path, monke
 
 
 def test_a_parent_that_is_not_the_one_or_was_made_from_other_data_is_refused(tmp_path, monkeypatch) -> None:
-    import tiny
-
     session = Runner(tiny_spec(), tmp_path)
     other = session.finish(tiny_spec(seed=1))
     with pytest.raises(RecordError, match="is not the finished run that is to be defended"):
         session.finish(defended_spec(), inputs={"parent": other})
-    split = tiny.Tiny._split
-    monkeypatch.setattr(tiny.Tiny, "_split", lambda self, count, seed: split(self, count, seed + 1))
+    monkeypatch.setattr(Tiny, "offset", 1)
     with pytest.raises(RecordError, match="was made from other data"):
         run_defense(other, PartSpec("fine-tuning", {"clean_fraction": 0.5}))
-    four = ("red", "green", "blue", "none")
-    monkeypatch.setattr(
-        tiny.Tiny, "read", lambda self: ImageSet("tiny", self._split(96, 1), self._split(60, 2), four)
-    )
+    monkeypatch.setattr(Tiny, "names", ("red", "green", "blue", "none"))
     with pytest.raises(RecordError, match="model for the 4 classes of the data, got one for other"):
         run_defense(other, PartSpec("fine-tuning", {"clean_fraction": 0.5}))
     assert [path.name for path in tmp_path.iterdir()] == [other.folder.path.name]
