@@ -22,8 +22,11 @@ def test_a_finished_run_is_announced_and_a_wait_once() -> None:
 
 
 def test_a_message_that_cannot_be_printed_does_not_end_the_run() -> None:
-    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    LineObserver(ascii_only).on_message("Épée")
+    written = io.BytesIO()
+    observer = LineObserver(io.TextIOWrapper(written, encoding="ascii"))
+    observer.on_message("Épée")
+    observer.on_message("a line")
+    assert written.getvalue().splitlines()[-1] == b"a line"
     closed = io.StringIO()
     closed.close()
     LineObserver(closed).on_message("a line")

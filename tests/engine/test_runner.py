@@ -16,61 +16,17 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny import TINY_MODEL, Tiny, count_hits, tiny_spec
+from tiny_runs import Counting, outcome
 
-from backdoorbench_moe.data import create_dataset, registry
-from backdoorbench_moe.data.base import ImageSet, Split
+from backdoorbench_moe.data import create_dataset
+from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine import run as engine_run
 from backdoorbench_moe.engine.makers import base
-from backdoorbench_moe.engine.observer import Observer
-from backdoorbench_moe.engine.run import Run, load_run
+from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import Runner, run_attack
 from backdoorbench_moe.engine.triggered import triggered_test
 from backdoorbench_moe.errors import BbmoeError, BbmoeWarning, RecordError
 from backdoorbench_moe.records import RunFolder
-
-
-def outcome(run: Run) -> tuple[object, ...]:
-    """What must be equal, bit for bit, between two ways to the same run."""
-    tensors, _ = run.folder.load_tensors()
-    history = [{k: v for k, v in row.items() if k != "seconds"} for row in run.record.history]
-    return run.record.metrics, history, {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
-
-
-class Counting(Observer):
-    """Counts epochs; interrupts after a given one, as Ctrl-C would."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.epochs, self.messages, self.stop_after = 0, [], stop_after
-
-    def on_message(self, text: str) -> None:
-        self.messages.append(text)
-
-    def on_epoch(self, epoch: int, row: dict[str, float]) -> None:
-        self.epochs += 1
-        if self.epochs == self.stop_after:
-            raise KeyboardInterrupt
-
-
-class Placed(Tiny):
-    """Other images at every root, and of every `shift`."""
-
-    file: Path | None = None
-    shift = 0
-    reads = 0
-
-    def __init__(self, *, root: str, train_images: int | None = None) -> None:
-        super().__init__(salt=int(root), train_images=train_images)
-        self.root = root
-
-    def source(self) -> Path | None:
-        """A file, if there is one."""
-        return self.file
-
-    def read(self) -> ImageSet:
-        """Draw the images, and count how often."""
-        Placed.reads += 1
-        self.salt += self.shift
-        return super().read()
 
 
 def test_the_run_folder_holds_all_the_design_says(tmp_path) -> None:
@@ -216,14 +172,6 @@ def test_killed_in_the_middle_of_anything_it_goes_on(tmp_path) -> None:
     assert all(torch.equal(tensor, other[name]) for name, tensor in tensors.items())
 
 
-def test_other_data_under_the_same_name_is_refused(tmp_path, monkeypatch) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run_attack(tiny_spec(), output=tmp_path, twin=False, observer=Counting(stop_after=1))
-    monkeypatch.setattr(Tiny, "offset", 1)
-    with pytest.raises(RecordError, match="was made from other data"):
-        run_attack(tiny_spec(), output=tmp_path, twin=False)
-
-
 def test_a_run_of_another_version_of_a_plug_in_is_refused(tmp_path, monkeypatch) -> None:
     """It is neither accepted as finished nor continued; an older record, which names no plug-ins, is accepted."""
     spec, installed = tiny_spec(), {"some-triggers": "0.1.0"}
@@ -245,44 +193,6 @@ def test_a_run_of_another_version_of_a_plug_in_is_refused(tmp_path, monkeypatch)
     run.folder.write(run.record)
     installed["some-triggers"] = "0.2.0"
     assert run_attack(spec, output=tmp_path, twin=False)[0].record.timing == run.record.timing
-
-
-def test_a_finished_run_of_other_data_is_not_taken_for_this_one(tmp_path, monkeypatch) -> None:
-    """A spec's digest leaves out where the data lies: the record's content digest decides."""
-    monkeypatch.setitem(registry._local, "placed", Placed)
-    specs = [
-        tiny_spec(dataset={"name": "placed", "root": root, "train_images": 32}) for root in ("1", "2", "01")
-    ]
-    [first] = run_attack(specs[0], output=tmp_path, twin=False)
-    assert {spec.name for spec in specs} == {first.spec.name}
-    with pytest.raises(RecordError, match="was made from other data"):
-        run_attack(specs[1], output=tmp_path, twin=False)
-    again = Counting()
-    [moved] = run_attack(specs[2], output=tmp_path, twin=False, observer=again)
-    assert again.epochs == 0 and outcome(moved) == outcome(first)
-
-
-def test_data_whose_files_have_not_changed_are_not_read_again(tmp_path, monkeypatch) -> None:
-    """The fingerprint decides: of another one, the content; without one, the content, too."""
-    monkeypatch.setitem(registry._local, "placed", Placed)
-    file = tmp_path / "images.bin"
-    file.write_bytes(b"abc")
-    monkeypatch.setattr(Placed, "file", file)
-    spec = tiny_spec(dataset={"name": "placed", "root": "1", "train_images": 32})
-    [first] = run_attack(spec, output=tmp_path, twin=False)
-    assert first.record.data["fingerprint"]
-    monkeypatch.setattr(Placed, "reads", 0)
-    assert run_attack(spec, output=tmp_path, twin=False)[0].record == first.record and Placed.reads == 0
-    os.utime(file, ns=(0, 0))
-    assert run_attack(spec, output=tmp_path, twin=False)[0].record == first.record and Placed.reads == 1
-    file.write_bytes(b"abcd")
-    monkeypatch.setattr(Placed, "shift", 5)
-    with pytest.raises(RecordError, match="was made from other data"):
-        run_attack(spec, output=tmp_path, twin=False)
-    first.record.data["fingerprint"] = None
-    first.folder.write(first.record)
-    with pytest.raises(RecordError, match="was made from other data"):
-        run_attack(spec, output=tmp_path, twin=False)
 
 
 @pytest.mark.parametrize(
