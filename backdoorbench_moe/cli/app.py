@@ -114,8 +114,8 @@ def _run() -> int | str:
             (cause.number, f" by {cause}") if isinstance(cause, Terminated) else (signal.SIGINT, "")
         )
         say(
-            f"bbmoe: interrupted{name}; the same command goes on from the last finished epoch "
-            "(a defense: from its start)"
+            f"bbmoe: interrupted{name}; if a run was being trained, the same command continues it after its last "
+            "finished epoch (a defense: from the start)"
         )
         return 128 + number
     return 2

@@ -38,7 +38,7 @@ def records(output: Path) -> list[dict[str, object]]:
 def test_an_attack_ended_by_a_signal_is_interrupted(tmp_path, number, times, code, name) -> None:
     words = [*LONG, "--output", tmp_path]
     got, said = stopped(words, any_file(tmp_path, "*/checkpoint/state.safetensors"), number, times=times)
-    assert got == code and name in said and "the same command goes on" in said
+    assert got == code and name in said and "the same command continues it" in said
     assert "Traceback" not in said
     [record] = records(tmp_path)
     assert record["status"] == "interrupted" and 1 <= len(record["history"]) < 400

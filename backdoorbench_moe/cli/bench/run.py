@@ -72,9 +72,9 @@ def command(
 ) -> None:
     """Make the runs of SUITE (a name or a file) that are not finished, then draw its tables.
 
-    Stopped in any way, the same command goes on; complete, it trains nothing. A run that fails does not
-    stop the others. Exit code 1 if a run failed, 3 if the budget ended before the suite, 2 for a mistake
-    in what was asked.
+    Repeat the command to continue a suite that was stopped. If all runs are finished, it trains nothing. A run that
+    fails does not stop the others. Exit code 1: a run failed; 2: the command or the suite is not valid; 3: the budget
+    ended before the suite.
     """
     usage = CoreUsage.now()
     from backdoorbench_moe.bench.plan import with_place
