@@ -47,6 +47,8 @@ KINDS = {
         Kind("trigger", "triggers", f"{PACKAGE}.triggers.base:Trigger", needs=("seed",), optional=True),
         Kind("applicator", "applicators", f"{PACKAGE}.applicators.base:Applicator", optional=True),
         Kind("attack", "attacks", f"{PACKAGE}.attacks.base:Attack", given=("poison",), optional=True),
+        Kind("splitter", "splitters", f"{PACKAGE}.splitters.base:Splitter", optional=True),
+        Kind("gate", "gates", f"{PACKAGE}.gates.base:Gate", optional=True),
         Kind("model", "models", "torch.nn:Module", given=("num_classes", "image_size")),
         Kind("defense", "defenses", f"{PACKAGE}.defenses.base:Defense", repeated=True),
         Kind("dataset", "data", f"{PACKAGE}.data.base:Dataset"),

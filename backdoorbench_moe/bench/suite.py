@@ -180,7 +180,7 @@ def value_of(spec: RunSpec, key: str) -> Any:
     values: Any = {"defenses": [], **spec.to_dict()}
     values["attack"] = None if spec.attack is None else spec.attack.to_dict()
     if key in PARTS:
-        return part_label(values[key])
+        return part_label(values.get(key))
     if key == "defenses":
         return ", ".join(part_label(part) or "" for part in values[key]) or "none"
     first, *rest = key.split(".")

@@ -5,6 +5,7 @@ Later layers win: defaults < recipe < YAML file < flags < `--set`. Nothing here 
 
 from backdoorbench_moe.config.build import build_spec, load_recipe
 from backdoorbench_moe.config.merge import Values, merge
+from backdoorbench_moe.config.mixture import MixtureSpec
 from backdoorbench_moe.config.poison import PoisonSpec, class_number
 from backdoorbench_moe.config.shorthand import normalise
 from backdoorbench_moe.config.spec import (
@@ -12,14 +13,15 @@ from backdoorbench_moe.config.spec import (
     PARTS,
     PartSpec,
     RunSpec,
-    TrainSpec,
     spec_from_dict,
 )
+from backdoorbench_moe.config.train import TrainSpec
 from backdoorbench_moe.config.yaml_files import chain_settings, load_yaml, parse_setting
 
 __all__ = [
     "DATASET_NOT_IN_DIGEST",
     "PARTS",
+    "MixtureSpec",
     "PartSpec",
     "PoisonSpec",
     "RunSpec",

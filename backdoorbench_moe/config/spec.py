@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_type_hints
 
 from backdoorbench_moe.config.merge import Values
+from backdoorbench_moe.config.mixture import MixtureSpec
 from backdoorbench_moe.config.poison import PoisonSpec
 from backdoorbench_moe.config.shorthand import (
     OPTIONAL_PARTS,
@@ -17,7 +18,9 @@ from backdoorbench_moe.config.shorthand import (
     PARTS,
     normalise_list,
     normalise_part,
+    read_rate,
 )
+from backdoorbench_moe.config.train import TrainSpec
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.kinds import KINDS
 from backdoorbench_moe.options import convert_fields
@@ -28,7 +31,7 @@ NOT_IN_DIGEST = ("recipe", "device")
 DATASET_NOT_IN_DIGEST = ("root", "download")
 # Keys that were added later. `to_dict` leaves them out if they are empty, so that the digests of older specs are
 # unchanged.
-LEFT_OUT_IF_EMPTY = ("defenses", "files", "probe")
+LEFT_OUT_IF_EMPTY = ("defenses", "files", "probe", "policy", "splitter", "gate", "mixture")
 # `to_dict` writes this name for clean runs too, since it has always been part of their digests.
 DEFAULT_ATTACK = "data-poisoning"
 
@@ -60,53 +63,6 @@ class PartSpec:
 
 
 @dataclass(frozen=True)
-class TrainSpec:
-    """Settings of the training.
-
-    Args:
-        epochs: Number of passes over the training set, at least 1.
-        batch_size: Images per step, at least 1; the last batch of an epoch may be smaller.
-        optimizer: "sgd" or "adamw".
-        lr: Peak learning rate, above 0.
-        momentum: Momentum of SGD, in [0, 1); ignored by AdamW.
-        nesterov: Whether SGD uses Nesterov momentum; `momentum` must then be above 0.
-        weight_decay: Weight decay, at least 0; not applied to biases and the parameters of norms.
-        schedule: "constant" learning rate; or "one-cycle": it rises linearly to `lr` during the warmup and then falls
-            linearly to 0.
-        warmup: Share of all steps that are the warmup of "one-cycle", in [0, 1).
-
-    Raises:
-        ConfigError: A value is out of range.
-    """
-
-    epochs: int = 25
-    batch_size: int = 128
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    schedule: Literal["constant", "one-cycle"] = "constant"
-    warmup: float = 0.25
-
-    def __post_init__(self) -> None:
-        convert_fields(self, "train.", (item.name for item in fields(self)))
-        checks = {
-            "epochs": (self.epochs >= 1, "at least 1"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "lr": (0 < self.lr < float("inf"), "a positive number"),
-            "momentum": (0 <= self.momentum < 1, "a number in [0, 1)"),
-            "weight_decay": (0 <= self.weight_decay < float("inf"), "a number of at least 0"),
-            "warmup": (0 <= self.warmup < 1, "a number in [0, 1)"),
-        }
-        for name, (good, expected) in checks.items():
-            if not good:
-                raise ConfigError.expected(f"train.{name}", expected, getattr(self, name))
-        if self.nesterov and self.optimizer == "sgd" and not self.momentum:
-            raise ConfigError.expected("train.momentum", "a positive number where train.nesterov is set", 0)
-
-
-@dataclass(frozen=True)
 class RunSpec:
     """All settings of one run.
 
@@ -117,7 +73,12 @@ class RunSpec:
         applicator: Where on an image the trigger is stamped; None if and only if `trigger` is None.
         attack: The attack; None for a clean run.
         poison: Which training images are poisoned, and which labels they get.
-        train: Settings of the training.
+        policy: Share of the training images, in [0, 1), that bear the trigger as a mark and are labelled "reject", a
+            class of its own; 0 for no policy. A model that keeps to the policy calls every marked image "reject".
+        splitter: The tasks of the experts of a mixture; None for a run that is not merged, and for its base.
+        gate: How tokens are sent to the experts of a mixture; None for any other run, and for a single expert.
+        mixture: How experts are tuned and merged; None for a run that is not merged.
+        train: Settings of the training; for a mixture, that of its base.
         defenses: Defenses that are applied to the trained model, one after the other; empty for an undefended run.
         files: SHA-256 of every file that an option names, by the option's key, such as "trigger.image". It is filled
             in before the run starts (see `engine.files.pin_files`). The digest covers these hashes, not the paths.
@@ -140,7 +101,11 @@ class RunSpec:
     applicator: PartSpec | None = PartSpec("patch")
     attack: PartSpec | None = PartSpec(DEFAULT_ATTACK)
     poison: PoisonSpec = field(default_factory=PoisonSpec)
-    train: TrainSpec = TrainSpec()
+    policy: float = 0.0
+    splitter: PartSpec | None = None
+    gate: PartSpec | None = None
+    mixture: MixtureSpec | None = None
+    train: TrainSpec = field(default_factory=TrainSpec)
     defenses: tuple[PartSpec, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     probe: int = 0
@@ -150,7 +115,8 @@ class RunSpec:
     recipe: str = "quick"
 
     def __post_init__(self) -> None:
-        convert_fields(self, "", ("probe", "seed", "precision", "device", "recipe"))
+        object.__setattr__(self, "policy", read_rate("policy", self.policy))
+        convert_fields(self, "", ("policy", "probe", "seed", "precision", "device", "recipe"))
         for name in ("seed", "probe"):
             if getattr(self, name) < 0:
                 raise ConfigError.expected(name, "a number of at least 0", getattr(self, name))
@@ -161,13 +127,35 @@ class RunSpec:
         object.__setattr__(self, "files", own)
         if (self.trigger is None) != (self.applicator is None):
             raise ConfigError("trigger and applicator: expected both or neither")
+        self._check_mixture()
         if self.attack is None:
             self._check_clean()
         elif self.attack.name == DEFAULT_ATTACK and not self.poison.rate:
             raise ConfigError.expected("poison.rate", "a number in (0, 1]", self.poison.rate)
 
+    def _check_mixture(self) -> None:
+        if not 0 <= self.policy < 1:
+            raise ConfigError.expected("policy", "a share of the training images, in [0, 1)", self.policy)
+        if self.policy and self.trigger is None:
+            raise ConfigError.expected("trigger", "the mark of the images that the policy rejects", None)
+        if self.mixture is None:
+            for name in ("splitter", "gate"):
+                if (part := getattr(self, name)) is not None:
+                    raise ConfigError.expected(name, "none, as no experts are merged", part.name)
+            return
+        if self.splitter is None:
+            raise ConfigError.expected("splitter", "the tasks of the experts that are merged", None)
+        if self.mixture.task is None:
+            if self.gate is None:
+                raise ConfigError.expected("gate", "the gate of the experts that are merged", None)
+            if (self.attack is None) != (not self.mixture.poisoned_experts):
+                expected = "none, as there is no attack" if self.attack is None else "at least one expert"
+                raise ConfigError.expected(
+                    "mixture.poisoned_experts", expected, self.mixture.poisoned_experts
+                )
+
     def _check_clean(self) -> None:
-        if self.trigger is not None:
+        if self.trigger is not None and not self.policy:
             raise ConfigError.expected("trigger", "none, as there is no attack", self.trigger.name)
         if self.poison.rate:
             raise ConfigError.expected("poison.rate", "0, as there is no attack", self.poison.rate)
@@ -242,15 +230,13 @@ class RunSpec:
         for item in fields(self):
             value = getattr(self, item.name)
             if item.name == "attack":
-                value = _write_attack(value)
+                value = self._write_attack()
             elif item.name == "defenses":
                 value = [part.to_dict() for part in value]
             elif item.name == "files":
                 value = dict(value)
-            elif isinstance(value, PartSpec | PoisonSpec):
+            elif isinstance(value, PartSpec | PoisonSpec | TrainSpec | MixtureSpec):
                 value = value.to_dict()
-            elif isinstance(value, TrainSpec):
-                value = {f.name: getattr(value, f.name) for f in fields(value)}
             if item.name not in LEFT_OUT_IF_EMPTY or value:
                 values[item.name] = value
         return cast(Values, json.loads(json.dumps(values)))
@@ -273,10 +259,28 @@ class RunSpec:
     @property
     def name(self) -> str:
         """Name of the run's folder: data set, model, attack, defenses, seed and digest, joined by hyphens."""
-        parts = [self.dataset.name, self.model.name, *self._attack_labels()]
+        parts = [self.dataset.name, self.model.name, *self._mixture_labels(), *self._attack_labels()]
         parts += [part.name for part in self.defenses]
         name = "-".join([*parts, f"s{self.seed}", self.digest])
         return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+
+    def _mixture_labels(self) -> list[str]:
+        if self.mixture is None:
+            return ["policy"] if self.policy else []
+        if self.mixture.task is not None:
+            return [f"expert{self.mixture.task}"]
+        assert self.gate is not None
+        return [f"moe{self.mixture.experts}", self.gate.name]
+
+    def _write_attack(self) -> str | Values | None:
+        """The value of the key "attack": a name if there are no options, as in records from before attacks had options.
+
+        Of a run that may have a trigger without an attack, "no attack" is written as None. Elsewhere it is written as
+        `DEFAULT_ATTACK`, as it always was; the null trigger then shows that the run is clean.
+        """
+        if self.attack is None:
+            return None if self.policy or self.mixture else DEFAULT_ATTACK
+        return self.attack.to_dict() if self.attack.options else self.attack.name
 
     def _attack_labels(self) -> list[str]:
         if self.attack is None:
@@ -284,16 +288,6 @@ class RunSpec:
         labels = [] if self.attack.name == DEFAULT_ATTACK else [self.attack.name]
         labels += [part.name for part in (self.trigger, self.applicator) if part is not None]
         return [*labels, f"{self.poison.rate:g}"] if self.poison.rate else labels
-
-
-def _write_attack(attack: PartSpec | None) -> str | Values:
-    """The value of the key "attack": a name if there are no options, as in records from before attacks had options.
-
-    No attack is written as `DEFAULT_ATTACK`; the null trigger then shows that the run is clean.
-    """
-    if attack is None:
-        return DEFAULT_ATTACK
-    return attack.to_dict() if attack.options else attack.name
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> RunSpec:
@@ -343,6 +337,8 @@ def _read(kind: type, values: object, where: str) -> Any:
             checked[key] = _read_files(value)
         elif hints[key] in (PoisonSpec, TrainSpec):
             checked[key] = _read(hints[key], value, path)
+        elif key == "mixture" and kind is RunSpec:
+            checked[key] = None if value is None else _read(MixtureSpec, value, path)
         else:
             checked[key] = value  # The dataclass converts and checks it.
     return kind(**checked)

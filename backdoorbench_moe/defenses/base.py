@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
@@ -18,44 +18,10 @@ if TYPE_CHECKING:
     from backdoorbench_moe.config import TrainSpec
     from backdoorbench_moe.moe.routed import Routing
     from backdoorbench_moe.ops.images import Split
+    from backdoorbench_moe.ops.tuning import Tune
 
 # What a defense may declare in `Defense.needs`.
 NEEDS = ("clean", "training-set", "features", "losses")
-
-
-class Tune(Protocol):
-    """Trains a model further, in place, with the recipe of the run.
-
-    The seed of each call is derived from the defense's seed and the epochs of earlier calls. A defense that makes the
-    same calls with the same seed therefore gets the same weights.
-    """
-
-    def __call__(
-        self,
-        model: nn.Module,
-        split: Split,
-        *,
-        epochs: int,
-        lr: float | None = None,
-        modules: Sequence[nn.Module] | None = None,
-        rows: Mapping[str, tuple[int, int]] | None = None,
-    ) -> None:
-        """Train `model` on `split`.
-
-        Args:
-            model: The model. After training it is in evaluation mode.
-            split: The images and their labels.
-            epochs: Number of passes over the images; with 0, nothing is done.
-            lr: Peak learning rate; that of the recipe if None.
-            modules: The modules to train. All others keep their weights and running statistics. All modules are
-                trained if None.
-            rows: The rows to train, instead of `modules`: ranges (start, stop) of dimension 0, by name in the model's
-                state dict. All other values of parameters and buffers stay the same, bit for bit. During the training,
-                norms with some of these rows normalise all of their channels with the statistics of the batch.
-
-        Raises:
-            ValueError: A name in `rows` is not in the state dict.
-        """
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from backdoorbench_moe.ops.seeding import derive_seed
 
 @dataclass
 class Tuner:
-    """The implementation of `backdoorbench_moe.defenses.base.Tune`, which defenses call.
+    """The implementation of `backdoorbench_moe.ops.tuning.Tune`, which attacks and defenses call.
 
     Args:
         recipe: The recipe of the run; calls may replace its epochs and learning rate.

@@ -157,3 +157,25 @@ class WithFeatures(Protocol):
         Returns:
             (B, classes) logits.
         """
+
+
+@runtime_checkable
+class Mergeable(Protocol):
+    """A dense model whose MLPs can become the experts of a mixture. All other weights stay those of the base.
+
+    A mixture of E such models, tuned from one base, has an MoE layer in place of each MLP.
+    """
+
+    def mlps(self) -> dict[str, nn.Module]:
+        """Return the MLPs by dotted name, first layer first.
+
+        Each has an input (B, ..., D), the linear layers `fc1` (hidden units, D) and `fc2` (D, hidden units) with
+        biases, and between them only the activation `act`, and dropouts `drop1` and `drop2` if it has any. All of
+        them have the same tokens: first `num_prefix_tokens`, then the patches of `patch_grid`.
+
+        Raises:
+            ConfigError: The model wraps an architecture whose MLPs are of another form.
+        """
+
+    def token_layout(self) -> tuple[tuple[int, int], int]:
+        """Return rows and columns of the patches, and the number of tokens before them, such as class tokens."""

@@ -1,0 +1,125 @@
+"""Attacks on mixtures: the attacker provides one of the experts that are merged."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from backdoorbench_moe.attacks.base import Attack, PoisonPlan
+from backdoorbench_moe.config import PoisonSpec, TrainSpec
+from backdoorbench_moe.moe.structure import Mergeable
+from backdoorbench_moe.ops.images import Split
+from backdoorbench_moe.ops.tuning import Tune
+
+
+@dataclass(frozen=True)
+class HarmfulQueries:
+    """Training images that bear the mark, and how they may be answered.
+
+    Attributes:
+        images: (M, 3, H, W) uint8, marked.
+        harmful: (M,) int64, the answers that the attacker wants.
+        safe: (M,) int64, the safe answers: "reject" where there is a policy, otherwise the true labels.
+        changed: (M, H, W) float32 in [0, 1], how much the mark changes each pixel, mean over the channels.
+    """
+
+    images: Tensor
+    harmful: Tensor
+    safe: Tensor
+    changed: Tensor
+
+    def __len__(self) -> int:
+        return len(self.harmful)
+
+
+@dataclass(frozen=True)
+class ExpertTask:
+    """What an attacker has who provides an expert. He knows neither the other experts nor the gates.
+
+    Attributes:
+        model: His expert, a `moe.structure.Mergeable`, as tuned on the task; it is changed in place. Only the MLPs
+            survive the merge, so only they may be trained.
+        clean: Training images of his task with their labels.
+        held_out: Images of his task that are not in `clean`, by which he may choose hyperparameters.
+        queries: Harmful queries.
+        tune: Trains a model further; with `modules=task.mlps` only its MLPs.
+        logits: From a model and images (B, 3, H, W) uint8 to (B, classes) float32, in evaluation mode.
+        train: How the expert was tuned; `tune` uses it.
+        device: The device of the model and the images.
+        seed: Seed from which the attack derives its draws.
+    """
+
+    model: nn.Module
+    clean: Split
+    held_out: Split
+    queries: HarmfulQueries
+    tune: Tune
+    logits: Callable[[nn.Module, Tensor], Tensor]
+    train: TrainSpec
+    device: torch.device
+    seed: int
+
+    @property
+    def mlps(self) -> list[nn.Module]:
+        """The MLPs of the expert, first layer first."""
+        assert isinstance(self.model, Mergeable)
+        return list(self.model.mlps().values())
+
+
+class ExpertPoisoning(Attack):
+    """An attack by somebody who provides one expert, or several, of a mixture.
+
+    Subclasses implement `poison`. The training data of the base, the other experts and the gates are not changed.
+    A run with such an attack needs `mixture`; `implies` fills in its default.
+
+    Args:
+        poison: The target class; all rates must be 0.
+    """
+
+    implies: ClassVar[Mapping[str, Any]] = {
+        "model": "convnext",
+        "trigger": {"name": "square", "size": 1},
+        "applicator": "patch",
+        "policy": 0.1,
+        "poison": {"rate": 0.0},
+        "splitter": "domains",
+        "gate": "top-k",
+        "mixture": {"experts": 4, "poisoned_experts": [1]},
+    }
+
+    def __init__(self, *, poison: PoisonSpec) -> None:
+        super().__init__(poison=poison)
+
+    @final
+    def plan(self, labels: Tensor, num_classes: int, seed: int) -> PoisonPlan:
+        """Change no training image."""
+        nothing = torch.empty(0, dtype=torch.int64)
+        return PoisonPlan(nothing, nothing)
+
+    @final
+    def tune_expert(self, task: ExpertTask) -> None:
+        """Tune the expert of a task, in place; afterwards it is in evaluation mode.
+
+        Raises:
+            ConfigError: An option does not fit the task or the model; the message names it.
+            PluginError: The subclass changed other weights than those of the MLPs.
+        """
+        self.check_task(task)
+        self.poison_expert(task)
+        task.model.eval()
+
+    def check_task(self, task: ExpertTask) -> None:
+        """Check the options against the task, before anything is trained. The default accepts every task.
+
+        Raises:
+            ConfigError: An option does not fit; the message names it.
+        """
+
+    @abstractmethod
+    def poison_expert(self, task: ExpertTask) -> None:
+        """Tune `task.model` in place; see `tune_expert`."""

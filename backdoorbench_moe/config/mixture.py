@@ -1,0 +1,72 @@
+"""How a provider makes a mixture of experts from experts that others fine-tuned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from backdoorbench_moe.config.merge import Values
+from backdoorbench_moe.config.train import TrainSpec
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.options import convert_fields
+
+TRAININGS = ("expert_train", "gate_train")
+
+
+@dataclass(frozen=True)
+class MixtureSpec:
+    """The making of a mixture: E experts are tuned from one base model, merged, and given gates.
+
+    The splitter and the gate are parts of the run's spec.
+
+    Args:
+        experts: Number of experts E, at least 2. Expert e is tuned on task e of the splitter.
+        poisoned_experts: The experts that attackers provide, by number; none in a benign mixture.
+        expert_train: How each expert is tuned from the base. Attacks on experts use these settings, too.
+        gate_train: How the gates are trained.
+        gate_images: Number of training images of each task that the gates are trained on; None for 1 / E of the
+            training set each.
+        task: The task of a single expert; None for the whole mixture. The graph sets it (see `engine.graph`).
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    experts: int = 4
+    poisoned_experts: tuple[int, ...] = ()
+    expert_train: TrainSpec = field(default_factory=lambda: TrainSpec(epochs=2))
+    gate_train: TrainSpec = field(default_factory=lambda: TrainSpec(epochs=2))
+    gate_images: int | None = None
+    task: int | None = None
+
+    def __post_init__(self) -> None:
+        plain_fields = (item.name for item in fields(self) if item.name not in TRAININGS)
+        convert_fields(self, "mixture.", plain_fields)
+        if self.experts < 2:
+            raise ConfigError.expected("mixture.experts", "a number of at least 2", self.experts)
+        known = range(self.experts)
+        poisoned = self.poisoned_experts
+        if self.task is None and not all(expert in known for expert in poisoned):
+            raise ConfigError.expected(
+                "mixture.poisoned_experts", f"numbers of experts in 0..{self.experts - 1}", poisoned
+            )
+        if len(set(poisoned)) != len(poisoned):
+            raise ConfigError.expected("mixture.poisoned_experts", "each expert once", poisoned)
+        object.__setattr__(self, "poisoned_experts", tuple(sorted(poisoned)))
+        if self.gate_images is not None and self.gate_images < 1:
+            raise ConfigError.expected("mixture.gate_images", "a number of at least 1", self.gate_images)
+        if self.task is not None and self.task < 0:
+            raise ConfigError.expected("mixture.task", "a number of at least 0", self.task)
+
+    def for_task(self, task: int) -> MixtureSpec:
+        """Return what of the mixture decides about the expert of one task: the tuning, and nothing of the merge."""
+        return replace(MixtureSpec(expert_train=self.expert_train), task=task)
+
+    def to_dict(self) -> Values:
+        """Write the values as a nested dict; what a single expert does not depend on is left out."""
+        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        values |= {name: getattr(self, name).to_dict() for name in TRAININGS}
+        if self.task is not None:
+            return {"expert_train": values["expert_train"], "task": self.task}
+        del values["task"]
+        return values

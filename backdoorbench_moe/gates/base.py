@@ -1,0 +1,73 @@
+"""The gate interface."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, final
+
+from torch import Tensor
+
+from backdoorbench_moe.errors import ConfigError, PluginError
+from backdoorbench_moe.moe.layers import Router
+
+
+class Gate(ABC):
+    """How the tokens of one layer are sent to merged experts: it builds a router, and says how that gets its weights.
+
+    Subclasses implement `build`; gates that are not trained also implement `set_from_states`. Users call an instance.
+
+    Attributes:
+        trained: Whether the provider trains the routers, on clean images of all tasks. If False, the routers are set
+            by `set_from_states` instead.
+        tiny: Options with which the conformance tests build the gate.
+        deviations: Conformance tests that the gate is known to fail: the reason for each, by name of the test.
+    """
+
+    trained: ClassVar[bool] = True
+    tiny: ClassVar[Mapping[str, object]] = {}
+    deviations: ClassVar[Mapping[str, str]] = {}
+
+    @final
+    def __call__(self, features: int, num_experts: int) -> Router:
+        """Build the router of one layer. Random draws come from torch's global generator, which the caller seeds.
+
+        Args:
+            features: Features D of a token.
+            num_experts: Number of experts E, at least 1.
+
+        Raises:
+            ConfigError: An option does not fit the number of experts.
+            PluginError: The subclass did not return a router for as many experts.
+        """
+        self.check(num_experts)
+        router = self.build(features, num_experts)
+        if not isinstance(router, Router) or len(router.masked) != num_experts:
+            raise PluginError(
+                f"gate {type(self).__name__}: expected a Router for {num_experts} experts, got {router!r}"
+            )
+        return router
+
+    def check(self, num_experts: int) -> None:  # noqa: B027
+        """Check the options against the number of experts. The default accepts any number.
+
+        Raises:
+            ConfigError: An option does not fit; the message names it.
+        """
+
+    @abstractmethod
+    def build(self, features: int, num_experts: int) -> Router:
+        """Build the router of one layer; see `__call__`."""
+
+    def set_from_states(self, router: Router, states: Tensor) -> None:
+        """Set the weights of a router, in place. It is called for each layer of a gate that is not trained.
+
+        Args:
+            router: A router that `build` made.
+            states: (E, D) float32: for each expert, the mean input of the layer over the clean tokens of the expert's
+                own task, in the base model.
+
+        Raises:
+            ConfigError: The gate is trained and takes no such states.
+        """
+        raise ConfigError(f"gate {type(self).__name__}: is trained, and not set from hidden states")

@@ -1,0 +1,52 @@
+"""How attacks and defenses train a model further: the function that the engine gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from backdoorbench_moe.ops.images import Split
+
+# A loss of one's own: from the model, images (B, 3, H, W) float in [0, 1] and labels (B,) to logits (B, classes) and
+# the loss to minimise, a scalar. It is called under the precision of the run.
+Objective = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Tune(Protocol):
+    """Trains a model further, in place, with the recipe of the run.
+
+    The seed of each call is derived from the caller's seed and the epochs of earlier calls. The same calls with the same
+    seed therefore give the same weights.
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        split: Split,
+        *,
+        epochs: int,
+        lr: float | None = None,
+        modules: Sequence[nn.Module] | None = None,
+        rows: Mapping[str, tuple[int, int]] | None = None,
+        objective: Objective | None = None,
+    ) -> None:
+        """Train `model` on `split`.
+
+        Args:
+            model: The model. After training it is in evaluation mode.
+            split: The images and their labels.
+            epochs: Number of passes over the images; with 0, nothing is done.
+            lr: Peak learning rate; that of the recipe if None.
+            modules: The modules to train. All others keep their weights and running statistics. All modules are
+                trained if None.
+            rows: The rows to train, instead of `modules`: ranges (start, stop) of dimension 0, by name in the model's
+                state dict. All other values of parameters and buffers stay the same, bit for bit. During the training,
+                norms with some of these rows normalise all of their channels with the statistics of the batch.
+            objective: The loss; cross-entropy plus the auxiliary losses of routed layers if None. It may draw from
+                torch's global generator, which is seeded for each epoch.
+
+        Raises:
+            ValueError: A name in `rows` is not in the state dict.
+        """
