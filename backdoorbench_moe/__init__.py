@@ -37,6 +37,8 @@ _HOMES = {
     "list_applicators": "backdoorbench_moe.applicators",
     "create_attack": "backdoorbench_moe.attacks",
     "list_attacks": "backdoorbench_moe.attacks",
+    "create_splitter": "backdoorbench_moe.splitters",
+    "list_splitters": "backdoorbench_moe.splitters",
     "create_model": "backdoorbench_moe.models",
     "list_models": "backdoorbench_moe.models",
     "create_defense": "backdoorbench_moe.defenses",
@@ -50,6 +52,7 @@ _HOMES = {
     "Routing": "backdoorbench_moe.moe.routed",
     "Attack": "backdoorbench_moe.attacks.base",
     "PoisonPlan": "backdoorbench_moe.attacks.base",
+    "Splitter": "backdoorbench_moe.splitters.base",
     "Judgement": "backdoorbench_moe.defenses.judgement",
     "Defense": "backdoorbench_moe.defenses.base",
     "DefenseResult": "backdoorbench_moe.defenses.base",
@@ -81,6 +84,8 @@ if TYPE_CHECKING:
     from backdoorbench_moe.models import create_model, list_models
     from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
     from backdoorbench_moe.moe.structure import ChannelGroup
+    from backdoorbench_moe.splitters import create_splitter, list_splitters
+    from backdoorbench_moe.splitters.base import Splitter
     from backdoorbench_moe.triggers import create_trigger, list_triggers
     from backdoorbench_moe.triggers.base import Trigger
 
