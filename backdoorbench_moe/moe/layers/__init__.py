@@ -3,6 +3,7 @@
 A sparse layer has three independent parts: a `Router` decides which experts process each token, `dispatch` computes
 them, and `Experts` are what is computed. To add another gate, subclass `LinearRouter` (or `Router`, if the logits are
 not linear in the token); to add another kind of expert, subclass `Experts`. `SoftMoELayer` is the layer of Soft MoE.
+`MoEModel` is the base class of models with such layers.
 
 Axis letters: B batch, N tokens of an image, S tokens of the batch (S = B * N), T pairs of a token and an expert,
 P patches, E experts, K selected experts, s slots, D features.
@@ -19,6 +20,7 @@ from backdoorbench_moe.moe.layers.base import MoELayer, collect_routing
 from backdoorbench_moe.moe.layers.dispatching import combine, dispatch, scatter_outputs
 from backdoorbench_moe.moe.layers.experts import Experts, MLPExperts, StackedLinear
 from backdoorbench_moe.moe.layers.losses import importance_loss, load_loss, squared_variation
+from backdoorbench_moe.moe.layers.model import MoEModel
 from backdoorbench_moe.moe.layers.routers import (
     ExpertChoiceRouter,
     LinearRouter,
@@ -37,6 +39,7 @@ __all__ = [
     "LinearRouter",
     "MLPExperts",
     "MoELayer",
+    "MoEModel",
     "Router",
     "RouterOutput",
     "SoftMoELayer",
