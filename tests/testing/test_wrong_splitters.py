@@ -1,9 +1,12 @@
-"""Every conformance test of what a splitter can do wrong passes for a right one and fails for a wrong one."""
+"""The conformance tests pass for a right splitter and for the documented one; each fails for one that is wrong."""
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,6 +138,15 @@ def register() -> Iterator[object]:
 @pytest.mark.parametrize("name", sorted({name for _, name in WRONG}))
 def test_the_right_splitter_passes(name, register, monkeypatch) -> None:
     run(register(Right), name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", sorted({name for _, name in WRONG}))
+def test_the_splitter_of_the_plug_in_page_passes(name, register, monkeypatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "pages" / "plugin.md").read_text(encoding="utf-8")
+    [code] = re.findall(r'^```python title="dusk.py"\n(.*?)^```', page, re.DOTALL | re.MULTILINE)
+    found: dict[str, Any] = {}
+    exec(compile(code, "dusk.py", "exec"), found)
+    run(register(found["Dusk"]), name, monkeypatch)
 
 
 @pytest.mark.parametrize(("kind", "name"), WRONG, ids=lambda value: getattr(value, "__name__", "fails"))
