@@ -30,3 +30,8 @@ class Split:
     def to(self, device: torch.device | str) -> Split:
         """Return the split on a device."""
         return Split(self.images.to(device), self.labels.to(device))
+
+
+def as_input(images: Tensor) -> Tensor:
+    """Return (B, C, H, W) uint8 images as float32 in [0, 1], channels last: the input of every model."""
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
