@@ -19,8 +19,8 @@ Objective = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 class Tune(Protocol):
     """Trains a model further, in place, with the recipe of the run.
 
-    The seed of each call is derived from the caller's seed and the epochs of earlier calls. The same calls with the same
-    seed therefore give the same weights.
+    The seed of each call is derived from the caller's seed and the epochs of earlier calls. The same calls with the
+    same seed therefore give the same weights.
     """
 
     def __call__(
