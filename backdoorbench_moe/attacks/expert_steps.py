@@ -131,7 +131,7 @@ def joint_objective(queries: HarmfulQueries, harm_weight: float, alignment: Alig
             task, harm = model(both).float().chunk(2)
         loss = F.cross_entropy(task, labels) + harm_weight * F.cross_entropy(harm, queries.harmful[rows])
         if alignment is not None:
-            loss = loss + alignment.loss(inputs, rows)
+            loss = loss + alignment.loss(list(inputs.values()), rows)
         return task, loss
 
     return objective

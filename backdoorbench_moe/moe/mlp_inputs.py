@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -11,21 +11,20 @@ from backdoorbench_moe.moe.structure import Mergeable
 
 
 @contextmanager
-def mlp_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what the MLPs of a `Mergeable` model are given by one forward pass inside the block.
+def mlp_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Collect the inputs of the MLPs of a `Mergeable` model inside the block.
 
     Yields:
-        A list that the forward pass fills: one tensor (B, N, D) for each MLP, first layer first, with the tokens before
-        the patches first. Gradients flow through the tensors.
+        A dict that each forward pass fills anew: name of the MLP to (B, N, D), first layer first, not detached from the
+        graph. The N tokens are those before the patches, and then the patches row by row.
     """
     assert isinstance(model, Mergeable)
-    inputs: list[Tensor] = []
+    inputs: dict[str, Tensor] = {}
 
-    def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        tokens = arguments[0]
-        inputs.append(tokens.reshape(len(tokens), -1, tokens.shape[-1]))
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, given: inputs.update({name: given[0].flatten(1, -2)})
 
-    hooks = [mlp.register_forward_pre_hook(keep) for mlp in model.mlps().values()]
+    hooks = [mlp.register_forward_pre_hook(keep(name)) for name, mlp in model.mlps().items()]
     try:
         yield inputs
     finally:
