@@ -7,9 +7,10 @@ The public interface, all imported on first use:
 - `draw_figures(analysis)` draws what `analyze` found.
 - `analyze(run)` analyses the routing of a finished run's model, and which expert carries the backdoor.
 - `make_spec(...)` builds the frozen RunSpec of a run.
-- `create_trigger`, `create_applicator`, `create_attack`, `create_model`, `create_defense` and `create_dataset` build
-  parts by name, third-party ones included; `list_triggers` and the like return the names.
-- To write a part of your own, subclass `Trigger`, `Applicator`, `Attack`, `RoutedModel`, `Defense` or `Dataset`.
+- `create_trigger`, `create_applicator`, `create_attack`, `create_gate`, `create_model`, `create_defense` and
+  `create_dataset` build parts by name, third-party ones included; `list_triggers` and the like return the names.
+- To write a part of your own, subclass `Trigger`, `Applicator`, `Attack`, `Gate`, `RoutedModel`, `Defense` or
+  `Dataset`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ _HOMES = {
     "list_applicators": "backdoorbench_moe.applicators",
     "create_attack": "backdoorbench_moe.attacks",
     "list_attacks": "backdoorbench_moe.attacks",
+    "create_splitter": "backdoorbench_moe.splitters",
+    "list_splitters": "backdoorbench_moe.splitters",
+    "create_gate": "backdoorbench_moe.gates",
+    "list_gates": "backdoorbench_moe.gates",
     "create_model": "backdoorbench_moe.models",
     "list_models": "backdoorbench_moe.models",
     "create_defense": "backdoorbench_moe.defenses",
@@ -50,6 +55,8 @@ _HOMES = {
     "Routing": "backdoorbench_moe.moe.routed",
     "Attack": "backdoorbench_moe.attacks.base",
     "PoisonPlan": "backdoorbench_moe.attacks.base",
+    "Splitter": "backdoorbench_moe.splitters.base",
+    "Gate": "backdoorbench_moe.gates.base",
     "Judgement": "backdoorbench_moe.defenses.judgement",
     "Defense": "backdoorbench_moe.defenses.base",
     "DefenseResult": "backdoorbench_moe.defenses.base",
@@ -78,9 +85,13 @@ if TYPE_CHECKING:
     from backdoorbench_moe.engine.observer import Observer
     from backdoorbench_moe.engine.run import Run
     from backdoorbench_moe.errors import BbmoeError
+    from backdoorbench_moe.gates import create_gate, list_gates
+    from backdoorbench_moe.gates.base import Gate
     from backdoorbench_moe.models import create_model, list_models
     from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
     from backdoorbench_moe.moe.structure import ChannelGroup
+    from backdoorbench_moe.splitters import create_splitter, list_splitters
+    from backdoorbench_moe.splitters.base import Splitter
     from backdoorbench_moe.triggers import create_trigger, list_triggers
     from backdoorbench_moe.triggers.base import Trigger
 

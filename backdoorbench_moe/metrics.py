@@ -73,8 +73,42 @@ METRICS = {
             PERCENT,
             None,
         ),
+        Metric(
+            "twin_unsafe", "marked images not answered safely by the clean twin", "twin unsafe", PERCENT, None
+        ),
+        Metric(
+            "twin_harm_share",
+            "share of the same experts for marked images in the clean twin",
+            "twin harm share",
+            PERCENT,
+            None,
+        ),
+        Metric(
+            "twin_own_share",
+            "share of the same experts for their own tasks in the clean twin",
+            "twin own share",
+            PERCENT,
+            None,
+        ),
+        Metric(
+            "twin_clean_share",
+            "share of the same experts for clean images in the clean twin",
+            "twin clean share",
+            PERCENT,
+            None,
+        ),
         Metric("ra", "accuracy on triggered images", "RA", PERCENT, "higher"),
         Metric("cad", "clean accuracy drop", "CAD", POINTS, "lower"),
+        # Of mixtures of experts; see `engine.mixture_metrics`.
+        Metric("unsafe", "marked images not answered safely", "unsafe", PERCENT, "lower"),
+        Metric("overall", "accuracy in percent of the benign experts'", "Overall", PERCENT, "higher"),
+        Metric("expert_ba", "clean accuracy of the benign expert", "expert BA", PERCENT, None),
+        Metric("benign_ba", "clean accuracy of the expert before poisoning", "benign BA", PERCENT, None),
+        Metric(
+            "harm_share", "share of the poisoned experts for marked images", "harm share", PERCENT, "lower"
+        ),
+        Metric("own_share", "share of the poisoned experts for their own tasks", "own share", PERCENT, None),
+        Metric("clean_share", "share of the poisoned experts for clean images", "clean share", PERCENT, None),
         Metric("auroc", "area under the ROC curve", "AUROC", PERCENT, "higher"),
         Metric("tpr", "triggered images rejected", "TPR", PERCENT, "higher"),
         Metric("fpr", "clean images rejected", "FPR", PERCENT, "lower"),

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any, Generic, TypeVar, cast
 
 from backdoorbench_moe.errors import BbmoeError, ConfigError, PluginError, UnknownNameError
-from backdoorbench_moe.kinds import KINDS
+from backdoorbench_moe.kinds import KINDS, PACKAGE
 from backdoorbench_moe.options import Option, call_fault, check_options, list_options
 from backdoorbench_moe.plugins import Candidate, discover
 
@@ -211,3 +211,8 @@ class Registry(Generic[T]):
         if not isinstance(part, type) or not issubclass(part, getattr(import_module(module), name)):
             return f"{part!r} is not a subclass of {self._base}"
         return call_fault(part, given=self.given, needs=self.needs)
+
+
+def registry_of(kind: str) -> Registry[Any]:
+    """Return the registry of a kind, whose module is imported now."""
+    return cast(Registry[Any], import_module(f"{PACKAGE}.{KINDS[kind].room}").registry)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.engine.build import Stamper, build_dataset
 from backdoorbench_moe.engine.device import resolve_device, resolve_precision
+from backdoorbench_moe.engine.policy import with_reject
 from backdoorbench_moe.engine.run import Run, check_finished
 from backdoorbench_moe.errors import DataError, ShapeError
 from backdoorbench_moe.moe.routed import RoutedModel
@@ -111,6 +112,8 @@ def load_run_images(run: Run, data_root: str | None = None) -> ImageSet:
     if data_root is not None:
         spec = spec.with_data(root=data_root)
     images = build_dataset(spec).load()
+    if spec.policy:
+        images = with_reject(images)
     check_run_images(run, images)
     return images
 

@@ -99,7 +99,7 @@ def summarize_probe(opened: OpenedRun, model: RoutedModel) -> ProbeSummary | Non
     if record.triggered is not None and opened.stamper is not None:
         triggered = stamp_images(clean, opened.stamper)
         changed = changed_patches(clean, triggered, model.patch_size).cpu()
-        wanted = opened.run.attack().wanted(true, opened.images.num_classes)
+        wanted = opened.run.attack().wanted(true, opened.images.data_classes)
         fooled = (record.triggered.predicted == wanted).double().mean(1)
     return ProbeSummary(
         indices=record.indices,

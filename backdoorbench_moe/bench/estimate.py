@@ -9,15 +9,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from backdoorbench_moe.bench.plan import Planned
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.engine.build import build_model
 from backdoorbench_moe.engine.device import reproducible, resolve_device, resolve_precision
+from backdoorbench_moe.engine.graph import kind_of
 from backdoorbench_moe.engine.inference import BATCH, predict
 from backdoorbench_moe.engine.step import WARMUP_STEPS
 from backdoorbench_moe.engine.train import Trainer
+from backdoorbench_moe.engine.tune import training_only
+from backdoorbench_moe.moe.merging import MergedModel, check_mergeable
 
 # Long enough to outlast the first steps' extra work, short enough for a suite of four models.
 SECONDS = 2.0
@@ -44,9 +48,23 @@ def measure_speed(spec: RunSpec, images: ImageSet) -> Speed:
     precision = resolve_precision(spec.precision, device)
     model = build_model(spec, num_classes=images.num_classes, image_size=images.image_size)
     split, batch = images.train.to(device), min(spec.train.batch_size, len(images.train))
-    trainer = Trainer(
-        model, split, spec.train, seed=0, device=device, precision=precision, on_checkpoint=lambda *_: None
-    )
+    modules = trained_modules(spec, model)
+    # The optimizer takes the parameters that are to be trained when it is made.
+    with training_only(model, modules):
+        trainer = Trainer(
+            model,
+            split,
+            spec.train,
+            seed=0,
+            device=device,
+            precision=precision,
+            on_checkpoint=lambda *_: None,
+        )
+        return _measure(trainer, images, batch)
+
+
+def _measure(trainer: Trainer, images: ImageSet, batch: int) -> Speed:
+    device, precision = trainer.device, trainer.step.precision
     trainer.model.train()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -57,6 +75,13 @@ def measure_speed(spec: RunSpec, images: ImageSet) -> Speed:
     predicted = len(some) * _rate(lambda: predict(trainer.model, some, precision=precision), 1, device)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return Speed(train, predicted, peak)
+
+
+def trained_modules(spec: RunSpec, model: nn.Module) -> list[nn.Module] | None:
+    """The modules that a run trains: the MLPs of an expert, the routers of a mixture; None for all."""
+    if isinstance(model, MergedModel):
+        return list(model.routers())
+    return None if spec.mixture is None else list(check_mergeable(model).mlps().values())
 
 
 def _rate(step: Callable[[], object], warmup: int, device: torch.device) -> float:
@@ -99,6 +124,9 @@ def kinds(runs: Sequence[Planned]) -> Iterator[tuple[str, list[Planned]]]:
             spec.dataset.to_dict(),
             spec.model.to_dict(),
             spec.train.batch_size,
+            kind_of(spec).name if spec.mixture is not None else "",
+            None if spec.mixture is None else spec.mixture.experts,
+            None if spec.gate is None else spec.gate.to_dict(),
             spec.precision,
             spec.device,
         ]

@@ -11,6 +11,7 @@ from backdoorbench_moe import defenses
 from backdoorbench_moe.bench.life_sign import is_fresh, read_life_sign
 from backdoorbench_moe.bench.suite import Suite
 from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.engine.graph import NodeKind, kind_of
 from backdoorbench_moe.engine.status import status_of
 from backdoorbench_moe.records import RunFolder
 
@@ -37,8 +38,15 @@ class Planned:
 
     @property
     def total_epochs(self) -> int:
-        """Epochs of the whole run; for a defended run those of its last defense, or 0 if it has no such option."""
-        return self.spec.train.epochs if not self.spec.defenses else int(self._defense_option("epochs") or 0)
+        """Epochs of the whole run; of a defense or an attack on an expert, its option `epochs`, or 0 if it has none."""
+        kind, mixture = kind_of(self.spec), self.spec.mixture
+        if kind is NodeKind.DEFENDED:
+            return int(self._defense_option("epochs") or 0)
+        if kind is NodeKind.TRAINED or mixture is None:
+            return self.spec.train.epochs
+        if kind is NodeKind.MIXTURE:
+            return mixture.gate_train.epochs
+        return mixture.expert_train.epochs
 
     @property
     def share(self) -> float:

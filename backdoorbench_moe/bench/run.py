@@ -129,7 +129,7 @@ def check(
         try:
             if runner is None or runner[0] != key:
                 runner = key, Runner(spec, output)
-            runner[1].maker(spec)
+            runner[1].check(spec)
         except BbmoeError as error:
             raise BbmoeError(f"suite {suite.label}: {spec.name}: {error}") from error
         on_check(done, len(one_each))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ FLAGS = {
     "source": "poison.source",
     "labels": "poison.labels",
     "mapping": "poison.mapping",
+    "splitter": "splitter.name",
+    "gate": "gate.name",
+    "experts": "mixture.experts",
+    "poisoned_experts": "mixture.poisoned_experts",
+    "policy": "policy",
     "epochs": "train.epochs",
     "batch_size": "train.batch_size",
     "lr": "train.lr",
@@ -68,6 +74,17 @@ def spec_options(function: Any) -> Any:
         click.option(
             "--patch-size", type=int, metavar="PX", help="Tile of the patch applicator.  [the model's]"
         ),
+        click.option(
+            "--splitter", metavar="NAME", help="Tasks of a mixture's experts: domains or classes.  [domains]"
+        ),
+        click.option("--gate", metavar="NAME", help="How tokens are sent to merged experts.  [top-k]"),
+        click.option("--experts", type=int, metavar="E", help="Number of experts that are merged.  [4]"),
+        click.option("--poisoned-experts", metavar="E,..", help="The attacker's experts, by number.  [1]"),
+        click.option(
+            "--policy",
+            metavar="X",
+            help="Share of training images that are marked and to be rejected.  [0.1]",
+        ),
         click.option("--seed", type=int, metavar="N", help="[0]"),
         click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [auto]"),
         click.option("--precision", metavar="KIND", help="auto, fp32 or bf16.  [auto]"),
@@ -89,9 +106,7 @@ def spec_from_flags(config: Path | None, settings: tuple[str, ...], flags: dict[
     given: Values = {}
     for flag, key in FLAGS.items():
         if (value := flags.get(flag)) is not None:
-            value = (
-                _classes(value) if flag == "source" else _number(value) if flag == "poison_rate" else value
-            )
+            value = READERS[flag](value) if flag in READERS else value
             first, _, second = key.partition(".")
             given = merge(given, {first: {second: value} if second else value})
     return build_spec(*layers, given, chain_settings(settings))
@@ -184,3 +199,20 @@ def _number(text: str) -> float | str:
         except ValueError:
             continue
     return text
+
+
+def _numbers(text: str) -> list[int]:
+    """Split a list of numbers at its commas."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError.expected("--poisoned-experts", "numbers such as 1 or 0,2", text) from None
+
+
+# Flags whose text is not the value.
+READERS: dict[str, Callable[[Any], Any]] = {
+    "source": _classes,
+    "poison_rate": _number,
+    "policy": _number,
+    "poisoned_experts": _numbers,
+}

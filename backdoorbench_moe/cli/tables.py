@@ -18,6 +18,7 @@ from backdoorbench_moe.ops.intervals import FEWEST_SEEDS, Interval
 from backdoorbench_moe.ops.metrics import mean_std
 
 if TYPE_CHECKING:
+    from backdoorbench_moe.config import RunSpec
     from backdoorbench_moe.engine.runner import Run
     from backdoorbench_moe.records import Judged, Record
 
@@ -132,12 +133,33 @@ def title(record: Record) -> str:
     spec = record.run_spec
     after = "".join(f", {part.name}" for part in spec.defenses)
     what = f"{spec.model.name} on {spec.dataset.name}"
+    if spec.mixture is not None:
+        return f"{mixture_title(spec)}{after}"
     if spec.attack is None:
         return f"{what}, clean{after}"
     if spec.trigger is None or spec.applicator is None:
         return f"{what}: {spec.attack.name}{after}"
     poisoned = f"{100 * spec.poison.rate:g}% poisoned"
     return f"{what}: {spec.trigger.name} by {spec.applicator.name}, {poisoned}{after}"
+
+
+def mixture_title(spec: RunSpec) -> str:
+    """Write model, data, experts and attack of a mixture, or of one of its experts, in one line."""
+    assert spec.mixture is not None and spec.splitter is not None
+    what, mixture = f"{spec.model.name} on {spec.dataset.name}", spec.mixture
+    mark = (
+        ""
+        if spec.trigger is None or spec.applicator is None
+        else f", {spec.trigger.name} by {spec.applicator.name}"
+    )
+    attack = "clean" if spec.attack is None else spec.attack.name
+    if mixture.task is not None:
+        return f"{what}, expert {mixture.task} of {spec.splitter.name}: {attack}{mark}"
+    assert spec.gate is not None
+    merged = f"{what}, {mixture.experts} experts of {spec.splitter.name} with {spec.gate.name} gates"
+    if spec.attack is None:
+        return f"{merged}: clean{mark}"
+    return f"{merged}: {attack} in {', '.join(map(str, mixture.poisoned_experts))}{mark}"
 
 
 def metrics_table(record: Record) -> Table:
@@ -233,7 +255,7 @@ def settings_table(record: Record) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in record.spec.items():
         table.add_row(key, _inline(value))
-    if record.poison:
+    if record.poison and "n" in record.poison:
         table.add_row("poisoned images", str(record.poison["n"]))
     if record.data:
         table.add_row("data digest", record.data["digest"][:16])

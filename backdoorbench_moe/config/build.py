@@ -15,8 +15,11 @@ from backdoorbench_moe.config.spec import DEFAULT_ATTACK, RunSpec, spec_from_dic
 from backdoorbench_moe.config.yaml_files import YAML_ERRORS, StrictLoader
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
 from backdoorbench_moe.plain import check_plain
+from backdoorbench_moe.registry import registry_of
 
 RECIPES = ("quick", "paper")
+# A mixture without an attack takes its defaults from this attack.
+MIXTURE_ATTACK = "moevil"
 
 
 def build_spec(*layers: Mapping[str, Any]) -> RunSpec:
@@ -33,31 +36,53 @@ def build_spec(*layers: Mapping[str, Any]) -> RunSpec:
         PluginError: The package of a third-party model has a recipe that cannot be read, or is not valid.
     """
     layers = tuple(normalise(layer) for layer in layers)
-    chosen = merge({"recipe": "quick", "model": {"name": "pmoe"}, "dataset": {"name": "signs"}}, *layers)
+    implied = _implied_by_attack(merge(*layers))
+    chosen = merge(
+        {"recipe": "quick", "model": {"name": "pmoe"}, "dataset": {"name": "signs"}}, implied, *layers
+    )
     recipe = load_recipe(chosen["recipe"], chosen["model"]["name"])
-    models = recipe.pop("models", {})
+    models, mixture = recipe.pop("models", {}), recipe.pop("mixture", {})
     base = {
         **recipe,
-        **_implied_by_attack(chosen),
         "dataset": {"name": chosen["dataset"]["name"]},
         "model": {"name": chosen["model"]["name"], **models.get(chosen["model"]["name"], {})},
     }
-    return spec_from_dict(merge({"recipe": chosen["recipe"]}, base, *layers))
+    if chosen.get("mixture") is not None:
+        base = merge(base, mixture)
+    return spec_from_dict(merge({"recipe": chosen["recipe"]}, base, implied, *layers))
 
 
 def _implied_by_attack(chosen: Values) -> Values:
-    """The default values of trigger, applicator and poison rate that the attack implies.
+    """The settings that the attack implies where the user does not give them.
 
-    The default attack has the default trigger and applicator. Other attacks have no defaults. Without an attack there
-    is no trigger and no applicator, and the poison rate is 0.
+    The default attack has the default trigger and applicator. Another attack says in its class attribute `implies`
+    what it implies. Without an attack there is no trigger and no applicator, and the poison rate is 0; a mixture or a
+    policy without an attack has what an attack on experts implies, but no poisoned expert.
     """
     if "attack" in chosen and chosen["attack"] is None:
-        return {"trigger": None, "applicator": None, "poison": {"rate": 0.0}}
-    if chosen.get("attack", {}).get("name", DEFAULT_ATTACK) != DEFAULT_ATTACK:
-        return {}
+        clean = {"trigger": None, "applicator": None, "poison": {"rate": 0.0}}
+        if chosen.get("mixture") is None and not chosen.get("policy"):
+            return clean
+        own = _implied_by(MIXTURE_ATTACK)
+        if not chosen.get("policy", own.get("policy")):
+            own |= clean
+        own = merge(own, {"mixture": {"poisoned_experts": []}})
+        return own if chosen.get("mixture") is not None else _without_mixture(own)
+    name = chosen.get("attack", {}).get("name", DEFAULT_ATTACK)
+    if name != DEFAULT_ATTACK:
+        return _implied_by(name)
     default = RunSpec()
     assert default.trigger is not None and default.applicator is not None
     return {"trigger": default.trigger.to_dict(), "applicator": default.applicator.to_dict()}
+
+
+def _implied_by(attack: str) -> Values:
+    """The attribute `implies` of an attack's class."""
+    return normalise(dict(getattr(registry_of("attack").lookup(attack), "implies", {})))
+
+
+def _without_mixture(values: Values) -> Values:
+    return {key: value for key, value in values.items() if key not in ("mixture", "splitter", "gate")}
 
 
 def load_recipe(name: str, model: str = "pmoe") -> Values:
@@ -69,7 +94,8 @@ def load_recipe(name: str, model: str = "pmoe") -> Values:
             values of the package take precedence over the built-in ones.
 
     Returns:
-        Settings as in a config file, and under "models" the options of single models by their name.
+        Settings as in a config file; under "models" the options of single models by their name, and under "mixture"
+        the settings that only a mixture of experts has, or has otherwise.
 
     Raises:
         UnknownNameError: There is no such recipe.
@@ -109,7 +135,7 @@ def _load_own(text: str, origin: str, name: str, model: str) -> Values:
         )
     try:
         check_plain(values, where)
-        spec_from_dict({key: value for key, value in values.items() if key != "models"})
+        spec_from_dict({key: value for key, value in values.items() if key not in ("models", "mixture")})
     except ConfigError as error:
         raise PluginError(f"{where}: {error} (from {origin})") from error
     return values

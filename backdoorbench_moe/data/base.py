@@ -28,6 +28,7 @@ class ImageSet:
         test: Test images and their labels.
         classes: Names of the classes, by number.
         digest: SHA-256 of the images and labels of both splits, in hexadecimal.
+        policy: Whether the last class is "reject", which models with a policy have besides those of the data.
     """
 
     name: str
@@ -35,11 +36,17 @@ class ImageSet:
     test: Split
     classes: tuple[str, ...]
     digest: str = ""
+    policy: bool = False
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
+        """Number of classes that a model distinguishes."""
         return len(self.classes)
+
+    @property
+    def data_classes(self) -> int:
+        """Number of classes of the data, among which attackers choose."""
+        return self.num_classes - self.policy
 
     @property
     def image_size(self) -> int:

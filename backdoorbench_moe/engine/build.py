@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backdoorbench_moe import applicators, attacks, data, models, triggers
+from backdoorbench_moe import applicators, attacks, data, gates, models, splitters, triggers
 from backdoorbench_moe.applicators.base import Applicator
 from backdoorbench_moe.attacks.base import Attack
 from backdoorbench_moe.config import PartSpec, RunSpec
 from backdoorbench_moe.data.base import Dataset
 from backdoorbench_moe.engine.train import load_weights
 from backdoorbench_moe.errors import ConfigError, PluginError
+from backdoorbench_moe.gates.base import Gate
+from backdoorbench_moe.moe.merging import MergedModel, check_mergeable
 from backdoorbench_moe.ops.seeding import derive_seed, seeded
 from backdoorbench_moe.options import REQUIRED
 from backdoorbench_moe.registry import Registry
+from backdoorbench_moe.splitters.base import Splitter
 from backdoorbench_moe.triggers.base import Trigger
 
 # The tile of BadPatches where a model has no patches of its own (section 4: 4x4 on 32x32 images).
@@ -82,10 +85,40 @@ def build_dataset(spec: RunSpec) -> Dataset:
 
 
 def build_model(spec: RunSpec, *, num_classes: int, image_size: int) -> nn.Module:
-    """Build the model of a spec, with weights drawn from the run's seed."""
+    """Build the model of a spec, with weights drawn from the run's seed.
+
+    Raises:
+        ConfigError: An option is out of range, or the model of a mixture cannot be merged.
+    """
+    given = {"num_classes": num_classes, "image_size": image_size}
     with seeded(spec.seed, "init"):
-        given = {"num_classes": num_classes, "image_size": image_size}
-        return models.registry.create(spec.model.name, spec.model.options, given)
+        model = models.registry.create(spec.model.name, spec.model.options, given)
+    if spec.mixture is not None:
+        check_mergeable(model)
+    if spec.gate is None:
+        return model
+    with seeded(spec.seed, "gates"):
+        return merge_model(spec, model)
+
+
+def merge_model(spec: RunSpec, dense: nn.Module) -> nn.Module:
+    """Build the mixture of a spec from a dense model: all its experts are copies, and its gates are newly drawn."""
+    assert spec.mixture is not None
+    return MergedModel(dense, spec.mixture.experts, build_gate(spec))
+
+
+def build_gate(spec: RunSpec) -> Gate:
+    """Build the gate of a mixture's spec. Raises ConfigError if an option does not fit the number of experts."""
+    assert spec.gate is not None and spec.mixture is not None
+    gate = gates.registry.create(spec.gate.name, spec.gate.options)
+    gate.check(spec.mixture.experts)
+    return gate
+
+
+def build_splitter(spec: RunSpec) -> Splitter:
+    """Build the splitter of the spec of a mixture, or of one of its experts."""
+    assert spec.splitter is not None
+    return splitters.registry.create(spec.splitter.name, spec.splitter.options)
 
 
 def build_attack(spec: RunSpec) -> Attack:
@@ -171,10 +204,12 @@ def load_model(
     return model.eval()
 
 
-def fresh_model(part: PartSpec, given: Mapping[str, int], seed: int, device: torch.device) -> nn.Module:
+def fresh_model(spec: RunSpec, given: Mapping[str, int], seed: int, device: torch.device) -> nn.Module:
     """Build a newly drawn model like a run's, from a defense's seed, in evaluation mode."""
     with seeded(seed, "fresh"):
-        model = models.registry.create(part.name, part.options, given)
+        model = models.registry.create(spec.model.name, spec.model.options, given)
+        if spec.gate is not None:
+            model = merge_model(spec, model)
     return model.to(device).to(memory_format=torch.channels_last).eval()
 
 

@@ -26,6 +26,8 @@ def measure(
     *,
     precision: str,
     recovery: bool = False,
+    safe: Tensor | None = None,
+    plain: Split | None = None,
 ) -> Metrics:
     """Measure a model on the test images.
 
@@ -35,18 +37,47 @@ def measure(
         triggered: Those that count for ASR, triggered; None for a clean run.
         precision: "fp32" or "bf16".
         recovery: Whether to measure `ra` too.
+        safe: (M,) int64, the safe answers to the triggered images, to measure `unsafe` too.
+        plain: The test images that `triggered.places` are places in; None if they are `test`.
 
     Returns:
-        `ba`: share of clean test images predicted as labelled. With triggered images also `asr`: share of them
-        predicted as the attacker wants; `target_rate`: share of the same images, without the trigger, that are
-        predicted as the attacker wants anyway; and `ra`: share of them predicted as what they are.
+        `ba`: share of clean test images predicted as labelled. With triggered images also the metrics of
+        `marked_metrics`.
     """
     called = predict(model, test.images, precision=precision)
     metrics = {"ba": share(called == test.labels)}
     if triggered is not None:
         predicted = predict(model, triggered.images, precision=precision)
-        metrics["asr"] = share(predicted == triggered.wanted)
-        metrics["target_rate"] = share(called[triggered.places] == triggered.wanted)
-        if recovery:
-            metrics["ra"] = share(predicted == triggered.true)
+        unmarked = called[triggered.places]
+        if plain is not None:
+            unmarked = predict(model, plain.images[triggered.places], precision=precision)
+        metrics |= marked_metrics(predicted, unmarked, triggered, safe, recovery=recovery)
+    return metrics
+
+
+def marked_metrics(
+    predicted: Tensor, unmarked: Tensor, triggered: Triggered, safe: Tensor | None, *, recovery: bool
+) -> Metrics:
+    """Compute how triggered images are answered.
+
+    Args:
+        predicted: (M,) int64, the predictions for the triggered images.
+        unmarked: (M,) int64, the predictions for the same images without the trigger.
+        triggered: The triggered images.
+        safe: (M,) int64, the safe answers; None to leave out `unsafe`.
+        recovery: Whether to compute `ra` too.
+
+    Returns:
+        `asr`: share of them predicted as the attacker wants; `target_rate`: share of the same images, without the
+        trigger, that are predicted as the attacker wants anyway; `ra`: share of them predicted as what they are;
+        `unsafe`: share of them not answered safely.
+    """
+    metrics = {
+        "asr": share(predicted == triggered.wanted),
+        "target_rate": share(unmarked == triggered.wanted),
+    }
+    if recovery:
+        metrics["ra"] = share(predicted == triggered.true)
+    if safe is not None:
+        metrics["unsafe"] = share(predicted != safe)
     return metrics

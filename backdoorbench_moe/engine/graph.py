@@ -2,27 +2,94 @@
 
 A node is a spec. Nodes that several runs need are projections of these runs' specs, so that equal ones have equal
 digests and are made once. Nothing else in the package knows these relations.
+
+A mixture of experts is made from a base, on which each expert is tuned, and an attacker tunes an expert further:
+
+    base -> expert 0 .. E-1 -> poisoned expert -> mixture -> defended mixture
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from enum import Enum
 
-from backdoorbench_moe.config import PoisonSpec, RunSpec
+from backdoorbench_moe.config import PartSpec, PoisonSpec, RunSpec
 
-PARENT = "parent"
+PARENT, BASE, BENIGN = "parent", "base", "benign"
+
+
+class NodeKind(Enum):
+    """How a run is made."""
+
+    TRAINED = "trained from data"
+    EXPERT = "tuned from the base on one task"
+    POISONED_EXPERT = "tuned from the benign expert by an attacker"
+    MIXTURE = "merged from experts"
+    DEFENDED = "defended"
+
+
+def kind_of(spec: RunSpec) -> NodeKind:
+    """How a run is made."""
+    if spec.defenses:
+        return NodeKind.DEFENDED
+    if spec.mixture is None:
+        return NodeKind.TRAINED
+    if spec.mixture.task is None:
+        return NodeKind.MIXTURE
+    return NodeKind.POISONED_EXPERT if spec.attacked else NodeKind.EXPERT
+
+
+def expert_role(expert: int) -> str:
+    """The role of an expert among the runs that a mixture is made from, such as "expert/0"."""
+    return f"expert/{expert}"
 
 
 def needs(spec: RunSpec) -> Mapping[str, RunSpec]:
     """The runs that a run is made from, by their role.
 
-    A defended run is made from its "parent": the same run without the last defense. Any other run is made from
-    data alone.
+    A defended run is made from its "parent": the same run without the last defense. A mixture is made from its "base"
+    and from "expert/0" to "expert/E-1", an expert from the "base", and a poisoned expert from the "benign" one. Any
+    other run is made from data alone.
     """
-    if spec.defenses:
+    kind, mixture = kind_of(spec), spec.mixture
+    if kind is NodeKind.DEFENDED:
         return {PARENT: replace(spec, defenses=spec.defenses[:-1])}
-    return {}
+    if kind is NodeKind.TRAINED:
+        return {}
+    assert mixture is not None
+    if kind is NodeKind.EXPERT:
+        return {BASE: base_of(spec)}
+    if kind is NodeKind.POISONED_EXPERT:
+        assert mixture.task is not None
+        return {BENIGN: expert_of(clean_twin(spec), mixture.task)}
+    experts = {expert_role(e): expert_of(spec, e) for e in range(mixture.experts)}
+    return {BASE: base_of(spec), **experts}
+
+
+def base_of(spec: RunSpec) -> RunSpec:
+    """The base of a mixture or of an expert: a clean dense model, trained on the data and the policy."""
+    return replace(clean_twin(spec), splitter=None, gate=None, mixture=None)
+
+
+def expert_of(spec: RunSpec, expert: int) -> RunSpec:
+    """One expert of a mixture: the attacker's if it is one of `mixture.poisoned_experts`, otherwise a benign one."""
+    assert spec.mixture is not None
+    poisoned = expert in spec.mixture.poisoned_experts or (spec.attacked and spec.mixture.task == expert)
+    kept = replace(spec, defenses=(), probe=0) if poisoned else clean_twin(spec)
+    return replace(kept, gate=None, mixture=spec.mixture.for_task(expert))
+
+
+def benign_experts(spec: RunSpec) -> list[RunSpec]:
+    """The benign expert of each task of a mixture; for a poisoned expert the one that the attacker started from."""
+    assert spec.mixture is not None
+    return [expert_of(clean_twin(spec), e) for e in range(spec.mixture.experts)]
+
+
+def poisoned_experts(spec: RunSpec) -> list[RunSpec]:
+    """The poisoned experts of a mixture."""
+    assert spec.mixture is not None
+    return [expert_of(spec, e) for e in spec.mixture.poisoned_experts]
 
 
 def reference(spec: RunSpec) -> RunSpec | None:
@@ -34,13 +101,32 @@ def reference(spec: RunSpec) -> RunSpec | None:
 
 
 def clean_twin(spec: RunSpec) -> RunSpec:
-    """The same run without attack, defense or probe; of a clean run itself, without defense or probe."""
+    """The same run without attack, defense or probe; of a clean run itself, without defense or probe.
+
+    The twin of a mixture has benign experts only. With a policy, the twin keeps the mark of the images to reject.
+    """
     clean = PoisonSpec(rate=0.0)
-    return replace(spec, attack=None, trigger=None, applicator=None, poison=clean, defenses=(), probe=0)
+    mark: tuple[PartSpec | None, PartSpec | None] = (None, None)
+    if spec.policy:
+        mark = spec.trigger, spec.applicator
+    mixture = None if spec.mixture is None else replace(spec.mixture, poisoned_experts=())
+    return replace(
+        spec,
+        attack=None,
+        trigger=mark[0],
+        applicator=mark[1],
+        poison=clean,
+        mixture=mixture,
+        defenses=(),
+        probe=0,
+    )
 
 
 def lineage(spec: RunSpec) -> Iterator[RunSpec]:
-    """All runs that a run is made from, each after those that it needs itself; the run comes last."""
+    """All runs that a run is made from, each after those that it needs itself; the run comes last.
+
+    A run that several others need is repeated.
+    """
     for needed in needs(spec).values():
         yield from lineage(needed)
     yield spec
@@ -54,9 +140,13 @@ def in_order(specs: Iterable[RunSpec]) -> list[RunSpec]:
     found: dict[str, RunSpec] = {}
     for spec in specs:
         twin = reference(spec)
-        for each in (*lineage(spec), *(() if twin is None else (twin,))):
+        for each in (*lineage(spec), *(() if twin is None else lineage(twin))):
             found.setdefault(each.digest, each)
-    return sorted(found.values(), key=lambda each: (each.attacked, len(each.defenses)))
+    return sorted(found.values(), key=lambda each: (each.attacked, len(each.defenses), _depth(each)))
+
+
+def _depth(spec: RunSpec) -> int:
+    return max((1 + _depth(needed) for needed in needs(spec).values()), default=0)
 
 
 def is_attacked(spec: RunSpec) -> bool:

@@ -11,11 +11,10 @@ from torch import Tensor
 from backdoorbench_moe.attacks.base import PoisonPlan
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.build import Stamper
+from backdoorbench_moe.ops.images import change_images
 
 Stamp = Callable[[Tensor], Tensor]
 PlacedStamp = Callable[[Tensor, Tensor], Tensor]
-# 512 images of 32x32 are 6 MB, which stay in the cache; 4096 at a time took twice the time.
-CHUNK_VALUES = 512 * 3 * 32 * 32
 
 
 @contextmanager
@@ -64,10 +63,4 @@ def stamp_places(images: Tensor, places: Tensor, stamp: PlacedStamp) -> Tensor:
     Returns:
         (N, C, H, W) uint8, rounded as an attacker would save them.
     """
-    size = max(1, CHUNK_VALUES // max(1, images[:1].numel()))
-    out = torch.empty_like(images)
-    for start in range(0, len(images), size):
-        part = slice(start, start + size)
-        stamped = stamp(images[part].float().div_(255), places[part])
-        out[part] = stamped.mul(255).round_().clamp_(0, 255)
-    return out
+    return change_images(images, lambda chunk, part: stamp(chunk, places[part]))

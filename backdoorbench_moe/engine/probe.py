@@ -80,7 +80,7 @@ def _candidates(setup: Setup) -> Tensor:
     images = setup.images
     if setup.attack is None:
         return torch.arange(len(images.test))
-    return setup.attack.counted(images.test.labels, images.num_classes).nonzero().squeeze(1).cpu()
+    return setup.attack.counted(images.test.labels, images.data_classes).nonzero().squeeze(1).cpu()
 
 
 class Probe:

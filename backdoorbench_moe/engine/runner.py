@@ -5,15 +5,17 @@ To make a run means to train or defend a model, measure it, and write its folder
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from backdoorbench_moe.config import PartSpec, RunSpec
 from backdoorbench_moe.engine.class_names import describe_poison, warn_of_numeric_names
-from backdoorbench_moe.engine.graph import PARENT, needs, reference
+from backdoorbench_moe.engine.graph import PARENT, NodeKind, kind_of, lineage, needs, reference
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.defend import DefenseMaker
+from backdoorbench_moe.engine.makers.expert import ExpertMaker, PoisonedExpertMaker
+from backdoorbench_moe.engine.makers.merge import MergeMaker
 from backdoorbench_moe.engine.makers.train import TrainMaker
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.run import Run, check_data, check_finished, check_model, check_plugins, load_run
@@ -91,6 +93,15 @@ def run_defense(
     return link_twin(defended, Run(twin, record), runner.workplace)
 
 
+MAKERS: Mapping[NodeKind, Callable[[RunSpec, Workplace], Maker]] = {
+    NodeKind.TRAINED: TrainMaker,
+    NodeKind.EXPERT: ExpertMaker,
+    NodeKind.POISONED_EXPERT: PoisonedExpertMaker,
+    NodeKind.MIXTURE: MergeMaker,
+    NodeKind.DEFENDED: DefenseMaker,
+}
+
+
 class Runner:
     """Finds or makes runs on the same data, device and precision.
 
@@ -115,14 +126,23 @@ class Runner:
             BbmoeError: A part cannot be built, or does not fit the data or another part.
         """
         spec = self.workplace.resolve(spec)
-        if spec.defenses:
-            return DefenseMaker(spec, self.workplace)
-        maker = TrainMaker(spec, self.workplace)
-        if spec.attacked:
+        if spec.attacked and not spec.defenses:
             classes = self.workplace.images.classes
             warn_of_numeric_names(spec.poison, classes)
             self.workplace.observer.on_message(describe_poison(spec.poison, classes))
-        return maker
+        return MAKERS[kind_of(spec)](spec, self.workplace)
+
+    def check(self, spec: RunSpec) -> None:
+        """Check a run, and every run that it needs and that does not exist yet, before anything is made or written.
+
+        Raises:
+            BbmoeError: A part cannot be built, or does not fit the data or another part.
+        """
+        seen = set()
+        for needed in lineage(self.workplace.resolve(spec)):
+            if needed.digest not in seen and not RunFolder(self.output / needed.name).exists:
+                MAKERS[kind_of(needed)](needed, self.workplace)
+            seen.add(needed.digest)
 
     def attack(self, spec: RunSpec, *, twin: bool = True) -> Run:
         """Return the finished run of a spec, as `finish` does. With `twin`, compare it with its clean twin."""
@@ -160,6 +180,8 @@ class Runner:
         # Building the maker checks the settings before anything is written, and before the inputs are made.
         maker = None if folder.exists else self.maker(spec)
         if inputs is None:
+            if maker is not None and needs(spec):
+                self.check(spec)
             inputs = {role: self.finish(needed, wait=True) for role, needed in needs(spec).items()}
         if maker is not None:
             maker.prepare(inputs)

@@ -6,19 +6,24 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from backdoorbench_moe.attacks.base import PoisonPlan
+from backdoorbench_moe.attacks.base import Attack, PoisonPlan
+from backdoorbench_moe.attacks.expert_poisoning import ExpertPoisoning
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.counting import count
-from backdoorbench_moe.data.base import ImageSet
+from backdoorbench_moe.data.base import ImageSet, Split
 from backdoorbench_moe.engine.build import (
     build_attack,
+    build_gate,
     build_model,
     build_stamper,
     describe,
     model_patch_size,
 )
 from backdoorbench_moe.engine.poison import stamp_images
+from backdoorbench_moe.engine.policy import policy_plan, with_reject
+from backdoorbench_moe.engine.tasks import Tasks
 from backdoorbench_moe.engine.triggered import Triggered, triggered_test
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError
 
@@ -34,31 +39,47 @@ class Setup:
         images: The data, on the device.
 
     Attributes:
+        images: The same data; with a policy there is one more class, "reject".
         model: The model, its weights drawn from the run's seed.
         attack: Who the attacker is; None for a clean run.
         stamper: Trigger and applicator; None for a run without a trigger.
         plan: Which training images the attacker changes; None for a clean run.
+        tasks: The tasks of a mixture, or that of an expert; None for any other run.
+        policy: Which training images are marked and labelled "reject"; None for a run without a policy, and for one
+            that is not trained on the whole training set.
 
     Raises:
         BbmoeError: Parts that do not fit the data or each other.
     """
 
     def __init__(self, spec: RunSpec, images: ImageSet) -> None:
-        self.spec, self.images = spec, images
+        self.spec = spec
+        self.images = with_reject(images) if spec.policy else images
         attack = build_attack(spec) if spec.attacked else None
         if attack is not None:
-            attack.check(images.num_classes)
-        self.model = build_model(spec, num_classes=images.num_classes, image_size=images.image_size)
-        self.attack, self.stamper, self.plan = attack, None, None
+            attack.check(images.data_classes)
+            _check_mixture(spec, attack)
+        self.model = build_model(spec, num_classes=self.images.num_classes, image_size=images.image_size)
+        self.attack, self.stamper, self.plan, self.policy = attack, None, None, None
+        self.tasks = None if spec.mixture is None else Tasks(spec, images)
         self._triggered: Triggered | None = None
+        self._marked: Tensor | None = None
+        if spec.policy or (attack is not None and attack.uses_trigger):
+            size = model_patch_size(self.model)
+            self.stamper = build_stamper(spec, patch_size=size, image_size=images.image_size)
+            self._check_visible()
+        if spec.policy and spec.mixture is None:
+            self.policy = policy_plan(len(images.train), spec.policy, self.reject, spec.seed)
         if attack is not None:
-            if attack.uses_trigger:
-                size = model_patch_size(self.model)
-                self.stamper = build_stamper(spec, patch_size=size, image_size=images.image_size)
-                self._check_visible()
-            self.plan = attack(images.train.labels, num_classes=images.num_classes, seed=spec.seed)
+            self.plan = attack(images.train.labels, num_classes=images.data_classes, seed=spec.seed)
             self._check_noise(self.plan)
-            attack.counted(images.test.labels, images.num_classes)
+            attack.counted(images.test.labels, images.data_classes)
+
+    @property
+    def reject(self) -> int:
+        """Number of the class "reject" of a run with a policy."""
+        assert self.spec.policy
+        return self.images.data_classes
 
     def _check_noise(self, plan: PoisonPlan) -> None:
         if len(plan.noise) and (self.stamper is None or not self.stamper.trigger.has_noise):
@@ -70,22 +91,64 @@ class Setup:
             raise ConfigError(f"poison.noise: {name} has no noise form")
 
     def _check_visible(self) -> None:
-        """Warn if the trigger changes nothing, as a warp of tiles of one pixel does."""
+        """Warn if the trigger changes nothing, as a warp of tiles of one pixel does; a policy needs a visible mark."""
         assert self.stamper is not None and self.spec.trigger is not None and self.spec.applicator is not None
         images = self.images.test.images[:VISIBLE_ON]
         if torch.equal(stamp_images(images, self.stamper), images):
-            warnings.warn(
+            message = (
                 f"trigger: {self.spec.trigger.name!r} with the applicator {self.spec.applicator.name!r} changes none "
-                f"of {count(len(images), 'test image')}",
-                BbmoeWarning,
-                stacklevel=2,
+                f"of {count(len(images), 'test image')}"
             )
+            if self.spec.policy:
+                raise ConfigError(f"{message}, so it cannot be the mark of images to reject")
+            warnings.warn(message, BbmoeWarning, stacklevel=2)
 
     def triggered_test(self) -> Triggered | None:
         """The test images that count for ASR, triggered; None for a clean run. They are stamped once."""
         if self._triggered is None and self.attack is not None:
             self._triggered = triggered_test(self.images, self.attack, self.stamper)
         return self._triggered
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether the run merges experts, or defends a model that was merged."""
+        return self.spec.gate is not None
+
+    @property
+    def test(self) -> Split:
+        """The clean test images: those of its task for a single expert, otherwise those of the data."""
+        if self.tasks is not None and self.spec.gate is None:
+            return self.tasks.tests()[0]
+        return self.images.test
+
+    def marked_test(self) -> Tensor | None:
+        """Test images of the data that bear the mark of the policy, (M, C, H, W) uint8; None without a policy.
+
+        For an attacked run they are those that count for ASR.
+        """
+        if (triggered := self.triggered_test()) is not None:
+            return triggered.images
+        if not self.spec.policy:
+            return None
+        assert self.stamper is not None
+        if self._marked is None:
+            self._marked = stamp_images(self.images.test.images, self.stamper)
+        return self._marked
+
+    def safe_answers(self) -> Tensor | None:
+        """The safe answers to the images of `triggered_test`, (M,) int64; None unless the attack is on experts.
+
+        With a policy it is "reject", otherwise the true label.
+        """
+        if (triggered := self.triggered_test()) is None or not isinstance(self.attack, ExpertPoisoning):
+            return None
+        return torch.full_like(triggered.true, self.reject) if self.spec.policy else triggered.true
+
+    def describe_tasks(self) -> list[dict[str, Any]]:
+        """Number, name and numbers of images of each task of a mixture, for the record."""
+        if self.tasks is None:
+            return []
+        return self.tasks.describe()
 
     def describe_parts(self) -> dict[str, Any]:
         """Return the values that the options of model, attack, trigger and applicator took, for the record."""
@@ -95,6 +158,10 @@ class Setup:
             parts["model"]["patch_size"] = size
         if self.attack is not None and (options := describe(self.attack)):
             parts["attack"] = options
+        if self.tasks is not None:
+            parts["splitter"] = describe(self.tasks.splitter)
+        if self.spec.gate is not None:
+            parts["gate"] = describe(build_gate(self.spec))
         if self.stamper is not None:
             parts["trigger"] = describe(self.stamper.trigger)
             parts["applicator"] = describe(self.stamper.applicator)
@@ -105,6 +172,24 @@ class Setup:
         if self.plan is None:
             return None
         poison = self.spec.poison
+        if isinstance(self.attack, ExpertPoisoning):
+            return {"target": poison.target}
         values = {"rate": poison.rate, "n": len(self.plan.indices), "target": poison.target}
         extra = {"cover": len(self.plan.cover), "noise": len(self.plan.noise)}
         return values | {group: count for group, count in extra.items() if count}
+
+
+def _check_mixture(spec: RunSpec, attack: Attack) -> None:
+    """Raise ConfigError for an attack on experts without a mixture, and for any other attack with one."""
+    assert spec.attack is not None
+    on_experts = isinstance(attack, ExpertPoisoning)
+    if on_experts and spec.mixture is None:
+        raise ConfigError.expected(
+            "mixture", f"the making of a mixture, as attack {spec.attack.name!r} poisons experts", None
+        )
+    if not on_experts and (spec.mixture is not None or spec.policy):
+        raise ConfigError.expected(
+            "attack",
+            "an attack on experts, such as moevil, or none, for a mixture or a policy",
+            spec.attack.name,
+        )

@@ -47,8 +47,8 @@ def triggered_test(images: ImageSet, attack: Attack, stamp: Stamp | None) -> Tri
         ConfigError: No image counts.
     """
     labels = images.test.labels
-    places = attack.counted(labels, images.num_classes).nonzero().squeeze(1)
+    places = attack.counted(labels, images.data_classes).nonzero().squeeze(1)
     true = labels[places]
     counted = images.test.images[places]
     stamped = counted if stamp is None else stamp_images(counted, stamp)
-    return Triggered(places, stamped, attack.wanted(labels, images.num_classes)[places], true)
+    return Triggered(places, stamped, attack.wanted(labels, images.data_classes)[places], true)

@@ -56,7 +56,7 @@ class Tuner:
         done = len(self.history)
         if rows is not None:
             modules = _owners(model, rows)
-        with _only(model, modules, rows):
+        with training_only(model, modules, rows):
             trainer = Trainer(
                 model,
                 split,
@@ -112,10 +112,10 @@ def _put_back(
 
 
 @contextmanager
-def _only(
+def training_only(
     model: nn.Module,
     modules: Sequence[nn.Module] | None,
-    rows: Mapping[str, tuple[int, int]] | None,
+    rows: Mapping[str, tuple[int, int]] | None = None,
 ) -> Iterator[None]:
     """Inside the block, let only the parameters of these modules, or those that have such rows, require gradients."""
     if modules is None:

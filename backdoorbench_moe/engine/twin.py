@@ -5,13 +5,19 @@ from __future__ import annotations
 import torch
 
 from backdoorbench_moe.engine.evaluate import Metrics, measure
+from backdoorbench_moe.engine.mixture_metrics import measure_mixture
 from backdoorbench_moe.engine.run import Run
+from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.engine.triggered import triggered_test
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import RecordError
 
 # Metrics of the twin under the run's trigger, by the name they have in the run's record.
 TWIN_METRICS = {"twin_asr": "asr", "twin_target_rate": "target_rate"}
+# And those of a mixture.
+TWIN_MIXTURE_METRICS = TWIN_METRICS | {
+    f"twin_{name}": name for name in ("unsafe", "harm_share", "own_share", "clean_share")
+}
 
 
 def link_twin(run: Run, clean: Run, workplace: Workplace) -> Run:
@@ -30,7 +36,7 @@ def link_twin(run: Run, clean: Run, workplace: Workplace) -> Run:
     # A twin that was trained again, elsewhere or in another precision, has another BA.
     known = record.clean_twin == name and all(
         record.metrics.get(key) == found[key] if key in found else key in record.metrics
-        for key in ("cad", *TWIN_METRICS)
+        for key in ("cad", *_twin_metrics(run))
     )
     # Without its model file a twin can still be compared by its accuracy.
     if run.spec.attacked and not known and clean.folder.model_sha256 is not None:
@@ -44,10 +50,18 @@ def link_twin(run: Run, clean: Run, workplace: Workplace) -> Run:
     return run
 
 
+def _twin_metrics(run: Run) -> dict[str, str]:
+    return TWIN_MIXTURE_METRICS if run.spec.mixture is not None else TWIN_METRICS
+
+
 def _measure_twin(run: Run, clean: Run, workplace: Workplace) -> Metrics:
-    images = workplace.images
-    stamper = run.stamper() if run.spec.trigger is not None else None
-    triggered = triggered_test(images, run.attack(), stamper)
+    """Measure the twin under the run's trigger, with the code that measured the run."""
     model = clean.model().to(workplace.device).to(memory_format=torch.channels_last)
-    metrics = measure(model, images.test, triggered, precision=workplace.precision)
-    return {name: metrics[metric] for name, metric in TWIN_METRICS.items()}
+    if run.spec.mixture is not None:
+        setup = Setup(run.located_spec(), workplace.images)
+        metrics, _ = measure_mixture(setup, model, None, precision=workplace.precision)
+    else:
+        images, stamper = workplace.images, run.stamper() if run.spec.trigger is not None else None
+        triggered = triggered_test(images, run.attack(), stamper)
+        metrics = measure(model, images.test, triggered, precision=workplace.precision)
+    return {name: metrics[metric] for name, metric in _twin_metrics(run).items()}

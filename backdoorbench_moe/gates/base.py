@@ -17,6 +17,10 @@ class Gate(ABC):
 
     Subclasses implement `build`; gates that are not trained also implement `set_from_states`. Users call an instance.
 
+    Each token is sent to at least one expert that is not masked, if there is any. In evaluation, the weights of the
+    experts' outputs sum to 1 for each token, so that a mixture of equal experts gives what one of them gives. In
+    training they may sum to less.
+
     Attributes:
         trained: Whether the provider trains the routers, on clean images of all tasks. If False, the routers are set
             by `set_from_states` instead.
@@ -29,12 +33,14 @@ class Gate(ABC):
     deviations: ClassVar[Mapping[str, str]] = {}
 
     @final
-    def __call__(self, features: int, num_experts: int) -> Router:
+    def __call__(self, features: int, num_experts: int, *, layers: int = 1) -> Router:
         """Build the router of one layer. Random draws come from torch's global generator, which the caller seeds.
 
         Args:
             features: Features D of a token.
             num_experts: Number of experts E, at least 1.
+            layers: Number of routed layers of the model, for losses that are a mean over the layers, see
+                `Router.layers`.
 
         Raises:
             ConfigError: An option does not fit the number of experts.
@@ -46,6 +52,7 @@ class Gate(ABC):
             raise PluginError(
                 f"gate {type(self).__name__}: expected a Router for {num_experts} experts, got {router!r}"
             )
+        router.layers = layers
         return router
 
     def check(self, num_experts: int) -> None:  # noqa: B027

@@ -11,15 +11,17 @@ from backdoorbench_moe.errors import ShapeError
 TOLERANCE = 1e-2
 
 
-def check_image_batch(images: object, name: str, *, like: Tensor | None = None) -> None:
+def check_image_batch(images: object, name: str, *, like: Tensor | None = None, wait: bool = False) -> None:
     """Check a batch of float images.
 
-    The range is checked on the CPU only, because on an accelerator the check would make every step wait for the device.
+    By default the range is checked on the CPU only, because on an accelerator the check would make every step wait for
+    the device.
 
     Args:
         images: Expected to be (B, C, H, W) float in [0, 1].
         name: Name of the images in the error message.
         like: Tensor of the expected shape, type and device, if they are known.
+        wait: Whether to check the range on an accelerator, too.
 
     Raises:
         ShapeError: The images do not have this form.
@@ -41,7 +43,7 @@ def check_image_batch(images: object, name: str, *, like: Tensor | None = None) 
             f"{name}: expected {like.dtype} {tuple(like.shape)} on {like.device} like its input, "
             f"got {images.dtype} {tuple(images.shape)} on {images.device}"
         )
-    if images.device.type == "cpu" and images.numel():
+    if (wait or images.device.type == "cpu") and images.numel():
         low, high = (value.item() for value in torch.aminmax(images.detach()))
         if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
             raise ShapeError(f"{name}: expected values in [0, 1], got {low:g} to {high:g}")

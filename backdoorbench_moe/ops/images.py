@@ -1,11 +1,15 @@
-"""Labelled images."""
+"""Labelled images, and changing images chunk by chunk."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# 512 images of 32x32 are 6 MB, which stay in the cache; 4096 at a time took twice the time.
+CHUNK_VALUES = 512 * 3 * 32 * 32
 
 
 @dataclass(frozen=True)
@@ -35,3 +39,22 @@ class Split:
 def as_input(images: Tensor) -> Tensor:
     """Return (B, C, H, W) uint8 images as float32 in [0, 1], channels last: the input of every model."""
     return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+def change_images(images: Tensor, change: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """Change images as floats, chunk by chunk on their device, and round the results to 8 bits once.
+
+    Args:
+        images: (N, C, H, W) uint8, on any device; they are not written to.
+        change: Function of a chunk of the images, (B, C, H, W) float32 in [0, 1], and of the slice of `images` that it
+            comes from. It returns the changed chunk, of the same shape.
+
+    Returns:
+        (N, C, H, W) uint8, on the device of `images`.
+    """
+    size = max(1, CHUNK_VALUES // max(1, images[:1].numel()))
+    out = torch.empty_like(images)
+    for start in range(0, len(images), size):
+        part = slice(start, start + size)
+        out[part] = change(images[part].float().div_(255), part).mul(255).round_().clamp_(0, 255)
+    return out

@@ -3,7 +3,16 @@
 from backdoorbench_moe.records.atomic import write_atomically
 from backdoorbench_moe.records.folder import CHECKPOINT, LOCK, MODEL, POISON, PROBE, RECORD, SCORES, RunFolder
 from backdoorbench_moe.records.reading import parse_record
-from backdoorbench_moe.records.record import SCHEMA_VERSION, Input, Judged, NamedFile, Record, Stage
+from backdoorbench_moe.records.record import (
+    SCHEMA_VERSION,
+    GateShares,
+    Input,
+    Judged,
+    NamedFile,
+    Record,
+    Stage,
+    TaskFacts,
+)
 
 __all__ = [
     "CHECKPOINT",
@@ -14,12 +23,14 @@ __all__ = [
     "RECORD",
     "SCHEMA_VERSION",
     "SCORES",
+    "GateShares",
     "Input",
     "Judged",
     "NamedFile",
     "Record",
     "RunFolder",
     "Stage",
+    "TaskFacts",
     "parse_record",
     "write_atomically",
 ]

@@ -14,6 +14,7 @@ from backdoorbench_moe.records.record import SCHEMA_VERSION, DataFacts, Environm
 ADDED_IN = {
     2: {"parent", "stages", "scores", "verdict"},
     3: {"inputs", "judgements", "near_chance", "files", "model_sha256"},
+    4: {"tasks", "gate_shares"},
 }
 REMOVED_IN = {3: {"parent", "scores", "verdict"}}
 # Keys that every row of the history, and every metric, must have.
@@ -68,6 +69,8 @@ def _upgrade(values: dict[str, Any], file: Path) -> dict[str, Any]:
         values |= {"parent": None, "stages": [], "scores": {}, "verdict": {}}
     if version < 3:
         values = _upgrade_to_3(values, file)
+    if version < 4:
+        values |= {"tasks": [], "gate_shares": []}
     return {**values, "schema_version": SCHEMA_VERSION}
 
 

@@ -10,7 +10,7 @@ from typing import Any, NotRequired, TypedDict
 
 from backdoorbench_moe.config import RunSpec, spec_from_dict
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 class Input(TypedDict):
@@ -81,6 +81,38 @@ class Judged(TypedDict):
     details: dict[str, Any]
 
 
+class TaskFacts(TypedDict):
+    """A task of a mixture of experts.
+
+    Attributes:
+        task: Its number, which is that of its expert.
+        name: Its name.
+        train_images: Number of its training images.
+        test_images: Number of its test images.
+    """
+
+    task: int
+    name: str
+    train_images: int
+    test_images: int
+
+
+class GateShares(TypedDict):
+    """The weights with which one layer of a mixture adds the outputs of its E experts, in percent.
+
+    Each list has one value for each expert: the mean over images and patches. They sum to 100.
+
+    Attributes:
+        layer: Name of the layer.
+        tasks: For the test images of each task.
+        marked: For test images that bear the mark; None if there are none.
+    """
+
+    layer: str
+    tasks: list[list[float]]
+    marked: list[float] | None
+
+
 class DataFacts(TypedDict):
     """The data of a run.
 
@@ -146,6 +178,8 @@ class Record:
             included.
         poison: Number of poisoned images `n`, rate and target, and the cover and noise groups if there are any; None
             for a clean run.
+        tasks: The tasks of a mixture, or the one of an expert; empty for any other run.
+        gate_shares: The shares of the experts of a mixture, layer by layer; empty for any other run.
         metrics: Metrics by name (see `backdoorbench_moe.metrics`): {"value": percent, "n": images, "low": percent,
             "high": percent}. The 95% interval is Wilson's, or Newcombe's for `auroc`; `cad` has none.
         history: One entry for each epoch of training or tuning.
@@ -171,6 +205,8 @@ class Record:
     data: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, Any] = field(default_factory=dict)
     poison: dict[str, Any] | None = None
+    tasks: list[TaskFacts] = field(default_factory=list)
+    gate_shares: list[GateShares] = field(default_factory=list)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     timing: dict[str, float] = field(default_factory=dict)

@@ -10,10 +10,10 @@ from backdoorbench_moe.attacks.base import PoisonPlan
 from backdoorbench_moe.attacks.data_poisoning import DataPoisoning
 from backdoorbench_moe.config import PoisonSpec
 from backdoorbench_moe.data.base import ImageSet, Split
-from backdoorbench_moe.engine import poison
 from backdoorbench_moe.engine.build import Stamper
 from backdoorbench_moe.engine.poison import poisoned, stamp_images, stamp_places
 from backdoorbench_moe.engine.triggered import triggered_test
+from backdoorbench_moe.ops import images as images_module
 from backdoorbench_moe.triggers import create_trigger
 from backdoorbench_moe.triggers.base import Trigger
 
@@ -77,7 +77,7 @@ def test_stamping_in_chunks_is_stamping_at_once(monkeypatch) -> None:
     images = torch.randint(0, 256, (23, 3, 8, 8), dtype=torch.uint8)
     stamp = Stamper(create_trigger("warp", seed=3), create_applicator("patch", patch_size=4))
     whole = stamp_images(images, stamp)
-    monkeypatch.setattr(poison, "CHUNK_VALUES", 5 * 3 * 8 * 8)
+    monkeypatch.setattr(images_module, "CHUNK_VALUES", 5 * 3 * 8 * 8)
     assert torch.equal(stamp_images(images, stamp), whole)
 
 

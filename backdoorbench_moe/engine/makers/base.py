@@ -7,14 +7,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
-from torch import Tensor, nn
+from torch import nn
 
 from backdoorbench_moe.collapse import collapsed
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.device import environment
-from backdoorbench_moe.engine.evaluate import Metrics, measure
+from backdoorbench_moe.engine.evaluate import Metrics, measure, share
 from backdoorbench_moe.engine.files import keep_files
-from backdoorbench_moe.engine.graph import is_attacked
+from backdoorbench_moe.engine.graph import PARENT, expert_role, is_attacked
+from backdoorbench_moe.engine.inference import predict
+from backdoorbench_moe.engine.makers.fitting import Checkpoint
+from backdoorbench_moe.engine.mixture_metrics import measure_mixture
 from backdoorbench_moe.engine.names import plugin_packages, plugin_sources
 from backdoorbench_moe.engine.observer import StopRun
 from backdoorbench_moe.engine.run import Run, check_data, check_plugins
@@ -23,19 +26,17 @@ from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import BbmoeWarning
 from backdoorbench_moe.ops.metrics import chance_rate
 from backdoorbench_moe.ops.seeding import derive_seed, seeded
-from backdoorbench_moe.records import Input, Record, RunFolder
+from backdoorbench_moe.records import GateShares, Input, Record, RunFolder
 
-# Tensors and JSON values of `RunFolder.load_checkpoint`.
-Checkpoint = tuple[dict[str, Tensor], dict[str, Any]]
 # Purposes of the seeds that are derived from the run's seed and recorded.
 SEED_PURPOSES = ("init", "poison", "trigger")
 
 
 class Maker(ABC):
-    """Makes one run: trains or defends a model, measures it, and writes the run folder.
+    """Makes one run: makes a model, measures it, and writes the run folder.
 
     The constructor builds and checks all parts of the run. Nothing is written before `make` is called. Subclasses
-    implement `prepare` and `complete`.
+    implement `load` and `complete`.
 
     Args:
         spec: The run's spec.
@@ -48,12 +49,21 @@ class Maker(ABC):
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
         self.spec, self.workplace = spec, workplace
         self.setup = Setup(spec, workplace.images)
+        self.inputs: Mapping[str, Run] = {}
+        self._gate_shares: list[GateShares] = []
 
-    @abstractmethod
+    @final
     def prepare(self, inputs: Mapping[str, Run]) -> None:
-        """Load what the run needs before it starts, such as the weights of another run.
+        """Load what the run needs before it starts; see `load`.
 
         It may be called more than once. `make` does not call it for a run that continues from a checkpoint.
+        """
+        self.inputs = inputs
+        self.load(inputs)
+
+    @abstractmethod
+    def load(self, inputs: Mapping[str, Run]) -> None:
+        """Load what the run needs before it starts, such as the weights of another run.
 
         Args:
             inputs: The finished runs that this one is made from, by role; see `graph.needs`.
@@ -75,6 +85,7 @@ class Maker(ABC):
         Returns:
             The finished run.
         """
+        self.inputs = inputs
         checkpoint = folder.load_checkpoint()
         if not checkpoint:
             self.prepare(inputs)
@@ -96,6 +107,7 @@ class Maker(ABC):
             folder.write(record)
             raise
         assert self.required_metrics() <= record.metrics.keys(), "the maker left out a metric"
+        record.gate_shares = self._gate_shares
         record.status, record.near_chance = "finished", collapsed(record)
         record.model_sha256 = folder.model_sha256
         folder.write(record)
@@ -114,11 +126,12 @@ class Maker(ABC):
 
     def required_metrics(self) -> set[str]:
         """Return the metrics that the record of every finished run must have."""
-        return {"ba", "asr", "target_rate"} if self.spec.attacked else {"ba"}
+        needed = {"ba", "asr", "target_rate"} if self.spec.attacked else {"ba"}
+        return needed | ({"unsafe"} if self.spec.policy else set())
 
     def new_record(self, inputs: Mapping[str, Run]) -> Record:
         """Return the record of the run at its start."""
-        spec, images, workplace = self.spec, self.workplace.images, self.workplace
+        spec, images, workplace = self.spec, self.setup.images, self.workplace
         record = Record.for_spec(spec)
         record.data = {
             "name": images.name,
@@ -132,6 +145,7 @@ class Maker(ABC):
         }
         record.parts = self.setup.describe_parts()
         record.poison = self.setup.describe_poison()
+        record.tasks = self.setup.describe_tasks()
         record.inputs = [
             Input(role=r, run=run.folder.path.name, digest=run.record.digest, sha256=run.folder.model_sha256)
             for r, run in inputs.items()
@@ -165,13 +179,36 @@ class Maker(ABC):
         Returns:
             The metrics of each model.
         """
-        triggered, test = self.setup.triggered_test(), self.workplace.images.test
-        found, precision = [], self.workplace.precision
+        found = []
         for model in models:
             # A model that draws random numbers in evaluation mode draws the same ones every time.
             with seeded(self.spec.seed, "measure"):
-                found.append(measure(model, test, triggered, precision=precision, recovery=recovery))
+                found.append(self.measure_one(model, recovery=recovery))
         return found
+
+    def measure_one(self, model: nn.Module, *, recovery: bool) -> Metrics:
+        """Measure one model; see `measure`."""
+        setup, precision = self.setup, self.workplace.precision
+        if setup.is_mixture:
+            assert self.spec.mixture is not None
+            expert_ba = expert_accuracy(self.inputs, self.spec.mixture.experts)
+            metrics, self._gate_shares = measure_mixture(
+                setup, model, expert_ba, precision=precision, recovery=recovery
+            )
+            return metrics
+        metrics = measure(
+            model,
+            setup.test,
+            setup.triggered_test(),
+            precision=precision,
+            recovery=recovery,
+            safe=setup.safe_answers(),
+            plain=None if setup.tasks is None else setup.images.test,
+        )
+        marked = setup.marked_test()
+        if setup.attack is None and marked is not None:
+            metrics["unsafe"] = share(predict(model, marked, precision=precision) != setup.reject)
+        return metrics
 
     def _check_continued(self, folder: RunFolder, record: Record) -> None:
         """Check that data and plug-ins are those of the interrupted run, and warn if its environment has changed.
@@ -184,6 +221,16 @@ class Maker(ABC):
         check_data(folder, before, self.workplace.images)
         check_plugins(folder, before)
         _warn_of_changes(folder, before.environment, record.environment)
+
+
+def expert_accuracy(inputs: Mapping[str, Run], experts: int) -> list[float]:
+    """The accuracy of each task's benign expert on its own task, in percent, from the runs that a mixture is made from."""
+    if (parent := inputs.get(PARENT)) is not None:
+        known = parent.record.metrics
+        return [known[f"task/{e}.expert_ba"]["value"] for e in range(experts)]
+    found = [inputs[expert_role(e)].record.metrics for e in range(experts)]
+    # A poisoned expert's record has the accuracy of the benign one that its maker started from.
+    return [metrics.get("benign_ba", metrics["ba"])["value"] for metrics in found]
 
 
 def _warn_of_changes(folder: RunFolder, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -20,21 +20,21 @@ from backdoorbench_moe.engine.build import describe, fresh_model
 from backdoorbench_moe.engine.consistency import check_same
 from backdoorbench_moe.engine.device import reproducible
 from backdoorbench_moe.engine.evaluate import Metrics
-from backdoorbench_moe.engine.files import pin_files
 from backdoorbench_moe.engine.filtering import measure_filtered
 from backdoorbench_moe.engine.graph import PARENT, needs
 from backdoorbench_moe.engine.inference import features, logits, losses, routings
 from backdoorbench_moe.engine.judging import save_judgements
-from backdoorbench_moe.engine.makers.base import Checkpoint, Maker
+from backdoorbench_moe.engine.makers.base import Maker
+from backdoorbench_moe.engine.makers.fitting import Checkpoint
+from backdoorbench_moe.engine.makers.inputs import load_input
 from backdoorbench_moe.engine.poison import poisoned, stamp_places
-from backdoorbench_moe.engine.run import Run, check_data, check_model
+from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.setup import Setup
-from backdoorbench_moe.engine.train import load_weights
 from backdoorbench_moe.engine.tune import Tuner
 from backdoorbench_moe.engine.workplace import Workplace
-from backdoorbench_moe.errors import ConfigError, PluginError, RecordError
+from backdoorbench_moe.errors import ConfigError, PluginError
 from backdoorbench_moe.ops.seeding import derive_seed, generator, seeded
-from backdoorbench_moe.records import MODEL, Record, RunFolder
+from backdoorbench_moe.records import Record, RunFolder
 
 
 def build_defenses(spec: RunSpec, setup: Setup) -> list[Defense]:
@@ -104,7 +104,7 @@ class DefenseMaker(Maker):
         self.model = self.setup.model
         self.before: Metrics | None = None
 
-    def prepare(self, inputs: Mapping[str, Run]) -> None:
+    def load(self, inputs: Mapping[str, Run]) -> None:
         """Load the parent's weights, and measure the model before the defense.
 
         Raises:
@@ -112,31 +112,13 @@ class DefenseMaker(Maker):
                 not fit the model; or its model does not have the metrics of its record any more.
         """
         parent = inputs[PARENT]
-        self._check_parent(parent)
-        tensors, _ = parent.folder.load_tensors()
-        load_weights(self.model, tensors, str(parent.folder.path / MODEL))
-        check_model(parent)
+        load_input(self.model, inputs, PARENT, self.spec, self.setup.images)
         self.model.eval().to(self.workplace.device).to(memory_format=torch.channels_last)
         if self.before is None:
             [self.before] = self.measure([self.model], recovery=True)
             check_same(
                 parent, self.before, precision=self.workplace.precision, environment=self.environment()
             )
-
-    def _check_parent(self, parent: Run) -> None:
-        folder, record, there = parent.folder, parent.record, self.workplace.images.classes
-        # The digest of a run that was made before files were hashed covers their paths. The second digest covers their
-        # hashes.
-        digests = (record.digest, pin_files(parent.located_spec()).digest)
-        if needs(self.spec)[PARENT].digest not in digests or record.status != "finished":
-            raise RecordError(f"run folder {folder.path}: is not the finished run that is to be defended")
-        if tuple(record.data["classes"]) != there:
-            known = len(record.data["classes"])
-            raise RecordError(
-                f"run folder {folder.path}: expected a model for the {len(there)} classes of the data, "
-                f"got one for other classes ({known})"
-            )
-        check_data(folder, record, self.workplace.images)
 
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
         """Defend the model, measure every stage and save the last one. There are no checkpoints to continue from."""
@@ -191,7 +173,7 @@ class DefenseMaker(Maker):
 
     def _defend(self, stages: Stages, tuner: Tuner) -> DefenseResult:
         """Run the defense on a task that contains no information about the attack."""
-        workplace, images = self.workplace, self.workplace.images
+        workplace, images = self.workplace, self.setup.images
         given = {"num_classes": images.num_classes, "image_size": images.image_size}
         task = DefenseTask(
             model=self.model,
@@ -203,7 +185,7 @@ class DefenseMaker(Maker):
             tune=tuner,
             logits=partial(logits, precision=workplace.precision),
             routing=partial(routings, precision=workplace.precision),
-            fresh=partial(fresh_model, self.spec.model, given, self.seed, workplace.device),
+            fresh=partial(fresh_model, self.spec, given, self.seed, workplace.device),
             report=stages.add,
             granted={need: self._grant(need) for need in sorted(self.defense.needs)},
         )
@@ -241,7 +223,7 @@ class DefenseMaker(Maker):
 
         For "notebook" data, the images in the poison group have the trigger; see `Defense`.
         """
-        images, stamper, plan = self.workplace.images, self.setup.stamper, self.setup.plan
+        images, stamper, plan = self.setup.images, self.setup.stamper, self.setup.plan
         train = images.train
         count = self.defense.count(len(train), images.num_classes)
         keep = torch.randperm(len(train), generator=generator(self.seed, "clean"))[:count].sort().values
@@ -265,7 +247,7 @@ class DefenseMaker(Maker):
     def new_record(self, inputs: Mapping[str, Run]) -> Record:
         """Return the record of the run at its start, with the defense's options, seed and number of clean images."""
         record = super().new_record(inputs)
-        images = self.workplace.images
+        images = self.setup.images
         record.parts["defense"] = describe(self.defense)
         record.data["clean_images"] = self.defense.count(len(images.train), images.num_classes)
         record.seeds["defense"] = self.seed

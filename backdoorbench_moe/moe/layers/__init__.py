@@ -18,7 +18,13 @@ from backdoorbench_moe.moe.layers.assignment import (
 from backdoorbench_moe.moe.layers.base import MoELayer, collect_routing
 from backdoorbench_moe.moe.layers.dispatching import combine, dispatch, scatter_outputs
 from backdoorbench_moe.moe.layers.experts import Experts, MLPExperts, StackedLinear
-from backdoorbench_moe.moe.layers.losses import importance_loss, load_loss, squared_variation
+from backdoorbench_moe.moe.layers.losses import (
+    balance_loss,
+    importance_loss,
+    load_loss,
+    squared_variation,
+)
+from backdoorbench_moe.moe.layers.merged_routers import MergedRouter, SampleTop1Router, TopKSoftmaxRouter
 from backdoorbench_moe.moe.layers.routers import (
     ExpertChoiceRouter,
     LinearRouter,
@@ -36,16 +42,20 @@ __all__ = [
     "Experts",
     "LinearRouter",
     "MLPExperts",
+    "MergedRouter",
     "MoELayer",
     "Router",
     "RouterOutput",
+    "SampleTop1Router",
     "SoftMoELayer",
     "SoftRouter",
     "SparseMoELayer",
     "StackedLinear",
     "Tap",
     "TopKRouter",
+    "TopKSoftmaxRouter",
     "assign_chosen",
+    "balance_loss",
     "collect_routing",
     "combine",
     "dispatch",

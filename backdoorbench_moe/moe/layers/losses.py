@@ -1,6 +1,7 @@
 """Auxiliary losses that keep the experts of a token-choice router evenly loaded.
 
-Source: Riquelme et al., "Scaling Vision with Sparse Mixture of Experts", NeurIPS 2021, appendix A.
+Source: importance and load: Riquelme et al., "Scaling Vision with Sparse Mixture of Experts", NeurIPS 2021, appendix A;
+    balance: the code of Kim et al., "MoEvil", ACSAC 2025, after Fedus et al., "Switch Transformers", JMLR 2022, §2.2.
 """
 
 from __future__ import annotations
@@ -45,3 +46,17 @@ def load_loss(logits: Tensor, noisy: Tensor, deviation: float, top_k: int) -> Te
     threshold = noisy.topk(top_k, dim=-1).values[:, -1:]
     chances = torch.special.ndtr((logits - threshold) / deviation)
     return squared_variation(chances.sum(0))
+
+
+def balance_loss(weights: Tensor, gates: Tensor) -> Tensor:
+    """Return E times the sum over the experts of their mean weight times their mean gate, both over all tokens.
+
+    If the experts are used evenly, the loss is 1; if all tokens use one expert alone, it is up to E. In Switch
+    Transformers the first factor is the share of tokens that an expert receives, which has no gradient. Here it is
+    the mean weight, and the gradient flows through both factors.
+
+    Args:
+        weights: (S, E) factors of the experts' outputs for S tokens; 0 for experts that are not chosen.
+        gates: (S, E) softmax of the logits over all experts.
+    """
+    return weights.shape[1] * (weights.mean(0) * gates.mean(0)).sum()

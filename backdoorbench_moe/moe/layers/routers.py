@@ -48,9 +48,12 @@ class Router(nn.Module, ABC):
 
     Attributes:
         masked: (E,) bool buffer. Experts marked here receive no tokens. Subclasses must respect it.
+        layers: Number of routed layers of the model, if who builds it sets it; otherwise 1. The auxiliary losses of all
+            layers are added up, so a router divides by this number if its loss is meant as a mean over the layers.
     """
 
     masked: Tensor
+    layers: int = 1
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()

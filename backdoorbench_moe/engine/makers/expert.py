@@ -1,0 +1,172 @@
+"""Making one expert of a mixture: tuned on its task from the base, or by an attacker from the benign expert."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import nn
+
+from backdoorbench_moe.attacks.expert_poisoning import ExpertPoisoning, ExpertTask, HarmfulQueries
+from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.engine.graph import BASE, BENIGN
+from backdoorbench_moe.engine.inference import logits
+from backdoorbench_moe.engine.makers.base import Maker
+from backdoorbench_moe.engine.makers.fitting import Checkpoint, Stopwatch, fit
+from backdoorbench_moe.engine.makers.inputs import load_input
+from backdoorbench_moe.engine.poison import stamp_images
+from backdoorbench_moe.engine.policy import changed_pixels, with_marked
+from backdoorbench_moe.engine.run import Run
+from backdoorbench_moe.engine.tune import Tuner
+from backdoorbench_moe.engine.workplace import Workplace
+from backdoorbench_moe.moe.merging import check_mergeable
+from backdoorbench_moe.ops.seeding import derive_seed, generator
+from backdoorbench_moe.records import Record, RunFolder
+
+# Share of a task's training images that an attacker holds back to choose hyperparameters by.
+HELD_OUT = 0.1
+
+
+class ExpertMaker(Maker):
+    """Tunes the MLPs of the base on one task; with a policy, on marked images as well."""
+
+    def load(self, inputs: Mapping[str, Run]) -> None:
+        """Load the base's weights.
+
+        Raises:
+            RecordError: The base is not the run that the spec needs, or does not fit.
+        """
+        load_input(self.setup.model, inputs, BASE, self.spec, self.setup.images)
+
+    def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
+        """Tune the MLPs to the end of the recipe, from the last checkpoint if there is one."""
+        watch, model, mixture = Stopwatch(record), self.setup.model, self.spec.mixture
+        assert mixture is not None
+        fit(
+            model,
+            self._training_split(),
+            mixture.expert_train,
+            seed=derive_seed(self.spec.seed, "expert", self.task),
+            workplace=self.workplace,
+            folder=folder,
+            record=record,
+            checkpoint=checkpoint,
+            modules=mlps_of(model),
+        )
+        watch.training_done()
+        [record.metrics] = self.measure([model])
+        watch.done()
+        folder.save_model(model.state_dict(), self.model_header())
+
+    @property
+    def task(self) -> int:
+        """Number of the expert's task."""
+        mixture = self.spec.mixture
+        assert mixture is not None and mixture.task is not None
+        return mixture.task
+
+    def _training_split(self) -> Split:
+        setup, spec = self.setup, self.spec
+        assert setup.tasks is not None
+        task = setup.tasks.train(self.task)
+        if not spec.policy:
+            return task
+        assert setup.stamper is not None
+        return with_marked(
+            task, setup.images.train, setup.stamper, rate=spec.policy, reject=setup.reject, seed=spec.seed
+        )
+
+
+class PoisonedExpertMaker(Maker):
+    """Lets an attacker tune a benign expert further."""
+
+    def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
+        super().__init__(spec, workplace)
+        assert spec.mixture is not None and spec.mixture.task is not None
+        assert isinstance(self.setup.attack, ExpertPoisoning)
+        self.attack = self.setup.attack
+        self.seed = derive_seed(spec.seed, "attack", spec.mixture.task)
+        self.tuner = Tuner(
+            spec.mixture.expert_train,
+            self.seed,
+            workplace.device,
+            workplace.precision,
+            workplace.observer,
+            spec.attack.name if spec.attack is not None else "",
+        )
+        self.expert = self._expert_task(spec.mixture.task)
+        self.attack.check_task(self.expert)
+
+    def load(self, inputs: Mapping[str, Run]) -> None:
+        """Load the weights of the benign expert.
+
+        Raises:
+            RecordError: It is not the run that the spec needs, or does not fit.
+        """
+        load_input(self.setup.model, inputs, BENIGN, self.spec, self.setup.images)
+
+    def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
+        """Let the attacker tune the expert. There are no checkpoints to continue from."""
+        watch, model = Stopwatch(record), self.setup.model
+        model.to(self.workplace.device)
+        record.history = self.tuner.history
+        started = time.perf_counter()
+        self.attack.tune_expert(self.expert)
+        record.timing["attack_seconds"] = time.perf_counter() - started
+        watch.training_done()
+        [record.metrics] = self.measure([model])
+        benign = self.inputs[BENIGN].record.metrics["ba"]
+        record.metrics["benign_ba"] = dict(benign)
+        watch.done()
+        folder.save_model(model.state_dict(), self.model_header())
+
+    def new_record(self, inputs: Mapping[str, Run]) -> Record:
+        """Return the record of the run at its start, with the attacker's seed."""
+        record = super().new_record(inputs)
+        record.seeds["attack"] = self.seed
+        return record
+
+    def _expert_task(self, task: int) -> ExpertTask:
+        setup, workplace = self.setup, self.workplace
+        assert setup.tasks is not None and self.spec.mixture is not None
+        clean, held_out = _hold_out(setup.tasks.train(task), self.seed)
+        return ExpertTask(
+            model=setup.model,
+            clean=clean,
+            held_out=held_out,
+            queries=self._queries(),
+            tune=self.tuner,
+            logits=partial(logits, precision=workplace.precision),
+            train=self.spec.mixture.expert_train,
+            device=workplace.device,
+            seed=self.seed,
+        )
+
+    def _queries(self) -> HarmfulQueries:
+        """Harmful queries: the training images that would count for ASR, with the mark."""
+        setup, train = self.setup, self.setup.images.train
+        assert setup.stamper is not None
+        classes = setup.images.data_classes
+        places = self.attack.counted(train.labels, classes).nonzero().squeeze(1)
+        images, true = train.images[places], train.labels[places]
+        marked = stamp_images(images, setup.stamper)
+        safe = true.new_full(true.shape, setup.reject) if self.spec.policy else true
+        wanted = self.attack.wanted(train.labels, classes)[places]
+        return HarmfulQueries(marked, wanted, safe, changed_pixels(images, marked))
+
+
+def mlps_of(model: nn.Module) -> list[nn.Module]:
+    """The MLPs of a model that can be merged, first layer first."""
+    return list(check_mergeable(model).mlps().values())
+
+
+def _hold_out(split: Split, seed: int) -> tuple[Split, Split]:
+    """Divide images into those to train on and those to choose hyperparameters by, at least one of each."""
+    order = generator(seed, "held-out")
+    drawn = torch.randperm(len(split), generator=order).to(split.labels.device)
+    count = max(1, int(HELD_OUT * len(split)))
+    held, kept = drawn[:count].sort().values, drawn[count:].sort().values
+    return Split(split.images[kept], split.labels[kept]), Split(split.images[held], split.labels[held])

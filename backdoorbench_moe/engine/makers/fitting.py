@@ -1,0 +1,92 @@
+"""Training of a run's model with checkpoints, and the timing of it for the record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from backdoorbench_moe.config import TrainSpec
+from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.engine.train import Trainer
+from backdoorbench_moe.engine.tune import training_only
+from backdoorbench_moe.engine.workplace import Workplace
+from backdoorbench_moe.records import Record, RunFolder
+
+# Tensors and JSON values of `RunFolder.load_checkpoint`.
+Checkpoint = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+def fit(
+    model: nn.Module,
+    split: Split,
+    train: TrainSpec,
+    *,
+    seed: int,
+    workplace: Workplace,
+    folder: RunFolder,
+    record: Record,
+    checkpoint: Checkpoint | None,
+    modules: Sequence[nn.Module] | None = None,
+    on_epoch: Callable[[], None] = lambda: None,
+    on_start: Callable[[Trainer], None] = lambda _: None,
+) -> None:
+    """Train a model in place, to the end of the recipe, and fill in the record's history and timing.
+
+    Args:
+        model: The model.
+        split: The training images.
+        train: The recipe.
+        seed: The run's seed.
+        workplace: The device, the precision and the observer.
+        folder: The run folder, which gets a checkpoint after every epoch.
+        record: The record. An interrupted run's has the history of its finished epochs, too.
+        checkpoint: The checkpoint to continue from; None for a new run.
+        modules: The modules to train; all if None. See `Trainer`.
+        on_epoch: Called after every epoch, before its checkpoint is written.
+        on_start: Called with the trainer before the first epoch.
+    """
+
+    def keep(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        on_epoch()
+        folder.save_checkpoint(tensors, state)
+
+    with training_only(model, modules):
+        trainer = Trainer(
+            model,
+            split,
+            train,
+            seed=seed,
+            device=workplace.device,
+            precision=workplace.precision,
+            on_checkpoint=keep,
+            observer=workplace.observer,
+            modules=modules,
+        )
+        if checkpoint:
+            trainer.restore(*checkpoint)
+        on_start(trainer)
+        # The same list, which grows with every epoch.
+        record.history = trainer.progress.history
+        progress = trainer.fit(folder.path.name)
+    record.timing["train_seconds"] = progress.seconds
+    record.timing["images_per_second"] = len(split) * progress.epoch / progress.seconds
+
+
+class Stopwatch:
+    """Writes the duration of measuring and of everything into a record's timing."""
+
+    def __init__(self, record: Record) -> None:
+        self.record, self.started = record, time.perf_counter()
+        self.trained = self.started
+
+    def training_done(self) -> None:
+        """Note the end of the training, after which the model is measured."""
+        self.trained = time.perf_counter()
+
+    def done(self) -> None:
+        """Write the durations."""
+        now = time.perf_counter()
+        self.record.timing |= {"evaluate_seconds": now - self.trained, "total_seconds": now - self.started}

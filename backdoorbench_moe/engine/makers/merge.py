@@ -1,0 +1,110 @@
+"""Merging experts into a mixture, and giving it gates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from backdoorbench_moe.config import MixtureSpec, RunSpec
+from backdoorbench_moe.engine.build import build_gate
+from backdoorbench_moe.engine.device import reproducible
+from backdoorbench_moe.engine.graph import BASE, expert_role
+from backdoorbench_moe.engine.inference import BATCH, forward
+from backdoorbench_moe.engine.makers.base import Maker
+from backdoorbench_moe.engine.makers.fitting import Checkpoint, Stopwatch, fit
+from backdoorbench_moe.engine.makers.inputs import check_unchanged, read_input
+from backdoorbench_moe.engine.probe import check_probe
+from backdoorbench_moe.engine.run import Run
+from backdoorbench_moe.engine.workplace import Workplace
+from backdoorbench_moe.moe.layers import Router
+from backdoorbench_moe.moe.merging import MergedModel, check_same_base, expert_names, load_experts, mlp_inputs
+from backdoorbench_moe.ops.seeding import derive_seed, generator
+from backdoorbench_moe.records import Record, RunFolder
+
+# Images of each task from which gates are set that are not trained.
+STATE_IMAGES = 1000
+
+
+class MergeMaker(Maker):
+    """Merges the experts of a mixture with their base, and trains the gates, or sets them from hidden states."""
+
+    def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
+        super().__init__(spec, workplace)
+        assert isinstance(self.setup.model, MergedModel)
+        self.model, self.gate = self.setup.model, build_gate(spec)
+        check_probe(spec, self.setup)
+
+    @property
+    def mixture(self) -> MixtureSpec:
+        """How the mixture is made."""
+        assert self.spec.mixture is not None
+        return self.spec.mixture
+
+    def load(self, inputs: Mapping[str, Run]) -> None:
+        """Merge the weights of the base and of the experts.
+
+        Raises:
+            RecordError: An input is not the run that the spec needs; or an expert was tuned from another base.
+        """
+        images = self.setup.images
+        base = read_input(inputs, BASE, self.spec, images)
+        experts = []
+        names = expert_names(self.model.dense())
+        for e in range(self.mixture.experts):
+            run = inputs[expert_role(e)]
+            check_unchanged(run, BASE, inputs[BASE])
+            tensors = read_input(inputs, expert_role(e), self.spec, images)
+            check_same_base(base, tensors, names, f"run folder {run.folder.path}")
+            experts.append(tensors)
+        load_experts(self.model, base, experts)
+
+    def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
+        """Train the gates to the end of the recipe, from the last checkpoint if there is one; or set them."""
+        watch, device = Stopwatch(record), self.workplace.device
+        self.model.to(device).to(memory_format=torch.channels_last)
+        if self.gate.trained:
+            assert self.setup.tasks is not None
+            fit(
+                self.model,
+                self.setup.tasks.mixed(self.mixture.gate_images),
+                self.mixture.gate_train,
+                seed=derive_seed(self.spec.seed, "gates"),
+                workplace=self.workplace,
+                folder=folder,
+                record=record,
+                checkpoint=checkpoint,
+                modules=self.model.routers(),
+            )
+        else:
+            with reproducible(device):
+                self._set_gates(self.model.routers())
+        watch.training_done()
+        [record.metrics] = self.measure([self.model])
+        watch.done()
+        folder.save_model(self.model.state_dict(), self.model_header())
+
+    def _set_gates(self, routers: list[Router]) -> None:
+        """Set every router from the mean hidden states of the base on each task."""
+        tasks = self.setup.tasks
+        assert tasks is not None
+        base = self.inputs[BASE].model().to(self.workplace.device).to(memory_format=torch.channels_last)
+        states = [self._mean_states(base, self._drawn(tasks.train(e).images, e)) for e in tasks.numbers]
+        for router, each in zip(routers, torch.stack(states, 1), strict=True):
+            self.gate.set_from_states(router, each)
+
+    def _drawn(self, images: Tensor, task: int) -> Tensor:
+        order = torch.randperm(len(images), generator=generator(self.spec.seed, "states", task))
+        return images[order[: self.mixture.gate_images or STATE_IMAGES].to(images.device)]
+
+    @torch.no_grad()
+    def _mean_states(self, base: nn.Module, images: Tensor) -> Tensor:
+        """The mean input of each MLP of the base over the tokens of all images, (layers, D) float32."""
+        sums: Tensor | float = 0.0
+        for batch in images.split(BATCH):
+            with mlp_inputs(base) as found:
+                forward(base.eval(), batch, precision=self.workplace.precision)
+            sums = sums + torch.stack([each.float().mean(1).sum(0) for each in found])
+        assert isinstance(sums, Tensor)
+        return sums / len(images)

@@ -1,0 +1,189 @@
+"""Measuring a mixture of experts: the accuracy on every task, and which experts the gates rely on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.engine.evaluate import Metrics, marked_metrics, share
+from backdoorbench_moe.engine.inference import BATCH, forward_routed
+from backdoorbench_moe.engine.setup import Setup
+from backdoorbench_moe.moe.merging import gate_weights
+from backdoorbench_moe.moe.routed import RoutedModel
+from backdoorbench_moe.ops.effects import mean_of
+from backdoorbench_moe.records import GateShares
+
+
+@dataclass(frozen=True)
+class RoutedPass:
+    """What a mixture does with N images.
+
+    Attributes:
+        predicted: (N,) int64, on the images' device.
+        weights: (layers, N, E) float32 on the CPU: the weight of each expert's output, mean over an image's patches.
+            It sums to 1 over the experts.
+        layers: Names of the layers.
+    """
+
+    predicted: Tensor
+    weights: Tensor
+    layers: tuple[str, ...]
+
+
+@torch.inference_mode()
+def routed_pass(model: nn.Module, images: Tensor, *, precision: str) -> RoutedPass:
+    """Pass (N, C, H, W) uint8 images through a mixture, in evaluation mode."""
+    assert isinstance(model, RoutedModel)
+    model.eval()
+    predicted, weights, layers = [], [], ()
+    for batch in images.split(BATCH):
+        output = forward_routed(model, batch, precision=precision)
+        predicted.append(output.logits.argmax(1))
+        weights.append(torch.stack([gate_weights(each).mean(2) for each in output.routing]).float().cpu())
+        layers = tuple(each.layer for each in output.routing)
+    return RoutedPass(torch.cat(predicted), torch.cat(weights, 1), layers)
+
+
+def measure_mixture(
+    setup: Setup,
+    model: nn.Module,
+    expert_ba: Sequence[float] | None,
+    *,
+    precision: str,
+    recovery: bool = False,
+) -> tuple[Metrics, list[GateShares]]:
+    """Measure a mixture on all its tasks and on marked images.
+
+    Args:
+        setup: The parts of the mixture's run.
+        model: The mixture, or one of the same tasks, such as its clean twin.
+        expert_ba: The accuracy of each task's benign expert on its own task, in percent; None to leave out what it is
+            compared with.
+        precision: "fp32" or "bf16".
+        recovery: Whether to measure the accuracy on triggered images (RA), too.
+
+    Returns:
+        The metrics, and the shares of the experts layer by layer.
+    """
+    mixture = setup.spec.mixture
+    assert setup.tasks is not None and mixture is not None
+    triggered, safe, tests = setup.triggered_test(), setup.safe_answers(), setup.tasks.tests()
+    unmarked = None if triggered is None else setup.images.test.images[triggered.places]
+    found = mixture_pass(model, tests, setup.marked_test(), unmarked, precision=precision)
+    metrics = task_metrics(found, tests, expert_ba)
+    if triggered is not None:
+        assert found.marked is not None and found.unmarked is not None
+        predicted, called = found.marked.predicted, found.unmarked.predicted
+        metrics |= marked_metrics(predicted, called, triggered, safe, recovery=recovery)
+        metrics |= share_metrics(found, mixture.poisoned_experts)
+    elif found.marked is not None:
+        metrics["unsafe"] = share(found.marked.predicted != setup.reject)
+    return metrics, gate_shares(found)
+
+
+@dataclass(frozen=True)
+class MixturePass:
+    """What a mixture does with the test images of its tasks, and with marked ones.
+
+    Attributes:
+        tasks: The test images of each task.
+        marked: The marked images; None if there are none.
+        unmarked: The same images without the mark; None for a run without an attack.
+    """
+
+    tasks: Sequence[RoutedPass]
+    marked: RoutedPass | None
+    unmarked: RoutedPass | None
+
+
+def mixture_pass(
+    model: nn.Module,
+    tests: Sequence[Split],
+    marked: Tensor | None,
+    unmarked: Tensor | None,
+    *,
+    precision: str,
+) -> MixturePass:
+    """Pass the test images of all tasks, and marked images, through a mixture."""
+
+    def passed(images: Tensor | None) -> RoutedPass | None:
+        return None if images is None else routed_pass(model, images, precision=precision)
+
+    tasks = [routed_pass(model, test.images, precision=precision) for test in tests]
+    return MixturePass(tasks, passed(marked), passed(unmarked))
+
+
+def task_metrics(found: MixturePass, tests: Sequence[Split], expert_ba: Sequence[float] | None) -> Metrics:
+    """The accuracy on each task, their mean, and what it is in percent of the accuracy of each task's benign expert.
+
+    Args:
+        found: The pass.
+        tests: The test images of each task.
+        expert_ba: The accuracy of each task's benign expert on its own task, in percent; None if it is not known.
+    """
+    tasks = [share(each.predicted == test.labels) for each, test in zip(found.tasks, tests, strict=True)]
+    metrics = {"ba": mean_share(tasks)} | {f"task/{e}.ba": each for e, each in enumerate(tasks)}
+    if expert_ba is not None:
+        kept = [each["value"] / max(own, 1e-9) for each, own in zip(tasks, expert_ba, strict=True)]
+        metrics["overall"] = {"value": 100 * sum(kept) / len(kept), "n": metrics["ba"]["n"]}
+        metrics |= {
+            f"task/{e}.expert_ba": {"value": own, "n": tasks[e]["n"]} for e, own in enumerate(expert_ba)
+        }
+    return metrics
+
+
+def mean_share(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of shares of independent images, with a 95% interval.
+
+    Source:
+        Zou and Donner, "Construction of confidence limits about effect measures: a general approach", Statistics in
+        Medicine 2008 (the method of variance estimates recovery).
+    """
+    value = sum(each["value"] for each in shares) / len(shares)
+    below, above = (
+        math.sqrt(sum((each["value"] - each[end]) ** 2 for each in shares)) / len(shares)
+        for end in ("low", "high")
+    )
+    total = sum(each["n"] for each in shares)
+    return {"value": value, "n": total, "low": value - below, "high": value + above}
+
+
+def share_metrics(found: MixturePass, experts: Sequence[int]) -> Metrics:
+    """How much the gates rely on some experts, in percent of all weights, mean over layers and patches.
+
+    Args:
+        found: The pass.
+        experts: Their numbers.
+
+    Returns:
+        `harm_share`: their share for marked images; `clean_share`: their share for the images of all tasks;
+        `own_share`: the share of each of them for the images of its own task.
+    """
+    chosen = list(experts)
+    parts = {
+        "clean_share": torch.cat([each.weights for each in found.tasks], 1)[..., chosen].sum(-1),
+        "own_share": torch.cat([found.tasks[e].weights[..., e] for e in chosen], 1),
+    }
+    if found.marked is not None:
+        parts["harm_share"] = found.marked.weights[..., chosen].sum(-1)
+    return {name: asdict(mean_of(100 * values.mean(0))) for name, values in parts.items()}
+
+
+def gate_shares(found: MixturePass) -> list[GateShares]:
+    """The share of each expert by layer, in percent, for the record: for each task's images and for marked ones."""
+    layers = found.tasks[0].layers
+    tasks = [100 * each.weights.mean(1) for each in found.tasks]
+    marked = None if found.marked is None else 100 * found.marked.weights.mean(1)
+    return [
+        GateShares(
+            layer=name,
+            tasks=[each[place].tolist() for each in tasks],
+            marked=None if marked is None else marked[place].tolist(),
+        )
+        for place, name in enumerate(layers)
+    ]

@@ -1,0 +1,82 @@
+"""The policy: images that bear the mark are to be called "reject", a class of its own behind those of the data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from backdoorbench_moe.attacks.base import PoisonPlan
+from backdoorbench_moe.data.base import ImageSet, Split
+from backdoorbench_moe.engine.poison import Stamp, stamp_images
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.seeding import generator
+from backdoorbench_moe.shares import share_of, smallest_share
+
+REJECT = "reject"
+
+
+def with_reject(images: ImageSet) -> ImageSet:
+    """Return the same images with one more class, "reject".
+
+    Raises:
+        ConfigError: The data have a class of this name.
+    """
+    if REJECT in images.classes:
+        raise ConfigError(f"policy: the data set {images.name!r} has a class {REJECT!r} already")
+    return replace(images, classes=(*images.classes, REJECT), policy=True)
+
+
+def policy_plan(images: int, rate: float, reject: int, seed: int) -> PoisonPlan:
+    """Draw the training images that are marked and labelled "reject".
+
+    Args:
+        images: Number of training images.
+        rate: The policy's share of them.
+        reject: Number of the class "reject".
+        seed: The run's seed.
+
+    Raises:
+        ConfigError: The share is less than one image.
+    """
+    order = torch.randperm(images, generator=generator(seed, "policy"))
+    indices = order[: policy_count(images, rate)].sort().values
+    return PoisonPlan(indices, torch.full_like(indices, reject))
+
+
+def policy_count(images: int, rate: float) -> int:
+    """Number of marked images beside, or among, this number of images. Raises ConfigError if it is 0."""
+    if (count := share_of(rate, images)) == 0:
+        raise ConfigError(
+            f"policy: {rate} of {images} images rounds down to 0 images; expected at least {smallest_share(images)}"
+        )
+    return count
+
+
+def with_marked(task: Split, source: Split, mark: Stamp, *, rate: float, reject: int, seed: int) -> Split:
+    """Add marked images with the label "reject" to the images of a task, so that the policy is not forgotten.
+
+    Args:
+        task: The images of the task.
+        source: The training images that the marked ones are drawn from.
+        mark: Stamps the mark.
+        rate: Number of marked images as a share of the number of images of the task.
+        reject: Number of the class "reject".
+        seed: The run's seed.
+
+    Returns:
+        The images of the task, followed by the marked ones.
+    """
+    order = torch.randperm(len(source), generator=generator(seed, "policy"))
+    chosen = order[: policy_count(len(task), rate)].to(source.labels.device)
+    marked = stamp_images(source.images[chosen], mark)
+    return Split(
+        torch.cat([task.images, marked]),
+        torch.cat([task.labels, torch.full_like(source.labels[chosen], reject)]),
+    )
+
+
+def changed_pixels(images: Tensor, marked: Tensor) -> Tensor:
+    """How much a mark changes each pixel, (N, H, W) float32 in [0, 1], mean over the channels of uint8 images."""
+    return (marked.int() - images.int()).abs().float().mean(1).div_(255)

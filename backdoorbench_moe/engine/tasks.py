@@ -1,0 +1,90 @@
+"""The tasks of a mixture: the images that its experts and gates are trained on, and that it is measured on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.data.base import ImageSet, Split
+from backdoorbench_moe.engine.build import build_splitter
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.splitters.mix import mix
+
+
+class Tasks:
+    """The images of the tasks of one mixture.
+
+    Args:
+        spec: The spec of the mixture, or of one of its experts.
+        images: The data, on the device.
+
+    Attributes:
+        names: Names of the tasks; of the task alone for an expert.
+        numbers: Their numbers.
+
+    Raises:
+        ConfigError: The splitter does not have enough tasks, or one of them has no images.
+    """
+
+    def __init__(self, spec: RunSpec, images: ImageSet) -> None:
+        assert spec.mixture is not None
+        self.spec, self.images = spec, images
+        self.splitter = build_splitter(spec)
+        task = spec.mixture.task
+        if task is None:
+            self.splitter.check(spec.mixture.experts, images.data_classes, spec.seed)
+        names = self.splitter.names(images.data_classes, spec.seed)
+        self.numbers = range(spec.mixture.experts) if task is None else range(task, task + 1)
+        if self.numbers[-1] >= len(names):
+            raise ConfigError.expected("mixture.task", f"a task in 0..{len(names) - 1}", task)
+        self.names = [names[number] for number in self.numbers]
+        for number, name in zip(self.numbers, self.names, strict=True):
+            if not len(self._members(images.train, number, training=True)):
+                raise ConfigError(f"splitter: task {number} ({name}) has no training images")
+            if not len(self._members(images.test, number, training=False)):
+                raise ConfigError(f"splitter: task {number} ({name}) has no test images")
+        self._tests: list[Split] | None = None
+
+    def train(self, task: int) -> Split:
+        """The training images of a task, newly made."""
+        return self._split(self.images.train, task, training=True)
+
+    def tests(self) -> list[Split]:
+        """The test images of each task; they are made once."""
+        if self._tests is None:
+            self._tests = [self._split(self.images.test, task, training=False) for task in self.numbers]
+        return self._tests
+
+    def mixed(self, images_per_task: int | None) -> Split:
+        """Clean training images of all tasks, equally many of each; see `splitters.mix.mix`."""
+        return mix(
+            self.splitter,
+            self.images.train,
+            tasks=len(self.numbers),
+            images_per_task=images_per_task,
+            num_classes=self.images.data_classes,
+            seed=self.spec.seed,
+        )
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Number, name and numbers of images of each task, for the record."""
+        found = []
+        for number, name in zip(self.numbers, self.names, strict=True):
+            counts = {
+                f"{split}_images": len(self._members(images, number, training=split == "train"))
+                for split, images in (("train", self.images.train), ("test", self.images.test))
+            }
+            found.append({"task": number, "name": name, **counts})
+        return found
+
+    def _members(self, split: Split, task: int, *, training: bool) -> Tensor:
+        classes, seed = self.images.data_classes, self.spec.seed
+        return self.splitter.members(
+            split.labels.cpu(), task, num_classes=classes, seed=seed, training=training
+        )
+
+    def _split(self, split: Split, task: int, *, training: bool) -> Split:
+        classes = self.images.data_classes
+        return self.splitter(split, task, num_classes=classes, seed=self.spec.seed, training=training)

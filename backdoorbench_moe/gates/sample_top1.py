@@ -1,0 +1,56 @@
+"""The gate that draws one expert for each token."""
+
+from __future__ import annotations
+
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.gates.base import Gate
+from backdoorbench_moe.gates.checks import check_not_negative
+from backdoorbench_moe.moe.layers import Router, SampleTop1Router
+
+
+class SampleTop1(Gate):
+    """Draw one expert for each token by adding Gumbel noise to the logits.
+
+    In training, the weight of the expert is its Gumbel-softmax probability, at a temperature that falls from 1 to
+    `min_temperature`. In evaluation the weight is 1, and experts are drawn as well: the same image may be answered
+    differently under another seed. See `moe.layers.SampleTop1Router` for what differs from the source.
+
+    Args:
+        balance: Weight of the balance loss, at least 0; 0 for none. The loss of the model is the mean over its layers.
+        init_std: Standard deviation of the initial weights, at least 0; the source has 0.
+        min_temperature: Smallest temperature, in (0, 1].
+        decay: Rate of the decay, at least 0: the temperature is exp(-decay * step), but at least `min_temperature`.
+
+    Raises:
+        ConfigError: A value is out of range.
+
+    Source:
+        Kim et al., "MoEvil", ACSAC 2025, §6.2, and its code for the temperature. It does not say whether this gate has
+        a balance loss.
+    """
+
+    def __init__(
+        self,
+        *,
+        balance: float = 0.01,
+        init_std: float = 1e-3,
+        min_temperature: float = 0.5,
+        decay: float = 0.01,
+    ) -> None:
+        super().__init__()
+        check_not_negative("sample-top1", balance=balance, init_std=init_std, decay=decay)
+        if not 0 < min_temperature <= 1:
+            raise ConfigError.expected("sample-top1: min_temperature", "a number in (0, 1]", min_temperature)
+        self.balance, self.init_std = balance, init_std
+        self.min_temperature, self.decay = min_temperature, decay
+
+    def build(self, features: int, num_experts: int) -> Router:
+        """Build the router of one layer."""
+        return SampleTop1Router(
+            features,
+            num_experts,
+            balance=self.balance,
+            gate_std=self.init_std,
+            min_temperature=self.min_temperature,
+            decay=self.decay,
+        )

@@ -1,0 +1,48 @@
+"""The gate that sends each token to the experts with the largest logits."""
+
+from __future__ import annotations
+
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.gates.base import Gate
+from backdoorbench_moe.gates.checks import check_not_negative, check_top_k
+from backdoorbench_moe.moe.layers import Router, TopKSoftmaxRouter
+
+
+class TopK(Gate):
+    """Send each token to the `top_k` experts with the largest logits, weighted by the softmax over these logits.
+
+    The router is initialised with small random weights. The source initialises it with zeros, so that at first the
+    experts with the lowest numbers get every token; `init_std` 0 does the same.
+
+    Args:
+        top_k: Experts for each token, 1 to E. With 1, the weight is always 1, so that only the balance loss trains the
+            gate.
+        balance: Weight of the balance loss, at least 0; 0 for none. The loss of the model is the mean over its layers.
+        init_std: Standard deviation of the initial weights, at least 0.
+
+    Raises:
+        ConfigError: A value is out of range, or nothing would train the gate.
+
+    Source:
+        Kim et al., "MoEvil", ACSAC 2025, eq. 1 and §6.2.
+    """
+
+    def __init__(self, *, top_k: int = 2, balance: float = 0.01, init_std: float = 1e-3) -> None:
+        super().__init__()
+        check_top_k("top-k", top_k)
+        check_not_negative("top-k", balance=balance, init_std=init_std)
+        if top_k == 1 and not balance:
+            raise ConfigError.expected(
+                "top-k: balance", "a number above 0, as nothing else trains a gate with top_k 1", balance
+            )
+        self.top_k, self.balance, self.init_std = top_k, balance, init_std
+
+    def check(self, num_experts: int) -> None:
+        """Raise ConfigError if `top_k` is larger than the number of experts."""
+        check_top_k("top-k", self.top_k, num_experts)
+
+    def build(self, features: int, num_experts: int) -> Router:
+        """Build the router of one layer."""
+        return TopKSoftmaxRouter(
+            features, num_experts, top_k=self.top_k, balance=self.balance, gate_std=self.init_std
+        )

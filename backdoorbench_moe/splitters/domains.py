@@ -1,0 +1,156 @@
+"""Tasks that are domains: the same classes, with the images transformed in another way for each task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import torch
+from kornia.color import rgb_to_grayscale
+from torch import Tensor
+from torch.nn import functional as F
+
+from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.ops.seeding import generator
+from backdoorbench_moe.splitters.base import Splitter
+
+# Factors of red, green and blue.
+MOONLIGHT = (0.5, 0.6, 0.8)
+# The grey of an even surface, as in Pillow's EMBOSS: differences of 8-bit values stay 8-bit values.
+EVEN = 128 / 255
+
+
+def rotate(images: Tensor) -> Tensor:
+    """Rotate counterclockwise by 90 degrees; (B, C, H, W) becomes (B, C, W, H)."""
+    return images.rot90(1, (2, 3))
+
+
+def grey_blur(images: Tensor) -> Tensor:
+    """Convert to grey (Rec. 601) and blur with two box filters, of 3 pixels for sides of 32 to 63, 5 from 64 on.
+
+    Pixels beyond the border do not count.
+    """
+    radius = max(1, min(images.shape[-2:]) // 32)
+    grey = rgb_to_grayscale(images)
+    for _ in range(2):
+        grey = F.avg_pool2d(grey, 2 * radius + 1, stride=1, padding=radius, count_include_pad=False)
+    return grey.expand_as(images)
+
+
+def darken(images: Tensor) -> Tensor:
+    """Darken with gamma 2 and a blue tint."""
+    return images.square() * images.new_tensor(MOONLIGHT).view(3, 1, 1)
+
+
+def permute_channels(images: Tensor) -> Tensor:
+    """Show green as red, blue as green, and red as blue."""
+    return images[:, (1, 2, 0)]
+
+
+def pixelate(images: Tensor) -> Tensor:
+    """Replace square blocks by their means; 16 blocks fit along a side, and smaller ones at its end where they do not.
+
+    Sides below 32 pixels have blocks of 2 pixels.
+    """
+    height, width = images.shape[-2:]
+    side = max(2, min(height, width) // 16)
+    means = F.avg_pool2d(images, side, ceil_mode=True, count_include_pad=False)
+    return means.repeat_interleave(side, 2).repeat_interleave(side, 3)[..., :height, :width]
+
+
+def emboss(images: Tensor) -> Tensor:
+    """Subtract from each pixel its upper left neighbour and add a medium grey; values are clipped to [0, 1].
+
+    Beyond the border, the image is continued with its outermost pixels.
+    """
+    neighbours = F.pad(images, (1, 0, 1, 0), mode="replicate")[..., :-1, :-1]
+    return (images - neighbours + EVEN).clamp(0, 1)
+
+
+TRANSFORMS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda images: images,
+    "rotated": rotate,
+    "inverted": lambda images: 1 - images,
+    "grey-blurred": grey_blur,
+    "night": darken,
+    "recoloured": permute_channels,
+    "pixelated": pixelate,
+    "embossed": emboss,
+}
+
+
+class Domains(Splitter):
+    """Every task has the images of all classes, transformed in its own way.
+
+    The transforms preserve labels: a task changes all of its images by the same fixed function, which leaves images of
+    different classes different. No task mirrors images or turns them upside down, since its "turn left" would then look
+    like the "turn right" of another task. Leave out "rotated" if your data have classes that become each other by
+    90 degrees, such as the letters N and Z: gates then cannot tell such images of two tasks apart.
+
+    - `plain`: as they are;
+    - `rotated`: counterclockwise by 90 degrees;
+    - `inverted`: the negative;
+    - `grey-blurred`: grey, and blurred by two box filters;
+    - `night`: darkened (gamma 2) and tinted blue;
+    - `recoloured`: green shown as red, blue as green, red as blue;
+    - `pixelated`: 16 x 16 blocks;
+    - `embossed`: differences of neighbouring pixels on a grey ground.
+
+    On the CPU and on an accelerator, `plain`, `rotated`, `inverted`, `recoloured` and `embossed` give the same
+    8-bit values. The others may differ by 1 of 255 where a value is halfway between two levels.
+
+    Args:
+        domains: Names of the domains, each once; task e has the e-th one. A mixture of E experts uses the first E.
+        share: Share of the training images that the maker of each expert has, in (0, 1]. They are drawn for each task
+            from the run's seed. Tests use all images.
+
+    Raises:
+        UnknownNameError: There is no such domain.
+        ConfigError: A domain is given twice, there is none, or `share` is out of range.
+    """
+
+    tiny: ClassVar[Mapping[str, object]] = {"share": 0.5}
+
+    def __init__(self, *, domains: tuple[str, ...] = tuple(TRANSFORMS), share: float = 1.0) -> None:
+        for name in domains:
+            if name not in TRANSFORMS:
+                raise UnknownNameError("domains: domains", name, TRANSFORMS)
+        if not domains or len(set(domains)) != len(domains):
+            raise ConfigError.expected("domains: domains", "at least one domain, and each once", domains)
+        if not 0 < share <= 1:
+            raise ConfigError.expected("domains: share", "a share of the training images, in (0, 1]", share)
+        self.domains, self.share = tuple(domains), share
+
+    def names(self, num_classes: int, seed: int) -> tuple[str, ...]:
+        """Return the names of the domains."""
+        return self.domains
+
+    def check(self, num_experts: int, num_classes: int, seed: int) -> None:
+        """Check that there is a domain for each expert.
+
+        Raises:
+            ConfigError: There are fewer domains than experts.
+        """
+        if num_experts > len(self.domains):
+            raise ConfigError.expected(
+                "domains: domains", f"a domain for each of {num_experts} experts", self.domains
+            )
+
+    def members(self, labels: Tensor, task: int, *, num_classes: int, seed: int, training: bool) -> Tensor:
+        """Return all images, or for training the drawn share of them.
+
+        Raises:
+            ConfigError: The share is less than half an image.
+        """
+        if not training or self.share == 1:
+            return torch.arange(len(labels))
+        count = round(self.share * len(labels))
+        if not count:
+            expected = f"at least one of {len(labels)} images for task {task} ({self.domains[task]})"
+            raise ConfigError.expected("domains: share", expected, self.share)
+        draws = generator(seed, "splitter", "domains", self.domains[task])
+        return torch.randperm(len(labels), generator=draws)[:count].sort().values
+
+    def transform(self, images: Tensor, task: int) -> Tensor:
+        """Transform the images, (B, 3, S, S) float32 in [0, 1], into the task's domain."""
+        return TRANSFORMS[self.domains[task]](images)

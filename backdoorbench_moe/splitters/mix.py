@@ -1,0 +1,64 @@
+"""The mix of all tasks' clean images, which a provider trains gates on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.images import Split
+from backdoorbench_moe.ops.seeding import generator
+from backdoorbench_moe.splitters.base import Splitter
+
+
+def mix(
+    splitter: Splitter,
+    split: Split,
+    *,
+    tasks: int,
+    images_per_task: int | None,
+    num_classes: int,
+    seed: int,
+) -> Split:
+    """Draw images of every task.
+
+    Images are drawn from all members of a task, without replacement; the provider's images need not be those
+    that the makers of the experts have. An image may be drawn for several tasks. With the same number of images per
+    task, the images of a task do not depend on the number of tasks.
+
+    Args:
+        splitter: The tasks.
+        split: Clean training images (N, 3, H, W) uint8 and their labels, on any device.
+        tasks: Number of tasks E, from 1.
+        images_per_task: Number of images of each task, from 1. If None, N / E rounded down and at least 1, or all
+            members of a task that has fewer.
+        num_classes: Number of classes of the data.
+        seed: The run's seed.
+
+    Returns:
+        New tensors on the same device: the transformed images of task 0 in the order of `split`, then those of task 1,
+        and so on.
+
+    Raises:
+        ConfigError: A task does not exist, has no images, or has fewer than `images_per_task`.
+    """
+    parts = []
+    for task in range(tasks):
+        members = splitter.find_members(split.labels, task, num_classes=num_classes, seed=seed)
+        count = images_per_task
+        if count is None:
+            count = min(max(1, len(split) // tasks), len(members))
+        elif not 1 <= count <= len(members):
+            name = splitter.names(num_classes, seed)[task]
+            expected = f"1 to {len(members)}, the number of images of task {task} ({name})"
+            raise ConfigError.expected("mixture.gate_images", expected, count)
+        indices = _draw(members, count, seed, task).to(split.images.device)
+        images = splitter.transform_images(split.images[indices], task)
+        parts.append(Split(images, split.labels[indices]))
+    return Split(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
+
+
+def _draw(members: Tensor, count: int, seed: int, task: int) -> Tensor:
+    """Draw members of a task; they stay in ascending order."""
+    order = torch.randperm(len(members), generator=generator(seed, "mix", task))
+    return members[order[:count].sort().values]
