@@ -80,7 +80,7 @@ def _measure(trainer: Trainer, images: ImageSet, batch: int) -> Speed:
 def trained_modules(spec: RunSpec, model: nn.Module) -> list[nn.Module] | None:
     """The modules that a run trains: the MLPs of an expert, the routers of a mixture; None for all."""
     if isinstance(model, MergedModel):
-        return list(model.routers())
+        return model.components()["router"]
     return None if spec.mixture is None else list(check_mergeable(model).mlps().values())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from backdoorbench_moe.ops.tuning import Tune
 
 # What a defense may declare in `Defense.needs`.
-NEEDS = ("clean", "training-set", "features", "losses")
+NEEDS = ("clean", "training-set", "features", "losses", "marked", "tasks")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class DefenseTask:
     Args:
         model: The model to defend, in evaluation mode, on `device`. The defense may change it in place.
         num_classes: Number of classes.
-        train: The settings that the model was trained with.
+        train: The settings that the model was trained with; for a mixture, those that its experts were tuned with.
         device: The device of the model and the images.
         precision: "fp32" or "bf16".
         seed: Seed that the defense should derive all random draws from.
@@ -47,6 +47,7 @@ class DefenseTask:
         report: Function of the name of a stage, such as "pruned", and the model. The defense calls it at the end of
             every stage except the last. It copies the model; the copy is measured after the defense has returned, so
             that the measurement cannot influence the defense.
+        gate_train: The settings that the gates of a mixture were trained with; None for any other model.
         granted: Data and functions by the name in `Defense.needs`. Defenses read them through the properties.
     """
 
@@ -62,10 +63,14 @@ class DefenseTask:
     fresh: Callable[[], nn.Module]
     report: Callable[[str, nn.Module], None]
     granted: Mapping[str, Any]
+    gate_train: TrainSpec | None = None
 
     @property
     def clean(self) -> Split:
-        """The images that the defender holds, uint8 on `device`, and their true labels. Requires "clean"."""
+        """The images that the defender holds, uint8 on `device`, and their true labels. Requires "clean".
+
+        For a mixture they are of all its tasks.
+        """
         return self._grant("clean")
 
     @property
@@ -88,6 +93,19 @@ class DefenseTask:
         Requires "losses".
         """
         return self._grant("losses")
+
+    @property
+    def marked(self) -> Split:
+        """Images that bear the mark of the policy, and their safe answer, the class "reject". Requires "marked".
+
+        They are training images of the data, as many as the defender holds clean ones.
+        """
+        return self._grant("marked")
+
+    @property
+    def tasks(self) -> Sequence[Split]:
+        """The images of each task of a mixture that the defender holds, and their true labels. Requires "tasks"."""
+        return self._grant("tasks")
 
     def _grant(self, need: str) -> Any:
         if need not in self.granted:
@@ -123,8 +141,9 @@ class Defense(ABC):
 
     Attributes:
         needs: What `DefenseTask` must provide besides the model, a subset of `NEEDS`: "clean" (images with true
-            labels), "training-set" (as the victim used it), "features" (the input of the head) and "losses" (of single
-            images).
+            labels), "training-set" (as the victim used it), "features" (the input of the head), "losses" (of single
+            images), "marked" (images that bear the mark of a policy) and "tasks" (clean images of each task of a
+            mixture). The last two restrict the defense to models with a policy, and to mixtures.
         tiny: Options with which the conformance tests build the defense: options that make it fast, and options
             without default.
         deviations: Conformance tests that the defense is known to fail: the reason for each, by name of the test.
@@ -154,7 +173,7 @@ class Defense(ABC):
         self.clean_fraction, self.finetune_data = clean_fraction, finetune_data
 
     def count(self, images: int, num_classes: int) -> int:
-        """Return the number of training images that the defender holds; 0 if the defense does not need "clean".
+        """Return the number of training images that the defender holds; 0 if the defense needs none.
 
         Args:
             images: Number of training images.
@@ -163,7 +182,7 @@ class Defense(ABC):
         Raises:
             ConfigError: There are fewer images than classes.
         """
-        if "clean" not in self.needs:
+        if not {"clean", "marked", "tasks"} & set(self.needs):
             return 0
         count = share_of(self.clean_fraction, images)
         if count < num_classes:

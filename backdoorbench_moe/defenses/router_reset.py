@@ -21,7 +21,7 @@ class RouterReset(Defense):
     Args:
         scope: "router" trains the router only; "all" trains the whole model.
         epochs: Epochs of training, from 1.
-        lr: Peak learning rate, above 0; that of the run's recipe if None.
+        lr: Peak learning rate, above 0; that of the run's recipe if None, for the gates of a mixture that of the gates.
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
 
     Raises:
@@ -58,5 +58,8 @@ class RouterReset(Defense):
                         tensor.copy_(fresh[name])
         task.report("reset", task.model)
         modules = router if self.scope == "router" else None
-        task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr, modules=modules)
+        lr = self.lr
+        if lr is None and task.gate_train is not None and self.scope == "router":
+            lr = task.gate_train.lr
+        task.tune(task.model, task.clean, epochs=self.epochs, lr=lr, modules=modules)
         return DefenseResult("tuned", task.model)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.models.checks import check_image_size, check_positive
+from backdoorbench_moe.models.timm_merging import plain_transformer
 from backdoorbench_moe.moe.structure import ChannelGroup
 
 # Up to this side, the strided stem of a network made for 224x224 would leave too small a map.
@@ -125,6 +126,26 @@ class TimmModel(nn.Module):
             if not any(part in name for part in ASIDE) and (group := _prunable(module, after))
         ]
         return {"trunk": found[-1:]} if found else {}
+
+    def mlps(self) -> dict[str, nn.Module]:
+        """The MLPs of a plain vision transformer; see `moe.structure.Mergeable`.
+
+        Raises:
+            ConfigError: The architecture is another one.
+        """
+        blocks = plain_transformer(self.network, self.architecture).blocks
+        return {
+            f"network.blocks.{number}.mlp": block.get_submodule("mlp") for number, block in enumerate(blocks)
+        }
+
+    def token_layout(self) -> tuple[tuple[int, int], int]:
+        """Rows and columns of the patches of a plain vision transformer, and the number of tokens before them.
+
+        Raises:
+            ConfigError: The architecture is another one.
+        """
+        network = plain_transformer(self.network, self.architecture)
+        return network.patch_embed.grid_size, network.num_prefix_tokens
 
     def _last_layer(self) -> nn.Module:
         """The last linear layer or convolution of timm's classifier; a module that is never called if there is none."""

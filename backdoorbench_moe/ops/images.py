@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,3 +58,8 @@ def change_images(images: Tensor, change: Callable[[Tensor, slice], Tensor]) -> 
         part = slice(start, start + size)
         out[part] = change(images[part].float().div_(255), part).mul(255).round_().clamp_(0, 255)
     return out
+
+
+def concatenate(splits: Sequence[Split]) -> Split:
+    """Return the images of several splits, one after the other."""
+    return Split(torch.cat([each.images for each in splits]), torch.cat([each.labels for each in splits]))

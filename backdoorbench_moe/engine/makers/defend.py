@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from backdoorbench_moe import defenses
-from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.config import RunSpec, TrainSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.engine.build import describe, fresh_model
@@ -27,12 +27,13 @@ from backdoorbench_moe.engine.judging import save_judgements
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.fitting import Checkpoint
 from backdoorbench_moe.engine.makers.inputs import load_input
-from backdoorbench_moe.engine.poison import poisoned, stamp_places
+from backdoorbench_moe.engine.poison import poisoned, stamp_images, stamp_places
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.engine.tune import Tuner
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import ConfigError, PluginError
+from backdoorbench_moe.ops.images import concatenate
 from backdoorbench_moe.ops.seeding import derive_seed, generator, seeded
 from backdoorbench_moe.records import Record, RunFolder
 
@@ -53,9 +54,22 @@ def build_defenses(spec: RunSpec, setup: Setup) -> list[Defense]:
         with _named(place, part.name):
             defense = defenses.registry.create(part.name, part.options)
             defense.count(len(setup.images.train), setup.images.num_classes)
+            _check_needs(defense, spec)
             defense.check_model(setup.model)
         built.append(defense)
     return built
+
+
+def _check_needs(defense: Defense, spec: RunSpec) -> None:
+    """Raise ConfigError if the defense needs a policy or a mixture, and the run has none."""
+    if "marked" in defense.needs and not spec.policy:
+        raise ConfigError(
+            "needs: expected a run with a policy, whose marked images have a safe answer, got one without"
+        )
+    if "tasks" in defense.needs and spec.mixture is None:
+        raise ConfigError("needs: expected a mixture of experts, which has tasks, got another model")
+    if "training-set" in defense.needs and spec.mixture is not None:
+        raise ConfigError("needs: expected a model trained on one training set, got a mixture of experts")
 
 
 @contextmanager
@@ -178,7 +192,8 @@ class DefenseMaker(Maker):
         task = DefenseTask(
             model=self.model,
             num_classes=images.num_classes,
-            train=self.spec.train,
+            train=self._recipe(),
+            gate_train=None if self.spec.mixture is None else self.spec.mixture.gate_train,
             device=workplace.device,
             precision=workplace.precision,
             seed=self.seed,
@@ -207,6 +222,8 @@ class DefenseMaker(Maker):
             "training-set": self._training_set,
             "features": lambda: partial(features, precision=precision),
             "losses": lambda: partial(losses, precision=precision),
+            "marked": self._marked_images,
+            "tasks": self._task_images,
         }
         return grants[need]()
 
@@ -223,21 +240,49 @@ class DefenseMaker(Maker):
 
         For "notebook" data, the images in the poison group have the trigger; see `Defense`.
         """
-        images, stamper, plan = self.setup.images, self.setup.stamper, self.setup.plan
-        train = images.train
+        setup, images = self.setup, self.setup.images
+        stamper, plan, train = setup.stamper, setup.plan, images.train
         count = self.defense.count(len(train), images.num_classes)
         keep = torch.randperm(len(train), generator=generator(self.seed, "clean"))[:count].sort().values
         place = keep.to(train.images.device)
+        if setup.tasks is not None:
+            return concatenate(self._task_images())
         held = train.images[place]
         if self.defense.finetune_data == "notebook" and plan is not None and stamper is not None:
             stamped = torch.isin(keep, plan.indices).to(held.device)
             held[stamped] = stamp_places(held[stamped], place[stamped], stamper.training)
         return Split(held, train.labels[place])
 
+    def _task_images(self) -> list[Split]:
+        """Return the training images of each task of a mixture that the defender holds, equally many of each."""
+        tasks, train = self.setup.tasks, self.setup.images.train
+        assert tasks is not None
+        count = self.defense.count(len(train), self.setup.images.num_classes)
+        held = []
+        for task in tasks.numbers:
+            split = tasks.train(task)
+            order = torch.randperm(len(split), generator=generator(self.seed, "clean", task))
+            place = order[: max(1, count // len(tasks.numbers))].sort().values.to(split.labels.device)
+            held.append(Split(split.images[place], split.labels[place]))
+        return held
+
+    def _marked_images(self) -> Split:
+        """Return training images with the mark of the policy, and the label "reject"."""
+        setup, train = self.setup, self.setup.images.train
+        assert setup.stamper is not None
+        count = self.defense.count(len(train), setup.images.num_classes)
+        keep = torch.randperm(len(train), generator=generator(self.seed, "marked"))[:count].sort().values
+        images = stamp_images(train.images[keep.to(train.images.device)], setup.stamper)
+        return Split(images, train.labels.new_full((count,), setup.reject))
+
+    def _recipe(self) -> TrainSpec:
+        mixture = self.spec.mixture
+        return self.spec.train if mixture is None else mixture.expert_train
+
     def _tuner(self) -> Tuner:
         workplace, name = self.workplace, self.spec.defenses[-1].name
         return Tuner(
-            self.spec.train, self.seed, workplace.device, workplace.precision, workplace.observer, name
+            self._recipe(), self.seed, workplace.device, workplace.precision, workplace.observer, name
         )
 
     def required_metrics(self) -> set[str]:

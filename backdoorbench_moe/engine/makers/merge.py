@@ -19,7 +19,7 @@ from backdoorbench_moe.engine.probe import check_probe
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.moe.layers import Router
-from backdoorbench_moe.moe.merging import MergedModel, check_same_base, expert_names, load_experts, mlp_inputs
+from backdoorbench_moe.moe.merging import MergedModel, load_experts, mlp_inputs
 from backdoorbench_moe.ops.seeding import derive_seed, generator
 from backdoorbench_moe.records import Record, RunFolder
 
@@ -51,13 +51,10 @@ class MergeMaker(Maker):
         images = self.setup.images
         base = read_input(inputs, BASE, self.spec, images)
         experts = []
-        names = expert_names(self.model.dense())
         for e in range(self.mixture.experts):
             run = inputs[expert_role(e)]
             check_unchanged(run, BASE, inputs[BASE])
-            tensors = read_input(inputs, expert_role(e), self.spec, images)
-            check_same_base(base, tensors, names, f"run folder {run.folder.path}")
-            experts.append(tensors)
+            experts.append(read_input(inputs, expert_role(e), self.spec, images))
         load_experts(self.model, base, experts)
 
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
@@ -75,15 +72,18 @@ class MergeMaker(Maker):
                 folder=folder,
                 record=record,
                 checkpoint=checkpoint,
-                modules=self.model.routers(),
+                modules=self._routers(),
             )
         else:
             with reproducible(device):
-                self._set_gates(self.model.routers())
+                self._set_gates(self._routers())
         watch.training_done()
         [record.metrics] = self.measure([self.model])
         watch.done()
         folder.save_model(self.model.state_dict(), self.model_header())
+
+    def _routers(self) -> list[Router]:
+        return [layer.router for layer in self.model.layers() if isinstance(layer.router, Router)]
 
     def _set_gates(self, routers: list[Router]) -> None:
         """Set every router from the mean hidden states of the base on each task."""
@@ -105,6 +105,6 @@ class MergeMaker(Maker):
         for batch in images.split(BATCH):
             with mlp_inputs(base) as found:
                 forward(base.eval(), batch, precision=self.workplace.precision)
-            sums = sums + torch.stack([each.float().mean(1).sum(0) for each in found])
+            sums = sums + torch.stack([each.float().mean(1).sum(0) for each in found.values()])
         assert isinstance(sums, Tensor)
         return sums / len(images)

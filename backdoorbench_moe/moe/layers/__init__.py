@@ -3,6 +3,7 @@
 A sparse layer has three independent parts: a `Router` decides which experts process each token, `dispatch` computes
 them, and `Experts` are what is computed. To add another gate, subclass `LinearRouter` (or `Router`, if the logits are
 not linear in the token); to add another kind of expert, subclass `Experts`. `SoftMoELayer` is the layer of Soft MoE.
+`MoEModel` is the base class of models with such layers.
 
 Axis letters: B batch, N tokens of an image, S tokens of the batch (S = B * N), T pairs of a token and an expert,
 P patches, E experts, K selected experts, s slots, D features.
@@ -25,6 +26,7 @@ from backdoorbench_moe.moe.layers.losses import (
     squared_variation,
 )
 from backdoorbench_moe.moe.layers.merged_routers import MergedRouter, SampleTop1Router, TopKSoftmaxRouter
+from backdoorbench_moe.moe.layers.model import MoEModel
 from backdoorbench_moe.moe.layers.routers import (
     ExpertChoiceRouter,
     LinearRouter,
@@ -44,6 +46,7 @@ __all__ = [
     "MLPExperts",
     "MergedRouter",
     "MoELayer",
+    "MoEModel",
     "Router",
     "RouterOutput",
     "SampleTop1Router",

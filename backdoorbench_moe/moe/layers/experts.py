@@ -154,6 +154,20 @@ class MLPExperts(Experts):
             self.fc1.draw()
             self.fc2.draw()
 
+    @classmethod
+    def like(cls, mlp: nn.Module, *, num_experts: int, copies: bool) -> MLPExperts:
+        """Build experts that are modelled on an MLP with the submodules of `timm.layers.Mlp`.
+
+        Args:
+            mlp: The MLP: `fc1`, `act`, `fc2`, and `drop1` and `drop2` if it has dropouts.
+            num_experts: Number of experts E.
+            copies: Whether every expert starts with the weights of the MLP.
+        """
+        fc1, act, fc2 = (mlp.get_submodule(name) for name in ("fc1", "act", "fc2"))
+        assert isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear)
+        drops = {name: getattr(mlp, name, None) for name in ("drop1", "drop2")}
+        return cls(fc1, act, fc2, num_experts=num_experts, copies=copies, **drops)
+
     @property
     def hidden_features(self) -> int:
         """Number of hidden units of one expert."""

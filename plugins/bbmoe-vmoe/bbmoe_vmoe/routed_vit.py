@@ -6,19 +6,18 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 from timm.layers import Mlp
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.moe.layers import Experts, MLPExperts, MoELayer, collect_routing
-from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput
-from backdoorbench_moe.moe.structure import ChannelGroup, Expert
+from backdoorbench_moe.moe.layers import Experts, MLPExperts, MoELayer, MoEModel
+from backdoorbench_moe.moe.structure import ChannelGroup
 from bbmoe_vmoe.surgery import build_vit, choose_blocks
 from bbmoe_vmoe.upcycle import COPY, load_dense, read_dense
 
 
-class RoutedViT(RoutedModel):
+class RoutedViT(MoEModel):
     """A timm vision transformer in which MoE layers replace some MLPs.
 
     A subclass implements `make_layer` and calls `insert_experts` at the end of its `__init__`.
@@ -44,6 +43,8 @@ class RoutedViT(RoutedModel):
         UnknownNameError: timm has no such architecture.
         ConfigError: An option is out of range; the message names it.
     """
+
+    network: VisionTransformer
 
     tiny: ClassVar[Mapping[str, object]] = {"depth": 2, "embed_dim": 16, "num_heads": 2, "num_experts": 4}
 
@@ -86,17 +87,8 @@ class RoutedViT(RoutedModel):
         """Replace the MLPs of the blocks in `moe_blocks` with MoE layers."""
         for number in self.moe_blocks:
             block = self.network.blocks[number]
-            mlp = block.mlp
-            assert isinstance(block, nn.Module) and isinstance(mlp, Mlp)
-            assert isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.fc2, nn.Linear)
-            experts = MLPExperts(
-                mlp.fc1,
-                mlp.act,
-                mlp.fc2,
-                num_experts=self.num_experts,
-                copies=self.upcycle is not None,
-                drop1=mlp.drop1,
-                drop2=mlp.drop2,
+            experts = MLPExperts.like(
+                block.get_submodule("mlp"), num_experts=self.num_experts, copies=self.upcycle is not None
             )
             name, prefix = f"network.blocks.{number}.mlp", self.network.num_prefix_tokens
             block.mlp = self.make_layer(experts, name=name, num_prefix_tokens=prefix)
@@ -117,16 +109,6 @@ class RoutedViT(RoutedModel):
             tensors, self.upcycled_from = read_dense(self.upcycle)
             load_dense(self, tensors, num_experts=self.num_experts, source=self.upcycle)
 
-    def layers(self) -> list[MoELayer]:
-        """Return the MoE layers, first layer first."""
-        return [layer for layer in self.network.modules() if isinstance(layer, MoELayer)]
-
-    def forward_routed(self, images: Tensor) -> RoutedOutput:
-        """Map images (B, 3, H, W) in [0, 1] to logits (B, classes) and the routing of every MoE layer."""
-        with collect_routing() as routing:
-            logits = self.network(images)
-        return RoutedOutput(logits, routing)
-
     def extract_features(self, images: Tensor) -> Tensor:
         """Map images (B, 3, H, W) in [0, 1] to features (B, D), the input of the classifier."""
         return self.network.forward_head(self.network.forward_features(images), pre_logits=True)
@@ -137,27 +119,11 @@ class RoutedViT(RoutedModel):
 
     def components(self) -> dict[str, list[nn.Module]]:
         """Return the experts and routers of all MoE layers, and the classifier."""
-        layers = self.layers()
-        return {
-            "experts": [layer.experts for layer in layers],
-            "router": [layer.router for layer in layers],
-            "head": [self.network.get_classifier()],
-        }
+        return {**super().components(), "head": [self.network.get_classifier()]}
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
         """Return the hidden units of each expert in the last MoE layer, and those of the last dense MLP before it."""
         number = self.moe_blocks[-1]
         dense = [block.mlp for block in self.network.blocks[:number] if isinstance(block.mlp, Mlp)]
         trunk = {"trunk": [ChannelGroup.whole("trunk", dense[-1].fc1)]} if dense else {}
-        return {"experts": self.layers()[-1].experts.channel_groups(), **trunk}
-
-    def experts(self) -> list[Expert]:
-        """Return all experts. Each has a range of rows of its layer's stacked weights."""
-        return [expert for layer in self.layers() for expert in layer.locate_experts()]
-
-    @torch.no_grad()
-    def mask_expert(self, expert: Expert) -> None:
-        """Exclude an expert from routing, in place, see `MoELayer.mask_expert`."""
-        layer = self.get_submodule(expert.layer)
-        assert isinstance(layer, MoELayer)
-        layer.mask_expert(expert.index)
+        return {**super().prunable(), **trunk}

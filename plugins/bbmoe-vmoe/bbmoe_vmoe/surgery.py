@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from timm.layers import Mlp, PatchEmbed
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.models import create_model
+from backdoorbench_moe.models.timm_models import TimmModel
 
 
 def build_vit(
@@ -48,11 +48,15 @@ def build_vit(
         if refused and f"{vit!r} has patches of " not in str(error):
             raise _not_plain(vit) from error
         raise
+    assert isinstance(model, TimmModel)
+    try:
+        model.mlps()
+    except ConfigError as error:
+        raise _not_plain(vit) from error
     network = model.network
-    if not isinstance(network, VisionTransformer) or type(network.patch_embed) is not PatchEmbed:
-        raise _not_plain(vit)
+    assert isinstance(network, VisionTransformer)
     # One with a distillation token has two classifiers.
-    if not all(map(_is_plain, network.blocks)) or not isinstance(network.get_classifier(), nn.Linear):
+    if not isinstance(network.get_classifier(), nn.Linear):
         raise _not_plain(vit)
     return network
 
@@ -60,19 +64,6 @@ def build_vit(
 def _not_plain(vit: str) -> ConfigError:
     plain = "a vision transformer of timm's with a plain MLP in every block, such as vit_tiny_patch16_224"
     return ConfigError.expected("vit", plain, vit)
-
-
-def _is_plain(block: nn.Module) -> bool:
-    """Whether a block is timm's `Block` with an MLP of two linear layers and only an activation between them."""
-    mlp = getattr(block, "mlp", None)
-    return (
-        type(block) is Block
-        and type(mlp) is Mlp
-        and isinstance(mlp.fc1, nn.Linear)
-        and isinstance(mlp.norm, nn.Identity)
-        and mlp.fc1.bias is not None
-        and mlp.fc2.bias is not None
-    )
 
 
 def choose_blocks(wanted: str | int | tuple[int, ...], depth: int) -> tuple[int, ...]:
