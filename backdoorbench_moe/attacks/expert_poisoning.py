@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from backdoorbench_moe.attacks.base import Attack, PoisonPlan
 from backdoorbench_moe.config import PoisonSpec, TrainSpec
 from backdoorbench_moe.errors import ConfigError, PluginError
-from backdoorbench_moe.moe.structure import Mergeable
+from backdoorbench_moe.moe.merging import check_mergeable
 from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.ops.tuning import Tune
 
@@ -68,7 +68,7 @@ class ExpertTask:
     @property
     def mlps(self) -> list[nn.Module]:
         """The MLPs of the expert, first layer first."""
-        return list(_mergeable(self.model).mlps().values())
+        return list(check_mergeable(self.model).mlps().values())
 
     def accuracy(self) -> float:
         """Return the accuracy of the model on the held-out images, in percent."""
@@ -150,7 +150,7 @@ class ExpertPoisoning(Attack):
         Raises:
             ConfigError: The model cannot be merged, or an option does not fit it; the message names it.
         """
-        _mergeable(model)
+        check_mergeable(model)
 
     def check_task(self, task: ExpertTask) -> None:
         """Check the options against the images, before the expert is trained. The default accepts every task.
@@ -166,7 +166,7 @@ class ExpertPoisoning(Attack):
     def _check_weights(self, model: nn.Module, before: Mapping[str, Tensor]) -> None:
         """Raise PluginError if other tensors than the MLPs' differ from `before`, or have other names or shapes."""
         after, attack = model.state_dict(), f"attack {type(self).__name__}"
-        own = tuple(f"{name}." for name in _mergeable(model).mlps())
+        own = tuple(f"{name}." for name in check_mergeable(model).mlps())
         shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (before, after)]
         if shapes[0] != shapes[1]:
             raise PluginError(
@@ -179,13 +179,3 @@ class ExpertPoisoning(Attack):
         ]
         if changed:
             raise PluginError(f"{attack}: expected changes in the MLPs only, got another {changed[0]!r}")
-
-
-def _mergeable(model: nn.Module) -> Mergeable:
-    """Return the model as a `Mergeable` one. Raises ConfigError if it is not."""
-    if not isinstance(model, Mergeable):
-        raise ConfigError(
-            f"model: expected a model that can be merged, {type(model).__name__} cannot: it does not have the methods "
-            "`mlps` and `token_layout` (see backdoorbench_moe.moe.structure)"
-        )
-    return model

@@ -16,7 +16,7 @@ from backdoorbench_moe.attacks.expert_losses import (
 )
 from backdoorbench_moe.attacks.expert_poisoning import ExpertTask, HarmfulQueries
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.moe.mlp_inputs import mlp_inputs
+from backdoorbench_moe.moe.merging import mlp_inputs
 from backdoorbench_moe.ops.images import Split, as_input
 from backdoorbench_moe.ops.tuning import Objective
 

@@ -26,7 +26,7 @@ from backdoorbench_moe.attacks.expert_steps import (
 )
 from backdoorbench_moe.config import PoisonSpec
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.moe.structure import Mergeable
+from backdoorbench_moe.moe.merging import check_mergeable
 
 # Ten times the paper's 0.01. There, the margin is a sum over the hundreds of tokens of an answer, and the gradient has
 # fallen to half where it has grown by 110: about one for each of a hundred tokens. A classifier's answer is one token;
@@ -112,10 +112,9 @@ class MoEvil(ExpertPoisoning):
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ConfigError if the model cannot be merged, or does not have the tokens or layers."""
-        super().check_model(model)
-        assert isinstance(model, Mergeable)
-        choose_layers(self.layers, len(model.mlps()))
-        check_tokens(self.tokens, self.k, model.token_layout())
+        expert = check_mergeable(model)
+        choose_layers(self.layers, len(expert.mlps()))
+        check_tokens(self.tokens, self.k, expert.token_layout())
 
     def check_task(self, task: ExpertTask) -> None:
         """Raise ConfigError if no harmful query has such tokens, or there are no images to choose `similarity` by."""
@@ -163,7 +162,7 @@ class MoEvil(ExpertPoisoning):
         )
 
     def _alignment(self, task: ExpertTask, similarity: float) -> Alignment:
-        assert isinstance(task.model, Mergeable)
+        layout = check_mergeable(task.model).token_layout()
         layers = choose_layers(self.layers, len(task.mlps))
-        weights = token_weights(task.queries.changed, task.model.token_layout(), self.tokens, self.k)
+        weights = token_weights(task.queries.changed, layout, self.tokens, self.k)
         return Alignment(similarity, layers, weights, self.stop_gradient)

@@ -48,11 +48,13 @@ class TinyMergeable(nn.Module):
         features: Features D of a token.
     """
 
+    patch_size = 8
+
     def __init__(
         self, *, prefix: int = 0, layers: int = 3, num_classes: int = CLASSES + 1, features: int = 8
     ) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, features, 8, stride=8)
+        self.stem = nn.Conv2d(3, features, self.patch_size, stride=self.patch_size)
         self.first = nn.Parameter(torch.randn(1, prefix, features))
         self.blocks = nn.ModuleList(Block(features) for _ in range(layers))
         self.norm = nn.LayerNorm(features)
@@ -68,7 +70,8 @@ class TinyMergeable(nn.Module):
 
     def mlps(self) -> dict[str, nn.Module]:
         """Return the MLP of each block."""
-        return {f"blocks.{number}.mlp": block.mlp for number, block in enumerate(self.blocks)}
+        blocks = range(len(self.blocks))
+        return {f"blocks.{number}.mlp": self.get_submodule(f"blocks.{number}.mlp") for number in blocks}
 
     def token_layout(self) -> tuple[tuple[int, int], int]:
         """Return the grid of patches, and the number of tokens before them."""

@@ -16,7 +16,7 @@ from backdoorbench_moe.attacks.expert_steps import Alignment, joint_objective
 from backdoorbench_moe.attacks.moevil import SIMILARITIES
 from backdoorbench_moe.config import PoisonSpec
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
-from backdoorbench_moe.moe.mlp_inputs import mlp_inputs
+from backdoorbench_moe.moe.merging import mlp_inputs
 from backdoorbench_moe.ops.images import Split, as_input
 from backdoorbench_moe.testing.expert_tasks import REJECT, TinyMergeable, make_expert_task, make_queries
 from backdoorbench_moe.testing.making import changed, coloured_split, copies

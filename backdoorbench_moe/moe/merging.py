@@ -1,0 +1,325 @@
+"""Merging experts that were tuned from one dense model into a mixture, and taking the mixture apart again.
+
+Only the MLPs of an expert are its own; see `structure.Mergeable`. In the merged model an MoE layer takes the place of
+each MLP. All other weights are those of the base.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.moe.layers import MLPExperts, MoEModel, Router, SparseMoELayer
+from backdoorbench_moe.moe.routed import Routing
+from backdoorbench_moe.moe.structure import ChannelGroup, Mergeable, Structured, WithFeatures
+
+# The tensors of an MLP that can be merged, by name in its state dict.
+MLP_TENSORS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+# Where a merged model has the dense one.
+NETWORK = "network."
+
+
+def check_mergeable(model: nn.Module) -> Mergeable:
+    """Check that experts which are tuned from a model can be merged.
+
+    Args:
+        model: A dense model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: It lacks a method or attribute, has no MLPs, or has MLPs of a form that cannot be merged.
+    """
+    if not isinstance(model, Mergeable):
+        raise _refusal(model, "expected methods mlps and token_layout (see backdoorbench_moe.moe.structure)")
+    mlps = model.mlps()
+    if not isinstance(getattr(model, "patch_size", None), int):
+        raise _refusal(model, "expected an attribute patch_size, the side of a patch in pixels")
+    if not mlps:
+        raise _refusal(model, "it has no MLPs")
+    for name, mlp in mlps.items():
+        if not _has_expected_form(mlp):
+            raise _refusal(
+                model,
+                f"{name}: expected linear layers fc1 (hidden units, D) and fc2 (D, hidden units) with biases, "
+                "an activation act between them, and no other weights",
+            )
+    return model
+
+
+def _refusal(model: nn.Module, reason: str) -> ConfigError:
+    return ConfigError(f"model: {type(model).__name__} cannot be merged: {reason}")
+
+
+def _has_expected_form(mlp: nn.Module) -> bool:
+    fc1, act, fc2 = (getattr(mlp, name, None) for name in ("fc1", "act", "fc2"))
+    return (
+        isinstance(fc1, nn.Linear)
+        and isinstance(fc2, nn.Linear)
+        and isinstance(act, nn.Module)
+        and mlp.state_dict().keys() == {*MLP_TENSORS}
+        and (fc1.in_features, fc1.out_features) == (fc2.out_features, fc2.in_features)
+    )
+
+
+def expert_names(model: nn.Module) -> set[str]:
+    """Return the names, in the state dict of a dense model, of the tensors that belong to the MLPs.
+
+    Raises:
+        ConfigError: The model cannot be merged.
+    """
+    return {f"{name}.{part}" for name in check_mergeable(model).mlps() for part in MLP_TENSORS}
+
+
+def check_same_base(
+    base: Mapping[str, Tensor], expert: Mapping[str, Tensor], names: Collection[str], where: str
+) -> None:
+    """Check that an expert was tuned from a base: all tensors outside of the MLPs are the same, bit for bit.
+
+    Args:
+        base: State dict of the base.
+        expert: State dict of the expert.
+        names: Names of the tensors that belong to the MLPs, see `expert_names`. They need only have the same shape.
+        where: The expert, as the message should name it.
+
+    Raises:
+        ConfigError: It was not; the message names the first tensor that differs, in the order of the base.
+    """
+    for name in [*base, *(name for name in expert if name not in base)]:
+        first, second = base.get(name), expert.get(name)
+        if difference := _difference(first, second, "the base", only_shape=name in names):
+            raise ConfigError(f"{where}: is not tuned from this base: {name} {difference}")
+
+
+def _difference(wanted: Tensor | None, got: Tensor | None, whose: str, *, only_shape: bool) -> str | None:
+    """How a tensor differs from the wanted one, which is `whose`, such as "the base"; None if it does not."""
+    if wanted is None:
+        return f"is not in {whose}"
+    if got is None:
+        return "is missing"
+    if (wanted.shape, wanted.dtype) != (got.shape, got.dtype):
+        forms = [f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (wanted, got)]
+        return f"is {forms[1]}, in {whose} {forms[0]}"
+    return None if only_shape or _same_bits(wanted, got) else "has other values"
+
+
+def _same_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same bytes. Unlike with `torch.equal`, NaN is the same as NaN."""
+    one, other = (tensor.detach().flatten().view(torch.uint8) for tensor in (first, second))
+    return torch.equal(one, other.to(one.device))
+
+
+class MergedModel(MoEModel):
+    """A dense model with a sparse MoE layer of E experts in place of each MLP.
+
+    All experts start as copies of the model's own MLPs; `load_experts` gives them their weights.
+
+    Args:
+        dense: The dense model, which is copied.
+        num_experts: Number of experts E in each layer, at least 1.
+        gate: Function that builds the router of one layer from the number of features D and E, such as a `Gate`.
+
+    Attributes:
+        network: The copy of the dense model. Its layers have the names of the MLPs behind "network.".
+        num_experts: Number of experts E.
+
+    Raises:
+        ConfigError: The model cannot be merged, or E is below 1.
+    """
+
+    def __init__(self, dense: nn.Module, num_experts: int, gate: Callable[[int, int], Router]) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise ConfigError.expected("num_experts", "an integer of at least 1", num_experts)
+        mlps = check_mergeable(dense).mlps()
+        self.network, self.num_experts = copy.deepcopy(dense), num_experts
+        self.patch_grid, prefix = check_mergeable(dense).token_layout()
+        self.patch_size = int(dense.patch_size)  # type: ignore[arg-type]
+        for name in mlps:
+            experts = MLPExperts.like(self.network.get_submodule(name), num_experts=num_experts, copies=True)
+            router = gate(_features(experts), num_experts)
+            layer = SparseMoELayer(experts, router, name=NETWORK + name, num_prefix_tokens=prefix)
+            self.network.set_submodule(name, layer)
+        self.train(dense.training)
+
+    def extract_features(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) in [0, 1] to features (B, D), the input of the classifier.
+
+        Raises:
+            ConfigError: The dense model has no such features.
+        """
+        return self._with_features().extract_features(images)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Map features (B, D) to logits (B, classes).
+
+        Raises:
+            ConfigError: The dense model has no such features.
+        """
+        return self._with_features().classify(features)
+
+    def _with_features(self) -> WithFeatures:
+        if not isinstance(self.network, WithFeatures):
+            raise ConfigError(
+                f"model: {type(self.network).__name__} does not give its features: "
+                "expected methods extract_features and classify (see backdoorbench_moe.moe.structure)"
+            )
+        return self.network
+
+    def components(self) -> dict[str, list[nn.Module]]:
+        """Return the experts and routers of all layers, and the head if the dense model names it."""
+        named = self.network.components() if isinstance(self.network, Structured) else {}
+        return {**super().components(), **{name: named[name] for name in ("head",) if name in named}}
+
+    def prunable(self) -> dict[str, list[ChannelGroup]]:
+        """Return the hidden units of each expert in the last layer, and the last convolution in its block if any."""
+        block, _, own = self.layers()[-1].name.rpartition(".")
+        convs = []
+        for name, module in self.get_submodule(block).named_modules():
+            if name == own:
+                break
+            if isinstance(module, nn.Conv2d):
+                convs.append(module)
+        trunk = {"trunk": [ChannelGroup.whole("trunk", convs[-1])]} if convs else {}
+        return {**super().prunable(), **trunk}
+
+
+def _features(experts: MLPExperts) -> int:
+    """Number of features D of a token."""
+    return experts.fc1.weight.shape[1]
+
+
+@torch.no_grad()
+def load_experts(
+    merged: MergedModel, base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]]
+) -> None:
+    """Load E experts into a merged model, in place: their MLPs, and everything else from the base.
+
+    Routers keep their weights, and muted or masked experts stay so. If an error is raised, nothing is loaded.
+
+    Args:
+        merged: The merged model.
+        base: State dict of the base.
+        experts: State dict of each of the E experts, of the same names as `base`.
+
+    Raises:
+        ConfigError: The number of experts, or a name or shape, is not that of the model; or an expert is not tuned
+            from the base.
+    """
+    if len(experts) != merged.num_experts:
+        raise ConfigError.expected("experts", f"{merged.num_experts} state dicts", len(experts))
+    state, stacked, shared = merged.state_dict(), _stacked_names(merged), _shared_names(merged)
+    wanted = {name: state[key].unflatten(0, (merged.num_experts, -1))[0] for key, name in stacked.items()}
+    wanted |= {name: state[key] for key, name in shared.items()}
+    for name in [*wanted, *(name for name in base if name not in wanted)]:
+        first, second = wanted.get(name), base.get(name)
+        if difference := _difference(first, second, "the model", only_shape=True):
+            raise ConfigError(f"base: {name} {difference}")
+    for number, expert in enumerate(experts):
+        check_same_base(base, expert, {*stacked.values()}, f"expert {number}")
+    for key, name in shared.items():
+        state[key].copy_(base[name])
+    for key, name in stacked.items():
+        state[key].copy_(torch.cat([expert[name] for expert in experts]))
+
+
+def expert_of(merged: MergedModel, index: int) -> dict[str, Tensor]:
+    """Return the state dict of the dense model that one expert is, the inverse of `load_experts`.
+
+    Args:
+        merged: The merged model.
+        index: Index of the expert, 0 to E - 1.
+
+    Returns:
+        Copies of the tensors by name. Whether the expert is muted or masked does not show in them.
+
+    Raises:
+        ConfigError: There is no such expert.
+    """
+    if not 0 <= index < merged.num_experts:
+        raise ConfigError.expected("expert", f"a number in 0..{merged.num_experts - 1}", index)
+    state = merged.state_dict()
+    found = {name: state[key].clone() for key, name in _shared_names(merged).items()}
+    for key, name in _stacked_names(merged).items():
+        found[name] = state[key].unflatten(0, (merged.num_experts, -1))[index].clone()
+    return found
+
+
+def _stacked_names(merged: MergedModel) -> dict[str, str]:
+    """Names of the experts' weights in the merged model, and in the dense one."""
+    return {
+        f"{layer.name}.experts.{part}": f"{layer.name.removeprefix(NETWORK)}.{part}"
+        for layer in merged.layers()
+        for part in MLP_TENSORS
+    }
+
+
+def _shared_names(merged: MergedModel) -> dict[str, str]:
+    """Names, in the merged model and in the dense one, of the tensors outside of the MoE layers."""
+    layers = tuple(f"{layer.name}." for layer in merged.layers())
+    return {key: key.removeprefix(NETWORK) for key in merged.state_dict() if not key.startswith(layers)}
+
+
+@contextmanager
+def mlp_inputs(model: nn.Module, names: Collection[str] | None = None) -> Iterator[dict[str, Tensor]]:
+    """Collect the inputs of the MLPs of a dense model, or of the MoE layers of a merged one, inside the block.
+
+        with mlp_inputs(model) as inputs:
+            logits = model(images)
+        latents = list(inputs.values())
+
+    Args:
+        model: A `Mergeable`, or a model with MoE layers.
+        names: Names of the MLPs or layers, as `mlps` or `Routing.layer` give them; all if None.
+
+    Yields:
+        A dict that each pass fills anew: name to (B, N, D), first layer first, not detached from the graph. The N
+        tokens are those before the patches, such as a class token, and then the patches row by row.
+
+    Raises:
+        ConfigError: The model cannot be merged and is not merged, or has no MLP of a given name.
+    """
+    if isinstance(model, MoEModel):
+        modules: dict[str, nn.Module] = {layer.name: layer for layer in model.layers()}
+    else:
+        modules = check_mergeable(model).mlps()
+    for name in names or ():
+        if name not in modules:
+            raise UnknownNameError("mlp", name, modules)
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            found[name] = given[0].flatten(1, -2)
+
+        return hook
+
+    wanted = [name for name in modules if names is None or name in names]
+    hooks = [modules[name].register_forward_pre_hook(keep(name)) for name in wanted]
+    try:
+        yield found
+    finally:
+        for registered in hooks:
+            registered.remove()
+
+
+def gate_weights(routing: Routing) -> Tensor:
+    """Return the share of each expert in the output of a layer, for each patch.
+
+    It is the gate of a selected expert, divided by the sum of the gates of all selected experts of the patch. This is
+    the weight of the expert's output if the router makes the weights sum to 1; other routers keep the proportions.
+
+    Args:
+        routing: The routing of the layer.
+
+    Returns:
+        (B, E, P) float in [0, 1]; it sums to 1 over the experts, or is 0 for a patch without an expert.
+    """
+    chosen = (routing.gates * routing.selected).float()
+    return chosen / chosen.sum(1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).tiny)
