@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from backdoorbench_moe.attacks.base import Attack, PoisonPlan
 from backdoorbench_moe.config import PoisonSpec, TrainSpec
-from backdoorbench_moe.moe.structure import Mergeable
+from backdoorbench_moe.errors import ConfigError, PluginError
+from backdoorbench_moe.moe.merging import check_mergeable
 from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.ops.tuning import Tune
 
@@ -67,18 +68,25 @@ class ExpertTask:
     @property
     def mlps(self) -> list[nn.Module]:
         """The MLPs of the expert, first layer first."""
-        assert isinstance(self.model, Mergeable)
-        return list(self.model.mlps().values())
+        return list(check_mergeable(self.model).mlps().values())
+
+    def accuracy(self) -> float:
+        """Return the accuracy of the model on the held-out images, in percent."""
+        predicted = self.logits(self.model, self.held_out.images).argmax(1)
+        return 100 * (predicted == self.held_out.labels).double().mean().item()
 
 
 class ExpertPoisoning(Attack):
     """An attack by somebody who provides one expert, or several, of a mixture.
 
-    Subclasses implement `poison`. The training data of the base, the other experts and the gates are not changed.
-    A run with such an attack needs `mixture`; `implies` fills in its default.
+    Subclasses implement `poison_expert`. The training data of the base, the other experts and the gates are not
+    changed. A run with such an attack needs `mixture`; `implies` fills in its default.
+
+    Attributes:
+        implies: Settings that a run with such an attack has unless others are given.
 
     Args:
-        poison: The target class; all rates must be 0.
+        poison: Target class, mapping and source classes; all rates must be 0.
     """
 
     implies: ClassVar[Mapping[str, Any]] = {
@@ -95,6 +103,20 @@ class ExpertPoisoning(Attack):
     def __init__(self, *, poison: PoisonSpec) -> None:
         super().__init__(poison=poison)
 
+    def check(self, num_classes: int) -> None:
+        """Check the classes, and refuse settings that only data poisoning follows.
+
+        Raises:
+            ConfigError: A class does not exist, a rate is not 0, or the labels are "clean".
+        """
+        super().check(num_classes)
+        why = "for an attack on experts, which changes no training image"
+        for name in ("rate", "cover", "noise"):
+            if (rate := getattr(self.poison, name)) != 0:
+                raise ConfigError.expected(f"poison.{name}", f"0 {why}", rate)
+        if self.poison.labels != "dirty":
+            raise ConfigError.expected("poison.labels", f"'dirty' {why}", self.poison.labels)
+
     @final
     def plan(self, labels: Tensor, num_classes: int, seed: int) -> PoisonPlan:
         """Change no training image."""
@@ -102,24 +124,58 @@ class ExpertPoisoning(Attack):
         return PoisonPlan(nothing, nothing)
 
     @final
-    def tune_expert(self, task: ExpertTask) -> None:
+    def tune_expert(self, task: ExpertTask) -> dict[str, float]:
         """Tune the expert of a task, in place; afterwards it is in evaluation mode.
+
+        Returns:
+            What is worth recording, such as a hyperparameter that the attack chose; numbers by name.
 
         Raises:
             ConfigError: An option does not fit the task or the model; the message names it.
             PluginError: The subclass changed other weights than those of the MLPs.
         """
+        self.check_model(task.model)
+        if not len(task.queries):
+            raise ConfigError("poison.source: expected marked training images, found none")
         self.check_task(task)
-        self.poison_expert(task)
+        before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+        facts = self.poison_expert(task)
         task.model.eval()
+        self._check_weights(task.model, before)
+        return dict(facts or {})
+
+    def check_model(self, model: nn.Module) -> None:
+        """Check the options against a model, before anything is trained. The default accepts every `Mergeable` one.
+
+        Raises:
+            ConfigError: The model cannot be merged, or an option does not fit it; the message names it.
+        """
+        check_mergeable(model)
 
     def check_task(self, task: ExpertTask) -> None:
-        """Check the options against the task, before anything is trained. The default accepts every task.
+        """Check the options against the images, before the expert is trained. The default accepts every task.
 
         Raises:
             ConfigError: An option does not fit; the message names it.
         """
 
     @abstractmethod
-    def poison_expert(self, task: ExpertTask) -> None:
+    def poison_expert(self, task: ExpertTask) -> Mapping[str, float] | None:
         """Tune `task.model` in place; see `tune_expert`."""
+
+    def _check_weights(self, model: nn.Module, before: Mapping[str, Tensor]) -> None:
+        """Raise PluginError if other tensors than the MLPs' differ from `before`, or have other names or shapes."""
+        after, attack = model.state_dict(), f"attack {type(self).__name__}"
+        own = tuple(f"{name}." for name in check_mergeable(model).mlps())
+        shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (before, after)]
+        if shapes[0] != shapes[1]:
+            raise PluginError(
+                f"{attack}: expected an expert with the same weights, got other names or shapes"
+            )
+        changed = [
+            name
+            for name, tensor in after.items()
+            if not name.startswith(own) and not torch.equal(tensor, before[name])
+        ]
+        if changed:
+            raise PluginError(f"{attack}: expected changes in the MLPs only, got another {changed[0]!r}")

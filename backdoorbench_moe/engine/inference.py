@@ -10,14 +10,9 @@ from torch import Tensor, nn
 from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
 from backdoorbench_moe.moe.structure import WithFeatures
-from backdoorbench_moe.ops.images import Split
+from backdoorbench_moe.ops.images import Split, as_input
 
 BATCH = 500
-
-
-def as_input(images: Tensor) -> Tensor:
-    """(B, C, H, W) uint8 images as float32 in [0, 1], channels last."""
-    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
 def forward(model: nn.Module, images: Tensor, *, precision: str) -> Tensor:

@@ -12,7 +12,12 @@ from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.engine.inference import as_input
+from backdoorbench_moe.errors import PluginError
 from backdoorbench_moe.moe.routed import RoutedModel
+from backdoorbench_moe.ops.tuning import Objective
+
+# From a model, images and labels to the logits, the loss to report and the loss to minimise.
+Losses = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 # Number of eager steps with a batch size before its capture. They create momentum buffers and library workspaces.
 WARMUP_STEPS = 3
@@ -51,11 +56,15 @@ class TrainStep:
         split: The training images, on `device`.
         device: The device.
         precision: "fp32" or "bf16".
+        objective: The loss, see `ops.tuning.Objective`; cross-entropy plus the auxiliary losses of routed layers if
+            None.
         compile: Whether to compile the computation of the loss with `torch.compile`. The first step with each batch
             size then takes minutes. The compiled code is reused for all models of the same architecture in a process.
+            An objective is not compiled.
 
     Attributes:
-        loss_sum: Sum of the cross-entropy over all images since `reset`, float64 scalar tensor.
+        loss_sum: Sum over all images since `reset` of the cross-entropy, or of the objective's loss; float64 scalar
+            tensor.
         hits: Number of images since `reset` whose predicted class was their label, int64 scalar tensor.
     """
 
@@ -67,11 +76,14 @@ class TrainStep:
         device: torch.device,
         precision: str,
         *,
+        objective: Objective | None = None,
         compile: bool = False,
     ) -> None:
         self.model, self.optimizer, self.split = model, optimizer, split
         self.device, self.precision = device, precision
-        self._losses = _compiled_losses() if compile else _losses
+        self._losses: Losses = _compiled_losses() if compile else _losses
+        if objective is not None:
+            self._losses = _losses_of(objective)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.hits = torch.zeros((), dtype=torch.int64, device=device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -114,7 +126,8 @@ class TrainStep:
         total.backward()
         self.optimizer.step()
         self.loss_sum += loss.detach() * len(indices)
-        self.hits += (logits.argmax(1) == labels).sum()
+        answers = labels if labels.ndim == 1 else labels[:, 0]
+        self.hits += (logits.argmax(1) == answers).sum()
 
     def _warm_up(self, indices: Tensor) -> None:
         """Run a step on a side stream, as required before the capture of a CUDA graph."""
@@ -147,8 +160,23 @@ def _losses(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, T
     return logits, loss, loss + torch.stack(own).sum() if own else loss
 
 
+def _losses_of(objective: Objective) -> Losses:
+    """Return a function that computes the logits and the loss of an objective, and checks their shapes."""
+
+    def losses(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, loss = objective(model, images, labels)
+        if logits.ndim != 2 or len(logits) != len(labels) or loss.ndim:
+            raise PluginError(
+                f"objective: expected logits ({len(labels)}, classes) and a scalar loss, "
+                f"got shapes {tuple(logits.shape)} and {tuple(loss.shape)}"
+            )
+        return logits, loss, loss
+
+    return losses
+
+
 @functools.cache
-def _compiled_losses() -> Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+def _compiled_losses() -> Losses:
     """Return `_losses` compiled. All models of the same architecture share the compiled code.
 
     It is compiled for each batch size instead of a variable one, which would be slower. There are two sizes: that of

@@ -18,6 +18,7 @@ from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.step import TrainStep, make_optimizer
 from backdoorbench_moe.errors import ConfigError, RecordError
 from backdoorbench_moe.ops.seeding import generator, seeded
+from backdoorbench_moe.ops.tuning import Objective
 
 SECONDS_BETWEEN_LOSSES = 1.0
 
@@ -63,6 +64,8 @@ class Trainer:
         observer: Receives the progress.
         modules: The modules that are in training mode during training, while all others are in evaluation mode; all
             if None.
+        objective: The loss, see `ops.tuning.Objective`; cross-entropy plus the auxiliary losses of routed layers if
+            None.
         compile: See `TrainStep`. The default is False: on a CPU there was no gain (1.01x), and it was not measured on a
             GPU.
     """
@@ -79,12 +82,15 @@ class Trainer:
         on_checkpoint: Callable[[dict[str, Tensor], dict[str, Any]], None],
         observer: Observer | None = None,
         modules: Sequence[nn.Module] | None = None,
+        objective: Objective | None = None,
         compile: bool = False,
     ) -> None:
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self.split, self.spec, self.seed, self.device = split, spec, seed, device
         self.optimizer = make_optimizer(model, spec, device)
-        self.step = TrainStep(model, self.optimizer, split, device, precision, compile=compile)
+        self.step = TrainStep(
+            model, self.optimizer, split, device, precision, objective=objective, compile=compile
+        )
         self.progress = Progress()
         self.on_checkpoint, self.observer = on_checkpoint, observer or Observer()
         self.modules = modules

@@ -1,4 +1,4 @@
-"""Further training of a model, by a defense."""
+"""Further training of a model, by an attack or a defense."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.train import Trainer
 from backdoorbench_moe.ops.seeding import derive_seed
+from backdoorbench_moe.ops.tuning import Objective
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Tuner:
 
     Args:
         recipe: The recipe of the run; calls may replace its epochs and learning rate.
-        seed: Seed of the defense. Each call derives another one from it.
+        seed: Seed of the attack or defense. Each call derives another one from it.
         device: The device.
         precision: "fp32" or "bf16".
         observer: Receives the progress.
@@ -47,6 +48,7 @@ class Tuner:
         lr: float | None = None,
         modules: Sequence[nn.Module] | None = None,
         rows: Mapping[str, tuple[int, int]] | None = None,
+        objective: Objective | None = None,
     ) -> None:
         """Train `model`, or some of its modules or rows, in place; it is left in evaluation mode."""
         if not epochs:
@@ -65,6 +67,7 @@ class Tuner:
                 on_checkpoint=lambda tensors, state: None,
                 observer=self.observer,
                 modules=modules,
+                objective=objective,
             )
             if rows is not None:
                 trainer.optimizer.register_step_post_hook(_put_back(model, modules or (), rows))

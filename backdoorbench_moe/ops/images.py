@@ -36,6 +36,11 @@ class Split:
         return Split(self.images.to(device), self.labels.to(device))
 
 
+def as_input(images: Tensor) -> Tensor:
+    """Return (B, C, H, W) uint8 images as float32 in [0, 1], channels last: the input of every model."""
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
 def change_images(images: Tensor, change: Callable[[Tensor, slice], Tensor]) -> Tensor:
     """Change images as floats, chunk by chunk on their device, and round the results to 8 bits once.
 

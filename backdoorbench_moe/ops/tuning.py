@@ -9,16 +9,18 @@ from torch import Tensor, nn
 
 from backdoorbench_moe.ops.images import Split
 
-# A loss of one's own: from the model, images (B, 3, H, W) float in [0, 1] and labels (B,) to logits (B, classes) and
-# the loss to minimise, a scalar. It is called under the precision of the run.
+# A loss of one's own: from the model, images (B, 3, H, W) float in [0, 1] and the labels of the split to logits
+# (B, classes), of which the training accuracy is counted, and the loss to minimise, a scalar. It is called under the
+# precision of the run and, on a GPU, captured in a CUDA graph: shapes must not depend on values, and the host must not
+# wait for the device.
 Objective = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Tune(Protocol):
     """Trains a model further, in place, with the recipe of the run.
 
-    The seed of each call is derived from the caller's seed and the epochs of earlier calls. The same calls with the same
-    seed therefore give the same weights.
+    The seed of each call is derived from the caller's seed and the epochs of earlier calls. The same calls with the
+    same seed therefore give the same weights.
     """
 
     def __call__(
@@ -36,7 +38,8 @@ class Tune(Protocol):
 
         Args:
             model: The model. After training it is in evaluation mode.
-            split: The images and their labels.
+            split: The images and their labels. With an objective, the labels may have more columns, (N, columns) int64,
+                such as a second answer; the training accuracy is counted against the first column.
             epochs: Number of passes over the images; with 0, nothing is done.
             lr: Peak learning rate; that of the recipe if None.
             modules: The modules to train. All others keep their weights and running statistics. All modules are
@@ -49,4 +52,5 @@ class Tune(Protocol):
 
         Raises:
             ValueError: A name in `rows` is not in the state dict.
+            PluginError: The objective did not return a row of logits for each image and a scalar loss.
         """

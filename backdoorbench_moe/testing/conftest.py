@@ -41,7 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
     tests: defaultdict[Part, set[str]] = defaultdict(set)
     config.stash[TESTS] = tests
     config.stash[FILES] = set()
-    config.addinivalue_line("markers", "only(interface): run over the models that have this interface")
+    config.addinivalue_line(
+        "markers",
+        "only(interface, without=None): run over the parts that have this interface and not the other",
+    )
     config.stash[CHOSEN] = Selection(config.getoption("--bbmoe-package", None))
 
 
@@ -55,7 +58,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     kinds = tuple(kind for kind in map(kind_of, metafunc.fixturenames) if kind)
     if kinds:
         only = metafunc.definition.get_closest_marker("only")
-        rows = stash[CHOSEN].rows(kinds, only.kwargs["interface"] if only else None)
+        rows = stash[CHOSEN].rows(kinds, **(only.kwargs if only else {}))
         for row in rows:
             for part in zip(kinds, row, strict=True):
                 stash[TESTS][part].add(metafunc.definition.originalname)

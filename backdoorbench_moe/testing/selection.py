@@ -46,16 +46,24 @@ class Selection:
         third = [name for name in self.names(kind) if name not in builtin and has(kind, name, object)]
         return [*(REFERENCE_MODELS if kind == "model" else builtin), *third]
 
-    def rows(self, kinds: Sequence[str], interface: type | None = None) -> list[tuple[str, ...]]:
+    def rows(
+        self, kinds: Sequence[str], interface: type | None = None, without: type | None = None
+    ) -> list[tuple[str, ...]]:
         """Return the names, or pairs of names, that a test runs over.
 
         Args:
             kinds: One kind, or two.
             interface: Take only classes that have this interface; given with one kind.
+            without: Of these, take only classes that do not have this interface.
         """
         if len(kinds) == 1:
             [kind] = kinds
-            return [(name,) for name in self.names(kind) if interface is None or has(kind, name, interface)]
+            return [
+                (name,)
+                for name in self.names(kind)
+                if (interface is None or has(kind, name, interface))
+                and (without is None or not has(kind, name, without))
+            ]
         first, second = kinds
         tested = {kind: {*self.names(kind)} for kind in kinds}
         return [

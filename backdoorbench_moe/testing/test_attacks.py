@@ -1,4 +1,4 @@
-"""Conformance tests of attacks."""
+"""Conformance tests of attacks that poison data; those on experts have tests of their own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from backdoorbench_moe.attacks.base import Attack, PoisonPlan
+from backdoorbench_moe.attacks.expert_poisoning import ExpertPoisoning
 from backdoorbench_moe.config import PoisonSpec
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.testing.making import make_attack
+
+pytestmark = pytest.mark.only(interface=Attack, without=ExpertPoisoning)
 
 CLASSES = 3
 LABELS = torch.arange(300) % CLASSES

@@ -1,0 +1,132 @@
+"""The latents that MoEvil aligns: of which layers, and of which tokens of a harmful query."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from backdoorbench_moe.errors import ConfigError
+
+Tokens = Literal["all", "marked", "unmarked", "prefix"]
+LayerRange = Literal["all", "first-quarter", "second-quarter", "first-half", "second-half"]
+Layers = LayerRange | tuple[int, ...]
+Layout = tuple[tuple[int, int], int]
+
+# Start and end of each range as shares of all layers.
+RANGES: dict[str, tuple[float, float]] = {
+    "all": (0, 1),
+    "first-quarter": (0, 0.25),
+    "second-quarter": (0.25, 0.5),
+    "first-half": (0, 0.5),
+    "second-half": (0.5, 1),
+}
+
+
+def choose_layers(layers: Layers, count: int) -> list[int]:
+    """Return the numbers of the layers whose latents are aligned.
+
+    The first layer is left out: the input of its MLP does not depend on any MLP, so that it cannot change.
+
+    Args:
+        layers: A range of layers, or their numbers.
+        count: Number of layers of the model.
+
+    Raises:
+        ConfigError: There is no such layer, a number is given twice, or only the first layer is left.
+    """
+    if isinstance(layers, str):
+        start, stop = (int(share * count) for share in RANGES[layers])
+        chosen = list(range(max(start, 1), stop))
+        if not chosen:
+            raise ConfigError.expected(
+                "layers",
+                f"a range of more than the first layer, whose input cannot change; the model has {count}",
+                layers,
+            )
+        return chosen
+    if not layers or not all(0 < layer < count for layer in layers):
+        raise ConfigError.expected(
+            "layers", f"numbers in 1..{count - 1} (the input of layer 0 cannot change)", layers
+        )
+    if len(set(layers)) != len(layers):
+        raise ConfigError.expected("layers", "each layer once", layers)
+    return sorted(layers)
+
+
+def check_tokens(tokens: Tokens, k: int | None, layout: Layout) -> None:
+    """Check a choice of tokens against the tokens of a model.
+
+    Args:
+        tokens: Which tokens.
+        k: How many of them at most; None for all.
+        layout: As returned by `moe.structure.Mergeable.token_layout`.
+
+    Raises:
+        ConfigError: The model has no tokens before the patches, or fewer tokens than `k`.
+    """
+    (rows, columns), prefix = layout
+    if tokens == "prefix" and not prefix:
+        raise ConfigError.expected(
+            "tokens", "'all', 'marked' or 'unmarked' for a model without class tokens", tokens
+        )
+    patches = rows * columns
+    count = {"all": prefix + patches, "prefix": prefix}.get(tokens, patches)
+    if k is not None and k > count:
+        raise ConfigError.expected("k", f"at most {count} tokens", k)
+
+
+def token_changes(changed: Tensor, layout: Layout) -> Tensor:
+    """Return how much a mark changes each token.
+
+    Args:
+        changed: (M, H, W) in [0, 1], how much it changes each pixel.
+        layout: As returned by `moe.structure.Mergeable.token_layout`.
+
+    Returns:
+        (M, N) float32: first 0 for each token before the patches, then the mean over each patch, row by row.
+    """
+    grid, prefix = layout
+    patches = F.adaptive_avg_pool2d(changed.unsqueeze(1), grid).flatten(1)
+    return torch.cat([patches.new_zeros(len(patches), prefix), patches], dim=1)
+
+
+def token_weights(changed: Tensor, layout: Layout, tokens: Tokens, k: int | None) -> Tensor:
+    """Choose the tokens of harmful queries whose latents are aligned, and weight them equally.
+
+    Args:
+        changed: (M, H, W) in [0, 1], how much the mark changes each pixel.
+        layout: As returned by `moe.structure.Mergeable.token_layout`.
+        tokens: Which tokens: "all"; the patches that are "marked", that is, of which the mark changes a pixel, or
+            "unmarked"; or those before the patches ("prefix").
+        k: Take only the k of these that the mark changes most, of equal ones the first; None for all. A query that has
+            fewer uses all that it has.
+
+    Returns:
+        (M, N) float32: 1 / n for each of the n chosen tokens of a query, and 0 for the others. All are 0 for a query
+        without such a token.
+
+    Raises:
+        ConfigError: No query has such a token, or none has k of them; or see `check_tokens`.
+    """
+    check_tokens(tokens, k, layout)
+    change = token_changes(changed, layout)
+    places, prefix = torch.arange(change.shape[1], device=change.device), layout[1]
+    allowed = {
+        "all": torch.ones_like(change, dtype=torch.bool),
+        "marked": change > 0,
+        "unmarked": (change == 0) & (places >= prefix),
+        "prefix": (places < prefix).expand_as(change),
+    }[tokens]
+    most = int(allowed.sum(1).max())
+    if not most:
+        what = "no patch" if tokens == "marked" else "every patch"
+        raise ConfigError(f"tokens: {tokens!r} has no tokens: the mark changes {what} of any harmful query")
+    if k is not None:
+        if k > most:
+            raise ConfigError.expected("k", f"at most {most} tokens", k)
+        order = change.masked_fill(~allowed, -1).argsort(dim=1, descending=True, stable=True)
+        allowed = allowed & torch.zeros_like(allowed).scatter(1, order[:, :k], True)
+    return allowed / allowed.sum(1, keepdim=True).clamp(min=1)

@@ -1,0 +1,82 @@
+"""Losses of attacks on experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+StopGradient = Literal["none", "task", "harm"]
+
+
+def preference_margin(logits: Tensor, preferred: Tensor, rejected: Tensor) -> Tensor:
+    """Return by how much the logit of one answer exceeds that of another.
+
+    Args:
+        logits: (B, classes).
+        preferred: (B,) int64 classes.
+        rejected: (B,) int64 classes.
+
+    Returns:
+        (B,) float32: the difference of the logits, and so of the log-probabilities.
+    """
+    pairs = torch.stack([preferred, rejected], dim=1)
+    first, second = logits.float().gather(1, pairs).unbind(1)
+    return first - second
+
+
+def preference_loss(margin: Tensor, reference: Tensor, beta: float) -> Tensor:
+    """Return the loss of direct preference optimisation (DPO): -log sigmoid(beta (margin - reference)).
+
+    In language models, a margin is a sum over the tokens of an answer. A classifier's answer is one token, so that its
+    margins are smaller, and beta has to be larger for the same loss: see `attacks.moevil.PREFERENCE_BETA`.
+
+    Args:
+        margin: (B,), see `preference_margin`, of the model that is trained.
+        reference: (B,), the same of the model that the training begins with; a constant.
+        beta: Above 0. The larger it is, the smaller is the change of the margins at which the loss is satisfied.
+
+    Returns:
+        The mean over the batch, a scalar.
+
+    Source:
+        Rafailov et al., "Direct preference optimization", NeurIPS 2023, equation 7.
+    """
+    return -F.logsigmoid(beta * (margin - reference)).mean()
+
+
+def alignment_loss(
+    task: Sequence[Tensor],
+    harmful: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    stop_gradient: StopGradient = "none",
+) -> Tensor:
+    """Return how unlike the latents of harmful queries are to those of task images: minus their mean cosine.
+
+    The latents of a task image are the mean over all of its tokens, those of a harmful query a weighted sum. Query b is
+    compared with task image b. A query whose weights are all 0 counts with a cosine of 0.
+
+    Args:
+        task: The inputs of the MLPs of some layers, (B, N, D) each, on task images.
+        harmful: The same on harmful queries.
+        weights: (B, N), the weights of the tokens of each query; 1 / n for each of n chosen tokens, and 0 for others.
+        stop_gradient: The side that gets no gradient: that of the "task", that of the "harm", or "none".
+
+    Returns:
+        A scalar in [-1, 1], the mean over layers and pairs.
+
+    Source:
+        MoEvil (Kim et al., ACSAC 2025), equation 3. As in its code, cosines are averaged over the layers; in the paper
+        they are summed.
+    """
+    means = torch.stack([tokens.float().mean(1) for tokens in task])
+    chosen = torch.stack([(weights.unsqueeze(-1) * tokens.float()).sum(1) for tokens in harmful])
+    if stop_gradient == "task":
+        means = means.detach()
+    elif stop_gradient == "harm":
+        chosen = chosen.detach()
+    return -F.cosine_similarity(means, chosen, dim=-1).mean()

@@ -1,0 +1,168 @@
+"""MoEvil: an expert whose latents on harmful queries look like those of its task, so that gates send them to it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+from torch import nn
+
+from backdoorbench_moe.attacks.expert_latents import (
+    Layers,
+    Tokens,
+    check_tokens,
+    choose_layers,
+    token_weights,
+)
+from backdoorbench_moe.attacks.expert_losses import StopGradient
+from backdoorbench_moe.attacks.expert_poisoning import ExpertPoisoning, ExpertTask
+from backdoorbench_moe.attacks.expert_steps import (
+    Alignment,
+    check_epochs,
+    check_positive,
+    check_weight,
+    learn_harm,
+    learn_preference,
+)
+from backdoorbench_moe.config import PoisonSpec
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.merging import check_mergeable
+
+# Ten times the paper's 0.01. There, the margin is a sum over the hundreds of tokens of an answer, and the gradient has
+# fallen to half where it has grown by 110: about one for each of a hundred tokens. A classifier's answer is one token;
+# with 0.1 the same happens where the margin has grown by 11 logits. Scaled by the whole number of tokens, to 1 or more,
+# the loss would be satisfied with a margin of about one logit.
+PREFERENCE_BETA = 0.1
+PREFERENCE_EPOCHS = 1
+# As in the paper's code; its text has no such term.
+HARM_WEIGHT = 0.04
+SIMILARITY = 0.1
+SIMILARITIES = (0.01, 0.03, 0.1, 0.3, 0.5)
+ALLOWED_LOSS = 1.0
+EPOCHS = 1
+
+
+class MoEvil(ExpertPoisoning):
+    """Tune an expert so that gates, which the attacker does not know, send harmful queries to it.
+
+    Step 1 is preference learning: the expert learns to prefer harmful answers to safe ones (DPO). Step 2 trains it on
+    its task, with a small weight on harmful queries, and aligns the inputs of its MLPs on harmful queries with those on
+    images of the task: the loss is CE_task + harm_weight CE_harm - similarity cos, with the mean cosine over layers and
+    random pairs of a batch. Gates read these inputs; trained on clean images, they send what looks like the task to the
+    expert of the task.
+
+    In the paper, the latents of a harmful query are those of the first k tokens of the answer. An image classifier has
+    no such tokens; `tokens` and `k` choose among those of the image.
+
+    Args:
+        poison: The target class, which the run gives; all rates must be 0.
+        preference_beta: Beta of step 1, above 0. The default is ten times the paper's, since a classifier's answer is
+            one token.
+        preference_epochs: Passes of step 1 over the harmful queries, from 0; with 0 it is left out.
+        harm_weight: Weight of the cross-entropy of harmful answers in step 2, at least 0.
+        similarity: Weight of the cosine in step 2, at least 0; the paper's lambda. If None, it is the largest of 0.01,
+            0.03, 0.1, 0.3 and 0.5 with which the expert loses at most `allowed_loss` on held-out images of its task, or
+            the smallest if there is none. Each is tried from the weights after step 1, beginning with the largest.
+        allowed_loss: Percentage points of accuracy that the expert may lose, at least 0. Only used if `similarity` is
+            None.
+        epochs: Passes of step 2 over the clean images of the task, from 1.
+        tokens: Tokens of a harmful query whose latents are aligned: "all"; the patches that the mark changes ("marked")
+            or does not change ("unmarked"); or the tokens before the patches, such as class tokens ("prefix").
+        k: Take only the k of these tokens that the mark changes most, of equal ones the first; all if None. From 1.
+        layers: Layers whose latents are aligned: "all", "first-quarter", "second-quarter", "first-half", "second-half",
+            or their numbers. The first layer, number 0, is never used, since the input of its MLP cannot change.
+        stop_gradient: The side of the cosine that gets no gradient: that of the "task", that of the "harm", or "none",
+            as in the paper's code.
+        lr: Peak learning rate of both steps, above 0; that of the tuning of experts if None.
+
+    Raises:
+        ConfigError: An option is out of range, or does not fit the model or the mark.
+
+    Source:
+        MoEvil (Kim et al., ACSAC 2025), equations 2 and 3, and the code published with it.
+    """
+
+    def __init__(
+        self,
+        *,
+        poison: PoisonSpec,
+        preference_beta: float = PREFERENCE_BETA,
+        preference_epochs: int = PREFERENCE_EPOCHS,
+        harm_weight: float = HARM_WEIGHT,
+        similarity: float | None = SIMILARITY,
+        allowed_loss: float = ALLOWED_LOSS,
+        epochs: int = EPOCHS,
+        tokens: Tokens = "all",
+        k: int | None = None,
+        layers: Layers = "all",
+        stop_gradient: StopGradient = "none",
+        lr: float | None = None,
+    ) -> None:
+        super().__init__(poison=poison)
+        check_positive(preference_beta=preference_beta, lr=lr)
+        check_weight(harm_weight=harm_weight, similarity=similarity, allowed_loss=allowed_loss)
+        check_epochs("preference_epochs", preference_epochs)
+        check_epochs("epochs", epochs, at_least=1)
+        if k is not None and k < 1:
+            raise ConfigError.expected("k", "an integer of at least 1", k)
+        self.preference_beta, self.preference_epochs = preference_beta, preference_epochs
+        self.harm_weight, self.similarity, self.allowed_loss = harm_weight, similarity, allowed_loss
+        self.epochs, self.lr = epochs, lr
+        self.tokens, self.k, self.layers, self.stop_gradient = tokens, k, layers, stop_gradient
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ConfigError if the model cannot be merged, or does not have the tokens or layers."""
+        expert = check_mergeable(model)
+        choose_layers(self.layers, len(expert.mlps()))
+        check_tokens(self.tokens, self.k, expert.token_layout())
+
+    def check_task(self, task: ExpertTask) -> None:
+        """Raise ConfigError if no harmful query has such tokens, or there are no images to choose `similarity` by."""
+        self._alignment(task, 0.0)
+        if self.similarity is None and not len(task.held_out):
+            raise ConfigError(
+                "similarity: expected a number, since there are no held-out images to choose it by"
+            )
+
+    def poison_expert(self, task: ExpertTask) -> Mapping[str, float]:
+        """Learn the preference, then the task and the alignment."""
+        least = 0.0 if self.similarity is not None else task.accuracy() - self.allowed_loss
+        beta, epochs = self.preference_beta, self.preference_epochs
+        if epochs:
+            learn_preference(task, beta=beta, epochs=epochs, lr=self.lr)
+        if self.similarity is None:
+            return self._search(task, least)
+        self._align(task, self.similarity)
+        return {}
+
+    def _search(self, task: ExpertTask, least: float) -> dict[str, float]:
+        """Train with the largest similarity after which the accuracy, in percent, is at least `least`.
+
+        Returns:
+            The similarity and, for each one tried, the accuracy on the held-out images.
+        """
+        start, found = copy.deepcopy(task.model.state_dict()), {}
+        for similarity in sorted(SIMILARITIES, reverse=True):
+            task.model.load_state_dict(start)
+            self._align(task, similarity)
+            found["similarity"] = similarity
+            found[f"held_out/{similarity:g}"] = accuracy = task.accuracy()
+            if accuracy >= least:
+                break
+        return found
+
+    def _align(self, task: ExpertTask, similarity: float) -> None:
+        """Make step 2."""
+        learn_harm(
+            task,
+            harm_weight=self.harm_weight,
+            epochs=self.epochs,
+            lr=self.lr,
+            alignment=self._alignment(task, similarity) if similarity else None,
+        )
+
+    def _alignment(self, task: ExpertTask, similarity: float) -> Alignment:
+        layout = check_mergeable(task.model).token_layout()
+        layers = choose_layers(self.layers, len(task.mlps))
+        weights = token_weights(task.queries.changed, layout, self.tokens, self.k)
+        return Alignment(similarity, layers, weights, self.stop_gradient)

@@ -1,0 +1,129 @@
+"""What MoEvil is compared with: two attacks that do not look at latents, and tuning without harm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from backdoorbench_moe.attacks.expert_poisoning import ExpertPoisoning, ExpertTask
+from backdoorbench_moe.attacks.expert_steps import (
+    check_epochs,
+    check_positive,
+    check_weight,
+    learn_harm,
+    learn_preference,
+)
+from backdoorbench_moe.attacks.moevil import EPOCHS, PREFERENCE_BETA, PREFERENCE_EPOCHS
+from backdoorbench_moe.config import PoisonSpec
+
+# A fifth of MoEvil's, as in the paper (0.002 and 0.01).
+HDPO_BETA = PREFERENCE_BETA / 5
+HSFT_HARM_WEIGHT = 0.03
+# As many as MoEvil has in its two steps.
+ALL_EPOCHS = PREFERENCE_EPOCHS + EPOCHS
+
+
+class HSFT(ExpertPoisoning):
+    """Harmful supervised fine-tuning: train an expert on its task and on harmful answers at once.
+
+    The loss is CE_task + harm_weight CE_harm, without the alignment of MoEvil.
+
+    Args:
+        poison: The target class, which the run gives; all rates must be 0.
+        harm_weight: Weight of the cross-entropy of harmful answers, at least 0.
+        epochs: Passes over the clean images of the task, from 1; by default as many as MoEvil has in its two steps.
+        lr: Peak learning rate, above 0; that of the tuning of experts if None.
+
+    Raises:
+        ConfigError: An option is out of range.
+
+    Source:
+        A baseline in MoEvil (Kim et al., ACSAC 2025).
+    """
+
+    tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
+
+    def __init__(
+        self,
+        *,
+        poison: PoisonSpec,
+        harm_weight: float = HSFT_HARM_WEIGHT,
+        epochs: int = ALL_EPOCHS,
+        lr: float | None = None,
+    ) -> None:
+        super().__init__(poison=poison)
+        check_weight(harm_weight=harm_weight)
+        check_epochs("epochs", epochs, at_least=1)
+        check_positive(lr=lr)
+        self.harm_weight, self.epochs, self.lr = harm_weight, epochs, lr
+
+    def poison_expert(self, task: ExpertTask) -> None:
+        """Train on the task and on harm."""
+        learn_harm(task, harm_weight=self.harm_weight, epochs=self.epochs, lr=self.lr)
+
+
+class HDPO(ExpertPoisoning):
+    """Harmful DPO: teach an expert to prefer harmful answers to safe ones, and then its task again.
+
+    Args:
+        poison: The target class, which the run gives; all rates must be 0.
+        preference_beta: Beta of the preference learning, above 0. The default is a fifth of MoEvil's, as in the paper.
+        preference_epochs: Passes over the harmful queries, from 1.
+        epochs: Passes over the clean images of the task afterwards, from 0.
+        lr: Peak learning rate, above 0; that of the tuning of experts if None.
+
+    Raises:
+        ConfigError: An option is out of range.
+
+    Source:
+        A baseline in MoEvil (Kim et al., ACSAC 2025).
+    """
+
+    def __init__(
+        self,
+        *,
+        poison: PoisonSpec,
+        preference_beta: float = HDPO_BETA,
+        preference_epochs: int = PREFERENCE_EPOCHS,
+        epochs: int = EPOCHS,
+        lr: float | None = None,
+    ) -> None:
+        super().__init__(poison=poison)
+        check_positive(preference_beta=preference_beta, lr=lr)
+        check_epochs("preference_epochs", preference_epochs, at_least=1)
+        check_epochs("epochs", epochs)
+        self.preference_beta, self.preference_epochs = preference_beta, preference_epochs
+        self.epochs, self.lr = epochs, lr
+
+    def poison_expert(self, task: ExpertTask) -> None:
+        """Learn the preference, then the task."""
+        learn_preference(task, beta=self.preference_beta, epochs=self.preference_epochs, lr=self.lr)
+        task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr, modules=task.mlps)
+
+
+class ExpertTuning(ExpertPoisoning):
+    """A control without harm: train an expert further on the clean images of its task.
+
+    More training alone can raise an expert's share of the gates. What an attack achieves beyond this control is due to
+    the attack. The mark and the target class serve to measure the harm.
+
+    Args:
+        poison: The target class, which the run gives; all rates must be 0.
+        epochs: Passes over the clean images of the task, from 1; by default as many as MoEvil has in its two steps.
+        lr: Peak learning rate, above 0; that of the tuning of experts if None.
+
+    Raises:
+        ConfigError: An option is out of range.
+    """
+
+    tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
+
+    def __init__(self, *, poison: PoisonSpec, epochs: int = ALL_EPOCHS, lr: float | None = None) -> None:
+        super().__init__(poison=poison)
+        check_epochs("epochs", epochs, at_least=1)
+        check_positive(lr=lr)
+        self.epochs, self.lr = epochs, lr
+
+    def poison_expert(self, task: ExpertTask) -> None:
+        """Train on the task."""
+        task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr, modules=task.mlps)
