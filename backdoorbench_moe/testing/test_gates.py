@@ -75,7 +75,11 @@ def build_layer(router: Router, *, copies: bool) -> SparseMoELayer:
     """An MoE layer of small experts, all equal or all different."""
     torch.manual_seed(1)
     experts = MLPExperts(
-        nn.Linear(FEATURES, 8), nn.GELU(), nn.Linear(8, FEATURES), num_experts=len(router.masked), copies=copies
+        nn.Linear(FEATURES, 8),
+        nn.GELU(),
+        nn.Linear(8, FEATURES),
+        num_experts=len(router.masked),
+        copies=copies,
     )
     return SparseMoELayer(experts, router, name="layer")
 
@@ -83,7 +87,9 @@ def build_layer(router: Router, *, copies: bool) -> SparseMoELayer:
 def test_the_seed_decides_the_weights(gate_name: str) -> None:
     first = copies(build_router(gate_name))
     torch.rand(1)
-    assert not changed(first, copies(build_router(gate_name))), "draws at random, but not from torch's generator"
+    assert not changed(first, copies(build_router(gate_name))), (
+        "draws at random, but not from torch's generator"
+    )
     if build_gate(gate_name).trained:
         assert changed(first, copies(build_router(gate_name, seed=1))), "the weights are always the same"
 
@@ -93,9 +99,10 @@ def test_the_seed_decides_the_routing(gate_name: str, training: bool) -> None:
     router, tokens = build_router(gate_name), make_tokens()
     state = copies(router)
     first = route(router, tokens, training=training)
-    router.load_state_dict(state)
-    assert same_routing(route(router, tokens, training=training), first)
     assert torch.equal(tokens, make_tokens()), "the tokens were written to"
+    router.load_state_dict(state)
+    again = route(router, tokens, training=training)
+    assert same_routing(again, first), "draws at random, but not from torch's generator"
 
 
 @both_modes
@@ -115,7 +122,9 @@ def test_the_parts_of_the_output_agree(gate_name: str, training: bool) -> None:
     assert not weights[~routed.selected.flatten(0, 1)].any(), "an expert that is not selected has a weight"
     assert ((weights != 0).sum(0) <= pairs.capacity).all()
     loss = routed.aux_loss
-    assert loss is None or (training and loss.ndim == 0 and loss.isfinite()), "only training has an auxiliary loss"
+    assert loss is None or (training and loss.ndim == 0 and loss.isfinite()), (
+        "only training has an auxiliary loss"
+    )
 
 
 def test_weights_sum_to_one_in_evaluation(gate_name: str) -> None:
@@ -146,7 +155,9 @@ def test_a_single_expert(gate_name: str) -> None:
 
 @both_modes
 @pytest.mark.parametrize("expert", range(EXPERTS))
-def test_a_masked_expert_gets_no_token_and_others_take_over(gate_name: str, expert: int, training: bool) -> None:
+def test_a_masked_expert_gets_no_token_and_others_take_over(
+    gate_name: str, expert: int, training: bool
+) -> None:
     router = build_router(gate_name)
     router.masked[expert] = True
     routed = route(router, make_tokens(), training=training)
@@ -157,7 +168,9 @@ def test_a_masked_expert_gets_no_token_and_others_take_over(gate_name: str, expe
 
 
 @both_modes
-def test_nothing_is_routed_and_all_is_finite_if_every_expert_is_masked(gate_name: str, training: bool) -> None:
+def test_nothing_is_routed_and_all_is_finite_if_every_expert_is_masked(
+    gate_name: str, training: bool
+) -> None:
     router, tokens = build_router(gate_name), make_tokens().requires_grad_()
     router.masked.fill_(True)
     routed = route(router, tokens, training=training)
@@ -168,7 +181,9 @@ def test_nothing_is_routed_and_all_is_finite_if_every_expert_is_masked(gate_name
     assert not outputs.any()
     outputs.sum().backward()
     for name, parameter in layer.named_parameters():
-        assert parameter.grad is None or parameter.grad.isfinite().all(), f"the gradient of {name} is not finite"
+        assert parameter.grad is None or parameter.grad.isfinite().all(), (
+            f"the gradient of {name} is not finite"
+        )
 
 
 @both_modes
