@@ -55,6 +55,8 @@ _HOMES = {
     "Routing": "backdoorbench_moe.moe.routed",
     "Attack": "backdoorbench_moe.attacks.base",
     "PoisonPlan": "backdoorbench_moe.attacks.base",
+    "ExpertPoisoning": "backdoorbench_moe.attacks.expert_poisoning",
+    "ExpertTask": "backdoorbench_moe.attacks.expert_poisoning",
     "Splitter": "backdoorbench_moe.splitters.base",
     "Gate": "backdoorbench_moe.gates.base",
     "Judgement": "backdoorbench_moe.defenses.judgement",
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     from backdoorbench_moe.applicators.base import Applicator
     from backdoorbench_moe.attacks import create_attack, list_attacks
     from backdoorbench_moe.attacks.base import Attack, PoisonPlan
+    from backdoorbench_moe.attacks.expert_poisoning import ExpertPoisoning, ExpertTask
     from backdoorbench_moe.config import RunSpec
     from backdoorbench_moe.data import create_dataset, list_datasets
     from backdoorbench_moe.data.base import Dataset, ImageSet, Split

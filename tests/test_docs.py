@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 import pytest
+import third_party
 import yaml
 
 import backdoorbench_moe
@@ -174,6 +175,17 @@ def test_the_written_test_passes_and_the_written_use_prints_the_fields(used) -> 
     light, dark = "0.6000, 0.6000", "0.4000, 0.4000"
     rows = [f"[{light}, {dark}]"] * 2 + [f"[{dark}, {light}]"] * 2
     assert re.findall(r"\[0[^\]]*\]", used["use"]) == rows
+
+
+@pytest.mark.slow
+def test_the_written_attack_on_an_expert_conforms(tmp_path) -> None:
+    [text] = [text for _, title, text in blocks("plugin.md") if title == "close_by.py"]
+    points = {"interface": ["2 = close_by"], "attacks": ["close-by = close_by:CloseBy"]}
+    third_party.put_package(tmp_path, "bbmoe-close-by", modules={"close_by": text}, points=points)
+    done = third_party.bbmoe("plugin", "check", "bbmoe-close-by", "--json", path=[tmp_path])
+    assert done.returncode == 0, done.stdout + done.stderr
+    [part] = json.loads(done.stdout)["parts"]
+    assert (part["name"], part["result"], part["failed"]) == ("close-by", "passes", 0) and part["passed"] > 10
 
 
 @pytest.mark.parametrize(("page", "line"), commands())

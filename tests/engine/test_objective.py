@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from defense_tasks import CPU, changed, copies, held_images, make_task, used_model
+from defense_tasks import CPU, changed, copies, held_images, used_model
 from torch import nn
 from torch.nn import functional as F
 
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.step import TrainStep, make_optimizer
+from backdoorbench_moe.engine.tune import Tuner
 from backdoorbench_moe.errors import PluginError
 from backdoorbench_moe.ops.images import as_input
 from backdoorbench_moe.testing.expert_tasks import TinyMergeable
@@ -21,6 +23,12 @@ RECIPES = [
     {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},
     {"optimizer": "adamw", "lr": 0.01, "schedule": "one-cycle"},
 ]
+
+
+def make_tuner(*, seed: int = 7, **recipe) -> Tuner:
+    return Tuner(
+        TrainSpec(**{"batch_size": 8, "lr": 0.05, **recipe}), seed, CPU, "fp32", Observer(), "tuning"
+    )
 
 
 def cross_entropy(model, images, labels):
@@ -35,9 +43,9 @@ def test_plain_cross_entropy_gives_the_same_weights_bit_for_bit(recipe, head) ->
     tuned = []
     for objective in (None, cross_entropy):
         model = used_model("wide_resnet")
-        task, _ = make_task(model, name="wide_resnet", **recipe)
-        task.tune(model, task.clean, epochs=2, modules=[model.head] if head else None, objective=objective)
-        timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in task.tune.history]
+        tune, modules = make_tuner(**recipe), [model.head] if head else None
+        tune(model, held_images(), epochs=2, modules=modules, objective=objective)
+        timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in tune.history]
         tuned.append((copies(model), timeless))
     assert not changed(tuned[0][0], tuned[1][0]) and tuned[0][1] == tuned[1][1]
     assert changed(copies(used_model("wide_resnet")), tuned[0][0])
@@ -109,8 +117,7 @@ def test_draws_depend_on_the_seed_and_the_epoch_only() -> None:
     for seed, outside in ((7, 1), (7, 2), (8, 1)):
         torch.manual_seed(outside)
         model = used_model("wide_resnet")
-        task, _ = make_task(model, name="wide_resnet", seed=seed)
-        task.tune(model, task.clean, epochs=1, objective=noisy)
+        make_tuner(seed=seed)(model, held_images(), epochs=1, objective=noisy)
         tuned.append(copies(model))
     assert not changed(tuned[0], tuned[1]) and changed(tuned[0], tuned[2])
 
@@ -123,8 +130,7 @@ def test_each_epoch_draws_anew() -> None:
         return cross_entropy(model, images, labels)
 
     model = used_model("wide_resnet")
-    task, _ = make_task(model, name="wide_resnet", batch_size=24)
-    task.tune(model, task.clean, epochs=3, objective=objective)
+    make_tuner(batch_size=24)(model, held_images(), epochs=3, objective=objective)
     assert len(set(drawn)) == 3
 
 
@@ -145,8 +151,7 @@ def test_a_captured_objective_draws_anew_at_every_replay() -> None:
     for objective in (None, cross_entropy, drawing):
         torch.manual_seed(0)
         model = TinyMergeable().to(gpu)
-        task, _ = make_task(used_model("wide_resnet"), name="wide_resnet", optimizer="adamw", lr=0.01)
-        tuner = replace(task.tune, device=gpu)
+        tuner = replace(make_tuner(optimizer="adamw", lr=0.01), device=gpu)
         tuner(model, split, epochs=1, objective=objective)
         weights.append(copies(model))
     assert len(drawn.unique()) == 12 and count.item() == 12
