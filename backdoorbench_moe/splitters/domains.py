@@ -96,8 +96,7 @@ class Domains(Splitter):
     - `night`: darkened (gamma 2) and tinted blue;
     - `pixelated`: 16 x 16 blocks, or fewer if a block would be smaller than 2 x 2 pixels.
 
-    The last two are the closest to `plain`: on the data set `signs`, a convolutional network trained on plain images only
-    had an accuracy of 96% and 99% there, and of 18% to 81% in the others.
+    The last two are the closest to `plain`: a network that is trained on plain images often recognises them, too.
 
     On the CPU and on an accelerator, `plain`, `rotated`, `inverted`, `recoloured` and `embossed` give the same
     8-bit values. The others may differ by 1 of 255 where a value is halfway between two levels.
