@@ -18,7 +18,7 @@ from backdoorbench_moe.splitters.domains import TRANSFORMS
 
 ALL = (
     *("plain", "rotated", "inverted", "grey-blurred"),
-    *("night", "recoloured", "pixelated", "embossed"),
+    *("recoloured", "embossed", "night", "pixelated"),
 )
 PICTURES = arrays(
     np.uint8, st.tuples(*[st.integers(1, 3), st.just(3), *[st.shared(st.integers(1, 40), key="s")] * 2])
