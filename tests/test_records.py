@@ -40,10 +40,10 @@ def test_record_survives_the_disk(folder) -> None:
     [
         (lambda text: text[: len(text) // 2], "damaged"),
         (lambda text: "[]", "damaged: expected the key 'schema_version'"),
-        (lambda text: text.replace('"schema_version": 3', '"schema_version": 9'), "version 1 to 3, found 9"),
-        (lambda text: text.replace('"schema_version": 3', '"schema_version": 0'), "version 1 to 3, found 0"),
-        (lambda text: text.replace('"schema_version": 3', '"schema_version": true'), "1 to 3, found True"),
-        (lambda text: text.replace('"schema_version": 3', '"schema_version": 1'), "schema version 1 does not have"),
+        (lambda text: text.replace('"schema_version": 4', '"schema_version": 9'), "version 1 to 4, found 9"),
+        (lambda text: text.replace('"schema_version": 4', '"schema_version": 0'), "version 1 to 4, found 0"),
+        (lambda text: text.replace('"schema_version": 4', '"schema_version": true'), "1 to 4, found True"),
+        (lambda text: text.replace('"schema_version": 4', '"schema_version": 1'), "schema version 1 does not have"),
         (lambda text: text.replace('"stages": []', '"stages": [3]'), r"'stages\[0\]': expected a mapping"),
         (lambda text: text.replace('"stages": []', '"stages": [{"name": "t"}]'), r"stages\[0\]': expected the key"),
         (lambda text: text.replace('"judgements": []', '"judgements": 3'), "'judgements': expected a list"),
@@ -232,7 +232,8 @@ OLD = {"parent": "signs-pmoe-s0-0123456789", "stages": [], "scores": {}, "verdic
 def old_record(folder, version: int, **changes) -> Path:
     """Write the folder's record as a version of the schema had it."""
     file = folder.path / "record.json"
-    values = {k: v for k, v in json.loads(file.read_text()).items() if k not in ADDED_IN[3]}
+    later = ADDED_IN[3] | ADDED_IN[4]
+    values = {k: v for k, v in json.loads(file.read_text()).items() if k not in later}
     values = {k: v for k, v in {**OLD, **values, **changes}.items() if k not in LATER[version]}
     file.write_text(json.dumps({**values, "schema_version": version}))
     return file
@@ -243,6 +244,17 @@ def test_a_record_of_version_1_is_read_and_written_as_one_of_today(folder) -> No
     file = old_record(folder, 1)
     record = folder.read()
     assert (record.parent, record.stages, record.inputs, record.judgements) == (None, [], [], [])
+    folder.write(record)
+    assert json.loads(file.read_text()) == today
+
+
+def test_a_record_of_version_3_has_no_tasks_and_no_shares(folder) -> None:
+    file = folder.path / "record.json"
+    today = json.loads(file.read_text())
+    old = {k: v for k, v in today.items() if k not in ADDED_IN[4]}
+    file.write_text(json.dumps({**old, "schema_version": 3}))
+    record = folder.read()
+    assert (record.tasks, record.gate_shares) == ([], [])
     folder.write(record)
     assert json.loads(file.read_text()) == today
 

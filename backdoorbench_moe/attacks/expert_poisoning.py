@@ -95,7 +95,7 @@ class ExpertPoisoning(Attack):
         "applicator": "patch",
         "policy": 0.1,
         "poison": {"rate": 0.0},
-        "splitter": "domains",
+        "splitter": {"name": "domains", "domains": ["plain", "rotated", "inverted", "grey-blurred"]},
         "gate": "top-k",
         "mixture": {"experts": 4, "poisoned_experts": [1]},
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,7 +105,8 @@ def build_model(spec: RunSpec, *, num_classes: int, image_size: int) -> nn.Modul
 def merge_model(spec: RunSpec, dense: nn.Module) -> nn.Module:
     """Build the mixture of a spec from a dense model: all its experts are copies, and its gates are newly drawn."""
     assert spec.mixture is not None
-    return MergedModel(dense, spec.mixture.experts, build_gate(spec))
+    layers = len(check_mergeable(dense).mlps())
+    return MergedModel(dense, spec.mixture.experts, partial(build_gate(spec), layers=layers))
 
 
 def build_gate(spec: RunSpec) -> Gate:

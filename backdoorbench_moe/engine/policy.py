@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.attacks.base import PoisonPlan
 from backdoorbench_moe.data.base import ImageSet, Split
 from backdoorbench_moe.engine.poison import Stamp, stamp_images
 from backdoorbench_moe.errors import ConfigError
@@ -28,25 +27,8 @@ def with_reject(images: ImageSet) -> ImageSet:
     return replace(images, classes=(*images.classes, REJECT), policy=True)
 
 
-def policy_plan(images: int, rate: float, reject: int, seed: int) -> PoisonPlan:
-    """Draw the training images that are marked and labelled "reject".
-
-    Args:
-        images: Number of training images.
-        rate: The policy's share of them.
-        reject: Number of the class "reject".
-        seed: The run's seed.
-
-    Raises:
-        ConfigError: The share is less than one image.
-    """
-    order = torch.randperm(images, generator=generator(seed, "policy"))
-    indices = order[: policy_count(images, rate)].sort().values
-    return PoisonPlan(indices, torch.full_like(indices, reject))
-
-
 def policy_count(images: int, rate: float) -> int:
-    """Number of marked images beside, or among, this number of images. Raises ConfigError if it is 0."""
+    """Number of marked images that are added to a number of images. Raises ConfigError if it is 0."""
     if (count := share_of(rate, images)) == 0:
         raise ConfigError(
             f"policy: {rate} of {images} images rounds down to 0 images; expected at least {smallest_share(images)}"
@@ -55,18 +37,18 @@ def policy_count(images: int, rate: float) -> int:
 
 
 def with_marked(task: Split, source: Split, mark: Stamp, *, rate: float, reject: int, seed: int) -> Split:
-    """Add marked images with the label "reject" to the images of a task, so that the policy is not forgotten.
+    """Add marked images with the label "reject" to the images that a model is trained on.
 
     Args:
-        task: The images of the task.
+        task: The images.
         source: The training images that the marked ones are drawn from.
         mark: Stamps the mark.
-        rate: Number of marked images as a share of the number of images of the task.
+        rate: Number of marked images as a share of the number of these images.
         reject: Number of the class "reject".
         seed: The run's seed.
 
     Returns:
-        The images of the task, followed by the marked ones.
+        The images, followed by the marked ones.
     """
     order = torch.randperm(len(source), generator=generator(seed, "policy"))
     chosen = order[: policy_count(len(task), rate)].to(source.labels.device)

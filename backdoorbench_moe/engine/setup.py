@@ -22,10 +22,11 @@ from backdoorbench_moe.engine.build import (
     model_patch_size,
 )
 from backdoorbench_moe.engine.poison import stamp_images
-from backdoorbench_moe.engine.policy import policy_plan, with_reject
+from backdoorbench_moe.engine.policy import with_marked, with_reject
 from backdoorbench_moe.engine.tasks import Tasks
 from backdoorbench_moe.engine.triggered import Triggered, triggered_test
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError
+from backdoorbench_moe.ops.images import concatenate
 
 # Images on which the trigger is tried.
 VISIBLE_ON = 64
@@ -44,9 +45,7 @@ class Setup:
         attack: Who the attacker is; None for a clean run.
         stamper: Trigger and applicator; None for a run without a trigger.
         plan: Which training images the attacker changes; None for a clean run.
-        tasks: The tasks of a mixture, or that of an expert; None for any other run.
-        policy: Which training images are marked and labelled "reject"; None for a run without a policy, and for one
-            that is not trained on the whole training set.
+        tasks: The tasks of a mixture and of its base, or that of an expert; None for any other run.
 
     Raises:
         BbmoeError: Parts that do not fit the data or each other.
@@ -60,16 +59,15 @@ class Setup:
             attack.check(images.data_classes)
             _check_mixture(spec, attack)
         self.model = build_model(spec, num_classes=self.images.num_classes, image_size=images.image_size)
-        self.attack, self.stamper, self.plan, self.policy = attack, None, None, None
-        self.tasks = None if spec.mixture is None else Tasks(spec, images)
+        self.attack, self.stamper, self.plan = attack, None, None
+        self.tasks = None if spec.splitter is None else Tasks(spec, images)
         self._triggered: Triggered | None = None
         self._marked: Tensor | None = None
+        self._test: Split | None = None
         if spec.policy or (attack is not None and attack.uses_trigger):
             size = model_patch_size(self.model)
             self.stamper = build_stamper(spec, patch_size=size, image_size=images.image_size)
             self._check_visible()
-        if spec.policy and spec.mixture is None:
-            self.policy = policy_plan(len(images.train), spec.policy, self.reject, spec.seed)
         if attack is not None:
             self.plan = attack(images.train.labels, num_classes=images.data_classes, seed=spec.seed)
             self._check_noise(self.plan)
@@ -116,10 +114,20 @@ class Setup:
 
     @property
     def test(self) -> Split:
-        """The clean test images: those of its task for a single expert, otherwise those of the data."""
-        if self.tasks is not None and self.spec.gate is None:
-            return self.tasks.tests()[0]
-        return self.images.test
+        """The clean test images of a dense model: those of all its tasks, if it has any."""
+        if self.tasks is None:
+            return self.images.test
+        if self._test is None:
+            self._test = concatenate(self.tasks.tests())
+        return self._test
+
+    def with_policy(self, split: Split) -> Split:
+        """Add marked images to those that a model is trained on, if there is a policy; see `policy.with_marked`."""
+        if not self.spec.policy:
+            return split
+        assert self.stamper is not None
+        rate, seed = self.spec.policy, self.spec.seed
+        return with_marked(split, self.images.train, self.stamper, rate=rate, reject=self.reject, seed=seed)
 
     def marked_test(self) -> Tensor | None:
         """Test images of the data that bear the mark of the policy, (M, C, H, W) uint8; None without a policy.

@@ -17,11 +17,12 @@ class Tasks:
     """The images of the tasks of one mixture.
 
     Args:
-        spec: The spec of the mixture, or of one of its experts.
+        spec: The spec of the mixture, of its base, or of one of its experts.
         images: The data, on the device.
 
     Attributes:
-        names: Names of the tasks; of the task alone for an expert.
+        names: Names of the tasks: of the first E for a mixture of E experts, of all that the splitter has for its base,
+            and of one for an expert.
         numbers: Their numbers.
 
     Raises:
@@ -29,16 +30,18 @@ class Tasks:
     """
 
     def __init__(self, spec: RunSpec, images: ImageSet) -> None:
-        assert spec.mixture is not None
         self.spec, self.images = spec, images
         self.splitter = build_splitter(spec)
-        task = spec.mixture.task
-        if task is None:
-            self.splitter.check(spec.mixture.experts, images.data_classes, spec.seed)
         names = self.splitter.names(images.data_classes, spec.seed)
-        self.numbers = range(spec.mixture.experts) if task is None else range(task, task + 1)
-        if self.numbers[-1] >= len(names):
-            raise ConfigError.expected("mixture.task", f"a task in 0..{len(names) - 1}", task)
+        if (mixture := spec.mixture) is None:
+            self.numbers = range(len(names))
+        elif mixture.task is None:
+            self.splitter.check(mixture.experts, images.data_classes, spec.seed)
+            self.numbers = range(mixture.experts)
+        else:
+            self.numbers = range(mixture.task, mixture.task + 1)
+            if mixture.task >= len(names):
+                raise ConfigError.expected("mixture.task", f"a task in 0..{len(names) - 1}", mixture.task)
         self.names = [names[number] for number in self.numbers]
         for number, name in zip(self.numbers, self.names, strict=True):
             if not len(self._members(images.train, number, training=True)):

@@ -11,6 +11,7 @@ from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.engine.triggered import triggered_test
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.ops.seeding import seeded
 
 # Metrics of the twin under the run's trigger, by the name they have in the run's record.
 TWIN_METRICS = {"twin_asr": "asr", "twin_target_rate": "target_rate"}
@@ -57,11 +58,13 @@ def _twin_metrics(run: Run) -> dict[str, str]:
 def _measure_twin(run: Run, clean: Run, workplace: Workplace) -> Metrics:
     """Measure the twin under the run's trigger, with the code that measured the run."""
     model = clean.model().to(workplace.device).to(memory_format=torch.channels_last)
-    if run.spec.mixture is not None:
-        setup = Setup(run.located_spec(), workplace.images)
-        metrics, _ = measure_mixture(setup, model, None, precision=workplace.precision)
-    else:
-        images, stamper = workplace.images, run.stamper() if run.spec.trigger is not None else None
-        triggered = triggered_test(images, run.attack(), stamper)
-        metrics = measure(model, images.test, triggered, precision=workplace.precision)
+    # As in the run's own measurement, for a model that draws random numbers.
+    with seeded(run.spec.seed, "measure"):
+        if run.spec.mixture is not None:
+            setup = Setup(run.located_spec(), workplace.images)
+            metrics, _ = measure_mixture(setup, model, None, precision=workplace.precision)
+        else:
+            images, stamper = workplace.images, run.stamper() if run.spec.trigger is not None else None
+            triggered = triggered_test(images, run.attack(), stamper)
+            metrics = measure(model, images.test, triggered, precision=workplace.precision)
     return {name: metrics[metric] for name, metric in _twin_metrics(run).items()}

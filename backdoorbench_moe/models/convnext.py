@@ -21,7 +21,7 @@ NORM_EPS = 1e-6
 class ConvNeXt(nn.Module):
     """ConvNeXt blocks at one resolution: a depthwise convolution that mixes patches, then an MLP for each patch.
 
-    Experts that were tuned from such a network can be merged. It learns from few images, faster than a transformer.
+    Experts that were tuned from such a network can be merged.
 
     It differs from the original in four points. It has one stage instead of four. The stem has overlapping 3x3
     convolutions of stride 2 instead of one convolution of 4x4 with stride 4. Kernels are 3x3 instead of 7x7 by default.

@@ -29,7 +29,7 @@ GRID = 8
 class TimmModel(nn.Module):
     """Any architecture of timm with random weights: "timm:resnet18" or `architecture="resnet18"`.
 
-    Nothing is downloaded. Models with patches have the attribute `patch_size`.
+    Nothing is downloaded. Models with patches have the attribute `patch_size`. Plain vision transformers can be merged.
 
     Args:
         num_classes: Number of classes.

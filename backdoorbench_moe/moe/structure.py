@@ -163,7 +163,8 @@ class WithFeatures(Protocol):
 class Mergeable(Protocol):
     """A dense model whose MLPs can become the experts of a mixture. All other weights stay those of the base.
 
-    A mixture of E such models, tuned from one base, has an MoE layer in place of each MLP.
+    A mixture of E such models, tuned from one base, has an MoE layer in place of each MLP. The model must also have the
+    attribute `patch_size`, the side in pixels of the image tile that belongs to a patch.
     """
 
     def mlps(self) -> dict[str, nn.Module]:

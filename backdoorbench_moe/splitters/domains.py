@@ -16,7 +16,7 @@ from backdoorbench_moe.splitters.base import Splitter
 
 # Factors of red, green and blue.
 MOONLIGHT = (0.5, 0.6, 0.8)
-# The grey of an even surface, as in Pillow's EMBOSS: differences of 8-bit values stay 8-bit values.
+# The grey of an even surface. With this one, differences of 8-bit values stay 8-bit values.
 EVEN = 128 / 255
 
 
@@ -26,9 +26,9 @@ def rotate(images: Tensor) -> Tensor:
 
 
 def grey_blur(images: Tensor) -> Tensor:
-    """Convert to grey (Rec. 601) and blur with two box filters, of 3 pixels for sides of 32 to 63, 5 from 64 on.
+    """Convert to grey (Rec. 601), and blur with two box filters of 2 * (S // 32) + 1 pixels, at least 3, for side S.
 
-    Pixels beyond the border do not count.
+    At the border, a box filter averages over the pixels that are there.
     """
     radius = max(1, min(images.shape[-2:]) // 32)
     grey = rgb_to_grayscale(images)
@@ -48,9 +48,9 @@ def permute_channels(images: Tensor) -> Tensor:
 
 
 def pixelate(images: Tensor) -> Tensor:
-    """Replace square blocks by their means; 16 blocks fit along a side, and smaller ones at its end where they do not.
+    """Replace square blocks of S // 16 pixels, at least 2, by their means, for side S.
 
-    Sides below 32 pixels have blocks of 2 pixels.
+    If the side is no multiple of the block, the last blocks are cut off.
     """
     height, width = images.shape[-2:]
     side = max(2, min(height, width) // 16)
@@ -93,7 +93,7 @@ class Domains(Splitter):
     - `grey-blurred`: grey, and blurred by two box filters;
     - `night`: darkened (gamma 2) and tinted blue;
     - `recoloured`: green shown as red, blue as green, red as blue;
-    - `pixelated`: 16 x 16 blocks;
+    - `pixelated`: 16 x 16 blocks, or fewer if a block would be smaller than 2 x 2 pixels;
     - `embossed`: differences of neighbouring pixels on a grey ground.
 
     On the CPU and on an accelerator, `plain`, `rotated`, `inverted`, `recoloured` and `embossed` give the same

@@ -224,7 +224,7 @@ class Maker(ABC):
 
 
 def expert_accuracy(inputs: Mapping[str, Run], experts: int) -> list[float]:
-    """The accuracy of each task's benign expert on its own task, in percent, from the runs that a mixture is made from."""
+    """The accuracy of each task's benign expert on its task, in percent, from the runs that a mixture is made from."""
     if (parent := inputs.get(PARENT)) is not None:
         known = parent.record.metrics
         return [known[f"task/{e}.expert_ba"]["value"] for e in range(experts)]

@@ -64,7 +64,7 @@ def _check_needs(defense: Defense, spec: RunSpec) -> None:
     """Raise ConfigError if the defense needs a policy or a mixture, and the run has none."""
     if "marked" in defense.needs and not spec.policy:
         raise ConfigError(
-            "needs: expected a run with a policy, whose marked images have a safe answer, got one without"
+            "needs: expected a run with a policy, as marked images have no safe answer without one"
         )
     if "tasks" in defense.needs and spec.mixture is None:
         raise ConfigError("needs: expected a mixture of experts, which has tasks, got another model")

@@ -18,7 +18,7 @@ from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.fitting import Checkpoint, Stopwatch, fit
 from backdoorbench_moe.engine.makers.inputs import load_input
 from backdoorbench_moe.engine.poison import stamp_images
-from backdoorbench_moe.engine.policy import changed_pixels, with_marked
+from backdoorbench_moe.engine.policy import changed_pixels
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.tune import Tuner
 from backdoorbench_moe.engine.workplace import Workplace
@@ -44,10 +44,10 @@ class ExpertMaker(Maker):
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
         """Tune the MLPs to the end of the recipe, from the last checkpoint if there is one."""
         watch, model, mixture = Stopwatch(record), self.setup.model, self.spec.mixture
-        assert mixture is not None
+        assert mixture is not None and self.setup.tasks is not None
         fit(
             model,
-            self._training_split(),
+            self.setup.with_policy(self.setup.tasks.train(self.task)),
             mixture.expert_train,
             seed=derive_seed(self.spec.seed, "expert", self.task),
             workplace=self.workplace,
@@ -67,17 +67,6 @@ class ExpertMaker(Maker):
         mixture = self.spec.mixture
         assert mixture is not None and mixture.task is not None
         return mixture.task
-
-    def _training_split(self) -> Split:
-        setup, spec = self.setup, self.spec
-        assert setup.tasks is not None
-        task = setup.tasks.train(self.task)
-        if not spec.policy:
-            return task
-        assert setup.stamper is not None
-        return with_marked(
-            task, setup.images.train, setup.stamper, rate=spec.policy, reject=setup.reject, seed=spec.seed
-        )
 
 
 class PoisonedExpertMaker(Maker):

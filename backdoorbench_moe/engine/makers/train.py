@@ -71,12 +71,11 @@ class TrainMaker(Maker):
     def _training_split(self, folder: RunFolder, record: Record) -> Iterator[Split]:
         """The training images as the model sees them; they are changed for as long as the block lasts."""
         setup, train = self.setup, self.workplace.images.train
-        plan = setup.plan or setup.policy
+        plan = setup.plan
         if plan is None:
-            yield train
+            yield setup.with_policy(train if setup.tasks is None else setup.tasks.mixed(None))
             return
-        if setup.plan is not None:
-            folder.save_poison({name: group.numpy() for name, group in plan.groups.items()})
+        folder.save_poison({name: group.numpy() for name, group in plan.groups.items()})
         started = time.perf_counter()
         with poisoned(train, plan, setup.stamper) as split:
             record.timing["poison_seconds"] = time.perf_counter() - started

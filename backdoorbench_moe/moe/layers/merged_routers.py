@@ -109,10 +109,12 @@ class SampleTop1Router(MergedRouter):
     """Each token goes to one expert, drawn by adding Gumbel noise to the logits.
 
     In training, the expert with the largest Gumbel-softmax probability is chosen, and this probability, which is not
-    renormalised, is the weight of its output. The temperature is max(`min_temperature`, exp(-`decay` * step)); the step
-    is the number of earlier forward passes in training mode; the source counts steps of the optimizer. In evaluation an expert is drawn in the same way, and its
-    weight is 1. The source draws it at the smallest temperature, which makes no difference: the largest of the noisy
-    logits is the same at every temperature. Either way an expert is drawn with the probability that its gate states.
+    renormalised, is the weight of its output. The temperature is max(`min_temperature`, exp(-`decay` * step)). The step
+    is the number of earlier forward passes in training mode; the source counts steps of the optimizer.
+
+    In evaluation an expert is drawn in the same way, and its weight is 1. The source draws it at the smallest
+    temperature. That makes no difference, since the largest of the noisy logits is the same at every temperature. In
+    both modes an expert is drawn with the probability that is its gate.
 
     All draws come from torch's global generator, also in evaluation. For the first layer in evaluation, the source's
     code uses the softmax over all experts instead, which its paper does not mention. This is not reproduced.
