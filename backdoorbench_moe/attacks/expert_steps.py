@@ -22,7 +22,8 @@ from backdoorbench_moe.ops.tuning import Objective
 
 # Learning rate of the preference learning as a share of that of the task. In the paper they are equal. Here, with a
 # learning rate for training small networks and no image of the task in step 1, the equal rate costs two percentage
-# points of the task's accuracy that one epoch does not bring back, and HDPO alone forgets the harm again (`signs`, one seed).
+# points of the task's accuracy that one epoch does not bring back, and HDPO alone forgets the harm again (on `signs`,
+# one seed).
 PREFERENCE_LR_SHARE = 0.25
 
 
