@@ -20,6 +20,12 @@ from backdoorbench_moe.moe.merging import mlp_inputs
 from backdoorbench_moe.ops.images import Split, as_input
 from backdoorbench_moe.ops.tuning import Objective
 
+# Learning rate of the preference learning as a share of that of the task. In the paper they are equal. Here, with a
+# learning rate for training small networks and no image of the task in step 1, the equal rate costs two percentage
+# points of the task's accuracy that one epoch does not bring back, and HDPO alone forgets the harm again (on `signs`,
+# one seed).
+PREFERENCE_LR_SHARE = 0.25
+
 
 def check_epochs(name: str, epochs: int, at_least: int = 0) -> None:
     """Raise ConfigError if there are too few epochs."""
@@ -78,11 +84,12 @@ def learn_preference(task: ExpertTask, *, beta: float, epochs: int, lr: float | 
         task: The task, whose model is trained.
         beta: Of the loss, see `preference_loss`.
         epochs: Number of passes over the harmful queries.
-        lr: Peak learning rate; that of the task if None.
+        lr: Peak learning rate; `PREFERENCE_LR_SHARE` of that of the task if None.
 
     Raises:
         ConfigError: The two answers are the same for all queries.
     """
+    lr = PREFERENCE_LR_SHARE * task.train.lr if lr is None else lr
     queries = task.queries
     rows = (queries.harmful != queries.safe).nonzero().squeeze(1)
     if not len(rows):

@@ -59,6 +59,8 @@ class MoEvil(ExpertPoisoning):
         preference_beta: Beta of step 1, above 0. The default is ten times the paper's, since a classifier's answer is
             one token.
         preference_epochs: Passes of step 1 over the harmful queries, from 0; with 0 it is left out.
+        preference_lr: Peak learning rate of step 1, above 0; a quarter of that of the tuning of experts if None. In the
+            paper, the rates of both steps are equal.
         harm_weight: Weight of the cross-entropy of harmful answers in step 2, at least 0.
         similarity: Weight of the cosine in step 2, at least 0; the paper's lambda. If None, it is the largest of 0.01,
             0.03, 0.1, 0.3 and 0.5 with which the expert loses at most `allowed_loss` on held-out images of its task, or
@@ -73,7 +75,7 @@ class MoEvil(ExpertPoisoning):
             or their numbers. The first layer, number 0, is never used, since the input of its MLP cannot change.
         stop_gradient: The side of the cosine that gets no gradient: that of the "task", that of the "harm", or "none",
             as in the paper's code.
-        lr: Peak learning rate of both steps, above 0; that of the tuning of experts if None.
+        lr: Peak learning rate of step 2, above 0; that of the tuning of experts if None.
 
     Raises:
         ConfigError: An option is out of range, or does not fit the model or the mark.
@@ -88,6 +90,7 @@ class MoEvil(ExpertPoisoning):
         poison: PoisonSpec,
         preference_beta: float = PREFERENCE_BETA,
         preference_epochs: int = PREFERENCE_EPOCHS,
+        preference_lr: float | None = None,
         harm_weight: float = HARM_WEIGHT,
         similarity: float | None = SIMILARITY,
         allowed_loss: float = ALLOWED_LOSS,
@@ -99,7 +102,7 @@ class MoEvil(ExpertPoisoning):
         lr: float | None = None,
     ) -> None:
         super().__init__(poison=poison)
-        check_positive(preference_beta=preference_beta, lr=lr)
+        check_positive(preference_beta=preference_beta, preference_lr=preference_lr, lr=lr)
         check_weight(harm_weight=harm_weight, similarity=similarity, allowed_loss=allowed_loss)
         check_epochs("preference_epochs", preference_epochs)
         check_epochs("epochs", epochs, at_least=1)
@@ -107,7 +110,7 @@ class MoEvil(ExpertPoisoning):
             raise ConfigError.expected("k", "an integer of at least 1", k)
         self.preference_beta, self.preference_epochs = preference_beta, preference_epochs
         self.harm_weight, self.similarity, self.allowed_loss = harm_weight, similarity, allowed_loss
-        self.epochs, self.lr = epochs, lr
+        self.preference_lr, self.epochs, self.lr = preference_lr, epochs, lr
         self.tokens, self.k, self.layers, self.stop_gradient = tokens, k, layers, stop_gradient
 
     def check_model(self, model: nn.Module) -> None:
@@ -129,7 +132,7 @@ class MoEvil(ExpertPoisoning):
         least = 0.0 if self.similarity is not None else task.accuracy() - self.allowed_loss
         beta, epochs = self.preference_beta, self.preference_epochs
         if epochs:
-            learn_preference(task, beta=beta, epochs=epochs, lr=self.lr)
+            learn_preference(task, beta=beta, epochs=epochs, lr=self.preference_lr)
         if self.similarity is None:
             return self._search(task, least)
         self._align(task, self.similarity)

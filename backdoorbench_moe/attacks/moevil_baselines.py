@@ -69,8 +69,10 @@ class HDPO(ExpertPoisoning):
         poison: The target class, which the run gives; all rates must be 0.
         preference_beta: Beta of the preference learning, above 0. The default is a fifth of MoEvil's, as in the paper.
         preference_epochs: Passes over the harmful queries, from 1.
+        preference_lr: Peak learning rate of the preference learning, above 0; a quarter of that of the tuning of
+            experts if None.
         epochs: Passes over the clean images of the task afterwards, from 0.
-        lr: Peak learning rate, above 0; that of the tuning of experts if None.
+        lr: Peak learning rate of these, above 0; that of the tuning of experts if None.
 
     Raises:
         ConfigError: An option is out of range.
@@ -85,19 +87,21 @@ class HDPO(ExpertPoisoning):
         poison: PoisonSpec,
         preference_beta: float = HDPO_BETA,
         preference_epochs: int = PREFERENCE_EPOCHS,
+        preference_lr: float | None = None,
         epochs: int = EPOCHS,
         lr: float | None = None,
     ) -> None:
         super().__init__(poison=poison)
-        check_positive(preference_beta=preference_beta, lr=lr)
+        check_positive(preference_beta=preference_beta, preference_lr=preference_lr, lr=lr)
         check_epochs("preference_epochs", preference_epochs, at_least=1)
         check_epochs("epochs", epochs)
         self.preference_beta, self.preference_epochs = preference_beta, preference_epochs
-        self.epochs, self.lr = epochs, lr
+        self.preference_lr, self.epochs, self.lr = preference_lr, epochs, lr
 
     def poison_expert(self, task: ExpertTask) -> None:
         """Learn the preference, then the task."""
-        learn_preference(task, beta=self.preference_beta, epochs=self.preference_epochs, lr=self.lr)
+        beta, epochs = self.preference_beta, self.preference_epochs
+        learn_preference(task, beta=beta, epochs=epochs, lr=self.preference_lr)
         task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr, modules=task.mlps)
 
 

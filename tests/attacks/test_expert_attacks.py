@@ -86,6 +86,7 @@ def test_without_queries_nothing_is_tuned() -> None:
     ("name", "options", "message"),
     [
         ("moevil", {"preference_beta": 0}, "preference_beta: expected a positive number, got 0"),
+        ("hdpo", {"preference_lr": 0.0}, "preference_lr: expected a positive number, got 0"),
         ("moevil", {"lr": float("inf")}, "lr: expected a positive number, got inf"),
         ("moevil", {"harm_weight": -1}, "harm_weight: expected a number of at least 0, got -1"),
         ("moevil", {"similarity": float("nan")}, "similarity: expected a number of at least 0, got nan"),
@@ -229,7 +230,10 @@ def test_the_preference_is_learnt_on_queries_with_two_answers() -> None:
     assert torch.equal(queries.images, task.queries.images[differ]) and 0 < differ.sum() < len(differ)
     assert torch.equal(queries.labels[:, 1], task.queries.safe[differ]) and not queries.labels[:, 0].any()
     assert clean is task.clean and "objective" not in second
-    assert (first["epochs"], second["epochs"], first["lr"], second["lr"]) == (3, 2, 0.5, 0.5)
+    # A quarter of the task's learning rate of 0.01, unless another is given.
+    assert (first["epochs"], second["epochs"], first["lr"], second["lr"]) == (3, 2, 0.0025, 0.5)
+    make("hdpo", preference_lr=0.2).tune_expert(recorded)
+    assert [given["lr"] for _, given in calls[2:]] == [0.2, None]
     # At its beginning the expert is its own reference: the loss is log 2, and falls where the margin grows.
     images, labels = as_input(queries.images[:4]), queries.labels[:4]
     logits, loss = first["objective"](task.model, images, labels)
