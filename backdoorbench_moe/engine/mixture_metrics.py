@@ -40,7 +40,8 @@ def routed_pass(model: nn.Module, images: Tensor, *, precision: str) -> RoutedPa
     """Pass (N, C, H, W) uint8 images through a mixture, in evaluation mode."""
     assert isinstance(model, RoutedModel)
     model.eval()
-    predicted, weights, layers = [], [], ()
+    predicted, weights = [], []
+    layers: tuple[str, ...] = ()
     for batch in images.split(BATCH):
         output = forward_routed(model, batch, precision=precision)
         predicted.append(output.logits.argmax(1))

@@ -27,6 +27,7 @@ from backdoorbench_moe.engine.tasks import Tasks
 from backdoorbench_moe.engine.triggered import Triggered, triggered_test
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError
 from backdoorbench_moe.ops.images import concatenate
+from backdoorbench_moe.records import TaskFacts
 
 # Images on which the trigger is tried.
 VISIBLE_ON = 64
@@ -152,7 +153,7 @@ class Setup:
             return None
         return torch.full_like(triggered.true, self.reject) if self.spec.policy else triggered.true
 
-    def describe_tasks(self) -> list[dict[str, Any]]:
+    def describe_tasks(self) -> list[TaskFacts]:
         """Number, name and numbers of images of each task of a mixture, for the record."""
         if self.tasks is None:
             return []

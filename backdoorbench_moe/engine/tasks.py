@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet, Split
 from backdoorbench_moe.engine.build import build_splitter
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.records import TaskFacts
 from backdoorbench_moe.splitters.mix import mix
 
 
@@ -71,16 +70,17 @@ class Tasks:
             seed=self.spec.seed,
         )
 
-    def describe(self) -> list[dict[str, Any]]:
+    def describe(self) -> list[TaskFacts]:
         """Number, name and numbers of images of each task, for the record."""
-        found = []
-        for number, name in zip(self.numbers, self.names, strict=True):
-            counts = {
-                f"{split}_images": len(self._members(images, number, training=split == "train"))
-                for split, images in (("train", self.images.train), ("test", self.images.test))
-            }
-            found.append({"task": number, "name": name, **counts})
-        return found
+        return [
+            TaskFacts(
+                task=number,
+                name=name,
+                train_images=len(self._members(self.images.train, number, training=True)),
+                test_images=len(self._members(self.images.test, number, training=False)),
+            )
+            for number, name in zip(self.numbers, self.names, strict=True)
+        ]
 
     def _members(self, split: Split, task: int, *, training: bool) -> Tensor:
         classes, seed = self.images.data_classes, self.spec.seed

@@ -118,6 +118,8 @@ def make_task(
         "training-set": coloured_split(48, 2),
         "features": partial(features, precision="fp32"),
         "losses": partial(losses, precision="fp32"),
+        "marked": coloured_split(24, 3),
+        "tasks": [coloured_split(24, 4), coloured_split(24, 5)],
     }
     task = DefenseTask(
         model=model,

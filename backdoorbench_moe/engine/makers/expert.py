@@ -87,6 +87,7 @@ class PoisonedExpertMaker(Maker):
             spec.attack.name if spec.attack is not None else "",
         )
         self.expert = self._expert_task(spec.mixture.task)
+        self.attack.check_model(self.setup.model)
         self.attack.check_task(self.expert)
 
     def load(self, inputs: Mapping[str, Run]) -> None:
@@ -103,7 +104,7 @@ class PoisonedExpertMaker(Maker):
         model.to(self.workplace.device)
         record.history = self.tuner.history
         started = time.perf_counter()
-        self.attack.tune_expert(self.expert)
+        record.parts["attack"] = record.parts.get("attack", {}) | self.attack.tune_expert(self.expert)
         record.timing["attack_seconds"] = time.perf_counter() - started
         watch.training_done()
         [record.metrics] = self.measure([model])
