@@ -182,7 +182,7 @@ class Setup:
             return None
         poison = self.spec.poison
         if isinstance(self.attack, ExpertPoisoning):
-            return {"target": poison.target}
+            return {"n": 0, "target": poison.target}
         values = {"rate": poison.rate, "n": len(self.plan.indices), "target": poison.target}
         extra = {"cover": len(self.plan.cover), "noise": len(self.plan.noise)}
         return values | {group: count for group, count in extra.items() if count}
