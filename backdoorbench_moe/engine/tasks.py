@@ -43,9 +43,9 @@ class Tasks:
                 raise ConfigError.expected("mixture.task", f"a task in 0..{len(names) - 1}", mixture.task)
         self.names = [names[number] for number in self.numbers]
         for number, name in zip(self.numbers, self.names, strict=True):
-            if not len(self._members(images.train, number, training=True)):
+            if not len(self.members(images.train, number, training=True)):
                 raise ConfigError(f"splitter: task {number} ({name}) has no training images")
-            if not len(self._members(images.test, number, training=False)):
+            if not len(self.members(images.test, number, training=False)):
                 raise ConfigError(f"splitter: task {number} ({name}) has no test images")
         self._tests: list[Split] | None = None
 
@@ -76,13 +76,14 @@ class Tasks:
             TaskFacts(
                 task=number,
                 name=name,
-                train_images=len(self._members(self.images.train, number, training=True)),
-                test_images=len(self._members(self.images.test, number, training=False)),
+                train_images=len(self.members(self.images.train, number, training=True)),
+                test_images=len(self.members(self.images.test, number, training=False)),
             )
             for number, name in zip(self.numbers, self.names, strict=True)
         ]
 
-    def _members(self, split: Split, task: int, *, training: bool) -> Tensor:
+    def members(self, split: Split, task: int, *, training: bool) -> Tensor:
+        """Which images of a split belong to a task, (n,) int64, ascending, on the CPU."""
         classes, seed = self.images.data_classes, self.spec.seed
         return self.splitter.members(
             split.labels.cpu(), task, num_classes=classes, seed=seed, training=training
