@@ -236,7 +236,13 @@ def _by_task(tasks: Tasks, split: Split, indices: Tensor, *, training: bool) -> 
     found = {}
     for number, name in zip(tasks.numbers, tasks.names, strict=True):
         shown = tasks.splitter.transform_images(split.images[indices], number)
-        members = tasks.members(split, number, training=training)
+        members = tasks.splitter.find_members(
+            split.labels,
+            number,
+            num_classes=tasks.images.data_classes,
+            seed=tasks.spec.seed,
+            training=training,
+        )
         brightness = torch.where(torch.isin(indices, members), 1.0, DIMMED)
         found[name] = _to_uint8(shown * brightness[:, None, None, None])
     return found
