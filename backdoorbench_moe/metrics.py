@@ -24,7 +24,8 @@ class Metric:
         short: Name for narrow columns, such as "ASR".
         unit: "%", "percentage points" or "s".
         better: Which direction is better from the view of the model's owner, who defends it; None for
-            a metric that describes another model, such as the clean twin.
+            a metric that describes another model, such as the clean twin, and for a share of the gates that is
+            neither good nor bad.
         suffix: What a qualified key adds to the name, such as " of task/2" or " after pruned".
     """
 

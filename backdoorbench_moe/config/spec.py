@@ -148,7 +148,10 @@ class RunSpec:
             return
         if self.splitter is None:
             raise ConfigError.expected("splitter", "the tasks of the experts that are merged", None)
-        if self.mixture.task is None:
+        if self.mixture.task is not None:
+            if self.gate is not None:
+                raise ConfigError.expected("gate", "none, as this is a single expert", self.gate.name)
+        else:
             if self.gate is None:
                 raise ConfigError.expected("gate", "the gate of the experts that are merged", None)
             if (self.attack is None) != (not self.mixture.poisoned_experts):
@@ -339,12 +342,22 @@ def _read(kind: type, values: object, where: str) -> Any:
         elif key == "files" and kind is RunSpec:
             checked[key] = _read_files(value)
         elif hints[key] in (PoisonSpec, TrainSpec):
-            checked[key] = _read(hints[key], value, path)
+            checked[key] = _read_settings(hints[key], value, path)
         elif key == "mixture" and kind is RunSpec:
             checked[key] = None if value is None else _read(MixtureSpec, value, path)
         else:
             checked[key] = value  # The dataclass converts and checks it.
     return kind(**checked)
+
+
+def _read_settings(kind: type, value: object, where: str) -> Any:
+    """Build a `PoisonSpec` or `TrainSpec`. The latter names its values "train.", wherever it stands."""
+    try:
+        return _read(kind, value, where)
+    except ConfigError as error:
+        if where == "train" or not str(error).startswith("train."):
+            raise
+        raise ConfigError(str(error).replace("train.", f"{where}.")) from None
 
 
 def _read_files(value: object) -> dict[str, str]:

@@ -126,11 +126,12 @@ class Runner:
             BbmoeError: A part cannot be built, or does not fit the data or another part.
         """
         spec = self.workplace.resolve(spec)
+        maker = MAKERS[kind_of(spec)](spec, self.workplace)
         if spec.attacked and not spec.defenses:
             classes = self.workplace.images.classes
             warn_of_numeric_names(spec.poison, classes)
             self.workplace.observer.on_message(describe_poison(spec.poison, classes))
-        return MAKERS[kind_of(spec)](spec, self.workplace)
+        return maker
 
     def check(self, spec: RunSpec) -> None:
         """Check a run, and every run that it needs and that does not exist yet, before anything is made or written.

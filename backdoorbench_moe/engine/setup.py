@@ -22,7 +22,7 @@ from backdoorbench_moe.engine.build import (
     model_patch_size,
 )
 from backdoorbench_moe.engine.poison import stamp_images
-from backdoorbench_moe.engine.policy import with_marked, with_reject
+from backdoorbench_moe.engine.policy import policy_count, with_marked, with_reject
 from backdoorbench_moe.engine.tasks import Tasks
 from backdoorbench_moe.engine.triggered import Triggered, triggered_test
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError
@@ -69,6 +69,8 @@ class Setup:
             size = model_patch_size(self.model)
             self.stamper = build_stamper(spec, patch_size=size, image_size=images.image_size)
             self._check_visible()
+        if spec.policy:
+            policy_count(self._trained_images(), spec.policy)
         if attack is not None:
             self.plan = attack(images.train.labels, num_classes=images.data_classes, seed=spec.seed)
             self._check_noise(self.plan)
@@ -89,8 +91,20 @@ class Setup:
             )
             raise ConfigError(f"poison.noise: {name} has no noise form")
 
+    def _trained_images(self) -> int:
+        """Number of the images that marked ones are added to."""
+        if self.tasks is None:
+            return len(self.images.train)
+        return (
+            self.tasks.count_mixed(None) if self.spec.mixture is None else self.tasks.facts[0]["train_images"]
+        )
+
     def _check_visible(self) -> None:
-        """Warn if the trigger changes nothing, as a warp of tiles of one pixel does; a policy needs a visible mark."""
+        """Warn if the trigger changes nothing, as a warp of tiles of one pixel does.
+
+        Raises:
+            ConfigError: It changes nothing, and is the mark of a policy, or of the queries of an attack on experts.
+        """
         assert self.stamper is not None and self.spec.trigger is not None and self.spec.applicator is not None
         images = self.images.test.images[:VISIBLE_ON]
         if torch.equal(stamp_images(images, self.stamper), images):
@@ -100,6 +114,8 @@ class Setup:
             )
             if self.spec.policy:
                 raise ConfigError(f"{message}, so it cannot be the mark of images to reject")
+            if isinstance(self.attack, ExpertPoisoning):
+                raise ConfigError(f"{message}, so it cannot be the mark of harmful queries")
             warnings.warn(message, BbmoeWarning, stacklevel=2)
 
     def triggered_test(self) -> Triggered | None:
@@ -121,6 +137,12 @@ class Setup:
         if self._test is None:
             self._test = concatenate(self.tasks.tests())
         return self._test
+
+    def test_labels(self) -> Tensor:
+        """The labels of the clean test images: those of all tasks, if the run has any."""
+        if self.tasks is None:
+            return self.images.test.labels
+        return torch.cat([split.labels for split in self.tasks.tests()])
 
     def with_policy(self, split: Split) -> Split:
         """Add marked images to those that a model is trained on, if there is a policy; see `policy.with_marked`."""
@@ -157,7 +179,7 @@ class Setup:
         """Number, name and numbers of images of each task of a mixture, for the record."""
         if self.tasks is None:
             return []
-        return self.tasks.describe()
+        return self.tasks.facts
 
     def describe_parts(self) -> dict[str, Any]:
         """Return the values that the options of model, attack, trigger and applicator took, for the record."""
@@ -182,7 +204,7 @@ class Setup:
             return None
         poison = self.spec.poison
         if isinstance(self.attack, ExpertPoisoning):
-            return {"target": poison.target}
+            return {"n": 0, "target": poison.target}
         values = {"rate": poison.rate, "n": len(self.plan.indices), "target": poison.target}
         extra = {"cover": len(self.plan.cover), "noise": len(self.plan.noise)}
         return values | {group: count for group, count in extra.items() if count}

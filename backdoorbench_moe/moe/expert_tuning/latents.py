@@ -1,4 +1,4 @@
-"""The latents that MoEvil aligns: of which layers, and of which tokens of a harmful query."""
+"""The latents that MoEvil aligns: of which layers, and of which tokens of a marked image."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+def layer_range(layers: LayerRange, count: int) -> range:
+    """Return the numbers of the layers in a range, of `count` layers; it may be empty."""
+    start, stop = (int(share * count) for share in RANGES[layers])
+    return range(start, stop)
+
+
 def choose_layers(layers: Layers, count: int) -> list[int]:
     """Return the numbers of the layers whose latents are aligned.
 
@@ -38,8 +44,7 @@ def choose_layers(layers: Layers, count: int) -> list[int]:
         ConfigError: There is no such layer, a number is given twice, or only the first layer is left.
     """
     if isinstance(layers, str):
-        start, stop = (int(share * count) for share in RANGES[layers])
-        chosen = list(range(max(start, 1), stop))
+        chosen = [layer for layer in layer_range(layers, count) if layer]
         if not chosen:
             raise ConfigError.expected(
                 "layers",
