@@ -27,12 +27,11 @@ KEYS = {
     "layers": "attack.layers",
     "preference_epochs": "attack.preference_epochs",
     "gate": "gate.name",
-    "balance": "gate.balance",
     "experts": "mixture.experts",
     "poisoned": "mixture.poisoned",
 }
 # Columns whose value is computed, see `_computed`.
-COMPUTED = ("poison_rate_percent", "prune_rate_percent", "stage", "align", "defensive_expert")
+COMPUTED = ("poison_rate_percent", "prune_rate_percent", "stage", "balance", "align", "defensive_expert")
 # Column of a table of shapes: the model that a row was measured on.
 BASE_MODEL = "base_model"
 # Text of what a spec does not have, such as an attack.
@@ -157,6 +156,7 @@ def _computed(spec: RunSpec, stage: str) -> dict[str, Any]:
         "poison_rate_percent": 100 * spec.poison.rate,
         "prune_rate_percent": 100 * defenses[-1].get("ratio", math.nan) if defenses else 0.0,
         "stage": stage or ("finetuned" if defenses else "before"),
+        "balance": "yes" if value_of(spec, "gate.balance") else None,
         "align": scopes[-1] if scopes else None,
         "defensive_expert": "yes" if is_defended else None,
     }
