@@ -23,7 +23,8 @@ class ConvNeXt(nn.Module):
 
     Experts that were tuned from such a network can be merged.
 
-    It differs from the original in three points. It has one stage instead of four. All weights are drawn from He's
+    It differs from the original in these points. It has one stage instead of four. By default, the stem consists of
+    overlapping convolutions, and kernels are 3x3 instead of 7x7. All weights are drawn from He's
     normal distribution without a factor for the activation. The layer scales start with 1 instead of 1e-6, which suits
     a network of few blocks.
 
@@ -33,8 +34,8 @@ class ConvNeXt(nn.Module):
         features: Features D of a patch, at least 2.
         depth: Number of blocks.
         kernel_size: Side of the depthwise kernels, an odd number.
-        stem: "patch": one convolution on disjoint patches, as in the original; "overlap": 3x3 convolutions of stride 2,
-            which learn in fewer epochs.
+        stem: "overlap": 3x3 convolutions of stride 2, with which fewer epochs suffice; "patch": one convolution on
+            disjoint patches, as in the original.
         patch_size: Stride of the stem in pixels: 2, 4, 8, ...; with stem "overlap", log2 of it is the number of
             convolutions.
         mlp_ratio: Hidden units of each MLP as a multiple of `features`.
@@ -58,8 +59,8 @@ class ConvNeXt(nn.Module):
         image_size: int = 32,
         features: int = 64,
         depth: int = 4,
-        kernel_size: int = 7,
-        stem: Literal["patch", "overlap"] = "patch",
+        kernel_size: int = 3,
+        stem: Literal["overlap", "patch"] = "overlap",
         patch_size: int = 4,
         mlp_ratio: float = 4.0,
     ) -> None:
