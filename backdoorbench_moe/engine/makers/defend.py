@@ -139,7 +139,7 @@ class DefenseMaker(Maker):
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
         """Defend the model, measure every stage and save the last one. There are no checkpoints to continue from."""
         started = time.perf_counter()
-        if self.setup.plan is not None:
+        if self.setup.plan is not None and self.setup.tasks is None:
             folder.save_poison({name: group.numpy() for name, group in self.setup.plan.groups.items()})
         stages, tuner = Stages(self.model), self._tuner()
         record.history = tuner.history
