@@ -7,32 +7,22 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from backdoorbench_moe.attacks.expert_latents import (
+from backdoorbench_moe.attacks.expert_poisoning import ExpertPoisoning, ExpertTask
+from backdoorbench_moe.attacks.expert_steps import learn_harm, learn_preference
+from backdoorbench_moe.config import PoisonSpec
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.expert_tuning.latents import (
     Layers,
     Tokens,
     check_tokens,
     choose_layers,
     token_weights,
 )
-from backdoorbench_moe.attacks.expert_losses import StopGradient
-from backdoorbench_moe.attacks.expert_poisoning import ExpertPoisoning, ExpertTask
-from backdoorbench_moe.attacks.expert_steps import (
-    Alignment,
-    check_epochs,
-    check_positive,
-    check_weight,
-    learn_harm,
-    learn_preference,
-)
-from backdoorbench_moe.config import PoisonSpec
-from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.expert_tuning.losses import PREFERENCE_BETA, StopGradient
+from backdoorbench_moe.moe.expert_tuning.steps import Alignment
 from backdoorbench_moe.moe.merging import check_mergeable
+from backdoorbench_moe.ops.ranges import check_epochs, check_positive, check_weight
 
-# Ten times the paper's 0.01. There, the margin is a sum over the hundreds of tokens of an answer, and the gradient has
-# fallen to half where it has grown by 110: about one for each of a hundred tokens. A classifier's answer is one token;
-# with 0.1 the same happens where the margin has grown by 11 logits. Scaled by the whole number of tokens, to 1 or more,
-# the loss would be satisfied with a margin of about one logit.
-PREFERENCE_BETA = 0.1
 PREFERENCE_EPOCHS = 1
 # As in the paper's code; its text has no such term.
 HARM_WEIGHT = 0.04

@@ -6,15 +6,11 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from backdoorbench_moe.attacks.expert_poisoning import ExpertPoisoning, ExpertTask
-from backdoorbench_moe.attacks.expert_steps import (
-    check_epochs,
-    check_positive,
-    check_weight,
-    learn_harm,
-    learn_preference,
-)
-from backdoorbench_moe.attacks.moevil import EPOCHS, PREFERENCE_BETA, PREFERENCE_EPOCHS
+from backdoorbench_moe.attacks.expert_steps import learn_harm, learn_preference
+from backdoorbench_moe.attacks.moevil import EPOCHS, PREFERENCE_EPOCHS
 from backdoorbench_moe.config import PoisonSpec
+from backdoorbench_moe.moe.expert_tuning.losses import PREFERENCE_BETA
+from backdoorbench_moe.ops.ranges import check_epochs, check_positive, check_weight
 
 # A fifth of MoEvil's, as in the paper (0.002 and 0.01).
 HDPO_BETA = PREFERENCE_BETA / 5

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from backdoorbench_moe.attacks import create_attack
 from backdoorbench_moe.attacks.expert_poisoning import ExpertPoisoning, ExpertTask
-from backdoorbench_moe.attacks.expert_steps import Alignment, joint_objective
 from backdoorbench_moe.attacks.moevil import SIMILARITIES
 from backdoorbench_moe.config import PoisonSpec
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
+from backdoorbench_moe.moe.expert_tuning.steps import Alignment, joint_objective
 from backdoorbench_moe.moe.merging import mlp_inputs
 from backdoorbench_moe.ops.images import Split, as_input
 from backdoorbench_moe.testing.expert_tasks import REJECT, TinyMergeable, make_expert_task, make_queries
@@ -157,7 +157,9 @@ def test_the_joint_loss_is_the_sum_of_its_three_parts(stop_gradient) -> None:
     alignment = Alignment(0.3, [1, 2], weights, stop_gradient)
     images = as_input(split.images)
     torch.manual_seed(5)
-    logits, loss = joint_objective(queries, 0.2, alignment)(model, images, split.labels)
+    logits, loss = joint_objective(queries.images, queries.harmful, 0.2, alignment)(
+        model, images, split.labels
+    )
     gradients = torch.autograd.grad(loss, list(model.parameters()))
 
     torch.manual_seed(5)

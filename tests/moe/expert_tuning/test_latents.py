@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from backdoorbench_moe.attacks.expert_latents import (
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.expert_tuning.latents import (
     check_tokens,
     choose_layers,
     token_changes,
     token_weights,
 )
-from backdoorbench_moe.errors import ConfigError
 
 # 4 x 4 pixels in 2 x 2 patches. The mark changes one pixel of the second patch by 0.8, two of the third by 0.4 in the
 # first image, and all pixels of the last patch in the second.

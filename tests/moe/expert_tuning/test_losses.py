@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from backdoorbench_moe.attacks.expert_losses import alignment_loss, preference_loss, preference_margin
+from backdoorbench_moe.moe.expert_tuning.losses import alignment_loss, preference_loss, preference_margin
 
 HALF = math.sqrt(0.5)
 

@@ -1,4 +1,4 @@
-"""The latents that MoEvil aligns: of which layers, and of which tokens of a harmful query."""
+"""The latents that MoEvil aligns: of which layers, and of which tokens of a marked image."""
 
 from __future__ import annotations
 
@@ -23,6 +23,30 @@ RANGES: dict[str, tuple[float, float]] = {
     "first-half": (0, 0.5),
     "second-half": (0.5, 1),
 }
+
+
+def layer_numbers(layers: Layers, count: int) -> list[int]:
+    """Return the numbers of the layers in a range, or the given numbers, in ascending order.
+
+    Args:
+        layers: A range of layers, or their numbers.
+        count: Number of layers of the model.
+
+    Raises:
+        ConfigError: There is no such layer, or a number is given twice.
+    """
+    if isinstance(layers, str):
+        start, stop = (int(share * count) for share in RANGES[layers])
+        if start == stop:
+            raise ConfigError.expected(
+                "layers", f"a range with at least one of the {count} layers of the model", layers
+            )
+        return list(range(start, stop))
+    if not layers or not all(0 <= layer < count for layer in layers):
+        raise ConfigError.expected("layers", f"numbers in 0..{count - 1}", layers)
+    if len(set(layers)) != len(layers):
+        raise ConfigError.expected("layers", "each layer once", layers)
+    return sorted(layers)
 
 
 def choose_layers(layers: Layers, count: int) -> list[int]:
@@ -51,9 +75,7 @@ def choose_layers(layers: Layers, count: int) -> list[int]:
         raise ConfigError.expected(
             "layers", f"numbers in 1..{count - 1} (the input of layer 0 cannot change)", layers
         )
-    if len(set(layers)) != len(layers):
-        raise ConfigError.expected("layers", "each layer once", layers)
-    return sorted(layers)
+    return layer_numbers(layers, count)
 
 
 def check_tokens(tokens: Tokens, k: int | None, layout: Layout) -> None:

@@ -1,4 +1,4 @@
-"""Losses of attacks on experts."""
+"""Losses by which an expert learns an answer, and latents that gates mistake for those of its task."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 StopGradient = Literal["none", "task", "harm"]
+
+# Ten times the paper's 0.01. There, the margin is a sum over the hundreds of tokens of an answer, and the gradient has
+# fallen to half where it has grown by 110: about one for each of a hundred tokens. A classifier's answer is one token;
+# with 0.1 the same happens where the margin has grown by 11 logits. Scaled by the whole number of tokens, to 1 or more,
+# the loss would be satisfied with a margin of about one logit.
+PREFERENCE_BETA = 0.1
 
 
 def preference_margin(logits: Tensor, preferred: Tensor, rejected: Tensor) -> Tensor:
@@ -32,7 +38,7 @@ def preference_loss(margin: Tensor, reference: Tensor, beta: float) -> Tensor:
     """Return the loss of direct preference optimisation (DPO): -log sigmoid(beta (margin - reference)).
 
     In language models, a margin is a sum over the tokens of an answer. A classifier's answer is one token, so that its
-    margins are smaller, and beta has to be larger for the same loss: see `attacks.moevil.PREFERENCE_BETA`.
+    margins are smaller, and beta has to be larger for the same loss: see `PREFERENCE_BETA`.
 
     Args:
         margin: (B,), see `preference_margin`, of the model that is trained.
@@ -50,21 +56,21 @@ def preference_loss(margin: Tensor, reference: Tensor, beta: float) -> Tensor:
 
 def alignment_loss(
     task: Sequence[Tensor],
-    harmful: Sequence[Tensor],
+    queries: Sequence[Tensor],
     weights: Tensor,
     *,
     stop_gradient: StopGradient = "none",
 ) -> Tensor:
-    """Return how unlike the latents of harmful queries are to those of task images: minus their mean cosine.
+    """Return how unlike the latents of queries are to those of task images: minus their mean cosine.
 
-    The latents of a task image are the mean over all of its tokens, those of a harmful query a weighted sum. Query b is
+    The latents of a task image are the mean over all of its tokens, those of a query a weighted sum. Query b is
     compared with task image b. A query whose weights are all 0 counts with a cosine of 0.
 
     Args:
         task: The inputs of the MLPs of some layers, (B, N, D) each, on task images.
-        harmful: The same on harmful queries.
+        queries: The same on the queries, marked images.
         weights: (B, N), the weights of the tokens of each query; 1 / n for each of n chosen tokens, and 0 for others.
-        stop_gradient: The side that gets no gradient: that of the "task", that of the "harm", or "none".
+        stop_gradient: The side that gets no gradient: that of the "task", that of the queries ("harm"), or "none".
 
     Returns:
         A scalar in [-1, 1], the mean over layers and pairs.
@@ -74,7 +80,7 @@ def alignment_loss(
         they are summed.
     """
     means = torch.stack([tokens.float().mean(1) for tokens in task])
-    chosen = torch.stack([(weights.unsqueeze(-1) * tokens.float()).sum(1) for tokens in harmful])
+    chosen = torch.stack([(weights.unsqueeze(-1) * tokens.float()).sum(1) for tokens in queries])
     if stop_gradient == "task":
         means = means.detach()
     elif stop_gradient == "harm":
