@@ -126,13 +126,16 @@ class RunSpec:
         options = self._options()
         own = {key: known for key, known in self.files.items() if key in options}
         object.__setattr__(self, "files", own)
-        self._check_mixture()
-        if self.attack is None:
-            self._check_clean()
-        elif self.attack.name == DEFAULT_ATTACK and not self.poison.rate:
-            raise ConfigError.expected("poison.rate", "a number in (0, 1]", self.poison.rate)
+        if self.trigger is not None and self.attack is None and not self.policy:
+            raise ConfigError.expected("trigger", "none, as there is no attack", self.trigger.name)
         if (self.trigger is None) != (self.applicator is None):
             raise ConfigError("trigger and applicator: expected both or neither")
+        self._check_mixture()
+        if self.attack is None:
+            if self.poison.rate:
+                raise ConfigError.expected("poison.rate", "0, as there is no attack", self.poison.rate)
+        elif self.attack.name == DEFAULT_ATTACK and not self.poison.rate:
+            raise ConfigError.expected("poison.rate", "a number in (0, 1]", self.poison.rate)
 
     def _check_mixture(self) -> None:
         if not 0 <= self.policy < 1:
@@ -161,12 +164,6 @@ class RunSpec:
                 raise ConfigError.expected(
                     "mixture.poisoned_experts", expected, self.mixture.poisoned_experts
                 )
-
-    def _check_clean(self) -> None:
-        if self.trigger is not None and not self.policy:
-            raise ConfigError.expected("trigger", "none, as there is no attack", self.trigger.name)
-        if self.poison.rate:
-            raise ConfigError.expected("poison.rate", "0, as there is no attack", self.poison.rate)
 
     def parts(self) -> Iterator[tuple[str, PartSpec]]:
         """Yield (kind, part) for every part of the spec, in the order of `kinds.KINDS`."""

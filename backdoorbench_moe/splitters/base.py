@@ -86,8 +86,8 @@ class Splitter(ABC):
         indices = self.members(labels.cpu(), task, num_classes=num_classes, seed=seed, training=training)
         self._check_indices(indices, len(labels))
         if not len(indices):
-            raise ConfigError.expected(
-                "splitter", f"images of task {task} ({names[task]})", f"none of {len(labels)}"
+            raise ConfigError(
+                f"splitter: expected images of task {task} ({names[task]}), got none of {len(labels)}"
             )
         return indices
 

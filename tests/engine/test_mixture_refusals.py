@@ -22,9 +22,6 @@ def refusal(make, output) -> str:
     return str(caught.value)
 
 
-CLASSES = {"name": "classes"}
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -32,8 +29,10 @@ CLASSES = {"name": "classes"}
         ({"model": "preact_resnet18"}, "cannot be merged: expected methods mlps"),
         ({"model": "timm:test_resnet"}, "cannot be merged"),
         ({"mixture": {"experts": 1}}, "mixture.experts: expected a number of at least 2, got 1"),
-        ({"mixture": {"experts": 4}}, "mixture.experts: expected at most 3, the tasks of splitter Domains, got 4"),
-        ({"mixture": {"experts": 9}, "splitter": CLASSES}, "mixture.experts: expected"),
+        ({"mixture": {"experts": 4}},
+         "domains: expected a domain for each of 4 experts, got ('plain', 'inverted', 'rotated')"),
+        ({"splitter": "classes"}, "classes: groups: expected at most 3, the number of classes, got 4"),
+        ({"mixture": {"experts": 3}, "splitter": {"name": "classes", "groups": 2}}, "groups: expected"),
         ({"mixture": {"poisoned_experts": [2]}},
          r"mixture.poisoned_experts: expected numbers of experts in 0..1, got (2,)"),
         ({"mixture": {"poisoned_experts": [-1]}}, "mixture.poisoned_experts: expected numbers of experts in 0..1"),
@@ -56,7 +55,7 @@ CLASSES = {"name": "classes"}
         ({"gate": None}, "gate: expected the gate of the experts that are merged"),
         ({"mixture": None, "gate": None, "splitter": None},
          "mixture: expected the making of a mixture, as attack 'moevil' poisons experts"),
-        ({"attack": "data-poisoning", "poison": {"rate": 0.1}},
+        ({"attack": "data-poisoning", "poison": {"rate": 0.1}, "gate": "soft"},
          "attack: expected an attack on experts, such as moevil, or none"),
         ({"poison": {"rate": 0.1}},
          "poison.rate: expected 0 for an attack on experts, which changes no training image, got 0.1"),

@@ -113,7 +113,7 @@ def test_wrong_members_are_the_plugins_fault(members: object, got: str) -> None:
 
 def test_a_task_without_images_is_named() -> None:
     splitter = Hand(members=lambda labels: labels[:0])
-    with pytest.raises(ConfigError, match=r"splitter: expected images of task 1 \(other\), got 'none of 5'"):
+    with pytest.raises(ConfigError, match=r"splitter: expected images of task 1 \(other\), got none of 5"):
         splitter(split(), 1, **GIVEN)
 
 
