@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from backdoorbench_moe.config.merge import Values
+from backdoorbench_moe.config.shorthand import read_rate
 from backdoorbench_moe.config.train import TrainSpec
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.options import convert_fields
@@ -43,6 +44,7 @@ class MixtureSpec:
     task: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "expert_policy", read_rate("mixture.expert_policy", self.expert_policy))
         plain_fields = (item.name for item in fields(self) if item.name not in TRAININGS)
         convert_fields(self, "mixture.", plain_fields)
         if self.experts < 2:

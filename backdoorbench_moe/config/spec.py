@@ -144,6 +144,10 @@ class RunSpec:
                 if (part := getattr(self, name)) is not None:
                     raise ConfigError.expected(name, "none, as no experts are merged", part.name)
             return
+        if self.mixture.expert_policy and not self.policy:
+            raise ConfigError.expected(
+                "mixture.expert_policy", "0, as there is no policy", self.mixture.expert_policy
+            )
         if self.splitter is None:
             raise ConfigError.expected("splitter", "the tasks of the experts that are merged", None)
         if self.mixture.task is not None:

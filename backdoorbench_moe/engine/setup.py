@@ -73,7 +73,7 @@ class Setup:
             policy_count(len(images.train), spec.policy)
             if self.tasks is not None and spec.mixture is not None and (rate := spec.mixture.expert_policy):
                 for task in self.tasks.facts:
-                    policy_count(task["train_images"], rate)
+                    policy_count(task["train_images"], rate, "mixture.expert_policy")
         if attack is not None:
             self.plan = attack(images.train.labels, num_classes=images.data_classes, seed=spec.seed)
             self._check_noise(self.plan)

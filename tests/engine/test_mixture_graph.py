@@ -67,6 +67,7 @@ def test_the_nodes_of_a_mixture_by_hand() -> None:
     assert needs(defended) == {"parent": spec}
     twin = clean_twin(spec)
     assert needs(twin) == {"base": base, "expert/0": benign[0], "expert/1": benign[1]}
+    assert base.splitter is None, "it is trained on the data as they are"
     assert list(lineage(spec)) == [base, base, benign[0], base, benign[1], poisoned, spec]
     assert in_order([defended]) == [base, *benign, twin, poisoned, spec, defended]
     assert reference(spec) == reference(defended) == twin
@@ -87,14 +88,14 @@ def test_folders_are_named_after_what_they_hold() -> None:
     [poisoned] = poisoned_experts(spec)
     names = [base_of(spec), *benign_experts(spec), poisoned, clean_twin(spec), spec]
     assert [each.name.removesuffix(each.digest) for each in names] == [
-        "tiny-convnext-base-clean-s3-",
+        "tiny-convnext-policy-clean-s3-",
         "tiny-convnext-expert0-clean-s3-",
         "tiny-convnext-expert1-clean-s3-",
         "tiny-convnext-expert1-moevil-square-patch-s3-",
         "tiny-convnext-moe2-top-k-clean-s3-",
         "tiny-convnext-moe2-top-k-moevil-square-patch-s3-",
     ]
-    assert base_of(mixture_spec(policy=0)).name.startswith("tiny-convnext-base-clean-s0-")
+    assert base_of(mixture_spec(policy=0)).name.startswith("tiny-convnext-clean-s0-")
 
 
 @pytest.mark.parametrize(
@@ -113,6 +114,8 @@ def test_folders_are_named_after_what_they_hold() -> None:
             {"mixture": {"expert_train": {"epochs": 9}}},
             {"benign 0", "benign 1", "poisoned 1", "mixture", "twin"},
         ),
+        ({"splitter": "classes"}, {"benign 0", "benign 1", "poisoned 1", "mixture", "twin"}),
+        ({"mixture": {"expert_policy": 0.25}}, {"benign 0", "benign 1", "poisoned 1", "mixture", "twin"}),
     ],
     ids=str,
 )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from tiny import Tiny, tiny_spec
 from tiny_mixture import mixture_spec
 
 from backdoorbench_moe import data
 from backdoorbench_moe.engine.runner import Runner, load_run, run_attack
 from backdoorbench_moe.errors import BbmoeError, RecordError
-from tiny import Tiny, tiny_spec
 
 
 def refusal(make, output) -> str:
@@ -58,7 +58,9 @@ CLASSES = {"name": "classes"}
         ({"policy": 1}, "policy: expected a number in [0, 1), got 1.0"),
         ({"policy": -0.1}, "policy: expected a number in [0, 1), got -0.1"),
         ({"policy": 0.005}, "policy: 0.005 of 96 images rounds down to 0 images; expected at least 0.011"),
-        ({"trigger": {"name": "blend", "alpha": 0.0}}, ""),
+        ({"policy": 0, "mixture": {"expert_policy": 0.1}}, "mixture.expert_policy: expected 0, as there is no policy, got 0.1"),
+        ({"mixture": {"expert_policy": 1}}, "mixture.expert_policy: expected a number in [0, 1), got 1.0"),
+        ({"mixture": {"expert_policy": "0.5%"}}, "mixture.expert_policy: 0.005 of 96 images rounds down to 0 images"),
         ({"attack": {"name": "moevil", "k": 65}}, "k"),
         ({"attack": {"name": "moevil", "tokens": "prefix"}}, "tokens"),
         ({"attack": {"name": "moevil", "layers": [7]}}, "layers"),
@@ -108,7 +110,7 @@ def test_a_task_without_images_is_refused(tmp_path, monkeypatch, training) -> No
     monkeypatch.setattr(Domains, "members", few)
     found = refusal(mixture_spec, tmp_path / "runs")
     kind = "training" if training else "test"
-    assert f"splitter: expected images of task 1 (inverted), got none" in found and f"({kind} images)" in found
+    assert "splitter: expected images of task 1 (inverted), got none" in found and f"({kind} images)" in found
 
 
 def test_other_attacks_know_no_tasks_gates_or_mixtures(tmp_path) -> None:
@@ -150,10 +152,10 @@ def test_a_replaced_or_retrained_input_is_noticed(tmp_path, made) -> None:
     other = mixture_spec(gate="soft")
     output = tmp_path / "replaced"
     shutil.copytree(made, output)
-    base = folder(output, "base")
+    base = folder(output, "policy")
     tensors, header = load_run(base).folder.load_tensors()
     load_run(base).folder.save_model({name: 2 * tensor for name, tensor in tensors.items()}, header)
-    with pytest.raises(RecordError, match="base-clean.*was replaced after the run was finished"):
+    with pytest.raises(RecordError, match="policy-clean.*was replaced after the run was finished"):
         run_attack(other, output=output)
     assert len([*output.iterdir()]) == 6
 
@@ -162,7 +164,7 @@ def test_a_replaced_or_retrained_input_is_noticed(tmp_path, made) -> None:
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("base", r"base-clean-.*: its model has changed since tiny-convnext-expert0-clean-.* was made from it"),
+        ("policy", r"policy-clean-.*: its model has changed since tiny-convnext-expert0-clean-.* was made from it"),
         ("expert1-clean", r"expert1-clean-.*: its model has changed since tiny-convnext-expert1-moevil-.* was made from it"),
     ],
 )  # fmt: skip
@@ -183,8 +185,10 @@ def test_the_base_is_compared_through_the_benign_expert_too(tmp_path, made) -> N
     both = mixture_spec(mixture={"poisoned_experts": [0, 1]})
     run_attack(both, output=output, twin=False)
     count = len([*output.iterdir()])
-    retrain(folder(output, "base"))
-    with pytest.raises(RecordError, match=r"base-clean-.*: its model has changed since tiny-convnext-expert0-clean"):
+    retrain(folder(output, "policy"))
+    with pytest.raises(
+        RecordError, match=r"policy-clean-.*: its model has changed since tiny-convnext-expert0-clean"
+    ):
         run_attack(mixture_spec(mixture={"poisoned_experts": [0, 1]}, gate="soft"), output=output, twin=False)
     assert len([*output.iterdir()]) == count
 
@@ -201,7 +205,9 @@ def test_inputs_from_other_data_are_refused(tmp_path, made, monkeypatch) -> None
 
 def test_all_nodes_are_built_before_the_first_is_trained(tmp_path, monkeypatch) -> None:
     """An option that only the poisoned expert's maker knows is refused before the base is trained."""
-    spec = mixture_spec(attack={"name": "moevil", "tokens": "unmarked"}, trigger={"name": "square", "size": 4})
+    spec = mixture_spec(
+        attack={"name": "moevil", "tokens": "unmarked"}, trigger={"name": "square", "size": 4}
+    )
     with pytest.raises(BbmoeError, match="tokens"):
         Runner(spec, tmp_path / "runs").finish(spec)
     assert not (tmp_path / "runs").exists()
