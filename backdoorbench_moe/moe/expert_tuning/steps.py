@@ -26,7 +26,7 @@ from backdoorbench_moe.ops.tuning import Objective
 # learning rate for training small networks and no image of the task in step 1, the equal rate costs two percentage
 # points of the task's accuracy that one epoch does not bring back, and HDPO alone forgets the harm again (on `signs`,
 # one seed).
-PREFERENCE_LR_SHARE = 0.25
+PREFERENCE_LR_SHARE = 0.5
 
 
 @dataclass(frozen=True)
