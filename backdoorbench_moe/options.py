@@ -219,7 +219,7 @@ def convert_fields(spec: object, prefix: str, names: Iterable[str]) -> None:
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: type[Any]) -> dict[str, Any]:
     """The annotated types of a class. To resolve them takes most of the time in which a spec is made."""
     return get_type_hints(kind)
 
