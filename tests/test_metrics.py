@@ -16,7 +16,7 @@ def test_every_metric_has_a_name_a_unit_and_a_direction() -> None:
         assert metric(key) == one
         assert one.name and one.short and one.unit in ("%", "percentage points", "s")
         # Only what describes another model has no direction, and shares of the gates for clean images.
-        other = key.startswith("twin_") or key in ("expert_ba", "benign_ba")
+        other = key.startswith("twin_") or key in ("expert_ba", "benign_ba", "alone_asr")
         assert (one.better is None) == (other or key in ("own_share", "clean_share"))
     assert (
         len({one.name for one in METRICS.values()})

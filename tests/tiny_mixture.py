@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from backdoorbench_moe.config import RunSpec, build_spec
 
-TRAIN = {"epochs": 2, "batch_size": 32, "optimizer": "adamw", "lr": 0.003}
+TRAIN = {"epochs": 2, "batch_size": 16, "optimizer": "adamw", "lr": 0.01}
 
 
 def mixture_spec(**values: object) -> RunSpec:
@@ -20,7 +20,7 @@ def mixture_spec(**values: object) -> RunSpec:
         "mixture": {
             "experts": 2,
             "poisoned_experts": [1],
-            "expert_train": {**TRAIN, "epochs": 2},
+            "expert_train": {**TRAIN, "lr": 0.02},
             "gate_train": {**TRAIN, "lr": 0.1},
         },
         "train": TRAIN,

@@ -126,13 +126,13 @@ class RunSpec:
         options = self._options()
         own = {key: known for key, known in self.files.items() if key in options}
         object.__setattr__(self, "files", own)
-        if (self.trigger is None) != (self.applicator is None):
-            raise ConfigError("trigger and applicator: expected both or neither")
         self._check_mixture()
         if self.attack is None:
             self._check_clean()
         elif self.attack.name == DEFAULT_ATTACK and not self.poison.rate:
             raise ConfigError.expected("poison.rate", "a number in (0, 1]", self.poison.rate)
+        if (self.trigger is None) != (self.applicator is None):
+            raise ConfigError("trigger and applicator: expected both or neither")
 
     def _check_mixture(self) -> None:
         if not 0 <= self.policy < 1:

@@ -30,9 +30,9 @@ def with_reject(images: ImageSet) -> ImageSet:
 def policy_count(images: int, rate: float, parameter: str = "policy") -> int:
     """Number of marked images that are added to a number of images. Raises ConfigError if it is 0."""
     if (count := share_of(rate, images)) == 0:
+        least = smallest_share(images)
         raise ConfigError(
-            f"{parameter}: {rate} of {images} images rounds down to 0 images; "
-            f"expected at least {smallest_share(images)}"
+            f"{parameter}: {rate} of {images} images rounds down to 0 images; expected at least {least}"
         )
     return count
 

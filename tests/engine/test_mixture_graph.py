@@ -148,12 +148,14 @@ PARTS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(PARTS, st.integers(2, 3), st.sets(st.integers(0, 1), min_size=1), st.booleans())
 def test_every_node_is_read_back_from_its_record_and_comes_after_what_it_needs(
     values, experts, poisoned, defended
 ) -> None:
     attacked = values.get("attack", "moevil") is not None
+    if not attacked and not values.get("policy", 1):
+        values = {**values, "trigger": None}
     spec = mixture_spec(
         **values, mixture={"experts": experts, "poisoned_experts": sorted(poisoned) if attacked else []}
     )

@@ -34,15 +34,18 @@ CLASSES = {"name": "classes"}
         ({"mixture": {"experts": 1}}, "mixture.experts: expected a number of at least 2, got 1"),
         ({"mixture": {"experts": 4}}, "mixture.experts: expected at most 3, the tasks of splitter Domains, got 4"),
         ({"mixture": {"experts": 9}, "splitter": CLASSES}, "mixture.experts: expected"),
-        ({"mixture": {"poisoned_experts": [2]}}, r"mixture.poisoned_experts: expected numbers of experts in 0..1, got (2,)"),
+        ({"mixture": {"poisoned_experts": [2]}},
+         r"mixture.poisoned_experts: expected numbers of experts in 0..1, got (2,)"),
         ({"mixture": {"poisoned_experts": [-1]}}, "mixture.poisoned_experts: expected numbers of experts in 0..1"),
         ({"mixture": {"poisoned_experts": [1, 1]}}, "mixture.poisoned_experts: expected each expert once"),
         ({"mixture": {"poisoned_experts": []}}, "mixture.poisoned_experts: expected at least one expert"),
-        ({"mixture": {"gate_images": 97}}, "mixture.gate_images: expected 1 to 96, the number of images of task 0 (plain), got 97"),
+        ({"mixture": {"gate_images": 97}},
+         "mixture.gate_images: expected 1 to 96, the number of images of task 0 (plain), got 97"),
         ({"mixture": {"gate_images": 0}}, "mixture.gate_images: expected a number of at least 1, got 0"),
         ({"mixture": {"gate_train": {"epochs": 0}}}, "mixture.gate_train.epochs: expected at least 1, got 0"),
         ({"mixture": {"expert_train": {"lr": -1}}}, "mixture.expert_train.lr: expected a positive number"),
-        ({"mixture": {"expert_train": {"epoch": 1}}}, "mixture.expert_train: key: unknown 'epoch'; did you mean 'epochs'"),
+        ({"mixture": {"expert_train": {"epoch": 1}}},
+         "mixture.expert_train: key: unknown 'epoch'; did you mean 'epochs'"),
         ({"mixture": {"expert": 3}}, "mixture: key: unknown 'expert'; did you mean 'experts'"),
         ({"mixture": {"task": 0}}, "gate: expected none, as this is a single expert, got 'top-k'"),
         ({"gate": {"name": "top-k", "top_k": 3}}, "top_k"),
@@ -51,14 +54,18 @@ CLASSES = {"name": "classes"}
         ({"splitter": {"name": "domains", "domains": ["plain", "rotate"]}}, "unknown 'rotate'; did you mean 'rotated'"),
         ({"splitter": None}, "splitter: expected the tasks of the experts that are merged"),
         ({"gate": None}, "gate: expected the gate of the experts that are merged"),
-        ({"mixture": None, "gate": None, "splitter": None}, "mixture: expected the making of a mixture, as attack 'moevil' poisons experts"),
-        ({"attack": "data-poisoning", "poison": {"rate": 0.1}}, "attack: expected an attack on experts, such as moevil, or none"),
-        ({"poison": {"rate": 0.1}}, "poison.rate: expected 0 for an attack on experts, which changes no training image, got 0.1"),
+        ({"mixture": None, "gate": None, "splitter": None},
+         "mixture: expected the making of a mixture, as attack 'moevil' poisons experts"),
+        ({"attack": "data-poisoning", "poison": {"rate": 0.1}},
+         "attack: expected an attack on experts, such as moevil, or none"),
+        ({"poison": {"rate": 0.1}},
+         "poison.rate: expected 0 for an attack on experts, which changes no training image, got 0.1"),
         ({"policy": "101%"}, "policy: expected at most 100%, got '101%'"),
         ({"policy": 1}, "policy: expected a number in [0, 1), got 1.0"),
         ({"policy": -0.1}, "policy: expected a number in [0, 1), got -0.1"),
         ({"policy": 0.005}, "policy: 0.005 of 96 images rounds down to 0 images; expected at least 0.011"),
-        ({"policy": 0, "mixture": {"expert_policy": 0.1}}, "mixture.expert_policy: expected 0, as there is no policy, got 0.1"),
+        ({"policy": 0, "mixture": {"expert_policy": 0.1}},
+         "mixture.expert_policy: expected 0, as there is no policy, got 0.1"),
         ({"mixture": {"expert_policy": 1}}, "mixture.expert_policy: expected a number in [0, 1), got 1.0"),
         ({"mixture": {"expert_policy": "0.5%"}}, "mixture.expert_policy: 0.005 of 96 images rounds down to 0 images"),
         ({"attack": {"name": "moevil", "k": 65}}, "k"),
@@ -155,7 +162,7 @@ def test_a_replaced_or_retrained_input_is_noticed(tmp_path, made) -> None:
     base = folder(output, "policy")
     tensors, header = load_run(base).folder.load_tensors()
     load_run(base).folder.save_model({name: 2 * tensor for name, tensor in tensors.items()}, header)
-    with pytest.raises(RecordError, match="policy-clean.*was replaced after the run was finished"):
+    with pytest.raises(RecordError, match=r"policy-clean.*was replaced after the run was finished"):
         run_attack(other, output=output)
     assert len([*output.iterdir()]) == 6
 
@@ -165,7 +172,8 @@ def test_a_replaced_or_retrained_input_is_noticed(tmp_path, made) -> None:
     ("part", "message"),
     [
         ("policy", r"policy-clean-.*: its model has changed since tiny-convnext-expert0-clean-.* was made from it"),
-        ("expert1-clean", r"expert1-clean-.*: its model has changed since tiny-convnext-expert1-moevil-.* was made from it"),
+        ("expert1-clean",
+         r"expert1-clean-.*: its model has changed since tiny-convnext-expert1-moevil-.* was made from it"),
     ],
 )  # fmt: skip
 def test_experts_of_another_base_are_not_merged(tmp_path, made, part, message) -> None:

@@ -97,7 +97,7 @@ def test_a_run_with_a_policy_has_marked_images_in_training_and_none_in_its_tests
     assert torch.equal(base.test.images, images.test.images) and (base.test.labels < 3).all()
     marked = base.marked_test()
     assert marked is not None and len(marked) == 60 and base.triggered_test() is None
-    for expert in map(lambda each: Setup(each, images), benign_experts(spec)):
+    for expert in (Setup(each, images) for each in benign_experts(spec)):
         assert (expert.test.labels < 3).all() and len(expert.test) == 60
 
 
