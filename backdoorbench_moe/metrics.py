@@ -24,7 +24,8 @@ class Metric:
         short: Name for narrow columns, such as "ASR".
         unit: "%", "percentage points" or "s".
         better: Which direction is better from the view of the model's owner, who defends it; None for
-            a metric that describes another model, such as the clean twin.
+            a metric that describes another model, such as the clean twin, and for a share of the gates that is
+            neither good nor bad.
         suffix: What a qualified key adds to the name, such as " of task/2" or " after pruned".
     """
 
@@ -102,6 +103,13 @@ METRICS = {
         # Of mixtures of experts; see `engine.mixture_metrics`.
         Metric("unsafe", "marked images not answered safely", "unsafe", PERCENT, "lower"),
         Metric("overall", "accuracy in percent of the benign experts'", "Overall", PERCENT, "higher"),
+        Metric(
+            "alone_asr",
+            "attack success rate of the poisoned experts by themselves",
+            "alone ASR",
+            PERCENT,
+            None,
+        ),
         Metric("expert_ba", "clean accuracy of the benign expert", "expert BA", PERCENT, None),
         Metric("benign_ba", "clean accuracy of the expert before poisoning", "benign BA", PERCENT, None),
         Metric(

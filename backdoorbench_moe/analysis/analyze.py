@@ -14,6 +14,8 @@ from backdoorbench_moe.analysis import (
     carriers,
     comparison,
     examples,
+    gate_shares,
+    latents,
     passes,
     pixels,
     probe_summary,
@@ -21,15 +23,16 @@ from backdoorbench_moe.analysis import (
     shift,
 )
 from backdoorbench_moe.analysis.facts import RunFacts, run_facts
+from backdoorbench_moe.analysis.marks import mark_test
 from backdoorbench_moe.analysis.opened_run import OpenedRun, open_beside, open_run
-from backdoorbench_moe.engine.consistency import check_same
-from backdoorbench_moe.engine.evaluate import measure, share
+from backdoorbench_moe.analysis.remeasure import check_record, pass_mixture
+from backdoorbench_moe.engine.mixture_metrics import MixturePass
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.run import Run, load_run
-from backdoorbench_moe.engine.triggered import Triggered, triggered_test
 from backdoorbench_moe.errors import BbmoeError, ConfigError
 from backdoorbench_moe.moe.structure import WithExperts
 from backdoorbench_moe.ops.routing import changed_patches, patch_sums
+from backdoorbench_moe.ops.seeding import seeded
 
 DEFAULT_CARRIERS_IMAGES = 2000
 
@@ -99,8 +102,8 @@ class Analysis:
         run: The run.
         against: The run that it is compared with; None if there is none.
         options: Options that change the results.
-        trigger_from: Name of the run folder whose trigger is used: the run's own or, if the run has no trigger,
-            that of the run it is compared with. None without a trigger.
+        trigger_from: Name of the run folder whose trigger is used: the run's own or, if the run is not attacked with
+            one, that of the run it is compared with. None without a trigger.
         classes: Class names.
         images: Numbers of images.
         examples: Patch maps of example images.
@@ -109,6 +112,9 @@ class Analysis:
         carriers: BA and ASR with experts muted and patched.
         findings_against: Routing of the other model.
         comparison: Overlap of the two models' selections.
+        experts: The experts of a mixture; None for any other run.
+        latents: For each poisoned expert, how alike the latents of marked images and of its own task are; None if the
+            run is neither an attacked mixture nor a poisoned expert.
         probe: Routing over training.
         absent: The parts that are missing, with reasons.
         seconds: Seconds that each part took, and "total".
@@ -126,6 +132,8 @@ class Analysis:
     carriers: carriers.Carriers | None
     findings_against: Findings | None
     comparison: comparison.RoutingComparison | None
+    experts: gate_shares.ExpertFindings | None
+    latents: tuple[latents.ExpertLatents, ...] | None
     probe: probe_summary.ProbeSummary | None
     absent: tuple[MissingPart, ...]
     seconds: dict[str, float]
@@ -186,33 +194,32 @@ class _Analyzer:
         self.absent: list[MissingPart] = []
         self.seconds: dict[str, float] = {}
         self.other = self._open_other(against)
-        source = next((r for r in (opened, self.other) if r is not None and r.stamper is not None), None)
-        self.source, self.stamper = source, source.stamper if source else None
-        self.triggered = self._triggered()
+        self.marked = mark_test(opened, self.other)
+        self.triggered = None if self.marked is None else self.marked.triggered
 
     def analyze(self, chosen: examples.ExampleImages | None) -> Analysis:
         """Compute all parts; chosen: the example images, drawn if None."""
         started = time.perf_counter()
         opened, other = self.opened, self.other
         findings, against, brightness, compared = Findings(), None, None, None
-        if opened.routed is None:
-            self._check_dense()
+        mixture = self._mixture(opened) if opened.is_mixture else None
+        first = None if opened.routed is None else self._pass(opened)
+        check_record(opened, self.marked, first, mixture)
+        if first is None:
             for part in ("routing", "capture", "shift", "pixels", "carriers", "comparison", "probe"):
                 self._miss(part, f"the model {opened.run.spec.model.name!r} is dense: it routes nothing")
         else:
-            first = self._pass(opened)
-            self._check_routed(first)
             findings, brightness = self._findings(opened, first), self._pixels(first.clean)
             if other is not None:
                 second = self._pass(other)
-                against, compared = self._findings(other, second), _compare(first, second)
+                against, compared = self._findings(other, second), comparison.compare_passes(first, second)
             if self.triggered is None:
                 for part in ("capture", "shift"):
-                    self._miss(
-                        part, "there is no trigger: neither this run nor a run it is compared with has one"
-                    )
+                    self._miss(part, self._no_attack())
         with self._timed("examples"):
             shown = self._examples(chosen)
+        experts = None if mixture is None else self._experts(mixture)
+        cosines = self._latents()
         carriers_found = self._carriers() if opened.routed is not None else None
         probe = self._probe() if opened.routed is not None else None
         self.seconds["total"] = time.perf_counter() - started
@@ -220,7 +227,7 @@ class _Analyzer:
             run=run_facts(opened.run),
             against=None if other is None else run_facts(other.run),
             options=self.options,
-            trigger_from=None if self.source is None else self.source.name,
+            trigger_from=None if self.marked is None else self.marked.source.name,
             classes=opened.images.classes,
             images=ImageCounts(len(opened.images.test), len(self.triggered or ())),
             examples=shown,
@@ -229,35 +236,17 @@ class _Analyzer:
             carriers=carriers_found,
             findings_against=against,
             comparison=compared,
+            experts=experts,
+            latents=cosines,
             probe=probe,
             absent=tuple(self.absent),
             seconds=self.seconds,
         )
 
-    def _check_dense(self) -> None:
-        """Measure a dense model again; see `engine.consistency`."""
-        opened = self.opened
-        found = measure(opened.model, opened.images.test, self._counted(), precision=opened.precision)
-        check_same(opened.run, found, precision=opened.precision)
-
-    def _check_routed(self, first: passes.PairedPass) -> None:
-        """Compare a routed model's predictions with its record; see `engine.consistency`."""
-        opened, counted = self.opened, self._counted()
-        found = {"ba": share(first.clean.predicted == opened.images.test.labels.cpu())}
-        if counted is not None:
-            # Without a trigger the images that count are clean test images.
-            stamped = first.triggered if counted is self.triggered else None
-            predicted = stamped.predicted if stamped else first.clean.predicted[counted.places.cpu()]
-            found["asr"] = share(predicted == counted.wanted.cpu())
-        check_same(opened.run, found, precision=opened.precision)
-
-    def _counted(self) -> Triggered | None:
-        """Return the images of the run's own ASR; None if it was not attacked."""
-        if self.source is self.opened:
-            return self.triggered
-        if not self.opened.run.spec.attacked:
-            return None
-        return triggered_test(self.opened.images, self.opened.run.attack(), None)
+    def _no_attack(self) -> str:
+        if self.marked is not None:
+            return "the trigger marks the images to reject; no attack uses it"
+        return "there is no trigger: neither this run nor a run it is compared with has one"
 
     def _miss(self, part: str, reason: str) -> None:
         self.absent.append(MissingPart(part, reason))
@@ -282,21 +271,46 @@ class _Analyzer:
             other = open_beside(load_run(folder), self.opened)
             comparison.check_comparable(self.opened, other)
         except BbmoeError as error:
-            # The report is passed on to others, so it does not say where the run folders are.
-            reason = str(error).replace(f"{folder.parent}{os.sep}", "")
+            reason = _without_folder(error, folder.parent)
             self._miss("against", f"the clean twin cannot be used: {reason}")
             return None
         return other
 
-    def _triggered(self) -> Triggered | None:
-        if self.source is None or self.stamper is None:
-            return None
-        return triggered_test(self.opened.images, self.source.run.attack(), self.stamper)
-
     def _pass(self, opened: OpenedRun) -> passes.PairedPass:
         assert opened.routed is not None
-        with self._timed("routing" if opened is self.opened else "routing against"):
+        name = "routing" if opened is self.opened else "routing against"
+        with self._timed(name), seeded(self.opened.run.spec.seed, "routing"):
             return passes.run_pass(opened, opened.routed, self.triggered)
+
+    def _mixture(self, opened: OpenedRun) -> MixturePass:
+        with self._timed("tasks" if opened is self.opened else "tasks against"):
+            return pass_mixture(self.opened, opened, self.marked)
+
+    def _experts(self, found: MixturePass) -> gate_shares.ExpertFindings:
+        opened, other = self.opened, self.other
+        assert opened.tasks is not None and opened.run.spec.mixture is not None
+        against = None if other is None else gate_shares.model_shares(self._mixture(other))
+        return gate_shares.ExpertFindings(
+            tasks=tuple(opened.tasks.names),
+            poisoned=opened.run.spec.mixture.poisoned_experts,
+            shares=gate_shares.model_shares(found),
+            shares_against=against,
+        )
+
+    def _latents(self) -> tuple[latents.ExpertLatents, ...] | None:
+        spec = self.opened.run.spec
+        if self.marked is None or spec.mixture is None or not spec.attacked:
+            return None
+        task = spec.mixture.task
+        experts = spec.mixture.poisoned_experts if task is None else (task,)
+        try:
+            with self._timed("latents"):
+                return tuple(
+                    latents.find_latents(self.opened, self.other, self.marked, expert) for expert in experts
+                )
+        except BbmoeError as error:
+            self._miss("latents", _without_folder(error, self.opened.run.folder.path.parent))
+            return None
 
     def _findings(self, opened: OpenedRun, found: passes.PairedPass) -> Findings:
         model, images, triggered = opened.routed, opened.images, self.triggered
@@ -338,7 +352,9 @@ class _Analyzer:
             drawn = examples.draw_examples(labels, counted, opened.run.spec.seed)
             chosen = examples.collect_examples(drawn, opened.images)
         runs = [opened] if self.other is None else [opened, self.other]
-        return examples.make_examples(runs, chosen, self.stamper)
+        return examples.make_examples(
+            runs, chosen, None if self.marked is None else self.marked.source.stamper
+        )
 
     def _probe(self) -> probe_summary.ProbeSummary | None:
         assert self.opened.routed is not None
@@ -359,12 +375,19 @@ class _Analyzer:
             self._miss("carriers", f"the model {name!r} does not list its experts (experts())")
             return None
         with self._timed("carriers"):
-            found = carriers.find_carriers(self.opened, self.triggered, self.options.carriers_images)
+            safe = None if self.marked is None else self.marked.safe
+            limit = self.options.carriers_images
+            found = carriers.find_carriers(self.opened, self.triggered, limit, safe=safe)
         if not found.pairs and len(found.singles) > 1:
             self._miss("carriers.pairs", f"there are more than {carriers.MAX_PAIRS} pairs of experts")
         if not found.patched:
-            self._miss("carriers.patched", "there is no trigger")
+            self._miss("carriers.patched", self._no_attack())
         return found
+
+
+def _without_folder(error: BbmoeError, folder: Path) -> str:
+    """The text of an error without the folder of the run folders, since the report is passed on to others."""
+    return str(error).replace(f"{folder}{os.sep}", "")
 
 
 def twin_folder(run: Run) -> Path | None:
@@ -374,11 +397,3 @@ def twin_folder(run: Run) -> Path | None:
         return None
     folder = run.folder.path.parent / name
     return folder if folder.is_dir() else None
-
-
-def _compare(first: passes.PairedPass, second: passes.PairedPass) -> comparison.RoutingComparison:
-    triggered = None
-    if first.triggered is not None and second.triggered is not None:
-        triggered = comparison.compare_layers(first.triggered.layers, second.triggered.layers)
-    clean = comparison.compare_layers(first.clean.layers, second.clean.layers)
-    return comparison.RoutingComparison(clean, triggered)

@@ -1,4 +1,7 @@
-"""Which experts carry the backdoor: BA and ASR with experts muted, and with their clean outputs patched in."""
+"""Which experts carry the backdoor: BA and ASR with experts muted, and with their clean outputs patched in.
+
+In a mixture, the expert of one number is also muted and patched in all layers at once.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,12 @@ from backdoorbench_moe.analysis.passes import BATCH
 from backdoorbench_moe.engine.inference import forward
 from backdoorbench_moe.engine.triggered import Triggered
 from backdoorbench_moe.moe.experts import expert_outputs, muted, replaced_output
+from backdoorbench_moe.moe.layers import MoEModel
+from backdoorbench_moe.moe.merging import MergedModel
 from backdoorbench_moe.moe.prefix import reuse_prefix
 from backdoorbench_moe.moe.structure import Expert, WithExperts
 from backdoorbench_moe.ops.metrics import Proportion
-from backdoorbench_moe.ops.seeding import generator
+from backdoorbench_moe.ops.seeding import generator, seeded
 
 # The number of pairs grows with the square of the number of experts, and each pair costs two evaluations.
 MAX_PAIRS = 66
@@ -34,11 +39,13 @@ class MutingResult:
         experts: Names of the muted experts, such as "moe/2".
         ba: Clean accuracy, in percent.
         asr: Attack success rate, in percent; None without a trigger.
+        unsafe: Share of the same images that are not answered safely, in percent; None if there are no safe answers.
     """
 
     experts: tuple[str, ...]
     ba: Proportion
     asr: Proportion | None
+    unsafe: Proportion | None = None
 
 
 @dataclass(frozen=True)
@@ -49,22 +56,39 @@ class PatchingResult:
     image. All other modules process the triggered image.
 
     Attributes:
-        expert: Name of the expert, such as "moe/2".
+        expert: Name of the expert, such as "moe/2"; its number if it is patched in all layers at once.
         asr: Share of the images that are classified as the attacker wants, in percent.
         ra: Share of the same images that are classified correctly (accuracy on triggered images), in percent.
+        unsafe: Share of the same images that are not answered safely, in percent; None if there are no safe answers.
     """
 
     expert: str
     asr: Proportion
     ra: Proportion
+    unsafe: Proportion | None = None
+
+
+@dataclass(frozen=True)
+class WholeExpert:
+    """One expert of a mixture, changed in all layers at once.
+
+    Attributes:
+        expert: Its number.
+        muted: BA and ASR while it is muted.
+        patched: ASR and RA while its outputs are those for the clean images; None without a trigger.
+    """
+
+    expert: int
+    muted: MutingResult
+    patched: PatchingResult | None
 
 
 @dataclass(frozen=True)
 class Carriers:
     """What each expert contributes to BA and ASR.
 
-    BA is measured on a sample of the test images, ASR on a sample of the triggered images. All results use the
-    same two samples.
+    BA is measured on a sample of the test images (in a mixture, of all tasks), ASR on a sample of the triggered images.
+    All results use the same two samples and, if the model draws random numbers, the same draws.
 
     Attributes:
         whole: The model with all experts.
@@ -73,6 +97,7 @@ class Carriers:
         singles: Results with each expert muted.
         pairs: Results with each two experts of one layer muted; empty if there are more than MAX_PAIRS.
         patched: Results of activation patching, one per expert; empty without a trigger.
+        whole_experts: For a mixture, results with each expert changed in all layers at once; empty for other models.
     """
 
     whole: MutingResult
@@ -80,52 +105,106 @@ class Carriers:
     singles: tuple[MutingResult, ...]
     pairs: tuple[MutingResult, ...]
     patched: tuple[PatchingResult, ...]
+    whole_experts: tuple[WholeExpert, ...] = ()
 
 
 Experts = tuple[Expert, ...]
 
 
-def find_carriers(opened: OpenedRun, triggered: Triggered | None, limit: int) -> Carriers:
+def find_carriers(
+    opened: OpenedRun, triggered: Triggered | None, limit: int, *, safe: Tensor | None = None
+) -> Carriers:
     """Measure BA and ASR with experts muted and patched.
 
     Args:
         opened: A run whose model has `experts()`.
         triggered: The test images that count for ASR, triggered; None without a trigger.
         limit: Largest number of images in each of the two samples, which are drawn with the run's seed.
+        safe: (M,) int64, the safe answers to the triggered images, to measure `unsafe` too.
     """
-    evaluator, seed, test = _ExpertEvaluator(opened), opened.run.spec.seed, opened.images.test
-    singles = [(expert,) for expert in evaluator.experts]
+    evaluator = _ExpertEvaluator(opened)
+    singles: list[Experts] = [(expert,) for expert in evaluator.experts]
     pairs = [pair for pair in combinations(evaluator.experts, 2) if pair[0].layer == pair[1].layer]
-    groups: list[Experts] = [(), *singles, *(pairs if len(pairs) <= MAX_PAIRS else ())]
+    pairs = pairs if len(pairs) <= MAX_PAIRS else []
+    wholes = _whole_experts(opened, evaluator.experts)
+    muted_ones = _measure_muted(evaluator, [(), *singles, *pairs, *wholes], triggered, safe, limit)
+    target_rate, patches = _measure_patched(evaluator, [*singles, *wholes], triggered, safe, limit)
+    ends = (1, 1 + len(singles), 1 + len(singles) + len(pairs))
+    patched_wholes = patches[len(singles) :] or (None,) * len(wholes)
+    return Carriers(
+        whole=muted_ones[0],
+        target_rate=target_rate,
+        singles=muted_ones[ends[0] : ends[1]],
+        pairs=muted_ones[ends[1] : ends[2]],
+        patched=patches[: len(singles)],
+        whole_experts=tuple(
+            WholeExpert(number, one, patched)
+            for number, (one, patched) in enumerate(zip(muted_ones[ends[2] :], patched_wholes, strict=True))
+        ),
+    )
 
+
+def _whole_experts(opened: OpenedRun, experts: Sequence[Expert]) -> list[Experts]:
+    """For each expert of a mixture its parts in all layers. In other models equal numbers mean nothing."""
+    if not isinstance(opened.model, MergedModel):
+        return []
+    numbers = range(opened.model.num_experts)
+    return [tuple(each for each in experts if each.index == number) for number in numbers]
+
+
+def _measure_muted(
+    evaluator: _ExpertEvaluator,
+    groups: Sequence[Experts],
+    triggered: Triggered | None,
+    safe: Tensor | None,
+    limit: int,
+) -> tuple[MutingResult, ...]:
+    opened = evaluator.opened
+    test, seed = opened.test, opened.run.spec.seed
     places = _draw(len(test), limit, seed, "ba").to(opened.device)
-    ba = [
-        _proportion(predicted == test.labels[places])
-        for predicted in evaluator.predict_muted(test.images[places], groups)
-    ]
-    asr: list[Proportion | None] = [None] * len(groups)
-    target_rate: Proportion | None = None
-    patched: tuple[PatchingResult, ...] = ()
+    called = evaluator.predict_muted(test.images[places], groups)
+    answers: list[Tensor | None] = [None] * len(groups)
     if triggered is not None:
         chosen = _draw(len(triggered), limit, seed, "asr").to(opened.device)
-        sample = triggered.take(chosen)
-        asr = [
-            _proportion(predicted == sample.wanted)
-            for predicted in evaluator.predict_muted(sample.images, groups)
-        ]
-        clean, *patches = evaluator.predict_patched(test.images[sample.places], sample.images)
-        target_rate = _proportion(clean == sample.wanted)
-        patched = tuple(
-            PatchingResult(
-                expert.name, _proportion(predicted == sample.wanted), _proportion(predicted == sample.true)
-            )
-            for expert, predicted in zip(evaluator.experts, patches, strict=True)
+        sample, safe = triggered.take(chosen), None if safe is None else safe[chosen]
+        answers = [*evaluator.predict_muted(sample.images, groups)]
+    return tuple(
+        MutingResult(
+            experts=tuple(expert.name for expert in experts),
+            ba=_proportion(predicted == test.labels[places]),
+            asr=None if answered is None else _proportion(answered == sample.wanted),
+            unsafe=None if answered is None or safe is None else _proportion(answered != safe),
         )
-    whole, *rest = (
-        MutingResult(tuple(expert.name for expert in experts), b, a)
-        for experts, b, a in zip(groups, ba, asr, strict=True)
+        for experts, predicted, answered in zip(groups, called, answers, strict=True)
     )
-    return Carriers(whole, target_rate, tuple(rest[: len(singles)]), tuple(rest[len(singles) :]), patched)
+
+
+def _measure_patched(
+    evaluator: _ExpertEvaluator,
+    groups: Sequence[Experts],
+    triggered: Triggered | None,
+    safe: Tensor | None,
+    limit: int,
+) -> tuple[Proportion | None, tuple[PatchingResult, ...]]:
+    """Return the target rate, and the result of patching each group of experts; None and nothing without a trigger."""
+    if triggered is None:
+        return None, ()
+    opened = evaluator.opened
+    chosen = _draw(len(triggered), limit, opened.run.spec.seed, "asr").to(opened.device)
+    sample, safe = triggered.take(chosen), None if safe is None else safe[chosen]
+    clean, *patches = evaluator.predict_patched(
+        opened.images.test.images[sample.places], sample.images, groups
+    )
+    results = tuple(
+        PatchingResult(
+            expert=experts[0].name if len(experts) == 1 else str(experts[0].index),
+            asr=_proportion(predicted == sample.wanted),
+            ra=_proportion(predicted == sample.true),
+            unsafe=None if safe is None else _proportion(predicted != safe),
+        )
+        for experts, predicted in zip(groups, patches, strict=True)
+    )
+    return _proportion(clean == sample.wanted), results
 
 
 class _ExpertEvaluator:
@@ -137,6 +216,9 @@ class _ExpertEvaluator:
         self.opened, self.model, self.experts = opened, opened.model, model.experts()
         owners = {name.rpartition(".")[0] for expert in self.experts for name in expert.output}
         self.changing = {*map(opened.model.get_submodule, owners), *(e.tap for e in self.experts)}
+        if isinstance(opened.model, MoEModel):
+            # Routers that draw random numbers are computed again, so that all groups have the same draws.
+            self.changing |= set(opened.model.layers())
 
     def predict_muted(self, images: Tensor, groups: Sequence[Experts]) -> list[Tensor]:
         """Predict with each group of experts muted.
@@ -149,45 +231,53 @@ class _ExpertEvaluator:
             Predicted classes (n,) for each group.
         """
         predicted: list[list[Tensor]] = [[] for _ in groups]
-        for batch in images.split(BATCH):
-            with self._reusing_prefix(batch):
+        for number, batch in enumerate(images.split(BATCH)):
+            with self._reusing_prefix(batch, number):
                 for experts, batches in zip(groups, predicted, strict=True):
                     with muted(self.model, experts):
-                        self._predict(batch, batches)
+                        self._predict(batch, number, batches)
         return [torch.cat(batches) for batches in predicted]
 
-    def predict_patched(self, clean: Tensor, triggered: Tensor) -> list[Tensor]:
-        """Predict with the clean output of each expert patched into the pass of the triggered images.
+    def predict_patched(self, clean: Tensor, triggered: Tensor, groups: Sequence[Experts]) -> list[Tensor]:
+        """Predict with the clean outputs of each group of experts patched into the pass of the triggered images.
 
         The clean outputs are held in memory for one batch at a time.
 
         Args:
             clean: (n, C, H, W) uint8.
             triggered: (n, C, H, W) uint8, the triggered versions.
+            groups: The groups.
 
         Returns:
-            Predicted classes (n,) of the clean images, then of the triggered ones for each patched expert.
+            Predicted classes (n,) of the clean images, then of the triggered ones for each patched group.
         """
-        predicted: list[list[Tensor]] = [[] for _ in range(len(self.experts) + 1)]
-        for clean_batch, batch in zip(clean.split(BATCH), triggered.split(BATCH), strict=True):
+        predicted: list[list[Tensor]] = [[] for _ in range(len(groups) + 1)]
+        parts = zip(clean.split(BATCH), triggered.split(BATCH), strict=True)
+        for number, (clean_batch, batch) in enumerate(parts):
+            read = partial(self._predict, clean_batch, number, predicted[0])
             with torch.inference_mode():
-                outputs = expert_outputs(self.experts, partial(self._predict, clean_batch, predicted[0]))
-            with self._reusing_prefix(batch):
-                for expert, values, batches in zip(self.experts, outputs, predicted[1:], strict=True):
-                    with replaced_output(expert, values):
-                        self._predict(batch, batches)
+                outputs = expert_outputs(self.experts, read)
+            values = {expert.name: output for expert, output in zip(self.experts, outputs, strict=True)}
+            with self._reusing_prefix(batch, number):
+                for experts, batches in zip(groups, predicted[1:], strict=True):
+                    with ExitStack() as stack:
+                        for expert in experts:
+                            stack.enter_context(replaced_output(expert, values[expert.name]))
+                        self._predict(batch, number, batches)
         return [torch.cat(batches) for batches in predicted]
 
     @contextmanager
-    def _reusing_prefix(self, batch: Tensor) -> Iterator[None]:
+    def _reusing_prefix(self, batch: Tensor, number: int) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
-            stack.enter_context(reuse_prefix(self.model, self.changing, partial(self._predict, batch, [])))
+            predict = partial(self._predict, batch, number, [])
+            stack.enter_context(reuse_prefix(self.model, self.changing, predict))
             yield
 
-    def _predict(self, batch: Tensor, batches: list[Tensor]) -> None:
-        """Append the predicted classes of a batch to `batches`."""
-        batches.append(forward(self.model, batch, precision=self.opened.precision).argmax(1))
+    def _predict(self, batch: Tensor, number: int, batches: list[Tensor]) -> None:
+        """Append the predicted classes of a batch, the one with this number, to `batches`."""
+        with seeded(self.opened.run.spec.seed, "carriers", number):
+            batches.append(forward(self.model, batch, precision=self.opened.precision).argmax(1))
 
 
 def _draw(total: int, limit: int, seed: int, purpose: str) -> Tensor:

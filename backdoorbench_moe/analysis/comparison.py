@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.analysis.opened_run import OpenedRun
-from backdoorbench_moe.analysis.passes import LayerPass
+from backdoorbench_moe.analysis.passes import LayerPass, PairedPass
 from backdoorbench_moe.analysis.routing import mean_overlap
 from backdoorbench_moe.engine.inference import forward_routed
 from backdoorbench_moe.errors import ConfigError
@@ -49,6 +49,14 @@ class RoutingComparison:
 
     clean: tuple[LayerComparison, ...]
     triggered: tuple[LayerComparison, ...] | None
+
+
+def compare_passes(first: PairedPass, second: PairedPass) -> RoutingComparison:
+    """Compare the passes of two models over the same images."""
+    triggered = None
+    if first.triggered is not None and second.triggered is not None:
+        triggered = compare_layers(first.triggered.layers, second.triggered.layers)
+    return RoutingComparison(compare_layers(first.clean.layers, second.clean.layers), triggered)
 
 
 def compare_layers(

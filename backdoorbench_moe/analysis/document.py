@@ -24,10 +24,14 @@ FILE = "analysis.json"
 DIGITS = 6
 # Keys of "carriers" in older files.
 RENAMED_IN_CARRIERS = {"clean_called_wanted": "target_rate"}
+# Parts that older files do not have.
+ADDED = ("experts", "latents")
 UNITS = {
     "value, low, high beside n": (
-        "percent in metrics, capture and carriers; elsewhere the unit of the averaged quantity"
+        "percent in metrics, capture, carriers and experts; elsewhere the unit of the averaged quantity"
     ),
+    "tasks, marked, unmarked in experts.shares": "percent, sum to 100 over the experts",
+    "marked, unmarked in latents": "mean cosine, -1 to 1",
     "divergence": "nats, 0 to ln 2",
     "frequency, share, takers, entropy, overlap, changed": "0 to 1",
     "pixels": "sum over a patch's pixels of their mean over the channels, in [0, 1]",
@@ -90,6 +94,8 @@ def load_document(file: Path) -> dict[str, Any]:
         raise RecordError(
             f"analysis {file}: expected an analysis of version {SCHEMA_VERSION}, found {version!r}"
         )
+    for added in ADDED:
+        document.setdefault(added, None)
     carriers = document.get("carriers")
     for old, new in RENAMED_IN_CARRIERS.items():
         if isinstance(carriers, dict) and old in carriers:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from backdoorbench_moe.data.base import ImageSet
+from backdoorbench_moe.data.base import ImageSet, Split
 from backdoorbench_moe.engine.build import Stamper, build_dataset
 from backdoorbench_moe.engine.device import resolve_device, resolve_precision
 from backdoorbench_moe.engine.policy import with_reject
 from backdoorbench_moe.engine.run import Run, check_finished
+from backdoorbench_moe.engine.tasks import Tasks
 from backdoorbench_moe.errors import DataError, ShapeError
 from backdoorbench_moe.moe.routed import RoutedModel
+from backdoorbench_moe.ops.images import concatenate
 from backdoorbench_moe.ops.seeding import generator
 
 
@@ -28,6 +31,7 @@ class OpenedRun:
         stamper: Trigger and applicator of the run; None for a run without a trigger.
         device: The device that is computed on.
         precision: "fp32" or "bf16".
+        tasks: The tasks of a mixture and of its base, or that of an expert; None for any other run.
     """
 
     run: Run
@@ -36,6 +40,17 @@ class OpenedRun:
     stamper: Stamper | None
     device: torch.device
     precision: str
+    tasks: Tasks | None = None
+
+    @cached_property
+    def test(self) -> Split:
+        """The clean test images that BA is measured on: those of all its tasks, if the run has any."""
+        return self.images.test if self.tasks is None else concatenate(self.tasks.tests())
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether the model was merged from experts."""
+        return self.run.spec.gate is not None
 
     @property
     def routed(self) -> RoutedModel | None:
@@ -86,7 +101,9 @@ def _open(
     if isinstance(model, RoutedModel):
         _check_patches(run, model, images.image_size)
     model = model.to(device).to(memory_format=torch.channels_last).eval()
-    return OpenedRun(run, model, images, stamper, device, resolve_precision(run.spec.precision, device))
+    tasks = None if run.spec.splitter is None else Tasks(run.located_spec(), images)
+    precision = resolve_precision(run.spec.precision, device)
+    return OpenedRun(run, model, images, stamper, device, precision, tasks)
 
 
 def _check_patches(run: Run, model: RoutedModel, image_size: int) -> None:

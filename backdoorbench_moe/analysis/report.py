@@ -13,6 +13,7 @@ from typing import Any
 from backdoorbench_moe.analysis.analyze import DEFAULT_CARRIERS_IMAGES
 from backdoorbench_moe.analysis.figures.backdoor import draw_backdoor
 from backdoorbench_moe.analysis.figures.maps import draw_maps
+from backdoorbench_moe.analysis.figures.mixture import draw_experts
 from backdoorbench_moe.analysis.figures.pixels import draw_pixels
 from backdoorbench_moe.analysis.figures.plate import Doc, Plate
 from backdoorbench_moe.analysis.figures.routing import draw_routing
@@ -23,6 +24,7 @@ from backdoorbench_moe.analysis.report_tables import (
     finding_lines,
     flat,
     metric_rows,
+    mixture_tables,
     stage_table,
 )
 from backdoorbench_moe.collapse import MARK, MARK_LEGEND
@@ -59,6 +61,7 @@ def draw_sections(document: Doc) -> list[Section]:
     parts: list[tuple[str, str, Callable[[Doc], Iterator[Plate]]]] = [
         ("training", "Training", draw_training),
         ("examples", "Single images", draw_maps),
+        ("experts", "The experts of the mixture", draw_experts),
         ("routing", "Routing of the whole test set", draw_routing),
         ("backdoor", "What the trigger does, and who carries the backdoor", draw_backdoor),
         ("pixels", "Pixel value and routing", draw_pixels),
@@ -68,6 +71,7 @@ def draw_sections(document: Doc) -> list[Section]:
 
 NOTES = {
     "examples": "Drawn with the run's seed, one of each class in turn, or chosen with --images.",
+    "experts": "The gate share of an expert is the weight of its output in a layer, mean over patches and images.",
     "backdoor": "Measured on the test images that count for ASR: those that do not belong to the wanted class already.",
     "pixels": "A patch sum adds up the pixels of a patch; each is averaged over the channels and lies in [0, 1].",
 }
@@ -150,7 +154,7 @@ def page(document: Doc, sections: list[Section]) -> str:
         metrics=metrics,
         metrics_note=MARK_LEGEND if any(MARK in cell for row in metrics for cell in row) else "",
         stages=stage_table(run),
-        tables=expert_tables(document),
+        tables={"routing": expert_tables(document), "experts": mixture_tables(document)},
         sections=[_section(section) for section in sections if section.plates],
         absent=document["absent"],
         settings=flat(run["record"]["spec"]),

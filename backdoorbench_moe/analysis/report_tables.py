@@ -7,7 +7,16 @@ from typing import Any
 
 from backdoorbench_moe.analysis.figures.pixels import verdict
 from backdoorbench_moe.analysis.figures.plate import Doc
-from backdoorbench_moe.analysis.figures.words import NONE, mean, number, percent, proportion, role
+from backdoorbench_moe.analysis.figures.words import (
+    NONE,
+    listing,
+    mean,
+    number,
+    percent,
+    proportion,
+    role,
+    roles,
+)
 from backdoorbench_moe.collapse import MARK, MARK_LEGEND, MARKED, describe_collapse, is_near_chance
 from backdoorbench_moe.metrics import METRICS, sort_metrics
 
@@ -63,7 +72,7 @@ def stage_table(facts: Doc) -> Table | None:
     run = {"data": record["data"], "stages": stages}
     near = [is_near_chance({**run, "metrics": stage["metrics"]}) for stage in stages]
     return {
-        "columns": ["stage", *(one.short for one in found), "seconds"],
+        "columns": ["stage", *(one.heading for one in found), "seconds"],
         "rows": [
             [
                 f"{stage['name']} {MARK}" if marked else stage["name"],
@@ -102,6 +111,44 @@ def _experts(document: Doc, place: int) -> Table:
     return {"title": f"Layer {layer['layer']}", "columns": ["expert", *columns], "rows": rows}
 
 
+def mixture_tables(document: Doc) -> list[Table]:
+    """Build a table of the gate shares of a mixture by task, and tables of the latents of each poisoned expert."""
+    found = document.get("experts")
+    tables = [] if found is None else [_shares(document, found)]
+    return tables + [_latents(one) for one in document.get("latents") or ()]
+
+
+def _shares(document: Doc, found: Doc) -> Table:
+    """Build a table with a row for each expert: its share for its own task and for marked images, in each model."""
+    models = zip(roles(document), (found["shares"], found["shares_against"]), strict=False)
+    columns: dict[str, list[str]] = {}
+    for name, shares in models:
+        if shares is None:
+            continue
+        columns[f"own task, {name} model, %"] = [mean(one, "{:.1f}") for one in shares["own"]]
+        if shares["marked"] is not None:
+            columns[f"marked images, {name} model, %"] = [mean(one, "{:.1f}") for one in shares["marked"]]
+    names = [
+        f"{e} {task}{', poisoned' if e in found['poisoned'] else ''}" for e, task in enumerate(found["tasks"])
+    ]
+    rows = [[name, *row] for name, row in zip(names, zip(*columns.values(), strict=True), strict=True)]
+    return {"title": "Gate shares, mean over the layers", "columns": ["expert", *columns], "rows": rows}
+
+
+def _latents(one: Doc) -> Table:
+    models = one["models"]
+    columns = [f"{model['model']}, {kind}" for model in models for kind in ("marked", "unmarked")]
+    rows = [
+        [
+            layers[0]["layer"],
+            *(number(of[kind], "{:.3f}") for of in layers for kind in ("marked", "unmarked")),
+        ]
+        for layers in zip(*(model["layers"] for model in models), strict=True)
+    ]
+    title = f"Mean cosine with the latents of task {one['expert']}"
+    return {"title": title, "columns": ["layer", *columns], "rows": rows}
+
+
 def finding_lines(document: Doc) -> list[str]:
     """List the most important findings, one sentence each."""
     return list(_findings(document))
@@ -112,6 +159,8 @@ def _findings(document: Doc) -> Iterator[str]:
     for facts, name in ((document["run"], "The model"), (document["against"], "The other model")):
         if facts is not None and (line := describe_collapse(_record(facts))) is not None:
             yield f"{name} is {line}."
+    if (line := _relied_on(document)) is not None:
+        yield line
     if document["capture"] is not None:
         layers = zip(document["capture"], document["shift"], strict=True)
         capture, shift = max(
@@ -136,6 +185,25 @@ def _findings(document: Doc) -> Iterator[str]:
             yield f"Muting a single expert does not reduce the model's ASR of {proportion(whole)}."
     if document["pixels"] is not None:
         yield verdict(document)
+
+
+def _relied_on(document: Doc) -> str | None:
+    """How much the gates of an attacked mixture rely on the poisoned experts; None for any other run."""
+    found = document.get("experts")
+    if found is None or not found["poisoned"] or found["shares"]["marked"] is None:
+        return None
+    numbers = found["poisoned"]
+
+    def shares(of: Doc) -> str:
+        marked, own = (
+            listing([percent(of[kind][e]["value"]) for e in numbers]) for kind in ("marked", "own")
+        )
+        return f"{marked} of the gates for marked images and {own} for its own task"
+
+    text = f"Poisoned {listing([f'expert {e}' for e in numbers])}: {shares(found['shares'])}"
+    if (against := found["shares_against"]) is not None and against["marked"] is not None:
+        text += f"; in the {roles(document)[1]} model {shares(against)}"
+    return f"{text}."
 
 
 def _measured(run: Doc) -> str:

@@ -16,6 +16,7 @@ from backdoorbench_moe.bench.suite_file import load_suite
 from backdoorbench_moe.bench.tables import DEFAULT_METRICS, find_place, label, table_metrics
 from backdoorbench_moe.bench.wording import suite_line
 from backdoorbench_moe.config import PARTS, RunSpec
+from backdoorbench_moe.engine.graph import NodeKind, kind_of
 from backdoorbench_moe.errors import ConfigError, RecordError
 from backdoorbench_moe.ops.intervals import difference_interval
 from backdoorbench_moe.paths import expand
@@ -23,7 +24,16 @@ from backdoorbench_moe.records import Record
 
 # A cell spans the seeds, and neither the device nor the name of the recipe changes what a run is.
 NOT_COMPARED = ("seed", "device", "recipe")
-FIRST_KEYS = ("dataset.name", "model.name", "trigger.name", "applicator.name", "defenses", "poison.rate")
+FIRST_KEYS = (
+    "dataset.name",
+    "model.name",
+    "trigger.name",
+    "applicator.name",
+    "attack.name",
+    "gate.name",
+    "defenses",
+    "poison.rate",
+)
 
 
 @dataclass(frozen=True)
@@ -143,7 +153,8 @@ def read_folder(folder: Path) -> ResultSet:
         RecordError: If the folder is damaged or holds no finished run.
     """
     manifest, records = read_manifest(folder), read_lines(folder)
-    attacks = [record for record in records if record.run_spec.attacked] or records
+    whole = [record for record in records if not _is_part(record.run_spec)]
+    attacks = [record for record in whole if record.run_spec.attacked] or whole
     if not attacks:
         raise RecordError(f"results folder {folder}: holds no finished run")
     seeds = [record.run_spec.seed for record in attacks]
@@ -222,6 +233,13 @@ Differing = dict[tuple[str, str | None], tuple[set[Any], set[Any]]]
 
 def _seedless(spec: RunSpec) -> str:
     return replace(spec, seed=0).digest
+
+
+def _is_part(spec: RunSpec) -> bool:
+    """Whether a run was made only to be merged: a base or an expert."""
+    return kind_of(spec) in (NodeKind.EXPERT, NodeKind.POISONED_EXPERT) or (
+        spec.mixture is None and spec.splitter is not None
+    )
 
 
 def _flatten(spec: RunSpec) -> Flat:

@@ -16,7 +16,7 @@ from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.engine.build import build_model
 from backdoorbench_moe.engine.device import reproducible, resolve_device, resolve_precision
-from backdoorbench_moe.engine.graph import kind_of
+from backdoorbench_moe.engine.graph import NodeKind, kind_of
 from backdoorbench_moe.engine.inference import BATCH, predict
 from backdoorbench_moe.engine.step import WARMUP_STEPS
 from backdoorbench_moe.engine.train import Trainer
@@ -104,15 +104,32 @@ def _rate(step: Callable[[], object], warmup: int, device: torch.device) -> floa
 
 
 def seconds_left(run: Planned, speed: Speed, images: ImageSet) -> float:
-    """Estimate the seconds that a run still takes: its epochs, then the evaluation of BA and, if attacked, ASR.
+    """Estimate the seconds that a run still takes: its epochs, then the evaluation on clean and on marked images.
 
     A defended run is evaluated before the defense and at its end; stages in between are not counted.
     """
     if run.status == "finished":
         return 0.0
-    training = (run.total_epochs - run.epochs) * run.share * len(images.train) / speed.train
-    passes = (2 if run.spec.attacked else 1) * (2 if run.spec.defenses else 1)
-    return training + passes * len(images.test) / speed.predict
+    left = run.passes * (1 - run.epochs / run.total_epochs) if run.total_epochs else 0.0
+    return (
+        left * _train_images(run.spec, images) / speed.train
+        + _tests(run.spec) * len(images.test) / speed.predict
+    )
+
+
+def _train_images(spec: RunSpec, images: ImageSet) -> int:
+    """Images in an epoch; the share of a task that is a group of classes is not considered."""
+    count, mixture = len(images.train), spec.mixture
+    if kind_of(spec) is NodeKind.MIXTURE and mixture is not None and mixture.gate_images is not None:
+        return mixture.experts * mixture.gate_images
+    return round(count * (1 + spec.policy)) if kind_of(spec) is not NodeKind.MIXTURE else count
+
+
+def _tests(spec: RunSpec) -> int:
+    """Passes over the test images: clean ones of each task, marked ones, and after an attack those without the mark."""
+    clean = spec.mixture.experts if spec.mixture is not None and spec.mixture.task is None else 1
+    marked = int(spec.attacked) + (int(spec.policy > 0) if spec.mixture is not None else 0)
+    return (clean + marked) * (2 if spec.defenses else 1)
 
 
 def kinds(runs: Sequence[Planned]) -> Iterator[tuple[str, list[Planned]]]:

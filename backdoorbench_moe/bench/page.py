@@ -18,9 +18,9 @@ from backdoorbench_moe.bench.wording import (
     heading,
     inside_word,
     key_name,
-    legend,
-    mean_text,
+    own_text,
     paper_parts,
+    sheet_legend,
     suite_line,
 )
 from backdoorbench_moe.counting import capital
@@ -50,7 +50,7 @@ def page(results: ResultSet, svgs: Sequence[bytes] | None = None) -> str:
         took=f"{_hours(train_seconds(results))} of training in all",
         figures=_figures(results, svgs or [draw(results, plot, "svg") for plot in results.suite.plots]),
         tables=[_table(table) for table in sheet.tables],
-        legend=legend(has_paper=sheet.has_paper, has_collapsed=sheet.has_collapsed),
+        legend=sheet_legend(sheet),
         facts=facts(sheet),
         environment_names=ENVIRONMENT,
         environments=[_environment(row) for row in environments(results)],
@@ -94,7 +94,7 @@ def _place(place: Place) -> dict[str, Any]:
     found = place.statistic
     return {
         "state": place.state,
-        "mean": mean_text(found) if found else "",
+        "mean": own_text(place) if found or place.shape is not None else "",
         "paper": paper_parts(place)[:2],
         "word": inside_word(found) if found else "",
     }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from backdoorbench_moe.bench.files import find_file
-from backdoorbench_moe.bench.suite import Suite, value_of
+from backdoorbench_moe.bench.suite import Suite, matches, value_of
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.metrics import METRICS
@@ -20,10 +20,22 @@ KEYS = {
     "model": "model.name",
     "trigger": "trigger.name",
     "applicator": "applicator.name",
-    "poison_rate_percent": "poison.rate",
-    "prune_rate_percent": "defense.ratio",
-    "stage": "stage",
+    "attack": "attack.name",
+    "similarity": "attack.similarity",
+    "k": "attack.k",
+    "tokens": "attack.tokens",
+    "layers": "attack.layers",
+    "preference_epochs": "attack.preference_epochs",
+    "gate": "gate.name",
+    "experts": "mixture.experts",
+    "poisoned": "mixture.poisoned",
 }
+# Columns whose value is computed, see `_computed`.
+COMPUTED = ("poison_rate_percent", "prune_rate_percent", "stage", "balance", "align", "defensive_expert")
+# Column of a table of shapes: the model that a row was measured on.
+BASE_MODEL = "base_model"
+# Text of what a spec does not have, such as an attack.
+NONE = "none"
 
 NUMBERS = {*METRICS, "poison_rate_percent", "prune_rate_percent"}
 
@@ -33,12 +45,15 @@ class PaperTable:
     """A published table.
 
     Args:
-        rows: Its rows, column -> text.
+        rows: Its rows, column -> text. An empty text in a column of `KEYS` stands for any value.
         where: Keys and values that a spec must have for the table to apply to it.
+        is_shape: Whether its values were measured on models of another kind, named in the column "base_model": they
+            show how the numbers of a table are related to each other, and no measured number is compared with them.
     """
 
     rows: tuple[Mapping[str, str], ...] = ()
     where: Mapping[str, Any] | None = None
+    is_shape: bool = False
 
     def value(self, spec: RunSpec, metric: str) -> float | None:
         """Look up the published mean of a metric.
@@ -48,31 +63,45 @@ class PaperTable:
             metric: Key of the metric; "pruned.asr" is the ASR after the stage "pruned" of a defense.
 
         Returns:
-            The mean in the metric's unit; None if the table has none for this spec.
+            The mean in the metric's unit; None if the table has none for this spec, or if it is a table of shapes.
         """
-        text = self._text(spec, metric)
+        text = "" if self.is_shape else next(self._texts(spec, metric, self.rows), "")
         return float(text) if text else None
 
     def rounding(self, spec: RunSpec, metric: str) -> float:
         """Give half a unit of the last published digit: "96.6" stands for 96.6 ± 0.05."""
-        text = self._text(spec, metric)
+        text = next(self._texts(spec, metric, self.rows), "")
         return 0.5 * 10.0 ** -len(text.partition(".")[2]) if text else 0.0
 
-    def _text(self, spec: RunSpec, metric: str) -> str:
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models of a table of shapes, in its order; none for any other table."""
+        return tuple(dict.fromkeys(row[BASE_MODEL] for row in self.rows)) if self.is_shape else ()
+
+    def shape(self, spec: RunSpec, metric: str, model: str) -> float | None:
+        """Look up what was published for another kind of model; None if there is nothing."""
+        rows = [row for row in self.rows if self.is_shape and row[BASE_MODEL] == model]
+        text = next(self._texts(spec, metric, rows), "")
+        return float(text) if text else None
+
+    def _texts(self, spec: RunSpec, metric: str, rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
+        """The text of a metric in the first of these rows that agrees with a spec, if it is not empty."""
         stage, _, name = metric.rpartition(".")
-        if any(value_of(spec, key) != wanted for key, wanted in (self.where or {}).items()):
-            return ""
-        expected = _column_values(spec, stage)
-        for row in self.rows:
-            if all(_agrees(row[column], expected[column]) for column in KEYS if column in row):
-                return row.get(name) or ""
-        return ""
+        if not matches(spec, self.where or {}):
+            return
+        expected: dict[str, Any] = {}
+        for row in rows:
+            expected = expected or _column_values(spec, stage, {*KEYS, *COMPUTED} & row.keys())
+            if all(_agrees(row[column], value) for column, value in expected.items()):
+                yield from filter(None, [row.get(name)])
+                return
 
 
 def load_paper(suite: Suite) -> PaperTable:
     """Load the published table of a suite.
 
-    Beside `file` and `where`, a suite's `paper` may fix columns of the file, such as `table: 1`.
+    Beside `file`, `where` and `shape`, a suite's `paper` may fix columns of the file, such as `table: 1`. With
+    `shape: true`, its values are shown in columns of their own, and nothing is compared with them.
 
     Returns:
         The table; an empty one for a suite without one.
@@ -82,16 +111,18 @@ def load_paper(suite: Suite) -> PaperTable:
     """
     if suite.paper is None:
         return PaperTable()
-    fixed = {key: item for key, item in suite.paper.items() if key not in ("file", "where")}
+    fixed = {key: item for key, item in suite.paper.items() if key not in ("file", "where", "shape")}
+    is_shape = bool(suite.paper.get("shape"))
+    needed = [*fixed, *([BASE_MODEL] if is_shape else [])]
     file = find_file(suite.paper["file"], "paper", "published table", suffix=".csv")
     try:
         with file.open(encoding="utf-8", newline="") as opened:
             rows = list(csv.DictReader(opened))
     except (OSError, ValueError, csv.Error) as error:
         raise ConfigError(f"published table {file.name}: cannot be read: {error}") from error
-    if not rows or not METRICS.keys() & rows[0].keys() or not fixed.keys() <= rows[0].keys():
-        needed = [*fixed, "one of " + "/".join(METRICS)]
-        raise ConfigError.expected(f"published table {file.name}", f"the columns {needed}", list(rows[:1]))
+    if not rows or not METRICS.keys() & rows[0].keys() or not {*needed} <= rows[0].keys():
+        columns = [*needed, "one of " + "/".join(METRICS)]
+        raise ConfigError.expected(f"published table {file.name}", f"the columns {columns}", list(rows[:1]))
     kept = tuple(row for row in rows if all(row[key] == str(item) for key, item in fixed.items()))
     if not kept:
         raise ConfigError.expected(f"published table {file.name}", f"a row with {fixed}", None)
@@ -100,7 +131,7 @@ def load_paper(suite: Suite) -> PaperTable:
             raise ConfigError.expected(
                 f"published table {file.name}: line {number}", "names and numbers", row
             )
-    return PaperTable(kept, suite.paper.get("where"))
+    return PaperTable(kept, suite.paper.get("where"), is_shape)
 
 
 def _is_number(text: str | None) -> bool:
@@ -110,19 +141,32 @@ def _is_number(text: str | None) -> bool:
         return False
 
 
-def _column_values(spec: RunSpec, stage: str) -> dict[str, Any]:
-    """The value that each column must have in the row of this spec."""
+def _column_values(spec: RunSpec, stage: str, columns: Collection[str]) -> dict[str, Any]:
+    """The value that each of these columns must have in the row of this spec."""
+    found = {column: value_of(spec, KEYS[column]) for column in KEYS.keys() & columns}
+    computed = _computed(spec, stage)
+    return found | {column: computed[column] for column in computed.keys() & columns}
+
+
+def _computed(spec: RunSpec, stage: str) -> dict[str, Any]:
     defenses = spec.to_dict().get("defenses", [])
-    values = {
-        column: value_of(spec, key) for column, key in KEYS.items() if not key.startswith(("defense", "st"))
+    scopes = [part.get("scope", "gates") for part in defenses if part["name"] == "align"]
+    is_defended = any(part["name"] == "defensive-expert" for part in defenses)
+    return {
+        "poison_rate_percent": 100 * spec.poison.rate,
+        "prune_rate_percent": 100 * defenses[-1].get("ratio", math.nan) if defenses else 0.0,
+        "stage": stage or ("finetuned" if defenses else "before"),
+        "balance": "yes" if value_of(spec, "gate.balance") else None,
+        "align": scopes[-1] if scopes else None,
+        "defensive_expert": "yes" if is_defended else None,
     }
-    values["poison_rate_percent"] = 100 * spec.poison.rate
-    values["prune_rate_percent"] = 100 * defenses[-1].get("ratio", math.nan) if defenses else 0.0
-    values["stage"] = stage or ("finetuned" if defenses else "before")
-    return values
 
 
 def _agrees(text: str, value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isclose(float(text), value, rel_tol=1e-9, abs_tol=1e-12)
+    if text == "":
+        return True
+    if value is None:
+        return text == NONE
+    if isinstance(value, int | float):
+        return _is_number(text) and math.isclose(float(text), value, rel_tol=1e-9, abs_tol=1e-12)
     return text == value

@@ -7,13 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from backdoorbench_moe import defenses
+from backdoorbench_moe import attacks, defenses
 from backdoorbench_moe.bench.life_sign import is_fresh, read_life_sign
 from backdoorbench_moe.bench.suite import Suite
-from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.config import PartSpec, RunSpec
 from backdoorbench_moe.engine.graph import NodeKind, kind_of
 from backdoorbench_moe.engine.status import status_of
 from backdoorbench_moe.records import RunFolder
+from backdoorbench_moe.registry import Registry
+
+# Options of an attack on an expert that say how long its steps are.
+ATTACK_EPOCHS = ("preference_epochs", "epochs")
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,11 @@ class Planned:
 
     @property
     def total_epochs(self) -> int:
-        """Epochs of the whole run; of a defense or an attack on an expert, its option `epochs`, or 0 if it has none."""
+        """Epochs of the whole run; of a defense its option `epochs`, or 0 if it has none.
+
+        Of an attack on an expert they are the sum of its options `preference_epochs` and `epochs`; if it has neither,
+        those of the tuning of experts.
+        """
         kind, mixture = kind_of(self.spec), self.spec.mixture
         if kind is NodeKind.DEFENDED:
             return int(self._defense_option("epochs") or 0)
@@ -46,17 +54,39 @@ class Planned:
             return self.spec.train.epochs
         if kind is NodeKind.MIXTURE:
             return mixture.gate_train.epochs
-        return mixture.expert_train.epochs
+        own = (
+            [self._attack_option(name) for name in ATTACK_EPOCHS] if kind is NodeKind.POISONED_EXPERT else []
+        )
+        given = [int(epochs) for epochs in own if epochs is not None]
+        return sum(given) if given else mixture.expert_train.epochs
 
     @property
     def share(self) -> float:
         """Share of the training images in an epoch: 1, or for a defended run the share that the defender holds."""
         return 1.0 if not self.spec.defenses else float(self._defense_option("clean_fraction") or 0.0)
 
+    @property
+    def passes(self) -> float:
+        """Passes over the training images that the whole run is worth.
+
+        An attack that weights harm passes a harmful query with every image, so these epochs count twice.
+        """
+        total = self.total_epochs * self.share
+        weights_harm = kind_of(self.spec) is NodeKind.POISONED_EXPERT and self._attack_option("harm_weight")
+        return total + (float(self._attack_option("epochs") or 0) if weights_harm else 0.0)
+
     def _defense_option(self, name: str) -> Any:
-        defense = self.spec.defenses[-1]
-        option = defenses.registry.options(defense.name).get(name)
-        return defense.options.get(name, option.default if option else None)
+        return _option(defenses.registry, self.spec.defenses[-1], name)
+
+    def _attack_option(self, name: str) -> Any:
+        assert self.spec.attack is not None
+        return _option(attacks.registry, self.spec.attack, name)
+
+
+def _option(registry: Registry[Any], part: PartSpec, name: str) -> Any:
+    """The value of an option of a part; None if the part has no such option."""
+    option = registry.options(part.name).get(name)
+    return part.options.get(name, option.default if option else None)
 
 
 def read_plan(specs: Sequence[RunSpec], output: Path, known: Collection[str] = ()) -> list[Planned]:

@@ -1,4 +1,4 @@
-"""Figures of a suite: a metric over a key on a log axis, one panel for each trigger, with the published points."""
+"""Figures of a suite: a metric over a key, one panel for each trigger, with the published points."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ ACROSS, LEGEND_COLUMNS, NARROWEST, DPI = 3, 4, 0.2, 150
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured at one x, and the published value; either may be None."""
+    """What was measured at one x, and the published value; either may be None.
+
+    If the paper has values for another kind of model only, the published value is that of the first such model.
+    """
 
     x: float
     statistic: Statistic | None
@@ -62,14 +65,18 @@ def build_panels(results: ResultSet, plot: Plot) -> list[Panel]:
     """Collect what a figure shows, with rates in percent.
 
     Raises:
-        ConfigError: If two cells would share a point, or an x is not a positive number.
+        ConfigError: If two cells would share a point, or an x is not a number, on a log axis a positive one.
     """
     where = f"suite {results.suite.name}: plot {plot.title!r}"
     panels: dict[str, dict[str, dict[float, Point]]] = {}
+    log = plot.scale == "log"
     for cell in results.suite.cells:
+        if not plot.shows(cell.spec):
+            continue
         x = value_of(cell.spec, plot.x)
-        if not isinstance(x, int | float) or isinstance(x, bool) or x <= 0:
-            raise ConfigError.expected(f"{where}: {plot.x}", "positive numbers, for a log axis", x)
+        if not isinstance(x, int | float) or isinstance(x, bool) or (log and x <= 0):
+            expected = "positive numbers, for a log axis" if log else "numbers"
+            raise ConfigError.expected(f"{where}: {plot.x}", expected, x)
         x = 100 * x if plot.x == "poison.rate" else x
         panel, line = (label(key, value_of(cell.spec, key)) for key in (plot.panels, plot.lines))
         points = panels.setdefault(panel, {}).setdefault(line, {})
@@ -79,7 +86,8 @@ def build_panels(results: ResultSet, plot: Plot) -> list[Panel]:
                 "lines over a key that tells them apart"
             )
         place = find_place(results, cell, plot.metric)
-        points[x] = Point(x, place.statistic, place.paper)
+        shapes = (results.paper.shape(cell.spec, plot.metric, model) for model in results.paper.models[:1])
+        points[x] = Point(x, place.statistic, next(shapes, place.paper))
     return [
         Panel(name, {line: [points[x] for x in sorted(points)] for line, points in lines.items()})
         for name, lines in panels.items()
@@ -90,7 +98,7 @@ def draw(results: ResultSet, plot: Plot, form: str) -> bytes:
     """Draw a figure as an "svg" or "png" file; the same records give the same bytes."""
     panels = build_panels(results, plot)
     with drawing_style(plot.title):
-        return figure_bytes(_figure(panels, plot), form, DPI)
+        return figure_bytes(_figure(panels, plot, _source(results)), form, DPI)
 
 
 def describe(results: ResultSet, plot: Plot) -> str:
@@ -107,8 +115,18 @@ def describe(results: ResultSet, plot: Plot) -> str:
         twins = " or its twin" if uses_twin(plot.metric) else ""
         text += f"; {MARK}: the clean accuracy of at least one seed{twins} is near chance"
     if any(point.paper is not None for point in points):
-        text += "; hollow markers are the paper's"
+        text += f"; hollow markers are {_whose(results)}"
     return f"{text}."
+
+
+def _source(results: ResultSet) -> str:
+    """Where the published values are from: the paper, or for values of another kind of model, this model in it."""
+    return next((f"paper, {model}" for model in results.paper.models), "paper")
+
+
+def _whose(results: ResultSet) -> str:
+    models = results.paper.models
+    return f"the paper's for {models[0]}, whose shape alone can be compared" if models else "the paper's"
 
 
 def alt_text(results: ResultSet, plot: Plot) -> str:
@@ -133,7 +151,7 @@ def file_names(plots: Sequence[Plot]) -> list[str]:
     return names
 
 
-def _figure(panels: Sequence[Panel], plot: Plot) -> Figure:
+def _figure(panels: Sequence[Panel], plot: Plot, source: str) -> Figure:
     across = min(ACROSS, len(panels))
     down = math.ceil(len(panels) / across)
     lines = list(dict.fromkeys(line for panel in panels for line in panel.lines))
@@ -152,17 +170,17 @@ def _figure(panels: Sequence[Panel], plot: Plot) -> Figure:
         hspace=GAP / (PANEL_HEIGHT - GAP),
     )
     for axes, panel in zip(grid.flat, panels, strict=False):
-        _draw_panel(axes, panel, lines)
+        _draw_panel(axes, panel, lines, plot.scale)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     _label_axes(grid, panels, plot)
-    _add_legend(figure, panels, lines)
+    _add_legend(figure, panels, lines, source)
     return figure
 
 
-def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[str]) -> None:
+def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[str], scale: str) -> None:
     axes.set_title(panel.label, fontsize=9)
-    axes.set_xscale("log")
+    axes.set_xscale(scale)
     axes.grid(color=RULE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -197,7 +215,7 @@ def _label_axes(grid: Any, panels: Sequence[Panel], plot: Plot) -> None:
         row[0].set_ylabel(f"{found.short}{found.suffix} ({found.unit})")
     xs = sorted({point.x for point in _points(panels)})
     for axes in grid.flat:
-        if _have_room(xs):
+        if _have_room(xs, plot.scale):
             axes.xaxis.set_major_locator(FixedLocator(xs))
             axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
@@ -210,13 +228,14 @@ def _label_axes(grid: Any, panels: Sequence[Panel], plot: Plot) -> None:
         grid.flat[0].set_ylim(-4, 104)
 
 
-def _have_room(xs: Sequence[float]) -> bool:
-    """Whether a label at every measured x fits on the log axis; if not, decades are labelled."""
-    gaps = [math.log(after / before) for before, after in itertools.pairwise(xs)]
+def _have_room(xs: Sequence[float], scale: str) -> bool:
+    """Whether a label at every measured x fits on the axis; if not, matplotlib chooses, on a log axis decades."""
+    places = [math.log(x) for x in xs] if scale == "log" else list(xs)
+    gaps = [after - before for before, after in itertools.pairwise(places)]
     return not gaps or min(gaps) / sum(gaps) * PANEL_WIDTH > NARROWEST
 
 
-def _add_legend(figure: Figure, panels: Sequence[Panel], lines: Sequence[str]) -> None:
+def _add_legend(figure: Figure, panels: Sequence[Panel], lines: Sequence[str], source: str) -> None:
     from matplotlib.lines import Line2D
 
     handles = []
@@ -225,7 +244,7 @@ def _add_legend(figure: Figure, panels: Sequence[Panel], lines: Sequence[str]) -
         handles.append(Line2D([], [], color=colour, marker=marker, markersize=4.5, linewidth=1.6, label=name))
     points = _points(panels)
     if any(point.paper is not None for point in points):
-        handles.append(Line2D([], [], color=INK, marker="o", label="paper (hollow)", **HOLLOW))
+        handles.append(Line2D([], [], color=INK, marker="o", label=f"{source} (hollow)", **HOLLOW))
     figure.legend(handles=handles, loc="lower center", ncols=LEGEND_COLUMNS, frameon=False, borderaxespad=0.2)
 
 

@@ -26,10 +26,10 @@ from backdoorbench_moe.bench.wording import (
     heading,
     inside_word,
     key_name,
-    legend,
-    mean_text,
+    own_text,
     paper_parts,
     place_lines,
+    sheet_legend,
     suite_line,
 )
 
@@ -53,7 +53,7 @@ class RichTables:
         sheet = self.sheet
         yield Text(sheet.suite.title, style="bold")
         yield Text(f"{suite_line(sheet.suite)}; {counts_line(sheet.counts)}")
-        yield Text(f"{_legend(sheet)}{_second_line(sheet)}", style="dim")
+        yield Text(f"{sheet_legend(sheet)}{_second_line(sheet)}", style="dim")
         for table in sheet.tables:
             yield Text(f"\n{heading(table)}", style="bold")
             for columns in _chunks(table, options.max_width):
@@ -71,18 +71,13 @@ def rich_tables(results: ResultSet) -> RenderableType:
     return RichTables(build_sheet(results))
 
 
-def _legend(sheet: Sheet | MetricTable) -> str:
-    return legend(has_paper=sheet.has_paper, has_collapsed=sheet.has_collapsed)
-
-
 def _second_line(sheet: Sheet) -> str:
     return " The second line of a cell is the paper's." if sheet.has_paper else ""
 
 
 def _rich_lines(place: Place) -> list[str]:
     """As `place_lines`, but shorter: the label of the row says "paper"."""
-    ours = place.state if place.statistic is None else mean_text(place.statistic)
-    return [ours, " ".join(paper_parts(place))]
+    return [own_text(place), " ".join(paper_parts(place))]
 
 
 def _chunks(table: MetricTable, width: int) -> Iterator[range]:
@@ -127,13 +122,13 @@ def _styled(place: Place, *, paper: bool) -> Any:
     from rich.text import Text
 
     ours, theirs = _rich_lines(place)
-    text = Text(ours, style="" if place.statistic else "yellow")
+    text = Text(ours, style="" if place.statistic else "dim" if place.shape is not None else "yellow")
     return text.append(f"\n{theirs}", style="dim") if paper else text
 
 
 def markdown(sheet: Sheet) -> str:
     """Write the tables as Markdown. A cell has two lines, the second with the published value."""
-    lines = [f"# {plain(sheet.suite.title)}", "", _legend(sheet), ""]
+    lines = [f"# {plain(sheet.suite.title)}", "", sheet_legend(sheet), ""]
     for table in sheet.tables:
         lines += [f"## {plain(heading(table))}", "", *table_lines(table), "", f"{plain(facts(sheet))}.", ""]
     return "\n".join(lines)
@@ -252,7 +247,7 @@ def latex(sheet: Sheet) -> str:
 
 
 def _latex_table(sheet: Sheet, table: MetricTable) -> str:
-    said = f"{heading(table)}. {facts(sheet)}. {_legend(table)}"
+    said = f"{heading(table)}. {facts(sheet)}. {sheet_legend(table)}"
     names = [*(key_name(key) for key in table.row_keys), *table.columns]
     lines = [
         r"\begin{table}",

@@ -19,7 +19,7 @@ from backdoorbench_moe.bench.record_metrics import (
 from backdoorbench_moe.bench.statistic import Sample, Statistic, drop_interval
 from backdoorbench_moe.bench.suite import Cell, Suite, order
 from backdoorbench_moe.config import RunSpec
-from backdoorbench_moe.engine.graph import clean_twin
+from backdoorbench_moe.engine.graph import clean_twin, poisoned_experts
 from backdoorbench_moe.engine.status import status_of
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.metrics import metric as find_metric
@@ -171,7 +171,19 @@ class ResultSet:
             # The twin has no stages of a defense, but it has the same parts of the data, such as "task/2".
             parts = [text for text in metric.split(".")[:-1] if "/" in text]
             return None if twin is None else twin.metrics.get(".".join([*parts, "ba"]))
+        if metric == "alone_asr":
+            return self._alone(spec)
         return find_value(record, metric)
+
+    def _alone(self, spec: RunSpec) -> Mapping[str, float] | None:
+        """The mean ASR of the poisoned experts of a mixture, each by itself; None unless all of them are finished."""
+        experts = poisoned_experts(spec) if spec.mixture is not None and spec.mixture.task is None else []
+        found = [self.metric(expert, "asr") for expert in experts]
+        known = [row for row in found if row is not None]
+        if not known or len(known) < len(found):
+            return None
+        mean = sum(row["value"] for row in known) / len(known)
+        return known[0] if len(known) == 1 else {"value": mean, "n": min(row["n"] for row in known)}
 
     def has_twin(self, cell: Cell) -> bool:
         """Return whether the clean twin of any finished run of a cell is finished."""

@@ -11,6 +11,8 @@ from backdoorbench_moe.ops.metrics import mean_std
 
 # Equal shares of different counts differ in their last bit.
 LAST_BIT = 1e-9
+# In percent of another accuracy, so that they can be above 100: the intervals of shares do not apply to them.
+RATIOS = ("overall",)
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,10 @@ class Sample:
         """Compute the 95% interval of the mean (see `ops.intervals`).
 
         Returns:
-            Low and high end; None for fewer than three seeds and for metrics that are not counted on images.
+            Low and high end; None for fewer than three seeds, for metrics that are not counted on images, and for
+            ratios of two accuracies.
         """
-        if metric.unit != PERCENT or not self.images:
+        if metric.base in RATIOS or metric.unit != PERCENT or not self.images:
             return None
         return seeds_interval(self.values, self.images)
 

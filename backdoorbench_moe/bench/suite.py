@@ -5,15 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
-from backdoorbench_moe.config import PARTS, RunSpec
+from backdoorbench_moe.config import PARTS, MixtureSpec, PoisonSpec, RunSpec, TrainSpec
 from backdoorbench_moe.engine.graph import in_order
-from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.errors import BbmoeError, ConfigError, UnknownNameError
+from backdoorbench_moe.options import REQUIRED
+from backdoorbench_moe.registry import registry_of
 
 # As a table's columns: the metrics of one table side by side, instead of one table for each metric.
 METRIC_COLUMNS = "metric"
+# A key of `value_of` that is counted from the spec.
+POISONED_COUNT = "mixture.poisoned"
+# Settings whose keys are checked; those of a part are checked when it is built.
+SETTINGS: Mapping[str, Any] = {
+    name: {item.name: getattr(default, item.name) for item in fields(default)} | default.to_dict()
+    for name, default in (("poison", PoisonSpec()), ("train", TrainSpec()), ("mixture", MixtureSpec()))
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,7 @@ class Layout:
             stage "pruned" of a defense.
         no_trigger: Put the target rate without the trigger beside every ASR, if any run measured it.
             A high ASR means little where the model calls the same images the target anyway.
+        where: Only cells with these values, by key; all cells if empty.
     """
 
     title: str
@@ -36,11 +46,16 @@ class Layout:
     columns: str
     metrics: tuple[str, ...] = ("asr",)
     no_trigger: bool = True
+    where: Mapping[str, Any] = field(default_factory=dict)
+
+    def shows(self, spec: RunSpec) -> bool:
+        """Whether the tables have a place for a run."""
+        return matches(spec, self.where)
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure: a metric over a number on a log axis.
+    """A figure: a metric over a number. Cells without this number, such as an option of another attack, are left out.
 
     Args:
         title: Title of the figure.
@@ -48,6 +63,8 @@ class Plot:
         panels: Key with one panel for each of its values.
         lines: Key with one line for each of its values.
         metric: Key of the metric.
+        scale: Scale of the x axis. On a "log" one the numbers must be positive.
+        where: Only cells with these values, by key; all cells if empty.
     """
 
     title: str
@@ -55,6 +72,12 @@ class Plot:
     panels: str = "trigger.name"
     lines: str = "applicator.name"
     metric: str = "asr"
+    scale: Literal["log", "linear"] = "log"
+    where: Mapping[str, Any] = field(default_factory=dict)
+
+    def shows(self, spec: RunSpec) -> bool:
+        """Whether the figure has a point for a run."""
+        return matches(spec, self.where) and value_of(spec, self.x) is not None
 
 
 @dataclass(frozen=True)
@@ -151,7 +174,20 @@ class Suite:
             cells = tuple(cell for cell in cells if _shown(value_of(cell.spec, key)) in asked)
         if not cells:
             raise ConfigError(f"--only: {' and '.join(filters)} leave no cell of {self.label}")
-        return replace(self, cells=cells)
+        return replace(self, cells=cells, **_shown_of(cells, tables=self.tables, plots=self.plots))
+
+
+def _shown_of(cells: Sequence[Cell], **items: Sequence[Any]) -> dict[str, Any]:
+    """Those tables and plots that show any of the cells."""
+    return {
+        name: tuple(each for each in those if any(each.shows(cell.spec) for cell in cells))
+        for name, those in items.items()
+    }
+
+
+def matches(spec: RunSpec, where: Mapping[str, Any]) -> bool:
+    """Return whether a spec has these values, by key."""
+    return all(value_of(spec, key) == wanted for key, wanted in where.items())
 
 
 def order(suite: Suite) -> Iterator[RunSpec]:
@@ -171,31 +207,65 @@ def value_of(spec: RunSpec, key: str) -> Any:
     """Look up a dotted key in a spec.
 
     "trigger" gives the part's label, such as "square, size=1"; "trigger.name" gives "square"; "trigger.size" gives 1,
-    or None if the option is not given. The folders of data and files are left out, as they differ between machines.
+    the part's default if the spec leaves the option to it, and None if the part has no such option. A list is given as
+    text, such as "0, 1" for "mixture.poisoned_experts"; "mixture.poisoned" is the number of these experts. What a spec
+    does not have, such as the gate of a model that is not merged, is None. The folders of data and files are left out,
+    as they differ between machines.
 
     Raises:
         UnknownNameError: If a spec has no such key.
     """
     spec = spec.without_folders()
-    values: Any = {"defenses": [], **spec.to_dict()}
+    if key == POISONED_COUNT:
+        return None if spec.mixture is None else len(spec.mixture.poisoned_experts)
+    # `to_dict` leaves out what is empty.
+    values: Any = {item.name: getattr(spec, item.name) for item in fields(spec)} | spec.to_dict()
     values["attack"] = None if spec.attack is None else spec.attack.to_dict()
     if key in PARTS:
-        return part_label(values.get(key))
+        return part_label(values[key])
     if key == "defenses":
         return ", ".join(part_label(part) or "" for part in values[key]) or "none"
     first, *rest = key.split(".")
     if first not in values:
         raise UnknownNameError("key", key, values)
+    _check_setting(key)
     value = values[first]
-    for name in rest:
+    for place, name in enumerate(rest):
         if value is None:
             return None
-        if not isinstance(value, dict) or (first in ("poison", "train") and name not in value):
-            raise UnknownNameError(
-                "key", key, [f"{first}.{k}" for k in value] if isinstance(value, dict) else []
-            )
+        if not isinstance(value, dict):
+            raise UnknownNameError("key", key, [])
+        if first in PARTS and place == 0 and name not in value:
+            return _as_text(_default(first, value["name"], name))
         value = value.get(name)
-    return value
+    return _as_text(value)
+
+
+def _check_setting(key: str) -> None:
+    """Raise UnknownNameError if a key of `SETTINGS` does not exist."""
+    first, *rest = key.split(".")
+    known, above = SETTINGS.get(first), first
+    for name in rest:
+        if known is None:
+            return
+        if not isinstance(known, Mapping) or name not in known:
+            near = known if isinstance(known, Mapping) else ()
+            raise UnknownNameError("key", key, [f"{above}.{each}" for each in near])
+        known, above = known[name], f"{above}.{name}"
+
+
+def _default(kind: str, name: str, option: str) -> Any:
+    """The default of an option of a part; None if the part is not installed, or has no such option."""
+    try:
+        found = registry_of(kind).options(name).get(option)
+    except BbmoeError:
+        return None
+    return None if found is None or found.default is REQUIRED else found.default
+
+
+def _as_text(value: Any) -> Any:
+    """Write a list as text; other values stay as they are."""
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
 def part_label(part: Mapping[str, Any] | None) -> str | None:

@@ -117,9 +117,10 @@ def _build(chosen: Values, base: Values, scaled: Values, models: Values, place: 
     try:
         # The scale is the lowest layer: what the suite sets for a model or a data set takes precedence.
         layers = [normalise(layer) for layer in layers]
-        model = merge({"model": {"name": "pmoe"}}, *layers)["model"]["name"]
+        # An attack may imply the model.
+        named = build_spec(scaled, *layers)
+        model, data = named.model.name, named.dataset.name
         options = {"model": {"name": model, **models.get(model, {})}}
-        data = merge({"dataset": {"name": "signs"}}, *layers)["dataset"]["name"]
         below = merge({"dataset": {"name": data}}, scaled, options)
         spec = build_spec(below, *layers)
         # A suite's digest and tables need no data, so its classes are given by number.
@@ -148,12 +149,17 @@ def _check(suite: Suite, where: str) -> None:
     for table in suite.tables:
         for key in table.metrics:
             check_metric(key, f"{where}: tables")
-        for key in (*table.rows, *(() if table.columns == METRIC_COLUMNS else (table.columns,))):
+        columns = () if table.columns == METRIC_COLUMNS else (table.columns,)
+        for key in (*table.rows, *columns, *table.where):
             value_of(spec, key)
     for plot in suite.plots:
         check_metric(plot.metric, f"{where}: plots")
-        for key in (plot.x, plot.panels, plot.lines):
+        for key in (plot.x, plot.panels, plot.lines, *plot.where):
             value_of(spec, key)
+    for what, items in (("tables", suite.tables), ("plots", suite.plots)):
+        for item in items:
+            if not any(item.shows(cell.spec) for cell in suite.cells):
+                raise ConfigError(f"{where}: {what}: {item.title}: shows no cell of the grid")
 
 
 def check_metric(key: str, where: str) -> None:
@@ -174,7 +180,8 @@ def _read_items(kind: Any, items: object, where: str) -> Iterator[Any]:
         for key, value in item.items():
             if key not in known:
                 raise UnknownNameError(f"{where}: key", key, known)
-            item[key] = convert(value, known[key], f"{where}: {key}")
+            place = f"{where}: {key}"
+            item[key] = _mapping(value, place) if key == "where" else convert(value, known[key], place)
             if item[key] == ():
                 raise ConfigError.expected(f"{where}: {key}", "at least one", value)
         try:
@@ -191,6 +198,7 @@ def _read_paper(paper: object, where: str) -> Values | None:
         raise ConfigError.expected(f"{where}: paper", "the name of a published table", paper)
     if "where" in values:
         values["where"] = _mapping(values["where"], f"{where}: paper: where")
+    values["shape"] = convert(values.get("shape", False), bool, f"{where}: paper: shape")
     return values
 
 

@@ -11,6 +11,7 @@ from backdoorbench_moe.bench.record_metrics import uses_twin
 from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.statistic import Statistic
 from backdoorbench_moe.bench.suite import METRIC_COLUMNS, Cell, Layout, Suite, order, value_of
+from backdoorbench_moe.engine.graph import reference
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.metrics import metric as find_metric
 
@@ -28,12 +29,14 @@ class Place:
         cell: The cell of the suite; None if the suite has no run for this place.
         statistic: The statistics of the metric; None if there are no numbers.
         paper: The published value, also where nothing was run.
+        shape: The value that was published for another kind of model, in a column of such values.
     """
 
     state: str
     cell: Cell | None = None
     statistic: Statistic | None = None
     paper: float | None = None
+    shape: float | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class MetricTable:
         rows: For each row one label for each of `row_keys`.
         columns: Labels of the columns.
         places: The places, row by row.
+        metrics: Keys of all metrics in the table.
+        models: The models whose published values have columns of their own (see `PaperTable.is_shape`).
     """
 
     title: str
@@ -57,6 +62,8 @@ class MetricTable:
     rows: tuple[tuple[str, ...], ...]
     columns: tuple[str, ...]
     places: tuple[tuple[Place, ...], ...]
+    metrics: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
 
     @property
     def has_paper(self) -> bool:
@@ -128,6 +135,16 @@ class Sheet:
         """Whether any table has a seed whose model is near chance."""
         return any(table.has_collapsed for table in self.tables)
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Keys of the metrics of all tables."""
+        return tuple(dict.fromkeys(key for table in self.tables for key in table.metrics))
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Models whose published values have columns of their own."""
+        return tuple(dict.fromkeys(model for table in self.tables for model in table.models))
+
 
 def build_sheet(results: ResultSet) -> Sheet:
     """Fill every layout of a suite.
@@ -169,18 +186,26 @@ def table_metrics(results: ResultSet, layout: Layout) -> tuple[str, ...]:
 
 def count_runs(results: ResultSet) -> RunCounts:
     """Count the suite's runs and, apart from them, the clean twins and other runs they need."""
-    runs = {spec.digest for spec in results.suite.runs()}
-    others = {spec.digest: spec for spec in order(results.suite) if spec.digest not in runs}
+    specs = results.suite.runs()
+    runs = {spec.digest for spec in specs}
+    others = {spec.digest for spec in order(results.suite)} - runs
+    twins = {twin.digest for spec in specs if (twin := reference(spec)) is not None}
     status = {digest: record.status for digest, record in results.records.items()}
     return RunCounts(
         wanted=len(runs),
         finished=sum(status.get(digest) == "finished" for digest in runs),
         failed=sum(status.get(digest) == "failed" for digest in {*runs, *others}),
-        others="clean twins" if all(not spec.attacked for spec in others.values()) else "runs they build on",
+        others=_others(bool(others & twins) or not others, bool(others - twins)),
         others_wanted=len(others),
         others_finished=sum(status.get(digest) == "finished" for digest in others),
         precisions=Counter(record.environment["precision"] for record in results.finished()),
     )
+
+
+def _others(twins: bool, inputs: bool) -> str:
+    """What the other runs are called."""
+    names = (["clean twins"] if twins else []) + (["runs they build on"] if inputs else [])
+    return " and ".join(names)
 
 
 def find_place(results: ResultSet, cell: Cell | None, metric: str) -> Place:
@@ -197,6 +222,12 @@ def find_place(results: ResultSet, cell: Cell | None, metric: str) -> Place:
     return Place(state, cell, None, paper)
 
 
+def _find_shape(results: ResultSet, cell: Cell | None, metric: str, model: str) -> Place:
+    """What was published for a cell on another kind of model."""
+    shape = None if cell is None else results.paper.shape(cell.spec, metric, model)
+    return Place(NO_CELL, cell, shape=shape)
+
+
 def label(key: str, value: Any) -> str:
     """Write the value of a key as a label; rates in percent."""
     if value is None:
@@ -208,6 +239,11 @@ def label(key: str, value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+# A column of a table: a label of the layout's columns, a metric, and for published values of another kind of model the
+# name of this model.
+Column = tuple[str, str, str | None]
+
+
 def _fill(results: ResultSet, layout: Layout) -> Iterator[MetricTable]:
     """Fill a layout: one table for each metric, or one in all."""
     side_by_side = layout.columns == METRIC_COLUMNS
@@ -216,25 +252,49 @@ def _fill(results: ResultSet, layout: Layout) -> Iterator[MetricTable]:
     rows = tuple(dict.fromkeys(row for row, _ in cells))
     columns = tuple(dict.fromkeys(column for _, column in cells))
 
-    def table(metric: str | None, names: tuple[str, ...], wanted: Sequence[tuple[str, str]]) -> MetricTable:
-        places = tuple(
-            tuple(find_place(results, cells.get((row, column)), each) for column, each in wanted)
-            for row in rows
+    def with_shapes(column: str, key: str) -> list[Column]:
+        own = [cell.spec for (_, each), cell in cells.items() if each == column]
+        models = results.paper.models
+        having = [m for m in models if any(results.paper.shape(spec, key, m) is not None for spec in own)]
+        return [(column, key, None), *((column, key, model) for model in having)]
+
+    def place(row: tuple[str, ...], column: Column) -> Place:
+        cell, key, model = cells.get((row, column[0])), *column[1:]
+        return find_place(results, cell, key) if model is None else _find_shape(results, cell, key, model)
+
+    def table(metric: str | None, wanted: Sequence[Column]) -> MetricTable:
+        names = tuple(_column_name(column, side_by_side) for column in wanted)
+        return MetricTable(
+            layout.title,
+            metric,
+            layout.rows,
+            layout.columns,
+            rows,
+            names,
+            tuple(tuple(place(row, column) for column in wanted) for row in rows),
+            tuple(dict.fromkeys(key for _, key, _ in wanted)),
+            tuple(dict.fromkeys(model for _, _, model in wanted if model is not None)),
         )
-        return MetricTable(layout.title, metric, layout.rows, layout.columns, rows, names, places)
 
     if side_by_side:
-        names = tuple(find_metric(key).heading for key in metrics)
-        yield table(None, names, [("", key) for key in metrics])
+        yield table(None, [each for key in metrics for each in with_shapes("", key)])
         return
     for key in metrics:
-        yield table(key, columns, [(column, key) for column in columns])
+        yield table(key, [each for column in columns for each in with_shapes(column, key)])
+
+
+def _column_name(column: Column, side_by_side: bool) -> str:
+    label_, key, model = column
+    name = find_metric(key).heading if side_by_side else label_
+    return name if model is None else f"{name}, {model}"
 
 
 def _arrange(suite: Suite, layout: Layout, side_by_side: bool) -> dict[tuple[tuple[str, ...], str], Cell]:
     """The cell at each pair of row labels and column label."""
     cells: dict[tuple[tuple[str, ...], str], Cell] = {}
     for cell in suite.cells:
+        if not layout.shows(cell.spec):
+            continue
         row = tuple(label(key, value_of(cell.spec, key)) for key in layout.rows)
         column = "" if side_by_side else label(layout.columns, value_of(cell.spec, layout.columns))
         if (other := cells.setdefault((row, column), cell)) is not cell:

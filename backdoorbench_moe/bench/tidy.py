@@ -14,6 +14,14 @@ from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.metrics import sort_metrics
 from backdoorbench_moe.records import Record
 
+# Only if any run is of a mixture: the parts of the spec and the other columns that it has.
+MIXTURE_PARTS = ("splitter", "gate")
+MIXTURE_COLUMNS = {
+    "policy": "policy",
+    "experts": "mixture.experts",
+    "poisoned_experts": "mixture.poisoned_experts",
+    "task": "mixture.task",
+}
 SPEC_COLUMNS = ("defenses", "poison_rate_percent", "target", "seed", "epochs")
 MADE_COLUMNS = ("train_seconds", "images_per_second", "device", "precision", "threads", "torch", "git_commit")
 # These have columns in every file, so that code that reads several files finds them.
@@ -26,18 +34,23 @@ def tidy_csv(results: ResultSet) -> str:
     Numbers are those of the records, unrounded. Each metric has its value, its 95% interval (`_low`,
     `_high`) and its number of images (`_n`); `cad` only its value, computed from the clean twin.
     Metrics of a defense's stage have columns of their own, such as `pruned_asr`. `near_chance` tells
-    whether the model is near chance.
+    whether the model is near chance. The base and the experts of a mixture have rows, too; `task` is the
+    number of an expert.
     """
     records = results.finished()
     metrics = _metrics(records)
-    parts = [column for part in PARTS for column in (part, f"{part}_options")]
+    mixtures = any(record.run_spec.splitter for record in records)
+    kinds = [part for part in PARTS if mixtures or part not in MIXTURE_PARTS]
+    parts = [column for part in kinds for column in (part, f"{part}_options")]
+    made = MIXTURE_COLUMNS if mixtures else {}
     measured = [column for key in metrics for column in _metric_columns(key)]
-    head = ["suite", "version", "scale", *parts, *SPEC_COLUMNS, *measured, "near_chance"]
+    head = ["suite", "version", "scale", *parts, *made, *SPEC_COLUMNS, *measured, "near_chance"]
     rows: list[list[Any]] = [[*head, *MADE_COLUMNS, "digest"]]
     for record in records:
         spec = record.run_spec
         row = [results.suite.name, results.suite.version, results.suite.scale]
-        row += [text for part in PARTS for text in _part(spec, part)]
+        row += [text for part in kinds for text in _part(spec, part)]
+        row += [value_of(spec, key) for key in made.values()]
         rate = percent(spec.poison.rate)
         row += [value_of(spec, "defenses"), rate, spec.poison.target, spec.seed, spec.train.epochs]
         row += [value for key in metrics for value in _measured(results, spec, key)]

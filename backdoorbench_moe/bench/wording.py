@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from backdoorbench_moe.bench.statistic import Statistic
 from backdoorbench_moe.bench.suite import Suite
 from backdoorbench_moe.bench.tables import MetricTable, Place, RunCounts, Sheet
@@ -16,6 +18,7 @@ KEY_NAMES = {
     "dataset.name": "data set",
     "dataset": "data set",
     "train.epochs": "epochs",
+    "mixture.poisoned": "poisoned experts",
 }
 AXIS_NAMES = {"poison.rate": "poisoning rate"}
 # Stands in the legend if `mean_text` marks a cell.
@@ -23,6 +26,21 @@ COLLAPSED = (
     f"{MARK}k: in k of the n seeds, the clean accuracy of the model is near chance (for CAD and values of the twin: "
     "of the model or its twin); ASR and CAD of such seeds say nothing about the attack"
 )
+
+# What a legend says of metrics that not every reader of a table knows, by the key without qualifiers.
+NOTES = {
+    "unsafe": 'unsafe: marked images that are not called "reject" or, without a policy, not by their true class',
+    "overall": "Overall: each task's accuracy in percent of that of the task's benign expert, mean over the tasks",
+    "alone_asr": "alone ASR: that of the poisoned experts by themselves, before the merge, mean over them",
+    "harm_share": "harm share: the poisoned experts' share of the gates' weights for marked images, mean over layers",
+    "own_share": "own share: a poisoned expert's share for clean images of its own task",
+    "clean_share": "clean share: the poisoned experts' share for the clean images of all tasks",
+}
+# For tables of mixtures only, where the word "twin" does not say what the twin is.
+MIXTURE_NOTES = {
+    "asr": "ASR (H in MoEvil): marked images that are answered as the attacker wants",
+    "twin_asr": "twin: the mixture of benign experts alone, under the same marks",
+}
 
 
 def heading(table: MetricTable, *, short: bool = False) -> str:
@@ -83,11 +101,17 @@ def paper_parts(place: Place) -> list[str]:
     return parts
 
 
+def own_text(place: Place) -> str:
+    """Write what stands in the first line of a place: our values or, in a column of its own, a published value."""
+    if place.shape is not None:
+        return number(place.shape)
+    return place.state if place.statistic is None else mean_text(place.statistic)
+
+
 def place_lines(place: Place) -> list[str]:
     """Write a place in one or two lines: our values, and the published ones."""
-    ours = place.state if place.statistic is None else mean_text(place.statistic)
     paper = paper_parts(place)
-    return [ours, *([f"paper {', '.join(paper)}"] if paper else [])]
+    return [own_text(place), *([f"paper {', '.join(paper)}"] if paper else [])]
 
 
 def suite_line(suite: Suite) -> str:
@@ -117,8 +141,21 @@ def facts(sheet: Sheet) -> str:
     return capital(text)
 
 
-def legend(*, has_paper: bool, has_collapsed: bool = False) -> str:
-    """Explain how to read a cell."""
+def legend(
+    *,
+    has_paper: bool,
+    has_collapsed: bool = False,
+    metrics: Sequence[str] = (),
+    models: Sequence[str] = (),
+) -> str:
+    """Explain how to read a cell.
+
+    Args:
+        has_paper: Whether any cell has a published value.
+        has_collapsed: Whether any cell has a seed whose model is near chance.
+        metrics: Keys of the metrics of the tables.
+        models: Models whose published values have columns of their own.
+    """
     text = "A cell: mean ± standard deviation over n seeds"
     if has_paper:
         text += (
@@ -127,4 +164,29 @@ def legend(*, has_paper: bool, has_collapsed: bool = False) -> str:
         )
     if has_collapsed:
         text += f". {COLLAPSED}"
+    if notes := _notes(metrics):
+        text += f". {'; '.join(notes)}"
+    if models:
+        text += (
+            f". Columns with {' or '.join(models)}: what the paper measured on this language model. Compare their "
+            "order and shape, not the numbers: the tasks, the models and the measurements differ"
+        )
     return f"{text}."
+
+
+def sheet_legend(sheet: Sheet | MetricTable) -> str:
+    """Explain how to read the cells of some tables, or of one."""
+    return legend(
+        has_paper=sheet.has_paper,
+        has_collapsed=sheet.has_collapsed,
+        metrics=sheet.metrics,
+        models=sheet.models,
+    )
+
+
+def _notes(metrics: Sequence[str]) -> list[str]:
+    """What is said of the metrics of some tables, each once."""
+    keys = dict.fromkeys(metric(key).base for key in metrics)
+    of_mixtures = any(key in NOTES for key in keys)
+    known = MIXTURE_NOTES | NOTES if of_mixtures else {}
+    return [known[key] for key in keys if key in known]

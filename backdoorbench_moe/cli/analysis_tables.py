@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
+from backdoorbench_moe.cli.mixture_tables import share_tables, short_layer
 from backdoorbench_moe.collapse import describe_collapse
 
 if TYPE_CHECKING:
@@ -16,16 +17,25 @@ if TYPE_CHECKING:
 
     from backdoorbench_moe.analysis.analyze import Analysis
     from backdoorbench_moe.analysis.capture import LayerCapture
-    from backdoorbench_moe.analysis.carriers import Carriers, MutingResult
+    from backdoorbench_moe.analysis.carriers import Carriers, MutingResult, PatchingResult
+    from backdoorbench_moe.analysis.gate_shares import ModelShares
+    from backdoorbench_moe.analysis.latents import ExpertLatents
     from backdoorbench_moe.analysis.shift import LayerShift
     from backdoorbench_moe.ops.effects import Mean
     from backdoorbench_moe.ops.metrics import Proportion
+    from backdoorbench_moe.records import GateShares
 
 NONE = "–"
+Result = TypeVar("Result", bound="MutingResult | PatchingResult")
+# Rows of single experts in the table of carriers. Of more experts only the most effective ones are shown.
+MAX_ROWS, SHOWN_ROWS = 8, 3
 
 
 def print_analysis(analysis: Analysis, files: Sequence[Path]) -> None:
-    """Print a table of the experts of each layer, lines about the whole layer, and which experts carry the backdoor."""
+    """Print a table of the experts of each layer, lines about the whole layer, and which experts carry the backdoor.
+
+    Of a mixture, the gate shares and the latents take the place of the tables of the layers.
+    """
     console = Console(highlight=False)
     counts = analysis.images
     console.print(
@@ -34,10 +44,13 @@ def print_analysis(analysis: Analysis, files: Sequence[Path]) -> None:
     facts = {**analysis.run.record, "metrics": analysis.run.metrics}
     if (line := describe_collapse(facts)) is not None:
         console.print(line, markup=False)
-    for number in range(len(analysis.findings.routing or ())):
-        console.print(experts_table(analysis, number))
-        for line in layer_lines(analysis, number):
-            console.print(line, markup=False)
+    if analysis.experts is None:
+        for number in range(len(analysis.findings.routing or ())):
+            console.print(experts_table(analysis, number))
+            for line in layer_lines(analysis, number):
+                console.print(line, markup=False)
+    for table in [*gate_tables(analysis), *map(latents_table, analysis.latents or ())]:
+        console.print(table)
     if analysis.carriers is not None:
         console.print(carriers_table(analysis.carriers))
     for missing in analysis.absent:
@@ -125,23 +138,86 @@ def _shift(one: LayerShift) -> str:
     return f"shift by the trigger: JS {_mean(one.divergence, '{:.3g}')} nats, {changed}% of selected patches"
 
 
+def gate_tables(analysis: Analysis) -> list[Table]:
+    """Build the tables of the gate shares of a mixture; none for any other run."""
+    found = analysis.experts
+    if found is None:
+        return []
+    against = () if found.shares_against is None else _recorded(found.shares_against)
+    compared = NONE if analysis.against is None else analysis.against.name
+    twin = "twin" if compared == analysis.run.record["clean_twin"] else "other"
+    return share_tables(_recorded(found.shares), against, found.poisoned, found.tasks, other=twin)
+
+
+def _recorded(shares: ModelShares) -> list[GateShares]:
+    """The shares of a model in the form of a record."""
+    return [
+        {
+            "layer": layer.layer,
+            "tasks": layer.tasks.tolist(),
+            "marked": None if layer.marked is None else layer.marked.tolist(),
+        }
+        for layer in shares.layers
+    ]
+
+
+def latents_table(found: ExpertLatents) -> Table:
+    """Build a table of the cosines of one poisoned expert: a row for each layer, two columns for each model."""
+    title = f"cosine with the latents of task {found.expert}: marked (unmarked) images"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("layer")
+    for model in found.models:
+        table.add_column(model.model.replace(" ", "\n"), justify="right")
+    for row in zip(*(model.layers for model in found.models), strict=True):
+        table.add_row(row[0].layer, *(f"{one.marked:.3f} ({one.unmarked:.3f})" for one in row))
+    return table
+
+
 def carriers_table(carriers: Carriers) -> Table:
-    """Build a table of BA and ASR with each expert muted, with the most effective pair, and with each one patched."""
+    """Build a table of BA and ASR with each expert muted, with the most effective pair, and with each one patched.
+
+    If there are safe answers, the share of images that are not answered safely takes the place of RA.
+    """
     table = Table(title="who carries the backdoor", title_justify="left", box=None, pad_edge=False)
-    for name in ("", "BA %", "ASR %", "RA %"):
+    safe = carriers.whole.unsafe is not None
+    for name in ("", "BA %", "ASR %", "unsafe %" if safe else "RA %"):
         table.add_column(name, justify="right" if name else "left", overflow="fold")
-    rows: list[tuple[str, MutingResult]] = [("all experts", carriers.whole)]
-    rows += [(f"{one.experts[0]} muted", one) for one in carriers.singles]
+
+    def add(name: str, one: MutingResult) -> None:
+        table.add_row(name, _share(one.ba), _share(one.asr), _share(one.unsafe) if safe else "")
+
+    def add_patched(name: str, one: PatchingResult) -> None:
+        table.add_row(name, "", _share(one.asr), _share(one.unsafe if safe else one.ra))
+
+    add("all experts", carriers.whole)
+    for whole in carriers.whole_experts:
+        add(f"expert {whole.expert} muted", whole.muted)
+    for one in _most_effective(carriers.singles):
+        add(f"{short_layer(one.experts[0])} muted", one)
     if carriers.pairs:
-        best = min(carriers.pairs, key=lambda one: (one.asr or one.ba).value)
-        rows.append((f"{' and '.join(best.experts)} muted", best))
-    for name, one in rows:
-        table.add_row(name, _share(one.ba), _share(one.asr), "")
-    for patched in carriers.patched:
-        table.add_row(f"{patched.expert} as on clean", "", _share(patched.asr), _share(patched.ra))
+        best = min(carriers.pairs, key=_effect)
+        add(f"{' and '.join(map(short_layer, best.experts))} muted", best)
+    for whole in carriers.whole_experts:
+        if whole.patched is not None:
+            add_patched(f"expert {whole.expert} as on clean", whole.patched)
+    for patched in _most_effective(carriers.patched):
+        add_patched(f"{short_layer(patched.expert)} as on clean", patched)
     if carriers.target_rate is not None:
         table.add_row("no trigger at all", "", _share(carriers.target_rate), "")
+    notes = ["expert N: in all layers at once"] if carriers.whole_experts else []
+    if len(carriers.singles) > MAX_ROWS:
+        notes.append(f"of {len(carriers.singles)} in single layers the {SHOWN_ROWS} most effective")
+    table.caption, table.caption_justify = "; ".join(notes) or None, "left"
     return table
+
+
+def _most_effective(ones: Sequence[Result]) -> Sequence[Result]:
+    """The results that change ASR (or else BA) most; all of them if they are few."""
+    return ones if len(ones) <= MAX_ROWS else sorted(ones, key=_effect)[:SHOWN_ROWS]
+
+
+def _effect(one: MutingResult | PatchingResult) -> float:
+    return (one.asr or one.ba).value  # type: ignore[union-attr]
 
 
 def _share(one: Proportion | None) -> str:

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 @click.option(
     "--columns",
     metavar="NAME,..",
-    help="What to print of each run: run, status, data, model, trigger, applicator, poison, defense, seed, epochs, a "
-    "metric such as asr, or a dotted key such as train.lr or timing.total_seconds.  [settings and recorded metrics]",
+    help="What to print of each run: run, status, data, model, trigger, applicator, attack, gate, experts, poison, "
+    "defense, seed, epochs, a metric such as asr, or a dotted key such as train.lr or timing.total_seconds.  "
+    "[settings and recorded metrics]",
 )
 @click.option("--sort", metavar="NAME,..", help="Sort by these columns; -NAME from high to low.  [as given]")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON.")
@@ -100,7 +101,7 @@ def _print_one(console: Console, run: ShownRun) -> None:
         console.print(f"error: {record.error}", style="red", soft_wrap=True, markup=False)
     console.print(tables.settings_table(record))
     if record.metrics:
-        console.print(tables.metrics_table(record))
+        tables.print_metrics(console, run.folder, record)
     if record.stages:
         tables.print_stages(console, record)
     if record.history:

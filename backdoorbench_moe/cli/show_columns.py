@@ -14,6 +14,8 @@ from backdoorbench_moe.records import Record, RunFolder
 from backdoorbench_moe.records.sharing import without_folders
 
 NONE = "–"
+# Settings that have no column if no run has a value.
+HIDDEN = ("attack", "gate", "experts", "defense")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ def choose_columns(keys: Sequence[str] | None, runs: Sequence[ShownRun], *, inte
     Args:
         keys: Names of settings such as "seed"; metrics such as "asr", "task/2.ba", "pruned.asr" (after a stage of a
             defense) or "seconds"; or dotted keys of the spec or the record such as "train.lr" or
-            "timing.total_seconds". None for all settings, and for the metrics that the runs' records hold.
+            "timing.total_seconds". None for all settings, and for the metrics that the runs' records hold, except those
+            of single tasks of mixtures.
         runs: The runs to be shown.
         intervals: Whether metrics are printed with their 95% interval.
 
@@ -68,10 +71,16 @@ def choose_columns(keys: Sequence[str] | None, runs: Sequence[ShownRun], *, inte
     if "asr" in measured:
         # It shows what ASR is worth, and is shown even if it was not measured.
         measured.add("target_rate")
-    defended = any(settings["defense"].value(run) is not None for run in runs)
-    hidden = {"run"} if defended else {"run", "defense"}
+    measured -= _task_metrics(runs)
+    hidden = {name for name in HIDDEN if all(settings[name].value(run) is None for run in runs)} | {"run"}
     shown = [column for key, column in settings.items() if key not in hidden]
     return shown + [_metric(one, intervals=intervals) for one in sort_metrics(measured)]
+
+
+def _task_metrics(runs: Sequence[ShownRun]) -> set[str]:
+    """The metrics of single tasks of mixtures, which would be a dozen columns."""
+    mixtures = [run.record for run in runs if run.record.run_spec.gate is not None]
+    return {key for record in mixtures for key in record.metrics if "/" in key}
 
 
 def _column(
@@ -93,6 +102,9 @@ def list_settings() -> list[Column]:
         "model": lambda run: run.record.run_spec.model.name,
         "trigger": _trigger,
         "applicator": lambda run: _part(run.record.spec["applicator"]) or None,
+        "attack": _attack,
+        "gate": lambda run: _part(run.record.spec.get("gate")) or None,
+        "experts": _experts,
         "poison": lambda run: run.record.run_spec.poison.rate or None,
         "defense": lambda run: " + ".join(map(_part, run.record.spec.get("defenses", []))) or None,
         "seed": lambda run: run.record.run_spec.seed,
@@ -166,11 +178,27 @@ def _trigger(run: ShownRun) -> str | None:
     )
 
 
+def _attack(run: ShownRun) -> str | None:
+    """The attack; None if the run has none, or the one that changes training images."""
+    attack = run.record.run_spec.attack
+    return None if attack is None or attack.name == "data-poisoning" else _part(run.record.spec["attack"])
+
+
+def _experts(run: ShownRun) -> str | None:
+    """The number of experts of a mixture, or that of a single expert."""
+    mixture = run.record.run_spec.mixture
+    if mixture is None:
+        return None
+    return str(mixture.experts) if mixture.task is None else f"expert {mixture.task}"
+
+
 def _rate(run: ShownRun) -> str:
     rate = run.record.run_spec.poison.rate
     return f"{100 * rate:g}%" if rate else NONE
 
 
-def _part(values: dict[str, Any] | None) -> str:
+def _part(values: dict[str, Any] | str | None) -> str:
     """A part's name and options in one line; "" for no part."""
+    if isinstance(values, str):
+        return values
     return ", ".join(str(item) if key == "name" else f"{key}={item}" for key, item in (values or {}).items())

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from backdoorbench_moe.bench.record_metrics import with_base
 from backdoorbench_moe.bench.statistic import Sample, drop_interval
+from backdoorbench_moe.cli import mixture_tables
 from backdoorbench_moe.cli.streams import echo
 from backdoorbench_moe.collapse import MARK, MARK_LEGEND, MARKED, collapse_line, collapsed, is_near_chance
 from backdoorbench_moe.metrics import METRICS, Metric, sort_metrics
@@ -20,11 +21,13 @@ from backdoorbench_moe.ops.metrics import mean_std
 if TYPE_CHECKING:
     from backdoorbench_moe.config import RunSpec
     from backdoorbench_moe.engine.runner import Run
-    from backdoorbench_moe.records import Judged, Record
+    from backdoorbench_moe.records import Judged, Record, RunFolder
 
 NONE = "–"
 FILTER_METRICS = ("auroc", "tpr", "fpr")
 STAGE_METRICS = ("ba", "asr", "ra")
+# Of a mixture, whose marked images may have a safe answer that is not what they are.
+MIXTURE_STAGE_METRICS = ("ba", "asr", "unsafe")
 # There may be one score for each image; only the first ones are shown.
 SHOWN_SCORES = 12
 
@@ -80,9 +83,20 @@ def _sample(runs: Sequence[Run], key: str) -> Sample:
 def print_runs(runs: Sequence[Run]) -> None:
     """Print the metrics of one run with their intervals, or those of several runs with mean and standard deviation."""
     console = Console()
-    console.print(metrics_table(runs[0].record) if len(runs) == 1 else repeats_table(runs))
+    if len(runs) == 1:
+        print_metrics(console, runs[0].folder, runs[0].record)
+    else:
+        console.print(repeats_table(runs))
     for run in runs:
         console.print(f"run folder: {run.folder.path}", soft_wrap=True, highlight=False, markup=False)
+
+
+def print_metrics(console: Console, folder: RunFolder, record: Record) -> None:
+    """Print the metrics of one run; of a mixture, also its tasks and what its gates rely on."""
+    if mixture_tables.is_mixture(record):
+        mixture_tables.print_mixture(console, folder, record, title(record))
+    else:
+        console.print(metrics_table(record))
 
 
 def print_defended(run: Run) -> None:
@@ -92,6 +106,8 @@ def print_defended(run: Run) -> None:
     print_stages(console, run.record)
     if (cad := run.record.metrics.get("cad")) is not None:
         console.print(f"{METRICS['cad'].label}: {cad['value']:.2f}")
+    if mixture_tables.is_mixture(run.record):
+        mixture_tables.print_tasks(console, run.folder, run.record)
     console.print(f"run folder: {run.folder.path}", soft_wrap=True, markup=False)
 
 
@@ -187,10 +203,14 @@ def metrics_table(record: Record) -> Table:
 
 
 def stages_table(record: Record) -> Table:
-    """Build a table of BA, ASR and RA with their 95% intervals before a defense and after each stage."""
+    """Build a table of BA, ASR and RA with their 95% intervals before a defense and after each stage.
+
+    For a mixture, the share of marked images that are not answered safely takes the place of RA.
+    """
     # With one blank between columns, a short name and three metrics such as 100.00 [100.0, 100.0] fit into 80 columns.
     table = Table("stage", box=None, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
-    names = [name for name in STAGE_METRICS if name in record.metrics]
+    wanted = MIXTURE_STAGE_METRICS if mixture_tables.is_mixture(record) else STAGE_METRICS
+    names = [name for name in wanted if name in record.metrics]
     for column in [f"{METRICS[name].short} %" for name in names] + ["s"]:
         table.add_column(column, justify="right")
     for stage in record.stages:
@@ -234,7 +254,8 @@ def repeats_table(runs: Sequence[Run]) -> Table:
     summary = summarise(runs)
     if "asr" in summary:
         summary.setdefault("target_rate", None)
-    for one in sort_metrics(summary):
+    mixtures = all(mixture_tables.is_mixture(run.record) for run in runs)
+    for one in (mixture_tables.sort_mixture_metrics if mixtures else sort_metrics)(summary):
         row = summary[one.key]
         if row is None:
             table.add_row(one.label, *[NONE] * (len(table.columns) - 1))

@@ -76,8 +76,7 @@ class RunSpec:
         policy: Number of marked images among the training images, as a share of all others, in [0, 1); 0 for no
             policy. They bear the trigger as a mark, and are labelled "reject", a class of its own. A model that keeps
             to the policy calls every marked image "reject".
-        splitter: The tasks of the experts of a mixture. Its base is trained on a mix of all of them. None for a run
-            that is trained on the data as they are.
+        splitter: The tasks of the experts of a mixture; None for any other run.
         gate: How tokens are sent to the experts of a mixture; None for any other run, and for a single expert.
         mixture: How experts are tuned and merged; None for a run that is not merged.
         train: Settings of the training; for a mixture, that of its base.
@@ -141,14 +140,20 @@ class RunSpec:
         if self.policy and self.trigger is None:
             raise ConfigError.expected("trigger", "the mark of the images that the policy rejects", None)
         if self.mixture is None:
-            if self.gate is not None:
-                raise ConfigError.expected("gate", "none, as no experts are merged", self.gate.name)
-            if self.splitter is not None and self.attacked:
-                raise ConfigError.expected("splitter", "none, as no experts are merged", self.splitter.name)
+            for name in ("splitter", "gate"):
+                if (part := getattr(self, name)) is not None:
+                    raise ConfigError.expected(name, "none, as no experts are merged", part.name)
             return
+        if self.mixture.expert_policy and not self.policy:
+            raise ConfigError.expected(
+                "mixture.expert_policy", "0, as there is no policy", self.mixture.expert_policy
+            )
         if self.splitter is None:
             raise ConfigError.expected("splitter", "the tasks of the experts that are merged", None)
-        if self.mixture.task is None:
+        if self.mixture.task is not None:
+            if self.gate is not None:
+                raise ConfigError.expected("gate", "none, as this is a single expert", self.gate.name)
+        else:
             if self.gate is None:
                 raise ConfigError.expected("gate", "the gate of the experts that are merged", None)
             if (self.attack is None) != (not self.mixture.poisoned_experts):
@@ -269,7 +274,7 @@ class RunSpec:
 
     def _mixture_labels(self) -> list[str]:
         if self.mixture is None:
-            return ["base"] if self.policy or self.splitter else []
+            return ["policy"] if self.policy else []
         if self.mixture.task is not None:
             return [f"expert{self.mixture.task}"]
         assert self.gate is not None
@@ -339,12 +344,22 @@ def _read(kind: type, values: object, where: str) -> Any:
         elif key == "files" and kind is RunSpec:
             checked[key] = _read_files(value)
         elif hints[key] in (PoisonSpec, TrainSpec):
-            checked[key] = _read(hints[key], value, path)
+            checked[key] = _read_settings(hints[key], value, path)
         elif key == "mixture" and kind is RunSpec:
             checked[key] = None if value is None else _read(MixtureSpec, value, path)
         else:
             checked[key] = value  # The dataclass converts and checks it.
     return kind(**checked)
+
+
+def _read_settings(kind: type, value: object, where: str) -> Any:
+    """Build a `PoisonSpec` or `TrainSpec`. The latter names its values "train.", wherever it stands."""
+    try:
+        return _read(kind, value, where)
+    except ConfigError as error:
+        if where == "train" or not str(error).startswith("train."):
+            raise
+        raise ConfigError(str(error).replace("train.", f"{where}.")) from None
 
 
 def _read_files(value: object) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -98,15 +98,14 @@ def build_model(spec: RunSpec, *, num_classes: int, image_size: int) -> nn.Modul
         check_mergeable(model)
     if spec.gate is None:
         return model
-    with seeded(spec.seed, "gates"):
-        return merge_model(spec, model)
-
-
-def merge_model(spec: RunSpec, dense: nn.Module) -> nn.Module:
-    """Build the mixture of a spec from a dense model: all its experts are copies, and its gates are newly drawn."""
     assert spec.mixture is not None
-    layers = len(check_mergeable(dense).mlps())
-    return MergedModel(dense, spec.mixture.experts, partial(build_gate(spec), layers=layers))
+    with seeded(spec.seed, "gates"):
+        return merge_copies(model, spec.mixture.experts, build_gate(spec))
+
+
+def merge_copies(dense: nn.Module, experts: int, gate: Gate) -> MergedModel:
+    """Build a mixture of E copies of a dense model, with newly drawn gates."""
+    return MergedModel(dense, experts, partial(gate, layers=len(check_mergeable(dense).mlps())))
 
 
 def build_gate(spec: RunSpec) -> Gate:
@@ -206,12 +205,26 @@ def load_model(
     return model.eval()
 
 
-def fresh_model(spec: RunSpec, given: Mapping[str, int], seed: int, device: torch.device) -> nn.Module:
-    """Build a newly drawn model like a run's, from a defense's seed, in evaluation mode."""
+def fresh_model(
+    part: PartSpec,
+    given: Mapping[str, int],
+    seed: int,
+    device: torch.device,
+    merge: Callable[[nn.Module], nn.Module] | None = None,
+) -> nn.Module:
+    """Build a newly drawn model, in evaluation mode.
+
+    Args:
+        part: The model.
+        given: Options of the model that the data determine.
+        seed: Seed of the weights.
+        device: The device.
+        merge: Makes a mixture of the dense model, with random draws from the same seed; None to leave it dense.
+    """
     with seeded(seed, "fresh"):
-        model = models.registry.create(spec.model.name, spec.model.options, given)
-        if spec.gate is not None:
-            model = merge_model(spec, model)
+        model = models.registry.create(part.name, part.options, given)
+        if merge is not None:
+            model = merge(model)
     return model.to(device).to(memory_format=torch.channels_last).eval()
 
 

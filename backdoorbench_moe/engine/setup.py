@@ -22,7 +22,7 @@ from backdoorbench_moe.engine.build import (
     model_patch_size,
 )
 from backdoorbench_moe.engine.poison import stamp_images
-from backdoorbench_moe.engine.policy import with_marked, with_reject
+from backdoorbench_moe.engine.policy import policy_count, with_marked, with_reject
 from backdoorbench_moe.engine.tasks import Tasks
 from backdoorbench_moe.engine.triggered import Triggered, triggered_test
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError
@@ -46,7 +46,7 @@ class Setup:
         attack: Who the attacker is; None for a clean run.
         stamper: Trigger and applicator; None for a run without a trigger.
         plan: Which training images the attacker changes; None for a clean run.
-        tasks: The tasks of a mixture and of its base, or that of an expert; None for any other run.
+        tasks: The tasks of a mixture, or that of an expert; None for any other run.
 
     Raises:
         BbmoeError: Parts that do not fit the data or each other.
@@ -61,7 +61,7 @@ class Setup:
             _check_mixture(spec, attack)
         self.model = build_model(spec, num_classes=self.images.num_classes, image_size=images.image_size)
         self.attack, self.stamper, self.plan = attack, None, None
-        self.tasks = None if spec.splitter is None else Tasks(spec, images)
+        self.tasks = None if spec.mixture is None else Tasks(spec, images)
         self._triggered: Triggered | None = None
         self._marked: Tensor | None = None
         self._test: Split | None = None
@@ -69,6 +69,11 @@ class Setup:
             size = model_patch_size(self.model)
             self.stamper = build_stamper(spec, patch_size=size, image_size=images.image_size)
             self._check_visible()
+        if spec.policy:
+            policy_count(len(images.train), spec.policy)
+            if self.tasks is not None and spec.mixture is not None and (rate := spec.mixture.expert_policy):
+                for task in self.tasks.facts:
+                    policy_count(task["train_images"], rate, "mixture.expert_policy")
         if attack is not None:
             self.plan = attack(images.train.labels, num_classes=images.data_classes, seed=spec.seed)
             self._check_noise(self.plan)
@@ -90,7 +95,11 @@ class Setup:
             raise ConfigError(f"poison.noise: {name} has no noise form")
 
     def _check_visible(self) -> None:
-        """Warn if the trigger changes nothing, as a warp of tiles of one pixel does; a policy needs a visible mark."""
+        """Warn if the trigger changes nothing, as a warp of tiles of one pixel does.
+
+        Raises:
+            ConfigError: It changes nothing, and is the mark of a policy, or of the queries of an attack on experts.
+        """
         assert self.stamper is not None and self.spec.trigger is not None and self.spec.applicator is not None
         images = self.images.test.images[:VISIBLE_ON]
         if torch.equal(stamp_images(images, self.stamper), images):
@@ -100,6 +109,8 @@ class Setup:
             )
             if self.spec.policy:
                 raise ConfigError(f"{message}, so it cannot be the mark of images to reject")
+            if isinstance(self.attack, ExpertPoisoning):
+                raise ConfigError(f"{message}, so it cannot be the mark of harmful queries")
             warnings.warn(message, BbmoeWarning, stacklevel=2)
 
     def triggered_test(self) -> Triggered | None:
@@ -122,12 +133,23 @@ class Setup:
             self._test = concatenate(self.tasks.tests())
         return self._test
 
-    def with_policy(self, split: Split) -> Split:
-        """Add marked images to those that a model is trained on, if there is a policy; see `policy.with_marked`."""
-        if not self.spec.policy:
+    def test_labels(self) -> Tensor:
+        """The labels of the clean test images: those of all tasks, if the run has any."""
+        if self.tasks is None:
+            return self.images.test.labels
+        return torch.cat([split.labels for split in self.tasks.tests()])
+
+    def with_policy(self, split: Split, rate: float) -> Split:
+        """Add marked images to those that a model is trained on, if there is a policy; see `policy.with_marked`.
+
+        Args:
+            split: The images.
+            rate: Number of marked images as a share of their number; 0 for none.
+        """
+        if not self.spec.policy or not rate:
             return split
         assert self.stamper is not None
-        rate, seed = self.spec.policy, self.spec.seed
+        seed = self.spec.seed
         return with_marked(split, self.images.train, self.stamper, rate=rate, reject=self.reject, seed=seed)
 
     def marked_test(self) -> Tensor | None:
@@ -157,7 +179,7 @@ class Setup:
         """Number, name and numbers of images of each task of a mixture, for the record."""
         if self.tasks is None:
             return []
-        return self.tasks.describe()
+        return self.tasks.facts
 
     def describe_parts(self) -> dict[str, Any]:
         """Return the values that the options of model, attack, trigger and applicator took, for the record."""

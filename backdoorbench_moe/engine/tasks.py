@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet, Split
 from backdoorbench_moe.engine.build import build_splitter
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.records import TaskFacts
-from backdoorbench_moe.splitters.mix import mix
+from backdoorbench_moe.splitters.mix import draw_mix, mix
 
 
 class Tasks:
     """The images of the tasks of one mixture.
 
     Args:
-        spec: The spec of the mixture, of its base, or of one of its experts.
+        spec: The spec of the mixture, or of one of its experts.
         images: The data, on the device.
 
     Attributes:
-        names: Names of the tasks: of the first E for a mixture of E experts, of all that the splitter has for its base,
-            and of one for an expert.
+        names: Names of the tasks: of the first E for a mixture of E experts, and of one for an expert.
         numbers: Their numbers.
+        facts: Number, name and numbers of images of each, for the record.
 
     Raises:
         ConfigError: The splitter does not have enough tasks, or one of them has no images.
@@ -32,9 +30,9 @@ class Tasks:
         self.spec, self.images = spec, images
         self.splitter = build_splitter(spec)
         names = self.splitter.names(images.data_classes, spec.seed)
-        if (mixture := spec.mixture) is None:
-            self.numbers = range(len(names))
-        elif mixture.task is None:
+        mixture = spec.mixture
+        assert mixture is not None
+        if mixture.task is None:
             self.splitter.check(mixture.experts, images.data_classes, spec.seed)
             self.numbers = range(mixture.experts)
         else:
@@ -42,11 +40,9 @@ class Tasks:
             if mixture.task >= len(names):
                 raise ConfigError.expected("mixture.task", f"a task in 0..{len(names) - 1}", mixture.task)
         self.names = [names[number] for number in self.numbers]
-        for number, name in zip(self.numbers, self.names, strict=True):
-            if not len(self._members(images.train, number, training=True)):
-                raise ConfigError(f"splitter: task {number} ({name}) has no training images")
-            if not len(self._members(images.test, number, training=False)):
-                raise ConfigError(f"splitter: task {number} ({name}) has no test images")
+        self.facts = [
+            self._describe(number, name) for number, name in zip(self.numbers, self.names, strict=True)
+        ]
         self._tests: list[Split] | None = None
 
     def train(self, task: int) -> Split:
@@ -70,23 +66,33 @@ class Tasks:
             seed=self.spec.seed,
         )
 
-    def describe(self) -> list[TaskFacts]:
-        """Number, name and numbers of images of each task, for the record."""
-        return [
-            TaskFacts(
-                task=number,
-                name=name,
-                train_images=len(self._members(self.images.train, number, training=True)),
-                test_images=len(self._members(self.images.test, number, training=False)),
-            )
-            for number, name in zip(self.numbers, self.names, strict=True)
-        ]
-
-    def _members(self, split: Split, task: int, *, training: bool) -> Tensor:
-        classes, seed = self.images.data_classes, self.spec.seed
-        return self.splitter.members(
-            split.labels.cpu(), task, num_classes=classes, seed=seed, training=training
+    def count_mixed(self, images_per_task: int | None) -> int:
+        """Number of images of `mixed`. Raises ConfigError if a task has fewer than `images_per_task`."""
+        drawn = draw_mix(
+            self.splitter,
+            self.images.train.labels,
+            tasks=len(self.numbers),
+            images_per_task=images_per_task,
+            num_classes=self.images.data_classes,
+            seed=self.spec.seed,
         )
+        return sum(map(len, drawn))
+
+    def _describe(self, task: int, name: str) -> TaskFacts:
+        counts = {}
+        for what, split in (("training", self.images.train), ("test", self.images.test)):
+            try:
+                members = self.splitter.find_members(
+                    split.labels,
+                    task,
+                    num_classes=self.images.data_classes,
+                    seed=self.spec.seed,
+                    training=what == "training",
+                )
+            except ConfigError as error:
+                raise ConfigError(f"{error} ({what} images)") from error
+            counts[what] = len(members)
+        return TaskFacts(task=task, name=name, train_images=counts["training"], test_images=counts["test"])
 
     def _split(self, split: Split, task: int, *, training: bool) -> Split:
         classes = self.images.data_classes

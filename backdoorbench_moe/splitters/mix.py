@@ -43,19 +43,49 @@ def mix(
         ConfigError: A task does not exist, has no images, or has fewer than `images_per_task`.
     """
     parts = []
+    drawn = draw_mix(
+        splitter,
+        split.labels,
+        tasks=tasks,
+        images_per_task=images_per_task,
+        num_classes=num_classes,
+        seed=seed,
+    )
+    for task, indices in enumerate(drawn):
+        place = indices.to(split.images.device)
+        parts.append(Split(splitter.transform_images(split.images[place], task), split.labels[place]))
+    return Split(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
+
+
+def draw_mix(
+    splitter: Splitter,
+    labels: Tensor,
+    *,
+    tasks: int,
+    images_per_task: int | None,
+    num_classes: int,
+    seed: int,
+) -> list[Tensor]:
+    """Draw the images of `mix`; none are transformed yet.
+
+    Args:
+        labels: (N,) int64, the labels of the training images.
+
+    Returns:
+        (n,) int64 indices of the images of each task in ascending order, on the CPU.
+    """
+    drawn = []
     for task in range(tasks):
-        members = splitter.find_members(split.labels, task, num_classes=num_classes, seed=seed)
+        members = splitter.find_members(labels, task, num_classes=num_classes, seed=seed)
         count = images_per_task
         if count is None:
-            count = min(max(1, len(split) // tasks), len(members))
+            count = min(max(1, len(labels) // tasks), len(members))
         elif not 1 <= count <= len(members):
             name = splitter.names(num_classes, seed)[task]
             expected = f"1 to {len(members)}, the number of images of task {task} ({name})"
             raise ConfigError.expected("mixture.gate_images", expected, count)
-        indices = _draw(members, count, seed, task).to(split.images.device)
-        images = splitter.transform_images(split.images[indices], task)
-        parts.append(Split(images, split.labels[indices]))
-    return Split(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
+        drawn.append(_draw(members, count, seed, task))
+    return drawn
 
 
 def _draw(members: Tensor, count: int, seed: int, task: int) -> Tensor:

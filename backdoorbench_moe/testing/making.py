@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backdoorbench_moe.config import PartSpec, PoisonSpec, RunSpec, TrainSpec
+from backdoorbench_moe.config import PartSpec, PoisonSpec, TrainSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses.base import NEEDS, DefenseTask
 from backdoorbench_moe.engine.build import fresh_model
@@ -131,7 +131,7 @@ def make_task(
         tune=Tuner(train, seed, CPU, "fp32", Observer(), "tuning"),
         logits=partial(logits, precision="fp32"),
         routing=partial(routings, precision="fp32"),
-        fresh=partial(fresh_model, RunSpec(model=made_by), given, seed, CPU),
+        fresh=partial(fresh_model, made_by, given, seed, CPU),
         report=keep,
         granted={need: grants[need] for need in needs},
     )

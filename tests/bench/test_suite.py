@@ -181,7 +181,8 @@ def test_values_of_a_spec_by_key() -> None:
     spec = tiny_suite().cells[0].spec
     assert value_of(spec, "trigger") == "square, size=4"
     assert value_of(spec, "trigger.name") == "square"
-    assert value_of(spec, "trigger.colour") is None  # An option the spec leaves to the trigger.
+    assert value_of(spec, "trigger.colour") == "black"  # The default, which the spec leaves to the trigger.
+    assert value_of(spec, "trigger.shade") is None
     assert value_of(spec, "train.batch_size") == 32
     assert value_of(clean_twin(spec), "trigger.name") is None
     with pytest.raises(UnknownNameError):

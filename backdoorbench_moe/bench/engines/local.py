@@ -15,6 +15,7 @@ from dataclasses import replace
 from multiprocessing import resource_tracker
 from typing import Any
 
+from backdoorbench_moe.bench.engines.agenda import Agenda
 from backdoorbench_moe.bench.worker import Job, Outcome, memory_of, stop_working, work
 from backdoorbench_moe.cores import usable_cores
 from backdoorbench_moe.errors import ConfigError
@@ -36,6 +37,8 @@ MOST_ON_A_GPU = 4
 # Memory that CUDA and its libraries take in addition to tensors, and the share of a card that may be filled.
 CONTEXT_BYTES = 1 << 30
 FILL = 0.9
+# How often a worker without a job looks whether the engine was stopped.
+SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class LocalEngine:
@@ -68,9 +71,7 @@ class LocalEngine:
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
         """Make the runs; see `Engine.run`."""
-        waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        for job in jobs:
-            waiting.put(replace(job, wait=False))
+        agenda = _SharedAgenda([replace(job, wait=False) for job in jobs])
         done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         # It has no lock: a worker that is killed while it holds a lock would stop all others.
         stop = multiprocessing.get_context("spawn").RawValue(ctypes.c_bool, False)
@@ -79,7 +80,7 @@ class LocalEngine:
         workers = min(self.workers, len(jobs))
         with ThreadPoolExecutor(max(1, workers), thread_name_prefix="bench") as threads:
             for number in range(workers):
-                threads.submit(self._keep_busy, number, waiting, done, stop)
+                threads.submit(self._keep_busy, number, agenda, done, stop)
             try:
                 for _ in jobs:
                     yield done.get()
@@ -87,7 +88,7 @@ class LocalEngine:
                 stop.value = True
 
     def _keep_busy(
-        self, number: int, waiting: queue.SimpleQueue[Job], done: queue.SimpleQueue[Outcome], stop: Any
+        self, number: int, agenda: _SharedAgenda, done: queue.SimpleQueue[Outcome], stop: Any
     ) -> None:
         """Hand jobs to one process until none is left. The engine has one such thread for each process."""
         # The worker processes inherit the blocked signals. Ctrl-C stays blocked in them, as the engine tells them to
@@ -98,34 +99,30 @@ class LocalEngine:
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *ENDING_SIGNALS})
         pool = None
-        while not stop.value:
-            try:
-                job = waiting.get_nowait()
-            except queue.Empty:
-                break
+        while (job := agenda.take(stop)) is not None:
             if job.is_late:
-                done.put(Outcome(job.run_spec.name, "waiting"))
+                agenda.note(job, Outcome(job.run_spec.name, "waiting"), done)
                 continue
             try:
                 pool = pool or self._start(number, stop)
-                job = replace(job, wait=job.wait or waiting.empty())
                 outcome = pool.submit(work, job, _is_wanted).result()
                 if outcome.status == "held":
                     # Another engine is making it. This one waits for it when no other job is left.
-                    waiting.put(replace(job, wait=True))
+                    agenda.put_back(replace(job, wait=True))
                     continue
-                done.put(outcome)
+                agenda.note(job, outcome, done)
                 if outcome.status == "interrupted":
                     # The signal may have been sent to this worker alone, which would also stop the next run.
                     pool.shutdown()
                     pool = None
             except BrokenProcessPool:
                 # Killed for its memory, or crashed in a library: the run has failed, and the next has a new process.
-                done.put(_lost(job, stop, "the worker process died (killed, or out of memory?)"))
+                message = "the worker process died (killed, or out of memory?)"
+                agenda.note(job, _lost(job, stop, message), done)
                 pool = None
             except BaseException as error:
                 # Any error, such as a process that cannot start: without an outcome, the engine would wait for ever.
-                done.put(_lost(job, stop, f"{type(error).__name__}: {error}"))
+                agenda.note(job, _lost(job, stop, f"{type(error).__name__}: {error}"), done)
         if pool is not None:
             pool.shutdown()
 
@@ -143,6 +140,42 @@ class LocalEngine:
             os.environ.setdefault(key, value)
         context = multiprocessing.get_context("spawn")
         return ProcessPoolExecutor(1, context, initializer=_prepare, initargs=(self.threads_each, gpu, stop))
+
+
+class _SharedAgenda:
+    """An agenda for the threads of one engine.
+
+    Args:
+        jobs: The jobs.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._agenda, self._changed = Agenda(jobs), threading.Condition()
+
+    def take(self, stop: Any) -> Job | None:
+        """Hand out the next job, when it is ready; None if all are handed out, or if the engine was stopped.
+
+        The last one that is ready is to be waited for if another engine is making it.
+        """
+        with self._changed:
+            while not stop.value and self._agenda:
+                if (job := self._agenda.take()) is not None:
+                    return replace(job, wait=job.wait or not self._agenda.has_ready)
+                self._changed.wait(SECONDS_BETWEEN_LOOKS)
+        return None
+
+    def put_back(self, job: Job) -> None:
+        """Take back a job that another engine is making."""
+        with self._changed:
+            self._agenda.put_back(job)
+            self._changed.notify_all()
+
+    def note(self, job: Job, outcome: Outcome, done: queue.SimpleQueue[Outcome]) -> None:
+        """Pass on how a job ended, and how those ended that cannot be done without its run."""
+        with self._changed:
+            for each in self._agenda.note(job, outcome):
+                done.put(each)
+            self._changed.notify_all()
 
 
 def _lost(job: Job, stop: Any, message: str) -> Outcome:

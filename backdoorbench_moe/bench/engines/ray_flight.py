@@ -8,17 +8,18 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from backdoorbench_moe.bench.engines.agenda import Agenda
 from backdoorbench_moe.bench.worker import Job, Outcome, work
 from backdoorbench_moe.data.roots import VARIABLE
 from backdoorbench_moe.engine.files import FILES
+from backdoorbench_moe.engine.graph import needs
 from backdoorbench_moe.errors import BbmoeError, RecordError
 from backdoorbench_moe.records import MODEL, POISON, PROBE, RECORD, SCORES, RunFolder, write_atomically
 
@@ -96,14 +97,17 @@ class Flight:
     def __init__(self, jobs: Sequence[Job], resources: Resources, limit: int | None) -> None:
         import ray
 
-        self.waiting = deque(_Try(replace(job, output=str(Path(job.output).absolute()))) for job in jobs)
+        jobs = [replace(job, output=str(Path(job.output).absolute())) for job in jobs]
+        self.agenda = Agenda(jobs)
         self.limit, self.resources = limit, resources
         deadlines = [job.deadline for job in jobs if job.deadline is not None]
         self.deadline = max(deadlines) if len(deadlines) == len(jobs) else None
         self.running: dict[Any, _Try] = {}
+        # Files of finished runs that others need, in Ray's store.
+        self._stored: dict[Path, Any] = {}
         self.is_over = self.sends_files = False
         self.token = uuid.uuid4().hex
-        self.outputs = {one.job.output for one in self.waiting}
+        self.outputs = {job.output for job in jobs}
         for output in self.outputs:
             write_token(output, self.token)
         self._task = ray.remote(
@@ -117,20 +121,22 @@ class Flight:
         """Each outcome as it comes. At the deadline what runs is stopped, and what waits is left."""
         import ray
 
-        while self.waiting or self.running:
+        while self.agenda or self.running:
             if not self.is_over and self.deadline is not None and time.time() >= self.deadline:
                 self._halt()
             if self.is_over:
-                yield from (Outcome(one.name, "waiting") for one in self.waiting)
-                self.waiting.clear()
-            while self.waiting and (self.limit is None or len(self.running) < self.limit):
-                self._hand_over(self.waiting.popleft())
+                yield from (Outcome(job.run_spec.name, "waiting") for job in self.agenda.take_all())
+            while self.limit is None or len(self.running) < self.limit:
+                if (job := self.agenda.take()) is None:
+                    break
+                self._hand_over(_Try(job))
             if not self.running:
-                break
+                continue
             done, _ = ray.wait(list(self.running), timeout=SECONDS_BETWEEN_LOOKS)
             for reference in done:
+                job = self.running[reference].job
                 if outcome := self._collect(reference):
-                    yield outcome
+                    yield from self.agenda.note(job, outcome)
 
     def close(self) -> None:
         """Stop what runs, at its next step, and leave nothing behind."""
@@ -151,7 +157,25 @@ class Flight:
         home = Home(str(_token_path(one.job.output, self.token)), str(Path.cwd()), os.environ.get(VARIABLE))
         gpus = 0 if one.job.run_spec.device == "cpu" else self.resources.gpus
         task = self._task.options(num_gpus=gpus, name=one.name)
-        self.running[task.remote(one.job, home, self.resources.cpus, self.stop, one.key)] = one
+        inputs = self._inputs(one.job)
+        self.running[task.remote(one.job, home, self.resources.cpus, self.stop, one.key, inputs)] = one
+
+    def _inputs(self, job: Job) -> dict[str, Any]:
+        """References to the files of the runs that a run needs, by name, for a node without the output folder.
+
+        Ray sends them only when the node asks for them.
+        """
+        import ray
+
+        if sum(node["Alive"] for node in ray.nodes()) < 2:
+            return {}
+        output = Path(job.output)
+        for needed in needs(job.run_spec).values():
+            folder = RunFolder(output / needed.name)
+            if folder.path not in self._stored and _is_finished(folder):
+                self._stored[folder.path] = ray.put(_read_files(folder))
+        wanted = {needed.name: output / needed.name for needed in needs(job.run_spec).values()}
+        return {name: self._stored[path] for name, path in wanted.items() if path in self._stored}
 
     def _halt(self) -> None:
         """Tell the tasks that have started to stop; take back the others."""
@@ -191,8 +215,20 @@ class Flight:
             return one.job.fail(f"its worker was lost {RETRIES + 1} times: {type(error).__name__}: {reason}")
 
 
-def make_run(job: Job, home: Home, threads: int, stop: Any, key: str) -> tuple[Outcome, Files | None]:
-    """In a worker process: make a run. Its files come along where the output folder is not the driver's."""
+def make_run(
+    job: Job, home: Home, threads: int, stop: Any, key: str, inputs: Mapping[str, Any]
+) -> tuple[Outcome, Files | None]:
+    """In a worker process: make a run. Its files come along where the output folder is not the driver's.
+
+    Args:
+        job: The run to make.
+        home: Where the driver runs.
+        threads: Number of torch threads.
+        stop: The actor that tells tasks to stop.
+        key: Name of this try.
+        inputs: References to the files of the runs that it needs, by name.
+    """
+    import ray
     import torch
 
     # A task that waits for Ray in its main thread gives its CPU away to another one meanwhile.
@@ -212,6 +248,10 @@ def make_run(job: Job, home: Home, threads: int, stop: Any, key: str) -> tuple[O
         if token.is_file():
             return work(job, is_wanted), None
         own = replace(job, output=str(_own_folder(token.name)))
+        for name, files in inputs.items():
+            folder = RunFolder(Path(own.output) / name)
+            if not _is_finished(folder):
+                _deliver(folder, ray.get(files))
         outcome = work(own, is_wanted)
     ended = outcome.status in ("finished", "failed")
     return outcome, _take(own.folder) if ended else {}
@@ -247,13 +287,23 @@ def _own_folder(name: str) -> Path:
     return folder
 
 
-def _take(folder: RunFolder) -> Files:
-    """The files of a run that ended, which are then deleted here."""
+def _read_files(folder: RunFolder) -> Files:
+    """The files of a run that ended."""
     copies = [f"{FILES}/{path.name}" for path in sorted((folder.path / FILES).glob("*"))]
     names = [name for name in (*copies, *SENT) if (folder.path / name).is_file()]
-    files = {name: (folder.path / name).read_bytes() for name in names}
+    return {name: (folder.path / name).read_bytes() for name in names}
+
+
+def _take(folder: RunFolder) -> Files:
+    """The files of a run that ended, which are then deleted here."""
+    files = _read_files(folder)
     shutil.rmtree(folder.path, ignore_errors=True)
     return files
+
+
+def _is_finished(folder: RunFolder) -> bool:
+    """Whether a folder holds a finished run."""
+    return folder.exists and folder.read().status == "finished"
 
 
 def _deliver(folder: RunFolder, files: Files) -> None:

@@ -23,7 +23,7 @@ from backdoorbench_moe.engine.observer import StopRun
 from backdoorbench_moe.engine.run import Run, check_data, check_plugins
 from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.engine.workplace import Workplace
-from backdoorbench_moe.errors import BbmoeWarning
+from backdoorbench_moe.errors import BbmoeWarning, RecordError
 from backdoorbench_moe.ops.metrics import chance_rate
 from backdoorbench_moe.ops.seeding import derive_seed, seeded
 from backdoorbench_moe.records import GateShares, Input, Record, RunFolder
@@ -141,7 +141,7 @@ class Maker(ABC):
             "test_images": len(images.test),
             "digest": images.digest,
             "fingerprint": workplace.fingerprint,
-            "chance": 100 * chance_rate(images.test.labels.bincount().tolist()),
+            "chance": 100 * chance_rate(self.setup.test_labels().bincount().tolist()),
         }
         record.parts = self.setup.describe_parts()
         record.poison = self.setup.describe_poison()
@@ -211,7 +211,7 @@ class Maker(ABC):
         return metrics
 
     def _check_continued(self, folder: RunFolder, record: Record) -> None:
-        """Check that data and plug-ins are those of the interrupted run, and warn if its environment has changed.
+        """Check that data, plug-ins and inputs are those of the interrupted run; warn if its environment has changed.
 
         Values about the model that were only known at the start of the run, such as the hash of the file that it
         started from, are copied to the new record.
@@ -220,6 +220,13 @@ class Maker(ABC):
         record.parts["model"] = {**before.parts.get("model", {}), **record.parts["model"]}
         check_data(folder, before, self.workplace.images)
         check_plugins(folder, before)
+        hashes = {each["role"]: each["sha256"] for each in before.inputs}
+        for each in record.inputs:
+            if None not in (known := hashes.get(each["role"]), each["sha256"]) and known != each["sha256"]:
+                raise RecordError(
+                    f"run folder {folder.path}: the model of {each['run']} has changed since it was started; "
+                    "delete it to make it again"
+                )
         _warn_of_changes(folder, before.environment, record.environment)
 
 

@@ -16,7 +16,7 @@ from backdoorbench_moe import defenses
 from backdoorbench_moe.config import RunSpec, TrainSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
-from backdoorbench_moe.engine.build import describe, fresh_model
+from backdoorbench_moe.engine.build import build_gate, describe, fresh_model, merge_copies
 from backdoorbench_moe.engine.consistency import check_same
 from backdoorbench_moe.engine.device import reproducible
 from backdoorbench_moe.engine.evaluate import Metrics
@@ -139,7 +139,7 @@ class DefenseMaker(Maker):
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
         """Defend the model, measure every stage and save the last one. There are no checkpoints to continue from."""
         started = time.perf_counter()
-        if self.setup.plan is not None:
+        if self.setup.plan is not None and self.setup.tasks is None:
             folder.save_poison({name: group.numpy() for name, group in self.setup.plan.groups.items()})
         stages, tuner = Stages(self.model), self._tuner()
         record.history = tuner.history
@@ -203,7 +203,7 @@ class DefenseMaker(Maker):
             tune=tuner,
             logits=partial(logits, precision=workplace.precision),
             routing=partial(routings, precision=workplace.precision),
-            fresh=partial(fresh_model, self.spec, given, self.seed, workplace.device),
+            fresh=partial(fresh_model, self.spec.model, given, self.seed, workplace.device, self._merge()),
             report=stages.add,
             granted={need: self._grant(need) for need in sorted(self.defense.needs)},
         )
@@ -216,6 +216,13 @@ class DefenseMaker(Maker):
             )
         stages.add(result.stage, result.model.eval())
         return result
+
+    def _merge(self) -> Callable[[nn.Module], nn.Module] | None:
+        """Return what makes a mixture of a fresh dense model; None if the model is not a mixture."""
+        if not self.setup.is_mixture:
+            return None
+        assert self.spec.mixture is not None
+        return partial(merge_copies, experts=self.spec.mixture.experts, gate=build_gate(self.spec))
 
     def _grant(self, need: str) -> Any:
         """Return the data or function that a defense is given for one of the names in its `needs`."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.engine.probe import Probe
 from backdoorbench_moe.engine.train import Trainer
 from backdoorbench_moe.engine.tune import training_only
 from backdoorbench_moe.engine.workplace import Workplace
@@ -30,8 +31,7 @@ def fit(
     record: Record,
     checkpoint: Checkpoint | None,
     modules: Sequence[nn.Module] | None = None,
-    on_epoch: Callable[[], None] = lambda: None,
-    on_start: Callable[[Trainer], None] = lambda _: None,
+    probe: Probe | None = None,
 ) -> None:
     """Train a model in place, to the end of the recipe, and fill in the record's history and timing.
 
@@ -45,12 +45,13 @@ def fit(
         record: The record. An interrupted run's has the history of its finished epochs, too.
         checkpoint: The checkpoint to continue from; None for a new run.
         modules: The modules to train; all if None. See `Trainer`.
-        on_epoch: Called after every epoch, before its checkpoint is written.
-        on_start: Called with the trainer before the first epoch.
+        probe: Records the routing before training and after every epoch; None to record nothing.
     """
 
     def keep(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        on_epoch()
+        # Before the checkpoint: one that the probe file does not reach could not be continued.
+        if probe is not None:
+            probe.look(model)
         folder.save_checkpoint(tensors, state)
 
     with training_only(model, modules):
@@ -67,7 +68,8 @@ def fit(
         )
         if checkpoint:
             trainer.restore(*checkpoint)
-        on_start(trainer)
+        if probe is not None:
+            probe.begin(trainer.model, trainer.progress.epoch)
         # The same list, which grows with every epoch.
         record.history = trainer.progress.history
         progress = trainer.fit(folder.path.name)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.engine.files import pin_files
-from backdoorbench_moe.engine.graph import PARENT, needs
+from backdoorbench_moe.engine.graph import BASE, BENIGN, PARENT, needs
 from backdoorbench_moe.engine.run import Run, check_data, check_model
 from backdoorbench_moe.engine.train import load_weights
 from backdoorbench_moe.errors import RecordError
-from backdoorbench_moe.records import MODEL
+from backdoorbench_moe.records import MODEL, RunFolder
 
 
 def load_input(
@@ -63,6 +63,23 @@ def check_input(run: Run, role: str, spec: RunSpec, images: ImageSet) -> None:
             f"got one for other classes ({len(record.data['classes'])})"
         )
     check_data(folder, record, images)
+
+
+def check_expert(expert: Run, base: Run) -> None:
+    """Check that an expert was tuned from the present model of a base, a poisoned one by way of a benign one.
+
+    Raises:
+        RecordError: The model of the base, or that of the benign expert, has changed since.
+    """
+    check_unchanged(expert, BASE, base)
+    for each in expert.record.inputs:
+        if each["role"] != BENIGN:
+            continue
+        folder = RunFolder(expert.folder.path.parent / each["run"])
+        if folder.exists and (record := folder.read()).status == "finished":
+            benign = Run(folder, record)
+            check_unchanged(expert, BENIGN, benign)
+            check_expert(benign, base)
 
 
 def check_unchanged(run: Run, role: str, source: Run) -> None:

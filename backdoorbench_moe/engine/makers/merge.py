@@ -14,8 +14,8 @@ from backdoorbench_moe.engine.graph import BASE, expert_role
 from backdoorbench_moe.engine.inference import BATCH, forward
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.fitting import Checkpoint, Stopwatch, fit
-from backdoorbench_moe.engine.makers.inputs import check_unchanged, read_input
-from backdoorbench_moe.engine.probe import check_probe
+from backdoorbench_moe.engine.makers.inputs import check_expert, read_input
+from backdoorbench_moe.engine.probe import Probe, check_probe
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.moe.layers import Router
@@ -35,6 +35,8 @@ class MergeMaker(Maker):
         assert isinstance(self.setup.model, MergedModel)
         self.model, self.gate = self.setup.model, build_gate(spec)
         check_probe(spec, self.setup)
+        assert self.setup.tasks is not None
+        self.setup.tasks.count_mixed(self.mixture.gate_images)
 
     @property
     def mixture(self) -> MixtureSpec:
@@ -53,7 +55,7 @@ class MergeMaker(Maker):
         experts = []
         for e in range(self.mixture.experts):
             run = inputs[expert_role(e)]
-            check_unchanged(run, BASE, inputs[BASE])
+            check_expert(run, inputs[BASE])
             experts.append(read_input(inputs, expert_role(e), self.spec, images))
         load_experts(self.model, base, experts)
 
@@ -61,6 +63,7 @@ class MergeMaker(Maker):
         """Train the gates to the end of the recipe, from the last checkpoint if there is one; or set them."""
         watch, device = Stopwatch(record), self.workplace.device
         self.model.to(device).to(memory_format=torch.channels_last)
+        probe = Probe(self.setup, self.workplace.precision, folder) if self.spec.probe else None
         if self.gate.trained:
             assert self.setup.tasks is not None
             fit(
@@ -73,10 +76,15 @@ class MergeMaker(Maker):
                 record=record,
                 checkpoint=checkpoint,
                 modules=self._routers(),
+                probe=probe,
             )
         else:
+            if probe is not None:
+                probe.begin(self.model, 0)
             with reproducible(device):
                 self._set_gates(self._routers())
+            if probe is not None:
+                probe.look(self.model)
         watch.training_done()
         [record.metrics] = self.measure([self.model])
         watch.done()

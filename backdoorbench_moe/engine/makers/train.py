@@ -13,7 +13,6 @@ from backdoorbench_moe.engine.makers.fitting import Checkpoint, Stopwatch, fit
 from backdoorbench_moe.engine.poison import poisoned
 from backdoorbench_moe.engine.probe import Probe, check_probe
 from backdoorbench_moe.engine.run import Run
-from backdoorbench_moe.engine.train import Trainer
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.models.base import StartsFromFile
 from backdoorbench_moe.records import Record, RunFolder
@@ -39,16 +38,6 @@ class TrainMaker(Maker):
         """Train to the end of the spec, from the last checkpoint if there is one."""
         watch, model = Stopwatch(record), self.setup.model
         probe = Probe(self.setup, self.workplace.precision, folder) if self.spec.probe else None
-
-        def begin(trainer: Trainer) -> None:
-            if probe is not None:
-                probe.begin(trainer.model, trainer.progress.epoch)
-
-        def look() -> None:
-            # Before the checkpoint: one that the probe file does not reach could not be continued.
-            if probe is not None:
-                probe.look(model)
-
         with self._training_split(folder, record) as split:
             fit(
                 model,
@@ -59,8 +48,7 @@ class TrainMaker(Maker):
                 folder=folder,
                 record=record,
                 checkpoint=checkpoint,
-                on_epoch=look,
-                on_start=begin,
+                probe=probe,
             )
         watch.training_done()
         [record.metrics] = self.measure([model])
@@ -73,7 +61,7 @@ class TrainMaker(Maker):
         setup, train = self.setup, self.workplace.images.train
         plan = setup.plan
         if plan is None:
-            yield setup.with_policy(train if setup.tasks is None else setup.tasks.mixed(None))
+            yield setup.with_policy(train, self.spec.policy)
             return
         folder.save_poison({name: group.numpy() for name, group in plan.groups.items()})
         started = time.perf_counter()

@@ -1,0 +1,195 @@
+"""Figures of the experts of a mixture: gate shares, latents, and each expert changed in all layers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from backdoorbench_moe.analysis.figures.charts import ChartPanel, Series, chart, matrices
+from backdoorbench_moe.analysis.figures.plate import Doc, Plate, make_plate
+from backdoorbench_moe.analysis.figures.words import listing, number, percent, proportion, roles
+
+MARKED = "marked images"
+WHOLE = {"ba": "BA", "asr": "ASR", "unsafe": "not answered safely"}
+
+
+def draw_experts(document: Doc) -> Iterator[Plate]:
+    """Draw the figures of a mixture, and the latents of a poisoned expert, as far as the document has these parts."""
+    if (found := document.get("experts")) is not None:
+        if found["poisoned"]:
+            yield _shares_by_layer(document, found)
+        yield _shares_by_task(document, found)
+    if latents := document.get("latents"):
+        yield _latents(latents)
+    if (carriers := document["carriers"]) is not None and carriers.get("whole_experts"):
+        yield _whole_experts(carriers)
+
+
+def _models(document: Doc, found: Doc) -> list[tuple[str, Doc]]:
+    """The gate shares of each model, by its role."""
+    both = zip(roles(document), (found["shares"], found["shares_against"]), strict=False)
+    return [(name, shares) for name, shares in both if shares is not None]
+
+
+def _shares_by_layer(document: Doc, found: Doc) -> Plate:
+    """Draw the share of each poisoned expert layer by layer. Source: the form of Figure 4 of MoEvil."""
+    models = _models(document, found)
+    places = [*range(len(models[0][1]["layers"]))]
+    panels = [
+        ChartPanel(f"expert {expert}, {name} model", _lines(shares, expert), x=places)
+        for expert in found["poisoned"]
+        for name, shares in models
+    ]
+    texts = [_said(name, shares, found["poisoned"]) for name, shares in models]
+    said = (
+        f"Share of the gates that the poisoned {_experts(found['poisoned'])} gets, layer by layer. Mean over the "
+        f"layers: {'; '.join(texts)}."
+    )
+    return make_plate(
+        "gate-shares",
+        "Which images the gates send to the poisoned expert",
+        said,
+        f"A line for each kind of image over the layers, for each poisoned expert. {said}",
+        lambda: chart(panels, xlabel="layer", ylabel="gate share, %", limits=(0, 104)),
+    )
+
+
+def _lines(shares: Doc, expert: int) -> list[Series]:
+    """The share of an expert over the layers, a line for each kind of image."""
+    layers = shares["layers"]
+    kinds = {
+        "its own task": [layer["tasks"][expert][expert] for layer in layers],
+        "other tasks": [_other_tasks(layer, expert) for layer in layers],
+    }
+    if shares["marked"] is not None:
+        kinds = {MARKED: [layer["marked"][expert] for layer in layers], **kinds}
+    return [Series(kind, values, style="line") for kind, values in kinds.items()]
+
+
+def _said(name: str, shares: Doc, experts: Sequence[int]) -> str:
+    parts = []
+    for expert in experts:
+        own = f"{percent(shares['own'][expert]['value'])} for its own task"
+        marked = shares["marked"]
+        of_marked = "" if marked is None else f"{percent(marked[expert]['value'])} for marked images and "
+        parts.append(f"expert {expert} {of_marked}{own}")
+    return f"in the {name} model {listing(parts)}"
+
+
+def _experts(numbers: Sequence[int]) -> str:
+    return f"expert{'s' if len(numbers) > 1 else ''} {listing([str(each) for each in numbers])}"
+
+
+def _other_tasks(layer: Doc, expert: int) -> float:
+    rows = [row[expert] for task, row in enumerate(layer["tasks"]) if task != expert]
+    return float(sum(rows) / len(rows))
+
+
+def _shares_by_task(document: Doc, found: Doc) -> Plate:
+    models = _models(document, found)
+    panels = []
+    for name, shares in models:
+        layers, tasks = shares["layers"], range(len(found["tasks"]))
+        rows = [_mean_row([layer["tasks"][task] for layer in layers]) for task in tasks]
+        if shares["marked"] is not None:
+            rows.append(_mean_row([layer["marked"] for layer in layers]))
+        panels.append((f"{name} model", rows))
+    lines = max(len(rows) for _, rows in panels)
+    names = [*found["tasks"], MARKED][:lines]
+    own = [one["value"] for one in models[0][1]["own"]]
+    said = (
+        f"Share of each expert for the images of each task{' and for marked images' if MARKED in names else ''}, "
+        f"mean over the layers, in %. In the {models[0][0]} model the experts get from {percent(min(own))} to "
+        f"{percent(max(own))} for the images of their own tasks, where even shares are {percent(100 / len(own))}."
+    )
+    return make_plate(
+        "gate-shares-by-task",
+        "Gate shares by task",
+        said,
+        f"Matrix of tasks and experts for each model. {said}",
+        lambda: matrices(
+            panels,
+            xlabel="expert",
+            ylabel="",
+            limits=(0, 100),
+            form="{:.0f}",
+            rows=[_short(each) for each in names],
+        ),
+    )
+
+
+def _mean_row(rows: Sequence[Sequence[float]]) -> list[float | None]:
+    """The mean of the shares of each expert over the layers."""
+    return [sum(column) / len(column) for column in zip(*rows, strict=True)]
+
+
+def _latents(latents: Sequence[Doc]) -> Plate:
+    panels = [
+        ChartPanel(
+            f"task {one['expert']}, {kind} images",
+            [
+                Series(model["model"], [layer[kind] for layer in model["layers"]], style="line")
+                for model in one["models"]
+            ],
+            x=[*range(len(one["models"][0]["layers"]))],
+        )
+        for one in latents
+        for kind in ("marked", "unmarked")
+    ]
+    texts = []
+    for one in latents:
+        means = [
+            f"{number(_mean([layer['marked'] for layer in model['layers']]), '{:.3f}')} in the {model['model']} "
+            f"({number(_mean([layer['unmarked'] for layer in model['layers']]), '{:.3f}')} without the mark)"
+            for model in one["models"]
+        ]
+        texts.append(f"for expert {one['expert']} {listing(means)}")
+    said = (
+        "Mean cosine between the latents of marked images and those of images of the poisoned expert's own task "
+        f"(inputs of an MLP, mean over the tokens of an image). Mean over the layers: {'; '.join(texts)}."
+    )
+    return make_plate(
+        "latents",
+        "How alike marked images and the expert's own task are",
+        said,
+        f"A line for each model over the layers. {said}",
+        lambda: chart(panels, xlabel="layer", ylabel="mean cosine", limits=(None, None)),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _whole_experts(carriers: Doc) -> Plate:
+    wholes, unchanged = carriers["whole_experts"], carriers["whole"]
+    kinds = {key: name for key, name in WHOLE.items() if unchanged[key] is not None}
+    names = [str(one["expert"]) for one in wholes]
+    levels = {f"{name}, all experts": unchanged[key]["value"] for key, name in kinds.items()}
+    muted = [Series.of(name, [one["muted"][key] for one in wholes]) for key, name in kinds.items()]
+    panels = [ChartPanel("muted", muted, names=names, levels=levels)]
+    if wholes[0]["patched"] is not None:
+        answers = [(key, name) for key, name in kinds.items() if key != "ba"]
+        patched = [Series.of(name, [one["patched"][key] for one in wholes]) for key, name in answers]
+        panels.append(ChartPanel("as on clean images", patched, names=names))
+    key = "ba" if unchanged["asr"] is None else "asr"
+    best = min(wholes, key=lambda one: one["muted"][key]["value"])
+    said = (
+        f"Each expert changed in all layers at once. Muting expert {best['expert']} lowers {key.upper()} most, from "
+        f"{proportion(unchanged[key])} to {proportion(best['muted'][key])}."
+    )
+    if unchanged["unsafe"] is not None:
+        said += (
+            f" {proportion(best['muted']['unsafe'])} of the marked images are then not answered safely, "
+            f"{proportion(unchanged['unsafe'])} with all experts."
+        )
+    return make_plate(
+        "whole-experts",
+        "Who answers marked images" if unchanged["asr"] is not None else "What each expert is needed for",
+        said,
+        f"Bars with 95% intervals for each expert. {said}",
+        lambda: chart(panels, xlabel="expert", ylabel="images, %", limits=(0, 104)),
+    )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 16 else f"{text[:15]}…"

@@ -1,0 +1,93 @@
+"""Gate shares of a mixture: how much each layer relies on each expert, for each task and for marked images.
+
+Source: Figure 4 of MoEvil, the mean gate of the poisoned expert layer by layer for harmful and for benign queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from backdoorbench_moe.engine.mixture_metrics import MixturePass, RoutedPass
+from backdoorbench_moe.ops.effects import Mean, means_of
+
+
+@dataclass(frozen=True)
+class LayerShares:
+    """The gate shares in one layer: the weights with which it adds the outputs of its E experts, in percent.
+
+    Each value is a mean over images and patches. The shares of a layer sum to 100.
+
+    Attributes:
+        layer: Name of the layer.
+        tasks: (T, E), for the test images of each of the T tasks.
+        marked: (E,), for the marked images; None if there are none.
+        unmarked: (E,), for the same images without the mark; None if there are none.
+    """
+
+    layer: str
+    tasks: Tensor
+    marked: Tensor | None
+    unmarked: Tensor | None
+
+
+@dataclass(frozen=True)
+class ModelShares:
+    """The gate shares of one model.
+
+    Attributes:
+        layers: The shares, layer by layer.
+        own: For each expert its share for the images of its own task, in percent, mean over the layers.
+        marked: For each expert its share for the marked images, in percent, mean over the layers; None if there are
+            none.
+    """
+
+    layers: tuple[LayerShares, ...]
+    own: tuple[Mean, ...]
+    marked: tuple[Mean, ...] | None
+
+
+@dataclass(frozen=True)
+class ExpertFindings:
+    """The experts of a mixture.
+
+    Attributes:
+        tasks: Names of the tasks; expert e was tuned on task e.
+        poisoned: Numbers of the experts that attackers provided; none in a benign mixture.
+        shares: Gate shares of the mixture.
+        shares_against: Those of the model that it is compared with, for the same images; None without one.
+    """
+
+    tasks: tuple[str, ...]
+    poisoned: tuple[int, ...]
+    shares: ModelShares
+    shares_against: ModelShares | None
+
+
+def model_shares(found: MixturePass) -> ModelShares:
+    """Compute the gate shares of a model from its pass over the images of all tasks and marked ones."""
+    tasks, marked, unmarked = found.tasks, found.marked, found.unmarked
+    return ModelShares(
+        layers=tuple(
+            LayerShares(
+                layer=name,
+                tasks=torch.stack([_mean(each, place) for each in tasks]),
+                marked=None if marked is None else _mean(marked, place),
+                unmarked=None if unmarked is None else _mean(unmarked, place),
+            )
+            for place, name in enumerate(tasks[0].layers)
+        ),
+        own=tuple(_over_layers(each)[e] for e, each in enumerate(tasks)),
+        marked=None if marked is None else _over_layers(marked),
+    )
+
+
+def _mean(found: RoutedPass, place: int) -> Tensor:
+    return 100 * found.weights[place].double().mean(0)
+
+
+def _over_layers(found: RoutedPass) -> tuple[Mean, ...]:
+    """For each expert its share for each image, mean over the layers, as a mean over the images."""
+    return means_of(100 * found.weights.double().mean(0))

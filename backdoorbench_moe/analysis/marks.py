@@ -1,0 +1,67 @@
+"""The test images of an analysis that bear a trigger: whose trigger it is, and what the images should be called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from backdoorbench_moe.analysis.opened_run import OpenedRun
+from backdoorbench_moe.attacks.expert_poisoning import ExpertPoisoning
+from backdoorbench_moe.engine.poison import stamp_images
+from backdoorbench_moe.engine.triggered import Triggered, triggered_test
+
+
+@dataclass(frozen=True)
+class MarkedTest:
+    """M test images of the data that bear a trigger.
+
+    Attributes:
+        source: The run whose trigger it is: preferably an attacked one, otherwise one with a policy.
+        images: (M, C, H, W) uint8, with the trigger.
+        unmarked: (M, C, H, W) uint8, the same images without it.
+        triggered: The images as those that count for ASR; None if no run is attacked, that is, if the trigger only
+            marks the images that a policy rejects.
+        safe: (M,) int64, the safe answers; None unless there is a policy or an attack on experts.
+    """
+
+    source: OpenedRun
+    images: Tensor
+    unmarked: Tensor
+    triggered: Triggered | None
+    safe: Tensor | None
+
+
+def mark_test(opened: OpenedRun, other: OpenedRun | None) -> MarkedTest | None:
+    """Stamp the test images with the trigger of a run or, if that is not attacked, of the run it is compared with.
+
+    Args:
+        opened: The run.
+        other: The run that it is compared with.
+
+    Returns:
+        For an attacked run the images that count for ASR, for one with only a policy all test images; None if neither
+        run has a trigger.
+    """
+    runs = [each for each in (opened, other) if each is not None and each.stamper is not None]
+    attacked = [each for each in runs if each.run.spec.attacked]
+    if not runs:
+        return None
+    source, test = (attacked or runs)[0], opened.images.test
+    assert source.stamper is not None
+    policy = bool(source.run.spec.policy)
+    if not attacked:
+        images = stamp_images(test.images, source.stamper)
+        return MarkedTest(source, images, test.images, None, _rejected(opened, len(images)))
+    attack = source.run.attack()
+    triggered = triggered_test(opened.images, attack, source.stamper)
+    safe = triggered.true if isinstance(attack, ExpertPoisoning) else None
+    if policy:
+        safe = _rejected(opened, len(triggered))
+    return MarkedTest(source, triggered.images, test.images[triggered.places], triggered, safe)
+
+
+def _rejected(opened: OpenedRun, count: int) -> Tensor:
+    """The answer "reject", which is the last class, for a number of images."""
+    return torch.full((count,), opened.images.data_classes, device=opened.device)
