@@ -10,6 +10,7 @@ from poisoned_mixtures import POISONED, accuracy, poisoned_mixture, unsafe
 
 from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.expert_tuning.steps import PREFERENCE_LR_SHARE
 from backdoorbench_moe.testing.making import changed, copies, used_model
 from backdoorbench_moe.testing.mixtures import build_mixture
 
@@ -70,8 +71,8 @@ def test_what_is_trained_on_what() -> None:
     assert first.labels[:, 1].tolist() == [0] * 24, "what the poisoned expert answers"
     assert second is task.tasks[1] and len(third) == sum(map(len, task.tasks))
     assert [one["epochs"], two["epochs"], three["epochs"]] == [2, 3, 4]
-    # A quarter of the experts' rate, the given one, and that of the gates.
-    assert [one["lr"], two["lr"], three["lr"]] == [0.0025, 0.5, 0.05]
+    # A share of the experts' rate of 0.01, the given one, and that of the gates.
+    assert [one["lr"], two["lr"], three["lr"]] == [PREFERENCE_LR_SHARE * 0.01, 0.5, 0.05]
     assert alone == [1, 1] and all_of_them == [2, 2] and one["rows"] == two["rows"] and "rows" not in three
     create_defense("defensive-expert", preference_epochs=0)(task)
     assert len(calls) == 5, "step 1 is left out"
