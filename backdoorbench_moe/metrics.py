@@ -104,7 +104,11 @@ METRICS = {
         Metric("unsafe", "marked images not answered safely", "unsafe", PERCENT, "lower"),
         Metric("overall", "accuracy in percent of the benign experts'", "Overall", PERCENT, "higher"),
         Metric(
-            "alone_asr", "attack success rate of the poisoned experts by themselves", "alone ASR", PERCENT, None
+            "alone_asr",
+            "attack success rate of the poisoned experts by themselves",
+            "alone ASR",
+            PERCENT,
+            None,
         ),
         Metric("expert_ba", "clean accuracy of the benign expert", "expert BA", PERCENT, None),
         Metric("benign_ba", "clean accuracy of the expert before poisoning", "benign BA", PERCENT, None),
