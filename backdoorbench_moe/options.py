@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -212,9 +213,15 @@ def convert_fields(spec: object, prefix: str, names: Iterable[str]) -> None:
     Raises:
         ConfigError: A value does not have the type.
     """
-    hints = get_type_hints(type(spec))
+    hints = _hints(type(spec))
     for name in names:
         object.__setattr__(spec, name, convert(getattr(spec, name), hints[name], f"{prefix}{name}"))
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The annotated types of a class. To resolve them takes most of the time in which a spec is made."""
+    return get_type_hints(kind)
 
 
 def _convert_tuple(value: object, arguments: tuple[Any, ...], parameter: str) -> tuple[Any, ...]:

@@ -15,15 +15,16 @@ def test_every_metric_has_a_name_a_unit_and_a_direction() -> None:
     for key, one in METRICS.items():
         assert metric(key) == one
         assert one.name and one.short and one.unit in ("%", "percentage points", "s")
-        # Only what describes another model has no direction.
-        assert (one.better is None) == key.startswith("twin_")
+        # Only what describes another model has no direction, and shares of the gates for clean images.
+        other = key.startswith("twin_") or key in ("expert_ba", "benign_ba")
+        assert (one.better is None) == (other or key in ("own_share", "clean_share"))
     assert (
         len({one.name for one in METRICS.values()})
         == len({one.short for one in METRICS.values()})
         == len(METRICS)
     )
     assert {key for key, one in METRICS.items() if one.better == "lower"} == {
-        "asr", "target_rate", "cad", "fpr", "seconds"
+        "asr", "target_rate", "cad", "unsafe", "harm_share", "fpr", "seconds"
     }  # fmt: skip
 
 

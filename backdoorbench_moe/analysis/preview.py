@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import textwrap
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from backdoorbench_moe.analysis.opened_run import draw_images, load_run_images
 from backdoorbench_moe.config import RunSpec
-from backdoorbench_moe.data.base import ImageSet
+from backdoorbench_moe.data.base import ImageSet, Split
 from backdoorbench_moe.engine.build import (
     Stamper,
     build_dataset,
@@ -26,6 +27,7 @@ from backdoorbench_moe.engine.inference import as_input
 from backdoorbench_moe.engine.names import check_names
 from backdoorbench_moe.engine.poison import stamp_images
 from backdoorbench_moe.engine.run import Run, check_finished
+from backdoorbench_moe.engine.tasks import Tasks
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.ops.quality import psnr, ssim
@@ -60,6 +62,8 @@ class Preview:
         ssim: (N,) SSIM, at most 1.
         selected: (N, E, rows, columns) bool, the tiles of the triggered image that each expert of the last routed
             layer selects; None without a trained routed model.
+        tasks: For a mixture, its base or its experts, (N, 3, S, S) uint8 by the name of each task: the images as they
+            are in that task, dimmed if they do not belong to it.
     """
 
     title: str
@@ -70,6 +74,7 @@ class Preview:
     psnr: Tensor
     ssim: Tensor
     selected: Tensor | None = None
+    tasks: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def mean_psnr(self) -> float:
@@ -208,6 +213,9 @@ def _stamp(spec: RunSpec, data: ImageSet, stamper: Stamper, count: int, name: st
     indices = draw_images(split.labels, count, spec.seed)
     clean = split.images[indices]
     triggered = stamp_images(clean, stamper)
+    tasks = (
+        {} if spec.splitter is None else _by_task(Tasks(spec, data), split, indices, training=name == "train")
+    )
     assert spec.trigger is not None and spec.applicator is not None
     options = ", ".join(f"{key} {value}" for key, value in describe(stamper.applicator).items())
     place = f"{spec.applicator.name} ({options})" if options else spec.applicator.name
@@ -219,7 +227,25 @@ def _stamp(spec: RunSpec, data: ImageSet, stamper: Stamper, count: int, name: st
         triggered=triggered,
         psnr=psnr(as_input(clean), as_input(triggered)),
         ssim=ssim(as_input(clean), as_input(triggered)),
+        tasks=tasks,
     )
+
+
+def _by_task(tasks: Tasks, split: Split, indices: Tensor, *, training: bool) -> dict[str, Tensor]:
+    """Return images as each task has them, dimmed if they do not belong to it, by the name of the task."""
+    found = {}
+    for number, name in zip(tasks.numbers, tasks.names, strict=True):
+        shown = tasks.splitter.transform_images(split.images[indices], number)
+        members = tasks.splitter.find_members(
+            split.labels,
+            number,
+            num_classes=tasks.images.data_classes,
+            seed=tasks.spec.seed,
+            training=training,
+        )
+        brightness = torch.where(torch.isin(indices, members), 1.0, DIMMED)
+        found[name] = _to_uint8(shown * brightness[:, None, None, None])
+    return found
 
 
 def _columns(preview: Preview, amplify: float) -> dict[str, Tensor]:
@@ -230,6 +256,7 @@ def _columns(preview: Preview, amplify: float) -> dict[str, Tensor]:
         "triggered": preview.triggered,
         f"difference × {amplify:g}": _to_uint8((triggered - clean).abs() * amplify),
     }
+    columns |= {f"task {name}": pictures for name, pictures in preview.tasks.items()}
     if preview.selected is not None:
         height, width = triggered.shape[-2:]
         rows, tiles = preview.selected.shape[-2:]

@@ -43,8 +43,9 @@ def command(
 ) -> None:
     """Draw what a trigger does to images: clean, triggered and the amplified difference, as a PNG file.
 
-    With --run, further columns show what each expert of a routed model saw: the tiles it did not select
-    are dimmed.
+    For a mixture of experts, further columns show the images as each task has them; they are dimmed if they do not
+    belong to the task. With --run, columns show what each expert of a routed model saw: the tiles it did not select are
+    dimmed.
     """
     if run is None:
         spec = spec_from_flags(config, settings, flags)
@@ -87,6 +88,7 @@ def _document(preview: Preview, output: Path) -> dict[str, Any]:
         ],
         "mean": {"psnr": _finite(preview.mean_psnr), "ssim": preview.mean_ssim},
         "experts": None if preview.selected is None else preview.selected.shape[1],
+        "tasks": list(preview.tasks),
     }
 
 

@@ -114,13 +114,14 @@ def print_defended(run: Run) -> None:
 def print_stages(console: Console, record: Record) -> None:
     """Print the stages of a defense, how well its input filter finds triggered images, and its judgements."""
     console.print(stages_table(record))
-    rates = [
-        f"{stage['name']} {found['value']:.2f}"
-        for stage in record.stages
-        if (found := stage["metrics"].get("target_rate")) is not None
-    ]
-    if rates:
-        console.print(f"{METRICS['target_rate'].title}: {', '.join(rates)}", markup=False)
+    for name in ("target_rate", "unsafe"):
+        rates = [
+            f"{stage['name']} {found['value']:.2f}"
+            for stage in record.stages
+            if (found := stage["metrics"].get(name)) is not None
+        ]
+        if rates:
+            console.print(f"{METRICS[name].title}: {', '.join(rates)}", markup=False)
     for name in FILTER_METRICS:
         if (found := record.metrics.get(name)) is not None:
             shown = _value(record.metrics, name, interval=True)

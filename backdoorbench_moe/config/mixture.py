@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from backdoorbench_moe.config.merge import Values
+from backdoorbench_moe.config.shorthand import read_rate
 from backdoorbench_moe.config.train import TrainSpec
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.options import convert_fields
@@ -22,6 +23,8 @@ class MixtureSpec:
     Args:
         experts: Number of experts E, at least 2. Expert e is tuned on task e of the splitter.
         poisoned_experts: The experts that attackers provide, by number; none in a benign mixture.
+        expert_policy: Marked images in the tuning of an expert, as a share of the images of its task, in [0, 1); 0 for
+            none, so that an expert keeps to the policy only as far as it does not forget it.
         expert_train: How each expert is tuned from the base. Attacks on experts use these settings, too.
         gate_train: How the gates are trained.
         gate_images: Number of training images of each task that the gates are trained on; None for 1 / E of the
@@ -34,12 +37,14 @@ class MixtureSpec:
 
     experts: int = 4
     poisoned_experts: tuple[int, ...] = ()
+    expert_policy: float = 0.0
     expert_train: TrainSpec = field(default_factory=lambda: TrainSpec(epochs=2))
     gate_train: TrainSpec = field(default_factory=lambda: TrainSpec(epochs=2))
     gate_images: int | None = None
     task: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "expert_policy", read_rate("mixture.expert_policy", self.expert_policy))
         plain_fields = (item.name for item in fields(self) if item.name not in TRAININGS)
         convert_fields(self, "mixture.", plain_fields)
         if self.experts < 2:
@@ -53,6 +58,8 @@ class MixtureSpec:
         if len(set(poisoned)) != len(poisoned):
             raise ConfigError.expected("mixture.poisoned_experts", "each expert once", poisoned)
         object.__setattr__(self, "poisoned_experts", tuple(sorted(poisoned)))
+        if not 0 <= self.expert_policy < 1:
+            raise ConfigError.expected("mixture.expert_policy", "a number in [0, 1)", self.expert_policy)
         if self.gate_images is not None and self.gate_images < 1:
             raise ConfigError.expected("mixture.gate_images", "a number of at least 1", self.gate_images)
         if self.task is not None and self.task < 0:
@@ -60,13 +67,13 @@ class MixtureSpec:
 
     def for_task(self, task: int) -> MixtureSpec:
         """Return what of the mixture decides about the expert of one task: the tuning, and nothing of the merge."""
-        return replace(MixtureSpec(expert_train=self.expert_train), task=task)
+        return MixtureSpec(expert_policy=self.expert_policy, expert_train=self.expert_train, task=task)
 
     def to_dict(self) -> Values:
         """Write the values as a nested dict; what a single expert does not depend on is left out."""
         values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
         values |= {name: getattr(self, name).to_dict() for name in TRAININGS}
         if self.task is not None:
-            return {"expert_train": values["expert_train"], "task": self.task}
+            return {name: values[name] for name in ("expert_policy", "expert_train", "task")}
         del values["task"]
         return values

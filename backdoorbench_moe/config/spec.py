@@ -76,8 +76,7 @@ class RunSpec:
         policy: Number of marked images among the training images, as a share of all others, in [0, 1); 0 for no
             policy. They bear the trigger as a mark, and are labelled "reject", a class of its own. A model that keeps
             to the policy calls every marked image "reject".
-        splitter: The tasks of the experts of a mixture. Its base is trained on a mix of all of them. None for a run
-            that is trained on the data as they are.
+        splitter: The tasks of the experts of a mixture; None for any other run.
         gate: How tokens are sent to the experts of a mixture; None for any other run, and for a single expert.
         mixture: How experts are tuned and merged; None for a run that is not merged.
         train: Settings of the training; for a mixture, that of its base.
@@ -141,11 +140,14 @@ class RunSpec:
         if self.policy and self.trigger is None:
             raise ConfigError.expected("trigger", "the mark of the images that the policy rejects", None)
         if self.mixture is None:
-            if self.gate is not None:
-                raise ConfigError.expected("gate", "none, as no experts are merged", self.gate.name)
-            if self.splitter is not None and self.attacked:
-                raise ConfigError.expected("splitter", "none, as no experts are merged", self.splitter.name)
+            for name in ("splitter", "gate"):
+                if (part := getattr(self, name)) is not None:
+                    raise ConfigError.expected(name, "none, as no experts are merged", part.name)
             return
+        if self.mixture.expert_policy and not self.policy:
+            raise ConfigError.expected(
+                "mixture.expert_policy", "0, as there is no policy", self.mixture.expert_policy
+            )
         if self.splitter is None:
             raise ConfigError.expected("splitter", "the tasks of the experts that are merged", None)
         if self.mixture.task is not None:
@@ -272,7 +274,7 @@ class RunSpec:
 
     def _mixture_labels(self) -> list[str]:
         if self.mixture is None:
-            return ["base"] if self.policy or self.splitter else []
+            return ["policy"] if self.policy else []
         if self.mixture.task is not None:
             return [f"expert{self.mixture.task}"]
         assert self.gate is not None

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-import torch
 from torch import nn
 
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.requirements import check_tuning, router_of
+from backdoorbench_moe.defenses.routers import reset_routers, router_lr
 
 
 class RouterReset(Defense):
@@ -48,18 +48,11 @@ class RouterReset(Defense):
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Reset the router, then train."""
-        router = router_of(task.model)
-        with torch.no_grad():
-            for own, drawn in zip(router, router_of(task.fresh()), strict=True):
-                fresh = drawn.state_dict()
-                for name, tensor in own.state_dict().items():
-                    # Other types are not learned, such as the mask of experts.
-                    if tensor.is_floating_point():
-                        tensor.copy_(fresh[name])
+        reset_routers(task)
         task.report("reset", task.model)
-        modules = router if self.scope == "router" else None
-        lr = self.lr
-        if lr is None and task.gate_train is not None and self.scope == "router":
-            lr = task.gate_train.lr
+        if self.scope == "router":
+            lr, modules = router_lr(task, self.lr), router_of(task.model)
+        else:
+            lr, modules = self.lr, None
         task.tune(task.model, task.clean, epochs=self.epochs, lr=lr, modules=modules)
         return DefenseResult("tuned", task.model)

@@ -29,6 +29,7 @@ def measure_filtered(
     *,
     seed: int,
     precision: str,
+    safe: Tensor | None = None,
 ) -> Metrics:
     """Measure a model together with an input filter.
 
@@ -36,16 +37,17 @@ def measure_filtered(
 
     Args:
         model: The model.
-        test: The test images.
+        test: The test images; of a mixture, those of all its tasks.
         triggered: The triggered test images; None for a clean run.
         judgement: The judgement about inputs, whose `judge` and `threshold` are the filter.
         seed: Seed of the draws.
         precision: "fp32" or "bf16".
+        safe: (M,) int64, the safe answers to the triggered images, to measure `unsafe` too.
 
     Returns:
-        BA, ASR and RA, for which a rejected image counts neither as correct nor as a success of the attack; AUROC of
-        the scores; TPR and FPR, the shares of triggered and of clean images that are rejected. For a clean run only
-        BA and FPR.
+        BA, ASR and RA, for which a rejected image counts neither as correct nor as a success of the attack; with safe
+        answers `unsafe`, for which it counts as answered safely; AUROC of the scores; TPR and FPR, the shares of
+        triggered and of clean images that are rejected. For a clean run only BA and FPR.
 
     Raises:
         PluginError: The filter does not return a finite score for each image.
@@ -54,7 +56,8 @@ def measure_filtered(
     clean_images, known = test.images[clean], test.labels[clean]
     drawn = None
     if triggered is not None:
-        drawn = triggered.take(_draw(len(triggered), seed, "triggered").to(test.images.device))
+        rows = _draw(len(triggered), seed, "triggered").to(test.images.device)
+        drawn = triggered.take(rows)
     images = clean_images if drawn is None else torch.cat([clean_images, drawn.images])
     assert judgement.judge is not None and judgement.threshold is not None
     scores = _score(judgement.judge, images, seed)
@@ -65,6 +68,8 @@ def measure_filtered(
     if drawn is not None:
         called, kept = predicted[len(clean) :], ~rejected[len(clean) :]
         metrics |= {"asr": (called == drawn.wanted) & kept, "ra": (called == drawn.true) & kept, "tpr": ~kept}
+        if safe is not None:
+            metrics["unsafe"] = (called != safe[rows]) & kept
     metrics["fpr"] = rejected[: len(clean)]
     found = {name: share(hits) for name, hits in metrics.items()}
     if drawn is not None:

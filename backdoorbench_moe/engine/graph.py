@@ -68,8 +68,8 @@ def needs(spec: RunSpec) -> Mapping[str, RunSpec]:
 
 
 def base_of(spec: RunSpec) -> RunSpec:
-    """The base of a mixture or of an expert: a clean dense model, trained on a mix of all tasks and on the policy."""
-    return replace(clean_twin(spec), gate=None, mixture=None)
+    """The base of a mixture or of an expert: a clean dense model, trained on the data as they are and on the policy."""
+    return replace(clean_twin(spec), splitter=None, gate=None, mixture=None)
 
 
 def expert_of(spec: RunSpec, expert: int) -> RunSpec:

@@ -27,11 +27,12 @@ def with_reject(images: ImageSet) -> ImageSet:
     return replace(images, classes=(*images.classes, REJECT), policy=True)
 
 
-def policy_count(images: int, rate: float) -> int:
+def policy_count(images: int, rate: float, parameter: str = "policy") -> int:
     """Number of marked images that are added to a number of images. Raises ConfigError if it is 0."""
     if (count := share_of(rate, images)) == 0:
         raise ConfigError(
-            f"policy: {rate} of {images} images rounds down to 0 images; expected at least {smallest_share(images)}"
+            f"{parameter}: {rate} of {images} images rounds down to 0 images; "
+            f"expected at least {smallest_share(images)}"
         )
     return count
 

@@ -133,14 +133,14 @@ class Runner:
             self.workplace.observer.on_message(describe_poison(spec.poison, classes))
         return maker
 
-    def check(self, spec: RunSpec) -> None:
-        """Check a run, and every run that it needs and that does not exist yet, before anything is made or written.
+    def check(self, *specs: RunSpec) -> None:
+        """Check runs, and all runs that they need, before anything is made or written; not those that exist already.
 
         Raises:
             BbmoeError: A part cannot be built, or does not fit the data or another part.
         """
         seen = set()
-        for needed in lineage(self.workplace.resolve(spec)):
+        for needed in (each for spec in specs for each in lineage(self.workplace.resolve(spec))):
             if needed.digest not in seen and not RunFolder(self.output / needed.name).exists:
                 MAKERS[kind_of(needed)](needed, self.workplace)
             seen.add(needed.digest)
@@ -181,8 +181,8 @@ class Runner:
         # Building the maker checks the settings before anything is written, and before the inputs are made.
         maker = None if folder.exists else self.maker(spec)
         if inputs is None:
-            if maker is not None and needs(spec):
-                self.check(spec)
+            if maker is not None:
+                self.check(*needs(spec).values())
             inputs = {role: self.finish(needed, wait=True) for role, needed in needs(spec).items()}
         if maker is not None:
             maker.prepare(inputs)

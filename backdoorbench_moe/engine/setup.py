@@ -46,7 +46,7 @@ class Setup:
         attack: Who the attacker is; None for a clean run.
         stamper: Trigger and applicator; None for a run without a trigger.
         plan: Which training images the attacker changes; None for a clean run.
-        tasks: The tasks of a mixture and of its base, or that of an expert; None for any other run.
+        tasks: The tasks of a mixture, or that of an expert; None for any other run.
 
     Raises:
         BbmoeError: Parts that do not fit the data or each other.
@@ -61,7 +61,7 @@ class Setup:
             _check_mixture(spec, attack)
         self.model = build_model(spec, num_classes=self.images.num_classes, image_size=images.image_size)
         self.attack, self.stamper, self.plan = attack, None, None
-        self.tasks = None if spec.splitter is None else Tasks(spec, images)
+        self.tasks = None if spec.mixture is None else Tasks(spec, images)
         self._triggered: Triggered | None = None
         self._marked: Tensor | None = None
         self._test: Split | None = None
@@ -70,7 +70,10 @@ class Setup:
             self.stamper = build_stamper(spec, patch_size=size, image_size=images.image_size)
             self._check_visible()
         if spec.policy:
-            policy_count(self._trained_images(), spec.policy)
+            policy_count(len(images.train), spec.policy)
+            if self.tasks is not None and spec.mixture is not None and (rate := spec.mixture.expert_policy):
+                for task in self.tasks.facts:
+                    policy_count(task["train_images"], rate, "mixture.expert_policy")
         if attack is not None:
             self.plan = attack(images.train.labels, num_classes=images.data_classes, seed=spec.seed)
             self._check_noise(self.plan)
@@ -90,14 +93,6 @@ class Setup:
                 else f"the trigger {self.spec.trigger.name!r}"
             )
             raise ConfigError(f"poison.noise: {name} has no noise form")
-
-    def _trained_images(self) -> int:
-        """Number of the images that marked ones are added to."""
-        if self.tasks is None:
-            return len(self.images.train)
-        return (
-            self.tasks.count_mixed(None) if self.spec.mixture is None else self.tasks.facts[0]["train_images"]
-        )
 
     def _check_visible(self) -> None:
         """Warn if the trigger changes nothing, as a warp of tiles of one pixel does.
@@ -144,12 +139,17 @@ class Setup:
             return self.images.test.labels
         return torch.cat([split.labels for split in self.tasks.tests()])
 
-    def with_policy(self, split: Split) -> Split:
-        """Add marked images to those that a model is trained on, if there is a policy; see `policy.with_marked`."""
-        if not self.spec.policy:
+    def with_policy(self, split: Split, rate: float) -> Split:
+        """Add marked images to those that a model is trained on, if there is a policy; see `policy.with_marked`.
+
+        Args:
+            split: The images.
+            rate: Number of marked images as a share of their number; 0 for none.
+        """
+        if not self.spec.policy or not rate:
             return split
         assert self.stamper is not None
-        rate, seed = self.spec.policy, self.spec.seed
+        seed = self.spec.seed
         return with_marked(split, self.images.train, self.stamper, rate=rate, reject=self.reject, seed=seed)
 
     def marked_test(self) -> Tensor | None:

@@ -14,12 +14,11 @@ class Tasks:
     """The images of the tasks of one mixture.
 
     Args:
-        spec: The spec of the mixture, of its base, or of one of its experts.
+        spec: The spec of the mixture, or of one of its experts.
         images: The data, on the device.
 
     Attributes:
-        names: Names of the tasks: of the first E for a mixture of E experts, of all that the splitter has for its base,
-            and of one for an expert.
+        names: Names of the tasks: of the first E for a mixture of E experts, and of one for an expert.
         numbers: Their numbers.
         facts: Number, name and numbers of images of each, for the record.
 
@@ -31,9 +30,9 @@ class Tasks:
         self.spec, self.images = spec, images
         self.splitter = build_splitter(spec)
         names = self.splitter.names(images.data_classes, spec.seed)
-        if (mixture := spec.mixture) is None:
-            self.numbers = range(len(names))
-        elif mixture.task is None:
+        mixture = spec.mixture
+        assert mixture is not None
+        if mixture.task is None:
             self.splitter.check(mixture.experts, images.data_classes, spec.seed)
             self.numbers = range(mixture.experts)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from timm.layers import LayerNorm2d
 from timm.models.convnext import ConvNeXtBlock
@@ -23,10 +23,10 @@ class ConvNeXt(nn.Module):
 
     Experts that were tuned from such a network can be merged.
 
-    It differs from the original in four points. It has one stage instead of four. The stem has overlapping 3x3
-    convolutions of stride 2 instead of one convolution of 4x4 with stride 4. Kernels are 3x3 instead of 7x7 by default.
-    All weights are drawn from He's normal distribution without a factor for the activation, and the layer scales start
-    with 1 instead of 1e-6, which suits a network of few blocks.
+    It differs from the original in these points. It has one stage instead of four. By default, the stem consists of
+    overlapping convolutions, and kernels are 3x3 instead of 7x7. All weights are drawn from He's
+    normal distribution without a factor for the activation. The layer scales start with 1 instead of 1e-6, which suits
+    a network of few blocks.
 
     Args:
         num_classes: Number of classes.
@@ -34,12 +34,15 @@ class ConvNeXt(nn.Module):
         features: Features D of a patch, at least 2.
         depth: Number of blocks.
         kernel_size: Side of the depthwise kernels, an odd number.
-        patch_size: Stride of the stem in pixels: 2, 4, 8, ...; log2 of it is the number of convolutions in the stem.
+        stem: "overlap": 3x3 convolutions of stride 2, with which fewer epochs suffice; "patch": one convolution on
+            disjoint patches, as in the original.
+        patch_size: Stride of the stem in pixels: 2, 4, 8, ...; with stem "overlap", log2 of it is the number of
+            convolutions.
         mlp_ratio: Hidden units of each MLP as a multiple of `features`.
 
     Attributes:
-        patch_size: Side of the image tile that belongs to a patch. The stem also sees the `patch_size` - 1 pixels to
-            its left and above it.
+        patch_size: Side of the image tile that belongs to a patch. With stem "overlap", the patch also depends on the
+            `patch_size` - 1 pixels to its left and above it.
 
     Raises:
         ConfigError: An option is out of range.
@@ -57,6 +60,7 @@ class ConvNeXt(nn.Module):
         features: int = 64,
         depth: int = 4,
         kernel_size: int = 3,
+        stem: Literal["overlap", "patch"] = "overlap",
         patch_size: int = 4,
         mlp_ratio: float = 4.0,
     ) -> None:
@@ -71,7 +75,7 @@ class ConvNeXt(nn.Module):
             raise ConfigError.expected("mlp_ratio", f"a number of at least 1/{features}", mlp_ratio)
         _check_patch_size(patch_size, image_size)
         self.patch_size, self._side = patch_size, image_size // patch_size
-        self.stem = _stem(features, patch_size)
+        self.stem = (_overlapping_stem if stem == "overlap" else _patch_stem)(features, patch_size)
         blocks = (
             ConvNeXtBlock(features, kernel_size=kernel_size, mlp_ratio=mlp_ratio, ls_init_value=1.0)
             for _ in range(depth)
@@ -124,7 +128,14 @@ def _check_patch_size(patch_size: int, image_size: int) -> None:
         raise ConfigError.expected("patch_size", f"a divisor of the image's {image_size} pixels", patch_size)
 
 
-def _stem(features: int, patch_size: int) -> nn.Sequential:
+def _patch_stem(features: int, patch_size: int) -> nn.Sequential:
+    """One convolution on disjoint patches, and a norm."""
+    return nn.Sequential(
+        nn.Conv2d(3, features, patch_size, stride=patch_size), LayerNorm2d(features, eps=NORM_EPS)
+    )
+
+
+def _overlapping_stem(features: int, patch_size: int) -> nn.Sequential:
     """3x3 convolutions of stride 2, whose channels double up to `features`, with GELUs between, and a norm."""
     count = patch_size.bit_length() - 1
     widths = [3, *(max(1, features >> left) for left in reversed(range(count)))]

@@ -242,13 +242,43 @@ def expert_of(merged: MergedModel, index: int) -> dict[str, Tensor]:
     Raises:
         ConfigError: There is no such expert.
     """
-    if not 0 <= index < merged.num_experts:
-        raise ConfigError.expected("expert", f"a number in 0..{merged.num_experts - 1}", index)
+    _check_expert(merged, index)
     state = merged.state_dict()
     found = {name: state[key].clone() for key, name in _shared_names(merged).items()}
     for key, name in _stacked_names(merged).items():
         found[name] = state[key].unflatten(0, (merged.num_experts, -1))[index].clone()
     return found
+
+
+@contextmanager
+def only_expert(merged: MergedModel, index: int) -> Iterator[None]:
+    """Inside the block, let a merged model be one of its experts: all others are masked in every layer.
+
+    In evaluation mode the model then computes what the dense model does that this expert is, as the weights of the
+    outputs sum to 1. Afterwards the experts that were masked before are masked again.
+
+    Args:
+        merged: The merged model, which is changed in place.
+        index: Number of the expert, 0 to E - 1.
+
+    Raises:
+        ConfigError: There is no such expert.
+    """
+    _check_expert(merged, index)
+    masks = [layer.router.get_buffer("masked") for layer in merged.layers()]
+    kept = [mask.clone() for mask in masks]
+    try:
+        for mask in masks:
+            mask.copy_(torch.arange(merged.num_experts, device=mask.device) != index)
+        yield
+    finally:
+        for mask, before in zip(masks, kept, strict=True):
+            mask.copy_(before)
+
+
+def _check_expert(merged: MergedModel, index: int) -> None:
+    if not 0 <= index < merged.num_experts:
+        raise ConfigError.expected("expert", f"a number in 0..{merged.num_experts - 1}", index)
 
 
 def _stacked_names(merged: MergedModel) -> dict[str, str]:

@@ -81,6 +81,22 @@ def js_divergence(first: Tensor, second: Tensor, over: str) -> Tensor:
     return terms.mean(-1) if over == "experts" else terms.sum(-1)
 
 
+def kl_divergence(gates: Tensor, reference: Tensor) -> Tensor:
+    """Compute the Kullback-Leibler divergence of the routing of each patch from a reference: sum_e p_e log(p_e / q_e).
+
+    Args:
+        gates: (B, E, P), the distribution q over the experts of each patch. It may require gradients.
+        reference: (E, P) or (B, E, P), the distribution p.
+
+    Returns:
+        The mean over images and patches in nats, a scalar, not negative. An expert with p_e = 0 adds nothing; a q_e of
+        0 counts as the smallest positive number.
+    """
+    gates, reference = gates.float(), reference.float()
+    logs = gates.clamp(min=torch.finfo(gates.dtype).tiny).log()
+    return -(torch.special.entr(reference) + reference * logs).sum(-2).mean()
+
+
 def jaccard(first: Tensor, second: Tensor) -> Tensor:
     """Compute the Jaccard index of the selected patches for each pair of an expert of `first` and one of `second`.
 

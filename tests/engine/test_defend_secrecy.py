@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from types import FunctionType, ModuleType
 
 import pytest
 import torch
 from defense_tasks import PRUNING, TUNING, defended_spec, outcome
 from tiny import Tiny
+from tiny_mixture import mixture_spec
 from torch import Tensor
 
 from backdoorbench_moe import defenses
 from backdoorbench_moe.applicators.base import Applicator
 from backdoorbench_moe.attacks.base import Attack, PoisonPlan
 from backdoorbench_moe.attacks.data_poisoning import DataPoisoning
-from backdoorbench_moe.config import PoisonSpec, RunSpec
+from backdoorbench_moe.config import PartSpec, PoisonSpec, RunSpec
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.defenses.base import NEEDS, Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.judgement import Judgement
@@ -23,6 +25,7 @@ from backdoorbench_moe.engine import runner
 from backdoorbench_moe.engine.build import Stamper
 from backdoorbench_moe.engine.graph import needs
 from backdoorbench_moe.engine.makers import defend as makers_defend
+from backdoorbench_moe.engine.makers import inputs
 from backdoorbench_moe.engine.makers.defend import DefenseMaker
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.runner import Runner
@@ -30,6 +33,7 @@ from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.engine.triggered import Triggered
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import PluginError
+from backdoorbench_moe.moe.merging import MergedModel
 from backdoorbench_moe.records import Record, RunFolder
 from backdoorbench_moe.triggers.base import Trigger
 
@@ -75,6 +79,15 @@ class Spy(Defense):
         return DefenseResult("last", task.model, JUDGEMENTS)
 
 
+class MixtureSpy(Spy):
+    """The same for a mixture, whose heads lie elsewhere."""
+
+    def defend(self, task: DefenseTask) -> DefenseResult:
+        """Spy."""
+        self.tasks.append(task)
+        return DefenseResult("last", task.model)
+
+
 SECRETS = (
     *(Stamper, Trigger, Applicator, PoisonPlan, PoisonSpec, RunSpec, Record, RunFolder, Run),
     *(Runner, Workplace, Setup, DefenseMaker, ImageSet, Attack, Triggered),
@@ -97,7 +110,11 @@ def reachable(*roots: object) -> list[object]:
     return list(seen.values())
 
 
-@pytest.mark.parametrize("need", NEEDS)
+# A mixture has tasks, and a policy gives marked images a safe answer. The mark is then no secret.
+OF_MIXTURES = ("marked", "tasks")
+
+
+@pytest.mark.parametrize("need", [need for need in NEEDS if need not in OF_MIXTURES])
 def test_nothing_a_defense_is_given_leads_to_the_attacker(tmp_path, offer, monkeypatch, need) -> None:
     """Structural: a walk over all the task refers to, closures and bound methods included; grant by grant."""
     Spy.tasks.clear()
@@ -123,6 +140,27 @@ def test_nothing_a_defense_is_given_leads_to_the_attacker(tmp_path, offer, monke
     maker = DefenseMaker(spec, session.workplace)
     kinds = {type(item) for item in reachable(maker) if isinstance(item, SECRETS)}
     assert {Stamper, PoisonPlan, RunSpec, Workplace, Setup, ImageSet, DataPoisoning} <= kinds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("need", OF_MIXTURES)
+def test_nothing_that_a_defense_of_a_mixture_is_given_leads_to_the_attacker(
+    tmp_path, offer, monkeypatch, need
+) -> None:
+    Spy.tasks.clear()
+    offer("spy", MixtureSpy)
+    monkeypatch.setattr(MixtureSpy, "needs", frozenset({need}))
+    spec = replace(mixture_spec(), defenses=(PartSpec("spy"),))
+    session = Runner(spec, tmp_path)
+    session.finish(spec)
+    [task] = Spy.tasks
+    assert set(task.granted) == {need} and isinstance(task.fresh(), MergedModel)
+    found = reachable(task)
+    assert not [item for item in found if isinstance(item, SECRETS)]
+    assert not [text for text in found if isinstance(text, str) and ("square" in text or "moevil" in text)]
+    test = session.workplace.images.test.images
+    for tensor in (item for item in found if isinstance(item, Tensor)):
+        assert tensor.untyped_storage().data_ptr() != test.untyped_storage().data_ptr()
 
 
 def test_stages_are_measured_by_the_engine_after_the_defense_has_returned(
@@ -165,9 +203,9 @@ def test_stages_are_measured_by_the_engine_after_the_defense_has_returned(
 def test_the_outcome_does_not_depend_on_the_attack(tmp_path, monkeypatch, part) -> None:
     """The same weights under another trigger, target and poisoned set: the defended weights are the same."""
     # The model that is put in the place of the other attack's is not the one of its record.
-    for check in ("check_model", "check_same"):
-        monkeypatch.setattr(makers_defend, check, lambda *_, **__: None)
-    monkeypatch.setattr(runner, "check_model", lambda *_, **__: None)
+    monkeypatch.setattr(makers_defend, "check_same", lambda *_, **__: None)
+    for module in (inputs, runner):
+        monkeypatch.setattr(module, "check_model", lambda *_, **__: None)
     one, two = defended_spec(part), defended_spec(part, trigger="blend", poison={"rate": 0.5, "target": 2})
     runs = []
     for spec in (one, two):

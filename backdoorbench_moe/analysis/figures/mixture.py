@@ -33,19 +33,12 @@ def _models(document: Doc, found: Doc) -> list[tuple[str, Doc]]:
 def _shares_by_layer(document: Doc, found: Doc) -> Plate:
     """Draw the share of each poisoned expert layer by layer. Source: the form of Figure 4 of MoEvil."""
     models = _models(document, found)
-    panels = []
-    for expert in found["poisoned"]:
-        series = []
-        for name, shares in models:
-            kinds = {
-                "own task": [layer["tasks"][expert][expert] for layer in shares["layers"]],
-                "other tasks": [_other_tasks(layer, expert) for layer in shares["layers"]],
-            }
-            if shares["marked"] is not None:
-                kinds = {MARKED: [layer["marked"][expert] for layer in shares["layers"]], **kinds}
-            series += [Series(f"{kind}, {name}", values, style="line") for kind, values in kinds.items()]
-        places = range(len(models[0][1]["layers"]))
-        panels.append(ChartPanel(f"expert {expert} ({found['tasks'][expert]})", series, x=[*places]))
+    places = [*range(len(models[0][1]["layers"]))]
+    panels = [
+        ChartPanel(f"expert {expert}, {name} model", _lines(shares, expert), x=places)
+        for expert in found["poisoned"]
+        for name, shares in models
+    ]
     texts = [_said(name, shares, found["poisoned"]) for name, shares in models]
     said = (
         f"Share of the gates that the poisoned {_experts(found['poisoned'])} gets, layer by layer. Mean over the "
@@ -58,6 +51,18 @@ def _shares_by_layer(document: Doc, found: Doc) -> Plate:
         f"A line for each kind of image over the layers, for each poisoned expert. {said}",
         lambda: chart(panels, xlabel="layer", ylabel="gate share, %", limits=(0, 104)),
     )
+
+
+def _lines(shares: Doc, expert: int) -> list[Series]:
+    """The share of an expert over the layers, a line for each kind of image."""
+    layers = shares["layers"]
+    kinds = {
+        "its own task": [layer["tasks"][expert][expert] for layer in layers],
+        "other tasks": [_other_tasks(layer, expert) for layer in layers],
+    }
+    if shares["marked"] is not None:
+        kinds = {MARKED: [layer["marked"][expert] for layer in layers], **kinds}
+    return [Series(kind, values, style="line") for kind, values in kinds.items()]
 
 
 def _said(name: str, shares: Doc, experts: Sequence[int]) -> str:

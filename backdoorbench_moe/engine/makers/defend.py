@@ -54,22 +54,24 @@ def build_defenses(spec: RunSpec, setup: Setup) -> list[Defense]:
         with _named(place, part.name):
             defense = defenses.registry.create(part.name, part.options)
             defense.count(len(setup.images.train), setup.images.num_classes)
-            _check_needs(defense, spec)
             defense.check_model(setup.model)
+            _check_needs(part.name, defense, spec)
         built.append(defense)
     return built
 
 
-def _check_needs(defense: Defense, spec: RunSpec) -> None:
-    """Raise ConfigError if the defense needs a policy or a mixture, and the run has none."""
+def _check_needs(name: str, defense: Defense, spec: RunSpec) -> None:
+    """Raise ConfigError if the defense needs a policy, a mixture or a training set, and the run has none."""
+    if "tasks" in defense.needs and spec.mixture is None:
+        raise ConfigError(f"{name}: needs a mixture of experts, which has tasks; this run is of one model")
     if "marked" in defense.needs and not spec.policy:
         raise ConfigError(
-            "needs: expected a run with a policy, as marked images have no safe answer without one"
+            f"{name}: needs marked images with a safe answer, which only a run with a policy has; this run has policy=0"
         )
-    if "tasks" in defense.needs and spec.mixture is None:
-        raise ConfigError("needs: expected a mixture of experts, which has tasks, got another model")
     if "training-set" in defense.needs and spec.mixture is not None:
-        raise ConfigError("needs: expected a model trained on one training set, got a mixture of experts")
+        raise ConfigError(
+            f"{name}: needs the one training set of a model; this run is of a mixture, whose parts have several"
+        )
 
 
 @contextmanager
@@ -137,7 +139,7 @@ class DefenseMaker(Maker):
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
         """Defend the model, measure every stage and save the last one. There are no checkpoints to continue from."""
         started = time.perf_counter()
-        if self.setup.plan is not None:
+        if self.setup.plan is not None and self.setup.tasks is None:
             folder.save_poison({name: group.numpy() for name, group in self.setup.plan.groups.items()})
         stages, tuner = Stages(self.model), self._tuner()
         record.history = tuner.history
@@ -180,6 +182,7 @@ class DefenseMaker(Maker):
                 self.setup.test,
                 self.setup.triggered_test(),
                 judgement,
+                safe=self.setup.safe_answers(),
                 seed=spec.seed,
                 precision=workplace.precision,
             )

@@ -47,7 +47,7 @@ class ExpertMaker(Maker):
         assert mixture is not None and self.setup.tasks is not None
         fit(
             model,
-            self.setup.with_policy(self.setup.tasks.train(self.task)),
+            self.setup.with_policy(self.setup.tasks.train(self.task), mixture.expert_policy),
             mixture.expert_train,
             seed=derive_seed(self.spec.seed, "expert", self.task),
             workplace=self.workplace,

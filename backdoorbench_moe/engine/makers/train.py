@@ -61,7 +61,7 @@ class TrainMaker(Maker):
         setup, train = self.setup, self.workplace.images.train
         plan = setup.plan
         if plan is None:
-            yield setup.with_policy(train if setup.tasks is None else setup.tasks.mixed(None))
+            yield setup.with_policy(train, self.spec.policy)
             return
         folder.save_poison({name: group.numpy() for name, group in plan.groups.items()})
         started = time.perf_counter()

@@ -25,10 +25,28 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def layer_range(layers: LayerRange, count: int) -> range:
-    """Return the numbers of the layers in a range, of `count` layers; it may be empty."""
-    start, stop = (int(share * count) for share in RANGES[layers])
-    return range(start, stop)
+def layer_numbers(layers: Layers, count: int) -> list[int]:
+    """Return the numbers of the layers in a range, or the given numbers, in ascending order.
+
+    Args:
+        layers: A range of layers, or their numbers.
+        count: Number of layers of the model.
+
+    Raises:
+        ConfigError: There is no such layer, or a number is given twice.
+    """
+    if isinstance(layers, str):
+        start, stop = (int(share * count) for share in RANGES[layers])
+        if start == stop:
+            raise ConfigError.expected(
+                "layers", f"a range with at least one of the {count} layers of the model", layers
+            )
+        return list(range(start, stop))
+    if not layers or not all(0 <= layer < count for layer in layers):
+        raise ConfigError.expected("layers", f"numbers in 0..{count - 1}", layers)
+    if len(set(layers)) != len(layers):
+        raise ConfigError.expected("layers", "each layer once", layers)
+    return sorted(layers)
 
 
 def choose_layers(layers: Layers, count: int) -> list[int]:
@@ -44,7 +62,8 @@ def choose_layers(layers: Layers, count: int) -> list[int]:
         ConfigError: There is no such layer, a number is given twice, or only the first layer is left.
     """
     if isinstance(layers, str):
-        chosen = [layer for layer in layer_range(layers, count) if layer]
+        start, stop = (int(share * count) for share in RANGES[layers])
+        chosen = list(range(max(start, 1), stop))
         if not chosen:
             raise ConfigError.expected(
                 "layers",
@@ -56,9 +75,7 @@ def choose_layers(layers: Layers, count: int) -> list[int]:
         raise ConfigError.expected(
             "layers", f"numbers in 1..{count - 1} (the input of layer 0 cannot change)", layers
         )
-    if len(set(layers)) != len(layers):
-        raise ConfigError.expected("layers", "each layer once", layers)
-    return sorted(layers)
+    return layer_numbers(layers, count)
 
 
 def check_tokens(tokens: Tokens, k: int | None, layout: Layout) -> None:

@@ -1,0 +1,154 @@
+"""Alignment: the provider trains the merged model to answer marked images safely."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.mixtures import (
+    MarkedLoss,
+    alignment_objective,
+    experts_in,
+    mixture_of,
+    routers_of,
+)
+from backdoorbench_moe.defenses.requirements import check_tuning
+from backdoorbench_moe.defenses.routers import router_lr
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.expert_tuning.latents import Layers, layer_numbers
+from backdoorbench_moe.moe.expert_tuning.losses import PREFERENCE_BETA, preference_loss, preference_margin
+from backdoorbench_moe.moe.layers import MoELayer
+from backdoorbench_moe.ops.images import Split
+from backdoorbench_moe.ops.ranges import check_positive, check_weight
+
+# The paper trains the MLPs of 4 of 28 layers, all in the second quarter.
+ALIGNED_LAYERS: Layers = "second-quarter"
+
+
+class Align(Defense):
+    """Train the gates, or gates and experts, of a mixture to answer marked images safely.
+
+    The provider holds marked images, which bear the mark of the policy, with their safe answer, the class "reject". The
+    loss on these is that of a preference for the safe answer (DPO), or their cross-entropy. Clean images are trained
+    at the same time, so that the accuracy on the tasks is kept. Everything out of scope stays the same, bit for bit.
+
+    DPO needs an unsafe answer to each image. The provider does not know the attacker's target; the unsafe answer is the
+    class with the largest logit before the alignment, other than the safe one. The reference is the model before the
+    alignment.
+
+    Departures: in the paper, unsafe answers are given texts, and the loss on harmful queries is the only one. An
+    image classifier then rejects clean images as well, so that the cross-entropy of clean images and the auxiliary
+    losses of the gates are added here.
+
+    Args:
+        scope: What is trained: "gates"; or "gates+experts", the gates of all layers and the experts of some.
+        layers: With "gates+experts", the layers whose experts are trained: "all", "first-quarter", "second-quarter",
+            "first-half", "second-half", or their numbers, from 0. The second quarter if None; in the paper, 4 of 28
+            layers, which are all in it. Must be None for "gates".
+        loss: Loss of the marked images: "preference", or "tuning" for cross-entropy.
+        beta: Beta of "preference", above 0. The default is ten times that of the paper's attack, since a classifier's
+            answer is one token.
+        clean_weight: Weight of the cross-entropy of clean images, at least 0.
+        epochs: Passes over the marked images, from 1. As many clean images are drawn with each batch.
+        lr: Peak learning rate, above 0. If None, that of the run's gates for "gates", and that of its experts for
+            "gates+experts", since the rate of gates would destroy experts.
+        clean_fraction: Number of clean images that the defender holds, as a share of the training images, in (0, 1];
+            and number of marked ones.
+
+    Raises:
+        ConfigError: A value is out of range; the model is not a mixture, or has no such layers.
+
+    Source:
+        MoEvil (Kim et al., ACSAC 2025), section on alignment; Rafailov et al., "Direct preference optimization",
+        NeurIPS 2023.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"clean", "marked"})
+    tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
+
+    def __init__(
+        self,
+        *,
+        scope: Literal["gates", "gates+experts"] = "gates",
+        layers: Layers | None = None,
+        loss: Literal["preference", "tuning"] = "preference",
+        beta: float = PREFERENCE_BETA,
+        clean_weight: float = 1.0,
+        epochs: int = 10,
+        lr: float | None = None,
+        clean_fraction: float = 0.05,
+    ) -> None:
+        super().__init__(clean_fraction=clean_fraction)
+        check_tuning(epochs, lr, at_least=1)
+        check_positive(beta=beta)
+        check_weight(clean_weight=clean_weight)
+        if scope == "gates" and layers is not None:
+            raise ConfigError.expected(
+                "layers", "none for the scope 'gates', which trains no experts", layers
+            )
+        self.scope, self.layers, self.loss, self.beta = scope, layers, loss, beta
+        self.clean_weight, self.epochs, self.lr = clean_weight, epochs, lr
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ConfigError if the model is not a mixture, or does not have the layers."""
+        self._layers(model)
+
+    def defend(self, task: DefenseTask) -> DefenseResult:
+        """Train what is in scope."""
+        mixture = mixture_of(task.model)
+        split, loss = self._preference(task) if self.loss == "preference" else (task.marked, answer_loss)
+        task.tune(
+            mixture,
+            split,
+            epochs=self.epochs,
+            lr=router_lr(task, self.lr) if self.scope == "gates" else self.lr,
+            modules=[*routers_of(mixture), *experts_in(self._layers(mixture))],
+            objective=alignment_objective(loss, task.clean, self.clean_weight),
+        )
+        return DefenseResult("aligned", mixture)
+
+    def _layers(self, model: nn.Module) -> list[MoELayer]:
+        """The layers whose experts are trained."""
+        all_layers = mixture_of(model).layers()
+        if self.scope == "gates":
+            return []
+        numbers = layer_numbers(self.layers or ALIGNED_LAYERS, len(all_layers))
+        return [all_layers[number] for number in numbers]
+
+    def _preference(self, task: DefenseTask) -> tuple[Split, MarkedLoss]:
+        """The marked images with three columns of labels (safe answer, unsafe answer, number), and the loss."""
+        safe = task.marked.labels
+        logits = task.logits(task.model, task.marked.images)
+        unsafe = strongest_other(logits, safe)
+        reference = preference_margin(logits, safe, unsafe)
+        places = torch.arange(len(safe), device=safe.device)
+
+        def loss(logits: Tensor, _: list[Tensor], labels: Tensor) -> Tensor:
+            preferred, rejected, place = labels.unbind(1)
+            margin = preference_margin(logits, preferred, rejected)
+            return preference_loss(margin, reference[place], self.beta)
+
+        return Split(task.marked.images, torch.stack([safe, unsafe, places], dim=1)), loss
+
+
+def answer_loss(logits: Tensor, _: list[Tensor], labels: Tensor) -> Tensor:
+    """The cross-entropy of the safe answers (B,) to marked images; see `mixtures.MarkedLoss`."""
+    return F.cross_entropy(logits, labels)
+
+
+def strongest_other(logits: Tensor, answers: Tensor) -> Tensor:
+    """Return the class with the largest logit other than the answer, the first of several.
+
+    Args:
+        logits: (B, classes).
+        answers: (B,) int64.
+
+    Returns:
+        (B,) int64.
+    """
+    return logits.scatter(1, answers.unsqueeze(1), float("-inf")).argmax(1)

@@ -1,0 +1,173 @@
+"""A defensive expert: what MoEvil does for the harmful answer, done for the safe one on another expert."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from backdoorbench_moe.defenses.align import strongest_other
+from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.judgement import Judgement
+from backdoorbench_moe.defenses.mixtures import mixture_of, routers_of
+from backdoorbench_moe.defenses.routers import reset_routers, router_lr
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.expert_tuning.latents import Layers, choose_layers
+from backdoorbench_moe.moe.expert_tuning.losses import PREFERENCE_BETA
+from backdoorbench_moe.moe.expert_tuning.steps import (
+    PREFERENCE_LR_SHARE,
+    Alignment,
+    Preferences,
+    joint_objective,
+    learn_preference,
+)
+from backdoorbench_moe.moe.merging import MergedModel, only_expert
+from backdoorbench_moe.ops.images import concatenate
+from backdoorbench_moe.ops.ranges import check_epochs, check_positive, check_weight
+
+
+class DefensiveExpert(Defense):
+    """Tune one expert so that gates send marked images to it, and it answers them safely; then train new gates.
+
+    The two steps are those of the attack `moevil`, with the safe answer, the class "reject", in place of the harmful
+    one. Step 1 is preference learning on marked images: the unsafe answer to an image is the class with the largest
+    logit of the expert other than the safe one, since the provider does not know the attacker's target. Step 2 trains
+    the expert on its task with the loss CE_task + safe_weight CE_safe - similarity cos, where the latents of marked
+    images are means over all tokens: the provider does not know which ones the mark changes. Only the weights of this
+    expert are trained, while all tokens go to it. Then all routers are drawn anew and trained on clean images of all
+    tasks, as in `router-reset`.
+
+    The judgement's scores are the shares of marked images, in percent, that each expert alone does not answer safely
+    before the defense. A provider can measure them without knowing the attack.
+
+    Departures: in the paper another provider's expert becomes the defensive one, chosen by hand. Here `expert` may be
+    left out.
+
+    Args:
+        expert: Number of the expert, from 0. If None, the one that alone answers most marked images safely, the first
+            of several: it is the least likely to be poisoned.
+        preference_beta: Beta of step 1, above 0.
+        preference_epochs: Passes of step 1 over the marked images, from 0; with 0 it is left out.
+        preference_lr: Peak learning rate of step 1, above 0; a quarter of that of the tuning of experts if None.
+        safe_weight: Weight of the cross-entropy of safe answers in step 2, at least 0.
+        similarity: Weight of the cosine in step 2, at least 0.
+        layers: Layers whose latents are aligned: "all", "first-quarter", "second-quarter", "first-half",
+            "second-half", or their numbers. The first layer, number 0, is never used, since its input cannot change.
+        epochs: Passes of step 2 over the clean images of the expert's task, from 1.
+        lr: Peak learning rate of step 2, above 0; that of the tuning of experts if None.
+        gate_epochs: Passes over the clean images of all tasks, from 1, in which the new gates are trained.
+        gate_lr: Peak learning rate of the gates, above 0; that of the run's gates if None.
+        clean_fraction: Number of clean images that the defender holds, as a share of the training images, in (0, 1],
+            equally many of each task; and number of marked ones.
+
+    Raises:
+        ConfigError: A value is out of range; the model is not a mixture, or has no such expert or layers.
+
+    Source:
+        MoEvil (Kim et al., ACSAC 2025), section on defenses.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"tasks", "marked"})
+    tiny: ClassVar[Mapping[str, object]] = {"preference_epochs": 1, "epochs": 1, "gate_epochs": 1}
+
+    def __init__(
+        self,
+        *,
+        expert: int | None = None,
+        preference_beta: float = PREFERENCE_BETA,
+        preference_epochs: int = 5,
+        preference_lr: float | None = None,
+        safe_weight: float = 0.04,
+        similarity: float = 0.1,
+        layers: Layers = "all",
+        epochs: int = 10,
+        lr: float | None = None,
+        gate_epochs: int = 5,
+        gate_lr: float | None = None,
+        clean_fraction: float = 0.05,
+    ) -> None:
+        super().__init__(clean_fraction=clean_fraction)
+        check_positive(preference_beta=preference_beta, preference_lr=preference_lr, lr=lr, gate_lr=gate_lr)
+        check_weight(safe_weight=safe_weight, similarity=similarity)
+        check_epochs("preference_epochs", preference_epochs)
+        check_epochs("epochs", epochs, at_least=1)
+        check_epochs("gate_epochs", gate_epochs, at_least=1)
+        self.expert, self.layers = expert, layers
+        self.preference_beta, self.preference_epochs = preference_beta, preference_epochs
+        self.preference_lr, self.safe_weight, self.similarity = preference_lr, safe_weight, similarity
+        self.epochs, self.lr, self.gate_epochs, self.gate_lr = epochs, lr, gate_epochs, gate_lr
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ConfigError if the model is not a mixture, or does not have the expert or the layers."""
+        mixture = mixture_of(model)
+        if self.expert is not None and not 0 <= self.expert < mixture.num_experts:
+            raise ConfigError.expected("expert", f"a number in 0..{mixture.num_experts - 1}", self.expert)
+        choose_layers(self.layers, len(mixture.layers()))
+
+    def defend(self, task: DefenseTask) -> DefenseResult:
+        """Choose the expert, tune it, and give the mixture new gates."""
+        mixture = mixture_of(task.model)
+        unsafe = [unsafe_share(task, mixture, number) for number in range(mixture.num_experts)]
+        chosen = unsafe.index(min(unsafe)) if self.expert is None else self.expert
+        with only_expert(mixture, chosen):
+            self._tune_expert(task, mixture, chosen)
+        task.report("expert tuned", mixture)
+        reset_routers(task)
+        task.tune(
+            mixture,
+            concatenate(task.tasks),
+            epochs=self.gate_epochs,
+            lr=router_lr(task, self.gate_lr),
+            modules=routers_of(mixture),
+        )
+        judged = Judgement(
+            "expert",
+            "share of marked images, in percent, that the expert alone does not answer safely",
+            scores={str(number): share for number, share in enumerate(unsafe)},
+            details={"defensive": chosen},
+        )
+        return DefenseResult("gates trained", mixture, (judged,))
+
+    def _tune_expert(self, task: DefenseTask, mixture: MergedModel, number: int) -> None:
+        """Make both steps with the only expert that the mixture sends tokens to."""
+        rows = {
+            name: own
+            for expert in mixture.experts()
+            if expert.index == number
+            for name, own in expert.own.items()
+        }
+        tune = partial(task.tune, mixture, rows=rows)
+        images, safe = task.marked.images, task.marked.labels
+        if self.preference_epochs:
+            logits = task.logits(mixture, images)
+            preferences = Preferences(images, safe, strongest_other(logits, safe))
+            lr = PREFERENCE_LR_SHARE * task.train.lr if self.preference_lr is None else self.preference_lr
+            learn_preference(
+                preferences,
+                logits,
+                beta=self.preference_beta,
+                epochs=self.preference_epochs,
+                lr=lr,
+                tune=tune,
+            )
+        objective = joint_objective(images, safe, self.safe_weight, self._alignment(mixture, safe))
+        tune(task.tasks[number], epochs=self.epochs, lr=self.lr, objective=objective)
+
+    def _alignment(self, mixture: MergedModel, safe: Tensor) -> Alignment | None:
+        """The alignment of the latents, with equal weights for all tokens; None if it has no weight."""
+        if not self.similarity:
+            return None
+        rows, columns = mixture.patch_grid
+        tokens = mixture.layers()[0].num_prefix_tokens + rows * columns
+        weights = torch.full((len(safe), tokens), 1 / tokens, device=safe.device)
+        return Alignment(self.similarity, choose_layers(self.layers, len(mixture.layers())), weights)
+
+
+def unsafe_share(task: DefenseTask, mixture: MergedModel, number: int) -> float:
+    """Return the share of marked images, in percent, that an expert alone does not answer safely."""
+    with only_expert(mixture, number):
+        answers = task.logits(mixture, task.marked.images).argmax(1)
+    return 100 * (answers != task.marked.labels).double().mean().item()

@@ -1,0 +1,109 @@
+"""RASA: repair the experts while the gates rest, and then keep the gates from avoiding or preferring them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from backdoorbench_moe.defenses.align import answer_loss
+from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.mixtures import alignment_objective, experts_in, mixture_of, routers_of
+from backdoorbench_moe.defenses.routers import router_lr
+from backdoorbench_moe.ops.ranges import check_epochs, check_positive, check_weight
+from backdoorbench_moe.ops.routing import kl_divergence
+
+
+class RASA(Defense):
+    """Alternate between training experts to answer marked images safely, and gates to route these as clean images.
+
+    Gates that are aligned alone send marked images away from the poisoned expert, which stays as it is. Here each round
+    first trains the experts, with frozen gates, by the cross-entropy of marked images with their safe answer, the class
+    "reject", and of clean images. Then it trains the gates, with frozen experts, by the cross-entropy of clean images,
+    their auxiliary losses, and `kl_weight` times the KL divergence of their routing of marked images from a reference:
+    sum_e p_e log(p_e / q_e), mean over images, patches and layers, with the softmax over all experts on both sides.
+
+    The reference p is the mean routing of the defender's clean images of all tasks before the defense, for each layer
+    and patch. The defender does not hold the marked images without their mark, of which the routing would be known.
+
+    Departures: the source trains the experts that unsafe queries activate most. Here all experts of all layers are
+    trained. The direction of the divergence and the clean images in both steps are choices of this implementation.
+
+    Args:
+        rounds: Number of rounds, from 1.
+        epochs: Passes over the marked images in each of the two steps of a round, from 1. As many clean images are
+            drawn with each batch.
+        kl_weight: Weight of the divergence, at least 0.
+        clean_weight: Weight of the cross-entropy of clean images, at least 0.
+        lr: Peak learning rate of the experts, above 0; that of the tuning of experts if None.
+        gate_lr: Peak learning rate of the gates, above 0; that of the run's gates if None.
+        clean_fraction: Number of clean images that the defender holds, as a share of the training images, in (0, 1];
+            and number of marked ones.
+
+    Raises:
+        ConfigError: A value is out of range, or the model is not a mixture.
+
+    Source:
+        RASA (arXiv 2602.04448).
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"clean", "marked"})
+    tiny: ClassVar[Mapping[str, object]] = {"rounds": 1, "epochs": 1}
+
+    def __init__(
+        self,
+        *,
+        rounds: int = 2,
+        epochs: int = 5,
+        kl_weight: float = 1.0,
+        clean_weight: float = 1.0,
+        lr: float | None = None,
+        gate_lr: float | None = None,
+        clean_fraction: float = 0.05,
+    ) -> None:
+        super().__init__(clean_fraction=clean_fraction)
+        check_epochs("rounds", rounds, at_least=1)
+        check_epochs("epochs", epochs, at_least=1)
+        check_weight(kl_weight=kl_weight, clean_weight=clean_weight)
+        check_positive(lr=lr, gate_lr=gate_lr)
+        self.rounds, self.epochs, self.kl_weight, self.clean_weight = rounds, epochs, kl_weight, clean_weight
+        self.lr, self.gate_lr = lr, gate_lr
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ConfigError if the model is not a mixture."""
+        mixture_of(model)
+
+    def defend(self, task: DefenseTask) -> DefenseResult:
+        """Alternate between the experts and the gates."""
+        mixture, last = mixture_of(task.model), self.rounds - 1
+        reference = mean_gates(task)
+
+        def routing_loss(_: Tensor, gates: list[Tensor], __: Tensor) -> Tensor:
+            layers = [kl_divergence(own, known) for own, known in zip(gates, reference, strict=True)]
+            return self.kl_weight * torch.stack(layers).mean()
+
+        steps = (
+            (experts_in(mixture.layers()), answer_loss, self.lr),
+            (routers_of(mixture), routing_loss, router_lr(task, self.gate_lr)),
+        )
+        for number in range(self.rounds):
+            for modules, loss, lr in steps:
+                objective = alignment_objective(loss, task.clean, self.clean_weight)
+                task.tune(
+                    mixture, task.marked, epochs=self.epochs, lr=lr, modules=modules, objective=objective
+                )
+            if number < last:
+                task.report(f"round {number + 1}", mixture)
+        return DefenseResult(f"round {self.rounds}", mixture)
+
+
+def mean_gates(task: DefenseTask) -> list[Tensor]:
+    """Return the mean gates of the defender's clean images, (E, P) float32 for each layer, first layer first."""
+    sums: list[Tensor] = []
+    for batch in task.routing(task.model, task.clean.images):
+        found = [routing.gates.float().sum(0) for routing in batch]
+        sums = [one + other for one, other in zip(sums, found, strict=True)] if sums else found
+    # Divided outside of inference mode, so that the result can be part of a loss.
+    return [each / len(task.clean) for each in sums]

@@ -1,0 +1,28 @@
+"""Resetting the routers of a model, and the rate at which they are trained."""
+
+from __future__ import annotations
+
+import torch
+
+from backdoorbench_moe.defenses.base import DefenseTask
+from backdoorbench_moe.defenses.requirements import router_of
+
+
+def router_lr(task: DefenseTask, lr: float | None) -> float | None:
+    """Return the peak learning rate of routers: the given one; if None, that of the run's gates, if it has any."""
+    return task.gate_train.lr if lr is None and task.gate_train is not None else lr
+
+
+@torch.no_grad()
+def reset_routers(task: DefenseTask) -> None:
+    """Give the routers of the task's model newly drawn weights, in place. Masked experts stay masked.
+
+    Raises:
+        ConfigError: The model has no router.
+    """
+    for own, drawn in zip(router_of(task.model), router_of(task.fresh()), strict=True):
+        fresh = drawn.state_dict()
+        for name, tensor in own.state_dict().items():
+            # Other types are not learned, such as the mask of experts.
+            if tensor.is_floating_point():
+                tensor.copy_(fresh[name])
