@@ -213,7 +213,7 @@ def convert_fields(spec: object, prefix: str, names: Iterable[str]) -> None:
     Raises:
         ConfigError: A value does not have the type.
     """
-    hints = _hints(type(spec))
+    hints = _hints(type(spec))  # type: ignore[arg-type]
     for name in names:
         object.__setattr__(spec, name, convert(getattr(spec, name), hints[name], f"{prefix}{name}"))
 
