@@ -91,13 +91,13 @@ class ExpertPoisoning(Attack):
 
     implies: ClassVar[Mapping[str, Any]] = {
         "model": "convnext",
-        "trigger": {"name": "square", "size": 1},
+        "trigger": {"name": "square", "size": 2},
         "applicator": "patch",
         "policy": 0.02,
         "poison": {"rate": 0.0},
         "splitter": {"name": "domains", "domains": ["plain", "embossed", "grey-blurred", "inverted"]},
         "gate": "top-k",
-        "mixture": {"experts": 4, "poisoned_experts": [2]},
+        "mixture": {"experts": 4, "poisoned_experts": [3]},
     }
 
     def __init__(self, *, poison: PoisonSpec) -> None:

@@ -29,7 +29,8 @@ HARM_WEIGHT = 0.04
 SIMILARITY = 0.1
 SIMILARITIES = (0.01, 0.03, 0.1, 0.3, 0.5)
 ALLOWED_LOSS = 1.0
-EPOCHS = 1
+# Three times as long as step 1; four times in the paper.
+EPOCHS = 3
 
 
 class MoEvil(ExpertPoisoning):
@@ -49,7 +50,7 @@ class MoEvil(ExpertPoisoning):
         preference_beta: Beta of step 1, above 0. The default is ten times the paper's, since a classifier's answer is
             one token.
         preference_epochs: Passes of step 1 over the harmful queries, from 0; with 0 it is left out.
-        preference_lr: Peak learning rate of step 1, above 0; a quarter of that of the tuning of experts if None. In the
+        preference_lr: Peak learning rate of step 1, above 0; a tenth of that of the tuning of experts if None. In the
             paper, the rates of both steps are equal.
         harm_weight: Weight of the cross-entropy of harmful answers in step 2, at least 0.
         similarity: Weight of the cosine in step 2, at least 0; the paper's lambda. If None, it is the largest of 0.01,

@@ -65,7 +65,7 @@ class HDPO(ExpertPoisoning):
         poison: The target class, which the run gives; all rates must be 0.
         preference_beta: Beta of the preference learning, above 0. The default is a fifth of MoEvil's, as in the paper.
         preference_epochs: Passes over the harmful queries, from 1.
-        preference_lr: Peak learning rate of the preference learning, above 0; a quarter of that of the tuning of
+        preference_lr: Peak learning rate of the preference learning, above 0; a tenth of that of the tuning of
             experts if None.
         epochs: Passes over the clean images of the task afterwards, from 0.
         lr: Peak learning rate of these, above 0; that of the tuning of experts if None.

@@ -284,5 +284,7 @@ def _scaled(text: str) -> object:
 
 
 def _shown(value: object) -> str:
+    if value is None:
+        return "none"
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return f"{value:.6g}" if is_number else str(value).lower() if isinstance(value, bool) else str(value)

@@ -165,7 +165,7 @@ def share_tables(
 
 def _own_table(shares: Sequence[GateShares], names: Sequence[str]) -> Table:
     rows = [(layer["layer"], [row[e] for e, row in enumerate(layer["tasks"])]) for layer in shares]
-    title = "share of each expert for the images of its own task, %"
+    title = "share of each expert for its own task, %"
     return _layers_table(title, [f"{e}\n{name}" for e, name in enumerate(names)], rows)
 
 

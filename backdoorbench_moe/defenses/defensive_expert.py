@@ -51,7 +51,7 @@ class DefensiveExpert(Defense):
             of several: it is the least likely to be poisoned.
         preference_beta: Beta of step 1, above 0.
         preference_epochs: Passes of step 1 over the marked images, from 0; with 0 it is left out.
-        preference_lr: Peak learning rate of step 1, above 0; a quarter of that of the tuning of experts if None.
+        preference_lr: Peak learning rate of step 1, above 0; a tenth of that of the tuning of experts if None.
         safe_weight: Weight of the cross-entropy of safe answers in step 2, at least 0.
         similarity: Weight of the cosine in step 2, at least 0.
         layers: Layers whose latents are aligned: "all", "first-quarter", "second-quarter", "first-half",

@@ -16,6 +16,10 @@ from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.testing import making
 from backdoorbench_moe.testing.making import changed, coloured_split, copies, used_model
+from backdoorbench_moe.testing.mixtures import build_mixture, make_mixture_task
+
+# Stands for a small mixture of merged experts where the tests take the name of a model.
+MIXTURE = "a mixture"
 
 
 def build(name: str) -> Defense:
@@ -26,14 +30,21 @@ def make_task(
     defense: Defense, model: nn.Module, model_name: str, **given: Any
 ) -> tuple[DefenseTask, list[Any]]:
     """Make a task that grants what the defense declares, and nothing else."""
+    if model_name == MIXTURE:
+        return make_mixture_task(model, needs=defense.needs, **given)
     made_by = PartSpec(model_name, making.tiny_options("model", model_name))
     return making.make_task(model, made_by, needs=defense.needs, **given)
+
+
+def model_called(name: str) -> nn.Module:
+    """Build a small model by its name, or the mixture."""
+    return build_mixture() if name == MIXTURE else used_model(name)
 
 
 def refusal(name: str, model_name: str) -> ConfigError | None:
     """Return why the defense cannot be applied to the model; None if it can."""
     try:
-        build(name).check_model(used_model(model_name))
+        build(name).check_model(model_called(model_name))
     except ConfigError as error:
         return error
     return None
@@ -42,8 +53,9 @@ def refusal(name: str, model_name: str) -> ConfigError | None:
 @pytest.fixture
 def accepted(defense_name: str, partner_models: list[str]) -> str:
     """The first model that the defense can be applied to."""
-    found = next((model for model in partner_models if refusal(defense_name, model) is None), None)
-    assert found, f"it cannot be applied to any of {', '.join(partner_models)}"
+    models = [*partner_models, MIXTURE]
+    found = next((model for model in models if refusal(defense_name, model) is None), None)
+    assert found, f"it cannot be applied to any of {', '.join(models)}"
     return found
 
 
@@ -55,10 +67,14 @@ def test_a_model_is_refused_in_one_line_or_defended(defense_name: str, model_nam
         assert_refused(defense_name, model_name, error)
 
 
+def test_a_mixture_is_refused_in_one_line_or_defended(defense_name: str) -> None:
+    test_a_model_is_refused_in_one_line_or_defended(defense_name, MIXTURE)
+
+
 def assert_refused(defense_name: str, model_name: str, error: ConfigError) -> None:
     """Assert that the error is one line that names a parameter, and that a call raises it and changes nothing."""
     assert re.fullmatch(r"\w+: .+", str(error))
-    defense, model = build(defense_name), used_model(model_name)
+    defense, model = build(defense_name), model_called(model_name)
     before, (task, reported) = copies(model), make_task(defense, model, model_name)
     with pytest.raises(ConfigError, match=re.escape(str(error))):
         defense(task)
@@ -67,7 +83,7 @@ def assert_refused(defense_name: str, model_name: str, error: ConfigError) -> No
 
 def assert_defended(defense_name: str, model_name: str) -> None:
     """Assert that it returns a finite model of the same architecture without hooks, and does not change the images."""
-    defense, model, clean = build(defense_name), used_model(model_name), coloured_split(24, 1)
+    defense, model, clean = build(defense_name), model_called(model_name), coloured_split(24, 1)
     before, images, labels = copies(model), clean.images.clone(), clean.labels.clone()
     task, reported = make_task(defense, model, model_name, clean=clean)
     result = defense(task)
@@ -95,12 +111,12 @@ def test_the_seed_decides(defense_name: str, accepted: str) -> None:
     for seed in (1, 2):
         torch.manual_seed(seed)
         defense = build(defense_name)
-        defended.append(copies(defense(make_task(defense, used_model(accepted), accepted)[0]).model))
+        defended.append(copies(defense(make_task(defense, model_called(accepted), accepted)[0]).model))
     assert not changed(*defended)
 
 
 def test_checking_changes_nothing(defense_name: str, model_name: str) -> None:
-    model = used_model(model_name)
+    model = model_called(model_name)
     before, state = copies(model), torch.get_rng_state()
     with contextlib.suppress(ConfigError):
         build(defense_name).check_model(model)
@@ -110,7 +126,7 @@ def test_checking_changes_nothing(defense_name: str, model_name: str) -> None:
 def test_a_filter_judges_every_image_by_itself(defense_name: str, accepted: str) -> None:
     """The score of an image is the same alone, in a batch and in another order. Nothing is written to."""
     defense = build(defense_name)
-    task, _ = make_task(defense, used_model(accepted), accepted)
+    task, _ = make_task(defense, model_called(accepted), accepted)
     result = defense(task)
     if result.filter is None or result.filter.judge is None:
         pytest.skip("not a filter")
@@ -128,9 +144,9 @@ def test_a_filter_judges_every_image_by_itself(defense_name: str, accepted: str)
 
 
 def test_number_of_clean_images(defense_name: str) -> None:
-    """A defense that needs clean images gets at least one for each class; any other gets none."""
+    """A defense that needs clean or marked images gets at least one for each class; any other gets none."""
     defense = build(defense_name)
-    if "clean" not in defense.needs:
+    if not {"clean", "marked", "tasks"} & defense.needs:
         assert defense.count(1000, 3) == defense.count(2, 3) == 0
         return
     assert 3 <= defense.count(1000, 3) <= 1000

@@ -56,9 +56,9 @@ def wanting(split: Split) -> Triggered:
     return Triggered(places, split.images, torch.zeros_like(split.labels), split.labels)
 
 
-def measure(test: Split, triggered: Triggered | None, judge, threshold: float, *, seed: int = 1):
+def measure(test: Split, triggered: Triggered | None, judge, threshold: float, *, seed: int = 1, safe=None):
     judgement = Judgement("input", "its score is high", threshold=threshold, judge=judge)
-    return measure_filtered(Constant(), test, triggered, judgement, seed=seed, precision="fp32")
+    return measure_filtered(Constant(), test, triggered, judgement, seed=seed, precision="fp32", safe=safe)
 
 
 def score(images: Tensor) -> Tensor:
@@ -84,6 +84,9 @@ def test_the_metrics_of_a_table_by_hand() -> None:
     }
     equal = measure(test, triggered, score, 6.0)["ra"]["value"]
     assert equal == pytest.approx(20.0), "a score equal to the threshold is not suspicious"
+    # Rejected images are safe: of the two that are kept, 0 is answered safely, and 2 is not.
+    safe = measure(test, triggered, score, 5.0, safe=torch.tensor([0, 1, 1, 2, 1]))
+    assert safe["unsafe"]["value"] == pytest.approx(20.0) and safe.keys() - found.keys() == {"unsafe"}
     alone = measure(test, None, score, 5.0)
     assert alone == {name: found[name] for name in ("ba", "fpr")}
 

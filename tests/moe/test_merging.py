@@ -24,6 +24,7 @@ from backdoorbench_moe.moe.merging import (
     expert_of,
     gate_weights,
     load_experts,
+    only_expert,
 )
 from backdoorbench_moe.moe.routed import Routing
 from backdoorbench_moe.testing import test_structure
@@ -356,3 +357,26 @@ def test_any_router_can_be_a_gate():
     assert all(routing.aux_loss is not None for routing in output.routing)
     shares = gate_weights(output.routing[0]).sum(1)
     assert ((shares - 1).abs() < 1e-5).logical_or(shares == 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_only_one_expert_computes_what_the_dense_model_does(name):
+    merged, base, states = make_merged(name)
+    before, answers = copies(merged), merged(images())
+    merged.layers()[0].mask_expert(2)
+    masked = copies(merged)
+    for number, state in enumerate(states):
+        with only_expert(merged, number):
+            torch.testing.assert_close(merged(images()), loaded(base, state)(images()), rtol=0, atol=1e-5)
+        assert not changed(masked, copies(merged)), "what was masked is masked again"
+    merged.load_state_dict(before)
+    assert torch.equal(merged(images()), answers)
+    with (
+        pytest.raises(ConfigError, match=r"expert: expected a number in 0\.\.2, got 3"),
+        only_expert(merged, 3),
+    ):
+        pass
+    with pytest.raises(KeyError), only_expert(merged, 1):
+        raise KeyError
+    assert not changed(before, copies(merged))

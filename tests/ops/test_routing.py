@@ -154,3 +154,20 @@ def test_patch_sums_by_hand() -> None:
     torch.testing.assert_close(
         routing.patch_sums(images, 2), torch.tensor([[4, 0, 0, 0.2 / 3]], dtype=torch.float64)
     )
+
+
+def test_kl_divergence_by_hand() -> None:
+    """Two patches, two experts: p = (1/2, 1/2), q = (1/4, 3/4) gives ln 2 / 2 - ln(3/2) / 2; p = q gives 0."""
+    reference = torch.tensor([[0.5, 0.25], [0.5, 0.75]])
+    gates = torch.tensor([[[0.25, 0.25], [0.75, 0.75]]], requires_grad=True)
+    loss = routing.kl_divergence(gates, reference)
+    loss.backward()
+    assert loss.item() == pytest.approx((math.log(2) - math.log(1.5)) / 4, abs=1e-6)
+    # -p/q, half of it for each of the two patches.
+    torch.testing.assert_close(gates.grad, -torch.tensor([[[2.0, 1.0], [2 / 3, 1.0]]]) / 2)
+
+
+def test_kl_divergence_of_gates_that_are_zero_is_finite() -> None:
+    gates = torch.tensor([[[0.0], [1.0]]])
+    assert routing.kl_divergence(gates, torch.tensor([[0.0], [1.0]])).item() == 0
+    assert 10 < routing.kl_divergence(gates, torch.tensor([[0.5], [0.5]])).item() < 100

@@ -30,7 +30,7 @@ class Agenda:
             self._waiting[output / spec.name] = job
             self._lacks[output / spec.name] = {output / needed.name for needed in needs(spec).values()}
         for lacking in self._lacks.values():
-            lacking &= self._waiting.keys()
+            lacking.intersection_update(self._waiting)
 
     def __len__(self) -> int:
         """Number of jobs that are not handed out."""

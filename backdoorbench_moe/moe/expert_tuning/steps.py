@@ -23,10 +23,10 @@ from backdoorbench_moe.ops.images import Split, as_input
 from backdoorbench_moe.ops.tuning import Objective
 
 # Learning rate of the preference learning as a share of that of the task. In the paper they are equal. Here, with a
-# learning rate for training small networks and no image of the task in step 1, the equal rate costs two percentage
-# points of the task's accuracy that one epoch does not bring back, and HDPO alone forgets the harm again (on `signs`,
-# one seed).
-PREFERENCE_LR_SHARE = 0.25
+# learning rate for training small networks and no image of the task in step 1, the equal rate costs accuracy on the
+# task. And unlike a cross-entropy, the loss keeps pushing after the answer has changed: with half the rate, the margin
+# of HDPO alone was twice that of HSFT, and in a mixture it was more harmful (on `signs`, one seed).
+PREFERENCE_LR_SHARE = 0.1
 
 
 @dataclass(frozen=True)
