@@ -75,15 +75,19 @@ def spec_options(function: Any) -> Any:
             "--patch-size", type=int, metavar="PX", help="Tile of the patch applicator.  [the model's]"
         ),
         click.option(
-            "--splitter", metavar="NAME", help="Tasks of a mixture's experts: domains or classes.  [domains]"
+            "--splitter", metavar="NAME", help="Mixture: tasks of the experts, domains or classes.  [domains]"
         ),
-        click.option("--gate", metavar="NAME", help="How tokens are sent to merged experts.  [top-k]"),
-        click.option("--experts", type=int, metavar="E", help="Number of experts that are merged.  [4]"),
-        click.option("--poisoned-experts", metavar="E,..", help="The attacker's experts, by number.  [1]"),
+        click.option("--gate", metavar="NAME", help="Mixture: how tokens are sent to experts.  [top-k]"),
+        click.option("--experts", type=int, metavar="E", help="Mixture: number of experts.  [4]"),
+        click.option(
+            "--poisoned-experts",
+            metavar="E,..",
+            help="Mixture: the attacker's experts, by number from 0.  [3]",
+        ),
         click.option(
             "--policy",
             metavar="X",
-            help="Share of training images that are marked and to be rejected.  [0.1]",
+            help="Mixture: marked images, to be rejected, in the training of the base, as a share.  [0.02]",
         ),
         click.option("--seed", type=int, metavar="N", help="[0]"),
         click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [auto]"),
@@ -139,6 +143,9 @@ def command(
 ) -> None:
     """Backdoor a model and measure it: BA, ASR and CAD, in a run folder.
 
+    Attacks on experts, such as moevil, poison one of several experts that are merged into a mixture. Their defaults
+    differ from those below; `bbmoe info attack moevil` shows them.
+
     Repeat the command to continue an interrupted run after its last finished epoch. A finished run is reused.
     """
     usage = CoreUsage.now()
@@ -175,7 +182,9 @@ def _print_plan(spec: RunSpec, repeats: int, output: Path, *, twin: bool, as_jso
     runner = Runner(spec, output)
     spec = runner.workplace.resolve(spec)
     seeds = [replace(spec, seed=spec.seed + number) for number in range(repeats)]
-    specs = in_order(seeds) if twin else [each for one in seeds for each in lineage(one)]
+    # Several runs may need the same one.
+    needed = {each.digest: each for one in seeds for each in lineage(one)}
+    specs = in_order(seeds) if twin else list(needed.values())
     runs = read_plan(specs, output)
     for run in runs:
         if run.status != "finished":

@@ -82,6 +82,8 @@ def command(
     if kind == "dataset":
         options = chain_settings(settings) | ({} if data_root is None else {"root": data_root})
         info["classes"] = _class_names(name, options)
+    if kind == "attack":
+        info["implies"] = dict(getattr(part, "implies", {}))
     if as_json:
         echo(json.dumps(info, indent=2))
     else:
@@ -136,6 +138,10 @@ def _print(info: dict[str, Any], image_size: int) -> None:
             table.add_row(*map(escape, cells))
         console.print()
         console.print(table)
+    if implied := info.get("implies"):
+        console.print("\nA run with this attack has these settings unless others are given:")
+        lines = (f"    {key}={_setting(value)}" for key, value in implied.items())
+        console.print("\n".join(lines), markup=False, soft_wrap=True)
     if (classes := info.get("classes")) is not None:
         console.print("\nclasses, by number and name (--target takes either):")
         console.print("\n".join(f"{number:>4}  {name}" for number, name in enumerate(classes)), markup=False)
@@ -145,6 +151,11 @@ def _print(info: dict[str, Any], image_size: int) -> None:
         console.print(f"\n{_size_line(size, image_size)}")
         if recipe["options"]:
             console.print(f"with recipe {recipe['name']}: {_size_line(recipe['size'], image_size)}")
+
+
+def _setting(value: Any) -> str:
+    """A value as `--set` takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _size_line(size: dict[str, int], image_size: int) -> str:
