@@ -24,7 +24,7 @@ from backdoorbench_moe.analysis.figures.mixture import draw_experts
 from backdoorbench_moe.analysis.gate_shares import model_shares
 from backdoorbench_moe.analysis.latents import mean_directions
 from backdoorbench_moe.analysis.report import draw_report
-from backdoorbench_moe.engine.inference import predict
+from backdoorbench_moe.engine.inference import logits, predict
 from backdoorbench_moe.engine.mixture_metrics import MixturePass, RoutedPass
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.errors import RecordError
@@ -155,7 +155,7 @@ def test_with_drawn_experts_all_results_are_of_the_same_draws() -> None:
             mlp.mask_expert(3)
             mlp.experts.fc2.weight.mul_(4)
     opened = open_with_model(merged)
-    draws = [predict(merged, opened.images.test.images, precision="fp32") for _ in range(2)]
+    draws = [logits(merged, opened.images.test.images, precision="fp32") for _ in range(2)]
     assert not torch.equal(*draws)
     triggered = make_triggered(opened)
     found = find_carriers(opened, triggered, 1000)

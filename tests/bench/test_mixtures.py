@@ -166,7 +166,7 @@ def test_values_of_a_mixture_by_key() -> None:
     assert value_of(one, "gate.balance") == value_of(mixture_suite().cells[0].spec, "gate.balance")
     assert value_of(one, "splitter.domains") == "plain, inverted"
     assert value_of(one, "mixture.expert_train.epochs") == 1
-    assert value_of(one, "policy") == 0.1
+    assert value_of(one, "policy") == 0.02
     plain = build_spec({"dataset": "tiny"})
     for key in ("gate", "gate.name", "splitter.domains", "mixture.experts", "mixture.poisoned"):
         assert value_of(plain, key) is None
