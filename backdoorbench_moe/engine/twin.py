@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.evaluate import Metrics, measure
 from backdoorbench_moe.engine.mixture_metrics import measure_mixture
 from backdoorbench_moe.engine.run import Run
@@ -51,8 +52,13 @@ def link_twin(run: Run, clean: Run, workplace: Workplace) -> Run:
     return run
 
 
+def _is_mixture(spec: RunSpec) -> bool:
+    """Whether a run is a whole mixture; a poisoned expert is compared with the benign one as any dense model is."""
+    return spec.mixture is not None and spec.mixture.task is None
+
+
 def _twin_metrics(run: Run) -> dict[str, str]:
-    return TWIN_MIXTURE_METRICS if run.spec.mixture is not None else TWIN_METRICS
+    return TWIN_MIXTURE_METRICS if _is_mixture(run.spec) else TWIN_METRICS
 
 
 def _measure_twin(run: Run, clean: Run, workplace: Workplace) -> Metrics:
@@ -60,7 +66,7 @@ def _measure_twin(run: Run, clean: Run, workplace: Workplace) -> Metrics:
     model = clean.model().to(workplace.device).to(memory_format=torch.channels_last)
     # As in the run's own measurement, for a model that draws random numbers.
     with seeded(run.spec.seed, "measure"):
-        if run.spec.mixture is not None:
+        if _is_mixture(run.spec):
             setup = Setup(run.located_spec(), workplace.images)
             metrics, _ = measure_mixture(setup, model, None, precision=workplace.precision)
         else:
