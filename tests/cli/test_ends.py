@@ -274,3 +274,34 @@ def test_every_character_that_is_printed_has_a_stand_in() -> None:
                 found |= {letter for letter in node.value if not letter.isascii()}
     assert "–" in found and found <= STAND_INS.keys()
     assert all(text.isascii() and "?" not in text for text in STAND_INS.values())
+
+
+MIXTURE = [
+    *("attack", "--attack", "moevil", "--experts", "2", "--poisoned-experts", "1", "--policy", "0.1"),
+    *("--set", "dataset.train_images=320", "--set", "dataset.test_images=100", "--epochs", "20"),
+    *("--set", "model.features=8", "--set", "model.depth=2", "--precision", "fp32", "--device", "cpu"),
+    *("--set", "mixture.expert_train.epochs=20", "--set", "mixture.gate_train.epochs=20"),
+    *("--set", "attack.epochs=20", "--no-twin"),
+]
+
+
+@pytest.mark.slow
+def test_a_mixture_ended_in_each_of_its_parts_has_the_numbers_of_one_call(tmp_path) -> None:
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    for part in (
+        "*-policy-*/checkpoint/state.safetensors",
+        "*-expert0-*/checkpoint/state.safetensors",
+        "*-expert1-moevil-*/record.json",
+        "*-moe2-*/checkpoint/state.safetensors",
+    ):
+        code, said = stopped([*MIXTURE, "--output", cut], any_file(cut, part))
+        assert code == 143 and "the same command continues it" in said and "Traceback" not in said
+        assert [record["status"] for record in records(cut)].count("interrupted") == 1
+    for output in (cut, whole):
+        assert call(*MIXTURE, "--output", output, stdout=subprocess.DEVNULL).returncode == 0
+    pairs = list(zip(records(cut), records(whole), strict=True))
+    assert len(pairs) == 5
+    for one, other in pairs:
+        assert one["status"] == other["status"] == "finished"
+        for key in ("digest", "metrics", "gate_shares", "model_sha256", "inputs"):
+            assert one[key] == other[key]
