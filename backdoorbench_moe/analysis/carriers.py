@@ -20,7 +20,6 @@ from backdoorbench_moe.analysis.passes import BATCH
 from backdoorbench_moe.engine.inference import forward
 from backdoorbench_moe.engine.triggered import Triggered
 from backdoorbench_moe.moe.experts import expert_outputs, muted, replaced_output
-from backdoorbench_moe.moe.layers import MoEModel
 from backdoorbench_moe.moe.merging import MergedModel
 from backdoorbench_moe.moe.prefix import reuse_prefix
 from backdoorbench_moe.moe.structure import Expert, WithExperts
@@ -216,9 +215,6 @@ class _ExpertEvaluator:
         self.opened, self.model, self.experts = opened, opened.model, model.experts()
         owners = {name.rpartition(".")[0] for expert in self.experts for name in expert.output}
         self.changing = {*map(opened.model.get_submodule, owners), *(e.tap for e in self.experts)}
-        if isinstance(opened.model, MoEModel):
-            # Routers that draw random numbers are computed again, so that all groups have the same draws.
-            self.changing |= set(opened.model.layers())
 
     def predict_muted(self, images: Tensor, groups: Sequence[Experts]) -> list[Tensor]:
         """Predict with each group of experts muted.

@@ -95,9 +95,9 @@ class ExpertPoisoning(Attack):
         "applicator": "patch",
         "policy": 0.02,
         "poison": {"rate": 0.0},
-        "splitter": {"name": "domains", "domains": ["plain", "embossed", "grey-blurred", "inverted"]},
+        "splitter": {"name": "domains", "domains": ["plain", "inverted", "grey-blurred", "embossed"]},
         "gate": "top-k",
-        "mixture": {"experts": 4, "poisoned_experts": [3]},
+        "mixture": {"experts": 4, "poisoned_experts": [1]},
     }
 
     def __init__(self, *, poison: PoisonSpec) -> None:

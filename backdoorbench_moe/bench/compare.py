@@ -16,7 +16,7 @@ from backdoorbench_moe.bench.suite_file import load_suite
 from backdoorbench_moe.bench.tables import DEFAULT_METRICS, find_place, label, table_metrics
 from backdoorbench_moe.bench.wording import suite_line
 from backdoorbench_moe.config import PARTS, RunSpec
-from backdoorbench_moe.engine.graph import NodeKind, kind_of
+from backdoorbench_moe.engine.graph import base_of
 from backdoorbench_moe.errors import ConfigError, RecordError
 from backdoorbench_moe.ops.intervals import difference_interval
 from backdoorbench_moe.paths import expand
@@ -153,7 +153,7 @@ def read_folder(folder: Path) -> ResultSet:
         RecordError: If the folder is damaged or holds no finished run.
     """
     manifest, records = read_manifest(folder), read_lines(folder)
-    whole = [record for record in records if not _is_part(record.run_spec)]
+    whole = _without_parts(records)
     attacks = [record for record in whole if record.run_spec.attacked] or whole
     if not attacks:
         raise RecordError(f"results folder {folder}: holds no finished run")
@@ -235,11 +235,15 @@ def _seedless(spec: RunSpec) -> str:
     return replace(spec, seed=0).digest
 
 
-def _is_part(spec: RunSpec) -> bool:
-    """Whether a run was made only to be merged: a base or an expert."""
-    return kind_of(spec) in (NodeKind.EXPERT, NodeKind.POISONED_EXPERT) or (
-        spec.mixture is None and spec.splitter is not None
-    )
+def _without_parts(records: Sequence[Record]) -> list[Record]:
+    """These records without those of runs that were made to be merged: the bases and the experts of mixtures."""
+    specs = [record.run_spec for record in records]
+    bases = {base_of(spec).digest for spec in specs if spec.mixture is not None}
+    return [
+        record
+        for record, spec in zip(records, specs, strict=True)
+        if spec.digest not in bases and (spec.mixture is None or spec.mixture.task is None)
+    ]
 
 
 def _flatten(spec: RunSpec) -> Flat:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from backdoorbench_moe.config import PARTS, MixtureSpec, PoisonSpec, RunSpec, TrainSpec
@@ -140,6 +141,15 @@ class Suite:
         """The runs of all cells, the first seed of every cell before the second of any."""
         return [cell.runs(self.repeats)[n] for n in range(self.repeats) for cell in self.cells]
 
+    @cached_property
+    def nodes(self) -> tuple[RunSpec, ...]:
+        """Every run once, with all that it needs; see `order`. Many specs are made for it, which takes time."""
+        found: dict[str, RunSpec] = {}
+        for n in range(self.repeats):
+            for spec in in_order(cell.runs(self.repeats)[n] for cell in self.cells):
+                found.setdefault(spec.digest, spec)
+        return tuple(found.values())
+
     def with_repeats(self, repeats: int) -> Suite:
         """Change the number of seeds a cell.
 
@@ -195,12 +205,7 @@ def order(suite: Suite) -> Iterator[RunSpec]:
 
     The first seed of every cell comes before the second of any, so a stopped suite is even; see `graph.in_order`.
     """
-    seen = set()
-    for n in range(suite.repeats):
-        for spec in in_order(cell.runs(suite.repeats)[n] for cell in suite.cells):
-            if spec.digest not in seen:
-                seen.add(spec.digest)
-                yield spec
+    return iter(suite.nodes)
 
 
 def value_of(spec: RunSpec, key: str) -> Any:

@@ -82,7 +82,7 @@ def spec_options(function: Any) -> Any:
         click.option(
             "--poisoned-experts",
             metavar="E,..",
-            help="Mixture: the attacker's experts, by number from 0.  [3]",
+            help="Mixture: the attacker's experts, by number from 0.  [1]",
         ),
         click.option(
             "--policy",

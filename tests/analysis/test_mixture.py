@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from backdoorbench_moe.analysis.figures.mixture import draw_experts
 from backdoorbench_moe.analysis.gate_shares import model_shares
 from backdoorbench_moe.analysis.latents import mean_directions
 from backdoorbench_moe.analysis.report import draw_report
-from backdoorbench_moe.engine.inference import predict
+from backdoorbench_moe.engine.inference import logits, predict
 from backdoorbench_moe.engine.mixture_metrics import MixturePass, RoutedPass
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.errors import RecordError
@@ -155,6 +156,9 @@ def test_with_drawn_experts_all_results_are_of_the_same_draws() -> None:
             mlp.mask_expert(3)
             mlp.experts.fc2.weight.mul_(4)
     opened = open_with_model(merged)
+    with torch.no_grad():
+        # So that no class is answered everywhere.
+        merged.network.head.bias -= logits(merged, opened.images.test.images, precision="fp32").mean(0)
     draws = [predict(merged, opened.images.test.images, precision="fp32") for _ in range(2)]
     assert not torch.equal(*draws)
     triggered = make_triggered(opened)
@@ -270,8 +274,6 @@ def test_experts_and_base_are_measured_on_their_tasks_again(made_again) -> None:
 
 @pytest.mark.slow
 def test_without_the_folder_of_the_benign_expert_the_latents_are_missing(made_again, tmp_path) -> None:
-    import shutil
-
     runs, _, folder = made_again()
     shutil.copytree(folder.name, tmp_path / "runs")
     [benign] = [each["run"] for each in runs["expert/0"].record.inputs]

@@ -13,11 +13,14 @@ BASE = {
     "dataset": "tiny",
     "model": {"name": "convnext", "features": 8, "depth": 2},
     "splitter": {"name": "domains", "domains": ["plain", "inverted"]},
+    "policy": 0.25,
     "precision": "fp32",
     "train": QUICK,
     "mixture": {"experts": 2, "expert_train": QUICK, "gate_train": QUICK},
 }
-GRID = {"gate": ["top-k", "soft"], "attack": [None, "expert-tuning", "moevil"]}
+GATES = {"gate": ["top-k", "soft"]}
+POISONED = {"mixture.poisoned_experts": [[1]]}
+GRID = [{**GATES, "attack": None}, {**GATES, "attack": ["expert-tuning", "moevil"], **POISONED}]
 TABLES = [
     {
         "title": "Harm",

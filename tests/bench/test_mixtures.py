@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 from making import SIGNS, Inline, numbers, run
-from mixture_suites import BASE, mixture_suite
+from mixture_suites import BASE, POISONED, mixture_suite
 
 from backdoorbench_moe.bench import render, worker
 from backdoorbench_moe.bench.compare import Side, compare, read_folder
@@ -20,7 +20,7 @@ from backdoorbench_moe.bench.suite import order, value_of
 from backdoorbench_moe.bench.suite_file import list_suites, load_suite
 from backdoorbench_moe.bench.tables import build_sheet, count_runs
 from backdoorbench_moe.config import build_spec
-from backdoorbench_moe.engine.graph import NodeKind, clean_twin, expert_of, kind_of
+from backdoorbench_moe.engine.graph import NodeKind, base_of, clean_twin, expert_of, kind_of
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 
@@ -31,6 +31,7 @@ MOEVIL = [name for name in list_suites() if name.startswith("moevil-")]
 @pytest.fixture(autouse=True)
 def fresh_runners(monkeypatch) -> None:
     monkeypatch.setattr(worker, "_runners", {})
+    monkeypatch.setattr(worker, "SECONDS_BETWEEN_SIGNS", 0.0)
 
 
 @pytest.fixture
@@ -73,8 +74,8 @@ def test_the_second_arm_trains_no_base_and_no_benign_expert_again(tmp_path, made
     report, _ = run(suite, tmp_path)
     assert report.is_complete
     assert set(made.values()) == {1}
-    assert not any("-base-" in name for name in made)
-    assert [name for name in made if "-expert" in name] == [
+    assert base_of(suite.cells[0].spec).name not in made
+    assert [name for name in made if "convnext-expert" in name] == [
         expert_of(suite.only(["attack=expert-tuning"]).cells[0].spec, 1).name
     ]
     assert len(made) == 1 + 4  # An expert of the control, and all mixtures but the first arm's and its twin.
@@ -95,14 +96,14 @@ def test_stopped_anywhere_it_goes_on_to_the_same_numbers(tmp_path, made) -> None
         assert not report.is_complete and not report.failed
         report, _ = run(suite, cut)
         assert report.is_complete
-        assert set(made) == whole and sum(count > 1 for count in made.values()) <= 1
+        assert set(made) == whole
         assert numbers(suite, cut) == numbers(suite, tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_two_workers_make_what_one_makes(tmp_path) -> None:
     # The workers do not know the data set "tiny".
-    suite = mixture_suite(base=SIGNS_BASE, grid={"attack": [None, "moevil"]})
+    suite = mixture_suite(base=SIGNS_BASE, grid=[{"attack": None}, {"attack": "moevil", **POISONED}])
     report, _ = run(suite, tmp_path / "two", engine=LocalEngine(2, threads=1))
     assert report.is_complete
     assert report.count("finished") == report.total  # None was made within another job, and none twice.
@@ -124,12 +125,13 @@ def test_tables_counts_and_comparison(tmp_path) -> None:
     assert table.columns == ("ASR", "twin ASR", "unsafe", "alone ASR", "Overall", "own share")
     by_row = dict(zip(table.rows, table.places, strict=True))
     assert list(by_row) == [
-        (gate, name) for gate in ("top-k", "soft") for name in ("none", "expert-tuning", "moevil")
+        *((gate, "none") for gate in ("top-k", "soft")),
+        *((gate, name) for gate in ("top-k", "soft") for name in ("expert-tuning", "moevil")),
     ]
     benign, attacked = by_row["top-k", "none"], by_row["top-k", "moevil"]
     assert [place.state for place in benign] == [
         "not measured",
-        "no clean twin",
+        "not measured",
         "finished",
         "not measured",
         "finished",
@@ -166,7 +168,7 @@ def test_values_of_a_mixture_by_key() -> None:
     assert value_of(one, "gate.balance") == value_of(mixture_suite().cells[0].spec, "gate.balance")
     assert value_of(one, "splitter.domains") == "plain, inverted"
     assert value_of(one, "mixture.expert_train.epochs") == 1
-    assert value_of(one, "policy") == 0.1
+    assert value_of(one, "policy") == 0.25
     plain = build_spec({"dataset": "tiny"})
     for key in ("gate", "gate.name", "splitter.domains", "mixture.experts", "mixture.poisoned"):
         assert value_of(plain, key) is None
@@ -186,9 +188,9 @@ def test_filters_by_gate_similarity_and_number_of_poisoned_experts() -> None:
 
 def test_a_table_and_a_plot_of_some_cells(tmp_path) -> None:
     grid = [
-        {"attack": "moevil", "attack.similarity": [0.1, 0.3]},
-        {"attack": "moevil", "attack.k": [1, 4]},
-        {"attack": "hsft"},
+        {"attack": "moevil", "attack.similarity": [0.1, 0.3], **POISONED},
+        {"attack": "moevil", "attack.k": [1, 4], **POISONED},
+        {"attack": "hsft", **POISONED},
     ]
     plot = {
         "title": "p",
@@ -220,7 +222,10 @@ def test_a_table_and_a_plot_of_some_cells(tmp_path) -> None:
 
 
 def test_the_epochs_of_an_attack_are_its_own() -> None:
-    base = {"dataset": "tiny", "mixture": {"experts": 2, "expert_train": {"epochs": 7}}}
+    base = {
+        "dataset": "tiny",
+        "mixture": {"experts": 2, "poisoned_experts": [1], "expert_train": {"epochs": 7}},
+    }
     wanted = {
         "moevil": ({"preference_epochs": 2, "epochs": 3}, 5, 8),  # Step 2 passes as many harmful queries.
         "hsft": ({"epochs": 4}, 4, 8),

@@ -117,7 +117,7 @@ def test_folders_are_named_after_what_they_hold() -> None:
         ({"splitter": "classes"}, {"benign 0", "benign 1", "poisoned 1", "mixture", "twin"}),
         ({"mixture": {"expert_policy": 0.25}}, {"benign 0", "benign 1", "poisoned 1", "mixture", "twin"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_which_nodes_a_change_leaves_as_they_are(values, expected) -> None:
     assert changed(mixture_spec(), mixture_spec(**values)) == expected
