@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.evaluate import Metrics, measure
 from backdoorbench_moe.engine.mixture_metrics import measure_mixture
 from backdoorbench_moe.engine.run import Run
@@ -16,9 +15,10 @@ from backdoorbench_moe.ops.seeding import seeded
 
 # Metrics of the twin under the run's trigger, by the name they have in the run's record.
 TWIN_METRICS = {"twin_asr": "asr", "twin_target_rate": "target_rate"}
-# And those of a mixture.
-TWIN_MIXTURE_METRICS = TWIN_METRICS | {
-    f"twin_{name}": name for name in ("unsafe", "harm_share", "own_share", "clean_share")
+# And those of a poisoned expert, and of a mixture.
+TWIN_EXPERT_METRICS = {**TWIN_METRICS, "twin_unsafe": "unsafe"}
+TWIN_MIXTURE_METRICS = TWIN_EXPERT_METRICS | {
+    f"twin_{name}": name for name in ("harm_share", "own_share", "clean_share")
 }
 
 
@@ -52,25 +52,27 @@ def link_twin(run: Run, clean: Run, workplace: Workplace) -> Run:
     return run
 
 
-def _is_mixture(spec: RunSpec) -> bool:
-    """Whether a run is a whole mixture; a poisoned expert is compared with the benign one as any dense model is."""
-    return spec.mixture is not None and spec.mixture.task is None
-
-
 def _twin_metrics(run: Run) -> dict[str, str]:
-    return TWIN_MIXTURE_METRICS if _is_mixture(run.spec) else TWIN_METRICS
+    if run.spec.mixture is None:
+        return TWIN_METRICS
+    return TWIN_EXPERT_METRICS if run.spec.gate is None else TWIN_MIXTURE_METRICS
 
 
 def _measure_twin(run: Run, clean: Run, workplace: Workplace) -> Metrics:
     """Measure the twin under the run's trigger, with the code that measured the run."""
     model = clean.model().to(workplace.device).to(memory_format=torch.channels_last)
+    images, precision = workplace.images, workplace.precision
     # As in the run's own measurement, for a model that draws random numbers.
     with seeded(run.spec.seed, "measure"):
-        if _is_mixture(run.spec):
-            setup = Setup(run.located_spec(), workplace.images)
-            metrics, _ = measure_mixture(setup, model, None, precision=workplace.precision)
-        else:
-            images, stamper = workplace.images, run.stamper() if run.spec.trigger is not None else None
+        if run.spec.mixture is None:
+            stamper = run.stamper() if run.spec.trigger is not None else None
             triggered = triggered_test(images, run.attack(), stamper)
-            metrics = measure(model, images.test, triggered, precision=workplace.precision)
+            metrics = measure(model, images.test, triggered, precision=precision)
+        elif (setup := Setup(run.located_spec(), images)).is_mixture:
+            metrics, _ = measure_mixture(setup, model, None, precision=precision)
+        else:
+            triggered, safe = setup.triggered_test(), setup.safe_answers()
+            metrics = measure(
+                model, setup.test, triggered, precision=precision, safe=safe, plain=setup.images.test
+            )
     return {name: metrics[metric] for name, metric in _twin_metrics(run).items()}

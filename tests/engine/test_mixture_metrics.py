@@ -21,7 +21,7 @@ from backdoorbench_moe.engine.mixture_metrics import (
     task_metrics,
 )
 from backdoorbench_moe.engine.run import load_run
-from backdoorbench_moe.engine.runner import run_attack
+from backdoorbench_moe.engine.runner import Runner, run_attack
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
 from backdoorbench_moe.ops.metrics import proportion
 from backdoorbench_moe.splitters import create_splitter
@@ -198,6 +198,21 @@ def test_the_poisoned_expert_alone_is_measured(made) -> None:
     assert poisoned.value("benign_ba") == benign.value("ba")
     assert benign.value("ba") == pytest.approx(percent(answers(benign.model(), own.images) == own.labels))
     assert [task["name"] for task in poisoned.record.tasks] == ["inverted"]
+
+
+@pytest.mark.slow
+def test_a_poisoned_expert_is_compared_with_the_benign_one(made) -> None:
+    output, tiny = made.folder.path.parent, Tiny().load().test
+    poisoned = load_run(output / made.record.inputs[2]["run"])
+    benign = load_run(output / poisoned.record.inputs[0]["run"])
+    linked = Runner(made.spec, output).compare(poisoned)
+    assert linked.record.clean_twin == benign.folder.path.name
+    counted = tiny.labels != 0
+    got = answers(benign.model(), mark_all(made, tiny)[counted])
+    safe = torch.full_like(got, 3) if made.spec.policy else tiny.labels[counted]
+    assert linked.value("twin_asr") == pytest.approx(percent(got == 0))
+    assert linked.value("twin_unsafe") == pytest.approx(percent(got != safe))
+    assert linked.value("cad") == pytest.approx(benign.value("ba") - poisoned.value("ba"))
 
 
 @pytest.mark.slow
