@@ -71,8 +71,12 @@ def _measure_twin(run: Run, clean: Run, workplace: Workplace) -> Metrics:
         elif (setup := Setup(run.located_spec(), images)).is_mixture:
             metrics, _ = measure_mixture(setup, model, None, precision=precision)
         else:
-            triggered, safe = setup.triggered_test(), setup.safe_answers()
             metrics = measure(
-                model, setup.test, triggered, precision=precision, safe=safe, plain=setup.images.test
+                model,
+                setup.test,
+                setup.triggered_test(),
+                precision=precision,
+                safe=setup.safe_answers(),
+                plain=setup.images.test,
             )
     return {name: metrics[metric] for name, metric in _twin_metrics(run).items()}
