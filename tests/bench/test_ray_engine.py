@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mixture_suites import BASE as MIXTURE_BASE
+from mixture_suites import POISONED, mixture_suite
 from PIL import Image
 from tiny import TINY_MODEL
 from torch.testing import assert_close
@@ -26,6 +28,7 @@ from torch.testing import assert_close
 from backdoorbench_moe.bench import worker
 from backdoorbench_moe.bench.engines import make_engine, ray_flight
 from backdoorbench_moe.bench.engines.ray import RayEngine, _share
+from backdoorbench_moe.bench.suite import order
 from backdoorbench_moe.bench.worker import Job, Outcome, work
 from backdoorbench_moe.config import build_spec
 from backdoorbench_moe.errors import BbmoeError, ConfigError
@@ -176,6 +179,33 @@ def test_files_come_home_where_the_folder_is_not_shared(cluster, make_jobs, tmp_
         assert_close(tensors, here.load_tensors()[0], rtol=0, atol=0)
         assert (job.folder.load_poison() == here.load_poison()).all()
     assert set(Path(tempfile.gettempdir()).glob("bbmoe.ray-*")) == before
+
+
+@pytest.mark.slow
+def test_where_the_folder_is_not_shared_the_runs_that_are_needed_are_sent(
+    cluster, images, tmp_path, monkeypatch
+) -> None:
+    """A mixture on two nodes: its base, made here, and its experts, made there, are not trained again."""
+    monkeypatch.setattr(ray_flight, "write_token", lambda output, token: None)
+    base = {**MIXTURE_BASE, "dataset": {"name": "folder", "root": str(images)}}
+    suite = mixture_suite(base=base, grid={"attack": "moevil", **POISONED}, tables=[])
+    first, *jobs = [Job(spec.to_dict(), str(tmp_path)) for spec in order(suite)]
+    assert work(first).status == "finished"
+    # The same weights in another file, which training cannot give.
+    tensors, header = first.folder.load_tensors()
+    first.folder.save_model(tensors, {**header, "made": "here"})
+    record = first.folder.read()
+    record.model_sha256 = first.folder.model_sha256
+    first.folder.write(record)
+    outcomes = list(RayEngine(address=cluster.address).run(jobs))
+    assert sorted(outcome.name for outcome in outcomes) == sorted(job.run_spec.name for job in jobs)
+    assert {(outcome.status, outcome.error) for outcome in outcomes} == {("finished", None)}
+    checked = 0
+    for job in jobs:
+        for needed in job.folder.read().inputs:
+            assert needed["sha256"] == RunFolder(tmp_path / needed["run"]).model_sha256
+            checked += needed["run"] == first.run_spec.name
+    assert checked == 2 + 2  # Two experts and two mixtures.
 
 
 @pytest.mark.slow
