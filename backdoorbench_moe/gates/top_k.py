@@ -11,31 +11,38 @@ from backdoorbench_moe.moe.layers import Router, TopKSoftmaxRouter
 class TopK(Gate):
     """Send each token to the `top_k` experts with the largest logits, weighted by the softmax over these logits.
 
-    The router is initialised with small random weights. The source initialises it with zeros, so that at first the
-    experts with the lowest numbers get every token; `init_std` 0 does the same.
+    It departs from the source in two points. The router is initialised with small random weights. The source has
+    zeros, so that at first the experts with the lowest numbers get every token; `init_std` 0 does the same. And in
+    training, noise is added to the logits when experts are chosen, as Shazeer et al. do. Without it, only the experts
+    that a token is sent to have a gradient, and a gate never learns that another one would be better: on `signs`,
+    overall was 75% without noise and 97% with it (one seed, tasks that every patch shows). `noise` 0 is the source's.
 
     Args:
         top_k: Experts for each token, 1 to E. With 1, the weight is always 1, so that only the balance loss trains the
             gate.
         balance: Weight of the balance loss, at least 0; 0 for none. The loss of the model is the mean over its layers.
         init_std: Standard deviation of the initial weights, at least 0.
+        noise: Standard deviation of the noise in training, at least 0; 0 for none.
 
     Raises:
         ConfigError: A value is out of range, or nothing would train the gate.
 
     Source:
-        Kim et al., "MoEvil", ACSAC 2025, eq. 1 and §6.2.
+        Kim et al., "MoEvil", ACSAC 2025, eq. 1 and §6.2. Noise: Shazeer et al., "Outrageously large neural networks",
+        ICLR 2017, §2.1; its size is learnt there, and constant here.
     """
 
-    def __init__(self, *, top_k: int = 2, balance: float = 0.01, init_std: float = 1e-3) -> None:
+    def __init__(
+        self, *, top_k: int = 2, balance: float = 0.01, init_std: float = 1e-3, noise: float = 1.0
+    ) -> None:
         super().__init__()
         check_top_k("top-k", top_k)
-        check_not_negative("top-k", balance=balance, init_std=init_std)
+        check_not_negative("top-k", balance=balance, init_std=init_std, noise=noise)
         if top_k == 1 and not balance:
             raise ConfigError.expected(
                 "top-k: balance", "a number above 0, as nothing else trains a gate with top_k 1", balance
             )
-        self.top_k, self.balance, self.init_std = top_k, balance, init_std
+        self.top_k, self.balance, self.init_std, self.noise = top_k, balance, init_std, noise
 
     def check(self, num_experts: int) -> None:
         """Raise ConfigError if `top_k` is larger than the number of experts."""
@@ -44,5 +51,10 @@ class TopK(Gate):
     def build(self, features: int, num_experts: int) -> Router:
         """Build the router of one layer."""
         return TopKSoftmaxRouter(
-            features, num_experts, top_k=self.top_k, balance=self.balance, gate_std=self.init_std
+            features,
+            num_experts,
+            top_k=self.top_k,
+            balance=self.balance,
+            gate_std=self.init_std,
+            noise=self.noise,
         )

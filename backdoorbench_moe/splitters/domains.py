@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from kornia.color import rgb_to_grayscale
+from kornia.filters import sobel
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,6 +17,11 @@ from backdoorbench_moe.splitters.base import Splitter
 
 # Factors of red, green and blue.
 MOONLIGHT = (0.5, 0.6, 0.8)
+# Factors of red, green and blue under a red lamp.
+RED_LIGHT = (1.0, 0.3, 0.3)
+# Share of the image that is seen through fog, and the grey that is added to it.
+FOG = (0.3, 0.65)
+EDGE_GAIN = 3.0
 # The grey of an even surface. With this one, differences of 8-bit values stay 8-bit values.
 EVEN = 128 / 255
 
@@ -40,6 +46,22 @@ def grey_blur(images: Tensor) -> Tensor:
 def darken(images: Tensor) -> Tensor:
     """Darken with gamma 2 and a blue tint."""
     return images.square() * images.new_tensor(MOONLIGHT).view(3, 1, 1)
+
+
+def light_red(images: Tensor) -> Tensor:
+    """Darken green and blue, as under a red lamp."""
+    return images * images.new_tensor(RED_LIGHT).view(3, 1, 1)
+
+
+def fog(images: Tensor) -> Tensor:
+    """Lower the contrast, and brighten."""
+    share, grey = FOG
+    return share * images + grey
+
+
+def edges(images: Tensor) -> Tensor:
+    """Return three times the magnitude of each channel's Sobel gradient; values are clipped to 1."""
+    return (EDGE_GAIN * sobel(images, eps=0.0)).clamp(0, 1)
 
 
 def permute_channels(images: Tensor) -> Tensor:
@@ -76,6 +98,9 @@ TRANSFORMS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "embossed": emboss,
     "night": darken,
     "pixelated": pixelate,
+    "fog": fog,
+    "red-lit": light_red,
+    "edges": edges,
 }
 
 
@@ -94,9 +119,14 @@ class Domains(Splitter):
     - `recoloured`: green shown as red, blue as green, red as blue;
     - `embossed`: differences of neighbouring pixels on a grey ground;
     - `night`: darkened (gamma 2) and tinted blue;
-    - `pixelated`: 16 x 16 blocks, or fewer if a block would be smaller than 2 x 2 pixels.
+    - `pixelated`: 16 x 16 blocks, or fewer if a block would be smaller than 2 x 2 pixels;
+    - `fog`: of low contrast, and bright;
+    - `red-lit`: green and blue darkened;
+    - `edges`: magnitudes of the gradients, on black.
 
-    The last two are the closest to `plain`: a network that is trained on plain images often recognises them, too.
+    `night` and `pixelated` are the closest to `plain`: a network that is trained on plain images often recognises them,
+    too. Gates of a mixture see one patch at a time: of `plain`, `fog`, `red-lit`, `edges` and `night`, a patch shows
+    which it is; of the others only seldom.
 
     On the CPU and on an accelerator, `plain`, `rotated`, `inverted`, `recoloured` and `embossed` give the same
     8-bit values. The others may differ by 1 of 255 where a value is halfway between two levels.

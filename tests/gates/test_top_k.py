@@ -31,12 +31,12 @@ def test_top_2_by_hand() -> None:
 
 def test_the_balance_loss_of_top_2_by_hand() -> None:
     """E times the sum of mean weights times mean gates: 3 (20*86 + 29*113 + 14*81) / (63*280) = 1.0427."""
-    router = pass_through(create_gate("top-k", balance=0.5)(3, 3)).train()
+    router = pass_through(create_gate("top-k", balance=0.5, noise=0)(3, 3)).train()
     want = 3 * sum(w * g for w, g in zip(MEAN_TOP_2, MEAN_GATES, strict=True))
     assert want == pytest.approx(18393 / 17640)
     assert router(ODDS.log()[None]).aux_loss.item() == pytest.approx(0.5 * want, rel=1e-6)
     # The model's loss is the mean over the layers, whose losses are added up.
-    router = pass_through(create_gate("top-k", balance=0.5)(3, 3, layers=4)).train()
+    router = pass_through(create_gate("top-k", balance=0.5, noise=0)(3, 3, layers=4)).train()
     assert router(ODDS.log()[None]).aux_loss.item() == pytest.approx(0.5 * want / 4, rel=1e-6)
     assert pass_through(create_gate("top-k", balance=0)(3, 3)).train()(ODDS.log()[None]).aux_loss is None
 
@@ -52,7 +52,7 @@ def test_the_gradient_of_the_balance_loss_by_hand() -> None:
         j = 1: 1/3 (113 - 95)/280 + 2/7 (203 - 152)/441 = 3/140 + 34/1029
         j = 2: 0 + 1/7 (98 - 152)/441 = -18/1029
     """
-    router = pass_through(create_gate("top-k", balance=1.0)(3, 3)).train()
+    router = pass_through(create_gate("top-k", balance=1.0, noise=0)(3, 3)).train()
     logits = ODDS.log()[None].requires_grad_()
     router(logits).aux_loss.backward()
     want = torch.tensor([-3 / 140 - 16 / 1029, 3 / 140 + 34 / 1029, -18 / 1029])
@@ -121,6 +121,7 @@ def test_states_of_another_shape_are_refused() -> None:
         ("top-k", {"top_k": 4}, "top-k: top_k: expected 1 to 3, the number of experts, got 4"),
         ("hidden", {"top_k": 4}, "hidden: top_k: expected 1 to 3, the number of experts, got 4"),
         ("top-k", {"balance": -0.1}, "top-k: balance: expected a finite number of at least 0, got -0.1"),
+        ("top-k", {"noise": -1.0}, "top-k: noise: expected a finite number of at least 0, got -1.0"),
         ("top-k", {"init_std": -1.0}, "top-k: init_std: expected a finite number of at least 0, got -1.0"),
         ("soft", {"balance": -1.0}, "soft: balance: expected a finite number of at least 0, got -1.0"),
         ("top-k", {"top_k": 1, "balance": 0.0}, "top-k: balance: expected a number above 0"),

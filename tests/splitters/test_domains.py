@@ -19,6 +19,7 @@ from backdoorbench_moe.splitters.domains import TRANSFORMS
 ALL = (
     *("plain", "rotated", "inverted", "grey-blurred"),
     *("recoloured", "embossed", "night", "pixelated"),
+    *("fog", "red-lit", "edges"),
 )
 PICTURES = arrays(
     np.uint8, st.tuples(*[st.integers(1, 3), st.just(3), *[st.shared(st.integers(1, 40), key="s")] * 2])
@@ -59,6 +60,7 @@ def test_the_order_of_the_domains() -> None:
         ("recoloured", [[0, 50], [100, 200]]),
         ("pixelated", [[88, 88], [88, 88]]),  # 350 / 4 = 87.5
         ("grey-blurred", [[88, 88], [88, 88]]),
+        ("fog", [[166, 181], [196, 226]]),  # 0.3 * 0 + 0.65 * 255 = 165.75, 180.75, 195.75, 225.75
         ("embossed", [[128, 178], [228, 255]]),  # 128 + 0, 50 - 0, 100 - 0, 200 - 0 with the upper left pixel
     ],
 )
@@ -76,6 +78,9 @@ def test_colours_by_hand() -> None:
         "grey-blurred": [123] * 3,  # 0.299 * 200 + 0.587 * 100 + 0.114 * 40 = 123.06
         # 255 * (200 / 255)**2 * 0.5 = 78.4; 255 * (100 / 255)**2 * 0.6 = 23.5; 255 * (40 / 255)**2 * 0.8 = 5.02
         "night": [78, 24, 5],
+        "fog": [226, 196, 178],  # 0.3 * 200 + 165.75 = 225.75; 195.75; 177.75
+        "red-lit": [200, 30, 12],
+        "edges": [0] * 3,
         "embossed": [128] * 3,
         "pixelated": [200, 100, 40],
         "rotated": [200, 100, 40],
@@ -151,6 +156,14 @@ def test_blocks_are_means(side: int, block: int) -> None:
             assert (found[part] - means).abs().max() <= 0.5 + 1e-4
 
 
+def test_edges_of_a_step_by_hand() -> None:
+    """A step of 40 between two columns: a gradient of 40 / 2 in both, three times as bright; none elsewhere."""
+    found = show("edges", grey_of([[100] * 4 + [140] * 4] * 6)).int()
+    assert (found - torch.tensor([0, 0, 0, 60, 60, 0, 0, 0])).abs().max() == 0
+    assert (found == show("edges", grey_of([[140] * 4 + [100] * 4] * 6))).all()
+    assert (show("edges", grey_of([[0] * 4 + [255] * 4] * 6))[..., 3:5] == 255).all()
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 255), st.integers(0, 255))
 def test_night_is_dark_keeps_the_order_and_is_blue(one: int, other: int) -> None:
@@ -162,14 +175,14 @@ def test_night_is_dark_keeps_the_order_and_is_blue(one: int, other: int) -> None
 
 
 def test_even_images_stay_apart_where_they_can() -> None:
-    """What only moves pixels or channels cannot change an even grey; everything else but a blur does."""
+    """On an even grey, transforms that move pixels or channels, and blurs, have no effect; all others do."""
     still = {"plain", "rotated", "grey-blurred", "recoloured", "pixelated"}
-    for value in (255, 100):
+    for value in (254, 100):
         image = torch.full((1, 3, 32, 32), value, dtype=torch.uint8)
         found = {domain: show(domain, image)[0, :, 9, 9].tolist() for domain in ALL}
         assert {domain for domain in ALL if found[domain] == [value] * 3} == still
         changed = [tuple(found[domain]) for domain in ALL if domain not in still]
-        assert len(set(changed)) == len(changed) == 3
+        assert len(set(changed)) == len(changed) == 6
 
 
 def test_classes_stay_distinct_on_images_that_differ_by_their_direction() -> None:

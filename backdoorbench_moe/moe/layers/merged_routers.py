@@ -79,12 +79,16 @@ class TopKSoftmaxRouter(MergedRouter):
     The weights of a token sum to 1. With `top_k` = E, every token goes to all experts. With `top_k` = 1, the weight is
     always 1, so that only the balance loss has a gradient.
 
+    In training, noise from torch's global generator is added to the logits when experts are chosen, so that all experts
+    are tried while the logits are small. The weights of the chosen experts are computed without it.
+
     Args:
         features: Features D of a token.
         num_experts: Number of experts E.
         top_k: Experts for each token, 1 to E.
         balance: Weight of the balance loss; 0 for none.
         gate_std: Standard deviation of the initial weights.
+        noise: Standard deviation of the noise, which is normally distributed; 0 for none.
     """
 
     def __init__(
@@ -95,13 +99,17 @@ class TopKSoftmaxRouter(MergedRouter):
         top_k: int,
         balance: float = 0.01,
         gate_std: float = 1e-3,
+        noise: float = 0.0,
     ) -> None:
         super().__init__(features, num_experts, balance=balance, gate_std=gate_std)
-        self.top_k = top_k
+        self.top_k, self.noise = top_k, noise
 
     def select(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Choose the largest logits (S, E)."""
-        chosen = top_experts(logits, self.top_k)
+        # The logit of a masked expert is the smallest number, which noise does not change.
+        explores = self.training and self.noise
+        seen = logits + self.noise * torch.randn_like(logits) if explores else logits
+        chosen = top_experts(seen, self.top_k)
         return chosen, logits.gather(1, chosen).softmax(-1)
 
 

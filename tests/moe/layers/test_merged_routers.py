@@ -130,6 +130,38 @@ def test_at_the_start_the_tokens_of_a_batch_are_spread_over_the_experts() -> Non
     assert shares.min() > 0.35 and shares.max() < 0.65
 
 
+def test_noise_lets_every_expert_be_tried_in_training_only() -> None:
+    """Logits 0.5 and 0 with noise of deviation 1: the lower one wins with probability Phi(-0.5 / sqrt 2) = 0.3618."""
+    torch.manual_seed(0)
+    router = TopKSoftmaxRouter(2, 2, top_k=1, noise=1.0)
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([[0.5, 0.0], [0.0, 0.0]]))
+    tokens = torch.tensor([1.0, 0.0]).expand(1, 100_000, 2)
+    assert router.train()(tokens).selected[..., 1].float().mean().item() == pytest.approx(0.3618, abs=0.006)
+    assert not router.eval()(tokens).selected[..., 1].any()
+
+
+def test_the_weights_of_the_chosen_experts_have_no_noise() -> None:
+    torch.manual_seed(0)
+    router = TopKSoftmaxRouter(3, 3, top_k=2, noise=2.0).train()
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(3))
+    logits = torch.tensor([2.0, 1.0, 0.0])
+    routed = router(logits.expand(1, 200, 3))
+    table = torch.zeros(200, 3)
+    table[routed.assignment.tokens, routed.assignment.experts] = routed.assignment.weights.detach()
+    assert len(set(map(tuple, routed.selected[0].tolist()))) == 3
+    for chosen, found in zip(routed.selected[0], table, strict=True):
+        torch.testing.assert_close(found, logits.masked_fill(~chosen, -torch.inf).softmax(-1))
+
+
+def test_noise_does_not_choose_a_masked_expert() -> None:
+    torch.manual_seed(0)
+    router = TopKSoftmaxRouter(3, 3, top_k=2, noise=100.0).train()
+    router.masked[1] = True
+    assert not router(torch.randn(1, 500, 3)).selected[..., 1].any()
+
+
 def test_gumbel_noise_is_gumbel() -> None:
     """Its mean is Euler's constant, its variance pi^2 / 6, and its median -log(log 2)."""
     torch.manual_seed(0)
