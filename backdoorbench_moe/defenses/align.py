@@ -117,7 +117,7 @@ class Align(Defense):
         all_layers = mixture_of(model).layers()
         if self.scope == "gates":
             return []
-        numbers = layer_numbers(self.layers or ALIGNED_LAYERS, len(all_layers))
+        numbers = layer_numbers(ALIGNED_LAYERS if self.layers is None else self.layers, len(all_layers))
         return [all_layers[number] for number in numbers]
 
     def _preference(self, task: DefenseTask) -> tuple[Split, MarkedLoss]:
