@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.ops.images import Split
+from backdoorbench_moe.ops.images import Split, concatenate
 from backdoorbench_moe.ops.seeding import generator
 from backdoorbench_moe.splitters.base import Splitter
 
@@ -42,7 +42,6 @@ def mix(
     Raises:
         ConfigError: A task does not exist, has no images, or has fewer than `images_per_task`.
     """
-    parts = []
     drawn = draw_mix(
         splitter,
         split.labels,
@@ -51,10 +50,11 @@ def mix(
         num_classes=num_classes,
         seed=seed,
     )
+    parts = []
     for task, indices in enumerate(drawn):
         place = indices.to(split.images.device)
         parts.append(Split(splitter.transform_images(split.images[place], task), split.labels[place]))
-    return Split(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
+    return concatenate(parts)
 
 
 def draw_mix(
