@@ -26,6 +26,9 @@ def mix(
     that the makers of the experts have. An image may be drawn for several tasks. With the same number of images per
     task, the images of a task do not depend on the number of tasks.
 
+    Departure: the gates of MoEvil are trained on 1,000 samples of each task and 1,000 general ones, which image
+    data do not have.
+
     Args:
         splitter: The tasks.
         split: Clean training images (N, 3, H, W) uint8 and their labels, on any device.
@@ -41,6 +44,9 @@ def mix(
 
     Raises:
         ConfigError: A task does not exist, has no images, or has fewer than `images_per_task`.
+
+    Source:
+        MoEvil (Kim et al., ACSAC 2025), §6.2.
     """
     drawn = draw_mix(
         splitter,
@@ -69,10 +75,18 @@ def draw_mix(
     """Draw the images of `mix`; none are transformed yet.
 
     Args:
-        labels: (N,) int64, the labels of the training images.
+        splitter: The tasks.
+        labels: (N,) int64, the labels of the training images, on any device.
+        tasks: Number of tasks E, from 1.
+        images_per_task: Number of images of each task; see `mix`.
+        num_classes: Number of classes of the data.
+        seed: The run's seed.
 
     Returns:
-        (n,) int64 indices of the images of each task in ascending order, on the CPU.
+        For each task, (n,) int64 indices of its images in ascending order, on the CPU.
+
+    Raises:
+        ConfigError: A task does not exist, has no images, or has fewer than `images_per_task`.
     """
     drawn = []
     for task in range(tasks):
