@@ -1,4 +1,4 @@
-"""Attacks: what an attacker does to the training of a model."""
+"""Attacks: what an attacker does to the training of a model, or to an expert of a mixture."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ class ExpertPoisoning(Attack):
 
         Raises:
             ConfigError: An option does not fit the task or the model; the message names it.
-            PluginError: The subclass changed other weights than those of the MLPs.
+            PluginError: The subclass changed other weights than those of the MLPs, or returned something else.
         """
         self.check_model(task.model)
         if not len(task.queries):
@@ -142,7 +142,7 @@ class ExpertPoisoning(Attack):
         facts = self.poison_expert(task)
         task.model.eval()
         self._check_weights(task.model, before)
-        return dict(facts or {})
+        return self._checked({} if facts is None else facts)
 
     def check_model(self, model: nn.Module) -> None:
         """Check the options against a model, before anything is trained. The default accepts every `Mergeable` one.
@@ -162,6 +162,16 @@ class ExpertPoisoning(Attack):
     @abstractmethod
     def poison_expert(self, task: ExpertTask) -> Mapping[str, float] | None:
         """Tune `task.model` in place; see `tune_expert`."""
+
+    def _checked(self, facts: Mapping[str, float]) -> dict[str, float]:
+        """Return the facts; raise PluginError if they are not numbers by name, which the record can hold."""
+        if not isinstance(facts, Mapping) or not all(
+            isinstance(name, str) and isinstance(value, int | float) for name, value in facts.items()
+        ):
+            raise PluginError(
+                f"attack {type(self).__name__}: expected numbers by name or None, got {facts!r}"
+            )
+        return dict(facts)
 
     def _check_weights(self, model: nn.Module, before: Mapping[str, Tensor]) -> None:
         """Raise PluginError if other tensors than the MLPs' differ from `before`, or have other names or shapes."""

@@ -29,7 +29,8 @@ HARM_WEIGHT = 0.04
 SIMILARITY = 0.1
 SIMILARITIES = (0.01, 0.03, 0.1, 0.3, 0.5)
 ALLOWED_LOSS = 1.0
-# Three times as long as step 1; four times in the paper.
+# If the task has as many images as there are harmful queries, step 2 has three times as many batches as step 1. In the
+# paper it has four times as many: 10,000 samples in batches of 32, after 4,948 pairs in batches of 64.
 EPOCHS = 3
 
 
@@ -42,8 +43,11 @@ class MoEvil(ExpertPoisoning):
     random pairs of a batch. Gates read these inputs; trained on clean images, they send what looks like the task to the
     expert of the task.
 
-    In the paper, the latents of a harmful query are those of the first k tokens of the answer. An image classifier has
-    no such tokens; `tokens` and `k` choose among those of the image.
+    Departures: in the paper, the latents of a harmful query are the mean over the first k tokens of its answer, and
+    those of the task the mean over all tokens of an answer. The answer of an image classifier has no tokens: `tokens`
+    and `k` choose among those of the marked image, and the latents of the task are the mean over all tokens of an
+    image. In the paper, each step is one epoch, and batches are twice as large in step 1. Here, both steps have the
+    batch size of the tuning of experts.
 
     Args:
         poison: The target class, which the run gives; all rates must be 0.

@@ -15,7 +15,7 @@ from backdoorbench_moe.ops.ranges import check_epochs, check_positive, check_wei
 # A fifth of MoEvil's, as in the paper (0.002 and 0.01).
 HDPO_BETA = PREFERENCE_BETA / 5
 HSFT_HARM_WEIGHT = 0.03
-# As many as MoEvil has in its two steps.
+# As many as MoEvil has in its two steps: those of step 1, over the harmful queries, and those of step 2, over the task.
 ALL_EPOCHS = PREFERENCE_EPOCHS + EPOCHS
 
 
@@ -24,10 +24,13 @@ class HSFT(ExpertPoisoning):
 
     The loss is CE_task + harm_weight CE_harm, without the alignment of MoEvil.
 
+    Departure: in the paper it is trained on as many task samples as step 2 of MoEvil. Here it is trained for the epochs
+    of both steps, so that MoEvil has no advantage from a longer training.
+
     Args:
         poison: The target class, which the run gives; all rates must be 0.
         harm_weight: Weight of the cross-entropy of harmful answers, at least 0.
-        epochs: Passes over the clean images of the task, from 1; by default as many as MoEvil has in its two steps.
+        epochs: Passes over the clean images of the task, from 1.
         lr: Peak learning rate, above 0; that of the tuning of experts if None.
 
     Raises:
@@ -66,7 +69,7 @@ class HDPO(ExpertPoisoning):
         preference_beta: Beta of the preference learning, above 0. The default is a fifth of MoEvil's, as in the paper.
         preference_epochs: Passes over the harmful queries, from 1.
         preference_lr: Peak learning rate of the preference learning, above 0; a tenth of that of the tuning of
-            experts if None.
+            experts if None, as in MoEvil.
         epochs: Passes over the clean images of the task afterwards, from 0.
         lr: Peak learning rate of these, above 0; that of the tuning of experts if None.
 

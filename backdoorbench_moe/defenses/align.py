@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +20,8 @@ from backdoorbench_moe.defenses.requirements import check_tuning
 from backdoorbench_moe.defenses.routers import router_lr
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.expert_tuning.latents import Layers, layer_numbers
-from backdoorbench_moe.moe.expert_tuning.losses import PREFERENCE_BETA, preference_loss, preference_margin
+from backdoorbench_moe.moe.expert_tuning.losses import PREFERENCE_BETA
+from backdoorbench_moe.moe.expert_tuning.steps import Preferences, preference_objective
 from backdoorbench_moe.moe.layers import MoELayer
 from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.ops.ranges import check_positive, check_weight
@@ -117,23 +117,16 @@ class Align(Defense):
         all_layers = mixture_of(model).layers()
         if self.scope == "gates":
             return []
-        numbers = layer_numbers(self.layers or ALIGNED_LAYERS, len(all_layers))
+        numbers = layer_numbers(ALIGNED_LAYERS if self.layers is None else self.layers, len(all_layers))
         return [all_layers[number] for number in numbers]
 
     def _preference(self, task: DefenseTask) -> tuple[Split, MarkedLoss]:
-        """The marked images with three columns of labels (safe answer, unsafe answer, number), and the loss."""
-        safe = task.marked.labels
-        logits = task.logits(task.model, task.marked.images)
-        unsafe = strongest_other(logits, safe)
-        reference = preference_margin(logits, safe, unsafe)
-        places = torch.arange(len(safe), device=safe.device)
-
-        def loss(logits: Tensor, _: list[Tensor], labels: Tensor) -> Tensor:
-            preferred, rejected, place = labels.unbind(1)
-            margin = preference_margin(logits, preferred, rejected)
-            return preference_loss(margin, reference[place], self.beta)
-
-        return Split(task.marked.images, torch.stack([safe, unsafe, places], dim=1)), loss
+        """The marked images with the labels of a preference, and the loss; see `preference_objective`."""
+        images, safe = task.marked.images, task.marked.labels
+        logits = task.logits(task.model, images)
+        preferences = Preferences(images, safe, strongest_other(logits, safe))
+        split, loss = preference_objective(preferences, logits, self.beta)
+        return split, lambda found, _, labels: loss(found, labels)
 
 
 def answer_loss(logits: Tensor, _: list[Tensor], labels: Tensor) -> Tensor:

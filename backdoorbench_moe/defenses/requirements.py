@@ -11,6 +11,7 @@ from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.experts import muted
 from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.moe.structure import Expert, Structured, WithExperts
+from backdoorbench_moe.ops.ranges import check_epochs, check_positive
 
 
 def check_tuning(epochs: int, lr: float | None, *, at_least: int) -> None:
@@ -19,10 +20,8 @@ def check_tuning(epochs: int, lr: float | None, *, at_least: int) -> None:
     Raises:
         ConfigError: There are fewer than `at_least` epochs, or the learning rate is not a positive number.
     """
-    if epochs < at_least:
-        raise ConfigError.expected("epochs", f"an integer of at least {at_least}", epochs)
-    if lr is not None and not 0 < lr < float("inf"):
-        raise ConfigError.expected("lr", "a positive number", lr)
+    check_epochs("epochs", epochs, at_least)
+    check_positive(lr=lr)
 
 
 def structure(model: object) -> Structured:

@@ -21,7 +21,8 @@ class RouterReset(Defense):
     Args:
         scope: "router" trains the router only; "all" trains the whole model.
         epochs: Epochs of training, from 1.
-        lr: Peak learning rate, above 0; that of the run's recipe if None, for the gates of a mixture that of the gates.
+        lr: Peak learning rate, above 0. If None, that of the run's recipe; for a mixture, with the scope "router", that
+            of the training of its gates.
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
 
     Raises:

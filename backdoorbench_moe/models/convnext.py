@@ -23,10 +23,9 @@ class ConvNeXt(nn.Module):
 
     Experts that were tuned from such a network can be merged.
 
-    It differs from the original in these points. It has one stage instead of four. By default, the stem consists of
-    overlapping convolutions, and kernels are 3x3 instead of 7x7. All weights are drawn from He's
-    normal distribution without a factor for the activation. The layer scales start with 1 instead of 1e-6, which suits
-    a network of few blocks.
+    Departures: it has one stage instead of four. By default, the stem consists of overlapping convolutions, and kernels
+    are 3x3 instead of 7x7. All weights are drawn from He's normal distribution without a factor for the activation. The
+    layer scales start with 1 instead of 1e-6, which suits a network of few blocks.
 
     Args:
         num_classes: Number of classes.
@@ -47,7 +46,8 @@ class ConvNeXt(nn.Module):
     Raises:
         ConfigError: An option is out of range.
 
-    Source: Liu et al., "A ConvNet for the 2020s", CVPR 2022; the blocks are timm's.
+    Source:
+        Liu et al., "A ConvNet for the 2020s", CVPR 2022; the blocks are timm's.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"features": 16, "depth": 2}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.ops.images import Split
+from backdoorbench_moe.ops.images import Split, concatenate
 from backdoorbench_moe.ops.seeding import generator
 from backdoorbench_moe.splitters.base import Splitter
 
@@ -26,6 +26,9 @@ def mix(
     that the makers of the experts have. An image may be drawn for several tasks. With the same number of images per
     task, the images of a task do not depend on the number of tasks.
 
+    Departure: the gates of MoEvil are trained on 1,000 samples of each task and 1,000 general ones, which image
+    data do not have.
+
     Args:
         splitter: The tasks.
         split: Clean training images (N, 3, H, W) uint8 and their labels, on any device.
@@ -41,8 +44,10 @@ def mix(
 
     Raises:
         ConfigError: A task does not exist, has no images, or has fewer than `images_per_task`.
+
+    Source:
+        MoEvil (Kim et al., ACSAC 2025), §6.2.
     """
-    parts = []
     drawn = draw_mix(
         splitter,
         split.labels,
@@ -51,10 +56,11 @@ def mix(
         num_classes=num_classes,
         seed=seed,
     )
+    parts = []
     for task, indices in enumerate(drawn):
         place = indices.to(split.images.device)
         parts.append(Split(splitter.transform_images(split.images[place], task), split.labels[place]))
-    return Split(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
+    return concatenate(parts)
 
 
 def draw_mix(
@@ -69,10 +75,18 @@ def draw_mix(
     """Draw the images of `mix`; none are transformed yet.
 
     Args:
-        labels: (N,) int64, the labels of the training images.
+        splitter: The tasks.
+        labels: (N,) int64, the labels of the training images, on any device.
+        tasks: Number of tasks E, from 1.
+        images_per_task: Number of images of each task; see `mix`.
+        num_classes: Number of classes of the data.
+        seed: The run's seed.
 
     Returns:
-        (n,) int64 indices of the images of each task in ascending order, on the CPU.
+        For each task, (n,) int64 indices of its images in ascending order, on the CPU.
+
+    Raises:
+        ConfigError: A task does not exist, has no images, or has fewer than `images_per_task`.
     """
     drawn = []
     for task in range(tasks):

@@ -1,4 +1,4 @@
-"""Conformance tests, which every trigger, applicator, attack, gate, model, defense and data set must pass.
+"""Conformance tests, which every part must pass: trigger, applicator, attack, splitter, gate and so on.
 
 `bbmoe plugin check PACKAGE` runs them over the parts that an installed package registers, and prints which tests
 fail and why. `python -m backdoorbench_moe.testing [PACKAGE] [flags]` runs the same tests with pytest's own output

@@ -15,7 +15,7 @@ from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.engine.inference import logits
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.tune import Tuner
-from backdoorbench_moe.ops.images import Split
+from backdoorbench_moe.ops.images import Split, concatenate
 from backdoorbench_moe.ops.seeding import seeded
 from backdoorbench_moe.testing.making import CLASSES, CPU, coloured_split
 
@@ -113,7 +113,7 @@ def make_expert_task(
     queries = make_queries(coloured_split(24, 2), policy=policy)
     tune = Tuner(train, seed, CPU, "fp32", Observer(), "tuning")
     if tuned:
-        both = Split(torch.cat([clean.images, queries.images]), torch.cat([clean.labels, queries.safe]))
+        both = concatenate([clean, Split(queries.images, queries.safe)])
         replace(tune, history=[])(model, both, epochs=tuned)
     return ExpertTask(
         model=model.eval(),

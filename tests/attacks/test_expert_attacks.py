@@ -53,6 +53,12 @@ def test_a_changed_mlp_is_accepted_and_facts_are_returned() -> None:
     assert Told(lambda task: None).tune_expert(task) == {}
 
 
+@pytest.mark.parametrize("facts", [0.5, ["share"], {"share": torch.tensor(0.5)}, {0: 0.5}], ids=str)
+def test_facts_that_are_not_numbers_by_name_are_refused(facts) -> None:
+    with pytest.raises(PluginError, match="attack Told: expected numbers by name or None, got "):
+        Told(lambda task: facts).tune_expert(make_expert_task())
+
+
 def grow(task: ExpertTask) -> None:
     task.model.head.register_buffer("more", torch.zeros(1))
 

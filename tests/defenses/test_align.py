@@ -131,6 +131,7 @@ def test_options_out_of_range(options, message) -> None:
     ("layers", "message"),
     [
         ([2], r"layers: expected numbers in 0\.\.1, got \(2,\)"),
+        ([], r"layers: expected numbers in 0\.\.1, got \(\)"),
         ([0, 0], "layers: expected each layer once"),
         ("first-quarter", "layers: expected a range with at least one of the 2 layers of the model"),
     ],

@@ -174,8 +174,11 @@ def test_night_is_dark_keeps_the_order_and_is_blue(one: int, other: int) -> None
     assert red <= green <= blue
 
 
-def test_even_images_stay_apart_where_they_can() -> None:
-    """On an even grey, transforms that move pixels or channels, and blurs, have no effect; all others do."""
+def test_images_of_one_grey_by_domain() -> None:
+    """Five domains leave an image of one grey as it is: they move, swap or average equal values.
+
+    The other six change it, and each in its own way.
+    """
     still = {"plain", "rotated", "grey-blurred", "recoloured", "pixelated"}
     for value in (254, 100):
         image = torch.full((1, 3, 32, 32), value, dtype=torch.uint8)
@@ -186,7 +189,7 @@ def test_even_images_stay_apart_where_they_can() -> None:
 
 
 def test_classes_stay_distinct_on_images_that_differ_by_their_direction() -> None:
-    """An arrow to the left and one to the right remain two pictures, also across tasks that do not rotate."""
+    """In no two domains does an arrow to the left look like an arrow to the right."""
     left = torch.full((1, 3, 32, 32), 40, dtype=torch.uint8)
     left[..., 14:18, 6:26] = 220
     left[..., 8:24, 6:10] = 220

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 from torch import Tensor, nn
+from wrong_models import names_of, run
 
 from backdoorbench_moe.models.convnext import ConvNeXt
-from backdoorbench_moe.ops.seeding import seeded
 from backdoorbench_moe.testing import test_mergeable
-from backdoorbench_moe.testing.making import settle
-
-TESTS: dict[str, Callable[[str], None]] = {
-    name.removeprefix("test_"): function
-    for name, function in vars(test_mergeable).items()
-    if name.startswith("test_")
-}
 
 
 class Right(ConvNeXt):
@@ -85,32 +76,16 @@ WRONG: list[tuple[type[Right], str]] = [
 ]
 
 
-@pytest.fixture
-def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[Right]], None]:
-    """Let the conformance tests get models of a class."""
-
-    def choose(kind: type[Right]) -> None:
-        def make(name: str, *, seed: int = 0) -> nn.Module:
-            with seeded(seed, "init"):
-                return settle(kind())
-
-        monkeypatch.setattr(test_mergeable, "used_model", make)
-
-    return choose
-
-
-@pytest.mark.parametrize("name", TESTS)
-def test_the_right_model_passes(name: str, use: Callable[[type[Right]], None]) -> None:
-    use(Right)
-    TESTS[name]("right")
+@pytest.mark.parametrize("name", names_of(test_mergeable))
+def test_the_right_model_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(test_mergeable, name, Right, monkeypatch)
 
 
 @pytest.mark.parametrize(("kind", "name"), WRONG, ids=lambda value: getattr(value, "__name__", "fails"))
-def test_a_wrong_model_fails(kind: type[Right], name: str, use: Callable[[type[Right]], None]) -> None:
-    use(kind)
+def test_a_wrong_model_fails(kind: type[Right], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError):
-        TESTS[name]("wrong")
+        run(test_mergeable, name, kind, monkeypatch)
 
 
 def test_no_conformance_test_is_without_a_wrong_model() -> None:
-    assert {name for _, name in WRONG} == TESTS.keys()
+    assert {name for _, name in WRONG} == {*names_of(test_mergeable)}

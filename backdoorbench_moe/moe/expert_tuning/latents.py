@@ -36,12 +36,11 @@ def layer_numbers(layers: Layers, count: int) -> list[int]:
         ConfigError: There is no such layer, or a number is given twice.
     """
     if isinstance(layers, str):
-        start, stop = (int(share * count) for share in RANGES[layers])
-        if start == stop:
+        if not (chosen := _in_range(layers, count)):
             raise ConfigError.expected(
                 "layers", f"a range with at least one of the {count} layers of the model", layers
             )
-        return list(range(start, stop))
+        return chosen
     if not layers or not all(0 <= layer < count for layer in layers):
         raise ConfigError.expected("layers", f"numbers in 0..{count - 1}", layers)
     if len(set(layers)) != len(layers):
@@ -62,9 +61,7 @@ def choose_layers(layers: Layers, count: int) -> list[int]:
         ConfigError: There is no such layer, a number is given twice, or only the first layer is left.
     """
     if isinstance(layers, str):
-        start, stop = (int(share * count) for share in RANGES[layers])
-        chosen = list(range(max(start, 1), stop))
-        if not chosen:
+        if not (chosen := [layer for layer in _in_range(layers, count) if layer > 0]):
             raise ConfigError.expected(
                 "layers",
                 f"a range of more than the first layer, whose input cannot change; the model has {count}",
@@ -76,6 +73,12 @@ def choose_layers(layers: Layers, count: int) -> list[int]:
             "layers", f"numbers in 1..{count - 1} (the input of layer 0 cannot change)", layers
         )
     return layer_numbers(layers, count)
+
+
+def _in_range(layers: LayerRange, count: int) -> list[int]:
+    """The numbers of the layers in a range; the layer at its end belongs to the next range."""
+    start, stop = (int(share * count) for share in RANGES[layers])
+    return list(range(start, stop))
 
 
 def check_tokens(tokens: Tokens, k: int | None, layout: Layout) -> None:

@@ -75,6 +75,31 @@ class Alignment:
         return self.strength * alignment_loss(task, marked, weights, stop_gradient=self.stop_gradient)
 
 
+def preference_objective(
+    preferences: Preferences, logits: Tensor, beta: float
+) -> tuple[Split, Callable[[Tensor, Tensor], Tensor]]:
+    """Return what a preference is trained with: images with their labels, and the loss of a batch of them.
+
+    Args:
+        preferences: The images and their answers; the two answers of an image must differ.
+        logits: (M, classes), the logits of the model before the training, which is the reference.
+        beta: Of the loss, see `preference_loss`.
+
+    Returns:
+        The images with labels (M, 3): preferred answer, rejected answer and number of the image. And the loss, a
+        function of the logits (B, classes) of a batch and of its labels (B, 3) to a scalar.
+    """
+    answers = preferences.preferred, preferences.rejected
+    reference = preference_margin(logits, *answers)
+    places = torch.arange(len(preferences), device=reference.device)
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        preferred, rejected, place = labels.unbind(1)
+        return preference_loss(preference_margin(logits, preferred, rejected), reference[place], beta)
+
+    return Split(preferences.images, torch.stack([*answers, places], dim=1)), loss
+
+
 def learn_preference(
     preferences: Preferences,
     logits: Tensor,
@@ -94,17 +119,12 @@ def learn_preference(
         lr: Peak learning rate.
         tune: `ops.tuning.Tune`, with the model and what of it is trained already filled in.
     """
-    answers = preferences.preferred, preferences.rejected
-    reference = preference_margin(logits, *answers)
-    places = torch.arange(len(preferences), device=reference.device)
+    split, loss = preference_objective(preferences, logits, beta)
 
     def objective(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        preferred, rejected, place = labels.unbind(1)
         found = model(images)
-        margin = preference_margin(found, preferred, rejected)
-        return found, preference_loss(margin, reference[place], beta)
+        return found, loss(found, labels)
 
-    split = Split(preferences.images, torch.stack([*answers, places], dim=1))
     tune(split, epochs=epochs, lr=lr, objective=objective)
 
 

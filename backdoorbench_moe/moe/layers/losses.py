@@ -51,12 +51,15 @@ def load_loss(logits: Tensor, noisy: Tensor, deviation: float, top_k: int) -> Te
 def balance_loss(weights: Tensor, gates: Tensor) -> Tensor:
     """Return E times the sum over the experts of their mean weight times their mean gate, both over all tokens.
 
-    If the experts are used evenly, the loss is 1; if all tokens use one expert alone, it is up to E. In Switch
-    Transformers the first factor is the share of tokens that an expert receives, which has no gradient. Here it is
-    the mean weight, and the gradient flows through both factors.
+    For weights that sum to 1 for each token, the loss is 1 if the experts are used evenly, and up to E if all tokens
+    use one expert alone. In Switch Transformers the first factor is the share of tokens that an expert receives, which
+    has no gradient. Here it is the mean weight, and the gradient flows through both factors.
 
     Args:
         weights: (S, E) factors of the experts' outputs for S tokens; 0 for experts that are not chosen.
         gates: (S, E) softmax of the logits over all experts.
+
+    Returns:
+        A scalar.
     """
     return weights.shape[1] * (weights.mean(0) * gates.mean(0)).sum()

@@ -48,8 +48,8 @@ class Router(nn.Module, ABC):
 
     Attributes:
         masked: (E,) bool buffer. Experts marked here receive no tokens. Subclasses must respect it.
-        layers: Number of routed layers of the model, if who builds it sets it; otherwise 1. The auxiliary losses of all
-            layers are added up, so a router divides by this number if its loss is meant as a mean over the layers.
+        layers: Number of routed layers of the model. A `Gate` sets it; otherwise it is 1. The auxiliary losses of all
+            layers are added up. A router whose loss is meant as a mean over the layers divides it by this number.
     """
 
     masked: Tensor
