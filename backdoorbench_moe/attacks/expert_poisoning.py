@@ -95,7 +95,7 @@ class ExpertPoisoning(Attack):
         "applicator": "patch",
         "policy": 0.02,
         "poison": {"rate": 0.0},
-        "splitter": {"name": "domains", "domains": ["plain", "inverted", "grey-blurred", "embossed"]},
+        "splitter": {"name": "domains", "domains": ["plain", "edges", "fog", "red-lit"]},
         "gate": "top-k",
         "mixture": {"experts": 4, "poisoned_experts": [1]},
     }
