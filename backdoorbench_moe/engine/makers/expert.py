@@ -12,6 +12,7 @@ from torch import nn
 from backdoorbench_moe.attacks.expert_poisoning import ExpertPoisoning, ExpertTask, HarmfulQueries
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.engine.build import naming_attack
 from backdoorbench_moe.engine.graph import BASE, BENIGN
 from backdoorbench_moe.engine.inference import logits
 from backdoorbench_moe.engine.makers.base import Maker
@@ -74,7 +75,7 @@ class PoisonedExpertMaker(Maker):
 
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
         super().__init__(spec, workplace)
-        assert spec.mixture is not None and spec.mixture.task is not None
+        assert spec.mixture is not None and spec.mixture.task is not None and spec.attack is not None
         assert isinstance(self.setup.attack, ExpertPoisoning)
         self.attack = self.setup.attack
         self.seed = derive_seed(spec.seed, "attack", spec.mixture.task)
@@ -84,11 +85,12 @@ class PoisonedExpertMaker(Maker):
             workplace.device,
             workplace.precision,
             workplace.observer,
-            spec.attack.name if spec.attack is not None else "",
+            spec.attack.name,
         )
         self.expert = self._expert_task(spec.mixture.task)
-        self.attack.check_model(self.setup.model)
-        self.attack.check_task(self.expert)
+        with naming_attack(spec.attack):
+            self.attack.check_model(self.setup.model)
+            self.attack.check_task(self.expert)
 
     def load(self, inputs: Mapping[str, Run]) -> None:
         """Load the weights of the benign expert.
