@@ -262,6 +262,7 @@ def test_numbers_of_language_models_stand_in_columns_of_their_own(name, tmp_path
         assert "paper's value" not in text and "Compare their order and shape" in text
 
 
+@pytest.mark.slow
 def test_published_values_of_moevil_are_where_they_belong() -> None:
     """Read off the paper."""
     load = functools.cache(load_suite)
