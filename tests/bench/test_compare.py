@@ -211,6 +211,7 @@ def test_results_folders_stand_for_themselves_whatever_their_version(tmp_path) -
     assert comparison.rows[0].a["cad"].statistic.n == 2
 
 
+@pytest.mark.slow
 def test_clean_cells_of_results_folders_are_compared(tmp_path) -> None:
     """The folders of a suite with cells without an attack, at two lengths of training; B has one cell more."""
     sides = []

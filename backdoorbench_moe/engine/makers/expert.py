@@ -23,6 +23,7 @@ from backdoorbench_moe.engine.policy import changed_pixels
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.tune import Tuner
 from backdoorbench_moe.engine.workplace import Workplace
+from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.merging import check_mergeable
 from backdoorbench_moe.ops.seeding import derive_seed, generator
 from backdoorbench_moe.records import Record, RunFolder
@@ -156,7 +157,15 @@ def mlps_of(model: nn.Module) -> list[nn.Module]:
 
 
 def _hold_out(split: Split, seed: int) -> tuple[Split, Split]:
-    """Divide images into those to train on and those to choose hyperparameters by, at least one of each."""
+    """Divide images into those to train on and those to choose hyperparameters by, at least one of each.
+
+    Raises:
+        ConfigError: There are fewer than two images.
+    """
+    if len(split) < 2:
+        raise ConfigError.expected(
+            "splitter", "at least 2 training images of the task of a poisoned expert", len(split)
+        )
     order = generator(seed, "held-out")
     drawn = torch.randperm(len(split), generator=order).to(split.labels.device)
     count = max(1, int(HELD_OUT * len(split)))
