@@ -112,7 +112,7 @@ def load_recipe(name: str, model: str = "pmoe") -> Values:
 def _built_in(name: str) -> Values:
     """Read a built-in recipe, once, as a suite has hundreds of specs; it must not be modified."""
     text = (files("backdoorbench_moe") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text)  # type: ignore[no-any-return]
+    return yaml.safe_load(text)
 
 
 def _load_own(text: str, origin: str, name: str, model: str) -> Values:

@@ -173,8 +173,8 @@ def share_metrics(found: MixturePass, experts: Sequence[int]) -> Metrics:
     }
     if found.marked is not None:
         parts["harm_share"] = found.marked.weights[..., chosen].sum(-1)
-    found = {name: asdict(mean_of(100 * values.mean(0))) for name, values in parts.items()}
-    return {name: {k: v for k, v in row.items() if v is not None} for name, row in found.items()}
+    means = {name: asdict(mean_of(100 * values.mean(0))) for name, values in parts.items()}
+    return {name: {k: v for k, v in row.items() if v is not None} for name, row in means.items()}
 
 
 def gate_shares(found: MixturePass) -> list[GateShares]:
