@@ -152,11 +152,11 @@ def test_tables_counts_and_comparison(tmp_path) -> None:
     header, *rows = (tmp_path / "saved" / "tidy.csv").read_text().splitlines()
     assert {"gate", "splitter_options", "poisoned_experts", "task", "task_0_ba"} <= set(header.split(","))
     assert len(rows) == 18 + 15
-    # A folder keeps no layout: its cells are found from its records, and experts are none.
+    # A folder keeps no layout: its cells are found from its records; experts are none, clean mixtures are.
     side = Side("saved", read_folder(tmp_path / "saved"))
-    assert len(side.results.suite.cells) == 4
+    assert len(side.results.suite.cells) == 6
     compared = compare(Side("runs", results), side, ["asr", "overall"])
-    assert compared.counts == (4, 2, 0)
+    assert compared.counts == (6, 0, 0)
 
 
 def test_values_of_a_mixture_by_key() -> None:
