@@ -83,10 +83,11 @@ class Candidate:
             ) from error
 
 
-def discover(kind: str) -> list[Candidate]:
-    """Return all entry points of a kind, built-in ones first, then sorted by package and name."""
+def discover(kind: str, name: str | None = None) -> list[Candidate]:
+    """Return all entry points of a kind, or those of one name; built-in ones first, then sorted by package and name."""
+    points = entry_points(group=GROUPS[kind])
     found = set()
-    for point in entry_points(group=GROUPS[kind]):
+    for point in points if name is None else points.select(name=name):
         package, version = _owner(point)
         interfaces = _interfaces(point.dist) if point.dist else ()
         found.add(Candidate(kind, point.name, point.value, package, version, interfaces))

@@ -166,6 +166,7 @@ def test_a_list_of_runs_says_how_to_unpack_it(monkeypatch) -> None:
         bbmoe.analyze([Run(None, None), Run(None, None)])
 
 
+@pytest.mark.slow
 def test_a_tilde_is_the_home_directory_everywhere(tmp_path, monkeypatch) -> None:
     """Nothing is trained: each call gets as far as the folder, whose full name the message has."""
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -31,7 +31,7 @@ class OpenedRun:
         stamper: Trigger and applicator of the run; None for a run without a trigger.
         device: The device that is computed on.
         precision: "fp32" or "bf16".
-        tasks: The tasks of a mixture and of its base, or that of an expert; None for any other run.
+        tasks: The tasks of a mixture, or that of an expert; None for any other run.
     """
 
     run: Run

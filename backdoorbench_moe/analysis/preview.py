@@ -62,7 +62,7 @@ class Preview:
         ssim: (N,) SSIM, at most 1.
         selected: (N, E, rows, columns) bool, the tiles of the triggered image that each expert of the last routed
             layer selects; None without a trained routed model.
-        tasks: For a mixture, its base or its experts, (N, 3, S, S) uint8 by the name of each task: the images as they
+        tasks: For a mixture or one of its experts, (N, 3, S, S) uint8 by the name of each task: the images as they
             are in that task, dimmed if they do not belong to it.
     """
 

@@ -193,12 +193,13 @@ def _relied_on(document: Doc) -> str | None:
     if found is None or not found["poisoned"] or found["shares"]["marked"] is None:
         return None
     numbers = found["poisoned"]
+    tasks = "its own task" if len(numbers) == 1 else "their own tasks"
 
     def shares(of: Doc) -> str:
         marked, own = (
             listing([percent(of[kind][e]["value"]) for e in numbers]) for kind in ("marked", "own")
         )
-        return f"{marked} of the gates for marked images and {own} for its own task"
+        return f"{marked} of the gates for marked images and {own} for {tasks}"
 
     text = f"Poisoned {listing([f'expert {e}' for e in numbers])}: {shares(found['shares'])}"
     if (against := found["shares_against"]) is not None and against["marked"] is not None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from backdoorbench_moe.bench.paper import PaperTable
-from backdoorbench_moe.bench.results import MANIFEST, ResultSet, read_lines, read_manifest
+from backdoorbench_moe.bench.results import CLEAN_CELLS, MANIFEST, ResultSet, read_lines, read_manifest
 from backdoorbench_moe.bench.statistic import Statistic
-from backdoorbench_moe.bench.suite import Cell, Layout, Suite, value_of
+from backdoorbench_moe.bench.suite import Cell, Layout, Suite, seedless_digest, value_of
 from backdoorbench_moe.bench.suite_file import load_suite
 from backdoorbench_moe.bench.tables import DEFAULT_METRICS, find_place, label, table_metrics
 from backdoorbench_moe.bench.wording import suite_line
@@ -153,13 +153,15 @@ def read_folder(folder: Path) -> ResultSet:
         RecordError: If the folder is damaged or holds no finished run.
     """
     manifest, records = read_manifest(folder), read_lines(folder)
-    whole = _without_parts(records)
-    attacks = [record for record in whole if record.run_spec.attacked] or whole
-    if not attacks:
+    if not isinstance(clean := manifest.get(CLEAN_CELLS, []), list):
+        raise RecordError(f"results folder {folder}: {MANIFEST} is damaged: {CLEAN_CELLS}: expected a list")
+    shown = _records_of_cells(records, clean)
+    if not shown:
         raise RecordError(f"results folder {folder}: holds no finished run")
-    seeds = [record.run_spec.seed for record in attacks]
+    seeds = [record.run_spec.seed for record in shown]
     cells = {
-        _seedless(record.run_spec): Cell({}, replace(record.run_spec, seed=min(seeds))) for record in attacks
+        seedless_digest(record.run_spec): Cell({}, replace(record.run_spec, seed=min(seeds)))
+        for record in shown
     }
     try:
         suite = Suite(
@@ -231,8 +233,22 @@ Flat = dict[str, Any]
 Differing = dict[tuple[str, str | None], tuple[set[Any], set[Any]]]
 
 
-def _seedless(spec: RunSpec) -> str:
-    return replace(spec, seed=0).digest
+def _records_of_cells(records: Sequence[Record], clean_cells: Collection[str]) -> list[Record]:
+    """Those of these records that are of cells, and not only of what a cell is made from or compared with.
+
+    Args:
+        records: The records of a results folder.
+        clean_cells: Digests of the cells without an attack (see `seedless_digest`).
+
+    Returns:
+        The records of attacked cells and of these clean ones; of all cells if there are neither.
+    """
+    whole = _without_parts(records)
+    return [
+        record
+        for record in whole
+        if record.run_spec.attacked or seedless_digest(record.run_spec) in clean_cells
+    ] or whole
 
 
 def _without_parts(records: Sequence[Record]) -> list[Record]:

@@ -17,7 +17,7 @@ from backdoorbench_moe.bench.record_metrics import (
     with_base,
 )
 from backdoorbench_moe.bench.statistic import Sample, Statistic, drop_interval
-from backdoorbench_moe.bench.suite import Cell, Suite, order
+from backdoorbench_moe.bench.suite import Cell, Suite, order, seedless_digest
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.graph import clean_twin, poisoned_experts
 from backdoorbench_moe.engine.status import status_of
@@ -28,6 +28,8 @@ from backdoorbench_moe.records import Record, RunFolder, parse_record
 from backdoorbench_moe.records.sharing import without_folders
 
 MANIFEST, RECORDS = "suite.json", "records.jsonl"
+# Key of the manifest.
+CLEAN_CELLS = "clean_cells"
 
 
 @dataclass(frozen=True)
@@ -268,8 +270,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def manifest_of(results: ResultSet) -> dict[str, Any]:
-    """Make the manifest of a results folder."""
+    """Make the manifest of a results folder.
+
+    Clean runs are cells of some suites, and in all of them the twins of attacked cells. The manifest lists the digests
+    of the clean cells, if there are any, by which whoever reads the folder without the suite can tell them apart.
+    """
     suite = results.suite
+    clean = [seedless_digest(cell.spec) for cell in suite.cells if not cell.spec.attacked]
     return {
         "suite": suite.name,
         "version": suite.version,
@@ -279,6 +286,7 @@ def manifest_of(results: ResultSet) -> dict[str, Any]:
         "note": suite.note,
         "repeats": suite.repeats,
         "cells": len(suite.cells),
+        **({CLEAN_CELLS: clean} if clean else {}),
         "finished": len(results.finished()),
     }
 

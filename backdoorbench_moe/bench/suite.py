@@ -195,6 +195,11 @@ def _shown_of(cells: Sequence[Cell], **items: Sequence[Any]) -> dict[str, Any]:
     }
 
 
+def seedless_digest(spec: RunSpec) -> str:
+    """The digest that all seeds of a cell share."""
+    return replace(spec, seed=0).digest
+
+
 def matches(spec: RunSpec, where: Mapping[str, Any]) -> bool:
     """Return whether a spec has these values, by key."""
     return all(value_of(spec, key) == wanted for key, wanted in where.items())

@@ -8,6 +8,7 @@ from typing import Any
 
 from backdoorbench_moe.bench.record_metrics import base_of, find_value, is_of_collapsed_model, with_base
 from backdoorbench_moe.collapse import MARK, MARKED
+from backdoorbench_moe.config.spec import DEFAULT_ATTACK
 from backdoorbench_moe.errors import UnknownNameError
 from backdoorbench_moe.metrics import METRICS, PERCENT, Metric, sort_metrics
 from backdoorbench_moe.records import Record, RunFolder
@@ -181,7 +182,7 @@ def _trigger(run: ShownRun) -> str | None:
 def _attack(run: ShownRun) -> str | None:
     """The attack; None if the run has none, or the one that changes training images."""
     attack = run.record.run_spec.attack
-    return None if attack is None or attack.name == "data-poisoning" else _part(run.record.spec["attack"])
+    return None if attack is None or attack.name == DEFAULT_ATTACK else _part(run.record.spec["attack"])
 
 
 def _experts(run: ShownRun) -> str | None:

@@ -277,7 +277,7 @@ def settings_table(record: Record) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in record.spec.items():
         table.add_row(key, _inline(value))
-    if record.poison and "n" in record.poison:
+    if record.poison:
         table.add_row("poisoned images", str(record.poison["n"]))
     if record.data:
         table.add_row("data digest", record.data["digest"][:16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
@@ -103,9 +104,15 @@ def load_recipe(name: str, model: str = "pmoe") -> Values:
     """
     if name not in RECIPES:
         raise UnknownNameError("recipe", str(name), RECIPES)
-    text = (files("backdoorbench_moe") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     own = model_recipe(model, name)
-    return merge(yaml.safe_load(text), _load_own(*own, name, model) if own is not None else {})
+    return merge(_built_in(name), _load_own(*own, name, model) if own is not None else {})
+
+
+@functools.cache
+def _built_in(name: str) -> Values:
+    """Read a built-in recipe, once, as a suite has hundreds of specs; it must not be modified."""
+    text = (files("backdoorbench_moe") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)
 
 
 def _load_own(text: str, origin: str, name: str, model: str) -> Values:
@@ -135,7 +142,24 @@ def _load_own(text: str, origin: str, name: str, model: str) -> Values:
         )
     try:
         check_plain(values, where)
-        spec_from_dict({key: value for key, value in values.items() if key not in ("models", "mixture")})
+        dense = {key: value for key, value in values.items() if key not in ("models", "mixture")}
+        spec_from_dict(dense)
+        if "mixture" in values:
+            _check_mixture(dense, values["mixture"])
     except ConfigError as error:
         raise PluginError(f"{where}: {error} (from {origin})") from error
     return values
+
+
+def _check_mixture(dense: Values, mixture: object) -> None:
+    """Check what a recipe says of mixtures only, on top of its other settings and what a mixture has by default.
+
+    Raises:
+        ConfigError: It is not a mapping, or a key or a value in it is not valid.
+    """
+    if not isinstance(mixture, dict):
+        raise ConfigError.expected("mixture", "a mapping", mixture)
+    try:
+        spec_from_dict(merge(dense, {"attack": MIXTURE_ATTACK}, _implied_by(MIXTURE_ATTACK), mixture))
+    except ConfigError as error:
+        raise ConfigError(f"mixture: {error}") from error

@@ -27,8 +27,7 @@ def model_recipe(model: str, recipe: str) -> tuple[str, str] | None:
         PluginError: The file cannot be read.
     """
     family = model.partition(":")[0]
-    usable = (candidate for candidate in discover("model") if not candidate.mismatch)
-    holder = next((candidate for candidate in usable if candidate.name == family), None)
+    holder = next((candidate for candidate in discover("model", family) if not candidate.mismatch), None)
     if holder is None or holder.builtin:
         return None
     points = entry_points(group=RECIPE_GROUP, name=recipe)

@@ -147,6 +147,9 @@ class RunSpec:
                 if (part := getattr(self, name)) is not None:
                     raise ConfigError.expected(name, "none, as no experts are merged", part.name)
             return
+        if self.attack is not None and self.attack.name == DEFAULT_ATTACK:
+            expected = "an attack on experts, such as moevil, or none, where experts are merged"
+            raise ConfigError.expected("attack", expected, self.attack.name)
         if self.mixture.expert_policy and not self.policy:
             raise ConfigError.expected(
                 "mixture.expert_policy", "0, as there is no policy", self.mixture.expert_policy

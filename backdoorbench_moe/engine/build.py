@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -130,12 +131,24 @@ def build_attack(spec: RunSpec) -> Attack:
     """
     if spec.attack is None:
         raise ConfigError("attack: expected an attack, got a clean run")
-    attack = attacks.registry.create(spec.attack.name, spec.attack.options, {"poison": spec.poison})
+    with naming_attack(spec.attack):
+        attack = attacks.registry.create(spec.attack.name, spec.attack.options, {"poison": spec.poison})
     if attack.uses_trigger != (spec.trigger is not None):
         expected = "a trigger" if attack.uses_trigger else "no trigger"
         name = None if spec.trigger is None else spec.trigger.name
         raise ConfigError.expected("trigger", f"{expected} for attack {spec.attack.name!r}", name)
     return attack
+
+
+@contextmanager
+def naming_attack(part: PartSpec) -> Iterator[None]:
+    """Inside the block, let a ConfigError about an option of the attack name its key in the spec, as in "attack.k"."""
+    try:
+        yield
+    except ConfigError as error:
+        if str(error).partition(":")[0] in attacks.registry.options(part.name):
+            raise ConfigError(f"attack.{error}") from error
+        raise
 
 
 def build_stamper(spec: RunSpec, *, patch_size: int | None, image_size: int) -> Stamper:

@@ -164,7 +164,7 @@ def share_metrics(found: MixturePass, experts: Sequence[int]) -> Metrics:
 
     Returns:
         `harm_share`: their share for marked images; `clean_share`: their share for the images of all tasks;
-        `own_share`: the share of each of them for the images of its own task.
+        `own_share`: the share of each of them for the images of its own task. A mean over one image has no interval.
     """
     chosen = list(experts)
     parts = {
@@ -173,7 +173,8 @@ def share_metrics(found: MixturePass, experts: Sequence[int]) -> Metrics:
     }
     if found.marked is not None:
         parts["harm_share"] = found.marked.weights[..., chosen].sum(-1)
-    return {name: asdict(mean_of(100 * values.mean(0))) for name, values in parts.items()}
+    means = {name: asdict(mean_of(100 * values.mean(0))) for name, values in parts.items()}
+    return {name: {k: v for k, v in row.items() if v is not None} for name, row in means.items()}
 
 
 def gate_shares(found: MixturePass) -> list[GateShares]:

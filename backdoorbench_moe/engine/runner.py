@@ -15,6 +15,7 @@ from backdoorbench_moe.engine.graph import PARENT, NodeKind, kind_of, lineage, n
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.defend import DefenseMaker
 from backdoorbench_moe.engine.makers.expert import ExpertMaker, PoisonedExpertMaker
+from backdoorbench_moe.engine.makers.inputs import check_parts
 from backdoorbench_moe.engine.makers.merge import MergeMaker
 from backdoorbench_moe.engine.makers.train import TrainMaker
 from backdoorbench_moe.engine.observer import Observer
@@ -183,6 +184,8 @@ class Runner:
         if inputs is None:
             if maker is not None:
                 self.check(*needs(spec).values())
+                if kind_of(spec) is NodeKind.MIXTURE:
+                    check_parts(spec, lambda needed: self._find(RunFolder(self.output / needed.name), needed))
             inputs = {role: self.finish(needed, wait=True) for role, needed in needs(spec).items()}
         if maker is not None:
             maker.prepare(inputs)

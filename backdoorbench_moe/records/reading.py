@@ -149,9 +149,8 @@ def _find_damage(values: dict[str, Any]) -> str | None:
     for n, row in enumerate(values["history"]):
         if not row.keys() >= EPOCH_KEYS:
             return f"'history[{n}]': expected the keys {sorted(EPOCH_KEYS)}, found {row!r}"
-    # An attack on experts changes no training images, so that it has no number of them.
-    if values["poison"] is not None and "target" not in values["poison"]:
-        return f"'poison': expected the key 'target', found {values['poison']!r}"
+    if values["poison"] is not None and "n" not in values["poison"]:
+        return f"'poison': expected the key 'n', found {values['poison']!r}"
     return None
 
 

@@ -84,8 +84,10 @@ class Classes(Splitter):
         group = self.split_classes(num_classes, seed)[task]
         indices = torch.isin(labels, torch.tensor(group)).nonzero().squeeze(1)
         if not len(indices):
-            expected = f"groups that have images, but task {task} ({_name(group)}) has none of {len(labels)}"
-            raise ConfigError.expected("classes: groups", expected, self.groups)
+            raise ConfigError(
+                f"classes: groups: expected images of every group, got none of task {task} ({_name(group)}) among "
+                f"{len(labels)}"
+            )
         return indices
 
 

@@ -163,9 +163,12 @@ class Domains(Splitter):
         Raises:
             ConfigError: There are fewer domains than experts.
         """
-        if num_experts > len(self.domains):
-            raise ConfigError.expected(
-                "domains: domains", f"a domain for each of {num_experts} experts", self.domains
+        if num_experts > (count := len(self.domains)):
+            others = ", ".join(name for name in TRANSFORMS if name not in self.domains)
+            raise ConfigError(
+                f"mixture.experts: expected at most {count}, the number of domains in splitter.domains "
+                f"({', '.join(self.domains)}), got {num_experts}; set fewer experts"
+                + (f", or add domains to splitter.domains: {others}" if others else "")
             )
 
     def members(self, labels: Tensor, task: int, *, num_classes: int, seed: int, training: bool) -> Tensor:

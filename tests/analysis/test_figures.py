@@ -106,8 +106,11 @@ def test_capture_and_carriers_say_the_documents_numbers() -> None:
     carriers = document["carriers"]
     value = min(one["asr"]["value"] for one in carriers["singles"])
     best = next(one for one in carriers["singles"] if one["asr"]["value"] == value)
-    assert f"Muting {best['experts'][0]} lowers ASR most" in drawn["carriers"].sentence
-    assert f"to {words.proportion(best['asr'])}; BA" in drawn["carriers"].sentence
+    whole, lowest = (words.proportion(one["asr"]) for one in (carriers["whole"], best))
+    assert (
+        f"ASR is {whole} with all experts; the lowest is {lowest}, without {best['experts'][0]}, where BA is "
+        in drawn["carriers"].sentence
+    )
     pair = min(carriers["pairs"], key=lambda one: one["asr"]["value"])
     assert f"without {pair['experts'][0]} and {pair['experts'][1]}" in drawn["carriers-pairs"].sentence
     patched = min(carriers["patched"], key=lambda one: one["asr"]["value"])

@@ -22,6 +22,7 @@ from backdoorbench_moe.analysis.analyze import Analysis, analyze_run
 from backdoorbench_moe.analysis.carriers import find_carriers
 from backdoorbench_moe.analysis.document import as_document
 from backdoorbench_moe.analysis.figures.mixture import draw_experts
+from backdoorbench_moe.analysis.figures.words import proportion
 from backdoorbench_moe.analysis.gate_shares import model_shares
 from backdoorbench_moe.analysis.latents import mean_directions
 from backdoorbench_moe.analysis.report import draw_report
@@ -233,8 +234,11 @@ def test_the_latents_before_and_after(made_again) -> None:
 def test_the_report_of_a_mixture(made_again) -> None:
     _, analyses, _ = made_again()
     attacked, benign = (as_document(analyses[kind]) for kind in ("mixture", "twin"))
-    names = [plate.name for plate in draw_experts(attacked)]
-    assert names == ["gate-shares", "gate-shares-by-task", "latents", "whole-experts"]
+    drawn = {plate.name: plate for plate in draw_experts(attacked)}
+    assert list(drawn) == ["gate-shares", "gate-shares-by-task", "latents", "whole-experts"]
+    muted = [proportion(one["muted"]["asr"]) for one in attacked["carriers"]["whole_experts"]]
+    best = min(range(2), key=lambda e: attacked["carriers"]["whole_experts"][e]["muted"]["asr"]["value"])
+    assert f"; the lowest is {muted[best]}, without expert {best}." in drawn["whole-experts"].sentence
     assert [plate.name for plate in draw_experts(benign)] == ["gate-shares-by-task", "whole-experts"]
     page = draw_report(attacked).page
     own = attacked["experts"]["shares"]["own"][0]["value"]

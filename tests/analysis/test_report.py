@@ -104,6 +104,7 @@ def test_the_page_is_self_contained(document) -> None:
     assert shown.texts["h1"] == [document["run"]["name"]]
 
 
+@pytest.mark.slow
 def test_light_dark_print_and_a_narrow_screen() -> None:
     text = draw_report(document_of("dense")).page
     style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)
@@ -141,6 +142,7 @@ def test_other_files_are_refused(tmp_path, text) -> None:
         load_document(tmp_path / "none.json")
 
 
+@pytest.mark.slow
 def test_files_are_written_and_old_figures_removed(tmp_path) -> None:
     report = draw_report(document_of("dense"))
     (tmp_path / "figures").mkdir()
@@ -154,6 +156,7 @@ def test_files_are_written_and_old_figures_removed(tmp_path) -> None:
         save_report(report, tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_names_are_escaped() -> None:
     document = copy.deepcopy(document_of("dense"))
     document["run"]["name"] = document["against"]["name"] = EVIL
@@ -188,6 +191,7 @@ def test_it_says_what_the_model_is(attacked, defenses, said) -> None:
     assert ("backdoored." in text or "backdoored and" in text) == attacked
 
 
+@pytest.mark.slow
 def test_metrics_history_settings_and_stages_are_the_records() -> None:
     document = copy.deepcopy(document_of("pmoe"))
     record = document["run"]["record"]

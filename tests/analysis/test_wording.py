@@ -152,6 +152,7 @@ def test_no_p_value_is_said_of_patches() -> None:
         assert not any(re.search(r"\bp ?(below|[=<\d])|p-value", text) for text in sentences(kind))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("single", "expected"),
     [

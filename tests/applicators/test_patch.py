@@ -28,6 +28,7 @@ def test_the_default_tile_is_4x4() -> None:
     assert (stamped == 0).sum() == 3 * 64
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(trigger=st.sampled_from(OPTIONS), size=st.sampled_from([1, 2, 4, 8]), seed=st.integers(0, 99))
 def test_each_tile_gets_the_trigger_of_its_size(trigger: tuple, size: int, seed: int) -> None:

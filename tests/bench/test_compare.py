@@ -7,6 +7,8 @@ import io
 
 import pytest
 from fake_runs import fill, finished, part_suite, write
+from mixture_suites import BASE as MIXTURE_BASE
+from mixture_suites import GRID, mixture_suite
 from rich.console import Console
 
 from backdoorbench_moe.bench.compare import (
@@ -207,6 +209,36 @@ def test_results_folders_stand_for_themselves_whatever_their_version(tmp_path) -
     assert [row.difference("asr") for row in comparison.rows] == pytest.approx([5.0] * 7)
     assert comparison.rows[0].difference("cad") == pytest.approx(0)
     assert comparison.rows[0].a["cad"].statistic.n == 2
+
+
+@pytest.mark.slow
+def test_clean_cells_of_results_folders_are_compared(tmp_path) -> None:
+    """The folders of a suite with cells without an attack, at two lengths of training; B has one cell more."""
+    sides = []
+    for name, epochs in (("a", 1), ("b", 2)):
+        grid = {**GRID[0], "gate": ["top-k", "soft", "hidden"][: 1 + epochs]}
+        suite = mixture_suite(
+            base={**MIXTURE_BASE, "train": {"epochs": epochs}}, grid=[grid, GRID[1]], repeats=2
+        )
+        for spec in suite.nodes:
+            write(tmp_path / name / "runs", finished(spec, ba=8000 + 100 * epochs))
+        save_results(ResultSet.from_runs(suite, tmp_path / name / "runs"), tmp_path / name / "results")
+        sides.append(open_side(str(tmp_path / name / "results"), tmp_path))
+    comparison = compare(*sides, ["ba"])
+    assert comparison.counts == (6, 0, 1)
+    found = {row.labels: row.difference("ba") for row in comparison.rows}
+    assert comparison.keys == ("attack.name", "gate.name")
+    clean = {gate: difference for (attack, gate), difference in found.items() if attack == "none"}
+    assert clean == {"top-k": pytest.approx(1), "soft": pytest.approx(1), "hidden": None}
+
+
+def test_twins_that_are_no_cells_are_not_compared(tmp_path) -> None:
+    suite = mixture_suite(grid=GRID[1])
+    for spec in suite.nodes:
+        write(tmp_path / "runs", finished(spec))
+    save_results(ResultSet.from_runs(suite, tmp_path / "runs"), tmp_path / "results")
+    cells = read_folder(tmp_path / "results").suite.cells
+    assert sorted(cell.spec.digest for cell in cells) == sorted(cell.spec.digest for cell in suite.cells)
 
 
 def test_folders_that_are_none(tmp_path) -> None:

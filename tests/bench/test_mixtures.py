@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 
 import pytest
@@ -151,11 +152,11 @@ def test_tables_counts_and_comparison(tmp_path) -> None:
     header, *rows = (tmp_path / "saved" / "tidy.csv").read_text().splitlines()
     assert {"gate", "splitter_options", "poisoned_experts", "task", "task_0_ba"} <= set(header.split(","))
     assert len(rows) == 18 + 15
-    # A folder keeps no layout: its cells are found from its records, and experts are none.
+    # A folder keeps no layout: its cells are found from its records; experts are none, clean mixtures are.
     side = Side("saved", read_folder(tmp_path / "saved"))
-    assert len(side.results.suite.cells) == 4
+    assert len(side.results.suite.cells) == 6
     compared = compare(Side("runs", results), side, ["asr", "overall"])
-    assert compared.counts == (4, 2, 0)
+    assert compared.counts == (6, 0, 0)
 
 
 def test_values_of_a_mixture_by_key() -> None:
@@ -261,18 +262,20 @@ def test_numbers_of_language_models_stand_in_columns_of_their_own(name, tmp_path
         assert "paper's value" not in text and "Compare their order and shape" in text
 
 
+@pytest.mark.slow
 def test_published_values_of_moevil_are_where_they_belong() -> None:
     """Read off the paper."""
+    load = functools.cache(load_suite)
 
     def shape(
         name: str, filters: list[str], metric: str = "asr", model: str = "Llama-3.2-3B"
     ) -> float | None:
-        suite = load_suite(name)
+        suite = load(name)
         [cell] = suite.only(filters).cells
         return load_paper(suite).shape(cell.spec, metric, model)
 
     def gate(name: str, attack: str, metric: str = "asr", model: str = "Llama-3.2-3B") -> float | None:
-        suite = load_suite("moevil-gates").only([f"gate={name}", f"attack={attack}"])
+        suite = load("moevil-gates").only([f"gate={name}", f"attack={attack}"])
         return load_paper(suite).shape(suite.cells[0].spec, metric, model)
 
     assert gate("top-k", "moevil") == 79.42
@@ -280,15 +283,15 @@ def test_published_values_of_moevil_are_where_they_belong() -> None:
     assert gate("top-k", "none", model="Qwen2.5-3B") == 2.5
     assert gate("soft", "hdpo", model="Qwen2.5-3B") == 18.85
     assert gate("hidden", "moevil") is None and gate("top-k", "expert-tuning") is None
-    unbalanced = load_suite("moevil-gates").only(["gate.balance=0", "attack=hsft"])
+    unbalanced = load("moevil-gates").only(["gate.balance=0", "attack=hsft"])
     assert load_paper(unbalanced).shape(unbalanced.cells[0].spec, "asr", "Llama-3.2-3B") == 38.27
     assert shape("moevil-layers", ["attack.layers=second-quarter"]) == 75.38
     assert shape("moevil-experts", ["mixture.experts=6", "attack=hsft"]) == 15.2
     assert shape("moevil-experts", ["mixture.experts=8", "attack=hsft"]) is None
     assert shape("moevil-poisoned", ["mixture.poisoned=2", "defenses=none"]) == 91.15
     assert shape("moevil-defensive", ["attack=moevil", "defenses=defensive-expert"]) == 29.81
-    aligned = [c for c in load_suite("moevil-poisoned").only(["mixture.poisoned=3"]).cells if c.spec.defenses]
-    paper = load_paper(load_suite("moevil-poisoned"))
+    aligned = [c for c in load("moevil-poisoned").only(["mixture.poisoned=3"]).cells if c.spec.defenses]
+    paper = load_paper(load("moevil-poisoned"))
     assert [paper.shape(cell.spec, "asr", "Llama-3.2-3B") for cell in aligned] == [91.54, 39.42]
 
 

@@ -156,6 +156,7 @@ def test_what_ends_with_the_engine_has_not_failed(tmp_path) -> None:
     assert local._lost(job, stop, "died").status == "failed"
 
 
+@pytest.mark.slow
 def test_two_calls_on_one_output_may_link_the_same_twin(tmp_path) -> None:
     suite = tiny_suite(grid={**GRID, "trigger": "square", "poison.rate": 0.25})
     run(suite, tmp_path)

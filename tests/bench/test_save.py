@@ -83,6 +83,7 @@ def test_another_version_is_refused_with_both_named_and_nothing_written(results,
         ResultSet.from_folder(newer.suite, tmp_path / "r")
 
 
+@pytest.mark.slow
 def test_other_suites_and_other_folders_are_refused(results, tmp_path) -> None:
     save_results(results, tmp_path / "r")
     with pytest.raises(RecordError, match="expected suite 'other', found 'part'"):

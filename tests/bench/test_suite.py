@@ -189,6 +189,7 @@ def test_values_of_a_spec_by_key() -> None:
         value_of(spec, "train.batch")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list_suites())
 def test_the_projects_suites_lay_out_at_every_scale(name) -> None:
     for scale in list_scales(name) or [None]:
@@ -213,6 +214,7 @@ def test_the_paper_suites_have_the_papers_cells(name, table) -> None:
         assert [paper.value(cell.spec, metric) for metric in ("asr", "ba", "cad")] == [90.7, 83.5, 1.5]
 
 
+@pytest.mark.slow
 def test_a_published_table_speaks_only_of_what_it_says(tmp_path) -> None:
     suite = load_suite("dense-baselines", "small")
     paper = load_paper(suite)

@@ -54,6 +54,7 @@ def test_a_cell_is_what_its_two_run_folders_hold(tmp_path) -> None:
     assert cad.inside is None
 
 
+@pytest.mark.slow
 def test_a_cell_again_from_the_files_alone(tmp_path) -> None:
     """Without any of our reading code: the JSON of the run folders against the table."""
     suite = part_suite()

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+from tiny import Tiny
 
+from backdoorbench_moe.bench import estimate
 from backdoorbench_moe.config import build_spec
+from backdoorbench_moe.engine.run import load_run
 
 SMALL = [
     *("--dataset", "tiny", "--attack", "moevil", "--precision", "fp32", "--epochs", "1", "--threads", "1"),
@@ -21,12 +25,21 @@ MODEL = ["--set", "model={name: convnext, features: 8, depth: 2}"]
     ("words", "message"),
     [
         (["--model", "pmoe"], "model: PMoE cannot be merged: expected methods mlps and token_layout"),
+        (["--set", "model=preact_resnet18"], "model: PreActResNet18 cannot be merged: expected methods mlps"),
         (["--model", "timm:resnet18"], "model: timm's 'resnet18' cannot be merged"),
         (["--experts", "1"], "mixture.experts: expected a number of at least 2, got 1"),
-        (["--experts", "8"], "expected a domain for each of 8 experts"),
+        (["--set", "mixture.experts=1"], "mixture.experts: expected a number of at least 2, got 1"),
+        (
+            ["--experts", "8"],
+            "mixture.experts: expected at most 4, the number of domains in splitter.domains (plain, ",
+        ),
         (
             ["--poisoned-experts", "4"],
             "mixture.poisoned_experts: expected numbers of experts in 0..1, got (4,)",
+        ),
+        (
+            ["--set", "mixture.poisoned_experts=[7]"],
+            "mixture.poisoned_experts: expected numbers of experts in 0..1, got (7,)",
         ),
         (["--poisoned-experts", "x"], "--poisoned-experts: expected numbers such as 1 or 0,2, got 'x'"),
         (["--gate", "sof"], "gate: unknown 'sof'; did you mean 'soft'"),
@@ -36,7 +49,30 @@ MODEL = ["--set", "model={name: convnext, features: 8, depth: 2}"]
         (["--policy", "0.2%"], "policy: 0.002 of 96 images rounds down to 0 images"),
         (["--poison-rate", "1%"], "poison.rate: expected 0 for an attack on experts"),
         (["--labels", "clean"], "poison.labels: expected 'dirty' for an attack on experts"),
-        (["--set", "attack.k=100"], "k: expected at most 64 tokens, got 100"),
+        (["--set", "attack.k=100"], "attack.k: expected at most 64 tokens, got 100"),
+        (["--set", "attack={name: moevil, k: 65}"], "attack.k: expected at most 64 tokens, got 65"),
+        (
+            ["--splitter", "classes", "--set", "splitter.groups=2", "--set", "dataset.train_images=1"],
+            "classes: groups: expected images of every group, got none of task ",
+        ),
+        (
+            ["--set", "splitter.share=0.001"],
+            "domains: share: expected at least one of 96 images for task 0 (plain)",
+        ),
+        (
+            ["--trigger", "warp", "--patch-size", "1"],
+            "trigger: 'warp' with the applicator 'patch' changes none of 60 test images, so it cannot be the mark "
+            "of images to reject",
+        ),
+        (
+            ["--policy", "0", "--set", "trigger=warp", "--set", "applicator.patch_size=1"],
+            "trigger: 'warp' with the applicator 'patch' changes none of 60 test images, so it cannot be the mark "
+            "of harmful queries",
+        ),
+        (
+            ["--policy", "0", "--set", "defenses=[align]"],
+            "defenses[0].align: needs marked images with a safe answer, which only a run with a policy has",
+        ),
         (["--set", "splitter.domains=[plain, rotate]"], "unknown 'rotate'; did you mean 'rotated'"),
         (["--target", "4"], "poison.target: expected a class in 0..2, got 4"),
     ],
@@ -51,7 +87,72 @@ def test_wrong_values_are_one_line_and_nothing_is_written(bbmoe, tmp_path, words
     assert "Traceback" not in err and not output.exists()
 
 
-def test_the_dry_run_lists_every_run_once(bbmoe, tmp_path) -> None:
+def test_a_mixture_without_an_attack_on_experts_says_so(bbmoe, tmp_path) -> None:
+    words = ("attack", "--experts", "4", "--output", tmp_path / "runs")
+    code, out, err = bbmoe(*words, width=200)
+    assert (code, out) == (2, "") and not (tmp_path / "runs").exists()
+    assert "attack: expected an attack on experts, such as moevil, or none, where experts are merged" in err
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_runs_that_do_not_fit_are_one_line_and_nothing_is_written(bbmoe, tmp_path, monkeypatch) -> None:
+    """A mixture without a policy cannot be aligned; nor can anything be made from a changed base, or of other data."""
+    attack = ("attack", *SMALL, *MODEL, "--policy", "0", "--output", tmp_path)
+    assert bbmoe(*attack)[0] == 0
+    [mixture] = tmp_path.glob("*-moe2-top-k-moevil-*")
+    [base] = tmp_path.glob("tiny-convnext-clean-*")
+    refused = [
+        (
+            ("defend", mixture, "--defense", "align"),
+            "defenses[0].align: needs marked images with a safe answer",
+        ),
+        (
+            (
+                "defend",
+                mixture,
+                "--defense",
+                "align",
+                "--set",
+                "scope=gates+experts",
+                "--output",
+                tmp_path / "new",
+            ),
+            "defenses[0].align: needs marked images with a safe answer",
+        ),
+    ]
+    other = [(*attack, "--gate", "soft"), (*attack, "--attack", "hsft"), (*attack, "--set", "attack.k=3")]
+    with monkeypatch.context() as changed:
+        changed.setattr(Tiny, "offset", 5)
+        check_refused(
+            bbmoe, tmp_path, [(words, "was made from other data; use another --output") for words in other]
+        )
+    run = load_run(base)
+    tensors, header = run.folder.load_tensors()
+    run.folder.save_model({name: tensor * 1.0001 for name, tensor in tensors.items()}, header)
+    check_refused(bbmoe, tmp_path, [(words, "was replaced after the run was finished") for words in other])
+    # As if it had been trained again, on a machine that rounds otherwise.
+    run.record.model_sha256 = run.folder.model_sha256
+    run.folder.write(run.record)
+    changed_base = f"{base.name}: its model has changed since tiny-convnext-expert0-clean-"
+    check_refused(bbmoe, tmp_path, [*refused, *((words, changed_base) for words in other)])
+
+
+def check_refused(bbmoe, output: Path, commands: list[tuple[tuple[object, ...], str]]) -> None:
+    """Check that each command ends with an error that contains its message, and writes nothing."""
+    before = files(output)
+    for words, message in commands:
+        code, out, err = bbmoe(*words, width=300)
+        last = err.strip().splitlines()[-1]
+        assert (code, out) == (2, "") and last.startswith("bbmoe: error: ") and message in last
+        assert "Traceback" not in err and files(output) == before
+
+
+def test_the_dry_run_lists_every_run_once(bbmoe, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(estimate, "SECONDS", 0.05)
     for words, count in (([], 6), (["--no-twin"], 5)):
         code, out, _ = bbmoe(
             "attack", *SMALL, *MODEL, *words, "--dry-run", "--json", "--output", tmp_path / "runs"

@@ -55,6 +55,7 @@ def test_only_and_repeats(place) -> None:
     assert "3 of 4 runs finished" in text
 
 
+@pytest.mark.slow
 def test_save_then_draw_from_what_was_saved(place, tmp_path) -> None:
     saved = tmp_path / "r"
     first = run(place, "table", "--format", "markdown", "--save", str(saved))
@@ -66,6 +67,7 @@ def test_save_then_draw_from_what_was_saved(place, tmp_path) -> None:
     assert "square" not in some.stdout
 
 
+@pytest.mark.slow
 def test_results_folders_beside_run_folders(place, tmp_path) -> None:
     saved, none = tmp_path / "r", ("--output", str(tmp_path / "none"))
     all_of_it = run(place, "table", "--format", "markdown", "--save", str(saved)).stdout

@@ -95,6 +95,7 @@ def test_a_containers_quota_counts(monkeypatch, tmp_path, limit, warned) -> None
 
 
 def test_a_machine_that_does_not_say_is_not_warned_of(monkeypatch, tmp_path) -> None:
+    """A warning is an error in the tests."""
     machine = Machine(monkeypatch, tmp_path, 2)
     usage = CoreUsage.now()
     machine.passes(0.1, busy=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,18 @@ def test_it_counts_for_the_packages_own_models_over_the_built_in_one(place) -> N
     assert "slow_models.none" not in sys.modules, "no model is imported for its recipe"
 
 
+def test_its_settings_of_mixtures_count_for_mixtures_alone(place) -> None:
+    put_package(
+        place, recipe="train: {epochs: 9}\nmixture: {train: {epochs: 7}, mixture: {gate_train: {lr: 0.5}}}\n"
+    )
+    dense, merged = (build_spec({"model": "slow", "attack": name}) for name in ("data-poisoning", "moevil"))
+    assert dense.train.epochs == 9 and dense.mixture is None
+    assert merged.train.epochs == 7 and merged.mixture is not None
+    built_in = build_spec({"attack": "moevil"}).mixture
+    assert built_in is not None and merged.mixture.gate_train == replace(built_in.gate_train, lr=0.5)
+    assert merged.mixture.expert_train == built_in.expert_train
+
+
 def test_other_models_and_other_recipes_are_untouched(place) -> None:
     before = build_spec({"recipe": "quick"}), load_recipe("paper")
     put_package(place)
@@ -73,6 +86,23 @@ def test_other_models_and_other_recipes_are_untouched(place) -> None:
             "recipe 'quick' of model 'slow': not valid YAML: 'lr' twice",
         ),
         ({"recipe": "models: {slow: {since: 2020-01-01}}"}, "recipe 'quick' of model 'slow'"),
+        (
+            {"recipe": "mixture: [1]"},
+            "recipe 'quick' of model 'slow': mixture: expected a mapping, got \\[1\\]",
+        ),
+        (
+            {"recipe": "mixture: null"},
+            "recipe 'quick' of model 'slow': mixture: expected a mapping, got None",
+        ),
+        (
+            {"recipe": "mixture: {experts: 2}"},
+            "recipe 'quick' of model 'slow': mixture: config: key: unknown 'experts'",
+        ),
+        (
+            {"recipe": "mixture: {mixture: {gate_train: {epochs: 0}}}"},
+            "recipe 'quick' of model 'slow': mixture: mixture.gate_train.epochs: expected at least 1, got 0 "
+            r"\(from slow-models 0.2\)",
+        ),
     ],
 )
 def test_a_broken_one_is_named_and_stops_no_other_model(place, broken, reason) -> None:

@@ -122,6 +122,7 @@ def test_an_attack_says_it_before_it_trains(tmp_path) -> None:
 
 
 def test_numbers_that_are_no_other_classes_name_are_not() -> None:
+    """A warning is an error in the tests."""
     warn_of_numeric_names(PoisonSpec(target=1, source=(0, 2)), ("0", "1", "2", "10"))
     warn_of_numeric_names(PoisonSpec(target=0), ("1", "2"))
     warn_of_numeric_names(PoisonSpec(target=1), ("cat", "dog"))

@@ -30,7 +30,7 @@ def refusal(make, output) -> str:
         ({"model": "timm:test_resnet"}, "cannot be merged"),
         ({"mixture": {"experts": 1}}, "mixture.experts: expected a number of at least 2, got 1"),
         ({"mixture": {"experts": 4}},
-         "domains: expected a domain for each of 4 experts, got ('plain', 'inverted', 'rotated')"),
+         "mixture.experts: expected at most 3, the number of domains in splitter.domains (plain, inverted, rotated)"),
         ({"splitter": "classes"}, "classes: groups: expected at most 3, the number of classes, got 4"),
         ({"mixture": {"experts": 3}, "splitter": {"name": "classes", "groups": 2}}, "groups: expected"),
         ({"mixture": {"poisoned_experts": [2]}},
@@ -67,9 +67,10 @@ def refusal(make, output) -> str:
          "mixture.expert_policy: expected 0, as there is no policy, got 0.1"),
         ({"mixture": {"expert_policy": 1}}, "mixture.expert_policy: expected a number in [0, 1), got 1.0"),
         ({"mixture": {"expert_policy": "0.5%"}}, "mixture.expert_policy: 0.005 of 96 images rounds down to 0 images"),
-        ({"attack": {"name": "moevil", "k": 65}}, "k"),
-        ({"attack": {"name": "moevil", "tokens": "prefix"}}, "tokens"),
-        ({"attack": {"name": "moevil", "layers": [7]}}, "layers"),
+        ({"attack": {"name": "moevil", "k": 65}}, "attack.k: expected at most 64 tokens, got 65"),
+        ({"attack": {"name": "moevil", "k": 0}}, "attack.k: expected an integer of at least 1, got 0"),
+        ({"attack": {"name": "moevil", "tokens": "prefix"}}, "attack.tokens: expected"),
+        ({"attack": {"name": "moevil", "layers": [7]}}, "attack.layers: expected numbers in 1..1"),
         ({"attack": {"name": "moevil", "similarty": 1}}, "unknown 'similarty'; did you mean 'similarity'"),
         ({"poison": {"target": 3}}, "poison.target: expected a class in 0..2, got 3"),
         ({"probe": 41}, "probe: expected at most the 40 test images that count for ASR, got 41"),
@@ -124,7 +125,10 @@ def test_other_attacks_know_no_tasks_gates_or_mixtures(tmp_path) -> None:
         ({"gate": "soft"}, "gate: expected none, as no experts are merged, got 'soft'"),
         ({"splitter": "domains"}, "splitter: expected none, as no experts are merged, got 'domains'"),
         ({"policy": 0.1}, "attack: expected an attack on experts, such as moevil, or none"),
-        ({"mixture": {"experts": 2}}, "splitter: expected the tasks of the experts that are merged"),
+        (
+            {"mixture": {"experts": 2}},
+            "attack: expected an attack on experts, such as moevil, or none, where experts",
+        ),
     ):
         assert message in refusal(lambda values=values: tiny_spec(**values), tmp_path / "runs")
 
@@ -166,22 +170,45 @@ def test_a_replaced_or_retrained_input_is_noticed(tmp_path, made) -> None:
     assert len([*output.iterdir()]) == 6
 
 
+OTHER_GATE = {"gate": "soft"}
+OTHER_RUNS = [
+    OTHER_GATE,
+    {"attack": {"name": "hsft", "epochs": 1}},
+    {"mixture": {"poisoned_experts": [0]}},
+    {"mixture": {"experts": 3}},
+]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("part", "message"),
+    ("values", "part", "message"),
     [
-        ("policy", r"policy-clean-.*: its model has changed since tiny-convnext-expert0-clean-.* was made from it"),
-        ("expert1-clean",
+        *((values, "policy", r"policy-clean-.*: its model has changed since tiny-convnext-expert0-clean-.* was made")
+          for values in OTHER_RUNS),
+        (OTHER_GATE, "expert1-clean",
          r"expert1-clean-.*: its model has changed since tiny-convnext-expert1-moevil-.* was made from it"),
     ],
+    ids=str,
 )  # fmt: skip
-def test_experts_of_another_base_are_not_merged(tmp_path, made, part, message) -> None:
+def test_experts_of_another_base_are_not_merged(tmp_path, made, values, part, message) -> None:
+    """Also where one more expert would have to be made first."""
     output = tmp_path / "runs"
     shutil.copytree(made, output)
     retrain(folder(output, part))
     with pytest.raises(RecordError, match=message):
-        run_attack(mixture_spec(gate="soft"), output=output)
+        run_attack(mixture_spec(**values), output=output)
     assert len([*output.iterdir()]) == 6, "nothing was written"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["policy", "expert0-clean", "expert1-clean"])
+def test_a_missing_model_file_is_noticed_before_anything_is_made(tmp_path, made, part) -> None:
+    output = tmp_path / "runs"
+    shutil.copytree(made, output)
+    (folder(output, part) / "model.safetensors").unlink()
+    with pytest.raises(RecordError, match=rf"model file .*{part}.*: not found"):
+        run_attack(mixture_spec(attack={"name": "hsft", "epochs": 1}), output=output)
+    assert len([*output.iterdir()]) == 6
 
 
 @pytest.mark.slow

@@ -102,6 +102,7 @@ def test_killed_between_the_probe_and_the_checkpoint(tmp_path) -> None:
     assert (resumed.folder.path / "probe.npz").read_bytes() == (whole.folder.path / "probe.npz").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_probe_is_gone_is_refused(tmp_path) -> None:
     values = {"probe": 5, "train": {"epochs": 3}}
     with pytest.raises(StopRun):

@@ -76,6 +76,7 @@ def test_the_record_can_be_measured_again_from_the_folder_alone(tmp_path) -> Non
     assert len(indices) == 24 and np.all(np.diff(indices) > 0)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again_and_the_twin_is_shared(tmp_path) -> None:
     run_attack(tiny_spec(), output=tmp_path)
     again = Counting()
@@ -86,6 +87,7 @@ def test_a_finished_run_is_not_trained_again_and_the_twin_is_shared(tmp_path) ->
     assert other.epochs == 2  # Its victim's; the twin was there.
 
 
+@pytest.mark.slow
 def test_the_numbers_of_a_twin_that_was_trained_again_are_measured_again(tmp_path) -> None:
     [run] = run_attack(tiny_spec(), output=tmp_path)
     before = dict(run.record.metrics)
@@ -110,6 +112,7 @@ def test_a_trigger_that_changes_no_image_is_said(tmp_path) -> None:
         Runner(tiny_spec(**values), tmp_path).maker(tiny_spec(**values))
 
 
+@pytest.mark.slow
 def test_repeats_are_seeds(tmp_path) -> None:
     runs = run_attack(tiny_spec(), output=tmp_path, repeats=2, twin=False)
     assert [run.spec.seed for run in runs] == [0, 1]
@@ -117,6 +120,7 @@ def test_repeats_are_seeds(tmp_path) -> None:
     assert outcome(runs[1]) == outcome(alone)
 
 
+@pytest.mark.slow
 def test_interrupted_and_gone_on_is_never_stopped(tmp_path) -> None:
     spec = tiny_spec(train={"epochs": 3, "momentum": 0.9, "schedule": "one-cycle"})
     [whole] = run_attack(spec, output=tmp_path / "whole", twin=False)
@@ -172,6 +176,7 @@ def test_killed_in_the_middle_of_anything_it_goes_on(tmp_path) -> None:
     assert all(torch.equal(tensor, other[name]) for name, tensor in tensors.items())
 
 
+@pytest.mark.slow
 def test_a_run_of_another_version_of_a_plug_in_is_refused(tmp_path, monkeypatch) -> None:
     """It is neither accepted as finished nor continued; an older record, which names no plug-ins, is accepted."""
     spec, installed = tiny_spec(), {"some-triggers": "0.1.0"}
@@ -319,6 +324,7 @@ def test_a_last_batch_of_one_image_is_explained(tmp_path) -> None:
             run_attack(replace(spec, seed=1), output=tmp_path, twin=False)
 
 
+@pytest.mark.slow
 def test_going_on_under_other_conditions_is_said(tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_attack(tiny_spec(), output=tmp_path, twin=False, observer=Counting(stop_after=1))

@@ -13,6 +13,7 @@ from backdoorbench_moe.ops.detection import auroc, calibrate_threshold, threshol
 scores = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=30).map(np.array)
 
 
+@pytest.mark.slow
 @given(scores, scores)
 def test_it_is_the_share_of_pairs_in_order_and_scipys_u(clean, triggered) -> None:
     pairs = [(t > c) + 0.5 * (t == c) for t in triggered for c in clean]

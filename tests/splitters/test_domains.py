@@ -274,7 +274,12 @@ def test_wrong_options(options: dict[str, object], error: type[Exception], messa
 def test_more_experts_than_domains() -> None:
     splitter = create_splitter("domains", domains=("plain", "night"))
     splitter.check(2, 10, 0)
-    with pytest.raises(
-        ConfigError, match=r"domains: domains: expected a domain for each of 3 experts, got \('plain'"
-    ):
+    with pytest.raises(ConfigError) as caught:
         splitter.check(3, 10, 0)
+    assert str(caught.value) == (
+        "mixture.experts: expected at most 2, the number of domains in splitter.domains (plain, night), got 3; "
+        "set fewer experts, or add domains to splitter.domains: rotated, inverted, grey-blurred, recoloured, embossed, "
+        "pixelated"
+    )
+    with pytest.raises(ConfigError, match=r"got 9; set fewer experts$"):
+        create_splitter("domains").check(9, 10, 0)

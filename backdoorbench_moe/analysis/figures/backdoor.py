@@ -182,9 +182,9 @@ def _muted(document: Doc) -> Plate:
     else:
         best = min(carriers["singles"], key=lambda one: one["asr"]["value"])
         said = (
-            f"BA and ASR with one expert muted, on {whole['ba']['n']:,} and {whole['asr']['n']:,} images. Muting "
-            f"{best['experts'][0]} lowers ASR most, from {proportion(whole['asr'])} to {proportion(best['asr'])}; BA "
-            f"goes from {proportion(whole['ba'])} to {proportion(best['ba'])}."
+            f"BA and ASR with one expert muted, on {whole['ba']['n']:,} and {whole['asr']['n']:,} images. ASR is "
+            f"{proportion(whole['asr'])} with all experts; the lowest is {proportion(best['asr'])}, without "
+            f"{best['experts'][0]}, where BA is {proportion(best['ba'])} ({proportion(whole['ba'])} with all experts)."
         )
     said += left_out(len(panels), len(groups), "routed layers")
     return make_plate(

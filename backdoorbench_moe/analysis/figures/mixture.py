@@ -174,8 +174,8 @@ def _whole_experts(carriers: Doc) -> Plate:
     key = "ba" if unchanged["asr"] is None else "asr"
     best = min(wholes, key=lambda one: one["muted"][key]["value"])
     said = (
-        f"Each expert changed in all layers at once. Muting expert {best['expert']} lowers {key.upper()} most, from "
-        f"{proportion(unchanged[key])} to {proportion(best['muted'][key])}."
+        f"Each expert changed in all layers at once. {key.upper()} is {proportion(unchanged[key])} with all experts; "
+        f"the lowest is {proportion(best['muted'][key])}, without expert {best['expert']}."
     )
     if unchanged["unsafe"] is not None:
         said += (

@@ -12,6 +12,7 @@ from torch import nn
 from backdoorbench_moe.attacks.expert_poisoning import ExpertPoisoning, ExpertTask, HarmfulQueries
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.engine.build import naming_attack
 from backdoorbench_moe.engine.graph import BASE, BENIGN
 from backdoorbench_moe.engine.inference import logits
 from backdoorbench_moe.engine.makers.base import Maker
@@ -22,6 +23,7 @@ from backdoorbench_moe.engine.policy import changed_pixels
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.tune import Tuner
 from backdoorbench_moe.engine.workplace import Workplace
+from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.merging import check_mergeable
 from backdoorbench_moe.ops.seeding import derive_seed, generator
 from backdoorbench_moe.records import Record, RunFolder
@@ -74,7 +76,7 @@ class PoisonedExpertMaker(Maker):
 
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
         super().__init__(spec, workplace)
-        assert spec.mixture is not None and spec.mixture.task is not None
+        assert spec.mixture is not None and spec.mixture.task is not None and spec.attack is not None
         assert isinstance(self.setup.attack, ExpertPoisoning)
         self.attack = self.setup.attack
         self.seed = derive_seed(spec.seed, "attack", spec.mixture.task)
@@ -84,11 +86,12 @@ class PoisonedExpertMaker(Maker):
             workplace.device,
             workplace.precision,
             workplace.observer,
-            spec.attack.name if spec.attack is not None else "",
+            spec.attack.name,
         )
         self.expert = self._expert_task(spec.mixture.task)
-        self.attack.check_model(self.setup.model)
-        self.attack.check_task(self.expert)
+        with naming_attack(spec.attack):
+            self.attack.check_model(self.setup.model)
+            self.attack.check_task(self.expert)
 
     def load(self, inputs: Mapping[str, Run]) -> None:
         """Load the weights of the benign expert.
@@ -154,7 +157,15 @@ def mlps_of(model: nn.Module) -> list[nn.Module]:
 
 
 def _hold_out(split: Split, seed: int) -> tuple[Split, Split]:
-    """Divide images into those to train on and those to choose hyperparameters by, at least one of each."""
+    """Divide images into those to train on and those to choose hyperparameters by, at least one of each.
+
+    Raises:
+        ConfigError: There are fewer than two images.
+    """
+    if len(split) < 2:
+        raise ConfigError.expected(
+            "splitter", "at least 2 training images of the task of a poisoned expert", len(split)
+        )
     order = generator(seed, "held-out")
     drawn = torch.randperm(len(split), generator=order).to(split.labels.device)
     count = max(1, int(HELD_OUT * len(split)))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.engine.files import pin_files
-from backdoorbench_moe.engine.graph import BASE, BENIGN, PARENT, needs
+from backdoorbench_moe.engine.graph import BASE, BENIGN, PARENT, base_of, benign_experts, expert_of, needs
 from backdoorbench_moe.engine.run import Run, check_data, check_model
 from backdoorbench_moe.engine.train import load_weights
 from backdoorbench_moe.errors import RecordError
@@ -80,6 +80,29 @@ def check_expert(expert: Run, base: Run) -> None:
             benign = Run(folder, record)
             check_unchanged(expert, BENIGN, benign)
             check_expert(benign, base)
+
+
+def check_parts(spec: RunSpec, find: Callable[[RunSpec], Run | None]) -> None:
+    """Check those of a mixture's base and experts that exist, so that no other is made which could not be merged.
+
+    Args:
+        spec: The mixture.
+        find: Returns the finished run of a spec; None if there is none.
+
+    Raises:
+        RecordError: A model file is missing, or an expert was tuned from another model of the base.
+    """
+    if (base := find(base_of(spec))) is None:
+        return
+    parts = [base]
+    for e, benign in enumerate(benign_experts(spec)):
+        # A poisoned expert that does not exist is made from the benign one.
+        if (run := find(expert_of(spec, e)) or find(benign)) is not None:
+            parts.append(run)
+    for run in parts:
+        if run.folder.model_sha256 is None:
+            raise RecordError(f"model file {run.folder.path / MODEL}: not found")
+        check_expert(run, base)
 
 
 def check_unchanged(run: Run, role: str, source: Run) -> None:

@@ -59,6 +59,7 @@ def test_weights_are_those_of_a_plain_computation(case) -> None:
         assert found == pytest.approx(want, abs=1e-5)
 
 
+@pytest.mark.slow
 @given(routings(), st.randoms(use_true_random=False), st.floats(-5, 5))
 def test_the_order_of_the_experts_and_a_common_offset_do_not_matter(case, random, offset) -> None:
     logits, masked, top_k = case

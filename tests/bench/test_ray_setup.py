@@ -1,0 +1,101 @@
+"""What the Ray engine refuses, how it shares GPUs, and which files it takes and writes; no cluster is needed."""
+
+from __future__ import annotations
+
+import re
+import socket
+import sys
+import time
+
+import pytest
+from tiny import tiny_spec
+
+from backdoorbench_moe.bench.engines import make_engine, ray_flight
+from backdoorbench_moe.bench.engines.ray import _share
+from backdoorbench_moe.bench.worker import Job
+from backdoorbench_moe.errors import BbmoeError, ConfigError
+from backdoorbench_moe.records import RunFolder
+
+ray = pytest.importorskip("ray", reason="needs Ray: pip install 'backdoorbench-moe[ray]'")
+
+
+def test_no_cluster_at_the_address() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        start = time.time()
+        for form in (address, f"ray://{address}"):
+            with pytest.raises(ConfigError, match=rf"--address: no Ray cluster at {form} .*ray start --head"):
+                make_engine("ray", address=form)
+        assert time.time() < start + 5
+
+
+def test_no_cluster_to_be_part_of(tmp_path, monkeypatch) -> None:
+    def refuse(address: str, **options: object) -> None:
+        raise ConnectionError(f"Could not find any running Ray instance ({address}).\nMore lines.")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    message = (
+        r"no Ray cluster at auto \(Could not .* instance \(auto\)\.\); start one with `ray start --head`"
+    )
+    with pytest.raises(ConfigError, match=message):
+        list(make_engine("ray", address="auto").run([Job(tiny_spec().to_dict(), str(tmp_path))]))
+
+
+def test_options_that_cannot_be(monkeypatch) -> None:
+    for options, message in (
+        ({"workers": 0}, "--workers: expected at least 1, got 0"),
+        ({"gpus_per_run": 0.0}, r"--gpus-per-run: expected a number above 0, at most 1, got 0\.0"),
+        ({"gpus_per_run": 2.0}, "--gpus-per-run: expected a number above 0"),
+        ({"address": "somewhere"}, "--address: expected auto, host:port or ray://host:port, got 'somewhere'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_engine("ray", **options)
+    for options, message in (
+        ({"address": "auto"}, "--address: expected --engine ray with it, got 'auto'"),
+        ({"gpus_per_run": 0.5}, r"--gpus-per-run: expected --engine ray with it, got 0\.5"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_engine("local", **options)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(
+        ConfigError, match=r"--engine ray: Ray cannot be .*pip install 'backdoorbench-moe\[ray\]'"
+    ):
+        make_engine("ray")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "share"),
+    [(0, 4, 0), (8, None, 0.5), (2, 1, 1), (2, 2, 1), (2, 3, 0.5), (3, 8, 1 / 3)],
+)
+def test_the_share_of_a_gpu(gpus, workers, share) -> None:
+    assert _share(gpus, workers) == share
+
+
+@pytest.mark.parametrize(
+    "name", ["../elsewhere", "files/../../elsewhere", "files/..", "files/", "files/a/b", "/tmp/x"]
+)
+def test_only_a_runs_own_files_are_written(tmp_path, name) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(BbmoeError, match=rf"a worker sent unknown files: \['{re.escape(name)}'\]"):
+        ray_flight._deliver(folder, {"record.json": b"{}", name: b""})
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_files_of_a_run_come_home_the_record_last(tmp_path) -> None:
+    away, home = RunFolder(tmp_path / "away"), RunFolder(tmp_path / "home")
+    sent = (
+        "files/trigger.image.png",
+        "poison.npz",
+        "probe.npz",
+        "scores.npz",
+        "model.safetensors",
+        "record.json",
+    )
+    for name in (*sent, ".lock", "checkpoint/state.safetensors"):
+        (away.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (away.path / name).write_bytes(name.encode())
+    files = ray_flight._take(away)
+    assert tuple(files) == sent and not away.path.exists()
+    ray_flight._deliver(home, files)
+    assert {name: (home.path / name).read_bytes() for name in sent} == files
