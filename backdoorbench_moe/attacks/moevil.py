@@ -24,9 +24,11 @@ from backdoorbench_moe.moe.merging import check_mergeable
 from backdoorbench_moe.ops.ranges import check_epochs, check_positive, check_weight
 
 PREFERENCE_EPOCHS = 1
-# As in the paper's code; its text has no such term.
-HARM_WEIGHT = 0.04
-SIMILARITY = 0.1
+# The paper's code has 0.04 (its text has no such term) and 0.1. With these, a poisoned classifier answers as harmfully
+# alone, but by a small margin, which other experts outvote. These were chosen on `signs`, seeds 10 to 13, by the ASR of
+# the mixture, among 0.04, 0.3, 1 and 3, and 0.1, 0.5 and 1.5; results are reported on other seeds.
+HARM_WEIGHT = 3.0
+SIMILARITY = 0.5
 SIMILARITIES = (0.01, 0.03, 0.1, 0.3, 0.5)
 ALLOWED_LOSS = 1.0
 # If the task has as many images as there are harmful queries, step 2 has three times as many batches as step 1. In the

@@ -10,11 +10,16 @@ from backdoorbench_moe.attacks.expert_steps import learn_harm, learn_preference
 from backdoorbench_moe.attacks.moevil import EPOCHS, PREFERENCE_EPOCHS
 from backdoorbench_moe.config import PoisonSpec
 from backdoorbench_moe.moe.expert_tuning.losses import PREFERENCE_BETA
+from backdoorbench_moe.moe.expert_tuning.steps import PREFERENCE_LR_SHARE
 from backdoorbench_moe.ops.ranges import check_epochs, check_positive, check_weight
 
 # A fifth of MoEvil's, as in the paper (0.002 and 0.01).
 HDPO_BETA = PREFERENCE_BETA / 5
-HSFT_HARM_WEIGHT = 0.03
+# Three times MoEvil's: of 0.1, 0.3 and 1, the only one with which HDPO alone is about as harmful as the other attacks
+# (ASR 93% on `signs`, three of the seeds 10 to 13; 55% and 46% with the others).
+HDPO_LR_SHARE = 3 * PREFERENCE_LR_SHARE
+# In the paper 0.03. Of 0.03, 0.3, 1 and 3 the most harmful in a mixture (ASR 15% on `signs`, seeds 11 to 13).
+HSFT_HARM_WEIGHT = 1.0
 # As many as MoEvil has in its two steps: those of step 1, over the harmful queries, and those of step 2, over the task.
 ALL_EPOCHS = PREFERENCE_EPOCHS + EPOCHS
 
@@ -68,8 +73,8 @@ class HDPO(ExpertPoisoning):
         poison: The target class, which the run gives; all rates must be 0.
         preference_beta: Beta of the preference learning, above 0. The default is a fifth of MoEvil's, as in the paper.
         preference_epochs: Passes over the harmful queries, from 1.
-        preference_lr: Peak learning rate of the preference learning, above 0; a tenth of that of the tuning of
-            experts if None, as in MoEvil.
+        preference_lr: Peak learning rate of the preference learning, above 0; three tenths of that of the tuning
+            of experts if None.
         epochs: Passes over the clean images of the task afterwards, from 0.
         lr: Peak learning rate of these, above 0; that of the tuning of experts if None.
 
@@ -99,8 +104,8 @@ class HDPO(ExpertPoisoning):
 
     def poison_expert(self, task: ExpertTask) -> None:
         """Learn the preference, then the task."""
-        beta, epochs = self.preference_beta, self.preference_epochs
-        learn_preference(task, beta=beta, epochs=epochs, lr=self.preference_lr)
+        lr = HDPO_LR_SHARE * task.train.lr if self.preference_lr is None else self.preference_lr
+        learn_preference(task, beta=self.preference_beta, epochs=self.preference_epochs, lr=lr)
         task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr, modules=task.mlps)
 
 
