@@ -100,8 +100,8 @@ class PaperTable:
 def load_paper(suite: Suite) -> PaperTable:
     """Load the published table of a suite.
 
-    Beside `file`, `where` and `shape`, a suite's `paper` may fix columns of the file, such as `table: 1`. With
-    `shape: true`, its values are shown in columns of their own, and nothing is compared with them.
+    Beside `file`, `where` and `shape`, a suite's `paper` may fix columns of the file, such as `table: 1`: only such rows
+    are used, and what a run has in their place does not matter. With `shape: true`, its values are shown in columns of their own, and nothing is compared with them.
 
     Returns:
         The table; an empty one for a suite without one.
@@ -123,14 +123,15 @@ def load_paper(suite: Suite) -> PaperTable:
     if not rows or not METRICS.keys() & rows[0].keys() or not {*needed} <= rows[0].keys():
         columns = [*needed, "one of " + "/".join(METRICS)]
         raise ConfigError.expected(f"published table {file.name}", f"the columns {columns}", list(rows[:1]))
-    kept = tuple(row for row in rows if all(row[key] == str(item) for key, item in fixed.items()))
-    if not kept:
+    chosen = [row for row in rows if all(row[key] == str(item) for key, item in fixed.items())]
+    if not chosen:
         raise ConfigError.expected(f"published table {file.name}", f"a row with {fixed}", None)
     for number, row in enumerate(rows, 2):
         if None in row or not all(_is_number(row[key]) for key in NUMBERS & row.keys() if row[key] != ""):
             raise ConfigError.expected(
                 f"published table {file.name}: line {number}", "names and numbers", row
             )
+    kept = tuple({key: text for key, text in row.items() if key not in fixed} for row in chosen)
     return PaperTable(kept, suite.paper.get("where"), is_shape)
 
 

@@ -279,7 +279,7 @@ def test_more_experts_than_domains() -> None:
     assert str(caught.value) == (
         "mixture.experts: expected at most 2, the number of domains in splitter.domains (plain, night), got 3; "
         "set fewer experts, or add domains to splitter.domains: rotated, inverted, grey-blurred, recoloured, embossed, "
-        "pixelated"
+        "pixelated, fog, red-lit, edges"
     )
-    with pytest.raises(ConfigError, match=r"got 9; set fewer experts$"):
-        create_splitter("domains").check(9, 10, 0)
+    with pytest.raises(ConfigError, match=r"got 12; set fewer experts$"):
+        create_splitter("domains").check(12, 10, 0)
