@@ -100,8 +100,9 @@ class PaperTable:
 def load_paper(suite: Suite) -> PaperTable:
     """Load the published table of a suite.
 
-    Beside `file`, `where` and `shape`, a suite's `paper` may fix columns of the file, such as `table: 1`: only such rows
-    are used, and what a run has in their place does not matter. With `shape: true`, its values are shown in columns of their own, and nothing is compared with them.
+    Beside `file`, `where` and `shape`, a suite's `paper` may fix columns of the file, such as `table: 1`: only these
+    rows are used, and what a run has in their place does not matter. With `shape: true`, its values are shown in columns of
+    their own, and nothing is compared with them.
 
     Returns:
         The table; an empty one for a suite without one.

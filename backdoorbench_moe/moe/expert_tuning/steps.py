@@ -24,8 +24,8 @@ from backdoorbench_moe.ops.tuning import Objective
 
 # Learning rate of the preference learning as a share of that of the task. In the paper they are equal. Here, with a
 # learning rate for training small networks and no image of the task in step 1, the equal rate costs accuracy on the
-# task. And unlike a cross-entropy, the loss keeps pushing after the answer has changed, so far that step 2 does not bring
-# the latents back to those of the task: the expert's share of the gates was half as large (on `signs`, three seeds).
+# task. And unlike a cross-entropy, the loss keeps pushing after the answer has changed. Step 2 then does not bring the
+# latents back to those of the task: the expert's share of the gates was half as large (`signs`, three seeds).
 PREFERENCE_LR_SHARE = 0.1
 
 
