@@ -101,8 +101,8 @@ def load_paper(suite: Suite) -> PaperTable:
     """Load the published table of a suite.
 
     Beside `file`, `where` and `shape`, a suite's `paper` may fix columns of the file, such as `table: 1`: only these
-    rows are used, and what a run has in their place does not matter. With `shape: true`, its values are shown in columns of
-    their own, and nothing is compared with them.
+    rows are used, and what a run has in their place does not matter. With `shape: true`, the values are shown in
+    columns of their own, and nothing is compared with them.
 
     Returns:
         The table; an empty one for a suite without one.

@@ -238,8 +238,8 @@ def test_the_preference_is_learnt_on_queries_with_two_answers() -> None:
     assert torch.equal(queries.images, task.queries.images[differ]) and 0 < differ.sum() < len(differ)
     assert torch.equal(queries.labels[:, 1], task.queries.safe[differ]) and not queries.labels[:, 0].any()
     assert clean is task.clean and "objective" not in second
-    # A tenth of the task's learning rate of 0.01, unless another is given.
-    assert (first["epochs"], second["epochs"], first["lr"], second["lr"]) == (3, 2, pytest.approx(0.001), 0.5)
+    # Three tenths of the task's learning rate of 0.01, unless another is given.
+    assert (first["epochs"], second["epochs"], first["lr"], second["lr"]) == (3, 2, pytest.approx(0.003), 0.5)
     make("hdpo", preference_lr=0.2).tune_expert(recorded)
     assert [given["lr"] for _, given in calls[2:]] == [0.2, None]
     # At its beginning the expert is its own reference: the loss is log 2, and falls where the margin grows.
