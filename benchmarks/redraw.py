@@ -16,14 +16,16 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
+from backdoorbench_moe.bench.paper import PaperTable
 from backdoorbench_moe.bench.render import table_lines
 from backdoorbench_moe.bench.results import ResultSet, read_manifest
 from backdoorbench_moe.bench.save import redraw_results
-from backdoorbench_moe.bench.suite import Suite
+from backdoorbench_moe.bench.suite import METRIC_COLUMNS, Layout, Suite
 from backdoorbench_moe.bench.suite_file import load_suite
 from backdoorbench_moe.bench.tables import build_sheet
 from backdoorbench_moe.cli.show import read_shown
@@ -57,6 +59,18 @@ def table1(root: Path) -> str:
     return "".join(f"{line}\n" for line in table_lines(table) if "missing" not in line)
 
 
+def moevil(root: Path) -> str:
+    """Draw what attacks on an expert do to a mixture with the default gate."""
+    folder = root / RESULTS / "moevil-gates" / "signs"
+    gate = {"gate.name": "top-k", "gate.balance": 0.01, "gate.noise": 1.0}
+    metrics = ("alone_asr", "asr", "twin_asr", "overall", "harm_share", "own_share")
+    layout = Layout("", ("attack.name",), METRIC_COLUMNS, metrics, no_trigger=False, where=gate)
+    results = ResultSet.from_folder(suite_of(root, folder), folder)
+    measured = replace(results, suite=replace(results.suite, tables=(layout,)), paper=PaperTable())
+    [table] = build_sheet(measured).tables
+    return "".join(f"{line}\n" for line in table_lines(table))
+
+
 def first_look(root: Path) -> str:
     """Draw the runs of the first look as `bbmoe show --markdown` does."""
     folders = sorted(file.parent for file in (root / RESULTS / "first-look").glob("*/record.json"))
@@ -74,18 +88,23 @@ def demo(root: Path) -> str:
     return f"```\n{shown}run folder: runs/{folder.name}\n```\n"
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {"table1": table1, "first-look": first_look, "demo": demo}
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "table1": table1,
+    "moevil": moevil,
+    "first-look": first_look,
+    "demo": demo,
+}
 
 
 def redraw_page(text: str, blocks: dict[str, str]) -> str:
     """Replace the marked tables of a page; other marked parts stay as they are."""
 
-    def replace(match: re.Match[str]) -> str:
+    def redraw(match: re.Match[str]) -> str:
         name = match["name"]
         return f"<!-- {name} -->\n{blocks[name]}<!-- /{name} -->" if name in blocks else match[0]
 
     pattern = r"<!-- (?P<name>[\w-]+) -->\n.*?<!-- /(?P=name) -->"
-    return re.sub(pattern, replace, text, flags=re.DOTALL)
+    return re.sub(pattern, redraw, text, flags=re.DOTALL)
 
 
 def main(root: Path = ROOT) -> None:
