@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from backdoorbench_moe import defenses
 from backdoorbench_moe.attacks.base import Attack
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet
-from backdoorbench_moe.engine.build import Stamper, build_attack, build_stamper, load_model
+from backdoorbench_moe.engine.build import (
+    Stamper,
+    build_attack,
+    build_gate,
+    build_splitter,
+    build_stamper,
+    describe,
+    load_model,
+)
 from backdoorbench_moe.engine.device import RECORDED_PACKAGES
 from backdoorbench_moe.engine.files import locate_files
 from backdoorbench_moe.engine.names import plugin_packages, plugin_sources
@@ -133,3 +143,45 @@ def check_plugins(folder: RunFolder, record: Record) -> None:
             f"run folder {folder.path}: the code of {', '.join(changed)} has changed since it was made; "
             "delete it or use another --output"
         )
+
+
+def check_options(run: Run) -> None:
+    """Check that the options of a run's parts would take the same values now.
+
+    A spec names only the options that were set. The others take their defaults, which a later version may change.
+    Options that a later version added are not compared, and neither are those whose value depends on the images.
+
+    Raises:
+        RecordError: An option would take another value, or a part cannot be built as it was.
+    """
+    then = run.record.parts
+    changed = [
+        f"{kind}.{name} was {then[kind][name]}, and is now {value}"
+        for kind, values in _values_now(run).items()
+        for name, value in values.items()
+        if name in then[kind] and value is not None and then[kind][name] != value
+    ]
+    if changed:
+        raise RecordError(
+            f"run folder {run.folder.path}: was made with other defaults: {'; '.join(changed)}; "
+            "delete it or use another --output"
+        )
+
+
+def _values_now(run: Run) -> dict[str, dict[str, Any]]:
+    """The values that the options of the parts take now, for the parts whose values were recorded."""
+    spec, known = run.spec, run.record.parts.keys()
+    parts: dict[str, object] = {}
+    if "attack" in known:
+        parts["attack"] = run.attack()
+    if "splitter" in known:
+        parts["splitter"] = build_splitter(spec)
+    if "gate" in known:
+        parts["gate"] = build_gate(spec)
+    if known >= {"trigger", "applicator"}:
+        stamper = run.stamper()
+        parts |= {"trigger": stamper.trigger, "applicator": stamper.applicator}
+    if "defense" in known and spec.defenses:
+        last = spec.defenses[-1]
+        parts["defense"] = defenses.registry.create(last.name, last.options)
+    return {kind: describe(part) for kind, part in parts.items()}

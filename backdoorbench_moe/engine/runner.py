@@ -19,7 +19,15 @@ from backdoorbench_moe.engine.makers.inputs import check_parts
 from backdoorbench_moe.engine.makers.merge import MergeMaker
 from backdoorbench_moe.engine.makers.train import TrainMaker
 from backdoorbench_moe.engine.observer import Observer
-from backdoorbench_moe.engine.run import Run, check_data, check_finished, check_model, check_plugins, load_run
+from backdoorbench_moe.engine.run import (
+    Run,
+    check_data,
+    check_finished,
+    check_model,
+    check_options,
+    check_plugins,
+    load_run,
+)
 from backdoorbench_moe.engine.twin import link_twin
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.records import RunFolder
@@ -198,16 +206,17 @@ class Runner:
     def _find(self, folder: RunFolder, spec: RunSpec) -> Run | None:
         """Return the finished run in a folder, or None if there is none.
 
-        The digest does not cover the content of the data, the plug-ins and the model file. They are compared with those
-        that the run was made with.
+        The digest does not cover the content of the data, the plug-ins, the defaults of options and the model file.
+        They are compared with those that the run was made with.
 
         Raises:
-            RecordError: The run was made from other data or with other plug-ins, or its model was replaced.
+            RecordError: The run was made from other data, with other plug-ins or defaults, or its model was replaced.
         """
         if not folder.exists or (record := folder.read()).status != "finished":
             return None
         run = Run(folder, record)
         check_plugins(folder, record)
+        check_options(run)
         check_model(run)
         if not self.workplace.is_unchanged(record):
             check_data(folder, record, self.workplace.images)

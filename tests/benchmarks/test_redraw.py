@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 FIRST_LOOK = "benchmarks/results/first-look"
 DEMO = "benchmarks/results/demo"
 TABLE_1 = "benchmarks/results/badpatches-table1/small"
+MOEVIL = "benchmarks/results/moevil-gates/signs"
 PLUGIN = "plugins/bbmoe-vmoe/suites"
 
 
@@ -29,7 +30,7 @@ def script():
 @pytest.fixture
 def copy(tmp_path) -> Path:
     """The parts of the repository that it reads, with one results folder."""
-    for name in (FIRST_LOOK, DEMO, TABLE_1, PLUGIN):
+    for name in (FIRST_LOOK, DEMO, TABLE_1, MOEVIL, PLUGIN):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("README.md", "benchmarks/README.md"):
         shutil.copyfile(ROOT / name, tmp_path / name)

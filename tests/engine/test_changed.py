@@ -54,6 +54,34 @@ def test_the_net_numbers_that_are_not_the_records_are_refused(tmp_path) -> None:
     assert run_defense(load_run(run.folder.path), TUNING).record.status == "finished"
 
 
+def test_a_run_that_was_made_with_another_default_is_refused(tmp_path, monkeypatch) -> None:
+    [run] = run_attack(tiny_spec(trigger={"name": "square"}), output=tmp_path, twin=False)
+    side = run.record.parts["trigger"]["size"]
+    monkeypatch.setitem(Square.__init__.__kwdefaults__, "size", side + 1)
+    expected = (
+        rf"made with other defaults: trigger.size was {side}, and is now {side + 1}; delete it or use another"
+    )
+    with pytest.raises(RecordError, match=expected):
+        run_attack(tiny_spec(trigger={"name": "square"}), output=tmp_path, twin=False)
+    given = run_attack(tiny_spec(trigger={"name": "square", "size": side}), output=tmp_path, twin=False)
+    assert given[0].folder.path != run.folder.path
+    monkeypatch.undo()
+    [found] = run_attack(tiny_spec(trigger={"name": "square"}), output=tmp_path, twin=False)
+    assert found.folder.path == run.folder.path
+
+
+def test_a_defended_run_that_was_made_with_another_default_is_refused(tmp_path, monkeypatch) -> None:
+    [run] = run_attack(tiny_spec(), output=tmp_path, twin=False)
+    defended = run_defense(run, TUNING)
+    tuning = defenses.registry.lookup("fine-tuning").__init__.__kwdefaults__
+    name, value = next((name, value) for name, value in tuning.items() if isinstance(value, str))
+    assert defended.record.parts["defense"][name] == value
+    defended.record.parts["defense"][name] = "other"
+    defended.folder.write(defended.record)
+    with pytest.raises(RecordError, match=rf"defense.{name} was other, and is now {value}"):
+        run_defense(run, TUNING)
+
+
 CODE = """
 from backdoorbench_moe.triggers.square import Square
 

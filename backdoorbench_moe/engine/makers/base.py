@@ -20,7 +20,7 @@ from backdoorbench_moe.engine.makers.fitting import Checkpoint
 from backdoorbench_moe.engine.mixture_metrics import measure_mixture
 from backdoorbench_moe.engine.names import plugin_packages, plugin_sources
 from backdoorbench_moe.engine.observer import StopRun
-from backdoorbench_moe.engine.run import Run, check_data, check_plugins
+from backdoorbench_moe.engine.run import Run, check_data, check_options, check_plugins
 from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import BbmoeWarning, RecordError
@@ -220,6 +220,7 @@ class Maker(ABC):
         record.parts["model"] = {**before.parts.get("model", {}), **record.parts["model"]}
         check_data(folder, before, self.workplace.images)
         check_plugins(folder, before)
+        check_options(Run(folder, before))
         hashes = {each["role"]: each["sha256"] for each in before.inputs}
         for each in record.inputs:
             if None not in (known := hashes.get(each["role"]), each["sha256"]) and known != each["sha256"]:
