@@ -88,7 +88,8 @@ def committed_counts() -> list[tuple[float, int, int]]:
     counts = set()
     for file in sorted(RESULTS.rglob("records.jsonl")):
         for record in map(json.loads, file.read_text().splitlines()):
-            if poison := record.get("poison"):
+            # An attack on experts poisons no training image, at no rate.
+            if (poison := record.get("poison")) and "rate" in poison:
                 counts.add((poison["rate"], record["data"]["train_images"], poison["n"]))
     return sorted(counts)
 

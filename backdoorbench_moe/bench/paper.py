@@ -49,11 +49,13 @@ class PaperTable:
         where: Keys and values that a spec must have for the table to apply to it.
         is_shape: Whether its values were measured on models of another kind, named in the column "base_model": they
             show how the numbers of a table are related to each other, and no measured number is compared with them.
+        fixed: Columns that are the same in all rows, whatever a run has in their place.
     """
 
     rows: tuple[Mapping[str, str], ...] = ()
     where: Mapping[str, Any] | None = None
     is_shape: bool = False
+    fixed: Collection[str] = ()
 
     def value(self, spec: RunSpec, metric: str) -> float | None:
         """Look up the published mean of a metric.
@@ -91,7 +93,8 @@ class PaperTable:
             return
         expected: dict[str, Any] = {}
         for row in rows:
-            expected = expected or _column_values(spec, stage, {*KEYS, *COMPUTED} & row.keys())
+            columns = ({*KEYS, *COMPUTED} & row.keys()) - {*self.fixed}
+            expected = expected or _column_values(spec, stage, columns)
             if all(_agrees(row[column], value) for column, value in expected.items()):
                 yield from filter(None, [row.get(name)])
                 return
@@ -132,8 +135,7 @@ def load_paper(suite: Suite) -> PaperTable:
             raise ConfigError.expected(
                 f"published table {file.name}: line {number}", "names and numbers", row
             )
-    kept = tuple({key: text for key, text in row.items() if key not in fixed} for row in chosen)
-    return PaperTable(kept, suite.paper.get("where"), is_shape)
+    return PaperTable(tuple(chosen), suite.paper.get("where"), is_shape, tuple(fixed))
 
 
 def _is_number(text: str | None) -> bool:

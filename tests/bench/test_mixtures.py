@@ -9,6 +9,7 @@ import pytest
 from making import SIGNS, Inline, numbers, run
 from mixture_suites import BASE, POISONED, mixture_suite
 
+from backdoorbench_moe.attacks.moevil import SIMILARITY
 from backdoorbench_moe.bench import render, worker
 from backdoorbench_moe.bench.compare import Side, compare, read_folder
 from backdoorbench_moe.bench.engines.local import LocalEngine
@@ -164,7 +165,7 @@ def test_values_of_a_mixture_by_key() -> None:
     both, one = (cell.spec for cell in suite.cells)
     assert [value_of(spec, "mixture.poisoned_experts") for spec in (both, one)] == ["0, 1", "1"]
     assert [value_of(spec, "mixture.poisoned") for spec in (both, one)] == [2, 1]
-    assert value_of(one, "attack.similarity") == 0.1  # Left to the attack.
+    assert value_of(one, "attack.similarity") == SIMILARITY  # Left to the attack.
     assert value_of(one, "attack.k") is None
     assert value_of(one, "gate.balance") == value_of(mixture_suite().cells[0].spec, "gate.balance")
     assert value_of(one, "splitter.domains") == "plain, inverted"
