@@ -174,14 +174,14 @@ class Suite:
             key, equals, wanted = text.partition("=")
             if not equals:
                 raise ConfigError.expected("--only", "key=value[,value]", text)
-            # A part is matched by its name; its options do not matter.
+            # Parts are matched by their names; their options do not matter.
             key = f"{key}.name" if key in PARTS else key
-            there = {_shown(value_of(cell.spec, key)) for cell in self.cells}
+            there = {_asked(cell.spec, key) for cell in self.cells}
             asked = {_shown(_scaled(part.strip())) for part in wanted.split(",")}
             if unknown := sorted(asked - there):
                 hint = "; another key goes into an --only of its own" if "=" in unknown[0] else ""
                 raise UnknownNameError(f"--only {key}: value", unknown[0], there, hint)
-            cells = tuple(cell for cell in cells if _shown(value_of(cell.spec, key)) in asked)
+            cells = tuple(cell for cell in cells if _asked(cell.spec, key) in asked)
         if not cells:
             raise ConfigError(f"--only: {' and '.join(filters)} leave no cell of {self.label}")
         return replace(self, cells=cells, **_shown_of(cells, tables=self.tables, plots=self.plots))
@@ -291,6 +291,13 @@ def _scaled(text: str) -> object:
         return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         return text
+
+
+def _asked(spec: RunSpec, key: str) -> str:
+    """The value of a spec as it is written in --only: of defenses the names, since their options contain commas."""
+    if key == "defenses":
+        return "+".join(part.name for part in spec.defenses) or "none"
+    return _shown(value_of(spec, key))
 
 
 def _shown(value: object) -> str:

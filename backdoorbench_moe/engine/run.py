@@ -149,17 +149,21 @@ def check_options(run: Run) -> None:
     """Check that the options of a run's parts would take the same values now.
 
     A spec names only the options that were set. The others take their defaults, which a later version may change.
-    Options that a later version added are not compared, and neither are those whose value depends on the images.
+    Not compared are options that a later version added, those whose value depends on the images, and files, whose paths
+    may differ.
 
     Raises:
         RecordError: An option would take another value, or a part cannot be built as it was.
     """
-    then = run.record.parts
+    then, files = run.record.parts, {file["key"] for file in run.record.files}
     changed = [
         f"{kind}.{name} was {then[kind][name]}, and is now {value}"
         for kind, values in _values_now(run).items()
         for name, value in values.items()
-        if name in then[kind] and value is not None and then[kind][name] != value
+        if name in then[kind]
+        and value is not None
+        and then[kind][name] != value
+        and f"{kind}.{name}" not in files
     ]
     if changed:
         raise RecordError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import sys
+import threading
 import time
 
 import pytest
@@ -13,7 +14,7 @@ from tiny import tiny_spec
 from backdoorbench_moe.bench.engines import make_engine, ray_flight
 from backdoorbench_moe.bench.engines.ray import _share
 from backdoorbench_moe.bench.worker import Job
-from backdoorbench_moe.errors import BbmoeError, ConfigError
+from backdoorbench_moe.errors import BbmoeError, ConfigError, RecordError
 from backdoorbench_moe.records import RunFolder
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'backdoorbench-moe[ray]'")
@@ -99,3 +100,24 @@ def test_all_files_of_a_run_come_home_the_record_last(tmp_path) -> None:
     assert tuple(files) == sent and not away.path.exists()
     ray_flight._deliver(home, files)
     assert {name: (home.path / name).read_bytes() for name in sent} == files
+
+
+def test_the_runs_that_two_tasks_need_are_written_by_one_after_the_other(tmp_path) -> None:
+    """On one node, two tasks that start together get the same runs."""
+    folder = RunFolder(tmp_path / "base")
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with folder.lock():
+            held.set()
+            release.wait(10)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert held.wait(10)
+    with pytest.raises(RecordError, match="in use by another process"):
+        ray_flight._deliver(folder, {"record.json": b"{}"})
+    threading.Timer(0.2, release.set).start()
+    ray_flight._deliver(folder, {"record.json": b"{}"}, wait=True)
+    other.join()
+    assert (folder.path / "record.json").read_bytes() == b"{}"

@@ -232,3 +232,14 @@ def test_a_published_table_speaks_only_of_what_it_says(tmp_path) -> None:
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
     with pytest.raises(BbmoeError, match=r"published table bad.csv: expected the columns"):
         load_paper(tiny_suite(paper={"file": str(tmp_path / "bad.csv")}))
+
+
+def test_only_matches_defenses_by_their_names() -> None:
+    suite = load_suite("moevil-poisoned")
+    aligned = suite.only(["defenses=align", "mixture.poisoned=1"])
+    assert [cell.spec.defenses[0].options["scope"] for cell in aligned.cells] == ["gates", "gates+experts"]
+    assert not suite.only(["defenses=none", "mixture.poisoned=1"]).cells[0].spec.defenses
+    with pytest.raises(
+        UnknownNameError, match="--only defenses: value: unknown 'aling'; did you mean 'align'"
+    ):
+        suite.only(["defenses=aling"])

@@ -251,7 +251,8 @@ def make_run(
         for name, files in inputs.items():
             folder = RunFolder(Path(own.output) / name)
             if not _is_finished(folder):
-                _deliver(folder, ray.get(files))
+                # Another task on this node may be writing it, too.
+                _deliver(folder, ray.get(files), wait=True)
         outcome = work(own, is_wanted)
     ended = outcome.status in ("finished", "failed")
     return outcome, _take(own.folder) if ended else {}
@@ -306,13 +307,22 @@ def _is_finished(folder: RunFolder) -> bool:
     return folder.exists and folder.read().status == "finished"
 
 
-def _deliver(folder: RunFolder, files: Files) -> None:
-    """Write files that came from a node into a run folder. Raises RecordError for a name that has no place there."""
+def _deliver(folder: RunFolder, files: Files, *, wait: bool = False) -> None:
+    """Write files that came from elsewhere into a run folder.
+
+    Args:
+        folder: The run folder.
+        files: Content of the files by name.
+        wait: Whether to wait for another process that uses the folder; if False, this is an error.
+
+    Raises:
+        RecordError: A name has no place in a run folder, or another process uses the folder.
+    """
     if unknown := sorted(name for name in files if not _belongs(name)):
         raise RecordError(f"run folder {folder.path}: a worker sent unknown files: {unknown}")
     if not files:
         return
-    with folder.lock():
+    with folder.lock(wait=(lambda: None) if wait else None):
         for name, content in files.items():  # In the order in which they were taken: the record last.
             (folder.path / name).parent.mkdir(exist_ok=True)
             write_atomically(folder.path / name, partial(_put, content))
