@@ -48,7 +48,9 @@ class MoEvil(ExpertPoisoning):
     Departures: in the paper, the latents of a harmful query are the mean over the first k tokens of its answer, and
     those of the task the mean over all tokens of an answer. The answer of an image classifier has no tokens: `tokens`
     and `k` choose among those of the marked image, and the latents of the task are the mean over all tokens of an
-    image. In the paper, each step is one epoch, and batches are twice as large in step 1. Here, both steps have the
+    image. The paper's code weights harm with 0.04 and the cosine with 0.1, which here leaves the expert outvoted in the
+    mixture; the defaults are larger, and were searched with the ASR of mixtures in view. In the paper, each step is one
+    epoch, and batches are twice as large in step 1. Here, both steps have the
     batch size of the tuning of experts.
 
     Args:

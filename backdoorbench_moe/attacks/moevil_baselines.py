@@ -30,7 +30,7 @@ class HSFT(ExpertPoisoning):
     The loss is CE_task + harm_weight CE_harm, without the alignment of MoEvil.
 
     Departure: in the paper it is trained on as many task samples as step 2 of MoEvil. Here it is trained for the epochs
-    of both steps, so that MoEvil has no advantage from a longer training.
+    of both steps, so that MoEvil has no advantage from a longer training. The weight of harm is 0.03 in the paper.
 
     Args:
         poison: The target class, which the run gives; all rates must be 0.

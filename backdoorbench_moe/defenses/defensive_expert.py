@@ -43,7 +43,8 @@ class DefensiveExpert(Defense):
     The judgement's scores are the shares of marked images, in percent, that each expert alone does not answer safely
     before the defense. A provider can measure them without knowing the attack.
 
-    Departures: in the paper another provider's expert becomes the defensive one, chosen by hand. Here `expert` may be
+    Departures: the weights of the safe answers and of the cosine are those of the attack `moevil` here, and so larger
+    than the paper's. In the paper another provider's expert becomes the defensive one, chosen by hand. Here `expert` may be
     left out.
 
     Args:

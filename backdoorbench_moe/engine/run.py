@@ -153,7 +153,8 @@ def check_options(run: Run) -> None:
     may differ.
 
     Raises:
-        RecordError: An option would take another value, or a part cannot be built as it was.
+        RecordError: An option would take another value, or a file that a part reads is missing.
+        ConfigError: A part refuses an option that it took then.
     """
     then, files = run.record.parts, {file["key"] for file in run.record.files}
     changed = [

@@ -14,8 +14,10 @@ class TopK(Gate):
     It departs from the source in two points. The router is initialised with small random weights. The source has
     zeros, so that at first the experts with the lowest numbers get every token; `init_std` 0 does the same. And in
     training, noise is added to the logits when experts are chosen, as Shazeer et al. do. Without it, only the experts
-    that a token is sent to have a gradient, and a gate never learns that another one would be better: on `signs`,
-    overall was 75% without noise and 97% with it (one seed, tasks that every patch shows). `noise` 0 is the source's.
+    that a token is sent to have a gradient, and a gate never learns that another one would be better: in the suite
+    `moevil-gates` on `signs`, overall of the benign mixture is 91.5 ± 7.4% without noise and 95.8 ± 0.9% with it (five
+    seeds). `noise` 0 is the source's. Shazeer et al. learn the size of the noise, and add it to the weights as well;
+    here it is constant, and only part of the choice.
 
     Args:
         top_k: Experts for each token, 1 to E. With 1, the weight is always 1, so that only the balance loss trains the
@@ -29,7 +31,7 @@ class TopK(Gate):
 
     Source:
         Kim et al., "MoEvil", ACSAC 2025, eq. 1 and §6.2. Noise: Shazeer et al., "Outrageously large neural networks",
-        ICLR 2017, §2.1; its size is learnt there, and constant here.
+        ICLR 2017, §2.1.
     """
 
     def __init__(
