@@ -44,8 +44,8 @@ class DefensiveExpert(Defense):
     before the defense. A provider can measure them without knowing the attack.
 
     Departures: the weights of the safe answers and of the cosine are those of the attack `moevil` here, and so larger
-    than the paper's. In the paper another provider's expert becomes the defensive one, chosen by hand. Here `expert` may be
-    left out.
+    than the paper's. In the paper another provider's expert becomes the defensive one, chosen by hand. Here `expert`
+    may be left out.
 
     Args:
         expert: Number of the expert, from 0. If None, the one that alone answers most marked images safely, the first
