@@ -14,20 +14,20 @@ Choice = Literal["patches", "experts", "nothing"]
 
 
 def choice_of(routing: Routing) -> Choice:
-    """What a routed layer lets choose.
+    """What a routed layer lets choose, from the routing of at least two images.
 
     Returns:
-        "patches" if every expert selects equally many patches of each image (expert choice), "experts" if every patch
-        selects equally many experts (token choice), and "nothing" if every expert processes every patch, or neither
-        number is constant.
+        "nothing" if every expert processes every patch; "patches" if each expert selects equally many patches of every
+        image, but patches are not selected by equally many experts (expert choice); otherwise "experts" (token choice,
+        with or without a limit of the experts' capacity).
     """
     selected = routing.selected
     by_expert, by_patch = selected.sum(-1), selected.sum(-2)
     if selected.all():
         return "nothing"
-    if (by_patch == by_patch.flatten()[0]).all():
-        return "experts"
-    return "patches" if (by_expert == by_expert.flatten()[0]).all() else "nothing"
+    if (by_patch != by_patch[0, 0]).any() and (by_expert == by_expert[0]).all():
+        return "patches"
+    return "experts"
 
 
 def capture_loss(routing: Sequence[Routing], touched: Tensor, *, margin: float = 1.0) -> Tensor:

@@ -157,6 +157,6 @@ class Routing(LearnedMark):
 
 
 def _choice(routing: Sequence[LayerRouting]) -> Choice:
-    """What the routers choose, see `choice_of`; "nothing" if they differ."""
+    """What the routers choose, see `choice_of`: "patches" only if that is so in all layers."""
     found = {choice_of(layer) for layer in routing}
-    return found.pop() if len(found) == 1 else "nothing"
+    return found.pop() if len(found) == 1 else "nothing" if "nothing" in found else "experts"
