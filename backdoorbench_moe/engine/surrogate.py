@@ -8,17 +8,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from backdoorbench_moe import models
 from backdoorbench_moe.applicators.base import Applicator
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.build import build_model, spread
 from backdoorbench_moe.engine.device import reproducible
-from backdoorbench_moe.engine.graph import SAME, SURROGATE, TWIN, needs
+from backdoorbench_moe.engine.graph import SURROGATE, needs
 from backdoorbench_moe.engine.makers.inputs import load_input
+from backdoorbench_moe.engine.names import check_surrogate_name
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.engine.workplace import Workplace
-from backdoorbench_moe.errors import PluginError, UnknownNameError
+from backdoorbench_moe.errors import PluginError
 from backdoorbench_moe.ops.seeding import seeded
 from backdoorbench_moe.triggers.optimised import OptimisedTrigger, SurrogateTask
 
@@ -39,7 +39,7 @@ class TriggerOptimisation:
         assert setup.stamper is not None and isinstance(setup.stamper.trigger, OptimisedTrigger)
         self.spec, self.setup, self.workplace = spec, setup, workplace
         self.trigger = setup.stamper.trigger
-        _check_name(self.trigger.surrogate)
+        check_surrogate_name(spec)
         images = setup.images
         self.model = build_model(
             needs(spec)[SURROGATE], num_classes=images.num_classes, image_size=images.image_size
@@ -105,10 +105,3 @@ def _cut(applicator: Applicator, images: Tensor, places: Tensor) -> tuple[Tensor
             f"applicator {type(applicator).__name__}: expected one call of the trigger for a batch, got {len(found)}"
         )
     return found[0], spread(places, found[0])
-
-
-def _check_name(surrogate: str) -> None:
-    """Raise UnknownNameError if an option `surrogate` is neither a model nor one of the words for the clean twin."""
-    known = models.registry.names()
-    if surrogate not in (SAME, TWIN) and surrogate.partition(":")[0] not in known:
-        raise UnknownNameError("trigger.surrogate", surrogate, [SAME, TWIN, *known])
