@@ -12,6 +12,7 @@ from tiny_runs import Counting, outcome
 
 from backdoorbench_moe.analysis.analyze import analyze_run
 from backdoorbench_moe.analysis.preview import preview_run, preview_spec
+from backdoorbench_moe.bench.engines import ray_flight
 from backdoorbench_moe.bench.estimate import Speed, seconds_left
 from backdoorbench_moe.bench.plan import Planned
 from backdoorbench_moe.config import PartSpec, build_spec
@@ -21,6 +22,7 @@ from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import Runner, run_attack, run_defense
 from backdoorbench_moe.engine.triggered import triggered_test
 from backdoorbench_moe.errors import ConfigError, RecordError
+from backdoorbench_moe.records import RunFolder
 from backdoorbench_moe.triggers.narcissus import Narcissus
 
 TUNING = PartSpec("fine-tuning", {"clean_fraction": 0.5, "epochs": 1})
@@ -184,6 +186,16 @@ def test_an_analysis_and_a_preview_show_the_learned_trigger(tmp_path) -> None:
         ConfigError, match="trigger: 'routing' is learned while a run is made; give the run with --run"
     ):
         preview_spec(run.spec, images=3)
+
+
+def test_what_a_cluster_sends_of_a_run_includes_its_trigger(tmp_path) -> None:
+    """See `ray_flight.SENT`."""
+    [run] = run_attack(spec_of(epochs=1), output=tmp_path, twin=False)
+    home = RunFolder(tmp_path / "home" / run.folder.path.name)
+    home.path.parent.mkdir()
+    ray_flight._deliver(home, ray_flight._read_files(run.folder))
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(load_run(home.path).stamper()(images), run.stamper()(images))
 
 
 # What has changed
