@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.engine.graph import SAME, TWIN, surrogate_of
+from backdoorbench_moe.errors import UnknownNameError
 from backdoorbench_moe.kinds import KINDS, PACKAGE
 from backdoorbench_moe.registry import Registry
 
@@ -78,3 +80,13 @@ def check_names(spec: RunSpec) -> None:
     """
     for kind, part in spec.parts():
         REGISTRIES[kind].check_name(part.name)
+    check_surrogate_name(spec)
+
+
+def check_surrogate_name(spec: RunSpec) -> None:
+    """Raise UnknownNameError if a trigger's surrogate is neither a model nor one of the words for a clean twin."""
+    if (surrogate := surrogate_of(spec)) is None or spec.trigger is None:
+        return
+    known, name = REGISTRIES["model"].names(), surrogate.model.name
+    if name.partition(":")[0] not in known and spec.trigger.options["surrogate"] == name:
+        raise UnknownNameError("trigger.surrogate", name, [SAME, TWIN, *known])

@@ -90,6 +90,7 @@ def test_all_files_of_a_run_come_home_the_record_last(tmp_path) -> None:
         "poison.npz",
         "probe.npz",
         "scores.npz",
+        "trigger.safetensors",
         "model.safetensors",
         "record.json",
     )

@@ -51,6 +51,23 @@ def test_what_is_made_from_others_is_listed_after_them(bbmoe, tmp_path) -> None:
     assert {run["run"] for run in runs} == {folder.name for folder in tmp_path.iterdir()}
 
 
+def test_a_surrogate_is_listed_like_a_twin(bbmoe, tmp_path) -> None:
+    fast = ["--set", "trigger.steps=2", "--set", "trigger.batch_size=8", "--applicator", "image"]
+    words = ["attack", *SMALL, "--trigger", "routing", *fast, "--output", tmp_path, "--quiet"]
+    for surrogate, runs in (("same", 2), ("twin", 3)):
+        code, out, err = bbmoe(*words, "--surrogate", surrogate, "--dry-run", "--json")
+        assert code == 0, err
+        assert len(json.loads(out)["runs"]) == runs
+    code, out, err = bbmoe(*words, "--surrogate", "twin", "--no-twin", "--dry-run", "--json")
+    assert len(planned := json.loads(out)["runs"]) == 2
+    assert bbmoe(*words, "--surrogate", "twin", "--no-twin")[0] == 0
+    assert {run["run"] for run in planned} == {folder.name for folder in tmp_path.iterdir()}
+    code, out, err = bbmoe(*words, "--dry-run")
+    assert (code, out) == (2, "") and "trigger 'routing': option 'surrogate' is required" in err
+    code, out, err = bbmoe(*words, "--surrogate", "pmo", "--dry-run")
+    assert (code, out) == (2, "") and "trigger.surrogate: unknown 'pmo'; did you mean 'pmoe'" in err
+
+
 def test_without_a_twin_there_is_none(bbmoe, tmp_path) -> None:
     words = [
         "attack",

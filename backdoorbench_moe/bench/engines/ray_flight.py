@@ -21,11 +21,20 @@ from backdoorbench_moe.data.roots import VARIABLE
 from backdoorbench_moe.engine.files import FILES
 from backdoorbench_moe.engine.graph import needs
 from backdoorbench_moe.errors import BbmoeError, RecordError
-from backdoorbench_moe.records import MODEL, POISON, PROBE, RECORD, SCORES, RunFolder, write_atomically
+from backdoorbench_moe.records import (
+    MODEL,
+    POISON,
+    PROBE,
+    RECORD,
+    SCORES,
+    TRIGGER,
+    RunFolder,
+    write_atomically,
+)
 
 # The files of a run folder that are sent to the driver, with the copies of named files. The record comes last: it says
 # that the others are there.
-SENT = (POISON, PROBE, SCORES, MODEL, RECORD)
+SENT = (POISON, PROBE, SCORES, TRIGGER, MODEL, RECORD)
 RETRIES = 3
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_STOP = 60.0
