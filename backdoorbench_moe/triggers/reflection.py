@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
+from kornia.filters import gaussian_blur2d
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.ops.seeding import generator
@@ -29,9 +29,9 @@ SPREAD = 0.4
 class Reflection(Trigger):
     """Mix the reflection of a picture into the image, as Refool does.
 
-    The reflected picture is a part of a picture, mirrored or not. It is seen as one of two forms: a *ghost*, two shifted
-    copies as from a pane of two surfaces; or *blurred*, out of focus and strongest around one point. Everything is
-    drawn once from `seed`. The stamped image is (1 - alpha w) * image + alpha w * reflection, where w is 1 for a ghost,
+    A part of a picture is reflected, mirrored or not. It is seen in one of two forms: a *ghost*, two shifted copies as
+    from a pane with two surfaces; or *blurred*, out of focus and strongest around one point. Everything is drawn once
+    from `seed`. The stamped image is (1 - alpha w) * image + alpha w * reflection, where w is 1 for a ghost,
     and falls off from 1 around a point near the centre for a blurred reflection.
 
     Departures: Refool draws a picture, form, shift and sigma for each image, from pictures of PASCAL VOC; here there is
@@ -121,7 +121,7 @@ class Reflection(Trigger):
         """The picture out of focus, and a weight that falls off around a point in the middle half."""
         sigma = self.sigma * SIDE / IMAGE_SIDE
         reach = min(SIDE // 2 - 1, round(3 * sigma))
-        layer = gaussian_blur(part, [2 * reach + 1] * 2, [sigma] * 2)
+        layer = gaussian_blur2d(part, (2 * reach + 1,) * 2, (sigma, sigma), separable=True)
         axis = (torch.arange(SIDE, dtype=torch.float32) + 0.5) / SIDE
         down, right = (
             torch.exp(-((axis - 0.25 - 0.5 * place) ** 2) / (2 * SPREAD**2)) for place in self._centre
