@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.attacks.base import Attack, PoisonPlan
-from backdoorbench_moe.config import PoisonSpec
+from backdoorbench_moe.config import PoisonSpec, class_number
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.seeding import generator
 
@@ -49,7 +49,7 @@ class DataPoisoning(Attack):
 
     def _check_clean_labels(self, labels: Tensor, poisoned: int) -> None:
         """Raise ConfigError if, with clean labels, the trigger is stamped on all images of the target class."""
-        whole = int((labels == self.poison.target).sum())
+        whole = int((labels == class_number("poison.target", self.poison.target)).sum())
         if self.poison.labels == "clean" and poisoned == whole:
             raise ConfigError(
                 f"poison.rate: {self.poison.rate} of {len(labels)} images is {poisoned}, which are all images of class "
