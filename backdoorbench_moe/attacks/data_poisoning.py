@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.attacks.base import Attack, PoisonPlan
-from backdoorbench_moe.config import PoisonSpec
+from backdoorbench_moe.config import PoisonSpec, class_number
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.seeding import generator
 
@@ -24,7 +24,7 @@ class DataPoisoning(Attack):
 
     Raises:
         ConfigError: When the plan is made: a group has fewer candidates than images, or its rate is positive but gives
-            no image.
+            no image; or, with clean labels, the poison group is the whole target class.
 
     Source:
         BadNets (Gu et al., 2017); BadPatches (arXiv 2505.01811), section 4; for source classes with a cover group,
@@ -38,6 +38,7 @@ class DataPoisoning(Attack):
         """Draw the poison group, floor(rate * N) images, and then the other groups from the rest."""
         poison = self.poison
         indices = self._draw(self._candidates(labels), "rate", len(labels), seed, "poison")
+        self._check_clean_labels(labels, len(indices))
         rest = torch.ones(len(labels), dtype=torch.bool)
         rest[indices] = False
         cover = self._draw(self._cover_candidates(labels) & rest, "cover", len(labels), seed, "cover")
@@ -45,6 +46,16 @@ class DataPoisoning(Attack):
         noise = self._draw(rest, "noise", len(labels), seed, "noise")
         wanted = labels if poison.labels == "clean" else self.wanted(labels, num_classes)
         return PoisonPlan(indices, wanted[indices], cover, noise)
+
+    def _check_clean_labels(self, labels: Tensor, poisoned: int) -> None:
+        """Raise ConfigError if, with clean labels, the trigger is stamped on all images of the target class."""
+        whole = int((labels == class_number("poison.target", self.poison.target)).sum())
+        if self.poison.labels == "clean" and poisoned == whole:
+            raise ConfigError(
+                f"poison.rate: {self.poison.rate} of {len(labels)} images is {poisoned}, which are all images of class "
+                f"{self.poison.target}; with poison.labels=clean, the model would see no image of this class without "
+                f"the trigger, so expected less than {whole / len(labels):g}"
+            )
 
     def _candidates(self, labels: Tensor) -> Tensor:
         """Images that may be in the poison group, (N,) bool."""

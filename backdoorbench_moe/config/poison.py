@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -75,6 +76,13 @@ class PoisonSpec:
         for name in ("cover", "noise"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError.expected(f"poison.{name}", "a number in [0, 1)", getattr(self, name))
+        rates = [getattr(self, name) for name in RATES]
+        # The sum of floats may exceed 1 by a rounding error.
+        if math.fsum(rates) > 1 + 1e-9:
+            raise ConfigError(
+                "poison.rate, poison.cover and poison.noise: expected disjoint shares of the training set, with a sum "
+                f"of at most 1, got {' + '.join(f'{rate:g}' for rate in rates)}"
+            )
 
     def check_numbered(self) -> None:
         """Raise ConfigError if a class is still given by name."""

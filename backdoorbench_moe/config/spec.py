@@ -11,7 +11,7 @@ from typing import Any, Literal, cast, get_type_hints
 
 from backdoorbench_moe.config.merge import Values
 from backdoorbench_moe.config.mixture import MixtureSpec
-from backdoorbench_moe.config.poison import PoisonSpec
+from backdoorbench_moe.config.poison import RATES, PoisonSpec
 from backdoorbench_moe.config.shorthand import (
     OPTIONAL_PARTS,
     PART_LISTS,
@@ -132,8 +132,9 @@ class RunSpec:
             raise ConfigError("trigger and applicator: expected both or neither")
         self._check_mixture()
         if self.attack is None:
-            if self.poison.rate:
-                raise ConfigError.expected("poison.rate", "0, as there is no attack", self.poison.rate)
+            for name in RATES:
+                if rate := getattr(self.poison, name):
+                    raise ConfigError.expected(f"poison.{name}", "0, as there is no attack", rate)
         elif self.attack.name == DEFAULT_ATTACK and not self.poison.rate:
             raise ConfigError.expected("poison.rate", "a number in (0, 1]", self.poison.rate)
 

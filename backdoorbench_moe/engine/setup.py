@@ -22,7 +22,7 @@ from backdoorbench_moe.engine.build import (
     model_patch_size,
 )
 from backdoorbench_moe.engine.learned import learned_trigger
-from backdoorbench_moe.engine.poison import stamp_images
+from backdoorbench_moe.engine.poison import stamp_images, stamp_places
 from backdoorbench_moe.engine.policy import policy_count, with_marked, with_reject
 from backdoorbench_moe.engine.tasks import Tasks
 from backdoorbench_moe.engine.triggered import Triggered, triggered_test
@@ -106,23 +106,41 @@ class Setup:
             )
 
     def _check_visible(self) -> None:
-        """Warn if the trigger changes nothing, as a warp of tiles of one pixel does.
+        """Check on some test images that the trigger can be seen in them, saved with 8 bits, in test and in training.
+
+        Warn if it changes fewer than half of them, as a black square on dark images does.
 
         Raises:
-            ConfigError: It changes nothing, and is the mark of a policy, or of the queries of an attack on experts.
+            ConfigError: It changes none of them, as a warp of tiles of one pixel does.
         """
-        assert self.stamper is not None and self.spec.trigger is not None and self.spec.applicator is not None
+        assert self.stamper is not None
         images = self.images.test.images[:VISIBLE_ON]
-        if torch.equal(stamp_images(images, self.stamper), images):
-            message = (
-                f"trigger: {self.spec.trigger.name!r} with the applicator {self.spec.applicator.name!r} changes none "
-                f"of {count(len(images), 'test image')}"
-            )
-            if self.spec.policy:
-                raise ConfigError(f"{message}, so it cannot be the mark of images to reject")
-            if isinstance(self.attack, ExpertPoisoning):
-                raise ConfigError(f"{message}, so it cannot be the mark of harmful queries")
-            warnings.warn(message, BbmoeWarning, stacklevel=2)
+        places = torch.arange(len(images), device=images.device)
+        test = stamp_images(images, self.stamper)
+        self._check_changed(_count_changed(images, test), len(images))
+        if not self.spec.policy:
+            training = stamp_places(images, places, self.stamper.training)
+            if not torch.equal(training, test):
+                self._check_changed(_count_changed(images, training), len(images), " in its training form")
+
+    def _check_changed(self, changed: int, images: int, form: str = "") -> None:
+        """Raise ConfigError if a form of the trigger changed none of some test images, and warn if fewer than half."""
+        assert self.spec.trigger is not None and self.spec.applicator is not None
+        if 2 * changed >= images:
+            return
+        message = (
+            f"trigger: {self.spec.trigger.name!r}{form} with the applicator {self.spec.applicator.name!r} changes "
+            f"{changed or 'none'} of {count(images, 'test image')}"
+        )
+        if changed:
+            warnings.warn(f"{message}; the others look as without it", BbmoeWarning, stacklevel=2)
+            return
+        if self.spec.policy:
+            raise ConfigError(f"{message}, so it cannot be the mark of images to reject")
+        if isinstance(self.attack, ExpertPoisoning):
+            raise ConfigError(f"{message}, so it cannot be the mark of harmful queries")
+        side = self.images.image_size
+        raise ConfigError(f"{message}: at {side}x{side} pixels it cannot be told from the image")
 
     def triggered_test(self) -> Triggered | None:
         """The test images that count for ASR, triggered; None for a clean run. They are stamped once."""
@@ -219,6 +237,11 @@ class Setup:
         values = {"rate": poison.rate, "n": len(self.plan.indices), "target": poison.target}
         extra = {"cover": len(self.plan.cover), "noise": len(self.plan.noise)}
         return values | {group: count for group, count in extra.items() if count}
+
+
+def _count_changed(images: Tensor, stamped: Tensor) -> int:
+    """Number of images (N, C, H, W) that a stamp changed."""
+    return int((stamped != images).flatten(1).any(1).sum())
 
 
 def _check_mixture(spec: RunSpec, attack: Attack) -> None:

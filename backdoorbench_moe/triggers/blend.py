@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from backdoorbench_moe.errors import ConfigError, ShapeError
+from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.options import FilePath
 from backdoorbench_moe.triggers.base import Trigger
-from backdoorbench_moe.triggers.picture import LUMA, draw_quilt, read_picture
+from backdoorbench_moe.triggers.picture import draw_quilt, fit_picture, read_picture
 
 
 class Blend(Trigger):
@@ -30,12 +31,14 @@ class Blend(Trigger):
         Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning", 2017.
     """
 
+    _name: ClassVar[str] = "blend"
+
     def __init__(self, *, ratio: float = 0.5, image: FilePath | None = None, seed: int = 0) -> None:
         super().__init__(seed=seed)
         if not 0 < ratio <= 1:
-            raise ConfigError.expected("blend: ratio", "a number in (0, 1]", ratio)
+            raise ConfigError.expected(f"{self._name}: ratio", "a number in (0, 1]", ratio)
         self.ratio, self.image = ratio, image
-        self._picture = None if image is None else read_picture(image)
+        self._picture = None if image is None else read_picture(image, self._name)
         self._resized: dict[object, Tensor] = {}
 
     @property
@@ -54,17 +57,12 @@ class Blend(Trigger):
         return torch.lerp(images, self._resize(images), self.ratio)
 
     def _resize(self, images: Tensor) -> Tensor:
-        """The picture in the size, device and type of the images, resized bilinearly with antialiasing."""
-        channels, size = images.shape[1], images.shape[-2:]
-        if channels not in (1, 3):
-            raise ShapeError(f"blend: expected images of 1 or 3 channels, got {channels}")
-        key = (channels, size, images.device, images.dtype)
+        """The picture in the size, device and type of the images."""
+        channels, height, width = images.shape[1:]
+        key = (channels, height, width, images.device, images.dtype)
         if key not in self._resized:
             # Tensors that are created in inference mode cannot take part in a backward pass later.
             with torch.inference_mode(False):
-                resized = F.interpolate(self.picture, size, mode="bilinear", antialias=True).clamp(0, 1)
-                if channels == 1:
-                    weights = torch.tensor(LUMA, dtype=torch.float32).view(1, 3, 1, 1)
-                    resized = (resized * weights).sum(1, keepdim=True)
+                resized = fit_picture(self.picture, channels, height, width, self._name)
                 self._resized[key] = resized.to(images.device, images.dtype)
         return self._resized[key]

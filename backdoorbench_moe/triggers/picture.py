@@ -1,12 +1,13 @@
-"""The picture that the trigger `blend` mixes in: read from a file, or drawn here."""
+"""The pictures that triggers mix in: read from a file, or drawn here."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from backdoorbench_moe.errors import ConfigError, DataError
+from backdoorbench_moe.errors import ConfigError, DataError, ShapeError
 from backdoorbench_moe.image_files import read_image
 from backdoorbench_moe.paths import expand
 
@@ -42,11 +43,12 @@ def draw_quilt() -> Tensor:
     return picture.unsqueeze(0).float() / 255
 
 
-def read_picture(path: str) -> Tensor:
+def read_picture(path: str, trigger: str = "blend") -> Tensor:
     """Read a picture file in the same way as the images of a data set, see `image_files.decode`.
 
     Args:
         path: The file. A leading "~" is replaced by the home directory.
+        trigger: Name of the trigger whose option `image` the path is, for messages.
 
     Returns:
         (1, 3, H, W) float32 in [0, 1].
@@ -54,14 +56,39 @@ def read_picture(path: str) -> Tensor:
     Raises:
         ConfigError: The file is missing or damaged, or cannot be converted to 8-bit RGB without loss.
     """
-    file = expand(path, "blend: image")
+    file = expand(path, f"{trigger}: image")
     if not file.is_file():
-        raise ConfigError.expected("blend: image", "a picture file", path)
+        raise ConfigError.expected(f"{trigger}: image", "a picture file", path)
     try:
         pixels = np.array(read_image(file))
     except DataError as error:
-        raise ConfigError(f"blend: image: {error}") from error
+        raise ConfigError(f"{trigger}: image: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).float() / 255
+
+
+def fit_picture(picture: Tensor, channels: int, height: int, width: int, trigger: str) -> Tensor:
+    """Resize a picture bilinearly with antialiasing; for images of one channel, to its grey values.
+
+    Args:
+        picture: (N, 3, h, w) float32 in [0, 1].
+        channels: Number of channels of the images, 1 or 3.
+        height: H.
+        width: W.
+        trigger: Name of the trigger, for messages.
+
+    Returns:
+        (N, channels, H, W) float32 in [0, 1].
+
+    Raises:
+        ShapeError: The images have another number of channels.
+    """
+    if channels not in (1, 3):
+        raise ShapeError(f"{trigger}: expected images of 1 or 3 channels, got {channels}")
+    resized = F.interpolate(picture, (height, width), mode="bilinear", antialias=True).clamp(0, 1)
+    if channels == 3:
+        return resized
+    weights = torch.tensor(LUMA, dtype=torch.float32).view(1, 3, 1, 1)
+    return (resized * weights).sum(1, keepdim=True)
 
 
 def _disc(x: Tensor, y: Tensor, centre_x: int, centre_y: int, radius: int) -> Tensor:

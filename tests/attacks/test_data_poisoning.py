@@ -30,9 +30,9 @@ def test_all_to_all_moves_each_class_to_the_next() -> None:
 
 
 def test_clean_labels_come_from_the_target_class_and_stay() -> None:
-    made = plan(rate=0.3, target=0, labels="clean")
-    assert made.indices.tolist() == [0, 3, 6]
-    assert made.labels.tolist() == [0, 0, 0]
+    drawn = [plan(seed, rate=0.2, target=0, labels="clean") for seed in range(20)]
+    assert all(made.labels.tolist() == [0, 0] for made in drawn)
+    assert {index for made in drawn for index in made.indices.tolist()} == {0, 3, 6}
 
 
 def test_source_specific_takes_that_source_only() -> None:
@@ -59,6 +59,22 @@ def test_the_draw_follows_the_seed_and_has_no_repeats() -> None:
 def test_classes_the_data_do_not_have(values) -> None:
     with pytest.raises(ConfigError, match=r"poison\.(target|source)"):
         DataPoisoning(poison=PoisonSpec(**values)).check(3)
+
+
+def test_clean_labels_leave_an_image_of_the_target_class_without_the_trigger() -> None:
+    message = (
+        r"poison\.rate: 0\.4 of 10 images is 4, which are all images of class 1; with poison\.labels=clean, the model "
+        r"would see no image of this class without the trigger, so expected less than 0\.4$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        plan(rate=0.4, target=1, labels="clean")
+    assert len(plan(rate=0.3, target=1, labels="clean").indices) == 3
+    assert plan(rate=1.0, target=1).indices.tolist() == list(range(10))  # Dirty labels may.
+
+
+def test_clean_labels_of_sources_without_the_target_have_no_candidates() -> None:
+    with pytest.raises(ConfigError, match=r"poison\.rate: .* only 0 images can be chosen \(labels=clean"):
+        plan(rate=0.2, target=0, labels="clean", source=(1,))
 
 
 @given(

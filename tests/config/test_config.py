@@ -287,3 +287,23 @@ def test_a_key_that_stands_twice_is_refused_and_a_merged_one_is_not(tmp_path) ->
         "- &a {lr: 1}\n- &b\n  <<: *a\n  lr: 2\n- {<<: *b, lr: 3}\n".replace("- &a", "x:\n- &a", 1)
     )
     assert load_yaml(file) == {"x": [{"lr": 1}, {"lr": 2}, {"lr": 3}]}
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [{"rate": 0.1, "cover": 0.95}, {"rate": 1.0, "noise": 0.01}, {"rate": 0.4, "cover": 0.4, "noise": 0.4}],
+)
+def test_the_groups_must_leave_room_for_each_other(rates) -> None:
+    """A cover group of 95% leaves no room for 10% of poisons."""
+    sum_of = r"poison\.rate, poison\.cover and poison\.noise: expected .* a sum of at most 1, got "
+    with pytest.raises(ConfigError, match=sum_of):
+        build_spec({"poison": rates})
+    build_spec(
+        {"poison": {"rate": 0.1, "cover": 0.2, "noise": 0.7}}
+    )  # As floats they are a little more than 1.
+
+
+@pytest.mark.parametrize("group", ["rate", "cover", "noise"])
+def test_without_an_attack_no_group_has_images(group) -> None:
+    with pytest.raises(ConfigError, match=rf"poison\.{group}: expected 0, as there is no attack, got 0\.1"):
+        build_spec({"attack": None, "poison": {group: 0.1}})

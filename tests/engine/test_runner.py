@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from backdoorbench_moe.engine.makers import base
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import Runner, run_attack
 from backdoorbench_moe.engine.triggered import triggered_test
-from backdoorbench_moe.errors import BbmoeError, BbmoeWarning, RecordError
+from backdoorbench_moe.errors import BbmoeError, BbmoeWarning, ConfigError, RecordError
 from backdoorbench_moe.records import RunFolder
 
 
@@ -104,12 +105,65 @@ def test_the_numbers_of_a_twin_that_was_trained_again_are_measured_again(tmp_pat
     assert again.record.metrics["cad"]["value"] == ba["value"] - run.value("ba")
 
 
-def test_a_trigger_that_changes_no_image_is_said(tmp_path) -> None:
-    """A warp moves pixels within a tile; a tile of one pixel has nowhere to move it."""
-    values = {"trigger": "warp", "applicator": {"name": "patch", "patch_size": 1}, "model": "wide_resnet"}
-    message = "trigger: 'warp' with the applicator 'patch' changes none of 60 test images"
+BY_PIXEL = {"name": "patch", "patch_size": 1}
+
+
+@pytest.mark.parametrize(
+    ("trigger", "applicator", "form"),
+    [
+        # A warp moves pixels within a tile; a tile of one pixel has nowhere to move it. A wave has no phase there.
+        ("warp", BY_PIXEL, ""),
+        ("sig", BY_PIXEL, ""),
+        ({"name": "blend", "ratio": 0.001}, "image", ""),
+        ({"name": "colour", "gain": [1, 1, 1], "offset": [0, 0, 0]}, "image", ""),
+        ({"name": "frequency", "training_strength": 1}, "image", " in its training form"),
+    ],
+)
+def test_a_trigger_that_cannot_be_seen_is_refused(tmp_path, trigger, applicator, form) -> None:
+    spec = tiny_spec(trigger=trigger, applicator=applicator, model="wide_resnet")
+    message = (
+        f"trigger: {spec.trigger.name!r}{form} with the applicator {spec.applicator.name!r} changes none of 60 test "
+        "images: at 32x32 pixels it cannot be told from the image"
+    )
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Runner(spec, tmp_path).maker(spec)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_trigger_that_is_lost_on_most_images_is_said(tmp_path, monkeypatch) -> None:
+    """A black square on images of which two thirds are black there."""
+    images = Tiny().read()
+    images.test.images[torch.arange(60) % 3 > 0, :, :4, :4] = 0
+    monkeypatch.setattr(Tiny, "read", lambda self: images)
+    message = "trigger: 'square' with the applicator 'image' changes 20 of 60 test images; the others look as"
     with pytest.warns(BbmoeWarning, match=message):
-        Runner(tiny_spec(**values), tmp_path).maker(tiny_spec(**values))
+        Runner(tiny_spec(), tmp_path).maker(tiny_spec())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trigger", "poison"),
+    [
+        ("adaptive-blend", {"rate": 0.1, "cover": 0.1}),
+        ("patches", {"rate": 0.1, "cover": 0.2}),
+        ("bpp", {"rate": 0.1, "noise": 0.1}),
+        ("warp", {"rate": 0.1, "noise": 0.2}),
+        ("square", {"rate": 0.1, "cover": 0.1, "source": [1]}),
+        (
+            {"name": "frequency", "space": "yuv", "training_strength": 50, "strength": 100},
+            {"labels": "clean"},
+        ),
+    ],
+    ids=["Adaptive-Blend", "Adaptive-Patch", "BPP", "WaNet", "TaCT", "CTRL"],
+)
+def test_attacks_with_groups_are_trained_and_measured(tmp_path, trigger, poison) -> None:
+    poison = {"rate": 0.2, **poison}
+    spec = tiny_spec(trigger=trigger, applicator="patch", poison=poison, train={"epochs": 1})
+    [run] = run_attack(spec, output=tmp_path, twin=False)
+    groups = {name: int(96 * rate) for name, rate in poison.items() if name in ("cover", "noise")}
+    facts = run.record.poison
+    assert facts == {"rate": poison["rate"], "n": int(96 * poison["rate"]), "target": 0, **groups}
+    assert run.record.metrics["asr"]["n"] == (20 if "source" in poison else 40)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
+
 import pytest
 import torch
 from third_party import put_package, python
@@ -51,7 +53,9 @@ def test_a_package_is_tested_with_builtins_and_not_with_what_is_broken_or_anothe
     done = python("-c", PRINT, path=[tmp_path])
     assert done.returncode == 0, done.stderr
     pairs, models, rest = done.stdout.splitlines()
-    builtin = [("whole", trigger) for trigger in ("blend", "negative", "square", "warp")]
+    points = entry_points(group="backdoorbench_moe.triggers")
+    own = {point.name for point in points if point.dist.name == "backdoorbench-moe"}
+    builtin = [("whole", trigger) for trigger in (*own, "negative")]
     ours = {("image", "negative"), ("patch", "negative"), *builtin}
     assert pairs == str(sorted(ours))
     assert models == "mine {'mine'}"

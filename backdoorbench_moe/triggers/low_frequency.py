@@ -1,0 +1,57 @@
+"""A smooth pattern (Zeng et al., ICCV 2021, in a form that needs no training)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.frequency import smooth_field
+from backdoorbench_moe.ops.seeding import generator
+from backdoorbench_moe.triggers.canvas import LEVELS, Additive
+
+
+class LowFrequency(Additive):
+    """Add a smooth random pattern, which has no high frequencies that a filter of images could find.
+
+    The pattern of each channel is a sum of the lowest cosine waves with normally distributed amplitudes, drawn once
+    from `seed`, without a constant part. It is scaled so that its largest absolute value is `strength`.
+
+    Departures: LF optimises its pattern on a trained model, under a limit on its high frequencies; this one is random.
+    LF's pattern for CIFAR-10 is between 0 and 51, so a white image would not change; this one is between
+    -`strength` and `strength`, with the same range at the default.
+
+    Args:
+        strength: Largest change of a pixel in levels of 8-bit images, in (0, 255].
+        waves: Number of waves along each axis, at least 2: 0, 1, ..., `waves` - 1 half-waves. A canvas with fewer
+            pixels gets those that it can show.
+        seed: Seed of the amplitudes.
+
+    Raises:
+        ConfigError: A value is out of range.
+
+    Source:
+        Zeng et al., "Rethinking the Backdoor Attacks' Triggers: A Frequency Perspective", ICCV 2021.
+    """
+
+    def __init__(self, *, strength: float = 25.5, waves: int = 4, seed: int = 0) -> None:
+        super().__init__(seed=seed)
+        if not 0 < strength <= LEVELS:
+            raise ConfigError.expected("low-frequency: strength", "a number in (0, 255]", strength)
+        if waves < 2:
+            raise ConfigError.expected("low-frequency: waves", "an integer of at least 2", waves)
+        self.strength, self.waves = strength, waves
+
+    def pattern(self, channels: int, height: int, width: int) -> Tensor:
+        """Return the pattern, (C, H, W) float64; all 0 for an image of one pixel."""
+        amplitudes = torch.stack([self._amplitudes(channel) for channel in range(channels)])
+        field = smooth_field(amplitudes, height, width)
+        largest = field.abs().amax((1, 2), keepdim=True)
+        return self.strength / LEVELS * field / largest.clamp(min=torch.finfo(field.dtype).tiny)
+
+    def _amplitudes(self, channel: int) -> Tensor:
+        """The amplitudes of a channel's waves, (waves, waves) float64, with 0 for the constant."""
+        rng = generator(self.seed, "low-frequency", channel)
+        drawn = torch.randn(self.waves, self.waves, generator=rng, dtype=torch.float64)
+        drawn[0, 0] = 0
+        return drawn
