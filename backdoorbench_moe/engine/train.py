@@ -17,6 +17,7 @@ from backdoorbench_moe.engine.device import reproducible
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.step import TrainStep, make_optimizer
 from backdoorbench_moe.errors import ConfigError, RecordError
+from backdoorbench_moe.ops.augmentation import Augmentation
 from backdoorbench_moe.ops.seeding import generator, seeded
 from backdoorbench_moe.ops.tuning import Objective
 
@@ -39,9 +40,16 @@ class Progress:
 
 
 def learning_rate(spec: TrainSpec, step: int, steps: int) -> float:
-    """Return the learning rate of step number `step`, from 0, of `steps` in total."""
+    """Return the learning rate of step number `step`, from 0, of `steps` in total.
+
+    "cosine" and "step" are those of torch's `CosineAnnealingLR` and `MultiStepLR`, moved on after every step.
+    """
     if spec.schedule == "constant":
         return spec.lr
+    if spec.schedule == "cosine":
+        return spec.lr * (1 + math.cos(math.pi * step / steps)) / 2
+    if spec.schedule == "step":
+        return spec.lr * spec.gamma ** sum(step >= round(share * steps) for share in spec.milestones)
     peak = spec.warmup * steps
     position = step + 0.5
     return spec.lr * (position / peak if position < peak else (steps - position) / (steps - peak))
@@ -50,14 +58,14 @@ def learning_rate(spec: TrainSpec, step: int, steps: int) -> float:
 class Trainer:
     """Trains a model on a split.
 
-    The order of the images, and whatever the model draws at random, depend on the seed and the epoch only. A run that
-    continues from a checkpoint therefore gives the same model as one that was never interrupted.
+    The order of the images, their augmentation, and whatever the model draws at random, depend on the seed and the
+    epoch only. A run that continues from a checkpoint therefore gives the same model as one that was never interrupted.
 
     Args:
         model: The model, which is trained in place.
         split: The training images, on `device`.
         spec: The recipe.
-        seed: Seed of the order of the images and of the model's random draws.
+        seed: Seed of the order of the images, of their augmentation and of the model's random draws.
         device: The device.
         precision: "fp32" or "bf16".
         on_checkpoint: Function that is called after every epoch with the tensors and the plain values of a checkpoint.
@@ -88,8 +96,18 @@ class Trainer:
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self.split, self.spec, self.seed, self.device = split, spec, seed, device
         self.optimizer = make_optimizer(model, spec, device)
+        self.augmentation = Augmentation(spec.augmentations, seed, device) if spec.augmentations else None
         self.step = TrainStep(
-            model, self.optimizer, split, device, precision, objective=objective, compile=compile
+            model,
+            self.optimizer,
+            split,
+            device,
+            precision,
+            objective=objective,
+            compile=compile,
+            augment=self.augmentation,
+            label_smoothing=spec.label_smoothing,
+            clip_grad=spec.clip_grad,
         )
         self.progress = Progress()
         self.on_checkpoint, self.observer = on_checkpoint, observer or Observer()
@@ -139,6 +157,8 @@ class Trainer:
         for module in self.modules or ():
             module.train()
         self.step.reset()
+        if self.augmentation is not None:
+            self.augmentation.begin_epoch(epoch)
         order = torch.randperm(len(self.split), generator=generator(self.seed, "order", epoch)).to(
             self.device
         )
