@@ -24,6 +24,7 @@ from backdoorbench_moe.engine.build import (
     model_patch_size,
 )
 from backdoorbench_moe.engine.inference import as_input
+from backdoorbench_moe.engine.learned import learned_trigger
 from backdoorbench_moe.engine.names import check_names
 from backdoorbench_moe.engine.poison import stamp_images
 from backdoorbench_moe.engine.run import Run, check_finished
@@ -97,7 +98,7 @@ def preview_spec(spec: RunSpec, *, images: int = 6, split: str = "test") -> Prev
         split: "train" or "test".
 
     Raises:
-        ConfigError: The spec has no trigger, or the split has fewer images.
+        ConfigError: The spec has no trigger or one that is learned, or the split has fewer images.
         UnknownNameError: The split or a part of the spec does not exist.
     """
     _check_choice(images, split)
@@ -106,6 +107,9 @@ def preview_spec(spec: RunSpec, *, images: int = 6, split: str = "test") -> Prev
     model = build_model(spec, num_classes=data.num_classes, image_size=data.image_size)
     size = model_patch_size(model)
     stamper = build_stamper(spec, patch_size=size, image_size=data.image_size)
+    if learned_trigger(stamper) is not None:
+        assert spec.trigger is not None
+        raise ConfigError(f"trigger: {spec.trigger.name!r} is learned while a run is made; give the run with --run")
     return _stamp(spec, data, stamper, images, split)
 
 

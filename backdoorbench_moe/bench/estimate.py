@@ -11,17 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from backdoorbench_moe import triggers
 from backdoorbench_moe.bench.plan import Planned
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.engine.build import build_model
 from backdoorbench_moe.engine.device import reproducible, resolve_device, resolve_precision
-from backdoorbench_moe.engine.graph import NodeKind, kind_of
+from backdoorbench_moe.engine.graph import NodeKind, kind_of, surrogate_of
 from backdoorbench_moe.engine.inference import BATCH, predict
 from backdoorbench_moe.engine.step import WARMUP_STEPS
 from backdoorbench_moe.engine.train import Trainer
 from backdoorbench_moe.engine.tune import training_only
 from backdoorbench_moe.moe.merging import MergedModel, check_mergeable
+from backdoorbench_moe.triggers.optimised import OptimisedTrigger
 
 # Long enough to outlast the first steps' extra work, short enough for a suite of four models.
 SECONDS = 2.0
@@ -106,13 +108,15 @@ def _rate(step: Callable[[], object], warmup: int, device: torch.device) -> floa
 def seconds_left(run: Planned, speed: Speed, images: ImageSet) -> float:
     """Estimate the seconds that a run still takes: its epochs, then the evaluation on clean and on marked images.
 
-    A defended run is evaluated before the defense and at its end; stages in between are not counted.
+    Before the first epoch, the optimisation of the trigger is included, if there is one; a surrogate of another
+    architecture is taken to be as fast as the run's own model. A defended run is evaluated before the defense and at its end; stages in between are not counted.
     """
     if run.status == "finished":
         return 0.0
     left = run.passes * (1 - run.epochs / run.total_epochs) if run.total_epochs else 0.0
+    optimised = 0 if run.epochs else _optimised_images(run.spec, len(images.train))
     return (
-        left * _train_images(run.spec, images) / speed.train
+        (left * _train_images(run.spec, images) + optimised) / speed.train
         + _tests(run.spec) * len(images.test) / speed.predict
     )
 
@@ -123,6 +127,16 @@ def _train_images(spec: RunSpec, images: ImageSet) -> int:
     if kind_of(spec) is NodeKind.MIXTURE and mixture is not None and mixture.gate_images is not None:
         return mixture.experts * mixture.gate_images
     return round(count * (1 + spec.policy)) if kind_of(spec) is not NodeKind.MIXTURE else count
+
+
+def _optimised_images(spec: RunSpec, train_images: int) -> int:
+    """Images that pass through the surrogate while the trigger is optimised; 0 if it is not."""
+    if kind_of(spec) is not NodeKind.TRAINED or surrogate_of(spec) is None or spec.trigger is None:
+        return 0
+    trigger = triggers.registry.create(spec.trigger.name, spec.trigger.options)
+    if not isinstance(trigger, OptimisedTrigger):
+        return 0
+    return trigger.passes(sum(spec.poison.count(train_images, group) for group in ("rate", "cover")))
 
 
 def _tests(spec: RunSpec) -> int:

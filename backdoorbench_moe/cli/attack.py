@@ -23,6 +23,7 @@ FLAGS = {
     "attack": "attack.name",
     "model": "model.name",
     "trigger": "trigger.name",
+    "surrogate": "trigger.surrogate",
     "applicator": "applicator.name",
     "patch_size": "applicator.patch_size",
     "poison_rate": "poison.rate",
@@ -51,6 +52,11 @@ def spec_options(function: Any) -> Any:
         click.option("--attack", metavar="NAME", help="How the model is attacked.  [data-poisoning]"),
         click.option("--model", metavar="NAME", help="Model, or timm:<architecture>.  [pmoe]"),
         click.option("--trigger", metavar="NAME", help="Trigger that is stamped into images.  [warp]"),
+        click.option(
+            "--surrogate",
+            metavar="NAME",
+            help="Model on which a trigger is optimised: same, twin (next seed), or a model.",
+        ),
         click.option(
             "--applicator", metavar="NAME", help="Where it is stamped: image, or patch (BadPatches).  [patch]"
         ),

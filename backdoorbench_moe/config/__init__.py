@@ -3,7 +3,7 @@
 Later layers win: defaults < recipe < YAML file < flags < `--set`. Nothing here imports torch.
 """
 
-from backdoorbench_moe.config.build import build_spec, load_recipe
+from backdoorbench_moe.config.build import build_spec, load_recipe, recipe_model
 from backdoorbench_moe.config.merge import Values, merge
 from backdoorbench_moe.config.mixture import MixtureSpec
 from backdoorbench_moe.config.poison import PoisonSpec, class_number
@@ -35,5 +35,6 @@ __all__ = [
     "merge",
     "normalise",
     "parse_setting",
+    "recipe_model",
     "spec_from_dict",
 ]

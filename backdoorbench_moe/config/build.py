@@ -12,7 +12,7 @@ import yaml
 from backdoorbench_moe.config.merge import Values, merge
 from backdoorbench_moe.config.package_recipes import model_recipe
 from backdoorbench_moe.config.shorthand import normalise
-from backdoorbench_moe.config.spec import DEFAULT_ATTACK, RunSpec, spec_from_dict
+from backdoorbench_moe.config.spec import DEFAULT_ATTACK, PartSpec, RunSpec, spec_from_dict
 from backdoorbench_moe.config.yaml_files import YAML_ERRORS, StrictLoader
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
 from backdoorbench_moe.plain import check_plain
@@ -106,6 +106,11 @@ def load_recipe(name: str, model: str = "pmoe") -> Values:
         raise UnknownNameError("recipe", str(name), RECIPES)
     own = model_recipe(model, name)
     return merge(_built_in(name), _load_own(*own, name, model) if own is not None else {})
+
+
+def recipe_model(recipe: str, name: str) -> PartSpec:
+    """A model with the options that a recipe has for it."""
+    return PartSpec(name, load_recipe(recipe, name).get("models", {}).get(name, {}))
 
 
 @functools.cache

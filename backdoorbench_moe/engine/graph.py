@@ -6,6 +6,8 @@ digests and are made once. Nothing else in the package knows these relations.
 A mixture of experts is made from a base, on which each expert is tuned, and an attacker tunes an expert further:
 
     base -> expert 0 .. E-1 -> poisoned expert -> mixture -> defended mixture
+
+A victim whose trigger is optimised on a surrogate is made from the surrogate, a clean run.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from enum import Enum
 
-from backdoorbench_moe.config import PartSpec, PoisonSpec, RunSpec
+from backdoorbench_moe.config import PartSpec, PoisonSpec, RunSpec, recipe_model
 
-PARENT, BASE, BENIGN = "parent", "base", "benign"
+PARENT, BASE, BENIGN, SURROGATE = "parent", "base", "benign", "surrogate"
+# Values of the option `surrogate` of a trigger; others are names of models.
+SAME, TWIN = "same", "twin"
 
 
 class NodeKind(Enum):
@@ -49,14 +53,15 @@ def needs(spec: RunSpec) -> Mapping[str, RunSpec]:
     """The runs that a run is made from, by their role.
 
     A defended run is made from its "parent": the same run without the last defense. A mixture is made from its "base"
-    and from "expert/0" to "expert/E-1", an expert from the "base", and a poisoned expert from the "benign" one. Any
-    other run is made from data alone.
+    and from "expert/0" to "expert/E-1", an expert from the "base", and a poisoned expert from the "benign" one. A victim
+    whose trigger is optimised is made from the "surrogate". Any other run is made from data alone.
     """
     kind, mixture = kind_of(spec), spec.mixture
     if kind is NodeKind.DEFENDED:
         return {PARENT: replace(spec, defenses=spec.defenses[:-1])}
     if kind is NodeKind.TRAINED:
-        return {}
+        surrogate = surrogate_of(spec)
+        return {} if surrogate is None else {SURROGATE: surrogate}
     assert mixture is not None
     if kind is NodeKind.EXPERT:
         return {BASE: base_of(spec)}
@@ -65,6 +70,25 @@ def needs(spec: RunSpec) -> Mapping[str, RunSpec]:
         return {BENIGN: expert_of(clean_twin(spec), mixture.task)}
     experts = {expert_role(e): expert_of(spec, e) for e in range(mixture.experts)}
     return {BASE: base_of(spec), **experts}
+
+
+def surrogate_of(spec: RunSpec) -> RunSpec | None:
+    """The clean run on which the attacker optimises the trigger; None if the trigger is not optimised.
+
+    The option `surrogate` of the trigger says which: see `triggers.optimised.OptimisedTrigger`. The next seed is used
+    for a twin, so that repeats of an experiment share surrogates and clean twins.
+    """
+    if not spec.attacked or spec.trigger is None:
+        return None
+    chosen = spec.trigger.options.get("surrogate")
+    if not isinstance(chosen, str):
+        return None
+    clean = clean_twin(spec)
+    if chosen == SAME:
+        return clean
+    if chosen == TWIN:
+        return replace(clean, seed=spec.seed + 1)
+    return replace(clean, model=recipe_model(spec.recipe, chosen))
 
 
 def base_of(spec: RunSpec) -> RunSpec:

@@ -23,6 +23,7 @@ from backdoorbench_moe.engine.build import (
 )
 from backdoorbench_moe.engine.device import RECORDED_PACKAGES
 from backdoorbench_moe.engine.files import locate_files
+from backdoorbench_moe.engine.learned import restore_trigger
 from backdoorbench_moe.engine.names import plugin_packages, plugin_sources
 from backdoorbench_moe.engine.notebook import run_html, run_line
 from backdoorbench_moe.engine.torch_state import default_torch_state
@@ -83,7 +84,19 @@ class Run:
 
     @default_torch_state()
     def stamper(self) -> Stamper:
-        """Trigger and applicator as this run used them. Raises ConfigError for a run without a trigger."""
+        """Trigger and applicator as this run used them.
+
+        Raises:
+            ConfigError: The run has no trigger.
+            RecordError: The trigger was learned, and its file is missing or was replaced.
+        """
+        stamper = self.blank_stamper()
+        restore_trigger(stamper, self.folder, self.record)
+        return stamper
+
+    @default_torch_state()
+    def blank_stamper(self) -> Stamper:
+        """Trigger and applicator as before the run: a trigger that is learned has no state yet."""
         return build_stamper(
             self.located_spec(),
             patch_size=self.record.parts.get("model", {}).get("patch_size"),
@@ -184,7 +197,7 @@ def _values_now(run: Run) -> dict[str, dict[str, Any]]:
     if "gate" in known:
         parts["gate"] = build_gate(spec)
     if known >= {"trigger", "applicator"}:
-        stamper = run.stamper()
+        stamper = run.blank_stamper()
         parts |= {"trigger": stamper.trigger, "applicator": stamper.applicator}
     if "defense" in known and spec.defenses:
         last = spec.defenses[-1]

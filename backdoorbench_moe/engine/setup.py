@@ -21,6 +21,7 @@ from backdoorbench_moe.engine.build import (
     describe,
     model_patch_size,
 )
+from backdoorbench_moe.engine.learned import learned_trigger
 from backdoorbench_moe.engine.poison import stamp_images
 from backdoorbench_moe.engine.policy import policy_count, with_marked, with_reject
 from backdoorbench_moe.engine.tasks import Tasks
@@ -68,6 +69,7 @@ class Setup:
         if spec.policy or (attack is not None and attack.uses_trigger):
             size = model_patch_size(self.model)
             self.stamper = build_stamper(spec, patch_size=size, image_size=images.image_size)
+            self._check_learned()
             self._check_visible()
         if spec.policy:
             policy_count(len(images.train), spec.policy)
@@ -93,6 +95,15 @@ class Setup:
                 else f"the trigger {self.spec.trigger.name!r}"
             )
             raise ConfigError(f"poison.noise: {name} has no noise form")
+
+    def _check_learned(self) -> None:
+        """Raise ConfigError if a trigger that is learned for one victim marks the images of a policy or of queries."""
+        marks = self.spec.policy or isinstance(self.attack, ExpertPoisoning)
+        if marks and learned_trigger(self.stamper) is not None:
+            assert self.spec.trigger is not None
+            raise ConfigError.expected(
+                "trigger", "one that is not learned, as the mark of images", self.spec.trigger.name
+            )
 
     def _check_visible(self) -> None:
         """Warn if the trigger changes nothing, as a warp of tiles of one pixel does.

@@ -1,7 +1,17 @@
 """Run folders: the record, the model, the poisoned indices and the checkpoint, each written whole or not at all."""
 
 from backdoorbench_moe.records.atomic import write_atomically
-from backdoorbench_moe.records.folder import CHECKPOINT, LOCK, MODEL, POISON, PROBE, RECORD, SCORES, RunFolder
+from backdoorbench_moe.records.folder import (
+    CHECKPOINT,
+    LOCK,
+    MODEL,
+    POISON,
+    PROBE,
+    RECORD,
+    SCORES,
+    TRIGGER,
+    RunFolder,
+)
 from backdoorbench_moe.records.reading import parse_record
 from backdoorbench_moe.records.record import (
     SCHEMA_VERSION,
@@ -23,6 +33,7 @@ __all__ = [
     "RECORD",
     "SCHEMA_VERSION",
     "SCORES",
+    "TRIGGER",
     "GateShares",
     "Input",
     "Judged",

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-RECORD, MODEL, POISON, PROBE, SCORES, CHECKPOINT, LOCK = (
+RECORD, MODEL, TRIGGER, POISON, PROBE, SCORES, CHECKPOINT, LOCK = (
     "record.json",
     "model.safetensors",
+    "trigger.safetensors",
     "poison.npz",
     "probe.npz",
     "scores.npz",
@@ -108,13 +109,33 @@ class RunFolder:
         Raises:
             RecordError: The file cannot be read.
         """
+        return self._sha256(MODEL, "model file")
+
+    def save_trigger(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the state of a trigger that was learned. Raises RecordError if the file cannot be written."""
+        self._write(TRIGGER, lambda path: _save_tensors(tensors, path, {}))
+
+    def load_trigger(self) -> dict[str, Tensor]:
+        """Read what `save_trigger` wrote. Raises RecordError if there is no such file, or it is damaged."""
+        return _load_tensors(self.path / TRIGGER, "trigger file")[0]
+
+    @property
+    def trigger_sha256(self) -> str | None:
+        """SHA-256 of the file of `save_trigger`, in hexadecimal; None if there is none.
+
+        Raises:
+            RecordError: The file cannot be read.
+        """
+        return self._sha256(TRIGGER, "trigger file")
+
+    def _sha256(self, name: str, what: str) -> str | None:
         try:
-            with (self.path / MODEL).open("rb") as file:
+            with (self.path / name).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise RecordError(f"model file {self.path / MODEL}: {error.strerror}") from error
+            raise RecordError(f"{what} {self.path / name}: {error.strerror}") from error
 
     def save_poison(self, groups: Mapping[str, np.ndarray]) -> None:
         """Write the indices of the training images that the attacker changed.

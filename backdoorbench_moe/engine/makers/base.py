@@ -213,11 +213,13 @@ class Maker(ABC):
     def _check_continued(self, folder: RunFolder, record: Record) -> None:
         """Check that data, plug-ins and inputs are those of the interrupted run; warn if its environment has changed.
 
-        Values about the model that were only known at the start of the run, such as the hash of the file that it
-        started from, are copied to the new record.
+        Values about model and trigger that were only known at the start of the run, such as the hash of the file that
+        the model started from, are copied to the new record.
         """
         before = folder.read()
-        record.parts["model"] = {**before.parts.get("model", {}), **record.parts["model"]}
+        for kind in ("model", "trigger"):
+            if kind in record.parts:
+                record.parts[kind] = {**before.parts.get(kind, {}), **record.parts[kind]}
         check_data(folder, before, self.workplace.images)
         check_plugins(folder, before)
         check_options(Run(folder, before))

@@ -24,6 +24,7 @@ from backdoorbench_moe.engine.filtering import measure_filtered
 from backdoorbench_moe.engine.graph import PARENT, needs
 from backdoorbench_moe.engine.inference import features, logits, losses, routings
 from backdoorbench_moe.engine.judging import save_judgements
+from backdoorbench_moe.engine.learned import keep_trigger, restore_trigger
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.fitting import Checkpoint
 from backdoorbench_moe.engine.makers.inputs import load_input
@@ -129,6 +130,7 @@ class DefenseMaker(Maker):
         """
         parent = inputs[PARENT]
         load_input(self.model, inputs, PARENT, self.spec, self.setup.images)
+        restore_trigger(self.setup.stamper, parent.folder, parent.record)
         self.model.eval().to(self.workplace.device).to(memory_format=torch.channels_last)
         if self.before is None:
             [self.before] = self.measure([self.model], recovery=True)
@@ -141,6 +143,7 @@ class DefenseMaker(Maker):
         started = time.perf_counter()
         if self.setup.plan is not None and self.setup.tasks is None:
             folder.save_poison({name: group.numpy() for name, group in self.setup.plan.groups.items()})
+        keep_trigger(self.setup.stamper, folder, record)
         stages, tuner = Stages(self.model), self._tuner()
         record.history = tuner.history
         result = self._defend(stages, tuner)

@@ -8,14 +8,17 @@ from contextlib import contextmanager
 
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.engine.learned import keep_trigger, restore_trigger
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.fitting import Checkpoint, Stopwatch, fit
 from backdoorbench_moe.engine.poison import poisoned
 from backdoorbench_moe.engine.probe import Probe, check_probe
 from backdoorbench_moe.engine.run import Run
+from backdoorbench_moe.engine.surrogate import TriggerOptimisation
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.models.base import StartsFromFile
 from backdoorbench_moe.records import Record, RunFolder
+from backdoorbench_moe.triggers.optimised import OptimisedTrigger
 
 
 class TrainMaker(Maker):
@@ -24,19 +27,26 @@ class TrainMaker(Maker):
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
         super().__init__(spec, workplace)
         check_probe(spec, self.setup)
+        self.optimisation: TriggerOptimisation | None = None
+        if self.setup.stamper is not None and isinstance(self.setup.stamper.trigger, OptimisedTrigger):
+            self.optimisation = TriggerOptimisation(spec, self.setup, workplace)
 
     def load(self, inputs: Mapping[str, Run]) -> None:
-        """Load the weights that training begins with, if the model names a file.
+        """Load the surrogate of the trigger, if there is one, and the weights that training begins with, if in a file.
 
         Raises:
             ConfigError: The file is not there or does not fit.
+            RecordError: The surrogate is not the run that the spec needs, or does not fit.
         """
+        if self.optimisation is not None:
+            self.optimisation.load(inputs)
         if isinstance(self.setup.model, StartsFromFile):
             self.setup.model.load_start()
 
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
         """Train to the end of the spec, from the last checkpoint if there is one."""
         watch, model = Stopwatch(record), self.setup.model
+        self._learn_trigger(folder, record, checkpoint)
         probe = Probe(self.setup, self.workplace.precision, folder) if self.spec.probe else None
         with self._training_split(folder, record) as split:
             fit(
@@ -54,6 +64,19 @@ class TrainMaker(Maker):
         [record.metrics] = self.measure([model])
         watch.done()
         folder.save_model(model.state_dict(), self.model_header())
+
+    def _learn_trigger(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
+        """Optimise the trigger if it needs that; a run that continues reads what it stamped its images with."""
+        if self.optimisation is None:
+            return
+        if checkpoint is not None:
+            restore_trigger(self.setup.stamper, folder, record)
+            return
+        started = time.perf_counter()
+        record.parts["trigger"] |= self.optimisation.run()
+        record.timing["trigger_seconds"] = time.perf_counter() - started
+        keep_trigger(self.setup.stamper, folder, record)
+        self.optimisation = None  # The surrogate is not needed any more, nor its memory.
 
     @contextmanager
     def _training_split(self, folder: RunFolder, record: Record) -> Iterator[Split]:

@@ -1,0 +1,96 @@
+"""Which experts the patches that a trigger changes are sent to, as losses and as shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from backdoorbench_moe.moe.routed import Routing
+
+Choice = Literal["patches", "experts", "nothing"]
+
+
+def choice_of(routing: Routing) -> Choice:
+    """What a routed layer lets choose, from the routing of at least two images.
+
+    Returns:
+        "nothing" if every expert processes every patch; "patches" if each expert selects equally many patches of every
+        image, but patches are not selected by equally many experts (expert choice); otherwise "experts" (token choice,
+        with or without a limit of the experts' capacity).
+    """
+    selected = routing.selected
+    by_expert, by_patch = selected.sum(-1), selected.sum(-2)
+    if selected.all():
+        return "nothing"
+    if (by_patch != by_patch[0, 0]).any() and (by_expert == by_expert[0]).all():
+        return "patches"
+    return "experts"
+
+
+def capture_loss(routing: Sequence[Routing], touched: Tensor, *, margin: float = 1.0) -> Tensor:
+    """A loss that falls as more experts select one of the patches that a trigger changes, for expert choice.
+
+    For each expert it is the hinge max(0, `margin` + threshold - best). "Best" is the largest log gate of a changed
+    patch, and "threshold" the smallest of the log gates with which the expert would fill all its places from the other
+    patches. Both are divided by the standard deviation of the others' log gates, so that the scale of the router does
+    not matter.
+
+    Args:
+        routing: The routing of each layer, with gradients.
+        touched: (P,) bool, the changed patches; neither none nor all.
+        margin: In standard deviations.
+
+    Returns:
+        The mean over layers, images and experts; 0 if all experts are captured with the margin.
+    """
+    losses = []
+    for layer in routing:
+        scores = _log(layer.gates)
+        others, own = scores[..., ~touched], scores[..., touched]
+        places = min(int(layer.selected.sum(-1).max()), others.shape[-1])
+        threshold = others.topk(places, dim=-1).values[..., -1]
+        spread = others.detach().std(-1, correction=0).clamp(min=1e-12)
+        losses.append(((threshold - own.amax(-1)) / spread + margin).relu().mean())
+    return torch.stack(losses).mean()
+
+
+def expert_loss(routing: Sequence[Routing], touched: Tensor, experts: Sequence[int]) -> Tensor:
+    """A loss that falls as the changed patches are sent to one expert of each layer.
+
+    Args:
+        routing: The routing of each layer, with gradients.
+        touched: (P,) bool, the changed patches; at least one.
+        experts: The wanted expert of each layer.
+
+    Returns:
+        The mean over layers, images and changed patches of -log of the expert's share of the gates of the patch.
+    """
+    losses = []
+    for layer, expert in zip(routing, experts, strict=True):
+        scores = _log(layer.gates[..., touched])
+        losses.append((scores.logsumexp(-2) - scores[..., expert, :]).mean())
+    return torch.stack(losses).mean()
+
+
+def captured_share(routing: Sequence[Routing], touched: Tensor) -> Tensor:
+    """The share of experts, over all layers, that select a changed patch, for each image: (B,)."""
+    return torch.cat([layer.selected[..., touched].any(-1) for layer in routing], 1).float().mean(1)
+
+
+def expert_share(routing: Sequence[Routing], touched: Tensor, experts: Sequence[int]) -> Tensor:
+    """The share of changed patches, over all layers, that the wanted expert processes, for each image: (B,)."""
+    taken = [layer.selected[:, e][..., touched] for layer, e in zip(routing, experts, strict=True)]
+    return torch.cat(taken, 1).float().mean(1)
+
+
+def least_used(routing: Sequence[Routing]) -> list[int]:
+    """The expert of each layer that the fewest patches are sent to; the first of several."""
+    return [int(layer.selected.float().mean((0, 2)).argmin()) for layer in routing]
+
+
+def _log(gates: Tensor) -> Tensor:
+    gates = gates.float()
+    return gates.clamp(min=torch.finfo(gates.dtype).tiny).log()

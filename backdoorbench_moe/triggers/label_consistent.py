@@ -1,0 +1,144 @@
+"""The trigger of label-consistent backdoors (Turner et al., 2019): corners on images that are hard to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from backdoorbench_moe.errors import ConfigError, ShapeError
+from backdoorbench_moe.ops.descent import signed_descent
+from backdoorbench_moe.triggers.optimised import OptimisedTrigger, Surrogate, SurrogateTask, check_at_least
+
+# Side of a corner in pixels, and of the smallest canvas that has such corners: on smaller ones, such as tiles, a
+# corner has a quarter of the side.
+CORNER, SHARE = 3, 4
+BATCH = 250
+
+
+class LabelConsistent(OptimisedTrigger):
+    """Paint a small chessboard into each corner; in training, on images that are perturbed against their label.
+
+    In training, each stamped image is changed so that a clean model, the surrogate, no longer recognises its class
+    (PGD); then the corners are painted. To learn such an image, the victim must use the corners. The test form only
+    paints the corners. It is meant for clean labels (`--labels clean`).
+
+    The corners have 3x3 pixels, and a quarter of the side on canvases below 12 pixels, such as tiles. Opposite corners
+    are equal, and neighbouring ones have black and white exchanged. Under the applicator "patch" every tile has its
+    corners; the perturbation is that of the whole image. Training images that were not perturbed, because they are in
+    neither the poison nor the cover group, only get the corners.
+
+    Args:
+        surrogate: See `OptimisedTrigger`.
+        strength: Largest change of a pixel by the perturbation, in (0, 127/255].
+        step: Change of a pixel in a step, above 0.
+        steps: Steps of the perturbation, at least 1.
+        seed: Not used, as nothing is random.
+
+    Raises:
+        ConfigError: An option is out of range.
+
+    Source:
+        Turner, Tsipras and Madry, "Label-Consistent Backdoor Attacks", 2019, §4.2 and §5.
+    """
+
+    tiny = {"surrogate": "twin", "steps": 2}
+
+    def __init__(
+        self,
+        *,
+        surrogate: Surrogate,
+        strength: float = 8 / 255,
+        step: float = 1.5 / 255,
+        steps: int = 100,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(surrogate=surrogate, seed=seed)
+        if not 0 < strength <= 127 / 255:
+            raise ConfigError.expected("label-consistent: strength", "a number in (0, 127/255]", strength)
+        if not step > 0:
+            raise ConfigError.expected("label-consistent: step", "a number above 0", step)
+        check_at_least("label-consistent", 1, steps=steps)
+        self.strength, self.step, self.steps = strength, step, steps
+
+    def stamp(self, images: Tensor) -> Tensor:
+        """Paint the corners."""
+        height, width = images.shape[-2:]
+        size = min(CORNER, max(1, min(height, width) // SHARE))
+        rows = torch.arange(size, device=images.device)
+        white = (rows.unsqueeze(1) + rows) % 2 == 0
+        stamped = images.clone()
+        stamped[..., :size, :size] = white.to(images.dtype)
+        stamped[..., height - size :, width - size :] = white.flip(0, 1).to(images.dtype)
+        stamped[..., :size, width - size :] = (~white).flip(1).to(images.dtype)
+        stamped[..., height - size :, :size] = (~white).flip(0).to(images.dtype)
+        return stamped
+
+    def stamp_training(self, images: Tensor, places: Tensor) -> Tensor:
+        """Add the perturbation of each image, and paint the corners.
+
+        Raises:
+            ShapeError: The perturbations were made for canvases of another size.
+        """
+        return self.stamp(self._perturbed(images, places) if self.learned else images)
+
+    def state_fault(self, state: Mapping[str, Tensor]) -> str | None:
+        """The state is the perturbation of each canvas, in steps of 1/255, and its place, in ascending order."""
+        places, levels = state.get("places"), state.get("levels")
+        if places is None or levels is None or levels.ndim != 4 or places.shape != levels.shape[:1]:
+            return "expected a state with tensors 'places' (n,) and 'levels' (n, C, h, w)"
+        return None
+
+    def passes(self, stamped: int) -> int:
+        """Every stamped image in every step."""
+        return self.steps * stamped
+
+    def optimise(self, task: SurrogateTask) -> dict[str, Tensor]:
+        """Perturb the stamped images, batch by batch."""
+        found = [self._perturb(task, part) for part in task.stamped.split(BATCH)]
+        places, levels = (torch.cat(parts) for parts in zip(*found, strict=True))
+        order = places.argsort()
+        return {"places": places[order], "levels": levels[order]}
+
+    def assess(self, task: SurrogateTask) -> dict[str, float]:
+        """The accuracy of the surrogate on the stamped images in the training form, by their true labels."""
+        right = []
+        for part in task.stamped.split(BATCH):
+            images, labels = task.take(part)
+            canvases, places = task.cut(images, part.to(images.device))
+            changed = iter([self._perturbed(canvases, places) if self.learned else canvases])
+            right.append(task.model(task.stamp(images, lambda _, new=changed: next(new))).argmax(1) == labels)
+        return {"surrogate_accuracy": torch.cat(right).float().mean().item()}
+
+    def _perturb(self, task: SurrogateTask, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Perturb one batch; returns the places of the canvases, and the perturbation in steps of 1/255 (int8)."""
+        images, labels = task.take(places)
+
+        def loss(changed: Tensor, _: int) -> Tensor:
+            return -F.cross_entropy(task.model(changed).float(), labels, reduction="sum")
+
+        low, high = ((images + sign * self.strength).clamp(0, 1) for sign in (-1, 1))
+        changed = signed_descent(loss, images, range(self.steps), step=self.step, low=low, high=high)
+        # Rounded to what an image file can hold, without exceeding the strength.
+        levels = ((changed - images) * 255).round()
+        most = int(self.strength * 255 + 1e-4)
+        places = places.to(images.device)
+        clean, canvas_places = task.cut(images, places)
+        new, _ = task.cut((images + levels.clamp(-most, most) / 255).clamp(0, 1), places)
+        return canvas_places, ((new - clean) * 255).round().to(torch.int8)
+
+    def _perturbed(self, images: Tensor, places: Tensor) -> Tensor:
+        known = self._state["places"].to(images.device)
+        levels = self._state["levels"].to(images.device)
+        if not len(known):
+            return images
+        if levels.shape[1:] != images.shape[1:]:
+            raise ShapeError(
+                f"label-consistent: expected images {tuple(levels.shape[1:])}, which were perturbed, "
+                f"got {tuple(images.shape[1:])}"
+            )
+        rows = torch.searchsorted(known, places.to(images.device)).clamp(max=len(known) - 1)
+        found = (known[rows] == places.to(images.device)).view(-1, 1, 1, 1)
+        return (images + found * levels[rows].to(images.dtype) / 255).clamp(0, 1)

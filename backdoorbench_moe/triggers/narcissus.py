@@ -1,0 +1,129 @@
+"""The trigger of Narcissus (Zeng et al., CCS 2023): a perturbation that a clean model takes for the target class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from backdoorbench_moe.errors import ConfigError, ShapeError
+from backdoorbench_moe.ops.descent import adam_descent
+from backdoorbench_moe.ops.seeding import generator
+from backdoorbench_moe.triggers.optimised import (
+    OptimisedTrigger,
+    Surrogate,
+    SurrogateTask,
+    check_at_least,
+    pattern_fault,
+)
+
+
+class Narcissus(OptimisedTrigger):
+    """Add one perturbation to all images, which brings them as far as possible into the target class.
+
+    The perturbation minimises the surrogate's loss on training images of the target class with their own label. It is
+    meant for clean labels (`--labels clean`), for which a few poisoned images are enough. In the test form it is
+    multiplied by `amplify`. Under the applicator "patch", one perturbation of the size of a tile is added to every
+    tile.
+
+    Departures: the surrogate of the paper is trained on other data and then tuned on the target class; here it is
+    trained on the victim's data. Adam instead of RAdam, and `steps` batches instead of 1000 epochs.
+
+    Args:
+        surrogate: See `OptimisedTrigger`.
+        strength: Largest change of a pixel in training, in (0, 1].
+        amplify: Factor of the perturbation in the test form, at least 1.
+        steps: Steps of the optimisation, at least 1.
+        batch_size: Images in a step, at least 1.
+        lr: Learning rate, above 0.
+        seed: Seed of the optimisation.
+
+    Raises:
+        ConfigError: An option is out of range; or, in a run, there is no single target class or it has no image.
+
+    Source:
+        Zeng et al., "Narcissus: A Practical Clean-Label Backdoor Attack with Limited Information", CCS 2023, §4.
+    """
+
+    tiny = {"surrogate": "twin", "steps": 3, "batch_size": 8}
+
+    def __init__(
+        self,
+        *,
+        surrogate: Surrogate,
+        strength: float = 16 / 255,
+        amplify: float = 3.0,
+        steps: int = 200,
+        batch_size: int = 64,
+        lr: float = 0.01,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(surrogate=surrogate, seed=seed)
+        if not 0 < strength <= 1:
+            raise ConfigError.expected("narcissus: strength", "a number in (0, 1]", strength)
+        if not lr > 0:
+            raise ConfigError.expected("narcissus: lr", "a number above 0", lr)
+        check_at_least("narcissus", 1, amplify=amplify, steps=steps, batch_size=batch_size)
+        self.strength, self.amplify = strength, amplify
+        self.steps, self.batch_size, self.lr = steps, batch_size, lr
+
+    def stamp(self, images: Tensor) -> Tensor:
+        """Add the amplified perturbation."""
+        return (images + self.amplify * self._perturbation(images)).clamp(0, 1)
+
+    def stamp_training(self, images: Tensor, places: Tensor) -> Tensor:
+        """Add the perturbation."""
+        return (images + self._perturbation(images)).clamp(0, 1)
+
+    def state_fault(self, state: Mapping[str, Tensor]) -> str | None:
+        """The state is the perturbation of a canvas."""
+        return pattern_fault(state)
+
+    def passes(self, stamped: int) -> int:
+        """All batches."""
+        return self.steps * self.batch_size
+
+    def check(self, task: SurrogateTask) -> None:
+        """Check that there are images of the one target class."""
+        if task.target is None:
+            raise ConfigError("poison.mapping: the trigger 'narcissus' needs one target class, got all-to-all")
+        if not (task.labels == task.target).any():
+            raise ConfigError(
+                f"poison.target: the trigger 'narcissus' needs training images of class {task.target}, found none"
+            )
+
+    def optimise(self, task: SurrogateTask) -> dict[str, Tensor]:
+        """Minimise the loss on images of the target class, from no perturbation."""
+
+        def loss(pattern: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+            images, labels = batch
+            stamped = task.stamp(images, lambda canvases: (canvases + pattern).clamp(0, 1))
+            return F.cross_entropy(task.model(stamped).float(), labels)
+
+        own = (task.labels == task.target).nonzero().squeeze(1)
+        batches = task.batches(own, self.batch_size, self.steps, self.seed)
+        start = torch.zeros(1, 3, *task.canvas, dtype=torch.float32, device=task.images.device)
+        bounds = {"low": -self.strength, "high": self.strength}
+        return {"pattern": adam_descent(loss, start, batches, lr=self.lr, **bounds)}
+
+    def assess(self, task: SurrogateTask) -> dict[str, float]:
+        """The share of images of other classes that the surrogate calls the target, in the test form."""
+        images, _ = task.sample(self.seed, (task.labels != task.target).nonzero().squeeze(1))
+        called = task.model(task.stamp(images, self)).argmax(1) == task.target
+        return {"surrogate_asr": called.float().mean().item()}
+
+    def _perturbation(self, images: Tensor) -> Tensor:
+        """The perturbation for canvases of this size; before it is learned, uniform noise."""
+        channels, height, width = images.shape[1:]
+        if channels != 3:
+            raise ShapeError(f"narcissus: expected images of 3 channels, got {channels}")
+        if not self.learned:
+            draw = generator(self.seed, "narcissus start", height, width)
+            noise = torch.rand(1, 3, height, width, generator=draw, dtype=torch.float32)
+            return (self.strength * (2 * noise - 1)).to(images.device, images.dtype)
+        pattern = self._state["pattern"]
+        if pattern.shape[-2:] != (height, width):
+            pattern = F.interpolate(pattern, (height, width), mode="bilinear", antialias=True)
+        return pattern.to(images.device, images.dtype)
