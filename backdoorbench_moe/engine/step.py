@@ -66,6 +66,7 @@ class TrainStep:
         augment: Changes the images of each batch; None to leave them as they are.
         label_smoothing: Of the cross-entropy, in [0, 1).
         clip_grad: Largest norm of the gradient; None for no limit.
+        also: Optimizer of other parameters that the objective uses; None if there are none.
 
     Attributes:
         loss_sum: Sum over all images since `reset` of the (smoothed) cross-entropy, or of the objective's loss; float64
@@ -86,11 +87,13 @@ class TrainStep:
         augment: Augment | None = None,
         label_smoothing: float = 0.0,
         clip_grad: float | None = None,
+        also: torch.optim.Optimizer | None = None,
     ) -> None:
+        self.also = also
         self.model, self.optimizer, self.split = model, optimizer, split
         self.device, self.precision = device, precision
         self.augment, self.clip_grad = augment, clip_grad
-        losses = _compiled_losses() if compile else _losses
+        losses = _compiled_losses() if compile else model_losses
         self._losses: Losses = functools.partial(losses, label_smoothing=label_smoothing)
         if objective is not None:
             self._losses = _losses_of(objective)
@@ -134,12 +137,15 @@ class TrainStep:
             images = self.augment(images, indices)
         with autocast(self.device, self.precision):
             logits, loss, total = self._losses(self.model, images, labels)
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizers = [self.optimizer] if self.also is None else [self.optimizer, self.also]
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         total.backward()
         if self.clip_grad is not None:
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(trained, self.clip_grad)
-        self.optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         self.loss_sum += loss.detach() * len(indices)
         answers = labels if labels.ndim == 1 else labels[:, 0]
         self.hits += (logits.argmax(1) == answers).sum()
@@ -160,7 +166,7 @@ class TrainStep:
         return graph, static
 
 
-def _losses(
+def model_losses(
     model: nn.Module, images: Tensor, labels: Tensor, *, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the logits, the mean cross-entropy, and the loss to minimise.
@@ -194,9 +200,9 @@ def _losses_of(objective: Objective) -> Losses:
 
 @functools.cache
 def _compiled_losses() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Return `_losses` compiled. All models of the same architecture share the compiled code.
+    """Return `model_losses` compiled. All models of the same architecture share the compiled code.
 
     It is compiled for each batch size instead of a variable one, which would be slower. There are two sizes: that of
     the last batch of an epoch, and that of all others.
     """
-    return torch.compile(_losses, dynamic=False)
+    return torch.compile(model_losses, dynamic=False)
