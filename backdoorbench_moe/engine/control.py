@@ -54,11 +54,18 @@ class ControlledTraining:
                 )
         if spec.poison.noise and self.trigger is None and not trigger.has_noise:
             assert spec.trigger is not None
-            raise ConfigError(f"poison.noise: the trigger {spec.trigger.name!r} has no noise form; set it to 0")
+            raise ConfigError(
+                f"poison.noise: the trigger {spec.trigger.name!r} has no noise form; set it to 0"
+            )
         if spec.probe and self.trigger is not None:
             raise ConfigError.expected(
                 "probe", "0 for a trigger that is trained together with the model", spec.probe
             )
+
+    @property
+    def capturable(self) -> bool:
+        """Whether steps can be captured in CUDA graphs. Other triggers copy what they stamp to the device."""
+        return self.trigger is not None
 
     def companion(self) -> Companion | None:
         """The networks of the trigger that are trained together with the model; None if there are none."""

@@ -66,6 +66,8 @@ class TrainStep:
         augment: Changes the images of each batch; None to leave them as they are.
         label_smoothing: Of the cross-entropy, in [0, 1).
         clip_grad: Largest norm of the gradient; None for no limit.
+        capture: Whether to capture steps as CUDA graphs on a GPU. An objective that waits for the device, or copies to
+            it, cannot be captured.
         also: Optimizer of other parameters that the objective uses; None if there are none.
 
     Attributes:
@@ -87,9 +89,10 @@ class TrainStep:
         augment: Augment | None = None,
         label_smoothing: float = 0.0,
         clip_grad: float | None = None,
+        capture: bool = True,
         also: torch.optim.Optimizer | None = None,
     ) -> None:
-        self.also = also
+        self.also, self.capture = also, capture
         self.model, self.optimizer, self.split = model, optimizer, split
         self.device, self.precision = device, precision
         self.augment, self.clip_grad = augment, clip_grad
@@ -117,7 +120,7 @@ class TrainStep:
 
     def __call__(self, indices: Tensor) -> None:
         """Train on the images of the split with the given indices, (B,) int64 on the device."""
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or not self.capture:
             self._step(indices)
             return
         size = len(indices)

@@ -35,6 +35,7 @@ def fit(
     probe: Probe | None = None,
     objective: Objective | None = None,
     companion: Companion | None = None,
+    capture: bool = True,
 ) -> None:
     """Train a model in place, to the end of the recipe, and fill in the record's history and timing.
 
@@ -51,6 +52,7 @@ def fit(
         probe: Records the routing before training and after every epoch; None to record nothing.
         objective: The loss; see `Trainer`.
         companion: Networks that are trained together with the model; see `Trainer`.
+        capture: Whether the objective may be captured in a CUDA graph; see `TrainStep`.
     """
 
     def keep(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -72,6 +74,7 @@ def fit(
             modules=modules,
             objective=objective,
             companion=companion,
+            capture=capture,
         )
         if checkpoint:
             trainer.restore(*checkpoint)
