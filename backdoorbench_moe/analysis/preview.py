@@ -109,7 +109,9 @@ def preview_spec(spec: RunSpec, *, images: int = 6, split: str = "test") -> Prev
     stamper = build_stamper(spec, patch_size=size, image_size=data.image_size)
     if learned_trigger(stamper) is not None:
         assert spec.trigger is not None
-        raise ConfigError(f"trigger: {spec.trigger.name!r} is learned while a run is made; give the run with --run")
+        raise ConfigError(
+            f"trigger: {spec.trigger.name!r} is learned while a run is made; give the run with --run"
+        )
     return _stamp(spec, data, stamper, images, split)
 
 

@@ -109,16 +109,16 @@ def seconds_left(run: Planned, speed: Speed, images: ImageSet) -> float:
     """Estimate the seconds that a run still takes: its epochs, then the evaluation on clean and on marked images.
 
     Before the first epoch, the optimisation of the trigger is included, if there is one; a surrogate of another
-    architecture is taken to be as fast as the run's own model. A defended run is evaluated before the defense and at its end; stages in between are not counted.
+    architecture is taken to be as fast as the run's own model. A defended run is evaluated before the defense and at
+    its end; stages in between are not counted.
     """
     if run.status == "finished":
         return 0.0
     left = run.passes * (1 - run.epochs / run.total_epochs) if run.total_epochs else 0.0
     optimised = 0 if run.epochs else _optimised_images(run.spec, len(images.train))
-    return (
-        (left * _train_images(run.spec, images) + optimised) / speed.train
-        + _tests(run.spec) * len(images.test) / speed.predict
-    )
+    return (left * _train_images(run.spec, images) + optimised) / speed.train + _tests(run.spec) * len(
+        images.test
+    ) / speed.predict
 
 
 def _train_images(spec: RunSpec, images: ImageSet) -> int:

@@ -53,8 +53,8 @@ def needs(spec: RunSpec) -> Mapping[str, RunSpec]:
     """The runs that a run is made from, by their role.
 
     A defended run is made from its "parent": the same run without the last defense. A mixture is made from its "base"
-    and from "expert/0" to "expert/E-1", an expert from the "base", and a poisoned expert from the "benign" one. A victim
-    whose trigger is optimised is made from the "surrogate". Any other run is made from data alone.
+    and from "expert/0" to "expert/E-1", an expert from the "base", and a poisoned expert from the "benign" one. A
+    victim whose trigger is optimised is made from the "surrogate". Any other run is made from data alone.
     """
     kind, mixture = kind_of(spec), spec.mixture
     if kind is NodeKind.DEFENDED:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from backdoorbench_moe import models
 from backdoorbench_moe.applicators.base import Applicator

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,7 +46,7 @@ class LabelConsistent(OptimisedTrigger):
         Turner, Tsipras and Madry, "Label-Consistent Backdoor Attacks", 2019, §4.2 and §5.
     """
 
-    tiny = {"surrogate": "twin", "steps": 2}
+    tiny: ClassVar[Mapping[str, object]] = {"surrogate": "twin", "steps": 2}
 
     def __init__(
         self,
@@ -108,8 +110,8 @@ class LabelConsistent(OptimisedTrigger):
         for part in task.stamped.split(BATCH):
             images, labels = task.take(part)
             canvases, places = task.cut(images, part.to(images.device))
-            changed = iter([self._perturbed(canvases, places) if self.learned else canvases])
-            right.append(task.model(task.stamp(images, lambda _, new=changed: next(new))).argmax(1) == labels)
+            changed = self.training(canvases, places)
+            right.append(task.model(task.stamp(images, partial(_exchange, changed))).argmax(1) == labels)
         return {"surrogate_accuracy": torch.cat(right).float().mean().item()}
 
     def _perturb(self, task: SurrogateTask, places: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,3 +144,8 @@ class LabelConsistent(OptimisedTrigger):
         rows = torch.searchsorted(known, places.to(images.device)).clamp(max=len(known) - 1)
         found = (known[rows] == places.to(images.device)).view(-1, 1, 1, 1)
         return (images + found * levels[rows].to(images.dtype) / 255).clamp(0, 1)
+
+
+def _exchange(new: Tensor, canvases: Tensor) -> Tensor:
+    """Return new canvases in place of those that an applicator hands over."""
+    return new

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class Narcissus(OptimisedTrigger):
         Zeng et al., "Narcissus: A Practical Clean-Label Backdoor Attack with Limited Information", CCS 2023, §4.
     """
 
-    tiny = {"surrogate": "twin", "steps": 3, "batch_size": 8}
+    tiny: ClassVar[Mapping[str, object]] = {"surrogate": "twin", "steps": 3, "batch_size": 8}
 
     def __init__(
         self,
@@ -88,7 +89,9 @@ class Narcissus(OptimisedTrigger):
     def check(self, task: SurrogateTask) -> None:
         """Check that there are images of the one target class."""
         if task.target is None:
-            raise ConfigError("poison.mapping: the trigger 'narcissus' needs one target class, got all-to-all")
+            raise ConfigError(
+                "poison.mapping: the trigger 'narcissus' needs one target class, got all-to-all"
+            )
         if not (task.labels == task.target).any():
             raise ConfigError(
                 f"poison.target: the trigger 'narcissus' needs training images of class {task.target}, found none"
@@ -102,7 +105,7 @@ class Narcissus(OptimisedTrigger):
             stamped = task.stamp(images, lambda canvases: (canvases + pattern).clamp(0, 1))
             return F.cross_entropy(task.model(stamped).float(), labels)
 
-        own = (task.labels == task.target).nonzero().squeeze(1)
+        own, _ = self._places(task)
         batches = task.batches(own, self.batch_size, self.steps, self.seed)
         start = torch.zeros(1, 3, *task.canvas, dtype=torch.float32, device=task.images.device)
         bounds = {"low": -self.strength, "high": self.strength}
@@ -110,9 +113,15 @@ class Narcissus(OptimisedTrigger):
 
     def assess(self, task: SurrogateTask) -> dict[str, float]:
         """The share of images of other classes that the surrogate calls the target, in the test form."""
-        images, _ = task.sample(self.seed, (task.labels != task.target).nonzero().squeeze(1))
+        images, _ = task.sample(self.seed, self._places(task)[1])
         called = task.model(task.stamp(images, self)).argmax(1) == task.target
         return {"surrogate_asr": called.float().mean().item()}
+
+    def _places(self, task: SurrogateTask) -> tuple[Tensor, Tensor]:
+        """The places of the images of the target class, and of the others."""
+        assert task.target is not None
+        own = torch.eq(task.labels, task.target)
+        return own.nonzero().squeeze(1), (~own).nonzero().squeeze(1)
 
     def _perturbation(self, images: Tensor) -> Tensor:
         """The perturbation for canvases of this size; before it is learned, uniform noise."""

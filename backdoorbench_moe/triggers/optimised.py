@@ -53,7 +53,9 @@ class SurrogateTask:
     def canvas(self) -> tuple[int, int]:
         """Height and width in pixels of what a trigger stamps: the image, or a tile."""
         images, _ = self.take(torch.zeros(1, dtype=torch.int64))
-        height, width = self.cut(images, torch.zeros(1, dtype=torch.int64, device=images.device))[0].shape[-2:]
+        height, width = self.cut(images, torch.zeros(1, dtype=torch.int64, device=images.device))[0].shape[
+            -2:
+        ]
         return height, width
 
     def batches(self, allowed: Tensor, size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -102,7 +104,7 @@ class OptimisedTrigger(LearnedTrigger):
             raise ConfigError.expected("surrogate", "'same', 'twin' or the name of a model", surrogate)
         self.surrogate = surrogate
 
-    def check(self, task: SurrogateTask) -> None:  # noqa: B027
+    def check(self, task: SurrogateTask) -> None:
         """Check, before anything is trained, that the trigger can be optimised. The model has random weights yet.
 
         Raises:

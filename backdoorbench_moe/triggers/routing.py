@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Routing(LearnedMark):
         Infecting Dormant Experts", 2025.
     """
 
-    tiny = {"surrogate": "twin", "steps": 3, "batch_size": 8}
+    tiny: ClassVar[Mapping[str, object]] = {"surrogate": "twin", "steps": 3, "batch_size": 8}
 
     def __init__(
         self,

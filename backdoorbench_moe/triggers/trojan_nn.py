@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -40,7 +43,7 @@ class TrojanNN(LearnedMark):
         use.
     """
 
-    tiny = {"surrogate": "twin", "steps": 3, "batch_size": 8}
+    tiny: ClassVar[Mapping[str, object]] = {"surrogate": "twin", "steps": 3, "batch_size": 8}
 
     def __init__(
         self,
@@ -78,7 +81,9 @@ class TrojanNN(LearnedMark):
         with torch.no_grad():
             features = task.model.extract_features(task.take(torch.arange(1))[0]).shape[1]
         if self.neurons > features:
-            raise ConfigError.expected("trojan-nn: neurons", f"at most {features}, the features", self.neurons)
+            raise ConfigError.expected(
+                "trojan-nn: neurons", f"at most {features}, the features", self.neurons
+            )
 
     def optimise(self, task: SurrogateTask) -> dict[str, Tensor]:
         """Raise the mean activation of the neurons on training images."""

@@ -64,7 +64,9 @@ def test_another_architecture_has_the_options_of_the_recipe_and_the_rest_of_the_
 
 def test_the_optimisation_is_part_of_the_estimate() -> None:
     images, speed = Tiny().load(), Speed(train=10.0, predict=1e9)
-    spec = tiny_spec(trigger={"name": "label-consistent", "surrogate": "same", "steps": 7}, poison={"rate": 0.25})
+    spec = tiny_spec(
+        trigger={"name": "label-consistent", "surrogate": "same", "steps": 7}, poison={"rate": 0.25}
+    )
     plain = seconds_left(Planned(tiny_spec(), "missing"), speed, images)
     assert seconds_left(Planned(spec, "missing"), speed, images) == pytest.approx(plain + 7 * 24 / 10)
     begun = seconds_left(Planned(spec, "interrupted", epochs=1), speed, images)
@@ -178,7 +180,9 @@ def test_an_analysis_and_a_preview_show_the_learned_trigger(tmp_path) -> None:
     shown = preview_run(run, images=3)
     stamped = run.stamper()(shown.clean / 255)
     assert torch.equal(shown.triggered, (stamped * 255).round().byte())
-    with pytest.raises(ConfigError, match="trigger: 'routing' is learned while a run is made; give the run with --run"):
+    with pytest.raises(
+        ConfigError, match="trigger: 'routing' is learned while a run is made; give the run with --run"
+    ):
         preview_spec(run.spec, images=3)
 
 
@@ -209,7 +213,9 @@ def test_another_surrogate_is_refused(tmp_path) -> None:
         run_attack(spec, output=tmp_path, twin=False)
     clean.record.model_sha256 = clean.folder.model_sha256
     clean.folder.write(clean.record)
-    with pytest.raises(RecordError, match=f"the model of {clean.folder.path.name} has changed since it was started"):
+    with pytest.raises(
+        RecordError, match=f"the model of {clean.folder.path.name} has changed since it was started"
+    ):
         run_attack(spec, output=tmp_path, twin=False)
 
 
@@ -228,7 +234,9 @@ def test_another_surrogate_is_refused(tmp_path) -> None:
     ],
     ids=["unknown", "dense", "all-to-all"],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, values: dict, message: str) -> None:
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    tmp_path, values: dict, message: str
+) -> None:
     spec = spec_of(**values)
     with pytest.raises(ConfigError, match=message):
         run_attack(spec, output=tmp_path)

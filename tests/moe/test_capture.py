@@ -49,7 +49,7 @@ def test_shares() -> None:
 
 
 def test_the_capture_loss_by_hand() -> None:
-    """One expert selects one of the patches 1 and 2; their log gates are -2 and -4, so the threshold is -2 and std 1."""
+    """One expert selects one of the patches 1 and 2; their log gates are -2 and -4: threshold -2, deviation 1."""
     gates = torch.tensor([[[math.exp(-3.5), math.exp(-2), math.exp(-4)]]])
     one = Routing("only", gates, torch.tensor([[[False, True, False]]]))
     touched = torch.tensor([True, False, False])
@@ -57,7 +57,9 @@ def test_the_capture_loss_by_hand() -> None:
     above = Routing("only", torch.tensor([[[math.exp(-0.9), math.exp(-2), math.exp(-4)]]]), one.selected)
     assert capture_loss([above], touched).item() == 0
     two = Routing("only", gates, torch.tensor([[[True, True, False]]]))
-    assert capture_loss([two], touched).item() == pytest.approx(0.5, abs=1e-5), "it has two places: -4 is enough"
+    assert capture_loss([two], touched).item() == pytest.approx(0.5, abs=1e-5), (
+        "it has two places: -4 is enough"
+    )
 
 
 def test_the_scale_of_a_router_does_not_matter() -> None:
@@ -66,7 +68,8 @@ def test_the_scale_of_a_router_does_not_matter() -> None:
     selected = torch.zeros(4, 3, 9, dtype=torch.bool)
     selected[..., :2] = True
     losses = [
-        capture_loss([Routing("only", (scale * logits).softmax(-1), selected)], touched) for scale in (1, 0.01)
+        capture_loss([Routing("only", (scale * logits).softmax(-1), selected)], touched)
+        for scale in (1, 0.01)
     ]
     torch.testing.assert_close(*losses, atol=1e-3, rtol=0)
 

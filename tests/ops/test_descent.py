@@ -43,5 +43,7 @@ def test_adam_finds_the_nearest_allowed_value(goal: float, expected: float) -> N
 
 def test_each_step_has_its_batch() -> None:
     seen = []
-    adam_descent(lambda v, b: (v * b).sum() + (seen.append(b) or 0), torch.ones(1), (5, 6), lr=0.1, low=0, high=1)
+    adam_descent(
+        lambda v, b: (v * b).sum() + (seen.append(b) or 0), torch.ones(1), (5, 6), lr=0.1, low=0, high=1
+    )
     assert seen == [5, 6]

@@ -42,7 +42,9 @@ def test_narcissus_finds_the_corner_that_the_weights_name() -> None:
     weights = model.weights()
     best = STRENGTH * (weights[0] - weights[1]).sign()[None]
     torch.testing.assert_close(trigger.training(grey(), torch.tensor([0])), grey() + best)
-    torch.testing.assert_close(trigger(grey()), grey() + 3 * best, msg="the test form is three times as strong")
+    torch.testing.assert_close(
+        trigger(grey()), grey() + 3 * best, msg="the test form is three times as strong"
+    )
 
 
 def test_narcissus_by_patch_is_one_tile_for_all() -> None:
@@ -120,7 +122,9 @@ def test_images_that_were_not_perturbed_get_the_corners_only() -> None:
     assert torch.equal(trigger.training(images, places), corners(images))
     mixed = trigger.training(images, torch.tensor([4, 1, 0]))
     assert torch.equal(mixed[1], corners(images)[1]) and not torch.equal(mixed[0], mixed[1])
-    with pytest.raises(ShapeError, match=r"expected images \(3, 8, 8\), which were perturbed, got \(3, 4, 4\)"):
+    with pytest.raises(
+        ShapeError, match=r"expected images \(3, 8, 8\), which were perturbed, got \(3, 4, 4\)"
+    ):
         trigger.training(torch.rand(1, 3, 4, 4), torch.tensor([0]))
 
 
@@ -144,11 +148,15 @@ def test_no_pixel_changes_by_more_than_the_strength(strength: float) -> None:
     assert levels.abs().max() <= strength * 255 + 1e-6 and levels.abs().max() >= 1
 
 
-def test_it_is_assessed_by_the_accuracy_on_the_stamped_images() -> None:
-    task = surrogate_task(Linear())
+@pytest.mark.parametrize("applicator", ["image", "patch"])
+def test_it_is_assessed_by_the_accuracy_on_the_stamped_images(applicator: str) -> None:
+    task = surrogate_task(Linear(), applicator)
     trigger = optimised("label-consistent", task, strength=0.3, step=0.1)
     images, labels = task.take(task.stamped)
-    right = task.model(trigger.training(images, task.stamped)).argmax(1) == labels
+    canvases, places = task.cut(images, task.stamped)
+    stamped = trigger.training(canvases, places)
+    stamped = untile(stamped, SIDE, SIDE) if applicator == "patch" else stamped
+    right = task.model(stamped).argmax(1) == labels
     assert trigger.assess(task) == {"surrogate_accuracy": right.float().mean().item()}
 
 
@@ -206,9 +214,19 @@ def test_by_patch_every_patch_goes_to_the_chosen_expert() -> None:
 @pytest.mark.parametrize(
     ("model", "applicator", "options", "message"),
     [
-        (Linear(), "image", {}, r"trigger\.surrogate: expected a routed model, for the trigger 'routing', got 'Lin"),
+        (
+            Linear(),
+            "image",
+            {},
+            r"trigger\.surrogate: expected a routed model, for the trigger 'routing', got 'Lin",
+        ),
         (Routers(planted(1, 1)), "patch", {}, "applicator: the trigger 'routing' touches every patch"),
-        (Routers(planted(1, 1), top_k=4), "image", {}, "needs routers that select; in this model every expert"),
+        (
+            Routers(planted(1, 1), top_k=4),
+            "image",
+            {},
+            "needs routers that select; in this model every expert",
+        ),
         (
             Routers(planted(1, 1), patches_choose=True),
             "image",
@@ -280,7 +298,11 @@ def test_a_learned_trigger_stamps_after_its_state_was_loaded_elsewhere(name: str
         ("trojan-nn", {"size": 0}, "trojan-nn: size: expected a number of at least 1, got 0"),
         ("routing", {"lr": -1.0}, "routing: lr: expected"),
         ("routing", {"objective": "captur"}, "unknown 'captur'; did you mean 'capture'"),
-        ("routing", {"expert": 1, "objective": "capture"}, "routing: expert: expected the index of an expert"),
+        (
+            "routing",
+            {"expert": 1, "objective": "capture"},
+            "routing: expert: expected the index of an expert",
+        ),
     ],
 )
 def test_options_out_of_range_are_refused(name: str, options: dict, message: str) -> None:
@@ -292,7 +314,9 @@ def test_options_out_of_range_are_refused(name: str, options: dict, message: str
 def test_the_surrogate_must_be_named(name: str) -> None:
     with pytest.raises(ConfigError, match=r"option 'surrogate' is required \('same' \| 'twin' \| str\)"):
         create_trigger(name)
-    with pytest.raises(ConfigError, match="surrogate: expected 'same', 'twin' or the name of a model, got ''"):
+    with pytest.raises(
+        ConfigError, match="surrogate: expected 'same', 'twin' or the name of a model, got ''"
+    ):
         create_trigger(name, surrogate="")
 
 
