@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 from backdoorbench_moe.config.merge import Values
-from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.options import convert_fields
+
+# The steps of `augment`; `ops.augmentation` implements them.
+AUGMENTATIONS = ("crop", "flip", "rotate", "colour", "erase")
+NO_AUGMENTATION = "none"
+# Keys that were added later. `to_dict` leaves them out where they have their defaults, so that the digests of older
+# specs are unchanged.
+LEFT_OUT_AT_DEFAULT = ("augment", "milestones", "gamma", "label_smoothing", "clip_grad")
 
 
 @dataclass(frozen=True)
@@ -22,9 +30,20 @@ class TrainSpec:
         momentum: Momentum of SGD, in [0, 1); ignored by AdamW.
         nesterov: Whether SGD uses Nesterov momentum; `momentum` must then be above 0.
         weight_decay: Weight decay, at least 0; not applied to biases and the parameters of norms.
-        schedule: "constant" learning rate; or "one-cycle": it rises linearly to `lr` during the warmup and then falls
-            linearly to 0.
-        warmup: Share of all steps that are the warmup of "one-cycle", in [0, 1).
+        schedule: "constant" learning rate; "one-cycle": it rises linearly to `lr` during the warmup and then falls
+            linearly to 0; "cosine": it falls from `lr` towards 0 along half a cosine, without a warmup; or "step": it
+            is multiplied by `gamma` at each of the `milestones`.
+        warmup: Share of all steps that are the warmup of "one-cycle", in [0, 1); other schedules ignore it.
+        augment: How the images of every batch are changed at random: "none", or steps joined by hyphens, such as
+            "crop-flip", which are applied in the given order. The steps are "crop", "flip", "rotate", "colour" and
+            "erase", see `ops.augmentation`. What is stamped on an image is augmented with it.
+        milestones: Where "step" lowers the learning rate, as shares of all steps, ascending, each in (0, 1): 0.6 is
+            epoch 60 of 100. Other schedules ignore it.
+        gamma: Factor of the learning rate at each milestone, in (0, 1].
+        label_smoothing: Share of the label's probability that the cross-entropy spreads evenly over all classes, in
+            [0, 1). Trainings with a loss of their own ignore it.
+        clip_grad: Largest norm of the gradient, over all trained parameters together, above 0; a larger gradient is
+            scaled down to it. None for no limit.
 
     Raises:
         ConfigError: A value is out of range.
@@ -37,8 +56,13 @@ class TrainSpec:
     momentum: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
-    schedule: Literal["constant", "one-cycle"] = "constant"
+    schedule: Literal["constant", "one-cycle", "cosine", "step"] = "constant"
     warmup: float = 0.25
+    augment: str = NO_AUGMENTATION
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1
+    label_smoothing: float = 0.0
+    clip_grad: float | None = None
 
     def __post_init__(self) -> None:
         convert_fields(self, "train.", (item.name for item in fields(self)))
@@ -49,13 +73,39 @@ class TrainSpec:
             "momentum": (0 <= self.momentum < 1, "a number in [0, 1)"),
             "weight_decay": (0 <= self.weight_decay < float("inf"), "a number of at least 0"),
             "warmup": (0 <= self.warmup < 1, "a number in [0, 1)"),
+            "milestones": (
+                self.milestones and _ascending((0.0, *self.milestones, 1.0)),
+                "ascending shares of all steps, each between 0 and 1 (0.6 is epoch 60 of 100)",
+            ),
+            "gamma": (0 < self.gamma <= 1, "a number in (0, 1]"),
+            "label_smoothing": (0 <= self.label_smoothing < 1, "a number in [0, 1)"),
+            "clip_grad": (
+                self.clip_grad is None or 0 < self.clip_grad < float("inf"),
+                "a positive number or none",
+            ),
         }
         for name, (good, expected) in checks.items():
             if not good:
                 raise ConfigError.expected(f"train.{name}", expected, getattr(self, name))
         if self.nesterov and self.optimizer == "sgd" and not self.momentum:
             raise ConfigError.expected("train.momentum", "a positive number where train.nesterov is set", 0)
+        for name in self.augmentations:
+            if name not in AUGMENTATIONS:
+                raise UnknownNameError("train.augment: step", name, (NO_AUGMENTATION, *AUGMENTATIONS))
+        if len(set(self.augmentations)) != len(self.augmentations):
+            raise ConfigError.expected("train.augment", "each step once", self.augment)
+
+    @property
+    def augmentations(self) -> tuple[str, ...]:
+        """The steps of `augment`, in their order; empty for "none"."""
+        return () if self.augment == NO_AUGMENTATION else tuple(self.augment.split("-"))
 
     def to_dict(self) -> Values:
-        """Return the values as a plain dict."""
-        return asdict(self)
+        """Return the values as a plain dict, without those of `LEFT_OUT_AT_DEFAULT` that have their defaults."""
+        defaults = {item.name: item.default for item in fields(self) if item.name in LEFT_OUT_AT_DEFAULT}
+        return {k: v for k, v in asdict(self).items() if k not in defaults or v != defaults[k]}
+
+
+def _ascending(values: tuple[float, ...]) -> bool:
+    """Whether each value is larger than the one before."""
+    return all(one < other for one, other in itertools.pairwise(values))

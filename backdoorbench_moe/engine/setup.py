@@ -10,6 +10,7 @@ from torch import Tensor
 
 from backdoorbench_moe.attacks.base import Attack, PoisonPlan
 from backdoorbench_moe.attacks.expert_poisoning import ExpertPoisoning
+from backdoorbench_moe.attacks.training_control import TrainingControl
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.counting import count
 from backdoorbench_moe.data.base import ImageSet, Split
@@ -29,6 +30,7 @@ from backdoorbench_moe.engine.triggered import Triggered, triggered_test
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError
 from backdoorbench_moe.ops.images import concatenate
 from backdoorbench_moe.records import TaskFacts
+from backdoorbench_moe.triggers.trainable import TrainableTrigger
 
 # Images on which the trigger is tried.
 VISIBLE_ON = 64
@@ -97,13 +99,31 @@ class Setup:
             raise ConfigError(f"poison.noise: {name} has no noise form")
 
     def _check_learned(self) -> None:
-        """Raise ConfigError if a trigger that is learned for one victim marks the images of a policy or of queries."""
+        """Check that a trigger that is learned suits the attack.
+
+        Raises:
+            ConfigError: It marks the images of a policy or of queries; or it is trained with the model, and the
+                attacker is not in charge of that; or he is, and it is optimised on a surrogate.
+        """
         marks = self.spec.policy or isinstance(self.attack, ExpertPoisoning)
         if marks and learned_trigger(self.stamper) is not None:
             assert self.spec.trigger is not None
             raise ConfigError.expected(
                 "trigger", "one that is not learned, as the mark of images", self.spec.trigger.name
             )
+        if learned_trigger(self.stamper) is None:
+            return
+        trainable = isinstance(learned_trigger(self.stamper), TrainableTrigger)
+        if trainable and not isinstance(self.attack, TrainingControl):
+            assert self.spec.trigger is not None and self.spec.attack is not None
+            expected = (
+                f"training-control, as the trigger {self.spec.trigger.name!r} is trained with the model"
+            )
+            raise ConfigError.expected("attack", expected, self.spec.attack.name)
+        if isinstance(self.attack, TrainingControl) and not trainable:
+            assert self.spec.trigger is not None
+            expected = "one that is not optimised on a surrogate, where the attacker trains the model"
+            raise ConfigError.expected("trigger", expected, self.spec.trigger.name)
 
     def _check_visible(self) -> None:
         """Check on some test images that the trigger can be seen in them, saved with 8 bits, in test and in training.

@@ -18,6 +18,8 @@ from backdoorbench_moe.ops.tuning import Objective
 
 # From a model, images and labels to the logits, the loss to report and the loss to minimise.
 Losses = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+# From images (B, 3, H, W) float in [0, 1] and their places (B,) in the split to changed images.
+Augment = Callable[[Tensor, Tensor], Tensor]
 
 # Number of eager steps with a batch size before its capture. They create momentum buffers and library workspaces.
 WARMUP_STEPS = 3
@@ -61,10 +63,16 @@ class TrainStep:
         compile: Whether to compile the computation of the loss with `torch.compile`. The first step with each batch
             size then takes minutes. The compiled code is reused for all models of the same architecture in a process.
             An objective is not compiled.
+        augment: Changes the images of each batch; None to leave them as they are.
+        label_smoothing: Of the cross-entropy, in [0, 1).
+        clip_grad: Largest norm of the gradient; None for no limit.
+        capture: Whether to capture steps as CUDA graphs on a GPU. An objective that waits for the device, or copies to
+            it, cannot be captured.
+        also: Optimizer of other parameters that the objective uses; None if there are none.
 
     Attributes:
-        loss_sum: Sum over all images since `reset` of the cross-entropy, or of the objective's loss; float64 scalar
-            tensor.
+        loss_sum: Sum over all images since `reset` of the (smoothed) cross-entropy, or of the objective's loss; float64
+            scalar tensor.
         hits: Number of images since `reset` whose predicted class was their label, int64 scalar tensor.
     """
 
@@ -78,10 +86,18 @@ class TrainStep:
         *,
         objective: Objective | None = None,
         compile: bool = False,
+        augment: Augment | None = None,
+        label_smoothing: float = 0.0,
+        clip_grad: float | None = None,
+        capture: bool = True,
+        also: torch.optim.Optimizer | None = None,
     ) -> None:
+        self.also, self.capture = also, capture
         self.model, self.optimizer, self.split = model, optimizer, split
         self.device, self.precision = device, precision
-        self._losses: Losses = _compiled_losses() if compile else _losses
+        self.augment, self.clip_grad = augment, clip_grad
+        losses = _compiled_losses() if compile else model_losses
+        self._losses: Losses = functools.partial(losses, label_smoothing=label_smoothing)
         if objective is not None:
             self._losses = _losses_of(objective)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -104,7 +120,7 @@ class TrainStep:
 
     def __call__(self, indices: Tensor) -> None:
         """Train on the images of the split with the given indices, (B,) int64 on the device."""
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or not self.capture:
             self._step(indices)
             return
         size = len(indices)
@@ -120,11 +136,19 @@ class TrainStep:
 
     def _step(self, indices: Tensor) -> None:
         images, labels = as_input(self.split.images[indices]), self.split.labels[indices]
+        if self.augment is not None:
+            images = self.augment(images, indices)
         with autocast(self.device, self.precision):
             logits, loss, total = self._losses(self.model, images, labels)
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizers = [self.optimizer] if self.also is None else [self.optimizer, self.also]
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         total.backward()
-        self.optimizer.step()
+        if self.clip_grad is not None:
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(trained, self.clip_grad)
+        for optimizer in optimizers:
+            optimizer.step()
         self.loss_sum += loss.detach() * len(indices)
         answers = labels if labels.ndim == 1 else labels[:, 0]
         self.hits += (logits.argmax(1) == answers).sum()
@@ -145,7 +169,9 @@ class TrainStep:
         return graph, static
 
 
-def _losses(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def model_losses(
+    model: nn.Module, images: Tensor, labels: Tensor, *, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the logits, the mean cross-entropy, and the loss to minimise.
 
     The latter is the cross-entropy plus the auxiliary losses of the routed layers.
@@ -156,7 +182,7 @@ def _losses(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, T
         output = model.forward_routed(images)
         logits = output.logits
         own = [routing.aux_loss for routing in output.routing if routing.aux_loss is not None]
-    loss = nn.functional.cross_entropy(logits.float(), labels)
+    loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
     return logits, loss, loss + torch.stack(own).sum() if own else loss
 
 
@@ -176,10 +202,10 @@ def _losses_of(objective: Objective) -> Losses:
 
 
 @functools.cache
-def _compiled_losses() -> Losses:
-    """Return `_losses` compiled. All models of the same architecture share the compiled code.
+def _compiled_losses() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Return `model_losses` compiled. All models of the same architecture share the compiled code.
 
     It is compiled for each batch size instead of a variable one, which would be slower. There are two sizes: that of
     the last batch of an epoch, and that of all others.
     """
-    return torch.compile(_losses, dynamic=False)
+    return torch.compile(model_losses, dynamic=False)

@@ -17,6 +17,7 @@ from backdoorbench_moe.engine.device import reproducible
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.step import TrainStep, make_optimizer
 from backdoorbench_moe.errors import ConfigError, RecordError
+from backdoorbench_moe.ops.augmentation import Augmentation
 from backdoorbench_moe.ops.seeding import generator, seeded
 from backdoorbench_moe.ops.tuning import Objective
 
@@ -38,10 +39,32 @@ class Progress:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Companion:
+    """Networks that an objective trains together with the model, such as those of a trigger.
+
+    Attributes:
+        networks: All of them, on the device.
+        optimizer: The optimizer of those that are trained; its learning rate is constant.
+        trained: The networks that are in training mode during training.
+    """
+
+    networks: nn.Module
+    optimizer: torch.optim.Optimizer
+    trained: Sequence[nn.Module]
+
+
 def learning_rate(spec: TrainSpec, step: int, steps: int) -> float:
-    """Return the learning rate of step number `step`, from 0, of `steps` in total."""
+    """Return the learning rate of step number `step`, from 0, of `steps` in total.
+
+    "cosine" and "step" are those of torch's `CosineAnnealingLR` and `MultiStepLR`, moved on after every step.
+    """
     if spec.schedule == "constant":
         return spec.lr
+    if spec.schedule == "cosine":
+        return spec.lr * (1 + math.cos(math.pi * step / steps)) / 2
+    if spec.schedule == "step":
+        return spec.lr * spec.gamma ** sum(step >= round(share * steps) for share in spec.milestones)
     peak = spec.warmup * steps
     position = step + 0.5
     return spec.lr * (position / peak if position < peak else (steps - position) / (steps - peak))
@@ -50,14 +73,14 @@ def learning_rate(spec: TrainSpec, step: int, steps: int) -> float:
 class Trainer:
     """Trains a model on a split.
 
-    The order of the images, and whatever the model draws at random, depend on the seed and the epoch only. A run that
-    continues from a checkpoint therefore gives the same model as one that was never interrupted.
+    The order of the images, their augmentation, and whatever the model draws at random, depend on the seed and the
+    epoch only. A run that continues from a checkpoint therefore gives the same model as one that was never interrupted.
 
     Args:
         model: The model, which is trained in place.
         split: The training images, on `device`.
         spec: The recipe.
-        seed: Seed of the order of the images and of the model's random draws.
+        seed: Seed of the order of the images, of their augmentation and of the model's random draws.
         device: The device.
         precision: "fp32" or "bf16".
         on_checkpoint: Function that is called after every epoch with the tensors and the plain values of a checkpoint.
@@ -66,6 +89,8 @@ class Trainer:
             if None.
         objective: The loss, see `ops.tuning.Objective`; cross-entropy plus the auxiliary losses of routed layers if
             None.
+        companion: Networks that the objective trains together with the model. They are part of checkpoints.
+        capture: See `TrainStep`.
         compile: See `TrainStep`. The default is False: on a CPU there was no gain (1.01x), and it was not measured on a
             GPU.
     """
@@ -83,14 +108,29 @@ class Trainer:
         observer: Observer | None = None,
         modules: Sequence[nn.Module] | None = None,
         objective: Objective | None = None,
+        companion: Companion | None = None,
+        capture: bool = True,
         compile: bool = False,
     ) -> None:
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self.split, self.spec, self.seed, self.device = split, spec, seed, device
         self.optimizer = make_optimizer(model, spec, device)
+        self.augmentation = Augmentation(spec.augmentations, seed, device) if spec.augmentations else None
         self.step = TrainStep(
-            model, self.optimizer, split, device, precision, objective=objective, compile=compile
+            model,
+            self.optimizer,
+            split,
+            device,
+            precision,
+            objective=objective,
+            compile=compile,
+            augment=self.augmentation,
+            label_smoothing=spec.label_smoothing,
+            clip_grad=spec.clip_grad,
+            capture=capture,
+            also=None if companion is None else companion.optimizer,
         )
+        self.companion = companion
         self.progress = Progress()
         self.on_checkpoint, self.observer = on_checkpoint, observer or Observer()
         self.modules = modules
@@ -136,9 +176,11 @@ class Trainer:
     def _epoch(self, epoch: int) -> dict[str, float]:
         """Train on all images once, including the last, smaller batch."""
         self.model.train(self.modules is None)
-        for module in self.modules or ():
+        for module in (*(self.modules or ()), *(() if self.companion is None else self.companion.trained)):
             module.train()
         self.step.reset()
+        if self.augmentation is not None:
+            self.augmentation.begin_epoch(epoch)
         order = torch.randperm(len(self.split), generator=generator(self.seed, "order", epoch)).to(
             self.device
         )
@@ -164,10 +206,11 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the weights and the state of the optimizer as one flat dict."""
-        flat = {f"model.{key}": value for key, value in self.model.state_dict().items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            flat |= {f"optimizer.{index}.{key}": v for key, v in state.items() if isinstance(v, Tensor)}
-        return flat
+        return _flat("", self.model, self.optimizer) | (
+            {}
+            if self.companion is None
+            else _flat("companion.", self.companion.networks, self.companion.optimizer)
+        )
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Restore a checkpoint.
@@ -179,26 +222,42 @@ class Trainer:
         Raises:
             RecordError: The checkpoint is damaged or belongs to another model.
         """
-        weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        load_weights(self.model, weights, "checkpoint")
+        load_weights(self.model, _part(tensors, "model."), "checkpoint")
+        if self.companion is not None:
+            load_weights(self.companion.networks, _part(tensors, "companion.model."), "checkpoint")
         try:
-            self._restore_optimizer(tensors)
+            _restore_optimizer(self.optimizer, _part(tensors, "optimizer."))
+            if self.companion is not None:
+                _restore_optimizer(self.companion.optimizer, _part(tensors, "companion.optimizer."))
             self.progress = Progress(**state)
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
             raise RecordError(f"checkpoint: damaged ({error}); delete it to train from the start") from error
 
-    def _restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        optimizer = self.optimizer.state_dict()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".", 2)
-                parameter = parameters[int(index)]
-                if value.shape == parameter.shape:
-                    # Fused optimizers require that a buffer has the memory format of its weight.
-                    value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-                optimizer["state"].setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict(optimizer)
+
+def _flat(prefix: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The weights of a model and the state of its optimizer as one dict."""
+    flat = {f"{prefix}model.{key}": value for key, value in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        flat |= {f"{prefix}optimizer.{index}.{key}": v for key, v in state.items() if isinstance(v, Tensor)}
+    return flat
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Restore the state of an optimizer from tensors by index of the parameter and name, such as "3.exp_avg"."""
+    state = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        if value.shape == parameter.shape:
+            # Fused optimizers require that a buffer has the memory format of its weight.
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        state["state"].setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict(state)
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from backdoorbench_moe.config import TrainSpec
+from backdoorbench_moe.config.train import NO_AUGMENTATION
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.train import Trainer
@@ -49,18 +50,22 @@ class Tuner:
         modules: Sequence[nn.Module] | None = None,
         rows: Mapping[str, tuple[int, int]] | None = None,
         objective: Objective | None = None,
+        augment: bool | None = None,
     ) -> None:
         """Train `model`, or some of its modules or rows, in place; it is left in evaluation mode."""
         if not epochs:
             return
         done = len(self.history)
+        recipe = replace(self.recipe, epochs=epochs, lr=self.recipe.lr if lr is None else lr)
+        if not (objective is None if augment is None else augment):
+            recipe = replace(recipe, augment=NO_AUGMENTATION)
         if rows is not None:
             modules = _owners(model, rows)
         with training_only(model, modules, rows):
             trainer = Trainer(
                 model,
                 split,
-                replace(self.recipe, epochs=epochs, lr=self.recipe.lr if lr is None else lr),
+                recipe,
                 seed=derive_seed(self.seed, "tune", done),
                 device=self.device,
                 precision=self.precision,

@@ -48,11 +48,11 @@ def seeded(seed: int, *purpose: str | int) -> Iterator[None]:
         yield
 
 
-def uniform_at(seed: int, places: Tensor, *shape: int) -> Tensor:
+def uniform_at(seed: int | Tensor, places: Tensor, *shape: int) -> Tensor:
     """Draw uniform numbers as a function of a seed and of places, independently of the rest of the batch.
 
     Args:
-        seed: In [0, 2**63), see `derive_seed`.
+        seed: In [0, 2**63), see `derive_seed`; a number, or an int64 scalar tensor on the device of `places`.
         places: (N,) int64 from 0, such as indices in the training set; on any device.
         *shape: Shape of the numbers that are drawn for each place.
 

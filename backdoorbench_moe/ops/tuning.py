@@ -33,6 +33,7 @@ class Tune(Protocol):
         modules: Sequence[nn.Module] | None = None,
         rows: Mapping[str, tuple[int, int]] | None = None,
         objective: Objective | None = None,
+        augment: bool | None = None,
     ) -> None:
         """Train `model` on `split`.
 
@@ -49,6 +50,8 @@ class Tune(Protocol):
                 norms with some of these rows normalise all of their channels with the statistics of the batch.
             objective: The loss; cross-entropy plus the auxiliary losses of routed layers if None. It may draw from
                 torch's global generator, which is seeded for each epoch.
+            augment: Whether the images are augmented as the recipe says. By default they are, except for an objective,
+                which may hold values that were computed for the images as they are, such as the logits of a reference.
 
         Raises:
             ValueError: A name in `rows` is not in the state dict.

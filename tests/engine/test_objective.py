@@ -51,6 +51,20 @@ def test_plain_cross_entropy_gives_the_same_weights_bit_for_bit(recipe, head) ->
     assert changed(copies(used_model("wide_resnet")), tuned[0][0])
 
 
+@pytest.mark.parametrize(
+    ("objective", "augment", "augmented"),
+    [(None, None, True), (cross_entropy, None, False), (cross_entropy, True, True), (None, False, False)],
+)
+def test_only_an_objective_sees_the_images_as_they_are_unless_asked(objective, augment, augmented) -> None:
+    """It may hold what it computed for the very images. Plain tuning augments as the victim's training does."""
+    weights = []
+    for recipe in ({}, {"augment": "crop-flip"}):
+        model = used_model("wide_resnet")
+        make_tuner(**recipe)(model, held_images(), epochs=1, objective=objective, augment=augment)
+        weights.append(copies(model))
+    assert bool(changed(*weights)) is augmented
+
+
 def step_with(objective, labels, *, model: nn.Module | None = None) -> TrainStep:
     model = model or nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     split = Split(torch.zeros(len(labels), 3, 2, 2, dtype=torch.uint8), labels)

@@ -18,7 +18,8 @@ from backdoorbench_moe.engine.train import Trainer, learning_rate, load_weights
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.models import create_model
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
-from backdoorbench_moe.ops.seeding import seeded
+from backdoorbench_moe.ops.augmentation import Augmentation
+from backdoorbench_moe.ops.seeding import generator, seeded
 
 CPU = torch.device("cpu")
 
@@ -73,6 +74,33 @@ def test_one_cycle_rises_and_falls_in_straight_lines() -> None:
     assert learning_rate(TrainSpec(lr=1.0, schedule="one-cycle", warmup=0.0), 0, 2) == pytest.approx(0.75)
 
 
+def torch_rates(schedule, steps: int) -> list[float]:
+    """The learning rates of a schedule of torch's that starts at 0.3."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    scheduler, rates = schedule(optimizer), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_cosine_is_torchs() -> None:
+    expected = torch_rates(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 40), 40)
+    spec = TrainSpec(lr=0.3, schedule="cosine")
+    assert [learning_rate(spec, step, 40) for step in range(40)] == pytest.approx(expected)
+    assert expected[0] == 0.3 and 0 < expected[-1] < 0.001
+
+
+def test_step_is_torchs_with_milestones_as_shares() -> None:
+    expected = torch_rates(lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [12, 28], gamma=0.5), 40)
+    spec = TrainSpec(lr=0.3, schedule="step", milestones=(0.3, 0.7), gamma=0.5)
+    assert [learning_rate(spec, step, 40) for step in range(40)] == pytest.approx(expected)
+    default = TrainSpec(lr=1.0, schedule="step")
+    rates = [learning_rate(default, step, 8) for step in range(8)]
+    assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_a_step_is_plain_sgd_on_cross_entropy(momentum) -> None:
     model, split = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).double(), make_split(6)
@@ -96,6 +124,62 @@ def test_a_step_is_plain_sgd_on_cross_entropy(momentum) -> None:
     torch.testing.assert_close(model[1].weight.double(), weight, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model[1].bias.double(), bias, atol=1e-5, rtol=1e-4)
     assert step.loss_sum.item() == pytest.approx(sum(losses), rel=1e-4)
+
+
+def test_smoothed_labels_and_a_clipped_gradient_by_hand() -> None:
+    """One step from zero weights: all probabilities are 1/3, so the gradients are known."""
+    model, split = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), make_split(6)
+    nn.init.zeros_(model[1].weight)
+    nn.init.zeros_(model[1].bias)
+    spec = TrainSpec(lr=1.0)
+    step = TrainStep(
+        model, make_optimizer(model, spec, CPU), split, CPU, "fp32", label_smoothing=0.3, clip_grad=0.01
+    )
+    step(torch.arange(6))
+    answers = torch.full((6, 3), 0.1)
+    answers[torch.arange(6), split.labels] = 0.8
+    wrong = 1 / 3 - answers
+    grads = [wrong.T @ (split.images.flatten(1) / 255) / 6, wrong.mean(0)]
+    norm = torch.cat([grad.flatten() for grad in grads]).norm()
+    assert norm > 0.01
+    for parameter, grad in zip(model[1].parameters(), grads, strict=True):
+        torch.testing.assert_close(parameter.detach(), -0.01 * grad / norm, atol=1e-7, rtol=1e-3)
+
+
+def test_a_small_gradient_is_not_clipped() -> None:
+    states = []
+    for clip in (None, 1e6):
+        trainer = make_trainer(TrainSpec(epochs=1, batch_size=16, clip_grad=clip), [])
+        trainer.fit("run")
+        states.append(trainer.model.state_dict())
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, msg=name)
+
+
+class Keeping(nn.Module):
+    """A model that keeps the images it is trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.seen = nn.Linear(3 * 64, 3), []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen.append(images.clone())
+        return self.head(images.flatten(1))
+
+
+def test_every_epoch_augments_the_images_as_the_victim_has_them() -> None:
+    spec = TrainSpec(epochs=2, batch_size=20, augment="crop-flip")
+    trainer = make_trainer(spec, [], Keeping())
+    trainer.fit("run")
+    split = make_split()
+    for epoch in range(2):
+        order = torch.randperm(50, generator=generator(7, "order", epoch))
+        expected = Augmentation(("crop", "flip"), 7, CPU)
+        expected.begin_epoch(epoch)
+        seen = torch.cat(trainer.model.seen[3 * epoch : 3 * epoch + 3])
+        assert torch.equal(seen, expected(as_input(split.images[order]), order))
+    assert torch.equal(trainer.split.images, split.images), "the split itself was changed"
 
 
 def test_the_routers_own_loss_is_added() -> None:
@@ -150,11 +234,18 @@ def test_input_is_scaled_and_channels_last() -> None:
     assert (inputs == 1).all()
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_going_on_from_any_epoch_gives_the_same_bits(optimizer) -> None:
-    spec = TrainSpec(
-        epochs=3, batch_size=16, optimizer=optimizer, lr=0.01, momentum=0.9, schedule="one-cycle"
-    )
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"optimizer": "sgd", "schedule": "one-cycle"},
+        {"optimizer": "adamw", "schedule": "one-cycle"},
+        {"schedule": "cosine", "augment": "crop-flip-rotate-colour-erase", "label_smoothing": 0.1},
+        {"schedule": "step", "augment": "crop", "clip_grad": 0.5},
+    ],
+    ids=lambda recipe: "-".join(map(str, recipe.values())),
+)
+def test_going_on_from_any_epoch_gives_the_same_bits(recipe) -> None:
+    spec = TrainSpec(**{"epochs": 3, "batch_size": 16, "lr": 0.01, "momentum": 0.9, **recipe})
     saved: list = []
     whole = make_trainer(spec, saved)
     whole.fit("whole")

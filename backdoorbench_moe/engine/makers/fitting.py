@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.probe import Probe
-from backdoorbench_moe.engine.train import Trainer
+from backdoorbench_moe.engine.train import Companion, Trainer
 from backdoorbench_moe.engine.tune import training_only
 from backdoorbench_moe.engine.workplace import Workplace
+from backdoorbench_moe.ops.tuning import Objective
 from backdoorbench_moe.records import Record, RunFolder
 
 # Tensors and JSON values of `RunFolder.load_checkpoint`.
@@ -32,6 +33,9 @@ def fit(
     checkpoint: Checkpoint | None,
     modules: Sequence[nn.Module] | None = None,
     probe: Probe | None = None,
+    objective: Objective | None = None,
+    companion: Companion | None = None,
+    capture: bool = True,
 ) -> None:
     """Train a model in place, to the end of the recipe, and fill in the record's history and timing.
 
@@ -46,6 +50,9 @@ def fit(
         checkpoint: The checkpoint to continue from; None for a new run.
         modules: The modules to train; all if None. See `Trainer`.
         probe: Records the routing before training and after every epoch; None to record nothing.
+        objective: The loss; see `Trainer`.
+        companion: Networks that are trained together with the model; see `Trainer`.
+        capture: Whether the objective may be captured in a CUDA graph; see `TrainStep`.
     """
 
     def keep(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -65,6 +72,9 @@ def fit(
             on_checkpoint=keep,
             observer=workplace.observer,
             modules=modules,
+            objective=objective,
+            companion=companion,
+            capture=capture,
         )
         if checkpoint:
             trainer.restore(*checkpoint)

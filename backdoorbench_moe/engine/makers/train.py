@@ -6,8 +6,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from backdoorbench_moe.attacks.training_control import TrainingControl
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.engine.control import ControlledTraining
 from backdoorbench_moe.engine.learned import keep_trigger, restore_trigger
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.fitting import Checkpoint, Stopwatch, fit
@@ -30,6 +32,9 @@ class TrainMaker(Maker):
         self.optimisation: TriggerOptimisation | None = None
         if self.setup.stamper is not None and isinstance(self.setup.stamper.trigger, OptimisedTrigger):
             self.optimisation = TriggerOptimisation(spec, self.setup, workplace)
+        self.control: ControlledTraining | None = None
+        if isinstance(self.setup.attack, TrainingControl):
+            self.control = ControlledTraining(spec, self.setup, workplace)
 
     def load(self, inputs: Mapping[str, Run]) -> None:
         """Load the surrogate of the trigger, if there is one, and the weights that training begins with, if in a file.
@@ -47,6 +52,12 @@ class TrainMaker(Maker):
         """Train to the end of the spec, from the last checkpoint if there is one."""
         watch, model = Stopwatch(record), self.setup.model
         self._learn_trigger(folder, record, checkpoint)
+        control = self.control
+        companion = None if control is None else control.companion()
+        if control is not None and checkpoint is None:
+            started = time.perf_counter()
+            control.pretrain()
+            record.timing["trigger_seconds"] = time.perf_counter() - started
         probe = Probe(self.setup, self.workplace.precision, folder) if self.spec.probe else None
         with self._training_split(folder, record) as split:
             fit(
@@ -59,7 +70,13 @@ class TrainMaker(Maker):
                 record=record,
                 checkpoint=checkpoint,
                 probe=probe,
+                objective=None if control is None else control.objective,
+                companion=companion,
+                capture=control is None or control.capturable,
             )
+        if control is not None:
+            control.finish()
+            keep_trigger(self.setup.stamper, folder, record)
         watch.training_done()
         [record.metrics] = self.measure([model])
         watch.done()

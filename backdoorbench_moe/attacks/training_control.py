@@ -1,0 +1,66 @@
+"""An attacker who trains the model himself, and hands it over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from backdoorbench_moe.attacks.base import Attack, PoisonPlan
+from backdoorbench_moe.config import PoisonSpec
+from backdoorbench_moe.errors import ConfigError
+
+
+class TrainingControl(Attack):
+    """Train the model on batches in which other images are poisoned every time, and hand it over.
+
+    The victim outsourced the training. In every batch, a share of the images is stamped and relabelled, and another
+    share is stamped with the noise form and keeps its labels. The training set itself is not changed, and what a
+    defender has of it is clean. A trigger that consists of networks is trained together with the model.
+
+    Images are augmented before they are stamped, as in the codes of the sources.
+
+    Args:
+        poison: Rates of poison and noise, as shares of a batch, rounded down; target class and mapping.
+
+    Raises:
+        ConfigError: In `check`: the poison rate is 0, or another setting is not its default.
+
+    Source:
+        WaNet (Nguyen and Tran, ICLR 2021) and the input-aware attack (Nguyen and Tran, NeurIPS 2020).
+    """
+
+    implies: ClassVar[Mapping[str, Any]] = {
+        "trigger": "input-aware",
+        "applicator": "image",
+        "poison": {"rate": 0.1, "noise": 0.1},
+    }
+    deviations: ClassVar[Mapping[str, str]] = {
+        "test_settings_are_followed_or_refused": "noise images are drawn in every batch and are in no plan"
+    }
+
+    def __init__(self, *, poison: PoisonSpec) -> None:
+        super().__init__(poison=poison)
+
+    def check(self, num_classes: int) -> None:
+        """Check the classes, and refuse settings that are not followed.
+
+        Raises:
+            ConfigError: A class does not exist, a rate does not suit, or labels or source classes are set.
+        """
+        super().check(num_classes)
+        poison, why = self.poison, "where poisoned images are redrawn in every batch"
+        if not poison.rate:
+            raise ConfigError.expected("poison.rate", "a number in (0, 1]", poison.rate)
+        if poison.rate + poison.noise > 1:
+            raise ConfigError.expected("poison.noise", "at most 1 - poison.rate", poison.noise)
+        for name, default in (("cover", 0.0), ("labels", "dirty"), ("source", ())):
+            if (value := getattr(poison, name)) != default:
+                raise ConfigError.expected(f"poison.{name}", f"{default!r} {why}", value)
+
+    def plan(self, labels: Tensor, num_classes: int, seed: int) -> PoisonPlan:
+        """Change no image of the training set."""
+        nothing = torch.empty(0, dtype=torch.int64)
+        return PoisonPlan(nothing, nothing)

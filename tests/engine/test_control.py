@@ -1,0 +1,174 @@
+"""Training by an attacker who is in charge of it: what a batch becomes, resuming, and the kept trigger."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import Tiny, count_hits, tiny_spec
+from tiny_runs import Counting, outcome
+from torch import nn
+from torch.nn import functional as F
+
+from backdoorbench_moe.config import PartSpec
+from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.engine.control import ControlledTraining, cut
+from backdoorbench_moe.engine.makers.train import TrainMaker
+from backdoorbench_moe.engine.run import load_run
+from backdoorbench_moe.engine.runner import run_attack, run_defense
+from backdoorbench_moe.engine.setup import Setup
+from backdoorbench_moe.engine.triggered import triggered_test
+from backdoorbench_moe.engine.workplace import Workplace
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.images import as_input
+
+TRIGGER = {"name": "input-aware", "channels": 2, "mask_epochs": 1}
+POISON = {"rate": 0.25, "noise": 0.25}
+
+
+def spec_of(**values):
+    base = {"attack": "training-control", "trigger": TRIGGER, "poison": POISON}
+    return tiny_spec(**(base | values))
+
+
+def make_control(**values) -> ControlledTraining:
+    spec = spec_of(**values)
+    workplace = Workplace(spec)
+    return ControlledTraining(spec, Setup(spec, workplace.images), workplace)
+
+
+def split_of(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    split = Tiny().load().train
+    return as_input(split.images[:count]), split.labels[:count]
+
+
+class Seen(nn.Module):
+    """A model that keeps its input."""
+
+    def forward(self, images):
+        self.images = images
+        return torch.zeros(len(images), 3, requires_grad=True)
+
+
+def test_the_first_images_are_stamped_and_relabelled_and_the_next_bear_other_stamps() -> None:
+    control, model = make_control(), Seen()
+    images, labels = split_of(8)
+    logits, loss = control.objective(model, images, labels)
+    trigger = control.trigger
+    expected = torch.cat(
+        [trigger.stamp_from(images[:2], images[:2]), trigger.stamp_from(images[2:4], images[4:6]), images[4:]]
+    )
+    torch.testing.assert_close(model.images, expected)
+    extra = trigger.joint_loss(images[:2], images[4:6])
+    assert len(logits) == 8
+    assert loss.item() == pytest.approx(F.cross_entropy(logits, labels).item() + extra.item())
+
+
+@pytest.mark.parametrize("applicator", ["image", "patch"])
+def test_a_plain_trigger_is_stamped_anew_on_every_batch(applicator) -> None:
+    """WaNet's own threat model: its noise is redrawn, while the stamp itself stays the same."""
+    control = make_control(trigger={"name": "warp", "strength": 2.0}, applicator=applicator)
+    images, labels = split_of(8)
+    seen = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        control.objective(model := Seen(), images, labels)
+        seen.append(model.images)
+    expected = control.stamper(images[:2])
+    for found in seen:
+        torch.testing.assert_close(found[:2], expected)
+        assert not torch.isclose(found[2:4], images[2:4]).all((1, 2, 3)).any()
+        assert torch.equal(found[4:], images[4:])
+    assert not torch.isclose(seen[0][2:4], seen[1][2:4]).all((1, 2, 3)).any()
+
+
+def test_poisoned_images_count_with_the_attackers_class() -> None:
+    """A model that always answers the target has the smallest loss on the poisoned images alone."""
+    control = make_control(trigger="square", poison={"rate": 0.5, "noise": 0.0, "target": 1})
+    images = split_of(4)[0]
+
+    class Fixed(nn.Module):
+        def forward(self, images):
+            return 5.0 * F.one_hot(torch.tensor([1, 1, 2, 0]), 3)
+
+    _, loss = control.objective(Fixed(), images, torch.tensor([0, 2, 2, 0]))
+    assert loss.item() == pytest.approx(F.cross_entropy(5.0 * torch.eye(3), torch.arange(3)).item())
+
+
+def test_tiles_are_cut_as_the_applicator_does() -> None:
+    control = make_control(applicator={"name": "patch", "patch_size": 8})
+    images = split_of(2)[0]
+    canvases = cut(control.stamper.applicator, images)
+    assert canvases.shape == (32, 3, 8, 8)
+    assert torch.equal(canvases[0], images[0, :, :8, :8])
+
+
+def test_the_trigger_is_kept_and_stamps_the_test_images(tmp_path) -> None:
+    """Also after the masks were trained, which then rest; a defended run keeps the trigger, too."""
+    [run] = run_attack(spec_of(), output=tmp_path, twin=False)
+    again = load_run(run.folder.path)
+    images = Tiny().load()
+    triggered = triggered_test(images, again.attack(), again.stamper())
+    hits = count_hits(again.model(), Split(triggered.images, triggered.wanted))
+    assert run.value("asr") == 100 * hits / len(triggered)
+    blank, learned = (each.trigger.networks.state_dict() for each in (again.blank_stamper(), again.stamper()))
+    for kind in ("mask", "pattern"):
+        assert any(not torch.equal(blank[k], learned[k]) for k in blank if k.startswith(kind)), kind
+    assert len(run.folder.load_poison()) == 0
+    assert again.record.parts["trigger"]["state_sha256"] == again.folder.trigger_sha256
+    defended = run_defense(run, PartSpec("fine-tuning", {"clean_fraction": 0.5, "epochs": 1}))
+    assert defended.folder.trigger_sha256 == run.folder.trigger_sha256
+    assert defended.record.stages[0]["metrics"]["asr"] == run.record.metrics["asr"]
+
+
+def test_the_mask_rests_while_the_model_is_trained(tmp_path) -> None:
+    control = make_control()
+    control.pretrain()
+    companion = control.companion()
+    assert companion is not None
+    mask = control.trigger.networks["mask"]
+    assert not mask.training and not any(p.requires_grad for p in mask.parameters())
+    before = {k: v.clone() for k, v in control.trigger.networks.state_dict().items()}
+    images, labels = split_of(16)
+    for network in companion.trained:
+        network.train()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
+    control.objective(model, images, labels)[1].backward()
+    companion.optimizer.step()
+    after = control.trigger.networks.state_dict()
+    changed = {k.partition(".")[0] for k, v in after.items() if not torch.equal(v, before[k])}
+    assert changed == {"pattern"}
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3], ids=["after the mask", "after epoch 1", "after epoch 2"])
+def test_an_interrupted_run_gives_the_same_model_and_trigger(tmp_path, stop_after) -> None:
+    spec = spec_of(train={"epochs": 3, "batch_size": 32, "lr": 0.1, "augment": "crop-flip"})
+    [whole] = run_attack(spec, output=tmp_path / "whole", twin=False)
+    with pytest.raises(KeyboardInterrupt):
+        run_attack(spec, output=tmp_path / "cut", twin=False, observer=Counting(stop_after=stop_after))
+    [resumed] = run_attack(spec, output=tmp_path / "cut", twin=False)
+    assert outcome(resumed) == outcome(whole)
+    assert resumed.folder.trigger_sha256 == whole.folder.trigger_sha256
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"attack": "data-poisoning"}, r"attack: expected training-control, as the trigger 'input-aware'"),
+        ({"trigger": "square"}, r"poison\.noise: the trigger 'square' has no noise form"),
+        ({"poison": {"rate": 0.01}}, r"poison\.rate: expected at least 1/32, one image of a batch"),
+        ({"poison": {"rate": 0.25, "cover": 0.1}}, r"poison\.cover: expected 0\.0"),
+        ({"poison": {"rate": 0.25, "labels": "clean"}}, r"poison\.labels: expected 'dirty'"),
+        ({"poison": {"rate": 0.25, "source": [1]}}, r"poison\.source: expected"),
+        ({"poison": {"rate": 0.0}}, r"poison\.rate: expected a number in \(0, 1\]"),
+        ({"probe": 4}, r"probe: expected 0 for a trigger that is trained"),
+        (
+            {"trigger": {"name": "narcissus", "surrogate": "same"}},
+            r"trigger: expected one that is not optimised",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, values, message) -> None:
+    spec = spec_of(**values)
+    with pytest.raises(ConfigError, match=message):
+        TrainMaker(spec, Workplace(spec))
