@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 
 from backdoorbench_moe.bench.leaderboard import Board, Found, Setting, Value, interval_of, setting_of
 from backdoorbench_moe.ops.intervals import seeds_interval
@@ -52,23 +52,28 @@ def false_alarms(board: Board) -> list[Alarms]:
         if cell.spec.attacked or not cell.spec.defenses:
             continue
         records = board.records(results, cell)
-        common = {
-            "setting": setting_of(cell.spec),
-            "suite": results.suite.label,
-            "seeds": len(records),
-            "wanted": results.suite.repeats,
-            "records": records,
-        }
+        missing = Alarms(
+            setting=setting_of(cell.spec),
+            suite=results.suite.label,
+            about="",
+            state=results.state(cell),
+            rate=None,
+            judged=0,
+            alarmed=None,
+            seeds=len(records),
+            wanted=results.suite.repeats,
+            records=records,
+        )
         abouts = dict.fromkeys(about for each in records.values() for about in _abouts(each.record))
         if not records:
-            found.append(
-                Alarms(**common, about="", state=results.state(cell), rate=None, judged=0, alarmed=None)
-            )
-        found += [_alarms(about, [each.record for each in records.values()], common) for about in abouts]
+            found.append(missing)
+        found += [_measured(missing, about) for about in abouts]
     return found
 
 
-def _alarms(about: str, records: Sequence[Record], common: Mapping[str, object]) -> Alarms:
+def _measured(missing: Alarms, about: str) -> Alarms:
+    """The row of one judgement of finished runs."""
+    records = [each.record for each in missing.records.values()]
     counts = [count for record in records if (count := _flagged(about, record)) is not None]
     alarmed = sum(hits > 0 for hits, _ in counts) if about in (CLASS, MODEL) else None
     if about == MODEL:
@@ -77,7 +82,7 @@ def _alarms(about: str, records: Sequence[Record], common: Mapping[str, object])
     values = [row["value"] for row in each]
     judged = min(of for _, of in counts)
     rate = Value(mean_std(values)[0], interval_of(each, seeds_interval(values, judged)))
-    return Alarms(about=about, state="finished", rate=rate, judged=judged, alarmed=alarmed, **common)  # type: ignore[arg-type]
+    return replace(missing, about=about, rate=rate, judged=judged, alarmed=alarmed)
 
 
 def _abouts(record: Record) -> Iterator[str]:

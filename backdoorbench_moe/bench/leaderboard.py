@@ -255,11 +255,8 @@ def _row(board: Board, results: ResultSet, cell: Cell) -> Row:
             states[column] = place.state if _expected(column, cell.spec, records) else NO_CELL
             continue
         near = max(near, place.statistic.near_chance if column in ("ba", "asr") else 0)
-        each = [
-            results.metric(spec, key) or {}
-            for spec in cell.runs(results.suite.repeats)
-            if spec.seed in records
-        ]
+        runs = (spec for spec in cell.runs(results.suite.repeats) if spec.seed in records)
+        each = [row for spec in runs if (row := results.metric(spec, key)) is not None]
         values[column] = Value(place.statistic.mean, interval_of(each, place.statistic.interval))
     return Row(
         setting=setting_of(cell.spec),

@@ -26,10 +26,10 @@ LEGEND = (
     "Means over the seeds in percent, differences in percentage points. Below a mean stands a 95% interval: from "
     f"{FEWEST_SEEDS} seeds on, of the mean over seeds; with fewer, from the lowest to the highest end of the intervals "
     "of the single seeds, which know the test images but no other seeds. ASR is the share of triggered images that the "
-    "model calls the attacker's class; no trigger, the share of the same images without their trigger; RA, the share of "
-    "triggered images that it calls by their true class. AUROC is that of a detector's scores. Behind a filter, a "
-    "rejected image counts neither for BA and RA nor for ASR. ASR − tuning and BA − tuning compare a defense with plain "
-    "tuning on as many images. A run that was not made is shown as missing."
+    "model calls the attacker's class; no trigger, the share of the same images without their trigger; RA, the share "
+    "of triggered images that it calls by their true class. AUROC is that of a detector's scores. Behind a filter, a "
+    "rejected image counts neither for BA and RA nor for ASR. ASR − tuning and BA − tuning compare a defense with "
+    "plain tuning on as many images. A run that was not made is shown as missing."
 )
 NEAR_LEGEND = (
     "The clean accuracy of at least one seed is near chance, as that of a model which always predicts one class: its "
@@ -49,18 +49,19 @@ FILTERS = (
 Link = Callable[[Found], str]
 
 
-def leaderboard_page(board: Board, link: Link) -> str:
+def leaderboard_page(board: Board, names: Sequence[str], link: Link) -> str:
     """Write the page as HTML that loads nothing from elsewhere.
 
     Args:
         board: The results.
+        names: How each suite is called in a command: its name, or the path of its file.
         link: Function that returns the address of a record, as seen from the page.
     """
     templates = files("backdoorbench_moe.bench") / "templates"
     script = (templates / "leaderboard.js").read_text(encoding="utf-8")
     shown, alarms = rows(board), false_alarms(board)
-    several = len({each.setting.data for each in (*shown, *alarms)}) > 1
-    settings = [each.setting for each in (*shown, *alarms)]
+    settings = [row.setting for row in shown] + [row.setting for row in alarms]
+    several = len({setting.data for setting in settings}) > 1
     return render_page(
         (templates / "leaderboard.html").read_text(encoding="utf-8"),
         title=TITLE,
@@ -76,7 +77,7 @@ def leaderboard_page(board: Board, link: Link) -> str:
         alarms_legend=ALARMS_LEGEND,
         alarm_names=[*(["data set"] if several else []), "model", "detector"],
         alarms=[_alarms(row, link, several=several) for row in alarms],
-        commands=_commands(board),
+        commands=_commands(board, names),
         script=_markup(script),
         script_hash=_hash(f"\n{script}"),
     )
@@ -190,15 +191,14 @@ def _records(records: Mapping[int, Found], link: Link) -> list[tuple[int, str]]:
     return [(seed, link(found)) for seed, found in records.items()]
 
 
-def _commands(board: Board) -> list[str]:
-    suites = [results.suite for results in board.results]
-    lines = [
-        f"bbmoe bench run {shlex.quote(suite.name)}{f' --scale {shlex.quote(suite.scale)}' if suite.scale else ''} "
-        f"--repeats {suite.repeats}"
-        for suite in suites
-    ]
-    names = [f"{suite.name}:{suite.scale}" if suite.scale else suite.name for suite in suites]
-    return [*lines, f"bbmoe bench page {' '.join(map(shlex.quote, names))} --save FILE"]
+def _commands(board: Board, names: Sequence[str]) -> list[str]:
+    lines, scaled = [], []
+    for name, results in zip(names, board.results, strict=True):
+        suite = results.suite
+        scale = f" --scale {shlex.quote(suite.scale)}" if suite.scale else ""
+        lines.append(f"bbmoe bench run {shlex.quote(name)}{scale} --repeats {suite.repeats}")
+        scaled.append(shlex.quote(f"{name}:{suite.scale}" if suite.scale else name))
+    return [*lines, f"bbmoe bench page {' '.join(scaled)} --save FILE"]
 
 
 def _hash(script: str) -> str:

@@ -35,10 +35,15 @@ def load_suite(name: str, scale: str | None = None) -> Suite:
 
 def load_named(text: str) -> Suite:
     """Read a suite that is given as SUITE or SUITE:SCALE; see `load_suite`."""
+    return load_suite(*split_scale(text))
+
+
+def split_scale(text: str) -> tuple[str, str | None]:
+    """Split SUITE:SCALE, or SUITE, into name and scale. Raises ConfigError if one of them is empty."""
     name, colon, scale = text.rpartition(":") if ":" in text else (text, "", None)
     if colon and not (name and scale):
         raise ConfigError.expected("suite", "SUITE or SUITE:SCALE", text)
-    return load_suite(name, scale)
+    return name, scale
 
 
 SUITE_KEYS = ("title", "version", "scales", "base", "grid", "repeats", "tables", "plots", "paper")

@@ -43,7 +43,7 @@ def command(
     """
     from backdoorbench_moe.bench.leaderboard import open_board
     from backdoorbench_moe.bench.leaderboard_page import leaderboard_page, relative_link
-    from backdoorbench_moe.bench.suite_file import load_named
+    from backdoorbench_moe.bench.suite_file import load_suite, split_scale
     from backdoorbench_moe.errors import ConfigError, RecordError
     from backdoorbench_moe.records import write_atomically
 
@@ -51,11 +51,12 @@ def command(
         raise ConfigError("--published: can only be used with --from")
     if folders is not None and not folders.is_dir():
         raise RecordError(f"--from {folders}: expected a folder of results folders, found none")
-    suites = [load_named(name) for name in names]
+    given = [split_scale(text) for text in names]
+    suites = [load_suite(name, scale) for name, scale in given]
     suites = suites if repeats is None else [suite.with_repeats(repeats) for suite in suites]
     board = open_board(suites, runs=output, folders=folders)
     start = Path.cwd() if save is None else save.parent
-    page = leaderboard_page(board, relative_link(start, published, folders))
+    page = leaderboard_page(board, [name for name, _ in given], relative_link(start, published, folders))
     if save is None:
         echo(page)
         return
