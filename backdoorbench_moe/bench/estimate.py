@@ -132,14 +132,24 @@ def seconds_left(run: Planned, speed: Speed, images: ImageSet, model: nn.Module)
 
 
 def defense_cost(spec: RunSpec, images: ImageSet, model: nn.Module) -> Cost | None:
-    """Return the cost of the last defense of a spec, as it states it; None if it is not known.
+    """Return the cost of the last defense of a spec.
+
+    Args:
+        spec: The spec.
+        images: The data.
+        model: The model, trained or not.
+
+    Returns:
+        What the defense states, or else the epochs that its options name; None if neither is known.
 
     Raises:
         BbmoeError: The defense cannot be built, or does not fit the data.
     """
     part, train, classes = spec.defenses[-1], len(images.train), images.num_classes
     defense = defenses.registry.create(part.name, part.options)
-    return defense.cost(model, held=defense.count(train, classes), train=train, classes=classes)
+    stated = defense.cost(model, held=defense.count(train, classes), train=train, classes=classes)
+    passes = Planned(spec, "missing").passes
+    return stated if stated is not None or not passes else Cost(trained=passes * train)
 
 
 def judged_inputs(spec: RunSpec, images: ImageSet) -> int:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from backdoorbench_moe.bench.leaderboard import Board, Found, Setting, Value, interval_of, setting_of
 from backdoorbench_moe.ops.intervals import seeds_interval
 from backdoorbench_moe.ops.metrics import mean_std, proportion
-from backdoorbench_moe.records import Judged, Record
+from backdoorbench_moe.records import Record
 
 INPUT, SAMPLE, CLASS, MODEL = "input", "sample", "class", "model"
 # What is judged, in the plural. Experts are not among it: every defense that chooses an expert calls one suspicious.
@@ -91,19 +91,18 @@ def _abouts(record: Record) -> Iterator[str]:
 
 def _flagged(about: str, record: Record) -> tuple[int, int] | None:
     """How many a judgement flags, and how many it judges; None if the record does not have the judgement."""
-    judged = next((each for each in record.judgements if each["about"] == about), None)
-    if judged is None:
+    found = [each for each in record.judgements if each["about"] == about]
+    if not found:
         return None
     if about == INPUT:
         rejected = record.metrics["fpr"]
         return round(rejected["value"] * rejected["n"] / 100), int(rejected["n"])
-    suspicious = judged["suspicious"]
-    flagged = suspicious if isinstance(suspicious, int) else len(suspicious)
-    return (min(flagged, 1), 1) if about == MODEL else (flagged, _judged(about, judged, record))
-
-
-def _judged(about: str, judged: Judged, record: Record) -> int:
-    """How many samples or classes are judged."""
     if about == SAMPLE:
-        return int(record.data["train_images"])
-    return len(judged["scores"]) if judged["scores"] else len(record.data["classes"])
+        # Of samples, a record has the number only, and there is one judgement about them.
+        return _number(found[0]["suspicious"]), int(record.data["train_images"])
+    names = {name for each in found if not isinstance(each["suspicious"], int) for name in each["suspicious"]}
+    return (min(len(names), 1), 1) if about == MODEL else (len(names), len(record.data["classes"]))
+
+
+def _number(suspicious: list[str] | int) -> int:
+    return suspicious if isinstance(suspicious, int) else len(suspicious)

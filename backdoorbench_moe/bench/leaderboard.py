@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from backdoorbench_moe.bench.record_metrics import base_of, with_recovery
+from backdoorbench_moe.bench.record_metrics import with_recovery
 from backdoorbench_moe.bench.results import RECORDS, ResultSet, check_manifest, read_lines
 from backdoorbench_moe.bench.suite import Cell, Suite, order, seedless_digest, value_of
 from backdoorbench_moe.bench.tables import NO_CELL, find_place, label
@@ -16,11 +16,18 @@ from backdoorbench_moe.config import PartSpec, RunSpec
 from backdoorbench_moe.config.spec import DEFAULT_ATTACK
 from backdoorbench_moe.engine.graph import PARENT, needs
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.metrics import METRICS
 from backdoorbench_moe.ops.intervals import Interval
 from backdoorbench_moe.records import Record
 
 # Metrics of the table of attacks and defenses.
-COLUMNS = ("asr", "target_rate", "ba", "ra", "auroc", "asr_over_tuning", "ba_over_tuning")
+COLUMNS = ("asr", "target_rate", "ba", "ra", "asr_over_tuning", "ba_over_tuning", "auroc", "tpr", "fpr")
+# Of what a detector judges if it is no filter of inputs: training images or classes.
+JUDGEMENTS = {
+    "auroc": ("sample_auroc",),
+    "tpr": ("sample_tpr", "class_tpr"),
+    "fpr": ("sample_fpr", "class_fpr"),
+}
 NO_DEFENSE = "none"
 
 
@@ -272,18 +279,18 @@ def _row(board: Board, results: ResultSet, cell: Cell) -> Row:
 
 
 def _measured_key(column: str, records: Mapping[int, Found]) -> str:
-    """The key of a metric; of an AUROC also that of a judgement about training samples, such as "sample.auroc"."""
-    keys = [key for each in records.values() for key in each.record.metrics]
-    return next((key for key in (column, *keys) if key in keys and base_of(key) == column), column)
+    """The key of the metric that stands in a column: of a detector that is no filter, that of its own judgement."""
+    measured = {key for each in records.values() for key in each.record.metrics if key in METRICS}
+    return next((key for key in (column, *JUDGEMENTS.get(column, ())) if key in measured), column)
 
 
 def _expected(column: str, spec: RunSpec, records: Mapping[int, Found]) -> bool:
     """Whether a run like this one can have a metric that it does not have.
 
-    Only detectors have an AUROC and only attacked models an ASR. Behind an input filter, nothing is measured without
-    the trigger, nor compared with tuning.
+    Only detectors have an AUROC, TPR and FPR, and only attacked models an ASR. Behind an input filter, nothing is
+    measured without the trigger, nor compared with tuning.
     """
-    if column == "auroc":
+    if column in JUDGEMENTS:
         return False
     behind_filter = any(FILTERED in each.record.metrics for each in records.values())
     if column == "target_rate" or uses_tuning(column):

@@ -27,9 +27,10 @@ LEGEND = (
     f"{FEWEST_SEEDS} seeds on, of the mean over seeds; with fewer, from the lowest to the highest end of the intervals "
     "of the single seeds, which know the test images but no other seeds. ASR is the share of triggered images that the "
     "model calls the attacker's class; no trigger, the share of the same images without their trigger; RA, the share "
-    "of triggered images that it calls by their true class. AUROC is that of a detector's scores. Behind a filter, a "
-    "rejected image counts neither for BA and RA nor for ASR. ASR − tuning and BA − tuning compare a defense with "
-    "plain tuning on as many images. A run that was not made is shown as missing."
+    "of triggered images that it calls by their true class. Behind a filter, a rejected image counts neither for BA "
+    "and RA nor for ASR. ASR − tuning and BA − tuning compare a defense with plain tuning on as many images. AUROC, "
+    "TPR and FPR are of what a detector judges: inputs, training images or classes. The numbers below the seeds link "
+    "to their records. A run that was not made is shown as missing."
 )
 NEAR_LEGEND = (
     "The clean accuracy of at least one seed is near chance, as that of a model which always predicts one class: its "

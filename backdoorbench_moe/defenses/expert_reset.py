@@ -59,8 +59,10 @@ class ExpertReset(Defense):
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int) -> Cost:
         """Measure the accuracy without each expert, tune, and measure the statistics of the norms twice."""
-        tried = len(experts_of(model)) if self.expert == "least-missed" else 0
-        return Cost(trained=self.epochs * held, predicted=(tried + 2) * held)
+        experts = experts_of(model)
+        tried = len(experts) if self.expert == "least-missed" else 0
+        norms = sum(key.endswith("running_mean") for key in experts[0].own)
+        return Cost(trained=self.epochs * held, predicted=(tried + 2 * norms) * held)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Choose the expert, reset it, and train it."""

@@ -7,8 +7,11 @@ from collections import Counter
 import pytest
 import torch
 from defense_tasks import make_task, used_model
+from tiny import Tiny, tiny_spec
 from torch import nn
 
+from backdoorbench_moe import defenses
+from backdoorbench_moe.bench.estimate import defense_cost
 from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
@@ -74,3 +77,24 @@ def test_without_epochs_the_cost_is_not_known() -> None:
 
 def test_training_and_judging_count_as_forward_passes() -> None:
     assert Cost(trained=10, predicted=5, judged=2).forward(100) == 30 + 5 + 200
+
+
+class Longer(Idle):
+    """Has an option `epochs`, and no attribute of this name."""
+
+    def __init__(self, *, epochs: int = 2, clean_fraction: float = 0.5) -> None:
+        super().__init__(clean_fraction=clean_fraction)
+        self.lasts = epochs
+
+
+def test_an_estimate_takes_the_option_epochs_where_nothing_is_stated() -> None:
+    images = Tiny().load()
+    for name, part in (("longer", Longer), ("idle", Idle)):
+        defenses.registry.register(name)(part)
+    try:
+        [longer, idle] = (tiny_spec(defenses=[name]) for name in ("longer", "idle"))
+        assert defense_cost(longer, images, nn.Linear(1, 1)) == Cost(trained=2 * 48)
+        assert defense_cost(idle, images, nn.Linear(1, 1)) is None
+    finally:
+        for name in ("longer", "idle"):
+            defenses.registry.unregister(name)

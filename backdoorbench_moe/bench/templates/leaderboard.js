@@ -1,8 +1,18 @@
 // Sorting and filtering of the tables. Without this script, the page shows everything in the order of the suites.
 "use strict";
 
+// The cell in a column; null for a cell that spans several, as that of a missing run.
+function cellAt(row, column) {
+  let start = 0;
+  for (const cell of row.cells) {
+    if (column < start + cell.colSpan) return cell.colSpan === 1 ? cell : null;
+    start += cell.colSpan;
+  }
+  return null;
+}
+
 function key(row, column) {
-  const cell = row.cells[column];
+  const cell = cellAt(row, column);
   if (!cell) return null;
   if ("value" in cell.dataset) return Number(cell.dataset.value);
   return cell.tagName === "TH" || "text" in cell.dataset ? cell.textContent.trim() : null;
@@ -26,7 +36,6 @@ function sort(table, column, descending) {
 function makeSortable(table) {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
-    if ("fixed" in head.dataset) return;
     const button = document.createElement("button");
     button.append(...head.childNodes);
     head.append(button);
