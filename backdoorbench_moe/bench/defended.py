@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.runner import Runner, spec_to_defend
 from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.engine.status import status_of
-from backdoorbench_moe.errors import BbmoeError, ConfigError, UnknownNameError
+from backdoorbench_moe.errors import BbmoeError, ConfigError, PluginError, UnknownNameError
 from backdoorbench_moe.records import Record, RunFolder
 
 ALL = "all"
@@ -102,9 +102,8 @@ class DefensePlan:
             except (KeyboardInterrupt, StopRun):
                 raise
             except Exception as error:
-                # Any error, including those of plug-ins: the other defenses must be measured.
-                is_ours = isinstance(error, BbmoeError)
-                message = str(error) if is_ours else f"{type(error).__name__}: {error}"
+                # As in `plan_defenses`.
+                message = _reason(each.part.name, error)
                 record_failure(RunFolder(self.runner.output / each.spec.name), each.spec, message)
                 yield each, message
             else:
@@ -151,7 +150,7 @@ def options_by_name(names: Sequence[str], values: Mapping[str, Any]) -> Options:
     Raises:
         UnknownNameError: A key is neither one of these defenses nor an option of any of them.
     """
-    known = {name: defenses.registry.options(name) for name in names}
+    known = {name: _known_options(name) for name in names}
     shared = {key: value for key, value in values.items() if key not in known}
     for key in shared:
         if not any(key in options for options in known.values()):
@@ -166,6 +165,14 @@ def options_by_name(names: Sequence[str], values: Mapping[str, Any]) -> Options:
         if given := {**{key: value for key, value in shared.items() if key in options}, **own}:
             found[name] = given
     return found
+
+
+def _known_options(name: str) -> Collection[str]:
+    """The options of a defense; none of one that cannot be imported, which is refused later."""
+    try:
+        return defenses.registry.options(name)
+    except PluginError:
+        return ()
 
 
 def plan_defenses(
@@ -206,7 +213,8 @@ def plan_defenses(
         defended = replace(spec, defenses=(*spec.defenses, part))
         try:
             run = _applied(defended, spec, setup)
-        except BbmoeError as error:
+        except Exception as error:
+            # Any error, including those of plug-ins: the other defenses must be measured.
             refused[part.name] = _reason(part.name, error)
             continue
         runs[defended.digest] = run
@@ -239,8 +247,10 @@ def _applied(defended: RunSpec, spec: RunSpec, setup: Setup) -> Defended:
     return Defended(defended, defense_cost(defended, setup.images, setup.model))
 
 
-def _reason(name: str, error: BbmoeError) -> str:
-    """The message of an error without the name of the defense."""
+def _reason(name: str, error: Exception) -> str:
+    """The message of an error, without the name of the defense; of one that is not ours with its type."""
+    if not isinstance(error, BbmoeError):
+        return f"{type(error).__name__}: {error}"
     return str(error).removeprefix(f"defense {name!r}: ").removeprefix(f"{name}: ")
 
 
@@ -269,7 +279,9 @@ def _suite(plan: DefensePlan, found: Mapping[str, Record]) -> Suite:
         absent |= {"auroc", "tpr", "fpr"}
     elif not plan.spec.attacked:
         absent |= {"auroc", "tpr"}
-    metrics = tuple(key for key in COLUMNS if key not in absent)
+    # Marked images of a mixture may have a safe answer that is not what they are.
+    columns = ("unsafe" if key == "ra" and plan.spec.mixture is not None else key for key in COLUMNS)
+    metrics = tuple(key for key in columns if key not in absent)
     title = f"Defenses of {plan.parent.folder.path.name}"
     layout = Layout(_describe(plan.spec), ("defenses",), METRIC_COLUMNS, metrics)
     return Suite(

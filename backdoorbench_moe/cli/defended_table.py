@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -98,11 +99,11 @@ def _command(plan: DefensePlan) -> str:
     """The command that makes the runs of a plan."""
     names = ",".join(dict.fromkeys(each.part.name for each in plan.runs))
     settings = [
-        f" --set {each.part.name}.{key}={value}"
+        f" --set {shlex.quote(f'{each.part.name}.{key}={value}')}"
         for each in plan.runs
         for key, value in each.part.options.items()
     ]
-    return f"bbmoe defend {plan.parent.folder.path.name} --defense {names}{''.join(settings)}"
+    return f"bbmoe defend {shlex.quote(plan.parent.folder.path.name)} --defense {names}{''.join(settings)}"
 
 
 def _print_json(plan: DefensePlan, failed: Mapping[str, str]) -> None:

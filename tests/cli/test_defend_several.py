@@ -57,6 +57,13 @@ class Silent(Defense):
         return DefenseResult("idle", task.model)
 
 
+class Faulty(Silent):
+    """Fails before it is applied, with an error that is not ours."""
+
+    def check(self, model):
+        raise KeyError("no such layer")
+
+
 @pytest.fixture
 def register():
     """Offer defenses in this process."""
@@ -121,6 +128,24 @@ def test_all_are_all_that_fit_and_the_others_are_listed_with_the_reason(bbmoe, v
     assert names | set(plan["not_applicable"]) == set(defenses.registry.names())
     code, out, _ = bbmoe(*words)
     assert code == 0 and "not applicable: rasa: model: expected" in out and "one run at a time" in out
+
+
+def test_a_fault_of_a_plug_in_is_a_reason_too(bbmoe, victim, register, tmp_path) -> None:
+    register(faulty=Faulty)
+    words = [
+        "defend",
+        victim.folder.path,
+        "--defense",
+        "faulty,reroute",
+        *SHARE,
+        "--output",
+        tmp_path,
+        "--dry-run",
+    ]
+    code, out, _ = bbmoe(*words, "--json")
+    plan = json.loads(out)
+    assert code == 0 and len(plan["runs"]) == 1
+    assert plan["not_applicable"] == {"faulty": "KeyError: 'no such layer'"}
 
 
 def test_a_dense_model_keeps_what_does_not_need_experts(bbmoe, tmp_path) -> None:
