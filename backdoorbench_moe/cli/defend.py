@@ -74,7 +74,7 @@ def command(
     code 1: a defense failed.
     """
     usage = CoreUsage.now()
-    from backdoorbench_moe.bench.defended import split_names
+    from backdoorbench_moe.bench.defense_options import split_names
 
     defenses, options = split_names(names), chain_settings(settings)
     from backdoorbench_moe.cli.progress import make_observer
@@ -114,7 +114,8 @@ def _defend_each(
     quiet: bool,
     **given: Any,
 ) -> None:
-    from backdoorbench_moe.bench.defended import options_by_name, plan_defenses
+    from backdoorbench_moe.bench.defended import plan_defenses
+    from backdoorbench_moe.bench.defense_options import options_by_name
     from backdoorbench_moe.cli import defended_table
 
     plan = plan_defenses(parent, names, options_by_name(names, options), **given)
