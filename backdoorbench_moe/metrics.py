@@ -100,6 +100,17 @@ METRICS = {
         ),
         Metric("ra", "accuracy on triggered images", "RA", PERCENT, "higher"),
         Metric("cad", "clean accuracy drop", "CAD", POINTS, "lower"),
+        # Of defended runs; never in a record, see `bench.tuning`.
+        Metric(
+            "ba_over_tuning", "clean accuracy minus that of plain tuning", "BA − tuning", POINTS, "higher"
+        ),
+        Metric(
+            "asr_over_tuning",
+            "attack success rate minus that of plain tuning",
+            "ASR − tuning",
+            POINTS,
+            "lower",
+        ),
         # Of mixtures of experts; see `engine.mixture_metrics`.
         Metric("unsafe", "marked images not answered safely", "unsafe", PERCENT, "lower"),
         Metric("overall", "accuracy in percent of the benign experts'", "Overall", PERCENT, "higher"),

@@ -5,6 +5,7 @@
 These are, from the records alone and without training anything:
 
 - the tables, plots and pages of each results folder (`benchmarks/results/**/suite.json`),
+- the leaderboard of the documentation, from the results folders of the suites in `LEADERBOARD`,
 - the tables between `<!-- NAME -->` and `<!-- /NAME -->` in README.md and benchmarks/README.md.
 
 Records are never changed. A second call changes nothing. The text around the tables is written by hand:
@@ -21,6 +22,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from backdoorbench_moe.bench.leaderboard import open_board
+from backdoorbench_moe.bench.leaderboard_page import leaderboard_page, relative_link
 from backdoorbench_moe.bench.paper import PaperTable
 from backdoorbench_moe.bench.render import table_lines
 from backdoorbench_moe.bench.results import ResultSet, read_manifest
@@ -37,6 +40,16 @@ from backdoorbench_moe.records import RunFolder
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("benchmarks") / "results"
 PAGES = (Path("README.md"), Path("benchmarks") / "README.md")
+LEADERBOARD_PAGE = Path("docs") / "pages" / "assets" / "leaderboard.html"
+# Suites of the leaderboard, at their scale small; those of plug-ins by their file.
+LEADERBOARD = (
+    "standard-attacks",
+    "standard-defenses",
+    "plugins/bbmoe-vmoe/suites/standard-vmoe.yaml",
+    "false-alarms",
+    "defenses",
+    "plugins/bbmoe-vmoe/suites/transformer-defenses.yaml",
+)
 
 
 def results_folders(root: Path) -> list[Path]:
@@ -96,6 +109,14 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
 }
 
 
+def leaderboard(root: Path) -> str:
+    """Draw the leaderboard; suites without results are shown as missing."""
+    files = [str(root / name) if name.endswith(".yaml") else name for name in LEADERBOARD]
+    suites = [load_suite(name, "small") for name in files]
+    board = open_board(suites, runs=root, folders=root / RESULTS)
+    return leaderboard_page(board, LEADERBOARD, relative_link(root / LEADERBOARD_PAGE.parent))
+
+
 def redraw_page(text: str, blocks: dict[str, str]) -> str:
     """Replace the marked tables of a page; other marked parts stay as they are."""
 
@@ -117,9 +138,17 @@ def main(root: Path = ROOT) -> None:
     blocks = {name: draw(root) for name, draw in BLOCKS.items()}
     for page in PAGES:
         text = (root / page).read_text(encoding="utf-8")
-        if (new := redraw_page(text, blocks)) != text:
-            (root / page).write_text(new, encoding="utf-8")
-            print(page)
+        _replace(root, page, text, redraw_page(text, blocks))
+    (root / LEADERBOARD_PAGE.parent).mkdir(parents=True, exist_ok=True)
+    text = (root / LEADERBOARD_PAGE).read_text(encoding="utf-8") if (root / LEADERBOARD_PAGE).exists() else ""
+    _replace(root, LEADERBOARD_PAGE, text, leaderboard(root))
+
+
+def _replace(root: Path, page: Path, old: str, new: str) -> None:
+    """Write a page and print its name, if its text has changed."""
+    if new != old:
+        (root / page).write_text(new, encoding="utf-8")
+        print(page)
 
 
 def _contents(folder: Path) -> dict[Path, bytes]:

@@ -12,7 +12,7 @@ from backdoorbench_moe.bench.paper import PaperTable
 from backdoorbench_moe.bench.results import CLEAN_CELLS, MANIFEST, ResultSet, read_lines, read_manifest
 from backdoorbench_moe.bench.statistic import Statistic
 from backdoorbench_moe.bench.suite import Cell, Layout, Suite, seedless_digest, value_of
-from backdoorbench_moe.bench.suite_file import load_suite
+from backdoorbench_moe.bench.suite_file import load_named
 from backdoorbench_moe.bench.tables import DEFAULT_METRICS, find_place, label, table_metrics
 from backdoorbench_moe.bench.wording import suite_line
 from backdoorbench_moe.config import PARTS, RunSpec
@@ -137,10 +137,7 @@ def open_side(text: str, output: Path | str) -> Side:
         return Side(f"{suite_line(results.suite)} ({text})", results)
     if folder.is_dir():
         raise RecordError(f"results folder {text}: expected a {MANIFEST} in it, found none")
-    name, colon, scale = text.rpartition(":") if ":" in text else (text, "", None)
-    if colon and not (name and scale):
-        raise ConfigError.expected("suite", "SUITE or SUITE:SCALE", text)
-    suite = load_suite(name, scale)
+    suite = load_named(text)
     return Side(suite_line(suite), ResultSet.from_runs(suite, output))
 
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from backdoorbench_moe import triggers
+from backdoorbench_moe import defenses, triggers
 from backdoorbench_moe.bench.plan import Planned
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet
+from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.engine.build import build_model
 from backdoorbench_moe.engine.device import reproducible, resolve_device, resolve_precision
+from backdoorbench_moe.engine.filtering import IMAGES
 from backdoorbench_moe.engine.graph import NodeKind, kind_of, surrogate_of
 from backdoorbench_moe.engine.inference import BATCH, predict
 from backdoorbench_moe.engine.step import WARMUP_STEPS
@@ -105,20 +107,62 @@ def _rate(step: Callable[[], object], warmup: int, device: torch.device) -> floa
     raise AssertionError
 
 
-def seconds_left(run: Planned, speed: Speed, images: ImageSet) -> float:
+def seconds_left(run: Planned, speed: Speed, images: ImageSet, model: nn.Module) -> float | None:
     """Estimate the seconds that a run still takes: its epochs, then the evaluation on clean and on marked images.
 
     Before the first epoch, the optimisation of the trigger is included, if there is one; a surrogate of another
     architecture is taken to be as fast as the run's own model. A defended run is evaluated before the defense and at
-    its end; stages in between are not counted.
+    its end; stages in between are not counted. It starts anew after an interruption.
+
+    Args:
+        run: The run.
+        speed: The speed of its model.
+        images: Its data.
+        model: Its model, trained or not.
+
+    Returns:
+        The seconds; None for a defense whose cost is not known (see `Defense.cost`).
     """
     if run.status == "finished":
         return 0.0
+    evaluation = _tests(run.spec) * len(images.test) / speed.predict
+    if run.spec.defenses:
+        cost = defense_cost(run.spec, images, model)
+        return None if cost is None else _defense_seconds(cost, run.spec, speed, images) + evaluation
     left = run.passes * (1 - run.epochs / run.total_epochs) if run.total_epochs else 0.0
     optimised = 0 if run.epochs else _optimised_images(run.spec, len(images.train))
-    return (left * _train_images(run.spec, images) + optimised) / speed.train + _tests(run.spec) * len(
-        images.test
-    ) / speed.predict
+    return (left * _train_images(run.spec, images) + optimised) / speed.train + evaluation
+
+
+def defense_cost(spec: RunSpec, images: ImageSet, model: nn.Module) -> Cost | None:
+    """Return the cost of the last defense of a spec.
+
+    Args:
+        spec: The spec.
+        images: The data.
+        model: The model, trained or not.
+
+    Returns:
+        What the defense states, or else the epochs that its options name; None if neither is known.
+
+    Raises:
+        BbmoeError: The defense cannot be built, or does not fit the data.
+    """
+    part, train, classes = spec.defenses[-1], len(images.train), images.num_classes
+    defense = defenses.registry.create(part.name, part.options)
+    stated = defense.cost(model, held=defense.count(train, classes), train=train, classes=classes)
+    passes = Planned(spec, "missing").passes
+    return stated if stated is not None or not passes else Cost(trained=passes * train)
+
+
+def judged_inputs(spec: RunSpec, images: ImageSet) -> int:
+    """Return the number of test images, clean and triggered, that an input filter is measured on."""
+    return min(IMAGES, len(images.test)) * (2 if spec.attacked else 1)
+
+
+def _defense_seconds(cost: Cost, spec: RunSpec, speed: Speed, images: ImageSet) -> float:
+    predicted = cost.predicted + judged_inputs(spec, images) * cost.judged
+    return cost.trained / speed.train + predicted / speed.predict
 
 
 def _train_images(spec: RunSpec, images: ImageSet) -> int:

@@ -29,12 +29,13 @@ from backdoorbench_moe.drawing import inline_svg, render_page
 ENVIRONMENT = ("runs", "device", "precision", "threads", "torch", "python", "git commit")
 
 
-def page(results: ResultSet, svgs: Sequence[bytes] | None = None) -> str:
+def page(results: ResultSet, svgs: Sequence[bytes] | None = None, again: Sequence[str] | None = None) -> str:
     """Write the page as HTML that loads nothing from elsewhere.
 
     Args:
         results: The results of the suite.
         svgs: The suite's plots as SVG files, if they are drawn already.
+        again: The command that makes what is missing, and the one that draws the page; by default those of the suite.
 
     Raises:
         ConfigError: If a layout or plot would put two cells in one place.
@@ -54,7 +55,7 @@ def page(results: ResultSet, svgs: Sequence[bytes] | None = None) -> str:
         facts=facts(sheet),
         environment_names=ENVIRONMENT,
         environments=[_environment(row) for row in environments(results)],
-        commands=commands(sheet.suite),
+        commands=again or commands(sheet.suite),
     )
 
 

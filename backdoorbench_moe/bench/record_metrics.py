@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from backdoorbench_moe.collapse import is_near_chance
+from backdoorbench_moe.engine.graph import PARENT, needs
 from backdoorbench_moe.records import Record
 
 
@@ -41,6 +43,27 @@ def find_value(record: Record, key: str) -> Mapping[str, float] | None:
         return _seconds(record, key.rpartition(".")[0])
     stage, _, name = key.partition(".")
     return _stage_metrics(record, stage).get(name)
+
+
+def with_recovery(record: Record, others: Iterable[Record]) -> Record:
+    """Complete the record of an undefended run by its RA, which is measured before each of its defenses only.
+
+    Args:
+        record: The record of a run.
+        others: Records, those of its defended runs among them.
+
+    Returns:
+        The record with RA; the same record if it has RA, or none of the others measured it.
+    """
+    if "ra" in record.metrics or not record.run_spec.attacked:
+        return record
+    for other in others:
+        parent = needs(other.run_spec).get(PARENT) if other.stages else None
+        if parent is None or parent.digest != record.digest:
+            continue
+        if (found := other.stages[0]["metrics"].get("ra")) is not None:
+            return replace(record, metrics={**record.metrics, "ra": found})
+    return record
 
 
 def is_of_collapsed_model(record: Record, key: str) -> bool:

@@ -18,6 +18,8 @@ from backdoorbench_moe.bench.record_metrics import (
 )
 from backdoorbench_moe.bench.statistic import Sample, Statistic, drop_interval
 from backdoorbench_moe.bench.suite import Cell, Suite, order, seedless_digest
+from backdoorbench_moe.bench.tuning import compared_key, plain_tuning, uses_tuning
+from backdoorbench_moe.collapse import FILTERED
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.graph import clean_twin, poisoned_experts
 from backdoorbench_moe.engine.status import status_of
@@ -69,7 +71,7 @@ class ResultSet:
         kept = {digest: known[digest] for digest in wanted if digest in known}
         found = {record.digest: record for record in _read_folders(suite, Path(output))}
         kept |= {k: record for k, record in found.items() if record.status == "finished" or k not in kept}
-        return cls._of(suite, kept.values())
+        return cls.of(suite, kept.values())
 
     @classmethod
     def from_folder(cls, suite: Suite, folder: Path | str) -> ResultSet:
@@ -81,10 +83,15 @@ class ResultSet:
         folder = Path(folder)
         check_manifest(suite, folder)
         wanted = {spec.digest for spec in order(suite)}
-        return cls._of(suite, (record for record in read_lines(folder) if record.digest in wanted))
+        return cls.of(suite, (record for record in read_lines(folder) if record.digest in wanted))
 
     @classmethod
-    def _of(cls, suite: Suite, records: Iterable[Record]) -> ResultSet:
+    def of(cls, suite: Suite, records: Iterable[Record]) -> ResultSet:
+        """Put records beside a suite; those of other suites may be among them.
+
+        Raises:
+            RecordError: If runs on one data set were made from different data.
+        """
         found = {record.digest: record for record in records}
         digests: dict[str, tuple[str, str]] = {}
         for record in found.values():
@@ -151,6 +158,9 @@ class ResultSet:
             # Computed, not read: the twin may have been linked again after the run was recorded.
             twin, ba = (self.value(spec, with_base(metric, name)) for name in ("twin_ba", "ba"))
             return None if twin is None or ba is None else twin - ba
+        if uses_tuning(metric):
+            own, tuned = self._beside_tuning(spec, compared_key(metric))
+            return None if own is None or tuned is None else own - tuned
         found = self.metric(spec, metric)
         return None if found is None else found["value"]
 
@@ -177,6 +187,18 @@ class ResultSet:
             return self._alone(spec)
         return find_value(record, metric)
 
+    def _beside_tuning(self, spec: RunSpec, metric: str) -> tuple[float | None, float | None]:
+        """A metric of a defended run and of plain tuning; None each if there is none, and behind an input filter."""
+        tuned, record = plain_tuning(spec), self.record(spec)
+        if tuned is None or record is None or FILTERED in record.metrics:
+            return None, None
+        return self.value(spec, metric), self.value(tuned, metric)
+
+    def has_tuning(self, cell: Cell) -> bool:
+        """Return whether plain tuning in the place of a cell's last defense is finished for any seed."""
+        tuned = [plain_tuning(spec) for spec in cell.runs(self.suite.repeats)]
+        return any(spec is not None and self.record(spec) is not None for spec in tuned)
+
     def _alone(self, spec: RunSpec) -> Mapping[str, float] | None:
         """The mean ASR of the poisoned experts of a mixture, each by itself; None unless all of them are finished."""
         experts = poisoned_experts(spec) if spec.mixture is not None and spec.mixture.task is None else []
@@ -197,6 +219,10 @@ class ResultSet:
         if base_of(metric) == "cad":
             ba, twin_ba = (self._sample(specs, with_base(metric, name)) for name in ("ba", "twin_ba"))
             return drop_interval(ba, twin_ba)
+        if uses_tuning(metric):
+            key = compared_key(metric)
+            tuned = [each for spec in specs if (each := plain_tuning(spec)) is not None]
+            return drop_interval(self._sample(tuned, key), self._sample(specs, key))
         return self._sample(specs, metric).interval(find_metric(metric))
 
     def _sample(self, specs: list[RunSpec], metric: str) -> Sample:
@@ -222,6 +248,9 @@ class ResultSet:
         if record is None:
             return False
         found = is_of_collapsed_model(record, metric)
+        if uses_tuning(metric):
+            tuned = plain_tuning(spec)
+            found |= tuned is not None and self._near_chance(tuned, compared_key(metric))
         if uses_twin(metric):
             twin = clean_twin(spec)
             found |= twin.digest != spec.digest and self._near_chance(twin, "ba")

@@ -19,6 +19,7 @@ from backdoorbench_moe.bench.suite import Suite, order
 from backdoorbench_moe.bench.tables import build_sheet
 from backdoorbench_moe.bench.worker import Job, Outcome
 from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.engine.build import build_model
 from backdoorbench_moe.engine.graph import reference
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import Runner
@@ -135,13 +136,17 @@ def check(
         on_check(done, len(one_each))
 
 
-def estimate(runs: Sequence[Planned]) -> Iterator[tuple[Planned, float]]:
-    """Yield every run with the seconds that it still takes, from a short measurement of each kind of run."""
-    seconds: dict[str, float] = {}
+def estimate(runs: Sequence[Planned]) -> Iterator[tuple[Planned, float | None]]:
+    """Yield every run with the seconds that it still takes, from a short measurement of each kind of run.
+
+    The seconds of a defense whose cost is not known are None.
+    """
+    seconds: dict[str, float | None] = {}
     for _, group in kinds([run for run in runs if run.status != "finished"]):
         images = Workplace(group[0].spec).images
         speed = measure_speed(group[0].spec, images)
-        seconds |= {run.spec.digest: seconds_left(run, speed, images) for run in group}
+        model = build_model(group[0].spec, num_classes=images.num_classes, image_size=images.image_size)
+        seconds |= {run.spec.digest: seconds_left(run, speed, images, model) for run in group}
     return ((run, seconds.get(run.spec.digest, 0.0)) for run in runs)
 
 

@@ -105,7 +105,8 @@ class Suite:
     Args:
         name: Name of the suite.
         title: Title of its page.
-        version: Raised by the author whenever the suite's runs change; results folders keep it.
+        version: Raised by the author whenever the suite's runs change; results folders keep it. None for the defenses
+            of one run, which are laid out like a suite (see `bench.defended`).
         scale: Name of the scale; None for a suite without scales.
         note: What the scale cuts down; shown with every table.
         repeats: Number of seeds a cell.
@@ -117,7 +118,7 @@ class Suite:
 
     name: str
     title: str
-    version: int
+    version: int | None
     scale: str | None
     note: str
     repeats: int

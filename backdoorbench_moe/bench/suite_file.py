@@ -33,6 +33,19 @@ def load_suite(name: str, scale: str | None = None) -> Suite:
     return parse_suite(load_yaml(file), file.stem, scale, folder=file.parent)
 
 
+def load_named(text: str) -> Suite:
+    """Read a suite that is given as SUITE or SUITE:SCALE; see `load_suite`."""
+    return load_suite(*split_scale(text))
+
+
+def split_scale(text: str) -> tuple[str, str | None]:
+    """Split SUITE:SCALE, or SUITE, into name and scale. Raises ConfigError if one of them is empty."""
+    name, colon, scale = text.rpartition(":") if ":" in text else (text, "", None)
+    if colon and not (name and scale):
+        raise ConfigError.expected("suite", "SUITE or SUITE:SCALE", text)
+    return name, scale
+
+
 SUITE_KEYS = ("title", "version", "scales", "base", "grid", "repeats", "tables", "plots", "paper")
 
 
@@ -121,7 +134,9 @@ def _build(chosen: Values, base: Values, scaled: Values, models: Values, place: 
         named = build_spec(scaled, *layers)
         model, data = named.model.name, named.dataset.name
         options = {"model": {"name": model, **models.get(model, {})}}
-        below = merge({"dataset": {"name": data}}, scaled, options)
+        # A scale's data set is that of suites that name none; its options hold for any data set.
+        size = {key: value for key, value in normalise(scaled).get("dataset", {}).items() if key != "name"}
+        below = merge({"dataset": {"name": data}}, {**scaled, "dataset": size}, options)
         spec = build_spec(below, *layers)
         # A suite's digest and tables need no data, so its classes are given by number.
         spec.poison.check_numbered()

@@ -11,12 +11,14 @@ from backdoorbench_moe.bench.record_metrics import uses_twin
 from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.statistic import Statistic
 from backdoorbench_moe.bench.suite import METRIC_COLUMNS, Cell, Layout, Suite, order, value_of
+from backdoorbench_moe.bench.tuning import plain_tuning, uses_tuning
 from backdoorbench_moe.engine.graph import reference
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.metrics import metric as find_metric
 
 # What a place without numbers says, beside the states of a record.
 NO_CELL, NO_TWIN, NOT_MEASURED = "–", "no clean twin", "not measured"
+NO_TUNING = "no plain tuning"
 DEFAULT_METRICS = ("asr", "ba", "cad")
 
 
@@ -218,8 +220,18 @@ def find_place(results: ResultSet, cell: Cell | None, metric: str) -> Place:
         return Place("finished", cell, statistic, paper)
     state = results.state(cell)
     if state == "finished":
-        state = NO_TWIN if uses_twin(metric) and not results.has_twin(cell) else NOT_MEASURED
+        state = _why_not(results, cell, metric)
     return Place(state, cell, None, paper)
+
+
+def _why_not(results: ResultSet, cell: Cell, metric: str) -> str:
+    """Why a finished run does not have a metric."""
+    if uses_twin(metric) and not results.has_twin(cell):
+        return NO_TWIN
+    if not uses_tuning(metric):
+        return NOT_MEASURED
+    compares = plain_tuning(cell.spec) is not None
+    return NO_TUNING if compares and not results.has_tuning(cell) else NO_CELL
 
 
 def _find_shape(results: ResultSet, cell: Cell | None, metric: str, model: str) -> Place:

@@ -48,7 +48,7 @@ def tidy_csv(results: ResultSet) -> str:
     rows: list[list[Any]] = [[*head, *MADE_COLUMNS, "digest"]]
     for record in records:
         spec = record.run_spec
-        row = [results.suite.name, results.suite.version, results.suite.scale]
+        row: list[Any] = [results.suite.name, results.suite.version, results.suite.scale]
         row += [text for part in kinds for text in _part(spec, part)]
         row += [value_of(spec, key) for key in made.values()]
         rate = percent(spec.poison.rate)

@@ -115,7 +115,9 @@ def place_lines(place: Place) -> list[str]:
 
 
 def suite_line(suite: Suite) -> str:
-    """Write name, version and scale of a suite."""
+    """Write name, version and scale of a suite, or the name of the run whose defenses are laid out."""
+    if suite.version is None:
+        return f"run {suite.name}"
     scale = f", scale {suite.scale}" if suite.scale else ""
     return f"suite {suite.name}, version {suite.version}{scale}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -15,8 +15,9 @@ from backdoorbench_moe.counting import count
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.plan import Planned
 
-# A run, and the seconds it still takes.
-Estimates = Sequence[tuple["Planned", float]]
+# A run, and the seconds it still takes; None if that is not known.
+Estimates = Sequence[tuple["Planned", float | None]]
+UNKNOWN = "not known"
 
 
 def say_time(seconds: float) -> str:
@@ -31,35 +32,42 @@ def plan_table(planned: Estimates) -> Table:
     table = Table("run", "status", "epochs", "time left", box=None, pad_edge=False)
     for run, seconds in planned:
         epochs = f"{run.epochs:.0f}/{run.total_epochs}"
-        table.add_row(run.spec.name, run.status, epochs, say_time(seconds) if seconds else "–")
+        left = UNKNOWN if seconds is None else say_time(seconds) if seconds else "–"
+        table.add_row(run.spec.name, run.status, epochs, left)
     return table
 
 
 def total_line(planned: Estimates) -> str:
     """Write the number of runs, and how long the missing ones will take in all."""
     finished = sum(run.status == "finished" for run, _ in planned)
-    total = say_time(sum(seconds for _, seconds in planned))
+    total = say_time(sum(seconds for _, seconds in planned if seconds is not None))
+    unknown = sum(seconds is None for _, seconds in planned)
+    without = f", without {count(unknown, 'defense')} whose cost is not known" if unknown else ""
     return (
         f"{count(len(planned), 'run')}, {finished} finished; about {total} left on this machine, one run at a time "
-        "(measured just now)"
+        f"(measured just now{without})"
     )
+
+
+def plan_document(planned: Estimates) -> dict[str, Any]:
+    """Give the runs and their total as plain values; seconds that are not known are None and not in the total."""
+    runs = [
+        {
+            "run": run.spec.name,
+            "status": run.status,
+            "epochs": run.epochs,
+            "total_epochs": run.total_epochs,
+            "seconds_left": seconds,
+        }
+        for run, seconds in planned
+    ]
+    return {"runs": runs, "seconds_left": sum(seconds or 0.0 for _, seconds in planned)}
 
 
 def print_plan(planned: Estimates, *, as_json: bool = False) -> None:
     """Print the runs and their total, or the same as JSON."""
     if as_json:
-        runs = [
-            {
-                "run": run.spec.name,
-                "status": run.status,
-                "epochs": run.epochs,
-                "total_epochs": run.total_epochs,
-                "seconds_left": seconds,
-            }
-            for run, seconds in planned
-        ]
-        document = {"runs": runs, "seconds_left": sum(seconds for _, seconds in planned)}
-        echo(json.dumps(document, indent=2))
+        echo(json.dumps(plan_document(planned), indent=2))
         return
     console = Console(highlight=False)
     console.print(plan_table(planned))

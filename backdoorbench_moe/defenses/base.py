@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
+from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
 from backdoorbench_moe.shares import share_of
@@ -191,6 +192,25 @@ class Defense(ABC):
                 f"expected at least {num_classes}, as many as there are classes"
             )
         return count
+
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int) -> Cost | None:
+        """Estimate how many images the defense passes through the model, for an estimate of its time.
+
+        By default, a defense with an attribute `epochs` trains for so many epochs on the images that it is given: on
+        the training set if it needs that and no clean images, otherwise on the images that the defender holds. The
+        cost of any other defense is not known.
+
+        Args:
+            model: The model, trained or not, which `check_model` has accepted; it must not be changed.
+            held: Number of images that the defender holds, as `count` returns it.
+            train: Number of training images.
+            classes: Number of classes.
+
+        Returns:
+            The cost; None if it is not known.
+        """
+        epochs = getattr(self, "epochs", None)
+        return None if epochs is None else Cost(trained=epochs * (held or train))
 
     @final
     def __call__(self, task: DefenseTask) -> DefenseResult:

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.requirements import accuracy_without, check_tuning, experts_of, least_missed
 from backdoorbench_moe.errors import ConfigError
@@ -62,6 +63,12 @@ class ExpertDrop(Defense):
             raise ConfigError.expected(
                 "count", f"1 to {most} of the {len(experts)} experts of {type(model).__name__}", self.drop
             )
+
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int) -> Cost:
+        """Measure the accuracy without each expert that is left, for every expert that is muted, then tune."""
+        experts = len(experts_of(model))
+        tried = sum(experts - dropped for dropped in range(self.drop))
+        return Cost(trained=self.epochs * held, predicted=tried * held)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Mute the experts one by one, then tune."""

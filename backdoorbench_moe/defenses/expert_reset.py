@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.requirements import accuracy_without, check_tuning, experts_of, least_missed
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
@@ -55,6 +56,13 @@ class ExpertReset(Defense):
     def check(self, model: nn.Module) -> None:
         """Raise ConfigError if the model does not name its experts, or does not have the chosen one."""
         self._named(experts_of(model))
+
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int) -> Cost:
+        """Measure the accuracy without each expert, tune, and measure the statistics of the norms twice."""
+        experts = experts_of(model)
+        tried = len(experts) if self.expert == "least-missed" else 0
+        norms = sum(key.endswith("running_mean") for key in experts[0].own)
+        return Cost(trained=self.epochs * held, predicted=(tried + 2 * norms) * held)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Choose the expert, reset it, and train it."""

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.requirements import check_tuning, structure
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.pruning import channel_means, kept_silent, lowest, silence
@@ -74,6 +75,10 @@ class FinePruning(Defense):
     def check(self, model: nn.Module) -> None:
         """Raise ConfigError if the model has no such channels, or if the ratio prunes none of them."""
         self._groups(model)
+
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int) -> Cost:
+        """Rank the channels on the defender's images once, then tune."""
+        return Cost(trained=self.epochs * held, predicted=held)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Rank the channels, prune the lowest, and tune."""

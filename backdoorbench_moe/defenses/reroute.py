@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.requirements import experts_of
 from backdoorbench_moe.errors import ConfigError
@@ -42,6 +43,10 @@ class Reroute(Defense):
     def check(self, model: nn.Module) -> None:
         """Raise ConfigError if the model is not a routed model that implements the protocol `WithExperts`."""
         experts_of(model)
+
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int) -> Cost:
+        """Measure the usage on the defender's images once."""
+        return Cost(predicted=held)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Measure the usage of all experts, and mask those below the threshold."""

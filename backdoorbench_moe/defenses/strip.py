@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.requirements import check_routed
 from backdoorbench_moe.errors import ConfigError
@@ -93,6 +94,11 @@ class SuperpositionFilter(Defense):
                 f"the others, and the {max(left, 0)} left are too few to set a threshold for fpr={self.fpr}"
             )
         return count
+
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int) -> Cost:
+        """Pass the superpositions of the images that set the threshold, and then of every input."""
+        calibrated = min(self.calibrate, held - self.blends)
+        return Cost(predicted=calibrated * self.blends, judged=self.blends)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Draw the images to blend with, and set the threshold with the defender's remaining images."""

@@ -89,17 +89,27 @@ def run_defense(
     Raises:
         BbmoeError: A setting is not valid, or the data, a plug-in or a run folder cannot be used.
     """
+    spec = spec_to_defend(run, data_root=data_root, device=device)
+    runner = Runner(spec, run.folder.path.parent if output is None else output, observer)
+    return runner.defend(run, spec, defense)
+
+
+def spec_to_defend(run: Run, *, data_root: str | None = None, device: str | None = None) -> RunSpec:
+    """Return the spec of a finished run, from which it is defended, with current paths of its files.
+
+    Args:
+        run: The run to defend.
+        data_root: Folder of the data; None for the one in the spec of `run`.
+        device: Device to compute on; None for the one in the spec of `run`.
+
+    Raises:
+        RecordError: The run is not finished, or a file or plug-in that it was made with is missing or has changed.
+    """
     check_finished(run)
-    spec, beside = run.located_spec(), run.folder.path.parent
+    spec = run.located_spec()
     if data_root is not None:
         spec = spec.with_data(root=data_root)
-    spec = replace(spec, defenses=(*spec.defenses, defense), device=device or spec.device)
-    runner = Runner(spec, beside if output is None else output, observer)
-    defended = runner.finish(spec, inputs={PARENT: run})
-    twin = RunFolder(beside / run.record.clean_twin) if run.record.clean_twin else None
-    if twin is None or not twin.exists or (record := twin.read()).status != "finished":
-        return defended
-    return link_twin(defended, Run(twin, record), runner.workplace)
+    return replace(spec, device=device or spec.device)
 
 
 MAKERS: Mapping[NodeKind, Callable[[RunSpec, Workplace], Maker]] = {
@@ -161,6 +171,23 @@ class Runner:
         if clean is None or not twin:
             return run
         return link_twin(run, self.finish(clean, wait=True), self.workplace)
+
+    def defend(self, run: Run, spec: RunSpec, defense: PartSpec, *, wait: bool = False) -> Run:
+        """Return the finished run that defends a run, as `finish` does.
+
+        Args:
+            run: The run to defend, in any folder. The defended run is compared with its clean twin if that is finished
+                and beside it.
+            spec: Its spec, as `spec_to_defend` returns it.
+            defense: The defense.
+            wait: Whether to wait if another process is making the defended run; if False, this is an error.
+        """
+        defended = replace(spec, defenses=(*spec.defenses, defense))
+        made = self.finish(defended, inputs={PARENT: run}, wait=wait)
+        twin = RunFolder(run.folder.path.parent / run.record.clean_twin) if run.record.clean_twin else None
+        if twin is None or not twin.exists or (record := twin.read()).status != "finished":
+            return made
+        return link_twin(made, Run(twin, record), self.workplace)
 
     def compare(self, run: Run) -> Run:
         """Compare a run with its clean twin if there is a finished one in the output folder; none is trained."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from suites import BASE, GRID, tiny_suite
 
 from backdoorbench_moe.bench.paper import load_paper
 from backdoorbench_moe.bench.plan import with_place
 from backdoorbench_moe.bench.suite import order, value_of
-from backdoorbench_moe.bench.suite_file import list_scales, list_suites, load_suite
+from backdoorbench_moe.bench.suite_file import list_scales, list_suites, load_suite, parse_suite
 from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.errors import BbmoeError, ConfigError, UnknownNameError
+from backdoorbench_moe.registry import registry_of
 
 
 def test_every_combination_once_in_the_order_of_the_file() -> None:
@@ -243,3 +246,47 @@ def test_only_matches_defenses_by_their_names() -> None:
         UnknownNameError, match="--only defenses: value: unknown 'aling'; did you mean 'align'"
     ):
         suite.only(["defenses=aling"])
+
+
+def names_in(suite, key: str) -> set[str]:
+    """The names of the triggers or defenses of a suite."""
+    parts = [cell.spec.trigger if key == "trigger" else cell.spec.defenses for cell in suite.cells]
+    return {part.name for each in parts if each for part in (each if isinstance(each, tuple) else (each,))}
+
+
+def built_in(kind: str) -> set[str]:
+    registry = registry_of(kind)
+    return {offer.name for offer in registry.offers() if offer.builtin}
+
+
+@pytest.mark.parametrize("name", ["standard-attacks", "standard-defenses"])
+def test_the_standard_suites_are_the_same_at_the_scale_small_as_written_out(name) -> None:
+    """The scale gives recipe and data set, so a run of the suite `dense-baselines` is the same as here."""
+    other = {cell.spec.digest for cell in load_suite("dense-baselines", "small").cells}
+    suite = load_suite(name, "small")
+    as_there = {
+        replace(cell.spec, poison=replace(cell.spec.poison, rate=0.02)).digest
+        for cell in suite.cells
+        if not cell.spec.defenses
+    }
+    assert as_there <= other and len(as_there) == 12
+
+
+def test_the_standard_suites_leave_no_trigger_and_no_defense_out() -> None:
+    assert names_in(load_suite("standard-attacks"), "trigger") == built_in("trigger")
+    of_mixtures = {"align", "defensive-expert", "rasa"}
+    assert names_in(load_suite("standard-defenses"), "defenses") == built_in("defense") - of_mixtures
+
+
+def test_a_scale_names_the_data_set_of_suites_that_name_none(tmp_path) -> None:
+    (tmp_path / "scales").mkdir()
+    (tmp_path / "scales" / "half.yaml").write_text(
+        "note: n\nrecipe: paper\ndataset: {name: cifar10, train_images: 100}\n"
+    )
+    values = {"title": "T", "version": 1, "scales": ["half"], "grid": {"trigger": "square"}}
+    plain, other = (
+        parse_suite({**values, **more}, "s", "half", folder=tmp_path).cells[0].spec
+        for more in ({}, {"base": {"dataset": "gtsrb", "recipe": "quick"}})
+    )
+    assert (plain.dataset.to_dict(), plain.recipe) == ({"name": "cifar10", "train_images": 100}, "paper")
+    assert (other.dataset.to_dict(), other.recipe) == ({"name": "gtsrb", "train_images": 100}, "quick")

@@ -16,6 +16,7 @@ DEMO = "benchmarks/results/demo"
 TABLE_1 = "benchmarks/results/badpatches-table1/small"
 MOEVIL = "benchmarks/results/moevil-gates/signs"
 PLUGIN = "plugins/bbmoe-vmoe/suites"
+LEADERBOARD = "docs/pages/assets/leaderboard.html"
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_stale_drawings_are_redrawn_and_a_second_call_changes_nothing(script, co
         before, mark, after = text.partition("<!-- table1 -->\n")
         (copy / name).write_text(f"{before}{mark}| stale |\n{after}", encoding="utf-8")
     script.main(copy)
-    assert capsys.readouterr().out.split() == [TABLE_1, "README.md", "benchmarks/README.md"]
+    assert capsys.readouterr().out.split() == [TABLE_1, "README.md", "benchmarks/README.md", LEADERBOARD]
     first = contents(copy)
     # Plots depend on the machine's fonts; everything else is what is committed.
     for name, content in first.items():
@@ -86,3 +87,8 @@ def test_a_folder_of_another_suite_is_refused_untouched(script, copy) -> None:
     with pytest.raises(RecordError, match="is of version 99"):
         script.main(copy)
     assert contents(copy) == before
+
+
+@pytest.mark.slow
+def test_the_committed_leaderboard_is_that_of_the_committed_records(script) -> None:
+    assert script.leaderboard(ROOT) == (ROOT / LEADERBOARD).read_text(encoding="utf-8")

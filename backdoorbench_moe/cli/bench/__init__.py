@@ -9,6 +9,7 @@ from backdoorbench_moe.cli.app import LazyGroup
 COMMANDS = {
     "run": "Make the runs of a suite that are not there yet.",
     "table": "Draw a suite's tables from its run folders.",
+    "page": "Draw a leaderboard of several suites as one page.",
     "compare": "Set two suites or result folders side by side.",
     "export": "Write all records of a suite as one tidy CSV and as lines of JSON.",
     "suites": "List the suites that come with the project.",

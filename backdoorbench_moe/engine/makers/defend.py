@@ -54,11 +54,26 @@ def build_defenses(spec: RunSpec, setup: Setup) -> list[Defense]:
     for place, part in enumerate(spec.defenses):
         with _named(place, part.name):
             defense = defenses.registry.create(part.name, part.options)
-            defense.count(len(setup.images.train), setup.images.num_classes)
-            defense.check_model(setup.model)
-            _check_needs(part.name, defense, spec)
+            check_applicable(part.name, defense, spec, setup)
         built.append(defense)
     return built
+
+
+def check_applicable(name: str, defense: Defense, spec: RunSpec, setup: Setup) -> None:
+    """Check whether a defense can be applied to a run.
+
+    Args:
+        name: Name of the defense.
+        defense: The defense.
+        spec: Spec of the run, which may be defended already.
+        setup: Its model, which need not be trained, and its data.
+
+    Raises:
+        ConfigError: The defense does not fit the model or the data.
+    """
+    defense.count(len(setup.images.train), setup.images.num_classes)
+    defense.check_model(setup.model)
+    _check_needs(name, defense, spec)
 
 
 def _check_needs(name: str, defense: Defense, spec: RunSpec) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import version
 from pathlib import Path
 
@@ -102,6 +103,19 @@ def test_the_suite_is_three_models_three_triggers_and_two_ways_to_apply_them():
     suite = load_suite(str(SUITES / "transformers.yaml"))
     assert len(suite.cells) == 18 and suite.repeats == 2 and suite.scale == "small"
     assert {cell.spec.model.options["depth"] for cell in suite.cells} == {2}
+
+
+def test_the_standard_suite_has_what_the_built_in_ones_have_on_pmoe():
+    """The same attacks and defenses as `standard-defenses`, and the same detectors as `false-alarms`."""
+
+    def arms(*names: str, model: str) -> set[str]:
+        cells = [cell for name in names for cell in load_suite(name, "quick").cells]
+        specs = [cell.spec for cell in cells if cell.spec.model.name == model]
+        keys = ("trigger", "applicator", "poison", "defenses")
+        return {json.dumps({key: spec.to_dict().get(key) for key in keys}) for spec in specs}
+
+    ours = arms(str(SUITES / "standard-vmoe.yaml"), model="vmoe")
+    assert ours == arms("standard-defenses", "false-alarms", model="pmoe")
 
 
 def test_the_defenses_are_measured_on_attacks_of_the_other_suite():

@@ -1,0 +1,64 @@
+"""Several defenses as they are given on the command line: their names, and the options of each."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from backdoorbench_moe import defenses
+from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
+
+ALL = "all"
+# Options by the name of the defense.
+Options = Mapping[str, Mapping[str, Any]]
+
+
+def split_names(texts: Sequence[str]) -> list[str]:
+    """Split lists of defenses at their commas; "all" becomes every one that is registered, and none is repeated.
+
+    Raises:
+        ConfigError: A list has an empty name.
+        UnknownNameError: There is no such defense.
+    """
+    given = [name.strip() for text in texts for name in text.split(",")]
+    if not all(given):
+        raise ConfigError.expected("--defense", "names such as strip or strip,reroute", ",".join(texts))
+    known = defenses.registry.names()
+    names = dict.fromkeys(each for name in given for each in (known if name == ALL else [name]))
+    return [defenses.registry.check_name(name) for name in names]
+
+
+def options_by_name(names: Sequence[str], values: Mapping[str, Any]) -> Options:
+    """Give every defense its options.
+
+    Args:
+        names: Names of defenses.
+        values: Under the name of a defense its options; under any other key the value of this option for all the
+            defenses that have it. The options of a single defense take precedence.
+
+    Raises:
+        UnknownNameError: A key is neither one of these defenses nor an option of any of them.
+    """
+    known = {name: _known_options(name) for name in names}
+    shared = {key: value for key, value in values.items() if key not in known}
+    for key in shared:
+        if not any(key in options for options in known.values()):
+            raise UnknownNameError(
+                "--set: defense or option", key, {*known, *(o for each in known.values() for o in each)}
+            )
+    found = {}
+    for name, options in known.items():
+        own = values.get(name, {})
+        if not isinstance(own, Mapping):
+            raise ConfigError.expected("--set", f"{name}.OPTION=VALUE", f"{name}={own}")
+        if given := {**{key: value for key, value in shared.items() if key in options}, **own}:
+            found[name] = given
+    return found
+
+
+def _known_options(name: str) -> Collection[str]:
+    """The options of a defense; none of one that cannot be imported, which is refused later."""
+    try:
+        return defenses.registry.options(name)
+    except PluginError:
+        return ()

@@ -1,0 +1,68 @@
+"""`bbmoe bench page`: the results of several suites as one page that can be sorted and filtered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.streams import echo, say
+
+
+@click.command("page")
+@click.argument("names", metavar="SUITE...", nargs=-1, required=True)
+@click.option("--repeats", type=int, metavar="N", help="Seeds a cell.  [each suite's]")
+@click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option(
+    "--from",
+    "folders",
+    type=PATH,
+    metavar="DIR",
+    help="Read results folders DIR/SUITE/SCALE, instead of run folders.",
+)
+@click.option(
+    "--published",
+    metavar="URL",
+    help="Address of the folder of --from, for the links to records.  [paths from the page]",
+)
+@click.option("--save", type=PATH, metavar="FILE", help="Write the page to FILE, instead of printing it.")
+def command(
+    names: tuple[str, ...],
+    repeats: int | None,
+    output: Path,
+    folders: Path | None,
+    published: str | None,
+    save: Path | None,
+) -> None:
+    """Draw a leaderboard of each SUITE (SUITE, SUITE:SCALE or a file): attack, defense and model in one page.
+
+    ASR, the target rate without a trigger, BA, RA and AUROC with their intervals and links to the records; the
+    differences to plain tuning; and the false alarms of detectors on clean models. Nothing is trained: runs that were
+    not made are shown as missing.
+    """
+    from backdoorbench_moe.bench.leaderboard import open_board
+    from backdoorbench_moe.bench.leaderboard_page import leaderboard_page, relative_link
+    from backdoorbench_moe.bench.suite_file import load_suite, split_scale
+    from backdoorbench_moe.errors import ConfigError, RecordError
+    from backdoorbench_moe.records import write_atomically
+
+    if published is not None and folders is None:
+        raise ConfigError("--published: can only be used with --from")
+    if folders is not None and not folders.is_dir():
+        raise RecordError(f"--from {folders}: expected a folder of results folders, found none")
+    given = [split_scale(text) for text in names]
+    suites = [load_suite(name, scale) for name, scale in given]
+    suites = suites if repeats is None else [suite.with_repeats(repeats) for suite in suites]
+    board = open_board(suites, runs=output, folders=folders)
+    start = Path.cwd() if save is None else save.parent
+    page = leaderboard_page(board, [name for name, _ in given], relative_link(start, published, folders))
+    if save is None:
+        echo(page)
+        return
+    try:
+        save.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(save, lambda path: path.write_text(page, encoding="utf-8"))
+    except OSError as error:
+        raise RecordError(f"--save {save}: {error.strerror}") from error
+    say(f"page: {save}")

@@ -1,0 +1,45 @@
+"""`bbmoe bench page`: what it writes and refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_a_page_of_committed_records_and_of_a_suite_that_was_not_run(bbmoe, tmp_path) -> None:
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    file = tmp_path / "docs" / "board.html"
+    words = ["bench", "page", "defenses:small", "false-alarms:quick"]
+    code, out, err = bbmoe(*words, "--from", results, "--save", file)
+    assert (code, out) == (0, "") and f"page: {file}" in err
+    text = file.read_text(encoding="utf-8")
+    assert "Suite defenses, version 2, scale small: 34 of 34 runs finished" in text
+    assert "Suite false-alarms, version 1, scale quick: 0 of 6 runs finished" in text and "missing" in text
+    assert (
+        bbmoe(*words, "--from", results, "--published", "https://host")[1].count(
+            "https://host/defenses/small/records.jsonl#L"
+        )
+        >= 34
+    )
+
+
+BAD = {
+    "no suite": (["nothing"], "suite: unknown 'nothing'"),
+    "no scale": (["false-alarms:tiny"], "scale: unknown 'tiny'"),
+    "no folder": (["false-alarms", "--from", "nowhere"], "--from nowhere: expected a folder of results folders"),
+    "address": (["false-alarms", "--published", "https://host"], "--published: can only be used with --from"),
+    "repeats": (["false-alarms", "--repeats", "0"], "repeats: expected at least 1"),
+    "no runs": (["false-alarms", "--output", "nowhere"], "--output nowhere: expected a folder of run folders"),
+    "mixtures": (["moevil-layers", "--output", "."], "is of mixtures of merged experts"),
+    "nothing given": ([], "Missing argument 'SUITE...'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("args", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_clear_line(bbmoe, tmp_path, monkeypatch, args, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = bbmoe("bench", "page", *args)
+    assert (code, out) == (2, "") and message in err and "Traceback" not in err
+    assert "Usage" in err or err.count("\n") == 1
