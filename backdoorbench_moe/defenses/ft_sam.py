@@ -22,8 +22,8 @@ class FTSAM(Defense):
 
     Every step passes its batch through the model twice: the first pass finds the shift of the weights, within a ball,
     that raises the loss most; the gradient of the loss at the shifted weights then updates the weights. The running
-    statistics of norms change in the first pass only. The shift covers the weights in scope, all of them in one ball: in
-    a routed model those of experts and router, or of one of the two.
+    statistics of norms change in the first pass only. The shift covers the weights in scope, all of them in one ball:
+    in a routed model those of experts and router, or of one of the two.
 
     The control is `fine-tuning` with the same scope, epochs, learning rate and clean images.
 

@@ -28,8 +28,9 @@ class IBAU(Defense):
 
     Every round first seeks a perturbation d that is added to all images, by gradient descent on
     -CE(f(x + d), y) + `penalty` * |d|^2 from d = 0, and scales it into the ball |d| <= `radius`. It then passes once
-    over the clean images and minimises CE(f(x + d), y) by Adam. Since d depends on the weights, the gradient has a second
-    term, by the implicit function theorem; see `ops.hypergradient`. Images are in [0, 1], and x + d is not clipped.
+    over the clean images and minimises the cross-entropy by Adam, with d added to a share of each batch. Since d
+    depends on the weights, the gradient has a second term, by the implicit function theorem; see `ops.hypergradient`.
+    Images are in [0, 1], and x + d is not clipped.
 
     With `applicator="patch"`, d is one tile that is repeated over the image, as the triggers of BadPatches are. Norms
     and steps are those of the whole perturbation, so that both forms have the same budget.
@@ -53,8 +54,9 @@ class IBAU(Defense):
         inner_lr: Step size of d, above 0.
         penalty: Weight of the squared norm of d, at least 0.
         radius: Largest L2 norm of d, above 0.
-        portion: Share of each batch that d is added to when it is unlearned, in [0, 1]. It is 1 in the paper, and 0.01
-            in the authors' code.
+        portion: Share of each batch that d is added to when it is unlearned, in [0, 1]; at least one image if it is
+            not 0. The default is that of the authors' code, one image of 100. It is 1 in the paper, which may cost much
+            clean accuracy.
         fixed_point_steps: Steps K of the fixed-point iteration for the implicit gradient, from 1.
         scope: What is trained: "all", or the component "experts", "router" or "head".
         lr: Learning rate of Adam, above 0; from 0.0001 to 0.001 in the source.
@@ -81,7 +83,7 @@ class IBAU(Defense):
         inner_lr: float = 10.0,
         penalty: float = 0.001,
         radius: float = 10.0,
-        portion: float = 1.0,
+        portion: float = 0.01,
         fixed_point_steps: int = 5,
         scope: Scope = "all",
         lr: float = 0.001,
@@ -97,7 +99,9 @@ class IBAU(Defense):
         if not 0 <= portion <= 1:
             raise ConfigError.expected("portion", "a number in [0, 1]", portion)
         if patch_size is not None and (applicator == "image" or patch_size < 1):
-            wanted = "a positive number of pixels" if applicator == "patch" else "None with applicator 'image'"
+            wanted = (
+                "a positive number of pixels" if applicator == "patch" else "None with applicator 'image'"
+            )
             raise ConfigError.expected("patch_size", wanted, patch_size)
         self.applicator, self.patch_size, self.rounds = applicator, patch_size, rounds
         self.inner_steps, self.inner_lr, self.penalty, self.radius = inner_steps, inner_lr, penalty, radius
@@ -138,7 +142,8 @@ class IBAU(Defense):
         draws = generator(task.seed, "perturbed", number)
         tile = tile.requires_grad_()
         for images, labels in _batches(task, None, "outer", number):
-            perturbed = torch.randperm(len(images), generator=draws) < round(self.portion * len(images))
+            count = max(1, round(self.portion * len(images))) if self.portion else 0
+            perturbed = torch.randperm(len(images), generator=draws) < count
             where = perturbed.to(task.device, images.dtype).view(-1, 1, 1, 1)
             outer = F.cross_entropy(task.model(images + where * game.spread(tile)), labels)
             mapped = game.descend(tile, images, labels, FIXED_POINT_STEP, create_graph=True)
@@ -154,7 +159,9 @@ class IBAU(Defense):
         model, (channels, height, width) = task.model.eval(), task.clean.images.shape[1:]
         side = self._tile_size(model) if self.applicator == "patch" else None
         if side is not None and (height % side or width % side):
-            raise ConfigError.expected("patch_size", f"a divisor of the image's {height}x{width} pixels", side)
+            raise ConfigError.expected(
+                "patch_size", f"a divisor of the image's {height}x{width} pixels", side
+            )
         modules = modules_in(model, self.scope)
         owners = [model] if modules is None else modules
         weights = [weight for owner in owners for weight in owner.parameters() if weight.requires_grad]
@@ -222,7 +229,7 @@ class Game:
 
 
 def _batches(task: DefenseTask, count: int | None, *purpose: str | int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches (images in [0, 1], labels) of the clean images: `count` in as many passes as it takes, or one pass."""
+    """Yield batches (images in [0, 1], labels) of the clean images: `count` batches, or one pass if it is None."""
     clean: Split = task.clean
     size, left, done = task.train.batch_size, count, 0
     while left is None or left > 0:

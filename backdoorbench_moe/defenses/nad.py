@@ -29,9 +29,9 @@ from backdoorbench_moe.ops.ranges import check_epochs, check_weight
 class NAD(Defense):
     """Neural attention distillation: tune a copy of the model, the teacher, then tune the model toward its attention.
 
-    The attention of a feature map is the sum of its squares over the channels, divided by the L2 norm of these sums over
-    all positions. The loss is that of plain tuning plus, for each map, beta times the mean squared difference between
-    the attention of the model and that of the teacher, over images and positions.
+    The attention of a feature map is the sum of its squares over the channels, divided by the L2 norm of these sums
+    over all positions. The loss is that of plain tuning plus, for each map, beta times the mean squared difference
+    between the attention of the model and that of the teacher, over images and positions.
 
     The maps are the outputs of the last block at each of the last three resolutions; in a transformer, those of three
     blocks in equal distances. In pMoE the last map is that of the experts (`trunk.block1`, `trunk`, `moe.conv`). In a
@@ -39,8 +39,8 @@ class NAD(Defense):
     taken. Gates can be a further map: the gates of each expert over the patches, divided by their L2 norm.
 
     The teacher is the model after plain tuning. It is measured as the stage "teacher", which has the same weights as
-    after `fine-tuning` with the same scope, epochs, learning rate and clean images; NAD deserves credit only for what it
-    gains over that.
+    after `fine-tuning` with the same scope, epochs, learning rate and clean images; NAD deserves credit only for what
+    it gains over that.
 
     Departures: epochs, learning rate, optimizer and schedule are those of `fine-tuning`. The source tunes the teacher
     for 10 epochs and the model for 20, with SGD and a learning rate of 0.1.
@@ -62,9 +62,9 @@ class NAD(Defense):
             component.
 
     Source:
-        Li et al., "Neural attention distillation: erasing backdoor triggers from deep neural networks", ICLR 2021, eq. 1
-        to 3. The mean, instead of the L2 norm of eq. 2, is that of the authors' code (bboylyg/NAD), for which the betas
-        were chosen.
+        Li et al., "Neural attention distillation: erasing backdoor triggers from deep neural networks", ICLR 2021,
+        eq. 1 to 3. The mean, instead of the L2 norm of eq. 2, is that of the authors' code (bboylyg/NAD), for which the
+        betas were chosen.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
@@ -133,9 +133,7 @@ class NAD(Defense):
                     loss = loss + self.gate_weight * gate_distance(routing, wanted)
                 return logits, loss
 
-            task.tune(
-                model, task.clean, epochs=self.epochs, lr=self.lr, modules=modules, objective=objective
-            )
+            task.tune(model, task.clean, epochs=self.epochs, lr=self.lr, modules=modules, objective=objective)
         return DefenseResult("distilled", model)
 
     def _find_maps(self, task: DefenseTask) -> list[FeatureMap]:

@@ -52,7 +52,9 @@ def modules_in(model: object, scope: Scope) -> list[nn.Module] | None:
         return None
     components = structure(model).components()
     if scope not in components:
-        raise ConfigError.expected("scope", f"one of {['all', *components]} for {type(model).__name__}", scope)
+        raise ConfigError.expected(
+            "scope", f"one of {['all', *components]} for {type(model).__name__}", scope
+        )
     return components[scope]
 
 

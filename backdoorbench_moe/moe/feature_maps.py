@@ -14,8 +14,9 @@ from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.moe.layers import MoELayer
 from backdoorbench_moe.moe.structure import Structured
 
-# Norms are left out, since they belong to what comes after them as often as to what comes before.
-NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+# Norms are left out, since they belong to what comes after them as often as to what comes before; and what passes on
+# the weights of an attention, which have positions twice and no features.
+LEFT_OUT = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Softmax, nn.Identity)
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,13 @@ class FeatureMap:
 
     Attributes:
         name: Dotted name of the module.
-        positions: Rows and columns of a map (B, C, H, W) or (B, H, W, C), or the number of tokens of (B, N, D).
+        positions: Number of positions: H * W of a map (B, C, H, W) or (B, H, W, C), or N of tokens (B, N, D).
         channels: The dimension of the features.
         composite: Whether the module is made of others.
     """
 
     name: str
-    positions: tuple[int, ...]
+    positions: int
     channels: int
     composite: bool
 
@@ -99,9 +100,7 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def list_feature_maps(
-    model: nn.Module, images: Tensor, *, before_experts: bool = False
-) -> list[FeatureMap]:
+def list_feature_maps(model: nn.Module, images: Tensor, *, before_experts: bool = False) -> list[FeatureMap]:
     """Return the feature maps of a model in the order in which they are finished; the model itself is left out.
 
     The parameters are those of `find_feature_maps`.
@@ -169,7 +168,7 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [
         (name, module)
         for name, module in model.named_modules()
-        if name and id(module) not in inside and not isinstance(module, NORMS)
+        if name and id(module) not in inside and not isinstance(module, LEFT_OUT)
     ]
 
 
@@ -181,16 +180,19 @@ def _routing_parts(model: nn.Module) -> list[nn.Module]:
 
 
 def _as_feature_map(name: str, module: nn.Module, output: object, batch: int) -> FeatureMap | None:
-    """Describe the output of a module; None if it has no positions."""
+    """Describe the output of a module for square images; None if it has no positions."""
     if not isinstance(output, Tensor) or output.ndim not in (3, 4) or len(output) != batch:
         return None
+    shape = output.shape
     if output.ndim == 3:
-        positions, channels = (output.shape[1],), 2
-    elif output.shape[1] == output.shape[2] != output.shape[3]:
-        positions, channels = (output.shape[1], output.shape[2]), 3
+        positions, channels = shape[1], 2
+    elif shape[2] == shape[3]:
+        positions, channels = shape[2] * shape[3], 1
+    elif shape[1] == shape[2]:
+        positions, channels = shape[1] * shape[2], 3
     else:
-        positions, channels = (output.shape[2], output.shape[3]), 1
-    if max(positions) < 2:
+        return None
+    if positions == 1:
         return None
     return FeatureMap(name, positions, channels, any(True for _ in module.children()))
 
@@ -198,7 +200,7 @@ def _as_feature_map(name: str, module: nn.Module, output: object, batch: int) ->
 def _last_ones(found: Sequence[FeatureMap], *, shallowest: bool = False) -> list[FeatureMap]:
     """The last map at each resolution, in the order of the resolutions; with `shallowest`, the last of those that are
     the fewest modules deep."""
-    chosen: dict[tuple[int, ...], FeatureMap] = {}
+    chosen: dict[int, FeatureMap] = {}
     for each in found:
         before = chosen.get(each.positions)
         if before is None or not shallowest or each.name.count(".") <= before.name.count("."):

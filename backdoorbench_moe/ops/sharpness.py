@@ -34,6 +34,6 @@ def steepest_shift(
     known = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
     scales = [weight.abs() if adaptive else torch.ones_like(weight) for weight in weights]
     scaled = [scale * gradient for scale, gradient in zip(scales, known, strict=True)]
-    norm = torch.stack([each.float().square().sum() for each in scaled]).sum().sqrt()
+    norm = torch.stack([each.square().sum() for each in scaled]).sum().sqrt()
     factor = rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)
     return [scale * each * factor for scale, each in zip(scales, scaled, strict=True)]
