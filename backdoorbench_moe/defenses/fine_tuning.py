@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import nn
 
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
-from backdoorbench_moe.defenses.requirements import check_tuning, structure
-from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.defenses.requirements import Scope, check_tuning, modules_in
 
 
 class FineTuning(Defense):
@@ -33,7 +32,7 @@ class FineTuning(Defense):
     def __init__(
         self,
         *,
-        scope: Literal["all", "experts", "router", "head"] = "all",
+        scope: Scope = "all",
         epochs: int = 5,
         lr: float | None = None,
         clean_fraction: float = 0.05,
@@ -44,20 +43,10 @@ class FineTuning(Defense):
 
     def check(self, model: nn.Module) -> None:
         """Raise ConfigError if the model does not have the component."""
-        self._modules(model)
+        modules_in(model, self.scope)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Train what is in scope."""
-        modules = self._modules(task.model)
+        modules = modules_in(task.model, self.scope)
         task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr, modules=modules)
         return DefenseResult("tuned", task.model)
-
-    def _modules(self, model: nn.Module) -> Sequence[nn.Module] | None:
-        if self.scope == "all":
-            return None
-        components = structure(model).components()
-        if self.scope not in components:
-            raise ConfigError.expected(
-                "scope", f"one of {['all', *components]} for {type(model).__name__}", self.scope
-            )
-        return components[self.scope]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 from torch import nn
 
@@ -12,6 +13,9 @@ from backdoorbench_moe.moe.experts import muted
 from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.moe.structure import Expert, Structured, WithExperts
 from backdoorbench_moe.ops.ranges import check_epochs, check_positive
+
+# What a defense trains: everything, or one component of `Structured`.
+Scope = Literal["all", "experts", "router", "head"]
 
 
 def check_tuning(epochs: int, lr: float | None, *, at_least: int) -> None:
@@ -38,15 +42,44 @@ def structure(model: object) -> Structured:
     return model
 
 
+def modules_in(model: object, scope: Scope) -> list[nn.Module] | None:
+    """Return the modules that a scope trains; None for "all", which needs no `Structured` model.
+
+    Raises:
+        ConfigError: The model does not have the component, or is not `Structured`.
+    """
+    if scope == "all":
+        return None
+    components = structure(model).components()
+    if scope not in components:
+        raise ConfigError.expected(
+            "scope", f"one of {['all', *components]} for {type(model).__name__}", scope
+        )
+    return components[scope]
+
+
 def router_of(model: object) -> list[nn.Module]:
     """Return the modules of the model's router.
 
     Raises:
         ConfigError: The model has no router, or is not `Structured`.
     """
-    if not (router := structure(model).components().get("router")):
-        raise ConfigError(f"model: expected a model with a router, {type(model).__name__} has none")
-    return router
+    return _component(model, "router")
+
+
+def head_of(model: object) -> list[nn.Module]:
+    """Return the modules of the model's head.
+
+    Raises:
+        ConfigError: The model has no head, or is not `Structured`.
+    """
+    return _component(model, "head")
+
+
+def _component(model: object, name: str) -> list[nn.Module]:
+    if not (modules := structure(model).components().get(name)):
+        raise ConfigError(f"model: expected a model with a {name}, {type(model).__name__} has none")
+    return modules
 
 
 def check_routed(model: object) -> None:

@@ -1,8 +1,11 @@
-"""Resetting the routers of a model, and the rate at which they are trained."""
+"""Resetting the routers or other modules of a model, and the rate at which routers are trained."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch import nn
 
 from backdoorbench_moe.defenses.base import DefenseTask
 from backdoorbench_moe.defenses.requirements import router_of
@@ -13,15 +16,20 @@ def router_lr(task: DefenseTask, lr: float | None) -> float | None:
     return task.gate_train.lr if lr is None and task.gate_train is not None else lr
 
 
-@torch.no_grad()
 def reset_routers(task: DefenseTask) -> None:
     """Give the routers of the task's model newly drawn weights, in place. Masked experts stay masked.
 
     Raises:
         ConfigError: The model has no router.
     """
-    for own, drawn in zip(router_of(task.model), router_of(task.fresh()), strict=True):
-        fresh = drawn.state_dict()
+    reset_modules(router_of(task.model), router_of(task.fresh()))
+
+
+@torch.no_grad()
+def reset_modules(modules: Iterable[nn.Module], drawn: Iterable[nn.Module]) -> None:
+    """Copy all weights of newly drawn modules into others of the same shapes, in place."""
+    for own, new in zip(modules, drawn, strict=True):
+        fresh = new.state_dict()
         for name, tensor in own.state_dict().items():
             # Other types are not learned, such as the mask of experts.
             if tensor.is_floating_point():

@@ -31,6 +31,10 @@ FAST: dict[str, dict[str, Any]] = {
     "reroute": {},
     "fine-pruning": {"epochs": 1},
     "fine-tuning": {"epochs": 1},
+    "fst": {"reset": "head+router", "epochs": 1},
+    "ft-sam": {"epochs": 1},
+    "nad": {"gate_weight": 1000.0, "epochs": 1},
+    "i-bau": {"applicator": "patch", "rounds": 1, "inner_steps": 2, "fixed_point_steps": 2},
     "strip": {"blends": 4, "fpr": 0.1},
     "routing-strip": {"blends": 4, "fpr": 0.1},
 }
