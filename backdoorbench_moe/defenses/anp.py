@@ -81,7 +81,7 @@ class ANP(MaskPruning):
         self.steps, self.eps, self.alpha = steps, eps, alpha
         self.mask_lr, self.batch_size = mask_lr, batch_size
 
-    def learn_masks(self, task: DefenseTask, units: Sequence[Units]) -> list[Tensor]:
+    def learn_masks(self, task: DefenseTask, units: Sequence[Units]) -> tuple[list[Tensor], dict[str, float]]:
         """Learn the masks against adversarial changes."""
         masked = MaskedModel(task.model, units, task.device, task.precision)
         optimizer = torch.optim.SGD(masked.masks, lr=self.mask_lr, momentum=0.9)
@@ -96,7 +96,7 @@ class ANP(MaskPruning):
                     mask.grad = gradient
                 optimizer.step()
                 masked.clip()
-        return masked.masks
+        return masked.masks, {}
 
     def _worst_change(
         self, masked: MaskedModel, batch: Split, draws: torch.Generator

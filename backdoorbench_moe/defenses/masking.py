@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ class MaskPruning(Defense):
             )
 
     @abstractmethod
-    def learn_masks(self, task: DefenseTask, units: Sequence[Units]) -> list[Tensor]:
+    def learn_masks(self, task: DefenseTask, units: Sequence[Units]) -> tuple[list[Tensor], dict[str, float]]:
         """Learn the masks.
 
         Args:
@@ -75,19 +76,20 @@ class MaskPruning(Defense):
             units: The units of the model.
 
         Returns:
-            For each of `units`, (n,) in [0, 1].
+            For each of `units`, (n,) in [0, 1]; and details for the record.
         """
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Learn the masks, and prune."""
         units = self._units(task.model)
-        learned = self.learn_masks(task, units)
+        learned, details = self.learn_masks(task, units)
         masks = [(each, mask.detach().float().cpu()) for each, mask in zip(units, learned, strict=True)]
-        threshold, accuracies = self.threshold, {}
+        threshold, found = self.threshold, dict(details)
         if self.accuracy_drop is not None:
             threshold, accuracies = highest_threshold(task, masks, self.accuracy_drop)
+            found["accuracy"] = {f"{step:g}": value for step, value in accuracies.items()}
         prune_low(task.model, masks, threshold)
-        return DefenseResult("pruned", task.model, tuple(self._judge(masks, threshold, accuracies)))
+        return DefenseResult("pruned", task.model, tuple(self._judge(masks, threshold, found)))
 
     def _units(self, model: nn.Module) -> list[Units]:
         units = norm_units(model)
@@ -95,39 +97,30 @@ class MaskPruning(Defense):
             units += [*expert_units(model), *gate_units(model)]
         return units
 
-    def _judge(
-        self, masks: Masks, threshold: float, accuracies: Mapping[float, float]
-    ) -> Iterator[Judgement]:
+    def _judge(self, masks: Masks, threshold: float, details: Mapping[str, Any]) -> Iterator[Judgement]:
         """Yield the finding about the model, and in the MoE form that about its experts."""
         low = {(units.kind, units.layer): low_units(units, mask, threshold) for units, mask in masks}
         norms = {units.layer: mask for units, mask in masks if units.kind == "channel"}
-        details = {
-            "pruned": {layer: low["channel", layer] for layer in norms if low["channel", layer]},
-            "channels": {layer: len(mask) for layer, mask in norms.items()},
-            "accuracy": {f"{step:g}": value for step, value in accuracies.items()},
-        }
+        pruned_channels = {layer: low["channel", layer] for layer in norms if low["channel", layer]}
         yield Judgement(
             "model",
             f"{self.reason}: channels with a mask of at most {threshold:g} are pruned; the score of a norm is its "
             "lowest mask",
             scores={layer: mask.min().item() for layer, mask in norms.items()},
             threshold=threshold,
-            suspicious=list(details["pruned"]),
-            details=details,
+            suspicious=list(pruned_channels),
+            details={
+                "pruned": pruned_channels,
+                "channels": {layer: len(mask) for layer, mask in norms.items()},
+                **details,
+            },
         )
-        scores = {
-            kind: {
-                name: value
-                for units, mask in masks
-                if units.kind == kind
-                for name, value in zip(units.names, mask.tolist(), strict=True)
-            }
-            for kind in ("expert", "gate")
-        }
-        pruned = {
-            kind: [units.names[n] for units, _ in masks if units.kind == kind for n in low[kind, units.layer]]
-            for kind in ("expert", "gate")
-        }
+        scores: dict[str, dict[str, float]] = {"expert": {}, "gate": {}}
+        pruned: dict[str, list[str]] = {"expert": [], "gate": []}
+        for units, mask in masks:
+            if units.kind != "channel":
+                scores[units.kind] |= dict(zip(units.names, mask.tolist(), strict=True))
+                pruned[units.kind] += [units.names[number] for number in low[units.kind, units.layer]]
         if scores["expert"]:
             yield Judgement(
                 "expert",

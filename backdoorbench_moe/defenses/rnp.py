@@ -43,8 +43,9 @@ class RNP(MaskPruning):
     the success of the attack on test images for each, which a defender does not have.
 
     Departures: gradients are clipped after they are computed; the original clips those of the step before. If the
-    accuracy does not fall to `unlearn_to` in `epochs` epochs, the copy is used as it is then. Images are not augmented.
-    Layer norms, experts and gates are masked as well [ours].
+    accuracy does not fall to `unlearn_to` in `epochs` epochs, the copy is used as it is then; the detail "unlearned_to"
+    of the judgement is the accuracy that was reached, in percent. Images are not augmented. Layer norms, experts and
+    gates are masked as well [ours].
 
     Args:
         threshold: Units with a mask of at most this value are pruned, in [0, 1).
@@ -93,9 +94,9 @@ class RNP(MaskPruning):
         self.unlearn_to, self.unlearn_lr, self.mask_lr = unlearn_to, unlearn_lr, mask_lr
         self.epochs, self.batch_size = epochs, batch_size
 
-    def learn_masks(self, task: DefenseTask, units: Sequence[Units]) -> list[Tensor]:
+    def learn_masks(self, task: DefenseTask, units: Sequence[Units]) -> tuple[list[Tensor], dict[str, float]]:
         """Unlearn on a copy, and learn the masks that recover it."""
-        unlearned = self.unlearn(task)
+        unlearned, accuracy = self.unlearn(task)
         masked = MaskedModel(unlearned, units, task.device, task.precision)
         optimizer = torch.optim.SGD(masked.masks, lr=self.mask_lr, momentum=MOMENTUM)
         steps = self.epochs * steps_of_epoch(len(task.clean), self.batch_size)
@@ -106,10 +107,15 @@ class RNP(MaskPruning):
                     mask.grad = gradient
                 optimizer.step()
                 masked.clip()
-        return masked.masks
+        return masked.masks, {"unlearned_to": accuracy}
 
-    def unlearn(self, task: DefenseTask) -> nn.Module:
-        """Return a copy of the model, in evaluation mode, that has unlearned the clean images."""
+    def unlearn(self, task: DefenseTask) -> tuple[nn.Module, float]:
+        """Unlearn the clean images.
+
+        Returns:
+            A copy of the model that has unlearned, in evaluation mode; and its accuracy in the last epoch, in percent
+            and in training mode.
+        """
         model = copy.deepcopy(task.model)
         optimizer = torch.optim.SGD(
             model.parameters(), lr=self.unlearn_lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
@@ -117,6 +123,7 @@ class RNP(MaskPruning):
         steps = steps_of_epoch(len(task.clean), self.batch_size)
         feed = batches(task.clean, self.batch_size, task.seed)
         model.train()
+        accuracy = 100.0
         for _ in range(self.epochs):
             hits = torch.zeros((), dtype=torch.int64, device=task.device)
             for batch in islice(feed, steps):
@@ -127,6 +134,7 @@ class RNP(MaskPruning):
                 nn.utils.clip_grad_norm_(model.parameters(), CLIP)
                 optimizer.step()
                 hits += (logits.argmax(1) == batch.labels).sum()
-            if hits.item() <= self.unlearn_to * len(task.clean):
+            accuracy = 100 * hits.item() / len(task.clean)
+            if accuracy <= 100 * self.unlearn_to:
                 break
-        return model.eval()
+        return model.eval(), accuracy

@@ -17,8 +17,9 @@ def convolutions_before(model: nn.Module, images: Tensor) -> dict[str, tuple[str
     Either the norm directly takes the output of one convolution, as in a network with post-activation (convolution,
     norm, ReLU), or it takes a sum of which outputs of convolutions are terms. The latter is the case in a network with
     pre-activation, whose norm comes before the convolution of its block: the norm takes the sum of the last block's
-    convolution and of its shortcut. A shortcut that is the identity is not a convolution; the convolutions of earlier
-    blocks, which it carries on, belong to the norms behind those.
+    convolution and of its shortcut. A shortcut that is the identity is not a convolution. What it carries on from
+    earlier blocks belongs to the norms behind those: a convolution is a term of a sum only if no norm takes it
+    directly.
 
     Args:
         model: The model, in evaluation mode. It is not changed.
@@ -43,8 +44,12 @@ def convolutions_before(model: nn.Module, images: Tensor) -> dict[str, tuple[str
     finally:
         for hook in hooks:
             hook.remove()
-    found = {name: tuple(made[term] for term in _terms(node) if term in made) for name, node in taken.items()}
-    return {name: convs for name, convs in found.items() if convs}
+    direct = {node for node in taken.values() if node in made}
+    found = {
+        name: [made[term] for term in _terms(node) if term in made and (term is node or term not in direct)]
+        for name, node in taken.items()
+    }
+    return {name: tuple(convs) for name, convs in found.items() if convs}
 
 
 def _remember(made: dict[Any, str], name: str) -> Callable[[nn.Module, Any, Tensor], None]:

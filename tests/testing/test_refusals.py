@@ -11,6 +11,10 @@ ALL = {*REFERENCE_MODELS}
 TAKEN = {
     "fine-pruning": ALL,
     "fine-tuning": ALL,
+    "clp": ALL,
+    "anp": ALL,
+    "rnp": ALL,
+    "bnp": {"pmoe", "wide_resnet"},
     "strip": ALL,
     "expert-drop": {"pmoe"},
     "expert-reset": {"pmoe"},
