@@ -27,6 +27,9 @@ Masks = Sequence[tuple[Units, Tensor]]
 
 # Thresholds that are tried if the clean accuracy decides.
 LADDER = tuple(step / 20 for step in range(1, 20))
+# Lowest mask of an expert while masks are learned. At 0, scale and shift of a norm are both 0; the ReLU behind it then
+# passes no gradient, so that the mask could never rise again.
+LEAST_EXPERT = 1e-3
 
 
 class MaskPruning(Defense):
@@ -223,9 +226,9 @@ class MaskedModel:
 
     @torch.no_grad()
     def clip(self) -> None:
-        """Clip the masks to [0, 1]."""
-        for mask in self.masks:
-            mask.clamp_(0, 1)
+        """Clip the masks to [0, 1], and those of experts to [0.001, 1]; see `LEAST_EXPERT`."""
+        for units, mask in zip(self.units, self.masks, strict=True):
+            mask.clamp_(LEAST_EXPERT if units.kind == "expert" else 0, 1)
 
 
 def batches(split: Split, size: int, seed: int) -> Iterator[Split]:

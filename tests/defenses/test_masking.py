@@ -23,7 +23,7 @@ from backdoorbench_moe.defenses.masking import (
 )
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.experts import muted
-from backdoorbench_moe.moe.units import Units, norm_units
+from backdoorbench_moe.moe.units import Units, expert_units, norm_units
 from backdoorbench_moe.testing.mixtures import build_mixture, make_mixture_task
 
 CPU = torch.device("cpu")
@@ -157,6 +157,19 @@ def test_experts_and_gates_are_pruned_with_the_channels(kind) -> None:
         torch.testing.assert_close(model(images), twin(images))
     assert result.judgements[1].suspicious == [expert.name for expert in first]
     assert set(result.judgements[1].details["gates"]) == {expert.name for expert in twin.experts()}
+
+
+def test_the_mask_of_an_expert_can_rise_again() -> None:
+    """At 0 a ReLU would pass no gradient; at the lowest mask that is allowed, it does."""
+    model = used_model()
+    [units] = expert_units(model)
+    masked = MaskedModel(model, [units], CPU, "fp32")
+    with torch.no_grad():
+        masked.masks[0].fill_(-1)
+    masked.clip()
+    assert masked.masks[0].tolist() == pytest.approx([0.001] * 4)
+    [gradient] = torch.autograd.grad(masked.loss(coloured(12, 1)), masked.masks)
+    assert (gradient != 0).all()
 
 
 @pytest.mark.slow
