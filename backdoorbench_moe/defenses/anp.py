@@ -36,8 +36,9 @@ class ANP(MaskPruning):
 
     Args:
         threshold: Units with a mask of at most this value are pruned, in [0, 1).
-        accuracy_drop: If given, it takes the place of `threshold`: the highest of the thresholds 0.05, 0.10, ... 0.95
-            is used up to which accuracy on the defender's images falls by at most this many percentage points.
+        accuracy_drop: If given, it takes the place of `threshold`: the highest of the thresholds 0, 0.05, ... 0.95 is
+            used up to which accuracy on the defender's images falls by at most this many percentage points. If it falls
+            by more at 0 already, nothing is pruned.
         steps: Number of steps, from 1.
         eps: Bound of the changes, relative to scale and shift; above 0.
         alpha: Weight of the loss without changes, in [0, 1].

@@ -26,7 +26,7 @@ from backdoorbench_moe.ops.seeding import generator
 Masks = Sequence[tuple[Units, Tensor]]
 
 # Thresholds that are tried if the clean accuracy decides.
-LADDER = tuple(step / 20 for step in range(1, 20))
+LADDER = tuple(step / 20 for step in range(20))
 # Lowest mask of an expert while masks are learned. At 0, scale and shift of a norm are both 0; the ReLU behind it then
 # passes no gradient, so that the mask could never rise again.
 LEAST_EXPERT = 1e-3
@@ -43,8 +43,9 @@ class MaskPruning(Defense):
 
     Args:
         threshold: Units with a mask of at most this value are pruned, in [0, 1).
-        accuracy_drop: If given, it takes the place of `threshold`: the highest of the thresholds 0.05, 0.10, ... 0.95
-            is used up to which accuracy on the defender's images falls by at most this many percentage points.
+        accuracy_drop: If given, it takes the place of `threshold`: the highest of the thresholds 0, 0.05, ... 0.95 is
+            used up to which accuracy on the defender's images falls by at most this many percentage points. If it falls
+            by more at 0 already, nothing is pruned.
         experts: Whether whole experts and their gates are masked, too. None: True if the model names its experts.
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
 
@@ -87,11 +88,13 @@ class MaskPruning(Defense):
         units = self._units(task.model)
         learned, details = self.learn_masks(task, units)
         masks = [(each, mask.detach().float().cpu()) for each, mask in zip(units, learned, strict=True)]
-        threshold, found = self.threshold, dict(details)
+        threshold: float | None = self.threshold
+        found: dict[str, Any] = dict(details)
         if self.accuracy_drop is not None:
             threshold, accuracies = highest_threshold(task, masks, self.accuracy_drop)
             found["accuracy"] = {f"{step:g}": value for step, value in accuracies.items()}
-        prune_low(task.model, masks, threshold)
+        if threshold is not None:
+            prune_low(task.model, masks, threshold)
         return DefenseResult("pruned", task.model, tuple(self._judge(masks, threshold, found)))
 
     def _units(self, model: nn.Module) -> list[Units]:
@@ -100,15 +103,22 @@ class MaskPruning(Defense):
             units += [*expert_units(model), *gate_units(model)]
         return units
 
-    def _judge(self, masks: Masks, threshold: float, details: Mapping[str, Any]) -> Iterator[Judgement]:
+    def _judge(
+        self, masks: Masks, threshold: float | None, details: Mapping[str, Any]
+    ) -> Iterator[Judgement]:
         """Yield the finding about the model, and in the MoE form that about its experts."""
-        low = {(units.kind, units.layer): low_units(units, mask, threshold) for units, mask in masks}
+        low = {
+            (units.kind, units.layer): [] if threshold is None else low_units(units, mask, threshold)
+            for units, mask in masks
+        }
+        rule = "with no threshold does the clean accuracy stay, so that nothing is pruned"
+        if threshold is not None:
+            rule = f"what has a mask of at most {threshold:g} is pruned"
         norms = {units.layer: mask for units, mask in masks if units.kind == "channel"}
         pruned_channels = {layer: low["channel", layer] for layer in norms if low["channel", layer]}
         yield Judgement(
             "model",
-            f"{self.reason}: channels with a mask of at most {threshold:g} are pruned; the score of a norm is its "
-            "lowest mask",
+            f"{self.reason}: {rule}; the score of a norm is the lowest mask of its channels",
             scores={layer: mask.min().item() for layer, mask in norms.items()},
             threshold=threshold,
             suspicious=list(pruned_channels),
@@ -127,7 +137,7 @@ class MaskPruning(Defense):
         if scores["expert"]:
             yield Judgement(
                 "expert",
-                f"{self.reason}: experts and gates with a mask of at most {threshold:g} are pruned",
+                f"{self.reason}: {rule}",
                 scores=scores["expert"],
                 threshold=threshold,
                 suspicious=pruned["expert"],
@@ -156,7 +166,9 @@ def prune_low(model: nn.Module, masks: Masks, threshold: float) -> None:
 
 
 @torch.no_grad()
-def highest_threshold(task: DefenseTask, masks: Masks, drop: float) -> tuple[float, dict[float, float]]:
+def highest_threshold(
+    task: DefenseTask, masks: Masks, drop: float
+) -> tuple[float | None, dict[float, float]]:
     """Find up to which threshold the clean accuracy stays.
 
     Args:
@@ -165,13 +177,14 @@ def highest_threshold(task: DefenseTask, masks: Masks, drop: float) -> tuple[flo
         drop: How many percentage points of accuracy may be lost.
 
     Returns:
-        The highest threshold of `LADDER` before the first one at which more is lost, 0 if that is the lowest; and the
-        accuracy in percent at each threshold that was tried.
+        The highest threshold of `LADDER` before the first one at which more is lost, None if that is the lowest; and
+        the accuracy in percent at each threshold that was tried.
     """
     state = task.model.state_dict()
     names = {name for units, _ in masks for name in units.rows}
     kept = {name: state[name].clone() for name in names}
-    before, chosen = clean_accuracy(task), 0.0
+    before = clean_accuracy(task)
+    chosen: float | None = None
     accuracies: dict[float, float] = {}
     for threshold in LADDER:
         prune_low(task.model, masks, threshold)

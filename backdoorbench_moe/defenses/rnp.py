@@ -49,8 +49,9 @@ class RNP(MaskPruning):
 
     Args:
         threshold: Units with a mask of at most this value are pruned, in [0, 1).
-        accuracy_drop: If given, it takes the place of `threshold`: the highest of the thresholds 0.05, 0.10, ... 0.95
-            is used up to which accuracy on the defender's images falls by at most this many percentage points.
+        accuracy_drop: If given, it takes the place of `threshold`: the highest of the thresholds 0, 0.05, ... 0.95 is
+            used up to which accuracy on the defender's images falls by at most this many percentage points. If it falls
+            by more at 0 already, nothing is pruned.
         unlearn_to: Accuracy at which unlearning ends, in [0, 1].
         unlearn_lr: Learning rate of unlearning, above 0.
         mask_lr: Learning rate of the masks, above 0.

@@ -115,7 +115,8 @@ def masked_tensors(
     Returns:
         The changed tensors by state-dict name, for `torch.func.functional_call`.
     """
-    state, found = model.state_dict(), {}
+    state = model.state_dict()
+    found: dict[str, Tensor] = {}
     for units, factors in masks:
         padded = torch.cat([factors, factors.new_ones(1)])
         for name, owners in units.rows.items():

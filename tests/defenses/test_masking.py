@@ -118,6 +118,18 @@ def test_the_accuracy_decides_on_the_threshold(drop, threshold, gone) -> None:
     assert result.judgements[0].details["accuracy"]["0.05"] == 100
 
 
+def test_nothing_is_pruned_if_the_lowest_masks_cost_too_much() -> None:
+    model = Planted().eval()
+    before = copies(model)
+    task, _ = make_task(model, clean=Split(torch.zeros(100, 3, 16, 16).byte(), torch.zeros(100).long()))
+    defense = create_defense("rnp", accuracy_drop=4.0)
+    defense.learn_masks = lambda *_: ([torch.tensor([0.0, 0, 0, 1, 1, 1, 1])], {})
+    result = defense(replace(task, logits=Answers({0: 1.0, 3: 0.95})))
+    assert not changed(before, copies(model))
+    found = result.judgements[0]
+    assert found.threshold is None and found.suspicious == [] and found.details["accuracy"] == {"0": 95.0}
+
+
 def test_a_fixed_threshold_includes_its_value() -> None:
     task = planted_task()
     defense = create_defense("anp", threshold=0.25)
