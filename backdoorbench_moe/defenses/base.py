@@ -34,6 +34,7 @@ class DefenseTask:
     Args:
         model: The model to defend, in evaluation mode, on `device`. The defense may change it in place.
         num_classes: Number of classes.
+        image_size: Side of the images in pixels.
         train: The settings that the model was trained with; for a mixture, those that its experts were tuned with.
         device: The device of the model and the images.
         precision: "fp32" or "bf16".
@@ -54,6 +55,7 @@ class DefenseTask:
 
     model: nn.Module
     num_classes: int
+    image_size: int
     train: TrainSpec
     device: torch.device
     precision: str

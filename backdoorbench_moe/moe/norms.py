@@ -1,8 +1,8 @@
-"""Measuring the running statistics of batch norms anew."""
+"""Measuring what batch norms receive, and their running statistics anew."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,33 +33,60 @@ def measure_statistics(
             and module.running_mean is not None
             and any(k in rows for k in keys)
         ):
-            found = _moments(module, run)
-            for key, values in zip(keys, found, strict=True):
+            mean, variance, _ = input_moments([module], run)[module]
+            for key, values in zip(keys, (mean, variance), strict=True):
                 start, stop = rows.get(key, (0, 0))
                 model.state_dict()[key][start:stop].copy_(values[start:stop])
 
 
-def _moments(module: nn.Module, run: Callable[[], object]) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance, (C,) float64 each, of a module's inputs (B, C, ...) during `run()`.
+def input_moments(
+    modules: Sequence[nn.Module], run: Callable[[], object]
+) -> dict[nn.Module, tuple[Tensor, Tensor, int]]:
+    """Measure the inputs of modules during `run()`, for each channel.
 
     Batches are merged by the formula of Chan, Golub and LeVeque (1983), which is numerically stable.
+
+    Args:
+        modules: Modules with an input (B, C, ...), such as batch norms.
+        run: Function that passes images through the model, once.
+
+    Returns:
+        For each module the mean and the unbiased variance, (C,) float64 each, and the number of values of a channel.
+
+    Raises:
+        ValueError: A module receives fewer than two values for a channel.
     """
-    count = 0
-    mean = squares = torch.zeros((), dtype=torch.float64)
+    found = {module: _Moments() for module in modules}
 
-    def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        nonlocal count, mean, squares
-        values = inputs[0].detach().float()
-        spread, own = torch.var_mean(values, dim=[d for d in range(values.ndim) if d != 1], correction=0)
-        new, apart = values.numel() // values.shape[1], own.double() - mean.to(own.device)
-        squares = squares.to(own.device) + spread.double() * new + apart**2 * (count * new / (count + new))
-        mean, count = mean.to(own.device) + apart * (new / (count + new)), count + new
+    def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found[module].add(inputs[0].detach().float())
 
-    hook = module.register_forward_pre_hook(add)
+    hooks = [module.register_forward_pre_hook(add) for module in found]
     try:
         run()
     finally:
-        hook.remove()
-    if count < 2:
-        raise ValueError("measure_statistics: expected the run to pass at least two values a channel")
-    return mean, squares / (count - 1)
+        for hook in hooks:
+            hook.remove()
+    if any(each.count < 2 for each in found.values()):
+        raise ValueError("input_moments: expected the run to pass at least two values a channel")
+    return {
+        module: (each.mean, each.squares / (each.count - 1), each.count) for module, each in found.items()
+    }
+
+
+class _Moments:
+    """Mean and sum of squared deviations of all values so far, (C,) float64 each, and their number."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, values: Tensor) -> None:
+        """Add the values of a batch, (B, C, ...)."""
+        spread, own = torch.var_mean(values, dim=[d for d in range(values.ndim) if d != 1], correction=0)
+        new, mean = values.numel() // values.shape[1], self.mean.to(own.device)
+        apart, total = own.double() - mean, self.count + new
+        self.squares = (
+            self.squares.to(own.device) + spread.double() * new + apart**2 * (self.count * new / total)
+        )
+        self.mean, self.count = mean + apart * (new / total), total

@@ -23,3 +23,10 @@ def check_weight(**numbers: float | None) -> None:
     for name, number in numbers.items():
         if number is not None and not 0 <= number < float("inf"):
             raise ConfigError.expected(name, "a number of at least 0", number)
+
+
+def check_share(**numbers: float) -> None:
+    """Raise ConfigError if one of the numbers is not in [0, 1]."""
+    for name, number in numbers.items():
+        if not 0 <= number <= 1:
+            raise ConfigError.expected(name, "a number in [0, 1]", number)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -142,6 +145,40 @@ def counts_by_class(selected: Tensor, labels: Tensor, classes: int) -> Tensor:
     """
     counts = torch.zeros(classes, *selected.shape[1:], dtype=torch.int64, device=selected.device)
     return counts.index_add_(0, labels, selected.long())
+
+
+def load_shares(weights: Tensor, over: str) -> Tensor:
+    """Compute which share of an image's (expert, patch) pairs belongs to each expert, or to each patch.
+
+    Args:
+        weights: (B, E, P), not negative: 1 for pairs that are selected and 0 for others, or any other weights.
+        over: "experts" or "patches".
+
+    Returns:
+        (B, E) or (B, P) float64, which sum to 1; zeros for an image whose weights are 0.
+    """
+    sums = weights.double().sum(2 if over == "experts" else 1)
+    return sums / sums.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def load_entropy(load: Tensor) -> Tensor:
+    """Compute the entropy of loads (B, n), divided by log n, its maximum: (B,) in [0, 1]; 0 if n is 1."""
+    return torch.special.entr(load).sum(1) / math.log(max(2, load.shape[1]))
+
+
+def nearest_load(loads: Sequence[Tensor], known: Sequence[Tensor]) -> Tensor:
+    """Compute how far an image's loads are from the most similar ones of known images.
+
+    Args:
+        loads: For each routed layer (B, n), the loads by the images.
+        known: For each routed layer (M, n), the loads by the known images.
+
+    Returns:
+        (B,) float64 in [0, 1]: the smallest distance to one of the M images, where the distance of two images is the
+        mean over the layers of the total variation distance of their loads.
+    """
+    pairs = zip(loads, known, strict=True)
+    return torch.stack([torch.cdist(load, other, p=1) / 2 for load, other in pairs]).mean(0).amin(1)
 
 
 def blind_miss(changed: Tensor, taken: Tensor, patches: int) -> Tensor:

@@ -124,6 +124,7 @@ def make_task(
     task = DefenseTask(
         model=model,
         num_classes=CLASSES,
+        image_size=IMAGE_SIZE,
         train=train,
         device=CPU,
         precision="fp32",

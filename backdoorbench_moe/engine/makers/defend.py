@@ -213,6 +213,7 @@ class DefenseMaker(Maker):
         task = DefenseTask(
             model=self.model,
             num_classes=images.num_classes,
+            image_size=images.image_size,
             train=self._recipe(),
             gate_train=None if self.spec.mixture is None else self.spec.mixture.gate_train,
             device=workplace.device,

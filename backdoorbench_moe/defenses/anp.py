@@ -1,0 +1,126 @@
+"""ANP: prune the channels through which an adversarial change of the weights harms most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from backdoorbench_moe.defenses.base import DefenseTask
+from backdoorbench_moe.defenses.masking import MaskedModel, MaskPruning, batch_statistics, batches
+from backdoorbench_moe.moe.units import Units
+from backdoorbench_moe.ops.images import Split
+from backdoorbench_moe.ops.ranges import check_epochs, check_positive, check_share
+from backdoorbench_moe.ops.seeding import generator
+
+
+class ANP(MaskPruning):
+    """Adversarial neuron pruning: learn which channels are sensitive to a worst-case change, and prune those.
+
+    A channel's output (m + d) gamma x + (1 + xi) beta has a mask m in [0, 1] and changes |d|, |xi| <= `eps` of its
+    scale and shift. In every step, the changes are those that increase the loss: drawn at random, then moved by `eps`
+    along the sign of the gradient. Then a step of SGD with momentum 0.9 decreases
+    `alpha` CE + (1 - `alpha`) CE with the changes, over the masks. Channels that carry a backdoor are the ones that
+    react most to the changes, and get low masks.
+
+    The threshold is fixed, or given by the clean accuracy (`accuracy_drop`). The original tries thresholds and reports
+    the success of the attack on test images for each, which a defender does not have.
+
+    As in the original, batch norms normalise with the statistics of the batch while masks are learned, the changes
+    after the step are not clipped to `eps` (they are at most 2 `eps`), and only the scale is masked. Departures: every
+    epoch is a random order of the images, which are drawn with replacement in the original; images are not augmented.
+    Layer norms, experts and gates are masked as well [ours].
+
+    Args:
+        threshold: Units with a mask of at most this value are pruned, in [0, 1).
+        accuracy_drop: If given, it takes the place of `threshold`: the highest of the thresholds 0, 0.05, ... 0.95 is
+            used up to which accuracy on the defender's images falls by at most this many percentage points. If it falls
+            by more at 0 already, nothing is pruned.
+        steps: Number of steps, from 1.
+        eps: Bound of the changes, relative to scale and shift; above 0.
+        alpha: Weight of the loss without changes, in [0, 1].
+        mask_lr: Learning rate of the masks, above 0.
+        batch_size: Images of a step, from 2.
+        experts: Whether whole experts and their gates are masked and changed, too. False is the original, which does
+            not know of experts. None: True if the model names its experts.
+        clean_fraction: Share of the training images that the defender holds, in (0, 1].
+
+    Raises:
+        ConfigError: A value is out of range, or the model has no norms with a scale.
+
+    Source:
+        Wu & Wang, "Adversarial Neuron Pruning Purifies Backdoored Deep Models", NeurIPS 2021, section 4, and its code
+        csdongxian/ANP_backdoor.
+    """
+
+    tiny: ClassVar[Mapping[str, object]] = {"steps": 2, "batch_size": 12}
+    reason = "an adversarial change of scale and shift does most harm there"
+
+    def __init__(
+        self,
+        *,
+        threshold: float = 0.2,
+        accuracy_drop: float | None = None,
+        steps: int = 2000,
+        eps: float = 0.4,
+        alpha: float = 0.2,
+        mask_lr: float = 0.2,
+        batch_size: int = 128,
+        experts: bool | None = None,
+        clean_fraction: float = 0.05,
+    ) -> None:
+        super().__init__(
+            threshold=threshold, accuracy_drop=accuracy_drop, experts=experts, clean_fraction=clean_fraction
+        )
+        check_epochs("steps", steps, 1)
+        check_epochs("batch_size", batch_size, 2)
+        check_positive(eps=eps, mask_lr=mask_lr)
+        check_share(alpha=alpha)
+        self.steps, self.eps, self.alpha = steps, eps, alpha
+        self.mask_lr, self.batch_size = mask_lr, batch_size
+
+    def learn_masks(self, task: DefenseTask, units: Sequence[Units]) -> tuple[list[Tensor], dict[str, float]]:
+        """Learn the masks against adversarial changes."""
+        masked = MaskedModel(task.model, units, task.device, task.precision)
+        optimizer = torch.optim.SGD(masked.masks, lr=self.mask_lr, momentum=0.9)
+        draws = generator(task.seed, "changes")
+        with batch_statistics(task.model):
+            for batch in islice(batches(task.clean, self.batch_size, task.seed), self.steps):
+                noise, shifts = self._worst_change(masked, batch, draws)
+                loss = (1 - self.alpha) * masked.loss(batch, noise, shifts)
+                if self.alpha:
+                    loss = loss + self.alpha * masked.loss(batch)
+                for mask, gradient in zip(masked.masks, torch.autograd.grad(loss, masked.masks), strict=True):
+                    mask.grad = gradient
+                optimizer.step()
+                masked.clip()
+        return masked.masks, {}
+
+    def _worst_change(
+        self, masked: MaskedModel, batch: Split, draws: torch.Generator
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Draw changes and move them so that the loss rises.
+
+        Returns:
+            What is added to the masks, (n,) for each of the units; and the factors of the shifts, by the norm's name.
+        """
+        channels = [units for units in masked.units if units.kind == "channel"]
+        sizes = [len(units) for units in (*masked.units, *channels)]
+        changes = [
+            (2 * torch.rand(size, generator=draws) - 1).mul(self.eps).to(masked.device) for size in sizes
+        ]
+        for change in changes:
+            change.requires_grad_()
+        noise, moved = changes[: len(masked.units)], changes[len(masked.units) :]
+        shifts = {units.layer: 1 + change for units, change in zip(channels, moved, strict=True)}
+        loss = masked.loss(batch, noise, shifts)
+        gradients = torch.autograd.grad(loss, changes, allow_unused=True)
+        worst = [
+            change.detach() if gradient is None else change.detach() + self.eps * gradient.sign()
+            for change, gradient in zip(changes, gradients, strict=True)
+        ]
+        noise, moved = worst[: len(masked.units)], worst[len(masked.units) :]
+        return noise, {units.layer: 1 + change for units, change in zip(channels, moved, strict=True)}

@@ -1,0 +1,123 @@
+"""The base class of input filters whose threshold is set with clean images."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from math import isfinite
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.judgement import Judgement
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.detection import calibrate_threshold, threshold_rank
+from backdoorbench_moe.ops.images import Split
+from backdoorbench_moe.ops.seeding import generator
+
+Score = Callable[[Tensor], Tensor]
+
+
+class InputFilter(Defense):
+    """Base class of input filters that score an image and reject it if its score is above a threshold.
+
+    The threshold is a quantile of the scores of the defender's clean images, or a fixed number. Some of the images may
+    be kept for other purposes; the threshold is set with others, since images that shaped the score are no longer
+    like new ones. The model is not changed.
+
+    Subclasses implement `prepare`, and set `reason`, the first half of the judgement's reason, and `purpose`, what the
+    reserved images are used for. The detail "calibrated_on" of the judgement is the number of images that were used to
+    set the threshold; 0 if it is fixed.
+
+    Args:
+        reserved: Number of the defender's images that are kept for other purposes than the threshold.
+        fpr: Highest false positive rate, in (0, 1): the probability that a clean image is rejected.
+        threshold: A fixed threshold, which takes the place of `fpr`; None for none.
+        calibrate: Largest number of the defender's other images that are used to set the threshold.
+        clean_fraction: Share of the training images that the defender holds, in (0, 1]. The model was trained on them.
+
+    Raises:
+        ConfigError: A value is out of range, or the images are too few for `fpr`.
+    """
+
+    reason: ClassVar[str]
+    purpose: ClassVar[str]
+
+    def __init__(
+        self, *, reserved: int, fpr: float, threshold: float | None, calibrate: int, clean_fraction: float
+    ) -> None:
+        super().__init__(clean_fraction=clean_fraction)
+        if not 0 < fpr < 1:
+            raise ConfigError.expected("fpr", "a number in (0, 1)", fpr)
+        if threshold is not None and not isfinite(threshold):
+            raise ConfigError.expected("threshold", "a finite number", threshold)
+        if not threshold_rank(fpr, calibrate):
+            raise ConfigError.expected(
+                "calibrate", f"enough images to set a threshold for fpr={fpr}", calibrate
+            )
+        self.reserved, self.fpr, self.threshold, self.calibrate = reserved, fpr, threshold, calibrate
+
+    def count(self, images: int, num_classes: int) -> int:
+        """Return the number of training images that the defender holds.
+
+        Args:
+            images: Number of training images.
+            num_classes: Number of classes.
+
+        Raises:
+            ConfigError: The defender would hold too few images to set a threshold for `fpr`.
+        """
+        count = super().count(images, num_classes)
+        left = count - self.reserved
+        if left < 0 or (self.threshold is None and not threshold_rank(self.fpr, left)):
+            used = (
+                f"; {self.reserved} {self.purpose}, and the {max(left, 0)} left"
+                if self.reserved
+                else ", which"
+            )
+            raise ConfigError(
+                f"clean_fraction: {self.clean_fraction} of {images} images is {count}{used} are too few to set a "
+                f"threshold for fpr={self.fpr}"
+            )
+        return count
+
+    def defend(self, task: DefenseTask) -> DefenseResult:
+        """Prepare the score with the reserved images, and set the threshold with others."""
+        clean = task.clean
+        order = torch.randperm(len(clean), generator=generator(task.seed, "filter")).to(clean.labels.device)
+        kept, others = order[: self.reserved], order[self.reserved : self.reserved + self.calibrate]
+        score = self.prepare(task, Split(clean.images[kept].clone(), clean.labels[kept].clone()))
+        threshold, count = self.threshold, 0
+        if threshold is None:
+            values, count = score(clean.images[others]).double().cpu().numpy(), len(others)
+            threshold = calibrate_threshold(values, self.fpr)
+            rule = f"a clean image is above the threshold with a chance of at most {self.fpr:g}"
+        else:
+            rule = "the threshold is fixed"
+        judgement = Judgement(
+            "input",
+            f"{self.reason}; {rule}",
+            threshold=threshold,
+            details={"calibrated_on": count, **self.details()},
+            judge=score,
+        )
+        return DefenseResult("filtered", task.model, (judgement,))
+
+    def details(self) -> dict[str, object]:
+        """Return further details for the record, after `prepare`. The default has none."""
+        return {}
+
+    @abstractmethod
+    def prepare(self, task: DefenseTask, reserved: Split) -> Score:
+        """Return the function that scores images.
+
+        Args:
+            task: The task, whose model must be left as it is.
+            reserved: The images that are not used to set the threshold, and their labels.
+
+        Returns:
+            Function of images (B, 3, H, W) uint8 that returns (B,) finite floats; higher is more suspicious. The score
+            of an image must not depend on the other images.
+        """

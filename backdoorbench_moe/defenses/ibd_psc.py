@@ -1,0 +1,153 @@
+"""IBD-PSC: reject an image whose prediction stays confident when scales of the last norms are increased."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from backdoorbench_moe.defenses.base import DefenseTask
+from backdoorbench_moe.defenses.filters import InputFilter, Score
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.units import norm_units
+from backdoorbench_moe.ops.images import Split
+from backdoorbench_moe.ops.ranges import check_share
+
+
+class IBDPSC(InputFilter):
+    """IBD-PSC: reject an image whose prediction stays confident when scales and shifts of the last norms are increased.
+
+    The scales and shifts of the last k norms are multiplied by `factor`, for `models` consecutive numbers k. The score
+    is the mean, over these models, of the probability of the class that the unchanged model predicts. The first k is
+    the smallest with which the model is wrong about more than `error` of the reserved images; if there is none, or too
+    few norms follow, the last `models` numbers are taken. The detail "norms" of the judgement lists the numbers k.
+
+    Norms are counted in the order in which they are computed. Batch norms are those of the paper; layer and group norms
+    are taken as well [ours].
+
+    Args:
+        factor: Factor of scales and shifts, above 1.
+        models: Number of scaled models.
+        error: Share of clean images that the first scaled model must be wrong about, in [0, 1].
+        reserve: Number of the defender's images that the first k is chosen with; they do not set the threshold.
+        fpr: Highest false positive rate, in (0, 1): the probability that a clean image is rejected.
+        threshold: A fixed threshold, which takes the place of `fpr`; None for none. It is 0.9 in the paper.
+        calibrate: Largest number of the defender's other images that are used to set the threshold.
+        clean_fraction: Share of the training images that the defender holds, in (0, 1].
+
+    Raises:
+        ConfigError: A value is out of range, the images are too few for `reserve` and `fpr`, or the model has too few
+            norms.
+
+    Source:
+        Hou et al., "IBD-PSC: Input-level Backdoor Detection via Parameter-oriented Scaling Consistency", ICML 2024,
+        section 4.
+    """
+
+    tiny: ClassVar[Mapping[str, object]] = {"models": 2, "reserve": 8, "fpr": 0.25}
+    reason = "the prediction stays confident when the scales of the last norms are increased"
+    purpose = "choose how many norms are scaled"
+
+    def __init__(
+        self,
+        *,
+        factor: float = 1.5,
+        models: int = 5,
+        error: float = 0.6,
+        reserve: int = 100,
+        fpr: float = 0.05,
+        threshold: float | None = None,
+        calibrate: int = 1000,
+        clean_fraction: float = 0.05,
+    ) -> None:
+        for name, number in (("models", models), ("reserve", reserve)):
+            if number < 1:
+                raise ConfigError.expected(name, "an integer of at least 1", number)
+        super().__init__(
+            reserved=reserve,
+            fpr=fpr,
+            threshold=threshold,
+            calibrate=calibrate,
+            clean_fraction=clean_fraction,
+        )
+        if not 1 < factor < float("inf"):
+            raise ConfigError.expected("factor", "a number above 1", factor)
+        check_share(error=error)
+        self.factor, self.models, self.error, self.reserve = factor, models, error, reserve
+        self._chosen: list[int] = []
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ConfigError if the model has fewer norms than models are wanted."""
+        count = len(norm_units(model))
+        if count < self.models:
+            raise ConfigError(
+                f"models: expected at most the number of norms with a scale; {type(model).__name__} has {count}, "
+                f"got {self.models}"
+            )
+
+    def prepare(self, task: DefenseTask, reserved: Split) -> Score:
+        """Choose the numbers of norms, and return the score."""
+        model = task.model
+        norms = norms_in_order(task, reserved.images[:2])
+        self._chosen = self._choose(task, norms, reserved)
+
+        def score(images: Tensor) -> Tensor:
+            called = task.logits(model, images).argmax(1, keepdim=True)
+            total = torch.zeros(len(images), dtype=torch.float64, device=images.device)
+            for count in self._chosen:
+                with scaled(norms[-count:], self.factor):
+                    logits = task.logits(model, images)
+                total = total + logits.double().softmax(1).gather(1, called).squeeze(1)
+            return total / len(self._chosen)
+
+        return score
+
+    def details(self) -> dict[str, object]:
+        """Return how many norms the models have scaled."""
+        return {"norms": self._chosen}
+
+    def _choose(self, task: DefenseTask, norms: Sequence[nn.Module], reserved: Split) -> list[int]:
+        last = max(1, len(norms) - self.models + 1)
+        for first in range(1, last):
+            with scaled(norms[-first:], self.factor):
+                wrong = task.logits(task.model, reserved.images).argmax(1) != reserved.labels
+            if wrong.double().mean() > self.error:
+                return list(range(first, first + self.models))
+        return list(range(last, len(norms) + 1))
+
+
+def norms_in_order(task: DefenseTask, images: Tensor) -> list[nn.Module]:
+    """Return the norms with a scale in the order in which the model calls them.
+
+    Args:
+        task: The task with the model.
+        images: (B, 3, H, W) uint8, passed through the model once.
+    """
+    found: dict[nn.Module, None] = {}
+    norms = [task.model.get_submodule(units.layer) for units in norm_units(task.model)]
+    hooks = [norm.register_forward_pre_hook(lambda module, _: found.update({module: None})) for norm in norms]
+    try:
+        task.logits(task.model, images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(found)
+
+
+@contextmanager
+def scaled(norms: Sequence[nn.Module], factor: float) -> Iterator[None]:
+    """Multiply scales and shifts of norms inside the block. Afterwards they are restored bit for bit."""
+    tensors = [p for norm in norms for p in (norm.weight, norm.bias) if isinstance(p, Tensor)]
+    kept = [tensor.detach().clone() for tensor in tensors]
+    try:
+        with torch.no_grad():
+            for tensor in tensors:
+                tensor.mul_(factor)
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, values in zip(tensors, kept, strict=True):
+                tensor.copy_(values)

@@ -1,0 +1,283 @@
+"""What ANP and RNP share: masks of channels, experts and gates that are learned, and the pruning by them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.judgement import Judgement
+from backdoorbench_moe.defenses.outlying import treats_experts
+from backdoorbench_moe.defenses.requirements import clean_accuracy
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.units import Units, expert_units, gate_units, masked_tensors, norm_units, prune
+from backdoorbench_moe.ops.images import Split, as_input
+from backdoorbench_moe.ops.ranges import check_weight
+from backdoorbench_moe.ops.seeding import generator
+
+Masks = Sequence[tuple[Units, Tensor]]
+
+# Thresholds that are tried if the clean accuracy decides.
+LADDER = tuple(step / 20 for step in range(20))
+# Lowest mask of an expert while masks are learned. At 0, scale and shift of a norm are both 0; the ReLU behind it then
+# passes no gradient, so that the mask could never rise again.
+LEAST_EXPERT = 1e-3
+
+
+class MaskPruning(Defense):
+    """Base class of defenses that learn a mask from 0 to 1 for each unit of the model, and prune those with a low mask.
+
+    The units are the channels of all norms with a scale (batch, layer and group norms) and, in the MoE form, whole
+    experts and their gates. A pruned channel has a scale of zero and keeps its shift, a pruned expert is muted, and a
+    pruned gate is a row of zeros in the router. Every routed layer keeps at least the expert with the highest mask.
+
+    Subclasses implement `learn_masks`, and set `reason`, what a low mask means.
+
+    Args:
+        threshold: Units with a mask of at most this value are pruned, in [0, 1).
+        accuracy_drop: If given, it takes the place of `threshold`: the highest of the thresholds 0, 0.05, ... 0.95 is
+            used up to which accuracy on the defender's images falls by at most this many percentage points. If it falls
+            by more at 0 already, nothing is pruned.
+        experts: Whether whole experts and their gates are masked, too. None: True if the model names its experts.
+        clean_fraction: Share of the training images that the defender holds, in (0, 1].
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    reason: str
+
+    def __init__(
+        self, *, threshold: float, accuracy_drop: float | None, experts: bool | None, clean_fraction: float
+    ) -> None:
+        super().__init__(clean_fraction=clean_fraction)
+        if not 0 <= threshold < 1:
+            raise ConfigError.expected("threshold", "a number in [0, 1)", threshold)
+        check_weight(accuracy_drop=accuracy_drop)
+        self.threshold, self.accuracy_drop, self.experts = threshold, accuracy_drop, experts
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ConfigError if the model has nothing to mask."""
+        if not self._units(model):
+            raise ConfigError(
+                f"model: {type(model).__name__} has no norm with a scale for each channel that could be masked"
+            )
+
+    @abstractmethod
+    def learn_masks(self, task: DefenseTask, units: Sequence[Units]) -> tuple[list[Tensor], dict[str, float]]:
+        """Learn the masks.
+
+        Args:
+            task: The task, whose model must be left as it is.
+            units: The units of the model.
+
+        Returns:
+            For each of `units`, (n,) in [0, 1]; and details for the record.
+        """
+
+    def defend(self, task: DefenseTask) -> DefenseResult:
+        """Learn the masks, and prune."""
+        units = self._units(task.model)
+        learned, details = self.learn_masks(task, units)
+        masks = [(each, mask.detach().float().cpu()) for each, mask in zip(units, learned, strict=True)]
+        threshold: float | None = self.threshold
+        found: dict[str, Any] = dict(details)
+        if self.accuracy_drop is not None:
+            threshold, accuracies = highest_threshold(task, masks, self.accuracy_drop)
+            found["accuracy"] = {f"{step:g}": value for step, value in accuracies.items()}
+        if threshold is not None:
+            prune_low(task.model, masks, threshold)
+        return DefenseResult("pruned", task.model, tuple(self._judge(masks, threshold, found)))
+
+    def _units(self, model: nn.Module) -> list[Units]:
+        units = norm_units(model)
+        if treats_experts(model, self.experts):
+            units += [*expert_units(model), *gate_units(model)]
+        return units
+
+    def _judge(
+        self, masks: Masks, threshold: float | None, details: Mapping[str, Any]
+    ) -> Iterator[Judgement]:
+        """Yield the finding about the model, and in the MoE form that about its experts."""
+        low = {
+            (units.kind, units.layer): [] if threshold is None else low_units(units, mask, threshold)
+            for units, mask in masks
+        }
+        rule = "with no threshold does the clean accuracy stay, so that nothing is pruned"
+        if threshold is not None:
+            rule = f"what has a mask of at most {threshold:g} is pruned"
+        norms = {units.layer: mask for units, mask in masks if units.kind == "channel"}
+        pruned_channels = {layer: low["channel", layer] for layer in norms if low["channel", layer]}
+        yield Judgement(
+            "model",
+            f"{self.reason}: {rule}; the score of a norm is the lowest mask of its channels",
+            scores={layer: mask.min().item() for layer, mask in norms.items()},
+            threshold=threshold,
+            suspicious=list(pruned_channels),
+            details={
+                "pruned": pruned_channels,
+                "channels": {layer: len(mask) for layer, mask in norms.items()},
+                **details,
+            },
+        )
+        scores: dict[str, dict[str, float]] = {"expert": {}, "gate": {}}
+        pruned: dict[str, list[str]] = {"expert": [], "gate": []}
+        for units, mask in masks:
+            if units.kind != "channel":
+                scores[units.kind] |= dict(zip(units.names, mask.tolist(), strict=True))
+                pruned[units.kind] += [units.names[number] for number in low[units.kind, units.layer]]
+        if scores["expert"]:
+            yield Judgement(
+                "expert",
+                f"{self.reason}: {rule}",
+                scores=scores["expert"],
+                threshold=threshold,
+                suspicious=pruned["expert"],
+                details={"gates": scores["gate"], "pruned_gates": pruned["gate"]},
+            )
+
+
+def low_units(units: Units, mask: Tensor, threshold: float) -> list[int]:
+    """Return the numbers of the units to prune: those with a low mask, but never all experts of a layer.
+
+    Args:
+        units: The units.
+        mask: (n,).
+        threshold: The highest mask that counts as low.
+    """
+    low = (mask <= threshold).nonzero().flatten().tolist()
+    if units.kind == "expert" and len(low) == len(units):
+        low.remove(int(mask.argmax()))
+    return low
+
+
+def prune_low(model: nn.Module, masks: Masks, threshold: float) -> None:
+    """Prune all units with a mask of at most `threshold`, in place; see `low_units`."""
+    for units, mask in masks:
+        prune(model, units, low_units(units, mask, threshold))
+
+
+@torch.no_grad()
+def highest_threshold(
+    task: DefenseTask, masks: Masks, drop: float
+) -> tuple[float | None, dict[float, float]]:
+    """Find up to which threshold the clean accuracy stays.
+
+    Args:
+        task: The task, whose model is as before afterwards.
+        masks: The units and their masks.
+        drop: How many percentage points of accuracy may be lost.
+
+    Returns:
+        The highest threshold of `LADDER` before the first one at which more is lost, None if that is the lowest; and
+        the accuracy in percent at each threshold that was tried.
+    """
+    state = task.model.state_dict()
+    names = {name for units, _ in masks for name in units.rows}
+    kept = {name: state[name].clone() for name in names}
+    before = clean_accuracy(task)
+    chosen: float | None = None
+    accuracies: dict[float, float] = {}
+    for threshold in LADDER:
+        prune_low(task.model, masks, threshold)
+        accuracies[threshold] = clean_accuracy(task)
+        if accuracies[threshold] < before - drop:
+            break
+        chosen = threshold
+    for name, values in kept.items():
+        state[name].copy_(values)
+    return chosen, accuracies
+
+
+class MaskedModel:
+    """A model whose units are masked, without a change of its weights.
+
+    Args:
+        model: The model.
+        units: Its units.
+        device: Device of the model.
+        precision: "fp32" or "bf16".
+
+    Attributes:
+        masks: For each of the units a leaf tensor, (n,) float32, all ones.
+    """
+
+    def __init__(
+        self, model: nn.Module, units: Sequence[Units], device: torch.device, precision: str
+    ) -> None:
+        self.model, self.units, self.device, self.precision = model, list(units), device, precision
+        self.masks = [torch.ones(len(each), device=device, requires_grad=True) for each in units]
+
+    def loss(
+        self,
+        split: Split,
+        noise: Sequence[Tensor] | None = None,
+        shifts: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Compute the mean cross-entropy of images.
+
+        Args:
+            split: The images and labels.
+            noise: For each of the units what is added to the mask, (n,).
+            shifts: Factors of the shifts of norms, by the norm's name.
+        """
+        factors = self.masks if noise is None else [m + n for m, n in zip(self.masks, noise, strict=True)]
+        tensors = masked_tensors(self.model, list(zip(self.units, factors, strict=True)), shifts)
+        images = as_input(split.images)
+        # bf16 has the range of float32, so that losses need no scaling.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            logits = functional_call(self.model, tensors, (images,))
+        return F.cross_entropy(logits.float(), split.labels)
+
+    @torch.no_grad()
+    def clip(self) -> None:
+        """Clip the masks to [0, 1], and those of experts to [0.001, 1]; see `LEAST_EXPERT`."""
+        for units, mask in zip(self.units, self.masks, strict=True):
+            mask.clamp_(LEAST_EXPERT if units.kind == "expert" else 0, 1)
+
+
+def batches(split: Split, size: int, seed: int) -> Iterator[Split]:
+    """Yield batches without end: all images in a new order, epoch by epoch.
+
+    Args:
+        split: The images, at least two.
+        size: Images of a batch, at least two. The last batch of an epoch has those that are left. A single image that
+            is left is not used in this epoch, since it has no batch statistics.
+        seed: Seed of the orders.
+    """
+    epoch = 0
+    while True:
+        order = torch.randperm(len(split), generator=generator(seed, "masks", epoch))
+        for indices in order.split(size)[: steps_of_epoch(len(split), size)]:
+            place = indices.to(split.labels.device)
+            yield Split(split.images[place], split.labels[place])
+        epoch += 1
+
+
+def steps_of_epoch(count: int, size: int) -> int:
+    """Return the number of batches of an epoch of `batches`, for `count` images in batches of `size`."""
+    return count // size + (count % size > 1)
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside the block, let batch norms normalise with the statistics of the batch; then restore their buffers."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    kept = [(module.training, [buffer.clone() for buffer in module.buffers()]) for module in norms]
+    try:
+        for module in norms:
+            module.train()
+        yield
+    finally:
+        for module, (training, buffers) in zip(norms, kept, strict=True):
+            module.train(training)
+            for buffer, values in zip(module.buffers(), buffers, strict=True):
+                buffer.copy_(values)

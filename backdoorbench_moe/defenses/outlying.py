@@ -1,0 +1,154 @@
+"""What CLP and BNP share: channels whose score lies far above the mean of their group, and how they are reported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backdoorbench_moe.defenses.judgement import Judgement
+from backdoorbench_moe.defenses.requirements import experts_of
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.routed import RoutedModel
+from backdoorbench_moe.moe.structure import WithExperts
+from backdoorbench_moe.moe.units import expert_ranges
+from backdoorbench_moe.ops.outliers import deviations, largest_deviation
+from backdoorbench_moe.ops.ranges import check_positive
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels of one layer that are compared with each other.
+
+    Attributes:
+        layer: Dotted name of the norm or layer.
+        expert: Name of the expert that the channels belong to; None if they belong to no single expert.
+        start: Number of the first channel.
+        scores: (channels,) float64.
+    """
+
+    layer: str
+    expert: str | None
+    start: int
+    scores: Tensor
+
+    @property
+    def name(self) -> str:
+        """Name of the layer, and of the expert if there is one."""
+        return self.layer if self.expert is None else f"{self.layer} of {self.expert}"
+
+    def far(self, u: float) -> list[int]:
+        """Return the numbers of the channels in the layer whose score is above mean + u standard deviations."""
+        return [self.start + place for place in (deviations(self.scores) > u).nonzero().flatten().tolist()]
+
+    def most(self) -> float:
+        """Return how far the highest score is above the mean, in standard deviations."""
+        return deviations(self.scores).max().item()
+
+
+def treats_experts(model: nn.Module, experts: bool | None) -> bool:
+    """Return whether a defense treats experts as units of their own.
+
+    Args:
+        model: The model.
+        experts: What the user wants; None for "if the model has experts".
+
+    Raises:
+        ConfigError: It is wanted, but the model does not name its experts.
+    """
+    if experts is None:
+        return isinstance(model, RoutedModel) and isinstance(model, WithExperts)
+    if experts:
+        experts_of(model)
+    return experts
+
+
+def groups_of(model: nn.Module, layer: str, scores: Tensor, *, experts: bool) -> list[Group]:
+    """Return the channels of a layer as one group, or as a group for each expert that owns some of them.
+
+    Args:
+        model: The model.
+        layer: Dotted name of the norm or layer.
+        scores: (channels,), one for each row of its weight.
+        experts: Whether to divide the channels by expert.
+    """
+    scores = scores.double().cpu()
+    ranges = expert_ranges(model, f"{layer}.weight") if experts else []
+    if not ranges:
+        return [Group(layer, None, 0, scores)]
+    return [Group(layer, name, start, scores[start:stop]) for name, start, stop in ranges]
+
+
+def check_deviations(u: float, sizes: Sequence[int]) -> None:
+    """Check that a channel can be `u` standard deviations above the mean of its group.
+
+    Args:
+        u: The number of standard deviations.
+        sizes: Numbers of channels of all groups.
+
+    Raises:
+        ConfigError: `u` is not positive, or so large that no channel of any group can be that far above the mean.
+    """
+    check_positive(u=u)
+    if u >= (most := largest_deviation(max(sizes))):
+        raise ConfigError.expected(
+            "u", f"below {most:.2f}, the most that one of {max(sizes)} channels can be above their mean", u
+        )
+
+
+def pruned_channels(groups: Sequence[Group], u: float) -> dict[str, list[int]]:
+    """Return the numbers of the channels that are too far above the mean of their group, by the layer's name."""
+    pruned: dict[str, list[int]] = {}
+    for group in groups:
+        if channels := group.far(u):
+            pruned.setdefault(group.layer, []).extend(channels)
+    return pruned
+
+
+def judge_groups(groups: Sequence[Group], u: float, reason: str, details: Mapping[str, Any]) -> Judgement:
+    """Return the finding about the model: the highest deviation in each group, and the channels that are pruned.
+
+    Args:
+        groups: All groups.
+        u: The threshold in standard deviations.
+        reason: What the scores of single channels are, such as "Lipschitz bound".
+        details: Further details; "pruned", "channels" and "too_small" are added. "too_small" names the groups that
+            have too few channels for one of them to exceed the threshold.
+    """
+    return Judgement(
+        "model",
+        f"the {reason} of a channel is more than {u:g} standard deviations above the mean of its group",
+        scores={group.name: group.most() for group in groups},
+        threshold=u,
+        suspicious=[group.name for group in groups if group.far(u)],
+        details={
+            "pruned": pruned_channels(groups, u),
+            "channels": {group.name: len(group.scores) for group in groups},
+            "too_small": [group.name for group in groups if largest_deviation(len(group.scores)) <= u],
+            **details,
+        },
+    )
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the dotted name of every module of a model."""
+    return {module: name for name, module in model.named_modules()}
+
+
+@torch.no_grad()
+def zero_rows(model: nn.Module, pruned: Mapping[str, Sequence[int]], tensors: Sequence[str]) -> None:
+    """Set rows of layers to zero, in place.
+
+    Args:
+        model: The model.
+        pruned: Numbers of the rows, by the layer's name.
+        tensors: Which tensors of the layers: "weight", "bias". Those that a layer does not have are left out.
+    """
+    state = model.state_dict()
+    for layer, channels in pruned.items():
+        for tensor in tensors:
+            if (values := state.get(f"{layer}.{tensor}")) is not None:
+                values.index_fill_(0, torch.tensor(channels, device=values.device), 0)

@@ -1,0 +1,124 @@
+"""SCALE-UP: reject an image whose prediction stays the same when its pixels are multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from backdoorbench_moe.defenses.base import DefenseTask
+from backdoorbench_moe.defenses.filters import InputFilter, Score
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.images import Split
+
+
+class ScaleUp(InputFilter):
+    """SCALE-UP: reject an image whose prediction stays the same when its pixel values are multiplied.
+
+    The score is the mean over the `factors` n of whether the image n x, clipped at white, is predicted as x is. A
+    triggered image keeps its prediction, a clean one loses it when it turns white. The score says little about images
+    that are bright already, which stay as they are, and about triggers that turn white with the rest.
+
+    A score has only as many values as there are factors, and one more. If more than a share of `fpr` of the clean
+    images have the highest of them, 1, no image is above the threshold, and nothing is rejected: TPR and FPR are then
+    0, and AUROC still tells whether the scores differ. `statistic` "probability" has no such steps.
+
+    Args:
+        factors: The factors n, integers from 2.
+        statistic: "agreement": as above. "probability": the mean probability of the class that is predicted for the
+            image itself, over the scaled images [ours].
+        normalise: Whether the mean score of clean images that are predicted as the same class is subtracted, and the
+            difference divided by their standard deviation, as the paper does if the defender has clean images. Classes
+            with fewer than two images take the values of all images.
+        fpr: Highest false positive rate, in (0, 1): the probability that a clean image is rejected.
+        threshold: A fixed threshold, which takes the place of `fpr`; None for none. The paper's code has 0.5.
+        calibrate: Largest number of the defender's images that are used to set the threshold.
+        reserve: Number of the defender's images that `normalise` uses; they do not set the threshold.
+        clean_fraction: Share of the training images that the defender holds, in (0, 1].
+
+    Raises:
+        ConfigError: A value is out of range, or the images are too few for `fpr`.
+
+    Source:
+        Guo et al., "SCALE-UP: An Efficient Black-box Input-level Backdoor Detection via Analyzing Scaled Prediction
+        Consistency", ICLR 2023, section 4.
+    """
+
+    tiny: ClassVar[Mapping[str, object]] = {"statistic": "probability", "fpr": 0.25, "reserve": 8}
+    reason = "the prediction stays the same when all pixel values are multiplied"
+    purpose = "give the mean scores of the classes"
+
+    def __init__(
+        self,
+        *,
+        factors: tuple[int, ...] = (3, 5, 7, 9, 11),
+        statistic: Literal["agreement", "probability"] = "agreement",
+        normalise: bool = False,
+        fpr: float = 0.05,
+        threshold: float | None = None,
+        calibrate: int = 1000,
+        reserve: int = 100,
+        clean_fraction: float = 0.05,
+    ) -> None:
+        if reserve < 2:
+            raise ConfigError.expected("reserve", "an integer of at least 2", reserve)
+        super().__init__(
+            reserved=reserve if normalise else 0,
+            fpr=fpr,
+            threshold=threshold,
+            calibrate=calibrate,
+            clean_fraction=clean_fraction,
+        )
+        if not factors or min(factors) < 2:
+            raise ConfigError.expected("factors", "integers of at least 2", factors)
+        self.factors, self.statistic, self.normalise, self.reserve = factors, statistic, normalise, reserve
+
+    def prepare(self, task: DefenseTask, reserved: Split) -> Score:
+        """Return the score; if it is normalised, by the reserved images."""
+
+        def measure(images: Tensor) -> tuple[Tensor, Tensor]:
+            called = task.logits(task.model, images).argmax(1)
+            found = [self._consistency(task, images, factor, called) for factor in self.factors]
+            return torch.stack(found).mean(0), called
+
+        if not self.normalise:
+            return lambda images: measure(images)[0]
+        means, deviations = class_moments(*measure(reserved.images), task.num_classes)
+
+        def normalised(images: Tensor) -> Tensor:
+            values, called = measure(images)
+            return (values - means[called]) / deviations[called]
+
+        return normalised
+
+    def _consistency(self, task: DefenseTask, images: Tensor, factor: int, called: Tensor) -> Tensor:
+        """Measure how far the images that are multiplied by a factor are still called the same, (B,) float64."""
+        logits = task.logits(task.model, multiply(images, factor)).double()
+        if self.statistic == "agreement":
+            return (logits.argmax(1) == called).double()
+        return logits.softmax(1).gather(1, called.unsqueeze(1)).squeeze(1)
+
+
+def multiply(images: Tensor, factor: int) -> Tensor:
+    """Multiply (B, C, H, W) uint8 images by a factor, and clip them at 255."""
+    return (images.int() * factor).clamp(max=255).to(torch.uint8)
+
+
+def class_moments(scores: Tensor, classes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Compute mean and standard deviation of the scores of each class.
+
+    Args:
+        scores: (N,) float64.
+        classes: (N,) int64.
+        num_classes: Number of classes.
+
+    Returns:
+        (classes,) float64 each. Classes with fewer than two scores have the values of all scores, and a deviation below
+        0.01 counts as 0.01, so that a class of equal scores does not make every other score an outlier.
+    """
+    groups = [scores[classes == number] for number in range(num_classes)]
+    groups = [group if len(group) > 1 else scores for group in groups]
+    means = torch.stack([group.mean() for group in groups])
+    return means, torch.stack([group.std() for group in groups]).clamp(min=0.01)

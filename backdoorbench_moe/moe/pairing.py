@@ -1,0 +1,73 @@
+"""Which convolutions each batch norm normalises: found by running the model, whatever the order of its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+
+def convolutions_before(model: nn.Module, images: Tensor) -> dict[str, tuple[str, ...]]:
+    """Find the convolutions whose outputs are the input of each batch norm.
+
+    Either the norm directly takes the output of one convolution, as in a network with post-activation (convolution,
+    norm, ReLU), or it takes a sum of which outputs of convolutions are terms. The latter is the case in a network with
+    pre-activation, whose norm comes before the convolution of its block: the norm takes the sum of the last block's
+    convolution and of its shortcut. A shortcut that is the identity is not a convolution. What it carries on from
+    earlier blocks belongs to the norms behind those: a convolution is a term of a sum only if no norm takes it
+    directly.
+
+    Args:
+        model: The model, in evaluation mode. It is not changed.
+        images: (B, 3, H, W) in [0, 1], of the size that the model was made for.
+
+    Returns:
+        For each batch norm with a scale and running statistics that was called and has such convolutions: their names,
+        by the norm's name, in the order of computation.
+    """
+    made: dict[Any, str] = {}
+    taken: dict[str, Any] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, _ConvNd):
+            hooks.append(module.register_forward_hook(_remember(made, name)))
+        elif isinstance(module, _BatchNorm) and module.affine and module.running_var is not None:
+            hooks.append(module.register_forward_pre_hook(_remember_input(taken, name)))
+    try:
+        with torch.enable_grad():
+            # The images need a gradient so that the graph is recorded even if all parameters are frozen.
+            model(images.detach().clone().requires_grad_())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    direct = {node for node in taken.values() if node in made}
+    found = {
+        name: [made[term] for term in _terms(node) if term in made and (term is node or term not in direct)]
+        for name, node in taken.items()
+    }
+    return {name: tuple(convs) for name, convs in found.items() if convs}
+
+
+def _remember(made: dict[Any, str], name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        made[output.grad_fn] = name
+
+    return hook
+
+
+def _remember_input(taken: dict[str, Any], name: str) -> Callable[[nn.Module, Any], None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        taken[name] = inputs[0].grad_fn
+
+    return hook
+
+
+def _terms(node: Any) -> list[Any]:
+    """Return the node itself, or, if it is an addition, its terms; nodes are those of autograd's graph."""
+    if type(node).__name__ != "AddBackward0":
+        return [node]
+    return [term for term, _ in node.next_functions]

@@ -1,0 +1,71 @@
+"""Outliers among few values: distances from the mean in standard deviations, and what is possible for n values."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from scipy.stats import norm, t
+from torch import Tensor
+
+# Largest value that `studentised` returns. The normal distribution's tail beyond it is below the smallest float.
+MOST = 37.0
+
+
+def deviations(values: Tensor) -> Tensor:
+    """Return the distance of each value from the mean, in unbiased standard deviations.
+
+    Args:
+        values: (n,) floats.
+
+    Returns:
+        (n,) float64; zeros if all values are equal, or if there is only one.
+    """
+    values = values.double()
+    if len(values) < 2 or (spread := values.std()) <= 1e-12 * values.abs().max():
+        return torch.zeros_like(values)
+    return (values - values.mean()) / spread
+
+
+def largest_deviation(count: int) -> float:
+    """Return (n - 1) / sqrt(n), the largest result of `deviations` that one of n values can have.
+
+    It is above 3 only from n = 11: of fewer values, none lies more than 3 standard deviations above the mean.
+
+    Source:
+        Shiffler, "Maximum z scores and outliers", The American Statistician 42 (1988).
+    """
+    return (count - 1) / math.sqrt(count)
+
+
+def studentised(values: Tensor) -> Tensor:
+    """Return the distance of each value from the mean of the others, as standard deviations of a normal distribution.
+
+    Unlike `deviations`, it has no upper bound for few values. The distance is divided by the standard deviation of the
+    others, which gives a t statistic with n - 2 degrees of freedom, and is then converted to the number of standard
+    deviations that a normal variable exceeds with the same probability.
+
+    Args:
+        values: (n,) floats.
+
+    Returns:
+        (n,) float64 in [-37, 37]; zeros if there are fewer than three values.
+
+    Source:
+        The externally studentised residual, as in Grubbs' test for outliers: Grubbs, Technometrics 11 (1969).
+    """
+    values, count = values.double(), len(values)
+    if count < 3:
+        return torch.zeros_like(values)
+    others = values.expand(count, count)[~torch.eye(count, dtype=torch.bool)].view(count, count - 1)
+    spread, mean = torch.std_mean(others, dim=1)
+    distance = values - mean
+    noise = 1e-12 * values.abs().max()
+    spread = spread.clamp(min=torch.finfo(torch.float64).tiny)
+    statistic = torch.where(
+        distance.abs() <= noise, 0.0, distance / (spread * math.sqrt(1 + 1 / (count - 1)))
+    )
+    # The smaller tail is the accurate one.
+    tails = t.sf(statistic.abs().numpy(), count - 2)
+    found = torch.from_numpy(norm.isf(tails)).clamp(max=MOST)
+    return found * statistic.sign()

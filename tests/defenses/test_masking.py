@@ -1,0 +1,250 @@
+"""ANP and RNP: a planted channel is found, losses against an own norm, thresholds, experts, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from defense_tasks import changed, copies, make_task, trained_model, used_model
+from planted_channel import PLANTED, Planted, coloured, planted_task, rates
+from torch import nn
+
+from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.defenses import create_defense
+from backdoorbench_moe.defenses.masking import (
+    MaskedModel,
+    batch_statistics,
+    batches,
+    low_units,
+    steps_of_epoch,
+)
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.experts import muted
+from backdoorbench_moe.moe.units import Units, expert_units, norm_units
+from backdoorbench_moe.testing.mixtures import build_mixture, make_mixture_task
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("name", "options"), [("anp", {"steps": 20}), ("rnp", {})])
+def test_the_channel_that_only_the_backdoor_uses_is_pruned(name, options) -> None:
+    task = planted_task()
+    assert rates(task.model) == (1.0, 1.0), "else there is nothing to remove"
+    before = copies(task.model)
+    result = create_defense(name, **options)(task)
+    assert result.judgements[0].details["pruned"] == {"norm": [PLANTED]}
+    assert result.judgements[0].suspicious == ["norm"] and len(result.judgements) == 1
+    assert rates(result.model) == (1.0, 0.0)
+    # The original model, of which one scale is zero; not the one that has unlearned.
+    assert changed(before, copies(result.model)) == {"norm.weight"}
+    assert (result.model.norm.weight == before["norm.weight"]).sum() == 6
+
+
+def test_what_rnp_unlearns_is_a_copy() -> None:
+    task = planted_task()
+    before = copies(task.model)
+    unlearned, accuracy = create_defense("rnp", unlearn_to=0.7, unlearn_lr=0.05).unlearn(task)
+    assert accuracy <= 70 and rates(unlearned)[0] < 0.7 and rates(task.model)[0] == 1
+    assert not changed(before, copies(task.model)) and changed(before, copies(unlearned))
+    assert not unlearned.training
+
+
+def test_the_masked_loss_is_that_of_a_norm_by_hand() -> None:
+    """(m + d) gamma x + (1 + xi) beta, with the statistics of the batch."""
+    model, split = Planted().eval(), coloured(12, 4)
+    draws = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        model.norm.weight.uniform_(0.5, 2, generator=draws)
+        model.norm.bias.uniform_(-1, 1, generator=draws)
+    mask, change, shift = (torch.rand(7, generator=draws) for _ in range(3))
+    masked = MaskedModel(model, norm_units(model), CPU, "fp32")
+    masked.masks = [mask]
+    before = copies(model)
+    with batch_statistics(model):
+        found = masked.loss(split, [change], {"norm": 1 + shift})
+    maps = model.conv(split.images.float() / 255)
+    variance, mean = torch.var_mean(maps, (0, 2, 3), keepdim=True, correction=0)
+    scale, offset = (mask + change) * model.norm.weight, (1 + shift) * model.norm.bias
+    normed = (maps - mean) / (variance + model.norm.eps).sqrt() * scale[:, None, None] + offset[:, None, None]
+    logits = model.head(normed.relu().mean((2, 3)))
+    # The contrast of smooth images is so small that the digits of its variance differ.
+    torch.testing.assert_close(found, F.cross_entropy(logits, split.labels), rtol=1e-3, atol=0)
+    assert not changed(before, copies(model)) and not model.norm.training, "statistics are as before"
+
+
+def test_the_changes_of_anp_go_up_the_gradient_by_eps() -> None:
+    task = planted_task()
+    defense = create_defense("anp", eps=0.3)
+    masked = MaskedModel(task.model, norm_units(task.model), CPU, "fp32")
+    with batch_statistics(task.model):
+        noise, shifts = defense._worst_change(masked, task.clean, torch.Generator().manual_seed(5))
+        drawn = (2 * torch.rand(7, generator=torch.Generator().manual_seed(5)) - 1) * 0.3
+        moved = (noise[0] - drawn).abs()
+        torch.testing.assert_close(moved, torch.full((7,), 0.3))
+        worse = masked.loss(task.clean, noise, shifts)
+        assert worse > masked.loss(task.clean, [drawn]) and worse > masked.loss(task.clean)
+
+
+class Answers:
+    """Stands for a model's accuracy that depends only on how many channels are pruned."""
+
+    def __init__(self, kept: dict[int, float]) -> None:
+        self.kept = kept
+
+    def __call__(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        gone = int((model.norm.weight == 0).sum())
+        right = round(self.kept[gone] * len(images))
+        answers = torch.zeros(len(images), 2)
+        answers[:, 1] = (torch.arange(len(images)) >= right).float() * 2 - 1
+        return answers
+
+
+@pytest.mark.parametrize(
+    ("drop", "threshold", "gone"), [(0, 0.3, 2), (4, 0.3, 2), (5, 0.5, 3), (50, 0.95, 6), (60, 0.95, 6)]
+)
+def test_the_accuracy_decides_on_the_threshold(drop, threshold, gone) -> None:
+    """Masks .1, .1, .33, .55, .6, .7, 1: three pruned cost 5 points, all others 50."""
+    model = Planted().eval()
+    task, _ = make_task(model, clean=Split(torch.zeros(100, 3, 16, 16).byte(), torch.zeros(100).long()))
+    answers = Answers({0: 1.0, 2: 1.0, 3: 0.95, 4: 0.5, 5: 0.5, 6: 0.5})
+    defense = create_defense("anp", accuracy_drop=float(drop), threshold=0.2)
+    defense.learn_masks = lambda *_: ([torch.tensor([0.1, 0.1, 0.33, 0.55, 0.6, 0.7, 1.0])], {})
+    result = defense(replace(task, logits=answers))
+    assert result.judgements[0].threshold == pytest.approx(threshold)
+    assert int((model.norm.weight == 0).sum()) == gone
+    assert result.judgements[0].details["accuracy"]["0.05"] == 100
+
+
+def test_nothing_is_pruned_if_the_lowest_masks_cost_too_much() -> None:
+    model = Planted().eval()
+    before = copies(model)
+    task, _ = make_task(model, clean=Split(torch.zeros(100, 3, 16, 16).byte(), torch.zeros(100).long()))
+    defense = create_defense("rnp", accuracy_drop=4.0)
+    defense.learn_masks = lambda *_: ([torch.tensor([0.0, 0, 0, 1, 1, 1, 1])], {})
+    result = defense(replace(task, logits=Answers({0: 1.0, 3: 0.95})))
+    assert not changed(before, copies(model))
+    found = result.judgements[0]
+    assert found.threshold is None and found.suspicious == [] and found.details["accuracy"] == {"0": 95.0}
+
+
+def test_a_fixed_threshold_includes_its_value() -> None:
+    task = planted_task()
+    defense = create_defense("anp", threshold=0.25)
+    defense.learn_masks = lambda *_: ([torch.tensor([0.25, 0.26, 1, 1, 0, 1, 1])], {})
+    assert defense(task).judgements[0].details["pruned"] == {"norm": [0, 4]}
+
+
+def test_every_layer_keeps_its_best_expert() -> None:
+    units = Units("expert", "moe", ("moe/0", "moe/1", "moe/2"), {})
+    assert low_units(units, torch.tensor([0.1, 0.2, 0.0]), 0.3) == [0, 2]
+    assert low_units(units, torch.tensor([0.1, 0.5, 0.0]), 0.3) == [0, 2]
+    assert low_units(replace(units, kind="gate"), torch.zeros(3), 0.3) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["pmoe", "mixture"])
+def test_experts_and_gates_are_pruned_with_the_channels(kind) -> None:
+    if kind == "pmoe":
+        model = used_model()
+        task, _ = make_task(model)
+    else:
+        model = build_mixture()
+        task, _ = make_mixture_task(model)
+    twin, defense = copy.deepcopy(model), create_defense("anp")
+
+    def learned(task, units):
+        assert {each.kind for each in units} == {"channel", "expert", "gate"}
+        rest = [torch.ones(len(each)) for each in units]
+        for each, mask in zip(units, rest, strict=True):
+            mask[0] = float(each.kind != "expert")
+        return rest, {}
+
+    defense.learn_masks = learned
+    result = defense(task)
+    images = task.clean.images[:8].float() / 255
+    first = [expert for expert in twin.experts() if expert.index == 0]
+    with muted(twin, first), torch.no_grad():
+        torch.testing.assert_close(model(images), twin(images))
+    assert result.judgements[1].suspicious == [expert.name for expert in first]
+    assert set(result.judgements[1].details["gates"]) == {expert.name for expert in twin.experts()}
+
+
+def test_the_mask_of_an_expert_can_rise_again() -> None:
+    """At 0 a ReLU would pass no gradient; at the lowest mask that is allowed, it does."""
+    model = used_model()
+    [units] = expert_units(model)
+    masked = MaskedModel(model, [units], CPU, "fp32")
+    with torch.no_grad():
+        masked.masks[0].fill_(-1)
+    masked.clip()
+    assert masked.masks[0].tolist() == pytest.approx([0.001] * 4)
+    [gradient] = torch.autograd.grad(masked.loss(coloured(12, 1)), masked.masks)
+    assert (gradient != 0).all()
+
+
+@pytest.mark.slow
+def test_an_expert_that_only_harms_is_muted_without_a_hint() -> None:
+    """Expert 1 of a trained pMoE speaks for one class whatever it sees; ANP finds it by itself."""
+    model, clean = trained_model()
+    with torch.no_grad():
+        model.norm.weight[5:10], model.norm.bias[5:10] = 0.3, 3
+        model.head.weight[:, 5:10] = torch.tensor([[4.0], [-4.0], [-4.0]])
+    task, _ = make_task(model, clean=clean)
+    result = create_defense("anp", steps=8, batch_size=60)(task)
+    scores = result.judgements[1].scores
+    assert min(scores, key=scores.get) == "moe/1" and "moe/1" in result.judgements[1].suspicious
+
+
+def test_the_form_without_experts_masks_channels_only() -> None:
+    model = used_model()
+    before = copies(model)
+    result = create_defense("rnp", experts=False, threshold=0.99, epochs=2)(make_task(model)[0])
+    assert len(result.judgements) == 1
+    assert all(".weight" in name and "norm" in name for name in changed(before, copies(model)))
+
+
+def test_layer_norms_are_masked_as_well() -> None:
+    model = used_model("convnext")
+    result = create_defense("anp", steps=1)(make_task(model, name="convnext")[0])
+    norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+    assert set(result.judgements[0].scores) == norms
+
+
+def test_batches_leave_no_single_image() -> None:
+    split = Split(torch.arange(9).view(9, 1, 1, 1).expand(9, 3, 1, 1).byte(), torch.arange(9))
+    feed = batches(split, 4, seed=1)
+    sizes = [len(next(feed)) for _ in range(4)]
+    assert sizes == [4] * 4 and steps_of_epoch(9, 4) == 2 and steps_of_epoch(10, 4) == 3
+    whole = next(batches(split, 20, seed=1))
+    assert sorted(whole.labels.tolist()) == list(range(9)) and steps_of_epoch(9, 20) == 1
+    again = next(batches(split, 20, seed=1))
+    assert torch.equal(again.labels, whole.labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("anp", {"threshold": 1}, r"threshold: expected a number in \[0, 1\), got 1"),
+        ("anp", {"accuracy_drop": -1}, "accuracy_drop: expected a number of at least 0"),
+        ("anp", {"steps": 0}, "steps: expected an integer of at least 1, got 0"),
+        ("anp", {"eps": 0}, "eps: expected a positive number, got 0"),
+        ("anp", {"alpha": 1.5}, r"alpha: expected a number in \[0, 1\], got 1.5"),
+        ("rnp", {"batch_size": 1}, "batch_size: expected an integer of at least 2, got 1"),
+        ("rnp", {"unlearn_to": 2}, r"unlearn_to: expected a number in \[0, 1\], got 2"),
+        ("rnp", {"unlearn_lr": 0}, "unlearn_lr: expected a positive number, got 0"),
+        ("rnp", {"epochs": 0}, "epochs: expected an integer of at least 1, got 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(name, options, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create_defense(name, **options)
+
+
+def test_models_without_norms_or_experts_are_refused() -> None:
+    for name in ("anp", "rnp"):
+        with pytest.raises(ConfigError, match="model: Linear has no norm with a scale for each channel"):
+            create_defense(name).check(nn.Linear(3, 3))
+        with pytest.raises(ConfigError, match="model: expected a routed model, WideResNet has no routing"):
+            create_defense(name, experts=True).check(used_model("wide_resnet"))
