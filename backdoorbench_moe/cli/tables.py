@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from backdoorbench_moe.records import Judged, Record, RunFolder
 
 NONE = "–"
-FILTER_METRICS = ("auroc", "tpr", "fpr")
+FILTER_METRICS = {"auroc": "images", "tpr": "images", "fpr": "images"}
+CLASS_METRICS = {"class_tpr": "classes", "class_fpr": "classes"}
 STAGE_METRICS = ("ba", "asr", "ra")
 # Of a mixture, whose marked images may have a safe answer that is not what they are.
 MIXTURE_STAGE_METRICS = ("ba", "asr", "unsafe")
@@ -122,10 +123,10 @@ def print_stages(console: Console, record: Record) -> None:
         ]
         if rates:
             console.print(f"{METRICS[name].title}: {', '.join(rates)}", markup=False)
-    for name in FILTER_METRICS:
+    for name, what in (FILTER_METRICS | CLASS_METRICS).items():
         if (found := record.metrics.get(name)) is not None:
             shown = _value(record.metrics, name, interval=True)
-            console.print(f"{METRICS[name].label}: {shown} of {found['n']} images", markup=False)
+            console.print(f"{METRICS[name].label}: {shown} of {found['n']} {what}", markup=False)
     for judged in record.judgements:
         for line in judgement_lines(judged):
             console.print(line, markup=False)

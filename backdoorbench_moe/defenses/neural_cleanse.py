@@ -151,9 +151,7 @@ class NeuralCleanse(Defense):
         if chosen:
             stamp = partial(stamp_one, FORMS[self.form], found.values[chosen], side)
             objective = stamped_objective(stamp, self.share)
-            task.tune(
-                task.model, task.clean, epochs=self.unlearn_epochs, lr=self.lr, objective=objective
-            )
+            task.tune(task.model, task.clean, epochs=self.unlearn_epochs, lr=self.lr, objective=objective)
         return DefenseResult("unlearned", task.model, (judgement,))
 
     def _search(self, task: DefenseTask, side: int | None) -> Search:

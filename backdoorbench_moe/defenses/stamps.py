@@ -133,13 +133,15 @@ class Displacement(Form):
         down, right = values.unbind(1)
         y, x = (rows[:, None] + down).clamp(0, height - 1), (columns + right).clamp(0, width - 1)
         flat = canvases.flatten(2)
+        top, left = _first(y, height), _first(x, width)
         # Gradients flow through the four weights only, so that no gradient is scattered to pixels.
-        moved = torch.zeros(())
-        for row in (_upper_left(y, height), _upper_left(y, height) + 1):
-            for column in (_upper_left(x, width), _upper_left(x, width) + 1):
+        moved = torch.zeros((), device=canvases.device)
+        for row in (top, top + 1):
+            for column in (left, left + 1):
                 weight = (1 - (y - row).abs()) * (1 - (x - column).abs())
-                taken = flat[:, :, row * width + column].movedim(2, 0)
-                moved = moved.to(taken.device) + taken * weight[:, None, None]
+                # In a canvas of one row or column, the second one does not exist and has the weight 0.
+                index = row.clamp(max=height - 1) * width + column.clamp(max=width - 1)
+                moved = moved + flat[:, :, index].movedim(2, 0) * weight[:, None, None]
         return moved.clamp(0, 1)
 
     def sizes(self, values: Tensor) -> Tensor:
@@ -156,7 +158,7 @@ class Displacement(Form):
         return {"displacements": values}
 
 
-def _upper_left(at: Tensor, size: int) -> Tensor:
+def _first(at: Tensor, size: int) -> Tensor:
     """Return the index of the first of the two pixels that a position lies between; the second is one higher."""
     return at.detach().floor().long().clamp(0, max(0, size - 2))
 
@@ -181,10 +183,14 @@ def canvas_side(applicator: ApplicatorName, patch_size: int | None, model: nn.Mo
             raise ConfigError.expected("patch_size", "none for the applicator image", patch_size)
         return None
     own = getattr(model, "patch_size", None)
-    side = patch_size or (own if isinstance(own, int) else DEFAULT_PATCH_SIZE)
+    side = (own if isinstance(own, int) else DEFAULT_PATCH_SIZE) if patch_size is None else patch_size
     size = getattr(model, "image_size", None)
     if side < 1 or (isinstance(size, int) and size % side):
-        raise ConfigError.expected("patch_size", f"a divisor of the image's {size or 'H and W'} pixels", side)
+        raise ConfigError.expected(
+            "patch_size",
+            f"a divisor of the image's {'height and width' if size is None else f'{size} pixels'}",
+            side,
+        )
     return side
 
 

@@ -56,9 +56,7 @@ def test_a_planted_square_of_3x3_is_found_in_the_right_class_and_place() -> None
 
 def test_by_patch_one_tile_for_all_is_found() -> None:
     task = planted_task(planted_model(DOTS, 6.0), row_images(60))
-    result = create_defense(
-        "neural-cleanse", applicator="patch", patch_size=4, unlearn="none", **QUICK
-    )(task)
+    result = create_defense("neural-cleanse", applicator="patch", patch_size=4, unlearn="none", **QUICK)(task)
     [judgement] = result.judgements
     assert max(judgement.scores, key=judgement.scores.__getitem__) == str(TARGET)
     assert str(TARGET) in judgement.suspicious
