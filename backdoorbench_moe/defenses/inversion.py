@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,6 +17,8 @@ from backdoorbench_moe.ops.seeding import generator
 
 # Of the original code: the weight of the size at the start, and its factors up and down.
 FIRST_WEIGHT, UP, DOWN = 1e-3, 2.0, 2**1.5
+# Number of images of 32x32 that are stamped at a time by default: 20 classes with batches of 32.
+PIXELS_AT_ONCE = 640 * 32 * 32
 # The size has to fall by this share, or it counts as not improved.
 IMPROVEMENT = 0.01
 
@@ -33,7 +35,8 @@ class Search:
         success: Share of the images of other classes, in (0, 1), that a stamp must bring into the class.
         patience: Number of epochs after which the weight of the size is changed; twice as many without a smaller
             stamp end the search.
-        at_once: Number of classes whose stamps are searched for in one pass through the model.
+        at_once: Number of classes whose stamps are searched for in one pass through the model; as many as stamp
+            `PIXELS_AT_ONCE` pixels if None.
         seed: Seed of the start and of the order of the images.
         precision: "fp32" or "bf16".
     """
@@ -44,7 +47,7 @@ class Search:
     batch_size: int
     success: float
     patience: int
-    at_once: int
+    at_once: int | None
     seed: int
     precision: str
 
@@ -82,6 +85,7 @@ class _Class:
     _above: int = 0
     _below: int = 0
     _idle: int = 0
+    _last: float = float("inf")
     _moved: set[str] = field(default_factory=set)
 
     def update(self, values: Tensor, size: float, success: float, search: Search) -> None:
@@ -97,8 +101,9 @@ class _Class:
         succeeds = success >= search.success
         self._idle += 1
         if succeeds and size < self.size:
-            self._idle = 0 if size < (1 - IMPROVEMENT) * self.size else self._idle
             self.best, self.size = values.clone(), size
+            if size < (1 - IMPROVEMENT) * self._last:
+                self._last, self._idle = size, 0
         self._above, self._below = (self._above + 1, 0) if succeeds else (0, self._below + 1)
         if self._above >= search.patience:
             self.weight, self._above = self.weight * UP, 0
@@ -115,7 +120,6 @@ def invert(
     clean: Split,
     labels: Sequence[int],
     search: Search,
-    report: Callable[[int], None] = lambda done: None,
 ) -> Found:
     """Search for the smallest stamp of each class.
 
@@ -136,17 +140,16 @@ def invert(
         clean: Images and their true labels, on the model's device.
         labels: The K classes.
         search: The options.
-        report: Called with the number of classes that are done, after each group.
 
     Source:
         Wang et al., "Neural Cleanse", IEEE S&P 2019, section IV and its code.
     """
     classes = [_Class(label, _start(label, clean.images, search)) for label in labels]
     with frozen(model):
-        for first in range(0, len(classes), search.at_once):
-            group = classes[first : first + search.at_once]
-            _search_group(model, clean, group, search)
-            report(first + len(group))
+        pixels = search.batch_size * clean.images[0, 0].numel()
+        at_once = search.at_once or max(1, PIXELS_AT_ONCE // pixels)
+        for first in range(0, len(classes), at_once):
+            _search_group(model, clean, classes[first : first + at_once], search)
         largest = float(math.prod(canvas_shape(clean.images, search.side)))
         last = search.form.values(torch.stack([each.free.detach() for each in classes]))
         values = torch.stack(

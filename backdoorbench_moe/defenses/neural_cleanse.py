@@ -61,11 +61,12 @@ class NeuralCleanse(Defense):
         batch_size: Number of images that one step of the search stamps for each class, from 1.
         success: Share of the images of other classes that a stamp must bring into the class, in (0, 1).
         patience: Number of epochs after which the weight of the size is changed, from 1.
-        classes_at_once: Number of classes that share a pass through the model, from 1.
+        classes_at_once: Number of classes that share a pass through the model, from 1. None: as many as stamp 640
+            images of 32x32 at a time, or as many pixels of larger images.
         threshold: Anomaly index above which a class is flagged, above 0.
         unlearn: Whose stamps the model is taught to ignore. "flagged": those of flagged classes; if there are none, the
-            model is not changed. "smallest": those of flagged classes; if there are none, the smallest one. "all": those
-            of all classes. "none": the model is not changed.
+            model is not changed. "smallest": those of flagged classes; if there are none, the smallest one. "all":
+            those of all classes. "none": the model is not changed.
         unlearn_epochs: Epochs of tuning, from 1.
         share: Share of each batch that is stamped in the tuning, in (0, 1].
         lr: Peak learning rate of the tuning, above 0; that of the run's recipe if None.
@@ -91,10 +92,10 @@ class NeuralCleanse(Defense):
         batch_size: int = 32,
         success: float = 0.98,
         patience: int = 5,
-        classes_at_once: int = 10,
+        classes_at_once: int | None = None,
         threshold: float = 2.0,
-        unlearn: Unlearn = "smallest",
-        unlearn_epochs: int = 10,
+        unlearn: Unlearn = "all",
+        unlearn_epochs: int = 20,
         share: float = 0.5,
         lr: float | None = None,
         clean_fraction: float = 0.05,
@@ -108,7 +109,7 @@ class NeuralCleanse(Defense):
             "unlearn_epochs": unlearn_epochs,
         }
         for name, number in whole.items():
-            if number < 1:
+            if number is not None and number < 1:
                 raise ConfigError.expected(name, "an integer of at least 1", number)
         if not 0 < success < 1:
             raise ConfigError.expected("success", "a number in (0, 1)", success)

@@ -56,7 +56,10 @@ class Form(ABC):
 
 
 class MaskAndPattern(Form):
-    """A mask in [0, 1] and a pattern in [0, 1]: (1 - mask) * image + mask * pattern. The size is the sum of the mask."""
+    """A mask and a pattern, both in [0, 1]: (1 - mask) * image + mask * pattern.
+
+    The size is the sum of the mask.
+    """
 
     channels, spread = 4, 1.0
 
@@ -87,7 +90,10 @@ class MaskAndPattern(Form):
 
 
 class Additive(Form):
-    """A difference in [-1, 1] that is added to the image, which is then clipped. The size is its mean absolute value."""
+    """A difference in [-1, 1] that is added to the image, which is then clipped.
+
+    The size is the sum over the pixels of the absolute differences, mean over the colours.
+    """
 
     channels, spread = 3, 0.1
 

@@ -30,9 +30,10 @@ class TileTuning(Defense):
     all tiles have in common, without any search for the trigger: the control of `neural-cleanse` by patch.
 
     Args:
-        form: What is drawn. "mask": a mask, whose share of the pixels and opacity are drawn, and a pattern, whose colour
-            and noise are drawn. "additive": a difference of random strength. "warp": a displacement of each pixel by up
-            to one pixel along each axis, of random strength. "mixed": one third of the stamped images each.
+        form: What is drawn. "mask": a mask, whose share of the pixels and opacity are drawn, and a pattern, whose
+            colour and noise are drawn. "additive": a difference of random strength. "warp": a displacement of
+            each pixel by up to one pixel along each axis, of random strength. "mixed": one third of the stamped images
+            each.
         applicator: "patch", or "image" for one stamp on the whole image.
         patch_size: By patch, the side of the tile in pixels, a divisor of the image's height and width. None: that of
             the model's patches, or 4 for a model without patches.

@@ -12,6 +12,8 @@ TAKEN = {
     "fine-pruning": ALL,
     "fine-tuning": ALL,
     "strip": ALL,
+    "neural-cleanse": ALL,
+    "tile-tuning": ALL,
     "expert-drop": {"pmoe"},
     "expert-reset": {"pmoe"},
     "reroute": {"pmoe"},
