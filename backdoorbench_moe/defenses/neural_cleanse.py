@@ -133,8 +133,8 @@ class NeuralCleanse(Defense):
         chosen = choose(self.unlearn, flagged, found)
         judgement = Judgement(
             "class",
-            f"the smallest stamp {WHERE[self.applicator]} that makes other images this class is smaller than those of "
-            "the other classes, in robust standard deviations below the median",
+            f"the smallest stamp {WHERE[self.applicator]} that turns other images into the class is this many robust "
+            "standard deviations smaller than the median of all classes",
             scores={str(label): float(index) for label, index in enumerate(indices)},
             threshold=self.threshold,
             suspicious=[str(label) for label in flagged],

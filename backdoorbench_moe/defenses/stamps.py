@@ -47,10 +47,6 @@ class Form(ABC):
         """Return how much each stamp changes, (K,), in pixels: the number of pixels that it changes completely."""
 
     @abstractmethod
-    def draw(self, height: int, width: int, device: torch.device) -> Tensor:
-        """Draw the values of one stamp from torch's global generator, (1, channels, height, width)."""
-
-    @abstractmethod
     def arrays(self, values: Tensor) -> Mapping[str, Tensor]:
         """Return the parts of the values by name, to be kept with a judgement."""
 
@@ -76,14 +72,6 @@ class MaskAndPattern(Form):
         """Return the L1 norms of the masks."""
         return values[:, 0].sum((1, 2))
 
-    def draw(self, height: int, width: int, device: torch.device) -> Tensor:
-        """Draw a share of the pixels, their opacity, a colour, and how far each pixel is from this colour."""
-        share, opacity, noise = torch.rand(3, device=device)
-        mask = (torch.rand(1, height, width, device=device) < share) * opacity
-        colour = torch.rand(3, 1, 1, device=device)
-        pattern = torch.lerp(colour, torch.rand(3, height, width, device=device), noise)
-        return torch.cat([mask, pattern]).unsqueeze(0)
-
     def arrays(self, values: Tensor) -> Mapping[str, Tensor]:
         """Return the masks (K, 1, h, w) and the patterns (K, 3, h, w)."""
         return {"masks": values[:, :1], "patterns": values[:, 1:]}
@@ -108,11 +96,6 @@ class Additive(Form):
     def sizes(self, values: Tensor) -> Tensor:
         """Return the L1 norms, divided by the number of colour channels."""
         return values.abs().mean(1).sum((1, 2))
-
-    def draw(self, height: int, width: int, device: torch.device) -> Tensor:
-        """Draw a difference that is uniform in [-s, s], where s is uniform in [0, 1]."""
-        strength = torch.rand(1, device=device)
-        return strength * (2 * torch.rand(1, 3, height, width, device=device) - 1)
 
     def arrays(self, values: Tensor) -> Mapping[str, Tensor]:
         """Return the differences (K, 3, h, w)."""
@@ -153,11 +136,6 @@ class Displacement(Form):
     def sizes(self, values: Tensor) -> Tensor:
         """Return the L1 norms, divided by 2."""
         return values.abs().mean(1).sum((1, 2))
-
-    def draw(self, height: int, width: int, device: torch.device) -> Tensor:
-        """Draw displacements that are uniform in [-s, s] pixels, where s is uniform in [0, 1]."""
-        strength = torch.rand(1, device=device)
-        return strength * (2 * torch.rand(1, 2, height, width, device=device) - 1)
 
     def arrays(self, values: Tensor) -> Mapping[str, Tensor]:
         """Return the displacements (K, 2, h, w)."""

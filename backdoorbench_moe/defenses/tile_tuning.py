@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -12,15 +12,11 @@ from torch import Tensor, nn
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.requirements import check_tuning
 from backdoorbench_moe.defenses.stamped_tuning import check_share, stamped_objective
-from backdoorbench_moe.defenses.stamps import (
-    FORMS,
-    ApplicatorName,
-    Form,
-    FormName,
-    canvas_shape,
-    canvas_side,
-    stamp_all,
-)
+from backdoorbench_moe.defenses.stamps import FORMS, ApplicatorName, canvas_shape, canvas_side, stamp_all
+
+# Highest chance of a pixel in an opaque stamp, and highest opacity of a stamp that covers the canvas: more would leave
+# too little of an image to learn from.
+MOST_PIXELS, MOST_OPACITY = 0.5, 0.6
 
 
 class TileTuning(Defense):
@@ -30,10 +26,10 @@ class TileTuning(Defense):
     all tiles have in common, without any search for the trigger: the control of `neural-cleanse` by patch.
 
     Args:
-        form: What is drawn. "mask": a mask, whose share of the pixels and opacity are drawn, and a pattern, whose
-            colour and noise are drawn. "additive": a difference of random strength. "warp": a displacement of
-            each pixel by up to one pixel along each axis, of random strength. "mixed": one third of the stamped images
-            each.
+        tiles: What is drawn; colours are uniform for each pixel. "opaque": single pixels, each with the same chance,
+            which is drawn from [0, 0.5). "blend": a picture that covers the tile, with an opacity in [0, 0.6). "warp":
+            a displacement of each pixel by up to one pixel along each axis. "mixed": all three, on one third of the
+            stamped images each.
         applicator: "patch", or "image" for one stamp on the whole image.
         patch_size: By patch, the side of the tile in pixels, a divisor of the image's height and width. None: that of
             the model's patches, or 4 for a model without patches.
@@ -51,10 +47,10 @@ class TileTuning(Defense):
     def __init__(
         self,
         *,
-        form: Literal["mask", "additive", "warp", "mixed"] = "mask",
+        tiles: Literal["mixed", "opaque", "blend", "warp"] = "mixed",
         applicator: ApplicatorName = "patch",
         patch_size: int | None = None,
-        epochs: int = 10,
+        epochs: int = 40,
         share: float = 0.5,
         lr: float | None = None,
         clean_fraction: float = 0.05,
@@ -62,7 +58,7 @@ class TileTuning(Defense):
         super().__init__(clean_fraction=clean_fraction)
         check_tuning(epochs, lr, at_least=1)
         check_share(share)
-        self.form, self.applicator, self.patch_size = form, applicator, patch_size
+        self.tiles, self.applicator, self.patch_size = tiles, applicator, patch_size
         self.epochs, self.share, self.lr = epochs, share, lr
 
     def check(self, model: nn.Module) -> None:
@@ -71,20 +67,61 @@ class TileTuning(Defense):
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Tune."""
-        names: tuple[FormName, ...] = tuple(FORMS) if self.form == "mixed" else (self.form,)
+        names = [*STAMPS] if self.tiles == "mixed" else [self.tiles]
         side = canvas_side(self.applicator, self.patch_size, task.model)
-        stamp = partial(stamp_at_random, [FORMS[name] for name in names], side)
-        objective = stamped_objective(stamp, self.share)
+        objective = stamped_objective(partial(stamp_at_random, names, side), self.share)
         task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr, objective=objective)
         return DefenseResult("tuned", task.model)
 
 
-def stamp_at_random(forms: list[Form], side: int | None, images: Tensor) -> Tensor:
-    """Stamp images (B, 3, H, W) with one random stamp of each form, on equally many images each."""
-    canvas = canvas_shape(images, side)
-    parts = images.tensor_split(len(forms))
-    stamped = [
-        stamp_all(form, part, form.draw(*canvas, images.device), side)[0] if len(part) else part
-        for form, part in zip(forms, parts, strict=True)
-    ]
-    return torch.cat(stamped)
+def stamp_at_random(names: list[str], side: int | None, images: Tensor) -> Tensor:
+    """Stamp images with one random stamp of each kind, each on equally many images.
+
+    Args:
+        names: The kinds, keys of `STAMPS`.
+        side: Side of the tiles; None if the stamps cover the whole image.
+        images: (B, 3, H, W) in [0, 1].
+
+    Returns:
+        (B, 3, H, W) in [0, 1]. Stamps are drawn from torch's global generator.
+    """
+    return torch.cat(
+        [
+            STAMPS[name](part, side) if len(part) else part
+            for name, part in zip(names, images.tensor_split(len(names)), strict=True)
+        ]
+    )
+
+
+def _stamp_opaque(images: Tensor, side: int | None) -> Tensor:
+    height, width = canvas_shape(images, side)
+    share, kept = _uniform(images, 1, 1, 1), _uniform(images, 1, height, width)
+    return _blend(images, (kept < MOST_PIXELS * share).to(images.dtype), side)
+
+
+def _stamp_blend(images: Tensor, side: int | None) -> Tensor:
+    opacity = MOST_OPACITY * _uniform(images, 1, 1, 1)
+    return _blend(images, opacity.expand(1, *canvas_shape(images, side)), side)
+
+
+def _stamp_warp(images: Tensor, side: int | None) -> Tensor:
+    strength, offsets = _uniform(images, 1), _uniform(images, 1, 2, *canvas_shape(images, side))
+    return stamp_all(FORMS["warp"], images, strength * (2 * offsets - 1), side)[0]
+
+
+def _blend(images: Tensor, mask: Tensor, side: int | None) -> Tensor:
+    """Blend a pattern of uniform colours into images, by a mask (1, h, w)."""
+    pattern = _uniform(images, 3, *mask.shape[1:])
+    return stamp_all(FORMS["mask"], images, torch.cat([mask, pattern]).unsqueeze(0), side)[0]
+
+
+def _uniform(images: Tensor, *shape: int) -> Tensor:
+    """Draw uniform numbers in [0, 1) on the device of the images."""
+    return torch.rand(*shape, device=images.device)
+
+
+STAMPS: Mapping[str, Callable[[Tensor, int | None], Tensor]] = {
+    "opaque": _stamp_opaque,
+    "blend": _stamp_blend,
+    "warp": _stamp_warp,
+}

@@ -9,8 +9,7 @@ from torch import nn
 
 from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.defenses.stamped_tuning import stamped_objective
-from backdoorbench_moe.defenses.stamps import FORMS
-from backdoorbench_moe.defenses.tile_tuning import stamp_at_random
+from backdoorbench_moe.defenses.tile_tuning import STAMPS, stamp_at_random
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
 from backdoorbench_moe.ops.patches import tile
@@ -52,26 +51,40 @@ def test_auxiliary_losses_of_routed_layers_are_added() -> None:
     assert loss.item() == pytest.approx(nn.functional.cross_entropy(logits, labels).item() + 0.75)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_one_tile_for_all_tiles_of_all_images_and_another_in_the_next_batch(form) -> None:
+@pytest.mark.parametrize("name", STAMPS)
+def test_one_tile_for_all_tiles_of_all_images_and_another_in_the_next_batch(name) -> None:
     """On images of equal tiles, the stamped tiles are equal, too."""
     torch.manual_seed(0)
     images = batch(1, 3, 4, 4).repeat(5, 1, 2, 3)
-    first, second = (stamp_at_random([FORMS[form]], 4, images) for _ in range(2))
+    first, second = (stamp_at_random([name], 4, images) for _ in range(2))
     for stamped in (first, second):
         tiles = tile(stamped, 4)
         torch.testing.assert_close(tiles, tiles[:1].expand_as(tiles))
     assert not torch.equal(first, second) and not torch.equal(first, images)
 
 
-def test_mixed_forms_share_the_images() -> None:
+def test_opaque_pixels_replace_and_a_blend_covers_the_tile() -> None:
+    """Two images with the same stamp, black and white: their distance is the share of the image that is left."""
+    torch.manual_seed(0)
+    images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
+    left = {
+        name: torch.stack([stamp_at_random([name], 4, images).diff(dim=0)[0, 0] for _ in range(200)])
+        for name in ("opaque", "blend")
+    }
+    assert set(left["opaque"].unique().tolist()) == {0.0, 1.0}
+    assert 0.68 < left["opaque"].mean() < 0.82, "the mean of a chance in [0, 0.5) is 0.25"
+    torch.testing.assert_close(left["blend"].amax((1, 2)), left["blend"].amin((1, 2)))
+    assert left["blend"].min() >= 0.4 - 1e-6 and 0.65 < left["blend"].mean() < 0.75
+
+
+@pytest.mark.parametrize("side", [4, None])
+def test_all_kinds_share_the_images(side) -> None:
     torch.manual_seed(0)
     images = batch(7, 3, 8, 8)
-    stamped = stamp_at_random(list(FORMS.values()), 4, images)
-    assert stamped.shape == images.shape
+    stamped = stamp_at_random([*STAMPS], side, images)
+    assert stamped.shape == images.shape and 0 <= stamped.min() <= stamped.max() <= 1
     assert ((stamped - images).flatten(1).abs().amax(1) > 0).all()
-    few = stamp_at_random(list(FORMS.values()), 4, images[:1])
-    assert few.shape == (1, 3, 8, 8)
+    assert stamp_at_random([*STAMPS], side, images[:1]).shape == (1, 3, 8, 8)
 
 
 def test_the_model_is_tuned_on_the_true_labels_as_the_options_say() -> None:
@@ -89,7 +102,7 @@ def test_the_model_is_tuned_on_the_true_labels_as_the_options_say() -> None:
 
 def test_forms_and_applicators_give_different_models() -> None:
     found = []
-    for options in ({}, {"form": "additive"}, {"form": "mixed"}, {"applicator": "image"}, {"share": 0.1}):
+    for options in ({}, {"tiles": "opaque"}, {"tiles": "blend"}, {"applicator": "image"}, {"share": 0.1}):
         model = used_model()
         create_defense("tile-tuning", epochs=1, **options)(make_task(model)[0])
         found.append(copies(model)["head.weight"])
