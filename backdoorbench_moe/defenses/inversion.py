@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backdoorbench_moe.defenses.stamps import Form, canvas_shape, stamp_all
+from backdoorbench_moe.defenses.stamps import blend_pattern, canvas_shape, stamp_all
 from backdoorbench_moe.ops.images import Split, as_input
 from backdoorbench_moe.ops.seeding import generator
 
@@ -28,7 +28,6 @@ class Search:
     """How triggers are searched for.
 
     Args:
-        form: What the values of a stamp are.
         side: Side of the tiles that are stamped; None if the stamp covers the whole image.
         epochs: Most passes over the images for each class.
         batch_size: Number of images that one step stamps for each class.
@@ -41,7 +40,6 @@ class Search:
         precision: "fp32" or "bf16".
     """
 
-    form: Form
     side: int | None
     epochs: int
     batch_size: int
@@ -57,9 +55,10 @@ class Found:
     """The stamps that were found for K classes.
 
     Args:
-        values: (K, channels, h, w), the smallest stamp of each class that succeeds; if there is none, the last one.
-        sizes: (K,) float64, their sizes in pixels of the canvas; the largest possible size if there is none.
-        success: (K,) float64, the share of images of other classes that they bring into the class.
+        values: (K, 4, h, w), mask and pattern of the smallest stamp of each class that succeeds; if there is none, of
+            the last one.
+        sizes: Their sizes, the sums of the masks in pixels of the canvas; the size of the canvas if there is none.
+        success: The share of images of other classes that they bring into the class.
         epochs: Number of passes over the images that each class took.
         failed: Whether no stamp of the class succeeded.
     """
@@ -92,7 +91,7 @@ class _Class:
         """Take the result of one epoch: keep the stamp if it is the best, adapt the weight, decide whether to end.
 
         Args:
-            values: (channels, h, w), the stamp at the end of the epoch.
+            values: (4, h, w), the stamp at the end of the epoch.
             size: Its size.
             success: Share of successes in the epoch.
             search: The options.
@@ -151,7 +150,7 @@ def invert(
         for first in range(0, len(classes), at_once):
             _search_group(model, clean, classes[first : first + at_once], search)
         largest = float(math.prod(canvas_shape(clean.images, search.side)))
-        last = search.form.values(torch.stack([each.free.detach() for each in classes]))
+        last = to_values(torch.stack([each.free.detach() for each in classes]))
         values = torch.stack(
             [v if each.best is None else each.best for each, v in zip(classes, last, strict=True)]
         )
@@ -164,9 +163,19 @@ def invert(
     return Found(values, sizes, success, [each.epochs for each in classes], failed)
 
 
+def to_values(free: Tensor) -> Tensor:
+    """Map free variables (K, 4, h, w), any real numbers, to masks and patterns in [0, 1] by tanh."""
+    return (free.tanh() + 1) / 2
+
+
+def sizes_of(values: Tensor) -> Tensor:
+    """Return the L1 norms of the masks (K,), in pixels."""
+    return values[:, 0].sum((1, 2))
+
+
 @torch.no_grad()
 def measure_success(model: nn.Module, clean: Split, values: Tensor, label: int, search: Search) -> float:
-    """Return the share of the images of other classes that one stamp (channels, h, w) brings into a class."""
+    """Return the share of the images of other classes that one stamp (4, h, w) brings into a class."""
     others = clean.images[clean.labels != label]
     hits = 0
     for images in others.split(search.batch_size):
@@ -175,9 +184,9 @@ def measure_success(model: nn.Module, clean: Split, values: Tensor, label: int, 
 
 
 def _start(label: int, images: Tensor, search: Search) -> Tensor:
-    """Draw the free variables of a class, (channels, h, w), from which the search starts."""
-    shape = search.form.channels, *canvas_shape(images, search.side)
-    drawn = torch.randn(*shape, generator=generator(search.seed, "inversion", label)) * search.form.spread
+    """Draw the free variables of a class, (4, h, w), from which the search starts."""
+    shape = 4, *canvas_shape(images, search.side)
+    drawn = torch.randn(*shape, generator=generator(search.seed, "inversion", label))
     return drawn.to(images.device).requires_grad_()
 
 
@@ -190,8 +199,8 @@ def _search_group(model: nn.Module, clean: Split, group: list[_Class], search: S
             break
         order = torch.randperm(len(clean), generator=generator(search.seed, "inversion order", epoch))
         hits, counts = _run_epoch(model, clean, active, order, optimizer, search)
-        values = search.form.values(torch.stack([each.free.detach() for each in active]))
-        rows = zip(active, values, search.form.sizes(values).tolist(), hits, counts, strict=True)
+        values = to_values(torch.stack([each.free.detach() for each in active]))
+        rows = zip(active, values, sizes_of(values).tolist(), hits, counts, strict=True)
         for each, value, size, hit, count in rows:
             each.update(value, size, hit / max(1, count), search)
 
@@ -212,14 +221,14 @@ def _run_epoch(
     hits = torch.zeros(len(active), dtype=torch.int64, device=device)
     counts = torch.zeros_like(hits)
     for rows in order.to(device).split(search.batch_size):
-        values = search.form.values(torch.stack([each.free for each in active]))
+        values = to_values(torch.stack([each.free for each in active]))
         logits = _predict(model, as_input(clean.images[rows]), values, search)
         others = clean.labels[rows] != labels
         wanted = labels.expand(-1, len(rows))
         losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view_as(wanted)
         fooled = (losses * others).sum(1) / others.sum(1).clamp(min=1)
         # The size on the whole image, so that a weight means the same for tiles of any side.
-        sizes = search.form.sizes(values) * (area / values[0, 0].numel())
+        sizes = sizes_of(values) * (area / values[0, 0].numel())
         optimizer.zero_grad(set_to_none=True)
         (fooled + weights * sizes).sum().backward()
         optimizer.step()
@@ -231,7 +240,7 @@ def _run_epoch(
 
 def _predict(model: nn.Module, images: Tensor, values: Tensor, search: Search) -> Tensor:
     """Return the logits (K, B, classes) float32 of images (B, 3, H, W) with each of K stamps."""
-    stamped = stamp_all(search.form, images, values, search.side)
+    stamped = stamp_all(blend_pattern, images, values, search.side)
     flat = stamped.flatten(0, 1).contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=search.precision == "bf16"):
         logits = model(flat)

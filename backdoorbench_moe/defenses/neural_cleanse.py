@@ -13,14 +13,7 @@ from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.inversion import Found, Search, invert
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.stamped_tuning import check_share, stamped_objective
-from backdoorbench_moe.defenses.stamps import (
-    FORMS,
-    ApplicatorName,
-    Form,
-    FormName,
-    canvas_side,
-    stamp_all,
-)
+from backdoorbench_moe.defenses.stamps import ApplicatorName, blend_pattern, canvas_side, stamp_all
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.outliers import anomaly_indices
 from backdoorbench_moe.ops.ranges import check_positive
@@ -39,10 +32,15 @@ class NeuralCleanse(Defense):
     By patch, one small stamp for all tiles is searched for, which is the form of the triggers of BadPatches.
 
     The judgement about classes has the anomaly index of each class as its score, positive for stamps smaller than the
-    median. Its details have the size of each stamp ("sizes", in pixels of the canvas, such as the sum of the mask), the
+    median. Its details have the size of each stamp ("sizes", the sum of its mask in pixels of the canvas), the
     share of images that it brings into the class ("success"), the epochs of the search, the classes for which no stamp
     succeeded ("failed"; they count as if their stamp covered the canvas) and the classes whose stamp was unlearned. The
-    stamps themselves are in `scores.npz`, such as `0/masks` (classes, 1, h, w) and `0/patterns` (classes, 3, h, w).
+    stamps themselves are in `scores.npz`: `0/masks` (classes, 1, h, w) and `0/patterns` (classes, 3, h, w).
+
+    The smallest stamp can be weaker than the attacker's trigger. A model that has learned to ignore it may then still
+    react to the trigger, such as to a picture that is blended into all tiles. By patch, models without a backdoor have
+    small stamps for all classes, too, so that the attacker's class need not be an outlier; hence the default of
+    `unlearn`.
 
     The time is that of `epochs` times the number of classes passes over the images, forward and backward. Classes share
     passes through the model, which keeps a GPU busy but does not reduce the number of images.
@@ -55,8 +53,6 @@ class NeuralCleanse(Defense):
             is stamped on all tiles of the image.
         patch_size: By patch, the side of the tile in pixels, a divisor of the image's height and width. None: that of
             the model's patches, or 4 for a model without patches.
-        form: What a stamp is. "mask": a mask and a pattern, as in the paper. "additive": a difference that is added.
-            "warp": a displacement of each pixel by up to one pixel along each axis.
         epochs: Most passes over the images in the search for one stamp, from 1.
         batch_size: Number of images that one step of the search stamps for each class, from 1.
         success: Share of the images of other classes that a stamp must bring into the class, in (0, 1).
@@ -87,7 +83,6 @@ class NeuralCleanse(Defense):
         *,
         applicator: ApplicatorName = "image",
         patch_size: int | None = None,
-        form: FormName = "mask",
         epochs: int = 80,
         batch_size: int = 32,
         success: float = 0.98,
@@ -115,7 +110,7 @@ class NeuralCleanse(Defense):
             raise ConfigError.expected("success", "a number in (0, 1)", success)
         check_positive(threshold=threshold, lr=lr)
         check_share(share)
-        self.applicator, self.patch_size, self.form = applicator, patch_size, form
+        self.applicator, self.patch_size = applicator, patch_size
         self.epochs, self.batch_size, self.success, self.patience = epochs, batch_size, success, patience
         self.classes_at_once, self.threshold = classes_at_once, threshold
         self.unlearn, self.unlearn_epochs, self.share, self.lr = unlearn, unlearn_epochs, share, lr
@@ -145,19 +140,18 @@ class NeuralCleanse(Defense):
                 "failed": [label for label, failed in enumerate(found.failed) if failed],
                 "unlearned": chosen,
             },
-            arrays=FORMS[self.form].arrays(found.values),
+            arrays={"masks": found.values[:, :1], "patterns": found.values[:, 1:]},
         )
         if self.unlearn == "none":
             return DefenseResult("inverted", task.model, (judgement,))
         if chosen:
-            stamp = partial(stamp_one, FORMS[self.form], found.values[chosen], side)
+            stamp = partial(stamp_one, found.values[chosen], side)
             objective = stamped_objective(stamp, self.share)
             task.tune(task.model, task.clean, epochs=self.unlearn_epochs, lr=self.lr, objective=objective)
         return DefenseResult("unlearned", task.model, (judgement,))
 
     def _search(self, task: DefenseTask, side: int | None) -> Search:
         return Search(
-            form=FORMS[self.form],
             side=side,
             epochs=self.epochs,
             batch_size=self.batch_size,
@@ -183,7 +177,7 @@ def choose(unlearn: Unlearn, flagged: list[int], found: Found) -> list[int]:
     return flagged
 
 
-def stamp_one(form: Form, values: Tensor, side: int | None, images: Tensor) -> Tensor:
-    """Stamp images with one of K stamps, drawn from torch's global generator; values: (K, channels, h, w)."""
+def stamp_one(values: Tensor, side: int | None, images: Tensor) -> Tensor:
+    """Stamp images with one of K stamps, drawn from torch's global generator; values: (K, 4, h, w)."""
     row = torch.randint(len(values), (1,), device=images.device)
-    return stamp_all(form, images, values[row], side)[0]
+    return stamp_all(blend_pattern, images, values[row], side)[0]

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.requirements import check_tuning
 from backdoorbench_moe.defenses.stamped_tuning import check_share, stamped_objective
-from backdoorbench_moe.defenses.stamps import FORMS, ApplicatorName, canvas_shape, canvas_side, stamp_all
+from backdoorbench_moe.defenses.stamps import (
+    ApplicatorName,
+    blend_pattern,
+    canvas_shape,
+    canvas_side,
+    displace_pixels,
+    stamp_all,
+)
 
 # Highest chance of a pixel in an opaque stamp, and highest opacity of a stamp that covers the canvas: more would leave
 # too little of an image to learn from.
@@ -106,13 +113,13 @@ def _stamp_blend(images: Tensor, side: int | None) -> Tensor:
 
 def _stamp_warp(images: Tensor, side: int | None) -> Tensor:
     strength, offsets = _uniform(images, 1), _uniform(images, 1, 2, *canvas_shape(images, side))
-    return stamp_all(FORMS["warp"], images, strength * (2 * offsets - 1), side)[0]
+    return stamp_all(displace_pixels, images, strength * (2 * offsets - 1), side)[0]
 
 
 def _blend(images: Tensor, mask: Tensor, side: int | None) -> Tensor:
     """Blend a pattern of uniform colours into images, by a mask (1, h, w)."""
     pattern = _uniform(images, 3, *mask.shape[1:])
-    return stamp_all(FORMS["mask"], images, torch.cat([mask, pattern]).unsqueeze(0), side)[0]
+    return stamp_all(blend_pattern, images, torch.cat([mask, pattern]).unsqueeze(0), side)[0]
 
 
 def _uniform(images: Tensor, *shape: int) -> Tensor:

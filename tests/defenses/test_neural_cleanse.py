@@ -12,7 +12,6 @@ from planted_models import CLASSES, TARGET, planted_model, planted_task, row_ima
 from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.defenses.inversion import Found, Search, _Class, invert
 from backdoorbench_moe.defenses.neural_cleanse import choose
-from backdoorbench_moe.defenses.stamps import FORMS
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.outliers import anomaly_indices
 
@@ -26,7 +25,6 @@ QUICK = {"epochs": 40, "batch_size": 20, "clean_fraction": 1.0}
 
 def search(**given) -> Search:
     values = {
-        "form": FORMS["mask"],
         "side": None,
         "epochs": 6,
         "batch_size": 12,
@@ -62,22 +60,6 @@ def test_by_patch_one_tile_for_all_is_found() -> None:
     assert str(TARGET) in judgement.suspicious
     mask = judgement.arrays["masks"][TARGET, 0]
     assert mask.shape == (4, 4) and mask[0, 0] > 0.9 * mask.sum()
-
-
-@pytest.mark.parametrize("form", ["additive", "warp"])
-def test_other_forms_succeed_and_keep_what_they_found(form) -> None:
-    """A sum over a row is changed by an added difference, and by moving a neighbouring row onto it."""
-    task = planted_task(planted_model(SQUARE, 3.0), row_images(60))
-    options = QUICK | {"success": 0.5}
-    result = create_defense("neural-cleanse", form=form, unlearn="none", **options)(task)
-    [judgement] = result.judgements
-    [(name, values)] = judgement.arrays.items()
-    assert values.shape[0] == CLASSES and values.abs().max() <= 1
-    if form == "additive":
-        assert name == "differences" and judgement.suspicious == [str(TARGET)]
-        assert values[TARGET].abs().sum() / 3 == pytest.approx(judgement.details["sizes"][TARGET], rel=1e-5)
-        difference = values[TARGET].abs().mean(0)
-        assert difference[SQUARE].sum() > 0.6 * difference.sum()
 
 
 def test_classes_that_share_a_pass_get_what_each_gets_alone() -> None:
