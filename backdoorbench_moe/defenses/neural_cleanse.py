@@ -38,9 +38,8 @@ class NeuralCleanse(Defense):
     stamps themselves are in `scores.npz`: `0/masks` (classes, 1, h, w) and `0/patterns` (classes, 3, h, w).
 
     The smallest stamp can be weaker than the attacker's trigger. A model that has learned to ignore it may then still
-    react to the trigger, such as to a picture that is blended into all tiles. By patch, models without a backdoor have
-    small stamps for all classes, too, so that the attacker's class need not be an outlier; hence the default of
-    `unlearn`.
+    react to the trigger, such as to a picture that is blended into all tiles. By patch, the other
+    classes have small stamps, too, so that the attacker's class need not be an outlier; hence the default of `unlearn`.
 
     The time is that of `epochs` times the number of classes passes over the images, forward and backward. Classes share
     passes through the model, which keeps a GPU busy but does not reduce the number of images.

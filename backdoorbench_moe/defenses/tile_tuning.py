@@ -74,7 +74,7 @@ class TileTuning(Defense):
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Tune."""
-        names = [*STAMPS] if self.tiles == "mixed" else [self.tiles]
+        names: list[str] = [*STAMPS] if self.tiles == "mixed" else [self.tiles]
         side = canvas_side(self.applicator, self.patch_size, task.model)
         objective = stamped_objective(partial(stamp_at_random, names, side), self.share)
         task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr, objective=objective)
