@@ -32,14 +32,14 @@ class NeuralCleanse(Defense):
     By patch, one small stamp for all tiles is searched for, which is the form of the triggers of BadPatches.
 
     The judgement about classes has the anomaly index of each class as its score, positive for stamps smaller than the
-    median. Its details have the size of each stamp ("sizes", the sum of its mask in pixels of the canvas), the
-    share of images that it brings into the class ("success"), the epochs of the search, the classes for which no stamp
-    succeeded ("failed"; they count as if their stamp covered the canvas) and the classes whose stamp was unlearned. The
-    stamps themselves are in `scores.npz`: `0/masks` (classes, 1, h, w) and `0/patterns` (classes, 3, h, w).
+    median. Its details have the size of each stamp ("sizes", the sum of its mask in pixels of the canvas), the share of
+    images that it brings into the class ("success"), the epochs of the search, the classes for which no stamp succeeded
+    ("failed"; they count as if their stamp covered the canvas) and the classes whose stamp was unlearned. The stamps
+    themselves are in `scores.npz`: `0/masks` (classes, 1, h, w) and `0/patterns` (classes, 3, h, w).
 
     The smallest stamp can be weaker than the attacker's trigger. A model that has learned to ignore it may then still
-    react to the trigger, such as to a picture that is blended into all tiles. By patch, the other
-    classes have small stamps, too, so that the attacker's class need not be an outlier; hence the default of `unlearn`.
+    react to the trigger, such as to a picture that is blended into all tiles. By patch, the other classes have small
+    stamps, too, so that the attacker's class need not be an outlier; hence the default of `unlearn`.
 
     The time is that of `epochs` times the number of classes passes over the images, forward and backward. Classes share
     passes through the model, which keeps a GPU busy but does not reduce the number of images.
