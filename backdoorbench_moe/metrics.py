@@ -131,6 +131,9 @@ METRICS = {
         Metric("auroc", "area under the ROC curve", "AUROC", PERCENT, "higher"),
         Metric("tpr", "triggered images rejected", "TPR", PERCENT, "higher"),
         Metric("fpr", "clean images rejected", "FPR", PERCENT, "lower"),
+        # Of judgements about classes; see `engine.judging`.
+        Metric("class_tpr", "attacker's classes flagged", "class TPR", PERCENT, "higher"),
+        Metric("class_fpr", "other classes flagged", "class FPR", PERCENT, "lower"),
         Metric("seconds", "time", "seconds", SECONDS, "lower"),
     )
 }

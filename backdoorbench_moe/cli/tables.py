@@ -14,6 +14,7 @@ from backdoorbench_moe.bench.statistic import Sample, drop_interval
 from backdoorbench_moe.cli import mixture_tables
 from backdoorbench_moe.cli.streams import echo
 from backdoorbench_moe.collapse import MARK, MARK_LEGEND, MARKED, collapse_line, collapsed, is_near_chance
+from backdoorbench_moe.counting import count
 from backdoorbench_moe.metrics import METRICS, Metric, sort_metrics
 from backdoorbench_moe.ops.intervals import FEWEST_SEEDS, Interval
 from backdoorbench_moe.ops.metrics import mean_std
@@ -24,7 +25,14 @@ if TYPE_CHECKING:
     from backdoorbench_moe.records import Judged, Record, RunFolder
 
 NONE = "–"
-FILTER_METRICS = ("auroc", "tpr", "fpr")
+# How right judgements are: the metrics, and what they are shares of.
+JUDGED_METRICS = {
+    "auroc": "image",
+    "tpr": "image",
+    "fpr": "image",
+    "class_tpr": "class",
+    "class_fpr": "class",
+}
 STAGE_METRICS = ("ba", "asr", "ra")
 # Of a mixture, whose marked images may have a safe answer that is not what they are.
 MIXTURE_STAGE_METRICS = ("ba", "asr", "unsafe")
@@ -122,10 +130,10 @@ def print_stages(console: Console, record: Record) -> None:
         ]
         if rates:
             console.print(f"{METRICS[name].title}: {', '.join(rates)}", markup=False)
-    for name in FILTER_METRICS:
+    for name, what in JUDGED_METRICS.items():
         if (found := record.metrics.get(name)) is not None:
             shown = _value(record.metrics, name, interval=True)
-            console.print(f"{METRICS[name].label}: {shown} of {found['n']} images", markup=False)
+            console.print(f"{METRICS[name].label}: {shown} of {count(int(found['n']), what)}", markup=False)
     for judged in record.judgements:
         for line in judgement_lines(judged):
             console.print(line, markup=False)

@@ -14,6 +14,9 @@ from backdoorbench_moe.plain import plain
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Names in scores.npz that a judgement about samples has anyway.
+TAKEN = ("scores", "suspicious")
+
 About = Literal["input", "sample", "class", "expert", "model"]
 
 
@@ -36,6 +39,8 @@ class Judgement:
             uint8 and returns (B,) finite floats. Images with a score above `threshold` are rejected. The score of
             an image must not depend on the other images of the batch. The engine evaluates it after the defense has
             returned, on clean and triggered test images in shuffled batches.
+        arrays: Tensors by name that are too large for the record, such as inverted triggers; the run folder keeps them
+            in `scores.npz`. The names "scores" and "suspicious" are taken.
 
     Raises:
         PluginError: A field is missing, has a value that it cannot have, or contradicts another one.
@@ -48,6 +53,7 @@ class Judgement:
     suspicious: Sequence[str] | Tensor = ()
     details: Mapping[str, Any] = field(default_factory=dict)
     judge: Callable[[Tensor], Tensor] | None = None
+    arrays: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.about not in get_args(About):
@@ -63,6 +69,7 @@ class Judgement:
         self._check_scores()
         self._check_suspicious()
         self._check_details()
+        self._check_arrays()
 
     def _check_scores(self) -> None:
         if self.scores is None:
@@ -95,6 +102,15 @@ class Judgement:
             json.dumps(self.details)
         except (TypeError, ValueError, RecursionError) as error:
             raise self._expected("details", f"values that JSON has ({error})", self.details) from error
+
+    def _check_arrays(self) -> None:
+        import torch
+
+        if not isinstance(self.arrays, Mapping) or not all(
+            isinstance(name, str) and name not in ("", *TAKEN) and isinstance(values, torch.Tensor)
+            for name, values in self.arrays.items()
+        ):
+            raise self._expected("arrays", f"tensors by name, other than {' and '.join(TAKEN)}", self.arrays)
 
     def _expected(self, name: str, expected: str, got: object) -> PluginError:
         return PluginError(f"judgement about {self.about}: {name}: expected {expected}, got {got!r}")

@@ -116,3 +116,13 @@ def test_list_and_info_know_defenses(bbmoe) -> None:
     options = json.loads(out)["options"]
     assert code == 0 and options["ranking"] == {"type": "'post-relu' | 'notebook'", "default": "post-relu"}
     assert options["clean_fraction"]["default"] == 0.05
+
+
+@pytest.mark.slow
+def test_it_says_how_right_the_judgement_about_classes_is(bbmoe, victim) -> None:
+    cleanse = ("--defense", "neural-cleanse", "--set", "epochs=1", "--set", "unlearn=none")
+    code, out, _ = bbmoe("defend", victim.folder.path, *cleanse, "--set", "clean_fraction=0.5")
+    assert code == 0
+    assert "attacker's classes flagged: " in out and " of 1 class\n" in out
+    assert "other classes flagged: " in out and " of 2 classes\n" in out
+    assert "judgement about the class: suspicious" in out

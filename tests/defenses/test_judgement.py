@@ -46,6 +46,9 @@ WRONG = [
     ("expert", {"threshold": math.nan}, "judgement: threshold: expected a finite number, got nan"),
     ("expert", {"details": ["a"]}, "judgement about expert: details: expected values by name"),
     ("expert", {"details": {"of": {1, 2}}}, "judgement about expert: details: expected values that JSON has"),
+    ("class", {"arrays": {"scores": torch.rand(2)}}, "arrays: expected tensors by name, other than scores"),
+    ("class", {"arrays": {"masks": [0.5]}}, "judgement about class: arrays: expected tensors by name"),
+    ("class", {"arrays": torch.rand(2)}, "judgement about class: arrays: expected tensors by name"),
     ("model", {"reason": ""}, "judgement: reason: expected a sentence"),
     ("model", {"about": "image"}, "judgement: about: expected one of"),
 ]

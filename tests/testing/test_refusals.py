@@ -23,6 +23,8 @@ TAKEN = {
     "scale-up": ALL,
     "ibd-psc": ALL,
     "routing-load": {"pmoe"},
+    "neural-cleanse": ALL,
+    "tile-tuning": ALL,
     "expert-drop": {"pmoe"},
     "expert-reset": {"pmoe"},
     "reroute": {"pmoe"},

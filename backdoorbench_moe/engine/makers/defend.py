@@ -23,7 +23,7 @@ from backdoorbench_moe.engine.evaluate import Metrics
 from backdoorbench_moe.engine.filtering import measure_filtered
 from backdoorbench_moe.engine.graph import PARENT, needs
 from backdoorbench_moe.engine.inference import features, logits, losses, routings
-from backdoorbench_moe.engine.judging import save_judgements
+from backdoorbench_moe.engine.judging import measure_class_judgements, save_judgements
 from backdoorbench_moe.engine.learned import keep_trigger, restore_trigger
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.fitting import Checkpoint
@@ -166,6 +166,9 @@ class DefenseMaker(Maker):
         names, kept, seconds = zip(*stages.kept, strict=True)
         assert self.before is not None
         metrics = [self.before, *self._measure_stages(kept[1:], result)]
+        metrics[-1] |= measure_class_judgements(
+            result.judgements, self.setup.triggered_test(), self.setup.images.num_classes
+        )
         record.stages = [
             {"name": name, "metrics": found, "seconds": taken}
             for name, found, taken in zip(names, metrics, seconds, strict=True)

@@ -1,0 +1,121 @@
+"""Stamps that a defender makes himself, on the image or on all of its tiles.
+
+A stamp is a tensor of *values*, (channels, h, w), for a canvas of h x w pixels: the whole image, or a tile that is the
+same everywhere in the image. Functions here take K stamps at a time, (K, channels, h, w).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.patches import tile, untile
+
+ApplicatorName = Literal["image", "patch"]
+
+# Side of the tiles for models without patches of their own, as in BadPatches.
+DEFAULT_PATCH_SIZE = 4
+
+# From canvases (N, 3, h, w) in [0, 1] and the values of K stamps to the stamped canvases, (K, N, 3, h, w) in [0, 1].
+Stamp = Callable[[Tensor, Tensor], Tensor]
+
+
+def blend_pattern(canvases: Tensor, values: Tensor) -> Tensor:
+    """Blend a pattern into canvases: (1 - mask) * canvas + mask * pattern.
+
+    Args:
+        canvases: (N, 3, h, w) in [0, 1].
+        values: (K, 4, h, w) in [0, 1]: the mask, then the pattern.
+
+    Returns:
+        (K, N, 3, h, w) in [0, 1].
+    """
+    mask, pattern = values.unsqueeze(1).split((1, 3), dim=2)
+    return torch.lerp(canvases, pattern, mask)
+
+
+def displace_pixels(canvases: Tensor, values: Tensor) -> Tensor:
+    """Sample each pixel at a displaced position, with bilinear interpolation; positions are clamped to the canvas.
+
+    Args:
+        canvases: (N, 3, h, w) in [0, 1].
+        values: (K, 2, h, w), displacements in pixels along y, then along x.
+
+    Returns:
+        (K, N, 3, h, w) in [0, 1].
+    """
+    height, width = canvases.shape[-2:]
+    rows, columns = (torch.arange(n, device=canvases.device) for n in (height, width))
+    down, right = values.unbind(1)
+    y, x = (rows[:, None] + down).clamp(0, height - 1), (columns + right).clamp(0, width - 1)
+    flat = canvases.flatten(2)
+    top, left = _first(y, height), _first(x, width)
+    moved = torch.zeros((), device=canvases.device)
+    for row in (top, top + 1):
+        for column in (left, left + 1):
+            weight = (1 - (y - row).abs()) * (1 - (x - column).abs())
+            # In a canvas of one row or column, the second one does not exist and has the weight 0.
+            index = row.clamp(max=height - 1) * width + column.clamp(max=width - 1)
+            moved = moved + flat[:, :, index].movedim(2, 0) * weight[:, None, None]
+    return moved.clamp(0, 1)
+
+
+def _first(at: Tensor, size: int) -> Tensor:
+    """Return the index of the first of the two pixels that a position lies between; the second is one higher."""
+    return at.floor().long().clamp(0, max(0, size - 2))
+
+
+def canvas_side(applicator: ApplicatorName, patch_size: int | None, model: nn.Module) -> int | None:
+    """Return the side of the tiles; None if the stamp covers the whole image.
+
+    Args:
+        applicator: "image" or "patch".
+        patch_size: The side that the user asks for; if None it is that of the model's patches, or 4 for a model that
+            has none.
+        model: The model.
+
+    Raises:
+        ConfigError: A side was asked for without tiles, or it does not divide the model's image size.
+    """
+    if applicator == "image":
+        if patch_size is not None:
+            raise ConfigError.expected("patch_size", "none for the applicator image", patch_size)
+        return None
+    own = getattr(model, "patch_size", None)
+    side = (own if isinstance(own, int) else DEFAULT_PATCH_SIZE) if patch_size is None else patch_size
+    size = getattr(model, "image_size", None)
+    if side < 1 or (isinstance(size, int) and size % side):
+        pixels = f"{size} pixels" if isinstance(size, int) else "height and width"
+        raise ConfigError.expected("patch_size", f"a divisor of the image's {pixels}", side)
+    return side
+
+
+def canvas_shape(images: Tensor, side: int | None) -> tuple[int, int]:
+    """Return height and width of the canvas in images (B, 3, H, W); `side` is that of the tiles, or None."""
+    height, width = images.shape[-2:]
+    return (height, width) if side is None else (side, side)
+
+
+def stamp_all(stamp: Stamp, images: Tensor, values: Tensor, side: int | None) -> Tensor:
+    """Stamp every image with each of K stamps.
+
+    Args:
+        stamp: How a canvas is stamped: `blend_pattern` or `displace_pixels`.
+        images: (B, 3, H, W) in [0, 1].
+        values: (K, channels, h, w), what it takes.
+        side: Side of the tiles, all of which are stamped; None if the stamps cover the whole image.
+
+    Returns:
+        (K, B, 3, H, W) in [0, 1].
+
+    Raises:
+        ShapeError: The tiles do not cover the images.
+    """
+    if side is None:
+        return stamp(images, values)
+    stamped = stamp(tile(images, side), values).flatten(0, 1)
+    return untile(stamped, *images.shape[-2:]).unflatten(0, (len(values), len(images)))

@@ -1,0 +1,134 @@
+"""Tuning on clean images with random tiles stamped on them, and true labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.requirements import check_tuning
+from backdoorbench_moe.defenses.stamped_tuning import check_share, stamped_objective
+from backdoorbench_moe.defenses.stamps import (
+    ApplicatorName,
+    blend_pattern,
+    canvas_shape,
+    canvas_side,
+    displace_pixels,
+    stamp_all,
+)
+
+# Highest chance of a pixel in an opaque stamp, and highest opacity of a stamp that covers the canvas: more would leave
+# too little of an image to learn from.
+MOST_PIXELS, MOST_OPACITY = 0.5, 0.6
+
+
+class TileTuning(Defense):
+    """Tune the model on clean images, a part of which has a new random tile in every batch, with the true labels.
+
+    The same tile is stamped on all tiles of an image, as a trigger of BadPatches is. The model is taught to ignore what
+    all tiles have in common, without any search for the trigger: the control of `neural-cleanse` by patch.
+
+    Args:
+        tiles: What is drawn; colours are uniform for each pixel. "opaque": single pixels, each with the same chance,
+            which is drawn from [0, 0.5). "blend": a picture that covers the tile, with an opacity in [0, 0.6). "warp":
+            a displacement of each pixel by up to one pixel along each axis. "mixed": all three, on one third of the
+            stamped images each.
+        applicator: "patch", or "image" for one stamp on the whole image.
+        patch_size: By patch, the side of the tile in pixels, a divisor of the image's height and width. None: that of
+            the model's patches, or 4 for a model without patches.
+        epochs: Epochs of tuning, from 1.
+        share: Share of each batch that is stamped, in (0, 1].
+        lr: Peak learning rate, above 0; that of the run's recipe if None.
+        clean_fraction: Share of the training images that the defender holds, in (0, 1].
+
+    Raises:
+        ConfigError: A value is out of range, or the tiles do not cover the model's images.
+    """
+
+    tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
+
+    def __init__(
+        self,
+        *,
+        tiles: Literal["mixed", "opaque", "blend", "warp"] = "mixed",
+        applicator: ApplicatorName = "patch",
+        patch_size: int | None = None,
+        epochs: int = 40,
+        share: float = 0.5,
+        lr: float | None = None,
+        clean_fraction: float = 0.05,
+    ) -> None:
+        super().__init__(clean_fraction=clean_fraction)
+        check_tuning(epochs, lr, at_least=1)
+        check_share(share)
+        self.tiles, self.applicator, self.patch_size = tiles, applicator, patch_size
+        self.epochs, self.share, self.lr = epochs, share, lr
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ConfigError if the tiles do not cover the model's images."""
+        canvas_side(self.applicator, self.patch_size, model)
+
+    def defend(self, task: DefenseTask) -> DefenseResult:
+        """Tune."""
+        names: list[str] = [*STAMPS] if self.tiles == "mixed" else [self.tiles]
+        side = canvas_side(self.applicator, self.patch_size, task.model)
+        objective = stamped_objective(partial(stamp_at_random, names, side), self.share)
+        task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr, objective=objective)
+        return DefenseResult("tuned", task.model)
+
+
+def stamp_at_random(names: list[str], side: int | None, images: Tensor) -> Tensor:
+    """Stamp images with one random stamp of each kind, each on equally many images.
+
+    Args:
+        names: The kinds, keys of `STAMPS`.
+        side: Side of the tiles; None if the stamps cover the whole image.
+        images: (B, 3, H, W) in [0, 1].
+
+    Returns:
+        (B, 3, H, W) in [0, 1]. Stamps are drawn from torch's global generator.
+    """
+    return torch.cat(
+        [
+            STAMPS[name](part, side) if len(part) else part
+            for name, part in zip(names, images.tensor_split(len(names)), strict=True)
+        ]
+    )
+
+
+def _stamp_opaque(images: Tensor, side: int | None) -> Tensor:
+    height, width = canvas_shape(images, side)
+    share, kept = _uniform(images, 1, 1, 1), _uniform(images, 1, height, width)
+    return _blend(images, (kept < MOST_PIXELS * share).to(images.dtype), side)
+
+
+def _stamp_blend(images: Tensor, side: int | None) -> Tensor:
+    opacity = MOST_OPACITY * _uniform(images, 1, 1, 1)
+    return _blend(images, opacity.expand(1, *canvas_shape(images, side)), side)
+
+
+def _stamp_warp(images: Tensor, side: int | None) -> Tensor:
+    strength, offsets = _uniform(images, 1), _uniform(images, 1, 2, *canvas_shape(images, side))
+    return stamp_all(displace_pixels, images, strength * (2 * offsets - 1), side)[0]
+
+
+def _blend(images: Tensor, mask: Tensor, side: int | None) -> Tensor:
+    """Blend a pattern of uniform colours into images, by a mask (1, h, w)."""
+    pattern = _uniform(images, 3, *mask.shape[1:])
+    return stamp_all(blend_pattern, images, torch.cat([mask, pattern]).unsqueeze(0), side)[0]
+
+
+def _uniform(images: Tensor, *shape: int) -> Tensor:
+    """Draw uniform numbers in [0, 1) on the device of the images."""
+    return torch.rand(*shape, device=images.device)
+
+
+STAMPS: Mapping[str, Callable[[Tensor, int | None], Tensor]] = {
+    "opaque": _stamp_opaque,
+    "blend": _stamp_blend,
+    "warp": _stamp_warp,
+}
