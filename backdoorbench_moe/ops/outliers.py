@@ -1,4 +1,4 @@
-"""Outliers among few values, such as one for each class: distances from the mean or the median, in standard deviations."""
+"""Outliers among few values: distances from the mean or the median, in standard deviations."""
 
 from __future__ import annotations
 
