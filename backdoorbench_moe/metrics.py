@@ -120,6 +120,10 @@ METRICS = {
         Metric("auroc", "area under the ROC curve", "AUROC", PERCENT, "higher"),
         Metric("tpr", "triggered images rejected", "TPR", PERCENT, "higher"),
         Metric("fpr", "clean images rejected", "FPR", PERCENT, "lower"),
+        # Of a defense that judges training images; see `engine.sample_metrics`.
+        Metric("sample_auroc", "AUROC over training images", "sample AUROC", PERCENT, "higher"),
+        Metric("sample_tpr", "poisoned training images found", "sample TPR", PERCENT, "higher"),
+        Metric("sample_fpr", "other training images thrown out", "sample FPR", PERCENT, "lower"),
         Metric("seconds", "time", "seconds", SECONDS, "lower"),
     )
 }

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from backdoorbench_moe.records import Judged, Record, RunFolder
 
 NONE = "–"
-FILTER_METRICS = ("auroc", "tpr", "fpr")
+# What is judged are inputs or training images.
+JUDGED_METRICS = ("auroc", "tpr", "fpr", "sample_auroc", "sample_tpr", "sample_fpr")
 STAGE_METRICS = ("ba", "asr", "ra")
 # Of a mixture, whose marked images may have a safe answer that is not what they are.
 MIXTURE_STAGE_METRICS = ("ba", "asr", "unsafe")
@@ -112,7 +113,7 @@ def print_defended(run: Run) -> None:
 
 
 def print_stages(console: Console, record: Record) -> None:
-    """Print the stages of a defense, how well its input filter finds triggered images, and its judgements."""
+    """Print the stages of a defense, how well it finds triggered or poisoned images, and its judgements."""
     console.print(stages_table(record))
     for name in ("target_rate", "unsafe"):
         rates = [
@@ -122,7 +123,7 @@ def print_stages(console: Console, record: Record) -> None:
         ]
         if rates:
             console.print(f"{METRICS[name].title}: {', '.join(rates)}", markup=False)
-    for name in FILTER_METRICS:
+    for name in JUDGED_METRICS:
         if (found := record.metrics.get(name)) is not None:
             shown = _value(record.metrics, name, interval=True)
             console.print(f"{METRICS[name].label}: {shown} of {found['n']} images", markup=False)
@@ -141,6 +142,8 @@ def judgement_lines(judged: Judged) -> list[str]:
         found = f"suspicious above {judged['threshold']:.4g}"
     details = f" ({_judged(judged['details'])})" if judged["details"] else ""
     reason = f": {judged['reason']}" if judged["reason"] else ""
+    if counts := judged.get("counts"):
+        found += f" ({_judged(counts, ', ')})"
     lines = [f"judgement about the {judged['about']}: {found}{details}{reason}"]
     return lines + ([f"scores: {_judged(judged['scores'])}"] if judged["scores"] else [])
 
