@@ -120,6 +120,6 @@ def divide(vectors: Tensor, components: int, *, whiten: bool) -> tuple[Tensor, T
     """
     points, _ = principal_components(vectors, components)
     if whiten:
-        points = points / points.std(0, correction=0)
+        points = points / points.square().mean(0).sqrt()
     smaller = two_means(points)
     return smaller, silhouettes(points, smaller)

@@ -41,8 +41,8 @@ class Scan(SampleFilter):
     are two clean images for each, besides one for each class. The covariance is the pooled one within classes, to which
     the paper's iterative estimate converges with many images for each class. The groups are those of 2-means in the
     metric of the covariance, the expectation maximisation with hard assignments and equal priors. The logarithm of the
-    ratio is divided by the number of images in the class: it grows with that number in any class that is not exactly
-    normal, and large classes would be suspicious for their size.
+    ratio is divided by what it is in a normal class of n images, but for a constant factor (see `TwoGroups.evidence`).
+    Otherwise large classes would be suspicious for their size.
 
     Args:
         components: Largest number of principal components, from 1.
@@ -153,17 +153,21 @@ class TwoGroups:
 
     Attributes:
         ratio: Logarithm of the likelihood ratio of two means to one, divided by the number of images n.
+        evidence: The ratio divided by the largest variance of n normal points of k dimensions, which have variance 1,
+            in any direction: about (1 + sqrt(k / n))^2. A class that is normal is best divided across this direction,
+            and gains in proportion to its variance, whether it is small or large.
         scores: (n,) logarithm of how much likelier each image is in the suspicious group; positive for its members.
     """
 
     ratio: float
+    evidence: float
     scores: Tensor
 
 
 def anomaly_of(groups: Mapping[int, TwoGroups]) -> list[float]:
-    """Return how many robust standard deviations the ratio of each class lies above the median of all classes."""
-    ratios = [found.ratio for found in groups.values()]
-    return [-float(index) for index in anomaly_indices(ratios)] if ratios else []
+    """Return how many robust standard deviations the evidence of each class lies above the median of all classes."""
+    evidence = [found.evidence for found in groups.values()]
+    return [-float(index) for index in anomaly_indices(evidence)] if evidence else []
 
 
 def within_covariance(points: Tensor, labels: Tensor) -> Tensor:
@@ -188,11 +192,15 @@ def split_class(points: Tensor, clean: Tensor) -> TwoGroups:
     Args:
         points: (n, k) float64.
         clean: (m, k) float64, points of clean images of the class; there may be none.
+
+    Source:
+        Bai and Yin, "Limit of the smallest eigenvalue of a large dimensional sample covariance matrix", Annals of
+        Probability 1993, theorem 2, for the largest variance.
     """
     principal, directions = principal_components(points, points.shape[1])
     group = two_means(principal)
     if not group.any():
-        return TwoGroups(0.0, points.new_zeros(len(points)))
+        return TwoGroups(0.0, 0.0, points.new_zeros(len(points)))
     ratio = between_squares(principal, group.unsqueeze(0)).item() / (2 * len(points))
     means = torch.stack([principal[~group].mean(0), principal[group].mean(0)])
     suspect = 1
@@ -201,4 +209,5 @@ def split_class(points: Tensor, clean: Tensor) -> TwoGroups:
         suspect = int((means - centre).square().sum(1).argmax())
     other, own = means[1 - suspect], means[suspect]
     scores = ((principal - other).square().sum(1) - (principal - own).square().sum(1)) / 2
-    return TwoGroups(ratio, scores)
+    evidence = ratio / (1 + math.sqrt(points.shape[1] / len(points))) ** 2
+    return TwoGroups(ratio, evidence, scores)

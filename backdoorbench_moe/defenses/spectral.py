@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.shares import share_of
 
 # How many times the assumed number of poisoned images is thrown out.
-MARGIN = 1.5
+MARGIN = Fraction(3, 2)
 
 
 class Spectral(SampleFilter):
@@ -50,7 +51,7 @@ class Spectral(SampleFilter):
         self, *, epsilon: float = 0.05, on: On = "features", retrain: bool = True, epochs: int | None = None
     ) -> None:
         super().__init__(on=on, retrain=retrain, epochs=epochs)
-        if not 0 < epsilon < 1 / MARGIN:
+        if not 0 < epsilon * MARGIN < 1:
             raise ConfigError.expected("epsilon", "a number in (0, 2/3)", epsilon)
         self.epsilon = epsilon
 
@@ -62,18 +63,22 @@ class Spectral(SampleFilter):
         for places in classes.values():
             scores[places] = found = outlier_scores(vectors[places])
             highest = found.argsort(descending=True, stable=True)
-            suspicious[places[highest[: share_of(MARGIN * self.epsilon, len(places))]]] = True
+            suspicious[places[highest[: self._removed(len(places))]]] = True
         if not suspicious.any():
             largest = max(map(len, classes.values()), default=0)
             raise ConfigError(
-                f"epsilon: {MARGIN:g} * {self.epsilon} of a class of {largest} images, the largest one, "
+                f"epsilon: {float(MARGIN)} * {self.epsilon} of a class of {largest} images, the largest one, "
                 "is less than one image"
             )
         reason = (
             f"along the first principal component of its class's {self.on}, its distance from the mean is among the "
-            f"largest {MARGIN * self.epsilon:.3g}"
+            f"largest {float(MARGIN) * self.epsilon:.3g}"
         )
         return Suspicion(scores, suspicious, reason)
+
+    def _removed(self, images: int) -> int:
+        """Return the floor of 1.5 * epsilon * images, without the rounding of floats."""
+        return share_of(self.epsilon, MARGIN.numerator * images) // MARGIN.denominator
 
 
 def outlier_scores(vectors: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def two_means(points: Tensor) -> Tensor:
         Ding and He, "K-means Clustering via Principal Component Analysis", ICML 2004, for splits along components.
     """
     centred = points - points.mean(0)
-    scaled = centred / centred.std(0, correction=0).clamp(min=torch.finfo(points.dtype).tiny)
+    scaled = centred / centred.square().mean(0).sqrt().clamp(min=torch.finfo(points.dtype).tiny)
     sides = torch.cat([cut < scaled.T for cut in CUTS]) if points.shape[1] else scaled.T.bool()
     if not len(sides):
         return torch.zeros(len(points), dtype=torch.bool, device=points.device)

@@ -27,7 +27,7 @@ def principal_components(vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
     products = centred @ centred.T if wide else centred.T @ centred
     squares, basis = torch.linalg.eigh(products)
     # Ascending order. Rounding makes squares of about the largest one's last digit out of zeros.
-    smallest = squares[-1] * max(rows, columns) * torch.finfo(torch.float64).eps
+    smallest = squares[-1:] * max(rows, columns) * torch.finfo(torch.float64).eps
     kept = min(count, int((squares > smallest).sum()))
     squares, basis = squares.flip(0)[:kept], basis.flip(1)[:, :kept]
     directions = (centred.T @ basis / squares.sqrt()).T if wide else basis.T
