@@ -23,8 +23,10 @@ class ActivationClustering(SampleFilter):
     """Divide the vectors of each class into two clusters, and throw out the smaller one if the class is suspicious.
 
     The vectors of a class are reduced to their first components and divided by 2-means. The mean silhouette says how
-    well the two clusters are separated. The score of an image is its own silhouette, negative in the larger cluster.
-    After that a model is trained again, see `SampleFilter`.
+    well the two clusters are separated. After that a model is trained again, see `SampleFilter`.
+
+    The paper has no scores of single images. Here the score of an image is its place on the line through the means of
+    the two clusters, from -1 at the larger one's to 1 at the smaller one's, times the mean silhouette of its class.
 
     Departures: 2-means starts from splits along the components instead of random points, see
     `ops.clustering.two_means`. The paper proposes to train a model without a suspicious cluster and to see how it calls
@@ -39,7 +41,7 @@ class ActivationClustering(SampleFilter):
             mean silhouette is above `silhouette`. "both": both.
         size: Share of a class, in (0, 1/2].
         silhouette: In (0, 1).
-        on: The vectors: "features" before the head, as in the paper, or "routing".
+        on: The vectors: "features" before the head, as in the paper, or "routing" or "routing-map", see `SampleFilter`.
         retrain: Whether to train a new model without the images that are thrown out.
         epochs: Epochs of this training, from 1; those of the run's recipe if None.
 
@@ -85,9 +87,9 @@ class ActivationClustering(SampleFilter):
         suspicious = torch.zeros_like(scores, dtype=torch.bool)
         separations, shares = {}, {}
         for label, places in members(split.labels, task.num_classes).items():
-            smaller, found = divide(vectors[places], self.components, whiten=self.reduce == "ica")
-            scores[places] = torch.where(smaller, found, -found)
-            separations[label], shares[label] = found.mean().item(), smaller.double().mean().item()
+            smaller, line, separation = divide(vectors[places], self.components, whiten=self.reduce == "ica")
+            scores[places] = separation * line
+            separations[label], shares[label] = separation, smaller.double().mean().item()
             if self._suspects(separations[label], shares[label]):
                 suspicious[places[smaller]] = True
         named = {str(label): value for label, value in separations.items()}
@@ -107,7 +109,7 @@ class ActivationClustering(SampleFilter):
         return {"size": small, "silhouette": apart, "both": small and apart}[self.rule]
 
 
-def divide(vectors: Tensor, components: int, *, whiten: bool) -> tuple[Tensor, Tensor]:
+def divide(vectors: Tensor, components: int, *, whiten: bool) -> tuple[Tensor, Tensor, float]:
     """Divide the vectors of one class into two clusters.
 
     Args:
@@ -116,10 +118,15 @@ def divide(vectors: Tensor, components: int, *, whiten: bool) -> tuple[Tensor, T
         whiten: Whether to scale them to variance 1.
 
     Returns:
-        (n,) bool, the smaller cluster; and (n,) float64, the silhouette of each vector.
+        (n,) bool, the smaller cluster; (n,) float64 in [-1, 1], the places on the line through the means, 1 at that of
+        the smaller cluster and beyond it; and the mean silhouette. If all vectors are equal, the last two are 0.
     """
     points, _ = principal_components(vectors, components)
     if whiten:
         points = points / points.square().mean(0).sqrt()
     smaller = two_means(points)
-    return smaller, silhouettes(points, smaller)
+    if not smaller.any():
+        return smaller, points.new_zeros(len(points)), 0.0
+    mean, other = points[smaller].mean(0), points[~smaller].mean(0)
+    line = (2 * points - mean - other) @ (mean - other) / (mean - other).square().sum()
+    return smaller, line.clamp(-1, 1), silhouettes(points, smaller).mean().item()

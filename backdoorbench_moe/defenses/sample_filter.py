@@ -14,10 +14,11 @@ from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.requirements import check_routed
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.routed import Routing
 from backdoorbench_moe.ops.images import Split, content_order
 from backdoorbench_moe.ops.ranges import check_epochs
 
-On = Literal["features", "routing"]
+On = Literal["features", "routing", "routing-map"]
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,11 @@ class Suspicion:
 class SampleFilter(Defense):
     """Base class of defenses that represent each training image by a vector, and throw out images by these vectors.
 
-    The vector of an image is what the model has before its head, or its routing: the gates of every expert for every
-    patch, in all routed layers, one after the other. Means of the gates over the patches would not do: in expert-choice
-    routing they are the same for all images.
+    The vector of an image is what the model has before its head, or its routing. That consists of the gates (E, P) of
+    all routed layers, one after the other. For "routing" the gates of each expert are sorted in descending order, so
+    that they say how much the expert prefers some patches, but not where they are: a trigger changes this in the same
+    way wherever it is. For "routing-map" they stay in the order of the patches. Means over the patches would say
+    nothing in expert-choice routing, in which they are the same for all images.
 
     If images were thrown out, a model with new weights is trained on the others with the run's recipe. The images are
     first put into an order that depends on their contents only, so that neither the judgement nor the new model depends
@@ -55,7 +58,7 @@ class SampleFilter(Defense):
     Subclasses implement `judge`.
 
     Args:
-        on: The vectors: "features" before the head, or "routing".
+        on: The vectors: "features" before the head, "routing" or "routing-map", as above.
         retrain: Whether to train a new model without the images that are thrown out.
         epochs: Epochs of this training, from 1; those of the run's recipe if None.
         clean_fraction: Share of the training images of which the defender knows that they are clean, in (0, 1]; used
@@ -76,7 +79,7 @@ class SampleFilter(Defense):
         epochs: int | None = None,
         clean_fraction: float = 0.05,
     ) -> None:
-        if on == "routing":
+        if on != "features":
             # A routed model need not have features.
             self.needs = self.needs - {"features"}  # type: ignore[misc]
         super().__init__(clean_fraction=clean_fraction)
@@ -86,7 +89,7 @@ class SampleFilter(Defense):
 
     def check(self, model: nn.Module) -> None:
         """Raise ConfigError if the vectors are to be of the routing, and the model has none."""
-        if self.on == "routing":
+        if self.on != "features":
             check_routed(model)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
@@ -105,9 +108,10 @@ class SampleFilter(Defense):
         """Return the vectors (N, D) float32 of images (N, 3, H, W) uint8."""
         if self.on == "features":
             return task.features(task.model, images)
+        placed = self.on == "routing-map"
         batches = task.routing(task.model, images)
         return torch.cat(
-            [torch.cat([one.gates.flatten(1).float() for one in layers], 1) for layers in batches]
+            [torch.cat([gate_vectors(one, placed=placed) for one in layers], 1) for layers in batches]
         )
 
     @abstractmethod
@@ -119,6 +123,17 @@ class SampleFilter(Defense):
             vectors: (N, D) float32, their vectors.
             split: The images and their labels, which may be wrong.
         """
+
+
+def gate_vectors(routing: Routing, *, placed: bool) -> Tensor:
+    """Return the gates of one routed layer as vectors (B, E * P) float32.
+
+    Args:
+        routing: The routing of B images.
+        placed: Whether the gates of each expert stay in the order of the patches; they are in descending order if not.
+    """
+    gates = routing.gates.float()
+    return (gates if placed else gates.sort(2, descending=True).values).flatten(1)
 
 
 def in_order(split: Split) -> tuple[Tensor, Split]:

@@ -47,7 +47,7 @@ class Scan(SampleFilter):
     Args:
         components: Largest number of principal components, from 1.
         threshold: Anomaly index above which a class is suspicious, above 0.
-        on: The vectors: "features" before the head, as in the paper, or "routing".
+        on: The vectors: "features" before the head, as in the paper, or "routing" or "routing-map", see `SampleFilter`.
         retrain: Whether to train a new model without the images that are thrown out.
         epochs: Epochs of this training, from 1; those of the run's recipe if None.
         clean_fraction: Share of the training images of which the defender knows that they are clean, in (0, 1].

@@ -32,7 +32,7 @@ class Spectral(SampleFilter):
         epsilon: Largest share of poisoned images in a class that the defender expects, in (0, 2/3). It is of a class,
             not of the training set: if 1% of all images are relabelled to one of ten classes, about 10% of that class
             are poisoned.
-        on: The vectors: "features" before the head, as in the paper, or "routing".
+        on: The vectors: "features" before the head, as in the paper, or "routing" or "routing-map", see `SampleFilter`.
         retrain: Whether to train a new model without the images that are thrown out.
         epochs: Epochs of this training, from 1; those of the run's recipe if None.
 

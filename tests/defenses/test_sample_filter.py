@@ -39,7 +39,10 @@ def test_the_order_of_contents_is_the_same_for_every_order() -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [*((name, {"on": on}) for name in NAMES[:3] for on in ("features", "routing")), ("abl", {})],
+    [
+        *((name, {"on": on}) for name in NAMES[:3] for on in ("features", "routing", "routing-map")),
+        ("abl", {}),
+    ],
     ids=str,
 )
 def test_a_shuffled_training_set_gives_equal_verdicts_and_an_equal_model(name, options) -> None:
@@ -92,27 +95,30 @@ def vectors_of(model: nn.Module, on: str) -> tuple[torch.Tensor, torch.Tensor]:
     return defense.vectors, images[content_order(task.training_set)].float() / 255
 
 
-def test_the_vectors_are_features_or_the_gates_of_every_expert_and_patch() -> None:
+def test_the_vectors_are_features_or_the_gates_of_every_expert_sorted_or_in_their_places() -> None:
     model = used_model()
     vectors, images = vectors_of(model, "features")
     with torch.no_grad():
         torch.testing.assert_close(vectors, model.extract_features(images), rtol=1e-4, atol=1e-5)
-        vectors, images = vectors_of(model, "routing")
         [routing] = model.forward_routed(images).routing
     experts, patches = routing.gates.shape[1:]
-    assert vectors.shape == (48, experts * patches)
-    torch.testing.assert_close(vectors.view(48, experts, patches), routing.gates, rtol=1e-4, atol=1e-6)
+    placed = vectors_of(model, "routing-map")[0].view(48, experts, patches)
+    torch.testing.assert_close(placed, routing.gates, rtol=1e-4, atol=1e-6)
     # Means over the patches are the same for every image.
     assert routing.gates.mean(2).std(0).max() < 1e-6 < routing.gates.std(0).max()
+    ranked = vectors_of(model, "routing")[0].view(48, experts, patches)
+    assert (ranked.diff(dim=2) <= 0).all()
+    torch.testing.assert_close(ranked, placed.sort(2, descending=True).values)
 
 
 def test_routing_needs_a_routed_model_and_no_features() -> None:
     for name in NAMES[:3]:
+        for on in ("routing", "routing-map"):
+            with pytest.raises(ConfigError, match=r"model: expected a routed model, .* has no routing"):
+                create_defense(name, on=on).check_model(used_model("wide_resnet"))
         routed = create_defense(name, on="routing")
         assert "features" not in routed.needs and "training-set" in routed.needs
         assert "features" in create_defense(name).needs
-        with pytest.raises(ConfigError, match=r"model: expected a routed model, .* has no routing"):
-            routed.check_model(used_model("wide_resnet"))
 
 
 class Trainings:

@@ -102,6 +102,7 @@ def test_what_is_not_of_the_training_set_is_refused(scores, suspicious, message)
         measure(scores, suspicious, plan_of(1))
 
 
+@pytest.mark.slow
 def test_an_attacked_run_and_its_clean_twin(tmp_path) -> None:
     spec = defended_spec({"name": "spectral", "epsilon": 0.2, "epochs": 1})
     run = Runner(spec, tmp_path).attack(spec)
