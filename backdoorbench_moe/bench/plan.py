@@ -18,8 +18,9 @@ from backdoorbench_moe.registry import Registry
 
 # Options of an attack on an expert that say how long its steps are.
 ATTACK_EPOCHS = ("preference_epochs", "epochs")
-# And of a defense; those of `unlearning_epochs` are of few images.
-DEFENSE_EPOCHS = ("isolation_epochs", "epochs")
+# And of a defense, with the part of the epochs of the run's recipe that stands for None: a tenth, and all. Epochs of
+# `unlearning_epochs` are of few images.
+DEFENSE_EPOCHS = {"isolation_epochs": 10, "epochs": 1}
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Planned:
     def total_epochs(self) -> int:
         """Epochs of the whole run.
 
-        Of a defense they are the sum of its options `isolation_epochs` and `epochs`, or 0 if it has neither. Those of
-        the run's recipe take the place of an option `epochs` that is None, and 0 if the option `retrain` is off.
+        Of a defense they are the sum of its options `isolation_epochs` and `epochs`, or 0 if it has neither. They
+        depend on the run's recipe where they are None, and are 0 if the option `retrain` is off.
         Of an attack on an expert they are the sum of its options `preference_epochs` and `epochs`; if it has neither,
         those of the tuning of experts.
         """
@@ -67,10 +68,9 @@ class Planned:
     @property
     def share(self) -> float:
         """Share of the training images in an epoch: 1, or for a defended run the share that the defender has."""
-        if (
-            not self.spec.defenses
-            or "training-set" in defenses.registry.lookup(self.spec.defenses[-1].name).needs
-        ):
+        if not self.spec.defenses:
+            return 1.0
+        if "training-set" in defenses.registry.lookup(self.spec.defenses[-1].name).needs:
             return 1.0
         return float(self._defense_option("clean_fraction") or 0.0)
 
@@ -89,8 +89,9 @@ class Planned:
         known = defenses.registry.options(part.name)
         if self._defense_option("retrain") is False:
             return 0
-        given = [self._defense_option(name) for name in DEFENSE_EPOCHS if name in known]
-        return sum(self.spec.train.epochs if epochs is None else int(epochs) for epochs in given)
+        given = {name: self._defense_option(name) for name in DEFENSE_EPOCHS if name in known}
+        recipe = {name: max(1, self.spec.train.epochs // part) for name, part in DEFENSE_EPOCHS.items()}
+        return sum(recipe[name] if epochs is None else int(epochs) for name, epochs in given.items())
 
     def _defense_option(self, name: str) -> Any:
         return _option(defenses.registry, self.spec.defenses[-1], name)

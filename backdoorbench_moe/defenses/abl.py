@@ -33,16 +33,18 @@ class ABL(Defense):
     Steps 1 and 2 use the run's recipe, and so does step 3 but for its learning rate. The images are first put into an
     order that depends on their contents only, so that the result does not depend on the order of the training set.
 
-    Departures: in the paper's code the learning rate does not depend on the run, and `local-gradient-ascent` takes the
-    sign of the mean loss of a batch, with which it has the same gradient as flooding. Here it is the sign of each
-    image's loss, as in the paper's equation 2. Auxiliary losses of routed layers are added in steps 1 and 2.
+    Departures: in the paper's code epochs and learning rates do not depend on the run (10, 60 and 20 epochs), and
+    `local-gradient-ascent` takes the sign of the mean loss of a batch, with which it has the same gradient as flooding.
+    Here it is the sign of each image's loss, as in the paper's equation 2. Auxiliary losses of routed layers are added
+    in steps 1 and 2.
 
     Args:
         isolation: The loss of step 1. "flooding": the distance of L from gamma, plus gamma, where L is the mean
             cross-entropy of a batch. "local-gradient-ascent": the mean of sign(l - gamma) l, where l is the
             cross-entropy of an image.
         gamma: The loss of step 1 cannot fall below it; above 0.
-        isolation_epochs: Epochs of step 1, from 1.
+        isolation_epochs: Epochs of step 1, from 1; a tenth of those of the run's recipe if None, and at least 1. It
+            should be so few that little else than the trigger is learned: later, easy clean images have as low a loss.
         ratio: Share of the training images that are isolated, in (0, 1).
         epochs: Epochs of step 2, from 1; those of the run's recipe if None.
         unlearning_epochs: Epochs of step 3 over the isolated images, from 1.
@@ -52,8 +54,7 @@ class ABL(Defense):
         ConfigError: A value is out of range, or `ratio` isolates no image.
 
     Source:
-        Li et al., "Anti-Backdoor Learning", NeurIPS 2021, section 3; flooding: Ishida et al., ICML 2020. Epochs and
-        learning rates as in the code of ABL.
+        Li et al., "Anti-Backdoor Learning", NeurIPS 2021, section 3; flooding: Ishida et al., ICML 2020.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"training-set", "losses"})
@@ -66,7 +67,7 @@ class ABL(Defense):
         *,
         isolation: Isolation = "flooding",
         gamma: float = 0.5,
-        isolation_epochs: int = 10,
+        isolation_epochs: int | None = None,
         ratio: float = 0.01,
         epochs: int | None = None,
         unlearning_epochs: int = 20,
@@ -75,10 +76,10 @@ class ABL(Defense):
         super().__init__()
         check_positive(gamma=gamma, unlearning_lr=unlearning_lr)
         check_share(ratio=ratio)
-        check_epochs("isolation_epochs", isolation_epochs, at_least=1)
         check_epochs("unlearning_epochs", unlearning_epochs, at_least=1)
-        if epochs is not None:
-            check_epochs("epochs", epochs, at_least=1)
+        for name, number in (("isolation_epochs", isolation_epochs), ("epochs", epochs)):
+            if number is not None:
+                check_epochs(name, number, at_least=1)
         self.isolation, self.gamma, self.isolation_epochs = isolation, gamma, isolation_epochs
         self.ratio, self.epochs = ratio, epochs
         self.unlearning_epochs, self.unlearning_lr = unlearning_epochs, unlearning_lr
@@ -90,8 +91,9 @@ class ABL(Defense):
             raise ConfigError(f"ratio: {self.ratio} of {len(split)} images is less than one image")
         model, size = task.fresh(), task.train.batch_size
         objective = limited_loss(self.isolation, self.gamma)
-        task.tune(model, split, epochs=self.isolation_epochs, objective=objective)
-        found = self._isolate(task.losses(model, split))
+        first = self.isolation_epochs or max(1, task.train.epochs // 10)
+        task.tune(model, split, epochs=first, objective=objective)
+        found = self._isolate(task.losses(model, split), first)
         left = without(split, found.suspicious, found.scores, size)
         task.tune(model, left, epochs=self.epochs or task.train.epochs)
         task.report("tuned", model)
@@ -100,11 +102,11 @@ class ABL(Defense):
         task.tune(model, isolated, epochs=self.unlearning_epochs, lr=self.unlearning_lr, objective=ascent)
         return DefenseResult("unlearned", model, (judge_samples(found, order),))
 
-    def _isolate(self, losses: Tensor) -> Suspicion:
+    def _isolate(self, losses: Tensor, epochs: int) -> Suspicion:
         chosen = losses.argsort(stable=True)[: share_of(self.ratio, len(losses))]
         suspicious = torch.zeros_like(losses, dtype=torch.bool)
         suspicious[chosen] = True
-        reason = f"after {self.isolation_epochs} epochs its loss is among the lowest {self.ratio:.3g}"
+        reason = f"after {epochs} epochs of training its loss is among the lowest {self.ratio:.3g}"
         return Suspicion(-losses, suspicious, reason)
 
 

@@ -41,8 +41,8 @@ class Scan(SampleFilter):
     are two clean images for each, besides one for each class. The covariance is the pooled one within classes, to which
     the paper's iterative estimate converges with many images for each class. The groups are those of 2-means in the
     metric of the covariance, the expectation maximisation with hard assignments and equal priors. The logarithm of the
-    ratio is divided by what it is in a normal class of n images, but for a constant factor (see `TwoGroups.evidence`).
-    Otherwise large classes would be suspicious for their size.
+    ratio is divided by the number of images of the class, and corrected for small classes (see `TwoGroups.evidence`).
+    Otherwise large classes, or small ones, would be suspicious for their size.
 
     Args:
         components: Largest number of principal components, from 1.

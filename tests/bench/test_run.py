@@ -273,7 +273,7 @@ def test_a_model_that_is_trained_again_is_counted_with_the_whole_training_set(tm
     defenses = [["scan"], [again], [without], ["abl"], [{"name": "abl", "epochs": 4, "isolation_epochs": 1}]]
     grid = {**GRID, "trigger": "square", "poison.rate": 0.25, "defenses": defenses}
     planned = [(run.total_epochs, run.passes) for run in read_plan(tiny_suite(grid=grid).runs(), tmp_path)]
-    assert planned == [(2, 2), (3, 3), (0, 0), (12, 12), (5, 5)]  # The victim has 2 epochs.
+    assert planned == [(2, 2), (3, 3), (0, 0), (3, 3), (5, 5)]  # The victim has 2 epochs.
 
 
 def test_a_finished_run_has_all_epochs_here_and_elsewhere(tmp_path) -> None:

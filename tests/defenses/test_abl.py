@@ -126,8 +126,9 @@ def test_three_trainings_of_a_new_model(done) -> None:
 
 def test_without_epochs_it_trains_as_long_as_the_run(done) -> None:
     task, tune, *_ = done
-    create_defense("abl", **{**SMALL, "epochs": None})(task)
-    assert tune.calls[1]["epochs"] == 9
+    task = replace(task, train=replace(task.train, epochs=39))
+    create_defense("abl", ratio=0.25)(task)
+    assert [call["epochs"] for call in tune.calls] == [3, 39, 20], "and a tenth of that to isolate"
 
 
 class Linear(nn.Module):
