@@ -122,7 +122,8 @@ def defend(
     Returns:
         The defended run. `record.stages` holds BA, ASR and RA before the defense and after each of its stages,
         `model()` is the defended model. If the defense filters inputs, `value("auroc")`, `value("tpr")` and
-        `value("fpr")` are in percent.
+        `value("fpr")` are in percent; if it judges training images, `value("sample_auroc")`, `value("sample_tpr")` and
+        `value("sample_fpr")`.
 
     Raises:
         BbmoeError: Anything that the user can correct.

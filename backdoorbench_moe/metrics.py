@@ -134,6 +134,10 @@ METRICS = {
         # Of judgements about classes; see `engine.judging`.
         Metric("class_tpr", "attacker's classes flagged", "class TPR", PERCENT, "higher"),
         Metric("class_fpr", "other classes flagged", "class FPR", PERCENT, "lower"),
+        # Of a defense that judges training images; see `engine.sample_metrics`.
+        Metric("sample_auroc", "AUROC over training images", "sample AUROC", PERCENT, "higher"),
+        Metric("sample_tpr", "poisoned training images found", "sample TPR", PERCENT, "higher"),
+        Metric("sample_fpr", "other training images thrown out", "sample FPR", PERCENT, "lower"),
         Metric("seconds", "time", "seconds", SECONDS, "lower"),
     )
 }

@@ -18,6 +18,9 @@ from backdoorbench_moe.registry import Registry
 
 # Options of an attack on an expert that say how long its steps are.
 ATTACK_EPOCHS = ("preference_epochs", "epochs")
+# And of a defense, with the part of the epochs of the run's recipe that stands for None: a tenth, and all. Epochs of
+# `unlearning_epochs` are of few images.
+DEFENSE_EPOCHS = {"isolation_epochs": 10, "epochs": 1}
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,16 @@ class Planned:
 
     @property
     def total_epochs(self) -> int:
-        """Epochs of the whole run; of a defense its option `epochs`, or 0 if it has none.
+        """Epochs of the whole run.
 
+        Of a defense they are the sum of its options `isolation_epochs` and `epochs`, or 0 if it has neither. They
+        depend on the run's recipe where they are None, and are 0 if the option `retrain` is off.
         Of an attack on an expert they are the sum of its options `preference_epochs` and `epochs`; if it has neither,
         those of the tuning of experts.
         """
         kind, mixture = kind_of(self.spec), self.spec.mixture
         if kind is NodeKind.DEFENDED:
-            return int(self._defense_option("epochs") or 0)
+            return self._defense_epochs()
         if kind is NodeKind.TRAINED or mixture is None:
             return self.spec.train.epochs
         if kind is NodeKind.MIXTURE:
@@ -62,8 +67,12 @@ class Planned:
 
     @property
     def share(self) -> float:
-        """Share of the training images in an epoch: 1, or for a defended run the share that the defender holds."""
-        return 1.0 if not self.spec.defenses else float(self._defense_option("clean_fraction") or 0.0)
+        """Share of the training images in an epoch: 1, or for a defended run the share that the defender has."""
+        if not self.spec.defenses:
+            return 1.0
+        if "training-set" in defenses.registry.lookup(self.spec.defenses[-1].name).needs:
+            return 1.0
+        return float(self._defense_option("clean_fraction") or 0.0)
 
     @property
     def passes(self) -> float:
@@ -74,6 +83,15 @@ class Planned:
         total = self.total_epochs * self.share
         weights_harm = kind_of(self.spec) is NodeKind.POISONED_EXPERT and self._attack_option("harm_weight")
         return total + (float(self._attack_option("epochs") or 0) if weights_harm else 0.0)
+
+    def _defense_epochs(self) -> int:
+        part = self.spec.defenses[-1]
+        known = defenses.registry.options(part.name)
+        if self._defense_option("retrain") is False:
+            return 0
+        given = {name: self._defense_option(name) for name in DEFENSE_EPOCHS if name in known}
+        recipe = {name: max(1, self.spec.train.epochs // part) for name, part in DEFENSE_EPOCHS.items()}
+        return sum(recipe[name] if epochs is None else int(epochs) for name, epochs in given.items())
 
     def _defense_option(self, name: str) -> Any:
         return _option(defenses.registry, self.spec.defenses[-1], name)

@@ -32,6 +32,8 @@ from backdoorbench_moe.records.sharing import without_folders
 MANIFEST, RECORDS = "suite.json", "records.jsonl"
 # Key of the manifest.
 CLEAN_CELLS = "clean_cells"
+# The shares that are measured on the two groups of images which an area under the ROC curve compares.
+GROUPS = {"auroc": ("tpr", "fpr"), "sample_auroc": ("sample_tpr", "sample_fpr")}
 
 
 @dataclass(frozen=True)
@@ -233,9 +235,9 @@ class ResultSet:
 
     def _images(self, spec: RunSpec, metric: str) -> int:
         """Number of images that determines the uncertainty of a run's metric."""
-        if base_of(metric) == "auroc":
+        if base_of(metric) in GROUPS:
             # Its variance is at most A (1 - A) over the smaller of the two groups (Birnbaum and Klose, 1957).
-            groups = [self.metric(spec, with_base(metric, name)) for name in ("tpr", "fpr")]
+            groups = [self.metric(spec, with_base(metric, name)) for name in GROUPS[base_of(metric)]]
             counts = [int(group["n"]) for group in groups if group is not None]
             if len(counts) == len(groups):
                 return min(counts)

@@ -32,6 +32,9 @@ JUDGED_METRICS = {
     "fpr": "image",
     "class_tpr": "class",
     "class_fpr": "class",
+    "sample_auroc": "training image",
+    "sample_tpr": "training image",
+    "sample_fpr": "training image",
 }
 STAGE_METRICS = ("ba", "asr", "ra")
 # Of a mixture, whose marked images may have a safe answer that is not what they are.
@@ -120,7 +123,7 @@ def print_defended(run: Run) -> None:
 
 
 def print_stages(console: Console, record: Record) -> None:
-    """Print the stages of a defense, how well its input filter finds triggered images, and its judgements."""
+    """Print the stages of a defense, how well it finds triggered or poisoned images, and its judgements."""
     console.print(stages_table(record))
     for name in ("target_rate", "unsafe"):
         rates = [
@@ -149,6 +152,8 @@ def judgement_lines(judged: Judged) -> list[str]:
         found = f"suspicious above {judged['threshold']:.4g}"
     details = f" ({_judged(judged['details'])})" if judged["details"] else ""
     reason = f": {judged['reason']}" if judged["reason"] else ""
+    if counts := judged.get("counts"):
+        found += f" ({_judged(counts, ', ')})"
     lines = [f"judgement about the {judged['about']}: {found}{details}{reason}"]
     return lines + ([f"scores: {_judged(judged['scores'])}"] if judged["scores"] else [])
 

@@ -124,7 +124,7 @@ class DefenseResult:
         stage: Name of the last stage, such as "tuned". If there is a judgement about inputs, the last stage is the
             model together with this input filter.
         model: The defended model. Names and shapes in its state dict must be the same as before.
-        judgements: The findings of the defense. At most one may be about inputs.
+        judgements: The findings of the defense. At most one may be about inputs, and at most one about samples.
     """
 
     stage: str
@@ -230,11 +230,12 @@ class Defense(ABC):
             raise PluginError(
                 f"defense {type(self).__name__}: expected judgements, got {result.judgements!r}"
             )
-        filters = [each for each in result.judgements if each.about == "input"]
-        if len(filters) > 1:
-            raise PluginError(
-                f"defense {type(self).__name__}: expected at most one judgement about inputs, got {filters}"
-            )
+        for about in ("input", "sample"):
+            found = [each for each in result.judgements if each.about == about]
+            if len(found) > 1:
+                raise PluginError(
+                    f"defense {type(self).__name__}: expected at most one judgement about {about}s, got {found}"
+                )
         return result
 
     @final

@@ -29,8 +29,8 @@ class Judgement:
             "expert", or the "model".
         reason: One sentence that says what the scores measure, and which scores are suspicious.
         scores: Scores by name, such as "moe/2" for an expert or "3" for a class; for samples, (N,) float, one for
-            each image of the training set; for inputs, None. They should be finite: NaN and infinity are recorded
-            as null.
+            each image of the training set, higher for more suspicious ones; for inputs, None. They should be finite:
+            NaN and infinity are recorded as null, and those of samples are refused.
         threshold: The score that separates suspicious from unsuspicious; None if no threshold was used.
         suspicious: Names of what is suspicious; for samples, (n,) int64 indices; for inputs, empty.
         details: Further values for the record: texts, numbers, lists and mappings. Those of NumPy and PyTorch are

@@ -30,6 +30,7 @@ class Tuner:
         observer: Receives the progress.
         name: Name of the training, for the observer.
         history: One row for each epoch of all calls.
+        images: Number of images in all these epochs.
     """
 
     recipe: TrainSpec
@@ -39,6 +40,7 @@ class Tuner:
     observer: Observer
     name: str
     history: list[dict[str, float]] = field(default_factory=list)
+    images: int = 0
 
     def __call__(
         self,
@@ -78,6 +80,7 @@ class Tuner:
                 trainer.optimizer.register_step_post_hook(_put_back(model, modules or (), rows))
             history = trainer.fit(self.name).history
         model.eval()
+        self.images += epochs * len(split)
         self.history += [{**row, "epoch": done + row["epoch"]} for row in history]
 
 

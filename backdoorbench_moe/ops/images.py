@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from backdoorbench_moe.ops.seeding import generator
+
 # 512 images of 32x32 are 6 MB, which stay in the cache; 4096 at a time took twice the time.
 CHUNK_VALUES = 512 * 3 * 32 * 32
 
@@ -63,3 +65,19 @@ def change_images(images: Tensor, change: Callable[[Tensor, slice], Tensor]) -> 
 def concatenate(splits: Sequence[Split]) -> Split:
     """Return the images of several splits, one after the other."""
     return Split(torch.cat([each.images for each in splits]), torch.cat([each.labels for each in splits]))
+
+
+def content_order(split: Split) -> Tensor:
+    """Return an order of labelled images that depends on their contents only, not on the order they come in.
+
+    They are sorted by a hash of pixels and label, a sum modulo 2**64 with a fixed random weight for each pixel.
+
+    Returns:
+        (N,) int64 indices, on the device of the labels. Equal images with equal labels stay in the order they come in.
+    """
+    pixels = split.images[:1].numel()
+    draws = generator(0, "content")
+    weights = torch.randint(-(2**63), 2**63 - 1, (pixels + 1,), generator=draws).to(split.labels.device)
+    size = max(1, CHUNK_VALUES // max(1, pixels))
+    hashes = [(chunk.flatten(1).long() * weights[:-1]).sum(1) for chunk in split.images.split(size)]
+    return (torch.cat(hashes) + split.labels * weights[-1]).argsort(stable=True)

@@ -71,6 +71,9 @@ class Judged(TypedDict):
         suspicious: Names of what is suspicious; only their number if `scores.npz` holds their indices.
         reason: The reason, in one sentence.
         details: Further values of the defense.
+        counts: Of training samples: the numbers "tp" of poisoned ones found, "fn" of those missed, "fp" of other ones
+            that are suspicious and "tn" of those that are not. With groups "cover" and "noise", also how many of each
+            are suspicious, which "fp" includes. Missing for anything else, and in old records.
     """
 
     about: str
@@ -79,6 +82,7 @@ class Judged(TypedDict):
     suspicious: list[str] | int
     reason: str
     details: dict[str, Any]
+    counts: NotRequired[dict[str, int]]
 
 
 class TaskFacts(TypedDict):

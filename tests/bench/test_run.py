@@ -267,6 +267,15 @@ def test_a_defended_run_is_counted_by_its_defense(tmp_path) -> None:
     assert planned == [(2, 1.0), (5, 0.05), (3, 0.5)]  # The victim's; fine-pruning's defaults; as given.
 
 
+def test_a_model_that_is_trained_again_is_counted_with_the_whole_training_set(tmp_path) -> None:
+    again = {"name": "scan", "clean_fraction": 0.5, "epochs": 3}
+    without = {"name": "spectral", "epsilon": 0.2, "retrain": False}
+    defenses = [["scan"], [again], [without], ["abl"], [{"name": "abl", "epochs": 4, "isolation_epochs": 1}]]
+    grid = {**GRID, "trigger": "square", "poison.rate": 0.25, "defenses": defenses}
+    planned = [(run.total_epochs, run.passes) for run in read_plan(tiny_suite(grid=grid).runs(), tmp_path)]
+    assert planned == [(2, 2), (3, 3), (0, 0), (3, 3), (5, 5)]  # The victim has 2 epochs.
+
+
 def test_a_finished_run_has_all_epochs_here_and_elsewhere(tmp_path) -> None:
     """Of a defended run those of its last defense, not those that its victim was trained for."""
     grid = {**GRID, "trigger": "square", "poison.rate": 0.25}

@@ -85,6 +85,10 @@ class Returns(Defense):
             lambda model: DefenseResult("done", model, (RIGHT["input"],) * 2),
             "expected at most one judgement about inputs",
         ),
+        (
+            lambda model: DefenseResult("done", model, (RIGHT["sample"], RIGHT["class"], RIGHT["sample"])),
+            "expected at most one judgement about samples",
+        ),
     ],
 )
 def test_a_result_that_is_not_one_is_refused(result, message) -> None:

@@ -53,7 +53,7 @@ JUDGEMENTS = (
         suspicious=["1"],
         details={"rounds": 3},
     ),
-    Judgement("sample", "odd", scores=torch.tensor([1.0, 2.0, 3.0]), suspicious=torch.tensor([0, 2])),
+    Judgement("sample", "odd", scores=torch.arange(96.0), suspicious=torch.tensor([0, 2])),
 )
 
 
@@ -192,7 +192,7 @@ def test_stages_are_measured_by_the_engine_after_the_defense_has_returned(
     ] == "its score is high"
     assert (two["about"], two["scores"], two["suspicious"]) == ("sample", None, 2)
     arrays = run.folder.load_scores()
-    assert arrays["1/scores"].tolist() == [1.0, 2.0, 3.0] and arrays["1/suspicious"].tolist() == [0, 2]
+    assert arrays["1/scores"].tolist() == list(range(96)) and arrays["1/suspicious"].tolist() == [0, 2]
     tensors, parent = run.folder.load_tensors()[0], load_run(tmp_path / needs(spec)["parent"].name)
     shift = tensors["head.bias"] - parent.folder.load_tensors()[0]["head.bias"]
     torch.testing.assert_close(shift, torch.tensor([-998.0, 2.0, 2.0]), atol=1e-3, rtol=0)

@@ -30,6 +30,7 @@ from backdoorbench_moe.engine.makers.fitting import Checkpoint
 from backdoorbench_moe.engine.makers.inputs import load_input
 from backdoorbench_moe.engine.poison import poisoned, stamp_images, stamp_places
 from backdoorbench_moe.engine.run import Run
+from backdoorbench_moe.engine.sample_metrics import measure_samples
 from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.engine.tune import Tuner
 from backdoorbench_moe.engine.workplace import Workplace
@@ -175,11 +176,14 @@ class DefenseMaker(Maker):
         ]
         record.metrics = dict(metrics[-1])
         record.judgements = save_judgements(result.judgements, folder)
+        if self.setup.tasks is None:
+            record.metrics |= measure_samples(
+                result.judgements, record.judgements, self.setup.plan, len(self.setup.images.train)
+            )
         record.timing["defense_seconds"] = sum(seconds)
         if record.history:
             spent = sum(row["seconds"] for row in record.history)
-            tuned_on = record.data["clean_images"] * len(record.history)
-            record.timing |= {"train_seconds": spent, "images_per_second": tuned_on / spent}
+            record.timing |= {"train_seconds": spent, "images_per_second": tuner.images / spent}
         record.timing["evaluate_seconds"] = time.perf_counter() - evaluated
         record.timing["total_seconds"] = time.perf_counter() - started
         folder.save_model(kept[-1].state_dict(), self.model_header())

@@ -1,0 +1,147 @@
+"""Anti-Backdoor Learning: train a model anew, isolate the images that it learns first, and unlearn them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.sample_filter import Suspicion, check_share, in_order, judge_samples, without
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.routed import RoutedModel
+from backdoorbench_moe.ops.ranges import check_epochs, check_positive
+from backdoorbench_moe.ops.tuning import Objective
+from backdoorbench_moe.shares import share_of
+
+Isolation = Literal["flooding", "local-gradient-ascent"]
+
+
+class ABL(Defense):
+    """Train a new model that learns little else than the backdoor, and use it to find and to unlearn poisoned images.
+
+    The defender has the training set and trains the model, so that the given model is not used. There are three steps:
+
+    1. A new model is trained with a loss that cannot fall below `gamma`. Triggered images are learned first. Those with
+       the lowest loss, `ratio` of all, are isolated: they are the suspicious ones, and the score is the negative loss.
+    2. The training goes on with all other images and the usual loss (stage "tuned").
+    3. The loss of the isolated images is maximised with a small learning rate (stage "unlearned").
+
+    Steps 1 and 2 use the run's recipe, and so does step 3 but for its learning rate. The images are first put into an
+    order that depends on their contents only, so that the result does not depend on the order of the training set.
+
+    Departures: in the paper's code epochs and learning rates do not depend on the run (10, 60 and 20 epochs), and
+    `local-gradient-ascent` takes the sign of the mean loss of a batch, with which it has the same gradient as flooding.
+    Here it is the sign of each image's loss, as in the paper's equation 2. Auxiliary losses of routed layers are added
+    in steps 1 and 2.
+
+    Args:
+        isolation: The loss of step 1. "flooding": the distance of L from gamma, plus gamma, where L is the mean
+            cross-entropy of a batch. "local-gradient-ascent": the mean of sign(l - gamma) l, where l is the
+            cross-entropy of an image.
+        gamma: The loss of step 1 cannot fall below it; above 0.
+        isolation_epochs: Epochs of step 1, from 1; a tenth of those of the run's recipe if None, and at least 1. It
+            should be so few that little else than the trigger is learned: later, easy clean images have as low a loss.
+        ratio: Share of the training images that are isolated, in (0, 1).
+        epochs: Epochs of step 2, from 1; those of the run's recipe if None.
+        unlearning_epochs: Epochs of step 3 over the isolated images, from 1.
+        unlearning_lr: Peak learning rate of step 3, above 0.
+
+    Raises:
+        ConfigError: A value is out of range, or `ratio` isolates no image.
+
+    Source:
+        Li et al., "Anti-Backdoor Learning", NeurIPS 2021, section 3; flooding: Ishida et al., ICML 2020.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"training-set", "losses"})
+    tiny: ClassVar[Mapping[str, object]] = {
+        **{"isolation_epochs": 1, "ratio": 0.1, "epochs": 1, "unlearning_epochs": 1}
+    }
+
+    def __init__(
+        self,
+        *,
+        isolation: Isolation = "flooding",
+        gamma: float = 0.5,
+        isolation_epochs: int | None = None,
+        ratio: float = 0.01,
+        epochs: int | None = None,
+        unlearning_epochs: int = 20,
+        unlearning_lr: float = 5e-4,
+    ) -> None:
+        super().__init__()
+        check_positive(gamma=gamma, unlearning_lr=unlearning_lr)
+        check_share(ratio=ratio)
+        check_epochs("unlearning_epochs", unlearning_epochs, at_least=1)
+        for name, number in (("isolation_epochs", isolation_epochs), ("epochs", epochs)):
+            if number is not None:
+                check_epochs(name, number, at_least=1)
+        self.isolation, self.gamma, self.isolation_epochs = isolation, gamma, isolation_epochs
+        self.ratio, self.epochs = ratio, epochs
+        self.unlearning_epochs, self.unlearning_lr = unlearning_epochs, unlearning_lr
+
+    def defend(self, task: DefenseTask) -> DefenseResult:
+        """Isolate, train on the rest, and unlearn."""
+        order, split = in_order(task.training_set)
+        if not share_of(self.ratio, len(split)):
+            raise ConfigError(f"ratio: {self.ratio} of {len(split)} images is less than one image")
+        model, size = task.fresh(), task.train.batch_size
+        objective = limited_loss(self.isolation, self.gamma)
+        first = self.isolation_epochs or max(1, task.train.epochs // 10)
+        task.tune(model, split, epochs=first, objective=objective)
+        found = self._isolate(task.losses(model, split), first)
+        left = without(split, found.suspicious, found.scores, size)
+        task.tune(model, left, epochs=self.epochs or task.train.epochs)
+        task.report("tuned", model)
+        # Isolated images with the highest loss are the least suspicious ones.
+        isolated = without(split, ~found.suspicious, -found.scores, size)
+        task.tune(model, isolated, epochs=self.unlearning_epochs, lr=self.unlearning_lr, objective=ascent)
+        return DefenseResult("unlearned", model, (judge_samples(found, order),))
+
+    def _isolate(self, losses: Tensor, epochs: int) -> Suspicion:
+        chosen = losses.argsort(stable=True)[: share_of(self.ratio, len(losses))]
+        suspicious = torch.zeros_like(losses, dtype=torch.bool)
+        suspicious[chosen] = True
+        reason = f"after {epochs} epochs of training its loss is among the lowest {self.ratio:.3g}"
+        return Suspicion(-losses, suspicious, reason)
+
+
+def limited_loss(isolation: Isolation, gamma: float) -> Objective:
+    """Return a loss that falls to `gamma` and not below.
+
+    Args:
+        isolation: See `ABL`.
+        gamma: See `ABL`.
+    """
+
+    def objective(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits, auxiliary = forward(model, images)
+        if isolation == "flooding":
+            loss = (F.cross_entropy(logits, labels) - gamma).abs() + gamma
+        else:
+            each = F.cross_entropy(logits, labels, reduction="none")
+            loss = ((each.detach() - gamma).sign() * each).mean()
+        return logits, loss + auxiliary
+
+    return objective
+
+
+def ascent(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits and the negative cross-entropy, which is an `Objective` that unlearns the labels."""
+    logits, _ = forward(model, images)
+    return logits, -F.cross_entropy(logits, labels)
+
+
+def forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits (B, classes) float32, and the sum of the auxiliary losses of the routed layers."""
+    if not isinstance(model, RoutedModel):
+        logits: Tensor = model(images).float()
+        return logits, logits.new_zeros(())
+    output = model.forward_routed(images)
+    logits = output.logits.float()
+    own = [each.aux_loss for each in output.routing if each.aux_loss is not None]
+    return logits, torch.stack(own).sum() if own else logits.new_zeros(())

@@ -1,0 +1,213 @@
+"""SCAn: find the classes that are a mixture of two groups, and throw out the group that is unlike clean images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from backdoorbench_moe.defenses.base import DefenseTask
+from backdoorbench_moe.defenses.judgement import Judgement
+from backdoorbench_moe.defenses.sample_filter import On, SampleFilter, Suspicion, members
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.clustering import between_squares, two_means
+from backdoorbench_moe.ops.components import principal_components
+from backdoorbench_moe.ops.images import Split
+from backdoorbench_moe.ops.outliers import anomaly_indices
+from backdoorbench_moe.ops.ranges import check_positive
+
+# Added to the covariance within classes, as a share of its mean variance, so that it can be inverted.
+RIDGE = 1e-6
+# With two classes both are equally far from the median, whatever their values are.
+FEWEST_CLASSES = 3
+
+
+class Scan(SampleFilter):
+    """Throw out one of two groups in classes that are better described by two means than by one.
+
+    The vectors of a class are taken to be normal, with a mean of the class and a covariance that all classes share. The
+    covariance is estimated with the defender's clean images. For each class, "there is one mean" is compared with
+    "there are two" by the likelihood ratio, with the two groups that make it largest. A class is suspicious if its
+    ratio is an outlier among those of all classes (see `ops.outliers.anomaly_indices`). Of a suspicious class the group
+    whose mean is farther from that of the clean images of the class is thrown out; if there are none, the smaller
+    group. The score of an image is the logarithm of how much likelier it is in that group than in the other. After that
+    a model is trained again, see `SampleFilter`.
+
+    Departures: the vectors are first reduced to their principal components, at most `components` and so few that there
+    are two clean images for each, besides one for each class. The covariance is the pooled one within classes, to which
+    the paper's iterative estimate converges with many images for each class. The groups are those of 2-means in the
+    metric of the covariance, the expectation maximisation with hard assignments and equal priors. The logarithm of the
+    ratio is divided by the number of images of the class, and corrected for small classes (see `TwoGroups.evidence`).
+    Otherwise large classes, or small ones, would be suspicious for their size.
+
+    Args:
+        components: Largest number of principal components, from 1.
+        threshold: Anomaly index above which a class is suspicious, above 0.
+        on: The vectors: "features" before the head, as in the paper, or "routing" or "routing-map", see `SampleFilter`.
+        retrain: Whether to train a new model without the images that are thrown out.
+        epochs: Epochs of this training, from 1; those of the run's recipe if None.
+        clean_fraction: Share of the training images of which the defender knows that they are clean, in (0, 1].
+
+    Raises:
+        ConfigError: A value is out of range, the model has no routing, or there are fewer than 3 classes or too few
+            clean images.
+
+    Source:
+        Tang et al., "Demon in the Variant", USENIX Security 2021, section 5; routing vectors are ours.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"training-set", "features", "clean"})
+    tiny: ClassVar[Mapping[str, object]] = {"components": 4, "threshold": 0.5, "epochs": 1}
+
+    def __init__(
+        self,
+        *,
+        components: int = 64,
+        threshold: float = math.e**2,
+        on: On = "features",
+        retrain: bool = True,
+        epochs: int | None = None,
+        clean_fraction: float = 0.05,
+    ) -> None:
+        super().__init__(on=on, retrain=retrain, epochs=epochs, clean_fraction=clean_fraction)
+        if components < 1:
+            raise ConfigError.expected("components", "an integer of at least 1", components)
+        check_positive(threshold=threshold)
+        self.components, self.threshold = components, threshold
+
+    def count(self, images: int, num_classes: int) -> int:
+        """Return the number of training images that the defender holds.
+
+        Args:
+            images: Number of training images.
+            num_classes: Number of classes.
+
+        Raises:
+            ConfigError: There are too few classes to compare, or too few clean images for a covariance.
+        """
+        count = super().count(images, num_classes)
+        if num_classes < FEWEST_CLASSES:
+            raise ConfigError(
+                f"scan: a class is suspicious in comparison with the others; expected at least {FEWEST_CLASSES} "
+                f"classes, got {num_classes}"
+            )
+        if count < num_classes + 2:
+            raise ConfigError(
+                f"clean_fraction: {self.clean_fraction} of {images} images is {count}; expected at least "
+                f"{num_classes + 2}, two more than there are classes, to estimate a covariance within classes"
+            )
+        return count
+
+    def judge(self, task: DefenseTask, vectors: Tensor, split: Split) -> Suspicion:
+        """Compare one mean with two for each class, and mark one group of suspicious classes."""
+        clean = task.clean
+        most = (len(clean) - len(clean.labels.unique())) // 2
+        points, known = self._whitened(
+            vectors, self.represent(task, clean.images), clean.labels, max(1, most)
+        )
+        scores = points.new_zeros(len(points))
+        groups = {}
+        for label, places in members(split.labels, task.num_classes).items():
+            groups[label] = found = split_class(points[places], known[clean.labels == label])
+            scores[places] = found.scores
+        suspicious = torch.zeros_like(scores, dtype=torch.bool)
+        anomalies = dict(zip(groups, anomaly_of(groups), strict=True))
+        chosen = [label for label, index in anomalies.items() if index > self.threshold]
+        for label in chosen:
+            suspicious |= (split.labels == label) & (scores > 0)
+        about_classes = Judgement(
+            "class",
+            f"two means describe its {self.on} better than one, by more than in other classes; the score is the "
+            "anomaly index of the likelihood ratio",
+            scores={str(label): index for label, index in anomalies.items()},
+            threshold=self.threshold,
+            suspicious=list(map(str, chosen)),
+            details={"log_ratio": {str(label): found.ratio for label, found in groups.items()}},
+        )
+        reason = (
+            f"its class is a mixture of two groups by its {self.on}, and it is likelier in the one that is unlike "
+            "clean images"
+        )
+        return Suspicion(scores, suspicious, reason, others=(about_classes,))
+
+    def _whitened(self, vectors: Tensor, clean: Tensor, labels: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """Reduce training and clean vectors, and scale them so that the covariance within classes is the identity."""
+        points, directions = principal_components(vectors, min(self.components, most))
+        known = (clean.double() - vectors.double().mean(0)) @ directions.T
+        if not points.shape[1]:
+            return points, known
+        factor = torch.linalg.cholesky(within_covariance(known, labels))
+        return (
+            torch.linalg.solve_triangular(factor, points.T, upper=False).T,
+            torch.linalg.solve_triangular(factor, known.T, upper=False).T,
+        )
+
+
+@dataclass(frozen=True)
+class TwoGroups:
+    """A class divided in two.
+
+    Attributes:
+        ratio: Logarithm of the likelihood ratio of two means to one, divided by the number of images n.
+        evidence: The ratio divided by the largest variance of n normal points of k dimensions, which have variance 1,
+            in any direction: about (1 + sqrt(k / n))^2. A class that is normal is best divided across this direction,
+            and gains in proportion to its variance, whether it is small or large.
+        scores: (n,) logarithm of how much likelier each image is in the suspicious group; positive for its members.
+    """
+
+    ratio: float
+    evidence: float
+    scores: Tensor
+
+
+def anomaly_of(groups: Mapping[int, TwoGroups]) -> list[float]:
+    """Return how many robust standard deviations the evidence of each class lies above the median of all classes."""
+    evidence = [found.evidence for found in groups.values()]
+    return [-float(index) for index in anomaly_indices(evidence)] if evidence else []
+
+
+def within_covariance(points: Tensor, labels: Tensor) -> Tensor:
+    """Compute the covariance (k, k) of points around the means of their classes, with a small ridge.
+
+    Args:
+        points: (n, k) float64.
+        labels: (n,) int64, of C different classes. The sum of squares is divided by n - C.
+    """
+    present, index = labels.unique(return_inverse=True)
+    inside = torch.nn.functional.one_hot(index, len(present)).to(points.dtype)
+    means = inside.T @ points / inside.sum(0).unsqueeze(1)
+    apart = points - means[index]
+    covariance = apart.T @ apart / max(1, len(points) - len(present))
+    scale = covariance.diagonal().mean().clamp(min=torch.finfo(points.dtype).tiny)
+    return covariance + RIDGE * scale * torch.eye(points.shape[1], dtype=points.dtype, device=points.device)
+
+
+def split_class(points: Tensor, clean: Tensor) -> TwoGroups:
+    """Divide the points of one class in two groups of the covariance 1, and find which of them is suspicious.
+
+    Args:
+        points: (n, k) float64.
+        clean: (m, k) float64, points of clean images of the class; there may be none.
+
+    Source:
+        Bai and Yin, "Limit of the smallest eigenvalue of a large dimensional sample covariance matrix", Annals of
+        Probability 1993, theorem 2, for the largest variance.
+    """
+    principal, directions = principal_components(points, points.shape[1])
+    group = two_means(principal)
+    if not group.any():
+        return TwoGroups(0.0, 0.0, points.new_zeros(len(points)))
+    ratio = between_squares(principal, group.unsqueeze(0)).item() / (2 * len(points))
+    means = torch.stack([principal[~group].mean(0), principal[group].mean(0)])
+    suspect = 1
+    if len(clean):
+        centre = (clean.mean(0) - points.mean(0)) @ directions.T
+        suspect = int((means - centre).square().sum(1).argmax())
+    other, own = means[1 - suspect], means[suspect]
+    scores = ((principal - other).square().sum(1) - (principal - own).square().sum(1)) / 2
+    evidence = ratio / (1 + math.sqrt(points.shape[1] / len(points))) ** 2
+    return TwoGroups(ratio, evidence, scores)
