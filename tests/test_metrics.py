@@ -24,7 +24,8 @@ def test_every_metric_has_a_name_a_unit_and_a_direction() -> None:
         == len(METRICS)
     )
     assert {key for key, one in METRICS.items() if one.better == "lower"} == {
-        "asr", "target_rate", "cad", "asr_over_tuning", "unsafe", "harm_share", "fpr", "class_fpr", "sample_fpr", "seconds",
+        "asr", "target_rate", "cad", "asr_over_tuning", "unsafe", "harm_share",
+        "fpr", "class_fpr", "sample_fpr", "seconds",
     }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -18,6 +18,8 @@ from backdoorbench_moe.ops.routing import load_entropy, load_shares, nearest_loa
 
 Load = Literal["experts", "patches", "gates"]
 LOADS: tuple[Load, ...] = ("experts", "patches", "gates")
+# A variation below this is one of rounding.
+CONSTANT = 1e-9
 
 
 class RoutingLoad(InputFilter):
@@ -28,16 +30,20 @@ class RoutingLoad(InputFilter):
     score is computed for each routed layer; the image's score is their mean.
 
     Where experts select patches, as in pMoE and with `router=expert-choice`, every expert selects equally many: the
-    load of the experts is constant by construction. What can collapse is the other side: all experts may select the
-    same patches. The load is then that of the patches: the share of the pairs that belongs to each patch. Where patches
-    select experts, that one is constant. If every patch goes to every expert, both are, and the gates remain.
+    load of the experts is constant by construction. What still differs is each expert's share of the gates of the
+    selected pairs, and the load of the patches, the share of the pairs that belongs to each patch, which is uneven if
+    all experts select the same patches. Where every patch goes to every expert, only the gates differ.
+
+    On `signs`, a pMoE with a square in every patch loads the gates *more* evenly than clean images do, and one with a
+    square in a corner less evenly. The distance from clean loads tells both.
 
     Args:
-        statistic: "entropy": 1 minus the entropy of the load, divided by its maximum. "largest": the largest share.
-            "distance": the total variation distance from the most similar load of a clean image, in the mean over the
-            layers; it needs no collapse, but any load that clean images do not have.
+        statistic: "distance": the total variation distance from the most similar load of a clean image, in the mean
+            over the layers. "entropy": 1 minus the entropy of the load, divided by its maximum. "largest": the largest
+            share. The last two expect that triggered images crowd at few experts.
         load: The shares of the "experts" or of the "patches" in the selected pairs, or of the experts in the "gates" of
-            the selected pairs. None: the first of the three that is not the same for all of the defender's images.
+            the selected pairs. None: "experts" where patches select experts, that is, if the load of experts differs
+            more between the defender's images than that of the patches; otherwise "gates".
         reserve: Number of the defender's images that loads are compared with, from 2; they do not set the threshold.
         fpr: Highest false positive rate, in (0, 1): the probability that a clean image is rejected.
         threshold: A fixed threshold, which takes the place of `fpr`; None for none.
@@ -59,7 +65,7 @@ class RoutingLoad(InputFilter):
     def __init__(
         self,
         *,
-        statistic: Literal["entropy", "largest", "distance"] = "entropy",
+        statistic: Literal["distance", "entropy", "largest"] = "distance",
         load: Load | None = None,
         reserve: int = 100,
         fpr: float = 0.05,
@@ -103,19 +109,34 @@ class RoutingLoad(InputFilter):
         return {"load": self._load}
 
     def _varying(self, task: DefenseTask, images: Tensor) -> Load:
-        """Return the load that is wanted, or the first that is not the same for all images.
+        """Return the load that is wanted, or "experts" where patches select experts, and "gates" elsewhere.
+
+        In expert choice the load of the experts still varies a little if class tokens, which are not reported, are
+        among the tokens that an expert selects.
 
         Raises:
-            ConfigError: There is none.
+            ConfigError: It is the same for all images.
         """
         wanted = LOADS if self.load is None else (self.load,)
-        for kind in wanted:
-            if any((load != load[:1]).any() for load in image_loads(task, images, kind)):
-                return kind
-        raise ConfigError(
-            f"load: {type(task.model).__name__} has the same load of {' and '.join(wanted)} for all images, "
-            "so that it tells nothing about a single one"
-        )
+        varies = {kind: variation(image_loads(task, images, kind)) for kind in wanted}
+        found = wanted[0]
+        if self.load is None and varies["experts"] < max(varies["patches"], CONSTANT):
+            found = "gates"
+        if varies[found] < CONSTANT:
+            raise ConfigError(
+                f"load: {type(task.model).__name__} has the same load of {' and '.join(wanted)} for all images, "
+                "so that it tells nothing about a single one"
+            )
+        return found
+
+
+def variation(loads: Sequence[Tensor]) -> float:
+    """Return the standard deviation of shares over images, relative to an even share, in the mean over the layers.
+
+    Args:
+        loads: For each routed layer (B, n), the loads by B images.
+    """
+    return sum((load.std(0) * load.shape[1]).mean().item() for load in loads) / len(loads)
 
 
 def image_loads(task: DefenseTask, images: Tensor, kind: Load) -> list[Tensor]:

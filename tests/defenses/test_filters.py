@@ -192,7 +192,7 @@ def test_loads_of_experts_by_hand(statistic, expected) -> None:
     assert auroc(found.judge(grey(0, 1)).numpy(), found.judge(grey(2, 2)).numpy()).value == 100
 
 
-def test_in_expert_choice_the_load_is_that_of_the_patches() -> None:
+def test_loads_of_patches_by_hand() -> None:
     """Two experts with two of four patches each: other patches, one common, the same."""
     tables = [
         torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1]]),
@@ -201,12 +201,28 @@ def test_in_expert_choice_the_load_is_that_of_the_patches() -> None:
     ]
     clean = Split(grey(*[0, 1] * 20), torch.zeros(40).long())
     task = routing_task(dict(enumerate(tables)), clean=clean)
-    found = create_defense("routing-load", reserve=10)(task).filter
-    assert found.details["load"] == "patches"
+    found = create_defense("routing-load", statistic="entropy", load="patches", reserve=10)(task).filter
     one = 1 - entropy(0.25, 0.5, 0.25) / math.log(4)
     assert found.judge(grey(0, 1, 2)).tolist() == pytest.approx([0.0, one, 0.5])
     with pytest.raises(ConfigError, match="load: PMoE has the same load of experts for all images"):
         create_defense("routing-load", load="experts", reserve=10)(task)
+
+
+def test_who_selects_decides_on_the_load() -> None:
+    """An expert that selects the class token has one patch less; patches still differ more than experts."""
+    tables = {
+        0: torch.tensor([[0.9, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0]]),
+        1: torch.tensor([[0.0, 1, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]]),
+    }
+    task = routing_task(tables, clean=Split(grey(*[0, 1] * 20), torch.zeros(40).long()))
+    assert create_defense("routing-load", reserve=10)(task).filter.details["load"] == "gates"
+    # Each patch selects one expert, and all but two of them the same.
+    tables = {
+        0: torch.tensor([[1.0] * 6, [0] * 6]),
+        1: torch.tensor([[1.0] * 4 + [0] * 2, [0] * 4 + [1] * 2]),
+    }
+    task = routing_task(tables, clean=Split(grey(*[0, 1] * 20), torch.zeros(40).long()))
+    assert create_defense("routing-load", reserve=10)(task).filter.details["load"] == "experts"
 
 
 def test_where_everything_is_selected_the_gates_remain() -> None:
@@ -222,7 +238,7 @@ def test_where_everything_is_selected_the_gates_remain() -> None:
 def test_real_models_of_both_kinds_of_routing() -> None:
     task, _ = make_task(used_model(), clean=held_images(40))
     options = {"reserve": 8, "fpr": 0.25}
-    assert create_defense("routing-load", **options)(task).filter.details["load"] == "patches"
+    assert create_defense("routing-load", **options)(task).filter.details["load"] == "gates"
     mixture, _ = make_mixture_task(build_mixture())
     assert create_defense("routing-load", **options)(mixture).filter.details["load"] == "gates"
 
