@@ -34,8 +34,9 @@ class RoutingLoad(InputFilter):
     selected pairs, and the load of the patches, the share of the pairs that belongs to each patch, which is uneven if
     all experts select the same patches. Where every patch goes to every expert, only the gates differ.
 
-    On `signs`, a pMoE with a square in every patch loads the gates *more* evenly than clean images do, and one with a
-    square in a corner less evenly. The distance from clean loads tells both.
+    A trigger need not make loads less even. In one run each on `signs`, a pMoE with a square in every patch loads the
+    gates *more* evenly than clean images do, and one with a square in a corner less evenly (`bbmoe defend RUN --defense
+    routing-load --set statistic=entropy` has an AUROC near 0 and near 100). The distance from clean loads tells both.
 
     Args:
         statistic: "distance": the total variation distance from the most similar load of a clean image, in the mean
