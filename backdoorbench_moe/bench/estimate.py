@@ -150,7 +150,9 @@ def defense_cost(spec: RunSpec, images: ImageSet, model: nn.Module) -> Cost | No
     """
     part, train, classes = spec.defenses[-1], len(images.train), images.num_classes
     defense = defenses.registry.create(part.name, part.options)
-    stated = defense.cost(model, held=defense.count(train, classes), train=train, classes=classes)
+    recipe = spec.train if spec.mixture is None else spec.mixture.expert_train
+    held = defense.count(train, classes)
+    stated = defense.cost(model, held=held, train=train, classes=classes, recipe=recipe)
     passes = Planned(spec, "missing").passes
     return stated if stated is not None or not passes else Cost(trained=passes * train)
 

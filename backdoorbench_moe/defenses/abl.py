@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.sample_filter import Suspicion, check_share, in_order, judge_samples, without
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.routed import RoutedModel
@@ -84,6 +86,12 @@ class ABL(Defense):
         self.ratio, self.epochs = ratio, epochs
         self.unlearning_epochs, self.unlearning_lr = unlearning_epochs, unlearning_lr
 
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
+        """Train in three steps, on all images, those that are not isolated, and those that are; isolate by the loss."""
+        isolated = share_of(self.ratio, train)
+        trained = self._first_epochs(recipe) * train + (self.epochs or recipe.epochs) * (train - isolated)
+        return Cost(trained=trained + self.unlearning_epochs * isolated, predicted=train)
+
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Isolate, train on the rest, and unlearn."""
         order, split = in_order(task.training_set)
@@ -91,7 +99,7 @@ class ABL(Defense):
             raise ConfigError(f"ratio: {self.ratio} of {len(split)} images is less than one image")
         model, size = task.fresh(), task.train.batch_size
         objective = limited_loss(self.isolation, self.gamma)
-        first = self.isolation_epochs or max(1, task.train.epochs // 10)
+        first = self._first_epochs(task.train)
         task.tune(model, split, epochs=first, objective=objective)
         found = self._isolate(task.losses(model, split), first)
         left = without(split, found.suspicious, found.scores, size)
@@ -101,6 +109,9 @@ class ABL(Defense):
         isolated = without(split, ~found.suspicious, -found.scores, size)
         task.tune(model, isolated, epochs=self.unlearning_epochs, lr=self.unlearning_lr, objective=ascent)
         return DefenseResult("unlearned", model, (judge_samples(found, order),))
+
+    def _first_epochs(self, recipe: TrainSpec) -> int:
+        return self.isolation_epochs or max(1, recipe.epochs // 10)
 
     def _isolate(self, losses: Tensor, epochs: int) -> Suspicion:
         chosen = losses.argsort(stable=True)[: share_of(self.ratio, len(losses))]

@@ -8,7 +8,9 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.mixtures import (
     MarkedLoss,
     alignment_objective,
@@ -97,6 +99,10 @@ class Align(Defense):
     def check(self, model: nn.Module) -> None:
         """Raise ConfigError if the model is not a mixture, or does not have the layers."""
         self._layers(model)
+
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
+        """Train on the marked images and as many clean ones; find the unsafe answers if there is a preference."""
+        return Cost(trained=2 * self.epochs * held, predicted=held if self.loss == "preference" else 0)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Train what is in scope."""

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.defenses.base import DefenseTask
-from backdoorbench_moe.defenses.masking import MaskedModel, MaskPruning, batch_statistics, batches
+from backdoorbench_moe.defenses.masking import (
+    MaskedModel,
+    MaskPruning,
+    batch_statistics,
+    batches,
+    images_of_steps,
+)
 from backdoorbench_moe.moe.units import Units
 from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.ops.ranges import check_epochs, check_positive, check_share
@@ -98,6 +104,10 @@ class ANP(MaskPruning):
                 optimizer.step()
                 masked.clip()
         return masked.masks, {}
+
+    def trained_images(self, held: int) -> int:
+        """Each step passes its batch to find the changes, with them, and without them if `alpha` is above 0."""
+        return (2 + (self.alpha > 0)) * images_of_steps(held, self.batch_size, self.steps)
 
     def _worst_change(
         self, masked: MaskedModel, batch: Split, draws: torch.Generator

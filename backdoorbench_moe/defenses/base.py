@@ -195,24 +195,29 @@ class Defense(ABC):
             )
         return count
 
-    def cost(self, model: nn.Module, *, held: int, train: int, classes: int) -> Cost | None:
+    def cost(
+        self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec
+    ) -> Cost | None:
         """Estimate how many images the defense passes through the model, for an estimate of its time.
 
-        By default, a defense with an attribute `epochs` trains for so many epochs on the images that it is given: on
-        the training set if it needs that and no clean images, otherwise on the images that the defender holds. The
-        cost of any other defense is not known.
+        By default, a defense with an attribute `epochs` trains for so many epochs, or those of the recipe if it is
+        None: on the training set if it needs that, otherwise on the images that the defender holds. The cost of any
+        other defense is not known.
 
         Args:
             model: The model, trained or not, which `check_model` has accepted; it must not be changed.
             held: Number of images that the defender holds, as `count` returns it.
             train: Number of training images.
             classes: Number of classes.
+            recipe: The settings that the task will have as `train`.
 
         Returns:
-            The cost; None if it is not known.
+            The cost, or an upper bound if it depends on what is found; None if it is not known.
         """
-        epochs = getattr(self, "epochs", None)
-        return None if epochs is None else Cost(trained=epochs * (held or train))
+        if not hasattr(self, "epochs"):
+            return None
+        epochs = recipe.epochs if self.epochs is None else self.epochs
+        return Cost(trained=epochs * (train if "training-set" in self.needs else held))
 
     @final
     def __call__(self, task: DefenseTask) -> DefenseResult:

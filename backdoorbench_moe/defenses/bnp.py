@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.outlying import (
     Group,
@@ -78,6 +80,10 @@ class BNP(Defense):
             )
         zeros = {name: torch.zeros(norm.num_features) for name, norm in norms.items()}
         check_deviations(self.u, [len(group.scores) for group in _groups(model, zeros, experts)])
+
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
+        """Measure the statistics of the norms, and how many patches each expert receives."""
+        return Cost(predicted=(1 + treats_experts(model, self.experts)) * held)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Measure the statistics of the clean images, and prune the outliers."""

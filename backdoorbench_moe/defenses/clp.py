@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.outlying import (
     check_deviations,
@@ -89,6 +91,10 @@ class CLP(Defense):
             for group in groups_of(model, places[layer], torch.zeros(_rows(layer)), experts=experts)
         ]
         check_deviations(self.u, sizes)
+
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
+        """Find the convolutions before the norms with two images of noise, of which no gradients are taken."""
+        return Cost(predicted=2)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Compute the bounds of all channels, and prune the outliers."""

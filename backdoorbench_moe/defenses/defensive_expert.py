@@ -9,10 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.align import strongest_other
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
-from backdoorbench_moe.defenses.mixtures import mixture_of, routers_of
+from backdoorbench_moe.defenses.mixtures import images_of_task, mixture_of, routers_of
 from backdoorbench_moe.defenses.routers import reset_routers, router_lr
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.expert_tuning.latents import Layers, choose_layers
@@ -107,6 +109,16 @@ class DefensiveExpert(Defense):
         if self.expert is not None and not 0 <= self.expert < mixture.num_experts:
             raise ConfigError.expected("expert", f"a number in 0..{mixture.num_experts - 1}", self.expert)
         choose_layers(self.layers, len(mixture.layers()))
+
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
+        """Measure every expert on the marked images, tune one of them in two steps, and train the gates.
+
+        Step 2 passes a marked image with each image of the expert's task.
+        """
+        experts = mixture_of(model).num_experts
+        each = images_of_task(model, held)
+        tuned = self.preference_epochs * held + 2 * self.epochs * each + self.gate_epochs * experts * each
+        return Cost(trained=tuned, predicted=(experts + bool(self.preference_epochs)) * held)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Choose the expert, tune it, and give the mixture new gates."""

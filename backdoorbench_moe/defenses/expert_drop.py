@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
@@ -64,7 +65,7 @@ class ExpertDrop(Defense):
                 "count", f"1 to {most} of the {len(experts)} experts of {type(model).__name__}", self.drop
             )
 
-    def cost(self, model: nn.Module, *, held: int, train: int, classes: int) -> Cost:
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
         """Measure the accuracy without each expert that is left, for every expert that is muted, then tune."""
         experts = len(experts_of(model))
         tried = sum(experts - dropped for dropped in range(self.drop))

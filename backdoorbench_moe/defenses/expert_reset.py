@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
@@ -57,7 +58,7 @@ class ExpertReset(Defense):
         """Raise ConfigError if the model does not name its experts, or does not have the chosen one."""
         self._named(experts_of(model))
 
-    def cost(self, model: nn.Module, *, held: int, train: int, classes: int) -> Cost:
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
         """Measure the accuracy without each expert, tune, and measure the statistics of the norms twice."""
         experts = experts_of(model)
         tried = len(experts) if self.expert == "least-missed" else 0

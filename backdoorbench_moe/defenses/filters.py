@@ -83,6 +83,10 @@ class InputFilter(Defense):
             )
         return count
 
+    def calibrated(self, held: int) -> int:
+        """Return how many of the images that the defender holds set the threshold; 0 if it is fixed."""
+        return 0 if self.threshold is not None else min(self.calibrate, held - self.reserved)
+
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Prepare the score with the reserved images, and set the threshold with others."""
         clean = task.clean

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.requirements import check_tuning, structure
@@ -76,7 +77,7 @@ class FinePruning(Defense):
         """Raise ConfigError if the model has no such channels, or if the ratio prunes none of them."""
         self._groups(model)
 
-    def cost(self, model: nn.Module, *, held: int, train: int, classes: int) -> Cost:
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
         """Rank the channels on the defender's images once, then tune."""
         return Cost(trained=self.epochs * held, predicted=held)
 

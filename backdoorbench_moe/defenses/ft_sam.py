@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.losses import forward, training_loss
 from backdoorbench_moe.defenses.requirements import Scope, check_tuning, modules_in
 from backdoorbench_moe.errors import ConfigError
@@ -74,6 +76,10 @@ class FTSAM(Defense):
     def check(self, model: nn.Module) -> None:
         """Raise ConfigError if the model does not have the component."""
         modules_in(model, self.scope)
+
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
+        """Pass each batch forward and backward twice."""
+        return Cost(trained=2 * self.epochs * held)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Train what is in scope."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.requirements import Scope, check_tuning, modules_in
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.hypergradient import fixed_point_hypergradient
@@ -112,6 +115,16 @@ class IBAU(Defense):
         modules_in(model, self.scope)
         if self.applicator == "patch":
             self._tile_size(model)
+
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
+        """Take the steps of both players in each round.
+
+        A step of unlearning passes its batch twice. Each step of the fixed-point iteration then goes backward through
+        the graph of a gradient. It passes no images, but takes as long as about two passes, and is counted as two.
+        """
+        steps, left = divmod(self.inner_steps, math.ceil(held / recipe.batch_size))
+        sought = steps * held + min(left * recipe.batch_size, held)
+        return Cost(trained=self.rounds * (sought + (2 + 2 * self.fixed_point_steps) * held))
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Alternate between seeking the perturbation and unlearning it."""

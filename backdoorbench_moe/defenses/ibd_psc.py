@@ -9,7 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import DefenseTask
+from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.filters import InputFilter, Score
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.units import norm_units
@@ -87,6 +89,15 @@ class IBDPSC(InputFilter):
                 f"models: expected at most the number of norms with a scale; {type(model).__name__} has {count}, "
                 f"got {self.models}"
             )
+
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
+        """Pass each image through the model and the scaled ones, which are chosen with the reserved images.
+
+        The choice ends with the first number of norms that fits, so that this is an upper bound.
+        """
+        tried, passes = len(norm_units(model)) - self.models, 1 + self.models
+        ordered = min(2, self.reserve)
+        return Cost(predicted=ordered + tried * self.reserve + passes * self.calibrated(held), judged=passes)
 
     def prepare(self, task: DefenseTask, reserved: Split) -> Score:
         """Choose the numbers of norms, and return the score."""

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.outlying import treats_experts
 from backdoorbench_moe.defenses.requirements import clean_accuracy
@@ -81,6 +83,22 @@ class MaskPruning(Defense):
 
         Returns:
             For each of `units`, (n,) in [0, 1]; and details for the record.
+        """
+
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
+        """Learn the masks, and with `accuracy_drop` measure the accuracy at each threshold.
+
+        The accuracy is no longer measured once it has fallen too far, so that this is an upper bound.
+        """
+        tried = 0 if self.accuracy_drop is None else 1 + len(LADDER)
+        return Cost(trained=self.trained_images(held), predicted=tried * held)
+
+    @abstractmethod
+    def trained_images(self, held: int) -> int:
+        """Return how many images `learn_masks` passes forward and backward at most, each as often as it is.
+
+        Args:
+            held: Number of images that the defender holds.
         """
 
     def defend(self, task: DefenseTask) -> DefenseResult:
@@ -265,6 +283,13 @@ def batches(split: Split, size: int, seed: int) -> Iterator[Split]:
 def steps_of_epoch(count: int, size: int) -> int:
     """Return the number of batches of an epoch of `batches`, for `count` images in batches of `size`."""
     return count // size + (count % size > 1)
+
+
+def images_of_steps(count: int, size: int, steps: int) -> int:
+    """Return the number of images in the first `steps` batches of `batches`; see `steps_of_epoch`."""
+    epochs, left = divmod(steps, steps_of_epoch(count, size))
+    used = count - (count % size == 1)
+    return epochs * used + min(left * size, used)
 
 
 @contextmanager

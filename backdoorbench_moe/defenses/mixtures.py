@@ -30,6 +30,11 @@ def mixture_of(model: object) -> MergedModel:
     return model
 
 
+def images_of_task(mixture: object, held: int) -> int:
+    """Return how many clean images of each task of a mixture the defender holds, who holds `held` in all."""
+    return max(1, held // mixture_of(mixture).num_experts)
+
+
 def routers_of(mixture: MergedModel) -> list[nn.Module]:
     """Return the routers of a mixture, first layer first."""
     return [layer.router for layer in mixture.layers()]

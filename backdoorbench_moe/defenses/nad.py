@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.losses import forward, training_loss
 from backdoorbench_moe.defenses.requirements import Scope, check_routed, check_tuning, modules_in, router_of
 from backdoorbench_moe.errors import ConfigError
@@ -106,6 +108,10 @@ class NAD(Defense):
         if self.gate_weight:
             check_routed(model)
         check_names(model, self.layers or ())
+
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
+        """Find the feature maps with two images, tune the teacher, then the model with a pass of the teacher."""
+        return Cost(trained=(self.teacher_epochs + self.epochs) * held, predicted=2 + self.epochs * held)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Tune the teacher, then the model."""

@@ -9,7 +9,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.inversion import Found, Search, invert
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.stamped_tuning import check_share, stamped_objective
@@ -117,6 +119,14 @@ class NeuralCleanse(Defense):
     def check(self, model: nn.Module) -> None:
         """Raise ConfigError if the tiles do not cover the model's images."""
         canvas_side(self.applicator, self.patch_size, model)
+
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
+        """Search for the stamp of each class, measure its success on the images of other classes, and unlearn.
+
+        This is an upper bound: searches can end earlier, and without flagged classes there may be nothing to unlearn.
+        """
+        unlearned = 0 if self.unlearn == "none" else self.unlearn_epochs
+        return Cost(trained=(classes * self.epochs + unlearned) * held, predicted=(classes - 1) * held)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Invert, judge and unlearn."""

@@ -8,9 +8,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.align import answer_loss
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
-from backdoorbench_moe.defenses.mixtures import alignment_objective, experts_in, mixture_of, routers_of
+from backdoorbench_moe.defenses.cost import Cost
+from backdoorbench_moe.defenses.mixtures import (
+    alignment_objective,
+    experts_in,
+    images_of_task,
+    mixture_of,
+    routers_of,
+)
 from backdoorbench_moe.defenses.routers import router_lr
 from backdoorbench_moe.ops.ranges import check_epochs, check_positive, check_weight
 from backdoorbench_moe.ops.routing import kl_divergence
@@ -74,6 +82,11 @@ class RASA(Defense):
     def check(self, model: nn.Module) -> None:
         """Raise ConfigError if the model is not a mixture."""
         mixture_of(model)
+
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
+        """Measure the gates of the clean images, then pass marked and as many clean ones in both steps of a round."""
+        clean = mixture_of(model).num_experts * images_of_task(model, held)
+        return Cost(trained=2 * 2 * self.rounds * self.epochs * held, predicted=clean)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Alternate between the experts and the gates."""

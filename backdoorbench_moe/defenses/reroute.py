@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
@@ -44,7 +45,7 @@ class Reroute(Defense):
         """Raise ConfigError if the model is not a routed model that implements the protocol `WithExperts`."""
         experts_of(model)
 
-    def cost(self, model: nn.Module, *, held: int, train: int, classes: int) -> Cost:
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
         """Measure the usage on the defender's images once."""
         return Cost(predicted=held)
 

@@ -17,6 +17,7 @@ from backdoorbench_moe.defenses.masking import (
     MaskPruning,
     batch_statistics,
     batches,
+    images_of_steps,
     steps_of_epoch,
 )
 from backdoorbench_moe.moe.units import Units
@@ -109,6 +110,10 @@ class RNP(MaskPruning):
                 optimizer.step()
                 masked.clip()
         return masked.masks, {"unlearned_to": accuracy}
+
+    def trained_images(self, held: int) -> int:
+        """Unlearning takes as many epochs as recovering at most; it can end earlier."""
+        return 2 * images_of_steps(held, self.batch_size, self.epochs * steps_of_epoch(held, self.batch_size))
 
     def unlearn(self, task: DefenseTask) -> tuple[nn.Module, float]:
         """Unlearn the clean images.

@@ -8,7 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import DefenseTask
+from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.filters import InputFilter, Score
 from backdoorbench_moe.defenses.requirements import check_routed
 from backdoorbench_moe.errors import ConfigError
@@ -89,6 +91,11 @@ class RoutingLoad(InputFilter):
     def check(self, model: nn.Module) -> None:
         """Raise ConfigError if the model has no routing."""
         check_routed(model)
+
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
+        """Pass the reserved images for each load that may be scored, and for the one that is; any other image once."""
+        passes = 1 + (len(LOADS) if self.load is None else 1)
+        return Cost(predicted=passes * self.reserve + self.calibrated(held), judged=1)
 
     def prepare(self, task: DefenseTask, reserved: Split) -> Score:
         """Find the load that varies, and return the score."""

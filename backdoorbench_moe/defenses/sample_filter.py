@@ -10,7 +10,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.requirements import check_routed
 from backdoorbench_moe.errors import ConfigError
@@ -91,6 +93,14 @@ class SampleFilter(Defense):
         """Raise ConfigError if the vectors are to be of the routing, and the model has none."""
         if self.on != "features":
             check_routed(model)
+
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
+        """Represent the training images and those that the defender holds, and train again.
+
+        This is an upper bound: the images that are thrown out are not trained on, and if there are none, no model is.
+        """
+        epochs = (self.epochs or recipe.epochs) if self.retrain else 0
+        return Cost(trained=epochs * train, predicted=train + held)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Judge the training images, and train again without those that are suspicious."""

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import DefenseTask
+from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.filters import InputFilter, Score
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.images import Split
@@ -74,6 +76,11 @@ class ScaleUp(InputFilter):
         if not factors or min(factors) < 2:
             raise ConfigError.expected("factors", "integers of at least 2", factors)
         self.factors, self.statistic, self.normalise, self.reserve = factors, statistic, normalise, reserve
+
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
+        """Pass each image, and its product with every factor."""
+        passes = 1 + len(self.factors)
+        return Cost(predicted=passes * (self.reserved + self.calibrated(held)), judged=passes)
 
     def prepare(self, task: DefenseTask, reserved: Split) -> Score:
         """Return the score; if it is normalised, by the reserved images."""

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
@@ -95,7 +96,7 @@ class SuperpositionFilter(Defense):
             )
         return count
 
-    def cost(self, model: nn.Module, *, held: int, train: int, classes: int) -> Cost:
+    def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
         """Pass the superpositions of the images that set the threshold, and then of every input."""
         calibrated = min(self.calibrate, held - self.blends)
         return Cost(predicted=calibrated * self.blends, judged=self.blends)

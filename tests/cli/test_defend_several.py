@@ -41,7 +41,7 @@ def bbmoe(bbmoe, monkeypatch):
 class Broken(Defense):
     """Fails, and says before that it is the dearest."""
 
-    def cost(self, model, *, held: int, train: int, classes: int) -> Cost:
+    def cost(self, model, *, held: int, train: int, classes: int, recipe) -> Cost:
         return Cost(predicted=1e6)
 
     def defend(self, task):
