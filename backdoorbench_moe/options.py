@@ -213,14 +213,14 @@ def convert_fields(spec: object, prefix: str, names: Iterable[str]) -> None:
     Raises:
         ConfigError: A value does not have the type.
     """
-    hints = _hints(type(spec))  # type: ignore[arg-type]
+    hints = field_types(type(spec))  # type: ignore[arg-type]
     for name in names:
         object.__setattr__(spec, name, convert(getattr(spec, name), hints[name], f"{prefix}{name}"))
 
 
 @functools.cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
-    """The annotated types of a class. To resolve them takes most of the time in which a spec is made."""
+def field_types(kind: type) -> dict[str, Any]:
+    """The annotated types of a class, by field. To resolve them takes most of the time in which a spec is made."""
     return get_type_hints(kind)
 
 

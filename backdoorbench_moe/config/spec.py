@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_type_hints
+from typing import Any, Literal, cast
 
 from backdoorbench_moe.config.merge import Values
 from backdoorbench_moe.config.mixture import MixtureSpec
@@ -23,7 +23,7 @@ from backdoorbench_moe.config.shorthand import (
 from backdoorbench_moe.config.train import TrainSpec
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.kinds import KINDS
-from backdoorbench_moe.options import convert_fields
+from backdoorbench_moe.options import convert_fields, field_types
 from backdoorbench_moe.plain import check_plain, plain
 
 # Fields that are not part of the digest, so that a run on another device or with the data elsewhere has the same one.
@@ -330,7 +330,7 @@ def _read(kind: type, values: object, where: str) -> Any:
     """Build the dataclass `kind` from a dict whose keys are names of fields. `where` is the key of the dict itself."""
     if not isinstance(values, Mapping):
         raise ConfigError.expected(where or "config", "a mapping", values)
-    hints = get_type_hints(kind)
+    hints = field_types(kind)
     known = [item.name for item in fields(kind)]
     checked: Values = {}
     for key, value in values.items():
