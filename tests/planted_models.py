@@ -63,6 +63,7 @@ def planted_task(model: nn.Module, clean: Split, *, classes: int = CLASSES, seed
     return DefenseTask(
         model=model,
         num_classes=classes,
+        image_size=SIDE,
         train=train,
         device=CPU,
         precision="fp32",

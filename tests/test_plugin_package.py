@@ -111,7 +111,7 @@ def test_all_are_listed_the_bad_ones_with_their_reasons(site, bad_site) -> None:
 def test_the_table_says_where_each_comes_from(site, bad_site) -> None:
     done = bbmoe("list", "triggers", path=[site, bad_site])
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
-    [place] = [place for place, line in enumerate(lines) if "sinusoid " in line]
+    [place] = [place for place, line in enumerate(lines) if line.startswith("sinusoid ")]
     entry = lines[place:][: next((n for n, line in enumerate(lines[place:]) if "square " in line), 1)]
     assert " ".join(entry).endswith("(bbmoe-example 0.1.0)")
     assert any(line.startswith("broken: trigger noise (old-noise 0.3): ") for line in lines)

@@ -267,7 +267,7 @@ def test_the_standard_suites_are_the_same_at_the_scale_small_as_written_out(name
     as_there = {
         replace(cell.spec, poison=replace(cell.spec.poison, rate=0.02)).digest
         for cell in suite.cells
-        if not cell.spec.defenses
+        if not cell.spec.defenses and cell.spec.trigger.name in ("square", "blend", "warp")
     }
     assert as_there <= other and len(as_there) == 12
 

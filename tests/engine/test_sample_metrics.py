@@ -132,7 +132,8 @@ def test_an_attacked_run_and_its_clean_twin(tmp_path) -> None:
     assert took * speed == pytest.approx(96 - len(flagged))
     twin = replace(clean_twin(spec), defenses=(CLUSTERING,))
     clean = Runner(twin, tmp_path).attack(twin).record
-    assert set(clean.metrics) == {"ba", "cad", "sample_fpr"}
+    # Activation clustering judges classes, too.
+    assert set(clean.metrics) == {"ba", "cad", "sample_fpr", "class_fpr"}
     assert clean.judgements[0]["counts"] == {
         "tp": 0, "fn": 0, "fp": clean.judgements[0]["suspicious"], "tn": 96 - clean.judgements[0]["suspicious"]
     }  # fmt: skip

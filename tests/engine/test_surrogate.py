@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from tiny import Tiny, count_hits, tiny_spec
 from tiny_runs import Counting, outcome
+from torch import nn
 
 from backdoorbench_moe.analysis.analyze import analyze_run
 from backdoorbench_moe.analysis.preview import preview_run, preview_spec
@@ -69,10 +71,11 @@ def test_the_optimisation_is_part_of_the_estimate() -> None:
     spec = tiny_spec(
         trigger={"name": "label-consistent", "surrogate": "same", "steps": 7}, poison={"rate": 0.25}
     )
-    plain = seconds_left(Planned(tiny_spec(), "missing"), speed, images)
-    assert seconds_left(Planned(spec, "missing"), speed, images) == pytest.approx(plain + 7 * 24 / 10)
-    begun = seconds_left(Planned(spec, "interrupted", epochs=1), speed, images)
-    assert begun == pytest.approx(seconds_left(Planned(tiny_spec(), "interrupted", epochs=1), speed, images))
+    left = partial(seconds_left, speed=speed, images=images, model=nn.Linear(1, 1))
+    plain = left(Planned(tiny_spec(), "missing"))
+    assert plain is not None and left(Planned(spec, "missing")) == pytest.approx(plain + 7 * 24 / 10)
+    begun = left(Planned(spec, "interrupted", epochs=1))
+    assert begun == pytest.approx(left(Planned(tiny_spec(), "interrupted", epochs=1)))
 
 
 # A run and its folder
