@@ -99,8 +99,7 @@ class ANP(MaskPruning):
                 loss = (1 - self.alpha) * masked.loss(batch, noise, shifts)
                 if self.alpha:
                     loss = loss + self.alpha * masked.loss(batch)
-                for mask, gradient in zip(masked.masks, torch.autograd.grad(loss, masked.masks), strict=True):
-                    mask.grad = gradient
+                masked.backward(loss)
                 optimizer.step()
                 masked.clip()
         return masked.masks, {}

@@ -255,6 +255,12 @@ class MaskedModel:
             logits = functional_call(self.model, tensors, (images,))
         return F.cross_entropy(logits.float(), split.labels)
 
+    def backward(self, loss: Tensor) -> None:
+        """Set the gradients of the masks: 0 where none arrives, as at gates that choose one expert for each token."""
+        gradients = torch.autograd.grad(loss, self.masks, materialize_grads=True)
+        for mask, gradient in zip(self.masks, gradients, strict=True):
+            mask.grad = gradient
+
     @torch.no_grad()
     def clip(self) -> None:
         """Clip the masks to [0, 1], and those of experts to [0.001, 1]; see `LEAST_EXPERT`."""

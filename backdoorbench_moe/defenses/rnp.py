@@ -105,8 +105,7 @@ class RNP(MaskPruning):
         with batch_statistics(unlearned):
             for batch in islice(batches(task.clean, self.batch_size, task.seed), steps):
                 loss = LOSS_WEIGHT * masked.loss(batch)
-                for mask, gradient in zip(masked.masks, torch.autograd.grad(loss, masked.masks), strict=True):
-                    mask.grad = gradient
+                masked.backward(loss)
                 optimizer.step()
                 masked.clip()
         return masked.masks, {"unlearned_to": accuracy}

@@ -42,9 +42,9 @@ FAST: dict[str, dict[str, Any]] = {
     "rnp": {"epochs": 1},
     "neural-cleanse": {"epochs": 1, "unlearn_epochs": 1},
     "tile-tuning": {"epochs": 1},
-    "scale-up": {"fpr": 0.1},
-    "ibd-psc": {"models": 2, "fpr": 0.1},
-    "routing-load": {"fpr": 0.1},
+    "scale-up": {"reserve": 8, "fpr": 0.1},
+    "ibd-psc": {"models": 2, "reserve": 8, "fpr": 0.1},
+    "routing-load": {"reserve": 8, "fpr": 0.1},
 }
 # They need stored statistics of norms, or the one training set of a model.
 REFUSED = {"bnp", "spectral", "activation-clustering", "scan", "abl"}
@@ -66,7 +66,8 @@ def mixture(request, tmp_path_factory) -> Run:
 
 
 def defend(run: Run, name: str, output: Path, **options: Any) -> Run:
-    part = PartSpec(name, {"clean_fraction": 0.5, **FAST[name], **options})
+    held = {} if name == "clp" else {"clean_fraction": 0.5}
+    part = PartSpec(name, {**held, **FAST[name], **options})
     return run_defense(run, part, output=output)
 
 
