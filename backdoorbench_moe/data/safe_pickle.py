@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ def read_pickle(data: bytes, name: str) -> dict[str, Any]:
         DataError: The file is damaged, has other content, or refers to another global, which the message names.
     """
     try:
+        _check_memo(data)
         content = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
@@ -44,6 +46,18 @@ def read_pickle(data: bytes, name: str) -> dict[str, Any]:
         _text(key): value.array(name) if isinstance(value, _Array) else value
         for key, value in content.items()
     }
+
+
+def _check_memo(data: bytes) -> None:
+    """Raise DataError if a pickle stores an object under a number that is larger than the file.
+
+    The unpickler keeps stored objects in an array that reaches up to the largest number: five bytes could make it
+    allocate 64 GB.
+    """
+    for opcode, argument, _ in pickletools.genops(data):
+        stored = argument if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") else None
+        if isinstance(stored, int) and not 0 <= stored <= len(data):
+            raise DataError(f"damaged (stores an object under the number {stored})")
 
 
 class _Unpickler(pickle.Unpickler):

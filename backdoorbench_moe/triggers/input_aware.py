@@ -67,7 +67,7 @@ def _block(before: int, after: int, *, relu: bool = True) -> list[nn.Module]:
 
 
 class InputAware(TrainableTrigger):
-    """Replace a few pixels of each image by a pattern: x (1 - M(x)) + G(x) M(x), with two networks G and M.
+    """Replace a few pixels of each image by a pattern, both chosen by networks: x (1 - M(x)) + G(x) M(x).
 
     The mask M is trained first, for sparse masks that differ between images. Then the pattern G is trained together
     with the model. The attacker must be in charge of the training (`--attack training-control`). Images that bear the

@@ -121,3 +121,11 @@ def test_damage_ends_in_a_data_error_or_a_dict(position: int, junk: bytes) -> No
         )
     except DataError as error:
         assert str(error).startswith("batch: ")
+
+
+@pytest.mark.parametrize("put", [b"r\xff\xff\xff\xff", b"p4294967295\n", b"r\x00\x00\x00\x10"])
+def test_a_few_bytes_do_not_make_it_allocate_gigabytes(put: bytes) -> None:
+    data = b"}" + put + b"."
+    with pytest.raises(DataError, match="stores an object under the number"):
+        read_pickle(data, "batch")
+    assert read_pickle(b"}q\x00.", "batch") == {}
