@@ -17,7 +17,7 @@ def two_means(points: Tensor) -> Tensor:
     """Divide points into two clusters with the smallest sum of squared distances from the means of the clusters.
 
     Lloyd's algorithm starts from several splits, and the best result is returned. The splits are planes across each
-    coordinate. Unlike random starts, they do not depend on the order of the points. They suit coordinates that are
+    coordinate, and one halfway to the point that is farthest from the mean, for a few points far out. Unlike random starts, they do not depend on the order of the points. They suit coordinates that are
     principal components, largest variance first, since the best two clusters are almost those on the two sides of a
     plane across the first component.
 
@@ -35,6 +35,8 @@ def two_means(points: Tensor) -> Tensor:
     sides = torch.cat([cut < scaled.T for cut in CUTS]) if points.shape[1] else scaled.T.bool()
     if not len(sides):
         return torch.zeros(len(points), dtype=torch.bool, device=points.device)
+    farthest = centred[centred.square().sum(1).argmax()]
+    sides = torch.cat([sides, (centred @ farthest > farthest.square().sum() / 2).unsqueeze(0)])
     for _ in range(MOST_STEPS):
         first, second, _ = _means(centred, sides)
         middle = (first.square().sum(1) - second.square().sum(1)) / 2

@@ -58,7 +58,7 @@ def test_list_says_what_each_name_is_and_where_a_third_party_comes_from(bbmoe) -
     listed = json.loads(bbmoe("list", "--json")[1])["parts"]
     assert len(listed) == len(EVERY) and all(part["summary"] for part in listed)
     for part in listed:
-        cells = rf"(^|\s){re.escape(part['name'])}\s+{re.escape(part['summary'])}(\s+\(|\s*$)"
+        cells = rf"(^|\s){re.escape(part['name'])}(:\S+)?\s+{re.escape(part['summary'])}(\s+\(|\s*$)"
         [line] = [line for line in out.splitlines() if re.search(cells, line)]
         origin = f"({part['package']} {part['version']})"
         assert (origin in line) == (part["package"] != "backdoorbench-moe")
