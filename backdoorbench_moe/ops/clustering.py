@@ -17,9 +17,9 @@ def two_means(points: Tensor) -> Tensor:
     """Divide points into two clusters with the smallest sum of squared distances from the means of the clusters.
 
     Lloyd's algorithm starts from several splits, and the best result is returned. The splits are planes across each
-    coordinate, and one halfway to the point that is farthest from the mean, for a few points far out. Unlike random starts, they do not depend on the order of the points. They suit coordinates that are
-    principal components, largest variance first, since the best two clusters are almost those on the two sides of a
-    plane across the first component.
+    coordinate, and one halfway to the point that is farthest from the mean, for a few points far out. Unlike random
+    starts, they do not depend on the order of the points. They suit coordinates that are principal components, largest
+    variance first, since the best two clusters are almost those on the two sides of a plane across the first component.
 
     Args:
         points: (N, k) float64.
