@@ -19,6 +19,7 @@ from backdoorbench_moe.bench.estimate import Speed, seconds_left
 from backdoorbench_moe.bench.plan import Planned
 from backdoorbench_moe.config import PartSpec, build_spec
 from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.engine import graph
 from backdoorbench_moe.engine.graph import clean_twin, in_order, lineage, needs, reference
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import Runner, run_attack, run_defense
@@ -265,3 +266,18 @@ def test_a_learned_trigger_cannot_be_a_mark(tmp_path) -> None:
     spec = build_spec({"dataset": "tiny", "model": "convnext", "attack": "moevil", **marked})
     with pytest.raises(ConfigError, match="trigger: expected one that is not learned, as the mark of images"):
         Runner(spec, tmp_path).maker(spec)
+
+
+@pytest.mark.slow
+def test_a_surrogate_of_which_the_recipe_has_other_options_now_is_refused(tmp_path, monkeypatch) -> None:
+    spec = spec_of(surrogate="wide_resnet", epochs=1, recipe="quick")
+    options = {"widen_factor": 1, "bn_momentum": 0.1}
+    run = run_attack(spec, output=tmp_path, twin=False)[0]
+    assert run_attack(spec, output=tmp_path, twin=False)[0].record == run.record
+    monkeypatch.setattr(
+        graph, "recipe_model", lambda _, name: PartSpec(name, {**options, "bn_momentum": 0.2})
+    )
+    with pytest.raises(
+        RecordError, match=r"was made with the surrogate tiny-wide_resnet-.*, and would now be"
+    ):
+        run_attack(spec, output=tmp_path, twin=False)
