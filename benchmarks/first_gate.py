@@ -1,10 +1,11 @@
-"""How harm depends on the share of the first gate, from the committed records of the suite `moevil-gates` on signs.
+"""How harm depends on the share of the first gate, from the committed records of MoEvil on signs.
 
     python benchmarks/first_gate.py
 
-For each attack, with all trained gates: the rank correlation (Spearman) of the ASR of a mixture with the poisoned
-expert's share of the first layer's weights for marked images. And with the default gate: the ASR of each seed, and the
-shares by layer, mean over the seeds.
+For each attack in the suite `moevil-gates`, with all trained gates: the rank correlation (Spearman) of the ASR of a
+mixture with the poisoned expert's share of the first layer's weights for marked images. And with the default gate: the
+ASR of each seed, and the shares by layer, mean over the seeds. For each mark in the suite `moevil-markers`: the ASR of
+each seed, and the range of the first layer's share.
 """
 
 from __future__ import annotations
@@ -16,16 +17,22 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-RECORDS = Path(__file__).parent / "results" / "moevil-gates" / "signs" / "records.jsonl"
+RESULTS = Path(__file__).parent / "results"
 ATTACKS = ("hdpo", "hsft", "moevil")
 
 
-def read_mixtures(attack: str) -> list[dict[str, Any]]:
-    """The records of the attacked mixtures with trained gates, by gate and seed."""
-    records = [json.loads(line) for line in RECORDS.read_text(encoding="utf-8").splitlines()]
+def read_mixtures(suite: str, attack: str) -> list[dict[str, Any]]:
+    """The records of a suite's attacked mixtures with trained gates, by gate, mark and seed."""
+    file = RESULTS / suite / "signs" / "records.jsonl"
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     found = [r for r in records if r["spec"].get("attack") == attack and r["spec"].get("gate")]
     trained = [r for r in found if r["spec"]["gate"]["name"] != "hidden" and r["status"] == "finished"]
-    return sorted(trained, key=lambda r: (str(r["spec"]["gate"]), r["spec"]["seed"]))
+    return sorted(trained, key=lambda r: (str(r["spec"]["gate"]), mark(r), r["spec"]["seed"]))
+
+
+def mark(record: dict[str, Any]) -> str:
+    """What marks an image, and where."""
+    return f"{record['spec']['trigger']['name']} by {record['spec']['applicator']['name']}"
 
 
 def shares(record: dict[str, Any]) -> list[float]:
@@ -34,20 +41,34 @@ def shares(record: dict[str, Any]) -> list[float]:
     return [layer["marked"][expert] for layer in record["gate_shares"]]
 
 
+def asr_line(mixtures: list[dict[str, Any]]) -> str:
+    """The ASR of each mixture."""
+    return "ASR " + " ".join(f"{record['metrics']['asr']['value']:.0f}" for record in mixtures)
+
+
+def first_line(mixtures: list[dict[str, Any]]) -> str:
+    """The range of the first layer's share."""
+    firsts = [shares(record)[0] for record in mixtures]
+    return f"of the first layer {min(firsts):.0f} to {max(firsts):.0f}"
+
+
 def main() -> None:
-    """Print one line for each attack."""
+    """Print one line for each attack, and one for each attack and mark."""
     for attack in ATTACKS:
-        mixtures = read_mixtures(attack)
+        mixtures = read_mixtures("moevil-gates", attack)
         asr = [record["metrics"]["asr"]["value"] for record in mixtures]
         correlation = spearmanr(asr, [shares(record)[0] for record in mixtures]).statistic
         default = [record for record in mixtures if record["spec"]["gate"] == {"name": "top-k"}]
-        seeds = " ".join(f"{record['metrics']['asr']['value']:.0f}" for record in default)
         layers = " ".join(f"{share:.0f}" for share in np.mean([shares(record) for record in default], axis=0))
-        firsts = [shares(record)[0] for record in default]
         print(
-            f"{attack:8} rank correlation {correlation:.2f} over {len(mixtures)} mixtures; default gate: ASR {seeds}, "
-            f"shares by layer {layers}, of the first layer {min(firsts):.0f} to {max(firsts):.0f}"
+            f"{attack:8} rank correlation {correlation:.2f} over {len(mixtures)} mixtures; default gate: "
+            f"{asr_line(default)}, shares by layer {layers}, {first_line(default)}"
         )
+    for attack in ATTACKS:
+        mixtures = read_mixtures("moevil-markers", attack)
+        for name in dict.fromkeys(map(mark, mixtures)):
+            marked = [record for record in mixtures if mark(record) == name]
+            print(f"{attack:8} {name:16} {asr_line(marked)}, share {first_line(marked)}")
 
 
 if __name__ == "__main__":

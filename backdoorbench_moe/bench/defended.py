@@ -26,7 +26,7 @@ from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.runner import Runner, spec_to_defend
 from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.engine.status import status_of
-from backdoorbench_moe.errors import BbmoeError, UnknownNameError
+from backdoorbench_moe.errors import BbmoeError, ConfigError, UnknownNameError
 from backdoorbench_moe.records import Record, RunFolder
 
 COLUMNS = ("ba", "asr", "ra", "ba_over_tuning", "asr_over_tuning", "auroc", "tpr", "fpr", "seconds")
@@ -147,7 +147,8 @@ def plan_defenses(
         observer: Receives progress.
 
     Raises:
-        BbmoeError: A name or an option is not valid, or the run, the data or the device cannot be used.
+        BbmoeError: A name or an option is not valid, no defense can be applied, or the run, the data or the device
+            cannot be used.
     """
     spec = spec_to_defend(parent, data_root=data_root, device=device)
     runner = Runner(spec, parent.folder.path.parent if output is None else output, observer)
@@ -168,6 +169,9 @@ def plan_defenses(
         tuned = plain_tuning(defended)
         if part.name != PLAIN_TUNING and tuned is not None and run.cost is not None and run.cost.trained:
             runs.setdefault(tuned.digest, _applied(tuned, spec, setup))
+    if not runs:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise ConfigError(f"--defense: cannot be applied to {parent.folder.path.name}: {reasons}")
     judged = judged_inputs(spec, setup.images)
     ordered = sorted(runs.values(), key=lambda run: _rank(run, judged))
     return DefensePlan(parent, spec, runner, setup, tuple(ordered), refused)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from backdoorbench_moe.cli.plan_table import plan_document, plan_table, total_line
 from backdoorbench_moe.cli.streams import echo, say
@@ -99,11 +99,16 @@ def _command(plan: DefensePlan) -> str:
     """The command that makes the runs of a plan."""
     names = ",".join(dict.fromkeys(each.part.name for each in plan.runs))
     settings = [
-        f" --set {shlex.quote(f'{each.part.name}.{key}={value}')}"
+        f" --set {shlex.quote(f'{each.part.name}.{key}={_written(value)}')}"
         for each in plan.runs
         for key, value in each.part.options.items()
     ]
-    return f"bbmoe defend {shlex.quote(plan.parent.folder.path.name)} --defense {names}{''.join(settings)}"
+    return f"bbmoe defend {shlex.quote(str(plan.parent.folder.path))} --defense {names}{''.join(settings)}"
+
+
+def _written(value: Any) -> str:
+    """A value of an option as `--set` reads it: a text as it is, anything else as JSON, which is YAML, too."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _print_json(plan: DefensePlan, failed: Mapping[str, str]) -> None:

@@ -6,6 +6,9 @@ import csv
 import functools
 import io
 import json
+import shlex
+import signal
+from html import unescape
 
 import pytest
 from tiny import tiny_spec
@@ -55,6 +58,14 @@ class Silent(Defense):
         from backdoorbench_moe.defenses.base import DefenseResult
 
         return DefenseResult("idle", task.model)
+
+
+class Interrupted(Broken):
+    """Is interrupted, as by Ctrl-C."""
+
+    def defend(self, task):
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("not reached")
 
 
 class Faulty(Silent):
@@ -112,7 +123,11 @@ def test_a_list_is_made_dearest_last_and_found_again(bbmoe, victim, tmp_path) ->
     }
     assert all(code == 0 and "expert-reset" in out for code, out, _ in tables.values())
     assert f"run folders: {tmp_path}" in tables["rich"][1]
-    assert "bbmoe defend" in tables["html"][1] and "suite" not in tables["markdown"][1]
+    [again] = (line for line in unescape(tables["html"][1]).splitlines() if line.endswith("page.html"))
+    assert shlex.split(again)[2:5] == [
+        str(victim.folder.path), "--defense", "reroute,fine-tuning,expert-reset,strip"
+    ]  # fmt: skip
+    assert "suite" not in tables["markdown"][1]
 
 
 def test_all_are_all_that_fit_and_the_others_are_listed_with_the_reason(bbmoe, victim, tmp_path) -> None:
@@ -180,6 +195,24 @@ def test_one_that_fails_does_not_stop_the_others_and_is_tried_again(
     assert code == 0 and runs(out) == ["reroute", "broken", "silent"] and json.loads(out)["failed"] == {}
 
 
+def test_interrupted_in_the_middle_the_same_command_goes_on(
+    bbmoe, victim, register, monkeypatch, tmp_path
+) -> None:
+    register(interrupted=Interrupted, silent=Silent)
+    words = ["defend", victim.folder.path, "--defense", "silent,interrupted,reroute", *SHARE]
+    words += ["--output", tmp_path, "--json"]
+    code, out, err = bbmoe(*words)
+    assert (code, out) == (130, "") and "interrupted;" in err and "Traceback" not in err
+    assert "defense 1 of 3: reroute" in err and "defense 2 of 3" not in err
+    [made] = (file for file in tmp_path.rglob("record.json") if '"finished"' in file.read_text())
+    assert "-reroute-" in made.parent.name
+    before = made.stat().st_mtime_ns
+    monkeypatch.setattr(Interrupted, "defend", Silent.defend)
+    code, out, _ = bbmoe(*words)
+    assert code == 0 and runs(out) == ["reroute", "interrupted", "silent"]
+    assert made.stat().st_mtime_ns == before
+
+
 def test_an_option_goes_to_the_one_or_to_all_that_have_it(bbmoe, victim, tmp_path) -> None:
     words = [
         "defend",
@@ -213,6 +246,10 @@ def test_an_option_goes_to_the_one_or_to_all_that_have_it(bbmoe, victim, tmp_pat
 BAD = {
     "unknown": (["--defense", "strip,re-route"], "defense: unknown 're-route'; did you mean 'reroute'"),
     "empty": (["--defense", "strip,"], "--defense: expected names such as strip or strip,reroute, got 'strip,'"),
+    "none fits": (
+        ["--defense", "align,rasa"],
+        "--defense: cannot be applied to {run}: align: model: expected a mixture of merged experts, got PMoE; rasa: ",
+    ),
     "option of none": (["--defense", "strip,reroute", "--set", "ratio=1"], "--set: defense or option: unknown 'ratio'"),
     "no such option": (
         ["--defense", "strip,reroute", "--set", "strip.blend_s=1"],
@@ -228,6 +265,10 @@ BAD = {
 @pytest.mark.parametrize(("args", "message"), BAD.values(), ids=BAD.keys())
 def test_a_mistake_is_one_clear_line_before_anything_is_made(bbmoe, victim, tmp_path, args, message) -> None:
     code, out, err = bbmoe("defend", victim.folder.path, "--quiet", *args, "--output", tmp_path / "runs")
-    assert (code, out) == (2, "") and message in err and "Traceback" not in err
+    assert (
+        (code, out) == (2, "")
+        and message.replace("{run}", victim.folder.path.name) in err
+        and "Traceback" not in err
+    )
     assert "Usage" in err or err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
