@@ -28,8 +28,8 @@ class InputFilter(Defense):
     like new ones. The model is not changed.
 
     Subclasses implement `prepare`, and set `reason`, the first half of the judgement's reason, and `purpose`, what the
-    reserved images are used for. The detail "calibrated_on" of the judgement is the number of images that were used to
-    set the threshold; 0 if it is fixed.
+    reserved images are used for. `draw` names the random stream that the reserved images are drawn from. The detail
+    "calibrated_on" of the judgement is the number of images that were used to set the threshold; 0 if it is fixed.
 
     Args:
         reserved: Number of the defender's images that are kept for other purposes than the threshold.
@@ -44,6 +44,7 @@ class InputFilter(Defense):
 
     reason: ClassVar[str]
     purpose: ClassVar[str]
+    draw: ClassVar[str] = "filter"
 
     def __init__(
         self, *, reserved: int, fpr: float, threshold: float | None, calibrate: int, clean_fraction: float
@@ -90,7 +91,7 @@ class InputFilter(Defense):
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Prepare the score with the reserved images, and set the threshold with others."""
         clean = task.clean
-        order = torch.randperm(len(clean), generator=generator(task.seed, "filter")).to(clean.labels.device)
+        order = torch.randperm(len(clean), generator=generator(task.seed, self.draw)).to(clean.labels.device)
         kept, others = order[: self.reserved], order[self.reserved : self.reserved + self.calibrate]
         score = self.prepare(task, Split(clean.images[kept].clone(), clean.labels[kept].clone()))
         threshold, count = self.threshold, 0
