@@ -93,7 +93,7 @@ class InputFilter(Defense):
         clean = task.clean
         order = torch.randperm(len(clean), generator=generator(task.seed, self.draw)).to(clean.labels.device)
         kept, others = order[: self.reserved], order[self.reserved : self.reserved + self.calibrate]
-        score = self.prepare(task, Split(clean.images[kept].clone(), clean.labels[kept].clone()))
+        score, details = self.prepare(task, Split(clean.images[kept].clone(), clean.labels[kept].clone()))
         threshold, count = self.threshold, 0
         if threshold is None:
             values, count = score(clean.images[others]).double().cpu().numpy(), len(others)
@@ -105,24 +105,20 @@ class InputFilter(Defense):
             "input",
             f"{self.reason}; {rule}",
             threshold=threshold,
-            details={"calibrated_on": count, **self.details()},
+            details={"calibrated_on": count, **details},
             judge=score,
         )
         return DefenseResult("filtered", task.model, (judgement,))
 
-    def details(self) -> dict[str, object]:
-        """Return further details for the record, after `prepare`. The default has none."""
-        return {}
-
     @abstractmethod
-    def prepare(self, task: DefenseTask, reserved: Split) -> Score:
-        """Return the function that scores images.
+    def prepare(self, task: DefenseTask, reserved: Split) -> tuple[Score, dict[str, object]]:
+        """Return the function that scores images, and further details for the record.
 
         Args:
             task: The task, whose model must be left as it is.
             reserved: The images that are not used to set the threshold, and their labels.
 
         Returns:
-            Function of images (B, 3, H, W) uint8 that returns (B,) finite floats; higher is more suspicious. The score
-            of an image must not depend on the other images.
+            A function of images (B, 3, H, W) uint8 that returns (B,) finite floats; higher is more suspicious, and the
+            score of an image must not depend on the other images. Then the details by name.
         """

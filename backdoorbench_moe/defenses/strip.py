@@ -76,14 +76,15 @@ class SuperpositionFilter(InputFilter):
         """Pass the superpositions of the images that set the threshold, and then of every input."""
         return Cost(predicted=self.calibrated(held) * self.blends, judged=self.blends)
 
-    def prepare(self, task: DefenseTask, reserved: Split) -> Score:
+    def prepare(self, task: DefenseTask, reserved: Split) -> tuple[Score, dict[str, object]]:
         """Return the score, with the reserved images as those to blend with."""
-        return partial(
+        score = partial(
             score_superpositions,
             overlays=reserved.images,
             mode=self.blend,
             constancy=self.measure_constancy(task),
         )
+        return score, {}
 
     @abstractmethod
     def measure_constancy(self, task: DefenseTask) -> Callable[[Tensor, int], Tensor]:
