@@ -1,4 +1,4 @@
-"""Routing load: reject an image whose patches crowd at few experts."""
+"""Routing load: reject an image that loads the experts unlike clean images do."""
 
 from __future__ import annotations
 
