@@ -68,19 +68,18 @@ class InputFilter(Defense):
             num_classes: Number of classes.
 
         Raises:
-            ConfigError: The defender would hold too few images to set a threshold for `fpr`.
+            ConfigError: The defender would hold fewer images than are reserved, or too few others to set a threshold
+                for `fpr`.
         """
         count = super().count(images, num_classes)
         left = count - self.reserved
-        if left < 0 or (self.threshold is None and not threshold_rank(self.fpr, left)):
-            used = (
-                f"; {self.reserved} {self.purpose}, and the {max(left, 0)} left"
-                if self.reserved
-                else ", which"
-            )
+        held = f"clean_fraction: {self.clean_fraction} of {images} images is {count}"
+        if self.threshold is not None and left < 0:
+            raise ConfigError(f"{held}; expected at least {self.reserved}, which {self.purpose}")
+        if self.threshold is None and not threshold_rank(self.fpr, left):
+            others = f"; {self.reserved} {self.purpose}, and the {max(left, 0)} left"
             raise ConfigError(
-                f"clean_fraction: {self.clean_fraction} of {images} images is {count}{used} are too few to set a "
-                f"threshold for fpr={self.fpr}"
+                f"{held}{others if self.reserved else ', which'} are too few to set a threshold for fpr={self.fpr}"
             )
         return count
 

@@ -283,6 +283,10 @@ def test_too_few_images_and_unfit_models_are_refused() -> None:
     ):
         defense.count(34, 3)
     assert create_defense("ibd-psc", clean_fraction=1.0, reserve=16, threshold=0.9).count(16, 3) == 16
+    with pytest.raises(
+        ConfigError, match="15 images is 15; expected at least 16, which choose how many norms are scaled"
+    ):
+        create_defense("ibd-psc", clean_fraction=1.0, reserve=16, threshold=0.9).count(15, 3)
     with pytest.raises(ConfigError, match="18 images is 18, which are too few to set a threshold"):
         create_defense("scale-up", clean_fraction=1.0).count(18, 3)
     with pytest.raises(ConfigError, match=r"models: expected at most .* WideResNet has 7, got 8"):
