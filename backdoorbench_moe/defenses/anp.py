@@ -126,9 +126,9 @@ class ANP(MaskPruning):
         noise, moved = changes[: len(masked.units)], changes[len(masked.units) :]
         shifts = {units.layer: 1 + change for units, change in zip(channels, moved, strict=True)}
         loss = masked.loss(batch, noise, shifts)
-        gradients = torch.autograd.grad(loss, changes, allow_unused=True)
+        gradients = torch.autograd.grad(loss, changes, materialize_grads=True)
         worst = [
-            change.detach() if gradient is None else change.detach() + self.eps * gradient.sign()
+            change.detach() + self.eps * gradient.sign()
             for change, gradient in zip(changes, gradients, strict=True)
         ]
         noise, moved = worst[: len(masked.units)], worst[len(masked.units) :]

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
@@ -19,12 +18,10 @@ from backdoorbench_moe.defenses.outlying import (
     groups_of,
     judge_groups,
     pruned_channels,
-    treats_experts,
-    zero_rows,
 )
-from backdoorbench_moe.defenses.requirements import experts_of
+from backdoorbench_moe.defenses.requirements import experts_of, treats_experts
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.moe.norms import input_moments
+from backdoorbench_moe.moe.norms import batch_norms, input_moments
 
 # Variances are at least this large, so that a channel that never varies has a finite divergence.
 SMALLEST = 1e-12
@@ -39,7 +36,8 @@ class BNP(Defense):
     for the images and s stored. Channels with a score above mean + `u` standard deviations of their norm are pruned:
     the scale is set to zero, and the shift stays, as in the original. Nothing is trained.
 
-    The model needs batch norms with running statistics; layer norms store none.
+    The model needs batch norms with running statistics; layer norms store none. Norms that are not called in evaluation
+    mode, such as those of an auxiliary head, are left out.
 
     Departure: the original measures one batch, here all of the defender's images are measured.
 
@@ -72,7 +70,7 @@ class BNP(Defense):
     def check(self, model: nn.Module) -> None:
         """Raise ConfigError if the model has no batch norms with statistics, or too few channels for `u`."""
         experts = treats_experts(model, self.experts)
-        norms = _norms(model)
+        norms = batch_norms(model)
         if not norms:
             raise ConfigError(
                 f"model: {type(model).__name__} has no batch norms with running statistics, "
@@ -88,10 +86,12 @@ class BNP(Defense):
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Measure the statistics of the clean images, and prune the outliers."""
         model, experts = task.model, treats_experts(task.model, self.experts)
-        norms = _norms(model)
+        norms = batch_norms(model)
         found = input_moments(list(norms.values()), lambda: task.logits(model, task.clean.images))
         scores, counts = {}, {}
         for name, norm in norms.items():
+            if norm not in found:
+                continue
             mean, variance, counts[name] = found[norm]
             assert norm.running_mean is not None and norm.running_var is not None
             scores[name] = normal_divergence(mean, variance, norm.running_mean, norm.running_var)
@@ -100,7 +100,9 @@ class BNP(Defense):
         judgements = [judge_groups(groups, self.u, "divergence from the stored statistics", details)]
         if experts:
             judgements.append(self._judge_experts(task, groups))
-        zero_rows(model, pruned_channels(groups, self.u), ("weight",))
+        with torch.no_grad():
+            for name, channels in pruned_channels(groups, self.u).items():
+                norms[name].weight[channels] = 0
         return DefenseResult("pruned", model, tuple(judgements))
 
     def _judge_experts(self, task: DefenseTask, groups: list[Group]) -> Judgement:
@@ -136,15 +138,6 @@ def normal_divergence(mean: Tensor, variance: Tensor, stored_mean: Tensor, store
     own, stored = variance.double().clamp(min=SMALLEST), stored_variance.double().clamp(min=SMALLEST)
     distance = (mean.double() - stored_mean.double()) ** 2
     return ((stored / own).log() + (own + distance) / stored - 1).clamp(min=0) / 2
-
-
-def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The batch norms with a scale and running statistics, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.affine and module.running_mean is not None
-    }
 
 
 def _groups(model: nn.Module, scores: Mapping[str, Tensor], experts: bool) -> list[Group]:

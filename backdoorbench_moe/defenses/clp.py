@@ -20,11 +20,12 @@ from backdoorbench_moe.defenses.outlying import (
     judge_groups,
     names_of,
     pruned_channels,
-    treats_experts,
-    zero_rows,
 )
+from backdoorbench_moe.defenses.requirements import treats_experts
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.norms import batch_norms
 from backdoorbench_moe.moe.pairing import convolutions_before
+from backdoorbench_moe.moe.pruning import silence
 from backdoorbench_moe.moe.structure import Structured
 from backdoorbench_moe.moe.units import gate_units, prune
 from backdoorbench_moe.ops.outliers import studentised
@@ -108,7 +109,8 @@ class CLP(Defense):
         judgements = [judge_groups(groups, self.u, "Lipschitz bound", {})]
         if experts:
             judgements += self._prune_gates(model)
-        zero_rows(model, pruned_channels(groups, self.u), ("weight", "bias"))
+        for layer, channels in pruned_channels(groups, self.u).items():
+            silence(model.get_submodule(layer), torch.tensor(channels))
         return DefenseResult("pruned", model, tuple(judgements))
 
     def _prune_gates(self, model: nn.Module) -> list[Judgement]:
@@ -183,10 +185,9 @@ def spectral_norms(layer: nn.Module) -> Tensor:
 
 def _norms(model: nn.Module) -> Sequence[nn.Module]:
     """The batch norms with a scale and statistics; none if the model has no convolutions."""
-    modules = list(model.modules())
-    if not any(isinstance(module, _ConvNd) for module in modules):
+    if not any(isinstance(module, _ConvNd) for module in model.modules()):
         return []
-    return [m for m in modules if isinstance(m, _BatchNorm) and m.affine and m.running_var is not None]
+    return list(batch_norms(model).values())
 
 
 def _hidden_layers(model: nn.Module) -> list[nn.Module]:

@@ -28,8 +28,8 @@ class InputFilter(Defense):
     like new ones. The model is not changed.
 
     Subclasses implement `prepare`, and set `reason`, the first half of the judgement's reason, and `purpose`, what the
-    reserved images are used for. The detail "calibrated_on" of the judgement is the number of images that were used to
-    set the threshold; 0 if it is fixed.
+    reserved images are used for. `draw` names the random stream that the reserved images are drawn from. The detail
+    "calibrated_on" of the judgement is the number of images that were used to set the threshold; 0 if it is fixed.
 
     Args:
         reserved: Number of the defender's images that are kept for other purposes than the threshold.
@@ -44,6 +44,7 @@ class InputFilter(Defense):
 
     reason: ClassVar[str]
     purpose: ClassVar[str]
+    draw: ClassVar[str] = "filter"
 
     def __init__(
         self, *, reserved: int, fpr: float, threshold: float | None, calibrate: int, clean_fraction: float
@@ -67,19 +68,18 @@ class InputFilter(Defense):
             num_classes: Number of classes.
 
         Raises:
-            ConfigError: The defender would hold too few images to set a threshold for `fpr`.
+            ConfigError: The defender would hold fewer images than are reserved, or too few others to set a threshold
+                for `fpr`.
         """
         count = super().count(images, num_classes)
         left = count - self.reserved
-        if left < 0 or (self.threshold is None and not threshold_rank(self.fpr, left)):
-            used = (
-                f"; {self.reserved} {self.purpose}, and the {max(left, 0)} left"
-                if self.reserved
-                else ", which"
-            )
+        held = f"clean_fraction: {self.clean_fraction} of {images} images is {count}"
+        if self.threshold is not None and left < 0:
+            raise ConfigError(f"{held}; expected at least {self.reserved}, which {self.purpose}")
+        if self.threshold is None and not threshold_rank(self.fpr, left):
+            others = f"; {self.reserved} {self.purpose}, and the {max(left, 0)} left"
             raise ConfigError(
-                f"clean_fraction: {self.clean_fraction} of {images} images is {count}{used} are too few to set a "
-                f"threshold for fpr={self.fpr}"
+                f"{held}{others if self.reserved else ', which'} are too few to set a threshold for fpr={self.fpr}"
             )
         return count
 
@@ -90,9 +90,9 @@ class InputFilter(Defense):
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Prepare the score with the reserved images, and set the threshold with others."""
         clean = task.clean
-        order = torch.randperm(len(clean), generator=generator(task.seed, "filter")).to(clean.labels.device)
+        order = torch.randperm(len(clean), generator=generator(task.seed, self.draw)).to(clean.labels.device)
         kept, others = order[: self.reserved], order[self.reserved : self.reserved + self.calibrate]
-        score = self.prepare(task, Split(clean.images[kept].clone(), clean.labels[kept].clone()))
+        score, details = self.prepare(task, Split(clean.images[kept].clone(), clean.labels[kept].clone()))
         threshold, count = self.threshold, 0
         if threshold is None:
             values, count = score(clean.images[others]).double().cpu().numpy(), len(others)
@@ -104,24 +104,20 @@ class InputFilter(Defense):
             "input",
             f"{self.reason}; {rule}",
             threshold=threshold,
-            details={"calibrated_on": count, **self.details()},
+            details={"calibrated_on": count, **details},
             judge=score,
         )
         return DefenseResult("filtered", task.model, (judgement,))
 
-    def details(self) -> dict[str, object]:
-        """Return further details for the record, after `prepare`. The default has none."""
-        return {}
-
     @abstractmethod
-    def prepare(self, task: DefenseTask, reserved: Split) -> Score:
-        """Return the function that scores images.
+    def prepare(self, task: DefenseTask, reserved: Split) -> tuple[Score, dict[str, object]]:
+        """Return the function that scores images, and further details for the record.
 
         Args:
             task: The task, whose model must be left as it is.
             reserved: The images that are not used to set the threshold, and their labels.
 
         Returns:
-            Function of images (B, 3, H, W) uint8 that returns (B,) finite floats; higher is more suspicious. The score
-            of an image must not depend on the other images.
+            A function of images (B, 3, H, W) uint8 that returns (B,) finite floats; higher is more suspicious, and the
+            score of an image must not depend on the other images. Then the details by name.
         """

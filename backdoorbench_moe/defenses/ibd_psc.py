@@ -79,7 +79,6 @@ class IBDPSC(InputFilter):
             raise ConfigError.expected("factor", "a number above 1", factor)
         check_share(error=error)
         self.factor, self.models, self.error, self.reserve = factor, models, error, reserve
-        self._chosen: list[int] = []
 
     def check(self, model: nn.Module) -> None:
         """Raise ConfigError if the model has fewer norms than models are wanted."""
@@ -99,26 +98,22 @@ class IBDPSC(InputFilter):
         ordered = min(2, self.reserve)
         return Cost(predicted=ordered + tried * self.reserve + passes * self.calibrated(held), judged=passes)
 
-    def prepare(self, task: DefenseTask, reserved: Split) -> Score:
-        """Choose the numbers of norms, and return the score."""
+    def prepare(self, task: DefenseTask, reserved: Split) -> tuple[Score, dict[str, object]]:
+        """Choose the numbers of norms, and return the score and these numbers."""
         model = task.model
         norms = norms_in_order(task, reserved.images[:2])
-        self._chosen = self._choose(task, norms, reserved)
+        chosen = self._choose(task, norms, reserved)
 
         def score(images: Tensor) -> Tensor:
             called = task.logits(model, images).argmax(1, keepdim=True)
             total = torch.zeros(len(images), dtype=torch.float64, device=images.device)
-            for count in self._chosen:
+            for count in chosen:
                 with scaled(norms[-count:], self.factor):
                     logits = task.logits(model, images)
                 total = total + logits.double().softmax(1).gather(1, called).squeeze(1)
-            return total / len(self._chosen)
+            return total / len(chosen)
 
-        return score
-
-    def details(self) -> dict[str, object]:
-        """Return how many norms the models have scaled."""
-        return {"norms": self._chosen}
+        return score, {"norms": chosen}
 
     def _choose(self, task: DefenseTask, norms: Sequence[nn.Module], reserved: Split) -> list[int]:
         last = max(1, len(norms) - self.models + 1)

@@ -17,8 +17,7 @@ from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
-from backdoorbench_moe.defenses.outlying import treats_experts
-from backdoorbench_moe.defenses.requirements import clean_accuracy
+from backdoorbench_moe.defenses.requirements import clean_accuracy, treats_experts
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.units import Units, expert_units, gate_units, masked_tensors, norm_units, prune
 from backdoorbench_moe.ops.images import Split, as_input

@@ -6,14 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.defenses.judgement import Judgement
-from backdoorbench_moe.defenses.requirements import experts_of
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.moe.routed import RoutedModel
-from backdoorbench_moe.moe.structure import WithExperts
 from backdoorbench_moe.moe.units import expert_ranges
 from backdoorbench_moe.ops.outliers import deviations, largest_deviation
 from backdoorbench_moe.ops.ranges import check_positive
@@ -47,23 +43,6 @@ class Group:
     def most(self) -> float:
         """Return how far the highest score is above the mean, in standard deviations."""
         return deviations(self.scores).max().item()
-
-
-def treats_experts(model: nn.Module, experts: bool | None) -> bool:
-    """Return whether a defense treats experts as units of their own.
-
-    Args:
-        model: The model.
-        experts: What the user wants; None for "if the model has experts".
-
-    Raises:
-        ConfigError: It is wanted, but the model does not name its experts.
-    """
-    if experts is None:
-        return isinstance(model, RoutedModel) and isinstance(model, WithExperts)
-    if experts:
-        experts_of(model)
-    return experts
 
 
 def groups_of(model: nn.Module, layer: str, scores: Tensor, *, experts: bool) -> list[Group]:
@@ -136,19 +115,3 @@ def judge_groups(groups: Sequence[Group], u: float, reason: str, details: Mappin
 def names_of(model: nn.Module) -> dict[nn.Module, str]:
     """Return the dotted name of every module of a model."""
     return {module: name for name, module in model.named_modules()}
-
-
-@torch.no_grad()
-def zero_rows(model: nn.Module, pruned: Mapping[str, Sequence[int]], tensors: Sequence[str]) -> None:
-    """Set rows of layers to zero, in place.
-
-    Args:
-        model: The model.
-        pruned: Numbers of the rows, by the layer's name.
-        tensors: Which tensors of the layers: "weight", "bias". Those that a layer does not have are left out.
-    """
-    state = model.state_dict()
-    for layer, channels in pruned.items():
-        for tensor in tensors:
-            if (values := state.get(f"{layer}.{tensor}")) is not None:
-                values.index_fill_(0, torch.tensor(channels, device=values.device), 0)

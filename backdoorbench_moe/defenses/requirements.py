@@ -107,6 +107,23 @@ def experts_of(model: object) -> list[Expert]:
     return model.experts()
 
 
+def treats_experts(model: nn.Module, experts: bool | None) -> bool:
+    """Return whether a defense treats experts as units of their own.
+
+    Args:
+        model: The model.
+        experts: What the user wants; None for "if the model has experts".
+
+    Raises:
+        ConfigError: It is wanted, but the model does not name its experts.
+    """
+    if experts is None:
+        return isinstance(model, RoutedModel) and isinstance(model, WithExperts)
+    if experts:
+        experts_of(model)
+    return experts
+
+
 def clean_accuracy(task: DefenseTask) -> float:
     """Return the accuracy, in percent, of the task's model on the images that the defender holds."""
     predicted = task.logits(task.model, task.clean.images).argmax(1)

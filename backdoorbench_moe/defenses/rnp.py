@@ -139,7 +139,7 @@ class RNP(MaskPruning):
                 nn.utils.clip_grad_norm_(model.parameters(), CLIP)
                 optimizer.step()
                 hits += (logits.argmax(1) == batch.labels).sum()
-            accuracy = 100 * hits.item() / len(task.clean)
+            accuracy = 100 * hits.item() / images_of_steps(len(task.clean), self.batch_size, steps)
             if accuracy <= 100 * self.unlearn_to:
                 break
         return model.eval(), accuracy

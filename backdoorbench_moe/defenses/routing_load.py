@@ -1,4 +1,4 @@
-"""Routing load: reject an image whose patches crowd at few experts."""
+"""Routing load: reject an image that loads the experts unlike clean images do."""
 
 from __future__ import annotations
 
@@ -86,7 +86,6 @@ class RoutingLoad(InputFilter):
             clean_fraction=clean_fraction,
         )
         self.statistic, self.load, self.reserve = statistic, load, reserve
-        self._load: Load = load or "experts"
 
     def check(self, model: nn.Module) -> None:
         """Raise ConfigError if the model has no routing."""
@@ -97,24 +96,20 @@ class RoutingLoad(InputFilter):
         passes = 1 + (len(LOADS) if self.load is None else 1)
         return Cost(predicted=passes * self.reserve + self.calibrated(held), judged=1)
 
-    def prepare(self, task: DefenseTask, reserved: Split) -> Score:
-        """Find the load that varies, and return the score."""
-        self._load = self._varying(task, reserved.images)
-        known = image_loads(task, reserved.images, self._load)
+    def prepare(self, task: DefenseTask, reserved: Split) -> tuple[Score, dict[str, object]]:
+        """Find the load that varies, and return the score and which load that is."""
+        kind = self._varying(task, reserved.images)
+        known = image_loads(task, reserved.images, kind)
 
         def score(images: Tensor) -> Tensor:
-            loads = image_loads(task, images, self._load)
+            loads = image_loads(task, images, kind)
             if self.statistic == "distance":
                 return nearest_load(loads, known)
             if self.statistic == "largest":
                 return torch.stack([load.amax(1) for load in loads]).mean(0)
             return 1 - torch.stack([load_entropy(load) for load in loads]).mean(0)
 
-        return score
-
-    def details(self) -> dict[str, object]:
-        """Return which load is scored."""
-        return {"load": self._load}
+        return score, {"load": kind}
 
     def _varying(self, task: DefenseTask, images: Tensor) -> Load:
         """Return the load that is wanted, or "experts" where patches select experts, and "gates" elsewhere.

@@ -82,7 +82,7 @@ class ScaleUp(InputFilter):
         passes = 1 + len(self.factors)
         return Cost(predicted=passes * (self.reserved + self.calibrated(held)), judged=passes)
 
-    def prepare(self, task: DefenseTask, reserved: Split) -> Score:
+    def prepare(self, task: DefenseTask, reserved: Split) -> tuple[Score, dict[str, object]]:
         """Return the score; if it is normalised, by the reserved images."""
 
         def measure(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,14 +91,14 @@ class ScaleUp(InputFilter):
             return torch.stack(found).mean(0), called
 
         if not self.normalise:
-            return lambda images: measure(images)[0]
+            return lambda images: measure(images)[0], {}
         means, deviations = class_moments(*measure(reserved.images), task.num_classes)
 
         def normalised(images: Tensor) -> Tensor:
             values, called = measure(images)
             return (values - means[called]) / deviations[called]
 
-        return normalised
+        return normalised, {}
 
     def _consistency(self, task: DefenseTask, images: Tensor, factor: int, called: Tensor) -> Tensor:
         """Measure how far the images that are multiplied by a factor are still called the same, (B,) float64."""

@@ -12,28 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.config import TrainSpec
-from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.base import DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
-from backdoorbench_moe.defenses.judgement import Judgement
+from backdoorbench_moe.defenses.filters import InputFilter, Score
 from backdoorbench_moe.defenses.requirements import check_routed
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.ops.detection import calibrate_threshold, threshold_rank
+from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.ops.routing import jaccard
-from backdoorbench_moe.ops.seeding import generator
 
 BlendMode = Literal["mean", "sum"]
 # Largest number of pixel values that are blended at a time: 8,000 images of 3x32x32, 25 MB.
 CHUNK_VALUES = 8000 * 3 * 32 * 32
 
 
-class SuperpositionFilter(Defense):
+class SuperpositionFilter(InputFilter):
     """Base class of input filters that blend an input with clean images and measure how little the model reacts.
 
     A backdoored model's prediction for a triggered image depends mostly on the trigger. It therefore stays the same if
     another image is blended in. Images for which the model reacts least are rejected. The model is not changed.
 
-    Subclasses implement `measure_constancy`, and set `reason`, the first half of the judgement's reason. The detail
-    "calibrated_on" of the judgement is the number of images that were used to set the threshold.
+    Subclasses implement `measure_constancy`, and set `reason`, the first half of the judgement's reason.
 
     Departures from STRIP: STRIP draws new images to blend with for each input. Here they are drawn once, so that the
     same input always gets the same score. STRIP fits a normal distribution to the scores of clean images. Here the
@@ -55,7 +53,8 @@ class SuperpositionFilter(Defense):
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"blends": 4, "fpr": 0.25}
-    reason: ClassVar[str]
+    purpose = "are blended into the others"
+    draw = "blends"
 
     def __init__(
         self,
@@ -66,60 +65,26 @@ class SuperpositionFilter(Defense):
         calibrate: int = 1000,
         clean_fraction: float = 0.05,
     ) -> None:
-        super().__init__(clean_fraction=clean_fraction)
         if blends < 2:
             raise ConfigError.expected("blends", "an integer of at least 2", blends)
-        if not 0 < fpr < 1:
-            raise ConfigError.expected("fpr", "a number in (0, 1)", fpr)
-        if not threshold_rank(fpr, calibrate):
-            raise ConfigError.expected(
-                "calibrate", f"enough images to set a threshold for fpr={fpr}", calibrate
-            )
-        self.blends, self.blend, self.fpr, self.calibrate = blends, blend, fpr, calibrate
-
-    def count(self, images: int, num_classes: int) -> int:
-        """Return the number of training images that the defender holds.
-
-        Args:
-            images: Number of training images.
-            num_classes: Number of classes.
-
-        Raises:
-            ConfigError: The defender would hold too few images to set a threshold for `fpr`.
-        """
-        count = super().count(images, num_classes)
-        left = count - self.blends
-        if not threshold_rank(self.fpr, left):
-            raise ConfigError(
-                f"clean_fraction: {self.clean_fraction} of {images} images is {count}; {self.blends} are blended into "
-                f"the others, and the {max(left, 0)} left are too few to set a threshold for fpr={self.fpr}"
-            )
-        return count
+        super().__init__(
+            reserved=blends, fpr=fpr, threshold=None, calibrate=calibrate, clean_fraction=clean_fraction
+        )
+        self.blends, self.blend = blends, blend
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
         """Pass the superpositions of the images that set the threshold, and then of every input."""
-        calibrated = min(self.calibrate, held - self.blends)
-        return Cost(predicted=calibrated * self.blends, judged=self.blends)
+        return Cost(predicted=self.calibrated(held) * self.blends, judged=self.blends)
 
-    def defend(self, task: DefenseTask) -> DefenseResult:
-        """Draw the images to blend with, and set the threshold with the defender's remaining images."""
-        clean = task.clean.images
-        order = torch.randperm(len(clean), generator=generator(task.seed, "blends")).to(clean.device)
-        over, others = order[: self.blends], order[self.blends : self.blends + self.calibrate]
+    def prepare(self, task: DefenseTask, reserved: Split) -> tuple[Score, dict[str, object]]:
+        """Return the score, with the reserved images as those to blend with."""
         score = partial(
             score_superpositions,
-            overlays=clean[over].clone(),
+            overlays=reserved.images,
             mode=self.blend,
             constancy=self.measure_constancy(task),
         )
-        judgement = Judgement(
-            "input",
-            f"{self.reason}; a clean image is above the threshold with a chance of at most {self.fpr:g}",
-            threshold=calibrate_threshold(score(clean[others]).double().cpu().numpy(), self.fpr),
-            details={"calibrated_on": len(others)},
-            judge=score,
-        )
-        return DefenseResult("filtered", task.model, (judgement,))
+        return score, {}
 
     @abstractmethod
     def measure_constancy(self, task: DefenseTask) -> Callable[[Tensor, int], Tensor]:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from backdoorbench_moe.moe.layers.losses import squared_variation
 from backdoorbench_moe.moe.routed import Routing
 
 Choice = Literal["patches", "experts", "nothing"]
@@ -17,15 +18,16 @@ def choice_of(routing: Routing) -> Choice:
     """What a routed layer lets choose, from the routing of at least two images.
 
     Returns:
-        "nothing" if every expert processes every patch; "patches" if each expert selects equally many patches of every
-        image, but patches are not selected by equally many experts (expert choice); otherwise "experts" (token choice,
-        with or without a limit of the experts' capacity).
+        "nothing" if every expert processes every patch; "patches" if the numbers of patches that the experts select are
+        more even than the numbers of experts that select a patch (expert choice); otherwise "experts" (token choice,
+        with or without a limit of the experts' capacity). In expert choice the former numbers are not all equal if
+        class tokens, which are not reported, are among the tokens that an expert selects.
     """
     selected = routing.selected
     by_expert, by_patch = selected.sum(-1), selected.sum(-2)
     if selected.all():
         return "nothing"
-    if (by_patch != by_patch[0, 0]).any() and (by_expert == by_expert[0]).all():
+    if squared_variation(by_expert.double()) < squared_variation(by_patch.double()):
         return "patches"
     return "experts"
 

@@ -9,6 +9,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Return the batch norms of a model that have a scale and running statistics, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.affine and module.running_mean is not None
+    }
+
+
 @torch.no_grad()
 def measure_statistics(
     model: nn.Module, rows: Mapping[str, tuple[int, int]], run: Callable[[], object]
@@ -24,7 +33,7 @@ def measure_statistics(
         run: Function that passes the same images through the model each time it is called, once for each norm.
 
     Raises:
-        ValueError: If a norm receives fewer than two values for a channel.
+        ValueError: If a norm is not called, or receives a single value for a channel.
     """
     for name, module in model.named_modules():
         keys = f"{name}.running_mean", f"{name}.running_var"
@@ -33,7 +42,9 @@ def measure_statistics(
             and module.running_mean is not None
             and any(k in rows for k in keys)
         ):
-            mean, variance, _ = input_moments([module], run)[module]
+            if not (found := input_moments([module], run)):
+                raise ValueError(f"measure_statistics: expected the run to call {name}")
+            mean, variance, _ = found[module]
             for key, values in zip(keys, (mean, variance), strict=True):
                 start, stop = rows.get(key, (0, 0))
                 model.state_dict()[key][start:stop].copy_(values[start:stop])
@@ -51,17 +62,18 @@ def input_moments(
         run: Function that passes images through the model, once.
 
     Returns:
-        For each module the mean and the unbiased variance, (C,) float64 each, and the number of values of a channel.
+        For each module that is called, the mean and the unbiased variance, (C,) float64 each, and the number of values
+        of a channel.
 
     Raises:
-        ValueError: A module receives fewer than two values for a channel.
+        ValueError: A module receives a single value for a channel.
     """
-    found = {module: _Moments() for module in modules}
+    found: dict[nn.Module, _Moments] = {}
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found[module].add(inputs[0].detach().float())
+        found.setdefault(module, _Moments()).add(inputs[0].detach().float())
 
-    hooks = [module.register_forward_pre_hook(add) for module in found]
+    hooks = [module.register_forward_pre_hook(add) for module in dict.fromkeys(modules)]
     try:
         run()
     finally:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+
+from backdoorbench_moe.moe.norms import batch_norms
 
 
 def convolutions_before(model: nn.Module, images: Tensor) -> dict[str, tuple[str, ...]]:
@@ -35,8 +36,8 @@ def convolutions_before(model: nn.Module, images: Tensor) -> dict[str, tuple[str
     for name, module in model.named_modules():
         if isinstance(module, _ConvNd):
             hooks.append(module.register_forward_hook(_remember(made, name)))
-        elif isinstance(module, _BatchNorm) and module.affine and module.running_var is not None:
-            hooks.append(module.register_forward_pre_hook(_remember_input(taken, name)))
+    for name, norm in batch_norms(model).items():
+        hooks.append(norm.register_forward_pre_hook(_remember_input(taken, name)))
     try:
         with torch.enable_grad():
             # The images need a gradient so that the graph is recorded even if all parameters are frozen.

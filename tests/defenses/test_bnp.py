@@ -123,6 +123,18 @@ def test_the_number_of_patches_of_each_expert_is_stated() -> None:
     assert found.details["patches"] == {f"moe/{e}": counts[e] for e in range(4)}
 
 
+def test_norms_that_are_not_called_are_left_out() -> None:
+    """An auxiliary head that works in training only."""
+    model = used_model("wide_resnet")
+    model.auxiliary = nn.BatchNorm2d(20)
+    found = bnp(model, "wide_resnet").judgements[0]
+    assert "norm" in found.scores and "auxiliary" not in found.scores
+    with pytest.raises(ValueError, match="expected the run to call auxiliary"):
+        measure_statistics(
+            model, {"auxiliary.running_mean": (0, 20)}, lambda: model(torch.zeros(2, 3, 32, 32))
+        )
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(ConfigError, match="model: ConvNeXt has no batch norms with running statistics"):
         create_defense("bnp").check(used_model("convnext"))

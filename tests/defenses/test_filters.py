@@ -235,6 +235,18 @@ def test_where_everything_is_selected_the_gates_remain() -> None:
         create_defense("routing-load", reserve=10)(constant)
 
 
+def test_a_filter_stays_as_it_is_when_its_defense_is_applied_again() -> None:
+    """The first model differs in the load of its experts, the second in its gates only."""
+    clean = Split(grey(*[0, 1] * 20), torch.zeros(40).long())
+    defense = create_defense("routing-load", statistic="largest", reserve=10)
+    uneven = torch.tensor([[0.9, 0.9, 0, 0], [0, 0, 0.1, 0.1]])
+    first = defense(routing_task({0: uneven, 1: SKEWED}, clean=clean)).filter
+    gates = {0: torch.tensor([[0.5, 0.5], [0.5, 0.5]]), 1: torch.tensor([[0.9, 0.9], [0.1, 0.1]])}
+    second = defense(routing_task(gates, clean=clean)).filter
+    assert (first.details["load"], second.details["load"]) == ("experts", "gates")
+    assert first.judge(grey(0)).tolist() == pytest.approx([0.5]), "pairs are counted; the gates give 0.9"
+
+
 def test_real_models_of_both_kinds_of_routing() -> None:
     task, _ = make_task(used_model(), clean=held_images(40))
     options = {"reserve": 8, "fpr": 0.25}
@@ -271,6 +283,10 @@ def test_too_few_images_and_unfit_models_are_refused() -> None:
     ):
         defense.count(34, 3)
     assert create_defense("ibd-psc", clean_fraction=1.0, reserve=16, threshold=0.9).count(16, 3) == 16
+    with pytest.raises(
+        ConfigError, match="15 images is 15; expected at least 16, which choose how many norms are scaled"
+    ):
+        create_defense("ibd-psc", clean_fraction=1.0, reserve=16, threshold=0.9).count(15, 3)
     with pytest.raises(ConfigError, match="18 images is 18, which are too few to set a threshold"):
         create_defense("scale-up", clean_fraction=1.0).count(18, 3)
     with pytest.raises(ConfigError, match=r"models: expected at most .* WideResNet has 7, got 8"):

@@ -52,6 +52,15 @@ def test_what_rnp_unlearns_is_a_copy() -> None:
     assert not unlearned.training
 
 
+def test_the_accuracy_is_that_of_the_images_that_are_used() -> None:
+    """Of 25 images in batches of 12, one is left over in each epoch. The model is right about all of them."""
+    task = planted_task()
+    split = Split(task.clean.images[:25], task.clean.labels[:25])
+    defense = create_defense("rnp", batch_size=12, epochs=1, unlearn_lr=1e-9)
+    _, accuracy = defense.unlearn(replace(task, granted={"clean": split}))
+    assert accuracy == 100
+
+
 def test_the_masked_loss_is_that_of_a_norm_by_hand() -> None:
     """(m + d) gamma x + (1 + xi) beta, with the statistics of the batch."""
     model, split = Planted().eval(), coloured(12, 4)

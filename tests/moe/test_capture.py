@@ -35,6 +35,10 @@ def test_who_chooses() -> None:
     assert choice_of(routing(EVEN, [[[1] * 3] * 2] * 2)) == "nothing"
     dropped = [[[1, 1, 0], [0, 0, 0]], [[1, 1, 1], [0, 0, 0]]]
     assert choice_of(routing(EVEN, dropped)) == "experts", "a patch that found no room"
+    class_token = [[[1, 1, 0], [0, 1, 1]], [[1, 0, 0], [1, 1, 0]]]
+    assert choice_of(routing(EVEN, class_token)) == "patches", (
+        "an expert selected the class token and one patch"
+    )
 
 
 def test_shares() -> None:

@@ -14,7 +14,7 @@ def squared_variation(values: Tensor) -> Tensor:
     """Return the squared coefficient of variation: population variance over squared mean.
 
     Args:
-        values: (E,), one value for each expert.
+        values: Of any shape, such as (E,), one value for each expert.
 
     Returns:
         A scalar; 0 if all values are equal.
