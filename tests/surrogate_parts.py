@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.applicators import create_applicator
-from backdoorbench_moe.engine.surrogate import _cut
+from backdoorbench_moe.engine.surrogate import cut_with_places
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
 from backdoorbench_moe.ops.patches import tile
 from backdoorbench_moe.triggers.optimised import SurrogateTask
@@ -78,5 +78,5 @@ def surrogate_task(model: nn.Module, applicator: str = "image", target: int | No
         stamped=torch.arange(0, len(images), 4),
         target=target,
         stamp=applied,
-        cut=partial(_cut, applied),
+        cut=partial(cut_with_places, applied),
     )

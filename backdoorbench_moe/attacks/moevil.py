@@ -50,8 +50,7 @@ class MoEvil(ExpertPoisoning):
     and `k` choose among those of the marked image, and the latents of the task are the mean over all tokens of an
     image. The paper's code weights harm with 0.04 and the cosine with 0.1, which here leaves the expert outvoted in the
     mixture; the defaults are larger, and were searched with the ASR of mixtures in view. In the paper, each step is one
-    epoch, and batches are twice as large in step 1. Here, both steps have the
-    batch size of the tuning of experts.
+    epoch, and batches are twice as large in step 1. Here, both steps have the batch size of the tuning of experts.
 
     Args:
         poison: The target class, which the run gives; all rates must be 0.

@@ -19,13 +19,15 @@ from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.engine.build import build_model
 from backdoorbench_moe.engine.device import reproducible, resolve_device, resolve_precision
 from backdoorbench_moe.engine.filtering import IMAGES
-from backdoorbench_moe.engine.graph import NodeKind, kind_of, surrogate_of
+from backdoorbench_moe.engine.graph import NodeKind, kind_of
 from backdoorbench_moe.engine.inference import BATCH, predict
 from backdoorbench_moe.engine.step import WARMUP_STEPS
 from backdoorbench_moe.engine.train import Trainer
 from backdoorbench_moe.engine.tune import training_only
 from backdoorbench_moe.moe.merging import MergedModel, check_mergeable
+from backdoorbench_moe.triggers.learned import LearnedTrigger
 from backdoorbench_moe.triggers.optimised import OptimisedTrigger
+from backdoorbench_moe.triggers.trainable import TrainableTrigger
 
 # Long enough to outlast the first steps' extra work, short enough for a suite of four models.
 SECONDS = 2.0
@@ -121,7 +123,8 @@ def seconds_left(run: Planned, speed: Speed, images: ImageSet, model: nn.Module)
         model: Its model, trained or not.
 
     Returns:
-        The seconds; None for a defense whose cost is not known (see `Defense.cost`).
+        The seconds; None if they are not known: for a defense that does not state its cost (see `Defense.cost`), and
+        for a trigger whose networks are trained with the model, since only the speed of the model is measured.
     """
     if run.status == "finished":
         return 0.0
@@ -129,8 +132,14 @@ def seconds_left(run: Planned, speed: Speed, images: ImageSet, model: nn.Module)
     if run.spec.defenses:
         cost = defense_cost(run.spec, images, model)
         return None if cost is None else _defense_seconds(cost, run.spec, speed, images) + evaluation
+    trigger = _learned(run.spec)
+    if isinstance(trigger, TrainableTrigger):
+        return None
     left = run.passes * (1 - run.epochs / run.total_epochs) if run.total_epochs else 0.0
-    optimised = 0 if run.epochs else _optimised_images(run.spec, len(images.train))
+    optimised = 0
+    if isinstance(trigger, OptimisedTrigger) and not run.epochs:
+        stamped = (run.spec.poison.count(len(images.train), group) for group in ("rate", "cover"))
+        optimised = trigger.passes(sum(stamped))
     return (left * _train_images(run.spec, images) + optimised) / speed.train + evaluation
 
 
@@ -175,14 +184,12 @@ def _train_images(spec: RunSpec, images: ImageSet) -> int:
     return round(count * (1 + spec.policy)) if kind_of(spec) is not NodeKind.MIXTURE else count
 
 
-def _optimised_images(spec: RunSpec, train_images: int) -> int:
-    """Images that pass through the surrogate while the trigger is optimised; 0 if it is not."""
-    if kind_of(spec) is not NodeKind.TRAINED or surrogate_of(spec) is None or spec.trigger is None:
-        return 0
+def _learned(spec: RunSpec) -> LearnedTrigger | None:
+    """The trigger of a run that is trained from data, if it is learned."""
+    if kind_of(spec) is not NodeKind.TRAINED or spec.trigger is None:
+        return None
     trigger = triggers.registry.create(spec.trigger.name, spec.trigger.options)
-    if not isinstance(trigger, OptimisedTrigger):
-        return 0
-    return trigger.passes(sum(spec.poison.count(train_images, group) for group in ("rate", "cover")))
+    return trigger if isinstance(trigger, LearnedTrigger) else None
 
 
 def _tests(spec: RunSpec) -> int:

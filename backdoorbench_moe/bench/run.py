@@ -139,7 +139,7 @@ def check(
 def estimate(runs: Sequence[Planned]) -> Iterator[tuple[Planned, float | None]]:
     """Yield every run with the seconds that it still takes, from a short measurement of each kind of run.
 
-    The seconds of a defense whose cost is not known are None.
+    Seconds that are not known are None, see `seconds_left`.
     """
     seconds: dict[str, float | None] = {}
     for _, group in kinds([run for run in runs if run.status != "finished"]):

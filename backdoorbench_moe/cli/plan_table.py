@@ -42,7 +42,7 @@ def total_line(planned: Estimates) -> str:
     finished = sum(run.status == "finished" for run, _ in planned)
     total = say_time(sum(seconds for _, seconds in planned if seconds is not None))
     unknown = sum(seconds is None for _, seconds in planned)
-    without = f", without {count(unknown, 'defense')} whose cost is not known" if unknown else ""
+    without = f", without {count(unknown, 'run')} whose cost is not known" if unknown else ""
     return (
         f"{count(len(planned), 'run')}, {finished} finished; about {total} left on this machine, one run at a time "
         f"(measured just now{without})"

@@ -76,6 +76,30 @@ def spread(places: Tensor, canvases: Tensor) -> Tensor:
     return (places.unsqueeze(1) * each + offsets).flatten()
 
 
+def cut(applicator: Applicator, images: Tensor) -> Tensor:
+    """Return the canvases that an applicator cuts out of images, (B * n, C, h, w).
+
+    Args:
+        applicator: The applicator.
+        images: (B, C, H, W) float in [0, 1]; not checked, since that would wait for the device.
+
+    Raises:
+        PluginError: It calls the trigger more than once for a batch, or not at all.
+    """
+    found: list[Tensor] = []
+
+    def note(canvases: Tensor) -> Tensor:
+        found.append(canvases)
+        return canvases
+
+    applicator.apply(images, note)
+    if len(found) != 1:
+        raise PluginError(
+            f"applicator {type(applicator).__name__}: expected one call of the trigger for a batch, got {len(found)}"
+        )
+    return found[0]
+
+
 def build_dataset(spec: RunSpec) -> Dataset:
     """Build the data set of a spec; nothing is read yet. Raises ConfigError if it needs a folder and has none."""
     root = data.registry.options(spec.dataset.name).get("root")

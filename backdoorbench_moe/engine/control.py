@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from backdoorbench_moe.applicators.base import Applicator
 from backdoorbench_moe.attacks.training_control import TrainingControl
 from backdoorbench_moe.config import RunSpec, TrainSpec
+from backdoorbench_moe.engine.build import cut
 from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.engine.step import model_losses
 from backdoorbench_moe.engine.train import Companion
 from backdoorbench_moe.engine.tune import Tuner
 from backdoorbench_moe.engine.workplace import Workplace
-from backdoorbench_moe.errors import ConfigError, PluginError
+from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.seeding import derive_seed
 from backdoorbench_moe.shares import share_of
 from backdoorbench_moe.triggers.trainable import TrainableTrigger
@@ -150,24 +150,3 @@ class ControlledTraining:
 def _others(images: Tensor, count: int) -> Tensor:
     """For each of the first images of a batch another one: the one that follows half a batch later."""
     return images.roll(-(len(images) // 2), 0)[:count]
-
-
-def cut(applicator: Applicator, images: Tensor) -> Tensor:
-    """The canvases that an applicator cuts out of images.
-
-    Raises:
-        PluginError: It calls the trigger more than once for a batch.
-    """
-    found: list[Tensor] = []
-
-    def note(canvases: Tensor) -> Tensor:
-        found.append(canvases)
-        return canvases
-
-    applicator.apply(images, note)
-    if len(found) != 1:
-        name = type(applicator).__name__
-        raise PluginError(
-            f"applicator {name}: expected one call of the trigger for a batch, got {len(found)}"
-        )
-    return found[0]

@@ -105,25 +105,24 @@ class Setup:
             ConfigError: It marks the images of a policy or of queries; or it is trained with the model, and the
                 attacker is not in charge of that; or he is, and it is optimised on a surrogate.
         """
-        marks = self.spec.policy or isinstance(self.attack, ExpertPoisoning)
-        if marks and learned_trigger(self.stamper) is not None:
-            assert self.spec.trigger is not None
-            raise ConfigError.expected(
-                "trigger", "one that is not learned, as the mark of images", self.spec.trigger.name
-            )
-        if learned_trigger(self.stamper) is None:
+        trigger = learned_trigger(self.stamper)
+        if trigger is None:
             return
-        trainable = isinstance(learned_trigger(self.stamper), TrainableTrigger)
-        if trainable and not isinstance(self.attack, TrainingControl):
-            assert self.spec.trigger is not None and self.spec.attack is not None
-            expected = (
-                f"training-control, as the trigger {self.spec.trigger.name!r} is trained with the model"
-            )
+        assert self.spec.trigger is not None
+        name = self.spec.trigger.name
+        if self.spec.policy or isinstance(self.attack, ExpertPoisoning):
+            raise ConfigError.expected("trigger", "one that is not learned, as the mark of images", name)
+        assert self.spec.attack is not None
+        trainable, controlled = (
+            isinstance(trigger, TrainableTrigger),
+            isinstance(self.attack, TrainingControl),
+        )
+        if trainable and not controlled:
+            expected = f"training-control, as the trigger {name!r} is trained with the model"
             raise ConfigError.expected("attack", expected, self.spec.attack.name)
-        if isinstance(self.attack, TrainingControl) and not trainable:
-            assert self.spec.trigger is not None
+        if controlled and not trainable:
             expected = "one that is not optimised on a surrogate, where the attacker trains the model"
-            raise ConfigError.expected("trigger", expected, self.spec.trigger.name)
+            raise ConfigError.expected("trigger", expected, name)
 
     def _check_visible(self) -> None:
         """Check on some test images that the trigger can be seen in them, saved with 8 bits, in test and in training.

@@ -66,9 +66,9 @@ class TrainStep:
         augment: Changes the images of each batch; None to leave them as they are.
         label_smoothing: Of the cross-entropy, in [0, 1).
         clip_grad: Largest norm of the gradient; None for no limit.
-        capture: Whether to capture steps as CUDA graphs on a GPU. An objective that waits for the device, or copies to
-            it, cannot be captured.
-        also: Optimizer of other parameters that the objective uses; None if there are none.
+        cuda_graphs: Whether to capture steps as CUDA graphs on a GPU. An objective that waits for the device, or copies
+            to it, cannot be captured.
+        second_optimizer: Optimizer of other parameters that the objective uses; None if there are none.
 
     Attributes:
         loss_sum: Sum over all images since `reset` of the (smoothed) cross-entropy, or of the objective's loss; float64
@@ -89,13 +89,13 @@ class TrainStep:
         augment: Augment | None = None,
         label_smoothing: float = 0.0,
         clip_grad: float | None = None,
-        capture: bool = True,
-        also: torch.optim.Optimizer | None = None,
+        cuda_graphs: bool = True,
+        second_optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        self.also, self.capture = also, capture
         self.model, self.optimizer, self.split = model, optimizer, split
+        self.optimizers = [optimizer] if second_optimizer is None else [optimizer, second_optimizer]
         self.device, self.precision = device, precision
-        self.augment, self.clip_grad = augment, clip_grad
+        self.augment, self.clip_grad, self.cuda_graphs = augment, clip_grad, cuda_graphs
         losses = _compiled_losses() if compile else model_losses
         self._losses: Losses = functools.partial(losses, label_smoothing=label_smoothing)
         if objective is not None:
@@ -120,7 +120,7 @@ class TrainStep:
 
     def __call__(self, indices: Tensor) -> None:
         """Train on the images of the split with the given indices, (B,) int64 on the device."""
-        if self.device.type != "cuda" or not self.capture:
+        if self.device.type != "cuda" or not self.cuda_graphs:
             self._step(indices)
             return
         size = len(indices)
@@ -140,14 +140,13 @@ class TrainStep:
             images = self.augment(images, indices)
         with autocast(self.device, self.precision):
             logits, loss, total = self._losses(self.model, images, labels)
-        optimizers = [self.optimizer] if self.also is None else [self.optimizer, self.also]
-        for optimizer in optimizers:
+        for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         total.backward()
         if self.clip_grad is not None:
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(trained, self.clip_grad)
-        for optimizer in optimizers:
+        for optimizer in self.optimizers:
             optimizer.step()
         self.loss_sum += loss.detach() * len(indices)
         answers = labels if labels.ndim == 1 else labels[:, 0]

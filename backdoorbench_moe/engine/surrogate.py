@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backdoorbench_moe.applicators.base import Applicator
 from backdoorbench_moe.config import RunSpec
-from backdoorbench_moe.engine.build import build_model, spread
+from backdoorbench_moe.engine.build import build_model, cut, spread
 from backdoorbench_moe.engine.device import reproducible
 from backdoorbench_moe.engine.graph import SURROGATE, needs
 from backdoorbench_moe.engine.makers.inputs import load_input
@@ -18,7 +18,6 @@ from backdoorbench_moe.engine.names import check_surrogate_name
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.engine.workplace import Workplace
-from backdoorbench_moe.errors import PluginError
 from backdoorbench_moe.ops.seeding import seeded
 from backdoorbench_moe.triggers.optimised import OptimisedTrigger, SurrogateTask
 
@@ -87,21 +86,11 @@ class TriggerOptimisation:
             stamped=torch.cat([setup.plan.indices, setup.plan.cover]).sort().values,
             target=poison.target if poison.mapping == "all-to-one" else None,  # type: ignore[arg-type]
             stamp=applicator,
-            cut=partial(_cut, applicator),
+            cut=partial(cut_with_places, applicator),
         )
 
 
-def _cut(applicator: Applicator, images: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+def cut_with_places(applicator: Applicator, images: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     """See `SurrogateTask.cut`."""
-    found: list[Tensor] = []
-
-    def note(canvases: Tensor) -> Tensor:
-        found.append(canvases.clone())
-        return canvases
-
-    applicator(images, note)
-    if len(found) != 1:
-        raise PluginError(
-            f"applicator {type(applicator).__name__}: expected one call of the trigger for a batch, got {len(found)}"
-        )
-    return found[0], spread(places, found[0])
+    canvases = cut(applicator, images)
+    return canvases, spread(places, canvases)

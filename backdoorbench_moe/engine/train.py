@@ -90,7 +90,7 @@ class Trainer:
         objective: The loss, see `ops.tuning.Objective`; cross-entropy plus the auxiliary losses of routed layers if
             None.
         companion: Networks that the objective trains together with the model. They are part of checkpoints.
-        capture: See `TrainStep`.
+        cuda_graphs: See `TrainStep`.
         compile: See `TrainStep`. The default is False: on a CPU there was no gain (1.01x), and it was not measured on a
             GPU.
     """
@@ -109,7 +109,7 @@ class Trainer:
         modules: Sequence[nn.Module] | None = None,
         objective: Objective | None = None,
         companion: Companion | None = None,
-        capture: bool = True,
+        cuda_graphs: bool = True,
         compile: bool = False,
     ) -> None:
         self.model = model.to(device).to(memory_format=torch.channels_last)
@@ -127,8 +127,8 @@ class Trainer:
             augment=self.augmentation,
             label_smoothing=spec.label_smoothing,
             clip_grad=spec.clip_grad,
-            capture=capture,
-            also=None if companion is None else companion.optimizer,
+            cuda_graphs=cuda_graphs,
+            second_optimizer=None if companion is None else companion.optimizer,
         )
         self.companion = companion
         self.progress = Progress()

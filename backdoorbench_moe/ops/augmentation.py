@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from backdoorbench_moe.ops.images import LUMA
 from backdoorbench_moe.ops.seeding import derive_seed, uniform_at
 
 CROP_PADDING = 4
 ROTATE_DEGREES = 10.0
 COLOUR_STRENGTH = 0.4
 ERASE_SHARE, ERASE_AREA, ERASE_RATIO = 0.5, (0.02, 0.33), (0.3, 3.3)
-# ITU-R BT.601, as in torchvision, Pillow and kornia.
-LUMA = (0.299, 0.587, 0.114)
 
 
 def crop(images: Tensor, draws: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from backdoorbench_moe.ops.seeding import generator
 
 # 512 images of 32x32 are 6 MB, which stay in the cache; 4096 at a time took twice the time.
 CHUNK_VALUES = 512 * 3 * 32 * 32
+# Weights of red, green and blue in grey (ITU-R BT.601), as in Pillow, torchvision and kornia.
+LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)

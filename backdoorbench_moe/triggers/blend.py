@@ -10,6 +10,7 @@ from torch import Tensor
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.options import FilePath
 from backdoorbench_moe.triggers.base import Trigger
+from backdoorbench_moe.triggers.canvas import PerCanvas
 from backdoorbench_moe.triggers.picture import draw_quilt, fit_picture, read_picture
 
 
@@ -39,7 +40,7 @@ class Blend(Trigger):
             raise ConfigError.expected(f"{self._name}: ratio", "a number in (0, 1]", ratio)
         self.ratio, self.image = ratio, image
         self._picture = None if image is None else read_picture(image, self._name)
-        self._resized: dict[object, Tensor] = {}
+        self._resized = PerCanvas(self._fit)
 
     @property
     def picture(self) -> Tensor:
@@ -58,11 +59,7 @@ class Blend(Trigger):
 
     def _resize(self, images: Tensor) -> Tensor:
         """The picture in the size, device and type of the images."""
-        channels, height, width = images.shape[1:]
-        key = (channels, height, width, images.device, images.dtype)
-        if key not in self._resized:
-            # Tensors that are created in inference mode cannot take part in a backward pass later.
-            with torch.inference_mode(False):
-                resized = fit_picture(self.picture, channels, height, width, self._name)
-                self._resized[key] = resized.to(images.device, images.dtype)
-        return self._resized[key]
+        return self._resized(images).to(images.dtype)
+
+    def _fit(self, channels: int, height: int, width: int) -> Tensor:
+        return fit_picture(self.picture, channels, height, width, self._name)

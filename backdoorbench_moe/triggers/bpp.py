@@ -25,9 +25,10 @@ class BPP(Trigger):
     the model to ignore changes of this size that are not its own rounding.
 
     Departures: BppAttack takes z from the training set. A trigger does not hold the training set, so that z is a smooth
-    random picture here, drawn once for each image. BppAttack also draws new poison and noise images for every batch.
-    Here they are drawn once, because an attacker who only poisons data cannot influence the batches, which makes him
-    weaker. The paper's contrastive and adversarial training is not included, for the same reason.
+    random picture here, drawn for each image. BppAttack also draws new poison and noise images for every batch, as the
+    attack `training-control` does. With `data-poisoning` they are drawn once, because an attacker who only poisons data
+    cannot influence the batches, which makes him weaker. The paper's contrastive and adversarial training is not
+    included.
 
     Args:
         levels: Number q of levels of each channel, in 2..255; 8 in BackdoorBench.

@@ -89,11 +89,9 @@ class Frequency(Additive):
         """
         if channels != 3:
             raise ShapeError(f"frequency: expected images of 3 channels, got {channels}")
-        rows = [self._window(h, w) for h in self._cut(height) for w in self._cut(width)]
-        columns = len(self._cut(width))
-        lines = [torch.cat(rows[i : i + columns], dim=1) for i in range(0, len(rows), columns)]
+        rows = [torch.cat([self._window(h, w) for w in self._cut(width)], dim=1) for h in self._cut(height)]
         colours = torch.tensor(CHROMA[self.space], dtype=torch.float64).view(3, 1, 1)
-        return self.strength / LEVELS * colours * torch.cat(lines)
+        return self.strength / LEVELS * colours * torch.cat(rows)
 
     def _cut(self, length: int) -> list[int]:
         """Lengths of the windows along an axis."""

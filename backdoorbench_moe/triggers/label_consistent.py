@@ -34,7 +34,8 @@ class LabelConsistent(OptimisedTrigger):
 
     Args:
         surrogate: See `OptimisedTrigger`.
-        strength: Largest change of a pixel by the perturbation, in (0, 127/255].
+        strength: Largest change of a pixel by the perturbation, in [1/255, 127/255]. It is rounded down to a multiple
+            of 1/255, as images are saved with 8 bits.
         step: Change of a pixel in a step, above 0.
         steps: Steps of the perturbation, at least 1.
         seed: Not used, as nothing is random.
@@ -58,8 +59,8 @@ class LabelConsistent(OptimisedTrigger):
         seed: int = 0,
     ) -> None:
         super().__init__(surrogate=surrogate, seed=seed)
-        if not 0 < strength <= 127 / 255:
-            raise ConfigError.expected("label-consistent: strength", "a number in (0, 127/255]", strength)
+        if not 1 / 255 <= strength <= 127 / 255:
+            raise ConfigError.expected("label-consistent: strength", "a number in [1/255, 127/255]", strength)
         if not step > 0:
             raise ConfigError.expected("label-consistent: step", "a number above 0", step)
         check_at_least("label-consistent", 1, steps=steps)

@@ -9,14 +9,13 @@ from torch.nn import functional as F
 
 from backdoorbench_moe.errors import ConfigError, DataError, ShapeError
 from backdoorbench_moe.image_files import read_image
+from backdoorbench_moe.ops.images import LUMA
 from backdoorbench_moe.paths import expand
 
 SIDE = 128
 LIGHT = ((255, 220, 30), (255, 170, 200), (255, 255, 245), (120, 235, 255))
 DARK = ((190, 0, 30), (20, 30, 170), (0, 85, 40), (80, 10, 110))
 INK = (20, 15, 40)
-# Weights of red, green and blue in grey (ITU-R BT.601), as in Pillow.
-LUMA = (0.299, 0.587, 0.114)
 
 
 def draw_quilt() -> Tensor:

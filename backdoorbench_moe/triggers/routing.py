@@ -18,8 +18,7 @@ from backdoorbench_moe.moe.capture import (
     expert_share,
     least_used,
 )
-from backdoorbench_moe.moe.routed import RoutedModel
-from backdoorbench_moe.moe.routed import Routing as LayerRouting
+from backdoorbench_moe.moe.routed import RoutedModel, Routing
 from backdoorbench_moe.ops.descent import adam_descent
 from backdoorbench_moe.ops.routing import changed_patches
 from backdoorbench_moe.triggers.mark import LearnedMark
@@ -28,7 +27,7 @@ from backdoorbench_moe.triggers.optimised import Surrogate, SurrogateTask, check
 Objective = Literal["auto", "capture", "expert"]
 
 
-class Routing(LearnedMark):
+class RoutingMark(LearnedMark):
     """Overwrite a small square with a pattern that the routers of a surrogate send where the attacker wants.
 
     With "capture", as many experts as possible select the patch with the square: the victim can then ignore it nowhere.
@@ -132,7 +131,7 @@ class Routing(LearnedMark):
         found = {f"expert_{layer.layer}": float(e) for layer, e in zip(routing, aims, strict=True)}
         return {"captured_patches": expert_share(routing, touched, aims).mean().item(), **found}
 
-    def _route(self, task: SurrogateTask, images: Tensor, pattern: Tensor | None) -> list[LayerRouting]:
+    def _route(self, task: SurrogateTask, images: Tensor, pattern: Tensor | None) -> list[Routing]:
         """Route images with a pattern, or clean ones if it is None."""
         assert isinstance(task.model, RoutedModel)
         if pattern is not None:
@@ -156,7 +155,7 @@ class Routing(LearnedMark):
         return least_used(routing) if self.expert is None else [self.expert] * len(routing)
 
 
-def _choice(routing: Sequence[LayerRouting]) -> Choice:
+def _choice(routing: Sequence[Routing]) -> Choice:
     """What the routers choose, see `choice_of`: "patches" only if that is so in all layers."""
     found = {choice_of(layer) for layer in routing}
     return found.pop() if len(found) == 1 else "nothing" if "nothing" in found else "experts"

@@ -33,8 +33,9 @@ class Warp(Trigger):
     along each axis, for each pixel of each image. It teaches the model to react to exactly this distortion and to
     ignore similar ones. With "truncate" there is no noise form.
 
-    Departure: WaNet draws new poison and noise images and offsets for every batch. Here they are drawn once, because
-    an attacker who only poisons data cannot influence the batches. This is a weaker attacker than the paper's.
+    Departure: WaNet draws new poison and noise images and offsets for every batch, as the attack `training-control`
+    does. With `data-poisoning` they are drawn once, because an attacker who only poisons data cannot influence the
+    batches. This is a weaker attacker than the paper's.
 
     Args:
         grid_size: Number k of control points along each side of the grid, at least 1.

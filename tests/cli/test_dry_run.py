@@ -68,6 +68,18 @@ def test_a_surrogate_is_listed_like_a_twin(bbmoe, tmp_path) -> None:
     assert (code, out) == (2, "") and "trigger.surrogate: unknown 'pmo'; did you mean 'pmoe'" in err
 
 
+def test_networks_that_are_trained_with_the_model_have_no_estimate(bbmoe, tmp_path) -> None:
+    words = ["attack", *SMALL, "--attack", "training-control", "--output", tmp_path, "--dry-run"]
+    code, out, err = bbmoe(*words, "--json")
+    assert code == 0, err
+    twin, attacked = json.loads(out)["runs"]
+    assert twin["seconds_left"] > 0 and attacked["seconds_left"] is None
+    _, out, _ = bbmoe(*words)
+    assert "without 1 run whose cost is not known" in " ".join(out.split())
+    _, out, _ = bbmoe(*words, "--trigger", "warp", "--json")
+    assert all(run["seconds_left"] > 0 for run in json.loads(out)["runs"])
+
+
 def test_without_a_twin_there_is_none(bbmoe, tmp_path) -> None:
     words = [
         "attack",

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.data.base import Split
-from backdoorbench_moe.engine.control import ControlledTraining, cut
+from backdoorbench_moe.engine.build import cut
+from backdoorbench_moe.engine.control import ControlledTraining
 from backdoorbench_moe.engine.makers.train import TrainMaker
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import run_attack, run_defense

@@ -35,7 +35,7 @@ def fit(
     probe: Probe | None = None,
     objective: Objective | None = None,
     companion: Companion | None = None,
-    capture: bool = True,
+    cuda_graphs: bool = True,
 ) -> None:
     """Train a model in place, to the end of the recipe, and fill in the record's history and timing.
 
@@ -52,7 +52,7 @@ def fit(
         probe: Records the routing before training and after every epoch; None to record nothing.
         objective: The loss; see `Trainer`.
         companion: Networks that are trained together with the model; see `Trainer`.
-        capture: Whether the objective may be captured in a CUDA graph; see `TrainStep`.
+        cuda_graphs: Whether the objective may be captured in a CUDA graph; see `TrainStep`.
     """
 
     def keep(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -74,7 +74,7 @@ def fit(
             modules=modules,
             objective=objective,
             companion=companion,
-            capture=capture,
+            cuda_graphs=cuda_graphs,
         )
         if checkpoint:
             trainer.restore(*checkpoint)

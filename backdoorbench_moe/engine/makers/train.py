@@ -72,7 +72,7 @@ class TrainMaker(Maker):
                 probe=probe,
                 objective=None if control is None else control.objective,
                 companion=companion,
-                capture=control is None or control.capturable,
+                cuda_graphs=control is None or control.capturable,
             )
         if control is not None:
             control.finish()
