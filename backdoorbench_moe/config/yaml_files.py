@@ -72,5 +72,10 @@ def parse_setting(text: str) -> Values:
 
 
 def chain_settings(settings: Iterable[str]) -> Values:
-    """Merge several "dotted.key=value" strings; later ones win."""
+    """Merge several "dotted.key=value" strings of a run spec; later ones win."""
     return merge(*(normalise(parse_setting(text)) for text in settings))
+
+
+def chain_options(settings: Iterable[str]) -> Values:
+    """Merge several "dotted.key=value" strings of the options of parts, one of which may be called `applicator`."""
+    return merge(*map(parse_setting, settings))

@@ -97,6 +97,17 @@ def test_bad_input_is_one_clear_line_and_exit_2(bbmoe, victim, tmp_path, args, m
     assert sorted((tmp_path / "runs").rglob("*")) == before and not (tmp_path / "other").exists()
 
 
+def test_an_option_may_have_the_name_of_a_part(bbmoe, victim) -> None:
+    """A `trigger` or an `applicator` of a run spec is a part with options of its own, an option of a defense is not."""
+    tiles = ("--defense", "tile-tuning", "--set", "clean_fraction=0.5", "--set", "epochs=1")
+    code, out, err = bbmoe(
+        "defend", victim.folder.path, *tiles, "--set", "applicator=image", "--dry-run", "--json"
+    )
+    assert code == 0, err
+    code, _, err = bbmoe("defend", victim.folder.path, *tiles, "--set", "applicator=tile")
+    assert code == 2 and "applicator: unknown 'tile'; known: image, patch" in err
+
+
 def test_what_is_no_finished_run_is_refused(bbmoe, victim, tmp_path) -> None:
     code, _, err = bbmoe("defend", tmp_path / "none", *PRUNING)
     assert code == 2 and "expected a folder with a record.json" in err
