@@ -163,7 +163,14 @@ class NeuralCleanse(Defense):
         if chosen:
             stamp = partial(stamp_one, found.values[chosen], side)
             objective = stamped_objective(stamp, self.share)
-            task.tune(task.model, task.clean, epochs=self.unlearn_epochs, lr=self.lr, objective=objective)
+            task.tune(
+                task.model,
+                task.clean,
+                epochs=self.unlearn_epochs,
+                lr=self.lr,
+                objective=objective,
+                augment=True,
+            )
         return DefenseResult("unlearned", task.model, (judgement,))
 
     def _search(self, task: DefenseTask, side: int | None) -> Search:

@@ -79,7 +79,7 @@ class TileTuning(Defense):
         names: list[str] = [*STAMPS] if self.tiles == "mixed" else [self.tiles]
         side = canvas_side(self.applicator, self.patch_size, task.model, task.image_size)
         objective = stamped_objective(partial(stamp_at_random, names, side), self.share)
-        task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr, objective=objective)
+        task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr, objective=objective, augment=True)
         return DefenseResult("tuned", task.model)
 
 
