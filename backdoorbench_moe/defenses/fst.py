@@ -79,7 +79,8 @@ class FST(Defense):
         def objective(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             shift.keep_norms()
             logits, routing = forward(model, images)
-            return logits, training_loss(logits, routing, labels) + self.alpha * shift.likeness()
+            loss = training_loss(logits, routing, labels, label_smoothing=task.train.label_smoothing)
+            return logits, loss + self.alpha * shift.likeness()
 
         task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr, objective=objective, augment=True)
         shift.keep_norms()

@@ -132,7 +132,7 @@ class NAD(Defense):
                 with torch.no_grad():
                     _, wanted = forward(teacher, images)
                 logits, routing = forward(model, images)
-                loss = training_loss(logits, routing, labels)
+                loss = training_loss(logits, routing, labels, label_smoothing=task.train.label_smoothing)
                 for beta, features, target in zip(self.betas[-len(maps) :], own, taught, strict=True):
                     loss = loss + beta * attention_distance(features, target)
                 if self.gate_weight:

@@ -162,7 +162,7 @@ class NeuralCleanse(Defense):
             return DefenseResult("inverted", task.model, (judgement,))
         if chosen:
             stamp = partial(stamp_one, found.values[chosen], side)
-            objective = stamped_objective(stamp, self.share)
+            objective = stamped_objective(stamp, self.share, task.train.label_smoothing)
             task.tune(
                 task.model,
                 task.clean,

@@ -78,7 +78,8 @@ class TileTuning(Defense):
         """Tune."""
         names: list[str] = [*STAMPS] if self.tiles == "mixed" else [self.tiles]
         side = canvas_side(self.applicator, self.patch_size, task.model, task.image_size)
-        objective = stamped_objective(partial(stamp_at_random, names, side), self.share)
+        stamp = partial(stamp_at_random, names, side)
+        objective = stamped_objective(stamp, self.share, task.train.label_smoothing)
         task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr, objective=objective, augment=True)
         return DefenseResult("tuned", task.model)
 
