@@ -36,6 +36,15 @@ class StrictLoader(yaml.SafeLoader):
 EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
 
+# YAML 1.1 also takes on, off, yes and no for booleans, even as keys such as the option `on` of a defense. This is the
+# rule of YAML 1.2.
+BOOL, BOOLEAN = "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$")
+StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if tag != BOOL]
+    for first, rules in StrictLoader.yaml_implicit_resolvers.items()
+}
+StrictLoader.add_implicit_resolver(BOOL, BOOLEAN, list("tTfF"))
+
 
 def load_yaml(path: Path) -> Values:
     """Read a config file.
