@@ -11,7 +11,7 @@ import click
 
 from backdoorbench_moe.cli.params import PATH
 from backdoorbench_moe.cli.threads import CoreUsage, threads_option, use_threads
-from backdoorbench_moe.config import PartSpec, Values, chain_settings
+from backdoorbench_moe.config import PartSpec, Values, chain_options
 
 if TYPE_CHECKING:
     from backdoorbench_moe.engine.run import Run
@@ -76,7 +76,7 @@ def command(
     usage = CoreUsage.now()
     from backdoorbench_moe.bench.defense_options import split_names
 
-    defenses, options = split_names(names), chain_settings(settings)
+    defenses, options = split_names(names), chain_options(settings)
     from backdoorbench_moe.cli.progress import make_observer
     from backdoorbench_moe.engine.run import load_run
 

@@ -10,7 +10,7 @@ import click
 from backdoorbench_moe.cli.kind_names import ONE_KIND
 from backdoorbench_moe.cli.list import check_kind
 from backdoorbench_moe.cli.streams import echo
-from backdoorbench_moe.config import chain_settings, load_recipe
+from backdoorbench_moe.config import chain_options, load_recipe
 from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.errors import ConfigError, DataError
 from backdoorbench_moe.options import REQUIRED
@@ -73,14 +73,14 @@ def command(
         },
     }
     if kind == "model":
-        given = chain_settings(settings)
+        given = chain_options(settings)
         info["size"] = _model_size(name, num_classes, image_size, given)
         chosen = recipe or RECIPE
         options = load_recipe(chosen, name).get("models", {}).get(name, {})
         size = _model_size(name, num_classes, image_size, {**options, **given}) if options else info["size"]
         info["recipe"] = {"name": chosen, "options": options, "size": size}
     if kind == "dataset":
-        options = chain_settings(settings) | ({} if data_root is None else {"root": data_root})
+        options = chain_options(settings) | ({} if data_root is None else {"root": data_root})
         info["classes"] = _class_names(name, options)
     if kind == "attack":
         info["implies"] = dict(getattr(part, "implies", {}))

@@ -16,7 +16,7 @@ from backdoorbench_moe.config.spec import (
     spec_from_dict,
 )
 from backdoorbench_moe.config.train import TrainSpec
-from backdoorbench_moe.config.yaml_files import chain_settings, load_yaml, parse_setting
+from backdoorbench_moe.config.yaml_files import chain_options, chain_settings, load_yaml, parse_setting
 
 __all__ = [
     "DATASET_NOT_IN_DIGEST",
@@ -28,6 +28,7 @@ __all__ = [
     "TrainSpec",
     "Values",
     "build_spec",
+    "chain_options",
     "chain_settings",
     "class_number",
     "load_recipe",

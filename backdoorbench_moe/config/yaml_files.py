@@ -36,6 +36,15 @@ class StrictLoader(yaml.SafeLoader):
 EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
 
+# YAML 1.1 also takes on, off, yes and no for booleans, even as keys such as the option `on` of a defense. This is the
+# rule of YAML 1.2.
+BOOL, BOOLEAN = "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$")
+StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if tag != BOOL]
+    for first, rules in StrictLoader.yaml_implicit_resolvers.items()
+}
+StrictLoader.add_implicit_resolver(BOOL, BOOLEAN, list("tTfF"))
+
 
 def load_yaml(path: Path) -> Values:
     """Read a config file.
@@ -72,5 +81,10 @@ def parse_setting(text: str) -> Values:
 
 
 def chain_settings(settings: Iterable[str]) -> Values:
-    """Merge several "dotted.key=value" strings; later ones win."""
+    """Merge several "dotted.key=value" strings of a run spec; later ones win."""
     return merge(*(normalise(parse_setting(text)) for text in settings))
+
+
+def chain_options(settings: Iterable[str]) -> Values:
+    """Merge several "dotted.key=value" strings of the options of parts, one of which may be called `applicator`."""
+    return merge(*map(parse_setting, settings))

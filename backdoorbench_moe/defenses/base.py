@@ -140,7 +140,8 @@ class DefenseResult:
 class Defense(ABC):
     """A defense, which a defender applies to a model without knowing whether and how it was attacked.
 
-    Subclasses implement `defend`, and `check` if they do not work on every model. Users call an instance.
+    Subclasses implement `defend`, `check` if they do not work on every model, and `check_images` if they do not work on
+    images of every size. Users call an instance.
 
     Attributes:
         needs: What `DefenseTask` must provide besides the model, a subset of `NEEDS`: "clean" (images with true
@@ -224,10 +225,11 @@ class Defense(ABC):
         """Defend the task's model.
 
         Raises:
-            ConfigError: The defense cannot be applied to this model.
+            ConfigError: The defense cannot be applied to this model, or to its images.
             PluginError: The subclass did not return a valid result.
         """
         self.check_model(task.model)
+        self.check_images(task.model, task.image_size)
         result = self.defend(task)
         if not isinstance(result, DefenseResult):
             raise PluginError(f"defense {type(self).__name__}: expected a DefenseResult, got {result!r}")
@@ -272,6 +274,17 @@ class Defense(ABC):
             ConfigError: The defense cannot be applied; the message names the option or the model.
         """
 
+    def check_images(self, model: nn.Module, image_size: int) -> None:  # noqa: B027
+        """Check whether the defense can be applied to images of a size. The default accepts every size.
+
+        Args:
+            model: The model, which `check_model` has accepted; it must not be changed.
+            image_size: Side of the square images in pixels.
+
+        Raises:
+            ConfigError: The defense cannot be applied; the message names the option.
+        """
+
     @abstractmethod
     def defend(self, task: DefenseTask) -> DefenseResult:
-        """Defend the task's model. It is called after `check` has accepted the model."""
+        """Defend the task's model. It is called after `check` and `check_images` have accepted it."""

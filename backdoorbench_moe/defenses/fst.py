@@ -29,8 +29,8 @@ class FST(Defense):
     The control is `fine-tuning` with the same epochs, learning rate and clean images; `router-reset` with the scope
     "all" is that of "router".
 
-    Departures: epochs, learning rate, optimizer and schedule are those of `fine-tuning`, so that the two can be
-    compared. The source takes SGD, 10 epochs and a constant learning rate of 0.01.
+    Departures: epochs, learning rate, optimizer, schedule and augmentation are those of `fine-tuning`, so that the two
+    can be compared. The source takes SGD, 10 epochs and a constant learning rate of 0.01.
 
     Args:
         reset: What is drawn anew: the "head", as in the source; the "router"; or "head+router".
@@ -79,9 +79,10 @@ class FST(Defense):
         def objective(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             shift.keep_norms()
             logits, routing = forward(model, images)
-            return logits, training_loss(logits, routing, labels) + self.alpha * shift.likeness()
+            loss = training_loss(logits, routing, labels, label_smoothing=task.train.label_smoothing)
+            return logits, loss + self.alpha * shift.likeness()
 
-        task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr, objective=objective)
+        task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr, objective=objective, augment=True)
         shift.keep_norms()
         return DefenseResult("tuned", task.model)
 

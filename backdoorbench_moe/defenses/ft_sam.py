@@ -29,9 +29,9 @@ class FTSAM(Defense):
 
     The control is `fine-tuning` with the same scope, epochs, learning rate and clean images.
 
-    Departures: epochs, learning rate, optimizer and schedule are those of `fine-tuning`, so that the two can be
-    compared; the source's code takes SGD with a learning rate of 0.01 for 50 to 100 epochs. The auxiliary losses of
-    routed layers are part of the loss.
+    Departures: epochs, learning rate, optimizer, schedule and augmentation are those of `fine-tuning`, so that the two
+    can be compared; the source's code takes SGD with a learning rate of 0.01 for 50 to 100 epochs. The auxiliary losses
+    of routed layers are part of the loss.
 
     Args:
         scope: What is trained and shifted: "all", or the component "experts", "router" or "head". The rest of the model
@@ -90,6 +90,7 @@ class FTSAM(Defense):
             lr=self.lr,
             modules=modules_in(task.model, self.scope),
             objective=self.sharp_loss,
+            augment=True,
         )
         return DefenseResult("tuned", task.model)
 

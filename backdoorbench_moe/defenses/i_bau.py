@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,11 @@ from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.requirements import Scope, check_tuning, modules_in
+from backdoorbench_moe.defenses.stamps import ApplicatorName, canvas_shape, canvas_side, check_patch_size
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.hypergradient import fixed_point_hypergradient
 from backdoorbench_moe.ops.images import Split, as_input
-from backdoorbench_moe.ops.ranges import check_epochs, check_positive, check_weight
+from backdoorbench_moe.ops.ranges import check_epochs, check_positive, check_share, check_weight
 from backdoorbench_moe.ops.seeding import generator
 
 # Step of the gradient descent whose fixed point the hypergradient is taken at; that of the authors' code.
@@ -51,7 +52,8 @@ class IBAU(Defense):
 
     Args:
         applicator: "image", or "patch" for a tile that is repeated.
-        patch_size: Side of the tile in pixels, for "patch"; that of the model's patches if None.
+        patch_size: By patch, the side of the tile in pixels, a divisor of the image's height and width. None: that of
+            the model's patches, or 4 for a model without patches.
         rounds: Rounds, from 1.
         inner_steps: Steps of gradient descent on d in each round, from 1; each takes one batch.
         inner_lr: Step size of d, above 0.
@@ -66,8 +68,8 @@ class IBAU(Defense):
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
 
     Raises:
-        ConfigError: A value is out of range; the model does not have the component; or with "patch", it has no patches
-            and no size is given, or the size does not divide the images.
+        ConfigError: A value is out of range, the model does not have the component, or the tiles do not cover the
+            images.
 
     Source:
         Zeng et al., "Adversarial unlearning of backdoors via implicit hypergradient", ICLR 2022, eq. 1 and algorithm 1;
@@ -79,7 +81,7 @@ class IBAU(Defense):
     def __init__(
         self,
         *,
-        applicator: Literal["image", "patch"] = "image",
+        applicator: ApplicatorName = "image",
         patch_size: int | None = None,
         rounds: int = 5,
         inner_steps: int = 50,
@@ -99,22 +101,19 @@ class IBAU(Defense):
         check_tuning(rounds, lr, at_least=1)
         check_positive(inner_lr=inner_lr, radius=radius)
         check_weight(penalty=penalty)
-        if not 0 <= portion <= 1:
-            raise ConfigError.expected("portion", "a number in [0, 1]", portion)
-        if patch_size is not None and (applicator == "image" or patch_size < 1):
-            wanted = (
-                "a positive number of pixels" if applicator == "patch" else "None with applicator 'image'"
-            )
-            raise ConfigError.expected("patch_size", wanted, patch_size)
+        check_share(portion=portion)
+        check_patch_size(applicator, patch_size)
         self.applicator, self.patch_size, self.rounds = applicator, patch_size, rounds
         self.inner_steps, self.inner_lr, self.penalty, self.radius = inner_steps, inner_lr, penalty, radius
         self.portion, self.fixed_point_steps, self.scope, self.lr = portion, fixed_point_steps, scope, lr
 
     def check(self, model: nn.Module) -> None:
-        """Raise ConfigError if the model does not have the component, or no patches."""
+        """Raise ConfigError if the model does not have the component."""
         modules_in(model, self.scope)
-        if self.applicator == "patch":
-            self._tile_size(model)
+
+    def check_images(self, model: nn.Module, image_size: int) -> None:
+        """Raise ConfigError if the tiles do not cover the images."""
+        canvas_side(self.applicator, self.patch_size, model, image_size)
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
         """Take the steps of both players in each round.
@@ -168,13 +167,11 @@ class IBAU(Defense):
             game.optimizer.step()
 
     def _game(self, task: DefenseTask) -> Game:
-        """Return what both players share. Raises ConfigError if the tile does not divide the images."""
-        model, (channels, height, width) = task.model.eval(), task.clean.images.shape[1:]
-        side = self._tile_size(model) if self.applicator == "patch" else None
-        if side is not None and (height % side or width % side):
-            raise ConfigError.expected(
-                "patch_size", f"a divisor of the image's {height}x{width} pixels", side
-            )
+        """Return what both players share."""
+        model, images = task.model.eval(), task.clean.images
+        height, width = images.shape[2:]
+        side = canvas_side(self.applicator, self.patch_size, model, task.image_size)
+        rows, columns = canvas_shape(images, side)
         modules = modules_in(model, self.scope)
         owners = [model] if modules is None else modules
         weights = [weight for owner in owners for weight in owner.parameters() if weight.requires_grad]
@@ -182,18 +179,10 @@ class IBAU(Defense):
             model=model,
             weights=weights,
             optimizer=torch.optim.Adam(weights, lr=self.lr),
-            tile_shape=(1, channels, side or height, side or width),
-            repeats=(height // side, width // side) if side else (1, 1),
+            tile_shape=(1, images.shape[1], rows, columns),
+            repeats=(height // rows, width // columns),
             penalty=self.penalty,
         )
-
-    def _tile_size(self, model: nn.Module) -> int:
-        side = self.patch_size or getattr(model, "patch_size", None)
-        if not isinstance(side, int):
-            raise ConfigError(
-                f"patch_size: {type(model).__name__} has no patches; expected the side of the tile in pixels"
-            )
-        return side
 
 
 @dataclass(frozen=True)

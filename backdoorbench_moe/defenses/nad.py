@@ -44,8 +44,8 @@ class NAD(Defense):
     after `fine-tuning` with the same scope, epochs, learning rate and clean images; NAD deserves credit only for what
     it gains over that.
 
-    Departures: epochs, learning rate, optimizer and schedule are those of `fine-tuning`. The source tunes the teacher
-    for 10 epochs and the model for 20, with SGD and a learning rate of 0.1.
+    Departures: epochs, learning rate, optimizer, schedule and augmentation are those of `fine-tuning`. The source tunes
+    the teacher for 10 epochs and the model for 20, with SGD and a learning rate of 0.1.
 
     Args:
         maps: "all"; or "trunk", those before the first experts of a routed model.
@@ -132,14 +132,22 @@ class NAD(Defense):
                 with torch.no_grad():
                     _, wanted = forward(teacher, images)
                 logits, routing = forward(model, images)
-                loss = training_loss(logits, routing, labels)
+                loss = training_loss(logits, routing, labels, label_smoothing=task.train.label_smoothing)
                 for beta, features, target in zip(self.betas[-len(maps) :], own, taught, strict=True):
                     loss = loss + beta * attention_distance(features, target)
                 if self.gate_weight:
                     loss = loss + self.gate_weight * gate_distance(routing, wanted)
                 return logits, loss
 
-            task.tune(model, task.clean, epochs=self.epochs, lr=self.lr, modules=modules, objective=objective)
+            task.tune(
+                model,
+                task.clean,
+                epochs=self.epochs,
+                lr=self.lr,
+                modules=modules,
+                objective=objective,
+                augment=True,
+            )
         return DefenseResult("distilled", model)
 
     def _find_maps(self, task: DefenseTask) -> list[FeatureMap]:

@@ -15,7 +15,13 @@ from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.inversion import Found, Search, invert
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.stamped_tuning import check_share, stamped_objective
-from backdoorbench_moe.defenses.stamps import ApplicatorName, blend_pattern, canvas_side, stamp_all
+from backdoorbench_moe.defenses.stamps import (
+    ApplicatorName,
+    blend_pattern,
+    canvas_side,
+    check_patch_size,
+    stamp_all,
+)
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.outliers import anomaly_indices
 from backdoorbench_moe.ops.ranges import check_positive
@@ -70,7 +76,7 @@ class NeuralCleanse(Defense):
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
 
     Raises:
-        ConfigError: A value is out of range, or the tiles do not cover the model's images.
+        ConfigError: A value is out of range, or the tiles do not cover the images.
 
     Source:
         Wang et al., "Neural Cleanse: Identifying and Mitigating Backdoor Attacks in Neural Networks", IEEE S&P 2019,
@@ -111,14 +117,15 @@ class NeuralCleanse(Defense):
             raise ConfigError.expected("success", "a number in (0, 1)", success)
         check_positive(threshold=threshold, lr=lr)
         check_share(share)
+        check_patch_size(applicator, patch_size)
         self.applicator, self.patch_size = applicator, patch_size
         self.epochs, self.batch_size, self.success, self.patience = epochs, batch_size, success, patience
         self.classes_at_once, self.threshold = classes_at_once, threshold
         self.unlearn, self.unlearn_epochs, self.share, self.lr = unlearn, unlearn_epochs, share, lr
 
-    def check(self, model: nn.Module) -> None:
-        """Raise ConfigError if the tiles do not cover the model's images."""
-        canvas_side(self.applicator, self.patch_size, model)
+    def check_images(self, model: nn.Module, image_size: int) -> None:
+        """Raise ConfigError if the tiles do not cover the images."""
+        canvas_side(self.applicator, self.patch_size, model, image_size)
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
         """Search for the stamp of each class, measure its success on the images of other classes, and unlearn.
@@ -130,7 +137,7 @@ class NeuralCleanse(Defense):
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Invert, judge and unlearn."""
-        side = canvas_side(self.applicator, self.patch_size, task.model)
+        side = canvas_side(self.applicator, self.patch_size, task.model, task.image_size)
         found = invert(task.model, task.clean, range(task.num_classes), self._search(task, side))
         indices = anomaly_indices(found.sizes)
         flagged = [label for label, index in enumerate(indices) if index > self.threshold]
@@ -155,8 +162,15 @@ class NeuralCleanse(Defense):
             return DefenseResult("inverted", task.model, (judgement,))
         if chosen:
             stamp = partial(stamp_one, found.values[chosen], side)
-            objective = stamped_objective(stamp, self.share)
-            task.tune(task.model, task.clean, epochs=self.unlearn_epochs, lr=self.lr, objective=objective)
+            objective = stamped_objective(stamp, self.share, task.train.label_smoothing)
+            task.tune(
+                task.model,
+                task.clean,
+                epochs=self.unlearn_epochs,
+                lr=self.lr,
+                objective=objective,
+                augment=True,
+            )
         return DefenseResult("unlearned", task.model, (judgement,))
 
     def _search(self, task: DefenseTask, side: int | None) -> Search:

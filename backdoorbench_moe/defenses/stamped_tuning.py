@@ -6,17 +6,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from backdoorbench_moe.defenses.losses import forward, training_loss
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.ops.tuning import Objective
 
 # From images (B, 3, H, W) in [0, 1] to stamped ones; it may draw from torch's global generator.
 Stamp = Callable[[Tensor], Tensor]
 
 
-def stamped_objective(stamp: Stamp, share: float) -> Objective:
+def stamped_objective(stamp: Stamp, share: float, label_smoothing: float = 0.0) -> Objective:
     """Return the usual loss (cross-entropy and the routed layers' auxiliary losses) on partly stamped batches.
 
     Batches are drawn in random order, so that stamping the first images of each batch is stamping random images.
@@ -24,6 +23,7 @@ def stamped_objective(stamp: Stamp, share: float) -> Objective:
     Args:
         stamp: Stamps the images.
         share: Share of each batch that is stamped, in (0, 1]; the number is rounded to the nearest integer.
+        label_smoothing: That of the recipe, see `training_loss`.
     """
 
     def objective(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,8 +31,8 @@ def stamped_objective(stamp: Stamp, share: float) -> Objective:
         if count:
             images = torch.cat([stamp(images[:count]), images[count:]])
             images = images.contiguous(memory_format=torch.channels_last)
-        logits, auxiliary = _forward(model, images)
-        return logits, F.cross_entropy(logits.float(), labels) + auxiliary
+        logits, routing = forward(model, images)
+        return logits, training_loss(logits, routing, labels, label_smoothing=label_smoothing)
 
     return objective
 
@@ -41,12 +41,3 @@ def check_share(share: float) -> None:
     """Raise ConfigError if a share of a batch is not in (0, 1]."""
     if not 0 < share <= 1:
         raise ConfigError.expected("share", "a number in (0, 1]", share)
-
-
-def _forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | float]:
-    """Return the logits and the sum of the auxiliary losses of routed layers."""
-    if not isinstance(model, RoutedModel):
-        return model(images), 0.0
-    output = model.forward_routed(images)
-    own = [routing.aux_loss for routing in output.routing if routing.aux_loss is not None]
-    return output.logits, torch.stack(own).sum() if own else 0.0

@@ -69,28 +69,37 @@ def _first(at: Tensor, size: int) -> Tensor:
     return at.floor().long().clamp(0, max(0, size - 2))
 
 
-def canvas_side(applicator: ApplicatorName, patch_size: int | None, model: nn.Module) -> int | None:
-    """Return the side of the tiles; None if the stamp covers the whole image.
+def check_patch_size(applicator: ApplicatorName, patch_size: int | None) -> None:
+    """Raise ConfigError if the side of tiles is given without tiles, or is not a positive number."""
+    if patch_size is None:
+        return
+    if applicator == "image":
+        raise ConfigError.expected("patch_size", "none for the applicator image", patch_size)
+    if patch_size < 1:
+        raise ConfigError.expected("patch_size", "a positive number of pixels", patch_size)
+
+
+def canvas_side(
+    applicator: ApplicatorName, patch_size: int | None, model: nn.Module, image_size: int
+) -> int | None:
+    """Return the side of the tiles in pixels; None if the stamp covers the whole image.
 
     Args:
         applicator: "image" or "patch".
         patch_size: The side that the user asks for; if None it is that of the model's patches, or 4 for a model that
             has none.
         model: The model.
+        image_size: Side of the square images in pixels.
 
     Raises:
-        ConfigError: A side was asked for without tiles, or it does not divide the model's image size.
+        ConfigError: The tiles do not cover the images.
     """
     if applicator == "image":
-        if patch_size is not None:
-            raise ConfigError.expected("patch_size", "none for the applicator image", patch_size)
         return None
     own = getattr(model, "patch_size", None)
     side = (own if isinstance(own, int) else DEFAULT_PATCH_SIZE) if patch_size is None else patch_size
-    size = getattr(model, "image_size", None)
-    if side < 1 or (isinstance(size, int) and size % side):
-        pixels = f"{size} pixels" if isinstance(size, int) else "height and width"
-        raise ConfigError.expected("patch_size", f"a divisor of the image's {pixels}", side)
+    if image_size % side:
+        raise ConfigError.expected("patch_size", f"a divisor of the image's {image_size} pixels", side)
     return side
 
 

@@ -17,6 +17,7 @@ from backdoorbench_moe.defenses.stamps import (
     blend_pattern,
     canvas_shape,
     canvas_side,
+    check_patch_size,
     displace_pixels,
     stamp_all,
 )
@@ -46,7 +47,7 @@ class TileTuning(Defense):
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
 
     Raises:
-        ConfigError: A value is out of range, or the tiles do not cover the model's images.
+        ConfigError: A value is out of range, or the tiles do not cover the images.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
@@ -65,19 +66,21 @@ class TileTuning(Defense):
         super().__init__(clean_fraction=clean_fraction)
         check_tuning(epochs, lr, at_least=1)
         check_share(share)
+        check_patch_size(applicator, patch_size)
         self.tiles, self.applicator, self.patch_size = tiles, applicator, patch_size
         self.epochs, self.share, self.lr = epochs, share, lr
 
-    def check(self, model: nn.Module) -> None:
-        """Raise ConfigError if the tiles do not cover the model's images."""
-        canvas_side(self.applicator, self.patch_size, model)
+    def check_images(self, model: nn.Module, image_size: int) -> None:
+        """Raise ConfigError if the tiles do not cover the images."""
+        canvas_side(self.applicator, self.patch_size, model, image_size)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Tune."""
         names: list[str] = [*STAMPS] if self.tiles == "mixed" else [self.tiles]
-        side = canvas_side(self.applicator, self.patch_size, task.model)
-        objective = stamped_objective(partial(stamp_at_random, names, side), self.share)
-        task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr, objective=objective)
+        side = canvas_side(self.applicator, self.patch_size, task.model, task.image_size)
+        stamp = partial(stamp_at_random, names, side)
+        objective = stamped_objective(stamp, self.share, task.train.label_smoothing)
+        task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr, objective=objective, augment=True)
         return DefenseResult("tuned", task.model)
 
 

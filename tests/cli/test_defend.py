@@ -71,6 +71,7 @@ def test_the_same_from_python(victim, tmp_path) -> None:
         api.defend(victim, "fine-tuning", scop="head")
 
 
+TILES_OF_5 = ("--set", "applicator=patch", "--set", "patch_size=5", "--set", "clean_fraction=0.5")
 BAD = {
     "unknown defense": (["--defense", "fine-prune"], "defense: unknown 'fine-prune'; did you mean 'fine-pruning'"),
     "no defense": ([], "Missing option '--defense'"),
@@ -81,6 +82,7 @@ BAD = {
     "nested": ([*PRUNING, "--set", "a.b=1"], "defenses[0].option: unknown 'a'"),
     "few images": ([*PRUNING, "--set", "clean_fraction=0.03"], "defenses[0].clean_fraction: 0.03 of 96 images is 2"),
     "scope": ([*PRUNING, "--set", "scope=expert"], "defenses[0].scope: unknown 'expert'; did you mean 'experts'"),
+    "tiles": (["--defense", "i-bau", *TILES_OF_5], "defenses[0].patch_size: expected a divisor of the image's 32"),
     "data root": ([*PRUNING, "--data-root", "x"], "option: unknown 'root'"),
     "device": ([*PRUNING, "--device", "gpu"], "device: expected"),
     "no key and value": ([*PRUNING, "--set", "ratio"], "--set: expected dotted.key=value"),
@@ -95,6 +97,17 @@ def test_bad_input_is_one_clear_line_and_exit_2(bbmoe, victim, tmp_path, args, m
         assert (code, out) == (2, "") and message in err and "Traceback" not in err
         assert "Usage" in err or err.count("\n") == 1
     assert sorted((tmp_path / "runs").rglob("*")) == before and not (tmp_path / "other").exists()
+
+
+def test_an_option_may_have_the_name_of_a_part(bbmoe, victim) -> None:
+    """A `trigger` or an `applicator` of a run spec is a part with options of its own, an option of a defense is not."""
+    tiles = ("--defense", "tile-tuning", "--set", "clean_fraction=0.5", "--set", "epochs=1")
+    code, _, err = bbmoe(
+        "defend", victim.folder.path, *tiles, "--set", "applicator=image", "--dry-run", "--json"
+    )
+    assert code == 0, err
+    code, _, err = bbmoe("defend", victim.folder.path, *tiles, "--set", "applicator=tile")
+    assert code == 2 and "applicator: unknown 'tile'; known: image, patch" in err
 
 
 def test_what_is_no_finished_run_is_refused(bbmoe, victim, tmp_path) -> None:

@@ -158,6 +158,12 @@ def test_settings_are_typed_by_yaml() -> None:
     }
 
 
+def test_on_and_off_are_texts_and_keys_and_true_and_false_are_booleans(tmp_path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("{on: routing, off: yes, y: [no, On, true, False, TRUE]}")
+    assert load_yaml(file) == {"on": "routing", "off": "yes", "y": ["no", "On", True, False, True]}
+
+
 def test_yaml_files(tmp_path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("model: wide_resnet\npoison: {rate: 1%}\n")

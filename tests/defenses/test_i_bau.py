@@ -143,6 +143,14 @@ def test_the_second_term_of_the_gradient_is_the_implicit_one() -> None:
         assert implicit == pytest.approx(quotient, rel=1e-4) and abs(implicit) > 1e-8
 
 
+@pytest.mark.parametrize(("name", "side"), [("pmoe", 4), ("wide_resnet", 4), ("image", 32)])
+def test_the_side_of_the_tile(name, side) -> None:
+    form = "image" if name == "image" else "patch"
+    model = used_model("pmoe" if name == "image" else name)
+    game = create_defense("i-bau", applicator=form)._game(make_task(model, name=name)[0])
+    assert game.tile_shape == (1, 3, side, side) and game.repeats == (32 // side, 32 // side)
+
+
 @pytest.mark.parametrize(("scope", "prefixes"), [("router", ("moe.router.",)), ("head", ("head.",))])
 def test_only_what_is_in_scope_changes_and_no_statistics(scope, prefixes) -> None:
     model = used_model()
@@ -156,14 +164,11 @@ def test_only_what_is_in_scope_changes_and_no_statistics(scope, prefixes) -> Non
 
 def test_what_does_not_fit_is_refused() -> None:
     dense = used_model("wide_resnet")
-    with pytest.raises(ConfigError, match="patch_size: WideResNet has no patches; expected the side"):
-        create_defense("i-bau", applicator="patch").check(dense)
-    create_defense("i-bau", applicator="patch", patch_size=4).check(dense)
-    with pytest.raises(
-        ConfigError, match="patch_size: expected a divisor of the image's 32x32 pixels, got 5"
-    ):
+    with pytest.raises(ConfigError, match="patch_size: expected a divisor of the image's 32 pixels, got 5"):
         create_defense("i-bau", applicator="patch", patch_size=5)(make_task(dense, name="wide_resnet")[0])
-    with pytest.raises(ConfigError, match="patch_size: expected None with applicator 'image', got 4"):
+    with pytest.raises(ConfigError, match="patch_size: expected none for the applicator image, got 4"):
         create_defense("i-bau", patch_size=4)
+    with pytest.raises(ConfigError, match=r"scope: expected one of .* for WideResNet, got 'router'"):
+        create_defense("i-bau", scope="router").check(dense)
     with pytest.raises(ConfigError, match=r"portion: expected a number in \[0, 1\], got 2"):
         create_defense("i-bau", portion=2.0)

@@ -209,9 +209,18 @@ def test_options_out_of_range(options, message) -> None:
         create_defense("neural-cleanse", **options)
 
 
-@pytest.mark.parametrize("name", ["neural-cleanse", "tile-tuning"])
+@pytest.mark.parametrize("name", ["neural-cleanse", "tile-tuning", "i-bau"])
 def test_tiles_that_do_not_cover_the_image_are_refused(name) -> None:
-    with pytest.raises(ConfigError, match="patch_size: expected a divisor of the image's 32 pixels, got 5"):
-        create_defense(name, applicator="patch", patch_size=5).check_model(used_model())
+    for model in (used_model(), used_model("wide_resnet")):
+        defense = create_defense(name, applicator="patch", patch_size=5)
+        defense.check_images(model, 30)
+        with pytest.raises(
+            ConfigError, match="patch_size: expected a divisor of the image's 32 pixels, got 5"
+        ):
+            defense.check_images(model, 32)
+        with pytest.raises(
+            ConfigError, match="patch_size: expected a divisor of the image's 30 pixels, got 4"
+        ):
+            create_defense(name, applicator="patch").check_images(model, 30)
     with pytest.raises(ConfigError, match="patch_size: expected none for the applicator image, got 4"):
-        create_defense(name, applicator="image", patch_size=4).check_model(used_model())
+        create_defense(name, applicator="image", patch_size=4)

@@ -75,9 +75,9 @@ def test_a_canvas_of_one_pixel() -> None:
 
 def test_the_side_of_a_tile() -> None:
     pmoe, dense = used_model("pmoe"), used_model("wide_resnet")
-    assert canvas_side("image", None, pmoe) is None
-    assert canvas_side("patch", None, pmoe) == pmoe.patch_size == 4
-    assert canvas_side("patch", None, dense) == 4
-    assert canvas_side("patch", 8, dense) == 8
+    assert canvas_side("image", None, pmoe, 32) is None
+    assert canvas_side("patch", None, pmoe, 32) == pmoe.patch_size == 4
+    assert canvas_side("patch", None, dense, 32) == 4
+    assert canvas_side("patch", 8, dense, 32) == 8
     pmoe.patch_size = 16
-    assert canvas_side("patch", None, pmoe) == 16
+    assert canvas_side("patch", None, pmoe, 32) == 16

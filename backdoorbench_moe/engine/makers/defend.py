@@ -74,6 +74,7 @@ def check_applicable(name: str, defense: Defense, spec: RunSpec, setup: Setup) -
     """
     defense.count(len(setup.images.train), setup.images.num_classes)
     defense.check_model(setup.model)
+    defense.check_images(setup.model, setup.images.image_size)
     _check_needs(name, defense, spec)
 
 
