@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.engine.control import ControlledTraining, cut
+from backdoorbench_moe.engine.makers.defend import check_applicable
 from backdoorbench_moe.engine.makers.train import TrainMaker
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import run_attack, run_defense
@@ -172,3 +174,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, value
     spec = spec_of(**values)
     with pytest.raises(ConfigError, match=message):
         TrainMaker(spec, Workplace(spec))
+
+
+def test_defenses_that_need_the_training_set_are_refused_as_there_is_no_poisoned_one() -> None:
+    spec = spec_of()
+    setup = Setup(spec, Workplace(spec).images)
+    half = {"clean_fraction": 0.5}
+    for name, options in (("spectral", {}), ("activation-clustering", {}), ("scan", half), ("abl", {})):
+        with pytest.raises(ConfigError, match=f"{name}: needs the training set .* poisoned every batch anew"):
+            check_applicable(name, create_defense(name, **options), setup)
+    check_applicable("fine-tuning", create_defense("fine-tuning", **half), setup)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from backdoorbench_moe import defenses
+from backdoorbench_moe.attacks.training_control import TrainingControl
 from backdoorbench_moe.config import RunSpec, TrainSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
@@ -55,30 +56,30 @@ def build_defenses(spec: RunSpec, setup: Setup) -> list[Defense]:
     for place, part in enumerate(spec.defenses):
         with _named(place, part.name):
             defense = defenses.registry.create(part.name, part.options)
-            check_applicable(part.name, defense, spec, setup)
+            check_applicable(part.name, defense, setup)
         built.append(defense)
     return built
 
 
-def check_applicable(name: str, defense: Defense, spec: RunSpec, setup: Setup) -> None:
+def check_applicable(name: str, defense: Defense, setup: Setup) -> None:
     """Check whether a defense can be applied to a run.
 
     Args:
         name: Name of the defense.
         defense: The defense.
-        spec: Spec of the run, which may be defended already.
-        setup: Its model, which need not be trained, and its data.
+        setup: The run's model, which need not be trained, and its data.
 
     Raises:
         ConfigError: The defense does not fit the model or the data.
     """
     defense.count(len(setup.images.train), setup.images.num_classes)
     defense.check_model(setup.model)
-    _check_needs(name, defense, spec)
+    _check_needs(name, defense, setup)
 
 
-def _check_needs(name: str, defense: Defense, spec: RunSpec) -> None:
+def _check_needs(name: str, defense: Defense, setup: Setup) -> None:
     """Raise ConfigError if the defense needs a policy, a mixture or a training set, and the run has none."""
+    spec = setup.spec
     if "tasks" in defense.needs and spec.mixture is None:
         raise ConfigError(f"{name}: needs a mixture of experts, which has tasks; this run is of one model")
     if "marked" in defense.needs and not spec.policy:
@@ -88,6 +89,10 @@ def _check_needs(name: str, defense: Defense, spec: RunSpec) -> None:
     if "training-set" in defense.needs and spec.mixture is not None:
         raise ConfigError(
             f"{name}: needs the one training set of a model; this run is of a mixture, whose parts have several"
+        )
+    if "training-set" in defense.needs and isinstance(setup.attack, TrainingControl):
+        raise ConfigError(
+            f"{name}: needs the training set as the model saw it; in this run the attacker poisoned every batch anew"
         )
 
 
