@@ -122,6 +122,7 @@ def test_an_attacked_run_and_its_clean_twin(tmp_path) -> None:
     assert (
         metrics["sample_tpr"]["value"] == pytest.approx(100 * found / 24) and metrics["sample_tpr"]["n"] == 24
     )
+    assert record["stages"][-1]["metrics"]["sample_fpr"] == metrics["sample_fpr"]
     assert metrics["sample_fpr"]["n"] == 72 and metrics["sample_auroc"]["n"] == 96
     assert {"ba", "asr", "ra", "cad"} <= metrics.keys() and not {"auroc", "tpr", "fpr"} & metrics.keys()
     [line] = judgement_lines(record["judgements"][0])

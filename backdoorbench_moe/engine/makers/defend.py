@@ -172,19 +172,19 @@ class DefenseMaker(Maker):
         names, kept, seconds = zip(*stages.kept, strict=True)
         assert self.before is not None
         metrics = [self.before, *self._measure_stages(kept[1:], result)]
+        record.judgements = save_judgements(result.judgements, folder)
         metrics[-1] |= measure_class_judgements(
             result.judgements, self.setup.triggered_test(), self.setup.images.num_classes
         )
+        if self.setup.tasks is None:
+            metrics[-1] |= measure_samples(
+                result.judgements, record.judgements, self.setup.plan, len(self.setup.images.train)
+            )
         record.stages = [
             {"name": name, "metrics": found, "seconds": taken}
             for name, found, taken in zip(names, metrics, seconds, strict=True)
         ]
         record.metrics = dict(metrics[-1])
-        record.judgements = save_judgements(result.judgements, folder)
-        if self.setup.tasks is None:
-            record.metrics |= measure_samples(
-                result.judgements, record.judgements, self.setup.plan, len(self.setup.images.train)
-            )
         record.timing["defense_seconds"] = sum(seconds)
         if record.history:
             spent = sum(row["seconds"] for row in record.history)
