@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from backdoorbench_moe.defenses.losses import forward, training_loss
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.ops.tuning import Objective
 
 # From images (B, 3, H, W) in [0, 1] to stamped ones; it may draw from torch's global generator.
@@ -31,8 +30,8 @@ def stamped_objective(stamp: Stamp, share: float) -> Objective:
         if count:
             images = torch.cat([stamp(images[:count]), images[count:]])
             images = images.contiguous(memory_format=torch.channels_last)
-        logits, auxiliary = _forward(model, images)
-        return logits, F.cross_entropy(logits.float(), labels) + auxiliary
+        logits, routing = forward(model, images)
+        return logits, training_loss(logits, routing, labels)
 
     return objective
 
@@ -41,12 +40,3 @@ def check_share(share: float) -> None:
     """Raise ConfigError if a share of a batch is not in (0, 1]."""
     if not 0 < share <= 1:
         raise ConfigError.expected("share", "a number in (0, 1]", share)
-
-
-def _forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | float]:
-    """Return the logits and the sum of the auxiliary losses of routed layers."""
-    if not isinstance(model, RoutedModel):
-        return model(images), 0.0
-    output = model.forward_routed(images)
-    own = [routing.aux_loss for routing in output.routing if routing.aux_loss is not None]
-    return output.logits, torch.stack(own).sum() if own else 0.0
