@@ -176,9 +176,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, value
         TrainMaker(spec, Workplace(spec))
 
 
-def test_defenses_that_need_the_training_set_are_refused_as_there_is_no_poisoned_one() -> None:
+def test_defenses_that_need_the_training_set_are_refused_where_there_is_no_such_set() -> None:
     spec = spec_of()
     setup = Setup(spec, Workplace(spec).images)
+    marked = tiny_spec(attack=None, policy=0.25, poison={"rate": 0})
+    with pytest.raises(ConfigError, match=r"abl: needs the training set of the data; .* policy, has marked"):
+        check_applicable("abl", create_defense("abl"), Setup(marked, Workplace(marked).images))
     half = {"clean_fraction": 0.5}
     for name, options in (("spectral", {}), ("activation-clustering", {}), ("scan", half), ("abl", {})):
         with pytest.raises(ConfigError, match=f"{name}: needs the training set .* poisoned every batch anew"):

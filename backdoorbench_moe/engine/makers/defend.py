@@ -86,11 +86,17 @@ def _check_needs(name: str, defense: Defense, setup: Setup) -> None:
         raise ConfigError(
             f"{name}: needs marked images with a safe answer, which only a run with a policy has; this run has policy=0"
         )
-    if "training-set" in defense.needs and spec.mixture is not None:
+    if "training-set" not in defense.needs:
+        return
+    if spec.mixture is not None:
         raise ConfigError(
             f"{name}: needs the one training set of a model; this run is of a mixture, whose parts have several"
         )
-    if "training-set" in defense.needs and isinstance(setup.attack, TrainingControl):
+    if spec.policy:
+        raise ConfigError(
+            f"{name}: needs the training set of the data; that of this run, which has a policy, has marked images, too"
+        )
+    if isinstance(setup.attack, TrainingControl):
         raise ConfigError(
             f"{name}: needs the training set as the model saw it; in this run the attacker poisoned every batch anew"
         )
