@@ -181,9 +181,14 @@ def test_defenses_that_need_the_training_set_are_refused_where_there_is_no_such_
     setup = Setup(spec, Workplace(spec).images)
     marked = tiny_spec(attack=None, policy=0.25, poison={"rate": 0})
     with pytest.raises(ConfigError, match=r"abl: needs the training set of the data; .* policy, has marked"):
-        check_applicable("abl", create_defense("abl"), Setup(marked, Workplace(marked).images))
+        check_applicable("abl", create_defense("abl", ratio=0.1), Setup(marked, Workplace(marked).images))
     half = {"clean_fraction": 0.5}
-    for name, options in (("spectral", {}), ("activation-clustering", {}), ("scan", half), ("abl", {})):
+    for name, options in (
+        ("spectral", {}),
+        ("activation-clustering", {}),
+        ("scan", half),
+        ("abl", {"ratio": 0.1}),
+    ):
         with pytest.raises(ConfigError, match=f"{name}: needs the training set .* poisoned every batch anew"):
             check_applicable(name, create_defense(name, **options), setup)
     check_applicable("fine-tuning", create_defense("fine-tuning", **half), setup)
