@@ -194,7 +194,7 @@ def _applied(defended: RunSpec, spec: RunSpec, setup: Setup) -> Defended:
     """A defended run and its cost. Raises BbmoeError if the defense cannot be applied to the run."""
     part = defended.defenses[-1]
     defense = defenses.registry.create(part.name, part.options)
-    check_applicable(part.name, defense, spec, setup)
+    check_applicable(part.name, defense, setup)
     return Defended(defended, defense_cost(defended, setup.images, setup.model))
 
 

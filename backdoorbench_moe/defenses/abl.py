@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
-from backdoorbench_moe.defenses.sample_filter import Suspicion, check_share, in_order, judge_samples, without
+from backdoorbench_moe.defenses.losses import auxiliary_loss, forward
+from backdoorbench_moe.defenses.sample_filter import Suspicion, in_order, judge_samples, without
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.ops.ranges import check_epochs, check_positive
 from backdoorbench_moe.ops.tuning import Objective
 from backdoorbench_moe.shares import share_of
@@ -61,7 +61,7 @@ class ABL(Defense):
 
     needs: ClassVar[frozenset[str]] = frozenset({"training-set", "losses"})
     tiny: ClassVar[Mapping[str, object]] = {
-        **{"isolation_epochs": 1, "ratio": 0.1, "epochs": 1, "unlearning_epochs": 1}
+        **{"isolation_epochs": 1, "ratio": 0.5, "epochs": 1, "unlearning_epochs": 1}
     }
 
     def __init__(
@@ -77,7 +77,8 @@ class ABL(Defense):
     ) -> None:
         super().__init__()
         check_positive(gamma=gamma, unlearning_lr=unlearning_lr)
-        check_share(ratio=ratio)
+        if not 0 < ratio < 1:
+            raise ConfigError.expected("ratio", "a number in (0, 1)", ratio)
         check_epochs("unlearning_epochs", unlearning_epochs, at_least=1)
         for name, number in (("isolation_epochs", isolation_epochs), ("epochs", epochs)):
             if number is not None:
@@ -85,6 +86,12 @@ class ABL(Defense):
         self.isolation, self.gamma, self.isolation_epochs = isolation, gamma, isolation_epochs
         self.ratio, self.epochs = ratio, epochs
         self.unlearning_epochs, self.unlearning_lr = unlearning_epochs, unlearning_lr
+
+    def count(self, images: int, num_classes: int) -> int:
+        """Return 0: the defender holds no clean images. Raises ConfigError if `ratio` isolates no training image."""
+        if not share_of(self.ratio, images):
+            raise ConfigError(f"ratio: {self.ratio} of {images} images is less than one image")
+        return super().count(images, num_classes)
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
         """Train in three steps, on all images, those that are not isolated, and those that are; isolate by the loss."""
@@ -95,8 +102,7 @@ class ABL(Defense):
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Isolate, train on the rest, and unlearn."""
         order, split = in_order(task.training_set)
-        if not share_of(self.ratio, len(split)):
-            raise ConfigError(f"ratio: {self.ratio} of {len(split)} images is less than one image")
+        self.count(len(split), task.num_classes)
         model, size = task.fresh(), task.train.batch_size
         objective = limited_loss(self.isolation, self.gamma)
         first = self._first_epochs(task.train)
@@ -130,13 +136,13 @@ def limited_loss(isolation: Isolation, gamma: float) -> Objective:
     """
 
     def objective(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits, auxiliary = forward(model, images)
+        logits, routing = forward(model, images)
         if isolation == "flooding":
-            loss = (F.cross_entropy(logits, labels) - gamma).abs() + gamma
+            loss = (F.cross_entropy(logits.float(), labels) - gamma).abs() + gamma
         else:
-            each = F.cross_entropy(logits, labels, reduction="none")
+            each = F.cross_entropy(logits.float(), labels, reduction="none")
             loss = ((each.detach() - gamma).sign() * each).mean()
-        return logits, loss + auxiliary
+        return logits, loss + auxiliary_loss(routing)
 
     return objective
 
@@ -144,15 +150,4 @@ def limited_loss(isolation: Isolation, gamma: float) -> Objective:
 def ascent(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the logits and the negative cross-entropy, which is an `Objective` that unlearns the labels."""
     logits, _ = forward(model, images)
-    return logits, -F.cross_entropy(logits, labels)
-
-
-def forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits (B, classes) float32, and the sum of the auxiliary losses of the routed layers."""
-    if not isinstance(model, RoutedModel):
-        logits: Tensor = model(images).float()
-        return logits, logits.new_zeros(())
-    output = model.forward_routed(images)
-    logits = output.logits.float()
-    own = [each.aux_loss for each in output.routing if each.aux_loss is not None]
-    return logits, torch.stack(own).sum() if own else logits.new_zeros(())
+    return logits, -F.cross_entropy(logits.float(), labels)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backdoorbench_moe.defenses.base import DefenseTask
 from backdoorbench_moe.defenses.judgement import Judgement
-from backdoorbench_moe.defenses.sample_filter import On, SampleFilter, Suspicion, check_share, members
+from backdoorbench_moe.defenses.sample_filter import On, SampleFilter, Suspicion, members
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.clustering import silhouettes, two_means
 from backdoorbench_moe.ops.components import principal_components
@@ -77,7 +77,8 @@ class ActivationClustering(SampleFilter):
             raise ConfigError.expected("components", "an integer of at least 1", components)
         if not 0 < size <= 0.5:
             raise ConfigError.expected("size", "a number in (0, 0.5]", size)
-        check_share(silhouette=silhouette)
+        if not 0 < silhouette < 1:
+            raise ConfigError.expected("silhouette", "a number in (0, 1)", silhouette)
         self.components, self.reduce, self.rule = components, reduce, rule
         self.size, self.silhouette = size, silhouette
 
@@ -85,21 +86,20 @@ class ActivationClustering(SampleFilter):
         """Divide each class, and mark the smaller cluster of suspicious classes."""
         scores = vectors.new_zeros(len(vectors), dtype=torch.float64)
         suspicious = torch.zeros_like(scores, dtype=torch.bool)
-        separations, shares = {}, {}
+        separations, shares, chosen = {}, {}, []
         for label, places in members(split.labels, task.num_classes).items():
             smaller, line, separation = divide(vectors[places], self.components, whiten=self.reduce == "ica")
-            scores[places] = separation * line
-            separations[label], shares[label] = separation, smaller.double().mean().item()
-            if self._suspects(separations[label], shares[label]):
+            scores[places], share = separation * line, smaller.double().mean().item()
+            separations[str(label)], shares[str(label)] = separation, share
+            if self._suspects(separation, share):
                 suspicious[places[smaller]] = True
-        named = {str(label): value for label, value in separations.items()}
-        chosen = [str(label) for label in separations if self._suspects(separations[label], shares[label])]
+                chosen.append(str(label))
         about_classes = Judgement(
             "class",
             f"its {self.on} fall into two clusters; the score is their mean silhouette",
-            scores=named,
+            scores=separations,
             suspicious=chosen,
-            details={"smaller_share": {str(label): share for label, share in shares.items()}},
+            details={"smaller_share": shares},
         )
         reason = f"it is in the smaller of two clusters of its class's {self.on}, and the class is suspicious"
         return Suspicion(scores, suspicious, reason, others=(about_classes,))

@@ -1,4 +1,4 @@
-"""The loss of plain tuning, for defenses that add something to it."""
+"""The loss of plain tuning and its parts, for defenses that change it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ def forward(model: nn.Module, images: Tensor) -> tuple[Tensor, list[Routing]]:
     return output.logits, output.routing
 
 
+def auxiliary_loss(routing: Sequence[Routing]) -> Tensor | float:
+    """Return the sum of the auxiliary losses of routed layers, a scalar; 0 if there are none."""
+    own = [each.aux_loss for each in routing if each.aux_loss is not None]
+    return torch.stack(own).sum() if own else 0.0
+
+
 def training_loss(
     logits: Tensor, routing: Sequence[Routing], labels: Tensor, *, label_smoothing: float = 0.0
 ) -> Tensor:
@@ -34,5 +40,4 @@ def training_loss(
         A scalar.
     """
     loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-    own = [each.aux_loss for each in routing if each.aux_loss is not None]
-    return loss + torch.stack(own).sum() if own else loss
+    return loss + auxiliary_loss(routing)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backdoorbench_moe.defenses.losses import auxiliary_loss
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.layers import MoELayer
 from backdoorbench_moe.moe.merging import MergedModel
-from backdoorbench_moe.moe.routed import Routing
 from backdoorbench_moe.ops.images import Split, as_input
 from backdoorbench_moe.ops.tuning import Objective
 
@@ -66,11 +66,6 @@ def alignment_objective(marked_loss: MarkedLoss, clean: Split, clean_weight: flo
         marked, others = output.logits.float().split(count)
         loss = marked_loss(marked, [routing.gates[:count] for routing in output.routing], labels)
         loss = loss + clean_weight * F.cross_entropy(others, clean.labels[rows])
-        return marked, loss + _auxiliary(output.routing)
+        return marked, loss + auxiliary_loss(output.routing)
 
     return objective
-
-
-def _auxiliary(routing: list[Routing]) -> Tensor | float:
-    own = [each.aux_loss for each in routing if each.aux_loss is not None]
-    return torch.stack(own).sum() if own else 0.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.requirements import check_routed
-from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.routed import Routing
 from backdoorbench_moe.ops.images import Split, content_order
 from backdoorbench_moe.ops.ranges import check_epochs
@@ -31,16 +30,12 @@ class Suspicion:
         scores: (N,) floats; higher is more suspicious.
         suspicious: (N,) bool, the images to throw out.
         reason: See `Judgement`.
-        threshold: See `Judgement`.
-        details: See `Judgement`.
         others: Judgements about other things, such as classes.
     """
 
     scores: Tensor
     suspicious: Tensor
     reason: str
-    threshold: float | None = None
-    details: Mapping[str, Any] = field(default_factory=dict)
     others: tuple[Judgement, ...] = ()
 
 
@@ -165,9 +160,7 @@ def judge_samples(found: Suspicion, order: Tensor) -> Judgement:
         "sample",
         found.reason,
         scores=scores,
-        threshold=found.threshold,
         suspicious=order[found.suspicious].sort().values,
-        details=found.details,
     )
 
 
@@ -193,10 +186,3 @@ def members(labels: Tensor, num_classes: int) -> dict[int, Tensor]:
     """Return the places (n,) int64 of the images of each class that has at least two."""
     found = {label: (labels == label).nonzero().squeeze(1) for label in range(num_classes)}
     return {label: places for label, places in found.items() if len(places) > 1}
-
-
-def check_share(**numbers: float) -> None:
-    """Raise ConfigError if one of the numbers is not in (0, 1)."""
-    for name, number in numbers.items():
-        if not 0 < number < 1:
-            raise ConfigError.expected(name, "a number in (0, 1)", number)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.inference import predict
 from backdoorbench_moe.engine.triggered import Triggered
+from backdoorbench_moe.ops.detection import auroc
 from backdoorbench_moe.ops.metrics import proportion
 
 Metrics = dict[str, dict[str, float]]
@@ -17,6 +18,28 @@ Metrics = dict[str, dict[str, float]]
 def share(hits: Tensor) -> dict[str, float]:
     """The share of True in (N,) bool as a record's metric: percent, n and the Wilson 95% interval."""
     return asdict(proportion(int(hits.sum()), len(hits)))
+
+
+def detection_metrics(
+    flagged: Tensor, wanted: Tensor, scores: Tensor | None = None, *, prefix: str = ""
+) -> Metrics:
+    """Measure how right a judgement about N inputs, training samples or classes is.
+
+    Args:
+        flagged: (N,) bool on the CPU, what is suspicious.
+        wanted: (N,) bool on the CPU, what should be.
+        scores: (N,) floats on the CPU, higher for more suspicious ones.
+        prefix: First part of the keys, such as "sample_".
+
+    Returns:
+        `tpr` and `fpr`: shares of what should be suspicious, and of all else, that are; with scores also `auroc`. What
+        is a share of nothing is left out: of a clean run there is only `fpr`, the rate of false alarms.
+    """
+    groups = {"tpr": wanted, "fpr": ~wanted}
+    found = {f"{prefix}{name}": share(flagged[group]) for name, group in groups.items() if group.any()}
+    if scores is not None and len(found) == len(groups):
+        found[f"{prefix}auroc"] = asdict(auroc(scores[~wanted].numpy(), scores[wanted].numpy()))
+    return found
 
 
 def measure(

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses.judgement import Judgement
-from backdoorbench_moe.engine.evaluate import Metrics, share
+from backdoorbench_moe.engine.evaluate import Metrics, detection_metrics, share
 from backdoorbench_moe.engine.inference import BATCH, predict
 from backdoorbench_moe.engine.triggered import Triggered
 from backdoorbench_moe.errors import PluginError
-from backdoorbench_moe.ops.detection import auroc
 from backdoorbench_moe.ops.seeding import generator
 
 # Number of clean, and of triggered, test images that a filter is measured on. Filters may be slow.
@@ -67,15 +65,13 @@ def measure_filtered(
     metrics = {"ba": right}
     if drawn is not None:
         called, kept = predicted[len(clean) :], ~rejected[len(clean) :]
-        metrics |= {"asr": (called == drawn.wanted) & kept, "ra": (called == drawn.true) & kept, "tpr": ~kept}
+        metrics |= {"asr": (called == drawn.wanted) & kept, "ra": (called == drawn.true) & kept}
         if safe is not None:
             metrics["unsafe"] = (called != safe[rows]) & kept
-    metrics["fpr"] = rejected[: len(clean)]
-    found = {name: share(hits) for name, hits in metrics.items()}
-    if drawn is not None:
-        values = scores.numpy()
-        found["auroc"] = asdict(auroc(values[: len(clean)], values[len(clean) :]))
-    return found
+    is_triggered = torch.arange(len(images)) >= len(clean)
+    return {name: share(hits) for name, hits in metrics.items()} | detection_metrics(
+        rejected.cpu(), is_triggered, scores
+    )
 
 
 def _draw(count: int, seed: int, kind: str) -> Tensor:

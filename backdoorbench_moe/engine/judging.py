@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from backdoorbench_moe.defenses.judgement import Judgement
-from backdoorbench_moe.engine.evaluate import Metrics
+from backdoorbench_moe.engine.evaluate import Metrics, detection_metrics
 from backdoorbench_moe.engine.triggered import Triggered
 from backdoorbench_moe.errors import PluginError
-from backdoorbench_moe.ops.metrics import proportion
 from backdoorbench_moe.records import Judged, RunFolder
 
 
@@ -75,18 +74,14 @@ def measure_class_judgements(
     about_classes = [each for each in judgements if each.about == "class"]
     if not about_classes:
         return {}
-    names = {str(label): label for label in range(num_classes)}
-    flagged = set()
-    for judgement in about_classes:
-        for name in judgement.suspicious:
-            if name not in names:
-                raise PluginError(
-                    f"judgement about class: suspicious: expected numbers of classes, "
-                    f"'0' to '{num_classes - 1}', got {name!r}"
-                )
-            flagged.add(names[name])
-    wanted = set() if triggered is None else set(triggered.wanted.tolist())
-    groups = {"class_tpr": wanted, "class_fpr": set(range(num_classes)) - wanted}
-    return {
-        name: asdict(proportion(len(flagged & group), len(group))) for name, group in groups.items() if group
-    }
+    names = [str(label) for label in range(num_classes)]
+    flagged = {name for judgement in about_classes for name in judgement.suspicious}
+    for name in sorted(flagged.difference(names)):
+        raise PluginError(
+            f"judgement about class: suspicious: expected numbers of classes, "
+            f"'0' to '{num_classes - 1}', got {name!r}"
+        )
+    wanted = torch.zeros(num_classes, dtype=torch.bool)
+    if triggered is not None:
+        wanted[triggered.wanted.cpu()] = True
+    return detection_metrics(torch.tensor([name in flagged for name in names]), wanted, prefix="class_")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from backdoorbench_moe.attacks.base import PoisonPlan
 from backdoorbench_moe.defenses.judgement import Judgement
-from backdoorbench_moe.engine.evaluate import Metrics, share
+from backdoorbench_moe.engine.evaluate import Metrics, detection_metrics
 from backdoorbench_moe.errors import PluginError
-from backdoorbench_moe.ops.detection import auroc
 from backdoorbench_moe.records import Judged
 
 
@@ -45,7 +43,7 @@ def measure_samples(
             for name in ("cover", "noise"):
                 if plan is not None and len(group := plan.groups[name]):
                     entry["counts"][name] = int(flagged[group].sum())
-            return _metrics(flagged, scores, poison)
+            return detection_metrics(flagged, poison, scores, prefix="sample_")
     return {}
 
 
@@ -66,17 +64,6 @@ def count_samples(flagged: Tensor, poison: Tensor) -> dict[str, int]:
         "tn": ~flagged & ~poison,
     }
     return {name: int(group.sum()) for name, group in groups.items()}
-
-
-def _metrics(flagged: Tensor, scores: Tensor | None, poison: Tensor) -> Metrics:
-    found = {}
-    if poison.any():
-        found["sample_tpr"] = share(flagged[poison])
-    if not poison.all():
-        found["sample_fpr"] = share(flagged[~poison])
-    if scores is not None and len(found) == 2:
-        found["sample_auroc"] = asdict(auroc(scores[~poison].numpy(), scores[poison].numpy()))
-    return found
 
 
 def _flagged(judgement: Judgement, images: int) -> Tensor:

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.engine.build import cut
 from backdoorbench_moe.engine.control import ControlledTraining
+from backdoorbench_moe.engine.makers.defend import check_applicable
 from backdoorbench_moe.engine.makers.train import TrainMaker
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import run_attack, run_defense
@@ -173,3 +175,21 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, value
     spec = spec_of(**values)
     with pytest.raises(ConfigError, match=message):
         TrainMaker(spec, Workplace(spec))
+
+
+def test_defenses_that_need_the_training_set_are_refused_where_there_is_no_such_set() -> None:
+    spec = spec_of()
+    setup = Setup(spec, Workplace(spec).images)
+    marked = tiny_spec(attack=None, policy=0.25, poison={"rate": 0})
+    with pytest.raises(ConfigError, match=r"abl: needs the training set of the data; .* policy, has marked"):
+        check_applicable("abl", create_defense("abl", ratio=0.1), Setup(marked, Workplace(marked).images))
+    half = {"clean_fraction": 0.5}
+    for name, options in (
+        ("spectral", {}),
+        ("activation-clustering", {}),
+        ("scan", half),
+        ("abl", {"ratio": 0.1}),
+    ):
+        with pytest.raises(ConfigError, match=f"{name}: needs the training set .* poisoned every batch anew"):
+            check_applicable(name, create_defense(name, **options), setup)
+    check_applicable("fine-tuning", create_defense("fine-tuning", **half), setup)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from backdoorbench_moe import defenses
+from backdoorbench_moe.attacks.training_control import TrainingControl
 from backdoorbench_moe.config import RunSpec, TrainSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
@@ -55,19 +56,18 @@ def build_defenses(spec: RunSpec, setup: Setup) -> list[Defense]:
     for place, part in enumerate(spec.defenses):
         with _named(place, part.name):
             defense = defenses.registry.create(part.name, part.options)
-            check_applicable(part.name, defense, spec, setup)
+            check_applicable(part.name, defense, setup)
         built.append(defense)
     return built
 
 
-def check_applicable(name: str, defense: Defense, spec: RunSpec, setup: Setup) -> None:
+def check_applicable(name: str, defense: Defense, setup: Setup) -> None:
     """Check whether a defense can be applied to a run.
 
     Args:
         name: Name of the defense.
         defense: The defense.
-        spec: Spec of the run, which may be defended already.
-        setup: Its model, which need not be trained, and its data.
+        setup: The run's model, which need not be trained, and its data.
 
     Raises:
         ConfigError: The defense does not fit the model or the data.
@@ -75,20 +75,31 @@ def check_applicable(name: str, defense: Defense, spec: RunSpec, setup: Setup) -
     defense.count(len(setup.images.train), setup.images.num_classes)
     defense.check_model(setup.model)
     defense.check_images(setup.model, setup.images.image_size)
-    _check_needs(name, defense, spec)
+    _check_needs(name, defense, setup)
 
 
-def _check_needs(name: str, defense: Defense, spec: RunSpec) -> None:
+def _check_needs(name: str, defense: Defense, setup: Setup) -> None:
     """Raise ConfigError if the defense needs a policy, a mixture or a training set, and the run has none."""
+    spec = setup.spec
     if "tasks" in defense.needs and spec.mixture is None:
         raise ConfigError(f"{name}: needs a mixture of experts, which has tasks; this run is of one model")
     if "marked" in defense.needs and not spec.policy:
         raise ConfigError(
             f"{name}: needs marked images with a safe answer, which only a run with a policy has; this run has policy=0"
         )
-    if "training-set" in defense.needs and spec.mixture is not None:
+    if "training-set" not in defense.needs:
+        return
+    if spec.mixture is not None:
         raise ConfigError(
             f"{name}: needs the one training set of a model; this run is of a mixture, whose parts have several"
+        )
+    if spec.policy:
+        raise ConfigError(
+            f"{name}: needs the training set of the data; that of this run, which has a policy, has marked images, too"
+        )
+    if isinstance(setup.attack, TrainingControl):
+        raise ConfigError(
+            f"{name}: needs the training set as the model saw it; in this run the attacker poisoned every batch anew"
         )
 
 
@@ -168,19 +179,19 @@ class DefenseMaker(Maker):
         names, kept, seconds = zip(*stages.kept, strict=True)
         assert self.before is not None
         metrics = [self.before, *self._measure_stages(kept[1:], result)]
+        record.judgements = save_judgements(result.judgements, folder)
         metrics[-1] |= measure_class_judgements(
             result.judgements, self.setup.triggered_test(), self.setup.images.num_classes
         )
+        if self.setup.tasks is None:
+            metrics[-1] |= measure_samples(
+                result.judgements, record.judgements, self.setup.plan, len(self.setup.images.train)
+            )
         record.stages = [
             {"name": name, "metrics": found, "seconds": taken}
             for name, found, taken in zip(names, metrics, seconds, strict=True)
         ]
         record.metrics = dict(metrics[-1])
-        record.judgements = save_judgements(result.judgements, folder)
-        if self.setup.tasks is None:
-            record.metrics |= measure_samples(
-                result.judgements, record.judgements, self.setup.plan, len(self.setup.images.train)
-            )
         record.timing["defense_seconds"] = sum(seconds)
         if record.history:
             spent = sum(row["seconds"] for row in record.history)
