@@ -8,6 +8,7 @@ from backdoorbench_moe.cli.app import LazyGroup
 
 COMMANDS = {
     "run": "Make the runs of a suite that are not there yet.",
+    "queue": "Make the runs of several suites within a budget, and save them.",
     "table": "Draw a suite's tables from its run folders.",
     "page": "Draw a leaderboard of several suites as one page.",
     "compare": "Set two suites or result folders side by side.",

@@ -1,0 +1,145 @@
+"""`bbmoe bench queue`: the missing runs of several suites, one after the other, within a budget."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from backdoorbench_moe.cli.bench.run import FAILED, UNFINISHED
+from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.threads import CoreUsage, warn_of_busy_cores
+
+if TYPE_CHECKING:
+    from backdoorbench_moe.bench.queue import Entry, Progress
+
+
+@click.command("queue")
+@click.argument("file", type=PATH, metavar="FILE")
+@click.option("--workers", type=int, metavar="N", help="Runs side by side.  [1; on GPUs what fits]")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="CPU threads of a run.  [its share of the cores]",
+)
+@click.option("--budget", metavar="TIME", help="Stop when 90s, 9m or 1h30m are over.")
+@click.option(
+    "--nice",
+    type=click.IntRange(0, 19),
+    default=10,
+    show_default=True,
+    help="Lower the priority by so much, so that other programs go first.",
+)
+@click.option("--dry-run", is_flag=True, help="List the entries and how long they will take; train nothing.")
+@click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option(
+    "--results",
+    type=PATH,
+    default=Path("benchmarks/results"),
+    show_default=True,
+    help="Folder of results folders: their records count as finished, and new ones are saved there.",
+)
+@click.option("--data-root", metavar="DIR", help="Folder of data sets that lie in one.")
+@click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [auto]")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def command(
+    *,
+    file: Path,
+    workers: int | None,
+    threads: int | None,
+    budget: str | None,
+    nice: int,
+    dry_run: bool,
+    output: Path,
+    results: Path,
+    data_root: str | None,
+    device: str | None,
+    quiet: bool,
+) -> None:
+    """Make the missing runs of the suites that FILE lists, in its order, and save their records and tables.
+
+    FILE is YAML: a list under the key `queue`, each entry with a `suite`, and if wanted its `scale`, the number of
+    seeds (`repeats`) and filters of cells (`only`). Runs whose records are in a results folder are not made again.
+    After each entry the suite's results folder, RESULTS/SUITE/SCALE, is written. Repeat the command to continue.
+
+    Exit code 1: a run failed; 2: the command or a file is not valid; 3: the budget ended before the queue.
+    """
+    usage = CoreUsage.now()
+    from backdoorbench_moe.bench.engines import make_engine
+    from backdoorbench_moe.bench.engines.local import LocalEngine
+    from backdoorbench_moe.bench.queue import read_queue, work_off
+    from backdoorbench_moe.bench.run import parse_budget
+    from backdoorbench_moe.cli.bench.display import make_display
+
+    seconds = None if budget is None else parse_budget(budget)
+    entries = read_queue(file)
+    if dry_run:
+        _print_plan(entries, output, results, data_root, device)
+        return
+    engine = make_engine(workers=workers, device=device, threads=threads)
+    if isinstance(engine, LocalEngine) and not engine.gpus and threads is None:
+        warn_of_busy_cores(engine.workers * engine.threads_each, usage)
+    os.nice(nice)  # The processes of the engine inherit it.
+    done = work_off(
+        entries,
+        engine,
+        output=output,
+        results=results,
+        watch=lambda suite, known: make_display(suite, output, known, quiet=quiet),
+        budget=seconds,
+        root=data_root,
+        device=device,
+    )
+    _conclude(list(done))
+
+
+def _conclude(done: list[Progress]) -> None:
+    """Print a line for each entry, and end with the exit code of the call."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("entry", "runs", "made now", "failed", "left", "saved in", box=None, pad_edge=False)
+    for each in done:
+        report = each.report
+        made = report.count("finished")
+        left = report.total - report.found - made - report.count("found") - len(report.failed)
+        numbers = map(str, (report.total, made, len(report.failed), left))
+        table.add_row(each.entry.label, *numbers, str(each.saved or "–"))
+    Console(highlight=False).print(table)
+    if any(each.report.failed for each in done):
+        sys.exit(FAILED)
+    if not all(each.report.is_complete for each in done):
+        sys.exit(UNFINISHED)
+
+
+def _print_plan(
+    entries: list[Entry], output: Path, results: Path, root: str | None, device: str | None
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from backdoorbench_moe.bench.plan import read_plan
+    from backdoorbench_moe.bench.queue import read_results
+    from backdoorbench_moe.bench.run import check, estimate
+    from backdoorbench_moe.bench.suite import order
+    from backdoorbench_moe.cli.plan_table import total_line
+
+    known, plans = read_results(results), {}
+    for entry in entries:
+        suite = entry.placed(root, device)
+        runs = read_plan(list(order(suite)), output, known)
+        check(suite, [run.spec for run in runs if run.status != "finished"], output)
+        plans[entry.label] = runs
+    # A run of several entries counts in the first. Each kind of run is measured once for all entries.
+    union = {run.spec.digest: run for runs in reversed(plans.values()) for run in runs}
+    seconds = {run.spec.digest: left for run, left in estimate(list(union.values()))}
+    table, seen = Table("entry", "plan", box=None, pad_edge=False), set[str]()
+    for label, runs in plans.items():
+        own = [run for run in runs if run.spec.digest not in seen]
+        seen |= {run.spec.digest for run in own}
+        table.add_row(label, total_line([(run, seconds[run.spec.digest]) for run in own]))
+    Console(highlight=False).print(table)

@@ -1,0 +1,46 @@
+"""`bbmoe bench queue`: a thin command around `bench.queue`."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import yaml
+from fake_runs import PART, fill, part_suite
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A queue of one suite whose runs are all but one finished; the priority of this process stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "nice", lambda number: number)
+    suite = {key: value for key, value in PART.items() if key != "plots"}
+    (tmp_path / "part.yaml").write_text(yaml.safe_dump(suite))
+    (tmp_path / "queue.yaml").write_text(yaml.safe_dump({"queue": [{"suite": "part.yaml"}]}))
+    fill(part_suite(), tmp_path / "runs")
+    return tmp_path
+
+
+def test_what_is_left_is_said_and_what_is_there_is_saved(bbmoe, place) -> None:
+    words = ("bench", "queue", "queue.yaml", "--results", "results")
+    code, out, err = bbmoe(*words, "--budget", "0.000001s", width=120)
+    assert code == 3 and "Traceback" not in err
+    [line] = [line for line in out.splitlines() if line.startswith("part, 2 seeds")]
+    assert line.split()[-1] == "results/part" and (place / "results" / "part" / "records.jsonl").exists()
+    total, made, failed, left = map(int, line.split()[3:7])
+    assert (made, failed) == (0, 0) and 0 < left < total
+
+
+BAD = {
+    "no file": (["nowhere.yaml"], "config file nowhere.yaml: No such file or directory"),
+    "budget": (["queue.yaml", "--budget", "soon"], "--budget: expected a time"),
+    "results": (["queue.yaml", "--results", "part.yaml"], "--results part.yaml: expected a folder, found a file"),
+    "nice": (["queue.yaml", "--nice", "20"], "Invalid value for '--nice'"),
+    "nothing": ([], "Missing argument 'FILE'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("args", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_clear_line(bbmoe, place, args, message) -> None:
+    code, out, err = bbmoe("bench", "queue", *args)
+    assert (code, out) == (2, "") and message in " ".join(err.split()) and "Traceback" not in err
