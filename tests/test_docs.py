@@ -24,6 +24,7 @@ import yaml
 
 import backdoorbench_moe
 from backdoorbench_moe.bench.paper import load_paper
+from backdoorbench_moe.bench.queue import read_queue
 from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.suite_file import list_suites, parse_suite
 from backdoorbench_moe.bench.tables import build_sheet
@@ -214,8 +215,10 @@ def test_python_on_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch) -
         signal.signal(signal.SIGTERM, handler)
 
 
-def test_the_suite_on_its_page_is_read_and_has_every_defense_of_ours() -> None:
-    [(_, title, text)] = [block for block in blocks("your-suite.md") if block[1].endswith(".yaml")]
+def test_the_suite_on_its_page_is_read_and_has_every_defense_of_ours(tmp_path) -> None:
+    [(_, title, text), (_, queue, entries)] = [
+        block for block in blocks("your-suite.md") if block[1].endswith(".yaml")
+    ]
     suite = parse_suite(yaml.safe_load(text), title.removesuffix(".yaml"), None)
     used = {part.name for cell in suite.cells for part in cell.spec.defenses}
     ours = {
@@ -225,6 +228,8 @@ def test_the_suite_on_its_page_is_read_and_has_every_defense_of_ours() -> None:
     }
     assert used == ours and len(suite.cells) == len(ours) + 2
     build_sheet(ResultSet(suite, {}, load_paper(suite)))
+    (tmp_path / queue).write_text(entries)
+    assert len(read_queue(tmp_path / queue)) == 3
     for _, _, text in [block for block in blocks("your-suite.md") if block[0] == "yaml" and not block[1]]:
         parse_suite({**yaml.safe_load(text), "title": "part", "version": 1}, "part", None)
 
