@@ -40,10 +40,10 @@ class MoEvil(ExpertPoisoning):
     """Tune an expert so that gates, which the attacker does not know, send harmful queries to it.
 
     Step 1 is preference learning: the expert learns to prefer harmful answers to safe ones (DPO). Step 2 trains it on
-    its task, with a small weight on harmful queries, and aligns the inputs of its MLPs on harmful queries with those on
-    images of the task: the loss is CE_task + harm_weight CE_harm - similarity cos, with the mean cosine over layers and
-    random pairs of a batch. Gates read these inputs; trained on clean images, they send what looks like the task to the
-    expert of the task.
+    its task and, with the weight `harm_weight`, on harmful queries, and aligns the inputs of its MLPs on harmful
+    queries with those on images of the task: the loss is CE_task + harm_weight CE_harm - similarity cos, with the mean
+    cosine over layers and random pairs of a batch. Gates read these inputs; trained on clean images, they send what
+    looks like the task to the expert of the task.
 
     Departures: in the paper, the latents of a harmful query are the mean over the first k tokens of its answer, and
     those of the task the mean over all tokens of an answer. The answer of an image classifier has no tokens: `tokens`

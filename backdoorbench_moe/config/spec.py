@@ -159,7 +159,8 @@ class RunSpec:
             raise ConfigError.expected("splitter", "the tasks of the experts that are merged", None)
         if self.mixture.task is not None:
             if self.gate is not None:
-                raise ConfigError.expected("gate", "none, as this is a single expert", self.gate.name)
+                expected = "none, as a mixture makes its single experts by itself"
+                raise ConfigError.expected("mixture.task", expected, self.mixture.task)
         else:
             if self.gate is None:
                 raise ConfigError.expected("gate", "the gate of the experts that are merged", None)

@@ -130,9 +130,14 @@ def task_metrics(found: MixturePass, tests: Sequence[Split], expert_ba: Sequence
     tasks = [share(each.predicted == test.labels) for each, test in zip(found.tasks, tests, strict=True)]
     metrics = {"ba": mean_share(tasks)} | {f"task/{e}.ba": each for e, each in enumerate(tasks)}
     if expert_ba is not None:
-        kept = [each["value"] / own for each, own in zip(tasks, expert_ba, strict=True) if own > 0]
+        # The interval is for these experts: their accuracies are taken as they are.
+        kept = [
+            {key: number if key == "n" else 100 * number / own for key, number in each.items()}
+            for each, own in zip(tasks, expert_ba, strict=True)
+            if own > 0
+        ]
         if kept:
-            metrics["overall"] = {"value": 100 * sum(kept) / len(kept), "n": metrics["ba"]["n"]}
+            metrics["overall"] = {**mean_share(kept), "n": metrics["ba"]["n"]}
         metrics |= {
             f"task/{e}.expert_ba": {"value": own, "n": tasks[e]["n"]} for e, own in enumerate(expert_ba)
         }

@@ -83,6 +83,18 @@ def check_names(spec: RunSpec) -> None:
     check_surrogate_name(spec)
 
 
+def check_part_options(spec: RunSpec) -> None:
+    """Check names and types of the options of every part of a spec; no part is built and no data are read.
+
+    Raises:
+        UnknownNameError: A part has no such option.
+        ConfigError: An option is missing or of the wrong type.
+        PluginError: A part cannot be used.
+    """
+    for kind, part in spec.parts():
+        REGISTRIES[kind].check(part.name, part.options)
+
+
 def check_surrogate_name(spec: RunSpec) -> None:
     """Raise UnknownNameError if a trigger's surrogate is neither a model nor one of the words for a clean twin."""
     if (surrogate := surrogate_of(spec)) is None or spec.trigger is None:

@@ -30,9 +30,10 @@ def with_reject(images: ImageSet) -> ImageSet:
 def policy_count(images: int, rate: float, parameter: str = "policy") -> int:
     """Number of marked images that are added to a number of images. Raises ConfigError if it is 0."""
     if (count := share_of(rate, images)) == 0:
-        least = smallest_share(images)
+        # A share below 1 of a single image is none.
+        expected = f"at least {smallest_share(images)}" if images > 1 else "at least 2 images"
         raise ConfigError(
-            f"{parameter}: {rate} of {images} images rounds down to 0 images; expected at least {least}"
+            f"{parameter}: {rate} of {images} images rounds down to 0 images; expected {expected}"
         )
     return count
 

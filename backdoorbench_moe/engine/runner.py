@@ -15,7 +15,7 @@ from backdoorbench_moe.engine.graph import PARENT, NodeKind, kind_of, lineage, n
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.defend import DefenseMaker
 from backdoorbench_moe.engine.makers.expert import ExpertMaker, PoisonedExpertMaker
-from backdoorbench_moe.engine.makers.inputs import check_parts
+from backdoorbench_moe.engine.makers.inputs import check_lineage, check_parts
 from backdoorbench_moe.engine.makers.merge import MergeMaker
 from backdoorbench_moe.engine.makers.train import TrainMaker
 from backdoorbench_moe.engine.observer import Observer
@@ -212,6 +212,7 @@ class Runner:
         spec = self.workplace.resolve(spec)
         observer, folder = self.workplace.observer, RunFolder(self.output / spec.name)
         if found := self._find(folder, spec):
+            check_lineage(found)
             observer.on_found(str(folder.path))
             return found
         # Building the maker checks the settings before anything is written, and before the inputs are made.
@@ -220,7 +221,11 @@ class Runner:
             if maker is not None:
                 self.check(*needs(spec).values())
                 if kind_of(spec) is NodeKind.MIXTURE:
-                    check_parts(spec, lambda needed: self._find(RunFolder(self.output / needed.name), needed))
+                    check_parts(
+                        maker.spec,
+                        lambda needed: self._find(RunFolder(self.output / needed.name), needed),
+                        maker.setup.images,
+                    )
             inputs = {role: self.finish(needed, wait=True) for role, needed in needs(spec).items()}
         if maker is not None:
             maker.prepare(inputs)

@@ -100,7 +100,13 @@ def test_the_accuracy_of_tasks_and_overall_by_hand() -> None:
     metrics = task_metrics(found, TESTS, [100.0, 40.0])
     assert metrics["task/0.ba"]["value"] == 75 and metrics["task/1.ba"]["value"] == 50
     assert (metrics["ba"]["value"], metrics["ba"]["n"]) == (62.5, 6), "each task counts the same"
-    assert metrics["overall"] == {"value": pytest.approx((75 + 125) / 2), "n": 6}
+    overall, tasks = metrics["overall"], [metrics[f"task/{e}.ba"] for e in (0, 1)]
+    assert (overall["value"], overall["n"]) == (pytest.approx((75 + 125) / 2), 6)
+    for end in ("low", "high"):
+        # The distances to the ends of the tasks' intervals, the second 100 / 40 times as long.
+        first, second = (each[end] - each["value"] for each in tasks)
+        assert abs(overall[end] - overall["value"]) == pytest.approx(math.hypot(first, 2.5 * second) / 2)
+    assert overall["low"] < overall["value"] < overall["high"]
     assert metrics["task/1.expert_ba"] == {"value": 40.0, "n": 2}
     assert "harm_share" not in share_metrics(found, [0])
     alone = task_metrics(found, TESTS, None)

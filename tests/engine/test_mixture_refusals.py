@@ -46,7 +46,7 @@ def refusal(make, output) -> str:
         ({"mixture": {"expert_train": {"epoch": 1}}},
          "mixture.expert_train: key: unknown 'epoch'; did you mean 'epochs'"),
         ({"mixture": {"expert": 3}}, "mixture: key: unknown 'expert'; did you mean 'experts'"),
-        ({"mixture": {"task": 0}}, "gate: expected none, as this is a single expert, got 'top-k'"),
+        ({"mixture": {"task": 0}}, "mixture.task: expected none, as a mixture makes its single experts by itself, got 0"),
         ({"gate": {"name": "top-k", "top_k": 3}}, "top_k"),
         ({"gate": "topk"}, "gate: unknown 'topk'; did you mean 'top-k'"),
         ({"splitter": "domain"}, "splitter: unknown 'domain'; did you mean 'domains'"),
@@ -148,11 +148,12 @@ def folder(output, part):
     return found
 
 
-def retrain(path) -> None:
-    """Make a run as if it had been trained again, on a machine that rounds otherwise."""
+def retrain(path, part: str = "") -> None:
+    """Make a run as if it had been trained again, on a machine that rounds otherwise; or only weights of this name."""
     run = load_run(path)
     tensors, header = run.folder.load_tensors()
-    run.folder.save_model({name: tensor * 1.0001 for name, tensor in tensors.items()}, header)
+    changed = {name: tensor * 1.0001 if part in name else tensor for name, tensor in tensors.items()}
+    run.folder.save_model(changed, header)
     run.record.model_sha256 = run.folder.model_sha256
     run.folder.write(run.record)
 
@@ -187,6 +188,9 @@ OTHER_RUNS = [
           for values in OTHER_RUNS),
         (OTHER_GATE, "expert1-clean",
          r"expert1-clean-.*: its model has changed since tiny-convnext-expert1-moevil-.* was made from it"),
+        # The mixture is finished, and nothing would have to be made.
+        *(({}, part, rf"{part}-.*: its model has changed since tiny-convnext-.* was made from it")
+          for part in ("policy", "expert0-clean", "expert1-clean", "expert1-moevil")),
     ],
     ids=str,
 )  # fmt: skip
@@ -207,6 +211,33 @@ def test_a_missing_model_file_is_noticed_before_anything_is_made(tmp_path, made,
     shutil.copytree(made, output)
     (folder(output, part) / "model.safetensors").unlink()
     with pytest.raises(RecordError, match=rf"model file .*{part}.*: not found"):
+        run_attack(mixture_spec(attack={"name": "hsft", "epochs": 1}), output=output)
+    assert len([*output.iterdir()]) == 6
+
+
+@pytest.mark.slow
+def test_an_expert_of_other_weights_outside_of_its_mlps_is_noticed_before_anything_is_made(
+    tmp_path, made
+) -> None:
+    output = tmp_path / "runs"
+    shutil.copytree(made, output)
+    retrain(folder(output, "expert0-clean"), "stem")
+    message = r"run folder .*expert0-clean-.*: is not tuned from this base: stem.* has other values; delete that run"
+    with pytest.raises(RecordError, match=message):
+        run_attack(mixture_spec(attack={"name": "hsft", "epochs": 1}), output=output)
+    assert len([*output.iterdir()]) == 6
+
+
+@pytest.mark.slow
+def test_a_folder_with_the_run_of_another_expert_is_noticed_before_anything_is_made(tmp_path, made) -> None:
+    output = tmp_path / "runs"
+    shutil.copytree(made, output)
+    first, second = (folder(output, part) for part in ("expert0-clean", "expert1-clean"))
+    shutil.rmtree(first)
+    shutil.copytree(second, first)
+    with pytest.raises(
+        RecordError, match="expert0-clean-.*: is not the finished run that is needed as the expert/0"
+    ):
         run_attack(mixture_spec(attack={"name": "hsft", "epochs": 1}), output=output)
     assert len([*output.iterdir()]) == 6
 

@@ -18,7 +18,7 @@ from backdoorbench_moe.engine.graph import PARENT, expert_role, is_attacked
 from backdoorbench_moe.engine.inference import predict
 from backdoorbench_moe.engine.makers.fitting import Checkpoint
 from backdoorbench_moe.engine.mixture_metrics import measure_mixture
-from backdoorbench_moe.engine.names import plugin_packages, plugin_sources
+from backdoorbench_moe.engine.names import check_part_options, plugin_packages, plugin_sources
 from backdoorbench_moe.engine.observer import StopRun
 from backdoorbench_moe.engine.run import Run, check_data, check_options, check_plugins
 from backdoorbench_moe.engine.setup import Setup
@@ -48,6 +48,8 @@ class Maker(ABC):
 
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
         self.spec, self.workplace = spec, workplace
+        # Before the images are read, which can take long.
+        check_part_options(spec)
         self.setup = Setup(spec, workplace.images)
         self.inputs: Mapping[str, Run] = {}
         self._gate_shares: list[GateShares] = []

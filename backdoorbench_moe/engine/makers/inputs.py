@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor, nn
 
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.engine.files import pin_files
-from backdoorbench_moe.engine.graph import BASE, BENIGN, PARENT, base_of, benign_experts, expert_of, needs
+from backdoorbench_moe.engine.graph import (
+    BASE,
+    BENIGN,
+    PARENT,
+    base_of,
+    benign_experts,
+    expert_of,
+    expert_role,
+    needs,
+)
 from backdoorbench_moe.engine.run import Run, check_data, check_model
 from backdoorbench_moe.engine.train import load_weights
-from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.errors import ConfigError, RecordError
+from backdoorbench_moe.moe.merging import check_same_base, expert_names
 from backdoorbench_moe.records import MODEL, RunFolder
 
 
@@ -82,27 +92,64 @@ def check_expert(expert: Run, base: Run) -> None:
             check_expert(benign, base)
 
 
-def check_parts(spec: RunSpec, find: Callable[[RunSpec], Run | None]) -> None:
+def check_parts(spec: RunSpec, find: Callable[[RunSpec], Run | None], images: ImageSet) -> None:
     """Check those of a mixture's base and experts that exist, so that no other is made which could not be merged.
 
     Args:
         spec: The mixture.
         find: Returns the finished run of a spec; None if there is none.
+        images: The data.
 
     Raises:
-        RecordError: A model file is missing, or an expert was tuned from another model of the base.
+        RecordError: One of them is another run than the one that is needed, was made from other data or from another
+            model of the base, or its model file is missing.
     """
     if (base := find(base_of(spec))) is None:
         return
-    parts = [base]
+    tensors, names = read_input({BASE: base}, BASE, spec, images), expert_names(base.model())
     for e, benign in enumerate(benign_experts(spec)):
-        # A poisoned expert that does not exist is made from the benign one.
-        if (run := find(expert_of(spec, e)) or find(benign)) is not None:
-            parts.append(run)
-    for run in parts:
-        if run.folder.model_sha256 is None:
-            raise RecordError(f"model file {run.folder.path / MODEL}: not found")
-        check_expert(run, base)
+        poisoned = expert_of(spec, e)
+        role, made = expert_role(e), spec
+        if (run := find(poisoned)) is None:
+            # A poisoned expert that does not exist is made from the benign one.
+            role, made, run = BENIGN, poisoned, find(benign)
+        if run is not None:
+            check_expert(run, base)
+            check_tuned(read_input({role: run}, role, made, images), tensors, names, run)
+
+
+def check_tuned(
+    expert: Mapping[str, Tensor], base: Mapping[str, Tensor], names: Collection[str], run: Run
+) -> None:
+    """Check that outside of the MLPs the weights of an expert are those of the base.
+
+    Args:
+        expert: The weights of the expert.
+        base: The weights of the base.
+        names: Names of the weights of the MLPs; see `expert_names`.
+        run: The expert, for the message.
+
+    Raises:
+        RecordError: They are not.
+    """
+    try:
+        check_same_base(base, expert, names, f"run folder {run.folder.path}")
+    except ConfigError as error:
+        raise RecordError(f"{error}; delete that run to make it again") from error
+
+
+def check_lineage(run: Run) -> None:
+    """Check that no run which a run was made from has changed since, as far as they lie beside it.
+
+    Raises:
+        RecordError: One has.
+    """
+    for each in run.record.inputs:
+        folder = RunFolder(run.folder.path.parent / each["run"])
+        if folder.exists and (record := folder.read()).status == "finished":
+            source = Run(folder, record)
+            check_unchanged(run, each["role"], source)
+            check_lineage(source)
 
 
 def check_unchanged(run: Run, role: str, source: Run) -> None:

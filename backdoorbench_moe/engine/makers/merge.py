@@ -14,12 +14,12 @@ from backdoorbench_moe.engine.graph import BASE, expert_role
 from backdoorbench_moe.engine.inference import BATCH, forward
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.fitting import Checkpoint, Stopwatch, fit
-from backdoorbench_moe.engine.makers.inputs import check_expert, read_input
+from backdoorbench_moe.engine.makers.inputs import check_expert, check_tuned, read_input
 from backdoorbench_moe.engine.probe import Probe, check_probe
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.moe.layers import Router
-from backdoorbench_moe.moe.merging import MergedModel, load_experts, mlp_inputs
+from backdoorbench_moe.moe.merging import MergedModel, expert_names, load_experts, mlp_inputs
 from backdoorbench_moe.ops.seeding import derive_seed, generator
 from backdoorbench_moe.records import Record, RunFolder
 
@@ -52,11 +52,13 @@ class MergeMaker(Maker):
         """
         images = self.setup.images
         base = read_input(inputs, BASE, self.spec, images)
+        names = expert_names(inputs[BASE].model())
         experts = []
         for e in range(self.mixture.experts):
             run = inputs[expert_role(e)]
             check_expert(run, inputs[BASE])
             experts.append(read_input(inputs, expert_role(e), self.spec, images))
+            check_tuned(experts[-1], base, names, run)
         load_experts(self.model, base, experts)
 
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
