@@ -46,7 +46,7 @@ def refusal(make, output) -> str:
         ({"mixture": {"expert_train": {"epoch": 1}}},
          "mixture.expert_train: key: unknown 'epoch'; did you mean 'epochs'"),
         ({"mixture": {"expert": 3}}, "mixture: key: unknown 'expert'; did you mean 'experts'"),
-        ({"mixture": {"task": 0}}, "mixture.task: expected none, as a mixture makes its single experts by itself, got 0"),
+        ({"mixture": {"task": 0}}, "mixture.task: expected none, as a mixture makes its single experts by itself"),
         ({"gate": {"name": "top-k", "top_k": 3}}, "top_k"),
         ({"gate": "topk"}, "gate: unknown 'topk'; did you mean 'top-k'"),
         ({"splitter": "domain"}, "splitter: unknown 'domain'; did you mean 'domains'"),
@@ -236,7 +236,7 @@ def test_a_folder_with_the_run_of_another_expert_is_noticed_before_anything_is_m
     shutil.rmtree(first)
     shutil.copytree(second, first)
     with pytest.raises(
-        RecordError, match="expert0-clean-.*: is not the finished run that is needed as the expert/0"
+        RecordError, match=r"expert0-clean-.*: is not the finished run that is needed as the expert/0"
     ):
         run_attack(mixture_spec(attack={"name": "hsft", "epochs": 1}), output=output)
     assert len([*output.iterdir()]) == 6
