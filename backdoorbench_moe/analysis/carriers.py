@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.analysis.capture import proportion_of
-from backdoorbench_moe.analysis.opened_run import OpenedRun
+from backdoorbench_moe.engine.opened_run import OpenedRun
 from backdoorbench_moe.analysis.passes import BATCH
 from backdoorbench_moe.engine.inference import forward
 from backdoorbench_moe.engine.triggered import Triggered

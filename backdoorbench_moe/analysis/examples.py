@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.analysis.opened_run import OpenedRun, draw_images
+from backdoorbench_moe.engine.opened_run import OpenedRun, draw_images
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.data.images import read_images
 from backdoorbench_moe.engine.build import Stamper

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from backdoorbench_moe.analysis.marks import MarkedTest
-from backdoorbench_moe.analysis.opened_run import OpenedRun, open_beside
+from backdoorbench_moe.engine.opened_run import OpenedRun, open_beside
 from backdoorbench_moe.analysis.passes import BATCH
 from backdoorbench_moe.engine.graph import BENIGN, PARENT, expert_role
 from backdoorbench_moe.engine.inference import forward

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.analysis.opened_run import OpenedRun
+from backdoorbench_moe.engine.opened_run import OpenedRun
 from backdoorbench_moe.engine.inference import forward_routed
 from backdoorbench_moe.engine.triggered import Triggered
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.analysis.opened_run import draw_images, load_run_images
+from backdoorbench_moe.engine.opened_run import draw_images, load_run_images
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet, Split
 from backdoorbench_moe.engine.build import (
