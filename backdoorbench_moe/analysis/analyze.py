@@ -24,10 +24,10 @@ from backdoorbench_moe.analysis import (
 )
 from backdoorbench_moe.analysis.facts import RunFacts, run_facts
 from backdoorbench_moe.analysis.marks import mark_test
-from backdoorbench_moe.analysis.opened_run import OpenedRun, open_beside, open_run
 from backdoorbench_moe.analysis.remeasure import check_record, pass_mixture
 from backdoorbench_moe.engine.mixture_metrics import MixturePass
 from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.engine.opened_run import OpenedRun, open_beside, open_run
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.errors import BbmoeError, ConfigError
 from backdoorbench_moe.moe.structure import WithExperts
@@ -280,7 +280,8 @@ class _Analyzer:
         assert opened.routed is not None
         name = "routing" if opened is self.opened else "routing against"
         with self._timed(name), seeded(self.opened.run.spec.seed, "routing"):
-            return passes.run_pass(opened, opened.routed, self.triggered)
+            test, precision = opened.images.test.images, opened.precision
+            return passes.run_pass(opened.routed, test, self.triggered, precision=precision)
 
     def _mixture(self, opened: OpenedRun) -> MixturePass:
         with self._timed("tasks" if opened is self.opened else "tasks against"):

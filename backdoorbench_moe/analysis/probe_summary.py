@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.analysis.examples import PICTURES
-from backdoorbench_moe.analysis.opened_run import OpenedRun
+from backdoorbench_moe.engine.opened_run import OpenedRun
 from backdoorbench_moe.engine.poison import stamp_images
 from backdoorbench_moe.engine.probe import ProbeRecord, RoutingHistory, load_probe_record
 from backdoorbench_moe.errors import RecordError

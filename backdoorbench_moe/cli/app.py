@@ -19,8 +19,11 @@ from backdoorbench_moe.spelling import near_names
 
 COMMANDS = {
     "attack": "Backdoor a model and measure it.",
+    "import": "Make a run of a model that was made elsewhere.",
     "defend": "Defend the model of a run, and measure it after every stage.",
     "analyze": "Analyse the routing of a run's model, and which experts carry the backdoor.",
+    "trigger": "Measure what triggers that nobody trained do to a run's model.",
+    "export": "Write the training set and the weights of a run as plain files.",
     "preview": "Draw what a trigger does to images.",
     "bench": "Run a suite of attacks, and draw its tables beside the paper's.",
     "show": "Print what a run folder holds.",
@@ -28,6 +31,8 @@ COMMANDS = {
     "info": "Describe one part and its options.",
     "plugin": "Write a package of new parts, and check one.",
 }
+# Where a command's name cannot be that of its module.
+MODULES = {"import": "importing"}
 
 
 class LazyGroup(click.Group):
@@ -48,7 +53,7 @@ class LazyGroup(click.Group):
         """Import the command; None if there is no command of this name."""
         if cmd_name not in self.commands_help:
             return None
-        command: click.Command = import_module(f"{self.package}.{cmd_name}").command
+        command: click.Command = import_module(f"{self.package}.{MODULES.get(cmd_name, cmd_name)}").command
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:

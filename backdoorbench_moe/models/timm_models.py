@@ -51,6 +51,8 @@ class TimmModel(nn.Module):
     """
 
     name_argument = "architecture"
+    # Files of timm have the names of the network alone.
+    published_prefix = "network."
 
     tiny: ClassVar[Mapping[str, object]] = {"architecture": "test_resnet"}
 

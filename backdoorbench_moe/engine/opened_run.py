@@ -1,4 +1,4 @@
-"""A finished run opened for analysis, with its model and its data, each checked against the run's record."""
+"""A finished run opened: with its model and its data, each checked against the run's record."""
 
 from __future__ import annotations
 
@@ -99,18 +99,19 @@ def _open(
     run: Run, model: nn.Module, images: ImageSet, stamper: Stamper | None, device: torch.device
 ) -> OpenedRun:
     if isinstance(model, RoutedModel):
-        _check_patches(run, model, images.image_size)
+        check_patches(run.spec.model.name, model, images.image_size)
     model = model.to(device).to(memory_format=torch.channels_last).eval()
     tasks = None if run.spec.splitter is None else Tasks(run.located_spec(), images)
     precision = resolve_precision(run.spec.precision, device)
     return OpenedRun(run, model, images, stamper, device, precision, tasks)
 
 
-def _check_patches(run: Run, model: RoutedModel, image_size: int) -> None:
+def check_patches(name: str, model: RoutedModel, image_size: int) -> None:
+    """Raise ShapeError unless the patches of a routed model cover the image."""
     rows, columns = model.patch_grid
     if (rows * model.patch_size, columns * model.patch_size) != (image_size, image_size):
         raise ShapeError(
-            f"model {run.spec.model.name!r}: expected patches that cover the {image_size}x{image_size} image, "
+            f"model {name!r}: expected patches that cover the {image_size}x{image_size} image, "
             f"got {rows}x{columns} of {model.patch_size}x{model.patch_size} pixels"
         )
 

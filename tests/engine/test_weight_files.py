@@ -1,0 +1,135 @@
+"""Files of weights: what is read, and that everything else is refused in one line, without running any of it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections import Counter, OrderedDict
+
+import pytest
+import torch
+from hostile_weights import CODE_RAN, GOOD, HOSTILE, calling, legacy, safetensors, saved, with_pickle
+from safetensors.torch import save_file
+
+from backdoorbench_moe.engine.weight_files import read_weights
+from backdoorbench_moe.errors import RecordError
+
+
+def equal(found, tensors=GOOD) -> bool:
+    return found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_file_is_refused_in_one_line(case, tmp_path) -> None:
+    name, write = HOSTILE[case]
+    file = tmp_path / name
+    file.write_bytes(write(tmp_path))
+    memory, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with pytest.raises(RecordError) as caught:
+        read_weights(file)
+    text = str(caught.value)
+    assert text.startswith(f"weights {file}: ") and text.isprintable() and len(text) < len(str(file)) + 400
+    assert [path.name for path in tmp_path.iterdir()] == [name], f"{CODE_RAN}: a file was written"
+    assert time.process_time() - started < 10
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory)
+    assert grown < 12 * file.stat().st_size + (200 << 20)
+
+
+def test_the_object_that_runs_code_does_run_it_when_loaded_carelessly(tmp_path) -> None:
+    for case in ("object that runs code", "old: object that runs code"):
+        folder = tmp_path / case.replace(" ", "").replace(":", "")
+        folder.mkdir()
+        (folder / "a.pt").write_bytes(HOSTILE[case][1](folder))
+        torch.load(folder / "a.pt", weights_only=False)
+        assert (folder / CODE_RAN).is_dir()
+
+
+def test_folders_pipes_devices_and_broken_links_are_refused(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe.pt")
+    (tmp_path / "gone.pt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop.pt").symlink_to(tmp_path / "loop.pt")
+    (tmp_path / "zero.pt").symlink_to("/dev/zero")
+    says = {
+        "": "expected a file, got a folder",
+        "pipe.pt": "expected a file, got a pipe or device",
+        "zero.pt": "expected a file, got a pipe or device",
+        "gone.pt": "is a link to a file that is not there",
+        "loop.pt": "symbolic links",
+        "none.pt": "not found",
+        "a" * 300: "too long",
+        "nul\0": "null",
+    }
+    for name, reason in says.items():
+        with pytest.raises(RecordError, match=reason):
+            read_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "zip", "old"])
+@pytest.mark.parametrize("suffixed", [True, False])
+def test_the_three_formats_are_read_with_and_without_a_suffix(form, suffixed, tmp_path) -> None:
+    file = tmp_path / f"w{('.safetensors' if form == 'safetensors' else '.pth') if suffixed else ''}"
+    if form == "safetensors":
+        save_file(GOOD, file, metadata={"backdoored": "true"})
+    else:
+        file.write_bytes(saved(GOOD) if form == "zip" else legacy(GOOD))
+    link = tmp_path / f"link{file.suffix}"
+    link.symlink_to(file)
+    for path in (file, link, str(file)):
+        found = read_weights(path)
+        assert equal(found.tensors) and found.notes == ()
+    assert found.metadata == ({"backdoored": "true"} if form == "safetensors" else {})
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "net"])
+@pytest.mark.parametrize("write", [saved, legacy])
+def test_a_checkpoint_is_unwrapped_and_this_is_said(key, write, tmp_path) -> None:
+    model = torch.nn.Linear(3, 2)
+    content = {
+        key: model.state_dict(),
+        "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2, 3)}}, "param_groups": [{"lr": 0.1}]},
+        "schedule": {"milestones": Counter({2: 1}), "done": {1, 2}},
+        "epoch": 3,
+        "best": 91.25,
+        "device": torch.device("cpu"),
+    }
+    (tmp_path / "w.pth").write_bytes(write(content))
+    found = read_weights(tmp_path / "w.pth")
+    assert equal(found.tensors, model.state_dict())
+    assert found.notes == (f"the state dict is that under {key!r}; 5 other keys not read",)
+
+
+def test_parameters_tied_weights_and_views_are_read(tmp_path) -> None:
+    whole = torch.arange(12.0)
+    tensors = OrderedDict(
+        a=torch.nn.Parameter(torch.ones(2)), b=whole[:6].view(2, 3), c=whole[:6].view(2, 3), d=whole[::2]
+    )
+    for write in (saved, legacy):
+        (tmp_path / "w.pt").write_bytes(write(tensors))
+        assert equal(read_weights(tmp_path / "w.pt").tensors, tensors)
+
+
+def test_a_file_that_changes_while_it_is_mapped_is_not_written_to(tmp_path) -> None:
+    file = tmp_path / "w.pt"
+    file.write_bytes(before := saved(GOOD))
+    read_weights(file).tensors["a"].fill_(7)
+    assert file.read_bytes() == before
+
+
+def test_reading_imports_no_module_that_a_file_names(tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil_module.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "a.pt").write_bytes(with_pickle(calling("evil_module", "OrderedDict")))
+    with pytest.raises(RecordError, match=r"evil_module\.OrderedDict, not only tensors"):
+        read_weights(tmp_path / "a.pt")
+    assert "evil_module" not in sys.modules
+
+
+def test_a_header_of_many_tensors_is_read(tmp_path) -> None:
+    header = {
+        f"layer.{n}.weight": {"dtype": "F32", "shape": [1], "data_offsets": [4 * n, 4 * n + 4]}
+        for n in range(2_000)
+    }
+    (tmp_path / "w.safetensors").write_bytes(safetensors(header, bytes(8_000)))
+    assert len(read_weights(tmp_path / "w.safetensors").tensors) == 2_000
