@@ -3,14 +3,16 @@
 Later layers win: defaults < recipe < YAML file < flags < `--set`. Nothing here imports torch.
 """
 
-from backdoorbench_moe.config.build import build_spec, load_recipe, recipe_model
+from backdoorbench_moe.config.build import build_spec, load_recipe
 from backdoorbench_moe.config.merge import Values, merge
 from backdoorbench_moe.config.mixture import MixtureSpec
 from backdoorbench_moe.config.poison import PoisonSpec, class_number
-from backdoorbench_moe.config.shorthand import normalise
+from backdoorbench_moe.config.shorthand import SURROGATE, normalise
 from backdoorbench_moe.config.spec import (
     DATASET_NOT_IN_DIGEST,
     PARTS,
+    SAME,
+    TWIN,
     PartSpec,
     RunSpec,
     spec_from_dict,
@@ -21,6 +23,9 @@ from backdoorbench_moe.config.yaml_files import chain_options, chain_settings, l
 __all__ = [
     "DATASET_NOT_IN_DIGEST",
     "PARTS",
+    "SAME",
+    "SURROGATE",
+    "TWIN",
     "MixtureSpec",
     "PartSpec",
     "PoisonSpec",
@@ -36,6 +41,5 @@ __all__ = [
     "merge",
     "normalise",
     "parse_setting",
-    "recipe_model",
     "spec_from_dict",
 ]
