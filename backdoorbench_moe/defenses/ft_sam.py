@@ -12,9 +12,10 @@ from torch.func import functional_call
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
-from backdoorbench_moe.defenses.losses import forward, training_loss
+from backdoorbench_moe.defenses.losses import training_loss
 from backdoorbench_moe.defenses.requirements import Scope, check_tuning, modules_in
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.routed import forward
 from backdoorbench_moe.ops.ranges import check_positive
 from backdoorbench_moe.ops.sharpness import steepest_shift
 

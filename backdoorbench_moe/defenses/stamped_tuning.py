@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from backdoorbench_moe.defenses.losses import forward, training_loss
+from backdoorbench_moe.defenses.losses import training_loss
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.routed import forward
 from backdoorbench_moe.ops.tuning import Objective
 
 # From images (B, 3, H, W) in [0, 1] to stamped ones; it may draw from torch's global generator.

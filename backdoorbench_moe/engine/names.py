@@ -78,9 +78,9 @@ def check_names(spec: RunSpec) -> None:
         UnknownNameError: There is no part of this name.
         PluginError: A package offers one, but it cannot be used.
     """
+    check_surrogate_name(spec)
     for kind, part in spec.parts():
         REGISTRIES[kind].check_name(part.name)
-    check_surrogate_name(spec)
 
 
 def check_surrogate_name(spec: RunSpec) -> None:
