@@ -15,7 +15,7 @@ from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.sample_filter import Suspicion, in_order, judge_samples, without
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.routed import auxiliary_loss, forward
-from backdoorbench_moe.ops.ranges import check_epochs, check_positive
+from backdoorbench_moe.ops.ranges import check_integer, check_interval, check_positive
 from backdoorbench_moe.ops.tuning import Objective
 from backdoorbench_moe.shares import share_of
 
@@ -79,12 +79,10 @@ class ABL(Defense):
     ) -> None:
         super().__init__()
         check_positive(gamma=gamma, unlearning_lr=unlearning_lr)
-        if not 0 < ratio < 1:
-            raise ConfigError.expected("ratio", "a number in (0, 1)", ratio)
-        check_epochs("unlearning_epochs", unlearning_epochs, at_least=1)
+        check_interval("ratio", ratio, "(0, 1)")
+        check_integer("unlearning_epochs", unlearning_epochs, at_least=1)
         for name, number in (("isolation_epochs", isolation_epochs), ("epochs", epochs)):
-            if number is not None:
-                check_epochs(name, number, at_least=1)
+            check_integer(name, number, at_least=1)
         self.isolation, self.gamma, self.isolation_epochs = isolation, gamma, isolation_epochs
         self.ratio, self.epochs = ratio, epochs
         self.unlearning_epochs, self.unlearning_lr = unlearning_epochs, unlearning_lr

@@ -26,7 +26,7 @@ from backdoorbench_moe.moe.feature_maps import (
 from backdoorbench_moe.moe.routed import Routing, forward
 from backdoorbench_moe.moe.trial import noise_for
 from backdoorbench_moe.ops.images import as_input
-from backdoorbench_moe.ops.ranges import check_epochs, check_weight
+from backdoorbench_moe.ops.ranges import check_integer, check_weight
 
 
 class NAD(Defense):
@@ -87,8 +87,7 @@ class NAD(Defense):
     ) -> None:
         super().__init__(clean_fraction=clean_fraction)
         check_tuning(epochs, lr, at_least=1)
-        if teacher_epochs is not None:
-            check_epochs("teacher_epochs", teacher_epochs, 1)
+        check_integer("teacher_epochs", teacher_epochs, 1)
         if not betas:
             raise ConfigError.expected("betas", "at least one number", betas)
         check_weight(gate_weight=gate_weight)

@@ -17,6 +17,7 @@ from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.routed import RoutedModel, Routing
 from backdoorbench_moe.moe.trial import noise_for
 from backdoorbench_moe.ops.images import Split
+from backdoorbench_moe.ops.ranges import check_integer
 from backdoorbench_moe.ops.routing import load_entropy, load_shares, nearest_load
 
 Load = Literal["experts", "patches", "gates"]
@@ -77,8 +78,7 @@ class RoutingLoad(InputFilter):
         calibrate: int = 1000,
         clean_fraction: float = 0.05,
     ) -> None:
-        if reserve < 2:
-            raise ConfigError.expected("reserve", "an integer of at least 2", reserve)
+        check_integer("reserve", reserve, 2)
         super().__init__(
             reserved=reserve,
             fpr=fpr,
