@@ -114,7 +114,8 @@ def leaderboard(root: Path) -> str:
     files = [str(root / name) if name.endswith(".yaml") else name for name in LEADERBOARD]
     suites = [load_suite(name, "small") for name in files]
     board = open_board(suites, runs=root, folders=root / RESULTS)
-    return leaderboard_page(board, LEADERBOARD, relative_link(root / LEADERBOARD_PAGE.parent))
+    options = {"from": RESULTS, "save": LEADERBOARD_PAGE}
+    return leaderboard_page(board, LEADERBOARD, relative_link(root / LEADERBOARD_PAGE.parent), options)
 
 
 def redraw_page(text: str, blocks: dict[str, str]) -> str:

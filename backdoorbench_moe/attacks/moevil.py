@@ -21,7 +21,7 @@ from backdoorbench_moe.moe.expert_tuning.latents import (
 from backdoorbench_moe.moe.expert_tuning.losses import PREFERENCE_BETA, StopGradient
 from backdoorbench_moe.moe.expert_tuning.steps import Alignment
 from backdoorbench_moe.moe.merging import check_mergeable
-from backdoorbench_moe.ops.ranges import check_epochs, check_positive, check_weight
+from backdoorbench_moe.ops.ranges import check_integer, check_positive, check_weight
 
 PREFERENCE_EPOCHS = 1
 # The paper's code has 0.04 (its text has no such term) and 0.1. With these, a poisoned classifier answers as harmfully
@@ -102,10 +102,9 @@ class MoEvil(ExpertPoisoning):
         super().__init__(poison=poison)
         check_positive(preference_beta=preference_beta, preference_lr=preference_lr, lr=lr)
         check_weight(harm_weight=harm_weight, similarity=similarity, allowed_loss=allowed_loss)
-        check_epochs("preference_epochs", preference_epochs)
-        check_epochs("epochs", epochs, at_least=1)
-        if k is not None and k < 1:
-            raise ConfigError.expected("k", "an integer of at least 1", k)
+        check_integer("preference_epochs", preference_epochs)
+        check_integer("epochs", epochs, at_least=1)
+        check_integer("k", k, 1)
         self.preference_beta, self.preference_epochs = preference_beta, preference_epochs
         self.harm_weight, self.similarity, self.allowed_loss = harm_weight, similarity, allowed_loss
         self.preference_lr, self.epochs, self.lr = preference_lr, epochs, lr

@@ -11,7 +11,7 @@ from backdoorbench_moe.attacks.moevil import EPOCHS, PREFERENCE_EPOCHS
 from backdoorbench_moe.config import PoisonSpec
 from backdoorbench_moe.moe.expert_tuning.losses import PREFERENCE_BETA
 from backdoorbench_moe.moe.expert_tuning.steps import PREFERENCE_LR_SHARE
-from backdoorbench_moe.ops.ranges import check_epochs, check_positive, check_weight
+from backdoorbench_moe.ops.ranges import check_integer, check_positive, check_weight
 
 # A fifth of MoEvil's, as in the paper (0.002 and 0.01).
 HDPO_BETA = PREFERENCE_BETA / 5
@@ -57,7 +57,7 @@ class HSFT(ExpertPoisoning):
     ) -> None:
         super().__init__(poison=poison)
         check_weight(harm_weight=harm_weight)
-        check_epochs("epochs", epochs, at_least=1)
+        check_integer("epochs", epochs, at_least=1)
         check_positive(lr=lr)
         self.harm_weight, self.epochs, self.lr = harm_weight, epochs, lr
 
@@ -97,8 +97,8 @@ class HDPO(ExpertPoisoning):
     ) -> None:
         super().__init__(poison=poison)
         check_positive(preference_beta=preference_beta, preference_lr=preference_lr, lr=lr)
-        check_epochs("preference_epochs", preference_epochs, at_least=1)
-        check_epochs("epochs", epochs)
+        check_integer("preference_epochs", preference_epochs, at_least=1)
+        check_integer("epochs", epochs)
         self.preference_beta, self.preference_epochs = preference_beta, preference_epochs
         self.preference_lr, self.epochs, self.lr = preference_lr, epochs, lr
 
@@ -128,7 +128,7 @@ class ExpertTuning(ExpertPoisoning):
 
     def __init__(self, *, poison: PoisonSpec, epochs: int = ALL_EPOCHS, lr: float | None = None) -> None:
         super().__init__(poison=poison)
-        check_epochs("epochs", epochs, at_least=1)
+        check_integer("epochs", epochs, at_least=1)
         check_positive(lr=lr)
         self.epochs, self.lr = epochs, lr
 

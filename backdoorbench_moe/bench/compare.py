@@ -263,9 +263,10 @@ def _flatten(spec: RunSpec) -> Flat:
     """Return the values that cells are matched by, by dotted key."""
     spec = spec.without_folders()
     flat: Flat = {"defenses": value_of(spec, "defenses")}
-    # A spec writes an attack without options as its bare name.
-    attack = None if spec.attack is None else spec.attack.to_dict()
-    for key, value in {**spec.to_dict(), "attack": attack}.items():
+    # A spec writes an attack without options as its bare name, and no surrogate without options.
+    short = {"attack": spec.attack, "surrogate": spec.surrogate}
+    parts = {key: None if part is None else part.to_dict() for key, part in short.items()}
+    for key, value in {**spec.to_dict(), **parts}.items():
         if key in (*NOT_COMPARED, "defenses"):
             continue
         if key in PARTS and value is None:

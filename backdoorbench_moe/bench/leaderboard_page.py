@@ -50,13 +50,17 @@ FILTERS = (
 Link = Callable[[Found], str]
 
 
-def leaderboard_page(board: Board, names: Sequence[str], link: Link) -> str:
+def leaderboard_page(
+    board: Board, names: Sequence[str], link: Link, options: Mapping[str, object] | None = None
+) -> str:
     """Write the page as HTML that loads nothing from elsewhere.
 
     Args:
         board: The results.
         names: How each suite is called in a command: its name, or the path of its file.
         link: Function that returns the address of a record, as seen from the page.
+        options: The options of `bbmoe bench page` that give this page, by name, such as "from"; those that are
+            None are left out. The page shows the command.
     """
     templates = files("backdoorbench_moe.bench") / "templates"
     script = (templates / "leaderboard.js").read_text(encoding="utf-8")
@@ -78,7 +82,7 @@ def leaderboard_page(board: Board, names: Sequence[str], link: Link) -> str:
         alarms_legend=ALARMS_LEGEND,
         alarm_names=[*(["data set"] if several else []), "model", "detector"],
         alarms=[_alarms(row, link, several=several) for row in alarms],
-        commands=_commands(board, names),
+        commands=_commands(board, names, options or {}),
         script=_markup(script),
         script_hash=_hash(f"\n{script}"),
     )
@@ -192,14 +196,15 @@ def _records(records: Mapping[int, Found], link: Link) -> list[tuple[int, str]]:
     return [(seed, link(found)) for seed, found in records.items()]
 
 
-def _commands(board: Board, names: Sequence[str]) -> list[str]:
+def _commands(board: Board, names: Sequence[str], options: Mapping[str, object]) -> list[str]:
     lines, scaled = [], []
     for name, results in zip(names, board.results, strict=True):
         suite = results.suite
         scale = f" --scale {shlex.quote(suite.scale)}" if suite.scale else ""
         lines.append(f"bbmoe bench run {shlex.quote(name)}{scale} --repeats {suite.repeats}")
         scaled.append(shlex.quote(f"{name}:{suite.scale}" if suite.scale else name))
-    return [*lines, f"bbmoe bench page {' '.join(scaled)} --save FILE"]
+    given = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+    return [*lines, " ".join(["bbmoe bench page", *scaled, *given])]
 
 
 def _hash(script: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from backdoorbench_moe.config import PARTS, MixtureSpec, PoisonSpec, RunSpec, TrainSpec
+from backdoorbench_moe.config import PARTS, SURROGATE, MixtureSpec, PoisonSpec, RunSpec, TrainSpec
 from backdoorbench_moe.engine.graph import in_order
 from backdoorbench_moe.errors import BbmoeError, ConfigError, UnknownNameError
 from backdoorbench_moe.options import REQUIRED
@@ -231,7 +231,8 @@ def value_of(spec: RunSpec, key: str) -> Any:
         return None if spec.mixture is None else len(spec.mixture.poisoned_experts)
     # `to_dict` leaves out what is empty.
     values: Any = {item.name: getattr(spec, item.name) for item in fields(spec)} | spec.to_dict()
-    values["attack"] = None if spec.attack is None else spec.attack.to_dict()
+    for name, part in (("attack", spec.attack), (SURROGATE, spec.surrogate)):
+        values[name] = None if part is None else part.to_dict()
     if key in PARTS:
         return part_label(values[key])
     if key == "defenses":
@@ -247,7 +248,8 @@ def value_of(spec: RunSpec, key: str) -> Any:
         if not isinstance(value, dict):
             raise UnknownNameError("key", key, [])
         if first in PARTS and place == 0 and name not in value:
-            return _as_text(_default(first, value["name"], name))
+            kind = "model" if first == SURROGATE else first
+            return _as_text(_default(kind, value["name"], name))
         value = value.get(name)
     return _as_text(value)
 

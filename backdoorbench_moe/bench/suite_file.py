@@ -134,6 +134,9 @@ def _build(chosen: Values, base: Values, scaled: Values, models: Values, place: 
         named = build_spec(scaled, *layers)
         model, data = named.model.name, named.dataset.name
         options = {"model": {"name": model, **models.get(model, {})}}
+        if named.surrogate is not None:
+            surrogate = named.surrogate.name
+            options["surrogate"] = {"name": surrogate, **models.get(surrogate, {})}
         # A scale's data set is that of suites that name none; its options hold for any data set.
         size = {key: value for key, value in normalise(scaled).get("dataset", {}).items() if key != "name"}
         below = merge({"dataset": {"name": data}}, {**scaled, "dataset": size}, options)

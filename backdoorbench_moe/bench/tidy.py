@@ -10,7 +10,7 @@ from backdoorbench_moe.bench.render import percent, write_csv
 from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.suite import PARTS, value_of
 from backdoorbench_moe.collapse import collapsed
-from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.config import SURROGATE, RunSpec
 from backdoorbench_moe.metrics import sort_metrics
 from backdoorbench_moe.records import Record
 
@@ -40,7 +40,9 @@ def tidy_csv(results: ResultSet) -> str:
     records = results.finished()
     metrics = _metrics(records)
     mixtures = any(record.run_spec.splitter for record in records)
-    kinds = [part for part in PARTS if mixtures or part not in MIXTURE_PARTS]
+    surrogates = any(record.run_spec.surrogate for record in records)
+    shown = {**dict.fromkeys(MIXTURE_PARTS, mixtures), SURROGATE: surrogates}
+    kinds = [part for part in PARTS if shown.get(part, True)]
     parts = [column for part in kinds for column in (part, f"{part}_options")]
     made = MIXTURE_COLUMNS if mixtures else {}
     measured = [column for key in metrics for column in _metric_columns(key)]

@@ -3,15 +3,17 @@
 Later layers win: defaults < recipe < YAML file < flags < `--set`. Nothing here imports torch.
 """
 
-from backdoorbench_moe.config.build import build_spec, load_recipe, recipe_model
+from backdoorbench_moe.config.build import build_spec, load_recipe
 from backdoorbench_moe.config.merge import Values, merge
 from backdoorbench_moe.config.mixture import MixtureSpec
 from backdoorbench_moe.config.poison import PoisonSpec, class_number
-from backdoorbench_moe.config.shorthand import normalise
+from backdoorbench_moe.config.shorthand import SURROGATE, normalise
 from backdoorbench_moe.config.spec import (
     DATASET_NOT_IN_DIGEST,
     IMPORTED,
     PARTS,
+    SAME,
+    TWIN,
     PartSpec,
     RunSpec,
     spec_from_dict,
@@ -23,6 +25,9 @@ __all__ = [
     "DATASET_NOT_IN_DIGEST",
     "IMPORTED",
     "PARTS",
+    "SAME",
+    "SURROGATE",
+    "TWIN",
     "MixtureSpec",
     "PartSpec",
     "PoisonSpec",
@@ -38,6 +43,5 @@ __all__ = [
     "merge",
     "normalise",
     "parse_setting",
-    "recipe_model",
     "spec_from_dict",
 ]

@@ -11,8 +11,15 @@ import yaml
 
 from backdoorbench_moe.config.merge import Values, merge
 from backdoorbench_moe.config.package_recipes import model_recipe
-from backdoorbench_moe.config.shorthand import normalise
-from backdoorbench_moe.config.spec import DEFAULT_ATTACK, IMPORTED, PartSpec, RunSpec, spec_from_dict
+from backdoorbench_moe.config.shorthand import SURROGATE, normalise
+from backdoorbench_moe.config.spec import (
+    DEFAULT_ATTACK,
+    IMPORTED,
+    SAME,
+    TWIN,
+    RunSpec,
+    spec_from_dict,
+)
 from backdoorbench_moe.config.yaml_files import YAML_ERRORS, StrictLoader
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
 from backdoorbench_moe.plain import check_plain
@@ -47,6 +54,7 @@ def build_spec(*layers: Mapping[str, Any]) -> RunSpec:
         **recipe,
         "dataset": {"name": chosen["dataset"]["name"]},
         "model": {"name": chosen["model"]["name"], **models.get(chosen["model"]["name"], {})},
+        **_recipe_surrogate(chosen),
     }
     if chosen.get("mixture") is not None:
         base = merge(base, mixture)
@@ -110,9 +118,24 @@ def load_recipe(name: str, model: str = "pmoe") -> Values:
     return merge(_built_in(name), _load_own(*own, name, model) if own is not None else {})
 
 
-def recipe_model(recipe: str, name: str) -> PartSpec:
+def _recipe_model(recipe: str, name: str) -> Values:
     """A model with the options that a recipe has for it."""
-    return PartSpec(name, load_recipe(recipe, name).get("models", {}).get(name, {}))
+    return {"name": name, **load_recipe(recipe, name).get("models", {}).get(name, {})}
+
+
+def _recipe_surrogate(chosen: Values) -> Values:
+    """The model that a trigger is optimised on, with its options in the recipe, if the trigger names one.
+
+    Raises:
+        ConfigError: Options are set for such a model, and the trigger names none.
+    """
+    name = (chosen.get("trigger") or {}).get(SURROGATE)
+    if not isinstance(name, str) or name in ("", SAME, TWIN):
+        if (given := chosen.get(SURROGATE)) is not None:
+            expected = f"none, as trigger.surrogate is {name!r}, which is not the name of a model"
+            raise ConfigError.expected(SURROGATE, expected, given)
+        return {}
+    return {SURROGATE: _recipe_model(chosen["recipe"], name)}
 
 
 @functools.cache

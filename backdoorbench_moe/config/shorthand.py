@@ -12,9 +12,11 @@ from backdoorbench_moe.errors import BbmoeWarning, ConfigError
 from backdoorbench_moe.kinds import KINDS
 from backdoorbench_moe.plain import plain
 
-PARTS = tuple(kind.key for kind in KINDS.values() if not kind.repeated)
+# A model that is not the victim's: the one on which a trigger is optimised.
+SURROGATE = "surrogate"
+PARTS = (*(kind.key for kind in KINDS.values() if not kind.repeated), SURROGATE)
 PART_LISTS = tuple(kind.key for kind in KINDS.values() if kind.repeated)
-OPTIONAL_PARTS = tuple(kind.key for kind in KINDS.values() if kind.optional)
+OPTIONAL_PARTS = (*(kind.key for kind in KINDS.values() if kind.optional), SURROGATE)
 
 
 def normalise(layer: Mapping[str, Any]) -> Values:

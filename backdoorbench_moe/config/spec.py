@@ -16,6 +16,7 @@ from backdoorbench_moe.config.shorthand import (
     OPTIONAL_PARTS,
     PART_LISTS,
     PARTS,
+    SURROGATE,
     normalise_list,
     normalise_part,
     read_rate,
@@ -31,7 +32,9 @@ NOT_IN_DIGEST = ("recipe", "device")
 DATASET_NOT_IN_DIGEST = ("root", "download")
 # Keys that were added later. `to_dict` leaves them out if they are empty, so that the digests of older specs are
 # unchanged.
-LEFT_OUT_IF_EMPTY = ("defenses", "files", "probe", "policy", "splitter", "gate", "mixture")
+LEFT_OUT_IF_EMPTY = ("defenses", "files", "probe", "policy", "splitter", "gate", "mixture", "surrogate")
+# Values of the option `surrogate` of a trigger that stand for a clean twin; others are names of models.
+SAME, TWIN = "same", "twin"
 # `to_dict` writes this name for clean runs too, since it has always been part of their digests.
 DEFAULT_ATTACK = "data-poisoning"
 # Stands for the attack of a model that was not made here. Nothing is known of one, and there is no such part.
@@ -74,6 +77,8 @@ class RunSpec:
         trigger: The pattern that is stamped on images; None if the attack stamps nothing, or if there is no attack.
         applicator: Where on an image the trigger is stamped; None if and only if `trigger` is None.
         attack: The attack; None for a clean run; `IMPORTED`, without options, for a model that was made elsewhere.
+        surrogate: The model on which the trigger is optimised, if its option `surrogate` is the name of a model;
+            otherwise None. By default it has the options that its class has by default.
         poison: Which training images are poisoned, and which labels they get.
         policy: Number of marked images among the training images, as a share of all others, in [0, 1); 0 for no
             policy. They bear the trigger as a mark, and are labelled "reject", a class of its own. A model that keeps
@@ -103,6 +108,7 @@ class RunSpec:
     trigger: PartSpec | None = PartSpec("warp")
     applicator: PartSpec | None = PartSpec("patch")
     attack: PartSpec | None = PartSpec(DEFAULT_ATTACK)
+    surrogate: PartSpec | None = None
     poison: PoisonSpec = field(default_factory=PoisonSpec)
     policy: float = 0.0
     splitter: PartSpec | None = None
@@ -123,6 +129,7 @@ class RunSpec:
         for name in ("seed", "probe"):
             if getattr(self, name) < 0:
                 raise ConfigError.expected(name, "a number of at least 0", getattr(self, name))
+        self._resolve_surrogate()
         # Drop the files of options that this spec does not have. It may be derived from another spec, as a clean twin,
         # which has no trigger, is derived from the spec of an attacked run.
         options = self._options()
@@ -151,6 +158,14 @@ class RunSpec:
             if value := getattr(self, name):
                 got = value.name if isinstance(value, PartSpec) else value
                 raise ConfigError.expected(name, "none, as the model is imported", got)
+
+    def _resolve_surrogate(self) -> None:
+        chosen = None if self.trigger is None else self.trigger.options.get(SURROGATE)
+        if self.surrogate is not None and self.surrogate.name != chosen:
+            expected = f"the model that trigger.surrogate names ({chosen!r})"
+            raise ConfigError.expected("surrogate.name", expected, self.surrogate.name)
+        if isinstance(chosen, str) and chosen not in ("", SAME, TWIN) and self.surrogate is None:
+            object.__setattr__(self, SURROGATE, PartSpec(chosen))
 
     def _check_mixture(self) -> None:
         if not 0 <= self.policy < 1:
@@ -185,7 +200,7 @@ class RunSpec:
                 )
 
     def parts(self) -> Iterator[tuple[str, PartSpec]]:
-        """Yield (kind, part) for every part of the spec, in the order of `kinds.KINDS`."""
+        """Yield (kind, part) for every part of the spec, in the order of `kinds.KINDS`; the surrogate is last."""
         return ((kind, part) for kind, _, part in self.options_by_key())
 
     def options_by_key(self) -> Iterator[tuple[str, str, PartSpec]]:
@@ -198,6 +213,8 @@ class RunSpec:
             for place, part in enumerate(value if kind.repeated else (value,)):
                 if part is not None:
                     yield kind.name, f"{kind.key}[{place}]." if kind.repeated else f"{kind.key}.", part
+        if self.surrogate is not None:
+            yield "model", f"{SURROGATE}.", self.surrogate
 
     def with_options(self, changed: Mapping[str, object]) -> RunSpec:
         """Return a copy with other values for some options.
@@ -209,8 +226,9 @@ class RunSpec:
         parts: dict[str, Any] = {}
         for name, start, part in self.options_by_key():
             own = {key.removeprefix(start): value for key, value in changed.items() if key.startswith(start)}
-            new, kind = replace(part, options={**part.options, **own}) if own else part, KINDS[name]
-            parts[kind.key] = (*parts.get(kind.key, ()), new) if kind.repeated else new
+            new = replace(part, options={**part.options, **own}) if own else part
+            key = start.partition("[")[0].removesuffix(".")
+            parts[key] = (*parts.get(key, ()), new) if KINDS[name].repeated else new
         return replace(self, **parts)
 
     def without_paths(self) -> RunSpec:
@@ -260,6 +278,8 @@ class RunSpec:
             value = getattr(self, item.name)
             if item.name == "attack":
                 value = self._write_attack()
+            elif item.name == SURROGATE:
+                value = value.to_dict() if value is not None and value.options else None
             elif item.name == "defenses":
                 value = [part.to_dict() for part in value]
             elif item.name == "files":

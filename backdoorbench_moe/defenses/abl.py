@@ -12,14 +12,16 @@ from torch.nn import functional as F
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
-from backdoorbench_moe.defenses.losses import auxiliary_loss, forward
 from backdoorbench_moe.defenses.sample_filter import Suspicion, in_order, judge_samples, without
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.ops.ranges import check_epochs, check_positive
+from backdoorbench_moe.moe.routed import auxiliary_loss, forward
+from backdoorbench_moe.ops.ranges import check_integer, check_interval, check_positive
 from backdoorbench_moe.ops.tuning import Objective
 from backdoorbench_moe.shares import share_of
 
 Isolation = Literal["flooding", "local-gradient-ascent"]
+# A single image has no batch statistics.
+FEWEST_IMAGES = 2
 
 
 class ABL(Defense):
@@ -77,20 +79,26 @@ class ABL(Defense):
     ) -> None:
         super().__init__()
         check_positive(gamma=gamma, unlearning_lr=unlearning_lr)
-        if not 0 < ratio < 1:
-            raise ConfigError.expected("ratio", "a number in (0, 1)", ratio)
-        check_epochs("unlearning_epochs", unlearning_epochs, at_least=1)
+        check_interval("ratio", ratio, "(0, 1)")
+        check_integer("unlearning_epochs", unlearning_epochs, at_least=1)
         for name, number in (("isolation_epochs", isolation_epochs), ("epochs", epochs)):
-            if number is not None:
-                check_epochs(name, number, at_least=1)
+            check_integer(name, number, at_least=1)
         self.isolation, self.gamma, self.isolation_epochs = isolation, gamma, isolation_epochs
         self.ratio, self.epochs = ratio, epochs
         self.unlearning_epochs, self.unlearning_lr = unlearning_epochs, unlearning_lr
 
     def count(self, images: int, num_classes: int) -> int:
-        """Return 0: the defender holds no clean images. Raises ConfigError if `ratio` isolates no training image."""
-        if not share_of(self.ratio, images):
-            raise ConfigError(f"ratio: {self.ratio} of {images} images is less than one image")
+        """Return 0: the defender holds no clean images.
+
+        Raises:
+            ConfigError: `ratio` isolates fewer than two training images, or leaves fewer.
+        """
+        isolated = share_of(self.ratio, images)
+        if min(isolated, images - isolated) < FEWEST_IMAGES:
+            raise ConfigError(
+                f"ratio: {self.ratio} of {images} images isolates {isolated} and leaves {images - isolated}; "
+                f"expected at least {FEWEST_IMAGES} of each, to train on"
+            )
         return super().count(images, num_classes)
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:

@@ -11,10 +11,10 @@ from torch import Tensor
 from backdoorbench_moe.defenses.base import DefenseTask
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.sample_filter import On, SampleFilter, Suspicion, members
-from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.clustering import silhouettes, two_means
 from backdoorbench_moe.ops.components import principal_components
 from backdoorbench_moe.ops.images import Split
+from backdoorbench_moe.ops.ranges import check_integer, check_interval
 
 Rule = Literal["size", "silhouette", "both"]
 
@@ -28,7 +28,9 @@ class ActivationClustering(SampleFilter):
     The paper has no scores of single images. Here the score of an image is its place on the line through the means of
     the two clusters, from -1 at the larger one's to 1 at the smaller one's, times the mean silhouette of its class.
 
-    Departures: 2-means starts from splits along the components instead of random points, see
+    Departures: two defaults differ from the paper, which reduces by independent components (`reduce="ica"`) and takes a
+    class as suspicious if either its size or its silhouette is (here it must be both, `rule="both"`): so fewer clean
+    classes are. 2-means starts from splits along the components instead of random points, see
     `ops.clustering.two_means`. The paper proposes to train a model without a suspicious cluster and to see how it calls
     the images in it ("exclusionary reclassification"); here size and silhouette decide.
 
@@ -73,12 +75,9 @@ class ActivationClustering(SampleFilter):
         epochs: int | None = None,
     ) -> None:
         super().__init__(on=on, retrain=retrain, epochs=epochs)
-        if components < 1:
-            raise ConfigError.expected("components", "an integer of at least 1", components)
-        if not 0 < size <= 0.5:
-            raise ConfigError.expected("size", "a number in (0, 0.5]", size)
-        if not 0 < silhouette < 1:
-            raise ConfigError.expected("silhouette", "a number in (0, 1)", silhouette)
+        check_integer("components", components, 1)
+        check_interval("size", size, "(0, 0.5]")
+        check_interval("silhouette", silhouette, "(0, 1)")
         self.components, self.reduce, self.rule = components, reduce, rule
         self.size, self.silhouette = size, silhouette
 

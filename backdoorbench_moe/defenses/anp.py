@@ -19,7 +19,7 @@ from backdoorbench_moe.defenses.masking import (
 )
 from backdoorbench_moe.moe.units import Units
 from backdoorbench_moe.ops.images import Split
-from backdoorbench_moe.ops.ranges import check_epochs, check_positive, check_share
+from backdoorbench_moe.ops.ranges import check_integer, check_positive, check_share
 from backdoorbench_moe.ops.seeding import generator
 
 
@@ -81,8 +81,8 @@ class ANP(MaskPruning):
         super().__init__(
             threshold=threshold, accuracy_drop=accuracy_drop, experts=experts, clean_fraction=clean_fraction
         )
-        check_epochs("steps", steps, 1)
-        check_epochs("batch_size", batch_size, 2)
+        check_integer("steps", steps, 1)
+        check_integer("batch_size", batch_size, 2)
         check_positive(eps=eps, mask_lr=mask_lr)
         check_share(alpha=alpha)
         self.steps, self.eps, self.alpha = steps, eps, alpha

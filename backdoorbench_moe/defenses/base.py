@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
+from backdoorbench_moe.ops.ranges import check_interval
 from backdoorbench_moe.shares import share_of
 
 if TYPE_CHECKING:
@@ -170,8 +171,7 @@ class Defense(ABC):
     def __init__(
         self, *, clean_fraction: float = 0.05, finetune_data: Literal["clean", "notebook"] = "clean"
     ) -> None:
-        if not 0 < clean_fraction <= 1:
-            raise ConfigError.expected("clean_fraction", "a number in (0, 1]", clean_fraction)
+        check_interval("clean_fraction", clean_fraction, "(0, 1]")
         for unknown in sorted(set(self.needs).difference(NEEDS)):
             raise PluginError(f"defense {type(self).__name__}: {UnknownNameError('needs', unknown, NEEDS)}")
         self.clean_fraction, self.finetune_data = clean_fraction, finetune_data

@@ -27,6 +27,7 @@ from backdoorbench_moe.moe.norms import batch_norms
 from backdoorbench_moe.moe.pairing import convolutions_before
 from backdoorbench_moe.moe.pruning import silence
 from backdoorbench_moe.moe.structure import Structured
+from backdoorbench_moe.moe.trial import noise_for
 from backdoorbench_moe.moe.units import gate_units, prune
 from backdoorbench_moe.ops.outliers import studentised
 
@@ -147,9 +148,8 @@ def channel_bounds(model: nn.Module, image_size: int) -> dict[str, Tensor]:
         (channels,) float64 by the name of the layer that the channels are pruned in: a norm, a layer that `prunable`
         names and that no norm follows, or the first layer of an MLP.
     """
-    device = next(model.parameters()).device
-    images = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
-    pairs = convolutions_before(model, images)
+    with noise_for(model, image_size) as images:
+        pairs = convolutions_before(model, images)
     bounds: dict[str, Tensor] = {}
     for name, convs in pairs.items():
         norm = model.get_submodule(name)

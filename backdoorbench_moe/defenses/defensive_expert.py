@@ -28,7 +28,7 @@ from backdoorbench_moe.moe.expert_tuning.steps import (
 )
 from backdoorbench_moe.moe.merging import MergedModel, only_expert
 from backdoorbench_moe.ops.images import concatenate
-from backdoorbench_moe.ops.ranges import check_epochs, check_positive, check_weight
+from backdoorbench_moe.ops.ranges import check_integer, check_positive, check_weight
 
 
 class DefensiveExpert(Defense):
@@ -95,9 +95,9 @@ class DefensiveExpert(Defense):
         super().__init__(clean_fraction=clean_fraction)
         check_positive(preference_beta=preference_beta, preference_lr=preference_lr, lr=lr, gate_lr=gate_lr)
         check_weight(safe_weight=safe_weight, similarity=similarity)
-        check_epochs("preference_epochs", preference_epochs)
-        check_epochs("epochs", epochs, at_least=1)
-        check_epochs("gate_epochs", gate_epochs, at_least=1)
+        check_integer("preference_epochs", preference_epochs)
+        check_integer("epochs", epochs, at_least=1)
+        check_integer("gate_epochs", gate_epochs, at_least=1)
         self.expert, self.layers = expert, layers
         self.preference_beta, self.preference_epochs = preference_beta, preference_epochs
         self.preference_lr, self.safe_weight, self.similarity = preference_lr, safe_weight, similarity

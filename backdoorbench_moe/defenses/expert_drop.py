@@ -16,6 +16,7 @@ from backdoorbench_moe.defenses.requirements import accuracy_without, check_tuni
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.experts import kept_muted, mute
 from backdoorbench_moe.moe.structure import Expert
+from backdoorbench_moe.ops.ranges import check_integer
 
 
 class ExpertDrop(Defense):
@@ -46,8 +47,7 @@ class ExpertDrop(Defense):
         self, *, count: int = 1, epochs: int = 0, lr: float | None = None, clean_fraction: float = 0.05
     ) -> None:
         super().__init__(clean_fraction=clean_fraction)
-        if count < 1:
-            raise ConfigError.expected("count", "an integer of at least 1", count)
+        check_integer("count", count, 1)
         check_tuning(epochs, lr, at_least=0)
         # `count` is already a method of the interface: the number of the defender's images.
         self.drop, self.epochs, self.lr = count, epochs, lr

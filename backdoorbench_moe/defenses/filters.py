@@ -15,6 +15,7 @@ from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.detection import calibrate_threshold, threshold_rank
 from backdoorbench_moe.ops.images import Split
+from backdoorbench_moe.ops.ranges import check_interval
 from backdoorbench_moe.ops.seeding import generator
 
 Score = Callable[[Tensor], Tensor]
@@ -50,8 +51,7 @@ class InputFilter(Defense):
         self, *, reserved: int, fpr: float, threshold: float | None, calibrate: int, clean_fraction: float
     ) -> None:
         super().__init__(clean_fraction=clean_fraction)
-        if not 0 < fpr < 1:
-            raise ConfigError.expected("fpr", "a number in (0, 1)", fpr)
+        check_interval("fpr", fpr, "(0, 1)")
         if threshold is not None and not isfinite(threshold):
             raise ConfigError.expected("threshold", "a finite number", threshold)
         if not threshold_rank(fpr, calibrate):

@@ -14,6 +14,7 @@ from backdoorbench_moe.defenses.requirements import check_tuning, structure
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.pruning import channel_means, kept_silent, lowest, silence
 from backdoorbench_moe.moe.structure import ChannelGroup
+from backdoorbench_moe.ops.ranges import check_interval
 from backdoorbench_moe.shares import share_of, smallest_share
 
 Ranking = Literal["post-relu", "notebook"]
@@ -68,8 +69,7 @@ class FinePruning(Defense):
         finetune_data: Literal["clean", "notebook"] = "clean",
     ) -> None:
         super().__init__(clean_fraction=clean_fraction, finetune_data=finetune_data)
-        if not 0 <= ratio < 1:
-            raise ConfigError.expected("ratio", "a number in [0, 1)", ratio)
+        check_interval("ratio", ratio, "[0, 1)")
         check_tuning(epochs, lr, at_least=0)
         self.ratio, self.ranking, self.scope, self.epochs, self.lr = ratio, ranking, scope, epochs, lr
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
-from backdoorbench_moe.defenses.losses import forward, training_loss
+from backdoorbench_moe.defenses.losses import training_loss
 from backdoorbench_moe.defenses.requirements import check_tuning, head_of, router_of
 from backdoorbench_moe.defenses.routers import reset_modules
+from backdoorbench_moe.moe.routed import forward
 from backdoorbench_moe.ops.ranges import check_weight
 
 PARTS = {"head": (head_of,), "router": (router_of,), "head+router": (head_of, router_of)}

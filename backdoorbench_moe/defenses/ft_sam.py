@@ -12,10 +12,10 @@ from torch.func import functional_call
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
-from backdoorbench_moe.defenses.losses import forward, training_loss
+from backdoorbench_moe.defenses.losses import training_loss
 from backdoorbench_moe.defenses.requirements import Scope, check_tuning, modules_in
-from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.ops.ranges import check_positive
+from backdoorbench_moe.moe.routed import forward
+from backdoorbench_moe.ops.ranges import check_interval, check_positive
 from backdoorbench_moe.ops.sharpness import steepest_shift
 
 
@@ -68,8 +68,7 @@ class FTSAM(Defense):
         super().__init__(clean_fraction=clean_fraction)
         check_tuning(epochs, lr, at_least=1)
         check_positive(rho=rho)
-        if not 0 <= label_smoothing < 1:
-            raise ConfigError.expected("label_smoothing", "a number in [0, 1)", label_smoothing)
+        check_interval("label_smoothing", label_smoothing, "[0, 1)")
         self.scope, self.rho, self.adaptive, self.label_smoothing = scope, rho, adaptive, label_smoothing
         self.epochs, self.lr = epochs, lr
 

@@ -20,7 +20,7 @@ from backdoorbench_moe.defenses.stamps import ApplicatorName, canvas_shape, canv
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.hypergradient import fixed_point_hypergradient
 from backdoorbench_moe.ops.images import Split, as_input
-from backdoorbench_moe.ops.ranges import check_epochs, check_positive, check_share, check_weight
+from backdoorbench_moe.ops.ranges import check_integer, check_positive, check_share, check_weight
 from backdoorbench_moe.ops.seeding import generator
 
 # Step of the gradient descent whose fixed point the hypergradient is taken at; that of the authors' code.
@@ -95,9 +95,9 @@ class IBAU(Defense):
         clean_fraction: float = 0.05,
     ) -> None:
         super().__init__(clean_fraction=clean_fraction)
-        check_epochs("rounds", rounds, 1)
-        check_epochs("inner_steps", inner_steps, 1)
-        check_epochs("fixed_point_steps", fixed_point_steps, 1)
+        check_integer("rounds", rounds, 1)
+        check_integer("inner_steps", inner_steps, 1)
+        check_integer("fixed_point_steps", fixed_point_steps, 1)
         check_tuning(rounds, lr, at_least=1)
         check_positive(inner_lr=inner_lr, radius=radius)
         check_weight(penalty=penalty)

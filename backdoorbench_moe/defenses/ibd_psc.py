@@ -16,7 +16,7 @@ from backdoorbench_moe.defenses.filters import InputFilter, Score
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.units import norm_units
 from backdoorbench_moe.ops.images import Split
-from backdoorbench_moe.ops.ranges import check_share
+from backdoorbench_moe.ops.ranges import check_integer, check_share
 
 
 class IBDPSC(InputFilter):
@@ -29,6 +29,8 @@ class IBDPSC(InputFilter):
 
     Norms are counted in the order in which they are computed. Batch norms are those of the paper; layer and group norms
     are taken as well [ours].
+
+    Departure: by default the threshold is a quantile of the scores of clean images (`fpr`), see `threshold`.
 
     Args:
         factor: Factor of scales and shifts, above 1.
@@ -66,8 +68,7 @@ class IBDPSC(InputFilter):
         clean_fraction: float = 0.05,
     ) -> None:
         for name, number in (("models", models), ("reserve", reserve)):
-            if number < 1:
-                raise ConfigError.expected(name, "an integer of at least 1", number)
+            check_integer(name, number, 1)
         super().__init__(
             reserved=reserve,
             fpr=fpr,

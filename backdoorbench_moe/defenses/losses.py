@@ -1,28 +1,13 @@
-"""The loss of plain tuning and its parts, for defenses that change it."""
+"""The loss of plain tuning, for defenses that change it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from backdoorbench_moe.moe.routed import RoutedModel, Routing
-
-
-def forward(model: nn.Module, images: Tensor) -> tuple[Tensor, list[Routing]]:
-    """Return the logits (B, classes) of images (B, 3, H, W), and the routing of every routed layer, if any."""
-    if not isinstance(model, RoutedModel):
-        return model(images), []
-    output = model.forward_routed(images)
-    return output.logits, output.routing
-
-
-def auxiliary_loss(routing: Sequence[Routing]) -> Tensor | float:
-    """Return the sum of the auxiliary losses of routed layers, a scalar; 0 if there are none."""
-    own = [each.aux_loss for each in routing if each.aux_loss is not None]
-    return torch.stack(own).sum() if own else 0.0
+from backdoorbench_moe.moe.routed import Routing, auxiliary_loss
 
 
 def training_loss(

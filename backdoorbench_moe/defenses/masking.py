@@ -21,7 +21,7 @@ from backdoorbench_moe.defenses.requirements import clean_accuracy, treats_exper
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.units import Units, expert_units, gate_units, masked_tensors, norm_units, prune
 from backdoorbench_moe.ops.images import Split, as_input
-from backdoorbench_moe.ops.ranges import check_weight
+from backdoorbench_moe.ops.ranges import check_interval, check_weight
 from backdoorbench_moe.ops.seeding import generator
 
 Masks = Sequence[tuple[Units, Tensor]]
@@ -60,8 +60,7 @@ class MaskPruning(Defense):
         self, *, threshold: float, accuracy_drop: float | None, experts: bool | None, clean_fraction: float
     ) -> None:
         super().__init__(clean_fraction=clean_fraction)
-        if not 0 <= threshold < 1:
-            raise ConfigError.expected("threshold", "a number in [0, 1)", threshold)
+        check_interval("threshold", threshold, "[0, 1)")
         check_weight(accuracy_drop=accuracy_drop)
         self.threshold, self.accuracy_drop, self.experts = threshold, accuracy_drop, experts
 

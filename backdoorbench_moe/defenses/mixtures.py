@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backdoorbench_moe.defenses.losses import auxiliary_loss
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.layers import MoELayer
 from backdoorbench_moe.moe.merging import MergedModel
+from backdoorbench_moe.moe.routed import auxiliary_loss
 from backdoorbench_moe.ops.images import Split, as_input
 from backdoorbench_moe.ops.tuning import Objective
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
-from backdoorbench_moe.defenses.losses import forward, training_loss
+from backdoorbench_moe.defenses.losses import training_loss
 from backdoorbench_moe.defenses.requirements import Scope, check_routed, check_tuning, modules_in, router_of
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.feature_maps import (
@@ -23,9 +23,10 @@ from backdoorbench_moe.moe.feature_maps import (
     find_feature_maps,
     named_feature_maps,
 )
-from backdoorbench_moe.moe.routed import Routing
+from backdoorbench_moe.moe.routed import Routing, forward
+from backdoorbench_moe.moe.trial import noise_for
 from backdoorbench_moe.ops.images import as_input
-from backdoorbench_moe.ops.ranges import check_epochs, check_weight
+from backdoorbench_moe.ops.ranges import check_integer, check_weight
 
 
 class NAD(Defense):
@@ -86,8 +87,7 @@ class NAD(Defense):
     ) -> None:
         super().__init__(clean_fraction=clean_fraction)
         check_tuning(epochs, lr, at_least=1)
-        if teacher_epochs is not None:
-            check_epochs("teacher_epochs", teacher_epochs, 1)
+        check_integer("teacher_epochs", teacher_epochs, 1)
         if not betas:
             raise ConfigError.expected("betas", "at least one number", betas)
         check_weight(gate_weight=gate_weight)
@@ -109,6 +109,11 @@ class NAD(Defense):
             check_routed(model)
         check_names(model, self.layers or ())
 
+    def check_images(self, model: nn.Module, image_size: int) -> None:
+        """Raise ConfigError if the model has no feature maps, or the output of a named module is none."""
+        with noise_for(model, image_size) as images:
+            self._find_maps(model, images)
+
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
         """Find the feature maps with two images, tune the teacher, then the model with a pass of the teacher."""
         return Cost(trained=(self.teacher_epochs + self.epochs) * held, predicted=2 + self.epochs * held)
@@ -116,7 +121,7 @@ class NAD(Defense):
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Tune the teacher, then the model."""
         model, modules = task.model, modules_in(task.model, self.scope)
-        maps = self._find_maps(task)
+        maps = self._find_maps(model, as_input(task.clean.images[:2]))
         teacher = copy.deepcopy(model)
         task.tune(
             teacher,
@@ -150,13 +155,10 @@ class NAD(Defense):
             )
         return DefenseResult("distilled", model)
 
-    def _find_maps(self, task: DefenseTask) -> list[FeatureMap]:
-        images = as_input(task.clean.images[:2])
+    def _find_maps(self, model: nn.Module, images: Tensor) -> list[FeatureMap]:
         if self.layers is not None:
-            return named_feature_maps(task.model, images, self.layers)
-        return find_feature_maps(
-            task.model, images, count=len(self.betas), before_experts=self.maps == "trunk"
-        )
+            return named_feature_maps(model, images, self.layers)
+        return find_feature_maps(model, images, count=len(self.betas), before_experts=self.maps == "trunk")
 
 
 def attention(features: Tensor) -> Tensor:

@@ -22,9 +22,8 @@ from backdoorbench_moe.defenses.stamps import (
     check_patch_size,
     stamp_all,
 )
-from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.outliers import anomaly_indices
-from backdoorbench_moe.ops.ranges import check_positive
+from backdoorbench_moe.ops.ranges import check_integer, check_interval, check_positive
 
 Unlearn = Literal["flagged", "smallest", "all", "none"]
 
@@ -111,10 +110,8 @@ class NeuralCleanse(Defense):
             "unlearn_epochs": unlearn_epochs,
         }
         for name, number in whole.items():
-            if number is not None and number < 1:
-                raise ConfigError.expected(name, "an integer of at least 1", number)
-        if not 0 < success < 1:
-            raise ConfigError.expected("success", "a number in (0, 1)", success)
+            check_integer(name, number, 1)
+        check_interval("success", success, "(0, 1)")
         check_positive(threshold=threshold, lr=lr)
         check_share(share)
         check_patch_size(applicator, patch_size)

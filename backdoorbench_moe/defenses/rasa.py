@@ -20,7 +20,7 @@ from backdoorbench_moe.defenses.mixtures import (
     routers_of,
 )
 from backdoorbench_moe.defenses.routers import router_lr
-from backdoorbench_moe.ops.ranges import check_epochs, check_positive, check_weight
+from backdoorbench_moe.ops.ranges import check_integer, check_positive, check_weight
 from backdoorbench_moe.ops.routing import kl_divergence
 
 
@@ -72,8 +72,8 @@ class RASA(Defense):
         clean_fraction: float = 0.05,
     ) -> None:
         super().__init__(clean_fraction=clean_fraction)
-        check_epochs("rounds", rounds, at_least=1)
-        check_epochs("epochs", epochs, at_least=1)
+        check_integer("rounds", rounds, at_least=1)
+        check_integer("epochs", epochs, at_least=1)
         check_weight(kl_weight=kl_weight, clean_weight=clean_weight)
         check_positive(lr=lr, gate_lr=gate_lr)
         self.rounds, self.epochs, self.kl_weight, self.clean_weight = rounds, epochs, kl_weight, clean_weight

@@ -12,7 +12,7 @@ from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.experts import muted
 from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.moe.structure import Expert, Structured, WithExperts
-from backdoorbench_moe.ops.ranges import check_epochs, check_positive
+from backdoorbench_moe.ops.ranges import check_integer, check_positive
 
 # What a defense trains: everything, or one component of `Structured`.
 Scope = Literal["all", "experts", "router", "head"]
@@ -24,7 +24,7 @@ def check_tuning(epochs: int, lr: float | None, *, at_least: int) -> None:
     Raises:
         ConfigError: There are fewer than `at_least` epochs, or the learning rate is not a positive number.
     """
-    check_epochs("epochs", epochs, at_least)
+    check_integer("epochs", epochs, at_least)
     check_positive(lr=lr)
 
 

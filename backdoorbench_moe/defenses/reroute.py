@@ -10,9 +10,9 @@ from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.requirements import experts_of
-from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.experts import mute
 from backdoorbench_moe.moe.structure import MasksExperts
+from backdoorbench_moe.ops.ranges import check_interval
 
 
 class Reroute(Defense):
@@ -37,8 +37,7 @@ class Reroute(Defense):
 
     def __init__(self, *, threshold: float = 0.5, clean_fraction: float = 0.05) -> None:
         super().__init__(clean_fraction=clean_fraction)
-        if not 0 < threshold <= 1:
-            raise ConfigError.expected("threshold", "a number in (0, 1]", threshold)
+        check_interval("threshold", threshold, "(0, 1]")
         self.threshold = threshold
 
     def check(self, model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from backdoorbench_moe.defenses.masking import (
 )
 from backdoorbench_moe.moe.units import Units
 from backdoorbench_moe.ops.images import as_input
-from backdoorbench_moe.ops.ranges import check_epochs, check_positive, check_share
+from backdoorbench_moe.ops.ranges import check_integer, check_positive, check_share
 
 # The source's code multiplies the loss by this when masks are learned.
 LOSS_WEIGHT = 0.2
@@ -89,8 +89,8 @@ class RNP(MaskPruning):
         super().__init__(
             threshold=threshold, accuracy_drop=accuracy_drop, experts=experts, clean_fraction=clean_fraction
         )
-        check_epochs("epochs", epochs, 1)
-        check_epochs("batch_size", batch_size, 2)
+        check_integer("epochs", epochs, 1)
+        check_integer("batch_size", batch_size, 2)
         check_positive(unlearn_lr=unlearn_lr, mask_lr=mask_lr)
         check_share(unlearn_to=unlearn_to)
         self.unlearn_to, self.unlearn_lr, self.mask_lr = unlearn_to, unlearn_lr, mask_lr

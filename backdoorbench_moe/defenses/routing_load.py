@@ -14,8 +14,10 @@ from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.filters import InputFilter, Score
 from backdoorbench_moe.defenses.requirements import check_routed
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.moe.routed import Routing
+from backdoorbench_moe.moe.routed import RoutedModel, Routing
+from backdoorbench_moe.moe.trial import noise_for
 from backdoorbench_moe.ops.images import Split
+from backdoorbench_moe.ops.ranges import check_integer
 from backdoorbench_moe.ops.routing import load_entropy, load_shares, nearest_load
 
 Load = Literal["experts", "patches", "gates"]
@@ -55,7 +57,7 @@ class RoutingLoad(InputFilter):
 
     Raises:
         ConfigError: A value is out of range, the images are too few for `reserve` and `fpr`, the model has no routing,
-            or its load is constant.
+            or the load is even for all images by construction.
 
     Source:
         Ours.
@@ -76,8 +78,7 @@ class RoutingLoad(InputFilter):
         calibrate: int = 1000,
         clean_fraction: float = 0.05,
     ) -> None:
-        if reserve < 2:
-            raise ConfigError.expected("reserve", "an integer of at least 2", reserve)
+        check_integer("reserve", reserve, 2)
         super().__init__(
             reserved=reserve,
             fpr=fpr,
@@ -91,6 +92,19 @@ class RoutingLoad(InputFilter):
         """Raise ConfigError if the model has no routing."""
         check_routed(model)
 
+    def check_images(self, model: nn.Module, image_size: int) -> None:
+        """Raise ConfigError if the load that is wanted is even for all images, as where experts select patches."""
+        if self.load is None:
+            return
+        assert isinstance(model, RoutedModel)
+        with noise_for(model, image_size) as images, torch.no_grad():
+            loads = [_load(routing, self.load) for routing in model.forward_routed(images).routing]
+        if all((load - 1 / load.shape[1]).abs().max() < CONSTANT for load in loads):
+            raise ConfigError(
+                f"load: {type(model).__name__} has the same load of {self.load} for all images, so that it tells "
+                "nothing about a single one"
+            )
+
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
         """Pass the reserved images for each load that may be scored, and for the one that is; any other image once."""
         passes = 1 + (len(LOADS) if self.load is None else 1)
@@ -98,7 +112,7 @@ class RoutingLoad(InputFilter):
 
     def prepare(self, task: DefenseTask, reserved: Split) -> tuple[Score, dict[str, object]]:
         """Find the load that varies, and return the score and which load that is."""
-        kind = self._varying(task, reserved.images)
+        kind, varies = self._varying(task, reserved.images)
         known = image_loads(task, reserved.images, kind)
 
         def score(images: Tensor) -> Tensor:
@@ -109,28 +123,24 @@ class RoutingLoad(InputFilter):
                 return torch.stack([load.amax(1) for load in loads]).mean(0)
             return 1 - torch.stack([load_entropy(load) for load in loads]).mean(0)
 
-        return score, {"load": kind}
+        return score, {"load": kind, "variation": varies}
 
-    def _varying(self, task: DefenseTask, images: Tensor) -> Load:
+    def _varying(self, task: DefenseTask, images: Tensor) -> tuple[Load, float]:
         """Return the load that is wanted, or "experts" where patches select experts, and "gates" elsewhere.
 
         In expert choice the load of the experts still varies a little if class tokens, which are not reported, are
         among the tokens that an expert selects.
 
-        Raises:
-            ConfigError: It is the same for all images.
+        Returns:
+            The load and its `variation`. If that is 0, as in a model that has collapsed, all images have the same
+            score, and none is rejected.
         """
         wanted = LOADS if self.load is None else (self.load,)
         varies = {kind: variation(image_loads(task, images, kind)) for kind in wanted}
         found = wanted[0]
         if self.load is None and varies["experts"] < max(varies["patches"], CONSTANT):
             found = "gates"
-        if varies[found] < CONSTANT:
-            raise ConfigError(
-                f"load: {type(task.model).__name__} has the same load of {' and '.join(wanted)} for all images, "
-                "so that it tells nothing about a single one"
-            )
-        return found
+        return found, varies[found]
 
 
 def variation(loads: Sequence[Tensor]) -> float:

@@ -17,7 +17,7 @@ from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.requirements import check_routed
 from backdoorbench_moe.moe.routed import Routing
 from backdoorbench_moe.ops.images import Split, content_order
-from backdoorbench_moe.ops.ranges import check_epochs
+from backdoorbench_moe.ops.ranges import check_integer
 
 On = Literal["features", "routing", "routing-map"]
 
@@ -80,8 +80,7 @@ class SampleFilter(Defense):
             # A routed model need not have features.
             self.needs = self.needs - {"features"}  # type: ignore[misc]
         super().__init__(clean_fraction=clean_fraction)
-        if epochs is not None:
-            check_epochs("epochs", epochs, at_least=1)
+        check_integer("epochs", epochs, at_least=1)
         self.on, self.retrain, self.epochs = on, retrain, epochs
 
     def check(self, model: nn.Module) -> None:

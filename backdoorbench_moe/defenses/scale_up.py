@@ -14,6 +14,7 @@ from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.filters import InputFilter, Score
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.images import Split
+from backdoorbench_moe.ops.ranges import check_integer
 
 
 class ScaleUp(InputFilter):
@@ -26,6 +27,9 @@ class ScaleUp(InputFilter):
     A score has only as many values as there are factors, and one more. If more than a share of `fpr` of the clean
     images have the highest of them, 1, no image is above the threshold, and nothing is rejected: TPR and FPR are then
     0, and AUROC still tells whether the scores differ. `statistic` "probability" has no such steps.
+
+    Departures: by default the threshold is a quantile of the scores of clean images (`fpr`), and scores are not
+    normalised even though there are clean images.
 
     Args:
         factors: The factors n, integers from 2.
@@ -64,8 +68,7 @@ class ScaleUp(InputFilter):
         reserve: int = 100,
         clean_fraction: float = 0.05,
     ) -> None:
-        if reserve < 2:
-            raise ConfigError.expected("reserve", "an integer of at least 2", reserve)
+        check_integer("reserve", reserve, 2)
         super().__init__(
             reserved=reserve if normalise else 0,
             fpr=fpr,

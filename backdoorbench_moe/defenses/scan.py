@@ -18,7 +18,7 @@ from backdoorbench_moe.ops.clustering import between_squares, two_means
 from backdoorbench_moe.ops.components import principal_components
 from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.ops.outliers import anomaly_indices
-from backdoorbench_moe.ops.ranges import check_positive
+from backdoorbench_moe.ops.ranges import check_integer, check_positive
 
 # Added to the covariance within classes, as a share of its mean variance, so that it can be inverted.
 RIDGE = 1e-6
@@ -74,8 +74,7 @@ class Scan(SampleFilter):
         clean_fraction: float = 0.05,
     ) -> None:
         super().__init__(on=on, retrain=retrain, epochs=epochs, clean_fraction=clean_fraction)
-        if components < 1:
-            raise ConfigError.expected("components", "an integer of at least 1", components)
+        check_integer("components", components, 1)
         check_positive(threshold=threshold)
         self.components, self.threshold = components, threshold
 

@@ -37,8 +37,8 @@ class Spectral(SampleFilter):
         epochs: Epochs of this training, from 1; those of the run's recipe if None.
 
     Raises:
-        ConfigError: A value is out of range; the model has no routing; or every class is so small that it would lose
-            no image.
+        ConfigError: A value is out of range, the model has no routing, or so small a share is less than one of all
+            images. If it is less than one image of every class, nothing is thrown out.
 
     Source:
         Tran, Li and Madry, "Spectral Signatures in Backdoor Attacks", NeurIPS 2018, algorithm 1; routing vectors are
@@ -55,21 +55,23 @@ class Spectral(SampleFilter):
             raise ConfigError.expected("epsilon", "a number in (0, 2/3)", epsilon)
         self.epsilon = epsilon
 
+    def count(self, images: int, num_classes: int) -> int:
+        """Return 0: the defender holds no clean images. Raises ConfigError if not one image would be thrown out."""
+        if not self._removed(images):
+            raise ConfigError(
+                f"epsilon: {float(MARGIN)} * {self.epsilon} of {images} images is less than one image, even if all of "
+                "them are of one class"
+            )
+        return super().count(images, num_classes)
+
     def judge(self, task: DefenseTask, vectors: Tensor, split: Split) -> Suspicion:
         """Score the images of each class, and mark the highest of each."""
         scores = vectors.new_zeros(len(vectors), dtype=torch.float64)
         suspicious = torch.zeros_like(scores, dtype=torch.bool)
-        classes = members(split.labels, task.num_classes)
-        for places in classes.values():
+        for places in members(split.labels, task.num_classes).values():
             scores[places] = found = outlier_scores(vectors[places])
             highest = found.argsort(descending=True, stable=True)
             suspicious[places[highest[: self._removed(len(places))]]] = True
-        if not suspicious.any():
-            largest = max(map(len, classes.values()), default=0)
-            raise ConfigError(
-                f"epsilon: {float(MARGIN)} * {self.epsilon} of a class of {largest} images, the largest one, "
-                "is less than one image"
-            )
         reason = (
             f"along the first principal component of its class's {self.on}, its distance from the mean is among the "
             f"largest {float(MARGIN) * self.epsilon:.3g}"

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from backdoorbench_moe.defenses.losses import forward, training_loss
-from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.defenses.losses import training_loss
+from backdoorbench_moe.moe.routed import forward
+from backdoorbench_moe.ops.ranges import check_interval
 from backdoorbench_moe.ops.tuning import Objective
 
 # From images (B, 3, H, W) in [0, 1] to stamped ones; it may draw from torch's global generator.
@@ -39,5 +40,4 @@ def stamped_objective(stamp: Stamp, share: float, label_smoothing: float = 0.0) 
 
 def check_share(share: float) -> None:
     """Raise ConfigError if a share of a batch is not in (0, 1]."""
-    if not 0 < share <= 1:
-        raise ConfigError.expected("share", "a number in (0, 1]", share)
+    check_interval("share", share, "(0, 1]")

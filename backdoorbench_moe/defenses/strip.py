@@ -16,8 +16,8 @@ from backdoorbench_moe.defenses.base import DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.filters import InputFilter, Score
 from backdoorbench_moe.defenses.requirements import check_routed
-from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.images import Split
+from backdoorbench_moe.ops.ranges import check_integer
 from backdoorbench_moe.ops.routing import jaccard
 
 BlendMode = Literal["mean", "sum"]
@@ -65,8 +65,7 @@ class SuperpositionFilter(InputFilter):
         calibrate: int = 1000,
         clean_fraction: float = 0.05,
     ) -> None:
-        if blends < 2:
-            raise ConfigError.expected("blends", "an integer of at least 2", blends)
+        check_integer("blends", blends, 2)
         super().__init__(
             reserved=blends, fpr=fpr, threshold=None, calibrate=calibrate, clean_fraction=clean_fraction
         )

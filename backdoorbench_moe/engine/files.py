@@ -63,14 +63,14 @@ def check_files(spec: RunSpec) -> None:
     """Check the files that the spec holds the hashes of.
 
     A model reads its file only when training starts, and then says itself if it is missing; a trained model does not
-    need it.
+    need it, and a victim does not need that of its surrogate.
 
     Raises:
-        RecordError: A file has another content now, or is missing and not the model's.
+        RecordError: A file has another content now, or is missing and not that of a model.
     """
     found = dict(named_files(spec))
     for key, known in spec.files.items():
-        if key not in found and key.startswith("model."):
+        if key not in found and key.startswith(("model.", "surrogate.")):
             continue
         if key not in found:
             raise RecordError(f"{key}: the file that the run was made with is not there any more")

@@ -17,11 +17,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from enum import Enum
 
-from backdoorbench_moe.config import PartSpec, PoisonSpec, RunSpec, recipe_model
+from backdoorbench_moe.config import SAME, TWIN, PartSpec, PoisonSpec, RunSpec
 
 PARENT, BASE, BENIGN, SURROGATE = "parent", "base", "benign", "surrogate"
-# Values of the option `surrogate` of a trigger; others are names of models.
-SAME, TWIN = "same", "twin"
 
 
 class NodeKind(Enum):
@@ -94,8 +92,20 @@ def surrogate_of(spec: RunSpec) -> RunSpec | None:
         return clean
     if chosen == TWIN:
         return replace(clean, seed=spec.seed + 1)
+    assert spec.surrogate is not None
     # Another model has other parameters.
-    return replace(clean, model=recipe_model(spec.recipe, chosen), train=replace(spec.train, freeze=()))
+    train = replace(spec.train, freeze=())
+    return replace(clean, model=spec.surrogate, train=train, files=_surrogate_files(spec))
+
+
+def _surrogate_files(spec: RunSpec) -> dict[str, str]:
+    """The files of a surrogate of another architecture: its model is the surrogate instead of the victim's."""
+    others = {key: known for key, known in spec.files.items() if not key.startswith("model.")}
+    prefix = "surrogate."
+    return {
+        f"model.{key.removeprefix(prefix)}" if key.startswith(prefix) else key: known
+        for key, known in others.items()
+    }
 
 
 def base_of(spec: RunSpec) -> RunSpec:
@@ -148,6 +158,7 @@ def clean_twin(spec: RunSpec) -> RunSpec:
         attack=None,
         trigger=mark[0],
         applicator=mark[1],
+        surrogate=None,
         poison=clean,
         mixture=mixture,
         defenses=(),

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from backdoorbench_moe.config import RunSpec
-from backdoorbench_moe.engine.graph import SAME, TWIN, surrogate_of
+from backdoorbench_moe.config import SAME, TWIN, RunSpec
+from backdoorbench_moe.engine.graph import surrogate_of
 from backdoorbench_moe.errors import UnknownNameError
 from backdoorbench_moe.kinds import KINDS, PACKAGE
 from backdoorbench_moe.registry import Registry
@@ -78,9 +78,9 @@ def check_names(spec: RunSpec) -> None:
         UnknownNameError: There is no part of this name.
         PluginError: A package offers one, but it cannot be used.
     """
+    check_surrogate_name(spec)
     for kind, part in spec.parts():
         REGISTRIES[kind].check_name(part.name)
-    check_surrogate_name(spec)
 
 
 def check_part_options(spec: RunSpec) -> None:

@@ -23,7 +23,6 @@ from backdoorbench_moe.engine.build import (
 )
 from backdoorbench_moe.engine.device import RECORDED_PACKAGES
 from backdoorbench_moe.engine.files import locate_files
-from backdoorbench_moe.engine.graph import SURROGATE, needs
 from backdoorbench_moe.engine.learned import restore_trigger
 from backdoorbench_moe.engine.names import plugin_packages, plugin_sources
 from backdoorbench_moe.engine.notebook import run_html, run_line
@@ -184,13 +183,6 @@ def check_options(run: Run) -> None:
         raise RecordError(
             f"run folder {run.folder.path}: was made with other defaults: {'; '.join(changed)}; "
             "delete it or use another --output"
-        )
-    # The digest has the name of a surrogate's architecture. Its options come from the recipe, which may change, too.
-    needed, made = needs(run.spec).get(SURROGATE), {each["role"]: each["run"] for each in run.record.inputs}
-    if needed is not None and made.get(SURROGATE, needed.name) != needed.name:
-        raise RecordError(
-            f"run folder {run.folder.path}: was made with the surrogate {made[SURROGATE]}, and would now be made with "
-            f"{needed.name}; delete it or use another --output"
         )
 
 

@@ -13,7 +13,7 @@ from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.engine.inference import as_input
 from backdoorbench_moe.errors import PluginError
-from backdoorbench_moe.moe.routed import RoutedModel
+from backdoorbench_moe.moe.routed import auxiliary_loss, forward
 from backdoorbench_moe.ops.tuning import Objective
 
 # From a model, images and labels to the logits, the loss to report and the loss to minimise.
@@ -175,14 +175,9 @@ def model_losses(
 
     The latter is the cross-entropy plus the auxiliary losses of the routed layers.
     """
-    if not isinstance(model, RoutedModel):
-        logits, own = model(images), []
-    else:
-        output = model.forward_routed(images)
-        logits = output.logits
-        own = [routing.aux_loss for routing in output.routing if routing.aux_loss is not None]
+    logits, routing = forward(model, images)
     loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-    return logits, loss, loss + torch.stack(own).sum() if own else loss
+    return logits, loss, loss + auxiliary_loss(routing)
 
 
 def _losses_of(objective: Objective) -> Losses:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.gates.base import Gate
 from backdoorbench_moe.gates.checks import check_not_negative
 from backdoorbench_moe.moe.layers import Router, SampleTop1Router
+from backdoorbench_moe.ops.ranges import check_interval
 
 
 class SampleTop1(Gate):
@@ -39,8 +39,7 @@ class SampleTop1(Gate):
     ) -> None:
         super().__init__()
         check_not_negative("sample-top1", balance=balance, init_std=init_std, decay=decay)
-        if not 0 < min_temperature <= 1:
-            raise ConfigError.expected("sample-top1: min_temperature", "a number in (0, 1]", min_temperature)
+        check_interval("sample-top1: min_temperature", min_temperature, "(0, 1]")
         self.balance, self.init_std = balance, init_std
         self.min_temperature, self.decay = min_temperature, decay
 

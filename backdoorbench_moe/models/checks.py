@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.ranges import check_integer
 
 
 def check_positive(**sizes: int) -> None:
@@ -12,8 +13,7 @@ def check_positive(**sizes: int) -> None:
         ConfigError: For the first size below 1.
     """
     for name, size in sizes.items():
-        if size < 1:
-            raise ConfigError.expected(name, "an integer of at least 1", size)
+        check_integer(name, size, 1)
 
 
 def check_image_size(image_size: int, *, at_least: int) -> None:

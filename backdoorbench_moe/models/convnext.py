@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.models.checks import check_image_size, check_positive
 from backdoorbench_moe.moe.structure import ChannelGroup
+from backdoorbench_moe.ops.ranges import check_integer
 
 # timm's value for all norms of ConvNeXt.
 NORM_EPS = 1e-6
@@ -67,8 +68,7 @@ class ConvNeXt(nn.Module):
         super().__init__()
         check_positive(num_classes=num_classes, depth=depth)
         check_image_size(image_size, at_least=2)
-        if features < 2:
-            raise ConfigError.expected("features", "an integer of at least 2", features)
+        check_integer("features", features, 2)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ConfigError.expected("kernel_size", "an odd number of at least 1", kernel_size)
         if not 1 / features <= mlp_ratio < math.inf:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.ranges import check_interval
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
@@ -26,8 +26,7 @@ def set_bn_momentum(model: nn.Module, momentum: float) -> None:
     Raises:
         ConfigError: For a momentum out of range.
     """
-    if not 0 < momentum <= 1:
-        raise ConfigError.expected("bn_momentum", "a number in (0, 1]", momentum)
+    check_interval("bn_momentum", momentum, "(0, 1]")
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = momentum

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 
@@ -58,3 +60,17 @@ class RoutedModel(nn.Module, ABC):
     @abstractmethod
     def forward_routed(self, images: Tensor) -> RoutedOutput:
         """Map images (B, 3, H, W) in [0, 1] to logits and the routing of every routed layer."""
+
+
+def forward(model: nn.Module, images: Tensor) -> tuple[Tensor, list[Routing]]:
+    """Return the logits (B, classes) of images (B, 3, H, W), and the routing of every routed layer, if any."""
+    if not isinstance(model, RoutedModel):
+        return model(images), []
+    output = model.forward_routed(images)
+    return output.logits, output.routing
+
+
+def auxiliary_loss(routing: Sequence[Routing]) -> Tensor | float:
+    """Return the sum of the auxiliary losses of routed layers, a scalar; 0 if there are none."""
+    own = [each.aux_loss for each in routing if each.aux_loss is not None]
+    return torch.stack(own).sum() if own else 0.0

@@ -5,10 +5,25 @@ from __future__ import annotations
 from backdoorbench_moe.errors import ConfigError
 
 
-def check_epochs(name: str, epochs: int, at_least: int = 0) -> None:
-    """Raise ConfigError if there are too few epochs."""
-    if epochs < at_least:
-        raise ConfigError.expected(name, f"an integer of at least {at_least}", epochs)
+def check_integer(name: str, number: int | None, at_least: int = 0) -> None:
+    """Raise ConfigError if a number, such as one of epochs, is too small; None is allowed."""
+    if number is not None and number < at_least:
+        raise ConfigError.expected(name, f"an integer of at least {at_least}", number)
+
+
+def check_interval(name: str, number: float, interval: str) -> None:
+    """Raise ConfigError if a number is not in an interval.
+
+    Args:
+        name: Name of the option.
+        number: Its value.
+        interval: Such as "(0, 1]", which includes 1 but not 0.
+    """
+    low, high = map(float, interval[1:-1].split(","))
+    above = number >= low if interval.startswith("[") else number > low
+    below = number <= high if interval.endswith("]") else number < high
+    if not (above and below):
+        raise ConfigError.expected(name, f"a number in {interval}", number)
 
 
 def check_positive(**numbers: float | None) -> None:
@@ -28,5 +43,4 @@ def check_weight(**numbers: float | None) -> None:
 def check_share(**numbers: float) -> None:
     """Raise ConfigError if one of the numbers is not in [0, 1]."""
     for name, number in numbers.items():
-        if not 0 <= number <= 1:
-            raise ConfigError.expected(name, "a number in [0, 1]", number)
+        check_interval(name, number, "[0, 1]")

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.ranges import check_interval
 from backdoorbench_moe.ops.seeding import derive_seed, uniform_at
 from backdoorbench_moe.options import FilePath
 from backdoorbench_moe.triggers.blend import Blend
@@ -49,8 +50,7 @@ class AdaptiveBlend(Blend):
     ) -> None:
         super().__init__(ratio=ratio, image=image, seed=seed)
         for name, value in (("training_ratio", training_ratio), ("keep", keep)):
-            if not 0 < value <= 1:
-                raise ConfigError.expected(f"adaptive-blend: {name}", "a number in (0, 1]", value)
+            check_interval(f"adaptive-blend: {name}", value, "(0, 1]")
         if pieces < 1:
             raise ConfigError.expected("adaptive-blend: pieces", "a positive number", pieces)
         self.training_ratio, self.pieces, self.keep = training_ratio, pieces, keep

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.ranges import check_interval
 from backdoorbench_moe.options import FilePath
 from backdoorbench_moe.triggers.base import Trigger
 from backdoorbench_moe.triggers.canvas import PerCanvas
@@ -36,8 +36,7 @@ class Blend(Trigger):
 
     def __init__(self, *, ratio: float = 0.5, image: FilePath | None = None, seed: int = 0) -> None:
         super().__init__(seed=seed)
-        if not 0 < ratio <= 1:
-            raise ConfigError.expected(f"{self._name}: ratio", "a number in (0, 1]", ratio)
+        check_interval(f"{self._name}: ratio", ratio, "(0, 1]")
         self.ratio, self.image = ratio, image
         self._picture = None if image is None else read_picture(image, self._name)
         self._resized = PerCanvas(self._fit)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.frequency import smooth_field
+from backdoorbench_moe.ops.ranges import check_integer, check_interval
 from backdoorbench_moe.ops.seeding import generator
 from backdoorbench_moe.triggers.canvas import LEVELS, Additive
 
@@ -36,10 +36,8 @@ class LowFrequency(Additive):
 
     def __init__(self, *, strength: float = 25.5, waves: int = 4, seed: int = 0) -> None:
         super().__init__(seed=seed)
-        if not 0 < strength <= LEVELS:
-            raise ConfigError.expected("low-frequency: strength", "a number in (0, 255]", strength)
-        if waves < 2:
-            raise ConfigError.expected("low-frequency: waves", "an integer of at least 2", waves)
+        check_interval("low-frequency: strength", strength, "(0, 255]")
+        check_integer("low-frequency: waves", waves, 2)
         self.strength, self.waves = strength, waves
 
     def pattern(self, channels: int, height: int, width: int) -> Tensor:

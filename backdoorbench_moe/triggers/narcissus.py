@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from backdoorbench_moe.errors import ConfigError, ShapeError
 from backdoorbench_moe.ops.descent import adam_descent
+from backdoorbench_moe.ops.ranges import check_interval
 from backdoorbench_moe.ops.seeding import generator
 from backdoorbench_moe.triggers.optimised import (
     OptimisedTrigger,
@@ -62,8 +63,7 @@ class Narcissus(OptimisedTrigger):
         seed: int = 0,
     ) -> None:
         super().__init__(surrogate=surrogate, seed=seed)
-        if not 0 < strength <= 1:
-            raise ConfigError.expected("narcissus: strength", "a number in (0, 1]", strength)
+        check_interval("narcissus: strength", strength, "(0, 1]")
         if not lr > 0:
             raise ConfigError.expected("narcissus: lr", "a number above 0", lr)
         check_at_least("narcissus", 1, amplify=amplify, steps=steps, batch_size=batch_size)

@@ -91,7 +91,7 @@ class OptimisedTrigger(LearnedTrigger):
         surrogate: What the attacker knows. "same": the very model, that is, the clean twin of the victim, with its
             seed. "twin": architecture and data, that is, the clean twin of the next seed. Or the name of a model: the
             data only, that is, a model of this architecture, trained with the victim's recipe and seed. Its options are
-            those that the recipe has for it.
+            those under "surrogate" in the spec; by default, those that the recipe has for it.
         seed: Seed of the optimisation.
 
     Raises:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.ranges import check_interval
 from backdoorbench_moe.ops.seeding import derive_seed, uniform_at
 from backdoorbench_moe.triggers.base import Trigger
 from backdoorbench_moe.triggers.canvas import PerCanvas
@@ -56,15 +57,13 @@ class Patches(Trigger):
         seed: int = 0,
     ) -> None:
         super().__init__(seed=seed)
-        if not 0 < size <= 0.5:
-            raise ConfigError.expected("patches: size", "a number in (0, 0.5]", size)
+        check_interval("patches: size", size, "(0, 0.5]")
         if len(opacities) != 4 or not all(0 < value <= 1 for value in opacities):
             raise ConfigError.expected("patches: opacities", "four numbers in (0, 1]", opacities)
         allowed = set(test_patches) <= {0, 1, 2, 3} and len(set(test_patches)) == len(test_patches)
         if not test_patches or not allowed:
             raise ConfigError.expected("patches: test_patches", "different numbers in 0..3", test_patches)
-        if not 0 < test_opacity <= 1:
-            raise ConfigError.expected("patches: test_opacity", "a number in (0, 1]", test_opacity)
+        check_interval("patches: test_opacity", test_opacity, "(0, 1]")
         self.size, self.opacities = size, tuple(opacities)
         self.test_patches, self.test_opacity = tuple(test_patches), test_opacity
         self._layers = PerCanvas(self._make)

@@ -9,7 +9,8 @@ from kornia.filters import gaussian_blur2d
 from torch import Tensor
 from torch.nn import functional as F
 
-from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.errors import UnknownNameError
+from backdoorbench_moe.ops.ranges import check_interval
 from backdoorbench_moe.ops.seeding import generator
 from backdoorbench_moe.options import FilePath
 from backdoorbench_moe.triggers.base import Trigger
@@ -63,8 +64,7 @@ class Reflection(Trigger):
         self, *, alpha: float = 0.4, form: Form = "random", image: FilePath | None = None, seed: int = 0
     ) -> None:
         super().__init__(seed=seed)
-        if not 0 < alpha <= 1:
-            raise ConfigError.expected("reflection: alpha", "a number in (0, 1]", alpha)
+        check_interval("reflection: alpha", alpha, "(0, 1]")
         if form not in get_args(Form):
             raise UnknownNameError("reflection: form", form, get_args(Form))
         self.alpha, self.form, self.image = alpha, form, image

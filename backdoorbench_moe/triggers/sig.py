@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.ops.ranges import check_positive
+from backdoorbench_moe.ops.ranges import check_interval, check_positive
 from backdoorbench_moe.triggers.canvas import LEVELS, Additive
 
 
@@ -36,8 +35,7 @@ class SIG(Additive):
 
     def __init__(self, *, delta: float = 40.0, frequency: float = 6.0, seed: int = 0) -> None:
         super().__init__(seed=seed)
-        if not 0 < delta <= LEVELS:
-            raise ConfigError.expected("sig: delta", "a number in (0, 255]", delta)
+        check_interval("sig: delta", delta, "(0, 255]")
         check_positive(**{"sig: frequency": frequency})
         self.delta, self.frequency = delta, frequency
 

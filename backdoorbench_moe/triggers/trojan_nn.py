@@ -11,6 +11,7 @@ from torch import Tensor
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.structure import WithFeatures
 from backdoorbench_moe.ops.descent import signed_descent
+from backdoorbench_moe.ops.ranges import check_interval
 from backdoorbench_moe.triggers.mark import LearnedMark
 from backdoorbench_moe.triggers.optimised import Surrogate, SurrogateTask, check_at_least
 
@@ -58,8 +59,7 @@ class TrojanNN(LearnedMark):
         seed: int = 0,
     ) -> None:
         super().__init__("trojan-nn", size=size, surrogate=surrogate, seed=seed)
-        if not 0 < strength <= 1:
-            raise ConfigError.expected("trojan-nn: strength", "a number in (0, 1]", strength)
+        check_interval("trojan-nn: strength", strength, "(0, 1]")
         if not step > 0:
             raise ConfigError.expected("trojan-nn: step", "a number above 0", step)
         check_at_least("trojan-nn", 1, neurons=neurons, steps=steps, batch_size=batch_size)

@@ -21,7 +21,8 @@ from backdoorbench_moe.bench.compare import (
 from backdoorbench_moe.bench.compare_render import comparison_csv, comparison_markdown, rich_comparison
 from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.save import save_results
-from backdoorbench_moe.bench.suite import Suite
+from backdoorbench_moe.bench.suite import Suite, value_of
+from backdoorbench_moe.bench.tidy import tidy_csv
 from backdoorbench_moe.errors import ConfigError, RecordError
 
 SMALL = {"recipe": "paper", "dataset": {"name": "cifar10", "train_images": 10000}, "train": {"epochs": 10}}
@@ -126,6 +127,22 @@ def test_rates_and_options_are_never_mixed(tmp_path) -> None:
     comparison = compare(side(sizes[0], tmp_path), side(sizes[1], tmp_path), ["asr"])
     assert [row.labels for row in comparison.rows] == [("2",), ("1",), ("3",)]
     assert comparison.counts == (1, 1, 1)
+
+
+def test_a_surrogate_of_some_cells_is_compared_and_has_columns(tmp_path) -> None:
+    routing = {"name": "narcissus", "surrogate": "wide_resnet"}
+    grid = {"applicator": "image", "trigger": ["square", routing, {**routing, "surrogate": "twin"}]}
+    ours, theirs = (
+        part_suite(grid=grid, base={"dataset": "cifar10", "recipe": recipe}) for recipe in ("paper", "quick")
+    )
+    labels = [value_of(cell.spec, "surrogate") for cell in theirs.cells]
+    assert labels == [None, "wide_resnet, widen_factor=1, bn_momentum=0.1", None]
+    assert [value_of(cell.spec, "surrogate.widen_factor") for cell in ours.cells] == [None, 10, None]
+    fill(ours, tmp_path)
+    [head, *rows] = csv.reader(io.StringIO(tidy_csv(ResultSet.from_runs(ours, tmp_path))))
+    assert {row[head.index("surrogate")] for row in rows} == {"none", "wide_resnet"}
+    comparison = compare(side(ours, tmp_path), side(theirs, tmp_path), ["asr"])
+    assert comparison.counts == (3, 0, 0)
 
 
 def test_the_same_runs_on_both_sides_have_no_difference(tmp_path) -> None:

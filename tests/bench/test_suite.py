@@ -11,7 +11,7 @@ from backdoorbench_moe.bench.paper import load_paper
 from backdoorbench_moe.bench.plan import with_place
 from backdoorbench_moe.bench.suite import order, value_of
 from backdoorbench_moe.bench.suite_file import list_scales, list_suites, load_suite, parse_suite
-from backdoorbench_moe.engine.graph import clean_twin
+from backdoorbench_moe.engine.graph import clean_twin, needs
 from backdoorbench_moe.errors import BbmoeError, ConfigError, UnknownNameError
 from backdoorbench_moe.registry import registry_of
 
@@ -75,6 +75,22 @@ def test_the_suite_wins_over_its_scale_and_the_scale_over_the_recipe(tmp_path) -
     assert first.model.to_dict() == {"name": "pmoe", "widen_factor": 7}
     assert second.model.to_dict() == {"name": "wide_resnet", "widen_factor": 1}
     assert third.model.options["widen_factor"] == 1
+
+
+def test_a_surrogate_has_the_options_of_the_scale_as_a_victim_has(tmp_path) -> None:
+    """So it is the clean twin of another cell, and is trained once for both."""
+    (tmp_path / "scales").mkdir()
+    (tmp_path / "scales" / "mini.yaml").write_text("models: {wide_resnet: {widen_factor: 3}}")
+    (tmp_path / "mine.yaml").write_text(
+        "title: t\nversion: 1\nscales: [mini]\nbase: {dataset: tiny, applicator: image}\n"
+        "grid:\n"
+        "- {model: pmoe, trigger: {name: narcissus, surrogate: wide_resnet}}\n"
+        "- {model: wide_resnet, trigger: square}\n"
+    )
+    suite = load_suite(str(tmp_path / "mine.yaml"))
+    victim, other = (cell.spec for cell in suite.cells)
+    assert victim.surrogate == other.model and other.model.options["widen_factor"] == 3
+    assert needs(victim)["surrogate"] == clean_twin(other) and len(suite.nodes) == 4
 
 
 @pytest.mark.parametrize(

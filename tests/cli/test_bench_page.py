@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import shlex
 from pathlib import Path
 
 import pytest
@@ -17,12 +19,34 @@ def test_a_page_of_committed_records_and_of_a_suite_that_was_not_run(bbmoe, tmp_
     text = file.read_text(encoding="utf-8")
     assert "Suite defenses, version 2, scale small: 34 of 34 runs finished" in text
     assert "Suite false-alarms, version 2, scale quick: 0 of 42 runs finished" in text and "missing" in text
-    assert (
-        bbmoe(*words, "--from", results, "--published", "https://host")[1].count(
-            "https://host/defenses/small/records.jsonl#L"
-        )
-        >= 34
-    )
+    address = ["--repeats", 2, "--published", "https://host"]
+    shown = bbmoe(*words, "--from", results, *address)[1]
+    assert shown.count("https://host/defenses/small/records.jsonl#L") >= 20
+    assert bbmoe(*printed_command(shown))[1] == shown, "the command on the page gives the page"
+    again = printed_command(text)
+    file.unlink()
+    bbmoe(*again)
+    assert file.read_text(encoding="utf-8") == text
+
+
+def printed_command(page: str) -> list[str]:
+    """The words after `bbmoe` of the command that draws a page, as the page itself shows it."""
+    [line] = [line for line in html.unescape(page).splitlines() if "bbmoe bench page" in line]
+    return shlex.split(line.partition("bbmoe ")[2].partition("<")[0])
+
+
+@pytest.mark.slow
+def test_the_command_on_the_leaderboard_of_the_documentation_gives_it(bbmoe, tmp_path, monkeypatch) -> None:
+    root = Path(__file__).parents[2]
+    page = root / "docs" / "pages" / "assets" / "leaderboard.html"
+    text = page.read_text(encoding="utf-8")
+    *words, name, file = printed_command(text)
+    assert (name, root / file) == ("--save", page)
+    for folder in ("benchmarks", "plugins"):
+        (tmp_path / folder).symlink_to(root / folder)
+    monkeypatch.chdir(tmp_path)
+    assert bbmoe(*words, name, file)[0] == 0
+    assert (tmp_path / file).read_text(encoding="utf-8") == text
 
 
 BAD = {

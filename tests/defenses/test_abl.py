@@ -182,8 +182,12 @@ def test_bad_options(options, message) -> None:
         create_defense("abl", **options)
 
 
-def test_a_ratio_that_isolates_nothing_is_refused_before_any_training(done) -> None:
-    task, tune, *_ = done
-    with pytest.raises(ConfigError, match=r"ratio: 0\.01 of 48 images is less than one image"):
-        create_defense("abl")(task)
-    assert not tune.calls
+@pytest.mark.parametrize(("ratio", "isolated"), [(0.01, 0), (0.03, 1), (0.99, 47)])
+def test_a_ratio_that_leaves_nothing_to_train_on_is_refused(ratio: float, isolated: int) -> None:
+    """Batch norms cannot be trained on a single image."""
+    message = (
+        rf"ratio: {ratio} of 48 images isolates {isolated} and leaves {48 - isolated}; expected at least 2"
+    )
+    with pytest.raises(ConfigError, match=message):
+        create_defense("abl", ratio=ratio).count(48, 2)
+    assert create_defense("abl", ratio=0.05).count(48, 2) == 0

@@ -124,6 +124,13 @@ def test_what_does_not_fit_is_refused() -> None:
         create_defense("nad", maps="trunk").check(dense)
     with pytest.raises(UnknownNameError, match="layers: unknown 'blok3'; did you mean 'block3'"):
         create_defense("nad", layers=("blok3",), betas=(1.0,)).check(dense)
+    dense.train()
+    before = {name: buffer.clone() for name, buffer in dense.named_buffers()}
+    with pytest.raises(ConfigError, match="layers: the output of 'head' is not a feature map"):
+        create_defense("nad", layers=("head",), betas=(1.0,)).check_images(dense, 32)
+    create_defense("nad", layers=("block3",), betas=(1.0,)).check_images(dense, 32)
+    assert all(module.training for module in dense.modules())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in dense.named_buffers())
     with pytest.raises(ConfigError, match="layers: expected 3 names, as many as there are betas"):
         create_defense("nad", layers=("block3",))
     with pytest.raises(ConfigError, match="betas: expected a number of at least 0, got -1"):

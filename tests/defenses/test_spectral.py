@@ -46,7 +46,14 @@ def test_bad_input() -> None:
     for epsilon in (0, 0.7, float("nan")):
         with pytest.raises(ConfigError, match=r"epsilon: expected a number in \(0, 2/3\)"):
             create_defense("spectral", epsilon=epsilon)
-    with pytest.raises(
-        ConfigError, match=r"epsilon: 1\.5 \* 0\.01 of a class of 20 images, the largest one, is less"
-    ):
-        judged("spectral", planted_task(normal(60, 4), torch.arange(60) % 3), epsilon=0.01)
+    with pytest.raises(ConfigError, match=r"epsilon: 1\.5 \* 0\.01 of 60 images is less than one image"):
+        create_defense("spectral", epsilon=0.01).count(60, 3)
+
+
+def test_a_share_that_is_less_than_one_image_of_every_class_finds_nothing() -> None:
+    """The classes are known only when the training set is there: it ends with scores, and no image is thrown out."""
+    assert create_defense("spectral", epsilon=0.02).count(60, 3) == 0
+    [judgement] = judged(
+        "spectral", planted_task(normal(60, 4), torch.arange(60) % 3), epsilon=0.02
+    ).judgements
+    assert len(judgement.suspicious) == 0 and (judgement.scores > 0).any()

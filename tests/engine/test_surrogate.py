@@ -17,9 +17,8 @@ from backdoorbench_moe.analysis.preview import preview_run, preview_spec
 from backdoorbench_moe.bench.engines import ray_flight
 from backdoorbench_moe.bench.estimate import Speed, seconds_left
 from backdoorbench_moe.bench.plan import Planned
-from backdoorbench_moe.config import PartSpec, build_spec
+from backdoorbench_moe.config import PartSpec, build_spec, spec_from_dict
 from backdoorbench_moe.data.base import Split
-from backdoorbench_moe.engine import graph
 from backdoorbench_moe.engine.graph import clean_twin, in_order, lineage, needs, reference
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import Runner, run_attack, run_defense
@@ -65,6 +64,39 @@ def test_another_architecture_has_the_options_of_the_recipe_and_the_rest_of_the_
     [surrogate] = needs(spec).values()
     assert surrogate.model == PartSpec("wide_resnet", {"widen_factor": 1, "bn_momentum": 0.1})
     assert surrogate == replace(clean_twin(spec), model=surrogate.model) and surrogate.train.epochs == 3
+
+
+def test_the_options_of_another_architecture_are_part_of_the_spec() -> None:
+    """So a recipe that changes gives another run, and a spec that is read back has the surrogate it was made with."""
+    values = {"trigger": {"name": "narcissus", "surrogate": "wide_resnet"}}
+    wide, wider = build_spec(values), build_spec(values, {"surrogate": {"widen_factor": 2}})
+    assert wider.surrogate == PartSpec("wide_resnet", {"widen_factor": 2, "bn_momentum": 0.1})
+    assert needs(wider)["surrogate"].model == wider.surrogate
+    assert len({each.digest for each in (wide, wider, replace(wide, surrogate=None))}) == 3
+    for spec in (wide, wider, replace(wide, surrogate=None)):
+        again = spec_from_dict(spec.to_dict())
+        assert again == spec and needs(again) == needs(spec)
+        assert not {"surrogate", "files"} & clean_twin(spec).to_dict().keys()
+
+
+def test_options_that_an_architecture_has_by_default_are_not_written() -> None:
+    """The digests of runs with a clean twin as surrogate, and of one without options, are those they always had."""
+    for name in ("same", "twin", "preact_resnet18"):
+        assert "surrogate" not in build_spec({"trigger": {"name": "narcissus", "surrogate": name}}).to_dict()
+
+
+def test_a_file_of_a_surrogate_is_not_that_of_the_victim() -> None:
+    """Both have an option of this name; the spec of the surrogate has the hash of its own file."""
+    spec = replace(
+        spec_of(surrogate="wide_resnet"),
+        surrogate=PartSpec("wide_resnet", {"init": "b.npz"}),
+        model=PartSpec("pmoe", {"init": "a.npz"}),
+        files={"model.init": "aa", "surrogate.init": "bb"},
+    )
+    assert needs(spec)["surrogate"].files == {"model.init": "bb"} and clean_twin(spec).files == {
+        "model.init": "aa"
+    }
+    assert spec.without_paths().surrogate == PartSpec("wide_resnet", {"init": None})
 
 
 def test_the_optimisation_is_part_of_the_estimate() -> None:
@@ -268,16 +300,23 @@ def test_a_learned_trigger_cannot_be_a_mark(tmp_path) -> None:
         Runner(spec, tmp_path).maker(spec)
 
 
-@pytest.mark.slow
-def test_a_surrogate_of_which_the_recipe_has_other_options_now_is_refused(tmp_path, monkeypatch) -> None:
-    spec = spec_of(surrogate="wide_resnet", epochs=1, recipe="quick")
-    options = {"widen_factor": 1, "bn_momentum": 0.1}
-    run = run_attack(spec, output=tmp_path, twin=False)[0]
-    assert run_attack(spec, output=tmp_path, twin=False)[0].record == run.record
-    monkeypatch.setattr(
-        graph, "recipe_model", lambda _, name: PartSpec(name, {**options, "bn_momentum": 0.2})
-    )
-    with pytest.raises(
-        RecordError, match=r"was made with the surrogate tiny-wide_resnet-.*, and would now be"
-    ):
-        run_attack(spec, output=tmp_path, twin=False)
+@pytest.mark.parametrize(
+    ("surrogate", "options", "message"),
+    [
+        ("same", {"name": "pmoe"}, "surrogate: expected none, as trigger.surrogate is 'same'"),
+        ("twin", {"widen_factor": 1}, "surrogate: expected none, as trigger.surrogate is 'twin'"),
+        ("wide_resnet", {"name": "pmoe"}, r"surrogate\.name: expected .*'wide_resnet'\), got 'pmoe'"),
+        (
+            "wide_resnet",
+            {"widen": 1},
+            r"model 'wide_resnet': option: unknown 'widen'; did you mean 'widen_factor'",
+        ),
+    ],
+)
+def test_options_of_a_surrogate_that_does_not_exist_are_refused(
+    tmp_path, surrogate: str, options: dict, message: str
+) -> None:
+    trigger = {"name": "narcissus", "surrogate": surrogate, "steps": 2}
+    with pytest.raises(ConfigError, match=message):
+        run_attack(tiny_spec(trigger=trigger, surrogate=options), output=tmp_path)
+    assert not list(tmp_path.iterdir())

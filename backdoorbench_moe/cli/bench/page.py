@@ -9,11 +9,13 @@ import click
 from backdoorbench_moe.cli.params import PATH
 from backdoorbench_moe.cli.streams import echo, say
 
+DEFAULT_OUTPUT = Path("runs")
+
 
 @click.command("page")
 @click.argument("names", metavar="SUITE...", nargs=-1, required=True)
 @click.option("--repeats", type=int, metavar="N", help="Seeds a cell.  [each suite's]")
-@click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option("--output", type=PATH, default=DEFAULT_OUTPUT, show_default=True, help="Folder of run folders.")
 @click.option(
     "--from",
     "folders",
@@ -56,7 +58,15 @@ def command(
     suites = suites if repeats is None else [suite.with_repeats(repeats) for suite in suites]
     board = open_board(suites, runs=output, folders=folders)
     start = Path.cwd() if save is None else save.parent
-    page = leaderboard_page(board, [name for name, _ in given], relative_link(start, published, folders))
+    options = {
+        "repeats": repeats,
+        "output": output if folders is None and output != DEFAULT_OUTPUT else None,
+        "from": folders,
+        "published": published,
+        "save": save,
+    }
+    link = relative_link(start, published, folders)
+    page = leaderboard_page(board, [name for name, _ in given], link, options)
     if save is None:
         echo(page)
         return

@@ -72,8 +72,9 @@ def check_applicable(name: str, defense: Defense, setup: Setup) -> None:
     Raises:
         ConfigError: The defense does not fit the model or the data.
     """
-    defense.count(len(setup.images.train), setup.images.num_classes)
+    # The model first: no other number of images makes up for what it does not have.
     defense.check_model(setup.model)
+    defense.count(len(setup.images.train), setup.images.num_classes)
     defense.check_images(setup.model, setup.images.image_size)
     _check_needs(name, defense, setup)
 

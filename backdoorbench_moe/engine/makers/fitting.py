@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,13 +56,6 @@ def fit(
         companion: Networks that are trained together with the model; see `Trainer`.
         cuda_graphs: Whether the objective may be captured in a CUDA graph; see `TrainStep`.
     """
-
-    def keep(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        # Before the checkpoint: one that the probe file does not reach could not be continued.
-        if probe is not None:
-            probe.look(model)
-        folder.save_checkpoint(tensors, state)
-
     with training_only(model, modules), freezing(model, train.freeze) as resting:
         trainer = Trainer(
             model,
@@ -70,7 +64,7 @@ def fit(
             seed=seed,
             device=workplace.device,
             precision=workplace.precision,
-            on_checkpoint=keep,
+            on_checkpoint=partial(_keep, folder, model, probe),
             observer=workplace.observer,
             modules=modules,
             resting=resting,
@@ -87,6 +81,20 @@ def fit(
         progress = trainer.fit(folder.path.name)
     record.timing["train_seconds"] = progress.seconds
     record.timing["images_per_second"] = len(split) * progress.epoch / progress.seconds
+
+
+def _keep(
+    folder: RunFolder,
+    model: nn.Module,
+    probe: Probe | None,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+) -> None:
+    """Save a checkpoint."""
+    # The probe looks first: a checkpoint that its file does not reach could not be continued.
+    if probe is not None:
+        probe.look(model)
+    folder.save_checkpoint(tensors, state)
 
 
 class Stopwatch:

@@ -1,0 +1,31 @@
+"""Running a model once on noise, to see what it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def noise_for(model: nn.Module, image_size: int, count: int = 2) -> Iterator[Tensor]:
+    """Inside the block, let a model be in evaluation mode; then restore the mode of each of its modules.
+
+    Args:
+        model: The model, trained or not.
+        image_size: Side of its square images in pixels.
+        count: Number of images.
+
+    Yields:
+        (count, 3, image_size, image_size) uniform noise in [0, 1) on the device of the model, always the same.
+    """
+    noise = torch.rand(count, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield noise.to(next(model.parameters()).device)
+    finally:
+        for module, training in modes:
+            module.training = training
