@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 from torch import nn
 
@@ -13,7 +13,7 @@ from backdoorbench_moe.collapse import collapsed
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.device import environment
 from backdoorbench_moe.engine.evaluate import Metrics, measure, share
-from backdoorbench_moe.engine.files import keep_files
+from backdoorbench_moe.engine.files import KEPT_BYTES, keep_files
 from backdoorbench_moe.engine.graph import PARENT, expert_role, is_attacked
 from backdoorbench_moe.engine.inference import predict
 from backdoorbench_moe.engine.makers.fitting import Checkpoint
@@ -45,6 +45,9 @@ class Maker(ABC):
     Raises:
         BbmoeError: A part cannot be built, or does not fit the data or another part.
     """
+
+    # Larger files that options name stay where they are.
+    kept_bytes: ClassVar[int] = KEPT_BYTES
 
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
         self.spec, self.workplace = spec, workplace
@@ -93,7 +96,7 @@ class Maker(ABC):
         if checkpoint:
             self._check_continued(folder, record)
         known = [file for run in inputs.values() for file in run.record.files]
-        record.files = keep_files(self.spec, folder, known)
+        record.files = keep_files(self.spec, folder, known, largest=self.kept_bytes)
         folder.write(record)
         try:
             self.complete(folder, record, checkpoint)
