@@ -19,9 +19,10 @@ from backdoorbench_moe.spelling import near_names
 
 COMMANDS = {
     "attack": "Backdoor a model and measure it.",
-    "import": "Make a run of a result of another tool.",
+    "import": "Make a run of a model that was made elsewhere.",
     "defend": "Defend the model of a run, and measure it after every stage.",
     "analyze": "Analyse the routing of a run's model, and which experts carry the backdoor.",
+    "export": "Write a run as files of another tool.",
     "preview": "Draw what a trigger does to images.",
     "bench": "Run a suite of attacks, and draw its tables beside the paper's.",
     "show": "Print what a run folder holds.",
