@@ -81,7 +81,7 @@ def check_files(spec: RunSpec) -> None:
 
 
 def keep_files(
-    spec: RunSpec, folder: RunFolder, known: Iterable[NamedFile] = (), *, largest: int = KEPT_BYTES
+    spec: RunSpec, folder: RunFolder, known: Iterable[NamedFile] = (), *, all_of_trigger: bool = False
 ) -> list[NamedFile]:
     """Describe the named files for the record, and copy the small ones into the run folder.
 
@@ -92,7 +92,7 @@ def keep_files(
         folder: The run folder.
         known: The files of the runs that this one is made from. A file that is one of them keeps its name, while its
             path may be that of a copy.
-        largest: Size in bytes up to which files are copied; those of a model never if they are large.
+        all_of_trigger: Whether large files of the trigger are copied, too, as a part of the run.
     """
     known = list(known)
     names = {file["sha256"]: file["name"] for file in known}
@@ -102,8 +102,8 @@ def keep_files(
         if key in spec.files:
             size = path.stat().st_size
             sha256 = spec.files[key]
-            stays = key.startswith("model.") or not (size <= largest or sha256 in copied)
-            copy = None if size > KEPT_BYTES and stays else f"{FILES}/{key}{path.suffix}"
+            keep = size <= KEPT_BYTES or sha256 in copied or (all_of_trigger and key.startswith("trigger."))
+            copy = f"{FILES}/{key}{path.suffix}" if keep else None
             if copy is not None:
                 folder.keep(copy, path)
             name = names.get(sha256, path.name)

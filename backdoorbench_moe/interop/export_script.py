@@ -13,7 +13,7 @@ MODULE_SCRIPT, RESULT_SCRIPT = "export_module.py", "make_attack_result.py"
 
 def read_script(name: str) -> str:
     """Return the text of a script, `MODULE_SCRIPT` or `RESULT_SCRIPT`."""
-    return resources.files(__package__).joinpath("scripts", name).read_text(encoding="utf-8")
+    return resources.files(__package__).joinpath("scripts", f"{name}.txt").read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -312,7 +312,7 @@ class ImportMaker(Maker):
         result: The result, with the weights.
     """
 
-    kept_bytes = 1 << 62  # The stored images are part of the run.
+    keeps_trigger_files = True  # The stored images are part of the run.
 
     def __init__(self, spec: RunSpec, workplace: Workplace, result: AttackResult | DefenseResult) -> None:
         super().__init__(spec, workplace)

@@ -13,7 +13,7 @@ from backdoorbench_moe.collapse import collapsed
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.device import environment
 from backdoorbench_moe.engine.evaluate import Metrics, measure, share
-from backdoorbench_moe.engine.files import KEPT_BYTES, keep_files
+from backdoorbench_moe.engine.files import keep_files
 from backdoorbench_moe.engine.graph import PARENT, expert_role, is_attacked
 from backdoorbench_moe.engine.inference import predict
 from backdoorbench_moe.engine.makers.fitting import Checkpoint
@@ -46,8 +46,8 @@ class Maker(ABC):
         BbmoeError: A part cannot be built, or does not fit the data or another part.
     """
 
-    # Larger files that options name stay where they are.
-    kept_bytes: ClassVar[int] = KEPT_BYTES
+    # Whether large files that the trigger's options name are copied into the run folder.
+    keeps_trigger_files: ClassVar[bool] = False
 
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
         self.spec, self.workplace = spec, workplace
@@ -96,7 +96,7 @@ class Maker(ABC):
         if checkpoint:
             self._check_continued(folder, record)
         known = [file for run in inputs.values() for file in run.record.files]
-        record.files = keep_files(self.spec, folder, known, largest=self.kept_bytes)
+        record.files = keep_files(self.spec, folder, known, all_of_trigger=self.keeps_trigger_files)
         folder.write(record)
         try:
             self.complete(folder, record, checkpoint)
