@@ -56,7 +56,8 @@ def test_the_table_is_read_whole_and_has_every_trigger() -> None:
     ours = {
         point.name for point in points if point.dist is not None and point.dist.name == "backdoorbench-moe"
     }
-    assert {spec_of(line).trigger.name for line in COMMANDS.values()} == ours
+    # Its images are those of another tool.
+    assert {spec_of(line).trigger.name for line in COMMANDS.values()} == ours - {"stored"}
 
 
 @pytest.mark.parametrize("attack", COMMANDS)

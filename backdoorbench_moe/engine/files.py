@@ -80,24 +80,32 @@ def check_files(spec: RunSpec) -> None:
             )
 
 
-def keep_files(spec: RunSpec, folder: RunFolder, known: Iterable[NamedFile] = ()) -> list[NamedFile]:
+def keep_files(
+    spec: RunSpec, folder: RunFolder, known: Iterable[NamedFile] = (), *, all_of_trigger: bool = False
+) -> list[NamedFile]:
     """Describe the named files for the record, and copy the small ones into the run folder.
+
+    A large one is copied, too, if a run that this one is made from has a copy.
 
     Args:
         spec: The spec, with the hashes of its files.
         folder: The run folder.
         known: The files of the runs that this one is made from. A file that is one of them keeps its name, while its
             path may be that of a copy.
+        all_of_trigger: Whether large files of the trigger are copied, too, as a part of the run.
     """
+    known = list(known)
     names = {file["sha256"]: file["name"] for file in known}
+    copied = {file["sha256"] for file in known if file["kept"]}
     kept = []
     for key, path in named_files(spec):
         if key in spec.files:
             size = path.stat().st_size
-            copy = f"{FILES}/{key}{path.suffix}" if size <= KEPT_BYTES else None
+            sha256 = spec.files[key]
+            keep = size <= KEPT_BYTES or sha256 in copied or (all_of_trigger and key.startswith("trigger."))
+            copy = f"{FILES}/{key}{path.suffix}" if keep else None
             if copy is not None:
                 folder.keep(copy, path)
-            sha256 = spec.files[key]
             name = names.get(sha256, path.name)
             kept.append(NamedFile(key=key, name=name, sha256=sha256, bytes=size, kept=copy))
     return kept

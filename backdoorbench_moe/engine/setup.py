@@ -30,6 +30,7 @@ from backdoorbench_moe.engine.triggered import Triggered, triggered_test
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError
 from backdoorbench_moe.ops.images import concatenate
 from backdoorbench_moe.records import TaskFacts
+from backdoorbench_moe.triggers.stored import StoredImages
 from backdoorbench_moe.triggers.trainable import TrainableTrigger
 
 # Images on which the trigger is tried.
@@ -72,7 +73,8 @@ class Setup:
             size = model_patch_size(self.model)
             self.stamper = build_stamper(spec, patch_size=size, image_size=images.image_size)
             self._check_learned()
-            self._check_visible()
+            if not isinstance(self.stamper.trigger, StoredImages):
+                self._check_visible()
         if spec.policy:
             policy_count(len(images.train), spec.policy)
             if self.tasks is not None and spec.mixture is not None and (rate := spec.mixture.expert_policy):
@@ -81,7 +83,7 @@ class Setup:
         if attack is not None:
             self.plan = attack(images.train.labels, num_classes=images.data_classes, seed=spec.seed)
             self._check_noise(self.plan)
-            attack.counted(images.test.labels, images.data_classes)
+            self._check_stored(attack.counted(images.test.labels, images.data_classes))
 
     @property
     def reject(self) -> int:
@@ -123,6 +125,33 @@ class Setup:
         if controlled and not trainable:
             expected = "one that is not optimised on a surrogate, where the attacker trains the model"
             raise ConfigError.expected("trigger", expected, name)
+
+    def _check_stored(self, counted: Tensor) -> None:
+        """Check that a trigger that has stored images has all that are stamped.
+
+        Args:
+            counted: (N,) bool, the test images that count for ASR.
+
+        Raises:
+            ConfigError: An image is missing.
+        """
+        if self.stamper is None or not isinstance(trigger := self.stamper.trigger, StoredImages):
+            return
+        assert self.plan is not None
+        test = self.images.test.images[counted]
+        found = {
+            "test": (trigger.missing(test), len(test)),
+            "training": (
+                trigger.missing_places(torch.cat(list(self.plan.groups.values()))),
+                sum(map(len, self.plan.groups.values())),
+            ),
+        }
+        for split, (missing, stamped) in found.items():
+            if missing:
+                raise ConfigError(
+                    f"trigger.file: expected stored versions of the {stamped} {split} images that the attack stamps, "
+                    f"but {missing} are missing"
+                )
 
     def _check_visible(self) -> None:
         """Check on some test images that the trigger can be seen in them, saved with 8 bits, in test and in training.

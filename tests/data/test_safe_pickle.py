@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backdoorbench_moe.data import safe_pickle
 from backdoorbench_moe.data.safe_pickle import read_pickle
 from backdoorbench_moe.errors import DataError
+from backdoorbench_moe.pickles import NUMPY
 
 ARRAY = np.arange(12, dtype=np.uint8).reshape(3, 4)
 
@@ -82,22 +82,23 @@ def test_a_pickle_cannot_change_the_stand_ins() -> None:
     data = b"\x80\x02}(U\x04datacnumpy\ndtype\n(N}U\x01xK\x01stbu."
     with pytest.raises(DataError, match="batch: tries to change a global"):
         read_pickle(data, "batch")
-    assert not hasattr(safe_pickle.STAND_INS["numpy", "dtype"], "x")
+    assert not hasattr(NUMPY["numpy", "dtype"], "x")
 
 
 @pytest.mark.parametrize(
     "array", [np.zeros(3, np.float32), np.array([{}], object), np.asfortranarray(ARRAY)], ids=str
 )
 def test_other_arrays_are_refused(array: np.ndarray) -> None:
-    with pytest.raises(DataError, match="batch: expected an array of bytes"):
+    with pytest.raises(DataError, match=r"batch: (expected an array|refused numpy type)"):
         read_pickle(pickle.dumps({"data": array}, 2), "batch")
 
 
 def test_keys_are_texts() -> None:
     deep = b"\x80\x02}K\x01" + b"\x85" * 5000 + b"K\x01s."  # {((((1,),),),): 1}, and so on
-    for data in (deep, pickle.dumps({3: 4})):
-        with pytest.raises(DataError, match="batch: expected a dict with texts as keys"):
-            read_pickle(data, "batch")
+    with pytest.raises(DataError, match="batch: expected a dict with texts or numbers as keys, got tuple"):
+        read_pickle(deep, "batch")
+    with pytest.raises(DataError, match="batch: expected a dict with texts as keys"):
+        read_pickle(pickle.dumps({3: 4}), "batch")
 
 
 def test_a_shape_that_lies_is_refused() -> None:

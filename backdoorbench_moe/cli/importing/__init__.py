@@ -12,6 +12,7 @@ from backdoorbench_moe.cli.app import LazyGroup
 DEFAULT = "weights"
 COMMANDS = {
     DEFAULT: "A file of weights. `bbmoe import FILE ...` is this command.",
+    "backdoorbench": "A result folder of BackdoorBench.",
 }
 
 

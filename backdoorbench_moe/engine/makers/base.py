@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 from torch import nn
 
@@ -47,6 +47,9 @@ class Maker(ABC):
     Raises:
         BbmoeError: A part cannot be built, or does not fit the data or another part.
     """
+
+    # Whether large files that the trigger's options name are copied into the run folder.
+    keeps_trigger_files: ClassVar[bool] = False
 
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
         self.spec, self.workplace = spec, workplace
@@ -98,7 +101,7 @@ class Maker(ABC):
         if checkpoint:
             self._check_continued(folder, record)
         known = [file for run in inputs.values() for file in run.record.files]
-        record.files = keep_files(self.spec, folder, known)
+        record.files = keep_files(self.spec, folder, known, all_of_trigger=self.keeps_trigger_files)
         folder.write(record)
         try:
             self.complete(folder, record, checkpoint)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from backdoorbench_moe import defenses
+from backdoorbench_moe.attacks.recorded import Recorded
 from backdoorbench_moe.attacks.training_control import TrainingControl
 from backdoorbench_moe.config import RunSpec, TrainSpec
 from backdoorbench_moe.data.base import Split
@@ -97,6 +98,10 @@ def _check_needs(name: str, defense: Defense, setup: Setup) -> None:
     if spec.policy:
         raise ConfigError(
             f"{name}: needs the training set of the data; that of this run, which has a policy, has marked images, too"
+        )
+    if isinstance(setup.attack, Recorded) and setup.attack.file is None:
+        raise ConfigError(
+            f"{name}: needs the training set as the model saw it, which is not known of this run"
         )
     if isinstance(setup.attack, TrainingControl):
         raise ConfigError(

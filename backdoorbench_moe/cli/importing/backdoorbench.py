@@ -1,0 +1,83 @@
+"""`bbmoe import backdoorbench`: from a result folder of BackdoorBench to a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.threads import CoreUsage, threads_option, use_threads
+from backdoorbench_moe.config import chain_options
+
+if TYPE_CHECKING:
+    from backdoorbench_moe.interop.importing import Imported
+
+
+@click.command("backdoorbench")
+@click.argument("folder", type=PATH, metavar="FOLDER")
+@click.option(
+    "--defense", metavar="NAME", help="Import the model of FOLDER/defense/NAME instead of the attacked one."
+)
+@click.option("--data-root", metavar="DIR", help="Folder of the clean data set, for BA.")
+@click.option("--dataset", metavar="NAME", help="The clean data set.  [the one that the result names]")
+@click.option(
+    "--set", "settings", multiple=True, metavar="dataset.KEY=VALUE", help="An option of the data set."
+)
+@click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option(
+    "--device", metavar="NAME", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+)
+@threads_option
+@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON, and nothing else.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def command(
+    *,
+    folder: Path,
+    defense: str | None,
+    data_root: str | None,
+    dataset: str | None,
+    settings: tuple[str, ...],
+    output: Path,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Make a run of BackdoorBench's result in FOLDER, which has attack_result.pt and the poisoned images.
+
+    The file is read as data: nothing in it is run, and no path in it is followed. BA, ASR and RA are measured and
+    set beside BackdoorBench's own numbers; more than half a point apart is an error.
+    """
+    usage = CoreUsage.now()
+    options = {key.removeprefix("dataset."): value for key, value in chain_options(settings).items()}
+    from backdoorbench_moe.cli.progress import make_observer
+    from backdoorbench_moe.interop.importing import import_backdoorbench
+
+    use_threads(threads, usage, device)
+    imported = import_backdoorbench(
+        folder,
+        defense=defense,
+        dataset=dataset,
+        data_options=options,
+        data_root=data_root,
+        output=output,
+        device=device,
+        observer=make_observer(quiet=quiet),
+    )
+    _print(imported, as_json=as_json)
+
+
+def _print(imported: Imported, *, as_json: bool) -> None:
+    from backdoorbench_moe.cli.streams import echo
+    from backdoorbench_moe.cli.tables import NONE, print_json
+
+    if as_json:
+        print_json([imported.run])
+        return
+    echo(f"{'':4} {'here':>8} {'BackdoorBench':>14}")
+    for each in imported.compared:
+        there = NONE if each.there is None else f"{each.there:.2f}%"
+        echo(f"{each.name.upper():4} {each.here:7.2f}% {there:>14}")
+    echo(f"run: {imported.run.folder.path}")

@@ -1,0 +1,151 @@
+"""Writing a run as a result folder of BackdoorBench: PNG files, its csv, and a script that makes the pickle."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from backdoorbench_moe.data.base import ImageSet, Split
+from backdoorbench_moe.engine.poison import poisoned
+from backdoorbench_moe.engine.run import Run, check_finished
+from backdoorbench_moe.engine.setup import Setup
+from backdoorbench_moe.engine.workplace import Workplace
+from backdoorbench_moe.errors import ConfigError, RecordError
+from backdoorbench_moe.interop.export_script import RESULT_SCRIPT, read_script
+from backdoorbench_moe.interop.result_folder import COLUMNS, TEST_IMAGES, TRAIN_IMAGES
+from backdoorbench_moe.models.backdoorbench import BackdoorBenchModel
+
+# BackdoorBench's names of data sets by those here, if they differ.
+DATASETS: dict[str, str] = {}
+
+
+def write_backdoorbench(run: Run, folder: Path | str, *, data_root: str | None = None) -> Path:
+    """Write a run as BackdoorBench's result folder.
+
+    No pickle is written: the script `make_attack_result.py` in the folder makes `attack_result.pt`, where BackdoorBench
+    runs. BackdoorBench can build the model only if it is one of its own architectures (`backdoorbench:...`); with any
+    other, its tools can use the images and the csv, and the script names the model as it is called here.
+
+    Args:
+        run: A finished, attacked run of one model, with a trigger.
+        folder: The folder, which must not exist or be empty.
+        data_root: Folder of the data set; None for the one that the run used.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: The run has no attack with a trigger, or is a mixture.
+        RecordError: The run is not finished, or the folder is not empty.
+    """
+    check_finished(run)
+    spec, target = run.located_spec(), Path(folder)
+    if not spec.attacked or spec.trigger is None or spec.mixture is not None:
+        raise ConfigError(
+            f"{run.folder.path}: expected an attacked run of one model with a trigger to export"
+        )
+    if target.exists() and any(target.iterdir()):
+        raise RecordError(f"{target}: expected a new or empty folder")
+    if data_root is not None:
+        spec = spec.with_data(root=data_root)
+    workplace = Workplace(spec)
+    setup = Setup(spec, workplace.images)
+    setup.stamper = run.stamper()
+    target.mkdir(parents=True, exist_ok=True)
+    facts = _facts(run, workplace.images)
+    facts["bd_test"] = _write_test(target, setup)
+    facts["bd_train"] = _write_train(target, setup, workplace.images)
+    _write_weights(target, run, facts)
+    _write_numbers(target / "attack_df.csv", run)
+    (target / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (target / RESULT_SCRIPT).write_text(read_script(RESULT_SCRIPT), encoding="utf-8")
+    return target
+
+
+def _facts(run: Run, images: ImageSet) -> dict[str, Any]:
+    train, poison, name = run.spec.train, run.spec.poison, DATASETS.get(images.name, images.name)
+    info = {
+        "dataset": name,
+        "epochs": train.epochs,
+        "batch_size": train.batch_size,
+        "lr": train.lr,
+        "sgd_momentum": train.momentum,
+        "wd": train.weight_decay,
+        "attack": "none" if run.spec.trigger is None else run.spec.trigger.name,
+        "pratio": poison.rate,
+        "attack_target": poison.target,
+        "attack_label_trans": "all2one" if poison.mapping == "all-to-one" else "all2all",
+    }
+    size = images.image_size
+    return {"num_classes": images.num_classes, "img_size": [size, size, 3], "dataset": name, "info": info}
+
+
+def _write_test(target: Path, setup: Setup) -> dict[str, Any]:
+    triggered = setup.triggered_test()
+    assert triggered is not None
+    _write_images(target / TEST_IMAGES, triggered.images, triggered.true, triggered.places)
+    return {
+        "indices": triggered.places.tolist(),
+        "labels": triggered.wanted.tolist(),
+        "true": triggered.true.tolist(),
+        "images": len(setup.images.test),
+        "only_changed": True,
+    }
+
+
+def _write_train(target: Path, setup: Setup, images: ImageSet) -> dict[str, Any] | None:
+    plan, train = setup.plan, images.train
+    assert plan is not None
+    changed = torch.cat(list(plan.groups.values())).sort().values
+    if not len(changed):  # The attacker poisoned batches, or the training set is not known.
+        return None
+    place = changed.to(train.labels.device)
+    true = train.labels[place].clone()
+    with poisoned(train, plan, setup.stamper) as split:
+        seen = Split(split.images[place].clone(), split.labels[place].clone())
+    _write_images(target / TRAIN_IMAGES, seen.images, true, changed)
+    return {
+        "indices": changed.tolist(),
+        "labels": seen.labels.tolist(),
+        "true": true.tolist(),
+        "images": len(train),
+        "only_changed": False,
+    }
+
+
+def _write_images(folder: Path, images: Tensor, labels: Tensor, places: Tensor) -> None:
+    """Write images as <label>/<place>.png."""
+    for label in labels.unique().tolist():
+        (folder / str(label)).mkdir(parents=True, exist_ok=True)
+    rows = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    for row, label, place in zip(rows, labels.tolist(), places.tolist(), strict=True):
+        Image.fromarray(row).save(folder / str(label) / f"{place}.png")
+
+
+def _write_weights(target: Path, run: Run, facts: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    model = run.model()
+    weights = model.state_dict()
+    facts["model_name"] = run.spec.model.name
+    if isinstance(model, BackdoorBenchModel):
+        facts["model_name"] = model.architecture
+        weights = {model.their_name(name): tensor for name, tensor in weights.items()}
+    facts["weights"] = list(weights)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, target / "weights.safetensors")
+
+
+def _write_numbers(path: Path, run: Run) -> None:
+    """Write the metrics as BackdoorBench does: fractions, by epoch; here of the last one only."""
+    metrics = run.record.metrics
+    row = {column: metrics[name]["value"] / 100 for name, column in COLUMNS.items() if name in metrics}
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["", *row])
+        writer.writeheader()
+        writer.writerow({"": run.spec.train.epochs - 1, **row})

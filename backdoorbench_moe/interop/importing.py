@@ -1,0 +1,371 @@
+"""Making a run of a result of BackdoorBench: the model, its poisoned images, and its numbers measured again."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backdoorbench_moe import data
+from backdoorbench_moe.attacks.base import PoisonPlan
+from backdoorbench_moe.attacks.recorded import write_plan
+from backdoorbench_moe.config import PartSpec, PoisonSpec, RunSpec, TrainSpec
+from backdoorbench_moe.data.base import ImageSet
+from backdoorbench_moe.engine.makers.base import Maker
+from backdoorbench_moe.engine.makers.fitting import Checkpoint
+from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.engine.run import Run, check_model, load_run
+from backdoorbench_moe.engine.workplace import Workplace
+from backdoorbench_moe.errors import BbmoeWarning, DataError
+from backdoorbench_moe.interop.attack_result import (
+    INFO,
+    AttackResult,
+    DefenseResult,
+    StoredSplit,
+    read_attack_result,
+    read_defense_result,
+    read_info,
+)
+from backdoorbench_moe.interop.result_folder import ATTACK, TEST_IMAGES, TRAIN_IMAGES, ResultFolder
+from backdoorbench_moe.interop.toolbox import refuse_trojai
+from backdoorbench_moe.interop.weights import load_weights
+from backdoorbench_moe.models.backdoorbench import BackdoorBenchModel
+from backdoorbench_moe.records import Record, RunFolder
+from backdoorbench_moe.triggers.stored import write_stored
+
+# Percentage points by which a number may differ from BackdoorBench's own.
+TOLERANCE = 0.5
+Colours = tuple[float, float, float]
+# Mean and standard deviation by BackdoorBench's name of the data set; images of the others are not normalised.
+NORMALISATION: dict[str, tuple[Colours, Colours]] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "tiny": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+    "gtsrb": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+# The data sets by their name here; for others it is given.
+DATASETS = {"cifar10": "cifar10", "gtsrb": "gtsrb"}
+# Attacks of BackdoorBench that draw other images in every batch: their training images are stored afterwards.
+REDRAWN = ("wanet", "bpp", "inputaware", "lira")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A metric measured here, beside BackdoorBench's own.
+
+    Attributes:
+        name: "ba", "asr" or "ra".
+        here: Measured here, in percent.
+        there: BackdoorBench's, in percent; None if its folder does not say.
+    """
+
+    name: str
+    here: float
+    there: float | None
+
+
+@dataclass(frozen=True)
+class Imported:
+    """An imported result.
+
+    Attributes:
+        run: The finished run.
+        compared: BA, ASR and RA.
+        source: The csv with BackdoorBench's numbers; None if there is none.
+    """
+
+    run: Run
+    compared: tuple[Comparison, ...]
+    source: Path | None
+
+
+def import_backdoorbench(
+    folder: Path | str,
+    *,
+    defense: str | None = None,
+    dataset: str | None = None,
+    data_options: Mapping[str, object] | None = None,
+    data_root: str | None = None,
+    output: Path | str = "runs",
+    device: str = "auto",
+    observer: Observer | None = None,
+) -> Imported:
+    """Make a run of a result folder of BackdoorBench, and measure it.
+
+    Args:
+        folder: The folder with `attack_result.pt`.
+        defense: Name of a defense in it, to import the defended model; None for the attacked one.
+        dataset: Name of the clean data set; None for the one that the result names.
+        data_options: Its options, such as `train_images` if the result is on a part of it.
+        data_root: Folder of the data set.
+        output: Folder of run folders.
+        device: Device to compute on.
+        observer: Receives progress.
+
+    Returns:
+        The run, and its numbers beside BackdoorBench's. A run that was imported before is only read.
+
+    Raises:
+        BbmoeError: The folder, the data or an option cannot be used; or a number is more than half a percentage point
+            from BackdoorBench's own.
+    """
+    place = ResultFolder(Path(folder), defense)
+    refuse_trojai(place.path)
+    attack = read_attack_result(place.path / ATTACK)
+    side = _side(place, attack)
+    result = attack if defense is None else read_defense_result(place.weights_file)
+    part = _dataset(attack, dataset, dict(data_options or {}), side, data_root)
+    workplace = Workplace(
+        RunSpec(
+            dataset=part, attack=None, trigger=None, applicator=None, poison=PoisonSpec(rate=0), device=device
+        ),
+        observer,
+    )
+    images = workplace.images
+    check_labels(place, attack, images)
+    poison, plan = read_poison(place, attack, images)
+    with tempfile.TemporaryDirectory(prefix="bbmoe-import-") as temporary:
+        files = _write_files(Path(temporary), place, attack, images, plan, side)
+        spec = workplace.resolve(
+            RunSpec(
+                dataset=part,
+                model=_model(result, attack, place),
+                attack=PartSpec("recorded", {"file": str(files["plan"])} if plan is not None else {}),
+                trigger=PartSpec("stored", {"file": str(files["images"])}),
+                applicator=PartSpec("image"),
+                poison=poison,
+                train=recipe(place),
+                device=device,
+                recipe="backdoorbench",
+            )
+        )
+        run = _make(spec, workplace, RunFolder(Path(output) / spec.name), result)
+    return _compare(run, place)
+
+
+def _side(place: ResultFolder, attack: AttackResult) -> int:
+    height, width, channels = attack.image_size
+    if height != width or channels != 3:
+        raise DataError(
+            f"{place.path / ATTACK}: img_size: expected square images of 3 channels, got {height}x{width}x{channels}"
+        )
+    return height
+
+
+def _dataset(
+    attack: AttackResult, dataset: str | None, options: dict[str, Any], side: int, data_root: str | None
+) -> PartSpec:
+    if dataset is None and attack.dataset not in DATASETS:
+        raise DataError(
+            f"dataset: {attack.dataset!r} of BackdoorBench is not known by name (known: {', '.join(DATASETS)}); "
+            "name its images with --dataset, such as folder"
+        )
+    name = dataset or DATASETS[attack.dataset]
+    if "image_size" in data.registry.options(name):
+        options.setdefault("image_size", side)
+    if data_root is not None:
+        options["root"] = data_root
+    return PartSpec(name, options)
+
+
+def check_labels(place: ResultFolder, attack: AttackResult, images: ImageSet) -> None:
+    """Check that the clean data are those of a result: as many images, in the same order.
+
+    Raises:
+        DataError: The number of images or classes differs, or a stored image has another label there than here.
+    """
+    file = place.path / ATTACK
+    if images.num_classes != attack.num_classes:
+        raise DataError(
+            f"{file}: expected a result for the {images.num_classes} classes of {images.name}, got {attack.num_classes}"
+        )
+    for name, stored, split in (("test", attack.test, images.test), ("training", attack.train, images.train)):
+        if stored is None:
+            continue
+        if stored.images != len(split):
+            raise DataError(
+                f"{file}: expected a result on the {len(split)} {name} images of {images.name}, "
+                f"got one on {stored.images}"
+            )
+        labels = split.labels.cpu().numpy()[stored.indices]
+        if (wrong := (labels != stored.true).nonzero()[0]).size:
+            first = wrong[0]
+            raise DataError(
+                f"{file}: the {name} images are in another order than those of {images.name}: image "
+                f"{stored.indices[first]} has label {stored.true[first]} there and {labels[first]} here, and "
+                f"{len(wrong) - 1} more differ"
+            )
+    if not len(attack.test):
+        raise DataError(f"{file}: bd_test: expected triggered test images, got none")
+
+
+def read_poison(
+    place: ResultFolder, attack: AttackResult, images: ImageSet
+) -> tuple[PoisonSpec, PoisonPlan | None]:
+    """Return what the attacker wants, as a spec, and which training images were changed; None if that is not known.
+
+    Raises:
+        DataError: The labels of the triggered test images follow neither one target class nor the next class.
+    """
+    test, classes = attack.test, attack.num_classes
+    targets = set(test.labels.tolist())
+    values: dict[str, Any] = {"rate": 0.0}
+    if (test.labels == (test.true + 1) % classes).all() and len(targets) > 1:
+        values |= {"mapping": "all-to-all"}
+    elif len(targets) == 1:
+        values |= {"target": targets.pop()}
+        labels = images.test.labels.cpu().numpy()
+        sources = sorted(set(test.true.tolist()))
+        if len(sources) < classes - 1:
+            values |= {"source": tuple(sources)}
+        expected = sum(int((labels == source).sum()) for source in sources)
+        if values["target"] in sources or expected != len(test):
+            raise DataError(
+                f"{place.path / ATTACK}: bd_test: expected all {expected} test images of the classes {sources}, "
+                f"without the target {values['target']}, got {len(test)}"
+            )
+    else:
+        raise DataError(
+            f"{place.path / ATTACK}: bd_test: expected one target class, or the next class for each image"
+        )
+    plan = None if attack.train is None else _plan(attack.train)
+    if plan is not None and attack.train is not None:
+        count = attack.train.images
+        values |= {"rate": len(plan.indices) / count, "noise": len(plan.noise) / count}
+        if len(plan.indices) and (attack.train.labels == attack.train.true).all():
+            values["labels"] = "clean"
+    return PoisonSpec(**values), plan
+
+
+def _plan(train: StoredSplit) -> PoisonPlan:
+    """The groups: stored images with another label are poison; those with their own are noise, if there are others."""
+    indices, labels = torch.from_numpy(train.indices), torch.from_numpy(train.labels)
+    relabelled = torch.from_numpy(train.labels != train.true)
+    if not relabelled.any():  # Clean labels.
+        return PoisonPlan(indices, labels)
+    return PoisonPlan(indices[relabelled], labels[relabelled], noise=indices[~relabelled])
+
+
+def _write_files(
+    folder: Path,
+    place: ResultFolder,
+    attack: AttackResult,
+    images: ImageSet,
+    plan: PoisonPlan | None,
+    side: int,
+) -> dict[str, Path]:
+    files = {"plan": folder / "plan.safetensors", "images": folder / "images.safetensors"}
+    test, train = attack.test, attack.train
+    places, training = torch.empty(0, dtype=torch.int64), torch.empty(0, 3, side, side, dtype=torch.uint8)
+    if plan is not None and train is not None:
+        write_plan(files["plan"], plan)
+        places, training = torch.from_numpy(train.indices), place.images(TRAIN_IMAGES, train, side)
+    clean = images.test.images[torch.from_numpy(test.indices).to(images.test.images.device)].cpu()
+    write_stored(files["images"], clean, place.images(TEST_IMAGES, test, side), places, training)
+    return files
+
+
+def _model(result: AttackResult | DefenseResult, attack: AttackResult, place: ResultFolder) -> PartSpec:
+    options: dict[str, Any] = {"architecture": result.model, "weights": str(place.weights_file.absolute())}
+    if attack.dataset in NORMALISATION:
+        options["mean"], options["std"] = map(list, NORMALISATION[attack.dataset])
+    else:
+        warnings.warn(
+            f"{place.path}: the normalisation of {attack.dataset!r} is not known; images are not normalised",
+            BbmoeWarning,
+            stacklevel=3,
+        )
+    return PartSpec("backdoorbench", options)
+
+
+def recipe(place: ResultFolder) -> TrainSpec:
+    """BackdoorBench's recipe, with which defenses tune; its settings are in `info.pickle`, if there is one."""
+    path = place.path / INFO
+    info = read_info(path) if path.exists() else {}
+    names = {
+        "epochs": "epochs",
+        "batch_size": "batch_size",
+        "lr": "lr",
+        "momentum": "sgd_momentum",
+        "weight_decay": "wd",
+    }
+    given = {name: info[key] for name, key in names.items() if key in info}
+    flips = info.get("dataset", "cifar10") == "cifar10"
+    defaults = {"epochs": 100, "batch_size": 128, "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
+    values: dict[str, Any] = {**defaults, **given}
+    return TrainSpec(schedule="cosine", augment="crop-flip" if flips else "crop", **values)
+
+
+class ResultMaker(Maker):
+    """Makes a run of an imported result: it loads and measures the model, and trains nothing.
+
+    Args:
+        spec: The run's spec.
+        workplace: The data, the device, the precision and the observer.
+        result: The result, with the weights.
+    """
+
+    keeps_trigger_files = True  # The stored images are part of the run.
+
+    def __init__(self, spec: RunSpec, workplace: Workplace, result: AttackResult | DefenseResult) -> None:
+        super().__init__(spec, workplace)
+        self._weights: Mapping[str, Tensor] = result.weights
+
+    def load(self, inputs: Mapping[str, Run]) -> None:
+        """Load the weights. Raises DataError if they do not fit."""
+        assert isinstance(self.setup.model, BackdoorBenchModel)
+        load_weights(self.setup.model, self._weights, str(self.spec.model.options["weights"]))
+
+    def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
+        """Measure the model and save it."""
+        started, model = time.perf_counter(), self.setup.model
+        model.to(self.workplace.device).to(memory_format=torch.channels_last).eval()
+        if self.setup.plan is not None:
+            folder.save_poison({name: group.numpy() for name, group in self.setup.plan.groups.items()})
+        [record.metrics] = self.measure([model], recovery=True)
+        record.timing["evaluate_seconds"] = record.timing["total_seconds"] = time.perf_counter() - started
+        folder.save_model(model.state_dict(), self.model_header(record))
+
+
+def _make(
+    spec: RunSpec, workplace: Workplace, folder: RunFolder, result: AttackResult | DefenseResult
+) -> Run:
+    if folder.exists and folder.read().status == "finished":
+        workplace.observer.on_found(str(folder.path))
+        run = load_run(folder.path)
+        check_model(run)
+        return run
+    maker = ResultMaker(spec, workplace, result)
+    maker.prepare({})
+    with folder.lock():
+        return maker.make(folder, {})
+
+
+def _compare(run: Run, place: ResultFolder) -> Imported:
+    """Set the run's numbers beside BackdoorBench's. Raises DataError if one is more than `TOLERANCE` from it."""
+    found = place.own_numbers()
+    theirs, source = ({}, None) if found is None else found
+    compared = tuple(Comparison(name, run.value(name), theirs.get(name)) for name in ("ba", "asr", "ra"))
+    far = [c for c in compared if c.there is not None and abs(c.here - c.there) > TOLERANCE]
+    if far:
+        numbers = ", ".join(f"{c.name.upper()} {c.here:.2f}% here and {c.there:.2f}% there" for c in far)
+        raise DataError(
+            f"{source}: the run {run.folder.path} has other numbers: {numbers}. Look at: {_advice(far)}"
+        )
+    return Imported(run, compared, source)
+
+
+def _advice(far: list[Comparison]) -> str:
+    names = {c.name for c in far}
+    if names == {"ba"}:
+        return "the clean test images (--data-root, their size and how they were resized); the triggered ones agree"
+    if "ba" not in names:
+        return f"the images in {TEST_IMAGES}, which may be of another run than the weights; the clean accuracy agrees"
+    return "the weights, which may be of another epoch than the csv's last row, and the normalisation of the images"

@@ -1,0 +1,184 @@
+"""A result of BackdoorBench becomes a run: its own numbers are met, and it can be defended and analyzed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from result_folders import TARGET, stamp, write_csv, write_result
+
+import backdoorbench_moe as bbmoe
+from backdoorbench_moe import data
+from backdoorbench_moe.engine.runner import run_attack
+from backdoorbench_moe.errors import ConfigError, DataError
+from backdoorbench_moe.interop.importing import Imported, import_backdoorbench
+from backdoorbench_moe.records import RunFolder
+
+
+@pytest.fixture(scope="module")
+def images() -> data.ImageSet:
+    from tiny import Tiny
+
+    return Tiny().load()
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory, images: data.ImageSet) -> tuple[Path, dict[str, float]]:
+    folder = tmp_path_factory.mktemp("record") / "noise_1"
+    return folder, write_result(folder, images)
+
+
+@pytest.fixture
+def imported(result: tuple[Path, dict[str, float]], tmp_path: Path) -> Imported:
+    return import_backdoorbench(result[0], dataset="tiny", output=tmp_path / "runs", device="cpu")
+
+
+def test_its_own_numbers_are_met(imported: Imported, result: tuple[Path, dict[str, float]]) -> None:
+    folder, numbers = result
+    assert imported.source == folder / "attack_df.csv"
+    for each, theirs in zip(imported.compared, numbers.values(), strict=True):
+        assert each.here == pytest.approx(100 * theirs, abs=1e-3) == each.there
+    record = imported.run.record
+    # One of the four stored training images keeps its label: it is noise.
+    assert record.poison is not None
+    assert (record.poison["n"], record.poison["noise"], record.poison["target"]) == (3, 1, TARGET)
+    assert imported.run.spec.train.batch_size == 16 and imported.run.spec.train.lr == 0.02
+
+
+def test_the_run_is_whole_without_the_folder(
+    imported: Imported, images: data.ImageSet, tmp_path: Path
+) -> None:
+    """Its images lie in the run folder, which may be moved; nothing of the author's paths is used."""
+    shutil.move(tmp_path / "runs", tmp_path / "moved")
+    run = bbmoe.load_run(next((tmp_path / "moved").glob("*/record.json")).parent)
+    places = (images.test.labels != TARGET).nonzero().squeeze(1)
+    clean = images.test.images[places]
+    stamped = (run.stamper()(clean / 255) * 255).round().to(torch.uint8)
+    assert torch.equal(stamped, stamp(clean, places.tolist()))
+    held = images.train.images[[7]]
+    training = run.stamper().training(held / 255, torch.tensor([7]))
+    assert torch.equal((training * 255).round().to(torch.uint8), stamp(held, [7]))
+
+
+def test_it_can_be_defended_and_analyzed(imported: Imported) -> None:
+    defended = bbmoe.defend(imported.run, "clp")
+    assert defended.record.stages[0]["metrics"]["asr"] == imported.run.record.metrics["asr"]
+    assert not list(defended.folder.path.glob("files/model*")), "a pickle was copied into a run folder"
+    spectral = bbmoe.defend(imported.run, "spectral")
+    counts = spectral.record.judgements[0]["counts"]
+    assert counts["tp"] + counts["fn"] == 3
+    bbmoe.analyze(imported.run, carriers_images=20)
+
+
+def test_it_is_imported_once_and_not_trained(
+    imported: Imported, result: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
+    again = import_backdoorbench(result[0], dataset="tiny", output=tmp_path / "runs", device="cpu")
+    assert again.run.folder.path == imported.run.folder.path
+    assert again.run.record.to_json() == imported.run.record.to_json()
+    with pytest.raises(ConfigError, match="an imported model is not trained again"):
+        run_attack(imported.run.located_spec(), output=tmp_path / "other", twin=False)
+
+
+def test_another_model_can_be_trained_on_the_stored_poison(imported: Imported, tmp_path: Path) -> None:
+    from tiny import TINY_MODEL
+
+    spec = imported.run.located_spec()
+    files = {name: getattr(spec, name).options["file"] for name in ("attack", "trigger")}
+    [run] = bbmoe.attack(
+        model=TINY_MODEL,
+        trigger={"name": "stored", "file": files["trigger"]},
+        applicator="image",
+        attack={"name": "recorded", "file": files["attack"]},
+        dataset="tiny",
+        output=tmp_path / "runs",
+        twin=False,
+        poison={"target": TARGET, "rate": 4 / 96},
+        train={"epochs": 1, "batch_size": 32},
+        device="cpu",
+    )
+    assert run.record.poison is not None and run.record.poison["n"] == 3
+
+
+def changed(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "changed"))
+
+
+def refused(folder: Path, tmp_path: Path, match: str, error: type[Exception] = DataError) -> None:
+    with pytest.raises(error, match=match):
+        import_backdoorbench(folder, dataset="tiny", output=tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("column", "advice"),
+    [
+        ("test_acc", "the clean test images"),
+        ("test_asr", "the images in bd_test_dataset"),
+        ("", "the weights, which"),
+    ],
+)
+def test_other_numbers_are_an_error_that_says_where_to_look(
+    result: tuple[Path, dict[str, float]], tmp_path: Path, column: str, advice: str
+) -> None:
+    folder, numbers = changed(result[0], tmp_path), result[1]
+    off = {name: abs(value - 0.5) if column in (name, "") else value for name, value in numbers.items()}
+    write_csv(folder / "attack_df.csv", [off])
+    refused(folder, tmp_path, rf"attack_df\.csv: the run .* here and .* there.* Look at: {advice}")
+
+
+def test_broken_folders_are_refused_before_anything_is_written(
+    result: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
+    folder = changed(result[0], tmp_path)
+    image = next((folder / "bd_test_dataset").rglob("*.png"))
+    for name, fault, put in (
+        ("a link", "got a link", lambda: image.symlink_to(result[0] / "attack_df.csv")),
+        ("nothing", "not found", lambda: None),
+        ("a text", "expected a PNG image", lambda: image.write_text("text")),
+        ("a large image", r"expected 32x32 pixels, got 64x64", lambda: _draw(image, 64)),
+    ):
+        image.unlink(missing_ok=True)
+        put()
+        refused(folder, tmp_path, rf"{image.name}: .*{fault}")
+        assert not (tmp_path / "out").exists(), name
+
+
+def _draw(path: Path, side: int) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (side, side)).save(path)
+
+
+def test_weights_are_matched_by_name_and_never_by_position(
+    result: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
+    folder = changed(result[0], tmp_path)
+    values = torch.load(folder / "attack_result.pt", weights_only=False)
+    weights = dict(values["model"])
+    first = next(iter(weights))
+    weights = {("stem.weight" if name == first else name): tensor for name, tensor in weights.items()}
+    weights["fc.bias"] = torch.zeros(7)
+    torch.save({**values, "model": weights}, folder / "attack_result.pt")
+    refused(folder, tmp_path, rf"{first} is missing; stem\.weight is not in .*; fc\.bias is \(7,\)")
+    together = {f"module.{name}": tensor for name, tensor in values["model"].items()}
+    torch.save({**values, "model": together}, folder / "attack_result.pt")
+    assert import_backdoorbench(folder, dataset="tiny", output=tmp_path / "out", device="cpu").compared
+
+
+def test_other_data_are_refused(result: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
+    folder = changed(result[0], tmp_path)
+    values = torch.load(folder / "attack_result.pt", weights_only=False)
+    next(iter(values["bd_test"]["bd_data_container"]["data_dict"].values()))["other_info"] = [TARGET, TARGET]
+    torch.save(values, folder / "attack_result.pt")
+    refused(
+        folder,
+        tmp_path,
+        r"the test images are in another order than those of tiny: image 0 has label 1 there",
+    )
+    with pytest.raises(DataError, match=r"expected a result on the 30 test images .* got one on 60"):
+        import_backdoorbench(
+            result[0], dataset="tiny", data_options={"test_images": 30}, output=tmp_path / "out"
+        )
+    assert not RunFolder(tmp_path / "out").exists
