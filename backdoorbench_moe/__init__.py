@@ -6,6 +6,7 @@ The public interface, all imported on first use:
 - `defend(run, defense)` applies a defense to a finished run's model and returns the defended run.
 - `draw_figures(analysis)` draws what `analyze` found.
 - `analyze(run)` analyses the routing of a finished run's model, and which expert carries the backdoor.
+- `audit(model, images=...)` looks for signs of a backdoor in a module or a run of unknown origin, with reasons.
 - `make_spec(...)` builds the frozen RunSpec of a run.
 - `create_trigger`, `create_applicator`, `create_attack`, `create_gate`, `create_model`, `create_defense` and
   `create_dataset` build parts by name, third-party ones included; `list_triggers` and the like return the names.
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "analyze": "backdoorbench_moe.api",
     "attack": "backdoorbench_moe.api",
+    "audit": "backdoorbench_moe.api",
     "defend": "backdoorbench_moe.api",
     "draw_figures": "backdoorbench_moe.api",
     "load_run": "backdoorbench_moe.api",
@@ -72,7 +74,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from backdoorbench_moe.api import analyze, attack, defend, draw_figures, load_run, make_spec
+    from backdoorbench_moe.api import analyze, attack, audit, defend, draw_figures, load_run, make_spec
     from backdoorbench_moe.applicators import create_applicator, list_applicators
     from backdoorbench_moe.applicators.base import Applicator
     from backdoorbench_moe.attacks import create_attack, list_attacks

@@ -21,6 +21,7 @@ COMMANDS = {
     "attack": "Backdoor a model and measure it.",
     "defend": "Defend the model of a run, and measure it after every stage.",
     "analyze": "Analyse the routing of a run's model, and which experts carry the backdoor.",
+    "audit": "Look for signs of a backdoor in a model of unknown origin.",
     "preview": "Draw what a trigger does to images.",
     "bench": "Run a suite of attacks, and draw its tables beside the paper's.",
     "show": "Print what a run folder holds.",
