@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from scipy.stats import norm
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from backdoorbench_moe.ops.outliers import studentised
 
+Direction = Literal["up", "down", "both"]
 # Fewer siblings have no spread that one of them could exceed.
 FEWEST = 3
 # A sibling within 5% of the others does not stand out, however alike they are.
@@ -37,7 +39,7 @@ class Standout:
 
 
 def find_standout(
-    quantities: Mapping[str, Mapping[str, float]], *, upwards: bool = False
+    quantities: Mapping[str, Mapping[str, float]], *, direction: Direction = "both"
 ) -> tuple[Standout, dict[str, float]]:
     """Find the sibling that stands out most.
 
@@ -48,7 +50,7 @@ def find_standout(
     Args:
         quantities: For each quantity the values, from 0, by name of the sibling. Quantities with fewer than `FEWEST`
             siblings, or in which all are 0, are left out.
-        upwards: Whether only siblings with larger values than the others count.
+        direction: Which siblings count: those with larger values than the others ("up"), smaller ones ("down"), or both.
 
     Returns:
         The standout, and the largest surprise of each sibling.
@@ -71,7 +73,7 @@ def find_standout(
         Standout(name, quantity, ratio, surprise)
         for quantity, values in groups.items()
         for name, ratio, surprise in zip(
-            values, *_compare(list(values.values()), count, upwards), strict=True
+            values, *_compare(list(values.values()), count, direction), strict=True
         )
     ]
     by_name: dict[str, float] = {}
@@ -80,16 +82,18 @@ def find_standout(
     return max(found, key=lambda each: each.surprise), by_name
 
 
-def _compare(values: list[float], count: int, upwards: bool) -> tuple[list[float], list[float]]:
+def _compare(values: list[float], count: int, direction: Direction) -> tuple[list[float], list[float]]:
     """Return ratios and surprises of one quantity."""
     numbers = torch.tensor(values, dtype=torch.float64)
     # A value of 0, such as that of a muted expert, counts as a millionth of the largest.
     logs = numbers.clamp(min=1e-6 * numbers.max().item()).log()
     others = (logs.sum() - logs) / (len(logs) - 1)
     apart = logs - others
-    tails = [2 * float(norm.sf(abs(z))) * count for z in studentised(logs).tolist()]
+    sides = 2 if direction == "both" else 1
+    tails = [sides * float(norm.sf(abs(z))) * count for z in studentised(logs).tolist()]
     surprises = [-math.log10(min(1.0, max(tail, 1e-300))) for tail in tails]
-    far = ((apart if upwards else apart.abs()) > math.log(SMALLEST_RATIO)).tolist()
+    wanted = {"up": apart, "down": -apart, "both": apart.abs()}[direction]
+    far = (wanted > math.log(SMALLEST_RATIO)).tolist()
     return apart.exp().tolist(), [max(0.0, s) if f else 0.0 for s, f in zip(surprises, far, strict=True)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from backdoorbench_moe.analysis.document import encode_picture
 from backdoorbench_moe.auditing.check import Check, Measured, NotTested
+from backdoorbench_moe.auditing.siblings import find_standout
 from backdoorbench_moe.auditing.subject import Subject
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.inversion import Search, invert
@@ -35,11 +37,18 @@ class Inverted(Check):
     The search is that of Neural Cleanse, on the first `IMAGES` images. It passes over them so often that about `BUDGET`
     stamped images are passed through the model, at least `FEWEST_EPOCHS` and at most `MOST_EPOCHS` times. The original
     passes over all clean images up to 80 times; stamps are therefore somewhat larger here, for all classes.
+
+    Departure: sizes are compared by a t test of their logarithms, at the level of 5% that the paper gives for its own
+    rule, an anomaly index above 2. Its index stays below about 2 for a stamp of almost no pixels if the sizes of the
+    other classes differ much. It is among the details.
     """
 
     needs = ("images",)
-    threshold = 2.0
-    explains = "how many robust standard deviations the smallest stamp lies below the median of all classes"
+    threshold = -math.log10(0.05)
+    explains = (
+        "-log10 of the probability that the smallest stamp would be so much smaller than the others by chance, "
+        "corrected for the number of classes: 1.3 is 5%"
+    )
     source = "Wang et al., IEEE S&P 2019 (Neural Cleanse)"
     applicator: ClassVar[ApplicatorName]
     where: ClassVar[str]
@@ -55,8 +64,10 @@ class Inverted(Check):
             raise NotTested(f"with {subject.num_classes} classes, none can be an outlier")
         found = stamps(subject, self.applicator)
         sizes = found["sizes"].tolist()
-        indices = anomaly_indices(sizes)
-        label = int(indices.argmax())
+        outlier, by_class = find_standout(
+            {"size": {str(c): s for c, s in enumerate(sizes)}}, direction="down"
+        )
+        label = int(outlier.name) if outlier.surprise else sizes.index(min(sizes))
         middle = float(torch.tensor(sizes).median())
         reason = (
             f"{subject.class_name(label)}: a stamp {self.where} of {sizes[label]:.3g} pixels turns "
@@ -65,13 +76,14 @@ class Inverted(Check):
         )
         details = {
             "class": label,
-            "indices": {str(c): float(index) for c, index in enumerate(indices)},
+            "surprises": by_class,
+            "anomaly_indices": anomaly_indices(sizes).tolist(),
             "sizes": sizes,
             "success": found["success"].tolist(),
             "canvas": list(found["values"].shape[2:]),
             "picture": encode_picture(drawn(found["values"][label])),
         }
-        return Measured(float(indices[label]), reason, details)
+        return Measured(outlier.surprise, reason, details)
 
 
 class InvertedImage(Inverted):

@@ -190,14 +190,15 @@ def _pairs(model: nn.Module, expert: Expert, base: Mapping[str, Tensor]) -> Iter
     state = model.state_dict()
     for name, (start, stop) in expert.own.items():
         own, dense = state[name][start:stop], name.removeprefix(NETWORK).replace(".experts.", ".")
+        if own.ndim < 2:
+            continue
         if name in base and base[name].shape == state[name].shape:
             other = base[name][start:stop]
         elif dense in base and base[dense].shape == own.shape:
             other = base[dense]
         else:
             raise NotTested(f"the base is of another architecture: it does not have {name} or {dense}")
-        if own.ndim > 1:
-            yield own.double().flatten(1).cpu(), other.double().flatten(1).cpu()
+        yield own.double().flatten(1).cpu(), other.double().flatten(1).cpu()
 
 
 class ChannelNorms(Check):
@@ -259,7 +260,7 @@ class HeadRows(Check):
         scored = (means.exp()).tolist()
         try:
             found, by_class = find_standout(
-                {"mean weight": {str(c): value for c, value in enumerate(scored)}}, upwards=True
+                {"mean weight": {str(c): value for c, value in enumerate(scored)}}, direction="up"
             )
         except ValueError as error:
             raise NotTested(f"fewer than {FEWEST} classes cannot be compared") from error
