@@ -5,59 +5,26 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from backdoorbench_moe.auditing.calibration import Calibration, packaged
 from backdoorbench_moe.auditing.check import Check, NotTested, lacks
 from backdoorbench_moe.auditing.checks import CHECKS
+from backdoorbench_moe.auditing.outcome import Outcome
+from backdoorbench_moe.auditing.save import save_audit
 from backdoorbench_moe.auditing.store import Store, subject_digest
 from backdoorbench_moe.auditing.subject import Subject
-from backdoorbench_moe.auditing.verdict import (
-    NOT_TESTED,
-    Finding,
-    Verdict,
-    combine,
-    judge,
-    not_tested,
-    strongest,
-)
+from backdoorbench_moe.auditing.verdict import Finding, combine, judge, not_tested
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.engine.device import environment
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.ops.seeding import seeded
+from backdoorbench_moe.paths import expand
 
 
-@dataclass(frozen=True)
-class Audit:
-    """What an audit found.
-
-    Attributes:
-        name: Name of the model.
-        verdict: The verdict; `verdict.level` is "signs of a backdoor", "no sign found" or "not tested".
-        findings: What each check found, in the order in which they ran.
-        calibration: The calibrated thresholds; None if there are none.
-        facts: What was audited: model, number of images, accuracy on them, and so on.
-        seconds: How long the checks took, those of an earlier call included.
-    """
-
-    name: str
-    verdict: Verdict
-    findings: tuple[Finding, ...]
-    calibration: Calibration | None
-    facts: dict[str, Any]
-    seconds: float
-
-    @property
-    def reasons(self) -> list[str]:
-        """The three strongest reasons for the verdict, in plain words."""
-        return [each.reason for each in strongest(self.findings)]
-
-    @property
-    def untested(self) -> list[Finding]:
-        """What was not tested."""
-        return [each for each in self.findings if each.level == NOT_TESTED]
+class Audit(Outcome):
+    """What an audit found; it can be saved."""
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write audit.json and report.html to a folder, which is made if it does not exist.
@@ -68,9 +35,6 @@ class Audit:
         Raises:
             RecordError: A file cannot be written.
         """
-        from backdoorbench_moe.auditing.save import save_audit
-        from backdoorbench_moe.paths import expand
-
         return save_audit(self, expand(folder))
 
 

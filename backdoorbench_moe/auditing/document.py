@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from backdoorbench_moe.auditing.audit import Audit
+from backdoorbench_moe.auditing.outcome import Outcome
 from backdoorbench_moe.auditing.store import as_json
 from backdoorbench_moe.auditing.verdict import RULE
 
@@ -14,7 +14,7 @@ SCHEMA_VERSION = 1
 FILE = "audit.json"
 
 
-def as_document(audit: Audit) -> dict[str, Any]:
+def as_document(audit: Outcome) -> dict[str, Any]:
     """Return an audit as JSON values. NaN and infinity become null."""
     calibration = audit.calibration
     document = {
@@ -37,7 +37,7 @@ def as_document(audit: Audit) -> dict[str, Any]:
     return values
 
 
-def thresholds_line(audit: Audit) -> str:
+def thresholds_line(audit: Outcome) -> str:
     """Say where the thresholds come from, in one line."""
     if audit.calibration is None:
         return (

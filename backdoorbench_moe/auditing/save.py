@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from backdoorbench_moe.auditing import document, report
-from backdoorbench_moe.auditing.audit import Audit
+from backdoorbench_moe.auditing.outcome import Outcome
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.records import write_atomically
 
 
-def save_audit(audit: Audit, output: Path) -> list[Path]:
+def save_audit(audit: Outcome, output: Path) -> list[Path]:
     """Write the document and the report; each file is written atomically, and both are made before the first is.
 
     Returns:

@@ -50,7 +50,7 @@ def find_standout(
     Args:
         quantities: For each quantity the values, from 0, by name of the sibling. Quantities with fewer than `FEWEST`
             siblings, or in which all are 0, are left out.
-        direction: Which siblings count: those with larger values than the others ("up"), smaller ones ("down"), or both.
+        direction: Which siblings count: those with larger values than the others ("up"), smaller ("down"), or both.
 
     Returns:
         The standout, and the largest surprise of each sibling.
