@@ -14,6 +14,7 @@ import numpy as np
 from scipy.stats import t
 
 from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.ops.detection import threshold_rank
 
 FILE, SCHEMA_VERSION = "calibration.json", 1
 # Fewer clean models have no spread to speak of.
@@ -72,9 +73,10 @@ def key_of(name: str, version: int) -> str:
 def set_threshold(clean: Sequence[float], level: float) -> Threshold:
     """Set a threshold that the score of a clean model exceeds with a probability of at most `level`.
 
-    It is the upper prediction limit for one more value from a normal distribution, or the highest score if that is
-    larger. Whether scores are normal is not known; how often clean models exceed the thresholds is therefore measured
-    on models that did not set them.
+    It is the upper prediction limit for one more value from a normal distribution; or, if that is larger, the score
+    that one more value exceeds with this probability whatever the distribution (`ops.detection.threshold_rank`), which
+    is the highest score if there are too few. Whether scores are normal is not known; how often clean models exceed the
+    thresholds is therefore measured on models that did not set them.
 
     Args:
         clean: Scores of clean models, at least `FEWEST_CLEAN`.
@@ -90,7 +92,8 @@ def set_threshold(clean: Sequence[float], level: float) -> Threshold:
         raise ValueError(f"set_threshold: expected {FEWEST_CLEAN} scores, got {len(clean)}")
     values, count = np.asarray(clean, dtype=np.float64), len(clean)
     limit = values.mean() + t.isf(level, count - 1) * values.std(ddof=1) * math.sqrt(1 + 1 / count)
-    return Threshold(float(values.mean()), float(max(limit, values.max())), count)
+    ranked = np.sort(values)[-max(1, threshold_rank(level, count))]
+    return Threshold(float(values.mean()), float(max(limit, ranked)), count)
 
 
 def packaged() -> Calibration | None:

@@ -65,12 +65,17 @@ def test_errors_are_measured_on_the_others() -> None:
     # All square images are seen, and of the rest as many as of clean models.
     assert 70 <= good["auroc"]["value"] <= 85 and good["detected"]["value"] == pytest.approx(50, abs=8)
     assert 25 <= bad["auroc"]["value"] <= 75 and bad["detected"]["value"] <= 10
-    assert document["verdict"]["false_alarms"]["value"] <= 10
     assert document["verdict"]["detected"]["value"] == pytest.approx(50, abs=8)
     # The good check earns its place, the bad one does not.
     assert good["verdict_without"]["auroc"]["value"] < bad["verdict_without"]["auroc"]["value"]
     groups = {each["attack"]: (each["models"], each["signs"]) for each in document["groups"]}
     assert groups["square image"] == (20, 20) and groups["blend patch"][1] <= 3
+
+
+def test_the_verdict_keeps_its_level_on_normal_scores() -> None:
+    # 300 clean models of odd seeds: 15 false alarms are expected; fewer than 5 or more than 27 hardly.
+    alarms = calibrate(population(600), commit=None, date="2026-01-01")["verdict"]["false_alarms"]
+    assert alarms["n"] == 300 and 1.6 <= alarms["value"] <= 9
 
 
 def test_attacks_that_failed_are_left_out_and_named() -> None:

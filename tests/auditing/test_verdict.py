@@ -91,7 +91,9 @@ def test_the_threshold_is_a_prediction_limit_or_the_highest_score() -> None:
     assert one == Threshold(
         3.0, pytest.approx(3 + t.isf(0.05, 4) * np.std(scores, ddof=1) * math.sqrt(1.2)), 5
     )
-    assert set_threshold([0.0] * 30 + [100.0], 0.2).value == 100.0
+    # Of 31 scores, the highest is exceeded with a chance of 1/32, and the second highest with 2/32.
+    assert set_threshold([0.0] * 29 + [90.0, 100.0], 0.02).value == 100.0
+    assert set_threshold([0.0] * 29 + [90.0, 100.0], 0.07).value == 90.0
     with pytest.raises(ValueError, match="expected 5 scores"):
         set_threshold([1, 2, 3, 4], 0.05)
 
