@@ -9,6 +9,7 @@ The public interface, all imported on first use:
 - `analyze(run)` analyses the routing of a finished run's model, and which expert carries the backdoor.
 - `defend` and `analyze` also take any `nn.Module`, with clean images; `normalised(module, mean, std)` puts its
   normalisation inside.
+- `audit(model, images=...)` looks for signs of a backdoor in a module or a run of unknown origin, with reasons.
 - `make_spec(...)` builds the frozen RunSpec of a run.
 - `create_trigger`, `create_applicator`, `create_attack`, `create_gate`, `create_model`, `create_defense` and
   `create_dataset` build parts by name, third-party ones included; `list_triggers` and the like return the names.
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "analyze": "backdoorbench_moe.api",
     "attack": "backdoorbench_moe.api",
+    "audit": "backdoorbench_moe.api",
     "defend": "backdoorbench_moe.api",
     "draw_figures": "backdoorbench_moe.api",
     "import_weights": "backdoorbench_moe.api",
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     from backdoorbench_moe.api import (
         analyze,
         attack,
+        audit,
         defend,
         draw_figures,
         import_weights,

@@ -21,13 +21,18 @@ from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.paths import expand
 
 if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
     from backdoorbench_moe.analysis.analyze import Analysis
     from backdoorbench_moe.analysis.figures.plate import Plate
     from backdoorbench_moe.analysis.module import ModuleAnalysis
+    from backdoorbench_moe.auditing.audit import Audit
 
 __all__ = [
     "analyze",
     "attack",
+    "audit",
     "defend",
     "draw_figures",
     "import_weights",
@@ -317,6 +322,71 @@ def analyze(
     if folder is not None:
         save_analysis(analysis, folder)
     return analysis
+
+
+@default_torch_state()
+def audit(
+    model: nn.Module | Run | PathLike,
+    *,
+    images: Tensor | np.ndarray | PathLike | None = None,
+    labels: Sequence[int] | Tensor | np.ndarray | None = None,
+    base: Run | PathLike | nn.Module | Mapping[str, Tensor] | None = None,
+    tasks: Sequence[Tensor | np.ndarray | PathLike] | None = None,
+    checks: Sequence[str] | None = None,
+    image_size: int | None = None,
+    output: PathLike | None = None,
+    data_root: PathLike | None = None,
+    device: str | None = None,
+    observer: Observer | None = None,
+) -> Audit:
+    """Look for signs of a backdoor, as `bbmoe audit` does.
+
+    Args:
+        model: A module that maps images (B, 3, S, S) in [0, 1] to logits (B, classes); or a Run, or its folder. A
+            module is copied.
+        images: Clean images, 100 are enough: (N, 3, S, S) uint8, or a folder of image files. Without any, a run's test
+            images are used, and a module is judged by its weights alone.
+        labels: Their classes; without them, the predicted classes take their place.
+        base: The model that the experts were tuned from: a run, its folder, a module or a state dict.
+        tasks: Images of each task of a mixture.
+        checks: Names of checks; all by default.
+        image_size: Side of the images in pixels: what images of a folder are resized to, and for a module without
+            images what its channels are measured with.
+        output: Folder to write audit.json and report.html to; what each check measured is kept there, too. By default
+            nothing is written.
+        data_root: Folder of the data set of a run; by default the one that it used.
+        device: Device to compute on; by default the run's, or for a module that of its weights.
+        observer: Receives progress.
+
+    Returns:
+        The audit: `verdict.level` is "signs of a backdoor", "no sign found" or "not tested", `reasons` are the three
+        strongest reasons, `findings` all of them; `save(folder)` writes the files.
+
+    Raises:
+        BbmoeError: Anything that the user can correct.
+    """
+    from torch import nn
+
+    from backdoorbench_moe.auditing import opening
+    from backdoorbench_moe.auditing.audit import run_audit
+    from backdoorbench_moe.auditing.checks import find_checks
+
+    chosen = find_checks(checks)
+    given: dict[str, Any] = {"images": images, "labels": labels, "base": base}
+    if isinstance(model, nn.Module):
+        name = type(model).__name__
+        subject = opening.open_copy(model, tasks=tasks or (), image_size=image_size, device=device, **given)
+    else:
+        opened = _opened(model, "model")
+        name = opened.folder.path.name
+        root = None if data_root is None else str(_path(data_root, "data_root"))
+        subject = opening.open_run_subject(opened, tasks=tasks, data_root=root, device=device, **given)
+    folder = None if output is None else _path(output, "output")
+    subject, store = opening.with_store(subject, folder)
+    found = run_audit(subject, name=name, store=store, checks=chosen, observer=observer)
+    if folder is not None:
+        found.save(folder)
+    return found
 
 
 def draw_figures(analysis: Analysis) -> dict[str, Plate]:

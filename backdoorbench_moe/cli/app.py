@@ -22,6 +22,7 @@ COMMANDS = {
     "import": "Make a run of a model that was made elsewhere.",
     "defend": "Defend the model of a run, and measure it after every stage.",
     "analyze": "Analyse the routing of a run's model, and which experts carry the backdoor.",
+    "audit": "Look for signs of a backdoor in a model of unknown origin.",
     "trigger": "Measure what triggers that nobody trained do to a run's model.",
     "export": "Write the training set and the weights of a run as plain files.",
     "preview": "Draw what a trigger does to images.",

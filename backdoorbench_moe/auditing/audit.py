@@ -1,0 +1,145 @@
+"""An audit: all checks of a subject, and the verdict."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from backdoorbench_moe.auditing.calibration import Calibration, packaged
+from backdoorbench_moe.auditing.check import Check, NotTested, lacks
+from backdoorbench_moe.auditing.checks import CHECKS
+from backdoorbench_moe.auditing.outcome import Outcome
+from backdoorbench_moe.auditing.save import save_audit
+from backdoorbench_moe.auditing.store import Store, subject_digest
+from backdoorbench_moe.auditing.subject import Subject
+from backdoorbench_moe.auditing.verdict import Finding, combine, judge, not_tested
+from backdoorbench_moe.defenses.cost import Cost
+from backdoorbench_moe.engine.device import environment
+from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.ops.seeding import seeded
+from backdoorbench_moe.paths import expand
+
+
+class Audit(Outcome):
+    """What an audit found; it can be saved."""
+
+    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write audit.json and report.html to a folder, which is made if it does not exist.
+
+        Returns:
+            The paths of the two files.
+
+        Raises:
+            RecordError: A file cannot be written.
+        """
+        return save_audit(self, expand(folder))
+
+
+def run_audit(
+    subject: Subject,
+    *,
+    name: str,
+    store: Store,
+    checks: Sequence[Check] = CHECKS,
+    calibration: Calibration | None = None,
+    calibrated: bool = True,
+    observer: Observer | None = None,
+) -> Audit:
+    """Run checks on a subject.
+
+    A check whose result is in the store is not run again; its score is compared with the present thresholds.
+
+    Args:
+        subject: The subject, whose `keep` should be that of the store.
+        name: Name of the model.
+        store: What earlier calls found.
+        checks: The checks.
+        calibration: The calibration; the packaged one if None.
+        calibrated: Whether to use a calibration at all.
+        observer: Receives progress.
+
+    Raises:
+        RecordError: A result cannot be written.
+    """
+    observer = observer or Observer()
+    chosen = (calibration or packaged()) if calibrated else None
+    findings = []
+    for number, check in enumerate(checks, 1):
+        observer.on_message(f"check {number} of {len(checks)}: {check.name} ({check.title})")
+        findings.append(_find(check, subject, store, chosen))
+    return Audit(
+        name=name,
+        verdict=combine(findings),
+        findings=tuple(findings),
+        calibration=chosen,
+        facts=facts_of(subject, checks),
+        seconds=sum(each.seconds for each in findings),
+    )
+
+
+def _find(check: Check, subject: Subject, store: Store, calibration: Calibration | None) -> Finding:
+    """Run one check, or take its result from the store."""
+    found = store.load(check)
+    if found is None:
+        started = time.perf_counter()
+        try:
+            # A model may draw random numbers, such as for Sample Top-1.
+            with seeded(subject.seed, "audit", check.name):
+                measured = check.run(subject)
+        except NotTested as reason:
+            return not_tested(check, str(reason))
+        found = measured, time.perf_counter() - started
+        store.save(check, *found)
+    return judge(check, found[0], calibration, found[1])
+
+
+def testable(subject: Subject, checks: Sequence[Check]) -> Iterator[Check]:
+    """Yield the checks that the subject has everything for."""
+    return (check for check in checks if not any(lacks(subject, need) for need in check.needs))
+
+
+def cost_of(subject: Subject, checks: Sequence[Check]) -> Cost:
+    """Return how many images the checks pass through the model, as an upper bound."""
+    costs = [check.cost(subject) for check in testable(subject, checks)]
+    return Cost(sum(cost.trained for cost in costs), sum(cost.predicted for cost in costs))
+
+
+def facts_of(subject: Subject, checks: Sequence[Check]) -> dict[str, Any]:
+    """Return what was audited, as JSON has it."""
+    given = subject.images is not None
+    cost = cost_of(subject, checks)
+    return {
+        "model": type(subject.model).__name__,
+        "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
+        "images": len(subject.split) if given else 0,
+        "classes": subject.num_classes if given else None,
+        "labels": subject.known_labels is not None,
+        "accuracy": subject.accuracy if given else None,
+        "tasks": len(subject.tasks),
+        "base": subject.base is not None,
+        "seed": subject.seed,
+        "environment": environment(subject.device, subject.precision),
+        "cost": {"forward_and_backward": round(cost.trained), "forward": round(cost.predicted)},
+    }
+
+
+def digest_of(subject: Subject) -> str:
+    """Return the digest of everything that a score depends on."""
+    tensors = {
+        **{f"model/{name}": each for name, each in subject.model.state_dict().items()},
+        "images": subject.images,
+        "labels": subject.known_labels,
+        **{f"tasks/{n}": each for n, each in enumerate(subject.tasks)},
+        **{f"base/{name}": each for name, each in (subject.base or {}).items()},
+    }
+    return subject_digest(
+        tensors,
+        model=type(subject.model).__name__,
+        size=subject.given_size,
+        precision=subject.precision,
+        seed=subject.seed,
+        classes=list(subject.classes),
+    )

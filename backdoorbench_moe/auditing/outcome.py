@@ -1,0 +1,40 @@
+"""What an audit found, without the ways to make and to save it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from backdoorbench_moe.auditing.calibration import Calibration
+from backdoorbench_moe.auditing.verdict import NOT_TESTED, Finding, Verdict, strongest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an audit found.
+
+    Attributes:
+        name: Name of the model.
+        verdict: The verdict; `verdict.level` is "signs of a backdoor", "no sign found" or "not tested".
+        findings: What each check found, in the order in which they ran.
+        calibration: The calibrated thresholds; None if there are none.
+        facts: What was audited: model, number of images, accuracy on them, and so on.
+        seconds: How long the checks took, those of an earlier call included.
+    """
+
+    name: str
+    verdict: Verdict
+    findings: tuple[Finding, ...]
+    calibration: Calibration | None
+    facts: dict[str, Any]
+    seconds: float
+
+    @property
+    def reasons(self) -> list[str]:
+        """The three strongest reasons for the verdict, in plain words."""
+        return [each.reason for each in strongest(self.findings)]
+
+    @property
+    def untested(self) -> list[Finding]:
+        """What was not tested."""
+        return [each for each in self.findings if each.level == NOT_TESTED]

@@ -1,0 +1,247 @@
+"""Calibration: thresholds from one part of a population of audited models, and errors measured on the other part."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from backdoorbench_moe.auditing.calibration import (
+    FEWEST_CLEAN,
+    SCHEMA_VERSION,
+    Threshold,
+    key_of,
+    set_threshold,
+)
+from backdoorbench_moe.auditing.checks import CHECKS
+from backdoorbench_moe.auditing.verdict import strength_of
+from backdoorbench_moe.ops.detection import auroc
+from backdoorbench_moe.ops.metrics import Proportion, proportion
+
+# The false alarm rate that the thresholds aim at.
+LEVEL = 0.05
+VERSIONS = {check.name: check.version for check in CHECKS}
+
+
+@dataclass(frozen=True)
+class Member:
+    """An audited model whose making is known.
+
+    Attributes:
+        name: Name of its run folder.
+        model: Name of the model, such as "pmoe".
+        attack: What attacked it, such as "square patch"; "" for a clean model.
+        asr: Success rate of the attack in percent; None for a clean model.
+        seed: Its seed. Models of even seeds set the thresholds, those of odd seeds measure the errors.
+        scores: The scores by name and version of the check; of checks that were not made, none.
+    """
+
+    name: str
+    model: str
+    attack: str
+    asr: float | None
+    seed: int
+    scores: Mapping[str, float]
+
+    @property
+    def attacked(self) -> bool:
+        """Whether it was attacked."""
+        return bool(self.attack)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether it belongs to the part that sets the thresholds."""
+        return self.seed % 2 == 0
+
+
+def scores_of(document: Mapping[str, Any]) -> dict[str, float]:
+    """Return the scores in an audit.json by key of a calibration."""
+    return {
+        key_of(each["check"], VERSIONS[each["check"]]): each["score"]
+        for each in document["findings"]
+        if each["score"] is not None and each["check"] in VERSIONS
+    }
+
+
+def set_thresholds(members: Iterable[Member], level: float = LEVEL) -> dict[str, Threshold]:
+    """Set the threshold of each check from the clean models of even seeds.
+
+    Each of the checks that can be calibrated takes an equal part of the level (Bonferroni), so that the verdict is
+    wrong about a clean model with at most the level, if each check keeps its part; see `set_threshold`.
+
+    Returns:
+        By key of the check. Checks with fewer than `FEWEST_CLEAN` scores of such models are left out.
+    """
+    clean = [each for each in members if each.calibrates and not each.attacked]
+    scores: dict[str, list[float]] = {}
+    for member in clean:
+        for key, score in member.scores.items():
+            scores.setdefault(key, []).append(score)
+    enough = {key: values for key, values in sorted(scores.items()) if len(values) >= FEWEST_CLEAN}
+    return {key: set_threshold(values, level / len(enough)) for key, values in enough.items()}
+
+
+def strength(member: Member, thresholds: Mapping[str, Threshold], without: str = "") -> float | None:
+    """Return the largest strength of a member's scores, as the verdict has it; None without a calibrated score.
+
+    Args:
+        member: The member.
+        thresholds: The thresholds.
+        without: Key of a check that is left out.
+    """
+    found = [
+        strength_of(member.scores[key], known.centre, known.value)
+        for key, known in thresholds.items()
+        if key in member.scores and key != without
+    ]
+    return max(found, default=None)
+
+
+def measure_errors(
+    clean: Sequence[float], attacked: Sequence[float], threshold: float
+) -> dict[str, dict[str, float] | None]:
+    """Return AUROC, false alarms and detections in percent, with 95% intervals; None where there are no models."""
+    alarms, hits = (np.asarray(scores) > threshold for scores in (clean, attacked))
+    area = auroc(np.asarray(clean), np.asarray(attacked)) if len(clean) and len(attacked) else None
+    return {
+        "auroc": _row(area),
+        "false_alarms": _row(proportion(int(alarms.sum()), len(alarms)) if len(alarms) else None),
+        "detected": _row(proportion(int(hits.sum()), len(hits)) if len(hits) else None),
+    }
+
+
+def _row(found: Proportion | None) -> dict[str, float] | None:
+    return None if found is None else asdict(found)
+
+
+def calibrate(
+    members: Sequence[Member],
+    *,
+    commit: str | None,
+    date: str,
+    level: float = LEVEL,
+    smallest_asr: float = 50.0,
+) -> dict[str, Any]:
+    """Calibrate the checks on a population.
+
+    Args:
+        members: The audited models.
+        commit: The commit that the audits were made with.
+        date: The date, as YYYY-MM-DD.
+        level: The false alarm rate that is aimed at.
+        smallest_asr: Attacked models with a lower success rate are left out: there is no backdoor to be found.
+
+    Returns:
+        The document of a calibration, see `calibration.parse`.
+
+    Raises:
+        ValueError: There are too few clean models, or none to measure the false alarms on.
+    """
+    weak = [each for each in members if each.attacked and (each.asr or 0) < smallest_asr]
+    used = [each for each in members if each not in weak]
+    thresholds = set_thresholds(used, level)
+    if not thresholds:
+        raise ValueError(f"calibrate: expected {FEWEST_CLEAN} clean models of even seeds")
+    others = [each for each in used if not each.calibrates and strength(each, thresholds) is not None]
+    if all(each.attacked for each in others):
+        raise ValueError("calibrate: expected clean models of odd seeds, to measure false alarms on")
+    return {
+        "kind": "audit calibration",
+        "schema_version": SCHEMA_VERSION,
+        "commit": commit,
+        "date": date,
+        "level": level,
+        "rule": "thresholds from clean models of even seeds, errors measured on models of odd seeds",
+        "population": {
+            "calibrating": _count([each for each in used if each.calibrates]),
+            "measuring": _count(others),
+            "weak": sorted(each.name for each in weak),
+        },
+        "verdict": _verdict(others, thresholds),
+        "checks": {key: _check(key, known, others, thresholds) for key, known in thresholds.items()},
+        "groups": _groups(others, thresholds),
+    }
+
+
+def _verdict(
+    others: Sequence[Member], thresholds: Mapping[str, Threshold], without: str = ""
+) -> dict[str, Any]:
+    found = {True: list[float](), False: list[float]()}
+    for each in others:
+        value = strength(each, thresholds, without)
+        if value is not None:
+            found[each.attacked].append(value)
+    return measure_errors(found[False], found[True], 1.0)
+
+
+def _check(
+    key: str, known: Threshold, others: Sequence[Member], thresholds: Mapping[str, Threshold]
+) -> dict[str, Any]:
+    scores = {
+        attacked: [each.scores[key] for each in others if key in each.scores and each.attacked == attacked]
+        for attacked in (False, True)
+    }
+    rest = _verdict(others, thresholds, without=key)
+    return {
+        "centre": known.centre,
+        "threshold": known.value,
+        "clean": known.clean,
+        **measure_errors(scores[False], scores[True], known.value),
+        # What the verdict would be without this check: whether it earns its place.
+        "verdict_without": {name: rest[name] for name in ("auroc", "detected")},
+    }
+
+
+def _groups(others: Sequence[Member], thresholds: Mapping[str, Threshold]) -> list[dict[str, Any]]:
+    """Return how many models of each kind have signs, by model and attack."""
+    groups: dict[tuple[str, str], list[bool]] = {}
+    for each in others:
+        groups.setdefault((each.model, each.attack), []).append((strength(each, thresholds) or 0) > 1)
+    return [
+        {"model": model, "attack": attack, "models": len(signs), "signs": sum(signs)}
+        for (model, attack), signs in sorted(groups.items())
+    ]
+
+
+def _count(members: Sequence[Member]) -> dict[str, Any]:
+    models = sorted({each.model for each in members})
+    return {
+        "clean": sum(not each.attacked for each in members),
+        "attacked": sum(each.attacked for each in members),
+        "models": {name: sum(each.model == name for each in members) for name in models},
+    }
+
+
+def to_text(document: Mapping[str, Any]) -> str:
+    """Format a calibration as JSON."""
+    return json.dumps(document, indent=1, allow_nan=False) + "\n"
+
+
+def table(document: Mapping[str, Any]) -> str:
+    """Return the measured errors as Markdown tables."""
+    lines = [
+        "| check | threshold | AUROC | false alarms | detected | verdict's AUROC without it |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    rows = sorted(document["checks"].items(), key=lambda item: -((item[1]["auroc"] or {}).get("value", 0)))
+    for name, row in rows:
+        cells = [_cell(row[key]) for key in ("auroc", "false_alarms", "detected")]
+        cells.append(_cell(row["verdict_without"]["auroc"]))
+        lines.append(f"| {name.partition('/')[0]} | {row['threshold']:.3g} | {' | '.join(cells)} |")
+    verdict = [_cell(document["verdict"][key]) for key in ("auroc", "false_alarms", "detected")]
+    lines += [
+        f"| **verdict** | 1 | {' | '.join(verdict)} | |",
+        "",
+        "| model | attack | models | with signs |",
+    ]
+    lines.append("|---|---|---:|---:|")
+    for row in document["groups"]:
+        lines.append(f"| {row['model']} | {row['attack'] or 'none'} | {row['models']} | {row['signs']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: Mapping[str, float] | None) -> str:
+    return "–" if row is None else f"{row['value']:.0f} ({row['low']:.0f} to {row['high']:.0f})"

@@ -1,0 +1,75 @@
+"""`report.html` of an audit: one page that loads nothing from elsewhere, drawn from the document."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any
+
+from backdoorbench_moe.auditing.verdict import MOST_REASONS, NOT_TESTED, SIGNS
+from backdoorbench_moe.drawing import render_page
+
+FILE = "report.html"
+# Strengths are drawn up to this one.
+LONGEST = 2.0
+WIDTH = 160
+
+
+def page(document: dict[str, Any]) -> str:
+    """Render the page of an audit's document; names from it are escaped."""
+    template = (files("backdoorbench_moe.auditing") / "templates" / "audit.html").read_text(encoding="utf-8")
+    tested = [each for each in document["findings"] if each["level"] != NOT_TESTED]
+    return render_page(
+        template,
+        name=document["name"],
+        verdict=document["verdict"],
+        signs=document["verdict"]["level"] == SIGNS,
+        calibrated=document["calibration"] is not None,
+        reasons=document["reasons"],
+        reasons_title=reasons_title(document),
+        untested=[each for each in document["findings"] if each["level"] == NOT_TESTED],
+        tested=[{**each, "bar": bar(each["strength"])} for each in tested],
+        pictures=[each for each in tested if "picture" in each["details"]],
+        rule=document["rule"],
+        thresholds=document["thresholds"],
+        facts=fact_rows(document),
+        width=WIDTH,
+        seconds=document["seconds"],
+    )
+
+
+def reasons_title(document: dict[str, Any]) -> str:
+    """Return the heading of the reasons."""
+    level, count = document["verdict"]["level"], len(document["reasons"])
+    if level == SIGNS:
+        return (
+            "The strongest reason"
+            if count == 1
+            else f"The {'three ' if count == MOST_REASONS else ''}strongest reasons"
+        )
+    return "What comes closest to a sign" if count else "Nothing could be tested"
+
+
+def bar(strength: float | None) -> float:
+    """Return the length of the bar of a strength, in [0, WIDTH]; the threshold is in its middle."""
+    return round(WIDTH * min(max(strength or 0.0, 0.0), LONGEST) / LONGEST, 1)
+
+
+def fact_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what was audited, as names and texts."""
+    facts = document["subject"]
+    accuracy = facts["accuracy"]
+    rows = [
+        ("model", f"{facts['model']}, {facts['parameters']:,} parameters"),
+        ("images", f"{facts['images']:,}" if facts["images"] else "none"),
+        ("classes", str(facts["classes"] or "not known")),
+        ("labels", "given" if facts["labels"] else "none; the predicted classes take their place"),
+        ("accuracy on the images", "not known" if accuracy is None else f"{accuracy:.1f}%"),
+        ("tasks", str(facts["tasks"] or "none")),
+        ("base", "given" if facts["base"] else "none"),
+        ("images passed forward and backward", f"at most {facts['cost']['forward_and_backward']:,}"),
+        ("images passed forward", f"at most {facts['cost']['forward']:,}"),
+        ("seed", str(facts["seed"])),
+        ("device", f"{facts['environment']['device']}, {facts['environment']['precision']}"),
+        ("version", facts["environment"]["packages"]["backdoorbench-moe"]),
+    ]
+    return rows

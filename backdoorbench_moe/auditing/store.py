@@ -1,0 +1,139 @@
+"""The folder of an audit: what each check measured, so that a check that is finished is not run again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backdoorbench_moe.auditing.check import Check, Measured
+from backdoorbench_moe.auditing.subject import Keep, in_memory
+from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.plain import plain
+from backdoorbench_moe.records import write_atomically
+
+CHECKS = "checks"
+
+
+class Store:
+    """What the checks of one audit measured; on disk if there is a folder.
+
+    Files of another subject, or of another version of a check, are ignored and overwritten.
+
+    Args:
+        folder: The folder of the audit, made at the first write; None to keep nothing.
+        digest: Identifies the subject, see `subject_digest`.
+    """
+
+    def __init__(self, folder: Path | None, digest: str) -> None:
+        self.folder, self.digest = None if folder is None else folder / CHECKS, digest
+
+    def load(self, check: Check) -> tuple[Measured, float] | None:
+        """Return what a check measured, and the seconds it took; None if it has not run."""
+        if self.folder is None:
+            return None
+        try:
+            values = json.loads((self.folder / f"{check.name}.json").read_text(encoding="utf-8"))
+            if (values["subject"], values["version"]) != (self.digest, check.version):
+                return None
+            score = float(values["score"])
+            found = Measured(score, str(values["reason"]), dict(values["details"]))
+            return (found, float(values["seconds"])) if math.isfinite(score) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def save(self, check: Check, found: Measured, seconds: float) -> None:
+        """Write what a check measured. Raises RecordError if the file cannot be written."""
+        if self.folder is None:
+            return
+        values = {
+            "subject": self.digest,
+            "check": check.name,
+            "version": check.version,
+            "score": found.score,
+            "reason": found.reason,
+            "details": as_json(found.details),
+            "seconds": seconds,
+        }
+        text = json.dumps(values, indent=1, allow_nan=False) + "\n"
+        self._write(f"{check.name}.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+    def keep(self) -> Keep:
+        """Return a `Keep` that also finds arrays of an earlier call, which was interrupted or had other checks."""
+        memory = in_memory()
+
+        def make_or_load(name: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+            found = self._load_arrays(name)
+            if found is None:
+                found = make()
+                self._save_arrays(name, found)
+            return found
+
+        return lambda name, make: memory(name, lambda: make_or_load(name, make))
+
+    def _load_arrays(self, name: str) -> Mapping[str, Tensor] | None:
+        if self.folder is None:
+            return None
+        try:
+            with np.load(self.folder / f"{name}.npz", allow_pickle=False) as file:
+                arrays = dict(file)
+            if str(arrays.pop("subject")) != self.digest:
+                return None
+            return {key: torch.from_numpy(values) for key, values in arrays.items()}
+        except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile, zlib.error):
+            return None
+
+    def _save_arrays(self, name: str, arrays: Mapping[str, Tensor]) -> None:
+        if self.folder is None:
+            return
+        values = {key: tensor.detach().cpu().numpy() for key, tensor in arrays.items()}
+        self._write(f"{name}.npz", partial(_put_arrays, {**values, "subject": np.array(self.digest)}))
+
+    def _write(self, name: str, put: Callable[[Path], object]) -> None:
+        assert self.folder is not None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecordError(f"audit folder {self.folder}: {error.strerror}") from error
+        write_atomically(self.folder / name, put)
+
+
+def _put_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def as_json(value: Any) -> Any:
+    """Return a value as JSON has it; NaN and infinity become None."""
+    value = plain(value)
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def subject_digest(tensors: Mapping[str, Tensor | None], **settings: object) -> str:
+    """Return a SHA-256 of a subject: its weights, images and everything else that a score depends on.
+
+    Args:
+        tensors: By name; None for what is not given.
+        **settings: Other values, as JSON has them.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        if tensor is not None:
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,99 @@
+"""`bbmoe audit`: whether a model shows signs of a backdoor, with reasons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.streams import echo
+from backdoorbench_moe.cli.threads import CoreUsage, threads_option, use_threads
+from backdoorbench_moe.errors import ConfigError
+
+
+@click.command("audit")
+@click.argument("run", type=PATH, metavar="RUN")
+@click.option(
+    "--images", type=PATH, metavar="DIR",
+    help="Folder of clean images, 100 are enough.  [the run's test images]",
+)  # fmt: skip
+@click.option("--no-images", is_flag=True, help="Only check what can be said from weights alone.")
+@click.option("--base", type=PATH, metavar="RUN2", help="Run of the model that the experts were tuned from.")
+@click.option("--checks", metavar="NAME,..", help="Run these checks only.  [all]")
+@click.option(
+    "--calibration",
+    type=PATH,
+    metavar="FILE",
+    help="Thresholds from your own population.  [the packaged ones]",
+)
+@click.option("--output", type=PATH, metavar="DIR", help="Where audit.json and report.html go.  [RUN/audit]")
+@click.option("--fail-on-signs", is_flag=True, help="Exit with 1 if there are signs of a backdoor.")
+@click.option("--data-root", metavar="DIR", help="Folder of the data set.  [the one of RUN]")
+@click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [the run's]")
+@threads_option
+@click.option("--json", "as_json", is_flag=True, help="Print audit.json, and nothing else.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+@click.pass_context
+def command(
+    context: click.Context,
+    *,
+    run: Path,
+    images: Path | None,
+    no_images: bool,
+    base: Path | None,
+    checks: str | None,
+    calibration: Path | None,
+    output: Path | None,
+    fail_on_signs: bool,
+    data_root: str | None,
+    device: str | None,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Look for signs of a backdoor in the model of the finished run in folder RUN.
+
+    The attack, the trigger and the poisoned images of the run are not looked at. The verdict is "signs of a backdoor",
+    "no sign found" or "not tested", with the three strongest reasons; no audit can say that a model is clean. What each
+    check measured is kept in the output folder, so that an interrupted audit goes on where it stopped.
+    """
+    usage = CoreUsage.now()
+    if images is not None and no_images:
+        raise ConfigError("--no-images: expected no --images with it")
+    names = None if checks is None else [name.strip() for name in checks.split(",") if name.strip()]
+    from backdoorbench_moe.auditing.audit import run_audit
+    from backdoorbench_moe.auditing.calibration import load
+    from backdoorbench_moe.auditing.checks import find_checks
+    from backdoorbench_moe.auditing.document import as_document, to_text
+    from backdoorbench_moe.auditing.opening import open_run_subject, with_store
+    from backdoorbench_moe.auditing.verdict import SIGNS
+    from backdoorbench_moe.cli.audit_table import print_audit
+    from backdoorbench_moe.cli.progress import make_observer
+    from backdoorbench_moe.engine.run import load_run
+
+    chosen, known = find_checks(names), None if calibration is None else load(calibration)
+    opened = load_run(run)
+    use_threads(threads, usage, device or opened.spec.device)
+    place = opened.folder.path / "audit" if output is None else output
+    subject, store = with_store(
+        open_run_subject(
+            opened, images=images, base=base, with_images=not no_images, data_root=data_root, device=device
+        ),
+        place,
+    )
+    audit = run_audit(
+        subject,
+        name=opened.folder.path.name,
+        store=store,
+        checks=chosen,
+        calibration=known,
+        observer=make_observer(quiet=quiet or as_json),
+    )
+    files = audit.save(place)
+    if as_json:
+        echo(to_text(as_document(audit)), nl=False)
+    else:
+        print_audit(audit, files)
+    if fail_on_signs and audit.verdict.level == SIGNS:
+        context.exit(1)

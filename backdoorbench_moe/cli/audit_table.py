@@ -1,0 +1,52 @@
+"""The verdict and the findings of an audit for the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from backdoorbench_moe.auditing.audit import Audit
+
+NONE = "–"
+
+
+def print_audit(audit: Audit, files: list[Path]) -> None:
+    """Print the verdict, the three strongest reasons, all findings, and where the files are."""
+    from backdoorbench_moe.auditing.document import as_document, thresholds_line
+    from backdoorbench_moe.auditing.report import reasons_title
+    from backdoorbench_moe.auditing.verdict import RULE, SIGNS
+
+    console = Console(highlight=False)
+    style = "bold red" if audit.verdict.level == SIGNS else "bold"
+    console.print(f"{audit.name}: {audit.verdict.level}", style=style, markup=False)
+    console.print(f"\n{reasons_title(as_document(audit))}:")
+    for number, reason in enumerate(audit.reasons, 1):
+        console.print(f"{number}. {reason}", markup=False)
+    console.print()
+    console.print(_table(audit))
+    if audit.untested:
+        console.print("\nNot tested:")
+        for each in audit.untested:
+            console.print(f"- {each.check}: {each.reason}", markup=False)
+    console.print(f"\n{RULE}\nThresholds: {thresholds_line(audit)}.", style="dim", markup=False)
+    for file in files:
+        console.print(str(file), soft_wrap=True, markup=False)
+
+
+def _table(audit: Audit) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("check", no_wrap=True)
+    for column in ("score", "threshold"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("level", no_wrap=True)
+    table.add_column("seconds", justify="right", no_wrap=True)
+    for each in audit.findings:
+        numbers = [NONE if value is None else f"{value:.2f}" for value in (each.score, each.threshold)]
+        level = f"[red]{escape(each.level)}[/red]" if (each.strength or 0) > 1 else escape(each.level)
+        table.add_row(each.check, *numbers, level, f"{each.seconds:.1f}" if each.score is not None else NONE)
+    return table

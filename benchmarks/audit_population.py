@@ -1,0 +1,151 @@
+"""Audits a population of clean and attacked models, and calibrates the audit on it.
+
+    bbmoe bench run audit --output runs/audit                # 40 attacked models, pmoe and wide_resnet
+    bbmoe bench run audit-clean --output runs/audit          # 20 clean ones
+    python benchmarks/audit_population.py runs/audit [MORE FOLDERS ...] --budget 3600
+
+Audited is every finished run in the folders that was trained from data or merged from experts, and was not defended.
+The results go to `benchmarks/results/audit`: `audits/<run>/`, then `scores.csv`, `calibration.json` and `table.md`.
+What is finished is not made again, however the script was stopped; with --budget it stops before the next model once
+the time is up, and exits with 3.
+
+Thresholds come from the clean models of even seeds, the published errors from the models of odd seeds. To use the
+thresholds: copy `calibration.json` to `backdoorbench_moe/auditing/`, or give it to `bbmoe audit --calibration`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from backdoorbench_moe.auditing.audit import run_audit
+from backdoorbench_moe.auditing.checks import CHECKS, find_checks
+from backdoorbench_moe.auditing.opening import open_run_subject, with_store
+from backdoorbench_moe.auditing.population import Member, calibrate, scores_of, table, to_text
+from backdoorbench_moe.engine.device import environment
+from backdoorbench_moe.engine.graph import NodeKind, kind_of
+from backdoorbench_moe.engine.run import Run, load_run
+from backdoorbench_moe.errors import BbmoeError
+from backdoorbench_moe.records import write_atomically
+
+OUTPUT = Path(__file__).parent / "results" / "audit"
+
+
+def find_runs(folders: Sequence[Path]) -> Iterator[Run]:
+    """Yield the finished models in folders of run folders, or in run folders, by name; each once."""
+    paths = {record.parent.name: record.parent for folder in folders for record in _records(folder)}
+    for name in sorted(paths):
+        run = load_run(paths[name])
+        kind = NodeKind.DEFENDED if run.spec.defenses else kind_of(run.spec)
+        if (
+            run.record.status == "finished"
+            and kind in (NodeKind.TRAINED, NodeKind.MIXTURE)
+            and not is_part(run)
+        ):
+            yield run
+
+
+def is_part(run: Run) -> bool:
+    """Whether the model was only made for others: a base with a policy, of which experts are tuned."""
+    return run.spec.mixture is None and bool(run.spec.policy)
+
+
+def _records(folder: Path) -> list[Path]:
+    own = folder / "record.json"
+    return [own] if own.is_file() else sorted(folder.glob("*/record.json"))
+
+
+def member_of(run: Run, scores: dict[str, float]) -> Member:
+    """What the population knows about a run."""
+    spec, attack, asr = run.spec, "", None
+    if spec.attacked:
+        parts = [spec.attack, spec.trigger, spec.applicator]
+        names = [part.name for part in parts if part is not None and part.name != "data-poisoning"]
+        attack, asr = " ".join(names), run.record.metrics.get("asr", {}).get("value")
+    model = "merged" if kind_of(spec) is NodeKind.MIXTURE else spec.model.name
+    return Member(run.folder.path.name, model, attack, asr, spec.seed, scores)
+
+
+def audit(run: Run, folder: Path, names: Sequence[str] | None, device: str | None) -> dict[str, float]:
+    """Audit a run, and return its scores. A finished audit is only read."""
+    subject, store = with_store(open_run_subject(run, device=device), folder)
+    found = run_audit(
+        subject, name=run.folder.path.name, store=store, checks=find_checks(names), calibrated=False
+    )
+    found.save(folder)
+    return scores_of(json.loads((folder / "audit.json").read_text(encoding="utf-8")))
+
+
+def save_scores(members: Sequence[Member], file: Path) -> None:
+    """Write one row for each model, with a column for each check."""
+    keys = sorted({key for member in members for key in member.scores})
+    rows = [["run", "model", "attack", "asr", "seed", *keys]]
+    for each in members:
+        scores = [f"{each.scores[key]:.6g}" if key in each.scores else "" for key in keys]
+        asr = "" if each.asr is None else f"{each.asr:.2f}"
+        rows.append([each.name, each.model, each.attack, asr, str(each.seed), *scores])
+
+    def put(path: Path) -> None:
+        with path.open("w", encoding="utf-8", newline="") as out:
+            csv.writer(out, lineterminator="\n").writerows(rows)
+
+    write_atomically(file, put)
+
+
+def main() -> int:
+    """Audit, calibrate and write. The exit code is 1 if an audit failed, and 3 if the budget ended first."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="+", type=Path, help="folders of run folders")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds")
+    parser.add_argument("--checks", help=f"names, of {','.join(check.name for check in CHECKS)}")
+    parser.add_argument("--device")
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    names = options.checks.split(",") if options.checks else None
+    started, code, members = time.monotonic(), 0, []
+    options.output.mkdir(parents=True, exist_ok=True)
+    for run in find_runs(options.folders):
+        name = run.folder.path.name
+        if time.monotonic() - started > options.budget:
+            print("the budget is used up; the same command continues", flush=True)
+            return 3
+        try:
+            members.append(
+                member_of(run, audit(run, options.output / "audits" / name, names, options.device))
+            )
+        except BbmoeError as error:
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            code = 1
+            continue
+        print(f"{len(members)}: {name}, after {time.monotonic() - started:.0f} s", flush=True)
+    save_scores(members, options.output / "scores.csv")
+    commit = environment(torch.device("cpu"), "fp32")["git_commit"]
+    try:
+        document = calibrate(members, commit=commit, date=date.today().isoformat())
+    except ValueError as error:
+        print(f"{error}; only scores.csv was written", file=sys.stderr)
+        return 1
+    texts = {"calibration.json": to_text(document), "table.md": table(document)}
+    for file, text in texts.items():
+        write_atomically(
+            options.output / file, lambda path, text=text: path.write_text(text, encoding="utf-8")
+        )
+    print(texts["table.md"])
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""Whole audits: resumed, saved, drawn, and from Python."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+from planted_models import row_images
+from subjects import Constant, Rows, small_pmoe
+
+import backdoorbench_moe as bbmoe
+from backdoorbench_moe.auditing.audit import Audit, cost_of, digest_of, run_audit
+from backdoorbench_moe.auditing.checks import CHECKS, find_checks
+from backdoorbench_moe.auditing.opening import read_folder, with_store
+from backdoorbench_moe.auditing.store import Store
+from backdoorbench_moe.auditing.subject import make_subject
+from backdoorbench_moe.auditing.verdict import NO_SIGN, NOT_TESTED, SIGNS
+from backdoorbench_moe.errors import BbmoeError, ConfigError, DataError, RecordError, ShapeError
+
+FAST = ["gate-rows", "expert-norms", "head-rows", "scaled-images"]
+
+
+def audit(*checks: Constant, folder=None, name: str = "a model", **given: object) -> Audit:
+    subject, store = with_store(make_subject(Rows(), **given), folder)  # type: ignore[arg-type]
+    return run_audit(subject, name=name, store=store, checks=checks)
+
+
+def test_a_check_that_is_finished_is_not_run_again(tmp_path) -> None:
+    checks = [Constant("one", 2.0), Constant("two", 0.5), Constant("none", None)]
+    first = audit(*checks, folder=tmp_path)
+    again = audit(*checks, folder=tmp_path)
+    assert [check.runs for check in checks] == [1, 1, 2]
+    assert first.verdict == again.verdict and first.seconds == again.seconds > 0
+    assert again.findings[0].details == {"runs": 1, "bad": None}
+    # Another model, another version of a check, and a damaged file are no results.
+    audit(*checks, folder=tmp_path, image_size=8)
+    checks[0].version = 2
+    (tmp_path / "checks" / "two.json").write_text("[]")
+    audit(*checks, folder=tmp_path, image_size=8)
+    assert [check.runs for check in checks] == [3, 3, 4]
+
+
+def test_an_interrupted_audit_goes_on(tmp_path) -> None:
+    class Stop(Constant):
+        def measure(self, subject):
+            raise KeyboardInterrupt
+
+    one = Constant("one", 2.0)
+    with pytest.raises(KeyboardInterrupt):
+        audit(one, Stop("two", 1.0), folder=tmp_path)
+    assert audit(one, Constant("two", 0.1), folder=tmp_path).verdict.level == SIGNS and one.runs == 1
+
+
+def test_a_threshold_is_applied_to_what_was_measured_before(tmp_path) -> None:
+    check = Constant("one", 2.0)
+    assert audit(check, folder=tmp_path).verdict.level == SIGNS
+    check.threshold = 3.0
+    assert audit(check, folder=tmp_path).verdict.level == NO_SIGN and check.runs == 1
+
+
+def test_arrays_are_kept_for_the_same_subject_only(tmp_path) -> None:
+    calls = []
+
+    def make():
+        calls.append(1)
+        return {"values": torch.arange(3.0)}
+
+    for digest, expected in (("a", 1), ("a", 1), ("b", 2)):
+        assert Store(tmp_path, digest).keep()("stamps", make)["values"].tolist() == [0, 1, 2]
+        assert len(calls) == expected
+    (tmp_path / "checks" / "stamps.npz").write_bytes(b"no zip")
+    Store(tmp_path, "b").keep()("stamps", make)
+    assert len(calls) == 3
+
+
+def test_the_digest_covers_what_a_score_depends_on() -> None:
+    split = row_images(30)
+    given = {"images": split.images, "labels": split.labels}
+    model, other = Rows(), Rows()
+    with torch.no_grad():
+        other.layer.bias[0] += 1e-3
+    digests = {
+        digest_of(make_subject(model)),
+        digest_of(make_subject(other)),
+        digest_of(make_subject(model, **given)),
+        digest_of(make_subject(model, images=split.images)),
+        digest_of(make_subject(model, images=split.images.flip(0))),
+        digest_of(make_subject(model, **given, seed=1)),
+        digest_of(make_subject(model, **given, tasks=[split.images])),
+        digest_of(make_subject(model, **given, base=model.state_dict())),
+    }
+    assert len(digests) == 8
+    assert digest_of(make_subject(Rows(), **given)) == digest_of(make_subject(model, **given))
+
+
+def test_files_hold_what_was_found(tmp_path) -> None:
+    found = audit(
+        Constant("one", 2.0),
+        Constant("<b>two</b>", 0.5),
+        Constant("three", None),
+        name="<script>alert(1)</script>",
+    )
+    files = found.save(tmp_path / "new" / "place")
+    document = json.loads(files[0].read_text())
+    assert document["kind"] == "audit" and document["verdict"]["level"] == SIGNS
+    assert document["reasons"] == ["one measured 2"] == found.reasons
+    assert document["not_tested"] == {"three": "nothing to see"}
+    assert [each["level"] for each in document["findings"]] == [SIGNS, NO_SIGN, NOT_TESTED]
+    assert document["findings"][0]["details"]["bad"] is None and document["calibration"] is None
+    assert "not calibrated" in document["thresholds"]
+    page = files[1].read_text(encoding="utf-8")
+    assert "<script" not in page and "&lt;script&gt;" in page and "<b>two" not in page
+    assert "Signs of a backdoor (not calibrated)" in page and "nothing to see" in page
+
+
+def test_the_page_begins_with_the_verdict_and_loads_nothing(tmp_path) -> None:
+    page = audit(Constant("one", 2.0), Constant("two", 3.0), Constant("x", 4.0), Constant("y", 5.0)).save(
+        tmp_path
+    )[1]
+    text = page.read_text(encoding="utf-8")
+    places = [
+        text.index(part)
+        for part in ("Signs of a backdoor", "The three strongest", "Not tested", "Checks</h2>")
+    ]
+    assert places == sorted(places)
+    assert text.index("y measured 5") < text.index("x measured 4") < text.index("two measured 3")
+    assert not re.search(r'(src|href)="(?!data:|#)', text) and "://" not in text and "@import" not in text
+    assert "default-src 'none'" in text
+
+
+def test_nothing_tested_is_said(tmp_path) -> None:
+    found = audit(Constant("one", None))
+    assert (found.verdict.level, found.reasons) == (NOT_TESTED, [])
+    assert "Nothing could be tested" in found.save(tmp_path)[1].read_text(encoding="utf-8")
+
+
+def test_a_module_from_python(tmp_path) -> None:
+    split, model = row_images(40), Rows().train()
+    found = bbmoe.audit(
+        model, images=split.images, labels=split.labels.tolist(), checks=FAST, output=tmp_path
+    )
+    assert found.verdict.level == NO_SIGN and model.training
+    assert found.facts["accuracy"] == 100 and found.facts["images"] == 40 and found.facts["classes"] == 6
+    assert {each.check: each.level for each in found.findings}["expert-norms"] == NOT_TESTED
+    assert json.loads((tmp_path / "audit.json").read_text())["name"] == "Rows"
+    assert (tmp_path / "report.html").is_file()
+    alone = bbmoe.audit(small_pmoe(), checks=FAST)
+    assert alone.facts["images"] == 0 and {each.check for each in alone.untested} == {"scaled-images"}
+    assert "no images were given" in alone.untested[0].reason
+
+
+def test_importing_the_parts_does_not_hide_the_function() -> None:
+    import backdoorbench_moe.auditing.audit  # noqa: F401
+
+    assert callable(bbmoe.audit)
+
+
+def test_images_of_a_folder(tmp_path) -> None:
+    split = row_images(30)
+    for number, image in enumerate(split.images):
+        place = tmp_path / "images" / str(number % 2)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{number:02}.png")
+    found = read_folder(tmp_path / "images", None)
+    assert sorted(map(str, found.flatten(1).tolist())) == sorted(map(str, split.images.flatten(1).tolist()))
+    assert read_folder(tmp_path / "images", 4).shape == (30, 3, 4, 4)
+    one = bbmoe.audit(Rows(), images=tmp_path / "images", checks=["scaled-images"])
+    assert one.facts["images"] == 30 and one.facts["accuracy"] is None
+    (tmp_path / "empty").mkdir()
+    for path, message in ((tmp_path / "empty", "no images in it"), (tmp_path / "none", "expected a folder")):
+        with pytest.raises(DataError, match=message):
+            bbmoe.audit(Rows(), images=path)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"checks": ["gates"]}, ConfigError, "checks: unknown 'gates'"),
+        ({"base": 7}, ConfigError, "base: expected a run, its folder, a module or a state dict"),
+        ({"base": "nowhere"}, RecordError, "nowhere"),
+        ({"images": torch.zeros(30, 3, 8, 8)}, ShapeError, "images: expected square uint8"),
+        ({"labels": [0.5] * 40, "images": row_images(40).images}, ConfigError, "labels: expected integers"),
+        ({"tasks": [torch.zeros(3)]}, ShapeError, r"tasks\[0\]: expected square uint8"),
+    ],
+)
+def test_what_python_refuses(given, error, message) -> None:
+    with pytest.raises(error, match=message):
+        bbmoe.audit(Rows(), **given)
+    assert issubclass(error, BbmoeError)
+
+
+def test_the_cost_counts_what_can_be_tested() -> None:
+    subject = make_subject(Rows(), images=row_images(40).images)
+    chosen = find_checks(["scaled-images", "task-latents", "gate-rows"])
+    assert cost_of(subject, chosen).predicted == 5 * 40
+    assert cost_of(make_subject(Rows()), CHECKS).trained == 0

@@ -1,0 +1,164 @@
+"""Calibration on a population: who sets thresholds, who measures errors, and tables of both."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from backdoorbench_moe.auditing.calibration import parse, set_threshold
+from backdoorbench_moe.auditing.checks import CHECKS
+from backdoorbench_moe.auditing.population import (
+    Member,
+    calibrate,
+    measure_errors,
+    scores_of,
+    set_thresholds,
+    strength,
+    table,
+    to_text,
+)
+from backdoorbench_moe.auditing.verdict import NOT_TESTED, SIGNS
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "audit_population.py"
+
+
+def population(count: int = 40, *, shift: float = 8.0) -> list[Member]:
+    """Clean and attacked models; "good/1" sees every second attack, "bad/1" none, "rare/1" has few scores."""
+    draws, members = np.random.default_rng(0), []
+    for seed in range(count):
+        for attack in ("", "square image", "blend patch"):
+            seen = shift if attack == "square image" else 0.0
+            scores = {"good/1": draws.normal() + seen, "bad/1": draws.normal()}
+            if seed < 4 and not attack:
+                scores["rare/1"] = 100.0
+            members.append(Member(f"{attack}-{seed}", "pmoe", attack, 99.0 if attack else None, seed, scores))
+    return members
+
+
+def test_thresholds_come_from_clean_models_of_even_seeds() -> None:
+    members = population()
+    found = set_thresholds(members, 0.05)
+    assert found.keys() == {"bad/1", "good/1"}  # "rare/1" has two scores of even seeds.
+    clean = [each.scores["good/1"] for each in members if not each.attacked and each.seed % 2 == 0]
+    assert found["good/1"] == set_threshold(clean, 0.025)
+    # Models of odd seeds and attacked ones change nothing.
+    changed = [
+        Member(m.name, m.model, m.attack, m.asr, m.seed, dict.fromkeys(m.scores, 1000000.0))
+        if m.attacked or m.seed % 2
+        else m
+        for m in members
+    ]
+    assert set_thresholds(changed, 0.05) == found
+
+
+def test_errors_are_measured_on_the_others() -> None:
+    document = calibrate(population(), commit="abc", date="2026-01-01")
+    known = parse(json.loads(to_text(document)), "here")
+    assert known.thresholds.keys() == {"good/1", "bad/1"}
+    assert document["population"]["calibrating"] == {"clean": 20, "attacked": 40, "models": {"pmoe": 60}}
+    assert document["population"]["measuring"] == {"clean": 20, "attacked": 40, "models": {"pmoe": 60}}
+    good, bad = document["checks"]["good/1"], document["checks"]["bad/1"]
+    # All square images are seen, and of the rest as many as of clean models.
+    assert 70 <= good["auroc"]["value"] <= 85 and good["detected"]["value"] == pytest.approx(50, abs=8)
+    assert 25 <= bad["auroc"]["value"] <= 75 and bad["detected"]["value"] <= 10
+    assert document["verdict"]["detected"]["value"] == pytest.approx(50, abs=8)
+    # The good check earns its place, the bad one does not.
+    assert good["verdict_without"]["auroc"]["value"] < bad["verdict_without"]["auroc"]["value"]
+    groups = {each["attack"]: (each["models"], each["signs"]) for each in document["groups"]}
+    assert groups["square image"] == (20, 20) and groups["blend patch"][1] <= 3
+
+
+def test_the_verdict_keeps_its_level_on_normal_scores() -> None:
+    # 300 clean models of odd seeds: 15 false alarms are expected; fewer than 5 or more than 27 hardly.
+    alarms = calibrate(population(600), commit=None, date="2026-01-01")["verdict"]["false_alarms"]
+    assert alarms["n"] == 300 and 1.6 <= alarms["value"] <= 9
+
+
+def test_attacks_that_failed_are_left_out_and_named() -> None:
+    members = population()
+    weak = Member("weak", "pmoe", "square image", 20.0, 1, {"good/1": -50.0})
+    document = calibrate([*members, weak], commit=None, date="2026-01-01")
+    assert document["population"]["weak"] == ["weak"]
+    assert document["checks"] == calibrate(members, commit=None, date="2026-01-01")["checks"]
+
+
+def test_errors_by_hand() -> None:
+    found = measure_errors([0.1, 0.2, 0.3, 1.5], [0.2, 2.0], 1.0)
+    # Of eight pairs, 2.0 wins four, 0.2 wins one and half of another.
+    assert found["auroc"]["value"] == pytest.approx(100 * 5.5 / 8)
+    assert found["false_alarms"]["value"] == 25 and found["detected"]["value"] == 50
+    assert (
+        measure_errors([], [2.0], 1.0)["auroc"] is None and measure_errors([1.0], [], 1.0)["detected"] is None
+    )
+
+
+def test_the_strength_is_that_of_the_verdict() -> None:
+    thresholds = set_thresholds(population(), 0.05)
+    good = thresholds["good/1"]
+    member = Member("x", "pmoe", "", None, 1, {"good/1": good.value, "bad/1": thresholds["bad/1"].centre})
+    assert strength(member, thresholds) == pytest.approx(1.0)
+    assert strength(member, thresholds, without="good/1") == pytest.approx(0.0)
+    assert strength(Member("x", "pmoe", "", None, 1, {}), thresholds) is None
+
+
+def test_too_small_populations_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 clean models of even seeds"):
+        calibrate(population(6), commit=None, date="2026-01-01")
+    even = [each for each in population() if each.calibrates or each.attacked]
+    with pytest.raises(ValueError, match="clean models of odd seeds"):
+        calibrate(even, commit=None, date="2026-01-01")
+
+
+def test_the_table_has_every_check_and_the_verdict() -> None:
+    text = table(calibrate(population(), commit=None, date="2026-01-01"))
+    assert text.index("| good |") < text.index("| bad |") < text.index("| **verdict** |")
+    assert "| pmoe | none | 20 |" in text and "| pmoe | square image | 20 | 20 |" in text
+    assert all(line.count("|") in (5, 7) for line in text.splitlines() if line)
+
+
+def test_scores_of_a_document() -> None:
+    name = CHECKS[0].name
+    findings = [
+        {"check": name, "score": 1.5, "level": SIGNS},
+        {"check": CHECKS[1].name, "score": None, "level": NOT_TESTED},
+        {"check": "of a later version", "score": 3.0, "level": SIGNS},
+    ]
+    assert scores_of({"findings": findings}) == {f"{name}/{CHECKS[0].version}": 1.5}
+
+
+@pytest.mark.slow
+def test_the_script_audits_runs_and_goes_on(tmp_path, monkeypatch, capsys) -> None:
+    from tiny import tiny_spec
+
+    from backdoorbench_moe.engine.runner import run_attack
+
+    runs = run_attack(tiny_spec(train={"epochs": 1}), output=tmp_path / "runs")
+    script, out = runpy.run_path(str(SCRIPT)), tmp_path / "out"
+    checks = "gate-rows,head-rows,expert-norms"
+
+    def call(*more: str) -> int:
+        arguments = [
+            "audit_population",
+            str(tmp_path / "runs"),
+            "--output",
+            str(out),
+            "--checks",
+            checks,
+            *more,
+        ]
+        monkeypatch.setattr("sys.argv", arguments)
+        return script["main"]()
+
+    assert call("--budget", "-1") == 3 and not (out / "audits").exists()
+    assert call() == 1 and "expected 5 clean models" in capsys.readouterr().err
+    rows = (out / "scores.csv").read_text().splitlines()
+    assert len(rows) == 3 and rows[0] == "run,model,attack,asr,seed,expert-norms/1,gate-rows/1,head-rows/1"
+    attacked = next(row for row in rows if row.startswith(runs[0].folder.path.name)).split(",")
+    assert attacked[1:3] == ["pmoe", "square image"]
+    before = {file: file.stat().st_mtime_ns for file in (out / "audits").rglob("checks/*.json")}
+    assert call() == 1 and {file: file.stat().st_mtime_ns for file in before} == before and len(before) == 6
+    assert (out / "scores.csv").read_text().splitlines() == rows

@@ -1,0 +1,102 @@
+"""`bbmoe audit`: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny import tiny_spec
+
+from backdoorbench_moe.auditing.checks import CHECKS
+from backdoorbench_moe.engine.run import Run
+from backdoorbench_moe.engine.runner import run_attack
+
+FAST = ("--checks", "gate-rows,head-rows,scaled-images,dormant-experts")
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory) -> Run:
+    """A finished run of one epoch."""
+    from tiny import Tiny
+
+    from backdoorbench_moe import data
+
+    data.registry.register("tiny")(Tiny)
+    try:
+        return run_attack(tiny_spec(train={"epochs": 1}), output=tmp_path_factory.mktemp("runs"), twin=False)[
+            0
+        ]
+    finally:
+        data.registry.unregister("tiny")
+
+
+@pytest.mark.slow
+def test_it_prints_a_verdict_and_writes_two_files(bbmoe, victim) -> None:
+    code, out, err = bbmoe("audit", victim.folder.path, *FAST)
+    assert code == 0 and "check 1 of 4: gate-rows" in err
+    place = victim.folder.path / "audit"
+    document = json.loads((place / "audit.json").read_text())
+    assert document["verdict"]["level"] in out and "does not mean that a model is clean" in " ".join(
+        out.split()
+    )
+    assert document["subject"]["images"] == 60 and document["subject"]["labels"]
+    for name in ("audit.json", "report.html"):
+        assert str(place / name) in out
+    assert "dormant-experts: in every layer the experts select the patches" in " ".join(out.split())
+    assert max(len(line) for line in out.splitlines() if str(place) not in line) <= 80
+    # What the report says of the attack: nothing.
+    text = json.dumps(document)
+    assert "square" not in text.replace(victim.folder.path.name, "") and "trigger" not in text.replace(
+        "triggers", ""
+    )
+    again = bbmoe("audit", victim.folder.path, *FAST, "--json", "--quiet")
+    assert json.loads(again[1]) == document and again[2] == ""
+
+
+@pytest.mark.slow
+def test_weights_alone_and_the_exit_code(bbmoe, victim, tmp_path) -> None:
+    code, out, _ = bbmoe("audit", victim.folder.path, "--no-images", "--output", tmp_path / "a", "--json")
+    document = json.loads(out)
+    assert code == 0 and document["subject"]["images"] == 0 and len(document["findings"]) == len(CHECKS)
+    untested = {name for name, reason in document["not_tested"].items() if reason == "no images were given"}
+    assert {"inverted-image", "scaled-norms", "latent-clusters"} <= untested
+    known = {
+        "kind": "audit calibration", "schema_version": 1, "level": 0.05, "commit": "0", "population": {},
+        "verdict": {"false_alarms": {"value": 0, "low": 0, "high": 10}},
+        "checks": {"gate-rows/1": {"centre": -2.0, "threshold": -1.0, "clean": 9}},
+    }  # fmt: skip
+    known["population"] = {"calibrating": {"clean": 9}, "measuring": {"clean": 9}}
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(known))
+    arguments = ("audit", victim.folder.path, "--no-images", "--checks", "gate-rows", "--calibration", file)
+    code, out, _ = bbmoe(*arguments, "--output", tmp_path / "a", "--quiet")
+    assert code == 0 and "signs of a backdoor" in out and "from 9 clean models" in " ".join(out.split())
+    assert bbmoe(*arguments, "--output", tmp_path / "a", "--fail-on-signs", "--quiet")[0] == 1
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_clear_line(bbmoe, victim, tmp_path) -> None:
+    run = victim.folder.path
+    for arguments, message in (
+        ((tmp_path / "none",), "expected a folder with a record.json"),
+        ((run, "--checks", "gate"), "did you mean 'gate-rows'"),
+        ((run, "--checks", ","), "checks: expected names of checks"),
+        ((run, "--images", tmp_path / "none"), "expected a folder of images"),
+        ((run, "--images", tmp_path, "--no-images"), "expected no --images"),
+        ((run, "--calibration", tmp_path / "none.json"), "No such file"),
+        ((run, "--base", tmp_path / "none"), "expected a folder"),
+    ):
+        code, out, err = bbmoe("audit", *arguments, "--output", tmp_path / "out", "--quiet")
+        assert code == 2 and not out and message in err and len(err.splitlines()) == 1, err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_weights_that_are_no_numbers_are_refused(bbmoe, victim, tmp_path, monkeypatch) -> None:
+    model = victim.model()
+    with torch.no_grad():
+        model.head.weight[0, 0] = float("nan")
+    monkeypatch.setattr(Run, "model", lambda self: model)
+    code, _, err = bbmoe("audit", victim.folder.path, "--output", tmp_path / "out", "--quiet")
+    assert code == 2 and "model: head.weight has weights that are NaN or infinite" in err
