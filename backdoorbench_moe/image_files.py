@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import re
 import warnings
 from contextlib import suppress
@@ -73,12 +74,30 @@ def decode(path: Path) -> tuple[Image.Image, bool]:
     Raises:
         DataError: The file is missing or damaged, or cannot be converted exactly. The message names the file.
     """
-    if path.exists() and not path.is_file():
-        # Opening a named pipe would wait for ever.
-        raise DataError(f"{path}: expected an image file, got a folder, pipe or device")
+    return decode_content(read_content(path), path)
+
+
+def read_content(path: Path) -> bytes:
+    """Return the content of an image file. Raises DataError, which names the file, if it cannot be read."""
     try:
-        with Image.open(path, formats=_formats()) as file:
-            bits = _bits_per_channel(file, path)
+        if path.exists() and not path.is_file():
+            # Opening a named pipe would wait for ever.
+            raise DataError(f"{path}: expected an image file, got a folder, pipe or device")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from error
+
+
+def decode_content(content: bytes, path: Path) -> tuple[Image.Image, bool]:
+    """Decode the content of an image file; see `decode`.
+
+    Args:
+        content: The content.
+        path: The file, for error messages.
+    """
+    try:
+        with Image.open(_Content(content, path), formats=_formats()) as file:
+            bits = _bits_per_channel(file, content)
             # A PSD file's frames are its layers, and Pillow opens it at the flattened image.
             more = file.format != "PSD" and bool(getattr(file, "is_animated", False))
             file.load()
@@ -100,6 +119,17 @@ def decode(path: Path) -> tuple[Image.Image, bool]:
     )
 
 
+class _Content(io.BytesIO):
+    """The content of a file, which error messages name."""
+
+    def __init__(self, content: bytes, path: Path) -> None:
+        super().__init__(content)
+        self.path = path
+
+    def __repr__(self) -> str:
+        return repr(str(self.path))
+
+
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """Return the names of the formats to try. Formats without a suffix are left out: Pillow guesses them."""
@@ -116,14 +146,14 @@ def _turn_upright(image: Image.Image) -> None:
         ImageOps.exif_transpose(image, in_place=True)
 
 
-def _bits_per_channel(file: Image.Image, path: Path) -> int:
+def _bits_per_channel(file: Image.Image, content: bytes) -> int:
     """Return the bits per channel in the file if Pillow would reduce them to 8 silently; otherwise 8."""
     if file.format == "TIFF":
         return max(file.tag_v2.get(TIFF_BITS_PER_SAMPLE, (8,)))  # type: ignore[attr-defined]
     if file.format == "JPEG2000":
-        return _jpeg2000_bits(path.read_bytes())
+        return _jpeg2000_bits(content)
     if file.format == "AVIF":
-        flags = [found[1][0] for found in AV1_FLAGS.finditer(path.read_bytes())]
+        flags = [found[1][0] for found in AV1_FLAGS.finditer(content)]
         return max((12 if flag & 0x20 else 10 for flag in flags if flag & 0x40), default=8)
     for codec, _, _, arguments in getattr(file, "tile", ()):
         arguments = arguments if isinstance(arguments, tuple) else (arguments,)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,16 +13,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from backdoorbench_moe.data.base import Split, draw_subset
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError
-from backdoorbench_moe.image_files import decode
+from backdoorbench_moe.image_files import decode_content, read_content
 
 # No model takes larger images.
 MAX_SIDE = 8192
 RESIZE_CHUNK = 1024
-FILES_CHUNK = 64
+# Files that a thread decodes at a time, and the most bytes that their images may have.
+FILES_CHUNK, PART_BYTES = 64, 1 << 24
+# Number of files whose decoding shows its progress.
+SHOWN_FROM = 2000
 
 
 def check_image_size(image_size: int) -> int:
@@ -53,37 +59,92 @@ def read_images(paths: Sequence[Path], size: int, *, crop: bool) -> Tensor:
         DataError: Files are missing, damaged or not accepted; the message names the first one and counts the others.
     """
     images = np.empty((len(paths), 3, size, size), np.uint8)
+
+    def put(start: int, part: np.ndarray, _: Sequence[bytes]) -> None:
+        images[start : start + len(part)] = part
+
+    warn_of_frames(paths, decode_files(paths, size, crop=crop, put=put))
+    return torch.from_numpy(images)
+
+
+def decode_files(
+    paths: Sequence[Path],
+    size: int,
+    *,
+    crop: bool,
+    put: Callable[[int, np.ndarray, Sequence[bytes]], object],
+) -> tuple[int, int]:
+    """Decode image files in parallel, and resize the images as `read_images` does.
+
+    Args:
+        paths: N files.
+        size: Side of the resized images in pixels.
+        crop: See `read_images`.
+        put: Function that is called, from several threads, for parts of the images: with the number of the first one,
+            the images (n, 3, size, size) uint8, and the contents of their n files.
+
+    Returns:
+        How many files have several frames, and the number of the first of these.
+
+    Raises:
+        DataError: See `read_images`.
+    """
     faults: dict[int, DataError] = {}
     several: list[int] = []
+    length = max(1, min(FILES_CHUNK, PART_BYTES // (3 * size * size)))
 
     def fill(start: int) -> None:
-        for row, path in enumerate(paths[start : start + FILES_CHUNK], start):
+        part = paths[start : start + length]
+        images, contents = np.zeros((len(part), 3, size, size), np.uint8), [b""] * len(part)
+        for row, path in enumerate(part):
             try:
-                image, more = decode(path)
+                contents[row] = read_content(path)
+                image, more = decode_content(contents[row], path)
             except DataError as error:
-                faults[row] = error
+                faults[start + row] = error
                 continue
             if more:
-                several.append(row)
-            if image.size != (size, size):
-                fit = ImageOps.fit if crop else Image.Image.resize
-                image = fit(image, (size, size), Image.Resampling.BILINEAR)
-            images[row] = np.asarray(image).transpose(2, 0, 1)
+                several.append(start + row)
+            images[row] = fitted_pixels(image, size, crop=crop)
+        put(start, images, contents)
 
+    starts = range(0, len(paths), length)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(fill, range(0, len(paths), FILES_CHUNK)))
+        done = pool.map(fill, starts)
+        # Only a terminal shows the progress, and only of work that takes a while.
+        hidden = len(paths) < SHOWN_FROM or not sys.stderr.isatty()
+        console = Console(stderr=True)
+        for _ in track(done, "decoding images", len(starts), console=console, transient=True, disable=hidden):
+            pass
     if faults:
         others = f"; {len(faults) - 1} more of {len(paths)} files are refused, too" if len(faults) > 1 else ""
         raise DataError(f"{faults[min(faults)]}{others}") from faults[min(faults)]
-    if several:
-        what = "file has" if len(several) == 1 else "files have"
+    return len(several), min(several, default=0)
+
+
+def fitted_pixels(image: Image.Image, size: int, *, crop: bool) -> np.ndarray:
+    """Return the pixels (3, size, size) uint8 of an RGB image, resized as `read_images` does."""
+    if image.size != (size, size):
+        fit = ImageOps.fit if crop else Image.Image.resize
+        image = fit(image, (size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def warn_of_frames(paths: Sequence[Path], frames: Sequence[int]) -> None:
+    """Warn if files have several frames.
+
+    Args:
+        paths: All files.
+        frames: How many have, and the number of the first of these.
+    """
+    count, first = frames
+    if count:
+        what = "file has" if count == 1 else "files have"
         warnings.warn(
-            f"{len(several)} {what} several frames or pages, such as {paths[min(several)]}; "
-            "only the first of each is read",
+            f"{count} {what} several frames or pages, such as {paths[first]}; only the first of each is read",
             BbmoeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return torch.from_numpy(images)
 
 
 def subset_and_resize(split: Split, count: int | None, name: str, size: int) -> Split:
