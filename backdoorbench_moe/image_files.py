@@ -19,6 +19,8 @@ COMMON = ("PNG", "JPEG", "PPM", "BMP", "WEBP", "GIF", "TIFF")
 NOT_READ = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "PDF", "PALM"})
 # Modes that can be converted to RGB exactly; those with an alpha channel only if every pixel is opaque.
 MODES = ("RGB", "L", "1", "P", "RGBA", "LA", "PA")
+# Further modes of 8 bits per channel, whose colours Pillow converts in its own way.
+INEXACT_MODES = ("CMYK", "YCbCr", "LAB", "HSV")
 TIFF_BITS_PER_SAMPLE = 258
 # A raw mode such as "RGB;16B" means 16 bits per channel, with the byte order. Without an order ("BGR;16") it means 16
 # bits per pixel: 5, 6 and 5.
@@ -88,12 +90,14 @@ def read_content(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from error
 
 
-def decode_content(content: bytes, path: Path) -> tuple[Image.Image, bool]:
+def decode_content(content: bytes, path: Path, *, convert: bool = False) -> tuple[Image.Image, bool]:
     """Decode the content of an image file; see `decode`.
 
     Args:
         content: The content.
         path: The file, for error messages.
+        convert: Whether images of 8 bits per channel that cannot be converted exactly, such as CMYK images and those
+            with transparent pixels, are converted as Pillow does it.
     """
     try:
         with Image.open(_Content(content, path), formats=_formats()) as file:
@@ -103,11 +107,11 @@ def decode_content(content: bytes, path: Path) -> tuple[Image.Image, bool]:
             file.load()
             image: Image.Image = file
             mode, clear = image.mode, image.has_transparency_data
-            if bits <= 8 and mode in MODES:
-                if clear:
+            if bits <= 8 and (mode in MODES or (convert and mode in INEXACT_MODES)):
+                if clear and not convert:
                     image = image.convert("RGBA")
                     clear = image.getchannel("A").histogram()[255] < image.width * image.height
-                if not clear:
+                if convert or not clear:
                     _turn_upright(image)
                     return image if image.mode == "RGB" else image.convert("RGB"), more
     except Exception as error:  # Decoders raise any kind of error for a damaged file.

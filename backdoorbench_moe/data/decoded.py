@@ -30,7 +30,7 @@ from PIL import features
 from torch import Tensor
 
 from backdoorbench_moe.data.base import ImageSet, content_digest
-from backdoorbench_moe.data.images import decode_files, fitted_pixels, read_images, warn_of_frames
+from backdoorbench_moe.data.images import Form, decode_files, fitted_pixels, read_images, warn_of_frames
 from backdoorbench_moe.errors import BbmoeWarning, DataError, RecordError
 from backdoorbench_moe.image_files import decode_content, read_content
 from backdoorbench_moe.ops.image_rows import FileRows, check_space, memory_limit, write_at
@@ -54,13 +54,12 @@ class CacheFault(DataError):
     """The cache cannot be used."""
 
 
-def decoded_images(paths: Sequence[Path], size: int, *, crop: bool) -> Tensor:
-    """Return the images of files, resized as `read_images` does; they are decoded if they are not in the cache.
+def decoded_images(paths: Sequence[Path], form: Form) -> Tensor:
+    """Return the images of files; they are decoded if they are not in the cache.
 
     Args:
         paths: N files.
-        size: Side of the images in pixels.
-        crop: See `read_images`.
+        form: The form of the images.
 
     Returns:
         (N, 3, size, size) uint8: a tensor in memory, or `StoredImages` if they are larger than `memory_limit`. If the
@@ -70,7 +69,7 @@ def decoded_images(paths: Sequence[Path], size: int, *, crop: bool) -> Tensor:
         DataError: A file is missing, damaged or not accepted, see `read_images`; or there are more images than memory
             may hold, and the cache cannot be written.
     """
-    files = _Files(paths, size, crop)
+    files = _Files(paths, form)
     fits = len(paths) * files.row_bytes <= memory_limit()
     try:
         rows = _Cache(cache_root() / FOLDER, files).rows()
@@ -78,7 +77,7 @@ def decoded_images(paths: Sequence[Path], size: int, *, crop: bool) -> Tensor:
         if not fits:
             raise
         warnings.warn(f"{error}; the images are decoded at every run", BbmoeWarning, stacklevel=2)
-        return read_images(paths, size, crop=crop)
+        return read_images(paths, form)
     stored = StoredImages([rows])
     return stored.read() if fits else stored
 
@@ -110,8 +109,11 @@ class _Files:
     """The files to decode, and how."""
 
     paths: Sequence[Path]
-    size: int
-    crop: bool
+    form: Form
+
+    @property
+    def size(self) -> int:
+        return self.form.size
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -122,14 +124,14 @@ class _Files:
         return 3 * self.size * self.size
 
     @property
-    def form(self) -> bytes:
+    def decoder(self) -> bytes:
         """What decides about the pixels, besides the files."""
         codecs = [features.version(name) for name in CODECS if name in features.get_supported()]
-        return f"{VERSION} {self.size} {self.crop} {PIL.__version__} {codecs}\n".encode()
+        return f"{VERSION} {self.form} {PIL.__version__} {codecs}\n".encode()
 
     def signature(self) -> tuple[str, int]:
         """Return a hash that changes with the files, and when the last of them changed, in ns; see the module."""
-        digest, newest = hashlib.sha256(self.form), 0
+        digest, newest = hashlib.sha256(self.decoder), 0
         for path in self.paths:
             try:
                 facts = path.stat()
@@ -143,12 +145,13 @@ class _Files:
 
     def key(self, hashes: Sequence[bytes]) -> str:
         """Return the key of files with these hashes."""
-        return hashlib.sha256(self.form + b"".join(hashes)).hexdigest()
+        return hashlib.sha256(self.decoder + b"".join(hashes)).hexdigest()
 
     def decode(self, row: int) -> np.ndarray:
         """Decode one file."""
         path = self.paths[row]
-        return fitted_pixels(decode_content(read_content(path), path)[0], self.size, crop=self.crop)
+        image, _ = decode_content(read_content(path), path, convert=self.form.convert)
+        return fitted_pixels(image, self.form)
 
 
 class _Cache:
@@ -247,7 +250,7 @@ class _Cache:
                         checksums[start + row] = zlib.crc32(images[row])
                     write_at(file.fileno(), images, HEADER_BYTES + start * row_bytes)
 
-                frames = decode_files(self.files.paths, self.files.size, crop=self.files.crop, put=put)
+                frames = decode_files(self.files.paths, self.files.form, put)
                 key, table = self.files.key(hashes), checksums.tobytes()
                 header = json.dumps({"key": key, "table": zlib.crc32(table), "frames": frames})
                 write_at(file.fileno(), np.frombuffer(header.encode().ljust(HEADER_BYTES), np.uint8), 0)

@@ -10,7 +10,7 @@ import torch
 
 from backdoorbench_moe.data.base import Dataset, ImageSet, Split, draw_subset
 from backdoorbench_moe.data.decoded import decoded_images, with_digest
-from backdoorbench_moe.data.images import check_image_size
+from backdoorbench_moe.data.images import Form, check_image_size
 from backdoorbench_moe.data.listing import LeftOut, find_images, is_hidden, list_folder, order_classes
 from backdoorbench_moe.data.roots import data_root
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError
@@ -159,7 +159,7 @@ class Folder(Dataset):
 
     def _read(self, files: Files, count: int | None, name: str) -> Split:
         kept = [files[index] for index in draw_subset(len(files), count, name).tolist()]
-        images = decoded_images([path for path, _ in kept], self.image_size, crop=True)
+        images = decoded_images([path for path, _ in kept], Form(self.image_size, crop=True))
         return Split(images, torch.tensor([label for _, label in kept], dtype=torch.int64))
 
 

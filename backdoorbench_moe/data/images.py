@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,25 @@ FILES_CHUNK, PART_BYTES = 64, 1 << 24
 SHOWN_FROM = 2000
 
 
+@dataclass(frozen=True)
+class Form:
+    """How images of files become square ones of the same size (bilinear, antialiased).
+
+    Attributes:
+        size: Side of the square in pixels.
+        crop: True to keep the aspect ratio: the shorter side is resized to `size`, and the image is cropped at the
+            centre. False to resize both sides to `size`.
+        resize: With `crop`, what the shorter side is resized to, at least `size`; `size` if None.
+        convert: Whether CMYK images and those with transparent pixels are converted to RGB as Pillow does it, instead
+            of being refused.
+    """
+
+    size: int
+    crop: bool
+    resize: int | None = None
+    convert: bool = False
+
+
 def check_image_size(image_size: int) -> int:
     """Return `image_size` if it is in [1, `MAX_SIDE`].
 
@@ -41,16 +61,14 @@ def check_image_size(image_size: int) -> int:
     return image_size
 
 
-def read_images(paths: Sequence[Path], size: int, *, crop: bool) -> Tensor:
-    """Decode image files in parallel and resize the images (bilinear, antialiased).
+def read_images(paths: Sequence[Path], form: Form) -> Tensor:
+    """Decode image files in parallel.
 
     A warning counts the files that have several frames; only the first frame is read.
 
     Args:
         paths: N files; `image_files.decode` says which images are accepted.
-        size: Side of the resized images in pixels.
-        crop: True to keep the aspect ratio: the shorter side is resized to `size`, and the image is cropped at the
-            centre. False to resize both sides to `size`.
+        form: The form of the images.
 
     Returns:
         (N, 3, size, size) uint8.
@@ -58,28 +76,23 @@ def read_images(paths: Sequence[Path], size: int, *, crop: bool) -> Tensor:
     Raises:
         DataError: Files are missing, damaged or not accepted; the message names the first one and counts the others.
     """
-    images = np.empty((len(paths), 3, size, size), np.uint8)
+    images = np.empty((len(paths), 3, form.size, form.size), np.uint8)
 
     def put(start: int, part: np.ndarray, _: Sequence[bytes]) -> None:
         images[start : start + len(part)] = part
 
-    warn_of_frames(paths, decode_files(paths, size, crop=crop, put=put))
+    warn_of_frames(paths, decode_files(paths, form, put))
     return torch.from_numpy(images)
 
 
 def decode_files(
-    paths: Sequence[Path],
-    size: int,
-    *,
-    crop: bool,
-    put: Callable[[int, np.ndarray, Sequence[bytes]], object],
+    paths: Sequence[Path], form: Form, put: Callable[[int, np.ndarray, Sequence[bytes]], object]
 ) -> tuple[int, int]:
-    """Decode image files in parallel, and resize the images as `read_images` does.
+    """Decode image files in parallel.
 
     Args:
         paths: N files.
-        size: Side of the resized images in pixels.
-        crop: See `read_images`.
+        form: The form of the images.
         put: Function that is called, from several threads, for parts of the images: with the number of the first one,
             the images (n, 3, size, size) uint8, and the contents of their n files.
 
@@ -89,6 +102,7 @@ def decode_files(
     Raises:
         DataError: See `read_images`.
     """
+    size = form.size
     faults: dict[int, DataError] = {}
     several: list[int] = []
     length = max(1, min(FILES_CHUNK, PART_BYTES // (3 * size * size)))
@@ -99,13 +113,13 @@ def decode_files(
         for row, path in enumerate(part):
             try:
                 contents[row] = read_content(path)
-                image, more = decode_content(contents[row], path)
+                image, more = decode_content(contents[row], path, convert=form.convert)
             except DataError as error:
                 faults[start + row] = error
                 continue
             if more:
                 several.append(start + row)
-            images[row] = fitted_pixels(image, size, crop=crop)
+            images[row] = fitted_pixels(image, form)
         put(start, images, contents)
 
     starts = range(0, len(paths), length)
@@ -122,11 +136,14 @@ def decode_files(
     return len(several), min(several, default=0)
 
 
-def fitted_pixels(image: Image.Image, size: int, *, crop: bool) -> np.ndarray:
-    """Return the pixels (3, size, size) uint8 of an RGB image, resized as `read_images` does."""
-    if image.size != (size, size):
-        fit = ImageOps.fit if crop else Image.Image.resize
-        image = fit(image, (size, size), Image.Resampling.BILINEAR)
+def fitted_pixels(image: Image.Image, form: Form) -> np.ndarray:
+    """Return the pixels (3, size, size) uint8 of an RGB image in a form."""
+    side = form.resize or form.size
+    if image.size != (side, side):
+        fit = ImageOps.fit if form.crop else Image.Image.resize
+        image = fit(image, (side, side), Image.Resampling.BILINEAR)
+    if (margin := (side - form.size) // 2) or side != form.size:
+        image = image.crop((margin, margin, margin + form.size, margin + form.size))
     return np.asarray(image).transpose(2, 0, 1)
 
 

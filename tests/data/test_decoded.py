@@ -18,9 +18,9 @@ from PIL import Image
 from backdoorbench_moe.data import create_dataset, decoded, images
 from backdoorbench_moe.data.base import content_digest
 from backdoorbench_moe.data.decoded import HEADER_BYTES, decoded_images
-from backdoorbench_moe.data.images import read_images
+from backdoorbench_moe.data.images import Form, read_images
 from backdoorbench_moe.errors import BbmoeWarning, DataError
-from backdoorbench_moe.image_files import decode_content
+from backdoorbench_moe.image_files import decode_content, read_content
 from backdoorbench_moe.ops.stored_images import StoredImages
 
 SIZE = 8
@@ -60,16 +60,17 @@ class Decoded:
         self.decoded: list[str] = []
         self.read: list[str] = []
 
-        def decode(content, path):
+        def decode(content, path, **options):
             self.decoded.append(path.name)
-            return decode_content(content, path)
+            return decode_content(content, path, **options)
+
+        def read(path):
+            self.read.append(path.name)
+            return read_content(path)
 
         for module in (images, decoded):
             monkeypatch.setattr(module, "decode_content", decode)
-            read = module.read_content
-            monkeypatch.setattr(
-                module, "read_content", lambda path: (self.read.append(path.name), read(path))[1]
-            )
+            monkeypatch.setattr(module, "read_content", read)
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def work(monkeypatch) -> Decoded:
 
 
 def load(files: list[Path]) -> torch.Tensor:
-    return decoded_images(files, SIZE, crop=True)
+    return decoded_images(files, Form(SIZE, crop=True))
 
 
 def entry(cache: Path) -> Path:
@@ -88,7 +89,7 @@ def entry(cache: Path) -> Path:
 
 @pytest.mark.usefixtures("settled")
 def test_the_second_run_decodes_and_reads_nothing(files, work, cache) -> None:
-    expected = read_images(files, SIZE, crop=True)
+    expected = read_images(files, Form(SIZE, crop=True))
     work.decoded.clear()
     assert torch.equal(load(files), expected) and len(work.decoded) == 10
     work.read.clear()
@@ -134,8 +135,8 @@ def test_what_decides_about_the_pixels_decides_about_the_entry(files, cache, cha
         files = files[:5]
     else:
         options[change] = {"size": 4, "crop": False}[change]
-    found = decoded_images(files, **options)
-    assert torch.equal(found, read_images(files, **options)) and len(list(cache.glob("*.images"))) == 2
+    found = decoded_images(files, Form(**options))
+    assert torch.equal(found, read_images(files, Form(**options))) and len(list(cache.glob("*.images"))) == 2
     assert not torch.equal(found, before)
 
 
@@ -258,7 +259,7 @@ def full_disk(monkeypatch, tmp_path) -> str:
 def test_a_cache_that_cannot_be_used_is_an_error_only_for_what_does_not_fit(
     files, cache, monkeypatch, tmp_path, fault
 ) -> None:
-    expected = read_images(files, SIZE, crop=True)
+    expected = read_images(files, Form(SIZE, crop=True))
     message = fault(monkeypatch, tmp_path)
     with pytest.warns(BbmoeWarning, match=message):
         assert torch.equal(load(files), expected)
@@ -272,11 +273,11 @@ def test_a_cache_that_cannot_be_used_is_an_error_only_for_what_does_not_fit(
 def _load_slowly(files: list[Path], log: Path, done: Path) -> None:
     """Decode with a pause, and log which files were decoded."""
 
-    def decode(content, path):
+    def decode(content, path, **options):
         time.sleep(0.05)
         with log.open("a") as out:
             out.write(f"{path.name}\n")
-        return decode_content(content, path)
+        return decode_content(content, path, **options)
 
     images.decode_content = decode
     torch.save(load(files), done)
@@ -290,7 +291,7 @@ def test_of_two_processes_that_start_at_once_one_decodes(files, tmp_path) -> Non
         worker.start()
     for worker in workers:
         worker.join(60)
-    expected = read_images(files, SIZE, crop=True)
+    expected = read_images(files, Form(SIZE, crop=True))
     assert all(torch.equal(torch.load(tmp_path / f"done{n}"), expected) for n in range(2))
     assert sorted(log.read_text().split()) == sorted(path.name for path in files)
 
@@ -307,5 +308,5 @@ def test_a_writer_that_is_killed_leaves_nothing_that_is_taken_for_whole(files, t
     os.kill(worker.pid, signal.SIGKILL)
     worker.join(60)
     assert not list(cache.glob("*.images")) and list(cache.glob(".*.partial"))
-    assert torch.equal(load(files), read_images(files, SIZE, crop=True))
+    assert torch.equal(load(files), read_images(files, Form(SIZE, crop=True)))
     assert entry(cache) and not list(cache.glob(".*.partial"))
