@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import re
 import warnings
 from contextlib import suppress
@@ -18,6 +19,8 @@ COMMON = ("PNG", "JPEG", "PPM", "BMP", "WEBP", "GIF", "TIFF")
 NOT_READ = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "PDF", "PALM"})
 # Modes that can be converted to RGB exactly; those with an alpha channel only if every pixel is opaque.
 MODES = ("RGB", "L", "1", "P", "RGBA", "LA", "PA")
+# Further modes of 8 bits per channel, whose colours Pillow converts in its own way.
+INEXACT_MODES = ("CMYK", "YCbCr", "LAB", "HSV")
 TIFF_BITS_PER_SAMPLE = 258
 # A raw mode such as "RGB;16B" means 16 bits per channel, with the byte order. Without an order ("BGR;16") it means 16
 # bits per pixel: 5, 6 and 5.
@@ -73,22 +76,42 @@ def decode(path: Path) -> tuple[Image.Image, bool]:
     Raises:
         DataError: The file is missing or damaged, or cannot be converted exactly. The message names the file.
     """
-    if path.exists() and not path.is_file():
-        # Opening a named pipe would wait for ever.
-        raise DataError(f"{path}: expected an image file, got a folder, pipe or device")
+    return decode_content(read_content(path), path)
+
+
+def read_content(path: Path) -> bytes:
+    """Return the content of an image file. Raises DataError, which names the file, if it cannot be read."""
     try:
-        with Image.open(path, formats=_formats()) as file:
-            bits = _bits_per_channel(file, path)
+        if path.exists() and not path.is_file():
+            # Opening a named pipe would wait for ever.
+            raise DataError(f"{path}: expected an image file, got a folder, pipe or device")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from error
+
+
+def decode_content(content: bytes, path: Path, *, convert: bool = False) -> tuple[Image.Image, bool]:
+    """Decode the content of an image file; see `decode`.
+
+    Args:
+        content: The content.
+        path: The file, for error messages.
+        convert: Whether images of 8 bits per channel that cannot be converted exactly, such as CMYK images and those
+            with transparent pixels, are converted as Pillow does it.
+    """
+    try:
+        with Image.open(_Content(content, path), formats=_formats()) as file:
+            bits = _bits_per_channel(file, content)
             # A PSD file's frames are its layers, and Pillow opens it at the flattened image.
             more = file.format != "PSD" and bool(getattr(file, "is_animated", False))
             file.load()
             image: Image.Image = file
             mode, clear = image.mode, image.has_transparency_data
-            if bits <= 8 and mode in MODES:
-                if clear:
+            if bits <= 8 and (mode in MODES or (convert and mode in INEXACT_MODES)):
+                if clear and not convert:
                     image = image.convert("RGBA")
                     clear = image.getchannel("A").histogram()[255] < image.width * image.height
-                if not clear:
+                if convert or not clear:
                     _turn_upright(image)
                     return image if image.mode == "RGB" else image.convert("RGB"), more
     except Exception as error:  # Decoders raise any kind of error for a damaged file.
@@ -98,6 +121,17 @@ def decode(path: Path) -> tuple[Image.Image, bool]:
     raise DataError(
         f"{path}: expected an RGB, grey or palette image of 8 bits a channel without transparency, got {got}"
     )
+
+
+class _Content(io.BytesIO):
+    """The content of a file, which error messages name."""
+
+    def __init__(self, content: bytes, path: Path) -> None:
+        super().__init__(content)
+        self.path = path
+
+    def __repr__(self) -> str:
+        return repr(str(self.path))
 
 
 @functools.cache
@@ -116,14 +150,14 @@ def _turn_upright(image: Image.Image) -> None:
         ImageOps.exif_transpose(image, in_place=True)
 
 
-def _bits_per_channel(file: Image.Image, path: Path) -> int:
+def _bits_per_channel(file: Image.Image, content: bytes) -> int:
     """Return the bits per channel in the file if Pillow would reduce them to 8 silently; otherwise 8."""
     if file.format == "TIFF":
         return max(file.tag_v2.get(TIFF_BITS_PER_SAMPLE, (8,)))  # type: ignore[attr-defined]
     if file.format == "JPEG2000":
-        return _jpeg2000_bits(path.read_bytes())
+        return _jpeg2000_bits(content)
     if file.format == "AVIF":
-        flags = [found[1][0] for found in AV1_FLAGS.finditer(path.read_bytes())]
+        flags = [found[1][0] for found in AV1_FLAGS.finditer(content)]
         return max((12 if flag & 0x20 else 10 for flag in flags if flag & 0x40), default=8)
     for codec, _, _, arguments in getattr(file, "tile", ()):
         arguments = arguments if isinstance(arguments, tuple) else (arguments,)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 # One thread a process, before torch loads: xdist runs as many processes as there are cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Decoded images of tests are kept only as long as these run.
+if "BBMOE_CACHE" not in os.environ:
+    CACHE = tempfile.TemporaryDirectory(prefix="bbmoe-cache-")
+    os.environ["BBMOE_CACHE"] = CACHE.name
 
 import pytest
 from quick import mark_quick

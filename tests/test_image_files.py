@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from backdoorbench_moe.data.images import read_images
+from backdoorbench_moe.data.images import Form, read_images
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError
 from backdoorbench_moe.image_files import decode, image_suffixes, is_image, read_image
 from backdoorbench_moe.triggers.picture import read_picture
@@ -119,7 +119,7 @@ def test_more_than_8_bits_are_refused_in_every_format_and_place(tmp_path, suffix
     assert read_image(path).mode == "RGB"
     path.write_bytes(deep(path))
     message = rf"deep{suffix}: expected .* of 8 bits a channel .*, got mode .* of {bits} bits"
-    for read in (read_image, lambda path: read_images([path], 2, crop=True)):
+    for read in (read_image, lambda path: read_images([path], Form(2, crop=True))):
         with pytest.raises(DataError, match=message):
             read(path)
     with pytest.raises(ConfigError, match=f"blend: image: .*{message}"):
@@ -189,7 +189,7 @@ def test_images_are_turned_upright(tmp_path, suffix, orientation) -> None:
     np.testing.assert_allclose(np.asarray(read_image(path)).astype(int), expected, atol=8)
     picture = read_picture(str(path))[0].permute(1, 2, 0) * 255
     torch.testing.assert_close(picture, torch.tensor(expected.copy()).float(), atol=8, rtol=0)
-    side = read_images([path], 16, crop=False)
+    side = read_images([path], Form(16, crop=False))
     assert side.shape == (1, 3, 16, 16) and side[0, 0, 1, 1] == pytest.approx(expected[1, 1, 0], abs=12)
 
 
@@ -212,7 +212,7 @@ def test_of_several_frames_the_first_is_read_and_it_is_said(tmp_path, suffix) ->
         image = read_image(path)
     assert image.getpixel((3, 3))[0] == pytest.approx(200, abs=4)  # type: ignore[index]
     with pytest.warns(BbmoeWarning, match=rf"2 files have several frames or pages, such as .*frames{suffix}"):
-        read_images([path, path], SIDE, crop=False)
+        read_images([path, path], Form(SIDE, crop=False))
 
 
 def test_the_layers_of_a_psd_file_are_no_frames(tmp_path) -> None:
@@ -237,7 +237,7 @@ def test_all_refused_files_are_counted_and_the_first_is_named(tmp_path) -> None:
     with pytest.raises(
         DataError, match=r"070\.png: expected .* 16 bits; 2 more of 130 files are refused, too"
     ):
-        read_images(paths, 4, crop=False)
+        read_images(paths, Form(4, crop=False))
 
 
 def test_a_named_pipe_or_folder_called_like_an_image_is_refused_at_once(tmp_path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.data.base import ImageSet
-from backdoorbench_moe.data.images import read_images
+from backdoorbench_moe.data.images import Form, read_images
 from backdoorbench_moe.engine.build import Stamper
 from backdoorbench_moe.engine.inference import forward, forward_routed
 from backdoorbench_moe.engine.opened_run import OpenedRun, draw_images
@@ -121,7 +121,7 @@ def collect_examples(wanted: Sequence[int | str | Path], images: ImageSet) -> Ex
     labels: list[str | None] = []
     for one in wanted:
         if not isinstance(one, int):
-            parts.append(read_images([Path(one)], images.image_size, crop=True).to(test.images.device))
+            parts.append(read_images([Path(one)], Form(images.image_size, crop=True)).to(test.images.device))
             labels.append(None)
         elif 0 <= one < len(test):
             parts.append(test.images[one : one + 1])

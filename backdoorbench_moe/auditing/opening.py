@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from backdoorbench_moe.auditing.audit import digest_of
 from backdoorbench_moe.auditing.store import Store
 from backdoorbench_moe.auditing.subject import MOST_IMAGES, Subject, check_images, make_subject
-from backdoorbench_moe.data.images import read_images
+from backdoorbench_moe.data.images import Form, read_images
 from backdoorbench_moe.data.listing import LeftOut, find_images
 from backdoorbench_moe.engine.device import resolve_device, resolve_precision
 from backdoorbench_moe.engine.opened_run import draw_images, load_run_images
@@ -210,4 +210,4 @@ def read_folder(folder: Path, size: int | None) -> Tensor:
         from backdoorbench_moe.image_files import decode
 
         size = min(decode(chosen[0])[0].size)
-    return read_images(chosen, size, crop=True)
+    return read_images(chosen, Form(size, crop=True))

@@ -60,7 +60,9 @@ def spec_options(function: Any) -> Any:
         click.option(
             "--applicator", metavar="NAME", help="Where it is stamped: image, or patch (BadPatches).  [patch]"
         ),
-        click.option("--dataset", metavar="NAME", help="signs (embedded), cifar10, gtsrb, folder.  [signs]"),
+        click.option(
+            "--dataset", metavar="NAME", help="signs (embedded), cifar10, gtsrb, folder, ...  [signs]"
+        ),
         click.option("--data-root", metavar="DIR", help="Folder of the data set."),
         click.option(
             "--download", is_flag=True, default=None, help="Download the data set if it is missing."

@@ -17,10 +17,13 @@ from backdoorbench_moe.errors import ConfigError, DataError
 from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.ops.seeding import generator
 
+# Images that are read at a time for the digest, which does not depend on it.
+DIGEST_PART = 500
+
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The images of a data set, held in memory as uint8.
+    """The images of a data set, as uint8: in memory, or `StoredImages` if there are more than memory may hold.
 
     Attributes:
         name: Name of the data set.
@@ -91,19 +94,19 @@ class Dataset(ABC):
         images = self.read()
         for name, split in (("train", images.train), ("test", images.test)):
             check_split(split, len(images.classes), f"{images.name} {name}")
-        images = replace(
-            images,
-            train=_subset(images.train, self.train_images, "train_images"),
-            test=_subset(images.test, self.test_images, "test_images"),
-        )
-        return replace(images, digest=content_digest(images))
+        train = _subset(images.train, self.train_images, "train_images")
+        test = _subset(images.test, self.test_images, "test_images")
+        if train is not images.train or test is not images.test:
+            images = replace(images, train=train, test=test, digest="")
+        return images if images.digest else replace(images, digest=content_digest(images))
 
     @abstractmethod
     def read(self) -> ImageSet:
         """Read the images. `load` checks them, draws the images to keep, and computes the digest.
 
         The tensors must be contiguous and must not share memory with anything else, because a run stamps some of the
-        images in place.
+        images in place. Images that do not fit into memory can be `ops.stored_images.StoredImages`. The digest is that
+        of `content_digest`, or left empty.
         """
 
     def source(self) -> Path | None:
@@ -198,7 +201,8 @@ def content_digest(images: ImageSet) -> str:
     for split in (images.train, images.test):
         for tensor in (split.images, split.labels):
             digest.update(str(tuple(tensor.shape)).encode())
-            digest.update(tensor.contiguous().cpu().numpy().data)
+            for part in tensor.split(DIGEST_PART):
+                digest.update(part.contiguous().cpu().numpy().data)
     return digest.hexdigest()
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from backdoorbench_moe.data.base import Dataset, ImageSet, Split, draw_subset
-from backdoorbench_moe.data.images import check_image_size, read_images
+from backdoorbench_moe.data.decoded import decoded_images, with_digest
+from backdoorbench_moe.data.images import Form, check_image_size
 from backdoorbench_moe.data.listing import LeftOut, find_images, is_hidden, list_folder, order_classes
 from backdoorbench_moe.data.roots import data_root
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError
@@ -61,6 +62,9 @@ class Folder(Dataset):
     warning counts such files. Grey and palette images are converted to RGB without loss. Images that cannot be
     converted exactly are an error: those with more than 8 bits per channel, CMYK images, and images with transparent
     pixels.
+
+    Decoded images are kept in a cache that all runs share, see `data.decoded`. If they are larger than $BBMOE_MEMORY
+    (500MB by default), batches are read from there, otherwise all of them are held in memory.
 
     Args:
         root: Path of the folder.
@@ -128,11 +132,13 @@ class Folder(Dataset):
                 )
         _warn_of_choices(layout)
         left_out.warn(f"folder: {layout.root}")
-        return ImageSet(
-            "folder",
-            self._read(train, self.train_images, "train_images"),
-            self._read(test, self.test_images, "test_images"),
-            layout.classes,
+        return with_digest(
+            ImageSet(
+                "folder",
+                self._read(train, self.train_images, "train_images"),
+                self._read(test, self.test_images, "test_images"),
+                layout.classes,
+            )
         )
 
     def _divide(self, files: Files, classes: tuple[str, ...]) -> tuple[Files, Files]:
@@ -153,7 +159,7 @@ class Folder(Dataset):
 
     def _read(self, files: Files, count: int | None, name: str) -> Split:
         kept = [files[index] for index in draw_subset(len(files), count, name).tolist()]
-        images = read_images([path for path, _ in kept], self.image_size, crop=True)
+        images = decoded_images([path for path, _ in kept], Form(self.image_size, crop=True))
         return Split(images, torch.tensor([label for _, label in kept], dtype=torch.int64))
 
 

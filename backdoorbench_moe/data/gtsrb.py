@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from backdoorbench_moe.data.base import Dataset, ImageSet, Split, draw_subset
-from backdoorbench_moe.data.images import check_image_size, read_images
+from backdoorbench_moe.data.images import Form, check_image_size, read_images
 from backdoorbench_moe.data.listing import is_hidden, list_folder
 from backdoorbench_moe.data.roots import data_root, missing
 from backdoorbench_moe.errors import BbmoeWarning, DataError
@@ -147,7 +147,7 @@ class GTSRB(Dataset):
 
     def _read(self, files: Files, count: int | None, name: str) -> Split:
         kept = [files[index] for index in draw_subset(len(files), count, name).tolist()]
-        images = read_images([path for path, _ in kept], self.image_size, crop=False)
+        images = read_images([path for path, _ in kept], Form(self.image_size, crop=False))
         return Split(images, torch.tensor([label for _, label in kept], dtype=torch.int64))
 
 

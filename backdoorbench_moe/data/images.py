@@ -3,25 +3,51 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from backdoorbench_moe.data.base import Split, draw_subset
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError
-from backdoorbench_moe.image_files import decode
+from backdoorbench_moe.image_files import decode_content, read_content
 
 # No model takes larger images.
 MAX_SIDE = 8192
 RESIZE_CHUNK = 1024
-FILES_CHUNK = 64
+# Files that a thread decodes at a time, and the most bytes that their images may have.
+FILES_CHUNK, PART_BYTES = 64, 1 << 24
+# Number of files whose decoding shows its progress.
+SHOWN_FROM = 2000
+
+
+@dataclass(frozen=True)
+class Form:
+    """How images of files become square ones of the same size (bilinear, antialiased).
+
+    Attributes:
+        size: Side of the square in pixels.
+        crop: True to keep the aspect ratio: the shorter side is resized to `size`, and the image is cropped at the
+            centre. False to resize both sides to `size`.
+        resize: With `crop`, what the shorter side is resized to, at least `size`; `size` if None.
+        convert: Whether CMYK images and those with transparent pixels are converted to RGB as Pillow does it, instead
+            of being refused.
+    """
+
+    size: int
+    crop: bool
+    resize: int | None = None
+    convert: bool = False
 
 
 def check_image_size(image_size: int) -> int:
@@ -35,16 +61,14 @@ def check_image_size(image_size: int) -> int:
     return image_size
 
 
-def read_images(paths: Sequence[Path], size: int, *, crop: bool) -> Tensor:
-    """Decode image files in parallel and resize the images (bilinear, antialiased).
+def read_images(paths: Sequence[Path], form: Form) -> Tensor:
+    """Decode image files in parallel.
 
     A warning counts the files that have several frames; only the first frame is read.
 
     Args:
         paths: N files; `image_files.decode` says which images are accepted.
-        size: Side of the resized images in pixels.
-        crop: True to keep the aspect ratio: the shorter side is resized to `size`, and the image is cropped at the
-            centre. False to resize both sides to `size`.
+        form: The form of the images.
 
     Returns:
         (N, 3, size, size) uint8.
@@ -52,38 +76,92 @@ def read_images(paths: Sequence[Path], size: int, *, crop: bool) -> Tensor:
     Raises:
         DataError: Files are missing, damaged or not accepted; the message names the first one and counts the others.
     """
-    images = np.empty((len(paths), 3, size, size), np.uint8)
+    images = np.empty((len(paths), 3, form.size, form.size), np.uint8)
+
+    def put(start: int, part: np.ndarray, _: Sequence[bytes]) -> None:
+        images[start : start + len(part)] = part
+
+    warn_of_frames(paths, decode_files(paths, form, put))
+    return torch.from_numpy(images)
+
+
+def decode_files(
+    paths: Sequence[Path], form: Form, put: Callable[[int, np.ndarray, Sequence[bytes]], object]
+) -> tuple[int, int]:
+    """Decode image files in parallel.
+
+    Args:
+        paths: N files.
+        form: The form of the images.
+        put: Function that is called, from several threads, for parts of the images: with the number of the first one,
+            the images (n, 3, size, size) uint8, and the contents of their n files.
+
+    Returns:
+        How many files have several frames, and the number of the first of these.
+
+    Raises:
+        DataError: See `read_images`.
+    """
+    size = form.size
     faults: dict[int, DataError] = {}
     several: list[int] = []
+    length = max(1, min(FILES_CHUNK, PART_BYTES // (3 * size * size)))
 
     def fill(start: int) -> None:
-        for row, path in enumerate(paths[start : start + FILES_CHUNK], start):
+        part = paths[start : start + length]
+        images, contents = np.zeros((len(part), 3, size, size), np.uint8), [b""] * len(part)
+        for row, path in enumerate(part):
             try:
-                image, more = decode(path)
+                contents[row] = read_content(path)
+                image, more = decode_content(contents[row], path, convert=form.convert)
             except DataError as error:
-                faults[row] = error
+                faults[start + row] = error
                 continue
             if more:
-                several.append(row)
-            if image.size != (size, size):
-                fit = ImageOps.fit if crop else Image.Image.resize
-                image = fit(image, (size, size), Image.Resampling.BILINEAR)
-            images[row] = np.asarray(image).transpose(2, 0, 1)
+                several.append(start + row)
+            images[row] = fitted_pixels(image, form)
+        put(start, images, contents)
 
+    starts = range(0, len(paths), length)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(fill, range(0, len(paths), FILES_CHUNK)))
+        done = pool.map(fill, starts)
+        # Only a terminal shows the progress, and only of work that takes a while.
+        hidden = len(paths) < SHOWN_FROM or not sys.stderr.isatty()
+        console = Console(stderr=True)
+        for _ in track(done, "decoding images", len(starts), console=console, transient=True, disable=hidden):
+            pass
     if faults:
         others = f"; {len(faults) - 1} more of {len(paths)} files are refused, too" if len(faults) > 1 else ""
         raise DataError(f"{faults[min(faults)]}{others}") from faults[min(faults)]
-    if several:
-        what = "file has" if len(several) == 1 else "files have"
+    return len(several), min(several, default=0)
+
+
+def fitted_pixels(image: Image.Image, form: Form) -> np.ndarray:
+    """Return the pixels (3, size, size) uint8 of an RGB image in a form."""
+    side = form.resize or form.size
+    if image.size != (side, side):
+        fit = ImageOps.fit if form.crop else Image.Image.resize
+        image = fit(image, (side, side), Image.Resampling.BILINEAR)
+    if (margin := (side - form.size) // 2) or side != form.size:
+        image = image.crop((margin, margin, margin + form.size, margin + form.size))
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def warn_of_frames(paths: Sequence[Path], frames: Sequence[int]) -> None:
+    """Warn if files have several frames.
+
+    Args:
+        paths: All files.
+        frames: How many have, and the number of the first of these.
+    """
+    count, first = frames
+    if count:
+        what = "file has" if count == 1 else "files have"
         warnings.warn(
-            f"{len(several)} {what} several frames or pages, such as {paths[min(several)]}; "
-            "only the first of each is read",
+            f"{count} {what} several frames or pages, such as {paths[first]}; only the first of each is read",
             BbmoeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return torch.from_numpy(images)
 
 
 def subset_and_resize(split: Split, count: int | None, name: str, size: int) -> Split:

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import wrap_file
 
 from backdoorbench_moe.errors import DataError
+from backdoorbench_moe.paths import CACHE
 
 VARIABLE = "BBMOE_DATA"
-CACHE = "~/.cache/backdoorbench_moe"
 CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 30
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -49,3 +50,51 @@ def write_folder(root: Path) -> None:
         (root / kind).mkdir()
         for index in range(20):
             Image.fromarray(pixels(rng, 24, 20 + index, 3)).save(root / kind / f"{index}.png")
+
+
+def write_cifar100(root: Path) -> None:
+    """Write CIFAR-100 in its "python" format: a pickled dict for each split."""
+    rng = np.random.default_rng(0)
+    folder = root / "cifar-100-python"
+    folder.mkdir()
+    for name, count in (("train", 40), ("test", 20)):
+        fine = [int(label) for label in np.arange(count) % 100]
+        content = {
+            b"data": pixels(rng, count, 3072),
+            b"fine_labels": fine,
+            b"coarse_labels": [label % 20 for label in fine],
+        }
+        (folder / name).write_bytes(pickle.dumps(content, 2))
+
+
+def write_tiny_imagenet(root: Path) -> None:
+    """Write Tiny ImageNet: a folder for each class, and validation images with a table."""
+    rng = np.random.default_rng(0)
+    folder = root / "tiny-imagenet-200"
+    (folder / "val" / "images").mkdir(parents=True)
+    synsets = {"n02124075": "Egyptian cat", "n01443537": "goldfish, Carassius auratus"}
+    rows = []
+    for synset in synsets:
+        (folder / "train" / synset / "images").mkdir(parents=True)
+        (folder / "train" / synset / f"{synset}_boxes.txt").touch()
+        for index in range(12):
+            image = Image.fromarray(pixels(rng, 64, 64, 3))
+            image.save(folder / "train" / synset / "images" / f"{synset}_{index}.JPEG")
+    for index in range(8):
+        Image.fromarray(pixels(rng, 64, 64, 3)).save(folder / "val" / "images" / f"val_{index}.JPEG")
+        rows.append(f"val_{index}.JPEG\t{list(synsets)[index % 2]}\t0\t0\t63\t63\n")
+    (folder / "val" / "val_annotations.txt").write_text("".join(rows))
+    (folder / "wnids.txt").write_text("\n".join(synsets) + "\n")
+    (folder / "words.txt").write_text("".join(f"{key}\t{words}\n" for key, words in synsets.items()))
+
+
+def write_imagenet(root: Path) -> None:
+    """Write the layout of ImageNet: a folder for each class in both splits, and a file of names."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 4)):
+        for synset in ("n01440764", "n02979186"):
+            (root / split / synset).mkdir(parents=True)
+            for index in range(count):
+                image = Image.fromarray(pixels(rng, 40 + index, 50, 3))
+                image.save(root / split / synset / f"{synset}_{index}.JPEG")
+    (root / "LOC_synset_mapping.txt").write_text("n01440764 tench, Tinca tinca\nn02979186 cassette player\n")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from backdoorbench_moe.data.images import read_images
+from backdoorbench_moe.data.images import Form, read_images
 from backdoorbench_moe.data.listing import LeftOut, find_images, list_folder
 from backdoorbench_moe.engine.device import resolve_device, resolve_precision
 from backdoorbench_moe.engine.inference import forward
@@ -230,7 +230,7 @@ def _read_folder(folder: PathLike, opened: OpenedModel) -> Tensor | Split:
     if not paths:
         raise DataError(f"images: expected a folder of images, found none in {root}")
     left_out.warn(f"images: {root}")
-    images = read_images(paths, opened.image_size, crop=True)
+    images = read_images(paths, Form(opened.image_size, crop=True))
     places = {name: place for place, name in enumerate(opened.classes)} if opened.run is not None else {}
     inside, _ = list_folder(root)
     tops = [path.relative_to(root).parts[0] for path in paths]

@@ -12,6 +12,7 @@ from backdoorbench_moe.attacks.base import PoisonPlan
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.build import Stamper
 from backdoorbench_moe.ops.images import change_images
+from backdoorbench_moe.ops.stored_images import StoredImages, replaced
 
 Stamp = Callable[[Tensor], Tensor]
 PlacedStamp = Callable[[Tensor, Tensor], Tensor]
@@ -21,30 +22,41 @@ PlacedStamp = Callable[[Tensor, Tensor], Tensor]
 def poisoned(split: Split, plan: PoisonPlan, stamper: Stamper | None) -> Iterator[Split]:
     """Stamp and relabel the planned images inside the block, and restore them at its end.
 
-    The images are changed in place: a copy would be a second data set in memory.
+    The images are changed in place: a copy would be a second data set in memory. Stored images are not changed: the
+    stamped ones lie beside them.
 
     Args:
         split: The training split.
         plan: Which images, in which group.
         stamper: Trigger and applicator; None for an attack that changes only labels.
     """
+    if isinstance(split.images, StoredImages):
+        images = split.images if stamper is None else _stamp_groups(split.images, plan, stamper)
+        yield Split(images, _relabel(split.labels.clone(), plan))
+        return
     changed = torch.cat(list(plan.groups.values())).to(split.images.device)
     clean = Split(split.images[changed], split.labels[changed])
     # Stamping, too, can fail or be interrupted, and the images serve other runs afterwards.
     try:
         if stamper is not None:
             _stamp_groups(split.images, plan, stamper)
-        split.labels[plan.indices.to(split.labels.device)] = plan.labels.to(split.labels.device)
+        _relabel(split.labels, plan)
         yield split
     finally:
         split.images[changed], split.labels[changed] = clean.images, clean.labels
 
 
-def _stamp_groups(images: Tensor, plan: PoisonPlan, stamper: Stamper) -> None:
+def _relabel(labels: Tensor, plan: PoisonPlan) -> Tensor:
+    labels[plan.indices.to(labels.device)] = plan.labels.to(labels.device)
+    return labels
+
+
+def _stamp_groups(images: Tensor, plan: PoisonPlan, stamper: Stamper) -> Tensor:
     forms = {"indices": stamper.training, "cover": stamper.training, "noise": stamper.noise}
     for group, indices in plan.groups.items():
         places = indices.to(images.device)
-        images[places] = stamp_places(images[places], places, forms[group])
+        images = replaced(images, places, stamp_places(images[places], places, forms[group]))
+    return images
 
 
 def stamp_images(images: Tensor, stamp: Stamp) -> Tensor:

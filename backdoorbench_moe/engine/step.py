@@ -14,6 +14,7 @@ from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.engine.inference import as_input
 from backdoorbench_moe.errors import PluginError
 from backdoorbench_moe.moe.routed import auxiliary_loss, forward
+from backdoorbench_moe.ops.stored_images import StoredImages
 from backdoorbench_moe.ops.tuning import Objective
 
 # From a model, images and labels to the logits, the loss to report and the loss to minimise.
@@ -55,7 +56,7 @@ class TrainStep:
     Args:
         model: The model, on `device`.
         optimizer: The optimizer of the model, see `make_optimizer`.
-        split: The training images, on `device`.
+        split: The training images, on `device`; these may be `StoredImages`.
         device: The device.
         precision: "fp32" or "bf16".
         objective: The loss, see `ops.tuning.Objective`; cross-entropy plus the auxiliary losses of routed layers if
@@ -102,7 +103,7 @@ class TrainStep:
             self._losses = _losses_of(objective)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.hits = torch.zeros((), dtype=torch.int64, device=device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor | None]]] = {}
         self._seen: dict[int, int] = {}
 
     def reset(self) -> None:
@@ -118,24 +119,34 @@ class TrainStep:
             else:
                 group["lr"] = lr
 
-    def __call__(self, indices: Tensor) -> None:
-        """Train on the images of the split with the given indices, (B,) int64 on the device."""
+    def __call__(self, indices: Tensor, images: Tensor | None = None) -> None:
+        """Train on some images of the split.
+
+        Args:
+            indices: (B,) int64 on the device, the places of the images in the split.
+            images: (B, C, H, W) uint8 on the device, the same images if they have been read already.
+        """
+        if images is None and isinstance(self.split.images, StoredImages):
+            images = self.split.images.read(indices)
         if self.device.type != "cuda" or not self.cuda_graphs:
-            self._step(indices)
+            self._step(indices, images)
             return
         size = len(indices)
         if size not in self._graphs:
             self._seen[size] = self._seen.get(size, 0) + 1
             if self._seen[size] <= WARMUP_STEPS:
-                self._warm_up(indices)
+                self._warm_up(indices, images)
                 return
-            self._graphs[size] = self._capture(indices)
-        graph, static = self._graphs[size]
-        static.copy_(indices)
+            self._graphs[size] = self._capture(indices, images)
+        graph, (static_indices, static_images) = self._graphs[size]
+        static_indices.copy_(indices)
+        if static_images is not None and images is not None:
+            static_images.copy_(images)
         graph.replay()
 
-    def _step(self, indices: Tensor) -> None:
-        images, labels = as_input(self.split.images[indices]), self.split.labels[indices]
+    def _step(self, indices: Tensor, pixels: Tensor | None) -> None:
+        images = as_input(self.split.images[indices] if pixels is None else pixels)
+        labels = self.split.labels[indices]
         if self.augment is not None:
             images = self.augment(images, indices)
         with autocast(self.device, self.precision):
@@ -152,19 +163,25 @@ class TrainStep:
         answers = labels if labels.ndim == 1 else labels[:, 0]
         self.hits += (logits.argmax(1) == answers).sum()
 
-    def _warm_up(self, indices: Tensor) -> None:
+    def _warm_up(self, indices: Tensor, images: Tensor | None) -> None:
         """Run a step on a side stream, as required before the capture of a CUDA graph."""
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            self._step(indices)
+            self._step(indices, images)
         torch.cuda.current_stream(self.device).wait_stream(stream)
 
-    def _capture(self, indices: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Capture a step, without running it. Returns the graph and the tensor that it reads the indices from."""
-        static, graph = indices.clone(), torch.cuda.CUDAGraph()
+    def _capture(
+        self, indices: Tensor, images: Tensor | None
+    ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor | None]]:
+        """Capture a step, without running it. Returns the graph and the tensors that it reads indices and images from.
+
+        Images that are read from a file cannot be gathered inside the graph.
+        """
+        static = indices.clone(), None if images is None else images.clone()
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._step(static)
+            self._step(*static)
         return graph, static
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from backdoorbench_moe.engine.step import TrainStep, make_optimizer
 from backdoorbench_moe.errors import ConfigError, RecordError
 from backdoorbench_moe.ops.augmentation import Augmentation
 from backdoorbench_moe.ops.seeding import generator, seeded
+from backdoorbench_moe.ops.stored_images import StoredImages
 from backdoorbench_moe.ops.tuning import Objective
 
 SECONDS_BETWEEN_LOSSES = 1.0
@@ -78,7 +80,7 @@ class Trainer:
 
     Args:
         model: The model, which is trained in place.
-        split: The training images, on `device`.
+        split: The training images, on `device`. Batches of `StoredImages` are read while the last step runs.
         spec: The recipe.
         seed: Seed of the order of the images, of their augmentation and of the model's random draws.
         device: The device.
@@ -185,17 +187,15 @@ class Trainer:
         self.step.reset()
         if self.augmentation is not None:
             self.augmentation.begin_epoch(epoch)
-        order = torch.randperm(len(self.split), generator=generator(self.seed, "order", epoch)).to(
-            self.device
-        )
-        batches = order.split(min(self.spec.batch_size, len(order)))
-        steps, seen = self.spec.epochs * len(batches), 0
+        order = torch.randperm(len(self.split), generator=generator(self.seed, "order", epoch))
+        count = math.ceil(len(order) / self.spec.batch_size)
+        steps, seen = self.spec.epochs * count, 0
         start = reported = time.perf_counter()
         with seeded(self.seed, "noise", epoch):
-            for number, indices in enumerate(batches):
-                lr = learning_rate(self.spec, epoch * len(batches) + number, steps)
+            for number, (indices, images) in enumerate(self._batches(order)):
+                lr = learning_rate(self.spec, epoch * count + number, steps)
                 self.step.set_lr(lr)
-                self.step(indices)
+                self.step(indices, images)
                 seen, loss, now = seen + len(indices), None, time.perf_counter()
                 # On a GPU, reading the loss makes the host wait for the device.
                 if self.device.type == "cpu" and now - reported > SECONDS_BETWEEN_LOSSES:
@@ -207,6 +207,14 @@ class Trainer:
             raise RecordError(f"training diverged in epoch {epoch + 1}: the loss is {loss}; lower train.lr?")
         accuracy = 100 * self.step.hits.item() / seen
         return {"epoch": epoch + 1, "loss": loss, "train_accuracy": accuracy, "lr": lr, "seconds": seconds}
+
+    def _batches(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield the indices of each batch on the device; of stored images the images, too, read ahead."""
+        size = min(self.spec.batch_size, len(order))
+        batches = order.to(self.device).split(size)
+        images = self.split.images
+        read = images.batches(order.split(size)) if isinstance(images, StoredImages) else repeat(None)
+        return zip(batches, read, strict=False)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the weights and the state of the optimizer as one flat dict."""

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backdoorbench_moe.data.images import read_images
+from backdoorbench_moe.data.images import Form, read_images
 from backdoorbench_moe.errors import DataError
 from backdoorbench_moe.interop.attack_result import ATTACK, DEFENSE, StoredSplit
 
@@ -73,7 +73,7 @@ class ResultFolder:
         for path in paths:
             _check_image(path, side)
         return (
-            read_images(paths, side, crop=False)
+            read_images(paths, Form(side, crop=False))
             if paths
             else torch.empty(0, 3, side, side, dtype=torch.uint8)
         )

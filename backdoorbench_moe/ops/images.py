@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.ops.seeding import generator
+from backdoorbench_moe.ops.stored_images import StoredImages, empty_like
 
 # 512 images of 32x32 are 6 MB, which stay in the cache; 4096 at a time took twice the time.
 CHUNK_VALUES = 512 * 3 * 32 * 32
@@ -21,7 +22,7 @@ class Split:
     """Images with their labels.
 
     Attributes:
-        images: (N, 3, H, W) uint8.
+        images: (N, 3, H, W) uint8; `StoredImages` if there are more than memory may hold.
         labels: (N,) int64, class numbers from 0.
     """
 
@@ -54,14 +55,16 @@ def change_images(images: Tensor, change: Callable[[Tensor, slice], Tensor]) -> 
             comes from. It returns the changed chunk, of the same shape.
 
     Returns:
-        (N, C, H, W) uint8, on the device of `images`.
+        (N, C, H, W) uint8, on the device of `images`; for `StoredImages` that are more than memory may hold, again
+        stored ones, in a temporary file.
     """
     size = max(1, CHUNK_VALUES // max(1, images[:1].numel()))
-    out = torch.empty_like(images)
-    for start in range(0, len(images), size):
+    out = empty_like(images)
+    # No images are one part of none.
+    for start, chunk in zip(range(0, len(images), size), images.split(size), strict=False):
         part = slice(start, start + size)
-        out[part] = change(images[part].float().div_(255), part).mul(255).round_().clamp_(0, 255)
-    return out
+        out[part] = change(chunk.float().div_(255), part).mul(255).round_().clamp_(0, 255)
+    return out if isinstance(out, Tensor) else StoredImages([out.rows], device=images.device)
 
 
 def concatenate(splits: Sequence[Split]) -> Split:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
-import os
 import shutil
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +15,7 @@ from zipfile import BadZipFile
 
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.records.atomic import write_atomically
+from backdoorbench_moe.records.locking import hold
 from backdoorbench_moe.records.reading import parse_record
 from backdoorbench_moe.records.record import Record
 
@@ -251,35 +249,8 @@ class RunFolder:
             RecordError: Another process holds the lock, or the folder cannot be written or locked.
         """
         self._make(self.path)
-        try:
-            file = (self.path / LOCK).open("a+", encoding="utf-8")
-        except OSError as error:
-            raise RecordError(f"output folder {self.path}: {error.strerror}") from error
-        with file:
-            if not self._try_lock(file.fileno()):
-                if wait is None:
-                    file.seek(0)
-                    raise RecordError(
-                        f"run folder {self.path}: in use by another process ({file.read().strip() or 'unknown'})"
-                    )
-                wait()
-                while not self._try_lock(file.fileno()):
-                    time.sleep(0.5)
-                    wait()
-            file.seek(0)
-            file.truncate()
-            file.write(f"pid {os.getpid()}")
-            file.flush()
+        with hold(self.path / LOCK, f"run folder {self.path}", wait=wait):
             yield
-
-    def _try_lock(self, descriptor: int) -> bool:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:  # For example, a network file system without locks.
-            raise RecordError(f"output folder {self.path}: cannot be locked: {error.strerror}") from error
-        return True
 
     def _make(self, path: Path) -> None:
         try:

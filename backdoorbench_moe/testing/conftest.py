@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -11,6 +12,10 @@ from typing import Any
 
 # One thread, set before torch is imported: the models are small, and sums do not depend on the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Decoded images of tests are kept only as long as these run.
+if "BBMOE_CACHE" not in os.environ:
+    CACHE = tempfile.TemporaryDirectory(prefix="bbmoe-cache-")
+    os.environ["BBMOE_CACHE"] = CACHE.name
 
 import pytest
 

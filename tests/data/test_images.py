@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from backdoorbench_moe.data.images import read_images, resize
+from backdoorbench_moe.data.images import Form, read_images, resize
 from backdoorbench_moe.errors import DataError
 from backdoorbench_moe.image_files import read_image
 
@@ -23,18 +23,18 @@ def save(path: Path, pixels: np.ndarray, mode: str | None = None) -> Path:
 def test_pixels_come_through_in_order(tmp_path, rng) -> None:
     pixels = rng.integers(0, 256, (150, 8, 8, 3), np.uint8)
     paths = [save(tmp_path / f"{i}.png", picture) for i, picture in enumerate(pixels)]
-    np.testing.assert_array_equal(read_images(paths, 8, crop=True), pixels.transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(read_images(paths, Form(8, crop=True)), pixels.transpose(0, 3, 1, 2))
 
 
 def test_resize_of_a_whole_picture_and_of_its_middle(tmp_path) -> None:
     wide = np.zeros((4, 8, 3), np.uint8)
     wide[:, 2:6] = 200  # The middle 4x4.
     path = save(tmp_path / "wide.png", wide)
-    assert (read_images([path], 4, crop=True) == 200).all()
+    assert (read_images([path], Form(4, crop=True)) == 200).all()
     # Halving with a triangle filter of width 4: (1, 3, 3, 1)/8 of columns 2i-1 to 2i+2, less at edges.
     columns = [200 * share for share in (1 / 7, 7 / 8, 7 / 8, 1 / 7)]
     expected = np.broadcast_to(np.round(columns), (1, 3, 4, 4))
-    np.testing.assert_allclose(read_images([path], 4, crop=False), expected, atol=1)
+    np.testing.assert_allclose(read_images([path], Form(4, crop=False)), expected, atol=1)
 
 
 def test_batched_resize_agrees_with_pil(rng) -> None:
@@ -98,7 +98,7 @@ def test_damaged_files_are_named(tmp_path, rng, suffix) -> None:
     path = save(tmp_path / f"bad.{suffix}", rng.integers(0, 256, (40, 40, 3), np.uint8))
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(DataError, match=rf"bad\.{suffix}: cannot be read as an image"):
-        read_images([*good, path], 4, crop=False)
+        read_images([*good, path], Form(4, crop=False))
 
 
 def test_other_formats_are_not_tried(tmp_path) -> None:

@@ -39,6 +39,7 @@ from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import ConfigError, PluginError
 from backdoorbench_moe.ops.images import concatenate
 from backdoorbench_moe.ops.seeding import derive_seed, generator, seeded
+from backdoorbench_moe.ops.stored_images import replaced
 from backdoorbench_moe.records import Record, RunFolder
 
 
@@ -304,7 +305,8 @@ class DefenseMaker(Maker):
         held = train.images[place]
         if self.defense.finetune_data == "notebook" and plan is not None and stamper is not None:
             stamped = torch.isin(keep, plan.indices).to(held.device)
-            held[stamped] = stamp_places(held[stamped], place[stamped], stamper.training)
+            marked = stamp_places(held[stamped], place[stamped], stamper.training)
+            held = replaced(held, stamped.nonzero().squeeze(1), marked)
         return Split(held, train.labels[place])
 
     def _task_images(self) -> list[Split]:
