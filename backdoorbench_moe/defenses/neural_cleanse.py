@@ -1,8 +1,8 @@
-"""Neural Cleanse: invert a trigger for each class, find the class whose trigger is too small, and unlearn it."""
+"""Neural Cleanse: invert a trigger for each class or expert, find those whose trigger is too small, and unlearn it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
+from backdoorbench_moe.defenses.goals import ClassGoal, ExpertGoal, Goal
 from backdoorbench_moe.defenses.inversion import Found, Search, invert
 from backdoorbench_moe.defenses.judgement import Judgement
+from backdoorbench_moe.defenses.requirements import experts_of
 from backdoorbench_moe.defenses.stamped_tuning import check_share, stamped_objective
 from backdoorbench_moe.defenses.stamps import (
     ApplicatorName,
@@ -23,14 +25,18 @@ from backdoorbench_moe.defenses.stamps import (
     stamp_all,
 )
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.capture import choice_of
+from backdoorbench_moe.moe.routed import RoutedModel, Routing
 from backdoorbench_moe.ops.outliers import anomaly_indices
 from backdoorbench_moe.ops.ranges import check_positive
+from backdoorbench_moe.ops.seeding import generator, seeded
 
+Toward = Literal["classes", "experts"]
 Unlearn = Literal["flagged", "smallest", "all", "none"]
 
 
 class NeuralCleanse(Defense):
-    """Invert a trigger for each class, flag classes whose trigger is an outlier, and teach the model to ignore it.
+    """Invert a trigger for each class or expert, flag those whose trigger is an outlier, and teach the model to ignore it.
 
     For each class, the smallest stamp is searched for with which the model takes clean images of other classes for this
     class. A class is flagged if its stamp is smaller than those of the other classes by more than `threshold` robust
@@ -39,44 +45,57 @@ class NeuralCleanse(Defense):
 
     By patch, one small stamp for all tiles is searched for, which is the form of the triggers of BadPatches.
 
+    With `toward="experts"`, the smallest stamp is searched for that captures an expert: the router sends the patches
+    that the stamp covers to it. This is done for each expert of each routed layer. A patch counts by how much of it the
+    mask covers; patches that the expert processes without the stamp are left out. A stamp succeeds if the share
+    `success` of its cover lies on patches that the expert processes. Where experts choose patches, as in pMoE, only
+    stamps on the image are searched for: if all tiles have the same stamp, an expert can only choose among them. The
+    labels of the images have no part in the search. Experts are compared within their layer, as stamps for a deep layer
+    may have to be larger; of two experts in a layer none can be an outlier. A backdoor need not have an expert of its
+    own, and routers of clean models may prefer patterns as well: an outlier is a reason to look at its stamp.
+
     The judgement about classes has the anomaly index of each class as its score, positive for stamps smaller than the
     median. Its details have the size of each stamp ("sizes", the sum of its mask in pixels of the canvas), the share of
     images that it brings into the class ("success"), the epochs of the search, the classes for which no stamp succeeded
     ("failed"; they count as if their stamp covered the canvas) and the classes whose stamp was unlearned. The stamps
-    themselves are in `scores.npz`: `0/masks` (classes, 1, h, w) and `0/patterns` (classes, 3, h, w).
+    themselves are in `scores.npz`: `0/masks` (classes, 1, h, w) and `0/patterns` (classes, 3, h, w). The judgement about
+    experts has the same of experts, by name, such as "moe/2"; in `scores.npz` they are in the order of "sizes".
 
     The smallest stamp can be weaker than the attacker's trigger. A model that has learned to ignore it may then still
     react to the trigger, such as to a picture that is blended into all tiles. By patch, the other classes have small
     stamps, too, so that the attacker's class need not be an outlier; hence the default of `unlearn`.
 
-    The time is that of `epochs` times the number of classes passes over the images, forward and backward. Classes share
-    passes through the model, which keeps a GPU busy but does not reduce the number of images.
+    The time is that of `epochs` times the number of classes, or of experts in all layers, passes over the images,
+    forward and backward. Classes share passes through the model, which keeps a GPU busy but does not reduce the number of images.
 
     Departures: the paper unlearns with 10% of the training images, 20% of them stamped, in one epoch, and unlearns
-    flagged classes only.
+    flagged classes only. The search toward experts is ours.
 
     Args:
+        toward: "classes", as in the paper, or "experts".
         applicator: Where a stamp is searched for. "image": on the whole image, as in the paper. "patch": one tile that
             is stamped on all tiles of the image.
         patch_size: By patch, the side of the tile in pixels, a divisor of the image's height and width. None: that of
             the model's patches, or 4 for a model without patches.
         epochs: Most passes over the images in the search for one stamp, from 1.
         batch_size: Number of images that one step of the search stamps for each class, from 1.
-        success: Share of the images of other classes that a stamp must bring into the class, in (0, 1).
+        success: Share of the images of other classes that a stamp must bring into the class, in (0, 1); for experts, of
+            the patches that it covers.
         patience: Number of epochs after which the weight of the size is changed, from 1.
-        classes_at_once: Number of classes that share a pass through the model, from 1. None: as many as stamp 640
+        classes_at_once: Number of classes, or experts, that share a pass through the model, from 1. None: as many as stamp 640
             images of 32x32 at a time, or as many pixels of larger images.
-        threshold: Anomaly index above which a class is flagged, above 0.
+        threshold: Anomaly index above which a class or expert is flagged, above 0.
         unlearn: Whose stamps the model is taught to ignore. "flagged": those of flagged classes; if there are none, the
-            model is not changed. "smallest": those of flagged classes; if there are none, the smallest one. "all":
-            those of all classes. "none": the model is not changed.
+            model is not changed. "smallest": those of flagged classes; if there are none, the one with the largest
+            anomaly index. "all": those of all classes. "none": the model is not changed. The same for experts.
         unlearn_epochs: Epochs of tuning, from 1.
         share: Share of each batch that is stamped in the tuning, in (0, 1].
         lr: Peak learning rate of the tuning, above 0; that of the run's recipe if None.
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
 
     Raises:
-        ConfigError: A value is out of range, or the tiles do not cover the images.
+        ConfigError: A value is out of range, or the tiles do not cover the images; or, toward experts, the model does
+            not name its experts, or its routers leave nothing to choose.
 
     Source:
         Wang et al., "Neural Cleanse: Identifying and Mitigating Backdoor Attacks in Neural Networks", IEEE S&P 2019,
@@ -88,6 +107,7 @@ class NeuralCleanse(Defense):
     def __init__(
         self,
         *,
+        toward: Toward = "classes",
         applicator: ApplicatorName = "image",
         patch_size: int | None = None,
         epochs: int = 80,
@@ -118,46 +138,61 @@ class NeuralCleanse(Defense):
         check_positive(threshold=threshold, lr=lr)
         check_share(share)
         check_patch_size(applicator, patch_size)
-        self.applicator, self.patch_size = applicator, patch_size
+        self.toward, self.applicator, self.patch_size = toward, applicator, patch_size
         self.epochs, self.batch_size, self.success, self.patience = epochs, batch_size, success, patience
         self.classes_at_once, self.threshold = classes_at_once, threshold
         self.unlearn, self.unlearn_epochs, self.share, self.lr = unlearn, unlearn_epochs, share, lr
 
+    def check(self, model: nn.Module) -> None:
+        """Raise ConfigError if experts are wanted, and the model does not name its experts."""
+        if self.toward == "experts":
+            experts_of(model)
+
     def check_images(self, model: nn.Module, image_size: int) -> None:
-        """Raise ConfigError if the tiles do not cover the images."""
+        """Raise ConfigError if the tiles do not cover the images, or no stamp can capture an expert."""
         canvas_side(self.applicator, self.patch_size, model, image_size)
+        if self.toward == "experts":
+            self._check_choice(model, image_size)
+
+    def _check_choice(self, model: nn.Module, image_size: int) -> None:
+        choices = {choice_of(layer) for layer in route_noise(model, image_size)}
+        if "nothing" in choices:
+            raise ConfigError(
+                "toward: a stamp captures experts only where routers select; "
+                f"in this {type(model).__name__} every expert processes every patch"
+            )
+        if "patches" in choices and self.applicator == "patch":
+            raise ConfigError.expected(
+                "applicator",
+                f"'image' for toward=experts, as experts of {type(model).__name__} choose among patches, "
+                "all of which would have the same stamp",
+                self.applicator,
+            )
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
-        """Search for the stamp of each class, measure its success on the images of other classes, and unlearn.
+        """Search for the stamp of each target, measure its success on the images that it can change, and unlearn.
+
+        For classes these are the images of other classes. For experts they are all images, which are routed once
+        without a stamp before.
 
         This is an upper bound: searches can end earlier, and without flagged classes there may be nothing to unlearn.
         """
+        targets, measured = classes, (classes - 1) * held
+        if self.toward == "experts":
+            targets = len(experts_of(model))
+            measured = (targets + 1) * held
         unlearned = 0 if self.unlearn == "none" else self.unlearn_epochs
-        return Cost(trained=(classes * self.epochs + unlearned) * held, predicted=(classes - 1) * held)
+        return Cost(trained=(targets * self.epochs + unlearned) * held, predicted=measured)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Invert, judge and unlearn."""
         side = canvas_side(self.applicator, self.patch_size, task.model, task.image_size)
-        found = invert(task.model, task.clean, range(task.num_classes), self._search(task, side))
-        indices = anomaly_indices(found.sizes)
-        flagged = [label for label, index in enumerate(indices) if index > self.threshold]
-        chosen = choose(self.unlearn, flagged, found)
-        judgement = Judgement(
-            "class",
-            f"the smallest stamp {WHERE[self.applicator]} that turns other images into the class is this many robust "
-            "standard deviations smaller than the median of all classes",
-            scores={str(label): float(index) for label, index in enumerate(indices)},
-            threshold=self.threshold,
-            suspicious=[str(label) for label in flagged],
-            details={
-                "sizes": found.sizes,
-                "success": found.success,
-                "epochs": found.epochs,
-                "failed": [label for label, failed in enumerate(found.failed) if failed],
-                "unlearned": chosen,
-            },
-            arrays={"masks": found.values[:, :1], "patterns": found.values[:, 1:]},
-        )
+        goal = self._goal(task)
+        found = invert(goal, range(len(goal.names)), self._search(task, side))
+        indices = indices_of(goal, found)
+        flagged = [target for target, index in enumerate(indices) if index > self.threshold]
+        chosen = choose(self.unlearn, flagged, indices)
+        judgement = self._judge(goal, found, indices, flagged, chosen)
         if self.unlearn == "none":
             return DefenseResult("inverted", task.model, (judgement,))
         if chosen:
@@ -173,6 +208,46 @@ class NeuralCleanse(Defense):
             )
         return DefenseResult("unlearned", task.model, (judgement,))
 
+    def _goal(self, task: DefenseTask) -> Goal:
+        if self.toward == "classes":
+            return ClassGoal(task.model, task.clean, task.precision, task.num_classes)
+        assert isinstance(task.model, RoutedModel)
+        routing = task.routing(task.model, task.clean.images)
+        return ExpertGoal(task.model, task.clean, task.precision, routing)
+
+    def _judge(
+        self,
+        goal: Goal,
+        found: Found,
+        indices: Sequence[float],
+        flagged: Sequence[int],
+        chosen: Sequence[int],
+    ) -> Judgement:
+        """Return the finding about classes or experts; the record has values by class in lists, by expert by name."""
+        by_class = goal.about == "class"
+
+        def listed(values: Sequence[float]) -> object:
+            return values if by_class else dict(zip(goal.names, values, strict=True))
+
+        def named(targets: Sequence[int]) -> object:
+            return targets if by_class else [goal.names[target] for target in targets]
+
+        return Judgement(
+            goal.about,
+            f"the smallest stamp {WHERE[self.applicator]} that {REACHES[self.toward]}",
+            scores=dict(zip(goal.names, indices, strict=True)),
+            threshold=self.threshold,
+            suspicious=[goal.names[target] for target in flagged],
+            details={
+                "sizes": listed(found.sizes),
+                "success": listed(found.success),
+                "epochs": listed(found.epochs),
+                "failed": named([target for target, failed in enumerate(found.failed) if failed]),
+                "unlearned": named(chosen),
+            },
+            arrays={"masks": found.values[:, :1], "patterns": found.values[:, 1:]},
+        )
+
     def _search(self, task: DefenseTask, side: int | None) -> Search:
         return Search(
             side=side,
@@ -182,22 +257,52 @@ class NeuralCleanse(Defense):
             patience=self.patience,
             at_once=self.classes_at_once,
             seed=task.seed,
-            precision=task.precision,
         )
 
 
 WHERE: Mapping[ApplicatorName, str] = {"image": "on the image", "patch": "in all tiles"}
 
 
-def choose(unlearn: Unlearn, flagged: list[int], found: Found) -> list[int]:
-    """Return the classes whose stamps are unlearned; see `NeuralCleanse`."""
+REACHES: Mapping[Toward, str] = {
+    "classes": "turns other images into the class is this many robust standard deviations smaller than the median of "
+    "all classes",
+    "experts": "brings the patches under it to the expert is this many robust standard deviations smaller than the "
+    "median of the experts of its layer",
+}
+
+
+def indices_of(goal: Goal, found: Found) -> list[float]:
+    """Return the anomaly index of each target among those that it is comparable with."""
+    indices = [0.0] * len(goal.names)
+    for group in goal.groups:
+        for target, index in zip(group, anomaly_indices([found.sizes[t] for t in group]), strict=True):
+            indices[target] = float(index)
+    return indices
+
+
+def choose(unlearn: Unlearn, flagged: list[int], indices: Sequence[float]) -> list[int]:
+    """Return the targets whose stamps are unlearned; see `NeuralCleanse`."""
     if unlearn == "none":
         return []
     if unlearn == "all":
-        return list(range(len(found.sizes)))
+        return list(range(len(indices)))
     if unlearn == "smallest" and not flagged:
-        return [min(range(len(found.sizes)), key=found.sizes.__getitem__)]
+        return [max(range(len(indices)), key=indices.__getitem__)]
     return flagged
+
+
+@torch.no_grad()
+def route_noise(model: nn.Module, image_size: int) -> list[Routing]:
+    """Return how a model routes a few images of noise, in evaluation mode; it is left as it was."""
+    assert isinstance(model, RoutedModel)
+    noise = torch.rand(4, 3, image_size, image_size, generator=generator(0, "noise"))
+    training = model.training
+    model.eval()
+    try:
+        with seeded(0, "routed noise"):
+            return model.forward_routed(noise.to(next(model.parameters()).device)).routing
+    finally:
+        model.train(training)
 
 
 def stamp_one(values: Tensor, side: int | None, images: Tensor) -> Tensor:

@@ -109,6 +109,11 @@ def canvas_shape(images: Tensor, side: int | None) -> tuple[int, int]:
     return (height, width) if side is None else (side, side)
 
 
+def on_image(masks: Tensor, height: int, width: int) -> Tensor:
+    """Repeat masks of canvases (K, h, w) over the whole image: (K, height, width)."""
+    return masks.repeat(1, height // masks.shape[-2], width // masks.shape[-1])
+
+
 def stamp_all(stamp: Stamp, images: Tensor, values: Tensor, side: int | None) -> Tensor:
     """Stamp every image with each of K stamps.
 
