@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backdoorbench_moe.defenses.stamps import blend_pattern, keep_tiles, stamp_all
 from backdoorbench_moe.moe.capture import Choice, choice_of, of_experts, patch_losses
 from backdoorbench_moe.moe.routed import RoutedModel, Routing
-from backdoorbench_moe.ops.images import Split
+from backdoorbench_moe.ops.images import Split, as_input
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Goal(ABC):
         model: The model, in evaluation mode.
         clean: Images and their true labels, on the model's device.
         precision: "fp32" or "bf16".
+        side: Side of the tiles that are stamped; None if a stamp covers the whole image.
 
     Attributes:
         about: What the targets are, as in `Judgement.about`.
@@ -52,17 +54,28 @@ class Goal(ABC):
     names: list[str]
     groups: list[list[int]]
 
-    def __init__(self, model: nn.Module, clean: Split, precision: str) -> None:
-        self.model, self.clean, self.precision = model, clean, precision
+    def __init__(self, model: nn.Module, clean: Split, precision: str, side: int | None) -> None:
+        self.model, self.clean, self.precision, self.side = model, clean, precision, side
+
+    def stamp(self, rows: Tensor, values: Tensor) -> Tensor:
+        """Stamp clean images with each of K stamps.
+
+        Args:
+            rows: (B,) int64, the numbers of the images.
+            values: (K, 4, h, w) in [0, 1], masks and patterns.
+
+        Returns:
+            (K, B, 3, H, W) in [0, 1].
+        """
+        return stamp_all(blend_pattern, as_input(self.clean.images[rows]), values, self.side)
 
     @abstractmethod
-    def outcome(self, stamped: Tensor, masks: Tensor, rows: Tensor, targets: Sequence[int]) -> Outcome:
+    def outcome(self, stamped: Tensor, rows: Tensor, targets: Sequence[int]) -> Outcome:
         """Evaluate one stamp for each of K targets.
 
         Args:
             stamped: (K, B, 3, H, W) in [0, 1], images with each of the stamps.
-            masks: (K, H, W) in [0, 1], the masks of the stamps on the whole image.
-            rows: (B,) int64, which of the clean images they are.
+            rows: (B,) int64, the numbers of the images.
             targets: The number of each target.
         """
 
@@ -83,13 +96,16 @@ class ClassGoal(Goal):
         model: See `Goal`.
         clean: See `Goal`.
         precision: See `Goal`.
+        side: See `Goal`.
         num_classes: Number of classes.
     """
 
     about = "class"
 
-    def __init__(self, model: nn.Module, clean: Split, precision: str, num_classes: int) -> None:
-        super().__init__(model, clean, precision)
+    def __init__(
+        self, model: nn.Module, clean: Split, precision: str, side: int | None, num_classes: int
+    ) -> None:
+        super().__init__(model, clean, precision, side)
         self.names = [str(label) for label in range(num_classes)]
         self.groups = [list(range(num_classes))]
 
@@ -97,7 +113,7 @@ class ClassGoal(Goal):
         """The images of other classes."""
         return (self.clean.labels != target).nonzero().flatten()
 
-    def outcome(self, stamped: Tensor, masks: Tensor, rows: Tensor, targets: Sequence[int]) -> Outcome:
+    def outcome(self, stamped: Tensor, rows: Tensor, targets: Sequence[int]) -> Outcome:
         """Predict, and compare with the wanted classes."""
         labels = torch.tensor(targets, device=rows.device).unsqueeze(1)
         with self.autocast():
@@ -128,27 +144,33 @@ class RoutedLayer:
 
 
 class ExpertGoal(Goal):
-    """The router sends the patches that a stamp covers to one expert of one layer.
+    """The router sends patches with the stamp, a tile of a patch's size, to one expert of one layer.
 
-    A patch counts by its *cover*, the mean of the mask over its pixels, as a share of the whole image's. The success of
-    a stamp is the share of the cover that comes to lie on patches which the expert processes. Patches that it processes
+    The success of a stamp is the share of the stamped patches that the expert processes. Patches that it processes
     without the stamp are left out, as images of the class itself are for `ClassGoal`: a stamp that changes nothing
-    captures nothing. The loss is that of `patch_losses`, weighted in the same way.
+    captures nothing. The loss is the mean of `patch_losses` over the same patches.
 
     Args:
-        model: See `Goal`; with patches of the same size in all layers.
+        model: See `Goal`.
         clean: See `Goal`.
         precision: See `Goal`.
         routing: The routing of the clean images, batch by batch.
+        places: (N,) int64, the one patch of each image that is stamped; None if all of them are.
     """
 
     about = "expert"
     model: RoutedModel
 
     def __init__(
-        self, model: RoutedModel, clean: Split, precision: str, routing: Iterable[list[Routing]]
+        self,
+        model: RoutedModel,
+        clean: Split,
+        precision: str,
+        routing: Iterable[list[Routing]],
+        places: Tensor | None,
     ) -> None:
-        super().__init__(model, clean, precision)
+        super().__init__(model, clean, precision, model.patch_size)
+        self.places = places
         self.layers = [_join(batches) for batches in zip(*routing, strict=True)]
         # Each target is the number of its layer and that of its expert.
         self.targets = [
@@ -162,13 +184,19 @@ class ExpertGoal(Goal):
             for number in range(len(self.layers))
         ]
 
-    def outcome(self, stamped: Tensor, masks: Tensor, rows: Tensor, targets: Sequence[int]) -> Outcome:
+    def stamp(self, rows: Tensor, values: Tensor) -> Tensor:
+        """Stamp the one patch of each image, or all patches."""
+        stamped = super().stamp(rows, values)
+        if self.places is None:
+            return stamped
+        images = as_input(self.clean.images[rows])
+        return keep_tiles(images, stamped, self.places[rows], self.model.patch_size)
+
+    def outcome(self, stamped: Tensor, rows: Tensor, targets: Sequence[int]) -> Outcome:
         """Route, and compare with the wanted experts, layer by layer."""
         with self.autocast():
             routing = self.model.forward_routed(_flat(stamped)).routing
-        cover = F.avg_pool2d(masks.unsqueeze(1), self.model.patch_size).flatten(1)
-        cover = cover / cover.sum(1, keepdim=True).clamp(min=torch.finfo(cover.dtype).tiny)
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        found: list[Outcome] = []
         first = 0
         for number, group in groupby((self.targets[target] for target in targets), key=itemgetter(0)):
             experts = torch.tensor([expert for _, expert in group], device=rows.device)
@@ -176,10 +204,19 @@ class ExpertGoal(Goal):
             layer = self.layers[number]
             gates = routing[number].gates.unflatten(0, stamped.shape[:2])[own]
             selected = routing[number].selected.unflatten(0, stamped.shape[:2])[own]
-            elsewhere = ~layer.selected[rows][:, experts].transpose(0, 1)
             losses = patch_losses(gates, experts, layer.choice, layer.places)
-            found.append(_weigh(cover[own].unsqueeze(1) * elsewhere, losses, of_experts(selected, experts)))
-        return Outcome(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+            counted = ~layer.selected[rows][:, experts].transpose(0, 1)
+            if self.places is not None:
+                patches = torch.arange(counted.shape[-1], device=rows.device)
+                counted = counted & (patches == self.places[rows].unsqueeze(1))
+            counts = counted.sum((1, 2))
+            loss = (losses * counted).sum((1, 2)) / counts.clamp(min=1)
+            found.append(Outcome(loss, (of_experts(selected, experts) & counted).sum((1, 2)), counts))
+        return Outcome(
+            torch.cat([each.losses for each in found]),
+            torch.cat([each.hits for each in found]),
+            torch.cat([each.counts for each in found]),
+        )
 
 
 def _flat(stamped: Tensor) -> Tensor:
@@ -192,10 +229,3 @@ def _join(batches: Sequence[Routing]) -> RoutedLayer:
     selected = torch.cat([batch.selected for batch in batches])
     whole = Routing(batches[0].layer, selected.float(), selected)
     return RoutedLayer(whole.layer, selected, choice_of(whole), int(selected.sum(-1).max()))
-
-
-def _weigh(weights: Tensor, losses: Tensor, taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the weighted mean loss (K,), the weight of what was taken (K,), and all weight (K,); all (K, B, P)."""
-    total = weights.sum((1, 2))
-    loss = (weights * losses).sum((1, 2)) / total.clamp(min=torch.finfo(total.dtype).tiny)
-    return loss, (weights * taken).sum((1, 2)).detach(), total.detach()

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from backdoorbench_moe.defenses.goals import Goal, Outcome
-from backdoorbench_moe.defenses.stamps import blend_pattern, canvas_shape, on_image, stamp_all
-from backdoorbench_moe.ops.images import as_input
+from backdoorbench_moe.defenses.goals import Goal
+from backdoorbench_moe.defenses.stamps import canvas_shape
 from backdoorbench_moe.ops.seeding import generator
 
 # Of the original code: the weight of the size at the start, and its factors up and down.
@@ -28,7 +27,6 @@ class Search:
     """How triggers are searched for.
 
     Args:
-        side: Side of the tiles that are stamped; None if the stamp covers the whole image.
         epochs: Most passes over the images for each target.
         batch_size: Number of images that one step stamps for each target.
         success: Share of what a stamp could bring to its target, in (0, 1), that it must bring there; see `Outcome`.
@@ -39,7 +37,6 @@ class Search:
         seed: Seed of the start and of the order of the images.
     """
 
-    side: int | None
     epochs: int
     batch_size: int
     success: float
@@ -135,13 +132,13 @@ def invert(goal: Goal, targets: Sequence[int], search: Search) -> Found:
         Wang et al., "Neural Cleanse", IEEE S&P 2019, section IV and its code.
     """
     images = goal.clean.images
-    found = [_Target(number, _start(number, images, search)) for number in targets]
+    found = [_Target(number, _start(number, goal, search)) for number in targets]
     with frozen(goal.model):
         pixels = search.batch_size * images[0, 0].numel()
         at_once = search.at_once or max(1, PIXELS_AT_ONCE // pixels)
         for first in range(0, len(found), at_once):
             _search_group(goal, found[first : first + at_once], search)
-        largest = float(math.prod(canvas_shape(images, search.side)))
+        largest = float(math.prod(canvas_shape(images, goal.side)))
         last = to_values(torch.stack([each.free.detach() for each in found]))
         values = torch.stack(
             [v if each.best is None else each.best for each, v in zip(found, last, strict=True)]
@@ -170,16 +167,16 @@ def measure_success(goal: Goal, values: Tensor, target: int, search: Search) -> 
     """Return the share of what one stamp (4, h, w) could bring to a target that it does bring there."""
     hits, count = 0.0, 0.0
     for rows in goal.rows(target).split(search.batch_size):
-        outcome = _stamp(goal, rows, values.unsqueeze(0), [target], search)
+        outcome = goal.outcome(goal.stamp(rows, values.unsqueeze(0)), rows, [target])
         hits, count = hits + outcome.hits.item(), count + outcome.counts.item()
     return hits / max(1, count)
 
 
-def _start(number: int, images: Tensor, search: Search) -> Tensor:
+def _start(number: int, goal: Goal, search: Search) -> Tensor:
     """Draw the free variables of a target, (4, h, w), from which the search starts."""
-    shape = 4, *canvas_shape(images, search.side)
+    shape = 4, *canvas_shape(goal.clean.images, goal.side)
     drawn = torch.randn(*shape, generator=generator(search.seed, "inversion", number))
-    return drawn.to(images.device).requires_grad_()
+    return drawn.to(goal.clean.images.device).requires_grad_()
 
 
 def _search_group(goal: Goal, group: list[_Target], search: Search) -> None:
@@ -210,7 +207,7 @@ def _run_epoch(
     counts = torch.zeros_like(hits)
     for rows in order.to(images.device).split(search.batch_size):
         values = to_values(torch.stack([each.free for each in active]))
-        outcome = _stamp(goal, rows, values, targets, search)
+        outcome = goal.outcome(goal.stamp(rows, values), rows, targets)
         # The size on the whole image, so that a weight means the same for tiles of any side.
         sizes = sizes_of(values) * (area / values[0, 0].numel())
         optimizer.zero_grad(set_to_none=True)
@@ -220,13 +217,6 @@ def _run_epoch(
         counts += outcome.counts
     optimizer.zero_grad(set_to_none=True)
     return hits.tolist(), counts.tolist()
-
-
-def _stamp(goal: Goal, rows: Tensor, values: Tensor, targets: Sequence[int], search: Search) -> Outcome:
-    """Stamp some clean images with each of K stamps, and evaluate them; values: (K, 4, h, w)."""
-    images = as_input(goal.clean.images[rows])
-    stamped = stamp_all(blend_pattern, images, values, search.side)
-    return goal.outcome(stamped, on_image(values[:, 0], *images.shape[-2:]), rows, targets)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import ClassVar, Literal
@@ -22,6 +23,7 @@ from backdoorbench_moe.defenses.stamps import (
     blend_pattern,
     canvas_side,
     check_patch_size,
+    keep_tiles,
     stamp_all,
 )
 from backdoorbench_moe.errors import ConfigError
@@ -33,10 +35,12 @@ from backdoorbench_moe.ops.seeding import generator, seeded
 
 Toward = Literal["classes", "experts"]
 Unlearn = Literal["flagged", "smallest", "all", "none"]
+# Enough to see whether experts choose patches or patches choose experts.
+NOISE_IMAGES = 4
 
 
 class NeuralCleanse(Defense):
-    """Invert a trigger for each class or expert, flag those whose trigger is an outlier, and teach the model to ignore it.
+    """Invert a trigger for each class or expert, flag outliers, and teach the model to ignore such triggers.
 
     For each class, the smallest stamp is searched for with which the model takes clean images of other classes for this
     class. A class is flagged if its stamp is smaller than those of the other classes by more than `threshold` robust
@@ -45,28 +49,33 @@ class NeuralCleanse(Defense):
 
     By patch, one small stamp for all tiles is searched for, which is the form of the triggers of BadPatches.
 
-    With `toward="experts"`, the smallest stamp is searched for that captures an expert: the router sends the patches
-    that the stamp covers to it. This is done for each expert of each routed layer. A patch counts by how much of it the
-    mask covers; patches that the expert processes without the stamp are left out. A stamp succeeds if the share
-    `success` of its cover lies on patches that the expert processes. Where experts choose patches, as in pMoE, only
-    stamps on the image are searched for: if all tiles have the same stamp, an expert can only choose among them. The
-    labels of the images have no part in the search. Experts are compared within their layer, as stamps for a deep layer
-    may have to be larger; of two experts in a layer none can be an outlier. A backdoor need not have an expert of its
-    own, and routers of clean models may prefer patterns as well: an outlier is a reason to look at its stamp.
+    With `toward="experts"`, the smallest stamp is searched for that captures an expert: a tile of the size of the
+    model's patches, with which the router sends a patch to the expert. This is done for each expert of each routed
+    layer. On the image, one patch of each image is stamped, at a place that is drawn; by patch, all are. A stamp
+    succeeds if the share `success` of the stamped patches is processed by the expert; patches that it processes without
+    the stamp are left out. Where experts choose patches, as in pMoE, there is no search by patch: if all patches have
+    the same stamp, an expert can only choose among them. The labels of the images have no part in the search.
+
+    Experts are compared within their layer, as stamps for another layer may have to be larger. They are few: of two
+    experts none can be an outlier, and among four with normally distributed sizes there is one with an index above 2 in
+    one layer of five. A backdoor need not have an expert of its own, and a clean router may prefer patterns as well:
+    an outlier is a reason to look at its stamp.
 
     The judgement about classes has the anomaly index of each class as its score, positive for stamps smaller than the
     median. Its details have the size of each stamp ("sizes", the sum of its mask in pixels of the canvas), the share of
     images that it brings into the class ("success"), the epochs of the search, the classes for which no stamp succeeded
     ("failed"; they count as if their stamp covered the canvas) and the classes whose stamp was unlearned. The stamps
-    themselves are in `scores.npz`: `0/masks` (classes, 1, h, w) and `0/patterns` (classes, 3, h, w). The judgement about
-    experts has the same of experts, by name, such as "moe/2"; in `scores.npz` they are in the order of "sizes".
+    themselves are in `scores.npz`: `0/masks` (classes, 1, h, w) and `0/patterns` (classes, 3, h, w). The judgement
+    about experts has the same of experts, by name, such as "moe/2"; in `scores.npz` they are in the order of the
+    layers.
 
     The smallest stamp can be weaker than the attacker's trigger. A model that has learned to ignore it may then still
     react to the trigger, such as to a picture that is blended into all tiles. By patch, the other classes have small
     stamps, too, so that the attacker's class need not be an outlier; hence the default of `unlearn`.
 
     The time is that of `epochs` times the number of classes, or of experts in all layers, passes over the images,
-    forward and backward. Classes share passes through the model, which keeps a GPU busy but does not reduce the number of images.
+    forward and backward. Classes share passes through the model, which keeps a GPU busy but does not reduce the
+    number of images.
 
     Departures: the paper unlearns with 10% of the training images, 20% of them stamped, in one epoch, and unlearns
     flagged classes only. The search toward experts is ours.
@@ -76,14 +85,14 @@ class NeuralCleanse(Defense):
         applicator: Where a stamp is searched for. "image": on the whole image, as in the paper. "patch": one tile that
             is stamped on all tiles of the image.
         patch_size: By patch, the side of the tile in pixels, a divisor of the image's height and width. None: that of
-            the model's patches, or 4 for a model without patches.
+            the model's patches, or 4 for a model without patches. Toward experts always that of the patches.
         epochs: Most passes over the images in the search for one stamp, from 1.
         batch_size: Number of images that one step of the search stamps for each class, from 1.
         success: Share of the images of other classes that a stamp must bring into the class, in (0, 1); for experts, of
-            the patches that it covers.
+            the stamped patches of other experts.
         patience: Number of epochs after which the weight of the size is changed, from 1.
-        classes_at_once: Number of classes, or experts, that share a pass through the model, from 1. None: as many as stamp 640
-            images of 32x32 at a time, or as many pixels of larger images.
+        classes_at_once: Number of classes, or experts, that share a pass through the model, from 1. None: as many as
+            stamp 640 images of 32x32 at a time, or as many pixels of larger images.
         threshold: Anomaly index above which a class or expert is flagged, above 0.
         unlearn: Whose stamps the model is taught to ignore. "flagged": those of flagged classes; if there are none, the
             model is not changed. "smallest": those of flagged classes; if there are none, the one with the largest
@@ -138,6 +147,8 @@ class NeuralCleanse(Defense):
         check_positive(threshold=threshold, lr=lr)
         check_share(share)
         check_patch_size(applicator, patch_size)
+        if toward == "experts" and patch_size is not None:
+            raise ConfigError.expected("patch_size", "none for toward=experts", patch_size)
         self.toward, self.applicator, self.patch_size = toward, applicator, patch_size
         self.epochs, self.batch_size, self.success, self.patience = epochs, batch_size, success, patience
         self.classes_at_once, self.threshold = classes_at_once, threshold
@@ -173,22 +184,21 @@ class NeuralCleanse(Defense):
         """Search for the stamp of each target, measure its success on the images that it can change, and unlearn.
 
         For classes these are the images of other classes. For experts they are all images, which are routed once
-        without a stamp before.
+        without a stamp before; and noise is routed to see what the routers choose.
 
         This is an upper bound: searches can end earlier, and without flagged classes there may be nothing to unlearn.
         """
         targets, measured = classes, (classes - 1) * held
         if self.toward == "experts":
             targets = len(experts_of(model))
-            measured = (targets + 1) * held
+            measured = (targets + 1) * held + NOISE_IMAGES
         unlearned = 0 if self.unlearn == "none" else self.unlearn_epochs
         return Cost(trained=(targets * self.epochs + unlearned) * held, predicted=measured)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Invert, judge and unlearn."""
-        side = canvas_side(self.applicator, self.patch_size, task.model, task.image_size)
         goal = self._goal(task)
-        found = invert(goal, range(len(goal.names)), self._search(task, side))
+        found = invert(goal, range(len(goal.names)), self._search(task))
         indices = indices_of(goal, found)
         flagged = [target for target, index in enumerate(indices) if index > self.threshold]
         chosen = choose(self.unlearn, flagged, indices)
@@ -196,7 +206,8 @@ class NeuralCleanse(Defense):
         if self.unlearn == "none":
             return DefenseResult("inverted", task.model, (judgement,))
         if chosen:
-            stamp = partial(stamp_one, found.values[chosen], side)
+            one_tile = goal.about == "expert" and self.applicator == "image"
+            stamp = partial(stamp_one, found.values[chosen], goal.side, one_tile=one_tile)
             objective = stamped_objective(stamp, self.share, task.train.label_smoothing)
             task.tune(
                 task.model,
@@ -209,11 +220,17 @@ class NeuralCleanse(Defense):
         return DefenseResult("unlearned", task.model, (judgement,))
 
     def _goal(self, task: DefenseTask) -> Goal:
+        model, clean = task.model, task.clean
         if self.toward == "classes":
-            return ClassGoal(task.model, task.clean, task.precision, task.num_classes)
-        assert isinstance(task.model, RoutedModel)
-        routing = task.routing(task.model, task.clean.images)
-        return ExpertGoal(task.model, task.clean, task.precision, routing)
+            side = canvas_side(self.applicator, self.patch_size, model, task.image_size)
+            return ClassGoal(model, clean, task.precision, side, task.num_classes)
+        assert isinstance(model, RoutedModel)
+        places = None
+        if self.applicator == "image":
+            draws = generator(task.seed, "stamped patches")
+            places = torch.randint(math.prod(model.patch_grid), (len(clean),), generator=draws)
+            places = places.to(clean.images.device)
+        return ExpertGoal(model, clean, task.precision, task.routing(model, clean.images), places)
 
     def _judge(
         self,
@@ -234,7 +251,7 @@ class NeuralCleanse(Defense):
 
         return Judgement(
             goal.about,
-            f"the smallest stamp {WHERE[self.applicator]} that {REACHES[self.toward]}",
+            f"the smallest stamp {WHERE[self.toward, self.applicator]} that {REACHES[self.toward]}",
             scores=dict(zip(goal.names, indices, strict=True)),
             threshold=self.threshold,
             suspicious=[goal.names[target] for target in flagged],
@@ -248,9 +265,8 @@ class NeuralCleanse(Defense):
             arrays={"masks": found.values[:, :1], "patterns": found.values[:, 1:]},
         )
 
-    def _search(self, task: DefenseTask, side: int | None) -> Search:
+    def _search(self, task: DefenseTask) -> Search:
         return Search(
-            side=side,
             epochs=self.epochs,
             batch_size=self.batch_size,
             success=self.success,
@@ -260,13 +276,18 @@ class NeuralCleanse(Defense):
         )
 
 
-WHERE: Mapping[ApplicatorName, str] = {"image": "on the image", "patch": "in all tiles"}
+WHERE: Mapping[tuple[Toward, ApplicatorName], str] = {
+    ("classes", "image"): "on the image",
+    ("classes", "patch"): "in all tiles",
+    ("experts", "image"): "in one patch",
+    ("experts", "patch"): "in all patches",
+}
 
 
 REACHES: Mapping[Toward, str] = {
     "classes": "turns other images into the class is this many robust standard deviations smaller than the median of "
     "all classes",
-    "experts": "brings the patches under it to the expert is this many robust standard deviations smaller than the "
+    "experts": "brings patches of other experts to the expert is this many robust standard deviations smaller than the "
     "median of the experts of its layer",
 }
 
@@ -295,7 +316,7 @@ def choose(unlearn: Unlearn, flagged: list[int], indices: Sequence[float]) -> li
 def route_noise(model: nn.Module, image_size: int) -> list[Routing]:
     """Return how a model routes a few images of noise, in evaluation mode; it is left as it was."""
     assert isinstance(model, RoutedModel)
-    noise = torch.rand(4, 3, image_size, image_size, generator=generator(0, "noise"))
+    noise = torch.rand(NOISE_IMAGES, 3, image_size, image_size, generator=generator(0, "noise"))
     training = model.training
     model.eval()
     try:
@@ -305,7 +326,19 @@ def route_noise(model: nn.Module, image_size: int) -> list[Routing]:
         model.train(training)
 
 
-def stamp_one(values: Tensor, side: int | None, images: Tensor) -> Tensor:
-    """Stamp images with one of K stamps, drawn from torch's global generator; values: (K, 4, h, w)."""
+def stamp_one(values: Tensor, side: int | None, images: Tensor, *, one_tile: bool = False) -> Tensor:
+    """Stamp images with one of K stamps, drawn from torch's global generator.
+
+    Args:
+        values: (K, 4, h, w).
+        side: Side of the tiles; None if the stamps cover the whole image.
+        images: (B, 3, H, W) in [0, 1].
+        one_tile: Whether only one tile of each image is stamped, which is drawn as well.
+    """
     row = torch.randint(len(values), (1,), device=images.device)
-    return stamp_all(blend_pattern, images, values[row], side)[0]
+    stamped = stamp_all(blend_pattern, images, values[row], side)
+    if one_tile and side is not None:
+        tiles = images.shape[-2] // side * (images.shape[-1] // side)
+        places = torch.randint(tiles, (len(images),), device=images.device)
+        stamped = keep_tiles(images, stamped, places, side)
+    return stamped[0]

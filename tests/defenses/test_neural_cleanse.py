@@ -26,7 +26,6 @@ QUICK = {"epochs": 40, "batch_size": 20, "clean_fraction": 1.0}
 
 def search(**given) -> Search:
     values = {
-        "side": None,
         "epochs": 6,
         "batch_size": 12,
         "success": 0.98,
@@ -38,7 +37,7 @@ def search(**given) -> Search:
 
 
 def class_goal(count: int) -> ClassGoal:
-    return ClassGoal(planted_model(SQUARE, 3.0), row_images(count), "fp32", CLASSES)
+    return ClassGoal(planted_model(SQUARE, 3.0), row_images(count), "fp32", None, CLASSES)
 
 
 def test_a_planted_square_of_3x3_is_found_in_the_right_class_and_place() -> None:
@@ -130,7 +129,6 @@ def test_unlearning_takes_away_a_backdoor_that_tuning_leaves() -> None:
         rates[name] = (model(stamped).argmax(1) == TARGET).double().mean().item()
         assert (model(held.images.float() / 255).argmax(1) == held.labels).double().mean() > 0.97
     assert rates["neural-cleanse"] < 0.1 and rates["fine-tuning"] > 0.9
-
 
 
 @pytest.mark.parametrize(
