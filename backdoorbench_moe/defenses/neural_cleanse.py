@@ -35,6 +35,7 @@ from backdoorbench_moe.ops.seeding import generator, seeded
 
 Toward = Literal["classes", "experts"]
 Unlearn = Literal["flagged", "smallest", "all", "none"]
+SUCCESS: Mapping[Toward, float] = {"classes": 0.98, "experts": 0.8}
 # Enough to see whether experts choose patches or patches choose experts.
 NOISE_IMAGES = 4
 
@@ -89,7 +90,8 @@ class NeuralCleanse(Defense):
         epochs: Most passes over the images in the search for one stamp, from 1.
         batch_size: Number of images that one step of the search stamps for each class, from 1.
         success: Share of the images of other classes that a stamp must bring into the class, in (0, 1); for experts, of
-            the stamped patches of other experts.
+            the stamped patches of other experts. None: 0.98 for classes, as in the paper, and 0.8 for experts, since
+            some patches are hard to capture whatever the stamp.
         patience: Number of epochs after which the weight of the size is changed, from 1.
         classes_at_once: Number of classes, or experts, that share a pass through the model, from 1. None: as many as
             stamp 640 images of 32x32 at a time, or as many pixels of larger images.
@@ -121,7 +123,7 @@ class NeuralCleanse(Defense):
         patch_size: int | None = None,
         epochs: int = 80,
         batch_size: int = 32,
-        success: float = 0.98,
+        success: float | None = None,
         patience: int = 5,
         classes_at_once: int | None = None,
         threshold: float = 2.0,
@@ -142,6 +144,7 @@ class NeuralCleanse(Defense):
         for name, number in whole.items():
             if number is not None and number < 1:
                 raise ConfigError.expected(name, "an integer of at least 1", number)
+        success = SUCCESS[toward] if success is None else success
         if not 0 < success < 1:
             raise ConfigError.expected("success", "a number in (0, 1)", success)
         check_positive(threshold=threshold, lr=lr)

@@ -32,7 +32,14 @@ def planted_task(model: PlantedRouter, clean: Split) -> DefenseTask:
 
 
 def judge(model: PlantedRouter, clean: Split, applicator: str, **given):
-    options = {"epochs": 80, "batch_size": 8, "unlearn": "none", "clean_fraction": 1.0, **given}
+    options = {
+        "epochs": 80,
+        "batch_size": 8,
+        "success": 0.98,
+        "unlearn": "none",
+        "clean_fraction": 1.0,
+        **given,
+    }
     task = planted_task(model, clean)
     [judgement] = create_defense("neural-cleanse", toward="experts", applicator=applicator, **options)(
         task
@@ -43,7 +50,7 @@ def judge(model: PlantedRouter, clean: Split, applicator: str, **given):
 @cache
 def found(choice: str, applicator: str):
     """The judgement about a planted router; several tests look at it."""
-    return judge(PlantedRouter(choice), smooth_images(64), applicator)
+    return judge(PlantedRouter(choice), smooth_images(32), applicator)
 
 
 @pytest.mark.parametrize(("choice", "applicator"), FORMS)
@@ -54,27 +61,27 @@ def test_a_planted_expert_is_found_with_the_pattern_that_it_reacts_to(choice, ap
     assert judgement.suspicious == [name] and judgement.scores[name] > 5
     sizes, success = judgement.details["sizes"], judgement.details["success"]
     assert sizes[name] < min(size for other, size in sizes.items() if other != name) / 3
-    assert success[name] > 0.95
+    assert success[name] > 0.85
     mask, pattern = judgement.arrays["masks"][PLANTED], judgement.arrays["patterns"][PLANTED]
     assert mask.shape == (1, 4, 4) and judgement.arrays["patterns"].shape == (EXPERTS, 3, 4, 4)
     assert mask.sum().item() == pytest.approx(sizes[name], rel=1e-5)
     reacted = PLANT.abs().amax(0) > 0
     assert mask[0, reacted].sum() > 0.9 * mask.sum()
-    # Where the stamp is opaque, it is dark or has the colour that the expert wants.
-    opaque = (mask > 0.5).expand(3, -1, -1) & (PLANT != 0)
+    # Where the stamp is most opaque, it is dark or has the colour that the expert wants.
+    opaque = (mask > mask.max() / 2).expand(3, -1, -1) & (PLANT != 0)
     assert opaque.any() and ((pattern > 0.5) == (PLANT > 0))[opaque].all()
 
 
 @pytest.mark.parametrize(("choice", "applicator"), FORMS)
 def test_without_the_plant_that_expert_is_like_the_others(choice, applicator) -> None:
-    sizes = judge(PlantedRouter(choice, strength=0), smooth_images(64), applicator).details["sizes"]
+    sizes = judge(PlantedRouter(choice, strength=0), smooth_images(32), applicator).details["sizes"]
     assert sizes[NAMES[PLANTED]] > 0.6 * max(sizes.values())
 
 
 @pytest.mark.parametrize(("choice", "applicator"), FORMS)
 def test_shuffled_images_with_other_labels_have_the_same_verdict(choice, applicator) -> None:
-    clean = smooth_images(64)
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(4))
+    clean = smooth_images(32)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(4))
     shuffled = judge(PlantedRouter(choice), Split(clean.images[order], clean.labels), applicator)
     assert shuffled.suspicious == found(choice, applicator).suspicious == [NAMES[PLANTED]]
 
@@ -110,6 +117,11 @@ def test_success_is_counted_patch_by_patch(choice, applicator) -> None:
             new = [patch for patch in stamped if not before[number, expert, patch]]
             hits, count = hits + sum(bool(after[0, expert, patch]) for patch in new), count + len(new)
         assert count > 0 and found.success[expert] == pytest.approx(hits / count)
+
+
+def test_the_default_of_success_is_lower_for_experts() -> None:
+    assert create_defense("neural-cleanse").success == 0.98
+    assert create_defense("neural-cleanse", toward="experts").success == 0.8
 
 
 def test_experts_are_compared_within_their_layer() -> None:
