@@ -1,8 +1,9 @@
-"""Neural Cleanse: invert a trigger for each class, find the class whose trigger is too small, and unlearn it."""
+"""Neural Cleanse: invert a trigger for each class or expert, find those whose trigger is too small, and unlearn it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -12,24 +13,35 @@ from torch import Tensor, nn
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
+from backdoorbench_moe.defenses.goals import ClassGoal, ExpertGoal, Goal
 from backdoorbench_moe.defenses.inversion import Found, Search, invert
 from backdoorbench_moe.defenses.judgement import Judgement
+from backdoorbench_moe.defenses.requirements import experts_of
 from backdoorbench_moe.defenses.stamped_tuning import check_share, stamped_objective
 from backdoorbench_moe.defenses.stamps import (
     ApplicatorName,
     blend_pattern,
     canvas_side,
     check_patch_size,
+    keep_tiles,
     stamp_all,
 )
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.capture import choice_of
+from backdoorbench_moe.moe.routed import RoutedModel, Routing
 from backdoorbench_moe.ops.outliers import anomaly_indices
 from backdoorbench_moe.ops.ranges import check_integer, check_interval, check_positive
+from backdoorbench_moe.ops.seeding import generator, seeded
 
+Toward = Literal["classes", "experts"]
 Unlearn = Literal["flagged", "smallest", "all", "none"]
+SUCCESS: Mapping[Toward, float] = {"classes": 0.98, "experts": 0.8}
+# Enough to see whether experts choose patches or patches choose experts.
+NOISE_IMAGES = 4
 
 
 class NeuralCleanse(Defense):
-    """Invert a trigger for each class, flag classes whose trigger is an outlier, and teach the model to ignore it.
+    """Invert a trigger for each class or expert, flag outliers, and teach the model to ignore such triggers.
 
     For each class, the smallest stamp is searched for with which the model takes clean images of other classes for this
     class. A class is flagged if its stamp is smaller than those of the other classes by more than `threshold` robust
@@ -38,44 +50,63 @@ class NeuralCleanse(Defense):
 
     By patch, one small stamp for all tiles is searched for, which is the form of the triggers of BadPatches.
 
+    With `toward="experts"`, the smallest stamp is searched for that captures an expert: a tile of the size of the
+    model's patches, with which the router sends a patch to the expert. This is done for each expert of each routed
+    layer. On the image, one patch of each image is stamped, at a place that is drawn; by patch, all are. A stamp
+    succeeds if the share `success` of the stamped patches is processed by the expert; patches that it processes without
+    the stamp are left out. Where experts choose patches, as in pMoE, there is no search by patch: if all patches have
+    the same stamp, an expert can only choose among them. The labels of the images have no part in the search.
+
+    Experts are compared within their layer, as stamps for another layer may have to be larger. They are few: of two
+    experts none can be an outlier, and among four with normally distributed sizes there is one with an index above 2 in
+    one layer of five. A backdoor need not have an expert of its own, and a clean router may prefer patterns as well:
+    an outlier is a reason to look at its stamp.
+
     The judgement about classes has the anomaly index of each class as its score, positive for stamps smaller than the
     median. Its details have the size of each stamp ("sizes", the sum of its mask in pixels of the canvas), the share of
     images that it brings into the class ("success"), the epochs of the search, the classes for which no stamp succeeded
     ("failed"; they count as if their stamp covered the canvas) and the classes whose stamp was unlearned. The stamps
-    themselves are in `scores.npz`: `0/masks` (classes, 1, h, w) and `0/patterns` (classes, 3, h, w).
+    themselves are in `scores.npz`: `0/masks` (classes, 1, h, w) and `0/patterns` (classes, 3, h, w). The judgement
+    about experts has the same of experts, by name, such as "moe/2"; in `scores.npz` they are in the order of the
+    layers.
 
     The smallest stamp can be weaker than the attacker's trigger. A model that has learned to ignore it may then still
     react to the trigger, such as to a picture that is blended into all tiles. By patch, the other classes have small
     stamps, too, so that the attacker's class need not be an outlier; hence the default of `unlearn`.
 
-    The time is that of `epochs` times the number of classes passes over the images, forward and backward. Classes share
-    passes through the model, which keeps a GPU busy but does not reduce the number of images.
+    The time is that of `epochs` times the number of classes, or of experts in all layers, passes over the images,
+    forward and backward. Classes share passes through the model, which keeps a GPU busy but does not reduce the
+    number of images.
 
     Departures: the paper unlearns with 10% of the training images, 20% of them stamped, in one epoch, and unlearns
-    flagged classes only.
+    flagged classes only. The search toward experts is ours.
 
     Args:
+        toward: "classes", as in the paper, or "experts".
         applicator: Where a stamp is searched for. "image": on the whole image, as in the paper. "patch": one tile that
             is stamped on all tiles of the image.
         patch_size: By patch, the side of the tile in pixels, a divisor of the image's height and width. None: that of
-            the model's patches, or 4 for a model without patches.
+            the model's patches, or 4 for a model without patches. Toward experts always that of the patches.
         epochs: Most passes over the images in the search for one stamp, from 1.
         batch_size: Number of images that one step of the search stamps for each class, from 1.
-        success: Share of the images of other classes that a stamp must bring into the class, in (0, 1).
+        success: Share of the images of other classes that a stamp must bring into the class, in (0, 1); for experts, of
+            the stamped patches of other experts. None: 0.98 for classes, as in the paper, and 0.8 for experts, since
+            some patches are hard to capture whatever the stamp.
         patience: Number of epochs after which the weight of the size is changed, from 1.
-        classes_at_once: Number of classes that share a pass through the model, from 1. None: as many as stamp 640
-            images of 32x32 at a time, or as many pixels of larger images.
-        threshold: Anomaly index above which a class is flagged, above 0.
+        classes_at_once: Number of classes, or experts, that share a pass through the model, from 1. None: as many as
+            stamp 640 images of 32x32 at a time, or as many pixels of larger images.
+        threshold: Anomaly index above which a class or expert is flagged, above 0.
         unlearn: Whose stamps the model is taught to ignore. "flagged": those of flagged classes; if there are none, the
-            model is not changed. "smallest": those of flagged classes; if there are none, the smallest one. "all":
-            those of all classes. "none": the model is not changed.
+            model is not changed. "smallest": those of flagged classes; if there are none, the one with the largest
+            anomaly index. "all": those of all classes. "none": the model is not changed. The same for experts.
         unlearn_epochs: Epochs of tuning, from 1.
         share: Share of each batch that is stamped in the tuning, in (0, 1].
         lr: Peak learning rate of the tuning, above 0; that of the run's recipe if None.
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
 
     Raises:
-        ConfigError: A value is out of range, or the tiles do not cover the images.
+        ConfigError: A value is out of range, or the tiles do not cover the images; or, toward experts, the model does
+            not name its experts, or its routers leave nothing to choose.
 
     Source:
         Wang et al., "Neural Cleanse: Identifying and Mitigating Backdoor Attacks in Neural Networks", IEEE S&P 2019,
@@ -87,11 +118,12 @@ class NeuralCleanse(Defense):
     def __init__(
         self,
         *,
+        toward: Toward = "classes",
         applicator: ApplicatorName = "image",
         patch_size: int | None = None,
         epochs: int = 80,
         batch_size: int = 32,
-        success: float = 0.98,
+        success: float | None = None,
         patience: int = 5,
         classes_at_once: int | None = None,
         threshold: float = 2.0,
@@ -111,54 +143,72 @@ class NeuralCleanse(Defense):
         }
         for name, number in whole.items():
             check_integer(name, number, 1)
+        success = SUCCESS[toward] if success is None else success
         check_interval("success", success, "(0, 1)")
         check_positive(threshold=threshold, lr=lr)
         check_share(share)
         check_patch_size(applicator, patch_size)
-        self.applicator, self.patch_size = applicator, patch_size
+        if toward == "experts" and patch_size is not None:
+            raise ConfigError.expected("patch_size", "none for toward=experts", patch_size)
+        self.toward, self.applicator, self.patch_size = toward, applicator, patch_size
         self.epochs, self.batch_size, self.success, self.patience = epochs, batch_size, success, patience
         self.classes_at_once, self.threshold = classes_at_once, threshold
         self.unlearn, self.unlearn_epochs, self.share, self.lr = unlearn, unlearn_epochs, share, lr
 
+    def check(self, model: nn.Module) -> None:
+        """Raise ConfigError if experts are wanted, and the model does not name its experts."""
+        if self.toward == "experts":
+            experts_of(model)
+
     def check_images(self, model: nn.Module, image_size: int) -> None:
-        """Raise ConfigError if the tiles do not cover the images."""
+        """Raise ConfigError if the tiles do not cover the images, or no stamp can capture an expert."""
         canvas_side(self.applicator, self.patch_size, model, image_size)
+        if self.toward == "experts":
+            self._check_choice(model, image_size)
+
+    def _check_choice(self, model: nn.Module, image_size: int) -> None:
+        choices = {choice_of(layer) for layer in route_noise(model, image_size)}
+        if "nothing" in choices:
+            raise ConfigError(
+                "toward: a stamp captures experts only where routers select; "
+                f"in this {type(model).__name__} every expert processes every patch"
+            )
+        if "patches" in choices and self.applicator == "patch":
+            raise ConfigError.expected(
+                "applicator",
+                f"'image' for toward=experts, as experts of {type(model).__name__} choose among patches, "
+                "all of which would have the same stamp",
+                self.applicator,
+            )
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
-        """Search for the stamp of each class, measure its success on the images of other classes, and unlearn.
+        """Search for the stamp of each target, measure its success on the images that it can change, and unlearn.
+
+        For classes these are the images of other classes. For experts they are all images, which are routed once
+        without a stamp before; and noise is routed to see what the routers choose.
 
         This is an upper bound: searches can end earlier, and without flagged classes there may be nothing to unlearn.
         """
+        targets, measured = classes, (classes - 1) * held
+        if self.toward == "experts":
+            targets = len(experts_of(model))
+            measured = (targets + 1) * held + NOISE_IMAGES
         unlearned = 0 if self.unlearn == "none" else self.unlearn_epochs
-        return Cost(trained=(classes * self.epochs + unlearned) * held, predicted=(classes - 1) * held)
+        return Cost(trained=(targets * self.epochs + unlearned) * held, predicted=measured)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Invert, judge and unlearn."""
-        side = canvas_side(self.applicator, self.patch_size, task.model, task.image_size)
-        found = invert(task.model, task.clean, range(task.num_classes), self._search(task, side))
-        indices = anomaly_indices(found.sizes)
-        flagged = [label for label, index in enumerate(indices) if index > self.threshold]
-        chosen = choose(self.unlearn, flagged, found)
-        judgement = Judgement(
-            "class",
-            f"the smallest stamp {WHERE[self.applicator]} that turns other images into the class is this many robust "
-            "standard deviations smaller than the median of all classes",
-            scores={str(label): float(index) for label, index in enumerate(indices)},
-            threshold=self.threshold,
-            suspicious=[str(label) for label in flagged],
-            details={
-                "sizes": found.sizes,
-                "success": found.success,
-                "epochs": found.epochs,
-                "failed": [label for label, failed in enumerate(found.failed) if failed],
-                "unlearned": chosen,
-            },
-            arrays={"masks": found.values[:, :1], "patterns": found.values[:, 1:]},
-        )
+        goal = self._goal(task)
+        found = invert(goal, range(len(goal.names)), self._search(task))
+        indices = indices_of(goal, found)
+        flagged = [target for target, index in enumerate(indices) if index > self.threshold]
+        chosen = choose(self.unlearn, flagged, indices)
+        judgement = self._judge(goal, found, indices, flagged, chosen)
         if self.unlearn == "none":
             return DefenseResult("inverted", task.model, (judgement,))
         if chosen:
-            stamp = partial(stamp_one, found.values[chosen], side)
+            one_tile = goal.about == "expert" and self.applicator == "image"
+            stamp = partial(stamp_one, found.values[chosen], goal.side, one_tile=one_tile)
             objective = stamped_objective(stamp, self.share, task.train.label_smoothing)
             task.tune(
                 task.model,
@@ -170,34 +220,126 @@ class NeuralCleanse(Defense):
             )
         return DefenseResult("unlearned", task.model, (judgement,))
 
-    def _search(self, task: DefenseTask, side: int | None) -> Search:
+    def _goal(self, task: DefenseTask) -> Goal:
+        model, clean = task.model, task.clean
+        if self.toward == "classes":
+            side = canvas_side(self.applicator, self.patch_size, model, task.image_size)
+            return ClassGoal(model, clean, task.precision, side, task.num_classes)
+        assert isinstance(model, RoutedModel)
+        places = None
+        if self.applicator == "image":
+            draws = generator(task.seed, "stamped patches")
+            places = torch.randint(math.prod(model.patch_grid), (len(clean),), generator=draws)
+            places = places.to(clean.images.device)
+        return ExpertGoal(model, clean, task.precision, task.routing(model, clean.images), places)
+
+    def _judge(
+        self,
+        goal: Goal,
+        found: Found,
+        indices: Sequence[float],
+        flagged: Sequence[int],
+        chosen: Sequence[int],
+    ) -> Judgement:
+        """Return the finding about classes or experts; the record has values by class in lists, by expert by name."""
+        by_class = goal.about == "class"
+
+        def listed(values: Sequence[float]) -> object:
+            return values if by_class else dict(zip(goal.names, values, strict=True))
+
+        def named(targets: Sequence[int]) -> object:
+            return targets if by_class else [goal.names[target] for target in targets]
+
+        return Judgement(
+            goal.about,
+            f"the smallest stamp {WHERE[self.toward, self.applicator]} that {REACHES[self.toward]}",
+            scores=dict(zip(goal.names, indices, strict=True)),
+            threshold=self.threshold,
+            suspicious=[goal.names[target] for target in flagged],
+            details={
+                "sizes": listed(found.sizes),
+                "success": listed(found.success),
+                "epochs": listed(found.epochs),
+                "failed": named([target for target, failed in enumerate(found.failed) if failed]),
+                "unlearned": named(chosen),
+            },
+            arrays={"masks": found.values[:, :1], "patterns": found.values[:, 1:]},
+        )
+
+    def _search(self, task: DefenseTask) -> Search:
         return Search(
-            side=side,
             epochs=self.epochs,
             batch_size=self.batch_size,
             success=self.success,
             patience=self.patience,
             at_once=self.classes_at_once,
             seed=task.seed,
-            precision=task.precision,
         )
 
 
-WHERE: Mapping[ApplicatorName, str] = {"image": "on the image", "patch": "in all tiles"}
+WHERE: Mapping[tuple[Toward, ApplicatorName], str] = {
+    ("classes", "image"): "on the image",
+    ("classes", "patch"): "in all tiles",
+    ("experts", "image"): "in one patch",
+    ("experts", "patch"): "in all patches",
+}
 
 
-def choose(unlearn: Unlearn, flagged: list[int], found: Found) -> list[int]:
-    """Return the classes whose stamps are unlearned; see `NeuralCleanse`."""
+REACHES: Mapping[Toward, str] = {
+    "classes": "turns other images into the class is this many robust standard deviations smaller than the median of "
+    "all classes",
+    "experts": "brings patches of other experts to the expert is this many robust standard deviations smaller than the "
+    "median of the experts of its layer",
+}
+
+
+def indices_of(goal: Goal, found: Found) -> list[float]:
+    """Return the anomaly index of each target among those that it is comparable with."""
+    indices = [0.0] * len(goal.names)
+    for group in goal.groups:
+        for target, index in zip(group, anomaly_indices([found.sizes[t] for t in group]), strict=True):
+            indices[target] = float(index)
+    return indices
+
+
+def choose(unlearn: Unlearn, flagged: list[int], indices: Sequence[float]) -> list[int]:
+    """Return the targets whose stamps are unlearned; see `NeuralCleanse`."""
     if unlearn == "none":
         return []
     if unlearn == "all":
-        return list(range(len(found.sizes)))
+        return list(range(len(indices)))
     if unlearn == "smallest" and not flagged:
-        return [min(range(len(found.sizes)), key=found.sizes.__getitem__)]
+        return [max(range(len(indices)), key=indices.__getitem__)]
     return flagged
 
 
-def stamp_one(values: Tensor, side: int | None, images: Tensor) -> Tensor:
-    """Stamp images with one of K stamps, drawn from torch's global generator; values: (K, 4, h, w)."""
+@torch.no_grad()
+def route_noise(model: nn.Module, image_size: int) -> list[Routing]:
+    """Return how a model routes a few images of noise, in evaluation mode; it is left as it was."""
+    assert isinstance(model, RoutedModel)
+    noise = torch.rand(NOISE_IMAGES, 3, image_size, image_size, generator=generator(0, "noise"))
+    training = model.training
+    model.eval()
+    try:
+        with seeded(0, "routed noise"):
+            return model.forward_routed(noise.to(next(model.parameters()).device)).routing
+    finally:
+        model.train(training)
+
+
+def stamp_one(values: Tensor, side: int | None, images: Tensor, *, one_tile: bool = False) -> Tensor:
+    """Stamp images with one of K stamps, drawn from torch's global generator.
+
+    Args:
+        values: (K, 4, h, w).
+        side: Side of the tiles; None if the stamps cover the whole image.
+        images: (B, 3, H, W) in [0, 1].
+        one_tile: Whether only one tile of each image is stamped, which is drawn as well.
+    """
     row = torch.randint(len(values), (1,), device=images.device)
-    return stamp_all(blend_pattern, images, values[row], side)[0]
+    stamped = stamp_all(blend_pattern, images, values[row], side)
+    if one_tile and side is not None:
+        tiles = images.shape[-2] // side * (images.shape[-1] // side)
+        places = torch.randint(tiles, (len(images),), device=images.device)
+        stamped = keep_tiles(images, stamped, places, side)
+    return stamped[0]

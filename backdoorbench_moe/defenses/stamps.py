@@ -128,3 +128,22 @@ def stamp_all(stamp: Stamp, images: Tensor, values: Tensor, side: int | None) ->
         return stamp(images, values)
     stamped = stamp(tile(images, side), values).flatten(0, 1)
     return untile(stamped, *images.shape[-2:]).unflatten(0, (len(values), len(images)))
+
+
+def keep_tiles(images: Tensor, stamped: Tensor, places: Tensor, side: int) -> Tensor:
+    """Keep the stamp in one tile of each image, and take the rest from the image.
+
+    Args:
+        images: (B, 3, H, W).
+        stamped: (K, B, 3, H, W), with stamps in all tiles.
+        places: (B,) int64, the number of the tile, row by row.
+        side: Side of the tiles.
+
+    Returns:
+        (K, B, 3, H, W).
+    """
+    height, width = images.shape[-2:]
+    rows = torch.arange(height, device=images.device) // side
+    columns = torch.arange(width, device=images.device) // side
+    numbers = rows[:, None] * (width // side) + columns
+    return torch.where((numbers == places[:, None, None]).unsqueeze(1), stamped, images)

@@ -77,6 +77,42 @@ def expert_loss(routing: Sequence[Routing], touched: Tensor, experts: Sequence[i
     return torch.stack(losses).mean()
 
 
+def patch_losses(
+    gates: Tensor, experts: Tensor, choice: Choice, places: int, *, margin: float = 1.0
+) -> Tensor:
+    """A loss for each patch that falls as one expert becomes more likely to process the patch.
+
+    Where patches choose experts, it is -log of the expert's share of the gates of the patch, as in `expert_loss`. Where
+    experts choose patches, it is the hinge of `capture_loss`, in which the others are all patches but this one, and the
+    standard deviation is that of all log gates of the expert.
+
+    Args:
+        gates: (K, B, E, P), the gates of one layer for B images with each of K stamps, with gradients.
+        experts: (K,) int64, the wanted expert of each stamp.
+        choice: What the layer lets choose, see `choice_of`; not "nothing".
+        places: Number of patches that an expert selects, if experts choose patches.
+        margin: In standard deviations, if experts choose patches.
+
+    Returns:
+        (K, B, P).
+    """
+    scores = _log(gates)
+    own = of_experts(scores, experts)
+    if choice == "experts":
+        return scores.logsumexp(-2) - own
+    best = own.topk(min(places, own.shape[-1] - 1) + 1, dim=-1).values
+    last, next_best = best[..., -2:-1], best[..., -1:]
+    # Without a patch that has a place, the last place would go to the best patch that has none.
+    threshold = torch.where(own >= last, next_best, last)
+    spread = own.detach().std(-1, correction=0, keepdim=True).clamp(min=1e-12)
+    return ((threshold - own) / spread + margin).relu()
+
+
+def of_experts(values: Tensor, experts: Tensor) -> Tensor:
+    """Pick the values (K, B, P) of one expert for each of K stamps; values: (K, B, E, P), experts: (K,) int64."""
+    return values[torch.arange(len(experts), device=experts.device), :, experts]
+
+
 def captured_share(routing: Sequence[Routing], touched: Tensor) -> Tensor:
     """The share of experts, over all layers, that select a changed patch, for each image: (B,)."""
     return torch.cat([layer.selected[..., touched].any(-1) for layer in routing], 1).float().mean(1)

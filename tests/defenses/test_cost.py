@@ -61,6 +61,7 @@ EXACT: list[tuple[str, dict[str, object]]] = [
     ("nad", {"epochs": 1, "layers": ("trunk",), "betas": (1.0,)}),
     ("neural-cleanse", {"epochs": 2, "unlearn_epochs": 3}),
     ("neural-cleanse", {"epochs": 2, "unlearn": "none"}),
+    ("neural-cleanse", {"toward": "experts", "epochs": 2, "unlearn_epochs": 3}),
     ("spectral", {**JUDGED, **THROWN_OUT}),
     ("activation-clustering", {**JUDGED, "on": "routing"}),
     ("scan", {**JUDGED, "components": 4}),

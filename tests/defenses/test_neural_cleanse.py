@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from planted_models import CLASSES, TARGET, planted_model, planted_task, row_images
 
 from backdoorbench_moe.defenses import create_defense
-from backdoorbench_moe.defenses.inversion import Found, Search, _Class, invert
+from backdoorbench_moe.defenses.goals import ClassGoal
+from backdoorbench_moe.defenses.inversion import Search, _Target, invert
 from backdoorbench_moe.defenses.neural_cleanse import choose
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.outliers import anomaly_indices
@@ -25,16 +26,18 @@ QUICK = {"epochs": 40, "batch_size": 20, "clean_fraction": 1.0}
 
 def search(**given) -> Search:
     values = {
-        "side": None,
         "epochs": 6,
         "batch_size": 12,
         "success": 0.98,
         "patience": 2,
         "at_once": 3,
         "seed": 5,
-        "precision": "fp32",
     }
     return Search(**{**values, **given})
+
+
+def class_goal(count: int) -> ClassGoal:
+    return ClassGoal(planted_model(SQUARE, 3.0), row_images(count), "fp32", None, CLASSES)
 
 
 def test_a_planted_square_of_3x3_is_found_in_the_right_class_and_place() -> None:
@@ -63,10 +66,10 @@ def test_by_patch_one_tile_for_all_is_found() -> None:
 
 
 def test_classes_that_share_a_pass_get_what_each_gets_alone() -> None:
-    model, clean = planted_model(SQUARE, 3.0), row_images(36)
-    together = invert(model, clean, range(3), search())
+    goal = class_goal(36)
+    together = invert(goal, range(3), search())
     for label in range(3):
-        alone = invert(model, clean, [label], search(at_once=1))
+        alone = invert(goal, [label], search(at_once=1))
         torch.testing.assert_close(together.values[label], alone.values[0], atol=1e-4, rtol=0)
         assert together.sizes[label] == pytest.approx(alone.sizes[0], abs=1e-3)
         assert together.epochs[label] == alone.epochs[0]
@@ -74,18 +77,18 @@ def test_classes_that_share_a_pass_get_what_each_gets_alone() -> None:
 
 def test_by_default_as_many_classes_share_a_pass_as_stamp_640_images_of_32x32(monkeypatch) -> None:
     groups = []
-    record = lambda model, clean, group, search: groups.append([each.label for each in group])  # noqa: E731
+    record = lambda goal, group, search: groups.append([each.number for each in group])  # noqa: E731
     monkeypatch.setattr("backdoorbench_moe.defenses.inversion._search_group", record)
-    model, clean = planted_model(SQUARE, 3.0), row_images(6)
-    options = search(at_once=None, batch_size=4096)
-    invert(model, clean, range(6), options)
-    invert(model, clean, range(6), search(at_once=None, batch_size=1 << 20))
+    goal = class_goal(6)
+    invert(goal, range(6), search(at_once=None, batch_size=4096))
+    invert(goal, range(6), search(at_once=None, batch_size=1 << 20))
     assert groups == [[0, 1], [2, 3], [4, 5]] + [[label] for label in range(6)]
 
 
 def test_success_is_that_of_images_of_other_classes_stamped_by_hand() -> None:
-    model, clean = planted_model(SQUARE, 3.0), row_images(60)
-    found = invert(model, clean, [TARGET], search(epochs=3))
+    goal = class_goal(60)
+    model, clean = goal.model, goal.clean
+    found = invert(goal, [TARGET], search(epochs=3))
     mask, pattern = found.values[0, :1], found.values[0, 1:]
     others = clean.images[clean.labels != TARGET].float() / 255
     predicted = model((1 - mask) * others + mask * pattern).argmax(1)
@@ -128,9 +131,6 @@ def test_unlearning_takes_away_a_backdoor_that_tuning_leaves() -> None:
     assert rates["neural-cleanse"] < 0.1 and rates["fine-tuning"] > 0.9
 
 
-FOUND = Found(torch.zeros(4, 4, 8, 8), [5.0, 3.0, 9.0, 4.0], [1.0] * 4, [1] * 4, [False] * 4)
-
-
 @pytest.mark.parametrize(
     ("unlearn", "flagged", "chosen"),
     [
@@ -143,7 +143,7 @@ FOUND = Found(torch.zeros(4, 4, 8, 8), [5.0, 3.0, 9.0, 4.0], [1.0] * 4, [1] * 4,
     ],
 )
 def test_which_stamps_are_unlearned(unlearn, flagged, chosen) -> None:
-    assert choose(unlearn, flagged, FOUND) == chosen
+    assert choose(unlearn, flagged, list(anomaly_indices([5.0, 3.0, 9.0, 4.0]))) == chosen
 
 
 def test_nothing_flagged_and_nothing_to_unlearn_leaves_the_model_as_it_is() -> None:
@@ -156,9 +156,9 @@ def test_nothing_flagged_and_nothing_to_unlearn_leaves_the_model_as_it_is() -> N
     assert not changed(before, copies(result.model)) and not task.tune.history
 
 
-def follow(rows: list[tuple[float, float]]) -> _Class:
-    """A class after epochs with these sizes and shares of successes, patience 2."""
-    each = _Class(0, torch.zeros(1))
+def follow(rows: list[tuple[float, float]]) -> _Target:
+    """A target after epochs with these sizes and shares of successes, patience 2."""
+    each = _Target(0, torch.zeros(1))
     for size, success in rows:
         each.update(torch.zeros(1), size, success, search(epochs=100))
     return each

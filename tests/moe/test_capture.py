@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from backdoorbench_moe.moe.capture import (
     capture_loss,
@@ -14,6 +16,8 @@ from backdoorbench_moe.moe.capture import (
     expert_loss,
     expert_share,
     least_used,
+    of_experts,
+    patch_losses,
 )
 from backdoorbench_moe.moe.routed import Routing
 
@@ -83,3 +87,30 @@ def test_the_loss_of_one_expert_by_hand() -> None:
     touched = torch.tensor([True, True, False])
     loss = expert_loss([routing(gates, [[[1, 0, 1], [0, 1, 0]]])], touched, [1])
     assert loss.item() == pytest.approx((-math.log(0.25 / 0.75) - math.log(0.8)) / 2, abs=1e-6)
+
+
+def test_the_losses_of_patches_that_choose_are_those_of_the_loss_of_one_expert() -> None:
+    gates = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(1))
+    losses = patch_losses(gates, torch.tensor([1, 3]), "experts", 1)
+    touched = torch.ones(5, dtype=torch.bool)
+    for stamp, expert in enumerate((1, 3)):
+        layer = Routing("only", gates[stamp], torch.zeros_like(gates[stamp], dtype=torch.bool))
+        torch.testing.assert_close(losses[stamp].mean(), expert_loss([layer], touched, [expert]))
+
+
+def test_the_losses_of_patches_that_are_chosen_by_hand() -> None:
+    """Log gates 0, -1, -3 and two places: the thresholds are -3, -3 and -1, the deviation is sqrt(14)/3."""
+    gates = torch.tensor([0.0, -1.0, -3.0]).exp().view(1, 1, 1, 3)
+    deviation = math.sqrt(14) / 3
+    losses = patch_losses(gates, torch.tensor([0]), "patches", 2, margin=2.0)
+    by_hand = [max(0, gap / deviation + 2) for gap in (-3, -2, 2)]
+    assert losses.flatten().tolist() == pytest.approx(by_hand, abs=1e-5)
+
+
+@given(st.integers(1, 7), st.integers(0, 10**6))
+def test_a_chosen_patch_is_one_whose_loss_is_below_the_margin(places, seed) -> None:
+    gates = torch.randn(1, 2, 3, 8, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+    chosen = torch.zeros_like(gates, dtype=torch.bool).scatter(-1, gates.topk(places).indices, True)
+    experts = torch.tensor([2])
+    losses = patch_losses(gates, experts, "patches", places, margin=5.0)
+    assert torch.equal(losses < 5.0, of_experts(chosen, experts))
