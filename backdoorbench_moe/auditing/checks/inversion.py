@@ -14,6 +14,7 @@ from backdoorbench_moe.auditing.check import Check, Measured, NotTested
 from backdoorbench_moe.auditing.siblings import find_standout
 from backdoorbench_moe.auditing.subject import Subject
 from backdoorbench_moe.defenses.cost import Cost
+from backdoorbench_moe.defenses.goals import ClassGoal
 from backdoorbench_moe.defenses.inversion import Search, invert
 from backdoorbench_moe.defenses.routing_load import Load, image_loads
 from backdoorbench_moe.defenses.stamps import ApplicatorName, blend_pattern, canvas_side, stamp_all
@@ -121,17 +122,16 @@ def stamps(subject: Subject, applicator: ApplicatorName) -> Mapping[str, Tensor]
 
     def make() -> Mapping[str, Tensor]:
         search = Search(
-            side=side,
             epochs=epochs(count, subject.num_classes),
             batch_size=20,
             success=0.95,
             patience=3,
             at_once=None,
             seed=subject.seed,
-            precision=subject.precision,
         )
         clean = type(split)(split.images[:count], split.labels[:count])
-        found = invert(subject.model, clean, range(subject.num_classes), search)
+        goal = ClassGoal(subject.model, clean, subject.precision, side, subject.num_classes)
+        found = invert(goal, range(subject.num_classes), search)
         return {
             "values": found.values.cpu(),
             "sizes": torch.tensor(found.sizes, dtype=torch.float64),
