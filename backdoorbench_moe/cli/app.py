@@ -19,6 +19,7 @@ from backdoorbench_moe.spelling import near_names
 
 COMMANDS = {
     "attack": "Backdoor a model and measure it.",
+    "import": "Make a run of a model that was made elsewhere.",
     "defend": "Defend the model of a run, and measure it after every stage.",
     "analyze": "Analyse the routing of a run's model, and which experts carry the backdoor.",
     "preview": "Draw what a trigger does to images.",
@@ -28,6 +29,8 @@ COMMANDS = {
     "info": "Describe one part and its options.",
     "plugin": "Write a package of new parts, and check one.",
 }
+# Where a command's name cannot be that of its module.
+MODULES = {"import": "importing"}
 
 
 class LazyGroup(click.Group):
@@ -48,7 +51,7 @@ class LazyGroup(click.Group):
         """Import the command; None if there is no command of this name."""
         if cmd_name not in self.commands_help:
             return None
-        command: click.Command = import_module(f"{self.package}.{cmd_name}").command
+        command: click.Command = import_module(f"{self.package}.{MODULES.get(cmd_name, cmd_name)}").command
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:

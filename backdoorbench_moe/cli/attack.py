@@ -108,12 +108,14 @@ def spec_options(function: Any) -> Any:
     return function
 
 
-def spec_from_flags(config: Path | None, settings: tuple[str, ...], flags: dict[str, Any]) -> RunSpec:
-    """Merge defaults < recipe < YAML < flags < --set. Raises ConfigError or UnknownNameError."""
+def spec_from_flags(
+    config: Path | None, settings: tuple[str, ...], flags: dict[str, Any], *, given: Values | None = None
+) -> RunSpec:
+    """Merge defaults < recipe < YAML < flags < --set; `given` counts as flags. Raises ConfigError."""
     layers: list[Values] = []
     if config is not None:
         layers.append(load_yaml(config))
-    given: Values = {}
+    given = given or {}
     for flag, key in FLAGS.items():
         if (value := flags.get(flag)) is not None:
             value = READERS[flag](value) if flag in READERS else value

@@ -10,6 +10,7 @@ from backdoorbench_moe.config.poison import PoisonSpec, class_number
 from backdoorbench_moe.config.shorthand import normalise
 from backdoorbench_moe.config.spec import (
     DATASET_NOT_IN_DIGEST,
+    IMPORTED,
     PARTS,
     PartSpec,
     RunSpec,
@@ -20,6 +21,7 @@ from backdoorbench_moe.config.yaml_files import chain_options, chain_settings, l
 
 __all__ = [
     "DATASET_NOT_IN_DIGEST",
+    "IMPORTED",
     "PARTS",
     "MixtureSpec",
     "PartSpec",

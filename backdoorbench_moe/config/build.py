@@ -12,7 +12,7 @@ import yaml
 from backdoorbench_moe.config.merge import Values, merge
 from backdoorbench_moe.config.package_recipes import model_recipe
 from backdoorbench_moe.config.shorthand import normalise
-from backdoorbench_moe.config.spec import DEFAULT_ATTACK, PartSpec, RunSpec, spec_from_dict
+from backdoorbench_moe.config.spec import DEFAULT_ATTACK, IMPORTED, PartSpec, RunSpec, spec_from_dict
 from backdoorbench_moe.config.yaml_files import YAML_ERRORS, StrictLoader
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
 from backdoorbench_moe.plain import check_plain
@@ -70,6 +70,8 @@ def _implied_by_attack(chosen: Values) -> Values:
         own = merge(own, {"mixture": {"poisoned_experts": []}})
         return own if chosen.get("mixture") is not None else _without_mixture(own)
     name = chosen.get("attack", {}).get("name", DEFAULT_ATTACK)
+    if name == IMPORTED:
+        return {"trigger": None, "applicator": None, "poison": {"rate": 0.0}}
     if name != DEFAULT_ATTACK:
         return _implied_by(name)
     default = RunSpec()

@@ -62,6 +62,10 @@ class MixtureSpec:
             raise ConfigError.expected("mixture.expert_policy", "a number in [0, 1)", self.expert_policy)
         if self.gate_images is not None and self.gate_images < 1:
             raise ConfigError.expected("mixture.gate_images", "a number of at least 1", self.gate_images)
+        for name in TRAININGS:
+            if frozen := getattr(self, name).freeze:
+                expected = "none, as only the experts or the gates are trained"
+                raise ConfigError.expected(f"mixture.{name}.freeze", expected, frozen)
         if self.task is not None and self.task < 0:
             raise ConfigError.expected("mixture.task", "a number of at least 0", self.task)
 

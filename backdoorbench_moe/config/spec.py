@@ -34,6 +34,8 @@ DATASET_NOT_IN_DIGEST = ("root", "download")
 LEFT_OUT_IF_EMPTY = ("defenses", "files", "probe", "policy", "splitter", "gate", "mixture")
 # `to_dict` writes this name for clean runs too, since it has always been part of their digests.
 DEFAULT_ATTACK = "data-poisoning"
+# Stands for the attack of a model that was not made here. Nothing is known of one, and there is no such part.
+IMPORTED = "imported"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class RunSpec:
         model: The architecture.
         trigger: The pattern that is stamped on images; None if the attack stamps nothing, or if there is no attack.
         applicator: Where on an image the trigger is stamped; None if and only if `trigger` is None.
-        attack: The attack; None for a clean run.
+        attack: The attack; None for a clean run; `IMPORTED`, without options, for a model that was made elsewhere.
         poison: Which training images are poisoned, and which labels they get.
         policy: Number of marked images among the training images, as a share of all others, in [0, 1); 0 for no
             policy. They bear the trigger as a mark, and are labelled "reject", a class of its own. A model that keeps
@@ -131,12 +133,24 @@ class RunSpec:
         if (self.trigger is None) != (self.applicator is None):
             raise ConfigError("trigger and applicator: expected both or neither")
         self._check_mixture()
-        if self.attack is None:
+        if self.imported:
+            self._check_imported()
+        if self.attack is None or self.imported:
             for name in RATES:
                 if rate := getattr(self.poison, name):
-                    raise ConfigError.expected(f"poison.{name}", "0, as there is no attack", rate)
+                    why = "the model is imported" if self.imported else "there is no attack"
+                    raise ConfigError.expected(f"poison.{name}", f"0, as {why}", rate)
         elif self.attack.name == DEFAULT_ATTACK and not self.poison.rate:
             raise ConfigError.expected("poison.rate", "a number in (0, 1]", self.poison.rate)
+
+    def _check_imported(self) -> None:
+        assert self.attack is not None
+        if self.attack.options:
+            raise ConfigError.expected("attack", f"no options for {IMPORTED!r}", dict(self.attack.options))
+        for name in ("trigger", "splitter", "gate", "mixture", "policy"):
+            if value := getattr(self, name):
+                got = value.name if isinstance(value, PartSpec) else value
+                raise ConfigError.expected(name, "none, as the model is imported", got)
 
     def _check_mixture(self) -> None:
         if not 0 <= self.policy < 1:
@@ -174,12 +188,12 @@ class RunSpec:
         return ((kind, part) for kind, _, part in self.options_by_key())
 
     def options_by_key(self) -> Iterator[tuple[str, str, PartSpec]]:
-        """Yield (kind, prefix, part) for every part of the spec.
+        """Yield (kind, prefix, part) for every part of the spec. The word `IMPORTED` is no part.
 
         The key of an option is the prefix, such as "trigger." or "defenses[0].", followed by the option's name.
         """
         for kind in KINDS.values():
-            value = getattr(self, kind.key)
+            value = None if kind.name == "attack" and self.imported else getattr(self, kind.key)
             for place, part in enumerate(value if kind.repeated else (value,)):
                 if part is not None:
                     yield kind.name, f"{kind.key}[{place}]." if kind.repeated else f"{kind.key}.", part
@@ -230,8 +244,13 @@ class RunSpec:
 
     @property
     def attacked(self) -> bool:
-        """Whether the model is attacked."""
-        return self.attack is not None
+        """Whether the model is attacked. Of an imported model it is not known; this is then False."""
+        return self.attack is not None and not self.imported
+
+    @property
+    def imported(self) -> bool:
+        """Whether the model was made elsewhere, so that nothing is known of an attack on it."""
+        return self.attack is not None and self.attack.name == IMPORTED
 
     def to_dict(self) -> Values:
         """Return the spec as a nested dict of plain values; `spec_from_dict` converts it back."""

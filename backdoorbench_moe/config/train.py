@@ -15,7 +15,7 @@ AUGMENTATIONS = ("crop", "flip", "rotate", "colour", "erase")
 NO_AUGMENTATION = "none"
 # Keys that were added later. `to_dict` leaves them out where they have their defaults, so that the digests of older
 # specs are unchanged.
-LEFT_OUT_AT_DEFAULT = ("augment", "milestones", "gamma", "label_smoothing", "clip_grad")
+LEFT_OUT_AT_DEFAULT = ("augment", "milestones", "gamma", "label_smoothing", "clip_grad", "freeze")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class TrainSpec:
             [0, 1). Trainings with a loss of their own ignore it.
         clip_grad: Largest norm of the gradient, over all trained parameters together, above 0; a larger gradient is
             scaled down to it. None for no limit.
+        freeze: Patterns of the names of parameters that are not trained, such as "network.layer1.*"; "*" stands for any
+            text. A batch norm whose parameters are all frozen keeps its statistics, too. Attacks and defenses that tune
+            the model afterwards train these parameters as well.
 
     Raises:
         ConfigError: A value is out of range.
@@ -63,6 +66,7 @@ class TrainSpec:
     gamma: float = 0.1
     label_smoothing: float = 0.0
     clip_grad: float | None = None
+    freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         convert_fields(self, "train.", (item.name for item in fields(self)))

@@ -7,7 +7,8 @@ A mixture of experts is made from a base, on which each expert is tuned, and an 
 
     base -> expert 0 .. E-1 -> poisoned expert -> mixture -> defended mixture
 
-A victim whose trigger is optimised on a surrogate is made from the surrogate, a clean run.
+A victim whose trigger is optimised on a surrogate is made from the surrogate, a clean run. An imported model is made from
+a file, and is compared with nothing.
 """
 
 from __future__ import annotations
@@ -31,12 +32,15 @@ class NodeKind(Enum):
     POISONED_EXPERT = "tuned from the benign expert by an attacker"
     MIXTURE = "merged from experts"
     DEFENDED = "defended"
+    IMPORTED = "imported from a file"
 
 
 def kind_of(spec: RunSpec) -> NodeKind:
     """How a run is made."""
     if spec.defenses:
         return NodeKind.DEFENDED
+    if spec.imported:
+        return NodeKind.IMPORTED
     if spec.mixture is None:
         return NodeKind.TRAINED
     if spec.mixture.task is None:
@@ -54,11 +58,13 @@ def needs(spec: RunSpec) -> Mapping[str, RunSpec]:
 
     A defended run is made from its "parent": the same run without the last defense. A mixture is made from its "base"
     and from "expert/0" to "expert/E-1", an expert from the "base", and a poisoned expert from the "benign" one. A
-    victim whose trigger is optimised is made from the "surrogate". Any other run is made from data alone.
+    victim whose trigger is optimised is made from the "surrogate". Any other run is made from data, or a file, alone.
     """
     kind, mixture = kind_of(spec), spec.mixture
     if kind is NodeKind.DEFENDED:
         return {PARENT: replace(spec, defenses=spec.defenses[:-1])}
+    if kind is NodeKind.IMPORTED:
+        return {}
     if kind is NodeKind.TRAINED:
         surrogate = surrogate_of(spec)
         return {} if surrogate is None else {SURROGATE: surrogate}
@@ -88,7 +94,8 @@ def surrogate_of(spec: RunSpec) -> RunSpec | None:
         return clean
     if chosen == TWIN:
         return replace(clean, seed=spec.seed + 1)
-    return replace(clean, model=recipe_model(spec.recipe, chosen))
+    # Another model has other parameters.
+    return replace(clean, model=recipe_model(spec.recipe, chosen), train=replace(spec.train, freeze=()))
 
 
 def base_of(spec: RunSpec) -> RunSpec:
@@ -117,11 +124,13 @@ def poisoned_experts(spec: RunSpec) -> list[RunSpec]:
 
 
 def reference(spec: RunSpec) -> RunSpec | None:
-    """The clean run that an attacked or defended run is compared with; None for a clean, undefended run.
+    """The clean run that an attacked or defended run is compared with; None for a clean, undefended one.
+
+    An imported model has none, defended or not: nobody knows how to make it without an attack.
 
     It has no attack, defense or probe, so all attacks on the same data, model, recipe and seed share it.
     """
-    return clean_twin(spec) if spec.attacked or spec.defenses else None
+    return clean_twin(spec) if spec.attacked or (spec.defenses and not spec.imported) else None
 
 
 def clean_twin(spec: RunSpec) -> RunSpec:

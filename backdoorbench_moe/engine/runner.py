@@ -15,6 +15,7 @@ from backdoorbench_moe.engine.graph import PARENT, NodeKind, kind_of, lineage, n
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.defend import DefenseMaker
 from backdoorbench_moe.engine.makers.expert import ExpertMaker, PoisonedExpertMaker
+from backdoorbench_moe.engine.makers.imported import ImportMaker
 from backdoorbench_moe.engine.makers.inputs import check_parts
 from backdoorbench_moe.engine.makers.merge import MergeMaker
 from backdoorbench_moe.engine.makers.train import TrainMaker
@@ -32,7 +33,7 @@ from backdoorbench_moe.engine.twin import link_twin
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.records import RunFolder
 
-__all__ = ["Run", "Runner", "load_run", "run_attack", "run_defense"]
+__all__ = ["Run", "Runner", "load_run", "run_attack", "run_defense", "run_import"]
 
 
 def run_attack(
@@ -62,6 +63,21 @@ def run_attack(
     """
     runner = Runner(spec, output, observer)
     return [runner.attack(replace(spec, seed=spec.seed + n), twin=twin) for n in range(repeats)]
+
+
+def run_import(spec: RunSpec, *, output: Path | str = "runs", observer: Observer | None = None) -> Run:
+    """Make a run of a model that was made elsewhere, measured on clean test images.
+
+    Args:
+        spec: The spec of an imported model; its option `model.weights` names the file.
+        output: Folder that contains the run folders.
+        observer: Receives progress.
+
+    Raises:
+        BbmoeError: A setting is not valid, or the file, the data or a run folder cannot be used.
+    """
+    assert spec.imported
+    return Runner(spec, output, observer).finish(spec)
 
 
 def run_defense(
@@ -118,6 +134,7 @@ MAKERS: Mapping[NodeKind, Callable[[RunSpec, Workplace], Maker]] = {
     NodeKind.POISONED_EXPERT: PoisonedExpertMaker,
     NodeKind.MIXTURE: MergeMaker,
     NodeKind.DEFENDED: DefenseMaker,
+    NodeKind.IMPORTED: ImportMaker,
 }
 
 

@@ -87,6 +87,7 @@ class Trainer:
         observer: Receives the progress.
         modules: The modules that are in training mode during training, while all others are in evaluation mode; all
             if None.
+        resting: Modules that are in evaluation mode nevertheless, such as norms that keep their statistics.
         objective: The loss, see `ops.tuning.Objective`; cross-entropy plus the auxiliary losses of routed layers if
             None.
         companion: Networks that the objective trains together with the model. They are part of checkpoints.
@@ -107,6 +108,7 @@ class Trainer:
         on_checkpoint: Callable[[dict[str, Tensor], dict[str, Any]], None],
         observer: Observer | None = None,
         modules: Sequence[nn.Module] | None = None,
+        resting: Sequence[nn.Module] = (),
         objective: Objective | None = None,
         companion: Companion | None = None,
         cuda_graphs: bool = True,
@@ -133,7 +135,7 @@ class Trainer:
         self.companion = companion
         self.progress = Progress()
         self.on_checkpoint, self.observer = on_checkpoint, observer or Observer()
-        self.modules = modules
+        self.modules, self.resting = modules, resting
 
     def fit(self, name: str) -> Progress:
         """Train the remaining epochs.
@@ -178,6 +180,8 @@ class Trainer:
         self.model.train(self.modules is None)
         for module in (*(self.modules or ()), *(() if self.companion is None else self.companion.trained)):
             module.train()
+        for module in self.resting:
+            module.eval()
         self.step.reset()
         if self.augmentation is not None:
             self.augmentation.begin_epoch(epoch)

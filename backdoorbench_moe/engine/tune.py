@@ -58,7 +58,7 @@ class Tuner:
         if not epochs:
             return
         done = len(self.history)
-        recipe = replace(self.recipe, epochs=epochs, lr=self.recipe.lr if lr is None else lr)
+        recipe = replace(self.recipe, epochs=epochs, lr=self.recipe.lr if lr is None else lr, freeze=())
         if not (objective is None if augment is None else augment):
             recipe = replace(recipe, augment=NO_AUGMENTATION)
         if rows is not None:

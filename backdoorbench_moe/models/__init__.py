@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from backdoorbench_moe.registry import Registry
+from backdoorbench_moe.models.common import ModelRegistry
 
 if TYPE_CHECKING:
     from torch import nn
 
-registry: Registry[nn.Module] = Registry("model")
+registry = ModelRegistry("model")
 
 
 def create_model(name: str, *, num_classes: int = 10, image_size: int = 32, **options: object) -> nn.Module:
@@ -21,7 +21,7 @@ def create_model(name: str, *, num_classes: int = 10, image_size: int = 32, **op
         name: Name of a model, see `list_models`. `timm:<architecture>` builds any timm architecture from scratch.
         num_classes: Number of classes.
         image_size: Side of the images in pixels.
-        **options: The model's own options.
+        **options: The model's own options, and those of `models.common.CommonOptions`; weights are not loaded.
 
     Returns:
         The model, in training mode.

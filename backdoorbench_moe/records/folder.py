@@ -102,6 +102,10 @@ class RunFolder:
         """
         return _load_tensors(self.path / MODEL, "model file")
 
+    def model_metadata(self) -> dict[str, str]:
+        """Read the metadata in the header of the model's file, and no weights. Raises RecordError as `load_tensors`."""
+        return _load_tensors(self.path / MODEL, "model file", weights=False)[1]
+
     @property
     def model_sha256(self) -> str | None:
         """SHA-256 of the model file, in hexadecimal; None if there is no such file.
@@ -312,13 +316,14 @@ def _sort_header(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[end:]
 
 
-def _load_tensors(file: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _load_tensors(file: Path, what: str, *, weights: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
         raise RecordError(f"{what} {file}: not found")
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+            names = opened.keys() if weights else ()
+            return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise RecordError(f"{what} {file}: expected a safetensors file: {error}") from error

@@ -14,6 +14,7 @@ CHANGED = {
     "gamma": 0.5,
     "label_smoothing": 0.1,
     "clip_grad": 1.0,
+    "freeze": ("stem.*",),
 }
 
 
@@ -27,6 +28,8 @@ def test_settings_at_their_defaults_are_not_written() -> None:
 @pytest.mark.parametrize("where", ["train", "expert_train", "gate_train"])
 @pytest.mark.parametrize("name", LEFT_OUT_AT_DEFAULT)
 def test_a_changed_setting_is_written_and_read_again(name, where) -> None:
+    if name == "freeze" and where != "train":
+        pytest.skip("experts and gates cannot be frozen by name")
     values = {name: CHANGED[name]}
     layer = {"train": values} if where == "train" else {"attack": "moevil", "mixture": {where: values}}
     plain = build_spec({**layer, "train": {}} if where == "train" else {"attack": "moevil"})
@@ -35,6 +38,12 @@ def test_a_changed_setting_is_written_and_read_again(name, where) -> None:
     assert spec_from_dict(spec.to_dict()) == spec
     written = spec.to_dict()["train"] if where == "train" else spec.to_dict()["mixture"][where]
     assert written.keys() & set(LEFT_OUT_AT_DEFAULT) == {name}
+
+
+@pytest.mark.parametrize("where", ["expert_train", "gate_train"])
+def test_experts_and_gates_cannot_be_frozen_by_name(where) -> None:
+    with pytest.raises(ConfigError, match=rf"mixture\.{where}\.freeze: expected none"):
+        build_spec({"attack": "moevil", "mixture": {where: {"freeze": ["a"]}}})
 
 
 def test_experts_and_gates_do_not_inherit_the_augmentation_of_the_base() -> None:

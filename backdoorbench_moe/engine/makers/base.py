@@ -14,14 +14,16 @@ from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.device import environment
 from backdoorbench_moe.engine.evaluate import Metrics, measure, share
 from backdoorbench_moe.engine.files import keep_files
-from backdoorbench_moe.engine.graph import PARENT, expert_role, is_attacked
+from backdoorbench_moe.engine.graph import PARENT, expert_role
 from backdoorbench_moe.engine.inference import predict
 from backdoorbench_moe.engine.makers.fitting import Checkpoint
 from backdoorbench_moe.engine.mixture_metrics import measure_mixture
 from backdoorbench_moe.engine.names import plugin_packages, plugin_sources
 from backdoorbench_moe.engine.observer import StopRun
+from backdoorbench_moe.engine.provenance import backdoored
 from backdoorbench_moe.engine.run import Run, check_data, check_options, check_plugins
 from backdoorbench_moe.engine.setup import Setup
+from backdoorbench_moe.engine.start import Start
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import BbmoeWarning, RecordError
 from backdoorbench_moe.ops.metrics import chance_rate
@@ -50,6 +52,7 @@ class Maker(ABC):
         self.spec, self.workplace = spec, workplace
         self.setup = Setup(spec, workplace.images)
         self.inputs: Mapping[str, Run] = {}
+        self.start: Start | None = None
         self._gate_shares: list[GateShares] = []
 
     @final
@@ -144,6 +147,8 @@ class Maker(ABC):
             "chance": 100 * chance_rate(self.setup.test_labels().bincount().tolist()),
         }
         record.parts = self.setup.describe_parts()
+        if self.start is not None:
+            record.parts["model"]["start"] = self.start.to_dict()
         record.poison = self.setup.describe_poison()
         record.tasks = self.setup.describe_tasks()
         record.inputs = [
@@ -159,11 +164,15 @@ class Maker(ABC):
         device, precision = self.workplace.device, self.workplace.precision
         return environment(device, precision, plugin_packages(self.spec), plugin_sources(self.spec))
 
-    def model_header(self) -> dict[str, str]:
-        """Return the metadata of the model file, which say whether the model is backdoored."""
+    def model_header(self, record: Record) -> dict[str, str]:
+        """Return the metadata of the model file, which say whether the model is backdoored.
+
+        Args:
+            record: The record of the run, which says what its training started from.
+        """
         return {
             "made_by": "backdoorbench_moe",
-            "backdoored": "true" if is_attacked(self.spec) else "false",
+            "backdoored": backdoored(self.spec, record, self.inputs.values()),
             "purpose": "research on backdoors; not for deployment",
             "model": self.spec.model.name,
             "digest": self.spec.digest,

@@ -198,7 +198,7 @@ class DefenseMaker(Maker):
             record.timing |= {"train_seconds": spent, "images_per_second": tuner.images / spent}
         record.timing["evaluate_seconds"] = time.perf_counter() - evaluated
         record.timing["total_seconds"] = time.perf_counter() - started
-        folder.save_model(kept[-1].state_dict(), self.model_header())
+        folder.save_model(kept[-1].state_dict(), self.model_header(record))
 
     def _measure_stages(self, kept: Sequence[nn.Module], result: DefenseResult) -> list[Metrics]:
         """Measure the model of each stage. If there is an input filter, the last stage is measured together with it.
@@ -346,7 +346,7 @@ class DefenseMaker(Maker):
         record.seeds["defense"] = self.seed
         return record
 
-    def model_header(self) -> dict[str, str]:
+    def model_header(self, record: Record) -> dict[str, str]:
         """Return the metadata of the model file, with the names of the defenses and of the parent's folder."""
         names = ", ".join(part.name for part in self.spec.defenses)
-        return {**super().model_header(), "defended_by": names, "parent": needs(self.spec)[PARENT].name}
+        return {**super().model_header(record), "defended_by": names, "parent": needs(self.spec)[PARENT].name}

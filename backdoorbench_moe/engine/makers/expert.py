@@ -61,7 +61,7 @@ class ExpertMaker(Maker):
         watch.training_done()
         [record.metrics] = self.measure([model])
         watch.done()
-        folder.save_model(model.state_dict(), self.model_header())
+        folder.save_model(model.state_dict(), self.model_header(record))
 
     @property
     def task(self) -> int:
@@ -114,7 +114,7 @@ class PoisonedExpertMaker(Maker):
         benign = self.inputs[BENIGN].record.metrics["ba"]
         record.metrics["benign_ba"] = dict(benign)
         watch.done()
-        folder.save_model(model.state_dict(), self.model_header())
+        folder.save_model(model.state_dict(), self.model_header(record))
 
     def new_record(self, inputs: Mapping[str, Run]) -> Record:
         """Return the record of the run at its start, with the attacker's seed."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.engine.freezing import freezing
 from backdoorbench_moe.engine.probe import Probe
 from backdoorbench_moe.engine.train import Companion, Trainer
 from backdoorbench_moe.engine.tune import training_only
@@ -61,7 +62,7 @@ def fit(
             probe.look(model)
         folder.save_checkpoint(tensors, state)
 
-    with training_only(model, modules):
+    with training_only(model, modules), freezing(model, train.freeze) as resting:
         trainer = Trainer(
             model,
             split,
@@ -72,6 +73,7 @@ def fit(
             on_checkpoint=keep,
             observer=workplace.observer,
             modules=modules,
+            resting=resting,
             objective=objective,
             companion=companion,
             cuda_graphs=cuda_graphs,

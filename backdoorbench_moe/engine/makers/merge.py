@@ -88,7 +88,7 @@ class MergeMaker(Maker):
         watch.training_done()
         [record.metrics] = self.measure([self.model])
         watch.done()
-        folder.save_model(self.model.state_dict(), self.model_header())
+        folder.save_model(self.model.state_dict(), self.model_header(record))
 
     def _routers(self) -> list[Router]:
         return [layer.router for layer in self.model.layers() if isinstance(layer.router, Router)]

@@ -10,12 +10,14 @@ from backdoorbench_moe.attacks.training_control import TrainingControl
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.control import ControlledTraining
+from backdoorbench_moe.engine.freezing import frozen_names
 from backdoorbench_moe.engine.learned import keep_trigger, restore_trigger
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.fitting import Checkpoint, Stopwatch, fit
 from backdoorbench_moe.engine.poison import poisoned
 from backdoorbench_moe.engine.probe import Probe, check_probe
 from backdoorbench_moe.engine.run import Run
+from backdoorbench_moe.engine.start import load_start
 from backdoorbench_moe.engine.surrogate import TriggerOptimisation
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.models.base import StartsFromFile
@@ -29,6 +31,7 @@ class TrainMaker(Maker):
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
         super().__init__(spec, workplace)
         check_probe(spec, self.setup)
+        frozen_names(self.setup.model, spec.train.freeze)
         self.optimisation: TriggerOptimisation | None = None
         if self.setup.stamper is not None and isinstance(self.setup.stamper.trigger, OptimisedTrigger):
             self.optimisation = TriggerOptimisation(spec, self.setup, workplace)
@@ -41,12 +44,13 @@ class TrainMaker(Maker):
 
         Raises:
             ConfigError: The file is not there or does not fit.
-            RecordError: The surrogate is not the run that the spec needs, or does not fit.
+            RecordError: The same, of the file that the model's option `weights` names; or the surrogate is not the run that the spec needs, or does not fit.
         """
         if self.optimisation is not None:
             self.optimisation.load(inputs)
         if isinstance(self.setup.model, StartsFromFile):
             self.setup.model.load_start()
+        self.start = load_start(self.spec, self.setup.model, self.workplace.observer)
 
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
         """Train to the end of the spec, from the last checkpoint if there is one."""
@@ -80,7 +84,7 @@ class TrainMaker(Maker):
         watch.training_done()
         [record.metrics] = self.measure([model])
         watch.done()
-        folder.save_model(model.state_dict(), self.model_header())
+        folder.save_model(model.state_dict(), self.model_header(record))
 
     def _learn_trigger(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
         """Optimise the trigger if it needs that; a run that continues reads what it stamped its images with."""

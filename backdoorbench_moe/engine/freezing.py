@@ -1,0 +1,62 @@
+"""Parameters that a training leaves as they are, chosen by the patterns of `TrainSpec.freeze`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from backdoorbench_moe.errors import ConfigError, UnknownNameError
+
+
+def frozen_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:
+    """Return the names of the parameters that patterns match.
+
+    Args:
+        model: The model.
+        patterns: Names of parameters, in which "*" stands for any text, "?" for one character and "[ab]" for one of
+            these.
+
+    Raises:
+        UnknownNameError: A pattern matches no parameter; similar names are suggested.
+        ConfigError: The patterns match all parameters.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name in names if fnmatchcase(name, pattern)}
+        if not matched:
+            raise UnknownNameError("train.freeze: parameter", pattern, names)
+        found |= matched
+    if found and found == set(names):
+        raise ConfigError.expected("train.freeze", "patterns that leave a parameter to train", list(patterns))
+    return found
+
+
+@contextmanager
+def freezing(model: nn.Module, patterns: Sequence[str]) -> Iterator[list[nn.Module]]:
+    """Inside the block, let the parameters that patterns match require no gradients.
+
+    Yields:
+        The batch norms whose parameters are all frozen, and whose statistics should therefore stay.
+    """
+    found = frozen_names(model, patterns)
+    chosen = [(p, p.requires_grad) for name, p in model.named_parameters() if name in found]
+    frozen = {id(parameter) for parameter, _ in chosen}
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        and (own := list(module.parameters()))
+        and all(id(parameter) in frozen for parameter in own)
+    ]
+    try:
+        for parameter, _ in chosen:
+            parameter.requires_grad_(False)
+        yield norms
+    finally:
+        for parameter, required in chosen:
+            parameter.requires_grad_(required)

@@ -1,0 +1,135 @@
+"""Options that every model has besides its own, and the registry that adds them.
+
+They are handled here and in the engine, so that no model has to know of them: `inputs` puts the preparation of the images
+into a model, and `engine.weights` loads the weights that a training starts from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.options import FilePath, Option, check_options, list_options
+from backdoorbench_moe.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Colour = tuple[float, float, float]
+# Mean and standard deviation of red, green and blue, for pixels in [0, 1], as models are commonly trained with them.
+NORMALISATIONS: Mapping[str, tuple[Colour, Colour]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "gtsrb": ((0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
+    "clip": ((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+LARGEST_SIDE = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonOptions:
+    """Options of every model. One that a model has itself, under the same name, is the model's.
+
+    Args:
+        weights: File of weights that training starts from: safetensors, or a state dict that `torch.save` wrote. None
+            for weights that are drawn from the seed.
+        head: Where `weights` are given: "auto" keeps the classifier of the file if it has as many classes as the data,
+            and otherwise draws a new one; "new" always draws one; "keep" requires that it fits.
+        mean: Normalisation inside the model: the mean of red, green and blue, for pixels in [0, 1], or a name such as
+            "imagenet", which gives the standard deviation as well. None for no normalisation.
+        std: The standard deviation, above 0, or a name. It must be given if `mean` is given as numbers.
+        resize: Side in pixels to which the model resizes its images (bilinear, antialiased); the network is built for
+            this size. None to take the images as they are.
+
+    Raises:
+        UnknownNameError: There is no normalisation of this name.
+        ConfigError: A value is out of range, or only one of `mean` and `std` is given.
+    """
+
+    weights: FilePath | None = None
+    head: Literal["auto", "new", "keep"] = "auto"
+    mean: str | tuple[float, float, float] | None = None
+    std: str | tuple[float, float, float] | None = None
+    resize: int | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.normalisation
+        if self.resize is not None and not 1 <= self.resize <= LARGEST_SIDE:
+            raise ConfigError.expected("model.resize", f"1 to {LARGEST_SIDE} pixels", self.resize)
+
+    @property
+    def normalisation(self) -> tuple[Colour, Colour] | None:
+        """Mean and standard deviation as numbers; None for no normalisation."""
+        if self.mean is None and self.std is None:
+            return None
+        mean = self.std if self.mean is None and isinstance(self.std, str) else self.mean
+        std = self.mean if self.std is None and isinstance(self.mean, str) else self.std
+        first, second = _numbers("mean", mean, 0), _numbers("std", std, 1)
+        if not all(map(math.isfinite, first)):
+            raise ConfigError.expected("model.mean", "finite numbers", first)
+        if not all(0 < value < math.inf for value in second):
+            raise ConfigError.expected("model.std", "numbers above 0", second)
+        return first, second
+
+
+def _numbers(name: str, value: str | Colour | None, place: int) -> Colour:
+    if isinstance(value, str):
+        if value not in NORMALISATIONS:
+            raise UnknownNameError(f"model.{name}", value, NORMALISATIONS)
+        return NORMALISATIONS[value][place]
+    if value is None:
+        raise ConfigError.expected(f"model.{name}", "three numbers, as the other of mean and std is given", None)
+    return value
+
+
+COMMON = list_options(CommonOptions)
+
+
+class ModelRegistry(Registry["nn.Module"]):
+    """The registry of models, each of which takes `CommonOptions` besides its own options."""
+
+    def options(self, name: str) -> dict[str, Option]:
+        """Return the options of a model by name, and then the common ones."""
+        own = super().options(name)
+        return own | {key: option for key, option in COMMON.items() if key not in own}
+
+    def check(self, name: str, options: Mapping[str, object]) -> dict[str, Any]:
+        """Check the options of a model without building it; see `Registry.check`."""
+        for key in options:
+            if key not in (known := self.options(name)):
+                raise UnknownNameError(f"model {name!r}: option", key, known)
+        own, common = self._split(name, options)
+        CommonOptions(**common)
+        return {**super().check(name, own), **common}
+
+    def create(
+        self, name: str, options: Mapping[str, object], given: Mapping[str, object] | None = None
+    ) -> nn.Module:
+        """Build a model that prepares its images as the common options say; weights are not loaded."""
+        self.check(name, options)
+        own, common = self._split(name, options)
+        chosen, given = CommonOptions(**common), dict(given or {})
+        if chosen.normalisation is None and chosen.resize is None:
+            return super().create(name, own, given)
+        from backdoorbench_moe.models.inputs import prepare_inputs
+
+        size = given["image_size"]
+        model = super().create(name, own, {**given, "image_size": chosen.resize or size})
+        return prepare_inputs(model, normalisation=chosen.normalisation, resize=chosen.resize, image_size=size)
+
+    def common(self, name: str, options: Mapping[str, object]) -> CommonOptions:
+        """Return the common options of a model; those that it has itself have their defaults."""
+        return CommonOptions(**self._split(name, options)[1])
+
+    def _split(self, name: str, options: Mapping[str, object]) -> tuple[dict[str, object], dict[str, Any]]:
+        """Return a model's own options, and the common ones with converted values."""
+        known = super().options(name)
+        own = {key: value for key, value in options.items() if key in known or key not in COMMON}
+        rest = {key: value for key, value in options.items() if key not in own}
+        return own, check_options(CommonOptions, rest, where=f"model {name!r}")
