@@ -3,9 +3,12 @@
 The public interface, all imported on first use:
 
 - `attack(...)` trains and measures backdoored models and returns their runs; `load_run(folder)` opens a run.
+- `import_weights(file, model)` makes a run of a model that was made elsewhere.
 - `defend(run, defense)` applies a defense to a finished run's model and returns the defended run.
 - `draw_figures(analysis)` draws what `analyze` found.
 - `analyze(run)` analyses the routing of a finished run's model, and which expert carries the backdoor.
+- `defend` and `analyze` also take any `nn.Module`, with clean images; `normalised(module, mean, std)` puts its
+  normalisation inside.
 - `make_spec(...)` builds the frozen RunSpec of a run.
 - `create_trigger`, `create_applicator`, `create_attack`, `create_gate`, `create_model`, `create_defense` and
   `create_dataset` build parts by name, third-party ones included; `list_triggers` and the like return the names.
@@ -25,8 +28,10 @@ _HOMES = {
     "attack": "backdoorbench_moe.api",
     "defend": "backdoorbench_moe.api",
     "draw_figures": "backdoorbench_moe.api",
+    "import_weights": "backdoorbench_moe.api",
     "load_run": "backdoorbench_moe.api",
     "make_spec": "backdoorbench_moe.api",
+    "normalised": "backdoorbench_moe.api",
     "Run": "backdoorbench_moe.engine.run",
     "RunSpec": "backdoorbench_moe.config",
     "Observer": "backdoorbench_moe.engine.observer",
@@ -72,7 +77,16 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from backdoorbench_moe.api import analyze, attack, defend, draw_figures, load_run, make_spec
+    from backdoorbench_moe.api import (
+        analyze,
+        attack,
+        defend,
+        draw_figures,
+        import_weights,
+        load_run,
+        make_spec,
+        normalised,
+    )
     from backdoorbench_moe.applicators import create_applicator, list_applicators
     from backdoorbench_moe.applicators.base import Applicator
     from backdoorbench_moe.attacks import create_attack, list_attacks

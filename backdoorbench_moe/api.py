@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
-from backdoorbench_moe.config import PartSpec, RunSpec, build_spec, chain_settings
+from torch import nn
+
+from backdoorbench_moe.config import IMPORTED, PartSpec, RunSpec, build_spec, chain_settings
 from backdoorbench_moe.engine import runner
+from backdoorbench_moe.engine.defended_module import DefendedModule, defend_module
 from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.engine.opened_model import Images, open_model
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.torch_state import default_torch_state
 from backdoorbench_moe.errors import ConfigError
@@ -17,9 +22,19 @@ from backdoorbench_moe.paths import expand
 
 if TYPE_CHECKING:
     from backdoorbench_moe.analysis.analyze import Analysis
+    from backdoorbench_moe.analysis.module import ModuleAnalysis
     from backdoorbench_moe.analysis.figures.plate import Plate
 
-__all__ = ["analyze", "attack", "defend", "draw_figures", "load_run", "make_spec"]
+__all__ = [
+    "analyze",
+    "attack",
+    "defend",
+    "draw_figures",
+    "import_weights",
+    "load_run",
+    "make_spec",
+    "normalised",
+]
 
 Part = str | Mapping[str, Any]
 PathLike = str | os.PathLike[str]
@@ -97,22 +112,118 @@ def attack(
 
 
 @default_torch_state()
+def import_weights(
+    weights: PathLike,
+    model: Part,
+    *,
+    mean: str | Sequence[float] | None = None,
+    std: str | Sequence[float] | None = None,
+    resize: int | None = None,
+    dataset: Part = "signs",
+    recipe: str = "quick",
+    output: PathLike = "runs",
+    observer: Observer | None = None,
+    settings: Sequence[str] = (),
+    **values: Any,
+) -> Run:
+    """Make a run of a model that was made elsewhere, as `bbmoe import` does: measured on clean test images.
+
+    Args:
+        weights: A safetensors file, or a state dict that `torch.save` wrote. Nothing in it is run.
+        model: Name of the model, or a dict with its "name" and options. Names and shapes must be those of the weights.
+        mean: Normalisation inside the model: the mean of each colour for pixels in [0, 1], or a name such as
+            "imagenet", which gives `std` as well.
+        std: The standard deviation of each colour.
+        resize: Side in pixels to which the model resizes its images.
+        dataset: The data set, with the classes that the model distinguishes, in its order.
+        recipe: "quick" or "paper": how defenses tune the model.
+        output: Folder of run folders.
+        observer: Receives progress.
+        settings: See `make_spec`.
+        values: Other keys of the spec, such as `seed` or `device`.
+
+    Returns:
+        The run. `value("ba")` is its accuracy; `defend` and `analyze` take it. Whether it is backdoored is not known.
+
+    Raises:
+        BbmoeError: Anything that the user can correct; nothing was then written.
+    """
+    given = {"mean": mean, "std": std, "resize": resize}
+    part = {"name": model} if isinstance(model, str) else dict(model)
+    part |= {"weights": str(_path(weights, "weights"))}
+    part |= {name: value for name, value in given.items() if value is not None}
+    spec = make_spec(settings, attack=IMPORTED, model=part, dataset=dataset, recipe=recipe, **values)
+    return runner.run_import(spec, output=_path(output, "output"), observer=observer)
+
+
+def normalised(
+    model: nn.Module,
+    mean: str | Sequence[float] | None = None,
+    std: str | Sequence[float] | None = None,
+    *,
+    image_size: int,
+    resize: int | None = None,
+) -> nn.Module:
+    """Return a copy of a module that normalises its images, and resizes them if asked to, before anything else.
+
+    Functions of this package give a model pixels in [0, 1].
+
+    Args:
+        model: A module that takes normalised images.
+        mean: The mean of each colour, or a name such as "imagenet", which gives `std` as well.
+        std: The standard deviation of each colour.
+        image_size: Side of the images before resizing, in pixels.
+        resize: Side of the images that the module takes; None for `image_size`.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+    from backdoorbench_moe.models.common import COMMON, CommonOptions
+    from backdoorbench_moe.models.inputs import prepare_inputs
+    from backdoorbench_moe.options import convert
+
+    given = {"mean": mean, "std": std, "resize": resize}
+    options = {name: convert(value, COMMON[name].annotation, name) for name, value in given.items()}
+    chosen = CommonOptions(**options)
+    return prepare_inputs(
+        copy.deepcopy(model), normalisation=chosen.normalisation, resize=chosen.resize, image_size=image_size
+    )
+
+
+@overload
+def defend(run: Run | PathLike, defense: str, **options: Any) -> Run: ...
+
+
+@overload
+def defend(run: nn.Module, defense: str, **options: Any) -> DefendedModule: ...
+
+
+@default_torch_state()
 def defend(
-    run: Run | PathLike,
+    run: Run | PathLike | nn.Module,
     defense: str,
     *,
+    images: Images | None = None,
+    labels: Any = None,
+    recipe: str = "quick",
+    seed: int = 0,
     output: PathLike | None = None,
     data_root: PathLike | None = None,
     device: str | None = None,
     observer: Observer | None = None,
     **options: Any,
-) -> Run:
-    """Defend the model of a finished run, as `bbmoe defend` does. Finished before, it is only read.
+) -> Run | DefendedModule:
+    """Defend the model of a finished run, as `bbmoe defend` does, or any module.
+
+    A run that was defended before is only read. Of a module nothing is written; see `engine.defended_module`.
 
     Args:
-        run: A Run, or its folder. To defend a model of your own, attack it first: a defense is measured with the
-            run's data and trigger.
+        run: A Run, or its folder; or a module that maps images (B, 3, S, S) in [0, 1] to logits, which is copied.
         defense: Name of the defense.
+        images: Of a module: the clean images that the defender holds; see `engine.opened_model.open_model`.
+        labels: Of a module: their classes.
+        recipe: Of a module: "quick" or "paper", the settings with which defenses tune.
+        seed: Of a module: the seed of the defense.
         output: Folder of run folders; by default the one that contains `run`.
         data_root: Folder of the data set; by default the one that the run used.
         device: Device to compute on; by default the run's.
@@ -120,7 +231,8 @@ def defend(
         options: The defense's own, such as `ratio=0.2`.
 
     Returns:
-        The defended run. `record.stages` holds BA, ASR and RA before the defense and after each of its stages,
+        Of a module a `DefendedModule`, with the `model`, the `judgements` and the accuracy after each of its `stages`.
+        Otherwise the defended run. `record.stages` holds BA, ASR and RA before the defense and after each of its stages,
         `model()` is the defended model. If the defense filters inputs, `value("auroc")`, `value("tpr")` and
         `value("fpr")` are in percent; if it judges training images, `value("sample_auroc")`, `value("sample_tpr")` and
         `value("sample_fpr")`.
@@ -130,6 +242,12 @@ def defend(
     """
     if not isinstance(defense, str):
         raise ConfigError.expected("defense", 'a name such as "fine-pruning"', defense)
+    if isinstance(run, nn.Module):
+        opened = open_model(run, images=_needed(images), labels=labels, device=device)
+        train, part = make_spec(recipe=recipe).train, PartSpec(defense, options)
+        return defend_module(opened, part, train, seed=seed, observer=observer)
+    if images is not None or labels is not None:
+        raise ConfigError("images, labels: expected none, as a run has its own")
     return runner.run_defense(
         _opened(run, "run"),
         PartSpec(defense, options),
@@ -142,22 +260,25 @@ def defend(
 
 @default_torch_state()
 def analyze(
-    run: Run | PathLike,
+    run: Run | PathLike | nn.Module,
     *,
+    labels: Any = None,
     against: Run | PathLike | None = None,
-    images: Sequence[int | PathLike] | None = None,
+    images: Sequence[int | PathLike] | Images | None = None,
     carriers_images: int = 2000,
     output: PathLike | None = None,
     data_root: PathLike | None = None,
     device: str | None = None,
     observer: Observer | None = None,
-) -> Analysis:
-    """Look into the model of a finished run, as `bbmoe analyze` does.
+) -> Analysis | ModuleAnalysis:
+    """Look into the model of a finished run, as `bbmoe analyze` does, or at any module, without a trigger.
 
     Args:
-        run: A Run, or its folder.
+        run: A Run, or its folder; or a module that maps images (B, 3, S, S) in [0, 1] to logits.
+        labels: Of a module: the classes of the images, if they are known.
         against: A run to compare with, or its folder; by default the clean twin, if it lies beside the run.
-        images: Numbers of test images, or image files, to draw patch maps of.
+        images: Numbers of test images, or image files, to draw patch maps of. Of a module: the clean images to look
+            at it with; see `engine.opened_model.open_model`.
         carriers_images: The largest number of images to measure muted and patched experts on.
         output: Folder to write analysis.json, report.html and figures/ to; by default nothing is written.
         data_root: Folder of the data set; by default the one that the run used.
@@ -165,23 +286,29 @@ def analyze(
         observer: Receives progress.
 
     Returns:
-        What was found, as dataclasses.
+        What was found, as dataclasses; of a module a `ModuleAnalysis`.
 
     Raises:
         BbmoeError: Anything that the user can correct.
     """
     from backdoorbench_moe.analysis.analyze import analyze_run
+    from backdoorbench_moe.analysis.module import analyze_module
     from backdoorbench_moe.analysis.save import check_output, save_analysis
 
+    if isinstance(run, nn.Module):
+        if output is not None or against is not None:
+            raise ConfigError("output, against: expected none for a module; import it as a run first")
+        return analyze_module(open_model(run, images=_needed(images), labels=labels, device=device))
     opened = _opened(run, "run")
     other = None if against is None else _opened(against, "against")
     folder = None if output is None else _path(output, "output")
     if folder is not None:
         check_output(folder)
+    chosen: Any = images
     analysis = analyze_run(
         opened,
         against=other,
-        images=None if images is None else [one if isinstance(one, int) else expand(one) for one in images],
+        images=None if images is None else [one if isinstance(one, int) else expand(one) for one in chosen],
         carriers_images=carriers_images,
         data_root=None if data_root is None else str(_path(data_root, "data_root")),
         device=None if device is None else str(device),
@@ -221,6 +348,12 @@ def load_run(path: PathLike) -> Run:
         ConfigError: `path` is something else than a path.
     """
     return runner.load_run(_path(path, "path"))
+
+
+def _needed(images: Any) -> Any:
+    if images is None:
+        raise ConfigError.expected("images", "clean images, as the model is a module", None)
+    return images
 
 
 def _opened(run: Run | PathLike, parameter: str) -> Run:

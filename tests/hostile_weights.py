@@ -115,7 +115,10 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], bytes]]] = {
     "header of 2**63 bytes": ("a.safetensors", lambda f: safetensors({}, length=(1 << 63) + 1)),
     "header longer than the file": ("a.safetensors", lambda f: safetensors({}, length=100)),
     "header that is no JSON": ("a.safetensors", lambda f: safetensors(b'{"a": oops}')),
-    "header nested deeply": ("a.safetensors", lambda f: safetensors(b'{"a":' * 200_000 + b"1" + b"}" * 200_000)),
+    "header nested deeply": (
+        "a.safetensors",
+        lambda f: safetensors(b'{"a":' * 200_000 + b"1" + b"}" * 200_000),
+    ),
     "header that is no UTF-8": ("a.safetensors", lambda f: safetensors(b'{"\xff\xfe": 1}')),
     "no tensors": ("a.safetensors", lambda f: safetensors({"__metadata__": {"a": "b"}})),
     "overlap": (
@@ -141,13 +144,22 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], bytes]]] = {
     "os.system": ("a.pt", lambda f: with_pickle(calling("os", "system", b"X\x04\x00\x00\x00true"))),
     "eval": ("a.pt", lambda f: with_pickle(calling("builtins", "eval", b"X\x01\x00\x00\x001"))),
     "torch.load inside": ("a.pt", lambda f: with_pickle(calling("torch", "load", b"X\x01\x00\x00\x00a"))),
-    "bytearray of a terabyte": ("a.pt", lambda f: with_pickle(calling("builtins", "bytearray", _int(1 << 40)))),
+    "bytearray of a terabyte": (
+        "a.pt",
+        lambda f: with_pickle(calling("builtins", "bytearray", _int(1 << 40))),
+    ),
     "a newer protocol": ("a.pt", lambda f: saved(GOOD, pickle_protocol=4)),
     "name with a newline": ("a.pt", lambda f: saved({"a\nb": 3, "c": torch.ones(1)})),
     "sparse tensor": ("a.pt", lambda f: saved({"a": torch.eye(3).to_sparse()})),
-    "quantised tensor": ("a.pt", lambda f: saved({"a": torch.quantize_per_tensor(torch.ones(3), 1, 0, torch.qint8)})),
+    "quantised tensor": (
+        "a.pt",
+        lambda f: saved({"a": torch.quantize_per_tensor(torch.ones(3), 1, 0, torch.qint8)}),
+    ),
     "meta tensor": ("a.pt", lambda f: saved({"a": torch.ones(3, device="meta")})),
-    "storage larger than its member": ("a.pt", lambda f: with_pickle(tensor_pickle((1 << 30,), (1,), 1 << 30))),
+    "storage larger than its member": (
+        "a.pt",
+        lambda f: with_pickle(tensor_pickle((1 << 30,), (1,), 1 << 30)),
+    ),
     "tensor outside of its storage": ("a.pt", lambda f: with_pickle(tensor_pickle((4,), (1,), 6, offset=5))),
     "expanded tensor": ("a.pt", lambda f: with_pickle(tensor_pickle((1 << 20, 1 << 20), (0, 0), 6))),
     "compressed bomb": (

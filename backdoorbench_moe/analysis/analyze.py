@@ -280,7 +280,8 @@ class _Analyzer:
         assert opened.routed is not None
         name = "routing" if opened is self.opened else "routing against"
         with self._timed(name), seeded(self.opened.run.spec.seed, "routing"):
-            return passes.run_pass(opened, opened.routed, self.triggered)
+            test, precision = opened.images.test.images, opened.precision
+            return passes.run_pass(opened.routed, test, self.triggered, precision=precision)
 
     def _mixture(self, opened: OpenedRun) -> MixturePass:
         with self._timed("tasks" if opened is self.opened else "tasks against"):

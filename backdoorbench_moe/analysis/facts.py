@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from backdoorbench_moe.engine.provenance import origin_of
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.records.sharing import without_folders
 
@@ -25,7 +26,8 @@ class RunFacts:
         model: Name of the model.
         data: Name of the data set.
         data_digest: SHA-256 over the images and labels.
-        attacked: Whether the model was attacked, with a trigger or without.
+        attacked: Whether the model was attacked, with a trigger or without; None for an imported one, of which it is
+            not known.
         metrics: The recorded metrics, in percent.
         record: Further parts of the run's record (see RECORD_PARTS), without the folders of this machine.
     """
@@ -35,7 +37,7 @@ class RunFacts:
     model: str
     data: str
     data_digest: str
-    attacked: bool
+    attacked: bool | None
     metrics: dict[str, dict[str, float]]
     record: dict[str, Any]
 
@@ -50,7 +52,14 @@ def run_facts(run: Run) -> RunFacts:
         model=spec.model.name,
         data=record.data["name"],
         data_digest=record.data["digest"],
-        attacked=spec.attacked,
+        attacked=_attacked(run),
         metrics=values["metrics"],
         record={name: values[name] for name in RECORD_PARTS},
     )
+
+
+def _attacked(run: Run) -> bool | None:
+    """Whether the model was attacked; of an imported one this is only known if its file says so."""
+    if not run.spec.imported:
+        return run.spec.attacked
+    return True if origin_of(run) == "true" else None

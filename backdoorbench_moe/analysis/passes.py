@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.engine.opened_run import OpenedRun
 from backdoorbench_moe.engine.inference import forward_routed
 from backdoorbench_moe.engine.triggered import Triggered
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput
@@ -92,24 +91,29 @@ class _Collector:
 
 @torch.inference_mode()
 def run_pass(
-    opened: OpenedRun, model: RoutedModel, triggered: Triggered | None, *, batch_size: int = BATCH
+    model: RoutedModel,
+    images: Tensor,
+    triggered: Triggered | None,
+    *,
+    precision: str,
+    batch_size: int = BATCH,
 ) -> PairedPass:
-    """Pass the clean test images and their triggered versions through a routed model, batch by batch.
+    """Pass clean images and their triggered versions through a routed model, batch by batch.
 
     Args:
-        opened: The run whose data and precision are used.
-        model: Its model.
-        triggered: The test images that count for ASR, triggered; None without a trigger.
+        model: The model, in evaluation mode.
+        images: (N, C, H, W) uint8, the clean images.
+        triggered: Those of them that count for ASR, triggered; None without a trigger.
+        precision: "fp32" or "bf16".
         batch_size: Number of clean images in a batch. It is followed by a batch with the triggered versions of
             those images.
     """
-    images = opened.images.test.images
     clean, stamped = _Collector(), _Collector()
     divergence: list[list[Tensor]] = []
     names: list[str] = []
     axes: list[str] = []
     for start in range(0, len(images), batch_size):
-        output = forward_routed(model, images[start : start + batch_size], precision=opened.precision)
+        output = forward_routed(model, images[start : start + batch_size], precision=precision)
         if not names:
             names = [layer.layer for layer in output.routing]
             axes = [routing.gates_over(layer.gates) for layer in output.routing]
@@ -122,7 +126,7 @@ def run_pass(
         if first == last:
             continue
         rows = triggered.places[first:last] - start
-        changed = forward_routed(model, triggered.images[first:last], precision=opened.precision)
+        changed = forward_routed(model, triggered.images[first:last], precision=precision)
         after = _distributions(changed, axes)
         stamped.add(changed, axes, after)
         divergence.append(

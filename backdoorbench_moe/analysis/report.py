@@ -147,6 +147,8 @@ def page(document: Doc, sections: list[Section]) -> str:
         against=against,
         role=role(run),
         backdoored=run["attacked"],
+        imported=run["attacked"] is None,
+        unknown_start=run["record"]["parts"].get("model", {}).get("start", {}).get("backdoored") == "unknown",
         defenses=[part["name"] for part in run["record"]["spec"].get("defenses", [])],
         counts=document["images"],
         trigger_from=document["trigger_from"],

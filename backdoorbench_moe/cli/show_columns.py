@@ -175,7 +175,7 @@ def _text_of(value: Callable[[ShownRun], Any]) -> Callable[[ShownRun], str]:
 
 def _trigger(run: ShownRun) -> str | None:
     return _part(without_folders(run.record)["spec"]["trigger"]) or (
-        None if run.record.run_spec.attacked else "clean"
+        None if run.record.run_spec.attack is not None else "clean"
     )
 
 

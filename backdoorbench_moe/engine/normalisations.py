@@ -38,7 +38,9 @@ def advise(
     keep = draw_images(split.labels.cpu(), min(IMAGES, len(split)), seed).to(split.labels.device)
     images, labels = split.images[keep], split.labels[keep]
     own = NORMALISATIONS["none"] if chosen is None else chosen
-    found = {name: _measure(model, images, labels, own, each, precision) for name, each in NORMALISATIONS.items()}
+    found = {
+        name: _measure(model, images, labels, own, each, precision) for name, each in NORMALISATIONS.items()
+    }
     given = _measure(model, images, labels, own, own, precision)
     best = max(found, key=lambda name: found[name]["value"])
     if found[best]["low"] <= given["high"]:

@@ -117,7 +117,9 @@ def _open_module(
 ) -> OpenedModel:
     size = image_size if image_size is not None else _side(images)
     if size is None:
-        raise ConfigError.expected("image_size", "the side of the module's images, as no tensor shows it", None)
+        raise ConfigError.expected(
+            "image_size", "the side of the module's images, as no tensor shows it", None
+        )
     where = resolve_device(device)
     model = copy.deepcopy(module).to(where).to(memory_format=torch.channels_last).eval()
     name = type(module).__name__
@@ -144,9 +146,7 @@ def _open_run(
     if images is None and with_data:
         opened = open_run(run, data_root=data_root, device=device)
         test = opened.test
-        return OpenedModel(
-            name, opened.model, test.images, test.labels, classes, size, where, chosen, run
-        )
+        return OpenedModel(name, opened.model, test.images, test.labels, classes, size, where, chosen, run)
     model = run.model().to(where).to(memory_format=torch.channels_last).eval()
     if isinstance(model, RoutedModel):
         check_patches(run.spec.model.name, model, size)
@@ -222,7 +222,9 @@ def _read_folder(folder: PathLike, opened: OpenedModel) -> Tensor | Split:
     """Read the images below a folder. They have labels if every one lies in a subfolder with the name of a class."""
     root = expand(folder, "images")
     if not root.is_dir():
-        raise DataError(f"images: expected a folder of images, {root} is {'a file' if root.exists() else 'missing'}")
+        raise DataError(
+            f"images: expected a folder of images, {root} is {'a file' if root.exists() else 'missing'}"
+        )
     left_out = LeftOut()
     paths = find_images(root, root, left_out)
     if not paths:
@@ -235,4 +237,3 @@ def _read_folder(folder: PathLike, opened: OpenedModel) -> Tensor | Split:
     if not inside or not all(top in places for top in tops):
         return images
     return Split(images, torch.tensor([places[top] for top in tops]))
-

@@ -41,7 +41,17 @@ ADMITTED = re.compile(
     r"collections (OrderedDict|Counter)|(__builtin__|builtins) set|torch\._utils _rebuild_(tensor|tensor_v2|parameter)"
     r"|torch(\.cuda)? \w+Storage|torch (Size|device|b?float\d+|u?int\d+|bool)|torch\.nn\.parameter Parameter"
 )
-REFUSED_OPCODES = ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX", "BYTEARRAY8", "NEXT_BUFFER")
+REFUSED_OPCODES = (
+    "STACK_GLOBAL",
+    "INST",
+    "OBJ",
+    "EXT1",
+    "EXT2",
+    "EXT4",
+    "NEWOBJ_EX",
+    "BYTEARRAY8",
+    "NEXT_BUFFER",
+)
 # Pickles at the start of a file in the old format; the storages follow. The first three are constants.
 LEGACY_PICKLES, LEGACY_CONSTANTS = 5, 3
 
@@ -135,7 +145,9 @@ def _read_safetensors(file: Path, size: int) -> tuple[dict[str, Tensor], dict[st
     with file.open("rb") as opened:
         header = int.from_bytes(opened.read(8), "little")
     if header > min(LARGEST_HEADER, size - 8):
-        raise _refusal(file, f"its header has {header:,} bytes, of a file of {size:,} (at most {LARGEST_HEADER:,})")
+        raise _refusal(
+            file, f"its header has {header:,} bytes, of a file of {size:,} (at most {LARGEST_HEADER:,})"
+        )
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = dict(opened.metadata() or {})
@@ -159,7 +171,9 @@ def _check_zip(file: Path, size: int) -> None:
             if len(pickles) != 1:
                 raise _refusal(file, f"expected one data.pkl in the zip file, found {len(pickles)}")
             if pickles[0].file_size > LARGEST_HEADER:
-                raise _refusal(file, f"its data.pkl has {pickles[0].file_size:,} bytes (at most {LARGEST_HEADER:,})")
+                raise _refusal(
+                    file, f"its data.pkl has {pickles[0].file_size:,} bytes (at most {LARGEST_HEADER:,})"
+                )
             content = archive.read(pickles[0])
     except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
         raise _refusal(file, f"is not a valid zip file: {_first_line(error)}") from error
@@ -171,7 +185,9 @@ def _check_member(file: Path, member: zipfile.ZipInfo) -> None:
     if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or ":" in name:
         raise _refusal(file, f"has a member that leaves its folder: {_short(name)}")
     if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
-        raise _refusal(file, f"has a compressed or encrypted member, which torch.save does not write: {_short(name)}")
+        raise _refusal(
+            file, f"has a compressed or encrypted member, which torch.save does not write: {_short(name)}"
+        )
 
 
 def _check_legacy(file: Path, size: int) -> None:
@@ -196,11 +212,15 @@ def _check_pickle(file: Path, content: io.BytesIO, largest: int | None) -> None:
             if number > MOST_OPCODES:
                 raise _refusal(file, f"its pickle has more than {MOST_OPCODES:,} instructions")
             if code.name == "GLOBAL" and not ADMITTED.fullmatch(argument):
-                raise _refusal(file, f"holds {_short(argument.replace(' ', '.'))}, not only tensors; {ADVICE}")
+                raise _refusal(
+                    file, f"holds {_short(argument.replace(' ', '.'))}, not only tensors; {ADVICE}"
+                )
             if code.name in REFUSED_OPCODES:
                 raise _refusal(file, f"holds an instruction that no state dict has ({code.name}); {ADVICE}")
             if largest is not None and type(argument) is int and argument > largest:
-                raise _refusal(file, f"holds the number {_short(str(argument))}, which is larger than the file")
+                raise _refusal(
+                    file, f"holds the number {_short(str(argument))}, which is larger than the file"
+                )
     except (ValueError, EOFError, OverflowError, UnicodeDecodeError) as error:
         raise _refusal(file, f"is not a valid pickle: {_first_line(error)}") from error
 
@@ -225,8 +245,14 @@ def _unwrap(file: Path, content: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
         return dict(content), ()
     known = [key for key in WRAPPERS if isinstance(content.get(key), dict)]
     if len(known) != 1:
-        found = ", ".join(known) if known else ", ".join(_short(str(key)) for key in list(content)[:10]) or "nothing"
-        raise _refusal(file, f"expected a state dict, or one under one of the keys {', '.join(WRAPPERS)}; got {found}")
+        found = (
+            ", ".join(known)
+            if known
+            else ", ".join(_short(str(key)) for key in list(content)[:10]) or "nothing"
+        )
+        raise _refusal(
+            file, f"expected a state dict, or one under one of the keys {', '.join(WRAPPERS)}; got {found}"
+        )
     others = count(len(content) - 1, "other key")
     return dict(content[known[0]]), (f"the state dict is that under {known[0]!r}; {others} not read",)
 
@@ -242,7 +268,9 @@ def _checked(weights: Weights, size: int) -> Weights:
         if not isinstance(tensor, Tensor):
             raise _refusal(file, f"{_short(name)}: expected a tensor, got {type(tensor).__name__}")
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            raise _refusal(file, f"{_short(name)}: expected a dense tensor, got {tensor.layout} on {tensor.device}")
+            raise _refusal(
+                file, f"{_short(name)}: expected a dense tensor, got {tensor.layout} on {tensor.device}"
+            )
         values = tensor.numel() * tensor.element_size()
         total += values
         if values > tensor.untyped_storage().nbytes() or total > MOST_SHARED * size:

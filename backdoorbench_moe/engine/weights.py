@@ -142,7 +142,9 @@ def _convert(
         if not values.is_floating_point():
             continue
         if values.isnan().any() or (name in finite and values.isinf().any()):
-            raise RecordError(f"weights {weights.file}: {name}: expected finite numbers, found NaN or infinity")
+            raise RecordError(
+                f"weights {weights.file}: {name}: expected finite numbers, found NaN or infinity"
+            )
     notes = (f"weights of type {given} were converted to {wanted}" for given, wanted in kinds.items())
     return converted, tuple(notes)
 

@@ -84,7 +84,9 @@ def _numbers(name: str, value: str | Colour | None, place: int) -> Colour:
             raise UnknownNameError(f"model.{name}", value, NORMALISATIONS)
         return NORMALISATIONS[value][place]
     if value is None:
-        raise ConfigError.expected(f"model.{name}", "three numbers, as the other of mean and std is given", None)
+        raise ConfigError.expected(
+            f"model.{name}", "three numbers, as the other of mean and std is given", None
+        )
     return value
 
 
@@ -121,7 +123,9 @@ class ModelRegistry(Registry["nn.Module"]):
 
         size = given["image_size"]
         model = super().create(name, own, {**given, "image_size": chosen.resize or size})
-        return prepare_inputs(model, normalisation=chosen.normalisation, resize=chosen.resize, image_size=size)
+        return prepare_inputs(
+            model, normalisation=chosen.normalisation, resize=chosen.resize, image_size=size
+        )
 
     def common(self, name: str, options: Mapping[str, object]) -> CommonOptions:
         """Return the common options of a model; those that it has itself have their defaults."""

@@ -48,7 +48,7 @@ def case(request) -> Iterator[dict]:
     model = MODELS[name]()
     opened = open_with_model(model)
     triggered = make_triggered(opened)
-    found = run_pass(opened, model, triggered, batch_size=17)
+    found = run_pass(model, opened.images.test.images, triggered, precision=opened.precision, batch_size=17)
     yield {
         "name": name,
         "number": number,
@@ -182,7 +182,8 @@ def test_comparison_with_itself_and_another(case) -> None:
 
 def test_without_a_trigger_there_is_one_pass(monkeypatch) -> None:
     model = TokenChoice()
-    found = run_pass(open_with_model(model), model, None)
+    opened = open_with_model(model)
+    found = run_pass(model, opened.images.test.images, None, precision=opened.precision)
     assert found.triggered is None and found.divergence is None and len(found.clean.predicted) == 60
 
 
@@ -191,7 +192,10 @@ def test_batches_without_a_counted_image() -> None:
     model = TokenChoice()
     opened = open_with_model(model)
     triggered = make_triggered(opened)
-    one, many = (run_pass(opened, model, triggered, batch_size=size) for size in (1, 60))
+    one, many = (
+        run_pass(model, opened.images.test.images, triggered, precision=opened.precision, batch_size=size)
+        for size in (1, 60)
+    )
     for a, b in zip(one.triggered.layers, many.triggered.layers, strict=True):  # type: ignore[union-attr]
         assert torch.equal(a.selected, b.selected)
     for a, b in zip(one.divergence, many.divergence, strict=True):  # type: ignore[arg-type]

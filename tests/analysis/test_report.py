@@ -180,6 +180,12 @@ def test_names_are_escaped() -> None:
         (True, ["a", "b"], "This model was backdoored and then defended with a, b."),
         (False, [], "This model was trained on clean data."),
         (False, ["a"], "This model was trained on clean data and then defended with a."),
+        (None, [], "This model was imported. Whether it is backdoored is not known."),
+        (
+            None,
+            ["a"],
+            "This model was imported and then defended with a. Whether it is backdoored is not known.",
+        ),
     ],
 )
 def test_it_says_what_the_model_is(attacked, defenses, said) -> None:
@@ -188,7 +194,7 @@ def test_it_says_what_the_model_is(attacked, defenses, said) -> None:
     document["run"]["record"]["spec"]["defenses"] = [{"name": name} for name in defenses]
     text = page(document, [])
     assert said in text
-    assert ("backdoored." in text or "backdoored and" in text) == attacked
+    assert ("backdoored." in text or "backdoored and" in text) == bool(attacked)
 
 
 @pytest.mark.slow

@@ -26,11 +26,10 @@ OPTIONS = {"widen_factor": 1}
 TUNING = PartSpec("fine-tuning", {"clean_fraction": 0.5, "epochs": 1})
 
 
-def train_elsewhere(mean: float = 0.5, std: float = 0.1, classes: int = 3, name: str = "wide_resnet") -> nn.Module:
+def train_elsewhere(mean: float = 0.5, std: float = 0.1) -> nn.Module:
     """A model trained by plain PyTorch code, on normalised images."""
     torch.manual_seed(0)
-    options = OPTIONS if name == "wide_resnet" else {key: v for key, v in TINY_MODEL.items() if key != "name"}
-    model = create_model(name, num_classes=classes, bn_momentum=0.1, **options)
+    model = create_model("wide_resnet", num_classes=3, bn_momentum=0.1, **OPTIONS)
     split = Tiny().load().train
     images = (split.images.float() / 255 - mean) / std
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
@@ -48,7 +47,9 @@ def elsewhere() -> nn.Module:
 
 @pytest.fixture
 def file(elsewhere, tmp_path) -> Any:
-    torch.save({"state_dict": {f"module.{n}": t for n, t in elsewhere.state_dict().items()}}, tmp_path / "w.pth")
+    torch.save(
+        {"state_dict": {f"module.{n}": t for n, t in elsewhere.state_dict().items()}}, tmp_path / "w.pth"
+    )
     return tmp_path / "w.pth"
 
 
@@ -81,7 +82,10 @@ def test_the_file_is_part_of_the_digest_by_its_content(elsewhere, file, tmp_path
     file.rename(moved := tmp_path / "other.pth")
     again = run_import(imported(moved), output=tmp_path / "runs", observer=(observer := Counting()))
     assert again.folder.path == first.folder.path and observer.epochs == 0
-    save_file({n: t + 0.001 if t.is_floating_point() else t for n, t in elsewhere.state_dict().items()}, tmp_path / "w.safetensors")
+    save_file(
+        {n: t + 0.001 if t.is_floating_point() else t for n, t in elsewhere.state_dict().items()},
+        tmp_path / "w.safetensors",
+    )
     other = run_import(imported(tmp_path / "w.safetensors"), output=tmp_path / "runs")
     assert other.folder.path != first.folder.path
 
@@ -99,7 +103,9 @@ def test_it_is_defended_without_a_trigger(name, file, tmp_path) -> None:
     from backdoorbench_moe import defenses
 
     run = run_import(imported(file), output=tmp_path / "runs")
-    options = {**defenses.registry.lookup(name).tiny, "clean_fraction": 0.5}
+    options = dict(defenses.registry.lookup(name).tiny)
+    if "clean_fraction" in defenses.registry.options(name):
+        options["clean_fraction"] = 0.5
     defended = run_defense(run, PartSpec(name, options))
     assert defended.record.stages[0]["metrics"]["ba"] == run.record.metrics["ba"]
     assert "asr" not in defended.record.metrics and "ba" in defended.record.metrics
@@ -116,25 +122,39 @@ def test_a_file_that_says_that_it_is_backdoored_is_believed(elsewhere, tmp_path)
 
 
 def test_a_wrong_normalisation_is_warned_of(file, tmp_path) -> None:
-    with pytest.warns(BbmoeWarning, match=r"model\.mean: with the mean and standard deviation of '\w+' the accuracy"):
+    with pytest.warns(
+        BbmoeWarning, match=r"model\.mean: with the mean and standard deviation of '\w+' the accuracy"
+    ):
         run = run_import(imported(file, mean=[0.0] * 3, std=[1.0] * 3), output=tmp_path / "runs")
     assert "as given" in run.record.parts["model"]["start"]["notes"][-1]
 
 
-def test_a_normalised_and_resized_routed_model_is_imported_and_defended(tmp_path) -> None:
-    model = train_elsewhere(name="pmoe")
+def test_a_normalised_and_resized_routed_model_is_imported(tmp_path) -> None:
+    model = create_model(
+        TINY_MODEL["name"], num_classes=3, **{k: v for k, v in TINY_MODEL.items() if k != "name"}
+    ).eval()
     save_file(dict(model.state_dict()), tmp_path / "w.safetensors")
     run = run_import(imported(tmp_path / "w.safetensors", TINY_MODEL), output=tmp_path / "runs")
-    assert run.value("ba") > 60
-    resized = run_import(imported(tmp_path / "w.safetensors", TINY_MODEL, resize=64), output=tmp_path / "runs")
+    images = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        wanted = model.forward_routed((images - 0.5) / 0.1)
+        got = run.model().forward_routed(images)
+    assert torch.allclose(got.logits, wanted.logits, atol=1e-5)
+    assert torch.equal(got.routing[0].selected, wanted.routing[0].selected)
+    resized = run_import(
+        imported(tmp_path / "w.safetensors", TINY_MODEL, resize=64), output=tmp_path / "runs"
+    )
     assert resized.model().patch_size == 2 and resized.record.parts["model"]["patch_size"] == 2
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"trigger": "square", "applicator": "image"}, "trigger: expected none, as the model is imported"),
-        ({"policy": 0.1, "trigger": "square", "applicator": "image"}, "expected none, as the model is imported"),
+        (
+            {"trigger": {"name": "square"}, "applicator": {"name": "image"}},
+            "trigger: expected none, as the model is",
+        ),
+        ({"splitter": {"name": "classes"}}, "splitter: expected none"),
         ({"poison": {"rate": 0.1}}, "poison.rate: expected 0, as the model is imported"),
         ({"attack": {"name": "imported", "x": 1}}, "attack: expected no options"),
     ],
@@ -164,7 +184,9 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(options, message, f
 
 
 def test_a_head_of_other_classes_cannot_be_imported(tmp_path) -> None:
-    save_file(dict(create_model("wide_resnet", num_classes=7, **OPTIONS).state_dict()), tmp_path / "w.safetensors")
+    save_file(
+        dict(create_model("wide_resnet", num_classes=7, **OPTIONS).state_dict()), tmp_path / "w.safetensors"
+    )
     with pytest.raises(RecordError, match=r"head.weight \(expected 3x64, got 7x64\)"):
         run_import(imported(tmp_path / "w.safetensors"), output=tmp_path / "runs")
 
@@ -187,7 +209,11 @@ def test_training_starts_from_the_file_and_is_resumed_without_it(elsewhere, tmp_
     assert outcome(resumed) == outcome(run)
     assert resumed.record.parts["model"] == run.record.parts["model"]
     assert origin_of(run) == "true"
-    [fresh] = run_attack(tiny_spec(model={**SMALL, "mean": "half"}, train=spec.train.to_dict()), output=tmp_path / "n", twin=False)
+    [fresh] = run_attack(
+        tiny_spec(model={**SMALL, "mean": "half"}, train=spec.train.to_dict()),
+        output=tmp_path / "n",
+        twin=False,
+    )
     assert fresh.record.history[0]["loss"] != run.record.history[0]["loss"]
 
 
@@ -199,7 +225,9 @@ def test_a_clean_run_from_a_file_of_unknown_origin_is_unknown(elsewhere, tmp_pat
     assert origin_of(run_defense(twin, TUNING)) == "unknown"
 
 
-def test_a_changed_file_is_another_run_and_is_refused_for_the_old_one(elsewhere, tmp_path, monkeypatch) -> None:
+def test_a_changed_file_is_another_run_and_is_refused_for_the_old_one(
+    elsewhere, tmp_path, monkeypatch
+) -> None:
     monkeypatch.setattr("backdoorbench_moe.engine.files.KEPT_BYTES", 10)
     save_file(dict(elsewhere.state_dict()), file := tmp_path / "w.safetensors")
     with pytest.raises(KeyboardInterrupt):
@@ -215,7 +243,9 @@ def test_a_changed_file_is_another_run_and_is_refused_for_the_old_one(elsewhere,
 
 def test_another_number_of_classes_gets_a_new_head_and_this_is_said(tmp_path) -> None:
     torch.manual_seed(5)
-    save_file(dict(create_model("wide_resnet", num_classes=7, **OPTIONS).state_dict()), tmp_path / "w.safetensors")
+    save_file(
+        dict(create_model("wide_resnet", num_classes=7, **OPTIONS).state_dict()), tmp_path / "w.safetensors"
+    )
     [run] = run_attack(started(tmp_path / "w.safetensors"), output=tmp_path / "runs", twin=False)
     [note] = run.record.parts["model"]["start"]["notes"]
     assert "the head is newly drawn: head.weight is 7x64 in the file and 3x64" in note
@@ -230,15 +260,23 @@ def test_frozen_layers_stay_bit_for_bit_with_their_statistics(elsewhere, tmp_pat
     before, after = elsewhere.state_dict(), run.model().state_dict()
     same = {name for name in before if torch.equal(before[name], after[name])}
     frozen = {name for name in before if name.startswith(("trunk.", "block3.norm1."))}
-    assert frozen <= same and not {name for name in same - frozen if name.endswith(("weight", "running_mean"))}
+    assert frozen <= same and not {
+        name for name in same - frozen if name.endswith(("weight", "running_mean"))
+    }
     assert all(parameter.requires_grad for parameter in run.model().parameters())
     tuned = run_defense(run, TUNING)
-    assert any(not torch.equal(after[n], t) for n, t in tuned.model().state_dict().items() if n.startswith("trunk"))
+    assert any(
+        not torch.equal(after[n], t) for n, t in tuned.model().state_dict().items() if n.startswith("trunk")
+    )
 
 
 @pytest.mark.parametrize(
     ("patterns", "message"),
-    [(["nothing.*"], "unknown 'nothing"), (["*"], "leave a parameter to train"), (["hed.weight"], "did you mean 'head.weight'")],
+    [
+        (["nothing.*"], "unknown 'nothing"),
+        (["*"], "leave a parameter to train"),
+        (["hed.weight"], "did you mean 'head.weight'"),
+    ],
 )
 def test_patterns_that_match_nothing_or_everything_are_refused(patterns, message, tmp_path) -> None:
     spec = tiny_spec(model=SMALL, train={"freeze": patterns})

@@ -127,6 +127,9 @@ def test_reading_imports_no_module_that_a_file_names(tmp_path, monkeypatch) -> N
 
 
 def test_a_header_of_many_tensors_is_read(tmp_path) -> None:
-    header = {f"layer.{n}.weight": {"dtype": "F32", "shape": [1], "data_offsets": [4 * n, 4 * n + 4]} for n in range(2_000)}
+    header = {
+        f"layer.{n}.weight": {"dtype": "F32", "shape": [1], "data_offsets": [4 * n, 4 * n + 4]}
+        for n in range(2_000)
+    }
     (tmp_path / "w.safetensors").write_bytes(safetensors(header, bytes(8_000)))
     assert len(read_weights(tmp_path / "w.safetensors").tensors) == 2_000

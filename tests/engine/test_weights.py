@@ -58,7 +58,9 @@ def test_prefixes_are_taken_off_and_said(prefix) -> None:
 
 def test_a_prefix_that_only_some_names_have_stays() -> None:
     tensors = {f"module.{n}" if n.startswith("conv") else n: t for n, t in drawn(0).state_dict().items()}
-    with pytest.raises(RecordError, match=r"2 missing: conv.weight, conv.bias; 2 unexpected: module.conv.weight"):
+    with pytest.raises(
+        RecordError, match=r"2 missing: conv.weight, conv.bias; 2 unexpected: module.conv.weight"
+    ):
         fit(drawn(1), tensors)
 
 

@@ -95,7 +95,10 @@ def test_patches_of_a_routed_model_are_pixels_of_the_images() -> None:
     assert (model.patch_size, model.patch_grid) == (2, (16, 16))
     with pytest.raises(ConfigError, match=r"whole pixels of the 32x32 images, got 48, .* is 2.66667"):
         made("pmoe", resize=48)
-    assert made("timm:test_vit", resize=160).patch_size is None or 32 % made("timm:test_vit", resize=160).patch_size == 0
+    assert (
+        made("timm:test_vit", resize=160).patch_size is None
+        or 32 % made("timm:test_vit", resize=160).patch_size == 0
+    )
 
 
 def test_names_stand_for_mean_and_standard_deviation() -> None:
@@ -105,7 +108,9 @@ def test_names_stand_for_mean_and_standard_deviation() -> None:
         wanted = made("wide_resnet", mean=mean, std=list(std))(images)
         for options in ({"mean": "gtsrb"}, {"std": "gtsrb"}, {"mean": "gtsrb", "std": "gtsrb"}):
             assert torch.equal(made("wide_resnet", **options)(images), wanted)
-        assert torch.allclose(made("wide_resnet", mean="none")(images), made("wide_resnet")(images), atol=1e-5)
+        assert torch.allclose(
+            made("wide_resnet", mean="none")(images), made("wide_resnet")(images), atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,11 @@ def listing(texts: Sequence[str]) -> str:
 
 
 def role(facts: Doc) -> str:
-    """Return what a run's model is: "clean", "backdoored" or "defended"."""
+    """Return what a run's model is: "clean", "backdoored", "imported" or "defended"."""
     if facts["record"]["spec"].get("defenses"):
         return "defended"
+    if facts["attacked"] is None:
+        return "imported"
     return "backdoored" if facts["attacked"] else "clean"
 
 

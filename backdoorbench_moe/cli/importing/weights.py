@@ -58,7 +58,12 @@ def command(
     a clearly higher accuracy.
     """
     usage = CoreUsage.now()
-    chosen = {"weights": str(weights), "mean": _colour("--mean", mean), "std": _colour("--std", std), "resize": resize}
+    chosen = {
+        "weights": str(weights),
+        "mean": _colour("--mean", mean),
+        "std": _colour("--std", std),
+        "resize": resize,
+    }
     options = {name: value for name, value in chosen.items() if value is not None}
     given = merge({"attack": {"name": IMPORTED}}, {"model": options})
     spec = spec_from_flags(config, settings, flags, given=given)

@@ -1,0 +1,111 @@
+"""A look at a model that is no run: what can be said of it from clean images alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from backdoorbench_moe.analysis import passes, pixels, routing
+from backdoorbench_moe.engine.inference import predict
+from backdoorbench_moe.engine.opened_model import OpenedModel
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.experts import muted
+from backdoorbench_moe.moe.structure import WithExperts
+from backdoorbench_moe.ops.metrics import Proportion, proportion
+from backdoorbench_moe.ops.routing import patch_sums
+from backdoorbench_moe.ops.seeding import seeded
+
+
+@dataclass(frozen=True)
+class ModuleAnalysis:
+    """What clean images show of a model.
+
+    Attributes:
+        name: Name of the module's class, or of the run folder.
+        images: Number of images.
+        classes: Names of the classes, by number.
+        predicted: (classes,) int64, how many images are called each class.
+        ba: Share of the images that are called by their label; None without labels.
+        class_ba: The same for the images of each class, by number; classes without images are left out.
+        routing: Routing of each routed layer; empty for a dense model.
+        pixels: Brightness of the patches that each expert takes, layer by layer; empty for a dense model.
+        muted: BA with each expert muted, by its name; empty without labels, or if the model does not list its experts.
+    """
+
+    name: str
+    images: int
+    classes: tuple[str, ...]
+    predicted: Tensor
+    ba: Proportion | None
+    class_ba: dict[int, Proportion]
+    routing: tuple[routing.LayerRouting, ...] = ()
+    pixels: tuple[pixels.LayerPixels, ...] = ()
+    muted: dict[str, Proportion] | None = None
+
+
+def analyze_module(opened: OpenedModel) -> ModuleAnalysis:
+    """Look at a model without a trigger: what it answers, how it routes, and what each expert does for its accuracy.
+
+    Statistics by class use the predicted classes where there are no labels.
+
+    Args:
+        opened: The model, with images.
+
+    Raises:
+        ConfigError: There are no images.
+    """
+    images, labels, model = opened.images, opened.labels, opened.model
+    if images is None:
+        raise ConfigError("images: expected clean images to look at the model with")
+    with seeded(0, "look"):
+        called = predict(model, images, precision=opened.precision)
+    found = ModuleAnalysis(
+        name=opened.name,
+        images=len(images),
+        classes=opened.classes,
+        predicted=called.bincount(minlength=opened.num_classes).cpu(),
+        ba=None if labels is None else _share(called == labels),
+        class_ba={} if labels is None else _by_class(called, labels),
+        muted=_muted(opened),
+        **_routing(opened, images, called if labels is None else labels),
+    )
+    return found
+
+
+def _routing(opened: OpenedModel, images: Tensor, labels: Tensor) -> dict[str, tuple]:
+    if opened.routed is None:
+        return {}
+    model, classes, places = opened.routed, opened.num_classes, labels.cpu()
+    with seeded(0, "routing"):
+        layers = passes.run_pass(model, images, None, precision=opened.precision).clean.layers
+    sums = patch_sums(images, model.patch_size).cpu()
+    return {
+        "routing": tuple(routing.layer_routing(layer, places, classes, model.patch_grid) for layer in layers),
+        "pixels": tuple(
+            pixels.layer_pixels(layer, sums, places, classes, model.patch_size) for layer in layers
+        ),
+    }
+
+
+def _muted(opened: OpenedModel) -> dict[str, Proportion] | None:
+    model, split = opened.model, opened.split
+    if split is None or not isinstance(model, WithExperts):
+        return None
+    found = {}
+    for expert in model.experts():
+        with muted(model, [expert]), seeded(0, "look"):
+            called = predict(model, split.images, precision=opened.precision)
+        found[expert.name] = _share(called == split.labels)
+    return found
+
+
+def _by_class(called: Tensor, labels: Tensor) -> dict[int, Proportion]:
+    return {
+        int(number): _share(called[labels == number] == number) for number in torch.unique(labels).tolist()
+    }
+
+
+def _share(hits: Tensor) -> Proportion:
+    return proportion(int(hits.sum()), len(hits))
