@@ -22,8 +22,8 @@ from backdoorbench_moe.paths import expand
 
 if TYPE_CHECKING:
     from backdoorbench_moe.analysis.analyze import Analysis
-    from backdoorbench_moe.analysis.module import ModuleAnalysis
     from backdoorbench_moe.analysis.figures.plate import Plate
+    from backdoorbench_moe.analysis.module import ModuleAnalysis
 
 __all__ = [
     "analyze",

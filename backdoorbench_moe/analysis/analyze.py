@@ -24,10 +24,10 @@ from backdoorbench_moe.analysis import (
 )
 from backdoorbench_moe.analysis.facts import RunFacts, run_facts
 from backdoorbench_moe.analysis.marks import mark_test
-from backdoorbench_moe.engine.opened_run import OpenedRun, open_beside, open_run
 from backdoorbench_moe.analysis.remeasure import check_record, pass_mixture
 from backdoorbench_moe.engine.mixture_metrics import MixturePass
 from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.engine.opened_run import OpenedRun, open_beside, open_run
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.errors import BbmoeError, ConfigError
 from backdoorbench_moe.moe.structure import WithExperts

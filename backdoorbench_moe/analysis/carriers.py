@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.analysis.capture import proportion_of
-from backdoorbench_moe.engine.opened_run import OpenedRun
 from backdoorbench_moe.analysis.passes import BATCH
 from backdoorbench_moe.engine.inference import forward
+from backdoorbench_moe.engine.opened_run import OpenedRun
 from backdoorbench_moe.engine.triggered import Triggered
 from backdoorbench_moe.moe.experts import expert_outputs, muted, replaced_output
 from backdoorbench_moe.moe.merging import MergedModel

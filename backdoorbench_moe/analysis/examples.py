@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.engine.opened_run import OpenedRun, draw_images
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.data.images import read_images
 from backdoorbench_moe.engine.build import Stamper
 from backdoorbench_moe.engine.inference import forward, forward_routed
+from backdoorbench_moe.engine.opened_run import OpenedRun, draw_images
 from backdoorbench_moe.engine.poison import stamp_images
 from backdoorbench_moe.errors import ConfigError
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.engine.opened_run import OpenedRun
 from backdoorbench_moe.attacks.expert_poisoning import ExpertPoisoning
+from backdoorbench_moe.engine.opened_run import OpenedRun
 from backdoorbench_moe.engine.poison import stamp_images
 from backdoorbench_moe.engine.triggered import Triggered, triggered_test
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.engine.opened_run import draw_images, load_run_images
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet, Split
 from backdoorbench_moe.engine.build import (
@@ -26,6 +25,7 @@ from backdoorbench_moe.engine.build import (
 from backdoorbench_moe.engine.inference import as_input
 from backdoorbench_moe.engine.learned import learned_trigger
 from backdoorbench_moe.engine.names import check_names
+from backdoorbench_moe.engine.opened_run import draw_images, load_run_images
 from backdoorbench_moe.engine.poison import stamp_images
 from backdoorbench_moe.engine.run import Run, check_finished
 from backdoorbench_moe.engine.tasks import Tasks

@@ -22,6 +22,8 @@ COMMANDS = {
     "import": "Make a run of a model that was made elsewhere.",
     "defend": "Defend the model of a run, and measure it after every stage.",
     "analyze": "Analyse the routing of a run's model, and which experts carry the backdoor.",
+    "trigger": "Measure what triggers that nobody trained do to a run's model.",
+    "export": "Write the training set and the weights of a run as plain files.",
     "preview": "Draw what a trigger does to images.",
     "bench": "Run a suite of attacks, and draw its tables beside the paper's.",
     "show": "Print what a run folder holds.",

@@ -9,8 +9,8 @@ import torch
 from tiny import Tiny
 from torch import Tensor, nn
 
-from backdoorbench_moe.engine.opened_run import OpenedRun
 from backdoorbench_moe.attacks import create_attack
+from backdoorbench_moe.engine.opened_run import OpenedRun
 from backdoorbench_moe.engine.triggered import Triggered, triggered_test
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
 

@@ -13,9 +13,9 @@ from PIL import Image
 from tiny import TINY_MODEL, Tiny, tiny_spec
 
 from backdoorbench_moe.analysis import preview as previews
-from backdoorbench_moe.engine.opened_run import draw_images
 from backdoorbench_moe.analysis.preview import Preview, preview_run, preview_spec, save_preview
 from backdoorbench_moe.engine.graph import clean_twin
+from backdoorbench_moe.engine.opened_run import draw_images
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.runner import run_attack
 from backdoorbench_moe.errors import ConfigError, DataError, RecordError, UnknownNameError

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny import tiny_spec
 
-from backdoorbench_moe.engine.opened_run import open_run
 from backdoorbench_moe.analysis.probe_summary import summarize_probe
+from backdoorbench_moe.engine.opened_run import open_run
 from backdoorbench_moe.engine.probe import load_probe_record
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.runner import run_attack

@@ -1,0 +1,248 @@
+"""`bbmoe import`, `trigger` and `export`, and what follows on an imported run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import TINY_MODEL, Tiny, tiny_spec
+
+from backdoorbench_moe.engine.exporting import class_folders
+from backdoorbench_moe.engine.run import load_run
+from backdoorbench_moe.engine.runner import run_attack
+from backdoorbench_moe.models import create_model
+
+OPTIONS = {key: value for key, value in TINY_MODEL.items() if key != "name"}
+SETS = [word for key, value in OPTIONS.items() for word in ("--set", f"model.{key}={value}")]
+DATA = ["--dataset", "tiny", "--device", "cpu", "--precision", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("own") / "w.safetensors"
+    save_file(dict(create_model("pmoe", num_classes=3, **OPTIONS).state_dict()), path)
+    return path
+
+
+@pytest.fixture
+def imported(bbmoe, file, tmp_path):
+    code, _, err = bbmoe(
+        "import", file, "--model", "pmoe", *SETS, *DATA, "--mean", "half", "--output", tmp_path, "--quiet"
+    )
+    assert code == 0, err
+    [folder] = tmp_path.iterdir()
+    return folder
+
+
+def test_import_then_analyze_then_defend(bbmoe, imported) -> None:
+    code, out, _ = bbmoe("show", imported)
+    assert code == 0 and "imported" in out
+    code, out, err = bbmoe("analyze", imported, "--json", "--quiet")
+    document = json.loads(out)
+    assert code == 0, err
+    assert document["run"]["attacked"] is None
+    assert "was imported" in (imported / "report.html").read_text(encoding="utf-8")
+    words = ["--defense", "fine-tuning,clp", "--set", "epochs=1", "--set", "clean_fraction=0.5", "--quiet"]
+    code, out, err = bbmoe("defend", imported, *words, width=120)
+    assert code == 0 and "BA" in out and "ASR" not in out, err
+
+
+def test_the_word_weights_may_stand_there(bbmoe, file, tmp_path) -> None:
+    words = [file, "--model", "pmoe", *SETS, *DATA, "--mean", "half", "--output", tmp_path, "--json", "--quiet"]
+    code, out, _ = bbmoe("import", "weights", *words)
+    first = json.loads(out)
+    assert code == 0 and bbmoe("import", *words)[1] == out
+    [record] = first if isinstance(first, list) else [first]
+    assert record["spec"]["attack"] == "imported" and record["spec"]["files"]["model.weights"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "pmoee"], "did you mean 'pmoe'"),
+        (["--model", "pmoe"], "do not fit the model"),
+        (["--model", "pmoe", "--mean", "imagnet"], "did you mean 'imagenet'"),
+        (["--model", "pmoe", "--mean", "a,b,c"], "--mean: expected numbers"),
+        (["--model", "pmoe", "--mean", "0.5,0.5"], "mean: expected"),
+        (["--model", "pmoe", "--std", "0.5,0.5,0.5"], "model.mean: expected three numbers"),
+        (["--model", "pmoe", "--resize", "0"], "model.resize: expected 1 to 8192"),
+        (["--model", "pmoe", "--set", "attack=moevil"], "attack: expected none, as the model is imported"),
+        (["--model", "pmoe", "--set", "policy=0.1"], "policy"),
+        (["--model", "pmoe", "--set", "trigger=warp"], "trigger"),
+        (["--model", "pmoe", "--set", "train.freeze=[a]"], "do not fit"),
+        ([], "Missing option '--model'"),
+    ],
+)
+def test_import_refuses_in_one_line_and_writes_nothing(words, message, bbmoe, file, tmp_path) -> None:
+    code, out, err = bbmoe("import", file, *words, *DATA, "--output", tmp_path / "runs", "--quiet")
+    assert (code, out) == (2, "") and message in " ".join(err.split())
+    assert "Traceback" not in err and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["none.pt", "text.safetensors", "folder"])
+def test_import_refuses_what_is_no_file_of_weights(name, bbmoe, tmp_path) -> None:
+    (tmp_path / "text.safetensors").write_text("no")
+    (tmp_path / "folder").mkdir()
+    code, _, err = bbmoe(
+        "import", tmp_path / name, "--model", "pmoe", *DATA, "--output", tmp_path / "runs", "--quiet"
+    )
+    assert code == 2 and err.startswith("bbmoe: error: weights ") and err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_triggers_that_nobody_trained_are_measured(bbmoe, imported) -> None:
+    words = ["trigger", imported, "--trigger", "square", "--trigger", "warp", "--applicator", "image"]
+    code, out, err = bbmoe(*words, "--set", "trigger.size=5", "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    square, warp = document["triggers"]
+    assert square["trigger"] == {"name": "square", "size": 5} and len(square["classes"]) == 3
+    assert warp["trigger"]["name"] == "warp" and square["ba"] == warp["ba"]
+    assert {"value", "n", "low", "high"} <= square["classes"][0]["asr"].keys()
+    code, out, _ = bbmoe(*words, "--target", "blue", width=110)
+    assert code == 0 and "square by image" in out and out.count("blue") == 2 and "[" in out
+    assert sorted(os.listdir(imported)) == sorted([".lock", "files", "model.safetensors", "record.json"])
+
+
+def test_the_rates_are_those_of_a_run_with_this_trigger(bbmoe, tmp_path) -> None:
+    [run] = run_attack(tiny_spec(seed=4), output=tmp_path, twin=False)
+    _, out, _ = bbmoe("trigger", run.folder.path, "--trigger", "square", "--applicator", "image", "--json")
+    [found] = json.loads(out)["triggers"]
+    assert found["ba"] == run.record.metrics["ba"]
+    assert found["classes"][0]["asr"] == run.record.metrics["asr"]
+    assert found["classes"][0]["target_rate"] == run.record.metrics["target_rate"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--trigger", "wrap"], "did you mean 'warp'"),
+        (["--trigger", "warp", "--applicator", "tile"], "applicator: unknown 'tile'"),
+        (["--trigger", "warp", "--set", "trigger.sise=3"], "trigger: option: unknown 'sise'"),
+        (["--trigger", "warp", "--set", "size=3"], "--set: expected trigger.KEY=VALUE"),
+        (["--trigger", "input-aware"], "one that is not learned"),
+        (["--trigger", "square", "--target", "pink"], "--target: class: unknown 'pink'"),
+        (["--trigger", "square", "--set", "trigger.size=90"], "size"),
+        ([], "Missing option '--trigger'"),
+    ],
+)
+def test_trigger_refuses_in_one_line(words, message, bbmoe, imported) -> None:
+    code, out, err = bbmoe("trigger", imported, *words)
+    assert (code, out) == (2, "") and message in " ".join(err.split()) and "Traceback" not in err
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory):
+    from backdoorbench_moe import data
+
+    data.registry.register("tiny")(Tiny)
+    try:
+        spec = tiny_spec(poison={"rate": 0.25, "cover": 0.1}, trigger="square")
+        [run] = run_attack(spec, output=tmp_path_factory.mktemp("runs"), twin=False)
+    finally:
+        data.registry.unregister("tiny")
+    return run
+
+
+def test_the_poisoned_training_set_is_exported_as_the_victim_had_it(bbmoe, attacked, tmp_path) -> None:
+    code, _out, err = bbmoe("export", attacked.folder.path, tmp_path / "png")
+    assert code == 0, err
+    assert bbmoe("export", attacked.folder.path, tmp_path / "t", "--format", "tensors")[0] == 0
+    tensors = load_file(tmp_path / "t" / "train.safetensors")
+    clean, stamper = Tiny().load().train, attacked.stamper()
+    with (tmp_path / "png" / "train.csv").open() as opened:
+        rows = list(csv.DictReader(opened))
+    poison, cover = (attacked.folder.load_poison(name).tolist() for name in ("indices", "cover"))
+    assert len(rows) == 96 and poison and cover
+    for index, row in enumerate(rows):
+        pixels = torch.from_numpy(np.array(Image.open(tmp_path / "png" / row["file"]))).permute(2, 0, 1)
+        stamped = index in poison or index in cover
+        wanted = clean.images[index]
+        if stamped:
+            wanted = (stamper(wanted[None] / 255)[0] * 255).round().to(torch.uint8)
+        assert torch.equal(pixels, wanted) and torch.equal(tensors["images"][index], wanted)
+        group = "poison" if index in poison else "cover" if index in cover else "clean"
+        label = 0 if group == "poison" else int(clean.labels[index])
+        assert (row["group"], int(row["label"])) == (group, label)
+        assert (
+            int(row["original_label"]) == int(clean.labels[index]) == int(tensors["original_labels"][index])
+        )
+        assert int(tensors["labels"][index]) == label
+        assert row["file"].startswith(f"train/{['0-red', '1-green', '2-blue'][label]}/")
+    with safe_open(tmp_path / "png" / "model.safetensors", framework="pt") as opened:
+        assert opened.metadata()["backdoored"] == "true"
+        assert {k: opened.get_tensor(k).shape for k in opened.keys()} == {  # noqa: SIM118
+            k: v.shape for k, v in attacked.model().state_dict().items()
+        }
+    facts = json.loads((tmp_path / "png" / "export.json").read_text())
+    assert facts["groups"] == {
+        "clean": 96 - len(poison) - len(cover),
+        "poison": len(poison),
+        "cover": len(cover),
+        "noise": 0,
+    }
+
+
+def test_weights_of_timm_are_exported_under_its_names(bbmoe, tmp_path) -> None:
+    torch.manual_seed(0)
+    source = timm.create_model("test_resnet", num_classes=3)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    words = [
+        "--model",
+        "timm:test_resnet",
+        "--set",
+        "model.small_stem=false",
+        "--mean",
+        "imagenet",
+        "--quiet",
+    ]
+    assert bbmoe("import", tmp_path / "w.pth", *words, *DATA, "--output", tmp_path / "runs")[0] == 0
+    [folder] = (tmp_path / "runs").iterdir()
+    code, out, err = bbmoe("export", folder, tmp_path / "out", "--weights-only")
+    assert code == 0 and "train" not in out, err
+    source.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+    header = json.loads((tmp_path / "out" / "export.json").read_text())["model"]
+    assert header["backdoored"] == "unknown" and json.loads(header["mean"]) == [0.485, 0.456, 0.406]
+
+
+def test_an_export_appears_whole_or_not_at_all(bbmoe, attacked, tmp_path, monkeypatch) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    (tmp_path / "file").touch()
+    for name in ("full", "file"):
+        code, _, err = bbmoe("export", attacked.folder.path, tmp_path / name)
+        assert code == 2 and "output: expected a folder that does not exist or is empty" in " ".join(
+            err.split()
+        )
+    monkeypatch.setattr("backdoorbench_moe.engine.exporting.csv.writer", lambda file: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bbmoe("export", attacked.folder.path, tmp_path / "new")
+    assert sorted(os.listdir(tmp_path)) == ["file", "full"]
+    monkeypatch.undo()
+    (tmp_path / "empty").mkdir()
+    assert bbmoe("export", attacked.folder.path, tmp_path / "empty")[0] == 0
+    assert load_run(attacked.folder.path).record == attacked.record
+
+
+@pytest.mark.parametrize(
+    ("classes", "folders"),
+    [
+        (("cat", "dog"), ["cat", "dog"]),
+        (("dog", "cat"), ["0-dog", "1-cat"]),
+        (("2", "10"), ["2", "10"]),
+        (("10", "2"), ["0-10", "1-2"]),
+        (("a/b", "a:b"), ["0-a_b", "1-a_b"]),
+        (("..", "b"), ["0-", "1-b"]),
+    ],
+)
+def test_class_folders_keep_the_order_of_the_classes(classes, folders) -> None:
+    assert class_folders(classes) == folders
