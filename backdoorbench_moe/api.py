@@ -232,8 +232,8 @@ def defend(
 
     Returns:
         Of a module a `DefendedModule`, with the `model`, the `judgements` and the accuracy after each of its `stages`.
-        Otherwise the defended run. `record.stages` holds BA, ASR and RA before the defense and after each of its stages,
-        `model()` is the defended model. If the defense filters inputs, `value("auroc")`, `value("tpr")` and
+        Otherwise the defended run. `record.stages` holds BA, ASR and RA before the defense and after each of its
+        stages, `model()` is the defended model. If the defense filters inputs, `value("auroc")`, `value("tpr")` and
         `value("fpr")` are in percent; if it judges training images, `value("sample_auroc")`, `value("sample_tpr")` and
         `value("sample_fpr")`.
 

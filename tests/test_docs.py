@@ -28,6 +28,7 @@ from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.suite_file import list_suites, parse_suite
 from backdoorbench_moe.bench.tables import build_sheet
 from backdoorbench_moe.cli import bbmoe
+from backdoorbench_moe.cli.importing import ImportGroup
 from backdoorbench_moe.models import list_models
 
 OWN = "backdoorbench-moe"
@@ -194,6 +195,8 @@ def test_the_commands_take_the_flags_they_are_shown_with(page, line) -> None:
     _, *arguments = shlex.split(line)
     command: click.Command | None = bbmoe
     while isinstance(command, click.Group):
+        if isinstance(command, ImportGroup):
+            arguments = command.with_default(arguments)
         name, *arguments = arguments
         command = command.get_command(None, name)  # type: ignore[arg-type]
     assert command is not None, line

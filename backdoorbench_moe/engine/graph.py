@@ -7,8 +7,8 @@ A mixture of experts is made from a base, on which each expert is tuned, and an 
 
     base -> expert 0 .. E-1 -> poisoned expert -> mixture -> defended mixture
 
-A victim whose trigger is optimised on a surrogate is made from the surrogate, a clean run. An imported model is made from
-a file, and is compared with nothing.
+A victim whose trigger is optimised on a surrogate is made from the surrogate, a clean run. An imported model is made
+from a file, and is compared with nothing.
 """
 
 from __future__ import annotations

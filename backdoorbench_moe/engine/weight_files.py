@@ -1,8 +1,8 @@
 """Reading files of weights that others wrote: safetensors files, and state dicts in torch's two formats.
 
-Nothing in a file is run. Torch's files are pickles: before `torch.load` reads one, with `weights_only`, its instructions
-are listed, and every name in them that a state dict of dense tensors does not need is refused. Sizes are checked before
-memory is taken, so that a file costs about as much memory as it has bytes.
+Nothing in a file is run. Torch's files are pickles: before `torch.load` reads one, with `weights_only`, its
+instructions are listed, and every name in them that a state dict of dense tensors does not need is refused. Sizes are
+checked before memory is taken, so that a file costs about as much memory as it has bytes.
 """
 
 from __future__ import annotations

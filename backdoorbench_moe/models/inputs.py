@@ -1,9 +1,9 @@
 """The preparation of images inside a model: resizing and normalisation.
 
-A model has several methods that take images, and they call each other: `forward`, `forward_routed` of a routed model, and
-`extract_features`. A hook on the model would see only the first. So the model gets a subclass of its class in which each
-of these methods prepares the images, once, however they call each other. State dict, protocols and names of modules stay
-as they are.
+A model has several methods that take images, and they call each other: `forward`, `forward_routed` of a routed model,
+and `extract_features`. A hook on the model would see only the first. So the model gets a subclass of its class in which
+each of these methods prepares the images, once, however they call each other. State dict, protocols and names of
+modules stay as they are.
 """
 
 from __future__ import annotations

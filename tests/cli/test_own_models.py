@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 
 import numpy as np
 import pytest
@@ -53,15 +52,28 @@ def test_import_then_analyze_then_defend(bbmoe, imported) -> None:
     assert "was imported" in (imported / "report.html").read_text(encoding="utf-8")
     words = ["--defense", "fine-tuning,clp", "--set", "epochs=1", "--set", "clean_fraction=0.5", "--quiet"]
     code, out, err = bbmoe("defend", imported, *words, width=120)
-    assert code == 0 and "BA" in out and "ASR" not in out, err
+    [heading] = [line for line in out.splitlines() if line.startswith("defenses")]
+    assert code == 0 and "BA" in heading and "ASR" not in heading, err
 
 
 def test_the_word_weights_may_stand_there(bbmoe, file, tmp_path) -> None:
-    words = [file, "--model", "pmoe", *SETS, *DATA, "--mean", "half", "--output", tmp_path, "--json", "--quiet"]
+    words = [
+        file,
+        "--model",
+        "pmoe",
+        *SETS,
+        *DATA,
+        "--mean",
+        "half",
+        "--output",
+        tmp_path,
+        "--json",
+        "--quiet",
+    ]
     code, out, _ = bbmoe("import", "weights", *words)
     first = json.loads(out)
     assert code == 0 and bbmoe("import", *words)[1] == out
-    [record] = first if isinstance(first, list) else [first]
+    [record] = first["runs"]
     assert record["spec"]["attack"] == "imported" and record["spec"]["files"]["model.weights"]
 
 
@@ -110,7 +122,9 @@ def test_triggers_that_nobody_trained_are_measured(bbmoe, imported) -> None:
     assert {"value", "n", "low", "high"} <= square["classes"][0]["asr"].keys()
     code, out, _ = bbmoe(*words, "--target", "blue", width=110)
     assert code == 0 and "square by image" in out and out.count("blue") == 2 and "[" in out
-    assert sorted(os.listdir(imported)) == sorted([".lock", "files", "model.safetensors", "record.json"])
+    assert sorted(path.name for path in imported.iterdir()) == sorted(
+        [".lock", "files", "model.safetensors", "record.json"]
+    )
 
 
 def test_the_rates_are_those_of_a_run_with_this_trigger(bbmoe, tmp_path) -> None:
@@ -226,7 +240,7 @@ def test_an_export_appears_whole_or_not_at_all(bbmoe, attacked, tmp_path, monkey
     monkeypatch.setattr("backdoorbench_moe.engine.exporting.csv.writer", lambda file: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         bbmoe("export", attacked.folder.path, tmp_path / "new")
-    assert sorted(os.listdir(tmp_path)) == ["file", "full"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
     monkeypatch.undo()
     (tmp_path / "empty").mkdir()
     assert bbmoe("export", attacked.folder.path, tmp_path / "empty")[0] == 0

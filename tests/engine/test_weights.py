@@ -105,13 +105,13 @@ def test_a_file_without_a_head_gets_a_new_one() -> None:
     tensors = {name: t for name, t in drawn(0).state_dict().items() if not name.startswith("head")}
     [note] = fit(drawn(1), tensors, head="auto")
     assert "the file has none" in note
-    with pytest.raises(RecordError, match="2 missing: head.weight, head.bias"):
+    with pytest.raises(RecordError, match=r"2 missing: head\.weight, head\.bias"):
         fit(drawn(1), tensors)
 
 
 def test_half_a_head_is_not_taken_for_none() -> None:
     tensors = {name: t for name, t in drawn(0).state_dict().items() if name != "head.bias"}
-    with pytest.raises(RecordError, match="1 missing: head.bias"):
+    with pytest.raises(RecordError, match=r"1 missing: head\.bias"):
         fit(drawn(1), tensors, head="auto")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -19,10 +20,12 @@ class ImportGroup(LazyGroup):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put the default command in front, unless another one, or --help, is asked for."""
-        if args and args[0] not in {*self.commands_help, *ctx.help_option_names}:
-            args = [DEFAULT, *args]
-        parsed: Any = super().parse_args(ctx, args)
+        parsed: Any = super().parse_args(ctx, self.with_default(args, ctx.help_option_names))
         return parsed
+
+    def with_default(self, args: list[str], others: Sequence[str] = ()) -> list[str]:
+        """Return the arguments with the default command in front, unless they start with a command or one of others."""
+        return [DEFAULT, *args] if args and args[0] not in {*self.commands_help, *others} else args
 
 
 @click.group(

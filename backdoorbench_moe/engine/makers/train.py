@@ -44,7 +44,8 @@ class TrainMaker(Maker):
 
         Raises:
             ConfigError: The file is not there or does not fit.
-            RecordError: The same, of the file that the model's option `weights` names; or the surrogate is not the run that the spec needs, or does not fit.
+            RecordError: The same, of the file that the model's option `weights` names; or the surrogate is not the run
+                that the spec needs, or does not fit.
         """
         if self.optimisation is not None:
             self.optimisation.load(inputs)
