@@ -193,7 +193,7 @@ class RunSpec:
         The key of an option is the prefix, such as "trigger." or "defenses[0].", followed by the option's name.
         """
         for kind in KINDS.values():
-            value = None if kind.name == "attack" and self.imported else getattr(self, kind.key)
+            value: Any = None if kind.name == "attack" and self.imported else getattr(self, kind.key)
             for place, part in enumerate(value if kind.repeated else (value,)):
                 if part is not None:
                     yield kind.name, f"{kind.key}[{place}]." if kind.repeated else f"{kind.key}.", part

@@ -153,8 +153,9 @@ def build_attack(spec: RunSpec) -> Attack:
     Raises:
         ConfigError: The run is clean; or the attack stamps a trigger and the spec has none, or the other way round.
     """
-    if spec.attack is None:
-        raise ConfigError("attack: expected an attack, got a clean run")
+    if spec.attack is None or spec.imported:
+        got = "a clean run" if spec.attack is None else "an imported model"
+        raise ConfigError(f"attack: expected an attack, got {got}")
     with naming_attack(spec.attack):
         attack = attacks.registry.create(spec.attack.name, spec.attack.options, {"poison": spec.poison})
     if attack.uses_trigger != (spec.trigger is not None):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,10 +18,11 @@ from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.engine.device import reproducible
 from backdoorbench_moe.engine.evaluate import Metrics, share
 from backdoorbench_moe.engine.inference import features, logits, losses, predict, routings
+from backdoorbench_moe.engine.makers.defend import Stages
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.opened_model import OpenedModel
 from backdoorbench_moe.engine.tune import Tuner
-from backdoorbench_moe.errors import ConfigError, PluginError
+from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.seeding import derive_seed, seeded
 
 
@@ -67,21 +67,6 @@ class DefendedModule:
         return self.stages[-1].metrics[metric]["value"]
 
 
-@dataclass
-class _Stages:
-    """Copies of the model at the end of each stage, with their durations."""
-
-    kept: list[tuple[str, nn.Module, float]] = field(default_factory=list)
-    since: float = field(default_factory=time.perf_counter)
-
-    def add(self, name: str, model: nn.Module) -> None:
-        now = time.perf_counter()
-        if not isinstance(name, str) or not name or name in [each[0] for each in self.kept]:
-            raise PluginError(f"defense: expected a new name for a stage, got {name!r}")
-        self.kept.append((name, copy.deepcopy(model).eval(), now - self.since))
-        self.since = time.perf_counter()
-
-
 def defend_module(
     opened: OpenedModel,
     defense: PartSpec,
@@ -114,13 +99,12 @@ def defend_module(
             raise ConfigError(f"{defense.name}: needs {need} images, which only a run has; a module has none")
     built.check_model(opened.model)
     built.check_images(opened.model, opened.image_size)
-    own, stages = derive_seed(seed, "defense", 0), _Stages()
-    stages.add("before", opened.model)
+    own, stages = derive_seed(seed, "defense", 0), Stages(opened.model)
     watcher = observer or Observer()
     task = _task(opened, held, train, own, watcher, defense.name, stages, sorted(built.needs))
     with reproducible(opened.device), seeded(own, "noise"):
         result = built(task)
-    stages.add(result.stage, result.model)
+    stages.add(result.stage, result.model.eval())
     measured = tuple(
         ModuleStage(name, model, {"ba": _accuracy(model, held, opened.precision)}, seconds)
         for name, model, seconds in stages.kept
@@ -135,7 +119,7 @@ def _task(
     seed: int,
     observer: Observer,
     name: str,
-    stages: _Stages,
+    stages: Stages,
     needs: list[str],
 ) -> DefenseTask:
     grants: dict[str, Callable[[], Any]] = {

@@ -46,7 +46,7 @@ def freezing(model: nn.Module, patterns: Sequence[str]) -> Iterator[list[nn.Modu
     found = frozen_names(model, patterns)
     chosen = [(p, p.requires_grad) for name, p in model.named_parameters() if name in found]
     frozen = {id(parameter) for parameter, _ in chosen}
-    norms = [
+    norms: list[nn.Module] = [
         module
         for module in model.modules()
         if isinstance(module, _BatchNorm)

@@ -178,7 +178,7 @@ def _count_classes(opened: OpenedModel) -> int:
 
 def _with_images(opened: OpenedModel, images: Images) -> OpenedModel:
     """Return the opened model with other images, and their labels if they bring any."""
-    found = _read_folder(images, opened) if isinstance(images, str | os.PathLike) else images
+    found: Any = _read_folder(images, opened) if isinstance(images, str | os.PathLike) else images
     labels = None
     if isinstance(found, Split):
         found, labels = found.images, _read_labels(found.labels, replace(opened, images=found.images))

@@ -211,9 +211,9 @@ def _check_pickle(file: Path, content: io.BytesIO, largest: int | None) -> None:
         for number, (code, argument, _) in enumerate(pickletools.genops(content)):
             if number > MOST_OPCODES:
                 raise _refusal(file, f"its pickle has more than {MOST_OPCODES:,} instructions")
-            if code.name == "GLOBAL" and not ADMITTED.fullmatch(argument):
+            if code.name == "GLOBAL" and not ADMITTED.fullmatch(str(argument)):
                 raise _refusal(
-                    file, f"holds {_short(argument.replace(' ', '.'))}, not only tensors; {ADVICE}"
+                    file, f"holds {_short(str(argument).replace(' ', '.'))}, not only tensors; {ADVICE}"
                 )
             if code.name in REFUSED_OPCODES:
                 raise _refusal(file, f"holds an instruction that no state dict has ({code.name}); {ADVICE}")

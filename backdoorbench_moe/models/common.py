@@ -116,13 +116,14 @@ class ModelRegistry(Registry["nn.Module"]):
         """Build a model that prepares its images as the common options say; weights are not loaded."""
         self.check(name, options)
         own, common = self._split(name, options)
-        chosen, given = CommonOptions(**common), dict(given or {})
+        chosen: CommonOptions = CommonOptions(**common)
+        values: dict[str, Any] = dict(given or {})
         if chosen.normalisation is None and chosen.resize is None:
-            return super().create(name, own, given)
+            return super().create(name, own, values)
         from backdoorbench_moe.models.inputs import prepare_inputs
 
-        size = given["image_size"]
-        model = super().create(name, own, {**given, "image_size": chosen.resize or size})
+        size = values["image_size"]
+        model = super().create(name, own, {**values, "image_size": chosen.resize or size})
         return prepare_inputs(
             model, normalisation=chosen.normalisation, resize=chosen.resize, image_size=size
         )

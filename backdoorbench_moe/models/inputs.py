@@ -59,8 +59,8 @@ def prepare_inputs(
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in normalisation)
         model.register_buffer("input_mean", mean, persistent=False)
         model.register_buffer("input_std", std, persistent=False)
-    model._preparing = False
-    model.__class__ = _preparing(type(model))
+    model._preparing = False  # type: ignore[assignment]
+    model.__class__ = _preparing(type(model))  # type: ignore[arg-type]
     return model
 
 
