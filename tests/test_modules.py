@@ -43,7 +43,9 @@ def unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("name", "options"), [("fine-tuning", {"epochs": 1}), ("clp", {}), ("strip", {})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("fine-tuning", {"epochs": 1}), ("clp", {"u": 2.0}), ("strip", {})]
+)
 def test_any_module_is_defended_and_stays_as_it_is(name, options, plain, split) -> None:
     before = copy.deepcopy(plain.state_dict())
     found = bbmoe.defend(plain, name, images=split.images, labels=split.labels, device="cpu", **options)
