@@ -62,7 +62,8 @@ def write_plan(path: Path, plan: PoisonPlan) -> None:
     """Write the file of a `Recorded` attack."""
     from safetensors.torch import save_file
 
-    save_file({"labels": plan.labels, **plan.groups}, path)
+    tensors = {"labels": plan.labels, **plan.groups}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 def read_plan(path: Path) -> dict[str, Tensor]:

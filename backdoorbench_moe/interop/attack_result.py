@@ -188,8 +188,8 @@ class _Fields:
             raise self.fault(f"{name}: original_index_array", f"places in 0..{len(flags) - 1}", "others")
         wanted = sorted(set(places[flags[places]].tolist()))
         rows = [self._row(name, index, stored.get(index)) for index in wanted]
-        labels = np.array(rows, np.int64).reshape(-1, 2)
-        return StoredSplit(np.array(wanted, np.int64), labels[:, 0], labels[:, 1], len(flags))
+        labels, true = np.array(rows, np.int64).reshape(-1, 2).T.copy()
+        return StoredSplit(np.array(wanted, np.int64), labels, true, len(flags))
 
     def _row(self, name: str, index: int, entry: object) -> tuple[int, int]:
         """New and true label of a stored image."""

@@ -143,6 +143,7 @@ def import_backdoorbench(
                 poison=poison,
                 train=recipe(place),
                 device=device,
+                precision="fp32",  # As BackdoorBench measures.
                 recipe="backdoorbench",
             )
         )
@@ -235,7 +236,7 @@ def read_poison(
         raise DataError(
             f"{place.path / ATTACK}: bd_test: expected one target class, or the next class for each image"
         )
-    plan = None if attack.train is None else _plan(attack.train)
+    plan = None if attack.train is None else read_plan(attack.train, values.get("target"), classes)
     if plan is not None and attack.train is not None:
         count = attack.train.images
         values |= {"rate": len(plan.indices) / count, "noise": len(plan.noise) / count}
@@ -244,13 +245,23 @@ def read_poison(
     return PoisonSpec(**values), plan
 
 
-def _plan(train: StoredSplit) -> PoisonPlan:
-    """The groups: stored images with another label are poison; those with their own are noise, if there are others."""
-    indices, labels = torch.from_numpy(train.indices), torch.from_numpy(train.labels)
-    relabelled = torch.from_numpy(train.labels != train.true)
-    if not relabelled.any():  # Clean labels.
+def read_plan(train: StoredSplit, target: int | None, classes: int) -> PoisonPlan:
+    """Return the groups of stored training images.
+
+    If all have the label that the attacker wants, all are poison, those of the target class included. Otherwise there
+    are noise images among them, which keep their label: then poison is what has another one.
+
+    Args:
+        train: The stored images.
+        target: The target class; None if the next class is wanted.
+        classes: Number of classes.
+    """
+    indices, labels, true = map(torch.from_numpy, (train.indices, train.labels, train.true))
+    wanted = (true + 1) % classes if target is None else torch.full_like(true, target)
+    if torch.equal(labels, wanted):
         return PoisonPlan(indices, labels)
-    return PoisonPlan(indices[relabelled], labels[relabelled], noise=indices[~relabelled])
+    poison = labels != true
+    return PoisonPlan(indices[poison], labels[poison], noise=indices[~poison])
 
 
 def _write_files(

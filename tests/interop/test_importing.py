@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from result_folders import TARGET, stamp, write_csv, write_result
@@ -13,7 +14,8 @@ import backdoorbench_moe as bbmoe
 from backdoorbench_moe import data
 from backdoorbench_moe.engine.runner import run_attack
 from backdoorbench_moe.errors import ConfigError, DataError
-from backdoorbench_moe.interop.importing import Imported, import_backdoorbench
+from backdoorbench_moe.interop.attack_result import StoredSplit
+from backdoorbench_moe.interop.importing import Imported, import_backdoorbench, read_plan
 from backdoorbench_moe.records import RunFolder
 
 
@@ -41,9 +43,8 @@ def test_its_own_numbers_are_met(imported: Imported, result: tuple[Path, dict[st
     for each, theirs in zip(imported.compared, numbers.values(), strict=True):
         assert each.here == pytest.approx(100 * theirs, abs=1e-3) == each.there
     record = imported.run.record
-    # One of the four stored training images keeps its label: it is noise.
-    assert record.poison is not None
-    assert (record.poison["n"], record.poison["noise"], record.poison["target"]) == (3, 1, TARGET)
+    # One of the four stored training images is of the target class, and poison nevertheless.
+    assert record.poison is not None and (record.poison["n"], record.poison["target"]) == (4, TARGET)
     assert imported.run.spec.train.batch_size == 16 and imported.run.spec.train.lr == 0.02
 
 
@@ -68,7 +69,7 @@ def test_it_can_be_defended_and_analyzed(imported: Imported) -> None:
     assert not list(defended.folder.path.glob("files/model*")), "a pickle was copied into a run folder"
     spectral = bbmoe.defend(imported.run, "spectral")
     counts = spectral.record.judgements[0]["counts"]
-    assert counts["tp"] + counts["fn"] == 3
+    assert counts["tp"] + counts["fn"] == 4
     bbmoe.analyze(imported.run, carriers_images=20)
 
 
@@ -99,7 +100,29 @@ def test_another_model_can_be_trained_on_the_stored_poison(imported: Imported, t
         train={"epochs": 1, "batch_size": 32},
         device="cpu",
     )
-    assert run.record.poison is not None and run.record.poison["n"] == 3
+    assert run.record.poison is not None and run.record.poison["n"] == 4
+
+
+@pytest.mark.parametrize(
+    ("target", "labels", "poison", "noise"),
+    [
+        (1, [1, 1, 1], [3, 5, 8], []),  # Dirty labels; image 5 is of the target class.
+        (1, [1, 1, 2], [3], [5, 8]),  # Image 8 keeps its label, so there is noise.
+        (None, [1, 2, 0], [3, 5, 8], []),  # All-to-all, of three classes.
+        (None, [1, 1, 0], [3, 8], [5]),
+    ],
+)
+def test_the_groups_of_stored_training_images(
+    target: int | None, labels: list[int], poison: list[int], noise: list[int]
+) -> None:
+    split = StoredSplit(np.array([3, 5, 8]), np.array(labels), np.array([0, 1, 2]), 10)
+    plan = read_plan(split, target, 3)
+    assert plan.indices.tolist() == poison and plan.noise.tolist() == noise and not len(plan.cover)
+
+
+def test_clean_labels_are_poison() -> None:
+    ones = np.ones(2, np.int64)
+    assert read_plan(StoredSplit(np.array([2, 4]), ones, ones, 10), 1, 3).indices.tolist() == [2, 4]
 
 
 def changed(folder: Path, tmp_path: Path) -> Path:
