@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from backdoorbench_moe.data.base import ImageSet, Split
 from backdoorbench_moe.engine.poison import poisoned
 from backdoorbench_moe.engine.run import Run, check_finished
 from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.engine.workplace import Workplace
-from backdoorbench_moe.errors import ConfigError, RecordError
+from backdoorbench_moe.errors import BbmoeWarning, ConfigError, RecordError
 from backdoorbench_moe.interop.export_script import RESULT_SCRIPT, read_script
+from backdoorbench_moe.interop.importing import NORMALISATION
 from backdoorbench_moe.interop.result_folder import COLUMNS, TEST_IMAGES, TRAIN_IMAGES
 from backdoorbench_moe.models.backdoorbench import BackdoorBenchModel
-
-# BackdoorBench's names of data sets by those here, if they differ.
-DATASETS: dict[str, str] = {}
 
 
 def write_backdoorbench(run: Run, folder: Path | str, *, data_root: str | None = None) -> Path:
@@ -69,7 +68,7 @@ def write_backdoorbench(run: Run, folder: Path | str, *, data_root: str | None =
 
 
 def _facts(run: Run, images: ImageSet) -> dict[str, Any]:
-    train, poison, name = run.spec.train, run.spec.poison, DATASETS.get(images.name, images.name)
+    train, poison, name = run.spec.train, run.spec.poison, images.name
     info = {
         "dataset": name,
         "epochs": train.epochs,
@@ -132,6 +131,7 @@ def _write_weights(target: Path, run: Run, facts: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     model = run.model()
+    _check_normalisation(model, facts["dataset"], target)
     weights = model.state_dict()
     facts["model_name"] = run.spec.model.name
     if isinstance(model, BackdoorBenchModel):
@@ -139,6 +139,19 @@ def _write_weights(target: Path, run: Run, facts: dict[str, Any]) -> None:
         weights = {model.their_name(name): tensor for name, tensor in weights.items()}
     facts["weights"] = list(weights)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, target / "weights.safetensors")
+
+
+def _check_normalisation(model: nn.Module, dataset: str, target: Path) -> None:
+    """Warn if BackdoorBench would normalise images otherwise than the model expects."""
+    theirs = NORMALISATION.get(dataset)
+    if theirs is None or (isinstance(model, BackdoorBenchModel) and model.normalisation == theirs):
+        return
+    warnings.warn(
+        f"{target}: BackdoorBench normalises images of {dataset} by mean {theirs[0]} and std {theirs[1]} before the "
+        "model, and this model was trained without; train backdoorbench:... with these as model.mean and model.std",
+        BbmoeWarning,
+        stacklevel=4,
+    )
 
 
 def _write_numbers(path: Path, run: Run) -> None:

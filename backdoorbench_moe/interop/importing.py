@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ from backdoorbench_moe.triggers.stored import write_stored
 
 # Percentage points by which a number may differ from BackdoorBench's own.
 TOLERANCE = 0.5
+# As BackdoorBench measures.
+PRECISION: Literal["fp32"] = "fp32"
 Colours = tuple[float, float, float]
 # Mean and standard deviation by BackdoorBench's name of the data set; images of the others are not normalised.
 NORMALISATION: dict[str, tuple[Colours, Colours]] = {
@@ -93,6 +95,7 @@ def import_backdoorbench(
     dataset: str | None = None,
     data_options: Mapping[str, object] | None = None,
     data_root: str | None = None,
+    normalisation: tuple[Colours, Colours] | None = None,
     output: Path | str = "runs",
     device: str = "auto",
     observer: Observer | None = None,
@@ -105,6 +108,8 @@ def import_backdoorbench(
         dataset: Name of the clean data set; None for the one that the result names.
         data_options: Its options, such as `train_images` if the result is on a part of it.
         data_root: Folder of the data set.
+        normalisation: Mean and standard deviation of each channel, for images in [0, 1]; None for those that
+            BackdoorBench uses for the data set.
         output: Folder of run folders.
         device: Device to compute on.
         observer: Receives progress.
@@ -122,12 +127,7 @@ def import_backdoorbench(
     side = _side(place, attack)
     result = attack if defense is None else read_defense_result(place.weights_file)
     part = _dataset(attack, dataset, dict(data_options or {}), side, data_root)
-    workplace = Workplace(
-        RunSpec(
-            dataset=part, attack=None, trigger=None, applicator=None, poison=PoisonSpec(rate=0), device=device
-        ),
-        observer,
-    )
+    workplace = Workplace(_clean_spec(part, device), observer)
     images = workplace.images
     check_labels(place, attack, images)
     poison, plan = read_poison(place, attack, images)
@@ -136,19 +136,33 @@ def import_backdoorbench(
         spec = workplace.resolve(
             RunSpec(
                 dataset=part,
-                model=_model(result, attack, place),
+                model=_model(result, attack, place, normalisation),
                 attack=PartSpec("recorded", {"file": str(files["plan"])} if plan is not None else {}),
                 trigger=PartSpec("stored", {"file": str(files["images"])}),
                 applicator=PartSpec("image"),
                 poison=poison,
                 train=recipe(place),
                 device=device,
-                precision="fp32",  # As BackdoorBench measures.
+                precision=PRECISION,
                 recipe="backdoorbench",
             )
         )
         run = _make(spec, workplace, RunFolder(Path(output) / spec.name), result)
     return _compare(run, place)
+
+
+def _clean_spec(dataset: PartSpec, device: str) -> RunSpec:
+    """A spec with the data, device and precision of the run that is made."""
+    clean = PoisonSpec(rate=0.0)
+    return RunSpec(
+        dataset=dataset,
+        attack=None,
+        trigger=None,
+        applicator=None,
+        poison=clean,
+        device=device,
+        precision=PRECISION,
+    )
 
 
 def _side(place: ResultFolder, attack: AttackResult) -> int:
@@ -283,13 +297,20 @@ def _write_files(
     return files
 
 
-def _model(result: AttackResult | DefenseResult, attack: AttackResult, place: ResultFolder) -> PartSpec:
+def _model(
+    result: AttackResult | DefenseResult,
+    attack: AttackResult,
+    place: ResultFolder,
+    normalisation: tuple[Colours, Colours] | None,
+) -> PartSpec:
+    normalisation = normalisation or NORMALISATION.get(attack.dataset)
     options: dict[str, Any] = {"architecture": result.model, "weights": str(place.weights_file.absolute())}
-    if attack.dataset in NORMALISATION:
-        options["mean"], options["std"] = map(list, NORMALISATION[attack.dataset])
+    if normalisation is not None:
+        options["mean"], options["std"] = map(list, normalisation)
     else:
         warnings.warn(
-            f"{place.path}: the normalisation of {attack.dataset!r} is not known; images are not normalised",
+            f"{place.path}: the normalisation of {attack.dataset!r} is not known, so images are not normalised; "
+            "give it with --mean and --std (normalisation=)",
             BbmoeWarning,
             stacklevel=3,
         )

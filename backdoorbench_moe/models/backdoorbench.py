@@ -98,6 +98,7 @@ class BackdoorBenchModel(nn.Module):
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ConfigError.expected("mean and std", "three values each, those of std above 0", (mean, std))
         self.architecture, self.weights = architecture, weights
+        self.normalisation = (tuple(mean), tuple(std))
         self.trunk = _build(architecture, num_classes)
         self._head_name = [
             name for name, layer in self.trunk.named_modules() if isinstance(layer, nn.Linear)

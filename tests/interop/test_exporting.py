@@ -22,12 +22,15 @@ import backdoorbench_moe as bbmoe
 from backdoorbench_moe import data
 from backdoorbench_moe.cli import bbmoe as command
 from backdoorbench_moe.engine.run import Run
-from backdoorbench_moe.errors import ConfigError, DataError, RecordError
+from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError, RecordError
 from backdoorbench_moe.interop.attack_result import read_attack_result
 from backdoorbench_moe.interop.export_script import MODULE_SCRIPT, read_script
 from backdoorbench_moe.interop.exporting import write_backdoorbench
-from backdoorbench_moe.interop.importing import import_backdoorbench
+from backdoorbench_moe.interop.importing import NORMALISATION, import_backdoorbench
 from backdoorbench_moe.interop.toolbox import read_toolbox_set
+
+# The test's data set is called "tiny", as is Tiny ImageNet in BackdoorBench.
+MEAN, STD = NORMALISATION["tiny"]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     data.registry.register("tiny")(Tiny)
     try:
         [made] = bbmoe.attack(
-            model="backdoorbench:shufflenet_v2_x1_0",
+            model={"name": "backdoorbench", "architecture": "shufflenet_v2_x1_0", "mean": MEAN, "std": STD},
             trigger="square",
             applicator="image",
             dataset="tiny",
@@ -68,8 +71,16 @@ def test_there_and_back(run: Run, tmp_path: Path) -> None:
     assert {each.name: each.here for each in back.compared if each.name != "ra"} == {
         name: run.value(name) for name in ("ba", "asr")
     }
+    assert back.run.model().normalisation == (MEAN, STD)
     model, other = run.model().state_dict(), back.run.model().state_dict()
     assert all(torch.equal(model[name], other[name]) for name in model)
+
+
+def test_a_model_without_backdoorbenchs_normalisation_is_warned_of(run: Run, tmp_path: Path) -> None:
+    model = {**run.record.spec["model"], "mean": [0, 0, 0], "std": [1, 1, 1]}
+    plain = Run(run.folder, replace(run.record, spec={**run.record.spec, "model": model}))
+    with pytest.warns(BbmoeWarning, match="this model was trained without"):
+        write_backdoorbench(plain, tmp_path / "out")
 
 
 def test_the_commands(run: Run, tmp_path: Path) -> None:

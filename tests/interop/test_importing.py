@@ -43,6 +43,7 @@ def test_its_own_numbers_are_met(imported: Imported, result: tuple[Path, dict[st
     for each, theirs in zip(imported.compared, numbers.values(), strict=True):
         assert each.here == pytest.approx(100 * theirs, abs=1e-3) == each.there
     record = imported.run.record
+    assert record.environment["precision"] == "fp32"
     # One of the four stored training images is of the target class, and poison nevertheless.
     assert record.poison is not None and (record.poison["n"], record.poison["target"]) == (4, TARGET)
     assert imported.run.spec.train.batch_size == 16 and imported.run.spec.train.lr == 0.02

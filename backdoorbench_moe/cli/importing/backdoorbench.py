@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 @click.option(
     "--set", "settings", multiple=True, metavar="dataset.KEY=VALUE", help="An option of the data set."
 )
+@click.option(
+    "--mean",
+    type=float,
+    nargs=3,
+    metavar="R G B",
+    help="Mean of each channel.  [BackdoorBench's for the data]",
+)
+@click.option("--std", type=float, nargs=3, metavar="R G B", help="Standard deviation of each channel.")
 @click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
 @click.option(
     "--device", metavar="NAME", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
@@ -37,6 +45,8 @@ def command(
     folder: Path,
     defense: str | None,
     data_root: str | None,
+    mean: tuple[float, float, float] | None,
+    std: tuple[float, float, float] | None,
     dataset: str | None,
     settings: tuple[str, ...],
     output: Path,
@@ -50,6 +60,8 @@ def command(
     The file is read as data: nothing in it is run, and no path in it is followed. BA, ASR and RA are measured and
     set beside BackdoorBench's own numbers; more than half a point apart is an error.
     """
+    if (mean is None) != (std is None):
+        raise click.UsageError("--mean and --std: expected both or neither")
     usage = CoreUsage.now()
     options = {key.removeprefix("dataset."): value for key, value in chain_options(settings).items()}
     from backdoorbench_moe.cli.progress import make_observer
@@ -62,6 +74,7 @@ def command(
         dataset=dataset,
         data_options=options,
         data_root=data_root,
+        normalisation=None if mean is None or std is None else (mean, std),
         output=output,
         device=device,
         observer=make_observer(quiet=quiet),
