@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
-import click
 import pytest
 import torch
 from click.testing import CliRunner
+from command_lines import parse
 
 from backdoorbench_moe import triggers
 from backdoorbench_moe.cli import bbmoe
@@ -59,13 +58,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("line", commands())
 def test_the_commands_take_the_flags_they_are_shown_with(line) -> None:
     """Each command is parsed by its own click command; what it would do is tested elsewhere."""
-    _, *args = shlex.split(line)
-    command: click.Command | None = bbmoe
-    while isinstance(command, click.Group):
-        name, *args = args
-        command = command.get_command(None, name)  # type: ignore[arg-type]
-    assert command is not None
-    command.make_context(name, args)
+    parse(line)
 
 
 def test_help_lists_every_command_the_readme_names() -> None:

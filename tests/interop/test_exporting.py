@@ -85,7 +85,9 @@ def test_a_model_without_backdoorbenchs_normalisation_is_warned_of(run: Run, tmp
 
 def test_the_commands(run: Run, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    done = CliRunner().invoke(command, ["export", str(run.folder.path), str(target)])
+    done = CliRunner().invoke(
+        command, ["export", str(run.folder.path), str(target), "--format", "backdoorbench"]
+    )
     assert done.exit_code == 0 and (target / "facts.json").is_file(), done.output
     with pytest.raises(RecordError, match="expected a new or empty folder"):
         write_backdoorbench(run, target)
