@@ -6,7 +6,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +32,7 @@ from backdoorbench_moe.interop.attack_result import (
     read_defense_result,
     read_info,
 )
+from backdoorbench_moe.interop.comparison import Imported, compare
 from backdoorbench_moe.interop.result_folder import ATTACK, TEST_IMAGES, TRAIN_IMAGES, ResultFolder
 from backdoorbench_moe.interop.toolbox import refuse_trojai
 from backdoorbench_moe.interop.weights import load_weights
@@ -40,8 +40,6 @@ from backdoorbench_moe.models.backdoorbench import BackdoorBenchModel
 from backdoorbench_moe.records import Record, RunFolder
 from backdoorbench_moe.triggers.stored import write_stored
 
-# Percentage points by which a number may differ from BackdoorBench's own.
-TOLERANCE = 0.5
 # As BackdoorBench measures.
 PRECISION: Literal["fp32"] = "fp32"
 Colours = tuple[float, float, float]
@@ -56,36 +54,6 @@ NORMALISATION: dict[str, tuple[Colours, Colours]] = {
 DATASETS = {"cifar10": "cifar10", "gtsrb": "gtsrb"}
 # Attacks of BackdoorBench that draw other images in every batch: their training images are stored afterwards.
 REDRAWN = ("wanet", "bpp", "inputaware", "lira")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A metric measured here, beside BackdoorBench's own.
-
-    Attributes:
-        name: "ba", "asr" or "ra".
-        here: Measured here, in percent.
-        there: BackdoorBench's, in percent; None if its folder does not say.
-    """
-
-    name: str
-    here: float
-    there: float | None
-
-
-@dataclass(frozen=True)
-class Imported:
-    """An imported result.
-
-    Attributes:
-        run: The finished run.
-        compared: BA, ASR and RA.
-        source: The csv with BackdoorBench's numbers; None if there is none.
-    """
-
-    run: Run
-    compared: tuple[Comparison, ...]
-    source: Path | None
 
 
 def import_backdoorbench(
@@ -131,6 +99,8 @@ def import_backdoorbench(
     images = workplace.images
     check_labels(place, attack, images)
     poison, plan = read_poison(place, attack, images)
+    if plan is not None:
+        _warn_of_redrawn(place)
     with tempfile.TemporaryDirectory(prefix="bbmoe-import-") as temporary:
         files = _write_files(Path(temporary), place, attack, images, plan, side)
         spec = workplace.resolve(
@@ -148,7 +118,7 @@ def import_backdoorbench(
             )
         )
         run = _make(spec, workplace, RunFolder(Path(output) / spec.name), result)
-    return _compare(run, place)
+    return compare(run, place)
 
 
 def _clean_spec(dataset: PartSpec, device: str) -> RunSpec:
@@ -317,6 +287,19 @@ def _model(
     return PartSpec("backdoorbench", options)
 
 
+def _warn_of_redrawn(place: ResultFolder) -> None:
+    """Warn if the stored training set was made after training."""
+    path = place.path / INFO
+    name = read_info(path).get("attack") if path.exists() else None
+    if name in REDRAWN:
+        warnings.warn(
+            f"{place.path}: in the attack {name!r} other images are poisoned in every batch; the stored training set "
+            "was made afterwards, and what a defense finds in it is not what the model was trained on",
+            BbmoeWarning,
+            stacklevel=3,
+        )
+
+
 def recipe(place: ResultFolder) -> TrainSpec:
     """BackdoorBench's recipe, with which defenses tune; its settings are in `info.pickle`, if there is one."""
     path = place.path / INFO
@@ -378,26 +361,3 @@ def _make(
     maker.prepare({})
     with folder.lock():
         return maker.make(folder, {})
-
-
-def _compare(run: Run, place: ResultFolder) -> Imported:
-    """Set the run's numbers beside BackdoorBench's. Raises DataError if one is more than `TOLERANCE` from it."""
-    found = place.own_numbers()
-    theirs, source = ({}, None) if found is None else found
-    compared = tuple(Comparison(name, run.value(name), theirs.get(name)) for name in ("ba", "asr", "ra"))
-    far = [c for c in compared if c.there is not None and abs(c.here - c.there) > TOLERANCE]
-    if far:
-        numbers = ", ".join(f"{c.name.upper()} {c.here:.2f}% here and {c.there:.2f}% there" for c in far)
-        raise DataError(
-            f"{source}: the run {run.folder.path} has other numbers: {numbers}. Look at: {_advice(far)}"
-        )
-    return Imported(run, compared, source)
-
-
-def _advice(far: list[Comparison]) -> str:
-    names = {c.name for c in far}
-    if names == {"ba"}:
-        return "the clean test images (--data-root, their size and how they were resized); the triggered ones agree"
-    if "ba" not in names:
-        return f"the images in {TEST_IMAGES}, which may be of another run than the weights; the clean accuracy agrees"
-    return "the weights, which may be of another epoch than the csv's last row, and the normalisation of the images"

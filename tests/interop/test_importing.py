@@ -13,9 +13,10 @@ from result_folders import TARGET, stamp, write_csv, write_result
 import backdoorbench_moe as bbmoe
 from backdoorbench_moe import data
 from backdoorbench_moe.engine.runner import run_attack
-from backdoorbench_moe.errors import ConfigError, DataError
+from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError
 from backdoorbench_moe.interop.attack_result import StoredSplit
-from backdoorbench_moe.interop.importing import Imported, import_backdoorbench, read_plan
+from backdoorbench_moe.interop.comparison import Imported
+from backdoorbench_moe.interop.importing import import_backdoorbench, read_plan
 from backdoorbench_moe.records import RunFolder
 
 
@@ -189,6 +190,15 @@ def test_weights_are_matched_by_name_and_never_by_position(
     together = {f"module.{name}": tensor for name, tensor in values["model"].items()}
     torch.save({**values, "model": together}, folder / "attack_result.pt")
     assert import_backdoorbench(folder, dataset="tiny", output=tmp_path / "out", device="cpu").compared
+
+
+def test_a_training_set_that_was_made_afterwards_is_warned_of(
+    result: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
+    folder = changed(result[0], tmp_path)
+    torch.save({"attack": "wanet", "epochs": 3}, folder / "info.pickle")
+    with pytest.warns(BbmoeWarning, match="stored training set was made afterwards"):
+        import_backdoorbench(folder, dataset="tiny", output=tmp_path / "out", device="cpu")
 
 
 def test_other_data_are_refused(result: tuple[Path, dict[str, float]], tmp_path: Path) -> None:

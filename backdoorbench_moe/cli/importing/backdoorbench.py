@@ -12,7 +12,7 @@ from backdoorbench_moe.cli.threads import CoreUsage, threads_option, use_threads
 from backdoorbench_moe.config import chain_options
 
 if TYPE_CHECKING:
-    from backdoorbench_moe.interop.importing import Imported
+    from backdoorbench_moe.interop.comparison import Imported
 
 
 @click.command("backdoorbench")
