@@ -138,7 +138,7 @@ class Huge(torch.nn.Module):
         return "x" * 10000
 
 
-NOT_RUNS = [Huge(), torch.zeros(3), 3, None, {"run": 1}, [], object()]
+NOT_RUNS = [torch.zeros(3), 3, None, {"run": 1}, [], object()]
 
 
 @pytest.mark.parametrize("value", NOT_RUNS, ids=lambda value: type(value).__name__)

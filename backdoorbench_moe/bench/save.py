@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from backdoorbench_moe.bench import render
@@ -40,6 +41,8 @@ def save_results(results: ResultSet, folder: Path | str) -> list[Path]:
             holds finished runs that these results lack. Nothing is written then.
     """
     folder = Path(folder)
+    # Only finished runs are kept, so a run that is being made is missing, as it is when the folder is drawn again.
+    results = replace(results, records={record.digest: record for record in results.finished()})
     _check(results, folder)
     return _write(results, folder, _contents(results))
 

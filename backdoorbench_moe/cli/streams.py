@@ -13,7 +13,7 @@ import click
 # What is printed that is not ASCII, for terminals in another encoding than UTF-8.
 STAND_INS = {
     **{"–": "-", "−": "-", "━": "-", "─": "-", "│": "|", "×": "x", "²": "2"},
-    **{"±": "+-", "…": "...", "→": "->", "†": "*", "§": "section", "∞": "inf"},
+    **{"“": '"', "”": '"', "±": "+-", "…": "...", "→": "->", "†": "*", "§": "section", "∞": "inf"},
 }
 
 

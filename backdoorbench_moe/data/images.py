@@ -138,13 +138,22 @@ def decode_files(
 
 def fitted_pixels(image: Image.Image, form: Form) -> np.ndarray:
     """Return the pixels (3, size, size) uint8 of an RGB image in a form."""
-    side = form.resize or form.size
-    if image.size != (side, side):
+    if form.crop and form.resize not in (None, form.size):
+        assert form.resize is not None
+        image = resize_and_crop(image, form.resize, form.size)
+    elif image.size != (form.size, form.size):
         fit = ImageOps.fit if form.crop else Image.Image.resize
-        image = fit(image, (side, side), Image.Resampling.BILINEAR)
-    if (margin := (side - form.size) // 2) or side != form.size:
-        image = image.crop((margin, margin, margin + form.size, margin + form.size))
+        image = fit(image, (form.size, form.size), Image.Resampling.BILINEAR)
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def resize_and_crop(image: Image.Image, resize: int, size: int) -> Image.Image:
+    """Resize the shorter side to `resize` pixels and cut out the middle, as torchvision's Resize and CenterCrop do."""
+    short = min(image.size)
+    width, height = (int(resize * side / short) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (round((side - size) / 2) for side in image.size)
+    return image.crop((left, top, left + size, top + size))
 
 
 def warn_of_frames(paths: Sequence[Path], frames: Sequence[int]) -> None:

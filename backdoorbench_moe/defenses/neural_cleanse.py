@@ -185,14 +185,14 @@ class NeuralCleanse(Defense):
         """Search for the stamp of each target, measure its success on the images that it can change, and unlearn.
 
         For classes these are the images of other classes. For experts they are all images, which are routed once
-        without a stamp before; and noise is routed to see what the routers choose.
+        without a stamp before.
 
         This is an upper bound: searches can end earlier, and without flagged classes there may be nothing to unlearn.
         """
         targets, measured = classes, (classes - 1) * held
         if self.toward == "experts":
             targets = len(experts_of(model))
-            measured = (targets + 1) * held + NOISE_IMAGES
+            measured = (targets + 1) * held
         unlearned = 0 if self.unlearn == "none" else self.unlearn_epochs
         return Cost(trained=(targets * self.epochs + unlearned) * held, predicted=measured)
 

@@ -289,7 +289,8 @@ def test_the_standard_suites_are_the_same_at_the_scale_small_as_written_out(name
 
 
 def test_the_standard_suites_leave_no_trigger_and_no_defense_out() -> None:
-    assert names_in(load_suite("standard-attacks"), "trigger") == built_in("trigger")
+    # The images of `stored` are those of another tool.
+    assert names_in(load_suite("standard-attacks"), "trigger") == built_in("trigger") - {"stored"}
     of_mixtures = {"align", "defensive-expert", "rasa"}
     assert names_in(load_suite("standard-defenses"), "defenses") == built_in("defense") - of_mixtures
 

@@ -57,7 +57,7 @@ SPECS: dict[str, RunSpec] = {
         applicator="patch", trigger="warp", poison={"rate": 0.25, "cover": 0.2, "noise": 0.1}, probe=20
     ),
     "augmented": tiny_spec(train={"epochs": 2, "batch_size": 32, "lr": 0.1, "augment": "crop-flip"}),
-    "controlled": tiny_spec(attack="training-control", applicator="patch"),
+    "controlled": tiny_spec(attack="training-control", applicator="patch", poison={"rate": 0.25, "noise": 0}),
     "surrogate": tiny_spec(trigger={"name": "narcissus", "steps": 2, "surrogate": "same"}),
     "mixture": mixture_spec(),
 }
@@ -80,10 +80,18 @@ def test_runs_are_the_same(tmp_path, store, name) -> None:
 DEFENSES = {
     "fine-pruning": defended_spec(),
     "notebook": tiny_spec(
-        defenses=[{"name": "fine-tuning", "epochs": 1, "finetune_data": "notebook", "clean_fraction": 0.5}]
+        defenses=[
+            {
+                "name": "fine-pruning",
+                "ratio": 0.5,
+                "epochs": 1,
+                "finetune_data": "notebook",
+                "clean_fraction": 0.5,
+            }
+        ]
     ),
     "training set": tiny_spec(defenses=[{"name": "spectral", "epochs": 1}]),
-    "filter": tiny_spec(defenses=["strip"]),
+    "filter": tiny_spec(defenses=[{"name": "strip", "clean_fraction": 0.75}]),
     "classes": tiny_spec(defenses=[{"name": "neural-cleanse", "epochs": 1}]),
     "channels": tiny_spec(defenses=["bnp"]),
 }
