@@ -201,7 +201,12 @@ def test_interrupted_in_the_middle_the_same_command_goes_on(
     register(interrupted=Interrupted, silent=Silent)
     words = ["defend", victim.folder.path, "--defense", "silent,interrupted,reroute", *SHARE]
     words += ["--output", tmp_path, "--json"]
-    code, out, err = bbmoe(*words)
+    # A shell starts programs in the background with SIGINT ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code, out, err = bbmoe(*words)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert (code, out) == (130, "") and "interrupted;" in err and "Traceback" not in err
     assert "defense 1 of 3: reroute" in err and "defense 2 of 3" not in err
     [made] = (file for file in tmp_path.rglob("record.json") if '"finished"' in file.read_text())
