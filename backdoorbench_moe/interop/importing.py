@@ -37,21 +37,21 @@ from backdoorbench_moe.interop.result_folder import ATTACK, TEST_IMAGES, TRAIN_I
 from backdoorbench_moe.interop.toolbox import refuse_trojai
 from backdoorbench_moe.interop.weights import load_weights
 from backdoorbench_moe.models.backdoorbench import BackdoorBenchModel
+from backdoorbench_moe.models.common import NORMALISATIONS, Colour
 from backdoorbench_moe.records import Record, RunFolder
 from backdoorbench_moe.triggers.stored import write_stored
 
 # As BackdoorBench measures.
 PRECISION: Literal["fp32"] = "fp32"
-Colours = tuple[float, float, float]
 # Mean and standard deviation by BackdoorBench's name of the data set; images of the others are not normalised.
-NORMALISATION: dict[str, tuple[Colours, Colours]] = {
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "tiny": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
-    "gtsrb": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+NORMALISATION: dict[str, tuple[Colour, Colour]] = {
+    "cifar10": NORMALISATIONS["cifar10"],
+    "cifar100": NORMALISATIONS["cifar100"],
+    "tiny": NORMALISATIONS["tiny-imagenet"],
+    "gtsrb": NORMALISATIONS["none"],
 }
 # The data sets by their name here; for others it is given.
-DATASETS = {"cifar10": "cifar10", "gtsrb": "gtsrb"}
+DATASETS = {"cifar10": "cifar10", "cifar100": "cifar100", "tiny": "tiny-imagenet", "gtsrb": "gtsrb"}
 # Attacks of BackdoorBench that draw other images in every batch: their training images are stored afterwards.
 REDRAWN = ("wanet", "bpp", "inputaware", "lira")
 
@@ -63,7 +63,7 @@ def import_backdoorbench(
     dataset: str | None = None,
     data_options: Mapping[str, object] | None = None,
     data_root: str | None = None,
-    normalisation: tuple[Colours, Colours] | None = None,
+    normalisation: tuple[Colour, Colour] | None = None,
     output: Path | str = "runs",
     device: str = "auto",
     observer: Observer | None = None,
@@ -271,7 +271,7 @@ def _model(
     result: AttackResult | DefenseResult,
     attack: AttackResult,
     place: ResultFolder,
-    normalisation: tuple[Colours, Colours] | None,
+    normalisation: tuple[Colour, Colour] | None,
 ) -> PartSpec:
     normalisation = normalisation or NORMALISATION.get(attack.dataset)
     options: dict[str, Any] = {"architecture": result.model, "weights": str(place.weights_file.absolute())}

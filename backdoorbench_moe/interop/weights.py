@@ -6,11 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from backdoorbench_moe.engine.weights import WRAPPING
 from backdoorbench_moe.errors import DataError
 from backdoorbench_moe.models.backdoorbench import BackdoorBenchModel
 
-# Of multi-GPU training and of torch.compile; taken off if every name has it.
-PREFIXES = ("module.", "_orig_mod.")
 LISTED = 8
 
 
@@ -26,7 +25,7 @@ def load_weights(model: BackdoorBenchModel, weights: Mapping[str, Tensor], sourc
         DataError: A weight is missing, unknown, or of another shape or type; the message lists them. No weight is
             matched by its position.
     """
-    for prefix in PREFIXES:
+    for prefix in WRAPPING:
         if all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     own = model.state_dict()
