@@ -22,7 +22,7 @@ SECONDS_BETWEEN_SIGNS = 1.0
 
 # The runner of this process: runs on the same data read them once.
 _runners: dict[str, Runner] = {}
-# Whether `work` is making a run.
+# Whether `work` is making a run that was not told to stop yet.
 _working = False
 
 
@@ -110,8 +110,17 @@ def work(job: Job, alive: Callable[[], bool] = lambda: True) -> Outcome:
 
 
 def stop_working() -> None:
-    """Interrupt the run that this process is making, if any: for a signal handler. Raises StopRun."""
+    """Interrupt the run that this process is making, if any: for a signal handler.
+
+    A run is interrupted once: a second exception, as by a signal that is sent twice, would come while the first is
+    being recorded.
+
+    Raises:
+        StopRun: A run is being made, and was not told to stop before.
+    """
+    global _working
     if _working:
+        _working = False
         raise StopRun
 
 
@@ -198,6 +207,7 @@ class _Watch(Observer):
     def _stop_if_over(self, needed: float = 0.0) -> None:
         over = self.deadline is not None and time.time() + needed > self.deadline
         if over or not self.alive():
+            stop_working()  # From here on, a signal does not interrupt the run again.
             raise StopRun
 
     def _tell(self) -> None:

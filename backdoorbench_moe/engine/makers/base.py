@@ -102,8 +102,8 @@ class Maker(ABC):
             self._check_continued(folder, record)
         known = [file for run in inputs.values() for file in run.record.files]
         record.files = keep_files(self.spec, folder, known, all_of_trigger=self.keeps_trigger_files)
-        folder.write(record)
         try:
+            folder.write(record)
             self.complete(folder, record, checkpoint)
         except (KeyboardInterrupt, StopRun):
             record.status = "interrupted"
