@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.plain import plain
-from backdoorbench_moe.shares import read_percentage
 
 REQUIRED = inspect.Parameter.empty
 
@@ -156,8 +155,7 @@ def convert(value: object, annotation: Any, parameter: str) -> Any:
     """Convert a value to the type of an option, such as an int to a float, or a list to a tuple.
 
     First `plain.plain` converts values of other libraries, such as NumPy scalars, paths and `torch.device`, to plain
-    Python values. A bool is never converted to a number. A number with decimals may be written as a percentage: "5%" is
-    0.05.
+    Python values. A bool is never converted to a number.
 
     Args:
         value: The value.
@@ -183,10 +181,8 @@ def convert(value: object, annotation: Any, parameter: str) -> Any:
         raise ConfigError.expected(parameter, " or ".join(map(repr, arguments)), value)
     if origin is tuple:
         return _convert_tuple(value, arguments, parameter)
-    if annotation is float:
-        value = read_percentage(value)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
     if isinstance(annotation, type) and isinstance(value, annotation):
         if isinstance(value, bool) and annotation is not bool:
             raise ConfigError.expected(parameter, _describe(annotation), value)

@@ -6,16 +6,6 @@ from decimal import ROUND_CEILING, Context, Decimal
 from fractions import Fraction
 
 
-def read_percentage(value: object) -> object:
-    """Read "1%" as 0.01; return any other value as it is."""
-    if isinstance(value, str) and value.strip().endswith("%"):
-        try:
-            return float(Decimal(value.strip()[:-1].strip()).scaleb(-2))
-        except ArithmeticError:
-            return value
-    return value
-
-
 def share_of(share: float, total: int) -> int:
     """Return how many of `total` items a share is: floor(share * total), or n if the share is the float of n / total.
 

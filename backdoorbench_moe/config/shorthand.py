@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any
 
 from backdoorbench_moe.config.merge import Values
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError
 from backdoorbench_moe.kinds import KINDS
 from backdoorbench_moe.plain import plain
-from backdoorbench_moe.shares import read_percentage
 
 # A model that is not the victim's: the one on which a trigger is optimised.
 SURROGATE = "surrogate"
@@ -72,7 +72,12 @@ def read_rate(key: str, value: object) -> object:
             BbmoeWarning,
             stacklevel=2,
         )
-    rate = read_percentage(value)
-    if isinstance(value, str) and isinstance(rate, float) and rate > 1:
-        raise ConfigError.expected(key, "at most 100%", value)
-    return rate
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            rate = float(Decimal(value.strip()[:-1].strip()).scaleb(-2))
+        except ArithmeticError:
+            return value
+        if rate > 1:
+            raise ConfigError.expected(key, "at most 100%", value)
+        return rate
+    return value
