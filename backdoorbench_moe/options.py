@@ -187,7 +187,18 @@ def convert(value: object, annotation: Any, parameter: str) -> Any:
         if isinstance(value, bool) and annotation is not bool:
             raise ConfigError.expected(parameter, _describe(annotation), value)
         return value
+    if annotation is float and isinstance(value, str) and value.endswith("%"):
+        # Only the rates of a spec, such as poison.rate, may be written as percentages.
+        raise ConfigError.expected(parameter, f"a number, such as {_share(value)}", value)
     raise ConfigError.expected(parameter, _describe(annotation), value)
+
+
+def _share(percentage: str) -> float:
+    """Read "5%" as 0.05; 0.05 if there is no number before the sign."""
+    try:
+        return float(percentage[:-1]) / 100
+    except ValueError:
+        return 0.05
 
 
 def _convert_union(value: object, annotation: Any, parameter: str) -> Any:

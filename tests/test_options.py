@@ -42,6 +42,8 @@ def test_good_options_are_converted() -> None:
         ({"size": 2.0}, "part: size: expected an integer, got 2.0"),
         ({"size": True}, "part: size: expected an integer, got True"),
         ({"size": 1, "ratio": "x"}, "part: ratio: expected a number, got 'x'"),
+        ({"size": 1, "ratio": "2.5%"}, "part: ratio: expected a number, such as 0.025, got '2.5%'"),
+        ({"size": 1, "ratio": "x%"}, "part: ratio: expected a number, such as 0.05, got 'x%'"),
         ({"size": 1, "mode": "c"}, "part: mode: unknown 'c'"),
         ({"size": 1, "mode": 1}, "part: mode: expected 'a' or 'b', got 1"),
         ({"size": 1, "color": 3}, "part: color: expected a list, got 3"),
