@@ -56,9 +56,12 @@ class Subject:
 
     @cached_property
     def num_classes(self) -> int:
-        """Number of classes that the model distinguishes. Needs images."""
-        assert self.images is not None
-        return logits(self.model, self.images[:2], precision=self.precision).shape[1]
+        """Number of classes that the model distinguishes. Needs images, or their size."""
+        side, images = self.image_size, self.images
+        assert side is not None
+        if images is None:
+            images = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.device)
+        return logits(self.model, images[:2], precision=self.precision).shape[1]
 
     @cached_property
     def image_size(self) -> int | None:

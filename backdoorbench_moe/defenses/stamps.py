@@ -38,6 +38,19 @@ def blend_pattern(canvases: Tensor, values: Tensor) -> Tensor:
     return torch.lerp(canvases, pattern, mask)
 
 
+def add_pattern(canvases: Tensor, values: Tensor) -> Tensor:
+    """Add a pattern to canvases, and clamp the result.
+
+    Args:
+        canvases: (N, 3, h, w) in [0, 1].
+        values: (K, 3, h, w), the patterns.
+
+    Returns:
+        (K, N, 3, h, w) in [0, 1].
+    """
+    return (canvases + values.unsqueeze(1)).clamp(0, 1)
+
+
 def displace_pixels(canvases: Tensor, values: Tensor) -> Tensor:
     """Sample each pixel at a displaced position, with bilinear interpolation; positions are clamped to the canvas.
 
@@ -113,7 +126,7 @@ def stamp_all(stamp: Stamp, images: Tensor, values: Tensor, side: int | None) ->
     """Stamp every image with each of K stamps.
 
     Args:
-        stamp: How a canvas is stamped: `blend_pattern` or `displace_pixels`.
+        stamp: How a canvas is stamped: `blend_pattern`, `add_pattern` or `displace_pixels`.
         images: (B, 3, H, W) in [0, 1].
         values: (K, channels, h, w), what it takes.
         side: Side of the tiles, all of which are stamped; None if the stamps cover the whole image.

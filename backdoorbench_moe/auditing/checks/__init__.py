@@ -13,6 +13,7 @@ from backdoorbench_moe.auditing.checks.latents import (
     LatentSpectrum,
     TaskLatents,
 )
+from backdoorbench_moe.auditing.checks.margins import LargestMargin, UniversalImage, UniversalPatch
 from backdoorbench_moe.auditing.checks.routing import DormantExperts
 from backdoorbench_moe.auditing.checks.weights import (
     ChannelNorms,
@@ -38,6 +39,9 @@ CHECKS: tuple[Check, ...] = (
     TaskLatents(),
     ScaledImages(),
     ScaledNorms(),
+    LargestMargin(),
+    UniversalImage(),
+    UniversalPatch(),
     InvertedImage(),
     InvertedPatch(),
     CapturedExpert(),

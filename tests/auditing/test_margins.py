@@ -1,0 +1,99 @@
+"""Checks of how far a class can win, against margins that can be computed by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from planted_models import TARGET, planted_model, row_images
+from subjects import Rows, images, look, small_pmoe
+
+from backdoorbench_moe.auditing.check import NotTested
+from backdoorbench_moe.auditing.checks.margins import STRENGTH, drawn, largest_margins, margins_of, steps
+from backdoorbench_moe.auditing.subject import make_subject
+
+UNIVERSAL = ("universal-image", "universal-patch")
+
+
+def test_margins_by_hand() -> None:
+    logits = torch.tensor([[3.0, 1.0, 2.5], [0.0, 4.0, -1.0]])
+    assert margins_of(logits, torch.tensor([0, 2])).tolist() == [0.5, -5.0]
+
+
+def test_the_largest_margin_of_a_linear_model_is_that_of_the_best_image() -> None:
+    """A class of `Rows` wins most with its row white and the others black: by the 24 values of the row."""
+    model = Rows()
+    margins = largest_margins(make_subject(model, image_size=8), 8)
+    assert margins.tolist() == pytest.approx([24.0] * 6)
+    with torch.no_grad():
+        model.layer.weight[2] *= 3
+    margins = largest_margins(make_subject(model, image_size=8), 8)
+    assert margins.tolist() == pytest.approx([24.0, 24.0, 72.0, 24.0, 24.0, 24.0])
+    found = look(model, "largest-margin", image_size=8)
+    assert found.details["class"] == 2 and found.score > 2 and "can win by 72" in found.reason
+
+
+def test_a_model_of_equal_classes_has_no_standout() -> None:
+    assert look(Rows(), "largest-margin", image_size=8).score == 0
+    for name in UNIVERSAL:
+        assert look(Rows(), name, images=row_images(60).images).score < 2
+
+
+def test_a_planted_trigger_brings_its_class_the_largest_margin() -> None:
+    """A white square is far from all images, but inside of the range of pixels; a faint chessboard is near to them."""
+    pixels = torch.zeros(8, 8, dtype=torch.bool)
+    pixels[6:, 6:] = True
+    split = row_images(100)
+    found = look(planted_model(pixels, 40.0), "largest-margin", images=split.images)
+    assert found.details["class"] == TARGET and found.score > 2 and f"class {TARGET}" in found.reason
+    model = Rows()
+    chessboard = 1 - 2 * ((torch.arange(8)[:, None] + torch.arange(8)) % 2).float()
+    with torch.no_grad():
+        model.layer.weight[TARGET] += chessboard.expand(3, 8, 8).flatten()
+    for name in UNIVERSAL:
+        found = look(model, name, images=split.images)
+        assert found.details["class"] == TARGET and found.score > 2
+
+
+def test_the_mean_margin_under_a_perturbation_is_that_of_a_linear_model() -> None:
+    """Rows of dark images: the best perturbation lifts the row of the class, and lowers the others."""
+    split = row_images(96, seed=1)
+    found = look(Rows(), "universal-image", images=split.images)
+    scaled = split.images.double() / 255
+    lifted = torch.stack(
+        [
+            ((scaled + STRENGTH * (2 * (torch.arange(8) == c).double() - 1)[:, None]).clamp(0, 1)).sum((1, 3))
+            for c in range(6)
+        ]
+    )
+    for label, sums in enumerate(lifted):
+        others = split.labels != label
+        by_hand = margins_of(sums[others][:, :6], torch.full((int(others.sum()),), label)).mean()
+        assert found.details["margins"][label] == pytest.approx(by_hand.item(), abs=0.35)
+
+
+def test_what_cannot_be_compared_is_not_tested() -> None:
+    for name in ("largest-margin", *UNIVERSAL):
+        with pytest.raises(NotTested, match="with 3 classes"):
+            look(small_pmoe(), name, images=images().images)
+    with pytest.raises(NotTested, match="the size of its images is not known"):
+        look(Rows(), "largest-margin")
+    one = row_images(96).images[::6]
+    with pytest.raises(NotTested, match="all images are predicted as one class"):
+        look(Rows(), "universal-image", images=torch.cat([one, one]))
+
+
+def test_the_same_seed_gives_the_same_score_and_leaves_the_model_alone() -> None:
+    model, split = Rows(), row_images(60)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in ("largest-margin", *UNIVERSAL):
+        assert (
+            look(model, name, images=split.images).details == look(model, name, images=split.images).details
+        )
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_the_search_fits_its_budget_and_is_drawn_on_grey() -> None:
+    assert (steps(10), steps(100), steps(1000)) == (30, 25, 10)
+    picture = drawn(torch.tensor([0.0, STRENGTH, -STRENGTH]).view(3, 1, 1))
+    assert picture.flatten().tolist() == [128, 255, 0]
