@@ -29,11 +29,13 @@ class Threshold:
         centre: Mean score of clean models.
         value: The threshold.
         clean: Number of clean models that it comes from.
+        judges: Whether the check counts for the verdict: it told attacked models of the population from clean ones.
     """
 
     centre: float
     value: float
     clean: int
+    judges: bool = True
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,9 @@ def parse(document: Any, where: str) -> Calibration:
         )
     try:
         thresholds = {
-            name: Threshold(float(row["centre"]), float(row["threshold"]), int(row["clean"]))
+            name: Threshold(
+                float(row["centre"]), float(row["threshold"]), int(row["clean"]), bool(row["judges"])
+            )
             for name, row in document["checks"].items()
         }
         calibration = Calibration(float(document["level"]), thresholds, document)

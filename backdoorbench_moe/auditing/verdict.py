@@ -77,7 +77,8 @@ def judge(check: Check, measured: Measured, calibration: Calibration | None, sec
     Args:
         check: The check.
         measured: What it measured.
-        calibration: The calibrated thresholds; where there is none, the check's own is used.
+        calibration: The calibrated thresholds; where there is none, the check's own is used. A check that did not tell
+            attacked models from clean ones does not judge.
         seconds: How long it took.
     """
     known = None if calibration is None else calibration.threshold(check.name, check.version)
@@ -87,6 +88,11 @@ def judge(check: Check, measured: Measured, calibration: Calibration | None, sec
         level, reason = (
             NOT_TESTED,
             f"measured, but there is no threshold to compare it with: {measured.reason}",
+        )
+    elif known is not None and not known.judges:
+        level, reason = (
+            NOT_TESTED,
+            f"measured, but it did not tell attacked models from clean ones: {measured.reason}",
         )
     else:
         level, reason = (SIGNS if measured.score > threshold else NO_SIGN), measured.reason
@@ -120,7 +126,7 @@ def combine(findings: Iterable[Finding]) -> Verdict:
     """Combine findings: one check above its threshold is a sign.
 
     Calibrated thresholds are set so that all checks together are wrong about a clean model with the calibration's
-    level: each check takes an equal part of it (Bonferroni).
+    level: each check that judges takes an equal part of it (Bonferroni).
     """
     tested = [each for each in findings if each.level != NOT_TESTED]
     if not tested:

@@ -44,11 +44,13 @@ def test_thresholds_come_from_clean_models_of_even_seeds() -> None:
     found = set_thresholds(members, 0.05)
     assert found.keys() == {"bad/1", "good/1"}  # "rare/1" has two scores of even seeds.
     clean = [each.scores["good/1"] for each in members if not each.attacked and each.seed % 2 == 0]
-    assert found["good/1"] == set_threshold(clean, 0.025)
-    # Models of odd seeds and attacked ones change nothing.
+    # "bad/1" does not tell attacked models from clean ones, so that the other one has all of the level.
+    assert found["good/1"] == set_threshold(clean, 0.05)
+    assert found["good/1"].judges and not found["bad/1"].judges
+    # Models of odd seeds change nothing.
     changed = [
         Member(m.name, m.model, m.attack, m.asr, m.seed, dict.fromkeys(m.scores, 1000000.0))
-        if m.attacked or m.seed % 2
+        if m.seed % 2
         else m
         for m in members
     ]
@@ -66,8 +68,10 @@ def test_errors_are_measured_on_the_others() -> None:
     assert 70 <= good["auroc"]["value"] <= 85 and good["detected"]["value"] == pytest.approx(50, abs=8)
     assert 25 <= bad["auroc"]["value"] <= 75 and bad["detected"]["value"] <= 10
     assert document["verdict"]["detected"]["value"] == pytest.approx(50, abs=8)
-    # The good check earns its place, the bad one does not.
-    assert good["verdict_without"]["auroc"]["value"] < bad["verdict_without"]["auroc"]["value"]
+    assert good["judges"] and not bad["judges"]
+    # Without the only check that judges there is no verdict; without the other one it is the same.
+    assert good["verdict_without"]["auroc"] is None
+    assert bad["verdict_without"]["auroc"] == document["verdict"]["auroc"]
     groups = {each["attack"]: (each["models"], each["signs"]) for each in document["groups"]}
     assert groups["square image"] == (20, 20) and groups["blend patch"][1] <= 3
 
@@ -101,7 +105,9 @@ def test_the_strength_is_that_of_the_verdict() -> None:
     good = thresholds["good/1"]
     member = Member("x", "pmoe", "", None, 1, {"good/1": good.value, "bad/1": thresholds["bad/1"].centre})
     assert strength(member, thresholds) == pytest.approx(1.0)
-    assert strength(member, thresholds, without="good/1") == pytest.approx(0.0)
+    assert strength(member, thresholds, without="good/1") is None
+    loud = Member("x", "pmoe", "", None, 1, {"good/1": good.centre, "bad/1": 1000.0})
+    assert strength(loud, thresholds) == pytest.approx(0.0)  # "bad/1" does not judge.
     assert strength(Member("x", "pmoe", "", None, 1, {}), thresholds) is None
 
 
@@ -109,6 +115,8 @@ def test_too_small_populations_are_refused() -> None:
     with pytest.raises(ValueError, match="5 clean models of even seeds"):
         calibrate(population(6), commit=None, date="2026-01-01")
     even = [each for each in population() if each.calibrates or each.attacked]
+    with pytest.raises(ValueError, match="a check that tells attacked models"):
+        calibrate(population(shift=0.0), commit=None, date="2026-01-01")
     with pytest.raises(ValueError, match="clean models of odd seeds"):
         calibrate(even, commit=None, date="2026-01-01")
 
@@ -117,7 +125,7 @@ def test_the_table_has_every_check_and_the_verdict() -> None:
     text = table(calibrate(population(), commit=None, date="2026-01-01"))
     assert text.index("| good |") < text.index("| bad |") < text.index("| **verdict** |")
     assert "| pmoe | none | 20 |" in text and "| pmoe | square image | 20 | 20 |" in text
-    assert all(line.count("|") in (5, 7) for line in text.splitlines() if line)
+    assert all(line.count("|") in (5, 8) for line in text.splitlines() if line)
 
 
 def test_scores_of_a_document() -> None:

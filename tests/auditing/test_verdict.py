@@ -30,7 +30,7 @@ DOCUMENT = {
     "level": 0.05,
     "population": {"calibrating": {"clean": 10}, "measuring": {"clean": 12}},
     "verdict": {"false_alarms": {"value": 8.3, "low": 1.5, "high": 35.4}},
-    "checks": {"a/1": {"centre": 1.0, "threshold": 3.0, "clean": 10}},
+    "checks": {"a/1": {"centre": 1.0, "threshold": 3.0, "clean": 10, "judges": True}},
 }
 
 
@@ -52,6 +52,13 @@ def test_a_calibrated_threshold_takes_the_place_of_the_published_one() -> None:
     newer.version = 2
     assert not judge(newer, Measured(2.0, "x"), known).calibrated
     assert "10 clean models" in known.line and "8%" in known.line and "2 to 35%" in known.line
+
+
+def test_a_check_that_did_not_earn_its_place_does_not_judge() -> None:
+    row = DOCUMENT["checks"]["a/1"]
+    one = found(99.0, known=parse({**DOCUMENT, "checks": {"a/1": {**row, "judges": False}}}, "here"))
+    assert one.level == NOT_TESTED and one.score == 99.0 and "a is 99" in one.reason
+    assert combine([one]).level == NOT_TESTED and strongest([one]) == []
 
 
 def test_without_a_threshold_nothing_is_judged() -> None:

@@ -64,7 +64,7 @@ def test_weights_alone_and_the_exit_code(bbmoe, victim, tmp_path) -> None:
     known = {
         "kind": "audit calibration", "schema_version": 1, "level": 0.05, "commit": "0", "population": {},
         "verdict": {"false_alarms": {"value": 0, "low": 0, "high": 10}},
-        "checks": {"gate-rows/1": {"centre": -2.0, "threshold": -1.0, "clean": 9}},
+        "checks": {"gate-rows/1": {"centre": -2.0, "threshold": -1.0, "clean": 9, "judges": True}},
     }  # fmt: skip
     known["population"] = {"calibrating": {"clean": 9}, "measuring": {"clean": 9}}
     file = tmp_path / "mine.json"
