@@ -375,7 +375,9 @@ def audit(
     given: dict[str, Any] = {"images": images, "labels": labels, "base": base}
     if isinstance(model, nn.Module):
         name = type(model).__name__
-        subject = opening.open_copy(model, tasks=tasks or (), image_size=image_size, device=device, **given)
+        subject = opening.open_module_subject(
+            model, tasks=tasks or (), image_size=image_size, device=device, **given
+        )
     else:
         opened = _opened(model, "model")
         name = opened.folder.path.name
