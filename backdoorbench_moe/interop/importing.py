@@ -21,6 +21,8 @@ from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.fitting import Checkpoint
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.run import Run, check_model, load_run
+from backdoorbench_moe.engine.weight_files import Weights
+from backdoorbench_moe.engine.weights import fit_weights
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import BbmoeWarning, DataError
 from backdoorbench_moe.interop.attack_result import (
@@ -35,8 +37,6 @@ from backdoorbench_moe.interop.attack_result import (
 from backdoorbench_moe.interop.comparison import Imported, compare
 from backdoorbench_moe.interop.result_folder import ATTACK, TEST_IMAGES, TRAIN_IMAGES, ResultFolder
 from backdoorbench_moe.interop.toolbox import refuse_trojai
-from backdoorbench_moe.interop.weights import load_weights
-from backdoorbench_moe.models.backdoorbench import BackdoorBenchModel
 from backdoorbench_moe.models.common import NORMALISATIONS, Colour
 from backdoorbench_moe.records import Record, RunFolder
 from backdoorbench_moe.triggers.stored import write_stored
@@ -334,9 +334,10 @@ class ResultMaker(Maker):
         self._weights: Mapping[str, Tensor] = result.weights
 
     def load(self, inputs: Mapping[str, Run]) -> None:
-        """Load the weights. Raises DataError if they do not fit."""
-        assert isinstance(self.setup.model, BackdoorBenchModel)
-        load_weights(self.setup.model, self._weights, str(self.spec.model.options["weights"]))
+        """Load the weights. Raises RecordError if they do not fit."""
+        file = Path(str(self.spec.model.options["weights"]))
+        for note in fit_weights(self.setup.model, Weights(file, self._weights, {})):
+            self.workplace.observer.on_message(f"{file.name}: {note}")
 
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
         """Measure the model and save it."""
