@@ -61,7 +61,9 @@ def fit_weights(
     kept = {name: own[name] for name in own.keys() - tensors.keys() if name.endswith(COUNTER)}
     tensors = {**tensors, **kept}
     if faults := _misfits(own, tensors, shown):
-        raise RecordError(f"weights {weights.file}: do not fit the model: {faults}")
+        raise RecordError(
+            f"weights {weights.file}: do not fit the model: {faults}{_other_classes(model, own, tensors)}"
+        )
     changed, more = _convert(replace(weights, tensors=tensors), own, _must_be_finite(model))
     model.load_state_dict(changed)
     return (*weights.notes, *notes, *more)
@@ -129,6 +131,17 @@ def _misfits(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], shown: Ca
         "of another shape": shapes,
     }
     return "; ".join(_list_some(kind, names) for kind, names in kinds.items() if names)
+
+
+def _other_classes(model: nn.Module, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """What explains the misfit if the head is for another number of classes; otherwise ""."""
+    for name in head_names(model):
+        ours, theirs = own[name], tensors.get(name)
+        if theirs is None or not ours.ndim or ours.shape[1:] != theirs.shape[1:] or not theirs.ndim:
+            continue
+        if len(ours) != len(theirs):
+            return f"; the weights are for {len(theirs)} classes, and the data have {len(ours)}"
+    return ""
 
 
 def _printable(name: str) -> str:
