@@ -92,11 +92,11 @@ class Brightest(nn.Module):
 
 
 def test_a_trigger_that_nobody_trained_is_tried(split) -> None:
-    square = {"name": "square", "size": 12, "colour": "#0000ff", "position": "upper-left"}
+    square = {"name": "square", "size": 26, "colour": "#0000ff", "position": "upper-left"}
     given = {"images": split.images, "labels": split.labels, "device": "cpu"}
     found = bbmoe.try_trigger(Brightest(), square, "image", **given)
     stamped = split.images.clone()
-    stamped[..., :12, :12] = torch.tensor([0, 0, 255]).view(3, 1, 1)
+    stamped[..., :26, :26] = torch.tensor([0, 0, 255]).view(3, 1, 1)
     before, after = (images.float().mean((2, 3)).argmax(1) for images in (split.images, stamped))
     assert found.ba["value"] == pytest.approx(100 * float((before == split.labels).double().mean()))
     assert found.ra["value"] == pytest.approx(100 * float((after == split.labels).double().mean()))
