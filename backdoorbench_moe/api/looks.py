@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from backdoorbench_moe.analysis.figures.plate import Plate
     from backdoorbench_moe.analysis.module import ModuleAnalysis
     from backdoorbench_moe.auditing.audit import Audit
+    from backdoorbench_moe.auditing.subject import Subject
     from backdoorbench_moe.engine.tried_trigger import TriedTrigger
 
 
@@ -154,28 +155,30 @@ def audit(
     Raises:
         BbmoeError: Anything that the user can correct.
     """
-    from backdoorbench_moe.auditing import opening
     from backdoorbench_moe.auditing.audit import run_audit
     from backdoorbench_moe.auditing.checks import find_checks
+    from backdoorbench_moe.auditing.opening import with_store
 
-    chosen = find_checks(checks)
-    given: dict[str, Any] = {"images": images, "labels": labels, "base": base}
-    if isinstance(model, nn.Module):
-        name = type(model).__name__
-        subject = opening.open_module_subject(
-            model, tasks=tasks or (), image_size=image_size, device=device, **given
-        )
-    else:
-        opened = opened_run(model, "model")
-        name = opened.folder.path.name
-        root = text_or_none(data_root, "data_root")
-        subject = opening.open_run_subject(opened, tasks=tasks, data_root=root, device=device, **given)
-    folder = path_or_none(output, "output")
-    subject, store = opening.with_store(subject, folder)
+    chosen, folder = find_checks(checks), path_or_none(output, "output")
+    given = {"images": images, "labels": labels, "base": base, "tasks": tasks, "device": device}
+    name, subject = _open_subject(model, image_size, text_or_none(data_root, "data_root"), given)
+    subject, store = with_store(subject, folder)
     found = run_audit(subject, name=name, store=store, checks=chosen, observer=observer)
     if folder is not None:
         found.save(folder)
     return found
+
+
+def _open_subject(
+    model: nn.Module | Run | PathLike, image_size: int | None, data_root: str | None, given: dict[str, Any]
+) -> tuple[str, Subject]:
+    """Return the name of a model and the subject of its audit."""
+    from backdoorbench_moe.auditing.opening import open_module_subject, open_run_subject
+
+    if isinstance(model, nn.Module):
+        return type(model).__name__, open_module_subject(model, image_size=image_size, **given)
+    run = opened_run(model, "model")
+    return run.folder.path.name, open_run_subject(run, data_root=data_root, **given)
 
 
 @default_torch_state()

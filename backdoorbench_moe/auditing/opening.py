@@ -81,7 +81,7 @@ def open_module_subject(
     images: Images | None = None,
     labels: Any = None,
     base: Any = None,
-    tasks: Sequence[Images] = (),
+    tasks: Sequence[Images] | None = None,
     image_size: int | None = None,
     device: str | None = None,
 ) -> Subject:
@@ -107,7 +107,7 @@ def open_module_subject(
         images=images,
         labels=labels,
         base=base,
-        tasks=tasks,
+        tasks=tasks or (),
         image_size=image_size,
         device=place,
     )

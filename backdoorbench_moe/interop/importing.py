@@ -96,11 +96,9 @@ def import_backdoorbench(
     result = attack if defense is None else read_defense_result(place.weights_file)
     part = _dataset(attack, dataset, dict(data_options or {}), side, data_root)
     workplace = Workplace(_clean_spec(part, device), observer)
-    images = workplace.images
-    check_labels(place, attack, images)
+    check_labels(place, attack, images := workplace.images)
     poison, plan = read_poison(place, attack, images)
-    if plan is not None:
-        _warn_of_redrawn(place)
+    _warn_of_redrawn(place, plan)
     with tempfile.TemporaryDirectory(prefix="bbmoe-import-") as temporary:
         files = _write_files(Path(temporary), place, attack, images, plan, side)
         spec = workplace.resolve(
@@ -117,8 +115,7 @@ def import_backdoorbench(
                 recipe="backdoorbench",
             )
         )
-        run = _make(spec, workplace, RunFolder(Path(output) / spec.name), result)
-    return compare(run, place)
+        return compare(_make(spec, workplace, RunFolder(Path(output) / spec.name), result), place)
 
 
 def _clean_spec(dataset: PartSpec, device: str) -> RunSpec:
@@ -287,11 +284,11 @@ def _model(
     return PartSpec("backdoorbench", options)
 
 
-def _warn_of_redrawn(place: ResultFolder) -> None:
-    """Warn if the stored training set was made after training."""
+def _warn_of_redrawn(place: ResultFolder, plan: PoisonPlan | None) -> None:
+    """Warn if there is a stored training set that was made after training."""
     path = place.path / INFO
     name = read_info(path).get("attack") if path.exists() else None
-    if name in REDRAWN:
+    if plan is not None and name in REDRAWN:
         warnings.warn(
             f"{place.path}: in the attack {name!r} other images are poisoned in every batch; the stored training set "
             "was made afterwards, and what a defense finds in it is not what the model was trained on",
