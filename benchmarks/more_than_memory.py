@@ -66,6 +66,13 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="of training [20]")
     parser.add_argument("--epoch", action="store_true", help="train the second run for a whole epoch")
     parser.add_argument(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        metavar="M",
+        help="stop each training after so long [never]",
+    )
+    parser.add_argument(
         "--resize",
         type=int,
         metavar="PIXELS",
@@ -138,7 +145,8 @@ def train(given: argparse.Namespace) -> dict[str, float]:
 
         def on_step(self, images: int, loss: float | None) -> None:
             spent.append((time.process_time(), time.monotonic()))
-            if not given.whole and len(spent) > given.steps:
+            late = spent[-1][1] > spent[0][1] + 60 * given.minutes
+            if late or (not given.whole and len(spent) > given.steps):
                 raise StopRun
 
         def on_epoch(self, *_: object) -> None:
