@@ -210,11 +210,11 @@ def _build(architecture: str, num_classes: int) -> nn.Module:
         return OWN[architecture](num_classes)
     make: Callable[..., Any] = getattr(torchvision.models, architecture)
     if architecture in AUXILIARY:
-        network: nn.Module = make(weights=None, num_classes=num_classes, init_weights=False)
+        network: Any = make(weights=None, num_classes=num_classes, init_weights=False)
         for name in AUXILIARY[architecture]:
             setattr(network, name, _Unheard(network.get_submodule(name)))
         network.aux_logits = False  # The output is then a tensor in training, too.
-        return network
+        return network  # type: ignore[no-any-return]
     network = make(weights=None, num_classes=num_classes)
     if architecture in TRANSFORMERS:
         return nn.Sequential(Resize((TRANSFORMER_SIDE, TRANSFORMER_SIDE)), network)

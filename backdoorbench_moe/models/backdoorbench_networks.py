@@ -6,6 +6,8 @@ Source:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,10 +25,7 @@ class PreActResNet18(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.conv1 = _conv(3, 64, 3)
-        self.layer1, self.layer2, self.layer3, self.layer4 = (
-            nn.Sequential(_Block(before, after, stride), _Block(after, after, 1))
-            for before, after, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
-        )
+        self.layer1, self.layer2, self.layer3, self.layer4 = _stages(_Block)
         self.linear = nn.Linear(512, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -56,6 +55,15 @@ class _Block(nn.Module):
         return maps
 
 
+def _stages(block: Callable[[int, int, int], nn.Module]) -> Iterator[nn.Module]:
+    """Make the four stages of a ResNet-18, of two blocks each, which take channels before and after, and a stride."""
+    widths = ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
+    return (
+        nn.Sequential(block(before, after, stride), block(after, after, 1))
+        for before, after, stride in widths
+    )
+
+
 def _conv(before: int, after: int, side: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(before, after, side, stride, padding=side // 2, bias=False)
 
@@ -73,10 +81,7 @@ class SENet18(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = _conv(3, 64, 3), nn.BatchNorm2d(64)
-        self.layer1, self.layer2, self.layer3, self.layer4 = (
-            nn.Sequential(_SqueezeBlock(before, after, stride), _SqueezeBlock(after, after, 1))
-            for before, after, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
-        )
+        self.layer1, self.layer2, self.layer3, self.layer4 = _stages(_SqueezeBlock)
         self.linear = nn.Linear(512, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
