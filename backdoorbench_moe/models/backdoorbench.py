@@ -214,7 +214,7 @@ def _build(architecture: str, num_classes: int) -> nn.Module:
         for name in AUXILIARY[architecture]:
             setattr(network, name, _Unheard(network.get_submodule(name)))
         network.aux_logits = False  # The output is then a tensor in training, too.
-        return network  # type: ignore[no-any-return]
+        return network
     network = make(weights=None, num_classes=num_classes)
     if architecture in TRANSFORMERS:
         return nn.Sequential(Resize((TRANSFORMER_SIDE, TRANSFORMER_SIDE)), network)

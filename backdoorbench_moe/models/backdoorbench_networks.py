@@ -55,7 +55,7 @@ class _Block(nn.Module):
         return maps
 
 
-def _stages(block: Callable[[int, int, int], nn.Module]) -> Iterator[nn.Module]:
+def _stages(block: Callable[[int, int, int], nn.Module]) -> Iterator[nn.Sequential]:
     """Make the four stages of a ResNet-18, of two blocks each, which take channels before and after, and a stride."""
     widths = ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
     return (
