@@ -10,6 +10,7 @@ The public interface, all imported on first use:
 - `defend` and `analyze` also take any `nn.Module`, with clean images; `normalised(module, mean, std)` puts its
   normalisation inside.
 - `audit(model, images=...)` looks for signs of a backdoor in a module or a run of unknown origin, with reasons.
+- `try_trigger(model, trigger)` measures what a trigger that nobody trained does to a run's model or a module.
 - `make_spec(...)` builds the frozen RunSpec of a run.
 - `create_trigger`, `create_applicator`, `create_attack`, `create_gate`, `create_model`, `create_defense` and
   `create_dataset` build parts by name, third-party ones included; `list_triggers` and the like return the names.
@@ -34,6 +35,7 @@ _HOMES = {
     "load_run": "backdoorbench_moe.api",
     "make_spec": "backdoorbench_moe.api",
     "normalised": "backdoorbench_moe.api",
+    "try_trigger": "backdoorbench_moe.api",
     "Run": "backdoorbench_moe.engine.run",
     "RunSpec": "backdoorbench_moe.config",
     "Observer": "backdoorbench_moe.engine.observer",
@@ -89,6 +91,7 @@ if TYPE_CHECKING:
         load_run,
         make_spec,
         normalised,
+        try_trigger,
     )
     from backdoorbench_moe.applicators import create_applicator, list_applicators
     from backdoorbench_moe.applicators.base import Applicator

@@ -1,12 +1,15 @@
 """Train on more images than memory may hold, and say how much memory that takes.
 
-    python benchmarks/more_than_memory.py DIR [--images 200000] [--side 224] [--steps 20] [--json FILE]
+    python benchmarks/more_than_memory.py DIR [--images 200000] [--side 224] [--steps 20] [--epoch] [--json FILE]
 
 DIR, which must not be there yet, gets a folder of JPEG files in ten classes, and the cache of decoded images. Few of
 the images are distinct: the others are hard links to them, which are read and decoded like any other file. Where the
 disk does not have space for all images, fewer are written, and the output says how many. Two processes then run
 `bbmoe attack`'s code for some steps, with 1% of the images poisoned: the first decodes the files, the second finds
-them in the cache.
+them in the cache. With --epoch, the second one trains on all images once.
+
+The peak of the resident memory includes Python's libraries, but not the page cache, in which the kernel keeps contents
+of files as long as no program needs that memory.
 """
 
 from __future__ import annotations
@@ -28,18 +31,9 @@ SHARE_OF_DISK = 0.8
 
 def main() -> None:
     """Write the files, measure two processes, and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path, metavar="DIR")
-    parser.add_argument("--images", type=int, default=200_000, metavar="N", help="for training [200000]")
-    parser.add_argument("--side", type=int, default=224, metavar="PIXELS", help="of an image [224]")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="of training [20]")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file, too")
-    parser.add_argument("--here", action="store_true", help="train in this process, as JSON")
-    given = parser.parse_args()
+    given = read_arguments()
     if given.here:
-        print(json.dumps(train(given.folder, given.side, given.steps)))
+        print(json.dumps(train(given)))
         return
     if given.folder.exists():
         sys.exit(f"error: DIR: expected a folder that is not there yet, got {given.folder}")
@@ -47,17 +41,56 @@ def main() -> None:
     if images < given.images:
         print(f"the disk has space for {images:,} of {given.images:,} images")
     write_files(given.folder / "files", images, given.side)
-    rows = [in_child(given) for _ in range(2)]
     size = images * 3 * given.side**2
-    print(f"{images:,} training images of {given.side}x{given.side}: {size / 1e9:.1f} GB as uint8")
-    for name, row in zip(("first run", "second run"), rows, strict=True):
-        print(
-            f"{name}: peak RSS {row['peak_rss'] / 1e9:.2f} GB; {row['ready_cpu']:.0f} s of CPU time until the "
-            f"first step, {row['step_cpu']:.2f} s a step of {BATCH} images; {row['decoded']:,} files decoded"
-        )
+    print(
+        f"{images:,} training images of {given.side}x{given.side}: {size / 1e9:.1f} GB as uint8", flush=True
+    )
+    rows = []
+    for name, epoch in (("first run", False), ("second run", given.epoch)):
+        rows.append(in_child(epoch))
+        print(f"{name}: {describe(rows[-1])}", flush=True)
     if given.json:
-        result = {"images": images, "asked": given.images, "side": given.side, "bytes": size, "runs": rows}
+        result = {"images": images, "asked": given.images, "side": given.side, "resize": given.resize}
+        result |= {"bytes": size, "batch": BATCH, "runs": rows}
         given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def read_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--images", type=int, default=200_000, metavar="N", help="for training [200000]")
+    parser.add_argument("--side", type=int, default=224, metavar="PIXELS", help="of an image [224]")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="of training [20]")
+    parser.add_argument("--epoch", action="store_true", help="train the second run for a whole epoch")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        metavar="M",
+        help="stop each training after so long [never]",
+    )
+    parser.add_argument(
+        "--resize",
+        type=int,
+        metavar="PIXELS",
+        help="side to which the model resizes images, for a faster one [none]",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file, too")
+    parser.add_argument("--here", action="store_true", help="train in this process, as JSON")
+    parser.add_argument("--whole", action="store_true", help="train in this process for a whole epoch")
+    return parser.parse_args()
+
+
+def describe(row: dict[str, float]) -> str:
+    """One line about a process."""
+    return (
+        f"peak RSS {row['peak_rss'] / 1e9:.2f} GB; {row['decoded']:,} files decoded; until the first step "
+        f"{row['ready_cpu']:.0f} s of CPU time, {row['ready_wall']:.0f} s in all; {row['steps']:,} steps of {BATCH} "
+        f"images: {row['steps_cpu']:.0f} s of CPU time, {row['steps_wall']:.0f} s in all"
+    )
 
 
 def possible(folder: Path, images: int, side: int) -> int:
@@ -88,32 +121,36 @@ def write_files(folder: Path, images: int, side: int) -> None:
             os.link(source, source.with_name(f"{number:06d}.jpg"))
 
 
-def in_child(given: argparse.Namespace) -> dict[str, float]:
-    """Train in a process of its own, for its peak memory."""
-    command = [sys.executable, __file__, str(given.folder), "--here", "--side", str(given.side)]
-    command += ["--steps", str(given.steps)]
-    environment = {**os.environ, "BBMOE_CACHE": str(given.folder / "cache")}
+def in_child(whole: bool) -> dict[str, float]:
+    """Train in a process of its own, for its peak memory, with the arguments of this one."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--here", *(["--whole"] if whole else [])]
+    environment = {**os.environ, "BBMOE_CACHE": str(read_arguments().folder / "cache")}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def train(folder: Path, side: int, steps: int) -> dict[str, float]:
-    """Run an attack for some steps, and measure memory and time of this process."""
+def train(given: argparse.Namespace) -> dict[str, float]:
+    """Run an attack for some steps or an epoch, and measure memory and time of this process."""
     from backdoorbench_moe.config import build_spec
     from backdoorbench_moe.data import images as decoding
     from backdoorbench_moe.engine.observer import Observer, StopRun
     from backdoorbench_moe.engine.runner import Runner
 
-    spent: list[float] = []
+    begun = time.monotonic()
+    spent: list[tuple[float, float]] = []
 
     class FewSteps(Observer):
         def on_train_start(self, *_: object, **__: object) -> None:
-            spent.append(time.process_time())
+            spent.append((time.process_time(), time.monotonic()))
 
         def on_step(self, images: int, loss: float | None) -> None:
-            spent.append(time.process_time())
-            if len(spent) > steps:
+            spent.append((time.process_time(), time.monotonic()))
+            late = spent[-1][1] > spent[0][1] + 60 * given.minutes
+            if late or (not given.whole and len(spent) > given.steps):
                 raise StopRun
+
+        def on_epoch(self, *_: object) -> None:
+            raise StopRun
 
     decoded, decode = [0], decoding.decode_content
 
@@ -122,26 +159,36 @@ def train(folder: Path, side: int, steps: int) -> dict[str, float]:
         return decode(*args, **options)  # type: ignore[arg-type]
 
     decoding.decode_content = counted
-    model = {"name": "pmoe", "patch_size": 16, "widen_factor": 1, "moe_channels": 64, "expert_channels": 16}
-    spec = build_spec(
-        {
-            "dataset": {"name": "folder", "root": str(folder / "files"), "image_size": side},
-            "model": model,
-            "trigger": "square",
-            "applicator": "patch",
-            "poison": {"rate": 0.01},
-            "train": {"epochs": 1, "batch_size": BATCH},
-        }
-    )
+    spec = build_spec(settings_of(given))
     try:
-        Runner(spec, folder / "runs", observer=FewSteps()).attack(spec, twin=False)
+        Runner(spec, given.folder / "runs", observer=FewSteps()).attack(spec, twin=False)
     except StopRun:
-        shutil.rmtree(folder / "runs")
+        shutil.rmtree(given.folder / "runs")
+    (ready_cpu, ready), (end_cpu, end) = spent[0], spent[-1]
     return {
         "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "ready_cpu": spent[0],
-        "step_cpu": (spent[-1] - spent[0]) / steps,
         "decoded": decoded[0],
+        "ready_cpu": ready_cpu,
+        "ready_wall": ready - begun,
+        "steps": len(spent) - 1,
+        "steps_cpu": end_cpu - ready_cpu,
+        "steps_wall": end - ready,
+    }
+
+
+def settings_of(given: argparse.Namespace) -> dict[str, object]:
+    """A small pMoE, smaller still where it resizes its images."""
+    model: dict[str, object] = {"name": "pmoe", "patch_size": 16, "widen_factor": 1}
+    model |= {"moe_channels": 64, "expert_channels": 16}
+    if given.resize is not None:
+        model |= {"patch_size": given.resize // 4, "resize": given.resize}
+    return {
+        "dataset": {"name": "folder", "root": str(given.folder / "files"), "image_size": given.side},
+        "model": model,
+        "trigger": "square",
+        "applicator": "patch",
+        "poison": {"rate": 0.01},
+        "train": {"epochs": 1, "batch_size": BATCH},
     }
 
 

@@ -83,6 +83,45 @@ def test_a_dense_module_is_analysed(plain, split) -> None:
     assert found.routing == () and found.muted is None and found.ba is not None
 
 
+class Brightest(nn.Module):
+    """Calls an image by its brightest colour."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits."""
+        return images.mean((2, 3))
+
+
+def test_a_trigger_that_nobody_trained_is_tried(split) -> None:
+    square = {"name": "square", "size": 26, "colour": "#0000ff", "position": "upper-left"}
+    given = {"images": split.images, "labels": split.labels, "device": "cpu"}
+    found = bbmoe.try_trigger(Brightest(), square, "image", **given)
+    stamped = split.images.clone()
+    stamped[..., :26, :26] = torch.tensor([0, 0, 255]).view(3, 1, 1)
+    before, after = (images.float().mean((2, 3)).argmax(1) for images in (split.images, stamped))
+    assert found.ba["value"] == pytest.approx(100 * float((before == split.labels).double().mean()))
+    assert found.ra["value"] == pytest.approx(100 * float((after == split.labels).double().mean()))
+    assert found.ra["value"] < found.ba["value"] and found.strongest == 2
+    for number, rate in enumerate(found.classes):
+        others = split.labels != number
+        assert rate.asr["value"] == pytest.approx(100 * float((after[others] == number).double().mean()))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"trigger": "wrap"}, "did you mean 'warp'"),
+        ({"trigger": {"name": "square", "sise": 3}}, "unknown 'sise'"),
+        ({"images": None}, "images: expected clean images"),
+        ({"labels": None}, "labels: expected the classes"),
+        ({"model": 7}, "model: expected a Run"),
+    ],
+)
+def test_what_cannot_be_tried(given, message, plain, split) -> None:
+    values = {"model": plain, "trigger": "square", "images": split.images, "labels": split.labels, **given}
+    with pytest.raises(BbmoeError, match=message):
+        bbmoe.try_trigger(**values, device="cpu")
+
+
 def test_a_normalisation_is_put_into_a_copy(plain) -> None:
     images = torch.rand(2, 3, 16, 16)
     inside = bbmoe.normalised(plain, "half", image_size=16).eval()

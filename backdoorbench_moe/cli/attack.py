@@ -48,7 +48,14 @@ FLAGS = {
 
 def spec_options(function: Any) -> Any:
     """The flags that make up a RunSpec, for every command that takes one."""
-    options = [
+    for option in reversed((*_parts(), *_mixture(), *_conditions())):
+        function = option(function)
+    return function
+
+
+def _parts() -> list[Any]:
+    """The flags of the attack, its data and the training."""
+    return [
         click.option("--attack", metavar="NAME", help="How the model is attacked.  [data-poisoning]"),
         click.option("--model", metavar="NAME", help="Model, or timm:<architecture>.  [pmoe]"),
         click.option("--trigger", metavar="NAME", help="Trigger that is stamped into images.  [warp]"),
@@ -82,6 +89,12 @@ def spec_options(function: Any) -> Any:
         click.option(
             "--patch-size", type=int, metavar="PX", help="Tile of the patch applicator.  [the model's]"
         ),
+    ]
+
+
+def _mixture() -> list[Any]:
+    """The flags of a mixture of experts."""
+    return [
         click.option(
             "--splitter", metavar="NAME", help="Mixture: tasks of the experts, domains or classes.  [domains]"
         ),
@@ -97,6 +110,12 @@ def spec_options(function: Any) -> Any:
             metavar="X",
             help="Mixture: marked images, to be rejected, in the training of the base, as a share.  [0.02]",
         ),
+    ]
+
+
+def _conditions() -> list[Any]:
+    """The flags of what is computed on, and of any other value."""
+    return [
         click.option("--seed", type=int, metavar="N", help="[0]"),
         click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [auto]"),
         click.option("--precision", metavar="KIND", help="auto, fp32 or bf16.  [auto]"),
@@ -105,9 +124,6 @@ def spec_options(function: Any) -> Any:
             "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any value, by dotted key."
         ),
     ]
-    for option in reversed(options):
-        function = option(function)
-    return function
 
 
 def spec_from_flags(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -76,12 +77,8 @@ def command(
     opened = load_run(run)
     use_threads(threads, usage, device or opened.spec.device)
     place = opened.folder.path / "audit" if output is None else output
-    subject, store = with_store(
-        open_run_subject(
-            opened, images=images, base=base, with_images=not no_images, data_root=data_root, device=device
-        ),
-        place,
-    )
+    given: dict[str, Any] = {"images": images, "base": base, "data_root": data_root, "device": device}
+    subject, store = with_store(open_run_subject(opened, with_images=not no_images, **given), place)
     audit = run_audit(
         subject,
         name=opened.folder.path.name,

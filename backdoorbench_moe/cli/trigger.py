@@ -1,4 +1,4 @@
-"""`bbmoe trigger`: what triggers that nobody trained do to the model of a run."""
+"""`bbmoe trigger`: what triggers that nobody trained do to a model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from backdoorbench_moe.cli.model_file import model_file_options, spec_of_file
 from backdoorbench_moe.cli.params import PATH
 from backdoorbench_moe.cli.streams import echo
 from backdoorbench_moe.cli.threads import CoreUsage, threads_option, use_threads
@@ -16,11 +17,15 @@ from backdoorbench_moe.config import PartSpec, Values, chain_options
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
+    from backdoorbench_moe.engine.opened_model import OpenedModel
     from backdoorbench_moe.engine.tried_trigger import Share, TriedTrigger
+
+# What starts the options of triggers and applicators; the others are for the model and the data set.
+OWN = ("trigger.", "applicator.")
 
 
 @click.command("trigger")
-@click.argument("run", type=PATH, metavar="RUN")
+@click.argument("source", type=PATH, metavar="RUN|FILE")
 @click.option("--trigger", "triggers", required=True, multiple=True, metavar="NAME", help="May be repeated.")
 @click.option("--applicator", default="patch", show_default=True, metavar="NAME", help="image or patch.")
 @click.option(
@@ -28,56 +33,80 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE",
-    help="An option, such as trigger.size=5 (of every trigger that has it) or applicator.patch_size=8.",
+    help="An option, such as trigger.size=5 (of every trigger that has it), applicator.patch_size=8, or for FILE "
+    "model.width=8.",
 )  # fmt: skip
-@click.option("--seed", type=int, metavar="N", help="Seed of the triggers.  [the run's]")
+@model_file_options(required=False)
+@click.option("--seed", type=int, metavar="N", help="Seed of the triggers.  [the run's; 0]")
 @click.option("--data-root", metavar="DIR", help="Folder of the data set.  [the one of RUN]")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [the run's]")
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with the rates of all classes.")
 def command(
     *,
-    run: Path,
+    source: Path,
     triggers: tuple[str, ...],
     applicator: str,
     target: str | None,
     settings: tuple[str, ...],
-    seed: int | None,
-    data_root: str | None,
-    device: str | None,
     threads: int | None,
     as_json: bool,
+    **flags: Any,
 ) -> None:
-    """Stamp triggers on the test images of the finished run in folder RUN, and count what its model calls them.
+    """Stamp triggers on the test images of a finished run, and count what its model calls them.
 
-    Nobody trained the model with these triggers, except if one is that of the run. For each, the accuracy without and
-    with it, and how often images of other classes are called the class whose rate rises most. A model of your own
-    becomes a run with `bbmoe import`. Nothing is written.
+    RUN is the run's folder. Or FILE is a file of weights, as for `bbmoe import`, with --model, and the data set has the
+    test images. Nobody trained the model with these triggers, except if one is that of the run. For each, the accuracy
+    without and with it, and how often images of other classes are called the class whose rate rises most. Nothing is
+    written.
     """
     usage = CoreUsage.now()
-    given = chain_options(settings)
+    own = tuple(each for each in settings if flags["model"] is None or each.startswith(OWN))
+    given = chain_options(own)
     parts = [_part("trigger", name, given, triggers) for name in triggers]
     where = _part("applicator", applicator, given, (applicator,))
-    from backdoorbench_moe.engine.opened_model import open_model
-    from backdoorbench_moe.engine.run import load_run
+    model, seed = _open(source, flags, tuple(each for each in settings if each not in own), threads, usage)
     from backdoorbench_moe.engine.tried_trigger import try_trigger
 
-    opened = load_run(run)
-    use_threads(threads, usage, device or opened.spec.device)
-    model = open_model(opened, data_root=data_root, device=device)
     place = None if target is None else _class_number(target, model.classes)
-    chosen = opened.spec.seed if seed is None else seed
-    found = [try_trigger(model, part, where, seed=chosen) for part in parts]
+    found = [try_trigger(model, part, where, seed=seed) for part in parts]
     if as_json:
         shown = {
             "run": model.name,
-            "seed": chosen,
+            "seed": seed,
             "classes": model.classes,
             "triggers": [t.to_dict() for t in found],
         }
         echo(json.dumps(shown, indent=2))
     else:
         _print(model.name, found, place)
+
+
+def _open(
+    source: Path, flags: dict[str, Any], settings: tuple[str, ...], threads: int | None, usage: CoreUsage
+) -> tuple[OpenedModel, int]:
+    """Open the model of a run, or of a file of weights; return it with the seed of the triggers."""
+    if flags["model"] is not None:
+        spec = spec_of_file(source, flags, settings)
+        use_threads(threads, usage, spec.device)
+        from backdoorbench_moe.engine.opened_file import open_file
+
+        return open_file(spec), spec.seed
+    if source.is_file():
+        raise ConfigError.expected("--model", "the model that the weights in the file are of", None)
+    for name in ("mean", "std", "resize", "dataset", "image_size"):
+        if flags[name] is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{flag}: expected none for a run, which has its own; it is for a file of weights"
+            )
+    from backdoorbench_moe.engine.opened_model import open_model
+    from backdoorbench_moe.engine.run import load_run
+
+    run, device = load_run(source), flags["device"]
+    use_threads(threads, usage, device or run.spec.device)
+    opened = open_model(run, data_root=flags["data_root"], device=device)
+    return opened, run.spec.seed if flags["seed"] is None else flags["seed"]
 
 
 def _part(kind: str, name: str, given: Values, names: Sequence[str]) -> PartSpec:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from backdoorbench_moe.data.base import Dataset, ImageSet, Split, draw_subset
-from backdoorbench_moe.data.images import Form, check_image_size, read_images
+from backdoorbench_moe.data.decoded import decoded_images, with_digest
+from backdoorbench_moe.data.images import Form, check_image_size
 from backdoorbench_moe.data.listing import is_hidden, list_folder
 from backdoorbench_moe.data.roots import data_root, missing
 from backdoorbench_moe.errors import BbmoeWarning, DataError
@@ -71,6 +72,8 @@ class GTSRB(Dataset):
 
     The folders of torchvision (`Training/000CC`) come from another archive with 26,640 training images, which is not
     the one that papers use. They are read with a warning.
+
+    Decoded images are kept in a cache that all runs share, see `data.decoded`.
 
     Args:
         root: The folder GTSRB, or a folder that contains it. By default the environment variable BBMOE_DATA, or
@@ -138,16 +141,18 @@ class GTSRB(Dataset):
         else:
             train = _torchvision_files(base / "Training")
         test = _test_files(base)
-        return ImageSet(
-            "gtsrb",
-            self._read(train, self.train_images, "train_images"),
-            self._read(test, self.test_images, "test_images"),
-            CLASSES,
+        return with_digest(
+            ImageSet(
+                "gtsrb",
+                self._read(train, self.train_images, "train_images"),
+                self._read(test, self.test_images, "test_images"),
+                CLASSES,
+            )
         )
 
     def _read(self, files: Files, count: int | None, name: str) -> Split:
         kept = [files[index] for index in draw_subset(len(files), count, name).tolist()]
-        images = read_images([path for path, _ in kept], Form(self.image_size, crop=False))
+        images = decoded_images([path for path, _ in kept], Form(self.image_size, crop=False))
         return Split(images, torch.tensor([label for _, label in kept], dtype=torch.int64))
 
 

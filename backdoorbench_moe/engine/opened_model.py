@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,20 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from backdoorbench_moe.data.images import Form, read_images
-from backdoorbench_moe.data.listing import LeftOut, find_images, list_folder
 from backdoorbench_moe.engine.device import resolve_device, resolve_precision
+from backdoorbench_moe.engine.given_images import Images, PathLike, take_images, take_labels
 from backdoorbench_moe.engine.inference import forward
 from backdoorbench_moe.engine.opened_run import check_patches, open_run
 from backdoorbench_moe.engine.run import Run, check_finished, load_run
-from backdoorbench_moe.errors import ConfigError, DataError, ShapeError
+from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.routed import RoutedModel
-from backdoorbench_moe.ops.images import Split, change_images
+from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.paths import expand
-
-PathLike = str | os.PathLike[str]
-# Images as a caller may give them.
-Images = Tensor | np.ndarray | Split | PathLike
 
 
 @dataclass(frozen=True)
@@ -92,7 +86,8 @@ def open_model(
         labels: (N,) classes of the images; a `Split` brings its own, and so does a folder whose subfolders have the
             names of a run's classes.
         num_classes: Number of classes of a module; None to find it by a forward pass.
-        image_size: Side of the images that a module takes; needed only if there are no images, or only files.
+        image_size: Side of the images that a module takes. It is needed if there are no images; files are resized to
+            it, by default to the shorter side of the first one.
         with_data: False to leave the data of a run unread where `images` is None; there are then no images.
         data_root: Folder of the run's data, if it has moved since the run was made.
         device: "auto", "cpu", "cuda" or "cuda:N"; None for that of the run, "auto" for a module.
@@ -102,24 +97,29 @@ def open_model(
         BbmoeError: The run, the module or the images cannot be used.
     """
     if isinstance(source, nn.Module):
-        opened = _open_module(source, images, image_size, device or "auto", precision or "fp32")
+        given = None if images is None else take_images(images, size=image_size)
+        size = image_size if given is None else given[0].shape[-1]
+        opened = _open_module(source, size, device or "auto", precision or "fp32")
         count = _count_classes(opened) if num_classes is None else num_classes
         opened = replace(opened, classes=tuple(map(str, range(count))))
     else:
         opened = _open_run(source, images, data_root, device, precision, with_data=with_data)
-    if images is not None:
-        opened = _with_images(opened, images)
-    return opened if labels is None else replace(opened, labels=_read_labels(labels, opened))
+        size, classes = opened.image_size, opened.classes
+        given = None if images is None else take_images(images, size=size, classes=classes)
+    if given is not None:
+        opened = replace(opened, images=given[0].to(opened.device), labels=None)
+        labels = given[1] if labels is None else labels
+    if labels is None:
+        return opened
+    if opened.images is None:
+        raise ConfigError("labels: expected none, as there are no images")
+    found = take_labels(labels, len(opened.images), opened.num_classes)
+    return replace(opened, labels=found.to(opened.device))
 
 
-def _open_module(
-    module: nn.Module, images: Images | None, image_size: int | None, device: str, precision: str
-) -> OpenedModel:
-    size = image_size if image_size is not None else _side(images)
+def _open_module(module: nn.Module, size: int | None, device: str, precision: str) -> OpenedModel:
     if size is None:
-        raise ConfigError.expected(
-            "image_size", "the side of the module's images, as no tensor shows it", None
-        )
+        raise ConfigError.expected("image_size", "the side of the module's images, as there are none", None)
     where = resolve_device(device)
     model = copy.deepcopy(module).to(where).to(memory_format=torch.channels_last).eval()
     name = type(module).__name__
@@ -153,13 +153,6 @@ def _open_run(
     return OpenedModel(name, model, None, None, classes, size, where, chosen, run)
 
 
-def _side(images: Images | None) -> int | None:
-    """Side of images in pixels; None if they are files, or none."""
-    if isinstance(images, Split):
-        images = images.images
-    return int(images.shape[-1]) if isinstance(images, Tensor | np.ndarray) and images.ndim else None
-
-
 @torch.inference_mode()
 def _count_classes(opened: OpenedModel) -> int:
     """Number of classes, by the logits of one black image."""
@@ -174,66 +167,3 @@ def _count_classes(opened: OpenedModel) -> int:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigError.expected("model", "logits (B, classes)", got)
     return logits.shape[1]
-
-
-def _with_images(opened: OpenedModel, images: Images) -> OpenedModel:
-    """Return the opened model with other images, and their labels if they bring any."""
-    found: Any = _read_folder(images, opened) if isinstance(images, str | os.PathLike) else images
-    labels = None
-    if isinstance(found, Split):
-        found, labels = found.images, _read_labels(found.labels, replace(opened, images=found.images))
-    return replace(opened, images=_as_bytes(found, opened), labels=labels)
-
-
-def _as_bytes(images: Any, opened: OpenedModel) -> Tensor:
-    """Images as (N, 3, S, S) uint8 on the device. Raises ShapeError for any other shape, type or range."""
-    tensor = torch.as_tensor(images)
-    size = opened.image_size
-    if tensor.ndim != 4 or tuple(tensor.shape[1:]) != (3, size, size) or not len(tensor):
-        raise ShapeError(f"images: expected shape (N, 3, {size}, {size}), got {tuple(tensor.shape)}")
-    if tensor.dtype == torch.uint8:
-        return tensor.to(opened.device)
-    if not tensor.is_floating_point():
-        raise ShapeError(f"images: expected uint8, or floats in [0, 1], got {tensor.dtype}")
-    low, high = (float(value) for value in torch.aminmax(tensor.detach()))
-    if not (low >= 0 and high <= 1):
-        raise ShapeError(
-            f"images: expected floats in [0, 1], got {low:g} to {high:g}; a normalisation belongs into the model"
-        )
-    blank = torch.empty(tensor.shape, dtype=torch.uint8)
-    values = tensor.detach().to("cpu", torch.float32)
-    return change_images(blank, lambda _, part: values[part]).to(opened.device)
-
-
-def _read_labels(labels: Tensor | np.ndarray | Sequence[int], opened: OpenedModel) -> Tensor:
-    """Labels as (N,) int64 on the device. Raises ShapeError unless there is one class for each image."""
-    tensor, images = torch.as_tensor(labels), opened.images
-    if images is None:
-        raise ConfigError("labels: expected none, as there are no images")
-    if tuple(tensor.shape) != (len(images),) or tensor.is_floating_point() or tensor.dtype == torch.bool:
-        raise ShapeError(f"labels: expected {len(images)} integers, got {tuple(tensor.shape)} {tensor.dtype}")
-    low, high = int(tensor.min()), int(tensor.max())
-    if low < 0 or high >= opened.num_classes:
-        raise ShapeError(f"labels: expected classes in 0..{opened.num_classes - 1}, got {low}..{high}")
-    return tensor.to(opened.device, torch.int64)
-
-
-def _read_folder(folder: PathLike, opened: OpenedModel) -> Tensor | Split:
-    """Read the images below a folder. They have labels if every one lies in a subfolder with the name of a class."""
-    root = expand(folder, "images")
-    if not root.is_dir():
-        raise DataError(
-            f"images: expected a folder of images, {root} is {'a file' if root.exists() else 'missing'}"
-        )
-    left_out = LeftOut()
-    paths = find_images(root, root, left_out)
-    if not paths:
-        raise DataError(f"images: expected a folder of images, found none in {root}")
-    left_out.warn(f"images: {root}")
-    images = read_images(paths, Form(opened.image_size, crop=True))
-    places = {name: place for place, name in enumerate(opened.classes)} if opened.run is not None else {}
-    inside, _ = list_folder(root)
-    tops = [path.relative_to(root).parts[0] for path in paths]
-    if not inside or not all(top in places for top in tops):
-        return images
-    return Split(images, torch.tensor([places[top] for top in tops]))

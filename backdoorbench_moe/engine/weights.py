@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,25 @@ COUNTER = "num_batches_tracked"
 LISTED = 10
 
 
+@runtime_checkable
+class _Renames(Protocol):
+    """A model whose weights have other names than those in published files."""
+
+    def own_name(self, name: str) -> str:
+        """The model's name of a published one."""
+
+    def their_name(self, name: str) -> str:
+        """The published name of one of the model's; the inverse of `own_name`."""
+
+
 def fit_weights(
     model: nn.Module, weights: Weights, *, head: Literal["keep", "auto", "new"] = "keep"
 ) -> tuple[str, ...]:
     """Load weights into a model, in place.
 
     The prefixes `WRAPPING` are taken off. If the model has the attribute `published_prefix`, such as "network.", the
-    names may also be those of the network inside, without it.
+    names may also be those of the network inside, without it. If it has the methods `own_name` and `their_name`, which
+    map a published name to its own and back, the names may also be the published ones.
 
     Args:
         model: The model.
@@ -42,14 +54,16 @@ def fit_weights(
             values are not floats where the model has floats, or are not finite.
     """
     own = model.state_dict()
-    tensors, notes = _rename(model, own, weights.tensors)
+    tensors, notes, shown = _rename(model, own, weights.tensors)
     if head != "keep":
         tensors, more = _leave_head(model, own, tensors, always=head == "new")
         notes += more
     kept = {name: own[name] for name in own.keys() - tensors.keys() if name.endswith(COUNTER)}
     tensors = {**tensors, **kept}
-    if faults := _misfits(own, tensors):
-        raise RecordError(f"weights {weights.file}: do not fit the model: {faults}")
+    if faults := _misfits(own, tensors, shown):
+        raise RecordError(
+            f"weights {weights.file}: do not fit the model: {faults}{_other_classes(model, own, tensors)}"
+        )
     changed, more = _convert(replace(weights, tensors=tensors), own, _must_be_finite(model))
     model.load_state_dict(changed)
     return (*weights.notes, *notes, *more)
@@ -57,8 +71,12 @@ def fit_weights(
 
 def _rename(
     model: nn.Module, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Take prefixes off, or put the model's own before, where this holds for all names."""
+) -> tuple[dict[str, Tensor], tuple[str, ...], Callable[[str], str]]:
+    """Take prefixes off, or put the model's own before, where this holds for all names.
+
+    Returns:
+        The tensors by the model's names, what was done, and how a name of the model is written in the file.
+    """
     renamed, notes = dict(tensors), []
     while prefix := next((p for p in WRAPPING if _all_start(renamed, p) and not _all_start(own, p)), None):
         renamed = {name.removeprefix(prefix): tensor for name, tensor in renamed.items()}
@@ -66,7 +84,10 @@ def _rename(
     published = getattr(model, "published_prefix", "")
     if published and not any(name.startswith(published) for name in renamed):
         renamed = {f"{published}{name}": tensor for name, tensor in renamed.items()}
-    return renamed, tuple(notes)
+    if not isinstance(model, _Renames) or any(name in own for name in renamed):
+        return renamed, tuple(notes), str
+    renamed = {model.own_name(name): tensor for name, tensor in renamed.items()}
+    return renamed, tuple(notes), model.their_name
 
 
 def _all_start(names: Iterable[str], prefix: str) -> bool:
@@ -97,19 +118,34 @@ def head_names(model: nn.Module) -> list[str]:
     return [name for name in model.state_dict() if any(name.startswith(f"{place}.") for place in places)]
 
 
-def _misfits(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+def _misfits(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], shown: Callable[[str], str]) -> str:
     """Every name that is missing, unexpected or of another shape, counted by kind, the first of each; "" if none."""
     shapes = [
-        f"{name} (expected {_shape(own[name])}, got {_shape(tensors[name])})"
+        f"{shown(name)} (expected {_shape(own[name])}, got {_shape(tensors[name])})"
         for name in own
         if name in tensors and own[name].shape != tensors[name].shape
     ]
     kinds = {
-        "missing": [name for name in own if name not in tensors],
-        "unexpected": [name if name.isprintable() else ascii(name) for name in tensors if name not in own],
+        "missing": [shown(name) for name in own if name not in tensors],
+        "unexpected": [_printable(shown(name)) for name in tensors if name not in own],
         "of another shape": shapes,
     }
     return "; ".join(_list_some(kind, names) for kind, names in kinds.items() if names)
+
+
+def _other_classes(model: nn.Module, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """What explains the misfit if the head is for another number of classes; otherwise ""."""
+    for name in head_names(model):
+        ours, theirs = own[name], tensors.get(name)
+        if theirs is None or not ours.ndim or ours.shape[1:] != theirs.shape[1:] or not theirs.ndim:
+            continue
+        if len(ours) != len(theirs):
+            return f"; the weights are for {len(theirs)} classes, and the data have {len(ours)}"
+    return ""
+
+
+def _printable(name: str) -> str:
+    return name if name.isprintable() else ascii(name)
 
 
 def _list_some(kind: str, names: list[str]) -> str:

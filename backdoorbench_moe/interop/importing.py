@@ -21,6 +21,8 @@ from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.fitting import Checkpoint
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.run import Run, check_model, load_run
+from backdoorbench_moe.engine.weight_files import Weights
+from backdoorbench_moe.engine.weights import fit_weights
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import BbmoeWarning, DataError
 from backdoorbench_moe.interop.attack_result import (
@@ -35,8 +37,6 @@ from backdoorbench_moe.interop.attack_result import (
 from backdoorbench_moe.interop.comparison import Imported, compare
 from backdoorbench_moe.interop.result_folder import ATTACK, TEST_IMAGES, TRAIN_IMAGES, ResultFolder
 from backdoorbench_moe.interop.toolbox import refuse_trojai
-from backdoorbench_moe.interop.weights import load_weights
-from backdoorbench_moe.models.backdoorbench import BackdoorBenchModel
 from backdoorbench_moe.models.common import NORMALISATIONS, Colour
 from backdoorbench_moe.records import Record, RunFolder
 from backdoorbench_moe.triggers.stored import write_stored
@@ -96,11 +96,9 @@ def import_backdoorbench(
     result = attack if defense is None else read_defense_result(place.weights_file)
     part = _dataset(attack, dataset, dict(data_options or {}), side, data_root)
     workplace = Workplace(_clean_spec(part, device), observer)
-    images = workplace.images
-    check_labels(place, attack, images)
+    check_labels(place, attack, images := workplace.images)
     poison, plan = read_poison(place, attack, images)
-    if plan is not None:
-        _warn_of_redrawn(place)
+    _warn_of_redrawn(place, plan)
     with tempfile.TemporaryDirectory(prefix="bbmoe-import-") as temporary:
         files = _write_files(Path(temporary), place, attack, images, plan, side)
         spec = workplace.resolve(
@@ -117,8 +115,7 @@ def import_backdoorbench(
                 recipe="backdoorbench",
             )
         )
-        run = _make(spec, workplace, RunFolder(Path(output) / spec.name), result)
-    return compare(run, place)
+        return compare(_make(spec, workplace, RunFolder(Path(output) / spec.name), result), place)
 
 
 def _clean_spec(dataset: PartSpec, device: str) -> RunSpec:
@@ -287,11 +284,11 @@ def _model(
     return PartSpec("backdoorbench", options)
 
 
-def _warn_of_redrawn(place: ResultFolder) -> None:
-    """Warn if the stored training set was made after training."""
+def _warn_of_redrawn(place: ResultFolder, plan: PoisonPlan | None) -> None:
+    """Warn if there is a stored training set that was made after training."""
     path = place.path / INFO
     name = read_info(path).get("attack") if path.exists() else None
-    if name in REDRAWN:
+    if plan is not None and name in REDRAWN:
         warnings.warn(
             f"{place.path}: in the attack {name!r} other images are poisoned in every batch; the stored training set "
             "was made afterwards, and what a defense finds in it is not what the model was trained on",
@@ -334,9 +331,10 @@ class ResultMaker(Maker):
         self._weights: Mapping[str, Tensor] = result.weights
 
     def load(self, inputs: Mapping[str, Run]) -> None:
-        """Load the weights. Raises DataError if they do not fit."""
-        assert isinstance(self.setup.model, BackdoorBenchModel)
-        load_weights(self.setup.model, self._weights, str(self.spec.model.options["weights"]))
+        """Load the weights. Raises RecordError if they do not fit."""
+        file = Path(str(self.spec.model.options["weights"]))
+        for note in fit_weights(self.setup.model, Weights(file, self._weights, {})):
+            self.workplace.observer.on_message(f"{file.name}: {note}")
 
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
         """Measure the model and save it."""

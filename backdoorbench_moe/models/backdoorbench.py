@@ -1,4 +1,4 @@
-"""The architectures of BackdoorBench, by its names: its own pre-activation ResNet-18, and torchvision's."""
+"""The architectures of BackdoorBench, by its names: its own networks, and torchvision's."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any, ClassVar
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.transforms import Resize
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.models.backdoorbench_networks import PreActResNet18, ResNeXt29, SENet18
 from backdoorbench_moe.models.checks import check_image_size, check_positive
 from backdoorbench_moe.moe.structure import ChannelGroup
 from backdoorbench_moe.options import FilePath
 
-PREACT_RESNET18 = "preactresnet18"
 # Side that its vision transformers resize images to.
 TRANSFORMER_SIDE = 224
 TRANSFORMERS = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32")
@@ -42,16 +41,24 @@ TORCHVISION = (
     "vgg19_bn",
     "wide_resnet50_2",
 )
-ARCHITECTURES = (PREACT_RESNET18, *TORCHVISION, *TRANSFORMERS)
-# BackdoorBench has these, too; they end in no linear layer, have several outputs, or are definitions of its own.
-NOT_BUILT = ("googlenet", "inception_v3", "resnext29", "senet18", "squeezenet1_0")
+# Of torchvision, with the names of their auxiliary classifiers.
+AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
+OWN: Mapping[str, Callable[[int], nn.Module]] = {
+    "preactresnet18": PreActResNet18,
+    "resnext29": ResNeXt29,
+    "senet18": SENet18,
+}
+ARCHITECTURES = (*OWN, *TORCHVISION, *AUXILIARY, *TRANSFORMERS)
+# BackdoorBench has these, too.
+NOT_BUILT = {"squeezenet1_0": "its classifier is a convolution before a mean, so that it has no linear head"}
 
 
 class BackdoorBenchModel(nn.Module):
     """An architecture as BackdoorBench builds it, with random weights: "backdoorbench:vgg19_bn".
 
     The last linear layer is the model's head; all else keeps the names of its weights, behind "trunk.". BackdoorBench
-    normalises images outside of the model, here the model does it.
+    normalises images outside of the model, here the model does it. The auxiliary classifiers of googlenet and
+    inception_v3 keep their weights, but are not computed, not even in training.
 
     Args:
         num_classes: Number of classes.
@@ -81,7 +88,7 @@ class BackdoorBenchModel(nn.Module):
         *,
         num_classes: int = 10,
         image_size: int = 32,
-        architecture: str = PREACT_RESNET18,
+        architecture: str = "preactresnet18",
         mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
         std: tuple[float, float, float] = (1.0, 1.0, 1.0),
         weights: FilePath | None = None,
@@ -90,8 +97,8 @@ class BackdoorBenchModel(nn.Module):
         check_positive(num_classes=num_classes)
         check_image_size(image_size, at_least=8)
         if architecture in NOT_BUILT:
-            raise ConfigError.expected(
-                "architecture", f"one that is built here ({', '.join(ARCHITECTURES)})", architecture
+            raise ConfigError(
+                f"architecture: {architecture} of BackdoorBench is not built here: {NOT_BUILT[architecture]}"
             )
         if architecture not in ARCHITECTURES:
             raise UnknownNameError("architecture", architecture, ARCHITECTURES)
@@ -166,12 +173,15 @@ class BackdoorBenchModel(nn.Module):
         """The last convolution with a batch norm of its own behind it; of preactresnet18 the last convolution."""
         if isinstance(self.trunk, PreActResNet18):
             last = self.trunk.layer4[-1]
-            assert isinstance(last, _Block)
-            return {"trunk": [ChannelGroup.whole("trunk", last.conv2)]}
+            conv = last.get_submodule("conv2")
+            assert isinstance(conv, nn.Conv2d)
+            return {"trunk": [ChannelGroup.whole("trunk", conv)]}
+        branches = [branch for branch in self.trunk.modules() if isinstance(branch, _Unheard)]
+        unheard = {layer for branch in branches for layer in branch.modules()}
         layers = [
             layer
-            for name, layer in self.trunk.named_modules()
-            if isinstance(layer, nn.Conv2d | nn.BatchNorm2d)
+            for layer in self.trunk.modules()
+            if isinstance(layer, nn.Conv2d | nn.BatchNorm2d) and layer not in unheard
         ]
         found = [
             ChannelGroup.whole("trunk", layer, after)
@@ -183,57 +193,29 @@ class BackdoorBenchModel(nn.Module):
         return {"trunk": found[-1:]} if found else {}
 
 
-class PreActResNet18(nn.Module):
-    """BackdoorBench's pre-activation ResNet-18: without a norm behind the last block.
+class _Unheard(nn.Module):
+    """A branch whose weights are kept and which is not computed: an auxiliary classifier, which only training has."""
 
-    Args:
-        num_classes: Number of classes.
-
-    Source:
-        He et al., "Identity Mappings in Deep Residual Networks", 2016; names of the weights as in BackdoorBench.
-    """
-
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, branch: nn.Module) -> None:
         super().__init__()
-        self.conv1 = _conv(3, 64, 3)
-        self.layer1, self.layer2, self.layer3, self.layer4 = (
-            nn.Sequential(_Block(before, after, stride), _Block(after, after, 1))
-            for before, after, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
-        )
-        self.linear = nn.Linear(512, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map normalised images (B, 3, H, W) to logits (B, classes)."""
-        maps = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(images)))))
-        return self.linear(maps.mean((2, 3)))
-
-
-class _Block(nn.Module):
-    """Two convolutions, each behind a norm and a ReLU, and a shortcut that begins behind the first ReLU."""
-
-    def __init__(self, before: int, after: int, stride: int) -> None:
-        super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(before), _conv(before, after, 3, stride)
-        self.bn2, self.conv2 = nn.BatchNorm2d(after), _conv(after, after, 3)
-        self.shortcut: nn.Module | None = None
-        if stride != 1 or before != after:
-            self.shortcut = nn.Sequential(_conv(before, after, 1, stride))
+        for name, child in branch.named_children():
+            self.add_module(name, child)
 
     def forward(self, maps: Tensor) -> Tensor:
-        active = F.relu(self.bn1(maps))
-        aside = maps if self.shortcut is None else self.shortcut(active)
-        return self.conv2(F.relu(self.bn2(self.conv1(active)))) + aside
-
-
-def _conv(before: int, after: int, side: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(before, after, side, stride, padding=side // 2, bias=False)
+        return maps
 
 
 def _build(architecture: str, num_classes: int) -> nn.Module:
-    if architecture == PREACT_RESNET18:
-        return PreActResNet18(num_classes)
+    if architecture in OWN:
+        return OWN[architecture](num_classes)
     make: Callable[..., Any] = getattr(torchvision.models, architecture)
-    network: nn.Module = make(weights=None, num_classes=num_classes)
+    if architecture in AUXILIARY:
+        network: Any = make(weights=None, num_classes=num_classes, init_weights=False)
+        for name in AUXILIARY[architecture]:
+            setattr(network, name, _Unheard(network.get_submodule(name)))
+        network.aux_logits = False  # The output is then a tensor in training, too.
+        return network
+    network = make(weights=None, num_classes=num_classes)
     if architecture in TRANSFORMERS:
         return nn.Sequential(Resize((TRANSFORMER_SIDE, TRANSFORMER_SIDE)), network)
     return network

@@ -14,10 +14,11 @@ from subjects import Constant, Rows, small_pmoe
 import backdoorbench_moe as bbmoe
 from backdoorbench_moe.auditing.audit import Audit, cost_of, digest_of, run_audit
 from backdoorbench_moe.auditing.checks import CHECKS, find_checks
-from backdoorbench_moe.auditing.opening import read_folder, with_store
+from backdoorbench_moe.auditing.opening import with_store
 from backdoorbench_moe.auditing.store import Store
 from backdoorbench_moe.auditing.subject import make_subject
 from backdoorbench_moe.auditing.verdict import NO_SIGN, NOT_TESTED, SIGNS
+from backdoorbench_moe.engine.given_images import take_images
 from backdoorbench_moe.errors import BbmoeError, ConfigError, DataError, RecordError, ShapeError
 
 FAST = ["gate-rows", "expert-norms", "head-rows", "scaled-images"]
@@ -164,13 +165,18 @@ def test_images_of_a_folder(tmp_path) -> None:
         place = tmp_path / "images" / str(number % 2)
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{number:02}.png")
-    found = read_folder(tmp_path / "images", None)
+    found, labels = take_images(tmp_path / "images", size=None)
+    assert labels is None
     assert sorted(map(str, found.flatten(1).tolist())) == sorted(map(str, split.images.flatten(1).tolist()))
-    assert read_folder(tmp_path / "images", 4).shape == (30, 3, 4, 4)
+    assert take_images(tmp_path / "images", size=4)[0].shape == (30, 3, 4, 4)
+    drawn, labels = take_images(tmp_path / "images", size=None, classes=("0", "1"), most=8)
+    rows = {str(image.flatten().tolist()): number for number, image in enumerate(split.images)}
+    assert [rows[str(image.flatten().tolist())] % 2 for image in drawn] == labels.tolist()
+    assert len(drawn) == 8 and {0, 1} == set(labels.tolist())
     one = bbmoe.audit(Rows(), images=tmp_path / "images", checks=["scaled-images"])
     assert one.facts["images"] == 30 and one.facts["accuracy"] is None
     (tmp_path / "empty").mkdir()
-    for path, message in ((tmp_path / "empty", "no images in it"), (tmp_path / "none", "expected a folder")):
+    for path, message in ((tmp_path / "empty", "found none in"), (tmp_path / "none", "expected a folder")):
         with pytest.raises(DataError, match=message):
             bbmoe.audit(Rows(), images=path)
 
@@ -181,9 +187,12 @@ def test_images_of_a_folder(tmp_path) -> None:
         ({"checks": ["gates"]}, ConfigError, "checks: unknown 'gates'"),
         ({"base": 7}, ConfigError, "base: expected a run, its folder, a module or a state dict"),
         ({"base": "nowhere"}, RecordError, "nowhere"),
-        ({"images": torch.zeros(30, 3, 8, 8)}, ShapeError, "images: expected square uint8"),
-        ({"labels": [0.5] * 40, "images": row_images(40).images}, ConfigError, "labels: expected integers"),
-        ({"tasks": [torch.zeros(3)]}, ShapeError, r"tasks\[0\]: expected square uint8"),
+        ({"images": torch.full((30, 3, 8, 8), 2.0)}, ShapeError, r"images: expected floats in \[0, 1\]"),
+        ({"images": torch.zeros(30, 3, 8, 9)}, ShapeError, r"images: expected shape \(N, 3, S, S\)"),
+        ({"images": [["a"]]}, ShapeError, r"images: expected shape \(N, 3, S, S\), got list"),
+        ({"labels": [0.5] * 40, "images": row_images(40).images}, ShapeError, "labels: expected 40 integers"),
+        ({"labels": [0] * 40}, ConfigError, "labels: expected images"),
+        ({"tasks": [torch.zeros(3)]}, ShapeError, r"tasks\[0\]: expected shape"),
     ],
 )
 def test_what_python_refuses(given, error, message) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from tiny import tiny_spec
@@ -122,3 +124,17 @@ def test_the_runs_that_two_tasks_need_are_written_by_one_after_the_other(tmp_pat
     ray_flight._deliver(folder, {"record.json": b"{}"}, wait=True)
     other.join()
     assert (folder.path / "record.json").read_bytes() == b"{}"
+
+
+def test_a_task_has_the_drivers_variables_unless_its_node_has_its_own(tmp_path, monkeypatch) -> None:
+    for name, value in (("BBMOE_DATA", "/data"), ("BBMOE_CACHE", "/cache"), ("BBMOE_MEMORY", "2GB")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    home = ray_flight.Home.here(tmp_path / "token")
+    monkeypatch.setenv("BBMOE_DATA", "/mnt/data")
+    for name in ("BBMOE_CACHE", "BBMOE_MEMORY"):
+        monkeypatch.delenv(name)
+    monkeypatch.chdir("/")
+    home.enter()
+    assert (Path.cwd(), home.token) == (tmp_path, str(tmp_path / "token"))
+    assert [os.environ[name] for name in ray_flight.VARIABLES] == ["/mnt/data", "/cache", "2GB"]

@@ -55,6 +55,32 @@ def test_it_prints_a_verdict_and_writes_two_files(bbmoe, victim) -> None:
 
 
 @pytest.mark.slow
+def test_images_of_a_folder_are_labelled_by_the_names_of_the_classes(bbmoe, victim, tmp_path) -> None:
+    from PIL import Image
+    from tiny import Tiny
+
+    test = Tiny().load().test
+    for number, (pixels, label) in enumerate(zip(test.images, test.labels.tolist(), strict=True)):
+        place = tmp_path / "images" / Tiny.names[label] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(place)
+    words = (
+        "audit",
+        victim.folder.path,
+        "--checks",
+        "scaled-images",
+        "--output",
+        tmp_path / "a",
+        "--json",
+        "--quiet",
+    )
+    code, out, err = bbmoe(*words, "--images", tmp_path / "images")
+    assert code == 0, err
+    subject = json.loads(out)["subject"]
+    assert subject["images"] == 60 and subject["accuracy"] == pytest.approx(victim.value("ba"))
+
+
+@pytest.mark.slow
 def test_weights_alone_and_the_exit_code(bbmoe, victim, tmp_path) -> None:
     code, out, _ = bbmoe("audit", victim.folder.path, "--no-images", "--output", tmp_path / "a", "--json")
     document = json.loads(out)

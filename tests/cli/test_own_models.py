@@ -100,6 +100,14 @@ def test_import_refuses_in_one_line_and_writes_nothing(words, message, bbmoe, fi
     assert "Traceback" not in err and not (tmp_path / "runs").exists()
 
 
+def test_data_with_fewer_classes_than_the_weights_are_refused(bbmoe, tmp_path) -> None:
+    torch.save(create_model("pmoe", num_classes=5, **OPTIONS).state_dict(), tmp_path / "w.pt")
+    words = [tmp_path / "w.pt", "--model", "pmoe", *SETS, *DATA, "--output", tmp_path / "runs", "--quiet"]
+    code, out, err = bbmoe("import", *words)
+    assert (code, out, err.count("\n")) == (2, "", 1) and not (tmp_path / "runs").exists()
+    assert "the weights are for 5 classes, and the data have 3" in err
+
+
 @pytest.mark.parametrize("name", ["none.pt", "text.safetensors", "folder"])
 def test_import_refuses_what_is_no_file_of_weights(name, bbmoe, tmp_path) -> None:
     (tmp_path / "text.safetensors").write_text("no")
@@ -125,6 +133,26 @@ def test_triggers_that_nobody_trained_are_measured(bbmoe, imported) -> None:
     assert sorted(path.name for path in imported.iterdir()) == sorted(
         [".lock", "files", "model.safetensors", "record.json"]
     )
+
+
+def test_the_weights_in_a_file_are_measured_as_their_run_is(bbmoe, file, imported, tmp_path) -> None:
+    words = ["--trigger", "square", "--applicator", "image", "--set", "trigger.size=5", "--json"]
+    _, of_run, _ = bbmoe("trigger", imported, *words)
+    model = ["--model", "pmoe", *SETS, "--mean", "half", *DATA[:4], "--set", "precision=fp32"]
+    before = sorted(tmp_path.rglob("*"))
+    code, of_file, err = bbmoe("trigger", file, *words, *model)
+    assert code == 0, err
+    document = json.loads(of_file)
+    assert document.pop("run") == "w.safetensors" and sorted(tmp_path.rglob("*")) == before
+    assert document == {key: value for key, value in json.loads(of_run).items() if key != "run"}
+    for given, message in (
+        (["trigger", file, *words], "--model: expected the model that the weights"),
+        (["trigger", imported, *words, "--resize", "8"], "--resize: expected none for a run"),
+        (["trigger", file, *words, *model, "--set", "model.widht=1"], "unknown 'widht'"),
+        (["trigger", tmp_path / "none.pt", *words, *model], "not found"),
+    ):
+        code, out, err = bbmoe(*given)
+        assert (code, out) == (2, "") and message in " ".join(err.split()), err
 
 
 def test_the_rates_are_those_of_a_run_with_this_trigger(bbmoe, tmp_path) -> None:

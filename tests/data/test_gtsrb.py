@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from backdoorbench_moe.data import create_dataset
+from backdoorbench_moe.data.images import Form, read_images
 from backdoorbench_moe.errors import BbmoeWarning, DataError
+from backdoorbench_moe.ops.stored_images import StoredImages
 
 HEADER = "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId"
 
@@ -52,6 +55,20 @@ def test_published_layout(base) -> None:
     assert len(set(images.classes)) == 43
     assert (images.classes[14], images.classes[13], images.classes[38]) == ("stop", "give way", "keep right")
     assert load(base.parent).digest == images.digest
+
+
+def test_the_second_run_decodes_nothing_and_has_the_same_pixels(base, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("BBMOE_CACHE", str(tmp_path / "cache"))
+    first = load(base)
+    paths = sorted((base / "Final_Training" / "Images").rglob("*.ppm"))
+    assert torch.equal(first.train.images, read_images(paths, Form(32, crop=False)))
+    assert len(list((tmp_path / "cache" / "decoded").glob("*.images"))) == 2
+    monkeypatch.setattr("backdoorbench_moe.data.images.decode_content", None)
+    again = load(base)
+    assert torch.equal(again.train.images, first.train.images) and again.digest == first.digest
+    monkeypatch.setenv("BBMOE_MEMORY", "1KB")
+    stored = load(base)
+    assert isinstance(stored.train.images, StoredImages) and stored.digest == first.digest
 
 
 @pytest.mark.parametrize("place", ["Final_Test", "Final_Test/Images", ".."])

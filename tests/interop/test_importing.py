@@ -13,7 +13,7 @@ from result_folders import TARGET, stamp, write_csv, write_result
 import backdoorbench_moe as bbmoe
 from backdoorbench_moe import data
 from backdoorbench_moe.engine.runner import run_attack
-from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError
+from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError, RecordError
 from backdoorbench_moe.interop.attack_result import StoredSplit
 from backdoorbench_moe.interop.comparison import Imported
 from backdoorbench_moe.interop.importing import import_backdoorbench, read_plan
@@ -186,7 +186,8 @@ def test_weights_are_matched_by_name_and_never_by_position(
     weights = {("stem.weight" if name == first else name): tensor for name, tensor in weights.items()}
     weights["fc.bias"] = torch.zeros(7)
     torch.save({**values, "model": weights}, folder / "attack_result.pt")
-    refused(folder, tmp_path, rf"{first} is missing; stem\.weight is not in .*; fc\.bias is \(7,\)")
+    faults = rf"1 missing: {first}; 1 unexpected: stem\.weight; .* fc\.bias \(expected 3, got 7\)"
+    refused(folder, tmp_path, faults, RecordError)
     together = {f"module.{name}": tensor for name, tensor in values["model"].items()}
     torch.save({**values, "model": together}, folder / "attack_result.pt")
     assert import_backdoorbench(folder, dataset="tiny", output=tmp_path / "out", device="cpu").compared

@@ -17,10 +17,12 @@ from typing import Any
 
 from backdoorbench_moe.bench.engines.agenda import Agenda
 from backdoorbench_moe.bench.worker import Job, Outcome, work
-from backdoorbench_moe.data.roots import VARIABLE
+from backdoorbench_moe.data.roots import VARIABLE as DATA_VARIABLE
 from backdoorbench_moe.engine.files import FILES
 from backdoorbench_moe.engine.graph import needs
 from backdoorbench_moe.errors import BbmoeError, RecordError
+from backdoorbench_moe.ops.image_rows import MEMORY_VARIABLE
+from backdoorbench_moe.paths import CACHE_VARIABLE
 from backdoorbench_moe.records import (
     MODEL,
     POISON,
@@ -35,6 +37,8 @@ from backdoorbench_moe.records import (
 # The files of a run folder that are sent to the driver, with the copies of named files. The record comes last: it says
 # that the others are there.
 SENT = (POISON, PROBE, SCORES, TRIGGER, MODEL, RECORD)
+# Where the data are, where decoded images are kept, and how many of them may be held in memory.
+VARIABLES = (DATA_VARIABLE, CACHE_VARIABLE, MEMORY_VARIABLE)
 RETRIES = 3
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_STOP = 60.0
@@ -66,12 +70,23 @@ class Home:
     Attributes:
         token: A file in the driver's output folder.
         folder: The driver's current folder; relative paths in a spec start there.
-        data: The driver's $BBMOE_DATA.
+        variables: The driver's values of those of `VARIABLES` that are set.
     """
 
     token: str
     folder: str
-    data: str | None
+    variables: Mapping[str, str]
+
+    @classmethod
+    def here(cls, token: Path) -> Home:
+        """Return this process as the driver."""
+        return cls(str(token), str(Path.cwd()), {n: os.environ[n] for n in VARIABLES if n in os.environ})
+
+    def enter(self) -> None:
+        """In a task, go to the driver's folder, if there is such a folder, and set the variables that are not set."""
+        with contextlib.suppress(OSError):
+            os.chdir(self.folder)
+        os.environ.update({**self.variables, **os.environ})
 
 
 @dataclass(frozen=True)
@@ -163,7 +178,7 @@ class Flight:
             _token_path(output, self.token).unlink(missing_ok=True)
 
     def _hand_over(self, one: _Try) -> None:
-        home = Home(str(_token_path(one.job.output, self.token)), str(Path.cwd()), os.environ.get(VARIABLE))
+        home = Home.here(_token_path(one.job.output, self.token))
         gpus = 0 if one.job.run_spec.device == "cpu" else self.resources.gpus
         task = self._task.options(num_gpus=gpus, name=one.name)
         inputs = self._inputs(one.job)
@@ -249,10 +264,7 @@ def make_run(
         if job.is_late or not is_wanted():
             return Outcome(job.run_spec.name, "waiting"), None
         torch.set_num_threads(threads)
-        with contextlib.suppress(OSError):
-            os.chdir(home.folder)
-        if home.data is not None:
-            os.environ.setdefault(VARIABLE, home.data)
+        home.enter()
         token = Path(home.token)
         if token.is_file():
             return work(job, is_wanted), None

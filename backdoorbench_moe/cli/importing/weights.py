@@ -7,23 +7,16 @@ from typing import Any
 
 import click
 
-from backdoorbench_moe.cli.attack import spec_from_flags
+from backdoorbench_moe.cli.model_file import model_file_options, spec_of_file
 from backdoorbench_moe.cli.params import PATH
 from backdoorbench_moe.cli.threads import CoreUsage, threads_option, use_threads
-from backdoorbench_moe.config import IMPORTED, merge
-from backdoorbench_moe.errors import ConfigError
 
 
 @click.command("weights")
 @click.argument("weights", type=PATH, metavar="FILE")
-@click.option("--model", metavar="NAME", required=True, help="Model, or timm:<architecture>.")
-@click.option("--mean", metavar="R,G,B", help="Normalisation: mean of pixels in [0, 1], or a name.  [none]")
-@click.option("--std", metavar="R,G,B", help="Standard deviation; not needed with a name such as imagenet.")
-@click.option("--resize", type=int, metavar="PX", help="Side to which the model resizes its images.")
-@click.option("--dataset", metavar="NAME", help="signs (embedded), cifar10, gtsrb, folder.  [signs]")
+@model_file_options(required=True)
 @click.option("--data-root", metavar="DIR", help="Folder of the data set.")
 @click.option("--download", is_flag=True, default=None, help="Download the data set if it is missing.")
-@click.option("--image-size", type=int, metavar="PX", help="Resize images of the data set to this side.")
 @click.option("--recipe", metavar="NAME", help="quick or paper: how defenses tune the model.  [quick]")
 @click.option("--seed", type=int, metavar="N", help="[0]")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [auto]")
@@ -39,9 +32,6 @@ def command(
     weights: Path,
     config: Path | None,
     settings: tuple[str, ...],
-    mean: str | None,
-    std: str | None,
-    resize: int | None,
     output: Path,
     threads: int | None,
     as_json: bool,
@@ -58,20 +48,7 @@ def command(
     a clearly higher accuracy.
     """
     usage = CoreUsage.now()
-    chosen = {
-        "weights": str(weights),
-        "mean": _colour("--mean", mean),
-        "std": _colour("--std", std),
-        "resize": resize,
-    }
-    options = {name: value for name, value in chosen.items() if value is not None}
-    given = merge({"attack": {"name": IMPORTED}}, {"model": options})
-    spec = spec_from_flags(config, settings, flags, given=given)
-    if not spec.imported:
-        raise ConfigError.expected("attack", f"none, as the model is {IMPORTED}", spec.to_dict()["attack"])
-    from backdoorbench_moe.engine.names import check_names
-
-    check_names(spec)
+    spec = spec_of_file(weights, flags, settings, config)
     use_threads(threads, usage, spec.device)
     from backdoorbench_moe.cli.progress import make_observer
     from backdoorbench_moe.cli.tables import print_json, print_runs
@@ -82,13 +59,3 @@ def command(
         print_json([run])
     else:
         print_runs([run])
-
-
-def _colour(flag: str, text: str | None) -> str | list[float] | None:
-    """Three numbers, separated by commas, or a name, which the model's options check."""
-    if text is None or "," not in text:
-        return text
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError.expected(flag, "numbers such as 0.5,0.5,0.5, or a name", text) from None

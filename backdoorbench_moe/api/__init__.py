@@ -1,0 +1,18 @@
+"""The toolbox from Python: what the command line does, as functions."""
+
+from backdoorbench_moe.api.looks import analyze, audit, draw_figures, try_trigger
+from backdoorbench_moe.api.modules import normalised
+from backdoorbench_moe.api.runs import attack, defend, import_weights, load_run, make_spec
+
+__all__ = [
+    "analyze",
+    "attack",
+    "audit",
+    "defend",
+    "draw_figures",
+    "import_weights",
+    "load_run",
+    "make_spec",
+    "normalised",
+    "try_trigger",
+]

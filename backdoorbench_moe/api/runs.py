@@ -1,0 +1,224 @@
+"""Making runs from Python: attacks, imports and defenses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+from torch import nn
+
+from backdoorbench_moe.api.arguments import (
+    Part,
+    PathLike,
+    needed_images,
+    opened_run,
+    path_of,
+    path_or_none,
+    text_or_none,
+)
+from backdoorbench_moe.config import IMPORTED, PartSpec, RunSpec, build_spec, chain_settings
+from backdoorbench_moe.engine import runner
+from backdoorbench_moe.engine.defended_module import DefendedModule, defend_module
+from backdoorbench_moe.engine.given_images import Images
+from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.engine.opened_model import open_model
+from backdoorbench_moe.engine.run import Run
+from backdoorbench_moe.engine.torch_state import default_torch_state
+from backdoorbench_moe.errors import ConfigError
+
+
+def make_spec(settings: Sequence[str] = (), **values: Any) -> RunSpec:
+    """Build a RunSpec from nested values; what is not given comes from the recipe.
+
+    Args:
+        settings: Texts of the form "dotted.key=value", as for `--set`; they win over `values`.
+        values: Keys of RunSpec. A part is a name, or a dict with its "name" and options; `poison` and `train`
+            are dicts. NumPy scalars, paths and `torch.device` may stand for plain values.
+
+    Raises:
+        UnknownNameError: A key or name does not exist; near ones are suggested.
+        ConfigError: A value is of the wrong type or out of range.
+    """
+    return build_spec(values, chain_settings(settings))
+
+
+@default_torch_state()
+def attack(
+    *,
+    attack: Part | None = "data-poisoning",
+    model: Part = "pmoe",
+    trigger: Part | None = None,
+    applicator: Part | None = None,
+    dataset: Part = "signs",
+    recipe: str = "quick",
+    output: PathLike = "runs",
+    repeats: int = 1,
+    twin: bool = True,
+    observer: Observer | None = None,
+    settings: Sequence[str] = (),
+    **values: Any,
+) -> list[Run]:
+    """Backdoor a model and measure it, as `bbmoe attack` does.
+
+    Interrupted, the same call continues from the last finished epoch; finished, it trains nothing.
+
+    Args:
+        model: Name of the model to attack, or a dict with its "name" and options. `attack`, `trigger`, `applicator`
+            and `dataset` take the same.
+        trigger: The trigger.
+        applicator: Where in the image the trigger is stamped.
+        attack: The attack; by default "data-poisoning".
+        dataset: The data set.
+        recipe: "quick" or "paper"; it has the values that are not given.
+        output: Folder of run folders.
+        repeats: Number of runs, with seeds `seed`, `seed` + 1, ...
+        twin: Whether to train the clean twin of each run as well, for CAD.
+        observer: Receives progress.
+        settings: See `make_spec`.
+        values: Other keys of the spec; see `make_spec`.
+
+    Returns:
+        One run for each seed. `value("ba")`, `value("asr")` and, with `twin`, `value("cad")` are in percent;
+        `model()` is the trained model, `stamper()` the trigger as it was applied.
+
+    Raises:
+        BbmoeError: Anything that the user can correct. If the settings are wrong, nothing was written.
+    """
+    spec = make_spec(
+        settings,
+        attack=attack,
+        model=model,
+        dataset=dataset,
+        recipe=recipe,
+        **{key: part for key, part in (("trigger", trigger), ("applicator", applicator)) if part is not None},
+        **values,
+    )
+    return runner.run_attack(
+        spec, output=path_of(output, "output"), repeats=repeats, twin=twin, observer=observer
+    )
+
+
+@default_torch_state()
+def import_weights(
+    weights: PathLike,
+    model: Part,
+    *,
+    mean: str | Sequence[float] | None = None,
+    std: str | Sequence[float] | None = None,
+    resize: int | None = None,
+    dataset: Part = "signs",
+    recipe: str = "quick",
+    output: PathLike = "runs",
+    observer: Observer | None = None,
+    settings: Sequence[str] = (),
+    **values: Any,
+) -> Run:
+    """Make a run of a model that was made elsewhere, as `bbmoe import` does: measured on clean test images.
+
+    Args:
+        weights: A safetensors file, or a state dict that `torch.save` wrote. Nothing in it is run.
+        model: Name of the model, or a dict with its "name" and options. Names and shapes must be those of the weights.
+        mean: Normalisation inside the model: the mean of each colour for pixels in [0, 1], or a name such as
+            "imagenet", which gives `std` as well.
+        std: The standard deviation of each colour.
+        resize: Side in pixels to which the model resizes its images.
+        dataset: The data set, with the classes that the model distinguishes, in its order.
+        recipe: "quick" or "paper": how defenses tune the model.
+        output: Folder of run folders.
+        observer: Receives progress.
+        settings: See `make_spec`.
+        values: Other keys of the spec, such as `seed` or `device`.
+
+    Returns:
+        The run. `value("ba")` is its accuracy; `defend` and `analyze` take it. Whether it is backdoored is not known.
+
+    Raises:
+        BbmoeError: Anything that the user can correct; nothing was then written.
+    """
+    given = {"mean": mean, "std": std, "resize": resize}
+    part = {"name": model} if isinstance(model, str) else dict(model)
+    part |= {"weights": str(path_of(weights, "weights"))}
+    part |= {name: value for name, value in given.items() if value is not None}
+    spec = make_spec(settings, attack=IMPORTED, model=part, dataset=dataset, recipe=recipe, **values)
+    return runner.run_import(spec, output=path_of(output, "output"), observer=observer)
+
+
+@overload
+def defend(run: Run | PathLike, defense: str, **options: Any) -> Run: ...
+
+
+@overload
+def defend(run: nn.Module, defense: str, **options: Any) -> DefendedModule: ...
+
+
+@default_torch_state()
+def defend(
+    run: Run | PathLike | nn.Module,
+    defense: str,
+    *,
+    images: Images | None = None,
+    labels: Any = None,
+    recipe: str = "quick",
+    seed: int = 0,
+    output: PathLike | None = None,
+    data_root: PathLike | None = None,
+    device: str | None = None,
+    observer: Observer | None = None,
+    **options: Any,
+) -> Run | DefendedModule:
+    """Defend the model of a finished run, as `bbmoe defend` does, or any module.
+
+    A run that was defended before is only read. Of a module nothing is written; see `engine.defended_module`.
+
+    Args:
+        run: A Run, or its folder; or a module that maps images (B, 3, S, S) in [0, 1] to logits, which is copied.
+        defense: Name of the defense.
+        images: Of a module: the clean images that the defender holds; see `engine.opened_model.open_model`.
+        labels: Of a module: their classes.
+        recipe: Of a module: "quick" or "paper", the settings with which defenses tune.
+        seed: Of a module: the seed of the defense.
+        output: Folder of run folders; by default the one that contains `run`.
+        data_root: Folder of the data set; by default the one that the run used.
+        device: Device to compute on; by default the run's.
+        observer: Receives progress.
+        options: The defense's own, such as `ratio=0.2`.
+
+    Returns:
+        Of a module a `DefendedModule`, with the `model`, the `judgements` and the accuracy after each of its `stages`.
+        Otherwise the defended run. `record.stages` holds BA, ASR and RA before the defense and after each of its
+        stages, `model()` is the defended model. If the defense filters inputs, `value("auroc")`, `value("tpr")` and
+        `value("fpr")` are in percent; if it judges training images, `value("sample_auroc")`, `value("sample_tpr")` and
+        `value("sample_fpr")`.
+
+    Raises:
+        BbmoeError: Anything that the user can correct.
+    """
+    if not isinstance(defense, str):
+        raise ConfigError.expected("defense", 'a name such as "fine-pruning"', defense)
+    if isinstance(run, nn.Module):
+        opened = open_model(run, images=needed_images(images), labels=labels, device=device)
+        train, part = make_spec(recipe=recipe).train, PartSpec(defense, options)
+        return defend_module(opened, part, train, seed=seed, observer=observer)
+    if images is not None or labels is not None:
+        raise ConfigError("images, labels: expected none, as a run has its own")
+    return runner.run_defense(
+        opened_run(run, "run"),
+        PartSpec(defense, options),
+        output=path_or_none(output, "output"),
+        data_root=text_or_none(data_root, "data_root"),
+        device=None if device is None else str(device),
+        observer=observer,
+    )
+
+
+def load_run(path: PathLike) -> Run:
+    """Open a run folder.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        RecordError: There is no record in it, or it is damaged.
+        ConfigError: `path` is something else than a path.
+    """
+    return runner.load_run(path_of(path, "path"))

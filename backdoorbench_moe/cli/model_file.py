@@ -1,0 +1,79 @@
+"""Flags of the commands that take a file of weights, with the model that the weights are of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from backdoorbench_moe.cli.attack import spec_from_flags
+from backdoorbench_moe.config import IMPORTED, RunSpec, merge
+from backdoorbench_moe.errors import ConfigError
+
+
+def model_file_options(*, required: bool) -> Callable[[Any], Any]:
+    """Add the flags that say which model the weights are of, and what images it takes."""
+    options = [
+        click.option("--model", metavar="NAME", required=required, help="Model, or timm:<architecture>."),
+        click.option(
+            "--mean", metavar="R,G,B", help="Normalisation: mean of pixels in [0, 1], or a name.  [none]"
+        ),
+        click.option(
+            "--std", metavar="R,G,B", help="Standard deviation; not needed with a name such as imagenet."
+        ),
+        click.option("--resize", type=int, metavar="PX", help="Side to which the model resizes its images."),
+        click.option("--dataset", metavar="NAME", help="signs (embedded), cifar10, gtsrb, folder.  [signs]"),
+        click.option(
+            "--image-size", type=int, metavar="PX", help="Resize images of the data set to this side."
+        ),
+    ]
+
+    def add(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+def spec_of_file(
+    weights: Path, flags: dict[str, Any], settings: tuple[str, ...], config: Path | None = None
+) -> RunSpec:
+    """Return the spec of a run that imports a file of weights.
+
+    Args:
+        weights: The file.
+        flags: Values of the flags, by parameter: those of `model_file_options` and of `cli.attack.FLAGS`.
+        settings: Values of `--set`.
+        config: A YAML file with any of these values.
+
+    Raises:
+        ConfigError: A value is not valid, or the spec names an attack.
+    """
+    chosen = {
+        "weights": str(weights),
+        "mean": _colour("--mean", flags["mean"]),
+        "std": _colour("--std", flags["std"]),
+        "resize": flags["resize"],
+    }
+    options = {name: value for name, value in chosen.items() if value is not None}
+    given = merge({"attack": {"name": IMPORTED}}, {"model": options})
+    spec = spec_from_flags(config, settings, flags, given=given)
+    if not spec.imported:
+        raise ConfigError.expected("attack", f"none, as the model is {IMPORTED}", spec.to_dict()["attack"])
+    from backdoorbench_moe.engine.names import check_names
+
+    check_names(spec)
+    return spec
+
+
+def _colour(flag: str, text: str | None) -> str | list[float] | None:
+    """Three numbers, separated by commas, or a name, which the model's options check."""
+    if text is None or "," not in text:
+        return text
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError.expected(flag, "numbers such as 0.5,0.5,0.5, or a name", text) from None

@@ -1,0 +1,131 @@
+"""Clean images as a caller may give them, and their labels, checked and as tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backdoorbench_moe.data.images import Form, read_images
+from backdoorbench_moe.data.listing import LeftOut, find_images
+from backdoorbench_moe.errors import DataError, ShapeError
+from backdoorbench_moe.image_files import decode
+from backdoorbench_moe.ops.images import Split, change_images
+from backdoorbench_moe.ops.seeding import generator
+from backdoorbench_moe.paths import expand
+
+PathLike = str | os.PathLike[str]
+Images = Tensor | np.ndarray | Split | PathLike
+
+
+def take_images(
+    images: Images,
+    *,
+    size: int | None,
+    name: str = "images",
+    classes: Sequence[str] = (),
+    most: int | None = None,
+) -> tuple[Tensor, Any]:
+    """Return images as a tensor, with their labels if they bring any.
+
+    Args:
+        images: (N, 3, S, S) uint8, or floats in [0, 1], which are rounded to 8 bits; a `Split`; or a folder of image
+            files, at any depth, which are cropped to squares and resized.
+        size: The side S. None: any; files are resized to the shorter side of the first one.
+        name: The parameter, for messages.
+        classes: Names of the classes, by number. Files have labels if each lies in a subfolder with the name of one.
+        most: The largest number of files to read, which are then drawn with a fixed seed; all if None.
+
+    Returns:
+        The images (N, 3, S, S) uint8, on the device that they were on, and their labels; None if there are none. Labels
+        are not checked yet; see `take_labels`.
+
+    Raises:
+        DataError: A folder is missing, has no images, or a file cannot be read.
+        ShapeError: The images have another shape, type or range.
+    """
+    labels = None
+    found: Any = images
+    if isinstance(images, str | os.PathLike):
+        found, labels = _read_folder(expand(images, name), size, name, classes, most)
+    elif isinstance(images, Split):
+        found, labels = images.images, images.labels
+    return _as_bytes(found, size, name), labels
+
+
+def take_labels(labels: Any, count: int, num_classes: int | None = None) -> Tensor:
+    """Return labels as (N,) int64.
+
+    Args:
+        labels: Integers, in anything that `torch.as_tensor` takes.
+        count: Number N of images.
+        num_classes: Number of classes; None if it is not known yet.
+
+    Raises:
+        ShapeError: There is not one class for each image.
+    """
+    try:
+        tensor = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ShapeError(f"labels: expected {count} integers, got {type(labels).__name__}") from error
+    if tuple(tensor.shape) != (count,) or tensor.is_floating_point() or tensor.dtype == torch.bool:
+        raise ShapeError(f"labels: expected {count} integers, got {tuple(tensor.shape)} {tensor.dtype}")
+    low, high = int(tensor.min()), int(tensor.max())
+    if low < 0 or (num_classes is not None and high >= num_classes):
+        last = "" if num_classes is None else num_classes - 1
+        raise ShapeError(f"labels: expected classes in 0..{last}, got {low}..{high}")
+    return tensor.to(torch.int64)
+
+
+def _as_bytes(images: Any, size: int | None, name: str) -> Tensor:
+    """Images as (N, 3, S, S) uint8. Raises ShapeError for any other shape, type or range."""
+    side = "S" if size is None else size
+    wanted = f"{name}: expected shape (N, 3, {side}, {side})"
+    try:
+        tensor = torch.as_tensor(images)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ShapeError(f"{wanted}, got {type(images).__name__}") from error
+    shape = tuple(tensor.shape)
+    if len(shape) != 4 or not shape[0] or shape[1:] != (3, size or shape[-1], size or shape[-1]):
+        raise ShapeError(f"{wanted}, got {shape}")
+    if tensor.dtype == torch.uint8:
+        return tensor.contiguous()
+    if not tensor.is_floating_point():
+        raise ShapeError(f"{name}: expected uint8, or floats in [0, 1], got {tensor.dtype}")
+    low, high = (float(value) for value in torch.aminmax(tensor.detach()))
+    if not (low >= 0 and high <= 1):
+        raise ShapeError(
+            f"{name}: expected floats in [0, 1], got {low:g} to {high:g}; a normalisation belongs into the model"
+        )
+    blank = torch.empty(shape, dtype=torch.uint8)
+    values = tensor.detach().to("cpu", torch.float32)
+    return change_images(blank, lambda _, part: values[part]).to(tensor.device)
+
+
+def _read_folder(
+    root: Path, size: int | None, name: str, classes: Sequence[str], most: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """Read the images below a folder, and their labels if every one lies in a subfolder with the name of a class."""
+    if not root.is_dir():
+        what = "a file" if root.exists() else "missing"
+        raise DataError(f"{name}: expected a folder of images, {root} is {what}")
+    left_out = LeftOut()
+    paths = find_images(root, root, left_out)
+    if not paths:
+        raise DataError(f"{name}: expected a folder of images, found none in {root}")
+    left_out.warn(f"{name}: {root}")
+    if most is not None:
+        order = torch.randperm(len(paths), generator=generator(0, "audit images"))[:most].tolist()
+        paths = [paths[place] for place in order]
+    images = read_images(paths, Form(size or min(decode(paths[0])[0].size), crop=True))
+    places = {label: number for number, label in enumerate(classes)}
+    tops = [path.relative_to(root).parts[0] for path in paths]
+    # A file directly in the folder may have the name of a class, too.
+    if not all(path.parent != root and top in places for path, top in zip(paths, tops, strict=True)):
+        return images, None
+    return images, torch.tensor([places[top] for top in tops])
