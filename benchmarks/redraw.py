@@ -22,8 +22,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from backdoorbench_moe.bench.found import relative_link
 from backdoorbench_moe.bench.leaderboard import open_board
-from backdoorbench_moe.bench.leaderboard_page import leaderboard_page, relative_link
+from backdoorbench_moe.bench.leaderboard_page import leaderboard_page
 from backdoorbench_moe.bench.paper import PaperTable
 from backdoorbench_moe.bench.render import table_lines
 from backdoorbench_moe.bench.results import ResultSet, read_manifest
