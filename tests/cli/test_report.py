@@ -104,7 +104,10 @@ BAD = {
     "no scale": (["false-alarms", "--scale", "tiny"], "scale: unknown 'tiny'"),
     "no folder": (["false-alarms", "--from", "nowhere"], "expected a suite.json in it, found none"),
     "address": (["false-alarms", "--published", "https://host"], "--published: can only be used with --from"),
-    "no runs": (["false-alarms", "--output", "nowhere"], "--output nowhere: expected a folder of run folders"),
+    "no runs": (
+        ["false-alarms", "--output", "nowhere"],
+        "--output nowhere: expected a folder of run folders",
+    ),
     "a folder": (["false-alarms", "--output", ".", "--save", "."], "found a folder"),
 }
 
