@@ -111,7 +111,10 @@ def whole_table(root: Path, place: str, layout: Layout, rows: Sequence[str] = ()
     [table] = build_sheet(measured).tables
     names = [*map(key_name, table.row_keys), *(NAMES.get(name, name) for name in table.columns)]
     lines = [names, ["---"] * len(table.row_keys) + ["--:"] * len(table.columns)]
-    for labels, places in zip(table.rows, table.places, strict=True):
+    cells = [*zip(table.rows, table.places, strict=True)]
+    if layout.rows == ("poison.rate",):
+        cells.sort(key=lambda row: float(row[0][0].rstrip("%")))
+    for labels, places in cells:
         texts = [whole_text(each.statistic) for each in places]
         if (not rows or labels[0] in rows) and any(each.statistic for each in places):
             lines.append([*(NAMES.get(text, text) for text in labels), *texts])

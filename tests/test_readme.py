@@ -88,12 +88,16 @@ def test_the_small_table_has_the_means_and_deviations_of_the_committed_records()
     with (ROOT / "benchmarks/results/badpatches-table1/small/table.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["metric"] == "asr"]
     found = {
-        (row["trigger"].partition(",")[0], row["applicator"]): f"{float(row['mean']):.0f} ± {float(row['std']):.0f}"
+        (
+            row["trigger"].partition(",")[0],
+            row["applicator"],
+        ): f"{float(row['mean']):.0f} ± {float(row['std']):.0f}"
         for row in rows
         if row["poison_rate_percent"] == "0.5"
     }
     want = [
-        f"| {name} | {found[name, 'image']} | {found[name, 'patch']} |" for name in ("square", "blend", "warp")
+        f"| {name} | {found[name, 'image']} | {found[name, 'patch']} |"
+        for name in ("square", "blend", "warp")
     ]
     assert shown.splitlines()[2:] == want
 

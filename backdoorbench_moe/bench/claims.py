@@ -24,6 +24,8 @@ from backdoorbench_moe.options import convert
 
 # The only key of a file of claims.
 ENTRIES = "claims"
+# In tables: with spaces at which no line is broken.
+SPREAD = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
 Word = Literal["stands", "falls", "open"]
 
 
@@ -266,7 +268,7 @@ def claims_tables(verdicts: Sequence[Verdict], folders: Path) -> str:
             markdown_row(["---"] * len(HEADINGS)),
         ]
         rows = [claim_row(each) for each in verdicts if each.claim.source.partition(",")[0] == source]
-        lines += [markdown_row([row[key] for key in HEADINGS]) for row in rows]
+        lines += [markdown_row([row[key] for key in HEADINGS]).replace(" ± ", SPREAD) for row in rows]
         lines.append("")
     lines += ["```", *dict.fromkeys(line for each in verdicts for line in commands(each, folders)), "```"]
     return "".join(f"{line}\n" for line in lines)
@@ -286,7 +288,7 @@ def _against(texts: Iterator[str]) -> str:
 
 
 def _mean(found: Statistic | None) -> str:
-    """Mean and deviation; those of few seeds are whole numbers, which is all that they tell."""
+    """Mean and deviation."""
     if found is None:
         return "–"
     return number(found.mean) if found.std is None else f"{number(found.mean)} ± {number(found.std)}"

@@ -105,7 +105,10 @@ def test_a_row_has_the_papers_values_and_ours() -> None:
     assert row["paper"] == "99.8 against 90.7" and row["ours"] == "99.4 ± 0.5 against 10.6 ± 0.6"
     text = claims_tables([judge(AGAINST, [results(HIGH, LOW)])], Path("r"))
     assert "**A paper**" in text and "| stands | part |" in text
-    assert "bbmoe bench table part --repeats 5 --from r/part\nbbmoe bench run part --repeats 5 --data-root DIR" in text
+    assert (
+        "bbmoe bench table part --repeats 5 --from r/part\nbbmoe bench run part --repeats 5 --data-root DIR"
+        in text
+    )
 
 
 def test_every_claim_of_the_file_fits_its_suite_at_every_scale() -> None:
@@ -119,7 +122,10 @@ BAD = {
     "no list": ({"claims": []}, "expected one key 'claims' with a list"),
     "another key": ({"claims": [GOOD], "more": 1}, "expected one key 'claims'"),
     "a typo": ({"claims": [{**GOOD, "at_lest": 1}]}, "did you mean 'at_least'"),
-    "no suite": ({"claims": [{k: v for k, v in GOOD.items() if k != "suite"}]}, "suite: expected it to be given"),
+    "no suite": (
+        {"claims": [{k: v for k, v in GOOD.items() if k != "suite"}]},
+        "suite: expected it to be given",
+    ),
     "two rules": ({"claims": [{**GOOD, "at_most": 2}]}, "expected one of than, at_least and at_most"),
     "metric": ({"claims": [{**GOOD, "metric": "asrr"}]}, "metric: unknown 'asrr'"),
     "where": ({"claims": [{**GOOD, "where": [1]}]}, "where: expected a mapping"),

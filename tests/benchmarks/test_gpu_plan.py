@@ -1,15 +1,12 @@
-"""The plan for a GPU and the queues: their commands are taken, their entries exist, and a toy of the queue is worked off."""
+"""The plan for a GPU, and the queues: their commands are taken, and their entries are what the plan says."""
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import pytest
-import yaml
 from command_lines import parse
-from making import SIGNS
 
 from backdoorbench_moe.bench.queue import read_queue
 from backdoorbench_moe.bench.suite_file import load_suite
@@ -21,7 +18,14 @@ COMMANDS = [
     for block in re.findall(r"^```\n(.*?)^```", PLAN, re.DOTALL | re.MULTILINE)
     for line in block.splitlines()
 ]
-MEDIUM = ("badpatches-table1", "badpatches-table2", "dense-baselines", "patch-mismatch", "precision", "warp-variants")
+MEDIUM = (
+    "badpatches-table1",
+    "badpatches-table2",
+    "dense-baselines",
+    "patch-mismatch",
+    "precision",
+    "warp-variants",
+)
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("bbmoe ")])
@@ -63,18 +67,3 @@ def test_medium_is_small_with_all_training_images(name) -> None:
         assert "train_images" not in ours.dataset.options
         assert (ours.train, ours.model, ours.poison) == (theirs.train, theirs.model, theirs.poison)
         assert ours.train.epochs == 10
-
-
-@pytest.mark.slow
-def test_a_toy_of_the_queue_is_worked_off_saved_and_reported(bbmoe, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "nice", lambda number: number)
-    toy = {**SIGNS, "repeats": 2, "base": {**SIGNS["base"], "train": {"epochs": 1}}}
-    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(toy))
-    entries = [{"suite": "toy.yaml", "repeats": 1, "only": ["poison.rate=10%"]}, {"suite": "toy.yaml", "repeats": 1}]
-    (tmp_path / "gpu.yaml").write_text(yaml.safe_dump({"queue": entries}))
-    words = ("bench", "queue", "gpu.yaml", "--results", "results", "--device", "cpu", "--nice", "0", "--quiet")
-    code, out, err = bbmoe(*words, "--threads", "1", "--budget", "10m", width=120)
-    assert code == 0, err
-    assert bbmoe("report", "toy.yaml", "--from", "results/toy")[0] == 0
-    assert "Of 2 cells: 2 cells have fewer seeds than wanted." in (tmp_path / "toy.html").read_text()
