@@ -147,12 +147,12 @@ def learned() -> str:
 
 def suites() -> str:
     """Draw the table of results folders with links to their reports."""
-    lines = ["| results | scale | runs | report |", "| --- | --- | --: | --- |"]
+    lines = ["| results | scale | runs |", "| --- | --- | --: |"]
     for folder in results_folders():
         manifest = read_manifest(folder)
         runs = len((folder / RECORDS).read_text(encoding="utf-8").splitlines())
-        report = f"[{manifest['suite']}]({MADE}/reports/{label(folder)}/index.html)"
-        lines.append(f"| {plain(manifest['title'])} | {manifest['scale'] or '–'} | {runs} | {report} |")
+        report = f"[{plain(manifest['title'])}]({MADE}/reports/{label(folder)}/index.html)"
+        lines.append(f"| {report} | {manifest['scale'] or '–'} | {runs} |")
     return "\n".join(lines)
 
 
