@@ -6,7 +6,8 @@ These are, from the records alone and without training anything:
 
 - the tables, plots and pages of each results folder (`benchmarks/results/**/suite.json`),
 - the leaderboard of the documentation, from the results folders of the suites in `LEADERBOARD`,
-- the tables between `<!-- NAME -->` and `<!-- /NAME -->` in README.md and benchmarks/README.md.
+- the tables between `<!-- NAME -->` and `<!-- /NAME -->` in README.md, benchmarks/README.md, benchmarks/claims.md
+  and docs/pages/findings.md.
 
 Records are never changed. A second call changes nothing. The text around the tables is written by hand:
 read it again when numbers or verdicts change.
@@ -16,21 +17,25 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
+from backdoorbench_moe.bench.claims import claims_tables, judge_all, read_claims
+from backdoorbench_moe.bench.found import relative_link
 from backdoorbench_moe.bench.leaderboard import open_board
-from backdoorbench_moe.bench.leaderboard_page import leaderboard_page, relative_link
+from backdoorbench_moe.bench.leaderboard_page import leaderboard_page
 from backdoorbench_moe.bench.paper import PaperTable
 from backdoorbench_moe.bench.render import table_lines
 from backdoorbench_moe.bench.results import ResultSet, read_manifest
 from backdoorbench_moe.bench.save import redraw_results
+from backdoorbench_moe.bench.statistic import Statistic
 from backdoorbench_moe.bench.suite import METRIC_COLUMNS, Layout, Suite
 from backdoorbench_moe.bench.suite_file import load_suite
 from backdoorbench_moe.bench.tables import build_sheet
+from backdoorbench_moe.bench.wording import key_name, number
 from backdoorbench_moe.cli.show import read_shown
 from backdoorbench_moe.cli.show_columns import choose_columns
 from backdoorbench_moe.cli.show_table import markdown_table
@@ -39,7 +44,13 @@ from backdoorbench_moe.records import RunFolder
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("benchmarks") / "results"
-PAGES = (Path("README.md"), Path("benchmarks") / "README.md")
+PAGES = (
+    Path("README.md"),
+    Path("benchmarks") / "README.md",
+    Path("benchmarks") / "claims.md",
+    Path("docs") / "pages" / "findings.md",
+)
+CLAIMS = Path("benchmarks") / "claims.yaml"
 LEADERBOARD_PAGE = Path("docs") / "pages" / "assets" / "leaderboard.html"
 # Suites of the leaderboard, at their scale small; those of plug-ins by their file.
 LEADERBOARD = (
@@ -72,12 +83,107 @@ def table1(root: Path) -> str:
     return "".join(f"{line}\n" for line in table_lines(table) if "missing" not in line)
 
 
+GATE = {"gate.name": "top-k", "gate.balance": 0.01, "gate.noise": 1.0}
+# How the pages of findings write the labels of tables.
+NAMES = {
+    "image": "on the image",
+    "patch": "in every patch",
+    "fine-pruning, ratio=0.2, clean_fraction=1.0, epochs=5": "pruned, tuned on all images",
+    "fine-pruning, ratio=0.2, clean_fraction=1.0, epochs=5, finetune_data=notebook": "the same, as in the notebook",
+    "fine-pruning, ratio=0.2, clean_fraction=0.05, epochs=5": "pruned, tuned on 5% of the images",
+    "timm:vit_tiny_patch16_224": "dense transformer",
+}
+BY_APPLICATOR = Layout("", ("trigger.name",), "applicator.name", no_trigger=False)
+
+
+def whole_table(root: Path, place: str, layout: Layout, rows: Sequence[str] = ()) -> str:
+    """Draw one small table of whole numbers: means, with their deviation over the seeds if there are several.
+
+    Args:
+        root: A copy of the repository.
+        place: The results folder, below that of all results.
+        layout: The table; no published values are shown.
+        rows: First labels of the rows to show; all rows of which anything was run if empty.
+    """
+    folder = root / RESULTS / place
+    results = ResultSet.from_folder(suite_of(root, folder), folder)
+    measured = replace(results, suite=replace(results.suite, tables=(layout,)), paper=PaperTable())
+    [table] = build_sheet(measured).tables
+    names = [*map(key_name, table.row_keys), *(NAMES.get(name, name) for name in table.columns)]
+    lines = [names, ["---"] * len(table.row_keys) + ["--:"] * len(table.columns)]
+    cells = [*zip(table.rows, table.places, strict=True)]
+    if layout.rows == ("poison.rate",):
+        cells.sort(key=lambda row: float(row[0][0].rstrip("%")))
+    for labels, places in cells:
+        texts = [whole_text(each.statistic) for each in places]
+        if (not rows or labels[0] in rows) and any(each.statistic for each in places):
+            lines.append([*(NAMES.get(text, text) for text in labels), *texts])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def whole_text(found: Statistic | None) -> str:
+    """Write a mean and its deviation as whole numbers."""
+    if found is None:
+        return "–"
+    return number(found.mean, 0) if found.std is None else f"{number(found.mean, 0)} ± {number(found.std, 0)}"
+
+
+def stamping(root: Path) -> str:
+    """Draw the ASR of Table 1 at 0.5%, on the image and in every patch."""
+    return whole_table(root, "badpatches-table1/small", replace(BY_APPLICATOR, where={"poison.rate": 0.005}))
+
+
+def gtsrb(root: Path) -> str:
+    """Draw the ASR of the square on GTSRB."""
+    layout = replace(BY_APPLICATOR, rows=("poison.rate",), where={"trigger.name": "square"})
+    return whole_table(root, "badpatches-table2/small", layout)
+
+
+def dense(root: Path) -> str:
+    """Draw the ASR of the warp against dense models."""
+    where = {"poison.rate": 0.02, "trigger.name": "warp"}
+    return whole_table(
+        root, "dense-baselines/small", replace(BY_APPLICATOR, rows=("model.name",), where=where)
+    )
+
+
+def transformers(root: Path) -> str:
+    """Draw the ASR of the warp against transformers."""
+    layout = replace(BY_APPLICATOR, rows=("model.name",), where={"trigger.name": "warp"})
+    return whole_table(root, "transformers/small", layout)
+
+
+def fine_pruning(root: Path) -> str:
+    """Draw the ASR before and after fine-pruning at a ratio of 20%."""
+    layout = replace(BY_APPLICATOR, rows=("defenses",))
+    return whole_table(root, "badpatches-table3/small", layout, ["none", *NAMES])
+
+
+def defended(root: Path) -> str:
+    """Draw the ASR after every defense of a pMoE."""
+    layout = replace(BY_APPLICATOR, rows=("defenses",), where={"model.name": "pmoe"})
+    return whole_table(root, "defenses/small", layout)
+
+
+def poisoned_expert(root: Path) -> str:
+    """Draw what one poisoned expert of four does to a mixture with the default gate."""
+    layout = Layout(
+        "", ("attack.name",), METRIC_COLUMNS, ("asr", "twin_asr", "overall"), no_trigger=False, where=GATE
+    )
+    return whole_table(root, "moevil-gates/signs", layout)
+
+
+def claims(root: Path) -> str:
+    """Draw the claims of the papers and what became of them, and the commands for their numbers."""
+    verdicts = list(judge_all(read_claims(root / CLAIMS), root / RESULTS))
+    return claims_tables(verdicts, RESULTS)
+
+
 def moevil(root: Path) -> str:
     """Draw what attacks on an expert do to a mixture with the default gate."""
     folder = root / RESULTS / "moevil-gates" / "signs"
-    gate = {"gate.name": "top-k", "gate.balance": 0.01, "gate.noise": 1.0}
     metrics = ("alone_asr", "asr", "twin_asr", "overall", "harm_share", "own_share")
-    layout = Layout("", ("attack.name",), METRIC_COLUMNS, metrics, no_trigger=False, where=gate)
+    layout = Layout("", ("attack.name",), METRIC_COLUMNS, metrics, no_trigger=False, where=GATE)
     results = ResultSet.from_folder(suite_of(root, folder), folder)
     measured = replace(results, suite=replace(results.suite, tables=(layout,)), paper=PaperTable())
     [table] = build_sheet(measured).tables
@@ -104,6 +210,14 @@ def demo(root: Path) -> str:
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "table1": table1,
     "moevil": moevil,
+    "stamping": stamping,
+    "gtsrb": gtsrb,
+    "dense": dense,
+    "transformers": transformers,
+    "fine-pruning": fine_pruning,
+    "defended": defended,
+    "poisoned-expert": poisoned_expert,
+    "claims": claims,
     "first-look": first_look,
     "demo": demo,
 }
@@ -136,9 +250,9 @@ def main(root: Path = ROOT) -> None:
         redraw_results(suite_of(root, folder), folder)
         if _contents(folder) != before:
             print(folder.relative_to(root))
+    texts = {page: (root / page).read_text(encoding="utf-8") for page in PAGES}
     blocks = {name: draw(root) for name, draw in BLOCKS.items()}
-    for page in PAGES:
-        text = (root / page).read_text(encoding="utf-8")
+    for page, text in texts.items():
         _replace(root, page, text, redraw_page(text, blocks))
     (root / LEADERBOARD_PAGE.parent).mkdir(parents=True, exist_ok=True)
     text = (root / LEADERBOARD_PAGE).read_text(encoding="utf-8") if (root / LEADERBOARD_PAGE).exists() else ""

@@ -96,6 +96,10 @@ def load_document(file: Path) -> dict[str, Any]:
         )
     for added in ADDED:
         document.setdefault(added, None)
+    for facts in filter(None, (document["run"], document.get("against"))):
+        # Older files are of runs with a trigger and of clean ones only.
+        facts.setdefault("attacked", facts["record"]["spec"].get("trigger") is not None)
+        facts["record"].setdefault("near_chance", None)
     carriers = document.get("carriers")
     for old, new in RENAMED_IN_CARRIERS.items():
         if isinstance(carriers, dict) and old in carriers:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 
-from backdoorbench_moe.bench.leaderboard import Board, Found, Setting, Value, interval_of, setting_of
+from backdoorbench_moe.bench.found import Found
+from backdoorbench_moe.bench.leaderboard import Board, Setting, Value, setting_of
+from backdoorbench_moe.bench.statistic import interval_of
 from backdoorbench_moe.ops.intervals import seeds_interval
 from backdoorbench_moe.ops.metrics import mean_std, proportion
 from backdoorbench_moe.records import Record

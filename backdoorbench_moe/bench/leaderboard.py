@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from backdoorbench_moe.bench.found import Found, read_folder, read_runs
 from backdoorbench_moe.bench.record_metrics import with_recovery
-from backdoorbench_moe.bench.results import RECORDS, ResultSet, check_manifest, read_lines
-from backdoorbench_moe.bench.suite import Cell, Suite, order, seedless_digest, value_of
+from backdoorbench_moe.bench.results import ResultSet
+from backdoorbench_moe.bench.statistic import interval_of
+from backdoorbench_moe.bench.suite import Cell, Suite, seedless_digest, value_of
 from backdoorbench_moe.bench.tables import NO_CELL, find_place, label
 from backdoorbench_moe.bench.tuning import uses_tuning
 from backdoorbench_moe.collapse import FILTERED
@@ -29,21 +31,6 @@ JUDGEMENTS = {
     "fpr": ("sample_fpr", "class_fpr"),
 }
 NO_DEFENSE = "none"
-
-
-@dataclass(frozen=True)
-class Found:
-    """A finished record, and where it is.
-
-    Attributes:
-        record: The record.
-        file: The file that holds it.
-        line: Its line in this file, from 1; None for a file of its own.
-    """
-
-    record: Record
-    file: Path
-    line: int | None = None
 
 
 @dataclass(frozen=True)
@@ -164,9 +151,7 @@ def open_board(suites: Sequence[Suite], *, runs: Path, folders: Path | None = No
                 "use `bbmoe bench table`"
             )
         new = (
-            _read_runs(suite, runs)
-            if folders is None
-            else _read_folder(suite, results_folder(suite, folders))
+            read_runs(suite, runs) if folders is None else read_folder(suite, results_folder(suite, folders))
         )
         for digest, each in new.items():
             if each.record.status == "finished":
@@ -194,25 +179,6 @@ def rows(board: Board) -> list[Row]:
         for results, cell in board.cells()
         if cell.spec.attacked or not cell.spec.defenses
     ]
-
-
-def interval_of(values: Sequence[Mapping[str, float]], over_seeds: Interval | None) -> Interval | None:
-    """Choose the 95% interval of a mean over seeds.
-
-    Args:
-        values: For each seed "value" and, if there is an interval over the test images, "low" and "high".
-        over_seeds: The interval of the mean over seeds, which takes at least three of them.
-
-    Returns:
-        The interval over seeds; with fewer than three, from the lowest to the highest end of the intervals of the
-        single seeds, which is wider than that of the mean over the test images, but does not know other seeds; None if
-        a seed has none.
-    """
-    if over_seeds is not None:
-        return over_seeds
-    if not values or any("low" not in value or "high" not in value for value in values):
-        return None
-    return min(value["low"] for value in values), max(value["high"] for value in values)
 
 
 def setting_of(spec: RunSpec) -> Setting:
@@ -296,24 +262,3 @@ def _expected(column: str, spec: RunSpec, records: Mapping[int, Found]) -> bool:
     if column == "target_rate" or uses_tuning(column):
         return spec.attacked and not behind_filter
     return column == "ba" or spec.attacked
-
-
-def _read_folder(suite: Suite, folder: Path) -> dict[str, Found]:
-    if not folder.exists():
-        return {}
-    check_manifest(suite, folder)
-    wanted = {spec.digest for spec in order(suite)}
-    lines = enumerate(read_lines(folder), 1)
-    return {
-        record.digest: Found(record, folder / RECORDS, line)
-        for line, record in lines
-        if record.digest in wanted
-    }
-
-
-def _read_runs(suite: Suite, runs: Path) -> dict[str, Found]:
-    results = ResultSet.from_runs(suite, runs)
-    return {
-        digest: Found(record, runs / record.run_spec.name / "record.json")
-        for digest, record in results.records.items()
-    }

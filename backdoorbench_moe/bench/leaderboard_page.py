@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from backdoorbench_moe.bench.false_alarms import JUDGED, MODEL, Alarms, false_alarms
-from backdoorbench_moe.bench.leaderboard import COLUMNS, Board, Found, Row, Setting, Value, rows
+from backdoorbench_moe.bench.found import Found, Link
+from backdoorbench_moe.bench.leaderboard import COLUMNS, Board, Row, Setting, Value, rows
+from backdoorbench_moe.bench.page import run_command
 from backdoorbench_moe.bench.tables import count_runs
-from backdoorbench_moe.bench.wording import counts_line, number, signed, suite_line
+from backdoorbench_moe.bench.wording import INTERVALS, counts_line, number, signed, span, suite_line
 from backdoorbench_moe.collapse import MARK
 from backdoorbench_moe.counting import capital, count
 from backdoorbench_moe.drawing import render_page
 from backdoorbench_moe.metrics import METRICS, POINTS
-from backdoorbench_moe.ops.intervals import FEWEST_SEEDS
 
 TITLE = "Leaderboard: attacks, defenses and models"
 LEGEND = (
-    "Means over the seeds in percent, differences in percentage points. Below a mean stands a 95% interval: from "
-    f"{FEWEST_SEEDS} seeds on, of the mean over seeds; with fewer, from the lowest to the highest end of the intervals "
-    "of the single seeds, which know the test images but no other seeds. ASR is the share of triggered images that the "
-    "model calls the attacker's class; no trigger, the share of the same images without their trigger; RA, the share "
-    "of triggered images that it calls by their true class. Behind a filter, a rejected image counts neither for BA "
-    "and RA nor for ASR. ASR − tuning and BA − tuning compare a defense with plain tuning on as many images. AUROC, "
-    "TPR and FPR are of what a detector judges: inputs, training images or classes. The numbers below the seeds link "
-    "to their records. A run that was not made is shown as missing."
+    f"Means over the seeds in percent, differences in percentage points. {INTERVALS} ASR is the share of triggered "
+    "images that the model calls the attacker's class; no trigger, the share of the same images without their trigger; "
+    "RA, the share of triggered images that it calls by their true class. Behind a filter, a rejected image counts "
+    "neither for BA and RA nor for ASR. ASR − tuning and BA − tuning compare a defense with plain tuning on as many "
+    "images. AUROC, TPR and FPR are of what a detector judges: inputs, training images or classes. The numbers below "
+    "the seeds link to their records. A run that was not made is shown as missing."
 )
 NEAR_LEGEND = (
     "The clean accuracy of at least one seed is near chance, as that of a model which always predicts one class: its "
@@ -47,7 +44,6 @@ FILTERS = (
     ("applicator", "applicator"),
     ("defense", "defense"),
 )
-Link = Callable[[Found], str]
 
 
 def leaderboard_page(
@@ -86,26 +82,6 @@ def leaderboard_page(
         script=_markup(script),
         script_hash=_hash(f"\n{script}"),
     )
-
-
-def relative_link(start: Path, published: str | None = None, folders: Path | None = None) -> Link:
-    """Return the function that makes the addresses of records.
-
-    Args:
-        start: Folder of the page.
-        published: Address under which the folder of results folders is published; None for paths from the page.
-        folders: The folder of results folders; given if `published` is.
-    """
-    from urllib.parse import quote
-
-    def link(found: Found) -> str:
-        line = "" if found.line is None else f"#L{found.line}"
-        if published is not None and folders is not None:
-            path = os.path.relpath(found.file, folders)
-            return f"{published.rstrip('/')}/{quote(Path(path).as_posix())}{line}"
-        return f"{quote(Path(os.path.relpath(found.file, start)).as_posix())}{line}"
-
-    return link
 
 
 def _counts(shown: Sequence[Row], settings: Sequence[Setting], *, several: bool) -> str:
@@ -182,14 +158,9 @@ def _value(value: Value, *, points: bool) -> dict[str, Any]:
     return {
         "raw": f"{value.mean:.6f}",
         "mean": signed(value.mean) if points else number(value.mean),
-        "interval": "" if interval is None else _range(*interval),
+        "interval": "" if interval is None else span(*interval),
         "near": "",
     }
-
-
-def _range(low: float, high: float) -> str:
-    """Write an interval; a dash between negative numbers would be read as a minus sign."""
-    return f"{number(low)}{' to ' if low < 0 else '–'}{number(high)}"
 
 
 def _records(records: Mapping[int, Found], link: Link) -> list[tuple[int, str]]:
@@ -200,8 +171,7 @@ def _commands(board: Board, names: Sequence[str], options: Mapping[str, object])
     lines, scaled = [], []
     for name, results in zip(names, board.results, strict=True):
         suite = results.suite
-        scale = f" --scale {shlex.quote(suite.scale)}" if suite.scale else ""
-        lines.append(f"bbmoe bench run {shlex.quote(name)}{scale} --repeats {suite.repeats}")
+        lines.append(run_command(suite, name))
         scaled.append(shlex.quote(f"{name}:{suite.scale}" if suite.scale else name))
     given = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None]
     return [*lines, " ".join(["bbmoe bench page", *scaled, *given])]

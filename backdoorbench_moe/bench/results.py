@@ -16,7 +16,7 @@ from backdoorbench_moe.bench.record_metrics import (
     uses_twin,
     with_base,
 )
-from backdoorbench_moe.bench.statistic import Sample, Statistic, drop_interval
+from backdoorbench_moe.bench.statistic import Sample, Statistic, drop_interval, interval_of
 from backdoorbench_moe.bench.suite import Cell, Suite, order, seedless_digest
 from backdoorbench_moe.bench.tuning import compared_key, plain_tuning, uses_tuning
 from backdoorbench_moe.collapse import FILTERED
@@ -137,12 +137,14 @@ class ResultSet:
         if not found:
             return None
         specs = [spec for spec in cell.runs(self.suite.repeats) if spec.seed in found]
+        interval = self._interval(specs, metric)
         return Statistic.of(
             found,
-            self._interval(specs, metric),
+            interval,
             self.paper.value(cell.spec, metric),
             self.paper.rounding(cell.spec, metric),
             sum(self._near_chance(spec, metric) for spec in specs),
+            interval_of([self.metric(spec, metric) or {} for spec in specs], interval),
         )
 
     def state(self, cell: Cell) -> str:

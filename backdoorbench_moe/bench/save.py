@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def save_results(results: ResultSet, folder: Path | str) -> list[Path]:
     # Only finished runs are kept, so a run that is being made is missing, as it is when the folder is drawn again.
     results = replace(results, records={record.digest: record for record in results.finished()})
     _check(results, folder)
-    return _write(results, folder, _contents(results))
+    return _write(results, folder, _contents(results, [record.digest for record in results.finished()]))
 
 
 def redraw_results(suite: Suite, folder: Path | str) -> list[Path]:
@@ -60,7 +60,8 @@ def redraw_results(suite: Suite, folder: Path | str) -> list[Path]:
     """
     folder = Path(folder)
     results = ResultSet.from_folder(suite, folder)
-    contents = {name: content for name, content in _contents(results).items() if name != RECORDS}
+    lines = [record.digest for record in read_lines(folder)]
+    contents = {name: content for name, content in _contents(results, lines).items() if name != RECORDS}
     return _write(results, folder, contents)
 
 
@@ -80,7 +81,9 @@ def _write(results: ResultSet, folder: Path, contents: dict[str, bytes]) -> list
     return [folder / name for name in contents]
 
 
-def _contents(results: ResultSet) -> dict[str, bytes]:
+def _contents(results: ResultSet, lines: Sequence[str]) -> dict[str, bytes]:
+    """The files of a results folder; `lines` are the digests of the lines of its records."""
+    places = {digest: f"{RECORDS}#L{number}" for number, digest in enumerate(lines, 1)}
     sheet = build_sheet(results)
     plots = results.suite.plots
     drawn = {form: [draw(results, plot, form) for plot in plots] for form in ("svg", "png")}
@@ -92,7 +95,7 @@ def _contents(results: ResultSet) -> dict[str, bytes]:
         "table.md": render.markdown(sheet),
         "table.tex": render.latex(sheet),
         "environment.json": _json(environments(results)),
-        "index.html": page(results, drawn["svg"]),
+        "index.html": page(results, drawn["svg"], address=places.get),
     }
     contents = {name: text.encode("utf-8") for name, text in texts.items()}
     for form, files in drawn.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from backdoorbench_moe.metrics import METRICS, PERCENT, Metric
@@ -51,6 +51,25 @@ def drop_interval(ba: Sample, twin_ba: Sample) -> Interval | None:
     return difference_interval(mean, interval, twin_mean, twin_interval)
 
 
+def interval_of(values: Sequence[Mapping[str, float]], over_seeds: Interval | None) -> Interval | None:
+    """Choose the 95% interval of a mean over seeds.
+
+    Args:
+        values: For each seed "value" and, if there is an interval over the test images, "low" and "high".
+        over_seeds: The interval of the mean over seeds, which takes at least three of them.
+
+    Returns:
+        The interval over seeds; with fewer than three, from the lowest to the highest end of the intervals of the
+        single seeds, which is wider than that of the mean over the test images, but does not know other seeds; None if
+        a seed has none.
+    """
+    if over_seeds is not None:
+        return over_seeds
+    if not values or any("low" not in value or "high" not in value for value in values):
+        return None
+    return min(value["low"] for value in values), max(value["high"] for value in values)
+
+
 @dataclass(frozen=True)
 class Statistic:
     """One metric of one cell over its seeds, beside the published value.
@@ -65,6 +84,7 @@ class Statistic:
         paper: Published mean; None if nothing was published.
         rounding: Half a unit of the last published digit.
         near_chance: How many of the seeds have a model near chance (see `backdoorbench_moe.collapse`).
+        shown: The interval that is shown below the mean; see `interval_of`.
     """
 
     seeds: tuple[int, ...]
@@ -75,6 +95,7 @@ class Statistic:
     paper: float | None = None
     rounding: float = 0.0
     near_chance: int = 0
+    shown: Interval | None = None
 
     @classmethod
     def of(
@@ -84,10 +105,13 @@ class Statistic:
         paper: float | None = None,
         rounding: float = 0.0,
         near_chance: int = 0,
+        shown: Interval | None = None,
     ) -> Statistic:
         """Compute mean and standard deviation of the values by seed; there must be at least one."""
         mean, std = mean_std(tuple(values.values()))
-        return cls(tuple(values), tuple(values.values()), mean, std, interval, paper, rounding, near_chance)
+        return cls(
+            tuple(values), tuple(values.values()), mean, std, interval, paper, rounding, near_chance, shown
+        )
 
     @property
     def n(self) -> int:

@@ -114,6 +114,7 @@ class Suite:
         tables: Layouts of its tables; the default layout if empty.
         plots: Its figures.
         paper: The published table it is compared with (see `bench.paper`), if any.
+        description: What it asks, in a few sentences of plain text with `code`; may be empty.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Suite:
     tables: tuple[Layout, ...] = ()
     plots: tuple[Plot, ...] = ()
     paper: Mapping[str, Any] | None = None
+    description: str = ""
 
     @property
     def label(self) -> str:

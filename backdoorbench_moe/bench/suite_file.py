@@ -46,7 +46,18 @@ def split_scale(text: str) -> tuple[str, str | None]:
     return name, scale
 
 
-SUITE_KEYS = ("title", "version", "scales", "base", "grid", "repeats", "tables", "plots", "paper")
+SUITE_KEYS = (
+    "title",
+    "description",
+    "version",
+    "scales",
+    "base",
+    "grid",
+    "repeats",
+    "tables",
+    "plots",
+    "paper",
+)
 
 
 def parse_suite(values: Values, name: str, scale: str | None = None, *, folder: Path | None = None) -> Suite:
@@ -80,6 +91,7 @@ def parse_suite(values: Values, name: str, scale: str | None = None, *, folder: 
         tables=tuple(_read_items(Layout, values.get("tables", []), f"{where}: tables")),
         plots=tuple(_read_items(Plot, values.get("plots", []), f"{where}: plots")),
         paper=_read_paper(values.get("paper"), where),
+        description=" ".join(convert(values.get("description", ""), str, f"{where}: description").split()),
     )
     _check(suite, where)
     return suite

@@ -165,10 +165,15 @@ def layouts_of(suite: Suite) -> tuple[Layout, ...]:
 
 def default_layout(suite: Suite) -> Layout:
     """Lay out a suite that has no layout: a row for each value of its grid's keys, the last key across."""
+    *rows, column = varied_keys(suite)
+    return Layout(suite.title, tuple(rows) or ("model.name",), column, DEFAULT_METRICS)
+
+
+def varied_keys(suite: Suite) -> list[str]:
+    """List the keys of a suite's grid that have several values; all of its keys if none has."""
     keys = list(dict.fromkeys(key for cell in suite.cells for key in cell.values))
     varied = [key for key in keys if len({label(key, value_of(c.spec, key)) for c in suite.cells}) > 1]
-    *rows, column = varied or keys
-    return Layout(suite.title, tuple(rows) or ("model.name",), column, DEFAULT_METRICS)
+    return varied or keys
 
 
 def table_metrics(results: ResultSet, layout: Layout) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from backdoorbench_moe.bench.render import percent, write_csv
 from backdoorbench_moe.bench.results import ResultSet
@@ -62,13 +62,25 @@ def tidy_csv(results: ResultSet) -> str:
 
 
 def environments(results: ResultSet) -> list[dict[str, Any]]:
-    """List the distinct environments the runs were made in, the most used first, each with its number of `runs`."""
-    counts: dict[str, int] = {}
+    """List the distinct environments the runs were made in, the most used first.
+
+    Returns:
+        Each with its number of `runs` and, in place of the date of a run, the first and the last of their `dates`.
+        Records that do not have a date are not among these.
+    """
+    dates: dict[str, list[str | None]] = {}
     for record in results.finished():
-        text = json.dumps(record.environment, sort_keys=True)
-        counts[text] = counts.get(text, 0) + 1
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return [{"runs": count, **json.loads(text)} for text, count in ordered]
+        made = dict(record.environment)
+        date = cast("str | None", made.pop("date", None))
+        dates.setdefault(json.dumps(made, sort_keys=True), []).append(date)
+    ordered = sorted(dates.items(), key=lambda item: (-len(item[1]), item[0]))
+    return [{"runs": len(found), **json.loads(text), **_ends(found)} for text, found in ordered]
+
+
+def _ends(dates: Iterable[str | None]) -> dict[str, list[str]]:
+    """The first and the last of these dates, which may be the same; nothing if none is known."""
+    known = sorted({date for date in dates if date is not None})
+    return {"dates": [known[0], known[-1]]} if known else {}
 
 
 def train_seconds(results: ResultSet) -> float:

@@ -21,6 +21,10 @@ KEY_NAMES = {
     "mixture.poisoned": "poisoned experts",
 }
 AXIS_NAMES = {"poison.rate": "poisoning rate"}
+INTERVALS = (
+    f"Below a mean stands a 95% interval: from {FEWEST_SEEDS} seeds on, of the mean over seeds; with fewer, from the "
+    "lowest to the highest end of the intervals of the single seeds, which know the test images but no other seeds."
+)
 # Stands in the legend if `mean_text` marks a cell.
 COLLAPSED = (
     f"{MARK}k: in k of the n seeds, the clean accuracy of the model is near chance (for CAD and values of the twin: "
@@ -66,6 +70,11 @@ def number(value: float, digits: int = 1) -> str:
     """Write a number with a true minus sign, and never "−0.0"."""
     text = f"{value:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text.replace("-", MINUS)
+
+
+def span(low: float, high: float) -> str:
+    """Write an interval; a dash between negative numbers would be read as a minus sign."""
+    return f"{number(low)}{' to ' if low < 0 else '–'}{number(high)}"
 
 
 def signed(value: float) -> str:

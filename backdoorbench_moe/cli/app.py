@@ -27,6 +27,7 @@ COMMANDS = {
     "export": "Write the training set and the weights of a run as plain files.",
     "preview": "Draw what a trigger does to images.",
     "bench": "Run a suite of attacks, and draw its tables beside the paper's.",
+    "report": "Draw what was measured for a suite as one HTML page.",
     "show": "Print what a run folder holds.",
     "list": f"List {ALL_KINDS}, and broken plug-ins.",
     "info": "Describe one part and its options.",

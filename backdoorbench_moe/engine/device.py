@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ def environment(
         "threads": torch.get_num_threads(),
         "precision": precision,
         "git_commit": _git_commit(),
+        "date": datetime.now(UTC).date().isoformat(),
     }
 
 

@@ -156,6 +156,7 @@ class Environment(TypedDict):
         cpu: Name of the CPU.
         git_commit: Commit of the source tree, followed by "-dirty" if it was changed; None for an installed package.
         sources: Hashes of the code of third-party parts; see `engine.names.plugin_sources`.
+        date: Day on which the run was begun, in UTC, such as "2026-11-26"; older records do not have it.
     """
 
     packages: dict[str, str]
@@ -167,6 +168,7 @@ class Environment(TypedDict):
     cpu: NotRequired[str]
     git_commit: NotRequired[str | None]
     sources: NotRequired[dict[str, str]]
+    date: NotRequired[str]
 
 
 @dataclass

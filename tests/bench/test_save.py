@@ -158,6 +158,15 @@ def test_environments_are_counted(tmp_path) -> None:
     assert [(row["runs"], row["threads"]) for row in found] == [(2, 2), (1, 1)]
 
 
+def test_days_do_not_tell_environments_apart(tmp_path) -> None:
+    suite = part_suite()
+    days = ("2026-11-26", None, "2026-11-24", "2026-11-25")
+    for cell, day in zip(suite.cells, days, strict=False):
+        write(tmp_path, finished(cell.spec, **({"date": day} if day else {})))
+    [row] = environments(ResultSet.from_runs(suite, tmp_path))
+    assert (row["runs"], row["dates"]) == (4, ["2026-11-24", "2026-11-26"])
+
+
 def test_where_data_lay_is_in_no_file(tmp_path) -> None:
     base = {"recipe": "paper", "dataset": {"name": "cifar10", "root": "/somewhere/of/mine", "download": True}}
     suite = part_suite(base=base, tables=[{"title": "t", "rows": ["dataset"], "columns": "trigger.name"}],

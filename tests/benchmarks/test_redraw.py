@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 FIRST_LOOK = "benchmarks/results/first-look"
 DEMO = "benchmarks/results/demo"
 TABLE_1 = "benchmarks/results/badpatches-table1/small"
-MOEVIL = "benchmarks/results/moevil-gates/signs"
+# Pages with a table of the one results folder.
+PAGES = {"README.md": "stamping", "benchmarks/README.md": "table1", "docs/pages/findings.md": "stamping"}
 PLUGIN = "plugins/bbmoe-vmoe/suites"
 LEADERBOARD = "docs/pages/assets/leaderboard.html"
 
@@ -31,9 +32,10 @@ def script():
 @pytest.fixture
 def copy(tmp_path) -> Path:
     """The parts of the repository that it reads, with one results folder."""
-    for name in (FIRST_LOOK, DEMO, TABLE_1, MOEVIL, PLUGIN):
+    for name in (FIRST_LOOK, DEMO, TABLE_1, PLUGIN):
         shutil.copytree(ROOT / name, tmp_path / name)
-    for name in ("README.md", "benchmarks/README.md"):
+    for name in (*PAGES, "benchmarks/claims.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, tmp_path / name)
     return tmp_path
 
@@ -43,18 +45,23 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_stale_drawings_are_redrawn_and_a_second_call_changes_nothing(script, copy, capsys) -> None:
+def test_stale_drawings_are_redrawn_and_a_second_call_changes_nothing(
+    script, copy, capsys, monkeypatch
+) -> None:
+    own = ("table1", "stamping", "first-look", "demo")
+    monkeypatch.setattr(script, "BLOCKS", {name: script.BLOCKS[name] for name in own})
     folder = copy / TABLE_1
     records = (folder / "records.jsonl").read_bytes()
     (folder / "table.md").write_text("an older legend\n")
     (folder / "table.tex").unlink()
     (folder / "plots" / "old.svg").write_text("<svg/>")
-    for name in ("README.md", "benchmarks/README.md"):
+    for name, block in PAGES.items():
         text = (copy / name).read_text(encoding="utf-8")
-        before, mark, after = text.partition("<!-- table1 -->\n")
+        before, mark, after = text.partition(f"<!-- {block} -->\n")
+        assert mark
         (copy / name).write_text(f"{before}{mark}| stale |\n{after}", encoding="utf-8")
     script.main(copy)
-    assert capsys.readouterr().out.split() == [TABLE_1, "README.md", "benchmarks/README.md", LEADERBOARD]
+    assert capsys.readouterr().out.split() == [TABLE_1, *PAGES, LEADERBOARD]
     first = contents(copy)
     # Plots depend on the machine's fonts; everything else is what is committed.
     for name, content in first.items():
@@ -70,6 +77,14 @@ def test_stale_drawings_are_redrawn_and_a_second_call_changes_nothing(script, co
 def test_only_known_marked_tables_are_replaced(script) -> None:
     text = "a\n<!-- table1 -->\nold\n<!-- /table1 -->\nb\n<!-- fresh -->\nkept\n<!-- /fresh -->\n<!-- table1 -->\nx"
     assert script.redraw_page(text, {"table1": "new \\1\n"}) == text.replace("old\n", "new \\1\n")
+
+
+@pytest.mark.slow
+def test_the_committed_tables_of_all_pages_are_those_of_the_committed_records(script) -> None:
+    blocks = {name: draw(ROOT) for name, draw in script.BLOCKS.items()}
+    texts = [(ROOT / page).read_text(encoding="utf-8") for page in script.PAGES]
+    assert [script.redraw_page(text, blocks) for text in texts] == texts
+    assert all(any(f"<!-- {name} -->" in text for text in texts) for name in blocks)
 
 
 @pytest.mark.slow

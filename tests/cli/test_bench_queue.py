@@ -7,6 +7,7 @@ import os
 import pytest
 import yaml
 from fake_runs import PART, fill, part_suite
+from making import SIGNS
 
 
 @pytest.fixture
@@ -44,3 +45,32 @@ BAD = {
 def test_bad_input_is_one_clear_line(bbmoe, place, args, message) -> None:
     code, out, err = bbmoe("bench", "queue", *args)
     assert (code, out) == (2, "") and message in " ".join(err.split()) and "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_toy_of_the_queue_is_worked_off_saved_and_reported(bbmoe, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "nice", lambda number: number)
+    toy = {**SIGNS, "repeats": 2, "base": {**SIGNS["base"], "train": {"epochs": 1}}}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(toy))
+    entries = [
+        {"suite": "toy.yaml", "repeats": 1, "only": ["poison.rate=10%"]},
+        {"suite": "toy.yaml", "repeats": 1},
+    ]
+    (tmp_path / "gpu.yaml").write_text(yaml.safe_dump({"queue": entries}))
+    words = (
+        "bench",
+        "queue",
+        "gpu.yaml",
+        "--results",
+        "results",
+        "--device",
+        "cpu",
+        "--nice",
+        "0",
+        "--quiet",
+    )
+    code, _, err = bbmoe(*words, "--threads", "1", "--budget", "10m", width=120)
+    assert code == 0, err
+    assert bbmoe("report", "toy.yaml", "--from", "results/toy")[0] == 0
+    assert "Of 2 cells: 2 cells have fewer seeds than wanted." in (tmp_path / "toy.html").read_text()

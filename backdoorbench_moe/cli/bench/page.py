@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from backdoorbench_moe.cli.pages import save_page
 from backdoorbench_moe.cli.params import PATH
 from backdoorbench_moe.cli.streams import echo, say
 
@@ -43,11 +44,11 @@ def command(
     differences to plain tuning; and the false alarms of detectors on clean models. Nothing is trained: runs that were
     not made are shown as missing.
     """
+    from backdoorbench_moe.bench.found import relative_link
     from backdoorbench_moe.bench.leaderboard import open_board
-    from backdoorbench_moe.bench.leaderboard_page import leaderboard_page, relative_link
+    from backdoorbench_moe.bench.leaderboard_page import leaderboard_page
     from backdoorbench_moe.bench.suite_file import load_suite, split_scale
     from backdoorbench_moe.errors import ConfigError, RecordError
-    from backdoorbench_moe.records import write_atomically
 
     if published is not None and folders is None:
         raise ConfigError("--published: can only be used with --from")
@@ -70,9 +71,5 @@ def command(
     if save is None:
         echo(page)
         return
-    try:
-        save.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(save, lambda path: path.write_text(page, encoding="utf-8"))
-    except OSError as error:
-        raise RecordError(f"--save {save}: {error.strerror}") from error
+    save_page(page, save)
     say(f"page: {save}")
