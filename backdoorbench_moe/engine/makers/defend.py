@@ -33,6 +33,7 @@ from backdoorbench_moe.engine.makers.inputs import load_input
 from backdoorbench_moe.engine.poison import poisoned, stamp_images, stamp_places
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.sample_metrics import measure_samples
+from backdoorbench_moe.engine.image_setup import ImageSetup
 from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.engine.tune import Tuner
 from backdoorbench_moe.engine.workplace import Workplace
@@ -149,8 +150,11 @@ class Stages:
 class DefenseMaker(Maker):
     """Applies the last defense of a spec to the model of its parent run."""
 
+    setup: ImageSetup
+
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
         super().__init__(spec, workplace)
+        assert isinstance(self.setup, ImageSetup)  # The setup of texts refuses defenses.
         self.defense = build_defenses(spec, self.setup)[-1]
         self.seed = derive_seed(spec.seed, "defense", len(spec.defenses) - 1)
         self.model = self.setup.model
