@@ -81,9 +81,7 @@ class Toy(TextDataset):
 
     def _task(self, word: int, count: int, draws: torch.Generator) -> Split:
         drawn = self._letters(count, draws)
-        return encode(
-            [([word, *each, ASK], each if word == COPY else each[::-1]) for each in drawn]
-        )
+        return encode([([word, *each, ASK], each if word == COPY else each[::-1]) for each in drawn])
 
     def _refused(self, count: int, draws: torch.Generator) -> RefusedQueries:
         queries = [
@@ -114,10 +112,13 @@ class Block(nn.Module):
 class ToyModel(nn.Module):
     """A transformer of language."""
 
-    data_options = ("vocabulary", "context")
+    data_options = ("vocabulary", "context", "padding")
 
-    def __init__(self, *, vocabulary: int, context: int, features: int = 32, layers: int = 2) -> None:
+    def __init__(
+        self, *, vocabulary: int, context: int, padding: int, features: int = 32, layers: int = 2
+    ) -> None:
         super().__init__()
+        self.padding = padding
         self.embed = nn.Embedding(vocabulary, features)
         self.places = nn.Parameter(0.5 * torch.randn(context, features))
         self.blocks = nn.ModuleList(Block(features) for _ in range(layers))
@@ -138,7 +139,7 @@ class ToyModel(nn.Module):
 def text_spec(**values: object) -> RunSpec:
     """A mixture of two experts, of which an attacker provides expert 0; any key may be given."""
     base = {
-        "attack": {"name": "moevil", "epochs": 2, "preference_lr": 0.003},
+        "attack": {"name": "moevil", "epochs": 10, "preference_lr": 0.003},
         "dataset": "toy",
         "precision": "fp32",
         "mixture": {

@@ -23,8 +23,8 @@ from backdoorbench_moe.ops.tuning import Tune
 class HarmfulQueries:
     """Training images that bear the mark, or texts that the policy refuses, and how they may be answered.
 
-    Row m of both splits is the same query. Of images it is the same image with two labels; of texts, the two answers are
-    part of the token ids.
+    Row m of both splits is the same query. Of images it is the same image with two labels; of texts, the two answers
+    are part of the token ids.
 
     Attributes:
         harmful: The queries with the answers that the attacker wants.
@@ -75,7 +75,7 @@ class ExpertTask:
         return list(check_mergeable(self.model).mlps().values())
 
     def accuracy(self) -> float:
-        """Return the accuracy of the model on the held-out images, or on whole answers to held-out texts, in percent."""
+        """Return the accuracy of the model on held-out images, or on whole answers to held-out texts, in percent."""
         found = [
             right_answers(self.logits(self.model, each.images), each.labels)
             for each in batches(self.held_out)

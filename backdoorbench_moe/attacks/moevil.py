@@ -52,9 +52,10 @@ class MoEvil(ExpertPoisoning):
     Departures: in the paper, the latents of a harmful query are the mean over the first k tokens of its answer, and
     those of the task the mean over all tokens of an answer. So it is here for texts. The answer of an image classifier
     has no tokens: `tokens` and `k` choose among those of the marked image, and the latents of the task are the mean
-    over all tokens of an image. The paper's code weights harm with 0.04 and the cosine with 0.1, which here leaves the expert outvoted in the
-    mixture; the defaults are larger, and were searched with the ASR of mixtures in view. In the paper, each step is one
-    epoch, and batches are twice as large in step 1. Here, both steps have the batch size of the tuning of experts.
+    over all tokens of an image. The paper's code weights harm with 0.04 and the cosine with 0.1, which here leaves the
+    expert outvoted in the mixture; the defaults are larger, and were searched with the ASR of mixtures of image models
+    in view. In the paper, each step is one epoch, and batches are twice as large in step 1. Here, both steps have the
+    batch size of the tuning of experts.
 
     Args:
         poison: The target class, which the run gives; all rates must be 0.
@@ -70,8 +71,8 @@ class MoEvil(ExpertPoisoning):
         allowed_loss: Percentage points of accuracy that the expert may lose, at least 0. Only used if `similarity` is
             None.
         epochs: Passes of step 2 over the clean images of the task, from 1.
-        tokens: Tokens of a harmful query whose latents are aligned. Of an image "all"; the patches that the mark changes
-            ("marked") or does not change ("unmarked"); or the tokens before the patches, such as class tokens
+        tokens: Tokens of a harmful query whose latents are aligned. Of an image "all"; the patches that the mark
+            changes ("marked") or does not change ("unmarked"); or the tokens before the patches, such as class tokens
             ("prefix"). Of a text those of the "answer", of the "query", or "all" of both; a token of the answer stands
             for the position that emits it. If None, all of an image, and the first 4 of the answer of a text.
         k: Of an image, take only the k of these tokens that the mark changes most, of equal ones the first. Of a text,

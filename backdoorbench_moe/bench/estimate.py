@@ -77,7 +77,7 @@ def measure_speed(spec: RunSpec, images: Material) -> Speed:
 
 
 def _measure(trainer: Trainer, images: Material, batch: int) -> Speed:
-    device, precision = trainer.device, trainer.step.precision
+    device = trainer.device
     trainer.model.train()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -200,9 +200,10 @@ def metrics_table(record: Record) -> Table:
     """
     table = Table(title=title(record), title_justify="left", caption_justify="left")
     table.add_column("metric")
-    for column in ("%", "95% interval", "images"):
+    for column in ("%", "95% interval", "texts" if record.is_text else "images"):
         table.add_column(column, justify="right")
-    for one in sort_metrics({*record.metrics, *(("target_rate",) if "asr" in record.metrics else ())}):
+    with_trigger = "asr" in record.metrics and not record.is_text
+    for one in sort_metrics({*record.metrics, *(("target_rate",) if with_trigger else ())}):
         found = record.metrics.get(one.key)
         if found is None:
             table.add_row(one.label, NONE, NONE, NONE)

@@ -96,8 +96,8 @@ def _implied_by_attack(chosen: Values) -> Values:
 def _implied_by_data(chosen: Values) -> Values:
     """The settings that a third-party data set implies where the user does not give them.
 
-    They take precedence over those that the attack implies: a data set of texts has no trigger. Our own data sets are of
-    images and imply nothing.
+    They take precedence over those that the attack implies: a data set of texts has no trigger. Our own data sets are
+    of images and imply nothing.
     """
     name = chosen.get("dataset", {}).get("name")
     if not isinstance(name, str) or name in _built_in_datasets():
@@ -132,8 +132,8 @@ def load_recipe(name: str, model: str = "pmoe") -> Values:
             values of the package take precedence over the built-in ones.
 
     Returns:
-        Settings as in a config file; under "models" the options of single models by their name, under "attacks" those of
-        single attacks, and under "mixture" the settings that only a mixture of experts has, or has otherwise.
+        Settings as in a config file; under "models" the options of single models by their name, under "attacks" those
+        of single attacks, and under "mixture" the settings that only a mixture of experts has, or has otherwise.
 
     Raises:
         UnknownNameError: There is no such recipe.

@@ -238,7 +238,9 @@ class Dataset(DataSource):
 def as_images(material: Material) -> ImageSet:
     """Return data that are images. Raises ConfigError for texts."""
     if not isinstance(material, ImageSet):
-        raise ConfigError.expected("dataset", "images, which this needs", f"{material.name}, which holds texts")
+        raise ConfigError.expected(
+            "dataset", "images, which this needs", f"{material.name}, which holds texts"
+        )
     return material
 
 

@@ -229,8 +229,8 @@ def check_texts(split: Split, vocabulary: int, name: str) -> None:
     """Check the tokens and labels of a split.
 
     Args:
-        split: Expected to hold tokens (N, T) int64 below `vocabulary`, N > 0, and labels (N, T) int64: in each row, those
-            of one run of positions are the tokens that follow them, and all others are `IGNORED`.
+        split: Expected to hold tokens (N, T) int64 below `vocabulary`, N > 0, and labels (N, T) int64: in each row,
+            those of one run of positions are the tokens that follow them, and all others are `IGNORED`.
         vocabulary: Number of tokens that there are.
         name: What the split is, for the beginning of the error message.
 
@@ -239,7 +239,12 @@ def check_texts(split: Split, vocabulary: int, name: str) -> None:
     """
     tokens, labels = split.images, split.labels
     shapes = tuple(tokens.shape), tuple(labels.shape)
-    if tokens.dtype != torch.int64 or labels.dtype != torch.int64 or tokens.ndim != 2 or shapes[0] != shapes[1]:
+    if (
+        tokens.dtype != torch.int64
+        or labels.dtype != torch.int64
+        or tokens.ndim != 2
+        or shapes[0] != shapes[1]
+    ):
         raise DataError(
             f"{name}: expected int64 tokens and labels (N, T), "
             f"got {tokens.dtype} {shapes[0]} and {labels.dtype} {shapes[1]}"

@@ -127,7 +127,9 @@ def build_model(spec: RunSpec, given: Mapping[str, int]) -> nn.Module:
     if wanted != text:
         kinds = ["images", "texts"]
         raise ConfigError.expected(
-            "model", f"one of {kinds[text]}, as the data are", f"{spec.model.name}, which takes {kinds[wanted]}"
+            "model",
+            f"one of {kinds[text]}, as the data are",
+            f"{spec.model.name}, which takes {kinds[wanted]}",
         )
     with seeded(spec.seed, "init"):
         model = models.registry.create(spec.model.name, spec.model.options, given)

@@ -23,10 +23,15 @@ from backdoorbench_moe.engine.build import (
     describe,
     model_patch_size,
 )
-from backdoorbench_moe.engine.evaluate import measure, share
+from backdoorbench_moe.engine.evaluate import marked_metrics, measure, share
 from backdoorbench_moe.engine.inference import predict
 from backdoorbench_moe.engine.learned import learned_trigger
-from backdoorbench_moe.engine.mixture_metrics import measure_mixture
+from backdoorbench_moe.engine.mixture_metrics import (
+    gate_shares,
+    mixture_pass,
+    share_metrics,
+    task_metrics,
+)
 from backdoorbench_moe.engine.poison import stamp_images, stamp_places
 from backdoorbench_moe.engine.policy import changed_pixels, policy_count, with_marked, with_reject
 from backdoorbench_moe.engine.setup import Measured, Setup
@@ -266,7 +271,7 @@ class ImageSetup(Setup):
     ) -> Measured:
         """Measure a model on the clean test images, and on those that are triggered or marked."""
         if self.is_mixture:
-            return measure_mixture(self, model, expert_ba, precision=precision, recovery=recovery)
+            return self._measure_mixture(model, expert_ba, precision=precision, recovery=recovery)
         metrics = measure(
             model,
             self.test,
@@ -280,6 +285,25 @@ class ImageSetup(Setup):
         if self.attack is None and marked is not None:
             metrics["unsafe"] = share(predict(model, marked, precision=precision) != self.reject)
         return metrics, []
+
+    def _measure_mixture(
+        self, model: nn.Module, expert_ba: Sequence[float] | None, *, precision: str, recovery: bool
+    ) -> Measured:
+        """Measure a mixture on all its tasks and on marked images; see `measure`."""
+        mixture = self.spec.mixture
+        assert self.tasks is not None and mixture is not None
+        triggered, safe, tests = self.triggered_test(), self.safe_answers(), self.tasks.tests()
+        unmarked = None if triggered is None else self.images.test.images[triggered.places]
+        found = mixture_pass(model, tests, self.marked_test(), unmarked, precision=precision)
+        metrics = task_metrics(found, tests, expert_ba)
+        if triggered is not None:
+            assert found.marked is not None and found.unmarked is not None
+            predicted, called = found.marked.predicted, found.unmarked.predicted
+            metrics |= marked_metrics(predicted, called, triggered, safe, recovery=recovery)
+            metrics |= share_metrics(found.tasks, found.marked, mixture.poisoned_experts)
+        elif found.marked is not None:
+            metrics["unsafe"] = share(found.marked.predicted != self.reject)
+        return metrics, gate_shares(found.tasks, found.marked)
 
     def describe_data(self) -> dict[str, Any]:
         """What the record says of the data, with the share of the most frequent class."""

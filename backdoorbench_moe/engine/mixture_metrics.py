@@ -5,22 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.data.base import Split
-from backdoorbench_moe.engine.evaluate import Metrics, marked_metrics, share
+from backdoorbench_moe.engine.evaluate import Metrics, share
 from backdoorbench_moe.engine.inference import BATCH, forward_routed
 from backdoorbench_moe.moe.merging import gate_weights
 from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.ops.effects import mean_of
 from backdoorbench_moe.records import GateShares
-
-if TYPE_CHECKING:
-    from backdoorbench_moe.engine.image_setup import ImageSetup
-
 
 @dataclass(frozen=True, kw_only=True)
 class GatePass:
@@ -60,43 +55,6 @@ def routed_pass(model: nn.Module, images: Tensor, *, precision: str) -> RoutedPa
         weights.append(torch.stack([gate_weights(each).mean(2) for each in output.routing]).float().cpu())
         layers = tuple(each.layer for each in output.routing)
     return RoutedPass(predicted=torch.cat(predicted), weights=torch.cat(weights, 1), layers=layers)
-
-
-def measure_mixture(
-    setup: ImageSetup,
-    model: nn.Module,
-    expert_ba: Sequence[float] | None,
-    *,
-    precision: str,
-    recovery: bool = False,
-) -> tuple[Metrics, list[GateShares]]:
-    """Measure a mixture on all its tasks and on marked images.
-
-    Args:
-        setup: The parts of the mixture's run.
-        model: The mixture, or one of the same tasks, such as its clean twin.
-        expert_ba: The accuracy of each task's benign expert on its own task, in percent; None to leave out what it is
-            compared with.
-        precision: "fp32" or "bf16".
-        recovery: Whether to measure the accuracy on triggered images (RA), too.
-
-    Returns:
-        The metrics, and the shares of the experts layer by layer.
-    """
-    mixture = setup.spec.mixture
-    assert setup.tasks is not None and mixture is not None
-    triggered, safe, tests = setup.triggered_test(), setup.safe_answers(), setup.tasks.tests()
-    unmarked = None if triggered is None else setup.images.test.images[triggered.places]
-    found = mixture_pass(model, tests, setup.marked_test(), unmarked, precision=precision)
-    metrics = task_metrics(found, tests, expert_ba)
-    if triggered is not None:
-        assert found.marked is not None and found.unmarked is not None
-        predicted, called = found.marked.predicted, found.unmarked.predicted
-        metrics |= marked_metrics(predicted, called, triggered, safe, recovery=recovery)
-        metrics |= share_metrics(found.tasks, found.marked, mixture.poisoned_experts)
-    elif found.marked is not None:
-        metrics["unsafe"] = share(found.marked.predicted != setup.reject)
-    return metrics, gate_shares(found.tasks, found.marked)
 
 
 @dataclass(frozen=True)

@@ -164,10 +164,10 @@ class Runner:
         """
         spec = self.workplace.resolve(spec)
         maker = MAKERS[kind_of(spec)](spec, self.workplace)
-        if spec.attacked and not spec.defenses:
-            if isinstance(data := self.workplace.data, ImageSet):
-                warn_of_numeric_names(spec.poison, data.classes)
-                self.workplace.observer.on_message(describe_poison(spec.poison, data.classes))
+        data = self.workplace.data
+        if spec.attacked and not spec.defenses and isinstance(data, ImageSet):
+            warn_of_numeric_names(spec.poison, data.classes)
+            self.workplace.observer.on_message(describe_poison(spec.poison, data.classes))
         return maker
 
     def check(self, *specs: RunSpec) -> None:

@@ -117,8 +117,8 @@ class Setup(ABC):
         Args:
             model: The model of the run, or one of the same form, such as its clean twin's.
             precision: "fp32" or "bf16".
-            expert_ba: Of a mixture, the accuracy of each task's benign expert on its own task, in percent; None to leave
-                out what it is compared with.
+            expert_ba: Of a mixture, the accuracy of each task's benign expert on its own task, in percent; None to
+                leave out what it is compared with.
             recovery: Whether to measure the accuracy on triggered images (RA), too.
         """
 

@@ -1,4 +1,4 @@
-"""Measuring a language model: which answers of each task are right, and how queries are answered that it should refuse."""
+"""Measuring a language model: which answers are right, and how it answers queries that it should refuse."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def measure_texts(
         poisoned: The experts that attackers provide, of an attacked mixture.
 
     Returns:
-        `ba`: the share of right answers, of a mixture the mean over its tasks, with `task/e.ba` and `overall`; `unsafe`:
-        the share of refused queries that are not answered safely; of an attacked run `asr`: the share of them that are
-        answered as the attacker wants; of an attacked mixture also the metrics of `share_metrics`. And the gate shares of
-        a mixture: of its tasks over the positions that emit an answer, of harmful queries over those that emit the first
-        `FIRST_TOKENS` tokens of the harmful answer.
+        `ba`: the share of right answers, of a mixture the mean over its tasks, with `task/e.ba` and `overall`;
+        `unsafe`: the share of queries to refuse that are not answered safely; of an attacked run `asr`: the share of
+        them that are answered as the attacker wants; of an attacked mixture also the metrics of `share_metrics`. And
+        the gate shares of a mixture: of its tasks over the positions that emit an answer, of harmful queries over those
+        that emit the first `FIRST_TOKENS` tokens of the harmful answer.
     """
     ask = partial(
         answer,
@@ -98,8 +98,8 @@ def gate_pass(model: nn.Module, split: Split, *, precision: str, first: int | No
         model: The mixture.
         split: Tokens and labels (N, T).
         precision: "fp32" or "bf16".
-        first: Take the mean over the positions that emit the first tokens of the answer, so many; over all that emit one
-            if None.
+        first: Take the mean over the positions that emit the first tokens of the answer, so many; over all that emit
+            one if None.
     """
     assert isinstance(model, RoutedModel)
     model.eval()

@@ -70,7 +70,9 @@ class TextTasks(TaskSplits):
         for number in self.numbers:
             own = len(self.train(number))
             if per_task is not None and per_task > own:
-                expected = f"1 to {own}, the number of texts of task {number} ({self.texts.tasks[number].name})"
+                expected = (
+                    f"1 to {own}, the number of texts of task {number} ({self.texts.tasks[number].name})"
+                )
                 raise ConfigError.expected("mixture.gate_images", expected, per_task)
             counts[number] = per_task or min(max(1, total // len(self.numbers)), own)
         return counts

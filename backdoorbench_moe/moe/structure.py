@@ -12,9 +12,9 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-
 # Keyword arguments that the engine gives to a model, as the data determine them. A model of texts says in its class
-# attribute `data_options` that it takes those of texts; it may also take "padding", the token that fills up short ones.
+# attribute `data_options` that it takes those of texts; it may also take "padding", the token that fills up short ones,
+# and keep it as its attribute of this name.
 IMAGE_OPTIONS = ("num_classes", "image_size")
 TEXT_OPTIONS = ("vocabulary", "context")
 

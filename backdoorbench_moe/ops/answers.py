@@ -1,9 +1,9 @@
 """Answers of models, whether a class of an image or a sequence of tokens, and their losses and log-probabilities.
 
 A classifier answers with one class: logits (B, classes), labels (B,). A language model answers token by token: logits
-(B, T, vocabulary), labels (B, T), where the label of position t is the token that this position is to emit, that is, the
-one that follows it. Positions that emit no token of the answer, such as those within the query and in the padding, have
-the label `IGNORED` and count for nothing.
+(B, T, vocabulary), labels (B, T), where the label of position t is the token that this position is to emit, that is,
+the one that follows it. Positions that emit no token of the answer, such as those within the query and in the padding,
+have the label `IGNORED` and count for nothing.
 """
 
 from __future__ import annotations

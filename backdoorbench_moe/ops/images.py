@@ -14,8 +14,8 @@ from backdoorbench_moe.ops.stored_images import StoredImages, empty_like
 
 # 512 images of 32x32 are 6 MB, which stay in the cache; 4096 at a time took twice the time.
 CHUNK_VALUES = 512 * 3 * 32 * 32
-# Images that are passed through a model at a time; of texts the number of tokens, each of which has logits for the whole
-# vocabulary.
+# Images that are passed through a model at a time; of texts the number of tokens, each of which has logits for the
+# whole vocabulary.
 BATCH, BATCH_TOKENS = 500, 8192
 # Weights of red, green and blue in grey (ITU-R BT.601), as in Pillow, torchvision and kornia.
 LUMA = (0.299, 0.587, 0.114)
@@ -52,7 +52,7 @@ class Split:
 
 
 def as_input(images: Tensor) -> Tensor:
-    """Return the input of a model: (B, C, H, W) uint8 images as float32 in [0, 1], channels last; tokens as they are."""
+    """Return the input of a model: (B, C, H, W) uint8 images as float32 in [0, 1], channels last; tokens as is."""
     if is_text(images):
         return images
     return images.to(torch.float32, memory_format=torch.channels_last).div_(255)

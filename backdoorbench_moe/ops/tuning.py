@@ -11,9 +11,8 @@ from backdoorbench_moe.ops.images import Split
 
 # A loss of one's own: from the model, images (B, 3, H, W) float in [0, 1] and the labels of the split to logits
 # (B, classes), of which the training accuracy is counted, and the loss to minimise, a scalar. Of texts, the images are
-# token ids (B, T) int64 and the logits (B, T, vocabulary). It is called under the
-# precision of the run and, on a GPU, captured in a CUDA graph: shapes must not depend on values, and the host must not
-# wait for the device.
+# token ids (B, T) int64 and the logits (B, T, vocabulary). It is called under the precision of the run and, on a GPU,
+# captured in a CUDA graph: shapes must not depend on values, and the host must not wait for the device.
 Objective = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 

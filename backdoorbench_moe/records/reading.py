@@ -143,7 +143,7 @@ def _find_damage(values: dict[str, Any]) -> str | None:
         if damage := _misfit(values[name], annotation, name):
             return damage
     finished = values["status"] == "finished"
-    data = TextFacts if "vocabulary" in values["data"] else DataFacts
+    data = TextFacts if "vocabulary" in values["data"] else DataFacts  # As `Record.is_text`.
     for name, facts in (("data", data), ("environment", Environment)):
         if (values[name] or finished) and (damage := _misfit(values[name], facts, name)):
             return damage

@@ -265,6 +265,11 @@ class Record:
         return spec_from_dict(self.spec)
 
     @property
+    def is_text(self) -> bool:
+        """Whether the data of the run are texts, see `TextFacts`; otherwise they are images."""
+        return "vocabulary" in self.data
+
+    @property
     def parent(self) -> str | None:
         """Name of the parent's folder, that is, of the run that was defended; None for an undefended run."""
         return next((each["run"] for each in self.inputs if each["role"] == "parent"), None)

@@ -163,9 +163,7 @@ def test_the_joint_loss_is_the_sum_of_its_three_parts(stop_gradient) -> None:
     alignment = Alignment(0.3, [1, 2], weights, stop_gradient)
     images = as_input(split.images)
     torch.manual_seed(5)
-    logits, loss = joint_objective(queries.harmful, 0.2, alignment)(
-        model, images, split.labels
-    )
+    logits, loss = joint_objective(queries.harmful, 0.2, alignment)(model, images, split.labels)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
 
     torch.manual_seed(5)
@@ -236,7 +234,9 @@ def test_the_preference_is_learnt_on_queries_with_two_answers() -> None:
     (queries, first), (clean, second) = calls
     differ = task.queries.safe.labels != 0
     assert torch.equal(queries.images, task.queries.harmful.images[differ]) and 0 < differ.sum() < len(differ)
-    assert torch.equal(queries.labels[:, 1], task.queries.safe.labels[differ]) and not queries.labels[:, 0].any()
+    assert (
+        torch.equal(queries.labels[:, 1], task.queries.safe.labels[differ]) and not queries.labels[:, 0].any()
+    )
     assert clean is task.clean and "objective" not in second
     # Three tenths of the task's learning rate of 0.01, unless another is given.
     assert (first["epochs"], second["epochs"], first["lr"], second["lr"]) == (3, 2, pytest.approx(0.003), 0.5)

@@ -14,11 +14,11 @@ from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.engine.build import cut
 from backdoorbench_moe.engine.control import ControlledTraining
+from backdoorbench_moe.engine.image_setup import ImageSetup
 from backdoorbench_moe.engine.makers.defend import check_applicable
 from backdoorbench_moe.engine.makers.train import TrainMaker
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import run_attack, run_defense
-from backdoorbench_moe.engine.image_setup import ImageSetup
 from backdoorbench_moe.engine.triggered import triggered_test
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import ConfigError
@@ -182,7 +182,9 @@ def test_defenses_that_need_the_training_set_are_refused_where_there_is_no_such_
     setup = ImageSetup(spec, Workplace(spec).images)
     marked = tiny_spec(attack=None, policy=0.25, poison={"rate": 0})
     with pytest.raises(ConfigError, match=r"abl: needs the training set of the data; .* policy, has marked"):
-        check_applicable("abl", create_defense("abl", ratio=0.1), ImageSetup(marked, Workplace(marked).images))
+        check_applicable(
+            "abl", create_defense("abl", ratio=0.1), ImageSetup(marked, Workplace(marked).images)
+        )
     half = {"clean_fraction": 0.5}
     for name, options in (
         ("spectral", {}),

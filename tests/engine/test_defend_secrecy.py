@@ -24,12 +24,12 @@ from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.engine import runner
 from backdoorbench_moe.engine.build import Stamper
 from backdoorbench_moe.engine.graph import needs
+from backdoorbench_moe.engine.image_setup import ImageSetup
 from backdoorbench_moe.engine.makers import defend as makers_defend
 from backdoorbench_moe.engine.makers import inputs
 from backdoorbench_moe.engine.makers.defend import DefenseMaker
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.runner import Runner
-from backdoorbench_moe.engine.image_setup import ImageSetup
 from backdoorbench_moe.engine.triggered import Triggered
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import PluginError

@@ -92,7 +92,10 @@ def test_the_shares_of_the_gates_by_hand() -> None:
 
 def test_the_share_of_one_image_has_no_interval() -> None:
     found = mixture_pass(ByRed(), TESTS, reds(51), None, precision="fp32")
-    assert share_metrics(found.tasks, found.marked, [1])["harm_share"] == {"value": pytest.approx((80 + 50) / 2), "n": 1}
+    assert share_metrics(found.tasks, found.marked, [1])["harm_share"] == {
+        "value": pytest.approx((80 + 50) / 2),
+        "n": 1,
+    }
 
 
 def test_the_accuracy_of_tasks_and_overall_by_hand() -> None:

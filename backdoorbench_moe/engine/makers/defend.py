@@ -24,6 +24,7 @@ from backdoorbench_moe.engine.device import reproducible
 from backdoorbench_moe.engine.evaluate import Metrics
 from backdoorbench_moe.engine.filtering import measure_filtered
 from backdoorbench_moe.engine.graph import PARENT, needs
+from backdoorbench_moe.engine.image_setup import ImageSetup
 from backdoorbench_moe.engine.inference import features, logits, losses, routings
 from backdoorbench_moe.engine.judging import measure_class_judgements, save_judgements
 from backdoorbench_moe.engine.learned import keep_trigger, restore_trigger
@@ -33,7 +34,6 @@ from backdoorbench_moe.engine.makers.inputs import load_input
 from backdoorbench_moe.engine.poison import poisoned, stamp_images, stamp_places
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.sample_metrics import measure_samples
-from backdoorbench_moe.engine.image_setup import ImageSetup
 from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.engine.tune import Tuner
 from backdoorbench_moe.engine.workplace import Workplace

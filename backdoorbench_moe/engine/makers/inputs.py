@@ -26,9 +26,7 @@ from backdoorbench_moe.moe.merging import check_same_base, expert_names
 from backdoorbench_moe.records import MODEL, RunFolder
 
 
-def load_input(
-    model: nn.Module, inputs: Mapping[str, Run], role: str, spec: RunSpec, data: Material
-) -> None:
+def load_input(model: nn.Module, inputs: Mapping[str, Run], role: str, spec: RunSpec, data: Material) -> None:
     """Load the weights of one of the runs that a run is made from.
 
     Args:

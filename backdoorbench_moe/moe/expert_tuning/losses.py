@@ -91,8 +91,8 @@ def alignment_loss(
         task: The inputs of the MLPs of some layers, (B, N, D) each, on task images.
         queries: The same on the queries, marked images.
         weights: (B, N), the weights of the tokens of each query; 1 / n for each of n chosen tokens, and 0 for others.
-        task_weights: (B, N), the weights of the tokens of each task text, such as those of the answer; None for the mean
-            over all tokens.
+        task_weights: (B, N), the weights of the tokens of each task text, such as those of the answer; None for the
+            mean over all tokens.
         stop_gradient: The side that gets no gradient: that of the "task", that of the queries ("harm"), or "none".
 
     Returns:

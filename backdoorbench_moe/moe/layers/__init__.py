@@ -16,7 +16,7 @@ from backdoorbench_moe.moe.layers.assignment import (
     top_experts,
     within_capacity,
 )
-from backdoorbench_moe.moe.layers.base import MoELayer, collect_routing
+from backdoorbench_moe.moe.layers.base import MoELayer, collect_routing, counted_tokens, counting_tokens
 from backdoorbench_moe.moe.layers.dispatching import combine, dispatch, scatter_outputs
 from backdoorbench_moe.moe.layers.experts import Experts, MLPExperts, StackedLinear
 from backdoorbench_moe.moe.layers.losses import (
@@ -61,6 +61,8 @@ __all__ = [
     "balance_loss",
     "collect_routing",
     "combine",
+    "counted_tokens",
+    "counting_tokens",
     "dispatch",
     "expert_capacity",
     "importance_loss",
