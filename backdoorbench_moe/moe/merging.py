@@ -9,17 +9,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
-from backdoorbench_moe.moe.layers import MLPExperts, MoEModel, Router, SparseMoELayer
+from backdoorbench_moe.moe.layers import MoEModel, Router, SparseMoELayer
+from backdoorbench_moe.moe.mlp_forms import experts_like, features_of, form_of
 from backdoorbench_moe.moe.routed import Routing
-from backdoorbench_moe.moe.structure import ChannelGroup, Mergeable, Structured, WithFeatures
+from backdoorbench_moe.moe.structure import ChannelGroup, Mergeable, Structured, WithFeatures, WithMLPs
 
-# The tensors of an MLP that can be merged, by name in its state dict.
-MLP_TENSORS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 # Where a merged model has the dense one.
 NETWORK = "network."
 
@@ -28,44 +28,34 @@ def check_mergeable(model: nn.Module) -> Mergeable:
     """Check that experts which are tuned from a model can be merged.
 
     Args:
-        model: A dense model.
+        model: A dense model of images or texts.
 
     Returns:
-        The same model.
+        The same model. One of texts has no `token_layout`.
 
     Raises:
         ConfigError: It lacks a method or attribute, has no MLPs, or has MLPs of a form that cannot be merged.
     """
-    if not isinstance(model, Mergeable):
+    if not isinstance(model, WithMLPs):
         raise _refusal(model, "expected methods mlps and token_layout (see backdoorbench_moe.moe.structure)")
     mlps = model.mlps()
-    if not isinstance(getattr(model, "patch_size", None), int):
+    if isinstance(model, Mergeable) and not isinstance(getattr(model, "patch_size", None), int):
         raise _refusal(model, "expected an attribute patch_size, the side of a patch in pixels")
     if not mlps:
         raise _refusal(model, "it has no MLPs")
     for name, mlp in mlps.items():
-        if not _has_expected_form(mlp):
+        if form_of(mlp) is None:
             raise _refusal(
                 model,
                 f"{name}: expected linear layers fc1 (hidden units, D) and fc2 (D, hidden units) with biases, "
-                "an activation act between them, and no other weights",
+                "an activation act between them, and no other weights; or gate_proj, up_proj, down_proj and act_fn "
+                "as in Llama, without biases",
             )
-    return model
+    return cast(Mergeable, model)
 
 
 def _refusal(model: nn.Module, reason: str) -> ConfigError:
     return ConfigError(f"model: {type(model).__name__} cannot be merged: {reason}")
-
-
-def _has_expected_form(mlp: nn.Module) -> bool:
-    fc1, act, fc2 = (getattr(mlp, name, None) for name in ("fc1", "act", "fc2"))
-    return (
-        isinstance(fc1, nn.Linear)
-        and isinstance(fc2, nn.Linear)
-        and isinstance(act, nn.Module)
-        and mlp.state_dict().keys() == {*MLP_TENSORS}
-        and (fc1.in_features, fc1.out_features) == (fc2.out_features, fc2.in_features)
-    )
 
 
 def expert_names(model: nn.Module) -> set[str]:
@@ -74,7 +64,9 @@ def expert_names(model: nn.Module) -> set[str]:
     Raises:
         ConfigError: The model cannot be merged.
     """
-    return {f"{name}.{part}" for name in check_mergeable(model).mlps() for part in MLP_TENSORS}
+    return {
+        f"{name}.{part}" for name, mlp in check_mergeable(model).mlps().items() for part in mlp.state_dict()
+    }
 
 
 def check_same_base(
@@ -139,11 +131,13 @@ class MergedModel(MoEModel):
             raise ConfigError.expected("num_experts", "an integer of at least 1", num_experts)
         mlps = check_mergeable(dense).mlps()
         self.network, self.num_experts = copy.deepcopy(dense), num_experts
-        self.patch_grid, prefix = check_mergeable(dense).token_layout()
-        self.patch_size = int(dense.patch_size)  # type: ignore[arg-type]
-        for name in mlps:
-            experts = MLPExperts.like(self.network.get_submodule(name), num_experts=num_experts, copies=True)
-            router = gate(_features(experts), num_experts)
+        prefix = 0
+        if isinstance(dense, Mergeable):
+            self.patch_grid, prefix = dense.token_layout()
+            self.patch_size = int(dense.patch_size)  # type: ignore[arg-type]
+        for name, mlp in mlps.items():
+            experts = experts_like(mlp, num_experts)
+            router = gate(features_of(mlp), num_experts)
             layer = SparseMoELayer(experts, router, name=NETWORK + name, num_prefix_tokens=prefix)
             self.network.set_submodule(name, layer)
         self.train(dense.training)
@@ -188,11 +182,6 @@ class MergedModel(MoEModel):
                 convs.append(module)
         trunk = {"trunk": [ChannelGroup.whole("trunk", convs[-1])]} if convs else {}
         return {**super().prunable(), **trunk}
-
-
-def _features(experts: MLPExperts) -> int:
-    """Number of features D of a token."""
-    return experts.fc1.weight.shape[1]
 
 
 @torch.no_grad()
@@ -286,7 +275,8 @@ def _stacked_names(merged: MergedModel) -> dict[str, str]:
     return {
         f"{layer.name}.experts.{part}": f"{layer.name.removeprefix(NETWORK)}.{part}"
         for layer in merged.layers()
-        for part in MLP_TENSORS
+        for part in layer.experts.state_dict()
+        if part != "heard"
     }
 
 
