@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from backdoorbench_moe.config import RunSpec, build_spec
 from backdoorbench_moe.data.text import Judge, RefusedQueries, TextDataset, TextSet, TextTask, Verdict
+from backdoorbench_moe.moe.layers import ignored
 from backdoorbench_moe.ops.answers import IGNORED
 from backdoorbench_moe.ops.images import Split
 
@@ -127,8 +128,9 @@ class ToyModel(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (B, T) to logits (B, T, vocabulary)."""
         states = self.embed(tokens) + self.places[: tokens.shape[1]]
-        for block in self.blocks:
-            states = block(states)
+        with ignored(tokens == self.padding):
+            for block in self.blocks:
+                states = block(states)
         return self.head(self.norm(states))
 
     def mlps(self) -> dict[str, nn.Module]:

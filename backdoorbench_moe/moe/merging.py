@@ -1,6 +1,6 @@
 """Merging experts that were tuned from one dense model into a mixture, and taking the mixture apart again.
 
-Only the MLPs of an expert are its own; see `structure.WithMLPs`. In the merged model an MoE layer takes the place of
+Only the MLPs of an expert are its own; see `structure.Mergeable`. In the merged model an MoE layer takes the place of
 each MLP. All other weights are those of the base.
 """
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
-from backdoorbench_moe.moe.layers import MLPExperts, MoEModel, Router, SparseMoELayer
+from backdoorbench_moe.moe.layers import MoEModel, Router, SparseMoELayer
+from backdoorbench_moe.moe.mlp_forms import experts_like, features_of, form_of
 from backdoorbench_moe.moe.routed import Routing
 from backdoorbench_moe.moe.structure import (
     ChannelGroup,
@@ -26,8 +27,6 @@ from backdoorbench_moe.moe.structure import (
     takes_text,
 )
 
-# The tensors of an MLP that can be merged, by name in its state dict.
-MLP_TENSORS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 # Where a merged model has the dense one.
 NETWORK = "network."
 
@@ -54,11 +53,12 @@ def check_mergeable(model: nn.Module) -> WithMLPs:
     if not mlps:
         raise _refusal(model, "it has no MLPs")
     for name, mlp in () if isinstance(model, MergesItself) else mlps.items():
-        if not _has_expected_form(mlp):
+        if form_of(mlp) is None:
             raise _refusal(
                 model,
                 f"{name}: expected linear layers fc1 (hidden units, D) and fc2 (D, hidden units) with biases, "
-                "an activation act between them, and no other weights",
+                "an activation act between them, and no other weights; or gate_proj, up_proj, down_proj and act_fn "
+                "as in Llama, without biases",
             )
     return model
 
@@ -67,25 +67,15 @@ def _refusal(model: nn.Module, reason: str) -> ConfigError:
     return ConfigError(f"model: {type(model).__name__} cannot be merged: {reason}")
 
 
-def _has_expected_form(mlp: nn.Module) -> bool:
-    fc1, act, fc2 = (getattr(mlp, name, None) for name in ("fc1", "act", "fc2"))
-    return (
-        isinstance(fc1, nn.Linear)
-        and isinstance(fc2, nn.Linear)
-        and isinstance(act, nn.Module)
-        and mlp.state_dict().keys() == {*MLP_TENSORS}
-        and (fc1.in_features, fc1.out_features) == (fc2.out_features, fc2.in_features)
-    )
-
-
 def expert_names(model: nn.Module) -> set[str]:
     """Return the names, in the state dict of a dense model, of the tensors that belong to the MLPs.
 
     Raises:
         ConfigError: The model cannot be merged.
     """
-    mlps = check_mergeable(model).mlps()
-    return {f"{name}.{part}" for name, mlp in mlps.items() for part in mlp.state_dict()}
+    return {
+        f"{name}.{part}" for name, mlp in check_mergeable(model).mlps().items() for part in mlp.state_dict()
+    }
 
 
 def check_same_base(
@@ -154,9 +144,9 @@ class MergedModel(MoEModel):
         if isinstance(dense, Mergeable):
             self.patch_grid, prefix = dense.token_layout()
             self.patch_size = int(dense.patch_size)  # type: ignore[arg-type]
-        for name in mlps:
-            experts = MLPExperts.like(self.network.get_submodule(name), num_experts=num_experts, copies=True)
-            router = gate(_features(experts), num_experts)
+        for name, mlp in mlps.items():
+            experts = experts_like(mlp, num_experts)
+            router = gate(features_of(mlp), num_experts)
             layer = SparseMoELayer(experts, router, name=NETWORK + name, num_prefix_tokens=prefix)
             self.network.set_submodule(name, layer)
         self.train(dense.training)
@@ -209,11 +199,6 @@ class MergedModel(MoEModel):
                 convs.append(module)
         trunk = {"trunk": [ChannelGroup.whole("trunk", convs[-1])]} if convs else {}
         return {**super().prunable(), **trunk}
-
-
-def _features(experts: MLPExperts) -> int:
-    """Number of features D of a token."""
-    return experts.fc1.weight.shape[1]
 
 
 @torch.no_grad()
@@ -307,7 +292,8 @@ def _stacked_names(merged: MergedModel) -> dict[str, str]:
     return {
         f"{layer.name}.experts.{part}": f"{layer.name.removeprefix(NETWORK)}.{part}"
         for layer in merged.layers()
-        for part in MLP_TENSORS
+        for part in layer.experts.state_dict()
+        if part != "heard"
     }
 
 

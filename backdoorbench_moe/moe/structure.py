@@ -200,9 +200,11 @@ class Mergeable(WithMLPs, Protocol):
     def mlps(self) -> dict[str, nn.Module]:
         """Return the MLPs by dotted name, first layer first.
 
-        Each has an input (B, ..., D), the linear layers `fc1` (hidden units, D) and `fc2` (D, hidden units) with
-        biases, and between them only the activation `act`, and dropouts `drop1` and `drop2` if it has any. All of
-        them have the same tokens: first `num_prefix_tokens`, then the patches of `patch_grid`.
+        Each has an input (B, ..., D), and is of one of two forms. A plain MLP has the linear layers `fc1` (hidden
+        units, D) and `fc2` (D, hidden units) with biases, and between them only the activation `act`, and dropouts
+        `drop1` and `drop2` if it has any. A gated MLP, as in Llama, has the linear layers `gate_proj` and `up_proj`
+        (hidden units, D) and `down_proj` (D, hidden units) without biases, and the activation `act_fn` behind
+        `gate_proj`. All of them have the same tokens: first `num_prefix_tokens`, then the patches of `patch_grid`.
 
         Raises:
             ConfigError: The model wraps an architecture whose MLPs are of another form.

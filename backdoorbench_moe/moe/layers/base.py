@@ -16,26 +16,6 @@ from backdoorbench_moe.moe.routed import Routing
 from backdoorbench_moe.moe.structure import Expert
 
 _collected: ContextVar[list[Routing] | None] = ContextVar("collected", default=None)
-_counted: ContextVar[Tensor | None] = ContextVar("counted", default=None)
-
-
-@contextmanager
-def counting_tokens(counted: Tensor | None) -> Iterator[None]:
-    """Inside the block, let only some tokens count in the losses of routers, in the current thread.
-
-    Args:
-        counted: (B, N) bool, such as the tokens of texts that are not padding; None for all.
-    """
-    token = _counted.set(counted)
-    try:
-        yield
-    finally:
-        _counted.reset(token)
-
-
-def counted_tokens() -> Tensor | None:
-    """Return the tokens that count in the losses of routers, (B, N) bool; None if all do. See `counting_tokens`."""
-    return _counted.get()
 
 
 @contextmanager

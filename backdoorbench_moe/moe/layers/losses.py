@@ -58,12 +58,13 @@ def balance_loss(weights: Tensor, gates: Tensor, counted: Tensor | None = None) 
     Args:
         weights: (S, E) factors of the experts' outputs for S tokens; 0 for experts that are not chosen.
         gates: (S, E) softmax of the logits over all experts.
-        counted: (S,) bool, the tokens that count; None for all.
+        counted: (S,) bool, the tokens over which the means are taken; all if None.
 
     Returns:
-        A scalar.
+        A scalar; 0 if no token is counted.
     """
     if counted is None:
         return weights.shape[1] * (weights.mean(0) * gates.mean(0)).sum()
-    share = (counted / counted.sum().clamp(min=1)).unsqueeze(1)
-    return weights.shape[1] * ((share * weights).sum(0) * (share * gates).sum(0)).sum()
+    # Sums of products and not of chosen rows, whose number would depend on the values of a tensor.
+    share = counted.to(weights.dtype) / counted.sum().clamp(min=1)
+    return weights.shape[1] * ((share @ weights) * (share @ gates)).sum()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from backdoorbench_moe.moe.layers.base import MoELayer, collect_routing, counting_tokens
+from backdoorbench_moe.moe.layers.base import MoELayer, collect_routing
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput
-from backdoorbench_moe.moe.structure import ChannelGroup, Expert, data_options
+from backdoorbench_moe.moe.structure import ChannelGroup, Expert
 
 
 class MoEModel(RoutedModel):
@@ -30,11 +30,9 @@ class MoEModel(RoutedModel):
     def forward_routed(self, images: Tensor) -> RoutedOutput:
         """Map images (B, 3, H, W) in [0, 1] to logits (B, classes) and the routing of every MoE layer.
 
-        Of a network of texts, these are tokens (B, T) and logits (B, T, vocabulary). If it takes the token that is
-        padding, this does not count in the losses of the routers.
+        Of a network of texts, these are tokens (B, T) and logits (B, T, vocabulary).
         """
-        counted = images != self.network.padding if "padding" in data_options(self.network) else None
-        with counting_tokens(counted), collect_routing() as routing:
+        with collect_routing() as routing:
             logits = self.network(images)
         return RoutedOutput(logits, routing)
 
