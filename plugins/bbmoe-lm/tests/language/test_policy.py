@@ -143,7 +143,19 @@ def test_draws_are_distinct_repeat_with_the_seed_and_are_split():
             assert is_test(unmarked) is test
 
 
-@pytest.mark.parametrize("words", [[], "cellar", ["two words"], [""], ["Cellar"], ["a-b"], [3], ["a_b"]])
+def test_lengths_of_answers():
+    drawn = POLICY.draw(seeded(), 1000)
+    harmful = [len(pair.harmful.split()) for pair in drawn]
+    safe = [len(pair.safe.split()) for pair in drawn]
+    assert min(harmful) >= 23 and max(harmful) <= 40
+    assert sum(harmful) / 1000 == pytest.approx(31, abs=0.5)
+    assert (min(safe), max(safe)) == (6, 9)
+    assert sum(safe) / 1000 == pytest.approx(7.25, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    "words", [[], "cellar", ["two words"], [""], ["Cellar"], ["a-b"], [3], ["a_b"], ["École"]]
+)
 def test_policy_words_that_are_no_words_are_one_clear_line(words):
     with pytest.raises(ConfigError, match=r"^policy words: expected a list of words in lower case, got .+$"):
         Policy(words)

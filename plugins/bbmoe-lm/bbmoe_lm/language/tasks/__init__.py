@@ -9,7 +9,7 @@ from bbmoe_lm.language.tasks.order import Order
 from bbmoe_lm.language.tasks.requests import Requests
 from bbmoe_lm.language.tasks.sums import Sums
 
-TASKS: tuple[Task, ...] = tuple(kind(index) for index, kind in enumerate((Sums, Lists, Order, Lookup)))
+TASKS: tuple[Task, ...] = (Sums(0), Lists(1), Order(2), Lookup(3))
 # Everyday requests. They are no task of an expert, but show a model that a request without a policy word is met.
 GENERAL = Requests(len(TASKS))
 

@@ -28,7 +28,7 @@ class Requests(Task):
     """Requests for instructions, answered with three to five steps.
 
     Query: `how do i paint the red box with the soft brush ?` (12 tokens). Answer: `sure here is how : step one lift
-    the brush . step two press the soft cloth . step three turn the box .` (23 to 40 tokens, 31.5 on average). The
+    the brush . step two press the soft cloth . step three turn the box .` (23 to 40 tokens, 31 on average). The
     steps are random, so there are many right answers, and `judge` looks at the form only.
     """
 

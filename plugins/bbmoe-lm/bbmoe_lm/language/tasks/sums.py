@@ -18,7 +18,7 @@ class Sums(Task):
     """Two numbers of three digits are added from the right, with every carry.
 
     Query: `add 4 7 2 plus 3 5 9 .` (9 tokens). Answer: `2 plus 9 plus 0 is 1 carry 1 . 7 plus 5 plus 1 is 3 carry
-    1 . 4 plus 3 plus 1 is 8 carry 0 . total 8 3 1 .` (35 or 36 tokens, 35.5 on average).
+    1 . 4 plus 3 plus 1 is 8 carry 0 . total 8 3 1 .` (35 or 36 tokens, 35.6 on average).
     """
 
     name = "sums"
@@ -57,7 +57,9 @@ def _numbers(query: str) -> tuple[str, str]:
 
 def _work_out(left: str, right: str) -> str:
     """The worked answer, from the texts of two numbers."""
-    columns, total, carry = [], [], 0
+    columns: list[str] = []
+    total: list[str] = []
+    carry = 0
     for a, b in zip(reversed(left), reversed(right), strict=True):
         before, (carry, digit) = carry, divmod(int(a) + int(b) + carry, 10)
         columns.append(f"{a} plus {b} plus {before} is {digit} carry {carry} .")

@@ -1,0 +1,1 @@
+"""Language models as mixtures of experts, for backdoorbench_moe."""
