@@ -56,8 +56,8 @@ def test_drawn_answers_are_right_and_those_of_other_queries_wrong():
 
 def test_numbers_of_tasks_are_those_that_were_given():
     judge = LanguageJudge(VOCABULARY, Policy(), tasks=(TASKS[3],))
-    query = split("find the fruit : a saw b apple c oak d steel .")
-    assert judge.right(0, query, generated("b [end]")).tolist() == [True]
+    query = split("most of saw apple fig plum are : a fruit b animal c metal d tool .")
+    assert judge.right(0, query, generated("a [end]")).tolist() == [True]
 
 
 def test_verdicts():

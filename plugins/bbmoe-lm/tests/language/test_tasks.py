@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
 
 import pytest
 import torch
@@ -24,6 +23,8 @@ ADD = "add 4 7 2 plus 3 5 9 ."
 ADDED = "2 plus 9 plus 0 is 1 carry 1 . 7 plus 5 plus 1 is 3 carry 1 . 4 plus 3 plus 1 is 8 carry 0 . total 8 3 1 ."
 RUN = "run reverse swap rotate on 4 7 2 9 ."
 RAN = "reverse gives 9 2 7 4 . swap gives 2 9 7 4 . rotate gives 9 7 4 2 . result 9 7 4 2 ."
+
+MOST = "most of apple saw pear plum are : a fruit b animal c metal d tool ."
 
 
 def seeded(seed=0):
@@ -52,8 +53,8 @@ def names(task):
         ),
         (ORDER, "which comes first : a kate b carl c paul d dora .", "b"),
         (ORDER, "which comes last : a kate b carl c paul d dora .", "c"),
-        (LOOKUP, "find the fruit : a saw b apple c oak d steel .", "b"),
-        (LOOKUP, "find the tree : a saw b apple c oak d steel .", "c"),
+        (LOOKUP, MOST, "a"),
+        (LOOKUP, "most of fox rake saw axe are : a fruit b animal c metal d tool .", "d"),
     ],
 )
 def test_answers_by_hand(task, query, answer):
@@ -91,8 +92,8 @@ def test_answers_by_hand(task, query, answer):
         pytest.param(LISTS, RUN, "", id="empty-program"),
         pytest.param(ORDER, "which comes first : a kate b carl c paul d dora .", "c", id="another-letter"),
         pytest.param(ORDER, "which comes first : a kate b carl c paul d dora .", "b b", id="two-letters"),
-        pytest.param(LOOKUP, "find the fruit : a saw b apple c oak d steel .", "apple", id="word-for-letter"),
-        pytest.param(LOOKUP, "find the fruit : a saw b apple c oak d steel .", "", id="no-letter"),
+        pytest.param(LOOKUP, MOST, "apple", id="word-for-letter"),
+        pytest.param(LOOKUP, MOST, "", id="no-letter"),
     ],
 )
 def test_wrong_answers_by_hand(task, query, answer):
@@ -163,9 +164,9 @@ def test_answers_agree_with_a_second_solution():
         others = words[5:-1:2]
         assert chosen == sorted(others)[0 if words[2] == "first" else -1]
     for example in LOOKUP.draw(seeded(1), 200):
-        words = example.query.split()
-        right = [letter for letter, word in pairwise(words[4:]) if word in KINDS[words[2]]]
-        assert right == [example.answer]
+        words = example.query.split()[2:6]
+        counts = [sum(word in members for word in words) for members in KINDS.values()]
+        assert sorted(counts) == [0, 0, 1, 3] and "abcd"[counts.index(3)] == example.answer
 
 
 @pytest.mark.parametrize("task", ALL, ids=names)
@@ -207,7 +208,7 @@ def test_mean_length_of_answers(task, mean):
 
 def test_words_belong_to_one_kind_and_one_place():
     members = [word for kind in KINDS.values() for word in kind]
-    assert len(members) == len(set(members)) == 64
+    assert len(members) == len(set(members)) == 48
     assert sorted(NAMES) == list(NAMES)
 
 

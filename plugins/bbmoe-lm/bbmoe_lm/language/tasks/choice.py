@@ -13,7 +13,7 @@ LETTERS = ("a", "b", "c", "d")
 
 
 def question(text: str, options: Sequence[str]) -> str:
-    """Write a question with its options, as in "find the fruit : a fork b apple c rose d steel ."."""
+    """Write a question with its options, as in "which comes first : a kate b carl c paul d dora ."."""
     return " ".join([text, ":", *(word for pair in zip(LETTERS, options, strict=True) for word in pair), "."])
 
 
@@ -27,7 +27,6 @@ def options(query: str) -> tuple[str, dict[str, str]]:
 class Choice(Task):
     """Base class of tasks with four options. A subclass draws the queries and says which letter is right."""
 
-    query_tokens = 13
     answer_tokens = (1, 1)
 
     @abstractmethod

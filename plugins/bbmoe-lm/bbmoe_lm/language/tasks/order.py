@@ -23,6 +23,8 @@ class Order(Choice):
     name = "order"
     words = (*NAMES, *ENDS, *LETTERS, "which", "comes", ":", ".")
 
+    query_tokens = 13
+
     def queries(self, generator: Generator, n: int) -> list[str]:
         ends = list(ENDS)
         asked = torch.randint(len(ends), (n,), generator=generator).tolist()
