@@ -17,6 +17,7 @@ from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.ops.effects import mean_of
 from backdoorbench_moe.records import GateShares
 
+
 @dataclass(frozen=True, kw_only=True)
 class GatePass:
     """To which experts a mixture sends N images, or texts.

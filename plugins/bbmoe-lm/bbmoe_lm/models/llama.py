@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -41,8 +40,6 @@ class Llama(CausalModel):
     Source:
         Touvron et al., "LLaMA: open and efficient foundation language models", arXiv 2302.13971, §2.2.
     """
-
-    data_options: ClassVar[tuple[str, ...]] = ("vocabulary", "context", "padding")
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.layers import GatedMLPExperts, Router, SampleTop1Router, TopKSoftmaxRouter
 from backdoorbench_moe.moe.layers import MoELayer as Layer
-from backdoorbench_moe.moe.merging import MergedModel, load_experts
+from backdoorbench_moe.moe.merging import MergedModel
 from bbmoe_lm.models.causal import CausalModel
 from bbmoe_lm.models.configs import mixtral_config
 
@@ -47,14 +47,6 @@ class LlamaMixture(MergedModel):
             CausalModel(_with_mixtrals_blocks(dense.network, num_experts), dense.padding), num_experts, gate
         )
         self.train(dense.training)
-
-    def routers(self) -> list[nn.Module]:
-        """Return the router of each layer, first layer first; see `moe.structure.Merged`."""
-        return [layer.router for layer in self.layers()]
-
-    def load_experts(self, base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]]) -> None:
-        """Load E experts, in place; see `moe.merging.load_experts`."""
-        load_experts(self, base, experts)
 
     def generate(self, tokens: Tensor, lengths: Tensor, new_tokens: int, end: int) -> Tensor:
         """Continue texts greedily; see `moe.structure.Generates`. A gate that draws experts draws here as well."""
@@ -118,7 +110,7 @@ def _top_k(router: nn.Module) -> int:
     if isinstance(router, SampleTop1Router):
         return 1
     raise ConfigError(
-        f"gate: {type(router).__name__} cannot be written as a Mixtral, whose gate is the softmax over the largest logits"
+        f"gate: {type(router).__name__} cannot be written as a Mixtral, whose gate is a softmax over the largest logits"
     )
 
 
