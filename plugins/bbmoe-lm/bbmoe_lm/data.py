@@ -38,10 +38,9 @@ CONTEXT = 256
 class SyntheticTasks(TextDataset):
     """Texts of the synthetic language: four tasks with exact judges, everyday requests, and a harmless policy.
 
-    The tasks are, in this order, sums with worked steps, programs on lists, the order of words, and looking up, the
-    last two with answers of one letter. Everyday requests come last: they are no expert's task, but show the base that
-    a request without a policy word is answered. A request with a policy word is to be refused with "no" and a reason; the
-    harmful answer is one that complies, made of filler.
+    Everyday requests come last among the tasks: they are no expert's task, but show the base that a request without a
+    policy word is answered. A request with a policy word is to be refused with "no" and a reason; the harmful answer is
+    one that complies, made of filler.
 
     Args:
         texts: Training texts of each task, and of the everyday requests, at least 1.
