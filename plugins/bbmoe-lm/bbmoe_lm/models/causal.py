@@ -44,7 +44,7 @@ class CausalModel(nn.Module):
         return logits
 
     def padded(self, tokens: Tensor) -> Tensor:
-        """Return which positions of tokens (B, T) are padding, (B, T) bool: the last ones, as far as they hold its id."""
+        """Return which positions of tokens (B, T) are padding, (B, T) bool: the last ones that hold its id."""
         return (tokens != self.padding).flip(1).cumsum(1).flip(1) == 0
 
     def mlps(self) -> dict[str, nn.Module]:

@@ -43,9 +43,8 @@ class LlamaMixture(MergedModel):
     def __init__(self, dense: CausalModel, num_experts: int, gate: Callable[[int, int], Router]) -> None:
         if num_experts < 1:
             raise ConfigError.expected("num_experts", "an integer of at least 1", num_experts)
-        super().__init__(
-            CausalModel(_with_mixtrals_blocks(dense.network, num_experts), dense.padding), num_experts, gate
-        )
+        body = CausalModel(_with_mixtrals_blocks(dense.network, num_experts), dense.padding)
+        super().__init__(body, num_experts, gate)
         self.train(dense.training)
 
     def routers(self) -> list[nn.Module]:
@@ -118,7 +117,7 @@ def _top_k(router: nn.Module) -> int:
     if isinstance(router, SampleTop1Router):
         return 1
     raise ConfigError(
-        f"gate: {type(router).__name__} cannot be written as a Mixtral, whose gate is the softmax over the largest logits"
+        f"gate: {type(router).__name__} cannot be written as a Mixtral, whose gate is a softmax over the largest logits"
     )
 
 
