@@ -37,7 +37,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a checkpoint: one, or those that an index lists.
 
     Raises:
-        ConfigError: There is none, as where weights are pickled; or the index is damaged or names a file elsewhere.
+        ConfigError: There is none, or only pickled weights; or the index is damaged or names a file elsewhere.
     """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]

@@ -43,9 +43,8 @@ class LlamaMixture(MergedModel):
     def __init__(self, dense: CausalModel, num_experts: int, gate: Callable[[int, int], Router]) -> None:
         if num_experts < 1:
             raise ConfigError.expected("num_experts", "an integer of at least 1", num_experts)
-        super().__init__(
-            CausalModel(_with_mixtrals_blocks(dense.network, num_experts), dense.padding), num_experts, gate
-        )
+        body = CausalModel(_with_mixtrals_blocks(dense.network, num_experts), dense.padding)
+        super().__init__(body, num_experts, gate)
         self.train(dense.training)
 
     def generate(self, tokens: Tensor, lengths: Tensor, new_tokens: int, end: int) -> Tensor:
