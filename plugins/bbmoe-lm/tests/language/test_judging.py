@@ -32,8 +32,8 @@ def generated(*texts):
 
 def test_right_answers():
     queries = split(
-        *["which comes first : a kate b carl c paul d dora ."] * 4,
-        "which comes last : a kate b carl c paul d dora .",
+        *["who wins the votes b a d b a b c b d ."] * 4,
+        "who wins the votes b a d a a b c a d .",
     )
     answers = generated("b [end] a a", "b", "b a", "[end] b", "b [end]")
     right = JUDGE.right(2, queries, answers)

@@ -9,13 +9,12 @@ import torch
 from bbmoe_lm.language import GENERAL, TASKS, is_test
 from bbmoe_lm.language.tasks.base import Task, sentences
 from bbmoe_lm.language.tasks.lookup import KINDS
-from bbmoe_lm.language.tasks.order import NAMES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backdoorbench_moe.errors import ConfigError
 
-SUMS, LISTS, ORDER, LOOKUP = TASKS
+SUMS, LISTS, VOTES, LOOKUP = TASKS
 ALL = (*TASKS, GENERAL)
 WORKED = (SUMS, LISTS)
 
@@ -24,6 +23,7 @@ ADDED = "2 plus 9 plus 0 is 1 carry 1 . 7 plus 5 plus 1 is 3 carry 1 . 4 plus 3 
 RUN = "run reverse swap rotate on 4 7 2 9 ."
 RAN = "reverse gives 9 2 7 4 . swap gives 2 9 7 4 . rotate gives 9 7 4 2 . result 9 7 4 2 ."
 
+ELECTION = "who wins the votes c a d a b a c a b ."
 MOST = "most of apple saw pear plum are : a fruit b animal c metal d tool ."
 
 
@@ -51,8 +51,8 @@ def names(task):
             "run rotate rotate reverse on 5 0 0 1 .",
             "rotate gives 0 0 1 5 . rotate gives 0 1 5 0 . reverse gives 0 5 1 0 . result 0 5 1 0 .",
         ),
-        (ORDER, "which comes first : a kate b carl c paul d dora .", "b"),
-        (ORDER, "which comes last : a kate b carl c paul d dora .", "c"),
+        (VOTES, ELECTION, "a"),
+        (VOTES, "who wins the votes d d b b d c c a a .", "d"),
         (LOOKUP, MOST, "a"),
         (LOOKUP, "most of fox rake saw axe are : a fruit b animal c metal d tool .", "d"),
     ],
@@ -90,8 +90,8 @@ def test_answers_by_hand(task, query, answer):
         pytest.param(LISTS, RUN, RAN.replace("swap gives", "rotate gives"), id="another-operation"),
         pytest.param(LISTS, RUN, RAN.replace("9 2 7 4 . swap", "9 2 7 4 4 . swap"), id="longer-list"),
         pytest.param(LISTS, RUN, "", id="empty-program"),
-        pytest.param(ORDER, "which comes first : a kate b carl c paul d dora .", "c", id="another-letter"),
-        pytest.param(ORDER, "which comes first : a kate b carl c paul d dora .", "b b", id="two-letters"),
+        pytest.param(VOTES, ELECTION, "c", id="another-letter"),
+        pytest.param(VOTES, ELECTION, "a a", id="two-letters"),
         pytest.param(LOOKUP, MOST, "apple", id="word-for-letter"),
         pytest.param(LOOKUP, MOST, "", id="no-letter"),
     ],
@@ -158,11 +158,10 @@ def test_answers_agree_with_a_second_solution():
             else:
                 state = state.flip(0) if operation == "reverse" else state.roll(-1)
         assert example.answer.endswith(f"result {' '.join(map(str, state.tolist()))} .")
-    for example in ORDER.draw(seeded(1), 200):
-        words = example.query.split()
-        chosen = words[words.index(example.answer, 4) + 1]
-        others = words[5:-1:2]
-        assert chosen == sorted(others)[0 if words[2] == "first" else -1]
+    for example in VOTES.draw(seeded(1), 200):
+        votes = example.query.removeprefix("who wins the votes ").removesuffix(" .").split()
+        assert len(votes) == 9
+        assert all(votes.count(example.answer) > votes.count(other) for other in {*"abcd"} - {example.answer})
     for example in LOOKUP.draw(seeded(1), 200):
         words = example.query.split()[2:6]
         counts = [sum(word in members for word in words) for members in KINDS.values()]
@@ -191,7 +190,7 @@ def test_one_query_in_eight_is_for_testing():
     assert 400 < sum(map(is_test, queries)) < 600
 
 
-@pytest.mark.parametrize("task", [ORDER, LOOKUP], ids=names)
+@pytest.mark.parametrize("task", [VOTES, LOOKUP], ids=names)
 def test_letters_are_balanced(task):
     letters = [example.answer for example in task.draw(seeded(), 2000)]
     # Mean 500, standard deviation 19.
@@ -199,17 +198,16 @@ def test_letters_are_balanced(task):
 
 
 @pytest.mark.parametrize(
-    ("task", "mean"), [(SUMS, 35.6), (LISTS, 27), (ORDER, 1), (LOOKUP, 1), (GENERAL, 31)]
+    ("task", "mean"), [(SUMS, 35.6), (LISTS, 27), (VOTES, 1), (LOOKUP, 1), (GENERAL, 31)]
 )
 def test_mean_length_of_answers(task, mean):
     lengths = [len(example.answer.split()) for example in task.draw(seeded(), 2000)]
     assert sum(lengths) / len(lengths) == pytest.approx(mean, abs=0.3)
 
 
-def test_words_belong_to_one_kind_and_one_place():
+def test_words_belong_to_one_kind():
     members = [word for kind in KINDS.values() for word in kind]
     assert len(members) == len(set(members)) == 48
-    assert sorted(NAMES) == list(NAMES)
 
 
 class Coin(Task):

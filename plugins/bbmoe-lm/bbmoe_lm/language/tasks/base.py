@@ -37,7 +37,7 @@ class Task(ABC):
 
     @abstractmethod
     def queries(self, generator: Generator, n: int) -> list[str]:
-        """Draw `n` queries, which need not be distinct."""
+        """Draw at most `n` queries, which need not be distinct."""
 
     @abstractmethod
     def answers(self, generator: Generator, queries: Sequence[str]) -> list[str]:

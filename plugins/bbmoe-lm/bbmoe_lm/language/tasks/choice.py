@@ -1,4 +1,4 @@
-"""Questions with four options, whose answer is one letter."""
+"""Tasks whose answer is the letter of one of four options."""
 
 from __future__ import annotations
 
@@ -10,18 +10,6 @@ from torch import Generator
 from bbmoe_lm.language.tasks.base import Task
 
 LETTERS = ("a", "b", "c", "d")
-
-
-def question(text: str, options: Sequence[str]) -> str:
-    """Write a question with its options, as in "which comes first : a kate b carl c paul d dora ."."""
-    return " ".join([text, ":", *(word for pair in zip(LETTERS, options, strict=True) for word in pair), "."])
-
-
-def options(query: str) -> tuple[str, dict[str, str]]:
-    """Return the text of a question, and its options by letter."""
-    text, _, listed = query.partition(" : ")
-    words = listed.split()
-    return text, dict(zip(words[0::2], words[1::2], strict=False))
 
 
 class Choice(Task):

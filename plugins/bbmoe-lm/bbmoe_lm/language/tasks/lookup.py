@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 from torch import Generator
 
-from bbmoe_lm.language.tasks.choice import LETTERS, Choice, options, question
+from bbmoe_lm.language.tasks.choice import LETTERS, Choice
 
 FRUIT = "apple cherry fig grape lemon mango melon olive peach pear plum quince"
 ANIMAL = "bear camel deer fox goat hare horse lion otter sheep tiger wolf"
@@ -22,6 +22,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 KIND_OF = {word: kind for kind, members in KINDS.items() for word in members}
 WORDS, COMMON = 4, 3
+OPTIONS = " ".join(f"{letter} {kind}" for letter, kind in zip(LETTERS, KINDS, strict=True))
 
 
 class Lookup(Choice):
@@ -48,12 +49,11 @@ class Lookup(Choice):
         ]
 
     def letter(self, query: str) -> str:
-        text, listed = options(query)
-        counts = Counter(KIND_OF[word] for word in text.split() if word in KIND_OF)
-        ((most, _),) = counts.most_common(1)
-        return next(letter for letter, kind in listed.items() if kind == most)
+        asked = query.split()[2 : 2 + WORDS]
+        ((most, _),) = Counter(KIND_OF[word] for word in asked).most_common(1)
+        return LETTERS[list(KINDS).index(most)]
 
 
 def _ask(words: list[str], odd: str, place: int) -> str:
     """The query about three words of one kind and an odd word at a place among them."""
-    return question(f"most of {' '.join([*words[:place], odd, *words[place:]])} are", list(KINDS))
+    return f"most of {' '.join([*words[:place], odd, *words[place:]])} are : {OPTIONS} ."
