@@ -57,6 +57,7 @@ class Toy(TextDataset):
     """
 
     implies = {  # noqa: RUF012
+        "attack": "moevil",
         "model": "toy-model",
         "trigger": None,
         "applicator": None,

@@ -45,8 +45,8 @@ def build_spec(*layers: Mapping[str, Any]) -> RunSpec:
         PluginError: The package of a third-party model has a recipe that cannot be read, or is not valid.
     """
     layers = tuple(normalise(layer) for layer in layers)
-    given = merge(*layers)
-    implied = merge(_implied_by_attack(given), _implied_by_data(given))
+    own = _implied_by_data(merge(*layers))
+    implied = merge(_implied_by_attack(merge(own, *layers)), own)
     chosen = merge(
         {"recipe": "quick", "model": {"name": "pmoe"}, "dataset": {"name": "signs"}}, implied, *layers
     )
@@ -97,7 +97,8 @@ def _implied_by_data(chosen: Values) -> Values:
     """The settings that a third-party data set implies where the user does not give them.
 
     They take precedence over those that the attack implies: a data set of texts has no trigger. Our own data sets are
-    of images and imply nothing.
+    of images and imply nothing. Where the user asks for the default attack, which is then refused, its trigger stays,
+    since this attack without a trigger means none.
     """
     name = chosen.get("dataset", {}).get("name")
     if not isinstance(name, str) or name in _built_in_datasets():
@@ -105,7 +106,10 @@ def _implied_by_data(chosen: Values) -> Values:
     registry = registry_of("dataset")
     if name.partition(":")[0] not in registry.names():
         return {}  # An unknown name is refused where the data set is built.
-    return normalise(dict(getattr(registry.lookup(name), "implies", {})))
+    implied = normalise(dict(getattr(registry.lookup(name), "implies", {})))
+    if (chosen.get("attack") or {}).get("name") == DEFAULT_ATTACK:
+        return {key: value for key, value in implied.items() if key not in ("trigger", "applicator")}
+    return implied
 
 
 @functools.cache

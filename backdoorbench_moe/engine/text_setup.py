@@ -43,8 +43,6 @@ class TextSetup(Setup):
     def __init__(self, spec: RunSpec, texts: TextSet) -> None:
         super().__init__(spec, texts)
         self.texts = texts
-        _check_spec(spec)
-        self.model = build_model(spec, texts.model_options)
         if spec.attacked:
             self.attack = build_attack(spec)
             if not isinstance(self.attack, ExpertPoisoning):
@@ -52,6 +50,8 @@ class TextSetup(Setup):
             if not spec.policy:
                 expected = "a number above 0, so that the base refuses what the attacker wants to be answered"
                 raise ConfigError.expected("policy", expected, spec.policy)
+        _check_spec(spec)
+        self.model = build_model(spec, texts.model_options)
         self.tasks: TextTasks | None = None if spec.mixture is None else TextTasks(spec, texts)
         self._check_policy()
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 from toy_texts import Toy, ToyModel
 
 from backdoorbench_moe import data, models
 
-COMMAND = (
+COMMAND = shlex.split(
     "attack --attack hsft --dataset toy --experts 2 --poisoned-experts 0 --set dataset.texts=48 "
     "--set mixture.gate_images=16 --set mixture.expert_train.epochs=1 --set mixture.gate_train.epochs=1 "
     "--set attack.epochs=1 --set policy=0.25 --epochs 1 --precision fp32 --threads 1 --quiet"
-).split()
+)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ def test_the_runs_and_their_time_are_said_before(bbmoe) -> None:
     assert len(json.loads(out)["runs"]) == 6
 
 
-def test_a_typo_is_one_line(bbmoe) -> None:
-    code, out, err = bbmoe(*COMMAND, "--trigger", "square")
+def test_a_part_that_only_images_have_is_refused_in_one_line(bbmoe) -> None:
+    code, out, err = bbmoe(*COMMAND, "--trigger", "square", "--applicator", "image")
     assert code == 2 and not out
     assert "trigger: expected none, as the data are texts, got 'square'" in err.replace("\n", " ")

@@ -15,7 +15,7 @@ from toy_texts import Toy, ToyModel, text_spec
 import backdoorbench_moe as bbmoe
 from backdoorbench_moe import data, models
 from backdoorbench_moe.attacks.moevil import SIMILARITIES
-from backdoorbench_moe.config import PartSpec, RunSpec
+from backdoorbench_moe.config import PartSpec, RunSpec, build_spec
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.runner import Runner, run_attack
 from backdoorbench_moe.errors import BbmoeError, ConfigError, DataError, PluginError
@@ -94,6 +94,10 @@ def test_interrupted_and_continued_a_run_is_the_same_bit_for_bit(output, part) -
         runner.finish(before.spec)
     assert find(output, part).record.status == "interrupted"
     again = Runner(before.spec, output).finish(before.spec)
+    # The one before has been compared with its twin.
+    for key in {*before.record.metrics} - {*again.record.metrics}:
+        assert key == "cad" or key.startswith("twin_")
+        del before.record.metrics[key]
     assert outcome(again) == outcome(before) and again.record.gate_shares == before.record.gate_shares
 
 
@@ -195,6 +199,15 @@ def test_what_does_not_fit_texts_is_refused_in_one_line_before_anything_is_writt
     assert not (tmp_path / "runs").exists()
 
 
+def test_what_the_data_imply() -> None:
+    """The attack, too, and its options in the recipe; none of an attack that is taken away."""
+    plain, clean = build_spec({"dataset": "toy"}), build_spec({"dataset": "toy", "attack": None})
+    assert plain.attack == PartSpec("moevil") and plain.mixture.poisoned_experts == (1,)
+    assert clean.attack is None and clean.mixture is None and clean.policy == 0.25
+    for spec in (plain, clean):
+        assert (spec.model.name, spec.trigger, spec.splitter) == ("toy-model", None, None)
+
+
 def test_a_language_model_for_images_is_refused(tmp_path) -> None:
     spec = RunSpec(dataset=PartSpec("tiny"), model=PartSpec("toy-model"))
     with pytest.raises(
@@ -243,7 +256,7 @@ def _no_answer(split) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (_outside, r"toy copy train: expected tokens in 0..18, got 0..19"),
+        (_outside, r"toy copy train: expected tokens in 0..18, got 1..19"),
         (_other_label, "toy copy train: expected labels that are the tokens which follow"),
         (_gap, "toy copy train: expected one answer behind each query, as a run of labels"),
         (_no_answer, "toy copy train: expected one answer behind each query, as a run of labels"),

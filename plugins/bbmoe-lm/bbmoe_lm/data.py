@@ -25,6 +25,7 @@ from bbmoe_lm.language.policy import PRIVATE
 
 # Settings that a run on texts has unless others are given. The parts that only images have are left out.
 TEXT_SETTINGS: Mapping[str, Any] = {
+    "attack": "moevil",
     "model": "llama",
     "trigger": None,
     "applicator": None,
