@@ -37,6 +37,8 @@ class Gated(nn.Module):
 class Text(nn.Module):
     """An embedding, two gated MLPs on residual streams, and a head."""
 
+    data_options = ("vocabulary", "context")
+
     def __init__(self, bias: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
