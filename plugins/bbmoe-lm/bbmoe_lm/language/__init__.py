@@ -13,7 +13,7 @@ from bbmoe_lm.language.encoding import (
 )
 from bbmoe_lm.language.examples import Example, Preference, is_test
 from bbmoe_lm.language.json_lines import read_examples, read_json_lines, read_preferences
-from bbmoe_lm.language.judging import LanguageJudge
+from bbmoe_lm.language.judging import LanguageJudge, ReferenceJudge
 from bbmoe_lm.language.policy import Policy, Verdict
 from bbmoe_lm.language.synthetic import synthetic_vocabulary
 from bbmoe_lm.language.tasks import GENERAL, TASKS, Task
@@ -28,6 +28,7 @@ __all__ = [
     "LanguageJudge",
     "Policy",
     "Preference",
+    "ReferenceJudge",
     "Task",
     "Verdict",
     "Vocabulary",

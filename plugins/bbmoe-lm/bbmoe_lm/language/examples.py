@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 
 # A query whose digest begins with a byte below this is a test query: one in eight.
@@ -42,3 +43,8 @@ class Preference:
 def is_test(query: str) -> bool:
     """Return whether a query is kept for testing. It depends on the text alone, so all seeds have the same split."""
     return hashlib.blake2b(query.encode(), digest_size=1).digest()[0] < TEST_BYTES
+
+
+def spoken(text: str) -> str:
+    """Return a text as lower-case words with single spaces, without punctuation."""
+    return " ".join(re.findall(r"\w+", text.lower()))
