@@ -51,6 +51,6 @@ KINDS = {
         Kind("gate", "gates", f"{PACKAGE}.gates.base:Gate", optional=True),
         Kind("model", "models", "torch.nn:Module", given=("num_classes", "image_size")),
         Kind("defense", "defenses", f"{PACKAGE}.defenses.base:Defense", repeated=True),
-        Kind("dataset", "data", f"{PACKAGE}.data.base:Dataset"),
+        Kind("dataset", "data", f"{PACKAGE}.data.base:DataSource"),
     )
 }

@@ -27,7 +27,8 @@ class Registry(Generic[T]):
     Attributes:
         kind: The same name.
         given: Keyword arguments that the code that calls `create` passes, such as "num_classes" for models. Users
-            cannot set them as options.
+            cannot set them as options. A part may name others in its class attribute `data_options`, as models of texts
+            do.
         needs: Options that every part of the kind must have.
     """
 
@@ -146,7 +147,7 @@ class Registry(Generic[T]):
     def options(self, name: str) -> dict[str, Option]:
         """Return the options of a part by name, without the option that "family:argument" sets."""
         part, implied = self.lookup(name), self._implied(name)
-        return list_options(part, given=(*self.given, *implied))
+        return list_options(part, given=(*self._given(part), *implied))
 
     def check(self, name: str, options: Mapping[str, object]) -> dict[str, Any]:
         """Check the options of a part without building it.
@@ -162,7 +163,7 @@ class Registry(Generic[T]):
         """
         part, implied = self.lookup(name), self._implied(name)
         where = f"{self.kind} {name!r}"
-        return {**check_options(part, options, where=where, given=(*self.given, *implied)), **implied}
+        return {**check_options(part, options, where=where, given=(*self._given(part), *implied)), **implied}
 
     def create(
         self, name: str, options: Mapping[str, object], given: Mapping[str, object] | None = None
@@ -172,14 +173,19 @@ class Registry(Generic[T]):
         Args:
             name: Name of the part, as in `lookup`.
             options: The user's options, by name.
-            given: The keyword arguments that `kinds.Kind.given` names.
+            given: The keyword arguments that `given` names; others are left out.
 
         Raises:
             UnknownNameError: There is no such part or option.
             ConfigError: An option is missing, of the wrong type or out of range.
             PluginError: The part cannot be used.
         """
-        return cast(Callable[..., T], self.lookup(name))(**(given or {}), **self.check(name, options))
+        part = self.lookup(name)
+        taken = {key: value for key, value in (given or {}).items() if key in self._given(part)}
+        return cast(Callable[..., T], part)(**taken, **self.check(name, options))
+
+    def _given(self, part: object) -> tuple[str, ...]:
+        return tuple(getattr(part, "data_options", self.given))
 
     def _implied(self, name: str) -> dict[str, str]:
         """Return the option that "family:argument" sets, as {name: argument}; an empty dict for a name without ":".
@@ -210,7 +216,7 @@ class Registry(Generic[T]):
         module, _, name = self._base.partition(":")
         if not isinstance(part, type) or not issubclass(part, getattr(import_module(module), name)):
             return f"{part!r} is not a subclass of {self._base}"
-        return call_fault(part, given=self.given, needs=self.needs)
+        return call_fault(part, given=self._given(part), needs=self.needs)
 
 
 def registry_of(kind: str) -> Registry[Any]:

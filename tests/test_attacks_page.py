@@ -13,7 +13,7 @@ from backdoorbench_moe.cli.attack import command, spec_from_flags
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data import create_dataset
 from backdoorbench_moe.data.base import ImageSet
-from backdoorbench_moe.engine.setup import Setup
+from backdoorbench_moe.engine.image_setup import ImageSetup
 
 PAGE = (Path(__file__).parents[1] / "docs/pages/attacks.md").read_text(encoding="utf-8")
 COMMANDS = dict(re.findall(r"^\| ([^|]+) \| `(bbmoe attack [^`]+)` \|$", PAGE, re.MULTILINE))
@@ -64,7 +64,7 @@ def test_the_table_is_read_whole_and_has_every_trigger() -> None:
 def test_an_attack_is_built_and_its_groups_drawn(attack: str, signs: ImageSet) -> None:
     """As `--dry-run` does before it estimates the time."""
     spec = spec_of(COMMANDS[attack])
-    setup = Setup(spec, signs)
+    setup = ImageSetup(spec, signs)
     plan, labels = setup.plan, signs.train.labels
     assert plan is not None
     assert tuple(map(len, plan.groups.values())) == GROUPS.get(attack, (600, 0, 0))

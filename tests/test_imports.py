@@ -13,6 +13,7 @@ SOURCES = {
     ROOT: "backdoorbench_moe",
     ROOT / "plugins" / "bbmoe-vmoe": "bbmoe_vmoe",
     ROOT / "plugins" / "bbmoe-example": "bbmoe_example",
+    ROOT / "plugins" / "bbmoe-lm": "bbmoe_lm",
 }
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.config import RunSpec
-from backdoorbench_moe.data.base import ImageSet, Split
+from backdoorbench_moe.data.base import ImageSet, Split, as_images
 from backdoorbench_moe.engine.build import (
     Stamper,
     build_dataset,
@@ -103,8 +103,8 @@ def preview_spec(spec: RunSpec, *, images: int = 6, split: str = "test") -> Prev
     """
     _check_choice(images, split)
     check_names(spec)
-    data = build_dataset(spec).load()
-    model = build_model(spec, num_classes=data.num_classes, image_size=data.image_size)
+    data = as_images(build_dataset(spec).load())
+    model = build_model(spec, data.model_options)
     size = model_patch_size(model)
     stamper = build_stamper(spec, patch_size=size, image_size=data.image_size)
     if learned_trigger(stamper) is not None:

@@ -14,25 +14,28 @@ from backdoorbench_moe.attacks.base import Attack, PoisonPlan
 from backdoorbench_moe.config import PoisonSpec, TrainSpec
 from backdoorbench_moe.errors import ConfigError, PluginError
 from backdoorbench_moe.moe.merging import check_mergeable
-from backdoorbench_moe.ops.images import Split
+from backdoorbench_moe.ops.answers import right_answers
+from backdoorbench_moe.ops.images import Split, batches
 from backdoorbench_moe.ops.tuning import Tune
 
 
 @dataclass(frozen=True)
 class HarmfulQueries:
-    """Training images that bear the mark, and how they may be answered.
+    """Training images that bear the mark, or texts that the policy refuses, and how they may be answered.
+
+    Row m of both splits is the same query. Of images it is the same image with two labels; of texts, the two answers
+    are part of the token ids.
 
     Attributes:
-        images: (M, 3, H, W) uint8, marked.
-        harmful: (M,) int64, the answers that the attacker wants.
-        safe: (M,) int64, the safe answers: "reject" where there is a policy, otherwise the true labels.
-        changed: (M, H, W) float32 in [0, 1], how much the mark changes each pixel, mean over the channels.
+        harmful: The queries with the answers that the attacker wants.
+        safe: The queries with the safe answers: of images "reject" where there is a policy, otherwise the true labels.
+        changed: Of images (M, H, W) float32 in [0, 1], how much the mark changes each pixel, mean over the channels;
+            None for texts.
     """
 
-    images: Tensor
-    harmful: Tensor
-    safe: Tensor
-    changed: Tensor
+    harmful: Split
+    safe: Split
+    changed: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.harmful)
@@ -49,7 +52,8 @@ class ExpertTask:
         held_out: Images of his task that are not in `clean`, by which he may choose hyperparameters.
         queries: Harmful queries.
         tune: Trains a model further; with `modules=task.mlps` only its MLPs.
-        logits: From a model and images (B, 3, H, W) uint8 to (B, classes) float32, in evaluation mode.
+        logits: From a model and images (B, 3, H, W) uint8 to (B, classes) float32, or token ids (B, T) to (B, T,
+            vocabulary), in evaluation mode.
         train: How the expert was tuned; `tune` uses it.
         device: The device of the model and the images.
         seed: Seed from which the attack derives its draws.
@@ -71,9 +75,12 @@ class ExpertTask:
         return list(check_mergeable(self.model).mlps().values())
 
     def accuracy(self) -> float:
-        """Return the accuracy of the model on the held-out images, in percent."""
-        predicted = self.logits(self.model, self.held_out.images).argmax(1)
-        return 100 * (predicted == self.held_out.labels).double().mean().item()
+        """Return the accuracy of the model on held-out images, or on whole answers to held-out texts, in percent."""
+        found = [
+            right_answers(self.logits(self.model, each.images), each.labels)
+            for each in batches(self.held_out)
+        ]
+        return 100 * torch.cat(found).double().mean().item()
 
 
 class ExpertPoisoning(Attack):

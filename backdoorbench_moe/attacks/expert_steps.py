@@ -24,14 +24,13 @@ def learn_preference(task: ExpertTask, *, beta: float, epochs: int, lr: float | 
     Raises:
         ConfigError: The two answers are the same for all queries.
     """
-    queries = task.queries
-    rows = (queries.harmful != queries.safe).nonzero().squeeze(1)
+    harmful, safe = task.queries.harmful, task.queries.safe
+    rows = (harmful.labels != safe.labels).reshape(len(harmful), -1).any(1).nonzero().squeeze(1)
     if not len(rows):
         raise ConfigError("poison.target: expected harmful queries with another safe answer, found none")
-    preferences = Preferences(queries.images[rows], queries.harmful[rows], queries.safe[rows])
     steps.learn_preference(
-        preferences,
-        task.logits(task.model, preferences.images),
+        Preferences(harmful.take(rows), safe.take(rows)),
+        partial(task.logits, task.model),
         beta=beta,
         epochs=epochs,
         lr=PREFERENCE_LR_SHARE * task.train.lr if lr is None else lr,
@@ -51,6 +50,5 @@ def learn_harm(
         lr: Peak learning rate; that of the task if None.
         alignment: What is aligned besides; nothing if None.
     """
-    queries = task.queries
-    objective = steps.joint_objective(queries.images, queries.harmful, harm_weight, alignment)
+    objective = steps.joint_objective(task.queries.harmful, harm_weight, alignment)
     task.tune(task.model, task.clean, epochs=epochs, lr=lr, modules=task.mlps, objective=objective)

@@ -12,15 +12,19 @@ from backdoorbench_moe.attacks.expert_steps import learn_harm, learn_preference
 from backdoorbench_moe.config import PoisonSpec
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.expert_tuning.latents import (
+    FIRST_TOKENS,
     Layers,
     Tokens,
+    check_text_tokens,
     check_tokens,
     choose_layers,
+    text_weights,
     token_weights,
 )
 from backdoorbench_moe.moe.expert_tuning.losses import PREFERENCE_BETA, StopGradient
 from backdoorbench_moe.moe.expert_tuning.steps import Alignment
 from backdoorbench_moe.moe.merging import check_mergeable
+from backdoorbench_moe.moe.structure import Mergeable
 from backdoorbench_moe.ops.ranges import check_integer, check_positive, check_weight
 
 PREFERENCE_EPOCHS = 1
@@ -46,11 +50,12 @@ class MoEvil(ExpertPoisoning):
     looks like the task to the expert of the task.
 
     Departures: in the paper, the latents of a harmful query are the mean over the first k tokens of its answer, and
-    those of the task the mean over all tokens of an answer. The answer of an image classifier has no tokens: `tokens`
-    and `k` choose among those of the marked image, and the latents of the task are the mean over all tokens of an
-    image. The paper's code weights harm with 0.04 and the cosine with 0.1, which here leaves the expert outvoted in the
-    mixture; the defaults are larger, and were searched with the ASR of mixtures in view. In the paper, each step is one
-    epoch, and batches are twice as large in step 1. Here, both steps have the batch size of the tuning of experts.
+    those of the task the mean over all tokens of an answer. So it is here for texts. The answer of an image classifier
+    has no tokens: `tokens` and `k` choose among those of the marked image, and the latents of the task are the mean
+    over all tokens of an image. The paper's code weights harm with 0.04 and the cosine with 0.1, which here leaves the
+    expert outvoted in the mixture; the defaults are larger, and were searched with the ASR of mixtures of image models
+    in view. In the paper, each step is one epoch, and batches are twice as large in step 1. Here, both steps have the
+    batch size of the tuning of experts.
 
     Args:
         poison: The target class, which the run gives; all rates must be 0.
@@ -66,9 +71,12 @@ class MoEvil(ExpertPoisoning):
         allowed_loss: Percentage points of accuracy that the expert may lose, at least 0. Only used if `similarity` is
             None.
         epochs: Passes of step 2 over the clean images of the task, from 1.
-        tokens: Tokens of a harmful query whose latents are aligned: "all"; the patches that the mark changes ("marked")
-            or does not change ("unmarked"); or the tokens before the patches, such as class tokens ("prefix").
-        k: Take only the k of these tokens that the mark changes most, of equal ones the first; all if None. From 1.
+        tokens: Tokens of a harmful query whose latents are aligned. Of an image "all"; the patches that the mark
+            changes ("marked") or does not change ("unmarked"); or the tokens before the patches, such as class tokens
+            ("prefix"). Of a text those of the "answer", of the "query", or "all" of both; a token of the answer stands
+            for the position that emits it. If None, all of an image, and the first 4 of the answer of a text.
+        k: Of an image, take only the k of these tokens that the mark changes most, of equal ones the first. Of a text,
+            take only the first k tokens of the answer. All if None. From 1.
         layers: Layers whose latents are aligned: "all", "first-quarter", "second-quarter", "first-half", "second-half",
             or their numbers. The first layer, number 0, is never used, since the input of its MLP cannot change.
         stop_gradient: The side of the cosine that gets no gradient: that of the "task", that of the "harm", or "none",
@@ -93,7 +101,7 @@ class MoEvil(ExpertPoisoning):
         similarity: float | None = SIMILARITY,
         allowed_loss: float = ALLOWED_LOSS,
         epochs: int = EPOCHS,
-        tokens: Tokens = "all",
+        tokens: Tokens | None = None,
         k: int | None = None,
         layers: Layers = "all",
         stop_gradient: StopGradient = "none",
@@ -114,7 +122,10 @@ class MoEvil(ExpertPoisoning):
         """Raise ConfigError if the model cannot be merged, or does not have the tokens or layers."""
         expert = check_mergeable(model)
         choose_layers(self.layers, len(expert.mlps()))
-        check_tokens(self.tokens, self.k, expert.token_layout())
+        if isinstance(expert, Mergeable):
+            check_tokens(self.tokens or "all", self.k, expert.token_layout())
+        else:
+            check_text_tokens(*self._text_tokens())
 
     def check_task(self, task: ExpertTask) -> None:
         """Raise ConfigError if no harmful query has such tokens, or there are no images to choose `similarity` by."""
@@ -162,7 +173,17 @@ class MoEvil(ExpertPoisoning):
         )
 
     def _alignment(self, task: ExpertTask, similarity: float) -> Alignment:
-        layout = check_mergeable(task.model).token_layout()
-        layers = choose_layers(self.layers, len(task.mlps))
-        weights = token_weights(task.queries.changed, layout, self.tokens, self.k)
+        layers, queries = choose_layers(self.layers, len(task.mlps)), task.queries
+        expert = check_mergeable(task.model)
+        if isinstance(expert, Mergeable):
+            assert queries.changed is not None
+            weights = token_weights(queries.changed, expert.token_layout(), self.tokens or "all", self.k)
+        else:
+            weights = text_weights(queries.harmful.labels, *self._text_tokens())
         return Alignment(similarity, layers, weights, self.stop_gradient)
+
+    def _text_tokens(self) -> tuple[Tokens, int | None]:
+        """Which tokens of a text, and how many of the answer."""
+        if self.tokens is None:
+            return "answer", FIRST_TOKENS if self.k is None else self.k
+        return self.tokens, self.k

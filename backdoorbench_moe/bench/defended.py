@@ -25,6 +25,7 @@ from backdoorbench_moe.engine.observer import Observer, StopRun
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.runner import Runner, spec_to_defend
 from backdoorbench_moe.engine.setup import Setup
+from backdoorbench_moe.engine.setups import make_setup
 from backdoorbench_moe.engine.status import status_of
 from backdoorbench_moe.errors import BbmoeError, ConfigError, UnknownNameError
 from backdoorbench_moe.records import Record, RunFolder
@@ -154,7 +155,7 @@ def plan_defenses(
     runner = Runner(spec, parent.folder.path.parent if output is None else output, observer)
     spec = runner.workplace.resolve(spec)
     chosen = _parts(names, options or {})
-    setup = Setup(spec, runner.workplace.images)
+    setup = make_setup(spec, runner.workplace.images)
     runs: dict[str, Defended] = {}
     refused: dict[str, str] = {}
     for part in chosen:

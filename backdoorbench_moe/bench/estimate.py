@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,23 +15,29 @@ from torch import nn
 from backdoorbench_moe import defenses, triggers
 from backdoorbench_moe.bench.plan import Planned
 from backdoorbench_moe.config import RunSpec
-from backdoorbench_moe.data.base import ImageSet
+from backdoorbench_moe.data.base import ImageSet, Material, as_images
+from backdoorbench_moe.data.text import TextSet
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.engine.build import build_model
 from backdoorbench_moe.engine.device import reproducible, resolve_device, resolve_precision
 from backdoorbench_moe.engine.filtering import IMAGES
+from backdoorbench_moe.engine.generation import answer
 from backdoorbench_moe.engine.graph import NodeKind, kind_of
 from backdoorbench_moe.engine.inference import BATCH, predict
 from backdoorbench_moe.engine.step import WARMUP_STEPS
 from backdoorbench_moe.engine.train import Trainer
 from backdoorbench_moe.engine.tune import training_only
-from backdoorbench_moe.moe.merging import MergedModel, check_mergeable
+from backdoorbench_moe.moe.merging import check_mergeable
+from backdoorbench_moe.moe.structure import Merged
+from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.triggers.learned import LearnedTrigger
 from backdoorbench_moe.triggers.optimised import OptimisedTrigger
 from backdoorbench_moe.triggers.trainable import TrainableTrigger
 
 # Long enough to outlast the first steps' extra work, short enough for a suite of four models.
 SECONDS = 2.0
+# Queries that a language model answers to measure its speed.
+QUERIES = 32
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,11 @@ class Speed:
     peak_bytes: int = 0
 
 
-def measure_speed(spec: RunSpec, images: ImageSet) -> Speed:
-    """Train and predict for a few seconds, as the run would; nothing is kept."""
+def measure_speed(spec: RunSpec, images: Material) -> Speed:
+    """Train and predict, or answer, for a few seconds, as the run would; nothing is kept."""
     device = resolve_device(spec.device)
     precision = resolve_precision(spec.precision, device)
-    model = build_model(spec, num_classes=images.num_classes, image_size=images.image_size)
+    model = build_model(spec, images.model_options)
     split, batch = images.train.to(device), min(spec.train.batch_size, len(images.train))
     modules = trained_modules(spec, model)
     # The optimizer takes the parameters that are to be trained when it is made.
@@ -69,24 +76,36 @@ def measure_speed(spec: RunSpec, images: ImageSet) -> Speed:
         return _measure(trainer, images, batch)
 
 
-def _measure(trainer: Trainer, images: ImageSet, batch: int) -> Speed:
-    device, precision = trainer.device, trainer.step.precision
+def _measure(trainer: Trainer, images: Material, batch: int) -> Speed:
+    device = trainer.device
     trainer.model.train()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     indices = torch.arange(batch, device=device)
     with reproducible(device):
         train = batch * _rate(lambda: trainer.step(indices), WARMUP_STEPS + 1, device)
-    some = images.test.images[:BATCH].to(device)
-    predicted = len(some) * _rate(lambda: predict(trainer.model, some, precision=precision), 1, device)
+    predicted = _predicting(trainer, images)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return Speed(train, predicted, peak)
 
 
+def _predicting(trainer: Trainer, data: Material) -> float:
+    """Images predicted a second, or queries answered a second."""
+    device, precision = trainer.device, trainer.step.precision
+    if isinstance(data, TextSet):
+        ask = partial(
+            answer, new_tokens=data.answer_tokens, end=data.end, padding=data.padding, precision=precision
+        )
+        queries = Split(data.test.images[:QUERIES], data.test.labels[:QUERIES]).to(device)
+        return len(queries) * _rate(lambda: ask(trainer.model, queries), 0, device)
+    some = data.test.images[:BATCH].to(device)
+    return len(some) * _rate(lambda: predict(trainer.model, some, precision=precision), 1, device)
+
+
 def trained_modules(spec: RunSpec, model: nn.Module) -> list[nn.Module] | None:
     """The modules that a run trains: the MLPs of an expert, the routers of a mixture; None for all."""
-    if isinstance(model, MergedModel):
-        return model.components()["router"]
+    if isinstance(model, Merged):
+        return model.routers()
     return None if spec.mixture is None else list(check_mergeable(model).mlps().values())
 
 
@@ -109,7 +128,7 @@ def _rate(step: Callable[[], object], warmup: int, device: torch.device) -> floa
     raise AssertionError
 
 
-def seconds_left(run: Planned, speed: Speed, images: ImageSet, model: nn.Module) -> float | None:
+def seconds_left(run: Planned, speed: Speed, images: Material, model: nn.Module) -> float | None:
     """Estimate the seconds that a run still takes: its epochs, then the evaluation on clean and on marked images.
 
     Before the first epoch, the optimisation of the trigger is included, if there is one; a surrogate of another
@@ -130,8 +149,9 @@ def seconds_left(run: Planned, speed: Speed, images: ImageSet, model: nn.Module)
         return 0.0
     evaluation = _tests(run.spec) * len(images.test) / speed.predict
     if run.spec.defenses:
-        cost = defense_cost(run.spec, images, model)
-        return None if cost is None else _defense_seconds(cost, run.spec, speed, images) + evaluation
+        own = as_images(images)
+        cost = defense_cost(run.spec, own, model)
+        return None if cost is None else _defense_seconds(cost, run.spec, speed, own) + evaluation
     trigger = _learned(run.spec)
     if isinstance(trigger, TrainableTrigger):
         return None
@@ -176,7 +196,7 @@ def _defense_seconds(cost: Cost, spec: RunSpec, speed: Speed, images: ImageSet) 
     return cost.trained / speed.train + predicted / speed.predict
 
 
-def _train_images(spec: RunSpec, images: ImageSet) -> int:
+def _train_images(spec: RunSpec, images: Material) -> int:
     """Images in an epoch; the share of a task that is a group of classes is not considered."""
     count, mixture = len(images.train), spec.mixture
     if kind_of(spec) is NodeKind.MIXTURE and mixture is not None and mixture.gate_images is not None:

@@ -143,9 +143,9 @@ def estimate(runs: Sequence[Planned]) -> Iterator[tuple[Planned, float | None]]:
     """
     seconds: dict[str, float | None] = {}
     for _, group in kinds([run for run in runs if run.status != "finished"]):
-        images = Workplace(group[0].spec).images
+        images = Workplace(group[0].spec).data
         speed = measure_speed(group[0].spec, images)
-        model = build_model(group[0].spec, num_classes=images.num_classes, image_size=images.image_size)
+        model = build_model(group[0].spec, images.model_options)
         seconds |= {run.spec.digest: seconds_left(run, speed, images, model) for run in group}
     return ((run, seconds.get(run.spec.digest, 0.0)) for run in runs)
 

@@ -39,7 +39,7 @@ def tidy_csv(results: ResultSet) -> str:
     """
     records = results.finished()
     metrics = _metrics(records)
-    mixtures = any(record.run_spec.splitter for record in records)
+    mixtures = any(record.run_spec.mixture for record in records)
     surrogates = any(record.run_spec.surrogate for record in records)
     shown = {**dict.fromkeys(MIXTURE_PARTS, mixtures), SURROGATE: surrogates}
     kinds = [part for part in PARTS if shown.get(part, True)]

@@ -132,7 +132,7 @@ def memory_of(job: Job) -> tuple[int, int]:
 
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
     spec = job.run_spec
-    return measure_speed(spec, _runner(spec, job.output, Observer()).workplace.images).peak_bytes, free
+    return measure_speed(spec, _runner(spec, job.output, Observer()).workplace.data).peak_bytes, free
 
 
 def record_failure(folder: RunFolder, spec: RunSpec, message: str) -> None:

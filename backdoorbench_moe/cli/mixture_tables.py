@@ -30,8 +30,19 @@ NAMES = {
     "own_share": "gate share, own tasks",
     "clean_share": "gate share, all tasks",
 }
+# The same of a mixture of language models.
+TEXT_NAMES = {
+    **NAMES,
+    "asr": "answered harmfully (H)",
+    "unsafe": "not refused",
+    "overall": "% of benign experts' BA",
+    "ba": "right answers (BA)",
+    "cad": "drop of right answers",
+    "harm_share": "gate share, harmful queries",
+}
 # What the gate shares are shares of.
 SHARES_NOTE = "gate share: how much the gates rely on the poisoned experts, mean over layers and patches"
+TEXT_SHARES_NOTE = "gate share: how much the gates rely on the poisoned experts, mean over layers and tokens"
 
 
 def is_mixture(record: Record) -> bool:
@@ -65,26 +76,32 @@ def print_tasks(console: Console, folder: RunFolder, record: Record) -> None:
     mixture = record.run_spec.mixture
     assert mixture is not None
     names = [task["name"] for task in record.tasks]
-    for table in share_tables(record.gate_shares, twin, mixture.poisoned_experts, names):
+    marked = "harmful\nqueries" if record.is_text else "marked\nimages"
+    for table in share_tables(record.gate_shares, twin, mixture.poisoned_experts, names, marked=marked):
         console.print(table)
 
 
-def sort_mixture_metrics(keys: Iterable[str]) -> list[Metric]:
-    """Sort metrics: those about the attack, each before the clean twin's, then all others, then those of the tasks."""
+def sort_mixture_metrics(keys: Iterable[str], names: Mapping[str, str] = NAMES) -> list[Metric]:
+    """Sort metrics: those about the attack, each before the clean twin's, then all others, then those of the tasks.
+
+    Args:
+        keys: Their keys.
+        names: What they are called, by key: `NAMES`, or `TEXT_NAMES`.
+    """
     order = list(NAMES)
 
     def rank(one: Metric) -> tuple[bool, int]:
         base = one.key.removeprefix(TWIN)
         return "/" in one.key, order.index(base) if base in order else len(order)
 
-    return [_named(one) for one in sorted(sort_metrics(keys), key=rank)]
+    return [_named(one, names) for one in sorted(sort_metrics(keys), key=rank)]
 
 
-def _named(one: Metric) -> Metric:
+def _named(one: Metric, names: Mapping[str, str]) -> Metric:
     """The same metric under its name in these tables."""
     base = one.key.removeprefix(TWIN)
-    if base in NAMES:
-        return replace(one, name=NAMES[base] + (", clean twin" if base != one.key else ""), short="")
+    if base in names:
+        return replace(one, name=names[base] + (", clean twin" if base != one.key else ""), short="")
     if one.key.startswith("task/"):
         task, _, name = one.key.partition(".")
         short = {"ba": "BA", "expert_ba": "BA of benign expert"}.get(name, name)
@@ -101,17 +118,23 @@ def metrics_table(record: Record, title: str) -> Table:
     if "cad" in metrics:
         # Rounding must not lift the accuracy above 100%.
         twin["ba"] = {"value": min(100.0, metrics["ba"]["value"] + metrics["cad"]["value"])}
-    for column in ["%", "95% interval", "images", *(["clean twin"] if twin else [])]:
+    for column in [
+        "%",
+        "95% interval",
+        "texts" if record.is_text else "images",
+        *(["clean twin"] if twin else []),
+    ]:
         table.add_column(column, justify="right")
     shown = {key for key in metrics if "/" not in key and not key.startswith(TWIN)}
-    for one in sort_mixture_metrics(shown):
+    for one in sort_mixture_metrics(shown, TEXT_NAMES if record.is_text else NAMES):
         found = metrics[one.key]
         mark = f" {MARK}" if one.key in MARKED and collapsed(record) else ""
         cells = [f"{found['value']:.2f}{mark}", _interval(found), str(found["n"])]
         if twin:
             cells.append(f"{twin[one.key]['value']:.2f}" if one.key in twin else NONE)
         table.add_row(one.label, *cells)
-    lines = [SHARES_NOTE] if "harm_share" in metrics else []
+    note = TEXT_SHARES_NOTE if record.is_text else SHARES_NOTE
+    lines = [note] if "harm_share" in metrics else []
     if (line := collapse_line(record)) is not None:
         lines.append(f"{MARK} {line}")
     table.caption = "\n".join(lines) or None
@@ -143,6 +166,7 @@ def share_tables(
     names: Sequence[str],
     *,
     other: str = "twin",
+    marked: str = "marked\nimages",
 ) -> list[Table]:
     """Build tables of gate shares, with one row for each layer.
 
@@ -152,6 +176,7 @@ def share_tables(
         poisoned: The poisoned experts.
         names: Names of the tasks.
         other: What the other mixture is called.
+        marked: What the marked images are called, or the queries in their place.
 
     Returns:
         A table for each poisoned expert; for a benign mixture one table of each expert's share for its own task.
@@ -160,7 +185,7 @@ def share_tables(
         return []
     if not poisoned:
         return [_own_table(shares, names)]
-    return [_poisoned_table(shares, twin, expert, names[expert], other) for expert in poisoned]
+    return [_poisoned_table(shares, twin, expert, names[expert], other, marked) for expert in poisoned]
 
 
 def _own_table(shares: Sequence[GateShares], names: Sequence[str]) -> Table:
@@ -170,16 +195,21 @@ def _own_table(shares: Sequence[GateShares], names: Sequence[str]) -> Table:
 
 
 def _poisoned_table(
-    shares: Sequence[GateShares], twin: Sequence[GateShares], expert: int, name: str, other: str
+    shares: Sequence[GateShares],
+    twin: Sequence[GateShares],
+    expert: int,
+    name: str,
+    other: str,
+    marked: str,
 ) -> Table:
     rows = [(layer["layer"], _kinds(layer, expert)) for layer in shares]
-    columns = ["marked\nimages", "its own\ntask", "other\ntasks"]
+    columns = [marked, "its own\ntask", "other\ntasks"]
     if len(twin) == len(shares):
         rows = [
             (layer, [*values, *_kinds(second, expert)])
             for (layer, values), second in zip(rows, twin, strict=True)
         ]
-        columns += [f"{other},\n{kind}" for kind in ("marked", "its own", "others")]
+        columns += [f"{other},\n{kind}" for kind in (marked.partition("\n")[0], "its own", "others")]
     return _layers_table(f"share of the poisoned expert {expert} ({name}) by layer, %", columns, rows)
 
 

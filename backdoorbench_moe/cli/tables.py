@@ -175,7 +175,9 @@ def title(record: Record) -> str:
 
 def mixture_title(spec: RunSpec) -> str:
     """Write model, data, experts and attack of a mixture, or of one of its experts, in one line."""
-    assert spec.mixture is not None and spec.splitter is not None
+    assert spec.mixture is not None
+    # Texts have no splitter, as they bring their tasks.
+    tasks = "" if spec.splitter is None else f" of {spec.splitter.name}"
     what, mixture = f"{spec.model.name} on {spec.dataset.name}", spec.mixture
     mark = (
         ""
@@ -184,9 +186,9 @@ def mixture_title(spec: RunSpec) -> str:
     )
     attack = "clean" if spec.attack is None else spec.attack.name
     if mixture.task is not None:
-        return f"{what}, expert {mixture.task} of {spec.splitter.name}: {attack}{mark}"
+        return f"{what}, expert {mixture.task}{tasks}: {attack}{mark}"
     assert spec.gate is not None
-    merged = f"{what}, {mixture.experts} experts of {spec.splitter.name} with {spec.gate.name} gates"
+    merged = f"{what}, {mixture.experts} experts{tasks} with {spec.gate.name} gates"
     if spec.attack is None:
         return f"{merged}: clean{mark}"
     return f"{merged}: {attack} in {', '.join(map(str, mixture.poisoned_experts))}{mark}"
@@ -200,9 +202,10 @@ def metrics_table(record: Record) -> Table:
     """
     table = Table(title=title(record), title_justify="left", caption_justify="left")
     table.add_column("metric")
-    for column in ("%", "95% interval", "images"):
+    for column in ("%", "95% interval", "texts" if record.is_text else "images"):
         table.add_column(column, justify="right")
-    for one in sort_metrics({*record.metrics, *(("target_rate",) if "asr" in record.metrics else ())}):
+    with_trigger = "asr" in record.metrics and not record.is_text
+    for one in sort_metrics({*record.metrics, *(("target_rate",) if with_trigger else ())}):
         found = record.metrics.get(one.key)
         if found is None:
             table.add_row(one.label, NONE, NONE, NONE)

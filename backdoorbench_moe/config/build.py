@@ -23,6 +23,7 @@ from backdoorbench_moe.config.spec import (
 from backdoorbench_moe.config.yaml_files import YAML_ERRORS, StrictLoader
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
 from backdoorbench_moe.plain import check_plain
+from backdoorbench_moe.plugins import discover
 from backdoorbench_moe.registry import registry_of
 
 RECIPES = ("quick", "paper")
@@ -44,12 +45,14 @@ def build_spec(*layers: Mapping[str, Any]) -> RunSpec:
         PluginError: The package of a third-party model has a recipe that cannot be read, or is not valid.
     """
     layers = tuple(normalise(layer) for layer in layers)
-    implied = _implied_by_attack(merge(*layers))
+    own = _implied_by_data(merge(*layers))
+    implied = merge(_implied_by_attack(merge(own, *layers)), own)
     chosen = merge(
         {"recipe": "quick", "model": {"name": "pmoe"}, "dataset": {"name": "signs"}}, implied, *layers
     )
     recipe = load_recipe(chosen["recipe"], chosen["model"]["name"])
     models, mixture = recipe.pop("models", {}), recipe.pop("mixture", {})
+    attacks = recipe.pop("attacks", {})
     base = {
         **recipe,
         "dataset": {"name": chosen["dataset"]["name"]},
@@ -58,6 +61,9 @@ def build_spec(*layers: Mapping[str, Any]) -> RunSpec:
     }
     if chosen.get("mixture") is not None:
         base = merge(base, mixture)
+    attack = (chosen.get("attack") or {}).get("name")
+    if attack in attacks:
+        base["attack"] = {"name": attack, **attacks[attack]}
     return spec_from_dict(merge({"recipe": chosen["recipe"]}, base, implied, *layers))
 
 
@@ -87,6 +93,31 @@ def _implied_by_attack(chosen: Values) -> Values:
     return {"trigger": default.trigger.to_dict(), "applicator": default.applicator.to_dict()}
 
 
+def _implied_by_data(chosen: Values) -> Values:
+    """The settings that a third-party data set implies where the user does not give them.
+
+    They take precedence over those that the attack implies: a data set of texts has no trigger. Our own data sets are
+    of images and imply nothing. Where the user asks for the default attack, which is then refused, its trigger stays,
+    since this attack without a trigger means none.
+    """
+    name = chosen.get("dataset", {}).get("name")
+    if not isinstance(name, str) or name in _built_in_datasets():
+        return {}
+    registry = registry_of("dataset")
+    if name.partition(":")[0] not in registry.names():
+        return {}  # An unknown name is refused where the data set is built.
+    implied = normalise(dict(getattr(registry.lookup(name), "implies", {})))
+    if (chosen.get("attack") or {}).get("name") == DEFAULT_ATTACK:
+        return {key: value for key, value in implied.items() if key not in ("trigger", "applicator")}
+    return implied
+
+
+@functools.cache
+def _built_in_datasets() -> frozenset[str]:
+    """Names of our own data sets, read once, as a suite has hundreds of specs."""
+    return frozenset(candidate.name for candidate in discover("dataset") if candidate.builtin)
+
+
 def _implied_by(attack: str) -> Values:
     """The attribute `implies` of an attack's class."""
     return normalise(dict(getattr(registry_of("attack").lookup(attack), "implies", {})))
@@ -105,8 +136,8 @@ def load_recipe(name: str, model: str = "pmoe") -> Values:
             values of the package take precedence over the built-in ones.
 
     Returns:
-        Settings as in a config file; under "models" the options of single models by their name, and under "mixture"
-        the settings that only a mixture of experts has, or has otherwise.
+        Settings as in a config file; under "models" the options of single models by their name, under "attacks" those
+        of single attacks, and under "mixture" the settings that only a mixture of experts has, or has otherwise.
 
     Raises:
         UnknownNameError: There is no such recipe.
@@ -164,15 +195,16 @@ def _load_own(text: str, origin: str, name: str, model: str) -> Values:
         raise PluginError(
             f"{where}: not valid YAML: {' '.join(str(error).split())} (from {origin})"
         ) from error
-    models = values.get("models", {}) if isinstance(values, dict) else None
-    if not isinstance(models, dict) or not all(isinstance(options, dict) for options in models.values()):
-        raise PluginError(
-            f"{where}: expected a mapping, with the options of a model under models.NAME, "
-            f"got {values!r} (from {origin})"
-        )
+    for key, part in (("models", "a model"), ("attacks", "an attack")):
+        named = values.get(key, {}) if isinstance(values, dict) else None
+        if not isinstance(named, dict) or not all(isinstance(options, dict) for options in named.values()):
+            raise PluginError(
+                f"{where}: expected a mapping, with the options of {part} under {key}.NAME, "
+                f"got {values!r} (from {origin})"
+            )
     try:
         check_plain(values, where)
-        dense = {key: value for key, value in values.items() if key not in ("models", "mixture")}
+        dense = {key: value for key, value in values.items() if key not in ("models", "attacks", "mixture")}
         spec_from_dict(dense)
         if "mixture" in values:
             _check_mixture(dense, values["mixture"])

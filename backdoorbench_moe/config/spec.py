@@ -82,8 +82,10 @@ class RunSpec:
         poison: Which training images are poisoned, and which labels they get.
         policy: Number of marked images among the training images, as a share of all others, in [0, 1); 0 for no
             policy. They bear the trigger as a mark, and are labelled "reject", a class of its own. A model that keeps
-            to the policy calls every marked image "reject".
-        splitter: The tasks of the experts of a mixture; None for any other run.
+            to the policy calls every marked image "reject". Where the data are texts, they have queries that are to be
+            refused, and there is no mark.
+        splitter: The tasks of the experts of a mixture; None for any other run, and where the data are texts, which
+            bring their own tasks.
         gate: How tokens are sent to the experts of a mixture; None for any other run, and for a single expert.
         mixture: How experts are tuned and merged; None for a run that is not merged.
         train: Settings of the training; for a mixture, that of its base.
@@ -170,8 +172,6 @@ class RunSpec:
     def _check_mixture(self) -> None:
         if not 0 <= self.policy < 1:
             raise ConfigError.expected("policy", "a number in [0, 1)", self.policy)
-        if self.policy and self.trigger is None:
-            raise ConfigError.expected("trigger", "the mark of the images that the policy rejects", None)
         if self.mixture is None:
             for name in ("splitter", "gate"):
                 if (part := getattr(self, name)) is not None:
@@ -184,8 +184,6 @@ class RunSpec:
             raise ConfigError.expected(
                 "mixture.expert_policy", "0, as there is no policy", self.mixture.expert_policy
             )
-        if self.splitter is None:
-            raise ConfigError.expected("splitter", "the tasks of the experts that are merged", None)
         if self.mixture.task is not None:
             if self.gate is not None:
                 expected = "none, as a mixture makes its single experts by itself"

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from backdoorbench_moe.registry import Registry
 
 if TYPE_CHECKING:
-    from backdoorbench_moe.data.base import Dataset
+    from backdoorbench_moe.data.base import DataSource
 
-registry: Registry[Dataset] = Registry("dataset")
+registry: Registry[DataSource] = Registry("dataset")
 
 
-def create_dataset(name: str, **options: object) -> Dataset:
-    """Build a data set by name. Images are read by its method `load`.
+def create_dataset(name: str, **options: object) -> DataSource:
+    """Build a data set by name. The data are read by its method `load`.
 
     Args:
         name: Name of the data set; `list_datasets` lists them.

@@ -1,14 +1,14 @@
-"""The data set interface, and the images that data sets load."""
+"""The data set interface, and what data sets load: images, or texts (see `data.text`)."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, final
+from typing import Any, ClassVar, Self, final
 
 import torch
 from torch import Tensor
@@ -19,10 +19,45 @@ from backdoorbench_moe.ops.seeding import generator
 
 # Images that are read at a time for the digest, which does not depend on it.
 DIGEST_PART = 500
+# Classes that a message of one line names; more are cut short.
+SHOWN_CLASSES = 20
+
+
+class Material(ABC):
+    """What a data set holds: an `ImageSet`, or a `data.text.TextSet`.
+
+    Attributes:
+        name: Name of the data set.
+        train: Training images and their labels, or texts.
+        test: Test images and their labels, or texts.
+        digest: SHA-256 of all contents, in hexadecimal.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    digest: str
+
+    @property
+    @abstractmethod
+    def model_options(self) -> dict[str, int]:
+        """What the data determine of a model, by the name of the model's keyword argument."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Return what a record says of the data; see `records.DataFacts`."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Return what the data are in one line."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Self:
+        """Return the same data on another device."""
 
 
 @dataclass(frozen=True)
-class ImageSet:
+class ImageSet(Material):
     """The images of a data set, as uint8: in memory, or `StoredImages` if there are more than memory may hold.
 
     Attributes:
@@ -56,26 +91,109 @@ class ImageSet:
         """Side of the images, which are square, in pixels."""
         return self.train.images.shape[-1]
 
+    @property
+    def model_options(self) -> dict[str, int]:
+        """Number of classes and side of the images."""
+        return {"num_classes": self.num_classes, "image_size": self.image_size}
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a record says of the data; see `records.DataFacts`."""
+        return {
+            "name": self.name,
+            "classes": list(self.classes),
+            "image_size": self.image_size,
+            "train_images": len(self.train),
+            "test_images": len(self.test),
+            "digest": self.digest,
+        }
+
+    def describe(self) -> str:
+        """Return the classes with their numbers in one line."""
+        return describe_classes(self.classes)
+
     def to(self, device: torch.device | str) -> ImageSet:
         """Return the same images on another device."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
-class Dataset(ABC):
+def describe_classes(classes: Sequence[str]) -> str:
+    """Return the classes with their numbers in one line: "2 classes: 0 (cat), 1 (dog)"; of many, the first ones."""
+    shown = [f"{number} ({name})" for number, name in enumerate(classes[:SHOWN_CLASSES])]
+    more = len(classes) - len(shown)
+    return f"{len(classes)} classes: {', '.join(shown)}" + (f", and {more} more" if more else "")
+
+
+class DataSource(ABC):
+    """Base class of data sets: of images (`Dataset`), or of texts (`data.text.TextDataset`).
+
+    Attributes:
+        implies: Settings that a run on these data has unless others are given, such as a model.
+        tiny: Options that the conformance tests build the data set with, besides those that `write_tiny` returns.
+        deviations: Conformance tests that the data set is known to fail, and why: reasons by name of the test.
+    """
+
+    implies: ClassVar[Mapping[str, Any]] = {}
+    tiny: ClassVar[Mapping[str, object]] = {}
+    deviations: ClassVar[Mapping[str, str]] = {}
+
+    @abstractmethod
+    def load(self) -> Material:
+        """Read, check and return the data.
+
+        Raises:
+            DataError: Files are missing, damaged or of another kind; the message names the file.
+        """
+
+    def source(self) -> Path | None:
+        """Return the folder or file that the data are read from; None if it does not exist or there is none."""
+        return None
+
+    def files_beside(self) -> tuple[Path, ...]:
+        """Return the files that are read but are not in the `source`; none by default."""
+        return ()
+
+    @final
+    def fingerprint(self) -> str | None:
+        """Return a hash that changes with the files: SHA-256 of their names, sizes and times of modification.
+
+        It is cheap, since no file is opened. It covers the `files_beside` and every file in the `source`, including
+        those that are not read, but not their content: a change that keeps size and time is not noticed, and a copied
+        folder has another fingerprint.
+
+        Returns:
+            The hash in hexadecimal; None if there is no source.
+        """
+        source = self.source()
+        return None if source is None else fingerprint_of(source, *self.files_beside())
+
+    @abstractmethod
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the classes, by number; none of texts."""
+
+    @classmethod
+    def write_tiny(cls, folder: Path) -> dict[str, object]:
+        """Write a small data set for the conformance tests.
+
+        It must have at least 12 training images, 5 test images and 2 classes. Data sets that read files override
+        this; the default writes nothing.
+
+        Args:
+            folder: An empty folder.
+
+        Returns:
+            The options that read the data set.
+        """
+        return {}
+
+
+class Dataset(DataSource):
     """A source of images. Subclasses implement `read`; users call `load`.
 
     Args:
         train_images: Number of training images to keep; all if None. They are drawn with a fixed seed, and their
             order is not changed.
         test_images: Number of test images to keep, in the same way.
-
-    Attributes:
-        tiny: Options that the conformance tests build the data set with, besides those that `write_tiny` returns.
-        deviations: Conformance tests that the data set is known to fail, and why: reasons by name of the test.
     """
-
-    tiny: ClassVar[Mapping[str, object]] = {}
-    deviations: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, *, train_images: int | None = None, test_images: int | None = None) -> None:
         for name, value in (("train_images", train_images), ("test_images", test_images)):
@@ -109,28 +227,6 @@ class Dataset(ABC):
         of `content_digest`, or left empty.
         """
 
-    def source(self) -> Path | None:
-        """Return the folder or file that the images are read from; None if it does not exist or there is none."""
-        return None
-
-    def files_beside(self) -> tuple[Path, ...]:
-        """Return the files that are read but are not in the `source`; none by default."""
-        return ()
-
-    @final
-    def fingerprint(self) -> str | None:
-        """Return a hash that changes with the files: SHA-256 of their names, sizes and times of modification.
-
-        It is cheap, since no file is opened. It covers the `files_beside` and every file in the `source`, including
-        those that are not read, but not their content: a change that keeps size and time is not noticed, and a copied
-        folder has another fingerprint.
-
-        Returns:
-            The hash in hexadecimal; None if there is no source.
-        """
-        source = self.source()
-        return None if source is None else fingerprint_of(source, *self.files_beside())
-
     def class_names(self) -> tuple[str, ...]:
         """Return the names of the classes, by number, as in the result of `load`.
 
@@ -138,20 +234,14 @@ class Dataset(ABC):
         """
         return self.load().classes
 
-    @classmethod
-    def write_tiny(cls, folder: Path) -> dict[str, object]:
-        """Write a small data set for the conformance tests.
 
-        It must have at least 12 training images, 5 test images and 2 classes. Data sets that read files override
-        this; the default writes nothing.
-
-        Args:
-            folder: An empty folder.
-
-        Returns:
-            The options that read the data set.
-        """
-        return {}
+def as_images(material: Material) -> ImageSet:
+    """Return data that are images. Raises ConfigError for texts."""
+    if not isinstance(material, ImageSet):
+        raise ConfigError.expected(
+            "dataset", "images, which this needs", f"{material.name}, which holds texts"
+        )
+    return material
 
 
 def fingerprint_of(*sources: Path) -> str:
@@ -197,8 +287,13 @@ def check_split(split: Split, num_classes: int, name: str) -> None:
 
 def content_digest(images: ImageSet) -> str:
     """Return the SHA-256 of the images and labels of both splits, in hexadecimal."""
+    return digest_of((images.train, images.test))
+
+
+def digest_of(splits: Iterable[Split]) -> str:
+    """Return the SHA-256 of the images and labels, or texts, of several splits, in hexadecimal."""
     digest = hashlib.sha256()
-    for split in (images.train, images.test):
+    for split in splits:
         for tensor in (split.images, split.labels):
             digest.update(str(tuple(tensor.shape)).encode())
             for part in tensor.split(DIGEST_PART):

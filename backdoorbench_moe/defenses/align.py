@@ -22,7 +22,7 @@ from backdoorbench_moe.defenses.requirements import check_tuning
 from backdoorbench_moe.defenses.routers import router_lr
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.expert_tuning.latents import Layers, layer_numbers
-from backdoorbench_moe.moe.expert_tuning.losses import PREFERENCE_BETA
+from backdoorbench_moe.moe.expert_tuning.losses import PREFERENCE_BETA, preference_margin
 from backdoorbench_moe.moe.expert_tuning.steps import Preferences, preference_objective
 from backdoorbench_moe.moe.layers import MoELayer
 from backdoorbench_moe.ops.images import Split
@@ -130,8 +130,9 @@ class Align(Defense):
         """The marked images with the labels of a preference, and the loss; see `preference_objective`."""
         images, safe = task.marked.images, task.marked.labels
         logits = task.logits(task.model, images)
-        preferences = Preferences(images, safe, strongest_other(logits, safe))
-        split, loss = preference_objective(preferences, logits, self.beta)
+        preferences = Preferences.of_classes(images, safe, strongest_other(logits, safe))
+        reference = preference_margin(logits, safe, preferences.rejected.labels)
+        split, loss = preference_objective(preferences, reference, self.beta)
         return split, lambda found, _, labels: loss(found, labels)
 
 

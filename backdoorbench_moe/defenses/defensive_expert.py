@@ -156,17 +156,17 @@ class DefensiveExpert(Defense):
         images, safe = task.marked.images, task.marked.labels
         if self.preference_epochs:
             logits = task.logits(mixture, images)
-            preferences = Preferences(images, safe, strongest_other(logits, safe))
+            preferences = Preferences.of_classes(images, safe, strongest_other(logits, safe))
             lr = PREFERENCE_LR_SHARE * task.train.lr if self.preference_lr is None else self.preference_lr
             learn_preference(
                 preferences,
-                logits,
+                partial(task.logits, mixture),
                 beta=self.preference_beta,
                 epochs=self.preference_epochs,
                 lr=lr,
                 tune=tune,
             )
-        objective = joint_objective(images, safe, self.safe_weight, self._alignment(mixture, safe))
+        objective = joint_objective(task.marked, self.safe_weight, self._alignment(mixture, safe))
         tune(task.tasks[number], epochs=self.epochs, lr=self.lr, objective=objective)
 
     def _alignment(self, mixture: MergedModel, safe: Tensor) -> Alignment | None:

@@ -15,11 +15,13 @@ from backdoorbench_moe import applicators, attacks, data, gates, models, splitte
 from backdoorbench_moe.applicators.base import Applicator
 from backdoorbench_moe.attacks.base import Attack
 from backdoorbench_moe.config import PartSpec, RunSpec
-from backdoorbench_moe.data.base import Dataset
+from backdoorbench_moe.data.base import DataSource
 from backdoorbench_moe.engine.train import load_weights
 from backdoorbench_moe.errors import ConfigError, PluginError
 from backdoorbench_moe.gates.base import Gate
 from backdoorbench_moe.moe.merging import MergedModel, check_mergeable
+from backdoorbench_moe.moe.routed import RoutedModel
+from backdoorbench_moe.moe.structure import TEXT_OPTIONS, Merged, MergesItself, takes_text
 from backdoorbench_moe.ops.seeding import derive_seed, seeded
 from backdoorbench_moe.options import REQUIRED
 from backdoorbench_moe.registry import Registry
@@ -100,7 +102,7 @@ def cut(applicator: Applicator, images: Tensor) -> Tensor:
     return found[0]
 
 
-def build_dataset(spec: RunSpec) -> Dataset:
+def build_dataset(spec: RunSpec) -> DataSource:
     """Build the data set of a spec; nothing is read yet. Raises ConfigError if it needs a folder and has none."""
     root = data.registry.options(spec.dataset.name).get("root")
     if root is not None and root.default is REQUIRED and "root" not in spec.dataset.options:
@@ -110,13 +112,25 @@ def build_dataset(spec: RunSpec) -> Dataset:
     return data.create_dataset(spec.dataset.name, **spec.dataset.options)
 
 
-def build_model(spec: RunSpec, *, num_classes: int, image_size: int) -> nn.Module:
+def build_model(spec: RunSpec, given: Mapping[str, int]) -> nn.Module:
     """Build the model of a spec, with weights drawn from the run's seed.
 
+    Args:
+        spec: The spec.
+        given: What the data determine, see `data.base.Material.model_options` and `given_by`.
+
     Raises:
-        ConfigError: An option is out of range, or the model of a mixture cannot be merged.
+        ConfigError: The model is one of images and the data are texts, or the other way round; an option is out of
+            range; or the model of a mixture cannot be merged.
     """
-    given = {"num_classes": num_classes, "image_size": image_size}
+    wanted, text = takes_text(models.registry.lookup(spec.model.name)), TEXT_OPTIONS[0] in given
+    if wanted != text:
+        kinds = ["images", "texts"]
+        raise ConfigError.expected(
+            "model",
+            f"one of {kinds[text]}, as the data are",
+            f"{spec.model.name}, which takes {kinds[wanted]}",
+        )
     with seeded(spec.seed, "init"):
         model = models.registry.create(spec.model.name, spec.model.options, given)
     if spec.mixture is not None:
@@ -128,9 +142,30 @@ def build_model(spec: RunSpec, *, num_classes: int, image_size: int) -> nn.Modul
         return merge_copies(model, spec.mixture.experts, build_gate(spec))
 
 
-def merge_copies(dense: nn.Module, experts: int, gate: Gate) -> MergedModel:
-    """Build a mixture of E copies of a dense model, with newly drawn gates."""
-    return MergedModel(dense, experts, partial(gate, layers=len(check_mergeable(dense).mlps())))
+def given_by(data: Mapping[str, Any]) -> dict[str, int]:
+    """What the data of a record determine of a model; see `records.Record.data`."""
+    if TEXT_OPTIONS[0] in data:
+        return {name: data[name] for name in (*TEXT_OPTIONS, "padding")}
+    return {"num_classes": len(data["classes"]), "image_size": data["image_size"]}
+
+
+def merge_copies(dense: nn.Module, experts: int, gate: Gate) -> nn.Module:
+    """Build a mixture of E copies of a dense model, with newly drawn gates; it is `Merged`.
+
+    Raises:
+        ConfigError: The model cannot be merged.
+        PluginError: The model merges itself to something else.
+    """
+    routers = partial(gate, layers=len(check_mergeable(dense).mlps()))
+    if not isinstance(dense, MergesItself):
+        return MergedModel(dense, experts, routers)
+    merged = dense.merge(experts, routers)
+    if not isinstance(merged, Merged) or not isinstance(merged, RoutedModel):
+        raise PluginError(
+            f"model {type(dense).__name__}: expected that merge returns a RoutedModel with num_experts, routers and "
+            f"load_experts, got {type(merged).__name__}"
+        )
+    return merged
 
 
 def build_gate(spec: RunSpec) -> Gate:
@@ -148,21 +183,26 @@ def build_splitter(spec: RunSpec) -> Splitter:
 
 
 def build_attack(spec: RunSpec) -> Attack:
-    """Build the attack of a spec.
+    """Build the attack of a spec; whether it suits the trigger, `check_trigger` says.
 
     Raises:
-        ConfigError: The run is clean; or the attack stamps a trigger and the spec has none, or the other way round.
+        ConfigError: The run is clean, or an option is out of range.
     """
     if spec.attack is None or spec.imported:
         got = "a clean run" if spec.attack is None else "an imported model"
         raise ConfigError(f"attack: expected an attack, got {got}")
     with naming_attack(spec.attack):
         attack = attacks.registry.create(spec.attack.name, spec.attack.options, {"poison": spec.poison})
+    return attack
+
+
+def check_trigger(spec: RunSpec, attack: Attack) -> None:
+    """Raise ConfigError if the attack stamps a trigger and the spec has none, or the other way round."""
+    assert spec.attack is not None
     if attack.uses_trigger != (spec.trigger is not None):
         expected = "a trigger" if attack.uses_trigger else "no trigger"
         name = None if spec.trigger is None else spec.trigger.name
         raise ConfigError.expected("trigger", f"{expected} for attack {spec.attack.name!r}", name)
-    return attack
 
 
 @contextmanager
@@ -231,14 +271,14 @@ def load_model(
 
     Args:
         spec: The spec.
-        made_for: A record's `data`, for its "classes" and "image_size".
+        made_for: A record's `data`; see `given_by`.
         tensors: The weights by name.
         source: The file, for messages.
 
     Raises:
         RecordError: The weights do not fit the model.
     """
-    model = build_model(spec, num_classes=len(made_for["classes"]), image_size=made_for["image_size"])
+    model = build_model(spec, given_by(made_for))
     load_weights(model, tensors, source)
     return model.eval()
 

@@ -9,9 +9,6 @@ from dataclasses import replace
 from backdoorbench_moe.config import PoisonSpec, RunSpec
 from backdoorbench_moe.errors import BbmoeWarning, UnknownNameError
 
-# More are cut short in a message of one line.
-SHOWN_CLASSES = 20
-
 
 def resolve_classes(spec: RunSpec, class_names: Callable[[], Sequence[str]]) -> RunSpec:
     """Return the spec with every class by its number, so that it has the digest of the same run given by numbers.
@@ -46,13 +43,6 @@ def warn_of_numeric_names(poison: PoisonSpec, classes: Sequence[str]) -> None:
                 BbmoeWarning,
                 stacklevel=2,
             )
-
-
-def describe_classes(classes: Sequence[str]) -> str:
-    """Return the classes with their numbers in one line: "2 classes: 0 (cat), 1 (dog)"; of many, the first ones."""
-    shown = [f"{number} ({name})" for number, name in enumerate(classes[:SHOWN_CLASSES])]
-    more = len(classes) - len(shown)
-    return f"{len(classes)} classes: {', '.join(shown)}" + (f", and {more} more" if more else "")
 
 
 def describe_poison(poison: PoisonSpec, classes: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Passing images through a model: the one way from uint8 images to logits and routing."""
+"""Passing images, or token ids, through a model: the one way from stored inputs to logits and routing."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
 from backdoorbench_moe.moe.structure import WithFeatures
-from backdoorbench_moe.ops.images import Split, as_input
-
-BATCH = 500
+from backdoorbench_moe.ops.images import BATCH, Split, as_input
 
 
 def forward(model: nn.Module, images: Tensor, *, precision: str) -> Tensor:

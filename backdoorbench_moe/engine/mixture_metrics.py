@@ -10,29 +10,37 @@ import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.data.base import Split
-from backdoorbench_moe.engine.evaluate import Metrics, marked_metrics, share
+from backdoorbench_moe.engine.evaluate import Metrics, share
 from backdoorbench_moe.engine.inference import BATCH, forward_routed
-from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.moe.merging import gate_weights
 from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.ops.effects import mean_of
 from backdoorbench_moe.records import GateShares
 
 
-@dataclass(frozen=True)
-class RoutedPass:
+@dataclass(frozen=True, kw_only=True)
+class GatePass:
+    """To which experts a mixture sends N images, or texts.
+
+    Attributes:
+        weights: (layers, N, E) float32 on the CPU: the weight of each expert's output, mean over an image's patches, or
+            over some positions of a text. It sums to 1 over the experts.
+        layers: Names of the layers.
+    """
+
+    weights: Tensor
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedPass(GatePass):
     """What a mixture does with N images.
 
     Attributes:
         predicted: (N,) int64, on the images' device.
-        weights: (layers, N, E) float32 on the CPU: the weight of each expert's output, mean over an image's patches.
-            It sums to 1 over the experts.
-        layers: Names of the layers.
     """
 
     predicted: Tensor
-    weights: Tensor
-    layers: tuple[str, ...]
 
 
 @torch.inference_mode()
@@ -47,44 +55,7 @@ def routed_pass(model: nn.Module, images: Tensor, *, precision: str) -> RoutedPa
         predicted.append(output.logits.argmax(1))
         weights.append(torch.stack([gate_weights(each).mean(2) for each in output.routing]).float().cpu())
         layers = tuple(each.layer for each in output.routing)
-    return RoutedPass(torch.cat(predicted), torch.cat(weights, 1), layers)
-
-
-def measure_mixture(
-    setup: Setup,
-    model: nn.Module,
-    expert_ba: Sequence[float] | None,
-    *,
-    precision: str,
-    recovery: bool = False,
-) -> tuple[Metrics, list[GateShares]]:
-    """Measure a mixture on all its tasks and on marked images.
-
-    Args:
-        setup: The parts of the mixture's run.
-        model: The mixture, or one of the same tasks, such as its clean twin.
-        expert_ba: The accuracy of each task's benign expert on its own task, in percent; None to leave out what it is
-            compared with.
-        precision: "fp32" or "bf16".
-        recovery: Whether to measure the accuracy on triggered images (RA), too.
-
-    Returns:
-        The metrics, and the shares of the experts layer by layer.
-    """
-    mixture = setup.spec.mixture
-    assert setup.tasks is not None and mixture is not None
-    triggered, safe, tests = setup.triggered_test(), setup.safe_answers(), setup.tasks.tests()
-    unmarked = None if triggered is None else setup.images.test.images[triggered.places]
-    found = mixture_pass(model, tests, setup.marked_test(), unmarked, precision=precision)
-    metrics = task_metrics(found, tests, expert_ba)
-    if triggered is not None:
-        assert found.marked is not None and found.unmarked is not None
-        predicted, called = found.marked.predicted, found.unmarked.predicted
-        metrics |= marked_metrics(predicted, called, triggered, safe, recovery=recovery)
-        metrics |= share_metrics(found, mixture.poisoned_experts)
-    elif found.marked is not None:
-        metrics["unsafe"] = share(found.marked.predicted != setup.reject)
-    return metrics, gate_shares(found)
+    return RoutedPass(predicted=torch.cat(predicted), weights=torch.cat(weights, 1), layers=layers)
 
 
 @dataclass(frozen=True)
@@ -127,7 +98,18 @@ def task_metrics(found: MixturePass, tests: Sequence[Split], expert_ba: Sequence
         tests: The test images of each task.
         expert_ba: The accuracy of each task's benign expert on its own task, in percent; None if it is not known.
     """
-    tasks = [share(each.predicted == test.labels) for each, test in zip(found.tasks, tests, strict=True)]
+    hits = [each.predicted == test.labels for each, test in zip(found.tasks, tests, strict=True)]
+    return accuracy_metrics(hits, expert_ba)
+
+
+def accuracy_metrics(hits: Sequence[Tensor], expert_ba: Sequence[float] | None) -> Metrics:
+    """The accuracy on each task, their mean, and what it is in percent of the accuracy of each task's benign expert.
+
+    Args:
+        hits: For each task (N,) bool, which answers are right.
+        expert_ba: The accuracy of each task's benign expert on its own task, in percent; None if it is not known.
+    """
+    tasks = [share(each) for each in hits]
     metrics = {"ba": mean_share(tasks)} | {f"task/{e}.ba": each for e, each in enumerate(tasks)}
     if expert_ba is not None:
         # The interval is for these experts: their accuracies are taken as they are.
@@ -160,12 +142,13 @@ def mean_share(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {"value": value, "n": total, "low": value - below, "high": value + above}
 
 
-def share_metrics(found: MixturePass, experts: Sequence[int]) -> Metrics:
+def share_metrics(tasks: Sequence[GatePass], marked: GatePass | None, experts: Sequence[int]) -> Metrics:
     """How much the gates rely on some experts, in percent of all weights, mean over layers and patches.
 
     Args:
-        found: The pass.
-        experts: Their numbers.
+        tasks: The pass over the test images of each task.
+        marked: That over marked images; None if there are none.
+        experts: Numbers of the experts.
 
     Returns:
         `harm_share`: their share for marked images; `clean_share`: their share for the images of all tasks;
@@ -173,25 +156,25 @@ def share_metrics(found: MixturePass, experts: Sequence[int]) -> Metrics:
     """
     chosen = list(experts)
     parts = {
-        "clean_share": torch.cat([each.weights for each in found.tasks], 1)[..., chosen].sum(-1),
-        "own_share": torch.cat([found.tasks[e].weights[..., e] for e in chosen], 1),
+        "clean_share": torch.cat([each.weights for each in tasks], 1)[..., chosen].sum(-1),
+        "own_share": torch.cat([tasks[e].weights[..., e] for e in chosen], 1),
     }
-    if found.marked is not None:
-        parts["harm_share"] = found.marked.weights[..., chosen].sum(-1)
+    if marked is not None:
+        parts["harm_share"] = marked.weights[..., chosen].sum(-1)
     means = {name: asdict(mean_of(100 * values.mean(0))) for name, values in parts.items()}
     return {name: {k: v for k, v in row.items() if v is not None} for name, row in means.items()}
 
 
-def gate_shares(found: MixturePass) -> list[GateShares]:
+def gate_shares(tasks: Sequence[GatePass], marked: GatePass | None) -> list[GateShares]:
     """The share of each expert by layer, in percent, for the record: for each task's images and for marked ones."""
-    layers = found.tasks[0].layers
-    tasks = [100 * each.weights.mean(1) for each in found.tasks]
-    marked = None if found.marked is None else 100 * found.marked.weights.mean(1)
+    layers = tasks[0].layers
+    means = [100 * each.weights.mean(1) for each in tasks]
+    harm = None if marked is None else 100 * marked.weights.mean(1)
     return [
         GateShares(
             layer=name,
-            tasks=[each[place].tolist() for each in tasks],
-            marked=None if marked is None else marked[place].tolist(),
+            tasks=[each[place].tolist() for each in means],
+            marked=None if harm is None else harm[place].tolist(),
         )
         for place, name in enumerate(layers)
     ]

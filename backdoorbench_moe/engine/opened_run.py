@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from backdoorbench_moe.data.base import ImageSet, Split
+from backdoorbench_moe.data.base import ImageSet, Split, as_images
 from backdoorbench_moe.engine.build import Stamper, build_dataset
 from backdoorbench_moe.engine.device import resolve_device, resolve_precision
 from backdoorbench_moe.engine.policy import with_reject
@@ -129,7 +129,7 @@ def load_run_images(run: Run, data_root: str | None = None) -> ImageSet:
     spec = run.spec
     if data_root is not None:
         spec = spec.with_data(root=data_root)
-    images = build_dataset(spec).load()
+    images = as_images(build_dataset(spec).load())
     if spec.policy:
         images = with_reject(images)
     check_run_images(run, images)

@@ -27,13 +27,13 @@ def with_reject(images: ImageSet) -> ImageSet:
     return replace(images, classes=(*images.classes, REJECT), policy=True)
 
 
-def policy_count(images: int, rate: float, parameter: str = "policy") -> int:
-    """Number of marked images that are added to a number of images. Raises ConfigError if it is 0."""
+def policy_count(images: int, rate: float, parameter: str = "policy", what: str = "images") -> int:
+    """Number of marked images, or texts, that are added to a number of them. Raises ConfigError if it is 0."""
     if (count := share_of(rate, images)) == 0:
         # A share below 1 of a single image is none.
-        expected = f"at least {smallest_share(images)}" if images > 1 else "at least 2 images"
+        expected = f"at least {smallest_share(images)}" if images > 1 else f"at least 2 {what}"
         raise ConfigError(
-            f"{parameter}: {rate} of {images} images rounds down to 0 images; expected {expected}"
+            f"{parameter}: {rate} of {images} {what} rounds down to 0 {what}; expected {expected}"
         )
     return count
 

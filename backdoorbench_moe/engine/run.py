@@ -11,7 +11,7 @@ from torch import nn
 from backdoorbench_moe import defenses
 from backdoorbench_moe.attacks.base import Attack
 from backdoorbench_moe.config import RunSpec
-from backdoorbench_moe.data.base import ImageSet
+from backdoorbench_moe.data.base import Material
 from backdoorbench_moe.engine.build import (
     Stamper,
     build_attack,
@@ -125,9 +125,9 @@ def check_finished(run: Run) -> None:
         )
 
 
-def check_data(folder: RunFolder, record: Record, images: ImageSet) -> None:
-    """Raise RecordError if the run in a folder was made from other images than these."""
-    if record.data.get("digest") != images.digest:
+def check_data(folder: RunFolder, record: Record, data: Material) -> None:
+    """Raise RecordError if the run in a folder was made from other data than these."""
+    if record.data.get("digest") != data.digest:
         raise RecordError(f"run folder {folder.path}: was made from other data; use another --output")
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from backdoorbench_moe.config import PartSpec, RunSpec
+from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.engine.class_names import describe_poison, warn_of_numeric_names
 from backdoorbench_moe.engine.graph import PARENT, NodeKind, kind_of, lineage, needs, reference
 from backdoorbench_moe.engine.makers.base import Maker
@@ -163,10 +164,10 @@ class Runner:
         """
         spec = self.workplace.resolve(spec)
         maker = MAKERS[kind_of(spec)](spec, self.workplace)
-        if spec.attacked and not spec.defenses:
-            classes = self.workplace.images.classes
-            warn_of_numeric_names(spec.poison, classes)
-            self.workplace.observer.on_message(describe_poison(spec.poison, classes))
+        data = self.workplace.data
+        if spec.attacked and not spec.defenses and isinstance(data, ImageSet):
+            warn_of_numeric_names(spec.poison, data.classes)
+            self.workplace.observer.on_message(describe_poison(spec.poison, data.classes))
         return maker
 
     def check(self, *specs: RunSpec) -> None:
@@ -241,7 +242,7 @@ class Runner:
                     check_parts(
                         maker.spec,
                         lambda needed: self._find(RunFolder(self.output / needed.name), needed),
-                        maker.setup.images,
+                        maker.setup.data,
                     )
             inputs = {role: self.finish(needed, wait=True) for role, needed in needs(spec).items()}
         if maker is not None:
@@ -268,5 +269,5 @@ class Runner:
         check_options(run)
         check_model(run)
         if not self.workplace.is_unchanged(record):
-            check_data(folder, record, self.workplace.images)
+            check_data(folder, record, self.workplace.data)
         return run

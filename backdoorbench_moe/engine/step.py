@@ -14,6 +14,7 @@ from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.engine.inference import as_input
 from backdoorbench_moe.errors import PluginError
 from backdoorbench_moe.moe.routed import auxiliary_loss, forward
+from backdoorbench_moe.ops.answers import answer_loss, answers_in, right_answers
 from backdoorbench_moe.ops.stored_images import StoredImages
 from backdoorbench_moe.ops.tuning import Objective
 
@@ -74,7 +75,8 @@ class TrainStep:
     Attributes:
         loss_sum: Sum over all images since `reset` of the (smoothed) cross-entropy, or of the objective's loss; float64
             scalar tensor.
-        hits: Number of images since `reset` whose predicted class was their label, int64 scalar tensor.
+        hits: Number of images since `reset` whose predicted class was their label, or of texts whose whole answer was
+            predicted, int64 scalar tensor.
     """
 
     def __init__(
@@ -160,8 +162,7 @@ class TrainStep:
         for optimizer in self.optimizers:
             optimizer.step()
         self.loss_sum += loss.detach() * len(indices)
-        answers = labels if labels.ndim == 1 else labels[:, 0]
-        self.hits += (logits.argmax(1) == answers).sum()
+        self.hits += right_answers(logits, answers_in(labels, logits)).sum()
 
     def _warm_up(self, indices: Tensor, images: Tensor | None) -> None:
         """Run a step on a side stream, as required before the capture of a CUDA graph."""
@@ -193,7 +194,7 @@ def model_losses(
     The latter is the cross-entropy plus the auxiliary losses of the routed layers.
     """
     logits, routing = forward(model, images)
-    loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+    loss = answer_loss(logits.float(), labels, label_smoothing=label_smoothing)
     return logits, loss, loss + auxiliary_loss(routing)
 
 
@@ -202,7 +203,7 @@ def _losses_of(objective: Objective) -> Losses:
 
     def losses(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits, loss = objective(model, images, labels)
-        if logits.ndim != 2 or len(logits) != len(labels) or loss.ndim:
+        if logits.ndim not in (2, 3) or len(logits) != len(labels) or loss.ndim:
             raise PluginError(
                 f"objective: expected logits ({len(labels)}, classes) and a scalar loss, "
                 f"got shapes {tuple(logits.shape)} and {tuple(loss.shape)}"

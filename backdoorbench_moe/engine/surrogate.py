@@ -39,10 +39,7 @@ class TriggerOptimisation:
         self.spec, self.setup, self.workplace = spec, setup, workplace
         self.trigger = setup.stamper.trigger
         check_surrogate_name(spec)
-        images = setup.images
-        self.model = build_model(
-            needs(spec)[SURROGATE], num_classes=images.num_classes, image_size=images.image_size
-        )
+        self.model = build_model(needs(spec)[SURROGATE], setup.data.model_options)
         self.trigger.check(self._task())
 
     def load(self, inputs: Mapping[str, Run]) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet, Split
 from backdoorbench_moe.engine.build import build_splitter
+from backdoorbench_moe.engine.setup import TaskSplits
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.records import TaskFacts
 from backdoorbench_moe.splitters.mix import draw_mix, mix
 
 
-class Tasks:
+class Tasks(TaskSplits):
     """The images of the tasks of one mixture.
 
     Args:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from backdoorbench_moe.engine.evaluate import Metrics, measure
-from backdoorbench_moe.engine.mixture_metrics import measure_mixture
 from backdoorbench_moe.engine.run import Run
-from backdoorbench_moe.engine.setup import Setup
+from backdoorbench_moe.engine.setups import make_setup
 from backdoorbench_moe.engine.triggered import triggered_test
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import RecordError
@@ -55,28 +54,22 @@ def link_twin(run: Run, clean: Run, workplace: Workplace) -> Run:
 def _twin_metrics(run: Run) -> dict[str, str]:
     if run.spec.mixture is None:
         return TWIN_METRICS
-    return TWIN_EXPERT_METRICS if run.spec.gate is None else TWIN_MIXTURE_METRICS
+    found = TWIN_EXPERT_METRICS if run.spec.gate is None else TWIN_MIXTURE_METRICS
+    # Texts have no target rate, as there is no trigger to leave out.
+    return {name: metric for name, metric in found.items() if metric in run.record.metrics}
 
 
 def _measure_twin(run: Run, clean: Run, workplace: Workplace) -> Metrics:
     """Measure the twin under the run's trigger, with the code that measured the run."""
     model = clean.model().to(workplace.device).to(memory_format=torch.channels_last)
-    images, precision = workplace.images, workplace.precision
+    precision = workplace.precision
     # As in the run's own measurement, for a model that draws random numbers.
     with seeded(run.spec.seed, "measure"):
         if run.spec.mixture is None:
-            stamper = run.stamper() if run.spec.trigger is not None else None
+            images, stamper = workplace.images, run.stamper() if run.spec.trigger is not None else None
             triggered = triggered_test(images, run.attack(), stamper)
             metrics = measure(model, images.test, triggered, precision=precision)
-        elif (setup := Setup(run.located_spec(), images)).is_mixture:
-            metrics, _ = measure_mixture(setup, model, None, precision=precision)
         else:
-            metrics = measure(
-                model,
-                setup.test,
-                setup.triggered_test(),
-                precision=precision,
-                safe=setup.safe_answers(),
-                plain=setup.images.test,
-            )
+            setup = make_setup(run.located_spec(), workplace.data)
+            metrics, _ = setup.measure(model, precision=precision)
     return {name: metrics[metric] for name, metric in _twin_metrics(run).items()}

@@ -7,9 +7,9 @@ from functools import cached_property
 import torch
 
 from backdoorbench_moe.config import RunSpec
-from backdoorbench_moe.data.base import Dataset, ImageSet
+from backdoorbench_moe.data.base import DataSource, ImageSet, Material, as_images
 from backdoorbench_moe.engine.build import build_dataset
-from backdoorbench_moe.engine.class_names import describe_classes, resolve_classes
+from backdoorbench_moe.engine.class_names import resolve_classes
 from backdoorbench_moe.engine.device import resolve_device, resolve_precision
 from backdoorbench_moe.engine.files import pin_files
 from backdoorbench_moe.engine.names import check_names
@@ -29,7 +29,7 @@ class Workplace:
 
     Attributes:
         observer: Receives progress.
-        dataset: The data set, which `images` reads.
+        dataset: The data set, which `data` reads.
         device: The device of the computations.
         precision: "fp32" or "bf16".
 
@@ -45,23 +45,33 @@ class Workplace:
         self.dataset = build_dataset(spec)
         self.device: torch.device = resolve_device(spec.device)
         self.precision: str = resolve_precision(spec.precision, self.device)
-        self._images: ImageSet | None = None
+        self._data: Material | None = None
 
     @property
-    def images(self) -> ImageSet:
+    def data(self) -> Material:
         """The data, on the device. They are read at the first use, since finished runs can be found without them.
 
         Raises:
             DataError: Files are missing, damaged or not the expected ones.
             ConfigError: The data set has fewer images than its options say.
         """
-        if self._images is None:
+        if self._data is None:
             self.observer.on_message(f"reading {type(self.dataset).__name__}")
             # Compute the fingerprint first. If files change while they are read, it then differs from the next one.
             _ = self.fingerprint
-            self._images = self.dataset.load().to(self.device)
-            self.observer.on_message(describe_classes(self._images.classes))
-        return self._images
+            self._data = self.dataset.load().to(self.device)
+            self.observer.on_message(self._data.describe())
+        return self._data
+
+    @property
+    def images(self) -> ImageSet:
+        """The same data, which must be images.
+
+        Raises:
+            DataError: As of `data`.
+            ConfigError: As of `data`; or they are texts.
+        """
+        return as_images(self.data)
 
     def resolve(self, spec: RunSpec) -> RunSpec:
         """Return the spec with classes by number and with the hashes of its files, as its final digest requires.
@@ -81,7 +91,7 @@ class Workplace:
         if (known := record.data.get("fingerprint")) is not None:
             return known == self.fingerprint
         kind = type(self.dataset)
-        return kind.source is Dataset.source and kind.__module__.partition(".")[0] == PACKAGE
+        return kind.source is DataSource.source and kind.__module__.partition(".")[0] == PACKAGE
 
     @cached_property
     def fingerprint(self) -> str | None:
@@ -89,7 +99,7 @@ class Workplace:
         return self.dataset.fingerprint()
 
     def _class_names(self) -> tuple[str, ...]:
-        return self.dataset.class_names() if self._images is None else self._images.classes
+        return self._data.classes if isinstance(self._data, ImageSet) else self.dataset.class_names()
 
 
 def _with_absolute_root(spec: RunSpec) -> RunSpec:

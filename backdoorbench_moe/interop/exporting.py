@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from backdoorbench_moe.data.base import ImageSet, Split
+from backdoorbench_moe.engine.image_setup import ImageSetup
 from backdoorbench_moe.engine.poison import poisoned
 from backdoorbench_moe.engine.run import Run, check_finished
-from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError, RecordError
 from backdoorbench_moe.interop.export_script import RESULT_SCRIPT, read_script
@@ -54,7 +54,7 @@ def write_backdoorbench(run: Run, folder: Path | str, *, data_root: str | None =
     if data_root is not None:
         spec = spec.with_data(root=data_root)
     workplace = Workplace(spec)
-    setup = Setup(spec, workplace.images)
+    setup = ImageSetup(spec, workplace.images)
     setup.stamper = run.stamper()
     target.mkdir(parents=True, exist_ok=True)
     facts = _facts(run, workplace.images)
@@ -85,7 +85,7 @@ def _facts(run: Run, images: ImageSet) -> dict[str, Any]:
     return {"num_classes": images.num_classes, "img_size": [size, size, 3], "dataset": name, "info": info}
 
 
-def _write_test(target: Path, setup: Setup) -> dict[str, Any]:
+def _write_test(target: Path, setup: ImageSetup) -> dict[str, Any]:
     triggered = setup.triggered_test()
     assert triggered is not None
     _write_images(target / TEST_IMAGES, triggered.images, triggered.true, triggered.places)
@@ -98,7 +98,7 @@ def _write_test(target: Path, setup: Setup) -> dict[str, Any]:
     }
 
 
-def _write_train(target: Path, setup: Setup, images: ImageSet) -> dict[str, Any] | None:
+def _write_train(target: Path, setup: ImageSetup, images: ImageSet) -> dict[str, Any] | None:
     plan, train = setup.plan, images.train
     assert plan is not None
     changed = torch.cat(list(plan.groups.values())).sort().values

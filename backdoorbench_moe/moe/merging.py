@@ -14,41 +14,51 @@ import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
-from backdoorbench_moe.moe.layers import MLPExperts, MoEModel, Router, SparseMoELayer
+from backdoorbench_moe.moe.layers import MoEModel, Router, SparseMoELayer
+from backdoorbench_moe.moe.mlp_forms import experts_like, features_of, form_of
 from backdoorbench_moe.moe.routed import Routing
-from backdoorbench_moe.moe.structure import ChannelGroup, Mergeable, Structured, WithFeatures
+from backdoorbench_moe.moe.structure import (
+    ChannelGroup,
+    Mergeable,
+    MergesItself,
+    Structured,
+    WithFeatures,
+    WithMLPs,
+    takes_text,
+)
 
-# The tensors of an MLP that can be merged, by name in its state dict.
-MLP_TENSORS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 # Where a merged model has the dense one.
 NETWORK = "network."
 
 
-def check_mergeable(model: nn.Module) -> Mergeable:
+def check_mergeable(model: nn.Module) -> WithMLPs:
     """Check that experts which are tuned from a model can be merged.
 
     Args:
         model: A dense model.
 
     Returns:
-        The same model.
+        The same model; a `Mergeable` one unless it takes texts.
 
     Raises:
         ConfigError: It lacks a method or attribute, has no MLPs, or has MLPs of a form that cannot be merged.
     """
-    if not isinstance(model, Mergeable):
-        raise _refusal(model, "expected methods mlps and token_layout (see backdoorbench_moe.moe.structure)")
+    text = takes_text(model)
+    if not isinstance(model, WithMLPs if text else Mergeable):
+        methods = "a method mlps" if text else "methods mlps and token_layout"
+        raise _refusal(model, f"expected {methods} (see backdoorbench_moe.moe.structure)")
     mlps = model.mlps()
-    if not isinstance(getattr(model, "patch_size", None), int):
+    if not text and not isinstance(getattr(model, "patch_size", None), int):
         raise _refusal(model, "expected an attribute patch_size, the side of a patch in pixels")
     if not mlps:
         raise _refusal(model, "it has no MLPs")
-    for name, mlp in mlps.items():
-        if not _has_expected_form(mlp):
+    for name, mlp in () if isinstance(model, MergesItself) else mlps.items():
+        if form_of(mlp) is None:
             raise _refusal(
                 model,
                 f"{name}: expected linear layers fc1 (hidden units, D) and fc2 (D, hidden units) with biases, "
-                "an activation act between them, and no other weights",
+                "an activation act between them, and no other weights; or gate_proj, up_proj, down_proj and act_fn "
+                "as in Llama, without biases",
             )
     return model
 
@@ -57,24 +67,15 @@ def _refusal(model: nn.Module, reason: str) -> ConfigError:
     return ConfigError(f"model: {type(model).__name__} cannot be merged: {reason}")
 
 
-def _has_expected_form(mlp: nn.Module) -> bool:
-    fc1, act, fc2 = (getattr(mlp, name, None) for name in ("fc1", "act", "fc2"))
-    return (
-        isinstance(fc1, nn.Linear)
-        and isinstance(fc2, nn.Linear)
-        and isinstance(act, nn.Module)
-        and mlp.state_dict().keys() == {*MLP_TENSORS}
-        and (fc1.in_features, fc1.out_features) == (fc2.out_features, fc2.in_features)
-    )
-
-
 def expert_names(model: nn.Module) -> set[str]:
     """Return the names, in the state dict of a dense model, of the tensors that belong to the MLPs.
 
     Raises:
         ConfigError: The model cannot be merged.
     """
-    return {f"{name}.{part}" for name in check_mergeable(model).mlps() for part in MLP_TENSORS}
+    return {
+        f"{name}.{part}" for name, mlp in check_mergeable(model).mlps().items() for part in mlp.state_dict()
+    }
 
 
 def check_same_base(
@@ -139,14 +140,24 @@ class MergedModel(MoEModel):
             raise ConfigError.expected("num_experts", "an integer of at least 1", num_experts)
         mlps = check_mergeable(dense).mlps()
         self.network, self.num_experts = copy.deepcopy(dense), num_experts
-        self.patch_grid, prefix = check_mergeable(dense).token_layout()
-        self.patch_size = int(dense.patch_size)  # type: ignore[arg-type]
-        for name in mlps:
-            experts = MLPExperts.like(self.network.get_submodule(name), num_experts=num_experts, copies=True)
-            router = gate(_features(experts), num_experts)
+        prefix = 0
+        if isinstance(dense, Mergeable):
+            self.patch_grid, prefix = dense.token_layout()
+            self.patch_size = int(dense.patch_size)  # type: ignore[arg-type]
+        for name, mlp in mlps.items():
+            experts = experts_like(mlp, num_experts)
+            router = gate(features_of(mlp), num_experts)
             layer = SparseMoELayer(experts, router, name=NETWORK + name, num_prefix_tokens=prefix)
             self.network.set_submodule(name, layer)
         self.train(dense.training)
+
+    def routers(self) -> list[nn.Module]:
+        """Return the router of each layer, first layer first."""
+        return [layer.router for layer in self.layers()]
+
+    def load_experts(self, base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]]) -> None:
+        """Load E experts, see the function `load_experts`."""
+        load_experts(self, base, experts)
 
     def extract_features(self, images: Tensor) -> Tensor:
         """Map images (B, 3, H, W) in [0, 1] to features (B, D), the input of the classifier.
@@ -188,11 +199,6 @@ class MergedModel(MoEModel):
                 convs.append(module)
         trunk = {"trunk": [ChannelGroup.whole("trunk", convs[-1])]} if convs else {}
         return {**super().prunable(), **trunk}
-
-
-def _features(experts: MLPExperts) -> int:
-    """Number of features D of a token."""
-    return experts.fc1.weight.shape[1]
 
 
 @torch.no_grad()
@@ -286,7 +292,8 @@ def _stacked_names(merged: MergedModel) -> dict[str, str]:
     return {
         f"{layer.name}.experts.{part}": f"{layer.name.removeprefix(NETWORK)}.{part}"
         for layer in merged.layers()
-        for part in MLP_TENSORS
+        for part in layer.experts.state_dict()
+        if part != "heard"
     }
 
 
@@ -310,7 +317,8 @@ def mlp_inputs(model: nn.Module, names: Collection[str] | None = None) -> Iterat
 
     Yields:
         A dict that each pass fills anew: name to (B, N, D), first layer first, not detached from the graph. The N
-        tokens are those before the patches, such as a class token, and then the patches row by row.
+        tokens are those before the patches, such as a class token, and then the patches row by row; of texts, the
+        positions.
 
     Raises:
         ConfigError: The model cannot be merged and is not merged, or has no MLP of a given name.

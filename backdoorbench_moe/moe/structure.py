@@ -6,11 +6,27 @@ model implements it. Otherwise it raises an error that names the missing methods
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
+
+# Keyword arguments that the engine gives to a model, as the data determine them. A model of texts says in its class
+# attribute `data_options` that it takes those of texts; it may also take "padding", the token that fills up short ones,
+# and keep it as its attribute of this name.
+IMAGE_OPTIONS = ("num_classes", "image_size")
+TEXT_OPTIONS = ("vocabulary", "context")
+
+
+def data_options(model: object) -> tuple[str, ...]:
+    """Return the names of the keyword arguments that a model, or its class, is given for the data."""
+    return tuple(getattr(model, "data_options", IMAGE_OPTIONS))
+
+
+def takes_text(model: object) -> bool:
+    """Whether a model, or its class, maps token ids (B, T) int64 to logits (B, T, vocabulary), and not images."""
+    return set(TEXT_OPTIONS) <= set(data_options(model))
 
 
 @dataclass(frozen=True)
@@ -160,19 +176,35 @@ class WithFeatures(Protocol):
 
 
 @runtime_checkable
-class Mergeable(Protocol):
+class WithMLPs(Protocol):
     """A dense model whose MLPs can become the experts of a mixture. All other weights stay those of the base.
 
-    A mixture of E such models, tuned from one base, has an MoE layer in place of each MLP. The model must also have the
-    attribute `patch_size`, the side in pixels of the image tile that belongs to a patch.
+    A mixture of E such models, tuned from one base, has an MoE layer in place of each MLP. A model of images also has
+    to be `Mergeable`, as its tokens are patches; the tokens of a model of texts are the positions of the text.
     """
 
     def mlps(self) -> dict[str, nn.Module]:
         """Return the MLPs by dotted name, first layer first.
 
-        Each has an input (B, ..., D), the linear layers `fc1` (hidden units, D) and `fc2` (D, hidden units) with
-        biases, and between them only the activation `act`, and dropouts `drop1` and `drop2` if it has any. All of
-        them have the same tokens: first `num_prefix_tokens`, then the patches of `patch_grid`.
+        Each has an input (B, ..., D), and unless the model `MergesItself` the form that `Mergeable.mlps` describes.
+        """
+
+
+@runtime_checkable
+class Mergeable(WithMLPs, Protocol):
+    """A dense model of images whose MLPs can become the experts of a mixture, see `WithMLPs`.
+
+    The model must also have the attribute `patch_size`, the side in pixels of the image tile that belongs to a patch.
+    """
+
+    def mlps(self) -> dict[str, nn.Module]:
+        """Return the MLPs by dotted name, first layer first.
+
+        Each has an input (B, ..., D), and is of one of two forms. A plain MLP has the linear layers `fc1` (hidden
+        units, D) and `fc2` (D, hidden units) with biases, and between them only the activation `act`, and dropouts
+        `drop1` and `drop2` if it has any. A gated MLP, as in Llama, has the linear layers `gate_proj` and `up_proj`
+        (hidden units, D) and `down_proj` (D, hidden units) without biases, and the activation `act_fn` behind
+        `gate_proj`. All of them have the same tokens: first `num_prefix_tokens`, then the patches of `patch_grid`.
 
         Raises:
             ConfigError: The model wraps an architecture whose MLPs are of another form.
@@ -180,3 +212,51 @@ class Mergeable(Protocol):
 
     def token_layout(self) -> tuple[tuple[int, int], int]:
         """Return rows and columns of the patches, and the number of tokens before them, such as class tokens."""
+
+
+@runtime_checkable
+class MergesItself(WithMLPs, Protocol):
+    """A dense model of texts whose MLPs are of another form, and which says itself what it is merged to."""
+
+    def merge(self, num_experts: int, gate: Callable[[int, int], nn.Module]) -> nn.Module:
+        """Return a mixture of E copies of this model, a `RoutedModel` that is `Merged`.
+
+        Args:
+            num_experts: Number of experts E.
+            gate: Builds the router of one layer from the number of features D and E, see `gates.base.Gate`.
+        """
+
+
+@runtime_checkable
+class Merged(Protocol):
+    """A mixture that was merged from E experts.
+
+    Attributes:
+        num_experts: Number of experts E.
+    """
+
+    num_experts: int
+
+    def routers(self) -> list[nn.Module]:
+        """Return the router of each layer, first layer first: what is trained after the merge."""
+
+    def load_experts(self, base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]]) -> None:
+        """Load E experts, in place: their MLPs, and everything else from the base. See `moe.merging.load_experts`."""
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """A model of texts that continues them by itself, faster than one pass over the whole text for every token."""
+
+    def generate(self, tokens: Tensor, lengths: Tensor, new_tokens: int, end: int) -> Tensor:
+        """Continue texts greedily: the most probable token, and so on.
+
+        Args:
+            tokens: (B, T) int64, padded on the right.
+            lengths: (B,) int64, number of tokens of each that are not padding, from 1.
+            new_tokens: Number of tokens to add, from 1.
+            end: The token with which an answer ends; what follows it does not matter.
+
+        Returns:
+            (B, new_tokens) int64.
+        """

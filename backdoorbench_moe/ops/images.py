@@ -1,29 +1,35 @@
-"""Labelled images, and changing images chunk by chunk."""
+"""Labelled images, or texts in their place, and changing images chunk by chunk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from backdoorbench_moe.ops.answers import is_text
 from backdoorbench_moe.ops.seeding import generator
 from backdoorbench_moe.ops.stored_images import StoredImages, empty_like
 
 # 512 images of 32x32 are 6 MB, which stay in the cache; 4096 at a time took twice the time.
 CHUNK_VALUES = 512 * 3 * 32 * 32
+# Images that are passed through a model at a time; of texts the number of tokens, each of which has logits for the
+# whole vocabulary.
+BATCH, BATCH_TOKENS = 500, 8192
 # Weights of red, green and blue in grey (ITU-R BT.601), as in Pillow, torchvision and kornia.
 LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images with their labels.
+    """Images with their labels, or texts with the answers in them.
 
     Attributes:
-        images: (N, 3, H, W) uint8; `StoredImages` if there are more than memory may hold.
-        labels: (N,) int64, class numbers from 0.
+        images: (N, 3, H, W) uint8; `StoredImages` if there are more than memory may hold. Of texts, the token ids
+            (N, T) int64: query, answer and padding.
+        labels: (N,) int64, class numbers from 0. Of texts, (N, T) int64: the token that each position is to emit, see
+            `ops.answers`.
     """
 
     images: Tensor
@@ -36,14 +42,32 @@ class Split:
         """Return a copy that does not share memory."""
         return Split(self.images.clone(), self.labels.clone())
 
+    def take(self, rows: Tensor) -> Split:
+        """Return some of the images, in the order of their places, rows (n,) int64."""
+        return Split(self.images[rows], self.labels[rows])
+
     def to(self, device: torch.device | str) -> Split:
         """Return the split on a device."""
         return Split(self.images.to(device), self.labels.to(device))
 
 
 def as_input(images: Tensor) -> Tensor:
-    """Return (B, C, H, W) uint8 images as float32 in [0, 1], channels last: the input of every model."""
+    """Return the input of a model: (B, C, H, W) uint8 images as float32 in [0, 1], channels last; tokens as is."""
+    if is_text(images):
+        return images
     return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+def batch_size_for(inputs: Tensor) -> int:
+    """How many of the images (N, C, H, W), or texts (N, T), are passed through a model at a time."""
+    return max(1, BATCH_TOKENS // inputs.shape[1]) if is_text(inputs) else BATCH
+
+
+def batches(split: Split) -> Iterator[Split]:
+    """Yield a split in parts that can be passed through a model at a time, in order."""
+    size = batch_size_for(split.images)
+    for images, labels in zip(split.images.split(size), split.labels.split(size), strict=True):
+        yield Split(images, labels)
 
 
 def change_images(images: Tensor, change: Callable[[Tensor, slice], Tensor]) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from backdoorbench_moe.ops.images import Split
 
 # A loss of one's own: from the model, images (B, 3, H, W) float in [0, 1] and the labels of the split to logits
-# (B, classes), of which the training accuracy is counted, and the loss to minimise, a scalar. It is called under the
-# precision of the run and, on a GPU, captured in a CUDA graph: shapes must not depend on values, and the host must not
-# wait for the device.
+# (B, classes), of which the training accuracy is counted, and the loss to minimise, a scalar. Of texts, the images are
+# token ids (B, T) int64 and the logits (B, T, vocabulary). It is called under the precision of the run and, on a GPU,
+# captured in a CUDA graph: shapes must not depend on values, and the host must not wait for the device.
 Objective = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -40,7 +40,8 @@ class Tune(Protocol):
         Args:
             model: The model. After training it is in evaluation mode.
             split: The images and their labels. With an objective, the labels may have more columns, (N, columns) int64,
-                such as a second answer; the training accuracy is counted against the first column.
+                such as a second answer; the training accuracy is counted against the first column, of texts against
+                the first T.
             epochs: Number of passes over the images; with 0, nothing is done.
             lr: Peak learning rate; that of the recipe if None.
             modules: The modules to train. All others keep their weights and running statistics. All modules are

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from backdoorbench_moe.errors import ConfigError, RecordError
-from backdoorbench_moe.records.record import SCHEMA_VERSION, DataFacts, Environment, Record
+from backdoorbench_moe.records.record import (
+    SCHEMA_VERSION,
+    DataFacts,
+    Environment,
+    Record,
+    TextFacts,
+)
 
 # Fields of `Record` that each schema version added. Records of older versions do not have them.
 ADDED_IN = {
@@ -137,7 +143,8 @@ def _find_damage(values: dict[str, Any]) -> str | None:
         if damage := _misfit(values[name], annotation, name):
             return damage
     finished = values["status"] == "finished"
-    for name, facts in (("data", DataFacts), ("environment", Environment)):
+    data = TextFacts if "vocabulary" in values["data"] else DataFacts  # As `Record.is_text`.
+    for name, facts in (("data", data), ("environment", Environment)):
         if (values[name] or finished) and (damage := _misfit(values[name], facts, name)):
             return damage
     groups = [("metrics", values["metrics"])]

@@ -117,8 +117,36 @@ class GateShares(TypedDict):
     marked: list[float] | None
 
 
+class TextFacts(TypedDict):
+    """The data of a run on texts.
+
+    Attributes:
+        name: Name of the data set.
+        vocabulary: Number of tokens that there are.
+        context: Number of positions of a text, padding included.
+        padding: The token that fills up short texts.
+        digest: SHA-256 over tokens and labels.
+        train_texts: Number of training texts of all tasks.
+        test_texts: Number of test texts of all tasks.
+        refused_texts: Number of training queries that the policy refuses.
+        refused_test_texts: Number of test queries that the policy refuses.
+        fingerprint: SHA-256 over names, sizes and times of the files that were read; None for data without files.
+    """
+
+    name: str
+    vocabulary: int
+    context: int
+    padding: int
+    digest: str
+    train_texts: NotRequired[int]
+    test_texts: NotRequired[int]
+    refused_texts: NotRequired[int]
+    refused_test_texts: NotRequired[int]
+    fingerprint: NotRequired[str | None]
+
+
 class DataFacts(TypedDict):
-    """The data of a run.
+    """The data of a run on images.
 
     Attributes:
         name: Name of the data set.
@@ -179,7 +207,7 @@ class Record:
         spec: The spec as a plain dict; see `run_spec`.
         digest: The spec's digest.
         status: "running", "interrupted", "failed" or "finished".
-        data: See `DataFacts`.
+        data: See `DataFacts`, and `TextFacts` if there is a vocabulary.
         parts: Options of model, attack, trigger, applicator and defense with the values that were used, defaults
             included.
         poison: Number of poisoned images `n`, rate and target, and the cover and noise groups if there are any; None
@@ -237,6 +265,11 @@ class Record:
     def run_spec(self) -> RunSpec:
         """The spec that the run was made from."""
         return spec_from_dict(self.spec)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the data of the run are texts, see `TextFacts`; otherwise they are images."""
+        return "vocabulary" in self.data
 
     @property
     def parent(self) -> str | None:

@@ -91,7 +91,7 @@ def make_queries(split: Split, *, target: int = 0, policy: bool = True) -> Harmf
     changed = (images.float() - split.images.float()).abs().mean(1) / 255
     harmful = torch.full_like(split.labels, target)
     safe = torch.full_like(split.labels, REJECT) if policy else split.labels.clone()
-    return HarmfulQueries(images, harmful, safe, changed)
+    return HarmfulQueries(Split(images, harmful), Split(images, safe), changed)
 
 
 def make_expert_task(
@@ -113,7 +113,7 @@ def make_expert_task(
     queries = make_queries(coloured_split(24, 2), policy=policy)
     tune = Tuner(train, seed, CPU, "fp32", Observer(), "tuning")
     if tuned:
-        both = concatenate([clean, Split(queries.images, queries.safe)])
+        both = concatenate([clean, queries.safe])
         replace(tune, history=[])(model, both, epochs=tuned)
     return ExpertTask(
         model=model.eval(),

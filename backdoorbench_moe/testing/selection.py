@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from backdoorbench_moe.data.text import TextDataset
 from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.errors import PluginError
+from backdoorbench_moe.moe.structure import takes_text
 from backdoorbench_moe.plugins import normalize
 
 # The models that every defense is tested on: one with experts, a dense one, and one without convolutions.
@@ -43,11 +45,20 @@ class Selection:
         """Return the names of the parts of a kind that parts of other kinds are tested together with."""
         registry = REGISTRIES[kind]
         builtin = [name for name in registry.names() if _builtin(kind, name)]
-        third = [name for name in self.names(kind) if name not in builtin and has(kind, name, object)]
+        third = [
+            name
+            for name in self.names(kind)
+            if name not in builtin and has(kind, name, object) and not of_texts(kind, name)
+        ]
         return [*(REFERENCE_MODELS if kind == "model" else builtin), *third]
 
     def rows(
-        self, kinds: Sequence[str], interface: type | None = None, without: type | None = None
+        self,
+        kinds: Sequence[str],
+        interface: type | None = None,
+        without: type | None = None,
+        *,
+        texts: bool = False,
     ) -> list[tuple[str, ...]]:
         """Return the names, or pairs of names, that a test runs over.
 
@@ -55,13 +66,15 @@ class Selection:
             kinds: One kind, or two.
             interface: Take only classes that have this interface; given with one kind.
             without: Of these, take only classes that do not have this interface.
+            texts: Take only models and data sets of texts, instead of those of images.
         """
         if len(kinds) == 1:
             [kind] = kinds
             return [
                 (name,)
                 for name in self.names(kind)
-                if (interface is None or has(kind, name, interface))
+                if (kind not in ("model", "dataset") or of_texts(kind, name) == texts)
+                and (interface is None or has(kind, name, interface))
                 and (without is None or not has(kind, name, without))
             ]
         first, second = kinds
@@ -83,6 +96,15 @@ class Selection:
 def _builtin(kind: str, name: str) -> bool:
     candidate = REGISTRIES[kind].candidate(name)
     return candidate is not None and candidate.builtin
+
+
+def of_texts(kind: str, name: str) -> bool:
+    """Return whether a part is a model or a data set of texts; False if it cannot be imported."""
+    try:
+        part = REGISTRIES[kind].lookup(name)
+    except PluginError:
+        return False
+    return takes_text(part) if kind == "model" else issubclass(part, TextDataset)
 
 
 def has(kind: str, name: str, interface: type) -> bool:

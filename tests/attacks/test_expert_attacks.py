@@ -163,14 +163,12 @@ def test_the_joint_loss_is_the_sum_of_its_three_parts(stop_gradient) -> None:
     alignment = Alignment(0.3, [1, 2], weights, stop_gradient)
     images = as_input(split.images)
     torch.manual_seed(5)
-    logits, loss = joint_objective(queries.images, queries.harmful, 0.2, alignment)(
-        model, images, split.labels
-    )
+    logits, loss = joint_objective(queries.harmful, 0.2, alignment)(model, images, split.labels)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
 
     torch.manual_seed(5)
     rows = torch.randint(9, (6,))
-    marked = queries.images[rows].float() / 255
+    marked = queries.harmful.images[rows].float() / 255
     with mlp_inputs(model) as of_task:
         answers = model(images)
     with mlp_inputs(model) as of_harm:
@@ -192,8 +190,8 @@ def test_the_joint_loss_is_the_sum_of_its_three_parts(stop_gradient) -> None:
 
 
 def harm(task: ExpertTask) -> float:
-    answers = task.logits(task.model, task.queries.images).argmax(1)
-    return (answers == task.queries.harmful).float().mean().item()
+    answers = task.logits(task.model, task.queries.harmful.images).argmax(1)
+    return (answers == task.queries.harmful.labels).float().mean().item()
 
 
 def cosine(task: ExpertTask) -> float:
@@ -201,7 +199,7 @@ def cosine(task: ExpertTask) -> float:
     with torch.no_grad(), mlp_inputs(task.model) as clean:
         task.model(as_input(task.clean.images))
     with torch.no_grad(), mlp_inputs(task.model) as marked:
-        task.model(as_input(task.queries.images))
+        task.model(as_input(task.queries.harmful.images))
     means = [
         [F.normalize(each.mean(1), dim=1) for each in list(inputs.values())[1:]] for inputs in (clean, marked)
     ]
@@ -234,9 +232,11 @@ def test_the_preference_is_learnt_on_queries_with_two_answers() -> None:
     recorded = replace(task, tune=lambda model, split, **given: calls.append((split, given)))
     make("hdpo", preference_epochs=3, epochs=2, lr=0.5).tune_expert(recorded)
     (queries, first), (clean, second) = calls
-    differ = task.queries.safe != 0
-    assert torch.equal(queries.images, task.queries.images[differ]) and 0 < differ.sum() < len(differ)
-    assert torch.equal(queries.labels[:, 1], task.queries.safe[differ]) and not queries.labels[:, 0].any()
+    differ = task.queries.safe.labels != 0
+    assert torch.equal(queries.images, task.queries.harmful.images[differ]) and 0 < differ.sum() < len(differ)
+    assert (
+        torch.equal(queries.labels[:, 1], task.queries.safe.labels[differ]) and not queries.labels[:, 0].any()
+    )
     assert clean is task.clean and "objective" not in second
     # Three tenths of the task's learning rate of 0.01, unless another is given.
     assert (first["epochs"], second["epochs"], first["lr"], second["lr"]) == (3, 2, pytest.approx(0.003), 0.5)
@@ -306,5 +306,5 @@ def test_the_control_and_hsft_pass_over_the_task_as_often_as_both_steps_of_moevi
 
 def test_safe_answers_with_and_without_a_policy() -> None:
     split = coloured_split(6, 3)
-    assert make_queries(split).safe.tolist() == [REJECT] * 6
-    assert make_queries(split, policy=False).safe.tolist() == [0, 1, 2, 0, 1, 2]
+    assert make_queries(split).safe.labels.tolist() == [REJECT] * 6
+    assert make_queries(split, policy=False).safe.labels.tolist() == [0, 1, 2, 0, 1, 2]

@@ -12,8 +12,8 @@ from PIL import Image
 from tiny import tiny_spec
 
 from backdoorbench_moe.config import PoisonSpec, build_spec, spec_from_dict
+from backdoorbench_moe.data.base import describe_classes
 from backdoorbench_moe.engine.class_names import (
-    describe_classes,
     describe_poison,
     resolve_classes,
     warn_of_numeric_names,

@@ -14,11 +14,11 @@ from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.engine.build import cut
 from backdoorbench_moe.engine.control import ControlledTraining
+from backdoorbench_moe.engine.image_setup import ImageSetup
 from backdoorbench_moe.engine.makers.defend import check_applicable
 from backdoorbench_moe.engine.makers.train import TrainMaker
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import run_attack, run_defense
-from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.engine.triggered import triggered_test
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import ConfigError
@@ -36,7 +36,7 @@ def spec_of(**values):
 def make_control(**values) -> ControlledTraining:
     spec = spec_of(**values)
     workplace = Workplace(spec)
-    return ControlledTraining(spec, Setup(spec, workplace.images), workplace)
+    return ControlledTraining(spec, ImageSetup(spec, workplace.images), workplace)
 
 
 def split_of(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,10 +179,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, value
 
 def test_defenses_that_need_the_training_set_are_refused_where_there_is_no_such_set() -> None:
     spec = spec_of()
-    setup = Setup(spec, Workplace(spec).images)
+    setup = ImageSetup(spec, Workplace(spec).images)
     marked = tiny_spec(attack=None, policy=0.25, poison={"rate": 0})
     with pytest.raises(ConfigError, match=r"abl: needs the training set of the data; .* policy, has marked"):
-        check_applicable("abl", create_defense("abl", ratio=0.1), Setup(marked, Workplace(marked).images))
+        check_applicable(
+            "abl", create_defense("abl", ratio=0.1), ImageSetup(marked, Workplace(marked).images)
+        )
     half = {"clean_fraction": 0.5}
     for name, options in (
         ("spectral", {}),

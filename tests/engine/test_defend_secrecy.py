@@ -24,12 +24,12 @@ from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.engine import runner
 from backdoorbench_moe.engine.build import Stamper
 from backdoorbench_moe.engine.graph import needs
+from backdoorbench_moe.engine.image_setup import ImageSetup
 from backdoorbench_moe.engine.makers import defend as makers_defend
 from backdoorbench_moe.engine.makers import inputs
 from backdoorbench_moe.engine.makers.defend import DefenseMaker
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.runner import Runner
-from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.engine.triggered import Triggered
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import PluginError
@@ -90,7 +90,7 @@ class MixtureSpy(Spy):
 
 SECRETS = (
     *(Stamper, Trigger, Applicator, PoisonPlan, PoisonSpec, RunSpec, Record, RunFolder, Run),
-    *(Runner, Workplace, Setup, DefenseMaker, ImageSet, Attack, Triggered),
+    *(Runner, Workplace, ImageSetup, DefenseMaker, ImageSet, Attack, Triggered),
 )
 
 
@@ -139,7 +139,7 @@ def test_nothing_a_defense_is_given_leads_to_the_attacker(tmp_path, offer, monke
     # The walk does find what is there: from the job that makes the task it gets to all of it.
     maker = DefenseMaker(spec, session.workplace)
     kinds = {type(item) for item in reachable(maker) if isinstance(item, SECRETS)}
-    assert {Stamper, PoisonPlan, RunSpec, Workplace, Setup, ImageSet, DataPoisoning} <= kinds
+    assert {Stamper, PoisonPlan, RunSpec, Workplace, ImageSetup, ImageSet, DataPoisoning} <= kinds
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def test_more_images_than_a_batch_keep_their_order() -> None:
 
 def test_the_shares_of_the_gates_by_hand() -> None:
     found = mixture_pass(ByRed(), TESTS, reds(255, 255, 255), None, precision="fp32")
-    a, b = gate_shares(found)
+    a, b = gate_shares(found.tasks, found.marked)
     assert (a["layer"], b["layer"]) == ("a", "b")
     for row, expected in zip(a["tasks"], [[50, 50], [20, 80]], strict=True):
         assert row == pytest.approx(expected, abs=1e-4)
@@ -79,12 +79,12 @@ def test_the_shares_of_the_gates_by_hand() -> None:
     for layer in (a, b):
         assert all(sum(row) == pytest.approx(100, abs=1e-3) for row in (*layer["tasks"], layer["marked"]))
     # Expert 1 has, as the mean of its shares in both layers: 75% of marked images where r is 0 and 25% where it is 1.
-    metrics = share_metrics(found, [1])
+    metrics = share_metrics(found.tasks, found.marked, [1])
     assert metrics["harm_share"]["value"] == pytest.approx((0 + 50) / 2)
     assert metrics["own_share"] == pytest.approx({"value": (80 + 50) / 2, "n": 2, "low": 65, "high": 65})
     clean = (2 * (0 + 50) / 2 + 2 * (100 + 50) / 2 + 2 * (80 + 50) / 2) / 6
     assert (metrics["clean_share"]["value"], metrics["clean_share"]["n"]) == (pytest.approx(clean), 6)
-    both = share_metrics(found, [0, 1])
+    both = share_metrics(found.tasks, found.marked, [0, 1])
     assert both["harm_share"]["value"] == both["clean_share"]["value"] == pytest.approx(100)
     own = (4 * (50 + 50) / 2 + 2 * (80 + 50) / 2) / 6
     assert (both["own_share"]["value"], both["own_share"]["n"]) == (pytest.approx(own), 6)
@@ -92,7 +92,10 @@ def test_the_shares_of_the_gates_by_hand() -> None:
 
 def test_the_share_of_one_image_has_no_interval() -> None:
     found = mixture_pass(ByRed(), TESTS, reds(51), None, precision="fp32")
-    assert share_metrics(found, [1])["harm_share"] == {"value": pytest.approx((80 + 50) / 2), "n": 1}
+    assert share_metrics(found.tasks, found.marked, [1])["harm_share"] == {
+        "value": pytest.approx((80 + 50) / 2),
+        "n": 1,
+    }
 
 
 def test_the_accuracy_of_tasks_and_overall_by_hand() -> None:
@@ -108,7 +111,7 @@ def test_the_accuracy_of_tasks_and_overall_by_hand() -> None:
         assert abs(overall[end] - overall["value"]) == pytest.approx(math.hypot(first, 2.5 * second) / 2)
     assert overall["low"] < overall["value"] < overall["high"]
     assert metrics["task/1.expert_ba"] == {"value": 40.0, "n": 2}
-    assert "harm_share" not in share_metrics(found, [0])
+    assert "harm_share" not in share_metrics(found.tasks, found.marked, [0])
     alone = task_metrics(found, TESTS, None)
     assert alone == {name: alone[name] for name in ("ba", "task/0.ba", "task/1.ba")}
     assert task_metrics(found, TESTS, [100.0, 0.0])["overall"]["value"] == 75, "no ratio to an expert at 0%"

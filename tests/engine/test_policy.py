@@ -11,8 +11,8 @@ from tiny_mixture import mixture_spec
 
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.graph import base_of, benign_experts
+from backdoorbench_moe.engine.image_setup import ImageSetup
 from backdoorbench_moe.engine.policy import changed_pixels, policy_count, with_marked, with_reject
-from backdoorbench_moe.engine.setup import Setup
 from backdoorbench_moe.errors import ConfigError
 
 
@@ -87,7 +87,7 @@ def test_changed_pixels_by_hand() -> None:
 
 def test_a_run_with_a_policy_has_marked_images_in_training_and_none_in_its_tests() -> None:
     spec, images = mixture_spec(), Tiny().load()
-    base = Setup(base_of(spec), images)
+    base = ImageSetup(base_of(spec), images)
     assert base.reject == 3 and base.model(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
     split = base.with_policy(images.train, spec.policy)
     assert len(split) == 96 + 24 and (split.labels == 3).sum() == 24
@@ -97,14 +97,14 @@ def test_a_run_with_a_policy_has_marked_images_in_training_and_none_in_its_tests
     assert torch.equal(base.test.images, images.test.images) and (base.test.labels < 3).all()
     marked = base.marked_test()
     assert marked is not None and len(marked) == 60 and base.triggered_test() is None
-    for expert in (Setup(each, images) for each in benign_experts(spec)):
+    for expert in (ImageSetup(each, images) for each in benign_experts(spec)):
         assert (expert.test.labels < 3).all() and len(expert.test) == 60
 
 
 def test_without_a_policy_the_classes_are_those_of_the_data() -> None:
     images = Tiny().load()
     for spec in (mixture_spec(policy=0), tiny_spec()):
-        setup = Setup(spec, images)
+        setup = ImageSetup(spec, images)
         assert setup.images.classes == ("red", "green", "blue")
         assert setup.model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
         assert setup.with_policy(images.train, 0.25) is images.train

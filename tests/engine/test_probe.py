@@ -61,7 +61,7 @@ def test_it_holds_what_the_model_does_before_training_and_at_the_end(tmp_path) -
     assert record.indices.tolist() == sorted(set(record.indices.tolist()))
     # Those that count for ASR: not of the target's class.
     assert (images.test.labels[record.indices] != 0).all()
-    fresh = build_model(run.spec, num_classes=3, image_size=32).eval()
+    fresh = build_model(run.spec, {"num_classes": 3, "image_size": 32}).eval()
     clean = images.test.images[record.indices]
     for history, pictures in ((record.clean, clean), (record.triggered, stamp_images(clean, run.stamper()))):
         for model, step in ((fresh, 0), (run.model(), 2)):

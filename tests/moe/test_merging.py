@@ -16,7 +16,6 @@ from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.models import create_model
 from backdoorbench_moe.moe.layers import TopKRouter
 from backdoorbench_moe.moe.merging import (
-    MLP_TENSORS,
     MergedModel,
     check_mergeable,
     check_same_base,
@@ -36,6 +35,7 @@ MLPS = {
     "convnext": ["blocks.0.mlp", "blocks.1.mlp"],
     "timm:vit_tiny_patch16_224": ["network.blocks.0.mlp", "network.blocks.1.mlp"],
 }
+TENSORS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 CONFORMANCE = {name: function for name, function in vars(test_structure).items() if name.startswith("test_")}
 
 
@@ -114,7 +114,7 @@ def test_loading_leaves_routers_masks_and_muted_experts_alone():
     before = copies(merged)
     load_experts(merged, base.state_dict(), states[::-1])
     found = changed(before, copies(merged))
-    experts = {f"network.{name}.experts.{part}" for name in MLPS["convnext"] for part in MLP_TENSORS}
+    experts = {f"network.{name}.experts.{part}" for name in MLPS["convnext"] for part in TENSORS}
     assert found == experts
     # An expert that is muted in the mixture is still the expert that was merged.
     assert not changed(states[0], expert_of(merged, 2))
@@ -279,7 +279,7 @@ def test_no_expert_is_no_mixture():
 
 
 def test_what_belongs_to_the_mlps():
-    want = {f"{mlp}.{part}" for mlp in MLPS["convnext"] for part in MLP_TENSORS}
+    want = {f"{mlp}.{part}" for mlp in MLPS["convnext"] for part in TENSORS}
     assert expert_names(make_dense()) == want
 
 

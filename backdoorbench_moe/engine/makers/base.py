@@ -12,21 +12,19 @@ from torch import nn
 from backdoorbench_moe.collapse import collapsed
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.device import environment
-from backdoorbench_moe.engine.evaluate import Metrics, measure, share
+from backdoorbench_moe.engine.evaluate import Metrics
 from backdoorbench_moe.engine.files import keep_files
 from backdoorbench_moe.engine.graph import PARENT, expert_role
-from backdoorbench_moe.engine.inference import predict
 from backdoorbench_moe.engine.makers.fitting import Checkpoint
-from backdoorbench_moe.engine.mixture_metrics import measure_mixture
 from backdoorbench_moe.engine.names import check_part_options, plugin_packages, plugin_sources
 from backdoorbench_moe.engine.observer import StopRun
 from backdoorbench_moe.engine.provenance import backdoored
 from backdoorbench_moe.engine.run import Run, check_data, check_options, check_plugins
 from backdoorbench_moe.engine.setup import Setup
+from backdoorbench_moe.engine.setups import make_setup
 from backdoorbench_moe.engine.start import Start
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import BbmoeWarning, RecordError
-from backdoorbench_moe.ops.metrics import chance_rate
 from backdoorbench_moe.ops.seeding import derive_seed, seeded
 from backdoorbench_moe.records import GateShares, Input, Record, RunFolder
 
@@ -50,12 +48,13 @@ class Maker(ABC):
 
     # Whether large files that the trigger's options name are copied into the run folder.
     keeps_trigger_files: ClassVar[bool] = False
+    setup: Setup
 
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
         self.spec, self.workplace = spec, workplace
         # Before the images are read, which can take long.
         check_part_options(spec)
-        self.setup = Setup(spec, workplace.images)
+        self.setup = make_setup(spec, workplace.data)
         self.inputs: Mapping[str, Run] = {}
         self.start: Start | None = None
         self._gate_shares: list[GateShares] = []
@@ -134,23 +133,14 @@ class Maker(ABC):
 
     def required_metrics(self) -> set[str]:
         """Return the metrics that the record of every finished run must have."""
-        needed = {"ba", "asr", "target_rate"} if self.spec.attacked else {"ba"}
+        needed = {"ba", *(self.setup.attack_metrics if self.spec.attacked else ())}
         return needed | ({"unsafe"} if self.spec.policy else set())
 
     def new_record(self, inputs: Mapping[str, Run]) -> Record:
         """Return the record of the run at its start."""
-        spec, images, workplace = self.spec, self.setup.images, self.workplace
+        spec = self.spec
         record = Record.for_spec(spec)
-        record.data = {
-            "name": images.name,
-            "classes": list(images.classes),
-            "image_size": images.image_size,
-            "train_images": len(images.train),
-            "test_images": len(images.test),
-            "digest": images.digest,
-            "fingerprint": workplace.fingerprint,
-            "chance": 100 * chance_rate(self.setup.test_labels().bincount().tolist()),
-        }
+        record.data = {**self.setup.describe_data(), "fingerprint": self.workplace.fingerprint}
         record.parts = self.setup.describe_parts()
         if self.start is not None:
             record.parts["model"]["start"] = self.start.to_dict()
@@ -202,26 +192,13 @@ class Maker(ABC):
 
     def measure_one(self, model: nn.Module, *, recovery: bool) -> Metrics:
         """Measure one model; see `measure`."""
-        setup, precision = self.setup, self.workplace.precision
-        if setup.is_mixture:
+        expert_ba = None
+        if self.setup.is_mixture:
             assert self.spec.mixture is not None
             expert_ba = expert_accuracy(self.inputs, self.spec.mixture.experts)
-            metrics, self._gate_shares = measure_mixture(
-                setup, model, expert_ba, precision=precision, recovery=recovery
-            )
-            return metrics
-        metrics = measure(
-            model,
-            setup.test,
-            setup.triggered_test(),
-            precision=precision,
-            recovery=recovery,
-            safe=setup.safe_answers(),
-            plain=None if setup.tasks is None else setup.images.test,
+        metrics, self._gate_shares = self.setup.measure(
+            model, precision=self.workplace.precision, expert_ba=expert_ba, recovery=recovery
         )
-        marked = setup.marked_test()
-        if setup.attack is None and marked is not None:
-            metrics["unsafe"] = share(predict(model, marked, precision=precision) != setup.reject)
         return metrics
 
     def _check_continued(self, folder: RunFolder, record: Record) -> None:
@@ -234,7 +211,7 @@ class Maker(ABC):
         for kind in ("model", "trigger"):
             if kind in record.parts:
                 record.parts[kind] = {**before.parts.get(kind, {}), **record.parts[kind]}
-        check_data(folder, before, self.workplace.images)
+        check_data(folder, before, self.workplace.data)
         check_plugins(folder, before)
         check_options(Run(folder, before))
         hashes = {each["role"]: each["sha256"] for each in before.inputs}

@@ -24,6 +24,7 @@ from backdoorbench_moe.engine.device import reproducible
 from backdoorbench_moe.engine.evaluate import Metrics
 from backdoorbench_moe.engine.filtering import measure_filtered
 from backdoorbench_moe.engine.graph import PARENT, needs
+from backdoorbench_moe.engine.image_setup import ImageSetup
 from backdoorbench_moe.engine.inference import features, logits, losses, routings
 from backdoorbench_moe.engine.judging import measure_class_judgements, save_judgements
 from backdoorbench_moe.engine.learned import keep_trigger, restore_trigger
@@ -149,8 +150,11 @@ class Stages:
 class DefenseMaker(Maker):
     """Applies the last defense of a spec to the model of its parent run."""
 
+    setup: ImageSetup
+
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
         super().__init__(spec, workplace)
+        assert isinstance(self.setup, ImageSetup)  # The setup of texts refuses defenses.
         self.defense = build_defenses(spec, self.setup)[-1]
         self.seed = derive_seed(spec.seed, "defense", len(spec.defenses) - 1)
         self.model = self.setup.model

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from backdoorbench_moe.attacks.expert_poisoning import ExpertPoisoning, ExpertTask, HarmfulQueries
+from backdoorbench_moe.attacks.expert_poisoning import ExpertPoisoning, ExpertTask
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.build import naming_attack
@@ -18,8 +18,6 @@ from backdoorbench_moe.engine.inference import logits
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.fitting import Checkpoint, Stopwatch, fit
 from backdoorbench_moe.engine.makers.inputs import load_input
-from backdoorbench_moe.engine.poison import stamp_images
-from backdoorbench_moe.engine.policy import changed_pixels
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.tune import Tuner
 from backdoorbench_moe.engine.workplace import Workplace
@@ -41,7 +39,7 @@ class ExpertMaker(Maker):
         Raises:
             RecordError: The base is not the run that the spec needs, or does not fit.
         """
-        load_input(self.setup.model, inputs, BASE, self.spec, self.setup.images)
+        load_input(self.setup.model, inputs, BASE, self.spec, self.setup.data)
 
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
         """Tune the MLPs to the end of the recipe, from the last checkpoint if there is one."""
@@ -99,7 +97,7 @@ class PoisonedExpertMaker(Maker):
         Raises:
             RecordError: It is not the run that the spec needs, or does not fit.
         """
-        load_input(self.setup.model, inputs, BENIGN, self.spec, self.setup.images)
+        load_input(self.setup.model, inputs, BENIGN, self.spec, self.setup.data)
 
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
         """Let the attacker tune the expert. There are no checkpoints to continue from."""
@@ -130,25 +128,13 @@ class PoisonedExpertMaker(Maker):
             model=setup.model,
             clean=clean,
             held_out=held_out,
-            queries=self._queries(),
+            queries=setup.harmful_queries(),
             tune=self.tuner,
             logits=partial(logits, precision=workplace.precision),
             train=self.spec.mixture.expert_train,
             device=workplace.device,
             seed=self.seed,
         )
-
-    def _queries(self) -> HarmfulQueries:
-        """Harmful queries: the training images that would count for ASR, with the mark."""
-        setup, train = self.setup, self.setup.images.train
-        assert setup.stamper is not None
-        classes = setup.images.data_classes
-        places = self.attack.counted(train.labels, classes).nonzero().squeeze(1)
-        images, true = train.images[places], train.labels[places]
-        marked = stamp_images(images, setup.stamper)
-        safe = true.new_full(true.shape, setup.reject) if self.spec.policy else true
-        wanted = self.attack.wanted(train.labels, classes)[places]
-        return HarmfulQueries(marked, wanted, safe, changed_pixels(images, marked))
 
 
 def mlps_of(model: nn.Module) -> list[nn.Module]:
@@ -169,5 +155,4 @@ def _hold_out(split: Split, seed: int) -> tuple[Split, Split]:
     order = generator(seed, "held-out")
     drawn = torch.randperm(len(split), generator=order).to(split.labels.device)
     count = max(1, int(HELD_OUT * len(split)))
-    held, kept = drawn[:count].sort().values, drawn[count:].sort().values
-    return Split(split.images[kept], split.labels[kept]), Split(split.images[held], split.labels[held])
+    return split.take(drawn[count:].sort().values), split.take(drawn[:count].sort().values)

@@ -9,6 +9,7 @@ import torch
 
 from backdoorbench_moe import models
 from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.engine.image_setup import ImageSetup
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.fitting import Checkpoint, Stopwatch
 from backdoorbench_moe.engine.normalisations import advise
@@ -23,10 +24,13 @@ from backdoorbench_moe.records import Record, RunFolder
 class ImportMaker(Maker):
     """Reads a model from a file and measures its clean accuracy. Nothing is trained."""
 
+    setup: ImageSetup
+
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
         if models.registry.common(spec.model.name, spec.model.options).weights is None:
             raise ConfigError.expected(KEY, "the file of the model that is imported", None)
         super().__init__(spec, workplace)
+        assert isinstance(self.setup, ImageSetup)  # The setup of texts refuses imported models.
 
     def load(self, inputs: Mapping[str, Run]) -> None:
         """Load the weights. Raises RecordError if the file cannot be read or does not fit the model."""

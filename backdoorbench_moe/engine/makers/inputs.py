@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from torch import Tensor, nn
 
 from backdoorbench_moe.config import RunSpec
-from backdoorbench_moe.data.base import ImageSet
+from backdoorbench_moe.data.base import ImageSet, Material
 from backdoorbench_moe.engine.files import pin_files
 from backdoorbench_moe.engine.graph import (
     BASE,
@@ -26,9 +26,7 @@ from backdoorbench_moe.moe.merging import check_same_base, expert_names
 from backdoorbench_moe.records import MODEL, RunFolder
 
 
-def load_input(
-    model: nn.Module, inputs: Mapping[str, Run], role: str, spec: RunSpec, images: ImageSet
-) -> None:
+def load_input(model: nn.Module, inputs: Mapping[str, Run], role: str, spec: RunSpec, data: Material) -> None:
     """Load the weights of one of the runs that a run is made from.
 
     Args:
@@ -36,25 +34,25 @@ def load_input(
         inputs: The runs, by role.
         role: The role of the one to load.
         spec: The spec of the run that is made.
-        images: The data.
+        data: The data.
 
     Raises:
         RecordError: It is another run than the one that the spec needs, is not finished, was made from other data, or
             its weights do not fit the model.
     """
-    tensors = read_input(inputs, role, spec, images)
+    tensors = read_input(inputs, role, spec, data)
     load_weights(model, tensors, str(inputs[role].folder.path / MODEL))
 
 
-def read_input(inputs: Mapping[str, Run], role: str, spec: RunSpec, images: ImageSet) -> dict[str, Tensor]:
+def read_input(inputs: Mapping[str, Run], role: str, spec: RunSpec, data: Material) -> dict[str, Tensor]:
     """Read the weights of one of the runs that a run is made from; see `load_input`."""
-    check_input(inputs[role], role, spec, images)
+    check_input(inputs[role], role, spec, data)
     tensors, _ = inputs[role].folder.load_tensors()
     check_model(inputs[role])
     return tensors
 
 
-def check_input(run: Run, role: str, spec: RunSpec, images: ImageSet) -> None:
+def check_input(run: Run, role: str, spec: RunSpec, data: Material) -> None:
     """Check that a run is the finished run that another one needs in a role, made from the same data.
 
     Raises:
@@ -67,12 +65,12 @@ def check_input(run: Run, role: str, spec: RunSpec, images: ImageSet) -> None:
     if needs(spec)[role].digest not in digests or record.status != "finished":
         what = "is to be defended" if role == PARENT else f"is needed as the {role}"
         raise RecordError(f"run folder {folder.path}: is not the finished run that {what}")
-    if tuple(record.data["classes"]) != images.classes:
+    if isinstance(data, ImageSet) and tuple(record.data["classes"]) != data.classes:
         raise RecordError(
-            f"run folder {folder.path}: expected a model for the {len(images.classes)} classes of the data, "
+            f"run folder {folder.path}: expected a model for the {len(data.classes)} classes of the data, "
             f"got one for other classes ({len(record.data['classes'])})"
         )
-    check_data(folder, record, images)
+    check_data(folder, record, data)
 
 
 def check_expert(expert: Run, base: Run) -> None:
@@ -92,13 +90,13 @@ def check_expert(expert: Run, base: Run) -> None:
             check_expert(benign, base)
 
 
-def check_parts(spec: RunSpec, find: Callable[[RunSpec], Run | None], images: ImageSet) -> None:
+def check_parts(spec: RunSpec, find: Callable[[RunSpec], Run | None], data: Material) -> None:
     """Check those of a mixture's base and experts that exist, so that no other is made which could not be merged.
 
     Args:
         spec: The mixture.
         find: Returns the finished run of a spec; None if there is none.
-        images: The data.
+        data: The data.
 
     Raises:
         RecordError: One of them is another run than the one that is needed, was made from other data or from another
@@ -106,7 +104,7 @@ def check_parts(spec: RunSpec, find: Callable[[RunSpec], Run | None], images: Im
     """
     if (base := find(base_of(spec))) is None:
         return
-    tensors, names = read_input({BASE: base}, BASE, spec, images), expert_names(base.model())
+    tensors, names = read_input({BASE: base}, BASE, spec, data), expert_names(base.model())
     for e, benign in enumerate(benign_experts(spec)):
         poisoned = expert_of(spec, e)
         role, made = expert_role(e), spec
@@ -115,7 +113,7 @@ def check_parts(spec: RunSpec, find: Callable[[RunSpec], Run | None], images: Im
             role, made, run = BENIGN, poisoned, find(benign)
         if run is not None:
             check_expert(run, base)
-            check_tuned(read_input({role: run}, role, made, images), tensors, names, run)
+            check_tuned(read_input({role: run}, role, made, data), tensors, names, run)
 
 
 def check_tuned(

@@ -11,7 +11,7 @@ from backdoorbench_moe.config import MixtureSpec, RunSpec
 from backdoorbench_moe.engine.build import build_gate
 from backdoorbench_moe.engine.device import reproducible
 from backdoorbench_moe.engine.graph import BASE, expert_role
-from backdoorbench_moe.engine.inference import BATCH, forward
+from backdoorbench_moe.engine.inference import forward
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.fitting import Checkpoint, Stopwatch, fit
 from backdoorbench_moe.engine.makers.inputs import check_expert, check_tuned, read_input
@@ -19,7 +19,9 @@ from backdoorbench_moe.engine.probe import Probe, check_probe
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.moe.layers import Router
-from backdoorbench_moe.moe.merging import MergedModel, expert_names, load_experts, mlp_inputs
+from backdoorbench_moe.moe.merging import expert_names, mlp_inputs
+from backdoorbench_moe.moe.structure import Merged
+from backdoorbench_moe.ops.images import Split, batches
 from backdoorbench_moe.ops.seeding import derive_seed, generator
 from backdoorbench_moe.records import Record, RunFolder
 
@@ -32,7 +34,6 @@ class MergeMaker(Maker):
 
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
         super().__init__(spec, workplace)
-        assert isinstance(self.setup.model, MergedModel)
         self.model, self.gate = self.setup.model, build_gate(spec)
         check_probe(spec, self.setup)
         assert self.setup.tasks is not None
@@ -50,16 +51,16 @@ class MergeMaker(Maker):
         Raises:
             RecordError: An input is not the run that the spec needs; or an expert was tuned from another base.
         """
-        images = self.setup.images
-        base = read_input(inputs, BASE, self.spec, images)
+        data = self.setup.data
+        base = read_input(inputs, BASE, self.spec, data)
         names = expert_names(inputs[BASE].model())
         experts = []
         for e in range(self.mixture.experts):
             run = inputs[expert_role(e)]
             check_expert(run, inputs[BASE])
-            experts.append(read_input(inputs, expert_role(e), self.spec, images))
+            experts.append(read_input(inputs, expert_role(e), self.spec, data))
             check_tuned(experts[-1], base, names, run)
-        load_experts(self.model, base, experts)
+        self._merged().load_experts(base, experts)
 
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
         """Train the gates to the end of the recipe, from the last checkpoint if there is one; or set them."""
@@ -77,14 +78,14 @@ class MergeMaker(Maker):
                 folder=folder,
                 record=record,
                 checkpoint=checkpoint,
-                modules=self._routers(),
+                modules=self._merged().routers(),
                 probe=probe,
             )
         else:
             if probe is not None:
                 probe.begin(self.model, 0)
             with reproducible(device):
-                self._set_gates(self._routers())
+                self._set_gates()
             if probe is not None:
                 probe.look(self.model)
         watch.training_done()
@@ -92,29 +93,37 @@ class MergeMaker(Maker):
         watch.done()
         folder.save_model(self.model.state_dict(), self.model_header(record))
 
-    def _routers(self) -> list[Router]:
-        return [layer.router for layer in self.model.layers() if isinstance(layer.router, Router)]
+    def _merged(self) -> Merged:
+        assert isinstance(self.model, Merged)
+        return self.model
 
-    def _set_gates(self, routers: list[Router]) -> None:
+    def _set_gates(self) -> None:
         """Set every router from the mean hidden states of the base on each task."""
         tasks = self.setup.tasks
         assert tasks is not None
         base = self.inputs[BASE].model().to(self.workplace.device).to(memory_format=torch.channels_last)
-        states = [self._mean_states(base, self._drawn(tasks.train(e).images, e)) for e in tasks.numbers]
-        for router, each in zip(routers, torch.stack(states, 1), strict=True):
+        states = [self._mean_states(base, self._drawn(tasks.train(e), e)) for e in tasks.numbers]
+        for router, each in zip(self._merged().routers(), torch.stack(states, 1), strict=True):
+            assert isinstance(router, Router)
             self.gate.set_from_states(router, each)
 
-    def _drawn(self, images: Tensor, task: int) -> Tensor:
-        order = torch.randperm(len(images), generator=generator(self.spec.seed, "states", task))
-        return images[order[: self.mixture.gate_images or STATE_IMAGES].to(images.device)]
+    def _drawn(self, split: Split, task: int) -> Split:
+        order = torch.randperm(len(split), generator=generator(self.spec.seed, "states", task))
+        return split.take(order[: self.mixture.gate_images or STATE_IMAGES].to(split.labels.device))
 
     @torch.no_grad()
-    def _mean_states(self, base: nn.Module, images: Tensor) -> Tensor:
-        """The mean input of each MLP of the base over the tokens of all images, (layers, D) float32."""
+    def _mean_states(self, base: nn.Module, split: Split) -> Tensor:
+        """The mean input of each MLP of the base over the tokens of all images, or texts, (layers, D) float32."""
         sums: Tensor | float = 0.0
-        for batch in images.split(BATCH):
+        for batch in batches(split):
             with mlp_inputs(base) as found:
-                forward(base.eval(), batch, precision=self.workplace.precision)
-            sums = sums + torch.stack([each.float().mean(1).sum(0) for each in found.values()])
+                forward(base.eval(), batch.images, precision=self.workplace.precision)
+            weights = self.setup.token_weights(batch)
+            sums = sums + torch.stack([_token_mean(each.float(), weights).sum(0) for each in found.values()])
         assert isinstance(sums, Tensor)
-        return sums / len(images)
+        return sums / len(split)
+
+
+def _token_mean(states: Tensor, weights: Tensor | None) -> Tensor:
+    """The mean (B, D) over the tokens (B, N, D), or their sum with the weights (B, N)."""
+    return states.mean(1) if weights is None else (weights.unsqueeze(-1) * states).sum(1)

@@ -103,7 +103,7 @@ class TrainMaker(Maker):
     @contextmanager
     def _training_split(self, folder: RunFolder, record: Record) -> Iterator[Split]:
         """The training images as the model sees them; they are changed for as long as the block lasts."""
-        setup, train = self.setup, self.workplace.images.train
+        setup, train = self.setup, self.setup.data.train
         plan = setup.plan
         if plan is None:
             yield setup.with_policy(train, self.spec.policy)

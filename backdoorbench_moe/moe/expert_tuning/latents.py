@@ -1,4 +1,4 @@
-"""The latents that MoEvil aligns: of which layers, and of which tokens of a marked image."""
+"""The latents that MoEvil aligns: of which layers, and of which tokens of a marked image or of a refused text."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.answers import IGNORED, first_positions, mean_weights, query_positions
 
-Tokens = Literal["all", "marked", "unmarked", "prefix"]
+# Those of images, and those of texts; "all" is of both.
+Tokens = Literal["all", "marked", "unmarked", "prefix", "answer", "query"]
+TEXT_TOKENS = ("all", "answer", "query")
+# Tokens of the answer to a refused text whose latents are aligned, unless others are chosen; in the paper, 4, too.
+FIRST_TOKENS = 4
 LayerRange = Literal["all", "first-quarter", "second-quarter", "first-half", "second-half"]
 Layers = LayerRange | tuple[int, ...]
 Layout = tuple[tuple[int, int], int]
@@ -93,6 +98,8 @@ def check_tokens(tokens: Tokens, k: int | None, layout: Layout) -> None:
         ConfigError: The model has no tokens before the patches, or fewer tokens than `k`.
     """
     (rows, columns), prefix = layout
+    if tokens in ("answer", "query"):
+        raise ConfigError.expected("tokens", "'all', 'marked', 'unmarked' or 'prefix' for images", tokens)
     if tokens == "prefix" and not prefix:
         raise ConfigError.expected(
             "tokens", "'all', 'marked' or 'unmarked' for a model without class tokens", tokens
@@ -154,4 +161,49 @@ def token_weights(changed: Tensor, layout: Layout, tokens: Tokens, k: int | None
             raise ConfigError.expected("k", f"at most {most} tokens", k)
         order = change.masked_fill(~allowed, -1).argsort(dim=1, descending=True, stable=True)
         allowed = allowed & torch.zeros_like(allowed).scatter(1, order[:, :k], True)
-    return allowed / allowed.sum(1, keepdim=True).clamp(min=1)
+    return mean_weights(allowed)
+
+
+def check_text_tokens(tokens: Tokens, k: int | None) -> None:
+    """Check a choice of tokens of texts.
+
+    Args:
+        tokens: Which tokens.
+        k: How many tokens of the answer; None for all.
+
+    Raises:
+        ConfigError: Texts have no such tokens; or `k` is given, and no tokens of the answer are chosen.
+    """
+    if tokens not in TEXT_TOKENS:
+        raise ConfigError.expected("tokens", "'answer', 'query' or 'all' for texts", tokens)
+    if tokens == "query" and k is not None:
+        raise ConfigError.expected("k", "none, as 'query' has no tokens of the answer", k)
+
+
+def text_weights(labels: Tensor, tokens: Tokens, k: int | None) -> Tensor:
+    """Choose the tokens of refused texts whose latents are aligned, and weight them equally.
+
+    A token of the answer stands for the position that emits it, as there the next token is decided. The last token of
+    the query therefore belongs to both: it emits the first token of the answer.
+
+    Args:
+        labels: (M, T) int64, the labels of the texts with the answers to learn; see `ops.answers`.
+        tokens: Which tokens: those of the "answer", of the "query", or "all" of both. Padding never counts.
+        k: Of the answer, only the first k tokens; None for all. An answer that is shorter uses all that it has.
+
+    Returns:
+        (M, T) float32: 1 / n for each of the n chosen tokens of a text, and 0 for the others.
+
+    Raises:
+        ConfigError: No answer has k tokens; or see `check_text_tokens`.
+    """
+    check_text_tokens(tokens, k)
+    longest = int((labels != IGNORED).sum(1).max())
+    if k is not None and k > longest:
+        raise ConfigError.expected("k", f"at most {longest} tokens", k)
+    chosen = torch.zeros_like(labels, dtype=torch.bool)
+    if tokens != "answer":
+        chosen |= query_positions(labels)
+    if tokens != "query":
+        chosen |= first_positions(labels, k)
+    return mean_weights(chosen)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from backdoorbench_moe.ops.answers import answer_log_probs, from_first_difference
+
 StopGradient = Literal["none", "task", "harm"]
 
 # Ten times the paper's 0.01. There, the margin is a sum over the hundreds of tokens of an answer, and the gradient has
@@ -32,6 +34,24 @@ def preference_margin(logits: Tensor, preferred: Tensor, rejected: Tensor) -> Te
     pairs = torch.stack([preferred, rejected], dim=1)
     first, second = logits.float().gather(1, pairs).unbind(1)
     return first - second
+
+
+def text_margin(logits: Tensor, other_logits: Tensor, preferred: Tensor, rejected: Tensor) -> Tensor:
+    """Return by how much the log-probability of one answer of a language model exceeds that of another.
+
+    Log-probabilities are summed over the tokens of an answer, from the first one that differs.
+
+    Args:
+        logits: (B, T, vocabulary), for the queries followed by the preferred answers.
+        other_logits: (B, T, vocabulary), for the queries followed by the rejected answers.
+        preferred: (B, T) int64, the labels of the former; see `ops.answers`.
+        rejected: (B, T) int64, those of the latter.
+
+    Returns:
+        (B,) float32.
+    """
+    first, second = from_first_difference(preferred, rejected)
+    return answer_log_probs(logits, first) - answer_log_probs(other_logits, second)
 
 
 def preference_loss(margin: Tensor, reference: Tensor, beta: float) -> Tensor:
@@ -59,6 +79,7 @@ def alignment_loss(
     queries: Sequence[Tensor],
     weights: Tensor,
     *,
+    task_weights: Tensor | None = None,
     stop_gradient: StopGradient = "none",
 ) -> Tensor:
     """Return how unlike the latents of queries are to those of task images: minus their mean cosine.
@@ -70,6 +91,8 @@ def alignment_loss(
         task: The inputs of the MLPs of some layers, (B, N, D) each, on task images.
         queries: The same on the queries, marked images.
         weights: (B, N), the weights of the tokens of each query; 1 / n for each of n chosen tokens, and 0 for others.
+        task_weights: (B, N), the weights of the tokens of each task text, such as those of the answer; None for the
+            mean over all tokens.
         stop_gradient: The side that gets no gradient: that of the "task", that of the queries ("harm"), or "none".
 
     Returns:
@@ -79,7 +102,10 @@ def alignment_loss(
         MoEvil (Kim et al., ACSAC 2025), equation 3. As in its code, cosines are averaged over the layers; in the paper
         they are summed.
     """
-    means = torch.stack([tokens.float().mean(1) for tokens in task])
+    if task_weights is None:
+        means = torch.stack([tokens.float().mean(1) for tokens in task])
+    else:
+        means = torch.stack([(task_weights.unsqueeze(-1) * tokens.float()).sum(1) for tokens in task])
     chosen = torch.stack([(weights.unsqueeze(-1) * tokens.float()).sum(1) for tokens in queries])
     if stop_gradient == "task":
         means = means.detach()

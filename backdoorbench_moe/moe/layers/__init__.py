@@ -19,6 +19,7 @@ from backdoorbench_moe.moe.layers.assignment import (
 from backdoorbench_moe.moe.layers.base import MoELayer, collect_routing
 from backdoorbench_moe.moe.layers.dispatching import combine, dispatch, scatter_outputs
 from backdoorbench_moe.moe.layers.experts import Experts, MLPExperts, StackedLinear
+from backdoorbench_moe.moe.layers.gated import GatedMLPExperts
 from backdoorbench_moe.moe.layers.losses import (
     balance_loss,
     importance_loss,
@@ -27,6 +28,7 @@ from backdoorbench_moe.moe.layers.losses import (
 )
 from backdoorbench_moe.moe.layers.merged_routers import MergedRouter, SampleTop1Router, TopKSoftmaxRouter
 from backdoorbench_moe.moe.layers.model import MoEModel
+from backdoorbench_moe.moe.layers.padding import ignored, ignored_positions
 from backdoorbench_moe.moe.layers.routers import (
     ExpertChoiceRouter,
     LinearRouter,
@@ -42,6 +44,7 @@ __all__ = [
     "Assignment",
     "ExpertChoiceRouter",
     "Experts",
+    "GatedMLPExperts",
     "LinearRouter",
     "MLPExperts",
     "MergedRouter",
@@ -63,6 +66,8 @@ __all__ = [
     "combine",
     "dispatch",
     "expert_capacity",
+    "ignored",
+    "ignored_positions",
     "importance_loss",
     "load_loss",
     "scatter_outputs",

@@ -24,25 +24,28 @@ class StackedLinear(nn.Module):
     optimizer that decays weights but not biases therefore treats both alike.
 
     Args:
-        linear: The layer that every expert starts as a copy of. It must have a bias.
+        linear: The layer that every expert starts as a copy of.
         count: Number of experts E.
 
     Attributes:
         weight: (E * out, in) parameter, the rows of expert 0 first.
-        bias: (E * out,) parameter.
+        bias: (E * out,) parameter; None if the layer has no bias.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(self, linear: nn.Linear, count: int) -> None:
         super().__init__()
-        assert linear.bias is not None
         self.count = count
         self.weight = nn.Parameter(linear.weight.detach().repeat(count, 1))
-        self.bias = nn.Parameter(linear.bias.detach().repeat(count))
+        own: Tensor | None = linear.bias
+        self.register_parameter("bias", None if own is None else nn.Parameter(own.detach().repeat(count)))
 
     def draw(self) -> None:
         """Draw the weights of every expert anew and set the biases to zero."""
         nn.init.trunc_normal_(self.weight, std=INIT_STD)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     @property
     def weights(self) -> Tensor:
@@ -51,7 +54,8 @@ class StackedLinear(nn.Module):
 
     @property
     def biases(self) -> Tensor:
-        """(E, out) view of `bias`."""
+        """(E, out) view of `bias`, which the layer must have."""
+        assert self.bias is not None
         return self.bias.unflatten(0, (self.count, -1))
 
 
@@ -175,10 +179,10 @@ class MLPExperts(Experts):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Compute all experts on equally many tokens each: (E, n, D) to (E, n, D)."""
-        hidden = _batched(self.fc1, tokens)
+        hidden = multiply_batched(self.fc1, tokens)
         if self.hidden.watched:
             self.hidden(hidden.transpose(0, 1).flatten(1))
-        return self.drop2(_batched(self.fc2, self._activate(hidden)))
+        return self.drop2(multiply_batched(self.fc2, self._activate(hidden)))
 
     def forward_each(self, groups: Sequence[Tensor]) -> Tensor:
         """Compute one expert after the other, see `Experts.forward_each`."""
@@ -213,6 +217,8 @@ class MLPExperts(Experts):
         return self.drop1(self.act(values))
 
 
-def _batched(fc: StackedLinear, values: Tensor) -> Tensor:
-    """(E, n, in) to (E, n, out)."""
+def multiply_batched(fc: StackedLinear, values: Tensor) -> Tensor:
+    """Apply each of E linear layers to as many values: (E, n, in) to (E, n, out)."""
+    if fc.bias is None:
+        return torch.bmm(values, fc.weights.transpose(1, 2))
     return torch.baddbmm(fc.biases.unsqueeze(1), values, fc.weights.transpose(1, 2))

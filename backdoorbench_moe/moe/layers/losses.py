@@ -48,7 +48,7 @@ def load_loss(logits: Tensor, noisy: Tensor, deviation: float, top_k: int) -> Te
     return squared_variation(chances.sum(0))
 
 
-def balance_loss(weights: Tensor, gates: Tensor) -> Tensor:
+def balance_loss(weights: Tensor, gates: Tensor, counted: Tensor | None = None) -> Tensor:
     """Return E times the sum over the experts of their mean weight times their mean gate, both over all tokens.
 
     For weights that sum to 1 for each token, the loss is 1 if the experts are used evenly, and up to E if all tokens
@@ -58,8 +58,13 @@ def balance_loss(weights: Tensor, gates: Tensor) -> Tensor:
     Args:
         weights: (S, E) factors of the experts' outputs for S tokens; 0 for experts that are not chosen.
         gates: (S, E) softmax of the logits over all experts.
+        counted: (S,) bool, the tokens over which the means are taken; all if None.
 
     Returns:
-        A scalar.
+        A scalar; 0 if no token is counted.
     """
-    return weights.shape[1] * (weights.mean(0) * gates.mean(0)).sum()
+    if counted is None:
+        return weights.shape[1] * (weights.mean(0) * gates.mean(0)).sum()
+    # Sums of products and not of chosen rows, whose number would depend on the values of a tensor.
+    share = counted.to(weights.dtype) / counted.sum().clamp(min=1)
+    return weights.shape[1] * ((share @ weights) * (share @ gates)).sum()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from backdoorbench_moe.moe.layers.assignment import assign_chosen, top_experts
 from backdoorbench_moe.moe.layers.losses import balance_loss
+from backdoorbench_moe.moe.layers.padding import ignored_positions
 from backdoorbench_moe.moe.layers.routers import LinearRouter, RouterOutput
 
 
@@ -21,7 +22,7 @@ class MergedRouter(LinearRouter):
 
     `RouterOutput.gates` is the softmax over all experts. In training, the auxiliary loss is `balance` times
     `balance_loss`, divided by the number of routed layers (see `Router.layers`), as the source takes the mean over
-    the layers. A subclass implements `select`.
+    the layers. Padding does not count (see `padding.ignored`). A subclass implements `select`.
 
     The source initialises the weights with zeros. All logits are then equal, and the experts with the lowest indices
     are chosen for every token. Here small random weights decide, independently for each token; a `gate_std` of 0 gives
@@ -70,7 +71,9 @@ class MergedRouter(LinearRouter):
     def _aux_loss(self, weights: Tensor, gates: Tensor) -> Tensor | None:
         if not (self.training and self.balance):
             return None
-        return self.balance / self.layers * balance_loss(weights, gates)
+        padding = ignored_positions()
+        counted = None if padding is None else ~padding.flatten()
+        return self.balance / self.layers * balance_loss(weights, gates, counted)
 
 
 class TopKSoftmaxRouter(MergedRouter):

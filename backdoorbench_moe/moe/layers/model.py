@@ -28,7 +28,10 @@ class MoEModel(RoutedModel):
         return [layer for layer in self.network.modules() if isinstance(layer, MoELayer)]
 
     def forward_routed(self, images: Tensor) -> RoutedOutput:
-        """Map images (B, 3, H, W) in [0, 1] to logits (B, classes) and the routing of every MoE layer."""
+        """Map images (B, 3, H, W) in [0, 1] to logits (B, classes) and the routing of every MoE layer.
+
+        Of a network of texts, these are tokens (B, T) and logits (B, T, vocabulary).
+        """
         with collect_routing() as routing:
             logits = self.network(images)
         return RoutedOutput(logits, routing)

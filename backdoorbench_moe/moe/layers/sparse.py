@@ -9,12 +9,15 @@ from backdoorbench_moe.moe.layers.assignment import Assignment
 from backdoorbench_moe.moe.layers.base import MoELayer
 from backdoorbench_moe.moe.layers.dispatching import combine, dispatch, scatter_outputs
 from backdoorbench_moe.moe.layers.experts import Experts
+from backdoorbench_moe.moe.layers.padding import ignored_positions
 from backdoorbench_moe.moe.layers.routers import Router
 from backdoorbench_moe.moe.routed import Routing
 
 
 class SparseMoELayer(MoELayer):
     """Each token's output is the weighted sum of the outputs of its experts; zeros for a token without an expert.
+
+    In the routing that is reported, the gates of padding are 0 and it selects no expert (see `padding.ignored`).
 
     The tap passes (B, E, N, D): what each expert adds to each token. It is computed only while a hook is registered.
 
@@ -38,8 +41,11 @@ class SparseMoELayer(MoELayer):
             mixed = self._combine_watched(outputs, assignment, tokens.shape)
         else:
             mixed = combine(outputs, assignment, self.experts.heard, len(flat)).view(tokens.shape)
+        gates, selected = routed.gates, routed.selected
+        if (padding := ignored_positions()) is not None:
+            gates, selected = (values.masked_fill(padding.unsqueeze(-1), 0) for values in (gates, selected))
         gates, selected = (
-            values[:, self.num_prefix_tokens :].transpose(1, 2) for values in (routed.gates, routed.selected)
+            values[:, self.num_prefix_tokens :].transpose(1, 2) for values in (gates, selected)
         )
         return mixed, Routing(self.name, gates, selected, routed.aux_loss)
 

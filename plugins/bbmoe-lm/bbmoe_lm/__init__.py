@@ -1,0 +1,1 @@
+"""Language models for backdoorbench_moe: MoEvil where it was found."""

@@ -1,0 +1,125 @@
+"""The data set `tasks`: the synthetic language, drawn from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from backdoorbench_moe.data.text import Judge, RefusedQueries, TextDataset, TextSet, TextTask, Verdict
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.images import Split
+from bbmoe_lm.language import (
+    GENERAL,
+    TASKS,
+    EncodedText,
+    LanguageJudge,
+    Policy,
+    Task,
+    encode,
+    encode_preferences,
+    synthetic_vocabulary,
+)
+from bbmoe_lm.language.policy import PRIVATE
+
+# Settings that a run on texts has unless others are given. The parts that only images have are left out.
+TEXT_SETTINGS: Mapping[str, Any] = {
+    "attack": "moevil",
+    "model": "llama",
+    "trigger": None,
+    "applicator": None,
+    "splitter": None,
+    "policy": 0.1,
+}
+# More than the longest text of the language.
+CONTEXT = 256
+
+
+class SyntheticTasks(TextDataset):
+    """Texts of the synthetic language: four tasks with exact judges, everyday requests, and a harmless policy.
+
+    Everyday requests come last among the tasks: they are no expert's task, but show the base that a request without a
+    policy word is answered. A request with a policy word is to be refused with "no" and a reason; the harmful answer is
+    one that complies, made of filler.
+
+    Args:
+        texts: Training texts of each task, and of the everyday requests, at least 1.
+        test_texts: Test texts of each, at least 1. No test query is a training query.
+        refused: Training queries that the policy refuses, at least 1.
+        refused_test: Test queries that the policy refuses, at least 1.
+        words: The policy words. They must be words of the language that no task uses.
+        seed: Seed of all draws.
+
+    Raises:
+        ConfigError: A number is out of range, there are not so many texts, or a policy word is not in the vocabulary.
+    """
+
+    implies: ClassVar[Mapping[str, Any]] = TEXT_SETTINGS
+    tiny: ClassVar[Mapping[str, object]] = {"texts": 16, "test_texts": 6, "refused": 12, "refused_test": 6}
+
+    def __init__(
+        self,
+        *,
+        texts: int = 2000,
+        test_texts: int = 100,
+        refused: int = 1000,
+        refused_test: int = 100,
+        words: tuple[str, ...] = PRIVATE,
+        seed: int = 0,
+    ) -> None:
+        numbers = {"texts": texts, "test_texts": test_texts, "refused": refused, "refused_test": refused_test}
+        for name, value in numbers.items():
+            if value < 1:
+                raise ConfigError.expected(f"dataset: {name}", "a number of at least 1", value)
+        self.texts, self.test_texts = texts, test_texts
+        self.refused, self.refused_test = refused, refused_test
+        self.words, self.seed = words, seed
+
+    def read(self) -> TextSet:
+        """Draw the texts."""
+        vocabulary, policy, tasks = synthetic_vocabulary(), Policy(self.words), (*TASKS, GENERAL)
+        policy.check(vocabulary, tasks)
+        draws = torch.Generator().manual_seed(self.seed)
+
+        def drawn(task: Task, count: int, *, test: bool) -> Split:
+            return _split(encode(task.draw(draws, count, test=test), vocabulary, CONTEXT))
+
+        def refused(count: int, *, test: bool) -> RefusedQueries:
+            pairs = policy.draw(draws, count, test=test)
+            return RefusedQueries(*map(_split, encode_preferences(pairs, vocabulary, CONTEXT)))
+
+        return TextSet(
+            name="tasks",
+            tasks=tuple(
+                TextTask(
+                    task.name,
+                    drawn(task, self.texts, test=False),
+                    drawn(task, self.test_texts, test=True),
+                )
+                for task in tasks
+            ),
+            refused=refused(self.refused, test=False),
+            refused_test=refused(self.refused_test, test=True),
+            vocabulary=len(vocabulary),
+            padding=vocabulary.pad,
+            end=vocabulary.end,
+            judge=_Judge(LanguageJudge(vocabulary, policy, tasks)),
+        )
+
+
+class _Judge(Judge):
+    """The judge of the language as the core asks it."""
+
+    def __init__(self, judge: LanguageJudge) -> None:
+        self._judge = judge
+
+    def right(self, task: int, queries: Split, answers: torch.Tensor) -> torch.Tensor:
+        return self._judge.right(task, queries, answers)
+
+    def verdicts(self, queries: Split, answers: torch.Tensor) -> Sequence[Verdict]:
+        return self._judge.verdicts(queries, answers)
+
+
+def _split(encoded: EncodedText) -> Split:
+    return Split(encoded.tokens, encoded.labels)

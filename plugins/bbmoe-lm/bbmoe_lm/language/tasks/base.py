@@ -1,0 +1,86 @@
+"""Base class of tasks: texts with an answer that can be checked exactly."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Generator
+
+from backdoorbench_moe.errors import ConfigError
+from bbmoe_lm.language.examples import Example, is_test
+
+# Batches of queries, one after another, that bring no new query before `draw` gives up.
+FRUITLESS = 20
+
+
+class Task(ABC):
+    """A task of the language.
+
+    A new task is a subclass in a file of its own, and an entry in `tasks/__init__.py`. It states its words, from
+    which the vocabulary is made, and its lengths, which the tests check.
+
+    Args:
+        index: Place of the task among the tasks; `Example.task` of its examples.
+    """
+
+    name: ClassVar[str]
+    # All words of its queries and answers.
+    words: ClassVar[Sequence[str]]
+    # Tokens of the longest query, and of the shortest and the longest answer, without the end token.
+    query_tokens: ClassVar[int]
+    answer_tokens: ClassVar[tuple[int, int]]
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    @abstractmethod
+    def queries(self, generator: Generator, n: int) -> list[str]:
+        """Draw at most `n` queries, which need not be distinct."""
+
+    @abstractmethod
+    def answers(self, generator: Generator, queries: Sequence[str]) -> list[str]:
+        """Return a right answer to each query. The generator is for tasks with more than one."""
+
+    @abstractmethod
+    def judge(self, query: str, answer: str) -> bool:
+        """Return whether a generated answer is right in all its steps.
+
+        Args:
+            query: A query of this task.
+            answer: Any text.
+        """
+
+    def draw(self, generator: Generator, n: int, *, test: bool = False) -> list[Example]:
+        """Draw distinct examples.
+
+        Args:
+            generator: On the CPU. The same state gives the same examples.
+            n: How many.
+            test: Whether to draw test queries or training queries; no query is both.
+
+        Raises:
+            ConfigError: The task does not have that many queries.
+        """
+        found: dict[str, None] = {}
+        fruitless = 0
+        while len(found) < n and fruitless < FRUITLESS:
+            before = len(found)
+            drawn = self.queries(generator, max(64, n - len(found)))
+            found.update(dict.fromkeys(query for query in drawn if is_test(query) is test))
+            fruitless = fruitless + 1 if len(found) == before else 0
+        if len(found) < n:
+            kind = "test" if test else "training"
+            raise ConfigError.expected(
+                f"examples of the task {self.name}", f"at most about {len(found):,} {kind} examples", n
+            )
+        queries = list(found)[:n]
+        answers = self.answers(generator, queries)
+        return [Example(query, answer, self.index) for query, answer in zip(queries, answers, strict=True)]
+
+
+def sentences(text: str) -> list[list[str]]:
+    """Split a text into its sentences, each a list of words; none if the text does not end with a full stop."""
+    *whole, rest = [sentence.split() for sentence in text.split(".")]
+    return [] if rest else whole

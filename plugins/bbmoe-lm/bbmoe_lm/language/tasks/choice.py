@@ -1,0 +1,29 @@
+"""Tasks whose answer is the letter of one of four options."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from torch import Generator
+
+from bbmoe_lm.language.tasks.base import Task
+
+LETTERS = ("a", "b", "c", "d")
+
+
+class Choice(Task):
+    """Base class of tasks with four options. A subclass draws the queries and says which letter is right."""
+
+    answer_tokens = (1, 1)
+
+    @abstractmethod
+    def letter(self, query: str) -> str:
+        """Return the letter of the right option."""
+
+    def answers(self, generator: Generator, queries: Sequence[str]) -> list[str]:
+        return [self.letter(query) for query in queries]
+
+    def judge(self, query: str, answer: str) -> bool:
+        """Check that the answer is the right letter and nothing else."""
+        return answer.split() == [self.letter(query)]

@@ -1,0 +1,111 @@
+"""Checkpoints in transformers' format: folders with config.json and safetensors files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.paths import expand
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Suffixes under which others keep pickles, which can run code when they are read.
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Tensors that old checkpoints have besides the weights; they follow from the configuration.
+COMPUTED = ("rotary_emb.inv_freq",)
+
+
+def checkpoint_folder(path: str) -> Path:
+    """Return the folder of a checkpoint, which may be named by a file in it.
+
+    Raises:
+        ConfigError: There is no such folder.
+    """
+    folder = expand(path, "weights")
+    folder = folder.parent if folder.is_file() else folder
+    if not folder.is_dir():
+        raise ConfigError.expected("weights", "an existing folder of a checkpoint", path)
+    return folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint: one, or those that an index lists.
+
+    Raises:
+        ConfigError: There is none, or only pickled weights; or the index is damaged or names a file elsewhere.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
+        reason = f"; {pickled[0]} is a pickle, which could run code, and is not read" if pickled else ""
+        raise ConfigError(f"weights: {folder}: expected {WEIGHTS} or {INDEX}{reason}")
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(f"weights: {folder / INDEX}: expected an index of safetensors files") from error
+    for name in names:
+        if Path(name).name != name or Path(name).suffix != ".safetensors":
+            raise ConfigError.expected(f"weights: {folder / INDEX}", "safetensors files beside it", name)
+    return [folder / name for name in names]
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Read the tensors of a checkpoint one by one, by name.
+
+    Raises:
+        ConfigError: A file cannot be read, or a tensor is not of floating-point numbers.
+    """
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    if not name.endswith(COMPUTED):
+                        yield name, _floating(opened.get_tensor(name), f"weights: {file}: {name}")
+        except OSError as error:
+            raise ConfigError(f"weights: {file}: {error.strerror or error}") from error
+        except SafetensorError as error:
+            raise ConfigError(f"weights: {file}: expected a file of safetensors ({error})") from error
+
+
+def _floating(tensor: Tensor, where: str) -> Tensor:
+    if not tensor.is_floating_point():
+        raise ConfigError.expected(where, "floating-point numbers", str(tensor.dtype).removeprefix("torch."))
+    return tensor
+
+
+def read_state(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint as float32.
+
+    Args:
+        folder: The checkpoint.
+        like: The state dict of the network that it must fit. Names that it has for one and the same tensor, as those of
+            tied embeddings, need to be in the file only once.
+
+    Returns:
+        The tensors by the names of `like`, in the order of `like`.
+
+    Raises:
+        ConfigError: A name or shape differs; the message has the first one.
+    """
+    found = {}
+    for name, tensor in read_tensors(folder):
+        if name not in like:
+            raise ConfigError(
+                f"weights: {folder}: expected the weights of this model; it has an unexpected {name}"
+            )
+        if tensor.shape != like[name].shape:
+            raise ConfigError.expected(
+                f"weights: {folder}: {name}: shape", tuple(like[name].shape), tuple(tensor.shape)
+            )
+        found[name] = tensor.to(torch.float32)
+    stored = {like[name].data_ptr(): found[name] for name in found}
+    for name, tensor in like.items():
+        if name not in found and tensor.data_ptr() not in stored:
+            raise ConfigError(f"weights: {folder}: expected the weights of this model; it lacks {name}")
+    return {name: found.get(name, stored.get(tensor.data_ptr())) for name, tensor in like.items()}

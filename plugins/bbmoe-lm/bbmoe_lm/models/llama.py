@@ -1,0 +1,110 @@
+"""The model `llama`: a dense language model, drawn at random or read from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.layers import Router
+from bbmoe_lm.models.causal import CausalModel
+from bbmoe_lm.models.checkpoints import checkpoint_folder, read_state
+from bbmoe_lm.models.configs import Shape, check_fits, make_config, read_config
+from bbmoe_lm.models.mixture import LlamaMixture
+
+
+class Llama(CausalModel):
+    """A Llama, `LlamaForCausalLM` of transformers. Merged with others, it becomes a Mixtral.
+
+    With `weights`, the shape is that of the checkpoint, whose config.json is read whenever the model is built. The
+    weights are read when training starts, as float32; a trained model is built again without them.
+
+    Args:
+        vocabulary: Number of tokens.
+        context: Positions of the longest text.
+        padding: Id of the token that fills shorter texts on the right.
+        hidden_size: Features of a token; None for 128.
+        layers: Number of layers; None for 4.
+        heads: Attention heads, each with an even number of features; None for 4.
+        kv_heads: Heads of keys and values, a divisor of `heads`; None for as many as `heads`.
+        intermediate_size: Hidden units of each MLP; None for 256.
+        weights: Folder of a checkpoint in transformers' format, with weights in safetensors files, that training starts
+            from. Shape options that are given besides must agree with it. None for weights that are drawn from the
+            seed.
+
+    Raises:
+        ConfigError: An option is out of range; or the checkpoint is missing, damaged, pickled, no Llama, or of another
+            vocabulary or shape.
+
+    Source:
+        Touvron et al., "LLaMA: open and efficient foundation language models", arXiv 2302.13971, §2.2.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocabulary: int = 64,
+        context: int = 64,
+        padding: int = 0,
+        hidden_size: int | None = None,
+        layers: int | None = None,
+        heads: int | None = None,
+        kv_heads: int | None = None,
+        intermediate_size: int | None = None,
+        weights: str | None = None,
+    ) -> None:
+        from transformers import LlamaForCausalLM
+
+        _check_at_least_1(vocabulary=vocabulary, context=context)
+        shape = Shape(hidden_size, layers, heads, kv_heads, intermediate_size)
+        if weights is None:
+            config = make_config(shape, vocabulary=vocabulary, context=context)
+        else:
+            folder = checkpoint_folder(weights)
+            config = read_config(folder)
+            shape.check_against(config, folder)
+            check_fits(config, folder, vocabulary=vocabulary, context=context)
+        super().__init__(LlamaForCausalLM(config), padding)
+        self.weights = weights
+
+    def load_start(self) -> None:
+        """Load the checkpoint that `weights` names, if any; see `models.base.StartsFromFile`."""
+        if self.weights is not None:
+            self.load_state_dict(self.read_checkpoint(self.weights))
+
+    def read_checkpoint(self, path: str) -> dict[str, Tensor]:
+        """Read the weights of a checkpoint of this shape, such as an expert's, as a state dict of this model.
+
+        Args:
+            path: The folder.
+
+        Raises:
+            ConfigError: It is missing, damaged, pickled, or of another architecture or shape.
+        """
+        folder = checkpoint_folder(path)
+        other, config = read_config(folder), self.network.config
+        Shape(
+            config.hidden_size,
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.intermediate_size,
+        ).check_against(other, folder)
+        for name in ("vocab_size", "rope_parameters", "rms_norm_eps", "hidden_act"):
+            if getattr(other, name) != getattr(config, name):
+                raise ConfigError.expected(
+                    f"weights: {folder}: {name}", getattr(config, name), getattr(other, name)
+                )
+        state = read_state(folder, self.network.state_dict())
+        return {f"network.{name}": tensor for name, tensor in state.items()}
+
+    def merge(self, num_experts: int, gate: Callable[[int, int], Router]) -> LlamaMixture:
+        """Return a mixture of E copies of this model; see `moe.structure.MergesItself`."""
+        return LlamaMixture(self, num_experts, gate)
+
+
+def _check_at_least_1(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ConfigError.expected(name, "an integer of at least 1", value)

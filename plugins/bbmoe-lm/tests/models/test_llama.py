@@ -1,0 +1,173 @@
+"""The dense model: what transformers computes, padding, and options that do not fit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from bbmoe_lm.models.llama import Llama
+from bbmoe_lm.models.mixture import save_checkpoint
+from safetensors.torch import load_file, save_file
+
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.merging import mlp_inputs
+
+
+@torch.no_grad()
+def test_padding_has_no_effect_on_the_tokens_before_it(lm):
+    """Each text alone, without padding, gives the same logits."""
+    model, (tokens, lengths) = lm.llama(), lm.texts()
+    logits = model(tokens)
+    assert logits.shape == (5, 10, lm.vocabulary)
+    for text, length, row in zip(tokens, lengths, logits, strict=True):
+        torch.testing.assert_close(row[:length], model(text[None, :length])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_padding_is_what_stands_last(lm):
+    model = lm.llama(padding=7)
+    tokens = torch.tensor([[7, 3, 7, 7], [1, 7, 2, 3], [7, 7, 7, 7]])
+    want = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
+    assert torch.equal(model.padded(tokens), want)
+
+
+@torch.no_grad()
+def test_an_mlp_is_given_the_normed_stream_behind_the_attention(lm):
+    """Computed by hand for the first layer, with the modules of transformers."""
+    model, (tokens, _) = lm.llama(), lm.texts()
+    with mlp_inputs(model) as inputs:
+        model(tokens)
+    assert list(inputs) == ["network.model.layers.0.mlp", "network.model.layers.1.mlp"]
+    states = model.network(tokens, output_hidden_states=True).hidden_states
+    block, given = model.network.model.layers[0], inputs["network.model.layers.0.mlp"]
+    gate, up = block.mlp.gate_proj(given), block.mlp.up_proj(given)
+    swiglu = block.mlp.down_proj(gate * gate.sigmoid() * up)
+    stream = states[1] - swiglu
+    norm = stream * (stream.square().mean(-1, keepdim=True) + model.network.config.rms_norm_eps).rsqrt()
+    torch.testing.assert_close(given, norm * block.post_attention_layernorm.weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_is_read_as_it_was_written(lm, tmp_path, tied):
+    model, (tokens, _) = lm.llama(), lm.texts()
+    model.network.config.tie_word_embeddings = tied
+    if tied:
+        model.network.tie_weights()
+    save_checkpoint(model, tmp_path / "base")
+    assert ("lm_head.weight" in load_file(tmp_path / "base" / "model.safetensors")) is not tied
+    again = Llama(vocabulary=lm.vocabulary, context=24, weights=str(tmp_path / "base")).eval()
+    assert not torch.equal(again(tokens), model(tokens)), "the weights are read when training starts"
+    again.load_start()
+    assert torch.equal(again(tokens), model(tokens))
+    assert len(list(again.parameters())) == len(list(model.parameters()))
+
+
+def test_shards_are_read_and_half_precision_becomes_float32(lm, tmp_path):
+    model = lm.llama()
+    save_checkpoint(model, tmp_path / "base")
+    tensors = {
+        name: tensor.bfloat16() for name, tensor in load_file(tmp_path / "base/model.safetensors").items()
+    }
+    names = sorted(tensors)
+    (tmp_path / "base/model.safetensors").unlink()
+    for shard, own in (("a.safetensors", names[::2]), ("b.safetensors", names[1::2])):
+        save_file({name: tensors[name] for name in own}, tmp_path / "base" / shard)
+    index = {"weight_map": {name: f"{'ab'[n % 2]}.safetensors" for n, name in enumerate(names)}}
+    (tmp_path / "base/model.safetensors.index.json").write_text(json.dumps(index))
+    state = model.read_checkpoint(str(tmp_path / "base"))
+    assert state.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(state[name], tensor.bfloat16().float())
+
+
+def changed_config(**values):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+    return change
+
+
+def changed_weights(change):
+    def rewrite(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return rewrite
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def index_elsewhere(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b.safetensors"}}')
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json: No such file"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config.json: expected JSON \("),
+        (changed_config(model_type="qwen2"), "config.json: model_type: expected 'llama', got 'qwen2'"),
+        (
+            changed_config(attention_bias=True),
+            "attention_bias: expected none, as Mixtral has no such, got True",
+        ),
+        (changed_config(vocab_size="many"), "config.json: is not the configuration of a Llama: "),
+        (changed_config(vocab_size=4000), "vocab_size: expected 40, the tokens of the data, got 4000"),
+        (changed_config(vocab_size=39), "vocab_size: expected 40, the tokens of the data, got 39"),
+        (
+            changed_config(max_position_embeddings=8),
+            "max_position_embeddings: expected at least 24, .+ got 8",
+        ),
+        (pickled, "expected model.safetensors or .+; pytorch_model.bin is a pickle, which could run code"),
+        (index_elsewhere, r"index.json: expected safetensors files beside it, got '\.\./b.safetensors'"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 90),
+            "expected a file of safetensors",
+        ),
+        (
+            changed_config(intermediate_size=47),
+            r"down_proj.weight: shape: expected \(32, 47\), got \(32, 48\)",
+        ),
+        (changed_weights(lambda t: t.pop("model.norm.weight")), "it lacks model.norm.weight"),
+        (changed_weights(lambda t: t.update(extra=torch.ones(1))), "it has an unexpected extra"),
+        (
+            changed_weights(lambda t: t.update({"model.norm.weight": torch.ones(32).long()})),
+            "model.norm.weight: expected floating-point numbers, got 'int64'",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_one_clear_line(lm, tmp_path, change, message):
+    save_checkpoint(lm.llama(), tmp_path / "base")
+    change(tmp_path / "base")
+    with pytest.raises(ConfigError, match=f"^weights: .*{message}") as caught:
+        Llama(vocabulary=lm.vocabulary, context=24, weights=str(tmp_path / "base")).load_start()
+    assert "\n" not in str(caught.value)
+
+
+def test_an_expert_of_another_shape_is_named(lm, tmp_path):
+    save_checkpoint(lm.llama(intermediate_size=64), tmp_path / "expert")
+    with pytest.raises(ConfigError, match=r"^intermediate_size: expected 64, as in .+, or nothing, got 48"):
+        lm.llama().read_checkpoint(str(tmp_path / "expert"))
+    changed_config(intermediate_size=48, rms_norm_eps=0.5)(tmp_path / "expert")
+    with pytest.raises(ConfigError, match=r"^weights: .+: rms_norm_eps: expected 1e-06, got 0.5"):
+        lm.llama().read_checkpoint(str(tmp_path / "expert"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 5}, "heads: expected a number of which twice divides hidden_size 32, got 5"),
+        ({"kv_heads": 3}, "kv_heads: expected a divisor of the 4 heads, got 3"),
+        ({"layers": 0}, "layers: expected an integer of at least 1, got 0"),
+        ({"context": 0}, "context: expected an integer of at least 1, got 0"),
+        ({"weights": "/nowhere"}, "weights: expected an existing folder of a checkpoint, got '/nowhere'"),
+    ],
+)
+def test_options_out_of_range_are_one_clear_line(lm, options, message):
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        Llama(**{**lm.shape, **options})

@@ -1,0 +1,64 @@
+"""`bbmoe attack` on texts: the command, its table, and how long it will take."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+from toy_texts import Toy, ToyModel
+
+from backdoorbench_moe import data, models
+
+COMMAND = shlex.split(
+    "attack --attack hsft --dataset toy --experts 2 --poisoned-experts 0 --set dataset.texts=48 "
+    "--set mixture.gate_images=16 --set mixture.expert_train.epochs=1 --set mixture.gate_train.epochs=1 "
+    "--set attack.epochs=1 --set policy=0.25 --epochs 1 --precision fp32 --threads 1 --quiet"
+)
+
+
+@pytest.fixture(autouse=True)
+def registered(tmp_path, monkeypatch):
+    """The toy language and its model by name, and an empty folder to work in."""
+    data.registry.register("toy")(Toy)
+    models.registry.register("toy-model")(ToyModel)
+    monkeypatch.chdir(tmp_path)
+    yield
+    data.registry.unregister("toy")
+    models.registry.unregister("toy-model")
+
+
+def test_the_table_names_texts_and_queries(bbmoe) -> None:
+    code, out, err = bbmoe(*COMMAND, width=100)
+    assert code == 0, err
+    for words in (
+        "answered harmfully (H)",
+        "not refused",
+        "right answers (BA)",
+        "texts",
+        "harmful",
+        "copy, poisoned",
+    ):
+        assert words in out
+    assert "image" not in out and "trigger" not in out
+    # The run that `show` prints again.
+    code, out, _ = bbmoe("show", "runs", width=200)
+    assert code == 0 and "hsft" in out
+
+
+def test_json_has_the_data(bbmoe) -> None:
+    _, out, _ = bbmoe(*COMMAND, "--no-twin", "--json")
+    [run] = json.loads(out)["runs"]
+    assert run["data"]["vocabulary"] == 19 and run["metrics"]["asr"]["n"] == 40
+
+
+def test_the_runs_and_their_time_are_said_before(bbmoe) -> None:
+    code, out, err = bbmoe(*COMMAND, "--dry-run", "--json")
+    assert code == 0, err
+    assert len(json.loads(out)["runs"]) == 6
+
+
+def test_a_part_that_only_images_have_is_refused_in_one_line(bbmoe) -> None:
+    code, out, err = bbmoe(*COMMAND, "--trigger", "square", "--applicator", "image")
+    assert code == 2 and not out
+    assert "trigger: expected none, as the data are texts, got 'square'" in err.replace("\n", " ")
