@@ -6,8 +6,8 @@ These are, from the records alone and without training anything:
 
 - the tables, plots and pages of each results folder (`benchmarks/results/**/suite.json`),
 - the leaderboard of the documentation, from the results folders of the suites in `LEADERBOARD`,
-- the tables between `<!-- NAME -->` and `<!-- /NAME -->` in README.md, benchmarks/README.md, benchmarks/claims.md
-  and docs/pages/findings.md.
+- the tables between `<!-- NAME -->` and `<!-- /NAME -->` in README.md, benchmarks/README.md, benchmarks/claims.md,
+  docs/pages/findings.md and docs/pages/audit.md.
 
 Records are never changed. A second call changes nothing. The text around the tables is written by hand:
 read it again when numbers or verdicts change.
@@ -23,6 +23,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from backdoorbench_moe.auditing.calibration import packaged
+from backdoorbench_moe.auditing.population import table
 from backdoorbench_moe.bench.claims import claims_tables, judge_all, read_claims
 from backdoorbench_moe.bench.found import relative_link
 from backdoorbench_moe.bench.leaderboard import open_board
@@ -49,6 +51,7 @@ PAGES = (
     Path("benchmarks") / "README.md",
     Path("benchmarks") / "claims.md",
     Path("docs") / "pages" / "findings.md",
+    Path("docs") / "pages" / "audit.md",
 )
 CLAIMS = Path("benchmarks") / "claims.yaml"
 LEADERBOARD_PAGE = Path("docs") / "pages" / "assets" / "leaderboard.html"
@@ -197,6 +200,13 @@ def first_look(root: Path) -> str:
     return markdown_table(choose_columns(None, runs, intervals=True), runs) + "\n"
 
 
+def audit(root: Path) -> str:
+    """Draw what the checks of an audit told apart in the population that they are calibrated on."""
+    calibration = packaged()
+    assert calibration is not None
+    return table(calibration.document)
+
+
 def demo(root: Path) -> str:
     """Draw what `make demo` prints at its end, from the record of such a run."""
     [folder] = (root / RESULTS / "demo").glob("*-warp-patch-*")
@@ -219,6 +229,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "poisoned-expert": poisoned_expert,
     "claims": claims,
     "first-look": first_look,
+    "audit": audit,
     "demo": demo,
 }
 

@@ -31,7 +31,9 @@ def as_document(audit: Outcome) -> dict[str, Any]:
         "seconds": audit.seconds,
         "calibration": None
         if calibration is None
-        else {name: value for name, value in calibration.document.items() if name != "checks"},
+        else {
+            name: value for name, value in calibration.document.items() if name not in ("checks", "groups")
+        },
     }
     values: dict[str, Any] = as_json(document)
     return values

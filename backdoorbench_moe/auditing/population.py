@@ -64,9 +64,9 @@ class Member:
 def scores_of(document: Mapping[str, Any]) -> dict[str, float]:
     """Return the scores in an audit.json by key of a calibration."""
     return {
-        key_of(each["check"], VERSIONS[each["check"]]): each["score"]
+        key_of(each["check"], each["version"]): each["score"]
         for each in document["findings"]
-        if each["score"] is not None and each["check"] in VERSIONS
+        if each["score"] is not None and VERSIONS.get(each["check"]) == each["version"]
     }
 
 
@@ -216,7 +216,7 @@ def _check(
         "clean": known.clean,
         "judges": known.judges,
         **measure_errors(scores[False], scores[True], known.value),
-        # What the verdict would be without this check: whether it earns its place.
+        # What the verdict would be without this check: whether it earns its place. The others keep their thresholds.
         "verdict_without": {name: rest[name] for name in ("auroc", "detected")},
     }
 

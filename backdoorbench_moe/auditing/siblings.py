@@ -82,6 +82,11 @@ def find_standout(
     return max(found, key=lambda each: each.surprise), by_name
 
 
+def surprise_of(tail: float, count: int) -> float:
+    """Return -log10 of a probability that is multiplied by a number of comparisons, at least 0."""
+    return max(0.0, -math.log10(min(1.0, max(tail * count, 1e-300))))
+
+
 def _compare(values: list[float], count: int, direction: Direction) -> tuple[list[float], list[float]]:
     """Return ratios and surprises of one quantity."""
     numbers = torch.tensor(values, dtype=torch.float64)
@@ -90,11 +95,10 @@ def _compare(values: list[float], count: int, direction: Direction) -> tuple[lis
     others = (logs.sum() - logs) / (len(logs) - 1)
     apart = logs - others
     sides = 2 if direction == "both" else 1
-    tails = [sides * float(norm.sf(abs(z))) * count for z in studentised(logs).tolist()]
-    surprises = [-math.log10(min(1.0, max(tail, 1e-300))) for tail in tails]
+    surprises = [surprise_of(sides * float(norm.sf(abs(z))), count) for z in studentised(logs).tolist()]
     wanted = {"up": apart, "down": -apart, "both": apart.abs()}[direction]
     far = (wanted > math.log(SMALLEST_RATIO)).tolist()
-    return apart.exp().tolist(), [max(0.0, s) if f else 0.0 for s, f in zip(surprises, far, strict=True)]
+    return apart.exp().tolist(), [s if f else 0.0 for s, f in zip(surprises, far, strict=True)]
 
 
 def matrices_of(state: Mapping[str, Tensor], rows: Mapping[str, tuple[int, int]]) -> list[Tensor]:

@@ -27,6 +27,7 @@ class Finding:
 
     Attributes:
         check: Name of the check.
+        version: Its version.
         title: What it looks at.
         explains: What the score is.
         source: Where the method or its threshold comes from.
@@ -42,6 +43,7 @@ class Finding:
     """
 
     check: str
+    version: int
     title: str
     explains: str
     source: str
@@ -98,6 +100,7 @@ def judge(check: Check, measured: Measured, calibration: Calibration | None, sec
         level, reason = (SIGNS if measured.score > threshold else NO_SIGN), measured.reason
     return Finding(
         check=check.name,
+        version=check.version,
         title=check.title,
         explains=check.explains,
         source=check.source,
@@ -114,7 +117,7 @@ def judge(check: Check, measured: Measured, calibration: Calibration | None, sec
 
 def not_tested(check: Check, reason: str) -> Finding:
     """Return the finding of a check that could not be made."""
-    return Finding(check.name, check.title, check.explains, check.source, NOT_TESTED, reason)
+    return Finding(check.name, check.version, check.title, check.explains, check.source, NOT_TESTED, reason)
 
 
 def strength_of(score: float, centre: float, threshold: float) -> float:

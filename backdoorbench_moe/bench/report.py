@@ -46,6 +46,8 @@ def draw_report(
     link = relative_link(start, None if published is None else str(published), source)
     flags = [f"--{key} {shlex.quote(str(value))}" for key, value in given.items()]
     again = [run_command(suite, name), " ".join([f"bbmoe report {suite_words(suite, name)}", *flags])]
+    if source is None and "output" in given:
+        again[0] += f" --output {shlex.quote(str(given['output']))}"
     if source is not None:
         beside = f"--with {shlex.quote(str(source))}"
         again[0] += f" {beside}"

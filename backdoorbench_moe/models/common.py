@@ -95,12 +95,12 @@ COMMON = list_options(CommonOptions)
 
 
 class ModelRegistry(Registry["nn.Module"]):
-    """The registry of models, each of which takes `CommonOptions` besides its own options."""
+    """The registry of models, each of which takes `CommonOptions` besides its own options if its inputs are images."""
 
     def options(self, name: str) -> dict[str, Option]:
         """Return the options of a model by name, and then the common ones."""
         own = super().options(name)
-        return own | {key: option for key, option in COMMON.items() if key not in own}
+        return own | {key: option for key, option in self._common(name).items() if key not in own}
 
     def check(self, name: str, options: Mapping[str, object]) -> dict[str, Any]:
         """Check the options of a model without building it; see `Registry.check`."""
@@ -133,9 +133,15 @@ class ModelRegistry(Registry["nn.Module"]):
         """Return the common options of a model; those that it has itself have their defaults."""
         return CommonOptions(**self._split(name, options)[1])
 
+    def _common(self, name: str) -> Mapping[str, Option]:
+        """The common options that a model takes by name: none if its inputs are texts."""
+        from backdoorbench_moe.moe.structure import takes_text
+
+        return {} if takes_text(self.lookup(name)) else COMMON
+
     def _split(self, name: str, options: Mapping[str, object]) -> tuple[dict[str, object], dict[str, Any]]:
         """Return a model's own options, and the common ones with converted values."""
-        known = super().options(name)
-        own = {key: value for key, value in options.items() if key in known or key not in COMMON}
+        known, common = super().options(name), self._common(name)
+        own = {key: value for key, value in options.items() if key in known or key not in common}
         rest = {key: value for key, value in options.items() if key not in own}
         return own, check_options(CommonOptions, rest, where=f"model {name!r}")

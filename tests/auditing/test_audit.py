@@ -21,6 +21,13 @@ from backdoorbench_moe.auditing.verdict import NO_SIGN, NOT_TESTED, SIGNS
 from backdoorbench_moe.engine.given_images import take_images
 from backdoorbench_moe.errors import BbmoeError, ConfigError, DataError, RecordError, ShapeError
 
+
+@pytest.fixture
+def uncalibrated(monkeypatch) -> None:
+    """As if the package had no calibration."""
+    monkeypatch.setattr("backdoorbench_moe.auditing.audit.packaged", lambda: None)
+
+
 FAST = ["gate-rows", "expert-norms", "head-rows", "scaled-images"]
 
 
@@ -97,7 +104,7 @@ def test_the_digest_covers_what_a_score_depends_on() -> None:
     assert digest_of(make_subject(Rows(), **given)) == digest_of(make_subject(model, **given))
 
 
-def test_files_hold_what_was_found(tmp_path) -> None:
+def test_files_hold_what_was_found(tmp_path, uncalibrated) -> None:
     found = audit(
         Constant("one", 2.0),
         Constant("<b>two</b>", 0.5),
@@ -138,7 +145,7 @@ def test_nothing_tested_is_said(tmp_path) -> None:
     assert "Nothing could be tested" in found.save(tmp_path)[1].read_text(encoding="utf-8")
 
 
-def test_a_module_from_python(tmp_path) -> None:
+def test_a_module_from_python(tmp_path, uncalibrated) -> None:
     split, model = row_images(40), Rows().train()
     found = bbmoe.audit(
         model, images=split.images, labels=split.labels.tolist(), checks=FAST, output=tmp_path

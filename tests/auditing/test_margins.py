@@ -82,6 +82,16 @@ def test_what_cannot_be_compared_is_not_tested() -> None:
         look(Rows(), "universal-image", images=torch.cat([one, one]))
 
 
+def test_a_class_that_the_model_masks_is_no_sign() -> None:
+    class Masked(Rows):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return super().forward(images) + torch.tensor([0.0, 0.0, -torch.inf, 0.0, 0.0, 0.0])
+
+    for name in ("largest-margin", *UNIVERSAL):
+        with pytest.raises(NotTested, match="not finite"):
+            look(Masked(), name, images=row_images(60).images)
+
+
 def test_the_same_seed_gives_the_same_score_and_leaves_the_model_alone() -> None:
     model, split = Rows(), row_images(60)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

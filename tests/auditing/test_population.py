@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from backdoorbench_moe.auditing.calibration import parse, set_threshold
+from backdoorbench_moe.auditing.calibration import packaged, parse, set_threshold
 from backdoorbench_moe.auditing.checks import CHECKS
 from backdoorbench_moe.auditing.population import (
     Member,
@@ -128,12 +128,26 @@ def test_the_table_has_every_check_and_the_verdict() -> None:
     assert all(line.count("|") in (5, 8) for line in text.splitlines() if line)
 
 
+def test_the_calibration_of_the_package_is_of_these_checks() -> None:
+    known = packaged()
+    assert known is not None and known.level == 0.05
+    keys = {f"{check.name}/{check.version}" for check in CHECKS}
+    assert known.thresholds.keys() <= keys and any(each.judges for each in known.thresholds.values())
+    population = known.document["population"]
+    clean, attacked = (
+        sum(population[part][kind] for part in ("calibrating", "measuring")) for kind in ("clean", "attacked")
+    )
+    assert clean >= 20 and attacked + len(population["weak"]) >= 40
+    assert "clean models" in known.line
+
+
 def test_scores_of_a_document() -> None:
     name = CHECKS[0].name
     findings = [
-        {"check": name, "score": 1.5, "level": SIGNS},
-        {"check": CHECKS[1].name, "score": None, "level": NOT_TESTED},
-        {"check": "of a later version", "score": 3.0, "level": SIGNS},
+        {"check": name, "version": CHECKS[0].version, "score": 1.5, "level": SIGNS},
+        {"check": CHECKS[1].name, "version": CHECKS[1].version, "score": None, "level": NOT_TESTED},
+        {"check": CHECKS[2].name, "version": 99, "score": 2.0, "level": SIGNS},
+        {"check": "of a later version", "version": 1, "score": 3.0, "level": SIGNS},
     ]
     assert scores_of({"findings": findings}) == {f"{name}/{CHECKS[0].version}": 1.5}
 

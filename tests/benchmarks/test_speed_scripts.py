@@ -22,6 +22,7 @@ from backdoorbench_moe.engine.runner import run_attack
 SPEED = Path(__file__).parents[2] / "benchmarks" / "speed"
 ENVIRONMENT_KEYS = {
     "cpu",
+    "date",
     "device",
     "git_commit",
     "packages",

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from backdoorbench_moe.analysis.document import encode_picture
 from backdoorbench_moe.auditing.check import Check, Measured, NotTested
-from backdoorbench_moe.auditing.siblings import find_standout
+from backdoorbench_moe.auditing.siblings import find_standout, surprise_of
 from backdoorbench_moe.auditing.subject import Subject
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.inversion import PIXELS_AT_ONCE, frozen
@@ -71,6 +71,7 @@ class LargestMargin(Check):
         if subject.num_classes < FEWEST_CLASSES:
             raise NotTested(f"with {subject.num_classes} classes, none can be an outlier")
         margins = largest_margins(subject, side)
+        _check_finite(margins)
         values = margins.clamp(min=1e-6).tolist()
         outlier, by_class = find_standout(
             {"margin": {str(c): value for c, value in enumerate(values)}}, direction="up"
@@ -113,6 +114,12 @@ def _largest_of(model: nn.Module, noise: Tensor, labels: Tensor) -> Tensor:
             images.clamp_(0, 1)
     with torch.no_grad():
         return margins_of(model(images), target).view(len(labels), -1).amax(1).float()
+
+
+def _check_finite(margins: Tensor) -> None:
+    """Raise NotTested if a margin is NaN or infinite, as of a class that the model masks."""
+    if not torch.isfinite(margins).all():
+        raise NotTested("the logits of some class are not finite numbers")
 
 
 def margins_of(logits: Tensor, labels: Tensor) -> Tensor:
@@ -167,9 +174,10 @@ class Universal(Check):
             groups = torch.arange(classes, device=images.device).split(at_once)
             found = [_perturb(subject, images, predicted, group, side) for group in groups]
         patterns, margins = (torch.cat(each) for each in zip(*found, strict=True))
+        _check_finite(margins)
         z = studentised(margins.cpu())
         label = int(z.argmax())
-        surprise = max(0.0, -math.log10(min(1.0, max(1e-300, float(norm.sf(z[label])) * classes))))
+        surprise = surprise_of(float(norm.sf(z[label])), classes)
         reason = (
             f"{subject.class_name(label)}: a perturbation of at most {STRENGTH:.0%} {self.where} makes it win by "
             f"{margins[label]:.3g} in images of other classes; the median of all classes is {margins.median():.3g}"

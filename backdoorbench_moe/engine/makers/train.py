@@ -17,7 +17,7 @@ from backdoorbench_moe.engine.makers.fitting import Checkpoint, Stopwatch, fit
 from backdoorbench_moe.engine.poison import poisoned
 from backdoorbench_moe.engine.probe import Probe, check_probe
 from backdoorbench_moe.engine.run import Run
-from backdoorbench_moe.engine.start import load_start
+from backdoorbench_moe.engine.start import Start, load_start
 from backdoorbench_moe.engine.surrogate import TriggerOptimisation
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.models.base import StartsFromFile
@@ -49,9 +49,11 @@ class TrainMaker(Maker):
         """
         if self.optimisation is not None:
             self.optimisation.load(inputs)
-        if isinstance(self.setup.model, StartsFromFile):
-            self.setup.model.load_start()
-        self.start = load_start(self.spec, self.setup.model, self.workplace.observer)
+        model = self.setup.model
+        origin = model.load_start() if isinstance(model, StartsFromFile) else None
+        self.start = load_start(self.spec, model, self.workplace.observer)
+        if origin is not None:
+            self.start = Start(origin.sha256, origin.backdoored, notes=())
 
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
         """Train to the end of the spec, from the last checkpoint if there is one."""

@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.models.base import Origin
 from backdoorbench_moe.moe.layers import Experts, MLPExperts, MoELayer, MoEModel
 from backdoorbench_moe.moe.structure import ChannelGroup
 from bbmoe_vmoe.surgery import build_vit, choose_blocks
@@ -97,7 +98,7 @@ class RoutedViT(MoEModel):
     def make_layer(self, experts: Experts, *, name: str, num_prefix_tokens: int) -> MoELayer:
         """Build the MoE layer that replaces one MLP. The arguments are those of `MoELayer`."""
 
-    def load_start(self) -> None:
+    def load_start(self) -> Origin | None:
         """Load the weights of the dense model if `upcycle` is a run folder or a file; otherwise do nothing.
 
         The attribute `upcycled_from` is then set to the SHA-256 of the file.
@@ -105,9 +106,12 @@ class RoutedViT(MoEModel):
         Raises:
             ConfigError: The file does not exist, or its weights do not fit.
         """
-        if self.upcycle not in (None, COPY):
-            tensors, self.upcycled_from = read_dense(self.upcycle)
-            load_dense(self, tensors, num_experts=self.num_experts, source=self.upcycle)
+        if self.upcycle is None or self.upcycle == COPY:
+            return None
+        tensors, origin = read_dense(self.upcycle)
+        load_dense(self, tensors, num_experts=self.num_experts, source=self.upcycle)
+        self.upcycled_from = origin.sha256
+        return origin
 
     def extract_features(self, images: Tensor) -> Tensor:
         """Map images (B, 3, H, W) in [0, 1] to features (B, D), the input of the classifier."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.models.base import Origin
 from backdoorbench_moe.paths import expand
 
 # Value of the option `upcycle` that names no file: all experts of a layer start with the same random MLP.
@@ -21,14 +22,14 @@ COPY = "copy"
 NOT_DENSE = ("router.", "experts.heard")
 
 
-def read_dense(path: str) -> tuple[dict[str, Tensor], str]:
+def read_dense(path: str) -> tuple[dict[str, Tensor], Origin]:
     """Read the weights of a dense run.
 
     Args:
         path: The run's folder, or its model.safetensors.
 
     Returns:
-        The tensors by name, and the SHA-256 of the file.
+        The tensors by name, and the SHA-256 of the file with what its header says of a backdoor.
 
     Raises:
         ConfigError: If there is no such file or it is not a safetensors file.
@@ -38,7 +39,9 @@ def read_dense(path: str) -> tuple[dict[str, Tensor], str]:
     try:
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return load_file(file), digest
+        with safe_open(file, "pt") as opened:
+            said = (opened.metadata() or {}).get("backdoored", "")
+        return load_file(file), Origin(digest, said if said in ("true", "false") else "unknown")
     except OSError as error:
         raise ConfigError(f"upcycle: {file}: {error.strerror or error}") from error
     except SafetensorError as error:

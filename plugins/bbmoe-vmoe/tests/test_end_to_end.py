@@ -83,6 +83,8 @@ def test_a_run_that_began_with_a_dense_one_does_not_need_it_again(tmp_path):
     model = {"name": "vmoe", "upcycle": str(dense.folder.path), **SMALL}
     upcycled = run(tmp_path, model)
     assert len(upcycled.record.parts["model"]["upcycled_from"]) == 64
+    clean = run(tmp_path, model, attack=None, trigger=None, applicator=None)
+    assert not clean.spec.attacked and clean.folder.model_metadata()["backdoored"] == "true"
     (dense.folder.path / "model.safetensors").unlink()
     trained = upcycled.model()
     assert not trained.training
@@ -90,7 +92,7 @@ def test_a_run_that_began_with_a_dense_one_does_not_need_it_again(tmp_path):
     assert again.record.status == "finished"
     with pytest.raises(ConfigError, match=r"^upcycle: .*No such file"):
         run(tmp_path, model, seed=1)
-    assert len(list(tmp_path.iterdir())) == 3, "nothing is written for a run that cannot start"
+    assert len(list(tmp_path.iterdir())) == 4, "nothing is written for a run that cannot start"
 
 
 def test_quick_is_the_packages_own():

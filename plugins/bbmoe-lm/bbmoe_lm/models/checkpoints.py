@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.models.base import Origin
 from backdoorbench_moe.paths import expand
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -53,6 +55,26 @@ def weight_files(folder: Path) -> list[Path]:
         if Path(name).name != name or Path(name).suffix != ".safetensors":
             raise ConfigError.expected(f"weights: {folder / INDEX}", "safetensors files beside it", name)
     return [folder / name for name in names]
+
+
+def origin_of(folder: Path) -> Origin:
+    """Return the hash of a checkpoint, of its config.json and its weights, and what the weights say of a backdoor.
+
+    Raises:
+        ConfigError: A file cannot be read.
+    """
+    digest, said = hashlib.sha256(), set()
+    for file in (folder / "config.json", *weight_files(folder)):
+        try:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as opened:
+                    said.add((opened.metadata() or {}).get("backdoored", "unknown"))
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"weights: {file}: cannot be read ({error})") from error
+    known = "true" if "true" in said else "false" if said == {"false"} else "unknown"
+    return Origin(digest.hexdigest(), known)
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

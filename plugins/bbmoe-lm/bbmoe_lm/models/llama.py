@@ -7,9 +7,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.models.base import Origin
 from backdoorbench_moe.moe.layers import Router
 from bbmoe_lm.models.causal import CausalModel
-from bbmoe_lm.models.checkpoints import checkpoint_folder, read_state
+from bbmoe_lm.models.checkpoints import checkpoint_folder, origin_of, read_state
 from bbmoe_lm.models.configs import Shape, check_fits, make_config, read_config
 from bbmoe_lm.models.mixture import LlamaMixture
 
@@ -68,10 +69,12 @@ class Llama(CausalModel):
         super().__init__(LlamaForCausalLM(config), padding)
         self.weights = weights
 
-    def load_start(self) -> None:
+    def load_start(self) -> Origin | None:
         """Load the checkpoint that `weights` names, if any; see `models.base.StartsFromFile`."""
-        if self.weights is not None:
-            self.load_state_dict(self.read_checkpoint(self.weights))
+        if self.weights is None:
+            return None
+        self.load_state_dict(self.read_checkpoint(self.weights))
+        return origin_of(checkpoint_folder(self.weights))
 
     def read_checkpoint(self, path: str) -> dict[str, Tensor]:
         """Read the weights of a checkpoint of this shape, such as an expert's, as a state dict of this model.

@@ -10,7 +10,8 @@ from bbmoe_lm.models.llama import Llama
 from bbmoe_lm.models.mixture import save_checkpoint
 from safetensors.torch import load_file, save_file
 
-from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe import models
+from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.moe.merging import mlp_inputs
 
 
@@ -171,3 +172,23 @@ def test_an_expert_of_another_shape_is_named(lm, tmp_path):
 def test_options_out_of_range_are_one_clear_line(lm, options, message):
     with pytest.raises(ConfigError, match=f"^{message}$"):
         Llama(**{**lm.shape, **options})
+
+
+def test_options_for_images_are_refused_by_name() -> None:
+    known = models.registry.options("llama")
+    assert "hidden_size" in known and not {"mean", "std", "resize", "head"} & known.keys()
+    with pytest.raises(UnknownNameError, match="unknown 'mean'"):
+        models.registry.check("llama", {"mean": "imagenet"})
+
+
+def test_what_a_checkpoint_says_of_a_backdoor_is_kept(lm, tmp_path) -> None:
+    folder = tmp_path / "base"
+    save_checkpoint(lm.llama(), folder)
+    model = Llama(vocabulary=lm.vocabulary, context=24, weights=str(folder))
+    first = model.load_start()
+    assert first is not None and first.backdoored == "unknown" and len(first.sha256) == 64
+    file = folder / "model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt", "backdoored": "true"})
+    again = model.load_start()
+    assert again is not None and again.backdoored == "true" and again.sha256 != first.sha256
+    assert Llama(vocabulary=64).load_start() is None
