@@ -61,9 +61,8 @@ def fit_weights(
     kept = {name: own[name] for name in own.keys() - tensors.keys() if name.endswith(COUNTER)}
     tensors = {**tensors, **kept}
     if faults := _misfits(own, tensors, shown):
-        raise RecordError(
-            f"weights {weights.file}: do not fit the model: {faults}{_other_classes(model, own, tensors)}"
-        )
+        why = _other_classes(model, own, tensors) + _small_stem(model, own, tensors)
+        raise RecordError(f"weights {weights.file}: do not fit the model: {faults}{why}")
     changed, more = _convert(replace(weights, tensors=tensors), own, _must_be_finite(model))
     model.load_state_dict(changed)
     return (*weights.notes, *notes, *more)
@@ -131,6 +130,16 @@ def _misfits(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], shown: Ca
         "of another shape": shapes,
     }
     return "; ".join(_list_some(kind, names) for kind, names in kinds.items() if names)
+
+
+def _small_stem(model: nn.Module, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """What explains the misfit if the model has a smaller first convolution than the file; otherwise ""."""
+    name = getattr(model, "small_stem_weight", "")
+    if not name or name not in own or name not in tensors or own[name].shape == tensors[name].shape:
+        return ""
+    return (
+        "; the model's first convolution was made smaller, for small images: model.small_stem=false keeps it"
+    )
 
 
 def _other_classes(model: nn.Module, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:

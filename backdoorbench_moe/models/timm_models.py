@@ -83,8 +83,11 @@ class TimmModel(nn.Module):
         options |= _choose_sizes(architecture, outline, depth=depth, embed_dim=embed_dim, num_heads=num_heads)
         self.architecture = architecture
         self.network = _build(architecture, image_size=image_size, **options)
+        # The weight that published weights do not fit, for the message.
+        self.small_stem_weight = ""
         if _wants_small_stem(architecture, self.network, image_size, small_stem):
             _shrink_stem(self.network)
+            self.small_stem_weight = f"network.{self.network.default_cfg['first_conv']}.weight"
         tokens = _patch_embed(self.network)
         if tokens is not None:
             self.patch_size = tokens.patch_size[0]

@@ -173,6 +173,15 @@ def test_a_file_of_timm_itself_fits_and_gives_the_same_logits(architecture, tmp_
     assert fit(model, model.state_dict()) == ()
 
 
+def test_a_smaller_stem_than_the_published_one_is_named() -> None:
+    published = timm.create_model("resnet18", num_classes=3).state_dict()
+    small = create_model("timm:resnet18", num_classes=3, image_size=32)
+    with pytest.raises(RecordError, match=r"model\.small_stem=false keeps it"):
+        fit_weights(small, Weights(Path("w.pt"), published, {}, ()))
+    same = create_model("timm:resnet18", num_classes=3, image_size=32, small_stem=False)
+    fit_weights(same, Weights(Path("w.pt"), published, {}, ()))
+
+
 @pytest.mark.parametrize("name", ["pmoe", "wide_resnet", "preact_resnet18", "vgg16_bn", "convnext"])
 def test_every_model_of_ours_says_which_weights_are_its_head(name) -> None:
     model = create_model(name)
