@@ -38,7 +38,8 @@ from backdoorbench_moe.moe.merging import MergedModel, load_experts, mlp_inputs
 def passed(*weights: list[list[float]]) -> RoutedPass:
     """A pass with given weights, (N, E) for each layer."""
     values = torch.tensor(weights)
-    return RoutedPass(torch.zeros(values.shape[1]), values, tuple("ab"[: len(weights)]))
+    layers = tuple("ab"[: len(weights)])
+    return RoutedPass(predicted=torch.zeros(values.shape[1]), weights=values, layers=layers)
 
 
 def test_gate_shares_by_hand() -> None:
