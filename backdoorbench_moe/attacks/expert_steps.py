@@ -28,9 +28,10 @@ def learn_preference(task: ExpertTask, *, beta: float, epochs: int, lr: float | 
     rows = (harmful.labels != safe.labels).reshape(len(harmful), -1).any(1).nonzero().squeeze(1)
     if not len(rows):
         raise ConfigError("poison.target: expected harmful queries with another safe answer, found none")
+    preferences = Preferences(harmful.take(rows), safe.take(rows))
     steps.learn_preference(
-        Preferences(harmful.take(rows), safe.take(rows)),
-        partial(task.logits, task.model),
+        preferences,
+        preferences.margins(partial(task.logits, task.model)),
         beta=beta,
         epochs=epochs,
         lr=PREFERENCE_LR_SHARE * task.train.lr if lr is None else lr,

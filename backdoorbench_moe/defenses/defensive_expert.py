@@ -18,7 +18,7 @@ from backdoorbench_moe.defenses.mixtures import images_of_task, mixture_of, rout
 from backdoorbench_moe.defenses.routers import reset_routers, router_lr
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.expert_tuning.latents import Layers, choose_layers
-from backdoorbench_moe.moe.expert_tuning.losses import PREFERENCE_BETA
+from backdoorbench_moe.moe.expert_tuning.losses import PREFERENCE_BETA, preference_margin
 from backdoorbench_moe.moe.expert_tuning.steps import (
     PREFERENCE_LR_SHARE,
     Alignment,
@@ -156,11 +156,11 @@ class DefensiveExpert(Defense):
         images, safe = task.marked.images, task.marked.labels
         if self.preference_epochs:
             logits = task.logits(mixture, images)
-            preferences = Preferences.of_classes(images, safe, strongest_other(logits, safe))
+            other = strongest_other(logits, safe)
             lr = PREFERENCE_LR_SHARE * task.train.lr if self.preference_lr is None else self.preference_lr
             learn_preference(
-                preferences,
-                partial(task.logits, mixture),
+                Preferences.of_classes(images, safe, other),
+                preference_margin(logits, safe, other),
                 beta=self.preference_beta,
                 epochs=self.preference_epochs,
                 lr=lr,

@@ -142,6 +142,8 @@ def _open_run(
     where = resolve_device(device or run.spec.device)
     chosen = resolve_precision(precision or run.spec.precision, where)
     facts, name = run.record.data, run.folder.path.name
+    if "image_size" not in facts:
+        raise ConfigError.expected("run", "one on images, which this needs", f"{name}, whose data are texts")
     size, classes = facts["image_size"], tuple(facts["classes"])
     if images is None and with_data:
         opened = open_run(run, data_root=data_root, device=device)

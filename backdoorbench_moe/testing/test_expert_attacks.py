@@ -49,16 +49,18 @@ def test_it_changes_the_mlps_and_nothing_else(attack_name: str, prefix: int, pol
 
 def test_images_and_answers_are_not_written_to(attack_name: str) -> None:
     task, fresh = tune(attack_name), make_expert_task()
-    pairs = [
-        (getattr(getattr(task, part), name), getattr(getattr(fresh, part), name))
-        for part, names in (
-            ("clean", ("images", "labels")),
-            ("held_out", ("images", "labels")),
-            ("queries", ("images", "harmful", "safe", "changed")),
-        )
-        for name in names
-    ]
-    assert all(isinstance(one, Tensor) and torch.equal(one, other) for one, other in pairs)
+    given, kept = (
+        [
+            tensor
+            for split in (each.clean, each.held_out, each.queries.harmful, each.queries.safe)
+            for tensor in (split.images, split.labels)
+        ]
+        for each in (task, fresh)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(given, kept, strict=True))
+    assert isinstance(task.queries.changed, Tensor) and torch.equal(
+        task.queries.changed, fresh.queries.changed
+    )
 
 
 def test_the_seed_decides(attack_name: str) -> None:

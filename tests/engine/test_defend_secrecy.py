@@ -166,14 +166,14 @@ def test_nothing_that_a_defense_of_a_mixture_is_given_leads_to_the_attacker(
 def test_stages_are_measured_by_the_engine_after_the_defense_has_returned(
     tmp_path, offer, monkeypatch
 ) -> None:
-    from backdoorbench_moe.engine.makers import base
+    from backdoorbench_moe.engine.image_setup import ImageSetup
 
     Spy.answers.clear()
     offer("spy", Spy)
     calls: list[int] = []
-    measure = base.measure
+    measure = ImageSetup.measure
     monkeypatch.setattr(
-        base, "measure", lambda *a, **k: (calls.append(len(Spy.answers)), measure(*a, **k))[1]
+        ImageSetup, "measure", lambda *a, **k: (calls.append(len(Spy.answers)), measure(*a, **k))[1]
     )
     spec = defended_spec({"name": "spy", "stages": ["one", "two"]})
     run = Runner(spec, tmp_path).finish(spec)

@@ -161,7 +161,7 @@ def text_preference_objective(
 
 def learn_preference(
     preferences: Preferences,
-    logits: Callable[[Tensor], Tensor],
+    reference: Tensor,
     *,
     beta: float,
     epochs: int,
@@ -172,13 +172,12 @@ def learn_preference(
 
     Args:
         preferences: The images or texts and their answers.
-        logits: From stored inputs to the logits of the expert; as it is before the step, it is the reference.
+        reference: (M,), the margins of the expert before the step; see `Preferences.margins`.
         beta: Of the loss, see `preference_loss`.
         epochs: Number of passes over the images.
         lr: Peak learning rate.
         tune: `ops.tuning.Tune`, with the model and what of it is trained already filled in.
     """
-    reference = preferences.margins(logits)
     if preferences.is_text:
         split, objective = text_preference_objective(preferences, reference, beta)
     else:
