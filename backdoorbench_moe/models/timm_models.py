@@ -87,7 +87,7 @@ class TimmModel(nn.Module):
         self.small_stem_weight = ""
         if _wants_small_stem(architecture, self.network, image_size, small_stem):
             _shrink_stem(self.network)
-            self.small_stem_weight = f"network.{self.network.default_cfg['first_conv']}.weight"
+            self.small_stem_weight = f"network.{_first_conv_name(self.network)}.weight"
         tokens = _patch_embed(self.network)
         if tokens is not None:
             self.patch_size = tokens.patch_size[0]
@@ -282,8 +282,12 @@ def _choose_sizes(architecture: str, outline: nn.Module, **sizes: int | None) ->
     return wanted
 
 
+def _first_conv_name(network: nn.Module) -> object:
+    return network.default_cfg.get("first_conv")  # type: ignore[union-attr, operator]
+
+
 def _first_conv(network: nn.Module) -> nn.Conv2d | None:
-    name = network.default_cfg.get("first_conv")  # type: ignore[union-attr, operator]
+    name = _first_conv_name(network)
     conv = network.get_submodule(name) if isinstance(name, str) else None
     return conv if isinstance(conv, nn.Conv2d) else None
 
