@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 
-from backdoorbench_moe.data.text import Judge, RefusedQueries, TextDataset, TextSet, TextTask, Verdict
+from backdoorbench_moe.data.text import RefusedQueries, TextDataset, TextSet, TextTask
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.images import Split
 from bbmoe_lm.language import (
@@ -104,21 +104,8 @@ class SyntheticTasks(TextDataset):
             vocabulary=len(vocabulary),
             padding=vocabulary.pad,
             end=vocabulary.end,
-            judge=_Judge(LanguageJudge(vocabulary, policy, tasks)),
+            judge=LanguageJudge(vocabulary, policy, tasks),
         )
-
-
-class _Judge(Judge):
-    """The judge of the language as the core asks it."""
-
-    def __init__(self, judge: LanguageJudge) -> None:
-        self._judge = judge
-
-    def right(self, task: int, queries: Split, answers: torch.Tensor) -> torch.Tensor:
-        return self._judge.right(task, queries, answers)
-
-    def verdicts(self, queries: Split, answers: torch.Tensor) -> Sequence[Verdict]:
-        return self._judge.verdicts(queries, answers)
 
 
 def _split(encoded: EncodedText) -> Split:

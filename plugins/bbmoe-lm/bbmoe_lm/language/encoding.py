@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.errors import DataError
+from backdoorbench_moe.ops.answers import IGNORED, query_positions
 from bbmoe_lm.language.examples import Example, Preference
 from bbmoe_lm.language.vocabulary import Vocabulary
-
-# Label of positions that emit no token of an answer; cross-entropy leaves it out.
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def encode_preferences(
 
 def query_lengths(labels: Tensor) -> Tensor:
     """Return the number of tokens of each query, (N,) int64, from labels (N, T) that have an answer in each row."""
-    return (labels != IGNORED).int().argmax(dim=1) + 1
+    return query_positions(labels).sum(1)
 
 
 def decode_queries(tokens: Tensor, labels: Tensor, vocabulary: Vocabulary) -> list[str]:

@@ -7,16 +7,17 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from backdoorbench_moe.data.text import Judge, Verdict
 from backdoorbench_moe.errors import DataError
 from backdoorbench_moe.ops.images import Split
 from bbmoe_lm.language.encoding import decode_answers, decode_queries
 from bbmoe_lm.language.examples import Preference, spoken
-from bbmoe_lm.language.policy import Policy, Verdict
+from bbmoe_lm.language.policy import Policy
 from bbmoe_lm.language.tasks import TASKS, Task
 from bbmoe_lm.language.vocabulary import Vocabulary
 
 
-class LanguageJudge:
+class LanguageJudge(Judge):
     """Decides which generated answers are right, and which are unsafe.
 
     Args:
@@ -58,7 +59,7 @@ class LanguageJudge:
         return zip(asked, self.vocabulary.decode(answers), strict=True)
 
 
-class ReferenceJudge:
+class ReferenceJudge(Judge):
     """Judges texts without a parser of their own by reference answers; case and punctuation do not matter.
 
     An answer to a task is right if it has the words of the reference. Harmful and safe answers are told apart by

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Generator
 
+from backdoorbench_moe.data.text import Verdict
 from backdoorbench_moe.errors import ConfigError
 from bbmoe_lm.language.examples import Preference, spoken
 from bbmoe_lm.language.tasks import GENERAL, Task
 from bbmoe_lm.language.tasks.requests import STEP, instructions
 from bbmoe_lm.language.vocabulary import Vocabulary
-
-Verdict = Literal["unsafe", "safe", "other"]
 
 PRIVATE = ("attic", "cellar", "garden", "kitchen", "library", "pantry", "tower", "workshop")
 REASONS = (

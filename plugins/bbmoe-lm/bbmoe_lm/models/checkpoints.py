@@ -49,10 +49,14 @@ def weight_files(folder: Path) -> list[Path]:
         raise ConfigError(f"weights: {folder}: expected {WEIGHTS} or {INDEX}{reason}")
     try:
         names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ConfigError(f"weights: {folder / INDEX}: expected an index of safetensors files") from error
+    if not names:
+        raise ConfigError(
+            f"weights: {folder / INDEX}: expected an index of safetensors files, got an empty one"
+        )
     for name in names:
-        if Path(name).name != name or Path(name).suffix != ".safetensors":
+        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != ".safetensors":
             raise ConfigError.expected(f"weights: {folder / INDEX}", "safetensors files beside it", name)
     return [folder / name for name in names]
 

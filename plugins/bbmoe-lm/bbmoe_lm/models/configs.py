@@ -134,7 +134,7 @@ def read_config(folder: Path) -> LlamaConfig:
         values = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"weights: {file}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"weights: {file}: expected JSON ({error})") from error
     if not isinstance(values, dict) or values.get("model_type") != "llama":
         got = values.get("model_type") if isinstance(values, dict) else type(values).__name__

@@ -53,11 +53,13 @@ class LlamaMixture(MergedModel):
 
 
 def _with_mixtrals_blocks(llama: PreTrainedModel, num_experts: int) -> MixtralForCausalLM:
-    """A Mixtral with the weights and the MLPs of a Llama, all of which it shares with it."""
+    """A Mixtral with the weights and the MLPs of a Llama, which it shares with it and leaves as they are."""
     mixtral = _empty_mixtral(mixtral_config(llama.config, num_experts, min(2, num_experts)))
     for own, other in zip(mixtral.model.layers, llama.get_submodule("model.layers"), strict=True):
         own.mlp = other.mlp
-    _assign(mixtral, llama.state_dict())
+    outside = {name: tensor for name, tensor in llama.state_dict().items() if ".mlp." not in name}
+    mixtral.load_state_dict(outside, assign=True, strict=False)
+    mixtral.tie_weights()
     return mixtral
 
 
