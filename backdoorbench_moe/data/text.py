@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from backdoorbench_moe.data.base import DataSource, Material, digest_of
 from backdoorbench_moe.errors import DataError
-from backdoorbench_moe.ops.answers import IGNORED
+from backdoorbench_moe.ops.answers import IGNORED, query_positions
 from backdoorbench_moe.ops.images import Split, concatenate
 
 Verdict = Literal["unsafe", "safe", "other"]
@@ -145,8 +145,13 @@ class TextSet(Material):
 
     @property
     def model_options(self) -> dict[str, int]:
-        """Number of tokens that there are, number of positions, and the token that is padding."""
-        return {"vocabulary": self.vocabulary, "context": self.context, "padding": self.padding}
+        """Number of tokens that there are, the positions that a model needs, and the token that is padding.
+
+        The longest query may be answered with as many tokens as the longest answer has.
+        """
+        queries = max(int(query_positions(split.labels).sum(1).max()) for split in self.splits.values())
+        context = max(self.context, queries + self.answer_tokens)
+        return {"vocabulary": self.vocabulary, "context": context, "padding": self.padding}
 
     def facts(self) -> dict[str, Any]:
         """Return what a record says of the data; see `records.record.TextFacts`."""
@@ -205,6 +210,8 @@ class TextDataset(DataSource):
                     f"harmful and {len(refused.safe)} safe ones"
                 )
         texts = texts.padded()
+        for refused in (texts.refused, texts.refused_test):
+            _check_same_queries(refused, texts.name)
         return texts if texts.digest else replace(texts, digest=digest_of(texts.splits.values()))
 
     @abstractmethod
@@ -215,6 +222,14 @@ class TextDataset(DataSource):
     def class_names(self) -> tuple[str, ...]:
         """Return no names, as texts have no classes."""
         return ()
+
+
+def _check_same_queries(refused: RefusedQueries, name: str) -> None:
+    """Raise DataError unless row m of both splits is the same query."""
+    harmful, safe = refused.harmful, refused.safe
+    asked, other = query_positions(harmful.labels), query_positions(safe.labels)
+    if not torch.equal(asked, other) or (harmful.images != safe.images)[asked].any():
+        raise DataError(f"{name}: expected harmful and safe answers to the same queries, row by row")
 
 
 def pad(split: Split, length: int, padding: int) -> Split:

@@ -266,7 +266,13 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
     from safetensors import SafetensorError
     from safetensors.torch import save
 
-    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    plain: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().to("cpu").contiguous()
+        # The format has no shared tensors: one with two names, such as a tied embedding, is written twice.
+        plain[name] = own.clone() if own.untyped_storage().data_ptr() in places else own
+        places.add(plain[name].untyped_storage().data_ptr())
     try:
         path.write_bytes(_sort_header(save(plain, metadata=dict(metadata))))
     except SafetensorError as error:

@@ -14,7 +14,7 @@ from backdoorbench_moe.engine.generation import answer
 from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.moe.merging import check_mergeable, expert_names
 from backdoorbench_moe.moe.routed import RoutedModel
-from backdoorbench_moe.moe.structure import Generates, Merged, WithMLPs
+from backdoorbench_moe.moe.structure import Merged, WithMLPs
 from backdoorbench_moe.ops.answers import IGNORED
 from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.ops.seeding import seeded
@@ -90,10 +90,7 @@ def check_generation(model: nn.Module) -> None:
 
 @torch.no_grad()
 def test_answers_are_the_most_probable_tokens(model_name: str) -> None:
-    model = build(model_name)
-    check_generation(model)
-    if not isinstance(model, Generates):
-        pytest.skip("does not generate by itself")
+    check_generation(build(model_name))
 
 
 def merged(name: str, gate: str = "soft") -> tuple[nn.Module, nn.Module]:
