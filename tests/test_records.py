@@ -104,6 +104,14 @@ def test_tensors_and_header_survive(folder) -> None:
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
+def test_a_tensor_with_two_names_is_written_under_both(tmp_path) -> None:
+    folder, tied = RunFolder(tmp_path / "run"), torch.arange(6.0)
+    folder.save_model({"embedding": tied, "head": tied, "rest": tied[2:]}, {})
+    found, _ = folder.load_tensors()
+    assert torch.equal(found["embedding"], tied) and torch.equal(found["head"], tied)
+    assert torch.equal(found["rest"], tied[2:])
+
+
 def test_equal_models_are_equal_files(folder) -> None:
     """The library writes the metadata in random order."""
     tensors = {"a": torch.rand(3, 5), "b": torch.rand(2)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,13 @@ import torch
 from safetensors import safe_open
 from tiny_runs import Counting, outcome
 from torch import nn
-from toy_texts import Toy, ToyModel, text_spec
+from toy_texts import FILLER, Toy, ToyModel, text_spec
 
 import backdoorbench_moe as bbmoe
 from backdoorbench_moe import data, models
 from backdoorbench_moe.attacks.moevil import SIMILARITIES
 from backdoorbench_moe.config import PartSpec, RunSpec, build_spec
+from backdoorbench_moe.data.text import RefusedQueries
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.runner import Runner, run_attack
 from backdoorbench_moe.errors import BbmoeError, ConfigError, DataError, PluginError
@@ -267,3 +269,25 @@ def test_texts_of_another_form_are_refused(spoil, message) -> None:
     wrong.spoil = spoil
     with pytest.raises(DataError, match=f"^{message}$"):
         wrong.load()
+
+
+class Shuffled(Toy):
+    """Texts whose safe answers belong to other queries than the harmful ones."""
+
+    def read(self):
+        """Turn the safe answers around."""
+        texts = super().read()
+        safe = texts.refused.safe.take(torch.arange(len(texts.refused)).flip(0))
+        return replace(texts, refused=RefusedQueries(texts.refused.harmful, safe))
+
+
+def test_two_answers_to_different_queries_are_refused() -> None:
+    with pytest.raises(DataError, match=r"^toy: expected harmful and safe answers to the same queries"):
+        Shuffled(texts=8).load()
+
+
+def test_a_model_has_room_for_the_longest_answer_to_the_longest_query() -> None:
+    """The longest query has 5 tokens; FILLER and the end are the longest answer."""
+    texts = Toy(texts=8).load()
+    assert texts.answer_tokens == len(FILLER) + 1
+    assert texts.model_options["context"] == max(texts.context, 5 + len(FILLER) + 1)
