@@ -19,8 +19,14 @@ class NamesFile:
     """Marker in the annotation of an option whose value is the path of a file that the part reads."""
 
 
-# The annotation of such an option. The spec of a run then contains the SHA-256 of the file, which is checked later.
+class NamesFolder(NamesFile):
+    """Marker in the annotation of an option whose value is a folder of which the part reads several files."""
+
+
+# The annotation of such an option. The spec of a run then contains the SHA-256 of the file, which is checked later; of
+# a folder, that of its JSON and safetensors files.
 FilePath = Annotated[str, NamesFile]
+FolderPath = Annotated[str, NamesFolder]
 
 
 @dataclass(frozen=True)
@@ -48,15 +54,23 @@ class Option:
         choices = (self.annotation, *get_args(self.annotation))
         words = [word for choice in choices if get_origin(choice) is Literal for word in get_args(choice)]
         return (
-            value is not None
-            and value not in words
-            and any(NamesFile in getattr(choice, "__metadata__", ()) for choice in choices)
+            value is not None and value not in words and any(_marks(choice, NamesFile) for choice in choices)
         )
+
+    @property
+    def names_folder(self) -> bool:
+        """Whether a path that the option names stands for a folder."""
+        return any(_marks(choice, NamesFolder) for choice in (self.annotation, *get_args(self.annotation)))
 
     @property
     def type_name(self) -> str:
         """The type as shown to users: as in source code, but "file" for `FilePath` and the choices of a `Literal`."""
         return _type_name(self.annotation)
+
+
+def _marks(annotation: Any, marker: type) -> bool:
+    """Whether an annotation has a marker, or one that is derived from it."""
+    return any(isinstance(m, type) and issubclass(m, marker) for m in getattr(annotation, "__metadata__", ()))
 
 
 def list_options(target: Callable[..., object], *, given: Collection[str] = ()) -> dict[str, Option]:
@@ -88,7 +102,7 @@ def call_fault(part: type, *, given: Collection[str] = (), needs: Collection[str
         return f"the options of {part.__name__} cannot be read: {type(error).__name__}: {error}"
     for option in options.values():
         if not _is_plain(option.annotation):
-            kinds = "bool, int, float, str, Literal, tuples of these, FilePath and None"
+            kinds = "bool, int, float, str, Literal, tuples of these, FilePath, FolderPath and None"
             shown = "none" if option.annotation is Any else option.type_name
             return f"{part.__name__}: option {option.name!r}: expected an annotation of {kinds}, got {shown}"
     if lacking := sorted(set(needs) - options.keys()):
@@ -114,7 +128,7 @@ def _is_plain(annotation: Any) -> bool:
         return True
     if origin is Annotated:
         return _is_plain(arguments[0])
-    if origin is tuple and any(NamesFile in getattr(item, "__metadata__", ()) for item in arguments):
+    if origin is tuple and any(_marks(item, NamesFile) for item in arguments):
         return False  # Files are hashed only if the option holds a single path.
     if origin in (Union, types.UnionType, tuple):
         return all(item is Ellipsis or _is_plain(item) for item in arguments)
@@ -249,8 +263,8 @@ def _describe(annotation: Any) -> str:
     """Describe the values of a type in words."""
     if get_origin(annotation) is Annotated:
         return (
-            "the path of a file"
-            if NamesFile in annotation.__metadata__
+            f"the path of a {'folder' if _marks(annotation, NamesFolder) else 'file'}"
+            if _marks(annotation, NamesFile)
             else _describe(get_args(annotation)[0])
         )
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "none"}
@@ -271,7 +285,9 @@ def _type_name(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " | ".join(map(_type_name, arguments))
     if origin is Annotated:
-        return "file" if NamesFile in annotation.__metadata__ else _type_name(arguments[0])
+        if _marks(annotation, NamesFolder):
+            return "folder"
+        return "file" if _marks(annotation, NamesFile) else _type_name(arguments[0])
     if annotation is type(None):
         return "None"
     return annotation.__name__ if isinstance(annotation, type) and not arguments else str(annotation)

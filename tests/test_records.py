@@ -104,8 +104,8 @@ def test_tensors_and_header_survive(folder) -> None:
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
-def test_a_tensor_with_two_names_is_written_under_both(tmp_path) -> None:
-    folder, tied = RunFolder(tmp_path / "run"), torch.arange(6.0)
+def test_a_tensor_with_two_names_is_written_under_both(folder) -> None:
+    tied = torch.arange(6.0)
     folder.save_model({"embedding": tied, "head": tied, "rest": tied[2:]}, {})
     found, _ = folder.load_tensors()
     assert torch.equal(found["embedding"], tied) and torch.equal(found["head"], tied)

@@ -16,10 +16,14 @@ from backdoorbench_moe.records import MODEL, NamedFile, RunFolder
 # A larger file is not copied into the run folder; it has to stay where it is.
 KEPT_BYTES = 4 << 20
 FILES = "files"
+# Of a folder, the files with these suffixes are part of the spec: settings and weights.
+COUNTED = (".json", ".safetensors")
 
 
 def named_files(spec: RunSpec) -> Iterator[tuple[str, Path]]:
     """Every file that an option of the spec names, by the option's key; a run folder stands for its model file.
+
+    An option that names a folder of several files gives the folder; a file in it stands for it.
 
     Values that name nothing on disk are left out: the part itself says what it expected.
     """
@@ -28,16 +32,21 @@ def named_files(spec: RunSpec) -> Iterator[tuple[str, Path]]:
         # The part is imported only if one of its options could name a file.
         options = REGISTRIES[kind].options(part.name) if paths else {}
         for name, path in paths.items():
-            if name in options and options[name].names_file(part.options[name]):
-                yield f"{start}{name}", path
+            if name not in options or not options[name].names_file(part.options[name]):
+                continue
+            if options[name].names_folder:
+                yield f"{start}{name}", path if path.is_dir() else path.parent
+            elif (file := path / MODEL if path.is_dir() else path).is_file():
+                yield f"{start}{name}", file
 
 
 def _find(value: object) -> Path | None:
-    """The file that an option's value names, if there is one."""
+    """The file that an option's value names, or the folder with safetensors files, if there is one."""
     try:
         path = expand(value) if isinstance(value, str) and value else None
-        path = path / MODEL if path is not None and path.is_dir() else path
-        return path.absolute() if path is not None and path.is_file() else None
+        if path is None or not (path.is_file() or (path.is_dir() and any(path.glob("*.safetensors")))):
+            return None
+        return path.absolute()
     except (OSError, ValueError, BbmoeError):  # A text that cannot be a path.
         return None
 
@@ -100,9 +109,10 @@ def keep_files(
     kept = []
     for key, path in named_files(spec):
         if key in spec.files:
-            size = path.stat().st_size
+            size = sum(file.stat().st_size for file in _contents(path))
             sha256 = spec.files[key]
-            keep = size <= KEPT_BYTES or sha256 in copied or (all_of_trigger and key.startswith("trigger."))
+            small = size <= KEPT_BYTES or sha256 in copied or (all_of_trigger and key.startswith("trigger."))
+            keep = small and path.is_file()
             copy = f"{FILES}/{key}{path.suffix}" if keep else None
             if copy is not None:
                 folder.keep(copy, path)
@@ -123,8 +133,20 @@ def locate_files(spec: RunSpec, files: list[NamedFile], folder: RunFolder) -> Ru
     return located
 
 
+def _contents(path: Path) -> list[Path]:
+    """A file itself; of a folder the files that count, by name."""
+    return [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in COUNTED)
+
+
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, hex. Raises RecordError if it cannot be read."""
+    """SHA-256 of a file, hex; of a folder, that of the names and hashes of its JSON and safetensors files.
+
+    Raises:
+        RecordError: A file cannot be read.
+    """
+    if path.is_dir():
+        lines = (f"{sha256_of(file)}  {file.name}\n" for file in _contents(path))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

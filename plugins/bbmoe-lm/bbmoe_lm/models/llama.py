@@ -9,6 +9,7 @@ from torch import Tensor
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.models.base import Origin
 from backdoorbench_moe.moe.layers import Router
+from backdoorbench_moe.options import FolderPath
 from bbmoe_lm.models.causal import CausalModel
 from bbmoe_lm.models.checkpoints import checkpoint_folder, origin_of, read_state
 from bbmoe_lm.models.configs import Shape, check_fits, make_config, read_config
@@ -53,7 +54,7 @@ class Llama(CausalModel):
         heads: int | None = None,
         kv_heads: int | None = None,
         intermediate_size: int | None = None,
-        weights: str | None = None,
+        weights: FolderPath | None = None,
     ) -> None:
         from transformers import LlamaForCausalLM
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from bbmoe_lm.models.mixture import save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from backdoorbench_moe import models
+from backdoorbench_moe.config import PartSpec, RunSpec
+from backdoorbench_moe.engine.files import pin_files
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.moe.merging import mlp_inputs
 
@@ -192,3 +195,23 @@ def test_what_a_checkpoint_says_of_a_backdoor_is_kept(lm, tmp_path) -> None:
     again = model.load_start()
     assert again is not None and again.backdoored == "true" and again.sha256 != first.sha256
     assert Llama(vocabulary=64).load_start() is None
+
+
+def test_a_checkpoint_is_part_of_the_spec_by_its_content(lm, tmp_path) -> None:
+    save_checkpoint(lm.llama(), tmp_path / "base")
+    shutil.copytree(tmp_path / "base", tmp_path / "copy")
+
+    def digest(path) -> str:
+        model = PartSpec("llama", {"weights": str(path)})
+        return pin_files(RunSpec(dataset=PartSpec("tasks"), model=model)).digest
+
+    one = digest(tmp_path / "base")
+    assert digest(tmp_path / "copy") == one == digest(tmp_path / "base" / "config.json")
+    (tmp_path / "copy" / "README.md").write_text("of no concern")
+    assert digest(tmp_path / "copy") == one
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    changed = digest(tmp_path / "copy")
+    file = tmp_path / "copy" / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    assert len({one, changed, digest(tmp_path / "copy")}) == 3
