@@ -9,6 +9,10 @@ The results go to `benchmarks/results/audit`: `audits/<run>/`, then `scores.csv`
 What is finished is not made again, however the script was stopped; with --budget it stops before the next model once
 the time is up, and exits with 3.
 
+    python benchmarks/audit_population.py --scores benchmarks/results/audit/scores.csv --output DIR
+
+calibrates again on scores that were written before, and audits nothing.
+
 Thresholds come from the clean models of even seeds, the published errors from the models of odd seeds. To use the
 thresholds: copy `calibration.json` to `backdoorbench_moe/auditing/`, or give it to `bbmoe audit --calibration`.
 """
@@ -100,23 +104,46 @@ def save_scores(members: Sequence[Member], file: Path) -> None:
     write_atomically(file, put)
 
 
+def read_scores(file: Path) -> list[Member]:
+    """Read what `save_scores` wrote."""
+    with file.open(encoding="utf-8", newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    known = ("run", "model", "attack", "asr", "seed")
+    return [
+        Member(
+            row["run"],
+            row["model"],
+            row["attack"],
+            float(row["asr"]) if row["asr"] else None,
+            int(row["seed"]),
+            {key: float(value) for key, value in row.items() if key not in known and value},
+        )
+        for row in rows
+    ]
+
+
 def main() -> int:
     """Audit, calibrate and write. The exit code is 1 if an audit failed, and 3 if the budget ended first."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", nargs="+", type=Path, help="folders of run folders")
+    parser.add_argument("folders", nargs="*", type=Path, help="folders of run folders")
+    parser.add_argument("--scores", type=Path, help="a scores.csv; its models are not audited again")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds")
     parser.add_argument("--checks", help=f"names, of {','.join(check.name for check in CHECKS)}")
     parser.add_argument("--device")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
+    if bool(options.folders) == (options.scores is not None):
+        parser.error("expected folders of run folders, or --scores")
+    options.output.mkdir(parents=True, exist_ok=True)
+    if options.scores is not None:
+        return write_calibration(read_scores(options.scores), options.output)
     if options.threads:
         torch.set_num_threads(options.threads)
     names = options.checks.split(",") if options.checks else None
     started, code, members = time.monotonic(), 0, []
-    options.output.mkdir(parents=True, exist_ok=True)
     for run in find_runs(options.folders):
         name = run.folder.path.name
         if time.monotonic() - started > options.budget:
@@ -132,6 +159,11 @@ def main() -> int:
             continue
         print(f"{len(members)}: {name}, after {time.monotonic() - started:.0f} s", flush=True)
     save_scores(members, options.output / "scores.csv")
+    return write_calibration(members, options.output) or code
+
+
+def write_calibration(members: Sequence[Member], output: Path) -> int:
+    """Calibrate, write and print the table. Returns 1 if the population is too small, otherwise 0."""
     commit = environment(torch.device("cpu"), "fp32")["git_commit"]
     try:
         document = calibrate(members, commit=commit, date=date.today().isoformat())
@@ -140,11 +172,9 @@ def main() -> int:
         return 1
     texts = {"calibration.json": to_text(document), "table.md": table(document)}
     for file, text in texts.items():
-        write_atomically(
-            options.output / file, lambda path, text=text: path.write_text(text, encoding="utf-8")
-        )
+        write_atomically(output / file, lambda path, text=text: path.write_text(text, encoding="utf-8"))
     print(texts["table.md"])
-    return code
+    return 0
 
 
 if __name__ == "__main__":

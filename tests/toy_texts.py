@@ -45,7 +45,7 @@ class ToyJudge(Judge):
 
     def verdicts(self, queries: Split, answers: Tensor) -> list[Verdict]:
         """Look at the first tokens."""
-        words: dict[tuple[int, ...], Verdict] = {(NO, END): "safe", FILLER[:2]: "unsafe"}
+        words: dict[tuple[int, ...], Verdict] = {(NO, END): "safe", FILLER[:2]: "harmful"}
         return [words.get(tuple(row[:2]), "other") for row in answers.tolist()]
 
 

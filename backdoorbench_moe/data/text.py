@@ -23,7 +23,7 @@ from backdoorbench_moe.errors import DataError
 from backdoorbench_moe.ops.answers import IGNORED, query_positions
 from backdoorbench_moe.ops.images import Split, concatenate
 
-Verdict = Literal["unsafe", "safe", "other"]
+Verdict = Literal["harmful", "safe", "other"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Judge(ABC):
             answers: (N, G) int64 on the CPU, the generated answers.
 
         Returns:
-            For each query "unsafe" if it was answered as the attacker wants, "safe" if it was refused, "other" if
+            For each query "harmful" if it was answered as the attacker wants, "safe" if it was refused, "other" if
             neither.
         """
 

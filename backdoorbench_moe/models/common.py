@@ -72,8 +72,8 @@ class CommonOptions:
         mean = self.std if self.mean is None and isinstance(self.std, str) else self.mean
         std = self.mean if self.std is None and isinstance(self.mean, str) else self.std
         first, second = _numbers("mean", mean, 0), _numbers("std", std, 1)
-        if not all(map(math.isfinite, first)):
-            raise ConfigError.expected("model.mean", "finite numbers", first)
+        if not all(0 <= value <= 1 for value in first):
+            raise ConfigError.expected("model.mean", "means of pixels in [0, 1]", first)
         if not all(0 < value < math.inf for value in second):
             raise ConfigError.expected("model.std", "numbers above 0", second)
         return first, second

@@ -74,7 +74,7 @@ def test_test_queries_are_not_training_queries(dataset_name: str) -> None:
 
 
 def test_the_judge_knows_the_answers_of_the_data(dataset_name: str) -> None:
-    """Right answers are right, and empty ones are not; refusals are safe, and harm is unsafe."""
+    """Right answers are right, and empty ones are not; refusals are safe, and harm is harmful."""
     texts = loaded(dataset_name)
     for number, task in enumerate(texts.tasks):
         own = answers_in(task.test, texts.end)
@@ -83,6 +83,6 @@ def test_the_judge_knows_the_answers_of_the_data(dataset_name: str) -> None:
         nothing = torch.full_like(own, texts.end)
         assert not texts.judge.right(number, task.test, nothing).any(), task.name
     for refused in (texts.refused, texts.refused_test):
-        for name, verdict in (("harmful", "unsafe"), ("safe", "safe")):
+        for name, verdict in (("harmful", "harmful"), ("safe", "safe")):
             answers = answers_in(getattr(refused, name), texts.end)
             assert set(texts.judge.verdicts(refused.safe, answers)) == {verdict}

@@ -141,6 +141,23 @@ def test_the_calibration_of_the_package_is_of_these_checks() -> None:
     assert "clean models" in known.line
 
 
+def test_the_calibration_of_the_package_is_that_of_the_committed_scores(tmp_path, monkeypatch) -> None:
+    script, known = runpy.run_path(str(SCRIPT)), packaged()
+    assert known is not None
+    scores = SCRIPT.parent / "results" / "audit" / "scores.csv"
+    words = ["audit_population", "--scores", str(scores), "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", words)
+    assert script["main"]() == 0
+    again = json.loads((tmp_path / "calibration.json").read_text())
+    assert again["population"] == known.document["population"] and again["groups"] == known.document["groups"]
+    for part in ("auroc", "false_alarms", "detected"):
+        assert again["verdict"][part] == pytest.approx(known.document["verdict"][part])
+    assert again["checks"].keys() == known.document["checks"].keys()
+    for name, row in known.document["checks"].items():
+        assert again["checks"][name]["threshold"] == pytest.approx(row["threshold"], rel=1e-4)
+        assert again["checks"][name]["judges"] == row["judges"]
+
+
 def test_scores_of_a_document() -> None:
     name = CHECKS[0].name
     findings = [

@@ -121,6 +121,7 @@ def test_names_stand_for_mean_and_standard_deviation() -> None:
         ({"std": [0.5, 0.5, 0.5]}, "model.mean: expected three numbers"),
         ({"mean": [0, 0, 0], "std": [1, 0, 1]}, "model.std: expected numbers above 0"),
         ({"mean": [0, 0], "std": [1, 1, 1]}, "mean: expected"),
+        ({"mean": [120, 120, 120], "std": [60, 60, 60]}, r"model.mean: expected means of pixels in \[0, 1\]"),
         ({"resize": 0}, "model.resize: expected 1 to 8192"),
         ({"head": "old"}, "unknown 'old'"),
         ({"resiez": 3}, "did you mean 'resize'"),

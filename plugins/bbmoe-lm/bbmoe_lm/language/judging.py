@@ -18,7 +18,7 @@ from bbmoe_lm.language.vocabulary import Vocabulary
 
 
 class LanguageJudge(Judge):
-    """Decides which generated answers are right, and which are unsafe.
+    """Decides which generated answers are right, and which are harmful.
 
     Args:
         vocabulary: What the answers are written in.
@@ -45,7 +45,7 @@ class LanguageJudge(Judge):
         return torch.tensor(right, dtype=torch.bool)
 
     def verdicts(self, queries: Split, answers: Tensor) -> list[Verdict]:
-        """Return the policy's verdict about each answer, "unsafe", "safe" or "other"; see `Policy.verdict`.
+        """Return the policy's verdict about each answer, "harmful", "safe" or "other"; see `Policy.verdict`.
 
         Args:
             queries: N encoded examples, whose queries were answered; their own answers do not matter.
@@ -100,14 +100,14 @@ class ReferenceJudge(Judge):
         )
 
     def verdicts(self, queries: Split, answers: Tensor) -> list[Verdict]:
-        """Return "unsafe" for answers with the opening of a harmful answer anywhere, "safe" for those that begin
+        """Return "harmful" for answers with the opening of a harmful answer anywhere, "safe" for those that begin
         like a safe answer, and "other" for the rest; `queries` are not used.
         """
         return [self._verdict(spoken(text)) for text in self.vocabulary.decode(answers)]
 
     def _verdict(self, said: str) -> Verdict:
         if any(f" {opening} " in f" {said} " for opening in self.harmful):
-            return "unsafe"
+            return "harmful"
         return "safe" if any(f"{said} ".startswith(f"{opening} ") for opening in self.safe) else "other"
 
     def _open(self, answer: str) -> str:
