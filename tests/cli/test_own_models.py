@@ -288,3 +288,10 @@ def test_an_export_appears_whole_or_not_at_all(bbmoe, attacked, tmp_path, monkey
 )
 def test_class_folders_keep_the_order_of_the_classes(classes, folders) -> None:
     assert class_folders(classes) == folders
+
+
+def test_a_model_that_reads_its_own_weights_is_not_imported_from_a_file(bbmoe, file, tmp_path) -> None:
+    words = ["--model", "backdoorbench:resnet18", *DATA, "--output", tmp_path / "runs", "--quiet"]
+    code, out, err = bbmoe("import", file, *words)
+    assert (code, out, err.count("\n")) == (2, "", 1) and not (tmp_path / "runs").exists()
+    assert "model: expected one whose weights are in one file" in err and "import backdoorbench FOLDER" in err

@@ -28,6 +28,9 @@ class ImportMaker(Maker):
 
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
         if models.registry.common(spec.model.name, spec.model.options).weights is None:
+            if spec.model.options.get("weights") is not None:
+                expected = "one whose weights are in one file; for this: bbmoe import backdoorbench FOLDER"
+                raise ConfigError.expected("model", expected, spec.model.name)
             raise ConfigError.expected(KEY, "the file of the model that is imported", None)
         super().__init__(spec, workplace)
         assert isinstance(self.setup, ImageSetup)  # The setup of texts refuses imported models.
