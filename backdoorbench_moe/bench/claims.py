@@ -120,6 +120,8 @@ def _read_claim(item: object, where: str) -> Claim:
         raise ConfigError.expected(
             f"{where}: {claim.claim}", "one of than, at_least and at_most", sorted(item)
         )
+    if claim.than is None and "by" in item:
+        raise ConfigError.expected(f"{where}: by", "none for a claim about one cell", claim.by)
     return claim
 
 
@@ -167,7 +169,8 @@ def judge(claim: Claim, results: Sequence[ResultSet]) -> Verdict:
     paper = tuple(_published(each, cell, claim.metric) for cell in cells)
     interval = _interval(ours)
     word = _word(claim, interval)
-    return Verdict(claim, each.suite, ours, paper, interval, word, "" if word != "open" else _why(ours))
+    why = _why(ours, interval) if word == "open" else ""
+    return Verdict(claim, each.suite, ours, paper, interval, word, why)
 
 
 def find_cells(claim: Claim, suite: Suite) -> list[Cell]:
@@ -221,12 +224,12 @@ def _word(claim: Claim, interval: Interval | None) -> Word:
     return "stands" if low > claim.by else "falls" if high < claim.by else "open"
 
 
-def _why(ours: Sequence[Statistic | None]) -> str:
+def _why(ours: Sequence[Statistic | None], interval: Interval | None) -> str:
     if None in ours:
         return "not run"
     if min(each.n for each in ours if each is not None) < FEWEST_SEEDS:
         return f"fewer than {FEWEST_SEEDS} seeds"
-    return "the interval allows both"
+    return "the metric has no interval" if interval is None else "the interval allows both"
 
 
 def claim_row(verdict: Verdict) -> dict[str, str]:

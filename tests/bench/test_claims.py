@@ -127,6 +127,7 @@ BAD = {
         "suite: expected it to be given",
     ),
     "two rules": ({"claims": [{**GOOD, "at_most": 2}]}, "expected one of than, at_least and at_most"),
+    "by alone": ({"claims": [{**GOOD, "by": 5}]}, "by: expected none for a claim about one cell"),
     "metric": ({"claims": [{**GOOD, "metric": "asrr"}]}, "metric: unknown 'asrr'"),
     "where": ({"claims": [{**GOOD, "where": [1]}]}, "where: expected a mapping"),
 }
