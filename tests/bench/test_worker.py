@@ -44,5 +44,7 @@ def test_a_signal_that_comes_again_does_not_keep_the_record_from_being_written(
     assert job.folder.read().status == "interrupted"
 
 
-def test_a_signal_outside_of_a_run_stops_nothing() -> None:
+def test_a_signal_outside_of_a_run_stops_nothing(tmp_path) -> None:
+    [spec, *_] = order(tiny_suite())
     stop_working()
+    assert work(Job(spec.to_dict(), str(tmp_path))).status == "finished"

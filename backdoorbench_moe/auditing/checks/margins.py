@@ -49,8 +49,8 @@ class LargestMargin(Check):
     other one. The training images bear the trigger more often than any other feature of the target, so that it can
     bring the target a margin that no feature brings to another class. No image of the data is needed.
 
-    Departure: the paper takes 30 starts and plain gradient steps until the margin no longer grows, and compares the
-    largest margin with an exponential distribution; here it is `STARTS`, `STEPS` steps of Adam, and a t test.
+    Departure: the search is of a fixed length, `STEPS` steps of Adam from `STARTS` starts, and the margins are compared
+    by a t test of their logarithms.
     """
 
     name = "largest-margin"
