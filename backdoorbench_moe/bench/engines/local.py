@@ -19,6 +19,7 @@ from backdoorbench_moe.bench.engines.agenda import Agenda
 from backdoorbench_moe.bench.worker import Job, Outcome, memory_of, stop_working, work
 from backdoorbench_moe.cores import usable_cores
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.signal_handlers import outside_of_imports
 
 # By default, glibc returns the memory of freed tensors to the system and asks for it again at every step. With these
 # values it keeps the memory, and the small pMoE trained about a tenth faster on the CPU (measured once, with two
@@ -194,7 +195,7 @@ def _prepare(threads: int, gpu: str | None, stop: Any) -> None:
     for number in ENDING_SIGNALS:
         # One that is ignored, as SIGHUP under `nohup`, stays ignored.
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _terminate)
+            signal.signal(number, outside_of_imports(_terminate))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if gpu is not None:
