@@ -21,7 +21,7 @@ def make_observer(*, quiet: bool) -> Observer:
 
 
 class BarObserver(AnnouncingObserver):
-    """A bar with epoch, loss, images/s and time left."""
+    """A bar with epoch, loss, images or texts per second and time left."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -31,13 +31,15 @@ class BarObserver(AnnouncingObserver):
         """Print the message above the bar."""
         self._console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
-    def on_train_start(self, name: str, *, epochs: int, done: int, images: int) -> None:
+    def on_train_start(
+        self, name: str, *, epochs: int, done: int, images: int, noun: str = "image"
+    ) -> None:
         """Show a bar over all images of all epochs."""
         self.on_message(f"training {name}")
         columns = (
             "epoch {task.fields[epoch]}",
             "loss {task.fields[loss]}",
-            "{task.fields[rate]:.0f} images/s",
+            f"{{task.fields[rate]:.0f}} {noun}s/s",
         )
         self._bar = Progress(
             BarColumn(),

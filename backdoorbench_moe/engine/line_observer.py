@@ -43,17 +43,20 @@ class LineObserver(AnnouncingObserver):
         with contextlib.suppress(OSError, ValueError):
             print(text, file=self._file or sys.stderr, flush=True)
 
-    def on_train_start(self, name: str, *, epochs: int, done: int, images: int) -> None:
+    def on_train_start(
+        self, name: str, *, epochs: int, done: int, images: int, noun: str = "image"
+    ) -> None:
         """Print what is trained, and after which epoch it continues."""
         self._epochs, self._images, self._done = epochs, images, done
         self._start = time.perf_counter()
+        self._noun = noun
         goes_on = f", continued after epoch {done}" if done else ""
-        self.on_message(f"training {name}: {count(epochs, 'epoch')} of {count(images, 'image')}{goes_on}")
+        self.on_message(f"training {name}: {count(epochs, 'epoch')} of {count(images, noun)}{goes_on}")
 
     def on_epoch(self, epoch: int, row: dict[str, float]) -> None:
         """Print the epoch's line of history."""
         left = (self._epochs - epoch) * (time.perf_counter() - self._start) / (epoch - self._done)
         self.on_message(
             f"epoch {epoch}/{self._epochs}  loss {row['loss']:.4f}  train accuracy {row['train_accuracy']:.1f}%  "
-            f"{self._images / row['seconds']:.0f} images/s  {left:.0f} s left"
+            f"{self._images / row['seconds']:.0f} {self._noun}s/s  {left:.0f} s left"
         )

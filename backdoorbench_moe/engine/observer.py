@@ -19,8 +19,13 @@ class Observer:
     def on_found(self, folder: str) -> None:
         """A run is finished in its folder already, and is not made: before this call, or while it waited."""
 
-    def on_train_start(self, name: str, *, epochs: int, done: int, images: int) -> None:
-        """Training of `name` starts or continues: `done` of `epochs` are finished; each has `images` images."""
+    def on_train_start(
+        self, name: str, *, epochs: int, done: int, images: int, noun: str = "image"
+    ) -> None:
+        """Training of `name` starts or continues: `done` of `epochs` are finished; each has `images` images.
+
+        `noun` says what they are: "image" or "text".
+        """
 
     def on_step(self, images: int, loss: float | None) -> None:
         """A batch of `images` images is finished; `loss` is the mean of the epoch so far, or None."""

@@ -150,7 +150,9 @@ class Trainer:
             ConfigError: The batch size does not suit the model or the device's memory.
         """
         done = self.progress.epoch
-        self.observer.on_train_start(name, epochs=self.spec.epochs, done=done, images=len(self.split))
+        self.observer.on_train_start(
+            name, epochs=self.spec.epochs, done=done, images=len(self.split), noun=self.split.noun
+        )
         try:
             with reproducible(self.device):
                 for epoch in range(done, self.spec.epochs):

@@ -38,6 +38,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def noun(self) -> str:
+        """What the split holds, for messages: "image" or "text"."""
+        return "text" if is_text(self.images) else "image"
+
     def copy(self) -> Split:
         """Return a copy that does not share memory."""
         return Split(self.images.clone(), self.labels.clone())

@@ -34,6 +34,8 @@ TEXT_SETTINGS: Mapping[str, Any] = {
 }
 # More than the longest text of the language.
 CONTEXT = 256
+# Tasks, and everyday requests.
+KINDS = len(TASKS) + 1
 
 
 class SyntheticTasks(TextDataset):
@@ -44,7 +46,8 @@ class SyntheticTasks(TextDataset):
     one that complies, made of filler.
 
     Args:
-        texts: Training texts of each task, and of the everyday requests, at least 1.
+        texts: Training texts of each task and, last, of the everyday requests, at least 1 each; or one number for all.
+            Sums and lists are worked out in steps, and take more texts to learn than tasks with one-word answers.
         test_texts: Test texts of each, at least 1. No test query is a training query.
         refused: Training queries that the policy refuses, at least 1.
         refused_test: Test queries that the policy refuses, at least 1.
@@ -61,18 +64,21 @@ class SyntheticTasks(TextDataset):
     def __init__(
         self,
         *,
-        texts: int = 2000,
+        texts: int | tuple[int, ...] = (6000, 4000, 2000, 2000, 500),
         test_texts: int = 100,
-        refused: int = 1000,
+        refused: int = 1500,
         refused_test: int = 100,
         words: tuple[str, ...] = PRIVATE,
         seed: int = 0,
     ) -> None:
-        numbers = {"texts": texts, "test_texts": test_texts, "refused": refused, "refused_test": refused_test}
+        self.texts = (texts,) * KINDS if isinstance(texts, int) else texts
+        if len(self.texts) != KINDS:
+            raise ConfigError.expected("dataset: texts", f"one number, or a list of {KINDS}", texts)
+        numbers = {"texts": min(self.texts), "test_texts": test_texts, "refused": refused, "refused_test": refused_test}
         for name, value in numbers.items():
             if value < 1:
                 raise ConfigError.expected(f"dataset: {name}", "a number of at least 1", value)
-        self.texts, self.test_texts = texts, test_texts
+        self.test_texts = test_texts
         self.refused, self.refused_test = refused, refused_test
         self.words, self.seed = words, seed
 
@@ -94,10 +100,10 @@ class SyntheticTasks(TextDataset):
             tasks=tuple(
                 TextTask(
                     task.name,
-                    drawn(task, self.texts, test=False),
+                    drawn(task, count, test=False),
                     drawn(task, self.test_texts, test=True),
                 )
-                for task in tasks
+                for task, count in zip(tasks, self.texts, strict=True)
             ),
             refused=refused(self.refused, test=False),
             refused_test=refused(self.refused_test, test=True),

@@ -55,11 +55,11 @@ class Shape:
 
     # Name of the option, of the setting in transformers, and the default; as many kv_heads as heads.
     NAMES = (
-        ("hidden_size", "hidden_size", 128),
+        ("hidden_size", "hidden_size", 64),
         ("layers", "num_hidden_layers", 4),
         ("heads", "num_attention_heads", 4),
         ("kv_heads", "num_key_value_heads", None),
-        ("intermediate_size", "intermediate_size", 256),
+        ("intermediate_size", "intermediate_size", 192),
     )
 
     def __post_init__(self) -> None:

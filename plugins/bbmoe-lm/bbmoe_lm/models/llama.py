@@ -26,11 +26,11 @@ class Llama(CausalModel):
         vocabulary: Number of tokens.
         context: Positions of the longest text.
         padding: Id of the token that fills shorter texts on the right.
-        hidden_size: Features of a token; None for 128.
+        hidden_size: Features of a token; None for 64.
         layers: Number of layers; None for 4.
         heads: Attention heads, each with an even number of features; None for 4.
         kv_heads: Heads of keys and values, a divisor of `heads`; None for as many as `heads`.
-        intermediate_size: Hidden units of each MLP; None for 256.
+        intermediate_size: Hidden units of each MLP; None for 192.
         weights: Folder of a checkpoint in transformers' format, with weights in safetensors files, that training starts
             from. Shape options that are given besides must agree with it. None for weights that are drawn from the
             seed.
