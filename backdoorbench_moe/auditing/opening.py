@@ -142,9 +142,15 @@ def _make(
     )
 
 
-def with_store(subject: Subject, folder: Path | None) -> tuple[Subject, Store]:
-    """Return the subject with a store in a folder, and the store."""
-    store = Store(folder, digest_of(subject))
+def with_store(subject: Subject, folder: Path | None, digest: str | None = None) -> tuple[Subject, Store]:
+    """Return the subject with a store in a folder, and the store.
+
+    Args:
+        subject: The subject.
+        folder: The folder of the audit; None to keep nothing.
+        digest: What `digest_of` returned for the subject, if it was called.
+    """
+    store = Store(folder, digest or digest_of(subject))
     return replace(subject, keep=store.keep()), store
 
 
