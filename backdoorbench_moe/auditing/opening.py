@@ -22,7 +22,7 @@ from backdoorbench_moe.engine.opened_model import open_model
 from backdoorbench_moe.engine.opened_run import draw_images, load_run_images
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.tasks import Tasks
-from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.errors import ConfigError, naming
 from backdoorbench_moe.ops.images import Split, concatenate
 from backdoorbench_moe.paths import expand
 
@@ -160,10 +160,10 @@ def base_state(base: Any) -> Mapping[str, Tensor]:
         return base.state_dict()
     if isinstance(base, Mapping):
         return base
-    if isinstance(base, Run):
-        return base.model().state_dict()
-    if isinstance(base, str | os.PathLike):
-        return load_run(expand(base, "base")).model().state_dict()
+    if isinstance(base, Run | str | os.PathLike):
+        with naming("base"):
+            run = base if isinstance(base, Run) else load_run(expand(base))
+            return run.model().state_dict()
     raise ConfigError.expected("base", "a run, its folder, a module or a state dict", type(base).__name__)
 
 
