@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from backdoorbench_moe.data.base import ImageSet
 
-TARGET = 1
+TARGET, ARCHITECTURE = 1, "shufflenet_v2_x1_0"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
 
 
-def foreign_model(classes: int) -> nn.Module:
-    """A small network of torchvision, as BackdoorBench calls it "shufflenet_v2_x1_0"."""
+def foreign_model(classes: int, architecture: str = ARCHITECTURE) -> nn.Module:
+    """A small network of torchvision, as BackdoorBench builds it."""
     torch.manual_seed(3)
-    return torchvision.models.shufflenet_v2_x1_0(num_classes=classes).eval()
+    return getattr(torchvision.models, architecture)(num_classes=classes).eval()
 
 
 def stamp(images: Tensor, places: list[int]) -> Tensor:
@@ -66,10 +66,10 @@ def write_split(
     }
 
 
-def write_result(folder: Path, images: ImageSet) -> dict[str, float]:
+def write_result(folder: Path, images: ImageSet, architecture: str = ARCHITECTURE) -> dict[str, float]:
     """Write the folder; returns BA, ASR and RA as fractions, computed here."""
     folder.mkdir(parents=True)
-    model, test, train = foreign_model(images.num_classes), images.test, images.train
+    model, test, train = foreign_model(images.num_classes, architecture), images.test, images.train
     places = (test.labels != TARGET).nonzero().squeeze(1).tolist()
     triggered = stamp(test.images[places], places)
     poisoned = [3, 7, 20, 41]
@@ -91,7 +91,7 @@ def write_result(folder: Path, images: ImageSet) -> dict[str, float]:
         len(train),
     )
     values = {
-        "model_name": "shufflenet_v2_x1_0",
+        "model_name": architecture,
         "num_classes": images.num_classes,
         "model": model.state_dict(),
         "data_path": "./data/cifar10",

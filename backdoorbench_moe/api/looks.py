@@ -139,11 +139,11 @@ def audit(
         labels: Their classes; without them, the predicted classes take their place.
         base: The model that the experts were tuned from: a run, its folder, a module or a state dict.
         tasks: Images of each task of a mixture.
-        checks: Names of checks; all by default.
+        checks: Names of checks to run; all by default. What others found that an earlier call made is reported, too.
         image_size: Side of the images in pixels: what images of a folder are resized to, and for a module without
             images what its channels are measured with.
-        output: Folder to write audit.json and report.html to; what each check measured is kept there, too. By default
-            nothing is written.
+        output: Folder to write audit.json and report.html to; what each check measured is kept there, too. A folder
+            with the audit of another model, or of other images, is refused. By default nothing is written.
         data_root: Folder of the data set of a run; by default the one that it used.
         device: Device to compute on; by default the run's, or for a module that of its weights.
         observer: Receives progress.
@@ -155,14 +155,20 @@ def audit(
     Raises:
         BbmoeError: Anything that the user can correct.
     """
-    from backdoorbench_moe.auditing.audit import run_audit
+    from backdoorbench_moe.auditing.audit import digest_of, run_audit
     from backdoorbench_moe.auditing.checks import find_checks
     from backdoorbench_moe.auditing.opening import with_store
+    from backdoorbench_moe.auditing.place import check_output, check_place
 
     chosen, folder = find_checks(checks), path_or_none(output, "output")
+    if folder is not None:
+        check_output(folder, "output")
     given = {"images": images, "labels": labels, "base": base, "tasks": tasks, "device": device}
     name, subject = _open_subject(model, image_size, text_or_none(data_root, "data_root"), given)
-    subject, store = with_store(subject, folder)
+    digest = digest_of(subject)
+    if folder is not None:
+        check_place(folder, digest, "output")
+    subject, store = with_store(subject, folder, digest)
     found = run_audit(subject, name=name, store=store, checks=chosen, observer=observer)
     if folder is not None:
         found.save(folder)

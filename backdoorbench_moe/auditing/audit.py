@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,15 @@ def run_audit(
 ) -> Audit:
     """Run checks on a subject.
 
-    A check whose result is in the store is not run again; its score is compared with the present thresholds.
+    A check whose result is in the store is not run again; its score is compared with the present thresholds. So are the
+    scores of checks of the package that are not chosen now, but were made by an earlier call: an audit of fewer checks
+    does not lose what was found before.
 
     Args:
         subject: The subject, whose `keep` should be that of the store.
         name: Name of the model.
         store: What earlier calls found.
-        checks: The checks.
+        checks: The checks to run.
         calibration: The calibration; the packaged one if None.
         calibrated: Whether to use a calibration at all.
         observer: Receives progress.
@@ -66,16 +68,20 @@ def run_audit(
     """
     observer = observer or Observer()
     chosen = (calibration or packaged()) if calibrated else None
-    findings = []
+    made = {}
     for number, check in enumerate(checks, 1):
         observer.on_message(f"check {number} of {len(checks)}: {check.name} ({check.title})")
-        findings.append(_find(check, subject, store, chosen))
+        made[check.name] = _find(check, subject, store, chosen)
+    others = [check for check in CHECKS if check.name not in made]
+    kept = {check.name: found for check in others if (found := _earlier(check, store, chosen))}
+    findings = _ordered({**made, **kept})
     return Audit(
         name=name,
         verdict=combine(findings),
         findings=tuple(findings),
         calibration=chosen,
-        facts=facts_of(subject, checks),
+        left_out=tuple(check.name for check in others if check.name not in kept),
+        facts=facts_of(subject, [*checks, *(check for check in others if check.name in kept)]),
         seconds=sum(each.seconds for each in findings),
     )
 
@@ -90,10 +96,25 @@ def _find(check: Check, subject: Subject, store: Store, calibration: Calibration
             with seeded(subject.seed, "audit", check.name):
                 measured = check.run(subject)
         except NotTested as reason:
+            store.save_reason(check, str(reason))
             return not_tested(check, str(reason))
         found = measured, time.perf_counter() - started
         store.save(check, *found)
     return judge(check, found[0], calibration, found[1])
+
+
+def _earlier(check: Check, store: Store, calibration: Calibration | None) -> Finding | None:
+    """Return what an earlier call found with a check; None if it did not make it."""
+    if found := store.load(check):
+        return judge(check, found[0], calibration, found[1])
+    reason = store.load_reason(check)
+    return None if reason is None else not_tested(check, reason)
+
+
+def _ordered(findings: Mapping[str, Finding]) -> list[Finding]:
+    """Return findings, given by check: those of the package's checks in their order, then the others."""
+    names = [check.name for check in CHECKS if check.name in findings]
+    return [findings[name] for name in dict.fromkeys([*names, *findings])]
 
 
 def testable(subject: Subject, checks: Sequence[Check]) -> Iterator[Check]:

@@ -121,7 +121,8 @@ def parse(document: Any, where: str) -> Calibration:
         RecordError: It is none, or of another schema version.
     """
     if not isinstance(document, dict) or document.get("kind") != "audit calibration":
-        raise RecordError(f"calibration {where}: expected an audit calibration")
+        kind = document.get("kind") if isinstance(document, dict) else type(document).__name__
+        raise RecordError(f"calibration {where}: expected an audit calibration, got {kind!r}")
     if document.get("schema_version") != SCHEMA_VERSION:
         raise RecordError(
             f"calibration {where}: expected schema version {SCHEMA_VERSION}, got {document.get('schema_version')!r}"

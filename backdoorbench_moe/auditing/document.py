@@ -24,6 +24,8 @@ def as_document(audit: Outcome) -> dict[str, Any]:
         "verdict": asdict(audit.verdict),
         "reasons": audit.reasons,
         "not_tested": {each.check: each.reason for each in audit.untested},
+        "does_not_judge": {each.check: each.reason for each in audit.unjudged},
+        "left_out": audit.left_out,
         "rule": RULE,
         "thresholds": thresholds_line(audit),
         "subject": audit.facts,

@@ -22,7 +22,7 @@ from backdoorbench_moe.engine.opened_model import open_model
 from backdoorbench_moe.engine.opened_run import draw_images, load_run_images
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.tasks import Tasks
-from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.errors import ConfigError, naming
 from backdoorbench_moe.ops.images import Split, concatenate
 from backdoorbench_moe.paths import expand
 
@@ -142,9 +142,15 @@ def _make(
     )
 
 
-def with_store(subject: Subject, folder: Path | None) -> tuple[Subject, Store]:
-    """Return the subject with a store in a folder, and the store."""
-    store = Store(folder, digest_of(subject))
+def with_store(subject: Subject, folder: Path | None, digest: str | None = None) -> tuple[Subject, Store]:
+    """Return the subject with a store in a folder, and the store.
+
+    Args:
+        subject: The subject.
+        folder: The folder of the audit; None to keep nothing.
+        digest: What `digest_of` returned for the subject, if it was called.
+    """
+    store = Store(folder, digest or digest_of(subject))
     return replace(subject, keep=store.keep()), store
 
 
@@ -154,10 +160,10 @@ def base_state(base: Any) -> Mapping[str, Tensor]:
         return base.state_dict()
     if isinstance(base, Mapping):
         return base
-    if isinstance(base, Run):
-        return base.model().state_dict()
-    if isinstance(base, str | os.PathLike):
-        return load_run(expand(base, "base")).model().state_dict()
+    if isinstance(base, Run | str | os.PathLike):
+        with naming("base"):
+            run = base if isinstance(base, Run) else load_run(expand(base))
+            return run.model().state_dict()
     raise ConfigError.expected("base", "a run, its folder, a module or a state dict", type(base).__name__)
 
 

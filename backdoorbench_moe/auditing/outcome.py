@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from backdoorbench_moe.auditing.calibration import Calibration
-from backdoorbench_moe.auditing.verdict import NOT_TESTED, Finding, Verdict, strongest
+from backdoorbench_moe.auditing.verdict import DOES_NOT_JUDGE, NOT_TESTED, Finding, Verdict, strongest
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,9 @@ class Outcome:
     Attributes:
         name: Name of the model.
         verdict: The verdict; `verdict.level` is "signs of a backdoor", "no sign found" or "not tested".
-        findings: What each check found, in the order in which they ran.
+        findings: What each check found, in the order in which they ran; those of earlier calls included.
         calibration: The calibrated thresholds; None if there are none.
+        left_out: Names of the checks that were not chosen, neither now nor in an earlier call.
         facts: What was audited: model, number of images, accuracy on them, and so on.
         seconds: How long the checks took, those of an earlier call included.
     """
@@ -26,6 +27,7 @@ class Outcome:
     verdict: Verdict
     findings: tuple[Finding, ...]
     calibration: Calibration | None
+    left_out: tuple[str, ...]
     facts: dict[str, Any]
     seconds: float
 
@@ -36,5 +38,10 @@ class Outcome:
 
     @property
     def untested(self) -> list[Finding]:
-        """What was not tested."""
+        """The checks that could not be made, with the reasons."""
         return [each for each in self.findings if each.level == NOT_TESTED]
+
+    @property
+    def unjudged(self) -> list[Finding]:
+        """The checks that were measured but do not judge, with the reasons."""
+        return [each for each in self.findings if each.level == DOES_NOT_JUDGE]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Any
 
-from backdoorbench_moe.auditing.verdict import MOST_REASONS, NOT_TESTED, SIGNS
+from backdoorbench_moe.auditing.verdict import DOES_NOT_JUDGE, MOST_REASONS, NOT_TESTED, SIGNS
 from backdoorbench_moe.drawing import render_page
 
 FILE = "report.html"
@@ -17,7 +17,8 @@ WIDTH = 160
 def page(document: dict[str, Any]) -> str:
     """Render the page of an audit's document; names from it are escaped."""
     template = (files("backdoorbench_moe.auditing") / "templates" / "audit.html").read_text(encoding="utf-8")
-    tested = [each for each in document["findings"] if each["level"] != NOT_TESTED]
+    findings = document["findings"]
+    measured = [each for each in findings if each["level"] != NOT_TESTED]
     return render_page(
         template,
         name=document["name"],
@@ -26,9 +27,13 @@ def page(document: dict[str, Any]) -> str:
         calibrated=document["calibration"] is not None,
         reasons=document["reasons"],
         reasons_title=reasons_title(document),
-        untested=[each for each in document["findings"] if each["level"] == NOT_TESTED],
-        tested=[{**each, "bar": bar(each["strength"])} for each in tested],
-        pictures=[each for each in tested if "picture" in each["details"]],
+        untested=[each for each in findings if each["level"] == NOT_TESTED],
+        unjudged=[each for each in findings if each["level"] == DOES_NOT_JUDGE],
+        left_out=document["left_out"],
+        measured=[
+            {**each, "bar": bar(each["strength"]), "sign": each["level"] == SIGNS} for each in measured
+        ],
+        pictures=[each for each in measured if "picture" in each["details"]],
         rule=document["rule"],
         thresholds=document["thresholds"],
         facts=fact_rows(document),
@@ -46,7 +51,9 @@ def reasons_title(document: dict[str, Any]) -> str:
             if count == 1
             else f"The {'three ' if count == MOST_REASONS else ''}strongest reasons"
         )
-    return "What comes closest to a sign" if count else "Nothing could be tested"
+    if count:
+        return "What comes closest to a sign"
+    return "No check that was made judges" if document["does_not_judge"] else "Nothing could be tested"
 
 
 def bar(strength: float | None) -> float:

@@ -28,7 +28,8 @@ CHECKS = "checks"
 class Store:
     """What the checks of one audit measured; on disk if there is a folder.
 
-    Files of another subject, or of another version of a check, are ignored and overwritten.
+    Files of another subject, or of another version of a check, are ignored and overwritten; see `place.py`, by which
+    commands keep the audits of two subjects in two folders.
 
     Args:
         folder: The folder of the audit, made at the first write; None to keep nothing.
@@ -40,32 +41,47 @@ class Store:
 
     def load(self, check: Check) -> tuple[Measured, float] | None:
         """Return what a check measured, and the seconds it took; None if it has not run."""
-        if self.folder is None:
-            return None
+        values = self._load_values(check)
         try:
-            values = json.loads((self.folder / f"{check.name}.json").read_text(encoding="utf-8"))
-            if (values["subject"], values["version"]) != (self.digest, check.version):
-                return None
             score = float(values["score"])
             found = Measured(score, str(values["reason"]), dict(values["details"]))
             return (found, float(values["seconds"])) if math.isfinite(score) else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return None
+
+    def load_reason(self, check: Check) -> str | None:
+        """Return why a check could not be made; None if it has not run, or could be made."""
+        reason = self._load_values(check).get("not_tested")
+        return reason if isinstance(reason, str) else None
+
+    def _load_values(self, check: Check) -> Mapping[str, Any]:
+        """The values in the file of a check; none without a file of this subject and version."""
+        values = None if self.folder is None else read_values(self.folder / f"{check.name}.json")
+        own = values is not None and (values.get("subject"), values.get("version")) == (
+            self.digest,
+            check.version,
+        )
+        return values if values is not None and own else {}
 
     def save(self, check: Check, found: Measured, seconds: float) -> None:
         """Write what a check measured. Raises RecordError if the file cannot be written."""
-        if self.folder is None:
-            return
         values = {
-            "subject": self.digest,
-            "check": check.name,
-            "version": check.version,
             "score": found.score,
             "reason": found.reason,
             "details": as_json(found.details),
             "seconds": seconds,
         }
-        text = json.dumps(values, indent=1, allow_nan=False) + "\n"
+        self._save_values(check, values)
+
+    def save_reason(self, check: Check, reason: str) -> None:
+        """Write why a check could not be made, for reports of later calls; it is tried again where it is chosen."""
+        self._save_values(check, {"not_tested": reason})
+
+    def _save_values(self, check: Check, values: Mapping[str, Any]) -> None:
+        if self.folder is None:
+            return
+        known = {"subject": self.digest, "check": check.name, "version": check.version}
+        text = json.dumps({**known, **values}, indent=1, allow_nan=False) + "\n"
         self._write(f"{check.name}.json", lambda path: path.write_text(text, encoding="utf-8"))
 
     def keep(self) -> Keep:
@@ -106,6 +122,15 @@ class Store:
         except OSError as error:
             raise RecordError(f"audit folder {self.folder}: {error.strerror}") from error
         write_atomically(self.folder / name, put)
+
+
+def read_values(file: Path) -> dict[str, Any] | None:
+    """Return the values in the file of a check; None if it cannot be read."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def _put_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:

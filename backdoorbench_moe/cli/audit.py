@@ -21,7 +21,9 @@ from backdoorbench_moe.errors import ConfigError
 )  # fmt: skip
 @click.option("--no-images", is_flag=True, help="Only check what can be said from weights alone.")
 @click.option("--base", type=PATH, metavar="RUN2", help="Run of the model that the experts were tuned from.")
-@click.option("--checks", metavar="NAME,..", help="Run these checks only.  [all]")
+@click.option(
+    "--checks", metavar="NAME,..", help="Run these checks only; what others found before is kept.  [all]"
+)
 @click.option(
     "--calibration",
     type=PATH,
@@ -57,17 +59,20 @@ def command(
 
     The attack, the trigger and the poisoned images of the run are not looked at. The verdict is "signs of a backdoor",
     "no sign found" or "not tested", with the three strongest reasons; no audit can say that a model is clean. What each
-    check measured is kept in the output folder, so that an interrupted audit goes on where it stopped.
+    check measured is kept in the output folder, so that an interrupted audit goes on where it stopped, and so that the
+    report has also what earlier calls found with other checks. An audit with other images, or with another base, does
+    not overwrite the first: it goes to RUN/audit-ID.
     """
     usage = CoreUsage.now()
     if images is not None and no_images:
         raise ConfigError("--no-images: expected no --images with it")
     names = None if checks is None else [name.strip() for name in checks.split(",") if name.strip()]
-    from backdoorbench_moe.auditing.audit import run_audit
+    from backdoorbench_moe.auditing.audit import digest_of, run_audit
     from backdoorbench_moe.auditing.calibration import load
     from backdoorbench_moe.auditing.checks import find_checks
     from backdoorbench_moe.auditing.document import as_document, to_text
     from backdoorbench_moe.auditing.opening import open_run_subject, with_store
+    from backdoorbench_moe.auditing.place import FOLDER, check_output, check_place, place_in_run
     from backdoorbench_moe.auditing.verdict import SIGNS
     from backdoorbench_moe.cli.audit_table import print_audit
     from backdoorbench_moe.cli.progress import make_observer
@@ -76,16 +81,27 @@ def command(
     chosen, known = find_checks(names), None if calibration is None else load(calibration)
     opened = load_run(run)
     use_threads(threads, usage, device or opened.spec.device)
-    place = opened.folder.path / "audit" if output is None else output
+    usual, flag = (opened.folder.path / FOLDER, "RUN") if output is None else (output, "--output")
+    check_output(usual, flag)
     given: dict[str, Any] = {"images": images, "base": base, "data_root": data_root, "device": device}
-    subject, store = with_store(open_run_subject(opened, with_images=not no_images, **given), place)
+    subject = open_run_subject(opened, with_images=not no_images, **given)
+    digest = digest_of(subject)
+    observer = make_observer(quiet=quiet or as_json)
+    if output is not None:
+        check_place(output, digest, flag)
+    place = place_in_run(opened.folder.path, digest) if output is None else output
+    if place != usual:
+        observer.on_message(
+            f"{usual} has the audit with other images, base or device; this one goes to {place}"
+        )
+    subject, store = with_store(subject, place, digest)
     audit = run_audit(
         subject,
         name=opened.folder.path.name,
         store=store,
         checks=chosen,
         calibration=known,
-        observer=make_observer(quiet=quiet or as_json),
+        observer=observer,
     )
     files = audit.save(place)
     if as_json:

@@ -29,16 +29,21 @@ def print_audit(audit: Audit, files: list[Path]) -> None:
         console.print(f"{number}. {reason}", markup=False)
     console.print()
     console.print(_table(audit))
-    if audit.untested:
-        console.print("\nNot tested:")
-        for each in audit.untested:
+    for title, findings in (("Measured, but does not judge", audit.unjudged), ("Not tested", audit.untested)):
+        if findings:
+            console.print(f"\n{title}:")
+        for each in findings:
             console.print(f"- {each.check}: {each.reason}", markup=False)
+    if audit.left_out:
+        console.print(f"\nLeft out: {', '.join(audit.left_out)}", markup=False)
     console.print(f"\n{RULE}\nThresholds: {thresholds_line(audit)}.", style="dim", markup=False)
     for file in files:
         console.print(str(file), soft_wrap=True, markup=False)
 
 
 def _table(audit: Audit) -> Table:
+    from backdoorbench_moe.auditing.verdict import SIGNS
+
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("check", no_wrap=True)
     for column in ("score", "threshold"):
@@ -47,6 +52,6 @@ def _table(audit: Audit) -> Table:
     table.add_column("seconds", justify="right", no_wrap=True)
     for each in audit.findings:
         numbers = [NONE if value is None else f"{value:.2f}" for value in (each.score, each.threshold)]
-        level = f"[red]{escape(each.level)}[/red]" if (each.strength or 0) > 1 else escape(each.level)
+        level = f"[red]{escape(each.level)}[/red]" if each.level == SIGNS else escape(each.level)
         table.add_row(each.check, *numbers, level, f"{each.seconds:.1f}" if each.score is not None else NONE)
     return table

@@ -48,9 +48,9 @@ OWN: Mapping[str, Callable[[int], nn.Module]] = {
     "resnext29": ResNeXt29,
     "senet18": SENet18,
 }
-ARCHITECTURES = (*OWN, *TORCHVISION, *AUXILIARY, *TRANSFORMERS)
-# BackdoorBench has these, too.
-NOT_BUILT = {"squeezenet1_0": "its classifier is a convolution before a mean, so that it has no linear head"}
+# Of torchvision, with the name of the convolution that is their head: logits are the means of its rectified maps.
+CONVOLUTIONAL = {"squeezenet1_0": "classifier.1"}
+ARCHITECTURES = (*OWN, *TORCHVISION, *AUXILIARY, *TRANSFORMERS, *CONVOLUTIONAL)
 
 
 class BackdoorBenchModel(nn.Module):
@@ -58,7 +58,8 @@ class BackdoorBenchModel(nn.Module):
 
     The last linear layer is the model's head; all else keeps the names of its weights, behind "trunk.". BackdoorBench
     normalises images outside of the model, here the model does it. The auxiliary classifiers of googlenet and
-    inception_v3 keep their weights, but are not computed, not even in training.
+    inception_v3 keep their weights, but are not computed, not even in training. The head of squeezenet1_0 is a
+    convolution before a ReLU and a mean; it has no features, and what needs features refuses it.
 
     Args:
         num_classes: Number of classes.
@@ -96,10 +97,6 @@ class BackdoorBenchModel(nn.Module):
         super().__init__()
         check_positive(num_classes=num_classes)
         check_image_size(image_size, at_least=8)
-        if architecture in NOT_BUILT:
-            raise ConfigError(
-                f"architecture: {architecture} of BackdoorBench is not built here: {NOT_BUILT[architecture]}"
-            )
         if architecture not in ARCHITECTURES:
             raise UnknownNameError("architecture", architecture, ARCHITECTURES)
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
@@ -107,6 +104,15 @@ class BackdoorBenchModel(nn.Module):
         self.architecture, self.weights = architecture, weights
         self.normalisation = (tuple(mean), tuple(std))
         self.trunk = _build(architecture, num_classes)
+        self._head_name = ""
+        if architecture not in CONVOLUTIONAL:
+            self._take_head()
+        self.register_buffer("_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self._try_out(image_size)
+
+    def _take_head(self) -> None:
+        """Move the last linear layer out of the trunk."""
         self._head_name = [
             name for name, layer in self.trunk.named_modules() if isinstance(layer, nn.Linear)
         ][-1]
@@ -114,9 +120,6 @@ class BackdoorBenchModel(nn.Module):
         assert isinstance(head, nn.Linear)
         self.head = head
         self.trunk.set_submodule(self._head_name, nn.Identity())
-        self.register_buffer("_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        self._try_out(image_size)
 
     def _try_out(self, image_size: int) -> None:
         try:
@@ -132,7 +135,7 @@ class BackdoorBenchModel(nn.Module):
     def own_name(self, name: str) -> str:
         """The name that a weight of BackdoorBench's state dict has in this model's."""
         layer, _, kind = name.rpartition(".")
-        return f"head.{kind}" if layer == self._head_name else f"trunk.{name}"
+        return f"head.{kind}" if layer and layer == self._head_name else f"trunk.{name}"
 
     def their_name(self, name: str) -> str:
         """The name in BackdoorBench's state dict of a weight of this model's; the inverse of `own_name`."""
@@ -154,20 +157,43 @@ class BackdoorBenchModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
-        return self.classify(self.extract_features(images))
+        found: Tensor = self.trunk((images - self._mean) / self._std)
+        return self.head(found) if self._head_name else found
 
     def extract_features(self, images: Tensor) -> Tensor:
-        """Map images (B, 3, H, W) in [0, 1] to the features (B, D) before the head."""
+        """Map images (B, 3, H, W) in [0, 1] to the features (B, D) before the head.
+
+        Raises:
+            ConfigError: The head is no linear layer.
+        """
+        self._check_features()
         features: Tensor = self.trunk((images - self._mean) / self._std)
         return features
 
     def classify(self, features: Tensor) -> Tensor:
-        """Map features (B, D) to logits (B, classes)."""
+        """Map features (B, D) to logits (B, classes).
+
+        Raises:
+            ConfigError: The head is no linear layer.
+        """
+        self._check_features()
         return self.head(features)
+
+    def _check_features(self) -> None:
+        if not self._head_name:
+            raise ConfigError.expected(
+                "model",
+                "an architecture whose logits are a linear layer of its features",
+                f"{self.architecture}, whose head is a convolution before a ReLU and a mean",
+            )
 
     def components(self) -> dict[str, list[nn.Module]]:
         """The head."""
-        return {"head": [self.head]}
+        return {
+            "head": [
+                self.head if self._head_name else self.trunk.get_submodule(CONVOLUTIONAL[self.architecture])
+            ]
+        }
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
         """The last convolution with a batch norm of its own behind it; of preactresnet18 the last convolution."""

@@ -14,10 +14,12 @@ from subjects import Constant, Rows, small_pmoe
 import backdoorbench_moe as bbmoe
 from backdoorbench_moe.auditing.audit import Audit, cost_of, digest_of, run_audit
 from backdoorbench_moe.auditing.checks import CHECKS, find_checks
+from backdoorbench_moe.auditing.document import as_document
 from backdoorbench_moe.auditing.opening import with_store
+from backdoorbench_moe.auditing.place import check_place, place_in_run
 from backdoorbench_moe.auditing.store import Store
 from backdoorbench_moe.auditing.subject import make_subject
-from backdoorbench_moe.auditing.verdict import NO_SIGN, NOT_TESTED, SIGNS
+from backdoorbench_moe.auditing.verdict import DOES_NOT_JUDGE, NO_SIGN, NOT_TESTED, SIGNS
 from backdoorbench_moe.engine.given_images import take_images
 from backdoorbench_moe.errors import BbmoeError, ConfigError, DataError, RecordError, ShapeError
 
@@ -49,6 +51,91 @@ def test_a_check_that_is_finished_is_not_run_again(tmp_path) -> None:
     (tmp_path / "checks" / "two.json").write_text("[]")
     audit(*checks, folder=tmp_path, image_size=8)
     assert [check.runs for check in checks] == [3, 3, 4]
+
+
+def test_an_audit_of_fewer_checks_keeps_what_others_found(tmp_path, monkeypatch) -> None:
+    one, two, none, last = (
+        Constant("one", 2.0),
+        Constant("two", 0.5),
+        Constant("none", None),
+        Constant("last", 9),
+    )
+    monkeypatch.setattr("backdoorbench_moe.auditing.audit.CHECKS", (one, two, none, last))
+    first = audit(one, two, none, folder=tmp_path)
+    assert first.left_out == ("last",)
+    narrower = audit(two, folder=tmp_path)
+    assert as_document(narrower)["findings"] == as_document(first)["findings"]
+    assert narrower.verdict == first.verdict
+    assert narrower.left_out == ("last",) and narrower.facts["cost"] == first.facts["cost"]
+    assert [check.runs for check in (one, two, none, last)] == [1, 1, 1, 0]
+    # A check whose version was raised since is no result any more, and other images are another audit.
+    one.version = 2
+    assert audit(two, folder=tmp_path).left_out == ("one", "last")
+    alone = audit(two, folder=tmp_path, image_size=8)
+    assert [each.check for each in alone.findings] == ["two"] and alone.verdict.level == NO_SIGN
+
+
+def test_what_was_measured_but_does_not_judge_is_not_untested(tmp_path, uncalibrated) -> None:
+    found = audit(Constant("judges", 0.5), Constant("measured", 7.0, None), Constant("neither", None))
+    assert [each.level for each in found.findings] == [NO_SIGN, DOES_NOT_JUDGE, NOT_TESTED]
+    assert found.verdict.level == NO_SIGN and found.reasons == ["judges measured 0.5"]
+    assert [each.check for each in found.untested] == ["neither"]
+    assert [each.check for each in found.unjudged] == ["measured"]
+    files = found.save(tmp_path)
+    document = json.loads(files[0].read_text())
+    assert document["not_tested"] == {"neither": "nothing to see"}
+    assert list(document["does_not_judge"]) == ["measured"]
+    assert "measured measured 7" in document["does_not_judge"]["measured"]
+    parts = re.split(r"<h2[^>]*>", files[1].read_text(encoding="utf-8"))
+    [untested] = [part for part in parts if part.startswith("Not tested")]
+    [unjudged] = [part for part in parts if part.startswith("Measured, but does not judge")]
+    [table] = [part for part in parts if part.startswith("Checks")]
+    assert "nothing to see" in untested and "measured 7" not in untested
+    assert "measured measured 7" in unjudged and "nothing to see" not in unjudged
+    assert "7.00" in table and "does not judge" in table and 'class="outside"' not in table
+
+
+def test_an_audit_that_only_measures_says_so(tmp_path, uncalibrated) -> None:
+    found = audit(Constant("measured", 7.0, None))
+    page = found.save(tmp_path)[1].read_text(encoding="utf-8")
+    assert found.verdict.level == NOT_TESTED and "No check that was made judges" in page
+    assert "Nothing could be tested" not in page
+
+
+def test_checks_that_were_left_out_are_named(tmp_path, monkeypatch) -> None:
+    one, two = Constant("one", 2.0), Constant("two", 0.5)
+    monkeypatch.setattr("backdoorbench_moe.auditing.audit.CHECKS", (one, two))
+    files = audit(one).save(tmp_path)
+    assert json.loads(files[0].read_text())["left_out"] == ["two"]
+    page = files[1].read_text(encoding="utf-8")
+    assert "Left out: two." in page and "Every check was made" not in page
+    page = audit(one, two).save(tmp_path)[1].read_text(encoding="utf-8")
+    assert "Left out" not in page and "Every check was made" in page
+
+
+def test_two_subjects_have_two_folders(tmp_path) -> None:
+    usual, model = tmp_path / "audit", Rows()
+    one, other = (digest_of(make_subject(model, image_size=size)) for size in (None, 8))
+    assert place_in_run(tmp_path, one) == usual
+    audit(Constant("one", 2.0), folder=usual)
+    assert place_in_run(tmp_path, one) == usual
+    assert place_in_run(tmp_path, other) == tmp_path / f"audit-{other[:8]}"
+    check_place(usual, one, "output")
+    with pytest.raises(ConfigError, match="output: expected a folder without the audit of another model"):
+        check_place(usual, other, "output")
+
+
+def test_from_python_another_audit_is_not_overwritten(tmp_path) -> None:
+    bbmoe.audit(Rows(), checks=["head-rows"], output=tmp_path)
+    bbmoe.audit(Rows(), checks=["channel-norms"], image_size=8, output=tmp_path / "other")
+    before = (tmp_path / "audit.json").read_bytes()
+    with pytest.raises(ConfigError, match="output: expected a folder without"):
+        bbmoe.audit(Rows(), checks=["head-rows"], image_size=8, output=tmp_path)
+    assert (tmp_path / "audit.json").read_bytes() == before
+    again = bbmoe.audit(Rows(), checks=["channel-norms"], output=tmp_path)
+    assert {each.check for each in again.findings} == {"head-rows", "channel-norms"}
+    with pytest.raises(ConfigError, match="output: expected a folder, got"):
+        bbmoe.audit(Rows(), checks=["head-rows"], output=tmp_path / "audit.json" / "x")
 
 
 def test_an_interrupted_audit_goes_on(tmp_path) -> None:

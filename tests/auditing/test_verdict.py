@@ -14,6 +14,7 @@ from backdoorbench_moe.auditing import calibration
 from backdoorbench_moe.auditing.calibration import Calibration, Threshold, parse, set_threshold
 from backdoorbench_moe.auditing.check import Measured
 from backdoorbench_moe.auditing.verdict import (
+    DOES_NOT_JUDGE,
     NO_SIGN,
     NOT_TESTED,
     SIGNS,
@@ -57,13 +58,13 @@ def test_a_calibrated_threshold_takes_the_place_of_the_published_one() -> None:
 def test_a_check_that_did_not_earn_its_place_does_not_judge() -> None:
     row = DOCUMENT["checks"]["a/1"]
     one = found(99.0, known=parse({**DOCUMENT, "checks": {"a/1": {**row, "judges": False}}}, "here"))
-    assert one.level == NOT_TESTED and one.score == 99.0 and "a is 99" in one.reason
+    assert one.level == DOES_NOT_JUDGE and one.score == 99.0 and "a is 99" in one.reason
     assert combine([one]).level == NOT_TESTED and strongest([one]) == []
 
 
 def test_without_a_threshold_nothing_is_judged() -> None:
     one = found(9.0, threshold=None)
-    assert one.level == NOT_TESTED and one.score == 9.0 and one.strength is None
+    assert one.level == DOES_NOT_JUDGE and one.score == 9.0 and one.strength is None
     assert "no threshold" in one.reason and "a is 9" in one.reason
 
 

@@ -102,6 +102,29 @@ def test_weights_alone_and_the_exit_code(bbmoe, victim, tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_a_later_call_loses_nothing(bbmoe, victim) -> None:
+    run = victim.folder.path
+    place = run / "audit"
+    words = ("audit", run, "--json", "--quiet", "--checks")
+    before = json.loads(bbmoe(*words, FAST[1])[1])
+    found = json.loads(bbmoe(*words, "head-rows")[1])
+    assert found == before == json.loads((place / "audit.json").read_text())
+    shown = bbmoe("audit", run, "--checks", "head-rows", "--quiet")[1]
+    assert "gate-rows" in shown and "Left out: expert-norms" in shown
+    # Without images it is another audit, with a folder of its own.
+    kept = {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}
+    code, out, err = bbmoe("audit", run, "--no-images", "--checks", "head-rows")
+    assert code == 0 and f"{place} has the audit with other images" in err
+    [own] = run.glob("audit-*")
+    assert (
+        str(own / "report.html") in out and len(json.loads((own / "audit.json").read_text())["findings"]) == 1
+    )
+    code, out, err = bbmoe("audit", run, "--no-images", "--checks", "head-rows", "--output", place, "--quiet")
+    assert (code, out) == (2, "") and "--output: expected a folder without the audit of another" in err
+    assert {file: file.read_bytes() for file in kept} == kept
+
+
+@pytest.mark.slow
 def test_bad_input_is_one_clear_line(bbmoe, victim, tmp_path) -> None:
     run = victim.folder.path
     for arguments, message in (

@@ -50,6 +50,18 @@ def test_its_own_numbers_are_met(imported: Imported, result: tuple[Path, dict[st
     assert imported.run.spec.train.batch_size == 16 and imported.run.spec.train.lr == 0.02
 
 
+@pytest.mark.slow
+def test_a_network_whose_head_is_a_convolution(images: data.ImageSet, tmp_path: Path) -> None:
+    numbers = write_result(tmp_path / "record", images, "squeezenet1_0")
+    found = import_backdoorbench(tmp_path / "record", dataset="tiny", output=tmp_path / "runs", device="cpu")
+    assert [each.here for each in found.compared] == pytest.approx(
+        [100 * value for value in numbers.values()]
+    )
+    with pytest.raises(ConfigError, match="squeezenet1_0, whose head is a convolution"):
+        bbmoe.defend(found.run, "spectral")
+    assert len(bbmoe.defend(found.run, "fst", epochs=1).record.stages) == 3
+
+
 def test_the_run_is_whole_without_the_folder(
     imported: Imported, images: data.ImageSet, tmp_path: Path
 ) -> None:

@@ -181,10 +181,37 @@ def test_its_own_networks_have_its_weights_and_its_outputs(name, shapes, network
         fit(model, weights)
 
 
-def test_what_is_not_built_says_why() -> None:
-    with pytest.raises(
-        ConfigError, match="squeezenet1_0 of BackdoorBench is not built here: its classifier is"
-    ):
-        build("squeezenet1_0")
+def test_squeezenet_is_that_of_torchvision_and_has_no_features() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, 64, 64)
+    theirs = torchvision.models.squeezenet1_0(num_classes=CLASSES).eval()
+    with torch.no_grad():
+        theirs.get_submodule("classifier.1").bias.fill_(1.0)  # Well above 0, or the ReLU makes all logits 0.
+    model = build("squeezenet1_0", 64)
+    assert fit(model, theirs.state_dict()) == ()
+    with torch.no_grad():
+        expected = theirs(images)
+        assert expected.std(0).min() > 1e-4  # The images make a difference to every logit.
+        assert torch.allclose(model(images), expected, rtol=1e-5, atol=1e-6)
+        normalised = create_model(
+            "backdoorbench:squeezenet1_0",
+            num_classes=CLASSES, image_size=64, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.4],
+        ).eval()  # fmt: skip
+        fit(normalised, theirs.state_dict())
+        shifted = (images - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(
+            3, 1, 1
+        )
+        assert torch.allclose(normalised(images), theirs(shifted), rtol=1e-5, atol=1e-6)
+    assert {model.their_name(name) for name in model.state_dict()} == set(theirs.state_dict())
+    assert all(model.own_name(model.their_name(name)) == name for name in model.state_dict())
+    assert model.components()["head"][0].weight.shape == (CLASSES, 512, 1, 1)
+    with pytest.raises(ConfigError, match="squeezenet1_0, whose head is a convolution"):
+        model.extract_features(images)
+    eight = torchvision.models.squeezenet1_0(num_classes=8).state_dict()
+    with pytest.raises(RecordError, match="the weights are for 8 classes, and the data have 7"):
+        fit(model, eight)
+
+
+def test_what_does_not_take_the_images_says_why() -> None:
     with pytest.raises(ConfigError, match="inception_v3 does not take images of 32x32"):
         build("inception_v3")
