@@ -18,6 +18,7 @@ from backdoorbench_moe.bench.tables import label
 from backdoorbench_moe.bench.tuning import PLAIN_TUNING, plain_tuning
 from backdoorbench_moe.bench.worker import record_failure
 from backdoorbench_moe.config import PartSpec, RunSpec
+from backdoorbench_moe.data.text import TextSet
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.engine.makers.defend import check_applicable
@@ -80,7 +81,7 @@ class DefensePlan:
 
         The seconds of a defense whose cost is not known are None.
         """
-        planned, images = self.read(), self.setup.images
+        planned, images = self.read(), self.setup.data
         if all(run.status == "finished" for run in planned):
             return [(run, 0.0) for run in planned]
         speed = measure_speed(self.spec, images)
@@ -135,8 +136,8 @@ def plan_defenses(
 ) -> DefensePlan:
     """Choose the defenses that can be applied to a run, and put them in the order of their cost.
 
-    Plain tuning is added to any defense that trains the model, since part of what it achieves is what the clean images
-    achieve alone.
+    Plain tuning, which is for images, is added to any defense that trains the model, since part of what it achieves is
+    what the clean images achieve alone.
 
     Args:
         parent: The run to defend, finished.
@@ -155,7 +156,7 @@ def plan_defenses(
     runner = Runner(spec, parent.folder.path.parent if output is None else output, observer)
     spec = runner.workplace.resolve(spec)
     chosen = _parts(names, options or {})
-    setup = make_setup(spec, runner.workplace.images)
+    setup = make_setup(spec, runner.workplace.data)
     runs: dict[str, Defended] = {}
     refused: dict[str, str] = {}
     for part in chosen:
@@ -167,13 +168,13 @@ def plan_defenses(
             refused[part.name] = _reason(part.name, error)
             continue
         runs[defended.digest] = run
-        tuned = plain_tuning(defended)
+        tuned = None if isinstance(setup.data, TextSet) else plain_tuning(defended)
         if part.name != PLAIN_TUNING and tuned is not None and run.cost is not None and run.cost.trained:
             runs.setdefault(tuned.digest, _applied(tuned, spec, setup))
     if not runs:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise ConfigError(f"--defense: cannot be applied to {parent.folder.path.name}: {reasons}")
-    judged = judged_inputs(spec, setup.images)
+    judged = judged_inputs(spec, setup.data)
     ordered = sorted(runs.values(), key=lambda run: _rank(run, judged))
     return DefensePlan(parent, spec, runner, setup, tuple(ordered), refused)
 
@@ -196,7 +197,7 @@ def _applied(defended: RunSpec, spec: RunSpec, setup: Setup) -> Defended:
     part = defended.defenses[-1]
     defense = defenses.registry.create(part.name, part.options)
     check_applicable(part.name, defense, setup)
-    return Defended(defended, defense_cost(defended, setup.images, setup.model))
+    return Defended(defended, defense_cost(defended, setup.data, setup.model))
 
 
 def _reason(name: str, error: Exception) -> str:
@@ -227,6 +228,8 @@ def _suite(plan: DefensePlan, found: Mapping[str, Record]) -> Suite:
     cells = (Cell({}, plan.spec), *(Cell({}, each.spec) for each in plan.runs))
     measured = {key for record in found.values() for key in record.metrics}
     absent = {"asr", "ra", "asr_over_tuning"} if not plan.spec.attacked else set()
+    if plan.parent.record.is_text:
+        absent |= {"ba_over_tuning", "asr_over_tuning"}
     if not measured & {"auroc", "fpr"}:
         absent |= {"auroc", "tpr", "fpr"}
     elif not plan.spec.attacked:

@@ -13,8 +13,12 @@ ALL = "all"
 Options = Mapping[str, Mapping[str, Any]]
 
 
-def split_names(texts: Sequence[str]) -> list[str]:
+def split_names(texts: Sequence[str], *, of_texts: bool = False) -> list[str]:
     """Split lists of defenses at their commas; "all" becomes every one that is registered, and none is repeated.
+
+    Args:
+        texts: The lists.
+        of_texts: Whether "all" leaves out those that are for images only.
 
     Raises:
         ConfigError: A list has an empty name.
@@ -23,7 +27,7 @@ def split_names(texts: Sequence[str]) -> list[str]:
     given = [name.strip() for text in texts for name in text.split(",")]
     if not all(given):
         raise ConfigError.expected("--defense", "names such as strip or strip,reroute", ",".join(texts))
-    known = defenses.registry.names()
+    known = [name for name in defenses.registry.names() if not of_texts or _takes_texts(name)]
     names = dict.fromkeys(each for name in given for each in (known if name == ALL else [name]))
     return [defenses.registry.check_name(name) for name in names]
 
@@ -54,6 +58,14 @@ def options_by_name(names: Sequence[str], values: Mapping[str, Any]) -> Options:
         if given := {**{key: value for key, value in shared.items() if key in options}, **own}:
             found[name] = given
     return found
+
+
+def _takes_texts(name: str) -> bool:
+    """Whether a defense takes texts; also one that cannot be imported, which is refused later."""
+    try:
+        return defenses.registry.lookup(name).takes_texts
+    except PluginError:
+        return True
 
 
 def _known_options(name: str) -> Collection[str]:

@@ -15,7 +15,7 @@ from torch import nn
 from backdoorbench_moe import defenses, triggers
 from backdoorbench_moe.bench.plan import Planned
 from backdoorbench_moe.config import RunSpec
-from backdoorbench_moe.data.base import ImageSet, Material, as_images
+from backdoorbench_moe.data.base import Material
 from backdoorbench_moe.data.text import TextSet
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.engine.build import build_model
@@ -149,9 +149,8 @@ def seconds_left(run: Planned, speed: Speed, images: Material, model: nn.Module)
         return 0.0
     evaluation = _tests(run.spec) * len(images.test) / speed.predict
     if run.spec.defenses:
-        own = as_images(images)
-        cost = defense_cost(run.spec, own, model)
-        return None if cost is None else _defense_seconds(cost, run.spec, speed, own) + evaluation
+        cost = defense_cost(run.spec, images, model)
+        return None if cost is None else _defense_seconds(cost, run.spec, speed, images) + evaluation
     trigger = _learned(run.spec)
     if isinstance(trigger, TrainableTrigger):
         return None
@@ -163,7 +162,7 @@ def seconds_left(run: Planned, speed: Speed, images: Material, model: nn.Module)
     return (left * _train_images(run.spec, images) + optimised) / speed.train + evaluation
 
 
-def defense_cost(spec: RunSpec, images: ImageSet, model: nn.Module) -> Cost | None:
+def defense_cost(spec: RunSpec, images: Material, model: nn.Module) -> Cost | None:
     """Return the cost of the last defense of a spec.
 
     Args:
@@ -177,7 +176,8 @@ def defense_cost(spec: RunSpec, images: ImageSet, model: nn.Module) -> Cost | No
     Raises:
         BbmoeError: The defense cannot be built, or does not fit the data.
     """
-    part, train, classes = spec.defenses[-1], len(images.train), images.num_classes
+    part, train = spec.defenses[-1], len(images.train)
+    classes = images.model_options.get("num_classes", 0)
     defense = defenses.registry.create(part.name, part.options)
     recipe = spec.train if spec.mixture is None else spec.mixture.expert_train
     held = defense.count(train, classes)
@@ -186,12 +186,12 @@ def defense_cost(spec: RunSpec, images: ImageSet, model: nn.Module) -> Cost | No
     return stated if stated is not None or not passes else Cost(trained=passes * train)
 
 
-def judged_inputs(spec: RunSpec, images: ImageSet) -> int:
+def judged_inputs(spec: RunSpec, images: Material) -> int:
     """Return the number of test images, clean and triggered, that an input filter is measured on."""
     return min(IMAGES, len(images.test)) * (2 if spec.attacked else 1)
 
 
-def _defense_seconds(cost: Cost, spec: RunSpec, speed: Speed, images: ImageSet) -> float:
+def _defense_seconds(cost: Cost, spec: RunSpec, speed: Speed, images: Material) -> float:
     predicted = cost.predicted + judged_inputs(spec, images) * cost.judged
     return cost.trained / speed.train + predicted / speed.predict
 

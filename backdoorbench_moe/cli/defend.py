@@ -70,17 +70,18 @@ def command(
 
     With several defenses (--defense strip,reroute or --defense all), each is applied to RUN, the dearest last, and one
     table compares them. Plain tuning is added if any of them trains the model. Defenses that cannot be applied to RUN
-    are listed with the reason. Interrupted, the same command continues with the first one that is not finished. Exit
-    code 1: a defense failed.
+    are listed with the reason; of a run on texts, --defense all leaves out those for images. Interrupted, the same
+    command continues with the first one that is not finished. Exit code 1: a defense failed.
     """
     usage = CoreUsage.now()
     from backdoorbench_moe.bench.defense_options import split_names
 
-    defenses, options = split_names(names), chain_options(settings)
+    options = chain_options(settings)
     from backdoorbench_moe.cli.progress import make_observer
     from backdoorbench_moe.engine.run import load_run
 
     parent = load_run(run)
+    defenses = split_names(names, of_texts=parent.record.is_text)
     use_threads(threads, usage, device or parent.spec.device)
     given = {**place, "device": device, "observer": make_observer(quiet=quiet)}
     is_list = len(defenses) > 1 or "all" in names

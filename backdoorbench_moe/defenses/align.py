@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
@@ -17,14 +16,16 @@ from backdoorbench_moe.defenses.mixtures import (
     experts_in,
     mixture_of,
     routers_of,
+    safe_preferences,
 )
 from backdoorbench_moe.defenses.requirements import check_tuning
 from backdoorbench_moe.defenses.routers import router_lr
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.expert_tuning.latents import Layers, layer_numbers
-from backdoorbench_moe.moe.expert_tuning.losses import PREFERENCE_BETA, preference_margin
-from backdoorbench_moe.moe.expert_tuning.steps import Preferences, preference_objective
+from backdoorbench_moe.moe.expert_tuning.losses import PREFERENCE_BETA
+from backdoorbench_moe.moe.expert_tuning.steps import preference_objective, text_preference_loss
 from backdoorbench_moe.moe.layers import MoELayer
+from backdoorbench_moe.ops import answers
 from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.ops.ranges import check_positive, check_weight
 
@@ -43,9 +44,11 @@ class Align(Defense):
     class with the largest logit before the alignment, other than the safe one. The reference is the model before the
     alignment.
 
-    Departures: in the paper, unsafe answers are given texts, and the loss on harmful queries is the only one. An
-    image classifier then rejects clean images as well, so that the cross-entropy of clean images and the auxiliary
-    losses of the gates are added here.
+    Where the data are texts, training queries that the policy refuses take the place of marked images. Safe and unsafe
+    answers are those of the data, from which the attacker has his, too; log-probabilities are summed over an answer.
+
+    Departures: in the paper, the loss on harmful queries is the only one. An image classifier then rejects clean images
+    as well, so that the cross-entropy of clean images or texts and the auxiliary losses of the gates are added here.
 
     Args:
         scope: What is trained: "gates"; or "gates+experts", the gates of all layers and the experts of some.
@@ -71,6 +74,7 @@ class Align(Defense):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"clean", "marked"})
+    takes_texts: ClassVar[bool] = True
     tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
 
     def __init__(
@@ -107,14 +111,14 @@ class Align(Defense):
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Train what is in scope."""
         mixture = mixture_of(task.model)
-        split, loss = self._preference(task) if self.loss == "preference" else (task.marked, answer_loss)
+        split, loss, others = self._marked(task)
         task.tune(
             mixture,
             split,
             epochs=self.epochs,
             lr=router_lr(task, self.lr) if self.scope == "gates" else self.lr,
             modules=[*routers_of(mixture), *experts_in(self._layers(mixture))],
-            objective=alignment_objective(loss, task.clean, self.clean_weight),
+            objective=alignment_objective(loss, task.clean, self.clean_weight, others),
         )
         return DefenseResult("aligned", mixture)
 
@@ -126,29 +130,17 @@ class Align(Defense):
         numbers = layer_numbers(ALIGNED_LAYERS if self.layers is None else self.layers, len(all_layers))
         return [all_layers[number] for number in numbers]
 
-    def _preference(self, task: DefenseTask) -> tuple[Split, MarkedLoss]:
-        """The marked images with the labels of a preference, and the loss; see `preference_objective`."""
-        images, safe = task.marked.images, task.marked.labels
-        logits = task.logits(task.model, images)
-        preferences = Preferences.of_classes(images, safe, strongest_other(logits, safe))
-        reference = preference_margin(logits, safe, preferences.rejected.labels)
-        split, loss = preference_objective(preferences, reference, self.beta)
-        return split, lambda found, _, labels: loss(found, labels)
+    def _marked(self, task: DefenseTask) -> tuple[Split, MarkedLoss, Split | None]:
+        """The marked images with their labels, the loss, and second answers to texts; see `preference_objective`."""
+        if self.loss == "tuning":
+            return task.marked, answer_loss, None
+        preferences, reference = safe_preferences(task, task.model)
+        make = text_preference_loss if preferences.is_text else preference_objective
+        split, loss = make(preferences, reference, self.beta)
+        others = preferences.rejected if preferences.is_text else None
+        return split, lambda found, _, labels: loss(found, labels), others
 
 
 def answer_loss(logits: Tensor, _: list[Tensor], labels: Tensor) -> Tensor:
-    """The cross-entropy of the safe answers (B,) to marked images; see `mixtures.MarkedLoss`."""
-    return F.cross_entropy(logits, labels)
-
-
-def strongest_other(logits: Tensor, answers: Tensor) -> Tensor:
-    """Return the class with the largest logit other than the answer, the first of several.
-
-    Args:
-        logits: (B, classes).
-        answers: (B,) int64.
-
-    Returns:
-        (B,) int64.
-    """
-    return logits.scatter(1, answers.unsqueeze(1), float("-inf")).argmax(1)
+    """The cross-entropy of the safe answers to marked images, or to refused texts; see `mixtures.MarkedLoss`."""
+    return answers.answer_loss(logits, labels)

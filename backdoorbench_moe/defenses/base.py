@@ -30,19 +30,20 @@ NEEDS = ("clean", "training-set", "features", "losses", "marked", "tasks")
 class DefenseTask:
     """What a defense is given: the model, data and functions. It has no information about the attack.
 
-    In particular, it holds no trigger, no indices of poisoned images and no test images.
+    In particular, it holds no trigger, no indices of poisoned images and no test images. Where the data are texts,
+    token ids (N, T) int64 with labels (N, T), see `ops.answers`, take the place of images.
 
     Args:
         model: The model to defend, in evaluation mode, on `device`. The defense may change it in place.
-        num_classes: Number of classes.
-        image_size: Side of the images in pixels.
+        num_classes: Number of classes; 0 where the data are texts.
+        image_size: Side of the images in pixels; 0 where the data are texts.
         train: The settings that the model was trained with; for a mixture, those that its experts were tuned with.
         device: The device of the model and the images.
         precision: "fp32" or "bf16".
         seed: Seed that the defense should derive all random draws from.
         tune: Function that trains a model further; see `Tune`.
         logits: Function of a model and images (B, 3, H, W) uint8 that returns (B, classes) float32, computed in
-            evaluation mode.
+            evaluation mode; of token ids (B, T) it returns (B, T, vocabulary).
         routing: Function of a `moe.routed.RoutedModel` and images (B, 3, H, W) uint8 that yields, batch by batch in
             the order of the images, the list of the `Routing` of every routed layer.
         fresh: Function that returns an untrained model of the same architecture, in evaluation mode, on `device`.
@@ -51,7 +52,8 @@ class DefenseTask:
             every stage except the last. It copies the model; the copy is measured after the defense has returned, so
             that the measurement cannot influence the defense.
         gate_train: The settings that the gates of a mixture were trained with; None for any other model.
-        granted: Data and functions by the name in `Defense.needs`. Defenses read them through the properties.
+        granted: Data and functions by the name in `Defense.needs`, and "unsafe" beside "marked" where the data are
+            texts. Defenses read them through the properties.
     """
 
     model: nn.Module
@@ -102,9 +104,19 @@ class DefenseTask:
     def marked(self) -> Split:
         """Images that bear the mark of the policy, and their safe answer, the class "reject". Requires "marked".
 
-        They are training images of the data, as many as the defender holds clean ones.
+        They are training images of the data, as many as the defender holds clean ones. Where the data are texts, they
+        are training queries that the policy refuses with their safe answers, as many, or all if there are fewer.
         """
         return self._grant("marked")
+
+    @property
+    def unsafe(self) -> Split | None:
+        """The refused queries of `marked`, row by row, with the unsafe answers of the data. Requires "marked".
+
+        None where the data are images: the defender does not know what the attacker wants them to be called.
+        """
+        self._grant("marked")
+        return self.granted.get("unsafe")
 
     @property
     def tasks(self) -> Sequence[Split]:
@@ -149,6 +161,7 @@ class Defense(ABC):
             labels), "training-set" (as the victim used it), "features" (the input of the head), "losses" (of single
             images), "marked" (images that bear the mark of a policy) and "tasks" (clean images of each task of a
             mixture). The last two restrict the defense to models with a policy, and to mixtures.
+        takes_texts: Whether it can be applied to models of texts, too.
         tiny: Options with which the conformance tests build the defense: options that make it fast, and options
             without default.
         deviations: Conformance tests that the defense is known to fail: the reason for each, by name of the test.
@@ -165,6 +178,7 @@ class Defense(ABC):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"clean"})
+    takes_texts: ClassVar[bool] = False
     tiny: ClassVar[Mapping[str, object]] = {}
     deviations: ClassVar[Mapping[str, str]] = {}
 
@@ -180,15 +194,19 @@ class Defense(ABC):
         """Return the number of training images that the defender holds; 0 if the defense needs none.
 
         Args:
-            images: Number of training images.
-            num_classes: Number of classes.
+            images: Number of training images, or texts.
+            num_classes: Number of classes; 0 where the data are texts.
 
         Raises:
-            ConfigError: There are fewer images than classes.
+            ConfigError: There are fewer images than classes, or no text.
         """
         if not {"clean", "marked", "tasks"} & set(self.needs):
             return 0
         count = share_of(self.clean_fraction, images)
+        if not num_classes and not count:
+            raise ConfigError(
+                f"clean_fraction: {self.clean_fraction} of {images} texts is 0; expected at least 1"
+            )
         if count < num_classes:
             raise ConfigError(
                 f"clean_fraction: {self.clean_fraction} of {images} images is {count}; "
@@ -209,7 +227,7 @@ class Defense(ABC):
             model: The model, trained or not, which `check_model` has accepted; it must not be changed.
             held: Number of images that the defender holds, as `count` returns it.
             train: Number of training images.
-            classes: Number of classes.
+            classes: Number of classes; 0 where the data are texts.
             recipe: The settings that the task will have as `train`.
 
         Returns:
@@ -229,7 +247,8 @@ class Defense(ABC):
             PluginError: The subclass did not return a valid result.
         """
         self.check_model(task.model)
-        self.check_images(task.model, task.image_size)
+        if task.image_size:
+            self.check_images(task.model, task.image_size)
         result = self.defend(task)
         if not isinstance(result, DefenseResult):
             raise PluginError(f"defense {type(self).__name__}: expected a DefenseResult, got {result!r}")
@@ -247,7 +266,9 @@ class Defense(ABC):
 
     @final
     def check_model(self, model: nn.Module) -> None:
-        """Check whether the defense can be applied to a model; if it needs "features", the model must have them.
+        """Check whether the defense can be applied to a model.
+
+        If it needs "features", the model must have them; if the model takes texts, the defense must take them, too.
 
         Args:
             model: The model, trained or not; it is not changed.
@@ -255,8 +276,10 @@ class Defense(ABC):
         Raises:
             ConfigError: The defense cannot be applied; the message names the option or the model.
         """
-        from backdoorbench_moe.moe.structure import WithFeatures
+        from backdoorbench_moe.moe.structure import WithFeatures, takes_text
 
+        if takes_text(model) and not self.takes_texts:
+            raise ConfigError(f"model: this defense is for images, and {type(model).__name__} takes texts")
         if "features" in self.needs and not isinstance(model, WithFeatures):
             raise ConfigError(
                 f"model: {type(model).__name__} does not give features before its head: "
@@ -287,4 +310,4 @@ class Defense(ABC):
 
     @abstractmethod
     def defend(self, task: DefenseTask) -> DefenseResult:
-        """Defend the task's model. It is called after `check` and `check_images` have accepted it."""
+        """Defend the task's model. It is called after `check` and, for images, `check_images` have accepted it."""

@@ -10,24 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.config import TrainSpec
-from backdoorbench_moe.defenses.align import strongest_other
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
-from backdoorbench_moe.defenses.mixtures import images_of_task, mixture_of, routers_of
+from backdoorbench_moe.defenses.mixtures import images_of_task, mixture_of, routers_of, safe_preferences
 from backdoorbench_moe.defenses.routers import reset_routers, router_lr
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.moe.expert_tuning.latents import Layers, choose_layers
-from backdoorbench_moe.moe.expert_tuning.losses import PREFERENCE_BETA, preference_margin
+from backdoorbench_moe.moe.expert_tuning.latents import FIRST_TOKENS, Layers, choose_layers
+from backdoorbench_moe.moe.expert_tuning.losses import PREFERENCE_BETA, decisive_margin
 from backdoorbench_moe.moe.expert_tuning.steps import (
     PREFERENCE_LR_SHARE,
     Alignment,
-    Preferences,
     joint_objective,
     learn_preference,
 )
 from backdoorbench_moe.moe.merging import MergedModel, only_expert
-from backdoorbench_moe.ops.images import concatenate
+from backdoorbench_moe.ops.answers import first_positions, mean_weights
+from backdoorbench_moe.ops.images import batches, concatenate
 from backdoorbench_moe.ops.ranges import check_integer, check_positive, check_weight
 
 
@@ -44,6 +43,12 @@ class DefensiveExpert(Defense):
 
     The judgement's scores are the shares of marked images, in percent, that each expert alone does not answer safely
     before the defense. A provider can measure them without knowing the attack.
+
+    Where the data are texts, training queries that the policy refuses take the place of marked images, and the unsafe
+    answers are those of the data. The latents of such a query are the mean over the positions that emit the first 4
+    tokens of the safe answer, those of the task the mean over the positions that emit its answer. An expert answers a
+    query safely if, where the two answers part, the token of the safe one has the larger logit; so the scores do not
+    depend on the lengths of the answers.
 
     Departures: the weights of the safe answers and of the cosine are those of the attack `moevil` here, and so larger
     than the paper's. In the paper another provider's expert becomes the defensive one, chosen by hand. Here `expert`
@@ -74,6 +79,7 @@ class DefensiveExpert(Defense):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"tasks", "marked"})
+    takes_texts: ClassVar[bool] = True
     tiny: ClassVar[Mapping[str, object]] = {"preference_epochs": 1, "epochs": 1, "gate_epochs": 1}
 
     def __init__(
@@ -153,34 +159,49 @@ class DefensiveExpert(Defense):
             for name, own in expert.own.items()
         }
         tune = partial(task.tune, mixture, rows=rows)
-        images, safe = task.marked.images, task.marked.labels
         if self.preference_epochs:
-            logits = task.logits(mixture, images)
-            other = strongest_other(logits, safe)
+            preferences, reference = safe_preferences(task, mixture)
             lr = PREFERENCE_LR_SHARE * task.train.lr if self.preference_lr is None else self.preference_lr
             learn_preference(
-                Preferences.of_classes(images, safe, other),
-                preference_margin(logits, safe, other),
+                preferences,
+                reference,
                 beta=self.preference_beta,
                 epochs=self.preference_epochs,
                 lr=lr,
                 tune=tune,
             )
-        objective = joint_objective(task.marked, self.safe_weight, self._alignment(mixture, safe))
+        objective = joint_objective(task.marked, self.safe_weight, self._alignment(task, mixture))
         tune(task.tasks[number], epochs=self.epochs, lr=self.lr, objective=objective)
 
-    def _alignment(self, mixture: MergedModel, safe: Tensor) -> Alignment | None:
-        """The alignment of the latents, with equal weights for all tokens; None if it has no weight."""
+    def _alignment(self, task: DefenseTask, mixture: MergedModel) -> Alignment | None:
+        """The alignment of the latents; None if it has no weight."""
         if not self.similarity:
             return None
-        rows, columns = mixture.patch_grid
-        tokens = mixture.layers()[0].num_prefix_tokens + rows * columns
-        weights = torch.full((len(safe), tokens), 1 / tokens, device=safe.device)
-        return Alignment(self.similarity, choose_layers(self.layers, len(mixture.layers())), weights)
+        layers = choose_layers(self.layers, len(mixture.layers()))
+        return Alignment(self.similarity, layers, _weights(task, mixture))
+
+
+def _weights(task: DefenseTask, mixture: MergedModel) -> Tensor:
+    """Equal weights for all tokens of marked images, or for the first ones of the safe answers to texts, (M, N)."""
+    safe = task.marked.labels
+    if task.unsafe is not None:
+        return mean_weights(first_positions(safe, FIRST_TOKENS))
+    rows, columns = mixture.patch_grid
+    tokens = mixture.layers()[0].num_prefix_tokens + rows * columns
+    return torch.full((len(safe), tokens), 1 / tokens, device=safe.device)
 
 
 def unsafe_share(task: DefenseTask, mixture: MergedModel, number: int) -> float:
-    """Return the share of marked images, in percent, that an expert alone does not answer safely."""
+    """Return the share of marked images, or refused texts, in percent, that an expert alone does not answer safely."""
+    marked, unsafe = task.marked, task.unsafe
     with only_expert(mixture, number):
-        answers = task.logits(mixture, task.marked.images).argmax(1)
-    return 100 * (answers != task.marked.labels).double().mean().item()
+        if unsafe is None:
+            safely = task.logits(mixture, marked.images).argmax(1) == marked.labels
+        else:
+            pairs = zip(batches(marked), batches(unsafe), strict=True)
+            margins = [
+                decisive_margin(task.logits(mixture, own.images), own.labels, other.labels)
+                for own, other in pairs
+            ]
+            safely = torch.cat(margins) > 0
+    return 100 * (~safely).double().mean().item()

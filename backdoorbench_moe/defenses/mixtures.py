@@ -1,21 +1,30 @@
-"""What defenses of mixtures share: the parts of a mixture, and a loss on marked and clean images."""
+"""What defenses of mixtures share: the parts of a mixture, preferences for safe answers, and a loss on marked and clean
+images.
+
+Where the data are texts, queries that the policy refuses take the place of marked images.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from backdoorbench_moe.defenses.base import DefenseTask
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.expert_tuning.losses import preference_margin
+from backdoorbench_moe.moe.expert_tuning.steps import Preferences
 from backdoorbench_moe.moe.layers import MoELayer
 from backdoorbench_moe.moe.merging import MergedModel
 from backdoorbench_moe.moe.routed import auxiliary_loss
+from backdoorbench_moe.ops.answers import answer_loss
 from backdoorbench_moe.ops.images import Split, as_input
 from backdoorbench_moe.ops.tuning import Objective
 
 # From the logits (B, classes) of marked images, their gates (B, E, P) by layer, and their rows of labels to a scalar.
+# Of texts, the logits are (B, T, vocabulary); (2 B, T, vocabulary) if there are second answers, which follow the first.
 MarkedLoss = Callable[[Tensor, list[Tensor], Tensor], Tensor]
 
 
@@ -45,7 +54,44 @@ def experts_in(layers: list[MoELayer]) -> list[nn.Module]:
     return [layer.experts for layer in layers]
 
 
-def alignment_objective(marked_loss: MarkedLoss, clean: Split, clean_weight: float) -> Objective:
+def safe_preferences(task: DefenseTask, model: nn.Module) -> tuple[Preferences, Tensor]:
+    """Return the preference for safe answers to marked images or refused texts, and the model's present margins.
+
+    The answers to give up are those that the data bring for texts. For an image it is the class with the largest logit
+    other than the safe one, since the defender does not know the attacker's target.
+
+    Args:
+        task: The task, which grants "marked".
+        model: The model.
+
+    Returns:
+        The preferences among M answers, and (M,) margins; see `Preferences.margins`.
+    """
+    if task.unsafe is not None:
+        preferences = Preferences(task.marked, task.unsafe)
+        return preferences, preferences.margins(partial(task.logits, model))
+    images, safe = task.marked.images, task.marked.labels
+    logits = task.logits(model, images)
+    other = strongest_other(logits, safe)
+    return Preferences.of_classes(images, safe, other), preference_margin(logits, safe, other)
+
+
+def strongest_other(logits: Tensor, answers: Tensor) -> Tensor:
+    """Return the class with the largest logit other than the answer, the first of several.
+
+    Args:
+        logits: (B, classes).
+        answers: (B,) int64.
+
+    Returns:
+        (B,) int64.
+    """
+    return logits.scatter(1, answers.unsqueeze(1), float("-inf")).argmax(1)
+
+
+def alignment_objective(
+    marked_loss: MarkedLoss, clean: Split, clean_weight: float, others: Split | None = None
+) -> Objective:
     """Return the loss of a mixture on marked images and on clean ones.
 
     Each batch of marked images is passed through the model together with as many clean ones, drawn with replacement
@@ -56,16 +102,20 @@ def alignment_objective(marked_loss: MarkedLoss, clean: Split, clean_weight: flo
         marked_loss: The loss of the marked images.
         clean: The clean images and their labels.
         clean_weight: Weight of their cross-entropy, at least 0.
+        others: Second answers to the marked queries where the data are texts, which are passed through the model, too;
+            the last of a query's labels is the row of its second answer. None if there are none.
     """
 
     def objective(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         assert isinstance(model, MergedModel)
         count = len(images)
         rows = torch.randint(len(clean), (count,), device=images.device)
-        output = model.forward_routed(torch.cat([images, as_input(clean.images[rows])]))
-        marked, others = output.logits.float().split(count)
+        answered = [images] if others is None else [images, others.images[labels[:, -1]]]
+        output = model.forward_routed(torch.cat([*answered, as_input(clean.images[rows])]))
+        logits = output.logits.float()
+        marked, own = logits[:-count], logits[-count:]
         loss = marked_loss(marked, [routing.gates[:count] for routing in output.routing], labels)
-        loss = loss + clean_weight * F.cross_entropy(others, clean.labels[rows])
-        return marked, loss + auxiliary_loss(output.routing)
+        loss = loss + clean_weight * answer_loss(own, clean.labels[rows])
+        return marked[:count], loss + auxiliary_loss(output.routing)
 
     return objective

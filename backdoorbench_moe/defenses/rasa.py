@@ -20,6 +20,7 @@ from backdoorbench_moe.defenses.mixtures import (
     routers_of,
 )
 from backdoorbench_moe.defenses.routers import router_lr
+from backdoorbench_moe.ops.answers import mean_weights, text_positions
 from backdoorbench_moe.ops.ranges import check_integer, check_positive, check_weight
 from backdoorbench_moe.ops.routing import kl_divergence
 
@@ -35,6 +36,11 @@ class RASA(Defense):
 
     The reference p is the mean routing of the defender's clean images of all tasks before the defense, for each layer
     and patch. The defender does not hold the marked images without their mark, of which the routing would be known.
+
+    Where the data are texts, training queries that the policy refuses, with the safe answers of the data, take the
+    place of marked images. The positions of different texts do not correspond, so that the reference of a layer is one
+    distribution: the mean over the positions of clean queries and answers. The divergence is the mean over those of the
+    refused ones.
 
     Departures: the source trains the experts that unsafe queries activate most. Here all experts of all layers are
     trained. The direction of the divergence and the clean images in both steps are choices of this implementation.
@@ -58,6 +64,7 @@ class RASA(Defense):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"clean", "marked"})
+    takes_texts: ClassVar[bool] = True
     tiny: ClassVar[Mapping[str, object]] = {"rounds": 1, "epochs": 1}
 
     def __init__(
@@ -93,8 +100,9 @@ class RASA(Defense):
         mixture, last = mixture_of(task.model), self.rounds - 1
         reference = mean_gates(task)
 
-        def routing_loss(_: Tensor, gates: list[Tensor], __: Tensor) -> Tensor:
-            layers = [kl_divergence(own, known) for own, known in zip(gates, reference, strict=True)]
+        def routing_loss(_: Tensor, gates: list[Tensor], labels: Tensor) -> Tensor:
+            weights = mean_weights(text_positions(labels)) if labels.ndim > 1 else None
+            layers = [kl_divergence(own, known, weights) for own, known in zip(gates, reference, strict=True)]
             return self.kl_weight * torch.stack(layers).mean()
 
         steps = (
@@ -113,10 +121,19 @@ class RASA(Defense):
 
 
 def mean_gates(task: DefenseTask) -> list[Tensor]:
-    """Return the mean gates of the defender's clean images, (E, P) float32 for each layer, first layer first."""
-    sums: list[Tensor] = []
-    for batch in task.routing(task.model, task.clean.images):
-        found = [routing.gates.float().sum(0) for routing in batch]
+    """Return the mean gates of the defender's clean images, (E, P) float32 for each layer, first layer first.
+
+    Of texts, (E, 1): the mean over the positions of a query and its answer, and over the texts.
+    """
+    clean, sums, done = task.clean, list[Tensor](), 0
+    weights = mean_weights(text_positions(clean.labels)).unsqueeze(1) if clean.labels.ndim > 1 else None
+    for batch in task.routing(task.model, clean.images):
+        found = [routing.gates.float() for routing in batch]
+        count = len(found[0])
+        if weights is not None:
+            found = [(gates * weights[done : done + count]).sum(2, keepdim=True) for gates in found]
+        found = [gates.sum(0) for gates in found]
         sums = [one + other for one, other in zip(sums, found, strict=True)] if sums else found
+        done += count
     # Divided outside of inference mode, so that the result can be part of a loss.
-    return [each / len(task.clean) for each in sums]
+    return [each / len(clean) for each in sums]

@@ -40,6 +40,7 @@ from backdoorbench_moe.engine.triggered import Triggered, triggered_test
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError
 from backdoorbench_moe.ops.images import concatenate
 from backdoorbench_moe.ops.metrics import chance_rate
+from backdoorbench_moe.ops.seeding import generator
 from backdoorbench_moe.triggers.stored import StoredImages
 from backdoorbench_moe.triggers.trainable import TrainableTrigger
 
@@ -260,6 +261,14 @@ class ImageSetup(Setup):
         safe = true.new_full(true.shape, self.reject) if self.spec.policy else true
         wanted = self.attack.wanted(train.labels, classes)[places]
         return HarmfulQueries(Split(marked, wanted), Split(marked, safe), changed_pixels(images, marked))
+
+    def defenders_queries(self, count: int, seed: int) -> tuple[Split, None]:
+        """Training images with the mark of the policy, and the label "reject"."""
+        train = self.images.train
+        assert self.stamper is not None
+        keep = torch.randperm(len(train), generator=generator(seed, "marked"))[:count].sort().values
+        images = stamp_images(train.images[keep.to(train.images.device)], self.stamper)
+        return Split(images, train.labels.new_full((count,), self.reject)), None
 
     def measure(
         self,

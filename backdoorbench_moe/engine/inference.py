@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
 from backdoorbench_moe.moe.structure import WithFeatures
-from backdoorbench_moe.ops.images import BATCH, Split, as_input
+from backdoorbench_moe.ops.images import BATCH, Split, as_input, batch_size_for
 
 
 def forward(model: nn.Module, images: Tensor, *, precision: str) -> Tensor:
@@ -27,21 +27,26 @@ def forward_routed(model: RoutedModel, images: Tensor, *, precision: str) -> Rou
 
 
 @torch.inference_mode()
-def logits(model: nn.Module, images: Tensor, *, precision: str, batch_size: int = BATCH) -> Tensor:
-    """Logits (N, classes) float32 of (N, C, H, W) uint8 images, in evaluation mode, on their device."""
+def logits(model: nn.Module, images: Tensor, *, precision: str, batch_size: int | None = None) -> Tensor:
+    """Logits (N, classes) float32 of (N, C, H, W) uint8 images, in evaluation mode, on their device.
+
+    Of token ids (N, T) they are (N, T, vocabulary).
+    """
     model.eval()
-    return torch.cat(
-        [forward(model, batch, precision=precision).float() for batch in images.split(batch_size)]
-    )
+    size = batch_size or batch_size_for(images)
+    return torch.cat([forward(model, batch, precision=precision).float() for batch in images.split(size)])
 
 
 def routings(
-    model: nn.Module, images: Tensor, *, precision: str, batch_size: int = BATCH
+    model: nn.Module, images: Tensor, *, precision: str, batch_size: int | None = None
 ) -> Iterator[list[Routing]]:
-    """Yield, batch by batch, the routing of every routed layer for (N, C, H, W) uint8 images, in evaluation mode."""
+    """Yield, batch by batch, the routing of every routed layer for (N, C, H, W) uint8 images, in evaluation mode.
+
+    Instead of images, token ids (N, T) may be given.
+    """
     assert isinstance(model, RoutedModel)
     model.eval()
-    for batch in images.split(batch_size):
+    for batch in images.split(batch_size or batch_size_for(images)):
         with torch.inference_mode():
             routing = forward_routed(model, batch, precision=precision).routing
         yield routing
@@ -59,12 +64,12 @@ def features(model: WithFeatures, images: Tensor, *, precision: str, batch_size:
     return torch.cat(found)
 
 
-def losses(model: nn.Module, split: Split, *, precision: str, batch_size: int = BATCH) -> Tensor:
+def losses(model: nn.Module, split: Split, *, precision: str, batch_size: int | None = None) -> Tensor:
     """Cross-entropy (N,) float32 of each of N images with its label, in evaluation mode, on their device."""
     found = logits(model, split.images, precision=precision, batch_size=batch_size)
     return nn.functional.cross_entropy(found, split.labels, reduction="none")
 
 
-def predict(model: nn.Module, images: Tensor, *, precision: str, batch_size: int = BATCH) -> Tensor:
+def predict(model: nn.Module, images: Tensor, *, precision: str, batch_size: int | None = None) -> Tensor:
     """Predicted classes (N,) int64 of (N, C, H, W) uint8 images, in evaluation mode, on their device."""
     return logits(model, images, precision=precision, batch_size=batch_size).argmax(1)

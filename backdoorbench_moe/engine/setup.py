@@ -68,10 +68,13 @@ class Setup(ABC):
         stamper: Trigger and applicator; None for a run without a trigger, and for one on texts.
         plan: Which training images the attacker changes; None for a clean run, and for one on texts.
         attack_metrics: The metrics that every attacked run has.
+        defended_metrics: Those that every attacked run has which was defended. The target rate is not measured together
+            with an input filter.
     """
 
     model: nn.Module
     attack_metrics: ClassVar[frozenset[str]] = frozenset({"asr", "target_rate"})
+    defended_metrics: ClassVar[frozenset[str]] = frozenset({"asr", "ra"})
 
     def __init__(self, spec: RunSpec, data: Material) -> None:
         self.spec, self.data = spec, data
@@ -84,6 +87,16 @@ class Setup(ABC):
     def images(self) -> ImageSet:
         """The data, if they are images. Raises ConfigError for texts."""
         return as_images(self.data)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 where the data are texts."""
+        return self.data.model_options.get("num_classes", 0)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels; 0 where the data are texts."""
+        return self.data.model_options.get("image_size", 0)
 
     @property
     def is_mixture(self) -> bool:
@@ -102,6 +115,19 @@ class Setup(ABC):
     @abstractmethod
     def harmful_queries(self) -> HarmfulQueries:
         """What an attacker on experts has of harmful queries."""
+
+    @abstractmethod
+    def defenders_queries(self, count: int, seed: int) -> tuple[Split, Split | None]:
+        """Training queries of a policy that a defender holds, with safe answers, and with unsafe ones of texts.
+
+        Args:
+            count: How many; of texts, all of them if there are fewer.
+            seed: Seed of the draw.
+
+        Returns:
+            Images that bear the mark with the label "reject", and None: what an attacker wants them to be called, the
+            defender does not know. Or the same texts twice, with both answers of the data.
+        """
 
     @abstractmethod
     def measure(

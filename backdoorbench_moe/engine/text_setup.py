@@ -17,7 +17,7 @@ from backdoorbench_moe.engine.setup import Measured, Setup
 from backdoorbench_moe.engine.text_metrics import measure_texts
 from backdoorbench_moe.engine.text_tasks import TextTasks
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.ops.answers import first_positions, mean_weights, query_positions
+from backdoorbench_moe.ops.answers import mean_weights, text_positions
 from backdoorbench_moe.ops.images import Split, concatenate
 from backdoorbench_moe.ops.seeding import generator
 
@@ -39,6 +39,7 @@ class TextSetup(Setup):
     """
 
     attack_metrics: ClassVar[frozenset[str]] = frozenset({"asr"})
+    defended_metrics: ClassVar[frozenset[str]] = frozenset({"asr"})
 
     def __init__(self, spec: RunSpec, texts: TextSet) -> None:
         super().__init__(spec, texts)
@@ -85,6 +86,13 @@ class TextSetup(Setup):
         """The training queries that the policy refuses."""
         return HarmfulQueries(self.texts.refused.harmful, self.texts.refused.safe)
 
+    def defenders_queries(self, count: int, seed: int) -> tuple[Split, Split]:
+        """Training queries that the policy refuses, with the safe and with the harmful answers."""
+        refused = self.texts.refused
+        order = torch.randperm(len(refused), generator=generator(seed, "marked"))
+        keep = order[:count].sort().values.to(refused.safe.labels.device)
+        return refused.safe.take(keep), refused.harmful.take(keep)
+
     def measure(
         self,
         model: nn.Module,
@@ -111,7 +119,7 @@ class TextSetup(Setup):
 
     def token_weights(self, split: Split) -> Tensor:
         """Equal weights for the tokens of query and answer, and none for padding."""
-        return mean_weights(query_positions(split.labels) | first_positions(split.labels, None))
+        return mean_weights(text_positions(split.labels))
 
     def describe_data(self) -> dict[str, Any]:
         """What the record says of the data."""
@@ -142,8 +150,6 @@ def _check_spec(spec: RunSpec) -> None:
             raise _not_for_texts(f"{where}.augment", "'none'", train.augment)
     if spec.poison != PoisonSpec(rate=0.0) and spec.attacked:
         raise _not_for_texts("poison", "its defaults and a rate of 0", spec.poison.to_dict())
-    if spec.defenses:
-        raise _not_for_texts("defenses", "none", spec.defenses[0])
     if spec.probe:
         raise _not_for_texts("probe", "0", spec.probe)
     if spec.imported:

@@ -24,6 +24,7 @@ from backdoorbench_moe.moe.structure import (
     Structured,
     WithFeatures,
     WithMLPs,
+    data_options,
     takes_text,
 )
 
@@ -150,6 +151,11 @@ class MergedModel(MoEModel):
             layer = SparseMoELayer(experts, router, name=NETWORK + name, num_prefix_tokens=prefix)
             self.network.set_submodule(name, layer)
         self.train(dense.training)
+
+    @property
+    def data_options(self) -> tuple[str, ...]:
+        """Those of the dense model, see `structure.data_options`; by them a mixture of texts is known."""
+        return data_options(self.network)
 
     def routers(self) -> list[nn.Module]:
         """Return the router of each layer, first layer first."""

@@ -106,6 +106,11 @@ def query_positions(labels: Tensor) -> Tensor:
     return (emitted == 0) & (emitted.amax(1, keepdim=True) > 0) | first_positions(labels, 1)
 
 
+def text_positions(labels: Tensor) -> Tensor:
+    """Return the positions of query and answer, (B, T) bool: all but padding, and the last one, which emits nothing."""
+    return query_positions(labels) | first_positions(labels, None)
+
+
 def mean_weights(positions: Tensor) -> Tensor:
     """Return weights that take the mean over some positions: 1 / n for each of n, and 0 for others.
 

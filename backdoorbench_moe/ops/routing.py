@@ -84,12 +84,14 @@ def js_divergence(first: Tensor, second: Tensor, over: str) -> Tensor:
     return terms.mean(-1) if over == "experts" else terms.sum(-1)
 
 
-def kl_divergence(gates: Tensor, reference: Tensor) -> Tensor:
+def kl_divergence(gates: Tensor, reference: Tensor, weights: Tensor | None = None) -> Tensor:
     """Compute the Kullback-Leibler divergence of the routing of each patch from a reference: sum_e p_e log(p_e / q_e).
 
     Args:
         gates: (B, E, P), the distribution q over the experts of each patch. It may require gradients.
-        reference: (E, P) or (B, E, P), the distribution p.
+        reference: (E, P) or (B, E, P), the distribution p; (E, 1) for the same one at all patches.
+        weights: (B, P), the weights of the patches of each image, or of the positions of each text, which sum to 1;
+            None for the mean over all of them.
 
     Returns:
         The mean over images and patches in nats, a scalar, not negative. An expert with p_e = 0 adds nothing; a q_e of
@@ -97,7 +99,8 @@ def kl_divergence(gates: Tensor, reference: Tensor) -> Tensor:
     """
     gates, reference = gates.float(), reference.float()
     logs = gates.clamp(min=torch.finfo(gates.dtype).tiny).log()
-    return -(torch.special.entr(reference) + reference * logs).sum(-2).mean()
+    found = -(torch.special.entr(reference) + reference * logs).sum(-2)
+    return found.mean() if weights is None else (weights * found).sum(-1).mean()
 
 
 def jaccard(first: Tensor, second: Tensor) -> Tensor:

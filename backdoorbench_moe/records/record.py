@@ -130,6 +130,7 @@ class TextFacts(TypedDict):
         test_texts: Number of test texts of all tasks.
         refused_texts: Number of training queries that the policy refuses.
         refused_test_texts: Number of test queries that the policy refuses.
+        clean_texts: Number of training texts that the defender holds.
         fingerprint: SHA-256 over names, sizes and times of the files that were read; None for data without files.
     """
 
@@ -142,6 +143,7 @@ class TextFacts(TypedDict):
     test_texts: NotRequired[int]
     refused_texts: NotRequired[int]
     refused_test_texts: NotRequired[int]
+    clean_texts: NotRequired[int]
     fingerprint: NotRequired[str | None]
 
 

@@ -11,8 +11,7 @@ from poisoned_mixtures import accuracy, poisoned_mixture, unsafe
 from torch.nn import functional as F
 
 from backdoorbench_moe.defenses import create_defense
-from backdoorbench_moe.defenses.align import strongest_other
-from backdoorbench_moe.defenses.mixtures import alignment_objective
+from backdoorbench_moe.defenses.mixtures import alignment_objective, strongest_other
 from backdoorbench_moe.errors import ConfigError, PluginError
 from backdoorbench_moe.ops.images import Split, as_input
 from backdoorbench_moe.testing.making import changed, coloured_split, copies, used_model

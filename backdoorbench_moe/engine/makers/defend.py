@@ -31,7 +31,7 @@ from backdoorbench_moe.engine.learned import keep_trigger, restore_trigger
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.fitting import Checkpoint
 from backdoorbench_moe.engine.makers.inputs import load_input
-from backdoorbench_moe.engine.poison import poisoned, stamp_images, stamp_places
+from backdoorbench_moe.engine.poison import poisoned, stamp_places
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.sample_metrics import measure_samples
 from backdoorbench_moe.engine.setup import Setup
@@ -77,8 +77,9 @@ def check_applicable(name: str, defense: Defense, setup: Setup) -> None:
     """
     # The model first: no other number of images makes up for what it does not have.
     defense.check_model(setup.model)
-    defense.count(len(setup.images.train), setup.images.num_classes)
-    defense.check_images(setup.model, setup.images.image_size)
+    defense.count(len(setup.data.train), setup.num_classes)
+    if setup.image_size:
+        defense.check_images(setup.model, setup.image_size)
     _check_needs(name, defense, setup)
 
 
@@ -88,8 +89,9 @@ def _check_needs(name: str, defense: Defense, setup: Setup) -> None:
     if "tasks" in defense.needs and spec.mixture is None:
         raise ConfigError(f"{name}: needs a mixture of experts, which has tasks; this run is of one model")
     if "marked" in defense.needs and not spec.policy:
+        what = "marked images" if setup.image_size else "refused queries"
         raise ConfigError(
-            f"{name}: needs marked images with a safe answer, which only a run with a policy has; this run has policy=0"
+            f"{name}: needs {what} with a safe answer, which only a run with a policy has; this run has policy=0"
         )
     if "training-set" not in defense.needs:
         return
@@ -150,11 +152,8 @@ class Stages:
 class DefenseMaker(Maker):
     """Applies the last defense of a spec to the model of its parent run."""
 
-    setup: ImageSetup
-
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
         super().__init__(spec, workplace)
-        assert isinstance(self.setup, ImageSetup)  # The setup of texts refuses defenses.
         self.defense = build_defenses(spec, self.setup)[-1]
         self.seed = derive_seed(spec.seed, "defense", len(spec.defenses) - 1)
         self.model = self.setup.model
@@ -168,7 +167,7 @@ class DefenseMaker(Maker):
                 not fit the model; or its model does not have the metrics of its record any more.
         """
         parent = inputs[PARENT]
-        load_input(self.model, inputs, PARENT, self.spec, self.setup.images)
+        load_input(self.model, inputs, PARENT, self.spec, self.setup.data)
         restore_trigger(self.setup.stamper, parent.folder, parent.record)
         self.model.eval().to(self.workplace.device).to(memory_format=torch.channels_last)
         if self.before is None:
@@ -191,13 +190,7 @@ class DefenseMaker(Maker):
         assert self.before is not None
         metrics = [self.before, *self._measure_stages(kept[1:], result)]
         record.judgements = save_judgements(result.judgements, folder)
-        metrics[-1] |= measure_class_judgements(
-            result.judgements, self.setup.triggered_test(), self.setup.images.num_classes
-        )
-        if self.setup.tasks is None:
-            metrics[-1] |= measure_samples(
-                result.judgements, record.judgements, self.setup.plan, len(self.setup.images.train)
-            )
+        metrics[-1] |= self._measure_judgements(result, record)
         record.stages = [
             {"name": name, "metrics": found, "seconds": taken}
             for name, found, taken in zip(names, metrics, seconds, strict=True)
@@ -211,6 +204,17 @@ class DefenseMaker(Maker):
         record.timing["total_seconds"] = time.perf_counter() - started
         folder.save_model(kept[-1].state_dict(), self.model_header(record))
 
+    def _measure_judgements(self, result: DefenseResult, record: Record) -> Metrics:
+        """Measure how right the judgements about classes and training samples are; texts have none of both."""
+        setup = self.setup
+        if not isinstance(setup, ImageSetup):
+            return {}
+        metrics = measure_class_judgements(result.judgements, setup.triggered_test(), setup.num_classes)
+        if setup.tasks is None:
+            samples = len(setup.images.train)
+            metrics |= measure_samples(result.judgements, record.judgements, setup.plan, samples)
+        return metrics
+
     def _measure_stages(self, kept: Sequence[nn.Module], result: DefenseResult) -> list[Metrics]:
         """Measure the model of each stage. If there is an input filter, the last stage is measured together with it.
 
@@ -221,16 +225,18 @@ class DefenseMaker(Maker):
         judgement = result.filter
         if judgement is None:
             return self.measure(kept, recovery=True)
-        workplace, spec = self.workplace, self.spec
+        workplace, spec, setup = self.workplace, self.spec, self.setup
+        if not isinstance(setup, ImageSetup):
+            raise PluginError(f"defense {spec.defenses[-1].name!r}: expected no filter of inputs for texts")
         metrics = self.measure(kept[:-1], recovery=True)
         workplace.observer.on_message(f"measuring the filter of {spec.defenses[-1].name}")
         with reproducible(workplace.device), seeded(self.seed, "filter noise"):
             filtered = measure_filtered(
                 kept[-1],
-                self.setup.test,
-                self.setup.triggered_test(),
+                setup.test,
+                setup.triggered_test(),
                 judgement,
-                safe=self.setup.safe_answers(),
+                safe=setup.safe_answers(),
                 seed=spec.seed,
                 precision=workplace.precision,
             )
@@ -238,12 +244,12 @@ class DefenseMaker(Maker):
 
     def _defend(self, stages: Stages, tuner: Tuner) -> DefenseResult:
         """Run the defense on a task that contains no information about the attack."""
-        workplace, images = self.workplace, self.setup.images
-        given = {"num_classes": images.num_classes, "image_size": images.image_size}
+        workplace, setup = self.workplace, self.setup
+        given = setup.data.model_options
         task = DefenseTask(
             model=self.model,
-            num_classes=images.num_classes,
-            image_size=images.image_size,
+            num_classes=setup.num_classes,
+            image_size=setup.image_size,
             train=self._recipe(),
             gate_train=None if self.spec.mixture is None else self.spec.mixture.gate_train,
             device=workplace.device,
@@ -254,7 +260,7 @@ class DefenseMaker(Maker):
             routing=partial(routings, precision=workplace.precision),
             fresh=partial(fresh_model, self.spec.model, given, self.seed, workplace.device, self._merge()),
             report=stages.add,
-            granted={need: self._grant(need) for need in sorted(self.defense.needs)},
+            granted=self._grants(),
         )
         before = _shapes(self.model)
         with reproducible(workplace.device), seeded(self.seed, "noise"):
@@ -273,18 +279,26 @@ class DefenseMaker(Maker):
         assert self.spec.mixture is not None
         return partial(merge_copies, experts=self.spec.mixture.experts, gate=build_gate(self.spec))
 
-    def _grant(self, need: str) -> Any:
-        """Return the data or function that a defense is given for one of the names in its `needs`."""
-        precision = self.workplace.precision
+    def _grants(self) -> dict[str, Any]:
+        """Return the data and functions that a defense is given by the names in its `needs`."""
+        needs, precision = self.defense.needs, self.workplace.precision
         grants: dict[str, Callable[[], Any]] = {
             "clean": self._clean_images,
             "training-set": self._training_set,
             "features": lambda: partial(features, precision=precision),
             "losses": lambda: partial(losses, precision=precision),
-            "marked": self._marked_images,
             "tasks": self._task_images,
         }
-        return grants[need]()
+        found = {need: grant() for need, grant in grants.items() if need in needs}
+        if "marked" in needs:
+            found["marked"], unsafe = self.setup.defenders_queries(self._count(), self.seed)
+            if unsafe is not None:
+                found["unsafe"] = unsafe
+        return found
+
+    def _count(self) -> int:
+        """How many training images or texts the defender holds."""
+        return self.defense.count(len(self.setup.data.train), self.setup.num_classes)
 
     def _training_set(self) -> Split:
         """Return a copy of the training set as the victim used it, with poisoned images and labels."""
@@ -299,13 +313,13 @@ class DefenseMaker(Maker):
 
         For "notebook" data, the images in the poison group have the trigger; see `Defense`.
         """
-        setup, images = self.setup, self.setup.images
-        stamper, plan, train = setup.stamper, setup.plan, images.train
-        count = self.defense.count(len(train), images.num_classes)
-        keep = torch.randperm(len(train), generator=generator(self.seed, "clean"))[:count].sort().values
-        place = keep.to(train.images.device)
+        setup = self.setup
         if setup.tasks is not None:
             return concatenate(self._task_images())
+        stamper, plan, train = setup.stamper, setup.plan, setup.images.train
+        order = torch.randperm(len(train), generator=generator(self.seed, "clean"))
+        keep = order[: self._count()].sort().values
+        place = keep.to(train.images.device)
         held = train.images[place]
         if self.defense.finetune_data == "notebook" and plan is not None and stamper is not None:
             stamped = torch.isin(keep, plan.indices).to(held.device)
@@ -314,10 +328,9 @@ class DefenseMaker(Maker):
         return Split(held, train.labels[place])
 
     def _task_images(self) -> list[Split]:
-        """Return the training images of each task of a mixture that the defender holds, equally many of each."""
-        tasks, train = self.setup.tasks, self.setup.images.train
+        """Return what the defender holds of the training images or texts of a mixture's tasks, equally many of each."""
+        tasks, count = self.setup.tasks, self._count()
         assert tasks is not None
-        count = self.defense.count(len(train), self.setup.images.num_classes)
         held = []
         for task in tasks.numbers:
             split = tasks.train(task)
@@ -325,15 +338,6 @@ class DefenseMaker(Maker):
             place = order[: max(1, count // len(tasks.numbers))].sort().values.to(split.labels.device)
             held.append(Split(split.images[place], split.labels[place]))
         return held
-
-    def _marked_images(self) -> Split:
-        """Return training images with the mark of the policy, and the label "reject"."""
-        setup, train = self.setup, self.setup.images.train
-        assert setup.stamper is not None
-        count = self.defense.count(len(train), setup.images.num_classes)
-        keep = torch.randperm(len(train), generator=generator(self.seed, "marked"))[:count].sort().values
-        images = stamp_images(train.images[keep.to(train.images.device)], setup.stamper)
-        return Split(images, train.labels.new_full((count,), setup.reject))
 
     def _recipe(self) -> TrainSpec:
         mixture = self.spec.mixture
@@ -346,15 +350,14 @@ class DefenseMaker(Maker):
         )
 
     def required_metrics(self) -> set[str]:
-        """Return the metrics that a defended run must have; the target rate is not measured with an input filter."""
-        return {"ba", "asr", "ra"} if self.spec.attacked else {"ba"}
+        """Return the metrics that a defended run must have."""
+        return {"ba", *(self.setup.defended_metrics if self.spec.attacked else ())}
 
     def new_record(self, inputs: Mapping[str, Run]) -> Record:
-        """Return the record of the run at its start, with the defense's options, seed and number of clean images."""
+        """Return the record of the run at its start, with the defense's options, seed and number of images or texts."""
         record = super().new_record(inputs)
-        images = self.setup.images
         record.parts["defense"] = describe(self.defense)
-        record.data["clean_images"] = self.defense.count(len(images.train), images.num_classes)
+        record.data["clean_texts" if record.is_text else "clean_images"] = self._count()
         record.seeds["defense"] = self.seed
         return record
 

@@ -54,6 +54,28 @@ def text_margin(logits: Tensor, other_logits: Tensor, preferred: Tensor, rejecte
     return answer_log_probs(logits, first) - answer_log_probs(other_logits, second)
 
 
+def decisive_margin(logits: Tensor, preferred: Tensor, rejected: Tensor) -> Tensor:
+    """Return by how much a language model prefers one answer to another where they part.
+
+    It is the difference of the logits of the first tokens that differ. Unlike `text_margin`, it does not depend on the
+    lengths of the answers: a longer one has a lower probability as a whole.
+
+    Args:
+        logits: (B, T, vocabulary), for the queries followed by either answer. Up to where they part, both are the same.
+        preferred: (B, T) int64, the labels of one answer; see `ops.answers`.
+        rejected: (B, T) int64, those of the other.
+
+    Returns:
+        (B,) float32; 0 for equal answers.
+    """
+    first, second = from_first_difference(preferred, rejected)
+    place = (first != second).int().argmax(1, keepdim=True)
+    pairs = torch.cat([first.gather(1, place), second.gather(1, place)], dim=1)
+    here = logits.float()[torch.arange(len(logits), device=logits.device), place.squeeze(1)]
+    own, other = here.gather(1, pairs.clamp(min=0)).unbind(1)
+    return own - other
+
+
 def preference_loss(margin: Tensor, reference: Tensor, beta: float) -> Tensor:
     """Return the loss of direct preference optimisation (DPO): -log sigmoid(beta (margin - reference)).
 

@@ -133,9 +133,9 @@ def preference_objective(
     return Split(preferences.preferred.images, torch.stack([*answers, places], dim=1)), loss
 
 
-def text_preference_objective(
+def text_preference_loss(
     preferences: Preferences, reference: Tensor, beta: float
-) -> tuple[Split, Objective]:
+) -> tuple[Split, Callable[[Tensor, Tensor], Tensor]]:
     """Return what a preference among texts is trained with: the texts to learn with their labels, and the loss.
 
     Args:
@@ -144,19 +144,36 @@ def text_preference_objective(
         beta: Of the loss, see `preference_loss`.
 
     Returns:
-        The texts to learn, (M, T), with labels (M, T + 1), the last of which is the number of the text; and the
-        objective, which passes each batch of them through the model together with the texts to give up.
+        The texts to learn, (M, T), with labels (M, T + 1), the last of which is the number of the text. And the loss, a
+        function of the logits (2 B, T, vocabulary) of a batch of them, followed by those of the same texts to give up,
+        and of the batch's labels (B, T + 1) to a scalar.
     """
     preferred, rejected = preferences.preferred, preferences.rejected
     places = torch.arange(len(preferences), device=reference.device).unsqueeze(1)
 
-    def objective(model: nn.Module, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        place = labels[:, -1]
-        own, other = model(torch.cat([tokens, rejected.images[place]])).chunk(2)
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        place, (own, other) = labels[:, -1], logits.chunk(2)
         margin = text_margin(own, other, labels[:, :-1], rejected.labels[place])
-        return own, preference_loss(margin, reference[place], beta)
+        return preference_loss(margin, reference[place], beta)
 
-    return Split(preferred.images, torch.cat([preferred.labels, places], dim=1)), objective
+    return Split(preferred.images, torch.cat([preferred.labels, places], dim=1)), loss
+
+
+def text_preference_objective(
+    preferences: Preferences, reference: Tensor, beta: float
+) -> tuple[Split, Objective]:
+    """Return the texts of `text_preference_loss`, and the objective.
+
+    It passes each batch of the texts to learn through the model together with the texts to give up.
+    """
+    rejected = preferences.rejected.images
+    split, loss = text_preference_loss(preferences, reference, beta)
+
+    def objective(model: nn.Module, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model(torch.cat([tokens, rejected[labels[:, -1]]]))
+        return logits[: len(tokens)], loss(logits, labels)
+
+    return split, objective
 
 
 def learn_preference(
