@@ -27,6 +27,7 @@ class FineTuning(Defense):
         ConfigError: A value is out of range, or the model does not have the component.
     """
 
+    takes_texts: ClassVar[bool] = True
     tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
 
     def __init__(

@@ -29,6 +29,7 @@ class RouterReset(Defense):
         ConfigError: A value is out of range, or the model has no router.
     """
 
+    takes_texts: ClassVar[bool] = True
     tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
 
     def __init__(
