@@ -7,7 +7,7 @@ These are, from the records alone and without training anything:
 - the tables, plots and pages of each results folder (`benchmarks/results/**/suite.json`),
 - the leaderboard of the documentation, from the results folders of the suites in `LEADERBOARD`,
 - the tables between `<!-- NAME -->` and `<!-- /NAME -->` in README.md, benchmarks/README.md, benchmarks/claims.md,
-  docs/pages/findings.md and docs/pages/audit.md.
+  docs/pages/findings.md, docs/pages/audit.md and docs/pages/language-models.md.
 
 Records are never changed. A second call changes nothing. The text around the tables is written by hand:
 read it again when numbers or verdicts change.
@@ -52,6 +52,7 @@ PAGES = (
     Path("benchmarks") / "claims.md",
     Path("docs") / "pages" / "findings.md",
     Path("docs") / "pages" / "audit.md",
+    Path("docs") / "pages" / "language-models.md",
 )
 CLAIMS = Path("benchmarks") / "claims.yaml"
 LEADERBOARD_PAGE = Path("docs") / "pages" / "assets" / "leaderboard.html"
@@ -184,8 +185,18 @@ def claims(root: Path) -> str:
 
 def moevil(root: Path) -> str:
     """Draw what attacks on an expert do to a mixture with the default gate."""
-    folder = root / RESULTS / "moevil-gates" / "signs"
     metrics = ("alone_asr", "asr", "twin_asr", "overall", "harm_share", "own_share")
+    return default_gate(root, "signs", metrics)
+
+
+def texts(root: Path) -> str:
+    """Draw what attacks on an expert do to a mixture of language models with the default gate."""
+    return default_gate(root, "tasks", ("alone_asr", "asr", "unsafe", "twin_unsafe", "overall", "harm_share"))
+
+
+def default_gate(root: Path, scale: str, metrics: tuple[str, ...]) -> str:
+    """Draw metrics of the attacks on an expert, of mixtures with the default gate."""
+    folder = root / RESULTS / "moevil-gates" / scale
     layout = Layout("", ("attack.name",), METRIC_COLUMNS, metrics, no_trigger=False, where=GATE)
     results = ResultSet.from_folder(suite_of(root, folder), folder)
     measured = replace(results, suite=replace(results.suite, tables=(layout,)), paper=PaperTable())
@@ -220,6 +231,7 @@ def demo(root: Path) -> str:
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "table1": table1,
     "moevil": moevil,
+    "texts": texts,
     "stamping": stamping,
     "gtsrb": gtsrb,
     "dense": dense,
