@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from backdoorbench_moe.spelling import near_names
 
@@ -50,6 +51,21 @@ class DataError(BbmoeError):
 
 class RecordError(BbmoeError):
     """A run folder, record or model file is missing, damaged, in use, or was not written by this package."""
+
+
+@contextmanager
+def naming(parameter: str) -> Iterator[None]:
+    """Put a parameter in front of the messages of errors, where the code that raises them does not know its name.
+
+    Args:
+        parameter: What the value was given by, such as "base".
+    """
+    try:
+        yield
+    except BbmoeError as error:
+        kinds = (ConfigError, PluginError, ShapeError, DataError, RecordError, BbmoeError)
+        kind = next(kind for kind in kinds if isinstance(error, kind))
+        raise kind(f"{parameter}: {error}") from error
 
 
 class BbmoeWarning(UserWarning):

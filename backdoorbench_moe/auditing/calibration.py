@@ -60,9 +60,11 @@ class Calibration:
     def line(self) -> str:
         """What the thresholds come from, in one line."""
         population, verdict = self.document["population"], self.document["verdict"]["false_alarms"]
+        kinds = dict.fromkeys(row["model"] for row in self.document.get("groups", ()))
+        models = f"models ({', '.join(kinds)}; others were not measured)" if kinds else "models"
         return (
-            f"thresholds from {population['calibrating']['clean']} clean models; on {population['measuring']['clean']} "
-            f"other clean models the verdict was wrong for {verdict['value']:.0f}% "
+            f"from {population['calibrating']['clean']} clean {models}; on {population['measuring']['clean']} "
+            f"other clean ones the verdict was wrong for {verdict['value']:.0f}% "
             f"(95% interval {verdict['low']:.0f} to {verdict['high']:.0f}%)"
         )
 
@@ -121,7 +123,8 @@ def parse(document: Any, where: str) -> Calibration:
         RecordError: It is none, or of another schema version.
     """
     if not isinstance(document, dict) or document.get("kind") != "audit calibration":
-        raise RecordError(f"calibration {where}: expected an audit calibration")
+        kind = document.get("kind") if isinstance(document, dict) else type(document).__name__
+        raise RecordError(f"calibration {where}: expected an audit calibration, got {kind!r}")
     if document.get("schema_version") != SCHEMA_VERSION:
         raise RecordError(
             f"calibration {where}: expected schema version {SCHEMA_VERSION}, got {document.get('schema_version')!r}"

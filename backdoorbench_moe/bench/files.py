@@ -32,11 +32,21 @@ def find_file(name: str, folder: str, what: str, near: Path | None = None, *, su
     if name.endswith(suffix) or "/" in name:
         if _is_file(path := expand(name)):
             return path
-        raise UnknownNameError(what, name, names_in(folder, suffix), "; or the path of a file")
+        got = "is a folder" if _is_folder(path) else "was not found"
+        raise UnknownNameError(
+            what, name, names_in(folder, suffix), f"; or the path of a file, but this one {got}"
+        )
     for place in (near, ROOT / folder):
         if place is not None and _is_file(place / f"{name}{suffix}"):
             return place / f"{name}{suffix}"
     raise UnknownNameError(what, name, names_in(folder, suffix), "; or the path of a file")
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _is_file(path: Path) -> bool:

@@ -4,12 +4,40 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from backdoorbench_moe.bench.found import read_folder, read_runs, relative_link
 from backdoorbench_moe.bench.page import page, run_command, suite_words
 from backdoorbench_moe.bench.results import ResultSet, read_manifest
-from backdoorbench_moe.bench.suite import Suite
+from backdoorbench_moe.bench.suite import Suite, order
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The page of a suite.
+
+    Attributes:
+        page: HTML.
+        finished: How many of the suite's runs are finished, clean twins included.
+        total: How many runs the suite has.
+        command: What makes those that are missing.
+    """
+
+    page: str
+    finished: int
+    total: int
+    command: str
+
+    @property
+    def missing(self) -> str:
+        """Which runs are missing, and how they are made, in one line; "" if none is."""
+        if self.finished == self.total:
+            return ""
+        if not self.finished:
+            return f"none of {self.total} runs is finished; to make them: {self.command}"
+        verb = "is" if self.finished == 1 else "are"
+        return f"{self.finished} of {self.total} runs {verb} finished; to make the others: {self.command}"
 
 
 def draw_report(
@@ -20,7 +48,7 @@ def draw_report(
     runs: Path,
     source: Path | None = None,
     options: Mapping[str, object] | None = None,
-) -> str:
+) -> Drawn:
     """Write the page of a suite as HTML.
 
     Args:
@@ -54,4 +82,5 @@ def draw_report(
         again.insert(
             1, f"bbmoe bench table {suite_words(suite, name)} {beside} --save {shlex.quote(str(source))}"
         )
-    return page(results, again=again, address=lambda digest: link(found[digest]))
+    text = page(results, again=again, address=lambda digest: link(found[digest]))
+    return Drawn(text, len(results.finished()), sum(1 for _ in order(suite)), again[0])

@@ -68,7 +68,8 @@ class ResultSet:
         """
         known = known or {}
         if not known and not Path(output).is_dir():
-            raise RecordError(f"--output {output}: expected a folder of run folders, found none")
+            got = "got a file" if Path(output).exists() else "found none"
+            raise RecordError(f"--output {output}: expected a folder of run folders, {got}")
         wanted = (spec.digest for spec in order(suite))
         kept = {digest: known[digest] for digest in wanted if digest in known}
         found = {record.digest: record for record in _read_folders(suite, Path(output))}
@@ -293,8 +294,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecordError(f"results folder {folder}: expected a {MANIFEST} in it, found none") from None
+    except (FileNotFoundError, NotADirectoryError):
+        found = "got a file" if folder.is_file() else "found none"
+        raise RecordError(f"results folder {folder}: expected a {MANIFEST} in it, {found}") from None
     except (OSError, ValueError) as error:
         raise RecordError(f"results folder {folder}: {MANIFEST} is damaged: {error}") from error
     if not isinstance(manifest, dict):

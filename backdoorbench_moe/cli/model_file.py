@@ -66,14 +66,27 @@ def spec_of_file(
     from backdoorbench_moe.engine.names import check_names
 
     check_names(spec)
+    if not weights.is_dir():  # Before the data are read, which may take long.
+        from backdoorbench_moe.engine.weight_files import check_weights
+
+        check_weights(weights)
     return spec
 
 
 def _colour(flag: str, text: str | None) -> str | list[float] | None:
     """Three numbers, separated by commas, or a name, which the model's options check."""
-    if text is None or "," not in text:
+    if text is None or not ("," in text or _is_number(text)):
         return text
     try:
-        return [float(part) for part in text.split(",")]
+        first, second, third = map(float, text.split(","))
+        return [first, second, third]
     except ValueError:
-        raise ConfigError.expected(flag, "numbers such as 0.5,0.5,0.5, or a name", text) from None
+        raise ConfigError.expected(flag, "three numbers such as 0.5,0.5,0.5, or a name", text) from None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

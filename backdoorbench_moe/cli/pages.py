@@ -16,6 +16,9 @@ def save_page(page: str, file: Path) -> None:
 
     if file.is_dir():
         raise RecordError(f"--save {file}: expected a file, found a folder")
+    for folder in file.parents:
+        if folder.is_file():
+            raise RecordError(f"--save {file}: expected a file in a folder, {folder} is a file")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, lambda path: path.write_text(page, encoding="utf-8"))

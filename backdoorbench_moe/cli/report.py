@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -39,14 +40,17 @@ def command(
     """Draw what was measured for SUITE (a name or a file) as one HTML page that loads nothing from elsewhere.
 
     Its plots and tables with intervals, which runs are missing or failed, where the others were made, links to their
-    records, and the commands that repeat all of it. Nothing is trained.
+    records, and the commands that repeat all of it. Nothing is trained; if runs are missing, the command that makes
+    them is printed.
     """
     from backdoorbench_moe.bench.report import draw_report
     from backdoorbench_moe.bench.suite_file import load_suite
-    from backdoorbench_moe.errors import ConfigError
+    from backdoorbench_moe.errors import ConfigError, naming
 
     if published is not None and source is None:
         raise ConfigError("--published: can only be used with --from")
+    if source is not None and output != DEFAULT_OUTPUT:
+        raise ConfigError("--output: cannot be used with --from, which is read instead of run folders")
     suite = load_suite(name, scale)
     suite = suite if repeats is None else suite.with_repeats(repeats)
     file = save if save is not None else Path(f"{suite.label}.html")
@@ -56,6 +60,9 @@ def command(
         "published": published,
         "save": save,
     }
-    page = draw_report(suite, name, start=file.parent, runs=output, source=source, options=options)
-    save_page(page, file)
+    with nullcontext() if source is None else naming("--from"):
+        drawn = draw_report(suite, name, start=file.parent, runs=output, source=source, options=options)
+    save_page(drawn.page, file)
     say(f"report: {file}")
+    if drawn.missing:
+        say(f"{suite.label}: {drawn.missing}")

@@ -116,7 +116,8 @@ def _part(kind: str, name: str, given: Values, names: Sequence[str]) -> PartSpec
     registry = REGISTRIES[kind]
     for key in given:
         if key not in ("trigger", "applicator") or not isinstance(given[key], Mapping):
-            raise ConfigError.expected("--set", "trigger.KEY=VALUE or applicator.KEY=VALUE", key)
+            hint = "; expected trigger.KEY=VALUE or applicator.KEY=VALUE"
+            raise UnknownNameError("--set", key, ("trigger", "applicator"), hint)
     options: Mapping[str, Any] = given.get(kind, {})
     known = {each: registry.options(each) for each in names}
     for key in options:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from backdoorbench_moe.registry import Registry
+from backdoorbench_moe.data.common import DataRegistry
 
 if TYPE_CHECKING:
     from backdoorbench_moe.data.base import DataSource
 
-registry: Registry[DataSource] = Registry("dataset")
+registry = DataRegistry("dataset")
 
 
 def create_dataset(name: str, **options: object) -> DataSource:

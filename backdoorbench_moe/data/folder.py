@@ -170,7 +170,8 @@ def _find_layout(root: Path, left_out: LeftOut) -> Layout:
         DataError: The root does not exist, or it is ambiguous which folders are the class folders.
     """
     if not root.is_dir():
-        raise DataError(f"folder: {root}: expected a folder of class folders, found none")
+        found = "it is a file" if root.exists() else "it does not exist"
+        raise DataError(f"--data-root (root=) {root}: expected a folder of class folders, but {found}")
     train, test = (_find_split(root, names) for names in (TRAIN_NAMES, TEST_NAMES))
     one = train or test
     if one is not None and (train is None or test is None):
@@ -237,7 +238,9 @@ def _list_images(layout: Layout, folder: Path, left_out: LeftOut) -> Files:
     ]
     if not files:
         found = f" ({left_out})" if str(left_out) else ""
-        raise DataError(f"{folder}: expected class folders with images, found none{found}")
+        raise DataError(
+            f"--data-root (root=) {folder}: expected class folders with images, found none{found}"
+        )
     return files
 
 

@@ -211,7 +211,8 @@ def resize(images: Tensor, size: int) -> Tensor:
     resized = torch.empty(len(images), images.shape[1], size, size, dtype=torch.uint8)
     for start in range(0, len(images), RESIZE_CHUNK):  # Chunks keep the temporaries small.
         part = images[start : start + RESIZE_CHUNK]
-        resized[start : start + RESIZE_CHUNK] = F.interpolate(
-            part, (size, size), mode="bilinear", antialias=True
-        )
+        # torch's kernel for bytes fails with an internal error at a single pixel.
+        given = part.float() if size == 1 else part
+        made = F.interpolate(given, (size, size), mode="bilinear", antialias=True)
+        resized[start : start + RESIZE_CHUNK] = made.round() if size == 1 else made
     return resized

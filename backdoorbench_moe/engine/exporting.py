@@ -197,9 +197,9 @@ def _check_folder(folder: Path) -> None:
     """Raise ConfigError unless the folder does not exist or is empty."""
     try:
         if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-            raise ConfigError.expected("output", "a folder that does not exist or is empty", str(folder))
+            raise ConfigError.expected("DIR", "a folder that does not exist or is empty", str(folder))
     except OSError as error:
-        raise ConfigError(f"output {folder}: {error.strerror}") from error
+        raise ConfigError(f"DIR {folder}: {error.strerror}") from error
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -210,6 +210,6 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         write(partial)
         partial.replace(folder)
     except OSError as error:
-        raise RecordError(f"output {folder}: cannot be written: {error.strerror or error}") from error
+        raise RecordError(f"DIR {folder}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

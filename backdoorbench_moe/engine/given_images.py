@@ -13,7 +13,7 @@ from torch import Tensor
 
 from backdoorbench_moe.data.images import Form, read_images
 from backdoorbench_moe.data.listing import LeftOut, find_images
-from backdoorbench_moe.errors import DataError, ShapeError
+from backdoorbench_moe.errors import DataError, ShapeError, naming
 from backdoorbench_moe.image_files import decode
 from backdoorbench_moe.ops.images import Split, change_images
 from backdoorbench_moe.ops.seeding import generator
@@ -122,7 +122,8 @@ def _read_folder(
     if most is not None:
         order = torch.randperm(len(paths), generator=generator(0, "audit images"))[:most].tolist()
         paths = [paths[place] for place in order]
-    images = read_images(paths, Form(size or min(decode(paths[0])[0].size), crop=True))
+    with naming(name):
+        images = read_images(paths, Form(size or min(decode(paths[0])[0].size), crop=True))
     places = {label: number for number, label in enumerate(classes)}
     tops = [path.relative_to(root).parts[0] for path in paths]
     # A file directly in the folder may have the name of a class, too.

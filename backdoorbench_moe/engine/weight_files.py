@@ -24,6 +24,7 @@ from torch import Tensor
 
 from backdoorbench_moe.counting import count
 from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.spelling import near_names
 
 SAFETENSORS, ZIP, LEGACY = "safetensors", "torch's zip format", "torch's old format"
 # What the content of a file with one of these suffixes must be.
@@ -87,11 +88,7 @@ def read_weights(path: Path | str) -> Weights:
             The message is one line that names the file and the reason.
     """
     file = Path(path)
-    size = _check_file(file)
-    form = _format_of(file, size)
-    wanted = SUFFIXES.get(file.suffix.lower(), (form,))
-    if form not in wanted:
-        raise _refusal(file, f"its suffix says {wanted[0]}, its content is {form}")
+    size, form = check_weights(file)
     if form == SAFETENSORS:
         tensors, metadata = _read_safetensors(file, size)
         return _checked(Weights(file, tensors, metadata), size)
@@ -103,6 +100,23 @@ def read_weights(path: Path | str) -> Weights:
     return _checked(Weights(file, tensors, {}, notes), size)
 
 
+def check_weights(file: Path) -> tuple[int, str]:
+    """Check that a file may hold weights, by its first bytes.
+
+    Returns:
+        Its size, and its format: "safetensors", or one of torch's two.
+
+    Raises:
+        RecordError: It is missing, or is something else.
+    """
+    size = _check_file(file)
+    form = _format_of(file, size)
+    wanted = SUFFIXES.get(file.suffix.lower(), (form,))
+    if form not in wanted:
+        raise _refusal(file, f"its suffix says {wanted[0]}, its content is {form}")
+    return size, form
+
+
 def _refusal(file: Path, reason: str) -> RecordError:
     return RecordError(f"weights {file}: {reason}")
 
@@ -112,8 +126,7 @@ def _check_file(file: Path) -> int:
     try:
         found = file.stat()
     except FileNotFoundError:
-        link = "is a link to a file that is not there" if file.is_symlink() else "not found"
-        raise _refusal(file, link) from None
+        raise _refusal(file, _missing(file)) from None
     except (OSError, ValueError) as error:
         raise _refusal(file, getattr(error, "strerror", None) or str(error)) from error
     if not stat.S_ISREG(found.st_mode):
@@ -122,6 +135,17 @@ def _check_file(file: Path) -> int:
     if not found.st_size:
         raise _refusal(file, "is empty")
     return found.st_size
+
+
+def _missing(file: Path) -> str:
+    """Why a file is not found, with files beside it whose names are spelt like its."""
+    if file.is_symlink():
+        return "is a link to a file that is not there"
+    try:
+        near = near_names(file.name, [path.name for path in file.parent.iterdir() if path.is_file()])
+    except OSError:
+        near = []
+    return f"not found; did you mean {' or '.join(map(repr, near))}?" if near else "not found"
 
 
 def _format_of(file: Path, size: int) -> str:

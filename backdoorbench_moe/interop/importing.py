@@ -91,6 +91,7 @@ def import_backdoorbench(
     """
     place = ResultFolder(Path(folder), defense)
     refuse_trojai(place.path)
+    place.check()
     attack = read_attack_result(place.path / ATTACK)
     side = _side(place, attack)
     result = attack if defense is None else read_defense_result(place.weights_file)

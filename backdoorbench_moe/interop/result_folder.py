@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from backdoorbench_moe.data.images import Form, read_images
-from backdoorbench_moe.errors import DataError
+from backdoorbench_moe.errors import DataError, UnknownNameError
 from backdoorbench_moe.interop.attack_result import ATTACK, DEFENSE, StoredSplit
 
 TRAIN_IMAGES, TEST_IMAGES = "bd_train_dataset", "bd_test_dataset"
@@ -33,6 +33,23 @@ class ResultFolder:
 
     path: Path
     defense: str | None = None
+
+    def check(self) -> None:
+        """Check that the folder may be a result.
+
+        Raises:
+            DataError: It is none.
+        """
+        expected = f"FOLDER {self.path}: expected a result folder of BackdoorBench, with {ATTACK}"
+        if not self.path.is_dir():
+            raise DataError(f"{expected}, but it {'is a file' if self.path.exists() else 'does not exist'}")
+        if not (self.path / ATTACK).exists():
+            raise DataError(f"{expected}, which is not found in it")
+        if self.defense is not None and not self.weights_file.exists():
+            known = sorted(path.name for path in (self.path / "defense").glob("*") if path.is_dir())
+            raise UnknownNameError(
+                "defense", self.defense, known, f"; with {DEFENSE} in {self.path / 'defense'}"
+            )
 
     @property
     def weights_file(self) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.errors import BbmoeError, ConfigError, UnknownNameError
 from backdoorbench_moe.options import FilePath, Option, check_options, list_options
 from backdoorbench_moe.registry import Registry
 
@@ -96,6 +96,16 @@ COMMON = list_options(CommonOptions)
 
 class ModelRegistry(Registry["nn.Module"]):
     """The registry of models, each of which takes `CommonOptions` besides its own options if its inputs are images."""
+
+    def _unknown(self, name: str) -> BbmoeError:
+        """The error for a name that cannot be looked up; an architecture of timm is named as it is called here."""
+        error = super()._unknown(name)
+        if not isinstance(error, UnknownNameError):
+            return error
+        import timm
+
+        hint = f"; timm's architecture of this name is 'timm:{name}'" if timm.is_model(name) else ""
+        return UnknownNameError(self.kind, name, self.names(), hint)
 
     def options(self, name: str) -> dict[str, Option]:
         """Return the options of a model by name, and then the common ones."""

@@ -67,12 +67,17 @@ class RunFolder:
                 unknown schema version.
         """
         if not self.path.is_dir():
-            raise RecordError(f"run folder {self.path}: expected a folder with a {RECORD}, found none")
+            found = "got a file (bbmoe import makes a run of weights)" if self.path.exists() else "found none"
+            raise RecordError(f"run folder {self.path}: expected a folder with a {RECORD}, {found}")
         file = self.path / RECORD
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise RecordError(f"run folder {self.path}: expected a {RECORD} in it, found none") from None
+            runs = sorted(path.parent.name for path in self.path.glob(f"*/{RECORD}"))
+            inside = f"; it holds run folders, such as {runs[0]}" if runs else ""
+            raise RecordError(
+                f"run folder {self.path}: expected a {RECORD} in it, found none{inside}"
+            ) from None
         except OSError as error:
             raise RecordError(f"record {file}: {error.strerror}") from error
         except ValueError as error:

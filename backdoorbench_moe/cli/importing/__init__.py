@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
 from backdoorbench_moe.cli.app import LazyGroup
+from backdoorbench_moe.spelling import near_names
 
 DEFAULT = "weights"
 COMMANDS = {
@@ -21,6 +23,9 @@ class ImportGroup(LazyGroup):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put the default command in front, unless another one, or --help, is asked for."""
+        near = near_names(args[0], self.commands_help, most=1) if args else []
+        if near and args[0] not in self.commands_help and not Path(args[0]).exists():
+            raise click.UsageError(f"No file {args[0]!r}. Did you mean the command {near[0]!r}?", ctx)
         parsed: Any = super().parse_args(ctx, self.with_default(args, ctx.help_option_names))
         return parsed
 
