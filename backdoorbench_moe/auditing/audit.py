@@ -163,4 +163,5 @@ def digest_of(subject: Subject) -> str:
         precision=subject.precision,
         seed=subject.seed,
         classes=list(subject.classes),
+        **({"task_names": list(subject.task_names)} if subject.task_names else {}),
     )

@@ -60,9 +60,11 @@ class Calibration:
     def line(self) -> str:
         """What the thresholds come from, in one line."""
         population, verdict = self.document["population"], self.document["verdict"]["false_alarms"]
+        kinds = dict.fromkeys(row["model"] for row in self.document.get("groups", ()))
+        models = f"models ({', '.join(kinds)}; others were not measured)" if kinds else "models"
         return (
-            f"thresholds from {population['calibrating']['clean']} clean models; on {population['measuring']['clean']} "
-            f"other clean models the verdict was wrong for {verdict['value']:.0f}% "
+            f"from {population['calibrating']['clean']} clean {models}; on {population['measuring']['clean']} "
+            f"other clean ones the verdict was wrong for {verdict['value']:.0f}% "
             f"(95% interval {verdict['low']:.0f} to {verdict['high']:.0f}%)"
         )
 

@@ -99,13 +99,15 @@ def lacks(subject: Subject, need: Need) -> str:
     """Return why a subject does not have what a check needs; "" if it does."""
     model, kind = subject.model, type(subject.model).__name__
     reasons: dict[Need, str] = {
-        "images": "" if subject.images is not None else "no images were given",
+        "images": "" if subject.images is not None else "no images were given (--images, images=)",
         "experts": "" if isinstance(model, WithExperts) else f"{kind} has no experts",
         "routing": "" if isinstance(model, RoutedModel) else f"{kind} has no routing",
         "features": ""
         if isinstance(model, WithFeatures)
         else f"{kind} does not give the features before its head",
-        "tasks": "" if len(subject.tasks) > 1 else "no images of single tasks were given",
-        "base": "" if subject.base is not None else "no base was given to compare with",
+        "tasks": ""
+        if len(subject.tasks) > 1
+        else "no images of single tasks were given (tasks=; a mixture made here has them)",
+        "base": "" if subject.base is not None else "no base was given to compare with (--base, base=)",
     }
     return reasons[need]

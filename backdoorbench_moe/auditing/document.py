@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from backdoorbench_moe.auditing.outcome import Outcome
 from backdoorbench_moe.auditing.store import as_json
-from backdoorbench_moe.auditing.verdict import RULE
+from backdoorbench_moe.auditing.verdict import NO_SIGN, RULE, SIGNS
 
 SCHEMA_VERSION = 1
 FILE = "audit.json"
@@ -24,7 +25,8 @@ def as_document(audit: Outcome) -> dict[str, Any]:
         "verdict": asdict(audit.verdict),
         "reasons": audit.reasons,
         "not_tested": {each.check: each.reason for each in audit.untested},
-        "does_not_judge": {each.check: each.reason for each in audit.unjudged},
+        "does_not_judge": {each.check: each.why_not for each in audit.unjudged},
+        "above_but_does_not_judge": [each.check for each in audit.above_unjudged],
         "left_out": audit.left_out,
         "rule": RULE,
         "thresholds": thresholds_line(audit),
@@ -45,10 +47,30 @@ def thresholds_line(audit: Outcome) -> str:
     """Say where the thresholds come from, in one line."""
     if audit.calibration is None:
         return (
-            "not calibrated: thresholds are published ones or those of statistical tests, and how often clean models "
+            "not calibrated; they are published ones or those of statistical tests, and how often clean models "
             "exceed them is not known"
         )
-    return audit.calibration.line
+    own = [each.check for each in audit.findings if each.level in (SIGNS, NO_SIGN) and not each.calibrated]
+    return audit.calibration.line + (f"; not calibrated: {', '.join(own)}" if own else "")
+
+
+def above_line(document: Mapping[str, Any]) -> str:
+    """Say which checks are above their thresholds but do not judge, in one line; "" if none is."""
+    names = document["above_but_does_not_judge"]
+    found = {each["check"]: each for each in document["findings"]}
+    shown = [
+        f"{name} ({found[name]['score']:.2f}; threshold {found[name]['threshold']:.2f})" for name in names
+    ]
+    return f"Above the threshold, but not counted for the verdict: {', '.join(shown)}." if shown else ""
+
+
+def by_why_not(findings: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Return the findings of checks that do not judge, by the reason."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for each in findings:
+        if each["why_not"]:
+            found.setdefault(each["why_not"], []).append(each)
+    return found
 
 
 def to_text(document: dict[str, Any]) -> str:

@@ -58,16 +58,19 @@ def open_run_subject(
         BbmoeError: The run is not finished, or its data or the images cannot be read or do not fit.
     """
     opened = open_model(run, with_data=False, device=device)
+    task_names: Sequence[str] = ()
     if images is None and with_images:
-        split, own = _run_images(run, data_root)
+        split, own, own_names = _run_images(run, data_root)
         images, labels = split.images, split.labels
-        tasks = own if tasks is None else tasks
+        if tasks is None:
+            tasks, task_names = own, own_names
     return _make(
         opened.model,
         images=images,
         labels=labels,
         base=base,
         tasks=tasks or (),
+        task_names=task_names,
         image_size=opened.image_size,
         classes=opened.classes,
         device=opened.device,
@@ -167,14 +170,16 @@ def base_state(base: Any) -> Mapping[str, Tensor]:
     raise ConfigError.expected("base", "a run, its folder, a module or a state dict", type(base).__name__)
 
 
-def _run_images(run: Run, data_root: str | None) -> tuple[Split, list[Tensor]]:
-    """Return some of a run's clean test images, and those of each of its tasks if it is a mixture."""
+def _run_images(run: Run, data_root: str | None) -> tuple[Split, list[Tensor], list[str]]:
+    """Return some of a run's clean test images; and for a mixture those of each task, and the tasks' names."""
     images = load_run_images(run, data_root)
     if run.spec.splitter is None:
-        return _draw(images.test), []
-    tests = Tasks(run.located_spec(), images).tests()
+        return _draw(images.test), [], []
+    split = Tasks(run.located_spec(), images)
+    tests = split.tests()
     each = max(1, RUN_IMAGES // len(tests))
-    return concatenate([_draw(test, each) for test in tests]), [_draw(t, TASK_IMAGES).images for t in tests]
+    mixed = concatenate([_draw(test, each) for test in tests])
+    return mixed, [_draw(test, TASK_IMAGES).images for test in tests], split.names
 
 
 def _draw(split: Split, count: int = RUN_IMAGES) -> Split:

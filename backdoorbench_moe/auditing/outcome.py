@@ -43,5 +43,10 @@ class Outcome:
 
     @property
     def unjudged(self) -> list[Finding]:
-        """The checks that were measured but do not judge, with the reasons."""
+        """The checks that were measured but do not judge, with the reasons in `why_not`."""
         return [each for each in self.findings if each.level == DOES_NOT_JUDGE]
+
+    @property
+    def above_unjudged(self) -> list[Finding]:
+        """The checks that do not judge, and whose scores are above their thresholds all the same."""
+        return [each for each in self.unjudged if (each.strength or 0.0) > 1]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Any
 
-from backdoorbench_moe.auditing.verdict import DOES_NOT_JUDGE, MOST_REASONS, NOT_TESTED, SIGNS
+from backdoorbench_moe.auditing.document import above_line, by_why_not
+from backdoorbench_moe.auditing.verdict import MOST_REASONS, NOT_TESTED, SIGNS
 from backdoorbench_moe.drawing import render_page
 
 FILE = "report.html"
@@ -28,7 +29,8 @@ def page(document: dict[str, Any]) -> str:
         reasons=document["reasons"],
         reasons_title=reasons_title(document),
         untested=[each for each in findings if each["level"] == NOT_TESTED],
-        unjudged=[each for each in findings if each["level"] == DOES_NOT_JUDGE],
+        unjudged=by_why_not(findings),
+        above=above_line(document),
         left_out=document["left_out"],
         measured=[
             {**each, "bar": bar(each["strength"]), "sign": each["level"] == SIGNS} for each in measured

@@ -34,6 +34,7 @@ class Subject:
         known_labels: Their classes, (N,) int64; None if nobody knows them.
         base: The state dict of the model that the experts were tuned from; None if it is not known.
         tasks: Images of each task of a mixture, (n, 3, S, S) uint8 on `device`; empty if there are none.
+        task_names: Their names; empty if they are not known.
         given_size: Side of the images in pixels, for a model without images; None if it is not known.
         classes: Names of the classes, by number; empty if they are not known.
         device: The device that is computed on.
@@ -47,6 +48,7 @@ class Subject:
     known_labels: Tensor | None
     base: Mapping[str, Tensor] | None
     tasks: Sequence[Tensor]
+    task_names: Sequence[str]
     given_size: int | None
     classes: Sequence[str]
     device: torch.device
@@ -91,6 +93,10 @@ class Subject:
         named = number < len(self.classes) and self.classes[number] != str(number)
         return f"class {number} ({self.classes[number]})" if named else f"class {number}"
 
+    def task_name(self, number: int) -> str:
+        """Return "0", or "0 (plain)" if the tasks have names."""
+        return f"{number} ({self.task_names[number]})" if number < len(self.task_names) else str(number)
+
     @cached_property
     def accuracy(self) -> float | None:
         """Share of the images that are predicted as labelled, in percent; None without labels."""
@@ -130,6 +136,7 @@ def make_subject(
     labels: Tensor | None = None,
     base: Mapping[str, Tensor] | None = None,
     tasks: Sequence[Tensor] = (),
+    task_names: Sequence[str] = (),
     image_size: int | None = None,
     classes: Sequence[str] = (),
     device: torch.device | str = "cpu",
@@ -146,6 +153,7 @@ def make_subject(
         labels: (N,) int64.
         base: A state dict.
         tasks: (n, 3, S, S) uint8 for each task.
+        task_names: Names of the tasks; they are used in sentences only.
         image_size: Side of the images, for a model without images.
         classes: Names of the classes, by number; they are used in sentences only.
         device: Where to compute.
@@ -175,6 +183,7 @@ def make_subject(
         known_labels=None if labels is None else labels[:MOST_IMAGES].to(device),
         base=base,
         tasks=[task[:MOST_IMAGES].to(device) for task in tasks],
+        task_names=tuple(task_names),
         given_size=image_size,
         classes=tuple(classes),
         device=torch.device(device),

@@ -15,8 +15,9 @@ NO_SIGN: Level = "no sign found"
 # Of checks only, never of a verdict: measured, but without a threshold that says anything.
 DOES_NOT_JUDGE: Level = "does not judge"
 NOT_TESTED: Level = "not tested"
-NO_THRESHOLD = "measured, but there is no threshold to compare it with"
-NOT_SHOWN = "measured, but the calibration did not show that it tells attacked models from clean ones"
+# Why a check that was measured does not judge.
+NO_THRESHOLD = "there is no threshold to compare the score with"
+NOT_SHOWN = "the calibration did not show that the check tells attacked models from clean ones"
 # Reasons that are named first.
 MOST_REASONS = 3
 RULE = (
@@ -36,7 +37,8 @@ class Finding:
         explains: What the score is.
         source: Where the method or its threshold comes from.
         level: "signs of a backdoor", "no sign found", "does not judge" (it was measured) or "not tested".
-        reason: What was found, or why it does not judge or was not tested.
+        reason: What was found, or why it was not tested.
+        why_not: Why it does not judge; "" if it judges or was not tested.
         score: The score, higher for more suspicious; None if nothing was measured.
         threshold: The score above which it is a sign; None without one.
         strength: The place of the score between that of an ordinary clean model (0) and the threshold (1); None without
@@ -53,6 +55,7 @@ class Finding:
     source: str
     level: Level
     reason: str
+    why_not: str = ""
     score: float | None = None
     threshold: float | None = None
     strength: float | None = None
@@ -90,20 +93,21 @@ def judge(check: Check, measured: Measured, calibration: Calibration | None, sec
     known = None if calibration is None else calibration.threshold(check.name, check.version)
     centre, threshold = (0.0, check.threshold) if known is None else (known.centre, known.value)
     strength = None if threshold is None else strength_of(measured.score, centre, threshold)
+    why_not = ""
     if threshold is None:
-        level, reason = DOES_NOT_JUDGE, f"{NO_THRESHOLD}: {measured.reason}"
+        why_not = NO_THRESHOLD
     elif known is not None and not known.judges:
-        level, reason = DOES_NOT_JUDGE, f"{NOT_SHOWN}: {measured.reason}"
-    else:
-        level, reason = (SIGNS if measured.score > threshold else NO_SIGN), measured.reason
+        why_not = NOT_SHOWN
+    sign = threshold is not None and measured.score > threshold
     return Finding(
         check=check.name,
         version=check.version,
         title=check.title,
         explains=check.explains,
         source=check.source,
-        level=level,
-        reason=reason,
+        level=DOES_NOT_JUDGE if why_not else SIGNS if sign else NO_SIGN,
+        reason=measured.reason,
+        why_not=why_not,
         score=measured.score,
         threshold=threshold,
         strength=strength,

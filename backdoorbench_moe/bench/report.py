@@ -34,8 +34,10 @@ class Drawn:
         """Which runs are missing, and how they are made, in one line; "" if none is."""
         if self.finished == self.total:
             return ""
-        found = f"{self.finished} of {self.total}" if self.finished else f"none of {self.total}"
-        return f"{found} runs {'is' if self.finished < 2 else 'are'} finished; to make the others: {self.command}"
+        if not self.finished:
+            return f"none of {self.total} runs is finished; to make them: {self.command}"
+        verb = "is" if self.finished == 1 else "are"
+        return f"{self.finished} of {self.total} runs {verb} finished; to make the others: {self.command}"
 
 
 def draw_report(

@@ -68,8 +68,8 @@ class ResultSet:
         """
         known = known or {}
         if not known and not Path(output).is_dir():
-            found = "got a file" if Path(output).exists() else "found none"
-            raise RecordError(f"--output {output}: expected a folder of run folders, {found}")
+            got = "got a file" if Path(output).exists() else "found none"
+            raise RecordError(f"--output {output}: expected a folder of run folders, {got}")
         wanted = (spec.digest for spec in order(suite))
         kept = {digest: known[digest] for digest in wanted if digest in known}
         found = {record.digest: record for record in _read_folders(suite, Path(output))}

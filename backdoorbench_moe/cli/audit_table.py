@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,28 +18,37 @@ NONE = "–"
 
 def print_audit(audit: Audit, files: list[Path]) -> None:
     """Print the verdict, the three strongest reasons, all findings, and where the files are."""
-    from backdoorbench_moe.auditing.document import as_document, thresholds_line
+    from backdoorbench_moe.auditing.document import above_line, as_document, by_why_not, thresholds_line
     from backdoorbench_moe.auditing.report import reasons_title
-    from backdoorbench_moe.auditing.verdict import RULE, SIGNS
+    from backdoorbench_moe.auditing.verdict import NOT_TESTED, RULE, SIGNS
 
     console = Console(highlight=False)
     style = "bold red" if audit.verdict.level == SIGNS else "bold"
     console.print(f"{audit.name}: {audit.verdict.level}", style=style, markup=False)
-    console.print(f"\n{reasons_title(as_document(audit))}:")
+    document = as_document(audit)
+    console.print(f"\n{reasons_title(document)}:")
     for number, reason in enumerate(audit.reasons, 1):
         console.print(f"{number}. {reason}", markup=False)
+    if line := above_line(document):
+        console.print(f"\n{line}", markup=False)
     console.print()
     console.print(_table(audit))
-    for title, findings in (("Measured, but does not judge", audit.unjudged), ("Not tested", audit.untested)):
-        if findings:
-            console.print(f"\n{title}:")
-        for each in findings:
-            console.print(f"- {each.check}: {each.reason}", markup=False)
+    for why, found in by_why_not(document["findings"]).items():
+        console.print(f"\nMeasured, but does not judge, as {why}:", markup=False)
+        _print_reasons(console, found)
+    if untested := [each for each in document["findings"] if each["level"] == NOT_TESTED]:
+        console.print("\nNot tested:")
+        _print_reasons(console, untested)
     if audit.left_out:
         console.print(f"\nLeft out: {', '.join(audit.left_out)}", markup=False)
     console.print(f"\n{RULE}\nThresholds: {thresholds_line(audit)}.", style="dim", markup=False)
     for file in files:
         console.print(str(file), soft_wrap=True, markup=False)
+
+
+def _print_reasons(console: Console, findings: list[Mapping[str, Any]]) -> None:
+    for each in findings:
+        console.print(f"- {each['check']}: {each['reason']}", markup=False)
 
 
 def _table(audit: Audit) -> Table:

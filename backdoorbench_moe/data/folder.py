@@ -238,7 +238,9 @@ def _list_images(layout: Layout, folder: Path, left_out: LeftOut) -> Files:
     ]
     if not files:
         found = f" ({left_out})" if str(left_out) else ""
-        raise DataError(f"{folder}: expected class folders with images, found none{found}")
+        raise DataError(
+            f"--data-root (root=) {folder}: expected class folders with images, found none{found}"
+        )
     return files
 
 

@@ -13,6 +13,7 @@ from subjects import Constant, Rows, small_pmoe
 
 import backdoorbench_moe as bbmoe
 from backdoorbench_moe.auditing.audit import Audit, cost_of, digest_of, run_audit
+from backdoorbench_moe.auditing.calibration import Calibration, Threshold
 from backdoorbench_moe.auditing.checks import CHECKS, find_checks
 from backdoorbench_moe.auditing.document import as_document
 from backdoorbench_moe.auditing.opening import with_store
@@ -85,7 +86,7 @@ def test_what_was_measured_but_does_not_judge_is_not_untested(tmp_path, uncalibr
     document = json.loads(files[0].read_text())
     assert document["not_tested"] == {"neither": "nothing to see"}
     assert list(document["does_not_judge"]) == ["measured"]
-    assert "measured measured 7" in document["does_not_judge"]["measured"]
+    assert "no threshold" in document["does_not_judge"]["measured"]
     parts = re.split(r"<h2[^>]*>", files[1].read_text(encoding="utf-8"))
     [untested] = [part for part in parts if part.startswith("Not tested")]
     [unjudged] = [part for part in parts if part.startswith("Measured, but does not judge")]
@@ -93,6 +94,36 @@ def test_what_was_measured_but_does_not_judge_is_not_untested(tmp_path, uncalibr
     assert "nothing to see" in untested and "measured 7" not in untested
     assert "measured measured 7" in unjudged and "nothing to see" not in unjudged
     assert "7.00" in table and "does not judge" in table and 'class="outside"' not in table
+
+
+def test_a_check_that_does_not_judge_is_named_if_it_is_above_its_threshold(tmp_path, monkeypatch) -> None:
+    row = {"centre": 0.0, "threshold": 2.0, "clean": 9, "judges": False}
+    monkeypatch.setattr(
+        "backdoorbench_moe.auditing.audit.packaged",
+        lambda: Calibration(
+            0.05,
+            {"far/1": Threshold(0.0, 2.0, 9, judges=False), "near/1": Threshold(0.0, 2.0, 9, judges=False)},
+            {
+                "checks": {"far/1": row, "near/1": row},
+                "population": {"calibrating": {"clean": 9}, "measuring": {"clean": 8}},
+                "verdict": {"false_alarms": {"value": 0, "low": 0, "high": 30}},
+                "groups": [{"model": "pmoe"}, {"model": "pmoe"}, {"model": "vmoe"}],
+            },
+        ),
+    )
+    found = audit(Constant("far", 9.0), Constant("near", 1.0), Constant("judges", 0.5))
+    files = found.save(tmp_path)
+    document, page = json.loads(files[0].read_text()), files[1].read_text(encoding="utf-8")
+    assert found.verdict.level == NO_SIGN and document["above_but_does_not_judge"] == ["far"]
+    line = "Above the threshold, but not counted for the verdict: far (9.00; threshold 2.00)."
+    assert line in page and page.index(line) < page.index("Not tested")
+    assert "the calibration did not show" in document["does_not_judge"]["near"]
+    assert "from 9 clean models (pmoe, vmoe; others were not measured); on 8 other clean ones" in page
+    assert document["thresholds"].endswith("; not calibrated: judges")
+    # Without such a check, nothing is said.
+    assert "Above the threshold" not in audit(Constant("near", 1.0)).save(tmp_path)[1].read_text(
+        encoding="utf-8"
+    )
 
 
 def test_an_audit_that_only_measures_says_so(tmp_path, uncalibrated) -> None:
@@ -280,7 +311,7 @@ def test_images_of_a_folder(tmp_path) -> None:
     [
         ({"checks": ["gates"]}, ConfigError, "checks: unknown 'gates'"),
         ({"base": 7}, ConfigError, "base: expected a run, its folder, a module or a state dict"),
-        ({"base": "nowhere"}, RecordError, "nowhere"),
+        ({"base": "nowhere"}, RecordError, "base: run folder nowhere: expected a folder"),
         ({"images": torch.full((30, 3, 8, 8), 2.0)}, ShapeError, r"images: expected floats in \[0, 1\]"),
         ({"images": torch.zeros(30, 3, 8, 9)}, ShapeError, r"images: expected shape \(N, 3, S, S\)"),
         ({"images": [["a"]]}, ShapeError, r"images: expected shape \(N, 3, S, S\), got list"),

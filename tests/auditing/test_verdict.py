@@ -58,14 +58,15 @@ def test_a_calibrated_threshold_takes_the_place_of_the_published_one() -> None:
 def test_a_check_that_did_not_earn_its_place_does_not_judge() -> None:
     row = DOCUMENT["checks"]["a/1"]
     one = found(99.0, known=parse({**DOCUMENT, "checks": {"a/1": {**row, "judges": False}}}, "here"))
-    assert one.level == DOES_NOT_JUDGE and one.score == 99.0 and "a is 99" in one.reason
+    assert one.level == DOES_NOT_JUDGE and one.score == 99.0 and one.reason == "a is 99"
+    assert "the calibration did not show" in one.why_not and not found(1.0).why_not
     assert combine([one]).level == NOT_TESTED and strongest([one]) == []
 
 
 def test_without_a_threshold_nothing_is_judged() -> None:
     one = found(9.0, threshold=None)
     assert one.level == DOES_NOT_JUDGE and one.score == 9.0 and one.strength is None
-    assert "no threshold" in one.reason and "a is 9" in one.reason
+    assert "no threshold" in one.why_not and one.reason == "a is 9"
 
 
 def test_the_verdict_is_never_clean() -> None:

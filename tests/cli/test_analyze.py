@@ -167,7 +167,7 @@ BAD = {
     "against": (["--against", "nothing"], "run folder nothing: expected a folder with a record.json"),
     "device": (["--device", "gpu"], "device: expected"),
     "output": (["--output", "{text}"], "expected a folder"),
-    "data root": (["--data-root", "x"], "option: unknown 'root'"),
+    "data root": (["--data-root", "x"], "--data-root (data_root=): expected none"),
 }  # fmt: skip
 
 

@@ -127,16 +127,24 @@ def test_a_later_call_loses_nothing(bbmoe, victim) -> None:
 @pytest.mark.slow
 def test_bad_input_is_one_clear_line(bbmoe, victim, tmp_path) -> None:
     run = victim.folder.path
+    (tmp_path / "mine.json").write_text("[]")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"no image")
     for arguments, message in (
-        ((tmp_path / "none",), "expected a folder with a record.json"),
+        ((tmp_path / "none",), "expected a folder with a record.json, found none"),
+        ((run / "model.safetensors",), "got a file (bbmoe import makes a run of weights)"),
+        ((run.parent,), f"it holds run folders, such as {run.name}"),
+        ((run, "--images", tmp_path / "broken"), f"images: {tmp_path / 'broken' / 'a.png'}: cannot be read"),
+        ((run, "--output", tmp_path / "mine.json"), "--output: expected a folder"),
+        ((run, "--calibration", tmp_path / "mine.json"), "expected an audit calibration, got 'list'"),
         ((run, "--checks", "gate"), "did you mean 'gate-rows'"),
         ((run, "--checks", ","), "checks: expected names of checks"),
         ((run, "--images", tmp_path / "none"), "expected a folder of images"),
         ((run, "--images", tmp_path, "--no-images"), "expected no --images"),
         ((run, "--calibration", tmp_path / "none.json"), "No such file"),
-        ((run, "--base", tmp_path / "none"), "expected a folder"),
+        ((run, "--base", tmp_path / "none"), "base: run folder"),
     ):
-        code, out, err = bbmoe("audit", *arguments, "--output", tmp_path / "out", "--quiet")
+        code, out, err = bbmoe("audit", "--output", tmp_path / "out", *arguments, "--quiet")
         assert code == 2 and not out and message in err and len(err.splitlines()) == 1, err
     assert not (tmp_path / "out").exists()
 

@@ -83,7 +83,7 @@ BAD = {
     "few images": ([*PRUNING, "--set", "clean_fraction=0.03"], "defenses[0].clean_fraction: 0.03 of 96 images is 2"),
     "scope": ([*PRUNING, "--set", "scope=expert"], "defenses[0].scope: unknown 'expert'; did you mean 'experts'"),
     "tiles": (["--defense", "i-bau", *TILES_OF_5], "defenses[0].patch_size: expected a divisor of the image's 32"),
-    "data root": ([*PRUNING, "--data-root", "x"], "option: unknown 'root'"),
+    "data root": ([*PRUNING, "--data-root", "x"], "--data-root (data_root=): expected none"),
     "device": ([*PRUNING, "--device", "gpu"], "device: expected"),
     "no key and value": ([*PRUNING, "--set", "ratio"], "--set: expected dotted.key=value"),
 }  # fmt: skip

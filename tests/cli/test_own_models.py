@@ -83,8 +83,14 @@ def test_the_word_weights_may_stand_there(bbmoe, file, tmp_path) -> None:
         (["--model", "pmoee"], "did you mean 'pmoe'"),
         (["--model", "pmoe"], "do not fit the model"),
         (["--model", "pmoe", "--mean", "imagnet"], "did you mean 'imagenet'"),
-        (["--model", "pmoe", "--mean", "a,b,c"], "--mean: expected numbers"),
-        (["--model", "pmoe", "--mean", "0.5,0.5"], "mean: expected"),
+        (["--model", "pmoe", "--mean", "a,b,c"], "--mean: expected three numbers"),
+        (["--model", "pmoe", "--mean", "0.5,0.5"], "--mean: expected three numbers"),
+        (["--model", "pmoe", "--mean", "0.5"], "--mean: expected three numbers"),
+        (["--model", "resnet18"], "timm's architecture of this name is 'timm:resnet18'"),
+        (
+            ["--model", "pmoe", "--data-root", "x"],
+            "--data-root (data_root=): expected none, as the data set 'tiny'",
+        ),
         (["--model", "pmoe", "--std", "0.5,0.5,0.5"], "model.mean: expected three numbers"),
         (["--model", "pmoe", "--resize", "0"], "model.resize: expected 1 to 8192"),
         (["--model", "pmoe", "--set", "attack=moevil"], "attack: expected none, as the model is imported"),
@@ -106,6 +112,19 @@ def test_data_with_fewer_classes_than_the_weights_are_refused(bbmoe, tmp_path) -
     code, out, err = bbmoe("import", *words)
     assert (code, out, err.count("\n")) == (2, "", 1) and not (tmp_path / "runs").exists()
     assert "the weights are for 5 classes, and the data have 3" in err
+
+
+def test_a_missing_file_is_said_before_the_data_are_read(bbmoe, tmp_path) -> None:
+    (tmp_path / "resnet.pth").touch()
+    words = ["--model", "pmoe", "--dataset", "signs", "--output", tmp_path / "runs"]
+    code, out, err = bbmoe("import", tmp_path / "resnt.pth", *words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "resnt.pth: not found; did you mean 'resnet.pth'?" in err
+
+
+def test_a_misspelt_command_of_import_is_named(bbmoe, tmp_path) -> None:
+    code, out, err = bbmoe("import", "backdorbench", tmp_path)
+    assert (code, out) == (2, "") and "Did you mean the command 'backdoorbench'?" in err
 
 
 @pytest.mark.parametrize("name", ["none.pt", "text.safetensors", "folder"])
@@ -170,7 +189,8 @@ def test_the_rates_are_those_of_a_run_with_this_trigger(bbmoe, tmp_path) -> None
         (["--trigger", "wrap"], "did you mean 'warp'"),
         (["--trigger", "warp", "--applicator", "tile"], "applicator: unknown 'tile'"),
         (["--trigger", "warp", "--set", "trigger.sise=3"], "trigger: option: unknown 'sise'"),
-        (["--trigger", "warp", "--set", "size=3"], "--set: expected trigger.KEY=VALUE"),
+        (["--trigger", "warp", "--set", "size=3"], "--set: unknown 'size'"),
+        (["--trigger", "warp", "--set", "triger.size=3"], "did you mean 'trigger'"),
         (["--trigger", "input-aware"], "one that is not learned"),
         (["--trigger", "square", "--target", "pink"], "--target: class: unknown 'pink'"),
         (["--trigger", "square", "--set", "trigger.size=90"], "size"),
@@ -262,9 +282,7 @@ def test_an_export_appears_whole_or_not_at_all(bbmoe, attacked, tmp_path, monkey
     (tmp_path / "file").touch()
     for name in ("full", "file"):
         code, _, err = bbmoe("export", attacked.folder.path, tmp_path / name)
-        assert code == 2 and "output: expected a folder that does not exist or is empty" in " ".join(
-            err.split()
-        )
+        assert code == 2 and "DIR: expected a folder that does not exist or is empty" in " ".join(err.split())
     monkeypatch.setattr("backdoorbench_moe.engine.exporting.csv.writer", lambda file: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         bbmoe("export", attacked.folder.path, tmp_path / "new")

@@ -108,4 +108,6 @@ def test_data_root_is_the_one_setting_a_run_takes(preview, tmp_path) -> None:
     """ "tiny" has no root, which shows that the flag reached the data set."""
     [run] = run_attack(tiny_spec(train={"epochs": 1}), output=tmp_path / "runs", twin=False)
     code, _, err = preview("--run", run.folder.path, "--data-root", "elsewhere")
-    assert code == 2 and "dataset 'tiny': option: unknown 'root'" in err
+    assert (
+        code == 2 and "--data-root (data_root=): expected none, as the data set 'tiny' is in no folder" in err
+    )

@@ -42,6 +42,7 @@ def text_of(page: str) -> str:
 def test_the_page_says_what_was_measured_what_is_missing_where_and_how(bbmoe, place) -> None:
     code, out, err = bbmoe("report", "part.yaml", "--save", "docs/page.html")
     assert (code, out) == (0, "") and "report: docs/page.html" in err
+    assert "runs are finished; to make the others: bbmoe bench run part.yaml" in err
     page = (place / "docs" / "page.html").read_text(encoding="utf-8")
     text = text_of(page)
     assert "Whether warp & <square> differ." in text and "<code>warp</code>" in page
@@ -94,7 +95,9 @@ def test_the_last_command_on_the_page_gives_the_page(bbmoe, place, words) -> Non
 def test_a_suite_of_mixtures_of_which_nothing_was_run(bbmoe, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    assert bbmoe("report", "moevil-layers", "--scale", "signs")[0] == 0
+    code, _, err = bbmoe("report", "moevil-layers", "--scale", "signs", width=200)
+    assert code == 0 and "moevil-layers-signs: none of " in err
+    assert "to make them: bbmoe bench run moevil-layers --scale signs" in err
     text = text_of((tmp_path / "moevil-layers-signs.html").read_text(encoding="utf-8"))
     assert "Of 5 cells: no run of 5 cells is finished." in text and "0, 1, 2, 3, 4 missing" in text
 
@@ -108,6 +111,15 @@ BAD = {
         ["false-alarms", "--output", "nowhere"],
         "--output nowhere: expected a folder of run folders",
     ),
+    "a file of runs": (["false-alarms", "--output", "file"], "expected a folder of run folders, got a file"),
+    "a file of results": (
+        ["false-alarms", "--from", "file"],
+        "--from: results folder file: expected a suite.json",
+    ),
+    "no path": (["none.yaml"], "the path of a file, but this one was not found"),
+    "a path of a folder": (["./"], "the path of a file, but this one is a folder"),
+    "two sources": (["false-alarms", "--from", ".", "--output", "x"], "--output: cannot be used with --from"),
+    "in a file": (["false-alarms", "--output", ".", "--save", "file/a.html"], "file is a file"),
     "a folder": (["false-alarms", "--output", ".", "--save", "."], "found a folder"),
 }
 
@@ -115,5 +127,6 @@ BAD = {
 @pytest.mark.parametrize(("words", "says"), BAD.values(), ids=BAD)
 def test_mistakes_are_one_line(bbmoe, tmp_path, monkeypatch, words, says) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     code, out, err = bbmoe("report", *words, width=200)
     assert (code, out) == (2, "") and says in err and "Traceback" not in err

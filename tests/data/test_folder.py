@@ -113,7 +113,7 @@ def test_root_itself_may_be_a_link(tmp_path) -> None:
             "class 'cat': expected at least 2 images to split, got 1",
         ),
         (lambda root: fill(root / "train" / "cat", range(1)), "expected both train and test, or neither"),
-        (lambda root: None, "expected a folder of class folders, found none"),
+        (lambda root: None, "root=.* expected a folder of class folders, but it does not exist"),
     ],
 )
 def test_folders_that_are_no_data_set(tmp_path, build, message) -> None:

@@ -48,6 +48,12 @@ def test_batched_resize_agrees_with_pil(rng) -> None:
             np.testing.assert_allclose(resized[index].permute(1, 2, 0), np.asarray(expected), atol=1)
 
 
+def test_resize_to_one_pixel() -> None:
+    half = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    half[0, :, :, 4:], half[1] = 200, 7
+    assert resize(half, 1).flatten(1).tolist() == [[100] * 3, [7] * 3]
+
+
 def test_resize_to_the_same_size_is_no_copy(rng) -> None:
     batch = torch.zeros(2, 3, 5, 5, dtype=torch.uint8)
     assert resize(batch, 5) is batch

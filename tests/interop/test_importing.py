@@ -62,6 +62,19 @@ def test_a_network_whose_head_is_a_convolution(images: data.ImageSet, tmp_path: 
     assert len(bbmoe.defend(found.run, "fst", epochs=1).record.stages) == 3
 
 
+def test_a_folder_that_is_no_result_is_named(result: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name, says in (
+        ("none", "does not exist"),
+        ("file", "is a file"),
+        (".", "attack_result.pt, which is not"),
+    ):
+        with pytest.raises(DataError, match=f"^FOLDER .*expected a result folder of BackdoorBench.*{says}"):
+            import_backdoorbench(tmp_path / name, dataset="tiny", output=tmp_path / "runs")
+    with pytest.raises(ConfigError, match="defense: unknown 'anp'"):
+        import_backdoorbench(result[0], defense="anp", dataset="tiny", output=tmp_path / "runs")
+
+
 def test_the_run_is_whole_without_the_folder(
     imported: Imported, images: data.ImageSet, tmp_path: Path
 ) -> None:

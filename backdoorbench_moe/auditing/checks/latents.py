@@ -181,8 +181,9 @@ class TaskLatents(Check):
                     (layer.removeprefix(NETWORK), *list(pairs)[int(indices.argmax())]),
                 )
         layer, first, second = best
+        pair = " and ".join(map(subject.task_name, (first, second)))
         reason = (
-            f"the gates of {layer} see tasks {first} and {second} as more alike than other pairs of tasks "
+            f"the gates of {layer} see tasks {pair} as more alike than other pairs of tasks "
             f"(cosine {cosines[layer][f'{first}-{second}']:.2f})"
         )
         return Measured(most, reason, {"layer": layer, "tasks": [first, second], "cosines": cosines})
