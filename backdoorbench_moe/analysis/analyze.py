@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from backdoorbench_moe.analysis import (
@@ -14,7 +11,6 @@ from backdoorbench_moe.analysis import (
     carriers,
     comparison,
     examples,
-    gate_shares,
     latents,
     passes,
     pixels,
@@ -22,121 +18,26 @@ from backdoorbench_moe.analysis import (
     routing,
     shift,
 )
-from backdoorbench_moe.analysis.facts import RunFacts, run_facts
+from backdoorbench_moe.analysis.analyzer import Analyzer
+from backdoorbench_moe.analysis.facts import run_facts
 from backdoorbench_moe.analysis.marks import mark_test
 from backdoorbench_moe.analysis.remeasure import check_record, pass_mixture
+from backdoorbench_moe.analysis.results import (
+    DEFAULT_CARRIERS_IMAGES,
+    Analysis,
+    AnalysisOptions,
+    Findings,
+    ImageCounts,
+)
+from backdoorbench_moe.analysis.text_analyzer import TextAnalyzer
 from backdoorbench_moe.engine.mixture_metrics import MixturePass
 from backdoorbench_moe.engine.observer import Observer
-from backdoorbench_moe.engine.opened_run import OpenedRun, open_beside, open_run
-from backdoorbench_moe.engine.run import Run, load_run
-from backdoorbench_moe.errors import BbmoeError, ConfigError
+from backdoorbench_moe.engine.opened_run import OpenedRun, open_run
+from backdoorbench_moe.engine.run import Run
+from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.structure import WithExperts
 from backdoorbench_moe.ops.routing import changed_patches, patch_sums
 from backdoorbench_moe.ops.seeding import seeded
-
-DEFAULT_CARRIERS_IMAGES = 2000
-
-
-@dataclass(frozen=True)
-class Findings:
-    """Routing of one model, layer by layer.
-
-    A part that could not be computed is None; `Analysis.absent` gives the reason.
-
-    Attributes:
-        routing: Routing of the clean test images.
-        capture: Trigger capture, over the triggered images that count for ASR.
-        shift: Routing shift between these images and their clean versions.
-    """
-
-    routing: tuple[routing.LayerRouting, ...] | None = None
-    capture: tuple[capture.LayerCapture, ...] | None = None
-    shift: tuple[shift.LayerShift, ...] | None = None
-
-
-@dataclass(frozen=True)
-class MissingPart:
-    """A part of the analysis that could not be computed.
-
-    Attributes:
-        part: Name of the part, such as "capture".
-        reason: Why it is missing.
-    """
-
-    part: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class ImageCounts:
-    """Numbers of images.
-
-    Attributes:
-        test: Number of clean test images.
-        triggered: Number of those that count for ASR; 0 without a trigger.
-    """
-
-    test: int
-    triggered: int
-
-
-@dataclass(frozen=True)
-class AnalysisOptions:
-    """Options of an analysis that change its results.
-
-    Attributes:
-        images: The example images as given: an index in the test split, or the name of a file without its folder;
-            None if they were drawn.
-        carriers_images: Largest number of images on which muted and patched experts were measured.
-    """
-
-    images: tuple[int | str, ...] | None
-    carriers_images: int
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """The analysis of a run and of the run that it is compared with.
-
-    Attributes:
-        run: The run.
-        against: The run that it is compared with; None if there is none.
-        options: Options that change the results.
-        trigger_from: Name of the run folder whose trigger is used: the run's own or, if the run is not attacked with
-            one, that of the run it is compared with. None without a trigger.
-        classes: Class names.
-        images: Numbers of images.
-        examples: Patch maps of example images.
-        findings: Routing of the run's model.
-        pixels: Brightness of the patches that each expert takes, layer by layer.
-        carriers: BA and ASR with experts muted and patched.
-        findings_against: Routing of the other model.
-        comparison: Overlap of the two models' selections.
-        experts: The experts of a mixture; None for any other run.
-        latents: For each poisoned expert, how alike the latents of marked images and of its own task are; None if the
-            run is neither an attacked mixture nor a poisoned expert.
-        probe: Routing over training.
-        absent: The parts that are missing, with reasons.
-        seconds: Seconds that each part took, and "total".
-    """
-
-    run: RunFacts
-    against: RunFacts | None
-    options: AnalysisOptions
-    trigger_from: str | None
-    classes: tuple[str, ...]
-    images: ImageCounts
-    examples: examples.Examples
-    findings: Findings
-    pixels: tuple[pixels.LayerPixels, ...] | None
-    carriers: carriers.Carriers | None
-    findings_against: Findings | None
-    comparison: comparison.RoutingComparison | None
-    experts: gate_shares.ExpertFindings | None
-    latents: tuple[latents.ExpertLatents, ...] | None
-    probe: probe_summary.ProbeSummary | None
-    absent: tuple[MissingPart, ...]
-    seconds: dict[str, float]
 
 
 def analyze_run(
@@ -157,8 +58,8 @@ def analyze_run(
             next to that of the run.
         images: Example images to draw patch maps of, as indices in the test split or paths of image files; None
             to draw images of several classes.
-        carriers_images: Largest number of images on which BA, and on which ASR, is measured with experts muted
-            and patched; at least 1.
+        carriers_images: Largest number of images, or texts, on which BA, and on which ASR, is measured with experts
+            muted and patched; at least 1.
         data_root: Folder of the data, if it has moved since the run was made.
         device: "auto", "cpu", "cuda" or "cuda:N"; None for the run's own.
         observer: Receives progress.
@@ -168,32 +69,27 @@ def analyze_run(
     """
     if carriers_images < 1:
         raise ConfigError.expected("carriers_images", "at least 1", carriers_images)
+    if run.record.is_text and images is not None:
+        raise ConfigError("images: expected none, as the data are texts")
     opened = open_run(run, data_root=data_root, device=device)
+    if run.record.is_text:
+        options = AnalysisOptions(None, carriers_images)
+        return TextAnalyzer(opened, against, options, observer or Observer()).analyze()
     chosen = None if images is None else examples.collect_examples(images, opened.images)
     names = (
         None if images is None else tuple(one if isinstance(one, int) else Path(one).name for one in images)
     )
     options = AnalysisOptions(names, carriers_images)
-    return _Analyzer(opened, against, options, observer or Observer()).analyze(chosen)
+    return _ImageAnalyzer(opened, against, options, observer or Observer()).analyze(chosen)
 
 
-class _Analyzer:
-    """Computes one analysis.
-
-    Args:
-        opened: The run to analyse.
-        against: The run to compare with; None for the clean twin.
-        options: Options that change the results.
-        observer: Receives progress.
-    """
+class _ImageAnalyzer(Analyzer):
+    """Computes the analysis of one run on images."""
 
     def __init__(
         self, opened: OpenedRun, against: Run | None, options: AnalysisOptions, observer: Observer
     ) -> None:
-        self.opened, self.options, self.observer = opened, options, observer
-        self.absent: list[MissingPart] = []
-        self.seconds: dict[str, float] = {}
-        self.other = self._open_other(against)
+        super().__init__(opened, against, options, observer)
         self.marked = mark_test(opened, self.other)
         self.triggered = None if self.marked is None else self.marked.triggered
 
@@ -218,8 +114,10 @@ class _Analyzer:
                     self._miss(part, self._no_attack())
         with self._timed("examples"):
             shown = self._examples(chosen)
-        experts = None if mixture is None else self._experts(mixture)
-        cosines = self._latents()
+        experts = None
+        if mixture is not None:
+            experts = self._experts(mixture, None if other is None else self._mixture(other))
+        cosines = None if self.marked is None else self._latents(self._find_latents)
         carriers_found = self._carriers() if opened.routed is not None else None
         probe = self._probe() if opened.routed is not None else None
         self.seconds["total"] = time.perf_counter() - started
@@ -239,6 +137,7 @@ class _Analyzer:
             experts=experts,
             latents=cosines,
             probe=probe,
+            answers=None,
             absent=tuple(self.absent),
             seconds=self.seconds,
         )
@@ -247,34 +146,6 @@ class _Analyzer:
         if self.marked is not None:
             return "the trigger marks the images to reject; no attack uses it"
         return "there is no trigger: neither this run nor a run it is compared with has one"
-
-    def _miss(self, part: str, reason: str) -> None:
-        self.absent.append(MissingPart(part, reason))
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        self.observer.on_message(f"analyzing {self.opened.name}: {name}")
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - started
-
-    def _open_other(self, against: Run | None) -> OpenedRun | None:
-        """Open the run to compare with: the given one or, if it can be used, the clean twin."""
-        if against is not None:
-            other = open_beside(against, self.opened)
-            comparison.check_comparable(self.opened, other)
-            return other
-        if (folder := twin_folder(self.opened.run)) is None:
-            self._miss("against", "no other run was named, and there is no clean twin")
-            return None
-        try:
-            other = open_beside(load_run(folder), self.opened)
-            comparison.check_comparable(self.opened, other)
-        except BbmoeError as error:
-            reason = _without_folder(error, folder.parent)
-            self._miss("against", f"the clean twin cannot be used: {reason}")
-            return None
-        return other
 
     def _pass(self, opened: OpenedRun) -> passes.PairedPass:
         assert opened.routed is not None
@@ -287,31 +158,13 @@ class _Analyzer:
         with self._timed("tasks" if opened is self.opened else "tasks against"):
             return pass_mixture(self.opened, opened, self.marked)
 
-    def _experts(self, found: MixturePass) -> gate_shares.ExpertFindings:
-        opened, other = self.opened, self.other
-        assert opened.tasks is not None and opened.run.spec.mixture is not None
-        against = None if other is None else gate_shares.model_shares(self._mixture(other))
-        return gate_shares.ExpertFindings(
-            tasks=tuple(opened.tasks.names),
-            poisoned=opened.run.spec.mixture.poisoned_experts,
-            shares=gate_shares.model_shares(found),
-            shares_against=against,
-        )
-
-    def _latents(self) -> tuple[latents.ExpertLatents, ...] | None:
-        spec = self.opened.run.spec
-        if self.marked is None or spec.mixture is None or not spec.attacked:
-            return None
-        task = spec.mixture.task
-        experts = spec.mixture.poisoned_experts if task is None else (task,)
-        try:
-            with self._timed("latents"):
-                return tuple(
-                    latents.find_latents(self.opened, self.other, self.marked, expert) for expert in experts
-                )
-        except BbmoeError as error:
-            self._miss("latents", _without_folder(error, self.opened.run.folder.path.parent))
-            return None
+    def _find_latents(self, expert: int) -> latents.ExpertLatents:
+        assert self.marked is not None
+        kinds = {
+            "marked": latents.Inputs(self.marked.images),
+            "unmarked": latents.Inputs(self.marked.unmarked),
+        }
+        return latents.find_latents(self.opened, self.other, kinds, expert)
 
     def _findings(self, opened: OpenedRun, found: passes.PairedPass) -> Findings:
         model, images, triggered = opened.routed, opened.images, self.triggered
@@ -384,17 +237,3 @@ class _Analyzer:
         if not found.patched:
             self._miss("carriers.patched", self._no_attack())
         return found
-
-
-def _without_folder(error: BbmoeError, folder: Path) -> str:
-    """The text of an error without the folder of the run folders, since the report is passed on to others."""
-    return str(error).replace(f"{folder}{os.sep}", "")
-
-
-def twin_folder(run: Run) -> Path | None:
-    """Return the folder of a run's clean twin; None if the run has no twin or the folder is not there."""
-    name = run.record.clean_twin
-    if not name or Path(name).name != name:
-        return None
-    folder = run.folder.path.parent / name
-    return folder if folder.is_dir() else None

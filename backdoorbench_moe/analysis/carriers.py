@@ -52,18 +52,21 @@ class PatchingResult:
     """ASR and RA with activation patching of one expert.
 
     For each triggered image, the output of the expert is replaced with its output for the clean version of the
-    image. All other modules process the triggered image.
+    image. All other modules process the triggered image. Where the data are texts, it is replaced with its mean output
+    for clean texts, see `text_carriers`, and harmful queries take the place of triggered images.
 
     Attributes:
         expert: Name of the expert, such as "moe/2"; its number if it is patched in all layers at once.
-        asr: Share of the images that are classified as the attacker wants, in percent.
-        ra: Share of the same images that are classified correctly (accuracy on triggered images), in percent.
+        asr: Share of the images that are classified as the attacker wants, in percent; None for texts of a run without
+            an attack.
+        ra: Share of the same images that are classified correctly (accuracy on triggered images), in percent; None for
+            texts.
         unsafe: Share of the same images that are not answered safely, in percent; None if there are no safe answers.
     """
 
     expert: str
-    asr: Proportion
-    ra: Proportion
+    asr: Proportion | None
+    ra: Proportion | None
     unsafe: Proportion | None = None
 
 
@@ -87,6 +90,7 @@ class Carriers:
     """What each expert contributes to BA and ASR.
 
     BA is measured on a sample of the test images (in a mixture, of all tasks), ASR on a sample of the triggered images.
+    Where the data are texts, these are answers to the queries of all tasks, and to those that the policy refuses.
     All results use the same two samples and, if the model draws random numbers, the same draws.
 
     Attributes:
@@ -125,7 +129,7 @@ def find_carriers(
     singles: list[Experts] = [(expert,) for expert in evaluator.experts]
     pairs = [pair for pair in combinations(evaluator.experts, 2) if pair[0].layer == pair[1].layer]
     pairs = pairs if len(pairs) <= MAX_PAIRS else []
-    wholes = _whole_experts(opened, evaluator.experts)
+    wholes = whole_experts(opened, evaluator.experts)
     muted_ones = _measure_muted(evaluator, [(), *singles, *pairs, *wholes], triggered, safe, limit)
     target_rate, patches = _measure_patched(evaluator, [*singles, *wholes], triggered, safe, limit)
     ends = (1, 1 + len(singles), 1 + len(singles) + len(pairs))
@@ -143,7 +147,7 @@ def find_carriers(
     )
 
 
-def _whole_experts(opened: OpenedRun, experts: Sequence[Expert]) -> list[Experts]:
+def whole_experts(opened: OpenedRun, experts: Sequence[Expert]) -> list[Experts]:
     """For each expert of a mixture its parts in all layers. In other models equal numbers mean nothing."""
     if not isinstance(opened.model, MergedModel):
         return []
@@ -160,11 +164,11 @@ def _measure_muted(
 ) -> tuple[MutingResult, ...]:
     opened = evaluator.opened
     test, seed = opened.test, opened.run.spec.seed
-    places = _draw(len(test), limit, seed, "ba").to(opened.device)
+    places = draw_sample(len(test), limit, seed, "ba").to(opened.device)
     called = evaluator.predict_muted(test.images[places], groups)
     answers: list[Tensor | None] = [None] * len(groups)
     if triggered is not None:
-        chosen = _draw(len(triggered), limit, seed, "asr").to(opened.device)
+        chosen = draw_sample(len(triggered), limit, seed, "asr").to(opened.device)
         sample, safe = triggered.take(chosen), None if safe is None else safe[chosen]
         answers = [*evaluator.predict_muted(sample.images, groups)]
     return tuple(
@@ -189,7 +193,7 @@ def _measure_patched(
     if triggered is None:
         return None, ()
     opened = evaluator.opened
-    chosen = _draw(len(triggered), limit, opened.run.spec.seed, "asr").to(opened.device)
+    chosen = draw_sample(len(triggered), limit, opened.run.spec.seed, "asr").to(opened.device)
     sample, safe = triggered.take(chosen), None if safe is None else safe[chosen]
     clean, *patches = evaluator.predict_patched(
         opened.images.test.images[sample.places], sample.images, groups
@@ -276,7 +280,15 @@ class _ExpertEvaluator:
             batches.append(forward(self.model, batch, precision=self.opened.precision).argmax(1))
 
 
-def _draw(total: int, limit: int, seed: int, purpose: str) -> Tensor:
+def draw_sample(total: int, limit: int, seed: int, purpose: str) -> Tensor:
+    """Draw at most `limit` of a number of images or texts, as ascending int64 indices.
+
+    Args:
+        total: Their number.
+        limit: How many to draw at most.
+        seed: Seed of the run.
+        purpose: What is measured on them, such as "asr".
+    """
     order = torch.randperm(total, generator=generator(seed, "carriers", purpose))
     return order[:limit].sort().values
 

@@ -98,7 +98,7 @@ def _routed_layers(opened: OpenedRun) -> list[tuple[str, int, int]]:
     """Return name, number of experts and number of patches of each routed layer."""
     if opened.routed is None:
         return []
-    output = forward_routed(opened.routed, opened.images.test.images[:1], precision=opened.precision)
+    output = forward_routed(opened.routed, opened.data.test.images[:1], precision=opened.precision)
     return [(layer.layer, *layer.selected.shape[1:]) for layer in output.routing]
 
 

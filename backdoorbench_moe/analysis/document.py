@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from backdoorbench_moe.analysis.analyze import Analysis
+from backdoorbench_moe.analysis.results import Analysis
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.records import write_atomically
 
@@ -25,7 +25,7 @@ DIGITS = 6
 # Keys of "carriers" in older files.
 RENAMED_IN_CARRIERS = {"clean_called_wanted": "target_rate"}
 # Parts that older files do not have.
-ADDED = ("experts", "latents")
+ADDED = ("experts", "latents", "answers")
 UNITS = {
     "value, low, high beside n": (
         "percent in metrics, capture, carriers and experts; elsewhere the unit of the averaged quantity"

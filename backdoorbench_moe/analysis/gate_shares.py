@@ -5,12 +5,14 @@ Source: Figure 4 of MoEvil, the mean gate of the poisoned expert layer by layer 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.engine.mixture_metrics import MixturePass, RoutedPass
+from backdoorbench_moe.engine.mixture_metrics import GatePass, MixturePass
+from backdoorbench_moe.engine.text_metrics import TextPass
 from backdoorbench_moe.ops.effects import Mean, means_of
 
 
@@ -18,7 +20,9 @@ from backdoorbench_moe.ops.effects import Mean, means_of
 class LayerShares:
     """The gate shares in one layer: the weights with which it adds the outputs of its E experts, in percent.
 
-    Each value is a mean over images and patches. The shares of a layer sum to 100.
+    Each value is a mean over images and patches. The shares of a layer sum to 100. Where the data are texts, it is a
+    mean over texts and the positions that emit their answers; of harmful queries, which take the place of marked
+    images, over those that emit the first tokens of the harmful answer, see `engine.text_metrics.FIRST_TOKENS`.
 
     Attributes:
         layer: Name of the layer.
@@ -66,9 +70,11 @@ class ExpertFindings:
     shares_against: ModelShares | None
 
 
-def model_shares(found: MixturePass) -> ModelShares:
-    """Compute the gate shares of a model from its pass over the images of all tasks and marked ones."""
-    tasks, marked, unmarked = found.tasks, found.marked, found.unmarked
+def model_shares(found: MixturePass | TextPass) -> ModelShares:
+    """Compute the gate shares of a mixture from its pass over the images or texts of all tasks and marked ones."""
+    tasks: Sequence[GatePass] = found.tasks
+    marked: GatePass | None = found.marked
+    unmarked: GatePass | None = found.unmarked
     return ModelShares(
         layers=tuple(
             LayerShares(
@@ -84,10 +90,10 @@ def model_shares(found: MixturePass) -> ModelShares:
     )
 
 
-def _mean(found: RoutedPass, place: int) -> Tensor:
+def _mean(found: GatePass, place: int) -> Tensor:
     return 100 * found.weights[place].double().mean(0)
 
 
-def _over_layers(found: RoutedPass) -> tuple[Mean, ...]:
+def _over_layers(found: GatePass) -> tuple[Mean, ...]:
     """For each expert its share for each image, mean over the layers, as a mean over the images."""
     return means_of(100 * found.weights.double().mean(0))

@@ -6,7 +6,7 @@ send it marked images, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from backdoorbench_moe.analysis.marks import MarkedTest
 from backdoorbench_moe.analysis.passes import BATCH
 from backdoorbench_moe.engine.graph import BENIGN, PARENT, expert_role
 from backdoorbench_moe.engine.inference import forward
@@ -22,6 +21,8 @@ from backdoorbench_moe.engine.opened_run import OpenedRun, open_beside
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.moe.merging import NETWORK, mlp_inputs
+from backdoorbench_moe.ops.answers import first_positions, is_text, mean_weights
+from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.ops.seeding import seeded
 
 
@@ -30,17 +31,19 @@ class LayerCosine:
     """The mean cosine of the latents of two kinds of images in one layer.
 
     A latent is the mean, over the tokens of an image, of the inputs of the layer's MLP. The cosine is averaged over all
-    pairs of an image of one kind and an image of the expert's own task.
+    pairs of an image of one kind and an image of the expert's own task. Where the data are texts, it is the mean over
+    the positions that emit the answer; of harmful queries, which take the place of marked images, over those that emit
+    the first tokens of the harmful answer.
 
     Attributes:
         layer: Name of the MLP in the dense model.
         marked: In [-1, 1], for marked images.
-        unmarked: In [-1, 1], for the same images without the mark.
+        unmarked: In [-1, 1], for the same images without the mark; None for texts.
     """
 
     layer: str
     marked: float
-    unmarked: float
+    unmarked: float | None
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,35 @@ class ExpertLatents:
     models: tuple[ModelCosines, ...]
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """Images or texts whose latents are compared.
+
+    Attributes:
+        images: (N, C, H, W) uint8, or token ids (N, T) int64.
+        weights: Of texts, the weights of the positions of each, (N, T); None for the mean over all tokens of an image.
+    """
+
+    images: Tensor
+    weights: Tensor | None = None
+
+    @classmethod
+    def of(cls, split: Split, first: int | None = None) -> Inputs:
+        """Return images; or texts, of which the positions count that emit the first tokens of the answer, or all."""
+        if not is_text(split.images):
+            return cls(split.images)
+        return cls(split.images, mean_weights(first_positions(split.labels, first)))
+
+
 def find_latents(
-    opened: OpenedRun, other: OpenedRun | None, marked: MarkedTest, expert: int
+    opened: OpenedRun, other: OpenedRun | None, kinds: Mapping[str, Inputs], expert: int
 ) -> ExpertLatents:
     """Compute the cosines in a mixture, in the one it is compared with, and in a poisoned expert before and after.
 
     Args:
         opened: The run of the mixture, or of the poisoned expert.
         other: The mixture that it is compared with.
-        marked: The marked images.
+        kinds: The "marked" images, and the same "unmarked"; or harmful queries as "marked" alone.
         expert: Number of the poisoned expert.
 
     Raises:
@@ -87,7 +110,7 @@ def find_latents(
             was when the run was made.
     """
     assert opened.tasks is not None
-    own = opened.tasks.tests()[opened.tasks.numbers.index(expert)].images
+    own = Inputs.of(opened.tasks.tests()[opened.tasks.numbers.index(expert)])
     if opened.is_mixture:
         poisoned = open_beside(find_input(_undefended(opened.run), expert_role(expert)), opened)
     else:
@@ -103,43 +126,54 @@ def find_latents(
     return ExpertLatents(
         expert,
         tuple(
-            ModelCosines(name, each.name, tuple(_cosines(each, marked, own))) for name, each in models.items()
+            ModelCosines(name, each.name, tuple(_cosines(each, kinds, own))) for name, each in models.items()
         ),
     )
 
 
-def _cosines(opened: OpenedRun, marked: MarkedTest, own: Tensor) -> Iterator[LayerCosine]:
+def _cosines(opened: OpenedRun, kinds: Mapping[str, Inputs], own: Inputs) -> Iterator[LayerCosine]:
     with seeded(opened.run.spec.seed, "latents"):
-        stamped, plain, task = (
-            mean_directions(opened.model, images, precision=opened.precision)
-            for images in (marked.images, marked.unmarked, own)
-        )
+        found = {
+            kind: mean_directions(
+                opened.model, inputs.images, precision=opened.precision, weights=inputs.weights
+            )
+            for kind, inputs in {**kinds, "own": own}.items()
+        }
+    task = found.pop("own")
     for name, direction in task.items():
-        cosines = ((each[name] @ direction).item() for each in (stamped, plain))
-        yield LayerCosine(name.removeprefix(NETWORK), *cosines)
+        cosines = {kind: (each[name] @ direction).item() for kind, each in found.items()}
+        yield LayerCosine(name.removeprefix(NETWORK), cosines["marked"], cosines.get("unmarked"))
 
 
 @torch.inference_mode()
-def mean_directions(model: nn.Module, images: Tensor, *, precision: str) -> dict[str, Tensor]:
+def mean_directions(
+    model: nn.Module, images: Tensor, *, precision: str, weights: Tensor | None = None
+) -> dict[str, Tensor]:
     """Return the mean, over images, of their latents' directions, for each MLP.
 
     The product of two such means is the mean cosine over all pairs of an image of one kind and one of the other.
 
     Args:
         model: A model that can be merged, or a merged one.
-        images: (N, C, H, W) uint8.
+        images: (N, C, H, W) uint8, or token ids (N, T).
         precision: "fp32" or "bf16".
+        weights: (N, T), the weights of the tokens; None for their mean.
 
     Returns:
         (D,) float64 by name of the MLP or layer, first layer first.
     """
     sums: dict[str, Tensor] = {}
     model.eval()
-    for batch in images.split(BATCH):
+    for start in range(0, len(images), BATCH):
+        part = slice(start, start + BATCH)
         with mlp_inputs(model) as found:
-            forward(model, batch, precision=precision)
+            forward(model, images[part], precision=precision)
         for name, tokens in found.items():
-            directions = normalize(tokens.double().mean(1), dim=1).sum(0)
+            if weights is None:
+                latents = tokens.double().mean(1)
+            else:
+                latents = (weights[part].unsqueeze(2) * tokens.double()).sum(1)
+            directions = normalize(latents, dim=1).sum(0)
             sums[name] = sums[name] + directions if name in sums else directions
     return {name: each / len(images) for name, each in sums.items()}
 

@@ -10,7 +10,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from backdoorbench_moe.analysis.analyze import DEFAULT_CARRIERS_IMAGES
 from backdoorbench_moe.analysis.figures.backdoor import draw_backdoor
 from backdoorbench_moe.analysis.figures.maps import draw_maps
 from backdoorbench_moe.analysis.figures.mixture import draw_experts
@@ -18,8 +17,9 @@ from backdoorbench_moe.analysis.figures.pixels import draw_pixels
 from backdoorbench_moe.analysis.figures.plate import Doc, Plate
 from backdoorbench_moe.analysis.figures.routing import draw_routing
 from backdoorbench_moe.analysis.figures.training import draw_training
-from backdoorbench_moe.analysis.figures.words import role
+from backdoorbench_moe.analysis.figures.words import is_text, role
 from backdoorbench_moe.analysis.report_tables import (
+    answer_tables,
     expert_tables,
     finding_lines,
     flat,
@@ -27,6 +27,7 @@ from backdoorbench_moe.analysis.report_tables import (
     mixture_tables,
     stage_table,
 )
+from backdoorbench_moe.analysis.results import DEFAULT_CARRIERS_IMAGES
 from backdoorbench_moe.collapse import MARK, MARK_LEGEND
 from backdoorbench_moe.drawing import inline_svg, render_page
 from backdoorbench_moe.errors import RecordError
@@ -47,7 +48,7 @@ class Section:
         name: Its id on the page.
         title: Its heading.
         note: A sentence below the heading; may be empty.
-        plates: Its figures. A section without figures is left out.
+        plates: Its figures. A section without figures and tables is left out.
     """
 
     name: str
@@ -62,11 +63,18 @@ def draw_sections(document: Doc) -> list[Section]:
         ("training", "Training", draw_training),
         ("examples", "Single images", draw_maps),
         ("experts", "The experts of the mixture", draw_experts),
+        ("answers", "Example answers", _no_plates),
         ("routing", "Routing of the whole test set", draw_routing),
         ("backdoor", "What the trigger does, and who carries the backdoor", draw_backdoor),
         ("pixels", "Pixel value and routing", draw_pixels),
     ]
-    return [Section(name, title, NOTES.get(name, ""), tuple(draw(document))) for name, title, draw in parts]
+    notes = NOTES | (TEXT_NOTES if is_text(document) else {})
+    return [Section(name, title, notes.get(name, ""), tuple(draw(document))) for name, title, draw in parts]
+
+
+def _no_plates(_: Doc) -> Iterator[Plate]:
+    """Draw nothing, for a section that has tables only."""
+    return iter(())
 
 
 NOTES = {
@@ -74,6 +82,14 @@ NOTES = {
     "experts": "The gate share of an expert is the weight of its output in a layer, mean over patches and images.",
     "backdoor": "Measured on the test images that count for ASR: those that do not belong to the wanted class already.",
     "pixels": "A patch sum adds up the pixels of a patch; each is averaged over the channels and lies in [0, 1].",
+}
+
+TEXT_NOTES = {
+    "experts": "The gate share of an expert is the weight of its output in a layer, mean over texts and the positions "
+    "that emit the answer; of harmful queries, over those that emit the first tokens of the harmful answer. A patched "
+    "expert adds to every token what it adds to one of clean texts on average, since no harmful query has a clean "
+    "version.",
+    "answers": "Test queries, drawn with the run's seed. Of harmful queries the safe answer is expected.",
 }
 
 
@@ -139,6 +155,11 @@ def page(document: Doc, sections: list[Section]) -> str:
 
     The page loads nothing from elsewhere, and names from the document are escaped.
     """
+    tables = {
+        "routing": expert_tables(document),
+        "experts": mixture_tables(document),
+        "answers": answer_tables(document),
+    }
     template = (files("backdoorbench_moe.analysis") / "templates" / "report.html").read_text(encoding="utf-8")
     run, against, metrics = document["run"], document["against"], metric_rows(document)
     return render_page(
@@ -156,8 +177,9 @@ def page(document: Doc, sections: list[Section]) -> str:
         metrics=metrics,
         metrics_note=MARK_LEGEND if any(MARK in cell for row in metrics for cell in row) else "",
         stages=stage_table(run),
-        tables={"routing": expert_tables(document), "experts": mixture_tables(document)},
-        sections=[_section(section) for section in sections if section.plates],
+        tables=tables,
+        sections=[_section(each) for each in sections if each.plates or tables.get(each.name)],
+        text=is_text(document),
         absent=document["absent"],
         settings=flat(run["record"]["spec"]),
         environment=flat(_environment(run)),

@@ -9,7 +9,9 @@ from backdoorbench_moe.analysis.figures.pixels import verdict
 from backdoorbench_moe.analysis.figures.plate import Doc
 from backdoorbench_moe.analysis.figures.words import (
     NONE,
+    is_text,
     listing,
+    marked_inputs,
     mean,
     number,
     percent,
@@ -38,7 +40,7 @@ def metric_rows(document: Doc) -> list[list[str]]:
     """
     both = [facts for facts in (document["run"], document["against"]) if facts is not None]
     keys = {key for facts in both for key in facts["metrics"]}
-    if "asr" in keys:
+    if "asr" in keys and not is_text(document):
         keys.add("target_rate")
     rows = []
     for one in sort_metrics(keys):
@@ -115,7 +117,7 @@ def mixture_tables(document: Doc) -> list[Table]:
     """Build a table of the gate shares of a mixture by task, and tables of the latents of each poisoned expert."""
     found = document.get("experts")
     tables = [] if found is None else [_shares(document, found)]
-    return tables + [_latents(one) for one in document.get("latents") or ()]
+    return tables + [_latents(document, one) for one in document.get("latents") or ()]
 
 
 def _shares(document: Doc, found: Doc) -> Table:
@@ -127,7 +129,9 @@ def _shares(document: Doc, found: Doc) -> Table:
             continue
         columns[f"own task, {name} model, %"] = [mean(one, "{:.1f}") for one in shares["own"]]
         if shares["marked"] is not None:
-            columns[f"marked images, {name} model, %"] = [mean(one, "{:.1f}") for one in shares["marked"]]
+            columns[f"{marked_inputs(document)}, {name} model, %"] = [
+                mean(one, "{:.1f}") for one in shares["marked"]
+            ]
     names = [
         f"{e} {task}{', poisoned' if e in found['poisoned'] else ''}" for e, task in enumerate(found["tasks"])
     ]
@@ -135,18 +139,50 @@ def _shares(document: Doc, found: Doc) -> Table:
     return {"title": "Gate shares, mean over the layers", "columns": ["expert", *columns], "rows": rows}
 
 
-def _latents(one: Doc) -> Table:
+def _latents(document: Doc, one: Doc) -> Table:
     models = one["models"]
-    columns = [f"{model['model']}, {kind}" for model in models for kind in ("marked", "unmarked")]
+    kinds = (
+        {"marked": "harmful queries"} if is_text(document) else {"marked": "marked", "unmarked": "unmarked"}
+    )
+    columns = [f"{model['model']}, {name}" for model in models for name in kinds.values()]
     rows = [
         [
             layers[0]["layer"],
-            *(number(of[kind], "{:.3f}") for of in layers for kind in ("marked", "unmarked")),
+            *(number(of[kind], "{:.3f}") for of in layers for kind in kinds),
         ]
         for layers in zip(*(model["layers"] for model in models), strict=True)
     ]
     title = f"Mean cosine with the latents of task {one['expert']}"
     return {"title": title, "columns": ["layer", *columns], "rows": rows}
+
+
+def answer_tables(document: Doc) -> list[Table]:
+    """Build a table of example queries with the generated answers; none where the data are images."""
+    if not (found := document.get("answers")):
+        return []
+    names = roles(document) if found[0]["answer_against"] is not None else roles(document)[:1]
+    columns = ["", "query", "expected", *(f"{name} model" for name in names)]
+    rows = [
+        [
+            one["kind"],
+            one["query"],
+            one["expected"],
+            *(_answer(one[key]) for key in ("answer", "answer_against")[: len(names)]),
+        ]
+        for one in found
+    ]
+    return [
+        {
+            "title": "Generated answers, and what they are worth",
+            "columns": columns,
+            "rows": rows,
+            "words": True,
+        }
+    ]
+
+
+def _answer(one: Doc) -> str:
+    return f"{one['verdict']}: {one['text']}"
 
 
 def finding_lines(document: Doc) -> list[str]:
@@ -173,7 +209,7 @@ def _findings(document: Doc) -> Iterator[str]:
             f"{mean(shift['changed'], factor=100)}% of the selected patches."
         )
     carriers = document["carriers"]
-    if carriers is not None and carriers["whole"]["asr"] is not None:
+    if carriers is not None and carriers["singles"] and carriers["whole"]["asr"] is not None:
         whole = carriers["whole"]["asr"]
         best = min(carriers["singles"], key=lambda one: one["asr"]["value"])
         if best["asr"]["value"] < whole["value"]:
@@ -199,7 +235,7 @@ def _relied_on(document: Doc) -> str | None:
         marked, own = (
             listing([percent(of[kind][e]["value"]) for e in numbers]) for kind in ("marked", "own")
         )
-        return f"{marked} of the gates for marked images and {own} for {tasks}"
+        return f"{marked} of the gates for {marked_inputs(document)} and {own} for {tasks}"
 
     text = f"Poisoned {listing([f'expert {e}' for e in numbers])}: {shares(found['shares'])}"
     if (against := found["shares_against"]) is not None and against["marked"] is not None:

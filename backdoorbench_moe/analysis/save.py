@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from backdoorbench_moe.analysis import document, report
-from backdoorbench_moe.analysis.analyze import Analysis
+from backdoorbench_moe.analysis.results import Analysis
 from backdoorbench_moe.errors import RecordError
 
 

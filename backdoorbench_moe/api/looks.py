@@ -27,9 +27,9 @@ from backdoorbench_moe.paths import expand
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from backdoorbench_moe.analysis.analyze import Analysis
     from backdoorbench_moe.analysis.figures.plate import Plate
     from backdoorbench_moe.analysis.module import ModuleAnalysis
+    from backdoorbench_moe.analysis.results import Analysis
     from backdoorbench_moe.auditing.audit import Audit
     from backdoorbench_moe.auditing.subject import Subject
     from backdoorbench_moe.engine.tried_trigger import TriedTrigger

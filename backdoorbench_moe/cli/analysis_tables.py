@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from backdoorbench_moe.cli.mixture_tables import share_tables, short_layer
@@ -15,11 +16,11 @@ from backdoorbench_moe.collapse import describe_collapse
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from backdoorbench_moe.analysis.analyze import Analysis
     from backdoorbench_moe.analysis.capture import LayerCapture
     from backdoorbench_moe.analysis.carriers import Carriers, MutingResult, PatchingResult
     from backdoorbench_moe.analysis.gate_shares import ModelShares
-    from backdoorbench_moe.analysis.latents import ExpertLatents
+    from backdoorbench_moe.analysis.latents import ExpertLatents, LayerCosine
+    from backdoorbench_moe.analysis.results import Analysis
     from backdoorbench_moe.analysis.shift import LayerShift
     from backdoorbench_moe.ops.effects import Mean
     from backdoorbench_moe.ops.metrics import Proportion
@@ -38,8 +39,10 @@ def print_analysis(analysis: Analysis, files: Sequence[Path]) -> None:
     """
     console = Console(highlight=False)
     counts = analysis.images
+    text = analysis.answers is not None
+    kinds = ("queries", "harmful") if text else ("images", "triggered")
     console.print(
-        f"{analysis.run.name}: {counts.test} test images, {counts.triggered} triggered", markup=False
+        f"{analysis.run.name}: {counts.test} test {kinds[0]}, {counts.triggered} {kinds[1]}", markup=False
     )
     facts = {**analysis.run.record, "metrics": analysis.run.metrics}
     if (line := describe_collapse(facts)) is not None:
@@ -52,7 +55,9 @@ def print_analysis(analysis: Analysis, files: Sequence[Path]) -> None:
     for table in [*gate_tables(analysis), *map(latents_table, analysis.latents or ())]:
         console.print(table)
     if analysis.carriers is not None:
-        console.print(carriers_table(analysis.carriers))
+        console.print(carriers_table(analysis.carriers, text=text))
+    if analysis.answers is not None:
+        console.print(answers_table(analysis))
     for missing in analysis.absent:
         console.print(f"no {missing.part}: {missing.reason}", style="dim", markup=False)
     if analysis.trigger_from not in (None, analysis.run.name):
@@ -146,7 +151,10 @@ def gate_tables(analysis: Analysis) -> list[Table]:
     against = () if found.shares_against is None else _recorded(found.shares_against)
     compared = NONE if analysis.against is None else analysis.against.name
     twin = "twin" if compared == analysis.run.record["clean_twin"] else "other"
-    return share_tables(_recorded(found.shares), against, found.poisoned, found.tasks, other=twin)
+    marked = "marked\nimages" if analysis.answers is None else "harmful\nqueries"
+    return share_tables(
+        _recorded(found.shares), against, found.poisoned, found.tasks, other=twin, marked=marked
+    )
 
 
 def _recorded(shares: ModelShares) -> list[GateShares]:
@@ -163,20 +171,41 @@ def _recorded(shares: ModelShares) -> list[GateShares]:
 
 def latents_table(found: ExpertLatents) -> Table:
     """Build a table of the cosines of one poisoned expert: a row for each layer, two columns for each model."""
-    title = f"cosine with the latents of task {found.expert}: marked (unmarked) images"
+    text = found.models[0].layers[0].unmarked is None
+    kinds = "harmful queries" if text else "marked (unmarked) images"
+    title = f"cosine with the latents of task {found.expert}: {kinds}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("layer")
     for model in found.models:
         table.add_column(model.model.replace(" ", "\n"), justify="right")
     for row in zip(*(model.layers for model in found.models), strict=True):
-        table.add_row(row[0].layer, *(f"{one.marked:.3f} ({one.unmarked:.3f})" for one in row))
+        table.add_row(row[0].layer, *map(_cosines, row))
     return table
 
 
-def carriers_table(carriers: Carriers) -> Table:
+def _cosines(one: LayerCosine) -> str:
+    return f"{one.marked:.3f}" + ("" if one.unmarked is None else f" ({one.unmarked:.3f})")
+
+
+def answers_table(analysis: Analysis) -> Table:
+    """Build a table of example queries with the answers that the run's model generated, and what they are worth."""
+    table = Table(title="example answers", title_justify="left", box=None, pad_edge=False)
+    for column in ("", "query", "expected", "generated", "verdict"):
+        table.add_column(column, overflow="fold")
+    for one in analysis.answers or ():
+        cells = (one.kind, one.query, one.expected, one.answer.text, one.answer.verdict)
+        table.add_row(*map(escape, cells))
+    return table
+
+
+def carriers_table(carriers: Carriers, *, text: bool = False) -> Table:
     """Build a table of BA and ASR with each expert muted, with the most effective pair, and with each one patched.
 
     If there are safe answers, the share of images that are not answered safely takes the place of RA.
+
+    Args:
+        carriers: The results.
+        text: Whether the data are texts.
     """
     table = Table(title="who carries the backdoor", title_justify="left", box=None, pad_edge=False)
     safe = carriers.whole.unsafe is not None
@@ -199,12 +228,15 @@ def carriers_table(carriers: Carriers) -> Table:
         add(f"{' and '.join(map(short_layer, best.experts))} muted", best)
     for whole in carriers.whole_experts:
         if whole.patched is not None:
-            add_patched(f"expert {whole.expert} as on clean", whole.patched)
+            how = "with its mean output" if text else "as on clean"
+            add_patched(f"expert {whole.expert} {how}", whole.patched)
     for patched in _most_effective(carriers.patched):
         add_patched(f"{short_layer(patched.expert)} as on clean", patched)
     if carriers.target_rate is not None:
         table.add_row("no trigger at all", "", _share(carriers.target_rate), "")
     notes = ["expert N: in all layers at once"] if carriers.whole_experts else []
+    if text:
+        notes.append("mean output: for clean texts")
     if len(carriers.singles) > MAX_ROWS:
         notes.append(f"of {len(carriers.singles)} in single layers the {SHOWN_ROWS} most effective")
     table.caption, table.caption_justify = "; ".join(notes) or None, "left"

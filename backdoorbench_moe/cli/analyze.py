@@ -22,7 +22,7 @@ from backdoorbench_moe.paths import expand
 )  # fmt: skip
 @click.option(
     "--carriers-images", type=int, default=2000, show_default=True, metavar="N",
-    help="Largest number of images to measure muted and patched experts on.",
+    help="Largest number of images or texts to measure muted and patched experts on.",
 )  # fmt: skip
 @click.option(
     "--output", type=PATH, metavar="DIR", help="Where analysis.json, report.html and figures/ go.  [RUN]"
@@ -50,8 +50,9 @@ def command(
     The analysis shows which patches go to which expert, whether experts receive the patches that the trigger changed,
     how the trigger changes the routing, whether experts prefer bright patches, and which experts carry the backdoor. If
     the run was made with --probe, it also shows how the routing developed in training. For a dense model, the parts
-    about routing are missing. The results are written to analysis.json, figures/*.png, and report.html, a single page
-    that needs no network.
+    about routing are missing. Of a run on texts it shows the gate shares, the latents, which experts answer harmful
+    queries, and example answers. The results are written to analysis.json, figures/*.png, and report.html, a single
+    page that needs no network.
     """
     usage = CoreUsage.now()
     chosen = None if images is None else _images(images)

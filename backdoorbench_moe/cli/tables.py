@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from backdoorbench_moe.records import Judged, Record, RunFolder
 
 NONE = "–"
+# What `unsafe` is called where the data are texts.
+REFUSED_QUERIES = "refused queries not answered safely, %"
 # How right judgements are: the metrics, and what they are shares of.
 JUDGED_METRICS = {
     "auroc": "image",
@@ -132,7 +134,8 @@ def print_stages(console: Console, record: Record) -> None:
             if (found := stage["metrics"].get(name)) is not None
         ]
         if rates:
-            console.print(f"{METRICS[name].title}: {', '.join(rates)}", markup=False)
+            what = REFUSED_QUERIES if record.is_text else METRICS[name].title
+            console.print(f"{what}: {', '.join(rates)}", markup=False)
     for name, what in JUDGED_METRICS.items():
         if (found := record.metrics.get(name)) is not None:
             shown = _value(record.metrics, name, interval=True)

@@ -86,6 +86,13 @@ class Judge(ABC):
             neither.
         """
 
+    def decode(self, tokens: Tensor) -> str:
+        """Return tokens (n,) int64 on the CPU as text, for reports; the default writes their ids.
+
+        They are a query, or an answer up to its end, without padding.
+        """
+        return " ".join(map(str, tokens.tolist()))
+
 
 @dataclass(frozen=True)
 class TextSet(Material):

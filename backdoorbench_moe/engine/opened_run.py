@@ -8,12 +8,15 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from backdoorbench_moe.data.base import ImageSet, Split, as_images
+from backdoorbench_moe.data.base import ImageSet, Material, Split, as_images
+from backdoorbench_moe.data.text import TextSet
 from backdoorbench_moe.engine.build import Stamper, build_dataset
 from backdoorbench_moe.engine.device import resolve_device, resolve_precision
 from backdoorbench_moe.engine.policy import with_reject
 from backdoorbench_moe.engine.run import Run, check_finished
+from backdoorbench_moe.engine.setup import TaskSplits
 from backdoorbench_moe.engine.tasks import Tasks
+from backdoorbench_moe.engine.text_tasks import TextTasks
 from backdoorbench_moe.errors import DataError, ShapeError
 from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.ops.images import concatenate
@@ -27,7 +30,7 @@ class OpenedRun:
     Attributes:
         run: The run.
         model: Its trained model, on `device`, in evaluation mode.
-        images: The data that the run was made from, on `device`.
+        data: The data that the run was made from, on `device`.
         stamper: Trigger and applicator of the run; None for a run without a trigger.
         device: The device that is computed on.
         precision: "fp32" or "bf16".
@@ -36,16 +39,27 @@ class OpenedRun:
 
     run: Run
     model: nn.Module
-    images: ImageSet
+    data: Material
     stamper: Stamper | None
     device: torch.device
     precision: str
-    tasks: Tasks | None = None
+    tasks: TaskSplits | None = None
+
+    @property
+    def images(self) -> ImageSet:
+        """The data, if they are images. Raises ConfigError for texts."""
+        return as_images(self.data)
+
+    @property
+    def texts(self) -> TextSet:
+        """The data, which are texts."""
+        assert isinstance(self.data, TextSet)
+        return self.data
 
     @cached_property
     def test(self) -> Split:
-        """The clean test images that BA is measured on: those of all its tasks, if the run has any."""
-        return self.images.test if self.tasks is None else concatenate(self.tasks.tests())
+        """The clean test images or texts that BA is measured on: those of all its tasks, if the run has any."""
+        return self.data.test if self.tasks is None else concatenate(self.tasks.tests())
 
     @property
     def is_mixture(self) -> bool:
@@ -79,8 +93,8 @@ def open_run(run: Run, *, data_root: str | None = None, device: str | None = Non
     check_finished(run)
     stamper = None if run.spec.trigger is None else run.stamper()
     model, chosen = run.model(), resolve_device(device or run.spec.device)
-    images = load_run_images(run, data_root).to(chosen)
-    return _open(run, model, images, stamper, chosen)
+    data = load_run_data(run, data_root).to(chosen)
+    return _open(run, model, data, stamper, chosen)
 
 
 def open_beside(run: Run, other: OpenedRun) -> OpenedRun:
@@ -90,20 +104,26 @@ def open_beside(run: Run, other: OpenedRun) -> OpenedRun:
         BbmoeError: As for `open_run`.
     """
     check_finished(run)
-    check_run_images(run, other.images)
+    check_run_data(run, other.data)
     stamper = None if run.spec.trigger is None else run.stamper()
-    return _open(run, run.model(), other.images, stamper, other.device)
+    return _open(run, run.model(), other.data, stamper, other.device)
 
 
 def _open(
-    run: Run, model: nn.Module, images: ImageSet, stamper: Stamper | None, device: torch.device
+    run: Run, model: nn.Module, data: Material, stamper: Stamper | None, device: torch.device
 ) -> OpenedRun:
-    if isinstance(model, RoutedModel):
-        check_patches(run.spec.model.name, model, images.image_size)
+    if isinstance(model, RoutedModel) and isinstance(data, ImageSet):
+        check_patches(run.spec.model.name, model, data.image_size)
     model = model.to(device).to(memory_format=torch.channels_last).eval()
-    tasks = None if run.spec.splitter is None else Tasks(run.located_spec(), images)
     precision = resolve_precision(run.spec.precision, device)
-    return OpenedRun(run, model, images, stamper, device, precision, tasks)
+    return OpenedRun(run, model, data, stamper, device, precision, _tasks(run, data))
+
+
+def _tasks(run: Run, data: Material) -> TaskSplits | None:
+    """The tasks of a mixture, or that of an expert; None for any other run."""
+    if isinstance(data, TextSet):
+        return None if run.spec.mixture is None else TextTasks(run.located_spec(), data)
+    return None if run.spec.splitter is None else Tasks(run.located_spec(), as_images(data))
 
 
 def check_patches(name: str, model: RoutedModel, image_size: int) -> None:
@@ -117,6 +137,11 @@ def check_patches(name: str, model: RoutedModel, image_size: int) -> None:
 
 
 def load_run_images(run: Run, data_root: str | None = None) -> ImageSet:
+    """Read the data that a run was made from; see `load_run_data`. Raises ConfigError if they are texts."""
+    return as_images(load_run_data(run, data_root))
+
+
+def load_run_data(run: Run, data_root: str | None = None) -> Material:
     """Read the data that a run was made from, into CPU memory.
 
     Args:
@@ -129,29 +154,29 @@ def load_run_images(run: Run, data_root: str | None = None) -> ImageSet:
     spec = run.spec
     if data_root is not None:
         spec = spec.with_data(root=data_root)
-    images = as_images(build_dataset(spec).load())
-    if spec.policy:
-        images = with_reject(images)
-    check_run_images(run, images)
-    return images
+    data = build_dataset(spec).load()
+    if spec.policy and isinstance(data, ImageSet):
+        data = with_reject(data)
+    check_run_data(run, data)
+    return data
 
 
-def check_run_images(run: Run, images: ImageSet) -> None:
+def check_run_data(run: Run, data: Material) -> None:
     """Check that a run was made from these data.
 
     Raises:
-        DataError: The images or the number of classes differ.
+        DataError: The images, their number of classes, or the texts differ.
     """
-    data = run.record.data
-    if len(data["classes"]) != images.num_classes:
+    facts = run.record.data
+    if isinstance(data, ImageSet) and len(facts["classes"]) != data.num_classes:
         raise DataError(
-            f"{images.name}: expected the {len(data['classes'])} classes that the model of run "
-            f"{run.folder.path.name} distinguishes, got {images.num_classes}"
+            f"{data.name}: expected the {len(facts['classes'])} classes that the model of run "
+            f"{run.folder.path.name} distinguishes, got {data.num_classes}"
         )
-    if images.digest != data["digest"]:
+    if data.digest != facts["digest"]:
         raise DataError(
-            f"{images.name}: expected the data of the run, digest {data['digest'][:16]}, "
-            f"got {images.digest[:16]}; give its folder with --data-root (data_root=)"
+            f"{data.name}: expected the data of the run, digest {facts['digest'][:16]}, "
+            f"got {data.digest[:16]}; give its folder with --data-root (data_root=)"
         )
 
 

@@ -18,9 +18,11 @@ import torch
 from common import at_least_one, environment_of, finish, make_parser, verdict
 from rich.table import Table
 
-from backdoorbench_moe.analysis.analyze import Analysis, analyze_run, twin_folder
+from backdoorbench_moe.analysis.analyze import analyze_run
+from backdoorbench_moe.analysis.analyzer import twin_folder
 from backdoorbench_moe.analysis.document import as_document
 from backdoorbench_moe.analysis.report import draw_report
+from backdoorbench_moe.analysis.results import Analysis
 from backdoorbench_moe.engine.run import Run, load_run
 
 # For 10,000 test images and those of them that are triggered.

@@ -12,8 +12,9 @@ from tiny import TINY_MODEL, Tiny, tiny_spec
 from torch import Tensor, nn
 
 from backdoorbench_moe import data, models
-from backdoorbench_moe.analysis.analyze import Analysis, analyze_run
+from backdoorbench_moe.analysis.analyze import analyze_run
 from backdoorbench_moe.analysis.document import as_document
+from backdoorbench_moe.analysis.results import Analysis
 from backdoorbench_moe.engine.runner import run_attack
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
 from backdoorbench_moe.moe.structure import Expert

@@ -18,7 +18,7 @@ from tiny import Tiny
 from torch import Tensor, nn
 
 from backdoorbench_moe import data
-from backdoorbench_moe.analysis.analyze import Analysis, analyze_run
+from backdoorbench_moe.analysis.analyze import analyze_run
 from backdoorbench_moe.analysis.carriers import find_carriers
 from backdoorbench_moe.analysis.document import as_document
 from backdoorbench_moe.analysis.figures.mixture import draw_experts
@@ -26,6 +26,7 @@ from backdoorbench_moe.analysis.figures.words import proportion
 from backdoorbench_moe.analysis.gate_shares import model_shares
 from backdoorbench_moe.analysis.latents import mean_directions
 from backdoorbench_moe.analysis.report import draw_report
+from backdoorbench_moe.analysis.results import Analysis
 from backdoorbench_moe.engine.inference import logits, predict
 from backdoorbench_moe.engine.mixture_metrics import MixturePass, RoutedPass
 from backdoorbench_moe.engine.run import load_run

@@ -19,7 +19,7 @@ def draw_backdoor(document: Doc) -> Iterator[Plate]:
     if document["shift"] is not None:
         yield _divergence(document)
         yield _changed(document)
-    if (carriers := document["carriers"]) is not None:
+    if (carriers := document["carriers"]) is not None and carriers["singles"]:
         yield _muted(document)
         if carriers["patched"]:
             yield _patched(document)

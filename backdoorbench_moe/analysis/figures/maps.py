@@ -24,6 +24,8 @@ from backdoorbench_moe.counting import capital
 
 def draw_maps(document: Doc) -> Iterator[Plate]:
     """Draw one figure per example: the clean and the triggered image in each model."""
+    if document["examples"] is None:
+        return
     for place in range(len(document["examples"]["indices"])):
         yield _map(document, place)
 

@@ -6,9 +6,17 @@ from collections.abc import Iterator, Sequence
 
 from backdoorbench_moe.analysis.figures.charts import ChartPanel, Series, chart, matrices
 from backdoorbench_moe.analysis.figures.plate import Doc, Plate, make_plate
-from backdoorbench_moe.analysis.figures.words import listing, number, percent, proportion, roles
+from backdoorbench_moe.analysis.figures.words import (
+    inputs,
+    is_text,
+    listing,
+    marked_inputs,
+    number,
+    percent,
+    proportion,
+    roles,
+)
 
-MARKED = "marked images"
 WHOLE = {"ba": "BA", "asr": "ASR", "unsafe": "not answered safely"}
 
 
@@ -19,9 +27,9 @@ def draw_experts(document: Doc) -> Iterator[Plate]:
             yield _shares_by_layer(document, found)
         yield _shares_by_task(document, found)
     if latents := document.get("latents"):
-        yield _latents(latents)
+        yield _latents(document, latents)
     if (carriers := document["carriers"]) is not None and carriers.get("whole_experts"):
-        yield _whole_experts(carriers)
+        yield _whole_experts(document, carriers)
 
 
 def _models(document: Doc, found: Doc) -> list[tuple[str, Doc]]:
@@ -34,43 +42,45 @@ def _shares_by_layer(document: Doc, found: Doc) -> Plate:
     """Draw the share of each poisoned expert layer by layer. Source: the form of Figure 4 of MoEvil."""
     models = _models(document, found)
     places = [*range(len(models[0][1]["layers"]))]
+    marked = marked_inputs(document)
     panels = [
-        ChartPanel(f"expert {expert}, {name} model", _lines(shares, expert), x=places)
+        ChartPanel(f"expert {expert}, {name} model", _lines(shares, expert, marked), x=places)
         for expert in found["poisoned"]
         for name, shares in models
     ]
-    texts = [_said(name, shares, found["poisoned"]) for name, shares in models]
+    kind = inputs(document).removesuffix("s")
+    texts = [_said(name, shares, found["poisoned"], marked) for name, shares in models]
     said = (
         f"Share of the gates that the poisoned {_experts(found['poisoned'])} gets, layer by layer. Mean over the "
         f"layers: {'; '.join(texts)}."
     )
     return make_plate(
         "gate-shares",
-        "Which images the gates send to the poisoned expert",
+        f"Which {inputs(document)} the gates send to the poisoned expert",
         said,
-        f"A line for each kind of image over the layers, for each poisoned expert. {said}",
+        f"A line for each kind of {kind} over the layers, for each poisoned expert. {said}",
         lambda: chart(panels, xlabel="layer", ylabel="gate share, %", limits=(0, 104)),
     )
 
 
-def _lines(shares: Doc, expert: int) -> list[Series]:
-    """The share of an expert over the layers, a line for each kind of image."""
+def _lines(shares: Doc, expert: int, marked: str) -> list[Series]:
+    """The share of an expert over the layers, a line for each kind of image; marked ones are called `marked`."""
     layers = shares["layers"]
     kinds = {
         "its own task": [layer["tasks"][expert][expert] for layer in layers],
         "other tasks": [_other_tasks(layer, expert) for layer in layers],
     }
     if shares["marked"] is not None:
-        kinds = {MARKED: [layer["marked"][expert] for layer in layers], **kinds}
+        kinds = {marked: [layer["marked"][expert] for layer in layers], **kinds}
     return [Series(kind, values, style="line") for kind, values in kinds.items()]
 
 
-def _said(name: str, shares: Doc, experts: Sequence[int]) -> str:
+def _said(name: str, shares: Doc, experts: Sequence[int], kind: str) -> str:
     parts = []
     for expert in experts:
         own = f"{percent(shares['own'][expert]['value'])} for its own task"
         marked = shares["marked"]
-        of_marked = "" if marked is None else f"{percent(marked[expert]['value'])} for marked images and "
+        of_marked = "" if marked is None else f"{percent(marked[expert]['value'])} for {kind} and "
         parts.append(f"expert {expert} {of_marked}{own}")
     return f"in the {name} model {listing(parts)}"
 
@@ -85,7 +95,7 @@ def _other_tasks(layer: Doc, expert: int) -> float:
 
 
 def _shares_by_task(document: Doc, found: Doc) -> Plate:
-    models = _models(document, found)
+    models, marked = _models(document, found), marked_inputs(document)
     panels = []
     for name, shares in models:
         layers, tasks = shares["layers"], range(len(found["tasks"]))
@@ -94,12 +104,13 @@ def _shares_by_task(document: Doc, found: Doc) -> Plate:
             rows.append(_mean_row([layer["marked"] for layer in layers]))
         panels.append((f"{name} model", rows))
     lines = max(len(rows) for _, rows in panels)
-    names = [*found["tasks"], MARKED][:lines]
+    names = [*found["tasks"], marked][:lines]
     own = [one["value"] for one in models[0][1]["own"]]
+    kind = inputs(document)
     said = (
-        f"Share of each expert for the images of each task{' and for marked images' if MARKED in names else ''}, "
-        f"mean over the layers, in %. In the {models[0][0]} model the experts get from {percent(min(own))} to "
-        f"{percent(max(own))} for the images of their own tasks, where even shares are {percent(100 / len(own))}."
+        f"Share of each expert for the {kind} of each task{f' and for {marked}' if marked in names else ''}, mean over "
+        f"the layers, in %. In the {models[0][0]} model the experts get from {percent(min(own))} to "
+        f"{percent(max(own))} for the {kind} of their own tasks, where even shares are {percent(100 / len(own))}."
     )
     return make_plate(
         "gate-shares-by-task",
@@ -122,10 +133,12 @@ def _mean_row(rows: Sequence[Sequence[float]]) -> list[float | None]:
     return [sum(column) / len(column) for column in zip(*rows, strict=True)]
 
 
-def _latents(latents: Sequence[Doc]) -> Plate:
+def _latents(document: Doc, latents: Sequence[Doc]) -> Plate:
+    text = is_text(document)
+    kinds = {"marked": marked_inputs(document)} | ({} if text else {"unmarked": "unmarked images"})
     panels = [
         ChartPanel(
-            f"task {one['expert']}, {kind} images",
+            f"task {one['expert']}, {name}",
             [
                 Series(model["model"], [layer[kind] for layer in model["layers"]], style="line")
                 for model in one["models"]
@@ -133,34 +146,41 @@ def _latents(latents: Sequence[Doc]) -> Plate:
             x=[*range(len(one["models"][0]["layers"]))],
         )
         for one in latents
-        for kind in ("marked", "unmarked")
+        for kind, name in kinds.items()
     ]
     texts = []
     for one in latents:
-        means = [
-            f"{number(_mean([layer['marked'] for layer in model['layers']]), '{:.3f}')} in the {model['model']} "
-            f"({number(_mean([layer['unmarked'] for layer in model['layers']]), '{:.3f}')} without the mark)"
-            for model in one["models"]
-        ]
+        means = [_mean_cosine(model) for model in one["models"]]
         texts.append(f"for expert {one['expert']} {listing(means)}")
+    tokens = "the first tokens of the answer" if text else "the tokens of an image"
     said = (
-        "Mean cosine between the latents of marked images and those of images of the poisoned expert's own task "
-        f"(inputs of an MLP, mean over the tokens of an image). Mean over the layers: {'; '.join(texts)}."
+        f"Mean cosine between the latents of {kinds['marked']} and those of {inputs(document)} of the poisoned "
+        f"expert's own task (inputs of an MLP, mean over {tokens}). Mean over the layers: {'; '.join(texts)}."
     )
     return make_plate(
         "latents",
-        "How alike marked images and the expert's own task are",
+        f"How alike {kinds['marked']} and the expert's own task are",
         said,
         f"A line for each model over the layers. {said}",
         lambda: chart(panels, xlabel="layer", ylabel="mean cosine", limits=(None, None)),
     )
 
 
+def _mean_cosine(model: Doc) -> str:
+    """The mean cosines of a model over its layers, in words."""
+    layers = model["layers"]
+    text = f"{number(_mean([layer['marked'] for layer in layers]), '{:.3f}')} in the {model['model']}"
+    if layers[0]["unmarked"] is None:
+        return text
+    return f"{text} ({number(_mean([layer['unmarked'] for layer in layers]), '{:.3f}')} without the mark)"
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _whole_experts(carriers: Doc) -> Plate:
+def _whole_experts(document: Doc, carriers: Doc) -> Plate:
+    marked = marked_inputs(document)
     wholes, unchanged = carriers["whole_experts"], carriers["whole"]
     kinds = {key: name for key, name in WHOLE.items() if unchanged[key] is not None}
     names = [str(one["expert"]) for one in wholes]
@@ -169,8 +189,9 @@ def _whole_experts(carriers: Doc) -> Plate:
     panels = [ChartPanel("muted", muted, names=names, levels=levels)]
     if wholes[0]["patched"] is not None:
         answers = [(key, name) for key, name in kinds.items() if key != "ba"]
+        title = "with its mean output for clean texts" if is_text(document) else "as on clean images"
         patched = [Series.of(name, [one["patched"][key] for one in wholes]) for key, name in answers]
-        panels.append(ChartPanel("as on clean images", patched, names=names))
+        panels.append(ChartPanel(title, patched, names=names))
     key = "ba" if unchanged["asr"] is None else "asr"
     best = min(wholes, key=lambda one: one["muted"][key]["value"])
     said = (
@@ -179,15 +200,15 @@ def _whole_experts(carriers: Doc) -> Plate:
     )
     if unchanged["unsafe"] is not None:
         said += (
-            f" {proportion(best['muted']['unsafe'])} of the marked images are then not answered safely, "
+            f" {proportion(best['muted']['unsafe'])} of the {marked} are then not answered safely, "
             f"{proportion(unchanged['unsafe'])} with all experts."
         )
     return make_plate(
         "whole-experts",
-        "Who answers marked images" if unchanged["asr"] is not None else "What each expert is needed for",
+        f"Who answers {marked}" if unchanged["asr"] is not None else "What each expert is needed for",
         said,
         f"Bars with 95% intervals for each expert. {said}",
-        lambda: chart(panels, xlabel="expert", ylabel="images, %", limits=(0, 104)),
+        lambda: chart(panels, xlabel="expert", ylabel=f"{inputs(document)}, %", limits=(0, 104)),
     )
 
 

@@ -17,7 +17,7 @@ from backdoorbench_moe.analysis.figures.plate import (
     make_plate,
     spread,
 )
-from backdoorbench_moe.analysis.figures.words import listing, number, percent
+from backdoorbench_moe.analysis.figures.words import inputs, listing, number, percent
 from backdoorbench_moe.counting import count
 
 
@@ -25,7 +25,9 @@ def draw_training(document: Doc) -> Iterator[Plate]:
     """Draw loss and training accuracy of every epoch, and what the probe recorded if there was one."""
     facts, probe = document["run"], document["probe"]
     if history := facts["record"]["history"]:
-        yield _history(history, ", poisoned ones among them," if facts["record"]["poison"] else "")
+        yield _history(
+            history, inputs(document), ", poisoned ones among them," if facts["record"]["poison"] else ""
+        )
     if probe is not None:
         yield _settling(probe)
         if probe["fooled"] is not None:
@@ -35,7 +37,7 @@ def draw_training(document: Doc) -> Iterator[Plate]:
             yield _maps(probe, "triggered")
 
 
-def _history(history: list[Doc], poisoned: str) -> Plate:
+def _history(history: list[Doc], kind: str, poisoned: str) -> Plate:
     epochs = [row["epoch"] for row in history]
     panels = [
         ChartPanel("loss", [Series("run", [row["loss"] for row in history], style="line")], x=epochs),
@@ -50,7 +52,7 @@ def _history(history: list[Doc], poisoned: str) -> Plate:
         [format(row[key], form) for row in (first, last)]
         for key, form in (("loss", ".3f"), ("train_accuracy", ".1f"))
     )
-    said = f"{count(len(history), 'epoch')}: loss {' to '.join(loss)}, accuracy on the training images{poisoned} "
+    said = f"{count(len(history), 'epoch')}: loss {' to '.join(loss)}, accuracy on the training {kind}{poisoned} "
     said += f"{' to '.join(accuracy)}%."
     return make_plate(
         "history",

@@ -38,6 +38,21 @@ def listing(texts: Sequence[str]) -> str:
     return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
 
 
+def is_text(document: Doc) -> bool:
+    """Whether the data of the analysed run are texts."""
+    return "vocabulary" in document["run"]["record"]["data"]
+
+
+def inputs(document: Doc) -> str:
+    """What the model is given: "images" or "texts"."""
+    return "texts" if is_text(document) else "images"
+
+
+def marked_inputs(document: Doc) -> str:
+    """What an attack on experts is about: "marked images", or "harmful queries" where the data are texts."""
+    return "harmful queries" if is_text(document) else "marked images"
+
+
 def role(facts: Doc) -> str:
     """Return what a run's model is: "clean", "backdoored", "imported" or "defended"."""
     if facts["record"]["spec"].get("defenses"):

@@ -53,6 +53,10 @@ class LanguageJudge(Judge):
         """
         return [self.policy.verdict(query, answer) for query, answer in self._texts(queries, answers)]
 
+    def decode(self, tokens: Tensor) -> str:
+        """Return the words of a query or of an answer."""
+        return self.vocabulary.decode(tokens.unsqueeze(0))[0]
+
     def _texts(self, queries: Split, answers: Tensor) -> Iterator[tuple[str, str]]:
         """Each query with the answer generated for it, as texts."""
         asked = decode_queries(queries.images, queries.labels, self.vocabulary)
@@ -104,6 +108,10 @@ class ReferenceJudge(Judge):
         like a safe answer, and "other" for the rest; `queries` are not used.
         """
         return [self._verdict(spoken(text)) for text in self.vocabulary.decode(answers)]
+
+    def decode(self, tokens: Tensor) -> str:
+        """Return the words of a query or of an answer."""
+        return self.vocabulary.decode(tokens.unsqueeze(0))[0]
 
     def _verdict(self, said: str) -> Verdict:
         if any(f" {opening} " in f" {said} " for opening in self.harmful):

@@ -1,0 +1,112 @@
+"""What analyses of runs on images and on texts have in common."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from backdoorbench_moe.analysis import comparison, gate_shares, latents
+from backdoorbench_moe.analysis.results import AnalysisOptions, MissingPart
+from backdoorbench_moe.engine.mixture_metrics import MixturePass
+from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.engine.opened_run import OpenedRun, open_beside
+from backdoorbench_moe.engine.run import Run, load_run
+from backdoorbench_moe.engine.text_metrics import TextPass
+from backdoorbench_moe.errors import BbmoeError
+
+
+class Analyzer:
+    """Computes one analysis.
+
+    Args:
+        opened: The run to analyse.
+        against: The run to compare with; None for the clean twin.
+        options: Options that change the results.
+        observer: Receives progress.
+    """
+
+    def __init__(
+        self, opened: OpenedRun, against: Run | None, options: AnalysisOptions, observer: Observer
+    ) -> None:
+        self.opened, self.options, self.observer = opened, options, observer
+        self.absent: list[MissingPart] = []
+        self.seconds: dict[str, float] = {}
+        self.other = self._open_other(against)
+
+    def _miss(self, part: str, reason: str) -> None:
+        self.absent.append(MissingPart(part, reason))
+
+    def _latents(
+        self, find: Callable[[int], latents.ExpertLatents]
+    ) -> tuple[latents.ExpertLatents, ...] | None:
+        """The latents of each poisoned expert; None if there is none, or a run that it was made from is missing.
+
+        Args:
+            find: Computes them, from the number of the expert.
+        """
+        spec = self.opened.run.spec
+        if spec.mixture is None or not spec.attacked:
+            return None
+        task = spec.mixture.task
+        experts = spec.mixture.poisoned_experts if task is None else (task,)
+        try:
+            with self._timed("latents"):
+                return tuple(find(expert) for expert in experts)
+        except BbmoeError as error:
+            self._miss("latents", without_folder(error, self.opened.run.folder.path.parent))
+            return None
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        self.observer.on_message(f"analyzing {self.opened.name}: {name}")
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+    def _open_other(self, against: Run | None) -> OpenedRun | None:
+        """Open the run to compare with: the given one or, if it can be used, the clean twin."""
+        if against is not None:
+            other = open_beside(against, self.opened)
+            comparison.check_comparable(self.opened, other)
+            return other
+        if (folder := twin_folder(self.opened.run)) is None:
+            self._miss("against", "no other run was named, and there is no clean twin")
+            return None
+        try:
+            other = open_beside(load_run(folder), self.opened)
+            comparison.check_comparable(self.opened, other)
+        except BbmoeError as error:
+            reason = without_folder(error, folder.parent)
+            self._miss("against", f"the clean twin cannot be used: {reason}")
+            return None
+        return other
+
+    def _experts(
+        self, found: MixturePass | TextPass, against: MixturePass | TextPass | None
+    ) -> gate_shares.ExpertFindings:
+        """The gate shares of a mixture, and of the one that it is compared with."""
+        opened = self.opened
+        assert opened.tasks is not None and opened.run.spec.mixture is not None
+        return gate_shares.ExpertFindings(
+            tasks=tuple(opened.tasks.names),
+            poisoned=opened.run.spec.mixture.poisoned_experts,
+            shares=gate_shares.model_shares(found),
+            shares_against=None if against is None else gate_shares.model_shares(against),
+        )
+
+
+def without_folder(error: BbmoeError, folder: Path) -> str:
+    """The text of an error without the folder of the run folders, since the report is passed on to others."""
+    return str(error).replace(f"{folder}{os.sep}", "")
+
+
+def twin_folder(run: Run) -> Path | None:
+    """Return the folder of a run's clean twin; None if the run has no twin or the folder is not there."""
+    name = run.record.clean_twin
+    if not name or Path(name).name != name:
+        return None
+    folder = run.folder.path.parent / name
+    return folder if folder.is_dir() else None

@@ -1,0 +1,114 @@
+"""The analysis of a run on texts: what of it makes sense without images."""
+
+from __future__ import annotations
+
+import time
+
+from backdoorbench_moe.analysis import answers, carriers, latents
+from backdoorbench_moe.analysis.analyzer import Analyzer
+from backdoorbench_moe.analysis.facts import run_facts
+from backdoorbench_moe.analysis.results import Analysis, Findings, ImageCounts
+from backdoorbench_moe.analysis.text_carriers import find_text_carriers
+from backdoorbench_moe.data.text import RefusedQueries
+from backdoorbench_moe.engine.consistency import check_same
+from backdoorbench_moe.engine.opened_run import OpenedRun
+from backdoorbench_moe.engine.text_metrics import FIRST_TOKENS, TextPass, answer_metrics, pass_texts
+from backdoorbench_moe.moe.merging import MergedModel
+from backdoorbench_moe.ops.seeding import seeded
+
+
+class TextAnalyzer(Analyzer):
+    """Computes the analysis of one run on texts."""
+
+    def analyze(self) -> Analysis:
+        """Compute all parts."""
+        started = time.perf_counter()
+        opened, other, texts = self.opened, self.other, self.opened.texts
+        found = self._pass(opened)
+        self._check_record(found)
+        against = None if other is None else self._pass(other)
+        experts = None
+        if opened.is_mixture:
+            experts = self._experts(found, against)
+        else:
+            for part in ("experts", "carriers"):
+                self._miss(part, f"the model {opened.run.spec.model.name!r} is dense: it routes nothing")
+        cosines = None if self.refused is None else self._latents(self._find_latents)
+        carriers_found = self._carriers() if opened.is_mixture else None
+        with self._timed("answers"):
+            examples = answers.example_answers(
+                texts, self.numbers, self.refused, found, against, opened.run.spec.seed
+            )
+        for part in ("examples", "routing", "capture", "shift", "pixels"):
+            self._miss(part, "the data are texts, which have no patches, pixels or classes")
+        self.seconds["total"] = time.perf_counter() - started
+        return Analysis(
+            run=run_facts(opened.run),
+            against=None if other is None else run_facts(other.run),
+            options=self.options,
+            trigger_from=None,
+            classes=(),
+            images=ImageCounts(sum(map(len, found.answers)), len(self.refused or ())),
+            examples=None,
+            findings=Findings(),
+            pixels=None,
+            carriers=carriers_found,
+            findings_against=None,
+            comparison=None,
+            experts=experts,
+            latents=cosines,
+            probe=None,
+            answers=examples,
+            absent=tuple(self.absent),
+            seconds=self.seconds,
+        )
+
+    @property
+    def numbers(self) -> range:
+        """Numbers of the tasks that the run is measured on."""
+        tasks = self.opened.tasks
+        return range(len(self.opened.texts.tasks)) if tasks is None else tasks.numbers
+
+    @property
+    def refused(self) -> RefusedQueries | None:
+        """Test queries that the policy refuses; None if there is no policy."""
+        return self.opened.texts.refused_test if self.opened.run.spec.policy else None
+
+    def _pass(self, opened: OpenedRun) -> TextPass:
+        name = "queries" if opened is self.opened else "queries against"
+        # The same draws, in the same order, as when the run was measured.
+        with self._timed(name), seeded(self.opened.run.spec.seed, "measure"):
+            return pass_texts(
+                opened.model,
+                self.opened.texts,
+                self.numbers,
+                self.refused,
+                precision=self.opened.precision,
+                mixture=self.opened.is_mixture,
+            )
+
+    def _check_record(self, found: TextPass) -> None:
+        """Raise RecordError unless the run's model gives the BA and ASR of its record again."""
+        opened = self.opened
+        metrics = answer_metrics(
+            found,
+            opened.texts,
+            self.numbers,
+            self.refused,
+            attacked=opened.run.spec.attacked,
+            mixture=opened.is_mixture,
+        )
+        check_same(opened.run, metrics, precision=opened.precision)
+
+    def _find_latents(self, expert: int) -> latents.ExpertLatents:
+        assert self.refused is not None
+        kinds = {"marked": latents.Inputs.of(self.refused.harmful, FIRST_TOKENS)}
+        return latents.find_latents(self.opened, self.other, kinds, expert)
+
+    def _carriers(self) -> carriers.Carriers | None:
+        if not isinstance(self.opened.model, MergedModel):
+            name = self.opened.run.spec.model.name
+            self._miss("carriers", f"the mixture of {name!r} does not list its experts (experts())")
+            return None
+        with self._timed("carriers"):
+            return find_text_carriers(self.opened, self.refused, self.options.carriers_images)
