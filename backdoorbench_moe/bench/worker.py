@@ -177,9 +177,7 @@ class _Watch(Observer):
         """Do not wait for longer than the run itself may take."""
         self._stop_if_over()
 
-    def on_train_start(
-        self, name: str, *, epochs: int, done: int, images: int, noun: str = "image"
-    ) -> None:
+    def on_train_start(self, name: str, *, epochs: int, done: int, images: int, noun: str = "image") -> None:
         """Say what is trained: the run itself, or first the one it is to defend, before it has a folder."""
         self.folder.path.mkdir(parents=True, exist_ok=True)
         self._sign = {"epochs": epochs, "epoch": done, "images": images, "start": done}

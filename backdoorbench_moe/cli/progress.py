@@ -31,9 +31,7 @@ class BarObserver(AnnouncingObserver):
         """Print the message above the bar."""
         self._console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
-    def on_train_start(
-        self, name: str, *, epochs: int, done: int, images: int, noun: str = "image"
-    ) -> None:
+    def on_train_start(self, name: str, *, epochs: int, done: int, images: int, noun: str = "image") -> None:
         """Show a bar over all images of all epochs."""
         self.on_message(f"training {name}")
         columns = (

@@ -43,9 +43,7 @@ class LineObserver(AnnouncingObserver):
         with contextlib.suppress(OSError, ValueError):
             print(text, file=self._file or sys.stderr, flush=True)
 
-    def on_train_start(
-        self, name: str, *, epochs: int, done: int, images: int, noun: str = "image"
-    ) -> None:
+    def on_train_start(self, name: str, *, epochs: int, done: int, images: int, noun: str = "image") -> None:
         """Print what is trained, and after which epoch it continues."""
         self._epochs, self._images, self._done = epochs, images, done
         self._start = time.perf_counter()

@@ -19,9 +19,7 @@ class Observer:
     def on_found(self, folder: str) -> None:
         """A run is finished in its folder already, and is not made: before this call, or while it waited."""
 
-    def on_train_start(
-        self, name: str, *, epochs: int, done: int, images: int, noun: str = "image"
-    ) -> None:
+    def on_train_start(self, name: str, *, epochs: int, done: int, images: int, noun: str = "image") -> None:
         """Training of `name` starts or continues: `done` of `epochs` are finished; each has `images` images.
 
         `noun` says what they are: "image" or "text".

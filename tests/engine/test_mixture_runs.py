@@ -31,9 +31,7 @@ class Naming(Observer):
     def __init__(self) -> None:
         self.names: list[str] = []
 
-    def on_train_start(
-        self, name: str, *, epochs: int, done: int, images: int, noun: str = "image"
-    ) -> None:
+    def on_train_start(self, name: str, *, epochs: int, done: int, images: int, noun: str = "image") -> None:
         self.names.append(name.split("-s0-")[0].removeprefix("tiny-convnext-"))
 
 

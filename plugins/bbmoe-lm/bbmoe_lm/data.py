@@ -74,7 +74,12 @@ class SyntheticTasks(TextDataset):
         self.texts = (texts,) * KINDS if isinstance(texts, int) else texts
         if len(self.texts) != KINDS:
             raise ConfigError.expected("dataset: texts", f"one number, or a list of {KINDS}", texts)
-        numbers = {"texts": min(self.texts), "test_texts": test_texts, "refused": refused, "refused_test": refused_test}
+        numbers = {
+            "texts": min(self.texts),
+            "test_texts": test_texts,
+            "refused": refused,
+            "refused_test": refused_test,
+        }
         for name, value in numbers.items():
             if value < 1:
                 raise ConfigError.expected(f"dataset: {name}", "a number of at least 1", value)
