@@ -23,7 +23,8 @@ class TrainSpec:
     """Settings of the training.
 
     Args:
-        epochs: Number of passes over the training set, at least 1.
+        epochs: Number of passes over the training set, at least 1; or 0 for a base or a clean model that starts from
+            weights and is left as it is.
         batch_size: Images per step, at least 1; the last batch of an epoch may be smaller.
         optimizer: "sgd" or "adamw".
         lr: Peak learning rate, above 0.
@@ -71,7 +72,7 @@ class TrainSpec:
     def __post_init__(self) -> None:
         convert_fields(self, "train.", (item.name for item in fields(self)))
         checks = {
-            "epochs": (self.epochs >= 1, "at least 1"),
+            "epochs": (self.epochs >= 0, "at least 0"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
             "lr": (0 < self.lr < float("inf"), "a positive number"),
             "momentum": (0 <= self.momentum < 1, "a number in [0, 1)"),

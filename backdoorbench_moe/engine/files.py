@@ -10,7 +10,7 @@ from pathlib import Path
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.errors import BbmoeError, RecordError
-from backdoorbench_moe.options import COUNTED
+from backdoorbench_moe.options import COUNTED, NamesFolder
 from backdoorbench_moe.paths import expand
 from backdoorbench_moe.records import MODEL, NamedFile, RunFolder
 
@@ -67,6 +67,9 @@ def named_files(spec: RunSpec) -> Iterator[tuple[str, Named]]:
                 yield f"{start}{name}", Named(path if path.is_dir() else path.parent, counted)
             elif (file := path / MODEL if path.is_dir() else path).is_file():
                 yield f"{start}{name}", Named(file)
+    for key, value in ({} if spec.mixture is None else spec.mixture.weights_by_key()).items():
+        if (folder := _find(value)) is not None:
+            yield key, Named(folder if folder.is_dir() else folder.parent, NamesFolder.counted)
 
 
 def _find(value: object) -> Path | None:
@@ -110,7 +113,7 @@ def check_files(spec: RunSpec) -> None:
     """
     found = dict(named_files(spec))
     for key, known in spec.files.items():
-        if key not in found and key.startswith(("model.", "surrogate.")):
+        if key not in found and key.startswith(("model.", "surrogate.", "mixture.")):
             continue
         if key not in found:
             raise RecordError(f"{key}: the file that the run was made with is not there any more")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from torch import Tensor
+
 
 class Origin(NamedTuple):
     """What is known of the file that a model starts from.
@@ -36,4 +38,23 @@ class StartsFromFile(Protocol):
 
         Raises:
             ConfigError: If the file cannot be read or does not fit, naming the option.
+        """
+
+
+@runtime_checkable
+class ReadsCheckpoints(Protocol):
+    """A model that reads checkpoints of its own shape, such as those of experts that others tuned from it."""
+
+    def check_checkpoint(self, path: str) -> None:
+        """Check, without reading weights, that a checkpoint has the shape of this model.
+
+        Raises:
+            ConfigError: It is missing, or of another shape, or its files are of a kind that is not read.
+        """
+
+    def read_checkpoint(self, path: str) -> tuple[dict[str, Tensor], Origin]:
+        """Return the weights of a checkpoint by their names in this model's state dict, and what is known of them.
+
+        Raises:
+            ConfigError: As `check_checkpoint`; or a file is damaged.
         """
