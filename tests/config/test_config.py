@@ -125,6 +125,7 @@ BAD = [
     ({"poison": {"mapping": "all-to-all", "labels": "clean"}}, r"poison\.mapping"),
     ({"poisson": {}}, r"unknown 'poisson'; did you mean 'poison'"),
     ({"train": {"epoch": 3}}, r"train: key: unknown 'epoch'; did you mean 'epochs'"),
+    ({"train": {"accumulate": 0}}, r"train\.accumulate: expected at least 1, got 0"),
     ({"train": {"epochs": -1}}, r"train\.epochs: expected at least 0, got -1"),
     (
         {"train": {"epochs": 0}},
