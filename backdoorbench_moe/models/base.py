@@ -6,7 +6,7 @@ For a routed model they should make gates differ clearly, so that rounding does 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -57,4 +57,28 @@ class ReadsCheckpoints(Protocol):
 
         Raises:
             ConfigError: As `check_checkpoint`; or a file is damaged.
+        """
+
+
+@runtime_checkable
+class SaysMemory(Protocol):
+    """A model of texts that says in advance how much memory it takes. It is asked when its weights have none yet."""
+
+    def bytes_needed(
+        self,
+        batch: int,
+        length: int,
+        trained: Literal["all", "mlps", "gates", "nothing"],
+        *,
+        experts: int = 0,
+        top_k: int = 2,
+    ) -> int:
+        """Estimate the bytes that this model, or a mixture of its copies, takes while it is trained with AdamW or used.
+
+        Args:
+            batch: Texts that are passed through it at a time, from 1.
+            length: Positions T of a text, from 1.
+            trained: The weights that are trained.
+            experts: Number of experts E of the mixture; 0 for the dense model.
+            top_k: Experts that compute each token.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from backdoorbench_moe.options import FolderPath
 from bbmoe_lm.models.causal import CausalModel
 from bbmoe_lm.models.checkpoints import checkpoint_folder, origin_of, read_state, weight_files
 from bbmoe_lm.models.configs import Shape, check_fits, make_config, read_config
+from bbmoe_lm.models.memory import Trained, bytes_needed
 from bbmoe_lm.models.mixture import LlamaMixture
 
 
@@ -106,6 +108,13 @@ class Llama(CausalModel):
         folder = checkpoint_folder(path)
         state = read_state(folder, self.network.state_dict())
         return {f"network.{name}": tensor for name, tensor in state.items()}, origin_of(folder)
+
+    def bytes_needed(
+        self, batch: int, length: int, trained: Trained, *, experts: int = 0, top_k: int = 2
+    ) -> int:
+        """Estimate the bytes that this model, or a mixture of its copies, takes; see `models.base.SaysMemory`."""
+        config: Any = self.network.config
+        return bytes_needed(config, batch, length, trained, experts=experts, top_k=top_k).total
 
     def merge(self, num_experts: int, gate: Callable[[int, int], Router]) -> LlamaMixture:
         """Return a mixture of E copies of this model; see `moe.structure.MergesItself`."""
