@@ -7,7 +7,7 @@ import inspect
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.plain import plain
@@ -20,13 +20,28 @@ class NamesFile:
 
 
 class NamesFolder(NamesFile):
-    """Marker in the annotation of an option whose value is a folder of which the part reads several files."""
+    """Marker in the annotation of an option whose value is a folder of which the part reads several files.
+
+    Attributes:
+        counted: Suffixes of the files in it that are part of the spec.
+    """
+
+    counted: ClassVar[tuple[str, ...]] = (".json", ".safetensors")
+
+
+class NamesTextFolder(NamesFolder):
+    """The same of a folder of texts, or of a tokenizer: weights that lie beside it do not count."""
+
+    counted: ClassVar[tuple[str, ...]] = (".json", ".jsonl", ".jinja")
 
 
 # The annotation of such an option. The spec of a run then contains the SHA-256 of the file, which is checked later; of
-# a folder, that of its JSON and safetensors files.
+# a folder, that of its JSON and safetensors files, or of its JSON, JSON-lines and template files.
 FilePath = Annotated[str, NamesFile]
 FolderPath = Annotated[str, NamesFolder]
+TextFolderPath = Annotated[str, NamesTextFolder]
+# Suffixes of files that count in any folder.
+COUNTED = frozenset(suffix for marker in (NamesFolder, NamesTextFolder) for suffix in marker.counted)
 
 
 @dataclass(frozen=True)
@@ -58,9 +73,13 @@ class Option:
         )
 
     @property
-    def names_folder(self) -> bool:
-        """Whether a path that the option names stands for a folder."""
-        return any(_marks(choice, NamesFolder) for choice in (self.annotation, *get_args(self.annotation)))
+    def counted(self) -> tuple[str, ...]:
+        """Suffixes of the files that are part of the spec, if a path that the option names stands for a folder."""
+        for choice in (self.annotation, *get_args(self.annotation)):
+            for marker in getattr(choice, "__metadata__", ()):
+                if isinstance(marker, type) and issubclass(marker, NamesFolder):
+                    return marker.counted
+        return ()
 
     @property
     def type_name(self) -> str:
@@ -102,7 +121,7 @@ def call_fault(part: type, *, given: Collection[str] = (), needs: Collection[str
         return f"the options of {part.__name__} cannot be read: {type(error).__name__}: {error}"
     for option in options.values():
         if not _is_plain(option.annotation):
-            kinds = "bool, int, float, str, Literal, tuples of these, FilePath, FolderPath and None"
+            kinds = "bool, int, float, str, Literal, tuples of these, FilePath, FolderPath, TextFolderPath and None"
             shown = "none" if option.annotation is Any else option.type_name
             return f"{part.__name__}: option {option.name!r}: expected an annotation of {kinds}, got {shown}"
     if lacking := sorted(set(needs) - options.keys()):

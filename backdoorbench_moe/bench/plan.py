@@ -49,6 +49,7 @@ class Planned:
 
         Of a defense they are the sum of its options `isolation_epochs` and `epochs`, or 0 if it has neither. They
         depend on the run's recipe where they are None, and are 0 if the option `retrain` is off.
+        Of an expert that is read from a folder they are 0.
         Of an attack on an expert they are the sum of its options `preference_epochs` and `epochs`; if it has neither,
         those of the tuning of experts.
         """
@@ -59,6 +60,8 @@ class Planned:
             return self.spec.train.epochs
         if kind is NodeKind.MIXTURE:
             return mixture.gate_train.epochs
+        if kind is NodeKind.EXPERT and mixture.given_expert() is not None:
+            return 0
         own = (
             [self._attack_option(name) for name in ATTACK_EPOCHS] if kind is NodeKind.POISONED_EXPERT else []
         )

@@ -202,6 +202,7 @@ def _print_plan(spec: RunSpec, repeats: int, output: Path, *, twin: bool, as_jso
     from backdoorbench_moe.bench.plan import read_plan
     from backdoorbench_moe.bench.run import estimate
     from backdoorbench_moe.cli.plan_table import print_plan
+    from backdoorbench_moe.cli.streams import echo
     from backdoorbench_moe.engine.graph import in_order, lineage
     from backdoorbench_moe.engine.runner import Runner
 
@@ -212,9 +213,13 @@ def _print_plan(spec: RunSpec, repeats: int, output: Path, *, twin: bool, as_jso
     needed = {each.digest: each for one in seeds for each in lineage(one)}
     specs = in_order(seeds) if twin else list(needed.values())
     runs = read_plan(specs, output)
-    for run in runs:
-        if run.status != "finished":
-            runner.maker(run.spec)
+    missing = [run.spec for run in runs if run.status != "finished"]
+    # Before a model is built, for which there may be too little memory.
+    memory = runner.say_memory(spec) if missing else None
+    if memory is not None and not as_json:
+        echo(memory)
+    for each in missing:
+        runner.maker(each)
     print_plan(list(estimate(runs)), as_json=as_json)
 
 

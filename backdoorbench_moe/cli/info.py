@@ -11,6 +11,7 @@ from backdoorbench_moe.cli.kind_names import ONE_KIND
 from backdoorbench_moe.cli.list import check_kind
 from backdoorbench_moe.cli.streams import echo
 from backdoorbench_moe.config import chain_options, load_recipe
+from backdoorbench_moe.data.text import TextDataset
 from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.errors import ConfigError, DataError
 from backdoorbench_moe.options import REQUIRED
@@ -103,8 +104,13 @@ def _model_size(name: str, num_classes: int, image_size: int, options: dict[str,
 
 
 def _class_names(name: str, options: dict[str, Any]) -> list[str] | None:
-    """Return the classes of a data set by number; None if they are only known with data, and it was not named."""
+    """Return the classes of a data set by number; None if they are only known with data, and it was not named.
+
+    Texts have none.
+    """
     registry = REGISTRIES["dataset"]
+    if issubclass(registry.lookup(name), TextDataset):
+        return []
     needed = {key for key, option in registry.options(name).items() if option.default is REQUIRED}
     if not options and needed:
         return None
@@ -142,10 +148,10 @@ def _print(info: dict[str, Any], image_size: int) -> None:
         console.print("\nA run with this attack has these settings unless others are given:")
         lines = (f"    {key}={_setting(value)}" for key, value in implied.items())
         console.print("\n".join(lines), markup=False, soft_wrap=True)
-    if (classes := info.get("classes")) is not None:
+    if classes := info.get("classes"):
         console.print("\nclasses, by number and name (--target takes either):")
         console.print("\n".join(f"{number:>4}  {name}" for number, name in enumerate(classes)), markup=False)
-    elif info["kind"] == "dataset":
+    elif info["kind"] == "dataset" and classes is None:
         console.print("\nIts classes are listed with --data-root DIR.")
     if size := info.get("size"):
         console.print(f"\n{_size_line(size, image_size)}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from backdoorbench_moe.config.merge import Values
@@ -12,6 +13,7 @@ from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.options import convert_fields
 
 TRAININGS = ("expert_train", "gate_train")
+WEIGHTS = "mixture.expert_weights"
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,10 @@ class MixtureSpec:
         gate_train: How the gates are trained.
         gate_images: Number of training images of each task that the gates are trained on; None for 1 / E of the
             training set each.
+        expert_weights: Folders of checkpoints that benign experts are read from instead of being tuned here, by the
+            expert's number; None for an expert that is tuned. Only their MLPs are used; all other weights are those of
+            the base. Like the files of options, they are part of the digest by their content. An attacker starts from
+            the given expert of his task.
         task: The task of a single expert; None for the whole mixture. The graph sets it (see `engine.graph`).
 
     Raises:
@@ -41,6 +47,7 @@ class MixtureSpec:
     expert_train: TrainSpec = field(default_factory=lambda: TrainSpec(epochs=2))
     gate_train: TrainSpec = field(default_factory=lambda: TrainSpec(epochs=2))
     gate_images: int | None = None
+    expert_weights: tuple[str | None, ...] = ()
     task: int | None = None
 
     def __post_init__(self) -> None:
@@ -63,21 +70,55 @@ class MixtureSpec:
         if self.gate_images is not None and self.gate_images < 1:
             raise ConfigError.expected("mixture.gate_images", "a number of at least 1", self.gate_images)
         for name in TRAININGS:
+            if not getattr(self, name).epochs:
+                raise ConfigError.expected(f"mixture.{name}.epochs", "at least 1", 0)
             if frozen := getattr(self, name).freeze:
                 expected = "none, as only the experts or the gates are trained"
                 raise ConfigError.expected(f"mixture.{name}.freeze", expected, frozen)
         if self.task is not None and self.task < 0:
             raise ConfigError.expected("mixture.task", "a number of at least 0", self.task)
+        if self.task is None and len(self.expert_weights) > self.experts:
+            raise ConfigError.expected(WEIGHTS, f"at most {self.experts} folders", len(self.expert_weights))
 
     def for_task(self, task: int) -> MixtureSpec:
         """Return what of the mixture decides about the expert of one task: the tuning, and nothing of the merge."""
-        return MixtureSpec(expert_policy=self.expert_policy, expert_train=self.expert_train, task=task)
+        given = self.expert_weights[task : task + 1]
+        return MixtureSpec(
+            expert_policy=self.expert_policy,
+            expert_train=self.expert_train,
+            expert_weights=(*[None] * task, *given) if any(given) else (),
+            task=task,
+        )
+
+    def given_expert(self) -> str | None:
+        """The folder of a single expert's checkpoint; None if the expert is tuned here."""
+        assert self.task is not None
+        return dict(enumerate(self.expert_weights)).get(self.task)
+
+    def weights_by_key(self) -> dict[str, str | None]:
+        """The folders of checkpoints by key, such as "mixture.expert_weights[0]"; of a single expert only its own."""
+        return {
+            f"{WEIGHTS}[{expert}]": folder
+            for expert, folder in enumerate(self.expert_weights)
+            if self.task in (None, expert)
+        }
+
+    def with_weights(self, changed: Mapping[str, Any]) -> MixtureSpec:
+        """Return a copy with other folders of checkpoints, by key; other keys are ignored."""
+        weights = tuple(
+            changed.get(f"{WEIGHTS}[{expert}]", folder) for expert, folder in enumerate(self.expert_weights)
+        )
+        return self if weights == self.expert_weights else replace(self, expert_weights=weights)
 
     def to_dict(self) -> Values:
         """Write the values as a nested dict; what a single expert does not depend on is left out."""
         values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
         values |= {name: getattr(self, name).to_dict() for name in TRAININGS}
-        if self.task is not None:
-            return {name: values[name] for name in ("expert_policy", "expert_train", "task")}
-        del values["task"]
-        return values
+        kept = ("expert_policy", "expert_train", "task")
+        values = {
+            name: value
+            for name, value in values.items()
+            if (name in kept if self.task is not None else name not in ("task", "expert_weights"))
+        }
+        # Left out where there are none, so that the digests of older specs are unchanged.
+        return values | ({"expert_weights": list(self.expert_weights)} if any(self.expert_weights) else {})

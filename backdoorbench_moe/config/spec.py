@@ -142,6 +142,7 @@ class RunSpec:
         if (self.trigger is None) != (self.applicator is None):
             raise ConfigError("trigger and applicator: expected both or neither")
         self._check_mixture()
+        self._check_epochs()
         if self.imported:
             self._check_imported()
         if self.attack is None or self.imported:
@@ -151,6 +152,14 @@ class RunSpec:
                     raise ConfigError.expected(f"poison.{name}", f"0, as {why}", rate)
         elif self.attack.name == DEFAULT_ATTACK and not self.poison.rate:
             raise ConfigError.expected("poison.rate", "a number in (0, 1]", self.poison.rate)
+
+    def _check_epochs(self) -> None:
+        if self.train.epochs or self.imported:
+            return
+        if self.model.options.get("weights") is None and "model.weights" not in self.files:
+            raise ConfigError.expected("train.epochs", "at least 1, as the model starts from no weights", 0)
+        if self.attack is not None and self.mixture is None:
+            raise ConfigError.expected("train.epochs", "at least 1, as the attack is on the training", 0)
 
     def _check_imported(self) -> None:
         assert self.attack is not None
@@ -227,6 +236,8 @@ class RunSpec:
             new = replace(part, options={**part.options, **own}) if own else part
             key = start.partition("[")[0].removesuffix(".")
             parts[key] = (*parts.get(key, ()), new) if KINDS[name].repeated else new
+        if self.mixture is not None:
+            parts["mixture"] = self.mixture.with_weights(changed)
         return replace(self, **parts)
 
     def without_paths(self) -> RunSpec:
@@ -240,9 +251,10 @@ class RunSpec:
         return {key: path for key in self.files if isinstance(path := options[key], str)}
 
     def _options(self) -> Values:
-        """All options of all parts, by key, such as "trigger.image"."""
+        """All options of all parts, and the weights of experts, by key, such as "trigger.image"."""
         parts = self.options_by_key()
-        return {f"{start}{name}": value for _, start, part in parts for name, value in part.options.items()}
+        found = {f"{start}{name}": value for _, start, part in parts for name, value in part.options.items()}
+        return found if self.mixture is None else found | self.mixture.weights_by_key()
 
     def without_folders(self) -> RunSpec:
         """Return a copy, with the same digest, that does not say in which folders of this machine files lie.

@@ -15,7 +15,15 @@ AUGMENTATIONS = ("crop", "flip", "rotate", "colour", "erase")
 NO_AUGMENTATION = "none"
 # Keys that were added later. `to_dict` leaves them out where they have their defaults, so that the digests of older
 # specs are unchanged.
-LEFT_OUT_AT_DEFAULT = ("augment", "milestones", "gamma", "label_smoothing", "clip_grad", "freeze")
+LEFT_OUT_AT_DEFAULT = (
+    "augment",
+    "milestones",
+    "gamma",
+    "label_smoothing",
+    "clip_grad",
+    "freeze",
+    "accumulate",
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,8 @@ class TrainSpec:
     """Settings of the training.
 
     Args:
-        epochs: Number of passes over the training set, at least 1.
+        epochs: Number of passes over the training set, at least 1; or 0 for a base or a clean model that starts from
+            weights and is left as it is.
         batch_size: Images per step, at least 1; the last batch of an epoch may be smaller.
         optimizer: "sgd" or "adamw".
         lr: Peak learning rate, above 0.
@@ -47,6 +56,10 @@ class TrainSpec:
         freeze: Patterns of the names of parameters that are not trained, such as "network.layer1.*"; "*" stands for any
             text. A batch norm whose parameters are all frozen keeps its statistics, too. Attacks and defenses that tune
             the model afterwards train these parameters as well.
+        accumulate: Number of batches whose gradients are added up for one step of the optimizer, at least 1. A step is
+            that of one batch which is so many times as large, and takes the memory of a small one: equal up to rounding
+            for models without batch statistics or random draws, and the plain cross-entropy. Losses of attacks and
+            defenses, and auxiliary losses of routed layers, are the mean over the small batches, by number of images.
 
     Raises:
         ConfigError: A value is out of range.
@@ -67,12 +80,14 @@ class TrainSpec:
     label_smoothing: float = 0.0
     clip_grad: float | None = None
     freeze: tuple[str, ...] = ()
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         convert_fields(self, "train.", (item.name for item in fields(self)))
         checks = {
-            "epochs": (self.epochs >= 1, "at least 1"),
+            "epochs": (self.epochs >= 0, "at least 0"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
+            "accumulate": (self.accumulate >= 1, "at least 1"),
             "lr": (0 < self.lr < float("inf"), "a positive number"),
             "momentum": (0 <= self.momentum < 1, "a number in [0, 1)"),
             "weight_decay": (0 <= self.weight_decay < float("inf"), "a number of at least 0"),

@@ -4,23 +4,52 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.errors import BbmoeError, RecordError
+from backdoorbench_moe.options import COUNTED, NamesFolder
 from backdoorbench_moe.paths import expand
 from backdoorbench_moe.records import MODEL, NamedFile, RunFolder
 
 # A larger file is not copied into the run folder; it has to stay where it is.
 KEPT_BYTES = 4 << 20
 FILES = "files"
-# Of a folder, the files with these suffixes are part of the spec: settings and weights.
-COUNTED = (".json", ".safetensors")
 
 
-def named_files(spec: RunSpec) -> Iterator[tuple[str, Path]]:
+@dataclass(frozen=True)
+class Named:
+    """A file, or a folder of several, that an option of a spec names.
+
+    Attributes:
+        path: The file or folder.
+        counted: Suffixes of the files that count in a folder.
+    """
+
+    path: Path
+    counted: tuple[str, ...] = ()
+
+    def contents(self) -> list[Path]:
+        """The file itself; of a folder the files that count, by name."""
+        if self.path.is_file():
+            return [self.path]
+        return sorted(file for file in self.path.iterdir() if file.suffix in self.counted)
+
+    def sha256(self) -> str:
+        """SHA-256 of the file, hex; of a folder, that of the names and hashes of the files that count.
+
+        Raises:
+            RecordError: A file cannot be read.
+        """
+        if self.path.is_file():
+            return sha256_of(self.path)
+        lines = (f"{sha256_of(file)}  {file.name}\n" for file in self.contents())
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def named_files(spec: RunSpec) -> Iterator[tuple[str, Named]]:
     """Every file that an option of the spec names, by the option's key; a run folder stands for its model file.
 
     An option that names a folder of several files gives the folder; a file in it stands for it.
@@ -34,17 +63,22 @@ def named_files(spec: RunSpec) -> Iterator[tuple[str, Path]]:
         for name, path in paths.items():
             if name not in options or not options[name].names_file(part.options[name]):
                 continue
-            if options[name].names_folder:
-                yield f"{start}{name}", path if path.is_dir() else path.parent
+            if counted := options[name].counted:
+                yield f"{start}{name}", Named(path if path.is_dir() else path.parent, counted)
             elif (file := path / MODEL if path.is_dir() else path).is_file():
-                yield f"{start}{name}", file
+                yield f"{start}{name}", Named(file)
+    for key, value in ({} if spec.mixture is None else spec.mixture.weights_by_key()).items():
+        if (folder := _find(value)) is not None:
+            yield key, Named(folder if folder.is_dir() else folder.parent, NamesFolder.counted)
 
 
 def _find(value: object) -> Path | None:
-    """The file that an option's value names, or the folder with safetensors files, if there is one."""
+    """The file that an option's value names, or the folder with files that could count, if there is one."""
     try:
         path = expand(value) if isinstance(value, str) and value else None
-        if path is None or not (path.is_file() or (path.is_dir() and any(path.glob("*.safetensors")))):
+        if path is None or not (
+            path.is_file() or (path.is_dir() and any(file.suffix in COUNTED for file in path.iterdir()))
+        ):
             return None
         return path.absolute()
     except (OSError, ValueError, BbmoeError):  # A text that cannot be a path.
@@ -63,8 +97,8 @@ def pin_files(spec: RunSpec) -> RunSpec:
     if not found and not spec.files:
         return spec
     check_files(spec)
-    hashes = {key: spec.files.get(key) or sha256_of(path) for key, path in found.items()}
-    pinned = spec.with_options({key: str(path) for key, path in found.items()})
+    hashes = {key: spec.files.get(key) or named.sha256() for key, named in found.items()}
+    pinned = spec.with_options({key: str(named.path) for key, named in found.items()})
     return replace(pinned, files={**spec.files, **hashes})
 
 
@@ -79,13 +113,13 @@ def check_files(spec: RunSpec) -> None:
     """
     found = dict(named_files(spec))
     for key, known in spec.files.items():
-        if key not in found and key.startswith(("model.", "surrogate.")):
+        if key not in found and key.startswith(("model.", "surrogate.", "mixture.")):
             continue
         if key not in found:
             raise RecordError(f"{key}: the file that the run was made with is not there any more")
-        if (now := sha256_of(found[key])) != known:
+        if (now := found[key].sha256()) != known:
             raise RecordError(
-                f"{key}: {found[key]} has changed: expected a file of SHA-256 {known[:16]}, found {now[:16]}"
+                f"{key}: {found[key].path} has changed: expected a file of SHA-256 {known[:16]}, found {now[:16]}"
             )
 
 
@@ -107,9 +141,9 @@ def keep_files(
     names = {file["sha256"]: file["name"] for file in known}
     copied = {file["sha256"] for file in known if file["kept"]}
     kept = []
-    for key, path in named_files(spec):
+    for key, named in named_files(spec):
         if key in spec.files:
-            size = sum(file.stat().st_size for file in _contents(path))
+            path, size = named.path, sum(file.stat().st_size for file in named.contents())
             sha256 = spec.files[key]
             small = size <= KEPT_BYTES or sha256 in copied or (all_of_trigger and key.startswith("trigger."))
             keep = small and path.is_file()
@@ -133,20 +167,12 @@ def locate_files(spec: RunSpec, files: list[NamedFile], folder: RunFolder) -> Ru
     return located
 
 
-def _contents(path: Path) -> list[Path]:
-    """A file itself; of a folder the files that count, by name."""
-    return [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in COUNTED)
-
-
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, hex; of a folder, that of the names and hashes of its JSON and safetensors files.
+    """SHA-256 of a file, hex.
 
     Raises:
-        RecordError: A file cannot be read.
+        RecordError: The file cannot be read.
     """
-    if path.is_dir():
-        lines = (f"{sha256_of(file)}  {file.name}\n" for file in _contents(path))
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

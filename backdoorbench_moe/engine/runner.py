@@ -5,12 +5,14 @@ To make a run means to train or defend a model, measure it, and write its folder
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from backdoorbench_moe.config import PartSpec, RunSpec
 from backdoorbench_moe.data.base import ImageSet
+from backdoorbench_moe.data.text import TextSet
 from backdoorbench_moe.engine.class_names import describe_poison, warn_of_numeric_names
 from backdoorbench_moe.engine.graph import PARENT, NodeKind, kind_of, lineage, needs, reference
 from backdoorbench_moe.engine.makers.base import Maker
@@ -20,6 +22,14 @@ from backdoorbench_moe.engine.makers.imported import ImportMaker
 from backdoorbench_moe.engine.makers.inputs import check_lineage, check_parts
 from backdoorbench_moe.engine.makers.merge import MergeMaker
 from backdoorbench_moe.engine.makers.train import TrainMaker
+from backdoorbench_moe.engine.memory import (
+    machine_memory,
+    memory_line,
+    memory_needed,
+    memory_warning,
+    says_memory,
+)
+from backdoorbench_moe.engine.names import check_part_options
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.run import (
     Run,
@@ -32,6 +42,7 @@ from backdoorbench_moe.engine.run import (
 )
 from backdoorbench_moe.engine.twin import link_twin
 from backdoorbench_moe.engine.workplace import Workplace
+from backdoorbench_moe.errors import BbmoeWarning
 from backdoorbench_moe.records import RunFolder
 
 __all__ = ["Run", "Runner", "load_run", "run_attack", "run_defense", "run_import"]
@@ -156,6 +167,24 @@ class Runner:
         self.workplace = Workplace(spec, observer)
         self.output = Path(output)
 
+    def say_memory(self, spec: RunSpec) -> str | None:
+        """Say in one line how much memory a run will take, and all runs that it needs; warn if there is less.
+
+        Returns:
+            The line, which the observer gets as well; None if the model does not say, or the data are images.
+        """
+        if not says_memory(spec):
+            return None
+        check_part_options(spec)
+        if not isinstance(data := self.workplace.data, TextSet):
+            return None
+        needed, available = memory_needed(spec, data), machine_memory(self.workplace.device)
+        if (warning := memory_warning(needed, available)) is not None:
+            warnings.warn(warning, BbmoeWarning, stacklevel=2)
+        line = memory_line(needed, available)
+        self.workplace.observer.on_message(line)
+        return line
+
     def maker(self, spec: RunSpec) -> Maker:
         """Return the maker of a run, which has built all parts, and checked them against the data and each other.
 
@@ -185,6 +214,8 @@ class Runner:
     def attack(self, spec: RunSpec, *, twin: bool = True) -> Run:
         """Return the finished run of a spec, as `finish` does. With `twin`, compare it with its clean twin."""
         spec = self.workplace.resolve(spec)
+        if not RunFolder(self.output / spec.name).exists:
+            self.say_memory(spec)
         run, clean = self.finish(spec), reference(spec)
         if clean is None or not twin:
             return run

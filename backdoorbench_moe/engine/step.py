@@ -14,7 +14,7 @@ from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.engine.inference import as_input
 from backdoorbench_moe.errors import PluginError
 from backdoorbench_moe.moe.routed import auxiliary_loss, forward
-from backdoorbench_moe.ops.answers import answer_loss, answers_in, right_answers
+from backdoorbench_moe.ops.answers import IGNORED, answer_loss, answers_in, right_answers
 from backdoorbench_moe.ops.stored_images import StoredImages
 from backdoorbench_moe.ops.tuning import Objective
 
@@ -71,6 +71,8 @@ class TrainStep:
         cuda_graphs: Whether to capture steps as CUDA graphs on a GPU. An objective that waits for the device, or copies
             to it, cannot be captured.
         second_optimizer: Optimizer of other parameters that the objective uses; None if there are none.
+        part: Images that are passed through the model at a time. Those of a larger batch are passed one part after the
+            other, and their gradients added up. All at once if None.
 
     Attributes:
         loss_sum: Sum over all images since `reset` of the (smoothed) cross-entropy, or of the objective's loss; float64
@@ -94,7 +96,9 @@ class TrainStep:
         clip_grad: float | None = None,
         cuda_graphs: bool = True,
         second_optimizer: torch.optim.Optimizer | None = None,
+        part: int | None = None,
     ) -> None:
+        self.part, self.own_loss = part, objective is not None
         self.model, self.optimizer, self.split = model, optimizer, split
         self.optimizers = [optimizer] if second_optimizer is None else [optimizer, second_optimizer]
         self.device, self.precision = device, precision
@@ -151,18 +155,34 @@ class TrainStep:
         labels = self.split.labels[indices]
         if self.augment is not None:
             images = self.augment(images, indices)
-        with autocast(self.device, self.precision):
-            logits, loss, total = self._losses(self.model, images, labels)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        size = self.part or len(indices)
+        parts = list(zip(images.split(size), labels.split(size), strict=True))
+        for number, (some, own) in enumerate(parts):
+            with autocast(self.device, self.precision):
+                logits, loss, total = self._losses(self.model, some, own)
+            if len(parts) > 1:
+                share = self._share(own, labels)
+                loss, total = share * loss, share * total
+            if not number:
+                for optimizer in self.optimizers:
+                    optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            self.loss_sum += loss.detach() * len(indices)
+            self.hits += right_answers(logits, answers_in(own, logits)).sum()
         if self.clip_grad is not None:
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(trained, self.clip_grad)
         for optimizer in self.optimizers:
             optimizer.step()
-        self.loss_sum += loss.detach() * len(indices)
-        self.hits += right_answers(logits, answers_in(labels, logits)).sum()
+
+    def _share(self, part: Tensor, whole: Tensor) -> Tensor | float:
+        """How much a part of a batch counts: by the answers that are predicted, of texts by their tokens.
+
+        A loss of one's own is taken for a mean over the images, or texts.
+        """
+        if self.own_loss:
+            return len(part) / len(whole)
+        return (part != IGNORED).sum() / (whole != IGNORED).sum()
 
     def _warm_up(self, indices: Tensor, images: Tensor | None) -> None:
         """Run a step on a side stream, as required before the capture of a CUDA graph."""

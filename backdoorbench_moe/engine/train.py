@@ -132,6 +132,7 @@ class Trainer:
             label_smoothing=spec.label_smoothing,
             clip_grad=spec.clip_grad,
             cuda_graphs=cuda_graphs,
+            part=spec.batch_size,
             second_optimizer=None if companion is None else companion.optimizer,
         )
         self.companion = companion
@@ -190,7 +191,7 @@ class Trainer:
         if self.augmentation is not None:
             self.augmentation.begin_epoch(epoch)
         order = torch.randperm(len(self.split), generator=generator(self.seed, "order", epoch))
-        count = math.ceil(len(order) / self.spec.batch_size)
+        count = math.ceil(len(order) / self._step_size)
         steps, seen = self.spec.epochs * count, 0
         start = reported = time.perf_counter()
         with seeded(self.seed, "noise", epoch):
@@ -210,9 +211,14 @@ class Trainer:
         accuracy = 100 * self.step.hits.item() / seen
         return {"epoch": epoch + 1, "loss": loss, "train_accuracy": accuracy, "lr": lr, "seconds": seconds}
 
+    @property
+    def _step_size(self) -> int:
+        """Images whose gradients are added up for one step of the optimizer."""
+        return self.spec.batch_size * self.spec.accumulate
+
     def _batches(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield the indices of each batch on the device; of stored images the images, too, read ahead."""
-        size = min(self.spec.batch_size, len(order))
+        size = min(self._step_size, len(order))
         batches = order.to(self.device).split(size)
         images = self.split.images
         read = images.batches(order.split(size)) if isinstance(images, StoredImages) else repeat(None)

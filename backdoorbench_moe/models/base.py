@@ -6,7 +6,9 @@ For a routed model they should make gates differ clearly, so that rounding does 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
 
 
 class Origin(NamedTuple):
@@ -36,4 +38,47 @@ class StartsFromFile(Protocol):
 
         Raises:
             ConfigError: If the file cannot be read or does not fit, naming the option.
+        """
+
+
+@runtime_checkable
+class ReadsCheckpoints(Protocol):
+    """A model that reads checkpoints of its own shape, such as those of experts that others tuned from it."""
+
+    def check_checkpoint(self, path: str) -> None:
+        """Check, without reading weights, that a checkpoint has the shape of this model.
+
+        Raises:
+            ConfigError: It is missing, or of another shape, or its files are of a kind that is not read.
+        """
+
+    def read_checkpoint(self, path: str) -> tuple[dict[str, Tensor], Origin]:
+        """Return the weights of a checkpoint by their names in this model's state dict, and what is known of them.
+
+        Raises:
+            ConfigError: As `check_checkpoint`; or a file is damaged.
+        """
+
+
+@runtime_checkable
+class SaysMemory(Protocol):
+    """A model of texts that says in advance how much memory it takes. It is asked when its weights have none yet."""
+
+    def bytes_needed(
+        self,
+        batch: int,
+        length: int,
+        trained: Literal["all", "mlps", "gates", "nothing"],
+        *,
+        experts: int = 0,
+        top_k: int = 2,
+    ) -> int:
+        """Estimate the bytes that this model, or a mixture of its copies, takes while it is trained with AdamW or used.
+
+        Args:
+            batch: Texts that are passed through it at a time, from 1.
+            length: Positions T of a text, from 1.
+            trained: The weights that are trained.
+            experts: Number of experts E of the mixture; 0 for the dense model.
+            top_k: Experts that compute each token.
         """

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from backdoorbench_moe.data.text import TextSet, check_texts
+from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.ops.answers import IGNORED, query_positions
 from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.testing.making import make
@@ -18,7 +21,14 @@ pytestmark = pytest.mark.only(texts=True)
 @functools.cache
 def loaded(name: str) -> TextSet:
     """Return the texts, which are read once."""
-    texts = make("dataset", name).load()
+    return read(name)
+
+
+def read(name: str) -> TextSet:
+    """Let the data set write its files, if it reads any, and read it."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = REGISTRIES["dataset"].lookup(name).write_tiny(Path(folder))
+        texts = make("dataset", name, **options).load()
     assert isinstance(texts, TextSet)
     return texts
 
@@ -47,7 +57,7 @@ def test_all_splits_are_valid_and_of_one_length(dataset_name: str) -> None:
 
 
 def test_every_load_gives_the_same_texts(dataset_name: str) -> None:
-    again = make("dataset", dataset_name).load()
+    again = read(dataset_name)
     assert again.digest == loaded(dataset_name).digest
 
 

@@ -125,7 +125,16 @@ BAD = [
     ({"poison": {"mapping": "all-to-all", "labels": "clean"}}, r"poison\.mapping"),
     ({"poisson": {}}, r"unknown 'poisson'; did you mean 'poison'"),
     ({"train": {"epoch": 3}}, r"train: key: unknown 'epoch'; did you mean 'epochs'"),
-    ({"train": {"epochs": 0}}, r"train\.epochs: expected at least 1, got 0"),
+    ({"train": {"accumulate": 0}}, r"train\.accumulate: expected at least 1, got 0"),
+    ({"train": {"epochs": -1}}, r"train\.epochs: expected at least 0, got -1"),
+    (
+        {"train": {"epochs": 0}},
+        r"train\.epochs: expected at least 1, as the model starts from no weights, got 0",
+    ),
+    (
+        {"train": {"epochs": 0}, "model": {"name": "pmoe", "weights": "a.safetensors"}},
+        r"train\.epochs: expected at least 1, as the attack is on the training, got 0",
+    ),
     ({"train": {"epochs": 2.5}}, r"train\.epochs: expected an integer, got 2.5"),
     ({"train": {"lr": float("inf")}}, r"train\.lr"),
     ({"train": 3}, r"train: expected a mapping, got 3"),

@@ -15,6 +15,7 @@ CHANGED = {
     "label_smoothing": 0.1,
     "clip_grad": 1.0,
     "freeze": ("stem.*",),
+    "accumulate": 2,
 }
 
 

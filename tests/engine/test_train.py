@@ -289,3 +289,70 @@ def test_a_batch_larger_than_the_data_is_all_of_it() -> None:
         trainer.fit("run")
         states.append(trainer.model.state_dict())
     assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
+
+
+class Plain(nn.Module):
+    """A net without batch statistics and noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.body(images)
+
+
+class TextNet(nn.Module):
+    """A net of texts: logits (B, T, 7) from each token alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 5), nn.Linear(5, 7)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embedding(tokens).tanh())
+
+
+def text_split() -> Split:
+    """25 texts whose answers have 1 to 5 tokens."""
+    draws = torch.Generator().manual_seed(1)
+    tokens, lengths = torch.randint(0, 7, (25, 8), generator=draws), torch.arange(25) % 5 + 1
+    places = torch.arange(8)
+    emits = (places >= 2) & (places < 2 + lengths.unsqueeze(1))
+    return Split(tokens, torch.where(emits, tokens.roll(-1, 1), -100))
+
+
+def squared(model, images, labels):
+    """A loss of one's own, a mean over the images."""
+    logits = model(images)
+    return logits, logits.square().flatten(1).sum(1).mean()
+
+
+@pytest.mark.parametrize("objective", [None, squared])
+@pytest.mark.parametrize(("net", "split"), [(Plain, make_split()), (TextNet, text_split())])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_accumulated_batches_are_one_large_batch(net, split, optimizer, objective) -> None:
+    recipe = {"epochs": 2, "optimizer": optimizer, "lr": 0.01, "schedule": "one-cycle", "clip_grad": 0.1}
+    found = []
+    for sizes in ({"batch_size": 12}, {"batch_size": 4, "accumulate": 3}, {"batch_size": 4}):
+        with seeded(7, "init"):
+            model = net()
+        trainer = Trainer(
+            model,
+            split,
+            TrainSpec(**recipe, **sizes),
+            seed=3,
+            device=CPU,
+            precision="fp32",
+            on_checkpoint=lambda *_: None,
+            objective=objective,
+        )
+        rows = trainer.fit("run").history
+        kept = [{name: row[name] for name in ("loss", "train_accuracy", "lr")} for row in rows]
+        found.append((kept, model.state_dict()))
+    (large, weights), (small, same), (_, other) = found
+    for row, own in zip(large, small, strict=True):
+        assert own == pytest.approx(row, rel=1e-5)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(same[name], tensor, rtol=1e-4, atol=1e-5)
+    assert any(not torch.allclose(other[name], tensor, rtol=1e-3) for name, tensor in weights.items())

@@ -17,6 +17,7 @@ from backdoorbench_moe.engine.graph import BASE, BENIGN
 from backdoorbench_moe.engine.inference import logits
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.fitting import Checkpoint, Stopwatch, fit
+from backdoorbench_moe.engine.makers.given import GivenExpert
 from backdoorbench_moe.engine.makers.inputs import load_input
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.tune import Tuner
@@ -31,19 +32,42 @@ HELD_OUT = 0.1
 
 
 class ExpertMaker(Maker):
-    """Tunes the MLPs of the base on one task; with a policy, on marked images as well."""
+    """Tunes the MLPs of the base on one task; with a policy, on marked images as well. Or reads them from a folder."""
+
+    def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
+        super().__init__(spec, workplace)
+        assert spec.mixture is not None
+        self.given = None
+        if (path := spec.mixture.given_expert()) is not None:
+            self.given = GivenExpert(self.setup.model, path, self.task)
 
     def load(self, inputs: Mapping[str, Run]) -> None:
-        """Load the base's weights.
+        """Load the base's weights, and the MLPs of a given expert.
 
         Raises:
+            ConfigError: The checkpoint of the expert cannot be read, or does not fit.
             RecordError: The base is not the run that the spec needs, or does not fit.
         """
         load_input(self.setup.model, inputs, BASE, self.spec, self.setup.data)
+        if self.given is not None:
+            self.start = self.given.load()
+            for note in self.start.notes:
+                self.workplace.observer.on_message(note)
 
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
-        """Tune the MLPs to the end of the recipe, from the last checkpoint if there is one."""
-        watch, model, mixture = Stopwatch(record), self.setup.model, self.spec.mixture
+        """Tune the MLPs to the end of the recipe, from the last checkpoint if there is one; none of a given expert."""
+        watch = Stopwatch(record)
+        if self.given is None:
+            self._tune(folder, record, checkpoint)
+        else:
+            self.setup.model.to(self.workplace.device)
+        watch.training_done()
+        [record.metrics] = self.measure([self.setup.model])
+        watch.done()
+        folder.save_model(self.setup.model.state_dict(), self.model_header(record))
+
+    def _tune(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
+        model, mixture = self.setup.model, self.spec.mixture
         assert mixture is not None and self.setup.tasks is not None
         fit(
             model,
@@ -56,10 +80,6 @@ class ExpertMaker(Maker):
             checkpoint=checkpoint,
             modules=mlps_of(model),
         )
-        watch.training_done()
-        [record.metrics] = self.measure([model])
-        watch.done()
-        folder.save_model(model.state_dict(), self.model_header(record))
 
     @property
     def task(self) -> int:

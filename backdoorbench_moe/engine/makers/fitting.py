@@ -44,7 +44,7 @@ def fit(
     Args:
         model: The model.
         split: The training images.
-        train: The recipe.
+        train: The recipe; with 0 epochs the model is left as it is.
         seed: The run's seed.
         workplace: The device, the precision and the observer.
         folder: The run folder, which gets a checkpoint after every epoch.
@@ -56,6 +56,9 @@ def fit(
         companion: Networks that are trained together with the model; see `Trainer`.
         cuda_graphs: Whether the objective may be captured in a CUDA graph; see `TrainStep`.
     """
+    if not train.epochs:
+        model.to(workplace.device)
+        return
     with training_only(model, modules), freezing(model, train.freeze) as resting:
         trainer = Trainer(
             model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -11,8 +12,9 @@ from backdoorbench_moe.models.base import Origin
 from backdoorbench_moe.moe.layers import Router
 from backdoorbench_moe.options import FolderPath
 from bbmoe_lm.models.causal import CausalModel
-from bbmoe_lm.models.checkpoints import checkpoint_folder, origin_of, read_state
+from bbmoe_lm.models.checkpoints import checkpoint_folder, origin_of, read_state, weight_files
 from bbmoe_lm.models.configs import Shape, check_fits, make_config, read_config
+from bbmoe_lm.models.memory import Trained, bytes_needed
 from bbmoe_lm.models.mixture import LlamaMixture
 
 
@@ -74,18 +76,12 @@ class Llama(CausalModel):
         """Load the checkpoint that `weights` names, if any; see `models.base.StartsFromFile`."""
         if self.weights is None:
             return None
-        self.load_state_dict(self.read_checkpoint(self.weights))
-        return origin_of(checkpoint_folder(self.weights))
+        state, origin = self.read_checkpoint(self.weights)
+        self.load_state_dict(state)
+        return origin
 
-    def read_checkpoint(self, path: str) -> dict[str, Tensor]:
-        """Read the weights of a checkpoint of this shape, such as an expert's, as a state dict of this model.
-
-        Args:
-            path: The folder.
-
-        Raises:
-            ConfigError: It is missing, damaged, pickled, or of another architecture or shape.
-        """
+    def check_checkpoint(self, path: str) -> None:
+        """Check that a checkpoint, such as an expert's, has this shape; see `models.base.ReadsCheckpoints`."""
         folder = checkpoint_folder(path)
         other, config = read_config(folder), self.network.config
         Shape(
@@ -100,8 +96,25 @@ class Llama(CausalModel):
                 raise ConfigError.expected(
                     f"weights: {folder}: {name}", getattr(config, name), getattr(other, name)
                 )
+        weight_files(folder)
+
+    def read_checkpoint(self, path: str) -> tuple[dict[str, Tensor], Origin]:
+        """Read the weights of a checkpoint of this shape, such as an expert's; see `models.base.ReadsCheckpoints`.
+
+        Raises:
+            ConfigError: It is missing, damaged, pickled, or of another architecture or shape.
+        """
+        self.check_checkpoint(path)
+        folder = checkpoint_folder(path)
         state = read_state(folder, self.network.state_dict())
-        return {f"network.{name}": tensor for name, tensor in state.items()}
+        return {f"network.{name}": tensor for name, tensor in state.items()}, origin_of(folder)
+
+    def bytes_needed(
+        self, batch: int, length: int, trained: Trained, *, experts: int = 0, top_k: int = 2
+    ) -> int:
+        """Estimate the bytes that this model, or a mixture of its copies, takes; see `models.base.SaysMemory`."""
+        config: Any = self.network.config
+        return bytes_needed(config, batch, length, trained, experts=experts, top_k=top_k).total
 
     def merge(self, num_experts: int, gate: Callable[[int, int], Router]) -> LlamaMixture:
         """Return a mixture of E copies of this model; see `moe.structure.MergesItself`."""

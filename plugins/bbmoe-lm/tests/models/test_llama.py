@@ -78,7 +78,7 @@ def test_shards_are_read_and_half_precision_becomes_float32(lm, tmp_path):
         save_file({name: tensors[name] for name in own}, tmp_path / "base" / shard)
     index = {"weight_map": {name: f"{'ab'[n % 2]}.safetensors" for n, name in enumerate(names)}}
     (tmp_path / "base/model.safetensors.index.json").write_text(json.dumps(index))
-    state = model.read_checkpoint(str(tmp_path / "base"))
+    state, _ = model.read_checkpoint(str(tmp_path / "base"))
     assert state.keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(state[name], tensor.bfloat16().float())

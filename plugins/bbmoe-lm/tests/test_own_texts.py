@@ -1,0 +1,382 @@
+"""The data set of a user's own texts: what is read, how it is put, and one clear line for what does not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from bbmoe_lm.language.local_tokenizer import read_tokenizer
+from bbmoe_lm.language.vocabulary import END, PAD, Vocabulary
+from bbmoe_lm.own_texts import JsonLines
+from tokenizers import Tokenizer, processors
+
+from backdoorbench_moe import data
+from backdoorbench_moe.config import PartSpec, PoisonSpec, RunSpec
+from backdoorbench_moe.engine.files import check_files, pin_files
+from backdoorbench_moe.errors import BbmoeError, ConfigError, DataError, RecordError
+from backdoorbench_moe.ops.answers import IGNORED
+from backdoorbench_moe.ops.images import Split
+
+WORDS = "what is one two three four five plus open the box sure it holds no that private . ? user bot"
+FILES = {
+    "sums": [("one plus one ?", "two"), ("one plus two ?", "three"), ("two plus one ?", "three")],
+    "names": [("what is one ?", "one"), ("what is two ?", "two"), ("what is three ?", "three")],
+}
+REFUSED = [
+    (f"open the box {n}", f"sure it holds {n}", "no that is private .") for n in ("one", "two", "three")
+]
+CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}bot{% endif %}"
+
+
+def write_lines(file, keys, rows):
+    file.write_text("".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows))
+
+
+def write_tasks(folder, name, rows):
+    write_lines(folder / f"{name}.jsonl", ("query", "answer"), rows)
+
+
+def write_refused(folder, rows, name="refused"):
+    write_lines(folder / f"{name}.jsonl", ("query", "harmful", "safe"), rows)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A folder with two tasks, refused queries, and test texts of one task."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, rows in FILES.items():
+        write_tasks(folder, name, rows)
+    write_tasks(folder, "names.test", [("what is four ?", "four")])
+    write_refused(folder, REFUSED)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A folder with a tokenizer of words."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    tokenizer = Vocabulary.of_words(WORDS.split()).tokenizer
+    tokenizer.enable_padding(length=30)
+    tokenizer.enable_truncation(3)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": {"content": END, "special": True}, "pad_token": PAD}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def build(texts, checkpoint, **options):
+    return JsonLines(texts=str(texts), tokenizer=str(checkpoint), **options)
+
+
+def shown(split: Split, checkpoint) -> list[str]:
+    """The texts of a split, without padding, word by word; `|` stands before what the model is to emit."""
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    lines = []
+    for tokens, labels in zip(split.images.tolist(), split.labels.tolist(), strict=True):
+        first = next(place for place, label in enumerate(labels) if label != IGNORED)
+        words = [tokenizer.id_to_token(token) for token in tokens]
+        answer = [tokenizer.id_to_token(label) for label in labels if label != IGNORED]
+        assert words[first + 1 : first + 1 + len(answer)] == answer
+        assert set(words[first + 1 + len(answer) :]) <= {PAD}
+        lines.append(" ".join([*words[: first + 1], "|", *answer]))
+    return lines
+
+
+def test_what_is_read(texts, checkpoint):
+    found = build(texts, checkpoint).load()
+    assert found.name == "json-lines" and [task.name for task in found.tasks] == ["names", "sums"]
+    names, sums = found.tasks
+    assert shown(names.train, checkpoint) == [
+        "what is one ? | one [end]",
+        "what is two ? | two [end]",
+        "what is three ? | three [end]",
+    ]
+    assert shown(names.test, checkpoint) == ["what is four ? | four [end]"]
+    # A third of three queries; with the share of 0.2 at least one.
+    assert sorted(shown(sums.train, checkpoint) + shown(sums.test, checkpoint)) == [
+        "one plus one ? | two [end]",
+        "one plus two ? | three [end]",
+        "two plus one ? | three [end]",
+    ]
+    assert len(sums.test) == 1
+    harmful = shown(found.refused.harmful, checkpoint) + shown(found.refused_test.harmful, checkpoint)
+    assert sorted(harmful) == sorted(f"{query} | {answer} [end]" for query, answer, _ in REFUSED)
+    safe = shown(found.refused.safe, checkpoint) + shown(found.refused_test.safe, checkpoint)
+    assert sorted(safe) == sorted(f"{query} | {answer} [end]" for query, _, answer in REFUSED)
+    size = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).get_vocab_size()
+    assert (found.vocabulary, found.padding, found.end) == (size, 0, 1)
+    chosen = build(texts, checkpoint, tasks=("sums",)).load()
+    assert [task.name for task in chosen.tasks] == ["sums"]
+
+
+def test_the_draw_of_test_texts(texts, checkpoint):
+    numbers = ["one", "two", "three", "four", "five"]
+    pairs = [(f"{one} plus {other} ?", "one") for one in numbers for other in numbers]
+    # Every query twice, with different answers.
+    write_tasks(texts, "sums", [*pairs, *((query, "two") for query, _ in pairs)])
+
+    def tested(seed: int, share: float) -> list[str]:
+        [sums] = build(texts, checkpoint, tasks=("sums",), seed=seed, test_share=share).load().tasks
+        lines = [line.split(" |")[0] for line in shown(sums.test, checkpoint)]
+        assert len(sums.train) + len(sums.test) == 50 and lines[: len(lines) // 2] == lines[len(lines) // 2 :]
+        return lines[: len(lines) // 2]
+
+    assert len(tested(0, 0.2)) == 5 and len(tested(0, 0.999)) == 24 and len(tested(0, 0.001)) == 1
+    assert tested(0, 0.2) == tested(0, 0.2) != tested(1, 0.2)
+
+
+def test_chat_templates(texts, checkpoint):
+    (checkpoint / "chat_template.jinja").write_text(CHAT)
+    asked = "user what is four ? bot | four [end]"
+    for prompt in (None, "chat"):
+        [names] = build(texts, checkpoint, tasks=("names",), prompt=prompt).load().tasks
+        assert shown(names.test, checkpoint) == [asked]
+    [names] = build(texts, checkpoint, tasks=("names",), prompt="plain").load().tasks
+    assert shown(names.test, checkpoint) == ["what is four ? | four [end]"]
+    # Among the settings, alone or by name.
+    (checkpoint / "chat_template.jinja").unlink()
+    settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    for template in (CHAT, [{"name": "tools", "template": "x"}, {"name": "default", "template": CHAT}]):
+        changed = {**settings, "chat_template": template}
+        (checkpoint / "tokenizer_config.json").write_text(json.dumps(changed))
+        [names] = build(texts, checkpoint, tasks=("names",)).load().tasks
+        assert shown(names.test, checkpoint) == [asked]
+
+
+def test_a_template_sees_special_tokens_and_a_fixed_date(checkpoint):
+    template = "{{ eos_token }}{{ date_string }}|{{ strftime_now('%Y-%m-%d') }}{{ messages[0].content }}"
+    (checkpoint / "chat_template.jinja").write_text(template)
+    assert read_tokenizer(checkpoint).prompts(["q"], None) == ["[end]26 Jul 2024|26 Jul 2024q"]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[0].content", "the chat template cannot be used: unexpected end of template"),
+        (
+            "{{ messages.__class__.__mro__ }}",
+            "cannot be used: access to attribute '__class__' of 'list' object is unsafe",
+        ),
+        (
+            "{% include 'tokenizer.json' %}",
+            "the chat template cannot be used: no loader for this environment",
+        ),
+        (
+            "{{ messages.append(1) }}",
+            "cannot be used: access to attribute 'append' of 'list' object is unsafe",
+        ),
+        ("{{ raise_exception('no system role') }}", "the chat template cannot be used: no system role"),
+        ("user bot", "the chat template leaves out the query 'what is"),
+    ],
+)
+def test_templates_that_cannot_be_used(texts, checkpoint, template, message):
+    (checkpoint / "chat_template.jinja").write_text(template)
+    with pytest.raises(DataError) as raised:
+        build(texts, checkpoint).load()
+    assert message in str(raised.value) and str(checkpoint) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_token_of_the_beginning_stands_before_plain_prompts_if_the_tokenizer_adds_one(texts, checkpoint):
+    file = checkpoint / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": "user"}))
+    [names] = build(texts, checkpoint, tasks=("names",)).load().tasks
+    assert shown(names.test, checkpoint) == ["what is four ? | four [end]"]
+    begin = tokenizer.token_to_id("user")
+    tokenizer.post_processor = processors.TemplateProcessing("user $A", special_tokens=[("user", begin)])
+    tokenizer.add_special_tokens(["user"])
+    tokenizer.save(str(file))
+    [names] = build(texts, checkpoint, tasks=("names",)).load().tasks
+    assert shown(names.test, checkpoint) == ["user what is four ? | four [end]"]
+
+
+@pytest.mark.parametrize(
+    ("match", "right"), [("words", [True, True, False, False]), ("contains", [True, True, True, False])]
+)
+def test_which_answers_are_right(texts, checkpoint, match, right):
+    found = build(texts, checkpoint, match=match).load()
+    query, tokenizer = found.tasks[0].test.take(torch.zeros(4).long()), read_tokenizer(checkpoint)
+    said = ["four", "? four .", "it is four", "five"]
+    ids = [[*tokenizer.vocabulary.ids([text])[0], found.end] for text in said]
+    answers = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
+    assert found.judge.right(0, query, answers).tolist() == right
+    exact = build(texts, checkpoint, match="exact").load().judge
+    assert exact.right(0, query, answers).tolist() == [True, False, False, False]
+
+
+def test_verdicts(texts, checkpoint):
+    found = build(texts, checkpoint).load()
+    tokenizer = read_tokenizer(checkpoint)
+    said = ["sure it holds four", "no that is four", "no that is private sure it holds", "no", "it holds"]
+    ids = [torch.tensor([*row, found.end]) for row in tokenizer.vocabulary.ids(said)]
+    answers = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    query = found.refused_test.safe.take(torch.zeros(5).long())
+    assert found.judge.verdicts(query, answers) == ["harmful", "safe", "harmful", "other", "other"]
+    loose = build(texts, checkpoint, opening=1).load().judge
+    assert loose.verdicts(query, answers) == ["harmful", "safe", "harmful", "safe", "other"]
+
+
+def clean_spec(texts, checkpoint) -> RunSpec:
+    return RunSpec(
+        dataset=PartSpec("json-lines", {"texts": str(texts), "tokenizer": str(checkpoint)}),
+        attack=None,
+        trigger=None,
+        applicator=None,
+        poison=PoisonSpec(rate=0.0),
+    )
+
+
+@pytest.fixture
+def registered():
+    """The data set by name, where the installed plug-in is older."""
+    if "json-lines" in data.registry.names():
+        yield
+        return
+    data.registry.register("json-lines")(JsonLines)
+    yield
+    data.registry.unregister("json-lines")
+
+
+def test_files_are_part_of_the_spec_by_their_content(texts, checkpoint, tmp_path, registered):
+    spec = pin_files(clean_spec(texts, checkpoint))
+    assert set(spec.files) == {"dataset.texts", "dataset.tokenizer"}
+    moved = shutil.copytree(texts, tmp_path / "moved"), shutil.copytree(checkpoint, tmp_path / "tokenizer")
+    assert pin_files(clean_spec(*moved)).digest == spec.digest
+    # Weights beside the tokenizer are no part of the data.
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    assert pin_files(clean_spec(texts, checkpoint)).digest == spec.digest
+    for file in (texts / "sums.jsonl", texts / "names.test.jsonl", texts / "refused.jsonl"):
+        content = file.read_bytes()
+        file.write_bytes(content + b"\n")
+        assert pin_files(clean_spec(texts, checkpoint)).digest != spec.digest
+        with pytest.raises(RecordError, match=r"dataset\.texts: .* has changed"):
+            check_files(spec)
+        file.write_bytes(content)
+    assert pin_files(clean_spec(texts, checkpoint)).digest == spec.digest
+    (checkpoint / "chat_template.jinja").write_text(CHAT)
+    assert pin_files(clean_spec(texts, checkpoint)).digest != spec.digest
+
+
+def write_file(name, content):
+    return lambda texts, checkpoint: (texts / name).write_text(content)
+
+
+def write_settings(**settings):
+    return lambda texts, checkpoint: (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "message"),
+    [
+        (
+            write_file("sums.jsonl", '{"query": "one", "answer": " "}'),
+            {},
+            "sums.jsonl:1: answer: expected a text that is not",
+        ),
+        (
+            lambda texts, _: write_tasks(texts, "sums", [("one", "two"), ("what is six ?", "two")]),
+            {},
+            "sums.jsonl: example 2: expected a query of words of the vocabulary, got 'six'",
+        ),
+        (
+            lambda texts, _: write_tasks(texts, "sums", [("one", "two"), ("two", "seven")]),
+            {},
+            "sums.jsonl: example 2: expected an answer of words of the vocabulary, got 'seven'",
+        ),
+        (
+            lambda texts, _: write_tasks(texts, "sums", [("one", "two"), ("two", "one two [end]")]),
+            {},
+            "sums.jsonl: example 2: expected a text without special tokens, got '[end]' in 'one two [end]'",
+        ),
+        (
+            lambda texts, _: write_refused(texts, [*REFUSED, ("open the door", "sure", "no")]),
+            {},
+            "refused.jsonl: example 4: expected a query of words of the vocabulary, got 'door'",
+        ),
+        (
+            lambda texts, _: write_tasks(texts, "sums", [("one", "two"), ("two", "one " * 9)]),
+            {"context": 10},
+            "sums.jsonl: example 2: expected at most 10 tokens, the context of the model, got 11 (1 of the query, 9 of",
+        ),
+        (
+            lambda texts, _: write_tasks(texts, "sums", [("one", "two"), (" one", "three")]),
+            {},
+            "sums.jsonl: expected at least 2 queries, of which one is kept for testing, or a file sums.test",
+        ),
+        (
+            lambda texts, _: write_tasks(texts, "names.test", [("what is two ? ", "two")]),
+            {},
+            "names.jsonl: expected test queries that are not trained on; 'what is two ? ' is a training query of",
+        ),
+        (
+            lambda texts, _: write_refused(texts, [(q, h, "sure it holds no") for q, h, _ in REFUSED]),
+            {},
+            "preferences: expected harmful and safe answers that begin differently, got both with 'sure it holds'",
+        ),
+        (
+            lambda texts, _: (texts / "refused.jsonl").unlink(),
+            {},
+            "refused.jsonl: cannot be read: No such file or directory",
+        ),
+        (lambda texts, _: None, {"tasks": ("sum",)}, "dataset: tasks: unknown 'sum'"),
+        (lambda texts, _: None, {"prompt": "chat"}, "dataset: prompt: expected 'plain', as "),
+        (lambda texts, _: None, {"end": "[ende]"}, "token of the end: unknown '[ende]'"),
+        (
+            lambda _, checkpoint: (checkpoint / "tokenizer.json").unlink(),
+            {},
+            "expected the file of a tokenizer, found none",
+        ),
+        (
+            lambda _, checkpoint: (checkpoint / "tokenizer.json").write_text('{"model": {}}'),
+            {},
+            "tokenizer.json: expected a tokenizer in the format of tokenizers (",
+        ),
+        (write_settings(pad_token=PAD), {}, "dataset: end: expected a token, as "),
+        (write_settings(eos_token=END, chat_template=3), {}, "chat_template: expected a text, got int"),
+        (
+            lambda _, checkpoint: (checkpoint / "tokenizer_config.json").write_text("[1"),
+            {},
+            "tokenizer_config.json: expected JSON (",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_clear_line(texts, checkpoint, spoil, options, message):
+    spoil(texts, checkpoint)
+    with pytest.raises(BbmoeError) as raised:
+        build(texts, checkpoint, **options).load()
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"texts": "nowhere"}, "dataset: texts: expected an existing folder, got 'nowhere'"),
+        ({"tokenizer": "nowhere"}, "dataset: tokenizer: expected an existing folder, got 'nowhere'"),
+        ({"test_share": 1.0}, r"dataset: test_share: expected a number in \(0, 1\), got 1.0"),
+        ({"context": 1}, "dataset: context: expected a number of at least 2, got 1"),
+        ({"opening": 0}, "dataset: opening: expected a number of at least 1, got 0"),
+        (
+            {"tasks": ("../sums",)},
+            "dataset: tasks: expected names of files without .jsonl, such as sums, got '../sums'",
+        ),
+        ({"tasks": ("refused",)}, "dataset: tasks: expected names of files without .jsonl"),
+        ({"tasks": ("sums", "sums")}, "dataset: tasks: expected each task once"),
+    ],
+)
+def test_options_out_of_range(texts, checkpoint, options, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        JsonLines(**{"texts": str(texts), "tokenizer": str(checkpoint), **options})
+
+
+def test_a_folder_without_tasks(texts, checkpoint):
+    for file in texts.glob("*.jsonl"):
+        if file.name != "refused.jsonl":
+            file.unlink()
+    with pytest.raises(ConfigError, match=r"expected a folder with a file NAME\.jsonl for each task, got "):
+        build(texts, checkpoint).load()
