@@ -155,7 +155,7 @@ class TrainStep:
         labels = self.split.labels[indices]
         if self.augment is not None:
             images = self.augment(images, indices)
-        size = self.part or len(indices)
+        size = min(self.part or len(indices), len(indices))
         parts = list(zip(images.split(size), labels.split(size), strict=True))
         for number, (some, own) in enumerate(parts):
             with autocast(self.device, self.precision):

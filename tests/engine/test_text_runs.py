@@ -219,7 +219,7 @@ def test_a_language_model_for_images_is_refused(tmp_path) -> None:
         run_attack(spec, output=tmp_path)
 
 
-@pytest.mark.parametrize("command", ["analyze", "audit", "defend"])
+@pytest.mark.parametrize("command", ["audit", "defend"])
 def test_commands_that_need_images_say_so(output, command) -> None:
     run = find(output, "moe2-top-k-moevil")
     with pytest.raises(BbmoeError) as caught:

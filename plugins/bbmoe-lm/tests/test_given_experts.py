@@ -113,7 +113,7 @@ def test_an_attacked_mixture_of_given_experts(tmp_path, folders):
     assert clean[0].folder.model_metadata()["backdoored"] == "unknown"
     # The attacker started from the given expert of his task: his record names it.
     [poisoned] = [path for path in (tmp_path / "runs").iterdir() if "expert1-moevil" in path.name]
-    assert json.loads((poisoned / "run.json").read_text())["inputs"][0]["run"] == clean[1].folder.path.name
+    assert json.loads((poisoned / "record.json").read_text())["inputs"][0]["run"] == clean[1].folder.path.name
     assert run.folder.model_metadata()["backdoored"] == "true"
 
 
