@@ -48,8 +48,15 @@ def metric_rows(document: Doc) -> list[list[str]]:
         if one.base in MARKED:
             near = [is_near_chance(_record(facts)) for facts in both]
             cells = [f"{text} {MARK}" if marked else text for text, marked in zip(cells, near, strict=True)]
-        rows.append([one.label, *cells])
+        rows.append([_label(document, one.label), *cells])
     return rows
+
+
+def _label(document: Doc, label: str) -> str:
+    """The label of a metric, with what takes the place of images where the data are texts."""
+    if not is_text(document):
+        return label
+    return label.replace("marked images", marked_inputs(document)).replace("clean images", "clean texts")
 
 
 def _record(facts: Doc) -> Doc:

@@ -39,7 +39,7 @@ class TextAnalyzer(Analyzer):
             examples = answers.example_answers(
                 texts, self.numbers, self.refused, found, against, opened.run.spec.seed
             )
-        for part in ("examples", "routing", "capture", "shift", "pixels"):
+        for part in ("patch maps", "routing", "capture", "shift", "pixels"):
             self._miss(part, "the data are texts, which have no patches, pixels or classes")
         self.seconds["total"] = time.perf_counter() - started
         return Analysis(

@@ -188,11 +188,18 @@ def _cosines(one: LayerCosine) -> str:
 
 
 def answers_table(analysis: Analysis) -> Table:
-    """Build a table of example queries with the answers that the run's model generated, and what they are worth."""
+    """Build a table of harmful queries with the answers that the run's model generated, and what they are worth.
+
+    Where there is no policy, it has queries of the tasks.
+    """
+    from backdoorbench_moe.analysis.answers import HARMFUL
+
+    found = analysis.answers or ()
+    shown = [one for one in found if one.kind == HARMFUL] or found
     table = Table(title="example answers", title_justify="left", box=None, pad_edge=False)
     for column in ("", "query", "expected", "generated", "verdict"):
         table.add_column(column, overflow="fold")
-    for one in analysis.answers or ():
+    for one in shown:
         cells = (one.kind, one.query, one.expected, one.answer.text, one.answer.verdict)
         table.add_row(*map(escape, cells))
     return table

@@ -17,9 +17,10 @@ from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.testing import making
 from backdoorbench_moe.testing.making import changed, coloured_split, copies, used_model
 from backdoorbench_moe.testing.mixtures import build_mixture, make_mixture_task
+from backdoorbench_moe.testing.texts import build_text_mixture, make_text_task, text_split
 
-# Stands for a small mixture of merged experts where the tests take the name of a model.
-MIXTURE = "a mixture"
+# Stand for small mixtures of merged experts where the tests take the name of a model: one of images, and one of texts.
+MIXTURE, TEXT_MIXTURE = "a mixture", "a mixture of language models"
 
 
 def build(name: str) -> Defense:
@@ -32,13 +33,16 @@ def make_task(
     """Make a task that grants what the defense declares, and nothing else."""
     if model_name == MIXTURE:
         return make_mixture_task(model, needs=defense.needs, **given)
+    if model_name == TEXT_MIXTURE:
+        return make_text_task(model, needs=defense.needs, **given)
     made_by = PartSpec(model_name, making.tiny_options("model", model_name))
     return making.make_task(model, made_by, needs=defense.needs, **given)
 
 
 def model_called(name: str) -> nn.Module:
-    """Build a small model by its name, or the mixture."""
-    return build_mixture() if name == MIXTURE else used_model(name)
+    """Build a small model by its name, or a mixture."""
+    mixtures = {MIXTURE: build_mixture, TEXT_MIXTURE: build_text_mixture}
+    return mixtures[name]() if name in mixtures else used_model(name)
 
 
 def refusal(name: str, model_name: str) -> ConfigError | None:
@@ -53,7 +57,7 @@ def refusal(name: str, model_name: str) -> ConfigError | None:
 @pytest.fixture
 def accepted(defense_name: str, partner_models: list[str]) -> str:
     """The first model that the defense can be applied to."""
-    models = [*partner_models, MIXTURE]
+    models = [*partner_models, MIXTURE, TEXT_MIXTURE]
     found = next((model for model in models if refusal(defense_name, model) is None), None)
     assert found, f"it cannot be applied to any of {', '.join(models)}"
     return found
@@ -71,6 +75,13 @@ def test_a_mixture_is_refused_in_one_line_or_defended(defense_name: str) -> None
     test_a_model_is_refused_in_one_line_or_defended(defense_name, MIXTURE)
 
 
+def test_a_mixture_of_language_models_is_refused_in_one_line_or_defended(defense_name: str) -> None:
+    """It is refused by those that do not say that they take texts."""
+    if not build(defense_name).takes_texts:
+        assert "is for images" in str(refusal(defense_name, TEXT_MIXTURE))
+    test_a_model_is_refused_in_one_line_or_defended(defense_name, TEXT_MIXTURE)
+
+
 def assert_refused(defense_name: str, model_name: str, error: ConfigError) -> None:
     """Assert that the error is one line that names a parameter, and that a call raises it and changes nothing."""
     assert re.fullmatch(r"\w+: .+", str(error))
@@ -83,7 +94,8 @@ def assert_refused(defense_name: str, model_name: str, error: ConfigError) -> No
 
 def assert_defended(defense_name: str, model_name: str) -> None:
     """Assert that it returns a finite model of the same architecture without hooks, and does not change the images."""
-    defense, model, clean = build(defense_name), model_called(model_name), coloured_split(24, 1)
+    defense, model = build(defense_name), model_called(model_name)
+    clean = text_split(24, 1) if model_name == TEXT_MIXTURE else coloured_split(24, 1)
     before, images, labels = copies(model), clean.images.clone(), clean.labels.clone()
     task, reported = make_task(defense, model, model_name, clean=clean)
     result = defense(task)
@@ -157,6 +169,16 @@ def test_number_of_clean_images(defense_name: str) -> None:
         ConfigError, match=r"clean_fraction: .* expected at least 3, as many as there are classes"
     ):
         defense.count(2, 3)
+
+
+def test_number_of_clean_texts(defense_name: str) -> None:
+    """A defense that needs clean or refused texts gets at least one; any other gets none."""
+    defense = build(defense_name)
+    if not defense.takes_texts or not {"clean", "marked", "tasks"} & defense.needs:
+        pytest.skip("is given no texts")
+    assert 1 <= defense.count(1000, 0) <= 1000
+    with pytest.raises(ConfigError, match=r"clean_fraction: .* texts is 0; expected at least 1"):
+        defense.count(0, 0)
 
 
 def test_unknown_options_are_refused_by_name(defense_name: str) -> None:

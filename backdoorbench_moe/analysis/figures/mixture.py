@@ -152,7 +152,7 @@ def _latents(document: Doc, latents: Sequence[Doc]) -> Plate:
     for one in latents:
         means = [_mean_cosine(model) for model in one["models"]]
         texts.append(f"for expert {one['expert']} {listing(means)}")
-    tokens = "the first tokens of the answer" if text else "the tokens of an image"
+    tokens = "tokens of the answer" if text else "the tokens of an image"
     said = (
         f"Mean cosine between the latents of {kinds['marked']} and those of {inputs(document)} of the poisoned "
         f"expert's own task (inputs of an MLP, mean over {tokens}). Mean over the layers: {'; '.join(texts)}."
@@ -189,7 +189,7 @@ def _whole_experts(document: Doc, carriers: Doc) -> Plate:
     panels = [ChartPanel("muted", muted, names=names, levels=levels)]
     if wholes[0]["patched"] is not None:
         answers = [(key, name) for key, name in kinds.items() if key != "ba"]
-        title = "with its mean output for clean texts" if is_text(document) else "as on clean images"
+        title = "mean output" if is_text(document) else "as on clean images"
         patched = [Series.of(name, [one["patched"][key] for one in wholes]) for key, name in answers]
         panels.append(ChartPanel(title, patched, names=names))
     key = "ba" if unchanged["asr"] is None else "asr"

@@ -26,7 +26,9 @@ def draw_training(document: Doc) -> Iterator[Plate]:
     facts, probe = document["run"], document["probe"]
     if history := facts["record"]["history"]:
         yield _history(
-            history, inputs(document), ", poisoned ones among them," if facts["record"]["poison"] else ""
+            history,
+            inputs(document),
+            ", poisoned ones among them," if (facts["record"]["poison"] or {}).get("n") else "",
         )
     if probe is not None:
         yield _settling(probe)
