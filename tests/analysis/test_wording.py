@@ -63,7 +63,7 @@ PLURALS = {
     "patch": "patches", "epoch": "epochs", "image": "images", "probe image": "probe images", "class": "classes",
     "run": "runs", "expert": "experts", "clean probe image": "clean probe images", "box": "boxes", "cell": "cells",
     "deviation": "deviations", "test image": "test images", "defense": "defenses", "row": "rows",
-    "other key": "other keys",
+    "other key": "other keys", "tensor": "tensors",
 }  # fmt: skip
 
 

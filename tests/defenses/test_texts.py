@@ -164,4 +164,4 @@ def test_unsafe_answers_come_with_the_refused_queries_only() -> None:
     task, _ = make_text_task(build_text_mixture(), needs={"marked"})
     assert task.unsafe is not None and len(task.unsafe) == len(task.marked)
     with pytest.raises(ConfigError, match="model: this defense is for images, and MergedModel takes texts"):
-        create_defense("fine-tuning")(task)
+        create_defense("fine-pruning")(task)
