@@ -10,8 +10,8 @@ from backdoorbench_moe.cli.params import PATH
 from backdoorbench_moe.cli.streams import echo
 from backdoorbench_moe.errors import ConfigError
 
-BACKDOORBENCH = "backdoorbench"
-FORMATS = ("png", "tensors", BACKDOORBENCH)
+BACKDOORBENCH, TRANSFORMERS = "backdoorbench", "transformers"
+FORMATS = ("png", "tensors", BACKDOORBENCH, TRANSFORMERS)
 
 
 @click.command("export")
@@ -19,7 +19,7 @@ FORMATS = ("png", "tensors", BACKDOORBENCH)
 @click.argument("folder", type=PATH, metavar="DIR")
 @click.option(
     "--format", "form", type=click.Choice(FORMATS), default="png", show_default=True,
-    help="Class folders of PNG files with a table; one safetensors file; or BackdoorBench's folder.",
+    help="Class folders of PNG files with a table; one safetensors file; BackdoorBench's folder; or a checkpoint.",
 )  # fmt: skip
 @click.option("--weights-only", is_flag=True, help="Leave out the training set.")
 @click.option("--data-root", metavar="DIR", help="Folder of the data set.  [the one of RUN]")
@@ -33,6 +33,8 @@ def command(*, run: Path, folder: Path, form: str, weights_only: bool, data_root
 
     BackdoorBench's folder has the poisoned images as PNG files, the numbers as csv and the weights. No pickle is
     written: its users run the script in DIR to make it.
+
+    The checkpoint, --format transformers, is that of a language model, with its tokenizer; no texts are written.
     """
     from backdoorbench_moe.engine.run import load_run
 
@@ -43,7 +45,10 @@ def command(*, run: Path, folder: Path, form: str, weights_only: bool, data_root
             raise ConfigError("--weights-only: cannot be used with --format backdoorbench")
         echo(str(write_backdoorbench(load_run(run), folder, data_root=data_root)))
         return
-    from backdoorbench_moe.engine.exporting import export_run
+    from backdoorbench_moe.engine.exporting import export_checkpoint, export_run
 
+    if form == TRANSFORMERS:
+        echo(f"{folder}: {', '.join(export_checkpoint(load_run(run), folder, data_root=data_root))}")
+        return
     written = export_run(load_run(run), folder, form=form, images=not weights_only, data_root=data_root)
     echo(f"{folder}: {', '.join(written)}")

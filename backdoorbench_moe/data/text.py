@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
@@ -224,6 +225,9 @@ class TextDataset(DataSource):
     @abstractmethod
     def read(self) -> TextSet:
         """Read the texts; `load` checks them, pads them to one length and computes the digest."""
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Write the files of the tokenizer beside an exported checkpoint, if it has any; none by default."""
 
     @final
     def class_names(self) -> tuple[str, ...]:

@@ -21,10 +21,13 @@ from backdoorbench_moe.attacks.base import PoisonPlan
 from backdoorbench_moe.attacks.training_control import TrainingControl
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.data.listing import order_classes
+from backdoorbench_moe.data.text import TextDataset
+from backdoorbench_moe.engine.build import build_dataset
 from backdoorbench_moe.engine.opened_run import load_run_images
 from backdoorbench_moe.engine.poison import poisoned
-from backdoorbench_moe.engine.run import Run, check_finished, check_model
+from backdoorbench_moe.engine.run import Run, check_data, check_finished, check_model
 from backdoorbench_moe.errors import ConfigError, RecordError
+from backdoorbench_moe.models.base import WritesCheckpoints
 from backdoorbench_moe.records import RunFolder
 
 # Names of the groups, as they are numbered in a file of tensors.
@@ -70,6 +73,8 @@ def export_run(
     """
     if form not in FORMATS:
         raise ConfigError.expected("format", " or ".join(FORMATS), form)
+    if run.record.is_text:
+        raise ConfigError.expected("format", "'transformers', as the run is on texts", form)
     check_finished(run)
     _check_folder(folder)
     if images:
@@ -90,6 +95,39 @@ def export_run(
         (place / "export.json").write_text(
             json.dumps({**facts, "model": metadata}, indent=2) + "\n", encoding="utf-8"
         )
+
+    write_folder(folder, write)
+    return sorted(path.name for path in folder.iterdir())
+
+
+def export_checkpoint(run: Run, folder: Path, *, data_root: str | None = None) -> list[str]:
+    """Write the model of a finished run on texts as a checkpoint in transformers' format, with its tokenizer.
+
+    Args:
+        run: The run, of a model or a mixture that is `models.base.WritesCheckpoints`.
+        folder: A folder that does not exist, or is empty. It appears whole or not at all.
+        data_root: Folder of the data, if the data set has one and it has moved since the run was made.
+
+    Returns:
+        The names of what was written.
+
+    Raises:
+        BbmoeError: The run or its data cannot be used, the model has no such format, or the folder cannot be written.
+    """
+    check_finished(run)
+    _check_folder(folder)
+    model, spec = run.model(), run.located_spec()
+    if not isinstance(model, WritesCheckpoints):
+        expected = f"another format, as the model {spec.model.name} has none of transformers"
+        raise ConfigError.expected("format", expected, "transformers")
+    source = build_dataset(spec if data_root is None else spec.with_data(root=data_root))
+    assert isinstance(source, TextDataset)
+    texts = source.load()
+    check_data(run.folder, run.record, texts)
+
+    def write(place: Path) -> None:
+        model.write_checkpoint(place, end=texts.end, header=run.folder.model_metadata())
+        source.write_tokenizer(place)
 
     write_folder(folder, write)
     return sorted(path.name for path in folder.iterdir())

@@ -6,6 +6,8 @@ For a routed model they should make gates differ clearly, so that rounding does 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -81,4 +83,21 @@ class SaysMemory(Protocol):
             trained: The weights that are trained.
             experts: Number of experts E of the mixture; 0 for the dense model.
             top_k: Experts that compute each token.
+        """
+
+
+@runtime_checkable
+class WritesCheckpoints(Protocol):
+    """A model, or a mixture, of texts that is written in the format of transformers, for other programs."""
+
+    def write_checkpoint(self, folder: Path, *, end: int, header: Mapping[str, str]) -> None:
+        """Write the settings and the weights.
+
+        Args:
+            folder: An empty folder.
+            end: The token with which an answer ends.
+            header: What the headers of the files of weights say, such as whether the model is backdoored.
+
+        Raises:
+            ConfigError: The format has no place for this model.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -94,6 +95,11 @@ class JsonLines(TextDataset):
     def files_beside(self) -> tuple[Path, ...]:
         """The files of the tokenizer."""
         return tuple(file for name in FILES if (file := self.checkpoint / name).is_file())
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Copy the files of the tokenizer."""
+        for file in self.files_beside():
+            shutil.copy(file, folder / file.name)
 
     def read(self) -> TextSet:
         """Read the files and encode the texts."""

@@ -17,7 +17,7 @@ from bbmoe_lm.language.vocabulary import Vocabulary
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 # Files that a folder with the same tokenizer needs.
-FILES = (TOKENIZER, SETTINGS, TEMPLATE, "special_tokens_map.json", "generation_config.json")
+FILES = (TOKENIZER, SETTINGS, TEMPLATE, "special_tokens_map.json")
 
 Prompt = Literal["chat", "plain"]
 

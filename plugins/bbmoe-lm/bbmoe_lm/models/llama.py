@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from bbmoe_lm.models.causal import CausalModel
 from bbmoe_lm.models.checkpoints import checkpoint_folder, origin_of, read_state, weight_files
 from bbmoe_lm.models.configs import Shape, check_fits, make_config, read_config
 from bbmoe_lm.models.memory import Trained, bytes_needed
-from bbmoe_lm.models.mixture import LlamaMixture
+from bbmoe_lm.models.mixture import LlamaMixture, save_checkpoint
 
 
 class Llama(CausalModel):
@@ -108,6 +109,10 @@ class Llama(CausalModel):
         folder = checkpoint_folder(path)
         state = read_state(folder, self.network.state_dict())
         return {f"network.{name}": tensor for name, tensor in state.items()}, origin_of(folder)
+
+    def write_checkpoint(self, folder: Path, *, end: int, header: Mapping[str, str]) -> None:
+        """Write the model as a Llama; see `save_checkpoint` and `models.base.WritesCheckpoints`."""
+        save_checkpoint(self, folder, end=end, header=header)
 
     def bytes_needed(
         self, batch: int, length: int, trained: Trained, *, experts: int = 0, top_k: int = 2

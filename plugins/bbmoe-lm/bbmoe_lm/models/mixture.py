@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError
@@ -46,6 +48,10 @@ class LlamaMixture(MergedModel):
         body = CausalModel(_with_mixtrals_blocks(dense.network, num_experts), dense.padding)
         super().__init__(body, num_experts, gate)
         self.train(dense.training)
+
+    def write_checkpoint(self, folder: Path, *, end: int, header: Mapping[str, str]) -> None:
+        """Write the mixture as a Mixtral; see `save_checkpoint` and `models.base.WritesCheckpoints`."""
+        save_checkpoint(self, folder, end=end, header=header)
 
     def generate(self, tokens: Tensor, lengths: Tensor, new_tokens: int, end: int) -> Tensor:
         """Continue texts greedily; see `moe.structure.Generates`. A gate that draws experts draws here as well."""
@@ -140,13 +146,30 @@ def _without_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def save_checkpoint(model: CausalModel | LlamaMixture, folder: Path, *, end: int | None = None) -> None:
+def _add_header(file: Path, header: Mapping[str, str]) -> None:
+    """Write a safetensors file again, with more texts in its header."""
+    with safe_open(file, "pt") as opened:
+        texts = opened.metadata() or {}
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    partial = file.with_suffix(".partial")
+    save_file(tensors, partial, metadata={**texts, **header})
+    partial.replace(file)
+
+
+def save_checkpoint(
+    model: CausalModel | LlamaMixture,
+    folder: Path,
+    *,
+    end: int | None = None,
+    header: Mapping[str, str] | None = None,
+) -> None:
     """Write a model as a checkpoint that transformers, and programs that read its format, load.
 
     Args:
         model: A Llama, or a mixture of Llamas, which is written as a Mixtral.
         folder: A new or empty folder.
         end: Id of the token that ends an answer, for the configuration.
+        header: What the headers of the files of weights say besides.
 
     Raises:
         ConfigError: The folder is not empty or cannot be written, or the mixture cannot be a Mixtral; see `to_mixtral`.
@@ -161,6 +184,8 @@ def save_checkpoint(model: CausalModel | LlamaMixture, folder: Path, *, end: int
     try:
         with _without_progress_bar():
             network.save_pretrained(folder)
+        for file in sorted(folder.glob("*.safetensors")) if header else ():
+            _add_header(file, header or {})
     except OSError as error:
         raise ConfigError(f"folder: {folder}: {error.strerror or error}") from error
     finally:
