@@ -34,7 +34,7 @@ def copy(tmp_path) -> Path:
     """The parts of the repository that it reads, with one results folder."""
     for name in (FIRST_LOOK, DEMO, TABLE_1, PLUGIN):
         shutil.copytree(ROOT / name, tmp_path / name)
-    for name in (*PAGES, "benchmarks/claims.md", "docs/pages/audit.md"):
+    for name in (*PAGES, "benchmarks/claims.md", "docs/pages/audit.md", "docs/pages/language-models.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, tmp_path / name)
     return tmp_path

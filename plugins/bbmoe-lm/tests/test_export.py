@@ -64,7 +64,7 @@ def test_transformers_reads_it_and_gives_the_same_logits(runs, tmp_path, part, k
     assert (theirs.config.pad_token_id, theirs.config.eos_token_id) == (0, 1)
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata()["backdoored"] == said and file.metadata()["format"] == "pt"
-    with pytest.raises(ConfigError, match=r"^output: expected a folder that does not exist or is empty"):
+    with pytest.raises(ConfigError, match=r"^DIR: expected a folder that does not exist or is empty"):
         export_checkpoint(run, tmp_path / "out")
 
 
