@@ -58,6 +58,50 @@ def test_the_runs_and_their_time_are_said_before(bbmoe) -> None:
     assert len(json.loads(out)["runs"]) == 6
 
 
+@pytest.fixture
+def run(bbmoe, tmp_path) -> str:
+    """The folder of an attacked mixture."""
+    code, _, err = bbmoe(*COMMAND)
+    assert code == 0, err
+    [path] = (tmp_path / "runs").glob("*-moe2-top-k-hsft-*")
+    return str(path)
+
+
+@pytest.mark.slow
+def test_all_defenses_of_a_run_on_texts_are_those_that_take_texts(bbmoe, run) -> None:
+    shared = ["--set", "epochs=1", "--set", "clean_fraction=0.25", "--quiet", "--json"]
+    code, out, err = bbmoe("defend", run, "--defense", "all", "--dry-run", *shared)
+    assert code == 0, err
+    planned = json.loads(out)
+    assert len(planned["runs"]) == 3 and planned["not_applicable"] == {}
+    code, out, err = bbmoe("defend", run, "--defense", "rasa,align,strip", *shared)
+    assert code == 0, err
+    found = json.loads(out)
+    assert [each["spec"]["defenses"][0]["name"] for each in found["runs"]] == ["align", "rasa"]
+    assert found["not_applicable"] == {
+        "strip": "model: this defense is for images, and MergedModel takes texts"
+    }
+    code, out, err = bbmoe("defend", run, "--defense", "align", *shared[:-1], width=100)
+    assert code == 0 and "refused queries not answered safely, %: before" in out and "image" not in out
+
+
+@pytest.mark.slow
+def test_an_analysis_of_a_run_on_texts(bbmoe, run) -> None:
+    code, out, err = bbmoe("analyze", run, "--quiet", "--threads", "1", width=100)
+    assert code == 0, err
+    for words in (
+        "80 test queries, 40 harmful",
+        "cosine with the latents of task 0: harmful queries",
+        "expert 0 muted",
+        "expert 0 with its mean output",
+        "example answers",
+        "no patch maps: the data are texts",
+    ):
+        assert words in " ".join(out.split())
+    code, out, err = bbmoe("analyze", run, "--images", "1", "--quiet")
+    assert code == 2 and not out and "images: expected none, as the data are texts" in err
+
+
 def test_a_part_that_only_images_have_is_refused_in_one_line(bbmoe) -> None:
     code, out, err = bbmoe(*COMMAND, "--trigger", "square", "--applicator", "image")
     assert code == 2 and not out

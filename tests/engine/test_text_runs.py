@@ -219,11 +219,11 @@ def test_a_language_model_for_images_is_refused(tmp_path) -> None:
         run_attack(spec, output=tmp_path)
 
 
-@pytest.mark.parametrize("command", ["audit", "defend"])
+@pytest.mark.parametrize("command", ["audit", "try_trigger"])
 def test_commands_that_need_images_say_so(output, command) -> None:
     run = find(output, "moe2-top-k-moevil")
     with pytest.raises(BbmoeError) as caught:
-        getattr(bbmoe, command)(run, **({"defense": "strip"} if command == "defend" else {}))
+        getattr(bbmoe, command)(run, **({"trigger": "square"} if command == "try_trigger" else {}))
     assert "texts" in str(caught.value) and "\n" not in str(caught.value)
 
 

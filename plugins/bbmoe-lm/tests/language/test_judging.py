@@ -42,6 +42,12 @@ def generated(*texts):
     )
 
 
+def test_reports_have_words():
+    reference = ReferenceJudge(VOCABULARY, [Preference("how", "take the box", "no because")])
+    for judge in (JUDGE, reference):
+        assert judge.decode(torch.tensor(VOCABULARY.ids(["who wins the votes"])[0])) == "who wins the votes"
+
+
 def test_right_answers():
     queries = split(
         *["who wins the votes b a d b a b c b d ."] * 4,
