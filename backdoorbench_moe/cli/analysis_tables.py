@@ -235,8 +235,8 @@ def carriers_table(carriers: Carriers, *, text: bool = False) -> Table:
         add(f"{' and '.join(map(short_layer, best.experts))} muted", best)
     for whole in carriers.whole_experts:
         if whole.patched is not None:
-            how = "with its mean output" if text else "as on clean"
-            add_patched(f"expert {whole.expert} {how}", whole.patched)
+            how = ", mean output" if text else " as on clean"
+            add_patched(f"expert {whole.expert}{how}", whole.patched)
     for patched in _most_effective(carriers.patched):
         add_patched(f"{short_layer(patched.expert)} as on clean", patched)
     if carriers.target_rate is not None:

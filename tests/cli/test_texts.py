@@ -93,7 +93,7 @@ def test_an_analysis_of_a_run_on_texts(bbmoe, run) -> None:
         "80 test queries, 40 harmful",
         "cosine with the latents of task 0: harmful queries",
         "expert 0 muted",
-        "expert 0 with its mean output",
+        "expert 0, mean output",
         "example answers",
         "no patch maps: the data are texts",
     ):
