@@ -76,6 +76,7 @@ def command(
     usage = CoreUsage.now()
     from backdoorbench_moe.bench.defense_options import split_names
 
+    split_names(names)  # A wrong name is said at once, without the time that torch takes.
     options = chain_options(settings)
     from backdoorbench_moe.cli.progress import make_observer
     from backdoorbench_moe.engine.run import load_run

@@ -85,7 +85,9 @@ def test_weights_alone_and_the_exit_code(bbmoe, victim, tmp_path) -> None:
     code, out, _ = bbmoe("audit", victim.folder.path, "--no-images", "--output", tmp_path / "a", "--json")
     document = json.loads(out)
     assert code == 0 and document["subject"]["images"] == 0 and len(document["findings"]) == len(CHECKS)
-    untested = {name for name, reason in document["not_tested"].items() if reason == "no images were given"}
+    untested = {
+        name for name, reason in document["not_tested"].items() if reason.startswith("no images were given")
+    }
     assert {"inverted-image", "scaled-norms", "latent-clusters"} <= untested
     known = {
         "kind": "audit calibration", "schema_version": 1, "level": 0.05, "commit": "0", "population": {},
