@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.errors import ConfigError, RecordError
 
 CACHE_VARIABLE, CACHE = "BBMOE_CACHE", "~/.cache/backdoorbench_moe"
 
@@ -35,3 +36,27 @@ def cache_root() -> Path:
         ConfigError: There is no such user as in "~user".
     """
     return expand(os.environ.get(CACHE_VARIABLE) or CACHE, f"${CACHE_VARIABLE}")
+
+
+def check_output(folder: Path, parameter: str, files: Sequence[str]) -> None:
+    """Check, without creating anything, that files can be written to a folder.
+
+    Args:
+        folder: The folder; it need not exist.
+        parameter: What it was given by, for the message.
+        files: Names of the files.
+
+    Raises:
+        ConfigError: A file is in the folder's place, or in that of a folder above it.
+        RecordError: The folder cannot be written, or a folder is in the place of a file.
+    """
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ConfigError(f"{parameter}: expected a folder, got {str(folder)!r}, where {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RecordError(f"{parameter}: expected a folder that can be written, {existing} cannot")
+    for name in files:
+        if (folder / name).is_dir():
+            raise RecordError(f"{parameter}: {folder}: expected a file {name}, found a folder")

@@ -341,3 +341,26 @@ def test_groups_of_poisoned_images(folder) -> None:
     assert [folder.load_poison(name).tolist() for name in groups] == [[3, 5], [1], []]
     folder.save_poison({"indices": np.array([3, 5])})
     assert folder.load_poison("cover").tolist() == [], "as runs from before there were groups"
+
+
+SAVING = """
+import resource, sys, torch
+from pathlib import Path
+from backdoorbench_moe.records import RunFolder
+folder = RunFolder(sys.argv[1])
+folder.save_model({"small": torch.ones(10)}, {"a": "b"})
+tensors = {f"t{n}": torch.ones(10 << 20) for n in range(5)}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+folder.save_model(tensors, {"a": "b"})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss differs")
+def test_saving_takes_no_copy_in_memory(folder) -> None:
+    """Of 200 MiB; the largest memory is in KiB."""
+    found = subprocess.run(
+        [sys.executable, "-c", SAVING, str(folder.path)], capture_output=True, text=True, check=True
+    )
+    assert int(found.stdout) < 50 << 10

@@ -90,6 +90,7 @@ def test_looking_names_up_imports_nothing(monkeypatch, modules) -> None:
     assert "thirdparty_broken" not in sys.modules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metadata", ["Metadata-Version: 2.1\n", None])
 def test_a_package_without_name_and_version_hides_no_other(tmp_path, metadata) -> None:
     """As an interrupted `pip uninstall` leaves it."""

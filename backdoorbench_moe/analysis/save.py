@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from backdoorbench_moe import paths
 from backdoorbench_moe.analysis import document, report
 from backdoorbench_moe.analysis.results import Analysis
 from backdoorbench_moe.errors import RecordError
@@ -35,17 +35,9 @@ def check_output(output: Path) -> None:
     """Check, without creating anything, that the files of an analysis can be written to a folder.
 
     Raises:
+        ConfigError: A file is in the folder's place.
         RecordError: The folder or a file cannot be written.
     """
-    existing = output
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise RecordError(f"output folder {output}: expected a folder, {existing} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise RecordError(f"output folder {output}: {existing} is not writable")
-    for name in (document.FILE, report.FILE):
-        if (output / name).is_dir():
-            raise RecordError(f"output folder {output}: expected a file {name}, found a folder")
+    paths.check_output(output, "output", (document.FILE, report.FILE))
     if (output / report.FIGURES).exists() and not (output / report.FIGURES).is_dir():
-        raise RecordError(f"output folder {output}: expected a folder {report.FIGURES}, found a file")
+        raise RecordError(f"output: {output}: expected a folder {report.FIGURES}, found a file")

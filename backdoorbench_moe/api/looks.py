@@ -158,11 +158,13 @@ def audit(
     from backdoorbench_moe.auditing.audit import digest_of, run_audit
     from backdoorbench_moe.auditing.checks import find_checks
     from backdoorbench_moe.auditing.opening import with_store
-    from backdoorbench_moe.auditing.place import check_output, check_place
+    from backdoorbench_moe.auditing.place import check_place
+    from backdoorbench_moe.auditing.save import FILES
+    from backdoorbench_moe.paths import check_output
 
     chosen, folder = find_checks(checks), path_or_none(output, "output")
     if folder is not None:
-        check_output(folder, "output")
+        check_output(folder, "output", FILES)
     given = {"images": images, "labels": labels, "base": base, "tasks": tasks, "device": device}
     name, subject = _open_subject(model, image_size, text_or_none(data_root, "data_root"), given)
     digest = digest_of(subject)

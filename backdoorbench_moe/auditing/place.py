@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from backdoorbench_moe.auditing import document, report
 from backdoorbench_moe.auditing.store import CHECKS, read_values
-from backdoorbench_moe.errors import ConfigError, RecordError
+from backdoorbench_moe.errors import ConfigError
 
 FOLDER = "audit"
 # So many characters of a subject's digest tell the folders of a run's audits apart.
@@ -52,26 +50,3 @@ def has_others(folder: Path, digest: str) -> bool:
     read = [read_values(file) for file in sorted((folder / CHECKS).glob("*.json"))]
     subjects = {str(values["subject"]) for values in read if values is not None and "subject" in values}
     return bool(subjects) and digest not in subjects
-
-
-def check_output(folder: Path, parameter: str) -> None:
-    """Check, without creating anything, that the files of an audit can be written to a folder.
-
-    Args:
-        folder: The folder.
-        parameter: What it was given by, for the message.
-
-    Raises:
-        ConfigError: A file is in its place, or the folder of a file.
-        RecordError: It cannot be written.
-    """
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise ConfigError(f"{parameter}: expected a folder, got {str(folder)!r}, where {existing} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise RecordError(f"{parameter}: expected a folder that can be written, {existing} cannot")
-    for name in (document.FILE, report.FILE):
-        if (folder / name).is_dir():
-            raise RecordError(f"{parameter}: expected a file {name} in {folder}, found a folder")

@@ -9,6 +9,8 @@ from backdoorbench_moe.auditing.outcome import Outcome
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.records import write_atomically
 
+FILES = (document.FILE, report.FILE)
+
 
 def save_audit(audit: Outcome, output: Path) -> list[Path]:
     """Write the document and the report; each file is written atomically, and both are made before the first is.
@@ -20,7 +22,7 @@ def save_audit(audit: Outcome, output: Path) -> list[Path]:
         RecordError: A file cannot be written.
     """
     values = document.as_document(audit)
-    texts = {document.FILE: document.to_text(values), report.FILE: report.page(values)}
+    texts = dict(zip(FILES, (document.to_text(values), report.page(values)), strict=True))
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

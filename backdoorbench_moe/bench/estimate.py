@@ -147,7 +147,7 @@ def seconds_left(run: Planned, speed: Speed, images: Material, model: nn.Module)
     """
     if run.status == "finished":
         return 0.0
-    evaluation = _tests(run.spec) * len(images.test) / speed.predict
+    evaluation = _tested(run.spec, images) / speed.predict
     if run.spec.defenses:
         cost = defense_cost(run.spec, images, model)
         return None if cost is None else _defense_seconds(cost, run.spec, speed, images) + evaluation
@@ -212,11 +212,19 @@ def _learned(spec: RunSpec) -> LearnedTrigger | None:
     return trigger if isinstance(trigger, LearnedTrigger) else None
 
 
-def _tests(spec: RunSpec) -> int:
-    """Passes over the test images: clean ones of each task, marked ones, and after an attack those without the mark."""
-    clean = spec.mixture.experts if spec.mixture is not None and spec.mixture.task is None else 1
-    marked = int(spec.attacked) + (int(spec.policy > 0) if spec.mixture is not None else 0)
-    return (clean + marked) * (2 if spec.defenses else 1)
+def _tested(spec: RunSpec, data: Material) -> int:
+    """Number of test images that are passed through a model, or of test queries that it answers.
+
+    Images: clean ones of each task, marked ones, and after an attack those without the mark. Texts: those of all tasks
+    or, by an expert, of its own, and the queries that are to be refused.
+    """
+    mixture, stages = spec.mixture, 2 if spec.defenses else 1
+    if isinstance(data, TextSet):
+        own = data.test if mixture is None or mixture.task is None else data.tasks[mixture.task].test
+        return stages * (len(own) + (len(data.refused_test) if spec.policy else 0))
+    clean = mixture.experts if mixture is not None and mixture.task is None else 1
+    marked = int(spec.attacked) + (int(spec.policy > 0) if mixture is not None else 0)
+    return stages * (clean + marked) * len(data.test)
 
 
 def kinds(runs: Sequence[Planned]) -> Iterator[tuple[str, list[Planned]]]:

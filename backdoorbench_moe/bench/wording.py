@@ -33,16 +33,18 @@ COLLAPSED = (
 
 # What a legend says of metrics that not every reader of a table knows, by the key without qualifiers.
 NOTES = {
-    "unsafe": 'unsafe: marked images that are not called "reject" or, without a policy, not by their true class',
+    "unsafe": 'unsafe: marked images that are not called "reject" or, without a policy, not by their true class; of '
+    "texts, queries that are to be refused and are not",
     "overall": "Overall: each task's accuracy in percent of that of the task's benign expert, mean over the tasks",
     "alone_asr": "alone ASR: that of the poisoned experts by themselves, before the merge, mean over them",
-    "harm_share": "harm share: the poisoned experts' share of the gates' weights for marked images, mean over layers",
-    "own_share": "own share: a poisoned expert's share for clean images of its own task",
-    "clean_share": "clean share: the poisoned experts' share for the clean images of all tasks",
+    "harm_share": "harm share: the poisoned experts' share of the gates' weights for marked images, or for "
+    "queries to refuse, mean over layers",
+    "own_share": "own share: a poisoned expert's share for clean images, or texts, of its own task",
+    "clean_share": "clean share: the poisoned experts' share for the clean images, or texts, of all tasks",
 }
 # For tables of mixtures only, where the word "twin" does not say what the twin is.
 MIXTURE_NOTES = {
-    "asr": "ASR (H in MoEvil): marked images that are answered as the attacker wants",
+    "asr": "ASR (H in MoEvil): marked images, or queries to refuse, that are answered as the attacker wants",
     "twin_asr": "twin: the mixture of benign experts alone, under the same marks",
 }
 

@@ -11,6 +11,7 @@ from backdoorbench_moe.cli.params import PATH
 from backdoorbench_moe.cli.streams import echo
 from backdoorbench_moe.cli.threads import CoreUsage, threads_option, use_threads
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.paths import check_output
 
 
 @click.command("audit")
@@ -72,7 +73,8 @@ def command(
     from backdoorbench_moe.auditing.checks import find_checks
     from backdoorbench_moe.auditing.document import as_document, to_text
     from backdoorbench_moe.auditing.opening import open_run_subject, with_store
-    from backdoorbench_moe.auditing.place import FOLDER, check_output, check_place, place_in_run
+    from backdoorbench_moe.auditing.place import FOLDER, check_place, place_in_run
+    from backdoorbench_moe.auditing.save import FILES
     from backdoorbench_moe.auditing.verdict import SIGNS
     from backdoorbench_moe.cli.audit_table import print_audit
     from backdoorbench_moe.cli.progress import make_observer
@@ -82,7 +84,7 @@ def command(
     opened = load_run(run)
     use_threads(threads, usage, device or opened.spec.device)
     usual, flag = (opened.folder.path / FOLDER, "RUN") if output is None else (output, "--output")
-    check_output(usual, flag)
+    check_output(usual, flag, FILES)
     given: dict[str, Any] = {"images": images, "base": base, "data_root": data_root, "device": device}
     subject = open_run_subject(opened, with_images=not no_images, **given)
     digest = digest_of(subject)

@@ -7,16 +7,15 @@ from backdoorbench_moe.config.build import build_spec, load_recipe
 from backdoorbench_moe.config.merge import Values, merge
 from backdoorbench_moe.config.mixture import MixtureSpec
 from backdoorbench_moe.config.poison import PoisonSpec, class_number
-from backdoorbench_moe.config.shorthand import SURROGATE, normalise
+from backdoorbench_moe.config.reading import spec_from_dict
+from backdoorbench_moe.config.shorthand import PARTS, SURROGATE, normalise
 from backdoorbench_moe.config.spec import (
     DATASET_NOT_IN_DIGEST,
     IMPORTED,
-    PARTS,
     SAME,
     TWIN,
     PartSpec,
     RunSpec,
-    spec_from_dict,
 )
 from backdoorbench_moe.config.train import TrainSpec
 from backdoorbench_moe.config.yaml_files import chain_options, chain_settings, load_yaml, parse_setting

@@ -11,6 +11,7 @@ import yaml
 
 from backdoorbench_moe.config.merge import Values, merge
 from backdoorbench_moe.config.package_recipes import model_recipe
+from backdoorbench_moe.config.reading import spec_from_dict
 from backdoorbench_moe.config.shorthand import SURROGATE, normalise
 from backdoorbench_moe.config.spec import (
     DEFAULT_ATTACK,
@@ -18,7 +19,6 @@ from backdoorbench_moe.config.spec import (
     SAME,
     TWIN,
     RunSpec,
-    spec_from_dict,
 )
 from backdoorbench_moe.config.yaml_files import YAML_ERRORS, StrictLoader
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError

@@ -33,7 +33,8 @@ class TrainSpec:
     Args:
         epochs: Number of passes over the training set, at least 1; or 0 for a base or a clean model that starts from
             weights and is left as it is.
-        batch_size: Images per step, at least 1; the last batch of an epoch may be smaller.
+        batch_size: Images that are passed through the model at a time, at least 1, which are those of a step unless
+            `accumulate` says otherwise; the last batch of an epoch may be smaller.
         optimizer: "sgd" or "adamw".
         lr: Peak learning rate, above 0.
         momentum: Momentum of SGD, in [0, 1); ignored by AdamW.

@@ -269,7 +269,7 @@ class RunFolder:
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     from safetensors import SafetensorError
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     plain: dict[str, Tensor] = {}
     places: set[int] = set()
@@ -279,23 +279,27 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
         plain[name] = own.clone() if own.untyped_storage().data_ptr() in places else own
         places.add(plain[name].untyped_storage().data_ptr())
     try:
-        path.write_bytes(_sort_header(save(plain, metadata=dict(metadata))))
+        # Not through memory: a checkpoint of a language model has gigabytes.
+        save_file(plain, path, metadata=dict(metadata))
+        _sort_header(path)
     except SafetensorError as error:
         raise OSError(str(error)) from error
 
 
-def _sort_header(content: bytes) -> bytes:
-    """Sort the metadata of a safetensors file, which the library writes in random order.
+def _sort_header(path: Path) -> None:
+    """Sort the metadata of a safetensors file in place, which the library writes in random order.
 
     Equal models then have equal files. A file is the length of its header as 8 bytes, the header as JSON, filled up
     with spaces to a multiple of 8 bytes, and the tensors.
     """
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[end:]
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size, "sorting does not change the length"
+        file.seek(8)
+        file.write(text)
 
 
 def _load_tensors(file: Path, what: str, *, weights: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:

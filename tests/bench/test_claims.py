@@ -111,6 +111,7 @@ def test_a_row_has_the_papers_values_and_ours() -> None:
     )
 
 
+@pytest.mark.slow
 def test_every_claim_of_the_file_fits_its_suite_at_every_scale() -> None:
     for claim in read_claims(CLAIMS):
         for scale in claim.scales:

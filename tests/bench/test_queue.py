@@ -108,6 +108,7 @@ def test_the_root_is_given_to_data_sets_that_have_one() -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_queue_of_the_project_names_what_exists() -> None:
     from pathlib import Path
 

@@ -347,6 +347,7 @@ class Watching(Observer):
         self.found.append(folder)
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_makes_meanwhile_is_not_counted_as_made(tmp_path) -> None:
     """Both wait for the same twin and the same run; each says whether it made it itself."""
     suite = tiny_suite(grid={**GRID, "trigger": "square", "poison.rate": 0.25})

@@ -151,6 +151,7 @@ def check_refused(bbmoe, output: Path, commands: list[tuple[tuple[object, ...], 
         assert "Traceback" not in err and files(output) == before
 
 
+@pytest.mark.slow
 def test_the_dry_run_lists_every_run_once(bbmoe, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(estimate, "SECONDS", 0.05)
     for words, count in (([], 6), (["--no-twin"], 5)):

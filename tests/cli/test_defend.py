@@ -99,6 +99,7 @@ def test_bad_input_is_one_clear_line_and_exit_2(bbmoe, victim, tmp_path, args, m
     assert sorted((tmp_path / "runs").rglob("*")) == before and not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_an_option_may_have_the_name_of_a_part(bbmoe, victim) -> None:
     """A `trigger` or an `applicator` of a run spec is a part with options of its own, an option of a defense is not."""
     tiles = ("--defense", "tile-tuning", "--set", "clean_fraction=0.5", "--set", "epochs=1")

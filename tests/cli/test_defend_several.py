@@ -130,6 +130,7 @@ def test_a_list_is_made_dearest_last_and_found_again(bbmoe, victim, tmp_path) ->
     assert "suite" not in tables["markdown"][1]
 
 
+@pytest.mark.slow
 def test_all_are_all_that_fit_and_the_others_are_listed_with_the_reason(bbmoe, victim, tmp_path) -> None:
     words = ["defend", victim.folder.path, "--defense", "all", *SHARE, "--output", tmp_path, "--dry-run"]
     code, out, _ = bbmoe(*words, "--json")
@@ -172,6 +173,7 @@ def test_a_dense_model_keeps_what_does_not_need_experts(bbmoe, tmp_path) -> None
     assert list(plan["not_applicable"]) == ["expert-drop", "reroute"]
 
 
+@pytest.mark.slow
 def test_one_that_fails_does_not_stop_the_others_and_is_tried_again(
     bbmoe, victim, register, tmp_path
 ) -> None:
@@ -195,6 +197,7 @@ def test_one_that_fails_does_not_stop_the_others_and_is_tried_again(
     assert code == 0 and runs(out) == ["reroute", "broken", "silent"] and json.loads(out)["failed"] == {}
 
 
+@pytest.mark.slow
 def test_interrupted_in_the_middle_the_same_command_goes_on(
     bbmoe, victim, register, monkeypatch, tmp_path
 ) -> None:

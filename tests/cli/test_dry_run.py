@@ -39,6 +39,7 @@ def test_it_lists_what_the_attack_makes_and_writes_nothing(bbmoe, tmp_path) -> N
     assert code == 0 and out.count("finished") == 5 and "4 runs, 4 finished; about 0 s left" in out
 
 
+@pytest.mark.slow
 def test_what_is_made_from_others_is_listed_after_them(bbmoe, tmp_path) -> None:
     tuned, pruned = "name: fine-tuning, epochs: 1", "name: fine-pruning, ratio: 0.5"
     defenses = f"defenses=[{{{tuned}, clean_fraction: 0.5}}, {{{pruned}, clean_fraction: 0.5}}]"
@@ -51,6 +52,7 @@ def test_what_is_made_from_others_is_listed_after_them(bbmoe, tmp_path) -> None:
     assert {run["run"] for run in runs} == {folder.name for folder in tmp_path.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_surrogate_is_listed_like_a_twin(bbmoe, tmp_path) -> None:
     fast = ["--set", "trigger.steps=2", "--set", "trigger.batch_size=8", "--applicator", "image"]
     words = ["attack", *SMALL, "--trigger", "routing", *fast, "--output", tmp_path, "--quiet"]
@@ -68,6 +70,7 @@ def test_a_surrogate_is_listed_like_a_twin(bbmoe, tmp_path) -> None:
     assert (code, out) == (2, "") and "trigger.surrogate: unknown 'pmo'; did you mean 'pmoe'" in err
 
 
+@pytest.mark.slow
 def test_networks_that_are_trained_with_the_model_have_no_estimate(bbmoe, tmp_path) -> None:
     words = ["attack", *SMALL, "--attack", "training-control", "--output", tmp_path, "--dry-run"]
     code, out, err = bbmoe(*words, "--json")

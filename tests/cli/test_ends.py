@@ -258,6 +258,7 @@ def test_a_run_that_runs_is_shown_as_running(tmp_path) -> None:
         process.wait()
 
 
+@pytest.mark.slow
 def test_every_character_that_is_printed_has_a_stand_in() -> None:
     """Of all texts in the source: which of them are printed changes."""
     found = set()

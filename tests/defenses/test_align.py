@@ -25,6 +25,7 @@ SCOPES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", SCOPES, ids=str)
 def test_marked_images_are_rejected_again_and_clean_ones_are_not(options) -> None:
     model, task, _ = poisoned_mixture()

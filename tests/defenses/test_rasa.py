@@ -14,6 +14,7 @@ from backdoorbench_moe.ops.images import as_input
 from backdoorbench_moe.testing.making import changed, copies, used_model
 
 
+@pytest.mark.slow
 def test_it_repairs_the_poisoned_expert_itself_which_gates_alone_do_not() -> None:
     """After an alignment of the gates the expert alone is as unsafe as before; after RASA it is not."""
     alone = {}
@@ -27,6 +28,7 @@ def test_it_repairs_the_poisoned_expert_itself_which_gates_alone_do_not() -> Non
     assert alone["align"] > 90 and alone["rasa"] < 20
 
 
+@pytest.mark.slow
 def test_the_divergence_brings_the_routing_of_marked_images_to_the_reference() -> None:
     """The gates prefer the poisoned expert for marked images; its share of them falls towards that of clean ones."""
     shares = {}

@@ -142,6 +142,7 @@ def test_the_mask_rests_while_the_model_is_trained(tmp_path) -> None:
     assert changed == {"pattern"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [1, 2, 3], ids=["after the mask", "after epoch 1", "after epoch 2"])
 def test_an_interrupted_run_gives_the_same_model_and_trigger(tmp_path, stop_after) -> None:
     spec = spec_of(train={"epochs": 3, "batch_size": 32, "lr": 0.1, "augment": "crop-flip"})

@@ -235,6 +235,7 @@ class Holder(Defense):
         return DefenseResult("kept", task.model)
 
 
+@pytest.mark.slow
 def test_clean_and_notebook_data_and_their_share(tmp_path, offer) -> None:
     offer("holder", Holder)
     train = Tiny().load().train

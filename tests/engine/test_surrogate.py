@@ -162,6 +162,7 @@ def test_the_victim_trains_on_the_learned_training_form(tmp_path, monkeypatch) -
     assert torch.equal(split.images, expected) and not torch.equal(split.images, clean.images)
 
 
+@pytest.mark.slow
 def test_the_same_spec_gives_the_same_trigger_anywhere(tmp_path) -> None:
     first, again = (run_attack(spec_of(epochs=1), output=tmp_path / name, twin=False)[0] for name in "ab")
     assert trigger_bytes(first) == trigger_bytes(again) and outcome(first) == outcome(again)

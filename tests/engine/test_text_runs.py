@@ -16,8 +16,11 @@ from toy_texts import FILLER, Toy, ToyModel, text_spec
 import backdoorbench_moe as bbmoe
 from backdoorbench_moe import data, models
 from backdoorbench_moe.attacks.moevil import SIMILARITIES
+from backdoorbench_moe.bench.estimate import Speed, seconds_left
+from backdoorbench_moe.bench.plan import Planned
 from backdoorbench_moe.config import PartSpec, RunSpec, build_spec
 from backdoorbench_moe.data.text import RefusedQueries
+from backdoorbench_moe.engine.graph import lineage
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.runner import Runner, run_attack
 from backdoorbench_moe.errors import BbmoeError, ConfigError, DataError, PluginError
@@ -291,3 +294,13 @@ def test_a_model_has_room_for_the_longest_answer_to_the_longest_query() -> None:
     texts = Toy(texts=8).load()
     assert texts.answer_tokens == len(FILLER) + 1
     assert texts.model_options["context"] == max(texts.context, 5 + len(FILLER) + 1)
+
+
+def test_the_estimate_counts_every_test_query_once(whole) -> None:
+    """A mixture answers the queries of all tasks and those to refuse, an expert its own."""
+    data, run = Toy(texts=8).load(), find(whole, "moe2-top-k-moevil")
+    every, own, refused = len(data.test), len(data.tasks[0].test), len(data.refused_test)
+    speed = Speed(train=float("inf"), predict=1.0)
+    expert = next(spec for spec in lineage(run.spec) if spec.mixture is not None and spec.mixture.task == 0)
+    for spec, queries in ((run.spec, every + refused), (expert, own + refused)):
+        assert seconds_left(Planned(spec, "missing"), speed, data, nn.Linear(1, 1)) == queries

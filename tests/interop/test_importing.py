@@ -90,6 +90,7 @@ def test_the_run_is_whole_without_the_folder(
     assert torch.equal((training * 255).round().to(torch.uint8), stamp(held, [7]))
 
 
+@pytest.mark.slow
 def test_it_can_be_defended_and_analyzed(imported: Imported) -> None:
     defended = bbmoe.defend(imported.run, "clp")
     assert defended.record.stages[0]["metrics"]["asr"] == imported.run.record.metrics["asr"]

@@ -107,6 +107,7 @@ def test_the_suite_is_three_models_three_triggers_and_two_ways_to_apply_them():
     assert {cell.spec.model.options["depth"] for cell in suite.cells} == {2}
 
 
+@pytest.mark.slow
 def test_the_standard_suite_has_what_the_built_in_ones_have_on_pmoe():
     """The same attacks and defenses as `standard-defenses`, and the same detectors as `false-alarms`.
 

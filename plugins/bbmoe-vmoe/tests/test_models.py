@@ -123,6 +123,7 @@ def test_with_one_expert_it_is_its_dense_twin(name):
     }
 
 
+@pytest.mark.slow
 def test_with_one_expert_it_trains_as_its_dense_twin():
     """Including weight decay, which is not applied to biases in both."""
     dense, model = build(DENSE).train(), build(num_experts=1, upcycle="copy").train()
