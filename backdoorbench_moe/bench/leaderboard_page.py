@@ -22,7 +22,7 @@ from backdoorbench_moe.metrics import METRICS, POINTS
 
 TITLE = "Leaderboard: attacks, defenses and models"
 LEGEND = (
-    f"Means over the seeds in percent, differences in percentage points. {INTERVALS} ASR is the share of triggered "
+    f"Means over the seeds in percent, differences in percentage points. {INTERVALS}. ASR is the share of triggered "
     "images that the model calls the attacker's class; no trigger, the share of the same images without their trigger; "
     "RA, the share of triggered images that it calls by their true class. Behind a filter, a rejected image counts "
     "neither for BA and RA nor for ASR. ASR − tuning and BA − tuning compare a defense with plain tuning on as many "

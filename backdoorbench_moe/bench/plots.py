@@ -34,11 +34,17 @@ from backdoorbench_moe.metrics import metric as find_metric
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.transforms import Transform
 
 HOLLOW: dict[str, Any] = {"markerfacecolor": PAPER, "markersize": 7, "linestyle": ":", "linewidth": 0.8}
 # In inches. The height of a panel includes the gap for its x label and the title of the panel below.
-PANEL_WIDTH, PANEL_HEIGHT, GAP, LEFT, TOP = 3.1, 2.9, 0.75, 0.6, 0.58
+PANEL_WIDTH, PANEL_HEIGHT, GAP, LEFT, TOP, RIGHT = 3.1, 2.9, 0.75, 0.6, 0.58, 0.12
+# Of all panels of a row, so that a single panel is not blown up on a page, text and all; of a legend's line and gaps.
+NARROWEST_ROW, LEGEND_KEY = 5.6, 0.6
 ACROSS, LEGEND_COLUMNS, NARROWEST, DPI = 3, 4, 0.2, 150
+# In points, from line to line: bars at the same x stand side by side.
+SHIFT = 2.5
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def draw(results: ResultSet, plot: Plot, form: str) -> bytes:
     """Draw a figure as an "svg" or "png" file; the same records give the same bytes."""
     panels = build_panels(results, plot)
     with drawing_style(plot.title):
-        return figure_bytes(_figure(panels, plot, _source(results)), form, DPI)
+        return figure_bytes(build_figure(panels, plot, _source(results)), form, DPI)
 
 
 def describe(results: ResultSet, plot: Plot) -> str:
@@ -151,19 +157,29 @@ def file_names(plots: Sequence[Plot]) -> list[str]:
     return names
 
 
-def _figure(panels: Sequence[Panel], plot: Plot, source: str) -> Figure:
+def build_figure(panels: Sequence[Panel], plot: Plot, source: str) -> Figure:
+    """Build a figure inside `drawing_style`.
+
+    Args:
+        panels: What it shows, see `build_panels`.
+        plot: Its title and axes.
+        source: The label of published points in the legend.
+    """
     across = min(ACROSS, len(panels))
     down = math.ceil(len(panels) / across)
     lines = list(dict.fromkeys(line for panel in panels for line in panel.lines))
-    bottom = 0.55 + 0.22 * math.ceil((len(lines) + 1) / LEGEND_COLUMNS)
-    width, height = max(PANEL_WIDTH * across, 4.2) + LEFT, PANEL_HEIGHT * down + TOP + bottom - GAP
+    width = max(PANEL_WIDTH * across, NARROWEST_ROW) + LEFT
+    handles = _legend_handles(panels, lines, source)
+    columns = _legend_columns([str(handle.get_label()) for handle in handles], width)
+    bottom = 0.55 + 0.22 * math.ceil(len(handles) / columns)
+    height = PANEL_HEIGHT * down + TOP + bottom - GAP
     figure = new_figure(width, height)
     figure.suptitle(plot.title, fontsize=10, y=1 - 0.12 / height, va="top")
     grid: Any = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     # Every size is known, and a layout engine would take most of the time.
     figure.subplots_adjust(
         left=LEFT / width,
-        right=1 - 0.12 / width,
+        right=1 - RIGHT / width,
         top=1 - TOP / height,
         bottom=bottom / height,
         wspace=0.08,
@@ -174,7 +190,7 @@ def _figure(panels: Sequence[Panel], plot: Plot, source: str) -> Figure:
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     _label_axes(grid, panels, plot)
-    _add_legend(figure, panels, lines, source)
+    figure.legend(handles=handles, loc="lower center", ncols=columns, frameon=False, borderaxespad=0.2)
     return figure
 
 
@@ -187,15 +203,16 @@ def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[str], scale: str) -> N
     if not any(point.statistic for points in panel.lines.values() for point in points):
         axes.text(0.5, 0.5, "nothing run", transform=axes.transAxes, ha="center", style="italic")
     for name, points in panel.lines.items():
-        colour, marker = (styles[lines.index(name) % len(styles)] for styles in (COLOURS, MARKERS))
+        place = lines.index(name)
+        colour, marker = (styles[place % len(styles)] for styles in (COLOURS, MARKERS))
+        shifted = _shifted(axes, SHIFT * (place - (len(lines) - 1) / 2))
         paper = [(point.x, point.paper) for point in points if point.paper is not None]
         if paper:
-            axes.plot(*zip(*paper, strict=True), color=colour, marker=marker, **HOLLOW)
+            axes.plot(*zip(*paper, strict=True), color=colour, marker=marker, transform=shifted, **HOLLOW)
         # NaN interrupts the line where nothing was measured.
         means = [math.nan if point.statistic is None else point.statistic.mean for point in points]
-        axes.plot(
-            [point.x for point in points], means, color=colour, marker=marker, markersize=4.5, linewidth=1.6
-        )
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": 1.6}
+        axes.plot([point.x for point in points], means, transform=shifted, **style)
         for point in points:
             if _has_collapsed(point):
                 above = (point.x, point.statistic.mean)  # type: ignore[union-attr]
@@ -203,7 +220,16 @@ def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[str], scale: str) -> N
             # One point at a time, so that a single seed has no bar, not even a flat one.
             if point.statistic is not None and point.statistic.std is not None:
                 bar = point.statistic
-                axes.errorbar(point.x, bar.mean, bar.std, color=colour, capsize=2.5, linewidth=1)
+                axes.errorbar(
+                    point.x, bar.mean, bar.std, color=colour, capsize=2.5, linewidth=1, transform=shifted
+                )
+
+
+def _shifted(axes: Axes, points: float) -> Transform:
+    """Return the transform of data that draws them some points to the right."""
+    from matplotlib.transforms import ScaledTranslation
+
+    return axes.transData + ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
 
 
 def _label_axes(grid: Any, panels: Sequence[Panel], plot: Plot) -> None:
@@ -235,7 +261,7 @@ def _have_room(xs: Sequence[float], scale: str) -> bool:
     return not gaps or min(gaps) / sum(gaps) * PANEL_WIDTH > NARROWEST
 
 
-def _add_legend(figure: Figure, panels: Sequence[Panel], lines: Sequence[str], source: str) -> None:
+def _legend_handles(panels: Sequence[Panel], lines: Sequence[str], source: str) -> list[Line2D]:
     from matplotlib.lines import Line2D
 
     handles = []
@@ -245,7 +271,16 @@ def _add_legend(figure: Figure, panels: Sequence[Panel], lines: Sequence[str], s
     points = _points(panels)
     if any(point.paper is not None for point in points):
         handles.append(Line2D([], [], color=INK, marker="o", label=f"{source} (hollow)", **HOLLOW))
-    figure.legend(handles=handles, loc="lower center", ncols=LEGEND_COLUMNS, frameon=False, borderaxespad=0.2)
+    return handles
+
+
+def _legend_columns(labels: Sequence[str], width: float) -> int:
+    """Return how many columns of a legend fit into a figure of some width in inches; at least one."""
+    from matplotlib import rcParams
+    from matplotlib.textpath import TextPath
+
+    points = max(TextPath((0, 0), text, size=rcParams["font.size"]).get_extents().width for text in labels)
+    return max(1, min(LEGEND_COLUMNS, len(labels), int(width / (points / 72 + LEGEND_KEY))))
 
 
 def _points(panels: Sequence[Panel]) -> list[Point]:

@@ -26,10 +26,10 @@ from backdoorbench_moe.bench.wording import (
     heading,
     inside_word,
     key_name,
+    legend,
     own_text,
     paper_parts,
     place_lines,
-    sheet_legend,
     suite_line,
 )
 
@@ -53,7 +53,7 @@ class RichTables:
         sheet = self.sheet
         yield Text(sheet.suite.title, style="bold")
         yield Text(f"{suite_line(sheet.suite)}; {counts_line(sheet.counts)}")
-        yield Text(f"{sheet_legend(sheet)}{_second_line(sheet)}", style="dim")
+        yield Text(f"{legend(sheet)}{_second_line(sheet)}", style="dim")
         for table in sheet.tables:
             yield Text(f"\n{heading(table)}", style="bold")
             for columns in _chunks(table, options.max_width):
@@ -128,7 +128,7 @@ def _styled(place: Place, *, paper: bool) -> Any:
 
 def markdown(sheet: Sheet) -> str:
     """Write the tables as Markdown. A cell has two lines, the second with the published value."""
-    lines = [f"# {plain(sheet.suite.title)}", "", sheet_legend(sheet), ""]
+    lines = [f"# {plain(sheet.suite.title)}", "", legend(sheet), ""]
     for table in sheet.tables:
         lines += [f"## {plain(heading(table))}", "", *table_lines(table), "", f"{plain(facts(sheet))}.", ""]
     return "\n".join(lines)
@@ -247,7 +247,7 @@ def latex(sheet: Sheet) -> str:
 
 
 def _latex_table(sheet: Sheet, table: MetricTable) -> str:
-    said = f"{heading(table)}. {facts(sheet)}. {sheet_legend(table)}"
+    said = f"{heading(table)}. {facts(sheet)}. {legend(table)}"
     names = [*(key_name(key) for key in table.row_keys), *table.columns]
     lines = [
         r"\begin{table}",

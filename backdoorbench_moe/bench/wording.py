@@ -23,7 +23,7 @@ KEY_NAMES = {
 AXIS_NAMES = {"poison.rate": "poisoning rate"}
 INTERVALS = (
     f"Below a mean stands a 95% interval: from {FEWEST_SEEDS} seeds on, of the mean over seeds; with fewer, from the "
-    "lowest to the highest end of the intervals of the single seeds, which know the test images but no other seeds."
+    "lowest to the highest end of the intervals of the single seeds, which know the test images but no other seeds"
 )
 # Stands in the legend if `mean_text` marks a cell.
 COLLAPSED = (
@@ -154,47 +154,26 @@ def facts(sheet: Sheet) -> str:
     return capital(text)
 
 
-def legend(
-    *,
-    has_paper: bool,
-    has_collapsed: bool = False,
-    metrics: Sequence[str] = (),
-    models: Sequence[str] = (),
-) -> str:
-    """Explain how to read a cell.
-
-    Args:
-        has_paper: Whether any cell has a published value.
-        has_collapsed: Whether any cell has a seed whose model is near chance.
-        metrics: Keys of the metrics of the tables.
-        models: Models whose published values have columns of their own.
-    """
-    text = "A cell: mean ± standard deviation over n seeds"
-    if has_paper:
-        text += (
+def legend_parts(sheet: Sheet | MetricTable) -> list[str]:
+    """Explain how to read the cells of some tables, or of one, in sentences without a full stop."""
+    cell = "A cell: mean ± standard deviation over n seeds"
+    if sheet.has_paper:
+        cell += (
             f"; the paper's value and our mean minus it; from {FEWEST_SEEDS} seeds on, whether the paper's value lies "
             "inside our 95% interval of the mean (Wilson's interval at the effective number of images)"
         )
-    if has_collapsed:
-        text += f". {COLLAPSED}"
-    if notes := _notes(metrics):
-        text += f". {'; '.join(notes)}"
-    if models:
-        text += (
-            f". Columns with {' or '.join(models)}: what the paper measured on this language model. Compare their "
+    parts = [cell, *([COLLAPSED] if sheet.has_collapsed else []), *_notes(sheet.metrics)]
+    if sheet.models:
+        parts.append(
+            f"Columns with {' or '.join(sheet.models)}: what the paper measured on this language model. Compare their "
             "order and shape, not the numbers: the tasks, the models and the measurements differ"
         )
-    return f"{text}."
+    return [capital(part) for part in parts]
 
 
-def sheet_legend(sheet: Sheet | MetricTable) -> str:
-    """Explain how to read the cells of some tables, or of one."""
-    return legend(
-        has_paper=sheet.has_paper,
-        has_collapsed=sheet.has_collapsed,
-        metrics=sheet.metrics,
-        models=sheet.models,
-    )
+def legend(sheet: Sheet | MetricTable) -> str:
+    """Explain how to read the cells of some tables, or of one, in a paragraph."""
+    return " ".join(f"{part}." for part in legend_parts(sheet))
 
 
 def _notes(metrics: Sequence[str]) -> list[str]:

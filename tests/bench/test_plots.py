@@ -8,10 +8,19 @@ from xml.etree import ElementTree
 import pytest
 from fake_runs import fill, finished, part_suite, write
 
-from backdoorbench_moe.bench.plots import alt_text, build_panels, describe, draw, file_names
+from backdoorbench_moe.bench.plots import (
+    Panel,
+    Point,
+    alt_text,
+    build_figure,
+    build_panels,
+    describe,
+    draw,
+    file_names,
+)
 from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.suite import Plot
-from backdoorbench_moe.drawing import inline_svg
+from backdoorbench_moe.drawing import drawing_style, inline_svg
 from backdoorbench_moe.errors import ConfigError
 
 
@@ -109,3 +118,16 @@ def test_file_names_are_plain_and_each_its_own() -> None:
         "cifar-10-asr-2-2",
         "plot",
     ]
+
+
+@pytest.mark.parametrize("panels", [1, 3])
+@pytest.mark.parametrize("words", [1, 3, 12])
+def test_the_legend_is_inside_the_figure_however_long_its_labels_are(words, panels) -> None:
+    lines = {f"{'word ' * words}{number}": [Point(1.0, None, 50.0)] for number in range(5)}
+    drawn = [Panel(f"panel {number}", lines) for number in range(panels)]
+    with drawing_style("salt"):
+        figure = build_figure(drawn, Plot("p"), "paper")
+        box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+    assert 0 <= box.y0 < box.y1 < figure.axes[0].bbox.y0
