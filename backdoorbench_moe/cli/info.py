@@ -14,16 +14,20 @@ from backdoorbench_moe.config import chain_options, load_recipe
 from backdoorbench_moe.data.text import TextDataset
 from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.errors import ConfigError, DataError
+from backdoorbench_moe.moe.structure import takes_text
 from backdoorbench_moe.options import REQUIRED
 
 RECIPE = "quick"
+# Of the text for which the multiply-adds of a language model are counted.
+TOKENS = 64
 WIDEST = 100
 
 
 HELP = f"""Describe one part: KIND is {ONE_KIND}; NAME as `bbmoe list` shows it.
 
-For a model, its parameters and its multiply-adds for one image are counted: with the model's own defaults, and with the
-values that the recipe gives it, as `bbmoe attack` does. For a data set, its classes are listed by number and name.
+For a model, its parameters are counted, and its multiply-adds for one image, or one text of {TOKENS} tokens: with the model's
+own defaults, and with the values that the recipe gives it, as `bbmoe attack` does. For a data set, its classes are listed
+by number and name.
 """
 
 
@@ -88,14 +92,15 @@ def command(
     if as_json:
         echo(json.dumps(info, indent=2))
     else:
-        _print(info, image_size)
+        text = kind == "model" and takes_text(part)
+        _print(info, f"text of {TOKENS} tokens" if text else f"{image_size}x{image_size} image")
 
 
 def _model_size(name: str, num_classes: int, image_size: int, options: dict[str, Any]) -> dict[str, int]:
     from backdoorbench_moe.models.profile import profile_model
 
     model = REGISTRIES["model"].create(name, options, {"num_classes": num_classes, "image_size": image_size})
-    profile = profile_model(model, image_size)
+    profile = profile_model(model, TOKENS if takes_text(model) else image_size)
     return {
         "parameters": profile.parameters,
         "buffers": profile.buffers,
@@ -122,7 +127,7 @@ def _class_names(name: str, options: dict[str, Any]) -> list[str] | None:
         return None
 
 
-def _print(info: dict[str, Any], image_size: int) -> None:
+def _print(info: dict[str, Any], example: str) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -154,9 +159,9 @@ def _print(info: dict[str, Any], image_size: int) -> None:
     elif info["kind"] == "dataset" and classes is None:
         console.print("\nIts classes are listed with --data-root DIR.")
     if size := info.get("size"):
-        console.print(f"\n{_size_line(size, image_size)}")
+        console.print(f"\n{_size_line(size, example)}")
         if recipe["options"]:
-            console.print(f"with recipe {recipe['name']}: {_size_line(recipe['size'], image_size)}")
+            console.print(f"with recipe {recipe['name']}: {_size_line(recipe['size'], example)}")
 
 
 def _setting(value: Any) -> str:
@@ -164,8 +169,8 @@ def _setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _size_line(size: dict[str, int], image_size: int) -> str:
+def _size_line(size: dict[str, int], example: str) -> str:
     return (
         f"{size['parameters']:,} parameters and {size['buffers']:,} buffer values; "
-        f"{size['multiply_adds']:,} multiply-adds for one {image_size}x{image_size} image"
+        f"{size['multiply_adds']:,} multiply-adds for one {example}"
     )

@@ -1,13 +1,15 @@
-"""Size of a model and the cost of one image."""
+"""Size of a model and the cost of one image or text."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from backdoorbench_moe.moe.structure import takes_text
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class ModelProfile:
     Attributes:
         parameters: Number of trained values.
         buffers: Number of other floating-point values in the state, such as running statistics of batch norms.
-        multiply_adds: Multiply-adds in convolutions, linear layers and attention for one image, forward pass only.
+        multiply_adds: Multiply-adds in convolutions, linear layers and attention, forward pass only.
     """
 
     parameters: int
@@ -25,27 +27,25 @@ class ModelProfile:
     multiply_adds: int
 
 
-def profile_model(model: nn.Module, image_size: int) -> ModelProfile:
-    """Count a model's values, and the multiply-adds of one image.
+def profile_model(model: nn.Module, size: int) -> ModelProfile:
+    """Count a model's values, and the multiply-adds of one image or text.
 
     The model is not changed. Multiply-adds are those that are computed: if a routed model's code also computes experts
     on patches they did not select, these count as well.
 
     Args:
         model: The model, on any device, "meta" included.
-        image_size: Side of the image in pixels.
+        size: Side of the image in pixels; of a model that takes texts, the tokens of the text.
     """
-    # A model without parameters is run on the CPU in float32.
-    reference = next(model.parameters(), torch.empty(0, dtype=torch.float32))
     training = {module: module.training for module in model.modules()}
-    images = torch.zeros(1, 3, image_size, image_size, device=reference.device, dtype=reference.dtype)
+    example = _example(model, size)
     counter = FlopCounterMode(display=False)
     model.eval()
     try:
         # The counter knows the matrix products of the plain implementation of attention on every device. Gradients are
         # enabled because its module hooks fail without them on models with learned tokens.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            model(images)
+            model(example)
     finally:
         for module, was_training in training.items():
             module.training = was_training
@@ -54,3 +54,11 @@ def profile_model(model: nn.Module, image_size: int) -> ModelProfile:
         buffers=sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point()),
         multiply_adds=counter.get_total_flops() // 2,
     )
+
+
+def _example(model: nn.Module, size: int) -> Tensor:
+    # A model without parameters is run on the CPU in float32.
+    reference = next(model.parameters(), torch.empty(0, dtype=torch.float32))
+    if takes_text(model):
+        return torch.zeros(1, size, device=reference.device, dtype=torch.int64)
+    return torch.zeros(1, 3, size, size, device=reference.device, dtype=reference.dtype)

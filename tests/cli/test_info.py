@@ -30,6 +30,26 @@ def test_the_docstring_is_found_without_an_import(kind, name) -> None:
     assert first and "\n" not in first and not first.endswith(".")
 
 
+@pytest.mark.parametrize(("kind", "name"), EVERY)
+def test_every_part_is_described(bbmoe, kind, name) -> None:
+    code, out, err = bbmoe("info", kind, name)
+    assert (code, err) == (0, "") and out.startswith(f"{kind} {name} (")
+
+
+def test_the_size_of_a_language_model_is_that_for_a_text(bbmoe) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    _, out, _ = bbmoe("info", "model", "llama", width=400)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4
+    )
+    parameters = LlamaForCausalLM(config).num_parameters()
+    # Per token and layer: four projections, three of the MLP, and attention to 64 tokens twice; then the head.
+    products = 64 * (4 * (4 * 64 * 64 + 3 * 64 * 192 + 2 * 64 * 64) + 64 * 64)
+    assert out.splitlines()[-1].startswith(f"{parameters:,} parameters and")
+    assert out.splitlines()[-1].endswith(f"{products:,} multiply-adds for one text of 64 tokens")
+
+
 @pytest.mark.parametrize(
     "target", ["backdoorbench_moe.triggers.warp:Nothing", "no_such_module:X", "json:X", "sys:X"]
 )
