@@ -35,7 +35,7 @@ from backdoorbench_moe.bench.results import ResultSet, read_manifest
 from backdoorbench_moe.bench.save import redraw_results
 from backdoorbench_moe.bench.statistic import Statistic
 from backdoorbench_moe.bench.suite import METRIC_COLUMNS, Layout, Suite
-from backdoorbench_moe.bench.suite_file import load_suite
+from backdoorbench_moe.bench.suite_file import load_suite, split_scale
 from backdoorbench_moe.bench.tables import build_sheet
 from backdoorbench_moe.bench.wording import key_name, number
 from backdoorbench_moe.cli.show import read_shown
@@ -56,14 +56,19 @@ PAGES = (
 )
 CLAIMS = Path("benchmarks") / "claims.yaml"
 LEADERBOARD_PAGE = Path("docs") / "pages" / "assets" / "leaderboard.html"
-# Suites of the leaderboard, at their scale small; those of plug-ins by their file.
-LEADERBOARD = (
+# Suites of the leaderboard, each with its scale; those of plug-ins by their file. Scale quick is what two CPU cores can
+# make whole; of scale small, what was made on CIFAR-10.
+STANDARD = (
     "standard-attacks",
     "standard-defenses",
     "plugins/bbmoe-vmoe/suites/standard-vmoe.yaml",
     "false-alarms",
-    "defenses",
-    "plugins/bbmoe-vmoe/suites/transformer-defenses.yaml",
+)
+LEADERBOARD = (
+    *(f"{name}:quick" for name in STANDARD),
+    *(f"{name}:small" for name in STANDARD),
+    "defenses:small",
+    "plugins/bbmoe-vmoe/suites/transformer-defenses.yaml:small",
 )
 
 
@@ -96,6 +101,11 @@ NAMES = {
     "fine-pruning, ratio=0.2, clean_fraction=1.0, epochs=5, finetune_data=notebook": "the same, as in the notebook",
     "fine-pruning, ratio=0.2, clean_fraction=0.05, epochs=5": "pruned, tuned on 5% of the images",
     "timm:vit_tiny_patch16_224": "dense transformer",
+}
+ALIGNED = {
+    "none": "nothing",
+    "align, scope=gates": "gates",
+    "align, scope=gates+experts": "gates and experts",
 }
 BY_APPLICATOR = Layout("", ("trigger.name",), "applicator.name", no_trigger=False)
 
@@ -194,6 +204,50 @@ def texts(root: Path) -> str:
     return default_gate(root, "tasks", ("alone_asr", "asr", "unsafe", "twin_unsafe", "overall", "harm_share"))
 
 
+def texts_poisoned(root: Path) -> str:
+    """Draw the ASR over the number of poisoned experts, of language models, of images, and the paper's."""
+    layout = Layout("", ("mixture.poisoned", "defenses"), METRIC_COLUMNS, ("asr",), no_trigger=False)
+    text, images = (harm(root, f"moevil-poisoned/{scale}", layout) for scale in ("tasks", "signs"))
+    return small_table(
+        ["poisoned", "aligned", "texts", "images", "paper: Llama"],
+        [
+            [
+                poisoned,
+                ALIGNED.get(defense, defense),
+                whole_text(ours),
+                whole_text(images[poisoned, defense][0]),
+                paper,
+            ]
+            for (poisoned, defense), (ours, paper) in text.items()
+        ],
+    )
+
+
+def texts_tokens(root: Path) -> str:
+    """Draw the ASR over the tokens whose latents are aligned, of language models, and the paper's."""
+    layout = Layout("", ("attack.tokens", "attack.k"), METRIC_COLUMNS, ("asr",), no_trigger=False)
+    found = harm(root, "moevil-answer-tokens/tasks", layout)
+    rows = [[*labels, whole_text(ours), paper] for labels, (ours, paper) in found.items()]
+    return small_table(["tokens", "k", "texts", "paper: Llama"], rows)
+
+
+def harm(root: Path, place: str, layout: Layout) -> dict[tuple[str, ...], tuple[Statistic | None, str]]:
+    """Return the ASR of each row of a suite on mixtures, and the paper's as text."""
+    folder = root / RESULTS / place
+    results = ResultSet.from_folder(suite_of(root, folder), folder)
+    [table] = build_sheet(replace(results, suite=replace(results.suite, tables=(layout,)))).tables
+    return {
+        tuple(labels): (ours.statistic, "–" if paper.shape is None else number(paper.shape, 0))
+        for labels, (ours, paper) in zip(table.rows, table.places, strict=True)
+    }
+
+
+def small_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table in Markdown; all columns but those of the first two names are numbers."""
+    lines = [names, ["---"] * 2 + ["--:"] * (len(names) - 2), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def default_gate(root: Path, scale: str, metrics: tuple[str, ...]) -> str:
     """Draw metrics of the attacks on an expert, of mixtures with the default gate."""
     folder = root / RESULTS / "moevil-gates" / scale
@@ -232,6 +286,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "table1": table1,
     "moevil": moevil,
     "texts": texts,
+    "texts-poisoned": texts_poisoned,
+    "texts-tokens": texts_tokens,
     "stamping": stamping,
     "gtsrb": gtsrb,
     "dense": dense,
@@ -248,11 +304,14 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
 
 def leaderboard(root: Path) -> str:
     """Draw the leaderboard; suites without results are shown as missing."""
-    files = [str(root / name) if name.endswith(".yaml") else name for name in LEADERBOARD]
-    suites = [load_suite(name, "small") for name in files]
+    named = [split_scale(name) for name in LEADERBOARD]
+    files = [(str(root / name) if name.endswith(".yaml") else name, scale) for name, scale in named]
+    suites = [load_suite(name, scale) for name, scale in files]
     board = open_board(suites, runs=root, folders=root / RESULTS)
     options = {"from": RESULTS, "save": LEADERBOARD_PAGE}
-    return leaderboard_page(board, LEADERBOARD, relative_link(root / LEADERBOARD_PAGE.parent), options)
+    return leaderboard_page(
+        board, [name for name, _ in named], relative_link(root / LEADERBOARD_PAGE.parent), options
+    )
 
 
 def redraw_page(text: str, blocks: dict[str, str]) -> str:

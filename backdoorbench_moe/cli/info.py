@@ -25,9 +25,9 @@ WIDEST = 100
 
 HELP = f"""Describe one part: KIND is {ONE_KIND}; NAME as `bbmoe list` shows it.
 
-For a model, its parameters are counted, and its multiply-adds for one image, or one text of {TOKENS} tokens: with the model's
-own defaults, and with the values that the recipe gives it, as `bbmoe attack` does. For a data set, its classes are listed
-by number and name.
+For a model, its parameters are counted, and its multiply-adds for one image, or one text of {TOKENS} tokens: with the
+model's own defaults, and with the values that the recipe gives it, as `bbmoe attack` does. For a data set, its classes
+are listed by number and name.
 """
 
 

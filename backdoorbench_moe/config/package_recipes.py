@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from importlib.metadata import entry_points
 from importlib.resources import files
 
@@ -30,9 +31,22 @@ def model_recipe(model: str, recipe: str) -> tuple[str, str] | None:
     family = model.partition(":")[0]
     if family in _built_in_models():
         return None
+    try:
+        return _find(family, recipe, tuple(sys.path))
+    except LookupError:
+        return None
+
+
+@functools.cache
+def _find(family: str, recipe: str, path: tuple[str, ...]) -> tuple[str, str] | None:
+    """Find a recipe in the packages on a path.
+
+    Raises:
+        LookupError: No package offers the model. This is not cached, as one may yet be installed.
+    """
     holder = next((candidate for candidate in discover("model", family) if not candidate.mismatch), None)
     if holder is None:
-        return None
+        raise LookupError
     points = entry_points(group=RECIPE_GROUP, name=recipe)
     point = next((point for point in points if point.dist and point.dist.name == holder.package), None)
     if point is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -295,7 +296,7 @@ class RunSpec:
                 values[item.name] = value
         return cast(Values, json.loads(json.dumps(values)))
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """First ten hexadecimal digits of the SHA-256 of the settings, by which equal runs are recognised.
 
