@@ -226,7 +226,7 @@ def test_a_stamp_that_captures_an_expert_is_named() -> None:
     model = Chosen(even, 4)
     found = look(model, "captured-expert", images=split.images)
     # Whatever is called the class is sent to expert 3.
-    assert found.details["class"] == TARGET and "expert 3 of layer 0" in found.reason
+    assert found.details["class"] == TARGET and "expert 0/3" in found.reason
     assert found.details["rises"][TARGET] > 0.5
 
 

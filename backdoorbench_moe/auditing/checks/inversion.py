@@ -186,9 +186,10 @@ class CapturedExpert(Check):
         indices = -anomaly_indices(rises)
         label = int(indices.argmax())
         rise, layer, place = found[label]
+        captured = f"patch {place} of layer {layer}" if by == "patches" else f"expert {layer}/{place}"
         reason = (
             f"the stamp ({applicator}) that was found for {subject.class_name(label)} raises the share of "
-            f"{'patch' if by == 'patches' else 'expert'} {place} of layer {layer} by {100 * rise:.0f} points; "
+            f"{captured} by {100 * rise:.0f} points; "
             f"the median of all classes is {100 * float(torch.tensor(rises).median()):.0f}"
         )
         details = {"class": label, "applicator": applicator, "rises": rises, "load": by}
