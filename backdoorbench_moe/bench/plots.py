@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -223,6 +223,20 @@ def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[str], scale: str) -> N
                 axes.errorbar(
                     point.x, bar.mean, bar.std, color=colour, capsize=2.5, linewidth=1, transform=shifted
                 )
+    # What is shifted does not count for the limits of the axes.
+    axes.update_datalim(list(_extent(panel)))
+    axes.autoscale_view()
+
+
+def _extent(panel: Panel) -> Iterator[tuple[float, float]]:
+    """The corners of everything in a panel: published points, means, and the ends of bars."""
+    for point in (point for points in panel.lines.values() for point in points):
+        if point.paper is not None:
+            yield point.x, point.paper
+        if point.statistic is not None:
+            spread = point.statistic.std or 0.0
+            yield point.x, point.statistic.mean - spread
+            yield point.x, point.statistic.mean + spread
 
 
 def _shifted(axes: Axes, points: float) -> Transform:

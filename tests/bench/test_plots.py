@@ -19,9 +19,12 @@ from backdoorbench_moe.bench.plots import (
     file_names,
 )
 from backdoorbench_moe.bench.results import ResultSet
+from backdoorbench_moe.bench.statistic import Statistic
 from backdoorbench_moe.bench.suite import Plot
 from backdoorbench_moe.drawing import drawing_style, inline_svg
 from backdoorbench_moe.errors import ConfigError
+
+STATISTIC = Statistic.of({0: 30.0, 1: 90.0})
 
 
 @pytest.fixture
@@ -131,3 +134,19 @@ def test_the_legend_is_inside_the_figure_however_long_its_labels_are(words, pane
     assert box.x0 >= 0
     assert box.x1 <= figure.bbox.x1
     assert 0 <= box.y0 < box.y1 < figure.axes[0].bbox.y0
+
+
+@pytest.mark.parametrize("metric", ["asr", "seconds"])
+@pytest.mark.parametrize("scale", ["log", "linear"])
+def test_everything_is_inside_the_axes(metric, scale) -> None:
+    lines = {f"line {number}": [Point(x, STATISTIC, 250.0 * x) for x in (0.1, 0.4)] for number in range(3)}
+    with drawing_style("salt"):
+        figure = build_figure([Panel("panel", lines)], Plot("p", metric=metric, scale=scale), "paper")
+        figure.draw_without_rendering()
+        [axes] = figure.axes
+        drawn = [line for line in axes.lines if len(line.get_xdata())]
+        places = [line.get_transform().transform(line.get_xydata()) for line in drawn]
+    # Of each line the means and the published points, and of each bar its middle and two caps.
+    assert len(drawn) == 3 * (2 + 2 * 3)
+    assert all(axes.bbox.x0 <= x <= axes.bbox.x1 for place in places for x, _ in place)
+    assert all(axes.bbox.y0 <= y <= axes.bbox.y1 for place in places for _, y in place)
