@@ -88,7 +88,10 @@ def committed_counts() -> list[tuple[float, int, int]]:
     counts = set()
     for file in sorted(RESULTS.rglob("records.jsonl")):
         for record in map(json.loads, file.read_text().splitlines()):
-            # An attack on experts poisons no training image, at no rate.
+            # An attack on experts poisons no training image, at no rate; one in charge of training, a share of every
+            # batch.
+            if record["spec"]["attack"] == "training-control":
+                continue
             if (poison := record.get("poison")) and "rate" in poison:
                 counts.add((poison["rate"], record["data"]["train_images"], poison["n"]))
     return sorted(counts)
