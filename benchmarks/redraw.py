@@ -132,6 +132,11 @@ def whole_table(root: Path, place: str, layout: Layout, rows: Sequence[str] = ()
         texts = [whole_text(each.statistic) for each in places]
         if (not rows or labels[0] in rows) and any(each.statistic for each in places):
             lines.append([*(NAMES.get(text, text) for text in labels), *texts])
+    return markdown(lines)
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Write the lines of a table in Markdown."""
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -244,8 +249,7 @@ def harm(root: Path, place: str, layout: Layout) -> dict[tuple[str, ...], tuple[
 
 def small_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Write a table in Markdown; all columns but those of the first two names are numbers."""
-    lines = [names, ["---"] * 2 + ["--:"] * (len(names) - 2), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown([names, ["---"] * 2 + ["--:"] * (len(names) - 2), *rows])
 
 
 def default_gate(root: Path, scale: str, metrics: tuple[str, ...]) -> str:

@@ -89,11 +89,10 @@ def committed_counts() -> list[tuple[float, int, int]]:
     for file in sorted(RESULTS.rglob("records.jsonl")):
         for record in map(json.loads, file.read_text().splitlines()):
             # An attack on experts poisons no training image, at no rate; one in charge of training, a share of every
-            # batch.
-            if record["spec"]["attack"] == "training-control":
-                continue
+            # batch, and no image once and for all.
             if (poison := record.get("poison")) and "rate" in poison:
-                counts.add((poison["rate"], record["data"]["train_images"], poison["n"]))
+                rate = 0.0 if record["spec"]["attack"] == "training-control" else poison["rate"]
+                counts.add((rate, record["data"]["train_images"], poison["n"]))
     return sorted(counts)
 
 

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 HOLLOW: dict[str, Any] = {"markerfacecolor": PAPER, "markersize": 7, "linestyle": ":", "linewidth": 0.8}
 # In inches. The height of a panel includes the gap for its x label and the title of the panel below.
 PANEL_WIDTH, PANEL_HEIGHT, GAP, LEFT, TOP, RIGHT = 3.1, 2.9, 0.75, 0.6, 0.58, 0.12
-# Of all panels of a row, so that a single panel is not blown up on a page, text and all; of a legend's line and gaps.
+# The narrowest row of panels: a page stretches a figure to its width, so that a narrow one would have huge text. And
+# what an entry of a legend takes besides its text.
 NARROWEST_ROW, LEGEND_KEY = 5.6, 0.6
 ACROSS, LEGEND_COLUMNS, NARROWEST, DPI = 3, 4, 0.2, 150
 # In points, from line to line: bars at the same x stand side by side.

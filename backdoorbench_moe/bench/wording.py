@@ -155,7 +155,7 @@ def facts(sheet: Sheet) -> str:
 
 
 def legend_parts(sheet: Sheet | MetricTable) -> list[str]:
-    """Explain how to read the cells of some tables, or of one, in sentences without a full stop."""
+    """Explain how to read the cells of some tables, or of one, each part without its last full stop."""
     cell = "A cell: mean ± standard deviation over n seeds"
     if sheet.has_paper:
         cell += (

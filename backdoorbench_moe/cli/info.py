@@ -35,8 +35,8 @@ are listed by number and name.
 @click.argument("kind")
 @click.argument("name")
 @click.option("--recipe", metavar="NAME", help=f"Of a model: the recipe whose values are shown.  [{RECIPE}]")
-@click.option("--image-size", type=int, default=32, show_default=True, help="Image side for a model's size.")
-@click.option("--num-classes", type=int, default=10, show_default=True, help="Classes for a model's size.")
+@click.option("--image-size", type=int, default=32, show_default=True, help="Of an image model: image side.")
+@click.option("--num-classes", type=int, default=10, show_default=True, help="Of an image model: classes.")
 @click.option("--data-root", metavar="DIR", help="Where a data set lies, to list its classes.")
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the model or data set."

@@ -19,7 +19,7 @@ class ModelProfile:
     Attributes:
         parameters: Number of trained values.
         buffers: Number of other floating-point values in the state, such as running statistics of batch norms.
-        multiply_adds: Multiply-adds in convolutions, linear layers and attention, forward pass only.
+        multiply_adds: Those of one image or text in convolutions, linear layers and attention, forward pass only.
     """
 
     parameters: int
