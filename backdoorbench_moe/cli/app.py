@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from backdoorbench_moe import __version__
+from backdoorbench_moe.allocator import keep_freed_memory
 from backdoorbench_moe.cli.kind_names import ALL_KINDS
 from backdoorbench_moe.cli.signals import Terminated, interrupt_on_signals
 from backdoorbench_moe.cli.streams import give_up_stdout, prepare_streams, say
@@ -90,6 +91,7 @@ def main() -> None:
     Exit codes: 2 and one line, never a traceback, for what a user or the machine did wrong; 128 + N after signal
     N, such as 130 for Ctrl-C and 143 for SIGTERM; other codes are those of the command.
     """
+    keep_freed_memory()
     prepare_streams()
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     sys.exit(_run())

@@ -206,6 +206,16 @@ def test_larger_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_allocator(tmp_path: Path) -> None:
+    rows = measure(tmp_path, "allocator.py", "--rounds", "1")["rows"]
+    assert [row["work"] for row in rows] == ["train 32x32", "train 224x224", "predict 224x224"]
+    for row in rows:
+        assert row["ratios"] == [row["ratio"]]
+        assert row["kept"]["page_faults"] < row["as_it_is"]["page_faults"]
+        assert 0 <= row["kept"]["system_seconds"] <= row["kept"]["cpu_seconds"]
+
+
+@pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
     few = ("--set", "dataset.train_images=64", "--set", "dataset.test_images=40", "--set", "train.epochs=1")
     result = measure(tmp_path, "demo.py", "--seeds", "2", "--precision", "avx2", "--former", "1", *few)

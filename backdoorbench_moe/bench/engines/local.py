@@ -15,20 +15,12 @@ from dataclasses import replace
 from multiprocessing import resource_tracker
 from typing import Any
 
+from backdoorbench_moe.allocator import keep_freed_memory
 from backdoorbench_moe.bench.engines.agenda import Agenda
 from backdoorbench_moe.bench.worker import Job, Outcome, memory_of, stop_working, work
 from backdoorbench_moe.cores import usable_cores
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.signal_handlers import outside_of_imports
-
-# By default, glibc returns the memory of freed tensors to the system and asks for it again at every step. With these
-# values it keeps the memory, and the small pMoE trained about a tenth faster on the CPU (measured once, with two
-# processes: 1,650 instead of 1,520 images/s). A process reads them when it starts.
-KEEP_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
-    "MALLOC_TOP_PAD_": str(256 << 20),
-}
 
 # Signals that ask a worker to end: a scheduler sends SIGTERM to all processes of a job, a closed terminal SIGHUP.
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
@@ -137,8 +129,6 @@ class LocalEngine:
 
     def _start(self, number: int, stop: Any) -> ProcessPoolExecutor:
         gpu = self.gpus[number % len(self.gpus)] if self.gpus else None
-        for key, value in KEEP_MEMORY.items():
-            os.environ.setdefault(key, value)
         context = multiprocessing.get_context("spawn")
         return ProcessPoolExecutor(1, context, initializer=_prepare, initargs=(self.threads_each, gpu, stop))
 
@@ -200,6 +190,7 @@ def _prepare(threads: int, gpu: str | None, stop: Any) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    keep_freed_memory()
     import torch
 
     torch.set_num_threads(threads)

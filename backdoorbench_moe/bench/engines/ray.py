@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from backdoorbench_moe.bench.engines.local import KEEP_MEMORY
 from backdoorbench_moe.bench.engines.ray_flight import Flight, Resources
 from backdoorbench_moe.bench.worker import Job, Outcome
 from backdoorbench_moe.errors import BbmoeError, ConfigError
@@ -85,7 +84,6 @@ class RayEngine:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-        options["runtime_env"] = {"env_vars": KEEP_MEMORY}
         if self.address is None:
             options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
         # Ray ends the process at once on SIGTERM, where the caller may want to stop its runs first.

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from backdoorbench_moe.allocator import keep_freed_memory
 from backdoorbench_moe.bench.engines.agenda import Agenda
 from backdoorbench_moe.bench.worker import Job, Outcome, work
 from backdoorbench_moe.data.roots import VARIABLE as DATA_VARIABLE
@@ -263,6 +264,7 @@ def make_run(
 
         if job.is_late or not is_wanted():
             return Outcome(job.run_spec.name, "waiting"), None
+        keep_freed_memory()
         torch.set_num_threads(threads)
         home.enter()
         token = Path(home.token)
