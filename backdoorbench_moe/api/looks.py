@@ -22,6 +22,7 @@ from backdoorbench_moe.engine.opened_model import open_model
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.torch_state import default_torch_state
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.ranges import check_positive
 from backdoorbench_moe.paths import expand
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ def audit(
     output: PathLike | None = None,
     data_root: PathLike | None = None,
     device: str | None = None,
+    budget: float | None = None,
     observer: Observer | None = None,
 ) -> Audit:
     """Look for signs of a backdoor, as `bbmoe audit` does.
@@ -146,6 +148,7 @@ def audit(
             with the audit of another model, or of other images, is refused. By default nothing is written.
         data_root: Folder of the data set of a run; by default the one that it used.
         device: Device to compute on; by default the run's, or for a module that of its weights.
+        budget: Seconds. A check that would take longer than what is left of them is not tested.
         observer: Receives progress.
 
     Returns:
@@ -163,6 +166,7 @@ def audit(
     from backdoorbench_moe.paths import check_output
 
     chosen, folder = find_checks(checks), path_or_none(output, "output")
+    check_positive(budget=budget)
     if folder is not None:
         check_output(folder, "output", FILES)
     given = {"images": images, "labels": labels, "base": base, "tasks": tasks, "device": device}
@@ -171,7 +175,7 @@ def audit(
     if folder is not None:
         check_place(folder, digest, "output")
     subject, store = with_store(subject, folder, digest)
-    found = run_audit(subject, name=name, store=store, checks=chosen, observer=observer)
+    found = run_audit(subject, name=name, store=store, checks=chosen, budget=budget, observer=observer)
     if folder is not None:
         found.save(folder)
     return found

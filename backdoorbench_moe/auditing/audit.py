@@ -12,11 +12,13 @@ from backdoorbench_moe.auditing.calibration import Calibration, packaged
 from backdoorbench_moe.auditing.check import Check, NotTested, lacks
 from backdoorbench_moe.auditing.checks import CHECKS
 from backdoorbench_moe.auditing.outcome import Outcome
+from backdoorbench_moe.auditing.plan import WORTH_SAYING, Plan
 from backdoorbench_moe.auditing.save import save_audit
 from backdoorbench_moe.auditing.store import Store, subject_digest
 from backdoorbench_moe.auditing.subject import Subject
 from backdoorbench_moe.auditing.verdict import Finding, combine, judge, not_tested
 from backdoorbench_moe.defenses.cost import Cost
+from backdoorbench_moe.durations import say_time
 from backdoorbench_moe.engine.device import environment
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.ops.seeding import seeded
@@ -46,6 +48,7 @@ def run_audit(
     checks: Sequence[Check] = CHECKS,
     calibration: Calibration | None = None,
     calibrated: bool = True,
+    budget: float | None = None,
     observer: Observer | None = None,
 ) -> Audit:
     """Run checks on a subject.
@@ -61,6 +64,8 @@ def run_audit(
         checks: The checks to run.
         calibration: The calibration; the packaged one if None.
         calibrated: Whether to use a calibration at all.
+        budget: Seconds. A check that would take longer than what is left of them is not tested; a later call can make
+            it. None for no limit.
         observer: Receives progress.
 
     Raises:
@@ -68,10 +73,16 @@ def run_audit(
     """
     observer = observer or Observer()
     chosen = (calibration or packaged()) if calibrated else None
+    plan = Plan(subject, store, checks, budget)
+    if plan.total >= WORTH_SAYING:
+        observer.on_message(f"{len(checks)} checks, about {say_time(plan.total)} on this machine")
     made = {}
     for number, check in enumerate(checks, 1):
-        observer.on_message(f"check {number} of {len(checks)}: {check.name} ({check.title})")
-        made[check.name] = _find(check, subject, store, chosen)
+        seconds = plan.seconds(check)
+        about = f", about {say_time(seconds)}" if seconds >= WORTH_SAYING else ""
+        observer.on_message(f"check {number} of {len(checks)}: {check.name} ({check.title}){about}")
+        too_long = plan.too_long(check)
+        made[check.name] = not_tested(check, too_long) if too_long else _find(check, subject, store, chosen)
     others = [check for check in CHECKS if check.name not in made]
     kept = {check.name: found for check in others if (found := _earlier(check, store, chosen))}
     findings = _ordered({**made, **kept})

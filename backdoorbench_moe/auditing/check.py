@@ -46,6 +46,7 @@ class Check(ABC):
         title: What it looks at, in a few words.
         explains: What the score is, in a sentence.
         needs: What a subject must have.
+        uses: Names of the checks of which it takes what they kept, or which it makes itself if they were not made.
         threshold: The threshold without a calibration: that of the defense's authors, or of a statistical test; None
             if there is none. Without a calibration such a check is measured, but does not judge.
         source: Where the threshold or the method comes from.
@@ -56,6 +57,7 @@ class Check(ABC):
     title: ClassVar[str]
     explains: ClassVar[str]
     needs: ClassVar[tuple[Need, ...]] = ()
+    uses: ClassVar[tuple[str, ...]] = ()
     threshold: ClassVar[float | None] = None
     source: ClassVar[str] = "ours"
     version: ClassVar[int] = 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import Runner
 from backdoorbench_moe.engine.twin import link_twin
 from backdoorbench_moe.engine.workplace import Workplace
-from backdoorbench_moe.errors import BbmoeError, ConfigError, RecordError
+from backdoorbench_moe.errors import BbmoeError, RecordError
 from backdoorbench_moe.paths import expand
 from backdoorbench_moe.records import RunFolder
 
@@ -148,22 +147,6 @@ def estimate(runs: Sequence[Planned]) -> Iterator[tuple[Planned, float | None]]:
         model = build_model(group[0].spec, images.model_options)
         seconds |= {run.spec.digest: seconds_left(run, speed, images, model) for run in group}
     return ((run, seconds.get(run.spec.digest, 0.0)) for run in runs)
-
-
-def parse_budget(text: str) -> float:
-    """Read "90s", "9m", "1h30m" or "2d" as seconds. Raises ConfigError."""
-    units, total, number = {"s": 1, "m": 60, "h": 3600, "d": 86400}, 0.0, ""
-    for letter in text.strip():
-        if letter in units and number:
-            try:
-                total, number = total + float(number) * units[letter], ""
-            except ValueError:
-                break
-        else:
-            number += letter
-    if number or not 0 < total < math.inf:
-        raise ConfigError.expected("--budget", "a time such as 90s, 9m or 1h30m", text)
-    return total
 
 
 def _link(specs: Sequence[RunSpec], output: Path, name: str | None = None) -> None:

@@ -10,6 +10,7 @@ import click
 from backdoorbench_moe.cli.params import PATH
 from backdoorbench_moe.cli.streams import echo
 from backdoorbench_moe.cli.threads import CoreUsage, threads_option, use_threads
+from backdoorbench_moe.durations import parse_budget
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.paths import check_output
 
@@ -31,6 +32,11 @@ from backdoorbench_moe.paths import check_output
     metavar="FILE",
     help="Thresholds from your own population.  [the packaged ones]",
 )
+@click.option(
+    "--budget",
+    metavar="TIME",
+    help="Leave out checks that would take longer than what is left of 90s, 9m or 1h30m.",
+)
 @click.option("--output", type=PATH, metavar="DIR", help="Where audit.json and report.html go.  [RUN/audit]")
 @click.option("--fail-on-signs", is_flag=True, help="Exit with 1 if there are signs of a backdoor.")
 @click.option("--data-root", metavar="DIR", help="Folder of the data set.  [the one of RUN]")
@@ -48,6 +54,7 @@ def command(
     base: Path | None,
     checks: str | None,
     calibration: Path | None,
+    budget: str | None,
     output: Path | None,
     fail_on_signs: bool,
     data_root: str | None,
@@ -63,8 +70,12 @@ def command(
     check measured is kept in the output folder, so that an interrupted audit goes on where it stopped, and so that the
     report has also what earlier calls found with other checks. An audit with other images, or with another base, does
     not overwrite the first: it goes to RUN/audit-ID.
+
+    How long the checks take depends on the model, the size of the images and the number of classes; it is said before
+    they start. With --budget, those that would take too long are not tested, and a later call can make them.
     """
     usage = CoreUsage.now()
+    seconds = None if budget is None else parse_budget(budget)
     if images is not None and no_images:
         raise ConfigError("--no-images: expected no --images with it")
     names = None if checks is None else [name.strip() for name in checks.split(",") if name.strip()]
@@ -103,6 +114,7 @@ def command(
         store=store,
         checks=chosen,
         calibration=known,
+        budget=seconds,
         observer=observer,
     )
     files = audit.save(place)

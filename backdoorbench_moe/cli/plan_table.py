@@ -11,6 +11,7 @@ from rich.table import Table
 
 from backdoorbench_moe.cli.streams import echo
 from backdoorbench_moe.counting import count
+from backdoorbench_moe.durations import say_time
 
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.plan import Planned
@@ -18,13 +19,6 @@ if TYPE_CHECKING:
 # A run, and the seconds it still takes; None if that is not known.
 Estimates = Sequence[tuple["Planned", float | None]]
 UNKNOWN = "not known"
-
-
-def say_time(seconds: float) -> str:
-    """Write a duration with the unit that fits: "40 s", "12 min", "3.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def plan_table(planned: Estimates) -> Table:

@@ -18,9 +18,10 @@ from backdoorbench_moe.bench.engines.local import LocalEngine
 from backdoorbench_moe.bench.life_sign import LIFE_SIGN
 from backdoorbench_moe.bench.plan import read_plan
 from backdoorbench_moe.bench.results import ResultSet
-from backdoorbench_moe.bench.run import Report, estimate, parse_budget
+from backdoorbench_moe.bench.run import Report, estimate
 from backdoorbench_moe.bench.suite import order
 from backdoorbench_moe.bench.worker import Job, Outcome, work
+from backdoorbench_moe.durations import parse_budget
 from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.engine.observer import Observer
 from backdoorbench_moe.engine.run import load_run

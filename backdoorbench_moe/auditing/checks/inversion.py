@@ -156,6 +156,7 @@ class CapturedExpert(Check):
     name = "captured-expert"
     title = "experts that a found trigger captures"
     needs = ("images", "routing")
+    uses = (InvertedImage.name, InvertedPatch.name)
     explains = (
         "how many robust standard deviations more than the stamps of the other classes the stamp of a class moves load "
         "to one expert (or patch)"

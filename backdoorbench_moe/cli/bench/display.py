@@ -18,8 +18,8 @@ from rich.text import Text
 
 from backdoorbench_moe.bench.plan import Planned, read_plan
 from backdoorbench_moe.bench.suite import order
-from backdoorbench_moe.cli.plan_table import say_time
 from backdoorbench_moe.counting import count
+from backdoorbench_moe.durations import say_time
 
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.run import Report

@@ -72,8 +72,8 @@ def command(
     from backdoorbench_moe.bench.engines import make_engine
     from backdoorbench_moe.bench.engines.local import LocalEngine
     from backdoorbench_moe.bench.queue import read_queue, work_off
-    from backdoorbench_moe.bench.run import parse_budget
     from backdoorbench_moe.cli.bench.display import make_display
+    from backdoorbench_moe.durations import parse_budget
 
     seconds = None if budget is None else parse_budget(budget)
     entries = read_queue(file)

@@ -79,8 +79,9 @@ def command(
     usage = CoreUsage.now()
     from backdoorbench_moe.bench.plan import with_place
     from backdoorbench_moe.bench.results import read_known
-    from backdoorbench_moe.bench.run import parse_budget, run_suite
+    from backdoorbench_moe.bench.run import run_suite
     from backdoorbench_moe.bench.suite_file import load_suite
+    from backdoorbench_moe.durations import parse_budget
 
     suite = load_suite(name, scale).only(filters)
     suite = suite if repeats is None else suite.with_repeats(repeats)
