@@ -49,7 +49,7 @@ class Plan:
         """
         chosen = {each.name for each in self._checks} - self._skipped
         used = [each for each in CHECKS if each.name in check.uses and each.name not in chosen]
-        return 0.0 if self._is_made(check) else sum(map(self._own_seconds, (check, *used)))
+        return sum(map(self._own_seconds, (check, *used))) if self._is_to_be_made(check) else 0.0
 
     def too_long(self, check: Check) -> str:
         """Return why the budget does not allow a check, which is then taken as left out; "" if it does."""
@@ -65,14 +65,16 @@ class Plan:
         )
 
     def _own_seconds(self, check: Check) -> float:
-        """Seconds of a check alone; 0 if it is made, or if the subject lacks what it needs."""
-        if self._is_made(check) or any(lacks(self._subject, need) for need in check.needs):
+        """Seconds of a check alone; 0 if it is not to be made."""
+        if not self._is_to_be_made(check):
             return 0.0
         images = check.cost(self._subject).forward(0)
         return images / self._images_per_second if images else 0.0
 
-    def _is_made(self, check: Check) -> bool:
-        return self._store.load(check) is not None
+    def _is_to_be_made(self, check: Check) -> bool:
+        """Whether it is not made yet, and the subject has what it needs."""
+        lacking = any(lacks(self._subject, need) for need in check.needs)
+        return not lacking and self._store.load(check) is None
 
     @cached_property
     def _images_per_second(self) -> float:

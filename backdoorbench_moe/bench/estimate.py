@@ -23,13 +23,13 @@ from backdoorbench_moe.engine.device import reproducible, resolve_device, resolv
 from backdoorbench_moe.engine.filtering import IMAGES
 from backdoorbench_moe.engine.generation import answer
 from backdoorbench_moe.engine.graph import NodeKind, kind_of
-from backdoorbench_moe.engine.inference import BATCH, predict
+from backdoorbench_moe.engine.inference import predict
 from backdoorbench_moe.engine.step import WARMUP_STEPS
 from backdoorbench_moe.engine.train import Trainer
 from backdoorbench_moe.engine.tune import training_only
 from backdoorbench_moe.moe.merging import check_mergeable
 from backdoorbench_moe.moe.structure import Merged
-from backdoorbench_moe.ops.images import Split
+from backdoorbench_moe.ops.images import Split, batch_size_for
 from backdoorbench_moe.triggers.learned import LearnedTrigger
 from backdoorbench_moe.triggers.optimised import OptimisedTrigger
 from backdoorbench_moe.triggers.trainable import TrainableTrigger
@@ -98,7 +98,7 @@ def _predicting(trainer: Trainer, data: Material) -> float:
         )
         queries = Split(data.test.images[:QUERIES], data.test.labels[:QUERIES]).to(device)
         return len(queries) * _rate(lambda: ask(trainer.model, queries), 0, device)
-    some = data.test.images[:BATCH].to(device)
+    some = data.test.images[: batch_size_for(data.test.images)].to(device)
     return len(some) * _rate(lambda: predict(trainer.model, some, precision=precision), 1, device)
 
 

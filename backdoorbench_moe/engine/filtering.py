@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.engine.evaluate import Metrics, detection_metrics, share
-from backdoorbench_moe.engine.inference import BATCH, predict
+from backdoorbench_moe.engine.inference import predict
 from backdoorbench_moe.engine.triggered import Triggered
 from backdoorbench_moe.errors import PluginError
+from backdoorbench_moe.ops.images import batch_size_for
 from backdoorbench_moe.ops.seeding import generator
 
 # Number of clean, and of triggered, test images that a filter is measured on. Filters may be slow.
@@ -84,7 +85,7 @@ def _score(judge: Callable[[Tensor], Tensor], images: Tensor, seed: int) -> Tens
     """Score the images in shuffled batches; (N,) float64 on the CPU."""
     order = torch.randperm(len(images), generator=generator(seed, "filter", "order"))
     scores = torch.empty(len(images), dtype=torch.float64)
-    for indices in order.split(BATCH):
+    for indices in order.split(batch_size_for(images)):
         found = judge(images[indices.to(images.device)])
         if not isinstance(found, Tensor) or found.shape != indices.shape or not found.isfinite().all():
             raise PluginError(

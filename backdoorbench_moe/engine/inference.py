@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
 from backdoorbench_moe.moe.structure import WithFeatures
-from backdoorbench_moe.ops.images import BATCH, Split, as_input, batch_size_for
+from backdoorbench_moe.ops.images import Split, as_input, batch_size_for
 
 
 def forward(model: nn.Module, images: Tensor, *, precision: str) -> Tensor:
@@ -53,12 +53,12 @@ def routings(
 
 
 @torch.inference_mode()
-def features(model: WithFeatures, images: Tensor, *, precision: str, batch_size: int = BATCH) -> Tensor:
+def features(model: WithFeatures, images: Tensor, *, precision: str) -> Tensor:
     """Features before the head, (N, D) float32, of (N, C, H, W) uint8 images, in evaluation mode, on their device."""
     assert isinstance(model, nn.Module)
     model.eval()
     found = []
-    for batch in images.split(batch_size):
+    for batch in images.split(batch_size_for(images)):
         with autocast(batch.device, precision):
             found.append(model.extract_features(as_input(batch)).float())
     return torch.cat(found)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.evaluate import Metrics, share
-from backdoorbench_moe.engine.inference import BATCH, forward_routed
+from backdoorbench_moe.engine.inference import forward_routed
 from backdoorbench_moe.moe.merging import gate_weights
 from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.ops.effects import mean_of
+from backdoorbench_moe.ops.images import batch_size_for
 from backdoorbench_moe.records import GateShares
 
 
@@ -50,7 +51,7 @@ def routed_pass(model: nn.Module, images: Tensor, *, precision: str) -> RoutedPa
     model.eval()
     predicted, weights = [], []
     layers: tuple[str, ...] = ()
-    for batch in images.split(BATCH):
+    for batch in images.split(batch_size_for(images)):
         output = forward_routed(model, batch, precision=precision)
         predicted.append(output.logits.argmax(1))
         weights.append(torch.stack([gate_weights(each).mean(2) for each in output.routing]).float().cpu())

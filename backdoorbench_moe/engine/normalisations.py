@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.engine.evaluate import share
-from backdoorbench_moe.engine.inference import BATCH
 from backdoorbench_moe.engine.opened_run import draw_images
 from backdoorbench_moe.models.common import NORMALISATIONS, Colour
-from backdoorbench_moe.ops.images import as_input
+from backdoorbench_moe.ops.images import as_input, batch_size_for
 
 IMAGES = 500
 Normalisation = tuple[Colour, Colour]
@@ -63,8 +62,8 @@ def _measure(
     mean, std, new_mean, new_std = (
         torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (*own, *other)
     )
-    hits = []
-    for batch, wanted in zip(images.split(BATCH), labels.split(BATCH), strict=True):
+    hits, size = [], batch_size_for(images)
+    for batch, wanted in zip(images.split(size), labels.split(size), strict=True):
         values = as_input(batch)
         if other != own:
             values = (values - new_mean) / new_std * std + mean

@@ -14,9 +14,9 @@ from backdoorbench_moe.ops.stored_images import StoredImages, empty_like
 
 # 512 images of 32x32 are 6 MB, which stay in the cache; 4096 at a time took twice the time.
 CHUNK_VALUES = 512 * 3 * 32 * 32
-# Images that are passed through a model at a time; of texts the number of tokens, each of which has logits for the
-# whole vocabulary.
-BATCH, BATCH_TOKENS = 500, 8192
+# Images that are passed through a model at a time, fewer if they are larger than 64x64; of texts the number of tokens,
+# each of which has logits for the whole vocabulary.
+BATCH, BATCH_PIXELS, BATCH_TOKENS = 500, 500 * 64 * 64, 8192
 # Weights of red, green and blue in grey (ITU-R BT.601), as in Pillow, torchvision and kornia.
 LUMA = (0.299, 0.587, 0.114)
 
@@ -65,7 +65,9 @@ def as_input(images: Tensor) -> Tensor:
 
 def batch_size_for(inputs: Tensor) -> int:
     """How many of the images (N, C, H, W), or texts (N, T), are passed through a model at a time."""
-    return max(1, BATCH_TOKENS // inputs.shape[1]) if is_text(inputs) else BATCH
+    if is_text(inputs):
+        return max(1, BATCH_TOKENS // inputs.shape[1])
+    return max(1, min(BATCH, BATCH_PIXELS // (inputs.shape[-2] * inputs.shape[-1])))
 
 
 def batches(split: Split) -> Iterator[Split]:

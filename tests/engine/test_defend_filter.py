@@ -93,7 +93,7 @@ def test_the_metrics_of_a_table_by_hand() -> None:
 
 def test_a_filter_is_shown_images_alone_in_one_shuffled_row(monkeypatch) -> None:
     """Neither the batch nor the place in it tells clean from triggered, and no batch is of one kind."""
-    monkeypatch.setattr(filtering, "BATCH", 64)
+    monkeypatch.setattr(filtering, "batch_size_for", lambda _: 64)
     clean, images = table([(0, 0, 0)] * 300), table([(0, 1, 1)] * 200)
     seen: list[Tensor] = []
 
