@@ -127,6 +127,16 @@ def test_a_later_call_loses_nothing(bbmoe, victim) -> None:
 
 
 @pytest.mark.slow
+def test_a_budget_leaves_dear_checks_to_a_later_call(bbmoe, victim, tmp_path) -> None:
+    words = ("audit", victim.folder.path, "--output", tmp_path / "out", "--checks", "gate-rows,inverted-image")
+    code, out, err = bbmoe(*words, "--budget", "0.001s")
+    assert code == 0 and "inverted-image: it would take about" in out and "of the budget of 0" in out
+    assert "check 1 of 2: gate-rows" in err
+    code, out, _ = bbmoe(*words, "--quiet")
+    assert code == 0 and "it would take" not in out
+
+
+@pytest.mark.slow
 def test_bad_input_is_one_clear_line(bbmoe, victim, tmp_path) -> None:
     run = victim.folder.path
     (tmp_path / "mine.json").write_text("[]")
@@ -141,6 +151,7 @@ def test_bad_input_is_one_clear_line(bbmoe, victim, tmp_path) -> None:
         ((run, "--calibration", tmp_path / "mine.json"), "expected an audit calibration, got 'list'"),
         ((run, "--checks", "gate"), "did you mean 'gate-rows'"),
         ((run, "--checks", ","), "checks: expected names of checks"),
+        ((run, "--budget", "soon"), "--budget: expected a time such as 90s, 9m or 1h30m, got 'soon'"),
         ((run, "--images", tmp_path / "none"), "expected a folder of images"),
         ((run, "--images", tmp_path, "--no-images"), "expected no --images"),
         ((run, "--calibration", tmp_path / "none.json"), "No such file"),
