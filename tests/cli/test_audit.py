@@ -128,7 +128,14 @@ def test_a_later_call_loses_nothing(bbmoe, victim) -> None:
 
 @pytest.mark.slow
 def test_a_budget_leaves_dear_checks_to_a_later_call(bbmoe, victim, tmp_path) -> None:
-    words = ("audit", victim.folder.path, "--output", tmp_path / "out", "--checks", "gate-rows,inverted-image")
+    words = (
+        "audit",
+        victim.folder.path,
+        "--output",
+        tmp_path / "out",
+        "--checks",
+        "gate-rows,inverted-image",
+    )
     code, out, err = bbmoe(*words, "--budget", "0.001s")
     assert code == 0 and "inverted-image: it would take about" in out and "of the budget of 0" in out
     assert "check 1 of 2: gate-rows" in err
