@@ -2,19 +2,23 @@
 
     bbmoe bench run audit --output runs/audit                # 40 attacked models, pmoe and wide_resnet
     bbmoe bench run audit-clean --output runs/audit          # 20 clean ones
+    bbmoe bench run audit-merged --scale signs --output runs/audit         # 20 attacked mixtures
+    bbmoe bench run audit-clean-merged --scale signs --output runs/audit   # 10 clean ones
     python benchmarks/audit_population.py runs/audit [MORE FOLDERS ...] --budget 3600
 
-Audited is every finished run in the folders that was trained from data or merged from experts, and was not defended.
-The results go to `benchmarks/results/audit`: `audits/<run>/`, then `scores.csv`, `calibration.json` and `table.md`.
-What is finished is not made again, however the script was stopped; with --budget it stops before the next model once
-the time is up, and exits with 3.
+Audited is every finished run in the folders that was trained from data or merged from experts, and was not defended; a
+mixture with its base, if that lies beside it.
+The results go to `benchmarks/results/audit`: `audits/<run>/`, then `scores.csv`, and a calibration and a table each for
+mixtures of merged experts (`calibration-merged.json`, `table-merged.md`) and for all other models (`calibration.json`,
+`table.md`). What is finished is not made again, however the script was stopped; with --budget it stops before the next
+model once the time is up, and exits with 3.
 
     python benchmarks/audit_population.py --scores benchmarks/results/audit/scores.csv --output DIR
 
 calibrates again on scores that were written before, and audits nothing.
 
 Thresholds come from the clean models of even seeds, the published errors from the models of odd seeds. To use the
-thresholds: copy `calibration.json` to `backdoorbench_moe/auditing/`, or give it to `bbmoe audit --calibration`.
+thresholds: copy the calibrations to `backdoorbench_moe/auditing/`, or give one to `bbmoe audit --calibration`.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from pathlib import Path
 import torch
 
 from backdoorbench_moe.auditing.audit import run_audit
+from backdoorbench_moe.auditing.calibration import FILE, MERGED_FILE
 from backdoorbench_moe.auditing.checks import CHECKS, find_checks
 from backdoorbench_moe.auditing.opening import open_run_subject, with_store
 from backdoorbench_moe.auditing.population import Member, calibrate, scores_of, table, to_text
@@ -78,9 +83,16 @@ def member_of(run: Run, scores: dict[str, float]) -> Member:
     return Member(run.folder.path.name, model, attack, asr, spec.seed, scores)
 
 
+def base_of(run: Run) -> Run | None:
+    """The run that the experts of a mixture were tuned from, if it lies beside; None of other models."""
+    names = [each["run"] for each in run.record.inputs if each["role"] == "base"]
+    folders = [run.folder.path.resolve().parent / name for name in names]
+    return next((load_run(folder) for folder in folders if (folder / "record.json").is_file()), None)
+
+
 def audit(run: Run, folder: Path, names: Sequence[str] | None, device: str | None) -> dict[str, float]:
     """Audit a run, and return its scores. A finished audit is only read."""
-    subject, store = with_store(open_run_subject(run, device=device), folder)
+    subject, store = with_store(open_run_subject(run, base=base_of(run), device=device), folder)
     found = run_audit(
         subject, name=run.folder.path.name, store=store, checks=find_checks(names), calibrated=False
     )
@@ -163,18 +175,30 @@ def main() -> int:
 
 
 def write_calibration(members: Sequence[Member], output: Path) -> int:
-    """Calibrate, write and print the table. Returns 1 if the population is too small, otherwise 0."""
-    commit = environment(torch.device("cpu"), "fp32")["git_commit"]
-    try:
-        document = calibrate(members, commit=commit, date=date.today().isoformat())
-    except ValueError as error:
-        print(f"{error}; only scores.csv was written", file=sys.stderr)
-        return 1
-    texts = {"calibration.json": to_text(document), "table.md": table(document)}
-    for file, text in texts.items():
-        write_atomically(output / file, lambda path, text=text: path.write_text(text, encoding="utf-8"))
-    print(texts["table.md"])
-    return 0
+    """Calibrate on mixtures and on all other models, and write and print the tables.
+
+    Returns:
+        1 if a population is too small, otherwise 0; also if there are no members of one kind.
+    """
+    commit, code = environment(torch.device("cpu"), "fp32")["git_commit"], 0
+    for part in (FILE, MERGED_FILE):
+        kind = [each for each in members if (each.model == "merged") == (part == MERGED_FILE)]
+        if not kind:
+            continue
+        try:
+            document = calibrate(kind, commit=commit, date=date.today().isoformat())
+        except ValueError as error:
+            print(f"{error}; {part} was not written", file=sys.stderr)
+            code = 1
+            continue
+        texts = {
+            part: to_text(document),
+            part.replace("calibration", "table").replace(".json", ".md"): table(document),
+        }
+        for file, text in texts.items():
+            write_atomically(output / file, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+        print(table(document))
+    return code
 
 
 if __name__ == "__main__":

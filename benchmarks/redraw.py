@@ -271,7 +271,16 @@ def first_look(root: Path) -> str:
 
 def audit(root: Path) -> str:
     """Draw what the checks of an audit told apart in the population that they are calibrated on."""
-    calibration = packaged()
+    return _audited(merged=False)
+
+
+def audit_merged(root: Path) -> str:
+    """Draw the same for mixtures of merged experts."""
+    return _audited(merged=True)
+
+
+def _audited(*, merged: bool) -> str:
+    calibration = packaged(merged=merged)
     assert calibration is not None
     return table(calibration.document)
 
@@ -302,6 +311,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "claims": claims,
     "first-look": first_look,
     "audit": audit,
+    "audit-merged": audit_merged,
     "demo": demo,
 }
 

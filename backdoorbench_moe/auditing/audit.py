@@ -21,6 +21,7 @@ from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.durations import say_time
 from backdoorbench_moe.engine.device import environment
 from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.moe.structure import Merged
 from backdoorbench_moe.ops.seeding import seeded
 from backdoorbench_moe.paths import expand
 
@@ -62,7 +63,7 @@ def run_audit(
         name: Name of the model.
         store: What earlier calls found.
         checks: The checks to run.
-        calibration: The calibration; the packaged one if None.
+        calibration: The calibration; if None the packaged one, of mixtures for a mixture of merged experts.
         calibrated: Whether to use a calibration at all.
         budget: Seconds. A check that would take longer than what is left of them is not tested; a later call can make
             it. None for no limit.
@@ -72,7 +73,8 @@ def run_audit(
         RecordError: A result cannot be written.
     """
     observer = observer or Observer()
-    chosen = (calibration or packaged()) if calibrated else None
+    merged = isinstance(subject.model, Merged)
+    chosen = (calibration or packaged(merged=merged)) if calibrated else None
     plan = Plan(subject, store, checks, budget)
     if plan.total >= WORTH_SAYING:
         observer.on_message(f"{len(checks)} checks, about {say_time(plan.total)} on this machine")

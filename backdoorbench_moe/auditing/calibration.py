@@ -16,7 +16,9 @@ from scipy.stats import t
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.ops.detection import threshold_rank
 
-FILE, SCHEMA_VERSION = "calibration.json", 1
+# Mixtures of merged experts have thresholds of their own: they refuse some images by design, for which stamps are found
+# as for a backdoor, so that scores that are ordinary for them would be signs in other models.
+FILE, MERGED_FILE, SCHEMA_VERSION = "calibration.json", "calibration-merged.json", 1
 # Fewer clean models have no spread to speak of.
 FEWEST_CLEAN = 5
 
@@ -62,8 +64,13 @@ class Calibration:
         population, verdict = self.document["population"], self.document["verdict"]["false_alarms"]
         kinds = dict.fromkeys(row["model"] for row in self.document.get("groups", ()))
         models = f"models ({', '.join(kinds)}; others were not measured)" if kinds else "models"
+        source = f"from {population['calibrating']['clean']} clean {models}"
+        if verdict is None:
+            return (
+                f"{source}; no check told the {population['calibrating']['attacked']} attacked ones from them"
+            )
         return (
-            f"from {population['calibrating']['clean']} clean {models}; on {population['measuring']['clean']} "
+            f"{source}; on {population['measuring']['clean']} "
             f"other clean ones the verdict was wrong for {verdict['value']:.0f}% "
             f"(95% interval {verdict['low']:.0f} to {verdict['high']:.0f}%)"
         )
@@ -100,10 +107,15 @@ def set_threshold(clean: Sequence[float], level: float) -> Threshold:
     return Threshold(float(values.mean()), float(max(limit, ranked)), count)
 
 
-def packaged() -> Calibration | None:
-    """Return the calibration that is part of the package; None if there is none."""
-    file = files("backdoorbench_moe.auditing") / FILE
-    return parse(json.loads(file.read_text(encoding="utf-8")), FILE) if file.is_file() else None
+def packaged(*, merged: bool = False) -> Calibration | None:
+    """Return a calibration that is part of the package; None if there is none.
+
+    Args:
+        merged: Whether it is wanted for mixtures of merged experts, or for all other models.
+    """
+    name = MERGED_FILE if merged else FILE
+    file = files("backdoorbench_moe.auditing") / name
+    return parse(json.loads(file.read_text(encoding="utf-8")), name) if file.is_file() else None
 
 
 def load(path: Path) -> Calibration:

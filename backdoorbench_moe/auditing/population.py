@@ -157,20 +157,22 @@ def calibrate(
     Returns:
         The document of a calibration, see `calibration.parse`.
 
+    Where no check tells attacked models from clean ones, none judges, and there is no verdict to measure.
+
     Raises:
-        ValueError: There are too few clean models, or none to measure the false alarms on; or no check tells attacked
-            models from clean ones.
+        ValueError: There are too few clean models, or none to measure the false alarms on.
     """
     weak = [each for each in members if each.attacked and (each.asr or 0) < smallest_asr]
     used = [each for each in members if each not in weak]
     thresholds = set_thresholds(used, level)
     if not thresholds:
         raise ValueError(f"calibrate: expected {FEWEST_CLEAN} clean models of even seeds")
-    if not any(known.judges for known in thresholds.values()):
-        raise ValueError(
-            "calibrate: expected a check that tells attacked models of even seeds from clean ones"
-        )
-    others = [each for each in used if not each.calibrates and strength(each, thresholds) is not None]
+    judging = any(known.judges for known in thresholds.values())
+    others = [
+        each
+        for each in used
+        if not each.calibrates and (not judging or strength(each, thresholds) is not None)
+    ]
     if all(each.attacked for each in others):
         raise ValueError("calibrate: expected clean models of odd seeds, to measure false alarms on")
     return {

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from planted_models import row_images
-from subjects import Constant, Rows, small_pmoe
+from subjects import Constant, Rows, merged, small_pmoe
 
 import backdoorbench_moe as bbmoe
 from backdoorbench_moe.auditing.audit import Audit, cost_of, digest_of, run_audit
-from backdoorbench_moe.auditing.calibration import Calibration, Threshold
+from backdoorbench_moe.auditing.calibration import Calibration, Threshold, packaged
 from backdoorbench_moe.auditing.checks import CHECKS, find_checks
 from backdoorbench_moe.auditing.document import as_document
 from backdoorbench_moe.auditing.opening import with_store
@@ -28,7 +28,7 @@ from backdoorbench_moe.errors import BbmoeError, ConfigError, DataError, RecordE
 @pytest.fixture
 def uncalibrated(monkeypatch) -> None:
     """As if the package had no calibration."""
-    monkeypatch.setattr("backdoorbench_moe.auditing.audit.packaged", lambda: None)
+    monkeypatch.setattr("backdoorbench_moe.auditing.audit.packaged", lambda **_: None)
 
 
 FAST = ["gate-rows", "expert-norms", "head-rows", "scaled-images"]
@@ -100,7 +100,7 @@ def test_a_check_that_does_not_judge_is_named_if_it_is_above_its_threshold(tmp_p
     row = {"centre": 0.0, "threshold": 2.0, "clean": 9, "judges": False}
     monkeypatch.setattr(
         "backdoorbench_moe.auditing.audit.packaged",
-        lambda: Calibration(
+        lambda **_: Calibration(
             0.05,
             {"far/1": Threshold(0.0, 2.0, 9, judges=False), "near/1": Threshold(0.0, 2.0, 9, judges=False)},
             {
@@ -331,3 +331,13 @@ def test_the_cost_counts_what_can_be_tested() -> None:
     chosen = find_checks(["scaled-images", "task-latents", "gate-rows"])
     assert cost_of(subject, chosen).predicted == 5 * 40
     assert cost_of(make_subject(Rows()), CHECKS).trained == 0
+
+
+def test_mixtures_are_compared_with_mixtures() -> None:
+    mixture, _ = merged()
+    others, own = packaged(), packaged(merged=True)
+    for model, calibration in ((mixture, own), (small_pmoe(), others)):
+        found = bbmoe.audit(model, checks=["expert-norms"])
+        assert found.calibration is not None and calibration is not None
+        assert found.calibration.document == calibration.document
+    assert found.calibration.document["groups"][0]["model"] != "merged"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from backdoorbench_moe.auditing.calibration import packaged, parse, set_threshold
+from backdoorbench_moe.auditing.calibration import FILE, MERGED_FILE, packaged, parse, set_threshold
 from backdoorbench_moe.auditing.checks import CHECKS
 from backdoorbench_moe.auditing.population import (
     Member,
@@ -115,10 +115,21 @@ def test_too_small_populations_are_refused() -> None:
     with pytest.raises(ValueError, match="5 clean models of even seeds"):
         calibrate(population(6), commit=None, date="2026-01-01")
     even = [each for each in population() if each.calibrates or each.attacked]
-    with pytest.raises(ValueError, match="a check that tells attacked models"):
-        calibrate(population(shift=0.0), commit=None, date="2026-01-01")
     with pytest.raises(ValueError, match="clean models of odd seeds"):
         calibrate(even, commit=None, date="2026-01-01")
+
+
+def test_without_a_check_that_tells_them_apart_nothing_judges() -> None:
+    document = calibrate(population(shift=0.0), commit=None, date="2026-01-01")
+    known = parse(json.loads(to_text(document)), "here")
+    assert not any(each.judges for each in known.thresholds.values())
+    assert set(document["verdict"].values()) == {None}
+    assert (
+        document["population"]["measuring"]["clean"] == 20
+        and document["checks"]["good/1"]["auroc"] is not None
+    )
+    assert known.line.endswith("no check told the 40 attacked ones from them")
+    assert "| **verdict** | | 1 | – | – | – | |" in table(document)
 
 
 def test_the_table_has_every_check_and_the_verdict() -> None:
@@ -141,17 +152,26 @@ def test_the_calibration_of_the_package_is_of_these_checks() -> None:
     assert "clean models" in known.line
 
 
-def test_the_calibration_of_the_package_is_that_of_the_committed_scores(tmp_path, monkeypatch) -> None:
-    script, known = runpy.run_path(str(SCRIPT)), packaged()
+@pytest.fixture(scope="module")
+def calibrated_again(tmp_path_factory) -> Path:
+    """The folder of calibrations that are made from the committed scores."""
+    folder, scores = tmp_path_factory.mktemp("audit"), SCRIPT.parent / "results" / "audit" / "scores.csv"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["audit_population", "--scores", str(scores), "--output", str(folder)])
+        assert runpy.run_path(str(SCRIPT))["main"]() == 0
+    return folder
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_calibrations_of_the_package_are_those_of_the_committed_scores(calibrated_again, merged) -> None:
+    known = packaged(merged=merged)
     assert known is not None
-    scores = SCRIPT.parent / "results" / "audit" / "scores.csv"
-    words = ["audit_population", "--scores", str(scores), "--output", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", words)
-    assert script["main"]() == 0
-    again = json.loads((tmp_path / "calibration.json").read_text())
+    again = json.loads((calibrated_again / (MERGED_FILE if merged else FILE)).read_text())
     assert again["population"] == known.document["population"] and again["groups"] == known.document["groups"]
     for part in ("auroc", "false_alarms", "detected"):
-        assert again["verdict"][part] == pytest.approx(known.document["verdict"][part])
+        assert again["verdict"][part] == (
+            known.document["verdict"][part] and pytest.approx(known.document["verdict"][part])
+        )
     assert again["checks"].keys() == known.document["checks"].keys()
     for name, row in known.document["checks"].items():
         assert again["checks"][name]["threshold"] == pytest.approx(row["threshold"], rel=1e-4)
