@@ -57,7 +57,11 @@ def stopped(
         time.sleep(0.01)
     for _ in range(times):
         (os.killpg if group else os.kill)(process.pid, number)
-    out, _ = process.communicate(timeout=60)
+    try:
+        out, _ = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # It would go on beside the other tests.
+        raise
     return process.returncode, out
 
 

@@ -14,7 +14,9 @@ from backdoorbench_moe.errors import BbmoeError
 from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.moe.structure import WithExperts, WithFeatures
 
-Need = Literal["images", "experts", "routing", "features", "tasks", "base"]
+Need = Literal["images", "classes", "experts", "routing", "features", "tasks", "base"]
+# With fewer classes there is no median to be below or above. Counted only where there are images.
+FEWEST_CLASSES = 4
 
 
 class NotTested(Exception):
@@ -100,8 +102,10 @@ class Check(ABC):
 def lacks(subject: Subject, need: Need) -> str:
     """Return why a subject does not have what a check needs; "" if it does."""
     model, kind = subject.model, type(subject.model).__name__
+    enough = subject.images is None or subject.num_classes >= FEWEST_CLASSES
     reasons: dict[Need, str] = {
         "images": "" if subject.images is not None else "no images were given (--images, images=)",
+        "classes": "" if enough else f"with {subject.num_classes} classes, none can be an outlier",
         "experts": "" if isinstance(model, WithExperts) else f"{kind} has no experts",
         "routing": "" if isinstance(model, RoutedModel) else f"{kind} has no routing",
         "features": ""

@@ -72,6 +72,14 @@ def test_training(tmp_path: Path) -> None:
         assert min(rates) <= small["images_per_second"][loop] <= max(rates)
         rate = 2 * 3 * small["multiply_adds"] * small["images_per_second"][loop] / 1e9
         assert small["gflops"][loop] == pytest.approx(rate)
+    assert len(small["matrix_gflops_rounds"]) == 2 and min(small["matrix_gflops_rounds"]) > 0
+    shares = [
+        2 * 3 * small["multiply_adds"] * rate / 1e9 / machine
+        for rate, machine in zip(
+            small["images_per_second_rounds"]["toolbox"], small["matrix_gflops_rounds"], strict=True
+        )
+    ]
+    assert small["matrix_share_rounds"] == pytest.approx(shares)
     ratios = [
         ours / plain
         for ours, plain in zip(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.analysis.document import encode_picture
-from backdoorbench_moe.auditing.check import Check, Measured, NotTested
+from backdoorbench_moe.auditing.check import Check, Measured
 from backdoorbench_moe.auditing.siblings import find_standout
 from backdoorbench_moe.auditing.subject import Subject
 from backdoorbench_moe.defenses.cost import Cost
@@ -26,8 +26,6 @@ from backdoorbench_moe.ops.outliers import anomaly_indices
 BUDGET = 40_000
 # Images that stamps are searched on, and passes over them; the fewer classes, the more passes.
 IMAGES, FEWEST_EPOCHS, MOST_EPOCHS = 100, 10, 60
-# With fewer classes there is no median to be below.
-FEWEST_CLASSES = 4
 CAPTURE_IMAGES = 50
 APPLICATORS: tuple[ApplicatorName, ...] = ("image", "patch")
 
@@ -44,7 +42,7 @@ class Inverted(Check):
     other classes differ much. It is among the details.
     """
 
-    needs = ("images",)
+    needs = ("images", "classes")
     threshold = -math.log10(0.05)
     explains = (
         "-log10 of the probability that the smallest stamp would be so much smaller than the others by chance, "
@@ -61,8 +59,6 @@ class Inverted(Check):
 
     def measure(self, subject: Subject) -> Measured:
         """Invert, and compare the sizes."""
-        if subject.num_classes < FEWEST_CLASSES:
-            raise NotTested(f"with {subject.num_classes} classes, none can be an outlier")
         found = stamps(subject, self.applicator)
         sizes = found["sizes"].tolist()
         outlier, by_class = find_standout(
@@ -155,7 +151,7 @@ class CapturedExpert(Check):
 
     name = "captured-expert"
     title = "experts that a found trigger captures"
-    needs = ("images", "routing")
+    needs = ("images", "classes", "routing")
     uses = (InvertedImage.name, InvertedPatch.name)
     explains = (
         "how many robust standard deviations more than the stamps of the other classes the stamp of a class moves load "
@@ -168,8 +164,6 @@ class CapturedExpert(Check):
 
     def measure(self, subject: Subject) -> Measured:
         """Compare the loads by clean images and by stamped ones, for the stamps of all classes."""
-        if subject.num_classes < FEWEST_CLASSES:
-            raise NotTested(f"with {subject.num_classes} classes, none can be an outlier")
         images = subject.split.images[:CAPTURE_IMAGES]
         first = next(iter(subject.task.routing(subject.model, images)))
         by: Load = "patches" if choice_of(first[-1]) == "patches" else "experts"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from backdoorbench_moe.analysis.document import encode_picture
-from backdoorbench_moe.auditing.check import Check, Measured, NotTested
+from backdoorbench_moe.auditing.check import FEWEST_CLASSES, Check, Measured, NotTested
 from backdoorbench_moe.auditing.siblings import find_standout, surprise_of
 from backdoorbench_moe.auditing.subject import Subject
 from backdoorbench_moe.defenses.cost import Cost
@@ -27,8 +27,6 @@ from backdoorbench_moe.ops.images import as_input
 from backdoorbench_moe.ops.outliers import studentised
 from backdoorbench_moe.ops.seeding import generator
 
-# With fewer classes, none can be an outlier.
-FEWEST_CLASSES = 4
 SURPRISE = (
     "-log10 of the probability that the margin of one class would be so much larger than those of the others by "
     "chance, corrected for the number of classes: 2 is a probability of 1%"
@@ -150,7 +148,7 @@ class Universal(Check):
         compared; here it is fixed, and margins are compared.
     """
 
-    needs = ("images",)
+    needs = ("images", "classes")
     threshold = SURPRISING
     explains = SURPRISE
     source = "after Xiang et al., IEEE TNNLS 2020; the statistic is ours"
@@ -165,8 +163,6 @@ class Universal(Check):
     def measure(self, subject: Subject) -> Measured:
         """Search, and compare the margins of the classes."""
         classes = subject.num_classes
-        if classes < FEWEST_CLASSES:
-            raise NotTested(f"with {classes} classes, none can be an outlier")
         images, predicted = as_input(subject.split.images[:IMAGES]), subject.predicted[:IMAGES]
         side = canvas_side(self.applicator, None, subject.model, images.shape[-1])
         at_once = max(1, PIXELS_AT_ONCE // (BATCH * images[0, 0].numel()))
