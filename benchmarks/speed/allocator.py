@@ -1,6 +1,6 @@
 """What it brings that `bbmoe` keeps freed memory (`backdoorbench_moe.allocator`): CPU time and page faults.
 
-    python benchmarks/speed/allocator.py [--rounds 5] [--threads N] [--json FILE]
+    python benchmarks/speed/allocator.py [--work NAME ...] [--rounds 5] [--steps 8] [--threads N] [--json FILE]
 
 Three kinds of work, in fp32: training steps of the small pmoe on 64 images of 32x32, training steps of a pmoe on 16 of
 224x224, and predictions of a ResNet-18 for 64 of 224x224. Each with the C library as it is and with memory that is
@@ -22,7 +22,6 @@ from rich.table import Table
 
 WORK = ("train 32x32", "train 224x224", "predict 224x224")
 IMAGES = {"train 32x32": 64, "train 224x224": 16, "predict 224x224": 64}
-STEPS = 8
 
 
 def main() -> None:
@@ -30,24 +29,34 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--threads", type=at_least_one, default=1, metavar="N", help="of a process [1]")
     parser.add_argument("--rounds", type=at_least_one, default=5, metavar="N", help="[5]")
+    parser.add_argument("--steps", type=at_least_one, default=8, metavar="N", help="of a round [8]")
+    parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK), help="[all]")
     parser.add_argument("--here", choices=WORK, help="one measurement in this process, as JSON")
     parser.add_argument("--keep", action="store_true", help="with --here: keep freed memory")
     given = parser.parse_args()
     if given.here:
-        print(json.dumps(measure(given.here, keep=given.keep, threads=given.threads)))
+        print(json.dumps(measure(given.here, given.steps, keep=given.keep, threads=given.threads)))
         return
-    rows = [compare(name, given.rounds, given.threads) for name in WORK]
+    rows = [compare(name, given.rounds, given.steps, given.threads) for name in given.work]
     environment = {**environment_of(precision="fp32"), "threads": given.threads}
-    result = {"benchmark": "allocator", "rounds": given.rounds, "rows": rows, "environment": environment}
-    finish(result, make_table(rows), [f"median of {given.rounds} rounds; {STEPS} steps each"], given.json)
+    result = {
+        "benchmark": "allocator",
+        "rounds": given.rounds,
+        "steps": given.steps,
+        "rows": rows,
+        "environment": environment,
+    }
+    finish(
+        result, make_table(rows), [f"median of {given.rounds} rounds; {given.steps} steps each"], given.json
+    )
 
 
-def compare(name: str, rounds: int, threads: int) -> dict[str, Any]:
+def compare(name: str, rounds: int, steps: int, threads: int) -> dict[str, Any]:
     """Measure one kind of work in both ways, in turns."""
     found: dict[bool, list[dict[str, float]]] = {False: [], True: []}
     for _ in range(rounds):
         for keep in found:
-            found[keep].append(_in_child(name, keep, threads))
+            found[keep].append(_in_child(name, steps, keep, threads))
     ratios = [
         before["cpu_seconds"] / after["cpu_seconds"]
         for before, after in zip(found[False], found[True], strict=True)
@@ -59,13 +68,13 @@ def compare(name: str, rounds: int, threads: int) -> dict[str, Any]:
     return {"work": name, **ways, "ratio": statistics.median(ratios), "ratios": ratios}
 
 
-def _in_child(name: str, keep: bool, threads: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--here", name, "--threads", str(threads)]
+def _in_child(name: str, steps: int, keep: bool, threads: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--here", name, "--steps", str(steps), "--threads", str(threads)]
     command += ["--keep"] if keep else []
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
-def measure(name: str, *, keep: bool, threads: int) -> dict[str, float]:
+def measure(name: str, steps: int, *, keep: bool, threads: int) -> dict[str, float]:
     """CPU seconds a step, the system's part of them, page faults a step, and the peak memory."""
     from backdoorbench_moe.allocator import keep_freed_memory
 
@@ -78,14 +87,14 @@ def measure(name: str, *, keep: bool, threads: int) -> dict[str, float]:
     step = _step(name)
     step()
     before = resource.getrusage(resource.RUSAGE_SELF)
-    for _ in range(STEPS):
+    for _ in range(steps):
         step()
     after = resource.getrusage(resource.RUSAGE_SELF)
-    system = (after.ru_stime - before.ru_stime) / STEPS
+    system = (after.ru_stime - before.ru_stime) / steps
     return {
-        "cpu_seconds": (after.ru_utime - before.ru_utime) / STEPS + system,
+        "cpu_seconds": (after.ru_utime - before.ru_utime) / steps + system,
         "system_seconds": system,
-        "page_faults": (after.ru_minflt - before.ru_minflt) / STEPS,
+        "page_faults": (after.ru_minflt - before.ru_minflt) / steps,
         "peak_kib": after.ru_maxrss,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import pytest
 
 @pytest.mark.slow
 def test_a_page_of_committed_records_and_of_a_suite_that_was_not_run(bbmoe, tmp_path) -> None:
-    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    results = tmp_path / "results"
+    shutil.copytree(Path(__file__).parents[2] / "benchmarks" / "results" / "defenses", results / "defenses")
     file = tmp_path / "docs" / "board.html"
     words = ["bench", "page", "defenses:small", "false-alarms:quick"]
     code, out, err = bbmoe(*words, "--from", results, "--save", file)
