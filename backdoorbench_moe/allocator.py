@@ -18,8 +18,8 @@ def keep_freed_memory() -> bool:
     """Make the C library of this process keep freed memory.
 
     By default, glibc returns the memory of large tensors to the system as soon as they are freed. The system clears
-    the pages of the next tensor and maps them one by one, at every step: up to half of the time of a network on the CPU
-    (see `benchmarks/speed/allocator.py`). The process keeps its largest size until it ends.
+    the pages of the next tensor and maps them one by one, at every step: 15 to 35% of the time of a network on the CPU
+    (`benchmarks/speed/allocator.py`). The process keeps its largest size until it ends.
 
     Nothing is changed where the user set `MALLOC_...` or `GLIBC_TUNABLES`, or where the C library is another one.
 

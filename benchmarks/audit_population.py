@@ -34,6 +34,7 @@ from pathlib import Path
 
 import torch
 
+from backdoorbench_moe.allocator import keep_freed_memory
 from backdoorbench_moe.auditing.audit import run_audit
 from backdoorbench_moe.auditing.calibration import FILE, MERGED_FILE
 from backdoorbench_moe.auditing.checks import CHECKS, find_checks
@@ -154,6 +155,7 @@ def main() -> int:
         return write_calibration(read_scores(options.scores), options.output)
     if options.threads:
         torch.set_num_threads(options.threads)
+    keep_freed_memory()
     names = options.checks.split(",") if options.checks else None
     started, code, members = time.monotonic(), 0, []
     for run in find_runs(options.folders):

@@ -148,7 +148,8 @@ def audit(
             with the audit of another model, or of other images, is refused. By default nothing is written.
         data_root: Folder of the data set of a run; by default the one that it used.
         device: Device to compute on; by default the run's, or for a module that of its weights.
-        budget: Seconds. A check that would take longer than what is left of them is not tested.
+        budget: Seconds, above 0. A check that would take longer than what is left of them is not tested; None for no
+            limit.
         observer: Receives progress.
 
     Returns:
