@@ -80,7 +80,10 @@ def test_a_defense_and_an_analysis_end_so_too(tmp_path) -> None:
     assert process.stderr is not None
     assert process.stderr.readline()  # Of what it does now.
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    try:
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()  # It would go on beside the other tests; nothing happens if it has ended.
     assert process.returncode == 143 and b"Traceback" not in said
     assert not (folder / "analysis.json").exists()
 
