@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 SMALL_PMOE: dict[str, Any] = {"widen_factor": 2, "moe_channels": 128, "expert_channels": 32}
+# These libraries each choose their kernels by what they find in the CPU; the variables leave out AVX-512.
+AVX2_ONLY = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 # Linux counts ru_maxrss in KiB, macOS in bytes.
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import at_least_one, bbmoe_command, environment_of, finish, make_parser, run_child
+from common import AVX2_ONLY, at_least_one, bbmoe_command, environment_of, finish, make_parser, run_child
 from rich.table import Table
 
 from backdoorbench_moe.counting import count
@@ -27,8 +27,6 @@ COMMAND = ["attack", "--model", "pmoe", "--trigger", "warp", "--applicator", "pa
 # Goals for the command, in seconds on two cores, and for BA and ASR of every seed, in percent.
 GOAL_SECONDS = {"bf16": 45.0, "avx2": 90.0}
 GOAL_PERCENT = 95.0
-# oneDNN and torch each choose their kernels by what they find in the CPU.
-AVX2_ONLY = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 FORMER = [
     *("model.widen_factor=2", "model.moe_channels=128", "model.expert_channels=32", "model.bn_momentum=0.1"),
     *(

@@ -1,134 +1,154 @@
-"""Training images/s of the toolbox against a plain eager fp32 loop and the machine's own matrix rate, in turns.
+"""Training images/s of the toolbox against a researcher's fp32 loop and the machine's own matrix rate, in turns.
 
-    python benchmarks/speed/training.py [--model-size small|full|both] [--batches N] [--rounds 5]
-                                        [--device cpu] [--threads 2] [--profile] [--json FILE]
+    python benchmarks/speed/training.py [--model small|full|preact_resnet18] [--batches N] [--rounds 5]
+                                        [--device cpu] [--precision avx2] [--threads 2] [--profile]
+                                        [--json FILE]
 
-Both train a pMoE from the same weights on the same random images, 128 at a time. The plain loop is what a
-researcher would write: float32 images in PyTorch's own memory order, all of them in memory (so no workers
-and no decoding), torch.optim.SGD as it comes, loss and hits read after every batch. The matrix rate is that of products
-of 2048x2048 matrices in the toolbox's precision. Each loop has a process of its own, in which the C library is set up
-as a user has it: as it is for the plain loop, and as `bbmoe` does it for the toolbox.
+Both loops train from the same weights on the same random images, 128 at a time. The researcher's loop is in
+`training_loops.py`: float32, PyTorch's own memory order, torch.optim.SGD as it comes, loss and hits read after every
+batch. For the small and the full pMoE it has all images in memory ("plain"); for a PreActResNet-18 it reads and
+augments them as BackdoorBench does, in two workers ("loader"), and the toolbox augments them, too. The matrix rate is
+that of products of 2048x2048 matrices in the toolbox's precision.
+
+Each loop has a process of its own, in which the C library is set up as a user has it: as it is for the researcher's
+loop, and as `bbmoe` does it for the toolbox. `--precision avx2` computes in fp32, with the kernels that a CPU without
+AVX-512 has.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
-import time
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from common import SMALL_PMOE, at_least_one, environment_of, finish, make_parser
+from common import AVX2_ONLY, at_least_one, environment_of, finish, make_parser
 from rich.table import Table
-from torch import Tensor, nn, profiler
-from torch.nn import functional as F
+from torch import profiler
+from training_loops import (
+    BATCH_SIZE,
+    IMAGE_SIZE,
+    LOOPS,
+    MATRIX,
+    MODELS,
+    PRODUCTS,
+    make_data,
+    make_model,
+    seconds_of,
+    toolbox_loop,
+    warm_up,
+)
 
 from backdoorbench_moe.allocator import keep_freed_memory
-from backdoorbench_moe.config import TrainSpec
-from backdoorbench_moe.data.base import Split
-from backdoorbench_moe.engine.device import reproducible, resolve_device, resolve_precision
-from backdoorbench_moe.engine.step import WARMUP_STEPS
-from backdoorbench_moe.engine.train import Trainer
-from backdoorbench_moe.models import create_model
+from backdoorbench_moe.engine.device import resolve_device, resolve_precision
 from backdoorbench_moe.models.profile import profile_model
 
-BATCH_SIZE = 128
-IMAGE_SIZE = 32
-CLASSES = 10
-GOAL = 2.0
-MODELS: dict[str, dict[str, Any]] = {"small": SMALL_PMOE, "full": {}}
-# Batches timed in a round, so that a round takes seconds on two cores.
-BATCHES = {"small": 20, "full": 3}
 PROFILE_ROWS = 25
-# Side of the matrices, and products of a round.
-MATRIX, PRODUCTS = 2048, 20
-
-Loop = Callable[[tuple[Tensor, ...]], object]
 
 
 def main() -> None:
     """Measure and print."""
     parser = make_parser(__doc__)
-    parser.add_argument("--model-size", choices=[*MODELS, "both"], default="both")
-    parser.add_argument("--batches", type=at_least_one, help="batches timed in a round [small 20, full 3]")
+    parser.add_argument("--model", choices=list(MODELS), action="append", help="[all]")
+    parser.add_argument("--batches", type=at_least_one, help="batches timed in a round [small 20, others 3]")
     parser.add_argument("--rounds", type=at_least_one, default=5, help="rounds of both loops [5]")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32", "avx2"], default="auto")
     parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads())
     parser.add_argument("--profile", action="store_true", help="then show where the toolbox's time goes")
     arguments = parser.parse_args()
+    if arguments.precision == "avx2" and not AVX2_ONLY.items() <= os.environ.items():
+        # The libraries chose their kernels when they were imported.
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | AVX2_ONLY)
     torch.set_num_threads(arguments.threads)
-    sizes = list(MODELS) if arguments.model_size == "both" else [arguments.model_size]
+    names = arguments.model or list(MODELS)
     device = resolve_device(arguments.device)
+    precision = "fp32" if arguments.precision == "avx2" else resolve_precision(arguments.precision, device)
     models = {
-        size: measure(size, arguments.batches or BATCHES[size], arguments.rounds, device) for size in sizes
+        name: measure(name, arguments.batches or MODELS[name].batches, arguments.rounds, device, precision)
+        for name in names
     }
-    if (full := models.get("full")) is not None:
-        full |= {"goal": GOAL, "goal_met": full["speedup"] >= GOAL}
     result = {
         "benchmark": "training",
         "batch_size": BATCH_SIZE,
+        "kernels": "AVX2 only" if arguments.precision == "avx2" else "all",
+        "torch_kernels": torch.backends.cpu.get_cpu_capability(),
         "models": models,
-        "environment": environment_of(arguments.device),
+        "environment": environment_of(arguments.device, precision),
     }
     finish(result, make_table(result), notes(result), arguments.json)
     if arguments.profile:
-        for size in sizes:
-            print_profile(size, arguments.batches or BATCHES[size], device)
+        for name in names:
+            print_profile(name, arguments.batches or MODELS[name].batches, device, precision)
 
 
-def measure(size: str, batches: int, rounds: int, device: torch.device) -> dict[str, Any]:
+def measure(name: str, batches: int, rounds: int, device: torch.device, precision: str) -> dict[str, Any]:
     """Time the loops and the matrix products in turns, on one model."""
-    profile = profile_model(make_model(size, torch.device("cpu")), IMAGE_SIZE)
+    profile = profile_model(make_model(name, torch.device("cpu")), IMAGE_SIZE)
     # A step computes the forward product, and two more as large for the gradients of inputs and weights.
     flops = 2 * 3 * profile.multiply_adds
-    seconds: dict[str, list[float]] = {name: [] for name in LOOPS}
-    with runner(size, batches, device) as run:
+    seconds: dict[str, list[float]] = {loop: [] for loop in loops_of(name)}
+    with runner(name, batches, device, precision) as run:
         for _ in range(rounds):
-            for name, each in seconds.items():
-                each.append(run(name))
+            for loop, each in seconds.items():
+                each.append(run(loop))
     matrix = [2 * MATRIX**3 * PRODUCTS / each / 1e9 for each in seconds.pop("matrix")]
-    rates = {name: [batches * BATCH_SIZE / each for each in found] for name, found in seconds.items()}
-    speedups = [ours / plain for ours, plain in zip(rates["toolbox"], rates["plain"], strict=True)]
+    rates = {loop: [batches * BATCH_SIZE / each for each in taken] for loop, taken in seconds.items()}
+    speedups = [
+        ours / theirs for ours, theirs in zip(rates["toolbox"], rates[MODELS[name].beside], strict=True)
+    ]
     shares = [flops * ours / 1e9 / machine for ours, machine in zip(rates["toolbox"], matrix, strict=True)]
-    medians = {name: statistics.median(values) for name, values in rates.items()}
+    goals = MODELS[name].goals(precision)
+    found = {"speedup": statistics.median(speedups), "matrix_share": statistics.median(shares)}
+    medians = {loop: statistics.median(values) for loop, values in rates.items()}
     return {
-        "options": MODELS[size],
+        "options": dict(MODELS[name].options),
         "parameters": profile.parameters,
         "multiply_adds": profile.multiply_adds,
         "batches": batches,
         "rounds": rounds,
         "images_per_second": medians,
         "images_per_second_rounds": rates,
-        "gflops": {name: flops * value / 1e9 for name, value in medians.items()},
-        "speedup": statistics.median(speedups),
+        "gflops": {loop: flops * value / 1e9 for loop, value in medians.items()},
+        **found,
+        "goals": goals,
+        "goals_met": all(found[key] >= goal for key, goal in goals.items()),
         "speedup_rounds": speedups,
         "matrix_gflops": statistics.median(matrix),
         "matrix_gflops_rounds": matrix,
-        "matrix_share": statistics.median(shares),
         "matrix_share_rounds": shares,
     }
 
 
+def loops_of(name: str) -> tuple[str, ...]:
+    """The loops that take turns with a model, by their keys in `LOOPS`."""
+    return "toolbox", MODELS[name].beside, "matrix"
+
+
 @contextmanager
-def runner(size: str, batches: int, device: torch.device) -> Iterator[Callable[[str], float]]:
+def runner(
+    model: str, batches: int, device: torch.device, precision: str
+) -> Iterator[Callable[[str], float]]:
     """Start a process for each loop and one for matrix products; yield a function that runs one of them for a round.
 
     It returns the seconds of the round, while the other processes wait.
     """
     context, ends, processes = multiprocessing.get_context("spawn"), {}, []
-    for name in LOOPS:
-        ends[name], other = context.Pipe()
-        given = (other, name, size, batches, str(device), torch.get_num_threads())
-        processes.append(context.Process(target=serve, args=given, daemon=True))
+    for loop in loops_of(model):
+        ends[loop], other = context.Pipe()
+        given = (other, loop, model, batches, str(device), precision, torch.get_num_threads())
+        processes.append(context.Process(target=serve, args=given))
         processes[-1].start()
         other.close()
-        ends[name].recv()  # One after the other, so that no warm-up disturbs another.
+        ends[loop].recv()  # One after the other, so that no warm-up disturbs another.
 
-    def run(name: str) -> float:
-        ends[name].send(None)
-        seconds: float = ends[name].recv()
+    def run(loop: str) -> float:
+        ends[loop].send(None)
+        seconds: float = ends[loop].recv()
         return seconds
 
     try:
@@ -140,14 +160,16 @@ def runner(size: str, batches: int, device: torch.device) -> Iterator[Callable[[
             process.join()
 
 
-def serve(connection: Any, name: str, size: str, batches: int, where: str, threads: int) -> None:
+def serve(
+    connection: Any, name: str, model: str, batches: int, where: str, precision: str, threads: int
+) -> None:
     """In a process of its own: warm up, then run a round for each message, and send its seconds."""
     if name == "toolbox":
         keep_freed_memory()
     torch.set_num_threads(threads)
     device = torch.device(where)
     split, order = make_data(batches, device)
-    loop = LOOPS[name](make_model(size, device), split, device)
+    loop = LOOPS[name](model, split, device, precision)
     warm_up(loop, order, device)
     connection.send(None)
     try:
@@ -158,128 +180,35 @@ def serve(connection: Any, name: str, size: str, batches: int, where: str, threa
         pass
 
 
-def print_profile(size: str, batches: int, device: torch.device) -> None:
+def print_profile(name: str, batches: int, device: torch.device, precision: str) -> None:
     """One round of the toolbox's loop under torch's profiler."""
     keep_freed_memory()
     split, order = make_data(batches, device)
-    loop = toolbox_loop(make_model(size, device), split, device)
+    loop = toolbox_loop(name, split, device, precision)
     warm_up(loop, order, device)
     with profiler.profile() as profile:
         loop(order)
     key = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
-    print(f"\n{size}: {batches} steps")
+    print(f"\n{name}: {batches} steps")
     print(profile.key_averages().table(sort_by=key, row_limit=PROFILE_ROWS, max_name_column_width=40))
-
-
-def make_model(size: str, device: torch.device) -> nn.Module:
-    """A pMoE, the same weights at every call."""
-    torch.manual_seed(0)
-    return create_model("pmoe", num_classes=CLASSES, image_size=IMAGE_SIZE, **MODELS[size]).to(device)
-
-
-def warm_up(loop: Loop, order: tuple[Tensor, ...], device: torch.device) -> None:
-    """Let a GPU capture its graph, after its own warm-up; on a CPU one batch sets up every kernel."""
-    loop(order[:1] * (WARMUP_STEPS + 1 if device.type == "cuda" else 1))
-
-
-def make_data(batches: int, device: torch.device) -> tuple[Split, tuple[Tensor, ...]]:
-    """Random images on the device, and the shuffled batches both loops go through."""
-    draw = torch.Generator().manual_seed(0)
-    count = batches * BATCH_SIZE
-    shape = (count, 3, IMAGE_SIZE, IMAGE_SIZE)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw)
-    labels = torch.randint(0, CLASSES, (count,), generator=draw)
-    order = torch.randperm(count, generator=draw).to(device)
-    return Split(images, labels).to(device), order.split(BATCH_SIZE)
-
-
-def toolbox_loop(model: nn.Module, split: Split, device: torch.device) -> Loop:
-    """The steps of `engine.train` under the paper's training, without its checkpoints and progress."""
-    spec = TrainSpec(batch_size=BATCH_SIZE)
-    precision = resolve_precision("auto", device)
-    trainer = Trainer(
-        model, split, spec, seed=0, device=device, precision=precision, on_checkpoint=lambda *_: None
-    )
-    model.train()
-
-    def run(order: tuple[Tensor, ...]) -> float:
-        with reproducible(device):
-            trainer.step.reset()
-            for indices in order:
-                trainer.step.set_lr(spec.lr)
-                trainer.step(indices)
-            return float(trainer.step.loss_sum)
-
-    return run
-
-
-def plain_loop(model: nn.Module, split: Split, device: torch.device) -> Loop:
-    """An ordinary loop in float32, on the device of the images."""
-    images, labels = split.images.float() / 255, split.labels
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model.train()
-
-    def run(order: tuple[Tensor, ...]) -> float:
-        total, hits = 0.0, 0
-        for indices in order:
-            x, y = images[indices], labels[indices]
-            optimizer.zero_grad()
-            logits = model(x)
-            loss = F.cross_entropy(logits, y)
-            loss.backward()
-            optimizer.step()
-            total += loss.item() * len(y)
-            hits += (logits.argmax(1) == y).sum().item()
-        return total
-
-    return run
-
-
-def matrix_loop(_model: nn.Module, _split: Split, device: torch.device) -> Loop:
-    """Products of square matrices in the precision that the toolbox computes in; nothing is trained."""
-    dtype = torch.bfloat16 if resolve_precision("auto", device) == "bf16" else torch.float32
-    one, two = (torch.randn(MATRIX, MATRIX, device=device).to(dtype) for _ in range(2))
-
-    def run(_: tuple[Tensor, ...]) -> float:
-        return sum(float((one @ two)[0, 0]) for _ in range(PRODUCTS))
-
-    return run
-
-
-LOOPS: dict[str, Callable[[nn.Module, Split, torch.device], Loop]] = {
-    "toolbox": toolbox_loop,
-    "plain": plain_loop,
-    "matrix": matrix_loop,
-}
-
-
-def seconds_of(loop: Loop, order: tuple[Tensor, ...], device: torch.device) -> float:
-    """Wall seconds of one round, to the end of its last kernel."""
-    start = time.perf_counter()
-    loop(order)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def make_table(result: dict[str, Any]) -> Table:
     """One row for each model and loop."""
     environment = result["environment"]
-    title = f"Training pMoE, batches of {result['batch_size']}, {environment['device']}"
+    title = (
+        f"Training, batches of {result['batch_size']}, {environment['device']}, {result['kernels']} kernels"
+    )
     table = Table("model", "loop", title=title, title_justify="left")
     for column in ("images/s", "GFLOP/s", "of the matrix rate", "speed-up"):
         table.add_column(column, justify="right")
-    for size, model in result["models"].items():
-        for name, precision, last in (
-            ("plain", "fp32", ("", "")),
-            (
-                "toolbox",
-                environment["precision"],
-                (_spread(model, "matrix_share", ".0%"), _spread(model, "speedup", ".2f")),
-            ),
-        ):
-            rate, gflops = model["images_per_second"][name], model["gflops"][name]
-            table.add_row(size, f"{name}, {precision}", f"{rate:,.0f}", f"{gflops:,.0f}", *last)
+    for name, model in result["models"].items():
+        ratios = _spread(model, "matrix_share", ".0%"), _spread(model, "speedup", ".2f")
+        for loop in model["images_per_second"]:
+            ours = loop == "toolbox"
+            rate, gflops = model["images_per_second"][loop], model["gflops"][loop]
+            label = f"{loop}, {environment['precision'] if ours else 'fp32'}"
+            table.add_row(name, label, f"{rate:,.0f}", f"{gflops:,.0f}", *(ratios if ours else ("", "")))
     return table
 
 
@@ -290,14 +219,15 @@ def _spread(model: dict[str, Any], key: str, form: str) -> str:
 
 
 def notes(result: dict[str, Any]) -> list[str]:
-    """What the rows stand for."""
-    lines = [
-        f"{size}: {model['parameters']:,} parameters, {model['multiply_adds']:,} multiply-adds an image; "
-        f"matrix rate {model['matrix_gflops']:,.0f} GFLOP/s"
-        for size, model in result["models"].items()
-    ]
-    if (full := result["models"].get("full")) is not None:
-        lines.append(f"goal at widen factor 10: {full['goal']:g}x, {'met' if full['goal_met'] else 'missed'}")
+    """What the rows stand for, and the goals."""
+    lines = []
+    for name, model in result["models"].items():
+        lines.append(
+            f"{name}: {model['parameters']:,} parameters, {model['multiply_adds']:,} multiply-adds an image; "
+            f"matrix rate {model['matrix_gflops']:,.0f} GFLOP/s"
+        )
+        goals = " and ".join(f"{key.replace('_', ' ')} {goal:g}" for key, goal in model["goals"].items())
+        lines.append(f"{name}: goal {goals}: {'met' if model['goals_met'] else 'missed'}")
     return lines
 
 
