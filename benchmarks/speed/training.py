@@ -12,7 +12,8 @@ that of products of 2048x2048 matrices in the toolbox's precision.
 
 Each loop has a process of its own, in which the C library is set up as a user has it: as it is for the researcher's
 loop, and as `bbmoe` does it for the toolbox. `--precision avx2` computes in fp32, with the kernels that a CPU without
-AVX-512 has.
+AVX-512 has. The loop "convolutions" computes nothing but the model's convolutions, forward and backward: no training
+with these kernels can be faster.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def measure(name: str, batches: int, rounds: int, device: torch.device, precisio
 
 def loops_of(name: str) -> tuple[str, ...]:
     """The loops that take turns with a model, by their keys in `LOOPS`."""
-    return "toolbox", MODELS[name].beside, "matrix"
+    return "toolbox", MODELS[name].beside, "convolutions", "matrix"
 
 
 @contextmanager
@@ -204,10 +205,9 @@ def make_table(result: dict[str, Any]) -> Table:
         table.add_column(column, justify="right")
     for name, model in result["models"].items():
         ratios = _spread(model, "matrix_share", ".0%"), _spread(model, "speedup", ".2f")
-        for loop in model["images_per_second"]:
-            ours = loop == "toolbox"
-            rate, gflops = model["images_per_second"][loop], model["gflops"][loop]
-            label = f"{loop}, {environment['precision'] if ours else 'fp32'}"
+        for loop, rate in model["images_per_second"].items():
+            ours, gflops = loop == "toolbox", model["gflops"][loop]
+            label = f"{loop}, {'fp32' if loop == MODELS[name].beside else environment['precision']}"
             table.add_row(name, label, f"{rate:,.0f}", f"{gflops:,.0f}", *(ratios if ours else ("", "")))
     return table
 

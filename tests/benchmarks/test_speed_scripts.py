@@ -98,7 +98,7 @@ def test_training_beside_a_loader(tmp_path: Path) -> None:
     options = ("--model", "preact_resnet18", "--batches", "1", "--rounds", "1", "--threads", "1")
     result = measure(tmp_path, "training.py", *options, "--precision", "fp32")
     found = result["models"]["preact_resnet18"]
-    assert found["images_per_second"].keys() == {"toolbox", "loader"}
+    assert found["images_per_second"].keys() == {"toolbox", "loader", "convolutions"}
     assert found["parameters"] == 11_172_170 and found["goals"] == {"speedup": 1.3}
 
 
