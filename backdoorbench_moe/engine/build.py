@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,20 +51,22 @@ class Stamper:
 
     def noise(self, images: Tensor, places: Tensor) -> Tensor:
         """Stamp images with the trigger's noise form; places: (B,) int64, their indices in the training set."""
+        by = self.trigger.noise_by
         return self.applicator(
-            images, lambda canvases: self.trigger.noise(canvases, spread(places, canvases))
+            images, lambda canvases: self.trigger.noise(canvases, spread(places, canvases, by=by))
         )
 
 
-def spread(places: Tensor, canvases: Tensor) -> Tensor:
-    """Give every canvas that an applicator cut out of B images a place of its own.
+def spread(places: Tensor, canvases: Tensor, *, by: Literal["canvas", "image"] = "canvas") -> Tensor:
+    """Give every canvas that an applicator cut out of B images a place: its own, or that of its image.
 
     Args:
         places: (B,) int64, indices of the images in the training set.
         canvases: (B * n, C, h, w); those of one image follow each other.
+        by: What has a place of its own.
 
     Returns:
-        (B * n,) int64: canvas c of image i has place places[i] * n + c.
+        (B * n,) int64: canvas c of image i has place places[i] * n + c; by image, places[i].
 
     Raises:
         PluginError: The number of canvases is not a multiple of the number of images.
@@ -74,6 +76,8 @@ def spread(places: Tensor, canvases: Tensor) -> Tensor:
         raise PluginError(
             f"applicator: expected as many canvases of every image, got {len(canvases)} of {len(places)} images"
         )
+    if by == "image":
+        return places.repeat_interleave(each)
     offsets = torch.arange(each, device=places.device)
     return (places.unsqueeze(1) * each + offsets).flatten()
 

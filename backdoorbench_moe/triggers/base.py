@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class Trigger(ABC):
 
     Attributes:
         tiny: Options that the conformance tests build the trigger with, such as those that have no default.
+        noise_by: What the noise form is drawn anew for, if an applicator cuts several canvases out of an image:
+            "canvas" or "image".
         deviations: Conformance tests that the trigger is known to fail, and why: reasons by name of the test.
 
     Args:
@@ -38,6 +40,7 @@ class Trigger(ABC):
 
     tiny: ClassVar[Mapping[str, object]] = {}
     deviations: ClassVar[Mapping[str, str]] = {}
+    noise_by: ClassVar[Literal["canvas", "image"]] = "canvas"
 
     def __init__(self, *, seed: int = 0) -> None:
         self.seed = seed

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 from PIL import ImageColor
 from torch import Tensor
 
 from backdoorbench_moe.errors import ConfigError, ShapeError, UnknownNameError
+from backdoorbench_moe.ops.seeding import derive_seed, uniform_at
 from backdoorbench_moe.triggers.base import Trigger
 
 PLACES = ("upper-left", "upper-right", "lower-left", "lower-right", "centre")
@@ -16,12 +19,16 @@ class Square(Trigger):
 
     The defaults are those of the BadNets paper: black, 4x4 pixels, upper left.
 
+    The noise form (see `Trigger`) is a square of random colours, one for each pixel, at the same place. It is the same
+    in all canvases of an image. It teaches the model that other squares mean nothing, also in all tiles at once: so an
+    attacker prepares it for a defender who tunes on random stamps (the defense `tile-tuning`).
+
     Args:
         size: Side in pixels, from 1, at most the image's height and width.
         colour: A CSS colour name, "#rrggbb", or red, green and blue in [0, 1].
         position: A corner ("upper-left", "upper-right", "lower-left", "lower-right"), "centre", or (row, column) of
             the square's upper left pixel, from 0.
-        seed: Not used, as nothing is random.
+        seed: Seed of the noise form's colours; the square itself is not random.
 
     Raises:
         ConfigError: A value is out of range.
@@ -29,6 +36,8 @@ class Square(Trigger):
     Source:
         Gu et al., "BadNets", 2017.
     """
+
+    noise_by: ClassVar[Literal["canvas", "image"]] = "image"
 
     def __init__(
         self,
@@ -55,12 +64,27 @@ class Square(Trigger):
             ShapeError: The square does not fit into the images, or a colour other than grey does not fit their
                 number of channels.
         """
-        row, column = self._corner(*images.shape[-2:])
         stamped = images.clone()
-        target = stamped[:, :, row : row + self.size, column : column + self.size]
+        square = self._square_of(stamped)
         for channel, value in enumerate(self._channels(images.shape[1])):
-            target[:, channel] = value
+            square[:, channel] = value
         return stamped
+
+    def stamp_noise(self, images: Tensor, places: Tensor) -> Tensor:
+        """Overwrite the square's pixels with uniform colours, drawn for each place.
+
+        Raises:
+            ShapeError: The square does not fit into the images.
+        """
+        stamped = images.clone()
+        square, seed = self._square_of(stamped), derive_seed(self.seed, "square noise")
+        square.copy_(uniform_at(seed, places.to(images.device), *square.shape[1:]))
+        return stamped
+
+    def _square_of(self, images: Tensor) -> Tensor:
+        """The square's pixels, (B, C, size, size), a view of the images."""
+        row, column = self._corner(*images.shape[-2:])
+        return images[:, :, row : row + self.size, column : column + self.size]
 
     def _corner(self, height: int, width: int) -> tuple[int, int]:
         """Row and column of the upper left pixel."""

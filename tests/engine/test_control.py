@@ -158,7 +158,7 @@ def test_an_interrupted_run_gives_the_same_model_and_trigger(tmp_path, stop_afte
     ("values", "message"),
     [
         ({"attack": "data-poisoning"}, r"attack: expected training-control, as the trigger 'input-aware'"),
-        ({"trigger": "square"}, r"poison\.noise: the trigger 'square' has no noise form"),
+        ({"trigger": "blend"}, r"poison\.noise: the trigger 'blend' has no noise form"),
         ({"poison": {"rate": 0.01}}, r"poison\.rate: expected at least 1/32, one image of a batch"),
         ({"poison": {"rate": 0.25, "cover": 0.1}}, r"poison\.cover: expected 0\.0"),
         ({"poison": {"rate": 0.25, "labels": "clean"}}, r"poison\.labels: expected 'dirty'"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from backdoorbench_moe.applicators import create_applicator
+from backdoorbench_moe.engine.build import Stamper
 from backdoorbench_moe.errors import ConfigError, ShapeError
 from backdoorbench_moe.triggers import create_trigger
 from backdoorbench_moe.triggers.square import Square
@@ -87,3 +89,26 @@ def test_gradients_stop_at_the_square() -> None:
     expected = torch.ones(1, 3, 6, 6)
     expected[:, :, :2, :2] = 0
     assert torch.equal(images.grad, expected)
+
+
+def test_the_noise_form_is_a_square_of_random_colours_at_the_same_place() -> None:
+    images, places = torch.rand(3, 3, 8, 6), torch.tensor([7, 0, 7])
+    trigger = Square(size=2, position=(1, 3), seed=4)
+    stamped = trigger.noise(images, places)
+    changed = torch.zeros(8, 6, dtype=torch.bool)
+    changed[1:3, 3:5] = True
+    assert torch.equal(stamped[:, :, ~changed], images[:, :, ~changed])
+    square = stamped[:, :, 1:3, 3:5]
+    assert torch.equal(square[0], square[2]) and not torch.equal(square[0], square[1])
+    assert len(square[:2].unique()) == 2 * 3 * 2 * 2  # Every pixel and channel has a colour of its own.
+    assert not torch.equal(Square(size=2, position=(1, 3), seed=5).noise(images, places), stamped)
+
+
+def test_in_tiles_an_image_has_one_noise_stamp() -> None:
+    stamper = Stamper(Square(size=2), create_applicator("patch", patch_size=4))
+    stamped = stamper.noise(torch.ones(2, 3, 8, 12), torch.tensor([3, 5]))
+    squares = stamped.unfold(2, 4, 4).unfold(3, 4, 4)[
+        ..., :2, :2
+    ]  # (image, channel, tile row, tile column, ...)
+    assert torch.equal(squares, squares[:, :, :1, :1].expand_as(squares))
+    assert not torch.equal(squares[0], squares[1]) and (squares < 1).all()
