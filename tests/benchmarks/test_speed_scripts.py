@@ -261,3 +261,18 @@ def test_the_former_recipe_is_complete_and_is_the_one_the_smoke_suite_keeps() ->
     [cell, *_] = load_suite("smoke").cells
     assert replace(cell.spec.train, epochs=5) == spec.train
     assert cell.spec.model == spec.model
+
+
+def test_overhead(tmp_path: Path) -> None:
+    def record(train: float, total: float, **spec: object) -> str:
+        return json.dumps({"spec": spec, "timing": {"train_seconds": train, "total_seconds": total}})
+
+    folder = tmp_path / "suite" / "quick"
+    folder.mkdir(parents=True)
+    # The defended run and the one that was continued, whose last part is shorter than its training, do not count.
+    lines = [record(10, 11), record(30, 33), record(1, 50, defenses=[{"name": "strip"}]), record(9, 4)]
+    (folder / "records.jsonl").write_text("\n".join([*lines, json.dumps({"spec": {}, "timing": {}})]))
+    result = measure(tmp_path, "overhead.py", str(folder))
+    assert result["suites"] == {"suite/quick": {"runs": 2, "training": 40, "total": 44, "ratio": 1.1}}
+    refused = call("overhead.py", str(tmp_path))
+    assert refused.returncode == 2 and "expected a folder with records.jsonl" in refused.stderr
