@@ -12,6 +12,7 @@ from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.statistic import Statistic
 from backdoorbench_moe.bench.suite import METRIC_COLUMNS, Cell, Layout, Suite, order, value_of
 from backdoorbench_moe.bench.tuning import plain_tuning, uses_tuning
+from backdoorbench_moe.config.poison import RATES
 from backdoorbench_moe.engine.graph import reference
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.metrics import metric as find_metric
@@ -249,7 +250,7 @@ def label(key: str, value: Any) -> str:
     """Write the value of a key as a label; rates in percent."""
     if value is None:
         return "none"
-    if key == "poison.rate":
+    if key.removeprefix("poison.") in RATES:
         return f"{100 * value:g}%"
     if isinstance(value, bool):
         return str(value).lower()

@@ -16,7 +16,7 @@ from suites import tiny_suite
 from backdoorbench_moe.bench import render
 from backdoorbench_moe.bench.life_sign import LIFE_SIGN
 from backdoorbench_moe.bench.results import ResultSet
-from backdoorbench_moe.bench.tables import build_sheet, count_runs
+from backdoorbench_moe.bench.tables import build_sheet, count_runs, label
 from backdoorbench_moe.bench.tidy import tidy_csv
 from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.errors import ConfigError
@@ -293,3 +293,16 @@ def test_metrics_side_by_side(tmp_path) -> None:
     columns = tidy_csv(results).splitlines()[0].split(",")
     assert {"auroc", "auroc_low", "fpr_n", "filtered_tpr"} <= set(columns)
     assert not any("auroc" in name for name in tidy_csv(ResultSet(suite, {}, results.paper)).split(","))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("poison.rate", 0.005, "0.5%"),
+        ("poison.noise", 0.1, "10%"),
+        ("poison.cover", None, "none"),
+        ("trigger.ratio", 0.1, "0.1"),
+    ],
+)
+def test_labels_of_shares_of_the_training_set_are_in_percent(key, value, text) -> None:
+    assert label(key, value) == text

@@ -169,10 +169,15 @@ def all_printing(output: Path) -> list[list[object]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-16"])
-def test_no_encoding_of_the_terminal_ends_a_command(output, encoding) -> None:
+@pytest.mark.parametrize(
+    ("encoding", "commands"), [("ascii", None), ("latin-1", ["show", "info"]), ("utf-16", ["show", "info"])]
+)
+def test_no_encoding_of_the_terminal_ends_a_command(output, encoding, commands) -> None:
+    """All commands in the poorest encoding; all print through the same stream, so two of them in the others."""
     env = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
     for words in all_printing(output):
+        if commands is not None and words[0] not in commands:
+            continue
         done = call(*words, env=env, stdout=subprocess.PIPE)
         assert done.returncode == 0, (words, done.stderr)
         text = done.stdout.decode(encoding)
