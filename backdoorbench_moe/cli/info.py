@@ -21,6 +21,8 @@ RECIPE = "quick"
 # Of the text for which the multiply-adds of a language model are counted.
 TOKENS = 64
 WIDEST = 100
+# The images for which an image model is built.
+IMAGE = {"image_size": 32, "num_classes": 10}
 
 
 HELP = f"""Describe one part: KIND is {ONE_KIND}; NAME as `bbmoe list` shows it.
@@ -35,8 +37,12 @@ are listed by number and name.
 @click.argument("kind")
 @click.argument("name")
 @click.option("--recipe", metavar="NAME", help=f"Of a model: the recipe whose values are shown.  [{RECIPE}]")
-@click.option("--image-size", type=int, default=32, show_default=True, help="Of an image model: image side.")
-@click.option("--num-classes", type=int, default=10, show_default=True, help="Of an image model: classes.")
+@click.option(
+    "--image-size", type=int, metavar="N", help=f"Of an image model: image side.  [{IMAGE['image_size']}]"
+)
+@click.option(
+    "--num-classes", type=int, metavar="N", help=f"Of an image model: classes.  [{IMAGE['num_classes']}]"
+)
 @click.option("--data-root", metavar="DIR", help="Where a data set lies, to list its classes.")
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the model or data set."
@@ -47,14 +53,16 @@ def command(
     kind: str,
     name: str,
     recipe: str | None,
-    image_size: int,
-    num_classes: int,
+    image_size: int | None,
+    num_classes: int | None,
     data_root: str | None,
     settings: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Describe one part."""
     kind = check_kind(kind)
+    asked = {"image_size": image_size, "num_classes": num_classes}
+    sizes = {key: value for key, value in asked.items() if value is not None}
     if settings and kind not in ("model", "dataset"):
         raise ConfigError.expected("--set", "an option of a model or data set, and only for one", settings[0])
     if data_root is not None and kind != "dataset":
@@ -64,6 +72,12 @@ def command(
     registry = REGISTRIES[kind]
     registry.check_name(name)
     part, candidate = registry.lookup(name), registry.candidate(name.partition(":")[0])
+    text = kind == "model" and takes_text(part)
+    for key, value in sizes.items():
+        if kind != "model" or text:
+            flag = f"--{key.replace('_', '-')}"
+            raise ConfigError.expected(flag, "an image model to go with it", value)
+    image = {**IMAGE, **sizes}
     info: dict[str, Any] = {
         "kind": kind,
         "name": name,
@@ -78,12 +92,7 @@ def command(
         },
     }
     if kind == "model":
-        given = chain_options(settings)
-        info["size"] = _model_size(name, num_classes, image_size, given)
-        chosen = recipe or RECIPE
-        options = load_recipe(chosen, name).get("models", {}).get(name, {})
-        size = _model_size(name, num_classes, image_size, {**options, **given}) if options else info["size"]
-        info["recipe"] = {"name": chosen, "options": options, "size": size}
+        info |= _sizes(name, recipe or RECIPE, image, chain_options(settings))
     if kind == "dataset":
         options = chain_options(settings) | ({} if data_root is None else {"root": data_root})
         info["classes"] = _class_names(name, options)
@@ -92,15 +101,23 @@ def command(
     if as_json:
         echo(json.dumps(info, indent=2))
     else:
-        text = kind == "model" and takes_text(part)
-        _print(info, f"text of {TOKENS} tokens" if text else f"{image_size}x{image_size} image")
+        side = image["image_size"]
+        _print(info, f"text of {TOKENS} tokens" if text else f"{side}x{side} image")
 
 
-def _model_size(name: str, num_classes: int, image_size: int, options: dict[str, Any]) -> dict[str, int]:
+def _sizes(name: str, recipe: str, image: dict[str, int], given: dict[str, Any]) -> dict[str, Any]:
+    """Count a model with its own defaults, and with the values of a recipe."""
+    size = _model_size(name, image, given)
+    options = load_recipe(recipe, name).get("models", {}).get(name, {})
+    with_recipe = _model_size(name, image, {**options, **given}) if options else size
+    return {"size": size, "recipe": {"name": recipe, "options": options, "size": with_recipe}}
+
+
+def _model_size(name: str, image: dict[str, int], options: dict[str, Any]) -> dict[str, int]:
     from backdoorbench_moe.models.profile import profile_model
 
-    model = REGISTRIES["model"].create(name, options, {"num_classes": num_classes, "image_size": image_size})
-    profile = profile_model(model, TOKENS if takes_text(model) else image_size)
+    model = REGISTRIES["model"].create(name, options, image)
+    profile = profile_model(model, TOKENS if takes_text(model) else image["image_size"])
     return {
         "parameters": profile.parameters,
         "buffers": profile.buffers,

@@ -189,3 +189,16 @@ def test_help_texts_name_every_kind(bbmoe, kind, words) -> None:
     assert code == 0
     text = " ".join(out.split())
     assert kind in text or f"{kind.replace('dataset', 'data set')}s" in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("trigger", "warp", "--image-size", "64"),
+        ("dataset", "cifar10", "--num-classes", "3"),
+        ("model", "llama", "--num-classes", "3"),
+    ],
+)
+def test_sizes_of_images_are_refused_where_there_are_none(bbmoe, words) -> None:
+    code, _, said = bbmoe("info", *words)
+    assert code == 2 and f"{words[2]}: expected an image model to go with it, got {words[3]}" in said
