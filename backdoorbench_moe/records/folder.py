@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import shutil
+import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -54,8 +55,10 @@ class RunFolder:
         Raises:
             RecordError: The path is too long, or may not be accessed.
         """
-        try:
-            return (self.path / RECORD).is_file()
+        try:  # Not Path.is_file, which hides other errors from Python 3.14 on.
+            return stat.S_ISREG((self.path / RECORD).stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
         except OSError as error:
             raise RecordError(f"run folder {self.path}: {error.strerror}") from error
 
