@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,6 +93,9 @@ def table1(root: Path) -> str:
 
 
 GATE = {"gate.name": "top-k", "gate.balance": 0.01, "gate.noise": 1.0}
+SQUARE = {"trigger.name": "square"}
+PMOE_WITHOUT_NOISE = {"model.name": "pmoe", "poison.noise": None}
+NOISE = {"none": "no noise images", "10%": "10% noise images"}
 # How the pages of findings write the labels of tables.
 NAMES = {
     "image": "on the image",
@@ -101,6 +104,10 @@ NAMES = {
     "fine-pruning, ratio=0.2, clean_fraction=1.0, epochs=5, finetune_data=notebook": "the same, as in the notebook",
     "fine-pruning, ratio=0.2, clean_fraction=0.05, epochs=5": "pruned, tuned on 5% of the images",
     "timm:vit_tiny_patch16_224": "dense transformer",
+    "fine-tuning": "fine-tuning, 5 epochs",
+    "fine-tuning, epochs=40": "fine-tuning, 40 epochs",
+    "tile-tuning": "tile-tuning, 40 epochs",
+    "neural-cleanse, applicator=patch": "Neural Cleanse in all tiles, 20 epochs",
 }
 ALIGNED = {
     "none": "nothing",
@@ -110,7 +117,9 @@ ALIGNED = {
 BY_APPLICATOR = Layout("", ("trigger.name",), "applicator.name", no_trigger=False)
 
 
-def whole_table(root: Path, place: str, layout: Layout, rows: Sequence[str] = ()) -> str:
+def whole_table(
+    root: Path, place: str, layout: Layout, rows: Sequence[str] = (), *, names: Mapping[str, str] = NAMES
+) -> str:
     """Draw one small table of whole numbers: means, with their deviation over the seeds if there are several.
 
     Args:
@@ -118,13 +127,14 @@ def whole_table(root: Path, place: str, layout: Layout, rows: Sequence[str] = ()
         place: The results folder, below that of all results.
         layout: The table; no published values are shown.
         rows: First labels of the rows to show; all rows of which anything was run if empty.
+        names: How to write the labels of columns.
     """
     folder = root / RESULTS / place
     results = ResultSet.from_folder(suite_of(root, folder), folder)
     measured = replace(results, suite=replace(results.suite, tables=(layout,)), paper=PaperTable())
     [table] = build_sheet(measured).tables
-    names = [*map(key_name, table.row_keys), *(NAMES.get(name, name) for name in table.columns)]
-    lines = [names, ["---"] * len(table.row_keys) + ["--:"] * len(table.columns)]
+    head = [*map(key_name, table.row_keys), *(names.get(name, name) for name in table.columns)]
+    lines = [head, ["---"] * len(table.row_keys) + ["--:"] * len(table.columns)]
     cells = [*zip(table.rows, table.places, strict=True)]
     if layout.rows == ("poison.rate",):
         cells.sort(key=lambda row: float(row[0][0].rstrip("%")))
@@ -154,7 +164,7 @@ def stamping(root: Path) -> str:
 
 def gtsrb(root: Path) -> str:
     """Draw the ASR of the square on GTSRB."""
-    layout = replace(BY_APPLICATOR, rows=("poison.rate",), where={"trigger.name": "square"})
+    layout = replace(BY_APPLICATOR, rows=("poison.rate",), where=SQUARE)
     return whole_table(root, "badpatches-table2/small", layout)
 
 
@@ -182,6 +192,18 @@ def defended(root: Path) -> str:
     """Draw the ASR after every defense of a pMoE."""
     layout = replace(BY_APPLICATOR, rows=("defenses",), where={"model.name": "pmoe"})
     return whole_table(root, "defenses/small", layout)
+
+
+def knowing(root: Path) -> str:
+    """Draw the ASR after tuning, of attacks with and without noise images."""
+    layout = Layout("", ("model.name", "defenses"), "poison.noise", no_trigger=False, where=SQUARE)
+    return whole_table(root, "knowing-attacker/quick", layout, names=NOISE)
+
+
+def tuned(root: Path) -> str:
+    """Draw the ASR after short and long tuning, and after tuning on random tiles, on CIFAR-10."""
+    layout = Layout("", ("defenses",), "trigger.name", no_trigger=False, where=PMOE_WITHOUT_NOISE)
+    return whole_table(root, "knowing-attacker/small", layout)
 
 
 def poisoned_expert(root: Path) -> str:
@@ -307,6 +329,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "transformers": transformers,
     "fine-pruning": fine_pruning,
     "defended": defended,
+    "knowing": knowing,
+    "tuned": tuned,
     "poisoned-expert": poisoned_expert,
     "claims": claims,
     "first-look": first_look,
