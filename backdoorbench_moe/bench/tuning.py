@@ -27,7 +27,8 @@ def compared_key(key: str) -> str:
 def plain_tuning(spec: RunSpec) -> RunSpec | None:
     """Return the run that a defended run is compared with: plain tuning in the place of its last defense.
 
-    It has the default options of `fine-tuning`, and the same share of clean images if the defense is given one.
+    It has the default options of `fine-tuning`, also where the defense tunes for more epochs, and the same share of
+    clean images if the defense is given one.
 
     Returns:
         The spec; None for an undefended run, and for plain tuning itself.
