@@ -8,7 +8,9 @@ from suites import tiny_suite
 
 from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.tables import build_sheet
-from backdoorbench_moe.bench.tuning import plain_tuning
+from backdoorbench_moe.bench.tuning import COMPARED, plain_tuning
+from backdoorbench_moe.defenses.fine_tuning import FineTuning
+from backdoorbench_moe.metrics import metric
 from backdoorbench_moe.ops.metrics import proportion
 
 PRUNED, TUNED, FILTERED = "fine-pruning, ratio=0.2", "fine-tuning", "strip"
@@ -104,3 +106,8 @@ def test_the_control_has_the_same_clean_images_and_no_other_option() -> None:
         {"name": "fine-tuning", "clean_fraction": 0.5},
     ]
     assert plain_tuning(head).digest == tuned.digest
+
+
+@pytest.mark.parametrize("key", COMPARED)
+def test_the_legend_says_how_long_plain_tuning_is(key) -> None:
+    assert metric(key).name.endswith(f"plain tuning for {FineTuning().epochs} epochs")
