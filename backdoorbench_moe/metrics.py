@@ -103,14 +103,14 @@ METRICS = {
         # Of defended runs; never in a record, see `bench.tuning`.
         Metric(
             "ba_over_tuning",
-            "clean accuracy minus that of plain tuning for 5 epochs",
+            "clean accuracy minus that of plain tuning of the same length",
             "BA − tuning",
             POINTS,
             "higher",
         ),
         Metric(
             "asr_over_tuning",
-            "attack success rate minus that of plain tuning for 5 epochs",
+            "attack success rate minus that of plain tuning of the same length",
             "ASR − tuning",
             POINTS,
             "lower",

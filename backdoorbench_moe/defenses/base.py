@@ -162,6 +162,8 @@ class Defense(ABC):
             images), "marked" (images that bear the mark of a policy) and "tasks" (clean images of each task of a
             mixture). The last two restrict the defense to models with a policy, and to mixtures.
         takes_texts: Whether it can be applied to models of texts, too.
+        tuning_length: Name of the option that says for how many epochs the defense tunes the model. Plain tuning, which
+            it is compared with, is as long. None for a defense that does not tune.
         tiny: Options with which the conformance tests build the defense: options that make it fast, and options
             without default.
         deviations: Conformance tests that the defense is known to fail: the reason for each, by name of the test.
@@ -179,6 +181,7 @@ class Defense(ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset({"clean"})
     takes_texts: ClassVar[bool] = False
+    tuning_length: ClassVar[str | None] = None
     tiny: ClassVar[Mapping[str, object]] = {}
     deviations: ClassVar[Mapping[str, str]] = {}
 

@@ -40,6 +40,7 @@ class ExpertReset(Defense):
             expert.
     """
 
+    tuning_length: ClassVar[str | None] = "epochs"
     tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
 
     def __init__(

@@ -55,6 +55,7 @@ class FinePruning(Defense):
         Liu et al., "Fine-Pruning", RAID 2018; BadPatches (arXiv 2505.01811), section 5, and its notebooks.
     """
 
+    tuning_length: ClassVar[str | None] = "epochs"
     tiny: ClassVar[Mapping[str, object]] = {"ratio": 0.25, "epochs": 1}
 
     def __init__(

@@ -28,6 +28,7 @@ class FineTuning(Defense):
     """
 
     takes_texts: ClassVar[bool] = True
+    tuning_length: ClassVar[str | None] = "epochs"
     tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
 
     def __init__(

@@ -48,6 +48,7 @@ class FST(Defense):
         Min et al., "Towards stable backdoor purification through feature shift tuning", NeurIPS 2023, eq. 1.
     """
 
+    tuning_length: ClassVar[str | None] = "epochs"
     tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
 
     def __init__(

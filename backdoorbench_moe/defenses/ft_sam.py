@@ -52,6 +52,7 @@ class FTSAM(Defense):
         and 3.
     """
 
+    tuning_length: ClassVar[str | None] = "epochs"
     tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
 
     def __init__(

@@ -70,6 +70,7 @@ class NAD(Defense):
         betas were chosen.
     """
 
+    tuning_length: ClassVar[str | None] = "epochs"
     tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
 
     def __init__(

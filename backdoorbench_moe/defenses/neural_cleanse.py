@@ -113,6 +113,7 @@ class NeuralCleanse(Defense):
         and its code.
     """
 
+    tuning_length: ClassVar[str | None] = "unlearn_epochs"
     tiny: ClassVar[Mapping[str, object]] = {"epochs": 2, "unlearn_epochs": 1}
 
     def __init__(

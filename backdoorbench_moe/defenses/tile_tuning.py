@@ -50,6 +50,7 @@ class TileTuning(Defense):
         ConfigError: A value is out of range, or the tiles do not cover the images.
     """
 
+    tuning_length: ClassVar[str | None] = "epochs"
     tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
 
     def __init__(

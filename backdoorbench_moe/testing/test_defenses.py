@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from backdoorbench_moe import defenses
 from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
@@ -179,6 +180,15 @@ def test_number_of_clean_texts(defense_name: str) -> None:
     assert 1 <= defense.count(1000, 0) <= 1000
     with pytest.raises(ConfigError, match=r"clean_fraction: .* texts is 0; expected at least 1"):
         defense.count(0, 0)
+
+
+def test_the_option_for_the_length_of_its_tuning_is_one(defense_name: str) -> None:
+    length = defenses.registry.lookup(defense_name).tuning_length
+    if length is not None:
+        default = defenses.registry.options(defense_name)[length].default
+        assert isinstance(default, int), (
+            f"tuning_length: expected an option with a number of epochs, got {length}"
+        )
 
 
 def test_unknown_options_are_refused_by_name(defense_name: str) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from fake_runs import finished, write
 from suites import tiny_suite
 
 from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.tables import build_sheet
-from backdoorbench_moe.bench.tuning import COMPARED, plain_tuning
-from backdoorbench_moe.defenses.fine_tuning import FineTuning
-from backdoorbench_moe.metrics import metric
+from backdoorbench_moe.bench.tuning import plain_tuning
+from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.ops.metrics import proportion
 
 PRUNED, TUNED, FILTERED = "fine-pruning, ratio=0.2", "fine-tuning", "strip"
@@ -108,6 +109,26 @@ def test_the_control_has_the_same_clean_images_and_no_other_option() -> None:
     assert plain_tuning(head).digest == tuned.digest
 
 
-@pytest.mark.parametrize("key", COMPARED)
-def test_the_legend_says_how_long_plain_tuning_is(key) -> None:
-    assert metric(key).name.endswith(f"plain tuning for {FineTuning().epochs} epochs")
+@pytest.mark.parametrize(
+    ("defense", "control"),
+    [
+        ({"name": "tile-tuning"}, {"name": "fine-tuning", "epochs": 40}),
+        ({"name": "tile-tuning", "epochs": 7}, {"name": "fine-tuning", "epochs": 7}),
+        ({"name": "neural-cleanse", "epochs": 7}, {"name": "fine-tuning", "epochs": 20}),
+        ({"name": "fst", "epochs": 5}, {"name": "fine-tuning"}),
+        ({"name": "clp"}, {"name": "fine-tuning"}),
+        ({"name": "fine-tuning", "epochs": 9}, None),
+        ({"name": "fine-tuning", "epochs": 9, "scope": "head"}, {"name": "fine-tuning", "epochs": 9}),
+    ],
+    ids=str,
+)
+def test_the_control_is_as_long_as_the_defense_tunes(defense, control) -> None:
+    [cell] = tiny_suite(grid={"trigger": "square", "defenses": [[defense]]}).cells
+    found = plain_tuning(cell.spec)
+    assert (None if found is None else found.defenses[-1].to_dict()) == control
+
+
+def test_a_defense_that_is_not_installed_has_the_usual_control(monkeypatch) -> None:
+    [cell] = tiny_suite(grid={"trigger": "square", "defenses": [["clp"]]}).cells
+    gone = replace(cell.spec, defenses=(PartSpec("gone", {"epochs": 9}),))
+    assert plain_tuning(gone).defenses[-1].to_dict() == {"name": "fine-tuning"}
