@@ -94,6 +94,7 @@ def table1(root: Path) -> str:
 
 GATE = {"gate.name": "top-k", "gate.balance": 0.01, "gate.noise": 1.0}
 SQUARE = {"trigger.name": "square"}
+PMOE_BY_PATCH = {"model.name": "pmoe", "applicator.name": "patch"}
 PMOE_WITHOUT_NOISE = {"model.name": "pmoe", "poison.noise": None}
 NOISE = {"none": "no noise images", "10%": "10% noise images"}
 # How the pages of findings write the labels of tables.
@@ -105,6 +106,7 @@ NAMES = {
     "fine-pruning, ratio=0.2, clean_fraction=0.05, epochs=5": "pruned, tuned on 5% of the images",
     "timm:vit_tiny_patch16_224": "dense transformer",
     "fine-tuning": "fine-tuning, 5 epochs",
+    "fine-tuning, epochs=20": "fine-tuning, 20 epochs",
     "fine-tuning, epochs=40": "fine-tuning, 40 epochs",
     "tile-tuning": "tile-tuning, 40 epochs",
     "neural-cleanse, applicator=patch": "Neural Cleanse in all tiles, 20 epochs",
@@ -198,6 +200,12 @@ def knowing(root: Path) -> str:
     """Draw the ASR after tuning, of attacks with and without noise images."""
     layout = Layout("", ("model.name", "defenses"), "poison.noise", no_trigger=False, where=SQUARE)
     return whole_table(root, "knowing-attacker/quick", layout, names=NOISE)
+
+
+def defended_quick(root: Path) -> str:
+    """Draw the ASR after every defense of a pMoE on signs, by patch."""
+    layout = Layout("", ("defenses",), "trigger.name", no_trigger=False, where=PMOE_BY_PATCH)
+    return whole_table(root, "standard-defenses/quick", layout)
 
 
 def tuned(root: Path) -> str:
@@ -329,6 +337,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "transformers": transformers,
     "fine-pruning": fine_pruning,
     "defended": defended,
+    "defended-quick": defended_quick,
     "knowing": knowing,
     "tuned": tuned,
     "poisoned-expert": poisoned_expert,
