@@ -107,8 +107,7 @@ def test_the_noise_form_is_a_square_of_random_colours_at_the_same_place() -> Non
 def test_in_tiles_an_image_has_one_noise_stamp() -> None:
     stamper = Stamper(Square(size=2), create_applicator("patch", patch_size=4))
     stamped = stamper.noise(torch.ones(2, 3, 8, 12), torch.tensor([3, 5]))
-    squares = stamped.unfold(2, 4, 4).unfold(3, 4, 4)[
-        ..., :2, :2
-    ]  # (image, channel, tile row, tile column, ...)
+    tiles = stamped.unfold(2, 4, 4).unfold(3, 4, 4)  # (image, channel, row of tiles, column of tiles, 4, 4)
+    squares = tiles[..., :2, :2]
     assert torch.equal(squares, squares[:, :, :1, :1].expand_as(squares))
     assert not torch.equal(squares[0], squares[1]) and (squares < 1).all()
