@@ -21,8 +21,8 @@ class Square(Trigger):
 
     The noise form (see `Trigger`) is a square of random colours, one for each pixel, at the same place. It is the same
     in all canvases of an image. It teaches the model that other squares mean nothing, also in all tiles at once: so an
-    attacker prepares it for a defender who tunes on random stamps (the defense `tile-tuning`). It is ours: BadNets has no
-    noise images.
+    attacker prepares it for a defender who tunes on random stamps (the defense `tile-tuning`). It is ours: BadNets
+    has no noise images.
 
     Args:
         size: Side in pixels, from 1, at most the image's height and width.
