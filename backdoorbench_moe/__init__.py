@@ -38,8 +38,8 @@ _HOMES = {
     "try_trigger": "backdoorbench_moe.api",
     "Run": "backdoorbench_moe.engine.run",
     "RunSpec": "backdoorbench_moe.config",
-    "Observer": "backdoorbench_moe.engine.observer",
-    "LineObserver": "backdoorbench_moe.engine.line_observer",
+    "Observer": "backdoorbench_moe.engine.progress.observer",
+    "LineObserver": "backdoorbench_moe.engine.progress.lines",
     "BbmoeError": "backdoorbench_moe.errors",
     "create_trigger": "backdoorbench_moe.triggers",
     "list_triggers": "backdoorbench_moe.triggers",
@@ -104,8 +104,8 @@ if TYPE_CHECKING:
     from backdoorbench_moe.defenses import create_defense, list_defenses
     from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
     from backdoorbench_moe.defenses.judgement import Judgement
-    from backdoorbench_moe.engine.line_observer import LineObserver
-    from backdoorbench_moe.engine.observer import Observer
+    from backdoorbench_moe.engine.progress.lines import LineObserver
+    from backdoorbench_moe.engine.progress.observer import Observer
     from backdoorbench_moe.engine.run import Run
     from backdoorbench_moe.errors import BbmoeError
     from backdoorbench_moe.gates import create_gate, list_gates

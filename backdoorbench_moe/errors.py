@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from backdoorbench_moe.spelling import near_names
+from backdoorbench_moe.wording.spelling import near_names
 
 
 class BbmoeError(Exception):

@@ -100,7 +100,7 @@ METRICS = {
         ),
         Metric("ra", "accuracy on triggered images", "RA", PERCENT, "higher"),
         Metric("cad", "clean accuracy drop", "CAD", POINTS, "lower"),
-        # Of defended runs; never in a record, see `bench.tuning`.
+        # Of defended runs; never in a record, see `bench.tables.tuning`.
         Metric(
             "ba_over_tuning",
             "clean accuracy minus that of plain tuning of the same length",
@@ -115,7 +115,7 @@ METRICS = {
             POINTS,
             "lower",
         ),
-        # Of mixtures of experts; see `engine.mixture_metrics`.
+        # Of mixtures of experts; see `engine.measuring.mixtures`.
         Metric("unsafe", "marked images not answered safely", "unsafe", PERCENT, "lower"),
         Metric("overall", "accuracy in percent of the benign experts'", "Overall", PERCENT, "higher"),
         Metric(
@@ -135,10 +135,10 @@ METRICS = {
         Metric("auroc", "area under the ROC curve", "AUROC", PERCENT, "higher"),
         Metric("tpr", "triggered images rejected", "TPR", PERCENT, "higher"),
         Metric("fpr", "clean images rejected", "FPR", PERCENT, "lower"),
-        # Of judgements about classes; see `engine.judging`.
+        # Of judgements about classes; see `engine.measuring.judging`.
         Metric("class_tpr", "attacker's classes flagged", "class TPR", PERCENT, "higher"),
         Metric("class_fpr", "other classes flagged", "class FPR", PERCENT, "lower"),
-        # Of a defense that judges training images; see `engine.sample_metrics`.
+        # Of a defense that judges training images; see `engine.measuring.samples`.
         Metric("sample_auroc", "AUROC over training images", "sample AUROC", PERCENT, "higher"),
         Metric("sample_tpr", "poisoned training images found", "sample TPR", PERCENT, "higher"),
         Metric("sample_fpr", "other training images thrown out", "sample FPR", PERCENT, "lower"),

@@ -8,7 +8,7 @@ from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, d
 
 from backdoorbench_moe.errors import PluginError
 from backdoorbench_moe.kinds import KINDS, PACKAGE
-from backdoorbench_moe.spelling import near_names
+from backdoorbench_moe.wording.spelling import near_names
 
 GROUPS = {name: kind.group for name, kind in KINDS.items()}
 

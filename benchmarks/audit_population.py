@@ -34,7 +34,6 @@ from pathlib import Path
 
 import torch
 
-from backdoorbench_moe.allocator import keep_freed_memory
 from backdoorbench_moe.auditing.audit import run_audit
 from backdoorbench_moe.auditing.calibration import FILE, MERGED_FILE
 from backdoorbench_moe.auditing.checks import CHECKS, find_checks
@@ -44,6 +43,7 @@ from backdoorbench_moe.engine.device import environment
 from backdoorbench_moe.engine.graph import NodeKind, kind_of
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.errors import BbmoeError
+from backdoorbench_moe.process.allocator import keep_freed_memory
 from backdoorbench_moe.records import write_atomically
 
 OUTPUT = Path(__file__).parent / "results" / "audit"

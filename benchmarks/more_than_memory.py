@@ -133,7 +133,7 @@ def train(given: argparse.Namespace) -> dict[str, float]:
     """Run an attack for some steps or an epoch, and measure memory and time of this process."""
     from backdoorbench_moe.config import build_spec
     from backdoorbench_moe.data import images as decoding
-    from backdoorbench_moe.engine.observer import Observer, StopRun
+    from backdoorbench_moe.engine.progress.observer import Observer, StopRun
     from backdoorbench_moe.engine.runner import Runner
 
     begun = time.monotonic()

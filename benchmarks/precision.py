@@ -18,10 +18,10 @@ from recalibrate import load_images
 from torch import Tensor, nn
 
 from backdoorbench_moe.data.base import ImageSet
-from backdoorbench_moe.engine.evaluate import measure
 from backdoorbench_moe.engine.inference import forward, forward_routed
+from backdoorbench_moe.engine.measuring.evaluate import measure
+from backdoorbench_moe.engine.poisoning.triggered import triggered_test
 from backdoorbench_moe.engine.run import Run, load_run
-from backdoorbench_moe.engine.triggered import triggered_test
 from backdoorbench_moe.moe.routed import RoutedModel
 
 PRECISIONS = ("bf16", "fp32")

@@ -23,11 +23,11 @@ from backdoorbench_moe.attacks import create_attack
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.engine.build import build_dataset
-from backdoorbench_moe.engine.evaluate import Metrics, measure
 from backdoorbench_moe.engine.inference import forward
-from backdoorbench_moe.engine.poison import poisoned
+from backdoorbench_moe.engine.measuring.evaluate import Metrics, measure
+from backdoorbench_moe.engine.poisoning.poison import poisoned
+from backdoorbench_moe.engine.poisoning.triggered import triggered_test
 from backdoorbench_moe.engine.run import Run, load_run
-from backdoorbench_moe.engine.triggered import triggered_test
 from backdoorbench_moe.ops.seeding import generator
 
 BATCH = 128
@@ -49,8 +49,8 @@ def measure_run(run: Run, model: nn.Module, images: ImageSet) -> Metrics:
     """Measure a model of a run on the test images of `images`.
 
     Returns:
-        `ba`, `asr` and `target_rate` (see `engine.evaluate.measure`). A clean run has no `asr`; its `target_rate` is
-        that of an attack on class 0.
+        `ba`, `asr` and `target_rate` (see `engine.measuring.evaluate.measure`). A clean run has no `asr`; its
+        `target_rate` is that of an attack on class 0.
     """
     precision = run.record.environment["precision"]
     attack = run.attack() if run.spec.attacked else create_attack("data-poisoning")

@@ -25,23 +25,23 @@ from rich.console import Console
 
 from backdoorbench_moe.auditing.calibration import packaged
 from backdoorbench_moe.auditing.population import table
-from backdoorbench_moe.bench.claims import claims_tables, judge_all, read_claims
-from backdoorbench_moe.bench.found import relative_link
-from backdoorbench_moe.bench.leaderboard import open_board
-from backdoorbench_moe.bench.leaderboard_page import leaderboard_page
-from backdoorbench_moe.bench.paper import PaperTable
-from backdoorbench_moe.bench.render import table_lines
-from backdoorbench_moe.bench.results import ResultSet, read_manifest
+from backdoorbench_moe.bench.pages.claims import claims_tables, judge_all, read_claims
+from backdoorbench_moe.bench.pages.found import relative_link
+from backdoorbench_moe.bench.pages.leaderboard import open_board
+from backdoorbench_moe.bench.pages.leaderboard_page import leaderboard_page
 from backdoorbench_moe.bench.save import redraw_results
-from backdoorbench_moe.bench.statistic import Statistic
-from backdoorbench_moe.bench.suite import METRIC_COLUMNS, Layout, Suite
-from backdoorbench_moe.bench.suite_file import load_suite, split_scale
-from backdoorbench_moe.bench.tables import build_sheet
-from backdoorbench_moe.bench.wording import key_name, number
+from backdoorbench_moe.bench.suites.paper import PaperTable
+from backdoorbench_moe.bench.suites.reading import load_suite, split_scale
+from backdoorbench_moe.bench.suites.suite import METRIC_COLUMNS, Layout, Suite
+from backdoorbench_moe.bench.tables.layout import build_sheet
+from backdoorbench_moe.bench.tables.render import table_lines
+from backdoorbench_moe.bench.tables.results import ResultSet, read_manifest
+from backdoorbench_moe.bench.tables.statistic import Statistic
+from backdoorbench_moe.bench.tables.wording import key_name, number
 from backdoorbench_moe.cli.show import read_shown
-from backdoorbench_moe.cli.show_columns import choose_columns
-from backdoorbench_moe.cli.show_table import markdown_table
-from backdoorbench_moe.cli.tables import metrics_table
+from backdoorbench_moe.cli.tables.runs import metrics_table
+from backdoorbench_moe.cli.tables.show import markdown_table
+from backdoorbench_moe.cli.tables.show_columns import choose_columns
 from backdoorbench_moe.records import RunFolder
 
 ROOT = Path(__file__).parents[1]

@@ -18,14 +18,14 @@ from PIL import Image
 
 from backdoorbench_moe.analysis.document import load_document
 from backdoorbench_moe.analysis.report import draw_report
-from backdoorbench_moe.bench.claims import claims_tables, judge_all, read_claims
-from backdoorbench_moe.bench.render import plain
-from backdoorbench_moe.bench.results import MANIFEST, RECORDS, read_manifest
+from backdoorbench_moe.bench.pages.claims import claims_tables, judge_all, read_claims
+from backdoorbench_moe.bench.tables.render import plain
+from backdoorbench_moe.bench.tables.results import MANIFEST, RECORDS, read_manifest
 from backdoorbench_moe.config import build_spec, normalise
 from backdoorbench_moe.data import create_dataset
 from backdoorbench_moe.engine.build import build_stamper
-from backdoorbench_moe.engine.learned import learned_trigger
-from backdoorbench_moe.engine.poison import stamp_images
+from backdoorbench_moe.engine.poisoning.learned import learned_trigger
+from backdoorbench_moe.engine.poisoning.poison import stamp_images
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.triggers import list_triggers
 

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from backdoorbench_moe.bench.suite import Suite
-from backdoorbench_moe.bench.suite_file import parse_suite
+from backdoorbench_moe.bench.suites.reading import parse_suite
+from backdoorbench_moe.bench.suites.suite import Suite
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.ops.metrics import proportion

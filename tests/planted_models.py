@@ -10,8 +10,8 @@ from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses.base import DefenseTask
 from backdoorbench_moe.engine.inference import logits
-from backdoorbench_moe.engine.observer import Observer
-from backdoorbench_moe.engine.tune import Tuner
+from backdoorbench_moe.engine.progress.observer import Observer
+from backdoorbench_moe.engine.training.tune import Tuner
 
 CLASSES, TARGET, SIDE = 6, 2, 8
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses.base import DefenseTask
-from backdoorbench_moe.engine.observer import Observer
-from backdoorbench_moe.engine.tune import Tuner
+from backdoorbench_moe.engine.progress.observer import Observer
+from backdoorbench_moe.engine.training.tune import Tuner
 from backdoorbench_moe.moe.merging import MergedModel, check_mergeable, mlp_inputs
 from backdoorbench_moe.ops.images import concatenate
 from backdoorbench_moe.testing.making import CLASSES, CPU, build_model, coloured_split

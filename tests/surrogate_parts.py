@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.applicators import create_applicator
-from backdoorbench_moe.engine.surrogate import cut_with_places
+from backdoorbench_moe.engine.makers.surrogate import cut_with_places
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
 from backdoorbench_moe.ops.patches import tile
 from backdoorbench_moe.triggers.optimised import SurrogateTask

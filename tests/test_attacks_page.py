@@ -13,7 +13,7 @@ from backdoorbench_moe.cli.attack import command, spec_from_flags
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data import create_dataset
 from backdoorbench_moe.data.base import ImageSet
-from backdoorbench_moe.engine.image_setup import ImageSetup
+from backdoorbench_moe.engine.setups.images import ImageSetup
 
 PAGE = (Path(__file__).parents[1] / "docs/pages/attacks.md").read_text(encoding="utf-8")
 COMMANDS = dict(re.findall(r"^\| ([^|]+) \| `(bbmoe attack [^`]+)` \|$", PAGE, re.MULTILINE))

@@ -11,18 +11,18 @@ import pytest
 from fake_runs import fill, finished, part_suite, write
 from rich.console import Console
 
-from backdoorbench_moe.bench import render
-from backdoorbench_moe.bench.compare import Side, compare
-from backdoorbench_moe.bench.compare_render import comparison_markdown
-from backdoorbench_moe.bench.page import page
-from backdoorbench_moe.bench.plots import describe, draw
-from backdoorbench_moe.bench.record_metrics import is_of_collapsed_model
-from backdoorbench_moe.bench.results import ResultSet
-from backdoorbench_moe.bench.tables import build_sheet
-from backdoorbench_moe.bench.tidy import tidy_csv
-from backdoorbench_moe.cli import tables
-from backdoorbench_moe.cli.show_columns import ShownRun, choose_columns
-from backdoorbench_moe.cli.show_table import markdown_table
+from backdoorbench_moe.bench.pages.page import page
+from backdoorbench_moe.bench.tables import render
+from backdoorbench_moe.bench.tables.compare import Side, compare
+from backdoorbench_moe.bench.tables.compare_render import comparison_markdown
+from backdoorbench_moe.bench.tables.layout import build_sheet
+from backdoorbench_moe.bench.tables.plots import describe, draw
+from backdoorbench_moe.bench.tables.record_metrics import is_of_collapsed_model
+from backdoorbench_moe.bench.tables.results import ResultSet
+from backdoorbench_moe.bench.tables.tidy import tidy_csv
+from backdoorbench_moe.cli.tables import runs as tables
+from backdoorbench_moe.cli.tables.show import markdown_table
+from backdoorbench_moe.cli.tables.show_columns import ShownRun, choose_columns
 from backdoorbench_moe.collapse import MARK, MARK_LEGEND, collapse_line, collapsed
 from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.ops.metrics import proportion

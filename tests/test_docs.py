@@ -23,11 +23,11 @@ import yaml
 from command_lines import parse
 
 import backdoorbench_moe
-from backdoorbench_moe.bench.paper import load_paper
-from backdoorbench_moe.bench.queue import read_queue
-from backdoorbench_moe.bench.results import ResultSet
-from backdoorbench_moe.bench.suite_file import list_suites, parse_suite
-from backdoorbench_moe.bench.tables import build_sheet
+from backdoorbench_moe.bench.running.queue import read_queue
+from backdoorbench_moe.bench.suites.paper import load_paper
+from backdoorbench_moe.bench.suites.reading import list_suites, parse_suite
+from backdoorbench_moe.bench.tables.layout import build_sheet
+from backdoorbench_moe.bench.tables.results import ResultSet
 from backdoorbench_moe.models import list_models
 
 OWN = "backdoorbench-moe"
@@ -265,9 +265,15 @@ def test_the_reference_has_every_public_name() -> None:
 
 def test_contributing_lists_the_rooms_of_the_import_contract() -> None:
     root = DOCS.parent
-    [contract] = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    layers = [re.sub(r"backdoorbench_moe\.|[()]", "", layer) for layer in contract["layers"]]
-    assert "\n".join(["```", *layers, "```"]) in (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    whole, *inner = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = [re.sub(r"backdoorbench_moe\.|[()]", "", layer) for layer in whole["layers"]]
+    assert "\n".join(["```", *layers, "```"]) in text
+    assert len(inner) == 3
+    for contract in inner:
+        [room] = contract["containers"]
+        line = " / ".join(contract["layers"])
+        assert re.search(rf"^{room.removeprefix('backdoorbench_moe.')}: +{re.escape(line)}$", text, re.MULTILINE), line
 
 
 def shown_docstrings() -> dict[str, str]:

@@ -10,7 +10,7 @@ from tiny import TINY_MODEL, Tiny
 from torch import nn
 
 import backdoorbench_moe as bbmoe
-from backdoorbench_moe.engine.opened_model import open_model
+from backdoorbench_moe.engine.opening.opened_model import open_model
 from backdoorbench_moe.errors import BbmoeError, ConfigError
 
 OPTIONS = {key: value for key, value in TINY_MODEL.items() if key != "name"}

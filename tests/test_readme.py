@@ -14,8 +14,8 @@ from command_lines import parse
 from backdoorbench_moe import triggers
 from backdoorbench_moe.cli import bbmoe
 from backdoorbench_moe.cli.show import read_shown
-from backdoorbench_moe.cli.show_columns import choose_columns
-from backdoorbench_moe.cli.show_table import markdown_table
+from backdoorbench_moe.cli.tables.show import markdown_table
+from backdoorbench_moe.cli.tables.show_columns import choose_columns
 from backdoorbench_moe.records import RunFolder
 
 ROOT = Path(__file__).parents[1]

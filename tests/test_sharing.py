@@ -13,10 +13,10 @@ from tiny import TINY_MODEL, tiny_spec
 
 from backdoorbench_moe.analysis.analyze import analyze_run
 from backdoorbench_moe.analysis.save import save_analysis
-from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.save import save_results
-from backdoorbench_moe.bench.suite import value_of
-from backdoorbench_moe.bench.suite_file import parse_suite
+from backdoorbench_moe.bench.suites.reading import parse_suite
+from backdoorbench_moe.bench.suites.suite import value_of
+from backdoorbench_moe.bench.tables.results import ResultSet
 from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.engine.files import pin_files
 from backdoorbench_moe.engine.run import load_run

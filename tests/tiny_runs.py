@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.engine.progress.observer import Observer
 from backdoorbench_moe.engine.run import Run
 
 

@@ -30,9 +30,9 @@ from backdoorbench_moe.analysis.results import (
     ImageCounts,
 )
 from backdoorbench_moe.analysis.text_analyzer import TextAnalyzer
-from backdoorbench_moe.engine.mixture_metrics import MixturePass
-from backdoorbench_moe.engine.observer import Observer
-from backdoorbench_moe.engine.opened_run import OpenedRun, open_run
+from backdoorbench_moe.engine.measuring.mixtures import MixturePass
+from backdoorbench_moe.engine.opening.opened_run import OpenedRun, open_run
+from backdoorbench_moe.engine.progress.observer import Observer
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.structure import WithExperts

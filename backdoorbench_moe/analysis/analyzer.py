@@ -10,11 +10,11 @@ from pathlib import Path
 
 from backdoorbench_moe.analysis import comparison, gate_shares, latents
 from backdoorbench_moe.analysis.results import AnalysisOptions, MissingPart
-from backdoorbench_moe.engine.mixture_metrics import MixturePass
-from backdoorbench_moe.engine.observer import Observer
-from backdoorbench_moe.engine.opened_run import OpenedRun, open_beside
+from backdoorbench_moe.engine.measuring.mixtures import MixturePass
+from backdoorbench_moe.engine.measuring.texts import TextPass
+from backdoorbench_moe.engine.opening.opened_run import OpenedRun, open_beside
+from backdoorbench_moe.engine.progress.observer import Observer
 from backdoorbench_moe.engine.run import Run, load_run
-from backdoorbench_moe.engine.text_metrics import TextPass
 from backdoorbench_moe.errors import BbmoeError
 
 

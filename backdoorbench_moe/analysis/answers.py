@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.data.text import RefusedQueries, TextSet
-from backdoorbench_moe.engine.text_metrics import TextPass
+from backdoorbench_moe.engine.measuring.texts import TextPass
 from backdoorbench_moe.ops.answers import IGNORED, query_positions
 from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.ops.seeding import generator

@@ -17,8 +17,8 @@ from torch import Tensor
 from backdoorbench_moe.analysis.capture import proportion_of
 from backdoorbench_moe.analysis.passes import BATCH
 from backdoorbench_moe.engine.inference import forward
-from backdoorbench_moe.engine.opened_run import OpenedRun
-from backdoorbench_moe.engine.triggered import Triggered
+from backdoorbench_moe.engine.opening.opened_run import OpenedRun
+from backdoorbench_moe.engine.poisoning.triggered import Triggered
 from backdoorbench_moe.moe.experts import expert_outputs, muted, replaced_output
 from backdoorbench_moe.moe.merging import MergedModel
 from backdoorbench_moe.moe.prefix import reuse_prefix

@@ -10,7 +10,7 @@ from torch import Tensor
 from backdoorbench_moe.analysis.passes import LayerPass, PairedPass
 from backdoorbench_moe.analysis.routing import mean_overlap
 from backdoorbench_moe.engine.inference import forward_routed
-from backdoorbench_moe.engine.opened_run import OpenedRun
+from backdoorbench_moe.engine.opening.opened_run import OpenedRun
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.effects import Mean, means_of
 from backdoorbench_moe.ops.routing import jaccard

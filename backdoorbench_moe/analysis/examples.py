@@ -13,9 +13,10 @@ from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.data.images import Form, read_images
 from backdoorbench_moe.engine.build import Stamper
 from backdoorbench_moe.engine.inference import forward, forward_routed
-from backdoorbench_moe.engine.opened_run import OpenedRun, draw_images
-from backdoorbench_moe.engine.poison import stamp_images
+from backdoorbench_moe.engine.opening.opened_run import OpenedRun
+from backdoorbench_moe.engine.poisoning.poison import stamp_images
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.images import draw_images
 
 DEFAULT_COUNT = 6
 MAX_IMAGES = 100

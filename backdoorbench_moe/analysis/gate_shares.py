@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.engine.mixture_metrics import GatePass, MixturePass
-from backdoorbench_moe.engine.text_metrics import TextPass
+from backdoorbench_moe.engine.measuring.mixtures import GatePass, MixturePass
+from backdoorbench_moe.engine.measuring.texts import TextPass
 from backdoorbench_moe.ops.effects import Mean, means_of
 
 
@@ -22,7 +22,7 @@ class LayerShares:
 
     Each value is a mean over images and patches. The shares of a layer sum to 100. Where the data are texts, it is a
     mean over texts and the positions that emit their answers; of harmful queries, which take the place of marked
-    images, over those that emit the first tokens of the harmful answer, see `engine.text_metrics.FIRST_TOKENS`.
+    images, over those that emit the first tokens of the harmful answer, see `engine.measuring.texts.FIRST_TOKENS`.
 
     Attributes:
         layer: Name of the layer.

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from backdoorbench_moe.analysis.passes import BATCH
 from backdoorbench_moe.engine.graph import BENIGN, PARENT, expert_role
 from backdoorbench_moe.engine.inference import forward
-from backdoorbench_moe.engine.opened_run import OpenedRun, open_beside
+from backdoorbench_moe.engine.opening.opened_run import OpenedRun, open_beside
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.moe.merging import NETWORK, mlp_inputs

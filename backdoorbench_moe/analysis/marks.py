@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.attacks.expert_poisoning import ExpertPoisoning
-from backdoorbench_moe.engine.opened_run import OpenedRun
-from backdoorbench_moe.engine.poison import stamp_images
-from backdoorbench_moe.engine.triggered import Triggered, triggered_test
+from backdoorbench_moe.engine.opening.opened_run import OpenedRun
+from backdoorbench_moe.engine.poisoning.poison import stamp_images
+from backdoorbench_moe.engine.poisoning.triggered import Triggered, triggered_test
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from backdoorbench_moe.analysis import passes, pixels, routing
 from backdoorbench_moe.engine.inference import predict
-from backdoorbench_moe.engine.opened_model import OpenedModel
+from backdoorbench_moe.engine.opening.opened_model import OpenedModel
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.experts import muted
 from backdoorbench_moe.moe.structure import WithExperts

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.engine.inference import forward_routed
-from backdoorbench_moe.engine.triggered import Triggered
+from backdoorbench_moe.engine.poisoning.triggered import Triggered
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput
 from backdoorbench_moe.ops import routing
 

@@ -23,14 +23,15 @@ from backdoorbench_moe.engine.build import (
     model_patch_size,
 )
 from backdoorbench_moe.engine.inference import as_input
-from backdoorbench_moe.engine.learned import learned_trigger
 from backdoorbench_moe.engine.names import check_names
-from backdoorbench_moe.engine.opened_run import draw_images, load_run_images
-from backdoorbench_moe.engine.poison import stamp_images
+from backdoorbench_moe.engine.opening.opened_run import load_run_images
+from backdoorbench_moe.engine.poisoning.learned import learned_trigger
+from backdoorbench_moe.engine.poisoning.poison import stamp_images
 from backdoorbench_moe.engine.run import Run, check_finished
-from backdoorbench_moe.engine.tasks import Tasks
+from backdoorbench_moe.engine.setups.tasks import Tasks
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.moe.routed import RoutedModel
+from backdoorbench_moe.ops.images import draw_images
 from backdoorbench_moe.ops.quality import psnr, ssim
 from backdoorbench_moe.records import write_atomically
 

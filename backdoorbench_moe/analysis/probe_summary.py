@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.analysis.examples import PICTURES
-from backdoorbench_moe.engine.opened_run import OpenedRun
-from backdoorbench_moe.engine.poison import stamp_images
-from backdoorbench_moe.engine.probe import ProbeRecord, RoutingHistory, load_probe_record
+from backdoorbench_moe.engine.makers.probe import ProbeRecord, RoutingHistory, load_probe_record
+from backdoorbench_moe.engine.opening.opened_run import OpenedRun
+from backdoorbench_moe.engine.poisoning.poison import stamp_images
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.ops.routing import changed_patches, changed_share, jaccard

@@ -1,14 +1,14 @@
-"""Measuring a run's model again, to compare it with the run's record; see `engine.consistency`."""
+"""Measuring a run's model again, to compare it with the run's record; see `engine.measuring.consistency`."""
 
 from __future__ import annotations
 
 from backdoorbench_moe.analysis.marks import MarkedTest
 from backdoorbench_moe.analysis.passes import PairedPass
-from backdoorbench_moe.engine.consistency import check_same
-from backdoorbench_moe.engine.evaluate import Metrics, measure, share
-from backdoorbench_moe.engine.mixture_metrics import MixturePass, mixture_pass, task_metrics
-from backdoorbench_moe.engine.opened_run import OpenedRun
-from backdoorbench_moe.engine.triggered import Triggered, triggered_test
+from backdoorbench_moe.engine.measuring.consistency import check_same
+from backdoorbench_moe.engine.measuring.evaluate import Metrics, measure, share
+from backdoorbench_moe.engine.measuring.mixtures import MixturePass, mixture_pass, task_metrics
+from backdoorbench_moe.engine.opening.opened_run import OpenedRun
+from backdoorbench_moe.engine.poisoning.triggered import Triggered, triggered_test
 from backdoorbench_moe.ops.seeding import seeded
 
 

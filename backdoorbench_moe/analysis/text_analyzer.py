@@ -10,9 +10,9 @@ from backdoorbench_moe.analysis.facts import run_facts
 from backdoorbench_moe.analysis.results import Analysis, Findings, ImageCounts
 from backdoorbench_moe.analysis.text_carriers import find_text_carriers
 from backdoorbench_moe.data.text import RefusedQueries
-from backdoorbench_moe.engine.consistency import check_same
-from backdoorbench_moe.engine.opened_run import OpenedRun
-from backdoorbench_moe.engine.text_metrics import FIRST_TOKENS, TextPass, answer_metrics, pass_texts
+from backdoorbench_moe.engine.measuring.consistency import check_same
+from backdoorbench_moe.engine.measuring.texts import FIRST_TOKENS, TextPass, answer_metrics, pass_texts
+from backdoorbench_moe.engine.opening.opened_run import OpenedRun
 from backdoorbench_moe.moe.merging import MergedModel
 from backdoorbench_moe.ops.seeding import seeded
 

@@ -24,8 +24,8 @@ from backdoorbench_moe.analysis.carriers import (
 )
 from backdoorbench_moe.data.text import RefusedQueries, TextSet
 from backdoorbench_moe.engine.inference import forward
-from backdoorbench_moe.engine.opened_run import OpenedRun
-from backdoorbench_moe.engine.text_metrics import ask
+from backdoorbench_moe.engine.measuring.texts import ask
+from backdoorbench_moe.engine.opening.opened_run import OpenedRun
 from backdoorbench_moe.moe.experts import expert_outputs, muted, replaced_output
 from backdoorbench_moe.moe.merging import MergedModel
 from backdoorbench_moe.moe.structure import Expert

@@ -16,9 +16,9 @@ from backdoorbench_moe.api.arguments import (
     text_or_none,
 )
 from backdoorbench_moe.api.runs import make_spec
-from backdoorbench_moe.engine.given_images import Images
-from backdoorbench_moe.engine.observer import Observer
-from backdoorbench_moe.engine.opened_model import open_model
+from backdoorbench_moe.engine.opening.given_images import Images
+from backdoorbench_moe.engine.opening.opened_model import open_model
+from backdoorbench_moe.engine.progress.observer import Observer
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.torch_state import default_torch_state
 from backdoorbench_moe.errors import ConfigError
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from backdoorbench_moe.analysis.results import Analysis
     from backdoorbench_moe.auditing.audit import Audit
     from backdoorbench_moe.auditing.subject import Subject
-    from backdoorbench_moe.engine.tried_trigger import TriedTrigger
+    from backdoorbench_moe.engine.opening.tried_trigger import TriedTrigger
 
 
 @default_torch_state()
@@ -56,7 +56,7 @@ def analyze(
         labels: Of a module: the classes of the images, if they are known.
         against: A run to compare with, or its folder; by default the clean twin, if it lies beside the run.
         images: Numbers of test images, or image files, to draw patch maps of. Of a module: the clean images to look
-            at it with; see `engine.opened_model.open_model`.
+            at it with; see `engine.opening.opened_model.open_model`.
         carriers_images: The largest number of images to measure muted and patched experts on.
         output: Folder to write analysis.json, report.html and figures/ to; by default nothing is written.
         data_root: Folder of the data set; by default the one that the run used.
@@ -136,8 +136,8 @@ def audit(
     Args:
         model: A module that maps images (B, 3, S, S) in [0, 1] to logits (B, classes); or a Run, or its folder. A
             module is copied.
-        images: Clean images, 100 are enough; see `engine.given_images.take_images`. Without any, a run's test images
-            are used, and a module is judged by its weights alone.
+        images: Clean images, 100 are enough; see `engine.opening.given_images.take_images`. Without any, a run's test
+            images are used, and a module is judged by its weights alone.
         labels: Their classes; without them, the predicted classes take their place.
         base: The model that the experts were tuned from: a run, its folder, a module or a state dict.
         tasks: Images of each task of a mixture.
@@ -212,7 +212,8 @@ def try_trigger(
         model: A Run, or its folder; or a module that maps images (B, 3, S, S) in [0, 1] to logits, which is copied.
         trigger: Name of the trigger, or a dict with its "name" and options.
         applicator: Where in the image it is stamped; the same.
-        images: Clean images of a module, see `engine.given_images.take_images`; of a run its test images by default.
+        images: Clean images of a module, see `engine.opening.given_images.take_images`; of a run its test images by
+            default.
         labels: Their classes.
         seed: Seed of the trigger; by default the run's, and 0 for a module.
         data_root: Folder of the data set; by default the one that the run used.
@@ -225,7 +226,7 @@ def try_trigger(
     Raises:
         BbmoeError: Anything that the user can correct.
     """
-    from backdoorbench_moe.engine.tried_trigger import try_trigger as measure
+    from backdoorbench_moe.engine.opening.tried_trigger import try_trigger as measure
 
     spec = make_spec(trigger=trigger, applicator=applicator)
     assert spec.trigger is not None and spec.applicator is not None

@@ -18,10 +18,10 @@ from backdoorbench_moe.api.arguments import (
 )
 from backdoorbench_moe.config import IMPORTED, PartSpec, RunSpec, build_spec, chain_settings
 from backdoorbench_moe.engine import runner
-from backdoorbench_moe.engine.defended_module import DefendedModule, defend_module
-from backdoorbench_moe.engine.given_images import Images
-from backdoorbench_moe.engine.observer import Observer
-from backdoorbench_moe.engine.opened_model import open_model
+from backdoorbench_moe.engine.opening.defended_module import DefendedModule, defend_module
+from backdoorbench_moe.engine.opening.given_images import Images
+from backdoorbench_moe.engine.opening.opened_model import open_model
+from backdoorbench_moe.engine.progress.observer import Observer
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.torch_state import default_torch_state
 from backdoorbench_moe.errors import ConfigError
@@ -168,12 +168,12 @@ def defend(
 ) -> Run | DefendedModule:
     """Defend the model of a finished run, as `bbmoe defend` does, or any module.
 
-    A run that was defended before is only read. Of a module nothing is written; see `engine.defended_module`.
+    A run that was defended before is only read. Of a module nothing is written; see `engine.opening.defended_module`.
 
     Args:
         run: A Run, or its folder; or a module that maps images (B, 3, S, S) in [0, 1] to logits, which is copied.
         defense: Name of the defense.
-        images: Of a module: the clean images that the defender holds; see `engine.opened_model.open_model`.
+        images: Of a module: the clean images that the defender holds; see `engine.opening.opened_model.open_model`.
         labels: Of a module: their classes.
         recipe: Of a module: "quick" or "paper", the settings with which defenses tune.
         seed: Of a module: the seed of the defense.

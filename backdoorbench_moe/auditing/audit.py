@@ -20,7 +20,7 @@ from backdoorbench_moe.auditing.verdict import Finding, combine, judge, not_test
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.durations import say_time
 from backdoorbench_moe.engine.device import environment
-from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.engine.progress.observer import Observer
 from backdoorbench_moe.moe.structure import Merged
 from backdoorbench_moe.ops.seeding import seeded
 from backdoorbench_moe.paths import expand

@@ -17,13 +17,13 @@ from backdoorbench_moe.auditing.audit import digest_of
 from backdoorbench_moe.auditing.store import Store
 from backdoorbench_moe.auditing.subject import MOST_IMAGES, Subject, make_subject
 from backdoorbench_moe.engine.device import resolve_device
-from backdoorbench_moe.engine.given_images import Images, take_images, take_labels
-from backdoorbench_moe.engine.opened_model import open_model
-from backdoorbench_moe.engine.opened_run import draw_images, load_run_images
+from backdoorbench_moe.engine.opening.given_images import Images, take_images, take_labels
+from backdoorbench_moe.engine.opening.opened_model import open_model
+from backdoorbench_moe.engine.opening.opened_run import load_run_images
 from backdoorbench_moe.engine.run import Run, load_run
-from backdoorbench_moe.engine.tasks import Tasks
+from backdoorbench_moe.engine.setups.tasks import Tasks
 from backdoorbench_moe.errors import ConfigError, naming
-from backdoorbench_moe.ops.images import Split, concatenate
+from backdoorbench_moe.ops.images import Split, concatenate, draw_images
 from backdoorbench_moe.paths import expand
 
 # Of a run's test images so many are used, equally many of each class.
@@ -92,7 +92,7 @@ def open_module_subject(
 
     Args:
         model: The module.
-        images: Clean images, see `engine.given_images.take_images`; at most `MOST_IMAGES` of a folder are read.
+        images: Clean images, see `engine.opening.given_images.take_images`; at most `MOST_IMAGES` of a folder are read.
         labels: (N,) integers.
         base: What the experts were tuned from: a run, its folder, a module or a state dict.
         tasks: Images of each task, as for `images`.

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from backdoorbench_moe.bench import render
-from backdoorbench_moe.bench.page import page
-from backdoorbench_moe.bench.plots import draw, file_names
-from backdoorbench_moe.bench.results import (
+from backdoorbench_moe.bench.pages.page import page
+from backdoorbench_moe.bench.suites.suite import Suite
+from backdoorbench_moe.bench.tables import render
+from backdoorbench_moe.bench.tables.layout import build_sheet
+from backdoorbench_moe.bench.tables.plots import draw, file_names
+from backdoorbench_moe.bench.tables.results import (
     MANIFEST,
     RECORDS,
     ResultSet,
@@ -19,9 +21,7 @@ from backdoorbench_moe.bench.results import (
     read_lines,
     record_lines,
 )
-from backdoorbench_moe.bench.suite import Suite
-from backdoorbench_moe.bench.tables import build_sheet
-from backdoorbench_moe.bench.tidy import environments, tidy_csv
+from backdoorbench_moe.bench.tables.tidy import environments, tidy_csv
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.records import write_atomically
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from backdoorbench_moe.cli.params import PATH
-from backdoorbench_moe.cli.streams import echo
-from backdoorbench_moe.cli.threads import CoreUsage, threads_option, use_threads
+from backdoorbench_moe.cli.terminal.streams import echo
+from backdoorbench_moe.cli.terminal.threads import CoreUsage, threads_option, use_threads
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.paths import expand
 
@@ -59,8 +59,8 @@ def command(
     from backdoorbench_moe.analysis.analyze import analyze_run
     from backdoorbench_moe.analysis.document import as_document, to_text
     from backdoorbench_moe.analysis.save import check_output, save_analysis
-    from backdoorbench_moe.cli.analysis_tables import print_analysis
-    from backdoorbench_moe.cli.progress import make_observer
+    from backdoorbench_moe.cli.tables.analysis import print_analysis
+    from backdoorbench_moe.cli.terminal.progress import make_observer
     from backdoorbench_moe.engine.run import load_run
 
     opened, other = load_run(run), None if against is None else load_run(against)

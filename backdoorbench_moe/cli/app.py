@@ -11,12 +11,12 @@ from typing import Any
 import click
 
 from backdoorbench_moe import __version__
-from backdoorbench_moe.allocator import keep_freed_memory
 from backdoorbench_moe.cli.kind_names import ALL_KINDS
-from backdoorbench_moe.cli.signals import Terminated, interrupt_on_signals
-from backdoorbench_moe.cli.streams import give_up_stdout, prepare_streams, say
+from backdoorbench_moe.cli.terminal.signals import Terminated, interrupt_on_signals
+from backdoorbench_moe.cli.terminal.streams import give_up_stdout, prepare_streams, say
 from backdoorbench_moe.errors import BbmoeError, BbmoeWarning
-from backdoorbench_moe.spelling import near_names
+from backdoorbench_moe.process.allocator import keep_freed_memory
+from backdoorbench_moe.wording.spelling import near_names
 
 COMMANDS = {
     "attack": "Backdoor a model and measure it.",

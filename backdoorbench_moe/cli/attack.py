@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from backdoorbench_moe.cli.params import PATH
-from backdoorbench_moe.cli.threads import CoreUsage, threads_option, use_threads
+from backdoorbench_moe.cli.terminal.threads import CoreUsage, threads_option, use_threads
 from backdoorbench_moe.config import RunSpec, Values, build_spec, chain_settings, load_yaml, merge
 from backdoorbench_moe.errors import ConfigError
 
@@ -185,8 +185,8 @@ def command(
     if dry_run:
         _print_plan(spec, repeats, output, twin=twin, as_json=as_json)
         return
-    from backdoorbench_moe.cli.progress import make_observer
-    from backdoorbench_moe.cli.tables import print_json, print_runs
+    from backdoorbench_moe.cli.tables.runs import print_json, print_runs
+    from backdoorbench_moe.cli.terminal.progress import make_observer
     from backdoorbench_moe.engine.runner import run_attack
 
     runs = run_attack(spec, output=output, repeats=repeats, twin=twin, observer=make_observer(quiet=quiet))
@@ -199,10 +199,10 @@ def command(
 def _print_plan(spec: RunSpec, repeats: int, output: Path, *, twin: bool, as_json: bool) -> None:
     from dataclasses import replace
 
-    from backdoorbench_moe.bench.plan import read_plan
-    from backdoorbench_moe.bench.run import estimate
-    from backdoorbench_moe.cli.plan_table import print_plan
-    from backdoorbench_moe.cli.streams import echo
+    from backdoorbench_moe.bench.running.plan import read_plan
+    from backdoorbench_moe.bench.running.run import estimate
+    from backdoorbench_moe.cli.tables.plan import print_plan
+    from backdoorbench_moe.cli.terminal.streams import echo
     from backdoorbench_moe.engine.graph import in_order, lineage
     from backdoorbench_moe.engine.runner import Runner
 

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from backdoorbench_moe.cli.params import PATH
-from backdoorbench_moe.cli.streams import echo
-from backdoorbench_moe.cli.threads import CoreUsage, threads_option, use_threads
+from backdoorbench_moe.cli.terminal.streams import echo
+from backdoorbench_moe.cli.terminal.threads import CoreUsage, threads_option, use_threads
 from backdoorbench_moe.durations import parse_budget
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.paths import check_output
@@ -87,8 +87,8 @@ def command(
     from backdoorbench_moe.auditing.place import FOLDER, check_place, place_in_run
     from backdoorbench_moe.auditing.save import FILES
     from backdoorbench_moe.auditing.verdict import SIGNS
-    from backdoorbench_moe.cli.audit_table import print_audit
-    from backdoorbench_moe.cli.progress import make_observer
+    from backdoorbench_moe.cli.tables.audit import print_audit
+    from backdoorbench_moe.cli.terminal.progress import make_observer
     from backdoorbench_moe.engine.run import load_run
 
     chosen, known = find_checks(names), None if calibration is None else load(calibration)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from backdoorbench_moe.cli.params import PATH
-from backdoorbench_moe.cli.threads import CoreUsage, threads_option, use_threads
+from backdoorbench_moe.cli.terminal.threads import CoreUsage, threads_option, use_threads
 from backdoorbench_moe.config import PartSpec, Values, chain_options
 
 if TYPE_CHECKING:
@@ -74,11 +74,11 @@ def command(
     command continues with the first one that is not finished. Exit code 1: a defense failed.
     """
     usage = CoreUsage.now()
-    from backdoorbench_moe.bench.defense_options import split_names
+    from backdoorbench_moe.bench.running.defense_options import split_names
 
     split_names(names)  # A wrong name is said at once, without the time that torch takes.
     options = chain_options(settings)
-    from backdoorbench_moe.cli.progress import make_observer
+    from backdoorbench_moe.cli.terminal.progress import make_observer
     from backdoorbench_moe.engine.run import load_run
 
     parent = load_run(run)
@@ -95,7 +95,7 @@ def command(
 
 
 def _defend_once(parent: Run, defense: PartSpec, *, as_json: bool, **given: Any) -> None:
-    from backdoorbench_moe.cli.tables import print_defended, print_json
+    from backdoorbench_moe.cli.tables.runs import print_defended, print_json
     from backdoorbench_moe.engine.runner import run_defense
 
     defended = run_defense(parent, defense, **given)
@@ -116,9 +116,9 @@ def _defend_each(
     quiet: bool,
     **given: Any,
 ) -> None:
-    from backdoorbench_moe.bench.defended import plan_defenses
-    from backdoorbench_moe.bench.defense_options import options_by_name
-    from backdoorbench_moe.cli import defended_table
+    from backdoorbench_moe.bench.running.defended import plan_defenses
+    from backdoorbench_moe.bench.running.defense_options import options_by_name
+    from backdoorbench_moe.cli.tables import defended as defended_table
 
     plan = plan_defenses(parent, names, options_by_name(names, options), **given)
     if dry_run:

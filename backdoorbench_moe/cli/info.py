@@ -9,7 +9,7 @@ import click
 
 from backdoorbench_moe.cli.kind_names import ONE_KIND
 from backdoorbench_moe.cli.list import check_kind
-from backdoorbench_moe.cli.streams import echo
+from backdoorbench_moe.cli.terminal.streams import echo
 from backdoorbench_moe.config import chain_options, load_recipe
 from backdoorbench_moe.data.text import TextDataset
 from backdoorbench_moe.engine.names import REGISTRIES
@@ -149,7 +149,7 @@ def _print(info: dict[str, Any], example: str) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from backdoorbench_moe.cli.docstring_text import reflow
+    from backdoorbench_moe.cli.terminal.docstring_text import reflow
 
     console = Console(highlight=False)
     console.print(f"[bold]{info['kind']} {escape(info['name'])}[/bold] ({info['from']})")

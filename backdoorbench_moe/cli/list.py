@@ -6,9 +6,9 @@ import json
 
 import click
 
-from backdoorbench_moe.cli.docstring_text import docstring_of, summary
 from backdoorbench_moe.cli.kind_names import ALL_KINDS
-from backdoorbench_moe.cli.streams import echo
+from backdoorbench_moe.cli.terminal.docstring_text import docstring_of, summary
+from backdoorbench_moe.cli.terminal.streams import echo
 from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.plugins import strays
 

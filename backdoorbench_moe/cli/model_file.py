@@ -67,7 +67,7 @@ def spec_of_file(
 
     check_names(spec)
     if not weights.is_dir():  # Before the data are read, which may take long.
-        from backdoorbench_moe.engine.weight_files import check_weights
+        from backdoorbench_moe.engine.weights.reading import check_weights
 
         check_weights(weights)
     return spec

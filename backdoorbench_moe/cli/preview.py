@@ -11,7 +11,7 @@ import click
 
 from backdoorbench_moe.cli.attack import spec_from_flags, spec_options
 from backdoorbench_moe.cli.params import PATH
-from backdoorbench_moe.cli.streams import echo
+from backdoorbench_moe.cli.terminal.streams import echo
 from backdoorbench_moe.engine.names import check_names
 from backdoorbench_moe.errors import ConfigError
 

@@ -9,7 +9,7 @@ import click
 
 from backdoorbench_moe.cli.pages import save_page
 from backdoorbench_moe.cli.params import PATH
-from backdoorbench_moe.cli.streams import say
+from backdoorbench_moe.cli.terminal.streams import say
 
 DEFAULT_OUTPUT = Path("runs")
 
@@ -43,8 +43,8 @@ def command(
     records, and the commands that repeat all of it. Nothing is trained; if runs are missing, the command that makes
     them is printed.
     """
-    from backdoorbench_moe.bench.report import draw_report
-    from backdoorbench_moe.bench.suite_file import load_suite
+    from backdoorbench_moe.bench.pages.report import draw_report
+    from backdoorbench_moe.bench.suites.reading import load_suite
     from backdoorbench_moe.errors import ConfigError, naming
 
     if published is not None and source is None:

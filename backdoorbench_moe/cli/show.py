@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 from backdoorbench_moe.cli.params import PATH
-from backdoorbench_moe.cli.streams import echo
+from backdoorbench_moe.cli.terminal.streams import echo
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from backdoorbench_moe.cli.show_columns import ShownRun
+    from backdoorbench_moe.cli.tables.show_columns import ShownRun
 
 
 @click.command("show")
@@ -37,7 +37,7 @@ def command(
     For one run: settings, metrics, history and environment. For several runs: one table. Values that all runs share are
     printed once above the table. Columns that do not fit into the terminal go into further tables below.
     """
-    from backdoorbench_moe.cli.show_table import sort_runs, split_keys
+    from backdoorbench_moe.cli.tables.show import sort_runs, split_keys
 
     keys, order = split_keys(columns, "--columns"), split_keys(sort, "--sort")
     shown = [read_shown(folder) for run in runs for folder in _folders(run)]
@@ -48,8 +48,8 @@ def command(
         return
     from rich.console import Console
 
-    from backdoorbench_moe.cli import show_table
-    from backdoorbench_moe.cli.show_columns import choose_columns
+    from backdoorbench_moe.cli.tables import show as show_table
+    from backdoorbench_moe.cli.tables.show_columns import choose_columns
 
     if markdown:
         echo(show_table.markdown_table(choose_columns(keys, shown, intervals=True), shown))
@@ -83,9 +83,9 @@ def _folders(path: Path) -> list[Path]:
 
 def read_shown(path: Path) -> ShownRun:
     """Read a run folder. Raises RecordError."""
-    from backdoorbench_moe.cli.show_columns import ShownRun
-    from backdoorbench_moe.engine.status import status_of
+    from backdoorbench_moe.cli.tables.show_columns import ShownRun
     from backdoorbench_moe.records import RunFolder
+    from backdoorbench_moe.records.status import status_of
 
     folder = RunFolder(path)
     record = folder.read()
@@ -93,7 +93,7 @@ def read_shown(path: Path) -> ShownRun:
 
 
 def _print_one(console: Console, run: ShownRun) -> None:
-    from backdoorbench_moe.cli import tables
+    from backdoorbench_moe.cli.tables import runs as tables
 
     record = run.record
     console.print(f"{run.folder.path}: {run.status}", soft_wrap=True, markup=False)

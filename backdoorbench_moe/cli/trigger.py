@@ -11,14 +11,14 @@ import click
 
 from backdoorbench_moe.cli.model_file import model_file_options, spec_of_file
 from backdoorbench_moe.cli.params import PATH
-from backdoorbench_moe.cli.streams import echo
-from backdoorbench_moe.cli.threads import CoreUsage, threads_option, use_threads
+from backdoorbench_moe.cli.terminal.streams import echo
+from backdoorbench_moe.cli.terminal.threads import CoreUsage, threads_option, use_threads
 from backdoorbench_moe.config import PartSpec, Values, chain_options
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
-    from backdoorbench_moe.engine.opened_model import OpenedModel
-    from backdoorbench_moe.engine.tried_trigger import Share, TriedTrigger
+    from backdoorbench_moe.engine.opening.opened_model import OpenedModel
+    from backdoorbench_moe.engine.opening.tried_trigger import Share, TriedTrigger
 
 # What starts the options of triggers and applicators; the others are for the model and the data set.
 OWN = ("trigger.", "applicator.")
@@ -66,7 +66,7 @@ def command(
     parts = [_part("trigger", name, given, triggers) for name in triggers]
     where = _part("applicator", applicator, given, (applicator,))
     model, seed = _open(source, flags, tuple(each for each in settings if each not in own), threads, usage)
-    from backdoorbench_moe.engine.tried_trigger import try_trigger
+    from backdoorbench_moe.engine.opening.tried_trigger import try_trigger
 
     place = None if target is None else _class_number(target, model.classes)
     found = [try_trigger(model, part, where, seed=seed) for part in parts]
@@ -89,7 +89,7 @@ def _open(
     if flags["model"] is not None:
         spec = spec_of_file(source, flags, settings)
         use_threads(threads, usage, spec.device)
-        from backdoorbench_moe.engine.opened_file import open_file
+        from backdoorbench_moe.engine.opening.opened_file import open_file
 
         return open_file(spec), spec.seed
     if source.is_file():
@@ -100,7 +100,7 @@ def _open(
             raise ConfigError(
                 f"{flag}: expected none for a run, which has its own; it is for a file of weights"
             )
-    from backdoorbench_moe.engine.opened_model import open_model
+    from backdoorbench_moe.engine.opening.opened_model import open_model
     from backdoorbench_moe.engine.run import load_run
 
     run, device = load_run(source), flags["device"]

@@ -23,8 +23,8 @@ from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.data.listing import order_classes
 from backdoorbench_moe.data.text import TextDataset
 from backdoorbench_moe.engine.build import build_dataset
-from backdoorbench_moe.engine.opened_run import load_run_images
-from backdoorbench_moe.engine.poison import poisoned
+from backdoorbench_moe.engine.opening.opened_run import load_run_images
+from backdoorbench_moe.engine.poisoning.poison import poisoned
 from backdoorbench_moe.engine.run import Run, check_data, check_finished, check_model
 from backdoorbench_moe.errors import ConfigError, RecordError
 from backdoorbench_moe.models.base import WritesCheckpoints

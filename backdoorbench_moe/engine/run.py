@@ -23,9 +23,9 @@ from backdoorbench_moe.engine.build import (
 )
 from backdoorbench_moe.engine.device import RECORDED_PACKAGES
 from backdoorbench_moe.engine.files import locate_files
-from backdoorbench_moe.engine.learned import restore_trigger
 from backdoorbench_moe.engine.names import plugin_packages, plugin_sources
-from backdoorbench_moe.engine.notebook import run_html, run_line
+from backdoorbench_moe.engine.poisoning.learned import restore_trigger
+from backdoorbench_moe.engine.progress.notebook import run_html, run_line
 from backdoorbench_moe.engine.torch_state import default_torch_state
 from backdoorbench_moe.errors import RecordError, UnknownNameError
 from backdoorbench_moe.records import MODEL, Record, RunFolder

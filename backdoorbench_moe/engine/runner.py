@@ -30,7 +30,7 @@ from backdoorbench_moe.engine.memory import (
     says_memory,
 )
 from backdoorbench_moe.engine.names import check_part_options
-from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.engine.progress.observer import Observer
 from backdoorbench_moe.engine.run import (
     Run,
     check_data,

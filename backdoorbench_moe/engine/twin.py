@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from backdoorbench_moe.engine.evaluate import Metrics, measure
+from backdoorbench_moe.engine.measuring.evaluate import Metrics, measure
+from backdoorbench_moe.engine.poisoning.triggered import triggered_test
 from backdoorbench_moe.engine.run import Run
-from backdoorbench_moe.engine.setups import make_setup
-from backdoorbench_moe.engine.triggered import triggered_test
+from backdoorbench_moe.engine.setups.choice import make_setup
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.ops.seeding import seeded

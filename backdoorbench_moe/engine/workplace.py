@@ -13,7 +13,7 @@ from backdoorbench_moe.engine.class_names import resolve_classes
 from backdoorbench_moe.engine.device import resolve_device, resolve_precision
 from backdoorbench_moe.engine.files import pin_files
 from backdoorbench_moe.engine.names import check_names
-from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.engine.progress.observer import Observer
 from backdoorbench_moe.kinds import PACKAGE
 from backdoorbench_moe.paths import expand
 from backdoorbench_moe.records import Record

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from backdoorbench_moe.data.base import ImageSet, Split
-from backdoorbench_moe.engine.image_setup import ImageSetup
-from backdoorbench_moe.engine.poison import poisoned
+from backdoorbench_moe.engine.poisoning.poison import poisoned
 from backdoorbench_moe.engine.run import Run, check_finished
+from backdoorbench_moe.engine.setups.images import ImageSetup
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError, RecordError
 from backdoorbench_moe.interop.export_script import RESULT_SCRIPT, read_script

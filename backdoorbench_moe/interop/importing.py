@@ -19,10 +19,10 @@ from backdoorbench_moe.config import PartSpec, PoisonSpec, RunSpec, TrainSpec
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.fitting import Checkpoint
-from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.engine.progress.observer import Observer
 from backdoorbench_moe.engine.run import Run, check_model, load_run
-from backdoorbench_moe.engine.weight_files import Weights
-from backdoorbench_moe.engine.weights import fit_weights
+from backdoorbench_moe.engine.weights.fitting import fit_weights
+from backdoorbench_moe.engine.weights.reading import Weights
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import BbmoeWarning, DataError
 from backdoorbench_moe.interop.attack_result import (

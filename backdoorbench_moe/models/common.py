@@ -1,7 +1,7 @@
 """Options that every model has besides its own, and the registry that adds them.
 
 They are handled here and in the engine, so that no model has to know of them: `inputs` puts the preparation of the
-images into a model, and `engine.weights` loads the weights that a training starts from.
+images into a model, and `engine.weights.fitting` loads the weights that a training starts from.
 """
 
 from __future__ import annotations

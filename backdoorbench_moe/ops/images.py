@@ -117,3 +117,22 @@ def content_order(split: Split) -> Tensor:
     size = max(1, CHUNK_VALUES // max(1, pixels))
     hashes = [(chunk.flatten(1).long() * weights[:-1]).sum(1) for chunk in split.images.split(size)]
     return (torch.cat(hashes) + split.labels * weights[-1]).argsort(stable=True)
+
+
+def draw_images(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Draw images class by class: one image of each class, then a second one of each, and so on.
+
+    Args:
+        labels: (N,) int64, classes of the images to draw from.
+        count: Number of images to draw, at most N.
+        seed: The seed. With the same seed, a smaller draw is the beginning of a larger one.
+
+    Returns:
+        (count,) int64 indices into `labels`.
+    """
+    order = torch.randperm(len(labels), generator=generator(seed, "preview"))
+    by_class = order[labels[order].argsort(stable=True)]
+    counts = labels.bincount()
+    # The rank of each image among those of its class.
+    ranks = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
+    return by_class[ranks.argsort(stable=True)[:count]]

@@ -184,7 +184,7 @@ class RunFolder:
         return self._load_arrays(SCORES, "scores")
 
     def save_probe(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write the predictions and the routing that a probe recorded; see `engine.probe`."""
+        """Write the predictions and the routing that a probe recorded; see `engine.makers.probe`."""
         self._save_arrays(PROBE, arrays)
 
     def load_probe(self) -> dict[str, np.ndarray] | None:

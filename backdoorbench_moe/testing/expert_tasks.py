@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from backdoorbench_moe.attacks.expert_poisoning import ExpertTask, HarmfulQueries
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.engine.inference import logits
-from backdoorbench_moe.engine.observer import Observer
-from backdoorbench_moe.engine.tune import Tuner
+from backdoorbench_moe.engine.progress.observer import Observer
+from backdoorbench_moe.engine.training.tune import Tuner
 from backdoorbench_moe.ops.images import Split, concatenate
 from backdoorbench_moe.ops.seeding import seeded
 from backdoorbench_moe.testing.making import CLASSES, CPU, coloured_split

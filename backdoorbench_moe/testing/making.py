@@ -15,8 +15,8 @@ from backdoorbench_moe.defenses.base import NEEDS, DefenseTask
 from backdoorbench_moe.engine.build import fresh_model
 from backdoorbench_moe.engine.inference import features, logits, losses, routings
 from backdoorbench_moe.engine.names import REGISTRIES
-from backdoorbench_moe.engine.observer import Observer
-from backdoorbench_moe.engine.tune import Tuner
+from backdoorbench_moe.engine.progress.observer import Observer
+from backdoorbench_moe.engine.training.tune import Tuner
 from backdoorbench_moe.moe.routed import Routing
 from backdoorbench_moe.ops.seeding import seeded
 

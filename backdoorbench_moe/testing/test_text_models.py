@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from backdoorbench_moe import gates
 from backdoorbench_moe.engine.build import merge_copies
-from backdoorbench_moe.engine.generation import answer
+from backdoorbench_moe.engine.measuring.generation import answer
 from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.moe.merging import check_mergeable, expert_names
 from backdoorbench_moe.moe.routed import RoutedModel

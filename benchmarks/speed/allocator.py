@@ -1,4 +1,4 @@
-"""What it brings that `bbmoe` keeps freed memory (`backdoorbench_moe.allocator`): CPU time and page faults.
+"""What it brings that `bbmoe` keeps freed memory (`backdoorbench_moe.process.allocator`): CPU time and page faults.
 
     python benchmarks/speed/allocator.py [--work NAME ...] [--rounds 5] [--steps 8] [--threads N] [--json FILE]
 
@@ -76,7 +76,7 @@ def _in_child(name: str, steps: int, keep: bool, threads: int) -> dict[str, floa
 
 def measure(name: str, steps: int, *, keep: bool, threads: int) -> dict[str, float]:
     """CPU seconds a step, the system's part of them, page faults a step, and the peak memory."""
-    from backdoorbench_moe.allocator import keep_freed_memory
+    from backdoorbench_moe.process.allocator import keep_freed_memory
 
     if keep and not keep_freed_memory():
         sys.exit("error: the memory of this C library cannot be kept, or MALLOC_... is set")

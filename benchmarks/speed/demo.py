@@ -21,7 +21,7 @@ from typing import Any
 from common import AVX2_ONLY, at_least_one, bbmoe_command, environment_of, finish, make_parser, run_child
 from rich.table import Table
 
-from backdoorbench_moe.counting import count
+from backdoorbench_moe.wording.counting import count
 
 COMMAND = ["attack", "--model", "pmoe", "--trigger", "warp", "--applicator", "patch"]
 # Goals for the command, in seconds on two cores, and for BA and ASR of every seed, in percent.

@@ -24,7 +24,7 @@ from rich.table import Table
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.device import resolve_device, resolve_precision
-from backdoorbench_moe.engine.train import Trainer
+from backdoorbench_moe.engine.training.train import Trainer
 from backdoorbench_moe.models import create_model
 from backdoorbench_moe.models.profile import profile_model
 

@@ -52,7 +52,7 @@ def measure(side: int, *, threads: int) -> dict[str, Any]:
     import torch
 
     from backdoorbench_moe import create_applicator, create_model, create_trigger
-    from backdoorbench_moe.engine.poison import stamp_images
+    from backdoorbench_moe.engine.poisoning.poison import stamp_images
     from backdoorbench_moe.models.profile import profile_model
 
     patch = PATCHES[side]

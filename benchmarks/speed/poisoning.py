@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backdoorbench_moe.applicators import create_applicator, list_applicators
-from backdoorbench_moe.engine.poison import stamp_images
+from backdoorbench_moe.engine.poisoning.poison import stamp_images
 from backdoorbench_moe.triggers import create_trigger, list_triggers, registry
 from backdoorbench_moe.triggers.base import Trigger
 from backdoorbench_moe.triggers.learned import LearnedTrigger

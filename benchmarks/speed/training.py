@@ -44,9 +44,9 @@ from training_loops import (
     warm_up,
 )
 
-from backdoorbench_moe.allocator import keep_freed_memory
 from backdoorbench_moe.engine.device import resolve_device, resolve_precision
 from backdoorbench_moe.models.profile import profile_model
+from backdoorbench_moe.process.allocator import keep_freed_memory
 
 PROFILE_ROWS = 25
 

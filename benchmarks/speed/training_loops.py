@@ -19,8 +19,8 @@ from torchvision.transforms.functional import to_pil_image
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.device import autocast, reproducible
-from backdoorbench_moe.engine.step import WARMUP_STEPS
-from backdoorbench_moe.engine.train import Trainer
+from backdoorbench_moe.engine.training.step import WARMUP_STEPS
+from backdoorbench_moe.engine.training.train import Trainer
 from backdoorbench_moe.models import create_model
 
 BATCH_SIZE = 128
@@ -100,7 +100,7 @@ def make_data(batches: int, device: torch.device) -> tuple[Split, tuple[Tensor, 
 
 
 def toolbox_loop(name: str, split: Split, device: torch.device, precision: str) -> Loop:
-    """The steps of `engine.train`, without its checkpoints and progress."""
+    """The steps of `engine.training.train`, without its checkpoints and progress."""
     model, spec = make_model(name, device), TrainSpec(batch_size=BATCH_SIZE, augment=MODELS[name].augment)
     trainer = Trainer(
         model, split, spec, seed=0, device=device, precision=precision, on_checkpoint=lambda *_: None

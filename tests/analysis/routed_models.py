@@ -10,8 +10,8 @@ from tiny import Tiny
 from torch import Tensor, nn
 
 from backdoorbench_moe.attacks import create_attack
-from backdoorbench_moe.engine.opened_run import OpenedRun
-from backdoorbench_moe.engine.triggered import Triggered, triggered_test
+from backdoorbench_moe.engine.opening.opened_run import OpenedRun
+from backdoorbench_moe.engine.poisoning.triggered import Triggered, triggered_test
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
 
 

@@ -13,7 +13,7 @@ from routed_models import make_triggered, open_with_model
 from backdoorbench_moe.analysis import carriers
 from backdoorbench_moe.analysis.carriers import find_carriers
 from backdoorbench_moe.engine.inference import predict
-from backdoorbench_moe.engine.opened_run import OpenedRun
+from backdoorbench_moe.engine.opening.opened_run import OpenedRun
 from backdoorbench_moe.moe.experts import mute
 
 

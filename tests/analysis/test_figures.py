@@ -14,7 +14,7 @@ from report_runs import document_of
 from backdoorbench_moe.analysis.figures import backdoor, maps, mosaic, pixels, routing, training, words
 from backdoorbench_moe.analysis.figures.charts import ChartPanel, Series, chart
 from backdoorbench_moe.analysis.figures.plate import left_out, spread
-from backdoorbench_moe.counting import count
+from backdoorbench_moe.wording.counting import count
 
 
 def plates(draw, document) -> dict:

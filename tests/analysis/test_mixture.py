@@ -28,7 +28,7 @@ from backdoorbench_moe.analysis.latents import mean_directions
 from backdoorbench_moe.analysis.report import draw_report
 from backdoorbench_moe.analysis.results import Analysis
 from backdoorbench_moe.engine.inference import logits, predict
-from backdoorbench_moe.engine.mixture_metrics import MixturePass, RoutedPass
+from backdoorbench_moe.engine.measuring.mixtures import MixturePass, RoutedPass
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.gates import create_gate

@@ -15,10 +15,10 @@ from tiny import TINY_MODEL, Tiny, tiny_spec
 from backdoorbench_moe.analysis import preview as previews
 from backdoorbench_moe.analysis.preview import Preview, preview_run, preview_spec, save_preview
 from backdoorbench_moe.engine.graph import clean_twin
-from backdoorbench_moe.engine.opened_run import draw_images
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.runner import run_attack
 from backdoorbench_moe.errors import ConfigError, DataError, RecordError, UnknownNameError
+from backdoorbench_moe.ops.images import draw_images
 
 SPEC = tiny_spec(trigger={"name": "square", "colour": "white"}, train={"epochs": 1})
 DENSE = {"name": "preact_resnet18", "width": 8}

@@ -9,8 +9,8 @@ import torch
 from tiny import tiny_spec
 
 from backdoorbench_moe.analysis.probe_summary import summarize_probe
-from backdoorbench_moe.engine.opened_run import open_run
-from backdoorbench_moe.engine.probe import load_probe_record
+from backdoorbench_moe.engine.makers.probe import load_probe_record
+from backdoorbench_moe.engine.opening.opened_run import open_run
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.runner import run_attack
 from backdoorbench_moe.errors import RecordError

@@ -9,7 +9,7 @@ from toy_texts import COPY, END, FILLER, NO, PAD, TURN, Toy, encode
 from backdoorbench_moe.analysis.answers import Answer, example_answers
 from backdoorbench_moe.analysis.latents import Inputs, mean_directions
 from backdoorbench_moe.analysis.text_carriers import mean_outputs
-from backdoorbench_moe.engine.text_metrics import TextPass, answer_metrics
+from backdoorbench_moe.engine.measuring.texts import TextPass, answer_metrics
 from backdoorbench_moe.moe.merging import expert_of, gate_weights, mlp_inputs
 from backdoorbench_moe.ops.answers import IGNORED
 from backdoorbench_moe.testing.texts import SmallLanguageModel, build_text_mixture, text_split

@@ -17,8 +17,8 @@ from backdoorbench_moe.analysis.figures import plate
 from backdoorbench_moe.analysis.figures.pixels import verdict
 from backdoorbench_moe.analysis.report import draw_sections
 from backdoorbench_moe.analysis.report_tables import finding_lines
-from backdoorbench_moe.cli.analysis_tables import experts_table, layer_lines
-from backdoorbench_moe.counting import count
+from backdoorbench_moe.cli.tables.analysis import experts_table, layer_lines
+from backdoorbench_moe.wording.counting import count
 
 SOURCE = Path(backdoorbench_moe.__file__).parent
 # A value that is not there, in the middle of a sentence.

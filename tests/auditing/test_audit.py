@@ -21,7 +21,7 @@ from backdoorbench_moe.auditing.place import check_place, place_in_run
 from backdoorbench_moe.auditing.store import Store
 from backdoorbench_moe.auditing.subject import make_subject
 from backdoorbench_moe.auditing.verdict import DOES_NOT_JUDGE, NO_SIGN, NOT_TESTED, SIGNS
-from backdoorbench_moe.engine.given_images import take_images
+from backdoorbench_moe.engine.opening.given_images import take_images
 from backdoorbench_moe.errors import BbmoeError, ConfigError, DataError, RecordError, ShapeError
 
 

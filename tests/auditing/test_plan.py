@@ -16,7 +16,7 @@ from backdoorbench_moe.auditing.store import Store
 from backdoorbench_moe.auditing.subject import Subject, make_subject
 from backdoorbench_moe.auditing.verdict import NOT_TESTED
 from backdoorbench_moe.defenses.cost import Cost
-from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.engine.progress.observer import Observer
 
 
 class Dear(Constant):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from backdoorbench_moe.bench.results import ResultSet
-from backdoorbench_moe.bench.run import Report, run_suite
-from backdoorbench_moe.bench.suite import Suite
-from backdoorbench_moe.bench.worker import Job, Outcome, work
+from backdoorbench_moe.bench.running.run import Report, run_suite
+from backdoorbench_moe.bench.running.worker import Job, Outcome, work
+from backdoorbench_moe.bench.suites.suite import Suite
+from backdoorbench_moe.bench.tables.results import ResultSet
 
 SIGNS = {
     "title": "Signs",

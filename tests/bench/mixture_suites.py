@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from backdoorbench_moe.bench.suite import Suite
-from backdoorbench_moe.bench.suite_file import parse_suite
+from backdoorbench_moe.bench.suites.reading import parse_suite
+from backdoorbench_moe.bench.suites.suite import Suite
 
 QUICK = {"epochs": 1, "batch_size": 32}
 BASE = {

@@ -6,8 +6,8 @@ from typing import Any
 
 from tiny import TINY_MODEL
 
-from backdoorbench_moe.bench.suite import Suite
-from backdoorbench_moe.bench.suite_file import parse_suite
+from backdoorbench_moe.bench.suites.reading import parse_suite
+from backdoorbench_moe.bench.suites.suite import Suite
 
 BASE = {
     "recipe": "paper",

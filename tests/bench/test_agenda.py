@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from mixture_suites import mixture_suite
 
-from backdoorbench_moe.bench.engines.agenda import Agenda
-from backdoorbench_moe.bench.suite import order
-from backdoorbench_moe.bench.worker import Job, Outcome
+from backdoorbench_moe.bench.running.engines.agenda import Agenda
+from backdoorbench_moe.bench.running.worker import Job, Outcome
+from backdoorbench_moe.bench.suites.suite import order
 from backdoorbench_moe.engine.graph import NodeKind, kind_of, needs
 from backdoorbench_moe.records import RunFolder
 

@@ -9,9 +9,16 @@ import pytest
 import yaml
 from fake_runs import finished, part_suite
 
-from backdoorbench_moe.bench.claims import Claim, claim_row, claims_tables, find_cells, judge, read_claims
-from backdoorbench_moe.bench.results import ResultSet
-from backdoorbench_moe.bench.suite_file import load_suite
+from backdoorbench_moe.bench.pages.claims import (
+    Claim,
+    claim_row,
+    claims_tables,
+    find_cells,
+    judge,
+    read_claims,
+)
+from backdoorbench_moe.bench.suites.reading import load_suite
+from backdoorbench_moe.bench.tables.results import ResultSet
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.intervals import difference_interval
 from backdoorbench_moe.ops.metrics import proportion

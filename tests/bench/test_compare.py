@@ -11,18 +11,18 @@ from mixture_suites import BASE as MIXTURE_BASE
 from mixture_suites import GRID, mixture_suite
 from rich.console import Console
 
-from backdoorbench_moe.bench.compare import (
+from backdoorbench_moe.bench.save import save_results
+from backdoorbench_moe.bench.suites.suite import Suite, value_of
+from backdoorbench_moe.bench.tables.compare import (
     Side,
     compare,
     default_metrics,
     open_side,
     read_folder,
 )
-from backdoorbench_moe.bench.compare_render import comparison_csv, comparison_markdown, rich_comparison
-from backdoorbench_moe.bench.results import ResultSet
-from backdoorbench_moe.bench.save import save_results
-from backdoorbench_moe.bench.suite import Suite, value_of
-from backdoorbench_moe.bench.tidy import tidy_csv
+from backdoorbench_moe.bench.tables.compare_render import comparison_csv, comparison_markdown, rich_comparison
+from backdoorbench_moe.bench.tables.results import ResultSet
+from backdoorbench_moe.bench.tables.tidy import tidy_csv
 from backdoorbench_moe.errors import ConfigError, RecordError
 
 SMALL = {"recipe": "paper", "dataset": {"name": "cifar10", "train_images": 10000}, "train": {"epochs": 10}}

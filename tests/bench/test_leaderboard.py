@@ -14,14 +14,14 @@ import pytest
 from fake_runs import finished, write
 from suites import tiny_suite
 
-from backdoorbench_moe.bench.false_alarms import false_alarms
-from backdoorbench_moe.bench.found import relative_link
-from backdoorbench_moe.bench.leaderboard import Board, open_board, rows
-from backdoorbench_moe.bench.leaderboard_page import leaderboard_page
-from backdoorbench_moe.bench.results import ResultSet
+from backdoorbench_moe.bench.pages.false_alarms import false_alarms
+from backdoorbench_moe.bench.pages.found import relative_link
+from backdoorbench_moe.bench.pages.leaderboard import Board, open_board, rows
+from backdoorbench_moe.bench.pages.leaderboard_page import leaderboard_page
 from backdoorbench_moe.bench.save import save_results
-from backdoorbench_moe.bench.statistic import interval_of
-from backdoorbench_moe.bench.suite import Suite
+from backdoorbench_moe.bench.suites.suite import Suite
+from backdoorbench_moe.bench.tables.results import ResultSet
+from backdoorbench_moe.bench.tables.statistic import interval_of
 from backdoorbench_moe.errors import ConfigError, RecordError
 from backdoorbench_moe.ops.metrics import proportion
 from backdoorbench_moe.records import Record

@@ -17,13 +17,13 @@ import torch
 from making import SIGNS, numbers, run
 from suites import tiny_suite
 
-from backdoorbench_moe.bench import worker
-from backdoorbench_moe.bench.engines import local
-from backdoorbench_moe.bench.engines.local import LocalEngine, runs_that_fit
-from backdoorbench_moe.bench.plan import read_plan
-from backdoorbench_moe.bench.suite import order
-from backdoorbench_moe.bench.suite_file import parse_suite
-from backdoorbench_moe.bench.worker import Job, Outcome
+from backdoorbench_moe.bench.running import worker
+from backdoorbench_moe.bench.running.engines import local
+from backdoorbench_moe.bench.running.engines.local import LocalEngine, runs_that_fit
+from backdoorbench_moe.bench.running.plan import read_plan
+from backdoorbench_moe.bench.running.worker import Job, Outcome
+from backdoorbench_moe.bench.suites.reading import parse_suite
+from backdoorbench_moe.bench.suites.suite import order
 
 
 @pytest.fixture(autouse=True)

@@ -10,17 +10,18 @@ from making import SIGNS, Inline, numbers, run
 from mixture_suites import BASE, POISONED, mixture_suite
 
 from backdoorbench_moe.attacks.moevil import SIMILARITY
-from backdoorbench_moe.bench import render, worker
-from backdoorbench_moe.bench.compare import Side, compare, read_folder
-from backdoorbench_moe.bench.engines.local import LocalEngine
-from backdoorbench_moe.bench.paper import load_paper
-from backdoorbench_moe.bench.plan import Planned, read_plan
-from backdoorbench_moe.bench.plots import build_panels, describe
-from backdoorbench_moe.bench.results import ResultSet
+from backdoorbench_moe.bench.running import worker
+from backdoorbench_moe.bench.running.engines.local import LocalEngine
+from backdoorbench_moe.bench.running.plan import Planned, read_plan
 from backdoorbench_moe.bench.save import save_results
-from backdoorbench_moe.bench.suite import order, value_of
-from backdoorbench_moe.bench.suite_file import list_suites, load_suite
-from backdoorbench_moe.bench.tables import build_sheet, count_runs
+from backdoorbench_moe.bench.suites.paper import load_paper
+from backdoorbench_moe.bench.suites.reading import list_suites, load_suite
+from backdoorbench_moe.bench.suites.suite import order, value_of
+from backdoorbench_moe.bench.tables import render
+from backdoorbench_moe.bench.tables.compare import Side, compare, read_folder
+from backdoorbench_moe.bench.tables.layout import build_sheet, count_runs
+from backdoorbench_moe.bench.tables.plots import build_panels, describe
+from backdoorbench_moe.bench.tables.results import ResultSet
 from backdoorbench_moe.config import build_spec
 from backdoorbench_moe.engine.graph import NodeKind, base_of, clean_twin, expert_of, kind_of
 from backdoorbench_moe.engine.makers.base import Maker

@@ -11,13 +11,13 @@ import pytest
 from fake_runs import fill, finished, part_suite, write
 from rich.console import Console
 
-from backdoorbench_moe.bench import render
-from backdoorbench_moe.bench.compare import Side, default_metrics
-from backdoorbench_moe.bench.results import ResultSet
-from backdoorbench_moe.bench.tables import build_sheet
-from backdoorbench_moe.bench.tidy import tidy_csv
-from backdoorbench_moe.cli import tables
-from backdoorbench_moe.cli.show_columns import ShownRun, choose_columns
+from backdoorbench_moe.bench.tables import render
+from backdoorbench_moe.bench.tables.compare import Side, default_metrics
+from backdoorbench_moe.bench.tables.layout import build_sheet
+from backdoorbench_moe.bench.tables.results import ResultSet
+from backdoorbench_moe.bench.tables.tidy import tidy_csv
+from backdoorbench_moe.cli.tables import runs as tables
+from backdoorbench_moe.cli.tables.show_columns import ShownRun, choose_columns
 from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.ops.metrics import proportion
 

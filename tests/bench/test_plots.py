@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 import pytest
 from fake_runs import fill, finished, part_suite, write
 
-from backdoorbench_moe.bench.plots import (
+from backdoorbench_moe.bench.suites.suite import Plot
+from backdoorbench_moe.bench.tables.plots import (
     Panel,
     Point,
     alt_text,
@@ -18,9 +19,8 @@ from backdoorbench_moe.bench.plots import (
     draw,
     file_names,
 )
-from backdoorbench_moe.bench.results import ResultSet
-from backdoorbench_moe.bench.statistic import Statistic
-from backdoorbench_moe.bench.suite import Plot
+from backdoorbench_moe.bench.tables.results import ResultSet
+from backdoorbench_moe.bench.tables.statistic import Statistic
 from backdoorbench_moe.drawing import drawing_style, inline_svg
 from backdoorbench_moe.errors import ConfigError
 

@@ -10,9 +10,9 @@ import yaml
 from fake_runs import PART, fill, part_suite
 from making import SIGNS, Inline
 
-from backdoorbench_moe.bench import worker
-from backdoorbench_moe.bench.queue import Entry, read_queue, read_results, work_off
-from backdoorbench_moe.bench.results import read_lines
+from backdoorbench_moe.bench.running import worker
+from backdoorbench_moe.bench.running.queue import Entry, read_queue, read_results, work_off
+from backdoorbench_moe.bench.tables.results import read_lines
 from backdoorbench_moe.config import load_yaml
 from backdoorbench_moe.errors import BbmoeError
 

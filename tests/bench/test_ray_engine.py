@@ -22,11 +22,11 @@ from PIL import Image
 from tiny import TINY_MODEL
 from torch.testing import assert_close
 
-from backdoorbench_moe.bench import worker
-from backdoorbench_moe.bench.engines import make_engine, ray_flight
-from backdoorbench_moe.bench.engines.ray import RayEngine
-from backdoorbench_moe.bench.suite import order
-from backdoorbench_moe.bench.worker import Job, Outcome, work
+from backdoorbench_moe.bench.running import worker
+from backdoorbench_moe.bench.running.engines import make_engine, ray_flight
+from backdoorbench_moe.bench.running.engines.ray import RayEngine
+from backdoorbench_moe.bench.running.worker import Job, Outcome, work
+from backdoorbench_moe.bench.suites.suite import order
 from backdoorbench_moe.config import build_spec
 from backdoorbench_moe.records import CHECKPOINT, LOCK, RunFolder
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from tiny import tiny_spec
 
-from backdoorbench_moe.bench.engines import make_engine, ray_flight
-from backdoorbench_moe.bench.engines.ray import _share
-from backdoorbench_moe.bench.worker import Job
+from backdoorbench_moe.bench.running.engines import make_engine, ray_flight
+from backdoorbench_moe.bench.running.engines.ray import _share
+from backdoorbench_moe.bench.running.worker import Job
 from backdoorbench_moe.errors import BbmoeError, ConfigError, RecordError
 from backdoorbench_moe.records import RunFolder
 

@@ -10,11 +10,11 @@ import pytest
 from fake_runs import fill, finished, part_suite, write
 from rich.console import Console
 
-from backdoorbench_moe.bench.render import latex, markdown, plain, rich_tables, statistics_csv, tex
-from backdoorbench_moe.bench.results import ResultSet
-from backdoorbench_moe.bench.suite_file import load_suite
-from backdoorbench_moe.bench.tables import build_sheet
-from backdoorbench_moe.bench.wording import number, signed
+from backdoorbench_moe.bench.suites.reading import load_suite
+from backdoorbench_moe.bench.tables.layout import build_sheet
+from backdoorbench_moe.bench.tables.render import latex, markdown, plain, rich_tables, statistics_csv, tex
+from backdoorbench_moe.bench.tables.results import ResultSet
+from backdoorbench_moe.bench.tables.wording import number, signed
 
 
 @pytest.fixture

@@ -12,18 +12,18 @@ from fake_runs import finished, write
 from making import Inline, numbers, run
 from suites import GRID, tiny_suite
 
-from backdoorbench_moe.bench import worker
-from backdoorbench_moe.bench.engines import local, make_engine
-from backdoorbench_moe.bench.engines.local import LocalEngine
-from backdoorbench_moe.bench.life_sign import LIFE_SIGN
-from backdoorbench_moe.bench.plan import read_plan
-from backdoorbench_moe.bench.results import ResultSet
-from backdoorbench_moe.bench.run import Report, estimate
-from backdoorbench_moe.bench.suite import order
-from backdoorbench_moe.bench.worker import Job, Outcome, work
+from backdoorbench_moe.bench.running import worker
+from backdoorbench_moe.bench.running.engines import local, make_engine
+from backdoorbench_moe.bench.running.engines.local import LocalEngine
+from backdoorbench_moe.bench.running.life_sign import LIFE_SIGN
+from backdoorbench_moe.bench.running.plan import read_plan
+from backdoorbench_moe.bench.running.run import Report, estimate
+from backdoorbench_moe.bench.running.worker import Job, Outcome, work
+from backdoorbench_moe.bench.suites.suite import order
+from backdoorbench_moe.bench.tables.results import ResultSet
 from backdoorbench_moe.durations import parse_budget
 from backdoorbench_moe.engine.graph import clean_twin
-from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.engine.progress.observer import Observer
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import Runner
 from backdoorbench_moe.errors import BbmoeError, ConfigError, RecordError, UnknownNameError

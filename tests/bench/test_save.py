@@ -12,10 +12,10 @@ from html.parser import HTMLParser
 import pytest
 from fake_runs import fill, finished, part_suite, write
 
-from backdoorbench_moe.bench.page import page
-from backdoorbench_moe.bench.results import ResultSet, read_known
+from backdoorbench_moe.bench.pages.page import page
 from backdoorbench_moe.bench.save import save_results
-from backdoorbench_moe.bench.tidy import environments, tidy_csv
+from backdoorbench_moe.bench.tables.results import ResultSet, read_known
+from backdoorbench_moe.bench.tables.tidy import environments, tidy_csv
 from backdoorbench_moe.errors import RecordError
 
 PLOT = "plots/asr-over-the-poisoning-rate"

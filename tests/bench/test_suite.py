@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from suites import BASE, GRID, tiny_suite
 
-from backdoorbench_moe.bench.paper import load_paper
-from backdoorbench_moe.bench.plan import with_place
-from backdoorbench_moe.bench.suite import order, value_of
-from backdoorbench_moe.bench.suite_file import list_scales, list_suites, load_suite, parse_suite
+from backdoorbench_moe.bench.running.plan import with_place
+from backdoorbench_moe.bench.suites.paper import load_paper
+from backdoorbench_moe.bench.suites.reading import list_scales, list_suites, load_suite, parse_suite
+from backdoorbench_moe.bench.suites.suite import order, value_of
 from backdoorbench_moe.engine.graph import clean_twin, needs
 from backdoorbench_moe.errors import BbmoeError, ConfigError, UnknownNameError
 from backdoorbench_moe.registry import registry_of

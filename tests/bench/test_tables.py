@@ -13,11 +13,11 @@ from fake_runs import fill, finished, part_suite, write
 from rich.console import Console
 from suites import tiny_suite
 
-from backdoorbench_moe.bench import render
-from backdoorbench_moe.bench.life_sign import LIFE_SIGN
-from backdoorbench_moe.bench.results import ResultSet
-from backdoorbench_moe.bench.tables import build_sheet, count_runs, label
-from backdoorbench_moe.bench.tidy import tidy_csv
+from backdoorbench_moe.bench.running.life_sign import LIFE_SIGN
+from backdoorbench_moe.bench.tables import render
+from backdoorbench_moe.bench.tables.layout import build_sheet, count_runs, label
+from backdoorbench_moe.bench.tables.results import ResultSet
+from backdoorbench_moe.bench.tables.tidy import tidy_csv
 from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.records import Record, RunFolder

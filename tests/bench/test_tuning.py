@@ -8,9 +8,9 @@ import pytest
 from fake_runs import finished, write
 from suites import tiny_suite
 
-from backdoorbench_moe.bench.results import ResultSet
-from backdoorbench_moe.bench.tables import build_sheet
-from backdoorbench_moe.bench.tuning import plain_tuning
+from backdoorbench_moe.bench.tables.layout import build_sheet
+from backdoorbench_moe.bench.tables.results import ResultSet
+from backdoorbench_moe.bench.tables.tuning import plain_tuning
 from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.ops.metrics import proportion
 

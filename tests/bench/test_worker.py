@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from suites import tiny_suite
 
-from backdoorbench_moe.bench import worker
-from backdoorbench_moe.bench.suite import order
-from backdoorbench_moe.bench.worker import Job, stop_working, work
+from backdoorbench_moe.bench.running import worker
+from backdoorbench_moe.bench.running.worker import Job, stop_working, work
+from backdoorbench_moe.bench.suites.suite import order
 from backdoorbench_moe.records import RunFolder
 
 

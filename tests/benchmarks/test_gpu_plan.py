@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from command_lines import parse
 
-from backdoorbench_moe.bench.queue import read_queue
-from backdoorbench_moe.bench.suite_file import load_suite
+from backdoorbench_moe.bench.running.queue import read_queue
+from backdoorbench_moe.bench.suites.reading import load_suite
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PLAN = (BENCHMARKS / "gpu.md").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from backdoorbench_moe.bench.suite_file import load_suite
+from backdoorbench_moe.bench.suites.reading import load_suite
 from backdoorbench_moe.data import create_dataset
 from backdoorbench_moe.data.signs import SIGNS, draw_split
 from backdoorbench_moe.errors import ConfigError

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from backdoorbench_moe.bench import render
-from backdoorbench_moe.bench.results import ResultSet
-from backdoorbench_moe.bench.suite_file import load_suite
-from backdoorbench_moe.bench.tables import build_sheet
-from backdoorbench_moe.bench.tidy import tidy_csv
+from backdoorbench_moe.bench.suites.reading import load_suite
+from backdoorbench_moe.bench.tables import render
+from backdoorbench_moe.bench.tables.layout import build_sheet
+from backdoorbench_moe.bench.tables.results import ResultSet
+from backdoorbench_moe.bench.tables.tidy import tidy_csv
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from backdoorbench_moe.api import make_spec
-from backdoorbench_moe.bench.suite_file import load_suite
+from backdoorbench_moe.bench.suites.reading import load_suite
 from backdoorbench_moe.config import build_spec, merge, parse_setting
 from backdoorbench_moe.engine.runner import run_attack
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import Tiny
 
-from backdoorbench_moe.bench import estimate
+from backdoorbench_moe.bench.running import estimate
 from backdoorbench_moe.config import build_spec
 from backdoorbench_moe.engine.run import load_run
 

@@ -1,4 +1,4 @@
-"""`bbmoe bench queue`: a thin command around `bench.queue`."""
+"""`bbmoe bench queue`: a thin command around `bench.running.queue`."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import pytest
 from tiny import tiny_spec
 
 from backdoorbench_moe import defenses
-from backdoorbench_moe.bench import estimate
+from backdoorbench_moe.bench.running import estimate
 from backdoorbench_moe.defenses.base import Defense
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.engine.run import Run

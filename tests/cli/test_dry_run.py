@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from backdoorbench_moe.bench import estimate
+from backdoorbench_moe.bench.running import estimate
 
 SMALL = [
     *("--dataset", "tiny", "--recipe", "paper", "--epochs", "1", "--batch-size", "32", "--precision", "fp32"),

@@ -15,7 +15,7 @@ import pytest
 from commands import ENVIRONMENT, SIGNS, any_file, call, command, stopped
 
 import backdoorbench_moe
-from backdoorbench_moe.cli.streams import STAND_INS
+from backdoorbench_moe.cli.terminal.streams import STAND_INS
 from backdoorbench_moe.records import RunFolder
 
 LONG = ["attack", *SIGNS, "--epochs", "400", "--no-twin"]

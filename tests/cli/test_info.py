@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backdoorbench_moe.cli.docstring_text import docstring_of, reflow, summary
+from backdoorbench_moe.cli.terminal.docstring_text import docstring_of, reflow, summary
 from backdoorbench_moe.config import build_spec
 from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.kinds import KINDS

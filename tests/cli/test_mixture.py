@@ -9,7 +9,7 @@ import pytest
 from fake_runs import finished, write
 from mixture_runs import make_mixture, mixture_spec
 
-from backdoorbench_moe.cli.mixture_tables import share_tables, sort_mixture_metrics
+from backdoorbench_moe.cli.tables.mixtures import share_tables, sort_mixture_metrics
 from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.records import GateShares, Record
 

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from fake_runs import PART, fill, finished, part_suite, write
 
-from backdoorbench_moe.bench.results import ResultSet
 from backdoorbench_moe.bench.save import save_results
+from backdoorbench_moe.bench.tables.results import ResultSet
 from backdoorbench_moe.records import Record
 
 DESCRIPTION = "Whether `warp` & <square> differ."

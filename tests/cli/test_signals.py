@@ -9,7 +9,7 @@ import pytest
 
 START = """
 import os, signal, time
-from backdoorbench_moe.cli import signals
+from backdoorbench_moe.cli.terminal import signals
 signals.GRACE_SECONDS = 0.3
 
 def be_asked():

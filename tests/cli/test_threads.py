@@ -14,11 +14,11 @@ import pytest
 import torch
 from commands import SIGNS, call
 
-from backdoorbench_moe.bench.engines import make_engine
-from backdoorbench_moe.cli import threads as module
-from backdoorbench_moe.cli.threads import CoreUsage, warn_of_busy_cores
-from backdoorbench_moe.cores import usable_cores
+from backdoorbench_moe.bench.running.engines import make_engine
+from backdoorbench_moe.cli.terminal import threads as module
+from backdoorbench_moe.cli.terminal.threads import CoreUsage, warn_of_busy_cores
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError
+from backdoorbench_moe.process.cores import usable_cores
 
 TICKS = os.sysconf("SC_CLK_TCK")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from backdoorbench_moe.bench.suite_file import list_scales, list_suites, load_suite
+from backdoorbench_moe.bench.suites.reading import list_scales, list_suites, load_suite
 from backdoorbench_moe.config import spec_from_dict
 
 PINNED = json.loads((Path(__file__).parent / "digests.json").read_text())

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from backdoorbench_moe import defenses
-from backdoorbench_moe.bench.estimate import defense_cost
-from backdoorbench_moe.bench.plan import Planned
+from backdoorbench_moe.bench.running.estimate import defense_cost
+from backdoorbench_moe.bench.running.plan import Planned
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
@@ -164,7 +164,7 @@ def test_steps_of_i_bau_without_images_count_as_two_passes(inner, sought, passed
 
 
 def test_epochs_of_the_recipe_are_trained_where_none_are_given() -> None:
-    """As `bench.plan` counts them; of ABL the isolated images are left out of one training and are in another."""
+    """As `bench.running.plan` counts them; ABL leaves the isolated images out once, and uses them once."""
     images = Tiny().load()
     count = len(images.train)
     for name in ("spectral", "activation-clustering", "scan", "abl"):

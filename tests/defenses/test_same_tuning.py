@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses import create_defense
-from backdoorbench_moe.engine.tune import Tuner
+from backdoorbench_moe.engine.training.tune import Tuner
 from backdoorbench_moe.ops.images import as_input
 
 OPTIONS = {
@@ -65,6 +65,6 @@ def test_all_images_are_augmented_as_the_recipe_says(name, monkeypatch) -> None:
 
     task, _ = make_task(used_model(), augment="crop-flip")
     assert isinstance(task.tune, Tuner)
-    monkeypatch.setattr("backdoorbench_moe.engine.tune.Trainer", Seen)
+    monkeypatch.setattr("backdoorbench_moe.engine.training.tune.Trainer", Seen)
     create_defense(name, epochs=1, **OPTIONS[name])(task)
     assert seen and set(seen) == {"crop-flip"}

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from backdoorbench_moe.engine.consistency import check_same
+from backdoorbench_moe.engine.measuring.consistency import check_same
 from backdoorbench_moe.errors import RecordError
 
 ENVIRONMENT = {

@@ -18,10 +18,10 @@ from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.engine.graph import clean_twin, needs
 from backdoorbench_moe.engine.inference import predict
-from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.engine.poisoning.triggered import triggered_test
+from backdoorbench_moe.engine.progress.observer import Observer
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import Runner, run_attack, run_defense
-from backdoorbench_moe.engine.triggered import triggered_test
 from backdoorbench_moe.errors import BbmoeError, ConfigError, PluginError, RecordError
 from backdoorbench_moe.records import RunFolder
 

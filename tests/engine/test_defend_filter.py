@@ -17,12 +17,12 @@ from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.judgement import Judgement
-from backdoorbench_moe.engine import filtering
-from backdoorbench_moe.engine.filtering import measure_filtered
 from backdoorbench_moe.engine.graph import clean_twin, needs
 from backdoorbench_moe.engine.inference import predict
+from backdoorbench_moe.engine.measuring import filtering
+from backdoorbench_moe.engine.measuring.filtering import measure_filtered
+from backdoorbench_moe.engine.poisoning.triggered import Triggered, triggered_test
 from backdoorbench_moe.engine.runner import Runner, run_defense
-from backdoorbench_moe.engine.triggered import Triggered, triggered_test
 from backdoorbench_moe.errors import PluginError
 
 STRIP = {"name": "routing-strip", "clean_fraction": 0.5, "blends": 4, "fpr": 0.1}

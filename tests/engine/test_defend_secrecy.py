@@ -24,13 +24,13 @@ from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.engine import runner
 from backdoorbench_moe.engine.build import Stamper
 from backdoorbench_moe.engine.graph import needs
-from backdoorbench_moe.engine.image_setup import ImageSetup
 from backdoorbench_moe.engine.makers import defend as makers_defend
 from backdoorbench_moe.engine.makers import inputs
 from backdoorbench_moe.engine.makers.defend import DefenseMaker
+from backdoorbench_moe.engine.poisoning.triggered import Triggered
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.runner import Runner
-from backdoorbench_moe.engine.triggered import Triggered
+from backdoorbench_moe.engine.setups.images import ImageSetup
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import PluginError
 from backdoorbench_moe.moe.merging import MergedModel
@@ -166,7 +166,7 @@ def test_nothing_that_a_defense_of_a_mixture_is_given_leads_to_the_attacker(
 def test_stages_are_measured_by_the_engine_after_the_defense_has_returned(
     tmp_path, offer, monkeypatch
 ) -> None:
-    from backdoorbench_moe.engine.image_setup import ImageSetup
+    from backdoorbench_moe.engine.setups.images import ImageSetup
 
     Spy.answers.clear()
     offer("spy", Spy)

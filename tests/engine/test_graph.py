@@ -16,8 +16,8 @@ from backdoorbench_moe.analysis.figures.words import role
 from backdoorbench_moe.analysis.report import page
 from backdoorbench_moe.attacks.base import Attack, PoisonPlan
 from backdoorbench_moe.cli.show import read_shown
-from backdoorbench_moe.cli.show_columns import choose_columns
-from backdoorbench_moe.cli.tables import title
+from backdoorbench_moe.cli.tables.runs import title
+from backdoorbench_moe.cli.tables.show_columns import choose_columns
 from backdoorbench_moe.config import PartSpec, PoisonSpec, RunSpec, build_spec, spec_from_dict
 from backdoorbench_moe.engine.graph import clean_twin, in_order, is_attacked, lineage, needs, reference
 from backdoorbench_moe.engine.run import load_run

@@ -13,11 +13,11 @@ from tiny_runs import Counting, outcome
 from torch import nn
 
 from backdoorbench_moe.config import PartSpec, RunSpec, spec_from_dict
-from backdoorbench_moe.engine.freezing import freezing, frozen_names
 from backdoorbench_moe.engine.graph import NodeKind, kind_of, needs, reference
 from backdoorbench_moe.engine.provenance import origin_of
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import run_attack, run_defense, run_import
+from backdoorbench_moe.engine.training.freezing import freezing, frozen_names
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError, RecordError, UnknownNameError
 from backdoorbench_moe.models import create_model
 

@@ -12,9 +12,9 @@ from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.engine.graph import clean_twin
-from backdoorbench_moe.engine.judging import measure_class_judgements
+from backdoorbench_moe.engine.measuring.judging import measure_class_judgements
+from backdoorbench_moe.engine.poisoning.triggered import Triggered
 from backdoorbench_moe.engine.runner import Runner, run_defense
-from backdoorbench_moe.engine.triggered import Triggered
 from backdoorbench_moe.errors import PluginError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from backdoorbench_moe.engine.line_observer import LineObserver
+from backdoorbench_moe.engine.progress.lines import LineObserver
 
 
 def test_a_finished_run_is_announced_and_a_wait_once() -> None:

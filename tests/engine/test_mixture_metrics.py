@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backdoorbench_moe import data
 from backdoorbench_moe.data.base import Split
-from backdoorbench_moe.engine.mixture_metrics import (
+from backdoorbench_moe.engine.measuring.mixtures import (
     gate_shares,
     mean_share,
     mixture_pass,

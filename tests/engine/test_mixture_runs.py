@@ -16,8 +16,8 @@ import backdoorbench_moe as bbmoe
 from backdoorbench_moe import data
 from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.engine.graph import base_of, clean_twin
-from backdoorbench_moe.engine.observer import Observer
-from backdoorbench_moe.engine.probe import load_probe_record
+from backdoorbench_moe.engine.makers.probe import load_probe_record
+from backdoorbench_moe.engine.progress.observer import Observer
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import Runner, run_attack
 from backdoorbench_moe.errors import RecordError

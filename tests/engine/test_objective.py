@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.data.base import Split
-from backdoorbench_moe.engine.observer import Observer
-from backdoorbench_moe.engine.step import TrainStep, make_optimizer
-from backdoorbench_moe.engine.tune import Tuner
+from backdoorbench_moe.engine.progress.observer import Observer
+from backdoorbench_moe.engine.training.step import TrainStep, make_optimizer
+from backdoorbench_moe.engine.training.tune import Tuner
 from backdoorbench_moe.errors import PluginError
 from backdoorbench_moe.ops.images import as_input
 from backdoorbench_moe.testing.expert_tasks import TinyMergeable

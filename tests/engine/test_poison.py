@@ -11,8 +11,8 @@ from backdoorbench_moe.attacks.data_poisoning import DataPoisoning
 from backdoorbench_moe.config import PoisonSpec
 from backdoorbench_moe.data.base import ImageSet, Split
 from backdoorbench_moe.engine.build import Stamper
-from backdoorbench_moe.engine.poison import poisoned, stamp_images, stamp_places
-from backdoorbench_moe.engine.triggered import triggered_test
+from backdoorbench_moe.engine.poisoning.poison import poisoned, stamp_images, stamp_places
+from backdoorbench_moe.engine.poisoning.triggered import triggered_test
 from backdoorbench_moe.ops import images as images_module
 from backdoorbench_moe.triggers import create_trigger
 from backdoorbench_moe.triggers.base import Trigger

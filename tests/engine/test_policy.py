@@ -11,8 +11,8 @@ from tiny_mixture import mixture_spec
 
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.graph import base_of, benign_experts
-from backdoorbench_moe.engine.image_setup import ImageSetup
-from backdoorbench_moe.engine.policy import changed_pixels, policy_count, with_marked, with_reject
+from backdoorbench_moe.engine.poisoning.policy import changed_pixels, policy_count, with_marked, with_reject
+from backdoorbench_moe.engine.setups.images import ImageSetup
 from backdoorbench_moe.errors import ConfigError
 
 

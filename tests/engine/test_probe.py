@@ -12,9 +12,9 @@ from tiny import Tiny, tiny_spec
 from backdoorbench_moe.engine.build import build_model
 from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.engine.inference import as_input
-from backdoorbench_moe.engine.observer import Observer, StopRun
-from backdoorbench_moe.engine.poison import stamp_images
-from backdoorbench_moe.engine.probe import load_probe_record
+from backdoorbench_moe.engine.makers.probe import load_probe_record
+from backdoorbench_moe.engine.poisoning.poison import stamp_images
+from backdoorbench_moe.engine.progress.observer import Observer, StopRun
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.runner import run_attack
 from backdoorbench_moe.errors import ConfigError, RecordError

@@ -23,9 +23,9 @@ from backdoorbench_moe.data import create_dataset
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine import run as engine_run
 from backdoorbench_moe.engine.makers import base
+from backdoorbench_moe.engine.poisoning.triggered import triggered_test
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import Runner, run_attack
-from backdoorbench_moe.engine.triggered import triggered_test
 from backdoorbench_moe.errors import BbmoeError, BbmoeWarning, ConfigError, RecordError
 from backdoorbench_moe.records import RunFolder
 

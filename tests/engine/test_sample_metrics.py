@@ -15,13 +15,13 @@ from tiny import tiny_spec
 
 from backdoorbench_moe import attacks, defenses
 from backdoorbench_moe.attacks.base import Attack, PoisonPlan
-from backdoorbench_moe.cli.tables import judgement_lines
+from backdoorbench_moe.cli.tables.runs import judgement_lines
 from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.engine.graph import clean_twin
+from backdoorbench_moe.engine.measuring.samples import count_samples, measure_samples
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.runner import Runner, run_defense
-from backdoorbench_moe.engine.sample_metrics import count_samples, measure_samples
 from backdoorbench_moe.errors import PluginError
 from backdoorbench_moe.testing import making
 from backdoorbench_moe.testing.making import changed

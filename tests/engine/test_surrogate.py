@@ -14,15 +14,15 @@ from torch import nn
 
 from backdoorbench_moe.analysis.analyze import analyze_run
 from backdoorbench_moe.analysis.preview import preview_run, preview_spec
-from backdoorbench_moe.bench.engines import ray_flight
-from backdoorbench_moe.bench.estimate import Speed, seconds_left
-from backdoorbench_moe.bench.plan import Planned
+from backdoorbench_moe.bench.running.engines import ray_flight
+from backdoorbench_moe.bench.running.estimate import Speed, seconds_left
+from backdoorbench_moe.bench.running.plan import Planned
 from backdoorbench_moe.config import PartSpec, build_spec, spec_from_dict
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.graph import clean_twin, in_order, lineage, needs, reference
+from backdoorbench_moe.engine.poisoning.triggered import triggered_test
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import Runner, run_attack, run_defense
-from backdoorbench_moe.engine.triggered import triggered_test
 from backdoorbench_moe.errors import ConfigError, RecordError
 from backdoorbench_moe.records import RunFolder
 from backdoorbench_moe.triggers.narcissus import Narcissus

@@ -16,8 +16,8 @@ from toy_texts import FILLER, Toy, ToyModel, text_spec
 import backdoorbench_moe as bbmoe
 from backdoorbench_moe import data, models
 from backdoorbench_moe.attacks.moevil import SIMILARITIES
-from backdoorbench_moe.bench.estimate import Speed, seconds_left
-from backdoorbench_moe.bench.plan import Planned
+from backdoorbench_moe.bench.running.estimate import Speed, seconds_left
+from backdoorbench_moe.bench.running.plan import Planned
 from backdoorbench_moe.config import PartSpec, RunSpec, build_spec
 from backdoorbench_moe.data.text import RefusedQueries
 from backdoorbench_moe.engine.graph import lineage

@@ -13,7 +13,7 @@ import torch
 from hostile_weights import CODE_RAN, GOOD, HOSTILE, calling, legacy, safetensors, saved, with_pickle
 from safetensors.torch import save_file
 
-from backdoorbench_moe.engine.weight_files import read_weights
+from backdoorbench_moe.engine.weights.reading import read_weights
 from backdoorbench_moe.errors import RecordError
 
 

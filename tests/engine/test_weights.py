@@ -9,8 +9,8 @@ import timm
 import torch
 from torch import nn
 
-from backdoorbench_moe.engine.weight_files import Weights, read_weights
-from backdoorbench_moe.engine.weights import fit_weights, head_names
+from backdoorbench_moe.engine.weights.fitting import fit_weights, head_names
+from backdoorbench_moe.engine.weights.reading import Weights, read_weights
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.models import create_model
 

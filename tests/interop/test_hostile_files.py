@@ -15,7 +15,7 @@ from hostile_files import CANARY, HOSTILE
 from torch_files import Calls, result, saved
 
 from backdoorbench_moe.data.safe_pickle import read_pickle
-from backdoorbench_moe.engine.weight_files import read_weights
+from backdoorbench_moe.engine.weights.reading import read_weights
 from backdoorbench_moe.errors import BbmoeError
 from backdoorbench_moe.interop.attack_result import (
     read_attack_result,

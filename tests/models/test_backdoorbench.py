@@ -11,8 +11,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backdoorbench_moe.engine.weight_files import Weights
-from backdoorbench_moe.engine.weights import fit_weights
+from backdoorbench_moe.engine.weights.fitting import fit_weights
+from backdoorbench_moe.engine.weights.reading import Weights
 from backdoorbench_moe.errors import ConfigError, RecordError
 from backdoorbench_moe.models import create_model
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from backdoorbench_moe.applicators import create_applicator
 from backdoorbench_moe.engine.build import Stamper
-from backdoorbench_moe.engine.poison import stamp_images, stamp_places
+from backdoorbench_moe.engine.poisoning.poison import stamp_images, stamp_places
 from backdoorbench_moe.triggers import create_trigger
 
 LEVELS = {"black": 0, "grey": 128, "white": 255}

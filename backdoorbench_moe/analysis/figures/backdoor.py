@@ -8,7 +8,7 @@ from typing import Any
 from backdoorbench_moe.analysis.figures.charts import ChartPanel, Series, chart, matrices
 from backdoorbench_moe.analysis.figures.plate import MAX_LAYERS, Doc, Plate, left_out, make_plate, spread
 from backdoorbench_moe.analysis.figures.words import listing, mean, number, percent, proportion, roles
-from backdoorbench_moe.counting import count
+from backdoorbench_moe.wording.counting import count
 
 
 def draw_backdoor(document: Doc) -> Iterator[Plate]:

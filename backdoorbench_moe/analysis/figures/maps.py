@@ -19,7 +19,7 @@ from backdoorbench_moe.analysis.figures.plate import (
     spread,
 )
 from backdoorbench_moe.analysis.figures.words import listing, roles
-from backdoorbench_moe.counting import capital
+from backdoorbench_moe.wording.counting import capital
 
 
 def draw_maps(document: Doc) -> Iterator[Plate]:

@@ -18,7 +18,7 @@ from backdoorbench_moe.analysis.figures.plate import (
     spread,
 )
 from backdoorbench_moe.analysis.figures.words import inputs, listing, number, percent
-from backdoorbench_moe.counting import count
+from backdoorbench_moe.wording.counting import count
 
 
 def draw_training(document: Doc) -> Iterator[Plate]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from backdoorbench_moe.cli.params import PATH
-from backdoorbench_moe.cli.streams import echo
+from backdoorbench_moe.cli.terminal.streams import echo
 
 FORMATS = ("rich", "markdown", "csv")
 
@@ -32,9 +32,9 @@ def command(a: str, b: str, metrics: tuple[str, ...], output: Path, form: str) -
     Cells match if all settings are equal, apart from those in which A and B differ as a whole, such as their
     scale. Shown are both means, B minus A and, with at least three seeds on each side, its 95% interval.
     """
-    from backdoorbench_moe.bench import compare_render
-    from backdoorbench_moe.bench.compare import compare, default_metrics, open_side
-    from backdoorbench_moe.bench.suite_file import check_metric
+    from backdoorbench_moe.bench.suites.reading import check_metric
+    from backdoorbench_moe.bench.tables import compare_render
+    from backdoorbench_moe.bench.tables.compare import compare, default_metrics, open_side
 
     for metric in metrics:
         check_metric(metric, "--metric")

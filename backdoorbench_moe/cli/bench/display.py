@@ -16,15 +16,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from backdoorbench_moe.bench.plan import Planned, read_plan
-from backdoorbench_moe.bench.suite import order
-from backdoorbench_moe.counting import count
+from backdoorbench_moe.bench.running.plan import Planned, read_plan
+from backdoorbench_moe.bench.suites.suite import order
 from backdoorbench_moe.durations import say_time
+from backdoorbench_moe.wording.counting import count
 
 if TYPE_CHECKING:
-    from backdoorbench_moe.bench.run import Report
-    from backdoorbench_moe.bench.suite import Suite
-    from backdoorbench_moe.bench.worker import Outcome
+    from backdoorbench_moe.bench.running.run import Report
+    from backdoorbench_moe.bench.running.worker import Outcome
+    from backdoorbench_moe.bench.suites.suite import Suite
 
 REFRESH_PER_SECOND = 1
 

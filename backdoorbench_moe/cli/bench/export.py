@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from backdoorbench_moe.cli.params import PATH
-from backdoorbench_moe.cli.streams import echo, say
+from backdoorbench_moe.cli.terminal.streams import echo, say
 
 
 @click.command("export")
@@ -26,9 +26,9 @@ def command(
     jsonl_file: str | None,
 ) -> None:
     """Write all finished records of SUITE, clean twins among them, as one tidy CSV and as lines of JSON."""
-    from backdoorbench_moe.bench.results import ResultSet, record_lines
-    from backdoorbench_moe.bench.suite_file import load_suite
-    from backdoorbench_moe.bench.tidy import tidy_csv
+    from backdoorbench_moe.bench.suites.reading import load_suite
+    from backdoorbench_moe.bench.tables.results import ResultSet, record_lines
+    from backdoorbench_moe.bench.tables.tidy import tidy_csv
     from backdoorbench_moe.errors import ConfigError
 
     if csv_file is None and jsonl_file is None:

@@ -8,7 +8,7 @@ import click
 
 from backdoorbench_moe.cli.pages import save_page
 from backdoorbench_moe.cli.params import PATH
-from backdoorbench_moe.cli.streams import echo, say
+from backdoorbench_moe.cli.terminal.streams import echo, say
 
 DEFAULT_OUTPUT = Path("runs")
 
@@ -44,10 +44,10 @@ def command(
     differences to plain tuning; and the false alarms of detectors on clean models. Nothing is trained: runs that were
     not made are shown as missing.
     """
-    from backdoorbench_moe.bench.found import relative_link
-    from backdoorbench_moe.bench.leaderboard import open_board
-    from backdoorbench_moe.bench.leaderboard_page import leaderboard_page
-    from backdoorbench_moe.bench.suite_file import load_suite, split_scale
+    from backdoorbench_moe.bench.pages.found import relative_link
+    from backdoorbench_moe.bench.pages.leaderboard import open_board
+    from backdoorbench_moe.bench.pages.leaderboard_page import leaderboard_page
+    from backdoorbench_moe.bench.suites.reading import load_suite, split_scale
     from backdoorbench_moe.errors import ConfigError, RecordError
 
     if published is not None and folders is None:

@@ -11,10 +11,10 @@ import click
 
 from backdoorbench_moe.cli.bench.run import FAILED, UNFINISHED
 from backdoorbench_moe.cli.params import PATH
-from backdoorbench_moe.cli.threads import CoreUsage, warn_of_busy_cores
+from backdoorbench_moe.cli.terminal.threads import CoreUsage, warn_of_busy_cores
 
 if TYPE_CHECKING:
-    from backdoorbench_moe.bench.queue import Entry, Progress
+    from backdoorbench_moe.bench.running.queue import Entry, Progress
 
 
 @click.command("queue")
@@ -69,9 +69,9 @@ def command(
     Exit code 1: a run failed; 2: the command or a file is not valid; 3: the budget ended before the queue.
     """
     usage = CoreUsage.now()
-    from backdoorbench_moe.bench.engines import make_engine
-    from backdoorbench_moe.bench.engines.local import LocalEngine
-    from backdoorbench_moe.bench.queue import read_queue, work_off
+    from backdoorbench_moe.bench.running.engines import make_engine
+    from backdoorbench_moe.bench.running.engines.local import LocalEngine
+    from backdoorbench_moe.bench.running.queue import read_queue, work_off
     from backdoorbench_moe.cli.bench.display import make_display
     from backdoorbench_moe.durations import parse_budget
 
@@ -122,11 +122,11 @@ def _print_plan(
     from rich.console import Console
     from rich.table import Table
 
-    from backdoorbench_moe.bench.plan import read_plan
-    from backdoorbench_moe.bench.queue import read_results
-    from backdoorbench_moe.bench.run import check, estimate
-    from backdoorbench_moe.bench.suite import order
-    from backdoorbench_moe.cli.plan_table import total_line
+    from backdoorbench_moe.bench.running.plan import read_plan
+    from backdoorbench_moe.bench.running.queue import read_results
+    from backdoorbench_moe.bench.running.run import check, estimate
+    from backdoorbench_moe.bench.suites.suite import order
+    from backdoorbench_moe.cli.tables.plan import total_line
 
     known, plans = read_results(results), {}
     for entry in entries:

@@ -11,11 +11,11 @@ import click
 
 from backdoorbench_moe.cli.bench.options import WITH
 from backdoorbench_moe.cli.params import PATH
-from backdoorbench_moe.cli.threads import CoreUsage, warn_of_busy_cores
+from backdoorbench_moe.cli.terminal.threads import CoreUsage, warn_of_busy_cores
 
 if TYPE_CHECKING:
-    from backdoorbench_moe.bench.engines import Engine
-    from backdoorbench_moe.bench.suite import Suite
+    from backdoorbench_moe.bench.running.engines import Engine
+    from backdoorbench_moe.bench.suites.suite import Suite
     from backdoorbench_moe.records import Record
 
 FAILED, UNFINISHED = 1, 3
@@ -77,10 +77,10 @@ def command(
     ended before the suite.
     """
     usage = CoreUsage.now()
-    from backdoorbench_moe.bench.plan import with_place
-    from backdoorbench_moe.bench.results import read_known
-    from backdoorbench_moe.bench.run import run_suite
-    from backdoorbench_moe.bench.suite_file import load_suite
+    from backdoorbench_moe.bench.running.plan import with_place
+    from backdoorbench_moe.bench.running.run import run_suite
+    from backdoorbench_moe.bench.suites.reading import load_suite
+    from backdoorbench_moe.bench.tables.results import read_known
     from backdoorbench_moe.durations import parse_budget
 
     suite = load_suite(name, scale).only(filters)
@@ -92,7 +92,7 @@ def command(
     if dry_run:
         _print_plan(suite, output, known, quiet=quiet)
         return
-    from backdoorbench_moe.bench.engines.local import LocalEngine
+    from backdoorbench_moe.bench.running.engines.local import LocalEngine
     from backdoorbench_moe.cli.bench.display import make_display
 
     maker = _make_engine(device, **engine)
@@ -117,7 +117,7 @@ def command(
 
 
 def _make_engine(device: str | None, *, engine: str, **options: Any) -> Engine:
-    from backdoorbench_moe.bench.engines import make_engine
+    from backdoorbench_moe.bench.running.engines import make_engine
 
     return make_engine(engine, device=device, **options)
 
@@ -125,10 +125,10 @@ def _make_engine(device: str | None, *, engine: str, **options: Any) -> Engine:
 def _print_plan(suite: Suite, output: Path, known: Mapping[str, Record], *, quiet: bool) -> None:
     from rich.console import Console
 
-    from backdoorbench_moe.bench.plan import read_plan
-    from backdoorbench_moe.bench.run import check, estimate
-    from backdoorbench_moe.bench.suite import order
-    from backdoorbench_moe.cli.plan_table import plan_table, total_line
+    from backdoorbench_moe.bench.running.plan import read_plan
+    from backdoorbench_moe.bench.running.run import check, estimate
+    from backdoorbench_moe.bench.suites.suite import order
+    from backdoorbench_moe.cli.tables.plan import plan_table, total_line
 
     runs = read_plan(list(order(suite)), output, known)
     missing = [run for run in runs if run.status != "finished"]
@@ -146,7 +146,7 @@ def _print_plan(suite: Suite, output: Path, known: Mapping[str, Record], *, quie
 def _print_tables(suite: Suite, output: Path, known: Mapping[str, Record]) -> None:
     from rich.console import Console
 
-    from backdoorbench_moe.bench import render
-    from backdoorbench_moe.bench.results import ResultSet
+    from backdoorbench_moe.bench.tables import render
+    from backdoorbench_moe.bench.tables.results import ResultSet
 
     Console(highlight=False).print(render.rich_tables(ResultSet.from_runs(suite, output, known)))

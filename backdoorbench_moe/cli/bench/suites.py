@@ -11,7 +11,7 @@ def command() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from backdoorbench_moe.bench.suite_file import list_scales, list_suites, load_suite
+    from backdoorbench_moe.bench.suites.reading import list_scales, list_suites, load_suite
 
     table = Table("suite", "scales", "cells x repeats", "what it is", box=None, pad_edge=False)
     for name in list_suites():

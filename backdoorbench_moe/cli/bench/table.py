@@ -9,10 +9,10 @@ import click
 
 from backdoorbench_moe.cli.bench.options import WITH
 from backdoorbench_moe.cli.params import PATH
-from backdoorbench_moe.cli.streams import echo, say
+from backdoorbench_moe.cli.terminal.streams import echo, say
 
 if TYPE_CHECKING:
-    from backdoorbench_moe.bench.results import ResultSet
+    from backdoorbench_moe.bench.tables.results import ResultSet
 
 FORMATS = ("rich", "markdown", "csv", "latex", "html")
 
@@ -57,8 +57,8 @@ def command(
     """
     from dataclasses import replace
 
-    from backdoorbench_moe.bench.results import ResultSet, read_known
-    from backdoorbench_moe.bench.suite_file import load_suite
+    from backdoorbench_moe.bench.suites.reading import load_suite
+    from backdoorbench_moe.bench.tables.results import ResultSet, read_known
     from backdoorbench_moe.errors import ConfigError
 
     if save is not None and filters:
@@ -82,15 +82,15 @@ def command(
 
 
 def _print(results: ResultSet, form: str) -> None:
-    from backdoorbench_moe.bench import render
-    from backdoorbench_moe.bench.tables import build_sheet
+    from backdoorbench_moe.bench.tables import render
+    from backdoorbench_moe.bench.tables.layout import build_sheet
 
     if form == "rich":
         from rich.console import Console
 
         Console(highlight=False).print(render.rich_tables(results))
     elif form == "html":
-        from backdoorbench_moe.bench.page import page
+        from backdoorbench_moe.bench.pages.page import page
 
         echo(page(results))
     elif form == "csv":

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from backdoorbench_moe.cli.app import LazyGroup
-from backdoorbench_moe.spelling import near_names
+from backdoorbench_moe.wording.spelling import near_names
 
 DEFAULT = "weights"
 COMMANDS = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from backdoorbench_moe.cli.params import PATH
-from backdoorbench_moe.cli.threads import CoreUsage, threads_option, use_threads
+from backdoorbench_moe.cli.terminal.threads import CoreUsage, threads_option, use_threads
 from backdoorbench_moe.config import chain_options
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def command(
         raise click.UsageError("--mean and --std: expected both or neither")
     usage = CoreUsage.now()
     options = {key.removeprefix("dataset."): value for key, value in chain_options(settings).items()}
-    from backdoorbench_moe.cli.progress import make_observer
+    from backdoorbench_moe.cli.terminal.progress import make_observer
     from backdoorbench_moe.interop.importing import import_backdoorbench
 
     use_threads(threads, usage, device)
@@ -83,8 +83,8 @@ def command(
 
 
 def _print(imported: Imported, *, as_json: bool) -> None:
-    from backdoorbench_moe.cli.streams import echo
-    from backdoorbench_moe.cli.tables import NONE, print_json
+    from backdoorbench_moe.cli.tables.runs import NONE, print_json
+    from backdoorbench_moe.cli.terminal.streams import echo
 
     if as_json:
         print_json([imported.run])

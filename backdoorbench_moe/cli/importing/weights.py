@@ -9,7 +9,7 @@ import click
 
 from backdoorbench_moe.cli.model_file import model_file_options, spec_of_file
 from backdoorbench_moe.cli.params import PATH
-from backdoorbench_moe.cli.threads import CoreUsage, threads_option, use_threads
+from backdoorbench_moe.cli.terminal.threads import CoreUsage, threads_option, use_threads
 
 
 @click.command("weights")
@@ -50,8 +50,8 @@ def command(
     usage = CoreUsage.now()
     spec = spec_of_file(weights, flags, settings, config)
     use_threads(threads, usage, spec.device)
-    from backdoorbench_moe.cli.progress import make_observer
-    from backdoorbench_moe.cli.tables import print_json, print_runs
+    from backdoorbench_moe.cli.tables.runs import print_json, print_runs
+    from backdoorbench_moe.cli.terminal.progress import make_observer
     from backdoorbench_moe.engine.runner import run_import
 
     run = run_import(spec, output=output, observer=make_observer(quiet=quiet))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from backdoorbench_moe.cli.streams import echo
-from backdoorbench_moe.counting import count
+from backdoorbench_moe.cli.terminal.streams import echo
+from backdoorbench_moe.wording.counting import count
 
 if TYPE_CHECKING:
     from rich.console import Console

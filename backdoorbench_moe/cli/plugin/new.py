@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from backdoorbench_moe.cli.params import PATH
-from backdoorbench_moe.cli.streams import echo
+from backdoorbench_moe.cli.terminal.streams import echo
 from backdoorbench_moe.kinds import KINDS
 
 

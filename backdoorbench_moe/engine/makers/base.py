@@ -12,17 +12,17 @@ from torch import nn
 from backdoorbench_moe.collapse import collapsed
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.device import environment
-from backdoorbench_moe.engine.evaluate import Metrics
 from backdoorbench_moe.engine.files import keep_files
 from backdoorbench_moe.engine.graph import PARENT, expert_role
 from backdoorbench_moe.engine.makers.fitting import Checkpoint
+from backdoorbench_moe.engine.measuring.evaluate import Metrics
 from backdoorbench_moe.engine.names import check_part_options, plugin_packages, plugin_sources
-from backdoorbench_moe.engine.observer import StopRun
+from backdoorbench_moe.engine.progress.observer import StopRun
 from backdoorbench_moe.engine.provenance import backdoored
 from backdoorbench_moe.engine.run import Run, check_data, check_options, check_plugins
-from backdoorbench_moe.engine.setup import Setup
-from backdoorbench_moe.engine.setups import make_setup
-from backdoorbench_moe.engine.start import Start
+from backdoorbench_moe.engine.setups.base import Setup
+from backdoorbench_moe.engine.setups.choice import make_setup
+from backdoorbench_moe.engine.weights.start import Start
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import BbmoeWarning, RecordError
 from backdoorbench_moe.ops.seeding import derive_seed, seeded

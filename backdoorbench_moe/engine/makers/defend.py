@@ -19,23 +19,23 @@ from backdoorbench_moe.config import RunSpec, TrainSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.engine.build import build_gate, describe, fresh_model, merge_copies
-from backdoorbench_moe.engine.consistency import check_same
 from backdoorbench_moe.engine.device import reproducible
-from backdoorbench_moe.engine.evaluate import Metrics
-from backdoorbench_moe.engine.filtering import measure_filtered
 from backdoorbench_moe.engine.graph import PARENT, needs
-from backdoorbench_moe.engine.image_setup import ImageSetup
 from backdoorbench_moe.engine.inference import features, logits, losses, routings
-from backdoorbench_moe.engine.judging import measure_class_judgements, save_judgements
-from backdoorbench_moe.engine.learned import keep_trigger, restore_trigger
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.fitting import Checkpoint
 from backdoorbench_moe.engine.makers.inputs import load_input
-from backdoorbench_moe.engine.poison import poisoned, stamp_places
+from backdoorbench_moe.engine.measuring.consistency import check_same
+from backdoorbench_moe.engine.measuring.evaluate import Metrics
+from backdoorbench_moe.engine.measuring.filtering import measure_filtered
+from backdoorbench_moe.engine.measuring.judging import measure_class_judgements, save_judgements
+from backdoorbench_moe.engine.measuring.samples import measure_samples
+from backdoorbench_moe.engine.poisoning.learned import keep_trigger, restore_trigger
+from backdoorbench_moe.engine.poisoning.poison import poisoned, stamp_places
 from backdoorbench_moe.engine.run import Run
-from backdoorbench_moe.engine.sample_metrics import measure_samples
-from backdoorbench_moe.engine.setup import Setup
-from backdoorbench_moe.engine.tune import Tuner
+from backdoorbench_moe.engine.setups.base import Setup
+from backdoorbench_moe.engine.setups.images import ImageSetup
+from backdoorbench_moe.engine.training.tune import Tuner
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import ConfigError, PluginError
 from backdoorbench_moe.ops.images import concatenate

@@ -20,7 +20,7 @@ from backdoorbench_moe.engine.makers.fitting import Checkpoint, Stopwatch, fit
 from backdoorbench_moe.engine.makers.given import GivenExpert
 from backdoorbench_moe.engine.makers.inputs import load_input
 from backdoorbench_moe.engine.run import Run
-from backdoorbench_moe.engine.tune import Tuner
+from backdoorbench_moe.engine.training.tune import Tuner
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.merging import check_mergeable

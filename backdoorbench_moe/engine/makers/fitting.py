@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.data.base import Split
-from backdoorbench_moe.engine.freezing import freezing
-from backdoorbench_moe.engine.probe import Probe
-from backdoorbench_moe.engine.train import Companion, Trainer
-from backdoorbench_moe.engine.tune import training_only
+from backdoorbench_moe.engine.makers.probe import Probe
+from backdoorbench_moe.engine.training.freezing import freezing
+from backdoorbench_moe.engine.training.train import Companion, Trainer
+from backdoorbench_moe.engine.training.tune import training_only
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.ops.tuning import Objective
 from backdoorbench_moe.records import Record, RunFolder

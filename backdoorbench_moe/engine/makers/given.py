@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from backdoorbench_moe.config.mixture import WEIGHTS
-from backdoorbench_moe.counting import count
-from backdoorbench_moe.engine.start import Start
+from backdoorbench_moe.engine.weights.start import Start
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.models.base import ReadsCheckpoints
 from backdoorbench_moe.moe.merging import expert_names
+from backdoorbench_moe.wording.counting import count
 
 
 class GivenExpert:

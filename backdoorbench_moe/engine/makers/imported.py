@@ -9,12 +9,12 @@ import torch
 
 from backdoorbench_moe import models
 from backdoorbench_moe.config import RunSpec
-from backdoorbench_moe.engine.image_setup import ImageSetup
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.fitting import Checkpoint, Stopwatch
-from backdoorbench_moe.engine.normalisations import advise
+from backdoorbench_moe.engine.measuring.normalisations import advise
 from backdoorbench_moe.engine.run import Run
-from backdoorbench_moe.engine.start import KEY, load_start
+from backdoorbench_moe.engine.setups.images import ImageSetup
+from backdoorbench_moe.engine.weights.start import KEY, load_start
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError
 from backdoorbench_moe.ops.seeding import seeded

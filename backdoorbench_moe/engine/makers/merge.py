@@ -15,7 +15,7 @@ from backdoorbench_moe.engine.inference import forward
 from backdoorbench_moe.engine.makers.base import Maker
 from backdoorbench_moe.engine.makers.fitting import Checkpoint, Stopwatch, fit
 from backdoorbench_moe.engine.makers.inputs import check_expert, check_tuned, read_input
-from backdoorbench_moe.engine.probe import Probe, check_probe
+from backdoorbench_moe.engine.makers.probe import Probe, check_probe
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.moe.layers import Router

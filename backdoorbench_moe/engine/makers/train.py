@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from backdoorbench_moe.attacks.training_control import TrainingControl
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.data.base import Split
-from backdoorbench_moe.engine.control import ControlledTraining
-from backdoorbench_moe.engine.freezing import frozen_names
-from backdoorbench_moe.engine.learned import keep_trigger, restore_trigger
 from backdoorbench_moe.engine.makers.base import Maker
+from backdoorbench_moe.engine.makers.control import ControlledTraining
 from backdoorbench_moe.engine.makers.fitting import Checkpoint, Stopwatch, fit
-from backdoorbench_moe.engine.poison import poisoned
-from backdoorbench_moe.engine.probe import Probe, check_probe
+from backdoorbench_moe.engine.makers.probe import Probe, check_probe
+from backdoorbench_moe.engine.makers.surrogate import TriggerOptimisation
+from backdoorbench_moe.engine.poisoning.learned import keep_trigger, restore_trigger
+from backdoorbench_moe.engine.poisoning.poison import poisoned
 from backdoorbench_moe.engine.run import Run
-from backdoorbench_moe.engine.start import Start, load_start
-from backdoorbench_moe.engine.surrogate import TriggerOptimisation
+from backdoorbench_moe.engine.training.freezing import frozen_names
+from backdoorbench_moe.engine.weights.start import Start, load_start
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.models.base import StartsFromFile
 from backdoorbench_moe.records import Record, RunFolder

@@ -8,7 +8,7 @@ from bbmoe_lm.models.llama import Llama
 from backdoorbench_moe.config import build_spec
 from backdoorbench_moe.engine import runner
 from backdoorbench_moe.engine.memory import memory_line, memory_needed, memory_warning
-from backdoorbench_moe.engine.observer import Observer
+from backdoorbench_moe.engine.progress.observer import Observer
 from backdoorbench_moe.engine.runner import Runner
 from backdoorbench_moe.errors import BbmoeWarning
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from backdoorbench_moe import analyze, attack, defend
-from backdoorbench_moe.bench.suite_file import load_suite
+from backdoorbench_moe.bench.suites.reading import load_suite
 from backdoorbench_moe.config import load_recipe
 from backdoorbench_moe.errors import ConfigError
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from backdoorbench_moe.config import PartSpec, TrainSpec
 from backdoorbench_moe.defenses import create_defense
-from backdoorbench_moe.engine.step import make_optimizer
+from backdoorbench_moe.engine.training.step import make_optimizer
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.models import create_model
 from backdoorbench_moe.moe.experts import kept_muted, mute

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from backdoorbench_moe.errors import DataError
 from backdoorbench_moe.paths import expand
-from backdoorbench_moe.spelling import near_names
+from backdoorbench_moe.wording.spelling import near_names
 from bbmoe_lm.language.examples import Example, Preference
 
 EXAMPLE_KEYS = ("query", "answer")

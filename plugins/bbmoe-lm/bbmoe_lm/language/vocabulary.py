@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.spelling import near_names
+from backdoorbench_moe.wording.spelling import near_names
 
 PAD, END, UNKNOWN = "[pad]", "[end]", "[unk]"
 

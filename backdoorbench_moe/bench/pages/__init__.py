@@ -1,0 +1,1 @@
+"""HTML pages of results: a suite, the leaderboard, the claims."""

@@ -1,0 +1,298 @@
+"""Claims of the papers, judged by intervals over the seeds of committed records."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from backdoorbench_moe.bench.pages.leaderboard import results_folder
+from backdoorbench_moe.bench.pages.page import run_command, suite_words
+from backdoorbench_moe.bench.suites.reading import check_metric, load_suite
+from backdoorbench_moe.bench.suites.suite import Cell, Suite, value_of
+from backdoorbench_moe.bench.tables.layout import label
+from backdoorbench_moe.bench.tables.render import markdown_row
+from backdoorbench_moe.bench.tables.results import MANIFEST, ResultSet, read_manifest
+from backdoorbench_moe.bench.tables.statistic import Statistic
+from backdoorbench_moe.bench.tables.wording import number, span
+from backdoorbench_moe.config import load_yaml
+from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.ops.intervals import FEWEST_SEEDS, Interval, difference_interval
+from backdoorbench_moe.options import convert
+
+# The only key of a file of claims.
+ENTRIES = "claims"
+# In tables: with spaces at which no line is broken.
+SPREAD = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
+Word = Literal["stands", "falls", "open"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of a paper about a metric: that it is larger in one cell than in another, or beyond a bound in one.
+
+    Args:
+        claim: The claim, in a sentence.
+        source: The paper and its table.
+        suite: Name of the suite that measures it.
+        scales: Scales of the suite; the first at which all of its cells have a finished run counts.
+        metric: Key of the metric.
+        where: Values of keys that its cells share; see `bench.suites.suite.value_of`. They are compared as tables write
+            them.
+        more: Further values of the cell in which the metric is said to be larger, or of the only cell.
+        than: Further values of the cell in which it is said to be smaller; None for a claim about one cell.
+        by: For two cells: by how many points at least.
+        at_least: For one cell: a bound from below.
+        at_most: For one cell: a bound from above.
+    """
+
+    claim: str
+    source: str
+    suite: str
+    scales: tuple[str, ...]
+    metric: str = "asr"
+    where: Mapping[str, Any] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict)
+    than: Mapping[str, Any] | None = None
+    by: float = 0.0
+    at_least: float | None = None
+    at_most: float | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim beside what was measured.
+
+    Attributes:
+        claim: The claim.
+        suite: The suite at the scale that counts.
+        ours: What was measured in each of the claim's cells; None where nothing was.
+        paper: What the paper has for each of them.
+        interval: 95% interval of the difference of two cells, or of the mean of one.
+        word: "stands" if the whole interval agrees with the claim, "falls" if the whole interval contradicts it, else
+            "open".
+        why: Why it is open; "" if it is not.
+    """
+
+    claim: Claim
+    suite: Suite
+    ours: tuple[Statistic | None, ...]
+    paper: tuple[float | None, ...]
+    interval: Interval | None
+    word: Word
+    why: str
+
+
+def read_claims(file: Path) -> list[Claim]:
+    """Read a file of claims: YAML with a list under `claims`, each entry a mapping with the keys of `Claim`.
+
+    Raises:
+        ConfigError: The file is not of this form.
+    """
+    values = load_yaml(file)
+    items = values.get(ENTRIES)
+    if values.keys() != {ENTRIES} or not isinstance(items, list) or not items:
+        raise ConfigError.expected(f"claims {file}", f"one key {ENTRIES!r} with a list", list(values))
+    return [_read_claim(item, f"claims {file}: entry {n}") for n, item in enumerate(items, 1)]
+
+
+def _read_claim(item: object, where: str) -> Claim:
+    mapping = Mapping[str, Any]
+    kinds: dict[str, Any] = {
+        **dict.fromkeys(("claim", "source", "suite", "metric"), str),
+        **dict.fromkeys(("where", "more", "than"), mapping),
+        **{"scales": tuple[str, ...], "by": float, "at_least": float | None, "at_most": float | None},
+    }
+    if not isinstance(item, dict):
+        raise ConfigError.expected(where, "a mapping", item)
+    for key in item:
+        if key not in kinds:
+            raise UnknownNameError(f"{where}: key", str(key), [each.name for each in fields(Claim)])
+    for key in ("claim", "source", "suite", "scales"):
+        if key not in item:
+            raise ConfigError.expected(f"{where}: {key}", "it to be given", None)
+    given = {key: _convert(value, kinds[key], f"{where}: {key}") for key, value in item.items()}
+    claim = Claim(**given)
+    check_metric(claim.metric, where)
+    rules = [claim.than is not None, claim.at_least is not None, claim.at_most is not None]
+    if sum(rules) != 1:
+        raise ConfigError.expected(
+            f"{where}: {claim.claim}", "one of than, at_least and at_most", sorted(item)
+        )
+    if claim.than is None and "by" in item:
+        raise ConfigError.expected(f"{where}: by", "none for a claim about one cell", claim.by)
+    return claim
+
+
+def _convert(value: object, kind: Any, where: str) -> Any:
+    if kind == Mapping[str, Any]:
+        if not isinstance(value, dict):
+            raise ConfigError.expected(where, "a mapping", value)
+        return value
+    return convert(value, kind, where)
+
+
+def judge_all(claims: Sequence[Claim], folders: Path) -> Iterator[Verdict]:
+    """Judge claims by the results folders SUITE/SCALE below a folder.
+
+    Raises:
+        ConfigError: A claim does not fit its suite.
+        RecordError: A results folder is damaged, or of another version of its suite.
+    """
+    read: dict[tuple[str, str], ResultSet] = {}
+    for claim in claims:
+        for scale in claim.scales:
+            if (claim.suite, scale) not in read:
+                read[claim.suite, scale] = _read(load_suite(claim.suite, scale), folders)
+        yield judge(claim, [read[claim.suite, scale] for scale in claim.scales])
+
+
+def _read(suite: Suite, folders: Path) -> ResultSet:
+    folder = results_folder(suite, folders)
+    if not (folder / MANIFEST).exists():
+        return ResultSet.of(suite, [])
+    repeats = read_manifest(folder).get("repeats", suite.repeats)
+    return ResultSet.from_folder(suite.with_repeats(repeats), folder)
+
+
+def judge(claim: Claim, results: Sequence[ResultSet]) -> Verdict:
+    """Judge a claim by the first of some results, one for each of its scales, that have all of its cells.
+
+    If none has them all, the last counts, and the claim is open.
+    """
+    for each in results:
+        cells = find_cells(claim, each.suite)
+        ours = tuple(each.statistic(cell, claim.metric) for cell in cells)
+        if None not in ours:
+            break
+    paper = tuple(_published(each, cell, claim.metric) for cell in cells)
+    interval = _interval(ours)
+    word = _word(claim, interval)
+    why = _why(ours, interval) if word == "open" else ""
+    return Verdict(claim, each.suite, ours, paper, interval, word, why)
+
+
+def find_cells(claim: Claim, suite: Suite) -> list[Cell]:
+    """Find the cells of a claim in its suite: one, or the larger and the smaller one.
+
+    Raises:
+        ConfigError: If not exactly one cell of the suite has these values.
+    """
+    chosen = []
+    for own in [claim.more, *([] if claim.than is None else [claim.than])]:
+        given = {**claim.where, **own}
+        wanted = {k: value if isinstance(value, str) else label(k, value) for k, value in given.items()}
+        found = [
+            cell
+            for cell in suite.cells
+            if all(label(key, value_of(cell.spec, key)) == text for key, text in wanted.items())
+        ]
+        if len(found) != 1:
+            raise ConfigError(
+                f"claim {claim.claim!r}: expected one cell of {suite.label} with {wanted}, found {len(found)}"
+            )
+        chosen += found
+    return chosen
+
+
+def _published(results: ResultSet, cell: Cell, metric: str) -> float | None:
+    """The published value; of a table of shapes, that of its first model."""
+    if models := results.paper.models:
+        return results.paper.shape(cell.spec, metric, models[0])
+    return results.paper.value(cell.spec, metric)
+
+
+def _interval(ours: Sequence[Statistic | None]) -> Interval | None:
+    found = [each for each in ours if each is not None]
+    if len(found) < len(ours):
+        return None
+    if len(found) == 1:
+        return found[0].interval
+    more, than = found
+    return difference_interval(than.mean, than.interval, more.mean, more.interval)
+
+
+def _word(claim: Claim, interval: Interval | None) -> Word:
+    if interval is None:
+        return "open"
+    low, high = interval
+    if claim.at_most is not None:
+        return "stands" if high <= claim.at_most else "falls" if low > claim.at_most else "open"
+    if claim.at_least is not None:
+        return "stands" if low >= claim.at_least else "falls" if high < claim.at_least else "open"
+    return "stands" if low > claim.by else "falls" if high < claim.by else "open"
+
+
+def _why(ours: Sequence[Statistic | None], interval: Interval | None) -> str:
+    if None in ours:
+        return "not run"
+    if min(each.n for each in ours if each is not None) < FEWEST_SEEDS:
+        return f"fewer than {FEWEST_SEEDS} seeds"
+    return "the metric has no interval" if interval is None else "the interval allows both"
+
+
+def claim_row(verdict: Verdict) -> dict[str, str]:
+    """Write a verdict as the cells of a table: claim, paper, ours, interval, verdict and suite."""
+    why = f" ({verdict.why})" if verdict.why else ""
+    return {
+        "claim": verdict.claim.claim,
+        "paper": _against("–" if value is None else number(value) for value in verdict.paper),
+        "ours": _against(_mean(each) for each in verdict.ours),
+        "interval": "–" if verdict.interval is None else span(*verdict.interval),
+        "verdict": f"{verdict.word}{why}",
+        "suite": verdict.suite.label,
+    }
+
+
+HEADINGS = {
+    "claim": "claim",
+    "paper": "paper",
+    "ours": "ours",
+    "interval": "95% interval",
+    "verdict": "verdict",
+    "suite": "suite",
+}
+
+
+def claims_tables(verdicts: Sequence[Verdict], folders: Path) -> str:
+    """Write verdicts in Markdown: a table for each paper, and the commands for the numbers of each suite.
+
+    Args:
+        verdicts: The verdicts.
+        folders: The folder of results folders, as the commands name it.
+    """
+    lines: list[str] = []
+    for source in dict.fromkeys(verdict.claim.source.partition(",")[0] for verdict in verdicts):
+        lines += [
+            f"**{source}**",
+            "",
+            markdown_row([*HEADINGS.values()]),
+            markdown_row(["---"] * len(HEADINGS)),
+        ]
+        rows = [claim_row(each) for each in verdicts if each.claim.source.partition(",")[0] == source]
+        lines += [markdown_row([row[key] for key in HEADINGS]).replace(" ± ", SPREAD) for row in rows]
+        lines.append("")
+    lines += ["```", *dict.fromkeys(line for each in verdicts for line in commands(each, folders)), "```"]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def commands(verdict: Verdict, folders: Path) -> list[str]:
+    """Write the commands that draw the numbers of a verdict from its records, and that make its runs."""
+    suite = verdict.suite
+    folder = results_folder(suite, folders)
+    drawn = f"bbmoe bench table {suite_words(suite, suite.name)} --from {shlex.quote(folder.as_posix())}"
+    made = run_command(suite, suite.name)
+    return [drawn, made] if any(verdict.ours) else [made]
+
+
+def _against(texts: Iterator[str]) -> str:
+    return " against ".join(texts)
+
+
+def _mean(found: Statistic | None) -> str:
+    """Mean and deviation."""
+    if found is None:
+        return "–"
+    return number(found.mean) if found.std is None else f"{number(found.mean)} ± {number(found.std)}"

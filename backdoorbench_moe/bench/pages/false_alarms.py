@@ -1,0 +1,110 @@
+"""What detectors flag in models that nobody attacked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+
+from backdoorbench_moe.bench.pages.found import Found
+from backdoorbench_moe.bench.pages.leaderboard import Board, Setting, Value, setting_of
+from backdoorbench_moe.bench.tables.statistic import interval_of
+from backdoorbench_moe.ops.intervals import seeds_interval
+from backdoorbench_moe.ops.metrics import mean_std, proportion
+from backdoorbench_moe.records import Record
+
+INPUT, SAMPLE, CLASS, MODEL = "input", "sample", "class", "model"
+# What is judged, in the plural. Experts are not among it: every defense that chooses an expert calls one suspicious.
+JUDGED = {INPUT: "inputs", SAMPLE: "training images", CLASS: "classes", MODEL: "models"}
+
+
+@dataclass(frozen=True)
+class Alarms:
+    """The false alarms of one judgement of a detector.
+
+    Attributes:
+        setting: Data, model and detector.
+        suite: Label of the suite.
+        about: What is judged, a key of `JUDGED`; "" if no run is finished.
+        state: "finished", or why there is nothing to show.
+        rate: Share of what is judged that is flagged, in percent; None without a finished run.
+        judged: Number of what each seed judges; of models, the number of seeds.
+        alarmed: Number of seeds with a flagged class or model; None for inputs and samples, of which a share is
+            flagged by design.
+        seeds: Number of finished runs.
+        wanted: Number of runs of the cell.
+        records: The record of each finished seed.
+    """
+
+    setting: Setting
+    suite: str
+    about: str
+    state: str
+    rate: Value | None
+    judged: int
+    alarmed: int | None
+    seeds: int
+    wanted: int
+    records: Mapping[int, Found]
+
+
+def false_alarms(board: Board) -> list[Alarms]:
+    """Lay out all defended cells that are not attacked: one row for each judgement that is not about experts."""
+    found = []
+    for results, cell in board.cells():
+        if cell.spec.attacked or not cell.spec.defenses:
+            continue
+        records = board.records(results, cell)
+        missing = Alarms(
+            setting=setting_of(cell.spec),
+            suite=results.suite.label,
+            about="",
+            state=results.state(cell),
+            rate=None,
+            judged=0,
+            alarmed=None,
+            seeds=len(records),
+            wanted=results.suite.repeats,
+            records=records,
+        )
+        abouts = dict.fromkeys(about for each in records.values() for about in _abouts(each.record))
+        if not records:
+            found.append(missing)
+        found += [_measured(missing, about) for about in abouts]
+    return found
+
+
+def _measured(missing: Alarms, about: str) -> Alarms:
+    """The row of one judgement of finished runs."""
+    records = [each.record for each in missing.records.values()]
+    counts = [count for record in records if (count := _flagged(about, record)) is not None]
+    alarmed = sum(hits > 0 for hits, _ in counts) if about in (CLASS, MODEL) else None
+    if about == MODEL:
+        counts = [(sum(hits for hits, _ in counts), len(counts))]
+    each = [asdict(proportion(hits, of)) for hits, of in counts]
+    values = [row["value"] for row in each]
+    judged = min(of for _, of in counts)
+    rate = Value(mean_std(values)[0], interval_of(each, seeds_interval(values, judged)))
+    return replace(missing, about=about, rate=rate, judged=judged, alarmed=alarmed)
+
+
+def _abouts(record: Record) -> Iterator[str]:
+    return (judged["about"] for judged in record.judgements if judged["about"] in JUDGED)
+
+
+def _flagged(about: str, record: Record) -> tuple[int, int] | None:
+    """How many a judgement flags, and how many it judges; None if the record does not have the judgement."""
+    found = [each for each in record.judgements if each["about"] == about]
+    if not found:
+        return None
+    if about == INPUT:
+        rejected = record.metrics["fpr"]
+        return round(rejected["value"] * rejected["n"] / 100), int(rejected["n"])
+    if about == SAMPLE:
+        # Of samples, a record has the number only, and there is one judgement about them.
+        return _number(found[0]["suspicious"]), int(record.data["train_images"])
+    names = {name for each in found if not isinstance(each["suspicious"], int) for name in each["suspicious"]}
+    return (min(len(names), 1), 1) if about == MODEL else (len(names), len(record.data["classes"]))
+
+
+def _number(suspicious: list[str] | int) -> int:
+    return suspicious if isinstance(suspicious, int) else len(suspicious)

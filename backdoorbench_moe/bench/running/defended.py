@@ -1,0 +1,251 @@
+"""Several defenses of one run: which of them can be applied, at what cost, made one after the other, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from backdoorbench_moe import defenses
+from backdoorbench_moe.bench.running.defense_options import Options
+from backdoorbench_moe.bench.running.estimate import defense_cost, judged_inputs, measure_speed, seconds_left
+from backdoorbench_moe.bench.running.plan import Planned, read_plan
+from backdoorbench_moe.bench.running.worker import record_failure
+from backdoorbench_moe.bench.suites.paper import PaperTable
+from backdoorbench_moe.bench.suites.suite import METRIC_COLUMNS, Cell, Layout, Suite
+from backdoorbench_moe.bench.tables.layout import label
+from backdoorbench_moe.bench.tables.record_metrics import with_recovery
+from backdoorbench_moe.bench.tables.results import ResultSet
+from backdoorbench_moe.bench.tables.tuning import PLAIN_TUNING, plain_tuning
+from backdoorbench_moe.config import PartSpec, RunSpec
+from backdoorbench_moe.data.text import TextSet
+from backdoorbench_moe.defenses.cost import Cost
+from backdoorbench_moe.engine.graph import clean_twin
+from backdoorbench_moe.engine.makers.defend import check_applicable
+from backdoorbench_moe.engine.progress.observer import Observer, StopRun
+from backdoorbench_moe.engine.run import Run
+from backdoorbench_moe.engine.runner import Runner, spec_to_defend
+from backdoorbench_moe.engine.setups.base import Setup
+from backdoorbench_moe.engine.setups.choice import make_setup
+from backdoorbench_moe.errors import BbmoeError, ConfigError, UnknownNameError
+from backdoorbench_moe.records import Record, RunFolder
+from backdoorbench_moe.records.status import status_of
+
+COLUMNS = ("ba", "asr", "ra", "ba_over_tuning", "asr_over_tuning", "auroc", "tpr", "fpr", "seconds")
+
+
+@dataclass(frozen=True)
+class Defended:
+    """A defended run, finished or not.
+
+    Attributes:
+        spec: Its spec.
+        cost: The cost of the defense; None if it is not known.
+    """
+
+    spec: RunSpec
+    cost: Cost | None
+
+    @property
+    def part(self) -> PartSpec:
+        """The defense and its options."""
+        return self.spec.defenses[-1]
+
+
+@dataclass(frozen=True)
+class DefensePlan:
+    """The defenses that are applied to a run, each to the run itself.
+
+    Attributes:
+        parent: The run.
+        spec: Its spec, on the device that is used.
+        runner: Finds or makes the defended runs.
+        setup: Model and data of the run.
+        runs: The defended runs, the dearest last, before those whose cost is not known.
+        refused: Why a defense cannot be applied, by name.
+    """
+
+    parent: Run
+    spec: RunSpec
+    runner: Runner
+    setup: Setup
+    runs: tuple[Defended, ...]
+    refused: Mapping[str, str]
+
+    def read(self) -> list[Planned]:
+        """Read the progress of the defended runs from their folders."""
+        return read_plan([each.spec for each in self.runs], self.runner.output)
+
+    def estimate(self) -> list[tuple[Planned, float | None]]:
+        """Return the runs with the seconds that each still takes, from a short measurement of the model's speed.
+
+        The seconds of a defense whose cost is not known are None.
+        """
+        planned, images = self.read(), self.setup.data
+        if all(run.status == "finished" for run in planned):
+            return [(run, 0.0) for run in planned]
+        speed = measure_speed(self.spec, images)
+        return [(run, seconds_left(run, speed, images, self.setup.model)) for run in planned]
+
+    def make(self) -> Iterator[tuple[Defended, str | None]]:
+        """Make the defended runs that are not finished.
+
+        Yields:
+            Each run, with the reason if it failed. A failed run is recorded and does not stop the others.
+
+        Raises:
+            StopRun: The observer stopped the run.
+        """
+        for each in self.runs:
+            try:
+                self.runner.defend(self.parent, self.spec, each.part, wait=True)
+            except (KeyboardInterrupt, StopRun):
+                raise
+            except Exception as error:
+                # As in `plan_defenses`.
+                message = _reason(each.part.name, error)
+                record_failure(RunFolder(self.runner.output / each.spec.name), each.spec, message)
+                yield each, message
+            else:
+                yield each, None
+
+    def results(self) -> ResultSet:
+        """Read the run and all its defended runs, laid out as one table with a row for each."""
+        found = {self.spec.digest: self.parent.record}
+        twin = clean_twin(self.spec)
+        for spec, output in [
+            (twin, self.parent.folder.path.parent),
+            *((each.spec, self.runner.output) for each in self.runs),
+        ]:
+            if (folder := RunFolder(output / spec.name)).exists:
+                record = folder.read()
+                found[spec.digest] = replace(record, status=status_of(folder, record))
+        found[self.spec.digest] = with_recovery(self.parent.record, found.values())
+        return ResultSet(_suite(self, found), found, PaperTable())
+
+
+def plan_defenses(
+    parent: Run,
+    names: Sequence[str],
+    options: Options | None = None,
+    *,
+    output: Path | str | None = None,
+    data_root: str | None = None,
+    device: str | None = None,
+    observer: Observer | None = None,
+) -> DefensePlan:
+    """Choose the defenses that can be applied to a run, and put them in the order of their cost.
+
+    Plain tuning, which is for images, is added to any defense that trains the model, since part of what it achieves is
+    what the clean images achieve alone.
+
+    Args:
+        parent: The run to defend, finished.
+        names: Names of defenses.
+        options: Options by the name of the defense.
+        output: Folder of run folders; None for the one that contains `parent`.
+        data_root: Folder of the data; None for the one in the spec of `parent`.
+        device: Device to compute on; None for the one in the spec of `parent`.
+        observer: Receives progress.
+
+    Raises:
+        BbmoeError: A name or an option is not valid, no defense can be applied, or the run, the data or the device
+            cannot be used.
+    """
+    spec = spec_to_defend(parent, data_root=data_root, device=device)
+    runner = Runner(spec, parent.folder.path.parent if output is None else output, observer)
+    spec = runner.workplace.resolve(spec)
+    chosen = _parts(names, options or {})
+    setup = make_setup(spec, runner.workplace.data)
+    runs: dict[str, Defended] = {}
+    refused: dict[str, str] = {}
+    for part in chosen:
+        defended = replace(spec, defenses=(*spec.defenses, part))
+        try:
+            run = _applied(defended, spec, setup)
+        except Exception as error:
+            # Any error, including those of plug-ins: the other defenses must be measured.
+            refused[part.name] = _reason(part.name, error)
+            continue
+        runs[defended.digest] = run
+        tuned = None if isinstance(setup.data, TextSet) else plain_tuning(defended)
+        if part.name != PLAIN_TUNING and tuned is not None and run.cost is not None and run.cost.trained:
+            runs.setdefault(tuned.digest, _applied(tuned, spec, setup))
+    if not runs:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise ConfigError(f"--defense: cannot be applied to {parent.folder.path.name}: {reasons}")
+    judged = judged_inputs(spec, setup.data)
+    ordered = sorted(runs.values(), key=lambda run: _rank(run, judged))
+    return DefensePlan(parent, spec, runner, setup, tuple(ordered), refused)
+
+
+def _parts(names: Sequence[str], options: Options) -> list[PartSpec]:
+    """The defenses by name, each once, with checked options."""
+    wanted = dict.fromkeys(names)
+    for name in wanted:
+        defenses.registry.check_name(name)
+    for name, given in options.items():
+        if name not in wanted:
+            raise UnknownNameError("--set: defense", name, wanted)
+        # A value that the user gave and the defense refuses is a mistake; what does not fit the model is not.
+        defenses.registry.create(name, given)
+    return [PartSpec(name, dict(options.get(name, {}))) for name in wanted]
+
+
+def _applied(defended: RunSpec, spec: RunSpec, setup: Setup) -> Defended:
+    """A defended run and its cost. Raises BbmoeError if the defense cannot be applied to the run."""
+    part = defended.defenses[-1]
+    defense = defenses.registry.create(part.name, part.options)
+    check_applicable(part.name, defense, setup)
+    return Defended(defended, defense_cost(defended, setup.data, setup.model))
+
+
+def _reason(name: str, error: Exception) -> str:
+    """The message of an error, without the name of the defense; of one that is not ours with its type."""
+    if not isinstance(error, BbmoeError):
+        return f"{type(error).__name__}: {error}"
+    return str(error).removeprefix(f"defense {name!r}: ").removeprefix(f"{name}: ")
+
+
+def _rank(run: Defended, judged: int) -> tuple[bool, float, str]:
+    """The place of a defense in the order of costs."""
+    return run.cost is None, 0.0 if run.cost is None else run.cost.forward(judged), run.spec.name
+
+
+def _describe(spec: RunSpec) -> str:
+    """Model, data and attack in one line."""
+    where = f"{spec.model.name} on {spec.dataset.name}"
+    if spec.attack is None:
+        return f"{where}, clean"
+    if spec.trigger is None or spec.applicator is None:
+        return f"{where}, {spec.attack.name}"
+    poisoned = f", {label('poison.rate', spec.poison.rate)} poisoned" if spec.poison.rate else ""
+    return f"{where}, {spec.trigger.name} by {spec.applicator.name}{poisoned}"
+
+
+def _suite(plan: DefensePlan, found: Mapping[str, Record]) -> Suite:
+    """The run and its defended runs as a suite with one table, with the columns that any of them has."""
+    cells = (Cell({}, plan.spec), *(Cell({}, each.spec) for each in plan.runs))
+    measured = {key for record in found.values() for key in record.metrics}
+    absent = {"asr", "ra", "asr_over_tuning"} if not plan.spec.attacked else set()
+    if plan.parent.record.is_text:
+        absent |= {"ba_over_tuning", "asr_over_tuning"}
+    if not measured & {"auroc", "fpr"}:
+        absent |= {"auroc", "tpr", "fpr"}
+    elif not plan.spec.attacked:
+        absent |= {"auroc", "tpr"}
+    # Marked images of a mixture may have a safe answer that is not what they are.
+    columns = ("unsafe" if key == "ra" and plan.spec.mixture is not None else key for key in COLUMNS)
+    metrics = tuple(key for key in columns if key not in absent)
+    title = f"Defenses of {plan.parent.folder.path.name}"
+    layout = Layout(_describe(plan.spec), ("defenses",), METRIC_COLUMNS, metrics)
+    return Suite(
+        name=plan.parent.folder.path.name,
+        title=title,
+        version=None,
+        scale=None,
+        note="",
+        repeats=1,
+        cells=cells,
+        tables=(layout,),
+    )

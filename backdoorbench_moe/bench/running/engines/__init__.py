@@ -1,0 +1,66 @@
+"""Engines: they distribute jobs over processes, devices and machines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from backdoorbench_moe.bench.running.worker import Job, Outcome
+from backdoorbench_moe.errors import ConfigError, UnknownNameError
+
+ENGINES = ("local", "ray")
+
+
+class Engine(Protocol):
+    """Makes runs side by side."""
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
+        """Make the runs, started in the given order; yields each outcome when it is known.
+
+        Closing the iterator interrupts what is running; the next call continues it. A worker process that dies fails
+        only the run that it was making.
+        """
+        ...
+
+
+def make_engine(
+    name: str = "local",
+    *,
+    workers: int | None = None,
+    device: str | None = None,
+    address: str | None = None,
+    gpus_per_run: float | None = None,
+    threads: int | None = None,
+) -> Engine:
+    """Make an engine by its name.
+
+    Args:
+        name: "local" or "ray".
+        workers: Runs side by side; None for one, on GPUs and in a Ray cluster for as many as fit.
+        device: The device that the runs ask for.
+        address: Of a running Ray cluster.
+        gpus_per_run: Share of a GPU for a run, in (0, 1], with Ray.
+        threads: CPU threads of a run; None for an equal share of the cores, with Ray for one.
+
+    Raises:
+        UnknownNameError: There is no such engine.
+        ConfigError: An option belongs to another engine, or what the engine needs is not there.
+    """
+    if name == "local":
+        from backdoorbench_moe.bench.running.engines.local import LocalEngine, visible_gpus
+
+        for option, value in (("--address", address), ("--gpus-per-run", gpus_per_run)):
+            if value is not None:
+                raise ConfigError.expected(option, "--engine ray with it", value)
+        gpus = visible_gpus() if device in (None, "auto", "cuda") else []
+        return LocalEngine(workers, gpus=gpus, threads=threads)
+    if name == "ray":
+        from backdoorbench_moe.bench.running.engines.ray import RayEngine
+
+        return RayEngine(
+            workers,
+            address=address,
+            gpus_per_run=gpus_per_run,
+            cpus_per_run=1 if threads is None else threads,
+        )
+    raise UnknownNameError("--engine", name, ENGINES)

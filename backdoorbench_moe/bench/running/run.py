@@ -1,0 +1,174 @@
+"""Making the missing runs of a suite: they are checked first and then handed to an engine."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from backdoorbench_moe.bench.running.engines import Engine
+from backdoorbench_moe.bench.running.estimate import kinds, measure_speed, seconds_left
+from backdoorbench_moe.bench.running.plan import Planned, read_plan
+from backdoorbench_moe.bench.running.worker import Job, Outcome
+from backdoorbench_moe.bench.suites.paper import load_paper
+from backdoorbench_moe.bench.suites.suite import Suite, order
+from backdoorbench_moe.bench.tables.layout import build_sheet
+from backdoorbench_moe.bench.tables.plots import build_panels
+from backdoorbench_moe.bench.tables.results import ResultSet
+from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.engine.build import build_model
+from backdoorbench_moe.engine.graph import reference
+from backdoorbench_moe.engine.run import load_run
+from backdoorbench_moe.engine.runner import Runner
+from backdoorbench_moe.engine.twin import link_twin
+from backdoorbench_moe.engine.workplace import Workplace
+from backdoorbench_moe.errors import BbmoeError, RecordError
+from backdoorbench_moe.paths import expand
+from backdoorbench_moe.records import RunFolder
+
+
+@dataclass
+class Report:
+    """What one call of `run_suite` did.
+
+    Attributes:
+        total: Number of runs of the suite.
+        found: Number of runs that were finished before the call.
+        outcomes: How each of the other runs ended.
+    """
+
+    total: int
+    found: int
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def count(self, status: str) -> int:
+        """Count the outcomes with a status; "finished" are the runs that this call made itself."""
+        return sum(outcome.status == status for outcome in self.outcomes)
+
+    @property
+    def failed(self) -> list[Outcome]:
+        """The runs that failed, with their errors."""
+        return [outcome for outcome in self.outcomes if outcome.status == "failed"]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every run of the suite is finished."""
+        return self.found + self.count("found") + self.count("finished") == self.total
+
+
+def run_suite(
+    suite: Suite,
+    engine: Engine,
+    *,
+    output: Path | str = "runs",
+    budget: float | None = None,
+    known: Collection[str] = (),
+    on_outcome: Callable[[Outcome], object] = lambda outcome: None,
+    on_check: Callable[[int, int], object] = lambda done, total: None,
+) -> Report:
+    """Make the runs of a suite that are not finished in `output`.
+
+    Clean twins come first, and all runs of one seed before those of the next. A run that failed before is tried again.
+
+    Args:
+        suite: The suite.
+        engine: Makes the runs.
+        output: Folder of run folders.
+        budget: Seconds after which to stop, also in the middle of a run, which the next call continues; None for no
+            limit.
+        known: Digests of runs that are finished elsewhere and are not made again.
+        on_outcome: Called with each outcome.
+        on_check: Called with the number of cells that are checked so far, and with the number of all cells.
+
+    Raises:
+        BbmoeError: A mistake in the suite or the options, found before anything is trained.
+    """
+    deadline = None if budget is None else time.time() + budget
+    output, specs = expand(output), list(order(suite))
+    todo = [run.spec for run in read_plan(specs, output, known) if run.status != "finished"]
+    report = Report(total=len(specs), found=len(specs) - len(todo))
+    check(suite, todo, output, on_check)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecordError(f"--output {output}: {error.strerror}") from error
+    _link(specs, output)
+    jobs = [Job(spec.to_dict(), str(output), deadline) for spec in todo]
+    for outcome in engine.run(jobs) if jobs else ():
+        report.outcomes.append(outcome)
+        if outcome.status in ("finished", "found"):
+            _link(specs, output, outcome.name)
+        on_outcome(outcome)
+    return report
+
+
+def check(
+    suite: Suite,
+    specs: Sequence[RunSpec],
+    output: Path,
+    on_check: Callable[[int, int], object] = lambda done, total: None,
+) -> None:
+    """Check a suite without training anything.
+
+    Tables and plots are laid out without values. For every cell, the parts of one run are built and checked against the
+    data.
+
+    Raises:
+        BbmoeError: The first error; it names the table or the run.
+    """
+    empty = ResultSet(suite, {}, load_paper(suite))
+    build_sheet(empty)
+    for plot in suite.plots:
+        build_panels(empty, plot)
+    one_each = {_without_seed(spec): spec for spec in reversed(specs)}
+    runner: tuple[str, Runner] | None = None
+    for done, spec in enumerate(reversed(one_each.values()), 1):
+        key = _workplace_key(spec)
+        try:
+            if runner is None or runner[0] != key:
+                runner = key, Runner(spec, output)
+            runner[1].check(spec)
+        except BbmoeError as error:
+            raise BbmoeError(f"suite {suite.label}: {spec.name}: {error}") from error
+        on_check(done, len(one_each))
+
+
+def estimate(runs: Sequence[Planned]) -> Iterator[tuple[Planned, float | None]]:
+    """Yield every run with the seconds that it still takes, from a short measurement of each kind of run.
+
+    Seconds that are not known are None, see `seconds_left`.
+    """
+    seconds: dict[str, float | None] = {}
+    for _, group in kinds([run for run in runs if run.status != "finished"]):
+        images = Workplace(group[0].spec).data
+        speed = measure_speed(group[0].spec, images)
+        model = build_model(group[0].spec, images.model_options)
+        seconds |= {run.spec.digest: seconds_left(run, speed, images, model) for run in group}
+    return ((run, seconds.get(run.spec.digest, 0.0)) for run in runs)
+
+
+def _link(specs: Sequence[RunSpec], output: Path, name: str | None = None) -> None:
+    """Compare finished runs with their finished twins; if a name is given, only pairs of which it is one."""
+    workplaces: dict[str, Workplace] = {}
+    for spec in specs:
+        twin = reference(spec)
+        if twin is None or (name is not None and name not in (spec.name, twin.name)):
+            continue
+        folders = [RunFolder(output / each.name) for each in (spec, twin)]
+        if all(folder.exists for folder in folders):
+            run, clean = (load_run(folder.path) for folder in folders)
+            if run.record.status == clean.record.status == "finished":
+                key = _workplace_key(spec)
+                workplaces[key] = workplaces.get(key) or Workplace(spec)
+                link_twin(run, clean, workplaces[key])
+
+
+def _workplace_key(spec: RunSpec) -> str:
+    """Return a text that is equal for runs that can be made in the same workplace."""
+    return json.dumps([spec.dataset.to_dict(), spec.device, spec.precision], sort_keys=True)
+
+
+def _without_seed(spec: RunSpec) -> str:
+    return json.dumps({**spec.to_dict(), "seed": 0}, sort_keys=True)

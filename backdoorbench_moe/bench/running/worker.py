@@ -1,0 +1,217 @@
+"""What a worker process does: one run after the other, with a sign of life on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backdoorbench_moe.bench.running.life_sign import LIFE_SIGN
+from backdoorbench_moe.config import RunSpec, spec_from_dict
+from backdoorbench_moe.engine.progress.observer import Observer, StopRun
+from backdoorbench_moe.engine.runner import Runner
+from backdoorbench_moe.errors import BbmoeError, RecordError
+from backdoorbench_moe.records import Record, RunFolder, write_atomically
+from backdoorbench_moe.records.status import is_held
+
+SECONDS_BETWEEN_SIGNS = 1.0
+
+# The runner of this process: runs on the same data read them once.
+_runners: dict[str, Runner] = {}
+# Whether `work` is making a run that was not told to stop yet.
+_working = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to make, as plain values that can be sent to any process or machine.
+
+    Attributes:
+        spec: The run's spec.
+        output: Folder of run folders.
+        deadline: `time.time()` at which to stop at the latest; None for never.
+        wait: Whether to wait for another process that is making the run now.
+    """
+
+    spec: Mapping[str, Any]
+    output: str
+    deadline: float | None = None
+    wait: bool = True
+
+    @property
+    def run_spec(self) -> RunSpec:
+        """The spec of the run."""
+        return spec_from_dict(self.spec)
+
+    @property
+    def folder(self) -> RunFolder:
+        """Folder of the run."""
+        return RunFolder(Path(self.output) / self.run_spec.name)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether its time was up before it started."""
+        return self.deadline is not None and time.time() >= self.deadline
+
+    def fail(self, message: str) -> Outcome:
+        """The outcome of a worker that died or never started, put on record."""
+        spec = self.run_spec
+        record_failure(self.folder, spec, message)
+        return Outcome(spec.name, "failed", message)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended.
+
+    Attributes:
+        name: The run's name.
+        status: "finished" (made now), "found" (another process finished it in the meantime), "failed",
+            "interrupted" (the next call continues from its last epoch), "waiting" (time was up before it started),
+            or "held" (another process is making it, and the job need not be waited for).
+        error: Why it failed.
+    """
+
+    name: str
+    status: str
+    error: str | None = None
+
+
+def work(job: Job, alive: Callable[[], bool] = lambda: True) -> Outcome:
+    """Make one run. An error is the job's outcome and is recorded; nothing but KeyboardInterrupt is raised.
+
+    Args:
+        job: The run to make.
+        alive: Called about once a second; when it returns False, the run is interrupted.
+    """
+    global _working
+    spec = job.run_spec
+    if not job.wait and is_held(job.folder):
+        return Outcome(spec.name, "held")
+    watch = _Watch(job.folder, job.deadline, alive)
+    try:
+        _working = True
+        runner = _runner(spec, job.output, watch)
+        runner.compare(runner.finish(spec, wait=True))
+    except StopRun:
+        return Outcome(spec.name, "interrupted")
+    except Exception as error:
+        # Any error, including those of plug-ins: the other runs of the suite must continue.
+        message = f"{type(error).__name__}: {error}" if not isinstance(error, BbmoeError) else str(error)
+        return job.fail(message)
+    finally:
+        _working = False
+        watch.clear()
+    return Outcome(spec.name, "found" if watch.was_found else "finished")
+
+
+def stop_working() -> None:
+    """Interrupt the run that this process is making, if any: for a signal handler.
+
+    A run is interrupted once: a second exception, as by a signal that is sent twice, would come while the first is
+    being recorded.
+
+    Raises:
+        StopRun: A run is being made, and was not told to stop before.
+    """
+    global _working
+    if _working:
+        _working = False
+        raise StopRun
+
+
+def memory_of(job: Job) -> tuple[int, int]:
+    """Peak of device memory in a few steps of a run, and the memory that was free before, in bytes; 0 on a CPU."""
+    import torch
+
+    from backdoorbench_moe.bench.running.estimate import measure_speed
+
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+    spec = job.run_spec
+    return measure_speed(spec, _runner(spec, job.output, Observer()).workplace.data).peak_bytes, free
+
+
+def record_failure(folder: RunFolder, spec: RunSpec, message: str) -> None:
+    """Record that a run failed, unless its record already says so or the run is finished."""
+    try:
+        with folder.lock():
+            record = folder.read() if folder.exists else Record.for_spec(spec)
+            if record.status == "finished" or (record.status == "failed" and record.error == message):
+                return
+            record.status, record.error = "failed", message
+            folder.write(record)
+    except (RecordError, OSError):
+        # The folder cannot be read or written: the outcome alone has to say it.
+        return
+
+
+def _runner(spec: RunSpec, output: str, observer: Observer) -> Runner:
+    key = json.dumps([spec.dataset.to_dict(), spec.device, spec.precision, output], sort_keys=True)
+    if key not in _runners:
+        _runners.clear()  # One data set in memory at a time.
+        _runners[key] = Runner(spec, output)
+    runner = _runners[key]
+    runner.workplace.observer = observer
+    return runner
+
+
+class _Watch(Observer):
+    """Writes signs of life into the run folder, and stops the run when its time is up."""
+
+    def __init__(self, folder: RunFolder, deadline: float | None, alive: Callable[[], bool]) -> None:
+        self.folder, self.deadline, self.alive = folder, deadline, alive
+        self.was_found = False
+        self._sign: dict[str, Any] = {}
+        self._started = self._told = 0.0
+        self._seen = 0
+
+    def on_found(self, folder: str) -> None:
+        """Note that the run itself was made by another process; one that it is based on does not count."""
+        self.was_found = self.was_found or Path(folder) == self.folder.path
+
+    def on_wait(self, folder: str) -> None:
+        """Do not wait for longer than the run itself may take."""
+        self._stop_if_over()
+
+    def on_train_start(self, name: str, *, epochs: int, done: int, images: int, noun: str = "image") -> None:
+        """Say what is trained: the run itself, or first the one it is to defend, before it has a folder."""
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        self._sign = {"epochs": epochs, "epoch": done, "images": images, "start": done}
+        self._started, self._seen = time.time(), 0
+        self._tell()
+        self._stop_if_over()
+
+    def on_step(self, images: int, loss: float | None) -> None:
+        """Count; say so once a second."""
+        self._seen += images
+        if time.time() - self._told > SECONDS_BETWEEN_SIGNS:
+            self._tell()
+            self._stop_if_over()
+
+    def on_epoch(self, epoch: int, row: dict[str, float]) -> None:
+        """Stop here if the time left is too short for one more epoch: its work would be lost."""
+        self._sign["epoch"] = epoch
+        if epoch < self._sign["epochs"]:
+            self._stop_if_over(needed=row["seconds"])
+
+    def clear(self) -> None:
+        """Remove the sign of life if this run wrote one; a run that only waited did not."""
+        if self._sign:
+            with contextlib.suppress(OSError):
+                (self.folder.path / LIFE_SIGN).unlink()
+
+    def _stop_if_over(self, needed: float = 0.0) -> None:
+        over = self.deadline is not None and time.time() + needed > self.deadline
+        if over or not self.alive():
+            stop_working()  # From here on, a signal does not interrupt the run again.
+            raise StopRun
+
+    def _tell(self) -> None:
+        self._told = time.time()
+        rate = self._seen / max(self._told - self._started, 1e-9)
+        text = json.dumps({**self._sign, "seen": self._seen, "images_per_second": rate, "time": self._told})
+        write_atomically(self.folder.path / LIFE_SIGN, lambda path: path.write_text(text, encoding="utf-8"))

@@ -1,0 +1,254 @@
+"""Reading suites from YAML files: merge with the scale, lay out the grid, check everything."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast, get_type_hints
+
+from backdoorbench_moe.bench.suites.files import find_file, names_in
+from backdoorbench_moe.bench.suites.suite import METRIC_COLUMNS, Cell, Layout, Plot, Suite, value_of
+from backdoorbench_moe.config import RunSpec, Values, build_spec, load_yaml, merge, normalise
+from backdoorbench_moe.engine.files import pin_files
+from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.metrics import metric
+from backdoorbench_moe.options import convert
+
+
+def load_suite(name: str, scale: str | None = None) -> Suite:
+    """Read a suite and lay out its grid.
+
+    Args:
+        name: Name of a suite that comes with the project, or path of a YAML file.
+        scale: One of the suite's scales, the first by default.
+
+    Raises:
+        UnknownNameError: If there is no such suite, scale, key or part.
+        ConfigError: If a value is not allowed, as far as that can be checked without data. The message
+            names the suite, the key and the cell.
+    """
+    file = find_file(name, "suites", "suite")
+    return parse_suite(load_yaml(file), file.stem, scale, folder=file.parent)
+
+
+def load_named(text: str) -> Suite:
+    """Read a suite that is given as SUITE or SUITE:SCALE; see `load_suite`."""
+    return load_suite(*split_scale(text))
+
+
+def split_scale(text: str) -> tuple[str, str | None]:
+    """Split SUITE:SCALE, or SUITE, into name and scale. Raises ConfigError if one of them is empty."""
+    name, colon, scale = text.rpartition(":") if ":" in text else (text, "", None)
+    if colon and not (name and scale):
+        raise ConfigError.expected("suite", "SUITE or SUITE:SCALE", text)
+    return name, scale
+
+
+SUITE_KEYS = (
+    "title",
+    "description",
+    "version",
+    "scales",
+    "base",
+    "grid",
+    "repeats",
+    "tables",
+    "plots",
+    "paper",
+)
+
+
+def parse_suite(values: Values, name: str, scale: str | None = None, *, folder: Path | None = None) -> Suite:
+    """Make a suite from the values of its file (see `load_suite`).
+
+    Args:
+        values: Content of the YAML file.
+        name: Name of the suite.
+        scale: One of the suite's scales, the first by default.
+        folder: Folder of the file, whose subfolder `scales` is searched for scales.
+    """
+    where = f"suite {name}"
+    for key in values:
+        if key not in SUITE_KEYS:
+            raise UnknownNameError(f"{where}: key", str(key), SUITE_KEYS)
+    for key in ("title", "version", "grid"):
+        if key not in values:
+            raise ConfigError.expected(f"{where}: {key}", "it to be given", None)
+    version, repeats = (_count(values.get(key, 1), f"{where}: {key}") for key in ("version", "repeats"))
+    scale, scaled = _load_scale(values.get("scales"), scale, where, folder)
+    base = _mapping(values.get("base", {}), f"{where}: base")
+    cells = tuple(_lay_out(values["grid"], base, scaled, where))
+    suite = Suite(
+        name=name,
+        title=convert(values["title"], str, f"{where}: title"),
+        version=version,
+        scale=scale,
+        note=str(scaled.get("note", "")),
+        repeats=repeats,
+        cells=cells,
+        tables=tuple(_read_items(Layout, values.get("tables", []), f"{where}: tables")),
+        plots=tuple(_read_items(Plot, values.get("plots", []), f"{where}: plots")),
+        paper=_read_paper(values.get("paper"), where),
+        description=" ".join(convert(values.get("description", ""), str, f"{where}: description").split()),
+    )
+    _check(suite, where)
+    return suite
+
+
+def _load_scale(
+    scales: object, wanted: str | None, where: str, folder: Path | None
+) -> tuple[str | None, Values]:
+    """Load the chosen scale: its name, and its values (note, spec keys, and options for each model)."""
+    if scales is None:
+        if wanted is not None:
+            raise ConfigError(f"--scale: {where} has no scales, got {wanted!r}")
+        return None, {}
+    if not isinstance(scales, list) or not scales or not all(isinstance(item, str) for item in scales):
+        raise ConfigError.expected(f"{where}: scales", "a list of names", scales)
+    name = wanted if wanted is not None else scales[0]
+    if name not in scales:
+        raise UnknownNameError(f"{where}: scale", name, scales)
+    return name, load_yaml(find_file(name, "suites/scales", "scale", folder and folder / "scales"))
+
+
+def _lay_out(grid: object, base: Values, scaled: Values, where: str) -> Iterator[Cell]:
+    """Yield a cell for every combination of values of each grid."""
+    scaled = {key: value for key, value in scaled.items() if key != "note"}
+    models = _mapping(scaled.pop("models", {}), f"{where}: scale: models")
+    models = {name: _mapping(options, f"{where}: scale: models: {name}") for name, options in models.items()}
+    if grid == []:
+        raise ConfigError.expected(f"{where}: grid", "at least one key", grid)
+    for number, axes in enumerate(grid if isinstance(grid, list) else [grid]):
+        place = f"{where}: grid[{number}]" if isinstance(grid, list) else f"{where}: grid"
+        axes = _mapping(axes, place)
+        if not axes:
+            raise ConfigError.expected(place, "at least one key", axes)
+        lists = {key: item if isinstance(item, list) else [item] for key, item in axes.items()}
+        for key, items in lists.items():
+            if not items:
+                raise ConfigError.expected(f"{place}: {key}", "at least one value", items)
+        for combination in itertools.product(*lists.values()):
+            chosen = dict(zip(lists, combination, strict=True))
+            yield Cell(chosen, _build(chosen, base, scaled, models, place))
+
+
+def _build(chosen: Values, base: Values, scaled: Values, models: Values, place: str) -> RunSpec:
+    # Parts before their options, in whatever order the file has them: naming a part resets its options.
+    ordered = sorted(chosen.items(), key=lambda item: item[0].count("."))
+    layers = [base, *(_nest(key, value) for key, value in ordered)]
+    shown = ", ".join(f"{key}={value}" for key, value in chosen.items())
+    try:
+        # The scale is the lowest layer: what the suite sets for a model or a data set takes precedence.
+        layers = [normalise(layer) for layer in layers]
+        # An attack may imply the model.
+        named = build_spec(scaled, *layers)
+        model, data = named.model.name, named.dataset.name
+        options = {"model": {"name": model, **models.get(model, {})}}
+        if named.surrogate is not None:
+            surrogate = named.surrogate.name
+            options["surrogate"] = {"name": surrogate, **models.get(surrogate, {})}
+        # A scale's data set is that of suites that name none; its options hold for any data set.
+        size = {key: value for key, value in normalise(scaled).get("dataset", {}).items() if key != "name"}
+        below = merge({"dataset": {"name": data}}, {**scaled, "dataset": size}, options)
+        spec = build_spec(below, *layers)
+        # A suite's digest and tables need no data, so its classes are given by number.
+        spec.poison.check_numbered()
+        return pin_files(spec)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {shown}: {error}") from error
+
+
+def _nest(key: str, value: Any) -> Values:
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return cast(Values, value)
+
+
+def _check(suite: Suite, where: str) -> None:
+    """Check that no run is listed twice, and that layouts and plots use known keys and metrics."""
+    seen: dict[str, Cell] = {}
+    for cell in suite.cells:
+        if (twin := seen.setdefault(replace(cell.spec, seed=0).digest, cell)) is not cell:
+            raise ConfigError(
+                f"{where}: grid: {dict(cell.values)} is the same run as {dict(twin.values)}"
+                + ("; for more seeds a cell give repeats" if cell.spec.seed != twin.spec.seed else "")
+            )
+    spec = suite.cells[0].spec
+    for table in suite.tables:
+        for key in table.metrics:
+            check_metric(key, f"{where}: tables")
+        columns = () if table.columns == METRIC_COLUMNS else (table.columns,)
+        for key in (*table.rows, *columns, *table.where):
+            value_of(spec, key)
+    for plot in suite.plots:
+        check_metric(plot.metric, f"{where}: plots")
+        for key in (plot.x, plot.panels, plot.lines, *plot.where):
+            value_of(spec, key)
+    for what, items in (("tables", suite.tables), ("plots", suite.plots)):
+        for item in items:
+            if not any(item.shows(cell.spec) for cell in suite.cells):
+                raise ConfigError(f"{where}: {what}: {item.title}: shows no cell of the grid")
+
+
+def check_metric(key: str, where: str) -> None:
+    """Check that a metric is known.
+
+    Raises:
+        UnknownNameError: If it is not; the message begins with `where`.
+    """
+    metric(key, f"{where}: metric")
+
+
+def _read_items(kind: Any, items: object, where: str) -> Iterator[Any]:
+    if not isinstance(items, list):
+        raise ConfigError.expected(where, "a list", items)
+    known = get_type_hints(kind)
+    for item in items:
+        item = _mapping(item, where)
+        for key, value in item.items():
+            if key not in known:
+                raise UnknownNameError(f"{where}: key", key, known)
+            place = f"{where}: {key}"
+            item[key] = _mapping(value, place) if key == "where" else convert(value, known[key], place)
+            if item[key] == ():
+                raise ConfigError.expected(f"{where}: {key}", "at least one", value)
+        try:
+            yield kind(**item)
+        except TypeError as error:
+            raise ConfigError(f"{where}: {error}") from error
+
+
+def _read_paper(paper: object, where: str) -> Values | None:
+    if paper is None:
+        return None
+    values: Values = {"file": paper} if isinstance(paper, str) else _mapping(paper, f"{where}: paper")
+    if not isinstance(values.get("file"), str):
+        raise ConfigError.expected(f"{where}: paper", "the name of a published table", paper)
+    if "where" in values:
+        values["where"] = _mapping(values["where"], f"{where}: paper: where")
+    values["shape"] = convert(values.get("shape", False), bool, f"{where}: paper: shape")
+    return values
+
+
+def _mapping(value: object, where: str) -> Values:
+    if not isinstance(value, dict):
+        raise ConfigError.expected(where, "a mapping", value)
+    return {str(key): item for key, item in value.items()}
+
+
+def _count(value: object, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError.expected(where, "an integer of at least 1", value)
+    return value
+
+
+def list_suites() -> list[str]:
+    """List the names of the suites that come with the project."""
+    return names_in("suites")
+
+
+def list_scales(name: str) -> list[str]:
+    """List the scales of a suite, its default first."""
+    return list(load_yaml(find_file(name, "suites", "suite")).get("scales") or [])

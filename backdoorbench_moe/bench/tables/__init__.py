@@ -1,0 +1,1 @@
+"""From the records of a suite to tables, plots and comparisons."""

@@ -1,0 +1,323 @@
+"""A suite's layouts filled from its records: labels and places, the same for every output format."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from backdoorbench_moe.bench.suites.suite import METRIC_COLUMNS, Cell, Layout, Suite, order, value_of
+from backdoorbench_moe.bench.tables.record_metrics import uses_twin
+from backdoorbench_moe.bench.tables.results import ResultSet
+from backdoorbench_moe.bench.tables.statistic import Statistic
+from backdoorbench_moe.bench.tables.tuning import plain_tuning, uses_tuning
+from backdoorbench_moe.config.poison import RATES
+from backdoorbench_moe.engine.graph import reference
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.metrics import metric as find_metric
+
+# What a place without numbers says, beside the states of a record.
+NO_CELL, NO_TWIN, NOT_MEASURED = "–", "no clean twin", "not measured"
+NO_TUNING = "no plain tuning"
+DEFAULT_METRICS = ("asr", "ba", "cad")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One place of a table.
+
+    Args:
+        state: "finished", or why there are no numbers.
+        cell: The cell of the suite; None if the suite has no run for this place.
+        statistic: The statistics of the metric; None if there are no numbers.
+        paper: The published value, also where nothing was run.
+        shape: The value that was published for another kind of model, in a column of such values.
+    """
+
+    state: str
+    cell: Cell | None = None
+    statistic: Statistic | None = None
+    paper: float | None = None
+    shape: float | None = None
+
+
+@dataclass(frozen=True)
+class MetricTable:
+    """One table: rows x columns of places.
+
+    Args:
+        title: Title of the layout.
+        metric: Key of its metric; None if the columns are metrics.
+        row_keys: Keys of the row labels.
+        column_key: Key of the columns.
+        rows: For each row one label for each of `row_keys`.
+        columns: Labels of the columns.
+        places: The places, row by row.
+        metrics: Keys of all metrics in the table.
+        models: The models whose published values have columns of their own (see `PaperTable.is_shape`).
+    """
+
+    title: str
+    metric: str | None
+    row_keys: tuple[str, ...]
+    column_key: str
+    rows: tuple[tuple[str, ...], ...]
+    columns: tuple[str, ...]
+    places: tuple[tuple[Place, ...], ...]
+    metrics: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+
+    @property
+    def has_paper(self) -> bool:
+        """Whether any place has a published value."""
+        return any(place.paper is not None for row in self.places for place in row)
+
+    @property
+    def has_collapsed(self) -> bool:
+        """Whether any place has a seed whose model is near chance."""
+        found = [place.statistic for row in self.places for place in row]
+        return any(statistic is not None and statistic.near_chance for statistic in found)
+
+    def groups(self) -> Iterator[list[tuple[tuple[str, ...], tuple[Place, ...]]]]:
+        """Yield rows with the same first label together; labels equal to those of the row above are ""."""
+        group: list[tuple[tuple[str, ...], tuple[Place, ...]]] = []
+        above: tuple[str, ...] = ()
+        for labels, places in zip(self.rows, self.places, strict=True):
+            if group and len(self.row_keys) > 1 and labels[0] != above[0]:
+                yield group
+                group, above = [], ()
+            last = len(labels) - 1
+            shown = (
+                "" if n < last and labels[: n + 1] == above[: n + 1] else text
+                for n, text in enumerate(labels)
+            )
+            group.append((tuple(shown), places))
+            above = labels
+        yield group
+
+
+@dataclass(frozen=True)
+class RunCounts:
+    """How many runs of a suite there are.
+
+    Args:
+        wanted: Number of runs of all cells and seeds.
+        finished: How many of them are finished.
+        failed: How many failed, the other runs among them.
+        others: What the other runs are: those that the suite's runs are compared with or made from.
+        others_wanted: Number of other runs.
+        others_finished: How many of them are finished.
+        precisions: Number of finished runs, the others among them, by precision.
+    """
+
+    wanted: int
+    finished: int
+    failed: int
+    others: str
+    others_wanted: int
+    others_finished: int
+    precisions: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """All tables of a suite, and how many of its runs they are made from."""
+
+    suite: Suite
+    counts: RunCounts
+    tables: tuple[MetricTable, ...]
+
+    @property
+    def has_paper(self) -> bool:
+        """Whether any table has a published value."""
+        return any(table.has_paper for table in self.tables)
+
+    @property
+    def has_collapsed(self) -> bool:
+        """Whether any table has a seed whose model is near chance."""
+        return any(table.has_collapsed for table in self.tables)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Keys of the metrics of all tables."""
+        return tuple(dict.fromkeys(key for table in self.tables for key in table.metrics))
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Models whose published values have columns of their own."""
+        return tuple(dict.fromkeys(model for table in self.tables for model in table.models))
+
+
+def build_sheet(results: ResultSet) -> Sheet:
+    """Fill every layout of a suite.
+
+    Raises:
+        ConfigError: If a layout would put two cells in one place.
+    """
+    tables = tuple(table for layout in layouts_of(results.suite) for table in _fill(results, layout))
+    return Sheet(results.suite, count_runs(results), tables)
+
+
+def layouts_of(suite: Suite) -> tuple[Layout, ...]:
+    """Give the layouts of a suite, or the default one if it has none."""
+    return suite.tables or (default_layout(suite),)
+
+
+def default_layout(suite: Suite) -> Layout:
+    """Lay out a suite that has no layout: a row for each value of its grid's keys, the last key across."""
+    *rows, column = varied_keys(suite)
+    return Layout(suite.title, tuple(rows) or ("model.name",), column, DEFAULT_METRICS)
+
+
+def varied_keys(suite: Suite) -> list[str]:
+    """List the keys of a suite's grid that have several values; all of its keys if none has."""
+    keys = list(dict.fromkeys(key for cell in suite.cells for key in cell.values))
+    varied = [key for key in keys if len({label(key, value_of(c.spec, key)) for c in suite.cells}) > 1]
+    return varied or keys
+
+
+def table_metrics(results: ResultSet, layout: Layout) -> tuple[str, ...]:
+    """Give the metrics of a layout, each ASR followed by the target rate without the trigger.
+
+    The rate is left out where the layout says so, or no run has measured it.
+    """
+    metrics: list[str] = []
+    for key in layout.metrics:
+        metrics.append(key)
+        beside = f"{key.removesuffix('asr')}target_rate"
+        is_asr = layout.no_trigger and find_metric(key).base == "asr"
+        if is_asr and beside not in layout.metrics and results.measured(beside):
+            metrics.append(beside)
+    return tuple(metrics)
+
+
+def count_runs(results: ResultSet) -> RunCounts:
+    """Count the suite's runs and, apart from them, the clean twins and other runs they need."""
+    specs = results.suite.runs()
+    runs = {spec.digest for spec in specs}
+    others = {spec.digest for spec in order(results.suite)} - runs
+    twins = {twin.digest for spec in specs if (twin := reference(spec)) is not None}
+    status = {digest: record.status for digest, record in results.records.items()}
+    return RunCounts(
+        wanted=len(runs),
+        finished=sum(status.get(digest) == "finished" for digest in runs),
+        failed=sum(status.get(digest) == "failed" for digest in {*runs, *others}),
+        others=_others(bool(others & twins) or not others, bool(others - twins)),
+        others_wanted=len(others),
+        others_finished=sum(status.get(digest) == "finished" for digest in others),
+        precisions=Counter(record.environment["precision"] for record in results.finished()),
+    )
+
+
+def _others(twins: bool, inputs: bool) -> str:
+    """What the other runs are called."""
+    names = (["clean twins"] if twins else []) + (["runs they build on"] if inputs else [])
+    return " and ".join(names)
+
+
+def find_place(results: ResultSet, cell: Cell | None, metric: str) -> Place:
+    """Find the state and the values of a metric in a cell."""
+    if cell is None:
+        return Place(NO_CELL)
+    paper = results.paper.value(cell.spec, metric)
+    statistic = results.statistic(cell, metric)
+    if statistic is not None:
+        return Place("finished", cell, statistic, paper)
+    state = results.state(cell)
+    if state == "finished":
+        state = _why_not(results, cell, metric)
+    return Place(state, cell, None, paper)
+
+
+def _why_not(results: ResultSet, cell: Cell, metric: str) -> str:
+    """Why a finished run does not have a metric."""
+    if uses_twin(metric) and not results.has_twin(cell):
+        return NO_TWIN
+    if not uses_tuning(metric):
+        return NOT_MEASURED
+    compares = plain_tuning(cell.spec) is not None
+    return NO_TUNING if compares and not results.has_tuning(cell) else NO_CELL
+
+
+def _find_shape(results: ResultSet, cell: Cell | None, metric: str, model: str) -> Place:
+    """What was published for a cell on another kind of model."""
+    shape = None if cell is None else results.paper.shape(cell.spec, metric, model)
+    return Place(NO_CELL, cell, shape=shape)
+
+
+def label(key: str, value: Any) -> str:
+    """Write the value of a key as a label; rates in percent."""
+    if value is None:
+        return "none"
+    if key.removeprefix("poison.") in RATES:
+        return f"{100 * value:g}%"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# A column of a table: a label of the layout's columns, a metric, and for published values of another kind of model the
+# name of this model.
+Column = tuple[str, str, str | None]
+
+
+def _fill(results: ResultSet, layout: Layout) -> Iterator[MetricTable]:
+    """Fill a layout: one table for each metric, or one in all."""
+    side_by_side = layout.columns == METRIC_COLUMNS
+    metrics = table_metrics(results, layout)
+    cells = _arrange(results.suite, layout, side_by_side)
+    rows = tuple(dict.fromkeys(row for row, _ in cells))
+    columns = tuple(dict.fromkeys(column for _, column in cells))
+
+    def with_shapes(column: str, key: str) -> list[Column]:
+        own = [cell.spec for (_, each), cell in cells.items() if each == column]
+        models = results.paper.models
+        having = [m for m in models if any(results.paper.shape(spec, key, m) is not None for spec in own)]
+        return [(column, key, None), *((column, key, model) for model in having)]
+
+    def place(row: tuple[str, ...], column: Column) -> Place:
+        cell, key, model = cells.get((row, column[0])), *column[1:]
+        return find_place(results, cell, key) if model is None else _find_shape(results, cell, key, model)
+
+    def table(metric: str | None, wanted: Sequence[Column]) -> MetricTable:
+        names = tuple(_column_name(column, side_by_side) for column in wanted)
+        return MetricTable(
+            layout.title,
+            metric,
+            layout.rows,
+            layout.columns,
+            rows,
+            names,
+            tuple(tuple(place(row, column) for column in wanted) for row in rows),
+            tuple(dict.fromkeys(key for _, key, _ in wanted)),
+            tuple(dict.fromkeys(model for _, _, model in wanted if model is not None)),
+        )
+
+    if side_by_side:
+        yield table(None, [each for key in metrics for each in with_shapes("", key)])
+        return
+    for key in metrics:
+        yield table(key, [each for column in columns for each in with_shapes(column, key)])
+
+
+def _column_name(column: Column, side_by_side: bool) -> str:
+    label_, key, model = column
+    name = find_metric(key).heading if side_by_side else label_
+    return name if model is None else f"{name}, {model}"
+
+
+def _arrange(suite: Suite, layout: Layout, side_by_side: bool) -> dict[tuple[tuple[str, ...], str], Cell]:
+    """The cell at each pair of row labels and column label."""
+    cells: dict[tuple[tuple[str, ...], str], Cell] = {}
+    for cell in suite.cells:
+        if not layout.shows(cell.spec):
+            continue
+        row = tuple(label(key, value_of(cell.spec, key)) for key in layout.rows)
+        column = "" if side_by_side else label(layout.columns, value_of(cell.spec, layout.columns))
+        if (other := cells.setdefault((row, column), cell)) is not cell:
+            raise ConfigError(
+                f"suite {suite.name}: table {layout.title!r}: {dict(cell.values)} and "
+                f"{dict(other.values)} would stand in one place; expected a key in rows that tells them apart"
+            )
+    return cells

@@ -1,0 +1,310 @@
+"""Figures of a suite: a metric over a key, one panel for each trigger, with the published points."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from backdoorbench_moe.bench.suites.suite import Plot, value_of
+from backdoorbench_moe.bench.tables.layout import find_place, label
+from backdoorbench_moe.bench.tables.record_metrics import uses_twin
+from backdoorbench_moe.bench.tables.results import ResultSet
+from backdoorbench_moe.bench.tables.statistic import Statistic
+from backdoorbench_moe.bench.tables.wording import axis_name, key_name, number
+from backdoorbench_moe.collapse import MARK
+from backdoorbench_moe.drawing import (
+    COLOURS,
+    INK,
+    MARKERS,
+    PAPER,
+    RULE,
+    drawing_style,
+    figure_bytes,
+    new_figure,
+    slug,
+)
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.metrics import PERCENT
+from backdoorbench_moe.metrics import metric as find_metric
+from backdoorbench_moe.wording.counting import capital
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.transforms import Transform
+
+HOLLOW: dict[str, Any] = {"markerfacecolor": PAPER, "markersize": 7, "linestyle": ":", "linewidth": 0.8}
+# In inches. The height of a panel includes the gap for its x label and the title of the panel below.
+PANEL_WIDTH, PANEL_HEIGHT, GAP, LEFT, TOP, RIGHT = 3.1, 2.9, 0.75, 0.6, 0.58, 0.12
+# The narrowest row of panels: a page stretches a figure to its width, so that a narrow one would have huge text. And
+# what an entry of a legend takes besides its text.
+NARROWEST_ROW, LEGEND_KEY = 5.6, 0.6
+ACROSS, LEGEND_COLUMNS, NARROWEST, DPI = 3, 4, 0.2, 150
+# In points, from line to line: bars at the same x stand side by side.
+SHIFT = 2.5
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was measured at one x, and the published value; either may be None.
+
+    If the paper has values for another kind of model only, the published value is that of the first such model.
+    """
+
+    x: float
+    statistic: Statistic | None
+    paper: float | None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel: its title, and for each line label the points in ascending order of x."""
+
+    label: str
+    lines: dict[str, list[Point]]
+
+
+def build_panels(results: ResultSet, plot: Plot) -> list[Panel]:
+    """Collect what a figure shows, with rates in percent.
+
+    Raises:
+        ConfigError: If two cells would share a point, or an x is not a number, on a log axis a positive one.
+    """
+    where = f"suite {results.suite.name}: plot {plot.title!r}"
+    panels: dict[str, dict[str, dict[float, Point]]] = {}
+    log = plot.scale == "log"
+    for cell in results.suite.cells:
+        if not plot.shows(cell.spec):
+            continue
+        x = value_of(cell.spec, plot.x)
+        if not isinstance(x, int | float) or isinstance(x, bool) or (log and x <= 0):
+            expected = "positive numbers, for a log axis" if log else "numbers"
+            raise ConfigError.expected(f"{where}: {plot.x}", expected, x)
+        x = 100 * x if plot.x == "poison.rate" else x
+        panel, line = (label(key, value_of(cell.spec, key)) for key in (plot.panels, plot.lines))
+        points = panels.setdefault(panel, {}).setdefault(line, {})
+        if x in points:
+            raise ConfigError(
+                f"{where}: {dict(cell.values)} would share its point with another cell; expected panels or "
+                "lines over a key that tells them apart"
+            )
+        place = find_place(results, cell, plot.metric)
+        shapes = (results.paper.shape(cell.spec, plot.metric, model) for model in results.paper.models[:1])
+        points[x] = Point(x, place.statistic, next(shapes, place.paper))
+    return [
+        Panel(name, {line: [points[x] for x in sorted(points)] for line, points in lines.items()})
+        for name, lines in panels.items()
+    ]
+
+
+def draw(results: ResultSet, plot: Plot, form: str) -> bytes:
+    """Draw a figure as an "svg" or "png" file; the same records give the same bytes."""
+    panels = build_panels(results, plot)
+    with drawing_style(plot.title):
+        return figure_bytes(build_figure(panels, plot, _source(results)), form, DPI)
+
+
+def describe(results: ResultSet, plot: Plot) -> str:
+    """Describe a figure in one sentence: its caption."""
+    text = f"{capital(find_metric(plot.metric).label)} over the {axis_name(plot.x)}"
+    text += f", a panel for each {key_name(plot.panels)}"
+    panels = build_panels(results, plot)
+    points = _points(panels)
+    if any(point.statistic and point.statistic.n > 1 for point in points):
+        text += "; bars are one standard deviation over seeds, points without bars single seeds"
+    elif any(point.statistic for point in points):
+        text += "; single seeds, hence no bars"
+    if any(_has_collapsed(point) for point in points):
+        twins = " or its twin" if uses_twin(plot.metric) else ""
+        text += f"; {MARK}: the clean accuracy of at least one seed{twins} is near chance"
+    if any(point.paper is not None for point in points):
+        text += f"; hollow markers are {_whose(results)}"
+    return f"{text}."
+
+
+def _source(results: ResultSet) -> str:
+    """Where the published values are from: the paper, or for values of another kind of model, this model in it."""
+    return next((f"paper, {model}" for model in results.paper.models), "paper")
+
+
+def _whose(results: ResultSet) -> str:
+    models = results.paper.models
+    return f"the paper's for {models[0]}, whose shape alone can be compared" if models else "the paper's"
+
+
+def alt_text(results: ResultSet, plot: Plot) -> str:
+    """Describe a figure for readers who cannot see it, by the ends of every line."""
+    texts = []
+    for panel in build_panels(results, plot):
+        for line, points in panel.lines.items():
+            found = [(point.x, point.statistic.mean) for point in points if point.statistic]
+            ends = [found[0], found[-1]] if len(found) > 1 else found
+            said = " to ".join(f"{number(mean)} at {_x(plot, x)}" for x, mean in ends) or "nothing measured"
+            texts.append(f"{panel.label}, {line}: {said}")
+    return f"{capital(find_metric(plot.metric).title)}. {'; '.join(texts)}."
+
+
+def file_names(plots: Sequence[Plot]) -> list[str]:
+    """Choose a file name, without suffix, for each figure; no two are the same."""
+    names: list[str] = []
+    for plot in plots:
+        name = slug(plot.title) or "plot"
+        tried = (f"{name}-{n}" for n in itertools.count(2))
+        names.append(name if name not in names else next(text for text in tried if text not in names))
+    return names
+
+
+def build_figure(panels: Sequence[Panel], plot: Plot, source: str) -> Figure:
+    """Build a figure inside `drawing_style`.
+
+    Args:
+        panels: What it shows, see `build_panels`.
+        plot: Its title and axes.
+        source: The label of published points in the legend.
+    """
+    across = min(ACROSS, len(panels))
+    down = math.ceil(len(panels) / across)
+    lines = list(dict.fromkeys(line for panel in panels for line in panel.lines))
+    width = max(PANEL_WIDTH * across, NARROWEST_ROW) + LEFT
+    handles = _legend_handles(panels, lines, source)
+    columns = _legend_columns([str(handle.get_label()) for handle in handles], width)
+    bottom = 0.55 + 0.22 * math.ceil(len(handles) / columns)
+    height = PANEL_HEIGHT * down + TOP + bottom - GAP
+    figure = new_figure(width, height)
+    figure.suptitle(plot.title, fontsize=10, y=1 - 0.12 / height, va="top")
+    grid: Any = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    # Every size is known, and a layout engine would take most of the time.
+    figure.subplots_adjust(
+        left=LEFT / width,
+        right=1 - RIGHT / width,
+        top=1 - TOP / height,
+        bottom=bottom / height,
+        wspace=0.08,
+        hspace=GAP / (PANEL_HEIGHT - GAP),
+    )
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        _draw_panel(axes, panel, lines, plot.scale)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    _label_axes(grid, panels, plot)
+    figure.legend(handles=handles, loc="lower center", ncols=columns, frameon=False, borderaxespad=0.2)
+    return figure
+
+
+def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[str], scale: str) -> None:
+    axes.set_title(panel.label, fontsize=9)
+    axes.set_xscale(scale)
+    axes.grid(color=RULE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not any(point.statistic for points in panel.lines.values() for point in points):
+        axes.text(0.5, 0.5, "nothing run", transform=axes.transAxes, ha="center", style="italic")
+    for name, points in panel.lines.items():
+        place = lines.index(name)
+        colour, marker = (styles[place % len(styles)] for styles in (COLOURS, MARKERS))
+        shifted = _shifted(axes, SHIFT * (place - (len(lines) - 1) / 2))
+        paper = [(point.x, point.paper) for point in points if point.paper is not None]
+        if paper:
+            axes.plot(*zip(*paper, strict=True), color=colour, marker=marker, transform=shifted, **HOLLOW)
+        # NaN interrupts the line where nothing was measured.
+        means = [math.nan if point.statistic is None else point.statistic.mean for point in points]
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": 1.6}
+        axes.plot([point.x for point in points], means, transform=shifted, **style)
+        for point in points:
+            if _has_collapsed(point):
+                above = (point.x, point.statistic.mean)  # type: ignore[union-attr]
+                axes.annotate(MARK, above, (0, 4), textcoords="offset points", color=colour, ha="center")
+            # One point at a time, so that a single seed has no bar, not even a flat one.
+            if point.statistic is not None and point.statistic.std is not None:
+                bar = point.statistic
+                axes.errorbar(
+                    point.x, bar.mean, bar.std, color=colour, capsize=2.5, linewidth=1, transform=shifted
+                )
+    # What is shifted does not count for the limits of the axes.
+    axes.update_datalim(list(_extent(panel)))
+    axes.autoscale_view()
+
+
+def _extent(panel: Panel) -> Iterator[tuple[float, float]]:
+    """The corners of everything in a panel: published points, means, and the ends of bars."""
+    for point in (point for points in panel.lines.values() for point in points):
+        if point.paper is not None:
+            yield point.x, point.paper
+        if point.statistic is not None:
+            spread = point.statistic.std or 0.0
+            yield point.x, point.statistic.mean - spread
+            yield point.x, point.statistic.mean + spread
+
+
+def _shifted(axes: Axes, points: float) -> Transform:
+    """Return the transform of data that draws them some points to the right."""
+    from matplotlib.transforms import ScaledTranslation
+
+    return axes.transData + ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
+
+
+def _label_axes(grid: Any, panels: Sequence[Panel], plot: Plot) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
+    unit = " (% of training images)" if plot.x == "poison.rate" else ""
+    found = find_metric(plot.metric)
+    for row in grid:
+        row[0].set_ylabel(f"{found.short}{found.suffix} ({found.unit})")
+    xs = sorted({point.x for point in _points(panels)})
+    for axes in grid.flat:
+        if _have_room(xs, plot.scale):
+            axes.xaxis.set_major_locator(FixedLocator(xs))
+            axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        # Shared axes show labels only in the last row, which may be incomplete.
+        axes.tick_params(labelbottom=True, labelsize=8)
+    for axes in list(grid.flat)[: len(panels)][-grid.shape[1] :]:
+        axes.set_xlabel(f"{axis_name(plot.x)}{unit}")
+    if found.unit == PERCENT:
+        grid.flat[0].set_ylim(-4, 104)
+
+
+def _have_room(xs: Sequence[float], scale: str) -> bool:
+    """Whether a label at every measured x fits on the axis; if not, matplotlib chooses, on a log axis decades."""
+    places = [math.log(x) for x in xs] if scale == "log" else list(xs)
+    gaps = [after - before for before, after in itertools.pairwise(places)]
+    return not gaps or min(gaps) / sum(gaps) * PANEL_WIDTH > NARROWEST
+
+
+def _legend_handles(panels: Sequence[Panel], lines: Sequence[str], source: str) -> list[Line2D]:
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for number_, name in enumerate(lines):
+        colour, marker = COLOURS[number_ % len(COLOURS)], MARKERS[number_ % len(MARKERS)]
+        handles.append(Line2D([], [], color=colour, marker=marker, markersize=4.5, linewidth=1.6, label=name))
+    points = _points(panels)
+    if any(point.paper is not None for point in points):
+        handles.append(Line2D([], [], color=INK, marker="o", label=f"{source} (hollow)", **HOLLOW))
+    return handles
+
+
+def _legend_columns(labels: Sequence[str], width: float) -> int:
+    """Return how many columns of a legend fit into a figure of some width in inches; at least one."""
+    from matplotlib import rcParams
+    from matplotlib.textpath import TextPath
+
+    points = max(TextPath((0, 0), text, size=rcParams["font.size"]).get_extents().width for text in labels)
+    return max(1, min(LEGEND_COLUMNS, len(labels), int(width / (points / 72 + LEGEND_KEY))))
+
+
+def _points(panels: Sequence[Panel]) -> list[Point]:
+    return [point for panel in panels for points in panel.lines.values() for point in points]
+
+
+def _has_collapsed(point: Point) -> bool:
+    return point.statistic is not None and point.statistic.near_chance > 0
+
+
+def _x(plot: Plot, x: float) -> str:
+    return f"{x:g}%" if plot.x == "poison.rate" else f"{x:g}"

@@ -1,0 +1,152 @@
+"""Training by an attacker who is in charge of it: batches that he poisons, and a trigger that he trains along."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from backdoorbench_moe.attacks.training_control import TrainingControl
+from backdoorbench_moe.config import RunSpec, TrainSpec
+from backdoorbench_moe.engine.build import cut
+from backdoorbench_moe.engine.setups.base import Setup
+from backdoorbench_moe.engine.training.step import model_losses
+from backdoorbench_moe.engine.training.train import Companion
+from backdoorbench_moe.engine.training.tune import Tuner
+from backdoorbench_moe.engine.workplace import Workplace
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.seeding import derive_seed
+from backdoorbench_moe.shares import share_of
+from backdoorbench_moe.triggers.trainable import TrainableTrigger
+
+# Of Adam for the networks of a trigger (the code of Nguyen and Tran, 2020).
+BETAS = (0.5, 0.9)
+# Noise is drawn as a function of places in a training set, see `Trigger`. Random ones give new noise in every batch.
+PLACES = 1 << 40
+
+
+class ControlledTraining:
+    """What an attacker with control of the training does with each batch, and with the trigger.
+
+    Args:
+        spec: The spec of the run.
+        setup: Its parts; the attack is a `TrainingControl`.
+        workplace: The data, the device and the observer.
+
+    Raises:
+        ConfigError: The poison rate leaves no poisoned image in a batch, the trigger has no noise form, or there is a
+            probe and the trigger changes during the training.
+    """
+
+    def __init__(self, spec: RunSpec, setup: Setup, workplace: Workplace) -> None:
+        assert setup.stamper is not None and isinstance(setup.attack, TrainingControl)
+        self.spec, self.setup, self.workplace = spec, setup, workplace
+        self.stamper, self.attack = setup.stamper, setup.attack
+        trigger = self.stamper.trigger
+        self.trigger = trigger if isinstance(trigger, TrainableTrigger) else None
+        size = min(spec.train.batch_size, len(setup.images.train))
+        for name in ("rate", "noise"):
+            rate = getattr(spec.poison, name)
+            if rate and not share_of(rate, size):
+                raise ConfigError.expected(
+                    f"poison.{name}",
+                    f"at least 1/{size}, one image of a batch, where batches are poisoned",
+                    rate,
+                )
+        if spec.poison.noise and self.trigger is None and not trigger.has_noise:
+            assert spec.trigger is not None
+            raise ConfigError(
+                f"poison.noise: the trigger {spec.trigger.name!r} has no noise form; set it to 0"
+            )
+        if spec.probe and self.trigger is not None:
+            raise ConfigError.expected(
+                "probe", "0 for a trigger that is trained together with the model", spec.probe
+            )
+
+    @property
+    def capturable(self) -> bool:
+        """Whether steps can be captured in CUDA graphs. Other triggers copy what they stamp to the device."""
+        return self.trigger is not None
+
+    def companion(self) -> Companion | None:
+        """The networks of the trigger that are trained together with the model; None if there are none."""
+        if self.trigger is None:
+            return None
+        networks = self.trigger.networks.to(self.workplace.device).requires_grad_(True)
+        alone = self.trigger.pretrained().requires_grad_(False)
+        trained = [network for network in networks.children() if network is not alone]
+        parameters = [parameter for network in trained for parameter in network.parameters()]
+        on_gpu = self.workplace.device.type == "cuda"
+        adam = torch.optim.Adam(parameters, lr=self.trigger.lr, betas=BETAS, fused=True, capturable=on_gpu)
+        return Companion(networks, adam, trained)
+
+    def pretrain(self) -> None:
+        """Train what of the trigger is trained before the model. An interrupted run does it again."""
+        trigger, workplace = self.trigger, self.workplace
+        if trigger is None or not trigger.pretrain_epochs:
+            return
+        network = trigger.pretrained().to(workplace.device).requires_grad_(True)
+        recipe = TrainSpec(
+            batch_size=self.spec.train.batch_size,
+            optimizer="adamw",
+            lr=trigger.lr,
+            schedule="step",
+            milestones=(0.4, 0.8),
+        )
+
+        def objective(_: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            canvases = cut(self.stamper.applicator, images)
+            loss = trigger.pretrain_loss(canvases, cut(self.stamper.applicator, _others(images, len(images))))
+            return loss.new_zeros(len(labels), 1), loss
+
+        assert self.spec.trigger is not None
+        seed = derive_seed(self.spec.seed, "trigger networks")
+        observer, name = workplace.observer, self.spec.trigger.name
+        tune = Tuner(recipe, seed, workplace.device, workplace.precision, observer, name)
+        tune(network, self.setup.images.train, epochs=trigger.pretrain_epochs, objective=objective)
+        network.requires_grad_(False)
+
+    def objective(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Poison a batch and return the logits and the loss, see `ops.tuning.Objective`.
+
+        The order of the images is random, so that the first ones are a random choice.
+        """
+        size = len(images)
+        poison, noise = (share_of(getattr(self.spec.poison, name), size) for name in ("rate", "noise"))
+        stamped, crossed, extra = self._stamp(images, poison, noise)
+        batch = torch.cat([stamped, crossed, images[poison + noise :]])
+        batch = batch.contiguous(memory_format=torch.channels_last)
+        wanted = self.attack.wanted(labels[:poison], self.setup.images.data_classes)
+        answers = torch.cat([wanted, labels[poison:]])
+        smoothing = self.spec.train.label_smoothing
+        logits, _, total = model_losses(model, batch, answers, label_smoothing=smoothing)
+        return logits, total + extra
+
+    def finish(self) -> None:
+        """Give the trigger the state that its networks have now."""
+        if self.trigger is not None:
+            self.trigger.networks.eval().requires_grad_(False)
+            state = self.trigger.networks.state_dict()
+            self.trigger.load_state({name: tensor.detach().cpu() for name, tensor in state.items()})
+
+    def _stamp(self, images: Tensor, poison: int, noise: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Stamp the first images, (poison, ...), and the next ones with noise, (noise, ...); with a loss to add."""
+        own, next_ones = images[:poison], images[poison : poison + noise]
+        extra = images.new_zeros(())
+        if self.trigger is None:
+            places = torch.randint(PLACES, (poison + noise,), device=images.device)
+            stamped = self.stamper.training(own, places[:poison])
+            return stamped, self.stamper.noise(next_ones, places[poison:]) if noise else next_ones, extra
+        applicator, others = self.stamper.applicator, _others(images, max(poison, noise))
+        stamp = self.trigger.stamp_from
+        if poison:
+            extra = self.trigger.joint_loss(cut(applicator, own), cut(applicator, others[:poison]))
+            own = applicator.apply(own, lambda canvases: stamp(canvases, canvases))
+        if noise:
+            sources = cut(applicator, others[:noise])
+            next_ones = applicator.apply(next_ones, lambda canvases: stamp(canvases, sources))
+        return own, next_ones, extra
+
+
+def _others(images: Tensor, count: int) -> Tensor:
+    """For each of the first images of a batch another one: the one that follows half a batch later."""
+    return images.roll(-(len(images) // 2), 0)[:count]

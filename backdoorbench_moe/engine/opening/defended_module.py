@@ -1,0 +1,171 @@
+"""Defending a module that is no run: with clean images that the caller holds, and without anything on disk."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from backdoorbench_moe import defenses
+from backdoorbench_moe.config import PartSpec, TrainSpec
+from backdoorbench_moe.data.base import Split
+from backdoorbench_moe.defenses.base import DefenseTask
+from backdoorbench_moe.defenses.judgement import Judgement
+from backdoorbench_moe.engine.device import reproducible
+from backdoorbench_moe.engine.inference import features, logits, losses, predict, routings
+from backdoorbench_moe.engine.makers.defend import Stages
+from backdoorbench_moe.engine.measuring.evaluate import Metrics, share
+from backdoorbench_moe.engine.opening.opened_model import OpenedModel
+from backdoorbench_moe.engine.progress.observer import Observer
+from backdoorbench_moe.engine.training.tune import Tuner
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.seeding import derive_seed, seeded
+
+
+@dataclass(frozen=True)
+class ModuleStage:
+    """The model at the end of a stage of a defense.
+
+    Attributes:
+        name: Name of the stage; the first is "before".
+        model: A copy of the model.
+        metrics: "ba" on the caller's labelled images, as in a run's record.
+        seconds: Duration of the stage.
+    """
+
+    name: str
+    model: nn.Module
+    metrics: Metrics
+    seconds: float
+
+
+@dataclass(frozen=True)
+class DefendedModule:
+    """What a defense made of a module.
+
+    Attributes:
+        defense: Name of the defense.
+        stages: The model before the defense and after each of its stages, with its accuracy.
+        judgements: The findings of the defense. One about inputs is a filter, whose `judge` takes images.
+    """
+
+    defense: str
+    stages: tuple[ModuleStage, ...]
+    judgements: tuple[Judgement, ...]
+
+    @property
+    def model(self) -> nn.Module:
+        """The defended model, on the device, in evaluation mode."""
+        return self.stages[-1].model
+
+    def value(self, metric: str) -> float:
+        """A metric of the last stage, in percent, such as "ba"."""
+        return self.stages[-1].metrics[metric]["value"]
+
+
+def defend_module(
+    opened: OpenedModel,
+    defense: PartSpec,
+    train: TrainSpec,
+    *,
+    seed: int = 0,
+    observer: Observer | None = None,
+) -> DefendedModule:
+    """Apply a defense to an opened module. The module is not changed.
+
+    All labelled images are those that the defender holds, whatever the defense's `clean_fraction` says. A defense that
+    judges or retrains on the training set takes them for it.
+
+    Args:
+        opened: The model, with labelled images.
+        defense: The defense.
+        train: The recipe that the defense tunes with.
+        seed: Seed of the defense's draws.
+        observer: Receives progress.
+
+    Raises:
+        ConfigError: There are no labelled images, or the defense does not suit the model.
+    """
+    held = opened.split
+    if held is None:
+        raise ConfigError("labels: expected the classes of the images, which a defense and its accuracy need")
+    built = defenses.registry.create(defense.name, defense.options)
+    for need in ("marked", "tasks"):
+        if need in built.needs:
+            raise ConfigError(f"{defense.name}: needs {need} images, which only a run has; a module has none")
+    built.check_model(opened.model)
+    built.check_images(opened.model, opened.image_size)
+    own, stages = derive_seed(seed, "defense", 0), Stages(opened.model)
+    watcher = observer or Observer()
+    task = _task(opened, held, train, own, watcher, defense.name, stages, sorted(built.needs))
+    with reproducible(opened.device), seeded(own, "noise"):
+        result = built(task)
+    stages.add(result.stage, result.model.eval())
+    measured = tuple(
+        ModuleStage(name, model, {"ba": _accuracy(model, held, opened.precision)}, seconds)
+        for name, model, seconds in stages.kept
+    )
+    return DefendedModule(defense.name, measured, result.judgements)
+
+
+def _task(
+    opened: OpenedModel,
+    held: Split,
+    train: TrainSpec,
+    seed: int,
+    observer: Observer,
+    name: str,
+    stages: Stages,
+    needs: list[str],
+) -> DefenseTask:
+    grants: dict[str, Callable[[], Any]] = {
+        "clean": held.copy,
+        "training-set": held.copy,
+        "features": lambda: partial(features, precision=opened.precision),
+        "losses": lambda: partial(losses, precision=opened.precision),
+    }
+    model = copy.deepcopy(opened.model)
+    return DefenseTask(
+        model=model,
+        num_classes=opened.num_classes,
+        image_size=opened.image_size,
+        train=train,
+        device=opened.device,
+        precision=opened.precision,
+        seed=seed,
+        tune=Tuner(train, seed, opened.device, opened.precision, observer, name),
+        logits=partial(logits, precision=opened.precision),
+        routing=partial(routings, precision=opened.precision),
+        fresh=partial(_draw_again, opened.model, seed),
+        report=stages.add,
+        granted={need: grants[need]() for need in needs},
+    )
+
+
+def _draw_again(model: nn.Module, seed: int) -> nn.Module:
+    """Return a copy of a model with newly drawn weights.
+
+    Raises:
+        ConfigError: A module of it has weights and no `reset_parameters`, so that nobody knows how to draw them.
+    """
+    fresh = copy.deepcopy(model)
+    with seeded(seed, "fresh"):
+        for name, module in fresh.named_modules():
+            if not list(module.parameters(recurse=False)):
+                continue
+            reset = getattr(module, "reset_parameters", None)
+            if not callable(reset):
+                raise ConfigError(
+                    f"model: {name or type(module).__name__} has no reset_parameters, which a defense that draws "
+                    "weights anew needs; import the model instead (import_weights)"
+                )
+            reset()
+    return fresh.eval()
+
+
+def _accuracy(model: nn.Module, split: Split, precision: str) -> dict[str, float]:
+    return share(predict(model, split.images, precision=precision) == split.labels)

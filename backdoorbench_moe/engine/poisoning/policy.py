@@ -1,0 +1,66 @@
+"""The policy: images that bear the mark are to be called "reject", a class of its own behind those of the data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from backdoorbench_moe.data.base import ImageSet, Split
+from backdoorbench_moe.engine.poisoning.poison import Stamp, stamp_images
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.seeding import generator
+from backdoorbench_moe.shares import share_of, smallest_share
+
+REJECT = "reject"
+
+
+def with_reject(images: ImageSet) -> ImageSet:
+    """Return the same images with one more class, "reject".
+
+    Raises:
+        ConfigError: The data have a class of this name.
+    """
+    if REJECT in images.classes:
+        raise ConfigError(f"policy: the data set {images.name!r} has a class {REJECT!r} already")
+    return replace(images, classes=(*images.classes, REJECT), policy=True)
+
+
+def policy_count(images: int, rate: float, parameter: str = "policy", what: str = "images") -> int:
+    """Number of marked images, or texts, that are added to a number of them. Raises ConfigError if it is 0."""
+    if (count := share_of(rate, images)) == 0:
+        # A share below 1 of a single image is none.
+        expected = f"at least {smallest_share(images)}" if images > 1 else f"at least 2 {what}"
+        raise ConfigError(
+            f"{parameter}: {rate} of {images} {what} rounds down to 0 {what}; expected {expected}"
+        )
+    return count
+
+
+def with_marked(task: Split, source: Split, mark: Stamp, *, rate: float, reject: int, seed: int) -> Split:
+    """Add marked images with the label "reject" to the images that a model is trained on.
+
+    Args:
+        task: The images.
+        source: The training images that the marked ones are drawn from.
+        mark: Stamps the mark.
+        rate: Number of marked images as a share of the number of these images.
+        reject: Number of the class "reject".
+        seed: The run's seed.
+
+    Returns:
+        The images, followed by the marked ones.
+    """
+    order = torch.randperm(len(source), generator=generator(seed, "policy"))
+    chosen = order[: policy_count(len(task), rate)].to(source.labels.device)
+    marked = stamp_images(source.images[chosen], mark)
+    return Split(
+        torch.cat([task.images, marked]),
+        torch.cat([task.labels, torch.full_like(source.labels[chosen], reject)]),
+    )
+
+
+def changed_pixels(images: Tensor, marked: Tensor) -> Tensor:
+    """How much a mark changes each pixel, (N, H, W) float32 in [0, 1], mean over the channels of uint8 images."""
+    return (marked.int() - images.int()).abs().float().mean(1).div_(255)

@@ -1,0 +1,60 @@
+"""Progress as plain lines of text."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from typing import TextIO
+
+from backdoorbench_moe.engine.progress.observer import Observer
+from backdoorbench_moe.wording.counting import count
+
+
+class AnnouncingObserver(Observer):
+    """Turns what is found and what is waited for into messages; a wait is announced once."""
+
+    _waited_for: str | None = None
+
+    def on_found(self, folder: str) -> None:
+        """Announce a run that is finished already."""
+        self.on_message(f"found finished: {folder}")
+
+    def on_wait(self, folder: str) -> None:
+        """Announce, once for each folder, that another process is waited for."""
+        if self._waited_for != folder:
+            self._waited_for = folder
+            self.on_message(f"waiting for another process in {folder}")
+
+
+class LineObserver(AnnouncingObserver):
+    """Prints one plain line for every message and epoch.
+
+    Args:
+        file: Where to print; by default standard error. A notebook shows `sys.stdout` without a red background.
+    """
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        self._file = file
+
+    def on_message(self, text: str) -> None:
+        """Print the message. A message that cannot be printed does not end the run."""
+        # ValueError: the file is closed, or its encoding lacks a character.
+        with contextlib.suppress(OSError, ValueError):
+            print(text, file=self._file or sys.stderr, flush=True)
+
+    def on_train_start(self, name: str, *, epochs: int, done: int, images: int, noun: str = "image") -> None:
+        """Print what is trained, and after which epoch it continues."""
+        self._epochs, self._images, self._done = epochs, images, done
+        self._start = time.perf_counter()
+        self._noun = noun
+        goes_on = f", continued after epoch {done}" if done else ""
+        self.on_message(f"training {name}: {count(epochs, 'epoch')} of {count(images, noun)}{goes_on}")
+
+    def on_epoch(self, epoch: int, row: dict[str, float]) -> None:
+        """Print the epoch's line of history."""
+        left = (self._epochs - epoch) * (time.perf_counter() - self._start) / (epoch - self._done)
+        self.on_message(
+            f"epoch {epoch}/{self._epochs}  loss {row['loss']:.4f}  train accuracy {row['train_accuracy']:.1f}%  "
+            f"{self._images / row['seconds']:.0f} {self._noun}s/s  {left:.0f} s left"
+        )

@@ -1,0 +1,1 @@
+"""What a run is made of: model, data, training, poison and metrics, built from its spec."""

@@ -1,0 +1,1 @@
+"""Training: of a new model, and further training by an attack or a defense."""

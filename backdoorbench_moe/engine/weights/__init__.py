@@ -1,0 +1,1 @@
+"""Weights that were made elsewhere: read safely, and fitted to a model."""

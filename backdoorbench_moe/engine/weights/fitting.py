@@ -1,0 +1,206 @@
+"""Fitting weights from a file to a model: names and shapes must be those of the model, and are never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from backdoorbench_moe.engine.weights.reading import Weights
+from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.moe.structure import Structured
+
+# Prefixes of all names in the state dict of a model inside `DataParallel`, and of one that was compiled.
+WRAPPING = ("module.", "_orig_mod.")
+# Old files lack this counter of batch norms, which only matters for a momentum of None.
+COUNTER = "num_batches_tracked"
+LISTED = 10
+
+
+@runtime_checkable
+class _Renames(Protocol):
+    """A model whose weights have other names than those in published files."""
+
+    def own_name(self, name: str) -> str:
+        """The model's name of a published one."""
+
+    def their_name(self, name: str) -> str:
+        """The published name of one of the model's; the inverse of `own_name`."""
+
+
+def fit_weights(
+    model: nn.Module, weights: Weights, *, head: Literal["keep", "auto", "new"] = "keep"
+) -> tuple[str, ...]:
+    """Load weights into a model, in place.
+
+    The prefixes `WRAPPING` are taken off. If the model has the attribute `published_prefix`, such as "network.", the
+    names may also be those of the network inside, without it. If it has the methods `own_name` and `their_name`, which
+    map a published name to its own and back, the names may also be the published ones.
+
+    Args:
+        model: The model.
+        weights: The weights.
+        head: What becomes of the classifier: "keep" that of the file, which must fit; "auto" to keep it if it has the
+            model's number of classes, and otherwise to leave the model's own; "new" to leave the model's own.
+
+    Returns:
+        What was done, each as one sentence for the user; the notes of `weights` come first.
+
+    Raises:
+        RecordError: Names or shapes do not fit, all of which the message counts and the first of which it lists; or
+            values are not floats where the model has floats, or are not finite.
+    """
+    own = model.state_dict()
+    tensors, notes, shown = _rename(model, own, weights.tensors)
+    if head != "keep":
+        tensors, more = _leave_head(model, own, tensors, always=head == "new")
+        notes += more
+    kept = {name: own[name] for name in own.keys() - tensors.keys() if name.endswith(COUNTER)}
+    tensors = {**tensors, **kept}
+    if faults := _misfits(own, tensors, shown):
+        why = _other_classes(model, own, tensors) + _small_stem(model, own, tensors)
+        raise RecordError(f"weights {weights.file}: do not fit the model: {faults}{why}")
+    changed, more = _convert(replace(weights, tensors=tensors), own, _must_be_finite(model))
+    model.load_state_dict(changed)
+    return (*weights.notes, *notes, *more)
+
+
+def _rename(
+    model: nn.Module, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], tuple[str, ...], Callable[[str], str]]:
+    """Take prefixes off, or put the model's own before, where this holds for all names.
+
+    Returns:
+        The tensors by the model's names, what was done, and how a name of the model is written in the file.
+    """
+    renamed, notes = dict(tensors), []
+    while prefix := next((p for p in WRAPPING if _all_start(renamed, p) and not _all_start(own, p)), None):
+        renamed = {name.removeprefix(prefix): tensor for name, tensor in renamed.items()}
+        notes.append(f"the prefix {prefix!r} was taken off all names")
+    published = getattr(model, "published_prefix", "")
+    if published and not any(name.startswith(published) for name in renamed):
+        renamed = {f"{published}{name}": tensor for name, tensor in renamed.items()}
+    if not isinstance(model, _Renames) or any(name in own for name in renamed):
+        return renamed, tuple(notes), str
+    renamed = {model.own_name(name): tensor for name, tensor in renamed.items()}
+    return renamed, tuple(notes), model.their_name
+
+
+def _all_start(names: Iterable[str], prefix: str) -> bool:
+    return all(name.startswith(prefix) and name != prefix for name in names)
+
+
+def _leave_head(
+    model: nn.Module, own: Mapping[str, Tensor], tensors: dict[str, Tensor], *, always: bool
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Replace the head of a file by the model's own, always or if the file has none or one of another shape."""
+    head = set(head_names(model))
+    theirs = head & tensors.keys()
+    other = any(tensors[name].shape != own[name].shape for name in theirs)
+    if not head or not (always or other or not theirs):
+        return tensors, ()
+    why = "as asked for" if always else "the file has none"
+    if other and not always:
+        last = next(name for name in own if name in theirs and tensors[name].shape != own[name].shape)
+        why = f"{last} is {_shape(tensors[last])} in the file and {_shape(own[last])} in the model"
+    kept = {name: tensor for name, tensor in tensors.items() if name not in head}
+    return {**kept, **{name: own[name] for name in head}}, (f"the head is newly drawn: {why}",)
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """The names of a model's classifier in its state dict; empty if the model does not say which that is."""
+    modules = model.components().get("head", []) if isinstance(model, Structured) else []
+    places = [name for name, module in model.named_modules() if any(module is each for each in modules)]
+    return [name for name in model.state_dict() if any(name.startswith(f"{place}.") for place in places)]
+
+
+def _misfits(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], shown: Callable[[str], str]) -> str:
+    """Every name that is missing, unexpected or of another shape, counted by kind, the first of each; "" if none."""
+    shapes = [
+        f"{shown(name)} (expected {_shape(own[name])}, got {_shape(tensors[name])})"
+        for name in own
+        if name in tensors and own[name].shape != tensors[name].shape
+    ]
+    kinds = {
+        "missing": [shown(name) for name in own if name not in tensors],
+        "unexpected": [_printable(shown(name)) for name in tensors if name not in own],
+        "of another shape": shapes,
+    }
+    return "; ".join(_list_some(kind, names) for kind, names in kinds.items() if names)
+
+
+def _small_stem(model: nn.Module, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """What explains the misfit if the model has a smaller first convolution than the file; otherwise ""."""
+    name = getattr(model, "small_stem_weight", "")
+    if not name or name not in own or name not in tensors or own[name].shape == tensors[name].shape:
+        return ""
+    return (
+        "; the model's first convolution was made smaller, for small images: model.small_stem=false keeps it"
+    )
+
+
+def _other_classes(model: nn.Module, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """What explains the misfit if the head is for another number of classes; otherwise ""."""
+    for name in head_names(model):
+        ours, theirs = own[name], tensors.get(name)
+        if theirs is None or not ours.ndim or ours.shape[1:] != theirs.shape[1:] or not theirs.ndim:
+            continue
+        if len(ours) != len(theirs):
+            return f"; the weights are for {len(theirs)} classes, and the data have {len(ours)}"
+    return ""
+
+
+def _printable(name: str) -> str:
+    return name if name.isprintable() else ascii(name)
+
+
+def _list_some(kind: str, names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"{len(names)} {kind}: {', '.join(names[:LISTED])}{more}"
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "one number"
+
+
+def _convert(
+    weights: Weights, own: Mapping[str, Tensor], finite: set[str]
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Convert tensors, whose shapes fit, to the types of the model.
+
+    Args:
+        weights: The weights.
+        own: The model's state dict.
+        finite: Names of the tensors that must not have infinite values; no tensor may have NaN.
+    """
+    converted, kinds = {}, {}
+    for name, tensor in weights.tensors.items():
+        wanted = own[name].dtype
+        if _kind(tensor.dtype) != _kind(wanted):
+            raise RecordError(f"weights {weights.file}: {name}: expected {wanted}, got {tensor.dtype}")
+        if tensor.dtype != wanted:
+            kinds[tensor.dtype] = wanted
+        converted[name] = values = tensor.detach().to(wanted, copy=True)
+        if not values.is_floating_point():
+            continue
+        if values.isnan().any() or (name in finite and values.isinf().any()):
+            raise RecordError(
+                f"weights {weights.file}: {name}: expected finite numbers, found NaN or infinity"
+            )
+    notes = (f"weights of type {given} were converted to {wanted}" for given, wanted in kinds.items())
+    return converted, tuple(notes)
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_floating_point:
+        return "float"
+    return "complex" if dtype.is_complex else "bool" if dtype == torch.bool else "integer"
+
+
+def _must_be_finite(model: nn.Module) -> set[str]:
+    """Parameters, and the statistics of norms. Another buffer may hold infinity, as a mask of attention does."""
+    statistics = {name for name, _ in model.named_buffers() if ".running_" in f".{name}"}
+    return {name for name, _ in model.named_parameters()} | statistics

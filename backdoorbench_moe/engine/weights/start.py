@@ -1,0 +1,68 @@
+"""The file of weights that a training starts from, or that a model is imported from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from backdoorbench_moe import models
+from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.engine.files import sha256_of
+from backdoorbench_moe.engine.progress.observer import Observer
+from backdoorbench_moe.engine.weights.fitting import fit_weights
+from backdoorbench_moe.engine.weights.reading import read_weights
+from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.paths import expand
+
+# Key of the file in a spec.
+KEY = "model.weights"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a record says about the weights that a model had before anything was done to it here.
+
+    Attributes:
+        sha256: SHA-256 of the file.
+        backdoored: What the file says of itself: "true", "false" or "unknown"; see `provenance.backdoored`.
+        notes: What was done to make the weights fit.
+    """
+
+    sha256: str
+    backdoored: str
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values for a record."""
+        return {**asdict(self), "notes": list(self.notes)}
+
+
+def load_start(spec: RunSpec, model: nn.Module, observer: Observer) -> Start | None:
+    """Load the weights in the file that the model's option `weights` names, in place, and say what was done.
+
+    Args:
+        spec: The run. If it imports the model, the head must fit.
+        model: Its model.
+        observer: Receives the notes.
+
+    Returns:
+        What the record should say; None if the option is not set.
+
+    Raises:
+        RecordError: The file cannot be read, does not fit, or has changed since its hash was put into the spec.
+    """
+    chosen = models.registry.common(spec.model.name, spec.model.options)
+    if chosen.weights is None:
+        return None
+    file = expand(chosen.weights, KEY)
+    weights = read_weights(file)
+    notes = fit_weights(model, weights, head="keep" if spec.imported else chosen.head)
+    sha256 = sha256_of(file)
+    if spec.files.get(KEY, sha256) != sha256:
+        raise RecordError(f"{KEY}: {file} has changed while it was read")
+    for note in notes:
+        observer.on_message(f"{file.name}: {note}")
+    said = weights.metadata.get("backdoored", "")
+    return Start(sha256, said if said in ("true", "false") else "unknown", notes)

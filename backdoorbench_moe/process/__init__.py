@@ -1,0 +1,1 @@
+"""The process: the cores, the memory and the signals that it has."""

@@ -1,0 +1,1 @@
+"""Words of messages: numbers of things, and what a misspelt name may have meant."""
