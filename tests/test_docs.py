@@ -273,7 +273,9 @@ def test_contributing_lists_the_rooms_of_the_import_contract() -> None:
     for contract in inner:
         [room] = contract["containers"]
         line = " / ".join(contract["layers"])
-        assert re.search(rf"^{room.removeprefix('backdoorbench_moe.')}: +{re.escape(line)}$", text, re.MULTILINE), line
+        assert re.search(
+            rf"^{room.removeprefix('backdoorbench_moe.')}: +{re.escape(line)}$", text, re.MULTILINE
+        ), line
 
 
 def shown_docstrings() -> dict[str, str]:
