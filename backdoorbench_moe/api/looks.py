@@ -159,10 +159,8 @@ def audit(
     Raises:
         BbmoeError: Anything that the user can correct.
     """
-    from backdoorbench_moe.auditing.audit import digest_of, run_audit
     from backdoorbench_moe.auditing.checks import find_checks
-    from backdoorbench_moe.auditing.opening import with_store
-    from backdoorbench_moe.auditing.place import check_place
+    from backdoorbench_moe.auditing.placed import audit_into
     from backdoorbench_moe.auditing.save import FILES
     from backdoorbench_moe.paths import check_output
 
@@ -172,14 +170,8 @@ def audit(
         check_output(folder, "output", FILES)
     given = {"images": images, "labels": labels, "base": base, "tasks": tasks, "device": device}
     name, subject = _open_subject(model, image_size, text_or_none(data_root, "data_root"), given)
-    digest = digest_of(subject)
-    if folder is not None:
-        check_place(folder, digest, "output")
-    subject, store = with_store(subject, folder, digest)
-    found = run_audit(subject, name=name, store=store, checks=chosen, budget=budget, observer=observer)
-    if folder is not None:
-        found.save(folder)
-    return found
+    settings: dict[str, Any] = {"name": name, "checks": chosen, "budget": budget, "observer": observer}
+    return audit_into(subject, output=folder, parameter="output", **settings)[0]
 
 
 def _open_subject(

@@ -79,12 +79,12 @@ def command(
     if images is not None and no_images:
         raise ConfigError("--no-images: expected no --images with it")
     names = None if checks is None else [name.strip() for name in checks.split(",") if name.strip()]
-    from backdoorbench_moe.auditing.audit import digest_of, run_audit
     from backdoorbench_moe.auditing.calibration import load
     from backdoorbench_moe.auditing.checks import find_checks
     from backdoorbench_moe.auditing.document import as_document, to_text
-    from backdoorbench_moe.auditing.opening import open_run_subject, with_store
-    from backdoorbench_moe.auditing.place import FOLDER, check_place, place_in_run
+    from backdoorbench_moe.auditing.opening import open_run_subject
+    from backdoorbench_moe.auditing.place import FOLDER
+    from backdoorbench_moe.auditing.placed import audit_into
     from backdoorbench_moe.auditing.save import FILES
     from backdoorbench_moe.auditing.verdict import SIGNS
     from backdoorbench_moe.cli.tables.audit import print_audit
@@ -93,31 +93,21 @@ def command(
 
     chosen, known = find_checks(names), None if calibration is None else load(calibration)
     opened = load_run(run)
+    folder = opened.folder.path
     use_threads(threads, usage, device or opened.spec.device)
-    usual, flag = (opened.folder.path / FOLDER, "RUN") if output is None else (output, "--output")
-    check_output(usual, flag, FILES)
+    check_output(*((folder / FOLDER, "RUN") if output is None else (output, "--output")), FILES)
     given: dict[str, Any] = {"images": images, "base": base, "data_root": data_root, "device": device}
-    subject = open_run_subject(opened, with_images=not no_images, **given)
-    digest = digest_of(subject)
-    observer = make_observer(quiet=quiet or as_json)
-    if output is not None:
-        check_place(output, digest, flag)
-    place = place_in_run(opened.folder.path, digest) if output is None else output
-    if place != usual:
-        observer.on_message(
-            f"{usual} has the audit with other images, base or device; this one goes to {place}"
-        )
-    subject, store = with_store(subject, place, digest)
-    audit = run_audit(
-        subject,
-        name=opened.folder.path.name,
-        store=store,
+    audit, files = audit_into(
+        open_run_subject(opened, with_images=not no_images, **given),
+        output=output,
+        parameter="--output",
+        run=folder,
+        observer=make_observer(quiet=quiet or as_json),
+        name=folder.name,
         checks=chosen,
         calibration=known,
         budget=seconds,
-        observer=observer,
     )
-    files = audit.save(place)
     if as_json:
         echo(to_text(as_document(audit)), nl=False)
     else:
