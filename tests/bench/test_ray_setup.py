@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_spec
 
-from backdoorbench_moe.bench.running.engines import make_engine, ray_flight
+from backdoorbench_moe.bench.running.engines import make_engine, ray_folders, ray_task
 from backdoorbench_moe.bench.running.engines.ray import _share
 from backdoorbench_moe.bench.running.worker import Job
 from backdoorbench_moe.errors import BbmoeError, ConfigError, RecordError
@@ -81,7 +81,7 @@ def test_the_share_of_a_gpu(gpus, workers, share) -> None:
 def test_only_a_runs_own_files_are_written(tmp_path, name) -> None:
     folder = RunFolder(tmp_path / "run")
     with pytest.raises(BbmoeError, match=rf"a worker sent unknown files: \['{re.escape(name)}'\]"):
-        ray_flight._deliver(folder, {"record.json": b"{}", name: b""})
+        ray_folders.deliver(folder, {"record.json": b"{}", name: b""})
     assert not list(tmp_path.iterdir())
 
 
@@ -99,9 +99,9 @@ def test_all_files_of_a_run_come_home_the_record_last(tmp_path) -> None:
     for name in (*sent, ".lock", "checkpoint/state.safetensors"):
         (away.path / name).parent.mkdir(parents=True, exist_ok=True)
         (away.path / name).write_bytes(name.encode())
-    files = ray_flight._take(away)
+    files = ray_folders.take(away)
     assert tuple(files) == sent and not away.path.exists()
-    ray_flight._deliver(home, files)
+    ray_folders.deliver(home, files)
     assert {name: (home.path / name).read_bytes() for name in sent} == files
 
 
@@ -119,9 +119,9 @@ def test_the_runs_that_two_tasks_need_are_written_by_one_after_the_other(tmp_pat
     other.start()
     assert held.wait(10)
     with pytest.raises(RecordError, match="in use by another process"):
-        ray_flight._deliver(folder, {"record.json": b"{}"})
+        ray_folders.deliver(folder, {"record.json": b"{}"})
     threading.Timer(0.2, release.set).start()
-    ray_flight._deliver(folder, {"record.json": b"{}"}, wait=True)
+    ray_folders.deliver(folder, {"record.json": b"{}"}, wait=True)
     other.join()
     assert (folder.path / "record.json").read_bytes() == b"{}"
 
@@ -130,11 +130,11 @@ def test_a_task_has_the_drivers_variables_unless_its_node_has_its_own(tmp_path, 
     for name, value in (("BBMOE_DATA", "/data"), ("BBMOE_CACHE", "/cache"), ("BBMOE_MEMORY", "2GB")):
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    home = ray_flight.Home.here(tmp_path / "token")
+    home = ray_task.Home.here(tmp_path / "token")
     monkeypatch.setenv("BBMOE_DATA", "/mnt/data")
     for name in ("BBMOE_CACHE", "BBMOE_MEMORY"):
         monkeypatch.delenv(name)
     monkeypatch.chdir("/")
     home.enter()
     assert (Path.cwd(), home.token) == (tmp_path, str(tmp_path / "token"))
-    assert [os.environ[name] for name in ray_flight.VARIABLES] == ["/mnt/data", "/cache", "2GB"]
+    assert [os.environ[name] for name in ray_task.VARIABLES] == ["/mnt/data", "/cache", "2GB"]

@@ -14,7 +14,7 @@ from torch import nn
 
 from backdoorbench_moe.analysis.analyze import analyze_run
 from backdoorbench_moe.analysis.preview import preview_run, preview_spec
-from backdoorbench_moe.bench.running.engines import ray_flight
+from backdoorbench_moe.bench.running.engines import ray_folders
 from backdoorbench_moe.bench.running.estimate import Speed, seconds_left
 from backdoorbench_moe.bench.running.plan import Planned
 from backdoorbench_moe.config import PartSpec, build_spec, spec_from_dict
@@ -226,11 +226,11 @@ def test_an_analysis_and_a_preview_show_the_learned_trigger(tmp_path) -> None:
 
 
 def test_what_a_cluster_sends_of_a_run_includes_its_trigger(tmp_path) -> None:
-    """See `ray_flight.SENT`."""
+    """See `ray_folders.SENT`."""
     [run] = run_attack(spec_of(epochs=1), output=tmp_path, twin=False)
     home = RunFolder(tmp_path / "home" / run.folder.path.name)
     home.path.parent.mkdir()
-    ray_flight._deliver(home, ray_flight._read_files(run.folder))
+    ray_folders.deliver(home, ray_folders.read_files(run.folder))
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(load_run(home.path).stamper()(images), run.stamper()(images))
 

@@ -1,52 +1,33 @@
-"""Jobs handed to Ray and their outcomes, on the driver's side and in the tasks."""
+"""Jobs handed to Ray and their outcomes, on the driver's side."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from backdoorbench_moe.bench.running.engines.agenda import Agenda
-from backdoorbench_moe.bench.running.worker import Job, Outcome, work
-from backdoorbench_moe.data.roots import VARIABLE as DATA_VARIABLE
-from backdoorbench_moe.engine.files import FILES
-from backdoorbench_moe.engine.graph import needs
-from backdoorbench_moe.errors import BbmoeError, RecordError
-from backdoorbench_moe.ops.image_rows import MEMORY_VARIABLE
-from backdoorbench_moe.paths import CACHE_VARIABLE
-from backdoorbench_moe.process.allocator import keep_freed_memory
-from backdoorbench_moe.records import (
-    MODEL,
-    POISON,
-    PROBE,
-    RECORD,
-    SCORES,
-    TRIGGER,
-    RunFolder,
-    write_atomically,
+from backdoorbench_moe.bench.running.engines.ray_folders import (
+    deliver,
+    is_finished,
+    read_files,
+    tidy_nodes,
+    token_path,
+    write_token,
 )
+from backdoorbench_moe.bench.running.engines.ray_task import Home, make_run
+from backdoorbench_moe.bench.running.worker import Job, Outcome
+from backdoorbench_moe.engine.graph import needs
+from backdoorbench_moe.errors import BbmoeError
+from backdoorbench_moe.records import RunFolder
 
-# The files of a run folder that are sent to the driver, with the copies of named files. The record comes last: it says
-# that the others are there.
-SENT = (POISON, PROBE, SCORES, TRIGGER, MODEL, RECORD)
-# Where the data are, where decoded images are kept, and how many of them may be held in memory.
-VARIABLES = (DATA_VARIABLE, CACHE_VARIABLE, MEMORY_VARIABLE)
 RETRIES = 3
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_STOP = 60.0
-SECONDS_TO_TIDY = 30.0
-SECONDS_TO_ANSWER = 5.0
-
-Files = dict[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -62,32 +43,6 @@ class Resources:
     cpus: int
     gpus: float
     reuse_process: bool
-
-
-@dataclass(frozen=True)
-class Home:
-    """Where the driver runs, so that a task can tell whether it shares the output folder.
-
-    Attributes:
-        token: A file in the driver's output folder.
-        folder: The driver's current folder; relative paths in a spec start there.
-        variables: The driver's values of those of `VARIABLES` that are set.
-    """
-
-    token: str
-    folder: str
-    variables: Mapping[str, str]
-
-    @classmethod
-    def here(cls, token: Path) -> Home:
-        """Return this process as the driver."""
-        return cls(str(token), str(Path.cwd()), {n: os.environ[n] for n in VARIABLES if n in os.environ})
-
-    def enter(self) -> None:
-        """In a task, go to the driver's folder, if there is such a folder, and set the variables that are not set."""
-        with contextlib.suppress(OSError):
-            os.chdir(self.folder)
-        os.environ.update({**self.variables, **os.environ})
 
 
 @dataclass(frozen=True)
@@ -174,12 +129,12 @@ class Flight:
                 ray.wait(list(self.running), num_returns=len(self.running), timeout=SECONDS_TO_STOP)
             ray.kill(self.stop)
             if self.sends_files:
-                _tidy_nodes(self.token)
+                tidy_nodes(self.token)
         for output in self.outputs:
-            _token_path(output, self.token).unlink(missing_ok=True)
+            token_path(output, self.token).unlink(missing_ok=True)
 
     def _hand_over(self, one: _Try) -> None:
-        home = Home.here(_token_path(one.job.output, self.token))
+        home = Home.here(token_path(one.job.output, self.token))
         gpus = 0 if one.job.run_spec.device == "cpu" else self.resources.gpus
         task = self._task.options(num_gpus=gpus, name=one.name)
         inputs = self._inputs(one.job)
@@ -197,8 +152,8 @@ class Flight:
         output = Path(job.output)
         for needed in needs(job.run_spec).values():
             folder = RunFolder(output / needed.name)
-            if folder.path not in self._stored and _is_finished(folder):
-                self._stored[folder.path] = ray.put(_read_files(folder))
+            if folder.path not in self._stored and is_finished(folder):
+                self._stored[folder.path] = ray.put(read_files(folder))
         wanted = {needed.name: output / needed.name for needed in needs(job.run_spec).values()}
         return {name: self._stored[path] for name, path in wanted.items() if path in self._stored}
 
@@ -222,7 +177,7 @@ class Flight:
             outcome, files = ray.get(reference)
             if files is not None:
                 self.sends_files = True
-                _deliver(one.job.folder, files)
+                deliver(one.job.folder, files)
             return outcome
         except TaskCancelledError:
             return Outcome(one.name, "waiting")
@@ -238,128 +193,6 @@ class Flight:
                 return None
             reason = (str(error).splitlines() or [""])[0]
             return one.job.fail(f"its worker was lost {RETRIES + 1} times: {type(error).__name__}: {reason}")
-
-
-def make_run(
-    job: Job, home: Home, threads: int, stop: Any, key: str, inputs: Mapping[str, Any]
-) -> tuple[Outcome, Files | None]:
-    """In a worker process: make a run. Its files come along where the output folder is not the driver's.
-
-    Args:
-        job: The run to make.
-        home: Where the driver runs.
-        threads: Number of torch threads.
-        stop: The actor that tells tasks to stop.
-        key: Name of this try.
-        inputs: References to the files of the runs that it needs, by name.
-    """
-    import ray
-    import torch
-
-    # A task that waits for Ray in its main thread gives its CPU away to another one meanwhile.
-    with ThreadPoolExecutor(1) as asking:
-
-        def is_wanted() -> bool:
-            return not asking.submit(_is_told, stop, key).result()
-
-        if job.is_late or not is_wanted():
-            return Outcome(job.run_spec.name, "waiting"), None
-        keep_freed_memory()
-        torch.set_num_threads(threads)
-        home.enter()
-        token = Path(home.token)
-        if token.is_file():
-            return work(job, is_wanted), None
-        own = replace(job, output=str(_own_folder(token.name)))
-        for name, files in inputs.items():
-            folder = RunFolder(Path(own.output) / name)
-            if not _is_finished(folder):
-                # Another task on this node may be writing it, too.
-                _deliver(folder, ray.get(files), wait=True)
-        outcome = work(own, is_wanted)
-    ended = outcome.status in ("finished", "failed")
-    return outcome, _take(own.folder) if ended else {}
-
-
-def _is_told(stop: Any, key: str) -> bool:
-    import ray
-    from ray.exceptions import RayError
-
-    try:
-        return bool(ray.get(stop.is_told.remote(key), timeout=SECONDS_TO_ANSWER))
-    except RayError:  # Its node was lost, and it starts again on another.
-        return False
-
-
-def write_token(output: str, token: str) -> None:
-    """Leave a file in the output folder that a task can look for. Raises RecordError if that cannot be."""
-    try:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        _token_path(output, token).touch()
-    except OSError as error:
-        raise RecordError(f"output folder {output}: {error.strerror}") from error
-
-
-def _token_path(output: str, token: str) -> Path:
-    return Path(output) / f".ray-{token}"
-
-
-def _own_folder(name: str) -> Path:
-    """A node's own output folder; nobody can have made it before, as its name cannot be guessed."""
-    folder = Path(tempfile.gettempdir()) / f"bbmoe{name}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
-
-
-def _read_files(folder: RunFolder) -> Files:
-    """The files of a run that ended."""
-    copies = [f"{FILES}/{path.name}" for path in sorted((folder.path / FILES).glob("*"))]
-    names = [name for name in (*copies, *SENT) if (folder.path / name).is_file()]
-    return {name: (folder.path / name).read_bytes() for name in names}
-
-
-def _take(folder: RunFolder) -> Files:
-    """The files of a run that ended, which are then deleted here."""
-    files = _read_files(folder)
-    shutil.rmtree(folder.path, ignore_errors=True)
-    return files
-
-
-def _is_finished(folder: RunFolder) -> bool:
-    """Whether a folder holds a finished run."""
-    return folder.exists and folder.read().status == "finished"
-
-
-def _deliver(folder: RunFolder, files: Files, *, wait: bool = False) -> None:
-    """Write files that came from elsewhere into a run folder.
-
-    Args:
-        folder: The run folder.
-        files: Content of the files by name.
-        wait: Whether to wait for another process that uses the folder; if False, this is an error.
-
-    Raises:
-        RecordError: A name has no place in a run folder, or another process uses the folder.
-    """
-    if unknown := sorted(name for name in files if not _belongs(name)):
-        raise RecordError(f"run folder {folder.path}: a worker sent unknown files: {unknown}")
-    if not files:
-        return
-    with folder.lock(wait=(lambda: None) if wait else None):
-        for name, content in files.items():  # In the order in which they were taken: the record last.
-            (folder.path / name).parent.mkdir(exist_ok=True)
-            write_atomically(folder.path / name, partial(_put, content))
-        folder.drop_checkpoint()
-
-
-def _belongs(name: str) -> bool:
-    """Whether a file of this name may be written into a run folder: no path that leads out of it."""
-    copy = name.removeprefix(f"{FILES}/")
-    return name in SENT or (copy != name and Path(copy).name == copy and copy not in ("", ".", ".."))
-
-
-def _put(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
 
 
 def _make_stop() -> Any:
@@ -380,23 +213,3 @@ def _make_stop() -> Any:
             return self.told
 
     return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=RETRIES)(Stop).remote()
-
-
-def _tidy_nodes(token: str) -> None:
-    """Delete what is left in the nodes' own folders: runs that others were built on, or that were stopped."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    task = ray.remote(num_cpus=0, max_retries=0)(_tidy)
-    there = [
-        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-            _token_path("", token).name
-        )
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
-    ray.wait(there, num_returns=len(there), timeout=SECONDS_TO_TIDY)
-
-
-def _tidy(name: str) -> None:
-    shutil.rmtree(_own_folder(name), ignore_errors=True)
