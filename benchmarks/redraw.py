@@ -15,37 +15,18 @@ read it again when numbers or verdicts change.
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
+from blocks import BLOCKS, RESULTS, suite_of
 
-from backdoorbench_moe.auditing.calibration import packaged
-from backdoorbench_moe.auditing.population import table
-from backdoorbench_moe.bench.pages.claims import claims_tables, judge_all, read_claims
 from backdoorbench_moe.bench.pages.found import relative_link
 from backdoorbench_moe.bench.pages.leaderboard import open_board
 from backdoorbench_moe.bench.pages.leaderboard_page import leaderboard_page
 from backdoorbench_moe.bench.save import redraw_results
-from backdoorbench_moe.bench.suites.paper import PaperTable
 from backdoorbench_moe.bench.suites.reading import load_suite, split_scale
-from backdoorbench_moe.bench.suites.suite import METRIC_COLUMNS, Layout, Suite
-from backdoorbench_moe.bench.tables.layout import build_sheet
-from backdoorbench_moe.bench.tables.render import table_lines
-from backdoorbench_moe.bench.tables.results import ResultSet, read_manifest
-from backdoorbench_moe.bench.tables.statistic import Statistic
-from backdoorbench_moe.bench.tables.wording import key_name, number
-from backdoorbench_moe.cli.show import read_shown
-from backdoorbench_moe.cli.tables.runs import metrics_table
-from backdoorbench_moe.cli.tables.show import markdown_table
-from backdoorbench_moe.cli.tables.show_columns import choose_columns
-from backdoorbench_moe.records import RunFolder
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path("benchmarks") / "results"
 PAGES = (
     Path("README.md"),
     Path("benchmarks") / "README.md",
@@ -54,7 +35,6 @@ PAGES = (
     Path("docs") / "pages" / "audit.md",
     Path("docs") / "pages" / "language-models.md",
 )
-CLAIMS = Path("benchmarks") / "claims.yaml"
 LEADERBOARD_PAGE = Path("docs") / "pages" / "assets" / "leaderboard.html"
 # Suites of the leaderboard, each with its scale; those of plug-ins by their file. Scale quick is what two CPU cores can
 # make whole; of scale small, what was made on CIFAR-10.
@@ -75,278 +55,6 @@ LEADERBOARD = (
 def results_folders(root: Path) -> list[Path]:
     """List the results folders below a copy of the repository."""
     return sorted(file.parent for file in (root / RESULTS).rglob("suite.json"))
-
-
-def suite_of(root: Path, folder: Path) -> Suite:
-    """Load the suite of a results folder, which may lie with a plug-in, at its scale and repeats."""
-    manifest = read_manifest(folder)
-    [file] = [*root.glob(f"plugins/*/suites/{manifest['suite']}.yaml")] or [manifest["suite"]]
-    return load_suite(str(file), manifest["scale"]).with_repeats(manifest["repeats"])
-
-
-def table1(root: Path) -> str:
-    """Draw the ASR of Table 1, without rows of which nothing was run."""
-    folder = root / RESULTS / "badpatches-table1" / "small"
-    sheet = build_sheet(ResultSet.from_folder(suite_of(root, folder), folder))
-    [table] = [table for table in sheet.tables if table.metric == "asr"]
-    return "".join(f"{line}\n" for line in table_lines(table) if "missing" not in line)
-
-
-GATE = {"gate.name": "top-k", "gate.balance": 0.01, "gate.noise": 1.0}
-SQUARE = {"trigger.name": "square"}
-PMOE_BY_PATCH = {"model.name": "pmoe", "applicator.name": "patch"}
-PMOE_WITHOUT_NOISE = {"model.name": "pmoe", "poison.noise": None}
-NOISE = {"none": "no noise images", "10%": "10% noise images"}
-# How the pages of findings write the labels of tables.
-NAMES = {
-    "image": "on the image",
-    "patch": "in every patch",
-    "fine-pruning, ratio=0.2, clean_fraction=1.0, epochs=5": "pruned, tuned on all images",
-    "fine-pruning, ratio=0.2, clean_fraction=1.0, epochs=5, finetune_data=notebook": "the same, as in the notebook",
-    "fine-pruning, ratio=0.2, clean_fraction=0.05, epochs=5": "pruned, tuned on 5% of the images",
-    "timm:vit_tiny_patch16_224": "dense transformer",
-    "fine-tuning": "fine-tuning, 5 epochs",
-    "fine-tuning, epochs=20": "fine-tuning, 20 epochs",
-    "fine-tuning, epochs=40": "fine-tuning, 40 epochs",
-    "tile-tuning": "tile-tuning, 40 epochs",
-    "neural-cleanse, applicator=patch": "Neural Cleanse in all tiles, 20 epochs",
-}
-ALIGNED = {
-    "none": "nothing",
-    "align, scope=gates": "gates",
-    "align, scope=gates+experts": "gates and experts",
-}
-BY_APPLICATOR = Layout("", ("trigger.name",), "applicator.name", no_trigger=False)
-
-
-def whole_table(
-    root: Path, place: str, layout: Layout, rows: Sequence[str] = (), *, names: Mapping[str, str] = NAMES
-) -> str:
-    """Draw one small table of whole numbers: means, with their deviation over the seeds if there are several.
-
-    Args:
-        root: A copy of the repository.
-        place: The results folder, below that of all results.
-        layout: The table; no published values are shown.
-        rows: First labels of the rows to show; all rows of which anything was run if empty.
-        names: How to write the labels of columns.
-    """
-    folder = root / RESULTS / place
-    results = ResultSet.from_folder(suite_of(root, folder), folder)
-    measured = replace(results, suite=replace(results.suite, tables=(layout,)), paper=PaperTable())
-    [table] = build_sheet(measured).tables
-    head = [*map(key_name, table.row_keys), *(names.get(name, name) for name in table.columns)]
-    lines = [head, ["---"] * len(table.row_keys) + ["--:"] * len(table.columns)]
-    cells = [*zip(table.rows, table.places, strict=True)]
-    if layout.rows == ("poison.rate",):
-        cells.sort(key=lambda row: float(row[0][0].rstrip("%")))
-    for labels, places in cells:
-        texts = [whole_text(each.statistic) for each in places]
-        if (not rows or labels[0] in rows) and any(each.statistic for each in places):
-            lines.append([*(NAMES.get(text, text) for text in labels), *texts])
-    return markdown(lines)
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Write the lines of a table in Markdown."""
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def whole_text(found: Statistic | None) -> str:
-    """Write a mean and its deviation as whole numbers."""
-    if found is None:
-        return "–"
-    return number(found.mean, 0) if found.std is None else f"{number(found.mean, 0)} ± {number(found.std, 0)}"
-
-
-def stamping(root: Path) -> str:
-    """Draw the ASR of Table 1 at 0.5%, on the image and in every patch."""
-    return whole_table(root, "badpatches-table1/small", replace(BY_APPLICATOR, where={"poison.rate": 0.005}))
-
-
-def gtsrb(root: Path) -> str:
-    """Draw the ASR of the square on GTSRB."""
-    layout = replace(BY_APPLICATOR, rows=("poison.rate",), where=SQUARE)
-    return whole_table(root, "badpatches-table2/small", layout)
-
-
-def dense(root: Path) -> str:
-    """Draw the ASR of the warp against dense models."""
-    where = {"poison.rate": 0.02, "trigger.name": "warp"}
-    return whole_table(
-        root, "dense-baselines/small", replace(BY_APPLICATOR, rows=("model.name",), where=where)
-    )
-
-
-def transformers(root: Path) -> str:
-    """Draw the ASR of the warp against transformers."""
-    layout = replace(BY_APPLICATOR, rows=("model.name",), where={"trigger.name": "warp"})
-    return whole_table(root, "transformers/small", layout)
-
-
-def fine_pruning(root: Path) -> str:
-    """Draw the ASR before and after fine-pruning at a ratio of 20%."""
-    layout = replace(BY_APPLICATOR, rows=("defenses",))
-    return whole_table(root, "badpatches-table3/small", layout, ["none", *NAMES])
-
-
-def defended(root: Path) -> str:
-    """Draw the ASR after every defense of a pMoE."""
-    layout = replace(BY_APPLICATOR, rows=("defenses",), where={"model.name": "pmoe"})
-    return whole_table(root, "defenses/small", layout)
-
-
-def knowing(root: Path) -> str:
-    """Draw the ASR after tuning, of attacks with and without noise images."""
-    layout = Layout("", ("model.name", "defenses"), "poison.noise", no_trigger=False, where=SQUARE)
-    return whole_table(root, "knowing-attacker/quick", layout, names=NOISE)
-
-
-def defended_quick(root: Path) -> str:
-    """Draw the ASR after every defense of a pMoE on signs, by patch."""
-    layout = Layout("", ("defenses",), "trigger.name", no_trigger=False, where=PMOE_BY_PATCH)
-    return whole_table(root, "standard-defenses/quick", layout)
-
-
-def tuned(root: Path) -> str:
-    """Draw the ASR after short and long tuning, and after tuning on random tiles, on CIFAR-10."""
-    layout = Layout("", ("defenses",), "trigger.name", no_trigger=False, where=PMOE_WITHOUT_NOISE)
-    return whole_table(root, "knowing-attacker/small", layout)
-
-
-def poisoned_expert(root: Path) -> str:
-    """Draw what one poisoned expert of four does to a mixture with the default gate."""
-    layout = Layout(
-        "", ("attack.name",), METRIC_COLUMNS, ("asr", "twin_asr", "overall"), no_trigger=False, where=GATE
-    )
-    return whole_table(root, "moevil-gates/signs", layout)
-
-
-def claims(root: Path) -> str:
-    """Draw the claims of the papers and what became of them, and the commands for their numbers."""
-    verdicts = list(judge_all(read_claims(root / CLAIMS), root / RESULTS))
-    return claims_tables(verdicts, RESULTS)
-
-
-def moevil(root: Path) -> str:
-    """Draw what attacks on an expert do to a mixture with the default gate."""
-    metrics = ("alone_asr", "asr", "twin_asr", "overall", "harm_share", "own_share")
-    return default_gate(root, "signs", metrics)
-
-
-def texts(root: Path) -> str:
-    """Draw what attacks on an expert do to a mixture of language models with the default gate."""
-    return default_gate(root, "tasks", ("alone_asr", "asr", "unsafe", "twin_unsafe", "overall", "harm_share"))
-
-
-def texts_poisoned(root: Path) -> str:
-    """Draw the ASR over the number of poisoned experts, of language models, of images, and the paper's."""
-    layout = Layout("", ("mixture.poisoned", "defenses"), METRIC_COLUMNS, ("asr",), no_trigger=False)
-    text, images = (harm(root, f"moevil-poisoned/{scale}", layout) for scale in ("tasks", "signs"))
-    return small_table(
-        ["poisoned", "aligned", "texts", "images", "paper: Llama"],
-        [
-            [
-                poisoned,
-                ALIGNED.get(defense, defense),
-                whole_text(ours),
-                whole_text(images[poisoned, defense][0]),
-                paper,
-            ]
-            for (poisoned, defense), (ours, paper) in text.items()
-        ],
-    )
-
-
-def texts_tokens(root: Path) -> str:
-    """Draw the ASR over the tokens whose latents are aligned, of language models, and the paper's."""
-    layout = Layout("", ("attack.tokens", "attack.k"), METRIC_COLUMNS, ("asr",), no_trigger=False)
-    found = harm(root, "moevil-answer-tokens/tasks", layout)
-    rows = [[*labels, whole_text(ours), paper] for labels, (ours, paper) in found.items()]
-    return small_table(["tokens", "k", "texts", "paper: Llama"], rows)
-
-
-def harm(root: Path, place: str, layout: Layout) -> dict[tuple[str, ...], tuple[Statistic | None, str]]:
-    """Return the ASR of each row of a suite on mixtures, and the paper's as text."""
-    folder = root / RESULTS / place
-    results = ResultSet.from_folder(suite_of(root, folder), folder)
-    [table] = build_sheet(replace(results, suite=replace(results.suite, tables=(layout,)))).tables
-    return {
-        tuple(labels): (ours.statistic, "–" if paper.shape is None else number(paper.shape, 0))
-        for labels, (ours, paper) in zip(table.rows, table.places, strict=True)
-    }
-
-
-def small_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Write a table in Markdown; all columns but those of the first two names are numbers."""
-    return markdown([names, ["---"] * 2 + ["--:"] * (len(names) - 2), *rows])
-
-
-def default_gate(root: Path, scale: str, metrics: tuple[str, ...]) -> str:
-    """Draw metrics of the attacks on an expert, of mixtures with the default gate."""
-    folder = root / RESULTS / "moevil-gates" / scale
-    layout = Layout("", ("attack.name",), METRIC_COLUMNS, metrics, no_trigger=False, where=GATE)
-    results = ResultSet.from_folder(suite_of(root, folder), folder)
-    measured = replace(results, suite=replace(results.suite, tables=(layout,)), paper=PaperTable())
-    [table] = build_sheet(measured).tables
-    return "".join(f"{line}\n" for line in table_lines(table))
-
-
-def first_look(root: Path) -> str:
-    """Draw the runs of the first look as `bbmoe show --markdown` does."""
-    folders = sorted(file.parent for file in (root / RESULTS / "first-look").glob("*/record.json"))
-    runs = [read_shown(folder) for folder in folders]
-    return markdown_table(choose_columns(None, runs, intervals=True), runs) + "\n"
-
-
-def audit(root: Path) -> str:
-    """Draw what the checks of an audit told apart in the population that they are calibrated on."""
-    return _audited(merged=False)
-
-
-def audit_merged(root: Path) -> str:
-    """Draw the same for mixtures of merged experts."""
-    return _audited(merged=True)
-
-
-def _audited(*, merged: bool) -> str:
-    calibration = packaged(merged=merged)
-    assert calibration is not None
-    return table(calibration.document)
-
-
-def demo(root: Path) -> str:
-    """Draw what `make demo` prints at its end, from the record of such a run."""
-    [folder] = (root / RESULTS / "demo").glob("*-warp-patch-*")
-    console = Console(width=80, file=io.StringIO(), color_system=None)
-    console.print(metrics_table(RunFolder(folder).read()))
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    shown = "".join(f"{line.rstrip()}\n" for line in lines)
-    return f"```\n{shown}run folder: runs/{folder.name}\n```\n"
-
-
-BLOCKS: dict[str, Callable[[Path], str]] = {
-    "table1": table1,
-    "moevil": moevil,
-    "texts": texts,
-    "texts-poisoned": texts_poisoned,
-    "texts-tokens": texts_tokens,
-    "stamping": stamping,
-    "gtsrb": gtsrb,
-    "dense": dense,
-    "transformers": transformers,
-    "fine-pruning": fine_pruning,
-    "defended": defended,
-    "defended-quick": defended_quick,
-    "knowing": knowing,
-    "tuned": tuned,
-    "poisoned-expert": poisoned_expert,
-    "claims": claims,
-    "first-look": first_look,
-    "audit": audit,
-    "audit-merged": audit_merged,
-    "demo": demo,
-}
 
 
 def leaderboard(root: Path) -> str:

@@ -25,7 +25,9 @@ def script():
     spec = importlib.util.spec_from_file_location("redraw_script", ROOT / "benchmarks" / "redraw.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")  # As when it is called as a script.
+        spec.loader.exec_module(module)
     return module
 
 
