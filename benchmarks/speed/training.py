@@ -56,6 +56,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--model", choices=list(MODELS), action="append", help="[all]")
     parser.add_argument("--batches", type=at_least_one, help="batches timed in a round [small 20, others 3]")
+    parser.add_argument("--batch-size", type=at_least_one, default=BATCH_SIZE, help=f"images [{BATCH_SIZE}]")
     parser.add_argument("--rounds", type=at_least_one, default=5, help="rounds of both loops [5]")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32", "avx2"], default="auto")
@@ -70,12 +71,19 @@ def main() -> None:
     device = resolve_device(arguments.device)
     precision = "fp32" if arguments.precision == "avx2" else resolve_precision(arguments.precision, device)
     models = {
-        name: measure(name, arguments.batches or MODELS[name].batches, arguments.rounds, device, precision)
+        name: measure(
+            name,
+            arguments.batches or MODELS[name].batches,
+            arguments.batch_size,
+            arguments.rounds,
+            device,
+            precision,
+        )
         for name in names
     }
     result = {
         "benchmark": "training",
-        "batch_size": BATCH_SIZE,
+        "batch_size": arguments.batch_size,
         "kernels": "AVX2 only" if arguments.precision == "avx2" else "all",
         "torch_kernels": torch.backends.cpu.get_cpu_capability(),
         "models": models,
@@ -84,21 +92,25 @@ def main() -> None:
     finish(result, make_table(result), notes(result), arguments.json)
     if arguments.profile:
         for name in names:
-            print_profile(name, arguments.batches or MODELS[name].batches, device, precision)
+            print_profile(
+                name, arguments.batches or MODELS[name].batches, arguments.batch_size, device, precision
+            )
 
 
-def measure(name: str, batches: int, rounds: int, device: torch.device, precision: str) -> dict[str, Any]:
+def measure(
+    name: str, batches: int, batch_size: int, rounds: int, device: torch.device, precision: str
+) -> dict[str, Any]:
     """Time the loops and the matrix products in turns, on one model."""
     profile = profile_model(make_model(name, torch.device("cpu")), IMAGE_SIZE)
     # A step computes the forward product, and two more as large for the gradients of inputs and weights.
     flops = 2 * 3 * profile.multiply_adds
     seconds: dict[str, list[float]] = {loop: [] for loop in loops_of(name)}
-    with runner(name, batches, device, precision) as run:
+    with runner(name, batches, batch_size, device, precision) as run:
         for _ in range(rounds):
             for loop, each in seconds.items():
                 each.append(run(loop))
     matrix = [2 * MATRIX**3 * PRODUCTS / each / 1e9 for each in seconds.pop("matrix")]
-    rates = {loop: [batches * BATCH_SIZE / each for each in taken] for loop, taken in seconds.items()}
+    rates = {loop: [batches * batch_size / each for each in taken] for loop, taken in seconds.items()}
     speedups = [
         ours / theirs for ours, theirs in zip(rates["toolbox"], rates[MODELS[name].beside], strict=True)
     ]
@@ -132,7 +144,7 @@ def loops_of(name: str) -> tuple[str, ...]:
 
 @contextmanager
 def runner(
-    model: str, batches: int, device: torch.device, precision: str
+    model: str, batches: int, batch_size: int, device: torch.device, precision: str
 ) -> Iterator[Callable[[str], float]]:
     """Start a process for each loop and one for matrix products; yield a function that runs one of them for a round.
 
@@ -141,7 +153,7 @@ def runner(
     context, ends, processes = multiprocessing.get_context("spawn"), {}, []
     for loop in loops_of(model):
         ends[loop], other = context.Pipe()
-        given = (other, loop, model, batches, str(device), precision, torch.get_num_threads())
+        given = (other, loop, model, batches, batch_size, str(device), precision, torch.get_num_threads())
         processes.append(context.Process(target=serve, args=given))
         processes[-1].start()
         other.close()
@@ -162,15 +174,22 @@ def runner(
 
 
 def serve(
-    connection: Any, name: str, model: str, batches: int, where: str, precision: str, threads: int
+    connection: Any,
+    name: str,
+    model: str,
+    batches: int,
+    batch_size: int,
+    where: str,
+    precision: str,
+    threads: int,
 ) -> None:
     """In a process of its own: warm up, then run a round for each message, and send its seconds."""
     if name == "toolbox":
         keep_freed_memory()
     torch.set_num_threads(threads)
     device = torch.device(where)
-    split, order = make_data(batches, device)
-    loop = LOOPS[name](model, split, device, precision)
+    split, order = make_data(batches, batch_size, device)
+    loop = LOOPS[name](model, split, batch_size, device, precision)
     warm_up(loop, order, device)
     connection.send(None)
     try:
@@ -181,11 +200,11 @@ def serve(
         pass
 
 
-def print_profile(name: str, batches: int, device: torch.device, precision: str) -> None:
+def print_profile(name: str, batches: int, batch_size: int, device: torch.device, precision: str) -> None:
     """One round of the toolbox's loop under torch's profiler."""
     keep_freed_memory()
-    split, order = make_data(batches, device)
-    loop = toolbox_loop(name, split, device, precision)
+    split, order = make_data(batches, batch_size, device)
+    loop = toolbox_loop(name, split, batch_size, device, precision)
     warm_up(loop, order, device)
     with profiler.profile() as profile:
         loop(order)

@@ -88,20 +88,20 @@ def warm_up(loop: Loop, order: tuple[Tensor, ...], device: torch.device) -> None
     loop(order[:1] * (WARMUP_STEPS + 1 if device.type == "cuda" else 1))
 
 
-def make_data(batches: int, device: torch.device) -> tuple[Split, tuple[Tensor, ...]]:
+def make_data(batches: int, batch_size: int, device: torch.device) -> tuple[Split, tuple[Tensor, ...]]:
     """Random images on the device, and the shuffled batches both loops go through."""
     draw = torch.Generator().manual_seed(0)
-    count = batches * BATCH_SIZE
+    count = batches * batch_size
     shape = (count, 3, IMAGE_SIZE, IMAGE_SIZE)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw)
     labels = torch.randint(0, CLASSES, (count,), generator=draw)
     order = torch.randperm(count, generator=draw).to(device)
-    return Split(images, labels).to(device), order.split(BATCH_SIZE)
+    return Split(images, labels).to(device), order.split(batch_size)
 
 
-def toolbox_loop(name: str, split: Split, device: torch.device, precision: str) -> Loop:
+def toolbox_loop(name: str, split: Split, batch_size: int, device: torch.device, precision: str) -> Loop:
     """The steps of `engine.training.train`, without its checkpoints and progress."""
-    model, spec = make_model(name, device), TrainSpec(batch_size=BATCH_SIZE, augment=MODELS[name].augment)
+    model, spec = make_model(name, device), TrainSpec(batch_size=batch_size, augment=MODELS[name].augment)
     trainer = Trainer(
         model, split, spec, seed=0, device=device, precision=precision, on_checkpoint=lambda *_: None
     )
@@ -120,13 +120,13 @@ def toolbox_loop(name: str, split: Split, device: torch.device, precision: str) 
     return run
 
 
-def plain_loop(name: str, split: Split, device: torch.device, _precision: str) -> Loop:
+def plain_loop(name: str, split: Split, _batch_size: int, device: torch.device, _precision: str) -> Loop:
     """An ordinary loop in float32, on the device of the images."""
     images, labels = split.images.float() / 255, split.labels
     return researcher_loop(name, device, lambda order: ((images[each], labels[each]) for each in order))
 
 
-def loader_loop(name: str, split: Split, device: torch.device, _precision: str) -> Loop:
+def loader_loop(name: str, split: Split, batch_size: int, device: torch.device, _precision: str) -> Loop:
     """The same with a loader: images are decoded, augmented and normalised one at a time, by workers.
 
     The workers are as far ahead as they can be when a round begins.
@@ -145,7 +145,7 @@ def loader_loop(name: str, split: Split, device: torch.device, _precision: str) 
     )
     loader = DataLoader(
         Pictures(split.to(torch.device("cpu")), changes),
-        batch_size=BATCH_SIZE,
+        batch_size=batch_size,
         shuffle=True,
         num_workers=LOADER_WORKERS,
         persistent_workers=True,
@@ -195,7 +195,7 @@ def researcher_loop(
     return run
 
 
-def convolution_loop(name: str, split: Split, device: torch.device, precision: str) -> Loop:
+def convolution_loop(name: str, split: Split, batch_size: int, device: torch.device, precision: str) -> Loop:
     """The model's convolutions alone, forward and backward, as the toolbox computes them: what nothing else can beat.
 
     Their inputs are drawn at random. The first one, whose input needs no gradient, has none here, too.
@@ -210,7 +210,7 @@ def convolution_loop(name: str, split: Split, device: torch.device, precision: s
 
     hooks = [m.register_forward_hook(keep) for m in model.modules() if isinstance(m, nn.Conv2d)]
     with torch.no_grad():
-        model(split.images[:BATCH_SIZE].float().contiguous(memory_format=torch.channels_last))
+        model(split.images[:batch_size].float().contiguous(memory_format=torch.channels_last))
     for hook in hooks:
         hook.remove()
 
@@ -226,7 +226,7 @@ def convolution_loop(name: str, split: Split, device: torch.device, precision: s
     return run
 
 
-def matrix_loop(_name: str, _split: Split, device: torch.device, precision: str) -> Loop:
+def matrix_loop(_name: str, _split: Split, _batch_size: int, device: torch.device, precision: str) -> Loop:
     """Products of square matrices in the precision that the toolbox computes in; nothing is trained."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     one, two = (torch.randn(MATRIX, MATRIX, device=device).to(dtype) for _ in range(2))
@@ -237,7 +237,7 @@ def matrix_loop(_name: str, _split: Split, device: torch.device, precision: str)
     return run
 
 
-LOOPS: dict[str, Callable[[str, Split, torch.device, str], Loop]] = {
+LOOPS: dict[str, Callable[[str, Split, int, torch.device, str], Loop]] = {
     "toolbox": toolbox_loop,
     "plain": plain_loop,
     "loader": loader_loop,

@@ -59,7 +59,7 @@ def measure(folder: Path, script: str, *arguments: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_training(tmp_path: Path) -> None:
-    options = ("--model", "small", "--batches", "1", "--rounds", "2", "--threads", "1")
+    options = ("--model", "small", "--batches", "1", "--batch-size", "16", "--rounds", "2", "--threads", "1")
     result = measure(tmp_path, "training.py", *options, "--precision", "avx2")
     assert result["models"].keys() == {"small"}
     small = result["models"]["small"]
@@ -95,8 +95,9 @@ def test_training(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_training_beside_a_loader(tmp_path: Path) -> None:
-    options = ("--model", "preact_resnet18", "--batches", "1", "--rounds", "1", "--threads", "1")
-    result = measure(tmp_path, "training.py", *options, "--precision", "fp32")
+    options = ("--model", "preact_resnet18", "--batches", "1", "--batch-size", "8", "--rounds", "1")
+    result = measure(tmp_path, "training.py", *options, "--threads", "1", "--precision", "fp32")
+    assert result["batch_size"] == 8
     found = result["models"]["preact_resnet18"]
     assert found["images_per_second"].keys() == {"toolbox", "loader", "convolutions"}
     assert found["parameters"] == 11_172_170 and found["goals"] == {"speedup": 1.3}
