@@ -95,11 +95,17 @@ def _marks(annotation: Any, marker: type) -> bool:
 def list_options(target: Callable[..., object], *, given: Collection[str] = ()) -> dict[str, Option]:
     """Return the keyword-only parameters of a class or function by name, without those in `given`."""
     function = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+    return {name: option for name, option in _options_of(function).items() if name not in given}
+
+
+@functools.cache
+def _options_of(function: Callable[..., object]) -> dict[str, Option]:
+    """All keyword-only parameters of a function. Cached: a suite asks for those of the same parts in every cell."""
     hints = get_type_hints(function, include_extras=True)
     return {
         parameter.name: Option(parameter.name, hints.get(parameter.name, Any), parameter.default)
         for parameter in inspect.signature(function).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in given
+        if parameter.kind is parameter.KEYWORD_ONLY
     }
 
 

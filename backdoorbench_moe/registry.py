@@ -38,6 +38,7 @@ class Registry(Generic[T]):
         self.given, self.needs = row.given, row.needs
         self._base = row.base
         self._local: dict[str, type[T]] = {}
+        self._loaded: dict[Candidate, type[T]] = {}
 
     @cached_property
     def _found(self) -> tuple[dict[str, Candidate], dict[Candidate, str]]:
@@ -206,10 +207,13 @@ class Registry(Generic[T]):
         return UnknownNameError(self.kind, name, self.names())
 
     def _load(self, candidate: Candidate) -> type[T]:
-        part = candidate.load()
-        if fault := self._misfit(part):
-            raise PluginError(f"{self.kind} {candidate.name!r} from {candidate.origin}: {fault}")
-        return cast(type[T], part)
+        # Checked once: a suite looks its parts up thousands of times.
+        if candidate not in self._loaded:
+            part = candidate.load()
+            if fault := self._misfit(part):
+                raise PluginError(f"{self.kind} {candidate.name!r} from {candidate.origin}: {fault}")
+            self._loaded[candidate] = cast(type[T], part)
+        return self._loaded[candidate]
 
     def _misfit(self, part: object) -> str | None:
         """Why an object is not a part of the kind, or None if it is one."""

@@ -279,6 +279,11 @@ class RunSpec:
 
     def to_dict(self) -> Values:
         """Return the spec as a nested dict of plain values; `spec_from_dict` converts it back."""
+        return cast(Values, json.loads(self._text))
+
+    @functools.cached_property
+    def _text(self) -> str:
+        """The values of `to_dict` as JSON. Kept: tables and graphs ask thousands of times for those of a few specs."""
         values: Values = {}
         for item in fields(self):
             value = getattr(self, item.name)
@@ -294,7 +299,7 @@ class RunSpec:
                 value = value.to_dict()
             if item.name not in LEFT_OUT_IF_EMPTY or value:
                 values[item.name] = value
-        return cast(Values, json.loads(json.dumps(values)))
+        return json.dumps(values)
 
     @functools.cached_property
     def digest(self) -> str:

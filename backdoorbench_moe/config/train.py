@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Literal
 
 from backdoorbench_moe.config.merge import Values
@@ -122,8 +123,15 @@ class TrainSpec:
 
     def to_dict(self) -> Values:
         """Return the values as a plain dict, without those of `LEFT_OUT_AT_DEFAULT` that have their defaults."""
-        defaults = {item.name: item.default for item in fields(self) if item.name in LEFT_OUT_AT_DEFAULT}
-        return {k: v for k, v in asdict(self).items() if k not in defaults or v != defaults[k]}
+        return dict(self._values)
+
+    @cached_property
+    def _values(self) -> Values:
+        items = {item.name: (getattr(self, item.name), item.default) for item in fields(self)}
+        kept = {
+            k for k, (value, default) in items.items() if k not in LEFT_OUT_AT_DEFAULT or value != default
+        }
+        return {name: value for name, (value, _) in items.items() if name in kept}
 
 
 def _ascending(values: tuple[float, ...]) -> bool:

@@ -13,8 +13,6 @@ import statistics
 from collections.abc import Sequence
 from functools import cache
 
-from scipy.stats import norm, t
-
 # With fewer seeds, the standard deviation between them cannot be estimated well enough.
 FEWEST_SEEDS = 3
 
@@ -72,12 +70,16 @@ def seeds_interval(values: Sequence[float], images: int) -> Interval | None:
 
 @cache
 def _normal_quantile() -> float:
+    from scipy.stats import norm  # 0.7 s, which commands that only read records do not need.
+
     return float(norm.ppf(0.975))
 
 
 @cache
 def _enlargement(freedom: int) -> float:
     """(t/z)², the factor for a variance that is estimated with few degrees of freedom."""
+    from scipy.stats import t
+
     return float(t.ppf(0.975, freedom) / _normal_quantile()) ** 2
 
 

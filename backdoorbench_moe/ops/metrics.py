@@ -6,8 +6,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.stats import binomtest
-
 # A model whose accuracy is known to lie below both limits has learned next to nothing.
 CHANCE_FACTOR, CHANCE_SKILL = 2.0, 0.1
 
@@ -35,6 +33,8 @@ def proportion(hits: int, n: int) -> Proportion:
     Raises:
         ValueError: Unless 0 <= hits <= n and n > 0.
     """
+    from scipy.stats import binomtest  # 0.7 s, which commands that only read records do not need.
+
     if not 0 <= hits <= n or n == 0:
         raise ValueError(f"proportion: expected 0 <= hits <= n and n > 0, got {hits} of {n}")
     interval = binomtest(hits, n).proportion_ci(confidence_level=0.95, method="wilson")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from backdoorbench_moe.bench.suites.suite import METRIC_COLUMNS, Cell, Layout, Suite, order, value_of
@@ -68,12 +69,12 @@ class MetricTable:
     metrics: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def has_paper(self) -> bool:
         """Whether any place has a published value."""
         return any(place.paper is not None for row in self.places for place in row)
 
-    @property
+    @cached_property
     def has_collapsed(self) -> bool:
         """Whether any place has a seed whose model is near chance."""
         found = [place.statistic for row in self.places for place in row]
@@ -128,12 +129,12 @@ class Sheet:
     counts: RunCounts
     tables: tuple[MetricTable, ...]
 
-    @property
+    @cached_property
     def has_paper(self) -> bool:
         """Whether any table has a published value."""
         return any(table.has_paper for table in self.tables)
 
-    @property
+    @cached_property
     def has_collapsed(self) -> bool:
         """Whether any table has a seed whose model is near chance."""
         return any(table.has_collapsed for table in self.tables)
