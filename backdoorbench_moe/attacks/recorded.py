@@ -53,8 +53,8 @@ class Recorded(Attack):
             return PoisonPlan(nothing, nothing)
         groups = read_plan(expand(self.file, "attack.file"))
         changed = torch.cat([groups[name] for name in GROUPS if name != "labels"])
-        if len(changed) and not 0 <= int(changed.min()) <= int(changed.max()) < len(labels):
-            raise ConfigError.expected("attack.file", f"places in 0..{len(labels) - 1}", int(changed.max()))
+        if len(outside := changed[(changed < 0) | (changed >= len(labels))]):
+            raise ConfigError.expected("attack.file", f"places in 0..{len(labels) - 1}", int(outside[0]))
         return PoisonPlan(**groups)
 
 

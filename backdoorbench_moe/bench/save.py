@@ -24,6 +24,7 @@ from backdoorbench_moe.bench.tables.results import (
 from backdoorbench_moe.bench.tables.tidy import environments, tidy_csv
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.records import write_atomically
+from backdoorbench_moe.records.locking import hold_place
 
 PLOTS = "plots"
 
@@ -43,8 +44,10 @@ def save_results(results: ResultSet, folder: Path | str) -> list[Path]:
     folder = Path(folder)
     # Only finished runs are kept, so a run that is being made is missing, as it is when the folder is drawn again.
     results = replace(results, records={record.digest: record for record in results.finished()})
-    _check(results, folder)
-    return _write(results, folder, _contents(results, [record.digest for record in results.finished()]))
+    # So that a process that saves fewer runs cannot pass the check before another one saves more.
+    with hold_place(folder):
+        _check(results, folder)
+        return _write(results, folder, _contents(results, [record.digest for record in results.finished()]))
 
 
 def redraw_results(suite: Suite, folder: Path | str) -> list[Path]:

@@ -45,7 +45,7 @@ class Material(ABC):
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """Return what a record says of the data; see `records.DataFacts`."""
+        """Return what a record says of the data; see `records.record.DataFacts`."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -97,7 +97,7 @@ class ImageSet(Material):
         return {"num_classes": self.num_classes, "image_size": self.image_size}
 
     def facts(self) -> dict[str, Any]:
-        """Return what a record says of the data; see `records.DataFacts`."""
+        """Return what a record says of the data; see `records.record.DataFacts`."""
         return {
             "name": self.name,
             "classes": list(self.classes),

@@ -34,8 +34,9 @@ class ABL(Defense):
     2. The training goes on with all other images and the usual loss (stage "tuned").
     3. The loss of the isolated images is maximised with a small learning rate (stage "unlearned").
 
-    Steps 1 and 2 use the run's recipe, and so does step 3 but for its learning rate. The images are first put into an
-    order that depends on their contents only, so that the result does not depend on the order of the training set.
+    Steps 1 and 2 use the run's recipe, and so does step 3 but for its learning rate; labels are smoothed in step 2
+    only. The images are first put into an order that depends on their contents only, so that the result does not depend
+    on the order of the training set.
 
     Departures: in the paper's code epochs and learning rates do not depend on the run (10, 60 and 20 epochs), and
     `local-gradient-ascent` takes the sign of the mean loss of a batch, with which it has the same gradient as flooding.
@@ -114,14 +115,15 @@ class ABL(Defense):
         model, size = task.fresh(), task.train.batch_size
         objective = limited_loss(self.isolation, self.gamma)
         first = self._first_epochs(task.train)
-        task.tune(model, split, epochs=first, objective=objective)
+        task.tune(model, split, epochs=first, objective=objective, augment=True)
         found = self._isolate(task.losses(model, split), first)
         left = without(split, found.suspicious, found.scores, size)
         task.tune(model, left, epochs=self.epochs or task.train.epochs)
         task.report("tuned", model)
         # Isolated images with the highest loss are the least suspicious ones.
         isolated = without(split, ~found.suspicious, -found.scores, size)
-        task.tune(model, isolated, epochs=self.unlearning_epochs, lr=self.unlearning_lr, objective=ascent)
+        epochs, lr = self.unlearning_epochs, self.unlearning_lr
+        task.tune(model, isolated, epochs=epochs, lr=lr, objective=ascent, augment=True)
         return DefenseResult("unlearned", model, (judge_samples(found, order),))
 
     def _first_epochs(self, recipe: TrainSpec) -> int:

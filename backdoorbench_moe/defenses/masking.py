@@ -43,7 +43,8 @@ class MaskPruning(Defense):
     Subclasses implement `learn_masks`, and set `reason`, what a low mask means.
 
     Args:
-        threshold: Units with a mask of at most this value are pruned, in [0, 1).
+        threshold: Units with a mask of at most this value are pruned, in [0, 1). Below 0.001, no expert is pruned, as
+            the masks of experts stay above; see `LEAST_EXPERT`.
         accuracy_drop: If given, it takes the place of `threshold`: the highest of the thresholds 0, 0.05, ... 0.95 is
             used up to which accuracy on the defender's images falls by at most this many percentage points. If it falls
             by more at 0 already, nothing is pruned.
@@ -274,7 +275,12 @@ def batches(split: Split, size: int, seed: int) -> Iterator[Split]:
         size: Images of a batch, at least two. The last batch of an epoch has those that are left. A single image that
             is left is not used in this epoch, since it has no batch statistics.
         seed: Seed of the orders.
+
+    Raises:
+        ValueError: There are fewer than two images.
     """
+    if len(split) < 2:
+        raise ValueError(f"batches: expected at least 2 images, got {len(split)}")
     epoch = 0
     while True:
         order = torch.randperm(len(split), generator=generator(seed, "masks", epoch))

@@ -113,7 +113,8 @@ class ScaleUp(InputFilter):
 
 def multiply(images: Tensor, factor: int) -> Tensor:
     """Multiply (B, C, H, W) uint8 images by a factor, and clip them at 255."""
-    return (images.int() * factor).clamp(max=255).to(torch.uint8)
+    # From 255 on, every factor gives 0 or 255; a large one would not fit into an integer.
+    return (images.int() * min(factor, 255)).clamp(max=255).to(torch.uint8)
 
 
 def class_moments(scores: Tensor, classes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

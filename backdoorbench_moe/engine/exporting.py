@@ -232,8 +232,10 @@ def _write_tensors(found: ExportedSet, place: Path) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise ConfigError unless the folder does not exist or is empty."""
+    """Raise ConfigError unless the folder does not exist or is empty, and can be moved into its place."""
     try:
+        if folder.resolve() in (Path.cwd(), Path(folder.anchor)):
+            raise ConfigError.expected("DIR", "another folder than the current one", str(folder))
         if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
             raise ConfigError.expected("DIR", "a folder that does not exist or is empty", str(folder))
     except OSError as error:

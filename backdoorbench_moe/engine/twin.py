@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from backdoorbench_moe.engine.graph import PARENT
 from backdoorbench_moe.engine.measuring.evaluate import Metrics, measure
 from backdoorbench_moe.engine.poisoning.triggered import triggered_test
 from backdoorbench_moe.engine.run import Run
@@ -11,6 +12,7 @@ from backdoorbench_moe.engine.setups.choice import make_setup
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.ops.seeding import seeded
+from backdoorbench_moe.records import Record, RunFolder
 
 # Metrics of the twin under the run's trigger, by the name they have in the run's record.
 TWIN_METRICS = {"twin_asr": "asr", "twin_target_rate": "target_rate"}
@@ -33,15 +35,10 @@ def link_twin(run: Run, clean: Run, workplace: Workplace) -> Run:
     record, name = run.record, clean.folder.path.name
     if clean.record.data["digest"] != record.data["digest"]:
         raise RecordError(f"clean twin {clean.folder.path}: was made from other data; use another --output")
-    found = {"cad": {"value": clean.value("ba") - run.value("ba"), "n": record.metrics["ba"]["n"]}}
-    # A twin that was trained again, elsewhere or in another precision, has another BA.
-    known = record.clean_twin == name and all(
-        record.metrics.get(key) == found[key] if key in found else key in record.metrics
-        for key in ("cad", *_twin_metrics(run))
-    )
+    found = {"cad": _drop(clean, record)}
     # Without its model file a twin can still be compared by its accuracy.
-    if run.spec.attacked and not known and clean.folder.model_sha256 is not None:
-        found |= _measure_twin(run, clean, workplace)
+    if run.spec.attacked and not _is_linked(run, record, clean) and clean.folder.model_sha256 is not None:
+        found |= _of_parent(run, clean) or _measure_twin(run, clean, workplace)
     if record.clean_twin != name or any(record.metrics.get(key) != value for key, value in found.items()):
         # Wait for whoever else finds the run finished, or links it: nobody holds a finished run for long.
         with run.folder.lock(wait=lambda: None):
@@ -49,6 +46,33 @@ def link_twin(run: Run, clean: Run, workplace: Workplace) -> Run:
             record.clean_twin = name
             run.folder.write(record)
     return run
+
+
+def _drop(clean: Run, record: Record) -> dict[str, float]:
+    return {"value": clean.value("ba") - record.metrics["ba"]["value"], "n": record.metrics["ba"]["n"]}
+
+
+def _is_linked(run: Run, record: Record, clean: Run) -> bool:
+    """Whether a record has what the comparison of a run, or of its parent, with the clean twin gives.
+
+    A twin that was trained again, elsewhere or in another precision, has another BA.
+    """
+    kept = record.metrics
+    same = record.clean_twin == clean.folder.path.name and kept.get("cad") == _drop(clean, record)
+    return same and all(key in kept for key in _twin_metrics(run))
+
+
+def _of_parent(run: Run, clean: Run) -> Metrics | None:
+    """What the record of a defended run's parent says of the twin: it has the same trigger. None if it says nothing."""
+    for each in run.record.inputs:
+        folder = RunFolder(run.folder.path.parent / each["run"])
+        if each["role"] != PARENT or not folder.exists:
+            continue
+        parent = folder.read()
+        same = parent.environment.get("precision") == run.record.environment.get("precision")
+        if parent.digest == each["digest"] and same and _is_linked(run, parent, clean):
+            return {name: parent.metrics[name] for name in _twin_metrics(run)}
+    return None
 
 
 def _twin_metrics(run: Run) -> dict[str, str]:

@@ -15,6 +15,8 @@ from functools import cache
 
 # With fewer seeds, the standard deviation between them cannot be estimated well enough.
 FEWEST_SEEDS = 3
+# By so much a share may leave the scale: sums of gates that were rounded to float32.
+ROUNDING = 1e-3
 
 Interval = tuple[float, float]
 
@@ -55,8 +57,9 @@ def seeds_interval(values: Sequence[float], images: int) -> Interval | None:
         Clopper and Pearson's: Franco et al., Journal of Survey Statistics and Methodology 7 (2019),
         334-364.
     """
-    if images < 1 or not all(0 <= value <= 100 for value in values):
+    if images < 1 or not all(-ROUNDING <= value <= 100 + ROUNDING for value in values):
         raise ValueError(f"seeds_interval: expected 0 to 100% of at least 1 image, got {values} of {images}")
+    values = [min(max(value, 0.0), 100.0) for value in values]
     count = len(values)
     if count < FEWEST_SEEDS:
         return None

@@ -5,9 +5,13 @@ from __future__ import annotations
 from backdoorbench_moe.errors import ConfigError
 
 
-def check_integer(name: str, number: int | None, at_least: int = 0) -> None:
-    """Raise ConfigError if a number, such as one of epochs, is too small; None is allowed."""
-    if number is not None and number < at_least:
+def check_integer(name: str, number: int | None, at_least: int = 0, at_most: int | None = None) -> None:
+    """Raise ConfigError if a number, such as one of epochs, is too small or too large; None is allowed."""
+    if number is None:
+        return
+    if at_most is not None and not at_least <= number <= at_most:
+        raise ConfigError.expected(name, f"an integer from {at_least} to {at_most}", number)
+    if number < at_least:
         raise ConfigError.expected(name, f"an integer of at least {at_least}", number)
 
 

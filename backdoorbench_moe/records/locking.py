@@ -46,6 +46,23 @@ def hold(path: Path, what: str, *, wait: Callable[[], None] | None = None) -> It
         yield
 
 
+@contextlib.contextmanager
+def hold_place(path: Path) -> Iterator[None]:
+    """Hold the lock of the folder that a file or folder lies in, inside the block; no file is left behind.
+
+    Another process that holds it is waited for. If that folder does not exist yet, it is the next one above. Where the
+    file system cannot lock folders, nothing is held.
+    """
+    place = next(folder for folder in path.absolute().parents if folder.is_dir())
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _try(descriptor: int, path: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.ops.ranges import check_interval
+from backdoorbench_moe.ops.ranges import check_integer, check_interval
 from backdoorbench_moe.ops.seeding import derive_seed, uniform_at
 from backdoorbench_moe.options import FilePath
 from backdoorbench_moe.triggers.blend import Blend
+
+MOST_PIECES = 256
 
 
 class AdaptiveBlend(Blend):
@@ -23,7 +24,7 @@ class AdaptiveBlend(Blend):
     Args:
         ratio: Weight of the picture in the test form, in (0, 1].
         training_ratio: Weight of the picture in the training form, in (0, 1].
-        pieces: Number of pieces along each side, at least 1. In a canvas with fewer pixels, some pieces are missing.
+        pieces: Number of pieces along each side, from 1 to 256. In a canvas with fewer pixels, some pieces are missing.
         keep: Share of the pieces that are kept, in (0, 1]. Their number is rounded, and at least 1.
         image: Path of a picture file. By default the picture that comes with this package; the paper's, a cartoon
             character, cannot be distributed.
@@ -51,8 +52,7 @@ class AdaptiveBlend(Blend):
         super().__init__(ratio=ratio, image=image, seed=seed)
         for name, value in (("training_ratio", training_ratio), ("keep", keep)):
             check_interval(f"adaptive-blend: {name}", value, "(0, 1]")
-        if pieces < 1:
-            raise ConfigError.expected("adaptive-blend: pieces", "a positive number", pieces)
+        check_integer("adaptive-blend: pieces", pieces, 1, MOST_PIECES)
         self.training_ratio, self.pieces, self.keep = training_ratio, pieces, keep
 
     def stamp_training(self, images: Tensor, places: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from backdoorbench_moe.errors import ConfigError, ShapeError, UnknownNameError
 from backdoorbench_moe.ops.frequency import dct_image
-from backdoorbench_moe.ops.ranges import check_positive
+from backdoorbench_moe.ops.ranges import check_interval
 from backdoorbench_moe.triggers.canvas import LEVELS, Additive
 
 Space = Literal["ycrcb", "yuv"]
@@ -18,6 +18,7 @@ Space = Literal["ycrcb", "yuv"]
 CHROMA = {"ycrcb": (1.403, -1.058, 1.773), "yuv": (1.140, -0.976, 2.032)}
 # The window that strengths are published for.
 PUBLISHED_WINDOW = 32
+STRENGTHS = "[0.001, 10000]"
 
 
 class Frequency(Additive):
@@ -37,8 +38,8 @@ class Frequency(Additive):
 
     Args:
         window: Side of a window in pixels, at least 1.
-        strength: Increase of a coefficient in windows of 32, in levels of 8-bit images, above 0; 30 in BackdoorBench,
-            20 in some of FTrojan's experiments.
+        strength: Increase of a coefficient in windows of 32, in levels of 8-bit images, from 0.001 to 10000; 30
+            in BackdoorBench, 20 in some of FTrojan's experiments.
         training_strength: The same in the training form; None for `strength`.
         positions: Which coefficients are raised, as shares s of the window, in (0, 1]: the coefficient (k, k) with
             k = round(s n) - 1, at least 0.
@@ -67,8 +68,9 @@ class Frequency(Additive):
         super().__init__(seed=seed)
         if window < 1:
             raise ConfigError.expected("frequency: window", "a positive number of pixels", window)
-        strengths = {"frequency: strength": strength, "frequency: training_strength": training_strength}
-        check_positive(**strengths)
+        for name, value in (("strength", strength), ("training_strength", training_strength)):
+            if value is not None:
+                check_interval(f"frequency: {name}", value, STRENGTHS)
         if not positions or not all(0 < share <= 1 for share in positions):
             raise ConfigError.expected("frequency: positions", "numbers in (0, 1]", positions)
         if space not in get_args(Space):

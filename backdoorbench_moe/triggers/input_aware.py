@@ -15,6 +15,7 @@ from backdoorbench_moe.triggers.trainable import TrainableTrigger
 
 EPSILON = 1e-7
 STAGES = 3
+MOST_CHANNELS = 1024
 
 
 class Generator(nn.Module):
@@ -81,7 +82,7 @@ class InputAware(TrainableTrigger):
         density: Mean value of the mask that is not penalised, in (0, 1).
         diversity: Weight of the loss that asks for different stamps on different images, at least 0.
         norm: Weight of the mask's density in its loss, at least 0.
-        channels: Channels of the first stage of both networks, at least 1.
+        channels: Channels of the first stage of both networks, from 1 to 1024.
         mask_epochs: Number of passes over the training images for which the mask is trained, at least 1.
         lr: Learning rate of both networks, above 0; that of the mask falls to a tenth at 40% and 80% of its training.
         seed: Seed of the networks.
@@ -110,7 +111,7 @@ class InputAware(TrainableTrigger):
             "density": (density, 0 < density < 1, "a number in (0, 1)"),
             "diversity": (diversity, 0 <= diversity < float("inf"), "a number of at least 0"),
             "norm": (norm, 0 <= norm < float("inf"), "a number of at least 0"),
-            "channels": (channels, channels >= 1, "at least 1"),
+            "channels": (channels, 1 <= channels <= MOST_CHANNELS, f"1 to {MOST_CHANNELS}"),
             "mask_epochs": (mask_epochs, mask_epochs >= 1, "at least 1"),
             "lr": (lr, 0 < lr < float("inf"), "a positive number"),
         }

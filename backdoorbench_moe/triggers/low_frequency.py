@@ -10,6 +10,8 @@ from backdoorbench_moe.ops.ranges import check_integer, check_interval
 from backdoorbench_moe.ops.seeding import generator
 from backdoorbench_moe.triggers.canvas import LEVELS, Additive
 
+MOST_WAVES = 1024
+
 
 class LowFrequency(Additive):
     """Add a smooth random pattern, which has no high frequencies that a filter of images could find.
@@ -23,7 +25,7 @@ class LowFrequency(Additive):
 
     Args:
         strength: Largest change of a pixel in levels of 8-bit images, in (0, 255].
-        waves: Number of waves along each axis, at least 2: 0, 1, ..., `waves` - 1 half-waves. A canvas with fewer
+        waves: Number of waves along each axis, from 2 to 1024: 0, 1, ..., `waves` - 1 half-waves. A canvas with fewer
             pixels gets those that it can show.
         seed: Seed of the amplitudes.
 
@@ -37,7 +39,7 @@ class LowFrequency(Additive):
     def __init__(self, *, strength: float = 25.5, waves: int = 4, seed: int = 0) -> None:
         super().__init__(seed=seed)
         check_interval("low-frequency: strength", strength, "(0, 255]")
-        check_integer("low-frequency: waves", waves, 2)
+        check_integer("low-frequency: waves", waves, 2, MOST_WAVES)
         self.strength, self.waves = strength, waves
 
     def pattern(self, channels: int, height: int, width: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.ops.ranges import check_integer
 from backdoorbench_moe.ops.seeding import derive_seed, generator, uniform_at
 from backdoorbench_moe.ops.warp import (
     add_offsets,
@@ -21,6 +22,8 @@ from backdoorbench_moe.ops.warp import (
 from backdoorbench_moe.triggers.base import Trigger
 
 Sampling = Literal["bilinear", "truncate"]
+
+MOST_POINTS = 1024
 
 
 class Warp(Trigger):
@@ -38,7 +41,7 @@ class Warp(Trigger):
     batches. This is a weaker attacker than the paper's.
 
     Args:
-        grid_size: Number k of control points along each side of the grid, at least 1.
+        grid_size: Number k of control points along each side of the grid, from 1 to 1024.
         strength: WaNet's s, above 0. In images of 32x32, with the default grid, the mean shift along each axis is
             about 0.36 * `strength` pixels.
         sampling: "bilinear": pixel values are interpolated, as in WaNet. "truncate": the coordinates of the sampled
@@ -62,8 +65,7 @@ class Warp(Trigger):
         self, *, grid_size: int = 4, strength: float = 0.5, sampling: Sampling = "bilinear", seed: int = 0
     ) -> None:
         super().__init__(seed=seed)
-        if grid_size < 1:
-            raise ConfigError.expected("warp: grid_size", "a positive number of control points", grid_size)
+        check_integer("warp: grid_size", grid_size, 1, MOST_POINTS)
         if not (math.isfinite(strength) and strength > 0):
             raise ConfigError.expected("warp: strength", "a number above 0", strength)
         if sampling not in get_args(Sampling):

@@ -81,8 +81,8 @@ def test_positions_are_shares_of_the_window() -> None:
     ("options", "message"),
     [
         ({"window": 0}, "frequency: window: expected a positive"),
-        ({"strength": 0}, "frequency: strength: expected a positive"),
-        ({"training_strength": -1}, "frequency: training_strength: expected a positive"),
+        ({"strength": 0}, "frequency: strength: expected a number in"),
+        ({"training_strength": -1}, "frequency: training_strength: expected a number in"),
         ({"positions": []}, "frequency: positions: expected numbers"),
         ({"positions": [0.5, 1.5]}, "frequency: positions: expected numbers"),
         ({"space": "yvu"}, "space: unknown 'yvu'; did you mean 'yuv'"),

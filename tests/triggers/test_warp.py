@@ -245,7 +245,8 @@ def test_a_field_made_in_inference_mode_serves_training(sampling: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"grid_size": 0}, "grid_size: expected a positive"),
+        ({"grid_size": 0}, "grid_size: expected an integer from 1"),
+        ({"grid_size": 200_000}, "grid_size: expected an integer from 1 to 1024, got 200000"),
         ({"strength": 0}, "strength: expected a number above 0"),
         ({"strength": float("inf")}, "strength: expected"),
         ({"sampling": "bilinar"}, "sampling.*did you mean 'bilinear'"),

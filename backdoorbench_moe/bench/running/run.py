@@ -94,12 +94,13 @@ def run_suite(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecordError(f"--output {output}: {error.strerror}") from error
-    _link(specs, output)
+    links = Links(specs, output)
+    links.make()
     jobs = [Job(spec.to_dict(), str(output), deadline) for spec in todo]
     for outcome in engine.run(jobs) if jobs else ():
         report.outcomes.append(outcome)
         if outcome.status in ("finished", "found"):
-            _link(specs, output, outcome.name)
+            links.make(outcome.name)
         on_outcome(outcome)
     return report
 
@@ -149,20 +150,35 @@ def estimate(runs: Sequence[Planned]) -> Iterator[tuple[Planned, float | None]]:
     return ((run, seconds.get(run.spec.digest, 0.0)) for run in runs)
 
 
-def _link(specs: Sequence[RunSpec], output: Path, name: str | None = None) -> None:
-    """Compare finished runs with their finished twins; if a name is given, only pairs of which it is one."""
-    workplaces: dict[str, Workplace] = {}
-    for spec in specs:
-        twin = reference(spec)
-        if twin is None or (name is not None and name not in (spec.name, twin.name)):
-            continue
-        folders = [RunFolder(output / each.name) for each in (spec, twin)]
-        if all(folder.exists for folder in folders):
-            run, clean = (load_run(folder.path) for folder in folders)
-            if run.record.status == clean.record.status == "finished":
-                key = _workplace_key(spec)
-                workplaces[key] = workplaces.get(key) or Workplace(spec)
-                link_twin(run, clean, workplaces[key])
+class Links:
+    """The runs of a suite and the clean twins that they are compared with.
+
+    Args:
+        specs: The runs.
+        output: Folder of run folders.
+    """
+
+    def __init__(self, specs: Sequence[RunSpec], output: Path) -> None:
+        self.output = output
+        self.pairs = [(spec, twin) for spec in specs if (twin := reference(spec)) is not None]
+        self._workplaces: dict[str, Workplace] = {}
+
+    def make(self, name: str | None = None) -> None:
+        """Compare finished runs with their finished twins; if a name is given, only pairs of which it is one."""
+        for spec, twin in self.pairs:
+            if name is not None and name not in (spec.name, twin.name):
+                continue
+            folders = [RunFolder(self.output / each.name) for each in (spec, twin)]
+            if all(folder.exists for folder in folders):
+                run, clean = (load_run(folder.path) for folder in folders)
+                if run.record.status == clean.record.status == "finished":
+                    link_twin(run, clean, self._workplace(spec))
+
+    def _workplace(self, spec: RunSpec) -> Workplace:
+        """The workplace of a run; runs on the same data share it."""
+        key = _workplace_key(spec)
+        self._workplaces[key] = self._workplaces.get(key) or Workplace(spec)
+        return self._workplaces[key]
 
 
 def _workplace_key(spec: RunSpec) -> str:

@@ -214,4 +214,8 @@ class _Watch(Observer):
         self._told = time.time()
         rate = self._seen / max(self._told - self._started, 1e-9)
         text = json.dumps({**self._sign, "seen": self._seen, "images_per_second": rate, "time": self._told})
-        write_atomically(self.folder.path / LIFE_SIGN, lambda path: path.write_text(text, encoding="utf-8"))
+        # A disk that is full for a moment does not end a training.
+        with contextlib.suppress(RecordError, OSError):
+            write_atomically(
+                self.folder.path / LIFE_SIGN, lambda path: path.write_text(text, encoding="utf-8")
+            )

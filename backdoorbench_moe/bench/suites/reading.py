@@ -251,4 +251,7 @@ def list_suites() -> list[str]:
 
 def list_scales(name: str) -> list[str]:
     """List the scales of a suite, its default first."""
-    return list(load_yaml(find_file(name, "suites", "suite")).get("scales") or [])
+    scales = load_yaml(find_file(name, "suites", "suite")).get("scales") or []
+    if not isinstance(scales, list):
+        raise ConfigError.expected(f"{name}: scales", "a list of names", scales)
+    return scales

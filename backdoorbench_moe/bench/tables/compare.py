@@ -295,7 +295,10 @@ def _find_differing(a: Sequence[Flat], b: Sequence[Flat]) -> Differing:
             found[key, None] = _values_of(a, key), _values_of(b, key)
             continue
         else:
-            groups = sorted({flat[name] for flat in a} & {flat[name] for flat in b} - {None})
+            groups = sorted(
+                {flat[name] for flat in a if name in flat}
+                & {flat[name] for flat in b if name in flat} - {None}
+            )
         for group in groups:
             ours, theirs = (
                 _values_of([f for f in flats if group in (None, f.get(name))], key) for flats in (a, b)

@@ -57,16 +57,19 @@ class Maker(ABC):
         self.setup = make_setup(spec, workplace.data)
         self.inputs: Mapping[str, Run] = {}
         self.start: Start | None = None
+        self._is_prepared = False
         self._gate_shares: list[GateShares] = []
 
     @final
     def prepare(self, inputs: Mapping[str, Run]) -> None:
         """Load what the run needs before it starts; see `load`.
 
-        It may be called more than once. `make` does not call it for a run that continues from a checkpoint.
+        A second call does nothing. `make` does not call it for a run that continues from a checkpoint.
         """
-        self.inputs = inputs
-        self.load(inputs)
+        if not self._is_prepared:
+            self.inputs = inputs
+            self.load(inputs)
+            self._is_prepared = True
 
     @abstractmethod
     def load(self, inputs: Mapping[str, Run]) -> None:

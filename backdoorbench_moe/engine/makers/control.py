@@ -95,7 +95,9 @@ class ControlledTraining:
 
         def objective(_: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             canvases = cut(self.stamper.applicator, images)
-            loss = trigger.pretrain_loss(canvases, cut(self.stamper.applicator, _others(images, len(images))))
+            loss = trigger.pretrain_loss(
+                canvases, cut(self.stamper.applicator, _others(images, 0, len(images)))
+            )
             return loss.new_zeros(len(labels), 1), loss
 
         assert self.spec.trigger is not None
@@ -136,17 +138,20 @@ class ControlledTraining:
             places = torch.randint(PLACES, (poison + noise,), device=images.device)
             stamped = self.stamper.training(own, places[:poison])
             return stamped, self.stamper.noise(next_ones, places[poison:]) if noise else next_ones, extra
-        applicator, others = self.stamper.applicator, _others(images, max(poison, noise))
-        stamp = self.trigger.stamp_from
+        applicator, stamp = self.stamper.applicator, self.trigger.stamp_from
         if poison:
-            extra = self.trigger.joint_loss(cut(applicator, own), cut(applicator, others[:poison]))
+            extra = self.trigger.joint_loss(cut(applicator, own), cut(applicator, _others(images, 0, poison)))
             own = applicator.apply(own, lambda canvases: stamp(canvases, canvases))
         if noise:
-            sources = cut(applicator, others[:noise])
+            sources = cut(applicator, _others(images, poison, noise))
             next_ones = applicator.apply(next_ones, lambda canvases: stamp(canvases, sources))
         return own, next_ones, extra
 
 
-def _others(images: Tensor, count: int) -> Tensor:
-    """For each of the first images of a batch another one: the one that follows half a batch later."""
-    return images.roll(-(len(images) // 2), 0)[:count]
+def _others(images: Tensor, first: int, count: int) -> Tensor:
+    """For each of `count` images of a batch, from number `first`, another one: from the middle of the batch on.
+
+    If that would be the image itself, it is the next one.
+    """
+    start = len(images) // 2
+    return images.roll(-(start + (start == first)), 0)[:count]

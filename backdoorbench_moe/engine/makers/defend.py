@@ -126,24 +126,25 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
+# Name of the first stage, the model before the defense.
+BEFORE = "before"
+
+
 class Stages:
     """Copies of the model at the end of each stage, which are measured after the defense has returned.
-
-    Args:
-        model: The model before the defense, which is the first stage, "before".
 
     Attributes:
         kept: (name, copy of the model, duration in seconds) of each stage.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.kept = [("before", copy.deepcopy(model), 0.0)]
+    def __init__(self) -> None:
+        self.kept: list[tuple[str, nn.Module, float]] = []
         self._since = time.perf_counter()
 
     def add(self, name: str, model: nn.Module) -> None:
         """Copy the model at the end of a stage. Raises PluginError if the name is empty or already used."""
         now = time.perf_counter()
-        if not isinstance(name, str) or not name or name in [kept for kept, *_ in self.kept]:
+        if not isinstance(name, str) or not name or name in (BEFORE, *(kept for kept, *_ in self.kept)):
             raise PluginError(f"defense: expected a new name for a stage, got {name!r}")
         self.kept.append((name, copy.deepcopy(model), now - self._since))
         self._since = time.perf_counter()
@@ -182,18 +183,18 @@ class DefenseMaker(Maker):
         if self.setup.plan is not None and self.setup.tasks is None:
             folder.save_poison({name: group.numpy() for name, group in self.setup.plan.groups.items()})
         keep_trigger(self.setup.stamper, folder, record)
-        stages, tuner = Stages(self.model), self._tuner()
+        stages, tuner = Stages(), self._tuner()
         record.history = tuner.history
         result = self._defend(stages, tuner)
         evaluated = time.perf_counter()
         names, kept, seconds = zip(*stages.kept, strict=True)
         assert self.before is not None
-        metrics = [self.before, *self._measure_stages(kept[1:], result)]
+        metrics = [self.before, *self._measure_stages(kept, result)]
         record.judgements = save_judgements(result.judgements, folder)
         metrics[-1] |= self._measure_judgements(result, record)
         record.stages = [
             {"name": name, "metrics": found, "seconds": taken}
-            for name, found, taken in zip(names, metrics, seconds, strict=True)
+            for name, found, taken in zip((BEFORE, *names), metrics, (0.0, *seconds), strict=True)
         ]
         record.metrics = dict(metrics[-1])
         record.timing["defense_seconds"] = sum(seconds)

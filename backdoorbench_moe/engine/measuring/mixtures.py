@@ -162,7 +162,8 @@ def share_metrics(tasks: Sequence[GatePass], marked: GatePass | None, experts: S
     }
     if marked is not None:
         parts["harm_share"] = marked.weights[..., chosen].sum(-1)
-    means = {name: asdict(mean_of(100 * values.mean(0))) for name, values in parts.items()}
+    # Weights that are rounded to float32 may add up to a little more than 1.
+    means = {name: asdict(mean_of(100 * values.mean(0).clamp(max=1))) for name, values in parts.items()}
     return {name: {k: v for k, v in row.items() if v is not None} for name, row in means.items()}
 
 

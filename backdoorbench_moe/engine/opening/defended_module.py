@@ -17,7 +17,7 @@ from backdoorbench_moe.defenses.base import DefenseTask
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.engine.device import reproducible
 from backdoorbench_moe.engine.inference import features, logits, losses, predict, routings
-from backdoorbench_moe.engine.makers.defend import Stages
+from backdoorbench_moe.engine.makers.defend import BEFORE, Stages
 from backdoorbench_moe.engine.measuring.evaluate import Metrics, share
 from backdoorbench_moe.engine.opening.opened_model import OpenedModel
 from backdoorbench_moe.engine.progress.observer import Observer
@@ -99,7 +99,10 @@ def defend_module(
             raise ConfigError(f"{defense.name}: needs {need} images, which only a run has; a module has none")
     built.check_model(opened.model)
     built.check_images(opened.model, opened.image_size)
-    own, stages = derive_seed(seed, "defense", 0), Stages(opened.model)
+    # What is given is all that the defender holds: never fewer images than a run's defender would need.
+    built.clean_fraction = 1.0
+    built.count(len(held), opened.num_classes)
+    own, stages = derive_seed(seed, "defense", 0), Stages()
     watcher = observer or Observer()
     task = _task(opened, held, train, own, watcher, defense.name, stages, sorted(built.needs))
     with reproducible(opened.device), seeded(own, "noise"):
@@ -107,7 +110,7 @@ def defend_module(
     stages.add(result.stage, result.model.eval())
     measured = tuple(
         ModuleStage(name, model, {"ba": _accuracy(model, held, opened.precision)}, seconds)
-        for name, model, seconds in stages.kept
+        for name, model, seconds in ((BEFORE, opened.model, 0.0), *stages.kept)
     )
     return DefendedModule(defense.name, measured, result.judgements)
 

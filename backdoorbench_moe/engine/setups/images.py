@@ -40,7 +40,7 @@ from backdoorbench_moe.errors import BbmoeWarning, ConfigError
 from backdoorbench_moe.ops.images import concatenate
 from backdoorbench_moe.ops.metrics import chance_rate
 from backdoorbench_moe.ops.seeding import generator
-from backdoorbench_moe.triggers.stored import StoredImages
+from backdoorbench_moe.triggers.stored import StoredTrigger
 from backdoorbench_moe.triggers.trainable import TrainableTrigger
 from backdoorbench_moe.wording.counting import count
 
@@ -77,7 +77,7 @@ class ImageSetup(Setup):
             size = model_patch_size(self.model)
             self.stamper = build_stamper(spec, patch_size=size, image_size=images.image_size)
             self._check_learned()
-            if not isinstance(self.stamper.trigger, StoredImages):
+            if not isinstance(self.stamper.trigger, StoredTrigger):
                 self._check_visible()
         if spec.policy:
             policy_count(len(images.train), spec.policy)
@@ -139,7 +139,7 @@ class ImageSetup(Setup):
         Raises:
             ConfigError: An image is missing.
         """
-        if self.stamper is None or not isinstance(trigger := self.stamper.trigger, StoredImages):
+        if self.stamper is None or not isinstance(trigger := self.stamper.trigger, StoredTrigger):
             return
         assert self.plan is not None
         test = self.images.test.images[counted]
