@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0
 
-# The first case of every test that is not slow, see tests/quick.py: every room in less than two minutes on two cores.
+# The first case of every test that is not slow, see tests/quick.py: every room in two to three minutes on two cores.
 test-quick: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m quick -n 2 --dist loadgroup --max-worker-restart 0
 
