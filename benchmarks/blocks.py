@@ -161,6 +161,13 @@ def defended_quick(root: Path) -> str:
     return whole_table(root, "standard-defenses/quick", layout)
 
 
+def defended_dense(root: Path) -> str:
+    """Draw the same of a dense model."""
+    where = {**PMOE_BY_PATCH, "model.name": "wide_resnet"}
+    layout = Layout("", ("defenses",), "trigger.name", no_trigger=False, where=where)
+    return whole_table(root, "standard-defenses/quick", layout)
+
+
 def tuned(root: Path) -> str:
     """Draw the ASR after short and long tuning, and after tuning on random tiles, on CIFAR-10."""
     layout = Layout("", ("defenses",), "trigger.name", no_trigger=False, where=PMOE_WITHOUT_NOISE)
@@ -291,6 +298,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "fine-pruning": fine_pruning,
     "defended": defended,
     "defended-quick": defended_quick,
+    "defended-dense": defended_dense,
     "knowing": knowing,
     "tuned": tuned,
     "poisoned-expert": poisoned_expert,
