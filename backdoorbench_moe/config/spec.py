@@ -277,6 +277,10 @@ class RunSpec:
         """Whether the model was made elsewhere, so that nothing is known of an attack on it."""
         return self.attack is not None and self.attack.name == IMPORTED
 
+    def __hash__(self) -> int:
+        """Hash of all values, for functions that keep what they made of a spec; see `engine.graph`."""
+        return hash(self._text)
+
     def to_dict(self) -> Values:
         """Return the spec as a nested dict of plain values; `spec_from_dict` converts it back."""
         return cast(Values, json.loads(self._text))

@@ -13,9 +13,11 @@ from a file, and is compared with nothing.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from enum import Enum
+from types import MappingProxyType
 
 from backdoorbench_moe.config import SAME, TWIN, PartSpec, PoisonSpec, RunSpec
 
@@ -31,6 +33,10 @@ class NodeKind(Enum):
     MIXTURE = "merged from experts"
     DEFENDED = "defended"
     IMPORTED = "imported from a file"
+
+
+# A table or a plan asks for the relations of the same few specs thousands of times.
+kept = functools.lru_cache(maxsize=16384)
 
 
 def kind_of(spec: RunSpec) -> NodeKind:
@@ -51,6 +57,7 @@ def expert_role(expert: int) -> str:
     return f"expert/{expert}"
 
 
+@kept
 def needs(spec: RunSpec) -> Mapping[str, RunSpec]:
     """The runs that a run is made from, by their role.
 
@@ -58,6 +65,10 @@ def needs(spec: RunSpec) -> Mapping[str, RunSpec]:
     and from "expert/0" to "expert/E-1", an expert from the "base", and a poisoned expert from the "benign" one. A
     victim whose trigger is optimised is made from the "surrogate". Any other run is made from data, or a file, alone.
     """
+    return MappingProxyType(_needs(spec))
+
+
+def _needs(spec: RunSpec) -> dict[str, RunSpec]:
     kind, mixture = kind_of(spec), spec.mixture
     if kind is NodeKind.DEFENDED:
         return {PARENT: replace(spec, defenses=spec.defenses[:-1])}
@@ -143,6 +154,7 @@ def reference(spec: RunSpec) -> RunSpec | None:
     return clean_twin(spec) if spec.attacked or (spec.defenses and not spec.imported) else None
 
 
+@kept
 def clean_twin(spec: RunSpec) -> RunSpec:
     """The same run without attack, defense or probe; of a clean run itself, without defense or probe.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from dataclasses import fields
 from pathlib import Path
@@ -139,7 +140,7 @@ def _is_flat(scores: Any) -> bool:
 
 def _find_damage(values: dict[str, Any]) -> str | None:
     """Return a description of the first value that does not fit the schema, or None."""
-    for name, annotation in get_type_hints(Record).items():
+    for name, annotation in _types_of(Record).items():
         if damage := _misfit(values[name], annotation, name):
             return damage
     finished = values["status"] == "finished"
@@ -159,6 +160,12 @@ def _find_damage(values: dict[str, Any]) -> str | None:
     if values["poison"] is not None and "n" not in values["poison"]:
         return f"'poison': expected the key 'n', found {values['poison']!r}"
     return None
+
+
+@functools.cache
+def _types_of(kind: type) -> dict[str, Any]:
+    """The annotated types of a class. To resolve them takes longer than to compare the values of a record with them."""
+    return get_type_hints(kind, include_extras=True)
 
 
 NAMES = {float: "a number", int: "an integer", str: "a string", dict: "a mapping", list: "a list"}
@@ -192,7 +199,7 @@ def _misfit_of_keys(value: Any, annotation: Any, where: str) -> str | None:
     """Return why a JSON value does not fit a `TypedDict`, or None if it does. Unknown keys are allowed."""
     if not isinstance(value, dict):
         return f"{where!r}: expected a mapping, found {value!r}"
-    for key, kind in get_type_hints(annotation, include_extras=True).items():
+    for key, kind in _types_of(annotation).items():
         optional = get_origin(kind) is NotRequired
         if key not in value:
             if optional:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -263,7 +264,7 @@ class Record:
         """Make the record of a run that is about to start."""
         return cls(spec=spec.to_dict(), digest=spec.digest)
 
-    @property
+    @functools.cached_property
     def run_spec(self) -> RunSpec:
         """The spec that the run was made from."""
         return spec_from_dict(self.spec)
