@@ -16,6 +16,7 @@ from safetensors import safe_open
 from backdoorbench_moe.config import build_spec
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.records import SCHEMA_VERSION, Judged, Record, RunFolder, write_atomically
+from backdoorbench_moe.records.locking import hold_place
 from backdoorbench_moe.records.reading import ADDED_IN
 
 
@@ -214,6 +215,17 @@ def test_one_process_at_a_time_and_a_killed_one_lets_go(folder) -> None:
         assert (folder.path / ".lock").read_text() == f"pid {os.getpid()}"
     holder.wait()
     holder.stdout.close()
+
+
+@pytest.mark.parametrize("call", ["os.open", "fcntl.flock"])
+def test_a_place_that_cannot_be_held_is_used_without_a_lock(call, tmp_path, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(f"backdoorbench_moe.records.locking.{call}", refuse)
+    with hold_place(tmp_path / "results"):
+        held = True
+    assert held and not list(tmp_path.iterdir())
 
 
 def test_a_path_that_cannot_be_is_one_clear_error(tmp_path) -> None:

@@ -44,6 +44,7 @@ def save_results(results: ResultSet, folder: Path | str) -> list[Path]:
     folder = Path(folder)
     # Only finished runs are kept, so a run that is being made is missing, as it is when the folder is drawn again.
     results = replace(results, records={record.digest: record for record in results.finished()})
+    _make(folder.parent, folder)
     # So that a process that saves fewer runs cannot pass the check before another one saves more.
     with hold_place(folder):
         _check(results, folder)
@@ -69,10 +70,7 @@ def redraw_results(suite: Suite, folder: Path | str) -> list[Path]:
 
 
 def _write(results: ResultSet, folder: Path, contents: dict[str, bytes]) -> list[Path]:
-    try:
-        (folder / PLOTS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecordError(f"results folder {folder}: {error.strerror}") from error
+    _make(folder / PLOTS, folder)
     # The manifest first: by it a folder that was left incomplete is recognised as ours.
     for name, content in contents.items():
         write_atomically(folder / name, _put(content))
@@ -124,6 +122,13 @@ def _check(results: ResultSet, folder: Path) -> None:
             f"results folder {folder}: holds {len(lost)} finished runs that are not among these, such as "
             f"{lost[0].run_spec.name}; use another folder, or draw from this one"
         )
+
+
+def _make(place: Path, folder: Path) -> None:
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecordError(f"results folder {folder}: {error.strerror}") from error
 
 
 def _json(value: object) -> str:

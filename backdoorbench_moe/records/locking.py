@@ -50,17 +50,18 @@ def hold(path: Path, what: str, *, wait: Callable[[], None] | None = None) -> It
 def hold_place(path: Path) -> Iterator[None]:
     """Hold the lock of the folder that a file or folder lies in, inside the block; no file is left behind.
 
-    Another process that holds it is waited for. If that folder does not exist yet, it is the next one above. Where the
-    file system cannot lock folders, nothing is held.
+    Another process that holds it is waited for. Where the folder cannot be opened, or the file system cannot lock
+    folders, nothing is held.
+
+    Args:
+        path: The file or folder, which need not exist; the folder that it lies in exists.
     """
-    place = next(folder for folder in path.absolute().parents if folder.is_dir())
-    descriptor = os.open(place, os.O_RDONLY)
-    try:
+    with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
+            descriptor = os.open(path.absolute().parent, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _try(descriptor: int, path: Path) -> bool:

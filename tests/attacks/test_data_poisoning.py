@@ -1,4 +1,4 @@
-"""Which training images are poisoned and what they are labelled: worked by hand."""
+"""Which training images are poisoned and what they are labelled, drawn or read from a file: worked by hand."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from backdoorbench_moe.attacks.base import Attack, PoisonPlan
 from backdoorbench_moe.attacks.data_poisoning import DataPoisoning
+from backdoorbench_moe.attacks.recorded import Recorded, write_plan
 from backdoorbench_moe.config import PoisonSpec
 from backdoorbench_moe.errors import ConfigError, PluginError
 
@@ -166,3 +167,18 @@ def test_a_class_whose_name_was_not_replaced_by_its_number_is_refused(values) ->
     for ask in (lambda: attack.check(3), lambda: attack.counted(LABELS, 3)):
         with pytest.raises(ConfigError, match=r"poison\.(target|source): expected a class number .*'dog'"):
             ask()
+
+
+@pytest.mark.parametrize(("indices", "outside"), [([-1, 5], -1), ([2, 10], 10), ([-3, 12], -3)])
+def test_a_recorded_place_outside_of_the_training_set_is_named(indices, outside, tmp_path) -> None:
+    write_plan(tmp_path / "plan", PoisonPlan(torch.tensor(indices), torch.zeros(2, dtype=torch.int64)))
+    attack = Recorded(poison=PoisonSpec(), file=str(tmp_path / "plan"))
+    with pytest.raises(ConfigError, match=rf"attack\.file: expected places in 0\.\.9, got {outside}$"):
+        attack(LABELS, num_classes=3, seed=0)
+
+
+def test_recorded_places_up_to_the_last_are_taken(tmp_path) -> None:
+    made = PoisonPlan(torch.tensor([0, 9]), torch.tensor([2, 2]), cover=torch.tensor([4]))
+    write_plan(tmp_path / "plan", made)
+    found = Recorded(poison=PoisonSpec(), file=str(tmp_path / "plan"))(LABELS, num_classes=3, seed=0)
+    assert (found.indices.tolist(), found.cover.tolist()) == ([0, 9], [4])

@@ -26,6 +26,7 @@ from backdoorbench_moe.bench.tables.tidy import tidy_csv
 from backdoorbench_moe.errors import ConfigError, RecordError
 
 SMALL = {"recipe": "paper", "dataset": {"name": "cifar10", "train_images": 10000}, "train": {"epochs": 10}}
+BASES = {"large": {"recipe": "paper", "dataset": "cifar10"}, "small": SMALL}
 
 
 def side(suite: Suite, output, name: str = "x") -> Side:
@@ -143,6 +144,18 @@ def test_a_surrogate_of_some_cells_is_compared_and_has_columns(tmp_path) -> None
     assert {row[head.index("surrogate")] for row in rows} == {"none", "wide_resnet"}
     comparison = compare(side(ours, tmp_path), side(theirs, tmp_path), ["asr"])
     assert comparison.counts == (3, 0, 0)
+
+
+def test_cells_with_and_without_gates_are_compared(tmp_path) -> None:
+    """A dense model, which has no gate, beside mixtures, one of whose gates has an option."""
+    dense = {"trigger": "square", "applicator": "image", "poison.rate": ["1%"]}
+    merged = {"attack": "moevil", "gate": [{"name": "top-k", "top_k": 1}, "soft"]}
+    values = {"grid": [dense, merged], "tables": [], "plots": [], "paper": None}
+    sides = [side(part_suite(name, base=base, **values), tmp_path) for name, base in BASES.items()]
+    comparison = compare(*sides, ["asr"])
+    assert comparison.counts == (3, 0, 0)
+    assert comparison.keys == ("model.name", "gate.name")
+    assert pairs(comparison) == [("pmoe", "–"), ("convnext", "top-k"), ("convnext", "soft")]
 
 
 def test_the_same_runs_on_both_sides_have_no_difference(tmp_path) -> None:

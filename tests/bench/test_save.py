@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
+import os
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 from fake_runs import fill, finished, part_suite, write
 
+from backdoorbench_moe.bench import save
 from backdoorbench_moe.bench.pages.page import page
 from backdoorbench_moe.bench.save import save_results
 from backdoorbench_moe.bench.tables.results import ResultSet, read_known
 from backdoorbench_moe.bench.tables.tidy import environments, tidy_csv
 from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.records.locking import hold_place
 
 PLOT = "plots/asr-over-the-poisoning-rate"
 FILES = {"suite.json", "records.jsonl", "tidy.csv", "table.csv", "table.md", "table.tex", "environment.json"}
@@ -81,6 +87,40 @@ def test_another_version_is_refused_with_both_named_and_nothing_written(results,
     assert contents(tmp_path / "r") == before
     with pytest.raises(RecordError, match=message):
         ResultSet.from_folder(newer.suite, tmp_path / "r")
+
+
+def test_a_folder_is_saved_by_one_process_at_a_time_and_has_no_lock_file(runs, tmp_path, monkeypatch) -> None:
+    """Each opening of a folder has a lock of its own, in one process and in two."""
+    started, check = threading.Event(), save._check
+    monkeypatch.setattr(save, "_check", lambda *given: (started.set(), check(*given)))
+    folder, suite = tmp_path / "suite" / "small", part_suite(plots=[])
+    results = ResultSet.from_runs(suite, runs)
+    with ThreadPoolExecutor(1) as other:
+        folder.parent.mkdir()
+        with hold_place(folder):
+            saving = other.submit(save_results, results, folder)
+            assert not started.wait(0.3) and not folder.exists()
+        saving.result()
+    assert started.is_set() and [path.name for path in folder.parent.iterdir()] == ["small"]
+    assert contents(folder).keys() == {name for name in FILES if not name.startswith("plots/")}
+
+
+def test_the_first_folder_of_a_suite_is_held_as_well(runs, tmp_path, monkeypatch) -> None:
+    """Whoever saves it next finds the folder above it, which was not there before."""
+    tried, folder = [], tmp_path / "suite" / "small"
+
+    def check(*_: object) -> None:
+        descriptor = os.open(folder.parent, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+        tried.append(folder)
+
+    monkeypatch.setattr(save, "_check", check)
+    save_results(ResultSet.from_runs(part_suite(plots=[]), runs), folder)
+    assert tried == [folder]
+    with pytest.raises(RecordError, match=r"results folder .*suite.json/a/b: Not a directory"):
+        save_results(ResultSet.from_runs(part_suite(plots=[]), runs), folder / "suite.json" / "a" / "b")
 
 
 @pytest.mark.slow

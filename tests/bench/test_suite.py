@@ -218,6 +218,18 @@ def test_the_projects_suites_lay_out_at_every_scale(name) -> None:
         load_paper(suite)
 
 
+def test_scales_of_ones_own_suite_that_are_no_list_are_refused(tmp_path) -> None:
+    """The letters of a word would be listed as scales."""
+    file = tmp_path / "mine.yaml"
+    for text, scales in (("[small, full]", ["small", "full"]), ("", [])):
+        file.write_text(f"scales: {text}\n")
+        assert list_scales(str(file)) == scales
+    for text in ("small", "{small: 1}"):
+        file.write_text(f"scales: {text}\n")
+        with pytest.raises(ConfigError, match=r"mine\.yaml: scales: expected a list of names, got"):
+            list_scales(str(file))
+
+
 @pytest.mark.parametrize(("name", "table"), [("badpatches-table1", "1"), ("badpatches-table2", "2")])
 def test_the_paper_suites_have_the_papers_cells(name, table) -> None:
     suite = load_suite(name, "full")

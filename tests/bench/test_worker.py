@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import pytest
 from suites import tiny_suite
 
 from backdoorbench_moe.bench.running import worker
 from backdoorbench_moe.bench.running.worker import Job, stop_working, work
 from backdoorbench_moe.bench.suites.suite import order
+from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.records import RunFolder
 
 
@@ -48,3 +52,23 @@ def test_a_signal_outside_of_a_run_stops_nothing(tmp_path) -> None:
     [spec, *_] = order(tiny_suite())
     stop_working()
     assert work(Job(spec.to_dict(), str(tmp_path))).status == "finished"
+
+
+@pytest.mark.parametrize("error", [RecordError("the disk is full"), OSError(28, "No space left on device")])
+def test_a_sign_of_life_that_cannot_be_written_ends_no_training(tmp_path, monkeypatch, error) -> None:
+    """But the training still ends when its time is up."""
+    tried = []
+
+    def refuse(path: Path, _: object) -> None:
+        tried.append(path.name)
+        raise error
+
+    monkeypatch.setattr(worker, "write_atomically", refuse)
+    left = iter([True, True, False])
+    watch = worker._Watch(RunFolder(tmp_path / "run"), math.inf, lambda: next(left))
+    watch.on_train_start("run", epochs=3, done=0, images=96)
+    watch.on_step(32, 0.5)
+    assert tried == [worker.LIFE_SIGN] * 2
+    with pytest.raises(worker.StopRun):
+        watch.on_step(32, 0.5)
+    watch.clear()

@@ -101,3 +101,16 @@ def test_without_a_twin_there_is_none(bbmoe, tmp_path) -> None:
 def test_what_attack_would_refuse_is_refused(bbmoe, tmp_path) -> None:
     code, out, err = bbmoe("attack", *SMALL, "--dry-run", "--target", "3", "--output", tmp_path)
     assert (code, out) == (2, "") and "poison.target: expected a class in 0..2" in err
+
+
+def test_a_missing_file_of_weights_is_the_error_that_the_attack_would_end_with(bbmoe, tmp_path) -> None:
+    (tmp_path / "wrong.pth").write_text("no weights")
+    for name, message in (("none.pth", "not found"), ("wrong.pth", "is not what its suffix says")):
+        file = tmp_path / name
+        words = ["attack", *SMALL, "--trigger", "square", "--set", f"model.weights={file}", "--quiet"]
+        words += ["--output", tmp_path / "runs"]
+        found = bbmoe(*words, "--dry-run")
+        assert found == bbmoe(*words)
+        code, out, err = found
+        assert (code, out) == (2, "") and err.startswith(f"bbmoe: error: weights {file}: {message}")
+        assert not (tmp_path / "runs").exists()

@@ -293,6 +293,23 @@ def test_an_export_appears_whole_or_not_at_all(bbmoe, attacked, tmp_path, monkey
     assert load_run(attacked.folder.path).record == attacked.record
 
 
+@pytest.mark.parametrize("form", ["png", "tensors"])
+def test_the_current_folder_is_refused_before_the_data_are_read(
+    bbmoe, attacked, tmp_path, monkeypatch, form
+) -> None:
+    """A folder that is filled beside it could not take its place."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setattr("backdoorbench_moe.engine.exporting.training_set", lambda *_: 1 / 0)
+    for name in (".", tmp_path / "empty", "../empty"):
+        code, out, err = bbmoe("export", attacked.folder.path, name, "--format", form, width=200)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith("bbmoe: error: DIR: expected another folder than the current one, got '")
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"] and not list(
+        (tmp_path / "empty").iterdir()
+    )
+
+
 @pytest.mark.parametrize(
     ("classes", "folders"),
     [

@@ -124,6 +124,14 @@ def test_three_trainings_of_a_new_model(done) -> None:
     assert judgement.scores[36:].min() > judgement.scores[:36].max(), "the lowest loss is the most suspicious"
 
 
+def test_the_images_of_all_three_trainings_are_augmented_as_the_recipe_says(done) -> None:
+    """`Tune` augments by default, but not for an objective."""
+    task, tune, *_ = done
+    create_defense("abl", **SMALL)(task)
+    said = [(call.get("augment"), call.get("objective")) for call in tune.calls]
+    assert [objective is None if augment is None else augment for augment, objective in said] == [True] * 3
+
+
 def test_without_epochs_it_trains_as_long_as_the_run(done) -> None:
     task, tune, *_ = done
     task = replace(task, train=replace(task.train, epochs=39))

@@ -42,6 +42,12 @@ def test_multiplied_images_are_clipped() -> None:
     assert multiply(grey(10, 100), 3)[:, 0, 0, 0].tolist() == [30, 255]
 
 
+@pytest.mark.parametrize("factor", [255, 10**8, 10**12])
+def test_a_factor_of_any_size_leaves_black_and_makes_white_of_all_else(factor) -> None:
+    every = torch.arange(256).byte().view(1, 1, 16, 16)
+    assert multiply(every, factor).flatten().tolist() == [0] + [255] * 255
+
+
 @pytest.mark.parametrize("statistic", ["agreement", "probability"])
 def test_scale_up_by_hand(statistic) -> None:
     """10 is class 1, and so are 30, 50 and 70, but not 90 and 110: 3 of 5 agree. White is always called alike."""

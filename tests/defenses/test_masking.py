@@ -232,6 +232,11 @@ def test_batches_leave_no_single_image() -> None:
     assert torch.equal(again.labels, whole.labels)
 
 
+def test_a_single_image_makes_no_batch() -> None:
+    with pytest.raises(ValueError, match="batches: expected at least 2 images, got 1"):
+        next(batches(coloured(1, 1), 4, seed=1))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

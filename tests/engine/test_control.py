@@ -13,7 +13,7 @@ from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.engine.build import cut
-from backdoorbench_moe.engine.makers.control import ControlledTraining
+from backdoorbench_moe.engine.makers.control import ControlledTraining, _others
 from backdoorbench_moe.engine.makers.defend import check_applicable
 from backdoorbench_moe.engine.makers.train import TrainMaker
 from backdoorbench_moe.engine.poisoning.triggered import triggered_test
@@ -64,6 +64,26 @@ def test_the_first_images_are_stamped_and_relabelled_and_the_next_bear_other_sta
     extra = trigger.joint_loss(images[:2], images[4:6])
     assert len(logits) == 8
     assert loss.item() == pytest.approx(F.cross_entropy(logits, labels).item() + extra.item())
+
+
+def test_where_half_of_a_batch_is_poisoned_no_image_bears_its_own_stamp_as_noise() -> None:
+    """The first two of four are poisoned, and the other two bear the stamps of the next image and of the first."""
+    control, model = make_control(poison={"rate": 0.5, "noise": 0.5}), Seen()
+    images, labels = split_of(4)
+    _, loss = control.objective(model, images, labels)
+    stamp = control.trigger.stamp_from
+    expected = torch.cat([stamp(images[:2], images[:2]), stamp(images[2:], images[[3, 0]])])
+    torch.testing.assert_close(model.images, expected)
+    assert loss.item() > control.trigger.joint_loss(images[:2], images[2:]).item() > 0
+
+
+@pytest.mark.parametrize("size", range(2, 10))
+def test_another_image_of_a_batch_is_never_the_image_itself(size) -> None:
+    batch = torch.arange(size).view(-1, 1, 1, 1)
+    for first in range(size):
+        for count in range(1, size - first + 1):
+            found = _others(batch, first, count).flatten().tolist()
+            assert len(set(found)) == count and all(other != own for own, other in enumerate(found, first))
 
 
 @pytest.mark.parametrize("applicator", ["image", "patch"])

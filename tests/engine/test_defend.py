@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from defense_tasks import CPU, PRUNING, TUNING, changed, defended_spec, outcome
+from fake_runs import finished
 from safetensors import safe_open
 from tiny import TINY_MODEL, Tiny, count_hits, tiny_spec
 from torch import Tensor, nn
@@ -16,14 +17,16 @@ from torch import Tensor, nn
 from backdoorbench_moe import defenses, models
 from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
-from backdoorbench_moe.engine.graph import clean_twin, needs
+from backdoorbench_moe.engine import twin
+from backdoorbench_moe.engine.graph import PARENT, clean_twin, needs
 from backdoorbench_moe.engine.inference import predict
 from backdoorbench_moe.engine.poisoning.triggered import triggered_test
 from backdoorbench_moe.engine.progress.observer import Observer
-from backdoorbench_moe.engine.run import load_run
+from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.runner import Runner, run_attack, run_defense
+from backdoorbench_moe.engine.twin import TWIN_METRICS, link_twin
 from backdoorbench_moe.errors import BbmoeError, ConfigError, PluginError, RecordError
-from backdoorbench_moe.records import RunFolder
+from backdoorbench_moe.records import Input, RunFolder
 
 
 class Counting(Observer):
@@ -128,6 +131,73 @@ def test_a_defended_run_can_be_defended_again(tmp_path) -> None:
     whole = Runner(twice.spec, tmp_path / "whole").finish(defended_spec(PRUNING, TUNING))
     assert len(list((tmp_path / "whole").iterdir())) == 3
     assert outcome(whole)[1:] == outcome(twice)[1:]
+
+
+@pytest.mark.slow
+def test_a_defended_run_has_what_its_parents_record_says_of_the_twin(tmp_path, monkeypatch) -> None:
+    """It is what measuring the twin again would give."""
+    [victim] = run_attack(tiny_spec(), output=tmp_path)
+    measure = twin._measure_twin
+    monkeypatch.setattr(twin, "_measure_twin", lambda *_: 1 / 0)
+    defended = run_defense(victim, PartSpec("fine-tuning", {"clean_fraction": 0.5, "epochs": 1}))
+    found = {name: defended.record.metrics[name] for name in TWIN_METRICS}
+    clean = load_run(tmp_path / victim.record.clean_twin)
+    assert found == measure(defended, clean, Runner(victim.spec, tmp_path).workplace)
+    assert defended.record.metrics["cad"]["value"] == clean.value("ba") - defended.value("ba")
+    assert load_run(defended.folder.path).record == defended.record
+
+
+TWIN = {"twin_asr": {"value": 12.5, "n": 40}, "twin_target_rate": {"value": 7.5, "n": 40}}
+MEASURED = {name: {"value": 99.0, "n": 40} for name in TWIN}
+
+
+def put(output, spec, **values: object) -> Run:
+    """A finished run that nobody made, with a model file."""
+    record = replace(finished(spec), **values)
+    folder = RunFolder(output / spec.name)
+    folder.path.mkdir()
+    folder.write(record)
+    (folder.path / "model.safetensors").write_bytes(b"weights")
+    return Run(folder, record)
+
+
+@pytest.mark.parametrize(
+    ("parent", "known"),
+    [
+        ({}, True),
+        ({"clean_twin": None}, False),
+        ({"clean_twin": "another"}, False),
+        ({"cad": {"value": 0.5, "n": 10000}}, False),
+        ({"twin_asr": None}, False),
+        ({"precision": "fp32"}, False),
+        ({"digest": "0123456789"}, False),
+    ],
+    ids=str,
+)
+def test_the_twin_is_measured_unless_the_parent_was_compared_with_it_in_the_same_precision(
+    tmp_path, monkeypatch, parent, known
+) -> None:
+    monkeypatch.setattr(twin, "_measure_twin", lambda *_: MEASURED)
+    spec = tiny_spec()
+    clean = put(tmp_path, clean_twin(spec))
+    metrics = {**finished(spec).metrics, "cad": {"value": 0.0, "n": 10000}, **TWIN}
+    metrics |= {name: value for name, value in parent.items() if name in metrics}
+    kept = put(
+        tmp_path,
+        spec,
+        metrics={name: value for name, value in metrics.items() if value is not None},
+        clean_twin=parent.get("clean_twin", clean.folder.path.name),
+        environment={**clean.record.environment, "precision": parent.get("precision", "bf16")},
+    )
+    name, digest = kept.folder.path.name, parent.get("digest", spec.digest)
+    defended = put(
+        tmp_path, defended_spec(TUNING), inputs=[Input(role=PARENT, run=name, digest=digest, sha256=None)]
+    )
+    linked = link_twin(defended, clean, None)
+    expected = TWIN if known else MEASURED
+    assert {name: linked.record.metrics[name] for name in TWIN} == expected
+    assert linked.record.clean_twin == clean.folder.path.name
+    assert load_run(defended.folder.path).record == linked.record
 
 
 def test_another_output_leaves_the_runs_own_folder_as_it_was(tmp_path) -> None:

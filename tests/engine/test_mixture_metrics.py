@@ -13,6 +13,7 @@ from torch import Tensor
 from backdoorbench_moe import data
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.measuring.mixtures import (
+    GatePass,
     gate_shares,
     mean_share,
     mixture_pass,
@@ -96,6 +97,21 @@ def test_the_share_of_one_image_has_no_interval() -> None:
         "value": pytest.approx((80 + 50) / 2),
         "n": 1,
     }
+
+
+def test_shares_of_weights_that_add_up_to_a_little_more_than_1_are_100() -> None:
+    """Two weights of 0.50000006 are 1.0000001 in float32, and 1.0000001 once more of the first expert alone."""
+    half = torch.tensor(0.5).nextafter(torch.tensor(1.0))
+    assert float(half + half) > 1
+    both = GatePass(weights=half.expand(2, 3, 2), layers=("a", "b"))
+    alone = GatePass(weights=torch.tensor([1.0000001, 0.0]).expand(2, 3, 2), layers=("a", "b"))
+    for shares in (
+        share_metrics([both, both], both, [0, 1]),
+        share_metrics([alone, alone], alone, [0]),
+    ):
+        assert shares["harm_share"] == {"value": 100, "n": 3, "low": 100, "high": 100}
+        assert shares["clean_share"]["value"] == 100
+    assert share_metrics([alone, alone], alone, [0])["own_share"]["value"] == 100
 
 
 def test_the_accuracy_of_tasks_and_overall_by_hand() -> None:

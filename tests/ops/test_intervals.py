@@ -57,6 +57,18 @@ def test_impossible_shares(values, images) -> None:
         seeds_interval(values, images)
 
 
+@pytest.mark.parametrize(("off", "end"), [(100.0000002, 100.0), (-0.0000002, 0.0)])
+def test_a_share_that_rounding_moved_off_the_scale_is_its_end(off, end) -> None:
+    """Weights of gates, rounded to float32, may add up to a little more than 1."""
+    assert seeds_interval([off, 50, 60], 9000) == seeds_interval([end, 50, 60], 9000)
+    low, high = seeds_interval([off] * 3, 9000)
+    assert 0 <= low < high <= 100
+    assert seeds_interval([off, 50], 9000) is None
+    for beyond in (100.1, -0.1):
+        with pytest.raises(ValueError, match="seeds_interval: expected 0 to 100%"):
+            seeds_interval([off, 50, beyond], 9000)
+
+
 @settings(deadline=None, max_examples=200)
 @given(values=SHARES, images=IMAGES)
 def test_it_stays_on_the_scale_around_the_mean_and_has_a_width(values, images) -> None:

@@ -92,6 +92,7 @@ def test_patches_scale_with_the_canvas() -> None:
         ("adaptive-blend", {"training_ratio": 2}, "adaptive-blend: training_ratio: expected a number"),
         ("adaptive-blend", {"keep": 0}, "adaptive-blend: keep: expected a number"),
         ("adaptive-blend", {"pieces": 0}, "adaptive-blend: pieces: expected an integer from 1"),
+        ("adaptive-blend", {"pieces": 10**6}, "pieces: expected an integer from 1 to 256, got 1000000"),
         ("adaptive-blend", {"image": "missing.png"}, "adaptive-blend: image: expected a picture file"),
         ("patches", {"size": 0.6}, r"patches: size: expected a number in \(0, 0\.5\]"),
         ("patches", {"opacities": (1, 1, 0, 1)}, "patches: opacities: expected four numbers"),

@@ -91,7 +91,16 @@ def test_a_state_makes_another_object_the_same_trigger() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"density": 0}, {"channels": 0}, {"mask_epochs": 0}, {"lr": 0}, {"diversity": -1}, {"norm": -1}],
+    [
+        {"density": 0},
+        {"channels": 0},
+        {"channels": 10**6},
+        {"mask_epochs": 0},
+        {"lr": 0},
+        {"diversity": -1},
+        {"norm": -1},
+    ],
+    ids=str,
 )
 def test_values_out_of_range_are_refused(options) -> None:
     with pytest.raises(ConfigError, match=f"input-aware: {next(iter(options))}: expected"):

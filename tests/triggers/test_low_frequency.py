@@ -41,7 +41,11 @@ def test_channels_and_seeds_have_patterns_of_their_own() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"strength": 300}, "low-frequency: strength"), ({"waves": 1}, "low-frequency: waves")],
+    [
+        ({"strength": 300}, "low-frequency: strength"),
+        ({"waves": 1}, "low-frequency: waves"),
+        ({"waves": 10**6}, "low-frequency: waves: expected an integer from 2 to 1024, got 1000000"),
+    ],
 )
 def test_bad_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

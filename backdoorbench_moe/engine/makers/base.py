@@ -22,7 +22,7 @@ from backdoorbench_moe.engine.provenance import backdoored
 from backdoorbench_moe.engine.run import Run, check_data, check_options, check_plugins
 from backdoorbench_moe.engine.setups.base import Setup
 from backdoorbench_moe.engine.setups.choice import make_setup
-from backdoorbench_moe.engine.weights.start import Start
+from backdoorbench_moe.engine.weights.start import Start, check_start
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import BbmoeWarning, RecordError
 from backdoorbench_moe.ops.seeding import derive_seed, seeded
@@ -48,12 +48,16 @@ class Maker(ABC):
 
     # Whether large files that the trigger's options name are copied into the run folder.
     keeps_trigger_files: ClassVar[bool] = False
+    # Whether the run begins with the weights in the file that the model's option `weights` names.
+    starts_from_file: ClassVar[bool] = False
     setup: Setup
 
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
         self.spec, self.workplace = spec, workplace
         # Before the images are read, which can take long.
         check_part_options(spec)
+        if self.starts_from_file:
+            check_start(spec)
         self.setup = make_setup(spec, workplace.data)
         self.inputs: Mapping[str, Run] = {}
         self.start: Start | None = None

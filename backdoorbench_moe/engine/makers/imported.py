@@ -24,6 +24,7 @@ from backdoorbench_moe.records import Record, RunFolder
 class ImportMaker(Maker):
     """Reads a model from a file and measures its clean accuracy. Nothing is trained."""
 
+    starts_from_file = True
     setup: ImageSetup
 
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:

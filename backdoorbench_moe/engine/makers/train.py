@@ -28,6 +28,8 @@ from backdoorbench_moe.triggers.optimised import OptimisedTrigger
 class TrainMaker(Maker):
     """Trains a model on the (poisoned) training images, measures it and saves it."""
 
+    starts_from_file = True
+
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
         super().__init__(spec, workplace)
         check_probe(spec, self.setup)

@@ -9,10 +9,10 @@ from torch import nn
 
 from backdoorbench_moe import models
 from backdoorbench_moe.config import RunSpec
-from backdoorbench_moe.engine.files import sha256_of
+from backdoorbench_moe.engine.files import named_files, sha256_of
 from backdoorbench_moe.engine.progress.observer import Observer
 from backdoorbench_moe.engine.weights.fitting import fit_weights
-from backdoorbench_moe.engine.weights.reading import read_weights
+from backdoorbench_moe.engine.weights.reading import check_weights, read_weights
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.paths import expand
 
@@ -37,6 +37,20 @@ class Start:
     def to_dict(self) -> dict[str, Any]:
         """Return the values for a record."""
         return {**asdict(self), "notes": list(self.notes)}
+
+
+def check_start(spec: RunSpec) -> None:
+    """Check, by its first bytes, that the file that the model's option `weights` names may hold weights.
+
+    If the spec has the hash of a file that is missing now, nothing is said: an interrupted run continues without it.
+
+    Raises:
+        RecordError: The file is missing, or is something else.
+    """
+    chosen = models.registry.common(spec.model.name, spec.model.options)
+    if chosen.weights is None or (KEY in spec.files and KEY not in dict(named_files(spec))):
+        return
+    check_weights(expand(chosen.weights, KEY))
 
 
 def load_start(spec: RunSpec, model: nn.Module, observer: Observer) -> Start | None:
