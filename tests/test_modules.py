@@ -66,13 +66,13 @@ def test_a_defense_says_what_a_module_lacks(name, reason, plain, split) -> None:
 @pytest.mark.parametrize(
     ("name", "count", "message"),
     [
-        ("strip", 10, "of 10 images is 10; .* too few to set a threshold"),
-        ("scale-up", 10, "of 10 images is 10, which are too few to set a threshold"),
-        ("anp", 1, "of 1 images is 1; expected at least 3, as many as there are classes"),
+        ("strip", 10, "10 of 3 classes; .* too few to set a threshold"),
+        ("scale-up", 10, "10 of 3 classes, which are too few to set a threshold"),
+        ("anp", 1, "expected at least 2 labelled images, got 1"),
     ],
 )
 def test_too_few_images_for_a_defense_are_refused(name, count, message, plain, split) -> None:
-    with pytest.raises(ConfigError, match=f"^clean_fraction: 1.0 {message}[^\n]*$"):
+    with pytest.raises(ConfigError, match=f"^images: {message}[^\n]*$"):
         bbmoe.defend(plain, name, images=split.images[:count], labels=split.labels[:count], device="cpu")
 
 

@@ -69,7 +69,9 @@ def _of_parent(run: Run, clean: Run) -> Metrics | None:
         if each["role"] != PARENT or not folder.exists:
             continue
         parent = folder.read()
-        same = parent.environment.get("precision") == run.record.environment.get("precision")
+        same = all(
+            parent.environment.get(k) == run.record.environment.get(k) for k in ("device", "precision")
+        )
         if parent.digest == each["digest"] and same and _is_linked(run, parent, clean):
             return {name: parent.metrics[name] for name in _twin_metrics(run)}
     return None

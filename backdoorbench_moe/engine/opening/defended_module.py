@@ -13,7 +13,7 @@ from torch import nn
 from backdoorbench_moe import defenses
 from backdoorbench_moe.config import PartSpec, TrainSpec
 from backdoorbench_moe.data.base import Split
-from backdoorbench_moe.defenses.base import DefenseTask
+from backdoorbench_moe.defenses.base import Defense, DefenseTask
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.engine.device import reproducible
 from backdoorbench_moe.engine.inference import features, logits, losses, predict, routings
@@ -99,9 +99,7 @@ def defend_module(
             raise ConfigError(f"{defense.name}: needs {need} images, which only a run has; a module has none")
     built.check_model(opened.model)
     built.check_images(opened.model, opened.image_size)
-    # What is given is all that the defender holds: never fewer images than a run's defender would need.
-    built.clean_fraction = 1.0
-    built.count(len(held), opened.num_classes)
+    _check_count(built, held)
     own, stages = derive_seed(seed, "defense", 0), Stages()
     watcher = observer or Observer()
     task = _task(opened, held, train, own, watcher, defense.name, stages, sorted(built.needs))
@@ -113,6 +111,21 @@ def defend_module(
         for name, model, seconds in ((BEFORE, opened.model, 0.0), *stages.kept)
     )
     return DefendedModule(defense.name, measured, result.judgements)
+
+
+def _check_count(defense: Defense, held: Split) -> None:
+    """Raise ConfigError if the defense needs more images, or more classes, than those that the caller gave."""
+    count, classes = len(held), len(held.labels.unique())
+    if count < 2:  # Batch statistics of a single image do not exist.
+        raise ConfigError.expected("images", "at least 2 labelled images", count)
+    defense.clean_fraction = 1.0  # What is given is all that the defender holds.
+    try:
+        defense.count(count, classes)
+    except ConfigError as error:
+        given = f"images: {count} of {classes} classes"
+        raise ConfigError(
+            str(error).replace(f"clean_fraction: 1.0 of {count} images is {count}", given)
+        ) from None
 
 
 def _task(
