@@ -14,9 +14,9 @@ Trained = Literal["all", "mlps", "gates", "nothing"]
 FLOAT = 4
 # Numbers that AdamW keeps for each weight: the means of the gradient and of its square.
 ADAMW_STATES = 2
-# Numbers that are kept for the backward pass, counted on float32 (see plugins/bbmoe-lm/tests/models/test_memory.py): for
-# each token and layer these multiples of the features, and of the hidden units; for each expert that a token goes to,
-# `DISPATCHED` times the features besides; and a few for each expert and each head.
+# Numbers that are kept for the backward pass, counted on float32 (see plugins/bbmoe-lm/tests/models/test_memory.py):
+# for each token and layer these multiples of the features, and of the hidden units; for each expert that a token goes
+# to, `DISPATCHED` times the features besides; and a few for each expert and each head.
 KEPT_FEATURES, KEPT_HIDDEN, DISPATCHED, KEPT_EXPERTS, KEPT_HEADS = 10, 4, 3, 16, 2
 # Logits, their log-softmax and its gradient.
 LOGITS_TRAINED, LOGITS = 3, 1
