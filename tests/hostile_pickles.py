@@ -70,7 +70,12 @@ hostile(
 )
 hostile("an array of dates", "attack", "refused numpy type 'M8'", saved(result(bd_test=np.zeros(2, "M8[s]"))))
 hostile("a set", "attack", r"refused global \w+\.set", saved(result(clean_data={1})))
-hostile("a global by number", "attack", "refused global 1.2", archive(program(b"K\x01K\x02\x93")))
+hostile(
+    "a global by number",
+    "attack",
+    "refused global whose name is no text",
+    archive(program(b"K\x01K\x02\x93")),
+)
 
 # Operations that are not admitted.
 for name, body in {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from backdoorbench_moe.drawing import inline_svg, render_page
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.records import write_atomically
 
-FILE, FIGURES = "report.html", "figures"
+FILE, FIGURES, LIST = "report.html", "figures", ".written.json"
 # Smallest and largest scale of a figure, in CSS pixels per inch: its text stays legible and it does not get too large.
 MIN_SCALE, MAX_SCALE = 72, 118
 # A figure wider than this, in inches, spans both columns of the page.
@@ -120,7 +121,7 @@ def make_report(document: Doc, sections: list[Section]) -> AnalysisReport:
 def save_report(report: AnalysisReport, output: Path) -> Path:
     """Write report.html and figures/*.png, each file atomically.
 
-    Figures of an earlier analysis that are not part of the report are deleted.
+    Figures that an earlier analysis wrote, and that are not part of the report, are deleted.
 
     Args:
         report: The report.
@@ -139,11 +140,22 @@ def save_report(report: AnalysisReport, output: Path) -> Path:
         raise RecordError(f"output folder {folder}: {error.strerror}") from error
     for name, png in report.figures.items():
         write_atomically(folder / f"{name}.png", partial(_write_bytes, png))
-    for file in folder.glob("*.png"):
-        if file.stem not in report.figures:
-            file.unlink()
+    for name in _listed(folder) - report.figures.keys():
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    names = json.dumps(sorted(report.figures))
+    write_atomically(folder / LIST, lambda path: path.write_text(names, encoding="utf-8"))
     write_atomically(output / FILE, lambda path: path.write_text(report.page, encoding="utf-8"))
     return output / FILE
+
+
+def _listed(folder: Path) -> set[str]:
+    """The figures that an earlier analysis wrote to a folder: only these are deleted, whatever else lies there."""
+    try:
+        names = json.loads((folder / LIST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return set()
+    texts = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    return {name for name in texts if Path(name).name == name}
 
 
 def _write_bytes(content: bytes, path: Path) -> None:

@@ -124,7 +124,7 @@ def load(path: Path) -> Calibration:
         return parse(json.loads(path.read_text(encoding="utf-8")), str(path))
     except OSError as error:
         raise RecordError(f"calibration {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"calibration {path}: is not valid JSON ({error})") from error
 
 
@@ -150,6 +150,9 @@ def parse(document: Any, where: str) -> Calibration:
         }
         calibration = Calibration(float(document["level"]), thresholds, document)
         _ = calibration.line
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        numbers = [number for each in thresholds.values() for number in (each.centre, each.value)]
+        if not 0 < calibration.level < 1 or not all(map(math.isfinite, numbers)):
+            raise ValueError("expected a level in (0, 1) and finite thresholds")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise RecordError(f"calibration {where}: is damaged ({type(error).__name__}: {error})") from error
     return calibration

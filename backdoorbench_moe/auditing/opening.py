@@ -24,11 +24,13 @@ from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.setups.tasks import Tasks
 from backdoorbench_moe.errors import ConfigError, naming
 from backdoorbench_moe.ops.images import Split, concatenate, draw_images
+from backdoorbench_moe.ops.seeding import generator
 from backdoorbench_moe.paths import expand
 
 # Of a run's test images so many are used, equally many of each class.
 RUN_IMAGES, TASK_IMAGES = 200, 100
 SEED = 0
+NO_IMAGES = "labels: expected images with the labels, got none"
 
 
 def open_run_subject(
@@ -59,7 +61,10 @@ def open_run_subject(
     """
     opened = open_model(run, with_data=False, device=device)
     task_names: Sequence[str] = ()
-    if images is None and with_images:
+    if images is None and labels is not None:
+        raise ConfigError(NO_IMAGES)
+    own_images = images is None
+    if own_images and with_images:
         split, own, own_names = _run_images(run, data_root)
         images, labels = split.images, split.labels
         if tasks is None:
@@ -75,6 +80,7 @@ def open_run_subject(
         classes=opened.classes,
         device=opened.device,
         precision=opened.precision,
+        in_order=own_images,
     )
 
 
@@ -124,25 +130,49 @@ def _make(
     base: Any,
     tasks: Sequence[Images],
     image_size: int | None,
+    in_order: bool = False,
     **given: Any,
 ) -> Subject:
-    """Make a subject of a model and of what was given with it, which is read first."""
+    """Make a subject of a model and of what was given with it, which is read first.
+
+    Args:
+        in_order: Whether every beginning of the images has all classes already, see `spread`.
+    """
     read = partial(take_images, size=image_size, most=MOST_IMAGES)
     found, own = (None, None) if images is None else read(images, classes=given.get("classes", ()))
     if labels is None:
         labels = own
     elif found is None:
-        raise ConfigError("labels: expected images with the labels, got none")
+        raise ConfigError(NO_IMAGES)
+    elif isinstance(images, str | os.PathLike):
+        raise ConfigError(
+            "labels: expected none for a folder of images, whose subfolders have the names of classes"
+        )
+    if found is not None:
+        labels = None if labels is None else take_labels(labels, len(found))
+        found, labels = (found, labels) if in_order else spread(found, labels)
     return make_subject(
         model,
         images=found,
-        labels=None if labels is None or found is None else take_labels(labels, len(found)),
+        labels=labels,
         base=None if base is None else base_state(base),
         tasks=[read(each, name=f"tasks[{number}]")[0] for number, each in enumerate(tasks)],
         image_size=image_size,
         seed=SEED,
         **given,
     )
+
+
+def spread(images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Put images into an order of which every beginning has images of all classes: checks use the first ones.
+
+    Without labels, it is a random order.
+    """
+    if labels is None:
+        place = torch.randperm(len(images), generator=generator(SEED, "audit order"))
+        return images[place.to(images.device)], None
+    place = draw_images(labels.cpu(), len(labels), SEED)
+    return images[place.to(images.device)], labels[place.to(labels.device)]
 
 
 def with_store(subject: Subject, folder: Path | None, digest: str | None = None) -> tuple[Subject, Store]:
@@ -172,14 +202,16 @@ def base_state(base: Any) -> Mapping[str, Tensor]:
 
 def _run_images(run: Run, data_root: str | None) -> tuple[Split, list[Tensor], list[str]]:
     """Return some of a run's clean test images; and for a mixture those of each task, and the tasks' names."""
-    images = load_run_images(run, data_root)
+    found = load_run_images(run, data_root)
     if run.spec.splitter is None:
-        return _draw(images.test), [], []
-    split = Tasks(run.located_spec(), images)
+        return _draw(found.test), [], []
+    split = Tasks(run.located_spec(), found)
     tests = split.tests()
     each = max(1, RUN_IMAGES // len(tests))
     mixed = concatenate([_draw(test, each) for test in tests])
-    return mixed, [_draw(test, TASK_IMAGES).images for test in tests], split.names
+    images, labels = spread(mixed.images, mixed.labels)
+    assert labels is not None
+    return Split(images, labels), [_draw(test, TASK_IMAGES).images for test in tests], split.names
 
 
 def _draw(split: Split, count: int = RUN_IMAGES) -> Split:

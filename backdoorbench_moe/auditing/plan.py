@@ -90,6 +90,6 @@ class Plan:
             for _ in range(2):
                 started = time.perf_counter()
                 logits(subject.model, some, precision=subject.precision).sum().item()
-        except (RuntimeError, NotImplementedError):
-            return float("inf")  # Of a model of unknown origin; the checks say so.
+        except Exception:  # A model of unknown origin may raise anything; the checks say so.
+            return float("inf")
         return len(some) / max(time.perf_counter() - started, 1e-9)

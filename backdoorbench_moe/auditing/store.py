@@ -128,7 +128,7 @@ def read_values(file: Path) -> dict[str, Any] | None:
     """Return the values in the file of a check; None if it cannot be read."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None
 

@@ -177,6 +177,9 @@ def make_subject(
     model = model.to(device).eval()
     if images is not None:
         _check_output(model, images[:2].to(device), precision, labels)
+    elif image_size is not None:
+        blank = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8, device=device)
+        _check_output(model, blank, precision, None)
     return Subject(
         model=model,
         images=None if images is None else images[:MOST_IMAGES].to(device),
@@ -242,7 +245,7 @@ def _check_output(model: nn.Module, images: Tensor, precision: str, labels: Tens
     side, kind = images.shape[-1], type(model).__name__
     try:
         found = logits(model, images, precision=precision)
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # A model of unknown origin may raise anything.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ShapeError(f"model: {kind} cannot process images of {side}x{side} ({reason})") from error
     if found.ndim != 2 or found.shape[1] < 2:

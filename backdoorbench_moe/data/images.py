@@ -24,6 +24,8 @@ from backdoorbench_moe.image_files import decode_content, read_content
 
 # No model takes larger images.
 MAX_SIDE = 8192
+# A longer side than this after resizing would take gigabytes, of which the crop keeps nearly nothing.
+LONGEST_SIDE = 4 * MAX_SIDE
 RESIZE_CHUNK = 1024
 # Files that a thread decodes at a time, and the most bytes that their images may have.
 FILES_CHUNK, PART_BYTES = 64, 1 << 24
@@ -151,6 +153,11 @@ def resize_and_crop(image: Image.Image, resize: int, size: int) -> Image.Image:
     """Resize the shorter side to `resize` pixels and cut out the middle, as torchvision's Resize and CenterCrop do."""
     short = min(image.size)
     width, height = (int(resize * side / short) for side in image.size)
+    if max(width, height) > LONGEST_SIDE:
+        raise DataError(
+            f"expected an image whose longer side is at most {LONGEST_SIDE} pixels when the shorter one is {resize}, "
+            f"got one of {image.size[0]}x{image.size[1]}"
+        )
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (round((side - size) / 2) for side in image.size)
     return image.crop((left, top, left + size, top + size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import tempfile
 import urllib.request
@@ -80,7 +81,9 @@ def download(url: str, folder: Path, md5: str) -> Path:
                 Path(partial).replace(target)
             finally:
                 Path(partial).unlink(missing_ok=True)
-    except OSError as error:  # URLError, time-outs and a full or read-only disk are all OSErrors.
+    # URLError, time-outs and a full or read-only disk are all OSErrors; an answer that breaks off or has a header that
+    # is no number is none.
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise DataError(
             f"{url}: cannot be fetched into {folder} ({error}); fetch it by hand and use --data-root (root=)"
         ) from error

@@ -44,8 +44,7 @@ def _plain(value: object) -> object:
         return value
     if value.values.dtype != np.uint8:
         raise DataError(f"expected an array of bytes, got {value.values.dtype}")
-    # A copy: arrays from bytes cannot be written to.
-    return value.values.copy()
+    return value.values
 
 
 def _text(value: str | bytes) -> str:

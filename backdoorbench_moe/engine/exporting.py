@@ -76,7 +76,7 @@ def export_run(
     if run.record.is_text:
         raise ConfigError.expected("format", "'transformers', as the run is on texts", form)
     check_finished(run)
-    _check_folder(folder)
+    check_folder(folder)
     if images:
         _check_one_set(run)
     weights, metadata = _weights(run)
@@ -115,7 +115,7 @@ def export_checkpoint(run: Run, folder: Path, *, data_root: str | None = None) -
         BbmoeError: The run or its data cannot be used, the model has no such format, or the folder cannot be written.
     """
     check_finished(run)
-    _check_folder(folder)
+    check_folder(folder)
     model, spec = run.model(), run.located_spec()
     if not isinstance(model, WritesCheckpoints):
         expected = f"another format, as the model {spec.model.name} has none of transformers"
@@ -231,7 +231,7 @@ def _write_tensors(found: ExportedSet, place: Path) -> None:
     save_file(tensors, place / "train.safetensors", metadata=texts)
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Raise ConfigError unless the folder does not exist or is empty, and can be moved into its place."""
     try:
         if folder.resolve() in (Path.cwd(), Path(folder.anchor)):

@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from backdoorbench_moe.data.base import ImageSet, Split
+from backdoorbench_moe.engine.exporting import check_folder, write_folder
 from backdoorbench_moe.engine.poisoning.poison import poisoned
 from backdoorbench_moe.engine.run import Run, check_finished
 from backdoorbench_moe.engine.setups.images import ImageSetup
 from backdoorbench_moe.engine.workplace import Workplace
-from backdoorbench_moe.errors import BbmoeWarning, ConfigError, RecordError
+from backdoorbench_moe.errors import BbmoeWarning, ConfigError
 from backdoorbench_moe.interop.export_script import RESULT_SCRIPT, read_script
 from backdoorbench_moe.interop.importing import NORMALISATION
 from backdoorbench_moe.interop.result_folder import COLUMNS, TEST_IMAGES, TRAIN_IMAGES
@@ -33,15 +34,15 @@ def write_backdoorbench(run: Run, folder: Path | str, *, data_root: str | None =
 
     Args:
         run: A finished, attacked run of one model, with a trigger.
-        folder: The folder, which must not exist or be empty.
+        folder: The folder, which must not exist or be empty. It appears whole or not at all.
         data_root: Folder of the data set; None for the one that the run used.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: The run has no attack with a trigger, or is a mixture.
-        RecordError: The run is not finished, or the folder is not empty.
+        ConfigError: The run has no attack with a trigger, or is a mixture; or the folder is not empty.
+        RecordError: The run is not finished, or the disk refuses.
     """
     check_finished(run)
     spec, target = run.located_spec(), Path(folder)
@@ -49,21 +50,24 @@ def write_backdoorbench(run: Run, folder: Path | str, *, data_root: str | None =
         raise ConfigError(
             f"{run.folder.path}: expected an attacked run of one model with a trigger to export"
         )
-    if target.exists() and any(target.iterdir()):
-        raise RecordError(f"{target}: expected a new or empty folder")
+    check_folder(target)
     if data_root is not None:
         spec = spec.with_data(root=data_root)
     workplace = Workplace(spec)
     setup = ImageSetup(spec, workplace.images)
     setup.stamper = run.stamper()
-    target.mkdir(parents=True, exist_ok=True)
-    facts = _facts(run, workplace.images)
-    facts["bd_test"] = _write_test(target, setup)
-    facts["bd_train"] = _write_train(target, setup, workplace.images)
-    _write_weights(target, run, facts)
-    _write_numbers(target / "attack_df.csv", run)
-    (target / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    (target / RESULT_SCRIPT).write_text(read_script(RESULT_SCRIPT), encoding="utf-8")
+    model, facts = run.model(), _facts(run, workplace.images)
+    _check_normalisation(model, facts["dataset"], target)
+
+    def write(place: Path) -> None:
+        facts["bd_test"] = _write_test(place, setup)
+        facts["bd_train"] = _write_train(place, setup, workplace.images)
+        _write_weights(place, run.spec.model.name, model, facts)
+        _write_numbers(place / "attack_df.csv", run)
+        (place / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        (place / RESULT_SCRIPT).write_text(read_script(RESULT_SCRIPT), encoding="utf-8")
+
+    write_folder(target, write)
     return target
 
 
@@ -127,13 +131,11 @@ def _write_images(folder: Path, images: Tensor, labels: Tensor, places: Tensor) 
         Image.fromarray(row).save(folder / str(label) / f"{place}.png")
 
 
-def _write_weights(target: Path, run: Run, facts: dict[str, Any]) -> None:
+def _write_weights(target: Path, name: str, model: nn.Module, facts: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
-    model = run.model()
-    _check_normalisation(model, facts["dataset"], target)
     weights = model.state_dict()
-    facts["model_name"] = run.spec.model.name
+    facts["model_name"] = name
     if isinstance(model, BackdoorBenchModel):
         facts["model_name"] = model.architecture
         weights = {model.their_name(name): tensor for name, tensor in weights.items()}
@@ -150,7 +152,7 @@ def _check_normalisation(model: nn.Module, dataset: str, target: Path) -> None:
         f"{target}: BackdoorBench normalises images of {dataset} by mean {theirs[0]} and std {theirs[1]} before the "
         "model, and this model was trained without; train backdoorbench:... with these as model.mean and model.std",
         BbmoeWarning,
-        stacklevel=4,
+        stacklevel=3,
     )
 
 

@@ -16,6 +16,8 @@ from backdoorbench_moe.errors import DataError
 from backdoorbench_moe.pickles import NUMPY, Global, Stateful
 
 MOST_AXES = 8
+# No size, stride or product of sizes may reach it: they have to fit into torch's integers.
+LARGEST = 1 << 40
 MOST_TENSORS = 20_000
 # The types of numbers that BackdoorBench's models and toolbox's tensors have.
 STORAGES = {"FloatStorage": torch.float32, "LongStorage": torch.int64}
@@ -126,6 +128,9 @@ def _tensor(arguments: tuple[Any, ...]) -> Tensor:
         raise DataError(
             f"refused a tensor of size {size} and stride {stride}: its numbers overlap or lie apart"
         )
+    # What the checks above do not see: axes of a tensor without numbers, and strides of axes of length 1.
+    if max(whole) >= LARGEST or math.prod(max(1, n) for n in size) >= LARGEST:
+        raise DataError(f"refused a tensor of size {size} and stride {stride}: larger than any that is read")
     if not count:
         return storage.values.new_empty(size)
     storage.claim(offset, offset + count)

@@ -136,7 +136,9 @@ def _read_old(data: mmap.mmap) -> object:
         data, TORCH, start=position, persistent=storages.resolve, limits=LIMITS, only=ONLY
     )
     keys, position = read_value(data, {}, start=position, limits=LIMITS, only="names")
-    if not isinstance(keys, list) or sorted(keys, key=str) != sorted(storages.known):
+    if not isinstance(keys, list) or not all(type(key) is str for key in keys):
+        raise DataError("damaged file: expected the names of its storages")
+    if sorted(keys) != sorted(storages.known):
         raise DataError("damaged file: expected the names of its storages")
     for key in keys:
         position = _fill(storages.known[key], data, position)

@@ -51,9 +51,10 @@ class PickledArray(Stateful):
         match state:
             case (int(), tuple(shape), _Dtype() as kind, bool() | int() as fortran, bytes(raw)):
                 sizes_fit = len(shape) <= MOST_AXES and all(type(size) is int and size >= 0 for size in shape)
+                if not kind.dtype.isnative:
+                    raise DataError("refused numbers of the other byte order, which would have to be copied")
                 if not fortran and sizes_fit and math.prod(shape) * kind.dtype.itemsize == len(raw):
-                    values = np.frombuffer(raw, kind.dtype).reshape(shape)
-                    self._values = values.astype(kind.dtype.newbyteorder("="), copy=False)
+                    self._values = np.frombuffer(raw, kind.dtype).reshape(shape)
                     return
                 raise DataError("expected an array in C order with as many bytes as its shape says")
         raise DataError("expected an array of numbers in C order")

@@ -231,9 +231,9 @@ class _Machine:
             target[_key(key)] = value
 
     def find(self, module: object, name: object) -> None:
-        found = (
-            self.admitted.get((module, name)) if isinstance(module, str) and isinstance(name, str) else None
-        )
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise DataError("refused global whose name is no text")  # Its text could be of any length.
+        found = self.admitted.get((module, name))
         if found is None:
             shown = f"{module}.{name}"[:LONGEST_NAME]
             raise DataError(f"refused global {shown}" + (f"; only {self.only} are read" if self.only else ""))

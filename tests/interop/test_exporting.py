@@ -22,7 +22,7 @@ import backdoorbench_moe as bbmoe
 from backdoorbench_moe import data
 from backdoorbench_moe.cli import bbmoe as command
 from backdoorbench_moe.engine.run import Run
-from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError, RecordError
+from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError
 from backdoorbench_moe.interop.attack_result import read_attack_result
 from backdoorbench_moe.interop.export_script import MODULE_SCRIPT, read_script
 from backdoorbench_moe.interop.exporting import write_backdoorbench
@@ -89,7 +89,7 @@ def test_the_commands(run: Run, tmp_path: Path) -> None:
         command, ["export", str(run.folder.path), str(target), "--format", "backdoorbench"]
     )
     assert done.exit_code == 0 and (target / "facts.json").is_file(), done.output
-    with pytest.raises(RecordError, match="expected a new or empty folder"):
+    with pytest.raises(ConfigError, match="expected a folder that does not exist or is empty"):
         write_backdoorbench(run, target)
     folder = tmp_path / "record" / "noise"
     numbers = write_result(folder, Tiny().load())

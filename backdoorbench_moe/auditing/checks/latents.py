@@ -180,6 +180,8 @@ class TaskLatents(Check):
                     float(indices.max()),
                     (layer.removeprefix(NETWORK), *list(pairs)[int(indices.argmax())]),
                 )
+        if most < 0:
+            raise NotTested("the inputs of the gates are no finite numbers")
         layer, first, second = best
         pair = " and ".join(map(subject.task_name, (first, second)))
         reason = (

@@ -70,16 +70,16 @@ class LargestMargin(Check):
             raise NotTested(f"with {subject.num_classes} classes, none can be an outlier")
         margins = largest_margins(subject, side)
         _check_finite(margins)
-        values = margins.clamp(min=1e-6).tolist()
+        values = margins.clamp(min=1e-6).tolist()  # Only positive values can be compared by their ratio.
         outlier, by_class = find_standout(
             {"margin": {str(c): value for c, value in enumerate(values)}}, direction="up"
         )
         label = int(outlier.name) if outlier.surprise else int(margins.argmax())
         reason = (
-            f"{subject.class_name(label)} can win by {values[label]:.3g}; "
+            f"{subject.class_name(label)} can win by {margins[label]:.3g}; "
             f"the median of all classes is {margins.median():.3g}"
         )
-        details = {"class": label, "margins": values, "surprises": by_class}
+        details = {"class": label, "margins": margins.tolist(), "surprises": by_class}
         return Measured(outlier.surprise, reason, details)
 
 

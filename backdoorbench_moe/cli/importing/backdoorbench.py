@@ -10,6 +10,7 @@ import click
 from backdoorbench_moe.cli.params import PATH
 from backdoorbench_moe.cli.terminal.threads import CoreUsage, threads_option, use_threads
 from backdoorbench_moe.config import chain_options
+from backdoorbench_moe.errors import ConfigError
 
 if TYPE_CHECKING:
     from backdoorbench_moe.interop.comparison import Imported
@@ -63,7 +64,10 @@ def command(
     if (mean is None) != (std is None):
         raise click.UsageError("--mean and --std: expected both or neither")
     usage = CoreUsage.now()
-    options = {key.removeprefix("dataset."): value for key, value in chain_options(settings).items()}
+    given = chain_options(settings)
+    if others := sorted(given.keys() - {"dataset"}):
+        raise ConfigError.expected("--set", "dataset.KEY=VALUE", others[0])
+    options = given.get("dataset", {})
     from backdoorbench_moe.cli.terminal.progress import make_observer
     from backdoorbench_moe.interop.importing import import_backdoorbench
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from backdoorbench_moe.collapse import MARK, MARKED, collapse_line, collapsed
@@ -155,7 +156,7 @@ def task_table(record: Record, twin: Sequence[GateShares]) -> Table:
         own, expert = (record.metrics.get(f"task/{number}.{name}") for name in ("ba", "expert_ba"))
         shares = [_own_share(record.gate_shares, number), *([_own_share(twin, number)] if twin else [])]
         poisoned = ", poisoned" if number in mixture.poisoned_experts else ""
-        table.add_row(f"{number} {task['name']}{poisoned}", _value(own), _value(expert), *shares)
+        table.add_row(escape(f"{number} {task['name']}{poisoned}"), _value(own), _value(expert), *shares)
     return table
 
 

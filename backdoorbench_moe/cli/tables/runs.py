@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from backdoorbench_moe.bench.tables.record_metrics import with_base
@@ -295,7 +296,7 @@ def settings_table(record: Record) -> Table:
     """Build a table of the settings, data and environment of a run, one row for each group."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in record.spec.items():
-        table.add_row(key, _inline(value))
+        table.add_row(key, escape(_inline(value)))
     if record.poison:
         table.add_row("poisoned images", str(record.poison["n"]))
     if record.data:
@@ -311,9 +312,9 @@ def settings_table(record: Record) -> Table:
     if record.timing:
         table.add_row("timing", _inline({k: round(v, 2) for k, v in record.timing.items()}))
     if record.parent:
-        table.add_row("defended run", record.parent)
+        table.add_row("defended run", escape(record.parent))
     if record.clean_twin:
-        table.add_row("clean twin", record.clean_twin)
+        table.add_row("clean twin", escape(record.clean_twin))
     return table
 
 

@@ -117,6 +117,8 @@ class ReferenceJudge(Judge):
         if self.match == "exact":
             return reference.strip() == text.strip()
         wanted, said = spoken(reference), spoken(text)
+        if not wanted:  # An answer without words, such as "+".
+            return reference.strip() == text.strip()
         return wanted == said if self.match == "words" else f" {wanted} " in f" {said} "
 
     def verdicts(self, queries: Split, answers: Tensor) -> list[Verdict]:
