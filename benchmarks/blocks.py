@@ -168,6 +168,12 @@ def defended_dense(root: Path) -> str:
     return whole_table(root, "standard-defenses/quick", layout)
 
 
+def defended_vmoe(root: Path) -> str:
+    """Draw the same of a V-MoE."""
+    layout = Layout("", ("defenses",), "trigger.name", no_trigger=False, where={"applicator.name": "patch"})
+    return whole_table(root, "standard-vmoe/quick", layout)
+
+
 def tuned(root: Path) -> str:
     """Draw the ASR after short and long tuning, and after tuning on random tiles, on CIFAR-10."""
     layout = Layout("", ("defenses",), "trigger.name", no_trigger=False, where=PMOE_WITHOUT_NOISE)
@@ -299,6 +305,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "defended": defended,
     "defended-quick": defended_quick,
     "defended-dense": defended_dense,
+    "defended-vmoe": defended_vmoe,
     "knowing": knowing,
     "tuned": tuned,
     "poisoned-expert": poisoned_expert,
