@@ -14,6 +14,7 @@ from torch_files import (
     ROOT,
     STORAGE,
     archive,
+    number,
     old_form,
     pair,
     program,
@@ -24,6 +25,9 @@ from torch_files import (
     tensor,
     text,
 )
+
+# More than torch's integers hold: alone, or as a product.
+HUGE, EMPTY = 1 << 70, number(0) + number(1 << 62) * 2 + b"\x87"
 
 # Tensors.
 for name, reason, tensors in (
@@ -37,6 +41,17 @@ for name, reason, tensors in (
     ("a tensor of 2**60 equal numbers", "outside its storage", [tensor(single(1 << 60), single(0))]),
     ("a tensor with gaps", "overlap or lie apart", [tensor(single(3), single(2))]),
     ("a stride that leaves the storage", "overlap or lie apart", [tensor(pair(1, 2), pair(1, 1 << 40))]),
+    (
+        "an empty tensor with a size of 2**70",
+        "larger than any that is read",
+        [tensor(pair(0, HUGE), pair(1, 1))],
+    ),
+    ("an empty tensor of 2**124 rows", "larger than any that is read", [tensor(EMPTY, EMPTY)]),
+    (
+        "a stride of 2**70 that is not used",
+        "larger than any that is read",
+        [tensor(pair(1, 6), pair(HUGE, 1))],
+    ),
     (
         "two tensors that overlap",
         "two tensors that overlap",

@@ -76,6 +76,19 @@ hostile(
     "refused global whose name is no text",
     archive(program(b"K\x01K\x02\x93")),
 )
+# Lists of the list before, a hundred times: as text, more than any memory holds.
+NESTED = b"]" + b"".join(b"q\x00](" + b"h\x00" * 100 + b"e" for _ in range(19))
+for name, body in {
+    "a global whose name is a billion laughs": text("os") + NESTED,
+    "a global whose module is a billion laughs": NESTED + text("system"),
+}.items():
+    hostile(name, "attack", "refused global whose name is no text", archive(program(body + b"\x93")))
+hostile(
+    "an array of the other byte order",
+    "attack",
+    "refused numbers of the other byte order",
+    saved(result(bd_test=split([0], 2, poison_indicator=np.zeros(2, ">f8")))),
+)
 
 # Operations that are not admitted.
 for name, body in {
@@ -128,9 +141,8 @@ hostile(
 hostile("a loop of two", "attack", "a value that contains itself", archive(program(b"]q\x00]q\x01h\x00aa")))
 hostile("nested tuples", "attack", "nested at most", archive(program(b"N" + b"\x85" * 100_000)))
 hostile("nested marks", "attack", "nested at most", archive(program(b"(" * 100_000)))
-laughs = b"]" + b"".join(b"q\x00](" + b"h\x00" * 100 + b"e" for _ in range(19))
 hostile(
-    "a billion laughs", "attack", "values are left over|expected an attack_result", archive(program(laughs))
+    "a billion laughs", "attack", "values are left over|expected an attack_result", archive(program(NESTED))
 )
 hostile("a memo bomb", "attack", "stores an object under the number", archive(program(b"Nr\xff\xff\xff\xff")))
 hostile(

@@ -75,7 +75,7 @@ def archive(pickled: bytes, members: dict[str, bytes] | None = None, **options: 
     return buffer.getvalue()
 
 
-def old_form(pickled: bytes, keys: list[str], rest: bytes = b"", **head: Any) -> bytes:
+def old_form(pickled: bytes, keys: list[Any], rest: bytes = b"", **head: Any) -> bytes:
     """A file of the form before PyTorch 1.6, with any pickle."""
     values = {"magic": 0x1950A86A20F9469CFC6C, "protocol": 1001, "little_endian": True, **head}
     system = {"protocol_version": 1001, "little_endian": values["little_endian"], "type_sizes": {}}

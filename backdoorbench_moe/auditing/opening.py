@@ -171,7 +171,9 @@ def spread(images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None
     if labels is None:
         place = torch.randperm(len(images), generator=generator(SEED, "audit order"))
         return images[place.to(images.device)], None
-    place = draw_images(labels.cpu(), len(labels), SEED)
+    # Labels of any size, as the classes of the model are not known yet: only which ones are equal matters.
+    kinds = labels.cpu().unique(return_inverse=True)[1]
+    place = draw_images(kinds, len(kinds), SEED)
     return images[place.to(images.device)], labels[place.to(labels.device)]
 
 

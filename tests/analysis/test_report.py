@@ -17,6 +17,8 @@ from backdoorbench_moe.analysis.document import as_document, load_document, save
 from backdoorbench_moe.analysis.facts import run_facts
 from backdoorbench_moe.analysis.figures.training import draw_training
 from backdoorbench_moe.analysis.report import (
+    LIST,
+    AnalysisReport,
     command,
     draw_report,
     draw_sections,
@@ -147,13 +149,50 @@ def test_files_are_written_and_old_figures_removed(tmp_path) -> None:
     report = draw_report(document_of("dense"))
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "routing.png").write_text("of an earlier analysis")
+    (tmp_path / "figures" / LIST).write_text('["routing"]')
     (tmp_path / "figures" / "mine.txt").write_text("not ours")
     assert save_report(report, tmp_path).read_text(encoding="utf-8") == report.page
     names = {file.name for file in (tmp_path / "figures").iterdir()}
-    assert names == {f"{name}.png" for name in report.figures} | {"mine.txt"}
+    assert names == {f"{name}.png" for name in report.figures} | {"mine.txt", LIST}
     (tmp_path / "file").write_text("")
     with pytest.raises(RecordError, match="output folder"):
         save_report(report, tmp_path / "file")
+
+
+def test_only_figures_of_an_earlier_analysis_are_deleted(tmp_path) -> None:
+    folder = tmp_path / "figures"
+    save_report(AnalysisReport("<p>1</p>", {"history": b"1", "routing": b"1"}), tmp_path)
+    (folder / "photo.png").write_bytes(b"mine")
+    save_report(AnalysisReport("<p>2</p>", {"history": b"2"}), tmp_path)
+    assert {file.name for file in folder.iterdir()} == {"history.png", "photo.png", LIST}
+    assert (folder / "photo.png").read_bytes() == b"mine" and (folder / "history.png").read_bytes() == b"2"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "",
+        "{",
+        "[" * 100_000,
+        '"photo"',
+        "7",
+        '{"photo": 1}',
+        '[["photo"], null, 7]',
+        '["../photo", "../figures/photo", "", ".", "..", "/photo"]',
+        b"\xff\xfe",
+    ],
+    ids=lambda written: str(written[:12]),
+)
+def test_a_damaged_or_hostile_list_of_figures_deletes_nothing(tmp_path, written) -> None:
+    folder = tmp_path / "figures"
+    folder.mkdir()
+    mine = [folder / "photo.png", tmp_path / "photo.png"]
+    for file in mine:
+        file.write_bytes(b"mine")
+    (folder / LIST).write_bytes(written if isinstance(written, bytes) else written.encode())
+    save_report(AnalysisReport("<p></p>", {"history": b"1"}), tmp_path)
+    assert all(file.read_bytes() == b"mine" for file in mine)
+    assert json.loads((folder / LIST).read_text()) == ["history"]
 
 
 @pytest.mark.slow

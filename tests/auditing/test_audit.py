@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from mixture_runs import mixture_spec
 from PIL import Image
 from planted_models import row_images
 from subjects import Constant, Rows, merged, small_pmoe
+from tiny import Tiny
 
 import backdoorbench_moe as bbmoe
+from backdoorbench_moe.auditing import opening
 from backdoorbench_moe.auditing.audit import Audit, cost_of, digest_of, run_audit
 from backdoorbench_moe.auditing.calibration import Calibration, Threshold, packaged
 from backdoorbench_moe.auditing.checks import CHECKS, find_checks
 from backdoorbench_moe.auditing.document import as_document
-from backdoorbench_moe.auditing.opening import with_store
+from backdoorbench_moe.auditing.opening import spread, with_store
 from backdoorbench_moe.auditing.place import check_place, place_in_run
 from backdoorbench_moe.auditing.store import Store
 from backdoorbench_moe.auditing.subject import make_subject
 from backdoorbench_moe.auditing.verdict import DOES_NOT_JUDGE, NO_SIGN, NOT_TESTED, SIGNS
 from backdoorbench_moe.engine.opening.given_images import take_images
+from backdoorbench_moe.engine.setups.tasks import Tasks
 from backdoorbench_moe.errors import BbmoeError, ConfigError, DataError, RecordError, ShapeError
 
 
@@ -300,10 +305,80 @@ def test_images_of_a_folder(tmp_path) -> None:
     assert len(drawn) == 8 and {0, 1} == set(labels.tolist())
     one = bbmoe.audit(Rows(), images=tmp_path / "images", checks=["scaled-images"])
     assert one.facts["images"] == 30 and one.facts["accuracy"] is None
+    with pytest.raises(ConfigError, match="labels: expected none for a folder of images"):
+        bbmoe.audit(Rows(), images=tmp_path / "images", labels=[0] * 30, checks=["scaled-images"])
     (tmp_path / "empty").mkdir()
     for path, message in ((tmp_path / "empty", "found none in"), (tmp_path / "none", "expected a folder")):
         with pytest.raises(DataError, match=message):
             bbmoe.audit(Rows(), images=path)
+
+
+def test_labels_of_a_run_are_refused_without_images(monkeypatch) -> None:
+    opened = SimpleNamespace(
+        model=Rows(), image_size=8, classes=(), device=torch.device("cpu"), precision="fp32"
+    )
+    monkeypatch.setattr(opening, "open_model", lambda *_, **__: opened)
+    own = row_images(30)
+    monkeypatch.setattr(opening, "_run_images", lambda *_: (own, [], []))
+    assert len(opening.open_run_subject("a run").images) == 30
+    for given in ({}, {"with_images": False}):
+        with pytest.raises(ConfigError, match="labels: expected images with the labels, got none"):
+            opening.open_run_subject("a run", labels=[0] * 30, **given)
+
+
+@pytest.mark.parametrize(
+    "classes", [range(6), (0, 7, 10**15)], ids=["all classes", "labels that no model has"]
+)
+def test_every_beginning_of_spread_images_has_all_classes(classes) -> None:
+    count = len(classes)
+    labels = torch.tensor([label for label in classes for _ in range(5)])
+    images = torch.arange(len(labels)).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    found, own = spread(images, labels)
+    for begin in range(0, len(labels), count):
+        assert set(own[begin : begin + count].tolist()) == set(classes)
+    place = found[:, 0, 0, 0]
+    assert place.sort().values.tolist() == list(range(len(labels)))
+    assert torch.equal(labels[place], own)
+    assert torch.equal(spread(images, labels)[0], found)
+
+
+def test_without_labels_images_are_spread_in_a_random_order() -> None:
+    images = torch.arange(60).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    found, own = spread(images, None)
+    place = found[:, 0, 0, 0].tolist()
+    assert own is None and sorted(place) == list(range(60))
+    # Of images that were given class by class, ten of each of six classes, the first ones are of several.
+    assert len({number // 10 for number in place[:12]}) >= 3
+    assert torch.equal(spread(images, None)[0], found)
+
+
+def test_an_audit_looks_at_images_of_all_classes_first() -> None:
+    split = row_images(60)
+    order = split.labels.argsort(stable=True)
+    subject = opening.open_module_subject(Rows(), images=split.images[order], labels=split.labels[order])
+    assert subject.images is not None
+    rows = {str(image.tolist()): int(label) for image, label in zip(split.images, split.labels, strict=True)}
+    assert {rows[str(image.tolist())] for image in subject.images[:6]} == set(range(6))
+    with pytest.raises(ConfigError, match=r"labels: expected classes in 0\.\.5, .* got 0\.\.10{15}$"):
+        opening.open_module_subject(Rows(), images=split.images, labels=[0] * 59 + [10**15])
+
+
+def test_the_first_images_of_a_mixture_are_of_all_tasks(monkeypatch) -> None:
+    spec, images = mixture_spec(), Tiny().load()
+    monkeypatch.setattr(opening, "load_run_images", lambda *_: images)
+    run = SimpleNamespace(spec=spec, located_spec=lambda: spec)
+    split, tasks, names = opening._run_images(run, None)
+    tests = Tasks(spec, images).tests()
+    assert len(names) == len(tests) == len(tasks) == 2
+    known = [{image.numpy().tobytes() for image in test.images} for test in tests]
+    owners = [[image.numpy().tobytes() in of for of in known] for image in split.images]
+    assert all(map(any, owners))
+    first = owners[:8]
+    assert [sum(of) for of in zip(*first, strict=True)] != [8, 0] and all(
+        any(of) for of in zip(*first, strict=True)
+    )
+    classes = split.labels.unique()
+    assert set(split.labels[: len(classes)].tolist()) == set(classes.tolist())
 
 
 @pytest.mark.parametrize(

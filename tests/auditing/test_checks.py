@@ -262,6 +262,25 @@ def test_what_does_not_fit_is_refused() -> None:
         make_subject(nn.Conv2d(3, 3, 1), images=given)
 
 
+@pytest.mark.parametrize("error", [AssertionError, IndexError, KeyError, ZeroDivisionError])
+@pytest.mark.parametrize("given", [{"images": row_images(30).images}, {"image_size": 8}], ids=list)
+def test_a_model_that_raises_anything_on_images_is_refused(error, given) -> None:
+    class Raises(Rows):
+        def forward(self, images: Tensor) -> Tensor:
+            raise error("not for you\nand more")
+
+    with pytest.raises(ShapeError, match=r"model: Raises cannot process images of 8x8 \('?not for you.*\)$"):
+        make_subject(Raises(), **given)
+
+
+def test_without_images_a_model_must_take_those_of_its_size() -> None:
+    make_subject(Rows(), image_size=8)
+    with pytest.raises(ShapeError, match="cannot process images of 16x16"):
+        make_subject(Rows(), image_size=16)
+    with pytest.raises(ConfigError, match="expected logits"):
+        make_subject(nn.Conv2d(3, 3, 1), image_size=8)
+
+
 def test_checks_are_found_by_name_in_their_order() -> None:
     assert [check.name for check in find_checks(["inverted-patch", "gate-rows"])] == [
         "gate-rows",
@@ -276,14 +295,15 @@ def test_checks_are_found_by_name_in_their_order() -> None:
     assert all(check.title and check.explains and check.source for check in CHECKS)
 
 
-def test_a_model_that_fails_in_one_check_is_tested_by_the_others() -> None:
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, AssertionError, IndexError])
+def test_a_model_that_fails_in_one_check_is_tested_by_the_others(error) -> None:
     class NoGradients(Rows):
         def forward(self, images: Tensor) -> Tensor:
             if images.requires_grad:
-                raise RuntimeError("not for you\nand more")
+                raise error("not for you\nand more")
             return super().forward(images)
 
     split = row_images(30)
-    with pytest.raises(NotTested, match=r"the model failed with RuntimeError: not for you$"):
+    with pytest.raises(NotTested, match=rf"the model failed with {error.__name__}: not for you$"):
         look(NoGradients(), "inverted-image", images=split.images)
     assert look(NoGradients(), "scaled-images", images=split.images).score >= 0

@@ -8,6 +8,7 @@ from planted_models import TARGET, planted_model, row_images
 from subjects import Rows, images, look, small_pmoe
 
 from backdoorbench_moe.auditing.check import NotTested
+from backdoorbench_moe.auditing.checks import margins
 from backdoorbench_moe.auditing.checks.margins import STRENGTH, drawn, largest_margins, margins_of, steps
 from backdoorbench_moe.auditing.subject import make_subject
 
@@ -36,6 +37,17 @@ def test_a_model_of_equal_classes_has_no_standout() -> None:
     assert look(Rows(), "largest-margin", image_size=8).score == 0
     for name in UNIVERSAL:
         assert look(Rows(), name, images=row_images(60).images).score < 2
+
+
+def test_negative_margins_are_said_as_they_are(monkeypatch) -> None:
+    """Of classes that can only lose, none stands out, and the one that loses by least is named."""
+    found = torch.tensor([-3.0, -2.5, -0.5, -4.0, -3.5, -6.0])
+    monkeypatch.setattr(margins, "largest_margins", lambda *_: found)
+    measured = look(Rows(), "largest-margin", image_size=8)
+    assert measured.score == 0 and measured.details["class"] == 2
+    assert measured.details["margins"] == found.tolist()
+    # torch's median of an even number of values is the lower of the middle ones.
+    assert measured.reason.endswith("can win by -0.5; the median of all classes is -3.5")
 
 
 def test_a_planted_trigger_brings_its_class_the_largest_margin() -> None:

@@ -25,13 +25,14 @@ from backdoorbench_moe.auditing.verdict import (
 )
 from backdoorbench_moe.errors import RecordError
 
+CHECK = {"centre": 1.0, "threshold": 3.0, "clean": 10, "judges": True}
 DOCUMENT = {
     "kind": "audit calibration",
     "schema_version": 1,
     "level": 0.05,
     "population": {"calibrating": {"clean": 10}, "measuring": {"clean": 12}},
     "verdict": {"false_alarms": {"value": 8.3, "low": 1.5, "high": 35.4}},
-    "checks": {"a/1": {"centre": 1.0, "threshold": 3.0, "clean": 10, "judges": True}},
+    "checks": {"a/1": CHECK},
 }
 
 
@@ -123,6 +124,11 @@ def test_normal_scores_exceed_the_threshold_as_often_as_the_level_says() -> None
         ({"checks": {"a/1": {"centre": 1}}}, "is damaged"),
         ({"checks": None}, "is damaged"),
         ({"verdict": {}}, "is damaged"),
+        ({"level": 2}, r"is damaged .*expected a level in \(0, 1\)"),
+        ({"level": 0}, r"is damaged .*expected a level in \(0, 1\)"),
+        ({"checks": {"a/1": {**CHECK, "centre": math.nan}}}, "is damaged .*finite thresholds"),
+        ({"checks": {"a/1": {**CHECK, "threshold": math.inf}}}, "is damaged .*finite thresholds"),
+        ({"checks": {"a/1": {**CHECK, "clean": math.inf}}}, "is damaged .*OverflowError"),
     ],
 )
 def test_a_damaged_calibration_is_refused(change, message, tmp_path) -> None:
@@ -130,9 +136,15 @@ def test_a_damaged_calibration_is_refused(change, message, tmp_path) -> None:
     file.write_text(json.dumps({**DOCUMENT, **change}))
     with pytest.raises(RecordError, match=message):
         calibration.load(file)
-    file.write_text("{")
-    with pytest.raises(RecordError, match="not valid JSON"):
-        calibration.load(file)
+    for text in ("{", "[" * 100_000):
+        file.write_text(text)
+        with pytest.raises(RecordError, match="not valid JSON"):
+            calibration.load(file)
+    for key, value in (("level", 0.05), ("centre", 1.0), ("threshold", 3.0), ("clean", 10)):
+        file.write_text(json.dumps(DOCUMENT).replace(f'"{key}": {value}', f'"{key}": 1e400'))
+        assert "1e400" in file.read_text()
+        with pytest.raises(RecordError, match="is damaged"):
+            calibration.load(file)
     with pytest.raises(RecordError, match="No such file"):
         calibration.load(tmp_path / "none.json")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from backdoorbench_moe.collapse import MARK_LEGEND
-from backdoorbench_moe.errors import BbmoeWarning
+from backdoorbench_moe.errors import BbmoeWarning, ConfigError
 
 SMALL = [
     *("--dataset", "tiny", "--recipe", "paper", "--epochs", "1", "--batch-size", "32", "--precision", "fp32"),
@@ -298,3 +298,24 @@ def test_help_comes_after_commands_were_imported(bbmoe) -> None:
     assert bbmoe("list", "datasets")[0] == 0
     code, out, _ = bbmoe("--help")
     assert code == 0 and "attack" in out
+
+
+def test_options_of_the_data_set_reach_the_import(bbmoe, tmp_path, monkeypatch) -> None:
+    given: list[dict[str, object]] = []
+
+    def import_backdoorbench(_: Path, **options: object) -> None:
+        given.append(options)
+        raise ConfigError("nothing to import")
+
+    monkeypatch.setattr("backdoorbench_moe.interop.importing.import_backdoorbench", import_backdoorbench)
+    words = ("import", "backdoorbench", tmp_path, "--quiet")
+    bbmoe(*words, "--set", "dataset.train_images=100", "--set", "dataset.salt=2")
+    bbmoe(*words)
+    assert [each["data_options"] for each in given] == [{"train_images": 100, "salt": 2}, {}]
+    for setting in ("model.x=1", "x=1"):
+        code, out, err = bbmoe(*words, "--set", "dataset.train_images=100", "--set", setting)
+        assert code == 2 and out == "" and err.count("\n") == 1
+        assert (
+            "--set: expected dataset.KEY=VALUE" in err and setting.partition(".")[0].partition("=")[0] in err
+        )
+    assert len(given) == 2

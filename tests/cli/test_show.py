@@ -173,6 +173,15 @@ def test_markup_in_a_name_is_text(bbmoe, tmp_path) -> None:
     assert "image=[red]x[/red].png" in bbmoe("show", tmp_path, width=200)[1]
 
 
+def test_markup_in_a_path_is_text(bbmoe, tmp_path) -> None:
+    record = finished(build_spec({"dataset": {"name": "cifar10", "root": "/sets[v2]/[/b][red]"}}))
+    record.clean_twin = "twin[v2][/b]"
+    write(tmp_path, record)
+    code, out, _ = bbmoe("show", tmp_path / record.run_spec.name, width=200)
+    assert code == 0
+    assert all(path in out for path in ("/sets[v2]/[/b][red]", record.clean_twin))
+
+
 def test_metrics_of_any_name_are_columns(bbmoe, tmp_path) -> None:
     """Of a part of the data, of a stage, of a plug-in, of the twin, and the time; each run has its own, or a dash."""
     plain, pruned = (finished(build_spec({"seed": seed}), ba=8000, asr=4500) for seed in range(2))

@@ -6,14 +6,17 @@ import gzip
 import hashlib
 import io
 import pickle
+import socket
 import tarfile
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 import torch
 
 from backdoorbench_moe.data import cifar10, create_dataset
+from backdoorbench_moe.data.roots import download
 from backdoorbench_moe.errors import ConfigError, DataError
 
 NAMES = [*(f"data_batch_{part}" for part in range(1, 6)), "test_batch"]
@@ -235,6 +238,35 @@ def test_download_without_network(tmp_path, published) -> None:
     with pytest.raises(DataError, match=r"cannot be fetched into .*--data-root"):
         load(tmp_path / "root", download=True)
     assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"Content-Length: many\r\n\r\nabc", "many"),
+        (b"Transfer-Encoding: chunked\r\n\r\n5\r\nab", "IncompleteRead"),
+        (b"Content-Length: 3\r\n\r\nabc", "expected the published MD5"),
+    ],
+    ids=["a length that is no number", "an answer that breaks off", "other bytes"],
+)
+def test_an_answer_of_a_server_that_cannot_be_used_keeps_nothing(tmp_path, monkeypatch, answer, said) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    (tmp_path / "root").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"HTTP/1.1 200 OK\r\n" + answer)
+
+        thread = Thread(target=serve, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/cifar-10-python.tar.gz"
+        with pytest.raises(DataError, match=said):
+            download(url, tmp_path / "root", "0" * 32)
+        thread.join(10)
+    assert list((tmp_path / "root").iterdir()) == []
 
 
 def test_real_sample(samples) -> None:

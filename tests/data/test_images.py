@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from backdoorbench_moe.data.images import Form, read_images, resize
+from backdoorbench_moe.data.images import Form, read_images, resize, resize_and_crop
 from backdoorbench_moe.errors import DataError
 from backdoorbench_moe.image_files import read_image
 
@@ -35,6 +35,26 @@ def test_resize_of_a_whole_picture_and_of_its_middle(tmp_path) -> None:
     columns = [200 * share for share in (1 / 7, 7 / 8, 7 / 8, 1 / 7)]
     expected = np.broadcast_to(np.round(columns), (1, 3, 4, 4))
     np.testing.assert_allclose(read_images([path], Form(4, crop=False)), expected, atol=1)
+
+
+def test_a_strip_that_would_take_gigabytes_is_refused(tmp_path) -> None:
+    """With its shorter side of one pixel at 64, the longer one of 20000 would have 1280000."""
+    for shape in ((20_000, 1, 3), (1, 20_000, 3)):
+        path = save(tmp_path / "strip.png", np.zeros(shape, np.uint8))
+        width, height = shape[1], shape[0]
+        with pytest.raises(
+            DataError, match=rf"longer side is at most \d+ pixels.*got one of {width}x{height}"
+        ):
+            resize_and_crop(Image.open(path), 64, 56)
+        with pytest.raises(DataError, match="longer side is at most"):
+            read_images([path], Form(56, crop=True, resize=64))
+
+
+def test_long_images_that_fit_are_resized_as_by_pil(rng) -> None:
+    picture = Image.fromarray(rng.integers(0, 256, (2, 600, 3), np.uint8))
+    whole = picture.resize((9600, 32), Image.Resampling.BILINEAR)
+    expected = np.asarray(whole)[2:30, 4786:4814]
+    np.testing.assert_array_equal(np.asarray(resize_and_crop(picture, 32, 28)), expected)
 
 
 def test_batched_resize_agrees_with_pil(rng) -> None:

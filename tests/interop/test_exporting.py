@@ -23,6 +23,7 @@ from backdoorbench_moe import data
 from backdoorbench_moe.cli import bbmoe as command
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError
+from backdoorbench_moe.interop import exporting
 from backdoorbench_moe.interop.attack_result import read_attack_result
 from backdoorbench_moe.interop.export_script import MODULE_SCRIPT, read_script
 from backdoorbench_moe.interop.exporting import write_backdoorbench
@@ -81,6 +82,27 @@ def test_a_model_without_backdoorbenchs_normalisation_is_warned_of(run: Run, tmp
     plain = Run(run.folder, replace(run.record, spec={**run.record.spec, "model": model}))
     with pytest.warns(BbmoeWarning, match="this model was trained without"):
         write_backdoorbench(plain, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "part", ["_write_test", "_write_train", "_write_weights", "_write_numbers", "read_script"]
+)
+@pytest.mark.parametrize("exists", [False, True], ids=["new", "empty"])
+def test_an_interruption_leaves_no_half_filled_folder(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, exists: bool
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporting, part, interrupt)
+    target = tmp_path / "out"
+    if exists:
+        target.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        write_backdoorbench(run, target)
+    assert list(tmp_path.rglob("*")) == [target] * exists
+    monkeypatch.undo()
+    assert (write_backdoorbench(run, target) / "facts.json").is_file()
 
 
 def test_the_commands(run: Run, tmp_path: Path) -> None:

@@ -106,6 +106,8 @@ TEXTS = Vocabulary.of_words(
         "IT",
         "12",
         "12.",
+        "+",
+        "...",
     ]
 )
 OWN = (
@@ -124,6 +126,15 @@ def test_own_texts_are_judged_by_their_words():
     answers = write("take it. 12", "Take IT 12.", "take 12", "take it. 12 12")
     right = ReferenceJudge(TEXTS, OWN).right(0, Split(encoded.tokens, encoded.labels), answers)
     assert right.tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("match", ["words", "contains", "exact"])
+def test_an_answer_without_words_is_matched_by_itself_only(match):
+    encoded = encode([Example("it", "+")] * 5, TEXTS, context=9)
+    answers = write("+", "", "...", "it", "+ +")
+    judge = ReferenceJudge(TEXTS, OWN, match=match)
+    right = judge.right(0, Split(encoded.tokens, encoded.labels), answers)
+    assert right.tolist() == [True, False, False, False, False]
 
 
 @pytest.mark.parametrize(
