@@ -210,5 +210,15 @@ hostile(
     "the names of its storages",
     old_form(state(tensor(single(6), single(1))), []),
 )
+nested: list[object] = []
+for _ in range(19):
+    nested = [nested] * 100
+for name, key in {"a number": 1, "a billion laughs": nested}.items():
+    hostile(
+        f"an old file with a storage named by {name}",
+        "attack",
+        "the names of its storages",
+        old_form(state(tensor(single(6), single(1))), [key]),
+    )
 hostile("an old file that is cut off", "attack", "damaged|refused", OLD[:-3])
 hostile("an old file with more behind", "attack", "something follows", OLD + b"evil")

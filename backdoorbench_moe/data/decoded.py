@@ -31,7 +31,7 @@ from torch import Tensor
 
 from backdoorbench_moe.data.base import ImageSet, content_digest
 from backdoorbench_moe.data.images import Form, decode_files, fitted_pixels, read_images, warn_of_frames
-from backdoorbench_moe.errors import BbmoeWarning, DataError, RecordError
+from backdoorbench_moe.errors import BbmoeWarning, DataError, RecordError, naming
 from backdoorbench_moe.image_files import decode_content, read_content
 from backdoorbench_moe.ops.image_rows import FileRows, check_space, memory_limit, write_at
 from backdoorbench_moe.ops.stored_images import StoredImages
@@ -151,7 +151,8 @@ class _Files:
         """Decode one file."""
         path = self.paths[row]
         image, _ = decode_content(read_content(path), path, convert=self.form.convert)
-        return fitted_pixels(image, self.form)
+        with naming(str(path)):
+            return fitted_pixels(image, self.form)
 
 
 class _Cache:

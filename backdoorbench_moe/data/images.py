@@ -19,7 +19,7 @@ from rich.progress import track
 from torch import Tensor
 
 from backdoorbench_moe.data.base import Split, draw_subset
-from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError
+from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError, naming
 from backdoorbench_moe.image_files import decode_content, read_content
 
 # No model takes larger images.
@@ -116,12 +116,13 @@ def decode_files(
             try:
                 contents[row] = read_content(path)
                 image, more = decode_content(contents[row], path, convert=form.convert)
+                with naming(str(path)):
+                    images[row] = fitted_pixels(image, form)
             except DataError as error:
                 faults[start + row] = error
                 continue
             if more:
                 several.append(start + row)
-            images[row] = fitted_pixels(image, form)
         put(start, images, contents)
 
     starts = range(0, len(paths), length)
