@@ -42,7 +42,7 @@ def test_it_prints_a_screen_and_writes_document_figures_and_report(bbmoe, victim
     assert f"{document['capture'][0]['captured']['value']:.2f}" in out
     assert "who carries the backdoor" in out and "no probe: the run was made without --probe" in out
     assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 80
-    figures = {file.stem for file in (place / "figures").iterdir()}
+    figures = {file.stem for file in (place / "figures").glob("*.png")}
     assert figures >= {"routing", "capture", "carriers", "shift-divergence", "pixels", "image-1", "history"}
     assert "This model is backdoored." in (place / "report.html").read_text(encoding="utf-8")
     # The run folder stays as it was.
@@ -151,7 +151,7 @@ def test_a_dense_model_shows_what_it_has(bbmoe, tmp_path) -> None:
     assert code == 0
     for part in ("routing", "capture", "shift", "pixels", "carriers", "comparison", "probe"):
         assert f"no {part}: the model 'wide_resnet' is dense: it routes nothing" in " ".join(out.split())
-    figures = {file.stem for file in (run.folder.path / "figures").iterdir()}
+    figures = {file.stem for file in (run.folder.path / "figures").glob("*.png")}
     assert figures == {"history", *(f"image-{n}" for n in range(1, 7))}
 
 
