@@ -160,7 +160,7 @@ def audit(
         BbmoeError: Anything that the user can correct.
     """
     from backdoorbench_moe.auditing.checks import find_checks
-    from backdoorbench_moe.auditing.placed import audit_into
+    from backdoorbench_moe.auditing.place import audit_into
     from backdoorbench_moe.auditing.save import FILES
     from backdoorbench_moe.paths import check_output
 

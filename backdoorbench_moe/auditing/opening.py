@@ -166,7 +166,12 @@ def _make(
 def spread(images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Put images into an order of which every beginning has images of all classes: checks use the first ones.
 
-    Without labels, it is a random order.
+    Args:
+        images: (N, 3, S, S) uint8.
+        labels: (N,) int64; None for a random order.
+
+    Returns:
+        Both in the new order: one image of each class, then a second one of each, and so on.
     """
     if labels is None:
         place = torch.randperm(len(images), generator=generator(SEED, "audit order"))

@@ -83,8 +83,7 @@ def command(
     from backdoorbench_moe.auditing.checks import find_checks
     from backdoorbench_moe.auditing.document import as_document, to_text
     from backdoorbench_moe.auditing.opening import open_run_subject
-    from backdoorbench_moe.auditing.place import FOLDER
-    from backdoorbench_moe.auditing.placed import audit_into
+    from backdoorbench_moe.auditing.place import FOLDER, audit_into
     from backdoorbench_moe.auditing.save import FILES
     from backdoorbench_moe.auditing.verdict import SIGNS
     from backdoorbench_moe.cli.tables.audit import print_audit

@@ -83,7 +83,7 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise RecordError(f"record {file}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RecordError(f"record {file}: damaged: {error}") from error
         return parse_record(values, file)
 
@@ -236,7 +236,7 @@ class RunFolder:
         try:
             tensors, header = _load_tensors(file, "checkpoint")
             return tensors, json.loads(header["state"])
-        except (KeyError, ValueError, RecordError) as error:
+        except (KeyError, ValueError, RecursionError, RecordError) as error:
             raise RecordError(f"checkpoint {file}: damaged; delete it to train from the start") from error
 
     def drop_checkpoint(self) -> None:

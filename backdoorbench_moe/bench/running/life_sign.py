@@ -16,7 +16,7 @@ def read_life_sign(folder: Path) -> dict[str, Any] | None:
     """Read the progress of the run that is, or was, being made in a folder; None if there is no sign of life."""
     try:
         sign = json.loads((folder / LIFE_SIGN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return sign if isinstance(sign, dict) else None
 

@@ -297,7 +297,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         found = "got a file" if folder.is_file() else "found none"
         raise RecordError(f"results folder {folder}: expected a {MANIFEST} in it, {found}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"results folder {folder}: {MANIFEST} is damaged: {error}") from error
     if not isinstance(manifest, dict):
         raise RecordError(f"results folder {folder}: {MANIFEST} is damaged: expected a mapping")
@@ -342,7 +342,7 @@ def read_lines(folder: Path) -> list[Record]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
         return [parse_record(json.loads(line), file) for line in lines]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"results folder {folder}: {RECORDS} is missing or damaged: {error}") from error
 
 
