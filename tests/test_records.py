@@ -380,5 +380,5 @@ def test_saving_takes_no_copy_in_memory(folder) -> None:
 
 def test_a_record_that_nests_without_end_is_damaged(tmp_path) -> None:
     (tmp_path / "record.json").write_text("[" * 100_000)
-    with pytest.raises(RecordError, match="record.json: damaged"):
+    with pytest.raises(RecordError, match=r"record\.json: damaged"):
         RunFolder(tmp_path).read()
