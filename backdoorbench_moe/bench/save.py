@@ -63,10 +63,12 @@ def redraw_results(suite: Suite, folder: Path | str) -> list[Path]:
         RecordError: If the folder is not a results folder of this suite, scale and version.
     """
     folder = Path(folder)
-    results = ResultSet.from_folder(suite, folder)
-    lines = [record.digest for record in read_lines(folder)]
-    contents = {name: content for name, content in _contents(results, lines).items() if name != RECORDS}
-    return _write(results, folder, contents)
+    # So that tables are not drawn from records that another process is replacing.
+    with hold_place(folder):
+        results = ResultSet.from_folder(suite, folder)
+        lines = [record.digest for record in read_lines(folder)]
+        contents = {name: content for name, content in _contents(results, lines).items() if name != RECORDS}
+        return _write(results, folder, contents)
 
 
 def _write(results: ResultSet, folder: Path, contents: dict[str, bytes]) -> list[Path]:

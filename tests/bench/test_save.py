@@ -18,7 +18,7 @@ from fake_runs import fill, finished, part_suite, write
 
 from backdoorbench_moe.bench import save
 from backdoorbench_moe.bench.pages.page import page
-from backdoorbench_moe.bench.save import save_results
+from backdoorbench_moe.bench.save import redraw_results, save_results
 from backdoorbench_moe.bench.tables.results import ResultSet, read_known
 from backdoorbench_moe.bench.tables.tidy import environments, tidy_csv
 from backdoorbench_moe.errors import RecordError
@@ -103,6 +103,19 @@ def test_a_folder_is_saved_by_one_process_at_a_time_and_has_no_lock_file(runs, t
         saving.result()
     assert started.is_set() and [path.name for path in folder.parent.iterdir()] == ["small"]
     assert contents(folder).keys() == {name for name in FILES if not name.startswith("plots/")}
+
+
+def test_a_folder_that_is_being_saved_is_not_redrawn(runs, tmp_path, monkeypatch) -> None:
+    started, read = threading.Event(), save.read_lines
+    folder, suite = tmp_path / "suite" / "small", part_suite(plots=[])
+    save_results(ResultSet.from_runs(suite, runs), folder)
+    monkeypatch.setattr(save, "read_lines", lambda *given: (started.set(), read(*given))[1])
+    with ThreadPoolExecutor(1) as other:
+        with hold_place(folder):
+            drawing = other.submit(redraw_results, suite, folder)
+            assert not started.wait(0.3)
+        drawing.result()
+    assert started.is_set()
 
 
 def test_the_first_folder_of_a_suite_is_held_as_well(runs, tmp_path, monkeypatch) -> None:
