@@ -232,7 +232,7 @@ class _ImageAnalyzer(Analyzer):
             safe = None if self.marked is None else self.marked.safe
             limit = self.options.carriers_images
             found = carriers.find_carriers(self.opened, self.triggered, limit, safe=safe)
-        if not found.pairs and len(found.singles) > 1:
+        if carriers.too_many_pairs(self.opened.model.experts()):
             self._miss("carriers.pairs", f"there are more than {carriers.MAX_PAIRS} pairs of experts")
         if not found.patched:
             self._miss("carriers.patched", self._no_attack())

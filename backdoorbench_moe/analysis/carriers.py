@@ -14,8 +14,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.analysis.capture import proportion_of
 from backdoorbench_moe.analysis.passes import BATCH
+from backdoorbench_moe.analysis.proportions import share_of
 from backdoorbench_moe.engine.inference import forward
 from backdoorbench_moe.engine.opening.opened_run import OpenedRun
 from backdoorbench_moe.engine.poisoning.triggered import Triggered
@@ -127,8 +127,7 @@ def find_carriers(
     """
     evaluator = _ExpertEvaluator(opened)
     singles: list[Experts] = [(expert,) for expert in evaluator.experts]
-    pairs = [pair for pair in combinations(evaluator.experts, 2) if pair[0].layer == pair[1].layer]
-    pairs = pairs if len(pairs) <= MAX_PAIRS else []
+    pairs = [] if too_many_pairs(evaluator.experts) else pairs_of(evaluator.experts)
     wholes = whole_experts(opened, evaluator.experts)
     muted_ones = _measure_muted(evaluator, [(), *singles, *pairs, *wholes], triggered, safe, limit)
     target_rate, patches = _measure_patched(evaluator, [*singles, *wholes], triggered, safe, limit)
@@ -145,6 +144,16 @@ def find_carriers(
             for number, (one, patched) in enumerate(zip(muted_ones[ends[2] :], patched_wholes, strict=True))
         ),
     )
+
+
+def pairs_of(experts: Sequence[Expert]) -> list[Experts]:
+    """Return each pair of experts of the same layer."""
+    return [pair for pair in combinations(experts, 2) if pair[0].layer == pair[1].layer]
+
+
+def too_many_pairs(experts: Sequence[Expert]) -> bool:
+    """Return whether there are more pairs of experts than are measured."""
+    return len(pairs_of(experts)) > MAX_PAIRS
 
 
 def whole_experts(opened: OpenedRun, experts: Sequence[Expert]) -> list[Experts]:
@@ -174,9 +183,9 @@ def _measure_muted(
     return tuple(
         MutingResult(
             experts=tuple(expert.name for expert in experts),
-            ba=_proportion(predicted == test.labels[places]),
-            asr=None if answered is None else _proportion(answered == sample.wanted),
-            unsafe=None if answered is None or safe is None else _proportion(answered != safe),
+            ba=share_of(predicted == test.labels[places]),
+            asr=None if answered is None else share_of(answered == sample.wanted),
+            unsafe=None if answered is None or safe is None else share_of(answered != safe),
         )
         for experts, predicted, answered in zip(groups, called, answers, strict=True)
     )
@@ -201,13 +210,13 @@ def _measure_patched(
     results = tuple(
         PatchingResult(
             expert=experts[0].name if len(experts) == 1 else str(experts[0].index),
-            asr=_proportion(predicted == sample.wanted),
-            ra=_proportion(predicted == sample.true),
-            unsafe=None if safe is None else _proportion(predicted != safe),
+            asr=share_of(predicted == sample.wanted),
+            ra=share_of(predicted == sample.true),
+            unsafe=None if safe is None else share_of(predicted != safe),
         )
         for experts, predicted in zip(groups, patches, strict=True)
     )
-    return _proportion(clean == sample.wanted), results
+    return share_of(clean == sample.wanted), results
 
 
 class _ExpertEvaluator:
@@ -291,9 +300,3 @@ def draw_sample(total: int, limit: int, seed: int, purpose: str) -> Tensor:
     """
     order = torch.randperm(total, generator=generator(seed, "carriers", purpose))
     return order[:limit].sort().values
-
-
-def _proportion(hits: Tensor) -> Proportion:
-    found = proportion_of(hits)
-    assert found is not None
-    return found

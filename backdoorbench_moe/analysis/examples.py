@@ -12,11 +12,13 @@ from torch import Tensor
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.data.images import Form, read_images
 from backdoorbench_moe.engine.build import Stamper
-from backdoorbench_moe.engine.inference import forward, forward_routed
+from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.engine.opening.opened_run import OpenedRun
 from backdoorbench_moe.engine.poisoning.poison import stamp_images
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.ops.images import draw_images
+from backdoorbench_moe.moe.routed import forward
+from backdoorbench_moe.ops.images import as_input, draw_images
+from backdoorbench_moe.ops.seeding import seeded
 
 DEFAULT_COUNT = 6
 MAX_IMAGES = 100
@@ -163,11 +165,12 @@ def make_examples(runs: Sequence[OpenedRun], images: ExampleImages, stamper: Sta
     """
     clean, names = images.images, runs[0].images.classes
     triggered = None if stamper is None else stamp_images(clean, stamper)
+    seed = runs[0].run.spec.seed
     maps = tuple(
         ModelMaps(
             opened.name,
-            _predict(opened, clean, names),
-            None if triggered is None else _predict(opened, triggered, names),
+            _predict(opened, clean, names, seed),
+            None if triggered is None else _predict(opened, triggered, names, seed),
         )
         for opened in runs
     )
@@ -182,15 +185,10 @@ def make_examples(runs: Sequence[OpenedRun], images: ExampleImages, stamper: Sta
 
 
 @torch.inference_mode()
-def _predict(opened: OpenedRun, images: Tensor, classes: Sequence[str]) -> MappedPredictions:
-    layers: tuple[LayerMaps, ...] = ()
-    if (model := opened.routed) is None:
-        logits = forward(opened.model, images, precision=opened.precision)
-    else:
-        output = forward_routed(model, images, precision=opened.precision)
-        logits = output.logits
-        layers = tuple(
-            LayerMaps(layer.layer, layer.selected.unflatten(-1, model.patch_grid).cpu())
-            for layer in output.routing
-        )
+def _predict(opened: OpenedRun, images: Tensor, classes: Sequence[str], seed: int) -> MappedPredictions:
+    # A model may draw random numbers: the draws are the same for clean and triggered images.
+    with seeded(seed, "examples"), autocast(images.device, opened.precision):
+        logits, routing = forward(opened.model, as_input(images))
+    grid = () if opened.routed is None else opened.routed.patch_grid
+    layers = tuple(LayerMaps(layer.layer, layer.selected.unflatten(-1, grid).cpu()) for layer in routing)
     return MappedPredictions(tuple(classes[c] for c in logits.argmax(1).tolist()), layers)

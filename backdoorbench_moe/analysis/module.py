@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.analysis import passes, pixels, routing
+from backdoorbench_moe.analysis.proportions import share_of
 from backdoorbench_moe.engine.inference import predict
 from backdoorbench_moe.engine.opening.opened_model import OpenedModel
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.experts import muted
 from backdoorbench_moe.moe.structure import WithExperts
-from backdoorbench_moe.ops.metrics import Proportion, proportion
+from backdoorbench_moe.ops.metrics import Proportion
 from backdoorbench_moe.ops.routing import patch_sums
 from backdoorbench_moe.ops.seeding import seeded
 
@@ -61,17 +62,16 @@ def analyze_module(opened: OpenedModel) -> ModuleAnalysis:
         raise ConfigError("images: expected clean images to look at the model with")
     with seeded(0, "look"):
         called = predict(model, images, precision=opened.precision)
-    found = ModuleAnalysis(
+    return ModuleAnalysis(
         name=opened.name,
         images=len(images),
         classes=opened.classes,
         predicted=called.bincount(minlength=opened.num_classes).cpu(),
-        ba=None if labels is None else _share(called == labels),
+        ba=None if labels is None else share_of(called == labels),
         class_ba={} if labels is None else _by_class(called, labels),
         muted=_muted(opened),
         **_routing(opened, images, called if labels is None else labels),
     )
-    return found
 
 
 def _routing(opened: OpenedModel, images: Tensor, labels: Tensor) -> dict[str, tuple]:
@@ -97,15 +97,11 @@ def _muted(opened: OpenedModel) -> dict[str, Proportion] | None:
     for expert in model.experts():
         with muted(model, [expert]), seeded(0, "look"):
             called = predict(model, split.images, precision=opened.precision)
-        found[expert.name] = _share(called == split.labels)
+        found[expert.name] = share_of(called == split.labels)
     return found
 
 
 def _by_class(called: Tensor, labels: Tensor) -> dict[int, Proportion]:
     return {
-        int(number): _share(called[labels == number] == number) for number in torch.unique(labels).tolist()
+        int(number): share_of(called[labels == number] == number) for number in torch.unique(labels).tolist()
     }
-
-
-def _share(hits: Tensor) -> Proportion:
-    return proportion(int(hits.sum()), len(hits))

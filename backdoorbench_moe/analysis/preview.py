@@ -33,6 +33,7 @@ from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.ops.images import draw_images
 from backdoorbench_moe.ops.quality import psnr, ssim
+from backdoorbench_moe.ops.seeding import seeded
 from backdoorbench_moe.records import write_atomically
 
 if TYPE_CHECKING:
@@ -138,7 +139,8 @@ def preview_run(run: Run, *, images: int = 6, split: str = "test", data_root: st
     preview = _stamp(run.spec, data, stamper, images, split)
     if not isinstance(model, RoutedModel):
         return preview
-    with torch.inference_mode():
+    # A model may draw random numbers.
+    with torch.inference_mode(), seeded(run.spec.seed, "preview"):
         selected = model.forward_routed(as_input(preview.triggered)).routing[-1].selected
     return replace(preview, selected=selected.unflatten(-1, model.patch_grid))
 

@@ -13,7 +13,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.analysis.capture import proportion_of
 from backdoorbench_moe.analysis.carriers import (
     Carriers,
     MutingResult,
@@ -22,6 +21,7 @@ from backdoorbench_moe.analysis.carriers import (
     draw_sample,
     whole_experts,
 )
+from backdoorbench_moe.analysis.proportions import share_of
 from backdoorbench_moe.data.text import RefusedQueries, TextSet
 from backdoorbench_moe.engine.inference import forward
 from backdoorbench_moe.engine.measuring.texts import ask
@@ -117,17 +117,17 @@ class _Questions:
         ]
         asr, unsafe = (None, None) if self.refused is None else self.ask_refused()
         names = tuple(expert.name for expert in experts)
-        return MutingResult(experts=names, ba=_proportion(torch.cat(hits)), asr=asr, unsafe=unsafe)
+        return MutingResult(experts=names, ba=share_of(torch.cat(hits)), asr=asr, unsafe=unsafe)
 
     def ask_refused(self) -> tuple[Proportion | None, Proportion]:
         """Ask the refused queries: how many are answered harmfully, if there is an attack, and how many not safely."""
         assert self.refused is not None
         answers = self._ask(self.refused, "refused")
         verdicts = self.opened.texts.judge.verdicts(self.refused.to("cpu"), answers)
-        unsafe = _proportion(torch.tensor([verdict != "safe" for verdict in verdicts]))
+        unsafe = share_of(torch.tensor([verdict != "safe" for verdict in verdicts]))
         if not self.attacked:
             return None, unsafe
-        return _proportion(torch.tensor([verdict == "harmful" for verdict in verdicts])), unsafe
+        return share_of(torch.tensor([verdict == "harmful" for verdict in verdicts])), unsafe
 
     def _ask(self, queries: Split, what: int | str) -> Tensor:
         opened = self.opened
@@ -145,10 +145,4 @@ def _sample_tasks(texts: TextSet, numbers: Sequence[int], limit: int, seed: int)
             test = texts.tasks[number].test
             found.append((number, test.take(own.to(test.labels.device))))
         start += size
-    return found
-
-
-def _proportion(hits: Tensor) -> Proportion:
-    found = proportion_of(hits)
-    assert found is not None
     return found

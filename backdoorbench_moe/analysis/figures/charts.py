@@ -136,7 +136,8 @@ def matrices(
     across = _across(len(panels))
     values = [value for _, matrix in panels for row in matrix for value in row if value is not None]
     low, high = limits or (min(values, default=0), max(values, default=1))
-    lines, columns = len(panels[0][1]), len(panels[0][1][0])
+    lines = max(len(matrix) for _, matrix in panels)
+    columns = max(len(row) for _, matrix in panels for row in matrix)
     height = min(4.0, max(1.3, 0.26 * lines + 0.5)) if across < MOST_ACROSS else FLAT
     left = LEFT + (0.075 * max(map(len, rows)) if rows else 0)
     figure, grid = _grid(len(panels), across, height, bottom=BOTTOM, left=left)
@@ -145,9 +146,9 @@ def matrices(
         axes.imshow(shown, cmap=MAP, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
         axes.set_title(title, fontsize=8.5 if across < MOST_ACROSS else 7.5, loc="left")
         axes.tick_params(labelsize=7.5, length=0)
-        _number_places(axes.xaxis, columns)
+        _number_places(axes.xaxis, len(matrix[0]))
         if rows is None:
-            _number_places(axes.yaxis, lines)
+            _number_places(axes.yaxis, len(matrix))
         else:
             axes.set_yticks(range(lines), rows if place % across == 0 else [""] * lines)
         if columns * across <= MAX_NUMBERS:
@@ -190,11 +191,17 @@ def _grid(
     return figure, list(grid.flat)[:panels]
 
 
+def _style_of(place: int) -> tuple[str, str]:
+    """Return colour and marker of a series. Those of the first len(COLOURS) * len(MARKERS) series differ."""
+    rounds, colour = divmod(place, len(COLOURS))
+    return COLOURS[colour], MARKERS[(colour + rounds) % len(MARKERS)]
+
+
 def _draw(axes: Axes, panel: ChartPanel, labels: Sequence[str]) -> None:
     bars = [one for one in panel.series if one.style == "bar"]
     for one in panel.series:
         place = labels.index(one.label)
-        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+        colour, marker = _style_of(place)
         values = [math.nan if value is None else value for value in one.values]
         if one.style == "line":
             size = 3 if len(values) <= 30 else 0
@@ -242,7 +249,7 @@ def _legend(figure: Figure, panels: Sequence[ChartPanel], labels: Sequence[str])
     styles = {one.label: one.style for panel in panels for one in panel.series}
     handles: list[Any] = []
     for place, name in enumerate(labels):
-        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+        colour, marker = _style_of(place)
         match styles.get(name):
             case "bar":
                 handles.append(Patch(color=colour, label=name))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from backdoorbench_moe.analysis.document import decode_picture
 from backdoorbench_moe.analysis.figures.mosaic import MosaicRow, draw_mosaic, image_cell, mark_selected
 from backdoorbench_moe.analysis.figures.plate import (
@@ -18,7 +20,7 @@ from backdoorbench_moe.analysis.figures.plate import (
     make_plate,
     spread,
 )
-from backdoorbench_moe.analysis.figures.words import listing, roles
+from backdoorbench_moe.analysis.figures.words import roles, short
 from backdoorbench_moe.wording.counting import capital
 
 
@@ -35,7 +37,8 @@ def _map(document: Doc, place: int) -> Plate:
     models = examples["models"]
     layers = models[0]["clean"]["layers"]
     chosen = spread(range(len(layers)), MAX_MAP_LAYERS)
-    experts = min(MAX_EXPERTS, len(layers[0]["selected"][place])) if layers else 0
+    most = max((len(layer["selected"][place]) for layer in layers), default=0)
+    experts = min(MAX_EXPERTS, most)
     name = capital(examples["names"][place])
     every: list[int | None] = [*chosen] or [None]
     rows = [row for layer in every for row in _layer_rows(document, place, layer, experts)]
@@ -45,7 +48,7 @@ def _map(document: Doc, place: int) -> Plate:
     if layers:
         sentence += " The patches that an expert takes are framed, the others are grey."
         sentence += left_out(len(chosen), len(layers), "routed layers")
-        sentence += left_out(experts, len(layers[0]["selected"][place]), "experts")
+        sentence += left_out(experts, most, "experts")
     alt = f"{name}{' with the patches that each expert takes' if layers else ''}. {said}"
     return make_plate(f"image-{place + 1}", name, sentence, alt, lambda: draw_mosaic(columns, rows))
 
@@ -60,7 +63,7 @@ def _layer_rows(document: Doc, place: int, layer: int | None, experts: int) -> I
             if (view := model[kind]) is None:
                 continue
             image = decode_picture(examples[kind][place])
-            label = f"{role} model,\n{kind} image:\n{_short(view['predicted'][place])}"
+            label = f"{role} model,\n{kind} image:\n{short(view['predicted'][place], 18)}"
             if layer is None:
                 yield MosaicRow(label, [image_cell(image, (1, 1))])
                 continue
@@ -88,18 +91,12 @@ def _said(document: Doc, place: int) -> str:
 
 def _changed(model: Doc, place: int) -> str:
     """Say how many selections of the experts the trigger changes; "" for a dense model."""
-    texts = []
-    for before, after in zip(model["clean"]["layers"], model["triggered"]["layers"], strict=True):
-        counts = [
-            sum(a != b for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
-            for one, other in zip(before["selected"][place], after["selected"][place], strict=True)
-        ]
-        texts.append(sum(counts))
-    if not texts:
+    layers = [*zip(model["clean"]["layers"], model["triggered"]["layers"], strict=True)]
+    if not layers:
         return ""
-    where = f" in {len(texts)} layers" if len(texts) > 1 else ""
-    return f"choices changed by it, over all experts{where}: {listing([str(sum(texts))])}"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 18 else f"{text[:17]}…"
+    total = sum(
+        int((np.asarray(before["selected"][place]) != np.asarray(after["selected"][place])).sum())
+        for before, after in layers
+    )
+    where = f" in {len(layers)} layers" if len(layers) > 1 else ""
+    return f"choices changed by it, over all experts{where}: {total}"

@@ -15,6 +15,7 @@ from backdoorbench_moe.analysis.figures.words import (
     percent,
     proportion,
     roles,
+    short,
 )
 
 WHOLE = {"ba": "BA", "asr": "ASR", "unsafe": "not answered safely"}
@@ -123,7 +124,7 @@ def _shares_by_task(document: Doc, found: Doc) -> Plate:
             ylabel="",
             limits=(0, 100),
             form="{:.0f}",
-            rows=[_short(each) for each in names],
+            rows=[short(each) for each in names],
         ),
     )
 
@@ -210,7 +211,3 @@ def _whole_experts(document: Doc, carriers: Doc) -> Plate:
         f"Bars with 95% intervals for each expert. {said}",
         lambda: chart(panels, xlabel="expert", ylabel=f"{inputs(document)}, %", limits=(0, 104)),
     )
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 16 else f"{text[:15]}…"

@@ -15,7 +15,7 @@ from backdoorbench_moe.analysis.figures.plate import (
     make_plate,
     spread,
 )
-from backdoorbench_moe.analysis.figures.words import mean, percent
+from backdoorbench_moe.analysis.figures.words import mean, percent, short
 
 PAPERS_DATA, PAPERS_MODEL = ("cifar10", "gtsrb"), "pmoe"
 # Upper limits of a rank-biserial correlation by strength: Cohen's conventions for r.
@@ -56,6 +56,9 @@ def verdict(document: Doc) -> str:
         return "Every expert takes all patches or none, so there is nothing to compare."
     layer, e, one = found
     word = strength(one["rank_biserial"])
+    if not one["rank_biserial"]:
+        text = "No expert takes brighter or darker patches than the others: the AUC is 0.5."
+        return text + _compare_with_paper(document["run"], word)
     darker = "brighter" if one["auc"] > 0.5 else "darker"
     index = next(number for number, item in enumerate(document["pixels"]) if item["layer"] == layer)
     image = document["pixels"][index]["by_image"][e]
@@ -83,11 +86,11 @@ def _most(document: Doc, index: int) -> float:
 def _distributions(document: Doc) -> Plate:
     layers = document["pixels"]
     shown = spread(layers, MAX_MAP_LAYERS)
-    experts = min(MAX_EXPERTS, len(layers[0]["overall"]))
+    most = max(len(layer["overall"]) for layer in layers)
+    experts = min(MAX_EXPERTS, most)
     panels = []
     for layer in shown:
-        for e in range(experts):
-            one = layer["overall"][e]
+        for e, one in enumerate(layer["overall"][:experts]):
             title = f"expert {e}" if len(layers) == 1 else f"{layer['layer']}/{e}"
             title += "" if one is None else f": {'AUC ' if len(layers) == 1 else ''}{one['auc']:.2f}"
             series = [
@@ -98,7 +101,7 @@ def _distributions(document: Doc) -> Plate:
     said = "Brightness of the patches that each expert takes and of the others; the titles give the AUC (0.5: equal). "
     said += verdict(document)
     said += left_out(len(shown), len(layers), "routed layers")
-    said += left_out(experts, len(layers[0]["overall"]), "experts")
+    said += left_out(experts, most, "experts")
     return make_plate(
         "pixels",
         "Pixel value and routing",
@@ -138,7 +141,7 @@ def _by_class(document: Doc) -> Plate:
         )
         for layer in shown
     ]
-    names = [name if len(name) <= 16 else f"{name[:15]}…" for name in classes]
+    names = [short(name) for name in classes]
     return make_plate(
         "pixels-by-class",
         "Pixel value and routing, by class",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from backdoorbench_moe.analysis.figures.charts import ChartPanel, Series, chart, matrices
-from backdoorbench_moe.analysis.figures.mosaic import MosaicRow, draw_mosaic, heat_map
+from backdoorbench_moe.analysis.figures.mosaic import MosaicRow, Picture, draw_mosaic, heat_map
 from backdoorbench_moe.analysis.figures.plate import (
     MAX_CLASSES,
     MAX_EXPERTS,
@@ -17,7 +17,7 @@ from backdoorbench_moe.analysis.figures.plate import (
     make_plate,
     spread,
 )
-from backdoorbench_moe.analysis.figures.words import listing, mean, number, percent, roles
+from backdoorbench_moe.analysis.figures.words import listing, mean, number, percent, roles, short
 
 # A coefficient of variation below this is rounding error.
 SAME = 1e-6
@@ -33,7 +33,7 @@ def draw_routing(document: Doc) -> Iterator[Plate]:
     if _load_differs(layers):
         yield _class_load(document)
     yield _load(document)
-    if len(layers[0]["load"]) > 1:
+    if any(len(layer["load"]) > 1 for layer in layers):
         yield _overlap(document)
     if document["comparison"] is not None:
         yield _comparison(document)
@@ -45,17 +45,17 @@ def _frequency(document: Doc) -> Plate:
     if document["findings_against"] is not None and document["findings_against"]["routing"] is not None:
         views.append(document["findings_against"]["routing"])
     shown = spread(range(len(views[0])), MAX_LAYERS)
-    experts = min(MAX_EXPERTS, len(views[0][0]["load"]))
+    most_experts = max(len(layer["load"]) for layer in views[0])
+    experts = min(MAX_EXPERTS, most_experts)
     names = roles(document)
     rows = []
     for number_ in shown:
         for view, role in zip(views, names, strict=False):
             layer = view[number_]
-            label = role if len(views[0]) == 1 else f"{role}\n{_short(layer['layer'])}"
-            cells = [heat_map(row, tuple(layer["grid"]), 1) for row in layer["frequency"][:experts]]
-            rows.append(
-                MosaicRow(label, [*cells, heat_map(layer["untaken_frequency"], tuple(layer["grid"]), 1)])
-            )
+            label = role if len(views[0]) == 1 else f"{role}\n{short(layer['layer'])}"
+            cells = _heat_maps(layer["frequency"], layer["grid"], experts)
+            nobody = heat_map(layer["untaken_frequency"], tuple(layer["grid"]), 1)
+            rows.append(MosaicRow(label, [*cells, nobody]))
     columns = [*(f"expert {e}" for e in range(experts)), "no expert"]
     first = views[0][0]
     e, p, most = max(
@@ -69,7 +69,7 @@ def _frequency(document: Doc) -> Plate:
         f"{percent(100 * first['takers'][0])} of all patches go to no expert."
     )
     said += left_out(len(shown), len(views[0]), "routed layers")
-    said += left_out(experts, len(first["load"]), "experts")
+    said += left_out(experts, most_experts, "experts")
     return make_plate(
         "routing",
         "Where the patches go",
@@ -79,11 +79,18 @@ def _frequency(document: Doc) -> Plate:
     )
 
 
+def _heat_maps(frequency: list[list[float | None]], grid: list[int], experts: int) -> list[Picture | None]:
+    """Draw the first experts of a layer; None for each expert that the layer does not have."""
+    cells: list[Picture | None] = [heat_map(row, (grid[0], grid[1]), 1) for row in frequency[:experts]]
+    return cells + [None] * (experts - len(cells))
+
+
 def _by_class(document: Doc) -> Plate:
     """Draw heat maps of the classes whose routing differs most from that of all images."""
     layers, classes = document["routing"], document["classes"]
     shown = spread(range(len(layers)), MAX_MAP_LAYERS)
-    experts = min(MAX_EXPERTS, len(layers[0]["load"]))
+    most_experts = max(len(layer["load"]) for layer in layers)
+    experts = min(MAX_EXPERTS, most_experts)
     distance = {c: d for c in range(len(classes)) if (d := _distance(layers, c)) is not None}
     ranked = sorted(distance, key=lambda c: (-distance[c], c))
     kept = sorted(ranked[:MAX_CLASSES])
@@ -93,8 +100,8 @@ def _by_class(document: Doc) -> Plate:
         if len(layers) > 1:
             rows.append(MosaicRow(f"layer {layer['layer']}"))
         for c in kept:
-            cells = [heat_map(row, tuple(layer["grid"]), 1) for row in layer["by_class"][c][:experts]]
-            rows.append(MosaicRow(_short(classes[c]), cells))
+            cells = _heat_maps(layer["by_class"][c], layer["grid"], experts)
+            rows.append(MosaicRow(short(classes[c]), cells))
     far, near = ranked[0], ranked[-1]
     said = (
         f"The same by class. Class {classes[far]} differs most from the mean of all images (on average, a patch is "
@@ -103,7 +110,7 @@ def _by_class(document: Doc) -> Plate:
     )
     said += left_out(len(kept), len(distance), "classes, those furthest from the mean")
     said += left_out(len(shown), len(layers), "routed layers")
-    said += left_out(experts, len(layers[0]["load"]), "experts")
+    said += left_out(experts, most_experts, "experts")
     columns = [f"expert {e}" for e in range(experts)]
     return make_plate(
         "routing-by-class",
@@ -143,23 +150,22 @@ def _load_differs(layers: list[Doc]) -> bool:
 
 def _class_load(document: Doc) -> Plate:
     layers, classes = document["routing"], document["classes"]
-    shown = spread(range(len(layers)), MAX_LAYERS)
-    loads = {number_: _class_loads(layers[number_]) for number_ in shown}
+    loads = [(layer["layer"], _class_loads(layer)) for layer in layers]
     cells = [
-        (value, classes[c], e, layers[number_]["layer"])
-        for number_, rows in loads.items()
+        (value, classes[c], e, name)
+        for name, rows in loads
         for c, row in enumerate(rows)
         for e, value in enumerate(row)
         if value is not None
     ]
+    panels = spread(loads, MAX_LAYERS)
     most, least = max(cells, key=lambda one: one[0]), min(cells, key=lambda one: one[0])
     said = (
         f"Patches of an image that each expert takes, by class: from {least[0]:.1f} ({least[1]}, expert {least[2]} of "
         f"{least[3]}) to {most[0]:.1f} ({most[1]}, expert {most[2]} of {most[3]})."
     )
-    said += left_out(len(shown), len(layers), "routed layers")
-    names = [_short(name) for name in classes] if len(classes) <= MAX_CLASSES else None
-    panels = [(layers[number_]["layer"], rows) for number_, rows in loads.items()]
+    said += left_out(len(panels), len(layers), "routed layers")
+    names = [short(name) for name in classes] if len(classes) <= MAX_CLASSES else None
     return make_plate(
         "load-by-class",
         "Load by class",
@@ -256,7 +262,3 @@ def _comparison(document: Doc) -> Plate:
         f"Matrix of this model's experts and the other's. {said}",
         lambda: matrices(panels, xlabel=f"expert of the {other} model", ylabel="expert", limits=(0, 1)),
     )
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 16 else f"{text[:15]}…"

@@ -73,12 +73,13 @@ def _maps(probe: Doc, kind: str) -> Plate:
     image = decode_picture(probe[kind][0])
     key = "maps" if kind == "clean" else "maps_triggered"
     layers = spread(probe["layers"], MAX_MAP_LAYERS)
-    experts = min(MAX_EXPERTS, len(layers[0]["maps"][0]))
+    most = max(len(layer["maps"][0]) for layer in probe["layers"])
+    experts = min(MAX_EXPERTS, most)
     rows = []
     for layer in layers:
         if len(probe["layers"]) > 1:
             rows.append(MosaicRow(f"layer {layer['layer']}"))
-        for e in range(experts):
+        for e in range(min(experts, len(layer["maps"][0]))):
             rows.append(MosaicRow(f"expert {e}", [mark_selected(image, moment[e]) for moment in layer[key]]))
     columns = [f"epoch {epoch}" if place == 0 else str(epoch) for place, epoch in enumerate(probe["shown"])]
     settled = layers[-1]["settled" if kind == "clean" else "settled_triggered"]
@@ -91,6 +92,7 @@ def _maps(probe: Doc, kind: str) -> Plate:
         f"ones by {listing([number(value, '{:.2f}') for value in settled[halfway]])} (Jaccard, expert by expert)."
     )
     said += left_out(len(layers), len(probe["layers"]), "routed layers")
+    said += left_out(experts, most, "experts")
     return make_plate(
         f"probe-{kind}",
         f"Over training: a {kind} image",
@@ -120,6 +122,8 @@ def _settling(probe: Doc) -> Plate:
         f"first epoch, {means[-2]:.2f} before the last (mean over the experts of layer {layers[0]['layer']})."
     )
     said += left_out(len(layers), len(probe["layers"]), "routed layers")
+    most = max(len(layer["settled"][0]) for layer in probe["layers"])
+    said += left_out(min(MAX_EXPERTS, most), most, "experts")
     return make_plate(
         "probe-settling",
         "When the routing settles",

@@ -38,6 +38,11 @@ def listing(texts: Sequence[str]) -> str:
     return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
 
 
+def short(text: str, most: int = 16) -> str:
+    """Shorten a text to at most `most` characters, with an ellipsis at the end."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def is_text(document: Doc) -> bool:
     """Whether the data of the analysed run are texts."""
     return "vocabulary" in document["run"]["record"]["data"]
