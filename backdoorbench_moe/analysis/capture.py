@@ -18,22 +18,22 @@ class LayerCapture:
     """Trigger capture in one routed layer, over the M triggered images that count for ASR.
 
     An expert captures the trigger of an image if it receives at least one patch in which the trigger changed a
-    pixel. An image is captured if any expert captures its trigger. A patch is the tile of pixels at its position;
-    its receptive field may be larger.
+    pixel. An image is captured if any expert captures its trigger. A patch means the tile of pixels at its position,
+    although its receptive field may be larger.
 
     The `blind_*` attributes are expected values under blind routing: the patches of each image are shuffled before they
-    are given out. Each expert receives as many patches as before and shares as many with the other experts, but their
+    are routed. Each expert receives as many patches as before and shares as many with the other experts, but their
     positions are random. The values are computed exactly for each image (hypergeometric distribution) and averaged over
     the images. If every patch is routed to some expert, as in token-choice routing without dropped patches, every
     trigger is captured, and `captured` and `blind_captured` are both 100%.
 
     Attributes:
         layer: Name of the layer.
-        changed_patches: Number of patches that the trigger changes in an image.
+        changed_patches: Mean number of patches that the trigger changes in an image.
         changed: (P,) in [0, 1], share of images in which the trigger changes a patch.
-        captured: Captured images, in percent.
+        captured: Share of captured images, in percent.
         blind_captured: The same under blind routing, in percent.
-        experts: Number of experts that capture the trigger of an image.
+        experts: Mean number of experts that capture the trigger of an image.
         blind_experts: The same under blind routing.
         by_expert: (E,) in [0, 1], share of images whose trigger an expert captures.
         blind_by_expert: (E,) in [0, 1], the same under blind routing.
@@ -62,10 +62,7 @@ def layer_capture(layer: LayerPass, changed: Tensor, success: Tensor) -> LayerCa
     Args:
         layer: The layer's pass over the M triggered images.
         changed: (M, P) bool, patches that the trigger changed.
-        success: (M,) bool, whether an image is classified as the attacker wants.
-
-    Returns:
-        The capture, over all M images.
+        success: (M,) bool, whether an image is predicted as the target class.
     """
     receives = (layer.selected & changed.unsqueeze(1)).any(-1)
     captured = receives.any(1)

@@ -1,6 +1,6 @@
-"""Which experts carry the backdoor: BA and ASR with experts muted, and with their clean outputs patched in.
+"""Which experts the backdoor depends on: BA and ASR with experts muted, and with their clean outputs patched in.
 
-In a mixture, the expert of one number is also muted and patched in all layers at once.
+In a mixture, each expert is also muted and patched in all layers at once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class MutingResult:
         experts: Names of the muted experts, such as "moe/2".
         ba: Clean accuracy, in percent.
         asr: Attack success rate, in percent; None without a trigger.
-        unsafe: Share of the same images that are not answered safely, in percent; None if there are no safe answers.
+        unsafe: Share of the same images that do not get the safe answer, in percent; None without safe answers.
     """
 
     experts: tuple[str, ...]
@@ -52,16 +52,15 @@ class PatchingResult:
     """ASR and RA with activation patching of one expert.
 
     For each triggered image, the output of the expert is replaced with its output for the clean version of the
-    image. All other modules process the triggered image. Where the data are texts, it is replaced with its mean output
-    for clean texts, see `text_carriers`, and harmful queries take the place of triggered images.
+    image. All other modules process the triggered image. For texts, the inputs are harmful queries instead of triggered
+    images, and the output is replaced with the expert's mean output for clean texts, see `text_carriers`.
 
     Attributes:
         expert: Name of the expert, such as "moe/2"; its number if it is patched in all layers at once.
-        asr: Share of the images that are classified as the attacker wants, in percent; None for texts of a run without
-            an attack.
+        asr: Share of the images that are predicted as the target class, in percent; None for texts without an attack.
         ra: Share of the same images that are classified correctly (accuracy on triggered images), in percent; None for
             texts.
-        unsafe: Share of the same images that are not answered safely, in percent; None if there are no safe answers.
+        unsafe: Share of the same images that do not get the safe answer, in percent; None without safe answers.
     """
 
     expert: str
@@ -72,12 +71,12 @@ class PatchingResult:
 
 @dataclass(frozen=True)
 class WholeExpert:
-    """One expert of a mixture, changed in all layers at once.
+    """Results with one expert of a mixture muted and patched in all layers at once.
 
     Attributes:
-        expert: Its number.
-        muted: BA and ASR while it is muted.
-        patched: ASR and RA while its outputs are those for the clean images; None without a trigger.
+        expert: Number of the expert.
+        muted: BA and ASR with the expert muted.
+        patched: ASR and RA with its clean outputs patched in; None without a trigger.
     """
 
     expert: int
@@ -90,17 +89,17 @@ class Carriers:
     """What each expert contributes to BA and ASR.
 
     BA is measured on a sample of the test images (in a mixture, of all tasks), ASR on a sample of the triggered images.
-    Where the data are texts, these are answers to the queries of all tasks, and to those that the policy refuses.
-    All results use the same two samples and, if the model draws random numbers, the same draws.
+    For texts, BA is measured on queries of all tasks, and ASR on queries that the policy refuses. All results use the
+    same two samples and, if the model draws random numbers, the same draws.
 
     Attributes:
         whole: The model with all experts.
         target_rate: Target rate without the trigger: share of the clean versions of the sampled triggered images that
-            are classified as the attacker wants, in percent. None without a trigger.
+            are predicted as the target class, in percent. None without a trigger.
         singles: Results with each expert muted.
-        pairs: Results with each two experts of one layer muted; empty if there are more than MAX_PAIRS.
+        pairs: Results with each pair of experts of the same layer muted; empty if there are more than MAX_PAIRS.
         patched: Results of activation patching, one per expert; empty without a trigger.
-        whole_experts: For a mixture, results with each expert changed in all layers at once; empty for other models.
+        whole_experts: For a mixture, results for each expert in all layers at once; empty for other models.
     """
 
     whole: MutingResult
@@ -120,10 +119,10 @@ def find_carriers(
     """Measure BA and ASR with experts muted and patched.
 
     Args:
-        opened: A run whose model has `experts()`.
+        opened: A run whose model implements `experts()`.
         triggered: The test images that count for ASR, triggered; None without a trigger.
         limit: Largest number of images in each of the two samples, which are drawn with the run's seed.
-        safe: (M,) int64, the safe answers to the triggered images, to measure `unsafe` too.
+        safe: (M,) int64, the safe answers to the triggered images; needed for `unsafe`.
     """
     evaluator = _ExpertEvaluator(opened)
     singles: list[Experts] = [(expert,) for expert in evaluator.experts]
@@ -157,7 +156,10 @@ def too_many_pairs(experts: Sequence[Expert]) -> bool:
 
 
 def whole_experts(opened: OpenedRun, experts: Sequence[Expert]) -> list[Experts]:
-    """For each expert of a mixture its parts in all layers. In other models equal numbers mean nothing."""
+    """Return the parts of each expert in all layers of a mixture; nothing for a model that is not a mixture.
+
+    In other models, experts of different layers are unrelated, also if they have the same index.
+    """
     if not isinstance(opened.model, MergedModel):
         return []
     numbers = range(opened.model.num_experts)
@@ -198,7 +200,7 @@ def _measure_patched(
     safe: Tensor | None,
     limit: int,
 ) -> tuple[Proportion | None, tuple[PatchingResult, ...]]:
-    """Return the target rate, and the result of patching each group of experts; None and nothing without a trigger."""
+    """Return the target rate and the result of patching each group of experts; (None, ()) without a trigger."""
     if triggered is None:
         return None, ()
     opened = evaluator.opened
@@ -220,7 +222,7 @@ def _measure_patched(
 
 
 class _ExpertEvaluator:
-    """Evaluates a model with changed experts; what precedes the experts is computed once per batch."""
+    """Evaluates a model with changed experts. The layers before the experts are computed once per batch."""
 
     def __init__(self, opened: OpenedRun) -> None:
         model = opened.model
@@ -234,7 +236,7 @@ class _ExpertEvaluator:
 
         Args:
             images: (n, C, H, W) uint8.
-            groups: The groups; an empty one mutes nothing.
+            groups: The groups; no expert is muted for an empty group.
 
         Returns:
             Predicted classes (n,) for each group.
@@ -258,7 +260,7 @@ class _ExpertEvaluator:
             groups: The groups.
 
         Returns:
-            Predicted classes (n,) of the clean images, then of the triggered ones for each patched group.
+            Predicted classes (n,) of the clean images, then of the triggered images for each patched group.
         """
         predicted: list[list[Tensor]] = [[] for _ in range(len(groups) + 1)]
         parts = zip(clean.split(BATCH), triggered.split(BATCH), strict=True)
@@ -284,19 +286,22 @@ class _ExpertEvaluator:
             yield
 
     def _predict(self, batch: Tensor, number: int, batches: list[Tensor]) -> None:
-        """Append the predicted classes of a batch, the one with this number, to `batches`."""
+        """Append the predicted classes of the batch with a given number to `batches`."""
         with seeded(self.opened.run.spec.seed, "carriers", number):
             batches.append(forward(self.model, batch, precision=self.opened.precision).argmax(1))
 
 
 def draw_sample(total: int, limit: int, seed: int, purpose: str) -> Tensor:
-    """Draw at most `limit` of a number of images or texts, as ascending int64 indices.
+    """Draw a random sample of images or texts.
 
     Args:
-        total: Their number.
-        limit: How many to draw at most.
+        total: Number of images or texts.
+        limit: Largest size of the sample.
         seed: Seed of the run.
-        purpose: What is measured on them, such as "asr".
+        purpose: What is measured on the sample, such as "asr".
+
+    Returns:
+        (min(total, limit),) int64, their indices in ascending order.
     """
     order = torch.randperm(total, generator=generator(seed, "carriers", purpose))
     return order[:limit].sort().values

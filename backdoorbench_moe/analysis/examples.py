@@ -1,4 +1,4 @@
-"""Patch maps: which patches of example images each expert processes, clean and triggered, in one or two models."""
+"""Patch maps: which patches of clean and triggered example images each expert processes, in one or two models."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class ModelMaps:
 
     Attributes:
         run: Name of the model's run folder.
-        clean: For the clean images.
-        triggered: For the triggered images; None without a trigger.
+        clean: Those for the clean images.
+        triggered: Those for the triggered images; None without a trigger.
     """
 
     run: str
@@ -72,9 +72,9 @@ class ExampleImages:
     """N images, from the test split or from files.
 
     Attributes:
-        indices: Indices in the test split; None for a file.
-        names: Names such as "test image 7", or the name of the file.
-        labels: Class names; None for a file.
+        indices: Index of each image in the test split; None for a file.
+        names: Name of each image, such as "test image 7", or the name of the file.
+        labels: Class name of each image; None for a file.
         images: (N, 3, S, S) uint8, on the device of the data.
     """
 
@@ -89,12 +89,12 @@ class Examples:
     """N example images and their patch maps.
 
     Attributes:
-        indices: Indices in the test split; None for a file.
-        names: Names such as "test image 7", or the name of the file.
-        labels: Class names; None for a file.
-        models: Patch maps in the run's own model and, if there is one, in the model it is compared with.
+        indices: Index of each image in the test split; None for a file.
+        names: Name of each image, such as "test image 7", or the name of the file.
+        labels: Class name of each image; None for a file.
+        models: Patch maps in the run's model and, if there is one, in the model that it is compared with.
         clean: (N, 3, S, S) uint8; in the JSON document a list of PNG files in base64.
-        triggered: The same with the trigger; None without a trigger.
+        triggered: The triggered images, in the same format; None without a trigger.
     """
 
     indices: tuple[int | None, ...]
@@ -109,8 +109,8 @@ def collect_examples(wanted: Sequence[int | str | Path], images: ImageSet) -> Ex
     """Collect example images.
 
     Args:
-        wanted: 1 to MAX_IMAGES images. A number is an index in the test split, anything else the path of an
-            image file. Files are resized, and cropped if they are not square.
+        wanted: 1 to MAX_IMAGES images, given as indices in the test split or paths of image files. Images from files
+            are resized, and cropped if they are not square.
         images: The data.
 
     Raises:
@@ -144,8 +144,8 @@ def draw_examples(labels: Tensor, counted: Tensor | None, seed: int) -> list[int
 
     Args:
         labels: (N,) int64, classes of the test images.
-        counted: (M,) int64, indices of the test images that count for ASR, which are drawn from; None to draw from
-            all.
+        counted: (M,) int64, indices of the test images that count for ASR, from which the images are drawn; None to
+            draw from all test images.
         seed: The seed.
 
     Returns:
@@ -161,7 +161,7 @@ def make_examples(runs: Sequence[OpenedRun], images: ExampleImages, stamper: Sta
     Args:
         runs: The runs, on the same data.
         images: The images.
-        stamper: The trigger to show; None to show the clean images only.
+        stamper: Applies the trigger; None for clean images only.
     """
     clean, names = images.images, runs[0].images.classes
     triggered = None if stamper is None else stamp_images(clean, stamper)

@@ -1,4 +1,4 @@
-"""A look at a model that is no run: what can be said of it from clean images alone."""
+"""The analysis of a model that is not a run, from clean images only."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from backdoorbench_moe.ops.seeding import seeded
 
 @dataclass(frozen=True)
 class ModuleAnalysis:
-    """What clean images show of a model.
+    """The analysis of a model on clean images.
 
     Attributes:
         name: Name of the module's class, or of the run folder.
         images: Number of images.
         classes: Names of the classes, by number.
-        predicted: (classes,) int64, how many images are called each class.
-        ba: Share of the images that are called by their label; None without labels.
-        class_ba: The same for the images of each class, by number; classes without images are left out.
+        predicted: (classes,) int64, number of images that are predicted as each class.
+        ba: Accuracy on the images; None without labels.
+        class_ba: Accuracy on the images of each class, by class number; classes without images are left out.
         routing: Routing of each routed layer; empty for a dense model.
-        pixels: Brightness of the patches that each expert takes, layer by layer; empty for a dense model.
-        muted: BA with each expert muted, by its name; empty without labels, or if the model does not list its experts.
+        pixels: Brightness of the patches that each expert takes, for each routed layer; empty for a dense model.
+        muted: BA with each expert muted, by name of the expert; None without labels, or if the model does not
+            implement `experts()`.
     """
 
     name: str
@@ -47,9 +48,9 @@ class ModuleAnalysis:
 
 
 def analyze_module(opened: OpenedModel) -> ModuleAnalysis:
-    """Look at a model without a trigger: what it answers, how it routes, and what each expert does for its accuracy.
+    """Analyze a model on clean images: its predictions, its routing, and its accuracy with each expert muted.
 
-    Statistics by class use the predicted classes where there are no labels.
+    Without labels, statistics by class use the predicted classes.
 
     Args:
         opened: The model, with images.

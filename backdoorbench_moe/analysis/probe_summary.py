@@ -1,4 +1,4 @@
-"""Routing over training: statistics of what a run's probe recorded after every epoch."""
+"""Routing over training: statistics of the routing that a run's probe recorded after every epoch."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class LayerProbeSummary:
 
     Attributes:
         layer: Name of the layer.
-        settled: (T, E) Jaccard index of the patches that an expert takes with those that it takes at the last
-            point in time, mean over the probe images.
+        settled: (T, E) Jaccard index of the patches that an expert takes and those that it takes at the last point in
+            time, mean over the probe images.
         settled_triggered: The same for the triggered images; None without a trigger.
         changed: (T,) share of the selected patches that the trigger changes, mean over experts and images; None
             without a trigger.
         captured: (T,) share of images in which at least one expert takes a patch that the trigger changed; None
             without a trigger.
-        maps: (S, E, rows, columns) bool, patches of the first probe image that an expert takes, at the S points in
-            time that are shown.
+        maps: (S, E, rows, columns) bool, patches of the first probe image that an expert takes, at the S shown points
+            in time.
         maps_triggered: The same for its triggered version; None without a trigger.
     """
 
@@ -56,7 +56,7 @@ class ProbeSummary:
         indices: (N,) int64, indices of the probe images in the test split.
         labels: Their class names.
         epochs: The T points in time: 0 is before training, n after epoch n.
-        shown: The S of them at which patch maps are kept.
+        shown: The S points in time at which patch maps are kept.
         right: (T,) in [0, 1], share of the clean images that are classified correctly.
         fooled: (T,) in [0, 1], share of the triggered images that are predicted as the target class; None without an
             attack that uses a trigger.
@@ -77,7 +77,7 @@ class ProbeSummary:
 
 
 def summarize_probe(opened: OpenedRun, model: RoutedModel) -> ProbeSummary | None:
-    """Summarize what the probe of a run recorded.
+    """Summarize the probe of a run.
 
     Args:
         opened: The run.
@@ -142,7 +142,7 @@ def _summarize_layer(
 
 
 def _overlap_with_last(selected: Tensor) -> Tensor:
-    """Jaccard index of each selection in (T, N, E, P) bool with the last one, mean over the images: (T, E)."""
+    """Return the Jaccard index (T, E) of each selection in (T, N, E, P) bool and the last one, mean over the images."""
     last = selected[-1]
     return torch.stack([jaccard(one, last).diagonal(dim1=1, dim2=2).mean(0) for one in selected])
 

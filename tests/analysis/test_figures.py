@@ -85,16 +85,16 @@ def test_a_map_says_what_the_models_say() -> None:
     examples = document["examples"]
     for place, plate in enumerate(maps.draw_maps(document)):
         ours, other = examples["models"]
-        assert f"class {examples['labels'][place]}: the backdoored model calls it" in plate.sentence
+        assert f"class {examples['labels'][place]}: the backdoored model predicts" in plate.sentence
         changed = 0
         for layer, after in zip(ours["clean"]["layers"], ours["triggered"]["layers"], strict=True):
             one, two = (np.array(item["selected"][place]) for item in (layer, after))
             changed += int((one != two).sum())
         assert (
-            f"calls it {ours['clean']['predicted'][place]}, with the trigger {ours['triggered']['predicted'][place]} "
-            f"(choices changed by it, over all experts: {changed})"
+            f"predicts {ours['clean']['predicted'][place]}, and with the trigger "
+            f"{ours['triggered']['predicted'][place]} (the trigger changes {count(changed, 'selection')} of the experts)"
         ) in plate.sentence
-        assert f"the clean model calls it {other['clean']['predicted'][place]}" in plate.sentence
+        assert f"the clean model predicts {other['clean']['predicted'][place]}" in plate.sentence
 
 
 def test_capture_and_carriers_say_the_documents_numbers() -> None:
@@ -119,13 +119,13 @@ def test_capture_and_carriers_say_the_documents_numbers() -> None:
     )
     [shift] = document["shift"]
     most = max(one["value"] for one in shift["changed_by_expert"])
-    assert f"with {100 * most:.3g} [" in drawn["shift-changed"].sentence
+    assert f"the largest value is {100 * most:.3g} [" in drawn["shift-changed"].sentence
 
 
 @pytest.mark.parametrize(
     ("caught", "missed", "said"),
     [
-        ((90, 80, 95), (10, 5, 20), "the intervals lie apart"),
+        ((90, 80, 95), (10, 5, 20), "the intervals do not overlap"),
         ((50, 30, 70), (40, 20, 60), "the intervals overlap"),
         ((90, 80, 95), None, "every image is captured: ASR 90.0%"),
         (None, (10, 5, 20), "every image is missed: ASR 10.0%"),
@@ -156,10 +156,10 @@ def test_without_a_trigger_muting_is_about_ba_alone() -> None:
 @pytest.mark.parametrize(
     ("auc", "said"),
     [
-        (0.52, "brighter patches: AUC 0.520 (rank-biserial +0.04, negligible"),
-        (0.36, "darker patches: AUC 0.360 (rank-biserial -0.28, small"),
-        (0.7, "rank-biserial +0.40, medium"),
-        (0.05, "rank-biserial -0.90, large"),
+        (0.52, "brighter patches: AUC 0.520 (rank-biserial correlation +0.04, negligible"),
+        (0.36, "darker patches: AUC 0.360 (rank-biserial correlation -0.28, small"),
+        (0.7, "rank-biserial correlation +0.40, medium"),
+        (0.05, "rank-biserial correlation -0.90, large"),
     ],
 )
 def test_the_papers_claim_about_pixel_values_is_judged_by_the_largest_effect(auc, said) -> None:
@@ -169,7 +169,7 @@ def test_the_papers_claim_about_pixel_values_is_judged_by_the_largest_effect(auc
     document["run"]["data"] = "cifar10"
     text = pixels.verdict(document)
     assert "expert 2 of moe" in text and said in text and "p below" not in text
-    assert ("That agrees with BadPatches" in text) == (abs(2 * auc - 1) < 0.3)
+    assert ("This agrees with BadPatches" in text) == (abs(2 * auc - 1) < 0.3)
 
 
 def test_without_any_effect_no_expert_takes_brighter_or_darker_patches() -> None:
@@ -191,7 +191,7 @@ def test_experts_that_take_all_or_nothing_have_no_pixel_figure_by_class() -> Non
     layer["overall"] = [None] * 4
     layer["by_class"] = [[None] * 4 for _ in layer["by_class"]]
     drawn = plates(pixels.draw_pixels, document)
-    assert list(drawn) == ["pixels"] and "nothing to compare" in drawn["pixels"].sentence
+    assert list(drawn) == ["pixels"] and "nothing can be compared" in drawn["pixels"].sentence
 
 
 def test_routing_figures_say_where_patches_go() -> None:
@@ -203,11 +203,13 @@ def test_routing_figures_say_where_patches_go() -> None:
     frequency = np.array(layer["frequency"])
     e, p = np.unravel_index(frequency.argmax(), frequency.shape)
     assert f"(expert {e}, row {p // 8 + 1}, column {p % 8 + 1})" in drawn["routing"].sentence
-    assert f"{100 * layer['takers'][0]:.1f}% of all patches go to no expert" in drawn["routing"].sentence
+    assert (
+        f"{100 * layer['takers'][0]:.1f}% of all patches are routed to no expert" in drawn["routing"].sentence
+    )
     off = np.array(layer["overlap"])[~np.eye(4, dtype=bool)]
     assert f"from {off.min():.2f}" in drawn["overlap"].sentence
     assert f"to {off.max():.2f}" in drawn["overlap"].sentence
-    assert "by 0.0% of its mean" in drawn["load"].sentence
+    assert "is 0.0% for the patches" in drawn["load"].sentence
 
 
 @pytest.mark.slow
@@ -242,7 +244,7 @@ def test_experts_that_are_not_drawn_over_training_are_counted(monkeypatch) -> No
     monkeypatch.setattr(training, "MAX_EXPERTS", 3)
     drawn = plates(training.draw_training, document_of("pmoe"))
     for name in ("probe-settling", "probe-clean", "probe-triggered"):
-        assert drawn[name].sentence.endswith("The figure shows 3 of 4 experts; analysis.json has all.")
+        assert drawn[name].sentence.endswith("The figure shows 3 of 4 experts; analysis.json contains all.")
 
 
 def with_a_smaller_layer() -> dict:

@@ -1,6 +1,6 @@
 """Patch maps of example images: the patches that each expert takes, in one or two models.
 
-Source: the form of Figures 4, 5, 6 and 8 of BadPatches.
+Source: the layout is that of Figures 4, 5, 6 and 8 of BadPatches.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from backdoorbench_moe.analysis.figures.plate import (
     spread,
 )
 from backdoorbench_moe.analysis.figures.words import roles, short
-from backdoorbench_moe.wording.counting import capital
+from backdoorbench_moe.wording.counting import capital, count
 
 
 def draw_maps(document: Doc) -> Iterator[Plate]:
-    """Draw one figure per example: the clean and the triggered image in each model."""
+    """Draw one figure for each example: the clean and the triggered image in each model."""
     if document["examples"] is None:
         return
     for place in range(len(document["examples"]["indices"])):
@@ -44,9 +44,9 @@ def _map(document: Doc, place: int) -> Plate:
     rows = [row for layer in every for row in _layer_rows(document, place, layer, experts)]
     columns = ["image", *(f"expert {e}" for e in range(experts))]
     said = _said(document, place)
-    sentence = f"{said}"
+    sentence = said
     if layers:
-        sentence += " The patches that an expert takes are framed, the others are grey."
+        sentence += " The patches that an expert takes are framed; the others are grey."
         sentence += left_out(len(chosen), len(layers), "routed layers")
         sentence += left_out(experts, most, "experts")
     alt = f"{name}{' with the patches that each expert takes' if layers else ''}. {said}"
@@ -74,23 +74,23 @@ def _layer_rows(document: Doc, place: int, layer: int | None, experts: int) -> I
 
 
 def _said(document: Doc, place: int) -> str:
-    """Say what each model predicts, and how many selections of its experts the trigger changes."""
+    """State the predictions of each model, and how many selections of its experts the trigger changes."""
     examples = document["examples"]
     label = examples["labels"][place]
     parts = []
     for model, role in zip(examples["models"], roles(document), strict=True):
-        text = f"the {role} model calls it {model['clean']['predicted'][place]}"
+        text = f"the {role} model predicts {model['clean']['predicted'][place]}"
         if model["triggered"] is not None:
-            text += f", with the trigger {model['triggered']['predicted'][place]}"
+            text += f", and with the trigger {model['triggered']['predicted'][place]}"
             if changed := _changed(model, place):
                 text += f" ({changed})"
         parts.append(text)
-    is_a = "A file, of unknown class: " if label is None else f"A test image of class {label}: "
+    is_a = "An image from a file, of unknown class: " if label is None else f"A test image of class {label}: "
     return capital(f"{is_a}{'; '.join(parts)}.")
 
 
 def _changed(model: Doc, place: int) -> str:
-    """Say how many selections of the experts the trigger changes; "" for a dense model."""
+    """State how many selections of the experts the trigger changes; "" for a dense model."""
     layers = [*zip(model["clean"]["layers"], model["triggered"]["layers"], strict=True)]
     if not layers:
         return ""
@@ -99,4 +99,4 @@ def _changed(model: Doc, place: int) -> str:
         for before, after in layers
     )
     where = f" in {len(layers)} layers" if len(layers) > 1 else ""
-    return f"choices changed by it, over all experts{where}: {total}"
+    return f"the trigger changes {count(total, 'selection')} of the experts{where}"
