@@ -92,7 +92,8 @@ def test_a_map_says_what_the_models_say() -> None:
             changed += int((one != two).sum())
         assert (
             f"predicts {ours['clean']['predicted'][place]}, and with the trigger "
-            f"{ours['triggered']['predicted'][place]} (the trigger changes {count(changed, 'selection')} of the experts)"
+            f"{ours['triggered']['predicted'][place]} "
+            f"(the trigger changes {count(changed, 'selection')} of the experts)"
         ) in plate.sentence
         assert f"the clean model predicts {other['clean']['predicted'][place]}" in plate.sentence
 

@@ -117,7 +117,7 @@ def _shares_by_task(document: Doc, found: Doc) -> Plate:
     said = (
         f"Gate share of each expert for the {kind} of each task{f' and for {marked}' if marked in names else ''}, mean "
         f"over the layers, in %. In the {models[0][0]} model, the shares of the experts for the {kind} of their own "
-        f"tasks range from {percent(min(own))} to {percent(max(own))}; an even share would be {percent(100 / len(own))}."
+        f"tasks range from {percent(min(own))} to {percent(max(own))}; an even share is {percent(100 / len(own))}."
     )
     return make_plate(
         "gate-shares-by-task",
