@@ -151,7 +151,7 @@ def test_without_a_trigger_muting_is_about_ba_alone() -> None:
     assert list(drawn) == ["carriers", "carriers-pairs"]
     assert "ASR" not in "".join(plate.sentence for plate in drawn.values())
     lowest = min(one["ba"]["value"] for one in carriers["singles"])
-    assert f"the lowest {lowest:.1f}%" in drawn["carriers"].sentence
+    assert f"the lowest is {lowest:.1f}%" in drawn["carriers"].sentence
 
 
 @pytest.mark.parametrize(

@@ -219,11 +219,11 @@ def test_names_are_escaped() -> None:
         (True, ["a", "b"], "This model was backdoored and then defended with a, b."),
         (False, [], "This model was trained on clean data."),
         (False, ["a"], "This model was trained on clean data and then defended with a."),
-        (None, [], "This model was imported. It is not known whether it is backdoored."),
+        (None, [], "This model was imported. Whether it is backdoored is not known."),
         (
             None,
             ["a"],
-            "This model was imported and then defended with a. It is not known whether it is backdoored.",
+            "This model was imported and then defended with a. Whether it is backdoored is not known.",
         ),
     ],
 )
