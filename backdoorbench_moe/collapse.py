@@ -1,4 +1,4 @@
-"""Models whose clean accuracy is near chance: how they are found, marked in tables and named in one line."""
+"""Models whose clean accuracy is near chance: detection, mark in tables, and description in one line."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from backdoorbench_moe.ops.metrics import near_chance
 if TYPE_CHECKING:
     from backdoorbench_moe.records import Record
 
-# Stands in tables beside the numbers of such a model.
+# Mark next to the numbers of such a model in tables.
 MARK = "†"
-# The metrics that are marked: what shows the collapse, and what it makes meaningless.
+# The metrics that are marked: BA, which shows the collapse, and ASR, which is then meaningless.
 MARKED = ("ba", "asr")
-# A metric that only a model behind an input filter has.
+# A metric that exists only for a model behind an input filter.
 FILTERED = "fpr"
 MARK_LEGEND = f"{MARK} The clean accuracy is near chance: the model's ASR says nothing about the trigger."
 
@@ -22,18 +22,18 @@ MARK_LEGEND = f"{MARK} The clean accuracy is near chance: the model's ASR says n
 def collapsed(record: Record) -> bool:
     """Return whether a run's model is near chance.
 
-    This is the record's field `near_chance`. For an older record, which does not have it, it is computed from BA and
-    the chance rate; see `chance_of`. Behind an input filter it is the BA of the stage before, since BA counts rejected
-    images as errors.
+    The result is the record's field `near_chance`. Older records do not have this field; the result is then computed
+    from BA and the chance rate, see `chance_of`. With an input filter, the BA of the stage before the filter is used,
+    since BA counts rejected images as errors.
 
     Args:
-        record: Record of a run; one without BA, such as an unfinished run's, is not near chance.
+        record: Record of a run. A run without BA, such as an unfinished one, is not near chance.
     """
     return is_near_chance(_fields(record))
 
 
 def is_near_chance(record: Mapping[str, Any]) -> bool:
-    """Do what `collapsed` does, for a record's fields as plain values, as `record.json` has them."""
+    """Return the result of `collapsed` for the fields of a `record.json` as plain values."""
     known = record.get("near_chance")
     if known is not None:
         return bool(known)
@@ -47,11 +47,11 @@ def chance_of(record: Mapping[str, Any]) -> float | None:
     """Return the accuracy of a model that always predicts the most frequent class, in (0, 1].
 
     Args:
-        record: A record's fields as plain values.
+        record: The fields of a record as plain values.
 
     Returns:
-        The measured rate, `data["chance"]` in percent, if the record has it. Otherwise 1 / classes, which is too low
-        for unbalanced test sets. None if the classes are not known.
+        The measured rate if the record contains it (`data["chance"]`, in percent). Otherwise 1 / classes, which is too
+        low for unbalanced test sets. None if the classes are not known.
     """
     measured = record["data"].get("chance")
     if measured is not None:
@@ -61,12 +61,12 @@ def chance_of(record: Mapping[str, Any]) -> float | None:
 
 
 def collapse_line(record: Record) -> str | None:
-    """Return a line that says that a run's model is near chance; None if it is not."""
+    """Return a line that describes a run's model as near chance; None if it is not."""
     return describe_collapse(_fields(record))
 
 
 def describe_collapse(record: Mapping[str, Any]) -> str | None:
-    """Do what `collapse_line` does, for a record's fields as plain values."""
+    """Return the result of `collapse_line` for the fields of a record as plain values."""
     if not is_near_chance(record):
         return None
     chance, ba = chance_of(record), _own_ba(record)
@@ -75,7 +75,7 @@ def describe_collapse(record: Mapping[str, Any]) -> str | None:
 
 
 def _own_ba(record: Mapping[str, Any]) -> dict[str, float] | None:
-    """BA of the model itself, without an input filter; None if it is not known."""
+    """Return the BA of the model without an input filter; None if it is not known."""
     metrics: Mapping[str, Any] = record["metrics"]
     if FILTERED in metrics:
         stages = record.get("stages") or []

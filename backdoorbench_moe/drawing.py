@@ -12,24 +12,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The colours of Okabe and Ito, which colour-blind readers can distinguish. In print without colours, the markers
-# distinguish the lines.
+# The colours of Okabe and Ito, which colour-blind readers can distinguish. Markers distinguish lines in print.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, PAPER, RULE = "#1a1a1a", "#ffffff", "#d9d9d9"
 LINE_VARIABLES = tuple(f"line-{number}" for number in range(len(COLOURS)))
 
-# Metadata that matplotlib writes by default. They are left out, since the date and the version of matplotlib would make
-# the files of equal figures differ.
+# Metadata that matplotlib writes by default. They are omitted, since the date and the version of matplotlib would make
+# files of equal figures differ.
 OMITTED_METADATA = {"svg": ("Creator", "Date", "Format", "Type"), "png": ("Software",)}
 
 
 @contextmanager
 def drawing_style(salt: str) -> Iterator[None]:
-    """Use fixed matplotlib settings inside the block, independent of the user's own settings.
+    """Use fixed matplotlib settings inside the block, independent of the user's settings.
 
-    Machines with the same fonts and package versions then write the same bytes. Text is never parsed as a formula,
-    since a class may be named "$x$".
+    With the same fonts and package versions, the files are then the same on all machines. Text is not parsed as a
+    formula, since a class may be named "$x$".
 
     Args:
         salt: Text from which the ids in an SVG file are derived (`svg.hashsalt`).
@@ -46,7 +45,7 @@ def drawing_style(salt: str) -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Create an empty figure that needs no display and does not use the global state of pyplot.
+    """Create an empty figure without a display and without the global state of pyplot.
 
     Args:
         width: Width in inches.
@@ -61,7 +60,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def figure_bytes(figure: Figure, form: str, dpi: int) -> bytes:
-    """Return a figure as the content of an image file. Inside `drawing_style`, equal figures give equal bytes.
+    """Return a figure as the content of an image file. Inside `drawing_style`, equal figures result in equal bytes.
 
     Args:
         figure: The figure.
@@ -76,8 +75,8 @@ def figure_bytes(figure: Figure, form: str, dpi: int) -> bytes:
 def inline_svg(svg: bytes, prefix: str, alt: str, *, style: str = "") -> str:
     """Convert an SVG file to an `<svg>` element of an HTML page.
 
-    The colours of this module are replaced with the CSS variables --ink, --paper, --rule, --line-0, --line-1, ...,
-    which the page must define.
+    The colours of this module are replaced with the CSS variables --ink, --paper, --rule, --line-0, --line-1, ...
+    The page must define them.
 
     Args:
         svg: Content of the SVG file, as returned by `figure_bytes`.

@@ -1,4 +1,4 @@
-"""Reading image files with Pillow as 8-bit RGB. Images that cannot be converted to it exactly are refused."""
+"""Reads image files with Pillow as 8-bit RGB. Images that cannot be converted exactly are rejected."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from backdoorbench_moe.errors import BbmoeWarning, DataError
 
 # The most frequent formats, which are tried first, in this order.
 COMMON = ("PNG", "JPEG", "PPM", "BMP", "WEBP", "GIF", "TIFF")
-# EPS starts another program, WMF needs Windows, and Pillow cannot read the pixels of the others by itself.
+# EPS starts another program, WMF requires Windows, and Pillow cannot read the pixels of the others without plug-ins.
 NOT_READ = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "PDF", "PALM"})
 # Modes that can be converted to RGB exactly; those with an alpha channel only if every pixel is opaque.
 MODES = ("RGB", "L", "1", "P", "RGBA", "LA", "PA")
-# Further modes of 8 bits per channel, whose colours Pillow converts in its own way.
+# Further modes with 8 bits per channel, whose colours Pillow can only convert approximately.
 INEXACT_MODES = ("CMYK", "YCbCr", "LAB", "HSV")
 TIFF_BITS_PER_SAMPLE = 258
 # A raw mode such as "RGB;16B" means 16 bits per channel, with the byte order. Without an order ("BGR;16") it means 16
@@ -39,15 +39,15 @@ def image_suffixes() -> frozenset[str]:
 
 
 def is_image(path: Path) -> bool:
-    """Return whether a file has the suffix, in upper or lower case, of a format that Pillow can decode."""
+    """Return whether a file has the suffix of a format that Pillow can decode, in upper or lower case."""
     return path.suffix.lower() in image_suffixes()
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read an image file with any suffix as 8-bit RGB, see `decode`. Warn if it has several frames.
+    """Read an image file as 8-bit RGB, see `decode`. Warn if it has several frames.
 
     Args:
-        path: The file.
+        path: The file, with any suffix.
 
     Raises:
         DataError: The file is missing or damaged, or cannot be converted exactly.
@@ -61,11 +61,10 @@ def read_image(path: Path) -> Image.Image:
 
 
 def decode(path: Path) -> tuple[Image.Image, bool]:
-    """Decode an image file as 8-bit RGB, rotated as its EXIF orientation says.
+    """Decode an image file as 8-bit RGB, rotated according to its EXIF orientation.
 
     Grey and palette images are converted to RGB, and the alpha channel of opaque images is dropped, which changes no
-    pixel. Images with more than 8 bits per channel, of other colour models (CMYK) or with transparent pixels are
-    refused.
+    pixel. Images with more than 8 bits per channel, other colour models (CMYK) or transparent pixels are rejected.
 
     Args:
         path: The file, with any suffix.
@@ -80,10 +79,10 @@ def decode(path: Path) -> tuple[Image.Image, bool]:
 
 
 def read_content(path: Path) -> bytes:
-    """Return the content of an image file. Raises DataError, which names the file, if it cannot be read."""
+    """Return the content of an image file. Raises DataError if it cannot be read; the message names the file."""
     try:
         if path.exists() and not path.is_file():
-            # Opening a named pipe would wait for ever.
+            # Opening a named pipe would block.
             raise DataError(f"{path}: expected an image file, got a folder, pipe or device")
         return path.read_bytes()
     except OSError as error:
@@ -96,8 +95,8 @@ def decode_content(content: bytes, path: Path, *, convert: bool = False) -> tupl
     Args:
         content: The content.
         path: The file, for error messages.
-        convert: Whether images of 8 bits per channel that cannot be converted exactly, such as CMYK images and those
-            with transparent pixels, are converted as Pillow does it.
+        convert: Whether to let Pillow convert images with 8 bits per channel that cannot be converted exactly, such as
+            CMYK images and those with transparent pixels.
     """
     try:
         with Image.open(_Content(content, path), formats=_formats()) as file:
@@ -124,7 +123,7 @@ def decode_content(content: bytes, path: Path, *, convert: bool = False) -> tupl
 
 
 class _Content(io.BytesIO):
-    """The content of a file, which error messages name."""
+    """The content of a file. Its `repr`, which Pillow uses in error messages, is the path."""
 
     def __init__(self, content: bytes, path: Path) -> None:
         super().__init__(content)
@@ -136,7 +135,7 @@ class _Content(io.BytesIO):
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Return the names of the formats to try. Formats without a suffix are left out: Pillow guesses them."""
+    """Return the names of the formats to try. Formats without a registered suffix are left out."""
     Image.init()
     named = set(Image.registered_extensions().values())
     others = sorted((named & set(Image.OPEN)) - NOT_READ - set(COMMON))
@@ -144,14 +143,14 @@ def _formats() -> tuple[str, ...]:
 
 
 def _turn_upright(image: Image.Image) -> None:
-    """Rotate an image as its EXIF orientation says, in place; not if there is none or the EXIF block is damaged."""
-    # For a damaged block Pillow raises many kinds of errors. Viewers show such an image nevertheless.
+    """Rotate an image in place according to its EXIF orientation. A damaged EXIF block is ignored."""
+    # Pillow raises many kinds of errors for a damaged block. Viewers show such images anyway.
     with suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
 
 
 def _bits_per_channel(file: Image.Image, content: bytes) -> int:
-    """Return the bits per channel in the file if Pillow would reduce them to 8 silently; otherwise 8."""
+    """Return the bits per channel in the file if Pillow would silently reduce them to 8; otherwise 8."""
     if file.format == "TIFF":
         return max(file.tag_v2.get(TIFF_BITS_PER_SAMPLE, (8,)))  # type: ignore[attr-defined]
     if file.format == "JPEG2000":

@@ -1,4 +1,4 @@
-"""The kinds of parts that a run consists of. A new kind is one row here, and the module that holds its parts."""
+"""The kinds of parts that a run consists of. A new kind needs a row here and a module with its parts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ class Kind:
     """One kind of part.
 
     Args:
-        name: Such as "trigger"; `create_<name>` and `list_<name>s` are its functions, and
-            `backdoorbench_moe.<name>s` its entry-point group.
-        room: Module, inside the package, that holds its parts and their `registry`.
+        name: Name of the kind, such as "trigger". Its functions are `create_<name>` and `list_<name>s`, and its
+            entry-point group is `backdoorbench_moe.<name>s`.
+        room: Module, inside the package, that contains its parts and their `registry`.
         base: Class that every part of the kind subclasses, as "module:Class".
-        given: Keyword arguments that the caller fills in; users may not give them as options.
-        needs: Options that every part of the kind has.
-        optional: Whether a spec may have None instead of such a part.
-        repeated: Whether a spec has a list of such parts (under "<name>s") instead of at most one.
+        given: Keyword arguments that are set by the caller; users may not set them as options.
+        needs: Options that every part of the kind must have.
+        optional: Whether the part may be None in a spec.
+        repeated: Whether a spec contains a list of such parts (under "<name>s") instead of at most one.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Kind:
 
     @property
     def key(self) -> str:
-        """The key of a spec that holds the part, or the list of parts."""
+        """The key of the part, or of the list of parts, in a spec."""
         return f"{self.name}s" if self.repeated else self.name
 
 

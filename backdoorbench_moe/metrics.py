@@ -1,6 +1,6 @@
-"""The metrics a record can hold: key, name, unit, and which direction is better.
+"""The metrics of records: key, name, unit, and which direction is better.
 
-This table only describes metrics. Which of them a run has is decided by what makes the run.
+This table only describes metrics. Which of them a run has depends on the kind of run.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ PERCENT, POINTS, SECONDS = "%", "percentage points", "s"
 
 @dataclass(frozen=True)
 class Metric:
-    """What a metric is called and how its value is read.
+    """Description of a metric.
 
     Args:
         key: Name in a record, such as "asr" or "task/2.ba".
         name: Full name, such as "attack success rate".
         short: Name for narrow columns, such as "ASR".
         unit: "%", "percentage points" or "s".
-        better: Which direction is better from the view of the model's owner, who defends it; None for
-            a metric that describes another model, such as the clean twin, and for a share of the gates that is
-            neither good nor bad.
-        suffix: What a qualified key adds to the name, such as " of task/2" or " after pruned".
+        better: Which direction is better for the model's owner, who defends it. None for a metric of another
+            model, such as the clean twin, and for a share of the gates that is neither good nor bad.
+        suffix: Suffix of the name for a qualified key, such as " of task/2" or " after pruned".
     """
 
     key: str
@@ -54,7 +53,7 @@ class Metric:
 
     @property
     def heading(self) -> str:
-        """Qualifiers and short name, as the heading of a column: "pruned ASR"."""
+        """Qualifiers and short name, for the heading of a column: "pruned ASR"."""
         return " ".join([*self.key.split(".")[:-1], self.short])
 
 
@@ -63,7 +62,7 @@ METRICS = {
     for one in (
         Metric("ba", "clean accuracy", "BA", PERCENT, "higher"),
         Metric("asr", "attack success rate", "ASR", PERCENT, "lower"),
-        # Of the images that ASR is measured on, without their trigger.
+        # Measured on the images of ASR without their trigger.
         Metric("target_rate", "target rate without the trigger", "no trigger", PERCENT, "lower"),
         Metric("twin_ba", "clean accuracy of the clean twin", "twin BA", PERCENT, None),
         Metric("twin_asr", "attack success rate of the clean twin", "twin ASR", PERCENT, None),
@@ -150,13 +149,13 @@ METRICS = {
 def metric(key: str, what: str = "metric") -> Metric:
     """Look up a metric by its key, which may be qualified.
 
-    A qualifier stands before the key with a dot between: one with a slash in it says what part of the
-    data the metric is of ("task/2.ba"), any other one after which stage of a defense it was measured
-    ("pruned.asr"). There may be several ("pruned.task/2.ba").
+    Qualifiers precede the key, separated by dots. A qualifier with a slash names a part of the data ("task/2.ba"). Any
+    other qualifier names the stage of a defense after which the metric was measured ("pruned.asr"). There may be
+    several ("pruned.task/2.ba").
 
     Args:
         key: Key of `METRICS`, with or without qualifiers.
-        what: What the key is, for the error message.
+        what: What to call the key in error messages.
 
     Returns:
         The metric, with the qualifiers in its label and heading.
@@ -179,8 +178,8 @@ def sort_metrics(keys: Iterable[str]) -> list[Metric]:
     """Look up the metrics of a record, in the order of `METRICS`.
 
     Args:
-        keys: Keys as a record has them. Unlike in `metric`, unknown ones are allowed: a record may come
-            from a newer version or a plug-in. They are called by their key.
+        keys: Keys of a record. Unlike in `metric`, unknown keys are allowed, since a record may come from a newer
+            version or a plug-in. Their name is the key.
 
     Returns:
         Metrics without qualifiers, then qualified ones, then unknown ones, each group in table order.

@@ -1,4 +1,4 @@
-"""The analysis of a run, as made by `bbmoe analyze`."""
+"""The analysis of a run; see `bbmoe analyze`."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ def analyze_run(
     device: str | None = None,
     observer: Observer | None = None,
 ) -> Analysis:
-    """Analyse the model of a finished run. Nothing is written.
+    """Analyze the model of a finished run. No files are written.
 
     Args:
         run: The run.
         against: Another finished run on the same data to compare with; None for the clean twin, if its folder is
             next to that of the run.
-        images: Example images to draw patch maps of, as indices in the test split or paths of image files; None
-            to draw images of several classes.
-        carriers_images: Largest number of images, or texts, on which BA, and on which ASR, is measured with experts
-            muted and patched; at least 1.
-        data_root: Folder of the data, if it has moved since the run was made.
-        device: "auto", "cpu", "cuda" or "cuda:N"; None for the run's own.
+        images: Images to show patch maps of, as indices in the test split or paths of image files; None to choose
+            images of several classes at random.
+        carriers_images: Largest number of images, or texts, on which BA and ASR are each measured with experts muted
+            and patched; at least 1.
+        data_root: Folder of the data, if it was moved after the run.
+        device: "auto", "cpu", "cuda" or "cuda:N"; None for the device of the run.
         observer: Receives progress.
 
     Raises:
@@ -94,7 +94,11 @@ class _ImageAnalyzer(Analyzer):
         self.triggered = None if self.marked is None else self.marked.triggered
 
     def analyze(self, chosen: examples.ExampleImages | None) -> Analysis:
-        """Compute all parts; chosen: the example images, drawn if None."""
+        """Compute all parts.
+
+        Args:
+            chosen: The example images; None to choose them at random.
+        """
         started = time.perf_counter()
         opened, other = self.opened, self.other
         findings, against, brightness, compared = Findings(), None, None, None
@@ -232,7 +236,7 @@ class _ImageAnalyzer(Analyzer):
             safe = None if self.marked is None else self.marked.safe
             limit = self.options.carriers_images
             found = carriers.find_carriers(self.opened, self.triggered, limit, safe=safe)
-        if not found.pairs and len(found.singles) > 1:
+        if carriers.too_many_pairs(self.opened.model.experts()):
             self._miss("carriers.pairs", f"there are more than {carriers.MAX_PAIRS} pairs of experts")
         if not found.patched:
             self._miss("carriers.patched", self._no_attack())

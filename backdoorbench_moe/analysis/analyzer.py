@@ -1,4 +1,4 @@
-"""What analyses of runs on images and on texts have in common."""
+"""Base class of the analyses of runs on images and on texts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from backdoorbench_moe.errors import BbmoeError
 
 
 class Analyzer:
-    """Computes one analysis.
+    """Base class of a computation of one analysis.
 
     Args:
-        opened: The run to analyse.
+        opened: The run to analyze.
         against: The run to compare with; None for the clean twin.
         options: Options that change the results.
         observer: Receives progress.
@@ -42,10 +42,10 @@ class Analyzer:
     def _latents(
         self, find: Callable[[int], latents.ExpertLatents]
     ) -> tuple[latents.ExpertLatents, ...] | None:
-        """The latents of each poisoned expert; None if there is none, or a run that it was made from is missing.
+        """Return the latents of each poisoned expert; None without one, or if a run that it depends on is missing.
 
         Args:
-            find: Computes them, from the number of the expert.
+            find: Computes the latents of the expert with a given number.
         """
         spec = self.opened.run.spec
         if spec.mixture is None or not spec.attacked:
@@ -87,7 +87,7 @@ class Analyzer:
     def _experts(
         self, found: MixturePass | TextPass, against: MixturePass | TextPass | None
     ) -> gate_shares.ExpertFindings:
-        """The gate shares of a mixture, and of the one that it is compared with."""
+        """Return the gate shares of a mixture and of the mixture that it is compared with."""
         opened = self.opened
         assert opened.tasks is not None and opened.run.spec.mixture is not None
         return gate_shares.ExpertFindings(
@@ -99,12 +99,12 @@ class Analyzer:
 
 
 def without_folder(error: BbmoeError, folder: Path) -> str:
-    """The text of an error without the folder of the run folders, since the report is passed on to others."""
+    """Return the text of an error without the parent folder of the runs, since reports are shared with others."""
     return str(error).replace(f"{folder}{os.sep}", "")
 
 
 def twin_folder(run: Run) -> Path | None:
-    """Return the folder of a run's clean twin; None if the run has no twin or the folder is not there."""
+    """Return the folder of a run's clean twin; None if the run has no twin or the folder does not exist."""
     name = run.record.clean_twin
     if not name or Path(name).name != name:
         return None

@@ -1,4 +1,4 @@
-"""Example answers of language models: the query, the expected answer, what was generated, and what that is worth."""
+"""Example answers of language models: the query, the expected answer, the generated answer and its verdict."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.ops.seeding import generator
 
 HARMFUL = "harmful query"
-# How many examples are drawn of each task, and of the queries that the policy refuses.
+# Number of examples of each task, and of the queries that the policy refuses.
 TASK_EXAMPLES, HARMFUL_EXAMPLES = 2, 4
 
 
@@ -24,8 +24,8 @@ class Answer:
     """A generated answer.
 
     Attributes:
-        text: What was generated, up to the end of the answer.
-        verdict: "right" or "wrong"; of a harmful query "harmful", "safe" or "other", see `data.text.Judge`.
+        text: The generated text, up to the end of the answer.
+        verdict: "right" or "wrong"; for a harmful query "harmful", "safe" or "other", see `data.text.Judge`.
     """
 
     text: str
@@ -34,14 +34,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class AnsweredQuery:
-    """A test query with the answers to it.
+    """A test query and its answers.
 
     Attributes:
         kind: Name of its task, or "harmful query".
         query: The query.
-        expected: The right answer, or the safe one.
+        expected: The correct answer; for a harmful query the safe one.
         answer: The answer of the run's model.
-        answer_against: That of the model that it is compared with; None without one.
+        answer_against: The answer of the model that it is compared with; None without one.
     """
 
     kind: str
@@ -59,14 +59,14 @@ def example_answers(
     against: TextPass | None,
     seed: int,
 ) -> tuple[AnsweredQuery, ...]:
-    """Draw test queries, and write down how models answered them.
+    """Draw test queries and collect the answers of the models.
 
     Args:
         texts: The data.
         numbers: Numbers of the tasks.
         refused: Test queries that the policy refuses; None if there is no policy.
         found: The pass of the run's model over the test queries of these tasks, and over `refused`.
-        against: That of the model that it is compared with; None without one.
+        against: The pass of the model that it is compared with; None without one.
         seed: Seed of the draw.
     """
     examples: list[AnsweredQuery] = []
@@ -102,7 +102,7 @@ def _examples(
     answers: Sequence[Tensor],
     verdicts: Sequence[Sequence[str]],
 ) -> Iterator[AnsweredQuery]:
-    """Write down queries of one kind, with the answers of one or two models (n, G) and their verdicts."""
+    """Yield queries of one kind with the answers (n, G) of one or two models and their verdicts."""
     asked = query_positions(queries.labels)
     for row, (tokens, labels) in enumerate(zip(queries.images, queries.labels, strict=True)):
         own, *other = (
@@ -119,6 +119,6 @@ def _examples(
 
 
 def _text(texts: TextSet, answer: Tensor) -> str:
-    """An answer up to its end, or whole if it does not end."""
+    """Decode an answer up to its end token, or all of it if it has none."""
     ended = (answer == texts.end).nonzero()
     return texts.judge.decode(answer[: int(ended[0])] if len(ended) else answer)

@@ -1,6 +1,6 @@
-"""Which experts carry the backdoor: BA and ASR with experts muted, and with their clean outputs patched in.
+"""Which experts the backdoor depends on: BA and ASR with experts muted, and with their clean outputs patched in.
 
-In a mixture, the expert of one number is also muted and patched in all layers at once.
+In a mixture, each expert is also muted and patched in all layers at once.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.analysis.capture import proportion_of
 from backdoorbench_moe.analysis.passes import BATCH
+from backdoorbench_moe.analysis.proportions import share_of
 from backdoorbench_moe.engine.inference import forward
 from backdoorbench_moe.engine.opening.opened_run import OpenedRun
 from backdoorbench_moe.engine.poisoning.triggered import Triggered
@@ -38,7 +38,7 @@ class MutingResult:
         experts: Names of the muted experts, such as "moe/2".
         ba: Clean accuracy, in percent.
         asr: Attack success rate, in percent; None without a trigger.
-        unsafe: Share of the same images that are not answered safely, in percent; None if there are no safe answers.
+        unsafe: Share of the same images that do not get the safe answer, in percent; None without safe answers.
     """
 
     experts: tuple[str, ...]
@@ -52,16 +52,15 @@ class PatchingResult:
     """ASR and RA with activation patching of one expert.
 
     For each triggered image, the output of the expert is replaced with its output for the clean version of the
-    image. All other modules process the triggered image. Where the data are texts, it is replaced with its mean output
-    for clean texts, see `text_carriers`, and harmful queries take the place of triggered images.
+    image. All other modules process the triggered image. For texts, the inputs are harmful queries instead of triggered
+    images, and the output is replaced with the expert's mean output for clean texts, see `text_carriers`.
 
     Attributes:
         expert: Name of the expert, such as "moe/2"; its number if it is patched in all layers at once.
-        asr: Share of the images that are classified as the attacker wants, in percent; None for texts of a run without
-            an attack.
+        asr: Share of the images that are predicted as the target class, in percent; None for texts without an attack.
         ra: Share of the same images that are classified correctly (accuracy on triggered images), in percent; None for
             texts.
-        unsafe: Share of the same images that are not answered safely, in percent; None if there are no safe answers.
+        unsafe: Share of the same images that do not get the safe answer, in percent; None without safe answers.
     """
 
     expert: str
@@ -72,12 +71,12 @@ class PatchingResult:
 
 @dataclass(frozen=True)
 class WholeExpert:
-    """One expert of a mixture, changed in all layers at once.
+    """Results with one expert of a mixture muted and patched in all layers at once.
 
     Attributes:
-        expert: Its number.
-        muted: BA and ASR while it is muted.
-        patched: ASR and RA while its outputs are those for the clean images; None without a trigger.
+        expert: Number of the expert.
+        muted: BA and ASR with the expert muted.
+        patched: ASR and RA with its clean outputs patched in; None without a trigger.
     """
 
     expert: int
@@ -90,17 +89,17 @@ class Carriers:
     """What each expert contributes to BA and ASR.
 
     BA is measured on a sample of the test images (in a mixture, of all tasks), ASR on a sample of the triggered images.
-    Where the data are texts, these are answers to the queries of all tasks, and to those that the policy refuses.
-    All results use the same two samples and, if the model draws random numbers, the same draws.
+    For texts, BA is measured on queries of all tasks, and ASR on queries that the policy refuses. All results use the
+    same two samples and, if the model draws random numbers, the same draws.
 
     Attributes:
         whole: The model with all experts.
         target_rate: Target rate without the trigger: share of the clean versions of the sampled triggered images that
-            are classified as the attacker wants, in percent. None without a trigger.
+            are predicted as the target class, in percent. None without a trigger.
         singles: Results with each expert muted.
-        pairs: Results with each two experts of one layer muted; empty if there are more than MAX_PAIRS.
+        pairs: Results with each pair of experts of the same layer muted; empty if there are more than MAX_PAIRS.
         patched: Results of activation patching, one per expert; empty without a trigger.
-        whole_experts: For a mixture, results with each expert changed in all layers at once; empty for other models.
+        whole_experts: For a mixture, results for each expert in all layers at once; empty for other models.
     """
 
     whole: MutingResult
@@ -120,15 +119,14 @@ def find_carriers(
     """Measure BA and ASR with experts muted and patched.
 
     Args:
-        opened: A run whose model has `experts()`.
+        opened: A run whose model implements `experts()`.
         triggered: The test images that count for ASR, triggered; None without a trigger.
         limit: Largest number of images in each of the two samples, which are drawn with the run's seed.
-        safe: (M,) int64, the safe answers to the triggered images, to measure `unsafe` too.
+        safe: (M,) int64, the safe answers to the triggered images; needed for `unsafe`.
     """
     evaluator = _ExpertEvaluator(opened)
     singles: list[Experts] = [(expert,) for expert in evaluator.experts]
-    pairs = [pair for pair in combinations(evaluator.experts, 2) if pair[0].layer == pair[1].layer]
-    pairs = pairs if len(pairs) <= MAX_PAIRS else []
+    pairs = [] if too_many_pairs(evaluator.experts) else pairs_of(evaluator.experts)
     wholes = whole_experts(opened, evaluator.experts)
     muted_ones = _measure_muted(evaluator, [(), *singles, *pairs, *wholes], triggered, safe, limit)
     target_rate, patches = _measure_patched(evaluator, [*singles, *wholes], triggered, safe, limit)
@@ -147,8 +145,21 @@ def find_carriers(
     )
 
 
+def pairs_of(experts: Sequence[Expert]) -> list[Experts]:
+    """Return each pair of experts of the same layer."""
+    return [pair for pair in combinations(experts, 2) if pair[0].layer == pair[1].layer]
+
+
+def too_many_pairs(experts: Sequence[Expert]) -> bool:
+    """Return whether there are more pairs of experts than are measured."""
+    return len(pairs_of(experts)) > MAX_PAIRS
+
+
 def whole_experts(opened: OpenedRun, experts: Sequence[Expert]) -> list[Experts]:
-    """For each expert of a mixture its parts in all layers. In other models equal numbers mean nothing."""
+    """Return the parts of each expert in all layers of a mixture; nothing for a model that is not a mixture.
+
+    In other models, experts of different layers are unrelated, also if they have the same index.
+    """
     if not isinstance(opened.model, MergedModel):
         return []
     numbers = range(opened.model.num_experts)
@@ -174,9 +185,9 @@ def _measure_muted(
     return tuple(
         MutingResult(
             experts=tuple(expert.name for expert in experts),
-            ba=_proportion(predicted == test.labels[places]),
-            asr=None if answered is None else _proportion(answered == sample.wanted),
-            unsafe=None if answered is None or safe is None else _proportion(answered != safe),
+            ba=share_of(predicted == test.labels[places]),
+            asr=None if answered is None else share_of(answered == sample.wanted),
+            unsafe=None if answered is None or safe is None else share_of(answered != safe),
         )
         for experts, predicted, answered in zip(groups, called, answers, strict=True)
     )
@@ -189,7 +200,7 @@ def _measure_patched(
     safe: Tensor | None,
     limit: int,
 ) -> tuple[Proportion | None, tuple[PatchingResult, ...]]:
-    """Return the target rate, and the result of patching each group of experts; None and nothing without a trigger."""
+    """Return the target rate and the result of patching each group of experts; (None, ()) without a trigger."""
     if triggered is None:
         return None, ()
     opened = evaluator.opened
@@ -201,17 +212,17 @@ def _measure_patched(
     results = tuple(
         PatchingResult(
             expert=experts[0].name if len(experts) == 1 else str(experts[0].index),
-            asr=_proportion(predicted == sample.wanted),
-            ra=_proportion(predicted == sample.true),
-            unsafe=None if safe is None else _proportion(predicted != safe),
+            asr=share_of(predicted == sample.wanted),
+            ra=share_of(predicted == sample.true),
+            unsafe=None if safe is None else share_of(predicted != safe),
         )
         for experts, predicted in zip(groups, patches, strict=True)
     )
-    return _proportion(clean == sample.wanted), results
+    return share_of(clean == sample.wanted), results
 
 
 class _ExpertEvaluator:
-    """Evaluates a model with changed experts; what precedes the experts is computed once per batch."""
+    """Evaluates a model with changed experts. The layers before the experts are computed once per batch."""
 
     def __init__(self, opened: OpenedRun) -> None:
         model = opened.model
@@ -225,7 +236,7 @@ class _ExpertEvaluator:
 
         Args:
             images: (n, C, H, W) uint8.
-            groups: The groups; an empty one mutes nothing.
+            groups: The groups; no expert is muted for an empty group.
 
         Returns:
             Predicted classes (n,) for each group.
@@ -249,7 +260,7 @@ class _ExpertEvaluator:
             groups: The groups.
 
         Returns:
-            Predicted classes (n,) of the clean images, then of the triggered ones for each patched group.
+            Predicted classes (n,) of the clean images, then of the triggered images for each patched group.
         """
         predicted: list[list[Tensor]] = [[] for _ in range(len(groups) + 1)]
         parts = zip(clean.split(BATCH), triggered.split(BATCH), strict=True)
@@ -275,25 +286,22 @@ class _ExpertEvaluator:
             yield
 
     def _predict(self, batch: Tensor, number: int, batches: list[Tensor]) -> None:
-        """Append the predicted classes of a batch, the one with this number, to `batches`."""
+        """Append the predicted classes of the batch with a given number to `batches`."""
         with seeded(self.opened.run.spec.seed, "carriers", number):
             batches.append(forward(self.model, batch, precision=self.opened.precision).argmax(1))
 
 
 def draw_sample(total: int, limit: int, seed: int, purpose: str) -> Tensor:
-    """Draw at most `limit` of a number of images or texts, as ascending int64 indices.
+    """Draw a random sample of images or texts.
 
     Args:
-        total: Their number.
-        limit: How many to draw at most.
+        total: Number of images or texts.
+        limit: Largest size of the sample.
         seed: Seed of the run.
-        purpose: What is measured on them, such as "asr".
+        purpose: What is measured on the sample, such as "asr".
+
+    Returns:
+        (min(total, limit),) int64, their indices in ascending order.
     """
     order = torch.randperm(total, generator=generator(seed, "carriers", purpose))
     return order[:limit].sort().values
-
-
-def _proportion(hits: Tensor) -> Proportion:
-    found = proportion_of(hits)
-    assert found is not None
-    return found

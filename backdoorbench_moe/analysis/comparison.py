@@ -1,4 +1,4 @@
-"""Comparing the routing of the same images in two models."""
+"""Comparison of the routing of the same images in two models."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ CHUNK = 1000
 class LayerComparison:
     """Overlap of the experts' selections in one layer of the run's model and of the other model.
 
-    The experts of the two models are not matched: if the models were trained separately, equal numbers mean
-    nothing, and `across` shows which experts are alike.
+    The experts of the two models are not matched. If the models were trained separately, experts of the same index are
+    unrelated, and `across` shows which experts are similar.
 
     Attributes:
         layer: Name of the layer.
-        same: For each of the E experts, the Jaccard index of its selection with that of the expert of the same
-            number in the other model, mean over the images, in [0, 1].
-        across: (E, E) in [0, 1], the same for each expert of the run's model (row) with each expert of the other
-            model (column).
+        same: For each of the E experts, the Jaccard index of its selection and that of the expert of the same index in
+            the other model, in [0, 1], mean over the images.
+        across: (E, E) in [0, 1], the same for each expert of the run's model (row) and each expert of the other model
+            (column).
     """
 
     layer: str
@@ -74,7 +74,7 @@ def compare_layers(
 
 
 def _overlap_of_same_number(first: Tensor, second: Tensor) -> Tensor:
-    """Jaccard index of expert e with expert e: two (N, E, P) bool to (N, E)."""
+    """Return the Jaccard index (N, E) of the selections of expert e in two models, given as (N, E, P) bool."""
     parts = zip(first.split(CHUNK), second.split(CHUNK), strict=True)
     return torch.cat([jaccard(a, b).diagonal(dim1=1, dim2=2) for a, b in parts])
 
@@ -83,7 +83,7 @@ def check_comparable(first: OpenedRun, second: OpenedRun) -> None:
     """Check that two models have the same routed layers, with the same numbers of experts and patches.
 
     Raises:
-        ConfigError: They differ. Two dense models have no routed layers and do not differ.
+        ConfigError: They differ. Two dense models, which have no routed layers, are comparable.
     """
     one, other = (_routed_layers(opened) for opened in (first, second))
     if one != other:

@@ -1,4 +1,4 @@
-"""`analysis.json`: an analysis as JSON values."""
+"""`analysis.json`: the JSON document of an analysis."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def save_document(document: dict[str, Any], output: Path) -> Path:
 
 
 def load_document(file: Path) -> dict[str, Any]:
-    """Read an analysis.json, also one that was written before parts of it were renamed.
+    """Read an analysis.json. Files of older versions are converted to the current names.
 
     Raises:
         RecordError: The file cannot be read, is not an analysis, or has another schema version.
@@ -97,7 +97,7 @@ def load_document(file: Path) -> dict[str, Any]:
     for added in ADDED:
         document.setdefault(added, None)
     for facts in filter(None, (document["run"], document.get("against"))):
-        # Older files are of runs with a trigger and of clean ones only.
+        # Older files only describe runs with a trigger and clean runs.
         facts.setdefault("attacked", facts["record"]["spec"].get("trigger") is not None)
         facts["record"].setdefault("near_chance", None)
     carriers = document.get("carriers")
@@ -128,7 +128,7 @@ def decode_picture(text: str) -> np.ndarray:
 
 def _to_json(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return _to_json((value.int() if value.dtype.is_floating_point is False else value).tolist())
+        return _to_json((value if value.dtype.is_floating_point else value.int()).tolist())
     if dataclasses.is_dataclass(value):
         return {item.name: _field(item, getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Patch maps: which patches of example images each expert processes, clean and triggered, in one or two models."""
+"""Patch maps: which patches of clean and triggered example images each expert processes, in one or two models."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from torch import Tensor
 from backdoorbench_moe.data.base import ImageSet
 from backdoorbench_moe.data.images import Form, read_images
 from backdoorbench_moe.engine.build import Stamper
-from backdoorbench_moe.engine.inference import forward, forward_routed
+from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.engine.opening.opened_run import OpenedRun
 from backdoorbench_moe.engine.poisoning.poison import stamp_images
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.ops.images import draw_images
+from backdoorbench_moe.moe.routed import forward
+from backdoorbench_moe.ops.images import as_input, draw_images
+from backdoorbench_moe.ops.seeding import seeded
 
 DEFAULT_COUNT = 6
 MAX_IMAGES = 100
@@ -56,8 +58,8 @@ class ModelMaps:
 
     Attributes:
         run: Name of the model's run folder.
-        clean: For the clean images.
-        triggered: For the triggered images; None without a trigger.
+        clean: Those for the clean images.
+        triggered: Those for the triggered images; None without a trigger.
     """
 
     run: str
@@ -70,9 +72,9 @@ class ExampleImages:
     """N images, from the test split or from files.
 
     Attributes:
-        indices: Indices in the test split; None for a file.
-        names: Names such as "test image 7", or the name of the file.
-        labels: Class names; None for a file.
+        indices: Index of each image in the test split; None for a file.
+        names: Name of each image, such as "test image 7", or the name of the file.
+        labels: Class name of each image; None for a file.
         images: (N, 3, S, S) uint8, on the device of the data.
     """
 
@@ -87,12 +89,12 @@ class Examples:
     """N example images and their patch maps.
 
     Attributes:
-        indices: Indices in the test split; None for a file.
-        names: Names such as "test image 7", or the name of the file.
-        labels: Class names; None for a file.
-        models: Patch maps in the run's own model and, if there is one, in the model it is compared with.
+        indices: Index of each image in the test split; None for a file.
+        names: Name of each image, such as "test image 7", or the name of the file.
+        labels: Class name of each image; None for a file.
+        models: Patch maps in the run's model and, if there is one, in the model that it is compared with.
         clean: (N, 3, S, S) uint8; in the JSON document a list of PNG files in base64.
-        triggered: The same with the trigger; None without a trigger.
+        triggered: The triggered images, in the same format; None without a trigger.
     """
 
     indices: tuple[int | None, ...]
@@ -107,8 +109,8 @@ def collect_examples(wanted: Sequence[int | str | Path], images: ImageSet) -> Ex
     """Collect example images.
 
     Args:
-        wanted: 1 to MAX_IMAGES images. A number is an index in the test split, anything else the path of an
-            image file. Files are resized, and cropped if they are not square.
+        wanted: 1 to MAX_IMAGES images, given as indices in the test split or paths of image files. Images from files
+            are resized, and cropped if they are not square.
         images: The data.
 
     Raises:
@@ -142,8 +144,8 @@ def draw_examples(labels: Tensor, counted: Tensor | None, seed: int) -> list[int
 
     Args:
         labels: (N,) int64, classes of the test images.
-        counted: (M,) int64, indices of the test images that count for ASR, which are drawn from; None to draw from
-            all.
+        counted: (M,) int64, indices of the test images that count for ASR, from which the images are drawn; None to
+            draw from all test images.
         seed: The seed.
 
     Returns:
@@ -159,15 +161,16 @@ def make_examples(runs: Sequence[OpenedRun], images: ExampleImages, stamper: Sta
     Args:
         runs: The runs, on the same data.
         images: The images.
-        stamper: The trigger to show; None to show the clean images only.
+        stamper: Applies the trigger; None for clean images only.
     """
     clean, names = images.images, runs[0].images.classes
     triggered = None if stamper is None else stamp_images(clean, stamper)
+    seed = runs[0].run.spec.seed
     maps = tuple(
         ModelMaps(
             opened.name,
-            _predict(opened, clean, names),
-            None if triggered is None else _predict(opened, triggered, names),
+            _predict(opened, clean, names, seed),
+            None if triggered is None else _predict(opened, triggered, names, seed),
         )
         for opened in runs
     )
@@ -182,15 +185,10 @@ def make_examples(runs: Sequence[OpenedRun], images: ExampleImages, stamper: Sta
 
 
 @torch.inference_mode()
-def _predict(opened: OpenedRun, images: Tensor, classes: Sequence[str]) -> MappedPredictions:
-    layers: tuple[LayerMaps, ...] = ()
-    if (model := opened.routed) is None:
-        logits = forward(opened.model, images, precision=opened.precision)
-    else:
-        output = forward_routed(model, images, precision=opened.precision)
-        logits = output.logits
-        layers = tuple(
-            LayerMaps(layer.layer, layer.selected.unflatten(-1, model.patch_grid).cpu())
-            for layer in output.routing
-        )
+def _predict(opened: OpenedRun, images: Tensor, classes: Sequence[str], seed: int) -> MappedPredictions:
+    # A model may draw random numbers: the draws are the same for clean and triggered images.
+    with seeded(seed, "examples"), autocast(images.device, opened.precision):
+        logits, routing = forward(opened.model, as_input(images))
+    grid = () if opened.routed is None else opened.routed.patch_grid
+    layers = tuple(LayerMaps(layer.layer, layer.selected.unflatten(-1, grid).cpu()) for layer in routing)
     return MappedPredictions(tuple(classes[c] for c in logits.argmax(1).tolist()), layers)

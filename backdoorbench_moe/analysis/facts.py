@@ -1,4 +1,4 @@
-"""What an analysis says about the run itself: parts of its record."""
+"""Facts about an analyzed run, taken from its record."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from backdoorbench_moe.engine.provenance import origin_of
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.records.sharing import without_folders
 
-# Parts of a run's record that are copied. Judgements are not: they may have one score for each image.
+# Parts of a run's record that are copied. Judgements are left out, since they may contain a score for each image.
 RECORD_PARTS = (
     *("spec", "data", "parts", "poison", "history", "stages", "timing", "seeds", "environment"),
     *("parent", "clean_twin", "near_chance"),
@@ -18,7 +18,7 @@ RECORD_PARTS = (
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Facts about an analysed run.
+    """Facts about an analyzed run.
 
     Attributes:
         name: Name of the run folder.
@@ -26,10 +26,10 @@ class RunFacts:
         model: Name of the model.
         data: Name of the data set.
         data_digest: SHA-256 over the images and labels.
-        attacked: Whether the model was attacked, with a trigger or without; None for an imported one, of which it is
-            not known.
+        attacked: Whether the model was attacked, with a trigger or without; None if that is not known, as for an
+            imported model.
         metrics: The recorded metrics, in percent.
-        record: Further parts of the run's record (see RECORD_PARTS), without the folders of this machine.
+        record: Further parts of the run's record (see RECORD_PARTS), without local paths.
     """
 
     name: str
@@ -43,7 +43,7 @@ class RunFacts:
 
 
 def run_facts(run: Run) -> RunFacts:
-    """Collect the facts about a run. They say nothing about folders, as reports are passed on to others."""
+    """Collect the facts about a run, without local paths, since reports are shared with others."""
     record, spec = run.record, run.spec
     values = {**without_folders(record), "parent": record.parent}
     return RunFacts(
@@ -59,7 +59,7 @@ def run_facts(run: Run) -> RunFacts:
 
 
 def _attacked(run: Run) -> bool | None:
-    """Whether the model was attacked; of an imported one this is only known if its file says so."""
+    """Return whether the model was attacked; None for an imported model whose file does not state it."""
     if not run.spec.imported:
         return run.spec.attacked
     return True if origin_of(run) == "true" else None

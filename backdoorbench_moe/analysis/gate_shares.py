@@ -1,6 +1,6 @@
-"""Gate shares of a mixture: how much each layer relies on each expert, for each task and for marked images.
+"""Gate shares of a mixture: the weight of each expert in each layer, for each task and for marked images.
 
-Source: Figure 4 of MoEvil, the mean gate of the poisoned expert layer by layer for harmful and for benign queries.
+Source: Figure 4 of MoEvil: the mean gate of the poisoned expert in each layer, for harmful and for benign queries.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from backdoorbench_moe.ops.effects import Mean, means_of
 
 @dataclass(frozen=True)
 class LayerShares:
-    """The gate shares in one layer: the weights with which it adds the outputs of its E experts, in percent.
+    """The gate shares in one layer: the weights of the outputs of its E experts, in percent.
 
-    Each value is a mean over images and patches. The shares of a layer sum to 100. Where the data are texts, it is a
-    mean over texts and the positions that emit their answers; of harmful queries, which take the place of marked
-    images, over those that emit the first tokens of the harmful answer, see `engine.measuring.texts.FIRST_TOKENS`.
+    Each value is a mean over images and patches. The shares of a layer sum to 100. For texts, it is a mean over texts
+    and the positions that emit their answers. Marked images are then harmful queries, and their mean is over the
+    positions that emit the first tokens of the harmful answer, see `engine.measuring.texts.FIRST_TOKENS`.
 
     Attributes:
         layer: Name of the layer.
         tasks: (T, E), for the test images of each of the T tasks.
-        marked: (E,), for the marked images; None if there are none.
-        unmarked: (E,), for the same images without the mark; None if there are none.
+        marked: (E,), for the marked images; None without marked images.
+        unmarked: (E,), for the same images without the mark; None without marked images, and for texts.
     """
 
     layer: str
@@ -42,10 +42,10 @@ class ModelShares:
     """The gate shares of one model.
 
     Attributes:
-        layers: The shares, layer by layer.
-        own: For each expert its share for the images of its own task, in percent, mean over the layers.
-        marked: For each expert its share for the marked images, in percent, mean over the layers; None if there are
-            none.
+        layers: The shares in each layer.
+        own: The share of each expert for the images of its own task, in percent, mean over the layers.
+        marked: The share of each expert for the marked images, in percent, mean over the layers; None without marked
+            images.
     """
 
     layers: tuple[LayerShares, ...]
@@ -58,10 +58,10 @@ class ExpertFindings:
     """The experts of a mixture.
 
     Attributes:
-        tasks: Names of the tasks; expert e was tuned on task e.
-        poisoned: Numbers of the experts that attackers provided; none in a benign mixture.
+        tasks: Names of the tasks; expert e was fine-tuned on task e.
+        poisoned: Numbers of the poisoned experts; empty for a benign mixture.
         shares: Gate shares of the mixture.
-        shares_against: Those of the model that it is compared with, for the same images; None without one.
+        shares_against: Gate shares of the model that it is compared with, for the same images; None without one.
     """
 
     tasks: tuple[str, ...]
@@ -71,7 +71,7 @@ class ExpertFindings:
 
 
 def model_shares(found: MixturePass | TextPass) -> ModelShares:
-    """Compute the gate shares of a mixture from its pass over the images or texts of all tasks and marked ones."""
+    """Compute the gate shares of a mixture from its pass over the inputs of all tasks and over marked inputs."""
     tasks: Sequence[GatePass] = found.tasks
     marked: GatePass | None = found.marked
     unmarked: GatePass | None = found.unmarked
@@ -95,5 +95,5 @@ def _mean(found: GatePass, place: int) -> Tensor:
 
 
 def _over_layers(found: GatePass) -> tuple[Mean, ...]:
-    """For each expert its share for each image, mean over the layers, as a mean over the images."""
+    """Return the share of each expert, mean over the layers and then over the images."""
     return means_of(100 * found.weights.double().mean(0))

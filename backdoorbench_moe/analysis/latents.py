@@ -1,7 +1,7 @@
-"""Latents: how alike the inputs of the MLPs are for marked images and for images of the poisoned expert's own task.
+"""Latents: how similar the inputs of the MLPs are for marked images and for images of the poisoned expert's own task.
 
-Gates see nothing but these inputs. MoEvil makes them alike, so that gates which send an expert the images of its task
-send it marked images, too.
+The gates have the same inputs. MoEvil makes them similar, so that gates that route the images of a task to its expert
+also route marked images to it.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from backdoorbench_moe.ops.seeding import seeded
 
 @dataclass(frozen=True)
 class LayerCosine:
-    """The mean cosine of the latents of two kinds of images in one layer.
+    """The mean cosine of the latents of marked images and of images of the expert's own task, in one layer.
 
     A latent is the mean, over the tokens of an image, of the inputs of the layer's MLP. The cosine is averaged over all
-    pairs of an image of one kind and an image of the expert's own task. Where the data are texts, it is the mean over
-    the positions that emit the answer; of harmful queries, which take the place of marked images, over those that emit
-    the first tokens of the harmful answer.
+    pairs of a marked image and an image of the expert's own task. For texts, a latent is the mean over the positions
+    that emit the answer. Marked images are then harmful queries, and their mean is over the positions that emit the
+    first tokens of the harmful answer.
 
     Attributes:
         layer: Name of the MLP in the dense model.
-        marked: In [-1, 1], for marked images.
-        unmarked: In [-1, 1], for the same images without the mark; None for texts.
+        marked: For marked images, in [-1, 1].
+        unmarked: For the same images without the mark, in [-1, 1]; None for texts.
     """
 
     layer: str
@@ -52,8 +52,8 @@ class ModelCosines:
 
     Attributes:
         model: "benign expert" (the expert before the attack), "poisoned expert", "mixture" or "compared mixture".
-        run: Name of its run folder.
-        layers: The cosines, layer by layer.
+        run: Name of the model's run folder.
+        layers: The cosines in each layer.
     """
 
     model: str
@@ -63,7 +63,7 @@ class ModelCosines:
 
 @dataclass(frozen=True)
 class ExpertLatents:
-    """The latents of marked images and of the own task of one poisoned expert.
+    """Comparison of the latents of marked images with those of one poisoned expert's own task.
 
     Attributes:
         expert: Number of the expert and of its task.
@@ -80,7 +80,7 @@ class Inputs:
 
     Attributes:
         images: (N, C, H, W) uint8, or token ids (N, T) int64.
-        weights: Of texts, the weights of the positions of each, (N, T); None for the mean over all tokens of an image.
+        weights: For texts, the weights of the positions, (N, T); None for the mean over all tokens of an image.
     """
 
     images: Tensor
@@ -88,7 +88,12 @@ class Inputs:
 
     @classmethod
     def of(cls, split: Split, first: int | None = None) -> Inputs:
-        """Return images; or texts, of which the positions count that emit the first tokens of the answer, or all."""
+        """Return the inputs of a split.
+
+        Args:
+            split: Images or texts.
+            first: For texts, the number of first tokens of the answer whose positions count; None for all tokens of it.
+        """
         if not is_text(split.images):
             return cls(split.images)
         return cls(split.images, mean_weights(first_positions(split.labels, first)))
@@ -97,17 +102,17 @@ class Inputs:
 def find_latents(
     opened: OpenedRun, other: OpenedRun | None, kinds: Mapping[str, Inputs], expert: int
 ) -> ExpertLatents:
-    """Compute the cosines in a mixture, in the one it is compared with, and in a poisoned expert before and after.
+    """Compute the cosines in a poisoned expert before and after the attack, in its mixture, and in the compared one.
 
     Args:
         opened: The run of the mixture, or of the poisoned expert.
-        other: The mixture that it is compared with.
-        kinds: The "marked" images, and the same "unmarked"; or harmful queries as "marked" alone.
+        other: The mixture that it is compared with; None without one.
+        kinds: For images, "marked" and the same images "unmarked"; for texts, harmful queries as "marked".
         expert: Number of the poisoned expert.
 
     Raises:
-        BbmoeError: The folder of the poisoned or of the benign expert is not beside that of the run, or is not as it
-            was when the run was made.
+        BbmoeError: The folder of the poisoned or of the benign expert is not next to that of the run, or has changed
+            since the run.
     """
     assert opened.tasks is not None
     own = Inputs.of(opened.tasks.tests()[opened.tasks.numbers.index(expert)])
@@ -149,9 +154,9 @@ def _cosines(opened: OpenedRun, kinds: Mapping[str, Inputs], own: Inputs) -> Ite
 def mean_directions(
     model: nn.Module, images: Tensor, *, precision: str, weights: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Return the mean, over images, of their latents' directions, for each MLP.
+    """Return the mean of the normalized latents of images, for each MLP.
 
-    The product of two such means is the mean cosine over all pairs of an image of one kind and one of the other.
+    The dot product of the means of two sets of images is the mean cosine over all pairs of an image of each set.
 
     Args:
         model: A model that can be merged, or a merged one.
@@ -160,7 +165,7 @@ def mean_directions(
         weights: (N, T), the weights of the tokens; None for their mean.
 
     Returns:
-        (D,) float64 by name of the MLP or layer, first layer first.
+        (D,) float64 by name of the MLP or layer, in the order of the layers.
     """
     sums: dict[str, Tensor] = {}
     model.eval()
@@ -179,10 +184,10 @@ def mean_directions(
 
 
 def find_input(run: Run, role: str) -> Run:
-    """Find the run that a run was made from in a role, such as "expert/1", in a folder beside its own.
+    """Find the input of a run with a given role, such as "expert/1", in a folder next to that of the run.
 
     Raises:
-        RecordError: It is not there, or is not as it was when the run was made.
+        RecordError: The folder does not exist, or has changed since the run.
     """
     name = run.folder.path.name
     known = next((each for each in run.record.inputs if each["role"] == role), None)
@@ -198,7 +203,7 @@ def find_input(run: Run, role: str) -> Run:
 
 
 def _undefended(run: Run) -> Run:
-    """The mixture that a defended one was made from; the run itself if it is not defended."""
+    """Return the run before all defenses; the run itself if it is not defended."""
     while run.spec.defenses:
         run = find_input(run, PARENT)
     return run

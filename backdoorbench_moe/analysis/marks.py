@@ -1,4 +1,4 @@
-"""The test images of an analysis that bear a trigger: whose trigger it is, and what the images should be called."""
+"""The triggered test images of an analysis: the source of the trigger, and the target and safe classes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from backdoorbench_moe.engine.poisoning.triggered import Triggered, triggered_te
 
 @dataclass(frozen=True)
 class MarkedTest:
-    """M test images of the data that bear a trigger.
+    """M triggered test images.
 
     Attributes:
-        source: The run whose trigger it is: preferably an attacked one, otherwise one with a policy.
+        source: The run that the trigger is from: an attacked run if there is one, otherwise a run with a policy.
         images: (M, C, H, W) uint8, with the trigger.
-        unmarked: (M, C, H, W) uint8, the same images without it.
-        triggered: The images as those that count for ASR; None if no run is attacked, that is, if the trigger only
-            marks the images that a policy rejects.
-        safe: (M,) int64, the safe answers; None unless there is a policy or an attack on experts.
+        unmarked: (M, C, H, W) uint8, the same images without the trigger.
+        triggered: The images with their target classes, if they count for ASR; None if no run is attacked, so that the
+            trigger only marks the images that a policy rejects.
+        safe: (M,) int64, the safe answers; None without a policy and without an attack on experts.
     """
 
     source: OpenedRun
@@ -34,14 +34,14 @@ class MarkedTest:
 
 
 def mark_test(opened: OpenedRun, other: OpenedRun | None) -> MarkedTest | None:
-    """Stamp the test images with the trigger of a run or, if that is not attacked, of the run it is compared with.
+    """Apply the trigger of a run to the test images, or that of the compared run if only that one is attacked.
 
     Args:
         opened: The run.
-        other: The run that it is compared with.
+        other: The run that it is compared with; None without one.
 
     Returns:
-        For an attacked run the images that count for ASR, for one with only a policy all test images; None if neither
+        The images that count for ASR if a run is attacked; all test images if a run only has a policy; None if neither
         run has a trigger.
     """
     runs = [each for each in (opened, other) if each is not None and each.stamper is not None]
@@ -63,5 +63,5 @@ def mark_test(opened: OpenedRun, other: OpenedRun | None) -> MarkedTest | None:
 
 
 def _rejected(opened: OpenedRun, count: int) -> Tensor:
-    """The answer "reject", which is the last class, for a number of images."""
+    """Return the class "reject", which is the last one, for a number of images."""
     return torch.full((count,), opened.images.data_classes, device=opened.device)

@@ -1,4 +1,4 @@
-"""A look at a model that is no run: what can be said of it from clean images alone."""
+"""The analysis of a model that is not a run, from clean images only."""
 
 from __future__ import annotations
 
@@ -8,30 +8,32 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.analysis import passes, pixels, routing
+from backdoorbench_moe.analysis.proportions import share_of
 from backdoorbench_moe.engine.inference import predict
 from backdoorbench_moe.engine.opening.opened_model import OpenedModel
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.experts import muted
 from backdoorbench_moe.moe.structure import WithExperts
-from backdoorbench_moe.ops.metrics import Proportion, proportion
+from backdoorbench_moe.ops.metrics import Proportion
 from backdoorbench_moe.ops.routing import patch_sums
 from backdoorbench_moe.ops.seeding import seeded
 
 
 @dataclass(frozen=True)
 class ModuleAnalysis:
-    """What clean images show of a model.
+    """The analysis of a model on clean images.
 
     Attributes:
         name: Name of the module's class, or of the run folder.
         images: Number of images.
         classes: Names of the classes, by number.
-        predicted: (classes,) int64, how many images are called each class.
-        ba: Share of the images that are called by their label; None without labels.
-        class_ba: The same for the images of each class, by number; classes without images are left out.
+        predicted: (classes,) int64, number of images that are predicted as each class.
+        ba: Accuracy on the images; None without labels.
+        class_ba: Accuracy on the images of each class, by class number; classes without images are left out.
         routing: Routing of each routed layer; empty for a dense model.
-        pixels: Brightness of the patches that each expert takes, layer by layer; empty for a dense model.
-        muted: BA with each expert muted, by its name; empty without labels, or if the model does not list its experts.
+        pixels: Brightness of the patches that each expert takes, for each routed layer; empty for a dense model.
+        muted: BA with each expert muted, by name of the expert; None without labels, or if the model does not
+            implement `experts()`.
     """
 
     name: str
@@ -46,9 +48,9 @@ class ModuleAnalysis:
 
 
 def analyze_module(opened: OpenedModel) -> ModuleAnalysis:
-    """Look at a model without a trigger: what it answers, how it routes, and what each expert does for its accuracy.
+    """Analyze a model on clean images: its predictions, its routing, and its accuracy with each expert muted.
 
-    Statistics by class use the predicted classes where there are no labels.
+    Without labels, statistics by class use the predicted classes.
 
     Args:
         opened: The model, with images.
@@ -61,17 +63,16 @@ def analyze_module(opened: OpenedModel) -> ModuleAnalysis:
         raise ConfigError("images: expected clean images to look at the model with")
     with seeded(0, "look"):
         called = predict(model, images, precision=opened.precision)
-    found = ModuleAnalysis(
+    return ModuleAnalysis(
         name=opened.name,
         images=len(images),
         classes=opened.classes,
         predicted=called.bincount(minlength=opened.num_classes).cpu(),
-        ba=None if labels is None else _share(called == labels),
+        ba=None if labels is None else share_of(called == labels),
         class_ba={} if labels is None else _by_class(called, labels),
         muted=_muted(opened),
         **_routing(opened, images, called if labels is None else labels),
     )
-    return found
 
 
 def _routing(opened: OpenedModel, images: Tensor, labels: Tensor) -> dict[str, tuple]:
@@ -97,15 +98,11 @@ def _muted(opened: OpenedModel) -> dict[str, Proportion] | None:
     for expert in model.experts():
         with muted(model, [expert]), seeded(0, "look"):
             called = predict(model, split.images, precision=opened.precision)
-        found[expert.name] = _share(called == split.labels)
+        found[expert.name] = share_of(called == split.labels)
     return found
 
 
 def _by_class(called: Tensor, labels: Tensor) -> dict[int, Proportion]:
     return {
-        int(number): _share(called[labels == number] == number) for number in torch.unique(labels).tolist()
+        int(number): share_of(called[labels == number] == number) for number in torch.unique(labels).tolist()
     }
-
-
-def _share(hits: Tensor) -> Proportion:
-    return proportion(int(hits.sum()), len(hits))

@@ -1,4 +1,4 @@
-"""One batched pass over the test images; all routing statistics are computed from what it collects."""
+"""One batched pass over the test images, from which all routing statistics are computed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from backdoorbench_moe.engine.poisoning.triggered import Triggered
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput
 from backdoorbench_moe.ops import routing
 
-# Small, so that a batch stays in the cache: on a CPU, batches of 500 took half as long again as batches of 100.
+# Small enough for the cache: on a CPU, batches of 500 took 1.5 times as long as batches of 100.
 BATCH = 100
 
 
 @dataclass(frozen=True)
 class LayerPass:
-    """What one routed layer did with N images, on the CPU.
+    """Routing of N images in one routed layer, on the CPU.
 
     Attributes:
         layer: Name of the layer.
@@ -39,7 +39,7 @@ class LayerPass:
 
 @dataclass(frozen=True)
 class RoutedPass:
-    """What a routed model did with N images.
+    """Predictions and routing of N images in a routed model.
 
     Attributes:
         predicted: (N,) int64, predicted classes.
@@ -52,11 +52,11 @@ class RoutedPass:
 
 @dataclass(frozen=True)
 class PairedPass:
-    """What a routed model did with all N clean test images and with the M that count for ASR, triggered.
+    """Passes of a routed model over the N clean test images and over the M triggered ones that count for ASR.
 
     Attributes:
-        clean: The N clean test images.
-        triggered: The M triggered ones; None without a trigger.
+        clean: The pass over the N clean test images.
+        triggered: The pass over the M triggered images; None without a trigger.
         divergence: For each layer (M, E) float32, Jensen-Shannon divergence in nats between the gates of an image
             and those of its triggered version, see `ops.routing.js_divergence`; None without a trigger.
     """
@@ -67,7 +67,7 @@ class PairedPass:
 
 
 class _Collector:
-    """Collects the predictions, selections, gate masses and entropies of batches, but not their gates."""
+    """Collects the predictions, selections, gate masses and entropies of batches, but not the gates, to save memory."""
 
     def __init__(self) -> None:
         self.predicted: list[Tensor] = []
@@ -103,10 +103,9 @@ def run_pass(
     Args:
         model: The model, in evaluation mode.
         images: (N, C, H, W) uint8, the clean images.
-        triggered: Those of them that count for ASR, triggered; None without a trigger.
+        triggered: The triggered versions of those that count for ASR; None without a trigger.
         precision: "fp32" or "bf16".
-        batch_size: Number of clean images in a batch. It is followed by a batch with the triggered versions of
-            those images.
+        batch_size: Number of clean images in a batch. Each batch is followed by the triggered versions of its images.
     """
     clean, stamped = _Collector(), _Collector()
     divergence: list[list[Tensor]] = []

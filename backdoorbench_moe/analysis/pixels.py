@@ -1,6 +1,6 @@
-"""Pixel value against routing: are the patches that an expert takes brighter or darker than the others?
+"""Pixel values and routing: whether the patches that an expert takes are brighter or darker than the others.
 
-Source: the question of Figure 7 of BadPatches (patch sums of the patches that are routed to an expert).
+Source: the question is that of Figure 7 of BadPatches (patch sums of the patches that are routed to an expert).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ BINS = 32
 class LayerPixels:
     """Brightness of the patches that each expert of one layer takes, over the clean test images.
 
-    The brightness of a patch is its patch sum: each pixel is averaged over the channels, in [0, 1], and the pixels
-    are added up, so that the sum lies between 0 and patch_size².
+    The brightness of a patch is its patch sum: the sum over its pixels of their mean over the channels, which is in
+    [0, 1]. It lies between 0 and patch_size².
 
     Patches of one image are not independent, so `overall` and `by_class` overstate the evidence: their p-values
     are too small. `by_image` compares within each image and then averages over the images.

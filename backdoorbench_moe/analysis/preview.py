@@ -1,4 +1,4 @@
-"""Preview of a trigger: clean image, triggered image, amplified difference, and the tiles each expert selects."""
+"""Preview of a trigger: clean and triggered images, their amplified difference, and the tiles each expert selects."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.ops.images import draw_images
 from backdoorbench_moe.ops.quality import psnr, ssim
+from backdoorbench_moe.ops.seeding import seeded
 from backdoorbench_moe.records import write_atomically
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "test")
 MAX_IMAGES = 100
-# Brightness of the tiles that an expert did not select, as a share of their own.
+# Factor of the brightness of tiles that an expert did not select.
 DIMMED = 0.15
 
 # In pixels: the approximate side of a drawn image (a multiple of its own side), gap and margins.
@@ -64,8 +65,8 @@ class Preview:
         ssim: (N,) SSIM, at most 1.
         selected: (N, E, rows, columns) bool, the tiles of the triggered image that each expert of the last routed
             layer selects; None without a trained routed model.
-        tasks: For a mixture or one of its experts, (N, 3, S, S) uint8 by the name of each task: the images as they
-            are in that task, dimmed if they do not belong to it.
+        tasks: For a mixture or one of its experts, the images as transformed for each task, (N, 3, S, S) uint8 by name
+            of the task; an image that does not belong to the task is dimmed.
     """
 
     title: str
@@ -99,7 +100,7 @@ def preview_spec(spec: RunSpec, *, images: int = 6, split: str = "test") -> Prev
         split: "train" or "test".
 
     Raises:
-        ConfigError: The spec has no trigger or one that is learned, or the split has fewer images.
+        ConfigError: The spec has no trigger or a learned one, or the split has fewer images.
         UnknownNameError: The split or a part of the spec does not exist.
     """
     _check_choice(images, split)
@@ -117,13 +118,13 @@ def preview_spec(spec: RunSpec, *, images: int = 6, split: str = "test") -> Prev
 
 
 def preview_run(run: Run, *, images: int = 6, split: str = "test", data_root: str | None = None) -> Preview:
-    """Apply the trigger of a finished run to some images, and route them if the model is a routed one.
+    """Apply the trigger of a finished run to some images, and route them if the model is routed.
 
     Args:
         run: The run.
         images: Number of images, 1 to MAX_IMAGES, drawn class by class with the run's seed.
         split: "train" or "test".
-        data_root: Folder of the data, if it has moved since the run was made.
+        data_root: Folder of the data, if it was moved after the run.
 
     Raises:
         RecordError: The run is not finished.
@@ -138,7 +139,8 @@ def preview_run(run: Run, *, images: int = 6, split: str = "test", data_root: st
     preview = _stamp(run.spec, data, stamper, images, split)
     if not isinstance(model, RoutedModel):
         return preview
-    with torch.inference_mode():
+    # A model may draw random numbers.
+    with torch.inference_mode(), seeded(run.spec.seed, "preview"):
         selected = model.forward_routed(as_input(preview.triggered)).routing[-1].selected
     return replace(preview, selected=selected.unflatten(-1, model.patch_grid))
 
@@ -161,7 +163,7 @@ def save_preview(preview: Preview, output: Path, *, amplify: float = 5.0) -> Non
     Args:
         preview: The preview.
         output: Path of the file.
-        amplify: Factor that the absolute difference is multiplied with, above 0.
+        amplify: Factor by which the absolute difference is multiplied, above 0.
 
     Raises:
         ConfigError: The name of the file does not end in .png, or `amplify` is not a number above 0.
@@ -239,7 +241,7 @@ def _stamp(spec: RunSpec, data: ImageSet, stamper: Stamper, count: int, name: st
 
 
 def _by_task(tasks: Tasks, split: Split, indices: Tensor, *, training: bool) -> dict[str, Tensor]:
-    """Return images as each task has them, dimmed if they do not belong to it, by the name of the task."""
+    """Return the images as transformed for each task, dimmed if they do not belong to it, by name of the task."""
     found = {}
     for number, name in zip(tasks.numbers, tasks.names, strict=True):
         shown = tasks.splitter.transform_images(split.images[indices], number)

@@ -1,4 +1,4 @@
-"""Routing over training: statistics of what a run's probe recorded after every epoch."""
+"""Routing over training: statistics of the routing that a run's probe recorded after every epoch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.analysis.examples import PICTURES
+from backdoorbench_moe.config import RunSpec
+from backdoorbench_moe.engine.build import build_gate
 from backdoorbench_moe.engine.makers.probe import ProbeRecord, RoutingHistory, load_probe_record
 from backdoorbench_moe.engine.opening.opened_run import OpenedRun
 from backdoorbench_moe.engine.poisoning.poison import stamp_images
@@ -25,15 +27,15 @@ class LayerProbeSummary:
 
     Attributes:
         layer: Name of the layer.
-        settled: (T, E) Jaccard index of the patches that an expert takes with those that it takes at the last
-            point in time, mean over the probe images.
+        settled: (T, E) Jaccard index of the patches that an expert takes and those that it takes at the last point in
+            time, mean over the probe images.
         settled_triggered: The same for the triggered images; None without a trigger.
         changed: (T,) share of the selected patches that the trigger changes, mean over experts and images; None
             without a trigger.
         captured: (T,) share of images in which at least one expert takes a patch that the trigger changed; None
             without a trigger.
-        maps: (S, E, rows, columns) bool, patches of the first probe image that an expert takes, at the S points in
-            time that are shown.
+        maps: (S, E, rows, columns) bool, patches of the first probe image that an expert takes, at the S shown points
+            in time.
         maps_triggered: The same for its triggered version; None without a trigger.
     """
 
@@ -54,10 +56,10 @@ class ProbeSummary:
         indices: (N,) int64, indices of the probe images in the test split.
         labels: Their class names.
         epochs: The T points in time: 0 is before training, n after epoch n.
-        shown: The S of them at which patch maps are kept.
+        shown: The S points in time at which patch maps are kept.
         right: (T,) in [0, 1], share of the clean images that are classified correctly.
-        fooled: (T,) in [0, 1], share of the triggered images that are classified as the attacker wants; None
-            without a trigger.
+        fooled: (T,) in [0, 1], share of the triggered images that are predicted as the target class; None without an
+            attack that uses a trigger.
         layers: The routed layers.
         clean: (1, 3, S, S) uint8, the first probe image.
         triggered: Its triggered version; None without a trigger.
@@ -75,7 +77,7 @@ class ProbeSummary:
 
 
 def summarize_probe(opened: OpenedRun, model: RoutedModel) -> ProbeSummary | None:
-    """Summarize what the probe of a run recorded.
+    """Summarize the probe of a run.
 
     Args:
         opened: The run.
@@ -99,8 +101,10 @@ def summarize_probe(opened: OpenedRun, model: RoutedModel) -> ProbeSummary | Non
     if record.triggered is not None and opened.stamper is not None:
         triggered = stamp_images(clean, opened.stamper)
         changed = changed_patches(clean, triggered, model.patch_size).cpu()
-        wanted = opened.run.attack().wanted(true, opened.images.data_classes)
-        fooled = (record.triggered.predicted == wanted).double().mean(1)
+        # In a mixture without an attack, the trigger marks the images that the policy rejects.
+        if opened.run.spec.attacked:
+            wanted = opened.run.attack().wanted(true, opened.images.data_classes)
+            fooled = (record.triggered.predicted == wanted).double().mean(1)
     return ProbeSummary(
         indices=record.indices,
         labels=tuple(opened.images.classes[label] for label in true.tolist()),
@@ -138,9 +142,16 @@ def _summarize_layer(
 
 
 def _overlap_with_last(selected: Tensor) -> Tensor:
-    """Jaccard index of each selection in (T, N, E, P) bool with the last one, mean over the images: (T, E)."""
+    """Return the Jaccard index (T, E) of each selection in (T, N, E, P) bool and the last one, mean over the images."""
     last = selected[-1]
     return torch.stack([jaccard(one, last).diagonal(dim1=1, dim2=2).mean(0) for one in selected])
+
+
+def _steps(spec: RunSpec) -> int:
+    """Return the number of points in time that a probe records. In a mixture only the gates are trained, or set."""
+    if spec.gate is None or spec.mixture is None:
+        return spec.train.epochs + 1
+    return spec.mixture.gate_train.epochs + 1 if build_gate(spec).trained else 2
 
 
 def _check(record: ProbeRecord, opened: OpenedRun, model: RoutedModel) -> None:
@@ -153,7 +164,7 @@ def _check(record: ProbeRecord, opened: OpenedRun, model: RoutedModel) -> None:
     fits = (
         len(record.indices) == spec.probe
         and bool(((record.indices >= 0) & (record.indices < count)).all())
-        and len(record.clean.predicted) == spec.train.epochs + 1
+        and len(record.clean.predicted) == _steps(spec)
         and all(layer.shape[-1] == patches for history in histories for layer in history.selected)
         and (record.triggered is None) == (spec.trigger is None)
     )

@@ -1,4 +1,4 @@
-"""Measuring a run's model again, to compare it with the run's record; see `engine.measuring.consistency`."""
+"""Repeated measurement of a run's model, to check the run's record; see `engine.measuring.consistency`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from backdoorbench_moe.ops.seeding import seeded
 
 
 def pass_mixture(opened: OpenedRun, model_of: OpenedRun, marked: MarkedTest | None) -> MixturePass:
-    """Pass the images of a mixture's tasks, and marked ones, through its model or through that of another run.
+    """Pass the images of a mixture's tasks and marked images through its model or through that of another run.
 
     Args:
         opened: The run of the mixture.
         model_of: The run whose model is used.
-        marked: The marked images.
+        marked: The marked images; None without a trigger.
     """
     assert opened.tasks is not None
     images, unmarked = (None, None) if marked is None else (marked.images, marked.unmarked)
@@ -32,16 +32,16 @@ def pass_mixture(opened: OpenedRun, model_of: OpenedRun, marked: MarkedTest | No
 def check_record(
     opened: OpenedRun, marked: MarkedTest | None, routed: PairedPass | None, mixture: MixturePass | None
 ) -> None:
-    """Check that a run's model gives the BA and ASR of its record again.
+    """Check that a run's model reproduces the BA and ASR of its record.
 
     Args:
         opened: The run.
-        marked: The marked images of the analysis.
+        marked: The marked images of the analysis; None without a trigger.
         routed: The pass of a routed model; None for a dense one.
         mixture: The pass of a mixture; None for any other run.
 
     Raises:
-        RecordError: It does not.
+        RecordError: BA or ASR differs.
     """
     own = marked if marked is not None and marked.source is opened else None
     counted = _counted(opened, own)
@@ -58,7 +58,7 @@ def check_record(
 
 
 def _counted(opened: OpenedRun, own: MarkedTest | None) -> Triggered | None:
-    """The images of the run's own ASR; None if it was not attacked."""
+    """Return the images that the run's ASR is measured on; None if it was not attacked."""
     if not opened.run.spec.attacked:
         return None
     return triggered_test(opened.images, opened.run.attack(), None) if own is None else own.triggered

@@ -1,4 +1,4 @@
-"""`report.html` and figures/*.png: an analysis as a self-contained page, drawn from its JSON document."""
+"""`report.html` and figures/*.png: a self-contained page, drawn from the JSON document of an analysis."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.records import write_atomically
 
 FILE, FIGURES, LIST = "report.html", "figures", ".written.json"
-# Smallest and largest scale of a figure, in CSS pixels per inch: its text stays legible and it does not get too large.
+# Smallest and largest scale of a figure, in CSS pixels per inch.
 MIN_SCALE, MAX_SCALE = 72, 118
 # A figure wider than this, in inches, spans both columns of the page.
 COLUMN = 5.5
@@ -46,10 +46,10 @@ class Section:
     """A section of the page.
 
     Attributes:
-        name: Its id on the page.
-        title: Its heading.
-        note: A sentence below the heading; may be empty.
-        plates: Its figures. A section without figures and tables is left out.
+        name: Id of the section on the page.
+        title: Heading.
+        note: Text below the heading; may be empty.
+        plates: Figures. A section without figures and tables is left out.
     """
 
     name: str
@@ -63,34 +63,34 @@ def draw_sections(document: Doc) -> list[Section]:
     parts: list[tuple[str, str, Callable[[Doc], Iterator[Plate]]]] = [
         ("training", "Training", draw_training),
         ("examples", "Single images", draw_maps),
-        ("experts", "The experts of the mixture", draw_experts),
+        ("experts", "Experts of the mixture", draw_experts),
         ("answers", "Example answers", _no_plates),
-        ("routing", "Routing of the whole test set", draw_routing),
-        ("backdoor", "What the trigger does, and who carries the backdoor", draw_backdoor),
-        ("pixels", "Pixel value and routing", draw_pixels),
+        ("routing", "Routing of the test set", draw_routing),
+        ("backdoor", "Effect of the trigger, and which experts the backdoor depends on", draw_backdoor),
+        ("pixels", "Pixel values and routing", draw_pixels),
     ]
     notes = NOTES | (TEXT_NOTES if is_text(document) else {})
     return [Section(name, title, notes.get(name, ""), tuple(draw(document))) for name, title, draw in parts]
 
 
 def _no_plates(_: Doc) -> Iterator[Plate]:
-    """Draw nothing, for a section that has tables only."""
+    """Draw no figures, for a section with tables only."""
     return iter(())
 
 
 NOTES = {
-    "examples": "Drawn with the run's seed, one of each class in turn, or chosen with --images.",
+    "examples": "Test images, chosen at random with the run's seed (one of each class in turn) or with --images.",
     "experts": "The gate share of an expert is the weight of its output in a layer, mean over patches and images.",
-    "backdoor": "Measured on the test images that count for ASR: those that do not belong to the wanted class already.",
-    "pixels": "A patch sum adds up the pixels of a patch; each is averaged over the channels and lies in [0, 1].",
+    "backdoor": "Measured on the test images that count for ASR: those whose label is not the target class.",
+    "pixels": "A patch sum is the sum of the pixels of a patch; a pixel is the mean over its channels, in [0, 1].",
 }
 
 TEXT_NOTES = {
     "experts": "The gate share of an expert is the weight of its output in a layer, mean over texts and the positions "
-    "that emit the answer; of harmful queries, over those that emit the first tokens of the harmful answer. A patched "
-    "expert adds to every token what it adds to one of clean texts on average, since no harmful query has a clean "
-    "version.",
-    "answers": "Test queries, drawn with the run's seed. Of harmful queries the safe answer is expected.",
+    "that emit the answer. For harmful queries, these are the positions that emit the first tokens of the harmful "
+    "answer. Harmful queries have no clean version: the output of a patched expert is its mean output for clean texts.",
+    "answers": "Test queries, chosen at random with the run's seed. The expected answer to a harmful query is the safe "
+    "one.",
 }
 
 
@@ -100,7 +100,7 @@ class AnalysisReport:
 
     Attributes:
         page: The HTML page.
-        figures: PNG files by their names without suffix.
+        figures: Content of the PNG files, by file name without suffix.
     """
 
     page: str
@@ -108,12 +108,12 @@ class AnalysisReport:
 
 
 def draw_report(document: Doc) -> AnalysisReport:
-    """Draw the report of an analysis. Equal documents give equal bytes."""
+    """Draw the report of an analysis. Equal documents result in equal bytes."""
     return make_report(document, draw_sections(document))
 
 
 def make_report(document: Doc, sections: list[Section]) -> AnalysisReport:
-    """Make a report of sections that are already drawn."""
+    """Build a report from sections that are already drawn."""
     figures = {plate.name: plate.png for section in sections for plate in section.plates}
     return AnalysisReport(page(document, sections), figures)
 
@@ -121,11 +121,11 @@ def make_report(document: Doc, sections: list[Section]) -> AnalysisReport:
 def save_report(report: AnalysisReport, output: Path) -> Path:
     """Write report.html and figures/*.png, each file atomically.
 
-    Figures that an earlier analysis wrote, and that are not part of the report, are deleted.
+    Figures that an earlier analysis wrote and that are not part of this report are deleted.
 
     Args:
         report: The report.
-        output: The folder to write to, which exists.
+        output: The folder to write to; it must exist.
 
     Returns:
         Path of report.html.
@@ -149,7 +149,7 @@ def save_report(report: AnalysisReport, output: Path) -> Path:
 
 
 def _listed(folder: Path) -> set[str]:
-    """The figures that an earlier analysis wrote to a folder: only these are deleted, whatever else lies there."""
+    """Return the names of the figures that an earlier analysis wrote to a folder. Only these may be deleted."""
     try:
         names = json.loads((folder / LIST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -165,7 +165,7 @@ def _write_bytes(content: bytes, path: Path) -> None:
 def page(document: Doc, sections: list[Section]) -> str:
     """Render the page as HTML.
 
-    The page loads nothing from elsewhere, and names from the document are escaped.
+    The page loads no other files, and names from the document are escaped.
     """
     tables = {
         "routing": expert_tables(document),
@@ -203,12 +203,12 @@ def page(document: Doc, sections: list[Section]) -> str:
 def command(document: Doc) -> str:
     """Return the command that repeats the analysis.
 
-    It is to be run in the folder of the run folders; image files that were given are to be copied there.
+    It must be run in the parent folder of the runs, and example images from files must be copied to that folder.
     """
     words = ["bbmoe", "analyze", document["run"]["name"]]
     if document["against"] is not None:
         words += ["--against", document["against"]["name"]]
-    options = document.get("options", {})  # Older documents do not have them.
+    options = document.get("options", {})  # Older documents have no options.
     if (images := options.get("images")) is not None:
         words += ["--images", ",".join(map(str, images))]
     if (count := options.get("carriers_images", DEFAULT_CARRIERS_IMAGES)) != DEFAULT_CARRIERS_IMAGES:

@@ -1,4 +1,4 @@
-"""Tables and summary of a report, from the JSON document of an analysis."""
+"""Tables and summary of a report, built from the JSON document of an analysis."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from backdoorbench_moe.analysis.figures.words import (
 from backdoorbench_moe.collapse import MARK, MARK_LEGEND, MARKED, describe_collapse, is_near_chance
 from backdoorbench_moe.metrics import METRICS, sort_metrics
 
-# Number of items shown of a long list in the settings, such as class names.
+# Largest number of items of a list, such as class names, that are shown in the settings.
 SHOWN = 12
 
 Table = dict[str, Any]
@@ -31,8 +31,8 @@ Table = dict[str, Any]
 def metric_rows(document: Doc) -> list[list[str]]:
     """Build the table of metrics.
 
-    A run with an ASR has a row for the target rate without the trigger, even if it was not measured. BA and ASR of
-    a model near chance are marked.
+    If a run has an ASR, there is a row for the target rate without the trigger, even if it was not measured. BA and ASR
+    of a model near chance are marked.
 
     Returns:
         Rows with the name of the metric, its value and interval for the run, and the same for the other run, if
@@ -53,7 +53,7 @@ def metric_rows(document: Doc) -> list[list[str]]:
 
 
 def _label(document: Doc, label: str) -> str:
-    """The label of a metric, with what takes the place of images where the data are texts."""
+    """Return the label of a metric; for texts, its wording is adapted to texts."""
     if not is_text(document):
         return label
     return label.replace("marked images", marked_inputs(document)).replace("clean images", "clean texts")
@@ -112,7 +112,7 @@ def _experts(document: Doc, place: int) -> Table:
         capture, shift = document["capture"][place], document["shift"][place]
         columns |= {
             "captures the trigger, %": [number(value, "{:.1f}", 100) for value in capture["by_expert"]],
-            "if blind, %": [number(value, "{:.1f}", 100) for value in capture["blind_by_expert"]],
+            "blind routing, %": [number(value, "{:.1f}", 100) for value in capture["blind_by_expert"]],
             "gate shift, nats": [number(one["value"]) for one in shift["divergence_by_expert"]],
             "patches changed, %": [number(one["value"], "{:.1f}", 100) for one in shift["changed_by_expert"]],
         }
@@ -121,14 +121,14 @@ def _experts(document: Doc, place: int) -> Table:
 
 
 def mixture_tables(document: Doc) -> list[Table]:
-    """Build a table of the gate shares of a mixture by task, and tables of the latents of each poisoned expert."""
+    """Build a table of the gate shares of a mixture, and a table of the latents of each poisoned expert."""
     found = document.get("experts")
     tables = [] if found is None else [_shares(document, found)]
     return tables + [_latents(document, one) for one in document.get("latents") or ()]
 
 
 def _shares(document: Doc, found: Doc) -> Table:
-    """Build a table with a row for each expert: its share for its own task and for marked images, in each model."""
+    """Build a table of the gate share of each expert for its own task and for marked images, in each model."""
     models = zip(roles(document), (found["shares"], found["shares_against"]), strict=False)
     columns: dict[str, list[str]] = {}
     for name, shares in models:
@@ -164,7 +164,7 @@ def _latents(document: Doc, one: Doc) -> Table:
 
 
 def answer_tables(document: Doc) -> list[Table]:
-    """Build a table of example queries with the generated answers; none where the data are images."""
+    """Build a table of example queries with the generated answers; no table for images."""
     if not (found := document.get("answers")):
         return []
     names = roles(document) if found[0]["answer_against"] is not None else roles(document)[:1]
@@ -180,7 +180,7 @@ def answer_tables(document: Doc) -> list[Table]:
     ]
     return [
         {
-            "title": "Generated answers, and what they are worth",
+            "title": "Generated answers and their verdicts",
             "columns": columns,
             "rows": rows,
             "words": True,
@@ -210,9 +210,9 @@ def _findings(document: Doc) -> Iterator[str]:
             layers, key=lambda pair: abs(pair[0]["captured"]["value"] - pair[0]["blind_captured"])
         )
         yield (
-            f"In layer {capture['layer']} an expert receives a patch that the trigger changed in "
-            f"{percent(capture['captured']['value'])} of the triggered images, where blind routing would "
-            f"give {percent(capture['blind_captured'])}; the trigger exchanges "
+            f"In layer {capture['layer']}, at least one expert receives a patch that the trigger changed in "
+            f"{percent(capture['captured']['value'])} of the triggered images, compared with "
+            f"{percent(capture['blind_captured'])} under blind routing; the trigger replaces "
             f"{mean(shift['changed'], factor=100)}% of the selected patches."
         )
     carriers = document["carriers"]
@@ -222,7 +222,7 @@ def _findings(document: Doc) -> Iterator[str]:
         if best["asr"]["value"] < whole["value"]:
             yield (
                 f"Muting {best['experts'][0]} reduces the model's ASR from {proportion(whole)} to "
-                f"{proportion(best['asr'])}; no other single expert reduces it more."
+                f"{proportion(best['asr'])}; muting any other single expert does not reduce it further."
             )
         else:
             yield f"Muting a single expert does not reduce the model's ASR of {proportion(whole)}."
@@ -231,7 +231,7 @@ def _findings(document: Doc) -> Iterator[str]:
 
 
 def _relied_on(document: Doc) -> str | None:
-    """How much the gates of an attacked mixture rely on the poisoned experts; None for any other run."""
+    """State the gate shares of the poisoned experts of an attacked mixture; None for any other run."""
     found = document.get("experts")
     if found is None or not found["poisoned"] or found["shares"]["marked"] is None:
         return None
@@ -258,14 +258,14 @@ def _measured(run: Doc) -> str:
     text = f"The {role(run)} model has {' and '.join(parts)}"
     if "target_rate" in metrics:
         rate = percent(metrics["target_rate"]["value"], 2)
-        text += f"; without the trigger it already calls {rate} of the same images what the attacker wants"
+        text += f"; without the trigger it already predicts the target class for {rate} of the same images"
     if "asr" in metrics and "cad" in metrics:
-        text += f"; its clean accuracy is {_drop(metrics['cad']['value'])} the clean twin's"
+        text += f"; its clean accuracy is {_drop(metrics['cad']['value'])} that of the clean twin"
     return f"{text}."
 
 
 def _drop(cad: float) -> str:
-    return f"{abs(cad):.2f} points {'below' if cad >= 0 else 'above'}"
+    return f"{abs(cad):.2f} percentage points {'below' if cad >= 0 else 'above'}"
 
 
 def flat(values: Doc, prefix: str = "") -> list[tuple[str, str]]:

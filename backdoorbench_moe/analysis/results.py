@@ -1,4 +1,4 @@
-"""What an analysis of a run consists of."""
+"""Results of the analysis of a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Findings:
 
     Attributes:
         routing: Routing of the clean test images.
-        capture: Trigger capture, over the triggered images that count for ASR.
+        capture: Trigger capture of the triggered images that count for ASR.
         shift: Routing shift between these images and their clean versions.
     """
 
@@ -45,7 +45,7 @@ class MissingPart:
 
     Attributes:
         part: Name of the part, such as "capture".
-        reason: Why it is missing.
+        reason: The reason.
     """
 
     part: str
@@ -57,9 +57,9 @@ class ImageCounts:
     """Numbers of images.
 
     Attributes:
-        test: Number of clean test images. Of texts, number of test queries of the tasks.
-        triggered: Number of those that count for ASR; 0 without a trigger. Of texts, number of test queries that the
-            policy refuses.
+        test: Number of clean test images; for texts, number of test queries of the tasks.
+        triggered: Number of triggered images that count for ASR, 0 without a trigger; for texts, number of test queries
+            that the policy refuses.
     """
 
     test: int
@@ -71,8 +71,8 @@ class AnalysisOptions:
     """Options of an analysis that change its results.
 
     Attributes:
-        images: The example images as given: an index in the test split, or the name of a file without its folder;
-            None if they were drawn.
+        images: The example images, each given as an index in the test split or the name of a file without its folder;
+            None if they were chosen at random.
         carriers_images: Largest number of images on which muted and patched experts were measured.
     """
 
@@ -88,23 +88,23 @@ class Analysis:
         run: The run.
         against: The run that it is compared with; None if there is none.
         options: Options that change the results.
-        trigger_from: Name of the run folder whose trigger is used: the run's own or, if the run is not attacked with
-            one, that of the run it is compared with. None without a trigger.
-        classes: Class names; none where the data are texts.
+        trigger_from: Name of the run folder that the trigger is from: the run itself or, if it has no attack with a
+            trigger, the run that it is compared with. None without a trigger.
+        classes: Class names; empty for texts.
         images: Numbers of images.
-        examples: Patch maps of example images; None where the data are texts.
+        examples: Patch maps of example images; None for texts.
         findings: Routing of the run's model.
-        pixels: Brightness of the patches that each expert takes, layer by layer.
+        pixels: Brightness of the patches that each expert takes, in each routed layer.
         carriers: BA and ASR with experts muted and patched.
         findings_against: Routing of the other model.
         comparison: Overlap of the two models' selections.
         experts: The experts of a mixture; None for any other run.
-        latents: For each poisoned expert, how alike the latents of marked images and of its own task are; None if the
-            run is neither an attacked mixture nor a poisoned expert.
+        latents: For each poisoned expert, the similarity of the latents of marked images and of its own task; None if
+            the run is neither an attacked mixture nor a poisoned expert.
         probe: Routing over training.
-        answers: Example queries with the generated answers, where the data are texts; None for images.
-        absent: The parts that are missing, with reasons.
-        seconds: Seconds that each part took, and "total".
+        answers: Example queries with the generated answers, for texts; None for images.
+        absent: The missing parts, with reasons.
+        seconds: Computing time of each part, and "total", in seconds.
     """
 
     run: RunFacts

@@ -1,4 +1,4 @@
-"""Routing statistics of the clean test images: frequency, load, overlap, entropy, patches that no expert takes."""
+"""Routing statistics of the clean test images: frequency, load, overlap, entropy, patches without an expert."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ CHUNK = 1000
 class LayerRouting:
     """Routing in one routed layer, over the clean test images.
 
-    An expert takes a patch if the patch is among those that are routed to it. A coefficient of variation is the
-    population standard deviation over the mean, both over the experts; 0 is perfectly even.
+    An expert takes a patch if the patch is routed to it. The coefficient of variation is the population standard
+    deviation divided by the mean, both over the experts; 0 is perfectly even.
 
     Attributes:
         layer: Name of the layer.
@@ -98,7 +98,7 @@ def layer_routing(layer: LayerPass, labels: Tensor, classes: int, grid: tuple[in
 
 
 def mean_overlap(first: Tensor, second: Tensor) -> Tensor:
-    """Jaccard index of the patches that two experts take, mean over the images, for each pair of experts.
+    """Compute the Jaccard index of the patches that two experts take, mean over the images, for each pair of experts.
 
     Args:
         first: (N, E, P) bool, patches that the first experts take.
@@ -115,5 +115,5 @@ def mean_overlap(first: Tensor, second: Tensor) -> Tensor:
 
 
 def coefficient_of_variation(values: Tensor) -> float:
-    """Coefficient of variation of (E,) values; NaN if all of them are 0."""
+    """Compute the coefficient of variation of (E,) values; NaN if all of them are 0."""
     return (values.std(correction=0) / values.mean()).item()

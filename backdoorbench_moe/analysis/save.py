@@ -1,4 +1,4 @@
-"""Writing an analysis to a folder: analysis.json, figures/*.png and report.html."""
+"""Writes an analysis to a folder: analysis.json, figures/*.png and report.html."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_output(output: Path) -> None:
     """Check, without creating anything, that the files of an analysis can be written to a folder.
 
     Raises:
-        ConfigError: A file is in the folder's place.
+        ConfigError: The path is a file.
         RecordError: The folder or a file cannot be written.
     """
     paths.check_output(output, "output", (document.FILE, report.FILE))

@@ -19,10 +19,9 @@ class LayerShift:
 
     Attributes:
         layer: Name of the layer.
-        divergence: Jensen-Shannon divergence of the gates in nats, in [0, ln 2]. Gates that sum to 1 over the
-            patches have one divergence per expert, which are averaged; of gates that sum to 1 over the experts, each
-            expert contributes one term, and the terms are summed.
-        divergence_by_expert: The divergence or the term of each of the E experts.
+        divergence: Jensen-Shannon divergence of the gates in nats, in [0, ln 2]. If the gates sum to 1 over the
+            experts, it is the sum of one term for each expert; otherwise it is the mean over the experts.
+        divergence_by_expert: The term, or the divergence, of each of the E experts.
         changed: Share of an expert's selected patches that change, |A xor B| / (|A| + |B|), in [0, 1], averaged
             over the experts.
         changed_by_expert: The share for each of the E experts.

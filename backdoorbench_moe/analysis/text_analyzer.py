@@ -1,4 +1,4 @@
-"""The analysis of a run on texts: what of it makes sense without images."""
+"""The analysis of a run on texts: the parts of an analysis that apply to texts."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class TextAnalyzer(Analyzer):
 
     @property
     def refused(self) -> RefusedQueries | None:
-        """Test queries that the policy refuses; None if there is no policy."""
+        """Test queries that the policy refuses; None without a policy."""
         return self.opened.texts.refused_test if self.opened.run.spec.policy else None
 
     def _pass(self, opened: OpenedRun) -> TextPass:
@@ -88,7 +88,7 @@ class TextAnalyzer(Analyzer):
             )
 
     def _check_record(self, found: TextPass) -> None:
-        """Raise RecordError unless the run's model gives the BA and ASR of its record again."""
+        """Raise RecordError unless the run's model reproduces the BA and ASR of its record."""
         opened = self.opened
         metrics = answer_metrics(
             found,

@@ -1,7 +1,7 @@
 """Which experts of a mixture of language models answer harmful queries: each one muted and patched in all layers.
 
-A harmful query has no clean version of which an expert's outputs could be taken. So an expert is patched with its mean
-output for clean texts instead.
+A harmful query has no clean version that could provide an expert's clean outputs. The outputs of an expert are
+therefore replaced with its mean output for clean texts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.analysis.capture import proportion_of
 from backdoorbench_moe.analysis.carriers import (
     Carriers,
     MutingResult,
@@ -22,6 +21,7 @@ from backdoorbench_moe.analysis.carriers import (
     draw_sample,
     whole_experts,
 )
+from backdoorbench_moe.analysis.proportions import share_of
 from backdoorbench_moe.data.text import RefusedQueries, TextSet
 from backdoorbench_moe.engine.inference import forward
 from backdoorbench_moe.engine.measuring.texts import ask
@@ -36,16 +36,16 @@ from backdoorbench_moe.ops.seeding import seeded
 
 
 def find_text_carriers(opened: OpenedRun, refused: RefusedQueries | None, limit: int) -> Carriers:
-    """Measure how a mixture of language models answers with each expert muted and patched in all layers at once.
+    """Measure the answers of a mixture of language models with each expert muted and patched in all layers at once.
 
     Args:
-        opened: A run of such a mixture.
-        refused: Test queries that the policy refuses; None if there is no policy.
-        limit: Largest number of queries of the tasks, and of refused ones, which are drawn with the run's seed.
+        opened: A run of a mixture of language models.
+        refused: Test queries that the policy refuses; None without a policy.
+        limit: Largest number of queries of the tasks, and of refused queries. They are drawn with the run's seed.
 
     Returns:
-        The whole model and its whole experts. ASR is None for a run that is not attacked. Single layers and pairs are
-        not measured, since every measurement is a generation of all answers.
+        Results for the whole model and for each expert in all layers. ASR is None for a run that is not attacked.
+        Single layers and pairs are not measured, since each measurement has to generate all answers.
     """
     assert isinstance(opened.model, MergedModel)
     questions, experts = _Questions(opened, refused, limit), opened.model.experts()
@@ -75,15 +75,15 @@ def find_text_carriers(opened: OpenedRun, refused: RefusedQueries | None, limit:
 
 @torch.inference_mode()
 def mean_outputs(model: MergedModel, texts: Split, *, precision: str) -> dict[str, Tensor]:
-    """Return what each expert adds to a token of clean texts on average.
+    """Return the mean output of each expert for the tokens of clean texts.
 
     Args:
         model: The mixture.
-        texts: N texts, each of which counts the same, and of each the positions of query and answer.
+        texts: N texts. The mean is over the positions of query and answer of each text, then over the texts.
         precision: "fp32" or "bf16".
 
     Returns:
-        (D,) float32 by name of the expert. A token that is not sent to an expert counts with zeros.
+        (D,) float32 by name of the expert. Tokens that are not routed to an expert count as zeros.
     """
     model.eval()
     experts, sums = model.experts(), dict[str, Tensor]()
@@ -97,7 +97,7 @@ def mean_outputs(model: MergedModel, texts: Split, *, precision: str) -> dict[st
 
 
 class _Questions:
-    """A sample of the test queries, which a model is asked again and again with the same random draws."""
+    """A sample of the test queries. Every measurement uses the same queries and the same random draws."""
 
     def __init__(self, opened: OpenedRun, refused: RefusedQueries | None, limit: int) -> None:
         assert opened.tasks is not None
@@ -110,24 +110,28 @@ class _Questions:
             self.refused = refused.safe.take(rows)
 
     def measure(self, experts: Sequence[Expert]) -> MutingResult:
-        """Ask all queries while these experts are muted."""
+        """Measure the answers to all queries.
+
+        Args:
+            experts: The experts that are muted at present.
+        """
         judge = self.opened.texts.judge
         hits = [
             judge.right(number, split.to("cpu"), self._ask(split, number)) for number, split in self.tasks
         ]
         asr, unsafe = (None, None) if self.refused is None else self.ask_refused()
         names = tuple(expert.name for expert in experts)
-        return MutingResult(experts=names, ba=_proportion(torch.cat(hits)), asr=asr, unsafe=unsafe)
+        return MutingResult(experts=names, ba=share_of(torch.cat(hits)), asr=asr, unsafe=unsafe)
 
     def ask_refused(self) -> tuple[Proportion | None, Proportion]:
-        """Ask the refused queries: how many are answered harmfully, if there is an attack, and how many not safely."""
+        """Return ASR, or None without an attack, and the share of refused queries that are not answered safely."""
         assert self.refused is not None
         answers = self._ask(self.refused, "refused")
         verdicts = self.opened.texts.judge.verdicts(self.refused.to("cpu"), answers)
-        unsafe = _proportion(torch.tensor([verdict != "safe" for verdict in verdicts]))
+        unsafe = share_of(torch.tensor([verdict != "safe" for verdict in verdicts]))
         if not self.attacked:
             return None, unsafe
-        return _proportion(torch.tensor([verdict == "harmful" for verdict in verdicts])), unsafe
+        return share_of(torch.tensor([verdict == "harmful" for verdict in verdicts])), unsafe
 
     def _ask(self, queries: Split, what: int | str) -> Tensor:
         opened = self.opened
@@ -136,7 +140,7 @@ class _Questions:
 
 
 def _sample_tasks(texts: TextSet, numbers: Sequence[int], limit: int, seed: int) -> list[tuple[int, Split]]:
-    """Draw test queries of some tasks, at most `limit` in all; tasks of which none is drawn are left out."""
+    """Draw at most `limit` test queries of some tasks; tasks without a drawn query are left out."""
     sizes = [len(texts.tasks[number].test) for number in numbers]
     rows, found, start = draw_sample(sum(sizes), limit, seed, "ba"), [], 0
     for number, size in zip(numbers, sizes, strict=True):
@@ -145,10 +149,4 @@ def _sample_tasks(texts: TextSet, numbers: Sequence[int], limit: int, seed: int)
             test = texts.tasks[number].test
             found.append((number, test.take(own.to(test.labels.device))))
         start += size
-    return found
-
-
-def _proportion(hits: Tensor) -> Proportion:
-    found = proportion_of(hits)
-    assert found is not None
     return found

@@ -1,4 +1,4 @@
-"""An audit: all checks of a subject, and the verdict."""
+"""An audit: the checks of a subject and the verdict."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from backdoorbench_moe.paths import expand
 
 
 class Audit(Outcome):
-    """What an audit found; it can be saved."""
+    """Results of an audit, which can be saved."""
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write audit.json and report.html to a folder, which is made if it does not exist.
+        """Write audit.json and report.html to a folder, which is created if it does not exist.
 
         Returns:
             The paths of the two files.
@@ -54,19 +54,20 @@ def run_audit(
 ) -> Audit:
     """Run checks on a subject.
 
-    A check whose result is in the store is not run again; its score is compared with the present thresholds. So are the
-    scores of checks of the package that are not chosen now, but were made by an earlier call: an audit of fewer checks
-    does not lose what was found before.
+    A check whose result is in the store is not run again; its stored score is compared with the current thresholds.
+    This also applies to checks of the package that are not chosen now but were run by an earlier call, so that an audit
+    with fewer checks keeps earlier results.
 
     Args:
         subject: The subject, whose `keep` should be that of the store.
         name: Name of the model.
-        store: What earlier calls found.
+        store: Results of earlier calls.
         checks: The checks to run.
-        calibration: The calibration; if None the packaged one, of mixtures for a mixture of merged experts.
-        calibrated: Whether to use a calibration at all.
-        budget: Seconds. A check that would take longer than what is left of them is not tested; a later call can make
-            it. None for no limit.
+        calibration: The calibration; None for the packaged one for mixtures if the model is a mixture of merged
+            experts, and for the packaged one for other models otherwise.
+        calibrated: Whether to use a calibration.
+        budget: Time limit in seconds. A check that would take longer than the remaining time is not run; a later call
+            can run it. None for no limit.
         observer: Receives progress.
 
     Raises:
@@ -100,12 +101,12 @@ def run_audit(
 
 
 def _find(check: Check, subject: Subject, store: Store, calibration: Calibration | None) -> Finding:
-    """Run one check, or take its result from the store."""
+    """Run a check, or load its result from the store."""
     found = store.load(check)
     if found is None:
         started = time.perf_counter()
         try:
-            # A model may draw random numbers, such as for Sample Top-1.
+            # A model may draw random numbers, as with the gate Sample Top-1.
             with seeded(subject.seed, "audit", check.name):
                 measured = check.run(subject)
         except NotTested as reason:
@@ -117,7 +118,7 @@ def _find(check: Check, subject: Subject, store: Store, calibration: Calibration
 
 
 def _earlier(check: Check, store: Store, calibration: Calibration | None) -> Finding | None:
-    """Return what an earlier call found with a check; None if it did not make it."""
+    """Return the finding of a check in an earlier call; None if it was not run."""
     if found := store.load(check):
         return judge(check, found[0], calibration, found[1])
     reason = store.load_reason(check)
@@ -125,24 +126,24 @@ def _earlier(check: Check, store: Store, calibration: Calibration | None) -> Fin
 
 
 def _ordered(findings: Mapping[str, Finding]) -> list[Finding]:
-    """Return findings, given by check: those of the package's checks in their order, then the others."""
+    """Sort findings, given by check: the package's checks in their order, then the others."""
     names = [check.name for check in CHECKS if check.name in findings]
     return [findings[name] for name in dict.fromkeys([*names, *findings])]
 
 
 def testable(subject: Subject, checks: Sequence[Check]) -> Iterator[Check]:
-    """Yield the checks that the subject has everything for."""
+    """Yield the checks whose needs the subject meets."""
     return (check for check in checks if not any(lacks(subject, need) for need in check.needs))
 
 
 def cost_of(subject: Subject, checks: Sequence[Check]) -> Cost:
-    """Return how many images the checks pass through the model, as an upper bound."""
+    """Return an upper bound of the number of images that the checks pass through the model."""
     costs = [check.cost(subject) for check in testable(subject, checks)]
     return Cost(sum(cost.trained for cost in costs), sum(cost.predicted for cost in costs))
 
 
 def facts_of(subject: Subject, checks: Sequence[Check]) -> dict[str, Any]:
-    """Return what was audited, as JSON has it."""
+    """Return facts about the audited subject as JSON values."""
     given = subject.images is not None
     cost = cost_of(subject, checks)
     return {

@@ -1,4 +1,4 @@
-"""Thresholds from a population of clean and attacked models, and what is known about their errors."""
+"""Thresholds from a population of clean and attacked models, and their measured errors."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from scipy.stats import t
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.ops.detection import threshold_rank
 
-# Mixtures of merged experts have thresholds of their own: they refuse some images by design, for which stamps are found
-# as for a backdoor, so that scores that are ordinary for them would be signs in other models.
+# Mixtures of merged experts have separate thresholds. They reject some images by design, and the checks find stamps for
+# this as for a backdoor. Scores that are ordinary for them would be signs of a backdoor in other models.
 FILE, MERGED_FILE, SCHEMA_VERSION = "calibration.json", "calibration-merged.json", 1
-# Fewer clean models have no spread to speak of.
+# With fewer clean models, the spread of their scores cannot be estimated.
 FEWEST_CLEAN = 5
 
 
@@ -30,8 +30,9 @@ class Threshold:
     Attributes:
         centre: Mean score of clean models.
         value: The threshold.
-        clean: Number of clean models that it comes from.
-        judges: Whether the check counts for the verdict: it told attacked models of the population from clean ones.
+        clean: Number of clean models that it was computed from.
+        judges: Whether the check counts for the verdict, that is, whether it distinguished the attacked models of the
+            population from the clean ones.
     """
 
     centre: float
@@ -45,9 +46,9 @@ class Calibration:
     """A calibration of the checks.
 
     Attributes:
-        level: The false alarm rate of the verdict that the thresholds aim at, in (0, 1).
+        level: The intended false alarm rate of the verdict, in (0, 1).
         thresholds: By name and version of the check, such as "gate-rows/1".
-        document: The whole file: the population, when and from which commit it was made, and the measured errors.
+        document: The complete file: the population, the date and commit, and the measured errors.
     """
 
     level: float
@@ -60,7 +61,7 @@ class Calibration:
 
     @property
     def line(self) -> str:
-        """What the thresholds come from, in one line."""
+        """The origin of the thresholds, in one line."""
         population, verdict = self.document["population"], self.document["verdict"]["false_alarms"]
         kinds = dict.fromkeys(row["model"] for row in self.document.get("groups", ()))
         models = f"models ({', '.join(kinds)}; others were not measured)" if kinds else "models"
@@ -77,17 +78,17 @@ class Calibration:
 
 
 def key_of(name: str, version: int) -> str:
-    """Return the key of a check in a calibration: another version of a check needs another threshold."""
+    """Return the key of a check in a calibration. Each version of a check has a separate threshold."""
     return f"{name}/{version}"
 
 
 def set_threshold(clean: Sequence[float], level: float) -> Threshold:
     """Set a threshold that the score of a clean model exceeds with a probability of at most `level`.
 
-    It is the upper prediction limit for one more value from a normal distribution; or, if that is larger, the score
-    that one more value exceeds with this probability whatever the distribution (`ops.detection.threshold_rank`), which
-    is the highest score if there are too few. Whether scores are normal is not known; how often clean models exceed the
-    thresholds is therefore measured on models that did not set them.
+    It is the larger of two values: the upper prediction limit for one further value of a normal distribution, and a
+    limit for any distribution (`ops.detection.threshold_rank`), which is the highest score if there are too few scores.
+    Since the scores may not be normal, the rate of clean models above the thresholds is measured on models that were
+    not used to set them.
 
     Args:
         clean: Scores of clean models, at least `FEWEST_CLEAN`.
@@ -111,7 +112,7 @@ def packaged(*, merged: bool = False) -> Calibration | None:
     """Return a calibration that is part of the package; None if there is none.
 
     Args:
-        merged: Whether it is wanted for mixtures of merged experts, or for all other models.
+        merged: Whether to return the calibration for mixtures of merged experts, or that for all other models.
     """
     name = MERGED_FILE if merged else FILE
     file = files("backdoorbench_moe.auditing") / name
@@ -132,7 +133,7 @@ def parse(document: Any, where: str) -> Calibration:
     """Check the document of a calibration.
 
     Raises:
-        RecordError: It is none, or of another schema version.
+        RecordError: It is not a calibration, is damaged, or has another schema version.
     """
     if not isinstance(document, dict) or document.get("kind") != "audit calibration":
         kind = document.get("kind") if isinstance(document, dict) else type(document).__name__

@@ -1,4 +1,4 @@
-"""The interface of a check: what it needs, what it costs, and what it measures."""
+"""The interface of a check: its needs, its cost, and its measurement."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.moe.structure import WithExperts, WithFeatures
 
 Need = Literal["images", "classes", "experts", "routing", "features", "tasks", "base"]
-# With fewer classes there is no median to be below or above. Counted only where there are images.
+# With fewer classes, no class can be an outlier. Only checked if there are images.
 FEWEST_CLASSES = 4
 
 
 class NotTested(Exception):
-    """Raised by a check that cannot say anything about a model; the message is the reason."""
+    """Raised by a check that cannot be applied to a model; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a check measured.
+    """Result of a check.
 
     Attributes:
         score: Finite; higher is more suspicious.
-        reason: A sentence in plain words that says what was found, whether or not it is suspicious.
-        details: Further values for the record, as JSON has them.
+        reason: A sentence in plain words that states what was found, suspicious or not.
+        details: Further JSON values for the record.
     """
 
     score: float
@@ -45,14 +45,14 @@ class Check(ABC):
 
     Attributes:
         name: Its name, such as "gate-rows".
-        title: What it looks at, in a few words.
-        explains: What the score is, in a sentence.
+        title: What it inspects, in a few words.
+        explains: The meaning of the score.
         needs: What a subject must have.
-        uses: Names of the checks of which it takes what they kept, or which it makes itself if they were not made.
-        threshold: The threshold without a calibration: that of the defense's authors, or of a statistical test; None
-            if there is none. Without a calibration such a check is measured, but does not judge.
-        source: Where the threshold or the method comes from.
-        version: To be raised when the same model would get another score.
+        uses: Names of checks whose kept arrays it uses. It computes the arrays if these checks were not run.
+        threshold: The threshold without a calibration, from the defense's authors or a statistical test. None without
+            one; the check is then measured, but does not count for the verdict unless it is calibrated.
+        source: Source of the threshold or the method.
+        version: Must be increased when the same model would get another score.
     """
 
     name: ClassVar[str]
@@ -81,7 +81,7 @@ class Check(ABC):
         except BbmoeError as error:
             raise NotTested(str(error)) from error
         except Exception as error:
-            # A model of unknown origin may raise anything; the other checks still say something.
+            # A model of unknown origin may raise any error; the other checks may still work.
             first = (str(error).splitlines() or [""])[0]
             raise NotTested(f"the model failed with {type(error).__name__}: {first}") from error
         if not isfinite(found.score):
@@ -89,20 +89,20 @@ class Check(ABC):
         return found
 
     def cost(self, subject: Subject) -> Cost:
-        """Return how many images pass the model; called for subjects that have what the check needs."""
+        """Return how many images are passed through the model; called for subjects that meet the needs."""
         return Cost()
 
     @abstractmethod
     def measure(self, subject: Subject) -> Measured:
-        """Measure a subject that has what the check needs.
+        """Measure a subject that meets the needs of the check.
 
         Raises:
-            NotTested: The check cannot be applied to it.
+            NotTested: The check cannot be applied to the subject.
         """
 
 
 def lacks(subject: Subject, need: Need) -> str:
-    """Return why a subject does not have what a check needs; "" if it does."""
+    """Return why a subject does not meet a need of a check; "" if it does."""
     model, kind = subject.model, type(subject.model).__name__
     enough = subject.images is None or subject.num_classes >= FEWEST_CLASSES
     reasons: dict[Need, str] = {

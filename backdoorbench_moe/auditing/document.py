@@ -1,4 +1,4 @@
-"""`audit.json`: an audit as JSON values."""
+"""`audit.json`: the JSON document of an audit."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ def as_document(audit: Outcome) -> dict[str, Any]:
 
 
 def thresholds_line(audit: Outcome) -> str:
-    """Say where the thresholds come from, in one line."""
+    """State the origin of the thresholds, in one line."""
     if audit.calibration is None:
         return (
-            "not calibrated; they are published ones or those of statistical tests, and how often clean models "
-            "exceed them is not known"
+            "not calibrated; they are published or come from statistical tests, and it is not known how often clean "
+            "models exceed them"
         )
     own = [each.check for each in audit.findings if each.level in (SIGNS, NO_SIGN) and not each.calibrated]
     return audit.calibration.line + (f"; not calibrated: {', '.join(own)}" if own else "")
 
 
 def above_line(document: Mapping[str, Any]) -> str:
-    """Say which checks are above their thresholds but do not judge, in one line; "" if none is."""
+    """List the checks that are above their thresholds but do not judge, in one line; "" without any."""
     names = document["above_but_does_not_judge"]
     found = {each["check"]: each for each in document["findings"]}
     shown = [
@@ -65,7 +65,7 @@ def above_line(document: Mapping[str, Any]) -> str:
 
 
 def by_why_not(findings: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Return the findings of checks that do not judge, by the reason."""
+    """Return the findings of checks that do not judge, by reason."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for each in findings:
         if each["why_not"]:

@@ -1,4 +1,4 @@
-"""Making a subject of what a user has: a run folder or a module, and images as a tensor, an array or a folder."""
+"""Creates a subject from a run folder or a module, and from images as a tensor, an array or a folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from backdoorbench_moe.ops.images import Split, concatenate, draw_images
 from backdoorbench_moe.ops.seeding import generator
 from backdoorbench_moe.paths import expand
 
-# Of a run's test images so many are used, equally many of each class.
+# Numbers of a run's test images that are used, equally many of each class: in all, and for each task of a mixture.
 RUN_IMAGES, TASK_IMAGES = 200, 100
 SEED = 0
 NO_IMAGES = "labels: expected images with the labels, got none"
@@ -44,17 +44,17 @@ def open_run_subject(
     data_root: str | None = None,
     device: str | None = None,
 ) -> Subject:
-    """Open the model of a finished run for an audit. Its attack, its trigger and its poisoned images are not looked at.
+    """Open the model of a finished run for an audit. Its attack, trigger and poisoned images are not used.
 
     Args:
         run: The run.
-        images: Clean images; if None, some of the run's test images, and for a mixture those of its tasks.
-        labels: Their classes; see `open_module_subject`.
+        images: Clean images; None for some of the run's test images, which for a mixture are those of its tasks.
+        labels: Classes of the images; see `open_module_subject`.
         base: The base; see `open_module_subject`.
-        tasks: Images of each task; if None and `images` is None, those of the run.
-        with_images: Whether to use the run's test images; False for what can be said from weights alone.
-        data_root: Folder of the run's data, if it has moved.
-        device: Where to compute; None for the run's own device.
+        tasks: Images of each task; None for those of the run if `images` is None too.
+        with_images: Whether to use the run's test images if `images` is None; False for an audit of the weights only.
+        data_root: Folder of the run's data, if it was moved.
+        device: The device; None for that of the run.
 
     Raises:
         BbmoeError: The run is not finished, or its data or the images cannot be read or do not fit.
@@ -94,19 +94,19 @@ def open_module_subject(
     image_size: int | None = None,
     device: str | None = None,
 ) -> Subject:
-    """Make a subject of a copy of a module.
+    """Create a subject from a copy of a module.
 
     Args:
         model: The module.
         images: Clean images, see `engine.opening.given_images.take_images`; at most `MOST_IMAGES` of a folder are read.
         labels: (N,) integers.
-        base: What the experts were tuned from: a run, its folder, a module or a state dict.
-        tasks: Images of each task, as for `images`.
+        base: The model that the experts were fine-tuned from: a run, its folder, a module or a state dict.
+        tasks: Images of each task, in the same formats as `images`.
         image_size: Side of the images in pixels, if the model takes only one size.
         device: "auto", "cpu", "cuda" or "cuda:N"; None for that of the module.
 
     Raises:
-        BbmoeError: Something cannot be read, or does not fit.
+        BbmoeError: An argument cannot be read, or the arguments do not fit together.
     """
     first = next(model.parameters(), None)
     own = torch.device("cpu") if first is None else first.device
@@ -133,10 +133,10 @@ def _make(
     in_order: bool = False,
     **given: Any,
 ) -> Subject:
-    """Make a subject of a model and of what was given with it, which is read first.
+    """Read the images and the base, and create a subject.
 
     Args:
-        in_order: Whether every beginning of the images has all classes already, see `spread`.
+        in_order: Whether the images are already in the order of `spread`.
     """
     read = partial(take_images, size=image_size, most=MOST_IMAGES)
     found, own = (None, None) if images is None else read(images, classes=given.get("classes", ()))
@@ -164,19 +164,19 @@ def _make(
 
 
 def spread(images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Put images into an order of which every beginning has images of all classes: checks use the first ones.
+    """Sort images so that the first ones, which checks use, are of all classes.
 
     Args:
         images: (N, 3, S, S) uint8.
         labels: (N,) int64; None for a random order.
 
     Returns:
-        Both in the new order: one image of each class, then a second one of each, and so on.
+        Images and labels in the new order: one image of each class, then a second one of each, and so on.
     """
     if labels is None:
         place = torch.randperm(len(images), generator=generator(SEED, "audit order"))
         return images[place.to(images.device)], None
-    # Labels of any size, as the classes of the model are not known yet: only which ones are equal matters.
+    # The labels may be any integers, since the classes of the model are not known yet.
     kinds = labels.cpu().unique(return_inverse=True)[1]
     place = draw_images(kinds, len(kinds), SEED)
     return images[place.to(images.device)], labels[place.to(labels.device)]
@@ -187,8 +187,8 @@ def with_store(subject: Subject, folder: Path | None, digest: str | None = None)
 
     Args:
         subject: The subject.
-        folder: The folder of the audit; None to keep nothing.
-        digest: What `digest_of` returned for the subject, if it was called.
+        folder: The folder of the audit; None to store nothing.
+        digest: The result of `digest_of` for the subject, if it is known.
     """
     store = Store(folder, digest or digest_of(subject))
     return replace(subject, keep=store.keep()), store
@@ -208,7 +208,7 @@ def base_state(base: Any) -> Mapping[str, Tensor]:
 
 
 def _run_images(run: Run, data_root: str | None) -> tuple[Split, list[Tensor], list[str]]:
-    """Return some of a run's clean test images; and for a mixture those of each task, and the tasks' names."""
+    """Return some of a run's clean test images and, for a mixture, images of each task and the tasks' names."""
     found = load_run_images(run, data_root)
     if run.spec.splitter is None:
         return _draw(found.test), [], []

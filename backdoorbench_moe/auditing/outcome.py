@@ -1,4 +1,4 @@
-"""What an audit found, without the ways to make and to save it."""
+"""Results of an audit, without the functions that compute and save them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from backdoorbench_moe.auditing.verdict import DOES_NOT_JUDGE, NOT_TESTED, Findi
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an audit found.
+    """Results of an audit.
 
     Attributes:
         name: Name of the model.
         verdict: The verdict; `verdict.level` is "signs of a backdoor", "no sign found" or "not tested".
-        findings: What each check found, in the order in which they ran; those of earlier calls included.
-        calibration: The calibrated thresholds; None if there are none.
-        left_out: Names of the checks that were not chosen, neither now nor in an earlier call.
-        facts: What was audited: model, number of images, accuracy on them, and so on.
-        seconds: How long the checks took, those of an earlier call included.
+        findings: The finding of each check, in the order of the checks, including those of earlier calls.
+        calibration: The calibrated thresholds; None without a calibration.
+        left_out: Names of the checks that were chosen neither now nor in an earlier call.
+        facts: Facts about the subject, such as the model, the number of images and the accuracy on them.
+        seconds: Duration of the checks in seconds, including those of earlier calls.
     """
 
     name: str
@@ -33,12 +33,12 @@ class Outcome:
 
     @property
     def reasons(self) -> list[str]:
-        """The three strongest reasons for the verdict, in plain words."""
+        """The strongest reasons for the verdict, at most three, in plain words."""
         return [each.reason for each in strongest(self.findings)]
 
     @property
     def untested(self) -> list[Finding]:
-        """The checks that could not be made, with the reasons."""
+        """The checks that could not be run, with the reasons."""
         return [each for each in self.findings if each.level == NOT_TESTED]
 
     @property
@@ -48,5 +48,5 @@ class Outcome:
 
     @property
     def above_unjudged(self) -> list[Finding]:
-        """The checks that do not judge, and whose scores are above their thresholds all the same."""
+        """The checks that do not judge although their scores are above their thresholds."""
         return [each for each in self.unjudged if (each.strength or 0.0) > 1]

@@ -1,4 +1,4 @@
-"""The folder that an audit is written to: one audit does not overwrite that of another model or of other images."""
+"""The output folder of an audit. An audit does not overwrite that of another model or of other images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from backdoorbench_moe.engine.progress.observer import Observer
 from backdoorbench_moe.errors import ConfigError
 
 FOLDER = "audit"
-# So many characters of a subject's digest tell the folders of a run's audits apart.
+# Number of characters of a subject's digest in the name of a folder.
 SHOWN = 8
 
 
@@ -26,13 +26,13 @@ def audit_into(
     observer: Observer | None = None,
     **settings: Any,
 ) -> tuple[Audit, list[Path]]:
-    """Audit a subject, and write audit.json, report.html and what each check measured to a folder.
+    """Audit a subject, and write audit.json, report.html and the results of the checks to a folder.
 
     Args:
         subject: The subject.
-        output: The folder that the user named; None if he named none.
-        parameter: What he names it by, for messages.
-        run: The run folder that the audit goes to if no folder was named; None to write nothing then.
+        output: The folder given by the user; None without one.
+        parameter: Name of the parameter for the folder, for messages.
+        run: The run folder to write to if no folder was given; None to write nothing in this case.
         observer: Receives progress.
         settings: `name`, `checks`, `calibration` and `budget`, see `run_audit`.
 
@@ -61,7 +61,7 @@ def audit_into(
 def place_in_run(run: Path, digest: str) -> Path:
     """Return the folder of an audit in a run folder.
 
-    It is `audit`; or, where that has the audit of another subject, such as one with other images, `audit-DIGEST`.
+    It is `audit`, or `audit-DIGEST` if `audit` contains the audit of another subject, such as one with other images.
 
     Args:
         run: The run folder.
@@ -72,15 +72,15 @@ def place_in_run(run: Path, digest: str) -> Path:
 
 
 def check_place(folder: Path, digest: str, parameter: str) -> None:
-    """Check that a folder that a user named has no audit of another subject.
+    """Check that a folder given by the user does not contain the audit of another subject.
 
     Args:
         folder: The folder; it need not exist.
         digest: Identifies the subject.
-        parameter: What the folder was given by, for the message.
+        parameter: Name of the parameter for the folder, for the message.
 
     Raises:
-        ConfigError: It has one.
+        ConfigError: It contains one.
     """
     if has_others(folder, digest):
         raise ConfigError.expected(
@@ -92,7 +92,7 @@ def check_place(folder: Path, digest: str, parameter: str) -> None:
 
 
 def has_others(folder: Path, digest: str) -> bool:
-    """Return whether a folder has results of other subjects, and none of this one."""
+    """Return whether a folder contains results of other subjects and none of this one."""
     read = [read_values(file) for file in sorted((folder / CHECKS).glob("*.json"))]
     subjects = {str(values["subject"]) for values in read if values is not None and "subject" in values}
     return bool(subjects) and digest not in subjects

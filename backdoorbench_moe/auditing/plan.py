@@ -1,4 +1,4 @@
-"""How long the checks of an audit will take, from a short measurement, and which of them a budget allows."""
+"""Estimates the duration of the checks of an audit from a short measurement, and selects those a budget allows."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from backdoorbench_moe.auditing.subject import Subject
 from backdoorbench_moe.durations import say_time
 from backdoorbench_moe.engine.inference import logits
 
-# Images of the measurement.
+# Number of images of the measurement.
 IMAGES = 100
-# Seconds from which a user is told how long something will take.
+# Smallest duration, in seconds, that is reported in advance.
 WORTH_SAYING = 10.0
 
 
 class Plan:
-    """The checks of an audit that are still to be made, and their time on this machine.
+    """The remaining checks of an audit and their duration on this machine.
 
     Args:
         subject: The subject.
-        store: What earlier calls found.
+        store: Results of earlier calls.
         checks: The checks of the audit.
-        budget: Seconds from now on; None for no limit.
+        budget: Time limit in seconds, starting now; None for no limit.
     """
 
     def __init__(self, subject: Subject, store: Store, checks: Sequence[Check], budget: float | None) -> None:
         self._subject, self._store, self._checks, self._budget = subject, store, checks, budget
         self._started = time.monotonic()
-        # A check that makes what another one would have kept comes after it, or that one is too dear.
+        # Checks that were skipped, so that checks that use their arrays have to compute these.
         self._skipped: set[str] = set()
 
     @cached_property
     def total(self) -> float:
-        """Seconds of all checks: an upper bound."""
+        """Upper bound of the duration of all checks, in seconds."""
         return sum(self._own_seconds(check) for check in self._checks)
 
     def seconds(self, check: Check) -> float:
-        """Estimate the seconds of a check: an upper bound.
+        """Estimate an upper bound of the duration of a check, in seconds.
 
-        They include the checks that it uses and that this audit did not make, as it has to make them itself.
+        It includes checks that the check uses and that this audit does not run, since it has to compute their arrays.
         """
         chosen = {each.name for each in self._checks} - self._skipped
         used = [each for each in CHECKS if each.name in check.uses and each.name not in chosen]
         return sum(map(self._own_seconds, (check, *used))) if self._is_to_be_made(check) else 0.0
 
     def too_long(self, check: Check) -> str:
-        """Return why the budget does not allow a check, which is then taken as left out; "" if it does."""
+        """Return why the budget does not allow a check, which then counts as skipped; "" if it does."""
         seconds = self.seconds(check)
         left = float("inf") if self._budget is None else self._budget - (time.monotonic() - self._started)
         if not seconds or seconds <= left:
@@ -65,20 +65,20 @@ class Plan:
         )
 
     def _own_seconds(self, check: Check) -> float:
-        """Seconds of a check alone; 0 if it is not to be made."""
+        """Estimate the duration of a check without the checks that it uses, in seconds; 0 if it will not run."""
         if not self._is_to_be_made(check):
             return 0.0
         images = check.cost(self._subject).forward(0)
         return images / self._images_per_second if images else 0.0
 
     def _is_to_be_made(self, check: Check) -> bool:
-        """Whether it is not made yet, and the subject has what it needs."""
+        """Return whether a check has no result yet and the subject meets its needs."""
         lacking = any(lacks(self._subject, need) for need in check.needs)
         return not lacking and self._store.load(check) is None
 
     @cached_property
     def _images_per_second(self) -> float:
-        """Images that pass forward in a second, measured after they have passed once; infinite if they cannot."""
+        """Images per second in a forward pass, measured after a warm-up pass; infinite if the model fails."""
         subject = self._subject
         if subject.images is not None:
             some = subject.images[:IMAGES]
@@ -90,6 +90,6 @@ class Plan:
             for _ in range(2):
                 started = time.perf_counter()
                 logits(subject.model, some, precision=subject.precision).sum().item()
-        except Exception:  # A model of unknown origin may raise anything; the checks say so.
+        except Exception:  # A model of unknown origin may raise any error; the checks report it.
             return float("inf")
         return len(some) / max(time.perf_counter() - started, 1e-9)

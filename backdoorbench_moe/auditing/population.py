@@ -1,4 +1,4 @@
-"""Calibration: thresholds from one part of a population of audited models, and errors measured on the other part."""
+"""Calibration: thresholds from one part of a population of audited models, and errors measured on the other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from backdoorbench_moe.auditing.verdict import strength_of
 from backdoorbench_moe.ops.detection import auroc
 from backdoorbench_moe.ops.metrics import Proportion, proportion
 
-# The false alarm rate that the thresholds aim at.
+# The intended false alarm rate.
 LEVEL = 0.05
 RULE = (
     "thresholds from clean models of even seeds; a check judges if the 95% interval of its AUROC on the models of even "
@@ -32,15 +32,15 @@ VERSIONS = {check.name: check.version for check in CHECKS}
 
 @dataclass(frozen=True)
 class Member:
-    """An audited model whose making is known.
+    """An audited model of known origin.
 
     Attributes:
         name: Name of its run folder.
         model: Name of the model, such as "pmoe".
-        attack: What attacked it, such as "square patch"; "" for a clean model.
+        attack: The attack, such as "square patch"; "" for a clean model.
         asr: Success rate of the attack in percent; None for a clean model.
-        seed: Its seed. Models of even seeds set the thresholds, those of odd seeds measure the errors.
-        scores: The scores by name and version of the check; of checks that were not made, none.
+        seed: The seed. Models with even seeds set the thresholds; errors are measured on models with odd seeds.
+        scores: The scores of the checks that were run, by name and version of the check.
     """
 
     name: str
@@ -52,17 +52,17 @@ class Member:
 
     @property
     def attacked(self) -> bool:
-        """Whether it was attacked."""
+        """Whether the model was attacked."""
         return bool(self.attack)
 
     @property
     def calibrates(self) -> bool:
-        """Whether it belongs to the part that sets the thresholds."""
+        """Whether the model belongs to the part that sets the thresholds."""
         return self.seed % 2 == 0
 
 
 def scores_of(document: Mapping[str, Any]) -> dict[str, float]:
-    """Return the scores in an audit.json by key of a calibration."""
+    """Return the scores in an audit.json, by the keys of a calibration."""
     return {
         key_of(each["check"], each["version"]): each["score"]
         for each in document["findings"]
@@ -71,14 +71,14 @@ def scores_of(document: Mapping[str, Any]) -> dict[str, float]:
 
 
 def set_thresholds(members: Sequence[Member], level: float = LEVEL) -> dict[str, Threshold]:
-    """Set the threshold of each check from the models of even seeds.
+    """Set the threshold of each check from the models with even seeds.
 
-    Thresholds come from the clean ones. A check judges if it tells the attacked ones from them, see `tells_apart`. Each
-    of these checks takes an equal part of the level (Bonferroni), so that the verdict is wrong about a clean model with
-    at most the level, if each check keeps its part; see `set_threshold`.
+    Thresholds are computed from the clean models. A check judges if it distinguishes the attacked models from them, see
+    `tells_apart`. Each of these checks gets an equal part of the level (Bonferroni correction), so that the false alarm
+    rate of the verdict is at most `level` if that of each check is at most its part; see `set_threshold`.
 
     Returns:
-        By key of the check. Checks with fewer than `FEWEST_CLEAN` scores of clean models are left out.
+        The thresholds by key of the check. Checks with fewer than `FEWEST_CLEAN` scores of clean models are left out.
     """
     calibrating = [each for each in members if each.calibrates]
     clean, attacked = (_scores([m for m in calibrating if m.attacked == which]) for which in (False, True))
@@ -96,7 +96,7 @@ def tells_apart(clean: Sequence[float], attacked: Sequence[float]) -> bool:
 
 
 def _scores(members: Iterable[Member]) -> dict[str, list[float]]:
-    """The scores of some models by key of the check, in the order of the keys."""
+    """Return the scores of some models by key of the check, sorted by key."""
     found: dict[str, list[float]] = {}
     for member in members:
         for key, score in member.scores.items():
@@ -105,12 +105,12 @@ def _scores(members: Iterable[Member]) -> dict[str, list[float]]:
 
 
 def strength(member: Member, thresholds: Mapping[str, Threshold], without: str = "") -> float | None:
-    """Return the largest strength of the scores that judge, as the verdict has it; None if there are none.
+    """Return the largest strength of the scores that judge, as in the verdict; None without such scores.
 
     Args:
         member: The member.
         thresholds: The thresholds.
-        without: Key of a check that is left out.
+        without: Key of a check to ignore.
     """
     found = [
         strength_of(member.scores[key], known.centre, known.value)
@@ -123,7 +123,7 @@ def strength(member: Member, thresholds: Mapping[str, Threshold], without: str =
 def measure_errors(
     clean: Sequence[float], attacked: Sequence[float], threshold: float
 ) -> dict[str, dict[str, float] | None]:
-    """Return AUROC, false alarms and detections in percent, with 95% intervals; None where there are no models."""
+    """Return AUROC, false alarm rate and detection rate in percent, with 95% intervals; None without models."""
     alarms, hits = (np.asarray(scores) > threshold for scores in (clean, attacked))
     area = auroc(np.asarray(clean), np.asarray(attacked)) if len(clean) and len(attacked) else None
     return {
@@ -149,15 +149,14 @@ def calibrate(
 
     Args:
         members: The audited models.
-        commit: The commit that the audits were made with.
+        commit: The commit that the audits were run with.
         date: The date, as YYYY-MM-DD.
-        level: The false alarm rate that is aimed at.
-        smallest_asr: Attacked models with a lower success rate are left out: there is no backdoor to be found.
+        level: The intended false alarm rate.
+        smallest_asr: Attacked models with a lower success rate are left out, since they have no working backdoor.
 
     Returns:
-        The document of a calibration, see `calibration.parse`.
-
-    Where no check tells attacked models from clean ones, none judges, and there is no verdict to measure.
+        The document of a calibration, see `calibration.parse`. If no check distinguishes attacked models from clean
+        ones, no check judges, and the verdict has no measured errors.
 
     Raises:
         ValueError: There are too few clean models, or none to measure the false alarms on.
@@ -218,13 +217,13 @@ def _check(
         "clean": known.clean,
         "judges": known.judges,
         **measure_errors(scores[False], scores[True], known.value),
-        # What the verdict would be without this check: whether it earns its place. The others keep their thresholds.
+        # The verdict without this check, which shows whether the check is useful. The others keep their thresholds.
         "verdict_without": {name: rest[name] for name in ("auroc", "detected")},
     }
 
 
 def _groups(others: Sequence[Member], thresholds: Mapping[str, Threshold]) -> list[dict[str, Any]]:
-    """Return how many models of each kind have signs, by model and attack."""
+    """Return how many models have signs of a backdoor, by model and attack."""
     groups: dict[tuple[str, str], list[bool]] = {}
     for each in others:
         groups.setdefault((each.model, each.attack), []).append((strength(each, thresholds) or 0) > 1)

@@ -1,4 +1,4 @@
-"""`report.html` of an audit: one page that loads nothing from elsewhere, drawn from the document."""
+"""`report.html` of an audit: a self-contained page, drawn from its JSON document."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from backdoorbench_moe.auditing.verdict import MOST_REASONS, NOT_TESTED, SIGNS
 from backdoorbench_moe.drawing import render_page
 
 FILE = "report.html"
-# Strengths are drawn up to this one.
+# Largest strength that is drawn.
 LONGEST = 2.0
 WIDTH = 160
 
 
 def page(document: dict[str, Any]) -> str:
-    """Render the page of an audit's document; names from it are escaped."""
+    """Render the page of an audit's document. Names from the document are escaped."""
     template = (files("backdoorbench_moe.auditing") / "templates" / "audit.html").read_text(encoding="utf-8")
     findings = document["findings"]
     measured = [each for each in findings if each["level"] != NOT_TESTED]
@@ -54,24 +54,24 @@ def reasons_title(document: dict[str, Any]) -> str:
             else f"The {'three ' if count == MOST_REASONS else ''}strongest reasons"
         )
     if count:
-        return "What comes closest to a sign"
-    return "No check that was made judges" if document["does_not_judge"] else "Nothing could be tested"
+        return "The findings closest to a sign"
+    return "No check that was run judges" if document["does_not_judge"] else "Nothing could be tested"
 
 
 def bar(strength: float | None) -> float:
-    """Return the length of the bar of a strength, in [0, WIDTH]; the threshold is in its middle."""
+    """Return the length of the bar of a strength, in [0, WIDTH]. The threshold is at WIDTH / 2."""
     return round(WIDTH * min(max(strength or 0.0, 0.0), LONGEST) / LONGEST, 1)
 
 
 def fact_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return what was audited, as names and texts."""
+    """Return facts about the audited subject, as pairs of a label and a text."""
     facts = document["subject"]
     accuracy = facts["accuracy"]
     rows = [
         ("model", f"{facts['model']}, {facts['parameters']:,} parameters"),
         ("images", f"{facts['images']:,}" if facts["images"] else "none"),
         ("classes", str(facts["classes"] or "not known")),
-        ("labels", "given" if facts["labels"] else "none; the predicted classes take their place"),
+        ("labels", "given" if facts["labels"] else "none; predicted classes are used instead"),
         ("accuracy on the images", "not known" if accuracy is None else f"{accuracy:.1f}%"),
         ("tasks", str(facts["tasks"] or "none")),
         ("base", "given" if facts["base"] else "none"),

@@ -1,4 +1,4 @@
-"""Writing an audit to a folder: audit.json and report.html."""
+"""Writes an audit to a folder: audit.json and report.html."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILES = (document.FILE, report.FILE)
 
 
 def save_audit(audit: Outcome, output: Path) -> list[Path]:
-    """Write the document and the report; each file is written atomically, and both are made before the first is.
+    """Write the document and the report. Both are built before the first is written, each atomically.
 
     Returns:
         Paths of the document and of the report.

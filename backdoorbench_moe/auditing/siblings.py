@@ -1,4 +1,4 @@
-"""Which of several siblings, such as the experts of a layer, stands out in some positive quantity."""
+"""Finds which of several siblings, such as the experts of a layer, is an outlier in a positive quantity."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from backdoorbench_moe.ops.outliers import studentised
 
 Direction = Literal["up", "down", "both"]
-# Fewer siblings have no spread that one of them could exceed.
+# With fewer siblings, the spread cannot be estimated.
 FEWEST = 3
-# A sibling within 5% of the others does not stand out, however alike they are.
+# A sibling within 5% of the others is no outlier, even if the others are nearly equal.
 SMALLEST_RATIO = 1.05
 
 
@@ -28,8 +28,8 @@ class Standout:
         name: Name of the sibling.
         quantity: Name of the quantity.
         ratio: Its value, divided by the geometric mean of the others.
-        surprise: -log10 of the probability that one of all the values compared would be so far from its siblings by
-            chance, if their logarithms were of one normal distribution; 0 if nothing stands out.
+        surprise: -log10 of the probability that any of the compared values would be this far from its siblings by
+            chance, if their logarithms had one normal distribution; 0 if nothing stands out.
     """
 
     name: str
@@ -43,14 +43,14 @@ def find_standout(
 ) -> tuple[Standout, dict[str, float]]:
     """Find the sibling that stands out most.
 
-    Each value is compared with those of the same quantity by a t test of its logarithm (`ops.outliers.studentised`);
-    the probabilities are multiplied by the number of values, as in Bonferroni's correction. Neither the order of the
-    siblings nor a common factor of a quantity matters.
+    Each value is compared with those of the same quantity by a t test of its logarithm (`ops.outliers.studentised`).
+    The p-values are multiplied by the number of values (Bonferroni correction). The result does not depend on the order
+    of the siblings or on a common factor of a quantity.
 
     Args:
-        quantities: For each quantity the values, from 0, by name of the sibling. Quantities with fewer than `FEWEST`
-            siblings, or in which all are 0, are left out.
-        direction: Which siblings count: those with larger values than the others ("up"), smaller ("down"), or both.
+        quantities: The values, at least 0, by quantity and name of the sibling. Quantities with fewer than `FEWEST`
+            siblings, or whose values are all 0, are left out.
+        direction: Whether siblings with larger values than the others count ("up"), smaller ones ("down"), or both.
 
     Returns:
         The standout, and the largest surprise of each sibling.
@@ -83,12 +83,12 @@ def find_standout(
 
 
 def surprise_of(tail: float, count: int) -> float:
-    """Return -log10 of a probability that is multiplied by a number of comparisons, at least 0."""
+    """Return -log10 of a p-value multiplied by the number of comparisons, at least 0."""
     return max(0.0, -math.log10(min(1.0, max(tail * count, 1e-300))))
 
 
 def _compare(values: list[float], count: int, direction: Direction) -> tuple[list[float], list[float]]:
-    """Return ratios and surprises of one quantity."""
+    """Return the ratios and surprises of the values of one quantity."""
     numbers = torch.tensor(values, dtype=torch.float64)
     # A value of 0, such as that of a muted expert, counts as a millionth of the largest.
     logs = numbers.clamp(min=1e-6 * numbers.max().item()).log()

@@ -1,4 +1,4 @@
-"""The folder of an audit: what each check measured, so that a check that is finished is not run again."""
+"""Stores the results of the checks of an audit, so that finished checks are not run again."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ CHECKS = "checks"
 
 
 class Store:
-    """What the checks of one audit measured; on disk if there is a folder.
+    """Results of the checks of one audit, stored on disk if there is a folder.
 
-    Files of another subject, or of another version of a check, are ignored and overwritten; see `place.py`, by which
-    commands keep the audits of two subjects in two folders.
+    Files of another subject or of another version of a check are ignored and overwritten. Commands use separate folders
+    for different subjects, see `place.py`.
 
     Args:
-        folder: The folder of the audit, made at the first write; None to keep nothing.
+        folder: The folder of the audit, created at the first write; None to store nothing.
         digest: Identifies the subject, see `subject_digest`.
     """
 
@@ -40,7 +40,7 @@ class Store:
         self.folder, self.digest = None if folder is None else folder / CHECKS, digest
 
     def load(self, check: Check) -> tuple[Measured, float] | None:
-        """Return what a check measured, and the seconds it took; None if it has not run."""
+        """Return the result of a check and its duration in seconds; None if it has not run."""
         values = self._load_values(check)
         try:
             score = float(values["score"])
@@ -50,12 +50,12 @@ class Store:
             return None
 
     def load_reason(self, check: Check) -> str | None:
-        """Return why a check could not be made; None if it has not run, or could be made."""
+        """Return why a check could not be run; None if it has not been tried, or has a result."""
         reason = self._load_values(check).get("not_tested")
         return reason if isinstance(reason, str) else None
 
     def _load_values(self, check: Check) -> Mapping[str, Any]:
-        """The values in the file of a check; none without a file of this subject and version."""
+        """Return the values in the file of a check; {} without a file of this subject and version."""
         values = None if self.folder is None else read_values(self.folder / f"{check.name}.json")
         own = values is not None and (values.get("subject"), values.get("version")) == (
             self.digest,
@@ -64,7 +64,7 @@ class Store:
         return values if values is not None and own else {}
 
     def save(self, check: Check, found: Measured, seconds: float) -> None:
-        """Write what a check measured. Raises RecordError if the file cannot be written."""
+        """Write the result of a check. Raises RecordError if the file cannot be written."""
         values = {
             "score": found.score,
             "reason": found.reason,
@@ -74,7 +74,7 @@ class Store:
         self._save_values(check, values)
 
     def save_reason(self, check: Check, reason: str) -> None:
-        """Write why a check could not be made, for reports of later calls; it is tried again where it is chosen."""
+        """Write why a check could not be run, for later reports. If it is chosen again, it is tried again."""
         self._save_values(check, {"not_tested": reason})
 
     def _save_values(self, check: Check, values: Mapping[str, Any]) -> None:
@@ -85,7 +85,7 @@ class Store:
         self._write(f"{check.name}.json", lambda path: path.write_text(text, encoding="utf-8"))
 
     def keep(self) -> Keep:
-        """Return a `Keep` that also finds arrays of an earlier call, which was interrupted or had other checks."""
+        """Return a `Keep` that also loads arrays of earlier calls from disk."""
         memory = in_memory()
 
         def make_or_load(name: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -139,7 +139,7 @@ def _put_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
 
 
 def as_json(value: Any) -> Any:
-    """Return a value as JSON has it; NaN and infinity become None."""
+    """Convert a value to JSON values. NaN and infinity become None."""
     value = plain(value)
     if isinstance(value, Mapping):
         return {str(key): as_json(item) for key, item in value.items()}
@@ -149,11 +149,11 @@ def as_json(value: Any) -> Any:
 
 
 def subject_digest(tensors: Mapping[str, Tensor | None], **settings: object) -> str:
-    """Return a SHA-256 of a subject: its weights, images and everything else that a score depends on.
+    """Return the SHA-256 of a subject: its weights, images and everything else that a score depends on.
 
     Args:
-        tensors: By name; None for what is not given.
-        **settings: Other values, as JSON has them.
+        tensors: Tensors by name; None for those that are not given.
+        **settings: Other values, which JSON can represent.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""What an audit examines: a model, and what is given with it."""
+"""The subject of an audit: a model with the images and other inputs that are given."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from backdoorbench_moe.errors import ConfigError, ShapeError
 from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.ops.images import Split
 
-# From a name and a function that makes arrays: the arrays, made now or earlier in the same audit.
+# Takes a name and a function that computes arrays. Returns the arrays, computed now or earlier in the same audit.
 Keep = Callable[[str, Callable[[], Mapping[str, Tensor]]], Mapping[str, Tensor]]
-# The largest number of images that are used. More would make the checks slower, and hardly surer.
+# Largest number of images that are used. More images would slow down the checks with little benefit.
 MOST_IMAGES = 500
 FEWEST_IMAGES = 20
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under audit, in evaluation mode, and everything that is known about it. Made by `make_subject`.
+    """A model under audit, in evaluation mode, and all given information about it. Created by `make_subject`.
 
     Attributes:
-        model: The model, on `device`. Checks leave it as it is.
-        images: Images that nobody tampered with, (N, 3, S, S) uint8 on `device`; None if there are none.
-        known_labels: Their classes, (N,) int64; None if nobody knows them.
-        base: The state dict of the model that the experts were tuned from; None if it is not known.
-        tasks: Images of each task of a mixture, (n, 3, S, S) uint8 on `device`; empty if there are none.
-        task_names: Their names; empty if they are not known.
-        given_size: Side of the images in pixels, for a model without images; None if it is not known.
-        classes: Names of the classes, by number; empty if they are not known.
-        device: The device that is computed on.
+        model: The model, on `device`. Checks do not change it.
+        images: Clean images, (N, 3, S, S) uint8 on `device`; None if not given.
+        known_labels: Their classes, (N,) int64; None if not given.
+        base: The state dict of the model that the experts were fine-tuned from; None if not given.
+        tasks: Images of each task of a mixture, (n, 3, S, S) uint8 on `device`; empty if not given.
+        task_names: Names of the tasks; empty if not known.
+        given_size: Side of the images in pixels, for a model without images; None if not given.
+        classes: Names of the classes, by number; empty if not known.
+        device: The device of the computations.
         precision: "fp32" or "bf16".
-        seed: The seed that all random draws are derived from.
-        keep: Where arrays are kept that several checks use.
+        seed: The seed of all random draws.
+        keep: Storage for arrays that several checks use.
     """
 
     model: nn.Module
@@ -58,7 +58,7 @@ class Subject:
 
     @cached_property
     def num_classes(self) -> int:
-        """Number of classes that the model distinguishes. Needs images, or their size."""
+        """Number of classes of the model. Requires images or their size."""
         side, images = self.image_size, self.images
         assert side is not None
         if images is None:
@@ -67,7 +67,7 @@ class Subject:
 
     @cached_property
     def image_size(self) -> int | None:
-        """Side of the images in pixels: of the given images, or as given, or that the patches of the model cover."""
+        """Side of the images in pixels: that of the given images, the given size, or that covered by the patches."""
         if self.images is not None:
             return self.images.shape[-1]
         if self.given_size is None and isinstance(self.model, RoutedModel):
@@ -83,30 +83,30 @@ class Subject:
 
     @cached_property
     def split(self) -> Split:
-        """The images with their classes; with the predicted ones if nobody knows them."""
+        """The images with their known classes, or with the predicted classes without labels."""
         assert self.images is not None
         return Split(self.images, self.predicted if self.known_labels is None else self.known_labels)
 
     def class_name(self, label: int | str) -> str:
-        """Return "class 3", or "class 3 (stop)" if the classes have names."""
+        """Format a class as "class 3", or "class 3 (stop)" if the classes have names."""
         number = int(label)
         named = number < len(self.classes) and self.classes[number] != str(number)
         return f"class {number} ({self.classes[number]})" if named else f"class {number}"
 
     def task_name(self, number: int) -> str:
-        """Return "0", or "0 (plain)" if the tasks have names."""
+        """Format a task as "0", or "0 (plain)" if the tasks have names."""
         return f"{number} ({self.task_names[number]})" if number < len(self.task_names) else str(number)
 
     @cached_property
     def accuracy(self) -> float | None:
-        """Share of the images that are predicted as labelled, in percent; None without labels."""
+        """Accuracy on the images, in percent; None without labels."""
         if self.known_labels is None:
             return None
         return 100 * (self.predicted == self.known_labels).double().mean().item()
 
     @cached_property
     def task(self) -> DefenseTask:
-        """The task of a defender who holds these images, for the functions of defenses. Nothing can be trained."""
+        """The task of a defender with these images, for the functions of defenses. It does not allow training."""
         assert self.images is not None
         return DefenseTask(
             model=self.model,
@@ -144,7 +144,7 @@ def make_subject(
     seed: int = 0,
     keep: Keep | None = None,
 ) -> Subject:
-    """Check a model and what is given with it.
+    """Check a model and the inputs given with it, and create a subject.
 
     Args:
         model: Maps images (B, 3, S, S) in [0, 1] to logits (B, classes). It is moved to `device`, and put into
@@ -153,18 +153,18 @@ def make_subject(
         labels: (N,) int64.
         base: A state dict.
         tasks: (n, 3, S, S) uint8 for each task.
-        task_names: Names of the tasks; they are used in sentences only.
+        task_names: Names of the tasks, for messages.
         image_size: Side of the images, for a model without images.
-        classes: Names of the classes, by number; they are used in sentences only.
-        device: Where to compute.
+        classes: Names of the classes, by number, for messages.
+        device: The device.
         precision: "fp32" or "bf16".
         seed: The seed.
-        keep: Where arrays are kept; in memory if None.
+        keep: Storage for arrays; None to keep them in memory.
 
     Raises:
         ConfigError: The model has weights that are NaN or infinite, or does not return logits; or the images, labels
             or tasks do not fit together.
-        ShapeError: Images are of another shape or type, or the model cannot process them.
+        ShapeError: Images have the wrong shape or type, or the model cannot process them.
     """
     check_weights(model)
     for name, each in (("images", images), *((f"tasks[{n}]", task) for n, task in enumerate(tasks))):
@@ -245,7 +245,7 @@ def _check_output(model: nn.Module, images: Tensor, precision: str, labels: Tens
     side, kind = images.shape[-1], type(model).__name__
     try:
         found = logits(model, images, precision=precision)
-    except Exception as error:  # A model of unknown origin may raise anything.
+    except Exception as error:  # A model of unknown origin may raise any error.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ShapeError(f"model: {kind} cannot process images of {side}x{side} ({reason})") from error
     if found.ndim != 2 or found.shape[1] < 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -78,6 +79,15 @@ def test_the_samples_are_reproducible(monkeypatch) -> None:
     assert one == two and (one.whole.ba.n, one.whole.asr.n) == (25, 25)  # type: ignore[union-attr]
     monkeypatch.setattr(carriers, "MAX_PAIRS", 5)
     assert find_carriers(opened, None, 25).pairs == ()
+
+
+def test_single_experts_in_different_layers_are_no_pairs(monkeypatch) -> None:
+    """Pairs that do not exist are not called too many."""
+    experts = open_pmoe().model.experts()
+    alone = [replace(expert, layer=f"blocks.{n}") for n, expert in enumerate(experts)]
+    monkeypatch.setattr(carriers, "MAX_PAIRS", 5)
+    assert carriers.pairs_of(alone) == [] and not carriers.too_many_pairs(alone)
+    assert len(carriers.pairs_of(experts)) == 6 and carriers.too_many_pairs(experts)
 
 
 def test_without_a_trigger_only_ba_is_measured() -> None:

@@ -85,16 +85,17 @@ def test_a_map_says_what_the_models_say() -> None:
     examples = document["examples"]
     for place, plate in enumerate(maps.draw_maps(document)):
         ours, other = examples["models"]
-        assert f"class {examples['labels'][place]}: the backdoored model calls it" in plate.sentence
+        assert f"class {examples['labels'][place]}: the backdoored model predicts" in plate.sentence
         changed = 0
         for layer, after in zip(ours["clean"]["layers"], ours["triggered"]["layers"], strict=True):
             one, two = (np.array(item["selected"][place]) for item in (layer, after))
             changed += int((one != two).sum())
         assert (
-            f"calls it {ours['clean']['predicted'][place]}, with the trigger {ours['triggered']['predicted'][place]} "
-            f"(choices changed by it, over all experts: {changed})"
+            f"predicts {ours['clean']['predicted'][place]}, and with the trigger "
+            f"{ours['triggered']['predicted'][place]} "
+            f"(the trigger changes {count(changed, 'selection')} of the experts)"
         ) in plate.sentence
-        assert f"the clean model calls it {other['clean']['predicted'][place]}" in plate.sentence
+        assert f"the clean model predicts {other['clean']['predicted'][place]}" in plate.sentence
 
 
 def test_capture_and_carriers_say_the_documents_numbers() -> None:
@@ -119,13 +120,13 @@ def test_capture_and_carriers_say_the_documents_numbers() -> None:
     )
     [shift] = document["shift"]
     most = max(one["value"] for one in shift["changed_by_expert"])
-    assert f"with {100 * most:.3g} [" in drawn["shift-changed"].sentence
+    assert f"the largest value is {100 * most:.3g} [" in drawn["shift-changed"].sentence
 
 
 @pytest.mark.parametrize(
     ("caught", "missed", "said"),
     [
-        ((90, 80, 95), (10, 5, 20), "the intervals lie apart"),
+        ((90, 80, 95), (10, 5, 20), "the intervals do not overlap"),
         ((50, 30, 70), (40, 20, 60), "the intervals overlap"),
         ((90, 80, 95), None, "every image is captured: ASR 90.0%"),
         (None, (10, 5, 20), "every image is missed: ASR 10.0%"),
@@ -150,16 +151,16 @@ def test_without_a_trigger_muting_is_about_ba_alone() -> None:
     assert list(drawn) == ["carriers", "carriers-pairs"]
     assert "ASR" not in "".join(plate.sentence for plate in drawn.values())
     lowest = min(one["ba"]["value"] for one in carriers["singles"])
-    assert f"the lowest {lowest:.1f}%" in drawn["carriers"].sentence
+    assert f"the lowest is {lowest:.1f}%" in drawn["carriers"].sentence
 
 
 @pytest.mark.parametrize(
     ("auc", "said"),
     [
-        (0.52, "brighter patches: AUC 0.520 (rank-biserial +0.04, negligible"),
-        (0.36, "darker patches: AUC 0.360 (rank-biserial -0.28, small"),
-        (0.7, "rank-biserial +0.40, medium"),
-        (0.05, "rank-biserial -0.90, large"),
+        (0.52, "brighter patches: AUC 0.520 (rank-biserial correlation +0.04, negligible"),
+        (0.36, "darker patches: AUC 0.360 (rank-biserial correlation -0.28, small"),
+        (0.7, "rank-biserial correlation +0.40, medium"),
+        (0.05, "rank-biserial correlation -0.90, large"),
     ],
 )
 def test_the_papers_claim_about_pixel_values_is_judged_by_the_largest_effect(auc, said) -> None:
@@ -169,7 +170,20 @@ def test_the_papers_claim_about_pixel_values_is_judged_by_the_largest_effect(auc
     document["run"]["data"] = "cifar10"
     text = pixels.verdict(document)
     assert "expert 2 of moe" in text and said in text and "p below" not in text
-    assert ("That agrees with BadPatches" in text) == (abs(2 * auc - 1) < 0.3)
+    assert ("This agrees with BadPatches" in text) == (abs(2 * auc - 1) < 0.3)
+
+
+def test_without_any_effect_no_expert_takes_brighter_or_darker_patches() -> None:
+    document = copy.deepcopy(document_of("pmoe"))
+    for one in document["pixels"][0]["overall"]:
+        one |= {"auc": 0.5, "rank_biserial": 0.0}
+    assert pixels.verdict(document).startswith("No expert takes brighter or darker patches than the others")
+
+
+def test_many_lines_differ_in_colour_or_marker() -> None:
+    panel = ChartPanel("p", [Series(str(n), [n, n], style="line") for n in range(16)], x=[0, 1])
+    axes = chart([panel], xlabel="", ylabel="").axes[0]
+    assert len({(line.get_color(), line.get_marker()) for line in axes.get_lines()}) == 16
 
 
 def test_experts_that_take_all_or_nothing_have_no_pixel_figure_by_class() -> None:
@@ -178,7 +192,7 @@ def test_experts_that_take_all_or_nothing_have_no_pixel_figure_by_class() -> Non
     layer["overall"] = [None] * 4
     layer["by_class"] = [[None] * 4 for _ in layer["by_class"]]
     drawn = plates(pixels.draw_pixels, document)
-    assert list(drawn) == ["pixels"] and "nothing to compare" in drawn["pixels"].sentence
+    assert list(drawn) == ["pixels"] and "nothing can be compared" in drawn["pixels"].sentence
 
 
 def test_routing_figures_say_where_patches_go() -> None:
@@ -190,15 +204,17 @@ def test_routing_figures_say_where_patches_go() -> None:
     frequency = np.array(layer["frequency"])
     e, p = np.unravel_index(frequency.argmax(), frequency.shape)
     assert f"(expert {e}, row {p // 8 + 1}, column {p % 8 + 1})" in drawn["routing"].sentence
-    assert f"{100 * layer['takers'][0]:.1f}% of all patches go to no expert" in drawn["routing"].sentence
+    assert (
+        f"{100 * layer['takers'][0]:.1f}% of all patches are routed to no expert" in drawn["routing"].sentence
+    )
     off = np.array(layer["overlap"])[~np.eye(4, dtype=bool)]
     assert f"from {off.min():.2f}" in drawn["overlap"].sentence
     assert f"to {off.max():.2f}" in drawn["overlap"].sentence
-    assert "by 0.0% of its mean" in drawn["load"].sentence
+    assert "is 0.0% for the patches" in drawn["load"].sentence
 
 
 @pytest.mark.slow
-def test_a_model_of_many_layers_has_its_load_by_class_and_says_what_is_not_drawn() -> None:
+def test_a_model_of_many_layers_has_its_load_by_class_and_says_what_is_not_drawn(monkeypatch) -> None:
     document = document_of("deep")
     drawn = plates(routing.draw_routing, document)
     assert "load-by-class" in drawn
@@ -206,6 +222,13 @@ def test_a_model_of_many_layers_has_its_load_by_class_and_says_what_is_not_drawn
     assert "The figure shows" not in drawn["load"].sentence
     loads = [sum(row) for layer in document["routing"] for of in layer["by_class"] for row in of]
     assert f"to {max(loads):.1f} (" in drawn["load-by-class"].sentence
+    # The caption is about all layers, also if only the first and the last one are drawn.
+    monkeypatch.setattr(routing, "MAX_LAYERS", 2)
+    document = copy.deepcopy(document)
+    row = document["routing"][2]["by_class"][0][0]
+    row[:] = [1.0] * len(row)
+    drawn = plates(routing.draw_routing, document)
+    assert f"to {len(row)}.0 (" in drawn["load-by-class"].sentence
 
 
 def test_a_probe_is_shown_epoch_by_epoch() -> None:
@@ -216,6 +239,54 @@ def test_a_probe_is_shown_epoch_by_epoch() -> None:
     assert f"{np.mean(layer['settled'][0]):.2f} before training" in drawn["probe-settling"].sentence
     assert f"fooled {100 * document['probe']['fooled'][-1]:.1f}%" not in drawn["probe-clean"].sentence
     assert f"{100 * document['probe']['fooled'][-1]:.1f}% at the end" in drawn["probe-backdoor"].sentence
+
+
+def test_experts_that_are_not_drawn_over_training_are_counted(monkeypatch) -> None:
+    monkeypatch.setattr(training, "MAX_EXPERTS", 3)
+    drawn = plates(training.draw_training, document_of("pmoe"))
+    for name in ("probe-settling", "probe-clean", "probe-triggered"):
+        assert drawn[name].sentence.endswith("The figure shows 3 of 4 experts; analysis.json contains all.")
+
+
+def with_a_smaller_layer() -> dict:
+    """The document of a model whose second routed layer has two experts instead of four."""
+
+    def smaller(values):
+        if isinstance(values, dict):
+            return {key: smaller(value) for key, value in values.items()}
+        if isinstance(values, list):
+            return [smaller(value) for value in (values[:2] if len(values) == 4 else values)]
+        return values
+
+    document = copy.deepcopy(document_of("pmoe"))
+    models = [model[kind] for model in document["examples"]["models"] for kind in ("clean", "triggered")]
+    against = document["findings_against"]
+    for layers in (
+        *(part[name] for part in (document, against) for name in ("routing", "capture", "shift")),
+        *(each["layers"] for each in models),
+        document["pixels"],
+        document["comparison"]["clean"],
+        document["probe"]["layers"],
+    ):
+        layers.append(smaller(layers[0]) | {"layer": "second"})
+    return document
+
+
+@pytest.mark.parametrize("smaller_first", [False, True])
+def test_layers_may_have_different_numbers_of_experts(smaller_first) -> None:
+    document = with_a_smaller_layer()
+    if smaller_first:
+        for layers in (document["routing"], document["findings_against"]["routing"], document["pixels"]):
+            layers.reverse()
+        document["probe"]["layers"].reverse()
+    drawn = plates(routing.draw_routing, document) | plates(pixels.draw_pixels, document)
+    drawn |= plates(training.draw_training, document)
+    if not smaller_first:
+        drawn |= plates(backdoor.draw_backdoor, document) | plates(maps.draw_maps, document)
+    assert not any(" experts; analysis.json" in plate.sentence for plate in drawn.values())
+    # Both layers are drawn: four titles of experts for the one, two for the other.
+    text = drawn["pixels"].svg.decode()
+    assert all(f"moe/{e}:" in text for e in range(4)) and "second/1:" in text and "second/2:" not in text
 
 
 def test_without_a_training_history_there_is_no_figure() -> None:

@@ -240,7 +240,7 @@ def test_the_report_of_a_mixture(made_again) -> None:
     assert list(drawn) == ["gate-shares", "gate-shares-by-task", "latents", "whole-experts"]
     muted = [proportion(one["muted"]["asr"]) for one in attacked["carriers"]["whole_experts"]]
     best = min(range(2), key=lambda e: attacked["carriers"]["whole_experts"][e]["muted"]["asr"]["value"])
-    assert f"; the lowest is {muted[best]}, without expert {best}." in drawn["whole-experts"].sentence
+    assert f"; the lowest is {muted[best]}, with expert {best} muted." in drawn["whole-experts"].sentence
     assert [plate.name for plate in draw_experts(benign)] == ["gate-shares-by-task", "whole-experts"]
     page = draw_report(attacked).page
     own = attacked["experts"]["shares"]["own"][0]["value"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import product
+from itertools import permutations, product
 from statistics import fmean, pstdev
 
 import pytest
@@ -16,7 +16,7 @@ from scipy.stats import entropy
 
 from backdoorbench_moe.analysis.capture import layer_capture
 from backdoorbench_moe.analysis.comparison import compare_layers
-from backdoorbench_moe.analysis.passes import run_pass
+from backdoorbench_moe.analysis.passes import LayerPass, run_pass
 from backdoorbench_moe.analysis.routing import layer_routing
 from backdoorbench_moe.analysis.shift import layer_shift
 from backdoorbench_moe.moe.routed import RoutedModel
@@ -155,7 +155,12 @@ def test_capture(case) -> None:
         [math.comb(one.patches - len(touched), len(s)) / math.comb(one.patches, len(s)) for s in one.sets]
         for one in case["stamped"]
     ]
-    assert got.blind_captured == approx(100 * fmean(1 - math.prod(row) for row in miss))
+    untouched = [
+        math.comb(one.patches - len(touched), len(taken)) / math.comb(one.patches, len(taken))
+        for one in case["stamped"]
+        for taken in [set().union(*one.sets)]
+    ]
+    assert got.blind_captured == approx(100 * (1 - fmean(untouched)))
     assert got.blind_experts == approx(fmean(sum(1 - m for m in row) for row in miss))
     assert got.blind_by_expert.tolist() == approx([1 - fmean(column) for column in zip(*miss, strict=True)])
     for hit, found in ((True, got.asr_captured), (False, got.asr_missed)):
@@ -163,6 +168,33 @@ def test_capture(case) -> None:
         assert (found is None) == (not values)
         assert found is None or (found.value, found.n) == (approx(100 * fmean(values)), len(values))
     assert got.asr.value == 35 and got.asr.low < 35 < got.asr.high
+
+
+def test_blind_routing_is_the_mean_over_all_orders_of_the_patches() -> None:
+    """Three experts that overlap, five patches of which the trigger changes two: all 120 orders, one by one."""
+    selected = torch.tensor([[[1, 1, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0]]], dtype=torch.bool)
+    changed = torch.tensor([[True, False, False, True, False]])
+    got = layer_capture(layer_of(selected), changed, torch.tensor([True]))
+    receives = [(selected[0][:, list(order)] & changed[0]).any(1) for order in permutations(range(5))]
+    assert got.blind_captured == approx(100 * fmean(bool(each.any()) for each in receives))
+    assert got.blind_experts == approx(fmean(int(each.sum()) for each in receives))
+    assert got.blind_by_expert.tolist() == approx(torch.stack(receives).double().mean(0).tolist())
+
+
+def test_where_every_patch_has_an_expert_capture_is_no_finding() -> None:
+    """Top-1 routing without dropped patches: whatever the router does, every trigger is captured."""
+    chosen = torch.randint(0, 4, (6, 16), generator=torch.Generator().manual_seed(0))
+    selected = torch.nn.functional.one_hot(chosen, 4).transpose(1, 2).bool()
+    changed = torch.zeros(6, 16, dtype=torch.bool)
+    changed[:, 3] = True
+    got = layer_capture(layer_of(selected), changed, torch.ones(6, dtype=torch.bool))
+    assert got.captured.value == got.blind_captured == 100
+    assert got.experts.value == 1 and got.blind_experts == approx(1)
+    assert got.asr_missed is None and got.asr_captured == got.asr
+
+
+def layer_of(selected: torch.Tensor) -> LayerPass:
+    return LayerPass("moe", "experts", selected, torch.empty(0), torch.empty(0))
 
 
 def test_comparison_with_itself_and_another(case) -> None:

@@ -6,6 +6,7 @@ from statistics import fmean
 
 import pytest
 import torch
+from mixture_runs import TRAINING, mixture_spec
 from tiny import tiny_spec
 
 from backdoorbench_moe.analysis.probe_summary import summarize_probe
@@ -64,6 +65,20 @@ def test_a_clean_run_and_one_without_a_probe(tmp_path) -> None:
     assert found.fooled is None and found.triggered is None and found.layers[0].changed is None
     without = open_run(attacked(tmp_path))
     assert summarize_probe(without, without.routed) is None
+
+
+@pytest.mark.slow
+def test_a_mixture_is_probed_while_its_gates_are_trained_or_set(tmp_path, tiny) -> None:
+    """Its gates have fewer epochs than its base, or none. A policy without an attack fools nobody."""
+    benign = {"attack": None, "mixture": {"experts": 2, "expert_train": TRAINING, "gate_train": TRAINING}}
+    for number, values in enumerate(({"gate": {"name": "hidden"}}, benign)):
+        [run] = run_attack(mixture_spec(probe=2, **values), output=tmp_path / str(number), twin=False)
+        assert run.spec.train.epochs == 2
+        opened = open_run(run)
+        found = summarize_probe(opened, opened.routed)
+        assert found.epochs == (0, 1) and found.triggered is not None
+        assert (found.fooled is None) == (not run.spec.attacked)
+        assert found.layers[0].captured is not None
 
 
 def test_a_probe_of_another_run_is_refused(tmp_path) -> None:

@@ -266,7 +266,7 @@ def test_the_target_rate_without_the_trigger_stands_beside_asr() -> None:
     metrics["target_rate"] = {"value": 21.26, "n": 40, "low": 11.5, "high": 36.0}
     text = page(document, [])
     assert '<th scope="row">target rate without the trigger</th><td>21.26 [11.5, 36.0]</td>' in text
-    assert "without the trigger it already calls 21.26% of the same images what the attacker wants" in text
+    assert "without the trigger it already predicts the target class for 21.26% of the same images" in text
 
 
 @pytest.mark.parametrize(("value", "low", "near"), [(10.0, 9.4, True), (66.0, 65.1, False)])

@@ -63,7 +63,7 @@ PLURALS = {
     "patch": "patches", "epoch": "epochs", "image": "images", "probe image": "probe images", "class": "classes",
     "run": "runs", "expert": "experts", "clean probe image": "clean probe images", "box": "boxes", "cell": "cells",
     "deviation": "deviations", "test image": "test images", "defense": "defenses", "row": "rows",
-    "other key": "other keys", "tensor": "tensors",
+    "other key": "other keys", "tensor": "tensors", "selection": "selections",
 }  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def test_no_p_value_is_said_of_patches() -> None:
         (
             40.0,
             "Muting moe/1 reduces the model's ASR from 90.0% [0.0, 100.0] to 40.0% [0.0, 100.0]; "
-            "no other single expert reduces it more.",
+            "muting any other single expert does not reduce it further.",
         ),
         (90.0, "Muting a single expert does not reduce the model's ASR of 90.0% [0.0, 100.0]."),
     ],

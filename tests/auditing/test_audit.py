@@ -134,7 +134,7 @@ def test_a_check_that_does_not_judge_is_named_if_it_is_above_its_threshold(tmp_p
 def test_an_audit_that_only_measures_says_so(tmp_path, uncalibrated) -> None:
     found = audit(Constant("measured", 7.0, None))
     page = found.save(tmp_path)[1].read_text(encoding="utf-8")
-    assert found.verdict.level == NOT_TESTED and "No check that was made judges" in page
+    assert found.verdict.level == NOT_TESTED and "No check that was run judges" in page
     assert "Nothing could be tested" not in page
 
 
@@ -144,9 +144,9 @@ def test_checks_that_were_left_out_are_named(tmp_path, monkeypatch) -> None:
     files = audit(one).save(tmp_path)
     assert json.loads(files[0].read_text())["left_out"] == ["two"]
     page = files[1].read_text(encoding="utf-8")
-    assert "Left out: two." in page and "Every check was made" not in page
+    assert "Left out: two." in page and "All checks were run" not in page
     page = audit(one, two).save(tmp_path)[1].read_text(encoding="utf-8")
-    assert "Left out" not in page and "Every check was made" in page
+    assert "Left out" not in page and "All checks were run" in page
 
 
 def test_two_subjects_have_two_folders(tmp_path) -> None:

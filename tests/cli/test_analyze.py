@@ -93,8 +93,8 @@ def test_before_and_after_a_defense(bbmoe, victim) -> None:
     document = json.loads(out)
     assert code == 0 and document["against"]["name"] == victim.folder.path.name
     page = (defended.folder.path / "report.html").read_text(encoding="utf-8")
-    assert "was backdoored and then defended with fine-tuning" in page and "stage by stage" in page
-    assert "the backdoored model calls it" in page
+    assert "was backdoored and then defended with fine-tuning" in page and "Stages of the defense" in page
+    assert "the backdoored model predicts" in page
     assert {one["part"]: one["reason"] for one in document["absent"]}["probe"].startswith(
         "the run is a defended"
     )
@@ -115,7 +115,7 @@ def test_a_clean_run_under_the_trigger_of_the_other(bbmoe, victim) -> None:
     alone = json.loads(bbmoe("analyze", twin, *FAST, "--json")[1])
     assert alone["capture"] is None and alone["images"]["triggered"] == 0
     page = (twin / "report.html").read_text(encoding="utf-8")
-    assert "What each expert is needed for" in page and "capture: there is no trigger" in page
+    assert "BA with one expert muted" in page and "capture: there is no trigger" in page
     assert not (twin / "figures" / "capture.png").exists()
 
 
@@ -133,7 +133,7 @@ def test_a_probe_from_flag_to_report(bbmoe, tmp_path) -> None:
     code, out, _ = bbmoe("analyze", record["folder"], *FAST, "--json")
     document = json.loads(out)
     assert code == 0 and len(document["probe"]["indices"]) == 4 and document["probe"]["epochs"] == [0, 1, 2]
-    assert "How the backdoor comes about" in (Path(record["folder"]) / "report.html").read_text(
+    assert "Effect of the trigger over training" in (Path(record["folder"]) / "report.html").read_text(
         encoding="utf-8"
     )
     code, _, err = bbmoe("attack", *flags, "--set", "probe=-2", "--output", tmp_path / "no")

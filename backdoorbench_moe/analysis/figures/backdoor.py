@@ -1,4 +1,4 @@
-"""Figures of trigger capture, routing shift and the experts that carry the backdoor."""
+"""Figures of trigger capture, routing shift, and BA and ASR with experts muted and patched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from backdoorbench_moe.wording.counting import count
 
 
 def draw_backdoor(document: Doc) -> Iterator[Plate]:
-    """Draw the figures of capture, shift and carriers, as far as the document has these parts."""
+    """Draw the figures of capture, shift and carriers; parts that the document does not contain are skipped."""
     if document["capture"] is not None:
         yield _capture(document)
         yield _success(document)
@@ -46,18 +46,19 @@ def _capture(document: Doc) -> Plate:
         series = [Series(roles(document)[0], _percents(layer["by_expert"]))]
         if others is not None:
             series.append(Series(roles(document)[1], _percents(others[place]["by_expert"])))
-        series.append(Series("if routing were blind", _percents(layer["blind_by_expert"]), style="mark"))
+        series.append(Series("blind routing", _percents(layer["blind_by_expert"]), style="mark"))
         panels.append(ChartPanel(f"layer {layer['layer']}", series, names=_names(layer["by_expert"])))
     first = max(layers, key=lambda layer: abs(layer["captured"]["value"] - layer["blind_captured"]))
     said = (
-        f"Triggered images in which an expert receives a patch that the trigger changed "
-        f"({mean(first['changed_patches'])} of {len(first['changed'])} patches of an image): at least one expert in "
-        f"{proportion(first['captured'])}, where blind routing would give {percent(first['blind_captured'])} (layer "
-        f"{first['layer']}); {mean(first['experts'])} experts on average, {number(first['blind_experts'])} if blind."
+        f"Share of triggered images in which an expert receives a patch that the trigger changed. The trigger changes "
+        f"{mean(first['changed_patches'])} of the {len(first['changed'])} patches of an image. In layer "
+        f"{first['layer']}, at least one expert receives such a patch in {proportion(first['captured'])} of the "
+        f"images, compared with {percent(first['blind_captured'])} under blind routing (the same routing of shuffled "
+        f"patches); on average {mean(first['experts'])} experts do, compared with {number(first['blind_experts'])}."
     )
     if others is not None:
         other = others[layers.index(first)]
-        said += f" In the {roles(document)[1]} model at least one expert in {proportion(other['captured'])}."
+        said += f" In the {roles(document)[1]} model, at least one expert does in {proportion(other['captured'])}."
     said += left_out(len(shown), len(layers), "routed layers")
     return make_plate(
         "capture",
@@ -84,16 +85,16 @@ def _success(document: Doc) -> Plate:
         )
     first = layers[0]
     caught, missed = first["asr_captured"], first["asr_missed"]
-    said = "Does capture predict success? "
+    said = "Whether capture predicts the success of the attack. "
     if caught is None or missed is None:
         what = "captured" if missed is None else "missed"
-        said += f"In layer {first['layer']} every image is {what}: ASR {proportion(caught or missed)}."
+        said += f"In layer {first['layer']}, every image is {what}: ASR {proportion(caught or missed)}."
     else:
         apart = caught["low"] > missed["high"] or missed["low"] > caught["high"]
         said += (
-            f"ASR is {proportion(caught)} of the {caught['n']:,} captured images and {proportion(missed)} of the "
-            f"{missed['n']:,} missed ones (layer {first['layer']}): the intervals "
-            f"{'lie apart' if apart else 'overlap'}."
+            f"In layer {first['layer']}, ASR is {proportion(caught)} for the {caught['n']:,} captured images and "
+            f"{proportion(missed)} for the {missed['n']:,} missed ones: the intervals "
+            f"{'do not overlap' if apart else 'overlap'}."
         )
     said += left_out(len(shown), len(layers), "routed layers")
     return make_plate(
@@ -110,9 +111,10 @@ def _divergence(document: Doc) -> Plate:
     first = max(layers, key=lambda layer: layer["divergence"]["value"])
     e, most = _most(first["divergence_by_expert"])
     said = (
-        f"How far the trigger moves the gates: Jensen-Shannon divergence of clean and triggered image, mean over "
-        f"{count(first['divergence']['n'], 'image')}; {mean(first['divergence'])} nats in layer {first['layer']}, "
-        f"most in expert {e} with {mean(most)}. {_other_shift(document, 'divergence', 1, ' nats', first)}"
+        f"Change of the gates by the trigger: Jensen-Shannon divergence between clean and triggered image, mean over "
+        f"{count(first['divergence']['n'], 'image')}. In layer {first['layer']} it is {mean(first['divergence'])} "
+        f"nats; the largest value is {mean(most)}, for expert {e}. "
+        f"{_other_shift(document, 'divergence', 1, ' nats', first)}"
     )
     return _shift_plate(document, "divergence", "Routing shift: gates", said, "divergence, nats", 1)
 
@@ -122,8 +124,8 @@ def _changed(document: Doc) -> Plate:
     first = max(layers, key=lambda layer: layer["changed"]["value"])
     e, most = _most(first["changed_by_expert"])
     said = (
-        f"Share of an expert's selected patches that the trigger exchanges: {mean(first['changed'], factor=100)}% in "
-        f"layer {first['layer']}, most in expert {e} with {mean(most, factor=100)}%. "
+        f"Share of an expert's selected patches that the trigger replaces. In layer {first['layer']} it is "
+        f"{mean(first['changed'], factor=100)}%; the largest value is {mean(most, factor=100)}%, for expert {e}. "
         f"{_other_shift(document, 'changed', 100, '%', first)}"
     )
     return _shift_plate(
@@ -135,7 +137,7 @@ def _other_shift(document: Doc, key: str, factor: float, unit: str, first: Doc) 
     if (others := _others(document, "shift")) is None:
         return ""
     other = others[document["shift"].index(first)]
-    return f"In the {roles(document)[1]} model it is {mean(other[key], factor=factor)}{unit}."
+    return f"In the {roles(document)[1]} model, it is {mean(other[key], factor=factor)}{unit}."
 
 
 def _shift_plate(document: Doc, key: str, title: str, said: str, ylabel: str, factor: float) -> Plate:
@@ -176,8 +178,8 @@ def _muted(document: Doc) -> Plate:
     if whole["asr"] is None:
         worst = min(carriers["singles"], key=lambda one: one["ba"]["value"])
         said = (
-            f"BA with one expert muted, on {whole['ba']['n']:,} images: {proportion(whole['ba'])} with all experts; "
-            f"the lowest {proportion(worst['ba'])} without {worst['experts'][0]}."
+            f"BA with one expert muted, on {whole['ba']['n']:,} images. BA is {proportion(whole['ba'])} with all "
+            f"experts; the lowest is {proportion(worst['ba'])}, without {worst['experts'][0]}."
         )
     else:
         best = min(carriers["singles"], key=lambda one: one["asr"]["value"])
@@ -189,7 +191,7 @@ def _muted(document: Doc) -> Plate:
     said += left_out(len(panels), len(groups), "routed layers")
     return make_plate(
         "carriers",
-        "Who carries the backdoor" if whole["asr"] is not None else "What each expert is needed for",
+        "ASR and BA with one expert muted" if whole["asr"] is not None else "BA with one expert muted",
         said,
         f"Bars with 95% intervals for each expert. {said}",
         lambda: chart(panels, xlabel="muted expert", ylabel="images, %", limits=(0, 104)),
@@ -214,11 +216,11 @@ def _patched(document: Doc) -> Plate:
     ]
     best = min(carriers["patched"], key=lambda one: one["asr"]["value"])
     said = (
-        "Activation patching: the output of one expert is that for the clean image, while the rest of the model "
-        f"processes the triggered one. The lowest ASR is reached with {best['expert']}: "
-        f"{proportion(best['asr'])} instead of {proportion(carriers['whole']['asr'])}, and {proportion(best['ra'])} "
-        f"of the images are classified correctly (RA). Without the trigger, {percent(target_rate)} are classified as "
-        "the attacker wants."
+        "Activation patching: the output of one expert is replaced with its output for the clean image, while the "
+        f"rest of the model processes the triggered image. The lowest ASR is reached with {best['expert']}: "
+        f"{proportion(best['asr'])} instead of {proportion(carriers['whole']['asr'])}; {proportion(best['ra'])} of "
+        f"the images are then classified correctly (RA). Without the trigger, {percent(target_rate)} are predicted as "
+        "the target class."
     )
     said += left_out(len(panels), len(groups), "routed layers")
     return make_plate(
@@ -245,8 +247,8 @@ def _pairs(document: Doc) -> Plate:
         panels.append((f"layer {layer}", matrix))
     best = min(carriers["pairs"], key=lambda one: one[key]["value"])
     said = (
-        f"{key.upper()} in % with two experts muted (on the diagonal, one). The lowest is {proportion(best[key])}, "
-        f"without {listing(best['experts'])}"
+        f"{key.upper()} in % with two experts muted (on the diagonal: one expert). The lowest is "
+        f"{proportion(best[key])}, without {listing(best['experts'])}"
     )
     said += f"; BA is then {proportion(best['ba'])}." if key == "asr" else "."
     return make_plate(

@@ -1,4 +1,4 @@
-"""Charts of bars, lines, histograms and matrices, in panels small enough for a phone."""
+"""Charts of bars, lines, histograms and matrices, in panels that fit on a phone screen."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Values = Sequence[float | None]
-# In inches: what a phone shows without scrolling, and the margins around the panels.
+# In inches: the width of a figure, which fits on a phone screen, and the margins around the panels.
 WIDTH, LEFT, RIGHT, TOP, BOTTOM, LEGEND = 4.5, 0.62, 0.2, 0.34, 0.46, 0.22
 MAX_LABELS, MAX_NUMBERS, LEGEND_COLUMNS = 12, 8, 2
-# Number of panels in a row if there are many, and the height of such a panel in inches.
+# Largest number of panels in a row, and the height of a panel in such rows, in inches.
 MOST_ACROSS, FLAT = 3, 1.2
 MAP = "cividis"
-# Colours of numbers on a coloured square, which unlike the page's text does not change with the theme.
+# Colours of numbers on coloured squares. Unlike the text of the page, they do not change with the theme.
 DARK_TEXT, LIGHT_TEXT = "#111111", "#fafafa"
 
 
@@ -33,7 +33,7 @@ class Series:
         values: The values.
         low: Lower ends of their intervals; None without intervals.
         high: Upper ends of their intervals; None without intervals.
-        style: "bar", "mark" (a hollow marker, for values that bars are compared with), "line" or "steps".
+        style: "bar", "mark" (a hollow marker, for reference values of bars), "line" or "steps".
     """
 
     label: str
@@ -44,7 +44,7 @@ class Series:
 
     @classmethod
     def of(cls, label: str, ones: Sequence[dict[str, Any] | None], factor: float = 1) -> Series:
-        """Make bars of the proportions or means in a document, multiplied with a factor."""
+        """Return bars of the proportions or means in a document, multiplied by a factor."""
 
         def column(key: str) -> list[float | None]:
             return [None if one is None or one[key] is None else factor * one[key] for one in ones]
@@ -61,7 +61,7 @@ class ChartPanel:
         series: The series.
         names: Labels of the positions on the x axis, for bars.
         x: Positions on the x axis, for lines and steps.
-        levels: Horizontal lines by their labels.
+        levels: Heights of horizontal lines, by label.
     """
 
     title: str
@@ -87,7 +87,7 @@ def chart(
         xlabel: Label of the x axes.
         ylabel: Label of the y axes.
         limits: Limits of the y axes if they are shared; None for an automatic limit.
-        height: Height of a panel in inches; less if there are many panels.
+        height: Height of a panel in inches; smaller if there are many panels.
         share_y: Whether all panels have the same y axis.
     """
     across = _across(len(panels))
@@ -123,20 +123,21 @@ def matrices(
     form: str = "{:.2f}",
     rows: Sequence[str] | None = None,
 ) -> Figure:
-    """Draw one matrix per panel as coloured squares, with the values as text if there is room.
+    """Draw one matrix per panel as coloured squares, with the values as text if they fit.
 
     Args:
-        panels: Titles and matrices; None in a matrix is left empty.
+        panels: Titles and matrices; a value of None is not drawn.
         xlabel: Label of the x axes.
         ylabel: Label of the y axes.
-        limits: Smallest and largest value of the colour scale; None for those of the values.
+        limits: Smallest and largest value of the colour scale; None for the range of the values.
         form: Format of the values.
         rows: Labels of the rows; None to number them.
     """
     across = _across(len(panels))
     values = [value for _, matrix in panels for row in matrix for value in row if value is not None]
     low, high = limits or (min(values, default=0), max(values, default=1))
-    lines, columns = len(panels[0][1]), len(panels[0][1][0])
+    lines = max(len(matrix) for _, matrix in panels)
+    columns = max(len(row) for _, matrix in panels for row in matrix)
     height = min(4.0, max(1.3, 0.26 * lines + 0.5)) if across < MOST_ACROSS else FLAT
     left = LEFT + (0.075 * max(map(len, rows)) if rows else 0)
     figure, grid = _grid(len(panels), across, height, bottom=BOTTOM, left=left)
@@ -145,9 +146,9 @@ def matrices(
         axes.imshow(shown, cmap=MAP, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
         axes.set_title(title, fontsize=8.5 if across < MOST_ACROSS else 7.5, loc="left")
         axes.tick_params(labelsize=7.5, length=0)
-        _number_places(axes.xaxis, columns)
+        _number_places(axes.xaxis, len(matrix[0]))
         if rows is None:
-            _number_places(axes.yaxis, lines)
+            _number_places(axes.yaxis, len(matrix))
         else:
             axes.set_yticks(range(lines), rows if place % across == 0 else [""] * lines)
         if columns * across <= MAX_NUMBERS:
@@ -172,7 +173,7 @@ def _across(panels: int) -> int:
 def _grid(
     panels: int, across: int, height: float, *, bottom: float, left: float = LEFT, share_y: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """Make a figure with a grid of axes, `across` in a row. All sizes are in inches, so no layout engine is needed."""
+    """Return a figure with a grid of axes, `across` in a row. All sizes are in inches."""
     down, gap = math.ceil(panels / across), TOP + 0.22
     total = TOP + down * height + (down - 1) * gap + bottom
     figure = new_figure(WIDTH, total)
@@ -190,11 +191,17 @@ def _grid(
     return figure, list(grid.flat)[:panels]
 
 
+def _style_of(place: int) -> tuple[str, str]:
+    """Return colour and marker of a series. Those of the first len(COLOURS) * len(MARKERS) series differ."""
+    rounds, colour = divmod(place, len(COLOURS))
+    return COLOURS[colour], MARKERS[(colour + rounds) % len(MARKERS)]
+
+
 def _draw(axes: Axes, panel: ChartPanel, labels: Sequence[str]) -> None:
     bars = [one for one in panel.series if one.style == "bar"]
     for one in panel.series:
         place = labels.index(one.label)
-        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+        colour, marker = _style_of(place)
         values = [math.nan if value is None else value for value in one.values]
         if one.style == "line":
             size = 3 if len(values) <= 30 else 0
@@ -221,7 +228,7 @@ def _draw(axes: Axes, panel: ChartPanel, labels: Sequence[str]) -> None:
 
 
 def _bars(one: Series) -> list[list[float]] | None:
-    """Return the lengths of the error bars below and above the values: 0 without an interval, None without any."""
+    """Return the lengths of the error bars below and above the values (0 for no interval); None without intervals."""
     if one.low is None or one.high is None:
         return None
     rows = list(zip(one.values, one.low, one.high, strict=True))
@@ -242,7 +249,7 @@ def _legend(figure: Figure, panels: Sequence[ChartPanel], labels: Sequence[str])
     styles = {one.label: one.style for panel in panels for one in panel.series}
     handles: list[Any] = []
     for place, name in enumerate(labels):
-        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+        colour, marker = _style_of(place)
         match styles.get(name):
             case "bar":
                 handles.append(Patch(color=colour, label=name))

@@ -1,4 +1,4 @@
-"""Figures of the experts of a mixture: gate shares, latents, and each expert changed in all layers at once."""
+"""Figures of the experts of a mixture: gate shares, latents, and each expert muted and patched in all layers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from backdoorbench_moe.analysis.figures.words import (
     percent,
     proportion,
     roles,
+    short,
 )
 
 WHOLE = {"ba": "BA", "asr": "ASR", "unsafe": "not answered safely"}
 
 
 def draw_experts(document: Doc) -> Iterator[Plate]:
-    """Draw the figures of a mixture, and the latents of a poisoned expert, as far as the document has these parts."""
+    """Draw the figures of a mixture and of a poisoned expert; parts that the document does not contain are skipped."""
     if (found := document.get("experts")) is not None:
         if found["poisoned"]:
             yield _shares_by_layer(document, found)
@@ -33,13 +34,13 @@ def draw_experts(document: Doc) -> Iterator[Plate]:
 
 
 def _models(document: Doc, found: Doc) -> list[tuple[str, Doc]]:
-    """The gate shares of each model, by its role."""
+    """Return the role and the gate shares of each model."""
     both = zip(roles(document), (found["shares"], found["shares_against"]), strict=False)
     return [(name, shares) for name, shares in both if shares is not None]
 
 
 def _shares_by_layer(document: Doc, found: Doc) -> Plate:
-    """Draw the share of each poisoned expert layer by layer. Source: the form of Figure 4 of MoEvil."""
+    """Draw the share of each poisoned expert layer by layer. Source: the layout is that of Figure 4 of MoEvil."""
     models = _models(document, found)
     places = [*range(len(models[0][1]["layers"]))]
     marked = marked_inputs(document)
@@ -51,12 +52,12 @@ def _shares_by_layer(document: Doc, found: Doc) -> Plate:
     kind = inputs(document).removesuffix("s")
     texts = [_said(name, shares, found["poisoned"], marked) for name, shares in models]
     said = (
-        f"Share of the gates that the poisoned {_experts(found['poisoned'])} gets, layer by layer. Mean over the "
-        f"layers: {'; '.join(texts)}."
+        f"Gate share of the poisoned {_experts(found['poisoned'])} in each layer. Mean over the layers: "
+        f"{'; '.join(texts)}."
     )
     return make_plate(
         "gate-shares",
-        f"Which {inputs(document)} the gates send to the poisoned expert",
+        "Gate share of the poisoned expert",
         said,
         f"A line for each kind of {kind} over the layers, for each poisoned expert. {said}",
         lambda: chart(panels, xlabel="layer", ylabel="gate share, %", limits=(0, 104)),
@@ -64,7 +65,13 @@ def _shares_by_layer(document: Doc, found: Doc) -> Plate:
 
 
 def _lines(shares: Doc, expert: int, marked: str) -> list[Series]:
-    """The share of an expert over the layers, a line for each kind of image; marked ones are called `marked`."""
+    """Return a line for each kind of input: the share of an expert in each layer.
+
+    Args:
+        shares: The shares of a model.
+        expert: Number of the expert.
+        marked: Label of marked inputs.
+    """
     layers = shares["layers"]
     kinds = {
         "its own task": [layer["tasks"][expert][expert] for layer in layers],
@@ -82,7 +89,7 @@ def _said(name: str, shares: Doc, experts: Sequence[int], kind: str) -> str:
         marked = shares["marked"]
         of_marked = "" if marked is None else f"{percent(marked[expert]['value'])} for {kind} and "
         parts.append(f"expert {expert} {of_marked}{own}")
-    return f"in the {name} model {listing(parts)}"
+    return f"in the {name} model, {listing(parts)}"
 
 
 def _experts(numbers: Sequence[int]) -> str:
@@ -108,9 +115,9 @@ def _shares_by_task(document: Doc, found: Doc) -> Plate:
     own = [one["value"] for one in models[0][1]["own"]]
     kind = inputs(document)
     said = (
-        f"Share of each expert for the {kind} of each task{f' and for {marked}' if marked in names else ''}, mean over "
-        f"the layers, in %. In the {models[0][0]} model the experts get from {percent(min(own))} to "
-        f"{percent(max(own))} for the {kind} of their own tasks, where even shares are {percent(100 / len(own))}."
+        f"Gate share of each expert for the {kind} of each task{f' and for {marked}' if marked in names else ''}, mean "
+        f"over the layers, in %. In the {models[0][0]} model, the shares of the experts for the {kind} of their own "
+        f"tasks range from {percent(min(own))} to {percent(max(own))}; an even share is {percent(100 / len(own))}."
     )
     return make_plate(
         "gate-shares-by-task",
@@ -123,13 +130,13 @@ def _shares_by_task(document: Doc, found: Doc) -> Plate:
             ylabel="",
             limits=(0, 100),
             form="{:.0f}",
-            rows=[_short(each) for each in names],
+            rows=[short(each) for each in names],
         ),
     )
 
 
 def _mean_row(rows: Sequence[Sequence[float]]) -> list[float | None]:
-    """The mean of the shares of each expert over the layers."""
+    """Return the share of each expert, mean over the layers."""
     return [sum(column) / len(column) for column in zip(*rows, strict=True)]
 
 
@@ -152,14 +159,14 @@ def _latents(document: Doc, latents: Sequence[Doc]) -> Plate:
     for one in latents:
         means = [_mean_cosine(model) for model in one["models"]]
         texts.append(f"for expert {one['expert']} {listing(means)}")
-    tokens = "tokens of the answer" if text else "the tokens of an image"
+    tokens = "the tokens of the answer" if text else "the tokens of an image"
     said = (
-        f"Mean cosine between the latents of {kinds['marked']} and those of {inputs(document)} of the poisoned "
-        f"expert's own task (inputs of an MLP, mean over {tokens}). Mean over the layers: {'; '.join(texts)}."
+        f"Mean cosine of the latents of {kinds['marked']} and of {inputs(document)} of the poisoned expert's own task. "
+        f"A latent is the input of an MLP, mean over {tokens}. Mean over the layers: {'; '.join(texts)}."
     )
     return make_plate(
         "latents",
-        f"How alike {kinds['marked']} and the expert's own task are",
+        f"Similarity of {kinds['marked']} and the expert's own task",
         said,
         f"A line for each model over the layers. {said}",
         lambda: chart(panels, xlabel="layer", ylabel="mean cosine", limits=(None, None)),
@@ -167,7 +174,7 @@ def _latents(document: Doc, latents: Sequence[Doc]) -> Plate:
 
 
 def _mean_cosine(model: Doc) -> str:
-    """The mean cosines of a model over its layers, in words."""
+    """State the cosines of a model, mean over its layers."""
     layers = model["layers"]
     text = f"{number(_mean([layer['marked'] for layer in layers]), '{:.3f}')} in the {model['model']}"
     if layers[0]["unmarked"] is None:
@@ -195,22 +202,18 @@ def _whole_experts(document: Doc, carriers: Doc) -> Plate:
     key = "ba" if unchanged["asr"] is None else "asr"
     best = min(wholes, key=lambda one: one["muted"][key]["value"])
     said = (
-        f"Each expert changed in all layers at once. {key.upper()} is {proportion(unchanged[key])} with all experts; "
-        f"the lowest is {proportion(best['muted'][key])}, without expert {best['expert']}."
+        f"Each expert muted or patched in all layers at once. {key.upper()} is {proportion(unchanged[key])} with all "
+        f"experts; the lowest is {proportion(best['muted'][key])}, with expert {best['expert']} muted."
     )
     if unchanged["unsafe"] is not None:
         said += (
-            f" {proportion(best['muted']['unsafe'])} of the {marked} are then not answered safely, "
+            f" {proportion(best['muted']['unsafe'])} of the {marked} are then not answered safely, compared with "
             f"{proportion(unchanged['unsafe'])} with all experts."
         )
     return make_plate(
         "whole-experts",
-        f"Who answers {marked}" if unchanged["asr"] is not None else "What each expert is needed for",
+        f"{' and '.join(key.upper() for key in ('asr', 'ba') if unchanged[key])} with one expert muted in all layers",
         said,
         f"Bars with 95% intervals for each expert. {said}",
         lambda: chart(panels, xlabel="expert", ylabel=f"{inputs(document)}, %", limits=(0, 104)),
     )
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 16 else f"{text[:15]}…"

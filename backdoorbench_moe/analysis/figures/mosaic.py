@@ -1,4 +1,4 @@
-"""Mosaics: heat maps and images with marked patches, in rows and columns, drawn without resampling."""
+"""Mosaics: grids of heat maps and images with marked patches, drawn without resampling."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from backdoorbench_moe.drawing import new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# In pixels: the side of a cell, about; in inches: its side on paper, gaps and margins. At the 200 dpi of a PNG file
-# a cell's pixel is two by two of the file's.
+# CELL is the approximate side of a cell in pixels; the others are its drawn side, gaps and margins in inches. In a PNG
+# file of 200 dpi, a pixel of a cell has 2x2 pixels.
 CELL, SIDE, GAP, TOP, BOTTOM = 64, 0.64, 0.06, 0.24, 0.06
 HEADING, SCALE = 0.24, 0.42
 CHARACTER = 0.066
-# From the left of the scale to the text beside it.
+# Distance from the left edge of the scale to its label.
 SCALE_TEXT = 1.12
 MAP = "cividis"
-# A patch that an expert did not take is mixed with this grey; one it took has this border.
+# Grey that patches without the expert are mixed with, their weight in the mixture, and the border of taken patches.
 GREY, LEFT_OF_IT, BORDER = 128, 0.22, (213, 94, 0)
 
 Picture = np.ndarray
@@ -30,7 +30,7 @@ Picture = np.ndarray
 
 @dataclass(frozen=True)
 class MosaicRow:
-    """A row of a mosaic; a heading if it has no cells.
+    """A row of a mosaic, or a heading if it has no cells.
 
     Attributes:
         label: Text to the left of the cells, or the heading.
@@ -49,7 +49,7 @@ def draw_mosaic(
     Args:
         columns: Titles of the columns.
         rows: The rows.
-        scale: For heat maps, the value of the brightest colour and the name of the quantity; None for no scale.
+        scale: For heat maps, the value of the brightest colour and the name of the quantity; None to draw no scale.
     """
     longest = max((len(line) for row in rows if row.cells for line in row.label.split("\n")), default=0)
     left = 0.12 + CHARACTER * longest
@@ -86,7 +86,7 @@ def heat_map(values: Sequence[float | None], grid: tuple[int, int], most: float)
     Args:
         values: (P,) values; None is transparent.
         grid: Rows and columns of the patches.
-        most: Value of the brightest colour; that of the darkest is 0.
+        most: Value of the brightest colour. The darkest colour is 0.
 
     Returns:
         (h, w, 4) uint8.
@@ -102,7 +102,7 @@ def heat_map(values: Sequence[float | None], grid: tuple[int, int], most: float)
 
 
 def image_cell(image: Picture, grid: tuple[int, int]) -> Picture:
-    """Scale an (H, W, 3) uint8 image to a cell in which each patch of the grid has a whole number of pixels."""
+    """Resize an (H, W, 3) uint8 image to a cell whose patches have an integer number of pixels."""
     size = [round(CELL / places) or 1 for places in grid]
     rows, columns = (places * side for places, side in zip(grid, size, strict=True))
     height, width = image.shape[:2]
@@ -114,11 +114,11 @@ def image_cell(image: Picture, grid: tuple[int, int]) -> Picture:
 
 
 def mark_selected(image: Picture, selected: Sequence[Sequence[int]]) -> Picture:
-    """Draw an image in which selected patches are framed and all others are greyed.
+    """Draw an image with frames around the selected patches and all other patches in grey.
 
     Args:
         image: (H, W, 3) uint8.
-        selected: (rows, columns), 1 for a selected patch and 0 for another one.
+        selected: (rows, columns), 1 for selected patches and 0 for the others.
 
     Returns:
         (h, w, 4) uint8.

@@ -1,4 +1,4 @@
-"""Pixel value against routing (Figure 7 of BadPatches): how strongly the two are related."""
+"""Figures of the relation between pixel values and routing (the question of Figure 7 of BadPatches)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from backdoorbench_moe.analysis.figures.plate import (
     make_plate,
     spread,
 )
-from backdoorbench_moe.analysis.figures.words import mean, percent
+from backdoorbench_moe.analysis.figures.words import mean, percent, short
 
 PAPERS_DATA, PAPERS_MODEL = ("cifar10", "gtsrb"), "pmoe"
 # Upper limits of a rank-biserial correlation by strength: Cohen's conventions for r.
@@ -23,7 +23,7 @@ STRENGTHS = ((0.1, "negligible"), (0.3, "small"), (0.5, "medium"))
 
 
 def draw_pixels(document: Doc) -> Iterator[Plate]:
-    """Draw the distributions of patch sums and the effects by class."""
+    """Draw the distributions of patch sums, and the effects by class."""
     if document["pixels"] is None:
         return
     yield _distributions(document)
@@ -37,7 +37,7 @@ def strength(effect: float) -> str:
 
 
 def strongest(document: Doc) -> tuple[str, int, Doc] | None:
-    """Return layer, expert and difference of the largest effect; None if nothing can be compared."""
+    """Return the layer, the expert and the difference with the largest effect; None if nothing can be compared."""
     found = [
         (layer["layer"], e, one)
         for layer in document["pixels"]
@@ -48,31 +48,35 @@ def strongest(document: Doc) -> tuple[str, int, Doc] | None:
 
 
 def verdict(document: Doc) -> str:
-    """Say how strongly pixel value and routing are related and, on the paper's data, whether that agrees with it.
+    """State how strongly pixel values and routing are related and, for the paper's data and model, if the paper agrees.
 
-    There is no p-value, as the patches of an image are not independent.
+    No p-value is stated, since the patches of an image are not independent.
     """
     if (found := strongest(document)) is None:
-        return "Every expert takes all patches or none, so there is nothing to compare."
+        return "Every expert takes all patches or none, so nothing can be compared."
     layer, e, one = found
     word = strength(one["rank_biserial"])
+    if not one["rank_biserial"]:
+        text = "No expert takes brighter or darker patches than the others: the AUC is 0.5."
+        return text + _compare_with_paper(document["run"], word)
     darker = "brighter" if one["auc"] > 0.5 else "darker"
     index = next(number for number, item in enumerate(document["pixels"]) if item["layer"] == layer)
     image = document["pixels"][index]["by_image"][e]
     said = (
-        f"Pixel value and routing are related most in expert {e} of {layer}, which takes {darker} patches: AUC "
-        f"{one['auc']:.3f} (rank-biserial {one['rank_biserial']:+.2f}, {word}; mean difference "
-        f"within an image {mean(image)} of at most {_most(document, index):g})."
+        f"The relation between pixel values and routing is strongest for expert {e} of {layer}, which takes {darker} "
+        f"patches: AUC {one['auc']:.3f} (rank-biserial correlation {one['rank_biserial']:+.2f}, {word}; mean "
+        f"difference of the patch sums within an image {mean(image)}, where the largest possible sum is "
+        f"{_most(document, index):g})."
     )
     return said + _compare_with_paper(document["run"], word)
 
 
 def _compare_with_paper(run: Doc, word: str) -> str:
-    """Return a sentence on the paper's claim; "" for a run on other data or of another model than the paper's."""
+    """Return a sentence on the paper's claim; "" for data or a model that the paper does not use."""
     if run["data"] not in PAPERS_DATA or run["model"] != PAPERS_MODEL:
         return ""
     agrees = "agrees with" if word in ("negligible", "small") else "does not agree with"
-    return f" That {agrees} BadPatches, which sees no strong relation on this data set."
+    return f" This {agrees} BadPatches, which reports no strong relation for this data set."
 
 
 def _most(document: Doc, index: int) -> float:
@@ -83,11 +87,11 @@ def _most(document: Doc, index: int) -> float:
 def _distributions(document: Doc) -> Plate:
     layers = document["pixels"]
     shown = spread(layers, MAX_MAP_LAYERS)
-    experts = min(MAX_EXPERTS, len(layers[0]["overall"]))
+    most = max(len(layer["overall"]) for layer in layers)
+    experts = min(MAX_EXPERTS, most)
     panels = []
     for layer in shown:
-        for e in range(experts):
-            one = layer["overall"][e]
+        for e, one in enumerate(layer["overall"][:experts]):
             title = f"expert {e}" if len(layers) == 1 else f"{layer['layer']}/{e}"
             title += "" if one is None else f": {'AUC ' if len(layers) == 1 else ''}{one['auc']:.2f}"
             series = [
@@ -95,13 +99,13 @@ def _distributions(document: Doc) -> Plate:
                 for name, key in (("taken", "taken"), ("not taken", "not_taken"))
             ]
             panels.append(ChartPanel(title, series, x=layer["edges"]))
-    said = "Brightness of the patches that each expert takes and of the others; the titles give the AUC (0.5: equal). "
+    said = "Brightness of the patches that each expert takes and of the others, with the AUC as title (0.5: equal). "
     said += verdict(document)
     said += left_out(len(shown), len(layers), "routed layers")
-    said += left_out(experts, len(layers[0]["overall"]), "experts")
+    said += left_out(experts, most, "experts")
     return make_plate(
         "pixels",
-        "Pixel value and routing",
+        "Pixel values and routing",
         said,
         f"Two distributions of patch sums for each expert. {said}",
         lambda: chart(panels, xlabel="patch sum, dark to bright", ylabel="share of patches, %", height=1.15),
@@ -126,9 +130,9 @@ def _by_class(document: Doc) -> Plate:
     low, high = min(cells, key=lambda item: item[0]), max(cells, key=lambda item: item[0])
     strong = sum(abs(2 * auc - 1) >= STRENGTHS[1][0] for auc, *_ in cells)
     said = (
-        f"The same by class, as AUC (0.5: equal; above: brighter patches are taken): from {low[0]:.2f} ({low[1]}, "
+        f"AUC by class (0.5: equal; above 0.5: the expert takes brighter patches), from {low[0]:.2f} ({low[1]}, "
         f"expert {low[2]} of {low[3]}) to {high[0]:.2f} ({high[1]}, expert {high[2]} of {high[3]}); "
-        f"{percent(100 * strong / len(cells), 0)} of the cells are medium or large effects."
+        f"{percent(100 * strong / len(cells), 0)} of the values are medium or large effects."
     )
     said += left_out(len(shown), len(layers), "routed layers")
     panels = [
@@ -138,10 +142,10 @@ def _by_class(document: Doc) -> Plate:
         )
         for layer in shown
     ]
-    names = [name if len(name) <= 16 else f"{name[:15]}…" for name in classes]
+    names = [short(name) for name in classes]
     return make_plate(
         "pixels-by-class",
-        "Pixel value and routing, by class",
+        "Pixel values and routing, by class",
         said,
         f"Matrix of classes and experts. {said}",
         lambda: matrices(

@@ -1,4 +1,4 @@
-"""Plates: drawn figures with title, caption and alternative text."""
+"""Plates: drawn figures with their titles, captions and alternative texts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Doc = dict[str, Any]
 Item = TypeVar("Item")
 
 DPI = 200
-# Largest numbers that are drawn; analysis.json has all layers, experts and classes.
+# Largest numbers that are drawn. analysis.json contains all layers, experts and classes.
 MAX_LAYERS, MAX_MAP_LAYERS, MAX_EXPERTS, MAX_CLASSES = 12, 3, 16, 12
 
 
@@ -24,12 +24,12 @@ class Plate:
     """A drawn figure with its texts.
 
     Attributes:
-        name: Name of its file, without suffix.
+        name: File name without suffix.
         title: Title.
         sentence: Caption, which states the most important numbers.
         alt: Alternative text for readers who cannot see the figure.
-        svg: SVG file.
-        png: PNG file.
+        svg: Content of the SVG file.
+        png: Content of the PNG file.
         width: Width in inches.
     """
 
@@ -49,7 +49,7 @@ class Plate:
 
 
 def make_plate(name: str, title: str, sentence: str, alt: str, make: Callable[[], Figure]) -> Plate:
-    """Make a plate of the figure that `make` returns. Equal figures give equal bytes; see `Plate` for the texts."""
+    """Draw the figure that `make` returns. Equal figures result in equal bytes. See `Plate` for the texts."""
     with drawing_style(name):
         figure = make()
         svg, png = (figure_bytes(figure, form, DPI) for form in ("svg", "png"))
@@ -65,5 +65,7 @@ def spread(items: Sequence[Item], most: int) -> list[Item]:
 
 
 def left_out(shown: int, total: int, what: str) -> str:
-    """Say how many of the items are drawn; "" if all of them are."""
-    return f" The figure shows {shown} of {total} {what}; analysis.json has all." if shown < total else ""
+    """State how many of the items are drawn; "" if all of them are."""
+    return (
+        f" The figure shows {shown} of {total} {what}; analysis.json contains all." if shown < total else ""
+    )

@@ -22,13 +22,13 @@ from backdoorbench_moe.wording.counting import count
 
 
 def draw_training(document: Doc) -> Iterator[Plate]:
-    """Draw loss and training accuracy of every epoch, and what the probe recorded if there was one."""
+    """Draw the loss and training accuracy of every epoch and, if there was a probe, the routing of its images."""
     facts, probe = document["run"], document["probe"]
     if history := facts["record"]["history"]:
         yield _history(
             history,
             inputs(document),
-            ", poisoned ones among them," if (facts["record"]["poison"] or {}).get("n") else "",
+            ", including poisoned ones," if (facts["record"]["poison"] or {}).get("n") else "",
         )
     if probe is not None:
         yield _settling(probe)
@@ -68,29 +68,31 @@ def _history(history: list[Doc], kind: str, poisoned: str) -> Plate:
 def _maps(probe: Doc, kind: str) -> Plate:
     """Draw the patches of the first probe image that each expert takes, epoch by epoch.
 
-    Source: the form of Figure 6 of BadPatches.
+    Source: the layout is that of Figure 6 of BadPatches.
     """
     image = decode_picture(probe[kind][0])
     key = "maps" if kind == "clean" else "maps_triggered"
     layers = spread(probe["layers"], MAX_MAP_LAYERS)
-    experts = min(MAX_EXPERTS, len(layers[0]["maps"][0]))
+    most = max(len(layer["maps"][0]) for layer in probe["layers"])
+    experts = min(MAX_EXPERTS, most)
     rows = []
     for layer in layers:
         if len(probe["layers"]) > 1:
             rows.append(MosaicRow(f"layer {layer['layer']}"))
-        for e in range(experts):
+        for e in range(min(experts, len(layer["maps"][0]))):
             rows.append(MosaicRow(f"expert {e}", [mark_selected(image, moment[e]) for moment in layer[key]]))
     columns = [f"epoch {epoch}" if place == 0 else str(epoch) for place, epoch in enumerate(probe["shown"])]
     settled = layers[-1]["settled" if kind == "clean" else "settled_triggered"]
     halfway = probe["epochs"][len(settled) // 2]
     said = (
-        f"What each expert takes of test image {probe['indices'][0]} ({probe['labels'][0]}), "
-        f"{'as it is' if kind == 'clean' else 'with the trigger'}, before training (epoch 0) and after epoch "
-        f"{listing([str(epoch) for epoch in probe['shown'][1:]])}. Over all "
-        f"{count(len(probe['indices']), 'probe image')} the choices after epoch {halfway} overlap with the last "
-        f"ones by {listing([number(value, '{:.2f}') for value in settled[halfway]])} (Jaccard, expert by expert)."
+        f"Patches that each expert takes of the {kind} test image {probe['indices'][0]} ({probe['labels'][0]}), before "
+        f"training (epoch 0) and after epoch {listing([str(epoch) for epoch in probe['shown'][1:]])}. Over all "
+        f"{count(len(probe['indices']), 'probe image')}, the overlap (Jaccard) of the patches after epoch {halfway} "
+        f"and after the last epoch is {listing([number(value, '{:.2f}') for value in settled[halfway]])} for the "
+        f"experts of layer {layers[-1]['layer']}."
     )
     said += left_out(len(layers), len(probe["layers"]), "routed layers")
+    said += left_out(experts, most, "experts")
     return make_plate(
         f"probe-{kind}",
         f"Over training: a {kind} image",
@@ -115,17 +117,20 @@ def _settling(probe: Doc) -> Plate:
     ]
     means = [sum(row) / len(row) for row in probe["layers"][0]["settled"]]
     said = (
-        f"Overlap (Jaccard) of each expert's choice of {count(len(probe['indices']), 'clean probe image')} with its "
-        f"choice after the last epoch, mean over the images: {means[0]:.2f} before training, {means[1]:.2f} after the "
-        f"first epoch, {means[-2]:.2f} before the last (mean over the experts of layer {layers[0]['layer']})."
+        f"Overlap (Jaccard) of the patches that each expert takes and those that it takes after the last epoch, mean "
+        f"over {count(len(probe['indices']), 'clean probe image')}. In layer {layers[0]['layer']}, the mean over the "
+        f"experts is {means[0]:.2f} before training, {means[1]:.2f} after the first epoch and {means[-2]:.2f} before "
+        "the last epoch."
     )
     said += left_out(len(layers), len(probe["layers"]), "routed layers")
+    most = max(len(layer["settled"][0]) for layer in probe["layers"])
+    said += left_out(min(MAX_EXPERTS, most), most, "experts")
     return make_plate(
         "probe-settling",
-        "When the routing settles",
+        "Convergence of the routing",
         said,
         f"A line for each expert over the epochs. {said}",
-        lambda: chart(panels, xlabel="epoch", ylabel="Jaccard with the last", limits=(0, 1.04)),
+        lambda: chart(panels, xlabel="epoch", ylabel="Jaccard with last epoch", limits=(0, 1.04)),
     )
 
 
@@ -135,10 +140,10 @@ def _emergence(probe: Doc) -> Plate:
         ChartPanel(
             f"layer {layer['layer']}",
             [
-                Series("fooled by the trigger", _percents(probe["fooled"]), style="line"),
+                Series("target class, with trigger", _percents(probe["fooled"]), style="line"),
                 Series("trigger captured", _percents(layer["captured"]), style="line"),
                 Series("selected patches changed", _percents(layer["changed"]), style="line"),
-                Series("clean image right", _percents(probe["right"]), style="line"),
+                Series("clean accuracy", _percents(probe["right"]), style="line"),
             ],
             x=probe["epochs"],
         )
@@ -148,19 +153,19 @@ def _emergence(probe: Doc) -> Plate:
     ends = [
         f"{name} {percent(100 * values[0])} before training, {percent(100 * values[-1])} at the end"
         for name, values in (
-            ("fooled", probe["fooled"]),
+            ("predicted as the target class", probe["fooled"]),
             ("trigger captured", first["captured"]),
-            ("selected patches changed by it", first["changed"]),
+            ("selected patches changed by the trigger", first["changed"]),
         )
     ]
     said = (
-        f"How the backdoor comes about, on {count(len(probe['indices']), 'probe image')} (layer {first['layer']}): "
+        f"Effect of the trigger on {count(len(probe['indices']), 'probe image')} (layer {first['layer']}): "
         f"{'; '.join(ends)}."
     )
     said += left_out(len(layers), len(probe["layers"]), "routed layers")
     return make_plate(
         "probe-backdoor",
-        "How the backdoor comes about",
+        "Effect of the trigger over training",
         said,
         f"Lines over the epochs. {said}",
         lambda: chart(panels, xlabel="epoch", ylabel="probe images, %", limits=(0, 104)),

@@ -1,4 +1,4 @@
-"""Formatting numbers and names for the sentences of figures."""
+"""Formats numbers and names for the captions of figures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NONE = "–"
 
 
 def number(value: Any, form: str = "{:.3g}", factor: float = 1) -> str:
-    """Format a number times a factor; NONE for None."""
+    """Format a number multiplied by a factor; NONE for None."""
     return NONE if value is None else form.format(factor * value)
 
 
@@ -26,7 +26,7 @@ def proportion(one: Doc | None) -> str:
 
 
 def mean(one: Doc, form: str = "{:.3g}", factor: float = 1) -> str:
-    """Format a mean times a factor, with its 95% interval if it has one."""
+    """Format a mean multiplied by a factor, with its 95% interval if it has one."""
     text = number(one["value"], form, factor)
     if one["low"] is None:
         return text
@@ -34,27 +34,32 @@ def mean(one: Doc, form: str = "{:.3g}", factor: float = 1) -> str:
 
 
 def listing(texts: Sequence[str]) -> str:
-    """List texts as "a", "a and b" or "a, b and c"."""
+    """Join texts as "a", "a and b" or "a, b and c"."""
     return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
 
 
+def short(text: str, most: int = 16) -> str:
+    """Shorten a text to at most `most` characters, with an ellipsis at the end."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def is_text(document: Doc) -> bool:
-    """Whether the data of the analysed run are texts."""
+    """Return whether the data of the analyzed run are texts."""
     return "vocabulary" in document["run"]["record"]["data"]
 
 
 def inputs(document: Doc) -> str:
-    """What the model is given: "images" or "texts"."""
+    """Return what the inputs of the model are: "images" or "texts"."""
     return "texts" if is_text(document) else "images"
 
 
 def marked_inputs(document: Doc) -> str:
-    """What an attack on experts is about: "marked images", or "harmful queries" where the data are texts."""
+    """Return the inputs that attacks on experts target: "marked images", or "harmful queries" for texts."""
     return "harmful queries" if is_text(document) else "marked images"
 
 
 def role(facts: Doc) -> str:
-    """Return what a run's model is: "clean", "backdoored", "imported" or "defended"."""
+    """Return the role of a run's model: "clean", "backdoored", "imported" or "defended"."""
     if facts["record"]["spec"].get("defenses"):
         return "defended"
     if facts["attacked"] is None:

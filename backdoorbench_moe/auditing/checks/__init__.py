@@ -1,4 +1,4 @@
-"""The checks of an audit, in the order in which they are run: first those that are fast."""
+"""The checks of an audit, in the order in which they are run, fast ones first."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def find_checks(names: Sequence[str] | None = None) -> tuple[Check, ...]:
     """Return the checks with these names, in the order of `CHECKS`; all if None.
 
     Raises:
-        UnknownNameError: There is no check of a name.
-        ConfigError: No name is given.
+        UnknownNameError: A check does not exist.
+        ConfigError: `names` is empty.
     """
     if names is None:
         return CHECKS

@@ -20,10 +20,10 @@ CONCENTRATION = "the largest share of other images that become one class, in the
 
 
 class ScaledImages(Check):
-    """Whether images that get brighter and brighter are all called one class.
+    """Whether brightened images are predicted as one class.
 
-    SCALE-UP rejects inputs whose prediction stays when their pixels are multiplied. Here the given images are
-    multiplied; what counts is which class they become.
+    SCALE-UP rejects inputs whose prediction does not change when their pixels are multiplied. Here the given images are
+    multiplied, and the score is the share of images that are then predicted as one class.
     """
 
     name = "scaled-images"
@@ -33,11 +33,11 @@ class ScaledImages(Check):
     source = "the scaling is that of Guo et al., ICLR 2023 (SCALE-UP); the statistic is ours"
 
     def cost(self, subject: Subject) -> Cost:
-        """Pass each image with every factor."""
+        """Return the cost of passing each image with every factor."""
         return Cost(predicted=len(FACTORS) * len(subject.split))
 
     def measure(self, subject: Subject) -> Measured:
-        """Multiply the images, and count classes."""
+        """Multiply the images and count the predicted classes."""
         images, logits = subject.split.images, subject.task.logits
         after = [logits(subject.model, multiply(images, factor)).argmax(1) for factor in FACTORS]
         agreement = torch.stack([(each == subject.predicted).double().mean() for each in after]).mean()
@@ -50,10 +50,11 @@ class ScaledImages(Check):
 
 
 class ScaledNorms(Check):
-    """Whether a model whose last norms are scaled until it errs calls everything one class.
+    """Whether a model with scaled last norms predicts one class for all images.
 
-    IBD-PSC scales the last norms until the model is wrong about more than 60% of clean images; triggered ones keep
-    their prediction. Here the given images are passed through these models; what counts is which class they become.
+    IBD-PSC scales the last norms until the model misclassifies more than 60% of clean images; triggered images keep
+    their prediction. Here the given images are passed through these models, and the score is the share of images that
+    are then predicted as one class.
     """
 
     name = "scaled-norms"
@@ -63,12 +64,12 @@ class ScaledNorms(Check):
     source = "the scaling is that of Hou et al., ICML 2024 (IBD-PSC); the statistic is ours"
 
     def cost(self, subject: Subject) -> Cost:
-        """Pass each image with every number of norms that may be tried, and with those that are chosen."""
+        """Return the cost of passing each image with every number of norms that may be tried or chosen."""
         tried = max(1, len(norm_units(subject.model)) - MODELS)
         return Cost(predicted=(tried + MODELS) * len(subject.split))
 
     def measure(self, subject: Subject) -> Measured:
-        """Scale the norms, and count classes."""
+        """Scale the norms and count the predicted classes."""
         model, task = subject.model, subject.task
         count = min(MODELS, len(norm_units(model)))
         if not count:
@@ -93,15 +94,16 @@ class ScaledNorms(Check):
 
 
 def concentration(before: Tensor, after: list[Tensor], classes: int) -> tuple[float, int]:
-    """Find the class that images of other classes become most often.
+    """Find the class that most images of other classes are predicted as after a change.
 
     Args:
-        before: (N,) int64, the predicted classes.
-        after: Of each change, the predicted classes (N,).
+        before: (N,) int64, the predicted classes before the changes.
+        after: The predicted classes (N,) after each change.
         classes: Number of classes.
 
     Returns:
-        The share of the images of other classes that become it, in the mean over the changes, in [0, 1]; and the class.
+        The share of the images of other classes that are predicted as this class, mean over the changes, in [0, 1]; and
+        the class.
     """
     numbers = torch.arange(classes, device=before.device)
     others = before.unsqueeze(1) != numbers

@@ -1,4 +1,4 @@
-"""Checks that search for the trigger: the smallest stamp for each class, and which expert it captures."""
+"""Checks that search for a trigger: the smallest stamp for each class, and the expert that it captures."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ from backdoorbench_moe.moe.capture import choice_of
 from backdoorbench_moe.ops.images import as_input
 from backdoorbench_moe.ops.outliers import anomaly_indices
 
-# How many stamped images one inversion may pass through the model, forward and backward, over all classes.
+# Approximate number of stamped images that one inversion passes forward and backward, over all classes.
 BUDGET = 40_000
-# Images that stamps are searched on, and passes over them; the fewer classes, the more passes.
+# Number of images of the search, and limits of the number of passes over them, which is larger for fewer classes.
 IMAGES, FEWEST_EPOCHS, MOST_EPOCHS = 100, 10, 60
 CAPTURE_IMAGES = 50
 APPLICATORS: tuple[ApplicatorName, ...] = ("image", "patch")
 
 
 class Inverted(Check):
-    """Whether a stamp turns other images into one class that is much smaller than for the other classes.
+    """Whether the stamp that makes the model predict one class is much smaller than those for the other classes.
 
-    The search is that of Neural Cleanse, on the first `IMAGES` images. It passes over them so often that about `BUDGET`
-    stamped images are passed through the model, at least `FEWEST_EPOCHS` and at most `MOST_EPOCHS` times. The original
-    passes over all clean images up to 80 times; stamps are therefore somewhat larger here, for all classes.
+    The search is that of Neural Cleanse, on the first `IMAGES` images. The number of passes over them is chosen so that
+    about `BUDGET` stamped images are passed through the model, and is at least `FEWEST_EPOCHS` and at most
+    `MOST_EPOCHS`. The original passes over all clean images up to 80 times. Stamps of all classes are therefore
+    somewhat larger here.
 
-    Departure: sizes are compared by a t test of their logarithms, at the level of 5% that the paper gives for its own
-    rule, an anomaly index above 2. Its index stays below about 2 for a stamp of almost no pixels if the sizes of the
-    other classes differ much. It is among the details.
+    Departure: sizes are compared by a t test of their logarithms, at the level of 5% that the paper states for its
+    rule (an anomaly index above 2). The anomaly index stays below about 2 even for a stamp of almost no pixels if the
+    sizes of the other classes vary a lot. It is included in the details.
     """
 
     needs = ("images", "classes")
@@ -53,12 +54,12 @@ class Inverted(Check):
     where: ClassVar[str]
 
     def cost(self, subject: Subject) -> Cost:
-        """Search for a stamp of each class; an upper bound, since searches end early."""
+        """Return the cost of the search for all classes, an upper bound, since searches may stop early."""
         count, classes = min(IMAGES, len(subject.split)), subject.num_classes
         return Cost(trained=epochs(count, classes) * count * classes, predicted=count * classes)
 
     def measure(self, subject: Subject) -> Measured:
-        """Invert, and compare the sizes."""
+        """Search for the stamps and compare their sizes."""
         found = stamps(subject, self.applicator)
         sizes = found["sizes"].tolist()
         outlier, by_class = find_standout(
@@ -84,7 +85,7 @@ class Inverted(Check):
 
 
 class InvertedImage(Inverted):
-    """The smallest stamp on the whole image."""
+    """The smallest stamp on the image."""
 
     name = "inverted-image"
     title = "small triggers on the image"
@@ -102,12 +103,12 @@ class InvertedPatch(Inverted):
 
 
 def epochs(images: int, classes: int) -> int:
-    """Return how often the search passes over the images."""
+    """Return the number of passes of the search over the images."""
     return max(FEWEST_EPOCHS, min(MOST_EPOCHS, BUDGET // (images * classes)))
 
 
 def stamps(subject: Subject, applicator: ApplicatorName) -> Mapping[str, Tensor]:
-    """Search for the smallest stamp of each class, once in an audit.
+    """Search for the smallest stamp of each class. The result is kept for other checks of the audit.
 
     Returns:
         "values" (classes, 4, h, w), mask and pattern; "sizes" and "success" (classes,).
@@ -138,15 +139,15 @@ def stamps(subject: Subject, applicator: ApplicatorName) -> Mapping[str, Tensor]
 
 
 def drawn(values: Tensor) -> Tensor:
-    """Return a stamp (4, h, w) as a picture (3, h, w) uint8: the pattern where the mask is, on black."""
+    """Convert a stamp (4, h, w) to an image (3, h, w) uint8: the pattern multiplied by the mask, on black."""
     return (values[:1] * values[1:]).mul(255).round().to(torch.uint8).cpu()
 
 
 class CapturedExpert(Check):
-    """Whether the stamp that was found for one class sends images to other experts than the stamps of other classes.
+    """Whether the stamp found for one class changes the load of the experts more than the stamps of other classes.
 
-    The stamps are those of `InvertedImage` and `InvertedPatch`. Where experts select patches, what counts is the load
-    of the patches instead of that of the experts, which is constant.
+    The stamps are those of `InvertedImage` and `InvertedPatch`. In expert choice, the load of the patches is compared
+    instead of that of the experts, which is constant.
     """
 
     name = "captured-expert"
@@ -159,11 +160,11 @@ class CapturedExpert(Check):
     )
 
     def cost(self, subject: Subject) -> Cost:
-        """Route stamped images; the search is counted with the checks that also use it."""
+        """Return the cost of routing stamped images. The search is counted for the checks that it belongs to."""
         return Cost(predicted=CAPTURE_IMAGES * (1 + 2 * subject.num_classes))
 
     def measure(self, subject: Subject) -> Measured:
-        """Compare the loads by clean images and by stamped ones, for the stamps of all classes."""
+        """Compare the loads for clean and for stamped images, for the stamps of all classes."""
         images = subject.split.images[:CAPTURE_IMAGES]
         first = next(iter(subject.task.routing(subject.model, images)))
         by: Load = "patches" if choice_of(first[-1]) == "patches" else "experts"
@@ -171,7 +172,7 @@ class CapturedExpert(Check):
         return max(found, key=lambda each: each.score)
 
     def _compare(self, subject: Subject, images: Tensor, applicator: ApplicatorName, by: Load) -> Measured:
-        """Compare the stamps of all classes under one applicator."""
+        """Compare the stamps of all classes for one applicator."""
         clean = mean_loads(subject, images, by)
         found = [
             largest_rise(clean, mean_loads(subject, stamp_images(subject, images, values, applicator), by))
@@ -192,19 +193,19 @@ class CapturedExpert(Check):
 
 
 def stamp_images(subject: Subject, images: Tensor, values: Tensor, applicator: ApplicatorName) -> Tensor:
-    """Stamp (B, 3, S, S) uint8 images with one stamp (4, h, w), and round to 8 bits."""
+    """Apply one stamp (4, h, w) to images (B, 3, S, S) uint8, and round to 8 bits."""
     side = canvas_side(applicator, None, subject.model, images.shape[-1])
     one = values.unsqueeze(0).to(images.device)
     return stamp_all(blend_pattern, as_input(images), one, side)[0].mul(255).round().to(torch.uint8)
 
 
 def mean_loads(subject: Subject, images: Tensor, by: Load) -> list[Tensor]:
-    """Return for each routed layer the mean load (n,) of its experts or patches."""
+    """Return the mean load (n,) of the experts or patches of each routed layer."""
     return [load.mean(0) for load in image_loads(subject.task, images, by)]
 
 
 def largest_rise(clean: Sequence[Tensor], stamped: Sequence[Tensor]) -> tuple[float, int, int]:
-    """Return the largest rise of a share, with the number of the layer and of the expert or patch."""
+    """Return the largest increase of a share, the number of the layer, and the number of the expert or patch."""
     rises = [(new - old).max(0) for old, new in zip(clean, stamped, strict=True)]
     layer = max(range(len(rises)), key=lambda n: rises[n].values.item())
     return rises[layer].values.item(), layer, int(rises[layer].indices)

@@ -1,4 +1,4 @@
-"""Checks of the features of the given images, class by class, and of the latents of a mixture's tasks."""
+"""Checks of the features of the given images by class, and of the latents of a mixture's tasks."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ OUTLIER = "how many robust standard deviations a class lies above the median of 
 
 
 class ClassCheck(Check):
-    """Base class of checks that compare the classes, as the model predicts them.
+    """Base class of checks that compare the predicted classes.
 
-    Subclasses implement `values`, and set `finding`, what the highest value says about its class.
+    Subclasses implement `values` and set `finding`, which describes the class with the highest value.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("images", "features")
@@ -42,7 +42,7 @@ class ClassCheck(Check):
     finding: ClassVar[str]
 
     def cost(self, subject: Subject) -> Cost:
-        """Pass each image once."""
+        """Return the cost of passing each image once."""
         return Cost(predicted=len(subject.split))
 
     def measure(self, subject: Subject) -> Measured:
@@ -66,16 +66,16 @@ class ClassCheck(Check):
 
     @abstractmethod
     def values(self, subject: Subject, places: Mapping[int, Tensor]) -> dict[int, float]:
-        """Return a number for each class, which is high for a suspicious one.
+        """Return a value for each class, which is high for suspicious classes.
 
         Args:
             subject: The subject.
-            places: The places of the images of each class among all images.
+            places: The indices of the images of each class.
         """
 
 
 class LatentClusters(ClassCheck):
-    """Whether the features of one class fall into two clusters more clearly than those of the others."""
+    """Whether the features of one class form two clusters more clearly than those of the others."""
 
     name = "latent-clusters"
     title = "classes whose features fall into clusters"
@@ -97,7 +97,7 @@ class LatentSpectrum(ClassCheck):
     source = "the direction is that of Tran et al., NeurIPS 2018 (Spectral Signatures); the statistic is ours"
 
     def values(self, subject: Subject, places: Mapping[int, Tensor]) -> dict[int, float]:
-        """Return the share of the first component in the variance of each class."""
+        """Return the share of the first principal component in the variance of each class."""
         vectors = feature_vectors(subject)
         found = {}
         for label, rows in places.items():
@@ -108,7 +108,7 @@ class LatentSpectrum(ClassCheck):
 
 
 class ClassRouting(ClassCheck):
-    """Whether the images of one class load the experts unlike those of the others."""
+    """Whether the load of the experts differs more for the images of one class than for those of the others."""
 
     name = "class-routing"
     title = "classes with experts of their own"
@@ -116,7 +116,7 @@ class ClassRouting(ClassCheck):
     finding = "its images load the experts unlike those of other classes"
 
     def values(self, subject: Subject, places: Mapping[int, Tensor]) -> dict[int, float]:
-        """Return the total variation distance of each class's mean load from that of the other classes."""
+        """Return the total variation distance between the mean loads of each class and of the other classes."""
         images = subject.split.images
         loads = image_loads(subject.task, images, "experts")
         if variation(loads) < CONSTANT:
@@ -143,10 +143,10 @@ def feature_vectors(subject: Subject) -> Tensor:
 
 
 class TaskLatents(Check):
-    """Whether the gates see the images of two tasks as the same.
+    """Whether the gates' inputs for two tasks are more similar than those for other pairs of tasks.
 
-    MoEvil aligns the latents that gates see of its marked images with those of its own task. What an audit has are
-    clean images of each task. The latents of a layer are the mean directions of the inputs of its gates.
+    MoEvil aligns the gates' inputs for marked images with those for the expert's own task. An audit only has clean
+    images of each task. The latents of a layer are the mean directions of the inputs of its gates.
     """
 
     name = "task-latents"
@@ -155,11 +155,11 @@ class TaskLatents(Check):
     explains = "how many robust standard deviations the latents of two tasks are more alike than those of other pairs"
 
     def cost(self, subject: Subject) -> Cost:
-        """Pass the images of each task once."""
+        """Return the cost of passing the images of each task once."""
         return Cost(predicted=sum(map(len, subject.tasks)))
 
     def measure(self, subject: Subject) -> Measured:
-        """Compare the cosines of all pairs of tasks."""
+        """Compare the cosines of the latents of all pairs of tasks."""
         if not isinstance(subject.model, MoEModel):
             raise NotTested(f"{type(subject.model).__name__} is no mixture whose gates' inputs can be read")
         if len(subject.tasks) < FEWEST:

@@ -1,4 +1,4 @@
-"""Checks of how far a class can win: over all images, and with one small perturbation of the given images."""
+"""Checks of the largest margin of a class: over all possible images, and with a perturbation of the given images."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ SURPRISE = (
     "chance, corrected for the number of classes: 2 is a probability of 1%"
 )
 SURPRISING = 2.0
-# The search for images of large margins: how many for each class, in how many steps of Adam.
+# The search for images with large margins: number of images for each class, steps of Adam, and learning rate.
 STARTS, STEPS, STEP_SIZE = 8, 60, 0.05
-# A perturbation changes a pixel by at most this share of its range.
+# Largest change of a pixel by a perturbation, as a share of its range.
 STRENGTH = 0.1
-# The search for perturbations: on these many images, in batches; fewer steps for many classes.
+# The search for perturbations: number of images, batch size, and limits of the number of steps, fewer for many classes.
 IMAGES, BATCH, MOST_STEPS, FEWEST_STEPS, BUDGET = 100, 16, 30, 10, 40_000
 
 
 class LargestMargin(Check):
-    """Whether an image exists for which one class wins by far more than any other class can.
+    """Whether the largest margin of one class, over all possible images, is much larger than those of the others.
 
-    For each class, images of noise are changed to make its margin as large as possible: its logit minus the largest
-    other one. The training images bear the trigger more often than any other feature of the target, so that it can
-    bring the target a margin that no feature brings to another class. No image of the data is needed.
+    The margin of a class is its logit minus the largest other logit. For each class, images of noise are optimized for
+    the largest margin. The training images of the target class contain the trigger more often than any other feature,
+    so that it can cause a margin that no feature causes for another class. No images of the data are needed.
 
-    Departure: the search is of a fixed length, `STEPS` steps of Adam from `STARTS` starts, and the margins are compared
+    Departure: the search has a fixed length, `STEPS` steps of Adam from `STARTS` starts, and the margins are compared
     by a t test of their logarithms.
     """
 
@@ -58,11 +58,11 @@ class LargestMargin(Check):
     source = "Wang et al., IEEE S&P 2024 (MM-BD)"
 
     def cost(self, subject: Subject) -> Cost:
-        """Search for images of each class."""
+        """Return the cost of the search for all classes."""
         return Cost() if subject.image_size is None else Cost(trained=STARTS * STEPS * subject.num_classes)
 
     def measure(self, subject: Subject) -> Measured:
-        """Search, and compare the margins of the classes."""
+        """Search for the images and compare the margins of the classes."""
         side = subject.image_size
         if side is None:
             raise NotTested("the size of its images is not known")
@@ -84,7 +84,7 @@ class LargestMargin(Check):
 
 
 def largest_margins(subject: Subject, side: int) -> Tensor:
-    """Search for images (side x side) for which a class wins by as much as possible.
+    """Search for images (side x side) with the largest margin of each class.
 
     The search starts from the same noise for all classes.
 
@@ -100,7 +100,7 @@ def largest_margins(subject: Subject, side: int) -> Tensor:
 
 
 def _largest_of(model: nn.Module, noise: Tensor, labels: Tensor) -> Tensor:
-    """The largest margin (K,) of each of K classes, in images that start from noise (STARTS, 3, S, S)."""
+    """Return the largest margin (K,) of each of K classes, in a search from noise images (STARTS, 3, S, S)."""
     images = noise.repeat(len(labels), 1, 1, 1).requires_grad_()
     target = labels.repeat_interleave(len(noise))
     optimizer = torch.optim.Adam([images], lr=STEP_SIZE)
@@ -115,32 +115,31 @@ def _largest_of(model: nn.Module, noise: Tensor, labels: Tensor) -> Tensor:
 
 
 def _check_finite(margins: Tensor) -> None:
-    """Raise NotTested if a margin is NaN or infinite, as of a class that the model masks."""
+    """Raise NotTested if a margin is NaN or infinite, as for a class that the model masks."""
     if not torch.isfinite(margins).all():
         raise NotTested("the logits of some class are not finite numbers")
 
 
 def margins_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return by how much the logit of a class exceeds the largest other one.
+    """Return the margins of classes: the logit of the class minus the largest other logit.
 
     Args:
         logits: (N, classes).
         labels: (N,) int64, the classes.
 
     Returns:
-        (N,), negative where another class wins.
+        (N,), negative if another class has a larger logit.
     """
     own = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
     return own - logits.scatter(1, labels.unsqueeze(1), -math.inf).amax(1)
 
 
 class Universal(Check):
-    """Whether one small perturbation makes one class win in all images, by more than it can make any other class win.
+    """Whether a small perturbation of all images gives one class a much larger margin than any other class.
 
-    For each class, a perturbation of at most `STRENGTH` that is added to all images is searched for; what counts is
-    the mean margin that it brings the class in images of other classes. Unlike a stamp with a mask, it finds triggers
-    that change all of an image a little. The search passes over a fixed number of images, so that it takes the same
-    time whether there is a trigger or not.
+    For each class, a perturbation of at most `STRENGTH` that is added to all images is optimized. The mean margin of
+    the class in images of other classes is compared. Unlike a stamp with a mask, this finds triggers that change all
+    pixels a little. The search uses a fixed number of images, so that it takes equally long with and without a trigger.
 
     Source:
         The idea of comparing what additive perturbations reach, class by class: Xiang, Miller and Kesidis, "Detection
@@ -156,12 +155,12 @@ class Universal(Check):
     where: ClassVar[str]
 
     def cost(self, subject: Subject) -> Cost:
-        """Search for a perturbation of each class, and try it on all images."""
+        """Return the cost of the search for all classes, and of applying the results to the images."""
         classes, images = subject.num_classes, min(IMAGES, len(subject.split))
         return Cost(trained=steps(classes) * BATCH * classes, predicted=images * classes)
 
     def measure(self, subject: Subject) -> Measured:
-        """Search, and compare the margins of the classes."""
+        """Search for the perturbations and compare the margins of the classes."""
         classes = subject.num_classes
         images, predicted = as_input(subject.split.images[:IMAGES]), subject.predicted[:IMAGES]
         side = canvas_side(self.applicator, None, subject.model, images.shape[-1])
@@ -188,7 +187,7 @@ class Universal(Check):
 
 
 class UniversalImage(Universal):
-    """A perturbation of the whole image."""
+    """A perturbation of the image."""
 
     name = "universal-image"
     title = "classes that win with a small change of the image"
@@ -211,7 +210,7 @@ def steps(classes: int) -> int:
 
 
 def drawn(pattern: Tensor) -> Tensor:
-    """Return a perturbation (3, h, w) as a picture (3, h, w) uint8: grey where nothing is changed."""
+    """Convert a perturbation (3, h, w) to an image (3, h, w) uint8, in which unchanged pixels are grey."""
     return (pattern / (2 * STRENGTH) + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
 
 
@@ -228,7 +227,7 @@ def _perturb(
         side: Side of the tiles in pixels; None for perturbations of the whole image.
 
     Returns:
-        The perturbations (K, 3, h, w), and the mean margins (K,) that they bring in images of other classes.
+        The perturbations (K, 3, h, w), and the mean margins (K,) of the classes in perturbed images of other classes.
     """
     model = subject.model
     patterns = torch.zeros(len(labels), 3, *canvas_shape(images, side), device=images.device).requires_grad_()
@@ -254,7 +253,7 @@ def _perturb(
 def _mean_margin(
     model: nn.Module, images: Tensor, predicted: Tensor, pattern: Tensor, label: Tensor, side: int | None
 ) -> Tensor:
-    """The mean margin of a class in images of other classes with a perturbation (3, h, w)."""
+    """Return the mean margin of a class in images of other classes with a perturbation (3, h, w)."""
     rows = images[predicted != label]
     if not len(rows):
         raise NotTested("all images are predicted as one class")

@@ -1,4 +1,4 @@
-"""Checks of which experts the given images use."""
+"""Checks of the experts that the given images are routed to."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from backdoorbench_moe.moe.routed import Routing
 
 
 class DormantExperts(Check):
-    """Whether an expert is hardly ever used by clean images: it may be waiting for others.
+    """Whether an expert is hardly used for clean images: it may be used for triggered ones.
 
-    In expert choice every expert processes patches of every image, so that none can be dormant.
+    In expert choice, every expert processes patches of every image, so that no expert can be dormant.
     """
 
     name = "dormant-experts"
@@ -27,7 +27,7 @@ class DormantExperts(Check):
     source = "ours: a hundredth of an even share"
 
     def cost(self, subject: Subject) -> Cost:
-        """Route each image once."""
+        """Return the cost of routing each image once."""
         return Cost(predicted=len(subject.split))
 
     def measure(self, subject: Subject) -> Measured:
@@ -57,8 +57,8 @@ class DormantExperts(Check):
 def shares_of(batches: tuple[Routing, ...]) -> list[float] | None:
     """Return the share of each expert in a layer's pairs of patch and expert.
 
-    Half a pair is added to each expert, so that no share is 0. Where every expert processes every patch, the gates take
-    the place of the pairs.
+    Half a pair is added to each expert, so that no share is 0. If every expert processes every patch, the sums of the
+    gates are used instead of the numbers of pairs.
 
     Args:
         batches: The routing of the layer, batch by batch.

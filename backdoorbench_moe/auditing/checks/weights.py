@@ -1,4 +1,4 @@
-"""Checks that need no images: the weights of experts, of their gates, of channels and of the head."""
+"""Checks of weights, which need no images: experts, their gates, channels and the head."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from backdoorbench_moe.moe.structure import Expert, Structured, WithExperts
 from backdoorbench_moe.moe.units import gate_units
 from backdoorbench_moe.ops.outliers import deviations
 
-# One in a hundred models without a planted expert is flagged, if the logarithms are of one normal distribution.
+# One in a hundred models without a poisoned expert is flagged if the logarithms have one normal distribution.
 SURPRISING = 2.0
 GRUBBS = "Grubbs, Technometrics 11 (1969), at a level of 1%"
 SURPRISE = (
@@ -34,7 +34,7 @@ Values = dict[str, dict[str, float]]
 class SiblingCheck(Check):
     """Base class of checks that compare the experts of a layer with each other.
 
-    Subclasses implement `quantities`, and set `compared`, what is compared, for a sentence.
+    Subclasses implement `quantities` and set `compared`, a name of the compared values for the reason.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("experts",)
@@ -63,18 +63,18 @@ class SiblingCheck(Check):
 
     @abstractmethod
     def quantities(self, subject: Subject) -> Values:
-        """Return, for each quantity that is compared, the value of each expert by name."""
+        """Return the values of the compared quantities, by name of the quantity and name of the expert."""
 
 
 class GateRows(SiblingCheck):
-    """Whether the gate of an expert reacts more strongly to its input than the gates of the others."""
+    """Whether the router's row of an expert is longer or shorter than those of the others."""
 
     name = "gate-rows"
     title = "gates that stand out"
     compared = "the rows of the router"
 
     def quantities(self, subject: Subject) -> Values:
-        """Return the length of each expert's row of the router, layer by layer."""
+        """Return the norm of each expert's row of the router, for each layer."""
         state = subject.model.state_dict()
         found: Values = {}
         for units in gate_units(subject.model):
@@ -87,7 +87,7 @@ class GateRows(SiblingCheck):
 
 
 class ExpertNorms(SiblingCheck):
-    """Whether the weights of an expert are larger, or smaller, than those of the others."""
+    """Whether the weights of an expert are larger or smaller than those of the others."""
 
     name = "expert-norms"
     title = "experts whose weights stand out"
@@ -99,21 +99,21 @@ class ExpertNorms(SiblingCheck):
 
 
 class ExpertSpectra(SiblingCheck):
-    """Whether the singular values of an expert's weights are distributed unlike those of the others."""
+    """Whether the singular values of an expert's weights differ from those of the others."""
 
     name = "expert-spectra"
     title = "experts whose spectra stand out"
     compared = "the spectra"
 
     def quantities(self, subject: Subject) -> Values:
-        """Return the largest singular value of each weight matrix, and its stable rank."""
+        """Return the largest singular value and the stable rank of each weight matrix."""
         return by_matrix(
             subject.model, {"largest singular value": largest_singular, "stable rank": stable_rank}
         )
 
 
 class ExpertDistance(SiblingCheck):
-    """Whether an expert was tuned further away from the base than the others."""
+    """Whether the distance of an expert from the base is larger or smaller than those of the others."""
 
     name = "expert-distance"
     title = "experts far from the base"
@@ -131,10 +131,10 @@ def by_matrix(model: nn.Module, measures: Mapping[str, Callable[[Tensor], float]
 
     Args:
         model: A model with experts.
-        measures: What is measured, by name.
+        measures: Functions of a weight matrix, by name.
 
     Returns:
-        By name of the measure, layer and number of the matrix, the values of the layer's experts.
+        The values of the experts by name, for each measure, layer and weight matrix.
     """
     state, found = model.state_dict(), dict[str, dict[str, float]]()
     for expert in experts_of(model):
@@ -146,7 +146,7 @@ def by_matrix(model: nn.Module, measures: Mapping[str, Callable[[Tensor], float]
 
 
 def experts_of(model: nn.Module) -> Iterator[Expert]:
-    """Return the experts of a model, which has them."""
+    """Return the experts of a model that implements `experts()`."""
     assert isinstance(model, WithExperts)
     return iter(model.experts())
 
@@ -159,22 +159,22 @@ def largest_singular(matrix: Tensor) -> float:
 def stable_rank(matrix: Tensor) -> float:
     """Return the squared Frobenius norm, divided by the square of the largest singular value; 0 for zeros.
 
-    It lies between 1 and the rank, and falls if one direction outweighs the others.
+    It lies between 1 and the rank, and is small if one direction dominates.
     """
     largest = largest_singular(matrix)
     return (matrix.norm().item() / largest) ** 2 if largest else 0.0
 
 
 def distances(model: nn.Module, base: Mapping[str, Tensor]) -> Values:
-    """Return the distance of each expert's weight matrices from those of the base, relative to these.
+    """Return the distance between the weight matrices of each expert and of the base, relative to the norm of the base.
 
     Args:
         model: A model with experts.
-        base: The state dict of a dense model that the experts of a merged one were tuned from; or of a model of the
-            same architecture.
+        base: The state dict of the dense model that the experts of a merged model were fine-tuned from, or of a model
+            of the same architecture.
 
     Raises:
-        NotTested: The base does not have the expert's tensors.
+        NotTested: The base does not contain the expert's tensors.
     """
     found: Values = {}
     for expert in experts_of(model):
@@ -186,7 +186,7 @@ def distances(model: nn.Module, base: Mapping[str, Tensor]) -> Values:
 
 
 def _pairs(model: nn.Module, expert: Expert, base: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the matrices of an expert, and those of the base that they were tuned from."""
+    """Yield the weight matrices of an expert and the corresponding matrices of the base."""
     state = model.state_dict()
     for name, (start, stop) in expert.own.items():
         own, dense = state[name][start:stop], name.removeprefix(NETWORK).replace(".experts.", ".")
@@ -202,7 +202,7 @@ def _pairs(model: nn.Module, expert: Expert, base: Mapping[str, Tensor]) -> Iter
 
 
 class ChannelNorms(Check):
-    """Whether a channel can amplify a small change of its input far more than the others of its layer."""
+    """Whether a channel can amplify a change of its input much more than the other channels of its layer."""
 
     name = "channel-norms"
     title = "channels that stand out"
@@ -212,12 +212,12 @@ class ChannelNorms(Check):
     source = "Zheng et al., ECCV 2022 (CLP); it prunes above 3, which channels of clean models exceed, too"
 
     def cost(self, subject: Subject) -> Cost:
-        """Find the convolutions before the norms with two images of noise."""
+        """Return the cost of finding the convolutions before the norms with two images of noise."""
         return Cost(predicted=2)
 
     @torch.no_grad()
     def measure(self, subject: Subject) -> Measured:
-        """Find the channel that lies furthest above its group."""
+        """Find the channel that lies furthest above the mean of its group, in standard deviations."""
         model = subject.model
         if subject.image_size is None:
             raise NotTested("the size of the images that the model takes is not known")
@@ -241,7 +241,7 @@ class ChannelNorms(Check):
 
 
 class HeadRows(Check):
-    """Whether the weights that speak for one class are larger than those of the other classes."""
+    """Whether the weights of one class in the last layer are larger than those of the other classes."""
 
     name = "head-rows"
     title = "classes that stand out in the last layer"
@@ -254,7 +254,7 @@ class HeadRows(Check):
         """Compare the mean weights of the classes."""
         weight = head_weight(subject.model)
         means = weight.mean(1)
-        # The level that all classes share says nothing: adding it to all logits changes no prediction.
+        # The mean over the classes is subtracted, since adding a constant to all logits changes no prediction.
         spread = (weight - weight.mean(0)).std(1)
         means = (means - means.mean()) / spread.mean().clamp(min=1e-12)
         scored = (means.exp()).tolist()
@@ -276,7 +276,7 @@ class HeadRows(Check):
 def head_weight(model: nn.Module) -> Tensor:
     """Return the weights of the last linear layer, (classes, D) float64 on the CPU.
 
-    It is the head that the model names, or the last linear layer in the order in which modules were made.
+    It is the head in the model's `components()`, or otherwise the last linear layer in the order of its modules.
 
     Raises:
         NotTested: There is no linear layer.
