@@ -36,9 +36,9 @@ class Scan(SampleFilter):
     the clean images of the class is removed; the smaller group if there are no such images. The score of an image is
     the log-likelihood ratio between that group and the other one. Finally, a model is retrained, see `SampleFilter`.
 
-    Departures: the vectors are first reduced to their principal components: at most `components`, and at most half of
-    the number of clean images minus the number of their classes. The covariance is the pooled covariance within
-    classes, to which the paper's iterative estimate converges with many images in each class. The groups are those of
+    Departures: the vectors are first reduced to their principal components: at most `components`, and at most
+    (n - C) / 2 for n clean images of C classes. The covariance is the pooled covariance within classes, to which the
+    paper's iterative estimate converges with many images in each class. The groups are those of
     2-means in the metric of the covariance, which is expectation maximisation with hard assignments and equal priors.
     The log-likelihood ratio is divided by the number of images of the class, and corrected for small classes (see
     `TwoGroups.evidence`). Otherwise, classes would be suspicious because of their size.

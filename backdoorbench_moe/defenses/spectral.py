@@ -1,5 +1,4 @@
-"""Spectral Signatures: remove the training images that are outliers along the first principal component of their class.
-"""
+"""Spectral Signatures: remove the training images that are outliers along the main direction of their class."""
 
 from __future__ import annotations
 
