@@ -1,5 +1,4 @@
-"""The trigger of Narcissus (Zeng et al., CCS 2023): a perturbation that a clean model associates with the target class.
-"""
+"""The trigger of Narcissus (Zeng et al., CCS 2023): a perturbation toward the target class of a clean model."""
 
 from __future__ import annotations
 
