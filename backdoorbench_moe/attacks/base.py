@@ -72,7 +72,7 @@ class Attack(ABC):
         """Choose the training images to change. Called once, before training.
 
         Args:
-            labels: (N,) int64 true labels of the whole training set, on any device.
+            labels: (N,) int64 true labels of the full training set, on any device.
             num_classes: Number of classes of the data.
             seed: The run's seed. The same seed gives the same plan.
 

@@ -52,7 +52,7 @@ class ANP(MaskPruning):
         batch_size: Images in a step, from 2.
         experts: Whether to mask and perturb complete experts and their gates, too. False: as in the original, which has
             no experts. None: True if the model names its experts.
-        clean_fraction: Share of the training images that the defender holds, in (0, 1].
+        clean_fraction: Share of the training images that the defender holds, in (0, 1]; 0.01 in the original.
 
     Raises:
         ConfigError: A value is out of range, or the model has no norms with a scale.

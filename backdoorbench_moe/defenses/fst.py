@@ -111,7 +111,7 @@ class Shift:
 
     @torch.no_grad()
     def keep_norms(self) -> None:
-        """Scale each matrix to the norm of its original, in place. A matrix of zeros stays as it is."""
+        """Scale each matrix to the norm of its original, in place. A matrix of zeros is not changed."""
         for matrix, original in zip(self.matrices, self.originals, strict=True):
             norm = matrix.norm().clamp(min=torch.finfo(matrix.dtype).tiny)
             matrix.mul_(original.norm() / norm)

@@ -193,7 +193,7 @@ class Game:
         model: The model, in evaluation mode.
         weights: The parameters that are trained.
         optimizer: Their optimizer.
-        tile_shape: (1, C, S, S); for a perturbation of the whole image, (1, C, H, W).
+        tile_shape: (1, C, S, S); for a perturbation of the full image, (1, C, H, W).
         repeats: How often the tile is repeated vertically and horizontally.
         penalty: Weight of the squared norm of the perturbation.
     """

@@ -16,7 +16,7 @@ from backdoorbench_moe.ops.components import principal_components
 from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.shares import share_of
 
-# How many times the assumed number of poisoned images is thrown out.
+# Ratio of the number of removed images to the assumed number of poisoned images.
 MARGIN = Fraction(3, 2)
 
 

@@ -35,7 +35,7 @@ class SuperpositionFilter(InputFilter):
 
     Departures: STRIP draws new images to blend for each input; here, they are drawn once, so that the same input always
     gets the same score. STRIP fits a normal distribution to the scores of clean images; here, the threshold is a
-    quantile of these scores. The default of `blend` differs from STRIP's code.
+    quantile of these scores. STRIP's code blends by "sum", and 100 images.
 
     Args:
         blends: Number of the defender's images that each input is blended with, at least 2.
@@ -140,8 +140,8 @@ class Strip(SuperpositionFilter):
 
     The score is the negative mean entropy, in nats, of the predictions for the blended images.
 
-    Departures: the images to blend are drawn once instead of for each input, and blended by their mean unless
-    `blend="sum"`. The threshold is a quantile of the scores of clean images, not of a fitted normal distribution.
+    Departures: the images to blend are drawn once; STRIP draws new ones for each input. The threshold is a quantile of
+    the scores of clean images; STRIP fits a normal distribution to them. STRIP's code blends by "sum", and 100 images.
 
     Args:
         blends: Number of the defender's images that each input is blended with, at least 2.

@@ -1,4 +1,4 @@
-"""The trigger of the input-aware attack (Nguyen and Tran, NeurIPS 2020): a different pattern and mask for each image."""
+"""The trigger of the input-aware attack (Nguyen and Tran, NeurIPS 2020): a pattern and a mask for each image."""
 
 from __future__ import annotations
 
