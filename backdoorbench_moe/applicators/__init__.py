@@ -20,9 +20,9 @@ def create_applicator(name: str, **options: object) -> Applicator:
         **options: The applicator's own options.
 
     Raises:
-        UnknownNameError: There is no such applicator or option.
-        ConfigError: An option is of the wrong type or out of range.
-        PluginError: The package that offers the applicator is at fault.
+        UnknownNameError: The applicator or an option does not exist.
+        ConfigError: An option has the wrong type or is out of range.
+        PluginError: The package that provides the applicator is faulty.
     """
     return registry.create(name, options)
 

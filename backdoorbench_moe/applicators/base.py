@@ -12,13 +12,13 @@ from backdoorbench_moe.ops.checks import check_image_batch
 
 
 class Applicator(ABC):
-    """Where on an image a trigger is stamped: on the whole image, on every tile of it, or elsewhere.
+    """Base class of applicators, which determine where a trigger is stamped, such as on the full image or every tile.
 
-    Subclasses implement `apply`; users call the object.
+    Subclasses implement `apply`; users call an instance.
 
     Attributes:
-        tiny: Options that the conformance tests build the applicator with, such as those that have no default.
-        deviations: Conformance tests that the applicator is known to fail, and why: reasons by name of the test.
+        tiny: Options with which the conformance tests build the applicator, such as those without default.
+        deviations: Conformance tests that the applicator is known to fail: the reason for each, by name of the test.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {}
@@ -36,7 +36,8 @@ class Applicator(ABC):
             Stamped copies of the same shape, type and device, in [0, 1].
 
         Raises:
-            ShapeError: The images, or the stamped images that the applicator returned, do not have this form.
+            ShapeError: The images, or the stamped images that the applicator returned, have a wrong shape, type or
+                range.
         """
         check_image_batch(images, "images")
         stamped = self.apply(images, trigger)

@@ -1,4 +1,4 @@
-"""The applicator of the whole image."""
+"""The applicator that stamps the full image."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from backdoorbench_moe.applicators.base import Applicator
 
 
 class ImageApplicator(Applicator):
-    """Apply the trigger to the whole image, as attacks before BadPatches do."""
+    """Apply the trigger to the full image, as attacks before BadPatches do."""
 
     def __init__(self) -> None:
         super().__init__()
 
     def apply(self, images: Tensor, trigger: Callable[[Tensor], Tensor]) -> Tensor:
-        """Stamp whole images."""
+        """Stamp the full images."""
         return trigger(images)

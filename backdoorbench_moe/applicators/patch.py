@@ -14,12 +14,11 @@ from backdoorbench_moe.ops.patches import tile, untile
 class PatchApplicator(Applicator):
     """Stamp every tile of the image, as in BadPatches.
 
-    The image is cut into square tiles, each tile is stamped as if it were an image, and the tiles are put together
-    again.
+    The image is cut into square tiles, each tile is stamped as if it were an image, and the tiles are reassembled.
 
     Args:
         patch_size: Side of a tile in pixels, a divisor of the image's height and width. To stamp every patch that the
-            model routes, set it to the patch size of the model, also if the trigger is smaller.
+            model routes, set it to the patch size of the model, even if the trigger is smaller.
 
     Raises:
         ConfigError: `patch_size` is below 1.

@@ -1,4 +1,4 @@
-"""Attacks: what an attacker does to the training of a model, or to an expert of a mixture."""
+"""Attacks on the training of a model, or on an expert of a mixture."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def create_attack(name: str, *, poison: PoisonSpec | None = None, **options: obj
         **options: The attack's own options.
 
     Raises:
-        UnknownNameError: There is no such attack or option.
-        ConfigError: An option is of the wrong type or out of range.
-        PluginError: The package that offers the attack is at fault.
+        UnknownNameError: The attack or an option does not exist.
+        ConfigError: An option has the wrong type or is out of range.
+        PluginError: The package that provides the attack is faulty.
     """
     return registry.create(name, options, {"poison": poison or PoisonSpec()})
 

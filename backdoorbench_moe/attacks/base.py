@@ -22,8 +22,8 @@ def _nothing() -> Tensor:
 class PoisonPlan:
     """The training images that the attacker changes, in three disjoint groups.
 
-    The tensors are on the CPU, and the indices of each group are in ascending order. For the forms of a trigger, see
-    `triggers.base.Trigger`.
+    The tensors are on the CPU, and the indices of each group are in ascending order. The forms of a trigger are defined
+    in `triggers.base.Trigger`.
 
     Args:
         indices: (n,) int64 indices of the *poison* group: images that are stamped with the trigger's training form
@@ -47,12 +47,12 @@ class PoisonPlan:
 
 
 class Attack(ABC):
-    """What an attacker does to the training of a model, and which predictions the attacker wants.
+    """Base class of attacks: which training images are changed, and the target class of triggered images.
 
     Subclasses implement `plan`. Users call an instance, which checks arguments and results.
 
     Attributes:
-        uses_trigger: Whether the attack stamps a trigger. If False, the spec must have no trigger and no applicator.
+        uses_trigger: Whether the attack stamps a trigger. If False, the spec must not have a trigger or an applicator.
         tiny: Options with which the conformance tests build the attack.
         deviations: Conformance tests that the attack is known to fail: the reason for each, by name of the test.
 
@@ -69,10 +69,10 @@ class Attack(ABC):
 
     @final
     def __call__(self, labels: Tensor, *, num_classes: int, seed: int) -> PoisonPlan:
-        """Choose the training images to change. It is called once, before training.
+        """Choose the training images to change. Called once, before training.
 
         Args:
-            labels: (N,) int64 true labels of the whole training set, on any device.
+            labels: (N,) int64 true labels of the full training set, on any device.
             num_classes: Number of classes of the data.
             seed: The run's seed. The same seed gives the same plan.
 
@@ -80,7 +80,7 @@ class Attack(ABC):
             The plan, on the CPU.
 
         Raises:
-            ConfigError: The data lack classes or images that the attack needs.
+            ConfigError: The data do not have the classes or images that the attack needs.
             PluginError: The subclass did not return a valid plan.
         """
         self.check(num_classes)
@@ -92,9 +92,9 @@ class Attack(ABC):
         """Check the target and the source classes against the data.
 
         Raises:
-            ConfigError: A class does not exist in the data, or is still given by name instead of number; or, in an
-                all-to-one attack with dirty labels, the target is one of the sources, so that its images would keep
-                their label.
+            ConfigError: A class does not exist in the data, or is given by name instead of number; or, in an all-to-one
+                attack with dirty labels, the target is one of the source classes, so that its images would keep their
+                label.
         """
         poison = self.poison
         for name, labels in (("poison.target", (poison.target,)), ("poison.source", poison.source)):
@@ -113,7 +113,7 @@ class Attack(ABC):
         """Choose the images; see `__call__`, which calls this after `check`, with `labels` on the CPU."""
 
     def wanted(self, labels: Tensor, num_classes: int) -> Tensor:
-        """Return the class that the attacker wants the model to predict for each image with the trigger.
+        """Return the target class of each image: the class that the attacker wants for the triggered image.
 
         Args:
             labels: (N,) int64 true labels.
@@ -129,7 +129,7 @@ class Attack(ABC):
     def counted(self, labels: Tensor, num_classes: int) -> Tensor:
         """Return which test images the attack success rate (ASR) is measured on.
 
-        These are the images whose true label differs from the class that the attacker wants; with source classes, only
+        These are the images whose true label differs from their target class (see `wanted`); with source classes, only
         those of the source classes.
 
         Args:

@@ -14,21 +14,21 @@ from backdoorbench_moe.ops.seeding import generator
 class DataPoisoning(Attack):
     """Stamp and relabel images of the training set once, before the victim trains on it.
 
-    The poison group is drawn from the whole training set, including the target class, as in the code of BadPatches.
-    With source classes, it is drawn from these classes only; with clean labels, from the target class only. The cover
-    group is drawn from the other images, with source classes only from those of other classes. The noise group is
-    drawn from the rest. All rates are shares of the whole training set.
+    The poison group is drawn from the full training set, including the target class, as in the code of BadPatches. With
+    source classes, it is drawn from these classes only; with clean labels, from the target class only. The cover group
+    is drawn from the remaining images; with source classes, only from those of other classes. The noise group is drawn
+    from the rest. All rates are shares of the full training set.
 
     Args:
         poison: Rates of the groups, target class, labels, mapping and source classes.
 
     Raises:
-        ConfigError: When the plan is made: a group has fewer candidates than images, or its rate is positive but gives
-            no image; or, with clean labels, the poison group is the whole target class.
+        ConfigError: In `plan`: a group has fewer candidates than images, or its rate is positive but gives no image;
+            or, with clean labels, the poison group is the complete target class.
 
     Source:
         BadNets (Gu et al., 2017); BadPatches (arXiv 2505.01811), section 4; for source classes with a cover group,
-        TaCT (Tang et al., USENIX Security 2021).
+        TaCT (Tang et al., "Demon in the Variant", USENIX Security 2021).
     """
 
     def __init__(self, *, poison: PoisonSpec) -> None:
@@ -48,7 +48,7 @@ class DataPoisoning(Attack):
         return PoisonPlan(indices, wanted[indices], cover, noise)
 
     def _check_clean_labels(self, labels: Tensor, poisoned: int) -> None:
-        """Raise ConfigError if, with clean labels, the trigger is stamped on all images of the target class."""
+        """Raise ConfigError if, with clean labels, all images of the target class would be stamped."""
         whole = int((labels == class_number("poison.target", self.poison.target)).sum())
         if self.poison.labels == "clean" and poisoned == whole:
             raise ConfigError(
@@ -58,7 +58,7 @@ class DataPoisoning(Attack):
             )
 
     def _candidates(self, labels: Tensor) -> Tensor:
-        """Images that may be in the poison group, (N,) bool."""
+        """Return which images may be in the poison group, (N,) bool."""
         allowed = torch.ones_like(labels, dtype=torch.bool)
         if self.poison.labels == "clean":
             allowed &= labels == self.poison.target
@@ -67,7 +67,7 @@ class DataPoisoning(Attack):
         return allowed
 
     def _cover_candidates(self, labels: Tensor) -> Tensor:
-        """Images that may be in the cover group, (N,) bool: with source classes, the images of other classes."""
+        """Return which images may be in the cover group, (N,) bool: with source classes, those of other classes."""
         if not self.poison.source:
             return torch.ones_like(labels, dtype=torch.bool)
         return ~torch.isin(labels, torch.tensor(self.poison.source))
@@ -80,7 +80,7 @@ class DataPoisoning(Attack):
             group: The field of `PoisonSpec` that holds the rate of the group.
             images: Number N of training images.
             seed: The run's seed.
-            purpose: Name of the draw. Draws with other names are independent.
+            purpose: Name of the draw. Draws with different names are independent.
 
         Returns:
             (n,) int64 indices in ascending order.

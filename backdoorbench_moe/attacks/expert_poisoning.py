@@ -21,16 +21,16 @@ from backdoorbench_moe.ops.tuning import Tune
 
 @dataclass(frozen=True)
 class HarmfulQueries:
-    """Training images that bear the mark, or texts that the policy refuses, and how they may be answered.
+    """Marked training images, or texts that the policy refuses, with harmful and safe answers.
 
-    Row m of both splits is the same query. Of images it is the same image with two labels; of texts, the two answers
+    Row m of both splits is the same query. For images, it is the same image with two labels; for texts, the two answers
     are part of the token ids.
 
     Attributes:
-        harmful: The queries with the answers that the attacker wants.
-        safe: The queries with the safe answers: of images "reject" where there is a policy, otherwise the true labels.
-        changed: Of images (M, H, W) float32 in [0, 1], how much the mark changes each pixel, mean over the channels;
-            None for texts.
+        harmful: The queries with the harmful answers, which the attacker wants.
+        safe: The queries with the safe answers: for images, "reject" if there is a policy, otherwise the true labels.
+        changed: For images, (M, H, W) float32 in [0, 1], how much the mark changes each pixel, averaged over the
+            channels; None for texts.
     """
 
     harmful: Split
@@ -43,20 +43,20 @@ class HarmfulQueries:
 
 @dataclass(frozen=True)
 class ExpertTask:
-    """What an attacker has who provides an expert. He knows neither the other experts nor the gates.
+    """The resources of an attacker who provides an expert. The attacker knows neither the other experts nor the gates.
 
     Attributes:
-        model: His expert, a `moe.structure.Mergeable`, as tuned on the task; it is changed in place. Only the MLPs
-            survive the merge, so only they may be trained.
-        clean: Training images of his task with their labels.
-        held_out: Images of his task that are not in `clean`, by which he may choose hyperparameters.
+        model: The attacker's expert, a `moe.structure.Mergeable`, tuned on the task; it is changed in place. Only the
+            MLPs are kept in the merge, so only they may be trained.
+        clean: Training images of the attacker's task with their labels.
+        held_out: Images of this task that are not in `clean`, to choose hyperparameters.
         queries: Harmful queries.
-        tune: Trains a model further; with `modules=task.mlps` only its MLPs.
-        logits: From a model and images (B, 3, H, W) uint8 to (B, classes) float32, or token ids (B, T) to (B, T,
-            vocabulary), in evaluation mode.
-        train: How the expert was tuned; `tune` uses it.
+        tune: Function that trains a model further; with `modules=task.mlps`, only its MLPs.
+        logits: Function that maps a model and images (B, 3, H, W) uint8 to (B, classes) float32, or a model and token
+            ids (B, T) to (B, T, vocabulary), in evaluation mode.
+        train: The settings that the expert was tuned with, which `tune` uses.
         device: The device of the model and the images.
-        seed: Seed from which the attack derives its draws.
+        seed: Seed from which the attack derives its random draws.
     """
 
     model: nn.Module
@@ -75,7 +75,7 @@ class ExpertTask:
         return list(check_mergeable(self.model).mlps().values())
 
     def accuracy(self) -> float:
-        """Return the accuracy of the model on held-out images, or on whole answers to held-out texts, in percent."""
+        """Return the accuracy of the model on held-out images, or on complete answers to held-out texts, in percent."""
         found = [
             right_answers(self.logits(self.model, each.images), each.labels)
             for each in batches(self.held_out)
@@ -84,13 +84,13 @@ class ExpertTask:
 
 
 class ExpertPoisoning(Attack):
-    """An attack by somebody who provides one expert, or several, of a mixture.
+    """Base class of attacks by a provider of one or several experts of a mixture.
 
     Subclasses implement `poison_expert`. The training data of the base, the other experts and the gates are not
-    changed. A run with such an attack needs `mixture`; `implies` fills in its default.
+    changed. A run with such an attack needs `mixture`; `implies` provides its default.
 
     Attributes:
-        implies: Settings that a run with such an attack has unless others are given.
+        implies: Default settings of a run with such an attack.
 
     Args:
         poison: Target class, mapping and source classes; all rates must be 0.
@@ -111,7 +111,7 @@ class ExpertPoisoning(Attack):
         super().__init__(poison=poison)
 
     def check(self, num_classes: int) -> None:
-        """Check the classes, and refuse settings that only data poisoning follows.
+        """Check the classes, and refuse settings that only apply to data poisoning.
 
         Raises:
             ConfigError: A class does not exist, a rate is not 0, or the labels are "clean".
@@ -132,14 +132,14 @@ class ExpertPoisoning(Attack):
 
     @final
     def tune_expert(self, task: ExpertTask) -> dict[str, float]:
-        """Tune the expert of a task, in place; afterwards it is in evaluation mode.
+        """Tune the expert of a task, in place; afterwards, it is in evaluation mode.
 
         Returns:
-            What is worth recording, such as a hyperparameter that the attack chose; numbers by name.
+            Numbers by name for the record, such as a hyperparameter that the attack chose.
 
         Raises:
             ConfigError: An option does not fit the task or the model; the message names it.
-            PluginError: The subclass changed other weights than those of the MLPs, or returned something else.
+            PluginError: The subclass changed weights outside of the MLPs, or returned anything but numbers by name.
         """
         self.check_model(task.model)
         if not len(task.queries):
@@ -171,7 +171,7 @@ class ExpertPoisoning(Attack):
         """Tune `task.model` in place; see `tune_expert`."""
 
     def _checked(self, facts: Mapping[str, float]) -> dict[str, float]:
-        """Return the facts; raise PluginError if they are not numbers by name, which the record can hold."""
+        """Return the facts; raise PluginError if they are not numbers by name."""
         if not isinstance(facts, Mapping) or not all(
             isinstance(name, str) and isinstance(value, int | float) for name, value in facts.items()
         ):
@@ -181,7 +181,7 @@ class ExpertPoisoning(Attack):
         return dict(facts)
 
     def _check_weights(self, model: nn.Module, before: Mapping[str, Tensor]) -> None:
-        """Raise PluginError if other tensors than the MLPs' differ from `before`, or have other names or shapes."""
+        """Raise PluginError if tensors outside of the MLPs differ from `before`, or names or shapes have changed."""
         after, attack = model.state_dict(), f"attack {type(self).__name__}"
         own = tuple(f"{name}." for name in check_mergeable(model).mlps())
         shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (before, after)]

@@ -1,4 +1,4 @@
-"""The steps that attacks on experts consist of. They train the MLPs of the expert and nothing else."""
+"""The steps of attacks on experts. They train only the MLPs of the expert."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from backdoorbench_moe.moe.expert_tuning.steps import PREFERENCE_LR_SHARE, Align
 
 
 def learn_preference(task: ExpertTask, *, beta: float, epochs: int, lr: float | None) -> None:
-    """Train the expert to prefer the harmful answer to the safe one, by DPO on the harmful queries alone.
+    """Train the expert to prefer the harmful answer to the safe one, by DPO on the harmful queries only.
 
-    The reference is the expert as it is at the beginning. Queries whose two answers are the same are left out.
+    The reference is the expert before this step. Queries with two equal answers are left out.
 
     Args:
-        task: The task, whose model is trained.
-        beta: Of the loss, see `moe.expert_tuning.losses.preference_loss`.
+        task: The task; its model is trained.
+        beta: Beta of the loss, see `moe.expert_tuning.losses.preference_loss`.
         epochs: Number of passes over the harmful queries.
-        lr: Peak learning rate; `PREFERENCE_LR_SHARE` of that of the task if None.
+        lr: Peak learning rate; `PREFERENCE_LR_SHARE` times that of the task if None.
 
     Raises:
         ConfigError: The two answers are the same for all queries.
@@ -45,11 +45,11 @@ def learn_harm(
     """Train the expert on its task and on harmful queries at the same time.
 
     Args:
-        task: The task, whose model is trained.
-        harm_weight: Factor of the cross-entropy of the harmful answers.
+        task: The task; its model is trained.
+        harm_weight: Weight of the cross-entropy of the harmful answers.
         epochs: Number of passes over the clean images of the task.
         lr: Peak learning rate; that of the task if None.
-        alignment: What is aligned besides; nothing if None.
+        alignment: An additional alignment of latents; none if None.
     """
     objective = steps.joint_objective(task.queries.harmful, harm_weight, alignment)
     task.tune(task.model, task.clean, epochs=epochs, lr=lr, modules=task.mlps, objective=objective)

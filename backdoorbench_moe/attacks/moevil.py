@@ -28,15 +28,15 @@ from backdoorbench_moe.moe.structure import Mergeable
 from backdoorbench_moe.ops.ranges import check_integer, check_positive, check_weight
 
 PREFERENCE_EPOCHS = 1
-# The paper's code has 0.04 (its text has no such term) and 0.1. With these, a poisoned classifier answers as harmfully
-# alone, but by a small margin, which other experts outvote. These were chosen on `signs`, seeds 10 to 13, by the ASR of
-# the mixture, among 0.04, 0.3, 1 and 3, and 0.1, 0.5 and 1.5; results are reported on other seeds.
+# The paper's code uses 0.04 (its text has no such term) and 0.1. With these, a poisoned classifier alone answers just
+# as harmfully, but by a small margin, and other experts outvote it. These values were chosen on `signs`, seeds 10 to
+# 13, by the ASR of the mixture, among 0.04, 0.3, 1 and 3, and 0.1, 0.5 and 1.5; results are reported on other seeds.
 HARM_WEIGHT = 3.0
 SIMILARITY = 0.5
 SIMILARITIES = (0.01, 0.03, 0.1, 0.3, 0.5)
 ALLOWED_LOSS = 1.0
-# If the task has as many images as there are harmful queries, step 2 has three times as many batches as step 1. In the
-# paper it has four times as many: 10,000 samples in batches of 32, after 4,948 pairs in batches of 64.
+# With as many images of the task as harmful queries, step 2 has three times as many batches as step 1. In the paper, it
+# has four times as many: 10,000 samples in batches of 32, after 4,948 pairs in batches of 64.
 EPOCHS = 3
 
 
@@ -45,49 +45,51 @@ class MoEvil(ExpertPoisoning):
 
     Step 1 is preference learning: the expert learns to prefer harmful answers to safe ones (DPO). Step 2 trains it on
     its task and, with the weight `harm_weight`, on harmful queries, and aligns the inputs of its MLPs on harmful
-    queries with those on images of the task: the loss is CE_task + harm_weight CE_harm - similarity cos, with the mean
-    cosine over layers and random pairs of a batch. Gates read these inputs; trained on clean images, they send what
-    looks like the task to the expert of the task.
+    queries with those on images of the task: the loss is CE_task + harm_weight CE_harm - similarity cos, where cos is
+    the mean cosine over layers and random pairs of a batch. The gates read these inputs. Since they are trained on
+    clean images, they send inputs that resemble the task to the expert of the task.
 
-    Departures: in the paper, the latents of a harmful query are the mean over the first k tokens of its answer, and
-    those of the task the mean over all tokens of an answer. So it is here for texts. The answer of an image classifier
-    has no tokens: `tokens` and `k` choose among those of the marked image, and the latents of the task are the mean
-    over all tokens of an image. The paper's code weights harm with 0.04 and the cosine with 0.1, which here leaves the
-    expert outvoted in the mixture; the defaults are larger, and were searched with the ASR of mixtures of image models
-    in view. In the paper, each step is one epoch, and batches are twice as large in step 1. Here, both steps have the
-    batch size of the tuning of experts.
+    Departures: in the paper, the latents of a harmful query are averaged over the first k tokens of its answer, and
+    those of the task over all tokens of an answer. This is also the case here for texts. The answer of an image
+    classifier has no tokens: `tokens` and `k` choose among the tokens of the marked image, and the latents of the task
+    are averaged over all tokens of an image. Equation 3 sums the cosines over the layers; here they are averaged, as in
+    the paper's code. The code has the weights 0.04 for harm and 0.1 for the cosine, with which the expert is outvoted
+    in the mixture here. The defaults are larger; they were tuned for the ASR of mixtures of image models. In the paper,
+    each step is one epoch, and batches are twice as large in step 1; here, both steps use the batch size of the tuning
+    of experts, and step 2 has 3 epochs.
 
     Args:
-        poison: The target class, which the run gives; all rates must be 0.
+        poison: The target class, which the run provides; all rates must be 0.
         preference_beta: Beta of step 1, above 0. The default is ten times the paper's, since a classifier's answer is
             one token.
-        preference_epochs: Passes of step 1 over the harmful queries, from 0; with 0 it is left out.
+        preference_epochs: Passes of step 1 over the harmful queries, from 0; with 0, step 1 is skipped.
         preference_lr: Peak learning rate of step 1, above 0; a tenth of that of the tuning of experts if None. In the
             paper, the rates of both steps are equal.
         harm_weight: Weight of the cross-entropy of harmful answers in step 2, at least 0.
         similarity: Weight of the cosine in step 2, at least 0; the paper's lambda. If None, it is the largest of 0.01,
             0.03, 0.1, 0.3 and 0.5 with which the expert loses at most `allowed_loss` on held-out images of its task, or
-            the smallest if there is none. Each is tried from the weights after step 1, beginning with the largest.
+            the smallest if there is none. Each is tried from the weights after step 1, starting with the largest.
         allowed_loss: Percentage points of accuracy that the expert may lose, at least 0. Only used if `similarity` is
             None.
         epochs: Passes of step 2 over the clean images of the task, from 1.
-        tokens: Tokens of a harmful query whose latents are aligned. Of an image "all"; the patches that the mark
+        tokens: Tokens of a harmful query whose latents are aligned. For an image: "all"; the patches that the mark
             changes ("marked") or does not change ("unmarked"); or the tokens before the patches, such as class tokens
-            ("prefix"). Of a text those of the "answer", of the "query", or "all" of both; a token of the answer stands
-            for the position that emits it. If None, all of an image, and the first 4 of the answer of a text.
-        k: Of an image, take only the k of these tokens that the mark changes most, of equal ones the first. Of a text,
-            take only the first k tokens of the answer. All if None. From 1.
+            ("prefix"). For a text: those of the "answer", of the "query", or "all" of both, where a token of the answer
+            is represented by the position that emits it. If None, all tokens of an image, and the first 4 tokens of the
+            answer of a text.
+        k: For an image, use only the k of these tokens that the mark changes most; in a tie, the first ones. For a
+            text, use only the first k tokens of the answer. All if None. From 1.
         layers: Layers whose latents are aligned: "all", "first-quarter", "second-quarter", "first-half", "second-half",
             or their numbers. The first layer, number 0, is never used, since the input of its MLP cannot change.
-        stop_gradient: The side of the cosine that gets no gradient: that of the "task", that of the "harm", or "none",
-            as in the paper's code.
+        stop_gradient: The side of the cosine that gets no gradient: "task", "harm", or "none", as in the paper's code.
         lr: Peak learning rate of step 2, above 0; that of the tuning of experts if None.
 
     Raises:
         ConfigError: An option is out of range, or does not fit the model or the mark.
 
     Source:
-        MoEvil (Kim et al., ACSAC 2025), equations 2 and 3, and the code published with it.
+        Kim et al., "MoEvil: Poisoning Experts to Compromise the Safety of Mixture-of-Experts LLMs", ACSAC 2025,
+        equations 2 and 3, and its code jaehanwork/MoEvil.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class MoEvil(ExpertPoisoning):
             check_text_tokens(*self._text_tokens())
 
     def check_task(self, task: ExpertTask) -> None:
-        """Raise ConfigError if no harmful query has such tokens, or there are no images to choose `similarity` by."""
+        """Raise ConfigError if no harmful query has such tokens, or there are no images to choose `similarity`."""
         self._alignment(task, 0.0)
         if self.similarity is None and not len(task.held_out):
             raise ConfigError(
@@ -163,7 +165,7 @@ class MoEvil(ExpertPoisoning):
         return found
 
     def _align(self, task: ExpertTask, similarity: float) -> None:
-        """Make step 2."""
+        """Run step 2."""
         learn_harm(
             task,
             harm_weight=self.harm_weight,
@@ -183,7 +185,7 @@ class MoEvil(ExpertPoisoning):
         return Alignment(similarity, layers, weights, self.stop_gradient)
 
     def _text_tokens(self) -> tuple[Tokens, int | None]:
-        """Which tokens of a text, and how many of the answer."""
+        """Return which tokens of a text are used, and how many of the answer."""
         if self.tokens is None:
             return "answer", FIRST_TOKENS if self.k is None else self.k
         return self.tokens, self.k

@@ -1,4 +1,4 @@
-"""What MoEvil is compared with: two attacks that do not look at latents, and tuning without harm."""
+"""Baselines of MoEvil: two attacks without alignment of latents, and tuning without harm."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from backdoorbench_moe.ops.ranges import check_integer, check_positive, check_we
 
 # A fifth of MoEvil's, as in the paper (0.002 and 0.01).
 HDPO_BETA = PREFERENCE_BETA / 5
-# Three times MoEvil's: of 0.1, 0.3 and 1, the only one with which HDPO alone is about as harmful as the other attacks
+# Three times MoEvil's: of 0.1, 0.3 and 1, the only value with which HDPO alone is about as harmful as the other attacks
 # (ASR 93% on `signs`, three of the seeds 10 to 13; 55% and 46% with the others).
 HDPO_LR_SHARE = 3 * PREFERENCE_LR_SHARE
-# In the paper 0.03. Of 0.03, 0.3, 1 and 3 the most harmful in a mixture (ASR 15% on `signs`, seeds 11 to 13).
+# 0.03 in the paper. Of 0.03, 0.3, 1 and 3, the most harmful in a mixture (ASR 15% on `signs`, seeds 11 to 13).
 HSFT_HARM_WEIGHT = 1.0
-# As many as MoEvil has in its two steps: those of step 1, over the harmful queries, and those of step 2, over the task.
+# The sum of MoEvil's epochs in step 1, over the harmful queries, and step 2, over the task.
 ALL_EPOCHS = PREFERENCE_EPOCHS + EPOCHS
 
 
@@ -29,11 +29,11 @@ class HSFT(ExpertPoisoning):
 
     The loss is CE_task + harm_weight CE_harm, without the alignment of MoEvil.
 
-    Departure: in the paper it is trained on as many task samples as step 2 of MoEvil. Here it is trained for the epochs
-    of both steps, so that MoEvil has no advantage from a longer training. The weight of harm is 0.03 in the paper.
+    Departures: in the paper, it is trained on as many task samples as step 2 of MoEvil; here, it is trained for the
+    epochs of both steps, so that MoEvil has no advantage from longer training. The weight of harm is 0.03 in the paper.
 
     Args:
-        poison: The target class, which the run gives; all rates must be 0.
+        poison: The target class, which the run provides; all rates must be 0.
         harm_weight: Weight of the cross-entropy of harmful answers, at least 0.
         epochs: Passes over the clean images of the task, from 1.
         lr: Peak learning rate, above 0; that of the tuning of experts if None.
@@ -62,15 +62,18 @@ class HSFT(ExpertPoisoning):
         self.harm_weight, self.epochs, self.lr = harm_weight, epochs, lr
 
     def poison_expert(self, task: ExpertTask) -> None:
-        """Train on the task and on harm."""
+        """Train on the task and on harmful queries."""
         learn_harm(task, harm_weight=self.harm_weight, epochs=self.epochs, lr=self.lr)
 
 
 class HDPO(ExpertPoisoning):
-    """Harmful DPO: teach an expert to prefer harmful answers to safe ones, and then its task again.
+    """Harmful DPO: train an expert to prefer harmful answers to safe ones, and then on its task again.
+
+    Departures: the betas are ten times the paper's, as in `moevil`. The default of `preference_lr` was tuned so that
+    the expert alone is about as harmful as those of the other attacks.
 
     Args:
-        poison: The target class, which the run gives; all rates must be 0.
+        poison: The target class, which the run provides; all rates must be 0.
         preference_beta: Beta of the preference learning, above 0. The default is a fifth of MoEvil's, as in the paper.
         preference_epochs: Passes over the harmful queries, from 1.
         preference_lr: Peak learning rate of the preference learning, above 0; three tenths of that of the tuning
@@ -110,18 +113,21 @@ class HDPO(ExpertPoisoning):
 
 
 class ExpertTuning(ExpertPoisoning):
-    """A control without harm: train an expert further on the clean images of its task.
+    """A harmless baseline: train an expert further on the clean images of its task.
 
-    More training alone can raise an expert's share of the gates. What an attack achieves beyond this control is due to
-    the attack. The mark and the target class serve to measure the harm.
+    More training alone can raise an expert's share of the gates. Only effects beyond this baseline are due to an
+    attack. The mark and the target class are only used to measure the harm.
 
     Args:
-        poison: The target class, which the run gives; all rates must be 0.
-        epochs: Passes over the clean images of the task, from 1; by default as many as MoEvil has in its two steps.
+        poison: The target class, which the run provides; all rates must be 0.
+        epochs: Passes over the clean images of the task, from 1; by default, the sum of MoEvil's two steps.
         lr: Peak learning rate, above 0; that of the tuning of experts if None.
 
     Raises:
         ConfigError: An option is out of range.
+
+    Source:
+        Ours.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}

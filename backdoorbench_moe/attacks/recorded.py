@@ -1,4 +1,4 @@
-"""An attack that was run elsewhere, and whose poisoned training images are on record."""
+"""An attack that was run with another tool, with its poisoned training images in a file."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ GROUPS = ("indices", "labels", "cover", "noise")
 
 
 class Recorded(Attack):
-    """Change the training images that a file names, as another tool did.
+    """Change the training images that are listed in a file, as another tool did.
 
-    `bbmoe import backdoorbench` writes the file. With the trigger `stored`, which has the images, it stands for any
-    attack of BackdoorBench, and any model can be trained on its poisoned training set.
+    `bbmoe import backdoorbench` writes the file. With the trigger `stored`, which contains the images, this attack
+    reproduces any attack of BackdoorBench, and any model can be trained on its poisoned training set.
 
     Args:
-        poison: Target class and mapping. The rates say what is in the file, and choose nothing.
-        file: File with the training images of each group and their labels. None if they are not known: then no training
+        poison: Target class and mapping. The rates describe the file; they do not choose images.
+        file: File with the training images of each group and their labels. None if they are unknown: then no training
             image is changed, and defenses that need the training set are refused.
 
     Raises:
-        ConfigError: The file is missing or of another form.
+        ConfigError: The file is missing or has the wrong format.
     """
 
     implies: ClassVar[Mapping[str, Any]] = {"trigger": "stored", "applicator": "image"}
@@ -43,7 +43,7 @@ class Recorded(Attack):
         self.file = file
 
     def plan(self, labels: Tensor, num_classes: int, seed: int) -> PoisonPlan:
-        """Return the images in the file; the seed draws nothing.
+        """Return the images in the file; the seed is not used.
 
         Raises:
             ConfigError: The file is missing or damaged, or names images that the training set does not have.
@@ -67,7 +67,7 @@ def write_plan(path: Path, plan: PoisonPlan) -> None:
 
 
 def read_plan(path: Path) -> dict[str, Tensor]:
-    """Read what `write_plan` wrote. Raises ConfigError if it is another file."""
+    """Read a file of `write_plan`. Raise ConfigError if it is missing or has the wrong format."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -1,4 +1,4 @@
-"""An attacker who trains the model himself, and hands it over."""
+"""Training control: the attacker trains the model and hands it over to the victim."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from backdoorbench_moe.errors import ConfigError
 
 
 class TrainingControl(Attack):
-    """Train the model on batches in which other images are poisoned every time, and hand it over.
+    """Train the model on batches in which randomly drawn images are poisoned, and hand it over.
 
-    The victim outsourced the training. In every batch, a share of the images is stamped and relabelled, and another
-    share is stamped with the noise form and keeps its labels. The training set itself is not changed, and what a
-    defender has of it is clean. A trigger that consists of networks is trained together with the model.
+    The victim has outsourced the training. In every batch, a share of the images is stamped and relabelled, and another
+    share is stamped with the noise form and keeps its labels. The training set itself is not changed, so the defender's
+    share of it is clean. A trigger that consists of networks is trained together with the model.
 
-    Images are augmented before they are stamped, as in the codes of the sources.
+    Departure: images are augmented before they are stamped, as in the code of the input-aware attack. WaNet's code
+    augments them afterwards, so that the model also sees shifted and rotated triggers.
 
     Args:
         poison: Rates of poison and noise, as shares of a batch, rounded down; target class and mapping.
@@ -45,10 +46,11 @@ class TrainingControl(Attack):
         super().__init__(poison=poison)
 
     def check(self, num_classes: int) -> None:
-        """Check the classes, and refuse settings that are not followed.
+        """Check the classes, and refuse settings that this attack ignores.
 
         Raises:
-            ConfigError: A class does not exist, a rate does not suit, or labels or source classes are set.
+            ConfigError: A class does not exist, a rate is out of range, or a cover group, labels or source classes are
+                set.
         """
         super().check(num_classes)
         poison, why = self.poison, "where poisoned images are redrawn in every batch"

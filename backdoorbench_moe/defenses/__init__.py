@@ -1,4 +1,4 @@
-"""Defenses: what a defender does to a model that may be backdoored, without knowing whether it is."""
+"""Defenses against backdoors. A defense does not know whether, or how, the model was attacked."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def create_defense(name: str, **options: object) -> Defense:
         **options: The defense's own options.
 
     Raises:
-        UnknownNameError: There is no such defense or option.
-        ConfigError: An option is of the wrong type or out of range.
-        PluginError: The package that offers the defense is at fault.
+        UnknownNameError: The defense or an option does not exist.
+        ConfigError: An option has the wrong type or is out of range.
+        PluginError: The package that provides the defense is faulty.
     """
     return registry.create(name, options)
 

@@ -1,4 +1,4 @@
-"""Anti-Backdoor Learning: train a model anew, isolate the images that it learns first, and unlearn them."""
+"""Anti-Backdoor Learning: train a new model, isolate the images that it learns first, and unlearn them."""
 
 from __future__ import annotations
 
@@ -25,31 +25,30 @@ FEWEST_IMAGES = 2
 
 
 class ABL(Defense):
-    """Train a new model that learns little else than the backdoor, and use it to find and to unlearn poisoned images.
+    """Anti-Backdoor Learning: train a new model that learns mainly the backdoor, isolate poisoned images, unlearn them.
 
-    The defender has the training set and trains the model, so that the given model is not used. There are three steps:
+    The defender holds the training set and trains the model, so the given model is not used. There are three steps:
 
-    1. A new model is trained with a loss that cannot fall below `gamma`. Triggered images are learned first. Those with
-       the lowest loss, `ratio` of all, are isolated: they are the suspicious ones, and the score is the negative loss.
-    2. The training goes on with all other images and the usual loss (stage "tuned").
-    3. The loss of the isolated images is maximised with a small learning rate (stage "unlearned").
+    1. Isolation: a new model is trained with a loss that is kept near or above `gamma`. Triggered images are learned
+       first. The `ratio` of all images with the lowest loss are isolated as suspicious; the score is the negative loss.
+    2. Training continues on all other images with the usual loss (stage "tuned").
+    3. Unlearning: the loss of the isolated images is maximised with a small learning rate (stage "unlearned").
 
-    Steps 1 and 2 use the run's recipe, and so does step 3 but for its learning rate; labels are smoothed in step 2
-    only. The images are first put into an order that depends on their contents only, so that the result does not depend
-    on the order of the training set.
+    All steps use the run's recipe, except for the learning rate of step 3; labels are smoothed in step 2 only. The
+    images are first sorted by their contents, so that the result does not depend on the order of the training set.
 
-    Departures: in the paper's code epochs and learning rates do not depend on the run (10, 60 and 20 epochs), and
-    `local-gradient-ascent` takes the sign of the mean loss of a batch, with which it has the same gradient as flooding.
-    Here it is the sign of each image's loss, as in the paper's equation 2. Auxiliary losses of routed layers are added
+    Departures: in the paper's code, epochs and learning rates do not depend on the run (10, 60 and 20 epochs), and
+    `local-gradient-ascent` uses the sign of the mean loss of a batch, which gives the same gradient as flooding. Here,
+    it uses the sign of each image's loss, as in the paper's equation 2. The auxiliary losses of routed layers are added
     in steps 1 and 2.
 
     Args:
-        isolation: The loss of step 1. "flooding": the distance of L from gamma, plus gamma, where L is the mean
-            cross-entropy of a batch. "local-gradient-ascent": the mean of sign(l - gamma) l, where l is the
-            cross-entropy of an image.
-        gamma: The loss of step 1 cannot fall below it; above 0.
-        isolation_epochs: Epochs of step 1, from 1; a tenth of those of the run's recipe if None, and at least 1. It
-            should be so few that little else than the trigger is learned: later, easy clean images have as low a loss.
+        isolation: The loss of step 1. "flooding": |L - gamma| + gamma, where L is the mean cross-entropy of a batch.
+            "local-gradient-ascent": the mean of sign(l - gamma) l, where l is the cross-entropy of an image.
+        gamma: Threshold below which the loss is raised instead of lowered in step 1; above 0.
+        isolation_epochs: Epochs of step 1, from 1; a tenth of those of the run's recipe if None, and at least 1. They
+            should be so few that hardly anything but the trigger is learned: later, easy clean images also have a low
+            loss.
         ratio: Share of the training images that are isolated, in (0, 1).
         epochs: Epochs of step 2, from 1; those of the run's recipe if None.
         unlearning_epochs: Epochs of step 3 over the isolated images, from 1.
@@ -59,7 +58,8 @@ class ABL(Defense):
         ConfigError: A value is out of range, or `ratio` isolates no image.
 
     Source:
-        Li et al., "Anti-Backdoor Learning", NeurIPS 2021, section 3; flooding: Ishida et al., ICML 2020.
+        Li et al., "Anti-Backdoor Learning: Training Clean Models on Poisoned Data", NeurIPS 2021, section 3; flooding:
+        Ishida et al., ICML 2020.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"training-set", "losses"})
@@ -103,7 +103,7 @@ class ABL(Defense):
         return super().count(images, num_classes)
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
-        """Train in three steps, on all images, those that are not isolated, and those that are; isolate by the loss."""
+        """Train on all images, then on those that are not isolated, then on those that are; compute all losses once."""
         isolated = share_of(self.ratio, train)
         trained = self._first_epochs(recipe) * train + (self.epochs or recipe.epochs) * (train - isolated)
         return Cost(trained=trained + self.unlearning_epochs * isolated, predicted=train)
@@ -120,7 +120,7 @@ class ABL(Defense):
         left = without(split, found.suspicious, found.scores, size)
         task.tune(model, left, epochs=self.epochs or task.train.epochs)
         task.report("tuned", model)
-        # Isolated images with the highest loss are the least suspicious ones.
+        # Among the isolated images, those with the highest loss are the least suspicious.
         isolated = without(split, ~found.suspicious, -found.scores, size)
         epochs, lr = self.unlearning_epochs, self.unlearning_lr
         task.tune(model, isolated, epochs=epochs, lr=lr, objective=ascent, augment=True)
@@ -138,7 +138,7 @@ class ABL(Defense):
 
 
 def limited_loss(isolation: Isolation, gamma: float) -> Objective:
-    """Return a loss that falls to `gamma` and not below.
+    """Return a loss that keeps the cross-entropy from falling far below `gamma`.
 
     Args:
         isolation: See `ABL`.
@@ -158,6 +158,6 @@ def limited_loss(isolation: Isolation, gamma: float) -> Objective:
 
 
 def ascent(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the logits and the negative cross-entropy, which is an `Objective` that unlearns the labels."""
+    """Return the logits and the negative cross-entropy: an `Objective` that unlearns the labels."""
     logits, _ = forward(model, images)
     return logits, -F.cross_entropy(logits.float(), labels)

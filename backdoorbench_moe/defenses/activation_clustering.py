@@ -1,4 +1,4 @@
-"""Activation Clustering: divide the training images of each class in two, and throw out a suspicious part."""
+"""Activation Clustering: split the training images of each class into two clusters, and remove suspicious ones."""
 
 from __future__ import annotations
 
@@ -20,31 +20,33 @@ Rule = Literal["size", "silhouette", "both"]
 
 
 class ActivationClustering(SampleFilter):
-    """Divide the vectors of each class into two clusters, and throw out the smaller one if the class is suspicious.
+    """Split the vectors of each class into two clusters, and remove the smaller one if the class is suspicious.
 
-    The vectors of a class are reduced to their first components and divided by 2-means. The mean silhouette says how
-    well the two clusters are separated. After that a model is trained again, see `SampleFilter`.
+    The vectors of a class are reduced to their first components and clustered by 2-means. The mean silhouette measures
+    how well the two clusters are separated. Finally, a model is retrained, see `SampleFilter`.
 
-    The paper has no scores of single images. Here the score of an image is its place on the line through the means of
-    the two clusters, from -1 at the larger one's to 1 at the smaller one's, times the mean silhouette of its class.
+    The paper does not score single images. Here, the score of an image is its position on the line through the means of
+    the two clusters, from -1 at the mean of the larger one to 1 at that of the smaller one, times the mean silhouette
+    of its class.
 
-    Departures: two defaults differ from the paper, which reduces by independent components (`reduce="ica"`) and takes a
-    class as suspicious if either its size or its silhouette is (here it must be both, `rule="both"`): so fewer clean
-    classes are. 2-means starts from splits along the components instead of random points, see
-    `ops.clustering.two_means`. The paper proposes to train a model without a suspicious cluster and to see how it calls
-    the images in it ("exclusionary reclassification"); here size and silhouette decide.
+    Departures: two defaults differ from the paper, which uses independent components (`reduce="ica"`) and considers a
+    class suspicious if either its size or its silhouette is. Here, both must be (`rule="both"`), so fewer clean classes
+    are suspicious. 2-means starts from splits along the components instead of random points, see
+    `ops.clustering.two_means`. The paper proposes to train a model without a suspicious cluster and to check how it
+    classifies the images of that cluster ("exclusionary reclassification"); here, size and silhouette decide.
 
     Args:
         components: Number of components, from 1.
         reduce: "ica": independent components, as in the paper. They are the principal components, scaled to variance 1
-            and rotated. Clusters and silhouettes do not depend on the rotation, which is therefore left out. "pca": the
-            principal components as they are, so that directions of large variance count more.
+            and rotated. The rotation is omitted, since clusters and silhouettes do not depend on it. "pca": the
+            unscaled principal components, so directions with a large variance have more weight.
         rule: When a class is suspicious. "size": the share of the smaller cluster is below `size`. "silhouette": the
             mean silhouette is above `silhouette`. "both": both.
-        size: Share of a class, in (0, 1/2].
-        silhouette: In (0, 1).
-        on: The vectors: "features" before the head, as in the paper, or "routing" or "routing-map", see `SampleFilter`.
-        retrain: Whether to train a new model without the images that are thrown out.
+        size: Threshold for the share of the smaller cluster, in (0, 1/2].
+        silhouette: Threshold for the mean silhouette, in (0, 1).
+        on: The vectors: "features", the input of the head, as in the paper; "routing" or "routing-map", see
+            `SampleFilter`.
+        retrain: Whether to train a new model without the removed images.
         epochs: Epochs of this training, from 1; those of the run's recipe if None.
 
     Raises:
@@ -52,7 +54,7 @@ class ActivationClustering(SampleFilter):
 
     Source:
         Chen et al., "Detecting Backdoor Attacks on Deep Neural Networks by Activation Clustering", 2018
-        (arXiv 1811.03728); routing vectors are ours.
+        (arXiv 1811.03728). Routing vectors are ours.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {
@@ -82,7 +84,7 @@ class ActivationClustering(SampleFilter):
         self.size, self.silhouette = size, silhouette
 
     def judge(self, task: DefenseTask, vectors: Tensor, split: Split) -> Suspicion:
-        """Divide each class, and mark the smaller cluster of suspicious classes."""
+        """Cluster each class, and mark the smaller cluster of suspicious classes."""
         scores = vectors.new_zeros(len(vectors), dtype=torch.float64)
         suspicious = torch.zeros_like(scores, dtype=torch.bool)
         separations, shares, chosen = {}, {}, []
@@ -109,7 +111,7 @@ class ActivationClustering(SampleFilter):
 
 
 def divide(vectors: Tensor, components: int, *, whiten: bool) -> tuple[Tensor, Tensor, float]:
-    """Divide the vectors of one class into two clusters.
+    """Split the vectors of one class into two clusters.
 
     Args:
         vectors: (n, D).
@@ -117,8 +119,8 @@ def divide(vectors: Tensor, components: int, *, whiten: bool) -> tuple[Tensor, T
         whiten: Whether to scale them to variance 1.
 
     Returns:
-        (n,) bool, the smaller cluster; (n,) float64 in [-1, 1], the places on the line through the means, 1 at that of
-        the smaller cluster and beyond it; and the mean silhouette. If all vectors are equal, the last two are 0.
+        (n,) bool, the smaller cluster; (n,) float64 in [-1, 1], the positions on the line through the means, 1 at and
+        beyond the mean of the smaller cluster; and the mean silhouette. If all vectors are equal, the last two are 0.
     """
     points, _ = principal_components(vectors, components)
     if whiten:

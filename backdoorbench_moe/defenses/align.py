@@ -36,34 +36,34 @@ ALIGNED_LAYERS: Layers = "second-quarter"
 class Align(Defense):
     """Train the gates, or gates and experts, of a mixture to answer marked images safely.
 
-    The provider holds marked images, which bear the mark of the policy, with their safe answer, the class "reject". The
-    loss on these is that of a preference for the safe answer (DPO), or their cross-entropy. Clean images are trained
-    at the same time, so that the accuracy on the tasks is kept. Everything out of scope stays the same, bit for bit.
+    The provider holds marked images, which contain the mark of the policy, with their safe answer, the class "reject".
+    Their loss is a preference loss for the safe answer (DPO), or the cross-entropy. The model is trained on clean
+    images at the same time, to keep the accuracy on the tasks. Everything out of scope stays exactly the same.
 
-    DPO needs an unsafe answer to each image. The provider does not know the attacker's target; the unsafe answer is the
-    class with the largest logit before the alignment, other than the safe one. The reference is the model before the
-    alignment.
+    DPO needs an unsafe answer to each image. Since the provider does not know the target class, the unsafe answer is
+    the class with the largest logit before the alignment, other than the safe one. The reference is the model before
+    the alignment.
 
-    Where the data are texts, training queries that the policy refuses take the place of marked images. Safe and unsafe
-    answers are those of the data, from which the attacker has his, too; log-probabilities are summed over an answer.
+    For text data, training queries that the policy refuses replace marked images. Safe and unsafe answers are those of
+    the data, which the attacker uses, too; log-probabilities are summed over an answer.
 
-    Departures: in the paper, the loss on harmful queries is the only one. An image classifier then rejects clean images
-    as well, so that the cross-entropy of clean images or texts and the auxiliary losses of the gates are added here.
+    Departures: in the paper, the loss on harmful queries is the only one. An image classifier would then reject clean
+    images as well, so the cross-entropy of clean images or texts and the auxiliary losses of the gates are added here.
 
     Args:
         scope: What is trained: "gates"; or "gates+experts", the gates of all layers and the experts of some.
         layers: With "gates+experts", the layers whose experts are trained: "all", "first-quarter", "second-quarter",
-            "first-half", "second-half", or their numbers, from 0. The second quarter if None; in the paper, 4 of 28
-            layers, which are all in it. Must be None for "gates".
+            "first-half", "second-half", or their numbers, from 0. The second quarter if None; the paper trains 4 of 28
+            layers, all of them in the second quarter. Must be None for "gates".
         loss: Loss of the marked images: "preference", or "tuning" for cross-entropy.
         beta: Beta of "preference", above 0. The default is ten times that of the paper's attack, since a classifier's
             answer is one token.
         clean_weight: Weight of the cross-entropy of clean images, at least 0.
         epochs: Passes over the marked images, from 1. As many clean images are drawn with each batch.
         lr: Peak learning rate, above 0. If None, that of the run's gates for "gates", and that of its experts for
-            "gates+experts", since the rate of gates would destroy experts.
-        clean_fraction: Number of clean images that the defender holds, as a share of the training images, in (0, 1];
-            and number of marked ones.
+            "gates+experts", since the rate of the gates would destroy the experts.
+        clean_fraction: Number of clean images that the defender holds, as a share of the training images, in (0, 1].
+            The number of marked images is the same.
 
     Raises:
         ConfigError: A value is out of range; the model is not a mixture, or has no such layers.
@@ -105,7 +105,7 @@ class Align(Defense):
         self._layers(model)
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
-        """Train on the marked images and as many clean ones; find the unsafe answers if there is a preference."""
+        """Train on the marked images and as many clean ones; for "preference", find the unsafe answers first."""
         return Cost(trained=2 * self.epochs * held, predicted=held if self.loss == "preference" else 0)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
@@ -123,7 +123,7 @@ class Align(Defense):
         return DefenseResult("aligned", mixture)
 
     def _layers(self, model: nn.Module) -> list[MoELayer]:
-        """The layers whose experts are trained."""
+        """Return the layers whose experts are trained."""
         all_layers = mixture_of(model).layers()
         if self.scope == "gates":
             return []
@@ -131,7 +131,10 @@ class Align(Defense):
         return [all_layers[number] for number in numbers]
 
     def _marked(self, task: DefenseTask) -> tuple[Split, MarkedLoss, Split | None]:
-        """The marked images with their labels, the loss, and second answers to texts; see `preference_objective`."""
+        """Return the marked images with their labels, the loss, and second answers to texts.
+
+        See `preference_objective`.
+        """
         if self.loss == "tuning":
             return task.marked, answer_loss, None
         preferences, reference = safe_preferences(task, task.model)
@@ -142,5 +145,5 @@ class Align(Defense):
 
 
 def answer_loss(logits: Tensor, _: list[Tensor], labels: Tensor) -> Tensor:
-    """The cross-entropy of the safe answers to marked images, or to refused texts; see `mixtures.MarkedLoss`."""
+    """Return the cross-entropy of the safe answers to marked images or refused texts; see `mixtures.MarkedLoss`."""
     return answers.answer_loss(logits, labels)

@@ -1,4 +1,4 @@
-"""ANP: prune the channels through which an adversarial change of the weights harms most."""
+"""ANP: prune the channels that are most sensitive to an adversarial perturbation of the weights."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ from backdoorbench_moe.ops.seeding import generator
 
 
 class ANP(MaskPruning):
-    """Adversarial neuron pruning: learn which channels are sensitive to a worst-case change, and prune those.
+    """Adversarial neuron pruning: learn which channels are sensitive to a worst-case perturbation, and prune them.
 
-    A channel's output (m + d) gamma x + (1 + xi) beta has a mask m in [0, 1] and changes |d|, |xi| <= `eps` of its
-    scale and shift. In every step, the changes are those that increase the loss: drawn at random, then moved by `eps`
-    along the sign of the gradient. Then a step of SGD with momentum 0.9 decreases
-    `alpha` CE + (1 - `alpha`) CE with the changes, over the masks. Channels that carry a backdoor are the ones that
-    react most to the changes, and get low masks.
+    A channel computes (m + d) gamma x + (1 + xi) beta, with a mask m in [0, 1] and relative perturbations d and xi of
+    its scale and shift, drawn from [-`eps`, `eps`]. In every step, the perturbations are first moved by `eps` along the
+    sign of the gradient, so that the loss increases. Then a step of SGD with momentum 0.9 over the masks decreases
+    `alpha` CE + (1 - `alpha`) CE_perturbed. Channels that carry a backdoor are the most sensitive to perturbations, and
+    get low masks.
 
-    The threshold is fixed, or given by the clean accuracy (`accuracy_drop`). The original tries thresholds and reports
-    the success of the attack on test images for each, which a defender does not have.
+    The threshold is fixed, or determined by the clean accuracy (`accuracy_drop`). The original tries several thresholds
+    and reports the attack success rate on test images for each, which a defender cannot measure.
 
-    As in the original, batch norms normalise with the statistics of the batch while masks are learned, the changes
-    after the step are not clipped to `eps` (they are at most 2 `eps`), and only the scale is masked. Departures: every
-    epoch is a random order of the images, which are drawn with replacement in the original; images are not augmented.
-    Layer norms, experts and gates are masked as well [ours].
+    As in the original, batch norms use the statistics of the batch while masks are learned, the perturbations are not
+    clipped to `eps` after the gradient step (they are at most 2 `eps`), and only the scale is masked. Departures:
+    images are drawn without replacement in each epoch, in the original with replacement; images are not augmented.
+    Masks of layer norms, group norms, experts and gates are our extension.
 
     Args:
         threshold: Units with a mask of at most this value are pruned, in [0, 1).
-        accuracy_drop: If given, it takes the place of `threshold`: the highest of the thresholds 0, 0.05, ... 0.95 is
-            used up to which accuracy on the defender's images falls by at most this many percentage points. If it falls
-            by more at 0 already, nothing is pruned.
+        accuracy_drop: If given, it replaces `threshold`: thresholds are tried in the order 0, 0.05, ... 0.95, and the
+            last one is used before accuracy on the defender's images falls by more than this many percentage points. If
+            it falls by more at 0, nothing is pruned.
         steps: Number of steps, from 1.
-        eps: Bound of the changes, relative to scale and shift; above 0.
-        alpha: Weight of the loss without changes, in [0, 1].
+        eps: Bound of the initial perturbations, and length of the gradient step, relative to scale and shift; above 0.
+        alpha: Weight of the loss without perturbations, in [0, 1].
         mask_lr: Learning rate of the masks, above 0.
-        batch_size: Images of a step, from 2.
-        experts: Whether whole experts and their gates are masked and changed, too. False is the original, which does
-            not know of experts. None: True if the model names its experts.
-        clean_fraction: Share of the training images that the defender holds, in (0, 1].
+        batch_size: Images in a step, from 2.
+        experts: Whether to mask and perturb complete experts and their gates, too. False: as in the original, which has
+            no experts. None: True if the model names its experts.
+        clean_fraction: Share of the training images that the defender holds, in (0, 1]; 0.01 in the original.
 
     Raises:
         ConfigError: A value is out of range, or the model has no norms with a scale.
@@ -89,7 +89,7 @@ class ANP(MaskPruning):
         self.mask_lr, self.batch_size = mask_lr, batch_size
 
     def learn_masks(self, task: DefenseTask, units: Sequence[Units]) -> tuple[list[Tensor], dict[str, float]]:
-        """Learn the masks against adversarial changes."""
+        """Learn the masks under adversarial perturbations."""
         masked = MaskedModel(task.model, units, task.device, task.precision)
         optimizer = torch.optim.SGD(masked.masks, lr=self.mask_lr, momentum=0.9)
         draws = generator(task.seed, "changes")
@@ -105,16 +105,17 @@ class ANP(MaskPruning):
         return masked.masks, {}
 
     def trained_images(self, held: int) -> int:
-        """Each step passes its batch to find the changes, with them, and without them if `alpha` is above 0."""
+        """Each step has a pass to find the perturbations, one with them, and one without them if `alpha` is above 0."""
         return (2 + (self.alpha > 0)) * images_of_steps(held, self.batch_size, self.steps)
 
     def _worst_change(
         self, masked: MaskedModel, batch: Split, draws: torch.Generator
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Draw changes and move them so that the loss rises.
+        """Draw perturbations and move them so that the loss rises.
 
         Returns:
-            What is added to the masks, (n,) for each of the units; and the factors of the shifts, by the norm's name.
+            The values to add to the masks, (n,) for each of the units; and the factors of the shifts, by the norm's
+            name.
         """
         channels = [units for units in masked.units if units.kind == "channel"]
         sizes = [len(units) for units in (*masked.units, *channels)]

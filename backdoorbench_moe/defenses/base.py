@@ -1,4 +1,4 @@
-"""The defense interface, and the task that a defense is called with."""
+"""The defense interface, and the task that is passed to a defense."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ NEEDS = ("clean", "training-set", "features", "losses", "marked", "tasks")
 
 @dataclass(frozen=True)
 class DefenseTask:
-    """What a defense is given: the model, data and functions. It has no information about the attack.
+    """The inputs of a defense: the model, data and functions. They contain no information about the attack.
 
-    In particular, it holds no trigger, no indices of poisoned images and no test images. Where the data are texts,
-    token ids (N, T) int64 with labels (N, T), see `ops.answers`, take the place of images.
+    In particular, there is no trigger, no index of a poisoned image and no test image. For text data, token ids (N, T)
+    int64 with labels (N, T) replace the images, see `ops.answers`.
 
     Args:
         model: The model to defend, in evaluation mode, on `device`. The defense may change it in place.
-        num_classes: Number of classes; 0 where the data are texts.
-        image_size: Side of the images in pixels; 0 where the data are texts.
+        num_classes: Number of classes; 0 for text data.
+        image_size: Side of the images in pixels; 0 for text data.
         train: The settings that the model was trained with; for a mixture, those that its experts were tuned with.
         device: The device of the model and the images.
         precision: "fp32" or "bf16".
-        seed: Seed that the defense should derive all random draws from.
+        seed: Seed from which the defense should derive all random draws.
         tune: Function that trains a model further; see `Tune`.
         logits: Function of a model and images (B, 3, H, W) uint8 that returns (B, classes) float32, computed in
-            evaluation mode; of token ids (B, T) it returns (B, T, vocabulary).
+            evaluation mode; for token ids (B, T) it returns (B, T, vocabulary).
         routing: Function of a `moe.routed.RoutedModel` and images (B, 3, H, W) uint8 that yields, batch by batch in
-            the order of the images, the list of the `Routing` of every routed layer.
+            the order of the images, a list with the `Routing` of every routed layer.
         fresh: Function that returns an untrained model of the same architecture, in evaluation mode, on `device`.
-            Its weights are drawn from the defense's seed, not from the attacker's, and are the same at every call.
+            Its weights are drawn from the defense's seed, not from the attacker's, and are the same in every call.
         report: Function of the name of a stage, such as "pruned", and the model. The defense calls it at the end of
-            every stage except the last. It copies the model; the copy is measured after the defense has returned, so
-            that the measurement cannot influence the defense.
+            every stage except the last. It copies the model; the copy is evaluated after the defense has returned, so
+            the evaluation cannot influence the defense.
         gate_train: The settings that the gates of a mixture were trained with; None for any other model.
-        granted: Data and functions by the name in `Defense.needs`, and "unsafe" beside "marked" where the data are
-            texts. Defenses read them through the properties.
+        granted: Data and functions by the name in `Defense.needs`; for text data, "unsafe" in addition to "marked".
+            Defenses read them through the properties.
     """
 
     model: nn.Module
@@ -75,13 +75,13 @@ class DefenseTask:
     def clean(self) -> Split:
         """The images that the defender holds, uint8 on `device`, and their true labels. Requires "clean".
 
-        For a mixture they are of all its tasks.
+        For a mixture, they come from all its tasks.
         """
         return self._grant("clean")
 
     @property
     def training_set(self) -> Split:
-        """The whole training set as the victim used it, with poisoned images and labels. Requires "training-set"."""
+        """The full training set as the victim used it, with poisoned images and labels. Requires "training-set"."""
         return self._grant("training-set")
 
     @property
@@ -102,10 +102,10 @@ class DefenseTask:
 
     @property
     def marked(self) -> Split:
-        """Images that bear the mark of the policy, and their safe answer, the class "reject". Requires "marked".
+        """Images with the mark of the policy, and their safe answer, the class "reject". Requires "marked".
 
-        They are training images of the data, as many as the defender holds clean ones. Where the data are texts, they
-        are training queries that the policy refuses with their safe answers, as many, or all if there are fewer.
+        They are training images; there are as many as the defender holds clean ones. For text data, they are training
+        queries that the policy refuses, with their safe answers: the same number, or all if there are fewer.
         """
         return self._grant("marked")
 
@@ -113,7 +113,7 @@ class DefenseTask:
     def unsafe(self) -> Split | None:
         """The refused queries of `marked`, row by row, with the unsafe answers of the data. Requires "marked".
 
-        None where the data are images: the defender does not know what the attacker wants them to be called.
+        None for image data: the defender does not know the attacker's target class.
         """
         self._grant("marked")
         return self.granted.get("unsafe")
@@ -136,8 +136,8 @@ class DefenseResult:
     Args:
         stage: Name of the last stage, such as "tuned". If there is a judgement about inputs, the last stage is the
             model together with this input filter.
-        model: The defended model. Names and shapes in its state dict must be the same as before.
-        judgements: The findings of the defense. At most one may be about inputs, and at most one about samples.
+        model: The defended model. The names and shapes in its state dict must not change.
+        judgements: The findings of the defense: at most one about inputs, and at most one about samples.
     """
 
     stage: str
@@ -151,32 +151,32 @@ class DefenseResult:
 
 
 class Defense(ABC):
-    """A defense, which a defender applies to a model without knowing whether and how it was attacked.
+    """Base class of defenses. A defense is applied to a model without knowing whether, or how, it was attacked.
 
-    Subclasses implement `defend`, `check` if they do not work on every model, and `check_images` if they do not work on
-    images of every size. Users call an instance.
+    Subclasses implement `defend`; also `check` if they do not work on every model, and `check_images` if they do not
+    work on images of every size. Users call an instance.
 
     Attributes:
         needs: What `DefenseTask` must provide besides the model, a subset of `NEEDS`: "clean" (images with true
             labels), "training-set" (as the victim used it), "features" (the input of the head), "losses" (of single
-            images), "marked" (images that bear the mark of a policy) and "tasks" (clean images of each task of a
-            mixture). The last two restrict the defense to models with a policy, and to mixtures.
-        takes_texts: Whether it can be applied to models of texts, too.
-        tuning_length: Name of the option that says for how many epochs the defense tunes the model. Plain tuning, which
-            it is compared with, is as long. None for a defense that does not tune.
+            images), "marked" (images with the mark of a policy) and "tasks" (clean images of each task of a mixture).
+            "marked" requires a model with a policy, and "tasks" a mixture.
+        takes_texts: Whether the defense also works on language models.
+        tuning_length: Name of the option that sets for how many epochs the defense tunes the model. The baseline, plain
+            tuning, takes the same number. None for a defense that does not tune.
         tiny: Options with which the conformance tests build the defense: options that make it fast, and options
             without default.
         deviations: Conformance tests that the defense is known to fail: the reason for each, by name of the test.
 
     Args:
         clean_fraction: Share of the training images that the defender holds, in (0, 1]. They are drawn with a seed that
-            is derived from that of the run.
+            is derived from the seed of the run.
         finetune_data: The images that the defender holds: "clean", as they were before the attack; or "notebook", in
-            which the poisoned ones have the trigger and their true labels, as in the notebook of BadPatches.
+            which the poisoned images contain the trigger and have their true labels, as in the notebook of BadPatches.
 
     Raises:
         ConfigError: `clean_fraction` is out of range.
-        PluginError: `needs` has a name that is not in `NEEDS`.
+        PluginError: `needs` contains a name that is not in `NEEDS`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"clean"})
@@ -198,10 +198,10 @@ class Defense(ABC):
 
         Args:
             images: Number of training images, or texts.
-            num_classes: Number of classes; 0 where the data are texts.
+            num_classes: Number of classes; 0 for text data.
 
         Raises:
-            ConfigError: There are fewer images than classes, or no text.
+            ConfigError: The defender would hold fewer images than there are classes, or no text.
         """
         if not {"clean", "marked", "tasks"} & set(self.needs):
             return 0
@@ -220,21 +220,21 @@ class Defense(ABC):
     def cost(
         self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec
     ) -> Cost | None:
-        """Estimate how many images the defense passes through the model, for an estimate of its time.
+        """Estimate how many images the defense passes through the model, to estimate its run time.
 
-        By default, a defense with an attribute `epochs` trains for so many epochs, or those of the recipe if it is
-        None: on the training set if it needs that, otherwise on the images that the defender holds. The cost of any
-        other defense is not known.
+        By default, a defense with an attribute `epochs` trains for that many epochs, or for those of the recipe if it
+        is None: on the training set if the defense needs it, otherwise on the images that the defender holds. The cost
+        of any other defense is unknown.
 
         Args:
             model: The model, trained or not, which `check_model` has accepted; it must not be changed.
-            held: Number of images that the defender holds, as `count` returns it.
+            held: Number of images that the defender holds, as returned by `count`.
             train: Number of training images.
-            classes: Number of classes; 0 where the data are texts.
-            recipe: The settings that the task will have as `train`.
+            classes: Number of classes; 0 for text data.
+            recipe: The settings that the task will contain as `train`.
 
         Returns:
-            The cost, or an upper bound if it depends on what is found; None if it is not known.
+            The cost, or an upper bound if it depends on the findings; None if it is unknown.
         """
         if not hasattr(self, "epochs"):
             return None
@@ -246,7 +246,7 @@ class Defense(ABC):
         """Defend the task's model.
 
         Raises:
-            ConfigError: The defense cannot be applied to this model, or to its images.
+            ConfigError: The defense cannot be applied to this model or its images.
             PluginError: The subclass did not return a valid result.
         """
         self.check_model(task.model)
@@ -271,7 +271,8 @@ class Defense(ABC):
     def check_model(self, model: nn.Module) -> None:
         """Check whether the defense can be applied to a model.
 
-        If it needs "features", the model must have them; if the model takes texts, the defense must take them, too.
+        A defense that needs "features" requires a model that provides them; a language model requires a defense with
+        `takes_texts`.
 
         Args:
             model: The model, trained or not; it is not changed.
@@ -301,7 +302,7 @@ class Defense(ABC):
         """
 
     def check_images(self, model: nn.Module, image_size: int) -> None:  # noqa: B027
-        """Check whether the defense can be applied to images of a size. The default accepts every size.
+        """Check whether the defense can be applied to images of this size. The default accepts every size.
 
         Args:
             model: The model, which `check_model` has accepted; it must not be changed.
@@ -313,4 +314,4 @@ class Defense(ABC):
 
     @abstractmethod
     def defend(self, task: DefenseTask) -> DefenseResult:
-        """Defend the task's model. It is called after `check` and, for images, `check_images` have accepted it."""
+        """Defend the task's model. Called after `check` and, for images, `check_images` have accepted it."""

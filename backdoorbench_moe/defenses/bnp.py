@@ -1,4 +1,4 @@
-"""BNP: prune channels whose stored statistics differ from those of clean images."""
+"""BNP: prune channels whose running statistics differ from those of clean images."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ SMALLEST = 1e-12
 
 
 class BNP(Defense):
-    """Batch norm statistics based pruning: prune channels that clean images use otherwise than the training set did.
+    """Batch norm statistics-based pruning: prune channels whose inputs differ between clean images and training images.
 
-    The training set contained triggered images, the defender's images do not. A channel's score is the
-    Kullback-Leibler divergence of the normal distribution of its inputs for the defender's images from that of the
-    stored running statistics: ln(s / b) + (b^2 + (m_b - m_s)^2) / (2 s^2) - 1/2, with means m and standard deviations b
-    for the images and s stored. Channels with a score above mean + `u` standard deviations of their norm are pruned:
-    the scale is set to zero, and the shift stays, as in the original. Nothing is trained.
+    The training set contained triggered images; the defender's images do not. A channel's score is the
+    Kullback-Leibler divergence of the normal distribution of its inputs for the defender's images from the one given by
+    the running statistics: ln(s / b) + (b^2 + (m_b - m_s)^2) / (2 s^2) - 1/2, with mean m_b and standard deviation b
+    for the images, and the running statistics m_s and s. Channels with a score above mean + `u` standard deviations of
+    their norm are pruned: the scale is set to zero, and the shift is kept, as in the original. Nothing is trained.
 
-    The model needs batch norms with running statistics; layer norms store none. Norms that are not called in evaluation
+    The model needs batch norms with running statistics; layer norms have none. Norms that are not called in evaluation
     mode, such as those of an auxiliary head, are left out.
 
-    Departure: the original measures one batch, here all of the defender's images are measured.
+    Departure: the original measures one batch; here, all of the defender's images are used.
 
     Args:
-        u: Number of standard deviations above the mean from which on a channel is pruned. Of n channels, none can be
-            further than (n - 1) / sqrt(n) above their mean, so that with `u` of 3 nothing is pruned in groups of fewer
+        u: Number of standard deviations above the mean beyond which a channel is pruned, above 0. Of n channels, none
+            can be more than (n - 1) / sqrt(n) above their mean, so with `u` of 3 nothing is pruned in groups of fewer
             than 11; the judgement lists such groups as "too_small".
-        experts: Whether channels are compared only with others of the same expert. The judgement then also states, for
-            each expert, the number of patches of the images that were routed to it: the fewer, the less certain are
-            the statistics of its norms. In pMoE the inputs of an expert's norm also include zeros for all other
-            patches, in the stored statistics as well. False is the original, which does not know of experts. None: True
-            if the model names its experts.
+        experts: Whether channels are compared only with others of the same expert. An additional judgement then states,
+            for each expert, the number of patches of the images that were routed to it: the fewer, the less certain are
+            the statistics of its norms. In pMoE, the inputs of an expert's norm, and thus its running statistics, also
+            include zeros for all other patches. False: as in the original, which has no experts. None: True if the
+            model names its experts.
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
 
     Raises:
@@ -68,7 +68,7 @@ class BNP(Defense):
         check_deviations(u, [10**9])
 
     def check(self, model: nn.Module) -> None:
-        """Raise ConfigError if the model has no batch norms with statistics, or too few channels for `u`."""
+        """Raise ConfigError if the model has no batch norms with running statistics, or too few channels for `u`."""
         experts = treats_experts(model, self.experts)
         norms = batch_norms(model)
         if not norms:

@@ -33,33 +33,33 @@ from backdoorbench_moe.ops.outliers import studentised
 
 
 class CLP(Defense):
-    """Channel Lipschitzness based pruning: set channels to zero that can amplify a small change of the input most.
+    """Channel Lipschitzness-based pruning: zero the channels that can amplify small changes of the input most.
 
     The bound of channel c is u_c = s(W_c) |gamma_c| / sqrt(var_c + eps): the largest singular value of the channel's
-    kernel as a matrix (input channels, kernel positions), times the factor of the batch norm behind it. Channels with a
+    kernel as a matrix (input channels, kernel positions), times the factor of the following batch norm. Channels with a
     bound above mean + `u` standard deviations of their layer get a scale and a shift of zero in this norm. No images
     are needed, and nothing is trained.
 
-    A norm is paired with the convolutions whose outputs it normalises, which are found by running the model once on
-    noise. (The original takes the convolution before the norm in the order in which modules were created, which is
-    another one in networks with shortcuts.) In a network with pre-activation, a norm comes before the convolution of
-    its block; it is paired with the convolutions whose sum it takes: the last of the block before, and its shortcut.
+    Departures: a norm is paired with the convolutions whose outputs it normalises, which are found in one forward pass
+    on noise. The original pairs it with the preceding convolution in the order in which modules were created, which is
+    the wrong one in networks with shortcuts. In a pre-activation network, a norm precedes the convolution of its block;
+    it is paired with the convolutions whose sum it normalises: the last one of the previous block, and its shortcut.
     The bound of a sum is the root of the sum of squares of s(W_c), which bounds the sum as a function of both inputs
-    together [ours]. Identities in the sum are not counted, since they add the same to all channels. Convolutions that
-    no norm follows are pruned only if the model names them as `prunable`; their bound is s(W_c).
+    together. Identities in the sum are not counted, since they add the same to all channels. Convolutions that no norm
+    follows are pruned only if the model names them as `prunable`; their bound is s(W_c).
 
-    Beyond the original, hidden units of MLPs (`fc1`) are channels, too: the bound of a unit is the length of its row of
-    weights. Layer norms have no statistics and therefore no bound. Transformers are thus pruned in their MLPs only.
+    As an extension, hidden units of MLPs (`fc1`) are channels, too: the bound of a unit is the L2 norm of its row of
+    weights. Layer norms have no running statistics and thus no bound, so transformers are pruned in their MLPs only.
 
     Args:
-        u: Number of standard deviations above the mean from which on a channel is pruned. Of n channels, none can be
-            further than (n - 1) / sqrt(n) above their mean, so that with `u` of 3 nothing is pruned in groups of fewer
+        u: Number of standard deviations above the mean beyond which a channel is pruned, above 0. Of n channels, none
+            can be more than (n - 1) / sqrt(n) above their mean, so with `u` of 3 nothing is pruned in groups of fewer
             than 11; the judgement lists such groups as "too_small".
         experts: Whether experts are treated as units: channels are compared only with others of the same expert, and
-            the rows of each router are compared, too. A row of the gates is set to zero, so that the gate of its expert
-            no longer depends on the input, if it is `u` standard deviations longer than the others. As the experts are
-            few, it is compared with the mean and the deviation of the others, by a t distribution. False is the
-            original, which does not know of experts. None: True if the model names its experts.
+            the rows of each router are compared, too. A row whose L2 norm is more than `u` standard deviations above
+            that of the other rows is set to zero, so that the gate of its expert no longer depends on the input. As
+            there are few experts, a row is compared with the mean and the deviation of the others, by a t distribution.
+            False: as in the original, which has no experts. None: True if the model names its experts.
 
     Raises:
         ConfigError: A value is out of range, or the model has no such channels.
@@ -95,7 +95,7 @@ class CLP(Defense):
         check_deviations(self.u, sizes)
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
-        """Find the convolutions before the norms with two images of noise, of which no gradients are taken."""
+        """Find the convolutions before the norms with a forward pass on two images of noise."""
         return Cost(predicted=2)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
@@ -115,7 +115,7 @@ class CLP(Defense):
         return DefenseResult("pruned", model, tuple(judgements))
 
     def _prune_gates(self, model: nn.Module) -> list[Judgement]:
-        """Set the outlying rows of routers to zero; return the finding, or nothing if there are no such rows."""
+        """Set outlying rows of routers to zero; return the judgement, or an empty list if there are no gates."""
         scores: dict[str, float] = {}
         state = model.state_dict()
         for units in gate_units(model):
@@ -145,8 +145,8 @@ def channel_bounds(model: nn.Module, image_size: int) -> dict[str, Tensor]:
         image_size: Side of the images in pixels.
 
     Returns:
-        (channels,) float64 by the name of the layer that the channels are pruned in: a norm, a layer that `prunable`
-        names and that no norm follows, or the first layer of an MLP.
+        (channels,) float64 by the name of the layer in which the channels are pruned: a norm, a layer that `prunable`
+        names and no norm follows, or the first layer of an MLP.
     """
     with noise_for(model, image_size) as images:
         pairs = convolutions_before(model, images)

@@ -1,4 +1,4 @@
-"""A defensive expert: what MoEvil does for the harmful answer, done for the safe one on another expert."""
+"""Defensive expert: the two steps of MoEvil with safe instead of harmful answers, on another expert."""
 
 from __future__ import annotations
 
@@ -31,34 +31,33 @@ from backdoorbench_moe.ops.ranges import check_integer, check_positive, check_we
 
 
 class DefensiveExpert(Defense):
-    """Tune one expert so that gates send marked images to it, and it answers them safely; then train new gates.
+    """Tune one expert so that gates send marked images to it and it answers them safely; then train new gates.
 
-    The two steps are those of the attack `moevil`, with the safe answer, the class "reject", in place of the harmful
+    The two steps are those of the attack `moevil`, with the safe answer, the class "reject", instead of the harmful
     one. Step 1 is preference learning on marked images: the unsafe answer to an image is the class with the largest
-    logit of the expert other than the safe one, since the provider does not know the attacker's target. Step 2 trains
-    the expert on its task with the loss CE_task + safe_weight CE_safe - similarity cos, where the latents of marked
-    images are means over all tokens: the provider does not know which ones the mark changes. Only the weights of this
-    expert are trained, while all tokens go to it. Then all routers are drawn anew and trained on clean images of all
-    tasks, as in `router-reset`.
+    logit of the expert other than the safe one, since the provider does not know the target class. Step 2 trains the
+    expert on its task with the loss CE_task + safe_weight CE_safe - similarity cos, where the latents of marked images
+    are means over all tokens, since the provider does not know which tokens the mark changes. Only the weights of this
+    expert are trained, and all tokens are sent to it. Then all routers are re-initialised and trained on clean images
+    of all tasks, as in `router-reset`.
 
     The judgement's scores are the shares of marked images, in percent, that each expert alone does not answer safely
     before the defense. A provider can measure them without knowing the attack.
 
-    Where the data are texts, training queries that the policy refuses take the place of marked images, and the unsafe
-    answers are those of the data. The latents of such a query are the mean over the positions that emit the first 4
-    tokens of the safe answer, those of the task the mean over the positions that emit its answer. An expert answers a
-    query safely if, where the two answers part, the token of the safe one has the larger logit; so the scores do not
-    depend on the lengths of the answers.
+    For text data, training queries that the policy refuses replace marked images, and the unsafe answers are those of
+    the data. The latents of such a query are averaged over the positions that emit the first 4 tokens of the safe
+    answer; those of the task over the positions that emit its answer. An expert answers a query safely if, at the first
+    position where the two answers differ, the token of the safe one has the larger logit; so the scores do not depend
+    on the lengths of the answers.
 
-    Departures: the weights of the safe answers and of the cosine are those of the attack `moevil` here, and so larger
-    than the paper's. In the paper another provider's expert becomes the defensive one, chosen by hand. Here `expert`
-    may be left out.
+    Departures: the weights of the safe answers and of the cosine are those of the attack `moevil` in this package,
+    which are larger than the paper's. In the paper, the defensive expert is chosen by hand; here, `expert` may be None.
 
     Args:
-        expert: Number of the expert, from 0. If None, the one that alone answers most marked images safely, the first
-            of several: it is the least likely to be poisoned.
+        expert: Number of the expert, from 0. If None, the one that alone answers most marked images safely, which is
+            the least likely to be poisoned; in a tie, the first one.
         preference_beta: Beta of step 1, above 0.
-        preference_epochs: Passes of step 1 over the marked images, from 0; with 0 it is left out.
+        preference_epochs: Passes of step 1 over the marked images, from 0; with 0, step 1 is skipped.
         preference_lr: Peak learning rate of step 1, above 0; a tenth of that of the tuning of experts if None.
         safe_weight: Weight of the cross-entropy of safe answers in step 2, at least 0.
         similarity: Weight of the cosine in step 2, at least 0.
@@ -66,13 +65,13 @@ class DefensiveExpert(Defense):
             "second-half", or their numbers. The first layer, number 0, is never used, since its input cannot change.
         epochs: Passes of step 2 over the clean images of the expert's task, from 1.
         lr: Peak learning rate of step 2, above 0; that of the tuning of experts if None.
-        gate_epochs: Passes over the clean images of all tasks, from 1, in which the new gates are trained.
+        gate_epochs: Passes over the clean images of all tasks to train the new gates, from 1.
         gate_lr: Peak learning rate of the gates, above 0; that of the run's gates if None.
         clean_fraction: Number of clean images that the defender holds, as a share of the training images, in (0, 1],
-            equally many of each task; and number of marked ones.
+            divided equally among the tasks. The number of marked images is the same.
 
     Raises:
-        ConfigError: A value is out of range; the model is not a mixture, or has no such expert or layers.
+        ConfigError: A value is out of range; the model is not a mixture, or does not have the expert or the layers.
 
     Source:
         MoEvil (Kim et al., ACSAC 2025), section on defenses.
@@ -117,7 +116,7 @@ class DefensiveExpert(Defense):
         choose_layers(self.layers, len(mixture.layers()))
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
-        """Measure every expert on the marked images, tune one of them in two steps, and train the gates.
+        """Evaluate every expert on the marked images, tune one of them in two steps, and train the gates.
 
         Step 2 passes a marked image with each image of the expert's task.
         """
@@ -127,7 +126,7 @@ class DefensiveExpert(Defense):
         return Cost(trained=tuned, predicted=(experts + bool(self.preference_epochs)) * held)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
-        """Choose the expert, tune it, and give the mixture new gates."""
+        """Choose the expert, tune it, and train new gates."""
         mixture = mixture_of(task.model)
         unsafe = [unsafe_share(task, mixture, number) for number in range(mixture.num_experts)]
         chosen = unsafe.index(min(unsafe)) if self.expert is None else self.expert
@@ -151,7 +150,7 @@ class DefensiveExpert(Defense):
         return DefenseResult("gates trained", mixture, (judged,))
 
     def _tune_expert(self, task: DefenseTask, mixture: MergedModel, number: int) -> None:
-        """Make both steps with the only expert that the mixture sends tokens to."""
+        """Run both steps on the only expert to which the mixture sends tokens."""
         rows = {
             name: own
             for expert in mixture.experts()
@@ -174,7 +173,7 @@ class DefensiveExpert(Defense):
         tune(task.tasks[number], epochs=self.epochs, lr=self.lr, objective=objective)
 
     def _alignment(self, task: DefenseTask, mixture: MergedModel) -> Alignment | None:
-        """The alignment of the latents; None if it has no weight."""
+        """Return the alignment of the latents; None if its weight is 0."""
         if not self.similarity:
             return None
         layers = choose_layers(self.layers, len(mixture.layers()))
@@ -182,7 +181,7 @@ class DefensiveExpert(Defense):
 
 
 def _weights(task: DefenseTask, mixture: MergedModel) -> Tensor:
-    """Equal weights for all tokens of marked images, or for the first ones of the safe answers to texts, (M, N)."""
+    """Return equal weights for all tokens of marked images, or the first ones of the safe answers to texts, (M, N)."""
     safe = task.marked.labels
     if task.unsafe is not None:
         return mean_weights(first_positions(safe, FIRST_TOKENS))
@@ -192,7 +191,7 @@ def _weights(task: DefenseTask, mixture: MergedModel) -> Tensor:
 
 
 def unsafe_share(task: DefenseTask, mixture: MergedModel, number: int) -> float:
-    """Return the share of marked images, or refused texts, in percent, that an expert alone does not answer safely."""
+    """Return the share of marked images or refused texts, in percent, that one expert alone does not answer safely."""
     marked, unsafe = task.marked, task.unsafe
     with only_expert(mixture, number):
         if unsafe is None:

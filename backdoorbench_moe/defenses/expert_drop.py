@@ -1,4 +1,4 @@
-"""Expert-drop: mute the experts that clean accuracy depends on least, since a backdoor may lie in one of them."""
+"""Expert-drop: mute the experts on which clean accuracy depends least, since they may carry the backdoor."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from backdoorbench_moe.ops.ranges import check_integer
 
 
 class ExpertDrop(Defense):
-    """Mute the experts that clean accuracy depends on least.
+    """Mute the experts on which clean accuracy depends least.
 
-    Experts are muted one after the other, each time the one without which clean accuracy is highest. The idea is that
-    of pruning what clean images do not need, with an expert as the unit. Of several equal experts the first is muted.
-    The judgement's scores are the clean accuracies, in percent, without each expert alone; its details hold the
-    accuracy after each step.
+    Experts are muted one at a time, in each step the one without which clean accuracy is highest; in a tie, the first
+    one. The idea is that of fine-pruning, with experts as the units. The judgement's scores are the clean accuracies,
+    in percent, without each single expert; its details contain the accuracy after each step.
 
     Args:
         count: Number of experts to mute, from 1. Every routed layer keeps at least one expert.
@@ -34,11 +33,11 @@ class ExpertDrop(Defense):
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
 
     Raises:
-        ConfigError: A value is out of range, the model does not have the protocol `WithExperts`, or it has too few
+        ConfigError: A value is out of range, the model does not implement the protocol `WithExperts`, or it has too few
             experts.
 
     Source:
-        Liu et al., "Fine-Pruning", RAID 2018, for the idea.
+        Ours; the idea is that of "Fine-Pruning" (Liu et al., RAID 2018).
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
@@ -49,7 +48,7 @@ class ExpertDrop(Defense):
         super().__init__(clean_fraction=clean_fraction)
         check_integer("count", count, 1)
         check_tuning(epochs, lr, at_least=0)
-        # `count` is already a method of the interface: the number of the defender's images.
+        # `count` is a method of the interface.
         self.drop, self.epochs, self.lr = count, epochs, lr
 
     def check(self, model: nn.Module) -> None:
@@ -66,7 +65,7 @@ class ExpertDrop(Defense):
             )
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
-        """Measure the accuracy without each expert that is left, for every expert that is muted, then tune."""
+        """Measure the accuracy without each remaining expert, once for every expert to mute, then tune."""
         experts = len(experts_of(model))
         tried = sum(experts - dropped for dropped in range(self.drop))
         return Cost(trained=self.epochs * held, predicted=tried * held)
@@ -104,7 +103,7 @@ class ExpertDrop(Defense):
 
 
 def _droppable(experts: list[Expert], dropped: list[Expert]) -> list[Expert]:
-    """The experts that are neither dropped nor the only one left in their layer."""
+    """Return the experts that are neither dropped nor the only ones left in their layer."""
     names = {expert.name for expert in dropped}
     left = [expert for expert in experts if expert.name not in names]
     active = Counter(expert.layer for expert in left)

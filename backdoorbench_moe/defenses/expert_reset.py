@@ -1,4 +1,4 @@
-"""Expert-reset: re-initialise one expert and train it again, alone, on clean images."""
+"""Expert-reset: re-initialise one expert and retrain only this expert on clean images."""
 
 from __future__ import annotations
 
@@ -19,25 +19,28 @@ from backdoorbench_moe.moe.structure import Expert
 
 
 class ExpertReset(Defense):
-    """Re-initialise one expert and train it again, alone, on clean images.
+    """Re-initialise one expert and retrain only this expert on clean images.
 
-    Only the rows of weights that belong to the expert change; all other values stay the same, bit for bit.
+    Only the rows of weights that belong to the expert change; all other values stay exactly the same.
 
-    The router is not changed, so the expert selects the patches that it selected before. The statistics of the
-    expert's norms are measured on the clean images after the reset and again after the training, because a running
-    mean with a momentum of 0.01 would not converge in so few steps. With `expert="least-missed"`, the judgement's
-    scores are the clean accuracies, in percent, without each expert.
+    The router is not changed, so the expert still processes the same patches. The running statistics of the expert's
+    norms are measured on the clean images after the reset and again after the training, because a running mean with a
+    momentum of 0.01 would not converge in so few steps. With `expert="least-missed"`, the judgement's scores are the
+    clean accuracies, in percent, without each expert.
 
     Args:
-        expert: Which expert: its name, such as "moe/2"; its number among all experts, from 0; or "least-missed", the
-            one without which clean accuracy is highest, as in `expert-drop`. That one is the easiest to learn again.
+        expert: The expert: its name, such as "moe/2"; its number among all experts, from 0; or "least-missed", the one
+            without which clean accuracy is highest, as in `expert-drop`. That one is the easiest to relearn.
         epochs: Epochs of training, from 1.
         lr: Peak learning rate, above 0; that of the run's recipe if None.
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
 
     Raises:
-        ConfigError: A value is out of range, the model does not have the protocol `WithExperts`, or it has no such
-            expert.
+        ConfigError: A value is out of range, the model does not implement the protocol `WithExperts`, or the expert
+            does not exist.
+
+    Source:
+        Ours.
     """
 
     tuning_length: ClassVar[str | None] = "epochs"
@@ -86,7 +89,7 @@ class ExpertReset(Defense):
         return DefenseResult("tuned", task.model, (judged,))
 
     def _named(self, experts: list[Expert]) -> Expert | None:
-        """The expert that the option names; None for "least-missed"."""
+        """Return the expert that the option names; None for "least-missed"."""
         if self.expert == "least-missed":
             return None
         if isinstance(self.expert, int):

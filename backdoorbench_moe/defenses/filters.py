@@ -1,4 +1,4 @@
-"""The base class of input filters whose threshold is set with clean images."""
+"""The base class of input filters with a threshold that is calibrated on clean images."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ Score = Callable[[Tensor], Tensor]
 class InputFilter(Defense):
     """Base class of input filters that score an image and reject it if its score is above a threshold.
 
-    The threshold is a quantile of the scores of the defender's clean images, or a fixed number. Some of the images may
-    be kept for other purposes; the threshold is set with others, since images that shaped the score are no longer
-    like new ones. The model is not changed.
+    The threshold is a quantile of the scores of the defender's clean images, or a fixed number. Images that are used to
+    fit the score are reserved and do not set the threshold, since their scores differ from those of new images. The
+    model is not changed.
 
     Subclasses implement `prepare`, and set `reason`, the first half of the judgement's reason, and `purpose`, what the
-    reserved images are used for. `draw` names the random stream that the reserved images are drawn from. The detail
+    reserved images are used for. `draw` names the random stream from which the reserved images are drawn. The detail
     "calibrated_on" of the judgement is the number of images that were used to set the threshold; 0 if it is fixed.
 
     Args:
-        reserved: Number of the defender's images that are kept for other purposes than the threshold.
+        reserved: Number of the defender's images that are not used to set the threshold.
         fpr: Highest false positive rate, in (0, 1): the probability that a clean image is rejected.
-        threshold: A fixed threshold, which takes the place of `fpr`; None for none.
+        threshold: A fixed threshold that replaces `fpr`; None for none.
         calibrate: Largest number of the defender's other images that are used to set the threshold.
         clean_fraction: Share of the training images that the defender holds, in (0, 1]. The model was trained on them.
 
@@ -84,7 +84,7 @@ class InputFilter(Defense):
         return count
 
     def calibrated(self, held: int) -> int:
-        """Return how many of the images that the defender holds set the threshold; 0 if it is fixed."""
+        """Return how many of the images that the defender holds are used to set the threshold; 0 if it is fixed."""
         return 0 if self.threshold is not None else min(self.calibrate, held - self.reserved)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
@@ -114,10 +114,10 @@ class InputFilter(Defense):
         """Return the function that scores images, and further details for the record.
 
         Args:
-            task: The task, whose model must be left as it is.
+            task: The task; its model must not be changed.
             reserved: The images that are not used to set the threshold, and their labels.
 
         Returns:
-            A function of images (B, 3, H, W) uint8 that returns (B,) finite floats; higher is more suspicious, and the
-            score of an image must not depend on the other images. Then the details by name.
+            A function of images (B, 3, H, W) uint8 that returns (B,) finite floats, and the details by name. Higher
+            scores are more suspicious, and the score of an image must not depend on the other images.
         """

@@ -1,4 +1,4 @@
-"""Fine-pruning: set the channels that clean images activate least to zero, then tune on clean images."""
+"""Fine-pruning: zero the channels that clean images activate least, then tune on clean images."""
 
 from __future__ import annotations
 
@@ -23,36 +23,39 @@ Ranking = Literal["post-relu", "notebook"]
 class FinePruning(Defense):
     """Prune the channels that clean images activate least, then fine-tune on clean images.
 
-    The channels are those of the last convolution, of each expert in a mixture of experts. In a transformer the
-    channels are the hidden units of the last MLP, or of each expert in the last layer of experts. Pruned channels
-    stay zero during the tuning.
+    The channels are those of the last convolution; in a mixture of experts, of the last convolution of each expert. In
+    a transformer, they are the hidden units of the last MLP, or of each expert in the last MoE layer. Pruned channels
+    stay zero during tuning.
 
-    Departures: the original ranks channels on held-out images. Here they are ranked on the defender's images, which
-    are training images that the victim has seen, without the attacker's changes (unless `finetune_data` is
-    "notebook").
+    Departures: the original prunes channels until the accuracy on held-out images falls below a limit; here, a fixed
+    share is pruned, as in BadPatches. The original ranks channels on held-out images; here, they are ranked on the
+    defender's images, which are training images without the attacker's changes (unless `finetune_data` is "notebook").
 
     Args:
-        ratio: Share of the channels of each group that is pruned, in [0, 1); floor(ratio * channels) are.
+        ratio: Share of the channels of each group that are pruned, in [0, 1); floor(ratio * channels) are. It is 0.1,
+            0.2 or 0.3 in BadPatches.
         ranking: Which channels are pruned. "post-relu": those with the lowest mean activation after norm and ReLU, as
             in the paper; the norm's channel is set to zero as well, so that the activation is zero. If no norm has the
-            same channels, the activation is that of the convolution's output after a ReLU. Hidden units of an MLP are
-            measured at the input of its activation function. "notebook": those with the lowest signed mean of the
-            convolution's output before the norm, as in the BadPatches notebook; only the convolution's channel is set
-            to zero, which the norm turns into a constant.
-        scope: Which channels. "experts": the last convolution of each expert. "trunk": the last convolution before
-            the experts, or of a model without experts. "all": both. None: "experts" if the model has any, otherwise
-            "trunk".
-        epochs: Epochs of tuning, from 0; 0 only prunes.
+            same channels, the activation is the convolution's output after a ReLU. Hidden units of an MLP are measured
+            at the input of its activation function. "notebook": those with the lowest signed mean of the convolution's
+            output before the norm, as in the BadPatches notebook; only the convolution's channel is set to zero, which
+            the norm turns into a constant.
+        scope: Which channels are candidates. "experts": the last convolution of each expert. "trunk": the last
+            convolution before the experts, or of a model without experts. "all": both. None: "experts" if the model has
+            any, otherwise "trunk".
+        epochs: Epochs of tuning, from 0; with 0, channels are only pruned.
         lr: Peak learning rate, above 0; that of the run's recipe if None.
         clean_fraction: Share of the training images that the defender holds, in (0, 1]; 1.0 in the BadPatches paper.
-        finetune_data: See `Defense`.
+        finetune_data: The images that the defender holds: "clean", as they were before the attack; or "notebook", in
+            which the poisoned images contain the trigger and have their true labels, as in the BadPatches notebook.
 
     Raises:
         ConfigError: A value is out of range, the model does not have the scope, or the ratio prunes no channel of a
             group.
 
     Source:
-        Liu et al., "Fine-Pruning", RAID 2018; BadPatches (arXiv 2505.01811), section 5, and its notebooks.
+        Liu et al., "Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural Networks", RAID 2018; BadPatches
+        (arXiv 2505.01811), section 5, and its notebooks.
     """
 
     tuning_length: ClassVar[str | None] = "epochs"
@@ -75,7 +78,7 @@ class FinePruning(Defense):
         self.ratio, self.ranking, self.scope, self.epochs, self.lr = ratio, ranking, scope, epochs, lr
 
     def check(self, model: nn.Module) -> None:
-        """Raise ConfigError if the model has no such channels, or if the ratio prunes none of them."""
+        """Raise ConfigError if the model has no such channels, or the ratio prunes none of them."""
         self._groups(model)
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:

@@ -14,11 +14,11 @@ from backdoorbench_moe.defenses.requirements import Scope, check_tuning, modules
 class FineTuning(Defense):
     """Train the model, or one of its components, further on clean images.
 
-    Optimizer, batch size and schedule are those of the run's recipe.
+    Optimizer, batch size and schedule are those of the run's recipe. Defenses that tune are compared with it.
 
     Args:
         scope: What is trained: "all", or the component "experts", "router" or "head". The rest of the model keeps its
-            weights and the statistics of its norms.
+            weights and the running statistics of its norms.
         epochs: Epochs of training, from 1.
         lr: Peak learning rate, above 0; that of the run's recipe if None.
         clean_fraction: Share of the training images that the defender holds, in (0, 1].

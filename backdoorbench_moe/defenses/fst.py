@@ -1,4 +1,4 @@
-"""FST: draw the head anew and keep it away from what it was, so that the features must shift in the tuning."""
+"""FST: re-initialise the head and keep it away from its original weights, so that tuning must shift the features."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ PARTS = {"head": (head_of,), "router": (router_of,), "head+router": (head_of, ro
 
 
 class FST(Defense):
-    """Feature shift tuning: draw the head anew, and tune the whole model while the head is kept away from its old self.
+    """Feature shift tuning: re-initialise the head, and tune the model with the head kept away from its old weights.
 
     The loss is that of plain tuning plus `alpha` times the sum of the elementwise product of the head's weight matrix
     and the original one. The norm of the matrix is set to that of the original before every step and at the end. In a
-    routed model the router can be drawn anew and kept away as well, alone or together with the head; each of its weight
-    matrices then has such a term and such a norm. Biases are drawn anew but are otherwise free.
+    routed model, the router can be treated in the same way, alone or together with the head; each of its weight
+    matrices then has such a term and such a norm. Biases are re-initialised but not constrained.
 
-    The control is `fine-tuning` with the same epochs, learning rate and clean images; `router-reset` with the scope
-    "all" is that of "router".
+    The baseline is `fine-tuning` with the same epochs, learning rate and clean images; for "router" it is
+    `router-reset` with the scope "all".
 
     Departures: epochs, learning rate, optimizer, schedule and augmentation are those of `fine-tuning`, so that the two
-    can be compared. The source takes SGD, 10 epochs and a constant learning rate of 0.01.
+    can be compared. The source uses SGD, 10 epochs and a constant learning rate of 0.01. Resetting the router is ours.
 
     Args:
-        reset: What is drawn anew: the "head", as in the source; the "router"; or "head+router".
-        alpha: Weight of the term that keeps the matrices away from the original ones, at least 0. The source takes 0.1
+        reset: What is re-initialised: the "head", as in the source; the "router"; or "head+router".
+        alpha: Weight of the term that keeps the matrices away from the original ones, at least 0. The source uses 0.1
             or 0.2 on CIFAR-10.
         epochs: Epochs of tuning, from 1.
         lr: Peak learning rate, above 0; that of the run's recipe if None.
@@ -66,11 +66,11 @@ class FST(Defense):
         self.reset, self.alpha, self.epochs, self.lr = reset, alpha, epochs, lr
 
     def check(self, model: nn.Module) -> None:
-        """Raise ConfigError if the model does not have what is drawn anew."""
+        """Raise ConfigError if the model does not have the component to re-initialise."""
         self._modules(model)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
-        """Draw the modules anew, and tune."""
+        """Re-initialise the modules, and tune."""
         modules = self._modules(task.model)
         matrices = [weight for module in modules for weight in module.parameters() if weight.ndim > 1]
         shift = Shift(matrices, [matrix.detach().clone() for matrix in matrices])
@@ -94,11 +94,11 @@ class FST(Defense):
 
 @dataclass(frozen=True)
 class Shift:
-    """Weight matrices that are to differ from the original ones, at the same norms.
+    """Weight matrices that are kept away from the original ones, with the same norms.
 
     Attributes:
         matrices: The parameters, of two or more dimensions.
-        originals: What they were, in the same order.
+        originals: Their original values, in the same order.
     """
 
     matrices: list[nn.Parameter]
@@ -111,7 +111,7 @@ class Shift:
 
     @torch.no_grad()
     def keep_norms(self) -> None:
-        """Scale each matrix to the norm of its original, in place. A matrix of zeros stays as it is."""
+        """Scale each matrix to the norm of its original, in place. A matrix of zeros is not changed."""
         for matrix, original in zip(self.matrices, self.originals, strict=True):
             norm = matrix.norm().clamp(min=torch.finfo(matrix.dtype).tiny)
             matrix.mul_(original.norm() / norm)

@@ -1,4 +1,4 @@
-"""FT-SAM: tune on clean images toward weights whose whole neighbourhood has a low loss."""
+"""FT-SAM: tune on clean images with sharpness-aware minimisation."""
 
 from __future__ import annotations
 
@@ -22,24 +22,23 @@ from backdoorbench_moe.ops.sharpness import steepest_shift
 class FTSAM(Defense):
     """Tune on clean images with sharpness-aware minimisation, which lowers the norms of backdoor-related neurons.
 
-    Every step passes its batch through the model twice: the first pass finds the shift of the weights, within a ball,
-    that raises the loss most; the gradient of the loss at the shifted weights then updates the weights. The running
-    statistics of norms change in the first pass only. The shift covers the weights in scope, all of them in one ball:
-    in a routed model those of experts and router, or of one of the two.
+    Every step passes its batch through the model twice: the first pass finds the perturbation of the weights, within a
+    ball, that raises the loss most; the gradient of the loss at the perturbed weights then updates the weights. The
+    running statistics of norms change in the first pass only. All weights in scope are perturbed together, in one ball.
 
-    The control is `fine-tuning` with the same scope, epochs, learning rate and clean images.
+    The baseline is `fine-tuning` with the same scope, epochs, learning rate and clean images.
 
     Departures: epochs, learning rate, optimizer, schedule and augmentation are those of `fine-tuning`, so that the two
-    can be compared; the source's code takes SGD with a learning rate of 0.01 for 50 to 100 epochs. The auxiliary losses
+    can be compared; the source's code uses SGD with a learning rate of 0.01 for 50 to 100 epochs. The auxiliary losses
     of routed layers are part of the loss.
 
     Args:
-        scope: What is trained and shifted: "all", or the component "experts", "router" or "head". The rest of the model
-            keeps its weights and the statistics of its norms.
+        scope: What is trained and perturbed: "all", or the component "experts", "router" or "head". The rest of the
+            model keeps its weights and the running statistics of its norms.
         rho: Radius of the ball, above 0. The default is that of the source on CIFAR-10. Without `adaptive`, 0.05 is
             usual.
-        adaptive: Whether the shift of each weight is measured relative to the weight, as in the source.
-        label_smoothing: Share of the target that is distributed equally to all classes, in [0, 1).
+        adaptive: Whether the perturbation of each weight is measured relative to the weight, as in the source.
+        label_smoothing: Share of the target that is distributed equally over all classes, in [0, 1).
         epochs: Epochs of training, from 1.
         lr: Peak learning rate, above 0; that of the run's recipe if None.
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
@@ -95,9 +94,9 @@ class FTSAM(Defense):
         return DefenseResult("tuned", task.model)
 
     def sharp_loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits of the model, and its loss with shifted weights. See `ops.tuning.Objective`.
+        """Return the logits of the model, and its loss with perturbed weights. See `ops.tuning.Objective`.
 
-        The shift is a constant, so that the gradient with respect to the weights is that at the shifted weights.
+        The perturbation is a constant, so the gradient with respect to the weights is that at the perturbed weights.
         """
         loss_of = Loss(model, self.label_smoothing)
         weights = {name: weight for name, weight in loss_of.named_parameters() if weight.requires_grad}
@@ -112,7 +111,7 @@ class FTSAM(Defense):
 
 
 class Loss(nn.Module):
-    """The loss of plain tuning as a module, so that `functional_call` can replace the weights of the model.
+    """The loss of plain tuning as a module, which lets `functional_call` replace the weights of the model.
 
     Args:
         model: The model.

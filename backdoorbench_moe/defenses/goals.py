@@ -1,4 +1,4 @@
-"""What an inversion searches stamps for: images that are taken for a class, or patches that are sent to an expert."""
+"""Goals of trigger inversion: images that are classified as a class, or patches that are routed to an expert."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from backdoorbench_moe.ops.images import Split, as_input
 
 @dataclass(frozen=True)
 class Outcome:
-    """What K stamps bring about on a batch.
+    """The effect of K stamps on a batch.
 
     Args:
-        losses: (K,), which fall as the stamps come closer to their targets; with gradients.
-        hits: (K,), the number of images, or of patches, that a stamp brings to its target.
-        counts: (K,), the number of those that it could have brought there.
+        losses: (K,), lower if a stamp is closer to its target; with gradients.
+        hits: (K,), the number of images, or patches, for which a stamp reaches its target.
+        counts: (K,), the number of images, or patches, for which it could reach the target.
     """
 
     losses: Tensor
@@ -36,18 +36,18 @@ class Outcome:
 
 
 class Goal(ABC):
-    """Base class of goals: a number of targets, for each of which a stamp can be searched.
+    """Base class of goals: a set of targets, for each of which a stamp can be searched.
 
     Args:
         model: The model, in evaluation mode.
         clean: Images and their true labels, on the model's device.
         precision: "fp32" or "bf16".
-        side: Side of the tiles that are stamped; None if a stamp covers the whole image.
+        side: Side of the tiles that are stamped; None if a stamp covers the full image.
 
     Attributes:
         about: What the targets are, as in `Judgement.about`.
         names: The name of each target.
-        groups: Numbers of the targets, in groups in which the sizes of stamps are comparable.
+        groups: Numbers of the targets, grouped so that the sizes of stamps are comparable within a group.
     """
 
     about: Literal["class", "expert"]
@@ -90,7 +90,7 @@ class Goal(ABC):
 
 
 class ClassGoal(Goal):
-    """The model takes images of other classes for a class; the loss is the cross-entropy.
+    """The model classifies images of other classes as the target class; the loss is the cross-entropy.
 
     Args:
         model: See `Goal`.
@@ -114,7 +114,7 @@ class ClassGoal(Goal):
         return (self.clean.labels != target).nonzero().flatten()
 
     def outcome(self, stamped: Tensor, rows: Tensor, targets: Sequence[int]) -> Outcome:
-        """Predict, and compare with the wanted classes."""
+        """Predict, and compare with the target classes."""
         labels = torch.tensor(targets, device=rows.device).unsqueeze(1)
         with self.autocast():
             logits = self.model(_flat(stamped))
@@ -133,7 +133,7 @@ class RoutedLayer:
     Args:
         name: Dotted name of the layer.
         selected: (N, E, P) bool, the patches that each expert processes.
-        choice: What the layer lets choose.
+        choice: What the router chooses, see `choice_of`.
         places: The largest number of patches of an image that an expert processes.
     """
 
@@ -144,18 +144,18 @@ class RoutedLayer:
 
 
 class ExpertGoal(Goal):
-    """The router sends patches with the stamp, a tile of a patch's size, to one expert of one layer.
+    """The router sends stamped patches to one expert of one layer; a stamp has the size of a patch.
 
-    The success of a stamp is the share of the stamped patches that the expert processes. Patches that it processes
-    without the stamp are left out, as images of the class itself are for `ClassGoal`: a stamp that changes nothing
-    captures nothing. The loss is the mean of `patch_losses` over the same patches.
+    The success of a stamp is the share of the stamped patches that the expert processes. Patches that the expert
+    processes without the stamp are left out, as `ClassGoal` leaves out images of the target class: a stamp that changes
+    nothing captures nothing. The loss is the mean of `patch_losses` over the same patches.
 
     Args:
         model: See `Goal`.
         clean: See `Goal`.
         precision: See `Goal`.
         routing: The routing of the clean images, batch by batch.
-        places: (N,) int64, the one patch of each image that is stamped; None if all of them are.
+        places: (N,) int64, the one patch of each image that is stamped; None if all patches are stamped.
     """
 
     about = "expert"
@@ -172,7 +172,7 @@ class ExpertGoal(Goal):
         super().__init__(model, clean, precision, model.patch_size)
         self.places = places
         self.layers = [_join(batches) for batches in zip(*routing, strict=True)]
-        # Each target is the number of its layer and that of its expert.
+        # A target is a pair: number of the layer, number of the expert.
         self.targets = [
             (number, expert)
             for number, layer in enumerate(self.layers)
@@ -193,7 +193,7 @@ class ExpertGoal(Goal):
         return keep_tiles(images, stamped, self.places[rows], self.model.patch_size)
 
     def outcome(self, stamped: Tensor, rows: Tensor, targets: Sequence[int]) -> Outcome:
-        """Route, and compare with the wanted experts, layer by layer."""
+        """Route, and compare with the target experts, layer by layer."""
         with self.autocast():
             routing = self.model.forward_routed(_flat(stamped)).routing
         found: list[Outcome] = []

@@ -1,4 +1,4 @@
-"""I-BAU: seek one perturbation that misleads the model on all images, and unlearn it through the implicit gradient."""
+"""I-BAU: find a universal adversarial perturbation, and unlearn it with the implicit hypergradient."""
 
 from __future__ import annotations
 
@@ -28,39 +28,39 @@ FIXED_POINT_STEP = 0.1
 
 
 class IBAU(Defense):
-    """Adversarial unlearning of backdoors: train against one perturbation that misleads the model on all images.
+    """Adversarial unlearning of backdoors: train against a universal adversarial perturbation.
 
-    Every round first seeks a perturbation d that is added to all images, by gradient descent on
+    Every round first searches for a perturbation d that is added to all images, by gradient descent on
     -CE(f(x + d), y) + `penalty` * |d|^2 from d = 0, and scales it into the ball |d| <= `radius`. It then passes once
-    over the clean images and minimises the cross-entropy by Adam, with d added to a share of each batch. Since d
+    over the clean images and minimises the cross-entropy with Adam, with d added to a share of each batch. Since d
     depends on the weights, the gradient has a second term, by the implicit function theorem; see `ops.hypergradient`.
     Images are in [0, 1], and x + d is not clipped.
 
-    With `applicator="patch"`, d is one tile that is repeated over the image, as the triggers of BadPatches are. Norms
-    and steps are those of the whole perturbation, so that both forms have the same budget.
+    With `applicator="patch"`, d is one tile that is repeated over the image, like the triggers of BadPatches. Norms and
+    steps refer to the full perturbation, so that both forms have the same budget.
 
-    The model is in evaluation mode throughout, as in the authors' code: norms keep their statistics, and nothing is
-    drawn at random. Everything is computed in fp32, since second derivatives need the digits.
+    The model is in evaluation mode throughout, as in the authors' code: norms keep their running statistics, and
+    dropout is off. Everything is computed in fp32, since second derivatives need the precision.
 
-    The control is `portion=0`: the same steps of Adam on clean images only. It differs from `fine-tuning` in the
-    optimizer and in that the statistics of norms are fixed; 5 rounds take as many steps as 5 epochs of `fine-tuning`.
+    The baseline is `portion=0`: the same steps of Adam on clean images only. It differs from `fine-tuning` in the
+    optimizer and in the fixed running statistics; 5 rounds take as many steps as 5 epochs of `fine-tuning`.
 
-    Departures: the number of inner steps is an option, while the source passes once over its 5,000 images in batches of
-    100. The map of the implicit gradient is that of the outer batch, while the authors' code takes that of the first
-    batch for all. There the inner loss is that of the model's own answers; here, as in the paper, of true labels. The
-    auxiliary losses of routed layers are left out.
+    Departures: the number of inner steps is an option; the source passes once over its 5,000 images in batches of 100.
+    The map of the implicit gradient is that of the outer batch; the authors' code uses that of the first batch for all.
+    In their code, the inner loss is computed for the model's own predictions; here, as in the paper, for the true
+    labels. The auxiliary losses of routed layers are omitted.
 
     Args:
         applicator: "image", or "patch" for a tile that is repeated.
-        patch_size: By patch, the side of the tile in pixels, a divisor of the image's height and width. None: that of
-            the model's patches, or 4 for a model without patches.
-        rounds: Rounds, from 1.
-        inner_steps: Steps of gradient descent on d in each round, from 1; each takes one batch.
+        patch_size: With "patch", the side of the tile in pixels, a divisor of the image's height and width. None: that
+            of the model's patches, or 4 for a model without patches.
+        rounds: Number of rounds, from 1.
+        inner_steps: Steps of gradient descent on d in each round, from 1; each uses one batch.
         inner_lr: Step size of d, above 0.
         penalty: Weight of the squared norm of d, at least 0.
         radius: Largest L2 norm of d, above 0.
-        portion: Share of each batch that d is added to when it is unlearned, in [0, 1]; at least one image if it is
-            not 0. The default is that of the authors' code, one image of 100. It is 1 in the paper, which may cost much
+        portion: Share of each batch to which d is added during unlearning, in [0, 1]; at least one image unless it is
+            0. The default is that of the authors' code, one image out of 100. It is 1 in the paper, which may cost much
             clean accuracy.
         fixed_point_steps: Steps K of the fixed-point iteration for the implicit gradient, from 1.
         scope: What is trained: "all", or the component "experts", "router" or "head".
@@ -116,19 +116,19 @@ class IBAU(Defense):
         canvas_side(self.applicator, self.patch_size, model, image_size)
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
-        """Take the steps of both players in each round.
+        """Count the inner and outer steps of each round.
 
         A step of unlearning passes its batch twice. Each step of the fixed-point iteration then goes backward through
-        the graph of a gradient. It passes no images, but takes as long as about two passes, and is counted as two.
+        the graph of a gradient, which takes about as long as two passes and is counted as two.
         """
         steps, left = divmod(self.inner_steps, math.ceil(held / recipe.batch_size))
         sought = steps * held + min(left * recipe.batch_size, held)
         return Cost(trained=self.rounds * (sought + (2 + 2 * self.fixed_point_steps) * held))
 
     def defend(self, task: DefenseTask) -> DefenseResult:
-        """Alternate between seeking the perturbation and unlearning it."""
+        """Alternate between searching for the perturbation and unlearning it."""
         game = self._game(task)
-        # Fused kernels of attention have no second derivatives.
+        # Fused attention kernels have no second derivatives.
         with sdpa_kernel(SDPBackend.MATH), torch.autocast(task.device.type, enabled=False):
             for number in range(self.rounds):
                 tile = self._seek(task, game, number)
@@ -141,7 +141,7 @@ class IBAU(Defense):
         return DefenseResult("unlearned", task.model)
 
     def _seek(self, task: DefenseTask, game: Game, number: int) -> Tensor:
-        """Return the tile of the perturbation that misleads the model most, as far as the steps go."""
+        """Search for the perturbation that maximises the loss, and return its tile."""
         tile = torch.zeros(game.tile_shape, device=task.device)
         batches = _batches(task, self.inner_steps, "inner", number)
         for images, labels in batches:
@@ -167,7 +167,7 @@ class IBAU(Defense):
             game.optimizer.step()
 
     def _game(self, task: DefenseTask) -> Game:
-        """Return what both players share."""
+        """Return the state that both steps share."""
         model, images = task.model.eval(), task.clean.images
         height, width = images.shape[2:]
         side = canvas_side(self.applicator, self.patch_size, model, task.image_size)
@@ -187,14 +187,14 @@ class IBAU(Defense):
 
 @dataclass(frozen=True)
 class Game:
-    """The model, what is trained of it, and the form of the perturbation.
+    """The model, its trained weights, and the form of the perturbation.
 
     Attributes:
         model: The model, in evaluation mode.
         weights: The parameters that are trained.
         optimizer: Their optimizer.
-        tile_shape: (1, C, S, S); for a perturbation of the whole image, (1, C, H, W).
-        repeats: How often the tile is repeated down and across.
+        tile_shape: (1, C, S, S); for a perturbation of the full image, (1, C, H, W).
+        repeats: How often the tile is repeated vertically and horizontally.
         penalty: Weight of the squared norm of the perturbation.
     """
 
@@ -206,7 +206,7 @@ class Game:
     penalty: float
 
     def spread(self, tile: Tensor) -> Tensor:
-        """Return the perturbation (1, C, H, W) that a tile gives."""
+        """Return the full perturbation (1, C, H, W) of a tile."""
         return tile.repeat(1, 1, *self.repeats)
 
     def descend(
@@ -214,8 +214,8 @@ class Game:
     ) -> Tensor:
         """Return the tile after one step of gradient descent on the inner loss.
 
-        The step is that of the whole perturbation among those that are the same in every tile. Its gradient is the mean
-        over the tiles, while that of the tile is the sum.
+        The step is that of the full perturbation, projected onto perturbations that are the same in every tile: its
+        gradient is the mean over the tiles, while the gradient of the tile is the sum.
 
         Args:
             tile: Of `tile_shape`; requires gradients.

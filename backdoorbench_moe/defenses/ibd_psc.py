@@ -1,4 +1,4 @@
-"""IBD-PSC: reject an image whose prediction stays confident when scales of the last norms are increased."""
+"""IBD-PSC: reject an image whose prediction stays confident when the parameters of the last norms are scaled up."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ from backdoorbench_moe.ops.ranges import check_integer, check_share
 
 
 class IBDPSC(InputFilter):
-    """IBD-PSC: reject an image whose prediction stays confident when scales and shifts of the last norms are increased.
+    """IBD-PSC: reject an image whose prediction stays confident when the last norms' scales and shifts are scaled up.
 
-    The scales and shifts of the last k norms are multiplied by `factor`, for `models` consecutive numbers k. The score
-    is the mean, over these models, of the probability of the class that the unchanged model predicts. The first k is
-    the smallest with which the model is wrong about more than `error` of the reserved images; if there is none, or too
-    few norms follow, the last `models` numbers are taken. The detail "norms" of the judgement lists the numbers k.
+    The scales and shifts of the last k norms are multiplied by `factor`, for `models` consecutive values of k. The
+    score is the probability of the class that the original model predicts, averaged over these scaled models. The first
+    k is the smallest for which the scaled model misclassifies more than `error` of the reserved images; if there is
+    none, or too few norms are left, the last `models` values are used. The detail "norms" of the judgement lists the
+    values of k.
 
-    Norms are counted in the order in which they are computed. Batch norms are those of the paper; layer and group norms
-    are taken as well [ours].
+    Norms are counted in the order in which they are computed.
 
-    Departure: by default the threshold is a quantile of the scores of clean images (`fpr`), see `threshold`.
+    Departures: by default, the threshold is a quantile of the scores of clean images (`fpr`), see `threshold`. The
+    paper scales batch norms; here, layer and group norms are scaled as well.
 
     Args:
         factor: Factor of scales and shifts, above 1.
-        models: Number of scaled models.
-        error: Share of clean images that the first scaled model must be wrong about, in [0, 1].
-        reserve: Number of the defender's images that the first k is chosen with; they do not set the threshold.
+        models: Number of scaled models, from 1.
+        error: Share of the reserved images that the first scaled model must misclassify, in [0, 1].
+        reserve: Number of the defender's images that are used to choose the first k, from 1; they do not set the
+            threshold.
         fpr: Highest false positive rate, in (0, 1): the probability that a clean image is rejected.
-        threshold: A fixed threshold, which takes the place of `fpr`; None for none. It is 0.9 in the paper.
+        threshold: A fixed threshold that replaces `fpr`; None for none. It is 0.9 in the paper.
         calibrate: Largest number of the defender's other images that are used to set the threshold.
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
 
@@ -82,7 +84,7 @@ class IBDPSC(InputFilter):
         self.factor, self.models, self.error, self.reserve = factor, models, error, reserve
 
     def check(self, model: nn.Module) -> None:
-        """Raise ConfigError if the model has fewer norms than models are wanted."""
+        """Raise ConfigError if the model has fewer than `models` norms."""
         count = len(norm_units(model))
         if count < self.models:
             raise ConfigError(
@@ -91,16 +93,16 @@ class IBDPSC(InputFilter):
             )
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
-        """Pass each image through the model and the scaled ones, which are chosen with the reserved images.
+        """Choose the scaled models with the reserved images; pass each image through the original and scaled models.
 
-        The choice ends with the first number of norms that fits, so that this is an upper bound.
+        This is an upper bound, since the search ends with the first number of norms that fits.
         """
         tried, passes = len(norm_units(model)) - self.models, 1 + self.models
         ordered = min(2, self.reserve)
         return Cost(predicted=ordered + tried * self.reserve + passes * self.calibrated(held), judged=passes)
 
     def prepare(self, task: DefenseTask, reserved: Split) -> tuple[Score, dict[str, object]]:
-        """Choose the numbers of norms, and return the score and these numbers."""
+        """Choose the numbers of norms to scale, and return the score and these numbers."""
         model = task.model
         norms = norms_in_order(task, reserved.images[:2])
         chosen = self._choose(task, norms, reserved)
@@ -146,7 +148,7 @@ def norms_in_order(task: DefenseTask, images: Tensor) -> list[nn.Module]:
 
 @contextmanager
 def scaled(norms: Sequence[nn.Module], factor: float) -> Iterator[None]:
-    """Multiply scales and shifts of norms inside the block. Afterwards they are restored bit for bit."""
+    """Multiply the scales and shifts of norms inside the block. Afterwards, they are restored exactly."""
     tensors = [p for norm in norms for p in (norm.weight, norm.bias) if isinstance(p, Tensor)]
     kept = [tensor.detach().clone() for tensor in tensors]
     try:

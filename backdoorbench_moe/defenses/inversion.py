@@ -1,4 +1,4 @@
-"""Inversion of triggers: for each target of a goal, the smallest stamp that reaches it."""
+"""Trigger inversion: for each target of a goal, find the smallest stamp that reaches it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from backdoorbench_moe.defenses.goals import Goal
 from backdoorbench_moe.defenses.stamps import canvas_shape
 from backdoorbench_moe.ops.seeding import generator
 
-# Of the original code: the weight of the size at the start, and its factors up and down.
+# As in the original code: the first weight of the size, and the factors by which it is raised and lowered.
 FIRST_WEIGHT, UP, DOWN = 1e-3, 2.0, 2**1.5
 # Number of images of 32x32 that are stamped at a time by default: 20 targets with batches of 32.
 PIXELS_AT_ONCE = 640 * 32 * 32
-# The size has to fall by this share, or it counts as not improved.
+# The size counts as improved only if it falls by more than this share.
 IMPROVEMENT = 0.01
 
 
@@ -27,14 +27,14 @@ class Search:
     """How triggers are searched for.
 
     Args:
-        epochs: Most passes over the images for each target.
+        epochs: Largest number of passes over the images for each target.
         batch_size: Number of images that one step stamps for each target.
-        success: Share of what a stamp could bring to its target, in (0, 1), that it must bring there; see `Outcome`.
-        patience: Number of epochs after which the weight of the size is changed; twice as many without a smaller
-            stamp end the search.
+        success: Success rate, hits / counts of `Outcome`, that a stamp must reach, in (0, 1).
+        patience: Number of epochs after which the weight of the size is changed; the search ends after twice as many
+            without a smaller stamp.
         at_once: Number of targets whose stamps are searched for in one pass through the model; as many as stamp
             `PIXELS_AT_ONCE` pixels if None.
-        seed: Seed of the start and of the order of the images.
+        seed: Seed of the initial stamps and of the order of the images.
     """
 
     epochs: int
@@ -52,8 +52,8 @@ class Found:
     Args:
         values: (K, 4, h, w), mask and pattern of the smallest stamp of each target that succeeds; if there is none, of
             the last one.
-        sizes: Their sizes, the sums of the masks in pixels of the canvas; the size of the canvas if there is none.
-        success: The share of what they could bring to the target that they do bring there.
+        sizes: Their sizes, the sums of the masks in pixels of the canvas; the size of the canvas if none succeeds.
+        success: Their success rates, hits / counts of `Outcome`.
         epochs: Number of passes over the images that each target took.
         failed: Whether no stamp of the target succeeded.
     """
@@ -83,12 +83,12 @@ class _Target:
     _moved: set[str] = field(default_factory=set)
 
     def update(self, values: Tensor, size: float, success: float, search: Search) -> None:
-        """Take the result of one epoch: keep the stamp if it is the best, adapt the weight, decide whether to end.
+        """Process the result of one epoch: keep the stamp if it is the best, adapt the weight, decide whether to stop.
 
         Args:
             values: (4, h, w), the stamp at the end of the epoch.
             size: Its size.
-            success: Share of successes in the epoch.
+            success: Success rate in the epoch.
             search: The options.
         """
         self.epochs += 1
@@ -112,24 +112,26 @@ class _Target:
 def invert(goal: Goal, targets: Sequence[int], search: Search) -> Found:
     """Search for the smallest stamp of each target.
 
-    Minimised is the loss of the goal plus a weight times the size of the stamp on the whole image. The weight starts at
-    0.001; it is doubled after `patience` epochs with a share of successes of at least `success`, and divided by 2^1.5
-    after as many below. The optimizer is Adam with a learning rate of 0.1 and betas of 0.5 and 0.9. A search ends after
-    twice `patience` epochs in which the size has not fallen by 1%, once the weight has been changed in both directions.
+    The search minimises the loss of the goal plus a weight times the size of the stamp on the full image. The weight
+    starts at 0.001; it is doubled after `patience` consecutive epochs with a success rate of at least `success`, and
+    divided by 2^1.5 after as many below it. The optimizer is Adam with a learning rate of 0.1 and betas of 0.5 and 0.9.
+    A search ends after twice `patience` epochs in which the size has not fallen by 1%, once the weight has been changed
+    in both directions.
 
-    `at_once` targets share a pass through the model, with the same images. The optimizer works on every value by
-    itself, so that this does not change what is found, except for the rounding.
+    `at_once` targets share a pass through the model, with the same images. The optimizer is elementwise, so this
+    changes the results by rounding errors only.
 
-    Departure from the paper's code: what is at the target without a stamp, such as the images of the class itself, is
-    left out, since it needs no stamp, and the start is drawn from the seed of each target.
+    Departures from the paper's code: the weight starts at 0.001; in the code it is 0 until the stamp has succeeded for
+    `patience` epochs. Images or patches that are at the target without a stamp, such as the images of the target class,
+    are left out. The initial stamp of a target is drawn from a seed.
 
     Args:
-        goal: What is searched for; its model is not changed.
+        goal: The goal; its model is not changed.
         targets: The numbers of K targets of the goal.
         search: The options.
 
     Source:
-        Wang et al., "Neural Cleanse", IEEE S&P 2019, section IV and its code.
+        Wang et al., "Neural Cleanse", IEEE S&P 2019, section IV, and its code bolunwang/backdoor.
     """
     images = goal.clean.images
     found = [_Target(number, _start(number, goal, search)) for number in targets]
@@ -164,7 +166,7 @@ def sizes_of(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure_success(goal: Goal, values: Tensor, target: int, search: Search) -> float:
-    """Return the share of what one stamp (4, h, w) could bring to a target that it does bring there."""
+    """Return the success rate of one stamp (4, h, w) for a target, hits / counts of `Outcome`."""
     hits, count = 0.0, 0.0
     for rows in goal.rows(target).split(search.batch_size):
         outcome = goal.outcome(goal.stamp(rows, values.unsqueeze(0)), rows, [target])
@@ -173,14 +175,14 @@ def measure_success(goal: Goal, values: Tensor, target: int, search: Search) -> 
 
 
 def _start(number: int, goal: Goal, search: Search) -> Tensor:
-    """Draw the free variables of a target, (4, h, w), from which the search starts."""
+    """Draw the initial free variables of a target, (4, h, w)."""
     shape = 4, *canvas_shape(goal.clean.images, goal.side)
     drawn = torch.randn(*shape, generator=generator(search.seed, "inversion", number))
     return drawn.to(goal.clean.images.device).requires_grad_()
 
 
 def _search_group(goal: Goal, group: list[_Target], search: Search) -> None:
-    """Search for the stamps of some targets at once; those that are done no longer take part."""
+    """Search for the stamps of several targets at once; those that are done no longer take part."""
     optimizer = torch.optim.Adam([each.free for each in group], lr=0.1, betas=(0.5, 0.9))
     for epoch in range(search.epochs):
         active = [each for each in group if not each.done]
@@ -202,13 +204,13 @@ def _run_epoch(
     targets = [each.number for each in active]
     weights = torch.tensor([each.weight for each in active], device=images.device)
     area = images[0, 0].numel()
-    # Numbers of images are whole, and exact in float64.
+    # Counts of images are integers, and exact in float64.
     hits = torch.zeros(len(active), dtype=torch.float64, device=images.device)
     counts = torch.zeros_like(hits)
     for rows in order.to(images.device).split(search.batch_size):
         values = to_values(torch.stack([each.free for each in active]))
         outcome = goal.outcome(goal.stamp(rows, values), rows, targets)
-        # The size on the whole image, so that a weight means the same for tiles of any side.
+        # The size on the full image, so that a weight means the same for tiles of any side.
         sizes = sizes_of(values) * (area / values[0, 0].numel())
         optimizer.zero_grad(set_to_none=True)
         (outcome.losses + weights * sizes).sum().backward()
@@ -221,7 +223,7 @@ def _run_epoch(
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside the block, let no parameter require gradients, so that none are computed for them."""
+    """Disable gradients of all parameters inside the block."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in before:

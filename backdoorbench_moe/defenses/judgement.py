@@ -14,7 +14,7 @@ from backdoorbench_moe.plain import plain
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Names in scores.npz that a judgement about samples has anyway.
+# Names in scores.npz that judgements about samples use.
 TAKEN = ("scores", "suspicious")
 
 About = Literal["input", "sample", "class", "expert", "model"]
@@ -27,23 +27,23 @@ class Judgement:
     Args:
         about: What is judged: an "input" (any image at test time), a "sample" (of the training set), a "class", an
             "expert", or the "model".
-        reason: One sentence that says what the scores measure, and which scores are suspicious.
+        reason: One sentence that states what the scores measure, and which scores are suspicious.
         scores: Scores by name, such as "moe/2" for an expert or "3" for a class; for samples, (N,) float, one for
             each image of the training set, higher for more suspicious ones; for inputs, None. They should be finite:
             NaN and infinity are recorded as null, and those of samples are refused.
         threshold: The score that separates suspicious from unsuspicious; None if no threshold was used.
         suspicious: Names of what is suspicious; for samples, (n,) int64 indices; for inputs, empty.
-        details: Further values for the record: texts, numbers, lists and mappings. Those of NumPy and PyTorch are
+        details: Further values for the record: strings, numbers, lists and mappings. NumPy and PyTorch values are
             converted.
         judge: Function that scores inputs, given if and only if `about` is "input". It takes images (B, 3, H, W)
             uint8 and returns (B,) finite floats. Images with a score above `threshold` are rejected. The score of
             an image must not depend on the other images of the batch. The engine evaluates it after the defense has
             returned, on clean and triggered test images in shuffled batches.
-        arrays: Tensors by name that are too large for the record, such as inverted triggers; the run folder keeps them
-            in `scores.npz`. The names "scores" and "suspicious" are taken.
+        arrays: Tensors by name that are too large for the record, such as inverted triggers; they are stored in
+            `scores.npz` in the run folder. The names "scores" and "suspicious" are reserved.
 
     Raises:
-        PluginError: A field is missing, has a value that it cannot have, or contradicts another one.
+        PluginError: A field is missing, has an invalid value, or contradicts another one.
     """
 
     about: About

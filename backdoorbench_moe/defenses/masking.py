@@ -1,4 +1,4 @@
-"""What ANP and RNP share: masks of channels, experts and gates that are learned, and the pruning by them."""
+"""Learned masks of channels, experts and gates, and pruning by these masks, shared by ANP and RNP."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ Masks = Sequence[tuple[Units, Tensor]]
 
 # Thresholds that are tried if the clean accuracy decides.
 LADDER = tuple(step / 20 for step in range(20))
-# Lowest mask of an expert while masks are learned. At 0, scale and shift of a norm are both 0; the ReLU behind it then
-# passes no gradient, so that the mask could never rise again.
+# Lowest mask of an expert while masks are learned. At 0, scale and shift of a norm are both 0; the ReLU after it then
+# passes no gradient, so the mask could never rise again.
 LEAST_EXPERT = 1e-3
 
 
 class MaskPruning(Defense):
-    """Base class of defenses that learn a mask from 0 to 1 for each unit of the model, and prune those with a low mask.
+    """Base class of defenses that learn a mask in [0, 1] for each unit of the model, and prune those with a low mask.
 
-    The units are the channels of all norms with a scale (batch, layer and group norms) and, in the MoE form, whole
+    The units are the channels of all norms with a scale (batch, layer and group norms) and, in the MoE form, complete
     experts and their gates. A pruned channel has a scale of zero and keeps its shift, a pruned expert is muted, and a
     pruned gate is a row of zeros in the router. Every routed layer keeps at least the expert with the highest mask.
 
-    Subclasses implement `learn_masks`, and set `reason`, what a low mask means.
+    Subclasses implement `learn_masks`, and set `reason`, the meaning of a low mask.
 
     Args:
-        threshold: Units with a mask of at most this value are pruned, in [0, 1). Below 0.001, no expert is pruned, as
-            the masks of experts stay above; see `LEAST_EXPERT`.
-        accuracy_drop: If given, it takes the place of `threshold`: the highest of the thresholds 0, 0.05, ... 0.95 is
-            used up to which accuracy on the defender's images falls by at most this many percentage points. If it falls
-            by more at 0 already, nothing is pruned.
-        experts: Whether whole experts and their gates are masked, too. None: True if the model names its experts.
+        threshold: Units with a mask of at most this value are pruned, in [0, 1). Below 0.001, no expert is pruned,
+            since masks of experts cannot be lower; see `LEAST_EXPERT`.
+        accuracy_drop: If given, it replaces `threshold`: thresholds are tried in the order 0, 0.05, ... 0.95, and the
+            last one is used before accuracy on the defender's images falls by more than this many percentage points. If
+            it falls by more at 0, nothing is pruned.
+        experts: Whether to mask complete experts and their gates, too. None: True if the model names its experts.
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
 
     Raises:
@@ -77,24 +77,24 @@ class MaskPruning(Defense):
         """Learn the masks.
 
         Args:
-            task: The task, whose model must be left as it is.
+            task: The task; its model must not be changed.
             units: The units of the model.
 
         Returns:
-            For each of `units`, (n,) in [0, 1]; and details for the record.
+            The mask of each of `units`, (n,) in [0, 1]; and details for the record.
         """
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
         """Learn the masks, and with `accuracy_drop` measure the accuracy at each threshold.
 
-        The accuracy is no longer measured once it has fallen too far, so that this is an upper bound.
+        This is an upper bound, since the thresholds above the chosen one are not all tried.
         """
         tried = 0 if self.accuracy_drop is None else 1 + len(LADDER)
         return Cost(trained=self.trained_images(held), predicted=tried * held)
 
     @abstractmethod
     def trained_images(self, held: int) -> int:
-        """Return how many images `learn_masks` passes forward and backward at most, each as often as it is.
+        """Return how many images `learn_masks` passes forward and backward at most, counted once for each pass.
 
         Args:
             held: Number of images that the defender holds.
@@ -123,7 +123,7 @@ class MaskPruning(Defense):
     def _judge(
         self, masks: Masks, threshold: float | None, details: Mapping[str, Any]
     ) -> Iterator[Judgement]:
-        """Yield the finding about the model, and in the MoE form that about its experts."""
+        """Yield the judgement about the model, and in the MoE form the one about its experts."""
         low = {
             (units.kind, units.layer): [] if threshold is None else low_units(units, mask, threshold)
             for units, mask in masks
@@ -163,7 +163,7 @@ class MaskPruning(Defense):
 
 
 def low_units(units: Units, mask: Tensor, threshold: float) -> list[int]:
-    """Return the numbers of the units to prune: those with a low mask, but never all experts of a layer.
+    """Return the indices of the units to prune: those with a low mask, but never all experts of a layer.
 
     Args:
         units: The units.
@@ -186,16 +186,16 @@ def prune_low(model: nn.Module, masks: Masks, threshold: float) -> None:
 def highest_threshold(
     task: DefenseTask, masks: Masks, drop: float
 ) -> tuple[float | None, dict[float, float]]:
-    """Find up to which threshold the clean accuracy stays.
+    """Find the highest threshold at which the clean accuracy is kept.
 
     Args:
-        task: The task, whose model is as before afterwards.
+        task: The task; its model is restored afterwards.
         masks: The units and their masks.
         drop: How many percentage points of accuracy may be lost.
 
     Returns:
-        The highest threshold of `LADDER` before the first one at which more is lost, None if that is the lowest; and
-        the accuracy in percent at each threshold that was tried.
+        The last threshold of `LADDER` before the first one at which more is lost, None if that is the lowest; and the
+        accuracy in percent at each threshold that was tried.
     """
     state = task.model.state_dict()
     names = {name for units, _ in masks for name in units.rows}
@@ -215,7 +215,7 @@ def highest_threshold(
 
 
 class MaskedModel:
-    """A model whose units are masked, without a change of its weights.
+    """A model whose units are masked, without changing its weights.
 
     Args:
         model: The model.
@@ -224,7 +224,7 @@ class MaskedModel:
         precision: "fp32" or "bf16".
 
     Attributes:
-        masks: For each of the units a leaf tensor, (n,) float32, all ones.
+        masks: A leaf tensor for each of the units, (n,) float32, initially all ones.
     """
 
     def __init__(
@@ -243,19 +243,19 @@ class MaskedModel:
 
         Args:
             split: The images and labels.
-            noise: For each of the units what is added to the mask, (n,).
+            noise: Values that are added to the mask of each of the units, (n,).
             shifts: Factors of the shifts of norms, by the norm's name.
         """
         factors = self.masks if noise is None else [m + n for m, n in zip(self.masks, noise, strict=True)]
         tensors = masked_tensors(self.model, list(zip(self.units, factors, strict=True)), shifts)
         images = as_input(split.images)
-        # bf16 has the range of float32, so that losses need no scaling.
+        # bf16 has the range of float32, so losses need no scaling.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             logits = functional_call(self.model, tensors, (images,))
         return F.cross_entropy(logits.float(), split.labels)
 
     def backward(self, loss: Tensor) -> None:
-        """Set the gradients of the masks: 0 where none arrives, as at gates that choose one expert for each token."""
+        """Set the gradients of the masks; 0 if there is none, as for gates that choose one expert for each token."""
         gradients = torch.autograd.grad(loss, self.masks, materialize_grads=True)
         for mask, gradient in zip(self.masks, gradients, strict=True):
             mask.grad = gradient
@@ -268,12 +268,12 @@ class MaskedModel:
 
 
 def batches(split: Split, size: int, seed: int) -> Iterator[Split]:
-    """Yield batches without end: all images in a new order, epoch by epoch.
+    """Yield batches indefinitely: all images in a new random order in each epoch.
 
     Args:
         split: The images, at least two.
-        size: Images of a batch, at least two. The last batch of an epoch has those that are left. A single image that
-            is left is not used in this epoch, since it has no batch statistics.
+        size: Images in a batch, at least two. The last batch of an epoch may be smaller. If it would have a single
+            image, this image is not used in the epoch, since it has no batch statistics.
         seed: Seed of the orders.
 
     Raises:
@@ -291,7 +291,7 @@ def batches(split: Split, size: int, seed: int) -> Iterator[Split]:
 
 
 def steps_of_epoch(count: int, size: int) -> int:
-    """Return the number of batches of an epoch of `batches`, for `count` images in batches of `size`."""
+    """Return the number of batches in an epoch of `batches`, for `count` images in batches of `size`."""
     return count // size + (count % size > 1)
 
 
@@ -304,7 +304,7 @@ def images_of_steps(count: int, size: int, steps: int) -> int:
 
 @contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside the block, let batch norms normalise with the statistics of the batch; then restore their buffers."""
+    """Inside the block, batch norms normalise with the statistics of the batch; afterwards, buffers are restored."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     kept = [(module.training, [buffer.clone() for buffer in module.buffers()]) for module in norms]
     try:

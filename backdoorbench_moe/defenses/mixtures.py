@@ -1,7 +1,6 @@
-"""What defenses of mixtures share: the parts of a mixture, preferences for safe answers, and a loss on marked and clean
-images.
+"""Shared by defenses of mixtures: routers and experts, preferences for safe answers, a loss on marked and clean images.
 
-Where the data are texts, queries that the policy refuses take the place of marked images.
+For text data, queries that the policy refuses replace marked images.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from backdoorbench_moe.ops.answers import answer_loss
 from backdoorbench_moe.ops.images import Split, as_input
 from backdoorbench_moe.ops.tuning import Objective
 
-# From the logits (B, classes) of marked images, their gates (B, E, P) by layer, and their rows of labels to a scalar.
-# Of texts, the logits are (B, T, vocabulary); (2 B, T, vocabulary) if there are second answers, which follow the first.
+# Maps the logits (B, classes) of marked images, their gates (B, E, P) by layer, and their rows of labels to a scalar.
+# For texts, the logits are (B, T, vocabulary), or (2 B, T, vocabulary) with second answers, which follow the first.
 MarkedLoss = Callable[[Tensor, list[Tensor], Tensor], Tensor]
 
 
@@ -32,7 +31,7 @@ def mixture_of(model: object) -> MergedModel:
     """Return the model as a mixture of merged experts.
 
     Raises:
-        ConfigError: It is another model.
+        ConfigError: It is not a mixture.
     """
     if not isinstance(model, MergedModel):
         raise ConfigError(f"model: expected a mixture of merged experts, got {type(model).__name__}")
@@ -40,7 +39,7 @@ def mixture_of(model: object) -> MergedModel:
 
 
 def images_of_task(mixture: object, held: int) -> int:
-    """Return how many clean images of each task of a mixture the defender holds, who holds `held` in all."""
+    """Return how many clean images of each task of a mixture a defender with `held` images in total holds."""
     return max(1, held // mixture_of(mixture).num_experts)
 
 
@@ -55,17 +54,17 @@ def experts_in(layers: list[MoELayer]) -> list[nn.Module]:
 
 
 def safe_preferences(task: DefenseTask, model: nn.Module) -> tuple[Preferences, Tensor]:
-    """Return the preference for safe answers to marked images or refused texts, and the model's present margins.
+    """Return preferences for safe answers to marked images or refused texts, and the model's current margins.
 
-    The answers to give up are those that the data bring for texts. For an image it is the class with the largest logit
-    other than the safe one, since the defender does not know the attacker's target.
+    For texts, the rejected answers are the unsafe ones of the data. For an image, it is the class with the largest
+    logit other than the safe one, since the defender does not know the target class.
 
     Args:
         task: The task, which grants "marked".
         model: The model.
 
     Returns:
-        The preferences among M answers, and (M,) margins; see `Preferences.margins`.
+        M preferences, and their margins (M,); see `Preferences.margins`.
     """
     if task.unsafe is not None:
         preferences = Preferences(task.marked, task.unsafe)
@@ -77,7 +76,7 @@ def safe_preferences(task: DefenseTask, model: nn.Module) -> tuple[Preferences, 
 
 
 def strongest_other(logits: Tensor, answers: Tensor) -> Tensor:
-    """Return the class with the largest logit other than the answer, the first of several.
+    """Return the class with the largest logit other than the answer; in a tie, the first one.
 
     Args:
         logits: (B, classes).
@@ -102,8 +101,8 @@ def alignment_objective(
         marked_loss: The loss of the marked images.
         clean: The clean images and their labels.
         clean_weight: Weight of their cross-entropy, at least 0.
-        others: Second answers to the marked queries where the data are texts, which are passed through the model, too;
-            the last of a query's labels is the row of its second answer. None if there are none.
+        others: For text data, second answers to the marked queries, which are passed through the model, too; the last
+            label of a query is the row of its second answer. None if there are none.
     """
 
     def objective(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

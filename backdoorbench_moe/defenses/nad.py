@@ -1,4 +1,4 @@
-"""NAD: let the attention of the model follow that of a teacher, which is the model after plain tuning."""
+"""NAD: distil the attention maps of a teacher, the model after plain tuning, into the model."""
 
 from __future__ import annotations
 
@@ -30,44 +30,43 @@ from backdoorbench_moe.ops.ranges import check_integer, check_weight
 
 
 class NAD(Defense):
-    """Neural attention distillation: tune a copy of the model, the teacher, then tune the model toward its attention.
+    """Neural attention distillation: tune a copy of the model, the teacher, then distil its attention into the model.
 
     The attention of a feature map is the sum of its squares over the channels, divided by the L2 norm of these sums
     over all positions. The loss is that of plain tuning plus, for each map, beta times the mean squared difference
     between the attention of the model and that of the teacher, over images and positions.
 
     The maps are the outputs of the last block at each of the last three resolutions; in a transformer, those of three
-    blocks in equal distances. In pMoE the last map is that of the experts (`trunk.block1`, `trunk`, `moe.conv`). In a
-    model with MoE layers the blocks contain the experts. With `maps="trunk"` only maps before the first experts are
-    taken. Gates can be a further map: the gates of each expert over the patches, divided by their L2 norm.
+    equally spaced blocks. In pMoE, the last map is that of the experts (`trunk.block1`, `trunk`, `moe.conv`). In a
+    model with MoE layers, the blocks contain the experts. With `maps="trunk"`, only maps before the first experts are
+    used. The gates can be an additional map: the gates of each expert over the patches, divided by their L2 norm.
 
-    The teacher is the model after plain tuning. It is measured as the stage "teacher", which has the same weights as
-    after `fine-tuning` with the same scope, epochs, learning rate and clean images; NAD deserves credit only for what
-    it gains over that.
+    The teacher is the model after plain tuning. It is evaluated as the stage "teacher", which has the same weights as
+    after `fine-tuning` with the same scope, epochs, learning rate and clean images. Only improvements over that stage
+    are due to the distillation.
 
     Departures: epochs, learning rate, optimizer, schedule and augmentation are those of `fine-tuning`. The source tunes
-    the teacher for 10 epochs and the model for 20, with SGD and a learning rate of 0.1.
+    the teacher for 10 epochs and the model for 20, with SGD and a learning rate of 0.1. The map of the gates is ours.
 
     Args:
         maps: "all"; or "trunk", those before the first experts of a routed model.
-        layers: Dotted names of the modules whose outputs are the maps, instead of those that are chosen by `maps`.
+        layers: Dotted names of the modules whose outputs are the maps, instead of those that `maps` chooses.
         betas: Weight of each map, from the first to the last, at least 0 each. If a model has fewer maps, the last
-            weights are used. The defaults are those of the source.
+            weights are used. The defaults are those of the source's code.
         gate_weight: Weight of the gates of all routed layers, at least 0. Above 0, it requires a routed model.
         scope: What is trained, in the teacher and in the model: "all", or the component "experts", "router" or "head".
-        teacher_epochs: Epochs of plain tuning of the teacher, from 1; as many as `epochs` if None.
+        teacher_epochs: Epochs of plain tuning of the teacher, from 1; `epochs` if None.
         epochs: Epochs of the distillation, from 1.
         lr: Peak learning rate, above 0, for both; that of the run's recipe if None.
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
 
     Raises:
-        ConfigError: A value is out of range; or the model has no feature maps, no module of a given name, or not the
-            component.
+        ConfigError: A value is out of range; or the model does not have feature maps, a named module or the component.
 
     Source:
         Li et al., "Neural attention distillation: erasing backdoor triggers from deep neural networks", ICLR 2021,
-        eq. 1 to 3. The mean, instead of the L2 norm of eq. 2, is that of the authors' code (bboylyg/NAD), for which the
-        betas were chosen.
+        eq. 1 to 3. The mean squared difference replaces the L2 norm of eq. 2, as in the authors' code (bboylyg/NAD),
+        for which the betas were chosen.
     """
 
     tuning_length: ClassVar[str | None] = "epochs"
@@ -111,7 +110,7 @@ class NAD(Defense):
         check_names(model, self.layers or ())
 
     def check_images(self, model: nn.Module, image_size: int) -> None:
-        """Raise ConfigError if the model has no feature maps, or the output of a named module is none."""
+        """Raise ConfigError if the model has no feature maps, or the output of a named module is not a feature map."""
         with noise_for(model, image_size) as images:
             self._find_maps(model, images)
 
@@ -163,7 +162,7 @@ class NAD(Defense):
 
 
 def attention(features: Tensor) -> Tensor:
-    """Return where the features of a map are large: their sum of squares, normalised over the positions.
+    """Return the attention of a feature map: the sum of squares over the channels, normalised over the positions.
 
     Args:
         features: (B, C, P), C channels at P positions.
@@ -179,13 +178,13 @@ def attention_distance(features: Tensor, target: Tensor) -> Tensor:
 
     Args:
         features: (B, C, P).
-        target: (B, C, P), to which the distance is measured.
+        target: (B, C, P), the features of the teacher; C may differ.
     """
     return F.mse_loss(attention(features), attention(target))
 
 
 def gate_distance(routing: list[Routing], target: list[Routing]) -> Tensor:
-    """Return how much the gates over the patches differ, summed over the routed layers, a scalar.
+    """Return the distance between the gates of two models over the patches, summed over the routed layers, a scalar.
 
     The gates of each expert are divided by their L2 norm over the patches. The distance in a layer is the mean squared
     difference over images, experts and patches.

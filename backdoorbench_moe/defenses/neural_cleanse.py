@@ -1,4 +1,4 @@
-"""Neural Cleanse: invert a trigger for each class or expert, find those whose trigger is too small, and unlearn it."""
+"""Neural Cleanse: invert a trigger for each class or expert, flag those with an unusually small one, and unlearn it."""
 
 from __future__ import annotations
 
@@ -36,67 +36,69 @@ from backdoorbench_moe.ops.seeding import generator, seeded
 Toward = Literal["classes", "experts"]
 Unlearn = Literal["flagged", "smallest", "all", "none"]
 SUCCESS: Mapping[Toward, float] = {"classes": 0.98, "experts": 0.8}
-# Enough to see whether experts choose patches or patches choose experts.
+# Enough to tell whether experts choose patches or patches choose experts.
 NOISE_IMAGES = 4
 
 
 class NeuralCleanse(Defense):
-    """Invert a trigger for each class or expert, flag outliers, and teach the model to ignore such triggers.
+    """Neural Cleanse: invert a trigger for each class or expert, flag outliers, and unlearn the inverted triggers.
 
-    For each class, the smallest stamp is searched for with which the model takes clean images of other classes for this
-    class. A class is flagged if its stamp is smaller than those of the other classes by more than `threshold` robust
-    standard deviations (the anomaly index). Then the model is tuned on the defender's images, of which a part has an
-    inverted stamp and the true label.
+    For each class, the defense searches for the smallest stamp with which the model classifies clean images of other
+    classes as this class. A class is flagged if its anomaly index is above `threshold`, that is, if its stamp is that
+    many robust standard deviations smaller than the median of all classes. Then the model is tuned on the defender's
+    images, some of which have an inverted stamp and their true label.
 
-    By patch, one small stamp for all tiles is searched for, which is the form of the triggers of BadPatches.
+    With `applicator="patch"`, one small stamp for all tiles is searched for, the form of BadPatches triggers.
 
-    With `toward="experts"`, the smallest stamp is searched for that captures an expert: a tile of the size of the
-    model's patches, with which the router sends a patch to the expert. This is done for each expert of each routed
-    layer. On the image, one patch of each image is stamped, at a place that is drawn; by patch, all are. A stamp
-    succeeds if the share `success` of the stamped patches is processed by the expert; patches that it processes without
-    the stamp are left out. Where experts choose patches, as in pMoE, there is no search by patch: if all patches have
-    the same stamp, an expert can only choose among them. The labels of the images have no part in the search.
+    With `toward="experts"`, the defense searches for the smallest stamp that captures an expert: a tile of the size of
+    the model's patches with which the router sends a patch to the expert. This is done for each expert of each routed
+    layer. With `applicator="image"`, one random patch of each image is stamped; with "patch", all patches are. A stamp
+    succeeds if the expert processes a share of at least `success` of the stamped patches; patches that it processes
+    without the stamp are left out. If experts choose patches, as in pMoE, "patch" is refused: if all patches have the
+    same stamp, an expert can only choose among them. The labels of the images are not used in the search.
 
-    Experts are compared within their layer, as stamps for another layer may have to be larger. They are few: of two
-    experts none can be an outlier, and among four with normally distributed sizes there is one with an index above 2 in
-    one layer of five. A backdoor need not have an expert of its own, and a clean router may prefer patterns as well:
-    an outlier is a reason to look at its stamp.
+    Experts are compared within their layer, as stamps for another layer may have to be larger. There are few of them:
+    of two experts, neither can be an outlier; of four with normally distributed sizes, one has an index above 2 in one
+    layer out of five. A backdoor does not always use a separate expert, and a clean router may prefer patterns as well:
+    an outlier is a reason to inspect its stamp.
 
-    The judgement about classes has the anomaly index of each class as its score, positive for stamps smaller than the
-    median. Its details have the size of each stamp ("sizes", the sum of its mask in pixels of the canvas), the share of
-    images that it brings into the class ("success"), the epochs of the search, the classes for which no stamp succeeded
-    ("failed"; they count as if their stamp covered the canvas) and the classes whose stamp was unlearned. The stamps
-    themselves are in `scores.npz`: `0/masks` (classes, 1, h, w) and `0/patterns` (classes, 3, h, w). The judgement
-    about experts has the same of experts, by name, such as "moe/2"; in `scores.npz` they are in the order of the
-    layers.
+    In the judgement about classes, the score of a class is its anomaly index, positive for stamps smaller than the
+    median. The details contain the size of each stamp ("sizes", the sum of its mask in pixels of the canvas), the share
+    of images that are classified as the class ("success"), the epochs of the search, the classes for which no stamp
+    succeeded ("failed"; they count as if their stamp covered the canvas) and the classes whose stamp was unlearned. The
+    stamps themselves are in `scores.npz`: `0/masks` (classes, 1, h, w) and `0/patterns` (classes, 3, h, w). The
+    judgement about experts contains the same for experts, by name, such as "moe/2"; in `scores.npz` they are in the
+    order of the layers.
 
-    The smallest stamp can be weaker than the attacker's trigger. A model that has learned to ignore it may then still
-    react to the trigger, such as to a picture that is blended into all tiles. By patch, the other classes have small
-    stamps, too, so that the attacker's class need not be an outlier; hence the default of `unlearn`.
+    The smallest stamp can be weaker than the attacker's trigger. A model that has learned to ignore the stamp may still
+    react to the trigger, for example to a picture that is blended into all tiles. With "patch", the other classes have
+    small stamps, too, so the target class may not be an outlier; this is the reason for the default of `unlearn`.
 
-    The time is that of `epochs` times the number of classes, or of experts in all layers, passes over the images,
-    forward and backward. Classes share passes through the model, which keeps a GPU busy but does not reduce the
-    number of images.
+    The search takes `epochs` forward and backward passes over the images for each class, or for each expert in all
+    layers. Classes share batches, which keeps a GPU busy but does not reduce the number of images.
 
-    Departures: the paper unlearns with 10% of the training images, 20% of them stamped, in one epoch, and unlearns
-    flagged classes only. The search toward experts is ours.
+    Departures: the paper unlearns in one epoch, on 10% of the training images, of which 20% are stamped, and unlearns
+    flagged classes only. The success threshold of the search is 0.99 in the paper's code; here it is 0.98, as in
+    BackdoorBench. See `defenses.inversion.invert` for further differences in the search. The search toward experts is
+    ours.
 
     Args:
         toward: "classes", as in the paper, or "experts".
-        applicator: Where a stamp is searched for. "image": on the whole image, as in the paper. "patch": one tile that
-            is stamped on all tiles of the image.
-        patch_size: By patch, the side of the tile in pixels, a divisor of the image's height and width. None: that of
-            the model's patches, or 4 for a model without patches. Toward experts always that of the patches.
-        epochs: Most passes over the images in the search for one stamp, from 1.
+        applicator: What a stamp covers. "image": the full image, as in the paper. "patch": one tile, which is stamped
+            on all tiles of the image.
+        patch_size: With "patch", the side of the tile in pixels, a divisor of the image's height and width. None: that
+            of the model's patches, or 4 for a model without patches. Must be None with `toward="experts"`, which always
+            uses that of the patches.
+        epochs: Largest number of passes over the images in the search for one stamp, from 1.
         batch_size: Number of images that one step of the search stamps for each class, from 1.
-        success: Share of the images of other classes that a stamp must bring into the class, in (0, 1); for experts, of
-            the stamped patches of other experts. None: 0.98 for classes, as in the paper, and 0.8 for experts, since
-            some patches are hard to capture whatever the stamp.
+        success: Share of the images of other classes that must be classified as the class, in (0, 1); for experts, the
+            share of the stamped patches of other experts that the expert must process. None: 0.98 for classes, and 0.8
+            for experts, since some patches are hard to capture with any stamp.
         patience: Number of epochs after which the weight of the size is changed, from 1.
-        classes_at_once: Number of classes, or experts, that share a pass through the model, from 1. None: as many as
-            stamp 640 images of 32x32 at a time, or as many pixels of larger images.
+        classes_at_once: Number of classes, or experts, that share a pass through the model, from 1. None: so many that
+            640 images of 32x32, or as many pixels of larger images, are stamped at a time.
         threshold: Anomaly index above which a class or expert is flagged, above 0.
-        unlearn: Whose stamps the model is taught to ignore. "flagged": those of flagged classes; if there are none, the
+        unlearn: Whose stamps the model learns to ignore. "flagged": those of flagged classes; if there are none, the
             model is not changed. "smallest": those of flagged classes; if there are none, the one with the largest
             anomaly index. "all": those of all classes. "none": the model is not changed. The same for experts.
         unlearn_epochs: Epochs of tuning, from 1.
@@ -105,8 +107,8 @@ class NeuralCleanse(Defense):
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
 
     Raises:
-        ConfigError: A value is out of range, or the tiles do not cover the images; or, toward experts, the model does
-            not name its experts, or its routers leave nothing to choose.
+        ConfigError: A value is out of range, or the tiles do not cover the images; or, with `toward="experts"`, the
+            model does not name its experts, or its routers do not select.
 
     Source:
         Wang et al., "Neural Cleanse: Identifying and Mitigating Backdoor Attacks in Neural Networks", IEEE S&P 2019,
@@ -157,7 +159,7 @@ class NeuralCleanse(Defense):
         self.unlearn, self.unlearn_epochs, self.share, self.lr = unlearn, unlearn_epochs, share, lr
 
     def check(self, model: nn.Module) -> None:
-        """Raise ConfigError if experts are wanted, and the model does not name its experts."""
+        """Raise ConfigError if `toward` is "experts" and the model does not name its experts."""
         if self.toward == "experts":
             experts_of(model)
 
@@ -183,10 +185,10 @@ class NeuralCleanse(Defense):
             )
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
-        """Search for the stamp of each target, measure its success on the images that it can change, and unlearn.
+        """Search for the stamp of each target, measure its success, and unlearn.
 
-        For classes these are the images of other classes. For experts they are all images, which are routed once
-        without a stamp before.
+        For classes, success is measured on the images of other classes. For experts, it is measured on all images,
+        which are also routed once without a stamp.
 
         This is an upper bound: searches can end earlier, and without flagged classes there may be nothing to unlearn.
         """
@@ -242,7 +244,7 @@ class NeuralCleanse(Defense):
         flagged: Sequence[int],
         chosen: Sequence[int],
     ) -> Judgement:
-        """Return the finding about classes or experts; the record has values by class in lists, by expert by name."""
+        """Return the judgement; its details are lists for classes, and mappings by name for experts."""
         by_class = goal.about == "class"
 
         def listed(values: Sequence[float]) -> object:
@@ -295,7 +297,7 @@ REACHES: Mapping[Toward, str] = {
 
 
 def indices_of(goal: Goal, found: Found) -> list[float]:
-    """Return the anomaly index of each target among those that it is comparable with."""
+    """Return the anomaly index of each target within its group."""
     indices = [0.0] * len(goal.names)
     for group in goal.groups:
         for target, index in zip(group, anomaly_indices([found.sizes[t] for t in group]), strict=True):
@@ -316,7 +318,7 @@ def choose(unlearn: Unlearn, flagged: list[int], indices: Sequence[float]) -> li
 
 @torch.no_grad()
 def route_noise(model: nn.Module, image_size: int) -> list[Routing]:
-    """Return how a model routes a few images of noise, in evaluation mode; it is left as it was."""
+    """Return how a model routes a few images of noise, in evaluation mode; the model is not changed."""
     assert isinstance(model, RoutedModel)
     noise = torch.rand(NOISE_IMAGES, 3, image_size, image_size, generator=generator(0, "noise"))
     training = model.training
@@ -333,9 +335,9 @@ def stamp_one(values: Tensor, side: int | None, images: Tensor, *, one_tile: boo
 
     Args:
         values: (K, 4, h, w).
-        side: Side of the tiles; None if the stamps cover the whole image.
+        side: Side of the tiles; None if the stamps cover the full image.
         images: (B, 3, H, W) in [0, 1].
-        one_tile: Whether only one tile of each image is stamped, which is drawn as well.
+        one_tile: Whether to stamp only one random tile of each image.
     """
     row = torch.randint(len(values), (1,), device=images.device)
     stamped = stamp_all(blend_pattern, images, values[row], side)

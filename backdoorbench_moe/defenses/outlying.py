@@ -1,4 +1,4 @@
-"""What CLP and BNP share: channels whose score lies far above the mean of their group, and how they are reported."""
+"""Channels whose score is far above the mean of their group, shared by CLP and BNP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Group:
     Attributes:
         layer: Dotted name of the norm or layer.
         expert: Name of the expert that the channels belong to; None if they belong to no single expert.
-        start: Number of the first channel.
+        start: Index of the first channel.
         scores: (channels,) float64.
     """
 
@@ -37,11 +37,11 @@ class Group:
         return self.layer if self.expert is None else f"{self.layer} of {self.expert}"
 
     def far(self, u: float) -> list[int]:
-        """Return the numbers of the channels in the layer whose score is above mean + u standard deviations."""
+        """Return the indices of the channels in the layer whose score is above mean + u standard deviations."""
         return [self.start + place for place in (deviations(self.scores) > u).nonzero().flatten().tolist()]
 
     def most(self) -> float:
-        """Return how far the highest score is above the mean, in standard deviations."""
+        """Return the distance of the highest score from the mean, in standard deviations."""
         return deviations(self.scores).max().item()
 
 
@@ -51,8 +51,8 @@ def groups_of(model: nn.Module, layer: str, scores: Tensor, *, experts: bool) ->
     Args:
         model: The model.
         layer: Dotted name of the norm or layer.
-        scores: (channels,), one for each row of its weight.
-        experts: Whether to divide the channels by expert.
+        scores: (channels,), one for each row of the layer's weight.
+        experts: Whether to group the channels by expert.
     """
     scores = scores.double().cpu()
     ranges = expert_ranges(model, f"{layer}.weight") if experts else []
@@ -79,7 +79,7 @@ def check_deviations(u: float, sizes: Sequence[int]) -> None:
 
 
 def pruned_channels(groups: Sequence[Group], u: float) -> dict[str, list[int]]:
-    """Return the numbers of the channels that are too far above the mean of their group, by the layer's name."""
+    """Return the indices of the channels that are too far above the mean of their group, by the layer's name."""
     pruned: dict[str, list[int]] = {}
     for group in groups:
         if channels := group.far(u):
@@ -93,7 +93,7 @@ def judge_groups(groups: Sequence[Group], u: float, reason: str, details: Mappin
     Args:
         groups: All groups.
         u: The threshold in standard deviations.
-        reason: What the scores of single channels are, such as "Lipschitz bound".
+        reason: What the score of a channel is, such as "Lipschitz bound".
         details: Further details; "pruned", "channels" and "too_small" are added. "too_small" names the groups that
             have too few channels for one of them to exceed the threshold.
     """

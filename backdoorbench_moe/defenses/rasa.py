@@ -1,4 +1,4 @@
-"""RASA: repair the experts while the gates rest, and then keep the gates from avoiding or preferring them."""
+"""RASA: align the experts with frozen gates, then train the gates to route unsafe inputs like safe ones."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ from backdoorbench_moe.ops.routing import kl_divergence
 
 
 class RASA(Defense):
-    """Alternate between training experts to answer marked images safely, and gates to route these as clean images.
+    """Alternate between training experts to answer marked images safely, and gates to route these like clean images.
 
-    Gates that are aligned alone send marked images away from the poisoned expert, which stays as it is. Here each round
-    first trains the experts, with frozen gates, by the cross-entropy of marked images with their safe answer, the class
-    "reject", and of clean images. Then it trains the gates, with frozen experts, by the cross-entropy of clean images,
-    their auxiliary losses, and `kl_weight` times the KL divergence of their routing of marked images from a reference:
-    sum_e p_e log(p_e / q_e), mean over images, patches and layers, with the softmax over all experts on both sides.
+    If only the gates are aligned, they send marked images away from the poisoned expert, which stays poisoned. Here,
+    each round first trains the experts, with frozen gates, on the cross-entropy of marked images with their safe
+    answer, the class "reject", and of clean images. Then it trains the gates, with frozen experts, on the cross-entropy
+    of clean images, their auxiliary losses, and `kl_weight` times the KL divergence of the routing q of marked images
+    from a reference p: sum_e p_e log(p_e / q_e), averaged over images, patches and layers. Both are softmax
+    distributions over all experts.
 
     The reference p is the mean routing of the defender's clean images of all tasks before the defense, for each layer
-    and patch. The defender does not hold the marked images without their mark, of which the routing would be known.
+    and patch. The routing of the marked images without their mark is not available, since the defender does not hold
+    them.
 
-    Where the data are texts, training queries that the policy refuses, with the safe answers of the data, take the
-    place of marked images. The positions of different texts do not correspond, so that the reference of a layer is one
-    distribution: the mean over the positions of clean queries and answers. The divergence is the mean over those of the
-    refused ones.
+    For text data, training queries that the policy refuses, with the safe answers of the data, replace marked images.
+    The positions of different texts do not correspond, so the reference of a layer is one distribution: the mean over
+    the positions of clean queries and answers. The divergence is averaged over the positions of refused ones.
 
-    Departures: the source trains the experts that unsafe queries activate most. Here all experts of all layers are
+    Departures: the source trains the experts that unsafe queries activate most; here, all experts of all layers are
     trained. The direction of the divergence and the clean images in both steps are choices of this implementation.
 
     Args:
@@ -53,8 +54,8 @@ class RASA(Defense):
         clean_weight: Weight of the cross-entropy of clean images, at least 0.
         lr: Peak learning rate of the experts, above 0; that of the tuning of experts if None.
         gate_lr: Peak learning rate of the gates, above 0; that of the run's gates if None.
-        clean_fraction: Number of clean images that the defender holds, as a share of the training images, in (0, 1];
-            and number of marked ones.
+        clean_fraction: Number of clean images that the defender holds, as a share of the training images, in (0, 1].
+            The number of marked images is the same.
 
     Raises:
         ConfigError: A value is out of range, or the model is not a mixture.
@@ -91,7 +92,7 @@ class RASA(Defense):
         mixture_of(model)
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
-        """Measure the gates of the clean images, then pass marked and as many clean ones in both steps of a round."""
+        """Measure the gates of the clean images, then train on marked and as many clean ones in both steps."""
         clean = mixture_of(model).num_experts * images_of_task(model, held)
         return Cost(trained=2 * 2 * self.rounds * self.epochs * held, predicted=clean)
 
@@ -123,7 +124,7 @@ class RASA(Defense):
 def mean_gates(task: DefenseTask) -> list[Tensor]:
     """Return the mean gates of the defender's clean images, (E, P) float32 for each layer, first layer first.
 
-    Of texts, (E, 1): the mean over the positions of a query and its answer, and over the texts.
+    For texts, (E, 1): the mean over the positions of a query and its answer, and over the texts.
     """
     clean, sums, done = task.clean, list[Tensor](), 0
     weights = mean_weights(text_positions(clean.labels)).unsqueeze(1) if clean.labels.ndim > 1 else None
@@ -135,5 +136,5 @@ def mean_gates(task: DefenseTask) -> list[Tensor]:
         found = [gates.sum(0) for gates in found]
         sums = [one + other for one, other in zip(sums, found, strict=True)] if sums else found
         done += count
-    # Divided outside of inference mode, so that the result can be part of a loss.
+    # The division is outside of inference mode, so that the result can be used in a loss.
     return [each / len(clean) for each in sums]

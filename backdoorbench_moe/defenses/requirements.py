@@ -1,4 +1,4 @@
-"""Checks of options and models that several defenses share, and the clean accuracy that they rank experts by."""
+"""Checks of options and models that several defenses share, and the clean accuracy by which they rank experts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Scope = Literal["all", "experts", "router", "head"]
 
 
 def check_tuning(epochs: int, lr: float | None, *, at_least: int) -> None:
-    """Check the options of a tuning on clean images.
+    """Check the options for tuning on clean images.
 
     Raises:
         ConfigError: There are fewer than `at_least` epochs, or the learning rate is not a positive number.
@@ -32,7 +32,7 @@ def structure(model: object) -> Structured:
     """Return the model as a `Structured` one.
 
     Raises:
-        ConfigError: It does not have that protocol.
+        ConfigError: It does not implement this protocol.
     """
     if not isinstance(model, Structured):
         raise ConfigError(
@@ -96,7 +96,7 @@ def experts_of(model: object) -> list[Expert]:
     """Return all experts of a model.
 
     Raises:
-        ConfigError: The model has no routing, or does not have the protocol `WithExperts`.
+        ConfigError: The model has no routing, or does not implement the protocol `WithExperts`.
     """
     check_routed(model)
     if not isinstance(model, WithExperts):
@@ -108,14 +108,14 @@ def experts_of(model: object) -> list[Expert]:
 
 
 def treats_experts(model: nn.Module, experts: bool | None) -> bool:
-    """Return whether a defense treats experts as units of their own.
+    """Return whether a defense treats experts as separate units.
 
     Args:
         model: The model.
-        experts: What the user wants; None for "if the model has experts".
+        experts: The user's choice; None for "if the model has experts".
 
     Raises:
-        ConfigError: It is wanted, but the model does not name its experts.
+        ConfigError: The user chose True, but the model does not name its experts.
     """
     if experts is None:
         return isinstance(model, RoutedModel) and isinstance(model, WithExperts)
@@ -136,7 +136,7 @@ def accuracy_without(
     """Measure the clean accuracy without each of some experts.
 
     Args:
-        task: The task, whose model is evaluated and left as it is.
+        task: The task; its model is evaluated and not changed.
         candidates: Experts that are muted one at a time.
         dropped: Experts that are muted in all measurements.
 
@@ -151,7 +151,7 @@ def accuracy_without(
 
 
 def least_missed(experts: Iterable[Expert], accuracy: Mapping[str, float]) -> Expert:
-    """Return the expert without which the accuracy is highest; the first of several.
+    """Return the expert without which the accuracy is highest; in a tie, the first one.
 
     Args:
         experts: The experts to choose from.

@@ -18,13 +18,13 @@ from backdoorbench_moe.ops.ranges import check_interval
 class Reroute(Defense):
     """Mask the experts whose usage by clean images is below a threshold.
 
-    The usage of an expert is the sum of the gates of all patches that it selected in the clean images, divided by the
+    The usage of an expert is the sum of the gates of all patches that it processes in the clean images, divided by the
     mean of this sum over the experts of its layer. It is 1 for every expert if all are used equally.
 
     If the model has the method `mask_expert` (see `moe.structure.MasksExperts`), its router then chooses other experts.
-    In other models the expert is muted instead, so that its output has no effect on the logits. The most used expert of
-    a layer is never masked. The model is not trained further. The scores of the judgement are the usages. It is
-    possible that no expert is suspicious.
+    In other models, the expert is muted instead, so that its output has no effect on the logits. The most used expert
+    of a layer is never masked. The model is not trained further. The scores of the judgement are the usages. If no
+    usage is below the threshold, nothing is masked.
 
     Args:
         threshold: Usage below which an expert is masked, in (0, 1].
@@ -33,6 +33,9 @@ class Reroute(Defense):
     Raises:
         ConfigError: A value is out of range; or, when the model is checked, it does not implement the protocol
             `WithExperts`.
+
+    Source:
+        Ours.
     """
 
     def __init__(self, *, threshold: float = 0.5, clean_fraction: float = 0.05) -> None:

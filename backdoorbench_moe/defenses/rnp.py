@@ -1,4 +1,4 @@
-"""RNP: unlearn the clean task, see which channels recover it least, and prune those in the original model."""
+"""RNP: unlearn the clean task, find the channels that recover it least, and prune them in the original model."""
 
 from __future__ import annotations
 
@@ -32,35 +32,35 @@ CLIP = 20.0
 
 
 class RNP(MaskPruning):
-    """Reconstructive neuron pruning: unlearn clean images, recover by masks, and prune what stays masked.
+    """Reconstructive neuron pruning: unlearn clean images, recover them with masks, and prune what stays masked.
 
     1. Unlearn: a copy of the model is trained by gradient ascent on the clean images, until its accuracy on them, in
        training mode, is at most `unlearn_to`.
-    2. Recover: masks of the copy's channels are learned by descent on the same images. The factors of the scales are
-       masked, and kept in [0, 1].
+    2. Recover: masks of the copy's channels are learned by gradient descent on the same images. A mask, in [0, 1],
+       multiplies the channel's scale.
     3. Prune: channels with a low mask are pruned in the *original* model, whose weights are otherwise unchanged.
 
-    The threshold is fixed, or given by the clean accuracy (`accuracy_drop`). The original tries thresholds and reports
-    the success of the attack on test images for each, which a defender does not have.
+    The threshold is fixed, or determined by the clean accuracy (`accuracy_drop`). The original tries several thresholds
+    and reports the attack success rate on test images for each, which a defender cannot measure.
 
-    Departures: gradients are clipped after they are computed; the original clips those of the step before. If the
-    accuracy does not fall to `unlearn_to` in `epochs` epochs, the copy is used as it is then; the detail "unlearned_to"
-    of the judgement is the accuracy that was reached, in percent. Images are not augmented. Layer norms, experts and
-    gates are masked as well [ours].
+    Departures: gradients are clipped after they are computed; the original code clips those of the previous step. If
+    the accuracy does not fall to `unlearn_to` within `epochs` epochs, the copy is used as it is; the detail
+    "unlearned_to" of the judgement is the accuracy that was reached, in percent. Images are not augmented. Masks of
+    layer norms, group norms, experts and gates are our extension.
 
     Args:
         threshold: Units with a mask of at most this value are pruned, in [0, 1).
-        accuracy_drop: If given, it takes the place of `threshold`: the highest of the thresholds 0, 0.05, ... 0.95 is
-            used up to which accuracy on the defender's images falls by at most this many percentage points. If it falls
-            by more at 0 already, nothing is pruned.
+        accuracy_drop: If given, it replaces `threshold`: thresholds are tried in the order 0, 0.05, ... 0.95, and the
+            last one is used before accuracy on the defender's images falls by more than this many percentage points. If
+            it falls by more at 0, nothing is pruned.
         unlearn_to: Accuracy at which unlearning ends, in [0, 1].
         unlearn_lr: Learning rate of unlearning, above 0.
         mask_lr: Learning rate of the masks, above 0.
-        epochs: Largest number of epochs of unlearning, and number of epochs of recovering; from 1.
-        batch_size: Images of a step, from 2.
-        experts: Whether whole experts and their gates are masked, too. False is the original, which does not know of
-            experts. None: True if the model names its experts.
-        clean_fraction: Share of the training images that the defender holds, in (0, 1].
+        epochs: Largest number of epochs of unlearning, and number of epochs of recovery; from 1.
+        batch_size: Images in a step, from 2.
+        experts: Whether to mask complete experts and their gates, too. False: as in the original, which has no experts.
+            None: True if the model names its experts.
+        clean_fraction: Share of the training images that the defender holds, in (0, 1]; 0.01 in the original.
 
     Raises:
         ConfigError: A value is out of range, or the model has no norms with a scale.
@@ -111,15 +111,15 @@ class RNP(MaskPruning):
         return masked.masks, {"unlearned_to": accuracy}
 
     def trained_images(self, held: int) -> int:
-        """Unlearning takes as many epochs as recovering at most; it can end earlier."""
+        """Unlearning takes at most as many epochs as recovery; it can end earlier."""
         return 2 * images_of_steps(held, self.batch_size, self.epochs * steps_of_epoch(held, self.batch_size))
 
     def unlearn(self, task: DefenseTask) -> tuple[nn.Module, float]:
         """Unlearn the clean images.
 
         Returns:
-            A copy of the model that has unlearned, in evaluation mode; and its accuracy in the last epoch, in percent
-            and in training mode.
+            The unlearned copy of the model, in evaluation mode; and its accuracy in the last epoch, in percent and in
+            training mode.
         """
         model = copy.deepcopy(task.model)
         optimizer = torch.optim.SGD(

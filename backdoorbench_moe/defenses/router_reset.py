@@ -1,4 +1,4 @@
-"""Router-reset: re-initialise the router and train it again on clean images."""
+"""Router-reset: re-initialise the router and retrain it on clean images."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from backdoorbench_moe.defenses.routers import reset_routers, router_lr
 
 
 class RouterReset(Defense):
-    """Re-initialise the router and train it again on clean images.
+    """Re-initialise the router and retrain it on clean images.
 
-    Nothing is left of what the router learned from poisoned images. Experts that an earlier defense has masked stay
-    masked.
+    This removes everything that the router has learned from poisoned images. Experts that an earlier defense has masked
+    stay masked.
 
     Args:
-        scope: "router" trains the router only; "all" trains the whole model.
+        scope: "router" trains the router only; "all" trains the full model.
         epochs: Epochs of training, from 1.
         lr: Peak learning rate, above 0. If None, that of the run's recipe; for a mixture, with the scope "router", that
             of the training of its gates.
@@ -27,6 +27,9 @@ class RouterReset(Defense):
 
     Raises:
         ConfigError: A value is out of range, or the model has no router.
+
+    Source:
+        Ours.
     """
 
     takes_texts: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Resetting the routers or other modules of a model, and the rate at which routers are trained."""
+"""Resetting the routers or other modules of a model, and the learning rate of routers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from backdoorbench_moe.defenses.requirements import router_of
 
 
 def router_lr(task: DefenseTask, lr: float | None) -> float | None:
-    """Return the peak learning rate of routers: the given one; if None, that of the run's gates, if it has any."""
+    """Return the peak learning rate of routers: `lr`; if None, that of the run's gates, if there are any."""
     return task.gate_train.lr if lr is None and task.gate_train is not None else lr
 
 
 def reset_routers(task: DefenseTask) -> None:
-    """Give the routers of the task's model newly drawn weights, in place. Masked experts stay masked.
+    """Re-initialise the routers of the task's model, in place. Masked experts stay masked.
 
     Raises:
         ConfigError: The model has no router.
@@ -27,10 +27,10 @@ def reset_routers(task: DefenseTask) -> None:
 
 @torch.no_grad()
 def reset_modules(modules: Iterable[nn.Module], drawn: Iterable[nn.Module]) -> None:
-    """Copy all weights of newly drawn modules into others of the same shapes, in place."""
+    """Copy all weights of newly initialised modules into modules with the same shapes, in place."""
     for own, new in zip(modules, drawn, strict=True):
         fresh = new.state_dict()
         for name, tensor in own.state_dict().items():
-            # Other types are not learned, such as the mask of experts.
+            # Tensors of other types, such as the mask of experts, are not learned.
             if tensor.is_floating_point():
                 tensor.copy_(fresh[name])

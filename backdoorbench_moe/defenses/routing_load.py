@@ -1,4 +1,4 @@
-"""Routing load: reject an image that loads the experts unlike clean images do."""
+"""Routing load: reject an image with an unusual load of the experts."""
 
 from __future__ import annotations
 
@@ -22,36 +22,37 @@ from backdoorbench_moe.ops.routing import load_entropy, load_shares, nearest_loa
 
 Load = Literal["experts", "patches", "gates"]
 LOADS: tuple[Load, ...] = ("experts", "patches", "gates")
-# A variation below this is one of rounding.
+# A smaller variation is a rounding error.
 CONSTANT = 1e-9
 
 
 class RoutingLoad(InputFilter):
     """Reject an image whose patches are distributed over the experts in an unusual way, such as all to the same ones.
 
-    The load of a routed layer by one image is the share of its selected (expert, patch) pairs that belongs to each
-    expert. Where patches select experts, as in V-MoE and in mixtures, patches with a trigger may all select the same. A
-    score is computed for each routed layer; the image's score is their mean.
+    The load of an image in a routed layer is the share of its selected (expert, patch) pairs that belongs to each
+    expert. If patches select experts, as in V-MoE and in mixtures, all patches with a trigger may select the same ones.
+    A score is computed for each routed layer; the image's score is their mean.
 
-    Where experts select patches, as in pMoE and with `router=expert-choice`, every expert selects equally many: the
-    load of the experts is constant by construction. What still differs is each expert's share of the gates of the
-    selected pairs, and the load of the patches, the share of the pairs that belongs to each patch, which is uneven if
-    all experts select the same patches. Where every patch goes to every expert, only the gates differ.
+    If experts select patches, as in pMoE and with `router=expert-choice`, every expert selects the same number: the
+    load of the experts is constant by construction. Two other loads still vary: each expert's share of the gates of the
+    selected pairs, and the load of the patches, that is, the share of the pairs that belongs to each patch, which is
+    uneven if all experts select the same patches. If every patch goes to every expert, only the gates vary.
 
-    A trigger need not make loads less even. In one run each on `signs`, a pMoE with a square in every patch loads the
-    gates *more* evenly than clean images do, and one with a square in a corner less evenly (`bbmoe defend RUN --defense
-    routing-load --set statistic=entropy` has an AUROC near 0 and near 100). The distance from clean loads tells both.
+    A trigger does not always make loads less even. In one run each on `signs`, the gates of a pMoE are loaded *more*
+    evenly by a square in every patch than by clean images, and less evenly by a square in a corner (`bbmoe defend RUN
+    --defense routing-load --set statistic=entropy` has an AUROC near 0 and near 100). The distance from clean loads
+    detects both.
 
     Args:
-        statistic: "distance": the total variation distance from the most similar load of a clean image, in the mean
-            over the layers. "entropy": 1 minus the entropy of the load, divided by its maximum. "largest": the largest
-            share. The last two expect that triggered images crowd at few experts.
+        statistic: "distance": the total variation distance from the most similar load of a clean image, averaged over
+            the layers. "entropy": 1 minus the entropy of the load, divided by its maximum. "largest": the largest
+            share. The last two assume that triggered images concentrate on few experts.
         load: The shares of the "experts" or of the "patches" in the selected pairs, or of the experts in the "gates" of
-            the selected pairs. None: "experts" where patches select experts, that is, if the load of experts differs
+            the selected pairs. None: "experts" if patches select experts, that is, if the load of the experts varies
             more between the defender's images than that of the patches; otherwise "gates".
-        reserve: Number of the defender's images that loads are compared with, from 2; they do not set the threshold.
+        reserve: Number of the defender's images with which loads are compared, from 2; they do not set the threshold.
         fpr: Highest false positive rate, in (0, 1): the probability that a clean image is rejected.
-        threshold: A fixed threshold, which takes the place of `fpr`; None for none.
+        threshold: A fixed threshold that replaces `fpr`; None for none.
         calibrate: Largest number of the defender's other images that are used to set the threshold.
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
 
@@ -93,7 +94,7 @@ class RoutingLoad(InputFilter):
         check_routed(model)
 
     def check_images(self, model: nn.Module, image_size: int) -> None:
-        """Raise ConfigError if the load that is wanted is even for all images, as where experts select patches."""
+        """Raise ConfigError if `load` is even for all images, like that of experts that select patches."""
         if self.load is None:
             return
         assert isinstance(model, RoutedModel)
@@ -106,12 +107,12 @@ class RoutingLoad(InputFilter):
             )
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
-        """Pass the reserved images for each load that may be scored, and for the one that is; any other image once."""
+        """Pass the reserved images once for each candidate load and once for the chosen one; any other image once."""
         passes = 1 + (len(LOADS) if self.load is None else 1)
         return Cost(predicted=passes * self.reserve + self.calibrated(held), judged=1)
 
     def prepare(self, task: DefenseTask, reserved: Split) -> tuple[Score, dict[str, object]]:
-        """Find the load that varies, and return the score and which load that is."""
+        """Choose the load, and return the score, the name of the load and its variation."""
         kind, varies = self._varying(task, reserved.images)
         known = image_loads(task, reserved.images, kind)
 
@@ -126,13 +127,13 @@ class RoutingLoad(InputFilter):
         return score, {"load": kind, "variation": varies}
 
     def _varying(self, task: DefenseTask, images: Tensor) -> tuple[Load, float]:
-        """Return the load that is wanted, or "experts" where patches select experts, and "gates" elsewhere.
+        """Return the option `load`; if it is None, "experts" if patches select experts, otherwise "gates".
 
-        In expert choice the load of the experts still varies a little if class tokens, which are not reported, are
-        among the tokens that an expert selects.
+        In expert-choice routing, the load of the experts still varies slightly if an expert can select class tokens,
+        which are not reported.
 
         Returns:
-            The load and its `variation`. If that is 0, as in a model that has collapsed, all images have the same
+            The load and its `variation`. If the variation is 0, as in a collapsed model, all images have the same
             score, and none is rejected.
         """
         wanted = LOADS if self.load is None else (self.load,)
@@ -144,16 +145,16 @@ class RoutingLoad(InputFilter):
 
 
 def variation(loads: Sequence[Tensor]) -> float:
-    """Return the standard deviation of shares over images, relative to an even share, in the mean over the layers.
+    """Return the standard deviation of shares over images, relative to an even share, averaged over the layers.
 
     Args:
-        loads: For each routed layer (B, n), the loads by B images.
+        loads: For each routed layer (B, n), the loads of B images.
     """
     return sum((load.std(0) * load.shape[1]).mean().item() for load in loads) / len(loads)
 
 
 def image_loads(task: DefenseTask, images: Tensor, kind: Load) -> list[Tensor]:
-    """Return the load of each routed layer by each image, (B, n) float64 in [0, 1], of a kind of `LOADS`."""
+    """Return the load of each image in each routed layer, (B, n) float64 in [0, 1], of a kind of `LOADS`."""
     layers = zip(*task.routing(task.model, images), strict=True)
     return [torch.cat([_load(routing, kind) for routing in layer]) for layer in layers]
 

@@ -1,4 +1,4 @@
-"""What defenses share that judge the images of the training set, throw some out, and train the model again."""
+"""The base class of defenses that score the training images, remove some of them, and retrain the model."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ On = Literal["features", "routing", "routing-map"]
 
 @dataclass(frozen=True)
 class Suspicion:
-    """What a `SampleFilter` thinks of N training images.
+    """The findings of a `SampleFilter` about N training images.
 
     Args:
         scores: (N,) floats; higher is more suspicious.
-        suspicious: (N,) bool, the images to throw out.
+        suspicious: (N,) bool, the images to remove.
         reason: See `Judgement`.
-        others: Judgements about other things, such as classes.
+        others: Further judgements, such as about classes.
     """
 
     scores: Tensor
@@ -40,26 +40,26 @@ class Suspicion:
 
 
 class SampleFilter(Defense):
-    """Base class of defenses that represent each training image by a vector, and throw out images by these vectors.
+    """Base class of defenses that represent each training image by a vector, and remove images based on these vectors.
 
-    The vector of an image is what the model has before its head, or its routing. That consists of the gates (E, P) of
-    all routed layers, one after the other. For "routing" the gates of each expert are sorted in descending order, so
-    that they say how much the expert prefers some patches, but not where they are: a trigger changes this in the same
-    way wherever it is. For "routing-map" they stay in the order of the patches. Means over the patches would say
-    nothing in expert-choice routing, in which they are the same for all images.
+    The vector of an image is the input of the model's head (its features), or its routing: the concatenated gates
+    (E, P) of all routed layers. For "routing", the gates of each expert are sorted in descending order. They then show
+    how strongly the expert prefers some patches, but not where these are, so the position of a trigger does not matter.
+    For "routing-map", they stay in the order of the patches. Means over the patches would be useless in expert-choice
+    routing, where they are the same for all images.
 
-    If images were thrown out, a model with new weights is trained on the others with the run's recipe. The images are
-    first put into an order that depends on their contents only, so that neither the judgement nor the new model depends
-    on the order of the training set.
+    If images are removed, a newly initialised model is trained on the remaining ones with the run's recipe. The images
+    are first sorted by their contents, so neither the judgement nor the new model depends on the order of the training
+    set.
 
     Subclasses implement `judge`.
 
     Args:
-        on: The vectors: "features" before the head, "routing" or "routing-map", as above.
-        retrain: Whether to train a new model without the images that are thrown out.
+        on: The vectors: "features", the input of the head; or "routing" or "routing-map", as above.
+        retrain: Whether to train a new model without the removed images.
         epochs: Epochs of this training, from 1; those of the run's recipe if None.
-        clean_fraction: Share of the training images of which the defender knows that they are clean, in (0, 1]; used
-            only by defenses that need "clean".
+        clean_fraction: Share of the training images that the defender knows to be clean, in (0, 1]; used only by
+            defenses that need "clean".
 
     Raises:
         ConfigError: A value is out of range.
@@ -84,20 +84,20 @@ class SampleFilter(Defense):
         self.on, self.retrain, self.epochs = on, retrain, epochs
 
     def check(self, model: nn.Module) -> None:
-        """Raise ConfigError if the vectors are to be of the routing, and the model has none."""
+        """Raise ConfigError if the vectors are routing vectors and the model has no routing."""
         if self.on != "features":
             check_routed(model)
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
-        """Represent the training images and those that the defender holds, and train again.
+        """Compute the vectors of the training images and of those that the defender holds, and retrain.
 
-        This is an upper bound: the images that are thrown out are not trained on, and if there are none, no model is.
+        This is an upper bound: removed images are not trained on, and if there are none, no model is trained.
         """
         epochs = (self.epochs or recipe.epochs) if self.retrain else 0
         return Cost(trained=epochs * train, predicted=train + held)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
-        """Judge the training images, and train again without those that are suspicious."""
+        """Judge the training images, and retrain without the suspicious ones."""
         order, split = in_order(task.training_set)
         found = self.judge(task, self.represent(task, split.images), split)
         judgements = (judge_samples(found, order), *found.others)
@@ -134,7 +134,8 @@ def gate_vectors(routing: Routing, *, placed: bool) -> Tensor:
 
     Args:
         routing: The routing of B images.
-        placed: Whether the gates of each expert stay in the order of the patches; they are in descending order if not.
+        placed: Whether the gates of each expert stay in the order of the patches; otherwise they are sorted in
+            descending order.
     """
     gates = routing.gates.float()
     return (gates if placed else gates.sort(2, descending=True).values).flatten(1)
@@ -147,10 +148,10 @@ def in_order(split: Split) -> tuple[Tensor, Split]:
 
 
 def judge_samples(found: Suspicion, order: Tensor) -> Judgement:
-    """Make a judgement about the images of the training set.
+    """Build the judgement about the images of the training set.
 
     Args:
-        found: Of the images in the order in which they were judged.
+        found: The findings, for the images in the order in which they were judged.
         order: (N,) int64, their indices in the training set.
     """
     scores = torch.empty_like(found.scores)
@@ -166,8 +167,8 @@ def judge_samples(found: Suspicion, order: Tensor) -> Judgement:
 def without(split: Split, suspicious: Tensor, scores: Tensor, batch_size: int) -> Split:
     """Return the images that are not suspicious.
 
-    If one image would be left for the last batch, on which batch norms cannot be trained, the most suspicious of these
-    images is left out as well.
+    Batch norms cannot be trained on a batch of one image. If the last batch would have only one, the most suspicious of
+    the remaining images is left out as well.
 
     Args:
         split: N images.
@@ -182,6 +183,6 @@ def without(split: Split, suspicious: Tensor, scores: Tensor, batch_size: int) -
 
 
 def members(labels: Tensor, num_classes: int) -> dict[int, Tensor]:
-    """Return the places (n,) int64 of the images of each class that has at least two."""
+    """Return the indices (n,) int64 of the images of each class that has at least two."""
     found = {label: (labels == label).nonzero().squeeze(1) for label in range(num_classes)}
     return {label: places for label, places in found.items() if len(places) > 1}

@@ -20,28 +20,28 @@ from backdoorbench_moe.ops.ranges import check_integer
 class ScaleUp(InputFilter):
     """SCALE-UP: reject an image whose prediction stays the same when its pixel values are multiplied.
 
-    The score is the mean over the `factors` n of whether the image n x, clipped at white, is predicted as x is. A
-    triggered image keeps its prediction, a clean one loses it when it turns white. The score says little about images
-    that are bright already, which stay as they are, and about triggers that turn white with the rest.
+    The score is the share of the `factors` n for which the image n x, clipped at white, has the same prediction as x. A
+    triggered image keeps its prediction; a clean one loses it as it turns white. The score is uninformative for bright
+    images, which hardly change, and for triggers that also turn white.
 
-    A score has only as many values as there are factors, and one more. If more than a share of `fpr` of the clean
-    images have the highest of them, 1, no image is above the threshold, and nothing is rejected: TPR and FPR are then
-    0, and AUROC still tells whether the scores differ. `statistic` "probability" has no such steps.
+    With k factors, the score has only k + 1 values. If more than a share of `fpr` of the clean images have the highest
+    one, 1, no image is above the threshold, and nothing is rejected: TPR and FPR are then 0, while AUROC still shows
+    whether the scores differ. The scores of `statistic="probability"` are continuous.
 
-    Departures: by default the threshold is a quantile of the scores of clean images (`fpr`), and scores are not
-    normalised even though there are clean images.
+    Departures: by default, the threshold is a quantile of the scores of clean images (`fpr`), and scores are not
+    normalised although the defender has clean images. The statistic "probability" is ours.
 
     Args:
         factors: The factors n, integers from 2.
-        statistic: "agreement": as above. "probability": the mean probability of the class that is predicted for the
-            image itself, over the scaled images [ours].
-        normalise: Whether the mean score of clean images that are predicted as the same class is subtracted, and the
-            difference divided by their standard deviation, as the paper does if the defender has clean images. Classes
-            with fewer than two images take the values of all images.
+        statistic: "agreement": as above. "probability": the probability of the class that is predicted for the original
+            image, averaged over the scaled images.
+        normalise: Whether to standardise the score with the mean and the standard deviation of the scores of clean
+            images with the same prediction, as the paper does if the defender has clean images. For classes with fewer
+            than two images, those of all images are used.
         fpr: Highest false positive rate, in (0, 1): the probability that a clean image is rejected.
-        threshold: A fixed threshold, which takes the place of `fpr`; None for none. The paper's code has 0.5.
+        threshold: A fixed threshold that replaces `fpr`; None for none. It is 0.5 in the paper's code.
         calibrate: Largest number of the defender's images that are used to set the threshold.
-        reserve: Number of the defender's images that `normalise` uses; they do not set the threshold.
+        reserve: Number of the defender's images that `normalise` uses, from 2; they do not set the threshold.
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
 
     Raises:
@@ -81,12 +81,12 @@ class ScaleUp(InputFilter):
         self.factors, self.statistic, self.normalise, self.reserve = factors, statistic, normalise, reserve
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
-        """Pass each image, and its product with every factor."""
+        """Pass each image, and its product with each factor."""
         passes = 1 + len(self.factors)
         return Cost(predicted=passes * (self.reserved + self.calibrated(held)), judged=passes)
 
     def prepare(self, task: DefenseTask, reserved: Split) -> tuple[Score, dict[str, object]]:
-        """Return the score; if it is normalised, by the reserved images."""
+        """Return the score, which is normalised with the reserved images if `normalise` is set."""
 
         def measure(images: Tensor) -> tuple[Tensor, Tensor]:
             called = task.logits(task.model, images).argmax(1)
@@ -104,7 +104,7 @@ class ScaleUp(InputFilter):
         return normalised, {}
 
     def _consistency(self, task: DefenseTask, images: Tensor, factor: int, called: Tensor) -> Tensor:
-        """Measure how far the images that are multiplied by a factor are still called the same, (B,) float64."""
+        """Return the statistic for images that are multiplied by a factor, (B,) float64."""
         logits = task.logits(task.model, multiply(images, factor)).double()
         if self.statistic == "agreement":
             return (logits.argmax(1) == called).double()
@@ -113,7 +113,7 @@ class ScaleUp(InputFilter):
 
 def multiply(images: Tensor, factor: int) -> Tensor:
     """Multiply (B, C, H, W) uint8 images by a factor, and clip them at 255."""
-    # From 255 on, every factor gives 0 or 255; a large one would not fit into an integer.
+    # Factors of 255 and above all give 0 or 255; large ones would overflow.
     return (images.int() * min(factor, 255)).clamp(max=255).to(torch.uint8)
 
 
@@ -126,8 +126,8 @@ def class_moments(scores: Tensor, classes: Tensor, num_classes: int) -> tuple[Te
         num_classes: Number of classes.
 
     Returns:
-        (classes,) float64 each. Classes with fewer than two scores have the values of all scores, and a deviation below
-        0.01 counts as 0.01, so that a class of equal scores does not make every other score an outlier.
+        (classes,) float64 each. Classes with fewer than two scores get the values of all scores. A deviation below 0.01
+        counts as 0.01, so that a class of equal scores does not make every other score an outlier.
     """
     groups = [scores[classes == number] for number in range(num_classes)]
     groups = [group if len(group) > 1 else scores for group in groups]

@@ -1,4 +1,4 @@
-"""SCAn: find the classes that are a mixture of two groups, and throw out the group that is unlike clean images."""
+"""SCAn: find the classes that are a mixture of two groups, and remove the group that is unlike clean images."""
 
 from __future__ import annotations
 
@@ -22,42 +22,43 @@ from backdoorbench_moe.ops.ranges import check_integer, check_positive
 
 # Added to the covariance within classes, as a share of its mean variance, so that it can be inverted.
 RIDGE = 1e-6
-# With two classes both are equally far from the median, whatever their values are.
+# Two values are always equally far from their median.
 FEWEST_CLASSES = 3
 
 
 class Scan(SampleFilter):
-    """Throw out one of two groups in classes that are better described by two means than by one.
+    """SCAn: remove one of two groups in classes that are better described by two means than by one.
 
-    The vectors of a class are taken to be normal, with a mean of the class and a covariance that all classes share. The
-    covariance is estimated with the defender's clean images. For each class, "there is one mean" is compared with
-    "there are two" by the likelihood ratio, with the two groups that make it largest. A class is suspicious if its
-    ratio is an outlier among those of all classes (see `ops.outliers.anomaly_indices`). Of a suspicious class the group
-    whose mean is farther from that of the clean images of the class is thrown out; if there are none, the smaller
-    group. The score of an image is the logarithm of how much likelier it is in that group than in the other. After that
-    a model is trained again, see `SampleFilter`.
+    The vectors of a class are modelled as normally distributed, with one mean for each class and a covariance that all
+    classes share, which is estimated on the defender's clean images. For each class, a likelihood ratio compares one
+    mean with two means, for the two groups that maximise it. A class is suspicious if its ratio is an outlier among all
+    classes (see `ops.outliers.anomaly_indices`). In a suspicious class, the group whose mean is farther from that of
+    the clean images of the class is removed; the smaller group if there are no such images. The score of an image is
+    the log-likelihood ratio between that group and the other one. Finally, a model is retrained, see `SampleFilter`.
 
-    Departures: the vectors are first reduced to their principal components, at most `components` and so few that there
-    are two clean images for each, besides one for each class. The covariance is the pooled one within classes, to which
-    the paper's iterative estimate converges with many images for each class. The groups are those of 2-means in the
-    metric of the covariance, the expectation maximisation with hard assignments and equal priors. The logarithm of the
-    ratio is divided by the number of images of the class, and corrected for small classes (see `TwoGroups.evidence`).
-    Otherwise large classes, or small ones, would be suspicious for their size.
+    Departures: the vectors are first reduced to their principal components: at most `components`, and at most
+    (n - C) / 2 for n clean images of C classes. The covariance is the pooled covariance within classes, to which the
+    paper's iterative estimate converges with many images in each class. The groups are those of
+    2-means in the metric of the covariance, which is expectation maximisation with hard assignments and equal priors.
+    The log-likelihood ratio is divided by the number of images of the class, and corrected for small classes (see
+    `TwoGroups.evidence`). Otherwise, classes would be suspicious because of their size.
 
     Args:
         components: Largest number of principal components, from 1.
-        threshold: Anomaly index above which a class is suspicious, above 0.
-        on: The vectors: "features" before the head, as in the paper, or "routing" or "routing-map", see `SampleFilter`.
-        retrain: Whether to train a new model without the images that are thrown out.
+        threshold: Anomaly index above which a class is suspicious, above 0. The default is e^2, as in the paper.
+        on: The vectors: "features", the input of the head, as in the paper; "routing" or "routing-map", see
+            `SampleFilter`.
+        retrain: Whether to train a new model without the removed images.
         epochs: Epochs of this training, from 1; those of the run's recipe if None.
-        clean_fraction: Share of the training images of which the defender knows that they are clean, in (0, 1].
+        clean_fraction: Share of the training images that the defender knows to be clean, in (0, 1].
 
     Raises:
         ConfigError: A value is out of range, the model has no routing, or there are fewer than 3 classes or too few
             clean images.
 
     Source:
-        Tang et al., "Demon in the Variant", USENIX Security 2021, section 5; routing vectors are ours.
+        Tang et al., "Demon in the Variant: Statistical Analysis of DNNs for Robust Backdoor Contamination Detection",
+        USENIX Security 2021, section 5. Routing vectors are ours.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"training-set", "features", "clean"})
@@ -86,7 +87,7 @@ class Scan(SampleFilter):
             num_classes: Number of classes.
 
         Raises:
-            ConfigError: There are too few classes to compare, or too few clean images for a covariance.
+            ConfigError: There are too few classes to compare, or too few clean images to estimate a covariance.
         """
         count = super().count(images, num_classes)
         if num_classes < FEWEST_CLASSES:
@@ -148,14 +149,15 @@ class Scan(SampleFilter):
 
 @dataclass(frozen=True)
 class TwoGroups:
-    """A class divided in two.
+    """A class split into two groups.
 
     Attributes:
-        ratio: Logarithm of the likelihood ratio of two means to one, divided by the number of images n.
-        evidence: The ratio divided by the largest variance of n normal points of k dimensions, which have variance 1,
-            in any direction: about (1 + sqrt(k / n))^2. A class that is normal is best divided across this direction,
-            and gains in proportion to its variance, whether it is small or large.
-        scores: (n,) logarithm of how much likelier each image is in the suspicious group; positive for its members.
+        ratio: Log-likelihood ratio of two means to one, divided by the number of images n.
+        evidence: The ratio divided by the largest variance, over all directions, of n standard normal points in k
+            dimensions: about (1 + sqrt(k / n))^2. A normally distributed class is best split across this direction, and
+            its ratio is proportional to that variance; the division makes small and large classes comparable.
+        scores: (n,) log-likelihood ratio of each image between the suspicious group and the other one; positive for
+            members of the suspicious group.
     """
 
     ratio: float
@@ -186,15 +188,15 @@ def within_covariance(points: Tensor, labels: Tensor) -> Tensor:
 
 
 def split_class(points: Tensor, clean: Tensor) -> TwoGroups:
-    """Divide the points of one class in two groups of the covariance 1, and find which of them is suspicious.
+    """Split the points of one class into two groups with identity covariance, and find the suspicious one.
 
     Args:
         points: (n, k) float64.
-        clean: (m, k) float64, points of clean images of the class; there may be none.
+        clean: (m, k) float64, points of clean images of the class; m may be 0.
 
     Source:
-        Bai and Yin, "Limit of the smallest eigenvalue of a large dimensional sample covariance matrix", Annals of
-        Probability 1993, theorem 2, for the largest variance.
+        For the largest variance: Bai and Yin, "Limit of the smallest eigenvalue of a large dimensional sample
+        covariance matrix", Annals of Probability 1993, theorem 2.
     """
     principal, directions = principal_components(points, points.shape[1])
     group = two_means(principal)

@@ -1,4 +1,4 @@
-"""Spectral Signatures: throw out the training images that stand out most along the first direction of their class."""
+"""Spectral Signatures: remove the training images that are outliers along the main direction of their class."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ from backdoorbench_moe.ops.components import principal_components
 from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.shares import share_of
 
-# How many times the assumed number of poisoned images is thrown out.
+# Ratio of the number of removed images to the assumed number of poisoned images.
 MARGIN = Fraction(3, 2)
 
 
 class Spectral(SampleFilter):
-    """Throw out the images whose vectors stand out most along the direction in which those of their class vary most.
+    """Remove the images whose vectors are outliers along the first principal component of their class.
 
     The score of an image is ((x - m) . v)^2, where x is its vector, m the mean of the vectors of its class and v their
-    first principal component. Of every class of n images, the floor(1.5 * epsilon * n) with the highest scores are
-    thrown out. The defender does not know which class is the attacker's, so clean classes lose as large a share; and
-    this happens to a clean training set, too. After that a model is trained again, see `SampleFilter`.
+    first principal component. In every class of n images, the floor(1.5 * epsilon * n) with the highest scores are
+    removed. The defender does not know the target class, so clean classes lose the same share, and so does a clean
+    training set. Finally, a model is retrained, see `SampleFilter`.
 
     Args:
-        epsilon: Largest share of poisoned images in a class that the defender expects, in (0, 2/3). It is of a class,
-            not of the training set: if 1% of all images are relabelled to one of ten classes, about 10% of that class
-            are poisoned.
-        on: The vectors: "features" before the head, as in the paper, or "routing" or "routing-map", see `SampleFilter`.
-        retrain: Whether to train a new model without the images that are thrown out.
+        epsilon: Largest share of poisoned images in a class that the defender expects, in (0, 2/3). It refers to a
+            class, not to the training set: if 1% of all images are relabelled to one of ten classes, about 10% of that
+            class are poisoned.
+        on: The vectors: "features", the input of the head, as in the paper; "routing" or "routing-map", see
+            `SampleFilter`.
+        retrain: Whether to train a new model without the removed images.
         epochs: Epochs of this training, from 1; those of the run's recipe if None.
 
     Raises:
-        ConfigError: A value is out of range, the model has no routing, or so small a share is less than one of all
-            images. If it is less than one image of every class, nothing is thrown out.
+        ConfigError: A value is out of range, the model has no routing, or 1.5 * epsilon of all images is less than one
+            image. If it is less than one image in every class, nothing is removed.
 
     Source:
-        Tran, Li and Madry, "Spectral Signatures in Backdoor Attacks", NeurIPS 2018, algorithm 1; routing vectors are
+        Tran, Li and Madry, "Spectral Signatures in Backdoor Attacks", NeurIPS 2018, algorithm 1. Routing vectors are
         ours.
     """
 
@@ -56,7 +57,7 @@ class Spectral(SampleFilter):
         self.epsilon = epsilon
 
     def count(self, images: int, num_classes: int) -> int:
-        """Return 0: the defender holds no clean images. Raises ConfigError if not one image would be thrown out."""
+        """Return 0: the defender holds no clean images. Raise ConfigError if no image would be removed."""
         if not self._removed(images):
             raise ConfigError(
                 f"epsilon: {float(MARGIN)} * {self.epsilon} of {images} images is less than one image, even if all of "
@@ -65,7 +66,7 @@ class Spectral(SampleFilter):
         return super().count(images, num_classes)
 
     def judge(self, task: DefenseTask, vectors: Tensor, split: Split) -> Suspicion:
-        """Score the images of each class, and mark the highest of each."""
+        """Score the images of each class, and mark those with the highest scores."""
         scores = vectors.new_zeros(len(vectors), dtype=torch.float64)
         suspicious = torch.zeros_like(scores, dtype=torch.bool)
         for places in members(split.labels, task.num_classes).values():
@@ -79,12 +80,12 @@ class Spectral(SampleFilter):
         return Suspicion(scores, suspicious, reason)
 
     def _removed(self, images: int) -> int:
-        """Return the floor of 1.5 * epsilon * images, without the rounding of floats."""
+        """Return floor(1.5 * epsilon * images), without floating-point error."""
         return share_of(self.epsilon, MARGIN.numerator * images) // MARGIN.denominator
 
 
 def outlier_scores(vectors: Tensor) -> Tensor:
-    """Square the coordinates of the vectors of one class along their first principal component.
+    """Return the squared coordinates of the vectors of one class along their first principal component.
 
     Args:
         vectors: (n, D).

@@ -1,4 +1,4 @@
-"""Tuning on images of which a part is stamped and keeps its true labels."""
+"""Tuning on images some of which are stamped and keep their true labels."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Stamp = Callable[[Tensor], Tensor]
 def stamped_objective(stamp: Stamp, share: float, label_smoothing: float = 0.0) -> Objective:
     """Return the usual loss (cross-entropy and the routed layers' auxiliary losses) on partly stamped batches.
 
-    Batches are drawn in random order, so that stamping the first images of each batch is stamping random images.
+    The order of the images is random, so the first images of a batch, which are stamped, are a random sample.
 
     Args:
-        stamp: Stamps the images.
+        stamp: Function that stamps images.
         share: Share of each batch that is stamped, in (0, 1]; the number is rounded to the nearest integer.
-        label_smoothing: That of the recipe, see `training_loss`.
+        label_smoothing: Label smoothing of the recipe, see `training_loss`.
     """
 
     def objective(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""Stamps that a defender makes himself, on the image or on all of its tiles.
+"""Stamps that a defender applies to the full image or to all of its tiles.
 
-A stamp is a tensor of *values*, (channels, h, w), for a canvas of h x w pixels: the whole image, or a tile that is the
-same everywhere in the image. Functions here take K stamps at a time, (K, channels, h, w).
+A stamp is a tensor of *values*, (channels, h, w), for a canvas of h x w pixels: the full image, or a tile, in which
+case all tiles of the image get the same stamp. Functions here take K stamps at a time, (K, channels, h, w).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from backdoorbench_moe.ops.patches import tile, untile
 
 ApplicatorName = Literal["image", "patch"]
 
-# Side of the tiles for models without patches of their own, as in BadPatches.
+# Side of the tiles for models without patches, as in BadPatches.
 DEFAULT_PATCH_SIZE = 4
 
 # From canvases (N, 3, h, w) in [0, 1] and the values of K stamps to the stamped canvases, (K, N, 3, h, w) in [0, 1].
@@ -83,7 +83,7 @@ def _first(at: Tensor, size: int) -> Tensor:
 
 
 def check_patch_size(applicator: ApplicatorName, patch_size: int | None) -> None:
-    """Raise ConfigError if the side of tiles is given without tiles, or is not a positive number."""
+    """Raise ConfigError if a side of tiles is given for the applicator "image", or is not a positive number."""
     if patch_size is None:
         return
     if applicator == "image":
@@ -95,12 +95,12 @@ def check_patch_size(applicator: ApplicatorName, patch_size: int | None) -> None
 def canvas_side(
     applicator: ApplicatorName, patch_size: int | None, model: nn.Module, image_size: int
 ) -> int | None:
-    """Return the side of the tiles in pixels; None if the stamp covers the whole image.
+    """Return the side of the tiles in pixels; None if the stamp covers the full image.
 
     Args:
         applicator: "image" or "patch".
-        patch_size: The side that the user asks for; if None it is that of the model's patches, or 4 for a model that
-            has none.
+        patch_size: The side that the user asks for. None: that of the model's patches, or 4 for a model without
+            patches.
         model: The model.
         image_size: Side of the square images in pixels.
 
@@ -128,8 +128,8 @@ def stamp_all(stamp: Stamp, images: Tensor, values: Tensor, side: int | None) ->
     Args:
         stamp: How a canvas is stamped: `blend_pattern`, `add_pattern` or `displace_pixels`.
         images: (B, 3, H, W) in [0, 1].
-        values: (K, channels, h, w), what it takes.
-        side: Side of the tiles, all of which are stamped; None if the stamps cover the whole image.
+        values: (K, channels, h, w), the values that `stamp` takes.
+        side: Side of the tiles, all of which are stamped; None if the stamps cover the full image.
 
     Returns:
         (K, B, 3, H, W) in [0, 1].
@@ -144,7 +144,7 @@ def stamp_all(stamp: Stamp, images: Tensor, values: Tensor, side: int | None) ->
 
 
 def keep_tiles(images: Tensor, stamped: Tensor, places: Tensor, side: int) -> Tensor:
-    """Keep the stamp in one tile of each image, and take the rest from the image.
+    """Keep the stamp in one tile of each image; elsewhere, return the image.
 
     Args:
         images: (B, 3, H, W).

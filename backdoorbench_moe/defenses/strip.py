@@ -1,4 +1,4 @@
-"""STRIP, and STRIP on routing: input filters that blend each image with clean images."""
+"""STRIP, and STRIP on routing: input filters that superimpose clean images on each input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from backdoorbench_moe.ops.ranges import check_integer
 from backdoorbench_moe.ops.routing import jaccard
 
 BlendMode = Literal["mean", "sum"]
-# Largest number of pixel values that are blended at a time: 8,000 images of 3x32x32, 25 MB.
+# Largest number of pixel values that are processed at a time: 8,000 images of 3x32x32, 25 MB.
 CHUNK_VALUES = 8000 * 3 * 32 * 32
 
 
@@ -29,13 +29,13 @@ class SuperpositionFilter(InputFilter):
     """Base class of input filters that blend an input with clean images and measure how little the model reacts.
 
     A backdoored model's prediction for a triggered image depends mostly on the trigger. It therefore stays the same if
-    another image is blended in. Images for which the model reacts least are rejected. The model is not changed.
+    another image is blended in. Images to which the model reacts least are rejected. The model is not changed.
 
     Subclasses implement `measure_constancy`, and set `reason`, the first half of the judgement's reason.
 
-    Departures from STRIP: STRIP draws new images to blend with for each input. Here they are drawn once, so that the
-    same input always gets the same score. STRIP fits a normal distribution to the scores of clean images. Here the
-    threshold is a quantile of these scores.
+    Departures: STRIP draws new images to blend for each input; here, they are drawn once, so that the same input always
+    gets the same score. STRIP fits a normal distribution to the scores of clean images; here, the threshold is a
+    quantile of these scores. STRIP's code blends by "sum", and 100 images.
 
     Args:
         blends: Number of the defender's images that each input is blended with, at least 2.
@@ -49,7 +49,7 @@ class SuperpositionFilter(InputFilter):
         ConfigError: A value is out of range, or the images are too few for `blends` and `fpr`.
 
     Source:
-        Gao et al., "STRIP", ACSAC 2019, section 4.
+        Gao et al., "STRIP: A Defence Against Trojan Attacks on Deep Neural Networks", ACSAC 2019, section 4.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"blends": 4, "fpr": 0.25}
@@ -72,11 +72,11 @@ class SuperpositionFilter(InputFilter):
         self.blends, self.blend = blends, blend
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
-        """Pass the superpositions of the images that set the threshold, and then of every input."""
+        """Pass the superpositions of the images that set the threshold; later, those of every input."""
         return Cost(predicted=self.calibrated(held) * self.blends, judged=self.blends)
 
     def prepare(self, task: DefenseTask, reserved: Split) -> tuple[Score, dict[str, object]]:
-        """Return the score, with the reserved images as those to blend with."""
+        """Return the score, which blends the reserved images into each input."""
         score = partial(
             score_superpositions,
             overlays=reserved.images,
@@ -94,8 +94,7 @@ class SuperpositionFilter(InputFilter):
 
         Returns:
             A function `constancy(images, n)`. Its images, (B * n, 3, H, W) uint8, are the n superpositions of the first
-            input, then the n of the second, and so on. It returns (B,) scores, which are higher the less the model
-            reacts.
+            input, followed by those of the second, and so on. It returns (B,) scores; higher if the model reacts less.
         """
 
 
@@ -106,7 +105,7 @@ def score_superpositions(
 
     Args:
         images: (B, 3, H, W) uint8.
-        overlays: (n, 3, H, W) uint8, the images to blend with.
+        overlays: (n, 3, H, W) uint8, the images to blend in.
         mode: How two images are blended.
         constancy: See `SuperpositionFilter.measure_constancy`.
 
@@ -139,8 +138,10 @@ def superimpose(images: Tensor, overlays: Tensor, mode: BlendMode) -> Tensor:
 class Strip(SuperpositionFilter):
     """STRIP: reject an image if its prediction stays confident when clean images are blended in.
 
-    The score is the negative mean entropy, in nats, of the predictions for the blended images. It works on any model.
-    See `SuperpositionFilter` for the departures from STRIP.
+    The score is the negative mean entropy, in nats, of the predictions for the blended images.
+
+    Departures: the images to blend are drawn once; STRIP draws new ones for each input. The threshold is a quantile of
+    the scores of clean images; STRIP fits a normal distribution to them. STRIP's code blends by "sum", and 100 images.
 
     Args:
         blends: Number of the defender's images that each input is blended with, at least 2.
@@ -153,7 +154,7 @@ class Strip(SuperpositionFilter):
         ConfigError: A value is out of range, or the images are too few for `blends` and `fpr`.
 
     Source:
-        Gao et al., "STRIP", ACSAC 2019, section 4.
+        Gao et al., "STRIP: A Defence Against Trojan Attacks on Deep Neural Networks", ACSAC 2019, section 4.
     """
 
     reason = "predictions stay confident whatever clean image is blended into the input"
@@ -166,8 +167,8 @@ class Strip(SuperpositionFilter):
 class RoutingStrip(SuperpositionFilter):
     """STRIP on routing: reject an image if its routing stays the same when clean images are blended in.
 
-    It needs a routed model. The score is the mean of `statistic` over the routed layers. See `SuperpositionFilter` for
-    the departures from STRIP.
+    It requires a routed model. The score is the mean of `statistic` over the routed layers. Otherwise it works like
+    `strip`.
 
     Args:
         statistic: Measure of how constant the routing is over the superpositions of an input, in [0, 1]. "jaccard":
@@ -185,7 +186,7 @@ class RoutingStrip(SuperpositionFilter):
             routing.
 
     Source:
-        The idea of STRIP (Gao et al., ACSAC 2019), applied to routing instead of predictions.
+        Ours; it applies the idea of STRIP (Gao et al., ACSAC 2019) to routing instead of predictions.
     """
 
     reason = "routing stays constant whatever clean image is blended into the input"
@@ -226,7 +227,7 @@ def mean_entropy(logits: Tensor, count: int) -> Tensor:
     """Compute the mean entropy of the predictions for the superpositions of each image.
 
     Args:
-        logits: (B * n, classes); each n consecutive rows belong to one image.
+        logits: (B * n, classes); n consecutive rows belong to the same image.
         count: Number of superpositions n of each image.
 
     Returns:
@@ -237,7 +238,7 @@ def mean_entropy(logits: Tensor, count: int) -> Tensor:
 
 
 def selection_constancy(selected: Tensor) -> Tensor:
-    """Compute the Jaccard index of two of n selections of (expert, patch) pairs, averaged over all pairs of selections.
+    """Compute the Jaccard index of two selections of (expert, patch) pairs, averaged over all pairs of n selections.
 
     Args:
         selected: (B, n, E, P) bool, n selections for each of B images.

@@ -1,4 +1,4 @@
-"""Tuning on clean images with random tiles stamped on them, and true labels."""
+"""Tuning on clean images with random stamps and true labels."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ from backdoorbench_moe.defenses.stamps import (
     stamp_all,
 )
 
-# Highest chance of a pixel in an opaque stamp, and highest opacity of a stamp that covers the canvas: more would leave
-# too little of an image to learn from.
+# Highest probability of a pixel in an opaque stamp, and highest opacity of a stamp that covers the canvas: with more,
+# too little of an image would be left to learn from.
 MOST_PIXELS, MOST_OPACITY = 0.5, 0.6
 
 
 class TileTuning(Defense):
-    """Tune the model on clean images, a part of which has a new random tile in every batch, with the true labels.
+    """Tune the model on clean images with true labels, some of which get a new random stamp in every batch.
 
-    The same tile is stamped on all tiles of an image, as a trigger of BadPatches is. The model is taught to ignore what
-    all tiles have in common, without any search for the trigger: the control of `neural-cleanse` by patch.
+    All tiles of an image get the same stamp, like a trigger of BadPatches. The model learns to ignore what all tiles
+    have in common, without a search for the trigger. This is the baseline of `neural-cleanse` with
+    `applicator="patch"`.
 
     Args:
-        tiles: What is drawn; colours are uniform for each pixel. "opaque": single pixels, each with the same chance,
-            which is drawn from [0, 0.5). "blend": a picture that covers the tile, with an opacity in [0, 0.6). "warp":
+        tiles: The stamps; colours are uniform for each pixel. "opaque": single pixels, each with the same probability,
+            which is drawn from [0, 0.5). "blend": a pattern that covers the tile, with an opacity in [0, 0.6). "warp":
             a displacement of each pixel by up to one pixel along each axis. "mixed": all three, on one third of the
             stamped images each.
-        applicator: "patch", or "image" for one stamp on the whole image.
-        patch_size: By patch, the side of the tile in pixels, a divisor of the image's height and width. None: that of
-            the model's patches, or 4 for a model without patches.
+        applicator: "patch", or "image" for one stamp on the full image.
+        patch_size: With "patch", the side of the tile in pixels, a divisor of the image's height and width. None: that
+            of the model's patches, or 4 for a model without patches.
         epochs: Epochs of tuning, from 1.
         share: Share of each batch that is stamped, in (0, 1].
         lr: Peak learning rate, above 0; that of the run's recipe if None.
@@ -48,6 +49,9 @@ class TileTuning(Defense):
 
     Raises:
         ConfigError: A value is out of range, or the tiles do not cover the images.
+
+    Source:
+        Ours.
     """
 
     tuning_length: ClassVar[str | None] = "epochs"
@@ -86,11 +90,11 @@ class TileTuning(Defense):
 
 
 def stamp_at_random(names: list[str], side: int | None, images: Tensor) -> Tensor:
-    """Stamp images with one random stamp of each kind, each on equally many images.
+    """Stamp images with one random stamp of each kind, each on the same number of images.
 
     Args:
         names: The kinds, keys of `STAMPS`.
-        side: Side of the tiles; None if the stamps cover the whole image.
+        side: Side of the tiles; None if the stamps cover the full image.
         images: (B, 3, H, W) in [0, 1].
 
     Returns:
@@ -127,7 +131,7 @@ def _blend(images: Tensor, mask: Tensor, side: int | None) -> Tensor:
 
 
 def _uniform(images: Tensor, *shape: int) -> Tensor:
-    """Draw uniform numbers in [0, 1) on the device of the images."""
+    """Draw uniform numbers in [0, 1) on the images' device."""
     return torch.rand(*shape, device=images.device)
 
 

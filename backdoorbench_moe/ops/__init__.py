@@ -1,1 +1,1 @@
-"""Pure functions of tensors and numbers, which use no registry, run or file."""
+"""Functions of tensors and numbers that use no registry and no run."""

@@ -1,9 +1,9 @@
-"""Answers of models, whether a class of an image or a sequence of tokens, and their losses and log-probabilities.
+"""Answers of models, a class of an image or a sequence of tokens, with losses and log-probabilities.
 
 A classifier answers with one class: logits (B, classes), labels (B,). A language model answers token by token: logits
-(B, T, vocabulary), labels (B, T), where the label of position t is the token that this position is to emit, that is,
-the one that follows it. Positions that emit no token of the answer, such as those within the query and in the padding,
-have the label `IGNORED` and count for nothing.
+(B, T, vocabulary), labels (B, T), where the label of position t is the token that this position should emit, that is,
+the next token. Positions that emit no token of the answer, such as those within the query and in the padding, have the
+label `IGNORED` and are ignored.
 """
 
 from __future__ import annotations
@@ -12,35 +12,35 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# The label of a position that emits nothing of the answer; the default `ignore_index` of PyTorch's losses.
+# The label of a position that emits no token of the answer; the default `ignore_index` of PyTorch's losses.
 IGNORED = -100
 
 
 def is_text(inputs: Tensor) -> bool:
-    """Whether the stored inputs of a model are token ids (N, T) int64, and not images."""
+    """Return whether the stored inputs of a model are token ids (N, T) int64 instead of images."""
     return inputs.dtype == torch.int64
 
 
 def answer_loss(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Return the mean cross-entropy of the answers, over the positions that emit something.
+    """Return the mean cross-entropy of the answers, over the positions that emit a token.
 
     Args:
         logits: (B, classes) or (B, T, vocabulary).
-        labels: (B,) or (B, T) int64; `IGNORED` where nothing is emitted.
-        label_smoothing: Share of the label's probability that is spread over all classes, in [0, 1).
+        labels: (B,) or (B, T) int64; `IGNORED` where no token is emitted.
+        label_smoothing: Share of the target that is distributed equally over all classes, in [0, 1).
 
     Returns:
-        A scalar; NaN if no position emits anything.
+        A scalar; NaN if no position emits a token.
     """
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=label_smoothing)
 
 
 def answers_in(labels: Tensor, logits: Tensor) -> Tensor:
-    """Return the first columns of labels, which are the answers; an objective may have put other values behind them.
+    """Return the first columns of labels, which are the answers; further columns can belong to an objective.
 
     Args:
         labels: (B,) or (B, columns) int64.
-        logits: (B, classes), which answer the first column, or (B, T, vocabulary), which answer the first T.
+        logits: (B, classes) for the first column, or (B, T, vocabulary) for the first T columns.
 
     Returns:
         (B,) or (B, T).
@@ -51,9 +51,9 @@ def answers_in(labels: Tensor, logits: Tensor) -> Tensor:
 
 
 def right_answers(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return which answers are predicted, (B,) bool: every position that emits something has the largest logit there.
+    """Return which answers are predicted correctly, (B,) bool: the label has the largest logit at every position.
 
-    Of a language model this is the prediction of each token from the right ones before it.
+    For a language model, each token is predicted from the correct previous ones (teacher forcing).
 
     Args:
         logits: (B, classes) or (B, T, vocabulary).
@@ -78,17 +78,17 @@ def answer_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def from_first_difference(labels: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Leave out what two answers to the same query have in common at their beginning.
+    """Mask the common prefix of two answers to the same query.
 
-    The log-probabilities of a common beginning are equal, and cancel in the difference of two answers. Leaving them out
-    changes the difference by rounding errors only, which can be larger than a small difference itself.
+    The log-probabilities of a common prefix are equal, and cancel in the difference between two answers. Masking them
+    avoids rounding errors, which can be larger than a small difference.
 
     Args:
         labels: (B, T) int64, one answer to each query. Both answers begin at the same position.
-        others: (B, T) int64, another one.
+        others: (B, T) int64, another answer.
 
     Returns:
-        Both, with `IGNORED` before the first position at which they differ. Of equal answers nothing is left.
+        Both, with `IGNORED` before the first position at which they differ. Equal answers are masked completely.
     """
     common = (labels == others).int().cumprod(1).bool()
     return labels.masked_fill(common, IGNORED), others.masked_fill(common, IGNORED)
@@ -107,12 +107,12 @@ def query_positions(labels: Tensor) -> Tensor:
 
 
 def text_positions(labels: Tensor) -> Tensor:
-    """Return the positions of query and answer, (B, T) bool: all but padding, and the last one, which emits nothing."""
+    """Return the positions of query and answer, (B, T) bool, without padding and the last one, which emits nothing."""
     return query_positions(labels) | first_positions(labels, None)
 
 
 def mean_weights(positions: Tensor) -> Tensor:
-    """Return weights that take the mean over some positions: 1 / n for each of n, and 0 for others.
+    """Return weights for the mean over some positions: 1 / n for each of n positions, and 0 elsewhere.
 
     Args:
         positions: (B, N) bool.

@@ -1,9 +1,9 @@
-"""Augmentation of training images: random changes of every batch, on its device.
+"""Augmentation of training images: random transforms of every batch, on its device.
 
 Every draw is a function of the seed, the epoch and the image's place in the training set, not of the batch or the
-device. Nothing is read back from the device and no shape depends on a draw, so that a training step with augmentation
-can be captured as a CUDA graph. kornia's `RandomRotation`, `ColorJitter` and `RandomErasing` do the same to an image
-with the same draws, but draw from torch's global generator on the host.
+device. Nothing is read back from the device and no shape depends on a draw, so a training step with augmentation can be
+captured as a CUDA graph. With the same draws, kornia's `RandomRotation`, `ColorJitter` and `RandomErasing` give the
+same images, but they draw from torch's global generator on the host.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ ERASE_SHARE, ERASE_AREA, ERASE_RATIO = 0.5, (0.02, 0.33), (0.3, 3.3)
 
 
 def crop(images: Tensor, draws: Tensor) -> Tensor:
-    """Pad images with 4 black pixels on each side, and cut out a window of the old size at a random place.
+    """Pad images with 4 black pixels on each side, and cut out a window of the original size at a random position.
 
     Args:
         images: (B, C, H, W) float.
-        draws: (B, 2) in [0, 1): place of the window from the top and from the left.
+        draws: (B, 2) in [0, 1): position of the window from the top and from the left.
 
     Source:
         He et al., "Deep residual learning for image recognition", CVPR 2016, section 4.2; BackdoorBench, for all data.
@@ -47,7 +47,7 @@ def crop(images: Tensor, draws: Tensor) -> Tensor:
 def flip(images: Tensor, draws: Tensor) -> Tensor:
     """Flip images horizontally with probability 0.5.
 
-    It is wrong for data in which left and right mean something, such as traffic signs.
+    Not suitable for data in which left and right matter, such as traffic signs.
 
     Args:
         images: (B, C, H, W) float.
@@ -60,14 +60,16 @@ def flip(images: Tensor, draws: Tensor) -> Tensor:
 
 
 def rotate(images: Tensor, draws: Tensor) -> Tensor:
-    """Rotate images about their centres by a random angle in [-10, 10) degrees; what comes in is black.
+    """Rotate images about their centres by a random angle in [-10, 10) degrees; pixels from outside are black.
+
+    Departure: all images are rotated; the codes of the source rotate half of them.
 
     Args:
         images: (B, C, H, W) float.
         draws: (B, 1) in [0, 1); below 0.5 the image turns clockwise.
 
     Source:
-        The code of WaNet and of the input-aware attack, which rotate half of the images by as much.
+        The codes of WaNet and of the input-aware attack.
     """
     angles = (draws[:, 0] * 2 - 1) * math.radians(ROTATE_DEGREES)
     cos, sin, none = angles.cos(), angles.sin(), torch.zeros_like(angles)
@@ -81,7 +83,7 @@ def rotate(images: Tensor, draws: Tensor) -> Tensor:
 def colour(images: Tensor, draws: Tensor) -> Tensor:
     """Change brightness, contrast and saturation, in this order, each by a random factor in [0.6, 1.4).
 
-    Departure: torchvision's `ColorJitter` draws the order, too, and can change the hue.
+    Departure: torchvision's `ColorJitter` also draws the order, and can change the hue.
 
     Args:
         images: (B, 3, H, W) float in [0, 1].
@@ -100,12 +102,13 @@ def colour(images: Tensor, draws: Tensor) -> Tensor:
 def erase(images: Tensor, draws: Tensor) -> Tensor:
     """Make a random rectangle of half of the images black.
 
-    Its area is 2 to 33 percent of the image, and its height 0.3 to 3.3 times its width. Departure: a rectangle that is
-    longer than the image is cut off, as in kornia. The paper draws another one.
+    Its area is 2 to 33 percent of the image, and its height 0.3 to 3.3 times its width.
+
+    Departure: a rectangle that is longer than the image is cut off, as in kornia; the paper draws another one.
 
     Args:
         images: (B, C, H, W) float.
-        draws: (B, 5) in [0, 1): whether to erase, area, logarithm of the ratio, and the place from the top and left.
+        draws: (B, 5) in [0, 1): whether to erase, area, logarithm of the ratio, and the position from top and left.
 
     Source:
         Zhong et al., "Random erasing data augmentation", AAAI 2020; the ranges of torchvision's `RandomErasing`.
@@ -122,7 +125,7 @@ def erase(images: Tensor, draws: Tensor) -> Tensor:
 
 
 def _inside(length: Tensor, place: Tensor, size: int) -> Tensor:
-    """Which of `size` pixels are in a random interval, (B, size) bool; its length (B,), its place (B,) in [0, 1)."""
+    """Return which of `size` pixels are in an interval, (B, size) bool, given its length and place in [0, 1), (B,)."""
     length = length.round().clamp(1, size)
     start = (place * (size - length + 1)).floor().unsqueeze(1)
     pixels = torch.arange(size, device=length.device)
@@ -138,7 +141,7 @@ def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     return (factor * images + (1 - factor) * other).clamp(0, 1)
 
 
-# Each step and the number of its draws for an image, by the step's name in `config.train.AUGMENTATIONS`.
+# Each step and the number of its draws per image, by the step's name in `config.train.AUGMENTATIONS`.
 STEPS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {
     "crop": (crop, 2),
     "flip": (flip, 1),
@@ -152,19 +155,19 @@ class Augmentation:
     """A function that augments the images of a batch.
 
     Args:
-        steps: Names of the steps, in the order of their application; see `STEPS`.
+        steps: Names of the steps, in the order in which they are applied; see `STEPS`.
         seed: The seed of the training.
         device: The device of the images.
     """
 
     def __init__(self, steps: Sequence[str], seed: int, device: torch.device) -> None:
         self.steps, self._seed = tuple(steps), seed
-        # On the device and changed in place, because a CUDA graph reads them from where they were at its capture.
+        # On the device and changed in place, because a CUDA graph reads them from the captured address.
         self._seeds = torch.zeros(len(self.steps), dtype=torch.int64, device=device)
         self.begin_epoch(0)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Draw other numbers from now on, those of an epoch."""
+        """Use the random numbers of this epoch from now on."""
         seeds = [derive_seed(self._seed, "augment", step, epoch) for step in self.steps]
         self._seeds.copy_(torch.tensor(seeds, dtype=torch.int64))
 

@@ -1,4 +1,4 @@
-"""Checks of image tensors that callers and plug-ins hand over."""
+"""Checks of image tensors from callers and plug-ins."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ TOLERANCE = 1e-2
 def check_image_batch(images: object, name: str, *, like: Tensor | None = None, wait: bool = False) -> None:
     """Check a batch of float images.
 
-    By default the range is checked on the CPU only, because on an accelerator the check would make every step wait for
-    the device.
+    By default, the range is checked on the CPU only, because on an accelerator every step would have to wait for the
+    device.
 
     Args:
         images: Expected to be (B, C, H, W) float in [0, 1].
@@ -24,7 +24,7 @@ def check_image_batch(images: object, name: str, *, like: Tensor | None = None, 
         wait: Whether to check the range on an accelerator, too.
 
     Raises:
-        ShapeError: The images do not have this form.
+        ShapeError: The images have a wrong shape, type, device or range.
     """
     if not isinstance(images, Tensor):
         raise ShapeError(

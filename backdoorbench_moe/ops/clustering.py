@@ -1,12 +1,11 @@
-"""Two clusters of points: 2-means that does not depend on the order of the points, and silhouettes."""
+"""Clustering of points: deterministic 2-means that does not depend on their order, and silhouettes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Starting splits along each coordinate, at these multiples of its standard deviation: in half, and either end from the
-# rest.
+# Initial splits along each coordinate, at these multiples of its standard deviation: in the middle, and near each end.
 CUTS = (0.0, 1.5, -1.5)
 MOST_STEPS = 100
 # Distances that are computed at a time: 50 MB.
@@ -14,12 +13,12 @@ CHUNK_VALUES = 6_000_000
 
 
 def two_means(points: Tensor) -> Tensor:
-    """Divide points into two clusters with the smallest sum of squared distances from the means of the clusters.
+    """Split points into two clusters that minimise the sum of squared distances from the means of the clusters.
 
-    Lloyd's algorithm starts from several splits, and the best result is returned. The splits are planes across each
-    coordinate, and one halfway to the point that is farthest from the mean, for a few points far out. Unlike random
-    starts, they do not depend on the order of the points. They suit coordinates that are principal components, largest
-    variance first, since the best two clusters are almost those on the two sides of a plane across the first component.
+    Lloyd's algorithm starts from several splits, and the best result is returned. The splits are planes perpendicular
+    to each coordinate, and one halfway to the point that is farthest from the mean, to find a few distant points.
+    Unlike random starts, they do not depend on the order of the points. They suit principal components, since the best
+    two clusters are nearly separated by a plane perpendicular to the first component.
 
     Args:
         points: (N, k) float64.
@@ -49,11 +48,11 @@ def two_means(points: Tensor) -> Tensor:
 
 
 def between_squares(points: Tensor, sides: Tensor) -> Tensor:
-    """Compute by how much the sum of squared distances is smaller around two means than around one.
+    """Compute by how much two means, instead of one, reduce the sum of squared distances.
 
     Args:
         points: (N, k).
-        sides: (S, N) bool, several ways to divide the points in two.
+        sides: (S, N) bool, several ways to split the points.
 
     Returns:
         (S,): n m / (n + m) times the squared distance of the means of n and m points; 0 if one side is empty.
@@ -64,7 +63,7 @@ def between_squares(points: Tensor, sides: Tensor) -> Tensor:
 
 
 def _means(points: Tensor, sides: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the means (S, k) of the points on each side, 0 for an empty side, and the numbers (S,) on the first."""
+    """Return the means (S, k) of both sides, 0 for an empty one, and the numbers of points (S,) on the first side."""
     inside = sides.to(points.dtype)
     counts = inside.sum(1)
     sums = inside @ points
@@ -74,16 +73,16 @@ def _means(points: Tensor, sides: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def silhouettes(points: Tensor, inside: Tensor) -> Tensor:
-    """Compute how much nearer each point is to its own cluster than to the other: (b - a) / max(a, b).
+    """Compute the silhouette of each point, (b - a) / max(a, b).
 
-    Here a is the mean distance from the other points of its cluster, and b from those of the other cluster.
+    Here, a is the mean distance from the other points of its cluster, and b from the points of the other cluster.
 
     Args:
         points: (N, k).
         inside: (N,) bool, the points of one of the two clusters.
 
     Returns:
-        (N,) in [-1, 1]; 0 for a point that is alone in its cluster, and for all points if there is one cluster only.
+        (N,) in [-1, 1]; 0 for a point that is alone in its cluster, and for all points if there is only one cluster.
 
     Source:
         Rousseeuw, Journal of Computational and Applied Mathematics 20 (1987), 53-65.

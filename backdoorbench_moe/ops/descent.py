@@ -1,4 +1,4 @@
-"""Optimising pixels: descent along the sign of the gradient, and with Adam, within bounds."""
+"""Optimising pixels within bounds: descent along the sign of the gradient, and with Adam."""
 
 from __future__ import annotations
 

@@ -14,13 +14,13 @@ from backdoorbench_moe.ops.metrics import Proportion
 def auroc(clean: np.ndarray, triggered: np.ndarray) -> Proportion:
     """Compute the area under the ROC curve (AUROC) with a 95% confidence interval.
 
-    The area is the share of all pairs of a triggered and a clean score in which the triggered score is higher; equal
-    scores count half.
+    The area is the share of pairs of a triggered and a clean score in which the triggered score is higher; ties count
+    half.
 
     The interval is Newcombe's method 5. Like Wilson's interval for a proportion, it uses the standard error at each
     bound instead of the standard error at the measured area: a bound is an area whose distance from the measured area
-    is 1.96 times its own standard error, by the formula of Hanley and McNeil. Its width is therefore above 0 even for
-    a measured area of 0% or 100%.
+    is 1.96 times the bound's standard error, by the formula of Hanley and McNeil. Its width is therefore above 0 even
+    for a measured area of 0% or 100%.
 
     Args:
         clean: (m,) scores of clean images; higher is more suspicious.
@@ -45,25 +45,25 @@ def auroc(clean: np.ndarray, triggered: np.ndarray) -> Proportion:
 
 
 def _interval(area: float, m: int, n: int) -> tuple[float, float]:
-    """Return the two areas whose distance from `area` is 1.96 times their own standard error, in [0, 1]."""
+    """Return the two areas in [0, 1] whose distance from `area` is 1.96 times their standard error."""
     z = float(norm.ppf(0.975))
 
     def error(at: float) -> float:
         size = (m + n) / 2 - 1
         return math.sqrt(at * (1 - at) * (1 + size * (1 - at) / (2 - at) + size * at / (1 + at)) / (m * n))
 
-    # 1.96 errors minus the distance: positive at the measured area, where the distance is 0, and negative at 0 or 1,
-    # where the error is 0. So there is a root between them.
+    # 1.96 errors minus the distance is positive at the measured area, where the distance is 0, and negative at 0 or 1,
+    # where the error is 0. Hence there is a root in between.
     low = 0.0 if area == 0 else brentq(lambda at: z * error(at) - (area - at), 0, area - 1e-15)
     high = 1.0 if area == 1 else brentq(lambda at: z * error(at) - (at - area), area + 1e-15, 1)
     return float(low), float(high)
 
 
 def threshold_rank(fpr: float, calibrating: int) -> int:
-    """Compute which of n calibration scores of clean images to use as threshold: the k-th highest.
+    """Compute the rank k such that the k-th highest of n calibration scores of clean images is used as the threshold.
 
-    A new clean score exceeds the k-th highest of n other clean scores with a probability of k / (n + 1), whatever the
-    distribution of the scores; or less if scores are equal.
+    A new clean score exceeds the k-th highest of n other clean scores with a probability of k / (n + 1) for any
+    continuous distribution of the scores; with a lower one if there are ties.
 
     Args:
         fpr: Highest false positive rate, in (0, 1).

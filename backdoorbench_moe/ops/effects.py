@@ -28,7 +28,7 @@ class Mean:
 
 
 def mean_of(values: Tensor) -> Mean:
-    """Compute the mean of (N,) values and its 95% interval, without values that are NaN."""
+    """Compute the mean of (N,) values and its 95% confidence interval, ignoring NaN."""
     values = values.double().flatten()
     values = values[~values.isnan()]
     n = len(values)
@@ -54,7 +54,7 @@ class Difference:
         auc: Probability that a value of the first group is larger than one of the second, where ties count half
             ("common language effect size"); in [0, 1].
         rank_biserial: Rank-biserial correlation, 2 auc - 1, in [-1, 1].
-        cohens_d: Difference of the means in pooled standard deviations; None if these are zero.
+        cohens_d: Difference of the means in pooled standard deviations; None if the pooled deviation is 0.
         p: p-value of the two-sided Mann-Whitney U test, corrected for ties and continuity.
     """
 
@@ -69,8 +69,7 @@ class Difference:
 def differences(values: Tensor, groups: Tensor) -> list[Difference | None]:
     """Compare the values inside each group with those outside of it.
 
-    The values are ranked once for all groups, which makes this faster than a call of SciPy's `mannwhitneyu` for each
-    of them.
+    The values are ranked once for all groups, which is faster than calling SciPy's `mannwhitneyu` for each group.
 
     Args:
         values: (N,) float.

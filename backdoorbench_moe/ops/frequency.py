@@ -1,4 +1,4 @@
-"""Patterns of the discrete cosine transform (DCT-II)."""
+"""Basis patterns of the discrete cosine transform (DCT-II)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def dct_vector(size: int, index: int) -> Tensor:
 
 
 def dct_image(height: int, width: int, row: int, column: int) -> Tensor:
-    """Return the image whose two-dimensional orthonormal DCT-II is 1 at one coefficient, and 0 elsewhere.
+    """Return the image whose two-dimensional orthonormal DCT-II is 1 at one coefficient and 0 elsewhere.
 
     Args:
         height: H.
@@ -41,11 +41,11 @@ def dct_image(height: int, width: int, row: int, column: int) -> Tensor:
 def smooth_field(coefficients: Tensor, height: int, width: int) -> Tensor:
     """Sum the lowest cosine waves along both axes; each wave has the same amplitude on a canvas of any size.
 
-    A canvas with fewer pixels than there are waves along an axis gets those that it can show.
+    A canvas gets at most as many waves along an axis as it has pixels.
 
     Args:
-        coefficients: (C, k, k) float64, the amplitudes: element (u, v) of u half-waves along the height and v along
-            the width.
+        coefficients: (C, k, k) float64, the amplitudes; element (u, v) belongs to u half-waves along the height and v
+            along the width.
         height: H.
         width: W.
 
@@ -58,6 +58,6 @@ def smooth_field(coefficients: Tensor, height: int, width: int) -> Tensor:
 
 
 def _waves(size: int, count: int) -> Tensor:
-    """The first cosine waves along an axis, with amplitude 1, (min(count, size), size) float64."""
+    """Return the first cosine waves along an axis, with amplitude 1, (min(count, size), size) float64."""
     steps = (2 * torch.arange(size, dtype=torch.float64) + 1) / (2 * size)
     return torch.cos(math.pi * torch.arange(min(count, size), dtype=torch.float64)[:, None] * steps)

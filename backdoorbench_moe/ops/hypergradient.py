@@ -14,20 +14,20 @@ def fixed_point_hypergradient(
     """Return the gradient of an outer loss E(d(w), w) with respect to w, where d(w) is the fixed point of a map.
 
     The map is F(d, w), such as a step of gradient descent on an inner loss: its fixed point d = F(d, w) is the solution
-    of the inner problem. The gradient is dE/dw + (dF/dw)^T v, where v solves v = (dF/dd)^T v + dE/dd. It is
+    of the inner problem. The gradient is dE/dw + (dF/dw)^T v, where v solves v = (dF/dd)^T v + dE/dd. The solution is
     approximated by iterating this equation from v = 0, which converges if the map is a contraction. After K steps, v is
     the sum of the first K terms of the Neumann series.
 
     Args:
         outer: E, a scalar that depends on `solution` and `weights`.
-        mapped: F(solution, weights), of the shape of `solution`, computed with a graph of its own gradient
-            (`create_graph=True`).
+        mapped: F(solution, weights), with the shape of `solution`; if it contains a gradient, computed with
+            `create_graph=True`.
         solution: d, a tensor that requires gradients.
         weights: w, tensors that require gradients.
         steps: Number K of steps, from 1.
 
     Returns:
-        The gradient with respect to each of the weights; zeros for one that has no influence.
+        The gradient with respect to each of the weights; zeros for weights without influence.
 
     Source:
         Grazzi et al., "On the iteration complexity of hypergradient computation", ICML 2020, algorithm 2.
@@ -43,6 +43,6 @@ def fixed_point_hypergradient(
 
 
 def _sum(weight: Tensor, *parts: Tensor | None) -> Tensor:
-    """Sum of the gradients that are known; zeros if there are none."""
+    """Return the sum of the gradients that are not None; zeros if there are none."""
     known = [part for part in parts if part is not None]
     return torch.stack(known).sum(0) if known else torch.zeros_like(weight)

@@ -1,4 +1,4 @@
-"""Images as rows of a file, which are read when they are needed."""
+"""Images as rows of a file, which are read on demand."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def memory_limit() -> int:
 
 
 class Rows(Protocol):
-    """Images (N, *shape) uint8 that can be read by their numbers."""
+    """Images (N, *shape) uint8 that can be read by index."""
 
     shape: tuple[int, ...]
 
@@ -51,7 +51,7 @@ class Rows(Protocol):
         """Read images into an array.
 
         Args:
-            rows: (n,) int64, their numbers in any order.
+            rows: (n,) int64, their indices in any order.
             out: (n, *shape) uint8, contiguous.
 
         Raises:
@@ -63,7 +63,7 @@ class TensorRows:
     """Images in memory, as `Rows`.
 
     Args:
-        images: (N, ...) uint8, on any device. They must not be written to any more.
+        images: (N, ...) uint8, on any device. They must not be written to afterwards.
     """
 
     def __init__(self, images: Tensor) -> None:
@@ -79,10 +79,10 @@ class TensorRows:
 
 
 class FileRows:
-    """Images in a file, one after the other, as `Rows`.
+    """Consecutive images in a file, as `Rows`.
 
-    They are read with `preadv` into buffers of the caller, not mapped into memory: the pages of a map count as memory
-    of the process for as long as the system keeps them, and a map of a file that becomes shorter ends the process.
+    They are read with `preadv` into buffers of the caller, not memory-mapped: the pages of a map count as memory of the
+    process as long as the system keeps them, and the process crashes if a mapped file is truncated.
 
     Args:
         descriptor: Descriptor of the file, opened for reading; it is closed with this object.
@@ -90,10 +90,9 @@ class FileRows:
         count: Number N of images.
         shape: Shape of an image, such as (3, H, W).
         offset: Number of bytes before the first image.
-        checksums: (N,) uint32, the CRC-32 of each image, which is compared when the image is read first; None to
-            compare nothing.
-        repair: Function that makes an image again, given its number; None if an image with another checksum is an
-            error.
+        checksums: (N,) uint32, the CRC-32 of each image, which is checked when the image is first read; None to check
+            nothing.
+        repair: Function that recomputes an image, given its index; None if an image with a wrong checksum is an error.
     """
 
     def __init__(
@@ -147,22 +146,24 @@ class FileRows:
     def _check(self, row: int, pixels: np.ndarray) -> None:
         assert self.checksums is not None
         wanted = int(self.checksums[row])
-        if zlib.crc32(pixels.data) != wanted:
-            fresh = None if self.repair is None else self.repair(row)
-            if fresh is None or zlib.crc32(np.ascontiguousarray(fresh).data) != wanted:
-                raise DataError(
-                    f"{self.name}: image {row} is damaged, and its file is not the one it was read from any more; "
-                    "start again"
-                )
-            pixels[:] = fresh.reshape(-1)
-            # Whoever may not write here repairs it in memory, at every reading.
-            with suppress(OSError), Path(self.name).open("r+b") as file:
-                write_at(file.fileno(), pixels, self.offset + row * self.row_bytes)
-        self._checked[row] = True
+        if zlib.crc32(pixels.data) == wanted:
+            self._checked[row] = True
+            return
+        fresh = None if self.repair is None else self.repair(row)
+        if fresh is None or zlib.crc32(np.ascontiguousarray(fresh).data) != wanted:
+            raise DataError(
+                f"{self.name}: image {row} is damaged, and its file is not the one it was read from any more; "
+                "start again"
+            )
+        pixels[:] = fresh.reshape(-1)
+        # If the file is not writable, the image is repaired in memory each time it is read.
+        with suppress(OSError), Path(self.name).open("r+b") as file:
+            write_at(file.fileno(), pixels, self.offset + row * self.row_bytes)
+            self._checked[row] = True
 
 
 def write_at(descriptor: int, pixels: np.ndarray, place: int) -> None:
-    """Write a contiguous array at a place in an open file. Raises OSError if the disk refuses."""
+    """Write a contiguous array at an offset in an open file. Raise OSError if writing fails."""
     view = pixels.data.cast("B")
     while view:
         done = os.pwrite(descriptor, view, place)
@@ -170,20 +171,20 @@ def write_at(descriptor: int, pixels: np.ndarray, place: int) -> None:
 
 
 def gigabytes(size: int) -> str:
-    """Say a number of bytes, as in "30.1 GB"."""
+    """Format a number of bytes, such as "30.1 GB"."""
     return f"{size / 10**9:.1f} GB" if size >= 10**8 else f"{size / 10**6:.1f} MB"
 
 
 def check_space(folder: Path, size: int, what: str) -> None:
-    """Check that a disk has space.
+    """Check that a disk has enough space.
 
     Args:
-        folder: An existing folder on it.
-        size: Bytes that are needed.
-        what: What needs them, for the message.
+        folder: An existing folder on the disk.
+        size: Number of bytes that are needed.
+        what: What the space is for, a plural for the message.
 
     Raises:
-        DataError: It has not.
+        DataError: The disk does not have enough space.
     """
     try:
         free = shutil.disk_usage(folder).free
@@ -197,14 +198,14 @@ def check_space(folder: Path, size: int, what: str) -> None:
 
 
 class Scratch:
-    """Images that are written to a temporary file without a name, which is gone when nobody reads it any more.
+    """Images that are written to an unnamed temporary file, which is deleted when it is no longer used.
 
     Args:
         count: Number N of images.
         shape: Shape of an image.
 
     Raises:
-        DataError: There is no space for them, or the folder of the cache cannot be written.
+        DataError: There is not enough space, or the cache folder cannot be written.
     """
 
     def __init__(self, count: int, shape: tuple[int, ...]) -> None:
@@ -223,7 +224,7 @@ class Scratch:
         self.rows = FileRows(descriptor, f"{folder} (temporary file)", count, shape)
 
     def __setitem__(self, part: slice, images: Tensor) -> None:
-        """Write some consecutive images, (n, *shape), which are rounded down to uint8."""
+        """Write consecutive images, (n, *shape), which are rounded down to uint8."""
         pixels = images.to("cpu", torch.uint8).contiguous().numpy()
         try:
             write_at(self.rows.descriptor, pixels, part.start * self.row_bytes)

@@ -1,7 +1,7 @@
 """Confidence intervals of means over seeds and of their differences, on the scale from 0 to 100%.
 
-Student's t interval of the values of all seeds is not used, for three reasons: it leaves the scale (27.8 ± 20.1 over
-two seeds gives -153 to 209%), it has no width if all seeds agree (100, 100, 100), and it ignores that each value is a
+Student's t interval of the values of all seeds is not used, for three reasons: it exceeds the scale (27.8 ± 20.1 over
+two seeds gives -153 to 209%), its width is 0 if all seeds agree (100, 100, 100), and it ignores that each value is a
 count over the same test images. `benchmarks/interval_coverage.py` simulates how often each of the two intervals
 contains the true mean.
 """
@@ -15,7 +15,7 @@ from functools import cache
 
 # With fewer seeds, the standard deviation between them cannot be estimated well enough.
 FEWEST_SEEDS = 3
-# By so much a share may leave the scale: sums of gates that were rounded to float32.
+# A share may exceed the scale by this much, such as sums of gates that were rounded to float32.
 ROUNDING = 1e-3
 
 Interval = tuple[float, float]

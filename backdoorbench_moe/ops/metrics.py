@@ -1,4 +1,4 @@
-"""Shares with their uncertainty, means over seeds, and whether an accuracy is near chance."""
+"""Shares with confidence intervals, means over seeds, and a test of whether an accuracy is near chance."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# A model whose accuracy is known to lie below both limits has learned next to nothing.
+# A model whose accuracy is known to be below both limits has learned next to nothing.
 CHANCE_FACTOR, CHANCE_SKILL = 2.0, 0.1
 
 
@@ -79,7 +79,7 @@ def near_chance(hits: int, n: int, chance: float) -> bool:
       limit is the lower one if there are many classes (2% for 100 balanced classes), the second one if there are few
       (55% for two).
 
-    The interval is used so that a few images, predicted correctly or wrongly by luck, do not decide.
+    The interval is used so that the decision does not depend on a few images that are predicted correctly by chance.
 
     Args:
         hits: Number of test images whose class is predicted correctly.

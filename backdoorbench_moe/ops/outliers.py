@@ -12,7 +12,7 @@ from torch import Tensor
 
 # Largest value that `studentised` returns. The normal distribution's tail beyond it is below the smallest float.
 MOST = 37.0
-# For a normal distribution these times the median, or the mean, absolute deviation are the standard deviation.
+# Factors from the median, or mean, absolute deviation to the standard deviation of a normal distribution.
 MEDIAN_SCALE, MEAN_SCALE = 1.4826, 1.253314
 
 
@@ -34,7 +34,7 @@ def deviations(values: Tensor) -> Tensor:
 def largest_deviation(count: int) -> float:
     """Return (n - 1) / sqrt(n), the largest result of `deviations` that one of n values can have.
 
-    It is above 3 only from n = 11: of fewer values, none lies more than 3 standard deviations above the mean.
+    It is above 3 only for n >= 11: of fewer values, none can be more than 3 standard deviations above the mean.
 
     Source:
         Shiffler, "Maximum z scores and outliers", The American Statistician 42 (1988).
@@ -43,10 +43,10 @@ def largest_deviation(count: int) -> float:
 
 
 def studentised(values: Tensor) -> Tensor:
-    """Return the distance of each value from the mean of the others, as standard deviations of a normal distribution.
+    """Return the distance of each value from the mean of the others, in standard deviations of a normal distribution.
 
-    Unlike `deviations`, it has no upper bound for few values. The distance is divided by the standard deviation of the
-    others, which gives a t statistic with n - 2 degrees of freedom, and is then converted to the number of standard
+    Unlike `deviations`, it is not bounded for few values. The distance is divided by the standard error from the other
+    values, which gives a t statistic with n - 2 degrees of freedom. This is converted to the number of standard
     deviations that a normal variable exceeds with the same probability.
 
     Args:
@@ -69,7 +69,7 @@ def studentised(values: Tensor) -> Tensor:
     statistic = torch.where(
         distance.abs() <= noise, 0.0, distance / (spread * math.sqrt(1 + 1 / (count - 1)))
     )
-    # The smaller tail is the accurate one.
+    # The smaller tail is more accurate.
     tails = t.sf(statistic.abs().numpy(), count - 2)
     found = torch.from_numpy(norm.isf(tails)).clamp(max=MOST)
     return found * statistic.sign()
@@ -79,8 +79,8 @@ def anomaly_indices(values: Sequence[float]) -> np.ndarray:
     """Compute how many robust standard deviations each value lies below the median.
 
     The median of an even count is the mean of the two middle values. The standard deviation is estimated as 1.4826
-    times the median absolute deviation (MAD). If more than half of the values are equal, the MAD is 0; 1.253314 times
-    the mean absolute deviation from the median takes its place, as in Iglewicz and Hoaglin. If all values are equal,
+    times the median absolute deviation (MAD). If the MAD is 0, because more than half of the values are equal, 1.253314
+    times the mean absolute deviation from the median replaces it, as in Iglewicz and Hoaglin. If all values are equal,
     all indices are 0.
 
     Args:

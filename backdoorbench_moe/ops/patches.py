@@ -1,4 +1,4 @@
-"""Cutting images into tiles, and putting tiles together."""
+"""Cutting images into tiles, and reassembling them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ def tile(images: Tensor, size: int) -> Tensor:
         size: Side S of a tile in pixels, a divisor of H and W.
 
     Returns:
-        (B*P, C, S, S) with P = H/S * W/S, in which the P tiles of an image follow each other. It may share memory with
-        `images`.
+        (B*P, C, S, S) with P = H/S * W/S; the P tiles of an image are consecutive. It may share memory with `images`.
 
     Raises:
         ShapeError: The tiles do not cover the image exactly.
@@ -30,7 +29,7 @@ def tile(images: Tensor, size: int) -> Tensor:
 
 
 def untile(tiles: Tensor, height: int, width: int) -> Tensor:
-    """Put tiles together to images; the exact inverse of `tile`.
+    """Reassemble tiles into images; the exact inverse of `tile`.
 
     Args:
         tiles: (B*P, C, S, S) as returned by `tile`.
@@ -41,7 +40,7 @@ def untile(tiles: Tensor, height: int, width: int) -> Tensor:
         (B, C, H, W). It may share memory with `tiles`.
 
     Raises:
-        ShapeError: The tiles are not square, or do not make up whole images.
+        ShapeError: The tiles are not square, or their number is not a multiple of those of an image.
     """
     count, channels, size, other = tiles.shape
     if size != other:
@@ -57,7 +56,7 @@ def untile(tiles: Tensor, height: int, width: int) -> Tensor:
 
 
 def _grid(size: int, height: int, width: int) -> tuple[int, int]:
-    """Numbers of rows and columns of tiles."""
+    """Return the numbers of rows and columns of tiles."""
     if size < 1 or height % size or width % size:
         common = math.gcd(height, width)
         divisors = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)

@@ -1,4 +1,4 @@
-"""Loading the next batches while the present one is used."""
+"""Loading the next batches while the current one is used."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ AHEAD, THREADS = 3, 2
 
 
 def prefetched(load: Callable[[Item], Loaded], items: Iterable[Item]) -> Iterator[Loaded]:
-    """Yield `load(item)` for each item, in order, and call it for the next ones in threads meanwhile.
+    """Yield `load(item)` for each item, in order, while threads load the next ones.
 
     Args:
-        load: Function that waits for a disk or releases the interpreter lock otherwise. Its exceptions are raised when
-            its result is due.
+        load: Function that waits for a disk or otherwise releases the global interpreter lock. Its exceptions are
+            raised when its result is due.
         items: Its arguments.
     """
     waiting: deque[Future[Loaded]] = deque()
@@ -38,10 +38,10 @@ def prefetched(load: Callable[[Item], Loaded], items: Iterable[Item]) -> Iterato
 
 
 def moved(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """Yield batches on a GPU. The next one is copied while the computations on the present one run.
+    """Yield batches on a GPU. The next one is copied during the computations on the current one.
 
     Args:
-        batches: Tensors on the CPU; copies overlap with computations only if these are in pinned memory.
+        batches: Tensors on the CPU.
         device: The GPU.
     """
     stream = torch.cuda.Stream(device)
@@ -58,7 +58,7 @@ def moved(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
 
 
 def _arrived(copy: Tensor, event: torch.cuda.Event) -> Tensor:
-    """Let the current stream wait for a copy that another stream makes, and keep its memory until it is used."""
+    """Let the current stream wait for a copy on another stream, and keep its memory until it has been used."""
     present = torch.cuda.current_stream(copy.device)
     present.wait_event(event)
     copy.record_stream(present)

@@ -27,7 +27,7 @@ def psnr(images: Tensor, others: Tensor) -> Tensor:
     images, others = _pair(images, others)
     if not len(images):
         return images.new_zeros(0)
-    # kornia's psnr pools a whole batch into one value; vmap gives it one pair at a time.
+    # kornia's psnr returns one value for the batch; vmap passes it one pair at a time.
     return torch.vmap(lambda a, b: metrics.psnr(a, b, 1.0))(images, others)
 
 

@@ -6,7 +6,7 @@ from backdoorbench_moe.errors import ConfigError
 
 
 def check_integer(name: str, number: int | None, at_least: int = 0, at_most: int | None = None) -> None:
-    """Raise ConfigError if a number, such as one of epochs, is too small or too large; None is allowed."""
+    """Raise ConfigError if a number, such as a number of epochs, is too small or too large; None is allowed."""
     if number is None:
         return
     if at_most is not None and not at_least <= number <= at_most:

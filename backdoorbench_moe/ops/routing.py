@@ -1,4 +1,4 @@
-"""Statistics of routing: how even it is, and how it differs between classes and between two images."""
+"""Statistics of routing: load, entropy, and differences between classes and between pairs of images."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from backdoorbench_moe.ops.patches import tile
 
-# Largest deviation from 1 of the sum of gates that form a distribution. They may have been computed in bf16.
+# Largest deviation from 1 of the sum of gates that form a distribution; gates may have been computed in bf16.
 SUM_TOLERANCE = 0.01
 
 
 def gates_over(gates: Tensor) -> str:
-    """Find the axis over which gates sum to 1.
+    """Determine the axis over which gates sum to 1.
 
     In expert-choice routing the gates of each expert usually sum to 1 over the patches. In token-choice routing the
     gates of each patch usually sum to 1 over the experts.
@@ -55,8 +55,8 @@ def normalised_entropy(probabilities: Tensor, over: str) -> Tensor:
         over: The axis of the distributions, see `gates_over`.
 
     Returns:
-        (B, E) for distributions over the patches, (B, P) for distributions over the experts; in [0, 1]. It is 0 if
-        there is only one patch or only one expert.
+        (B, E) for distributions over the patches, (B, P) for distributions over the experts; in [0, 1]. 0 if there is
+        only one patch or only one expert.
     """
     dim = _axis(over)
     choices = torch.tensor(max(2, probabilities.shape[dim]))
@@ -67,8 +67,8 @@ def js_divergence(first: Tensor, second: Tensor, over: str) -> Tensor:
     """Compute the Jensen-Shannon divergence between two routings of the same images, for each expert.
 
     If each expert has a distribution over the patches, the result is the divergence between its two distributions. If
-    each patch has a distribution over the experts, the divergence of a patch is a sum with one term for each expert.
-    The result is then the mean of an expert's term over the patches.
+    each patch has a distribution over the experts, the divergence of a patch is a sum with one term for each expert,
+    and the result is the mean of an expert's term over the patches.
 
     Args:
         first: (B, E, P) distributions.
@@ -89,13 +89,13 @@ def kl_divergence(gates: Tensor, reference: Tensor, weights: Tensor | None = Non
 
     Args:
         gates: (B, E, P), the distribution q over the experts of each patch. It may require gradients.
-        reference: (E, P) or (B, E, P), the distribution p; (E, 1) for the same one at all patches.
+        reference: (E, P) or (B, E, P), the distribution p; (E, 1) if it is the same for all patches.
         weights: (B, P), the weights of the patches of each image, or of the positions of each text, which sum to 1;
             None for the mean over all of them.
 
     Returns:
-        The mean over images and patches in nats, a scalar, not negative. An expert with p_e = 0 adds nothing; a q_e of
-        0 counts as the smallest positive number.
+        The mean over images and patches in nats, a scalar, not negative. An expert with p_e = 0 contributes 0; q_e = 0
+        counts as the smallest positive number.
     """
     gates, reference = gates.float(), reference.float()
     logs = gates.clamp(min=torch.finfo(gates.dtype).tiny).log()
@@ -111,7 +111,7 @@ def jaccard(first: Tensor, second: Tensor) -> Tensor:
         second: (B, F, P) bool, the patches that each of F experts selected.
 
     Returns:
-        (B, E, F) in [0, 1]; 1 for two experts that selected nothing.
+        (B, E, F) in [0, 1]; 1 if both experts selected nothing.
     """
     one, other = first.float(), second.float()
     common = one @ other.transpose(1, 2)
@@ -120,7 +120,7 @@ def jaccard(first: Tensor, second: Tensor) -> Tensor:
 
 
 def changed_share(first: Tensor, second: Tensor) -> Tensor:
-    """Compute, for each expert, how far two selections of patches differ: |A xor B| / (|A| + |B|).
+    """Compute, for each expert, how much two selections of patches differ: |A xor B| / (|A| + |B|).
 
     If A and B both have K patches, it is the share of the K patches that are not in the other selection.
 
@@ -136,7 +136,7 @@ def changed_share(first: Tensor, second: Tensor) -> Tensor:
 
 
 def counts_by_class(selected: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Count in how many images of each class an expert selected a patch.
+    """Count the images of each class in which an expert selected a patch.
 
     Args:
         selected: (B, E, P) bool.
@@ -151,7 +151,7 @@ def counts_by_class(selected: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def load_shares(weights: Tensor, over: str) -> Tensor:
-    """Compute which share of an image's (expert, patch) pairs belongs to each expert, or to each patch.
+    """Compute the share of an image's (expert, patch) pairs that belongs to each expert, or to each patch.
 
     Args:
         weights: (B, E, P), not negative: 1 for pairs that are selected and 0 for others, or any other weights.
@@ -170,15 +170,15 @@ def load_entropy(load: Tensor) -> Tensor:
 
 
 def nearest_load(loads: Sequence[Tensor], known: Sequence[Tensor]) -> Tensor:
-    """Compute how far an image's loads are from the most similar ones of known images.
+    """Compute the distance of an image's loads from the most similar ones of known images.
 
     Args:
-        loads: For each routed layer (B, n), the loads by the images.
-        known: For each routed layer (M, n), the loads by the known images.
+        loads: For each routed layer (B, n), the loads of the images.
+        known: For each routed layer (M, n), the loads of the known images.
 
     Returns:
-        (B,) float64 in [0, 1]: the smallest distance to one of the M images, where the distance of two images is the
-        mean over the layers of the total variation distance of their loads.
+        (B,) float64 in [0, 1]: the smallest distance to one of the M images. The distance between two images is the
+        total variation distance between their loads, averaged over the layers.
     """
     pairs = zip(loads, known, strict=True)
     return torch.stack([torch.cdist(load, other, p=1) / 2 for load, other in pairs]).mean(0).amin(1)
@@ -187,7 +187,7 @@ def nearest_load(loads: Sequence[Tensor], known: Sequence[Tensor]) -> Tensor:
 def blind_miss(changed: Tensor, taken: Tensor, patches: int) -> Tensor:
     """Compute the probability that a random selection of K out of P patches contains none of m changed patches.
 
-    All sets of K patches are equally likely, so that the probability is hypergeometric: C(P - m, K) / C(P, K).
+    All sets of K patches are equally likely, so the probability is hypergeometric: C(P - m, K) / C(P, K).
 
     Args:
         changed: (B,), the number m of changed patches in each image.

@@ -1,4 +1,4 @@
-"""Random numbers: one seed for each purpose, derived from the seed of the run."""
+"""Random numbers: a separate seed for each purpose, derived from the seed of the run."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ MIX = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
-    """Derive a seed for a purpose; it is the same on every machine.
+    """Derive a seed for a purpose; the result is the same on every machine.
 
     Args:
         seed: The seed of the run.
-        *purpose: Words and numbers that name the purpose, such as "order", epoch.
+        *purpose: Words and numbers that name the purpose, such as "order" and the epoch.
 
     Returns:
         Seed in [0, 2**63).
     """
     text = "/".join(map(str, (seed, *purpose)))
-    # Names of files, and so of classes, need not be valid UTF-8; Python then represents them with surrogates.
+    # Names of files, and thus of classes, may not be valid UTF-8; Python then represents them with surrogates.
     encoded = text.encode(errors="surrogateescape")
     return int.from_bytes(hashlib.sha256(encoded).digest()[:8], "big") >> 1
 
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """Return a generator for a purpose, see `derive_seed`. It is on the CPU, so that all devices get the same draws."""
+    """Return a generator for a purpose, see `derive_seed`. It is on the CPU, so all devices get the same draws."""
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))
 
 
@@ -40,7 +40,7 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
 def seeded(seed: int, *purpose: str | int) -> Iterator[None]:
     """Seed torch's global generators inside the block, and restore their states afterwards.
 
-    This is for code that does not take a generator, such as the initialisation of weights and dropout.
+    This is for code that does not accept a generator, such as weight initialisation and dropout.
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=list(devices)):
@@ -49,7 +49,7 @@ def seeded(seed: int, *purpose: str | int) -> Iterator[None]:
 
 
 def uniform_at(seed: int | Tensor, places: Tensor, *shape: int) -> Tensor:
-    """Draw uniform numbers as a function of a seed and of places, independently of the rest of the batch.
+    """Draw uniform numbers as a function of a seed and of places; they do not depend on the rest of the batch.
 
     Args:
         seed: In [0, 2**63), see `derive_seed`; a number, or an int64 scalar tensor on the device of `places`.

@@ -12,7 +12,7 @@ from torch import Tensor
 def steepest_shift(
     weights: Sequence[Tensor], gradients: Sequence[Tensor | None], *, rho: float, adaptive: bool
 ) -> list[Tensor]:
-    """Return the shift of the weights, within a ball, that raises the loss most to first order.
+    """Return the shift of the weights, within a ball, that raises the loss most, to first order.
 
     With all weights w and gradients g as one vector, the shift is rho * g / |g| in the ball |shift| <= rho. The
     adaptive ball is |shift / w| <= rho, in which the shift is rho * w^2 g / |w g| (elementwise products); it does not
@@ -29,7 +29,7 @@ def steepest_shift(
 
     Source:
         Foret et al., "Sharpness-Aware Minimization", ICLR 2021, eq. 2; Kwon et al., "ASAM", ICML 2021, eq. 10, without
-        the constant that is added to |w| there.
+        its constant that is added to |w|.
     """
     known = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
     scales = [weight.abs() if adaptive else torch.ones_like(weight) for weight in weights]

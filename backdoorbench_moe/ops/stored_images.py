@@ -1,4 +1,4 @@
-"""Images that need not fit into memory, as a tensor."""
+"""A tensor of images that may exceed the memory."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from backdoorbench_moe.ops.prefetch import moved, prefetched
 
 
 class StoredImages(Tensor):
-    """Images (N, C, H, W) uint8 that lie in files, used like a tensor.
+    """Images (N, C, H, W) uint8 that are stored in files and used like a tensor.
 
-    Shape, type and device are those of the tensor that it stands for. What is asked for is read:
+    Shape, type and device are those of the tensor it represents. Images are read on demand:
 
-    - An index along the first axis (a number, slice, mask or tensor of places) gives a tensor, or again stored images
-      if the result is larger than `memory_limit`.
-    - `split` gives tensors, and reads the next ones in threads while the present one is used.
-    - `to` another device reads nothing: images arrive there when they are read.
+    - Indexing along the first axis (with a number, slice, mask or index tensor) returns a tensor, or stored images if
+      the result is larger than `memory_limit`.
+    - `split` returns tensors, and reads the next ones in threads while the current one is used.
+    - `to` another device reads nothing: images are moved when they are read.
     - `torch.cat` and `replaced` combine stored images and tensors; no image is copied.
     - Any other operation reads all images, or is refused if they do not fit into memory.
 
-    They cannot be written to.
+    Stored images are read-only.
 
     Args:
-        sources: Where the images are.
-        rows: (N,) int64 on the CPU: the place of each image in the sources, one after the other.
+        sources: Where the images are stored.
+        rows: (N,) int64 on the CPU: the index of each image in the concatenated sources.
         device: The device of the tensors that are read.
     """
 
@@ -53,7 +53,7 @@ class StoredImages(Tensor):
 
     # ---- reading ---------------------------------------------------------------------------------------
     def read(self, places: Tensor | None = None) -> Tensor:
-        """Read images, given by their places (n,) int64 or all of them, as a tensor (n, C, H, W) on the device."""
+        """Read the images at some places (n,) int64, or all images, as a tensor (n, C, H, W) on the device."""
         return self._read(self.rows if places is None else self.rows[places.cpu()]).to(self.device)
 
     def batches(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -107,26 +107,26 @@ class StoredImages(Tensor):
             yield from batch
 
     def split(self, split_size: Any, dim: int = 0) -> Any:
-        """Return the images in parts of this size, as a sequence of tensors that are read when they are needed."""
+        """Return the images in parts of this size, as a sequence of tensors that are read on demand."""
         if not isinstance(split_size, int) or dim:
             return self._whole().split(split_size, dim)
         return Parts(self, split_size)
 
     # ---- what needs no reading -------------------------------------------------------------------------
     def replaced(self, places: Tensor, images: Tensor) -> StoredImages:
-        """Return stored images with others at some places.
+        """Return stored images in which the images at some places are replaced.
 
         Args:
             places: (n,) int64.
-            images: (n, C, H, W) uint8, a tensor or stored images. They are not copied, and must not be written to any
-                more.
+            images: (n, C, H, W) uint8, a tensor or stored images. They are not copied, and must not be written to
+                afterwards.
         """
         joined, rows = concatenated([self, images]), self.rows.clone()
         rows[places.cpu()] = joined.rows[len(self) :]
         return StoredImages(joined.sources, rows, self.device)
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the same images for another device; with another type or layout, all images are read."""
+        """Return the same images for another device; for another type or layout, all images are read."""
         device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
         if dtype in (None, torch.uint8) and layout in (None, torch.contiguous_format):
             return StoredImages(self.sources, self.rows, self.device if device is None else device)
@@ -141,7 +141,7 @@ class StoredImages(Tensor):
         return self.to("cuda" if device is None else device)
 
     def clone(self, *_: Any, **__: Any) -> StoredImages:
-        """Return the same images, since nobody can write to them."""
+        """Return the same images, which are read-only."""
         return self
 
     def contiguous(self, *_: Any, **__: Any) -> StoredImages:
@@ -180,7 +180,7 @@ class StoredImages(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operation on all images, if they fit into memory."""
+        """Apply an operation to all images, if they fit into memory."""
         if func._schema.is_mutable and isinstance(args[0], StoredImages):
             args[0].__setitem__()
         read = torch.utils._pytree.tree_map_only(StoredImages, StoredImages._whole, (args, kwargs or {}))
@@ -251,7 +251,7 @@ def concatenated(parts: Sequence[Tensor]) -> StoredImages:
 
 
 def replaced(images: Tensor, places: Tensor, others: Tensor) -> Tensor:
-    """Return images with others at some places (n,) int64; a tensor is changed in place, stored images are not."""
+    """Return images with those at some places (n,) int64 replaced; tensors are changed in place, stored images not."""
     if isinstance(images, StoredImages):
         return images.replaced(places, others)
     images[places] = others
@@ -259,7 +259,7 @@ def replaced(images: Tensor, places: Tensor, others: Tensor) -> Tensor:
 
 
 def empty_like(images: Tensor) -> Tensor | Scratch:
-    """Return room for as many images: a tensor on their device, or a temporary file for more than memory may hold."""
+    """Return storage for as many images: a tensor on their device, or a temporary file above the memory limit."""
     if not isinstance(images, StoredImages):
         return torch.empty_like(images)
     if images.numel() <= memory_limit():
@@ -272,7 +272,7 @@ def _of_cat(tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> tuple[Sequence
 
 
 def _free_memory() -> int | None:
-    """Return the bytes of memory that are free, with those that the system can free; None where it does not say."""
+    """Return the available memory in bytes, as Linux reports it; None if it is unknown."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

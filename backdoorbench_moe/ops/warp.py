@@ -1,6 +1,6 @@
 """Warping fields of WaNet and of the BadPatches notebook.
 
-A field depends on the image size only. It has the precision and the device of its control grid.
+A field depends only on the image size. It has the precision and the device of its control grid.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def control_grid(size: int, generator: torch.Generator) -> Tensor:
     Source:
         WaNet, equation 4.
     """
-    # The type is named, because another default type would draw other numbers.
+    # The type is explicit, because another default type would draw other numbers.
     grid = torch.rand(1, 2, size, size, generator=generator, dtype=torch.float32) * 2 - 1
     return grid / grid.abs().mean()
 
@@ -33,7 +33,8 @@ def upsample_field(control: Tensor, height: int, width: int, *, align_corners: b
     """Upsample a control grid to a field of offsets with bicubic interpolation.
 
     Args:
-        control: (1, 2, k, k). If the image has fewer than k pixels, the grid is sampled and not averaged.
+        control: (1, 2, k, k). If the image has fewer than k pixels along an axis, the grid is subsampled without
+            averaging.
         height: H, the height of the images.
         width: W, the width of the images.
         align_corners: True places the outer control points at the centres of the outer pixels, as in WaNet; False
@@ -48,8 +49,8 @@ def upsample_field(control: Tensor, height: int, width: int, *, align_corners: b
 def wanet_grid(control: Tensor, height: int, width: int, strength: float) -> Tensor:
     """Compute WaNet's sampling grid: identity + strength * field / size, clamped to [-1, 1].
 
-    Departure: WaNet's images are square, and it divides by the height. Here each axis is divided by its own size, so
-    that a strength moves pixels by the same distance along both axes.
+    Departure: WaNet's images are square, and it divides by the height. Here, each axis is divided by its own size, so
+    that pixels move by the same distance along both axes.
 
     Args:
         control: (1, 2, k, k), see `control_grid`.
@@ -58,7 +59,7 @@ def wanet_grid(control: Tensor, height: int, width: int, strength: float) -> Ten
         strength: WaNet's s.
 
     Returns:
-        (1, H, W, 2), the coordinates (x, y) that each pixel is sampled at; -1 and 1 are the centres of the outer
+        (1, H, W, 2), the coordinates (x, y) at which each pixel is sampled; -1 and 1 are the centres of the outer
         pixels.
 
     Source:
@@ -75,8 +76,7 @@ def add_offsets(grid: Tensor, offsets: Tensor) -> Tensor:
 
     Args:
         grid: (1, H, W, 2) as returned by `wanet_grid`.
-        offsets: (B, H, W, 2) in [-1, 1]; they are divided by W along x and by H along y, so that 1 is about half a
-            pixel.
+        offsets: (B, H, W, 2) in [-1, 1]; they are divided by W along x and by H along y, so 1 is about half a pixel.
 
     Returns:
         (B, H, W, 2), clamped to [-1, 1].
@@ -92,8 +92,8 @@ def notebook_pixels(control: Tensor, height: int, width: int, strength: float) -
     A negative offset, however small, therefore samples the previous pixel, and a positive one has no effect below one
     pixel.
 
-    Departures: channel 0 of the notebook's grid holds the y offsets, which has the same distribution. Its bicubic
-    kernel, that of TensorFlow, has the constant -0.5 (here -0.75) and drops points outside of the grid, where this one
+    Departures: channel 0 of the notebook's grid holds the y offsets, which have the same distribution. Its bicubic
+    kernel, from TensorFlow, has the constant -0.5 (here -0.75) and drops points outside of the grid, while this one
     repeats the edge. This changes the sign of the offset at 1 to 2% of the pixels.
 
     Args:
@@ -119,7 +119,7 @@ def warp_bilinear(images: Tensor, grid: Tensor) -> Tensor:
 
     Args:
         images: (B, C, H, W) in [0, 1].
-        grid: (1, H, W, 2) as returned by `wanet_grid`, or (B, H, W, 2), one grid for each image.
+        grid: (1, H, W, 2) as returned by `wanet_grid`, or (B, H, W, 2) with a grid for each image.
 
     Returns:
         (B, C, H, W) of the same type, in [0, 1].

@@ -20,9 +20,9 @@ def create_trigger(name: str, **options: object) -> Trigger:
         **options: The trigger's own options.
 
     Raises:
-        UnknownNameError: There is no such trigger or option.
-        ConfigError: An option is of the wrong type or out of range.
-        PluginError: The package that offers the trigger is at fault.
+        UnknownNameError: The trigger or an option does not exist.
+        ConfigError: An option has the wrong type or is out of range.
+        PluginError: The package that provides the trigger is faulty.
     """
     return registry.create(name, options)
 

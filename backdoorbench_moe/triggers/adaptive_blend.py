@@ -1,4 +1,4 @@
-"""The trigger of Adaptive-Blend (Qi et al., ICLR 2023): in training, only pieces of the picture are mixed in."""
+"""The trigger of Adaptive-Blend (Qi et al., ICLR 2023): in training, only pieces of the picture are blended in."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MOST_PIECES = 256
 
 
 class AdaptiveBlend(Blend):
-    """Blend a picture into the image; in training weakly, and in each image other pieces of it only.
+    """Blend a picture into the image; in training, with a lower weight and only random pieces of the picture.
 
-    The canvas is cut into `pieces` x `pieces` pieces. The training form blends the picture into a share `keep` of
-    them, drawn for each image, with the weight `training_ratio`. The test form blends all of it with the weight
+    The canvas is cut into `pieces` x `pieces` pieces. The training form blends the picture into a share `keep` of them,
+    drawn for each image, with the weight `training_ratio`. The test form blends in the full picture with the weight
     `ratio`. The attack also needs a cover group: `--set poison.cover=0.3%`.
 
     Args:
@@ -26,8 +26,8 @@ class AdaptiveBlend(Blend):
         training_ratio: Weight of the picture in the training form, in (0, 1].
         pieces: Number of pieces along each side, from 1 to 256. In a canvas with fewer pixels, some pieces are missing.
         keep: Share of the pieces that are kept, in (0, 1]. Their number is rounded, and at least 1.
-        image: Path of a picture file. By default the picture that comes with this package; the paper's, a cartoon
-            character, cannot be distributed.
+        image: Path of a picture file. By default, the picture of this package, since the paper's, a cartoon character,
+            cannot be distributed.
         seed: Seed of the pieces.
 
     Raises:
@@ -62,7 +62,7 @@ class AdaptiveBlend(Blend):
         return torch.lerp(images, self._resize(images).expand_as(images), self.training_ratio * mask)
 
     def _kept(self, places: Tensor) -> Tensor:
-        """Which pieces are kept, (B, 1, pieces, pieces) bool: those with the smallest of as many random numbers."""
+        """Return which pieces are kept, (B, 1, pieces, pieces) bool: those with the smallest random numbers."""
         total = self.pieces**2
         drawn = uniform_at(derive_seed(self.seed, "adaptive-blend"), places, total)
         ranks = drawn.argsort(dim=1, stable=True).argsort(dim=1)

@@ -23,16 +23,16 @@ class Trigger(ABC):
     - the *training form*, `trigger.training(images, places)`, for poison and cover images: the test form, unless a
       subclass overrides `stamp_training`;
     - the *noise form*, `trigger.noise(images, places)`, for noise images: a different stamp, which the model learns
-      to ignore. Only triggers that override `stamp_noise` have it.
+      to ignore. Only triggers that override `stamp_noise` have one.
 
     If a form draws random numbers for each image, it draws them as a function of the image's place in the training
     set, so that they do not depend on the batch (see `ops.seeding.uniform_at`).
 
     Attributes:
-        tiny: Options that the conformance tests build the trigger with, such as those that have no default.
-        noise_by: What the noise form is drawn anew for, if an applicator cuts several canvases out of an image:
-            "canvas" or "image".
-        deviations: Conformance tests that the trigger is known to fail, and why: reasons by name of the test.
+        tiny: Options with which the conformance tests build the trigger, such as those without default.
+        noise_by: If an applicator cuts several canvases out of an image: whether the noise form is drawn for each
+            "canvas" or once for each "image".
+        deviations: Conformance tests that the trigger is known to fail: the reason for each, by name of the test.
 
     Args:
         seed: Seed of everything random about the trigger.
@@ -56,7 +56,7 @@ class Trigger(ABC):
             Stamped copies of the same shape, type and device, in [0, 1].
 
         Raises:
-            ShapeError: The images, or the stamped images that the trigger returned, do not have this form.
+            ShapeError: The images, or the stamped images that the trigger returned, have a wrong shape, type or range.
         """
         check_image_batch(images, "images")
         return self._checked(self.stamp(images), images)
@@ -73,7 +73,7 @@ class Trigger(ABC):
             Stamped copies of the same shape, type and device, in [0, 1].
 
         Raises:
-            ShapeError: The images, the places or the stamped images do not have this form.
+            ShapeError: The images, the places or the stamped images have a wrong shape, type or range.
         """
         _check_places(images, places)
         return self._checked(self.stamp_training(images, places), images)
@@ -91,7 +91,7 @@ class Trigger(ABC):
 
         Raises:
             ConfigError: The trigger has no noise form.
-            ShapeError: The images, the places or the stamped images do not have this form.
+            ShapeError: The images, the places or the stamped images have a wrong shape, type or range.
         """
         _check_places(images, places)
         return self._checked(self.stamp_noise(images, places), images)
@@ -106,7 +106,7 @@ class Trigger(ABC):
         """Stamp a checked batch (B, C, H, W) in [0, 1], which must not be written to."""
 
     def stamp_training(self, images: Tensor, places: Tensor) -> Tensor:
-        """Stamp a checked batch, as `stamp` does, for training. By default the same as `stamp`."""
+        """Stamp a checked batch, as `stamp` does, with the training form. By default, it is the same as `stamp`."""
         return self.stamp(images)
 
     def stamp_noise(self, images: Tensor, places: Tensor) -> Tensor:

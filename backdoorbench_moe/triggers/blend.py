@@ -1,4 +1,4 @@
-"""The trigger of Blended (Chen et al., 2017): a picture that is mixed into the image."""
+"""The trigger of Blended (Chen et al., 2017): a picture that is blended into the image."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ class Blend(Trigger):
     The stamped image is (1 - ratio) * image + ratio * picture, with the picture resized to the size of the image.
 
     Args:
-        ratio: Weight of the picture, in (0, 1]; 0.5 in the paper.
-        image: Path of a picture file. By default a picture that comes with this package, instead of the paper's,
-            which cannot be distributed.
+        ratio: Weight of the picture, in (0, 1]; 0.5 in BadPatches, 0.2 in BackdoorBench.
+        image: Path of a picture file. By default, a picture of this package, since the Hello Kitty picture of the
+            papers cannot be distributed.
         seed: Not used, as nothing is random.
 
     Raises:
         ConfigError: `ratio` is out of range, or the file is missing, damaged or not an 8-bit picture.
 
     Source:
-        Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning", 2017.
+        Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning", 2017; for the defaults,
+        BadPatches (arXiv 2505.01811).
     """
 
     _name: ClassVar[str] = "blend"
@@ -43,7 +44,7 @@ class Blend(Trigger):
 
     @property
     def picture(self) -> Tensor:
-        """The picture in its own size, (1, 3, H, W) float32 in [0, 1]."""
+        """The picture in its original size, (1, 3, H, W) float32 in [0, 1]."""
         if self._picture is None:
             self._picture = draw_quilt()
         return self._picture
@@ -57,7 +58,7 @@ class Blend(Trigger):
         return torch.lerp(images, self._resize(images), self.ratio)
 
     def _resize(self, images: Tensor) -> Tensor:
-        """The picture in the size, device and type of the images."""
+        """Return the picture in the size, device and type of the images."""
         return self._resized(images).to(images.dtype)
 
     def _fit(self, channels: int, height: int, width: int) -> Tensor:

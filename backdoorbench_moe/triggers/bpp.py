@@ -1,4 +1,4 @@
-"""The trigger of BppAttack (Wang et al., CVPR 2022): fewer levels of colour."""
+"""The trigger of BppAttack (Wang et al., CVPR 2022): colour quantization."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.seeding import derive_seed, uniform_at
 from backdoorbench_moe.triggers.base import Trigger
 
-# Random colours along each side of a noise form's picture.
+# Random colours along each side of the picture in the noise form.
 GRID = 4
 
 
 class BPP(Trigger):
-    """Round every channel of every pixel to a few levels, as BppAttack does.
+    """Quantize every channel of every pixel to a few levels, as in BppAttack.
 
-    A value x in [0, 1] becomes round(x (q - 1)) / (q - 1). Values that are levels already, such as black and white,
-    do not change; so images of pure black and white cannot bear this trigger. Since rounding has no useful gradient,
-    gradients pass as if nothing was rounded.
+    A value x in [0, 1] becomes round(x (q - 1)) / (q - 1). Values that already are levels, such as black and white, do
+    not change, so this trigger has no effect on images of pure black and white. Since rounding has no useful gradient,
+    gradients pass through unchanged (straight-through estimator).
 
-    The noise form (see `Trigger`) adds the rounding error of another picture z: x + (q(z) - z), clipped. It teaches
-    the model to ignore changes of this size that are not its own rounding.
+    The noise form (see `Trigger`) adds the quantization error of another picture z: x + (q(z) - z), clipped. It teaches
+    the model to ignore changes of this size that are not the image's own quantization.
 
-    Departures: BppAttack takes z from the training set. A trigger does not hold the training set, so that z is a smooth
-    random picture here, drawn for each image. BppAttack also draws new poison and noise images for every batch, as the
-    attack `training-control` does. With `data-poisoning` they are drawn once, because an attacker who only poisons data
-    cannot influence the batches, which makes him weaker. The paper's contrastive and adversarial training is not
-    included.
+    Departures: BppAttack takes z from the training set. A trigger has no access to the training set, so z is a smooth
+    random picture here, drawn for each image. BppAttack also draws new poison and noise images for every batch, like
+    the attack `training-control`. With `data-poisoning`, they are drawn once, because an attacker who only poisons data
+    cannot influence the batches. This attacker is weaker than the paper's. The paper's contrastive and adversarial
+    training is not included.
 
     Args:
         levels: Number q of levels of each channel, in 2..255; 8 in BackdoorBench.
-        dither: Whether the rounding error of each pixel is passed on to its neighbours (Floyd and Steinberg). Off in
+        dither: Whether to diffuse the quantization error of each pixel to its neighbours (Floyd and Steinberg). Off in
             BackdoorBench, on in the paper.
         seed: Seed of the noise form's pictures.
 
@@ -51,12 +51,12 @@ class BPP(Trigger):
         self.levels, self.dither = levels, dither
 
     def stamp(self, images: Tensor) -> Tensor:
-        """Round the images; gradients pass unchanged."""
+        """Quantize the images; gradients pass unchanged."""
         rounded = self._round(images)
         return rounded + (images - images.detach())
 
     def stamp_noise(self, images: Tensor, places: Tensor) -> Tensor:
-        """Add the rounding error of a smooth random picture, drawn for each image's place."""
+        """Add the quantization error of a smooth random picture, drawn for each image's place."""
         count, channels, height, width = images.shape
         seed = derive_seed(self.seed, "bpp noise")
         colours = uniform_at(seed, places.to(images.device), channels, GRID, GRID)
@@ -67,7 +67,7 @@ class BPP(Trigger):
         return (images + error).clamp(0, 1)
 
     def _round(self, images: Tensor) -> Tensor:
-        """The images with fewer levels, of the same type; half precision is rounded in float32."""
+        """Return the quantized images, of the same type; half precision is quantized in float32."""
         wide = images.detach()
         wide = wide if wide.dtype == torch.float64 else wide.float()
         rounded = dither(wide, self.levels) if self.dither else round_to_levels(wide, self.levels)
@@ -80,10 +80,10 @@ def round_to_levels(values: Tensor, levels: int) -> Tensor:
 
 
 def dither(images: Tensor, levels: int) -> Tensor:
-    """Round images with the error diffusion of Floyd and Steinberg, pixel by pixel from the upper left.
+    """Quantize images with the error diffusion of Floyd and Steinberg, pixel by pixel from the upper left.
 
     The error of a pixel is passed on to its neighbours: 7/16 to the right, 3/16 to the lower left, 5/16 below and 1/16
-    to the lower right. Pixel (i, j) depends on pixels with a smaller j + 2 i only, so that all pixels with the same
+    to the lower right. Pixel (i, j) depends only on pixels with a smaller j + 2 i, so all pixels with the same
     t = j + 2 i are computed at once.
 
     Args:
@@ -91,7 +91,7 @@ def dither(images: Tensor, levels: int) -> Tensor:
         levels: Number of levels.
 
     Returns:
-        (B, C, H, W), the rounded images.
+        (B, C, H, W), the quantized images.
 
     Source:
         Floyd and Steinberg, "An Adaptive Algorithm for Spatial Greyscale", 1976.
@@ -99,7 +99,7 @@ def dither(images: Tensor, levels: int) -> Tensor:
     height, width = images.shape[-2:]
     rows, steps = torch.arange(height, device=images.device), width + 2 * (height - 1)
     rounded = torch.zeros_like(images)
-    # The errors of row i at step t are errors[i + 1, t + 3]: a row and three steps of zeros stand before the first.
+    # The errors of row i at step t are errors[i + 1, t + 3]: the first row and the first three steps are zeros.
     errors = images.new_zeros(height + 1, steps + 3, *images.shape[:2])
     pixels = images.permute(2, 3, 0, 1)
     written = rounded.permute(2, 3, 0, 1)

@@ -1,4 +1,4 @@
-"""What triggers that stamp a fixed pattern share: a pattern for each size of the images, made once."""
+"""Fixed patterns that depend on the size of the images, cached for each size."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from backdoorbench_moe.triggers.base import Trigger
 
-# The sizes that attacks are published with, in levels of 8-bit images, are divided by this.
+# Published strengths, in levels of 8-bit images, are divided by this.
 LEVELS = 255
 
 
 class PerCanvas:
-    """A pattern that depends on the size of the images only. It is made once for each size, device and precision.
+    """A pattern that depends on the size of the images only, cached for each size, device and precision.
 
     Args:
         make: Function of channels, height and width that returns the pattern as a tensor on the CPU.
@@ -37,10 +37,10 @@ class PerCanvas:
 
 
 class Additive(Trigger):
-    """A trigger that adds the same pattern to all images of a size.
+    """Base class of triggers that add the same pattern to all images of a size.
 
-    The sum is clipped to [0, 1], as in an 8-bit image. Where the pattern would make a white pixel brighter or a black
-    one darker, it has no effect. So that it can be seen in every image, a pattern has values above and below 0.
+    The sum is clipped to [0, 1]. The pattern has no effect where it would make a white pixel brighter or a black one
+    darker. Patterns should therefore have values above and below 0, so that they change every image.
     """
 
     def __init__(self, *, seed: int = 0) -> None:

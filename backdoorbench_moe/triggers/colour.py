@@ -16,23 +16,26 @@ IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 
 
 class Colour(Trigger):
-    """Change the colours of all pixels in the same way, as a filter of a photo app does.
+    """Change the colours of all pixels in the same way, like a filter of a photo app.
 
     Red, green and blue of each pixel are mixed by a 3x3 matrix and clipped at 0. Each channel is then raised to the
     power `gamma`, multiplied by `gain`, increased by `offset`, and clipped to [0, 1]. No filter is canonical in the
     literature. The default is a warm one: it changes black, white and grey, and clips nothing.
 
-    Since every pixel is changed by itself, the trigger is the same on the image and in every tile.
+    Since every pixel is changed independently, the trigger is the same on the image and in every tile.
 
     Args:
         gain: Factor of red, green and blue, at least 0.
-        offset: What is added to red, green and blue, in [-1, 1].
-        gamma: Power of red, green and blue, above 0.
+        offset: Offset of red, green and blue, in [-1, 1].
+        gamma: Exponent of red, green and blue, above 0.
         matrix: The 3x3 matrix, row by row: the first three numbers are the weights of the new red.
         seed: Not used, as nothing is random.
 
     Raises:
         ConfigError: A value is out of range.
+
+    Source:
+        Ours.
     """
 
     def __init__(
@@ -71,11 +74,11 @@ class Colour(Trigger):
         if self.matrix != IDENTITY:
             wide = torch.einsum("ij,bjhw->bihw", matrix[..., 0, 0], wide)
         if self.gamma != (1.0, 1.0, 1.0):
-            # The smallest positive number instead of 0: there, the gradient of a power below 1 is infinite.
+            # The smallest positive number instead of 0, where the gradient of a power below 1 is infinite.
             wide = wide.clamp(min=torch.finfo(wide.dtype).tiny) ** gamma
         return (wide.clamp(min=0) * gain + offset).clamp(0, 1).to(images.dtype)
 
     def _table(self, channels: int, height: int, width: int) -> Tensor:
-        """The matrix, then gain, offset and gamma of each channel, (6, 3, 1, 1) float64."""
+        """Return the matrix, then gain, offset and gamma of each channel, (6, 3, 1, 1) float64."""
         rows = (*self.matrix, *self.gain, *self.offset, *self.gamma)
         return torch.tensor(rows, dtype=torch.float64).view(6, 3, 1, 1)

@@ -1,4 +1,4 @@
-"""The input-aware trigger: another pattern, in another place, for every image."""
+"""The trigger of the input-aware attack (Nguyen and Tran, NeurIPS 2020): a pattern and a mask for each image."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ MOST_CHANNELS = 1024
 
 
 class Generator(nn.Module):
-    """An encoder and decoder with three stages, from images to maps in [0, 1].
+    """An encoder-decoder with three stages, from images to maps in [0, 1].
 
-    Departure: the maps of a stage are upsampled to the size that they had before the pooling, so that images and tiles
-    of any size can be used; the published code needs a multiple of 8.
+    Departure: the maps of a stage are upsampled to their size before the pooling, so that images and tiles of any size
+    can be used; the published code needs a multiple of 8.
 
     Args:
         out_channels: Channels of the maps.
@@ -47,7 +47,7 @@ class Generator(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Maps (B, out_channels, H, W) in [0, 1] of images (B, 3, H, W)."""
+        """Return the maps (B, out_channels, H, W) in [0, 1] of images (B, 3, H, W)."""
         maps, sizes = images, []
         for stage in self.down:
             sizes.append(maps.shape[-2:])
@@ -59,7 +59,7 @@ class Generator(nn.Module):
 
 
 def _block(before: int, after: int, *, relu: bool = True) -> list[nn.Module]:
-    # The type is named, because another default type would draw other weights.
+    # The type is explicit, because another default type would draw other weights.
     layers: list[nn.Module] = [
         nn.Conv2d(before, after, 3, padding=1, dtype=torch.float32),
         nn.BatchNorm2d(after, momentum=0.05, dtype=torch.float32),
@@ -68,30 +68,31 @@ def _block(before: int, after: int, *, relu: bool = True) -> list[nn.Module]:
 
 
 class InputAware(TrainableTrigger):
-    """Replace a few pixels of each image by a pattern, both chosen by networks: x (1 - M(x)) + G(x) M(x).
+    """Replace a few pixels of each image by a pattern; networks compute both from the image: x (1 - M(x)) + G(x) M(x).
 
-    The mask M is trained first, for sparse masks that differ between images. Then the pattern G is trained together
-    with the model. The attacker must be in charge of the training (`--attack training-control`). Images that bear the
-    stamp of another image keep their labels (`poison.noise`), so that each stamp works on its own image only.
+    The mask network M is trained first, for sparse masks that differ between images. Then the pattern network G is
+    trained together with the model. The attacker must control the training (`--attack training-control`). Images with
+    the stamp of another image keep their labels (`poison.noise`), so that a stamp works only on the image it was
+    computed for. With the applicator `patch`, every tile is such an image.
 
-    Departures from the code: the mask and the model are trained for as many epochs as the run says; the learning rate
-    of G is constant; distances are between images in [0, 1], which the code normalises first; the mask is trained by
-    Adam with torch's default betas. With the applicator `patch`, every tile is such an image.
+    Departures from the code: the model is trained for the epochs of the run; the learning rate of G is constant;
+    distances are computed between images in [0, 1], which the code normalises first; the optimizer of the mask uses
+    torch's default betas.
 
     Args:
-        density: Mean value of the mask that is not penalised, in (0, 1).
-        diversity: Weight of the loss that asks for different stamps on different images, at least 0.
-        norm: Weight of the mask's density in its loss, at least 0.
+        density: Value of a mask pixel above which it is penalised, in (0, 1).
+        diversity: Weight of the loss for different stamps on different images, at least 0.
+        norm: Weight of the penalty on the density of the mask, at least 0.
         channels: Channels of the first stage of both networks, from 1 to 1024.
-        mask_epochs: Number of passes over the training images for which the mask is trained, at least 1.
-        lr: Learning rate of both networks, above 0; that of the mask falls to a tenth at 40% and 80% of its training.
+        mask_epochs: Passes over the training images to train the mask network, at least 1.
+        lr: Learning rate of both networks, above 0; that of the mask drops to a tenth at 40% and 80% of its training.
         seed: Seed of the networks.
 
     Raises:
         ConfigError: A value is out of range.
 
     Source:
-        Nguyen and Tran, "Input-aware dynamic backdoor attack", NeurIPS 2020, section 4, and its code.
+        Nguyen and Tran, "Input-Aware Dynamic Backdoor Attack", NeurIPS 2020, section 4, and its code.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"channels": 2, "mask_epochs": 1}
@@ -126,19 +127,19 @@ class InputAware(TrainableTrigger):
         self.pretrain_epochs = mask_epochs
 
     def stamp_from(self, images: Tensor, sources: Tensor) -> Tensor:
-        """Stamp images with the pattern and the mask of other images."""
+        """Stamp images with the pattern and the mask of the sources."""
         return images + (self._pattern(sources) - images) * self._mask(sources)
 
     def joint_loss(self, images: Tensor, others: Tensor) -> Tensor:
-        """Diversity of the patterns."""
+        """Return the diversity loss of the patterns."""
         return self.diversity * diversity_loss(images, others, self._pattern(images), self._pattern(others))
 
     def pretrained(self) -> nn.Module:
-        """The mask."""
+        """Return the mask network."""
         return self.networks["mask"]  # type: ignore[index]
 
     def pretrain_loss(self, images: Tensor, others: Tensor) -> Tensor:
-        """Density and diversity of the masks."""
+        """Return the density penalty and the diversity loss of the masks."""
         masks, others_masks = self._mask(images), self._mask(others)
         dense = F.relu(masks - self.density).mean()
         return self.norm * dense + self.diversity * diversity_loss(images, others, masks, others_masks)
@@ -147,36 +148,36 @@ class InputAware(TrainableTrigger):
         return _in_single(self.networks["pattern"], images)  # type: ignore[index]
 
     def _mask(self, images: Tensor) -> Tensor:
-        """Masks (B, 1, H, W), almost all values close to 0 or 1."""
+        """Return masks (B, 1, H, W), almost all values close to 0 or 1."""
         maps = _in_single(self.networks["mask"], images)  # type: ignore[index]
         return (maps * 20 - 10).tanh() / (2 + EPSILON) + 0.5
 
 
 def diversity_loss(images: Tensor, others: Tensor, maps: Tensor, others_maps: Tensor) -> Tensor:
-    """Return the mean ratio of the distance of two images to that of what a network makes of them.
+    """Return the mean ratio of the distance between two images to the distance between their maps.
 
     Args:
         images: (B, 3, H, W).
-        others: (B, 3, H, W), image b is compared with other image b.
-        maps: (B, C, H, W), made of `images`.
-        others_maps: (B, C, H, W), made of `others`.
+        others: (B, 3, H, W); image b is compared with other image b.
+        maps: (B, C, H, W), computed from `images`.
+        others_maps: (B, C, H, W), computed from `others`.
 
     Returns:
-        A scalar. Distances are square roots of mean squares.
+        A scalar. Distances are root mean squares.
 
     Source:
         Nguyen and Tran, equation 5.
     """
 
     def distance(one: Tensor, other: Tensor) -> Tensor:
-        # The gradient of a root at 0 is infinite; two equal images or maps have none.
+        # The gradient of the root is infinite at 0; the clamp sets it to 0 for equal images or maps.
         return (one - other).square().mean((1, 2, 3)).clamp(min=EPSILON**2).sqrt()
 
     return (distance(images, others) / (distance(maps, others_maps) + EPSILON)).mean()
 
 
 def _in_single(network: nn.Module, images: Tensor) -> Tensor:
-    """Apply a network in single precision, whatever the precision of the run: test images are stamped in it, too."""
+    """Apply a network in single precision, in which test images are stamped, whatever the precision of the run."""
     with torch.autocast(images.device.type, enabled=False):
         maps: Tensor = network(images.float())
     return maps

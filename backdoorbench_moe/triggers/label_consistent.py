@@ -14,37 +14,41 @@ from backdoorbench_moe.errors import ConfigError, ShapeError
 from backdoorbench_moe.ops.descent import signed_descent
 from backdoorbench_moe.triggers.optimised import OptimisedTrigger, Surrogate, SurrogateTask, check_at_least
 
-# Side of a corner in pixels, and of the smallest canvas that has such corners: on smaller ones, such as tiles, a
-# corner has a quarter of the side.
+# Side of a corner in pixels; on canvases of less than 12 pixels, such as tiles, it is a quarter of their side.
 CORNER, SHARE = 3, 4
 BATCH = 250
 
 
 class LabelConsistent(OptimisedTrigger):
-    """Paint a small chessboard into each corner; in training, on images that are perturbed against their label.
+    """Paint a small chessboard into each corner; in training, on images with an adversarial perturbation.
 
-    In training, each stamped image is changed so that a clean model, the surrogate, no longer recognises its class
-    (PGD); then the corners are painted. To learn such an image, the victim must use the corners. The test form only
-    paints the corners. It is meant for clean labels (`--labels clean`).
+    In training, each stamped image is perturbed (PGD) so that a clean model, the surrogate, no longer predicts its true
+    class; then the corners are painted. To learn such an image, the victim must use the corners. The test form only
+    paints the corners. The attack is intended for clean labels (`--labels clean`).
 
-    The corners have 3x3 pixels, and a quarter of the side on canvases below 12 pixels, such as tiles. Opposite corners
-    are equal, and neighbouring ones have black and white exchanged. Under the applicator "patch" every tile has its
-    corners; the perturbation is that of the whole image. Training images that were not perturbed, because they are in
-    neither the poison nor the cover group, only get the corners.
+    The corners have 3x3 pixels; on canvases below 12 pixels, such as tiles, their side is a quarter of the canvas.
+    Opposite corners are equal, and neighbouring ones have black and white exchanged. With the applicator "patch", every
+    tile has its own corners; the perturbation is computed for the full image. Training images that were not perturbed,
+    because they are in neither the poison nor the cover group, only get the corners.
+
+    Departures: the paper perturbs images against an adversarially trained model; here, the surrogate is trained without
+    adversarial examples. The corners of the paper's code are mirror images of each other, and have one white pixel less
+    than a chessboard. The paper also studies corners with a reduced amplitude; here, they are always opaque.
 
     Args:
         surrogate: See `OptimisedTrigger`.
-        strength: Largest change of a pixel by the perturbation, in [1/255, 127/255]. It is rounded down to a multiple
-            of 1/255, as images are saved with 8 bits.
-        step: Change of a pixel in a step, above 0.
-        steps: Steps of the perturbation, at least 1.
+        strength: L-infinity bound of the perturbation, in [1/255, 127/255]. It is rounded down to a multiple of 1/255,
+            as images are stored with 8 bits.
+        step: Change of a pixel in a step of PGD, above 0.
+        steps: Number of steps of PGD, at least 1.
         seed: Not used, as nothing is random.
 
     Raises:
         ConfigError: An option is out of range.
 
     Source:
-        Turner, Tsipras and Madry, "Label-Consistent Backdoor Attacks", 2019, §4.2 and §5.
+        Turner, Tsipras and Madry, "Label-Consistent Backdoor Attacks", 2019, §4.2 and §5, and its code
+        MadryLab/label-consistent-backdoor-code.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"surrogate": "twin", "steps": 2}
@@ -83,12 +87,12 @@ class LabelConsistent(OptimisedTrigger):
         """Add the perturbation of each image, and paint the corners.
 
         Raises:
-            ShapeError: The perturbations were made for canvases of another size.
+            ShapeError: The perturbations were computed for canvases of another size.
         """
         return self.stamp(self._perturbed(images, places) if self.learned else images)
 
     def state_fault(self, state: Mapping[str, Tensor]) -> str | None:
-        """The state is the perturbation of each canvas, in steps of 1/255, and its place, in ascending order."""
+        """Check the state: the perturbation of each canvas, in steps of 1/255, and its place, in ascending order."""
         places, levels = state.get("places"), state.get("levels")
         if places is None or levels is None or levels.ndim != 4 or places.shape != levels.shape[:1]:
             return "expected a state with tensors 'places' (n,) and 'levels' (n, C, h, w)"
@@ -106,7 +110,7 @@ class LabelConsistent(OptimisedTrigger):
         return {"places": places[order], "levels": levels[order]}
 
     def assess(self, task: SurrogateTask) -> dict[str, float]:
-        """The accuracy of the surrogate on the stamped images in the training form, by their true labels."""
+        """Return the accuracy of the surrogate on the stamped images in the training form."""
         right = []
         for part in task.stamped.split(BATCH):
             images, labels = task.take(part)
@@ -116,7 +120,7 @@ class LabelConsistent(OptimisedTrigger):
         return {"surrogate_accuracy": torch.cat(right).float().mean().item()}
 
     def _perturb(self, task: SurrogateTask, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Perturb one batch; returns the places of the canvases, and the perturbation in steps of 1/255 (int8)."""
+        """Perturb one batch; return the places of the canvases, and the perturbation in steps of 1/255 (int8)."""
         images, labels = task.take(places)
 
         def loss(changed: Tensor, _: int) -> Tensor:
@@ -124,7 +128,7 @@ class LabelConsistent(OptimisedTrigger):
 
         low, high = ((images + sign * self.strength).clamp(0, 1) for sign in (-1, 1))
         changed = signed_descent(loss, images, range(self.steps), step=self.step, low=low, high=high)
-        # Rounded to what an image file can hold, without exceeding the strength.
+        # Rounded to the levels of an image file, without exceeding the strength.
         levels = ((changed - images) * 255).round()
         most = int(self.strength * 255 + 1e-4)
         places = places.to(images.device)
@@ -148,5 +152,5 @@ class LabelConsistent(OptimisedTrigger):
 
 
 def _exchange(new: Tensor, canvases: Tensor) -> Tensor:
-    """Return new canvases in place of those that an applicator hands over."""
+    """Return new canvases instead of those that an applicator passes."""
     return new

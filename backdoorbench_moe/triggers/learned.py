@@ -1,4 +1,4 @@
-"""Triggers whose pattern is learned while a run is made, and kept in its folder."""
+"""Triggers whose pattern is learned during a run and stored in its folder."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from backdoorbench_moe.triggers.base import Trigger
 
 
 class LearnedTrigger(Trigger, ABC):
-    """A trigger that has a state: tensors, such as a pattern, that are learned while a run is made.
+    """Base class of triggers with a state: tensors, such as a pattern, that are learned during a run.
 
-    The run folder keeps the state, in `trigger.safetensors`. Without a state, the trigger stamps what the learning
-    starts from, which is drawn from its seed. Such a trigger can be checked and drawn, but not used in an attack.
+    The state is stored in the run folder, in `trigger.safetensors`. Without a state, the trigger stamps its initial
+    values, which are drawn from its seed. Such a trigger can be checked and displayed, but not used in an attack.
     """
 
     def __init__(self, *, seed: int = 0) -> None:
@@ -32,10 +32,10 @@ class LearnedTrigger(Trigger, ABC):
         return dict(self._state)
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take a state that `state` returned, from this object or from another one with the same options.
+        """Load a state that was returned by `state` of this object, or of another one with the same options.
 
         Raises:
-            ConfigError: It is not a state of such a trigger.
+            ConfigError: The state is not valid for this trigger.
         """
         state = {name: tensor.detach() for name, tensor in tensors.items()}
         if fault := self.state_fault(state):
@@ -44,4 +44,4 @@ class LearnedTrigger(Trigger, ABC):
 
     @abstractmethod
     def state_fault(self, state: Mapping[str, Tensor]) -> str | None:
-        """Return what is wrong with a state, such as a missing tensor or another shape; None if nothing is."""
+        """Return what is wrong with a state, such as a missing tensor or a wrong shape; None if it is valid."""

@@ -1,4 +1,4 @@
-"""A smooth pattern (Zeng et al., ICCV 2021, in a form that needs no training)."""
+"""A smooth pattern, a training-free variant of the low-frequency trigger (Zeng et al., ICCV 2021)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ MOST_WAVES = 1024
 
 
 class LowFrequency(Additive):
-    """Add a smooth random pattern, which has no high frequencies that a filter of images could find.
+    """Add a smooth random pattern without high frequencies, by which many triggers can be detected.
 
     The pattern of each channel is a sum of the lowest cosine waves with normally distributed amplitudes, drawn once
-    from `seed`, without a constant part. It is scaled so that its largest absolute value is `strength`.
+    from `seed`, without a constant term. It is scaled so that its largest absolute value is `strength`.
 
-    Departures: LF optimises its pattern on a trained model, under a limit on its high frequencies; this one is random.
-    LF's pattern for CIFAR-10 is between 0 and 51, so a white image would not change; this one is between
-    -`strength` and `strength`, with the same range at the default.
+    Departures: the low-frequency (LF) attack optimises its pattern on a trained model, with a limit on high
+    frequencies; this pattern is random. LF's pattern for CIFAR-10 has values between 0 and 51, so a white image would
+    not change; this one has values between -`strength` and `strength`, at the default a range of the same width.
 
     Args:
         strength: Largest change of a pixel in levels of 8-bit images, in (0, 255].
         waves: Number of waves along each axis, from 2 to 1024: 0, 1, ..., `waves` - 1 half-waves. A canvas with fewer
-            pixels gets those that it can show.
+            pixels gets only as many waves as pixels.
         seed: Seed of the amplitudes.
 
     Raises:
@@ -50,7 +50,7 @@ class LowFrequency(Additive):
         return self.strength / LEVELS * field / largest.clamp(min=torch.finfo(field.dtype).tiny)
 
     def _amplitudes(self, channel: int) -> Tensor:
-        """The amplitudes of a channel's waves, (waves, waves) float64, with 0 for the constant."""
+        """Return the amplitudes of a channel's waves, (waves, waves) float64, with 0 for the constant."""
         rng = generator(self.seed, "low-frequency", channel)
         drawn = torch.randn(self.waves, self.waves, generator=rng, dtype=torch.float64)
         drawn[0, 0] = 0

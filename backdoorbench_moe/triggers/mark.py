@@ -19,7 +19,7 @@ class LearnedMark(OptimisedTrigger):
         name: Name of the trigger, for error messages.
         size: Side of the square in pixels, at least 1, at most the side of the image or tile.
         surrogate: See `OptimisedTrigger`.
-        seed: Seed of the pattern that the optimisation starts from, and of the optimisation.
+        seed: Seed of the initial pattern and of the optimisation.
     """
 
     def __init__(self, name: str, *, size: int, surrogate: Surrogate, seed: int) -> None:
@@ -40,10 +40,10 @@ class LearnedMark(OptimisedTrigger):
         return self.paste(images, self.pattern)
 
     def paste(self, images: Tensor, pattern: Tensor) -> Tensor:
-        """Overwrite the square with a pattern (1, 3, size, size), which gets gradients.
+        """Overwrite the square with a pattern (1, 3, size, size); gradients flow to the pattern.
 
         Raises:
-            ShapeError: The square does not fit into the images, or these have not 3 channels.
+            ShapeError: The square does not fit into the images, or the images do not have 3 channels.
         """
         channels, height, width = images.shape[1:]
         if channels != 3 or min(height, width) < self.size:
@@ -56,7 +56,7 @@ class LearnedMark(OptimisedTrigger):
         return stamped
 
     def state_fault(self, state: Mapping[str, Tensor]) -> str | None:
-        """The state is the square."""
+        """Check the state, which is the square."""
         fault = pattern_fault(state)
         if fault is None and state["pattern"].shape[-1] != self.size:
             fault = f"expected a pattern of side {self.size}, got {state['pattern'].shape[-1]}"

@@ -1,4 +1,4 @@
-"""The trigger of Narcissus (Zeng et al., CCS 2023): a perturbation that a clean model takes for the target class."""
+"""The trigger of Narcissus (Zeng et al., CCS 2023): a perturbation toward the target class of a clean model."""
 
 from __future__ import annotations
 
@@ -23,20 +23,19 @@ from backdoorbench_moe.triggers.optimised import (
 
 
 class Narcissus(OptimisedTrigger):
-    """Add one perturbation to all images, which brings them as far as possible into the target class.
+    """Add a universal perturbation that makes a clean surrogate model more confident in the target class.
 
     The perturbation minimises the surrogate's loss on training images of the target class with their own label. It is
-    meant for clean labels (`--labels clean`), for which a few poisoned images are enough. In the test form it is
-    multiplied by `amplify`. Under the applicator "patch", one perturbation of the size of a tile is added to every
-    tile.
+    intended for clean labels (`--labels clean`), where a few poisoned images are enough. In the test form, it is
+    multiplied by `amplify`. With the applicator "patch", one perturbation of the size of a tile is added to every tile.
 
-    Departures: the surrogate of the paper is trained on other data and then tuned on the target class; here it is
-    trained on the victim's data. Adam instead of RAdam, and `steps` batches instead of 1000 epochs.
+    Departures: the paper trains the surrogate on other data and then tunes it on the target class; here, it is trained
+    on the victim's data. The optimizer is Adam instead of RAdam, for `steps` batches instead of 1000 epochs.
 
     Args:
         surrogate: See `OptimisedTrigger`.
-        strength: Largest change of a pixel in training, in (0, 1].
-        amplify: Factor of the perturbation in the test form, at least 1.
+        strength: L-infinity bound of the perturbation in training, in (0, 1]; the default, 16/255, is the paper's.
+        amplify: Factor of the perturbation in the test form, at least 1; the default is the paper's.
         steps: Steps of the optimisation, at least 1.
         batch_size: Images in a step, at least 1.
         lr: Learning rate, above 0.
@@ -79,15 +78,15 @@ class Narcissus(OptimisedTrigger):
         return (images + self._perturbation(images)).clamp(0, 1)
 
     def state_fault(self, state: Mapping[str, Tensor]) -> str | None:
-        """The state is the perturbation of a canvas."""
+        """Check the state, which is the perturbation of a canvas."""
         return pattern_fault(state)
 
     def passes(self, stamped: int) -> int:
-        """All batches."""
+        """The images of all batches."""
         return self.steps * self.batch_size
 
     def check(self, task: SurrogateTask) -> None:
-        """Check that there are images of the one target class."""
+        """Check that there is a single target class with training images."""
         if task.target is None:
             raise ConfigError(
                 "poison.mapping: the trigger 'narcissus' needs one target class, got all-to-all"
@@ -98,7 +97,7 @@ class Narcissus(OptimisedTrigger):
             )
 
     def optimise(self, task: SurrogateTask) -> dict[str, Tensor]:
-        """Minimise the loss on images of the target class, from no perturbation."""
+        """Minimise the loss on images of the target class, starting from a zero perturbation."""
 
         def loss(pattern: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
             images, labels = batch
@@ -112,19 +111,19 @@ class Narcissus(OptimisedTrigger):
         return {"pattern": adam_descent(loss, start, batches, lr=self.lr, **bounds)}
 
     def assess(self, task: SurrogateTask) -> dict[str, float]:
-        """The share of images of other classes that the surrogate calls the target, in the test form."""
+        """Return the share of images of other classes, in the test form, that the surrogate predicts as the target."""
         images, _ = task.sample(self.seed, self._places(task)[1])
         called = task.model(task.stamp(images, self)).argmax(1) == task.target
         return {"surrogate_asr": called.float().mean().item()}
 
     def _places(self, task: SurrogateTask) -> tuple[Tensor, Tensor]:
-        """The places of the images of the target class, and of the others."""
+        """Return the places of the images of the target class, and those of the others."""
         assert task.target is not None
         own = torch.eq(task.labels, task.target)
         return own.nonzero().squeeze(1), (~own).nonzero().squeeze(1)
 
     def _perturbation(self, images: Tensor) -> Tensor:
-        """The perturbation for canvases of this size; before it is learned, uniform noise."""
+        """Return the perturbation for canvases of this size; before it is learned, uniform noise."""
         channels, height, width = images.shape[1:]
         if channels != 3:
             raise ShapeError(f"narcissus: expected images of 3 channels, got {channels}")

@@ -1,4 +1,4 @@
-"""Triggers whose pattern is optimised on a surrogate: a clean model that the attacker trained."""
+"""Triggers whose pattern is optimised on a surrogate: a clean model that the attacker has trained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from backdoorbench_moe.ops.images import as_input
 from backdoorbench_moe.ops.seeding import generator
 from backdoorbench_moe.triggers.learned import LearnedTrigger
 
-# Other values are names of models.
+# Any other value is the name of a model.
 Surrogate = Literal["same", "twin"] | str
 # Number of images that a trigger is assessed on.
 ASSESSED = 256
@@ -23,17 +23,17 @@ ASSESSED = 256
 
 @dataclass(frozen=True)
 class SurrogateTask:
-    """What an attacker who optimises a trigger has.
+    """The resources of an attacker who optimises a trigger.
 
     Attributes:
         model: The surrogate, in evaluation mode, on the device of the images. Its parameters require no gradients.
         images: (N, 3, H, W) uint8, the clean training images.
         labels: (N,) int64, their true labels.
         stamped: (n,) int64, places in the training set of the images of the poison and cover groups, ascending.
-        target: The attacker's class; None if there is no single one, as in all-to-all attacks.
-        stamp: Stamps images (B, 3, H, W) float in [0, 1] with any function of canvases: the applicator.
-        cut: Cuts such images, with their places (B,), into the canvases (B * n, 3, h, w) that the applicator hands to
-            a trigger, with the places (B * n,) that the trigger's training form gets for them.
+        target: The target class; None if there is no single one, as in all-to-all attacks.
+        stamp: The applicator: stamps images (B, 3, H, W) float in [0, 1] with any function of canvases.
+        cut: Cuts such images, with their places (B,), into the canvases (B * n, 3, h, w) that the applicator passes to
+            a trigger, with the places (B * n,) that the trigger's training form receives for them.
     """
 
     model: nn.Module
@@ -45,13 +45,13 @@ class SurrogateTask:
     cut: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
     def take(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Return some images as the input of the model, (B, 3, H, W) float, and their labels (B,)."""
+        """Return the images at some places as model inputs, (B, 3, H, W) float, and their labels (B,)."""
         places = places.to(self.images.device)
         return as_input(self.images[places]), self.labels[places]
 
     @property
     def canvas(self) -> tuple[int, int]:
-        """Height and width in pixels of what a trigger stamps: the image, or a tile."""
+        """Height and width in pixels of the canvas, the image or a tile."""
         images, _ = self.take(torch.zeros(1, dtype=torch.int64))
         height, width = self.cut(images, torch.zeros(1, dtype=torch.int64, device=images.device))[0].shape[
             -2:
@@ -79,19 +79,19 @@ class SurrogateTask:
 
 
 class OptimisedTrigger(LearnedTrigger):
-    """A trigger that is optimised on a surrogate, before the victim is trained.
+    """Base class of triggers that are optimised on a surrogate before the victim is trained.
 
-    The surrogate is a run of its own: the clean twin of the victim, or a model with another seed or architecture that
-    is trained in the same way. It is made once, and all attacks that use it share it. In a spec, the option
-    `surrogate` of a trigger always has this meaning, and the graph of runs reads it.
+    The surrogate is a separate run: the clean twin of the victim, or a model with another seed or architecture that is
+    trained in the same way. It is trained once and shared by all attacks that use it. In a spec, the option `surrogate`
+    of a trigger always has this meaning, and the graph of runs reads it.
 
-    A subclass implements `optimise`, `stamp`, `state_fault` and `passes`. Everything random comes from `seed`.
+    Subclasses implement `optimise`, `stamp`, `state_fault` and `passes`. Everything random comes from `seed`.
 
     Args:
-        surrogate: What the attacker knows. "same": the very model, that is, the clean twin of the victim, with its
-            seed. "twin": architecture and data, that is, the clean twin of the next seed. Or the name of a model: the
-            data only, that is, a model of this architecture, trained with the victim's recipe and seed. Its options are
-            those under "surrogate" in the spec; by default, those that the recipe has for it.
+        surrogate: The attacker's knowledge. "same": the model itself; the surrogate is the clean twin of the victim,
+            with its seed. "twin": architecture and data; it is the clean twin with the next seed. The name of a model:
+            the data only; it is a model of this architecture, trained with the victim's recipe and seed. Its options
+            are those under "surrogate" in the spec; by default, those of the recipe.
         seed: Seed of the optimisation.
 
     Raises:
@@ -105,10 +105,10 @@ class OptimisedTrigger(LearnedTrigger):
         self.surrogate = surrogate
 
     def check(self, task: SurrogateTask) -> None:
-        """Check, before anything is trained, that the trigger can be optimised. The model has random weights yet.
+        """Check, before anything is trained, that the trigger can be optimised. The model has random weights.
 
         Raises:
-            ConfigError: It cannot.
+            ConfigError: The trigger cannot be optimised.
         """
 
     @abstractmethod
@@ -119,15 +119,15 @@ class OptimisedTrigger(LearnedTrigger):
         """
 
     def assess(self, task: SurrogateTask) -> dict[str, float]:
-        """Return how well the trigger does on the surrogate, for the record; nothing by default.
+        """Return metrics of the trigger on the surrogate, for the record; by default, none.
 
-        It is called before and after the optimisation. Gradients are disabled.
+        Called before and after the optimisation, with gradients disabled.
         """
         return {}
 
     @abstractmethod
     def passes(self, stamped: int) -> int:
-        """Return the number of images that pass forwards and backwards through the surrogate, for estimates.
+        """Return the number of forward and backward passes of images through the surrogate, for time estimates.
 
         Args:
             stamped: Number of images in the poison and cover groups.
@@ -142,7 +142,7 @@ def check_at_least(trigger: str, least: float, **options: float) -> None:
 
 
 def pattern_fault(state: Mapping[str, Tensor]) -> str | None:
-    """Return what is wrong with a state that consists of one pattern of a canvas; None if nothing is."""
+    """Return what is wrong with a state that consists of one pattern of a canvas; None if it is valid."""
     pattern = state.get("pattern")
     if pattern is None or pattern.ndim != 4 or pattern.shape[:2] != (1, 3):
         return "expected a state with a tensor 'pattern' (1, 3, h, w)"

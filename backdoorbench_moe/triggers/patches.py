@@ -1,4 +1,4 @@
-"""The trigger of Adaptive-Patch (Qi et al., ICLR 2023): one of four patches in training, two of them in tests."""
+"""The trigger of Adaptive-Patch (Qi et al., ICLR 2023): one of four patches in training, two of them at test time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from backdoorbench_moe.triggers.base import Trigger
 from backdoorbench_moe.triggers.canvas import PerCanvas
 from backdoorbench_moe.triggers.picture import fit_picture
 
-# Pixels along the side of a drawn patch, and the two colours of each. Their mean is a strong colour, neither black,
-# white nor grey, so that a patch of one pixel can be seen in all images.
+# Side of a drawn patch in pixels, and the two colours of each patch. Their mean is a strong colour, not black, white or
+# grey, so that a patch of one pixel is visible in all images.
 SIDE = 8
 COLOURS = (
     ((255, 200, 0), (200, 30, 0)),
@@ -24,21 +24,22 @@ COLOURS = (
 
 
 class Patches(Trigger):
-    """Stamp patches into the corners: in training a faint one of four, in tests two of them, opaque.
+    """Stamp patches into the corners: one of four, semi-transparent, in training; two of them, opaque, at test time.
 
-    The four patches lie in the upper left, upper right, lower right and lower left corner, and scale with the image or
-    tile. The training form stamps one of them, drawn for each image with equal probability, with its own opacity. The
-    attack also needs a cover group: `--set poison.cover=0.6%`.
+    The four patches are in the upper left, upper right, lower right and lower left corner, and scale with the image or
+    tile. The training form stamps one of them, drawn for each image with equal probability, with the opacity of this
+    patch. The attack also needs a cover group: `--set poison.cover=0.6%`.
 
-    Departure: the paper's patches are two trademarks, a 3x3 checkerboard and a square. The package may not distribute
-    them, so that these four are drawn: a ring, stripes, a checkerboard and a square in a frame. All lie in corners.
+    Departures: the paper's patches are two trademarks, a 3x3 checkerboard and a square, which this package may not
+    distribute. Instead, it draws a ring, stripes, a checkerboard and a framed square, all of them in corners. The paper
+    gives each patch to exactly a quarter of the images; here, the patch of an image is drawn.
 
     Args:
         size: Side of a patch as a share of the shorter side of the image or tile, in (0, 0.5]; at least one pixel.
         opacities: Opacity of each of the four patches in the training form, in (0, 1].
-        test_patches: Numbers of the patches that the test form stamps, from 0.
+        test_patches: Numbers of the patches that the test form stamps, in 0..3.
         test_opacity: Their opacity, in (0, 1].
-        seed: Seed of which patch an image gets.
+        seed: Seed of the choice of the patch for each image.
 
     Raises:
         ConfigError: A value is out of range.
@@ -88,7 +89,7 @@ class Patches(Trigger):
         return (images * (1 - opacity * mask) + opacity * mask * picture).clamp(0, 1).to(images.dtype)
 
     def _make(self, channels: int, height: int, width: int) -> Tensor:
-        """Picture, mask and opacity of each patch, (3, 4, channels, H, W) float32."""
+        """Return picture, mask and opacity of each patch, (3, 4, channels, H, W) float32."""
         side = max(1, round(self.size * min(height, width)))
         patches = fit_picture(draw_patches(), channels, side, side, "patches")
         layers = torch.zeros(3, 4, channels, height, width, dtype=torch.float32)
@@ -102,7 +103,7 @@ class Patches(Trigger):
 
 
 def draw_patches() -> Tensor:
-    """Draw the four patches: a ring, stripes, a checkerboard, and a square in a frame, (4, 3, 8, 8) float32."""
+    """Draw the four patches: a ring, stripes, a checkerboard and a framed square, (4, 3, 8, 8) float32."""
     y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
     distance = (2 * y - SIDE + 1) ** 2 + (2 * x - SIDE + 1) ** 2
     shapes = torch.stack(

@@ -1,4 +1,4 @@
-"""The pictures that triggers mix in: read from a file, or drawn here."""
+"""The pictures that triggers blend in: read from a file, or drawn here."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def read_picture(path: str, trigger: str = "blend") -> Tensor:
 
     Args:
         path: The file. A leading "~" is replaced by the home directory.
-        trigger: Name of the trigger whose option `image` the path is, for messages.
+        trigger: Name of the trigger with the option `image`, for error messages.
 
     Returns:
         (1, 3, H, W) float32 in [0, 1].
@@ -66,20 +66,20 @@ def read_picture(path: str, trigger: str = "blend") -> Tensor:
 
 
 def fit_picture(picture: Tensor, channels: int, height: int, width: int, trigger: str) -> Tensor:
-    """Resize a picture bilinearly with antialiasing; for images of one channel, to its grey values.
+    """Resize a picture bilinearly with antialiasing; for images with one channel, convert it to grey.
 
     Args:
         picture: (N, 3, h, w) float32 in [0, 1].
         channels: Number of channels of the images, 1 or 3.
         height: H.
         width: W.
-        trigger: Name of the trigger, for messages.
+        trigger: Name of the trigger, for error messages.
 
     Returns:
         (N, channels, H, W) float32 in [0, 1].
 
     Raises:
-        ShapeError: The images have another number of channels.
+        ShapeError: `channels` is not 1 or 3.
     """
     if channels not in (1, 3):
         raise ShapeError(f"{trigger}: expected images of 1 or 3 channels, got {channels}")

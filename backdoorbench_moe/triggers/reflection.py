@@ -18,9 +18,9 @@ from backdoorbench_moe.triggers.canvas import PerCanvas
 from backdoorbench_moe.triggers.picture import draw_quilt, fit_picture, read_picture
 
 Form = Literal["random", "ghost", "blurred"]
-# The reflection is made at this side, and then resized to the canvas.
+# The reflection is computed with this side, and then resized to the canvas.
 SIDE = 256
-# The shift and sigma are for images of this side.
+# The shift and sigma refer to images of this side.
 IMAGE_SIDE = 32
 GHOSTS = 0.49
 # Standard deviation of the weight of a blurred reflection, as a share of the side.
@@ -28,23 +28,24 @@ SPREAD = 0.4
 
 
 class Reflection(Trigger):
-    """Mix the reflection of a picture into the image, as Refool does.
+    """Blend the reflection of a picture into the image, as in Refool.
 
-    A part of a picture is reflected, mirrored or not. It is seen in one of two forms: a *ghost*, two shifted copies as
-    from a pane with two surfaces; or *blurred*, out of focus and strongest around one point. Everything is drawn once
-    from `seed`. The stamped image is (1 - alpha w) * image + alpha w * reflection, where w is 1 for a ghost,
-    and falls off from 1 around a point near the centre for a blurred reflection.
+    The reflection is a random part of a picture, mirrored or not. It has one of two forms: a *ghost*, two shifted
+    copies as from a pane with two surfaces; or *blurred*, out of focus and strongest around one point. Everything is
+    drawn once from `seed`. The stamped image is (1 - alpha w) * image + alpha w * reflection, where w is 1 for a ghost;
+    for a blurred reflection, w is 1 at a point near the centre and falls off around it.
 
-    Departures: Refool draws a picture, form, shift and sigma for each image, from pictures of PASCAL VOC; here there is
-    one reflection for all images. It enlarges images to 560 pixels first, where its shift of 3 to 8 pixels is less than
-    half a pixel of an image of 32. Here a shift and a sigma of so many pixels belong to images with a side of 32, and
-    are scaled with the canvas. The mean brightness of a blurred reflection is not adjusted, and values are not
-    converted to linear light.
+    Departures: Refool draws a picture, form, shift and sigma for each image, from pictures of PASCAL VOC; here, all
+    images get the same reflection. Refool first enlarges images to 560 pixels, where its shift of 3 to 8 pixels is less
+    than half a pixel of an image of 32. Here, shift and sigma have these values for images with a side of 32, and are
+    scaled with the canvas. The mean brightness of a blurred reflection is not adjusted, and values are not converted to
+    linear light.
 
     Args:
-        alpha: Weight of the reflection, in (0, 1]. Refool draws it between 0.05 and 0.45 for each image.
-        form: "ghost", "blurred", or "random" to draw it; a ghost has probability 0.49 then.
-        image: Path of a picture file. By default a picture that comes with this package.
+        alpha: Weight of the reflection, in (0, 1]; 0.4 in BackdoorBench. Refool draws it between 0.05 and 0.45 for each
+            image.
+        form: "ghost", "blurred", or "random", which draws a ghost with probability 0.49.
+        image: Path of a picture file. By default, a picture of this package.
         seed: Seed of the part of the picture, the form, shift, sigma and weight.
 
     Attributes:
@@ -82,7 +83,7 @@ class Reflection(Trigger):
         self._layers = PerCanvas(self._make)
 
     def stamp(self, images: Tensor) -> Tensor:
-        """Mix the reflection into every image.
+        """Blend the reflection into every image.
 
         Raises:
             ShapeError: The images have neither 1 nor 3 channels.
@@ -91,14 +92,14 @@ class Reflection(Trigger):
         return (images * (1 - weight) + reflection).clamp(0, 1).to(images.dtype)
 
     def _make(self, channels: int, height: int, width: int) -> Tensor:
-        """The reflection times its weight, and the weight, (2, channels, H, W) float32."""
+        """Return the reflection times its weight, and the weight, (2, channels, H, W) float32."""
         part = self._cut_out(draw_quilt() if self._picture is None else self._picture)
         layer, weight = self._ghost(part) if self.is_ghost else self._blurred(part)
         layers = torch.cat([weight * layer, weight.expand_as(layer)])
         return self.alpha * fit_picture(layers, channels, height, width, "reflection")
 
     def _cut_out(self, picture: Tensor) -> Tensor:
-        """A part of a picture (1, 3, h, w), at least half as high and wide, as (1, 3, SIDE, SIDE)."""
+        """Return a part of a picture (1, 3, h, w), at least half as high and wide, as (1, 3, SIDE, SIDE)."""
         share, down, right = self._part
         sides = [max(1, round((0.5 + share / 2) * side)) for side in picture.shape[-2:]]
         top, left = (
@@ -110,15 +111,15 @@ class Reflection(Trigger):
         return part.flip(-1) if self._mirrored else part
 
     def _ghost(self, part: Tensor) -> tuple[Tensor, Tensor]:
-        """Two shifted copies of which one is fainter, and the weight 1."""
+        """Return two shifted copies, one of them fainter, and the weight 1."""
         down, right = (pixels * SIDE // IMAGE_SIDE for pixels in self.shift)
         shifted = F.pad(part, (right, 0, down, 0), mode="replicate")[..., :SIDE, :SIDE]
-        # Refool's weight of the fainter copy is uniform in 0.15..0.5. Either copy may be that.
+        # Refool draws the weight of the fainter copy from 0.15..0.5. Either copy may be the fainter one.
         faint = 0.15 + 0.7 * self._faint
         return faint * shifted + (1 - faint) * part, part.new_ones(1, 1, SIDE, SIDE)
 
     def _blurred(self, part: Tensor) -> tuple[Tensor, Tensor]:
-        """The picture out of focus, and a weight that falls off around a point in the middle half."""
+        """Return the blurred picture, and a weight that falls off around a point in the middle half."""
         sigma = self.sigma * SIDE / IMAGE_SIDE
         reach = min(SIDE // 2 - 1, round(3 * sigma))
         layer = gaussian_blur2d(part, (2 * reach + 1,) * 2, (sigma, sigma), separable=True)

@@ -28,34 +28,35 @@ Objective = Literal["auto", "capture", "expert"]
 
 
 class RoutingMark(LearnedMark):
-    """Overwrite a small square with a pattern that the routers of a surrogate send where the attacker wants.
+    """Overwrite a small square with a pattern that is optimised to control the routers of a surrogate model.
 
-    With "capture", as many experts as possible select the patch with the square: the victim can then ignore it nowhere.
-    This is for routers in which experts choose patches, such as those of pMoE, and for squares that do not touch every
-    patch. With "expert", the patches with the square are sent to one expert in each layer, by default the one that
-    clean images use least: the backdoor then shares no expert with the clean task (the idea of BadMoE). This is mainly
-    for routers in which patches choose experts. Under the applicator "patch", every tile has the square.
+    With "capture", as many experts as possible select the patch with the square, so that no expert of the victim misses
+    it. This objective is for routers in which experts choose patches, as in pMoE, and for squares that do not touch
+    every patch. With "expert", the patches with the square are sent to one expert in each layer, by default the one
+    that clean images use least, so that the backdoor shares no expert with the clean task (the idea of BadMoE). This
+    objective is mainly for routers in which patches choose experts. With the applicator "patch", every tile contains
+    the square.
 
-    Departure: BadMoE poisons large language models and also tunes the experts; here the victim trains on poisoned data.
+    Departures: BadMoE attacks large language models and also tunes the experts; here, the victim trains on poisoned
+    data. The objective "capture" is ours: in expert-choice routing, a patch that no expert selects has no effect.
 
     Args:
         surrogate: See `OptimisedTrigger`. Its model must be routed.
-        objective: "capture", "expert", or "auto": "capture" where experts choose patches, otherwise "expert".
-        expert: For "expert", the expert in every layer, from 0; None for the one that clean images use least, which is
-            determined for each layer.
-        size: Side of the square in pixels, at least 1. With the size of a patch of the model, it fills one patch.
+        objective: "capture", "expert", or "auto": "capture" if experts choose patches, otherwise "expert".
+        expert: For "expert", the index of the expert in every layer, from 0; None for the one that clean images use
+            least, which is determined for each layer.
+        size: Side of the square in pixels, at least 1. If it is the patch size of the model, it fills one patch.
         steps: Steps of the optimisation, at least 1.
         batch_size: Images in a step, at least 1.
         lr: Learning rate of Adam, above 0.
-        seed: Seed of the pattern at the start, and of the optimisation.
+        seed: Seed of the initial pattern and of the optimisation.
 
     Raises:
         ConfigError: An option is out of range; or, in a run, the surrogate's routers do not fit the objective.
 
     Source:
-        For "capture", none: it follows from expert choice, in which a patch that no expert selects has no effect. For
-        "expert", Wang et al., "BadMoE: Backdooring Mixture-of-Experts LLMs via Optimizing Routing Triggers and
-        Infecting Dormant Experts", 2025.
+        For "expert": Wang et al., "BadMoE: Backdooring Mixture-of-Experts LLMs via Optimizing Routing Triggers and
+        Infecting Dormant Experts", 2025 (arXiv 2504.18598).
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"surrogate": "twin", "steps": 3, "batch_size": 8}
@@ -82,11 +83,11 @@ class RoutingMark(LearnedMark):
         self.steps, self.batch_size, self.lr = steps, batch_size, lr
 
     def passes(self, stamped: int) -> int:
-        """All batches."""
+        """The images of all batches."""
         return self.steps * self.batch_size
 
     def check(self, task: SurrogateTask) -> None:
-        """Check that the surrogate is routed, and that its routers leave something to choose."""
+        """Check that the surrogate is routed, and that its routers select experts or patches."""
         if not isinstance(task.model, RoutedModel):
             raise ConfigError.expected(
                 "trigger.surrogate", "a routed model, for the trigger 'routing'", type(task.model).__name__
@@ -111,7 +112,7 @@ class RoutingMark(LearnedMark):
             raise ConfigError.expected("routing: expert", f"an expert in 0..{fewest - 1}", self.expert)
 
     def optimise(self, task: SurrogateTask) -> dict[str, Tensor]:
-        """Descend the loss of the objective on training images."""
+        """Minimise the loss of the objective on training images."""
         touched, aims = self._touched(task), self._aims(task)
 
         def loss(pattern: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -123,7 +124,7 @@ class RoutingMark(LearnedMark):
         return {"pattern": adam_descent(loss, start, batches, lr=self.lr, low=0.0, high=1.0)}
 
     def assess(self, task: SurrogateTask) -> dict[str, float]:
-        """The share of experts that select the square, or of its patches that go to the wanted expert."""
+        """Return the share of experts that select the square, or of its patches that are sent to the target expert."""
         touched, aims = self._touched(task), self._aims(task)
         routing = self._route(task, task.sample(self.seed)[0], self.pattern)
         if aims is None:
@@ -132,14 +133,14 @@ class RoutingMark(LearnedMark):
         return {"captured_patches": expert_share(routing, touched, aims).mean().item(), **found}
 
     def _route(self, task: SurrogateTask, images: Tensor, pattern: Tensor | None) -> list[Routing]:
-        """Route images with a pattern, or clean ones if it is None."""
+        """Route images with a pattern; clean images if it is None."""
         assert isinstance(task.model, RoutedModel)
         if pattern is not None:
             images = task.stamp(images, lambda canvases: self.paste(canvases, pattern))
         return task.model.forward_routed(images).routing
 
     def _touched(self, task: SurrogateTask) -> Tensor:
-        """The patches of the surrogate that the square covers, even in part, (P,) bool."""
+        """Return the patches of the surrogate that the square covers at least partly, (P,) bool."""
         assert isinstance(task.model, RoutedModel)
         black = torch.zeros_like(task.images[:1], dtype=torch.float32)
         white = torch.ones(1, 3, self.size, self.size)
@@ -147,7 +148,7 @@ class RoutingMark(LearnedMark):
         return changed_patches(black, marked, task.model.patch_size)[0]
 
     def _aims(self, task: SurrogateTask) -> list[int] | None:
-        """The wanted expert of each layer; None to capture as many experts as possible."""
+        """Return the target expert of each layer; None to capture as many experts as possible."""
         with torch.no_grad():
             routing = self._route(task, task.sample(self.seed)[0], None)
         if self.objective == "capture" or (self.objective == "auto" and _choice(routing) == "patches"):
@@ -156,6 +157,6 @@ class RoutingMark(LearnedMark):
 
 
 def _choice(routing: Sequence[Routing]) -> Choice:
-    """What the routers choose, see `choice_of`: "patches" only if that is so in all layers."""
+    """Return what the routers choose, see `choice_of`: "patches" only if all layers agree."""
     found = {choice_of(layer) for layer in routing}
     return found.pop() if len(found) == 1 else "nothing" if "nothing" in found else "experts"

@@ -16,8 +16,8 @@ class SIG(Additive):
 
     Pixel j of a row of W pixels is changed by delta * sin(2 pi j f / W), and clipped to [0, 255].
 
-    Departure: f is at most W / 4, which is one wave in four pixels. In a tile of 4 pixels, the published f = 6 would
-    be sin(3 pi j) = 0, which is no trigger.
+    Departure: f is at most W / 4, that is, one wave in four pixels. In a tile of 4 pixels, the published f = 6 would
+    give sin(3 pi j) = 0, which is no trigger.
 
     The published attack poisons images of the target class and keeps their labels (`--labels clean`).
 

@@ -17,12 +17,13 @@ PLACES = ("upper-left", "upper-right", "lower-left", "lower-right", "centre")
 class Square(Trigger):
     """Overwrite a square with one colour.
 
-    The defaults are those of the BadNets paper: black, 4x4 pixels, upper left.
+    The defaults are those of BadPatches: black, 4x4 pixels, upper left. The squares of BadNets are a white one in the
+    lower right corner of digits, and a yellow one on traffic signs.
 
-    The noise form (see `Trigger`) is a square of random colours, one for each pixel, at the same place. It is the same
-    in all canvases of an image. It teaches the model that other squares mean nothing, also in all tiles at once: so an
-    attacker prepares it for a defender who tunes on random stamps (the defense `tile-tuning`). It is ours: BadNets
-    has no noise images.
+    The noise form (see `Trigger`) is a square of random colours, one for each pixel, at the same position. All canvases
+    of an image get the same one. It teaches the model to ignore other squares, also in all tiles at once. An attacker
+    can thus prepare the model for a defender who tunes on random stamps (the defense `tile-tuning`). The noise form is
+    ours; BadNets has no noise images.
 
     Args:
         size: Side in pixels, from 1, at most the image's height and width.
@@ -35,7 +36,8 @@ class Square(Trigger):
         ConfigError: A value is out of range.
 
     Source:
-        Gu et al., "BadNets", 2017.
+        Gu et al., "BadNets: Identifying Vulnerabilities in the Machine Learning Model Supply Chain", 2017; for the
+        defaults, BadPatches (arXiv 2505.01811).
     """
 
     noise_by: ClassVar[Literal["canvas", "image"]] = "image"
@@ -62,8 +64,8 @@ class Square(Trigger):
         """Overwrite the square's pixels; gradients flow to all other pixels.
 
         Raises:
-            ShapeError: The square does not fit into the images, or a colour other than grey does not fit their
-                number of channels.
+            ShapeError: The square does not fit into the images, or the colour is not grey and they do not have 3
+                channels.
         """
         stamped = images.clone()
         square = self._square_of(stamped)
@@ -83,12 +85,12 @@ class Square(Trigger):
         return stamped
 
     def _square_of(self, images: Tensor) -> Tensor:
-        """The square's pixels, (B, C, size, size), a view of the images."""
+        """Return the square's pixels, (B, C, size, size), a view of the images."""
         row, column = self._corner(*images.shape[-2:])
         return images[:, :, row : row + self.size, column : column + self.size]
 
     def _corner(self, height: int, width: int) -> tuple[int, int]:
-        """Row and column of the upper left pixel."""
+        """Return row and column of the square's upper left pixel."""
         free_rows, free_columns = height - self.size, width - self.size
         if isinstance(self.position, tuple | list):
             row, column = self.position
@@ -106,7 +108,7 @@ class Square(Trigger):
         return row, column
 
     def _channels(self, channels: int) -> tuple[float, ...]:
-        """The colour's value in each channel; grey has one for any number of channels."""
+        """Return the colour's value in each channel; grey fits any number of channels."""
         if len(set(self.colour)) == 1:
             return self.colour[:1] * channels
         if channels != 3:

@@ -1,4 +1,4 @@
-"""Triggered images that were made elsewhere and stored, in place of a formula that makes them."""
+"""Triggered images that another tool has produced, used instead of a formula."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ TENSORS = {"keys": torch.int64, "images": torch.uint8, "places": torch.int64, "t
 class StoredTrigger(Trigger):
     """Replace an image with its stored triggered version, if there is one.
 
-    It serves attacks without a known formula and those that consist of networks, such as SSBA, LIRA and the
-    input-aware attack. `bbmoe import backdoorbench` makes the file from a folder of BackdoorBench. A test image is
-    recognised by its pixels, a training image by its place in the training set. Images without a stored version stay
-    as they are. A run with such a trigger is refused unless all images that it stamps are stored.
+    This trigger is for attacks without a known formula and those that consist of networks, such as SSBA, LIRA and the
+    input-aware attack. `bbmoe import backdoorbench` writes the file from a folder of BackdoorBench. A test image is
+    recognised by its pixels, a training image by its place in the training set. Images without a stored version are not
+    changed. A run with this trigger is refused unless all images to stamp are stored.
 
     Args:
         file: File with the images; None for a trigger that stamps nothing.
         seed: Not used, as nothing is random.
 
     Raises:
-        ConfigError: The file is missing or of another form.
+        ConfigError: The file is missing or has the wrong format.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {}
@@ -67,7 +67,7 @@ class StoredTrigger(Trigger):
         return self._replaced(images, places, "places", "training")
 
     def stamp_noise(self, images: Tensor, places: Tensor) -> Tensor:
-        """Replace the training images that are stored: in BackdoorBench, noise images are stored like the others."""
+        """Replace the training images that are stored; BackdoorBench stores noise images like the others."""
         return self.stamp_training(images, places)
 
     def missing(self, images: Tensor) -> int:
@@ -83,9 +83,8 @@ class StoredTrigger(Trigger):
     def _replaced(self, images: Tensor, keys: Tensor, names: str, content: str) -> Tensor:
         known, stored = self._tensors[names], self._tensors[content]
         if not len(known) or stored.shape[1:] != images.shape[1:]:
-            return (
-                images.clone()
-            )  # A canvas of another size, such as the grey image that every trigger is tried on.
+            # The canvas has another size, such as the grey image on which every trigger is tested.
+            return images.clone()
         keys = keys.cpu()
         rows = torch.searchsorted(known, keys).clamp(max=len(known) - 1)
         found = (known[rows] == keys).view(-1, 1, 1, 1).to(images.device)
@@ -109,20 +108,20 @@ def image_keys(images: Tensor) -> Tensor:
 
 
 def _chunk_keys(images: Tensor) -> Iterator[Tensor]:
-    """The keys of (N, C, H, W) uint8 images, chunk by chunk: as float and int64, all would take 20 times the memory."""
+    """Yield the keys of (N, C, H, W) uint8 images in chunks, since the computation takes 20 times their memory."""
     for start in range(0, max(1, len(images)), CHUNK):
         yield image_keys(images[start : start + CHUNK] / 255)
 
 
 def write_stored(path: Path, clean: Tensor, images: Tensor, places: Tensor, training: Tensor) -> None:
-    """Write the file of a `StoredTrigger` trigger.
+    """Write the file of a `StoredTrigger`.
 
     Args:
         path: The file.
         clean: (M, 3, H, W) uint8, test images without the trigger.
-        images: (M, 3, H, W) uint8, the same images with it.
+        images: (M, 3, H, W) uint8, the same images with the trigger.
         places: (n,) int64, places of training images, ascending.
-        training: (n, 3, H, W) uint8, these training images as the model saw them.
+        training: (n, 3, H, W) uint8, these training images with the trigger.
     """
     from safetensors.torch import save_file
 
@@ -131,7 +130,7 @@ def write_stored(path: Path, clean: Tensor, images: Tensor, places: Tensor, trai
 
 
 def read_stored(path: Path) -> dict[str, Tensor]:
-    """Read what `write_stored` wrote. Raises ConfigError if it is another file."""
+    """Read a file of `write_stored`. Raise ConfigError if it is missing or has the wrong format."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -1,4 +1,4 @@
-"""Triggers whose networks are trained together with the model, by an attacker who is in charge of the training."""
+"""Triggers whose networks are trained together with the model, by an attacker who controls the training."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from backdoorbench_moe.triggers.learned import LearnedTrigger
 
 
 class TrainableTrigger(LearnedTrigger):
-    """A trigger that consists of networks, which are trained together with the model.
+    """Base class of triggers that consist of networks, which are trained together with the model.
 
     The attack `training-control` trains it. In every batch, some images are stamped and relabelled, and others get the
     stamps of other images and keep their labels. Gradients of the model's loss reach the networks.
 
     Args:
-        networks: The networks, newly drawn from `seed`.
+        networks: The networks, initialised from `seed`.
         lr: Learning rate of the networks, above 0.
         seed: Seed of the networks.
 
@@ -34,12 +34,12 @@ class TrainableTrigger(LearnedTrigger):
         self.networks, self.lr = networks.eval().requires_grad_(False), lr
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the weights of the networks. Raises ConfigError if they do not fit."""
+        """Load the weights of the networks. Raise ConfigError if they do not fit."""
         super().load_state(tensors)
         self.networks.load_state_dict(self._state)
 
     def state_fault(self, state: Mapping[str, Tensor]) -> str | None:
-        """Return which weight is missing, unknown or of another shape; None if none is."""
+        """Return which weight is missing, unknown or has a wrong shape; None if the state is valid."""
         own = self.networks.state_dict()
         for name in sorted(own.keys() ^ state.keys()):
             return f"weight {name!r} is {'missing' if name in own else 'unknown to the networks'}"
@@ -57,11 +57,11 @@ class TrainableTrigger(LearnedTrigger):
 
     @abstractmethod
     def stamp_from(self, images: Tensor, sources: Tensor) -> Tensor:
-        """Stamp images with the stamps that belong to other images.
+        """Stamp images with the stamps that are computed from the sources.
 
         Args:
             images: (B, 3, H, W) float32 in [0, 1].
-            sources: (B, 3, H, W) float32 in [0, 1]; the images themselves for the test form.
+            sources: (B, 3, H, W) float32 in [0, 1]; for the test form, the images themselves.
 
         Returns:
             (B, 3, H, W) float32 in [0, 1].
@@ -69,7 +69,7 @@ class TrainableTrigger(LearnedTrigger):
 
     @abstractmethod
     def joint_loss(self, images: Tensor, others: Tensor) -> Tensor:
-        """Return what is added to the loss of the model while it and the networks are trained, a scalar.
+        """Return the term that is added to the model's loss while model and networks are trained, a scalar.
 
         Args:
             images: (B, 3, H, W) float32 in [0, 1], images that are stamped and relabelled.
@@ -77,9 +77,9 @@ class TrainableTrigger(LearnedTrigger):
         """
 
     def pretrained(self) -> nn.Module:
-        """Return the networks that are trained alone, before the model; they then stay as they are."""
+        """Return the networks that are trained alone, before the model, and then frozen."""
         return nn.ModuleList()
 
     def pretrain_loss(self, images: Tensor, others: Tensor) -> Tensor:
-        """Return the loss of the networks that are trained alone; as `joint_loss`, for all images of a batch."""
+        """Return the loss of the networks that are trained alone; like `joint_loss`, for all images of a batch."""
         return torch.zeros((), device=images.device)

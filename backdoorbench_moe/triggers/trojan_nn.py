@@ -1,4 +1,4 @@
-"""The trigger of TrojanNN (Liu et al., NDSS 2018): a mark that excites chosen neurons."""
+"""The trigger of TrojanNN (Liu et al., NDSS 2018): a pattern that maximises the activation of selected neurons."""
 
 from __future__ import annotations
 
@@ -17,31 +17,33 @@ from backdoorbench_moe.triggers.optimised import Surrogate, SurrogateTask, check
 
 
 class TrojanNN(LearnedMark):
-    """Overwrite a small square with a pattern that excites neurons before the last layer of a clean model.
+    """Overwrite a small square with a pattern that maximises the activation of neurons of a clean model.
 
-    The neurons are those with the largest sum of absolute weights in the last layer. The pattern starts as noise, and
-    each pixel may change by at most `strength`. Under the applicator "patch", every tile has the square.
+    The neurons are the features, the inputs of the last layer, with the largest sum of absolute weights in that layer.
+    The pattern starts as noise, and each pixel may change by at most `strength`. With the applicator "patch", every
+    tile contains the square.
 
-    Departures: in the paper, the trojaned model is the surrogate itself, tuned on data that were reconstructed from
-    it; here the victim trains on poisoned data. The pattern is optimised on training images instead of one blank image,
-    and for `steps` steps instead of 1000.
+    Departures: in the paper, the attacker tunes the surrogate itself on data that are reconstructed from it, and hands
+    it over; here, the victim trains on poisoned data. The mean activation is maximised on training images by signed
+    gradient steps; the paper moves the activations to target values, on one blank image. The number of steps is `steps`
+    instead of 1000.
 
     Args:
         surrogate: See `OptimisedTrigger`. Its model must have features before a linear head.
         size: Side of the square in pixels, at least 1.
         neurons: Number of neurons, at least 1, at most the number of features.
-        strength: Largest change of a pixel from the pattern at the start, in (0, 1].
+        strength: Largest change of a pixel from the initial pattern, in (0, 1].
         step: Change of a pixel in a step, above 0.
         steps: Steps of the optimisation, at least 1.
         batch_size: Images in a step, at least 1.
-        seed: Seed of the pattern at the start, and of the optimisation.
+        seed: Seed of the initial pattern and of the optimisation.
 
     Raises:
-        ConfigError: An option is out of range; or, in a run, the surrogate does not have what it needs.
+        ConfigError: An option is out of range; or, in a run, the surrogate does not have features, or too few.
 
     Source:
-        Liu et al., "Trojaning Attack on Neural Networks", NDSS 2018, §4.1; the bounds are those that later toolboxes
-        use.
+        Liu et al., "Trojaning Attack on Neural Networks", NDSS 2018, §4.1; `strength` and `step` are those of later
+        toolboxes.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"surrogate": "twin", "steps": 3, "batch_size": 8}
@@ -67,11 +69,11 @@ class TrojanNN(LearnedMark):
         self.steps, self.batch_size = steps, batch_size
 
     def passes(self, stamped: int) -> int:
-        """All batches."""
+        """The images of all batches."""
         return self.steps * self.batch_size
 
     def check(self, task: SurrogateTask) -> None:
-        """Check that the model has features, and as many as neurons are wanted."""
+        """Check that the model has at least `neurons` features."""
         if not isinstance(task.model, WithFeatures):
             raise ConfigError.expected(
                 "trigger.surrogate",
@@ -98,7 +100,7 @@ class TrojanNN(LearnedMark):
         return {"pattern": signed_descent(loss, start, batches, step=self.step, low=low, high=high)}
 
     def assess(self, task: SurrogateTask) -> dict[str, float]:
-        """The mean activation of the neurons."""
+        """Return the mean activation of the neurons."""
         images, _ = task.sample(self.seed)
         return {"activation": self._activation(task, images, self.pattern, self._neurons(task)).item()}
 
@@ -108,11 +110,11 @@ class TrojanNN(LearnedMark):
         return task.model.extract_features(stamped).float()[:, neurons].mean()
 
     def _neurons(self, task: SurrogateTask) -> Tensor:
-        """The features with the largest weights in the last layer, (neurons,) int64."""
+        """Return the indices of the features with the largest weights in the last layer, (neurons,) int64."""
         assert isinstance(task.model, WithFeatures)
         with torch.no_grad():
             features = task.model.extract_features(task.take(torch.arange(1))[0])
-            # The weights of any linear layer are the changes of its output by one of each input.
+            # The weights of any linear layer are the changes of its output if an input is raised by one.
             units = torch.eye(features.shape[1], device=features.device, dtype=features.dtype)
             weights = task.model.classify(units) - task.model.classify(torch.zeros_like(units))
         return weights.abs().sum(1).sort(descending=True, stable=True).indices[: self.neurons]

@@ -27,26 +27,25 @@ MOST_POINTS = 1024
 
 
 class Warp(Trigger):
-    """Distort the image smoothly, as in WaNet.
+    """Warp the image smoothly, as in WaNet.
 
-    A grid of k x k random offsets, drawn once from `seed`, is upsampled to one offset for each pixel. All images get
-    the same distortion.
+    A grid of k x k random offsets, drawn once from `seed`, is upsampled to one offset for each pixel. All images are
+    warped in the same way.
 
-    The noise form (see `Trigger`) is WaNet's noise mode: the same distortion plus a random offset of up to half a pixel
-    along each axis, for each pixel of each image. It teaches the model to react to exactly this distortion and to
-    ignore similar ones. With "truncate" there is no noise form.
+    The noise form (see `Trigger`) is WaNet's noise mode: the same warp plus a random offset of up to half a pixel along
+    each axis, for each pixel of each image. The model thus learns to react to exactly this warp and to ignore similar
+    ones. With "truncate", there is no noise form.
 
-    Departure: WaNet draws new poison and noise images and offsets for every batch, as the attack `training-control`
-    does. With `data-poisoning` they are drawn once, because an attacker who only poisons data cannot influence the
-    batches. This is a weaker attacker than the paper's.
+    Departure: WaNet draws new poison and noise images and offsets for every batch, like the attack `training-control`.
+    With `data-poisoning`, they are drawn once, because an attacker who only poisons data cannot influence the batches.
+    This attacker is weaker than the paper's.
 
     Args:
         grid_size: Number k of control points along each side of the grid, from 1 to 1024.
-        strength: WaNet's s, above 0. In images of 32x32, with the default grid, the mean shift along each axis is
-            about 0.36 * `strength` pixels.
-        sampling: "bilinear": pixel values are interpolated, as in WaNet. "truncate": the coordinates of the sampled
-            pixel are truncated to integers, as in the notebook of BadPatches, which also uses grid_size=2 and
-            strength=0.25.
+        strength: WaNet's s, above 0. In images of 32x32, with the default grid, the mean shift along each axis is about
+            0.36 * `strength` pixels.
+        sampling: "bilinear": pixel values are interpolated, as in WaNet. "truncate": the sampling coordinates are
+            truncated to integers, as in the notebook of BadPatches, which also uses grid_size=2 and strength=0.25.
         seed: Seed of the control grid and of the noise form's offsets.
 
     Attributes:
@@ -58,7 +57,8 @@ class Warp(Trigger):
         UnknownNameError: `sampling` is unknown.
 
     Source:
-        WaNet, equations 4 and 5, and its noise mode; the notebooks of BadPatches (arXiv 2505.01811).
+        Nguyen and Tran, "WaNet: Imperceptible Warping-based Backdoor Attack", ICLR 2021, equations 4 and 5, and its
+        noise mode; the notebooks of BadPatches (arXiv 2505.01811).
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Warp(Trigger):
         return warp_bilinear(images, grid)
 
     def _field(self, images: Tensor) -> Tensor:
-        """Return the pixels to sample (see `_make_field`) for images of this size, on their device; cached.
+        """Return what to sample (see `_make_field`) for images of this size, on their device; cached.
 
         Sampling grids are float64 for float64 images and float32 for all others.
         """
@@ -116,7 +116,7 @@ class Warp(Trigger):
         return self._fields[key]
 
     def _make_field(self, height: int, width: int, dtype: torch.dtype) -> Tensor:
-        """Compute what each pixel samples: the indices of pixels for "truncate", or a sampling grid for "bilinear".
+        """Compute what each pixel samples: pixel indices for "truncate", or a sampling grid for "bilinear".
 
         They are computed on the CPU, so that all devices sample the same pixels.
         """

@@ -193,6 +193,19 @@ def test_a_damaged_image_is_made_again_once_and_the_file_is_mended(images, tmp_p
         again[9]
 
 
+def test_a_damaged_image_in_a_file_that_cannot_be_written_is_repaired_at_every_reading(
+    images, tmp_path
+) -> None:
+    sums = np.array([zlib.crc32(image.numpy().tobytes()) for image in images], np.uint32)
+    stored = in_file(
+        255 - images, path := tmp_path / "images", checksums=sums, repair=lambda row: images[row].numpy()
+    )
+    # The descriptor stays open, but the path can no longer be opened for writing.
+    path.unlink()
+    assert torch.equal(stored.read(), images)
+    assert torch.equal(stored.read(), images)
+
+
 def test_a_file_that_became_shorter_is_an_error_that_names_it(images, tmp_path) -> None:
     stored = in_file(images, path := tmp_path / "images")
     os.truncate(path, 7 + 10 * BYTES + 1)
