@@ -26,8 +26,8 @@ LEGEND = (
     "that are classified as the target; no trigger, the share of the same images without the trigger; RA, the share of "
     "triggered images that are classified correctly. Behind a filter, a rejected image counts neither as correct (BA, "
     "RA) nor as a success of the attack (ASR). ASR − tuning and BA − tuning compare a defense with plain tuning: "
-    "fine-tuning on the same number of images. AUROC, TPR and FPR refer to what a detector judges: inputs, training images or "
-    "classes. The seeds link to their records. Unfinished runs are shown as missing."
+    "fine-tuning on the same number of images. AUROC, TPR and FPR refer to what a detector judges: inputs, training "
+    "images or classes. The seeds link to their records. Unfinished runs are shown as missing."
 )
 NEAR_LEGEND = (
     "The clean accuracy of at least one seed is near chance, like that of a model that always predicts one class; its "
