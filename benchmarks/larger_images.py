@@ -46,7 +46,7 @@ def main() -> None:
 def write_folder(folder: Path, side: int, *, train: int, test: int) -> None:
     """Write both splits. Raises ConfigError if the folder exists or a number is invalid."""
     if folder.exists():
-        raise ConfigError.expected("DIR", "a folder that is not there yet", str(folder))
+        raise ConfigError.expected("DIR", "a folder that does not exist", str(folder))
     if not 8 <= side <= 1024:
         raise ConfigError.expected("--side", "8 to 1024 pixels", side)
     for name, count in (("--train-images", train), ("--test-images", test)):

@@ -36,7 +36,7 @@ def main() -> None:
         print(json.dumps(train(given)))
         return
     if given.folder.exists():
-        sys.exit(f"error: DIR: expected a folder that is not there yet, got {given.folder}")
+        sys.exit(f"error: DIR: expected a folder that does not exist, got {given.folder}")
     images = possible(given.folder.absolute().parent, given.images, given.side)
     if images < given.images:
         print(f"the disk has space for {images:,} of {given.images:,} images")

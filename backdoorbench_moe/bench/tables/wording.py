@@ -166,8 +166,8 @@ def legend_parts(sheet: Sheet | MetricTable) -> list[str]:
     parts = [cell, *([COLLAPSED] if sheet.has_collapsed else []), *_notes(sheet.metrics)]
     if sheet.models:
         parts.append(
-            f"Columns with {' or '.join(sheet.models)}: the paper's values for this language model. Compare only their "
-            "order and pattern, not the numbers: tasks, models and measurements differ"
+            f"Columns with {' or '.join(sheet.models)}: values that the paper reports for this language model. "
+            "Compare their order and shape, not the numbers: tasks, models and measurements differ"
         )
     return [capital(part) for part in parts]
 
