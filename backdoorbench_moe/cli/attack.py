@@ -64,7 +64,8 @@ def _parts() -> list[Any]:
         click.option(
             "--surrogate",
             metavar="NAME",
-            help="Model on which the trigger is optimised: same, twin (another seed), or a name.",
+            help="Model on which the trigger is optimised: same (the victim's clean twin), twin (that with the next "
+            "seed), or a model name.",
         ),
         click.option(
             "--applicator",
@@ -93,10 +94,14 @@ def _parts() -> list[Any]:
             "--source", metavar="CLASS,..", help="Poison only images of these classes, by number or name."
         ),
         click.option(
-            "--labels", metavar="KIND", help="Labels of poisoned images: dirty (changed) or clean.  [dirty]"
+            "--labels",
+            metavar="KIND",
+            help="Labels of poisoned images: dirty (changed) or clean (kept).  [dirty]",
         ),
         click.option(
-            "--mapping", metavar="KIND", help="Target of each class: all-to-one or all-to-all.  [all-to-one]"
+            "--mapping",
+            metavar="KIND",
+            help="Target class: all-to-one (--target) or all-to-all (y + 1 for class y).  [all-to-one]",
         ),
         click.option(
             "--patch-size", type=int, metavar="PX", help="Patch size for --applicator patch.  [the model's]"
@@ -122,7 +127,7 @@ def _mixture() -> list[Any]:
         click.option(
             "--policy",
             metavar="X",
-            help="Mixture: share of marked images that the base learns to reject; 0 for no policy.  [0.02]",
+            help="Mixture: marked images that the base learns to reject, as a share of its training images.  [0.02]",
         ),
     ]
 
