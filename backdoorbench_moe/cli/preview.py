@@ -92,7 +92,9 @@ def _check_alone(flags: dict[str, Any]) -> None:
     given = [name for name, value in flags.items() if value is not None and name != "data_root"]
     if given:
         names = [f"--{name.replace('_', '-')}" for name in given]
-        raise ConfigError.expected("--run", "no settings beside it, as the record has them", " ".join(names))
+        raise ConfigError.expected(
+            "--run", "no other settings, as the run's record has them", " ".join(names)
+        )
 
 
 def _document(preview: Preview, output: Path) -> dict[str, Any]:

@@ -68,7 +68,9 @@ def command(
     from backdoorbench_moe.errors import ConfigError
 
     if save is not None and filters:
-        raise ConfigError("--save: cannot be used with --only, as a results folder holds the whole suite")
+        raise ConfigError(
+            "--save: cannot be used with --only, as a results folder contains the complete suite"
+        )
     if source is not None and beside:
         raise ConfigError("--with: cannot be used with --from, as it adds to run folders")
     suite = load_suite(name, scale)
