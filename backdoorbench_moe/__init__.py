@@ -2,19 +2,20 @@
 
 The public interface, all imported on first use:
 
-- `attack(...)` trains and measures backdoored models and returns their runs; `load_run(folder)` opens a run.
-- `import_weights(file, model)` makes a run of a model that was made elsewhere.
-- `defend(run, defense)` applies a defense to a finished run's model and returns the defended run.
-- `draw_figures(analysis)` draws what `analyze` found.
-- `analyze(run)` analyses the routing of a finished run's model, and which expert carries the backdoor.
-- `defend` and `analyze` also take any `nn.Module`, with clean images; `normalised(module, mean, std)` puts its
-  normalisation inside.
-- `audit(model, images=...)` looks for signs of a backdoor in a module or a run of unknown origin, with reasons.
-- `try_trigger(model, trigger)` measures what a trigger that nobody trained does to a run's model or a module.
+- `attack(...)` trains and evaluates backdoored models and returns their runs; `load_run(folder)` opens a run.
+- `import_weights(file, model)` imports a model that was trained elsewhere as a run.
+- `defend(run, defense)` applies a defense to the model of a finished run and returns the defended run.
+- `analyze(run)` analyses how the model of a finished run routes, and which experts carry the backdoor.
+- `draw_figures(analysis)` draws the results of `analyze`.
+- `audit(model, images=...)` checks a module or a run of unknown origin for signs of a backdoor.
+- `try_trigger(model, trigger)` tests how a run's model or a module reacts to a trigger it was not trained with.
+- `defend` and `analyze` also take any `nn.Module`, with clean images; `normalised(module, mean, std)` adds
+  normalisation to a module.
 - `make_spec(...)` builds the frozen RunSpec of a run.
-- `create_trigger`, `create_applicator`, `create_attack`, `create_gate`, `create_model`, `create_defense` and
-  `create_dataset` build parts by name, third-party ones included; `list_triggers` and the like return the names.
-- To write a part of your own, subclass `Trigger`, `Applicator`, `Attack`, `Gate`, `RoutedModel`, `Defense` or
+- `create_trigger`, `create_applicator`, `create_attack`, `create_splitter`, `create_gate`, `create_model`,
+  `create_defense` and `create_dataset` build parts by name, including those of plug-ins; `list_triggers` etc. return
+  the names.
+- To write a new part, subclass `Trigger`, `Applicator`, `Attack`, `Splitter`, `Gate`, `RoutedModel`, `Defense` or
   `Dataset`.
 """
 
@@ -120,7 +121,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name on first use, so that importing the package costs nothing."""
+    """Import a public name on first use, so that importing the package is fast."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

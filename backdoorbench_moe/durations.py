@@ -1,4 +1,4 @@
-"""Durations as people write and read them."""
+"""Durations in human-readable form."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def say_time(seconds: float) -> str:
-    """Write a duration with the unit that fits: "40 s", "12 min", "3.5 h"."""
+    """Format a duration with a suitable unit: "40 s", "12 min", "3.5 h"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def parse_budget(text: str) -> float:
-    """Read "90s", "9m", "1h30m" or "2d" as seconds. Raises ConfigError."""
+    """Convert "90s", "9m", "1h30m" or "2d" to seconds. Raises ConfigError."""
     total, number = 0.0, ""
     for letter in text.strip():
         if letter in UNITS and number:

@@ -1,4 +1,4 @@
-"""Errors that users may see; the command line prints them in one line and exits with code 2."""
+"""Errors shown to users; the command line prints them in one line and exits with code 2."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from backdoorbench_moe.wording.spelling import near_names
 
 
 class BbmoeError(Exception):
-    """Base class of all errors that this package raises on purpose."""
+    """Base class of all errors that this package raises deliberately."""
 
 
 class ConfigError(BbmoeError):
-    """A parameter has a value that it cannot have."""
+    """A parameter has an invalid value."""
 
     @classmethod
     def expected(cls, parameter: str, expected: str, got: object) -> ConfigError:
@@ -22,7 +22,7 @@ class ConfigError(BbmoeError):
 
 
 class UnknownNameError(ConfigError):
-    """An unknown name; the message suggests known ones that are spelt like it, and lists the known up to a limit."""
+    """A name is unknown; the message suggests similar names and lists up to `LISTED` known ones."""
 
     LISTED = 50
 
@@ -55,10 +55,10 @@ class RecordError(BbmoeError):
 
 @contextmanager
 def naming(parameter: str) -> Iterator[None]:
-    """Put a parameter in front of the messages of errors, where the code that raises them does not know its name.
+    """Prefix the messages of errors with a parameter that the code raising them does not know.
 
     Args:
-        parameter: What the value was given by, such as "base".
+        parameter: Name of the parameter, such as "base".
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Paths as a user writes them."""
+"""Paths given by users, and the cache folder."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ CACHE_VARIABLE, CACHE = "BBMOE_CACHE", "~/.cache/backdoorbench_moe"
 
 
 def expand(path: str | os.PathLike[str], parameter: str = "path") -> Path:
-    """Return a path with a leading "~" or "~user" replaced by that home directory.
+    """Return a path with a leading "~" or "~user" replaced by the home directory.
 
-    A shell does this for `--output ~/runs`, but not for `--output=~/runs`, and Python never does.
+    A shell expands `--output ~/runs`, but not `--output=~/runs`.
 
     Args:
         path: The path.
-        parameter: Name of the parameter that it is given by, for the error message.
+        parameter: Name of the parameter, for the error message.
 
     Raises:
-        ConfigError: There is no such user.
+        ConfigError: The user does not exist.
     """
     try:
         return Path(path).expanduser()
@@ -30,10 +30,10 @@ def expand(path: str | os.PathLike[str], parameter: str = "path") -> Path:
 
 
 def cache_root() -> Path:
-    """Return the folder of files that can be made again: $BBMOE_CACHE, or ~/.cache/backdoorbench_moe if not set.
+    """Return the cache folder: $BBMOE_CACHE, or ~/.cache/backdoorbench_moe if it is not set.
 
     Raises:
-        ConfigError: There is no such user as in "~user".
+        ConfigError: The user in "~user" does not exist.
     """
     return expand(os.environ.get(CACHE_VARIABLE) or CACHE, f"${CACHE_VARIABLE}")
 
@@ -43,12 +43,12 @@ def check_output(folder: Path, parameter: str, files: Sequence[str]) -> None:
 
     Args:
         folder: The folder; it need not exist.
-        parameter: What it was given by, for the message.
+        parameter: Name of the parameter, for the error message.
         files: Names of the files.
 
     Raises:
-        ConfigError: A file is in the folder's place, or in that of a folder above it.
-        RecordError: The folder cannot be written, or a folder is in the place of a file.
+        ConfigError: The folder, or a parent of it, is a file.
+        RecordError: The folder is not writable, or one of the files is a folder.
     """
     existing = folder
     while not existing.exists() and existing != existing.parent:

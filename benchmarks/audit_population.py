@@ -1,4 +1,4 @@
-"""Audits a population of clean and attacked models, and calibrates the audit on it.
+"""Audit a population of clean and attacked models, and calibrate the audit on it.
 
     bbmoe bench run audit --output runs/audit                # 40 attacked models, pmoe and wide_resnet
     bbmoe bench run audit-clean --output runs/audit          # 20 clean ones
@@ -6,19 +6,19 @@
     bbmoe bench run audit-clean-merged --scale signs --output runs/audit   # 10 clean ones
     python benchmarks/audit_population.py runs/audit [MORE FOLDERS ...] --budget 3600
 
-Audited is every finished run in the folders that was trained from data or merged from experts, and was not defended; a
-mixture with its base, if that lies beside it.
-The results go to `benchmarks/results/audit`: `audits/<run>/`, then `scores.csv`, and a calibration and a table each for
-mixtures of merged experts (`calibration-merged.json`, `table-merged.md`) and for all other models (`calibration.json`,
-`table.md`). What is finished is not made again, however the script was stopped; with --budget it stops before the next
-model once the time is up, and exits with 3.
+Audits every finished, undefended run in the folders that was trained from data or merged from experts; a mixture
+together with its base, if the base's folder is next to it.
+The results are written to `benchmarks/results/audit`: `audits/<run>/`, `scores.csv`, and separate calibrations and
+tables for mixtures of merged experts (`calibration-merged.json`, `table-merged.md`) and for all other models
+(`calibration.json`, `table.md`). Finished audits are skipped, so the script can be interrupted and repeated. With
+--budget, it stops before the next model when the time is up, and exits with 3.
 
     python benchmarks/audit_population.py --scores benchmarks/results/audit/scores.csv --output DIR
 
-calibrates again on scores that were written before, and audits nothing.
+recalibrates on existing scores without auditing.
 
-Thresholds come from the clean models of even seeds, the published errors from the models of odd seeds. To use the
-thresholds: copy the calibrations to `backdoorbench_moe/auditing/`, or give one to `bbmoe audit --calibration`.
+Thresholds are computed from the clean models with even seeds, the published errors from the models with odd seeds. To
+use the thresholds, copy the calibrations to `backdoorbench_moe/auditing/`, or pass one to `bbmoe audit --calibration`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ OUTPUT = Path(__file__).parent / "results" / "audit"
 
 
 def find_runs(folders: Sequence[Path]) -> Iterator[Run]:
-    """Yield the finished models in folders of run folders, or in run folders, by name; each once."""
+    """Yield the finished models in run folders, or in folders of run folders, sorted by name, each once."""
     paths = {record.parent.name: record.parent for folder in folders for record in _records(folder)}
     for name in sorted(paths):
         run = load_run(paths[name])
@@ -64,7 +64,7 @@ def find_runs(folders: Sequence[Path]) -> Iterator[Run]:
 
 
 def is_part(run: Run) -> bool:
-    """Whether the model was only made for others: a base with a policy, of which experts are tuned."""
+    """Whether the model is only part of others: a base with a policy, from which experts are tuned."""
     return run.spec.mixture is None and bool(run.spec.policy)
 
 
@@ -74,7 +74,7 @@ def _records(folder: Path) -> list[Path]:
 
 
 def member_of(run: Run, scores: dict[str, float]) -> Member:
-    """What the population knows about a run."""
+    """Return the member of the population for a run."""
     spec, attack, asr = run.spec, "", None
     if spec.attacked:
         parts = [spec.attack, spec.trigger, spec.applicator]
@@ -85,14 +85,14 @@ def member_of(run: Run, scores: dict[str, float]) -> Member:
 
 
 def base_of(run: Run) -> Run | None:
-    """The run that the experts of a mixture were tuned from, if it lies beside; None of other models."""
+    """Return the run from which a mixture's experts were tuned, if its folder is next to it; None for other models."""
     names = [each["run"] for each in run.record.inputs if each["role"] == "base"]
     folders = [run.folder.path.resolve().parent / name for name in names]
     return next((load_run(folder) for folder in folders if (folder / "record.json").is_file()), None)
 
 
 def audit(run: Run, folder: Path, names: Sequence[str] | None, device: str | None) -> dict[str, float]:
-    """Audit a run, and return its scores. A finished audit is only read."""
+    """Audit a run and return its scores; a finished audit is loaded."""
     subject, store = with_store(open_run_subject(run, base=base_of(run), device=device), folder)
     found = run_audit(
         subject, name=run.folder.path.name, store=store, checks=find_checks(names), calibrated=False
@@ -102,7 +102,7 @@ def audit(run: Run, folder: Path, names: Sequence[str] | None, device: str | Non
 
 
 def save_scores(members: Sequence[Member], file: Path) -> None:
-    """Write one row for each model, with a column for each check."""
+    """Write one row per model, with a column for each check."""
     keys = sorted({key for member in members for key in member.scores})
     rows = [["run", "model", "attack", "asr", "seed", *keys]]
     for each in members:
@@ -118,7 +118,7 @@ def save_scores(members: Sequence[Member], file: Path) -> None:
 
 
 def read_scores(file: Path) -> list[Member]:
-    """Read what `save_scores` wrote."""
+    """Read a file written by `save_scores`."""
     with file.open(encoding="utf-8", newline="") as opened:
         rows = list(csv.DictReader(opened))
     known = ("run", "model", "attack", "asr", "seed")
@@ -136,15 +136,15 @@ def read_scores(file: Path) -> list[Member]:
 
 
 def main() -> int:
-    """Audit, calibrate and write. The exit code is 1 if an audit failed, and 3 if the budget ended first."""
+    """Audit, calibrate and write. The exit code is 1 if an audit failed, and 3 if the budget was used up."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="*", type=Path, help="folders of run folders")
-    parser.add_argument("--scores", type=Path, help="a scores.csv; its models are not audited again")
+    parser.add_argument("--scores", type=Path, help="calibrate on this scores.csv instead of auditing")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds")
-    parser.add_argument("--checks", help=f"names, of {','.join(check.name for check in CHECKS)}")
+    parser.add_argument("--checks", help=f"names of checks, from {','.join(check.name for check in CHECKS)}")
     parser.add_argument("--device")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
@@ -161,7 +161,7 @@ def main() -> int:
     for run in find_runs(options.folders):
         name = run.folder.path.name
         if time.monotonic() - started > options.budget:
-            print("the budget is used up; the same command continues", flush=True)
+            print("the budget is used up; repeat the command to continue", flush=True)
             return 3
         try:
             members.append(
@@ -180,7 +180,7 @@ def write_calibration(members: Sequence[Member], output: Path) -> int:
     """Calibrate on mixtures and on all other models, and write and print the tables.
 
     Returns:
-        1 if a population is too small, otherwise 0; also if there are no members of one kind.
+        1 if a population is too small, otherwise 0, even if there are no members of one kind.
     """
     commit, code = environment(torch.device("cpu"), "fp32")["git_commit"], 0
     for part in (FILE, MERGED_FILE):

@@ -1,4 +1,4 @@
-"""The tables in the text of pages, each drawn from committed records. `redraw.py` puts them into the pages."""
+"""Tables in the text of pages, drawn from committed records; `redraw.py` inserts them."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ CLAIMS = Path("benchmarks") / "claims.yaml"
 
 
 def suite_of(root: Path, folder: Path) -> Suite:
-    """Load the suite of a results folder, which may lie with a plug-in, at its scale and repeats."""
+    """Load the suite of a results folder, which may belong to a plug-in, at its scale and repeats."""
     manifest = read_manifest(folder)
     [file] = [*root.glob(f"plugins/*/suites/{manifest['suite']}.yaml")] or [manifest["suite"]]
     return load_suite(str(file), manifest["scale"]).with_repeats(manifest["repeats"])
 
 
 def table1(root: Path) -> str:
-    """Draw the ASR of Table 1, without rows of which nothing was run."""
+    """Draw the ASR of Table 1, without rows that have no finished run."""
     folder = root / RESULTS / "badpatches-table1" / "small"
     sheet = build_sheet(ResultSet.from_folder(suite_of(root, folder), folder))
     [table] = [table for table in sheet.tables if table.metric == "asr"]
@@ -50,7 +50,7 @@ SQUARE = {"trigger.name": "square"}
 PMOE_BY_PATCH = {"model.name": "pmoe", "applicator.name": "patch"}
 PMOE_WITHOUT_NOISE = {"model.name": "pmoe", "poison.noise": None}
 NOISE = {"none": "no noise images", "10%": "10% noise images"}
-# How the pages of findings write the labels of tables.
+# Labels of tables in the pages of findings.
 NAMES = {
     "image": "on the image",
     "patch": "in every patch",
@@ -75,14 +75,14 @@ BY_APPLICATOR = Layout("", ("trigger.name",), "applicator.name", no_trigger=Fals
 def whole_table(
     root: Path, place: str, layout: Layout, rows: Sequence[str] = (), *, names: Mapping[str, str] = NAMES
 ) -> str:
-    """Draw one small table of whole numbers: means, with their deviation over the seeds if there are several.
+    """Draw a small table of integers: means, with their standard deviation over the seeds if there are several.
 
     Args:
         root: A copy of the repository.
-        place: The results folder, below that of all results.
-        layout: The table; no published values are shown.
-        rows: First labels of the rows to show; all rows of which anything was run if empty.
-        names: How to write the labels of columns.
+        place: The results folder, relative to the folder of all results.
+        layout: The table; published values are not shown.
+        rows: First labels of the rows to show; if empty, all rows with a finished run.
+        names: Texts for the labels of columns.
     """
     folder = root / RESULTS / place
     results = ResultSet.from_folder(suite_of(root, folder), folder)
@@ -101,12 +101,12 @@ def whole_table(
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Write the lines of a table in Markdown."""
+    """Return the rows of a table as Markdown."""
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def whole_text(found: Statistic | None) -> str:
-    """Write a mean and its deviation as whole numbers."""
+    """Format a mean and its standard deviation as integers."""
     if found is None:
         return "–"
     return number(found.mean, 0) if found.std is None else f"{number(found.mean, 0)} ± {number(found.std, 0)}"
@@ -150,7 +150,7 @@ def defended(root: Path) -> str:
 
 
 def knowing(root: Path) -> str:
-    """Draw the ASR after tuning, of attacks with and without noise images."""
+    """Draw the ASR after tuning, for attacks with and without noise images."""
     layout = Layout("", ("model.name", "defenses"), "poison.noise", no_trigger=False, where=SQUARE)
     return whole_table(root, "knowing-attacker/quick", layout, names=NOISE)
 
@@ -162,14 +162,14 @@ def defended_quick(root: Path) -> str:
 
 
 def defended_dense(root: Path) -> str:
-    """Draw the same of a dense model."""
+    """Draw the same for a dense model."""
     where = {**PMOE_BY_PATCH, "model.name": "wide_resnet"}
     layout = Layout("", ("defenses",), "trigger.name", no_trigger=False, where=where)
     return whole_table(root, "standard-defenses/quick", layout)
 
 
 def defended_vmoe(root: Path) -> str:
-    """Draw the same of a V-MoE."""
+    """Draw the same for a V-MoE."""
     layout = Layout("", ("defenses",), "trigger.name", no_trigger=False, where={"applicator.name": "patch"})
     return whole_table(root, "standard-vmoe/quick", layout)
 
@@ -181,7 +181,7 @@ def tuned(root: Path) -> str:
 
 
 def poisoned_expert(root: Path) -> str:
-    """Draw what one poisoned expert of four does to a mixture with the default gate."""
+    """Draw the effect of one poisoned expert of four on a mixture with the default gate."""
     layout = Layout(
         "", ("attack.name",), METRIC_COLUMNS, ("asr", "twin_asr", "overall"), no_trigger=False, where=GATE
     )
@@ -189,24 +189,24 @@ def poisoned_expert(root: Path) -> str:
 
 
 def claims(root: Path) -> str:
-    """Draw the claims of the papers and what became of them, and the commands for their numbers."""
+    """Draw the claims of the papers, the verdicts on them, and the commands for their numbers."""
     verdicts = list(judge_all(read_claims(root / CLAIMS), root / RESULTS))
     return claims_tables(verdicts, RESULTS)
 
 
 def moevil(root: Path) -> str:
-    """Draw what attacks on an expert do to a mixture with the default gate."""
+    """Draw the effect of attacks on an expert on a mixture with the default gate."""
     metrics = ("alone_asr", "asr", "twin_asr", "overall", "harm_share", "own_share")
     return default_gate(root, "signs", metrics)
 
 
 def texts(root: Path) -> str:
-    """Draw what attacks on an expert do to a mixture of language models with the default gate."""
+    """Draw the effect of attacks on an expert on a mixture of language models with the default gate."""
     return default_gate(root, "tasks", ("alone_asr", "asr", "unsafe", "twin_unsafe", "overall", "harm_share"))
 
 
 def texts_poisoned(root: Path) -> str:
-    """Draw the ASR over the number of poisoned experts, of language models, of images, and the paper's."""
+    """Draw the ASR over the number of poisoned experts: for texts, for images, and the paper's."""
     layout = Layout("", ("mixture.poisoned", "defenses"), METRIC_COLUMNS, ("asr",), no_trigger=False)
     text, images = (harm(root, f"moevil-poisoned/{scale}", layout) for scale in ("tasks", "signs"))
     return small_table(
@@ -225,7 +225,7 @@ def texts_poisoned(root: Path) -> str:
 
 
 def texts_tokens(root: Path) -> str:
-    """Draw the ASR over the tokens whose latents are aligned, of language models, and the paper's."""
+    """Draw the ASR over the tokens whose latents are aligned: for texts, and the paper's."""
     layout = Layout("", ("attack.tokens", "attack.k"), METRIC_COLUMNS, ("asr",), no_trigger=False)
     found = harm(root, "moevil-answer-tokens/tasks", layout)
     rows = [[*labels, whole_text(ours), paper] for labels, (ours, paper) in found.items()]
@@ -244,12 +244,12 @@ def harm(root: Path, place: str, layout: Layout) -> dict[tuple[str, ...], tuple[
 
 
 def small_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Write a table in Markdown; all columns but those of the first two names are numbers."""
+    """Return a table as Markdown; all columns except the first two are numbers."""
     return markdown([names, ["---"] * 2 + ["--:"] * (len(names) - 2), *rows])
 
 
 def default_gate(root: Path, scale: str, metrics: tuple[str, ...]) -> str:
-    """Draw metrics of the attacks on an expert, of mixtures with the default gate."""
+    """Draw metrics of attacks on an expert for mixtures with the default gate."""
     folder = root / RESULTS / "moevil-gates" / scale
     layout = Layout("", ("attack.name",), METRIC_COLUMNS, metrics, no_trigger=False, where=GATE)
     results = ResultSet.from_folder(suite_of(root, folder), folder)
@@ -266,7 +266,7 @@ def first_look(root: Path) -> str:
 
 
 def audit(root: Path) -> str:
-    """Draw what the checks of an audit told apart in the population that they are calibrated on."""
+    """Draw how well the checks of an audit separate the population on which they are calibrated."""
     return _audited(merged=False)
 
 
@@ -282,7 +282,7 @@ def _audited(*, merged: bool) -> str:
 
 
 def demo(root: Path) -> str:
-    """Draw what `make demo` prints at its end, from the record of such a run."""
+    """Draw what `make demo` prints at the end, from the record of such a run."""
     [folder] = (root / RESULTS / "demo").glob("*-warp-patch-*")
     console = Console(width=80, file=io.StringIO(), color_system=None)
     console.print(metrics_table(RunFolder(folder).read()))

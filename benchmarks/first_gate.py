@@ -1,11 +1,11 @@
-"""How harm depends on the share of the first gate, from the committed records of MoEvil on signs.
+"""Dependence of the ASR on the share of the first gate, from the committed records of MoEvil on signs.
 
     python benchmarks/first_gate.py
 
-For each attack in the suite `moevil-gates`, with all trained gates: the rank correlation (Spearman) of the ASR of a
-mixture with the poisoned expert's share of the first layer's weights for marked images. And with the default gate: the
-ASR of each seed, and the shares by layer, mean over the seeds. For each mark in the suite `moevil-markers`: the ASR of
-each seed, and the range of the first layer's share.
+For each attack in the suite `moevil-gates`, over all trained gates: Spearman's rank correlation between the ASR of a
+mixture and the poisoned expert's share of the first layer's gate weights for marked images; and with the default gate,
+the ASR of each seed and the mean shares by layer. For each mark in the suite `moevil-markers`: the ASR of each seed,
+and the range of the first layer's share.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ATTACKS = ("hdpo", "hsft", "moevil")
 
 
 def read_mixtures(suite: str, attack: str) -> list[dict[str, Any]]:
-    """The records of a suite's attacked mixtures with trained gates, by gate, mark and seed."""
+    """Return the records of a suite's attacked mixtures with trained gates, by gate, mark and seed."""
     file = RESULTS / suite / "signs" / "records.jsonl"
     records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     found = [r for r in records if r["spec"].get("attack") == attack and r["spec"].get("gate")]
@@ -31,23 +31,23 @@ def read_mixtures(suite: str, attack: str) -> list[dict[str, Any]]:
 
 
 def mark(record: dict[str, Any]) -> str:
-    """What marks an image, and where."""
+    """Return trigger and applicator of the mark."""
     return f"{record['spec']['trigger']['name']} by {record['spec']['applicator']['name']}"
 
 
 def shares(record: dict[str, Any]) -> list[float]:
-    """The poisoned expert's share for marked images, in percent, by layer."""
+    """Return the poisoned expert's share for marked images, in percent, by layer."""
     [expert] = record["spec"]["mixture"]["poisoned_experts"]
     return [layer["marked"][expert] for layer in record["gate_shares"]]
 
 
 def asr_line(mixtures: list[dict[str, Any]]) -> str:
-    """The ASR of each mixture."""
+    """Format the ASR of each mixture."""
     return "ASR " + " ".join(f"{record['metrics']['asr']['value']:.0f}" for record in mixtures)
 
 
 def first_line(mixtures: list[dict[str, Any]]) -> str:
-    """The range of the first layer's share."""
+    """Format the range of the first layer's share."""
     firsts = [shares(record)[0] for record in mixtures]
     return f"of the first layer {min(firsts):.0f} to {max(firsts):.0f}"
 

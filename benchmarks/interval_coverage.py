@@ -1,17 +1,17 @@
-"""Coverage of the intervals over seeds by simulation: how often a 95% interval holds the true mean.
+"""Simulated coverage of the intervals over seeds: how often a 95% interval contains the true mean.
 
     python benchmarks/interval_coverage.py [--repeats 4000]
 
-Each seed's true share is drawn from a beta distribution with a given mean and standard deviation. Then
-its test images are drawn in one of two ways:
+Each seed's true share is drawn from a beta distribution with a given mean and standard deviation. Its errors on the
+test images are then drawn in one of two ways:
 
-- independent: each seed misses images of its own (binomial counts);
-- shared: one test set for all seeds, whose images are misjudged in one fixed order of difficulty, so
-  that two seeds with the same true share misjudge the same images.
+- independent: the errors of different seeds are independent (binomial counts);
+- shared: all seeds share one test set, whose images are misclassified in a fixed order of difficulty, so that two
+  seeds with the same true share misclassify the same images.
 
-Real seeds lie between the two. The script prints a Markdown table with coverage and median width of
-`ops.intervals.seeds_interval`, and of Student's t interval for comparison, and a second table for
-differences of two means.
+Real seeds are between the two. The script prints a Markdown table with coverage and median width of
+`ops.intervals.seeds_interval` and, for comparison, of Student's t interval, and a second table for differences of two
+means.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from scipy.stats import t
 
 from backdoorbench_moe.ops.intervals import Interval, difference_interval, seeds_interval
 
-# Mean and standard deviation of the seeds' true shares. `POLES`: the beta distribution has a pole at 0
-# or 1, which means that most seeds lie there and rare ones far away.
+# Mean and standard deviation of the seeds' true shares. In `POLES`, the beta distribution has a pole at 0 or 1: most
+# seeds are there, and rare ones far away.
 REGULAR = [
     (0.02, 0.0),
     (0.02, 0.01),
@@ -58,7 +58,7 @@ Method = Callable[[list[float], int], Interval | None]
 
 @dataclass(frozen=True)
 class Coverage:
-    """Share of intervals that hold the truth, and their median width, both in percent."""
+    """Share of intervals that contain the true value, and their median width, both in percent."""
 
     share: float
     width: float
@@ -121,13 +121,13 @@ def simulate_difference(
 def _coverage(intervals: list[Interval | None], truth: float) -> Coverage:
     ends = np.array([interval for interval in intervals if interval is not None])
     low, high = ends[:, 0], ends[:, 1]
-    # Bounds that are equal to the truth differ from it in their last bit.
+    # Bounds equal to the true value may differ from it in the last bit.
     held = (low <= truth + 1e-9) & (truth - 1e-9 <= high)
     return Coverage(100 * float(held.mean()), float(np.median(high - low)))
 
 
 def student_interval(values: list[float], images: int) -> Interval:
-    """Compute Student's t interval of the mean, which knows nothing of the images."""
+    """Compute Student's t interval of the mean, which ignores the number of images."""
     count = len(values)
     half = float(t.ppf(0.975, count - 1)) * float(np.std(values, ddof=1)) / count**0.5
     mean = float(np.mean(values))
@@ -139,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=4000, help="simulated experiments a cell")
+    parser.add_argument("--repeats", type=int, default=4000, help="simulated experiments per cell")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = np.random.default_rng(options.seed)

@@ -1,10 +1,10 @@
-"""Write the kinds of signs that the data set `signs` has as a folder of large PNG files, for `folder` to read.
+"""Write the kinds of signs in the data set `signs` as a folder of large PNG files, for the data set `folder`.
 
     python benchmarks/larger_images.py DIR [--side 224] [--train-images 2000] [--test-images 500]
     bbmoe bench run larger-images --data-root DIR
 
-They are drawn at this size, not resized, and are the same on every machine. DIR/train/<class>/*.png and
-DIR/test/<class>/*.png; DIR must not be there yet, and is there only when complete.
+The images are drawn at this size, not resized, and are identical on every machine. They are written to
+DIR/train/<class>/*.png and DIR/test/<class>/*.png. DIR must not exist; it is created only when it is complete.
 """
 
 from __future__ import annotations
@@ -26,9 +26,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, metavar="DIR")
-    parser.add_argument("--side", type=int, default=224, metavar="PIXELS", help="of a picture [224]")
-    parser.add_argument("--train-images", type=int, default=2000, metavar="N", help="[2000]")
-    parser.add_argument("--test-images", type=int, default=500, metavar="N", help="[500]")
+    parser.add_argument(
+        "--side", type=int, default=224, metavar="PIXELS", help="height and width of the images [224]"
+    )
+    parser.add_argument(
+        "--train-images", type=int, default=2000, metavar="N", help="number of training images [2000]"
+    )
+    parser.add_argument(
+        "--test-images", type=int, default=500, metavar="N", help="number of test images [500]"
+    )
     given = parser.parse_args()
     try:
         write_folder(given.folder, given.side, train=given.train_images, test=given.test_images)
@@ -38,9 +44,9 @@ def main() -> None:
 
 
 def write_folder(folder: Path, side: int, *, train: int, test: int) -> None:
-    """Write both splits. Raises ConfigError for a folder that is there, and for numbers that do not go."""
+    """Write both splits. Raises ConfigError if the folder exists or a number is invalid."""
     if folder.exists():
-        raise ConfigError.expected("DIR", "a folder that is not there yet", str(folder))
+        raise ConfigError.expected("DIR", "a folder that does not exist", str(folder))
     if not 8 <= side <= 1024:
         raise ConfigError.expected("--side", "8 to 1024 pixels", side)
     for name, count in (("--train-images", train), ("--test-images", test)):
@@ -54,7 +60,7 @@ def write_folder(folder: Path, side: int, *, train: int, test: int) -> None:
 
 
 def write_split(folder: Path, stream: int, count: int, side: int) -> None:
-    """One folder a class; a picture's file name is its number."""
+    """Write one folder per class; the file name of an image is its number."""
     split = draw_split(stream, count, side=side)
     for sign in SIGNS:
         (folder / sign.name).mkdir(parents=True)

@@ -1,15 +1,15 @@
-"""Train on more images than memory may hold, and say how much memory that takes.
+"""Train on more images than fit into memory, and measure the memory used.
 
     python benchmarks/more_than_memory.py DIR [--images 200000] [--side 224] [--steps 20] [--epoch] [--json FILE]
 
-DIR, which must not be there yet, gets a folder of JPEG files in ten classes, and the cache of decoded images. Few of
-the images are distinct: the others are hard links to them, which are read and decoded like any other file. Where the
-disk does not have space for all images, fewer are written, and the output says how many. Two processes then run
-`bbmoe attack`'s code for some steps, with 1% of the images poisoned: the first decodes the files, the second finds
-them in the cache. With --epoch, the second one trains on all images once.
+DIR, which must not exist, is created with a folder of JPEG files in ten classes and the cache of decoded images. Few of
+the images are distinct; the others are hard links to them, which are read and decoded like any other file. If the disk
+does not have enough space, fewer images are written, and their number is printed. Two processes then run the code of
+`bbmoe attack` for some steps, with 1% of the images poisoned: the first decodes the files, the second reads them from
+the cache. With --epoch, the second process trains on all images once.
 
-The peak of the resident memory includes Python's libraries, but not the page cache, in which the kernel keeps contents
-of files as long as no program needs that memory.
+The peak resident memory includes Python's libraries, but not the page cache, in which the kernel keeps file contents
+while no program needs the memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 DISTINCT, TEST_IMAGES, BATCH = 500, 500, 32
-# Of the free space. Others need the disk, too.
+# Share of the free disk space that is used.
 SHARE_OF_DISK = 0.8
 
 
@@ -36,7 +36,7 @@ def main() -> None:
         print(json.dumps(train(given)))
         return
     if given.folder.exists():
-        sys.exit(f"error: DIR: expected a folder that is not there yet, got {given.folder}")
+        sys.exit(f"error: DIR: expected a folder that does not exist, got {given.folder}")
     images = possible(given.folder.absolute().parent, given.images, given.side)
     if images < given.images:
         print(f"the disk has space for {images:,} of {given.images:,} images")
@@ -61,31 +61,33 @@ def read_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, metavar="DIR")
-    parser.add_argument("--images", type=int, default=200_000, metavar="N", help="for training [200000]")
-    parser.add_argument("--side", type=int, default=224, metavar="PIXELS", help="of an image [224]")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="of training [20]")
-    parser.add_argument("--epoch", action="store_true", help="train the second run for a whole epoch")
+    parser.add_argument("--images", type=int, default=200_000, metavar="N", help="training images [200000]")
+    parser.add_argument(
+        "--side", type=int, default=224, metavar="PIXELS", help="height and width of the images [224]"
+    )
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="training steps [20]")
+    parser.add_argument("--epoch", action="store_true", help="train the second run for a full epoch")
     parser.add_argument(
         "--minutes",
         type=float,
         default=float("inf"),
         metavar="M",
-        help="stop each training after so long [never]",
+        help="stop each training after this time [never]",
     )
     parser.add_argument(
         "--resize",
         type=int,
         metavar="PIXELS",
-        help="side to which the model resizes images, for a faster one [none]",
+        help="size to which the model resizes images, for speed [none]",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file, too")
-    parser.add_argument("--here", action="store_true", help="train in this process, as JSON")
-    parser.add_argument("--whole", action="store_true", help="train in this process for a whole epoch")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
+    parser.add_argument("--here", action="store_true", help="train in this process and print JSON")
+    parser.add_argument("--whole", action="store_true", help="with --here: train for a full epoch")
     return parser.parse_args()
 
 
 def describe(row: dict[str, float]) -> str:
-    """One line about a process."""
+    """Return one line about a process."""
     return (
         f"peak RSS {row['peak_rss'] / 1e9:.2f} GB; {row['decoded']:,} files decoded; until the first step "
         f"{row['ready_cpu']:.0f} s of CPU time, {row['ready_wall']:.0f} s in all; {row['steps']:,} steps of {BATCH} "
@@ -94,7 +96,7 @@ def describe(row: dict[str, float]) -> str:
 
 
 def possible(folder: Path, images: int, side: int) -> int:
-    """How many of the images the disk has space for."""
+    """Return how many of the images fit on the disk."""
     free = shutil.disk_usage(folder).free * SHARE_OF_DISK
     return min(images, int(free / (3 * side**2)))
 
@@ -122,7 +124,7 @@ def write_files(folder: Path, images: int, side: int) -> None:
 
 
 def in_child(whole: bool) -> dict[str, float]:
-    """Train in a process of its own, for its peak memory, with the arguments of this one."""
+    """Train in a separate process with the arguments of this one, to measure its peak memory."""
     command = [sys.executable, __file__, *sys.argv[1:], "--here", *(["--whole"] if whole else [])]
     environment = {**os.environ, "BBMOE_CACHE": str(read_arguments().folder / "cache")}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
@@ -130,7 +132,7 @@ def in_child(whole: bool) -> dict[str, float]:
 
 
 def train(given: argparse.Namespace) -> dict[str, float]:
-    """Run an attack for some steps or an epoch, and measure memory and time of this process."""
+    """Run an attack for some steps or an epoch, and measure the memory and time of this process."""
     from backdoorbench_moe.config import build_spec
     from backdoorbench_moe.data import images as decoding
     from backdoorbench_moe.engine.progress.observer import Observer, StopRun
@@ -177,7 +179,7 @@ def train(given: argparse.Namespace) -> dict[str, float]:
 
 
 def settings_of(given: argparse.Namespace) -> dict[str, object]:
-    """A small pMoE, smaller still where it resizes its images."""
+    """Return the settings of a small pMoE, which is even smaller if it resizes its images."""
     model: dict[str, object] = {"name": "pmoe", "patch_size": 16, "widen_factor": 1}
     model |= {"moe_channels": 64, "expert_channels": 16}
     if given.resize is not None:

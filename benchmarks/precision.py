@@ -1,10 +1,10 @@
-"""The same trained model evaluated in bf16 and in fp32: BA, ASR, and whether the routers choose the same patches.
+"""Evaluate trained models in bf16 and in fp32: BA, ASR, and whether the routers select the same patches.
 
     python benchmarks/precision.py runs/*/ --data-root DIR [--images 2000]
 
-Overlap is the intersection over union (Jaccard) of the patches an expert selects in the two precisions, averaged
-over images, experts and layers, on clean test images and on triggered ones; predictions that agree are counted
-over the same images. `bbmoe bench run precision` trains in both.
+Overlap is the intersection over union (Jaccard index) of the patches that an expert selects in the two precisions,
+averaged over images, experts and layers, on clean and on triggered test images; agreeing predictions are counted on the
+same images. `bbmoe bench run precision` trains in both precisions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BATCH = 500
 
 @dataclass(frozen=True)
 class Agreement:
-    """Shares in percent: predictions that agree, and overlap of the selected patches (None without routing)."""
+    """Percentages of agreeing predictions, and of overlap of the selected patches (None without routing)."""
 
     predictions: float
     overlap: float | None
@@ -38,7 +38,7 @@ class Agreement:
 
 @torch.inference_mode()
 def predict_and_select(model: nn.Module, images: Tensor, precision: str) -> tuple[Tensor, list[Tensor]]:
-    """Predictions (N,), and the selected patches (N, E, P) bool of every layer, of (N, 3, H, W) uint8 images."""
+    """Return predictions (N,) and, for every layer, selected patches (N, E, P) bool of (N, 3, H, W) uint8 images."""
     predicted, selected = [], []
     for part in images.split(BATCH):
         if isinstance(model, RoutedModel):
@@ -51,13 +51,13 @@ def predict_and_select(model: nn.Module, images: Tensor, precision: str) -> tupl
 
 
 def jaccard(first: Tensor, second: Tensor) -> Tensor:
-    """Intersection over union of (..., P) bool sets, (...); two empty sets are the same."""
+    """Return the intersection over union (...) of (..., P) bool sets; 1 for two empty sets."""
     union = (first | second).sum(-1)
     return torch.where(union == 0, 1.0, (first & second).sum(-1) / union.clamp(min=1))
 
 
 def agree(model: nn.Module, images: Tensor) -> Agreement:
-    """How far the two precisions agree on some images."""
+    """Measure how well the two precisions agree on some images."""
     (first, first_layers), (second, second_layers) = (
         predict_and_select(model, images, each) for each in PRECISIONS
     )
@@ -67,7 +67,7 @@ def agree(model: nn.Module, images: Tensor) -> Agreement:
 
 
 def rows(run: Run, images: ImageSet, count: int) -> list[list[str]]:
-    """One row for clean and one for triggered images."""
+    """Return one row for clean and one for triggered images."""
     model = run.model().to(memory_format=torch.channels_last)
     triggered = triggered_test(images, run.attack(), run.stamper()) if run.spec.attacked else None
     metrics = {each: measure(model, images.test, triggered, precision=each) for each in PRECISIONS}
@@ -85,7 +85,7 @@ def rows(run: Run, images: ImageSet, count: int) -> list[list[str]]:
 
 
 def main() -> None:
-    """Print a Markdown table, two rows a run."""
+    """Print a Markdown table with two rows per run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--data-root")

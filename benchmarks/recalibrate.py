@@ -1,11 +1,11 @@
-"""What slow batch norm costs: BA and ASR of finished runs, as recorded and with fresh BN statistics.
+"""Effect of slow batch norm: BA and ASR of finished runs, as recorded and with recomputed BN statistics.
 
-Beside them stands the target rate without the trigger, of a clean run for class 0. It is how much ASR the model would
-have without any trigger.
+The target rate without the trigger is shown next to them (for a clean run, that of class 0): the ASR that the model
+would have without any trigger.
 
-The running statistics of the reference's BN change by 0.01 of the way in each step. At a constant learning rate of 0.1
-they lag behind the weights. Training never reads them. So averaging them anew over the run's own (poisoned) training
-images gives the model that a faster BN would have had, without training again.
+The running statistics of the reference's BN have a momentum of 0.01. At a constant learning rate of 0.1, they lag
+behind the weights. Training never reads them, so recomputing them as averages over the run's own (poisoned) training
+images gives the model that a faster BN would have had, without retraining.
 
     python benchmarks/recalibrate.py runs/*/ --data-root DIR [--images 12800]
 """
@@ -38,7 +38,7 @@ def renew_statistics(model: nn.Module, batches: list[torch.Tensor], precision: s
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
-            module.momentum = None  # A plain average over the batches.
+            module.momentum = None  # The mean over the batches.
     model.train()
     with torch.no_grad():
         for images in batches:
@@ -46,7 +46,7 @@ def renew_statistics(model: nn.Module, batches: list[torch.Tensor], precision: s
 
 
 def measure_run(run: Run, model: nn.Module, images: ImageSet) -> Metrics:
-    """Measure a model of a run on the test images of `images`.
+    """Evaluate a model of a run on the test images of `images`.
 
     Returns:
         `ba`, `asr` and `target_rate` (see `engine.measuring.evaluate.measure`). A clean run has no `asr`; its
@@ -62,7 +62,7 @@ def measure_run(run: Run, model: nn.Module, images: ImageSet) -> Metrics:
 
 
 def renew(run: Run, model: nn.Module, images: ImageSet, count: int) -> None:
-    """Renew the model's BN statistics on `count` of the run's own (poisoned) training images."""
+    """Recompute the model's BN statistics on `count` of the run's own (poisoned) training images."""
     spec, train, precision = run.spec, images.train, run.record.environment["precision"]
     order = torch.randperm(len(train), generator=generator(spec.seed, "recalibrate"))[:count]
     context: AbstractContextManager[object] = nullcontext()
@@ -74,18 +74,18 @@ def renew(run: Run, model: nn.Module, images: ImageSet, count: int) -> None:
 
 
 def load_images(spec: RunSpec, root: str | None) -> ImageSet:
-    """Load the data of a run, from `root` if it is given."""
+    """Load the data of a run, from `root` if given."""
     return build_dataset(spec if root is None else spec.with_data(root=root)).load()
 
 
 def show(metrics: Metrics, name: str) -> str:
-    """Write a metric with its 95% interval; "–" if it was not measured."""
+    """Format a metric with its 95% interval; "–" if it was not measured."""
     found = metrics.get(name)
     return "–" if found is None else f"{found['value']:.2f} [{found['low']:.1f}, {found['high']:.1f}]"
 
 
 def main() -> None:
-    """Print a Markdown table with two rows for each run."""
+    """Print a Markdown table with two rows per run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,16 +1,16 @@
-"""Redraw everything under version control that is drawn from committed records.
+"""Redraw all committed files that are drawn from committed records.
 
     python benchmarks/redraw.py        (or: make results)
 
-These are, from the records alone and without training anything:
+Nothing is trained. The files are:
 
 - the tables, plots and pages of each results folder (`benchmarks/results/**/suite.json`),
 - the leaderboard of the documentation, from the results folders of the suites in `LEADERBOARD`,
 - the tables between `<!-- NAME -->` and `<!-- /NAME -->` in README.md, benchmarks/README.md, benchmarks/claims.md,
   docs/pages/findings.md, docs/pages/audit.md and docs/pages/language-models.md.
 
-Records are never changed. A second call changes nothing. The text around the tables is written by hand:
-read it again when numbers or verdicts change.
+Records are never changed. A second call changes nothing. The text around the tables is written by hand; check it when
+numbers or verdicts change.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ PAGES = (
     Path("docs") / "pages" / "language-models.md",
 )
 LEADERBOARD_PAGE = Path("docs") / "pages" / "assets" / "leaderboard.html"
-# Suites of the leaderboard, each with its scale; those of plug-ins by their file. Scale quick is what two CPU cores can
-# make whole; of scale small, what was made on CIFAR-10.
+# Suites of the leaderboard with their scales; those of plug-ins by file. Scale quick can be run completely on two CPU
+# cores; scale small contains the runs on CIFAR-10.
 STANDARD = (
     "standard-attacks",
     "standard-defenses",
@@ -53,7 +53,7 @@ LEADERBOARD = (
 
 
 def results_folders(root: Path) -> list[Path]:
-    """List the results folders below a copy of the repository."""
+    """List the results folders in a copy of the repository."""
     return sorted(file.parent for file in (root / RESULTS).rglob("suite.json"))
 
 
@@ -70,7 +70,7 @@ def leaderboard(root: Path) -> str:
 
 
 def redraw_page(text: str, blocks: dict[str, str]) -> str:
-    """Replace the marked tables of a page; other marked parts stay as they are."""
+    """Replace the marked tables of a page; other marked parts are not changed."""
 
     def redraw(match: re.Match[str]) -> str:
         name = match["name"]
@@ -81,7 +81,7 @@ def redraw_page(text: str, blocks: dict[str, str]) -> str:
 
 
 def main(root: Path = ROOT) -> None:
-    """Redraw all, and print the folders and pages whose content changed."""
+    """Redraw everything, and print the folders and pages whose content changed."""
     for folder in results_folders(root):
         before = _contents(folder)
         redraw_results(suite_of(root, folder), folder)
@@ -97,7 +97,7 @@ def main(root: Path = ROOT) -> None:
 
 
 def _replace(root: Path, page: Path, old: str, new: str) -> None:
-    """Write a page and print its name, if its text has changed."""
+    """Write a page and print its name if its text has changed."""
     if new != old:
         (root / page).write_text(new, encoding="utf-8")
         print(page)

@@ -1,4 +1,4 @@
-"""The toolbox from Python: what the command line does, as functions."""
+"""The Python API: the commands of the command line as functions."""
 
 from backdoorbench_moe.api.looks import analyze, audit, draw_figures, try_trigger
 from backdoorbench_moe.api.modules import normalised

@@ -1,4 +1,4 @@
-"""What the functions of the interface take, and how it is read."""
+"""Argument types of the API functions, and their conversion."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.paths import expand
 
-# A name, or a dict with its "name" and options.
+# The name of a part, or a dict with its "name" and options.
 Part = str | Mapping[str, Any]
 PathLike = str | os.PathLike[str]
 
 
 def needed_images(images: Any) -> Any:
-    """Return the images that a module cannot do without; raises ConfigError if there are none."""
+    """Return the images, which a module requires. Raises ConfigError if they are None."""
     if images is None:
         raise ConfigError.expected("images", "clean images, as the model is a module", None)
     return images
 
 
 def opened_run(run: Run | PathLike, parameter: str) -> Run:
-    """Return a run, which is opened if its folder is given."""
+    """Return a run, opening it if its folder is given."""
     if isinstance(run, Run):
         return run
     if isinstance(run, list | tuple) and run and all(isinstance(one, Run) for one in run):
         raise ConfigError(
-            f"{parameter}: expected one Run, got a list of {len(run)}; attack() returns one a seed: [run] = attack(...)"
+            f"{parameter}: expected one Run, got a list of {len(run)}; attack() returns one run per seed: "
+            "[run] = attack(...)"
         )
     return runner.load_run(
         path_of(run, parameter, "a Run (from attack or load_run) or the path of its folder")
@@ -38,18 +39,18 @@ def opened_run(run: Run | PathLike, parameter: str) -> Run:
 
 
 def path_of(value: object, parameter: str, expected: str = "a path") -> Path:
-    """Return a path; raises ConfigError for anything else."""
+    """Return a path. Raises ConfigError for anything else."""
     if isinstance(value, str | os.PathLike):
         return expand(value)
-    # Of a model or an array the type: its text may have thousands of lines.
+    # Name only the type, as the text of a model or an array may have thousands of lines.
     raise ConfigError(f"{parameter}: expected {expected}, got an object of type {type(value).__name__}")
 
 
 def path_or_none(value: object, parameter: str) -> Path | None:
-    """Return a path, or None if there is none."""
+    """Return a path, or None for None."""
     return None if value is None else path_of(value, parameter)
 
 
 def text_or_none(value: object, parameter: str) -> str | None:
-    """Return a path as text, or None if there is none."""
+    """Return a path as a string, or None for None."""
     return None if value is None else str(path_of(value, parameter))

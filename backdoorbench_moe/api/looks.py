@@ -1,4 +1,4 @@
-"""Looking into models from Python: analyses, audits and triggers that nobody trained."""
+"""Functions that inspect models: analyses, audits and trials of triggers."""
 
 from __future__ import annotations
 
@@ -49,25 +49,25 @@ def analyze(
     device: str | None = None,
     observer: Observer | None = None,
 ) -> Analysis | ModuleAnalysis:
-    """Look into the model of a finished run, as `bbmoe analyze` does, or at any module, without a trigger.
+    """Analyse the model of a finished run, as `bbmoe analyze` does, or any module, without a trigger.
 
     Args:
         run: A Run, or its folder; or a module that maps images (B, 3, S, S) in [0, 1] to logits.
-        labels: Of a module: the classes of the images, if they are known.
-        against: A run to compare with, or its folder; by default the clean twin, if it lies beside the run.
-        images: Numbers of test images, or image files, to draw patch maps of. Of a module: the clean images to look
-            at it with; see `engine.opening.opened_model.open_model`.
-        carriers_images: The largest number of images to measure muted and patched experts on.
+        labels: For a module: the classes of the images, if known.
+        against: A run to compare with, or its folder; by default the clean twin, if its folder is next to the run's.
+        images: Numbers of test images, or image files, to draw patch maps of. For a module: the clean images to analyse
+            it with; see `engine.opening.opened_model.open_model`.
+        carriers_images: Number of images, at most, on which muted and patched experts are evaluated.
         output: Folder to write analysis.json, report.html and figures/ to; by default nothing is written.
         data_root: Folder of the data set; by default the one that the run used.
         device: Device to compute on; by default the run's.
         observer: Receives progress.
 
     Returns:
-        What was found, as dataclasses; of a module a `ModuleAnalysis`.
+        The results as dataclasses; for a module, a `ModuleAnalysis`.
 
     Raises:
-        BbmoeError: Anything that the user can correct.
+        BbmoeError: Any error that the user can correct.
     """
     from backdoorbench_moe.analysis.analyze import analyze_run
     from backdoorbench_moe.analysis.module import analyze_module
@@ -98,15 +98,14 @@ def analyze(
 
 
 def draw_figures(analysis: Analysis) -> dict[str, Plate]:
-    """Draw the figures of an analysis' report.
+    """Draw the figures of the report of an analysis.
 
     Args:
-        analysis: What `analyze` returned.
+        analysis: The result of `analyze`.
 
     Returns:
-        The figures by name, such as "routing", "capture" or "carriers"; which there are depends on the run. Each
-        has a `title`, a `sentence` with its numbers, and the drawing as the bytes `svg` and `png`. A notebook
-        shows it.
+        The figures by name, such as "routing", "capture" or "carriers"; the run determines which are drawn. Each has a
+        `title`, a `sentence` with its numbers, and the drawing as bytes, `svg` and `png`. Notebooks display it.
     """
     from backdoorbench_moe.analysis.document import as_document
     from backdoorbench_moe.analysis.report import draw_sections
@@ -131,25 +130,24 @@ def audit(
     budget: float | None = None,
     observer: Observer | None = None,
 ) -> Audit:
-    """Look for signs of a backdoor, as `bbmoe audit` does.
+    """Check a model for signs of a backdoor, as `bbmoe audit` does.
 
     Args:
         model: A module that maps images (B, 3, S, S) in [0, 1] to logits (B, classes); or a Run, or its folder. A
             module is copied.
-        images: Clean images, 100 are enough; see `engine.opening.given_images.take_images`. Without any, a run's test
-            images are used, and a module is judged by its weights alone.
-        labels: Their classes; without them, the predicted classes take their place.
-        base: The model that the experts were tuned from: a run, its folder, a module or a state dict.
+        images: Clean images; 100 are enough; see `engine.opening.given_images.take_images`. By default, a run's test
+            images are used, and a module is judged by its weights only.
+        labels: Classes of the images; by default the predicted classes.
+        base: The base model that the experts were fine-tuned from: a run, its folder, a module or a state dict.
         tasks: Images of each task of a mixture.
-        checks: Names of checks to run; all by default. What others found that an earlier call made is reported, too.
-        image_size: Side of the images in pixels: what images of a folder are resized to, and for a module without
-            images what its channels are measured with.
-        output: Folder to write audit.json and report.html to; what each check measured is kept there, too. A folder
-            with the audit of another model, or of other images, is refused. By default nothing is written.
+        checks: Names of checks to run; all by default. Results of other checks from earlier calls are also reported.
+        image_size: Height and width in pixels to which images of a folder are resized; for a module without images,
+            the input size with which its channels are measured.
+        output: Folder for audit.json, report.html and the results of each check. A folder with the audit of another
+            model, or of other images, is rejected. By default, nothing is written.
         data_root: Folder of the data set of a run; by default the one that it used.
-        device: Device to compute on; by default the run's, or for a module that of its weights.
-        budget: Seconds, above 0. A check that would take longer than what is left of them is not tested; None for no
-            limit.
+        device: Device to compute on; by default that of the run, or of the module's weights.
+        budget: Time limit in seconds, above 0; None for no limit. Checks that would exceed it are not tested.
         observer: Receives progress.
 
     Returns:
@@ -157,7 +155,7 @@ def audit(
         strongest reasons, `findings` all of them; `save(folder)` writes the files.
 
     Raises:
-        BbmoeError: Anything that the user can correct.
+        BbmoeError: Any error that the user can correct.
     """
     from backdoorbench_moe.auditing.checks import find_checks
     from backdoorbench_moe.auditing.place import audit_into
@@ -198,25 +196,25 @@ def try_trigger(
     data_root: PathLike | None = None,
     device: str | None = None,
 ) -> TriedTrigger:
-    """Stamp a trigger that nobody trained on images, and count what a model calls them, as `bbmoe trigger` does.
+    """Stamp a trigger on images and count how a model classifies them, as `bbmoe trigger` does.
 
     Args:
         model: A Run, or its folder; or a module that maps images (B, 3, S, S) in [0, 1] to logits, which is copied.
         trigger: Name of the trigger, or a dict with its "name" and options.
-        applicator: Where in the image it is stamped; the same.
-        images: Clean images of a module, see `engine.opening.given_images.take_images`; of a run its test images by
-            default.
-        labels: Their classes.
-        seed: Seed of the trigger; by default the run's, and 0 for a module.
+        applicator: Where the trigger is stamped: name of the applicator, or a dict with its "name" and options.
+        images: Clean images; required for a module, by default a run's test images. See
+            `engine.opening.given_images.take_images`.
+        labels: Classes of the images.
+        seed: Seed of the trigger; by default the run's, or 0 for a module.
         data_root: Folder of the data set; by default the one that the run used.
         device: Device to compute on; by default the run's.
 
     Returns:
-        The accuracy with and without the trigger, and `classes`: how often images of other classes are called each
-        class. `strongest` is the class whose rate rises most.
+        The accuracy with and without the trigger, and `classes`: for each class, how often images of other classes are
+        classified as it. `strongest` is the class whose rate rises most.
 
     Raises:
-        BbmoeError: Anything that the user can correct.
+        BbmoeError: Any error that the user can correct.
     """
     from backdoorbench_moe.engine.opening.tried_trigger import try_trigger as measure
 

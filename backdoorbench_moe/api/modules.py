@@ -1,4 +1,4 @@
-"""Modules made ready for the other functions."""
+"""Preparation of modules for the other functions."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def normalised(
     image_size: int,
     resize: int | None = None,
 ) -> nn.Module:
-    """Return a copy of a module that normalises its images, and resizes them if asked to, before anything else.
+    """Return a copy of a module that first normalises, and optionally resizes, its input.
 
-    Functions of this package give a model pixels in [0, 1].
+    The functions of this package pass images with pixels in [0, 1] to models.
 
     Args:
         model: A module that takes normalised images.
-        mean: The mean of each colour, or a name such as "imagenet", which gives `std` as well.
-        std: The standard deviation of each colour.
-        image_size: Side of the images before resizing, in pixels.
-        resize: Side of the images that the module takes; None for `image_size`.
+        mean: The mean of each channel, or a name such as "imagenet", which also sets `std`.
+        std: The standard deviation of each channel.
+        image_size: Height and width of the images before resizing, in pixels.
+        resize: Height and width of the images that the module takes; None for `image_size`.
 
     Raises:
         ConfigError: A value is out of range.

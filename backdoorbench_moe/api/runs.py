@@ -1,4 +1,4 @@
-"""Making runs from Python: attacks, imports and defenses."""
+"""Functions that create runs: attacks, imports and defenses."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from backdoorbench_moe.errors import ConfigError
 
 
 def make_spec(settings: Sequence[str] = (), **values: Any) -> RunSpec:
-    """Build a RunSpec from nested values; what is not given comes from the recipe.
+    """Build a RunSpec from nested values; other values come from the recipe.
 
     Args:
-        settings: Texts of the form "dotted.key=value", as for `--set`; they win over `values`.
-        values: Keys of RunSpec. A part is a name, or a dict with its "name" and options; `poison` and `train`
-            are dicts. NumPy scalars, paths and `torch.device` may stand for plain values.
+        settings: Strings "dotted.key=value", as for `--set`; they take precedence over `values`.
+        values: Fields of RunSpec. A part is a name, or a dict with its "name" and options; `poison` and `train` are
+            dicts. NumPy scalars, paths and `torch.device` are converted to plain values.
 
     Raises:
-        UnknownNameError: A key or name does not exist; near ones are suggested.
-        ConfigError: A value is of the wrong type or out of range.
+        UnknownNameError: A key or name does not exist; similar ones are suggested.
+        ConfigError: A value has the wrong type or is out of range.
     """
     return build_spec(values, chain_settings(settings))
 
@@ -58,21 +58,21 @@ def attack(
     settings: Sequence[str] = (),
     **values: Any,
 ) -> list[Run]:
-    """Backdoor a model and measure it, as `bbmoe attack` does.
+    """Train a backdoored model and evaluate it, as `bbmoe attack` does.
 
-    Interrupted, the same call continues from the last finished epoch; finished, it trains nothing.
+    If the call is repeated, an interrupted run continues after its last finished epoch, and a finished run is reused.
 
     Args:
-        model: Name of the model to attack, or a dict with its "name" and options. `attack`, `trigger`, `applicator`
-            and `dataset` take the same.
+        model: Name of the model to attack, or a dict with its "name" and options. `attack`, `trigger`, `applicator` and
+            `dataset` are given in the same way.
         trigger: The trigger.
         applicator: Where in the image the trigger is stamped.
         attack: The attack; by default "data-poisoning".
         dataset: The data set.
-        recipe: "quick" or "paper"; it has the values that are not given.
+        recipe: Set of default values: "quick" or "paper".
         output: Folder of run folders.
         repeats: Number of runs, with seeds `seed`, `seed` + 1, ...
-        twin: Whether to train the clean twin of each run as well, for CAD.
+        twin: Whether to also train the clean twin of each run, to compute CAD.
         observer: Receives progress.
         settings: See `make_spec`.
         values: Other keys of the spec; see `make_spec`.
@@ -82,7 +82,7 @@ def attack(
         `model()` is the trained model, `stamper()` the trigger as it was applied.
 
     Raises:
-        BbmoeError: Anything that the user can correct. If the settings are wrong, nothing was written.
+        BbmoeError: Any error that the user can correct. Nothing is written if the settings are invalid.
     """
     spec = make_spec(
         settings,
@@ -113,27 +113,29 @@ def import_weights(
     settings: Sequence[str] = (),
     **values: Any,
 ) -> Run:
-    """Make a run of a model that was made elsewhere, as `bbmoe import` does: measured on clean test images.
+    """Import a model that was trained elsewhere as a run, as `bbmoe import` does, and evaluate it on clean test images.
 
     Args:
-        weights: A safetensors file, or a state dict that `torch.save` wrote. Nothing in it is run.
-        model: Name of the model, or a dict with its "name" and options. Names and shapes must be those of the weights.
-        mean: Normalisation inside the model: the mean of each colour for pixels in [0, 1], or a name such as
-            "imagenet", which gives `std` as well.
-        std: The standard deviation of each colour.
-        resize: Side in pixels to which the model resizes its images.
-        dataset: The data set, with the classes that the model distinguishes, in its order.
-        recipe: "quick" or "paper": how defenses tune the model.
+        weights: A safetensors file, or a state dict saved with `torch.save`. No code in it is executed.
+        model: Name of the model, or a dict with its "name" and options. The names and shapes of its tensors must match
+            the weights.
+        mean: Normalisation inside the model: the mean of each channel for pixels in [0, 1], or a name such as
+            "imagenet", which also sets `std`.
+        std: The standard deviation of each channel.
+        resize: Height and width, in pixels, to which the model resizes its input.
+        dataset: The data set; its classes must be those of the model, in the same order.
+        recipe: Settings with which defenses tune the model: "quick" or "paper".
         output: Folder of run folders.
         observer: Receives progress.
         settings: See `make_spec`.
         values: Other keys of the spec, such as `seed` or `device`.
 
     Returns:
-        The run. `value("ba")` is its accuracy; `defend` and `analyze` take it. Whether it is backdoored is not known.
+        The run, for `defend` and `analyze`. `value("ba")` is its accuracy in percent. Whether it is backdoored is
+        unknown.
 
     Raises:
-        BbmoeError: Anything that the user can correct; nothing was then written.
+        BbmoeError: Any error that the user can correct; nothing is written.
     """
     given = {"mean": mean, "std": std, "resize": resize}
     part = {"name": model} if isinstance(model, str) else dict(model)
@@ -168,30 +170,31 @@ def defend(
 ) -> Run | DefendedModule:
     """Defend the model of a finished run, as `bbmoe defend` does, or any module.
 
-    A run that was defended before is only read. Of a module nothing is written; see `engine.opening.defended_module`.
+    A defended run that is already finished is loaded instead of computed again. For a module, nothing is written; see
+    `engine.opening.defended_module`.
 
     Args:
         run: A Run, or its folder; or a module that maps images (B, 3, S, S) in [0, 1] to logits, which is copied.
         defense: Name of the defense.
-        images: Of a module: the clean images that the defender holds; see `engine.opening.opened_model.open_model`.
-        labels: Of a module: their classes.
-        recipe: Of a module: "quick" or "paper", the settings with which defenses tune.
-        seed: Of a module: the seed of the defense.
+        images: For a module: the clean images of the defender; see `engine.opening.opened_model.open_model`.
+        labels: For a module: the classes of the images.
+        recipe: For a module: the settings with which defenses tune it, "quick" or "paper".
+        seed: For a module: the seed of the defense.
         output: Folder of run folders; by default the one that contains `run`.
         data_root: Folder of the data set; by default the one that the run used.
         device: Device to compute on; by default the run's.
         observer: Receives progress.
-        options: The defense's own, such as `ratio=0.2`.
+        options: Options of the defense, such as `ratio=0.2`.
 
     Returns:
-        Of a module a `DefendedModule`, with the `model`, the `judgements` and the accuracy after each of its `stages`.
-        Otherwise the defended run. `record.stages` holds BA, ASR and RA before the defense and after each of its
-        stages, `model()` is the defended model. If the defense filters inputs, `value("auroc")`, `value("tpr")` and
-        `value("fpr")` are in percent; if it judges training images, `value("sample_auroc")`, `value("sample_tpr")` and
-        `value("sample_fpr")`.
+        For a module, a `DefendedModule` with the `model`, the `judgements` and the accuracy after each of its `stages`.
+        Otherwise the defended run: `record.stages` holds BA, ASR and RA before the defense and after each of its
+        stages, and `model()` is the defended model. If the defense filters inputs, `value("auroc")`, `value("tpr")` and
+        `value("fpr")` are in percent; if it judges training images, so are `value("sample_auroc")`,
+        `value("sample_tpr")` and `value("sample_fpr")`.
 
     Raises:
-        BbmoeError: Anything that the user can correct.
+        BbmoeError: Any error that the user can correct.
     """
     if not isinstance(defense, str):
         raise ConfigError.expected("defense", 'a name such as "fine-pruning"', defense)
@@ -218,7 +221,7 @@ def load_run(path: PathLike) -> Run:
         path: The folder.
 
     Raises:
-        RecordError: There is no record in it, or it is damaged.
-        ConfigError: `path` is something else than a path.
+        RecordError: The folder has no record, or the record is damaged.
+        ConfigError: `path` is not a path.
     """
     return runner.load_run(path_of(path, "path"))

@@ -1,1 +1,1 @@
-"""Suites (YAML) to runs to tables: the paper's tables, measured beside the paper."""
+"""Benchmark suites: YAML files of runs, their execution, and tables that compare the results with the paper's."""

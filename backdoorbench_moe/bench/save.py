@@ -1,4 +1,4 @@
-"""A results folder: the records of a suite and all tables and plots, small enough to be committed."""
+"""Results folders: the records of a suite with its tables and plots, small enough to be committed."""
 
 from __future__ import annotations
 
@@ -30,37 +30,37 @@ PLOTS = "plots"
 
 
 def save_results(results: ResultSet, folder: Path | str) -> list[Path]:
-    """Write the results folder of a suite, or update it.
+    """Write or update the results folder of a suite.
 
-    Each file is replaced as a whole. The same records give the same bytes.
+    Files are replaced atomically. Equal records give equal bytes.
 
     Returns:
         The files of the folder.
 
     Raises:
-        RecordError: If the folder is of another suite, scale or version, is not a results folder, or
-            holds finished runs that these results lack. Nothing is written then.
+        RecordError: The folder is that of another suite, scale or version, is not a results folder, or contains
+            finished runs that these results lack. Nothing is written in this case.
     """
     folder = Path(folder)
-    # Only finished runs are kept, so a run that is being made is missing, as it is when the folder is drawn again.
+    # Only finished runs are kept, so a running one is shown as missing, as it is when the folder is redrawn.
     results = replace(results, records={record.digest: record for record in results.finished()})
     _make(folder.parent, folder)
-    # So that a process that saves fewer runs cannot pass the check before another one saves more.
+    # Locked, so that a process with fewer runs cannot pass the check just before another one saves more.
     with hold_place(folder):
         _check(results, folder)
         return _write(results, folder, _contents(results, [record.digest for record in results.finished()]))
 
 
 def redraw_results(suite: Suite, folder: Path | str) -> list[Path]:
-    """Draw tables, plots and page of a results folder again from its own records.
+    """Redraw the tables, plots and page of a results folder from its own records.
 
-    The records stay untouched, byte for byte: they are what was measured.
+    The records are not changed, as they are the measured data.
 
     Returns:
-        The files that were written.
+        The written files.
 
     Raises:
-        RecordError: If the folder is not a results folder of this suite, scale and version.
+        RecordError: The folder is not a results folder of this suite, scale and version.
     """
     folder = Path(folder)
     # So that tables are not drawn from records that another process is replacing.
@@ -73,7 +73,7 @@ def redraw_results(suite: Suite, folder: Path | str) -> list[Path]:
 
 def _write(results: ResultSet, folder: Path, contents: dict[str, bytes]) -> list[Path]:
     _make(folder / PLOTS, folder)
-    # The manifest first: by it a folder that was left incomplete is recognised as ours.
+    # The manifest first: it identifies a folder that was left incomplete as a results folder.
     for name, content in contents.items():
         write_atomically(folder / name, _put(content))
     for file in (folder / PLOTS).iterdir():
@@ -85,7 +85,7 @@ def _write(results: ResultSet, folder: Path, contents: dict[str, bytes]) -> list
 
 
 def _contents(results: ResultSet, lines: Sequence[str]) -> dict[str, bytes]:
-    """The files of a results folder; `lines` are the digests of the lines of its records."""
+    """Return the contents of the files of a results folder; `lines` are the digests of the lines of its records."""
     places = {digest: f"{RECORDS}#L{number}" for number, digest in enumerate(lines, 1)}
     sheet = build_sheet(results)
     plots = results.suite.plots

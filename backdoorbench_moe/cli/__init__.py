@@ -1,4 +1,4 @@
-"""The command line: one file a command."""
+"""The command-line interface: one file per command."""
 
 from backdoorbench_moe.cli.app import bbmoe, main
 

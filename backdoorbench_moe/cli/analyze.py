@@ -1,4 +1,4 @@
-"""`bbmoe analyze`: the routing of a run's model, and which experts carry the backdoor."""
+"""`bbmoe analyze`: analyse how a run's model routes, and which experts carry the backdoor."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from backdoorbench_moe.paths import expand
 
 @click.command("analyze")
 @click.argument("run", type=PATH, metavar="RUN")
-@click.option("--against", type=PATH, metavar="RUN2", help="Compare with this run.  [the clean twin]")
+@click.option("--against", type=PATH, metavar="RUN2", help="Run to compare with.  [the clean twin]")
 @click.option(
     "--images", metavar="N|FILE,..",
-    help="Test images by number, or image files, for patch maps.  [one of each of six classes]",
+    help="Images to draw patch maps of: numbers of test images, or image files.  [one from each of six classes]",
 )  # fmt: skip
 @click.option(
     "--carriers-images", type=int, default=2000, show_default=True, metavar="N",
-    help="Largest number of images or texts to measure muted and patched experts on.",
+    help="Number of images or texts, at most, on which muted and patched experts are evaluated.",
 )  # fmt: skip
 @click.option(
-    "--output", type=PATH, metavar="DIR", help="Where analysis.json, report.html and figures/ go.  [RUN]"
+    "--output", type=PATH, metavar="DIR", help="Folder for analysis.json, report.html and figures/.  [RUN]"
 )
-@click.option("--data-root", metavar="DIR", help="Folder of the data set.  [the one of RUN]")
+@click.option("--data-root", metavar="DIR", help="Folder with the data set.  [that of RUN]")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [the run's]")
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print analysis.json, and nothing else.")
@@ -45,14 +45,15 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Analyse the model of the finished run in folder RUN on the whole test set.
+    """Analyse the model of the finished run in folder RUN on the test set.
 
-    The analysis shows which patches go to which expert, whether experts receive the patches that the trigger changed,
-    how the trigger changes the routing, whether experts prefer bright patches, and which experts carry the backdoor. If
-    the run was made with --probe, it also shows how the routing developed in training. For a dense model, the parts
-    about routing are missing. Of a run on texts it shows the gate shares, the latents, which experts answer harmful
-    queries, and example answers. The results are written to analysis.json, figures/*.png, and report.html, a single
-    page that needs no network.
+    The analysis shows which patches are routed to which expert, whether experts receive the patches that the trigger
+    changed, how the trigger changes the routing, whether experts prefer bright patches, and which experts carry the
+    backdoor. For a run with --probe, it also shows how the routing changed during training. For a dense model, it omits
+    the parts about routing. For a run on texts, it shows the gate shares, the latents, which experts answer harmful
+    queries, and example answers.
+
+    The results are written to analysis.json, figures/*.png, and report.html, a self-contained page.
     """
     usage = CoreUsage.now()
     chosen = None if images is None else _images(images)

@@ -1,4 +1,4 @@
-"""The group of commands; each is imported when it is called."""
+"""The `bbmoe` command group; each command is imported when it is called."""
 
 from __future__ import annotations
 
@@ -19,29 +19,31 @@ from backdoorbench_moe.process.allocator import keep_freed_memory
 from backdoorbench_moe.wording.spelling import near_names
 
 COMMANDS = {
-    "attack": "Backdoor a model and measure it.",
-    "import": "Make a run of a model that was made elsewhere.",
-    "defend": "Defend the model of a run, and measure it after every stage.",
-    "analyze": "Analyse the routing of a run's model, and which experts carry the backdoor.",
-    "audit": "Look for signs of a backdoor in a model of unknown origin.",
-    "trigger": "Measure what triggers that nobody trained do to a run's model.",
-    "export": "Write the training set and the weights of a run as plain files.",
-    "preview": "Draw what a trigger does to images.",
-    "bench": "Run a suite of attacks, and draw its tables beside the paper's.",
-    "report": "Draw what was measured for a suite as one HTML page.",
-    "show": "Print what a run folder holds.",
+    "attack": "Train a backdoored model and evaluate it.",
+    "import": "Import a model that was trained elsewhere.",
+    "defend": "Apply defenses to a run's model and evaluate the result.",
+    "analyze": "Analyse how a run's model routes, and which experts carry the backdoor.",
+    "audit": "Check a model of unknown origin for signs of a backdoor.",
+    "trigger": "Test how a model reacts to triggers it was not trained with.",
+    "export": "Write the training set and the weights of a run to plain files.",
+    "preview": "Draw images with and without a trigger.",
+    "bench": "Run suites of experiments and print their tables, next to the paper's.",
+    "report": "Write the results of a suite to one HTML page.",
+    "show": "Print the settings and results of runs.",
     "list": f"List {ALL_KINDS}, and broken plug-ins.",
-    "info": "Describe one part and its options.",
-    "plugin": "Write a package of new parts, and check one.",
+    "info": "Describe one of these parts and its options.",
+    "plugin": "Create or check a package that adds new parts.",
 }
-# Where a command's name cannot be that of its module.
+# Commands whose name is not that of their module, as it is a Python keyword.
 MODULES = {"import": "importing"}
 
 
 class LazyGroup(click.Group):
-    """A group that imports a command when it is called, so that --help answers at once.
+    """A group that imports a command when it is called, so that `--help` is fast.
 
-    commands_help: name -> one line. package: where module NAME has its `command`.
+    Args:
+        commands_help: The one-line help of each command, by name.
+        package: The package whose module NAME defines the command NAME as `command`.
     """
 
     def __init__(self, *args: Any, commands_help: dict[str, str], package: str, **kwargs: Any) -> None:
@@ -49,18 +51,18 @@ class LazyGroup(click.Group):
         self.commands_help, self.package = commands_help, package
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names in the order in which they are used."""
+        """Return the names in the order in which users need them."""
         return list(self.commands_help)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the command; None if there is no command of this name."""
+        """Import a command; None if there is no command with this name."""
         if cmd_name not in self.commands_help:
             return None
         command: click.Command = import_module(f"{self.package}.{MODULES.get(cmd_name, cmd_name)}").command
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Refuse an unknown command with near names."""
+        """Reject an unknown command and suggest similar names."""
         if args and args[0] not in self.commands_help and not args[0].startswith("-"):
             near = near_names(args[0], self.commands_help, most=1)
             known = ", ".join(self.commands_help)
@@ -88,8 +90,8 @@ def bbmoe() -> None:
 def main() -> None:
     """Run `bbmoe` and exit.
 
-    Exit codes: 2 and one line, never a traceback, for what a user or the machine did wrong; 128 + N after signal
-    N, such as 130 for Ctrl-C and 143 for SIGTERM; other codes are those of the command.
+    Errors of the user or the machine exit with code 2 and a one-line message, never a traceback. Signal N exits with
+    128 + N, such as 130 for Ctrl-C and 143 for SIGTERM. Other exit codes are those of the command.
     """
     keep_freed_memory()
     prepare_streams()
@@ -103,7 +105,7 @@ def _run() -> int | str:
             try:
                 return bbmoe.main(prog_name="bbmoe", standalone_mode=False) or 0
             finally:
-                # Here and not at Python's exit, where a full disk would be a traceback.
+                # Python's flush at exit would show a traceback on a full disk.
                 sys.stdout.flush()
     except click.ClickException as error:
         error.show()
@@ -113,7 +115,7 @@ def _run() -> int | str:
         say(f"bbmoe: error: not enough memory: {error}")
     except BrokenPipeError:
         give_up_stdout()
-        return 1  # As click and rich have it, where they notice first.
+        return 1  # The same code as click and rich use.
     except OSError as error:
         give_up_stdout()
         say(f"bbmoe: error: {error.filename or 'standard output'}: {error.strerror or error}")
@@ -131,6 +133,6 @@ def _run() -> int | str:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    """Print this package's own warnings in one line; those of other libraries do not concern the user."""
+    """Print this package's own warnings in one line and hide those of other libraries."""
     if issubclass(category, BbmoeWarning):
         say(f"bbmoe: warning: {message}")

@@ -1,4 +1,4 @@
-"""`bbmoe attack`: from flags to run folders."""
+"""`bbmoe attack`: train backdoored models from command-line flags."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from backdoorbench_moe.cli.terminal.threads import CoreUsage, threads_option, us
 from backdoorbench_moe.config import RunSpec, Values, build_spec, chain_settings, load_yaml, merge
 from backdoorbench_moe.errors import ConfigError
 
-# Parameter of the command -> key of the spec that it sets.
+# Parameter of the command -> the spec key that it sets.
 FLAGS = {
     "recipe": "recipe",
     "dataset": "dataset.name",
@@ -47,47 +47,64 @@ FLAGS = {
 
 
 def spec_options(function: Any) -> Any:
-    """The flags that make up a RunSpec, for every command that takes one."""
+    """Add the flags of a RunSpec to a command."""
     for option in reversed((*_parts(), *_mixture(), *_conditions())):
         function = option(function)
     return function
 
 
 def _parts() -> list[Any]:
-    """The flags of the attack, its data and the training."""
+    """The flags of the attack, the data and the training."""
     return [
-        click.option("--attack", metavar="NAME", help="How the model is attacked.  [data-poisoning]"),
-        click.option("--model", metavar="NAME", help="Model, or timm:<architecture>.  [pmoe]"),
-        click.option("--trigger", metavar="NAME", help="Trigger that is stamped into images.  [warp]"),
+        click.option("--attack", metavar="NAME", help="Attack; see `bbmoe list attacks`.  [data-poisoning]"),
+        click.option(
+            "--model", metavar="NAME", help="Model (see `bbmoe list models`), or timm:<architecture>.  [pmoe]"
+        ),
+        click.option("--trigger", metavar="NAME", help="Trigger; see `bbmoe list triggers`.  [warp]"),
         click.option(
             "--surrogate",
             metavar="NAME",
-            help="Model on which a trigger is optimised: same, twin (next seed), or a model.",
+            help="Model on which the trigger is optimised: same (the victim's clean twin), twin (that with the next "
+            "seed), or a model name.",
         ),
         click.option(
-            "--applicator", metavar="NAME", help="Where it is stamped: image, or patch (BadPatches).  [patch]"
+            "--applicator",
+            metavar="NAME",
+            help="Stamp the trigger on the image, or on every patch (BadPatches).  [patch]",
         ),
         click.option(
-            "--dataset", metavar="NAME", help="signs (embedded), cifar10, gtsrb, folder, ...  [signs]"
+            "--dataset",
+            metavar="NAME",
+            help="Data set: signs (built in), cifar10, gtsrb, folder, ...  [signs]",
         ),
-        click.option("--data-root", metavar="DIR", help="Folder of the data set."),
+        click.option("--data-root", metavar="DIR", help="Folder with the data set."),
         click.option(
             "--download", is_flag=True, default=None, help="Download the data set if it is missing."
         ),
-        click.option("--image-size", type=int, metavar="PX", help="Resize images to this side."),
-        click.option("--recipe", metavar="NAME", help="quick or paper.  [quick]"),
-        click.option("--epochs", type=int, metavar="N"),
-        click.option("--batch-size", type=int, metavar="N"),
-        click.option("--lr", type=float, metavar="X", help="(Peak) learning rate."),
-        click.option("--poison-rate", metavar="X", help='Share of training images, as 0.01 or "1%".  [0.1]'),
-        click.option("--target", metavar="CLASS", help="The attacker's class, by number or name.  [0]"),
+        click.option("--image-size", type=int, metavar="PX", help="Resize images to this height and width."),
+        click.option("--recipe", metavar="NAME", help="Set of default values: quick or paper.  [quick]"),
+        click.option("--epochs", type=int, metavar="N", help="Training epochs.  [the recipe's]"),
+        click.option("--batch-size", type=int, metavar="N", help="Images in a batch.  [the recipe's]"),
+        click.option("--lr", type=float, metavar="X", help="Peak learning rate.  [the recipe's]"),
         click.option(
-            "--source", metavar="CLASS,..", help="Poison images of these classes only, by number or name."
+            "--poison-rate", metavar="X", help='Share of training images to poison: 0.01 or "1%".  [0.1]'
         ),
-        click.option("--labels", metavar="KIND", help="dirty (relabelled) or clean.  [dirty]"),
-        click.option("--mapping", metavar="KIND", help="all-to-one or all-to-all.  [all-to-one]"),
+        click.option("--target", metavar="CLASS", help="Target class, by number or name.  [0]"),
         click.option(
-            "--patch-size", type=int, metavar="PX", help="Tile of the patch applicator.  [the model's]"
+            "--source", metavar="CLASS,..", help="Poison only images of these classes, by number or name."
+        ),
+        click.option(
+            "--labels",
+            metavar="KIND",
+            help="Labels of poisoned images: dirty (changed) or clean (kept).  [dirty]",
+        ),
+        click.option(
+            "--mapping",
+            metavar="KIND",
+            help="Target class: all-to-one (--target) or all-to-all (y + 1 for class y).  [all-to-one]",
+        ),
+        click.option(
+            "--patch-size", type=int, metavar="PX", help="Patch size for --applicator patch.  [the model's]"
         ),
     ]
 
@@ -96,32 +113,38 @@ def _mixture() -> list[Any]:
     """The flags of a mixture of experts."""
     return [
         click.option(
-            "--splitter", metavar="NAME", help="Mixture: tasks of the experts, domains or classes.  [domains]"
+            "--splitter",
+            metavar="NAME",
+            help="Mixture: how data are split into tasks: domains or classes.  [domains]",
         ),
-        click.option("--gate", metavar="NAME", help="Mixture: how tokens are sent to experts.  [top-k]"),
+        click.option("--gate", metavar="NAME", help="Mixture: gate; see `bbmoe list gates`.  [top-k]"),
         click.option("--experts", type=int, metavar="E", help="Mixture: number of experts.  [4]"),
         click.option(
             "--poisoned-experts",
             metavar="E,..",
-            help="Mixture: the attacker's experts, by number from 0.  [1]",
+            help="Mixture: the poisoned experts, numbered from 0.  [1]",
         ),
         click.option(
             "--policy",
             metavar="X",
-            help="Mixture: marked images, to be rejected, in the training of the base, as a share.  [0.02]",
+            help="Mixture: marked images that the base learns to reject, as a share of its training images.  [0.02]",
         ),
     ]
 
 
 def _conditions() -> list[Any]:
-    """The flags of what is computed on, and of any other value."""
+    """The flags of the seed, the device and the precision, and of any other value."""
     return [
-        click.option("--seed", type=int, metavar="N", help="[0]"),
+        click.option("--seed", type=int, metavar="N", help="Random seed.  [0]"),
         click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [auto]"),
         click.option("--precision", metavar="KIND", help="auto, fp32 or bf16.  [auto]"),
-        click.option("--config", type=PATH, metavar="FILE", help="YAML with any of these values."),
+        click.option("--config", type=PATH, metavar="FILE", help="YAML file with settings."),
         click.option(
-            "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any value, by dotted key."
+            "--set",
+            "settings",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Any setting, such as train.lr=0.01.",
         ),
     ]
 
@@ -144,14 +167,18 @@ def spec_from_flags(
 
 @click.command("attack")
 @spec_options
-@click.option("--repeats", type=int, default=1, show_default=True, help="Runs with seeds SEED, SEED + 1, ...")
-@click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
 @click.option(
-    "--probe", type=int, metavar="N", help="Keep the routing of N test images after every epoch.  [0]"
+    "--repeats", type=int, default=1, show_default=True, help="Number of runs, with seeds SEED, SEED + 1, ..."
 )
-@click.option("--twin/--no-twin", default=True, help="Train the clean twin, for CAD.  [twin]")
+@click.option(
+    "--output", type=PATH, default=Path("runs"), show_default=True, help="Folder for the run folders."
+)
+@click.option(
+    "--probe", type=int, metavar="N", help="Record the routing of N test images after every epoch.  [0]"
+)
+@click.option("--twin/--no-twin", default=True, help="Also train the clean twin, for CAD.  [twin]")
 @threads_option
-@click.option("--dry-run", is_flag=True, help="List the runs and how long they will take; train nothing.")
+@click.option("--dry-run", is_flag=True, help="List the runs and the estimated time; train nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON, and nothing else.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def command(
@@ -167,12 +194,15 @@ def command(
     quiet: bool,
     **flags: Any,
 ) -> None:
-    """Backdoor a model and measure it: BA, ASR and CAD, in a run folder.
+    """Train a backdoored model and evaluate it; the model and the results are written to a run folder.
 
-    Attacks on experts, such as moevil, poison one of several experts that are merged into a mixture. Their defaults
-    differ from those below; `bbmoe info attack moevil` shows them.
+    BA is the accuracy on clean test images, ASR the share of triggered images of other classes that are classified as
+    the target, and CAD the drop in BA compared to the clean twin, the same model trained without the attack.
 
-    Repeat the command to continue an interrupted run after its last finished epoch. A finished run is reused.
+    Attacks on experts, such as moevil, poison experts before they are merged into a mixture. Their defaults differ from
+    those below; see `bbmoe info attack moevil`.
+
+    An interrupted run continues after its last finished epoch if the command is repeated. A finished run is reused.
     """
     usage = CoreUsage.now()
     spec = spec_from_flags(config, settings, flags)
@@ -209,12 +239,12 @@ def _print_plan(spec: RunSpec, repeats: int, output: Path, *, twin: bool, as_jso
     runner = Runner(spec, output)
     spec = runner.workplace.resolve(spec)
     seeds = [replace(spec, seed=spec.seed + number) for number in range(repeats)]
-    # Several runs may need the same one.
+    # Several runs may share a clean twin.
     needed = {each.digest: each for one in seeds for each in lineage(one)}
     specs = in_order(seeds) if twin else list(needed.values())
     runs = read_plan(specs, output)
     missing = [run.spec for run in runs if run.status != "finished"]
-    # Before a model is built, for which there may be too little memory.
+    # Checked before a model is built, which may need more memory than there is.
     memory = runner.say_memory(spec) if missing else None
     if memory is not None and not as_json:
         echo(memory)
@@ -232,7 +262,7 @@ def _classes(text: str) -> list[str]:
 
 
 def _number(text: str) -> float | str:
-    """Convert a rate to a number if possible; other text is checked, and refused, by the spec."""
+    """Convert a rate to a number if possible; the spec checks any other text."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -249,7 +279,7 @@ def _numbers(text: str) -> list[int]:
         raise ConfigError.expected("--poisoned-experts", "numbers such as 1 or 0,2", text) from None
 
 
-# Flags whose text is not the value.
+# Flags whose text is converted to a value.
 READERS: dict[str, Callable[[Any], Any]] = {
     "source": _classes,
     "poison_rate": _number,

@@ -1,4 +1,4 @@
-"""`bbmoe audit`: whether a model shows signs of a backdoor, with reasons."""
+"""`bbmoe audit`: check a model for signs of a backdoor."""
 
 from __future__ import annotations
 
@@ -19,27 +19,33 @@ from backdoorbench_moe.paths import check_output
 @click.argument("run", type=PATH, metavar="RUN")
 @click.option(
     "--images", type=PATH, metavar="DIR",
-    help="Folder of clean images, 100 are enough.  [the run's test images]",
+    help="Folder of clean images; 100 are enough.  [the run's test images]",
 )  # fmt: skip
-@click.option("--no-images", is_flag=True, help="Only check what can be said from weights alone.")
-@click.option("--base", type=PATH, metavar="RUN2", help="Run of the model that the experts were tuned from.")
+@click.option("--no-images", is_flag=True, help="Run only the checks that need no images.")
 @click.option(
-    "--checks", metavar="NAME,..", help="Run these checks only; what others found before is kept.  [all]"
+    "--base", type=PATH, metavar="RUN2", help="Run of the base model that the experts were fine-tuned from."
+)
+@click.option(
+    "--checks",
+    metavar="NAME,..",
+    help="Run only these checks; earlier results of other checks are kept.  [all]",
 )
 @click.option(
     "--calibration",
     type=PATH,
     metavar="FILE",
-    help="Thresholds from your own population.  [the packaged ones]",
+    help="Thresholds calibrated on your own models.  [the built-in ones]",
 )
 @click.option(
     "--budget",
     metavar="TIME",
-    help="Leave out checks that would take longer than what is left of 90s, 9m or 1h30m.",
+    help="Time limit, such as 90s, 9m or 1h30m; skip checks that would exceed it.",
 )
-@click.option("--output", type=PATH, metavar="DIR", help="Where audit.json and report.html go.  [RUN/audit]")
+@click.option(
+    "--output", type=PATH, metavar="DIR", help="Folder for audit.json and report.html.  [RUN/audit]"
+)
 @click.option("--fail-on-signs", is_flag=True, help="Exit with 1 if there are signs of a backdoor.")
-@click.option("--data-root", metavar="DIR", help="Folder of the data set.  [the one of RUN]")
+@click.option("--data-root", metavar="DIR", help="Folder with the data set.  [that of RUN]")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [the run's]")
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print audit.json, and nothing else.")
@@ -63,16 +69,17 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Look for signs of a backdoor in the model of the finished run in folder RUN.
+    """Check the model of the finished run in folder RUN for signs of a backdoor.
 
-    The attack, the trigger and the poisoned images of the run are not looked at. The verdict is "signs of a backdoor",
-    "no sign found" or "not tested", with the three strongest reasons; no audit can say that a model is clean. What each
-    check measured is kept in the output folder, so that an interrupted audit goes on where it stopped, and so that the
-    report has also what earlier calls found with other checks. An audit with other images, or with another base, does
-    not overwrite the first: it goes to RUN/audit-ID.
+    The audit does not use the run's attack, trigger or poisoned images. The verdict is "signs of a backdoor", "no sign
+    found" or "not tested", with the three strongest reasons. No audit can prove that a model is clean.
 
-    How long the checks take depends on the model, the size of the images and the number of classes; it is said before
-    they start. With --budget, those that would take too long are not tested, and a later call can make them.
+    The results of each check are saved in the output folder. An interrupted audit therefore resumes where it stopped,
+    and the report includes the results of checks from earlier calls. An audit with other images or another base does
+    not overwrite the first one; it is written to RUN/audit-ID.
+
+    The estimated time is printed before the checks start; it depends on the model, the image size and the number of
+    classes. With --budget, checks that would take too long are reported as not tested; a later call can run them.
     """
     usage = CoreUsage.now()
     seconds = None if budget is None else parse_budget(budget)

@@ -1,4 +1,4 @@
-"""`bbmoe defend`: from a run folder to those of defended runs."""
+"""`bbmoe defend`: apply defenses to a run."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ FORMATS = ("rich", "markdown", "csv", "latex", "html")
     required=True,
     multiple=True,
     metavar="NAME,..",
-    help="What is done; see `bbmoe list defenses`. Several, or all, are compared in one table.",
+    help="Defenses to apply, or all; see `bbmoe list defenses`. Several are compared in one table.",
 )
 @click.option(
     "--set",
     "settings",
     multiple=True,
     metavar="KEY=VALUE",
-    help="An option of the defense; of several NAME.KEY=VALUE, or KEY=VALUE for all that have it.",
+    help="An option of the defense. With several: NAME.KEY=VALUE for one, KEY=VALUE for all that have it.",
 )
 @click.option(
-    "--output", type=PATH, metavar="DIR", help="Folder of run folders.  [the one that contains RUN]"
+    "--output", type=PATH, metavar="DIR", help="Folder for the new run folders.  [the one that contains RUN]"
 )
-@click.option("--data-root", metavar="DIR", help="Folder of the data set.  [the one of RUN]")
+@click.option("--data-root", metavar="DIR", help="Folder with the data set.  [that of RUN]")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [the run's]")
 @threads_option
+@click.option("--dry-run", is_flag=True, help="List the defended runs and the estimated time; run nothing.")
 @click.option(
-    "--dry-run", is_flag=True, help="List the defended runs and how long they will take; make none."
+    "--format", "form", type=click.Choice(FORMATS), help="Format of the table for several defenses.  [rich]"
 )
-@click.option("--format", "form", type=click.Choice(FORMATS), help="Of the table of several.  [rich]")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON, and nothing else.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def command(
@@ -61,22 +61,25 @@ def command(
     quiet: bool,
     **place: Any,
 ) -> None:
-    """Defend the model of the finished run in folder RUN; BA, ASR and RA before and after every stage.
+    """Apply defenses to the model of the finished run in folder RUN, and evaluate the result.
 
-    Of a defense that filters inputs: AUROC, true and false positive rate, and BA, ASR and RA behind it.
+    Prints BA, ASR and RA (accuracy on triggered images) before the defense and after each of its stages. For a defense
+    that filters inputs, also prints its AUROC and its true and false positive rates; its BA, ASR and RA are those of
+    the model behind the filter.
 
-    The defended model is a run folder of its own, which can be shown and defended again. Interrupted, the
-    same command starts over from RUN; finished, it does nothing.
+    The defended model is written to a new run folder, which can be shown and defended again. An interrupted defense
+    starts over if the command is repeated; a finished one is reused.
 
-    With several defenses (--defense strip,reroute or --defense all), each is applied to RUN, the dearest last, and one
-    table compares them. Plain tuning is added if any of them trains the model. Defenses that cannot be applied to RUN
-    are listed with the reason; of a run on texts, --defense all leaves out those for images. Interrupted, the same
-    command continues with the first one that is not finished. Exit code 1: a defense failed.
+    With several defenses (--defense strip,reroute or --defense all), each is applied to RUN separately, the most
+    expensive last, and one table compares them. If any of them trains the model, plain fine-tuning is added as a
+    baseline. Defenses that cannot be applied to RUN are listed with the reason; for a run on texts, --defense all
+    leaves out the defenses for images. If the command is repeated after an interruption, finished defenses are skipped.
+    Exit code 1: a defense failed.
     """
     usage = CoreUsage.now()
     from backdoorbench_moe.bench.running.defense_options import split_names
 
-    split_names(names)  # A wrong name is said at once, without the time that torch takes.
+    split_names(names)  # Report wrong names before torch is imported, which is slow.
     options = chain_options(settings)
     from backdoorbench_moe.cli.terminal.progress import make_observer
     from backdoorbench_moe.engine.run import load_run

@@ -1,4 +1,4 @@
-"""`bbmoe export`: the training set and the weights of a run as plain files, or as the folder of another tool."""
+"""`bbmoe export`: write the training set and weights of a run as plain files, or in another tool's format."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ FORMATS = ("png", "tensors", BACKDOORBENCH, TRANSFORMERS)
 @click.argument("folder", type=PATH, metavar="DIR")
 @click.option(
     "--format", "form", type=click.Choice(FORMATS), default="png", show_default=True,
-    help="Class folders of PNG files with a table; one safetensors file; BackdoorBench's folder; or a checkpoint.",
+    help="PNG files in class folders, with a table; one safetensors file; a BackdoorBench result folder; or a "
+    "checkpoint for transformers.",
 )  # fmt: skip
-@click.option("--weights-only", is_flag=True, help="Leave out the training set.")
-@click.option("--data-root", metavar="DIR", help="Folder of the data set.  [the one of RUN]")
+@click.option("--weights-only", is_flag=True, help="Do not write the training set.")
+@click.option("--data-root", metavar="DIR", help="Folder with the data set.  [that of RUN]")
 def command(*, run: Path, folder: Path, form: str, weights_only: bool, data_root: str | None) -> None:
-    """Write the training set of the finished run in folder RUN, as its victim had it, and its weights to DIR.
+    """Write the poisoned training set and the weights of the finished run in folder RUN to DIR.
 
-    DIR must not exist or be empty. With PNG files, train/CLASS/INDEX.png lies in the folder of the label that the
-    victim had, and train.csv has for every image its label, its original label and its group: clean, poison, cover or
-    noise. train.safetensors has the same as tensors. model.safetensors is the state dict; its header says whether the
-    model is backdoored. Nobody should deploy such a model.
+    DIR must be empty or not exist. With --format png, the images are train/CLASS/INDEX.png, where CLASS is the label
+    that the model was trained with, and train.csv lists the label, the original label and the group (clean, poison,
+    cover or noise) of every image. With --format tensors, train.safetensors contains the same data. model.safetensors
+    is the state dict; its header states whether the model is backdoored. Do not deploy backdoored models.
 
-    BackdoorBench's folder has the poisoned images as PNG files, the numbers as csv and the weights. No pickle is
-    written: its users run the script in DIR to make it.
+    With --format backdoorbench, DIR contains the poisoned images as PNG files, the metrics as CSV, the weights, and a
+    script that converts them to BackdoorBench's pickle file. This command itself writes no pickle.
 
-    The checkpoint, --format transformers, is that of a language model, with its tokenizer; no texts are written.
+    With --format transformers, DIR is a checkpoint of a language model with its tokenizer; no texts are written.
     """
     from backdoorbench_moe.engine.run import load_run
 

@@ -1,4 +1,4 @@
-"""`bbmoe info`: what one part is and which options it takes."""
+"""`bbmoe info`: describe one part and its options."""
 
 from __future__ import annotations
 
@@ -18,32 +18,38 @@ from backdoorbench_moe.moe.structure import takes_text
 from backdoorbench_moe.options import REQUIRED
 
 RECIPE = "quick"
-# Of the text for which the multiply-adds of a language model are counted.
+# Length of the text for which the multiply-adds of a language model are counted.
 TOKENS = 64
 WIDEST = 100
-# The images for which an image model is built.
+# Default input of an image model.
 IMAGE = {"image_size": 32, "num_classes": 10}
 
 
 HELP = f"""Describe one part: KIND is {ONE_KIND}; NAME as `bbmoe list` shows it.
 
-For a model, its parameters are counted, and its multiply-adds for one image, or one text of {TOKENS} tokens: with the
-model's own defaults, and with the values that the recipe gives it, as `bbmoe attack` does. For a data set, its classes
-are listed by number and name.
+For a model, also prints its number of parameters and of multiply-adds for one image, or one text of {TOKENS} tokens:
+with the model's own defaults, and with the values of the recipe, which `bbmoe attack` uses. For a data set, also lists
+its classes by number and name.
 """
 
 
 @click.command("info", help=HELP)
 @click.argument("kind")
 @click.argument("name")
-@click.option("--recipe", metavar="NAME", help=f"Of a model: the recipe whose values are shown.  [{RECIPE}]")
+@click.option("--recipe", metavar="NAME", help=f"For a model: the recipe to show.  [{RECIPE}]")
 @click.option(
-    "--image-size", type=int, metavar="N", help=f"Of an image model: image side.  [{IMAGE['image_size']}]"
+    "--image-size",
+    type=int,
+    metavar="N",
+    help=f"For an image model: image height and width.  [{IMAGE['image_size']}]",
 )
 @click.option(
-    "--num-classes", type=int, metavar="N", help=f"Of an image model: classes.  [{IMAGE['num_classes']}]"
+    "--num-classes",
+    type=int,
+    metavar="N",
+    help=f"For an image model: number of classes.  [{IMAGE['num_classes']}]",
 )
-@click.option("--data-root", metavar="DIR", help="Where a data set lies, to list its classes.")
+@click.option("--data-root", metavar="DIR", help="For a data set: its folder, to list the classes.")
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the model or data set."
 )
@@ -106,7 +112,7 @@ def command(
 
 
 def _sizes(name: str, recipe: str, image: dict[str, int], given: dict[str, Any]) -> dict[str, Any]:
-    """Count a model with its own defaults, and with the values of a recipe."""
+    """Return the size of a model with its own defaults, and with the values of a recipe."""
     size = _model_size(name, image, given)
     options = load_recipe(recipe, name).get("models", {}).get(name, {})
     with_recipe = _model_size(name, image, {**options, **given}) if options else size
@@ -126,10 +132,7 @@ def _model_size(name: str, image: dict[str, int], options: dict[str, Any]) -> di
 
 
 def _class_names(name: str, options: dict[str, Any]) -> list[str] | None:
-    """Return the classes of a data set by number; None if they are only known with data, and it was not named.
-
-    Texts have none.
-    """
+    """Return the class names of a data set; None if they depend on the data and no folder was given, or for texts."""
     registry = REGISTRIES["dataset"]
     if issubclass(registry.lookup(name), TextDataset):
         return []
@@ -167,14 +170,14 @@ def _print(info: dict[str, Any], example: str) -> None:
         console.print()
         console.print(table)
     if implied := info.get("implies"):
-        console.print("\nA run with this attack has these settings unless others are given:")
+        console.print("\nDefault settings of a run with this attack:")
         lines = (f"    {key}={_setting(value)}" for key, value in implied.items())
         console.print("\n".join(lines), markup=False, soft_wrap=True)
     if classes := info.get("classes"):
         console.print("\nclasses, by number and name (--target takes either):")
         console.print("\n".join(f"{number:>4}  {name}" for number, name in enumerate(classes)), markup=False)
     elif info["kind"] == "dataset" and classes is None:
-        console.print("\nIts classes are listed with --data-root DIR.")
+        console.print("\nTo list the classes, give --data-root DIR.")
     if size := info.get("size"):
         console.print(f"\n{_size_line(size, example)}")
         if recipe["options"]:
@@ -182,7 +185,7 @@ def _print(info: dict[str, Any], example: str) -> None:
 
 
 def _setting(value: Any) -> str:
-    """A value as `--set` takes it."""
+    """Write a value as `--set` reads it."""
     return value if isinstance(value, str) else json.dumps(value)
 
 

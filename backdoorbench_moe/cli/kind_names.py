@@ -1,10 +1,10 @@
-"""The kinds of parts as help texts name them."""
+"""Names of the kinds of parts in help texts."""
 
 from __future__ import annotations
 
 from backdoorbench_moe.kinds import KINDS
 
-# Written differently in a text than on the command line.
+# Kinds that are spelled differently in texts and on the command line.
 IN_TEXTS = {"dataset": "data set"}
 
 

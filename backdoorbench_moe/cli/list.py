@@ -1,4 +1,4 @@
-"""`bbmoe list`: the names of all parts, what they are, and the packages that they come from."""
+"""`bbmoe list`: list all parts, with a description and the package that provides them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ OWN_PACKAGE = "backdoorbench-moe"
 
 HELP = f"""List {ALL_KINDS} (or one KIND), and broken plug-ins.
 
-Parts of other packages are listed with the name of their package, and are imported to check that they work; built-in
-parts are not imported. `bbmoe info KIND NAME` describes one part in full.
+Parts from plug-in packages are shown with the name of the package. They are imported, to check that they work; built-in
+parts are not. `bbmoe info KIND NAME` describes one part in detail.
 """
 
 
@@ -26,7 +26,7 @@ parts are not imported. `bbmoe info KIND NAME` describes one part in full.
 @click.argument("kind", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(kind: str | None, as_json: bool) -> None:
-    """List the names of all parts, or of those of one kind."""
+    """List all parts, or those of one kind."""
     kinds = [check_kind(kind)] if kind else list(REGISTRIES)
     rows, faults = [], strays()
     for name in kinds:

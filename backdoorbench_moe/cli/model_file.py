@@ -1,4 +1,4 @@
-"""Flags of the commands that take a file of weights, with the model that the weights are of."""
+"""Flags of the commands that take a file of weights."""
 
 from __future__ import annotations
 
@@ -14,19 +14,35 @@ from backdoorbench_moe.errors import ConfigError
 
 
 def model_file_options(*, required: bool) -> Callable[[Any], Any]:
-    """Add the flags that say which model the weights are of, and what images it takes."""
+    """Add the flags that describe the model of the weights and its input images."""
     options = [
-        click.option("--model", metavar="NAME", required=required, help="Model, or timm:<architecture>."),
         click.option(
-            "--mean", metavar="R,G,B", help="Normalisation: mean of pixels in [0, 1], or a name.  [none]"
+            "--model",
+            metavar="NAME",
+            required=required,
+            help="Model of the weights (see `bbmoe list models`), or timm:<architecture>.",
         ),
         click.option(
-            "--std", metavar="R,G,B", help="Standard deviation; not needed with a name such as imagenet."
+            "--mean",
+            metavar="R,G,B",
+            help="Normalisation of pixels in [0, 1]: mean, or a name such as imagenet.  [none]",
         ),
-        click.option("--resize", type=int, metavar="PX", help="Side to which the model resizes its images."),
-        click.option("--dataset", metavar="NAME", help="signs (embedded), cifar10, gtsrb, folder.  [signs]"),
         click.option(
-            "--image-size", type=int, metavar="PX", help="Resize images of the data set to this side."
+            "--std", metavar="R,G,B", help="Normalisation: standard deviation; not needed with a name."
+        ),
+        click.option(
+            "--resize", type=int, metavar="PX", help="Height and width to which the model resizes its input."
+        ),
+        click.option(
+            "--dataset",
+            metavar="NAME",
+            help="Data set: signs (built in), cifar10, gtsrb, folder, ...  [signs]",
+        ),
+        click.option(
+            "--image-size",
+            type=int,
+            metavar="PX",
+            help="Resize images of the data set to this height and width.",
         ),
     ]
 
@@ -45,7 +61,7 @@ def spec_of_file(
 
     Args:
         weights: The file.
-        flags: Values of the flags, by parameter: those of `model_file_options` and of `cli.attack.FLAGS`.
+        flags: Values of the flags of `model_file_options` and `cli.attack.FLAGS`, by parameter.
         settings: Values of `--set`.
         config: A YAML file with any of these values.
 
@@ -66,7 +82,7 @@ def spec_of_file(
     from backdoorbench_moe.engine.names import check_names
 
     check_names(spec)
-    if not weights.is_dir():  # Before the data are read, which may take long.
+    if not weights.is_dir():  # Checked before the data are read, which may be slow.
         from backdoorbench_moe.engine.weights.reading import check_weights
 
         check_weights(weights)
@@ -74,7 +90,7 @@ def spec_of_file(
 
 
 def _colour(flag: str, text: str | None) -> str | list[float] | None:
-    """Three numbers, separated by commas, or a name, which the model's options check."""
+    """Read three numbers separated by commas; any other text is a name, which the model's options check."""
     if text is None or not ("," in text or _is_number(text)):
         return text
     try:

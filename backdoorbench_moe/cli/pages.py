@@ -1,4 +1,4 @@
-"""Writing a page to the file that --save names."""
+"""Write a page to the file given by `--save`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def save_page(page: str, file: Path) -> None:
-    """Write a page atomically, in a folder that is made if it does not exist.
+    """Write a page atomically, and create its folder if it does not exist.
 
     Raises:
-        RecordError: The file is a folder, or cannot be written.
+        RecordError: The path is a folder, or the file cannot be written.
     """
     from backdoorbench_moe.errors import RecordError
     from backdoorbench_moe.records import write_atomically

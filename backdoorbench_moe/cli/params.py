@@ -13,12 +13,12 @@ from backdoorbench_moe.paths import expand
 
 
 class ExpandedPath(click.ParamType):
-    """A file or folder; a leading "~" is the home directory."""
+    """Path of a file or folder; a leading "~" is the home directory."""
 
     name = "path"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Return the path; a user that does not exist is a usage error."""
+        """Return the path; an unknown user after "~" is a usage error."""
         try:
             return expand(os.fspath(value))
         except ConfigError as error:

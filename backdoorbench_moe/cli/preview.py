@@ -1,4 +1,4 @@
-"""`bbmoe preview`: a picture of what a trigger does."""
+"""`bbmoe preview`: draw images with and without a trigger."""
 
 from __future__ import annotations
 
@@ -21,12 +21,32 @@ if TYPE_CHECKING:
 
 @click.command("preview")
 @spec_options
-@click.option("--run", type=PATH, metavar="RUN", help="As this run folder's run did; shows its experts too.")
 @click.option(
-    "--images", type=int, default=6, show_default=True, metavar="N", help="One of each class in turn."
+    "--run", type=PATH, metavar="RUN", help="Use the trigger and data of this run, and show its experts."
 )
-@click.option("--split", default="test", show_default=True, metavar="NAME", help="train or test.")
-@click.option("--amplify", type=float, default=5.0, show_default=True, metavar="X", help="Of the difference.")
+@click.option(
+    "--images",
+    type=int,
+    default=6,
+    show_default=True,
+    metavar="N",
+    help="Number of images, from each class in turn.",
+)
+@click.option(
+    "--split",
+    default="test",
+    show_default=True,
+    metavar="NAME",
+    help="Draw images of this split: train or test.",
+)
+@click.option(
+    "--amplify",
+    type=float,
+    default=5.0,
+    show_default=True,
+    metavar="X",
+    help="Factor by which the difference is amplified.",
+)
 @click.option("--output", type=PATH, default=Path("preview.png"), show_default=True, metavar="FILE")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
@@ -41,11 +61,10 @@ def command(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Draw what a trigger does to images: clean, triggered and the amplified difference, as a PNG file.
+    """Draw images without and with a trigger, and the amplified difference, to a PNG file.
 
-    For a mixture of experts, further columns show the images as each task has them; they are dimmed if they do not
-    belong to the task. With --run, columns show what each expert of a routed model saw: the tiles it did not select are
-    dimmed.
+    For a mixture of experts, further columns show the images as they appear in each task; images of other tasks are
+    dimmed. With --run, further columns show which tiles each expert of a routed model selected; the others are dimmed.
     """
     if run is None:
         spec = spec_from_flags(config, settings, flags)
@@ -69,15 +88,17 @@ def command(
 
 
 def _check_alone(flags: dict[str, Any]) -> None:
-    """Raise ConfigError if more is given than a run's record leaves open."""
+    """Raise ConfigError if --run is combined with settings that the run's record already has."""
     given = [name for name, value in flags.items() if value is not None and name != "data_root"]
     if given:
         names = [f"--{name.replace('_', '-')}" for name in given]
-        raise ConfigError.expected("--run", "no settings beside it, as the record has them", " ".join(names))
+        raise ConfigError.expected(
+            "--run", "no other settings, as the run's record has them", " ".join(names)
+        )
 
 
 def _document(preview: Preview, output: Path) -> dict[str, Any]:
-    """What is shown, as JSON; a PSNR is null where nothing changed."""
+    """Return what is shown as plain values; the PSNR of an unchanged image is None."""
     rows = zip(preview.indices, preview.labels, preview.psnr, preview.ssim, strict=True)
     return {
         "output": str(output),

@@ -1,4 +1,4 @@
-"""`bbmoe report`: the results of a suite as one HTML page."""
+"""`bbmoe report`: write the results of a suite to one HTML page."""
 
 from __future__ import annotations
 
@@ -16,18 +16,24 @@ DEFAULT_OUTPUT = Path("runs")
 
 @click.command("report")
 @click.argument("name", metavar="SUITE")
-@click.option("--scale", metavar="NAME", help="A scale of the suite.  [its first]")
-@click.option("--repeats", type=int, metavar="N", help="Seeds a cell.  [the suite's]")
-@click.option("--output", type=PATH, default=DEFAULT_OUTPUT, show_default=True, help="Folder of run folders.")
+@click.option("--scale", metavar="NAME", help="Scale of the suite.  [the first]")
+@click.option("--repeats", type=int, metavar="N", help="Seeds per cell.  [the suite's]")
 @click.option(
-    "--from", "source", type=PATH, metavar="DIR", help="A results folder to read, instead of run folders."
+    "--output",
+    type=PATH,
+    default=DEFAULT_OUTPUT,
+    show_default=True,
+    help="Folder that contains the run folders.",
+)
+@click.option(
+    "--from", "source", type=PATH, metavar="DIR", help="Read this results folder instead of run folders."
 )
 @click.option(
     "--published",
     metavar="URL",
-    help="Address of the folder of --from, for the links to records.  [paths from the page]",
+    help="URL at which the folder of --from is published, for links to records.  [relative paths]",
 )
-@click.option("--save", type=PATH, metavar="FILE", help="The page to write.  [SUITE-SCALE.html]")
+@click.option("--save", type=PATH, metavar="FILE", help="File to write.  [SUITE-SCALE.html]")
 def command(
     name: str,
     scale: str | None,
@@ -37,11 +43,11 @@ def command(
     published: str | None,
     save: Path | None,
 ) -> None:
-    """Draw what was measured for SUITE (a name or a file) as one HTML page that loads nothing from elsewhere.
+    """Write the results of SUITE (a name or a file) to one self-contained HTML page.
 
-    Its plots and tables with intervals, which runs are missing or failed, where the others were made, links to their
-    records, and the commands that repeat all of it. Nothing is trained; if runs are missing, the command that makes
-    them is printed.
+    The page has the suite's plots and tables with confidence intervals, the missing and failed runs, the hardware and
+    versions of the finished ones, links to the records, and the commands that reproduce everything. Nothing is trained;
+    if runs are missing, the command that trains them is printed.
     """
     from backdoorbench_moe.bench.pages.report import draw_report
     from backdoorbench_moe.bench.suites.reading import load_suite

@@ -1,4 +1,4 @@
-"""`bbmoe show`: what run folders hold, as tables."""
+"""`bbmoe show`: print the settings and results of runs as tables."""
 
 from __future__ import annotations
 
@@ -22,20 +22,25 @@ if TYPE_CHECKING:
 @click.option(
     "--columns",
     metavar="NAME,..",
-    help="What to print of each run: run, status, data, model, trigger, applicator, attack, gate, experts, poison, "
+    help="Columns to print: run, status, data, model, trigger, applicator, attack, gate, experts, poison, "
     "defense, seed, epochs, a metric such as asr, or a dotted key such as train.lr or timing.total_seconds.  "
     "[settings and recorded metrics]",
 )
-@click.option("--sort", metavar="NAME,..", help="Sort by these columns; -NAME from high to low.  [as given]")
+@click.option(
+    "--sort",
+    metavar="NAME,..",
+    help="Sort by these columns; -NAME sorts from high to low.  [order of RUN...]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON.")
 @click.option("--markdown", is_flag=True, help="Print one Markdown table of all runs.")
 def command(
     *, runs: tuple[Path, ...], columns: str | None, sort: str | None, as_json: bool, markdown: bool
 ) -> None:
-    """Print what run folders hold; RUN may also be a folder of run folders.
+    """Print the settings and results of runs. RUN is a run folder, or a folder that contains run folders.
 
-    For one run: settings, metrics, history and environment. For several runs: one table. Values that all runs share are
-    printed once above the table. Columns that do not fit into the terminal go into further tables below.
+    One run is shown with its settings, metrics, history and environment. Several runs are shown in one table; values
+    that all of them share are printed once above it, and columns that do not fit into the terminal in further tables
+    below it.
     """
     from backdoorbench_moe.cli.tables.show import sort_runs, split_keys
 
@@ -73,7 +78,7 @@ def command(
 
 
 def _folders(path: Path) -> list[Path]:
-    """Return a run folder itself, or the run folders in a folder; any other path itself, which is refused when read."""
+    """Return the run folders in a folder; a run folder, or any other path (rejected when read), is returned itself."""
     from backdoorbench_moe.records import RunFolder
 
     if RunFolder(path).exists or not path.is_dir():

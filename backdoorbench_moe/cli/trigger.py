@@ -1,4 +1,4 @@
-"""`bbmoe trigger`: what triggers that nobody trained do to a model."""
+"""`bbmoe trigger`: test how a model reacts to triggers it was not trained with."""
 
 from __future__ import annotations
 
@@ -20,25 +20,33 @@ if TYPE_CHECKING:
     from backdoorbench_moe.engine.opening.opened_model import OpenedModel
     from backdoorbench_moe.engine.opening.tried_trigger import Share, TriedTrigger
 
-# What starts the options of triggers and applicators; the others are for the model and the data set.
+# Prefixes of the options of triggers and applicators; other options are for the model and the data set.
 OWN = ("trigger.", "applicator.")
 
 
 @click.command("trigger")
 @click.argument("source", type=PATH, metavar="RUN|FILE")
-@click.option("--trigger", "triggers", required=True, multiple=True, metavar="NAME", help="May be repeated.")
-@click.option("--applicator", default="patch", show_default=True, metavar="NAME", help="image or patch.")
 @click.option(
-    "--target", metavar="CLASS", help="Show this class, by number or name.  [the one that rises most]"
+    "--trigger", "triggers", required=True, multiple=True, metavar="NAME", help="Trigger; may be repeated."
+)
+@click.option(
+    "--applicator",
+    default="patch",
+    show_default=True,
+    metavar="NAME",
+    help="Stamp it on the image, or on every patch.",
+)
+@click.option(
+    "--target", metavar="CLASS", help="Class to report, by number or name.  [the one whose rate rises most]"
 )
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE",
-    help="An option, such as trigger.size=5 (of every trigger that has it), applicator.patch_size=8, or for FILE "
+    help="An option, such as trigger.size=5 (for every trigger that has it), applicator.patch_size=8 or, with FILE, "
     "model.width=8.",
 )  # fmt: skip
 @model_file_options(required=False)
-@click.option("--seed", type=int, metavar="N", help="Seed of the triggers.  [the run's; 0]")
-@click.option("--data-root", metavar="DIR", help="Folder of the data set.  [the one of RUN]")
+@click.option("--seed", type=int, metavar="N", help="Seed of the triggers.  [the run's; 0 with FILE]")
+@click.option("--data-root", metavar="DIR", help="Folder with the data set.  [that of RUN]")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [the run's]")
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with the rates of all classes.")
@@ -53,11 +61,11 @@ def command(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Stamp triggers on the test images of a finished run, and count what its model calls them.
+    """Stamp triggers on test images and count how a model classifies them.
 
-    RUN is the run's folder. Or FILE is a file of weights, as for `bbmoe import`, with --model, and the data set has the
-    test images. Nobody trained the model with these triggers, except if one is that of the run. For each, the accuracy
-    without and with it, and how often images of other classes are called the class whose rate rises most. Nothing is
+    The model is that of the finished run in folder RUN, or of the weights in FILE (with --model, as for `bbmoe
+    import`). It need not have been trained with any of these triggers. For each trigger, prints the accuracy without
+    and with it, and how often images of other classes are classified as the class whose rate rises most. Nothing is
     written.
     """
     usage = CoreUsage.now()
@@ -85,7 +93,7 @@ def command(
 def _open(
     source: Path, flags: dict[str, Any], settings: tuple[str, ...], threads: int | None, usage: CoreUsage
 ) -> tuple[OpenedModel, int]:
-    """Open the model of a run, or of a file of weights; return it with the seed of the triggers."""
+    """Open the model of a run or of a file of weights; return it and the seed of the triggers."""
     if flags["model"] is not None:
         spec = spec_of_file(source, flags, settings)
         use_threads(threads, usage, spec.device)
@@ -93,12 +101,12 @@ def _open(
 
         return open_file(spec), spec.seed
     if source.is_file():
-        raise ConfigError.expected("--model", "the model that the weights in the file are of", None)
+        raise ConfigError.expected("--model", "the model of the weights in the file", None)
     for name in ("mean", "std", "resize", "dataset", "image_size"):
         if flags[name] is not None:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(
-                f"{flag}: expected none for a run, which has its own; it is for a file of weights"
+                f"{flag}: expected none for a run, which has its own; only for a file of weights"
             )
     from backdoorbench_moe.engine.opening.opened_model import open_model
     from backdoorbench_moe.engine.run import load_run
@@ -110,7 +118,7 @@ def _open(
 
 
 def _part(kind: str, name: str, given: Values, names: Sequence[str]) -> PartSpec:
-    """A part with those of the given options that it has; one that no part has is refused."""
+    """Return a part with those of the given options that it has; an option that none of the parts has is an error."""
     from backdoorbench_moe.engine.names import REGISTRIES
 
     registry = REGISTRIES[kind]
@@ -154,7 +162,7 @@ def _print(name: str, found: Sequence[TriedTrigger], target: int | None) -> None
     console = Console(highlight=False)
     console.print(f"{name}: {found[0].ba['n']:,.0f} test images", soft_wrap=True, markup=False)
     console.print(table)
-    console.print("Percent, with the ends of the 95% interval below.", style="dim")
+    console.print("In percent, with 95% confidence intervals below.", style="dim")
 
 
 def _value(found: Share) -> str:

@@ -1,1 +1,1 @@
-"""Words of messages: numbers of things, and what a misspelt name may have meant."""
+"""Helpers for messages: counts, capital letters, and suggestions for misspelled names."""

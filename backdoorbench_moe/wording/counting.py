@@ -1,14 +1,14 @@
-"""Words of sentences: numbers of things, and capital letters."""
+"""Counts and capital letters in messages."""
 
 from __future__ import annotations
 
 
 def count(amount: int, what: str) -> str:
-    """Say how many: "1 epoch", "2 epochs", "1,000 patches".
+    """Return a number with its noun: "1 epoch", "2 epochs", "1,000 patches".
 
     Args:
         amount: The number.
-        what: The thing in the singular, with a regular plural; of several words, the last is changed.
+        what: A singular noun with a regular plural; in a phrase, only the last word is changed.
     """
     hissing = what.endswith(("s", "x", "z", "sh", "tch"))
     plural = f"{what}es" if hissing else f"{what}s"
@@ -16,5 +16,5 @@ def count(amount: int, what: str) -> str:
 
 
 def capital(text: str) -> str:
-    """Capitalise the first letter of a text, which may be empty, and leave the others."""
+    """Capitalise the first letter of a string, which may be empty, and keep the others."""
     return text[:1].upper() + text[1:]

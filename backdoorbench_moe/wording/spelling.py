@@ -1,24 +1,23 @@
-"""Which known names a misspelt one may have meant."""
+"""Suggestions for misspelled names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-# A name this long that a known name begins with is taken as its beginning.
+# Minimum length of a name that counts as the beginning of a known name.
 SHORTEST_PREFIX = 3
 
 
 def near_names(name: str, known: Iterable[str], most: int = 3) -> list[str]:
-    """The known names that `name` may be a misspelling of, the nearest first.
+    """Return the known names that `name` may be a misspelling of, nearest first.
 
-    A name is near if at most a third of its characters (of the longer of the two; at least one) were inserted,
-    left out, replaced or swapped with their neighbour, or if it begins with `name`. Case, and whether words are
-    joined by a hyphen or an underscore, do not count.
+    A known name is near if at most a third of the characters (of the longer name; at least one) were inserted, deleted,
+    replaced or swapped with their neighbour, or if it begins with `name`. Case, hyphens and underscores are ignored.
 
     Args:
-        name: What was written.
+        name: The unknown name.
         known: Names to choose from.
-        most: How many to return at most.
+        most: Maximum number of names to return.
     """
     written = _plain(name)
     found = []
@@ -36,11 +35,11 @@ def _plain(name: str) -> str:
 
 
 def edit_distance(a: str, b: str) -> int:
-    """The number of characters to insert, delete, replace or swap with their neighbour to turn `a` into `b`.
+    """Return the number of insertions, deletions, replacements and swaps of neighbours that turn `a` into `b`.
 
-    No part is changed twice (the "optimal string alignment" distance).
+    No substring is edited twice (the "optimal string alignment" distance).
     """
-    # cost[i][j]: of turning the first i characters of a into the first j of b.
+    # cost[i][j]: distance of the first i characters of a and the first j of b.
     cost = [[i + j for j in range(len(b) + 1)] for i in range(len(a) + 1)]
     for i, x in enumerate(a, 1):
         for j, y in enumerate(b, 1):

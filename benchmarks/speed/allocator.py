@@ -1,10 +1,11 @@
-"""What it brings that `bbmoe` keeps freed memory (`backdoorbench_moe.process.allocator`): CPU time and page faults.
+"""Effect of keeping freed memory (`backdoorbench_moe.process.allocator`) on CPU time and page faults.
 
     python benchmarks/speed/allocator.py [--work NAME ...] [--rounds 5] [--steps 8] [--threads N] [--json FILE]
 
-Three kinds of work, in fp32: training steps of the small pmoe on 64 images of 32x32, training steps of a pmoe on 16 of
-224x224, and predictions of a ResNet-18 for 64 of 224x224. Each with the C library as it is and with memory that is
-kept, in turns, in processes of their own. CPU seconds include those of the system, which maps the pages.
+Three kinds of work, in fp32: training steps of the small pmoe on 64 images of 32x32, training steps of a pmoe on 16
+images of 224x224, and predictions of a ResNet-18 for 64 images of 224x224. Each is measured alternately with the C
+library's default behaviour and with freed memory kept, in separate processes. CPU seconds include system time, which is
+spent on mapping pages.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ IMAGES = {"train 32x32": 64, "train 224x224": 16, "predict 224x224": 64}
 def main() -> None:
     """Measure in children, in turns, and print."""
     parser = make_parser(__doc__)
-    parser.add_argument("--threads", type=at_least_one, default=1, metavar="N", help="of a process [1]")
+    parser.add_argument(
+        "--threads", type=at_least_one, default=1, metavar="N", help="threads of each process [1]"
+    )
     parser.add_argument("--rounds", type=at_least_one, default=5, metavar="N", help="[5]")
-    parser.add_argument("--steps", type=at_least_one, default=8, metavar="N", help="of a round [8]")
+    parser.add_argument("--steps", type=at_least_one, default=8, metavar="N", help="steps per round [8]")
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK), help="[all]")
-    parser.add_argument("--here", choices=WORK, help="one measurement in this process, as JSON")
+    parser.add_argument("--here", choices=WORK, help="measure once in this process and print JSON")
     parser.add_argument("--keep", action="store_true", help="with --here: keep freed memory")
     given = parser.parse_args()
     if given.here:
@@ -52,7 +55,7 @@ def main() -> None:
 
 
 def compare(name: str, rounds: int, steps: int, threads: int) -> dict[str, Any]:
-    """Measure one kind of work in both ways, in turns."""
+    """Measure one kind of work alternately in both ways."""
     found: dict[bool, list[dict[str, float]]] = {False: [], True: []}
     for _ in range(rounds):
         for keep in found:
@@ -75,7 +78,7 @@ def _in_child(name: str, steps: int, keep: bool, threads: int) -> dict[str, floa
 
 
 def measure(name: str, steps: int, *, keep: bool, threads: int) -> dict[str, float]:
-    """CPU seconds a step, the system's part of them, page faults a step, and the peak memory."""
+    """Return the CPU seconds per step, the system time in them, the page faults per step, and the peak memory."""
     from backdoorbench_moe.process.allocator import keep_freed_memory
 
     if keep and not keep_freed_memory():
@@ -100,7 +103,7 @@ def measure(name: str, steps: int, *, keep: bool, threads: int) -> dict[str, flo
 
 
 def _step(name: str) -> Callable[[], object]:
-    """One step of a kind of work."""
+    """Return a function that executes one step of a kind of work."""
     import torch
 
     from backdoorbench_moe import create_model
@@ -129,7 +132,7 @@ def _step(name: str) -> Callable[[], object]:
 
 
 def make_table(rows: list[dict[str, Any]]) -> Table:
-    """Milliseconds of CPU time an image, and the ratio."""
+    """Build a table of the CPU milliseconds per image and their ratio."""
     table = Table(title="CPU time with memory as it is, and kept", title_justify="left")
     table.add_column("work")
     for column in ("ms an image", "kept", "ratio", "system", "kept", "peak MB", "kept"):

@@ -1,9 +1,10 @@
-"""Seconds that `bbmoe analyze` takes over a run's test images, part by part, and its report.
+"""Time of the parts of `bbmoe analyze` on a run's test images, and of its report.
 
     python benchmarks/speed/analysis.py RUN [--data-root DIR] [--threads 2] [--json FILE]
 
-RUN is a finished run folder, for the goals one of the small pmoe on CIFAR-10. Measured alone, as if it had no clean
-twin; then beside the twin, if that lies beside it, which passes all images through a second model.
+RUN is a finished run folder; the goals are for the small pmoe on CIFAR-10. The run is measured alone, as if it had no
+clean twin, and then compared with its twin, if the twin's folder is next to it, which passes all images through a
+second model.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from backdoorbench_moe.analysis.report import draw_report
 from backdoorbench_moe.analysis.results import Analysis
 from backdoorbench_moe.engine.run import Run, load_run
 
-# For 10,000 test images and those of them that are triggered.
+# For 10,000 test images and the triggered ones among them.
 GOAL_SECONDS, GOAL_ROUTING_SECONDS = 60, 15
-# Of the routing: the pass over all images, and what is made of it.
+# Parts of the routing: the pass over all images, and its evaluation.
 ROUTING = ("routing", "statistics")
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     """Measure and print."""
     parser = make_parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--data-root", metavar="DIR", help="where the data set lies [where it lay]")
+    parser.add_argument("--data-root", metavar="DIR", help="folder with the data set [that of the run]")
     parser.add_argument("--threads", type=at_least_one, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -44,7 +45,7 @@ def main() -> None:
 
 
 def measure(run: Run, data_root: str | None) -> dict[str, Any]:
-    """Analyze a run alone and, where it lies there, beside its clean twin."""
+    """Analyse a run alone and, if available, compared with its clean twin."""
     with tempfile.TemporaryDirectory() as folder:
         alone = Path(folder) / run.folder.path.name
         shutil.copytree(run.folder.path, alone)
@@ -66,7 +67,7 @@ def measure(run: Run, data_root: str | None) -> dict[str, Any]:
 
 
 def time_analysis(run: Run, data_root: str | None) -> dict[str, Any]:
-    """One analysis and its report: wall and CPU seconds, the parts' wall seconds, and what they were over."""
+    """Time one analysis and its report: wall and CPU seconds, wall seconds of the parts, and numbers of images."""
     started, spent = time.perf_counter(), time.process_time()
     analysis: Analysis = analyze_run(run, data_root=data_root)
     drawing = time.perf_counter()
@@ -83,7 +84,7 @@ def time_analysis(run: Run, data_root: str | None) -> dict[str, Any]:
 
 
 def make_table(result: dict[str, Any]) -> Table:
-    """One part a row."""
+    """Build a table with one row per part."""
     rows = result["rows"]
     images = rows["alone"]["test_images"]
     title = f"bbmoe analyze, {images:,} test images, {rows['alone']['triggered_images']:,} triggered"
@@ -100,7 +101,7 @@ def make_table(result: dict[str, Any]) -> Table:
 
 
 def notes(result: dict[str, Any]) -> list[str]:
-    """The goals."""
+    """Return a line about the goals."""
     return [
         f"in all, alone: {result['rows']['alone']['seconds']:.1f} s (goal: at most {result['goal_seconds']}); "
         f"routing alone: {result['routing_seconds']:.1f} s (goal: at most {result['goal_routing_seconds']}): "

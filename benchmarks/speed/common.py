@@ -1,6 +1,6 @@
-"""What the speed benchmarks share: options, child processes, and how a result is shown and kept.
+"""Shared code of the speed benchmarks: options, child processes, and output of results.
 
-Imports no torch at the top: a child's peak memory is never below what its parent held when it started it.
+Does not import torch at the top: a child's peak memory is never below that of its parent when the child was started.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 SMALL_PMOE: dict[str, Any] = {"widen_factor": 2, "moe_channels": 128, "expert_channels": 32}
-# These libraries each choose their kernels by what they find in the CPU; the variables leave out AVX-512.
+# These libraries choose their kernels by the features of the CPU; the variables exclude AVX-512.
 AVX2_ONLY = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 # Linux counts ru_maxrss in KiB, macOS in bytes.
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
@@ -29,7 +29,7 @@ MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 @dataclass(frozen=True)
 class Child:
-    """A finished process: wall seconds, CPU seconds and peak resident bytes of it and its own children."""
+    """A finished process: wall seconds, CPU seconds and peak resident bytes, including its own children."""
 
     returncode: int
     seconds: float
@@ -38,7 +38,7 @@ class Child:
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the option every benchmark takes."""
+    """Return a parser with the option that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
     return parser
@@ -56,8 +56,8 @@ def run_child(command: Sequence[str], *, quiet: bool, variables: Mapping[str, st
 
     Args:
         command: Program and arguments.
-        quiet: Drop what it prints.
-        variables: Environment variables to set for it.
+        quiet: Whether to discard its output.
+        variables: Environment variables to set.
     """
     output = subprocess.DEVNULL if quiet else None
     started = time.perf_counter()
@@ -71,13 +71,13 @@ def run_child(command: Sequence[str], *, quiet: bool, variables: Mapping[str, st
 
 
 def bbmoe_command() -> list[str]:
-    """The installed `bbmoe` of this interpreter; the module where it is not installed."""
+    """Return the command of this interpreter's `bbmoe`, or of the module if it is not installed."""
     script = Path(sysconfig.get_path("scripts")) / "bbmoe"
     return [str(script)] if script.is_file() else [sys.executable, "-m", "backdoorbench_moe"]
 
 
 def environment_of(device: str = "cpu", precision: str = "auto") -> dict[str, Any]:
-    """The environment as a run's record holds it."""
+    """Return the environment in the format of a run's record."""
     from backdoorbench_moe.engine.device import environment, resolve_device, resolve_precision
 
     where = resolve_device(device)
@@ -85,7 +85,7 @@ def environment_of(device: str = "cpu", precision: str = "auto") -> dict[str, An
 
 
 def finish(result: dict[str, Any], table: Table, notes: Sequence[str], file: Path | None) -> None:
-    """Print the table, the notes and where it was measured; write the result where --json asks for it."""
+    """Print the table, the notes and the environment; write the result to the file of --json, if given."""
     console = Console(highlight=False)
     console.print(table)
     for note in notes:
@@ -97,7 +97,7 @@ def finish(result: dict[str, Any], table: Table, notes: Sequence[str], file: Pat
 
 
 def footer(environment: Mapping[str, Any]) -> str:
-    """One line: versions and hardware."""
+    """Return versions and hardware in one line."""
     device = "" if environment["device"] == "cpu" else f", {environment['device']}"
     return (
         f"torch {environment['packages']['torch']}, Python {environment['python']}, "
@@ -107,5 +107,5 @@ def footer(environment: Mapping[str, Any]) -> str:
 
 
 def verdict(met: bool) -> str:
-    """A goal's cell in a table."""
+    """Return the table cell of a goal."""
     return "[green]met[/green]" if met else "[red]missed[/red]"

@@ -1,11 +1,11 @@
-"""Seconds, BA and ASR of the command that `make demo` runs, for several seeds, with and without bf16.
+"""Time, BA and ASR of the command that `make demo` runs, for several seeds, with and without bf16.
 
     python benchmarks/speed/demo.py [--seeds 5] [--first-seed 0] [--precision avx2] [--former 1]
 
-Every run is a process of its own and includes all that the command does: starting, drawing the images, training the
-victim and its clean twin, evaluating both. `avx2` is fp32 with the kernels of a CPU that has AVX2 and nothing newer.
-`--former N` also runs the `quick` recipe as it was until November 2026 (`FORMER`) on the first N seeds, in turns with
-the present one; the ratio of the two is less disturbed by a busy machine than seconds are.
+Every run is a separate process and includes the complete command: start-up, generating the images, training the victim
+and its clean twin, and evaluating both. `avx2` is fp32 with the kernels of a CPU without AVX-512. `--former N` also
+runs the `quick` recipe as it was until November 2026 (`FORMER`) on the first N seeds, alternating with the current one;
+their ratio is less affected by a busy machine than the seconds are.
 """
 
 from __future__ import annotations
@@ -44,10 +44,18 @@ def main() -> None:
     """Measure and print."""
     parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=at_least_one, default=5, metavar="N", help="number of seeds [5]")
-    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="the first of them [0]")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="first seed [0]")
     parser.add_argument("--precision", action="append", choices=list(GOAL_SECONDS), help="[both]")
-    parser.add_argument("--former", type=int, default=0, metavar="N", help="seeds with the former recipe [0]")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for `bbmoe attack`")
+    parser.add_argument(
+        "--former",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of seeds to also run with the former recipe [0]",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="option for `bbmoe attack`"
+    )
     arguments = parser.parse_args()
     precisions = arguments.precision or list(GOAL_SECONDS)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
@@ -56,13 +64,13 @@ def main() -> None:
 
 
 def measure(seeds: range, precisions: list[str], former: int, settings: list[str]) -> dict[str, Any]:
-    """Run every seed in every precision, the former recipe directly behind the present one."""
+    """Run every seed in every precision, the former recipe directly after the current one."""
     runs = []
     for precision, seed in itertools.product(precisions, seeds):
         recipes = {"quick": settings, "former": [*FORMER, *settings]}
         for recipe in recipes if seed in seeds[:former] else ["quick"]:
             run = {"recipe": recipe, **run_once(precision, seed, recipes[recipe])}
-            # Minutes apart, so that one sees it work.
+            # Show progress, as runs take minutes.
             line = f"{precision}, {recipe}, seed {seed}: {run['seconds']:.1f} s, {run['cpu_seconds']:.1f} CPU s, "
             print(line + f"BA {run['ba']:.2f}, ASR {run['asr']:.2f}", file=sys.stderr, flush=True)
             runs.append(run)
@@ -80,7 +88,7 @@ def measure(seeds: range, precisions: list[str], former: int, settings: list[str
 
 
 def run_once(precision: str, seed: int, settings: list[str]) -> dict[str, Any]:
-    """Run the command in a process of its own. Exits if it fails."""
+    """Run the command in a separate process. Exits if it fails."""
     with tempfile.TemporaryDirectory() as output:
         command = [*bbmoe_command(), *COMMAND, "--seed", str(seed), "--device", "cpu", "--output", output]
         command += ["--precision", "bf16" if precision == "bf16" else "fp32"]
@@ -105,7 +113,7 @@ def run_once(precision: str, seed: int, settings: list[str]) -> dict[str, Any]:
 
 
 def summary(runs: list[dict[str, Any]], precision: str) -> dict[str, Any]:
-    """Medians and lowest values of the present recipe, and its cost beside the former one's on the same seeds."""
+    """Return medians and lowest values of the current recipe, and its cost relative to the former on the same seeds."""
     here = [run for run in runs if run["precision"] == precision]
     present = [run for run in here if run["recipe"] == "quick"]
     former = {run["seed"]: run for run in here if run["recipe"] == "former"}
@@ -129,7 +137,7 @@ def summary(runs: list[dict[str, Any]], precision: str) -> dict[str, Any]:
 
 
 def make_table(result: dict[str, Any]) -> Table:
-    """One row for each run."""
+    """Build a table with one row per run."""
     table = Table("precision", "recipe", title=result["command"], title_justify="left")
     for column in ("seed", "seconds", "CPU s", "BA %", "ASR %", "BA of the twin %"):
         table.add_column(column, justify="right")
@@ -141,7 +149,7 @@ def make_table(result: dict[str, Any]) -> Table:
 
 
 def notes(result: dict[str, Any]) -> list[str]:
-    """The goals, and the cost beside the former recipe's."""
+    """Return lines about the goals and the cost relative to the former recipe."""
     lines = []
     for precision, row in result["summary"].items():
         lines.append(
@@ -159,7 +167,7 @@ def notes(result: dict[str, Any]) -> list[str]:
 
 
 def met(goal: bool) -> str:
-    """Whether a goal was reached, in a word."""
+    """Return in a word whether a goal was met."""
     return "met" if goal else "missed"
 
 

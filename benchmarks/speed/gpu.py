@@ -1,12 +1,12 @@
-"""One 25-epoch CIFAR-10 training of the full pMoE on a GPU, and how many side by side are fastest in total.
+"""Time of a 25-epoch CIFAR-10 training of the full pMoE on a GPU, and the fastest number of parallel trainings.
 
     python benchmarks/speed/gpu.py [--side-by-side 1 2 3 4] [--epochs 25] [--images 50000] [--model-size full]
                                    [--device cuda] [--compile] [--peak TFLOPS] [--json FILE]
 
-Trains as `bbmoe attack` does (same step, same precision) on random images of CIFAR-10's size and number; what
-lies around the training (reading, evaluating, writing) is left out. Every training side by side is a process
-of its own on the same card, started before and let go at once. --peak is the card's dense bf16 rate, for the
-share of it that is reached; known for some cards.
+Trains as `bbmoe attack` does (same step, same precision) on random images of CIFAR-10's size and number, without
+reading, evaluating and writing. Parallel trainings are separate processes on the same GPU, which are started first and
+then released at the same time. --peak is the GPU's dense bf16 rate, to print the share of it that is reached; it is
+known for some GPUs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from backdoorbench_moe.models.profile import profile_model
 BATCH_SIZE = 128
 GOAL_SECONDS = 20.0
 MODELS: dict[str, dict[str, Any]] = {"full": {}, "small": SMALL_PMOE}
-# Dense bf16 TFLOP/s as the makers state them.
+# Dense bf16 TFLOP/s as stated by the manufacturers.
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L4": 121.0, "T4": 65.0}
 
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--images", type=at_least_one, default=50_000)
     parser.add_argument("--model-size", choices=list(MODELS), default="full")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--compile", action="store_true", help="with torch.compile, inside the CUDA graphs")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile inside the CUDA graphs")
     parser.add_argument("--peak", type=float, metavar="TFLOPS")
     arguments = parser.parse_args()
     result = measure(arguments)
@@ -51,10 +51,10 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time each number of trainings side by side once: one is 25 epochs long, which is repetition enough."""
+    """Time each number of parallel trainings once; a training has 25 epochs, which is enough repetition."""
     device = resolve_device(arguments.device)
     model = create_model("pmoe", num_classes=10, image_size=32, **MODELS[arguments.model_size])
-    # A step computes the forward product, and two more as large for the gradients of inputs and weights.
+    # A step computes the forward product, and two more of the same size for the gradients of inputs and weights.
     flops = 2 * 3 * profile_model(model, 32).multiply_adds * arguments.images * arguments.epochs
     rows = []
     for count in arguments.side_by_side:
@@ -87,7 +87,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def train_side_by_side(count: int, arguments: argparse.Namespace) -> list[dict[str, float]]:
-    """Train in `count` processes that all start their clock at once."""
+    """Train in `count` processes that start their clocks at the same time."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(count), context.SimpleQueue()
     options = (
@@ -118,10 +118,10 @@ def train(
     barrier: Any,
     results: Any,
 ) -> None:
-    """One training, its first epoch's capture and library set-up included in the time.
+    """Time one training, including graph capture and library set-up in its first epoch.
 
-    With `compile`, a first training of one epoch is made before the clock starts: a suite's runs share the
-    compiled code, as they are made in the same processes.
+    With `compile`, a training of one epoch is run before the clock starts, as the runs of a suite share compiled code
+    within a process.
     """
     began = time.perf_counter()
     device = resolve_device(device_name)
@@ -145,7 +145,7 @@ def train(
 def make_trainer(
     seed: int, size: str, split: Split, device: torch.device, *, epochs: int, compile: bool
 ) -> Trainer:
-    """As `bbmoe attack` has it, without checkpoints."""
+    """Return the trainer of `bbmoe attack`, without checkpoints."""
     torch.manual_seed(seed)
     return Trainer(
         create_model("pmoe", num_classes=10, image_size=32, **MODELS[size]),
@@ -160,7 +160,7 @@ def make_trainer(
 
 
 def known_peak(device: torch.device) -> float | None:
-    """The card's dense bf16 rate in TFLOP/s; None for one that is not listed."""
+    """Return the GPU's dense bf16 rate in TFLOP/s; None if it is not listed."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -168,7 +168,7 @@ def known_peak(device: torch.device) -> float | None:
 
 
 def make_table(result: dict[str, Any]) -> Table:
-    """One row for each number side by side."""
+    """Build a table with one row per number of parallel trainings."""
     title = f"{result['epochs']} epochs of {result['images']:,} images, {result['model_size']} pmoe"
     table = Table("side by side", title=title, title_justify="left")
     for column in ("seconds", "seconds a training", "images/s", "TFLOP/s", "of the peak", "GB each"):
@@ -188,7 +188,7 @@ def make_table(result: dict[str, Any]) -> Table:
 
 
 def notes(result: dict[str, Any]) -> list[str]:
-    """The fastest number, and the goal where it is what was measured."""
+    """Return lines about the fastest number and, if it was measured, about the goal."""
     best = min(result["rows"], key=lambda row: row["seconds_a_training"])
     lines = [f"fastest in total: {best['side_by_side']} side by side"]
     alone = next((row for row in result["rows"] if row["side_by_side"] == 1), None)

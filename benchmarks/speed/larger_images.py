@@ -2,9 +2,10 @@
 
     python benchmarks/speed/larger_images.py [--sides 32 64 224] [--threads N] [--json FILE]
 
-The small pmoe with patches of 4, 8 and 16; square, blend and warp by the patch applicator on 64 images at a time,
-and forward, backward and SGD step on batches of 32, in fp32. Every size in a process of its own, for its peak
-memory; images a CPU second, in the best of some rounds, so that other work on the machine disturbs least.
+Uses the small pmoe with patches of 4, 8 and 16: square, blend and warp by the patch applicator on 64 images at a time,
+and forward, backward and SGD step on batches of 32, in fp32. Every size is measured in a separate process, for its peak
+memory. Speed is in images per CPU second in the best of several rounds, to reduce the effect of other work on the
+machine.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from common import MAXRSS_UNIT, SMALL_PMOE, at_least_one, environment_of, finish, make_parser
 from rich.table import Table
 
-# Side of the images to side of the model's patches.
+# Image size -> patch size of the model.
 PATCHES = {32: 4, 64: 8, 224: 16}
 TRIGGERS = ("square", "blend", "warp")
 STAMPED, BATCH, ROUNDS = 64, 32, 5
@@ -29,9 +30,13 @@ STAMPED, BATCH, ROUNDS = 64, 32, 5
 def main() -> None:
     """Measure every size in a child, and print."""
     parser = make_parser(__doc__)
-    parser.add_argument("--threads", type=at_least_one, default=1, metavar="N", help="of a process [1]")
+    parser.add_argument(
+        "--threads", type=at_least_one, default=1, metavar="N", help="threads of each process [1]"
+    )
     parser.add_argument("--sides", nargs="+", type=int, choices=PATCHES, default=list(PATCHES), help="[all]")
-    parser.add_argument("--here", action="store_true", help="the first side in this process, as JSON")
+    parser.add_argument(
+        "--here", action="store_true", help="measure the first size in this process and print JSON"
+    )
     given = parser.parse_args()
     if given.here:
         print(json.dumps(measure(given.sides[0], threads=given.threads)))
@@ -48,7 +53,7 @@ def _in_child(side: int, threads: int) -> dict[str, Any]:
 
 
 def measure(side: int, *, threads: int) -> dict[str, Any]:
-    """Images a CPU second, and what the process held at most after stamping and after training."""
+    """Return images per CPU second, and the peak memory of the process after stamping and after training."""
     import torch
 
     from backdoorbench_moe import create_applicator, create_model, create_trigger
@@ -83,7 +88,7 @@ def measure(side: int, *, threads: int) -> dict[str, Any]:
 
 
 def _best(work: Callable[[], object]) -> float:
-    """CPU seconds of the fastest round, after one that is not counted."""
+    """Return the CPU seconds of the fastest round, after one that is not counted."""
     work()
     seconds = []
     for _ in range(ROUNDS):
@@ -98,7 +103,7 @@ def _peak_bytes() -> int:
 
 
 def make_table(rows: list[dict[str, Any]]) -> Table:
-    """Images a CPU second, and peaks in MB over what the process held before."""
+    """Build a table of images per CPU second, and of peaks in MB above the memory at the start."""
     table = Table(title="Images a CPU second, and peak memory", title_justify="left")
     table.add_column("images, patch")
     for column in (*TRIGGERS, "train", "M MACs", "stamp MB", "train MB"):

@@ -1,10 +1,10 @@
-"""Peak resident memory of `bbmoe attack` on CIFAR-10, its clean twin and evaluation included.
+"""Peak resident memory of `bbmoe attack` on CIFAR-10, including its clean twin and evaluation.
 
     python benchmarks/speed/memory.py --data-root DIR [--train-images N] [--json FILE]
 
-Runs the command in a process of its own (small pmoe, paper recipe, one epoch, 128 images a batch, warp by
-the patch applicator at 10%) and reads the operating system's count of it; beside it, in the same way, what
-importing the toolbox takes by itself.
+Runs the command in a separate process (small pmoe, paper recipe, one epoch, batches of 128 images, warp by the patch
+applicator at 10%) and reads its peak from the operating system. The peak of importing the toolbox is measured in the
+same way for comparison.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ BATCH_SIZE = 128
 def main() -> None:
     """Measure and print."""
     parser = make_parser(__doc__)
-    parser.add_argument("--data-root", required=True, metavar="DIR", help="where CIFAR-10 lies")
-    parser.add_argument("--train-images", type=at_least_one, metavar="N", help="train on so many only [all]")
+    parser.add_argument("--data-root", required=True, metavar="DIR", help="folder with CIFAR-10")
+    parser.add_argument(
+        "--train-images", type=at_least_one, metavar="N", help="number of training images [all]"
+    )
     arguments = parser.parse_args()
     result = measure(arguments.data_root, arguments.train_images)
     finish(result, make_table(result), notes(result), arguments.json)
 
 
 def measure(data_root: str, train_images: int | None) -> dict[str, Any]:
-    """Run the command once. Exits with what it printed if it fails."""
+    """Run the command once. Exits if it fails."""
     imports = run_child([sys.executable, "-c", "import backdoorbench_moe.engine.runner"], quiet=True)
     with tempfile.TemporaryDirectory() as output:
         child = run_child(attack_command(data_root, train_images, output), quiet=False)
@@ -57,7 +59,7 @@ def measure(data_root: str, train_images: int | None) -> dict[str, Any]:
 
 
 def attack_command(data_root: str, train_images: int | None, output: str) -> list[str]:
-    """`bbmoe attack` as the paper trains, for one epoch."""
+    """Return the command of `bbmoe attack` with the paper's recipe, for one epoch."""
     settings = [f"model.{name}={value}" for name, value in SMALL_PMOE.items()]
     if train_images is not None:
         settings.append(f"dataset.train_images={train_images}")
@@ -71,7 +73,7 @@ def attack_command(data_root: str, train_images: int | None, output: str) -> lis
 
 
 def make_table(result: dict[str, Any]) -> Table:
-    """Peaks against the goal."""
+    """Build a table of the peaks and the goal."""
     table = Table(title="Peak resident memory", title_justify="left")
     table.add_column("process")
     for column in ("GB", "goal, GB", ""):
@@ -87,7 +89,7 @@ def make_table(result: dict[str, Any]) -> Table:
 
 
 def notes(result: dict[str, Any]) -> list[str]:
-    """What was run."""
+    """Return a line about the runs."""
     return [
         f"{result['train_images']:,} training and {result['test_images']:,} test images, "
         f"{result['runs']} trainings, {result['seconds']:.0f} s"

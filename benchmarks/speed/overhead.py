@@ -1,10 +1,10 @@
-"""How much longer the runs of a suite take than their training, from their records.
+"""Overhead of the runs of a suite over their training time, from their records.
 
     python benchmarks/speed/overhead.py benchmarks/results/badpatches-table1/small [FOLDER ...] [--json FILE]
 
-A run's time includes preparing the images, stamping, the evaluation of clean and triggered test images, and writing the
-run folder; what an optimised trigger needs to be made is counted as well. Start-up is not: a worker of a suite starts
-once for all of its runs. Defended runs and runs that were continued, whose times are in parts, are left out.
+A run's time includes preparing the images, optimising the trigger (if any), stamping, evaluating clean and triggered
+test images, and writing the run folder. It does not include start-up, as a worker of a suite starts once for all of its
+runs. Defended runs, and continued runs, whose time is recorded in parts, are left out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from rich.table import Table
 def main() -> None:
     """Read and print."""
     parser = make_parser(__doc__)
-    parser.add_argument("folders", type=records_file, nargs="+", metavar="FOLDER", help="with records.jsonl")
+    parser.add_argument(
+        "folders", type=records_file, nargs="+", metavar="FOLDER", help="results folder with records.jsonl"
+    )
     files = parser.parse_args()
     result = {
         "benchmark": "overhead",
@@ -33,14 +35,14 @@ def main() -> None:
 
 
 def records_file(text: str) -> Path:
-    """Read a folder of results, for argparse."""
+    """Return the records file of a results folder, for argparse."""
     if not (file := Path(text) / "records.jsonl").is_file():
         raise argparse.ArgumentTypeError(f"expected a folder with records.jsonl, got {text}")
     return file.resolve()
 
 
 def measure(file: Path) -> dict[str, Any]:
-    """Add up the seconds of the runs of a file, those of their training, and the ratio of the two."""
+    """Return the total seconds of the runs in a file, those of their training, and their ratio."""
     times = list(timings(file))
     training, total = (sum(each[f"{key}_seconds"] for each in times) for key in ("train", "total"))
     return {
@@ -52,7 +54,7 @@ def measure(file: Path) -> dict[str, Any]:
 
 
 def timings(file: Path) -> Iterator[dict[str, float]]:
-    """The times of each run that was trained in one go."""
+    """Yield the times of each run that was trained without interruption."""
     with file.open(encoding="utf-8") as lines:
         for record in map(json.loads, lines):
             timing = record["timing"]
@@ -62,7 +64,7 @@ def timings(file: Path) -> Iterator[dict[str, float]]:
 
 
 def make_table(result: dict[str, Any]) -> Table:
-    """One row for each suite."""
+    """Build a table with one row per suite."""
     table = Table("suite", title="The time of runs over that of their training", title_justify="left")
     for column in ("runs", "training, h", "in all, h", "ratio"):
         table.add_column(column, justify="right")

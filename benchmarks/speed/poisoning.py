@@ -1,8 +1,8 @@
-"""Seconds to stamp 10,000 images of 32x32, uint8 to uint8, for each trigger and applicator.
+"""Time to stamp 10,000 images of 32x32, uint8 to uint8, for each trigger and applicator.
 
     python benchmarks/speed/poisoning.py [--images 10000] [--threads 2] [--device cpu] [--json FILE]
 
-Beside it, in the same run, WaNet's formula applied to one image at a time, as dataset transforms do.
+For comparison, WaNet's formula is applied to one image at a time, as data set transforms do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from backdoorbench_moe.triggers.warp import Warp
 
 REPEATS = 5
 LOOP_IMAGES = 500
-# Seconds for 10,000 images, and the batched warp over the loop.
+# Goals: seconds for 10,000 images, and speed-up of the batched warp over the loop.
 GOAL_SECONDS, GOAL_SPEEDUP = 0.3, 100
 NOTEBOOK: dict[str, object] = {"grid_size": 2, "strength": 0.25, "sampling": "truncate"}
 
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def measure(images: Tensor) -> dict[str, Any]:
-    """Time every trigger with every applicator, and the loop; triggers that are learned have no pattern yet."""
+    """Time every trigger with every applicator, and the loop; learned triggers have no pattern and are left out."""
     names = [name for name in list_triggers() if not issubclass(registry.lookup(name), LearnedTrigger)]
     variants: dict[str, Trigger] = {name: create_trigger(name) for name in names}
     variants["warp (truncate)"] = create_trigger("warp", **NOTEBOOK)
@@ -72,7 +72,7 @@ def measure(images: Tensor) -> dict[str, Any]:
 
 
 def median_seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Median over the repeats, after one run to warm up."""
+    """Return the median seconds over the repeats, after a warm-up run."""
     times = []
     for _ in range(REPEATS + 1):
         start = time.perf_counter()
@@ -84,7 +84,7 @@ def median_seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def warp_one_by_one(images: Tensor, warp: Warp) -> Tensor:
-    """WaNet's formula, from the control grid on, for each image by itself."""
+    """Apply WaNet's formula, starting from the control grid, to each image separately."""
     size, device = images.shape[-1], images.device
     control = warp.control_grid.to(device)
     warped = []
@@ -99,7 +99,7 @@ def warp_one_by_one(images: Tensor, warp: Warp) -> Tensor:
 
 
 def make_table(result: dict[str, Any]) -> Table:
-    """One row for each trigger and applicator."""
+    """Build a table with one row per trigger and applicator."""
     environment = result["environment"]
     title = f"Stamping {result['images']:,} images, {environment['threads']} threads, {environment['device']}"
     table = Table("trigger, applicator", title=title, title_justify="left")
@@ -113,7 +113,7 @@ def make_table(result: dict[str, Any]) -> Table:
 
 
 def notes(result: dict[str, Any]) -> list[str]:
-    """The slowest and the speed-up, against their goals."""
+    """Return lines about the slowest trigger and the speed-up, with their goals."""
     slowest = max(result["seconds"].values()) * 10_000 / result["images"]
     return [
         f"slowest for 10,000 images: {slowest:.3f} s (goal: at most {result['goal_seconds']:g})",

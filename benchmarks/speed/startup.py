@@ -1,9 +1,9 @@
-"""Wall time of short `bbmoe` commands as whole processes, with an empty Python beside them.
+"""Wall time of short `bbmoe` commands, and of an empty Python process for comparison.
 
     python benchmarks/speed/startup.py [--repeats 10] [--json FILE]
 
-Medians over the repeats, the commands in turns, after one run of each that fills the file cache and writes
-the byte code. CPU seconds stand beside them: on a busy machine they tell more than the wall's.
+Prints medians over the repeats. The commands alternate, after one run of each that fills the file cache and writes the
+byte code. CPU seconds are also shown, as they are more reliable on a busy machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from common import Child, at_least_one, bbmoe_command, environment_of, finish, m
 from rich.table import Table
 
 FLOOR = "python -c pass"
-# Command -> goal in seconds and expected exit code.
+# Command -> goal in seconds, and expected exit code.
 COMMANDS: dict[str, tuple[float | None, int]] = {
     FLOOR: (None, 0),
     "bbmoe --help": (0.3, 0),
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def measure(repeats: int) -> dict[str, Any]:
-    """Run every command in turn. Exits if one ends with another code than it should."""
+    """Run the commands in turn. Exits if a command has an unexpected exit code."""
     children: dict[str, list[Child]] = {command: [] for command in COMMANDS}
     for _ in range(repeats + 1):
         for command, runs in children.items():
@@ -62,7 +62,7 @@ def run_once(command: str) -> Child:
 
 
 def summary(command: str, runs: list[Child]) -> dict[str, Any]:
-    """Medians of a command, and whether it meets its goal."""
+    """Return the medians of a command, and whether it meets its goal."""
     seconds = [child.seconds for child in runs]
     goal = COMMANDS[command][0]
     return {
@@ -75,7 +75,7 @@ def summary(command: str, runs: list[Child]) -> dict[str, Any]:
 
 
 def make_table(result: dict[str, Any]) -> Table:
-    """One row for each command."""
+    """Build a table with one row per command."""
     table = Table("command", title=f"Start-up, median of {result['repeats']}", title_justify="left")
     for column in ("seconds", "lowest", "CPU s", "goal", ""):
         table.add_column(column, justify="right")

@@ -1,11 +1,11 @@
-"""How fast one run trains with one thread and with one for each core, on free and on busy cores.
+"""Training speed of one run with one thread and with one thread per core, on free and on busy cores.
 
     python benchmarks/speed/threads.py [--rounds 3] [--busy N ...] [--train-images N] [--epochs N] [--json FILE]
 
-For every round: no, half and all cores busy with another process each; one thread, and one for each core; and what
-a thread does while it waits for the others at the end of an operator: it checks again and again for some time ("spin",
-the default of the OpenMP library in PyTorch's packages for Linux) or sleeps at once ("sleep",
-`OMP_WAIT_POLICY=PASSIVE`). The images per second are those of the training alone, from the run's record.
+Each round measures all combinations of: none, half and all of the cores busy with another process each; one thread, and
+one per core; and what a thread does while it waits for the others at the end of an operator: it polls for some time
+("spin", the default of the OpenMP library in PyTorch's packages for Linux) or sleeps immediately ("sleep",
+`OMP_WAIT_POLICY=PASSIVE`). Images per second are those of the training only, from the run's record.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ BUSY_LOOP = "while True: pass"
 def main() -> None:
     """Measure and print."""
     parser = make_parser(__doc__)
-    parser.add_argument("--rounds", type=at_least_one, default=3, help="rounds of all ways [3]")
-    parser.add_argument("--busy", type=int, nargs="+", metavar="N", help="busy cores [none, half and all]")
+    parser.add_argument("--rounds", type=at_least_one, default=3, help="number of rounds [3]")
+    parser.add_argument(
+        "--busy", type=int, nargs="+", metavar="N", help="numbers of busy cores [none, half and all]"
+    )
     parser.add_argument("--train-images", type=at_least_one, default=2000, metavar="N", help="[2000]")
     parser.add_argument("--epochs", type=at_least_one, default=2, help="[2]")
     arguments = parser.parse_args()
@@ -42,7 +44,7 @@ def main() -> None:
 
 
 def measure(rounds: int, busy_cores: list[int] | None, images: int, epochs: int) -> dict[str, Any]:
-    """Train in every way, in turns."""
+    """Train with every combination, in turn."""
     cores = os.cpu_count() or 1
     ways = list(itertools.product(busy_cores or sorted({0, cores // 2, cores}), sorted({1, cores}), WAITING))
     speeds: dict[tuple[int, int, str], list[float]] = {way: [] for way in ways}
@@ -71,7 +73,7 @@ def measure(rounds: int, busy_cores: list[int] | None, images: int, epochs: int)
 
 @contextlib.contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """Keep other processes computing inside the block."""
+    """Keep some processes busy inside the block."""
     processes = [subprocess.Popen([sys.executable, "-c", BUSY_LOOP]) for _ in range(count)]
     try:
         yield
@@ -82,7 +84,7 @@ def busy_processes(count: int) -> Iterator[None]:
 
 
 def train(threads: int, waiting: str, images: int, epochs: int) -> float:
-    """Images per second of a training in a process of its own. Exits if it fails."""
+    """Return the images per second of a training in a separate process. Exits if it fails."""
     with tempfile.TemporaryDirectory() as output:
         command = [*bbmoe_command(), "attack", "--trigger", "square", "--no-twin", "--device", "cpu"]
         command += ["--threads", str(threads), "--epochs", str(epochs), "--output", output, "--quiet"]
@@ -95,7 +97,7 @@ def train(threads: int, waiting: str, images: int, epochs: int) -> float:
 
 
 def make_table(result: dict[str, Any]) -> Table:
-    """The median of the rounds, with the lowest and the highest."""
+    """Build a table of the median of the rounds, with the lowest and the highest."""
     title = f"training a small pmoe on {result['cores']} cores, images/s"
     table = Table("busy cores", "threads", "waiting threads", title=title, title_justify="left")
     table.add_column("images/s", justify="right")

@@ -1,19 +1,19 @@
-"""Training images/s of the toolbox against a researcher's fp32 loop and the machine's own matrix rate, in turns.
+"""Training speed of the toolbox, compared with a plain fp32 training loop and with the machine's matrix rate.
 
     python benchmarks/speed/training.py [--model small|full|preact_resnet18] [--batches N] [--rounds 5]
                                         [--device cpu] [--precision avx2] [--threads 2] [--profile]
                                         [--json FILE]
 
-Both loops train from the same weights on the same random images, 128 at a time. The researcher's loop is in
-`training_loops.py`: float32, PyTorch's own memory order, torch.optim.SGD as it comes, loss and hits read after every
-batch. For the small and the full pMoE it has all images in memory ("plain"); for a PreActResNet-18 it reads and
-augments them as BackdoorBench does, in two workers ("loader"), and the toolbox augments them, too. The matrix rate is
+Both loops train from the same weights on the same random images, in batches of 128. The plain loop is in
+`training_loops.py`: float32, PyTorch's default memory format and torch.optim.SGD, with loss and hits read after every
+batch. For the small and the full pMoE, it has all images in memory ("plain"); for a PreActResNet-18, it reads and
+augments them as BackdoorBench does, in two workers ("loader"), and the toolbox also augments them. The matrix rate is
 that of products of 2048x2048 matrices in the toolbox's precision.
 
-Each loop has a process of its own, in which the C library is set up as a user has it: as it is for the researcher's
-loop, and as `bbmoe` does it for the toolbox. `--precision avx2` computes in fp32, with the kernels that a CPU without
-AVX-512 has. The loop "convolutions" computes nothing but the model's convolutions, forward and backward: no training
-with these kernels can be faster.
+Each loop runs in a separate process, in which the C library is set up as for a user: with its defaults for the plain
+loop, and as `bbmoe` sets it up for the toolbox. The loops run in turn. `--precision avx2` computes in fp32 with the
+kernels of a CPU without AVX-512. The loop "convolutions" computes only the model's convolutions, forward and backward;
+no training with these kernels can be faster.
 """
 
 from __future__ import annotations
@@ -55,16 +55,18 @@ def main() -> None:
     """Measure and print."""
     parser = make_parser(__doc__)
     parser.add_argument("--model", choices=list(MODELS), action="append", help="[all]")
-    parser.add_argument("--batches", type=at_least_one, help="batches timed in a round [small 20, others 3]")
-    parser.add_argument("--batch-size", type=at_least_one, default=BATCH_SIZE, help=f"images [{BATCH_SIZE}]")
-    parser.add_argument("--rounds", type=at_least_one, default=5, help="rounds of both loops [5]")
+    parser.add_argument("--batches", type=at_least_one, help="batches per round [small 20, others 3]")
+    parser.add_argument(
+        "--batch-size", type=at_least_one, default=BATCH_SIZE, help=f"images per batch [{BATCH_SIZE}]"
+    )
+    parser.add_argument("--rounds", type=at_least_one, default=5, help="number of rounds [5]")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32", "avx2"], default="auto")
     parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads())
-    parser.add_argument("--profile", action="store_true", help="then show where the toolbox's time goes")
+    parser.add_argument("--profile", action="store_true", help="also profile the toolbox's loop")
     arguments = parser.parse_args()
     if arguments.precision == "avx2" and not AVX2_ONLY.items() <= os.environ.items():
-        # The libraries chose their kernels when they were imported.
+        # The libraries choose their kernels when they are imported.
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | AVX2_ONLY)
     torch.set_num_threads(arguments.threads)
     names = arguments.model or list(MODELS)
@@ -100,9 +102,9 @@ def main() -> None:
 def measure(
     name: str, batches: int, batch_size: int, rounds: int, device: torch.device, precision: str
 ) -> dict[str, Any]:
-    """Time the loops and the matrix products in turns, on one model."""
+    """Time the loops and the matrix products in turn, on one model."""
     profile = profile_model(make_model(name, torch.device("cpu")), IMAGE_SIZE)
-    # A step computes the forward product, and two more as large for the gradients of inputs and weights.
+    # A step computes the forward product, and two more of the same size for the gradients of inputs and weights.
     flops = 2 * 3 * profile.multiply_adds
     seconds: dict[str, list[float]] = {loop: [] for loop in loops_of(name)}
     with runner(name, batches, batch_size, device, precision) as run:
@@ -138,7 +140,7 @@ def measure(
 
 
 def loops_of(name: str) -> tuple[str, ...]:
-    """The loops that take turns with a model, by their keys in `LOOPS`."""
+    """Return the loops that are timed on a model, as keys of `LOOPS`."""
     return "toolbox", MODELS[name].beside, "convolutions", "matrix"
 
 
@@ -157,7 +159,7 @@ def runner(
         processes.append(context.Process(target=serve, args=given))
         processes[-1].start()
         other.close()
-        ends[loop].recv()  # One after the other, so that no warm-up disturbs another.
+        ends[loop].recv()  # One after the other, so that warm-ups do not slow each other down.
 
     def run(loop: str) -> float:
         ends[loop].send(None)
@@ -183,7 +185,7 @@ def serve(
     precision: str,
     threads: int,
 ) -> None:
-    """In a process of its own: warm up, then run a round for each message, and send its seconds."""
+    """In a separate process: warm up, then run a round for each message and send its seconds."""
     if name == "toolbox":
         keep_freed_memory()
     torch.set_num_threads(threads)
@@ -201,7 +203,7 @@ def serve(
 
 
 def print_profile(name: str, batches: int, batch_size: int, device: torch.device, precision: str) -> None:
-    """One round of the toolbox's loop under torch's profiler."""
+    """Profile one round of the toolbox's loop with torch's profiler."""
     keep_freed_memory()
     split, order = make_data(batches, batch_size, device)
     loop = toolbox_loop(name, split, batch_size, device, precision)
@@ -214,7 +216,7 @@ def print_profile(name: str, batches: int, batch_size: int, device: torch.device
 
 
 def make_table(result: dict[str, Any]) -> Table:
-    """One row for each model and loop."""
+    """Build a table with one row per model and loop."""
     environment = result["environment"]
     title = (
         f"Training, batches of {result['batch_size']}, {environment['device']}, {result['kernels']} kernels"
@@ -232,13 +234,13 @@ def make_table(result: dict[str, Any]) -> Table:
 
 
 def _spread(model: dict[str, Any], key: str, form: str) -> str:
-    """A median with the lowest and the highest of the rounds."""
+    """Format a median with the lowest and the highest of the rounds."""
     rounds = model[f"{key}_rounds"]
     return f"{model[key]:{form}} ({min(rounds):{form}} – {max(rounds):{form}})"
 
 
 def notes(result: dict[str, Any]) -> list[str]:
-    """What the rows stand for, and the goals."""
+    """Return lines about the models and the goals."""
     lines = []
     for name, model in result["models"].items():
         lines.append(

@@ -1,4 +1,4 @@
-"""What `training.py` times: the toolbox's training step, two loops of a researcher, convolutions, matrix products."""
+"""Loops timed by `training.py`: the toolbox's training step, two plain loops, convolutions, matrix products."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from backdoorbench_moe.models import create_model
 BATCH_SIZE = 128
 IMAGE_SIZE = 32
 CLASSES = 10
-# Side of the matrices, and products of a round.
+# Size of the matrices, and number of products per round.
 MATRIX, PRODUCTS = 2048, 20
 LOADER_WORKERS = 2
 
@@ -38,12 +38,12 @@ class Measured:
     """A model to train.
 
     Args:
-        model: Its name.
-        options: Its options.
-        batches: How many are timed in a round, so that a round takes seconds on two cores.
-        beside: The loop that the toolbox's is compared with, a key of `LOOPS`.
-        least: What is aimed for, by the name of the ratio.
-        least_bf16: The same where the toolbox computes in bf16; None if it is the same.
+        model: Name of the model.
+        options: Options of the model.
+        batches: Number of batches per round, so that a round takes seconds on two cores.
+        beside: The loop with which the toolbox's is compared, a key of `LOOPS`.
+        least: Goals, by name of the ratio.
+        least_bf16: Goals if the toolbox computes in bf16; None if they are the same.
         augment: How the toolbox augments its images.
     """
 
@@ -56,7 +56,7 @@ class Measured:
     augment: str = "none"
 
     def goals(self, precision: str) -> dict[str, float]:
-        """Return what is aimed for in a precision, by the name of the ratio."""
+        """Return the goals in a precision, by name of the ratio."""
         return dict(self.least_bf16 if self.least_bf16 and precision == "bf16" else self.least)
 
 
@@ -76,7 +76,7 @@ MODELS = {
 
 
 def make_model(name: str, device: torch.device) -> nn.Module:
-    """A model of the table above, the same weights at every call."""
+    """Return a model of the table above, with the same weights in every call."""
     torch.manual_seed(0)
     measured = MODELS[name]
     model = create_model(measured.model, num_classes=CLASSES, image_size=IMAGE_SIZE, **measured.options)
@@ -84,12 +84,12 @@ def make_model(name: str, device: torch.device) -> nn.Module:
 
 
 def warm_up(loop: Loop, order: tuple[Tensor, ...], device: torch.device) -> None:
-    """Let a GPU capture its graph, after its own warm-up; on a CPU one batch sets up every kernel."""
+    """Let a GPU warm up and capture its graph; on a CPU, one batch sets up all kernels."""
     loop(order[:1] * (WARMUP_STEPS + 1 if device.type == "cuda" else 1))
 
 
 def make_data(batches: int, batch_size: int, device: torch.device) -> tuple[Split, tuple[Tensor, ...]]:
-    """Random images on the device, and the shuffled batches both loops go through."""
+    """Return random images on the device, and the shuffled batches of both loops."""
     draw = torch.Generator().manual_seed(0)
     count = batches * batch_size
     shape = (count, 3, IMAGE_SIZE, IMAGE_SIZE)
@@ -100,7 +100,7 @@ def make_data(batches: int, batch_size: int, device: torch.device) -> tuple[Spli
 
 
 def toolbox_loop(name: str, split: Split, batch_size: int, device: torch.device, precision: str) -> Loop:
-    """The steps of `engine.training.train`, without its checkpoints and progress."""
+    """Return a loop with the steps of `engine.training.train`, without checkpoints and progress."""
     model, spec = make_model(name, device), TrainSpec(batch_size=batch_size, augment=MODELS[name].augment)
     trainer = Trainer(
         model, split, spec, seed=0, device=device, precision=precision, on_checkpoint=lambda *_: None
@@ -121,15 +121,15 @@ def toolbox_loop(name: str, split: Split, batch_size: int, device: torch.device,
 
 
 def plain_loop(name: str, split: Split, _batch_size: int, device: torch.device, _precision: str) -> Loop:
-    """An ordinary loop in float32, on the device of the images."""
+    """Return a plain loop in float32, on the device of the images."""
     images, labels = split.images.float() / 255, split.labels
     return researcher_loop(name, device, lambda order: ((images[each], labels[each]) for each in order))
 
 
 def loader_loop(name: str, split: Split, batch_size: int, device: torch.device, _precision: str) -> Loop:
-    """The same with a loader: images are decoded, augmented and normalised one at a time, by workers.
+    """Return a plain loop with a loader: workers decode, augment and normalise images one at a time.
 
-    The workers are as far ahead as they can be when a round begins.
+    When a round begins, the workers have prefetched as many batches as they can.
 
     Source:
         BackdoorBench, `utils/aggregate_block/dataset_and_transform_generate.py` (transforms for CIFAR-10) and
@@ -160,7 +160,7 @@ def loader_loop(name: str, split: Split, batch_size: int, device: torch.device, 
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """Images as `PIL.Image`, each changed when it is read."""
+    """Images as `PIL.Image`, each transformed when it is read."""
 
     def __init__(self, split: Split, changes: Callable[[Any], Tensor]) -> None:
         self.images = [to_pil_image(image) for image in split.images]
@@ -176,7 +176,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 def researcher_loop(
     name: str, device: torch.device, read: Callable[..., Iterator[tuple[Tensor, Tensor]]]
 ) -> Loop:
-    """Train in float32, and read loss and hits after every batch."""
+    """Return a loop that trains in float32 and reads loss and hits after every batch."""
     model = make_model(name, device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
@@ -196,9 +196,10 @@ def researcher_loop(
 
 
 def convolution_loop(name: str, split: Split, batch_size: int, device: torch.device, precision: str) -> Loop:
-    """The model's convolutions alone, forward and backward, as the toolbox computes them: what nothing else can beat.
+    """Return a loop of only the model's convolutions, forward and backward, as the toolbox computes them.
 
-    Their inputs are drawn at random. The first one, whose input needs no gradient, has none here, too.
+    Its time is a lower bound for training. The inputs are random; as in training, that of the first one has no
+    gradient.
     """
     calls: list[tuple[nn.Conv2d, Tensor, Tensor]] = []
     model = make_model(name, device).to(memory_format=torch.channels_last)
@@ -227,7 +228,7 @@ def convolution_loop(name: str, split: Split, batch_size: int, device: torch.dev
 
 
 def matrix_loop(_name: str, _split: Split, _batch_size: int, device: torch.device, precision: str) -> Loop:
-    """Products of square matrices in the precision that the toolbox computes in; nothing is trained."""
+    """Return a loop of products of square matrices in the toolbox's precision, without training."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     one, two = (torch.randn(MATRIX, MATRIX, device=device).to(dtype) for _ in range(2))
 
@@ -247,7 +248,7 @@ LOOPS: dict[str, Callable[[str, Split, int, torch.device, str], Loop]] = {
 
 
 def seconds_of(loop: Loop, order: tuple[Tensor, ...], device: torch.device) -> float:
-    """Wall seconds of one round, to the end of its last kernel."""
+    """Return the wall seconds of one round, until the end of its last kernel."""
     start = time.perf_counter()
     loop(order)
     if device.type == "cuda":

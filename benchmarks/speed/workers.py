@@ -1,10 +1,9 @@
-"""Several runs side by side against one after the other: `bbmoe bench run --workers N`, whole processes.
+"""Parallel against sequential runs of a suite: `bbmoe bench run --workers N`.
 
     python benchmarks/speed/workers.py [--workers 2] [--rounds 3] [--train-images N] [--epochs N] [--json FILE]
 
-A suite of four trainings of the small pmoe on signs, each way in turn; starting the processes, drawing the
-images and evaluating are in the time. One after the other, a run has all cores to itself; side by side, each
-has its share.
+A suite of four trainings of the small pmoe on signs is run both ways, in turn. The time includes starting the
+processes, generating the images and evaluating. A sequential run uses all cores, a parallel one its share.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from typing import Any
 from common import SMALL_PMOE, at_least_one, bbmoe_command, environment_of, finish, make_parser, run_child
 from rich.table import Table
 
-RUNS = 4  # Three attacks and their clean twin: a multiple of the usual numbers of workers.
+RUNS = 4  # Three attacks and their clean twin, a multiple of common numbers of workers.
 
 
 def main() -> None:
     """Measure and print."""
     parser = make_parser(__doc__)
-    parser.add_argument("--workers", type=at_least_one, default=2, help="runs side by side [2]")
-    parser.add_argument("--rounds", type=at_least_one, default=3, help="rounds of both ways [3]")
+    parser.add_argument("--workers", type=at_least_one, default=2, help="number of parallel runs [2]")
+    parser.add_argument("--rounds", type=at_least_one, default=3, help="number of rounds [3]")
     parser.add_argument("--train-images", type=at_least_one, default=4000, metavar="N", help="[4000]")
     parser.add_argument("--epochs", type=at_least_one, default=5, help="[5]")
     arguments = parser.parse_args()
@@ -35,7 +34,7 @@ def main() -> None:
 
 
 def measure(workers: int, rounds: int, images: int, epochs: int) -> dict[str, Any]:
-    """Time both ways in turns."""
+    """Time both ways in turn."""
     seconds: dict[str, list[float]] = {"1": [], str(workers): []}
     with tempfile.TemporaryDirectory() as folder:
         suite = Path(folder) / "suite.yaml"
@@ -60,7 +59,7 @@ def measure(workers: int, rounds: int, images: int, epochs: int) -> dict[str, An
 
 
 def make_suite(images: int, epochs: int) -> dict[str, Any]:
-    """Three attacks that share a clean twin."""
+    """Return a suite of three attacks that share a clean twin."""
     return {
         "title": "Workers",
         "version": 1,
@@ -77,7 +76,7 @@ def make_suite(images: int, epochs: int) -> dict[str, Any]:
 
 
 def time_suite(suite: Path, workers: str, output: Path) -> float:
-    """Wall seconds of the whole command. Exits with what it printed if it fails."""
+    """Return the wall seconds of the command. Exits if it fails."""
     command = [*bbmoe_command(), "bench", "run", str(suite), "--workers", workers, "--output", str(output)]
     child = run_child(command, quiet=True)
     if child.returncode != 0 or len(list(output.glob("*/record.json"))) != RUNS:
@@ -86,7 +85,7 @@ def time_suite(suite: Path, workers: str, output: Path) -> float:
 
 
 def make_table(result: dict[str, Any]) -> Table:
-    """Seconds each way, and the ratio."""
+    """Build a table of the seconds of both ways."""
     title = f"{result['runs']} runs of {result['epochs']} epochs of {result['train_images']} images"
     table = Table("workers", title=title, title_justify="left")
     for column in ("seconds", "runs an hour"):
@@ -97,7 +96,7 @@ def make_table(result: dict[str, Any]) -> Table:
 
 
 def notes(result: dict[str, Any]) -> list[str]:
-    """The ratio with its range."""
+    """Return a line about the ratio and its range."""
     low, high = min(result["speedup_rounds"]), max(result["speedup_rounds"])
     return [
         f"{result['workers']} workers: {result['speedup']:.2f}x ({low:.2f} – {high:.2f}) one after the other"

@@ -233,7 +233,7 @@ def test_every_record_is_linked_at_its_line(tmp_path) -> None:
 def test_mixtures_and_other_versions_are_refused(tmp_path) -> None:
     mixture = {"attack": "moevil", "gate": ["top-k"]}
     base = {"recipe": "quick", "dataset": "tiny"}
-    with pytest.raises(ConfigError, match="is of mixtures of merged experts"):
+    with pytest.raises(ConfigError, match="contains mixtures of merged experts"):
         open_board([suite("mixed", grid=mixture, base=base)], runs=tmp_path)
     fill_attacks(tmp_path / "runs")
     save_results(ResultSet.from_runs(suite(), tmp_path / "runs"), tmp_path / "results" / "attacks")

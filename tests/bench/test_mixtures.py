@@ -149,7 +149,9 @@ def test_tables_counts_and_comparison(tmp_path) -> None:
     assert expert is not None
     assert results.value(cell.spec, "alone_asr") == expert.metrics["asr"]["value"]
     text = render.markdown(build_sheet(results))
-    assert "Overall: each task's accuracy in percent" in text and "H in MoEvil" in text
+    assert (
+        "Overall: accuracy in percent of that of the task's benign expert" in text and "H in MoEvil" in text
+    )
     save_results(results, tmp_path / "saved")
     header, *rows = (tmp_path / "saved" / "tidy.csv").read_text().splitlines()
     assert {"gate", "splitter_options", "poisoned_experts", "task", "task_0_ba"} <= set(header.split(","))

@@ -78,7 +78,9 @@ def test_bars_stand_only_where_there_are_seeds(tmp_path) -> None:
     write(tmp_path, finished(suite.cells[0].spec))
     single = ResultSet.from_runs(suite, tmp_path)
     plot = suite.plots[0]
-    assert describe(single, plot).endswith("; single seeds, hence no bars; hollow markers are the paper's.")
+    assert describe(single, plot).endswith(
+        "; single seeds, therefore without bars; hollow markers are the paper's."
+    )
     bars = len(re.findall(r'id="LineCollection_', draw(single, plot, "svg").decode()))
     assert bars == 0
     fill(suite, tmp_path)

@@ -177,7 +177,7 @@ def test_two_calls_on_one_output_may_link_the_same_twin(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"tables": [{"title": "t", "rows": ["seed"], "columns": "trigger"}]}, "would stand in one place"),
+        ({"tables": [{"title": "t", "rows": ["seed"], "columns": "trigger"}]}, "are in the same place"),
         ({"plots": [{"title": "t", "x": "seed"}]}, "seed: expected positive numbers, for a log axis, got 0"),
         ({"paper": "badpatches_table_9"}, "unknown 'badpatches_table_9'; did you mean 'badpatches_table_3'"),
         ({"paper": {"file": "badpatches_tables_1_2", "table": 12}}, "expected a row with .*12"),

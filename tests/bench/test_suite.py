@@ -130,7 +130,7 @@ def test_a_surrogate_has_the_options_of_the_scale_as_a_victim_has(tmp_path) -> N
         ({"grid": {**GRID, "model": [None]}}, "model: expected a name"),
         ({"base": {**BASE, "model": 3}}, "model: expected a name"),
         ({"base": {**BASE, "dataset": ["tiny"]}}, "dataset: expected a name"),
-        ({"grid": {**GRID, "seed": [0, 1]}}, "is the same run as .*; for more seeds a cell give repeats"),
+        ({"grid": {**GRID, "seed": [0, 1]}}, "is the same run as .*; for more seeds per cell, use repeats"),
         ({"tables": [{"title": "t", "rows": "seed", "columns": "seed"}]}, "rows: expected a list"),
         ({"tables": [{"title": "t", "rows": [1], "columns": "seed"}]}, "rows: expected a string, got 1"),
         ({"tables": [{"title": "t", "rows": [], "columns": "seed"}]}, "rows: expected at least one"),
@@ -166,7 +166,7 @@ def test_filters_take_any_key_and_rates_as_percent() -> None:
         ("trigger=blnd", "did you mean 'blend'"),
         ("poison.rate=3%", "known: 0.25, 0.5"),
         ("colour=red", "key: unknown 'colour'"),
-        ("trigger=blend,poison.rate=25%", "another key goes into an --only of its own"),
+        ("trigger=blend,poison.rate=25%", "use a separate --only for another key"),
     ):
         with pytest.raises(ConfigError, match=message.replace("'key", "'?key")):
             suite.only([text])

@@ -198,7 +198,7 @@ def test_places_the_grid_has_not_are_dashes(tmp_path) -> None:
 def test_two_cells_in_one_place_are_refused(tmp_path) -> None:
     grid = {"applicator": "image", "trigger": [{"name": "square", "size": n} for n in (2, 4)]}
     suite = part_suite(grid=grid)
-    with pytest.raises(ConfigError, match=r"table 'CIFAR-10': .*'size': 4.* would stand in one place"):
+    with pytest.raises(ConfigError, match=r"table 'CIFAR-10': .*'size': 4.* are in the same place"):
         build_sheet(ResultSet.from_runs(suite, tmp_path))
 
 

@@ -61,7 +61,7 @@ def test_what_does_not_go_is_refused_and_nothing_written(script, tmp_path, optio
 
 
 def test_a_folder_that_is_there_is_left_alone(script, tmp_path) -> None:
-    with pytest.raises(ConfigError, match="not there yet"):
+    with pytest.raises(ConfigError, match="does not exist"):
         script.write_folder(tmp_path, 32, train=10, test=10)
     assert not list(tmp_path.iterdir())
 

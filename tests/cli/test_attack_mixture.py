@@ -197,7 +197,7 @@ def test_the_help_gives_the_defaults_of_a_mixture(bbmoe) -> None:
 
 def test_info_shows_what_an_attack_on_experts_implies(bbmoe) -> None:
     code, out, _ = bbmoe("info", "attack", "moevil", width=100)
-    assert code == 0 and "has these settings unless others are given:" in out
+    assert code == 0 and "Default settings of a run with this attack:" in out
     shown = dict(
         line.strip().split("=", 1) for line in out.splitlines() if line.startswith("    ") and "=" in line
     )

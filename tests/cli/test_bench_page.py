@@ -58,7 +58,7 @@ BAD = {
     "address": (["false-alarms", "--published", "https://host"], "--published: can only be used with --from"),
     "repeats": (["false-alarms", "--repeats", "0"], "repeats: expected at least 1"),
     "no runs": (["false-alarms", "--output", "nowhere"], "--output nowhere: expected a folder of run folders"),
-    "mixtures": (["moevil-layers", "--output", "."], "is of mixtures of merged experts"),
+    "mixtures": (["moevil-layers", "--output", "."], "contains mixtures of merged experts"),
     "nothing given": ([], "Missing argument 'SUITE...'"),
 }  # fmt: skip
 

@@ -78,7 +78,7 @@ def test_networks_that_are_trained_with_the_model_have_no_estimate(bbmoe, tmp_pa
     twin, attacked = json.loads(out)["runs"]
     assert twin["seconds_left"] > 0 and attacked["seconds_left"] is None
     _, out, _ = bbmoe(*words)
-    assert "without 1 run whose cost is not known" in " ".join(out.split())
+    assert "without 1 run of unknown time" in " ".join(out.split())
     _, out, _ = bbmoe(*words, "--trigger", "warp", "--json")
     assert all(run["seconds_left"] > 0 for run in json.loads(out)["runs"])
 

@@ -165,7 +165,7 @@ def test_the_weights_in_a_file_are_measured_as_their_run_is(bbmoe, file, importe
     assert document.pop("run") == "w.safetensors" and sorted(tmp_path.rglob("*")) == before
     assert document == {key: value for key, value in json.loads(of_run).items() if key != "run"}
     for given, message in (
-        (["trigger", file, *words], "--model: expected the model that the weights"),
+        (["trigger", file, *words], "--model: expected the model of the weights"),
         (["trigger", imported, *words, "--resize", "8"], "--resize: expected none for a run"),
         (["trigger", file, *words, *model, "--set", "model.widht=1"], "unknown 'widht'"),
         (["trigger", tmp_path / "none.pt", *words, *model], "not found"),

@@ -83,7 +83,7 @@ def test_a_run_shows_its_own_trigger_and_experts(preview, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--run", "x", "--trigger", "warp"], "expected no settings beside it, as the record has them"),
+        (["--run", "x", "--trigger", "warp"], "expected no other settings, as the run's record has them"),
         (["--run", "x", "--trigger", "warp", "--seed", "1"], "got '--trigger --seed'"),
         (["--run", "x", "--set", "seed=1"], "got '--set'"),
         (["--run", "x"], "run folder x: expected a folder with a record.json"),

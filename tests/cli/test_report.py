@@ -42,7 +42,7 @@ def text_of(page: str) -> str:
 def test_the_page_says_what_was_measured_what_is_missing_where_and_how(bbmoe, place) -> None:
     code, out, err = bbmoe("report", "part.yaml", "--save", "docs/page.html")
     assert (code, out) == (0, "") and "report: docs/page.html" in err
-    assert "runs are finished; to make the others: bbmoe bench run part.yaml" in err
+    assert "runs are finished; to run the others: bbmoe bench run part.yaml" in err
     page = (place / "docs" / "page.html").read_text(encoding="utf-8")
     text = text_of(page)
     assert "Whether warp & <square> differ." in text and "<code>warp</code>" in page
@@ -97,7 +97,7 @@ def test_a_suite_of_mixtures_of_which_nothing_was_run(bbmoe, tmp_path, monkeypat
     (tmp_path / "runs").mkdir()
     code, _, err = bbmoe("report", "moevil-layers", "--scale", "signs", width=200)
     assert code == 0 and "moevil-layers-signs: none of " in err
-    assert "to make them: bbmoe bench run moevil-layers --scale signs" in err
+    assert "to run them: bbmoe bench run moevil-layers --scale signs" in err
     text = text_of((tmp_path / "moevil-layers-signs.html").read_text(encoding="utf-8"))
     assert "Of 5 cells: no run of 5 cells is finished." in text and "0, 1, 2, 3, 4 missing" in text
 

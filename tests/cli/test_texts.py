@@ -34,7 +34,7 @@ def test_the_table_names_texts_and_queries(bbmoe) -> None:
     for words in (
         "answered harmfully (H)",
         "not refused",
-        "right answers (BA)",
+        "correct answers (BA)",
         "texts",
         "harmful",
         "copy, poisoned",

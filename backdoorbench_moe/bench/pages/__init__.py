@@ -1,1 +1,1 @@
-"""HTML pages of results: a suite, the leaderboard, the claims."""
+"""Pages of results: suites, the leaderboard, and claims of papers."""

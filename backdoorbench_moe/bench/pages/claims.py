@@ -1,4 +1,4 @@
-"""Claims of the papers, judged by intervals over the seeds of committed records."""
+"""Claims of papers, tested with intervals over the seeds of committed records."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.ops.intervals import FEWEST_SEEDS, Interval, difference_interval
 from backdoorbench_moe.options import convert
 
-# The only key of a file of claims.
+# The only key of a claims file.
 ENTRIES = "claims"
-# In tables: with spaces at which no line is broken.
+# For tables: with non-breaking spaces.
 SPREAD = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
 Word = Literal["stands", "falls", "open"]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of a paper about a metric: that it is larger in one cell than in another, or beyond a bound in one.
+    """A claim of a paper about a metric: it is larger in one cell than in another, or beyond a bound in one cell.
 
     Args:
         claim: The claim, in a sentence.
         source: The paper and its table.
         suite: Name of the suite that measures it.
-        scales: Scales of the suite; the first at which all of its cells have a finished run counts.
+        scales: Scales of the suite; the first at which all cells of the claim have a finished run is used.
         metric: Key of the metric.
-        where: Values of keys that its cells share; see `bench.suites.suite.value_of`. They are compared as tables write
-            them.
-        more: Further values of the cell in which the metric is said to be larger, or of the only cell.
-        than: Further values of the cell in which it is said to be smaller; None for a claim about one cell.
-        by: For two cells: by how many points at least.
-        at_least: For one cell: a bound from below.
-        at_most: For one cell: a bound from above.
+        where: Values of keys that its cells share; see `bench.suites.suite.value_of`. They are compared in the format
+            of tables.
+        more: Further values of the cell with the larger metric, or of the only cell.
+        than: Further values of the cell with the smaller metric; None for a claim about one cell.
+        by: For two cells: the smallest difference, in points.
+        at_least: For one cell: a lower bound.
+        at_most: For one cell: an upper bound.
     """
 
     claim: str
@@ -63,16 +63,16 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim beside what was measured.
+    """A claim and the measured values.
 
     Attributes:
         claim: The claim.
-        suite: The suite at the scale that counts.
-        ours: What was measured in each of the claim's cells; None where nothing was.
-        paper: What the paper has for each of them.
+        suite: The suite at the scale used.
+        ours: The measured values of each of the claim's cells; None if there are none.
+        paper: The paper's values of these cells.
         interval: 95% interval of the difference of two cells, or of the mean of one.
-        word: "stands" if the whole interval agrees with the claim, "falls" if the whole interval contradicts it, else
-            "open".
+        word: "stands" if the entire interval agrees with the claim, "falls" if the entire interval contradicts it,
+            otherwise "open".
         why: Why it is open; "" if it is not.
     """
 
@@ -86,10 +86,10 @@ class Verdict:
 
 
 def read_claims(file: Path) -> list[Claim]:
-    """Read a file of claims: YAML with a list under `claims`, each entry a mapping with the keys of `Claim`.
+    """Read a claims file: YAML with a list under `claims`, each entry a mapping with the keys of `Claim`.
 
     Raises:
-        ConfigError: The file is not of this form.
+        ConfigError: The file has the wrong format.
     """
     values = load_yaml(file)
     items = values.get(ENTRIES)
@@ -135,11 +135,11 @@ def _convert(value: object, kind: Any, where: str) -> Any:
 
 
 def judge_all(claims: Sequence[Claim], folders: Path) -> Iterator[Verdict]:
-    """Judge claims by the results folders SUITE/SCALE below a folder.
+    """Judge claims by the results folders SUITE/SCALE in a folder.
 
     Raises:
-        ConfigError: A claim does not fit its suite.
-        RecordError: A results folder is damaged, or of another version of its suite.
+        ConfigError: A claim does not match its suite.
+        RecordError: A results folder is damaged, or that of another version of its suite.
     """
     read: dict[tuple[str, str], ResultSet] = {}
     for claim in claims:
@@ -158,9 +158,13 @@ def _read(suite: Suite, folders: Path) -> ResultSet:
 
 
 def judge(claim: Claim, results: Sequence[ResultSet]) -> Verdict:
-    """Judge a claim by the first of some results, one for each of its scales, that have all of its cells.
+    """Judge a claim by the first of its scales whose results contain all of its cells.
 
-    If none has them all, the last counts, and the claim is open.
+    If none contains all of them, the last one is used, and the claim is open.
+
+    Args:
+        claim: The claim.
+        results: The results at each of its scales.
     """
     for each in results:
         cells = find_cells(claim, each.suite)
@@ -175,10 +179,10 @@ def judge(claim: Claim, results: Sequence[ResultSet]) -> Verdict:
 
 
 def find_cells(claim: Claim, suite: Suite) -> list[Cell]:
-    """Find the cells of a claim in its suite: one, or the larger and the smaller one.
+    """Find the cells of a claim in its suite: the only one, or the larger and the smaller one.
 
     Raises:
-        ConfigError: If not exactly one cell of the suite has these values.
+        ConfigError: None or several cells of the suite have these values.
     """
     chosen = []
     for own in [claim.more, *([] if claim.than is None else [claim.than])]:
@@ -198,7 +202,7 @@ def find_cells(claim: Claim, suite: Suite) -> list[Cell]:
 
 
 def _published(results: ResultSet, cell: Cell, metric: str) -> float | None:
-    """The published value; of a table of shapes, that of its first model."""
+    """Return the published value; in a table of shapes, that of its first model."""
     if models := results.paper.models:
         return results.paper.shape(cell.spec, metric, models[0])
     return results.paper.value(cell.spec, metric)
@@ -234,7 +238,7 @@ def _why(ours: Sequence[Statistic | None], interval: Interval | None) -> str:
 
 
 def claim_row(verdict: Verdict) -> dict[str, str]:
-    """Write a verdict as the cells of a table: claim, paper, ours, interval, verdict and suite."""
+    """Return a verdict as the cells of a table: claim, paper, ours, interval, verdict and suite."""
     why = f" ({verdict.why})" if verdict.why else ""
     return {
         "claim": verdict.claim.claim,
@@ -257,11 +261,11 @@ HEADINGS = {
 
 
 def claims_tables(verdicts: Sequence[Verdict], folders: Path) -> str:
-    """Write verdicts in Markdown: a table for each paper, and the commands for the numbers of each suite.
+    """Return verdicts as Markdown: a table for each paper, and the commands that reproduce each suite's numbers.
 
     Args:
         verdicts: The verdicts.
-        folders: The folder of results folders, as the commands name it.
+        folders: The folder of results folders, as written in the commands.
     """
     lines: list[str] = []
     for source in dict.fromkeys(verdict.claim.source.partition(",")[0] for verdict in verdicts):
@@ -279,7 +283,7 @@ def claims_tables(verdicts: Sequence[Verdict], folders: Path) -> str:
 
 
 def commands(verdict: Verdict, folders: Path) -> list[str]:
-    """Write the commands that draw the numbers of a verdict from its records, and that make its runs."""
+    """Return the commands that draw the numbers of a verdict from its records, and that run its suite."""
     suite = verdict.suite
     folder = results_folder(suite, folders)
     drawn = f"bbmoe bench table {suite_words(suite, suite.name)} --from {shlex.quote(folder.as_posix())}"
@@ -292,7 +296,7 @@ def _against(texts: Iterator[str]) -> str:
 
 
 def _mean(found: Statistic | None) -> str:
-    """Mean and deviation."""
+    """Return mean and standard deviation."""
     if found is None:
         return "–"
     return number(found.mean) if found.std is None else f"{number(found.mean)} ± {number(found.std)}"

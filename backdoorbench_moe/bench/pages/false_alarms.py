@@ -1,4 +1,4 @@
-"""What detectors flag in models that nobody attacked."""
+"""False alarms: what detectors flag in clean models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from backdoorbench_moe.ops.metrics import mean_std, proportion
 from backdoorbench_moe.records import Record
 
 INPUT, SAMPLE, CLASS, MODEL = "input", "sample", "class", "model"
-# What is judged, in the plural. Experts are not among it: every defense that chooses an expert calls one suspicious.
+# What is judged, in the plural. Experts are excluded: a defense that chooses an expert always flags one.
 JUDGED = {INPUT: "inputs", SAMPLE: "training images", CLASS: "classes", MODEL: "models"}
 
 
@@ -26,10 +26,10 @@ class Alarms:
         suite: Label of the suite.
         about: What is judged, a key of `JUDGED`; "" if no run is finished.
         state: "finished", or why there is nothing to show.
-        rate: Share of what is judged that is flagged, in percent; None without a finished run.
-        judged: Number of what each seed judges; of models, the number of seeds.
-        alarmed: Number of seeds with a flagged class or model; None for inputs and samples, of which a share is
-            flagged by design.
+        rate: Share of the judged items that are flagged, in percent; None without a finished run.
+        judged: Number of items that each seed judges; for models, the number of seeds.
+        alarmed: Number of seeds with a flagged class or model; None for inputs and samples, a share of which is flagged
+            by design.
         seeds: Number of finished runs.
         wanted: Number of runs of the cell.
         records: The record of each finished seed.
@@ -48,7 +48,7 @@ class Alarms:
 
 
 def false_alarms(board: Board) -> list[Alarms]:
-    """Lay out all defended cells that are not attacked: one row for each judgement that is not about experts."""
+    """Return the rows of all defended cells without an attack, one for each judgement that is not about experts."""
     found = []
     for results, cell in board.cells():
         if cell.spec.attacked or not cell.spec.defenses:
@@ -74,7 +74,7 @@ def false_alarms(board: Board) -> list[Alarms]:
 
 
 def _measured(missing: Alarms, about: str) -> Alarms:
-    """The row of one judgement of finished runs."""
+    """Return the row of one judgement of finished runs."""
     records = [each.record for each in missing.records.values()]
     counts = [count for record in records if (count := _flagged(about, record)) is not None]
     alarmed = sum(hits > 0 for hits, _ in counts) if about in (CLASS, MODEL) else None
@@ -92,7 +92,7 @@ def _abouts(record: Record) -> Iterator[str]:
 
 
 def _flagged(about: str, record: Record) -> tuple[int, int] | None:
-    """How many a judgement flags, and how many it judges; None if the record does not have the judgement."""
+    """Return how many items a judgement flags and how many it judges; None if the record does not have it."""
     found = [each for each in record.judgements if each["about"] == about]
     if not found:
         return None
@@ -100,7 +100,7 @@ def _flagged(about: str, record: Record) -> tuple[int, int] | None:
         rejected = record.metrics["fpr"]
         return round(rejected["value"] * rejected["n"] / 100), int(rejected["n"])
     if about == SAMPLE:
-        # Of samples, a record has the number only, and there is one judgement about them.
+        # For samples, a record only has the number, and there is one judgement.
         return _number(found[0]["suspicious"]), int(record.data["train_images"])
     names = {name for each in found if not isinstance(each["suspicious"], int) for name in each["suspicious"]}
     return (min(len(names), 1), 1) if about == MODEL else (len(names), len(record.data["classes"]))

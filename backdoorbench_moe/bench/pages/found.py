@@ -1,4 +1,4 @@
-"""Where the records of a suite are, and the addresses by which a page links to them."""
+"""Locations of the records of a suite, and the addresses with which pages link to them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from backdoorbench_moe.records import Record
 
 @dataclass(frozen=True)
 class Found:
-    """A finished record, and where it is.
+    """A finished record and its location.
 
     Attributes:
         record: The record.
-        file: The file that holds it.
-        line: Its line in this file, from 1; None for a file of its own.
+        file: The file that contains it.
+        line: Its line in the file, from 1; None if it is the only record in the file.
     """
 
     record: Record
@@ -27,15 +27,15 @@ class Found:
     line: int | None = None
 
 
-# Gives the address of a record, as seen from a page.
+# Returns the address of a record, relative to a page.
 Link = Callable[[Found], str]
 
 
 def read_folder(suite: Suite, folder: Path) -> dict[str, Found]:
-    """Read the records of a results folder, by digest; none if it does not exist yet.
+    """Read the records of a results folder, by digest; empty if the folder does not exist.
 
     Raises:
-        RecordError: If it is damaged, or of another suite, scale or version.
+        RecordError: The folder is damaged, or that of another suite, scale or version.
     """
     if not folder.exists():
         return {}
@@ -59,11 +59,11 @@ def read_runs(suite: Suite, runs: Path) -> dict[str, Found]:
 
 
 def relative_link(start: Path, published: str | None = None, folders: Path | None = None) -> Link:
-    """Return the function that makes the addresses of records.
+    """Return a function that returns the addresses of records.
 
     Args:
         start: Folder of the page.
-        published: Address under which the folder of results folders is published; None for paths from the page.
+        published: URL at which the folder of results folders is published; None for relative paths.
         folders: The folder of results folders; given if `published` is.
     """
     from urllib.parse import quote

@@ -1,4 +1,4 @@
-"""The cells of several suites as rows of one table: attack, defense and model, with what was measured."""
+"""The cells of several suites as rows of one table: attack, defense and model, with the measured metrics."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from backdoorbench_moe.metrics import METRICS
 from backdoorbench_moe.ops.intervals import Interval
 from backdoorbench_moe.records import Record
 
-# Metrics of the table of attacks and defenses.
+# Metrics in the table of attacks and defenses.
 COLUMNS = ("asr", "target_rate", "ba", "ra", "asr_over_tuning", "ba_over_tuning", "auroc", "tpr", "fpr")
-# Of what a detector judges if it is no filter of inputs: training images or classes.
+# Metrics of detectors that judge training images or classes instead of inputs.
 JUDGEMENTS = {
     "auroc": ("sample_auroc",),
     "tpr": ("sample_tpr", "class_tpr"),
@@ -48,17 +48,18 @@ class Value:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a row is about.
+    """The setting of a row.
 
     Attributes:
         data: Name of the data set.
         model: Name of the model.
         trigger: Name of the trigger; "none" for a clean model.
-        applicator: Where it is stamped; "none" for a clean model.
-        attack: Trigger, applicator, poison rate and what else tells attacks apart, in one line; "none" for a clean one.
+        applicator: Name of the applicator; "none" for a clean model.
+        attack: Trigger, applicator, poison rate and other settings of the attack, in one line; "none" for a clean
+            model.
         attack_options: Options of trigger and applicator, in one line.
         defense: The defenses in one line; "none" for an undefended model.
-        defense_options: Their options, in one line.
+        defense_options: Options of the defenses, in one line.
     """
 
     data: str
@@ -76,13 +77,13 @@ class Row:
     """A cell of a suite.
 
     Attributes:
-        setting: What it is about.
+        setting: Its setting.
         suite: Label of the suite.
         seeds: Number of finished runs.
         wanted: Number of runs of the cell.
         state: "finished", or why there is nothing to show.
-        values: A value for each of `COLUMNS` that was measured.
-        states: For each of the others, why there is no value.
+        values: The values of those of `COLUMNS` that were measured.
+        states: Why there is no value, for each of the other columns.
         near_chance: Number of seeds whose model is near chance.
         records: The record of each finished seed.
     """
@@ -111,7 +112,7 @@ class Board:
     found: Mapping[str, Found]
 
     def cells(self) -> list[tuple[ResultSet, Cell]]:
-        """All cells, each once: that of the suite that has most of its seeds."""
+        """Return all cells, each once, from the suite that has most of its seeds."""
         best: dict[str, tuple[ResultSet, Cell]] = {}
         for results in self.results:
             for cell in results.suite.cells:
@@ -121,7 +122,7 @@ class Board:
         return list(best.values())
 
     def records(self, results: ResultSet, cell: Cell) -> dict[int, Found]:
-        """The finished records of a cell, by seed."""
+        """Return the finished records of a cell, by seed."""
         runs = cell.runs(results.suite.repeats)
         return {spec.seed: self.found[spec.digest] for spec in runs if spec.digest in self.found}
 
@@ -134,12 +135,12 @@ def open_board(suites: Sequence[Suite], *, runs: Path, folders: Path | None = No
 
     Args:
         suites: The suites.
-        runs: Folder of run folders, which is read unless there is a folder of results folders.
-        folders: Folder with a results folder SUITE/SCALE for each suite; one that does not exist yet has no finished
+        runs: Folder of run folders; read unless `folders` is given.
+        folders: Folder with a results folder SUITE/SCALE for each suite; a missing one counts as having no finished
             runs.
 
     Raises:
-        ConfigError: A suite is of mixtures of merged experts, which have other metrics.
+        ConfigError: A suite has mixtures of merged experts, which have other metrics.
         RecordError: A record or results folder is damaged, or a results folder is of another version of its suite.
     """
     found: dict[str, Found] = {}
@@ -147,7 +148,7 @@ def open_board(suites: Sequence[Suite], *, runs: Path, folders: Path | None = No
     for suite in suites:
         if any(cell.spec.mixture is not None for cell in suite.cells):
             raise ConfigError(
-                f"suite {suite.label}: is of mixtures of merged experts, which have other metrics; "
+                f"suite {suite.label}: contains mixtures of merged experts, which have other metrics; "
                 "use `bbmoe bench table`"
             )
         new = (
@@ -168,12 +169,12 @@ def open_board(suites: Sequence[Suite], *, runs: Path, folders: Path | None = No
 
 
 def results_folder(suite: Suite, folders: Path) -> Path:
-    """The results folder of a suite below a folder of results folders."""
+    """Return the results folder of a suite in a folder of results folders."""
     return folders / suite.name if suite.scale is None else folders / suite.name / suite.scale
 
 
 def rows(board: Board) -> list[Row]:
-    """Lay out all cells that are attacked, or not defended."""
+    """Return the rows of all cells that are attacked or undefended."""
     return [
         _row(board, results, cell)
         for results, cell in board.cells()
@@ -182,7 +183,7 @@ def rows(board: Board) -> list[Row]:
 
 
 def setting_of(spec: RunSpec) -> Setting:
-    """Describe a run."""
+    """Return the setting of a run."""
     spec = spec.without_folders()
     return Setting(
         spec.dataset.name,
@@ -196,7 +197,7 @@ def setting_of(spec: RunSpec) -> Setting:
 
 
 def _attack(spec: RunSpec) -> tuple[str, str]:
-    """The attack in one line, and the options of its parts."""
+    """Return the attack in one line, and the options of its parts."""
     if spec.attack is None:
         return "none", ""
     parts = [part for part in (spec.trigger, spec.applicator) if part is not None]
@@ -212,7 +213,7 @@ def _attack(spec: RunSpec) -> tuple[str, str]:
 
 
 def _options(parts: Iterable[PartSpec]) -> str:
-    """The options of some parts in one line."""
+    """Return the options of some parts in one line."""
     return ", ".join(f"{key}={value}" for part in parts for key, value in part.options.items())
 
 
@@ -245,16 +246,16 @@ def _row(board: Board, results: ResultSet, cell: Cell) -> Row:
 
 
 def _measured_key(column: str, records: Mapping[int, Found]) -> str:
-    """The key of the metric that stands in a column: of a detector that is no filter, that of its own judgement."""
+    """Return the key of the metric in a column; for detectors that do not filter inputs, that of their judgement."""
     measured = {key for each in records.values() for key in each.record.metrics if key in METRICS}
     return next((key for key in (column, *JUDGEMENTS.get(column, ())) if key in measured), column)
 
 
 def _expected(column: str, spec: RunSpec, records: Mapping[int, Found]) -> bool:
-    """Whether a run like this one can have a metric that it does not have.
+    """Whether a run of this kind can have a metric that is missing.
 
-    Only detectors have an AUROC, TPR and FPR, and only attacked models an ASR. Behind an input filter, nothing is
-    measured without the trigger, nor compared with tuning.
+    Only detectors have an AUROC, TPR and FPR, and only attacked models an ASR. Behind an input filter, the target rate
+    without the trigger is not measured, and there is no comparison with tuning.
     """
     if column in JUDGEMENTS:
         return False

@@ -1,4 +1,4 @@
-"""The leaderboard as one self-contained HTML page, which can be sorted and filtered, and read without its script."""
+"""The leaderboard as one self-contained HTML page that can be sorted and filtered, and is readable without script."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from backdoorbench_moe.wording.counting import capital, count
 
 TITLE = "Leaderboard: attacks, defenses and models"
 LEGEND = (
-    f"Means over the seeds in percent, differences in percentage points. {INTERVALS}. ASR is the share of triggered "
-    "images that the model calls the attacker's class; no trigger, the share of the same images without their trigger; "
-    "RA, the share of triggered images that it calls by their true class. Behind a filter, a rejected image counts "
-    "neither for BA and RA nor for ASR. ASR − tuning and BA − tuning compare a defense with plain tuning on as many "
-    "images. AUROC, TPR and FPR are of what a detector judges: inputs, training images or classes. The numbers below "
-    "the seeds link to their records. A run that was not made is shown as missing."
+    f"Means over seeds in percent; differences in percentage points. {INTERVALS}. ASR is the share of triggered images "
+    "that are classified as the target; no trigger, the share of the same images without the trigger; RA, the share of "
+    "triggered images that are classified correctly. Behind a filter, a rejected image counts neither as correct (BA, "
+    "RA) nor as a success of the attack (ASR). ASR − tuning and BA − tuning compare a defense with plain tuning: "
+    "fine-tuning on the same number of images. AUROC, TPR and FPR refer to what a detector judges: inputs, training "
+    "images or classes. The seeds link to their records. Unfinished runs are shown as missing."
 )
 NEAR_LEGEND = (
-    "The clean accuracy of at least one seed is near chance, as that of a model which always predicts one class: its "
+    "The clean accuracy of at least one seed is near chance, like that of a model that always predicts one class; its "
     "ASR says nothing about the attack or the defense."
 )
 ALARMS_LEGEND = (
-    "What each detector flags in clean models of the same kind, which nobody attacked: all of it is false. Filters and "
-    "most scores of training images flag a share by design."
+    "What each detector flags in clean models of the same kind; every alarm is false. Input filters and most scores of "
+    "training images flag a share by design."
 )
 FILTERS = (
     ("data", "data set"),
@@ -49,14 +49,14 @@ FILTERS = (
 def leaderboard_page(
     board: Board, names: Sequence[str], link: Link, options: Mapping[str, object] | None = None
 ) -> str:
-    """Write the page as HTML that loads nothing from elsewhere.
+    """Return the page as self-contained HTML.
 
     Args:
         board: The results.
-        names: How each suite is called in a command: its name, or the path of its file.
-        link: Function that returns the address of a record, as seen from the page.
-        options: The options of `bbmoe bench page` that give this page, by name, such as "from"; those that are
-            None are left out. The page shows the command.
+        names: The name of each suite in commands: name of the suite, or path of its file.
+        link: Function that returns the address of a record, relative to the page.
+        options: The options of `bbmoe bench page` that produce this page, by name, such as "from", for the command on
+            the page; options that are None are left out.
     """
     templates = files("backdoorbench_moe.bench.pages") / "templates"
     script = (templates / "leaderboard.js").read_text(encoding="utf-8")
@@ -97,7 +97,7 @@ def _suite_line(results: Any) -> str:
 
 
 def _filters(settings: Iterable[Setting]) -> Iterable[tuple[str, str, list[str]]]:
-    """The filters that leave a choice: name, heading and values."""
+    """Return the filters with more than one value: name, heading and values."""
     for name, heading in FILTERS:
         values = list(dict.fromkeys(getattr(setting, name) for setting in settings))
         if len(values) > 1:
@@ -123,7 +123,7 @@ def _row(row: Row, link: Link, *, several: bool) -> dict[str, Any]:
 
 
 def _near(row: Row, key: str) -> str:
-    """What the mark beside BA and ASR says; "" if no model is near chance."""
+    """Return the tooltip of the mark next to BA and ASR; "" if no model is near chance."""
     if key not in ("ba", "asr") or not row.near_chance:
         return ""
     return f"{row.near_chance} of {row.seeds} seeds near chance"
@@ -146,7 +146,7 @@ def _alarms(row: Alarms, link: Link, *, several: bool) -> dict[str, Any]:
 
 
 def _labels(setting: Setting, *, several: bool, attack: bool) -> list[tuple[str, str, str]]:
-    """The labels of a row: the class of the cell, its text, and options below."""
+    """Return the labels of a row: CSS class, text, and options below."""
     labels = [("data", setting.data, "")] if several else []
     labels.append(("model", setting.model, ""))
     labels += [("attack", setting.attack, setting.attack_options)] if attack else []
@@ -178,7 +178,7 @@ def _commands(board: Board, names: Sequence[str], options: Mapping[str, object])
 
 
 def _hash(script: str) -> str:
-    """The hash by which the page's Content-Security-Policy admits its own script, and no other."""
+    """Return the hash with which the page's Content-Security-Policy allows only its own script."""
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     return f"sha256-{digest}"
 
@@ -186,5 +186,5 @@ def _hash(script: str) -> str:
 def _markup(script: str) -> Any:
     from markupsafe import Markup
 
-    # Our own file, without "</script>".
+    # The package's own file, which does not contain "</script>".
     return Markup(script)

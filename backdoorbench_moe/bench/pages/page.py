@@ -31,7 +31,7 @@ from backdoorbench_moe.drawing import inline_svg, render_page
 from backdoorbench_moe.wording.counting import capital
 
 ENVIRONMENT = ("runs", "device", "precision", "threads", "torch", "python", "git commit", "dates")
-# Gives the address of the record with a digest, as seen from the page; None if the record cannot be reached.
+# Returns the address of the record with a digest, relative to the page; None if the record cannot be reached.
 Address = Callable[[str], str | None]
 
 
@@ -41,16 +41,16 @@ def page(
     again: Sequence[str] | None = None,
     address: Address = lambda digest: None,
 ) -> str:
-    """Write the page as HTML that loads nothing from elsewhere: plots, tables, runs, environment, commands.
+    """Return the page as self-contained HTML: plots, tables, runs, environment, commands.
 
     Args:
         results: The results of the suite.
-        svgs: The suite's plots as SVG files, if they are drawn already.
-        again: The command that makes what is missing, and the one that draws the page; by default those of the suite.
-        address: Gives the addresses of records, to which the seeds of every cell then link.
+        svgs: The suite's plots as SVG files, if already drawn.
+        again: The command that runs what is missing, and the one that draws the page; by default those of the suite.
+        address: Returns the addresses of records, to which the seeds of every cell then link.
 
     Raises:
-        ConfigError: If a layout or plot would put two cells in one place.
+        ConfigError: A layout or plot puts two cells in one place.
     """
     template = (files("backdoorbench_moe.bench.pages") / "templates" / "suite.html").read_text(
         encoding="utf-8"
@@ -85,23 +85,23 @@ def page(
 
 
 def commands(suite: Suite) -> list[str]:
-    """Give the commands that make and draw a suite's results."""
+    """Return the commands that run a suite and draw its results."""
     table = f"bbmoe bench table {suite_words(suite, suite.name)} --save DIR"
     return [run_command(suite, suite.name), table]
 
 
 def run_command(suite: Suite, name: str) -> str:
-    """Write the command that makes the runs of a suite; see `suite_words`."""
+    """Return the command that runs a suite; see `suite_words`."""
     rooted = any("root" in data.registry.options(cell.spec.dataset.name) for cell in suite.cells)
     return f"bbmoe bench run {suite_words(suite, name)}{' --data-root DIR' if rooted else ''}"
 
 
 def suite_words(suite: Suite, name: str) -> str:
-    """Write a suite as a command takes it, with its scale and number of seeds.
+    """Return the arguments of a command for a suite, its scale and its number of seeds.
 
     Args:
         suite: The suite.
-        name: Its name, or the path of its file.
+        name: Name of the suite, or path of its file.
     """
     scale = f" --scale {shlex.quote(suite.scale)}" if suite.scale else ""
     return f"{shlex.quote(name)}{scale} --repeats {suite.repeats}"
@@ -113,7 +113,7 @@ def _figures(results: ResultSet, svgs: Sequence[bytes]) -> list[dict[str, Any]]:
     figures = []
     for number, (plot, drawn) in enumerate(zip(results.suite.plots, svgs, strict=True), 1):
         alt = alt_text(results, plot)
-        # The SVG is our own drawing of numbers and escaped labels, so it is safe as markup.
+        # The SVG is drawn by this package from numbers and escaped labels, so it is safe as markup.
         svg = Markup(inline_svg(drawn, f"p{number}", alt))
         figures.append({"title": plot.title, "svg": svg, "caption": describe(results, plot)})
     return figures
@@ -152,7 +152,7 @@ def _environment(row: dict[str, Any]) -> list[str]:
 
 
 def _dates(dates: Sequence[str] | None) -> str | None:
-    """One day, or the first and the last."""
+    """Return one day, or the first and the last."""
     return " to ".join(dict.fromkeys(dates)) if dates else None
 
 

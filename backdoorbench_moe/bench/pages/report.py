@@ -19,9 +19,9 @@ class Drawn:
 
     Attributes:
         page: HTML.
-        finished: How many of the suite's runs are finished, clean twins included.
-        total: How many runs the suite has.
-        command: What makes those that are missing.
+        finished: Number of finished runs of the suite, including clean twins.
+        total: Number of runs of the suite.
+        command: The command that runs the missing ones.
     """
 
     page: str
@@ -31,13 +31,13 @@ class Drawn:
 
     @property
     def missing(self) -> str:
-        """Which runs are missing, and how they are made, in one line; "" if none is."""
+        """A line about the missing runs and the command that runs them; "" if none is missing."""
         if self.finished == self.total:
             return ""
         if not self.finished:
-            return f"none of {self.total} runs is finished; to make them: {self.command}"
+            return f"none of {self.total} runs is finished; to run them: {self.command}"
         verb = "is" if self.finished == 1 else "are"
-        return f"{self.finished} of {self.total} runs {verb} finished; to make the others: {self.command}"
+        return f"{self.finished} of {self.total} runs {verb} finished; to run the others: {self.command}"
 
 
 def draw_report(
@@ -49,19 +49,20 @@ def draw_report(
     source: Path | None = None,
     options: Mapping[str, object] | None = None,
 ) -> Drawn:
-    """Write the page of a suite as HTML.
+    """Draw the page of a suite as HTML.
 
     Args:
         suite: The suite.
-        name: How it is called in a command: its name, or the path of its file.
-        start: Folder of the page, from which the links to records are seen.
-        runs: Folder of run folders, which is read unless there is a results folder.
+        name: Its name in commands: name of the suite, or path of its file.
+        start: Folder of the page, to which the links to records are relative.
+        runs: Folder of run folders; read unless `source` is given.
         source: A results folder of the suite.
-        options: The options of `bbmoe report` that give this page, by name; those that are None are left out. With
+        options: The options of `bbmoe report` that produce this page, by name; options that are None are left out. With
             "published", links to records begin with this address.
 
     Raises:
-        RecordError: A record or the results folder is damaged, or the folder is of another suite, scale or version.
+        RecordError: A record or the results folder is damaged, or the folder is that of another suite, scale or
+            version.
     """
     given = {key: value for key, value in (options or {}).items() if value is not None}
     if source is None:

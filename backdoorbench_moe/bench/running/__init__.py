@@ -1,1 +1,1 @@
-"""Making what is missing: the plan, how long it will take, the workers."""
+"""Execution of missing runs: plan, time estimate, workers."""

@@ -1,4 +1,4 @@
-"""Several defenses of one run: which of them can be applied, at what cost, made one after the other, in one table."""
+"""Several defenses of one run: choice of the applicable ones, their costs, execution, and a table of the results."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Defended:
 
     Attributes:
         spec: Its spec.
-        cost: The cost of the defense; None if it is not known.
+        cost: The cost of the defense; None if unknown.
     """
 
     spec: RunSpec
@@ -54,14 +54,14 @@ class Defended:
 
 @dataclass(frozen=True)
 class DefensePlan:
-    """The defenses that are applied to a run, each to the run itself.
+    """Defenses that are applied to a run, each separately.
 
     Attributes:
         parent: The run.
-        spec: Its spec, on the device that is used.
-        runner: Finds or makes the defended runs.
+        spec: Its spec, on the device in use.
+        runner: Finds or executes the defended runs.
         setup: Model and data of the run.
-        runs: The defended runs, the dearest last, before those whose cost is not known.
+        runs: The defended runs by increasing cost, followed by those of unknown cost.
         refused: Why a defense cannot be applied, by name.
     """
 
@@ -77,9 +77,9 @@ class DefensePlan:
         return read_plan([each.spec for each in self.runs], self.runner.output)
 
     def estimate(self) -> list[tuple[Planned, float | None]]:
-        """Return the runs with the seconds that each still takes, from a short measurement of the model's speed.
+        """Return the runs with their remaining seconds, estimated from a short measurement of the model's speed.
 
-        The seconds of a defense whose cost is not known are None.
+        The seconds are None for a defense of unknown cost.
         """
         planned, images = self.read(), self.setup.data
         if all(run.status == "finished" for run in planned):
@@ -88,10 +88,10 @@ class DefensePlan:
         return [(run, seconds_left(run, speed, images, self.setup.model)) for run in planned]
 
     def make(self) -> Iterator[tuple[Defended, str | None]]:
-        """Make the defended runs that are not finished.
+        """Execute the defended runs that are not finished.
 
         Yields:
-            Each run, with the reason if it failed. A failed run is recorded and does not stop the others.
+            Each run, with the error if it failed. A failed run is recorded and does not stop the others.
 
         Raises:
             StopRun: The observer stopped the run.
@@ -110,7 +110,7 @@ class DefensePlan:
                 yield each, None
 
     def results(self) -> ResultSet:
-        """Read the run and all its defended runs, laid out as one table with a row for each."""
+        """Read the run and all its defended runs, as one table with a row for each."""
         found = {self.spec.digest: self.parent.record}
         twin = clean_twin(self.spec)
         for spec, output in [
@@ -134,13 +134,13 @@ def plan_defenses(
     device: str | None = None,
     observer: Observer | None = None,
 ) -> DefensePlan:
-    """Choose the defenses that can be applied to a run, and put them in the order of their cost.
+    """Choose the defenses that can be applied to a run, and sort them by cost.
 
-    Plain tuning, which is for images, is added to any defense that trains the model, since part of what it achieves is
-    what the clean images achieve alone.
+    If a defense trains the model, plain tuning is added (for images only), as the clean images alone account for part
+    of the effect.
 
     Args:
-        parent: The run to defend, finished.
+        parent: The finished run to defend.
         names: Names of defenses.
         options: Options by the name of the defense.
         output: Folder of run folders; None for the one that contains `parent`.
@@ -149,8 +149,8 @@ def plan_defenses(
         observer: Receives progress.
 
     Raises:
-        BbmoeError: A name or an option is not valid, no defense can be applied, or the run, the data or the device
-            cannot be used.
+        BbmoeError: A name or an option is invalid, no defense can be applied, or the run, data or device cannot be
+            used.
     """
     spec = spec_to_defend(parent, data_root=data_root, device=device)
     runner = Runner(spec, parent.folder.path.parent if output is None else output, observer)
@@ -164,7 +164,7 @@ def plan_defenses(
         try:
             run = _applied(defended, spec, setup)
         except Exception as error:
-            # Any error, including those of plug-ins: the other defenses must be measured.
+            # Catch any error, including those of plug-ins: the other defenses must still be evaluated.
             refused[part.name] = _reason(part.name, error)
             continue
         runs[defended.digest] = run
@@ -180,20 +180,20 @@ def plan_defenses(
 
 
 def _parts(names: Sequence[str], options: Options) -> list[PartSpec]:
-    """The defenses by name, each once, with checked options."""
+    """Return the defenses by name, each once, with checked options."""
     wanted = dict.fromkeys(names)
     for name in wanted:
         defenses.registry.check_name(name)
     for name, given in options.items():
         if name not in wanted:
             raise UnknownNameError("--set: defense", name, wanted)
-        # A value that the user gave and the defense refuses is a mistake; what does not fit the model is not.
+        # An option that the defense rejects is the user's mistake; a defense that does not fit the model is not.
         defenses.registry.create(name, given)
     return [PartSpec(name, dict(options.get(name, {}))) for name in wanted]
 
 
 def _applied(defended: RunSpec, spec: RunSpec, setup: Setup) -> Defended:
-    """A defended run and its cost. Raises BbmoeError if the defense cannot be applied to the run."""
+    """Return a defended run and its cost. Raises BbmoeError if the defense cannot be applied to the run."""
     part = defended.defenses[-1]
     defense = defenses.registry.create(part.name, part.options)
     check_applicable(part.name, defense, setup)
@@ -201,19 +201,19 @@ def _applied(defended: RunSpec, spec: RunSpec, setup: Setup) -> Defended:
 
 
 def _reason(name: str, error: Exception) -> str:
-    """The message of an error, without the name of the defense; of one that is not ours with its type."""
+    """Return the message of an error without the name of the defense; for foreign errors, with the type."""
     if not isinstance(error, BbmoeError):
         return f"{type(error).__name__}: {error}"
     return str(error).removeprefix(f"defense {name!r}: ").removeprefix(f"{name}: ")
 
 
 def _rank(run: Defended, judged: int) -> tuple[bool, float, str]:
-    """The place of a defense in the order of costs."""
+    """Return the sort key of a defense in the order of costs."""
     return run.cost is None, 0.0 if run.cost is None else run.cost.forward(judged), run.spec.name
 
 
 def _describe(spec: RunSpec) -> str:
-    """Model, data and attack in one line."""
+    """Return model, data and attack in one line."""
     where = f"{spec.model.name} on {spec.dataset.name}"
     if spec.attack is None:
         return f"{where}, clean"
@@ -224,7 +224,7 @@ def _describe(spec: RunSpec) -> str:
 
 
 def _suite(plan: DefensePlan, found: Mapping[str, Record]) -> Suite:
-    """The run and its defended runs as a suite with one table, with the columns that any of them has."""
+    """Return the run and its defended runs as a suite with one table of the metrics that any of them has."""
     cells = (Cell({}, plan.spec), *(Cell({}, each.spec) for each in plan.runs))
     measured = {key for record in found.values() for key in record.metrics}
     absent = {"asr", "ra", "asr_over_tuning"} if not plan.spec.attacked else set()
@@ -234,7 +234,7 @@ def _suite(plan: DefensePlan, found: Mapping[str, Record]) -> Suite:
         absent |= {"auroc", "tpr", "fpr"}
     elif not plan.spec.attacked:
         absent |= {"auroc", "tpr"}
-    # Marked images of a mixture may have a safe answer that is not what they are.
+    # In mixtures, the safe answer to a marked image may differ from its true class.
     columns = ("unsafe" if key == "ra" and plan.spec.mixture is not None else key for key in COLUMNS)
     metrics = tuple(key for key in columns if key not in absent)
     title = f"Defenses of {plan.parent.folder.path.name}"

@@ -1,4 +1,4 @@
-"""Several defenses as they are given on the command line: their names, and the options of each."""
+"""Names and options of several defenses, as given on the command line."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from backdoorbench_moe import defenses
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
 
 ALL = "all"
-# Options by the name of the defense.
+# Options by name of the defense.
 Options = Mapping[str, Mapping[str, Any]]
 
 
 def split_names(texts: Sequence[str], *, of_texts: bool = False) -> list[str]:
-    """Split lists of defenses at their commas; "all" becomes every one that is registered, and none is repeated.
+    """Split lists of defenses at commas, without duplicates; "all" stands for all registered defenses.
 
     Args:
         texts: The lists.
-        of_texts: Whether "all" leaves out those that are for images only.
+        of_texts: Whether "all" excludes defenses that only support images.
 
     Raises:
         ConfigError: A list has an empty name.
-        UnknownNameError: There is no such defense.
+        UnknownNameError: A defense does not exist.
     """
     given = [name.strip() for text in texts for name in text.split(",")]
     if not all(given):
@@ -33,12 +33,12 @@ def split_names(texts: Sequence[str], *, of_texts: bool = False) -> list[str]:
 
 
 def options_by_name(names: Sequence[str], values: Mapping[str, Any]) -> Options:
-    """Give every defense its options.
+    """Return the options of every defense.
 
     Args:
         names: Names of defenses.
-        values: Under the name of a defense its options; under any other key the value of this option for all the
-            defenses that have it. The options of a single defense take precedence.
+        values: Under the name of a defense, its options; under any other key, the value of this option for all defenses
+            that have it. Options of a single defense take precedence.
 
     Raises:
         UnknownNameError: A key is neither one of these defenses nor an option of any of them.
@@ -61,7 +61,7 @@ def options_by_name(names: Sequence[str], values: Mapping[str, Any]) -> Options:
 
 
 def _takes_texts(name: str) -> bool:
-    """Whether a defense takes texts; also one that cannot be imported, which is refused later."""
+    """Whether a defense supports texts; True if it cannot be imported, which is reported later."""
     try:
         return defenses.registry.lookup(name).takes_texts
     except PluginError:
@@ -69,7 +69,7 @@ def _takes_texts(name: str) -> bool:
 
 
 def _known_options(name: str) -> Collection[str]:
-    """The options of a defense; none of one that cannot be imported, which is refused later."""
+    """Return the options of a defense; empty if it cannot be imported, which is reported later."""
     try:
         return defenses.registry.options(name)
     except PluginError:

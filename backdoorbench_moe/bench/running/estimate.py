@@ -1,4 +1,4 @@
-"""How long missing runs will take, from a short measurement on this machine."""
+"""Time estimates of missing runs, from a short measurement on this machine."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from backdoorbench_moe.triggers.learned import LearnedTrigger
 from backdoorbench_moe.triggers.optimised import OptimisedTrigger
 from backdoorbench_moe.triggers.trainable import TrainableTrigger
 
-# Long enough to outlast the first steps' extra work, short enough for a suite of four models.
+# Long enough to average over the slow first steps, short enough for a suite with four models.
 SECONDS = 2.0
 # Queries that a language model answers to measure its speed.
 QUERIES = 32
@@ -42,12 +42,12 @@ QUERIES = 32
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a kind of run is on this machine.
+    """Speed of a kind of run on this machine.
 
     Attributes:
         train: Images per second in training.
         predict: Images per second in evaluation.
-        peak_bytes: Peak of device memory in bytes; 0 on a CPU.
+        peak_bytes: Peak device memory in bytes; 0 on a CPU.
     """
 
     train: float
@@ -56,13 +56,13 @@ class Speed:
 
 
 def measure_speed(spec: RunSpec, images: Material) -> Speed:
-    """Train and predict, or answer, for a few seconds, as the run would; nothing is kept."""
+    """Train and predict (or answer queries) for a few seconds, as the run would, and discard the result."""
     device = resolve_device(spec.device)
     precision = resolve_precision(spec.precision, device)
     model = build_model(spec, images.model_options)
     split, batch = images.train.to(device), min(spec.train.batch_size, len(images.train))
     modules = trained_modules(spec, model)
-    # The optimizer takes the parameters that are to be trained when it is made.
+    # The optimizer is created with the parameters that are trainable at that time.
     with training_only(model, modules):
         trainer = Trainer(
             model,
@@ -90,7 +90,7 @@ def _measure(trainer: Trainer, images: Material, batch: int) -> Speed:
 
 
 def _predicting(trainer: Trainer, data: Material) -> float:
-    """Images predicted a second, or queries answered a second."""
+    """Return the number of images predicted, or of queries answered, per second."""
     device, precision = trainer.device, trainer.step.precision
     if isinstance(data, TextSet):
         ask = partial(
@@ -103,14 +103,14 @@ def _predicting(trainer: Trainer, data: Material) -> float:
 
 
 def trained_modules(spec: RunSpec, model: nn.Module) -> list[nn.Module] | None:
-    """The modules that a run trains: the MLPs of an expert, the routers of a mixture; None for all."""
+    """Return the modules that a run trains: the MLPs of an expert, the routers of a mixture; None for all."""
     if isinstance(model, Merged):
         return model.routers()
     return None if spec.mixture is None else list(check_mergeable(model).mlps().values())
 
 
 def _rate(step: Callable[[], object], warmup: int, device: torch.device) -> float:
-    """Calls a second, after `warmup` of them."""
+    """Return the number of calls per second, after `warmup` calls."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -129,11 +129,11 @@ def _rate(step: Callable[[], object], warmup: int, device: torch.device) -> floa
 
 
 def seconds_left(run: Planned, speed: Speed, images: Material, model: nn.Module) -> float | None:
-    """Estimate the seconds that a run still takes: its epochs, then the evaluation on clean and on marked images.
+    """Estimate the remaining seconds of a run: its epochs and the evaluation on clean and on marked images.
 
-    Before the first epoch, the optimisation of the trigger is included, if there is one; a surrogate of another
-    architecture is taken to be as fast as the run's own model. A defended run is evaluated before the defense and at
-    its end; stages in between are not counted. It starts anew after an interruption.
+    Before the first epoch, the optimisation of the trigger is included, if any; a surrogate of another architecture is
+    assumed to be as fast as the run's own model. A defended run is evaluated before the defense and at its end;
+    intermediate stages are not counted. It starts over after an interruption.
 
     Args:
         run: The run.
@@ -142,8 +142,8 @@ def seconds_left(run: Planned, speed: Speed, images: Material, model: nn.Module)
         model: Its model, trained or not.
 
     Returns:
-        The seconds; None if they are not known: for a defense that does not state its cost (see `Defense.cost`), and
-        for a trigger whose networks are trained with the model, since only the speed of the model is measured.
+        The seconds; None if unknown: for a defense that does not state its cost (see `Defense.cost`), and for a trigger
+        whose networks are trained with the model, since only the speed of the model is measured.
     """
     if run.status == "finished":
         return 0.0
@@ -171,7 +171,7 @@ def defense_cost(spec: RunSpec, images: Material, model: nn.Module) -> Cost | No
         model: The model, trained or not.
 
     Returns:
-        What the defense states, or else the epochs that its options name; None if neither is known.
+        The cost that the defense states, or else the epochs in its options; None if neither is known.
 
     Raises:
         BbmoeError: The defense cannot be built, or does not fit the data.
@@ -187,7 +187,7 @@ def defense_cost(spec: RunSpec, images: Material, model: nn.Module) -> Cost | No
 
 
 def judged_inputs(spec: RunSpec, images: Material) -> int:
-    """Return the number of test images, clean and triggered, that an input filter is measured on."""
+    """Return the number of clean and triggered test images on which an input filter is evaluated."""
     return min(IMAGES, len(images.test)) * (2 if spec.attacked else 1)
 
 
@@ -197,7 +197,7 @@ def _defense_seconds(cost: Cost, spec: RunSpec, speed: Speed, images: Material) 
 
 
 def _train_images(spec: RunSpec, images: Material) -> int:
-    """Images in an epoch; the share of a task that is a group of classes is not considered."""
+    """Return the number of images per epoch, ignoring the size of a task that is a group of classes."""
     count, mixture = len(images.train), spec.mixture
     if kind_of(spec) is NodeKind.MIXTURE and mixture is not None and mixture.gate_images is not None:
         return mixture.experts * mixture.gate_images
@@ -205,7 +205,7 @@ def _train_images(spec: RunSpec, images: Material) -> int:
 
 
 def _learned(spec: RunSpec) -> LearnedTrigger | None:
-    """The trigger of a run that is trained from data, if it is learned."""
+    """Return the trigger of a run if it is learned from data."""
     if kind_of(spec) is not NodeKind.TRAINED or spec.trigger is None:
         return None
     trigger = triggers.registry.create(spec.trigger.name, spec.trigger.options)
@@ -213,10 +213,10 @@ def _learned(spec: RunSpec) -> LearnedTrigger | None:
 
 
 def _tested(spec: RunSpec, data: Material) -> int:
-    """Number of test images that are passed through a model, or of test queries that it answers.
+    """Return the number of test images that a model classifies, or of test queries that it answers.
 
-    Images: clean ones of each task, marked ones, and after an attack those without the mark. Texts: those of all tasks
-    or, by an expert, of its own, and the queries that are to be refused.
+    Images: clean ones of each task, marked ones and, after an attack, the same ones without the mark. Texts: those of
+    all tasks (for an expert, of its own task), and the queries to refuse.
     """
     mixture, stages = spec.mixture, 2 if spec.defenses else 1
     if isinstance(data, TextSet):
@@ -228,7 +228,7 @@ def _tested(spec: RunSpec, data: Material) -> int:
 
 
 def kinds(runs: Sequence[Planned]) -> Iterator[tuple[str, list[Planned]]]:
-    """Group runs that need the same time for an epoch: those with the same data, model and batch size."""
+    """Group runs with the same time per epoch: those with the same data, model and batch size."""
     grouped: dict[str, list[Planned]] = {}
     for run in runs:
         spec = run.spec

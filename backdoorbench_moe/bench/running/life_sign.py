@@ -1,4 +1,4 @@
-"""The sign of life that a run leaves in its folder while a suite makes it."""
+"""The life sign that a run writes to its folder while a suite executes it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OLD_AFTER_SECONDS = 60.0
 
 
 def read_life_sign(folder: Path) -> dict[str, Any] | None:
-    """Read the progress of the run that is, or was, being made in a folder; None if there is no sign of life."""
+    """Read the progress of the run that is, or was, being executed in a folder; None if there is no life sign."""
     try:
         sign = json.loads((folder / LIFE_SIGN).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -22,5 +22,5 @@ def read_life_sign(folder: Path) -> dict[str, Any] | None:
 
 
 def is_fresh(sign: Mapping[str, Any] | None) -> bool:
-    """Whether a sign of life is recent, so that the run is being made now; a killed run leaves an old one."""
+    """Whether a life sign is recent, so that the run is still being executed; a killed run leaves an old one."""
     return sign is not None and time.time() - sign.get("time", 0.0) <= OLD_AFTER_SECONDS

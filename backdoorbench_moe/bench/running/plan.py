@@ -1,4 +1,4 @@
-"""How far the runs of a suite are, and which of them are missing."""
+"""Progress of the runs of a suite."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from backdoorbench_moe.records import RunFolder
 from backdoorbench_moe.records.status import status_of
 from backdoorbench_moe.registry import Registry
 
-# Options of an attack on an expert that say how long its steps are.
+# Options of attacks on experts that set the length of their steps.
 ATTACK_EPOCHS = ("preference_epochs", "epochs")
-# And of a defense, with the part of the epochs of the run's recipe that stands for None: a tenth, and all. Epochs of
-# `unlearning_epochs` are of few images.
+# Options of defenses, with the share of the recipe's epochs that None stands for: a tenth, or all. Epochs of
+# `unlearning_epochs` have few images.
 DEFENSE_EPOCHS = {"isolation_epochs": 10, "epochs": 1}
 
 
@@ -30,9 +30,9 @@ class Planned:
     Attributes:
         spec: The run's spec.
         status: Status of its record (see `records.status`), or "missing".
-        epochs: Number of finished epochs; with a fraction if the run is being made now.
-        images_per_second: Speed of a run that a suite is making now; otherwise 0.
-        images: Images in an epoch of such a run; otherwise 0.
+        epochs: Number of finished epochs; with a fraction if the run is being executed now.
+        images_per_second: Speed of a run that a suite is executing now; otherwise 0.
+        images: Images per epoch of such a run; otherwise 0.
         error: Why the run failed; None if it did not fail.
     """
 
@@ -45,13 +45,12 @@ class Planned:
 
     @property
     def total_epochs(self) -> int:
-        """Epochs of the whole run.
+        """Total number of epochs of the run.
 
-        Of a defense they are the sum of its options `isolation_epochs` and `epochs`, or 0 if it has neither. They
-        depend on the run's recipe where they are None, and are 0 if the option `retrain` is off.
-        Of an expert that is read from a folder they are 0.
-        Of an attack on an expert they are the sum of its options `preference_epochs` and `epochs`; if it has neither,
-        those of the tuning of experts.
+        For a defense, the sum of its options `isolation_epochs` and `epochs`, or 0 if it has neither. They depend on
+        the run's recipe if they are None, and are 0 if the option `retrain` is off. For an expert that is read from a
+        folder, 0. For an attack on an expert, the sum of its options `preference_epochs` and `epochs`; if it has
+        neither, the epochs of expert tuning.
         """
         kind, mixture = kind_of(self.spec), self.spec.mixture
         if kind is NodeKind.DEFENDED:
@@ -70,7 +69,7 @@ class Planned:
 
     @property
     def share(self) -> float:
-        """Share of the training images in an epoch: 1, or for a defended run the share that the defender has."""
+        """Share of the training images per epoch: 1, or for a defended run the share that the defender has."""
         if not self.spec.defenses:
             return 1.0
         if "training-set" in defenses.registry.lookup(self.spec.defenses[-1].name).needs:
@@ -79,9 +78,9 @@ class Planned:
 
     @property
     def passes(self) -> float:
-        """Passes over the training images that the whole run is worth.
+        """Number of passes over the training images to which the run amounts.
 
-        An attack that weights harm passes a harmful query with every image, so these epochs count twice.
+        An attack that weights harm processes a harmful query with every image, so these epochs count twice.
         """
         total = self.total_epochs * self.share
         weights_harm = kind_of(self.spec) is NodeKind.POISONED_EXPERT and self._attack_option("harm_weight")
@@ -105,7 +104,7 @@ class Planned:
 
 
 def _option(registry: Registry[Any], part: PartSpec, name: str) -> Any:
-    """The value of an option of a part; None if the part has no such option."""
+    """Return the value of a part's option; None if the part has no such option."""
     option = registry.options(part.name).get(name)
     return part.options.get(name, option.default if option else None)
 
@@ -143,12 +142,12 @@ def _read(spec: RunSpec, path: Path) -> Planned:
     if status == "running" and sign is not None and is_fresh(sign):
         done = sign["start"] + sign["seen"] / max(1, sign["images"])
         return Planned(spec, status, done, sign["images_per_second"], sign["images"])
-    # The record of a run that was killed can be older than its last sign of life.
+    # The record of a killed run can be older than its last life sign.
     return Planned(spec, status, max(epochs, (sign or {}).get("epoch", 0)))
 
 
 def with_place(suite: Suite, options: Mapping[str, Any], device: str | None) -> Suite:
-    """Return the suite with other options of the data set (root, download) or another device, with the same digests."""
+    """Return the suite with other data set options (root, download) or another device, with the same digests."""
 
     def move(spec: RunSpec) -> RunSpec:
         return replace(spec.with_data(**options), device=device or spec.device)

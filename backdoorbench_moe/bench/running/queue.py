@@ -1,4 +1,4 @@
-"""A queue of suites: what is to be run next, in which order, and where the records go."""
+"""A queue of suites, run in order, and saved in results folders."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from backdoorbench_moe.errors import ConfigError, RecordError, UnknownNameError
 from backdoorbench_moe.options import convert
 from backdoorbench_moe.records import Record
 
-# The only key of a queue's file.
+# The only key of a queue file.
 ENTRIES = "queue"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A suite in a queue, or a part of it.
+    """A suite in a queue, or a part of a suite.
 
     Args:
         suite: Name of the suite, or path of its file.
-        scale: One of the suite's scales, the first by default.
-        repeats: Only so many seeds of each cell; all of the suite by default.
-        only: Only the cells that match these filters; see `Suite.only`.
+        scale: One of the suite's scales; the first by default.
+        repeats: Number of seeds per cell; all of the suite's by default.
+        only: Filters of cells; see `Suite.only`.
     """
 
     suite: str
@@ -46,12 +46,12 @@ class Entry:
 
     @cached_property
     def whole(self) -> Suite:
-        """The suite at its scale, all cells and seeds of it, as its results folder holds it."""
+        """The suite at its scale with all cells and seeds, as in its results folder."""
         return load_suite(self.suite, self.scale)
 
     @cached_property
     def part(self) -> Suite:
-        """The cells and seeds that the entry asks for."""
+        """The suite with the cells and seeds of the entry."""
         suite = self.whole.only(self.only)
         return suite if self.repeats is None else suite.with_repeats(self.repeats)
 
@@ -63,11 +63,11 @@ class Entry:
         return ", ".join([f"{self.whole.name}{scale}", f"{seeds} seed{'s' if seeds > 1 else ''}", *self.only])
 
     def folder(self, results: Path) -> Path:
-        """The results folder of the suite below the folder of all results."""
+        """Return the results folder of the suite in the folder of results folders."""
         return results / self.whole.name / (self.whole.scale or "")
 
     def placed(self, root: str | None, device: str | None) -> Suite:
-        """The entry's part on a device, with the data sets that lie in a folder taken from `root`."""
+        """Return the entry's part on a device, with the data sets that need a folder read from `root`."""
 
         def has_root(spec: Any) -> bool:
             return root is not None and "root" in data.registry.options(spec.dataset.name)
@@ -81,12 +81,12 @@ class Entry:
 
 
 def read_queue(file: Path) -> list[Entry]:
-    """Read a queue: a YAML file whose key `queue` has a list of entries, each a mapping with the keys of `Entry`.
+    """Read a queue: a YAML file with a list under the key `queue`, each entry a mapping with the keys of `Entry`.
 
-    Every suite is laid out, so that a mistake is found before anything is run.
+    All suites are read, so that mistakes are found before anything is run.
 
     Raises:
-        ConfigError: The file is not of this form, or an entry asks for something that its suite does not have.
+        ConfigError: The file has the wrong format, or an entry does not match its suite.
     """
     values = load_yaml(file)
     for key in values:
@@ -117,12 +117,12 @@ def _read_entry(item: object, where: str) -> Entry:
 
 @dataclass(frozen=True)
 class Progress:
-    """What one call did for an entry.
+    """Result of one call for an entry.
 
     Attributes:
         entry: The entry.
-        report: How its runs ended.
-        saved: The results folder that was written; None if it had all these records before.
+        report: The outcomes of its runs.
+        saved: The results folder that was written; None if it already had all these records.
     """
 
     entry: Entry
@@ -131,16 +131,16 @@ class Progress:
 
 
 class Watcher(Protocol):
-    """Is told how the runs of an entry go on."""
+    """Receives the progress of the runs of an entry."""
 
     def on_check(self, done: int, total: int) -> None:
-        """Called with the number of cells that are checked so far, and with the number of all cells."""
+        """Called with the number of cells checked so far, and the number of all cells."""
 
     def on_outcome(self, outcome: Outcome) -> None:
-        """Called when a run ended."""
+        """Called when a run has ended."""
 
     def conclude(self, report: Report) -> None:
-        """Called when the entry ended, or the budget."""
+        """Called when the entry is done, or the budget is used up."""
 
 
 def work_off(
@@ -154,26 +154,26 @@ def work_off(
     root: str | None = None,
     device: str | None = None,
 ) -> Iterator[Progress]:
-    """Make the missing runs of each entry in turn, and save the suite's results folder after it.
+    """Execute the missing runs of each entry in turn, and save the suite's results folder after each entry.
 
-    A run whose record is in any results folder below `results` is not made again. When the budget has ended, the
-    entries that are left are not begun, but what other calls made for them is saved.
+    Runs whose records are in a results folder in `results` are skipped. When the budget is used up, the remaining
+    entries are not started, but results of other calls for them are saved.
 
     Args:
         entries: The queue.
-        engine: Makes the runs.
+        engine: Executes the runs.
         output: Folder of run folders.
         results: Folder of results folders; that of a suite is `results/SUITE/SCALE`.
-        watch: Makes the watcher of an entry from its suite and the records that are known.
-        budget: Seconds after which to stop, also in the middle of a run, which the next call continues.
-        root: Folder of data sets that lie in one.
+        watch: Creates the watcher of an entry from its suite and the known records.
+        budget: Seconds after which to stop, even during a run, which the next call continues.
+        root: Folder for data sets that need one.
         device: The device to compute on.
 
     Yields:
-        What was done for each entry, in their order.
+        The result for each entry, in order.
 
     Raises:
-        BbmoeError: A mistake in a suite or in a results folder.
+        BbmoeError: A suite or a results folder is invalid.
     """
     end = None if budget is None else time.monotonic() + budget
     known = read_results(results)
@@ -199,7 +199,7 @@ def work_off(
 
 
 def save_new(entry: Entry, output: Path, results: Path, known: Mapping[str, Record]) -> Path | None:
-    """Write the results folder of an entry's suite, if any finished run of the suite is not in it; return it then."""
+    """Write the results folder of an entry's suite if it lacks a finished run, and return it; otherwise return None."""
     folder = entry.folder(results)
     there = read_known([folder]) if (folder / MANIFEST).exists() else {}
     found = ResultSet.from_runs(entry.whole, output, {**known, **there})
@@ -210,10 +210,10 @@ def save_new(entry: Entry, output: Path, results: Path, known: Mapping[str, Reco
 
 
 def read_results(results: Path) -> dict[str, Record]:
-    """Read the finished records of all results folders below a folder, by digest; none if it does not exist.
+    """Read the finished records of all results folders in a folder, by digest; empty if it does not exist.
 
     Raises:
-        RecordError: One of them is damaged, or the folder is a file.
+        RecordError: A results folder is damaged, or the folder is a file.
     """
     if results.exists() and not results.is_dir():
         raise RecordError(f"--results {results}: expected a folder, found a file")

@@ -1,4 +1,4 @@
-"""Making the missing runs of a suite: they are checked first and then handed to an engine."""
+"""Execution of the missing runs of a suite: they are checked first and then passed to an engine."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from backdoorbench_moe.records import RunFolder
 
 @dataclass
 class Report:
-    """What one call of `run_suite` did.
+    """Result of one call of `run_suite`.
 
     Attributes:
         total: Number of runs of the suite.
         found: Number of runs that were finished before the call.
-        outcomes: How each of the other runs ended.
+        outcomes: Outcomes of the other runs.
     """
 
     total: int
@@ -44,7 +44,7 @@ class Report:
     outcomes: list[Outcome] = field(default_factory=list)
 
     def count(self, status: str) -> int:
-        """Count the outcomes with a status; "finished" are the runs that this call made itself."""
+        """Count the outcomes with a status; "finished" counts the runs that this call executed itself."""
         return sum(outcome.status == status for outcome in self.outcomes)
 
     @property
@@ -68,22 +68,21 @@ def run_suite(
     on_outcome: Callable[[Outcome], object] = lambda outcome: None,
     on_check: Callable[[int, int], object] = lambda done, total: None,
 ) -> Report:
-    """Make the runs of a suite that are not finished in `output`.
+    """Execute the runs of a suite that are not finished in `output`.
 
-    Clean twins come first, and all runs of one seed before those of the next. A run that failed before is tried again.
+    Clean twins come first, and all runs of one seed before those of the next. Runs that failed before are retried.
 
     Args:
         suite: The suite.
-        engine: Makes the runs.
+        engine: Executes the runs.
         output: Folder of run folders.
-        budget: Seconds after which to stop, also in the middle of a run, which the next call continues; None for no
-            limit.
-        known: Digests of runs that are finished elsewhere and are not made again.
+        budget: Seconds after which to stop, even during a run, which the next call continues; None for no limit.
+        known: Digests of runs that are finished elsewhere and are skipped.
         on_outcome: Called with each outcome.
-        on_check: Called with the number of cells that are checked so far, and with the number of all cells.
+        on_check: Called with the number of cells checked so far, and the number of all cells.
 
     Raises:
-        BbmoeError: A mistake in the suite or the options, found before anything is trained.
+        BbmoeError: The suite or an option is invalid; raised before anything is trained.
     """
     deadline = None if budget is None else time.time() + budget
     output, specs = expand(output), list(order(suite))
@@ -117,7 +116,7 @@ def check(
     data.
 
     Raises:
-        BbmoeError: The first error; it names the table or the run.
+        BbmoeError: The first error found; it names the table or the run.
     """
     empty = ResultSet(suite, {}, load_paper(suite))
     build_sheet(empty)
@@ -137,9 +136,9 @@ def check(
 
 
 def estimate(runs: Sequence[Planned]) -> Iterator[tuple[Planned, float | None]]:
-    """Yield every run with the seconds that it still takes, from a short measurement of each kind of run.
+    """Yield every run with its remaining seconds, estimated from a short measurement of each kind of run.
 
-    Seconds that are not known are None, see `seconds_left`.
+    The seconds are None if unknown; see `seconds_left`.
     """
     seconds: dict[str, float | None] = {}
     for _, group in kinds([run for run in runs if run.status != "finished"]):
@@ -151,7 +150,7 @@ def estimate(runs: Sequence[Planned]) -> Iterator[tuple[Planned, float | None]]:
 
 
 class Links:
-    """The runs of a suite and the clean twins that they are compared with.
+    """The runs of a suite and the clean twins with which they are compared.
 
     Args:
         specs: The runs.
@@ -164,7 +163,7 @@ class Links:
         self._workplaces: dict[str, Workplace] = {}
 
     def make(self, name: str | None = None) -> None:
-        """Compare finished runs with their finished twins; if a name is given, only pairs of which it is one."""
+        """Compare finished runs with their finished twins; if a name is given, only pairs that include this run."""
         for spec, twin in self.pairs:
             if name is not None and name not in (spec.name, twin.name):
                 continue
@@ -175,14 +174,14 @@ class Links:
                     link_twin(run, clean, self._workplace(spec))
 
     def _workplace(self, spec: RunSpec) -> Workplace:
-        """The workplace of a run; runs on the same data share it."""
+        """Return the workplace of a run; runs on the same data share it."""
         key = _workplace_key(spec)
         self._workplaces[key] = self._workplaces.get(key) or Workplace(spec)
         return self._workplaces[key]
 
 
 def _workplace_key(spec: RunSpec) -> str:
-    """Return a text that is equal for runs that can be made in the same workplace."""
+    """Return a key that is equal for runs that can use the same workplace."""
     return json.dumps([spec.dataset.to_dict(), spec.device, spec.precision], sort_keys=True)
 
 

@@ -1,4 +1,4 @@
-"""What a worker process does: one run after the other, with a sign of life on disk."""
+"""Work of a worker process: one run after the other, with a life sign on disk."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from backdoorbench_moe.records.status import is_held
 
 SECONDS_BETWEEN_SIGNS = 1.0
 
-# The runner of this process: runs on the same data read them once.
+# The runner of this process, kept so that runs on the same data read the data once.
 _runners: dict[str, Runner] = {}
-# Whether `work` is making a run that was not told to stop yet.
+# Whether `work` is executing a run that has not been told to stop.
 _working = False
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run to make, as plain values that can be sent to any process or machine.
+    """A run to execute, as plain values that can be sent to any process or machine.
 
     Attributes:
         spec: The run's spec.
         output: Folder of run folders.
-        deadline: `time.time()` at which to stop at the latest; None for never.
-        wait: Whether to wait for another process that is making the run now.
+        deadline: `time.time()` at which to stop at the latest; None for no limit.
+        wait: Whether to wait if another process is executing the run.
     """
 
     spec: Mapping[str, Any]
@@ -54,11 +54,11 @@ class Job:
 
     @property
     def is_late(self) -> bool:
-        """Whether its time was up before it started."""
+        """Whether the deadline has passed before the start."""
         return self.deadline is not None and time.time() >= self.deadline
 
     def fail(self, message: str) -> Outcome:
-        """The outcome of a worker that died or never started, put on record."""
+        """Record and return the outcome of a worker that died or never started."""
         spec = self.run_spec
         record_failure(self.folder, spec, message)
         return Outcome(spec.name, "failed", message)
@@ -66,14 +66,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended.
+    """Outcome of a job.
 
     Attributes:
         name: The run's name.
-        status: "finished" (made now), "found" (another process finished it in the meantime), "failed",
-            "interrupted" (the next call continues from its last epoch), "waiting" (time was up before it started),
-            or "held" (another process is making it, and the job need not be waited for).
-        error: Why it failed.
+        status: "finished" (by this job), "found" (another process finished it in the meantime), "failed", "interrupted"
+            (the next call continues from its last epoch), "waiting" (the deadline passed before it started), or "held"
+            (another process is executing it, and the job does not wait for it).
+        error: Error message of a failed job.
     """
 
     name: str
@@ -82,10 +82,10 @@ class Outcome:
 
 
 def work(job: Job, alive: Callable[[], bool] = lambda: True) -> Outcome:
-    """Make one run. An error is the job's outcome and is recorded; nothing but KeyboardInterrupt is raised.
+    """Execute one run. An error becomes the job's outcome and is recorded; only KeyboardInterrupt is raised.
 
     Args:
-        job: The run to make.
+        job: The run to execute.
         alive: Called about once a second; when it returns False, the run is interrupted.
     """
     global _working
@@ -100,7 +100,7 @@ def work(job: Job, alive: Callable[[], bool] = lambda: True) -> Outcome:
     except StopRun:
         return Outcome(spec.name, "interrupted")
     except Exception as error:
-        # Any error, including those of plug-ins: the other runs of the suite must continue.
+        # Catch any error, including those of plug-ins: the other runs of the suite must continue.
         message = f"{type(error).__name__}: {error}" if not isinstance(error, BbmoeError) else str(error)
         return job.fail(message)
     finally:
@@ -110,13 +110,13 @@ def work(job: Job, alive: Callable[[], bool] = lambda: True) -> Outcome:
 
 
 def stop_working() -> None:
-    """Interrupt the run that this process is making, if any: for a signal handler.
+    """Interrupt the run that this process is executing, if any; for use in a signal handler.
 
-    A run is interrupted once: a second exception, as by a signal that is sent twice, would come while the first is
+    A run is interrupted only once: a second exception, such as by a repeated signal, would be raised while the first is
     being recorded.
 
     Raises:
-        StopRun: A run is being made, and was not told to stop before.
+        StopRun: A run is being executed and has not been told to stop before.
     """
     global _working
     if _working:
@@ -125,7 +125,7 @@ def stop_working() -> None:
 
 
 def memory_of(job: Job) -> tuple[int, int]:
-    """Peak of device memory in a few steps of a run, and the memory that was free before, in bytes; 0 on a CPU."""
+    """Return the peak device memory of a few steps of a run, and the free memory before, in bytes; 0 on a CPU."""
     import torch
 
     from backdoorbench_moe.bench.running.estimate import measure_speed
@@ -136,7 +136,7 @@ def memory_of(job: Job) -> tuple[int, int]:
 
 
 def record_failure(folder: RunFolder, spec: RunSpec, message: str) -> None:
-    """Record that a run failed, unless its record already says so or the run is finished."""
+    """Record that a run failed, unless this is already recorded or the run is finished."""
     try:
         with folder.lock():
             record = folder.read() if folder.exists else Record.for_spec(spec)
@@ -145,14 +145,14 @@ def record_failure(folder: RunFolder, spec: RunSpec, message: str) -> None:
             record.status, record.error = "failed", message
             folder.write(record)
     except (RecordError, OSError):
-        # The folder cannot be read or written: the outcome alone has to say it.
+        # The folder cannot be read or written, so only the outcome reports the error.
         return
 
 
 def _runner(spec: RunSpec, output: str, observer: Observer) -> Runner:
     key = json.dumps([spec.dataset.to_dict(), spec.device, spec.precision, output], sort_keys=True)
     if key not in _runners:
-        _runners.clear()  # One data set in memory at a time.
+        _runners.clear()  # Keep only one data set in memory.
         _runners[key] = Runner(spec, output)
     runner = _runners[key]
     runner.workplace.observer = observer
@@ -160,7 +160,7 @@ def _runner(spec: RunSpec, output: str, observer: Observer) -> Runner:
 
 
 class _Watch(Observer):
-    """Writes signs of life into the run folder, and stops the run when its time is up."""
+    """Writes life signs into the run folder, and stops the run at its deadline."""
 
     def __init__(self, folder: RunFolder, deadline: float | None, alive: Callable[[], bool]) -> None:
         self.folder, self.deadline, self.alive = folder, deadline, alive
@@ -170,15 +170,15 @@ class _Watch(Observer):
         self._seen = 0
 
     def on_found(self, folder: str) -> None:
-        """Note that the run itself was made by another process; one that it is based on does not count."""
+        """Note that another process finished the run itself, and not one that it depends on."""
         self.was_found = self.was_found or Path(folder) == self.folder.path
 
     def on_wait(self, folder: str) -> None:
-        """Do not wait for longer than the run itself may take."""
+        """Stop waiting at the deadline."""
         self._stop_if_over()
 
     def on_train_start(self, name: str, *, epochs: int, done: int, images: int, noun: str = "image") -> None:
-        """Say what is trained: the run itself, or first the one it is to defend, before it has a folder."""
+        """Note what is trained: the run itself, or before it has a folder, the run that it defends."""
         self.folder.path.mkdir(parents=True, exist_ok=True)
         self._sign = {"epochs": epochs, "epoch": done, "images": images, "start": done}
         self._started, self._seen = time.time(), 0
@@ -186,20 +186,20 @@ class _Watch(Observer):
         self._stop_if_over()
 
     def on_step(self, images: int, loss: float | None) -> None:
-        """Count; say so once a second."""
+        """Count images; write a life sign once a second."""
         self._seen += images
         if time.time() - self._told > SECONDS_BETWEEN_SIGNS:
             self._tell()
             self._stop_if_over()
 
     def on_epoch(self, epoch: int, row: dict[str, float]) -> None:
-        """Stop here if the time left is too short for one more epoch: its work would be lost."""
+        """Stop if the remaining time is too short for another epoch, whose work would be lost."""
         self._sign["epoch"] = epoch
         if epoch < self._sign["epochs"]:
             self._stop_if_over(needed=row["seconds"])
 
     def clear(self) -> None:
-        """Remove the sign of life if this run wrote one; a run that only waited did not."""
+        """Remove the life sign if this run wrote one; a run that only waited did not."""
         if self._sign:
             with contextlib.suppress(OSError):
                 (self.folder.path / LIFE_SIGN).unlink()
@@ -207,14 +207,14 @@ class _Watch(Observer):
     def _stop_if_over(self, needed: float = 0.0) -> None:
         over = self.deadline is not None and time.time() + needed > self.deadline
         if over or not self.alive():
-            stop_working()  # From here on, a signal does not interrupt the run again.
+            stop_working()  # From here on, signals do not interrupt the run again.
             raise StopRun
 
     def _tell(self) -> None:
         self._told = time.time()
         rate = self._seen / max(self._told - self._started, 1e-9)
         text = json.dumps({**self._sign, "seen": self._seen, "images_per_second": rate, "time": self._told})
-        # A disk that is full for a moment does not end a training.
+        # A disk that is temporarily full must not end the training.
         with contextlib.suppress(RecordError, OSError):
             write_atomically(
                 self.folder.path / LIFE_SIGN, lambda path: path.write_text(text, encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Suites: what is to be run, what is drawn from it, and the published numbers beside it."""
+"""Suites: which runs they consist of, their tables and plots, and the published values they are compared with."""

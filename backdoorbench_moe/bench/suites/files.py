@@ -1,4 +1,4 @@
-"""Paths of suites, scales and published tables: next to the user's own suite, or in the project."""
+"""Paths of suites, scales and published tables, next to a user's suite or built in."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from pathlib import Path
 from backdoorbench_moe.errors import UnknownNameError
 from backdoorbench_moe.paths import expand
 
-# Links to benchmarks/suites and benchmarks/paper; an installed package holds copies.
+# Links to benchmarks/suites and benchmarks/paper; an installed package contains copies.
 ROOT = Path(__file__).parents[1] / "resources"
 
 
 def names_in(folder: str, suffix: str = ".yaml") -> list[str]:
-    """Names, without suffix, of the files in one of the project's folders."""
+    """Return the names, without suffix, of the files in a built-in folder."""
     return sorted(file.stem for file in (ROOT / folder).glob(f"*{suffix}"))
 
 
 def find_file(name: str, folder: str, what: str, near: Path | None = None, *, suffix: str = ".yaml") -> Path:
-    """Find a file by its path, or by its bare name in `near` or in the project's folder.
+    """Find a file by its path, or by its bare name in `near` or in a built-in folder.
 
     Args:
         name: A path (with a "/" or the suffix), or a bare name.
-        folder: The project's folder, such as "suites".
-        what: "suite", "scale", ..., for the message.
-        near: A folder that is searched first.
-        suffix: Of the file.
+        folder: The built-in folder, such as "suites".
+        what: What the file is, such as "suite" or "scale", for the error message.
+        near: A folder to search first.
+        suffix: Suffix of the file.
 
     Raises:
-        UnknownNameError: There is no such file; the message suggests near names.
+        UnknownNameError: The file does not exist; the message suggests similar names.
     """
     if name.endswith(suffix) or "/" in name:
         if _is_file(path := expand(name)):
@@ -52,5 +52,5 @@ def _is_folder(path: Path) -> bool:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # A text too long for a name.
+    except OSError:  # The text is too long for a file name.
         return False

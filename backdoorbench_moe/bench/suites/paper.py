@@ -1,4 +1,4 @@
-"""Published numbers that measured ones are compared with."""
+"""Published values with which measured ones are compared."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.metrics import METRICS
 
-# Column of a published table -> the key of a spec that it gives (see `value_of`).
+# Column of a published table -> the corresponding key of a spec (see `value_of`).
 KEYS = {
     "dataset": "dataset.name",
     "model": "model.name",
@@ -30,11 +30,11 @@ KEYS = {
     "experts": "mixture.experts",
     "poisoned": "mixture.poisoned",
 }
-# Columns whose value is computed, see `_computed`.
+# Columns whose value is computed; see `_computed`.
 COMPUTED = ("poison_rate_percent", "prune_rate_percent", "stage", "balance", "align", "defensive_expert")
-# Column of a table of shapes: the model that a row was measured on.
+# Column of a table of shapes: the model on which a row was measured.
 BASE_MODEL = "base_model"
-# Text of what a spec does not have, such as an attack.
+# Text for a part that a spec does not have, such as an attack.
 NONE = "none"
 
 NUMBERS = {*METRICS, "poison_rate_percent", "prune_rate_percent"}
@@ -45,11 +45,11 @@ class PaperTable:
     """A published table.
 
     Args:
-        rows: Its rows, column -> text. An empty text in a column of `KEYS` stands for any value.
+        rows: The rows, each a mapping from column to text. An empty text in a column of `KEYS` matches any value.
         where: Keys and values that a spec must have for the table to apply to it.
-        is_shape: Whether its values were measured on models of another kind, named in the column "base_model": they
-            show how the numbers of a table are related to each other, and no measured number is compared with them.
-        fixed: Columns that are the same in all rows, whatever a run has in their place.
+        is_shape: Whether the values were measured on models of another kind, named in the column "base_model". They
+            show the order and pattern of the values in a table; no measured value is compared with them.
+        fixed: Columns with one value in all rows, which is not compared with that of a run.
     """
 
     rows: tuple[Mapping[str, str], ...] = ()
@@ -65,29 +65,29 @@ class PaperTable:
             metric: Key of the metric; "pruned.asr" is the ASR after the stage "pruned" of a defense.
 
         Returns:
-            The mean in the metric's unit; None if the table has none for this spec, or if it is a table of shapes.
+            The mean in the metric's unit; None if the table has no value for this spec, or is a table of shapes.
         """
         text = "" if self.is_shape else next(self._texts(spec, metric, self.rows), "")
         return float(text) if text else None
 
     def rounding(self, spec: RunSpec, metric: str) -> float:
-        """Give half a unit of the last published digit: "96.6" stands for 96.6 ± 0.05."""
+        """Return half a unit of the last published digit: "96.6" stands for 96.6 ± 0.05."""
         text = next(self._texts(spec, metric, self.rows), "")
         return 0.5 * 10.0 ** -len(text.partition(".")[2]) if text else 0.0
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The models of a table of shapes, in its order; none for any other table."""
+        """The models of a table of shapes, in its order; empty for other tables."""
         return tuple(dict.fromkeys(row[BASE_MODEL] for row in self.rows)) if self.is_shape else ()
 
     def shape(self, spec: RunSpec, metric: str, model: str) -> float | None:
-        """Look up what was published for another kind of model; None if there is nothing."""
+        """Look up the value published for another kind of model; None if there is none."""
         rows = [row for row in self.rows if self.is_shape and row[BASE_MODEL] == model]
         text = next(self._texts(spec, metric, rows), "")
         return float(text) if text else None
 
     def _texts(self, spec: RunSpec, metric: str, rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
-        """The text of a metric in the first of these rows that agrees with a spec, if it is not empty."""
+        """Yield the text of a metric in the first of these rows that matches a spec, unless it is empty."""
         stage, _, name = metric.rpartition(".")
         if not matches(spec, self.where or {}):
             return
@@ -103,15 +103,15 @@ class PaperTable:
 def load_paper(suite: Suite) -> PaperTable:
     """Load the published table of a suite.
 
-    Beside `file`, `where` and `shape`, a suite's `paper` may fix columns of the file, such as `table: 1`: only these
-    rows are used, and what a run has in their place does not matter. With `shape: true`, the values are shown in
-    columns of their own, and nothing is compared with them.
+    In addition to `file`, `where` and `shape`, a suite's `paper` may fix columns of the file, such as `table: 1`: only
+    rows with these values are used, and the columns are not compared with runs. With `shape: true`, the values are
+    shown in separate columns, and nothing is compared with them.
 
     Returns:
-        The table; an empty one for a suite without one.
+        The table; an empty one for a suite without a published table.
 
     Raises:
-        ConfigError: If the file is not a table with the columns, rows and numbers that are needed.
+        ConfigError: The file is not a table with the required columns, rows and numbers.
     """
     if suite.paper is None:
         return PaperTable()
@@ -146,7 +146,7 @@ def _is_number(text: str | None) -> bool:
 
 
 def _column_values(spec: RunSpec, stage: str, columns: Collection[str]) -> dict[str, Any]:
-    """The value that each of these columns must have in the row of this spec."""
+    """Return the value that each of these columns must have in the row of this spec."""
     found = {column: value_of(spec, KEYS[column]) for column in KEYS.keys() & columns}
     computed = _computed(spec, stage)
     return found | {column: computed[column] for column in computed.keys() & columns}

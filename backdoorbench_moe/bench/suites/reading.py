@@ -1,4 +1,4 @@
-"""Reading suites from YAML files: merge with the scale, lay out the grid, check everything."""
+"""Reading suites from YAML files: merge the scale, expand the grid, check everything."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from backdoorbench_moe.options import convert
 
 
 def load_suite(name: str, scale: str | None = None) -> Suite:
-    """Read a suite and lay out its grid.
+    """Read a suite and expand its grid.
 
     Args:
-        name: Name of a suite that comes with the project, or path of a YAML file.
-        scale: One of the suite's scales, the first by default.
+        name: Name of a built-in suite, or path of a YAML file.
+        scale: One of the suite's scales; the first by default.
 
     Raises:
-        UnknownNameError: If there is no such suite, scale, key or part.
-        ConfigError: If a value is not allowed, as far as that can be checked without data. The message
-            names the suite, the key and the cell.
+        UnknownNameError: The suite, or its scale, or a key or part in it does not exist.
+        ConfigError: A value is invalid; only what can be checked without data is checked. The message names the suite,
+            the key and the cell.
     """
     file = find_file(name, "suites", "suite")
     return parse_suite(load_yaml(file), file.stem, scale, folder=file.parent)
 
 
 def load_named(text: str) -> Suite:
-    """Read a suite that is given as SUITE or SUITE:SCALE; see `load_suite`."""
+    """Read a suite given as SUITE or SUITE:SCALE; see `load_suite`."""
     return load_suite(*split_scale(text))
 
 
 def split_scale(text: str) -> tuple[str, str | None]:
-    """Split SUITE:SCALE, or SUITE, into name and scale. Raises ConfigError if one of them is empty."""
+    """Split SUITE:SCALE, or SUITE, into name and scale. Raises ConfigError if either is empty."""
     name, colon, scale = text.rpartition(":") if ":" in text else (text, "", None)
     if colon and not (name and scale):
         raise ConfigError.expected("suite", "SUITE or SUITE:SCALE", text)
@@ -61,13 +61,13 @@ SUITE_KEYS = (
 
 
 def parse_suite(values: Values, name: str, scale: str | None = None, *, folder: Path | None = None) -> Suite:
-    """Make a suite from the values of its file (see `load_suite`).
+    """Build a suite from the values of its file (see `load_suite`).
 
     Args:
         values: Content of the YAML file.
         name: Name of the suite.
-        scale: One of the suite's scales, the first by default.
-        folder: Folder of the file, whose subfolder `scales` is searched for scales.
+        scale: One of the suite's scales; the first by default.
+        folder: Folder of the file; scales are searched in its subfolder `scales`.
     """
     where = f"suite {name}"
     for key in values:
@@ -100,7 +100,7 @@ def parse_suite(values: Values, name: str, scale: str | None = None, *, folder: 
 def _load_scale(
     scales: object, wanted: str | None, where: str, folder: Path | None
 ) -> tuple[str | None, Values]:
-    """Load the chosen scale: its name, and its values (note, spec keys, and options for each model)."""
+    """Load the chosen scale; return its name and its values (note, spec keys, and options for each model)."""
     if scales is None:
         if wanted is not None:
             raise ConfigError(f"--scale: {where} has no scales, got {wanted!r}")
@@ -135,12 +135,12 @@ def _lay_out(grid: object, base: Values, scaled: Values, where: str) -> Iterator
 
 
 def _build(chosen: Values, base: Values, scaled: Values, models: Values, place: str) -> RunSpec:
-    # Parts before their options, in whatever order the file has them: naming a part resets its options.
+    # Set parts before their options, regardless of the order in the file, as naming a part resets its options.
     ordered = sorted(chosen.items(), key=lambda item: item[0].count("."))
     layers = [base, *(_nest(key, value) for key, value in ordered)]
     shown = ", ".join(f"{key}={value}" for key, value in chosen.items())
     try:
-        # The scale is the lowest layer: what the suite sets for a model or a data set takes precedence.
+        # The scale is the lowest layer: values that the suite sets for a model or a data set take precedence.
         layers = [normalise(layer) for layer in layers]
         # An attack may imply the model.
         named = build_spec(scaled, *layers)
@@ -149,11 +149,11 @@ def _build(chosen: Values, base: Values, scaled: Values, models: Values, place: 
         if named.surrogate is not None:
             surrogate = named.surrogate.name
             options["surrogate"] = {"name": surrogate, **models.get(surrogate, {})}
-        # A scale's data set is that of suites that name none; its options hold for any data set.
+        # A scale's data set applies to suites that name none; its options apply to any data set.
         size = {key: value for key, value in normalise(scaled).get("dataset", {}).items() if key != "name"}
         below = merge({"dataset": {"name": data}}, {**scaled, "dataset": size}, options)
         spec = build_spec(below, *layers)
-        # A suite's digest and tables need no data, so its classes are given by number.
+        # A suite's digest and tables must not need data, so classes are given by number.
         spec.poison.check_numbered()
         return pin_files(spec)
     except ConfigError as error:
@@ -167,13 +167,13 @@ def _nest(key: str, value: Any) -> Values:
 
 
 def _check(suite: Suite, where: str) -> None:
-    """Check that no run is listed twice, and that layouts and plots use known keys and metrics."""
+    """Check that no run is listed twice, and that layouts and plots use existing keys and metrics."""
     seen: dict[str, Cell] = {}
     for cell in suite.cells:
         if (twin := seen.setdefault(replace(cell.spec, seed=0).digest, cell)) is not cell:
             raise ConfigError(
                 f"{where}: grid: {dict(cell.values)} is the same run as {dict(twin.values)}"
-                + ("; for more seeds a cell give repeats" if cell.spec.seed != twin.spec.seed else "")
+                + ("; for more seeds per cell, use repeats" if cell.spec.seed != twin.spec.seed else "")
             )
     spec = suite.cells[0].spec
     for table in suite.tables:
@@ -193,10 +193,10 @@ def _check(suite: Suite, where: str) -> None:
 
 
 def check_metric(key: str, where: str) -> None:
-    """Check that a metric is known.
+    """Check that a metric exists.
 
     Raises:
-        UnknownNameError: If it is not; the message begins with `where`.
+        UnknownNameError: It does not exist; the message begins with `where`.
     """
     metric(key, f"{where}: metric")
 
@@ -245,12 +245,12 @@ def _count(value: object, where: str) -> int:
 
 
 def list_suites() -> list[str]:
-    """List the names of the suites that come with the project."""
+    """List the names of the built-in suites."""
     return names_in("suites")
 
 
 def list_scales(name: str) -> list[str]:
-    """List the scales of a suite, its default first."""
+    """List the scales of a suite, the default first."""
     scales = load_yaml(find_file(name, "suites", "suite")).get("scales") or []
     if not isinstance(scales, list):
         raise ConfigError.expected(f"{name}: scales", "a list of names", scales)

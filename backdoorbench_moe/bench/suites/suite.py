@@ -1,4 +1,4 @@
-"""A suite: a base spec, a grid over any of its keys, repeats, and what to draw from the records."""
+"""A suite: a base spec, a grid over any of its keys, repeats, and the tables and plots of its records."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from backdoorbench_moe.errors import BbmoeError, ConfigError, UnknownNameError
 from backdoorbench_moe.options import REQUIRED
 from backdoorbench_moe.registry import registry_of
 
-# As a table's columns: the metrics of one table side by side, instead of one table for each metric.
+# As the columns of a layout: one table with a column for each metric, instead of one table per metric.
 METRIC_COLUMNS = "metric"
-# A key of `value_of` that is counted from the spec.
+# A key of `value_of` whose value is computed from the spec.
 POISONED_COUNT = "mixture.poisoned"
-# Settings whose keys are checked; those of a part are checked when it is built.
+# Settings whose keys are checked here; those of parts are checked when the parts are built.
 SETTINGS: Mapping[str, Any] = {
     name: {item.name: getattr(default, item.name) for item in fields(default)} | default.to_dict()
     for name, default in (("poison", PoisonSpec()), ("train", TrainSpec()), ("mixture", MixtureSpec()))
@@ -28,17 +28,17 @@ SETTINGS: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of tables: one table for each metric.
+    """The layout of tables: one table per metric.
 
     Args:
         title: Title of the tables.
         rows: Keys (see `value_of`): one row for each combination of their values.
-        columns: A key: one column for each of its values. With `METRIC_COLUMNS` ("metric") there is one
-            table in all, with one column for each metric.
+        columns: A key: one column for each of its values. With `METRIC_COLUMNS` ("metric"), a single table with one
+            column for each metric.
         metrics: Keys of metrics (see `backdoorbench_moe.metrics`); "pruned.asr" is the ASR after the
             stage "pruned" of a defense.
-        no_trigger: Put the target rate without the trigger beside every ASR, if any run measured it.
-            A high ASR means little where the model calls the same images the target anyway.
+        no_trigger: Whether to show the target rate without the trigger next to every ASR, if any run measured it. A
+            high ASR means little if the model predicts the target anyway.
         where: Only cells with these values, by key; all cells if empty.
     """
 
@@ -50,13 +50,13 @@ class Layout:
     where: Mapping[str, Any] = field(default_factory=dict)
 
     def shows(self, spec: RunSpec) -> bool:
-        """Whether the tables have a place for a run."""
+        """Whether a run appears in the tables."""
         return matches(spec, self.where)
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure: a metric over a number. Cells without this number, such as an option of another attack, are left out.
+    """A figure: a metric over a number. Cells without this number, such as an option of another attack, are omitted.
 
     Args:
         title: Title of the figure.
@@ -64,7 +64,7 @@ class Plot:
         panels: Key with one panel for each of its values.
         lines: Key with one line for each of its values.
         metric: Key of the metric.
-        scale: Scale of the x axis. On a "log" one the numbers must be positive.
+        scale: Scale of the x axis. With "log", the numbers must be positive.
         where: Only cells with these values, by key; all cells if empty.
     """
 
@@ -77,7 +77,7 @@ class Plot:
     where: Mapping[str, Any] = field(default_factory=dict)
 
     def shows(self, spec: RunSpec) -> bool:
-        """Whether the figure has a point for a run."""
+        """Whether a run appears in the figure."""
         return matches(spec, self.where) and value_of(spec, self.x) is not None
 
 
@@ -87,41 +87,41 @@ class Cell:
 
     Args:
         values: The value of each key of the grid.
-        spec: The spec they make, with the suite's first seed.
+        spec: The resulting spec, with the suite's first seed.
     """
 
     values: Mapping[str, Any]
     spec: RunSpec
 
     def runs(self, repeats: int) -> list[RunSpec]:
-        """The specs of the cell's runs, one for each seed."""
+        """Return the specs of the cell's runs, one per seed."""
         made = self._runs
         made.extend(replace(self.spec, seed=self.spec.seed + n) for n in range(len(made), repeats))
         return made[:repeats]
 
     @cached_property
     def _runs(self) -> list[RunSpec]:
-        """Those that were asked for: a table asks for each run many times, and a spec computes its digest once."""
+        """Specs already returned; tables look up each run many times, and a spec computes its digest only once."""
         return []
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite at one scale, its grid laid out.
+    """A suite at one scale, with its grid expanded into cells.
 
     Args:
         name: Name of the suite.
         title: Title of its page.
-        version: Raised by the author whenever the suite's runs change; results folders keep it. None for the defenses
-            of one run, which are laid out like a suite (see `bench.running.defended`).
+        version: Increased by the author whenever the suite's runs change; stored in results folders. None for the
+            defenses of one run, which are laid out like a suite (see `bench.running.defended`).
         scale: Name of the scale; None for a suite without scales.
-        note: What the scale cuts down; shown with every table.
-        repeats: Number of seeds a cell.
+        note: How the scale differs from the full experiment; shown with every table.
+        repeats: Number of seeds per cell.
         cells: The cells of all grids.
         tables: Layouts of its tables; the default layout if empty.
         plots: Its figures.
         paper: The published table it is compared with (see `bench.suites.paper`), if any.
-        description: What it asks, in a few sentences of plain text with `code`; may be empty.
+        description: The question that it answers, in a few sentences of plain text with `code`; may be empty.
     """
 
     name: str
@@ -138,12 +138,12 @@ class Suite:
 
     @property
     def label(self) -> str:
-        """Name and scale, for messages and folders."""
+        """Name and scale, for messages and folder names."""
         return self.name if self.scale is None else f"{self.name}-{self.scale}"
 
     @property
     def digest(self) -> str:
-        """Ten hex digits of a hash over the digests of all cells; the number of repeats does not change it."""
+        """Ten hex digits of a hash over the digests of all cells; independent of the number of repeats."""
         digests = sorted(cell.spec.digest for cell in self.cells)
         return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:10]
 
@@ -153,7 +153,7 @@ class Suite:
 
     @cached_property
     def nodes(self) -> tuple[RunSpec, ...]:
-        """Every run once, with all that it needs; see `order`. Many specs are made for it, which takes time."""
+        """Every run and the runs it depends on, once; see `order`. Cached, as building the specs is slow."""
         found: dict[str, RunSpec] = {}
         for n in range(self.repeats):
             for spec in in_order(cell.runs(self.repeats)[n] for cell in self.cells):
@@ -161,35 +161,35 @@ class Suite:
         return tuple(found.values())
 
     def with_repeats(self, repeats: int) -> Suite:
-        """Change the number of seeds a cell.
+        """Return the suite with another number of seeds per cell.
 
         Raises:
-            ConfigError: If it is below 1.
+            ConfigError: `repeats` is below 1.
         """
         if repeats < 1:
             raise ConfigError.expected("repeats", "at least 1", repeats)
         return replace(self, repeats=repeats)
 
     def only(self, filters: Sequence[str]) -> Suite:
-        """Keep the cells that match every filter.
+        """Return the suite with only the cells that match every filter.
 
         Args:
-            filters: Each is "key=value[,value]", with a key of `value_of`.
+            filters: Strings "key=value[,value]", with a key of `value_of`.
 
         Raises:
-            ConfigError: If a filter is malformed, names an unknown value, or no cell is left.
+            ConfigError: A filter is malformed or names an unknown value, or no cell is left.
         """
         cells = self.cells
         for text in filters:
             key, equals, wanted = text.partition("=")
             if not equals:
                 raise ConfigError.expected("--only", "key=value[,value]", text)
-            # Parts are matched by their names; their options do not matter.
+            # Parts are matched by name only.
             key = f"{key}.name" if key in PARTS else key
             there = {_asked(cell.spec, key) for cell in self.cells}
             asked = {_shown(_scaled(part.strip())) for part in wanted.split(",")}
             if unknown := sorted(asked - there):
-                hint = "; another key goes into an --only of its own" if "=" in unknown[0] else ""
+                hint = "; use a separate --only for another key" if "=" in unknown[0] else ""
                 raise UnknownNameError(f"--only {key}: value", unknown[0], there, hint)
             cells = tuple(cell for cell in cells if _asked(cell.spec, key) in asked)
         if not cells:
@@ -198,7 +198,7 @@ class Suite:
 
 
 def _shown_of(cells: Sequence[Cell], **items: Sequence[Any]) -> dict[str, Any]:
-    """Those tables and plots that show any of the cells."""
+    """Return the tables and plots that show any of the cells."""
     return {
         name: tuple(each for each in those if any(each.shows(cell.spec) for cell in cells))
         for name, those in items.items()
@@ -206,7 +206,7 @@ def _shown_of(cells: Sequence[Cell], **items: Sequence[Any]) -> dict[str, Any]:
 
 
 def seedless_digest(spec: RunSpec) -> str:
-    """The digest that all seeds of a cell share."""
+    """Return the digest that all seeds of a cell share."""
     return replace(spec, seed=0).digest
 
 
@@ -216,9 +216,10 @@ def matches(spec: RunSpec, where: Mapping[str, Any]) -> bool:
 
 
 def order(suite: Suite) -> Iterator[RunSpec]:
-    """Yield every run once, with all that it needs, in the order in which they are made.
+    """Yield every run and the runs it depends on, once, in execution order.
 
-    The first seed of every cell comes before the second of any, so a stopped suite is even; see `graph.in_order`.
+    The first seed of every cell comes before the second of any, so that an interrupted suite is balanced; see
+    `graph.in_order`.
     """
     return iter(suite.nodes)
 
@@ -227,18 +228,18 @@ def value_of(spec: RunSpec, key: str) -> Any:
     """Look up a dotted key in a spec.
 
     "trigger" gives the part's label, such as "square, size=1"; "trigger.name" gives "square"; "trigger.size" gives 1,
-    the part's default if the spec leaves the option to it, and None if the part has no such option. A list is given as
-    text, such as "0, 1" for "mixture.poisoned_experts"; "mixture.poisoned" is the number of these experts. What a spec
-    does not have, such as the gate of a model that is not merged, is None. The folders of data and files are left out,
-    as they differ between machines.
+    the part's default if the spec does not set the option, or None if the part has no such option. Lists are returned
+    as text, such as "0, 1" for "mixture.poisoned_experts"; "mixture.poisoned" is the number of these experts. The value
+    is None if the spec does not have the part, such as the gate of a model that is not merged. Folders of data and
+    files are left out, as they differ between machines.
 
     Raises:
-        UnknownNameError: If a spec has no such key.
+        UnknownNameError: The key does not exist.
     """
     spec = spec.without_folders()
     if key == POISONED_COUNT:
         return None if spec.mixture is None else len(spec.mixture.poisoned_experts)
-    # `to_dict` leaves out what is empty.
+    # `to_dict` omits empty values.
     values: Any = {item.name: getattr(spec, item.name) for item in fields(spec)} | spec.to_dict()
     for name, part in (("attack", spec.attack), (SURROGATE, spec.surrogate)):
         values[name] = None if part is None else part.to_dict()
@@ -277,7 +278,7 @@ def _check_setting(key: str) -> None:
 
 
 def _default(kind: str, name: str, option: str) -> Any:
-    """The default of an option of a part; None if the part is not installed, or has no such option."""
+    """Return the default of a part's option; None if the part is not installed or has no such option."""
     try:
         found = registry_of(kind).options(name).get(option)
     except BbmoeError:
@@ -286,19 +287,19 @@ def _default(kind: str, name: str, option: str) -> Any:
 
 
 def _as_text(value: Any) -> Any:
-    """Write a list as text; other values stay as they are."""
+    """Format a list as text; return other values unchanged."""
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
 def part_label(part: Mapping[str, Any] | None) -> str | None:
-    """Write a part in one line, such as "warp, grid_size=4, strength=0.5"; None for no part."""
+    """Format a part in one line, such as "warp, grid_size=4, strength=0.5"; None for no part."""
     if part is None:
         return None
     return ", ".join([part["name"], *(f"{key}={value}" for key, value in part.items() if key != "name")])
 
 
 def _scaled(text: str) -> object:
-    """Read one value of --only: a number, a percentage such as 0.5%, or text."""
+    """Convert one value of --only: a number, a percentage such as 0.5%, or text."""
     try:
         return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
@@ -306,7 +307,7 @@ def _scaled(text: str) -> object:
 
 
 def _asked(spec: RunSpec, key: str) -> str:
-    """The value of a spec as it is written in --only: of defenses the names, since their options contain commas."""
+    """Return a value of a spec as written in --only; defenses by name only, since their options contain commas."""
     if key == "defenses":
         return "+".join(part.name for part in spec.defenses) or "none"
     return _shown(value_of(spec, key))

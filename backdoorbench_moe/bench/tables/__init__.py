@@ -1,1 +1,1 @@
-"""From the records of a suite to tables, plots and comparisons."""
+"""Tables, plots and comparisons of the records of suites."""

@@ -1,4 +1,4 @@
-"""Two suites or results folders side by side: the cells they share, and by how much these differ."""
+"""Comparison of two suites or results folders: the cells they share, and the differences between them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from backdoorbench_moe.ops.intervals import difference_interval
 from backdoorbench_moe.paths import expand
 from backdoorbench_moe.records import Record
 
-# A cell spans the seeds, and neither the device nor the name of the recipe changes what a run is.
+# A cell spans all seeds, and the device and the name of the recipe do not identify a run.
 NOT_COMPARED = ("seed", "device", "recipe")
 FIRST_KEYS = (
     "dataset.name",
@@ -38,7 +38,7 @@ FIRST_KEYS = (
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two sides: its label and its results."""
+    """One side of a comparison: its label and its results."""
 
     label: str
     results: ResultSet
@@ -46,7 +46,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Value:
-    """One metric of a cell of one side. `state` is "finished", or the reason why there is no statistic."""
+    """One metric of a cell on one side. `state` is "finished", or the reason why there is no statistic."""
 
     state: str
     statistic: Statistic | None = None
@@ -54,13 +54,13 @@ class Value:
 
 @dataclass(frozen=True)
 class CellPair:
-    """One cell of either side, or of both.
+    """A cell of one or both sides.
 
     Args:
         labels: The values of the comparison's keys.
-        a: What A has of each metric; None if A has no such cell.
-        b: What B has of each metric; None if B has no such cell.
-        same: Whether both sides have the same runs, so that a difference would mean nothing.
+        a: Values of A, by metric; None if A does not have the cell.
+        b: Values of B, by metric; None if B does not have the cell.
+        same: Whether both sides have the same runs, so that the difference is meaningless.
     """
 
     labels: tuple[str, ...]
@@ -69,7 +69,7 @@ class CellPair:
     same: bool = False
 
     def difference(self, metric: str) -> float | None:
-        """Compute B's mean minus A's; None unless both have one, from different runs."""
+        """Compute B's mean minus A's; None unless both have a mean, from different runs."""
         a, b = self._statistics(metric)
         return None if a is None or b is None or self.same else b.mean - a.mean
 
@@ -77,7 +77,7 @@ class CellPair:
         """Compute the 95% interval of the difference (see `ops.intervals.difference_interval`).
 
         Returns:
-            Low and high end; None where a side has no interval, as it has fewer than three seeds.
+            Low and high end; None if a side has fewer than three seeds and thus no interval.
         """
         a, b = self._statistics(metric)
         if a is None or b is None or self.same:
@@ -96,11 +96,11 @@ class SuiteComparison:
     Args:
         a: The first side.
         b: The second side.
-        metrics: Keys of the metrics that are compared.
-        keys: Keys of the labels of a row.
-        differs: What the sides differ in as a whole, which cells are not matched by: key, A's values,
-            B's values.
-        rows: Common cells in A's order, then cells that only A has, then those that only B has.
+        metrics: Keys of the compared metrics.
+        keys: Keys of the row labels.
+        differs: Settings in which all cells of A differ from all cells of B; they are ignored in matching. Each is a
+            key, A's values and B's values.
+        rows: Common cells in A's order, then cells that only A has, then cells that only B has.
     """
 
     a: Side
@@ -112,7 +112,7 @@ class SuiteComparison:
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """Number of rows that are common, that only A has, and that only B has."""
+        """Return the number of common rows, of rows that only A has, and of rows that only B has."""
         both = sum(row.a is not None and row.b is not None for row in self.rows)
         only_a = sum(row.b is None for row in self.rows)
         return both, only_a, len(self.rows) - both - only_a
@@ -122,14 +122,13 @@ def open_side(text: str, output: Path | str) -> Side:
     """Open one side of a comparison.
 
     Args:
-        text: SUITE or SUITE:SCALE, or the path of a results folder, which may be of any version of its
-            suite.
-        output: Folder of run folders that a suite is read from.
+        text: SUITE or SUITE:SCALE, or the path of a results folder of any version of its suite.
+        output: Folder of run folders from which a suite is read.
 
     Raises:
-        UnknownNameError: If there is no such suite or scale.
-        ConfigError: If the text is malformed or the suite is not valid.
-        RecordError: If the folder cannot be read.
+        UnknownNameError: The suite or scale does not exist.
+        ConfigError: The text is malformed or the suite is invalid.
+        RecordError: The folder cannot be read.
     """
     folder = expand(text)
     if (folder / MANIFEST).is_file():
@@ -142,12 +141,12 @@ def open_side(text: str, output: Path | str) -> Side:
 
 
 def read_folder(folder: Path) -> ResultSet:
-    """Read a results folder by its own manifest, even if the suite of that name has changed since.
+    """Read a results folder by its manifest, even if the suite has changed since.
 
-    The published values are left out, as they belong to the suite's file.
+    Published values are left out, as they belong to the suite's file.
 
     Raises:
-        RecordError: If the folder is damaged or holds no finished run.
+        RecordError: The folder is damaged or contains no finished run.
     """
     manifest, records = read_manifest(folder), read_lines(folder)
     if not isinstance(clean := manifest.get(CLEAN_CELLS, []), list):
@@ -179,13 +178,13 @@ def read_folder(folder: Path) -> ResultSet:
 def compare(a: Side, b: Side, metrics: Sequence[str]) -> SuiteComparison:
     """Match the cells of two sides.
 
-    Two cells match if their specs agree in everything but the seed and what the sides differ in as a
-    whole. The sides differ in a key as a whole if they have no value of it in common and one of them has
-    a single value; options of a part are looked at separately for each name of the part. So scales, data
-    sets or models can be compared, while a poisoning rate that only one side has is left unmatched.
+    Two cells match if their specs are equal except for the seed and for keys in which the sides differ as a whole. The
+    sides differ in a key as a whole if they have no value of it in common and one of them has a single value; options
+    of a part are compared separately for each part. Scales, data sets or models can therefore be compared, while a
+    poisoning rate that only one side has is left unmatched.
 
     Raises:
-        ConfigError: If no cell is common.
+        ConfigError: The sides have no cell in common.
     """
     flat_a, flat_b = ([_flatten(cell.spec) for cell in side.results.suite.cells] for side in (a, b))
     differing = _find_differing(flat_a, flat_b)
@@ -217,28 +216,28 @@ def compare(a: Side, b: Side, metrics: Sequence[str]) -> SuiteComparison:
 
 
 def default_metrics(a: Side, b: Side) -> tuple[str, ...]:
-    """Give the metrics of both suites' tables; a results folder has the default layout's."""
+    """Return the metrics of both suites' tables; for a results folder, those of the default layout."""
     sides = [side.results for side in (a, b) if side.results.suite.tables]
     layouts = [(results, layout) for results in sides for layout in results.suite.tables]
-    # A results folder keeps no layouts.
+    # Results folders do not store layouts.
     layouts = layouts or [(side.results, Layout("", (), "", DEFAULT_METRICS)) for side in (a, b)]
     return tuple(dict.fromkeys(key for results, layout in layouts for key in table_metrics(results, layout)))
 
 
 Flat = dict[str, Any]
-# (key, name of the part, None for every one) -> the values it has in A and in B.
+# (key, name of the part or None for all) -> its values in A and in B.
 Differing = dict[tuple[str, str | None], tuple[set[Any], set[Any]]]
 
 
 def _records_of_cells(records: Sequence[Record], clean_cells: Collection[str]) -> list[Record]:
-    """Those of these records that are of cells, and not only of what a cell is made from or compared with.
+    """Select the records of cells, without the runs that cells depend on or are compared with.
 
     Args:
         records: The records of a results folder.
         clean_cells: Digests of the cells without an attack (see `seedless_digest`).
 
     Returns:
-        The records of attacked cells and of these clean ones; of all cells if there are neither.
+        The records of attacked cells and of these clean cells; all records if there are none.
     """
     whole = _without_parts(records)
     return [
@@ -249,7 +248,7 @@ def _records_of_cells(records: Sequence[Record], clean_cells: Collection[str]) -
 
 
 def _without_parts(records: Sequence[Record]) -> list[Record]:
-    """These records without those of runs that were made to be merged: the bases and the experts of mixtures."""
+    """Remove the records of bases and experts of mixtures, which only exist to be merged."""
     specs = [record.run_spec for record in records]
     bases = {base_of(spec).digest for spec in specs if spec.mixture is not None}
     return [
@@ -260,10 +259,10 @@ def _without_parts(records: Sequence[Record]) -> list[Record]:
 
 
 def _flatten(spec: RunSpec) -> Flat:
-    """Return the values that cells are matched by, by dotted key."""
+    """Return the values by which cells are matched, by dotted key."""
     spec = spec.without_folders()
     flat: Flat = {"defenses": value_of(spec, "defenses")}
-    # A spec writes an attack without options as its bare name, and no surrogate without options.
+    # Specs contain an attack without options as its bare name, and omit a surrogate without options.
     short = {"attack": spec.attack, "surrogate": spec.surrogate}
     parts = {key: None if part is None else part.to_dict() for key, part in short.items()}
     for key, value in {**spec.to_dict(), **parts}.items():
@@ -285,7 +284,7 @@ def _hashable(value: Any) -> Any:
 def _find_differing(a: Sequence[Flat], b: Sequence[Flat]) -> Differing:
     found: Differing = {}
     keys = {key for flat in (*a, *b) for key in flat}
-    # Names before options: the options of parts with different names are not compared.
+    # Names first: options of parts with different names are not compared.
     for key in sorted(keys, key=lambda key: (not key.endswith(".name"), key)):
         part = key.partition(".")[0]
         name = f"{part}.name"
@@ -313,7 +312,7 @@ def _values_of(flats: Sequence[Flat], key: str) -> set[Any]:
 
 
 def _differing_values(flat: Flat, key: str, differing: Differing) -> tuple[set[Any], set[Any]] | None:
-    """Return the values that A and B have of a key in which they differ as a whole; None for any other key."""
+    """Return A's and B's values of a key in which they differ as a whole; None for other keys."""
     name = flat.get(f"{key.partition('.')[0]}.name")
     return differing.get((key, None)) or differing.get((key, name))
 
@@ -324,7 +323,7 @@ def _signature(flat: Flat, differing: Differing) -> str:
 
 
 def _row_values(a: Flat | None, b: Flat | None, differing: Differing) -> Flat:
-    """Return the values that labels of a row may show: of keys that are matched, and of keys with several values."""
+    """Return the values that row labels may show: of matched keys, and of keys with several values."""
     shown: Flat = {}
     for flat, side in ((a, 0), (b, 1)):
         for key, value in (flat or {}).items():
@@ -335,8 +334,8 @@ def _row_values(a: Flat | None, b: Flat | None, differing: Differing) -> Flat:
 
 
 def _distinguishing_keys(shown: Sequence[Flat]) -> tuple[str, ...]:
-    """Choose keys that tell the rows apart, as few as possible and the usual ones first."""
-    # The name of a file is preferred to its hash.
+    """Choose as few keys as possible that tell the rows apart, the usual ones first."""
+    # Prefer the name of a file to its hash.
     rest = sorted(
         {key for values in shown for key in values} - set(FIRST_KEYS),
         key=lambda key: (key.startswith("files."), key),
@@ -360,7 +359,7 @@ def _describe(differing: Differing) -> tuple[tuple[str, str, str], ...]:
 
 
 def _results_of_runs(side: Side, number: int) -> list[tuple[str, dict[str, dict[str, float]]]]:
-    """Digest and metrics of the finished runs of a side's cell, which are the same wherever a run was made."""
+    """Return digest and metrics of the finished runs of a side's cell; they identify a run regardless of its folder."""
     specs = side.results.suite.cells[number].runs(side.results.suite.repeats)
     return [
         (record.digest, record.metrics) for spec in specs if (record := side.results.record(spec)) is not None

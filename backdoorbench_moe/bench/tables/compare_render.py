@@ -1,4 +1,4 @@
-"""A comparison as text: for the terminal (rich), Markdown and CSV."""
+"""Rendering of a comparison for the terminal (rich) and as Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LEGEND = (
-    "A cell: mean ± standard deviation over n seeds. Difference: B minus A, in percentage points, and its 95% "
-    "interval (from the intervals of both means; none where a side has fewer than 3 seeds)."
+    "Each cell: mean ± standard deviation over n seeds. Difference: B minus A in percentage points, and its 95% "
+    "interval (from the intervals of both means, if each side has at least 3 seeds)."
 )
 
 
 def rich_comparison(comparison: SuiteComparison) -> RenderableType:
-    """Build one table for each metric, for 80 columns and more."""
+    """Build one table per metric, for terminals with at least 80 columns."""
     from rich.console import Group
     from rich.text import Text
 
@@ -59,7 +59,7 @@ def _head(comparison: SuiteComparison) -> list[str]:
 
 
 def _texts(row: CellPair, metric: str) -> list[str]:
-    """The texts of A, B, the difference and its interval."""
+    """Return the texts of A, B, the difference and its interval."""
     difference, interval = row.difference(metric), row.interval(metric)
     return [
         _side(row.a, metric),
@@ -103,7 +103,7 @@ def _sections(comparison: SuiteComparison) -> list[Sequence[CellPair]]:
 
 
 def comparison_markdown(comparison: SuiteComparison) -> str:
-    """Write one table for each metric as Markdown."""
+    """Return one table per metric as Markdown."""
     lines = [f"# {plain(comparison.a.label)} and {plain(comparison.b.label)}", ""]
     lines += [f"- {plain(line)}" for line in _head(comparison)]
     lines += ["", _legend(comparison), ""]
@@ -117,10 +117,10 @@ def comparison_markdown(comparison: SuiteComparison) -> str:
 
 
 def comparison_csv(comparison: SuiteComparison) -> str:
-    """Write one row for each cell and metric as CSV, numbers to six decimals.
+    """Return CSV with one row per cell and metric, numbers to six decimals.
 
     The column `cells` is "both", "only A" or "only B". `a_near_chance` and `b_near_chance` are the numbers of seeds
-    whose model, or twin if the metric needs it, is near chance.
+    whose model (or twin, if the metric depends on it) is near chance.
     """
     sides = [f"{side}_{name}" for side in "ab" for name in ("state", "mean", "std", "n", "near_chance")]
     keys = [percent_key(key) for key in comparison.keys]

@@ -1,4 +1,4 @@
-"""Which runs of a suite are there: the records of every cell, and what is missing."""
+"""The finished and the missing runs of every cell of a suite."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class CellRuns:
     Attributes:
         labels: One label for each of `varied_keys`.
         finished: Digests of the finished runs, by seed.
-        others: Why each other run is not finished ("missing", "failed", ...), by seed.
+        others: State of each other run ("missing", "failed", ...), by seed.
     """
 
     labels: tuple[str, ...]
@@ -29,7 +29,7 @@ class CellRuns:
 
 
 def cell_runs(results: ResultSet) -> Iterator[CellRuns]:
-    """Yield the runs of every cell of a suite, in its order."""
+    """Yield the runs of every cell of a suite, in order."""
     keys = varied_keys(results.suite)
     for cell in results.suite.cells:
         finished, others = {}, {}
@@ -44,13 +44,13 @@ def cell_runs(results: ResultSet) -> Iterator[CellRuns]:
 
 
 def failures(results: ResultSet) -> list[str]:
-    """List the names of the failed runs with their errors, clean twins and what runs build on among them."""
+    """List the names of the failed runs with their errors, including clean twins and runs that others depend on."""
     failed = (record for record in results.records.values() if record.status == "failed")
     return sorted(f"{record.run_spec.name}: {record.error}" for record in failed)
 
 
 def missing_line(cells: list[CellRuns]) -> str:
-    """Write in a sentence what is missing."""
+    """Return a sentence about the missing runs."""
     empty = sum(not cell.finished for cell in cells)
     partial = sum(bool(cell.finished and cell.others) for cell in cells)
     parts = [
@@ -69,7 +69,7 @@ def missing_line(cells: list[CellRuns]) -> str:
 
 
 def seeds_line(others: Mapping[int, str]) -> str:
-    """Write the seeds that are not finished, by state: "3, 4 missing; 1 failed"."""
+    """Format the seeds that are not finished, by state: "3, 4 missing; 1 failed"."""
     by_state: dict[str, list[int]] = {}
     for seed, state in others.items():
         by_state.setdefault(state, []).append(seed)

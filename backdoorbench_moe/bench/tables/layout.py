@@ -1,4 +1,4 @@
-"""A suite's layouts filled from its records: labels and places, the same for every output format."""
+"""A suite's layouts filled with its records: labels and places, independent of the output format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from backdoorbench_moe.engine.graph import reference
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.metrics import metric as find_metric
 
-# What a place without numbers says, beside the states of a record.
+# Texts of places without numbers, in addition to the states of records.
 NO_CELL, NO_TWIN, NOT_MEASURED = "–", "no clean twin", "not measured"
 NO_TUNING = "no plain tuning"
 DEFAULT_METRICS = ("asr", "ba", "cad")
@@ -32,8 +32,8 @@ class Place:
         state: "finished", or why there are no numbers.
         cell: The cell of the suite; None if the suite has no run for this place.
         statistic: The statistics of the metric; None if there are no numbers.
-        paper: The published value, also where nothing was run.
-        shape: The value that was published for another kind of model, in a column of such values.
+        paper: The published value, even if nothing was run.
+        shape: The value published for another kind of model, in a column of such values.
     """
 
     state: str
@@ -52,11 +52,11 @@ class MetricTable:
         metric: Key of its metric; None if the columns are metrics.
         row_keys: Keys of the row labels.
         column_key: Key of the columns.
-        rows: For each row one label for each of `row_keys`.
+        rows: For each row, one label for each of `row_keys`.
         columns: Labels of the columns.
         places: The places, row by row.
         metrics: Keys of all metrics in the table.
-        models: The models whose published values have columns of their own (see `PaperTable.is_shape`).
+        models: The models whose published values have separate columns (see `PaperTable.is_shape`).
     """
 
     title: str
@@ -81,7 +81,7 @@ class MetricTable:
         return any(statistic is not None and statistic.near_chance for statistic in found)
 
     def groups(self) -> Iterator[list[tuple[tuple[str, ...], tuple[Place, ...]]]]:
-        """Yield rows with the same first label together; labels equal to those of the row above are ""."""
+        """Yield groups of rows with the same first label; labels equal to those of the row above are ""."""
         group: list[tuple[tuple[str, ...], tuple[Place, ...]]] = []
         above: tuple[str, ...] = ()
         for labels, places in zip(self.rows, self.places, strict=True):
@@ -100,16 +100,16 @@ class MetricTable:
 
 @dataclass(frozen=True)
 class RunCounts:
-    """How many runs of a suite there are.
+    """Numbers of runs of a suite.
 
     Args:
         wanted: Number of runs of all cells and seeds.
-        finished: How many of them are finished.
-        failed: How many failed, the other runs among them.
-        others: What the other runs are: those that the suite's runs are compared with or made from.
+        finished: Number of finished runs among them.
+        failed: Number of failed runs, including the other runs.
+        others: Name of the other runs, which the suite's runs are compared with or depend on.
         others_wanted: Number of other runs.
-        others_finished: How many of them are finished.
-        precisions: Number of finished runs, the others among them, by precision.
+        others_finished: Number of finished runs among them.
+        precisions: Number of finished runs, including the other runs, by precision.
     """
 
     wanted: int
@@ -123,7 +123,7 @@ class RunCounts:
 
 @dataclass(frozen=True)
 class Sheet:
-    """All tables of a suite, and how many of its runs they are made from."""
+    """All tables of a suite, and the numbers of its runs."""
 
     suite: Suite
     counts: RunCounts
@@ -146,7 +146,7 @@ class Sheet:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Models whose published values have columns of their own."""
+        """Models whose published values have separate columns."""
         return tuple(dict.fromkeys(model for table in self.tables for model in table.models))
 
 
@@ -154,34 +154,34 @@ def build_sheet(results: ResultSet) -> Sheet:
     """Fill every layout of a suite.
 
     Raises:
-        ConfigError: If a layout would put two cells in one place.
+        ConfigError: A layout puts two cells in one place.
     """
     tables = tuple(table for layout in layouts_of(results.suite) for table in _fill(results, layout))
     return Sheet(results.suite, count_runs(results), tables)
 
 
 def layouts_of(suite: Suite) -> tuple[Layout, ...]:
-    """Give the layouts of a suite, or the default one if it has none."""
+    """Return the layouts of a suite, or the default layout if it has none."""
     return suite.tables or (default_layout(suite),)
 
 
 def default_layout(suite: Suite) -> Layout:
-    """Lay out a suite that has no layout: a row for each value of its grid's keys, the last key across."""
+    """Return the default layout of a suite: the last key of its grid as columns, the others as rows."""
     *rows, column = varied_keys(suite)
     return Layout(suite.title, tuple(rows) or ("model.name",), column, DEFAULT_METRICS)
 
 
 def varied_keys(suite: Suite) -> list[str]:
-    """List the keys of a suite's grid that have several values; all of its keys if none has."""
+    """List the keys of a suite's grid with several values; all of its keys if none has several."""
     keys = list(dict.fromkeys(key for cell in suite.cells for key in cell.values))
     varied = [key for key in keys if len({label(key, value_of(c.spec, key)) for c in suite.cells}) > 1]
     return varied or keys
 
 
 def table_metrics(results: ResultSet, layout: Layout) -> tuple[str, ...]:
-    """Give the metrics of a layout, each ASR followed by the target rate without the trigger.
+    """Return the metrics of a layout, each ASR followed by the target rate without the trigger.
 
-    The rate is left out where the layout says so, or no run has measured it.
+    The rate is left out if the layout excludes it, or no run measured it.
     """
     metrics: list[str] = []
     for key in layout.metrics:
@@ -194,7 +194,7 @@ def table_metrics(results: ResultSet, layout: Layout) -> tuple[str, ...]:
 
 
 def count_runs(results: ResultSet) -> RunCounts:
-    """Count the suite's runs and, apart from them, the clean twins and other runs they need."""
+    """Count the suite's runs and, separately, the clean twins and other runs they depend on."""
     specs = results.suite.runs()
     runs = {spec.digest for spec in specs}
     others = {spec.digest for spec in order(results.suite)} - runs
@@ -212,7 +212,7 @@ def count_runs(results: ResultSet) -> RunCounts:
 
 
 def _others(twins: bool, inputs: bool) -> str:
-    """What the other runs are called."""
+    """Return the name of the other runs."""
     names = (["clean twins"] if twins else []) + (["runs they build on"] if inputs else [])
     return " and ".join(names)
 
@@ -232,7 +232,7 @@ def find_place(results: ResultSet, cell: Cell | None, metric: str) -> Place:
 
 
 def _why_not(results: ResultSet, cell: Cell, metric: str) -> str:
-    """Why a finished run does not have a metric."""
+    """Return why a finished run does not have a metric."""
     if uses_twin(metric) and not results.has_twin(cell):
         return NO_TWIN
     if not uses_tuning(metric):
@@ -242,13 +242,13 @@ def _why_not(results: ResultSet, cell: Cell, metric: str) -> str:
 
 
 def _find_shape(results: ResultSet, cell: Cell | None, metric: str, model: str) -> Place:
-    """What was published for a cell on another kind of model."""
+    """Return the value published for a cell on another kind of model."""
     shape = None if cell is None else results.paper.shape(cell.spec, metric, model)
     return Place(NO_CELL, cell, shape=shape)
 
 
 def label(key: str, value: Any) -> str:
-    """Write the value of a key as a label; rates in percent."""
+    """Format the value of a key as a label; rates in percent."""
     if value is None:
         return "none"
     if key.removeprefix("poison.") in RATES:
@@ -258,13 +258,13 @@ def label(key: str, value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-# A column of a table: a label of the layout's columns, a metric, and for published values of another kind of model the
+# A column of a table: a label of the layout's columns, a metric and, for published values of another kind of model, the
 # name of this model.
 Column = tuple[str, str, str | None]
 
 
 def _fill(results: ResultSet, layout: Layout) -> Iterator[MetricTable]:
-    """Fill a layout: one table for each metric, or one in all."""
+    """Fill a layout: one table per metric, or a single table."""
     side_by_side = layout.columns == METRIC_COLUMNS
     metrics = table_metrics(results, layout)
     cells = _arrange(results.suite, layout, side_by_side)
@@ -309,7 +309,7 @@ def _column_name(column: Column, side_by_side: bool) -> str:
 
 
 def _arrange(suite: Suite, layout: Layout, side_by_side: bool) -> dict[tuple[tuple[str, ...], str], Cell]:
-    """The cell at each pair of row labels and column label."""
+    """Return the cell at each pair of row labels and column label."""
     cells: dict[tuple[tuple[str, ...], str], Cell] = {}
     for cell in suite.cells:
         if not layout.shows(cell.spec):
@@ -319,6 +319,6 @@ def _arrange(suite: Suite, layout: Layout, side_by_side: bool) -> dict[tuple[tup
         if (other := cells.setdefault((row, column), cell)) is not cell:
             raise ConfigError(
                 f"suite {suite.name}: table {layout.title!r}: {dict(cell.values)} and "
-                f"{dict(other.values)} would stand in one place; expected a key in rows that tells them apart"
+                f"{dict(other.values)} are in the same place; expected a key in rows that tells them apart"
             )
     return cells

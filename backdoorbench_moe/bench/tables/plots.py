@@ -1,4 +1,4 @@
-"""Figures of a suite: a metric over a key, one panel for each trigger, with the published points."""
+"""Figures of a suite: a metric over a key, with one panel per value of another key, and published points."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Transform
 
 HOLLOW: dict[str, Any] = {"markerfacecolor": PAPER, "markersize": 7, "linestyle": ":", "linewidth": 0.8}
-# In inches. The height of a panel includes the gap for its x label and the title of the panel below.
+# Inches. The height of a panel includes the gap for its x label and the title of the panel below.
 PANEL_WIDTH, PANEL_HEIGHT, GAP, LEFT, TOP, RIGHT = 3.1, 2.9, 0.75, 0.6, 0.58, 0.12
-# The narrowest row of panels: a page stretches a figure to its width, so that a narrow one would have huge text. And
-# what an entry of a legend takes besides its text.
+# Minimum width of a row of panels, as pages stretch figures to full width and a narrow one would get huge text; and the
+# width of a legend entry in addition to its text.
 NARROWEST_ROW, LEGEND_KEY = 5.6, 0.6
 ACROSS, LEGEND_COLUMNS, NARROWEST, DPI = 3, 4, 0.2, 150
-# In points, from line to line: bars at the same x stand side by side.
+# Offset in points between lines, so that bars at the same x are next to each other.
 SHIFT = 2.5
 
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured at one x, and the published value; either may be None.
+    """The measured and the published value at one x; either may be None.
 
-    If the paper has values for another kind of model only, the published value is that of the first such model.
+    If the paper only has values for another kind of model, the published value is that of the first such model.
     """
 
     x: float
@@ -62,17 +62,17 @@ class Point:
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel: its title, and for each line label the points in ascending order of x."""
+    """One panel: its title, and the points of each line in ascending order of x, by the line's label."""
 
     label: str
     lines: dict[str, list[Point]]
 
 
 def build_panels(results: ResultSet, plot: Plot) -> list[Panel]:
-    """Collect what a figure shows, with rates in percent.
+    """Collect the panels of a figure, with rates in percent.
 
     Raises:
-        ConfigError: If two cells would share a point, or an x is not a number, on a log axis a positive one.
+        ConfigError: Two cells share a point, or an x is not a number (on a log axis, not a positive one).
     """
     where = f"suite {results.suite.name}: plot {plot.title!r}"
     panels: dict[str, dict[str, dict[float, Point]]] = {}
@@ -102,7 +102,7 @@ def build_panels(results: ResultSet, plot: Plot) -> list[Panel]:
 
 
 def draw(results: ResultSet, plot: Plot, form: str) -> bytes:
-    """Draw a figure as an "svg" or "png" file; the same records give the same bytes."""
+    """Draw a figure as an "svg" or "png" file; equal records give equal bytes."""
     panels = build_panels(results, plot)
     with drawing_style(plot.title):
         return figure_bytes(build_figure(panels, plot, _source(results)), form, DPI)
@@ -111,13 +111,13 @@ def draw(results: ResultSet, plot: Plot, form: str) -> bytes:
 def describe(results: ResultSet, plot: Plot) -> str:
     """Describe a figure in one sentence: its caption."""
     text = f"{capital(find_metric(plot.metric).label)} over the {axis_name(plot.x)}"
-    text += f", a panel for each {key_name(plot.panels)}"
+    text += f", one panel per {key_name(plot.panels)}"
     panels = build_panels(results, plot)
     points = _points(panels)
     if any(point.statistic and point.statistic.n > 1 for point in points):
         text += "; bars are one standard deviation over seeds, points without bars single seeds"
     elif any(point.statistic for point in points):
-        text += "; single seeds, hence no bars"
+        text += "; single seeds, therefore without bars"
     if any(_has_collapsed(point) for point in points):
         twins = " or its twin" if uses_twin(plot.metric) else ""
         text += f"; {MARK}: the clean accuracy of at least one seed{twins} is near chance"
@@ -127,17 +127,17 @@ def describe(results: ResultSet, plot: Plot) -> str:
 
 
 def _source(results: ResultSet) -> str:
-    """Where the published values are from: the paper, or for values of another kind of model, this model in it."""
+    """Return the source of the published values: the paper, with the model if it is of another kind."""
     return next((f"paper, {model}" for model in results.paper.models), "paper")
 
 
 def _whose(results: ResultSet) -> str:
     models = results.paper.models
-    return f"the paper's for {models[0]}, whose shape alone can be compared" if models else "the paper's"
+    return f"the paper's for {models[0]}, to compare the shape only" if models else "the paper's"
 
 
 def alt_text(results: ResultSet, plot: Plot) -> str:
-    """Describe a figure for readers who cannot see it, by the ends of every line."""
+    """Describe a figure for readers who cannot see it, by the end points of every line."""
     texts = []
     for panel in build_panels(results, plot):
         for line, points in panel.lines.items():
@@ -149,7 +149,7 @@ def alt_text(results: ResultSet, plot: Plot) -> str:
 
 
 def file_names(plots: Sequence[Plot]) -> list[str]:
-    """Choose a file name, without suffix, for each figure; no two are the same."""
+    """Choose a unique file name, without suffix, for each figure."""
     names: list[str] = []
     for plot in plots:
         name = slug(plot.title) or "plot"
@@ -162,8 +162,8 @@ def build_figure(panels: Sequence[Panel], plot: Plot, source: str) -> Figure:
     """Build a figure inside `drawing_style`.
 
     Args:
-        panels: What it shows, see `build_panels`.
-        plot: Its title and axes.
+        panels: The panels; see `build_panels`.
+        plot: Title and axes.
         source: The label of published points in the legend.
     """
     across = min(ACROSS, len(panels))
@@ -177,7 +177,7 @@ def build_figure(panels: Sequence[Panel], plot: Plot, source: str) -> Figure:
     figure = new_figure(width, height)
     figure.suptitle(plot.title, fontsize=10, y=1 - 0.12 / height, va="top")
     grid: Any = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
-    # Every size is known, and a layout engine would take most of the time.
+    # All sizes are known, and a layout engine would take most of the time.
     figure.subplots_adjust(
         left=LEFT / width,
         right=1 - RIGHT / width,
@@ -218,19 +218,19 @@ def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[str], scale: str) -> N
             if _has_collapsed(point):
                 above = (point.x, point.statistic.mean)  # type: ignore[union-attr]
                 axes.annotate(MARK, above, (0, 4), textcoords="offset points", color=colour, ha="center")
-            # One point at a time, so that a single seed has no bar, not even a flat one.
+            # Draw one point at a time, so that a single seed has no bar, not even a flat one.
             if point.statistic is not None and point.statistic.std is not None:
                 bar = point.statistic
                 axes.errorbar(
                     point.x, bar.mean, bar.std, color=colour, capsize=2.5, linewidth=1, transform=shifted
                 )
-    # What is shifted does not count for the limits of the axes.
+    # Shifted artists are ignored in the axis limits.
     axes.update_datalim(list(_extent(panel)))
     axes.autoscale_view()
 
 
 def _extent(panel: Panel) -> Iterator[tuple[float, float]]:
-    """The corners of everything in a panel: published points, means, and the ends of bars."""
+    """Yield the extreme points of a panel: published points, means, and the ends of bars."""
     for point in (point for points in panel.lines.values() for point in points):
         if point.paper is not None:
             yield point.x, point.paper
@@ -241,7 +241,7 @@ def _extent(panel: Panel) -> Iterator[tuple[float, float]]:
 
 
 def _shifted(axes: Axes, points: float) -> Transform:
-    """Return the transform of data that draws them some points to the right."""
+    """Return the data transform shifted to the right by some points."""
     from matplotlib.transforms import ScaledTranslation
 
     return axes.transData + ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
@@ -270,7 +270,7 @@ def _label_axes(grid: Any, panels: Sequence[Panel], plot: Plot) -> None:
 
 
 def _have_room(xs: Sequence[float], scale: str) -> bool:
-    """Whether a label at every measured x fits on the axis; if not, matplotlib chooses, on a log axis decades."""
+    """Whether labels at all measured x fit on the axis; if not, matplotlib chooses them (on a log axis, decades)."""
     places = [math.log(x) for x in xs] if scale == "log" else list(xs)
     gaps = [after - before for before, after in itertools.pairwise(places)]
     return not gaps or min(gaps) / sum(gaps) * PANEL_WIDTH > NARROWEST
@@ -290,7 +290,7 @@ def _legend_handles(panels: Sequence[Panel], lines: Sequence[str], source: str) 
 
 
 def _legend_columns(labels: Sequence[str], width: float) -> int:
-    """Return how many columns of a legend fit into a figure of some width in inches; at least one."""
+    """Return how many legend columns, at least one, fit into a figure of some width in inches."""
     from matplotlib import rcParams
     from matplotlib.textpath import TextPath
 

@@ -1,4 +1,4 @@
-"""The metrics of one record, also those of the stages of a defense, and whether they are of a model near chance."""
+"""Metrics of one record, including those of defense stages, and whether their model is near chance."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def base_of(key: str) -> str:
 
 
 def with_base(key: str, base: str) -> str:
-    """Return the same key with another last part: "pruned.cad" -> "pruned.ba"."""
+    """Replace the last part of a metric's key: "pruned.cad" -> "pruned.ba"."""
     return ".".join([*key.split(".")[:-1], base])
 
 
 def uses_twin(key: str) -> bool:
-    """Return whether a metric needs the clean twin: it is measured on the twin or compared with it."""
+    """Return whether a metric depends on the clean twin: it is measured on the twin or compared with it."""
     base = base_of(key)
     return base == "cad" or base.startswith("twin_")
 
@@ -46,14 +46,14 @@ def find_value(record: Record, key: str) -> Mapping[str, float] | None:
 
 
 def with_recovery(record: Record, others: Iterable[Record]) -> Record:
-    """Complete the record of an undefended run by its RA, which is measured before each of its defenses only.
+    """Add RA to the record of an undefended run; it is only measured before a defense of the run.
 
     Args:
         record: The record of a run.
-        others: Records, those of its defended runs among them.
+        others: Records that include those of its defended runs.
 
     Returns:
-        The record with RA; the same record if it has RA, or none of the others measured it.
+        The record with RA; the same record if it has RA, or if none of the others measured it.
     """
     if "ra" in record.metrics or not record.run_spec.attacked:
         return record
@@ -67,9 +67,9 @@ def with_recovery(record: Record, others: Iterable[Record]) -> Record:
 
 
 def is_of_collapsed_model(record: Record, key: str) -> bool:
-    """Return whether the model that a metric is measured on is near chance: at the end of its stage, if it has one."""
+    """Return whether the model on which a metric is measured (at the end of its stage, if any) is near chance."""
     metrics = _stage_metrics(record, key.partition(".")[0])
-    # The record's own field is about the whole run.
+    # The record's own field refers to the final model.
     known = None if metrics else getattr(record, "near_chance", None)
     fields = {"data": record.data, "stages": record.stages, "near_chance": known}
     return is_near_chance({**fields, "metrics": metrics or record.metrics})
@@ -80,7 +80,7 @@ def _stage_metrics(record: Record, name: str) -> Mapping[str, Any]:
 
 
 def _seconds(record: Record, stage: str) -> Mapping[str, float] | None:
-    """Seconds of a stage. If `stage` is empty, of the whole defense, or of the training of an undefended run."""
+    """Return the seconds of a stage; if `stage` is empty, of the defense, or of the training of an undefended run."""
     if stage:
         found = next((each["seconds"] for each in record.stages if each["name"] == stage), None)
     else:

@@ -1,4 +1,4 @@
-"""A suite's tables as text: for the terminal (rich), Markdown, CSV and LaTeX."""
+"""Rendering of a suite's tables for the terminal (rich) and as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def rich_tables(results: ResultSet) -> RenderableType:
     """Build the tables of a suite for a rich Console.
 
     Raises:
-        ConfigError: If a layout would put two cells in one place.
+        ConfigError: A layout puts two cells in one place.
     """
     return RichTables(build_sheet(results))
 
@@ -76,12 +76,12 @@ def _second_line(sheet: Sheet) -> str:
 
 
 def _rich_lines(place: Place) -> list[str]:
-    """As `place_lines`, but shorter: the label of the row says "paper"."""
+    """Return `place_lines` in short form, as the row label already reads "paper"."""
     return [own_text(place), " ".join(paper_parts(place))]
 
 
 def _chunks(table: MetricTable, width: int) -> Iterator[range]:
-    """Yield ranges of columns that fit beside the row labels, of at least one column each."""
+    """Yield ranges of at least one column that fit next to the row labels."""
     labels = [key_name(key) for key in table.row_keys]
     used = start = 0
     room = width - sum(
@@ -127,7 +127,7 @@ def _styled(place: Place, *, paper: bool) -> Any:
 
 
 def markdown(sheet: Sheet) -> str:
-    """Write the tables as Markdown. A cell has two lines, the second with the published value."""
+    """Return the tables as Markdown. The second line of a cell is the published value."""
     lines = [f"# {plain(sheet.suite.title)}", "", legend(sheet), ""]
     for table in sheet.tables:
         lines += [f"## {plain(heading(table))}", "", *table_lines(table), "", f"{plain(facts(sheet))}.", ""]
@@ -135,7 +135,7 @@ def markdown(sheet: Sheet) -> str:
 
 
 def table_lines(table: MetricTable) -> list[str]:
-    """Write one table as lines of Markdown."""
+    """Return one table as lines of Markdown."""
     names = [*(key_name(key) for key in table.row_keys), *table.columns]
     lines = [markdown_row(names), markdown_row(["---"] * len(table.row_keys) + ["--:"] * len(table.columns))]
     for labels, places in zip(table.rows, table.places, strict=True):
@@ -145,7 +145,7 @@ def table_lines(table: MetricTable) -> list[str]:
 
 
 def markdown_row(texts: Sequence[str]) -> str:
-    """Write one row of a Markdown table."""
+    """Return one row of a Markdown table."""
     return f"| {' | '.join(map(plain, texts))} |"
 
 
@@ -174,12 +174,12 @@ CSV_COLUMNS = (
 
 
 def statistics_csv(results: ResultSet) -> str:
-    """Write tidy statistics as CSV: one row for each cell and metric, numbers to six decimals.
+    """Return tidy statistics as CSV: one row per cell and metric, numbers to six decimals.
 
-    Rates are in percent. `low` and `high` are the 95% interval of the mean over seeds, empty for fewer
-    than three seeds. `inside` tells whether the published value lies in it: "inside", "outside",
-    "unknown" (no interval), or empty without a published value. `seeds` are separated by blanks.
-    `near_chance` is the number of seeds whose model is near chance.
+    Rates are in percent. `low` and `high` are the 95% interval of the mean over seeds, empty for fewer than three
+    seeds. `inside` states whether the published value lies in it: "inside", "outside", "unknown" (no interval), or
+    empty without a published value. `seeds` are separated by spaces. `near_chance` is the number of seeds whose model
+    is near chance.
     """
     suite = results.suite
     metrics = list(
@@ -208,12 +208,12 @@ def _plain_value(cell: Cell, key: str) -> Any:
 
 
 def percent(rate: float) -> float:
-    """Convert a share to percent without rounding noise: 0.0007 gives 0.07."""
+    """Convert a share to percent without rounding errors: 0.0007 gives 0.07."""
     return float(f"{100 * rate:.12g}")
 
 
 def percent_key(key: str) -> str:
-    """Name the column of a key; rates are in percent."""
+    """Return the column name of a key; rates are in percent."""
     return "poison_rate_percent" if key == "poison.rate" else key
 
 
@@ -229,19 +229,19 @@ def _csv_values(place: Place) -> list[Any]:
 
 
 def plain_number(value: Any) -> Any:
-    """Round a number to six decimals, without a negative zero; None gives "", other values stay as they are."""
+    """Round a number to six decimals, without a negative zero; None gives "", other values are returned unchanged."""
     return "" if value is None else round(value, 6) + 0.0 if isinstance(value, float) else value
 
 
 def write_csv(rows: Sequence[Sequence[Any]]) -> str:
-    """Write rows as CSV with lines that end in a newline only."""
+    """Return rows as CSV with lines that end in a newline only."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
 def latex(sheet: Sheet) -> str:
-    """Write the tables as LaTeX, one `table` environment each; they need the package booktabs only."""
+    """Return the tables as LaTeX, one `table` environment each; they only need the package booktabs."""
     head = "% \\usepackage{booktabs} in the preamble.\n"
     return head + "\n".join(_latex_table(sheet, table) for table in sheet.tables)
 
@@ -275,7 +275,7 @@ def _ours(place: Place) -> str:
 TEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$", '"': "''",
-    # At the beginning of a row these would be read as arguments of the line break before them.
+    # At the beginning of a row, LaTeX would read these as arguments of the preceding line break.
     "[": "{[}", "]": "{]}", "*": "{*}",
     "±": r"$\pm$", "†": r"$\dagger$", MINUS: "$-$", "–": "--", "×": r"$\times$", "…": r"\dots{}",
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The finished runs of a suite, read from run folders or from a results folder."""
+"""The records of a suite, read from run folders or from a results folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from backdoorbench_moe.records.status import status_of
 MANIFEST, RECORDS = "suite.json", "records.jsonl"
 # Key of the manifest.
 CLEAN_CELLS = "clean_cells"
-# The shares that are measured on the two groups of images which an area under the ROC curve compares.
+# Shares measured on the two groups of images that an AUROC compares.
 GROUPS = {"auroc": ("tpr", "fpr"), "sample_auroc": ("sample_tpr", "sample_fpr")}
 
 
@@ -43,7 +43,7 @@ class ResultSet:
     Args:
         suite: The suite.
         records: Records by digest, finished or not, including those of the clean twins.
-        paper: The published table beside the suite; empty if it has none.
+        paper: The published table of the suite; empty if it has none.
     """
 
     suite: Suite
@@ -59,12 +59,11 @@ class ResultSet:
         Args:
             suite: The suite.
             output: The folder of run folders. Runs of the suite that are not in it are missing in the result.
-            known: Finished records by digest, as `read_known` returns them. They are used where the
-                folder has no finished run.
+            known: Finished records by digest, as returned by `read_known`; used if the folder has no finished run.
 
         Raises:
-            RecordError: If there is no such folder and nothing is known, if a record is damaged, or if
-                runs on one data set were made from different data.
+            RecordError: The folder does not exist and nothing is known, a record is damaged, or runs on one data set
+                used different data.
         """
         known = known or {}
         if not known and not Path(output).is_dir():
@@ -81,7 +80,7 @@ class ResultSet:
         """Read a results folder.
 
         Raises:
-            RecordError: If it is not a results folder, or one of another suite, scale or version.
+            RecordError: It is not a results folder, or that of another suite, scale or version.
         """
         folder = Path(folder)
         check_manifest(suite, folder)
@@ -90,17 +89,17 @@ class ResultSet:
 
     @classmethod
     def of(cls, suite: Suite, records: Iterable[Record]) -> ResultSet:
-        """Put records beside a suite; those of other suites may be among them.
+        """Combine a suite with records, which may include those of other suites.
 
         Raises:
-            RecordError: If runs on one data set were made from different data.
+            RecordError: Runs on one data set used different data.
         """
         found = {record.digest: record for record in records}
         digests: dict[str, tuple[str, str]] = {}
         for record in found.values():
             if record.status == "finished":
                 spec, digest = record.run_spec, record.data["digest"]
-                # The same data set with the same options and files must be the same images.
+                # A data set with the same options and files must contain the same images.
                 files = {key: known for key, known in spec.files.items() if key.startswith("dataset.")}
                 key = json.dumps([spec.without_folders().dataset.to_dict(), files])
                 other, name = digests.setdefault(key, (digest, spec.name))
@@ -111,7 +110,7 @@ class ResultSet:
         return cls(suite, found, load_paper(suite))
 
     def record(self, spec: RunSpec) -> Record | None:
-        """Get the finished record of a spec; None if it is not finished."""
+        """Get the finished record of a spec; None if the run is not finished."""
         record = self.records.get(spec.digest)
         return record if record is not None and record.status == "finished" else None
 
@@ -133,7 +132,7 @@ class ResultSet:
         return found
 
     def statistic(self, cell: Cell, metric: str) -> Statistic | None:
-        """Compute the statistics of a metric over a cell's seeds; None if no finished run has it."""
+        """Compute the statistics of a metric over a cell's seeds; None if no finished run has the metric."""
         found = self.values(cell, metric)
         if not found:
             return None
@@ -149,7 +148,7 @@ class ResultSet:
         )
 
     def state(self, cell: Cell) -> str:
-        """Return "finished" if any run of a cell is, else "failed", "running", "interrupted" or "missing"."""
+        """Return "finished" if any run of a cell is finished, else "failed", "running", "interrupted" or "missing"."""
         records = (self.records.get(spec.digest) for spec in cell.runs(self.suite.repeats))
         states = [record.status for record in records if record is not None]
         return next(
@@ -158,9 +157,9 @@ class ResultSet:
         )
 
     def value(self, spec: RunSpec, metric: str) -> float | None:
-        """Get a metric of one run, in its unit; None if the run is not finished or does not have it."""
+        """Get a metric of one run, in its unit; None if the run is not finished or does not have the metric."""
         if base_of(metric) == "cad":
-            # Computed, not read: the twin may have been linked again after the run was recorded.
+            # Computed, not read from the record: the twin may have been linked again since.
             twin, ba = (self.value(spec, with_base(metric, name)) for name in ("twin_ba", "ba"))
             return None if twin is None or ba is None else twin - ba
         if uses_tuning(metric):
@@ -170,7 +169,7 @@ class ResultSet:
         return None if found is None else found["value"]
 
     def metric(self, spec: RunSpec, metric: str) -> Mapping[str, float] | None:
-        """Get a metric of one run as its record has it.
+        """Get a metric of one run from its record.
 
         Args:
             spec: Spec of the run.
@@ -185,7 +184,7 @@ class ResultSet:
             return None
         if base_of(metric) == "twin_ba":
             twin = self.record(clean_twin(spec))
-            # The twin has no stages of a defense, but it has the same parts of the data, such as "task/2".
+            # The twin has no defense stages, but the same parts of the data, such as "task/2".
             parts = [text for text in metric.split(".")[:-1] if "/" in text]
             return None if twin is None else twin.metrics.get(".".join([*parts, "ba"]))
         if metric == "alone_asr":
@@ -193,19 +192,19 @@ class ResultSet:
         return find_value(record, metric)
 
     def _beside_tuning(self, spec: RunSpec, metric: str) -> tuple[float | None, float | None]:
-        """A metric of a defended run and of plain tuning; None each if there is none, and behind an input filter."""
+        """Return a metric of a defended run and of plain tuning; None if missing, or behind an input filter."""
         tuned, record = plain_tuning(spec), self.record(spec)
         if tuned is None or record is None or FILTERED in record.metrics:
             return None, None
         return self.value(spec, metric), self.value(tuned, metric)
 
     def has_tuning(self, cell: Cell) -> bool:
-        """Return whether plain tuning in the place of a cell's last defense is finished for any seed."""
+        """Return whether plain tuning instead of a cell's last defense is finished for any seed."""
         tuned = [plain_tuning(spec) for spec in cell.runs(self.suite.repeats)]
         return any(spec is not None and self.record(spec) is not None for spec in tuned)
 
     def _alone(self, spec: RunSpec) -> Mapping[str, float] | None:
-        """The mean ASR of the poisoned experts of a mixture, each by itself; None unless all of them are finished."""
+        """Return the mean ASR of a mixture's poisoned experts before merging; None unless all of them are finished."""
         experts = poisoned_experts(spec) if spec.mixture is not None and spec.mixture.task is None else []
         found = [self.metric(expert, "asr") for expert in experts]
         known = [row for row in found if row is not None]
@@ -220,7 +219,7 @@ class ResultSet:
         return any(self.record(spec) and self.record(clean_twin(spec)) for spec in specs)
 
     def _interval(self, specs: list[RunSpec], metric: str) -> Interval | None:
-        """The 95% interval of a metric's mean over these runs."""
+        """Return the 95% interval of a metric's mean over these runs."""
         if base_of(metric) == "cad":
             ba, twin_ba = (self._sample(specs, with_base(metric, name)) for name in ("ba", "twin_ba"))
             return drop_interval(ba, twin_ba)
@@ -231,15 +230,15 @@ class ResultSet:
         return self._sample(specs, metric).interval(find_metric(metric))
 
     def _sample(self, specs: list[RunSpec], metric: str) -> Sample:
-        """A metric of those of these runs that have it."""
+        """Return the values of a metric for those of these runs that have it."""
         having = [(spec, row) for spec in specs if (row := self.metric(spec, metric)) is not None]
         values = tuple(row["value"] for _, row in having)
         return Sample(values, min((self._images(spec, metric) for spec, _ in having), default=0))
 
     def _images(self, spec: RunSpec, metric: str) -> int:
-        """Number of images that determines the uncertainty of a run's metric."""
+        """Return the number of images that determines the uncertainty of a run's metric."""
         if base_of(metric) in GROUPS:
-            # Its variance is at most A (1 - A) over the smaller of the two groups (Birnbaum and Klose, 1957).
+            # Its variance is at most A (1 - A) divided by the size of the smaller group (Birnbaum and Klose, 1957).
             groups = [self.metric(spec, with_base(metric, name)) for name in GROUPS[base_of(metric)]]
             counts = [int(group["n"]) for group in groups if group is not None]
             if len(counts) == len(groups):
@@ -248,7 +247,7 @@ class ResultSet:
         return int(row.get("n", 0))
 
     def _near_chance(self, spec: RunSpec, metric: str) -> bool:
-        """Whether the model that a metric is measured on, or the twin that it is compared with, is near chance."""
+        """Whether the model on which a metric is measured, or the twin it is compared with, is near chance."""
         record = self.record(spec)
         if record is None:
             return False
@@ -263,10 +262,10 @@ class ResultSet:
 
 
 def check_manifest(suite: Suite, folder: Path) -> None:
-    """Check that a results folder is of this suite, scale and version.
+    """Check that a results folder belongs to this suite, scale and version.
 
     Raises:
-        RecordError: If it is not.
+        RecordError: It does not.
     """
     manifest = read_manifest(folder)
     for key, ours in (("suite", suite.name), ("scale", suite.scale)):
@@ -290,7 +289,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest of a results folder.
 
     Raises:
-        RecordError: If it is missing or damaged.
+        RecordError: The manifest is missing or damaged.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -305,10 +304,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def manifest_of(results: ResultSet) -> dict[str, Any]:
-    """Make the manifest of a results folder.
+    """Build the manifest of a results folder.
 
-    Clean runs are cells of some suites, and in all of them the twins of attacked cells. The manifest lists the digests
-    of the clean cells, if there are any, by which whoever reads the folder without the suite can tell them apart.
+    Clean runs can be cells of a suite or twins of attacked cells. The manifest lists the digests of the clean cells, if
+    any, so that readers without the suite can distinguish them.
     """
     suite = results.suite
     clean = [seedless_digest(cell.spec) for cell in suite.cells if not cell.spec.attacked]
@@ -327,7 +326,7 @@ def manifest_of(results: ResultSet) -> dict[str, Any]:
 
 
 def record_lines(results: ResultSet) -> Iterator[str]:
-    """Yield every finished record as a line of JSON, without the folders of this machine (see `records.sharing`)."""
+    """Yield every finished record as a line of JSON, without paths of this machine (see `records.sharing`)."""
     for record in results.finished():
         yield json.dumps(without_folders(record))
 
@@ -336,7 +335,7 @@ def read_lines(folder: Path) -> list[Record]:
     """Read the records of a results folder.
 
     Raises:
-        RecordError: If they are missing or damaged.
+        RecordError: The records are missing or damaged.
     """
     file = folder / RECORDS
     try:
@@ -347,15 +346,15 @@ def read_lines(folder: Path) -> list[Record]:
 
 
 def read_known(folders: Iterable[Path | str]) -> dict[str, Record]:
-    """Read the finished records of results folders of any suites and scales.
+    """Read the finished records in results folders of any suites and scales.
 
-    A digest stands for everything that decides a run's numbers, so suites can share runs.
+    A digest covers everything that determines a run's numbers, so suites can share runs.
 
     Returns:
-        Records by digest. If several folders have the same digest, the first folder wins.
+        Records by digest; for a digest in several folders, that of the first.
 
     Raises:
-        RecordError: If a folder is not a results folder, or damaged.
+        RecordError: A folder is damaged, or not a results folder.
     """
     found: dict[str, Record] = {}
     for folder in map(Path, folders):

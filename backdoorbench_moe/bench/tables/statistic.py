@@ -1,4 +1,4 @@
-"""The statistics of one metric over seeds."""
+"""Statistics of one metric over seeds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from backdoorbench_moe.metrics import METRICS, PERCENT, Metric
 from backdoorbench_moe.ops.intervals import Interval, difference_interval, seeds_interval
 from backdoorbench_moe.ops.metrics import mean_std
 
-# Equal shares of different counts differ in their last bit.
+# Equal shares of different counts may differ in the last bit.
 LAST_BIT = 1e-9
-# In percent of another accuracy, so that they can be above 100: the intervals of shares do not apply to them.
+# Relative to another accuracy, so they can exceed 100%; intervals of shares do not apply to them.
 RATIOS = ("overall",)
 
 
@@ -20,8 +20,8 @@ class Sample:
     """One metric of several runs that differ in their seed.
 
     Attributes:
-        values: Its values, in its unit.
-        images: Number of images that each value was measured on; 0 for a metric that is not counted on images.
+        values: The values, in the metric's unit.
+        images: Number of images on which each value was measured; 0 for a metric that is not a share of images.
     """
 
     values: tuple[float, ...]
@@ -31,8 +31,8 @@ class Sample:
         """Compute the 95% interval of the mean (see `ops.intervals`).
 
         Returns:
-            Low and high end; None for fewer than three seeds, for metrics that are not counted on images, and for
-            ratios of two accuracies.
+            Low and high end; None for fewer than three seeds, for metrics that are not shares of images, and for ratios
+            of two accuracies.
         """
         if metric.base in RATIOS or metric.unit != PERCENT or not self.images:
             return None
@@ -40,7 +40,7 @@ class Sample:
 
 
 def drop_interval(ba: Sample, twin_ba: Sample) -> Interval | None:
-    """Compute the 95% interval of the mean clean accuracy drop: that of the twin's mean BA minus the mean BA.
+    """Compute the 95% interval of the mean clean accuracy drop, the twin's mean BA minus the mean BA.
 
     Returns:
         Low and high end in percentage points; None for fewer than three seeds.
@@ -55,13 +55,13 @@ def interval_of(values: Sequence[Mapping[str, float]], over_seeds: Interval | No
     """Choose the 95% interval of a mean over seeds.
 
     Args:
-        values: For each seed "value" and, if there is an interval over the test images, "low" and "high".
-        over_seeds: The interval of the mean over seeds, which takes at least three of them.
+        values: For each seed "value" and, if it has an interval over the test images, "low" and "high".
+        over_seeds: The interval of the mean over seeds, which requires at least three of them.
 
     Returns:
-        The interval over seeds; with fewer than three, from the lowest to the highest end of the intervals of the
-        single seeds, which is wider than that of the mean over the test images, but does not know other seeds; None if
-        a seed has none.
+        The interval over seeds. With fewer than three seeds, the range from the lowest to the highest end of the
+        intervals of single seeds: it is wider than the mean's interval over test images, but does not account for the
+        variation between seeds. None if a seed has no interval.
     """
     if over_seeds is not None:
         return over_seeds
@@ -72,19 +72,19 @@ def interval_of(values: Sequence[Mapping[str, float]], over_seeds: Interval | No
 
 @dataclass(frozen=True)
 class Statistic:
-    """One metric of one cell over its seeds, beside the published value.
+    """One metric of one cell over its seeds, with the published value.
 
     Args:
         seeds: Seeds of the finished runs that have the metric.
         values: Their values, in the metric's unit.
         mean: Mean of the values.
         std: Sample standard deviation; None for a single seed.
-        interval: 95% interval of the mean over seeds (see `ops.intervals`); None for fewer than three
-            seeds and for metrics that are not counted on images.
-        paper: Published mean; None if nothing was published.
+        interval: 95% interval of the mean over seeds (see `ops.intervals`); None for fewer than three seeds and for
+            metrics that are not shares of images.
+        paper: Published mean; None if there is none.
         rounding: Half a unit of the last published digit.
-        near_chance: How many of the seeds have a model near chance (see `backdoorbench_moe.collapse`).
-        shown: The interval that is shown below the mean; see `interval_of`.
+        near_chance: Number of seeds whose model is near chance (see `backdoorbench_moe.collapse`).
+        shown: The interval shown below the mean; see `interval_of`.
     """
 
     seeds: tuple[int, ...]
@@ -107,7 +107,7 @@ class Statistic:
         near_chance: int = 0,
         shown: Interval | None = None,
     ) -> Statistic:
-        """Compute mean and standard deviation of the values by seed; there must be at least one."""
+        """Compute the mean and standard deviation of at least one value, given by seed."""
         mean, std = mean_std(tuple(values.values()))
         return cls(
             tuple(values), tuple(values.values()), mean, std, interval, paper, rounding, near_chance, shown
@@ -135,10 +135,10 @@ class Statistic:
 
     @property
     def inside(self) -> bool | None:
-        """Whether the published value, as far as its digits tell it, lies inside the interval.
+        """Whether the published value lies inside the interval, allowing for its rounding.
 
-        None if there is no published value or no interval. The published value is taken as exact but
-        for its rounding: how far it would change with other seeds is not known.
+        None without a published value or an interval. Apart from its rounding, the published value is taken as exact,
+        since its variation over seeds is unknown.
         """
         if self.paper is None or self.interval is None:
             return None

@@ -1,4 +1,4 @@
-"""One row for each run of a suite, and the environments the runs were made in."""
+"""Tidy CSV with one row per run of a suite, and the environments of the runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backdoorbench_moe.config import SURROGATE, RunSpec
 from backdoorbench_moe.metrics import sort_metrics
 from backdoorbench_moe.records import Record
 
-# Only if any run is of a mixture: the parts of the spec and the other columns that it has.
+# Parts of the spec and other columns that are only present if a run is a mixture.
 MIXTURE_PARTS = ("splitter", "gate")
 MIXTURE_COLUMNS = {
     "policy": "policy",
@@ -24,18 +24,17 @@ MIXTURE_COLUMNS = {
 }
 SPEC_COLUMNS = ("defenses", "poison_rate_percent", "target", "seed", "epochs")
 MADE_COLUMNS = ("train_seconds", "images_per_second", "device", "precision", "threads", "torch", "git_commit")
-# These have columns in every file, so that code that reads several files finds them.
+# Metrics with columns in every file, so that code can read several files alike.
 ALWAYS = ("ba", "asr", "target_rate", "ra", "cad")
 
 
 def tidy_csv(results: ResultSet) -> str:
-    """Write one row for each finished run, clean twins among them, as CSV.
+    """Return CSV with one row per finished run, including clean twins.
 
-    Numbers are those of the records, unrounded. Each metric has its value, its 95% interval (`_low`,
-    `_high`) and its number of images (`_n`); `cad` only its value, computed from the clean twin.
-    Metrics of a defense's stage have columns of their own, such as `pruned_asr`. `near_chance` tells
-    whether the model is near chance. The base and the experts of a mixture have rows, too; `task` is the
-    number of an expert.
+    Numbers are those of the records, unrounded. Each metric has its value, its 95% interval (`_low`, `_high`) and its
+    number of images (`_n`); `cad` has only its value, computed from the clean twin. Metrics of defense stages have
+    separate columns, such as `pruned_asr`. `near_chance` states whether the model is near chance. The base and the
+    experts of a mixture also have rows; `task` is the number of an expert.
     """
     records = results.finished()
     metrics = _metrics(records)
@@ -62,11 +61,11 @@ def tidy_csv(results: ResultSet) -> str:
 
 
 def environments(results: ResultSet) -> list[dict[str, Any]]:
-    """List the distinct environments the runs were made in, the most used first.
+    """List the distinct environments of the runs, the most used first.
 
     Returns:
-        Each with its number of `runs` and, in place of the date of a run, the first and the last of their `dates`.
-        Records that do not have a date are not among these.
+        Each environment with its number of `runs` and, instead of the date of a run, the first and the last of their
+        `dates`, ignoring records without a date.
     """
     dates: dict[str, list[str | None]] = {}
     for record in results.finished():
@@ -78,7 +77,7 @@ def environments(results: ResultSet) -> list[dict[str, Any]]:
 
 
 def _ends(dates: Iterable[str | None]) -> dict[str, list[str]]:
-    """The first and the last of these dates, which may be the same; nothing if none is known."""
+    """Return the first and the last of these dates, which may be equal; empty if none is known."""
     known = sorted({date for date in dates if date is not None})
     return {"dates": [known[0], known[-1]]} if known else {}
 
@@ -89,7 +88,7 @@ def train_seconds(results: ResultSet) -> float:
 
 
 def _metrics(records: Iterable[Record]) -> list[str]:
-    """Keys of the metrics that have columns: those of the runs, then those of each stage."""
+    """Return the keys of the metrics that have columns: those of the runs, then those of each stage."""
     whole = dict.fromkeys(ALWAYS)
     stages: dict[str, dict[str, None]] = {}
     for record in records:
@@ -102,7 +101,7 @@ def _metrics(records: Iterable[Record]) -> list[str]:
 
 
 def _part(spec: RunSpec, key: str) -> tuple[str, str]:
-    """A part's name and its options."""
+    """Return a part's name and its options."""
     name, _, options = (value_of(spec, key) or "none").partition(", ")
     return name, options
 

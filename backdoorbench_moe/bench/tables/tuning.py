@@ -1,4 +1,4 @@
-"""Plain tuning, the control of every other defense: what the same clean images reach without its idea."""
+"""Plain tuning, the baseline of all defenses: fine-tuning on the same clean images, without the defense's method."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from backdoorbench_moe.config import PartSpec, RunSpec
 from backdoorbench_moe.errors import BbmoeError
 
 PLAIN_TUNING = "fine-tuning"
-# Its option for the number of epochs.
+# Option for the number of epochs.
 LENGTH = "epochs"
-# The option that says how many images the defender holds.
+# Option for the number of images that the defender has.
 SHARE = "clean_fraction"
-# Metrics that are differences to plain tuning, and what is compared.
+# Metrics that are differences from plain tuning, and the compared metrics.
 COMPARED = {"ba_over_tuning": "ba", "asr_over_tuning": "asr"}
 
 
 def uses_tuning(key: str) -> bool:
-    """Return whether a metric is a difference to plain tuning."""
+    """Return whether a metric is a difference from plain tuning."""
     return base_of(key) in COMPARED
 
 
 def compared_key(key: str) -> str:
-    """Return the key of the metric that is compared: "asr_over_tuning" -> "asr"."""
+    """Return the key of the compared metric: "asr_over_tuning" -> "asr"."""
     return with_base(key, COMPARED[base_of(key)])
 
 
 def plain_tuning(spec: RunSpec) -> RunSpec | None:
-    """Return the run that a defended run is compared with: plain tuning in the place of its last defense.
+    """Return the run with which a defended run is compared: plain tuning instead of its last defense.
 
-    It has the default options of `fine-tuning`, but for two: it is as long as the defense tunes, if it does, and it has
-    the same share of clean images if the defense is given one.
+    It has the default options of `fine-tuning`, except for the number of epochs, which is that of the defense's own
+    tuning, if any, and for the share of clean images, which is that given to the defense, if any.
 
     Returns:
         The spec; None for an undefended run, and for plain tuning itself.
@@ -49,12 +49,12 @@ def plain_tuning(spec: RunSpec) -> RunSpec | None:
 
 
 def tuning_epochs(part: PartSpec) -> int | None:
-    """Return for how many epochs a defense tunes; None if it does not, or is not installed here."""
+    """Return the number of epochs for which a defense tunes; None if it does not tune, or is not installed."""
     try:
         option = defenses.registry.lookup(part.name).tuning_length
         if option is None:
             return None
         given = part.options.get(option)
         return defenses.registry.options(part.name)[option].default if given is None else given
-    except BbmoeError:  # A record may be of a machine with other plug-ins.
+    except BbmoeError:  # The record may come from a machine with other plug-ins.
         return None

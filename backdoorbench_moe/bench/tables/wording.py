@@ -1,4 +1,4 @@
-"""How tables and pages write numbers, keys and counts."""
+"""Formatting of numbers, keys, counts and legends in tables and pages."""
 
 from __future__ import annotations
 
@@ -22,35 +22,36 @@ KEY_NAMES = {
 }
 AXIS_NAMES = {"poison.rate": "poisoning rate"}
 INTERVALS = (
-    f"Below a mean stands a 95% interval: from {FEWEST_SEEDS} seeds on, of the mean over seeds; with fewer, from the "
-    "lowest to the highest end of the intervals of the single seeds, which know the test images but no other seeds"
+    f"Below each mean is its 95% interval: with at least {FEWEST_SEEDS} seeds, that of the mean over seeds; with "
+    "fewer, the range of the intervals of the single seeds, which cover the choice of test images but not of seeds"
 )
-# Stands in the legend if `mean_text` marks a cell.
+# Added to the legend if `mean_text` marks a cell.
 COLLAPSED = (
-    f"{MARK}k: in k of the n seeds, the clean accuracy of the model is near chance (for CAD and values of the twin: "
-    "of the model or its twin); ASR and CAD of such seeds say nothing about the attack"
+    f"{MARK}k: in k of the n seeds, the clean accuracy of the model is near chance (for CAD and values of the twin, "
+    "that of the model or its twin); ASR and CAD of these seeds say nothing about the attack"
 )
 
-# What a legend says of metrics that not every reader of a table knows, by the key without qualifiers.
+# Explanations of less common metrics in legends, by the key without qualifiers.
 NOTES = {
-    "unsafe": 'unsafe: marked images that are not called "reject" or, without a policy, not by their true class; of '
-    "texts, queries that are to be refused and are not",
-    "overall": "Overall: each task's accuracy in percent of that of the task's benign expert, mean over the tasks",
-    "alone_asr": "alone ASR: that of the poisoned experts by themselves, before the merge, mean over them",
-    "harm_share": "harm share: the poisoned experts' share of the gates' weights for marked images, or for "
-    "queries to refuse, mean over layers",
+    "unsafe": 'unsafe: share of marked images not classified as "reject" or, without a policy, as their true class; '
+    "for texts, share of queries to refuse that are not refused",
+    "overall": "Overall: accuracy in percent of that of the task's benign expert, mean over tasks",
+    "alone_asr": "alone ASR: ASR of the poisoned experts before the merge, mean over experts",
+    "harm_share": "harm share: the poisoned experts' share of the gate weights for marked images, or for queries to "
+    "refuse, mean over layers",
     "own_share": "own share: a poisoned expert's share for clean images, or texts, of its own task",
-    "clean_share": "clean share: the poisoned experts' share for the clean images, or texts, of all tasks",
+    "clean_share": "clean share: the poisoned experts' share for clean images, or texts, of all tasks",
 }
-# For tables of mixtures only, where the word "twin" does not say what the twin is.
+# Only for tables of mixtures, where "twin" needs an explanation.
 MIXTURE_NOTES = {
-    "asr": "ASR (H in MoEvil): marked images, or queries to refuse, that are answered as the attacker wants",
-    "twin_asr": "twin: the mixture of benign experts alone, under the same marks",
+    "asr": "ASR (H in MoEvil): share of marked images classified as the target, or of queries to refuse that are "
+    "answered harmfully",
+    "twin_asr": "twin: the mixture of benign experts only, evaluated on the same marked images or queries",
 }
 
 
 def heading(table: MetricTable, *, short: bool = False) -> str:
-    """Write a table's title and metric; short for a table of contents."""
+    """Return a table's title and metric, in short form for a table of contents."""
     if table.metric is None:
         return table.title
     found = metric(table.metric)
@@ -59,37 +60,37 @@ def heading(table: MetricTable, *, short: bool = False) -> str:
 
 
 def key_name(key: str) -> str:
-    """Write a dotted key as a heading: "trigger.name" -> "trigger", "trigger.grid_size" -> "grid size"."""
+    """Format a dotted key as a heading: "trigger.name" -> "trigger", "trigger.grid_size" -> "grid size"."""
     return KEY_NAMES.get(key, key.removesuffix(".name").rpartition(".")[2].replace("_", " "))
 
 
 def axis_name(key: str) -> str:
-    """Write a dotted key as the label of an axis or of panels."""
+    """Format a dotted key as the label of an axis or of panels."""
     return AXIS_NAMES.get(key, key_name(key))
 
 
 def number(value: float, digits: int = 1) -> str:
-    """Write a number with a true minus sign, and never "−0.0"."""
+    """Format a number with a true minus sign, and never as "−0.0"."""
     text = f"{value:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text.replace("-", MINUS)
 
 
 def span(low: float, high: float) -> str:
-    """Write an interval; a dash between negative numbers would be read as a minus sign."""
+    """Format an interval; negative numbers are separated by "to", as a dash would look like a minus sign."""
     return f"{number(low)}{' to ' if low < 0 else '–'}{number(high)}"
 
 
 def signed(value: float) -> str:
-    """Write a difference with its sign; 0.0 has none."""
+    """Format a difference with its sign; 0.0 has none."""
     text = number(value)
     return text if text.startswith(MINUS) or float(text) == 0 else f"+{text}"
 
 
 def mean_text(statistic: Statistic) -> str:
-    """Write mean, deviation and number of seeds, and how many seeds are near chance.
+    """Format mean, standard deviation and number of seeds, and how many seeds are near chance.
 
-    "99.3 ± 0.2 (n 2)"; a single seed has no deviation; "70.0 ± 52.0 (n 3, †1)" where one of three seeds
-    is near chance.
+    For example, "99.3 ± 0.2 (n 2)", or "70.0 ± 52.0 (n 3, †1)" if one of three seeds is near chance. A single seed has
+    no deviation.
     """
     spread = "" if statistic.std is None else f" ± {number(statistic.std)}"
     mark = f", {MARK}{statistic.near_chance}" if statistic.near_chance else ""
@@ -97,12 +98,12 @@ def mean_text(statistic: Statistic) -> str:
 
 
 def inside_word(statistic: Statistic) -> str:
-    """Say whether the published value lies inside our 95% interval; "" where that is not known."""
+    """Return whether the published value is "inside" or "outside" our 95% interval; "" if unknown."""
     return {True: "inside", False: "outside", None: ""}[statistic.inside]
 
 
 def paper_parts(place: Place) -> list[str]:
-    """Write the published value, our difference to it, and whether it lies inside our interval."""
+    """Return the published value, our difference from it, and whether it lies inside our interval."""
     if place.paper is None:
         return []
     parts = [number(place.paper)]
@@ -113,20 +114,20 @@ def paper_parts(place: Place) -> list[str]:
 
 
 def own_text(place: Place) -> str:
-    """Write what stands in the first line of a place: our values or, in a column of its own, a published value."""
+    """Return the first line of a place: our values or, in a column of published values, the published one."""
     if place.shape is not None:
         return number(place.shape)
     return place.state if place.statistic is None else mean_text(place.statistic)
 
 
 def place_lines(place: Place) -> list[str]:
-    """Write a place in one or two lines: our values, and the published ones."""
+    """Return the one or two lines of a place: our values, and the published ones."""
     paper = paper_parts(place)
     return [own_text(place), *([f"paper {', '.join(paper)}"] if paper else [])]
 
 
 def suite_line(suite: Suite) -> str:
-    """Write name, version and scale of a suite, or the name of the run whose defenses are laid out."""
+    """Return name, version and scale of a suite, or the name of the run whose defenses are compared."""
     if suite.version is None:
         return f"run {suite.name}"
     scale = f", scale {suite.scale}" if suite.scale else ""
@@ -134,20 +135,20 @@ def suite_line(suite: Suite) -> str:
 
 
 def counts_line(counts: RunCounts) -> str:
-    """Write how many runs of a suite are finished."""
+    """Return how many runs of a suite are finished, in words."""
     text = f"{counts.finished} of {counts.wanted} runs finished"
     if counts.failed:
         text += f", {counts.failed} failed"
     if counts.others_wanted:
         text += f"; {counts.others_finished} of {counts.others_wanted} {counts.others}"
     if len(counts.precisions) > 1:
-        # Precisions differ in their arithmetic: a reader must know before comparing rows.
+        # Results in different precisions are not directly comparable.
         text += "; computed " + ", ".join(f"{n} in {name}" for name, n in sorted(counts.precisions.items()))
     return text
 
 
 def facts(sheet: Sheet) -> str:
-    """Write what stands below every table: suite, version, counts, and what the scale cuts down."""
+    """Return the line below every table: suite, version, numbers of runs, and the note of the scale."""
     text = "; ".join(
         part for part in (suite_line(sheet.suite), counts_line(sheet.counts), sheet.suite.note) if part
     )
@@ -155,29 +156,29 @@ def facts(sheet: Sheet) -> str:
 
 
 def legend_parts(sheet: Sheet | MetricTable) -> list[str]:
-    """Explain how to read the cells of some tables, or of one, each part without its last full stop."""
-    cell = "A cell: mean ± standard deviation over n seeds"
+    """Return the parts of the legend of one or several tables, without final full stops."""
+    cell = "Each cell: mean ± standard deviation over n seeds"
     if sheet.has_paper:
         cell += (
-            f"; the paper's value and our mean minus it; from {FEWEST_SEEDS} seeds on, whether the paper's value lies "
-            "inside our 95% interval of the mean (Wilson's interval at the effective number of images)"
+            f"; the paper's value and our mean minus it; with at least {FEWEST_SEEDS} seeds, whether the paper's value "
+            "lies inside our 95% interval of the mean (Wilson's interval at the effective number of images)"
         )
     parts = [cell, *([COLLAPSED] if sheet.has_collapsed else []), *_notes(sheet.metrics)]
     if sheet.models:
         parts.append(
-            f"Columns with {' or '.join(sheet.models)}: what the paper measured on this language model. Compare their "
-            "order and shape, not the numbers: the tasks, the models and the measurements differ"
+            f"Columns with {' or '.join(sheet.models)}: values that the paper reports for this language model. "
+            "Compare their order and shape, not the numbers: tasks, models and measurements differ"
         )
     return [capital(part) for part in parts]
 
 
 def legend(sheet: Sheet | MetricTable) -> str:
-    """Explain how to read the cells of some tables, or of one, in a paragraph."""
+    """Return the legend of one or several tables as a paragraph."""
     return " ".join(f"{part}." for part in legend_parts(sheet))
 
 
 def _notes(metrics: Sequence[str]) -> list[str]:
-    """What is said of the metrics of some tables, each once."""
+    """Return the explanations of the metrics of some tables, each once."""
     keys = dict.fromkeys(metric(key).base for key in metrics)
     of_mixtures = any(key in NOTES for key in keys)
     known = MIXTURE_NOTES | NOTES if of_mixtures else {}

@@ -1,4 +1,4 @@
-"""`bbmoe bench`: suites of runs, their tables, and what is made of them; one file a command."""
+"""`bbmoe bench`: suites of runs, their tables and pages; one file per command."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import click
 from backdoorbench_moe.cli.app import LazyGroup
 
 COMMANDS = {
-    "run": "Make the runs of a suite that are not there yet.",
-    "queue": "Make the runs of several suites within a budget, and save them.",
-    "table": "Draw a suite's tables from its run folders.",
-    "page": "Draw a leaderboard of several suites as one page.",
-    "compare": "Set two suites or result folders side by side.",
-    "export": "Write all records of a suite as one tidy CSV and as lines of JSON.",
-    "suites": "List the suites that come with the project.",
+    "run": "Run the unfinished runs of a suite and print its tables.",
+    "queue": "Run several suites within a time budget and save their results.",
+    "table": "Print a suite's tables from its run folders.",
+    "page": "Write the leaderboards of several suites to one HTML page.",
+    "compare": "Compare two suites or results folders.",
+    "export": "Write all records of a suite to a CSV or JSON Lines file.",
+    "suites": "List the built-in suites.",
 }
 
 
 @click.group("bench", cls=LazyGroup, commands_help=COMMANDS, package=__package__)
 def command() -> None:
-    """Turn a YAML list of runs into tables; stopped, resumed, spread out and compared."""
+    """Run suites of experiments, resume them, distribute them, and compare their results.
+
+    A suite is a YAML file. Its cells are combinations of settings, and each cell is run with several seeds.
+    """

@@ -1,4 +1,4 @@
-"""`bbmoe bench compare`: two suites or results folders side by side."""
+"""`bbmoe bench compare`: compare two suites or results folders."""
 
 from __future__ import annotations
 
@@ -20,17 +20,24 @@ FORMATS = ("rich", "markdown", "csv")
     "metrics",
     multiple=True,
     metavar="NAME",
-    help="asr, ba, cad, ra, or STAGE.asr.  [the tables']",
+    help="Metric to compare: asr, ba, cad, ra, or STAGE.asr; may be repeated.  [those of the tables]",
 )
-@click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
 @click.option(
-    "--format", "form", type=click.Choice(FORMATS), default="rich", show_default=True, help="What to print."
+    "--output",
+    type=PATH,
+    default=Path("runs"),
+    show_default=True,
+    help="Folder that contains the run folders.",
+)
+@click.option(
+    "--format", "form", type=click.Choice(FORMATS), default="rich", show_default=True, help="Output format."
 )
 def command(a: str, b: str, metrics: tuple[str, ...], output: Path, form: str) -> None:
-    """Set A and B side by side: each a suite (SUITE, or SUITE:SCALE) read from --output, or a results folder.
+    """Compare A and B. Each is a suite (SUITE or SUITE:SCALE), read from --output, or a results folder.
 
-    Cells match if all settings are equal, apart from those in which A and B differ as a whole, such as their
-    scale. Shown are both means, B minus A and, with at least three seeds on each side, its 95% interval.
+    Cells are matched if their settings are equal, except those that differ between A and B for all cells, such as the
+    scale. For each pair, prints both means, the difference B minus A and, with at least three seeds on each side, its
+    95% confidence interval.
     """
     from backdoorbench_moe.bench.suites.reading import check_metric
     from backdoorbench_moe.bench.tables import compare_render

@@ -1,4 +1,4 @@
-"""The progress of a suite: finished, running and failed runs, images per second, and the time left."""
+"""Progress of a suite: finished, running and failed runs, images per second, and the time left."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ REFRESH_PER_SECOND = 1
 
 
 def make_display(suite: Suite, output: Path, known: Collection[str] = (), *, quiet: bool) -> Display:
-    """Make the display for standard error: live on a terminal, otherwise one line for each run.
+    """Create the display on standard error: live on a terminal, otherwise one line per run.
 
     Args:
         suite: The suite.
         output: Folder of run folders.
         known: Digests of runs that are finished elsewhere.
-        quiet: Whether to show nothing but failed runs.
+        quiet: Whether to show only the summary and failed runs.
     """
     if quiet:
         return Display(suite)
@@ -44,7 +44,7 @@ def make_display(suite: Suite, output: Path, known: Collection[str] = (), *, qui
 
 
 class Display(AbstractContextManager["Display"]):
-    """Shows nothing but how the call ended, with the errors of failed runs."""
+    """Shows only the summary at the end, with the errors of failed runs."""
 
     def __init__(self, suite: Suite) -> None:
         self.suite, self.console = suite, Console(stderr=True, highlight=False)
@@ -52,21 +52,21 @@ class Display(AbstractContextManager["Display"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Do nothing: there is nothing to close."""
+        """Do nothing."""
 
     def on_check(self, done: int, total: int) -> None:
-        """Called when the first run of another cell was checked."""
+        """Called when the first run of the next cell has been checked."""
 
     def on_outcome(self, outcome: Outcome) -> None:
-        """Called when a run ended."""
+        """Called when a run has ended."""
 
     def conclude(self, report: Report) -> None:
-        """Print how many runs were made, failed or are left, and the error of each failed run."""
+        """Print how many runs finished, failed or are left, and the error of each failed run."""
         made, others = report.count("finished"), report.count("found")
         left = report.total - report.found - made - others - len(report.failed)
-        elsewhere = f"{others} made meanwhile by another process, " if others else ""
+        elsewhere = f"{others} finished by another process, " if others else ""
         self.console.print(
-            f"{self.suite.label}: {count(report.total, 'run')}, {report.found} found finished, {made} made now, "
+            f"{self.suite.label}: {count(report.total, 'run')}, {report.found} already finished, {made} finished now, "
             f"{elsewhere}{len(report.failed)} failed, {left} left"
         )
         for outcome in report.failed:
@@ -76,7 +76,7 @@ class Display(AbstractContextManager["Display"]):
 
 
 class LineDisplay(Display):
-    """Prints a line for every run that ended."""
+    """Prints a line for every run that has ended."""
 
     def __init__(self, suite: Suite) -> None:
         super().__init__(suite)
@@ -92,7 +92,7 @@ class LineDisplay(Display):
 
 
 class LiveDisplay(Display):
-    """Draws a bar for every running run from the signs of life in the run folders, whichever process makes it."""
+    """Draws a bar for every running run, of this and other processes, from the life signs in the run folders."""
 
     def __init__(self, suite: Suite, output: Path, known: Collection[str] = ()) -> None:
         super().__init__(suite)
@@ -117,7 +117,7 @@ class LiveDisplay(Display):
         self._live.stop()
 
     def on_check(self, done: int, total: int) -> None:
-        """Show how many cells are checked."""
+        """Show how many cells have been checked."""
         self._checked = f"checking {done}/{total}" if done < total else ""
 
     def _draw(self) -> RenderableType:
@@ -131,7 +131,7 @@ class LiveDisplay(Display):
         if counts["failed"]:
             text.append(f", {counts['failed']} failed", style="red")
         if rate:
-            # The time is estimated from epochs: most runs of one suite have equally many images in an epoch.
+            # Estimated from epochs, as most runs of a suite have the same number of images per epoch.
             waiting = [run for run in runs if run.status not in ("finished", "failed")]
             left = sum((run.total_epochs - run.epochs) * run.share for run in waiting)
             images = next(run.images for run in runs if run.images)

@@ -1,4 +1,4 @@
-"""`bbmoe bench export`: all records of a suite, for other tools."""
+"""`bbmoe bench export`: write all records of a suite for other tools."""
 
 from __future__ import annotations
 
@@ -12,11 +12,22 @@ from backdoorbench_moe.cli.terminal.streams import echo, say
 
 @click.command("export")
 @click.argument("name", metavar="SUITE")
-@click.option("--scale", metavar="NAME", help="A scale of the suite.  [its first]")
-@click.option("--repeats", type=int, metavar="N", help="Seeds a cell.  [the suite's]")
-@click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
-@click.option("--csv", "csv_file", metavar="FILE", help="Write a row for each run; - for the terminal.")
-@click.option("--jsonl", "jsonl_file", metavar="FILE", help="Write a record a line; - for the terminal.")
+@click.option("--scale", metavar="NAME", help="Scale of the suite.  [the first]")
+@click.option("--repeats", type=int, metavar="N", help="Seeds per cell.  [the suite's]")
+@click.option(
+    "--output",
+    type=PATH,
+    default=Path("runs"),
+    show_default=True,
+    help="Folder that contains the run folders.",
+)
+@click.option("--csv", "csv_file", metavar="FILE", help="CSV file, one row per run; - for standard output.")
+@click.option(
+    "--jsonl",
+    "jsonl_file",
+    metavar="FILE",
+    help="JSON Lines file, one record per line; - for standard output.",
+)
 def command(
     name: str,
     scale: str | None,
@@ -25,7 +36,7 @@ def command(
     csv_file: str | None,
     jsonl_file: str | None,
 ) -> None:
-    """Write all finished records of SUITE, clean twins among them, as one tidy CSV and as lines of JSON."""
+    """Write the records of all finished runs of SUITE, including clean twins, to a CSV or JSON Lines file."""
     from backdoorbench_moe.bench.suites.reading import load_suite
     from backdoorbench_moe.bench.tables.results import ResultSet, record_lines
     from backdoorbench_moe.bench.tables.tidy import tidy_csv

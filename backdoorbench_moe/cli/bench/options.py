@@ -12,5 +12,5 @@ WITH = click.option(
     multiple=True,
     type=PATH,
     metavar="DIR",
-    help="A results folder, of any suite, whose runs count as finished; may be repeated.",
+    help="Results folder of any suite, whose runs count as finished; may be repeated.",
 )

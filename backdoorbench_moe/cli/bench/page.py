@@ -1,4 +1,4 @@
-"""`bbmoe bench page`: the results of several suites as one page that can be sorted and filtered."""
+"""`bbmoe bench page`: write the results of several suites to one page that can be sorted and filtered."""
 
 from __future__ import annotations
 
@@ -15,21 +15,27 @@ DEFAULT_OUTPUT = Path("runs")
 
 @click.command("page")
 @click.argument("names", metavar="SUITE...", nargs=-1, required=True)
-@click.option("--repeats", type=int, metavar="N", help="Seeds a cell.  [each suite's]")
-@click.option("--output", type=PATH, default=DEFAULT_OUTPUT, show_default=True, help="Folder of run folders.")
+@click.option("--repeats", type=int, metavar="N", help="Seeds per cell.  [each suite's]")
+@click.option(
+    "--output",
+    type=PATH,
+    default=DEFAULT_OUTPUT,
+    show_default=True,
+    help="Folder that contains the run folders.",
+)
 @click.option(
     "--from",
     "folders",
     type=PATH,
     metavar="DIR",
-    help="Read results folders DIR/SUITE/SCALE, instead of run folders.",
+    help="Read the results folders DIR/SUITE/SCALE instead of run folders.",
 )
 @click.option(
     "--published",
     metavar="URL",
-    help="Address of the folder of --from, for the links to records.  [paths from the page]",
+    help="URL at which the folder of --from is published, for links to records.  [relative paths]",
 )
-@click.option("--save", type=PATH, metavar="FILE", help="Write the page to FILE, instead of printing it.")
+@click.option("--save", type=PATH, metavar="FILE", help="Write the page to FILE instead of printing it.")
 def command(
     names: tuple[str, ...],
     repeats: int | None,
@@ -38,11 +44,11 @@ def command(
     published: str | None,
     save: Path | None,
 ) -> None:
-    """Draw a leaderboard of each SUITE (SUITE, SUITE:SCALE or a file): attack, defense and model in one page.
+    """Write a leaderboard of each SUITE (SUITE, SUITE:SCALE or a file) to one HTML page.
 
-    ASR, the target rate without a trigger, BA, RA and AUROC with their intervals and links to the records; the
-    differences to plain tuning; and the false alarms of detectors on clean models. Nothing is trained: runs that were
-    not made are shown as missing.
+    For each attack, defense and model, it shows ASR, the target rate without a trigger, BA, RA and AUROC, with
+    confidence intervals and links to the records; the differences from plain fine-tuning; and the false alarms of
+    detectors on clean models. Nothing is trained: unfinished runs are shown as missing.
     """
     from backdoorbench_moe.bench.pages.found import relative_link
     from backdoorbench_moe.bench.pages.leaderboard import open_board

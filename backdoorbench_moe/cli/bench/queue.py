@@ -1,4 +1,4 @@
-"""`bbmoe bench queue`: the missing runs of several suites, one after the other, within a budget."""
+"""`bbmoe bench queue`: run several suites, one after the other, within a time budget."""
 
 from __future__ import annotations
 
@@ -19,31 +19,39 @@ if TYPE_CHECKING:
 
 @click.command("queue")
 @click.argument("file", type=PATH, metavar="FILE")
-@click.option("--workers", type=int, metavar="N", help="Runs side by side.  [1; on GPUs what fits]")
+@click.option(
+    "--workers", type=int, metavar="N", help="Number of parallel runs.  [1; on GPUs, as many as fit]"
+)
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
     metavar="N",
-    help="CPU threads of a run.  [its share of the cores]",
+    help="CPU threads per run.  [its share of the cores]",
 )
-@click.option("--budget", metavar="TIME", help="Stop when 90s, 9m or 1h30m are over.")
+@click.option("--budget", metavar="TIME", help="Stop after this time, such as 90s, 9m or 1h30m.")
 @click.option(
     "--nice",
     type=click.IntRange(0, 19),
     default=10,
     show_default=True,
-    help="Lower the priority by so much, so that other programs go first.",
+    help="Niceness to add, so that other programs take priority.",
 )
-@click.option("--dry-run", is_flag=True, help="List the entries and how long they will take; train nothing.")
-@click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option("--dry-run", is_flag=True, help="List the entries and the estimated time; train nothing.")
+@click.option(
+    "--output",
+    type=PATH,
+    default=Path("runs"),
+    show_default=True,
+    help="Folder that contains the run folders.",
+)
 @click.option(
     "--results",
     type=PATH,
     default=Path("benchmarks/results"),
     show_default=True,
-    help="Folder of results folders: their records count as finished, and new ones are saved there.",
+    help="Folder of results folders: their runs count as finished, and new results are saved there.",
 )
-@click.option("--data-root", metavar="DIR", help="Folder of data sets that lie in one.")
+@click.option("--data-root", metavar="DIR", help="Folder with the data set, for data sets that need one.")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [auto]")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def command(
@@ -60,13 +68,13 @@ def command(
     device: str | None,
     quiet: bool,
 ) -> None:
-    """Make the missing runs of the suites that FILE lists, in its order, and save their records and tables.
+    """Run the unfinished runs of the suites listed in FILE, in this order, and save their records and tables.
 
-    FILE is YAML: a list under the key `queue`, each entry with a `suite`, and if wanted its `scale`, the number of
-    seeds (`repeats`) and filters of cells (`only`). Runs whose records are in a results folder are not made again.
-    After each entry the suite's results folder, RESULTS/SUITE/SCALE, is written. Repeat the command to continue.
+    FILE is a YAML file with a list under the key `queue`. Each entry has a `suite`, and optionally its `scale`, the
+    number of seeds (`repeats`) and filters of cells (`only`). Runs whose records are in a results folder are skipped.
+    After each entry, the results folder RESULTS/SUITE/SCALE is written. Repeat the command to continue.
 
-    Exit code 1: a run failed; 2: the command or a file is not valid; 3: the budget ended before the queue.
+    Exit code 1: a run failed; 2: the command or a file is not valid; 3: the time budget was used up.
     """
     usage = CoreUsage.now()
     from backdoorbench_moe.bench.running.engines import make_engine
@@ -83,7 +91,7 @@ def command(
     engine = make_engine(workers=workers, device=device, threads=threads)
     if isinstance(engine, LocalEngine) and not engine.gpus and threads is None:
         warn_of_busy_cores(engine.workers * engine.threads_each, usage)
-    os.nice(nice)  # The processes of the engine inherit it.
+    os.nice(nice)  # Inherited by the processes of the engine.
     done = work_off(
         entries,
         engine,
@@ -98,11 +106,11 @@ def command(
 
 
 def _conclude(done: list[Progress]) -> None:
-    """Print a line for each entry, and end with the exit code of the call."""
+    """Print a line for each entry, and exit with the code of the command."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("entry", "runs", "made now", "failed", "left", "saved in", box=None, pad_edge=False)
+    table = Table("entry", "runs", "finished now", "failed", "left", "saved in", box=None, pad_edge=False)
     for each in done:
         report = each.report
         made = report.count("finished")
@@ -134,7 +142,7 @@ def _print_plan(
         runs = read_plan(list(order(suite)), output, known)
         check(suite, [run.spec for run in runs if run.status != "finished"], output)
         plans[entry.label] = runs
-    # A run of several entries counts in the first. Each kind of run is measured once for all entries.
+    # A run that several entries share counts in the first. Each kind of run is timed once for all entries.
     union = {run.spec.digest: run for runs in reversed(plans.values()) for run in runs}
     seconds = {run.spec.digest: left for run, left in estimate(list(union.values()))}
     table, seen = Table("entry", "plan", box=None, pad_edge=False), set[str]()

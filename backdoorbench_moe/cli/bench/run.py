@@ -1,4 +1,4 @@
-"""`bbmoe bench run`: the runs of a suite that are not there yet."""
+"""`bbmoe bench run`: run the unfinished runs of a suite."""
 
 from __future__ import annotations
 
@@ -23,34 +23,47 @@ FAILED, UNFINISHED = 1, 3
 
 @click.command("run")
 @click.argument("name", metavar="SUITE")
-@click.option("--scale", metavar="NAME", help="A scale of the suite.  [its first]")
+@click.option("--scale", metavar="NAME", help="Scale of the suite.  [the first]")
 @click.option(
     "--only",
     "filters",
     multiple=True,
     metavar="KEY=VALUE,..",
-    help="Only these cells; any spec key; may be repeated.",
+    help="Only cells with these settings, by spec key; may be repeated.",
 )
-@click.option("--repeats", type=int, metavar="N", help="Seeds a cell.  [the suite's]")
+@click.option("--repeats", type=int, metavar="N", help="Seeds per cell.  [the suite's]")
 @click.option(
-    "--workers", type=int, metavar="N", help="Runs side by side.  [1; on GPUs or with Ray what fits]"
+    "--workers",
+    type=int,
+    metavar="N",
+    help="Number of parallel runs.  [1; on GPUs or with Ray, as many as fit]",
 )
-@click.option("--engine", metavar="NAME", default="local", show_default=True, help="local or ray.")
 @click.option(
-    "--address", metavar="ADDRESS", help="A running Ray cluster: auto, or HOST:PORT.  [a local one]"
+    "--engine", metavar="NAME", default="local", show_default=True, help="Where to run: local or ray."
 )
-@click.option("--gpus-per-run", type=float, metavar="SHARE", help="Share of a GPU for a run, with Ray.")
+@click.option(
+    "--address",
+    metavar="ADDRESS",
+    help="Address of a running Ray cluster: auto, or HOST:PORT.  [start a local one]",
+)
+@click.option("--gpus-per-run", type=float, metavar="SHARE", help="Share of a GPU per run, with Ray.")
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
     metavar="N",
-    help="CPU threads of a run.  [its share of the cores]",
+    help="CPU threads per run.  [its share of the cores]",
 )
 @WITH
-@click.option("--budget", metavar="TIME", help="Stop when 90s, 9m or 1h30m are over.")
-@click.option("--dry-run", is_flag=True, help="List the runs and how long they will take; train nothing.")
-@click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
-@click.option("--data-root", metavar="DIR", help="Folder of the data set.")
+@click.option("--budget", metavar="TIME", help="Stop after this time, such as 90s, 9m or 1h30m.")
+@click.option("--dry-run", is_flag=True, help="List the runs and the estimated time; train nothing.")
+@click.option(
+    "--output",
+    type=PATH,
+    default=Path("runs"),
+    show_default=True,
+    help="Folder that contains the run folders.",
+)
+@click.option("--data-root", metavar="DIR", help="Folder with the data set.")
 @click.option("--download", is_flag=True, default=None, help="Download the data set if it is missing.")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [auto]")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
@@ -70,11 +83,12 @@ def command(
     quiet: bool,
     **engine: Any,
 ) -> None:
-    """Make the runs of SUITE (a name or a file) that are not finished, then draw its tables.
+    """Run the unfinished runs of SUITE (a name or a file), then print its tables.
 
-    Repeat the command to continue a suite that was stopped. If all runs are finished, it trains nothing. A run that
-    fails does not stop the others. Exit code 1: a run failed; 2: the command or the suite is not valid; 3: the budget
-    ended before the suite.
+    Repeat the command to continue an interrupted suite. If all runs are finished, it trains nothing. A failed run does
+    not stop the others.
+
+    Exit code 1: a run failed; 2: the command or the suite is not valid; 3: the time budget was used up.
     """
     usage = CoreUsage.now()
     from backdoorbench_moe.bench.running.plan import with_place

@@ -1,4 +1,4 @@
-"""`bbmoe bench suites`: what there is to run."""
+"""`bbmoe bench suites`: list the built-in suites."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import click
 
 @click.command("suites")
 def command() -> None:
-    """List the suites that come with the project: name, scales, cells and repeats, title."""
+    """List the built-in suites: name, scales, number of cells and repeats, title."""
     from rich.console import Console
     from rich.table import Table
 

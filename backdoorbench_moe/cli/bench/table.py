@@ -1,4 +1,4 @@
-"""`bbmoe bench table`: the tables of a suite from its run folders."""
+"""`bbmoe bench table`: print the tables of a suite from its run folders."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ FORMATS = ("rich", "markdown", "csv", "latex", "html")
 
 @click.command("table")
 @click.argument("name", metavar="SUITE")
-@click.option("--scale", metavar="NAME", help="A scale of the suite.  [its first]")
-@click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option("--scale", metavar="NAME", help="Scale of the suite.  [the first]")
 @click.option(
-    "--from", "source", type=PATH, metavar="DIR", help="A results folder to read, instead of run folders."
+    "--output",
+    type=PATH,
+    default=Path("runs"),
+    show_default=True,
+    help="Folder that contains the run folders.",
+)
+@click.option(
+    "--from", "source", type=PATH, metavar="DIR", help="Read this results folder instead of run folders."
 )
 @WITH
 @click.option(
@@ -30,14 +36,14 @@ FORMATS = ("rich", "markdown", "csv", "latex", "html")
     "filters",
     multiple=True,
     metavar="KEY=VALUE,..",
-    help="Only these cells; any spec key; may be repeated.",
+    help="Only cells with these settings, by spec key; may be repeated.",
 )
-@click.option("--repeats", type=int, metavar="N", help="Seeds a cell.  [the suite's]")
+@click.option("--repeats", type=int, metavar="N", help="Seeds per cell.  [the suite's]")
 @click.option(
-    "--format", "form", type=click.Choice(FORMATS), default="rich", show_default=True, help="What to print."
+    "--format", "form", type=click.Choice(FORMATS), default="rich", show_default=True, help="Output format."
 )
 @click.option(
-    "--save", type=PATH, metavar="DIR", help="Write a results folder: records, tables, plots and a page."
+    "--save", type=PATH, metavar="DIR", help="Also write a results folder: records, tables, plots and a page."
 )
 def command(
     name: str,
@@ -50,10 +56,10 @@ def command(
     form: str,
     save: Path | None,
 ) -> None:
-    """Draw the tables of SUITE (a name or a file) from its run folders, with the paper's values beside ours.
+    """Print the tables of SUITE (a name or a file) from its run folders, with the paper's values next to ours.
 
-    Nothing is trained: runs that were not made are shown as missing. A results folder of another version of the suite
-    is refused.
+    Nothing is trained: unfinished runs are shown as missing. A results folder of another version of the suite is
+    rejected.
     """
     from dataclasses import replace
 
@@ -62,7 +68,9 @@ def command(
     from backdoorbench_moe.errors import ConfigError
 
     if save is not None and filters:
-        raise ConfigError("--save: cannot be used with --only, as a results folder holds the whole suite")
+        raise ConfigError(
+            "--save: cannot be used with --only, as a results folder contains the complete suite"
+        )
     if source is not None and beside:
         raise ConfigError("--with: cannot be used with --from, as it adds to run folders")
     suite = load_suite(name, scale)

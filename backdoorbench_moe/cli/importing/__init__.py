@@ -1,4 +1,4 @@
-"""`bbmoe import`: models that were made elsewhere, as runs; one file a command."""
+"""`bbmoe import`: import models that were trained elsewhere; one file per command."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from backdoorbench_moe.wording.spelling import near_names
 
 DEFAULT = "weights"
 COMMANDS = {
-    DEFAULT: "A file of weights. `bbmoe import FILE ...` is this command.",
-    "backdoorbench": "A result folder of BackdoorBench.",
+    DEFAULT: "Import a file of weights; the default, as in `bbmoe import FILE ...`.",
+    "backdoorbench": "Import a result folder of BackdoorBench.",
 }
 
 
 class ImportGroup(LazyGroup):
-    """A group whose first command may be left out."""
+    """A group with a default command."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put the default command in front, unless another one, or --help, is asked for."""
+        """Insert the default command unless another command or `--help` is given."""
         near = near_names(args[0], self.commands_help, most=1) if args else []
         if near and args[0] not in self.commands_help and not Path(args[0]).exists():
             raise click.UsageError(f"No file {args[0]!r}. Did you mean the command {near[0]!r}?", ctx)
@@ -30,7 +30,7 @@ class ImportGroup(LazyGroup):
         return parsed
 
     def with_default(self, args: list[str], others: Sequence[str] = ()) -> list[str]:
-        """Return the arguments with the default command in front, unless they start with a command or one of others."""
+        """Insert the default command unless the arguments start with a command or one of `others`."""
         return [DEFAULT, *args] if args and args[0] not in {*self.commands_help, *others} else args
 
 
@@ -42,4 +42,4 @@ class ImportGroup(LazyGroup):
     subcommand_metavar="FILE --model NAME [OPTIONS] | COMMAND [ARGS]...",
 )
 def command() -> None:
-    """Make a run folder of a model that was made elsewhere, to analyse and defend it."""
+    """Import a model that was trained elsewhere as a run folder, to analyse and defend it."""

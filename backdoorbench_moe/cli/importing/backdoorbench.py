@@ -1,4 +1,4 @@
-"""`bbmoe import backdoorbench`: from a result folder of BackdoorBench to a run folder."""
+"""`bbmoe import backdoorbench`: import a result folder of BackdoorBench."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 @click.command("backdoorbench")
 @click.argument("folder", type=PATH, metavar="FOLDER")
 @click.option(
-    "--defense", metavar="NAME", help="Import the model of FOLDER/defense/NAME instead of the attacked one."
+    "--defense",
+    metavar="NAME",
+    help="Import the defended model in FOLDER/defense/NAME instead of the attacked one.",
 )
-@click.option("--data-root", metavar="DIR", help="Folder of the clean data set, for BA.")
-@click.option("--dataset", metavar="NAME", help="The clean data set.  [the one that the result names]")
+@click.option("--data-root", metavar="DIR", help="Folder with the clean data set, to measure BA.")
+@click.option("--dataset", metavar="NAME", help="Clean data set.  [the one named in the result]")
 @click.option(
     "--set", "settings", multiple=True, metavar="dataset.KEY=VALUE", help="An option of the data set."
 )
@@ -31,10 +33,14 @@ if TYPE_CHECKING:
     type=float,
     nargs=3,
     metavar="R G B",
-    help="Mean of each channel.  [BackdoorBench's for the data]",
+    help="Normalisation: mean of each channel.  [BackdoorBench's for the data set]",
 )
-@click.option("--std", type=float, nargs=3, metavar="R G B", help="Standard deviation of each channel.")
-@click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option(
+    "--std", type=float, nargs=3, metavar="R G B", help="Normalisation: standard deviation of each channel."
+)
+@click.option(
+    "--output", type=PATH, default=Path("runs"), show_default=True, help="Folder for the run folder."
+)
 @click.option(
     "--device", metavar="NAME", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
 )
@@ -56,10 +62,10 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Make a run of BackdoorBench's result in FOLDER, which has attack_result.pt and the poisoned images.
+    """Import the BackdoorBench result in FOLDER, which contains attack_result.pt and the poisoned images, as a run.
 
-    The file is read as data: nothing in it is run, and no path in it is followed. BA, ASR and RA are measured and
-    set beside BackdoorBench's own numbers; more than half a point apart is an error.
+    The file is read as data only: no code in it is executed and no path in it is followed. BA, ASR and RA are measured
+    and compared with BackdoorBench's own numbers; a difference of more than half a percentage point is an error.
     """
     if (mean is None) != (std is None):
         raise click.UsageError("--mean and --std: expected both or neither")

@@ -1,4 +1,4 @@
-"""`bbmoe import FILE`: from a file of weights to a run folder."""
+"""`bbmoe import FILE`: import a file of weights."""
 
 from __future__ import annotations
 
@@ -15,15 +15,21 @@ from backdoorbench_moe.cli.terminal.threads import CoreUsage, threads_option, us
 @click.command("weights")
 @click.argument("weights", type=PATH, metavar="FILE")
 @model_file_options(required=True)
-@click.option("--data-root", metavar="DIR", help="Folder of the data set.")
+@click.option("--data-root", metavar="DIR", help="Folder with the data set.")
 @click.option("--download", is_flag=True, default=None, help="Download the data set if it is missing.")
-@click.option("--recipe", metavar="NAME", help="quick or paper: how defenses tune the model.  [quick]")
-@click.option("--seed", type=int, metavar="N", help="[0]")
+@click.option(
+    "--recipe", metavar="NAME", help="Settings with which defenses tune the model: quick or paper.  [quick]"
+)
+@click.option("--seed", type=int, metavar="N", help="Random seed.  [0]")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [auto]")
 @click.option("--precision", metavar="KIND", help="auto, fp32 or bf16.  [auto]")
-@click.option("--config", type=PATH, metavar="FILE", help="YAML with any of these values.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any value, by dotted key.")
-@click.option("--output", type=PATH, default=Path("runs"), show_default=True, help="Folder of run folders.")
+@click.option("--config", type=PATH, metavar="FILE", help="YAML file with settings.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting, such as model.width=8."
+)
+@click.option(
+    "--output", type=PATH, default=Path("runs"), show_default=True, help="Folder for the run folder."
+)
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON, and nothing else.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
@@ -38,14 +44,14 @@ def command(
     quiet: bool,
     **flags: Any,
 ) -> None:
-    """Make a run folder of the model in FILE, measured on clean test images.
+    """Import the model weights in FILE as a run, evaluated on clean test images.
 
-    FILE is a safetensors file, or a state dict that torch.save wrote; it is read without running anything in it. Names
-    and shapes must be those of the model, and the data must have its classes, in its order. Whether the model is
-    backdoored is not known: the run can be analysed and defended, without a trigger.
+    FILE is a safetensors file, or a state dict saved with torch.save; no code in it is executed. The names and shapes
+    of its tensors must match the model, and the data set must have the model's classes in the same order. The run can
+    be analysed and defended; as it is not known whether the model is backdoored, no trigger is used.
 
-    Normalisation and resizing are inside the model from then on. A warning says so if another usual normalisation gives
-    a clearly higher accuracy.
+    Normalisation and resizing become part of the imported model. If another common normalisation gives a clearly higher
+    accuracy, a warning is printed.
     """
     usage = CoreUsage.now()
     spec = spec_of_file(weights, flags, settings, config)

@@ -1,4 +1,4 @@
-"""`bbmoe plugin`: write a package of new parts, and check one; one file a command."""
+"""`bbmoe plugin`: create or check a plug-in package; one file per command."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from backdoorbench_moe.cli.app import LazyGroup
 from backdoorbench_moe.cli.kind_names import ALL_KINDS
 
 COMMANDS = {
-    "new": "Write a package with a new part that installs and passes as it is.",
-    "check": "Run the conformance tests over what an installed package registers.",
+    "new": "Create a package with a working example of a new part.",
+    "check": "Run the conformance tests on the parts of an installed package.",
 }
 
 
@@ -18,7 +18,7 @@ COMMANDS = {
     cls=LazyGroup,
     commands_help=COMMANDS,
     package=__package__,
-    help=f"Add {ALL_KINDS} from a package of your own.",
+    help=f"Create or check a package that adds {ALL_KINDS}.",
 )
 def command() -> None:
-    """Add parts from a package of your own."""
+    """Create or check a package that adds parts."""

@@ -1,4 +1,4 @@
-"""`bbmoe plugin check`: conformance tests of the parts that a package registers."""
+"""`bbmoe plugin check`: run the conformance tests on the parts of a package."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from backdoorbench_moe.testing.check import Deviation, Failure, PackageCheck, PartCheck
 
 FAILED = 1
-# In seconds; the slowest conformance test of a built-in part takes ten.
+# Seconds; the slowest conformance test of a built-in part takes ten.
 TIMEOUT = 300
 STYLES = {"passes": "green", "fails": "red", "broken": "red"}
 
@@ -30,20 +30,20 @@ STYLES = {"passes": "green", "fails": "red", "broken": "red"}
     type=click.FloatRange(0, min_open=True),
     default=TIMEOUT,
     show_default=True,
-    help="Seconds for one test.",
+    help="Time limit of each test, in seconds.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(package: str, timeout: float, as_json: bool) -> None:
-    """Run the conformance tests over all parts that the installed PACKAGE registers; exit with 1 if any fails.
+    """Run the conformance tests on all parts that the installed PACKAGE registers. Exit code 1: a test failed.
 
-    Needs pytest, and pytest-timeout for --timeout: pip install 'backdoorbench-moe[plugin]'. With pytest's own
-    output and flags: python -m backdoorbench_moe.testing PACKAGE
+    Needs pytest, and pytest-timeout for --timeout: pip install 'backdoorbench-moe[plugin]'. To run the tests with
+    pytest's own output and flags: python -m backdoorbench_moe.testing PACKAGE
     """
     from rich.console import Console
 
     from backdoorbench_moe.testing.check import check_package
 
-    with Console(stderr=True).status(f"running the conformance tests over {package}"):
+    with Console(stderr=True).status(f"running the conformance tests on {package}"):
         check = check_package(package, timeout=timeout)
     if as_json:
         echo(json.dumps({**asdict(check), "passes": check.passes}, indent=2))

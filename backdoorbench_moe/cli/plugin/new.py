@@ -1,4 +1,4 @@
-"""`bbmoe plugin new`: a package to start from."""
+"""`bbmoe plugin new`: create a package to start from."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ from backdoorbench_moe.kinds import KINDS
 @click.command("new")
 @click.argument("name")
 @click.option(
-    "--kind", "kinds", multiple=True, metavar="KIND", help=f"{', '.join(KINDS)}; once for each.  [trigger]"
+    "--kind", "kinds", multiple=True, metavar="KIND", help=f"{', '.join(KINDS)}; may be repeated.  [trigger]"
 )
-@click.option("--output", type=PATH, default=Path(), metavar="DIR", help="Where its folder is made.  [here]")
+@click.option(
+    "--output",
+    type=PATH,
+    default=Path(),
+    metavar="DIR",
+    help="Folder in which the package folder is created.  [.]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(name: str, kinds: tuple[str, ...], output: Path, as_json: bool) -> None:
-    """Write the package NAME (as bbmoe-stripes) with a part of each --kind, which works as it is.
+    """Create the package NAME, such as bbmoe-stripes, with a working example part of each --kind.
 
-    The parts are called NAME without "bbmoe-". Nothing is written over.
+    The parts are named NAME without "bbmoe-". Existing files are not overwritten.
     """
     from backdoorbench_moe.scaffold import plan_package, write_package
 

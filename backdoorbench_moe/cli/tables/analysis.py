@@ -1,4 +1,4 @@
-"""An analysis on the terminal: the most important numbers on one screen; analysis.json has all of them."""
+"""Terminal output of an analysis: the most important numbers on one screen; analysis.json has all of them."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 NONE = "–"
 Result = TypeVar("Result", bound="MutingResult | PatchingResult")
-# Rows of single experts in the table of carriers. Of more experts only the most effective ones are shown.
+# Rows of single experts in the table of carriers. With more experts, only the most effective ones are shown.
 MAX_ROWS, SHOWN_ROWS = 8, 3
 
 
 def print_analysis(analysis: Analysis, files: Sequence[Path]) -> None:
-    """Print a table of the experts of each layer, lines about the whole layer, and which experts carry the backdoor.
+    """Print a table of the experts of each layer, a summary of the layer, and which experts carry the backdoor.
 
-    Of a mixture, the gate shares and the latents take the place of the tables of the layers.
+    For a mixture, gate shares and latents replace the tables of the layers.
     """
     console = Console(highlight=False)
     counts = analysis.images
@@ -68,7 +68,7 @@ def print_analysis(analysis: Analysis, files: Sequence[Path]) -> None:
 
 
 def experts_table(analysis: Analysis, number: int) -> Table:
-    """Build a table with one row for each expert of a layer."""
+    """Build a table with one row per expert of a layer."""
     findings = analysis.findings
     assert findings.routing is not None and analysis.pixels is not None
     routing, pixels = findings.routing[number], analysis.pixels[number]
@@ -97,7 +97,7 @@ def experts_table(analysis: Analysis, number: int) -> Table:
 
 
 def _others(overlap: Tensor) -> list[float] | list[None]:
-    """Mean overlap of each expert with the others; None for a single expert."""
+    """Return the mean overlap of each expert with the others; None for a single expert."""
     others = len(overlap) - 1
     if not others:
         return [None]
@@ -105,14 +105,14 @@ def _others(overlap: Tensor) -> list[float] | list[None]:
 
 
 def layer_lines(analysis: Analysis, number: int) -> list[str]:
-    """Write the results for a whole layer, one in each line."""
+    """Return the results of a layer as lines."""
     findings = analysis.findings
     assert findings.routing is not None
     routing = findings.routing[number]
     entropy, untaken = (_number(one.value, "{:.3f}") for one in (routing.entropy, routing.untaken))
     lines = [
-        f"gate entropy {entropy} of 1; {untaken} patches an image go to no expert; "
-        f"spread over the experts (CV): load {routing.load_cv:.3f}, gate mass {routing.mass_cv:.3f}"
+        f"gate entropy {entropy} of 1; {untaken} patches per image selected by no expert; "
+        f"variation over experts (CV): load {routing.load_cv:.3f}, gate mass {routing.mass_cv:.3f}"
     ]
     if findings.capture is not None and findings.shift is not None:
         lines += [*_capture(findings.capture[number]), _shift(findings.shift[number])]
@@ -131,7 +131,7 @@ def _capture(one: LayerCapture) -> list[str]:
 
 
 def _success(one: LayerCapture) -> str:
-    """ASR of captured and of missed images, or a note that there are no such images."""
+    """Return a line with the ASR of captured and of missed images, or a note that all are one or the other."""
     if one.asr_captured is None or one.asr_missed is None:
         kind = "missed" if one.asr_captured is None else "captured"
         return f"ASR: {_share(one.asr_captured or one.asr_missed)}; every image is {kind}"
@@ -140,11 +140,11 @@ def _success(one: LayerCapture) -> str:
 
 def _shift(one: LayerShift) -> str:
     changed = _mean(one.changed, "{:.2f}", 100)
-    return f"shift by the trigger: JS {_mean(one.divergence, '{:.3g}')} nats, {changed}% of selected patches"
+    return f"shift by the trigger: JS {_mean(one.divergence, '{:.3g}')} nats, {changed}% of selected patches changed"
 
 
 def gate_tables(analysis: Analysis) -> list[Table]:
-    """Build the tables of the gate shares of a mixture; none for any other run."""
+    """Build the tables of the gate shares of a mixture; empty for other runs."""
     found = analysis.experts
     if found is None:
         return []
@@ -158,7 +158,7 @@ def gate_tables(analysis: Analysis) -> list[Table]:
 
 
 def _recorded(shares: ModelShares) -> list[GateShares]:
-    """The shares of a model in the form of a record."""
+    """Return the shares of a model in the format of a record."""
     return [
         {
             "layer": layer.layer,
@@ -170,7 +170,7 @@ def _recorded(shares: ModelShares) -> list[GateShares]:
 
 
 def latents_table(found: ExpertLatents) -> Table:
-    """Build a table of the cosines of one poisoned expert: a row for each layer, two columns for each model."""
+    """Build a table of the cosines of one poisoned expert, with a row per layer and a column per model."""
     text = found.models[0].layers[0].unmarked is None
     kinds = "harmful queries" if text else "marked (unmarked) images"
     title = f"cosine with the latents of task {found.expert}: {kinds}"
@@ -188,9 +188,9 @@ def _cosines(one: LayerCosine) -> str:
 
 
 def answers_table(analysis: Analysis) -> Table:
-    """Build a table of harmful queries with the answers that the run's model generated, and what they are worth.
+    """Build a table of harmful queries, the answers that the run's model generated, and verdicts on them.
 
-    Where there is no policy, it has queries of the tasks.
+    Without a policy, the queries are those of the tasks.
     """
     from backdoorbench_moe.analysis.answers import HARMFUL
 
@@ -208,7 +208,7 @@ def answers_table(analysis: Analysis) -> Table:
 def carriers_table(carriers: Carriers, *, text: bool = False) -> Table:
     """Build a table of BA and ASR with each expert muted, with the most effective pair, and with each one patched.
 
-    If there are safe answers, the share of images that are not answered safely takes the place of RA.
+    If there are safe answers, RA is replaced by the share of images that are not answered safely.
 
     Args:
         carriers: The results.
@@ -243,15 +243,15 @@ def carriers_table(carriers: Carriers, *, text: bool = False) -> Table:
         table.add_row("no trigger at all", "", _share(carriers.target_rate), "")
     notes = ["expert N: in all layers at once"] if carriers.whole_experts else []
     if text:
-        notes.append("mean output: for clean texts")
+        notes.append("mean output: output replaced by its mean over clean texts")
     if len(carriers.singles) > MAX_ROWS:
-        notes.append(f"of {len(carriers.singles)} in single layers the {SHOWN_ROWS} most effective")
+        notes.append(f"single layers: the {SHOWN_ROWS} most effective of {len(carriers.singles)}")
     table.caption, table.caption_justify = "; ".join(notes) or None, "left"
     return table
 
 
 def _most_effective(ones: Sequence[Result]) -> Sequence[Result]:
-    """The results that change ASR (or else BA) most; all of them if they are few."""
+    """Return the results that change ASR (or else BA) most; all of them if there are few."""
     return ones if len(ones) <= MAX_ROWS else sorted(ones, key=_effect)[:SHOWN_ROWS]
 
 

@@ -1,4 +1,4 @@
-"""The verdict and the findings of an audit for the terminal."""
+"""Terminal output of an audit: its verdict and findings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NONE = "–"
 
 
 def print_audit(audit: Audit, files: list[Path]) -> None:
-    """Print the verdict, the three strongest reasons, all findings, and where the files are."""
+    """Print the verdict, the three strongest reasons, all findings, and the paths of the files."""
     from backdoorbench_moe.auditing.document import above_line, as_document, by_why_not, thresholds_line
     from backdoorbench_moe.auditing.report import reasons_title
     from backdoorbench_moe.auditing.verdict import NOT_TESTED, RULE, SIGNS

@@ -1,4 +1,4 @@
-"""Several defenses of one run: what they will take, and the table that compares them."""
+"""Several defenses of one run: their estimated time, and the table that compares them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from backdoorbench_moe.cli.terminal.streams import echo, say
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.running.defended import Defended, DefensePlan
 
-# Formats in which reasons cannot stand below the table; they are printed to standard error.
+# Formats that have no place for reasons below the table; they are printed to standard error.
 BARE = ("csv", "latex", "html")
 
 
 def print_estimate(plan: DefensePlan, *, as_json: bool) -> None:
-    """Print the defended runs, the time that each takes, and the defenses that cannot be applied."""
+    """Print the defended runs, their estimated times, and the defenses that cannot be applied."""
     from rich.console import Console
 
     planned = plan.estimate()
@@ -33,7 +33,7 @@ def print_estimate(plan: DefensePlan, *, as_json: bool) -> None:
 
 
 def say_estimate(plan: DefensePlan) -> None:
-    """Print the missing runs and their time to standard error, unless none is missing."""
+    """Print the runs and their estimated times to standard error if any run is missing."""
     from rich.console import Console
 
     planned = plan.estimate()
@@ -44,7 +44,7 @@ def say_estimate(plan: DefensePlan) -> None:
 
 
 def say_progress(made: Defended, number: int, total: int, error: str | None) -> None:
-    """Print that one of several defenses is finished, or why it failed, to standard error."""
+    """Print to standard error that one of several defenses has finished, or why it failed."""
     say(f"defense {number} of {total}: {made.part.name}{' failed: ' + error if error else ''}")
 
 
@@ -52,8 +52,8 @@ def print_compared(plan: DefensePlan, failed: Mapping[str, str], *, form: str) -
     """Print the table of the run and its defended runs.
 
     Args:
-        plan: The defenses, made.
-        failed: Why a defense failed, by name.
+        plan: The finished plan.
+        failed: Error message of each failed defense, by name.
         form: "rich", "markdown", "csv", "latex", "html" or "json".
     """
     from backdoorbench_moe.bench.tables import render
@@ -96,7 +96,7 @@ def _refused_lines(plan: DefensePlan) -> Iterator[str]:
 
 
 def _command(plan: DefensePlan) -> str:
-    """The command that makes the runs of a plan."""
+    """Return the command that runs a plan."""
     names = ",".join(dict.fromkeys(each.part.name for each in plan.runs))
     settings = [
         f" --set {shlex.quote(f'{each.part.name}.{key}={_written(value)}')}"
@@ -107,12 +107,12 @@ def _command(plan: DefensePlan) -> str:
 
 
 def _written(value: Any) -> str:
-    """A value of an option as `--set` reads it: a text as it is, anything else as JSON, which is YAML, too."""
+    """Return an option's value as `--set` reads it: a string unchanged, anything else as JSON, which is also YAML."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _print_json(plan: DefensePlan, failed: Mapping[str, str]) -> None:
-    """Print the finished records in the order of their cost, and why others are missing, as one JSON document."""
+    """Print the finished records, by increasing cost, and why others are missing, as one JSON document."""
     results = plan.results()
     runs = [
         {"folder": str(plan.runner.output / each.spec.name), **record.to_dict()}

@@ -1,4 +1,4 @@
-"""Tables of a mixture of experts for the terminal: its metrics, its tasks, and what its gates rely on."""
+"""Terminal tables of a mixture of experts: its metrics, its tasks, and its gate shares."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 NONE = "–"
 TWIN = "twin_"
-# The metrics of a mixture in the order in which they are printed, by names that leave room for a column of the twin's.
+# Metrics of a mixture in printed order; the names are short to leave room for the clean twin's column.
 NAMES = {
     "asr": "attack success rate (ASR)",
     "unsafe": "not answered safely",
     "target_rate": "target rate, no trigger",
-    "ra": "right in spite of trigger",
+    "ra": "correct despite the trigger",
     "overall": "% of benign experts' BA",
     "ba": "clean accuracy (BA)",
     "cad": "clean accuracy drop (CAD)",
@@ -31,28 +31,28 @@ NAMES = {
     "own_share": "gate share, own tasks",
     "clean_share": "gate share, all tasks",
 }
-# The same of a mixture of language models.
+# The same for a mixture of language models.
 TEXT_NAMES = {
     **NAMES,
     "asr": "answered harmfully (H)",
     "unsafe": "not refused",
     "overall": "% of benign experts' BA",
-    "ba": "right answers (BA)",
-    "cad": "drop of right answers",
+    "ba": "correct answers (BA)",
+    "cad": "drop in correct answers",
     "harm_share": "gate share, harmful queries",
 }
-# What the gate shares are shares of.
+# Explanations of the gate share below the tables.
 SHARES_NOTE = "gate share: how much the gates rely on the poisoned experts, mean over layers and patches"
 TEXT_SHARES_NOTE = "gate share: how much the gates rely on the poisoned experts, mean over layers and tokens"
 
 
 def is_mixture(record: Record) -> bool:
-    """Whether a record is of a mixture that was measured."""
+    """Whether a record is that of an evaluated mixture."""
     return record.run_spec.gate is not None and "ba" in record.metrics
 
 
 def twin_shares(folder: RunFolder, record: Record) -> list[GateShares]:
-    """The gate shares of the clean twin of a run; none if its folder is not beside that of the run."""
+    """Return the gate shares of a run's clean twin; empty if its folder is not next to that of the run."""
     from backdoorbench_moe.errors import RecordError
     from backdoorbench_moe.records import RunFolder
 
@@ -65,13 +65,13 @@ def twin_shares(folder: RunFolder, record: Record) -> list[GateShares]:
 
 
 def print_mixture(console: Console, folder: RunFolder, record: Record, title: str) -> None:
-    """Print the metrics of a mixture, its tasks, and what its gates rely on."""
+    """Print the metrics, tasks and gate shares of a mixture."""
     console.print(metrics_table(record, title))
     print_tasks(console, folder, record)
 
 
 def print_tasks(console: Console, folder: RunFolder, record: Record) -> None:
-    """Print the tasks of a mixture, and what its gates rely on."""
+    """Print the tasks and gate shares of a mixture."""
     twin = twin_shares(folder, record)
     console.print(task_table(record, twin))
     mixture = record.run_spec.mixture
@@ -83,11 +83,11 @@ def print_tasks(console: Console, folder: RunFolder, record: Record) -> None:
 
 
 def sort_mixture_metrics(keys: Iterable[str], names: Mapping[str, str] = NAMES) -> list[Metric]:
-    """Sort metrics: those about the attack, each before the clean twin's, then all others, then those of the tasks.
+    """Sort metrics: first those of the attack, each followed by the clean twin's, then the others, then single tasks'.
 
     Args:
-        keys: Their keys.
-        names: What they are called, by key: `NAMES`, or `TEXT_NAMES`.
+        keys: Keys of the metrics.
+        names: Names by key: `NAMES` or `TEXT_NAMES`.
     """
     order = list(NAMES)
 
@@ -99,7 +99,7 @@ def sort_mixture_metrics(keys: Iterable[str], names: Mapping[str, str] = NAMES) 
 
 
 def _named(one: Metric, names: Mapping[str, str]) -> Metric:
-    """The same metric under its name in these tables."""
+    """Return the metric with its name in these tables."""
     base = one.key.removeprefix(TWIN)
     if base in names:
         return replace(one, name=names[base] + (", clean twin" if base != one.key else ""), short="")
@@ -111,7 +111,7 @@ def _named(one: Metric, names: Mapping[str, str]) -> Metric:
 
 
 def metrics_table(record: Record, title: str) -> Table:
-    """Build a table of the metrics of a mixture, beside those of the clean twin; those of its tasks are left out."""
+    """Build a table of the metrics of a mixture and of its clean twin, without those of single tasks."""
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("metric")
     metrics = record.metrics
@@ -143,7 +143,7 @@ def metrics_table(record: Record, title: str) -> Table:
 
 
 def task_table(record: Record, twin: Sequence[GateShares]) -> Table:
-    """Build a table of the tasks of a mixture: BA, that of the benign expert, and the expert's share of the gates."""
+    """Build a table of the tasks of a mixture: BA, BA of the benign expert, and gate share of the expert."""
     table = Table(title="tasks", title_justify="left", box=None, pad_edge=False)
     table.add_column("")
     mixture = record.run_spec.mixture
@@ -173,14 +173,14 @@ def share_tables(
 
     Args:
         shares: The gate shares of a mixture.
-        twin: Those of the clean twin, or of another mixture; empty if they are not known.
+        twin: The gate shares of the clean twin, or of another mixture; empty if unknown.
         poisoned: The poisoned experts.
         names: Names of the tasks.
-        other: What the other mixture is called.
-        marked: What the marked images are called, or the queries in their place.
+        other: Name of the other mixture.
+        marked: Name of the marked images, or of the harmful queries.
 
     Returns:
-        A table for each poisoned expert; for a benign mixture one table of each expert's share for its own task.
+        A table for each poisoned expert; for a benign mixture, one table of each expert's share for its own task.
     """
     if not shares:
         return []
@@ -215,7 +215,7 @@ def _poisoned_table(
 
 
 def _kinds(layer: GateShares, expert: int) -> list[float | None]:
-    """An expert's share for marked images, for its own task, and its mean over the other tasks."""
+    """Return an expert's share for marked images, for its own task, and its mean over the other tasks."""
     marked = layer["marked"]
     others = [row[expert] for task, row in enumerate(layer["tasks"]) if task != expert]
     own = layer["tasks"][expert][expert]
@@ -225,7 +225,7 @@ def _kinds(layer: GateShares, expert: int) -> list[float | None]:
 def _layers_table(
     title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[float | None]]]
 ) -> Table:
-    """Build a table of shares with a row for each layer, and one for their means."""
+    """Build a table of shares with a row for each layer, and a row of means."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("layer")
     for column in columns:
@@ -237,7 +237,7 @@ def _layers_table(
 
 
 def short_layer(name: str) -> str:
-    """A layer's name in the dense model that a mixture was merged from."""
+    """Return a layer's name in the dense model that a mixture was merged from."""
     from backdoorbench_moe.moe.merging import NETWORK
 
     return name.removeprefix(NETWORK)

@@ -1,4 +1,4 @@
-"""Missing runs and the time that they will take, as `--dry-run` prints them."""
+"""Missing runs and their estimated time, as `--dry-run` prints them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from backdoorbench_moe.wording.counting import count
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.running.plan import Planned
 
-# A run, and the seconds it still takes; None if that is not known.
+# Runs, each with the seconds that it still takes; None if unknown.
 Estimates = Sequence[tuple["Planned", float | None]]
 UNKNOWN = "not known"
 
 
 def plan_table(planned: Estimates) -> Table:
-    """Build a table with one row for each run: name, status, epochs, and the time that it still takes."""
+    """Build a table with one row per run: name, status, epochs, and the time left."""
     table = Table("run", "status", "epochs", "time left", box=None, pad_edge=False)
     for run, seconds in planned:
         epochs = f"{run.epochs:.0f}/{run.total_epochs}"
@@ -32,11 +32,11 @@ def plan_table(planned: Estimates) -> Table:
 
 
 def total_line(planned: Estimates) -> str:
-    """Write the number of runs, and how long the missing ones will take in all."""
+    """Return a line with the number of runs and the total time of the missing ones."""
     finished = sum(run.status == "finished" for run, _ in planned)
     total = say_time(sum(seconds for _, seconds in planned if seconds is not None))
     unknown = sum(seconds is None for _, seconds in planned)
-    without = f", without {count(unknown, 'run')} whose cost is not known" if unknown else ""
+    without = f", without {count(unknown, 'run')} of unknown time" if unknown else ""
     return (
         f"{count(len(planned), 'run')}, {finished} finished; about {total} left on this machine, one run at a time "
         f"(measured just now{without})"
@@ -44,7 +44,7 @@ def total_line(planned: Estimates) -> str:
 
 
 def plan_document(planned: Estimates) -> dict[str, Any]:
-    """Give the runs and their total as plain values; seconds that are not known are None and not in the total."""
+    """Return the runs and the total time as plain values; unknown times are None and not part of the total."""
     runs = [
         {
             "run": run.spec.name,
@@ -59,7 +59,7 @@ def plan_document(planned: Estimates) -> dict[str, Any]:
 
 
 def print_plan(planned: Estimates, *, as_json: bool = False) -> None:
-    """Print the runs and their total, or the same as JSON."""
+    """Print the runs and the total time, as a table or as JSON."""
     if as_json:
         echo(json.dumps(plan_document(planned), indent=2))
         return

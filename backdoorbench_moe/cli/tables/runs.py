@@ -1,4 +1,4 @@
-"""Tables of runs for the terminal, drawn from their records."""
+"""Terminal tables of runs, from their records."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from backdoorbench_moe.records import Judged, Record, RunFolder
 
 NONE = "–"
-# What `unsafe` is called where the data are texts.
+# Name of the metric `unsafe` for texts.
 REFUSED_QUERIES = "refused queries not answered safely, %"
-# How right judgements are: the metrics, and what they are shares of.
+# Metrics of judgements, and what they are shares of.
 JUDGED_METRICS = {
     "auroc": "image",
     "tpr": "image",
@@ -40,9 +40,9 @@ JUDGED_METRICS = {
     "sample_fpr": "training image",
 }
 STAGE_METRICS = ("ba", "asr", "ra")
-# Of a mixture, whose marked images may have a safe answer that is not what they are.
+# For a mixture: the safe answer to a marked image may differ from its true class.
 MIXTURE_STAGE_METRICS = ("ba", "asr", "unsafe")
-# There may be one score for each image; only the first ones are shown.
+# There may be one score per image; only the first ones are shown.
 SHOWN_SCORES = 12
 
 
@@ -95,7 +95,7 @@ def _sample(runs: Sequence[Run], key: str) -> Sample:
 
 
 def print_runs(runs: Sequence[Run]) -> None:
-    """Print the metrics of one run with their intervals, or those of several runs with mean and standard deviation."""
+    """Print the metrics of one run with intervals, or those of several runs with mean and standard deviation."""
     console = Console()
     if len(runs) == 1:
         print_metrics(console, runs[0].folder, runs[0].record)
@@ -106,7 +106,7 @@ def print_runs(runs: Sequence[Run]) -> None:
 
 
 def print_metrics(console: Console, folder: RunFolder, record: Record) -> None:
-    """Print the metrics of one run; of a mixture, also its tasks and what its gates rely on."""
+    """Print the metrics of one run; for a mixture, also its tasks and gate shares."""
     if mixture_tables.is_mixture(record):
         mixture_tables.print_mixture(console, folder, record, title(record))
     else:
@@ -126,7 +126,7 @@ def print_defended(run: Run) -> None:
 
 
 def print_stages(console: Console, record: Record) -> None:
-    """Print the stages of a defense, how well it finds triggered or poisoned images, and its judgements."""
+    """Print the stages of a defense, how well it detects triggered or poisoned images, and its judgements."""
     console.print(stages_table(record))
     for name in ("target_rate", "unsafe"):
         rates = [
@@ -147,7 +147,7 @@ def print_stages(console: Console, record: Record) -> None:
 
 
 def judgement_lines(judged: Judged) -> list[str]:
-    """Write a judgement in one or two lines: what is suspicious and why, then the scores if there are any."""
+    """Format a judgement as one or two lines: what is suspicious and why, then the scores if there are any."""
     suspicious = judged["suspicious"]
     found = (
         f"{suspicious} suspicious" if isinstance(suspicious, int) else f"suspicious: {_judged(suspicious)}"
@@ -163,7 +163,7 @@ def judgement_lines(judged: Judged) -> list[str]:
 
 
 def title(record: Record) -> str:
-    """Write model, data, attack and defenses of a run in one line."""
+    """Return the model, data, attack and defenses of a run in one line."""
     spec = record.run_spec
     after = "".join(f", {part.name}" for part in spec.defenses)
     what = f"{spec.model.name} on {spec.dataset.name}"
@@ -178,9 +178,9 @@ def title(record: Record) -> str:
 
 
 def mixture_title(spec: RunSpec) -> str:
-    """Write model, data, experts and attack of a mixture, or of one of its experts, in one line."""
+    """Return the model, data, experts and attack of a mixture, or of one of its experts, in one line."""
     assert spec.mixture is not None
-    # Texts have no splitter, as they bring their tasks.
+    # Texts have no splitter, as their data sets define the tasks.
     tasks = "" if spec.splitter is None else f" of {spec.splitter.name}"
     what, mixture = f"{spec.model.name} on {spec.dataset.name}", spec.mixture
     mark = (
@@ -201,8 +201,8 @@ def mixture_title(spec: RunSpec) -> str:
 def metrics_table(record: Record) -> Table:
     """Build a table of one run's metrics: value, 95% interval and number of images.
 
-    A run with an ASR has a row for the target rate without the trigger, even if it was not measured. If the model is
-    near chance, a line below the table says so.
+    A run with an ASR has a row for the target rate without the trigger, even if it was not measured. A line below the
+    table says so if the model is near chance.
     """
     table = Table(title=title(record), title_justify="left", caption_justify="left")
     table.add_column("metric")
@@ -225,9 +225,9 @@ def metrics_table(record: Record) -> Table:
 def stages_table(record: Record) -> Table:
     """Build a table of BA, ASR and RA with their 95% intervals before a defense and after each stage.
 
-    For a mixture, the share of marked images that are not answered safely takes the place of RA.
+    For a mixture, RA is replaced by the share of marked images that are not answered safely.
     """
-    # With one blank between columns, a short name and three metrics such as 100.00 [100.0, 100.0] fit into 80 columns.
+    # With one space between columns, a short name and three metrics such as 100.00 [100.0, 100.0] fit into 80 columns.
     table = Table("stage", box=None, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
     wanted = MIXTURE_STAGE_METRICS if mixture_tables.is_mixture(record) else STAGE_METRICS
     names = [name for name in wanted if name in record.metrics]
@@ -243,7 +243,7 @@ def stages_table(record: Record) -> Table:
 
 
 def _judged(values: Any, separator: str = "; ") -> str:
-    """Write scores or details of a judgement in one line; numbers have four digits, and long lists are cut."""
+    """Format scores or details of a judgement in one line, numbers with four digits; long lists are cut."""
     if isinstance(values, dict):
         parts = [f"{name} {_judged(value, ', ')}" for name, value in values.items()]
     elif isinstance(values, list):
@@ -259,7 +259,7 @@ def _judged(values: Any, separator: str = "; ") -> str:
 def repeats_table(runs: Sequence[Run]) -> Table:
     """Build a table of several seeds: mean ± standard deviation, 95% interval, and every seed's value.
 
-    If models are near chance, a line below the table says how many.
+    A line below the table counts the models near chance, if any.
     """
     name = f"{title(runs[0].record)}, {len(runs)} seeds"
     table = Table(title=name, title_justify="left", caption_justify="left")

@@ -1,4 +1,4 @@
-"""Several runs as a table that fits into the terminal without breaking a word."""
+"""Tables of several runs that fit into the terminal without breaking words."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from backdoorbench_moe.collapse import MARK, MARK_LEGEND
 from backdoorbench_moe.errors import ConfigError
 
 GAP = 2
-# With fewer runs, a column stays in the table even if all its values are equal.
+# With fewer runs, a column with equal values stays in the table.
 FEWEST_TO_LIFT = 2
-# Columns that are printed once, above the table, if all runs have the same value. Metrics always stay in the table.
+# Columns whose value is printed once, above the table, if all runs share it. Metrics always stay in the table.
 LIFTED = ("status", "data", "model", "trigger", "applicator", "poison", "defense", "seed", "epochs")
 
 
@@ -43,7 +43,7 @@ def _order(value: Any) -> tuple[int, float, str]:
 
 
 def split_keys(text: str | None, parameter: str) -> list[str] | None:
-    """Split a comma-separated list of keys. Raises ConfigError if one of them is empty."""
+    """Split a comma-separated list of keys. Raises ConfigError if a key is empty."""
     if text is None:
         return None
     keys = [key.strip() for key in text.split(",")]
@@ -53,10 +53,10 @@ def split_keys(text: str | None, parameter: str) -> list[str] | None:
 
 
 def lift_columns(columns: Sequence[Column], runs: Sequence[ShownRun]) -> tuple[str, list[Column]]:
-    """Take columns in which all runs are equal out of a table.
+    """Remove the columns in which all runs are equal from a table.
 
     Returns:
-        A line with the values that all runs share, "" if there are none, and the remaining columns. For a single run,
+        A line with the values that all runs share ("" if there are none), and the remaining columns. For a single run,
         all columns remain.
     """
     if len(runs) < FEWEST_TO_LIFT:
@@ -68,7 +68,7 @@ def lift_columns(columns: Sequence[Column], runs: Sequence[ShownRun]) -> tuple[s
 
 
 def build_tables(columns: Sequence[Column], runs: Sequence[ShownRun], width: int) -> list[Table]:
-    """Build a table of runs, or several tables below each other if the columns do not fit into one line.
+    """Build a table of runs, or several tables below each other if the columns do not fit in one line.
 
     Args:
         columns: The columns.
@@ -88,7 +88,7 @@ def build_tables(columns: Sequence[Column], runs: Sequence[ShownRun], width: int
 
 
 def _needed(cells: Sequence[Sequence[str]]) -> int:
-    """Number of characters that the columns need in a line if each is as wide as its longest word."""
+    """Return the line width in characters if each column is as wide as its longest word."""
     return sum(map(_longest_word, cells)) + GAP * (len(cells) - 1)
 
 
@@ -128,7 +128,7 @@ def _wrap(text: str, size: int) -> str:
 
 
 def markdown_table(columns: Sequence[Column], runs: Sequence[ShownRun]) -> str:
-    """Write the runs as a Markdown table, one for each row, with the legend of the mark of models near chance."""
+    """Return the runs as a Markdown table, one per row, with the legend of the mark of models near chance."""
     rows = [[column.title for column in columns], ["---"] * len(columns)]
     rows += [[column.text(run).replace("|", "\\|") for column in columns] for run in runs]
     lines = [f"| {' | '.join(row)} |" for row in rows]

@@ -1,4 +1,4 @@
-"""The columns that `bbmoe show` can print and sort by, and their values in a run's record."""
+"""Columns that `bbmoe show` can print and sort by."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from backdoorbench_moe.records import Record, RunFolder
 from backdoorbench_moe.records.sharing import without_folders
 
 NONE = "–"
-# Settings that have no column if no run has a value.
+# Settings whose column is omitted if no run has a value.
 HIDDEN = ("attack", "gate", "experts", "defense")
 
 
@@ -29,9 +29,9 @@ class ShownRun:
     """A run to be shown.
 
     Attributes:
-        folder: Its folder.
-        record: What was read from it.
-        status: Its status now; see `records.status`.
+        folder: The run folder.
+        record: The record in it.
+        status: The current status; see `records.status`.
     """
 
     folder: RunFolder
@@ -44,10 +44,10 @@ class Column:
     """A column of the table of runs.
 
     Attributes:
-        key: Its name in `--columns` and `--sort`.
-        title: Its heading.
-        value: Returns the value of a run, a text or a number; None if the run has none.
-        text: Returns the value as it is printed.
+        key: Name in `--columns` and `--sort`.
+        title: Heading.
+        value: Returns the value of a run, a string or a number; None if the run has none.
+        text: Returns the printed value of a run.
     """
 
     key: str
@@ -65,17 +65,17 @@ def choose_columns(keys: Sequence[str] | None, runs: Sequence[ShownRun], *, inte
             "timing.total_seconds". None for all settings, and for the metrics that the runs' records hold, except those
             of single tasks of mixtures.
         runs: The runs to be shown.
-        intervals: Whether metrics are printed with their 95% interval.
+        intervals: Whether to print metrics with their 95% interval.
 
     Raises:
-        UnknownNameError: A key is none of these.
+        UnknownNameError: A key is not known.
     """
     settings = {column.key: column for column in list_settings()}
     measured = {key for run in runs for key in run.record.metrics}
     if keys is not None:
         return [_column(key, settings, measured, runs, intervals=intervals) for key in keys]
     if "asr" in measured:
-        # It shows what ASR is worth, and is shown even if it was not measured.
+        # ASR can only be judged next to it, so it is shown even if it was not measured.
         measured.add("target_rate")
     measured -= _task_metrics(runs)
     hidden = {name for name in HIDDEN if all(settings[name].value(run) is None for run in runs)} | {"run"}
@@ -84,7 +84,7 @@ def choose_columns(keys: Sequence[str] | None, runs: Sequence[ShownRun], *, inte
 
 
 def _task_metrics(runs: Sequence[ShownRun]) -> set[str]:
-    """The metrics of single tasks of mixtures, which would be a dozen columns."""
+    """Return the metrics of single tasks of mixtures, which would fill a dozen columns."""
     mixtures = [run.record for run in runs if run.record.run_spec.gate is not None]
     return {key for record in mixtures for key in record.metrics if "/" in key}
 
@@ -100,7 +100,7 @@ def _column(
 
 
 def list_settings() -> list[Column]:
-    """List the columns that are not metrics, in the order in which they are printed."""
+    """List the columns that are not metrics, in printed order."""
     values: dict[str, Callable[[ShownRun], Any]] = {
         "run": lambda run: run.folder.path.name,
         "status": lambda run: run.status,
@@ -121,7 +121,7 @@ def list_settings() -> list[Column]:
 
 
 def _find(record: Record, key: str) -> Mapping[str, float] | None:
-    """A metric of a record. The twin's BA, which is in the twin's own record, is computed from BA and CAD."""
+    """Return a metric of a record. The twin's BA, which only the twin's record has, is computed from BA and CAD."""
     found = find_value(record, key)
     if found is None and base_of(key) == "twin_ba":
         ba, drop = (find_value(record, with_base(key, name)) for name in ("ba", "cad"))
@@ -185,13 +185,13 @@ def _trigger(run: ShownRun) -> str | None:
 
 
 def _attack(run: ShownRun) -> str | None:
-    """The attack; None if the run has none, or the one that changes training images."""
+    """Return the attack; None if the run has none, or the default data poisoning."""
     attack = run.record.run_spec.attack
     return None if attack is None or attack.name == DEFAULT_ATTACK else _part(run.record.spec["attack"])
 
 
 def _experts(run: ShownRun) -> str | None:
-    """The number of experts of a mixture, or that of a single expert."""
+    """Return the number of experts of a mixture, or the index of a single expert."""
     mixture = run.record.run_spec.mixture
     if mixture is None:
         return None
@@ -204,7 +204,7 @@ def _rate(run: ShownRun) -> str:
 
 
 def _part(values: dict[str, Any] | str | None) -> str:
-    """A part's name and options in one line; "" for no part."""
+    """Return a part's name and options in one line; "" for no part."""
     if isinstance(values, str):
         return values
     return ", ".join(str(item) if key == "name" else f"{key}={item}" for key, item in (values or {}).items())

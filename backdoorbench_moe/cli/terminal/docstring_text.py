@@ -1,4 +1,4 @@
-"""Docstrings of parts, as the terminal shows them."""
+"""Format the docstrings of parts for the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 
-# What an entry of a section ("Args:") begins with, and an item of a list.
+# Start of an entry in a section such as "Args:", or of a list item.
 ENTRY = re.compile(r"\*{0,2}\w+(, \*{0,2}\w+)*( \([^)]*\))?: |[-*] ")
 SECTION = re.compile(r"[A-Z]\w*:$")
 HANGING = "    "
@@ -18,7 +18,7 @@ HANGING = "    "
 def reflow(docstring: str, width: int) -> str:
     """Wrap a docstring to lines of `width` characters, keeping its paragraphs, sections and lists.
 
-    Its own line breaks inside a paragraph are not kept: wrapped again, they would leave lines of one word.
+    Line breaks inside a paragraph are removed first; otherwise wrapping would leave lines of one word.
     """
     blocks: list[tuple[int, list[str]]] = []
     after_break = True
@@ -56,16 +56,16 @@ def _fill(indent: int, text: str, width: int) -> str:
 
 
 def summary(docstring: str | None) -> str:
-    """The first sentence of a docstring, in one line; "" if it is empty."""
+    """Return the first sentence of a docstring in one line; "" if it is empty."""
     paragraph = inspect.cleandoc(docstring or "").partition("\n\n")[0]
     line = " ".join(paragraph.split())
     return re.split(r"(?<=[a-z0-9)\]`'\"%])\.(?= [A-Z]|$)", line, maxsplit=1)[0]
 
 
 def docstring_of(target: str) -> str | None:
-    """The docstring of "module:Class", read from the module's source without importing it.
+    """Return the docstring of "module:Class", read from the module's source without importing the module.
 
-    Only the packages around the module are imported. None if the source has no such class, or the class no docstring.
+    Only its parent packages are imported. None if there is no such class, or it has no docstring.
     """
     module, _, name = target.partition(":")
     try:

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, plain lines elsewhere."""
+"""Progress on stderr: a bar on a terminal, otherwise plain lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backdoorbench_moe.engine.progress.observer import Observer
 
 
 def make_observer(*, quiet: bool) -> Observer:
-    """The observer that suits stderr."""
+    """Return the observer that suits stderr."""
     if quiet:
         return Observer()
     return BarObserver() if sys.stderr.isatty() else LineObserver()
@@ -66,13 +66,13 @@ class BarObserver(AnnouncingObserver):
         self._bar.update(self._task, advance=images, rate=rate, **shown)
 
     def on_epoch(self, epoch: int, row: dict[str, float]) -> None:
-        """Name the next epoch."""
+        """Show the number of the next epoch."""
         assert self._bar is not None
         shown = f"{min(epoch + 1, self._epochs)}/{self._epochs}"
         self._bar.update(self._task, epoch=shown, loss=f"{row['loss']:.3f}")
 
     def on_train_end(self) -> None:
-        """Leave the bar on the screen as it is."""
+        """Leave the bar on the screen."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -1,4 +1,4 @@
-"""Signals that ask a process to end, treated as Ctrl-C is."""
+"""Treat signals that ask a process to end like Ctrl-C."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from types import FrameType
 
 from backdoorbench_moe.process.signal_handlers import outside_of_imports
 
-# What a cluster's scheduler and `timeout` send, and what a closed terminal does.
+# Sent by cluster schedulers and `timeout`, and when a terminal is closed.
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
-# An exception that nothing deals with after this time was lost.
+# Seconds after which an exception that nothing handles counts as lost.
 GRACE_SECONDS = 15.0
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end by a signal.
+    """Raised when a signal asks the process to end.
 
-    It is a KeyboardInterrupt so that all that happens on Ctrl-C happens here, too: the run is recorded as
-    interrupted, and other processes are told to stop.
+    A subclass of KeyboardInterrupt, so that it has the same effects as Ctrl-C: the run is recorded as interrupted, and
+    other processes are told to stop.
     """
 
     def __init__(self, number: int) -> None:
@@ -34,17 +34,17 @@ class Terminated(KeyboardInterrupt):
 def interrupt_on_signals() -> Iterator[None]:
     """Raise `Terminated` in the main thread when the first of SIGNALS arrives inside the block.
 
-    Further ones do nothing, so that the record can be written: `timeout` signals a process and then its group, and
-    schedulers repeat themselves. But if the exception was lost, as in a library that catches everything, it is raised
-    again. A signal that is ignored, as SIGHUP under `nohup`, stays ignored. Outside of the main thread, where Python
-    cannot handle signals, nothing is changed.
+    Further signals are ignored, so that the record can be written: `timeout` signals a process and then its group, and
+    schedulers repeat their signals. If the exception is lost, for example in a library that catches everything, it is
+    raised again. A signal that is already ignored, such as SIGHUP under `nohup`, stays ignored. Outside of the main
+    thread, where Python cannot handle signals, nothing is changed.
 
-    Neither these nor Ctrl-C interrupt the import of a module, where the exception may be lost.
+    Neither these signals nor Ctrl-C interrupt the import of a module, where the exception may be lost.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # None: set by something that is not Python, which is left alone.
+    # None: the handler was not installed by Python; leave it alone.
     handlers = {each: signal.getsignal(each) for each in SIGNALS}
     handlers = {each: old for each, old in handlers.items() if old not in (signal.SIG_IGN, None)}
     interrupter = _Interrupter()
@@ -63,7 +63,7 @@ def interrupt_on_signals() -> Iterator[None]:
 
 
 class _Interrupter:
-    """A signal handler that raises `Terminated`, and again as long as nothing deals with the exception."""
+    """A signal handler that raises `Terminated`, again and again until something handles the exception."""
 
     def __init__(self) -> None:
         self._raised: Terminated | None = None
@@ -79,11 +79,11 @@ class _Interrupter:
         raise self._raised
 
     def stop(self) -> None:
-        """The block has ended."""
+        """Stop repeating the signal, at the end of the block."""
         self._ended.set()
 
     def _remind(self, number: int) -> None:
-        """Send the signal again and again; whether anything is to be done is seen in the main thread."""
+        """Send the signal repeatedly; the main thread decides whether to raise again."""
         main = threading.main_thread().ident
         assert main is not None
         while not self._ended.wait(GRACE_SECONDS):
@@ -91,7 +91,7 @@ class _Interrupter:
 
 
 def _is_handled(error: BaseException) -> bool:
-    """Whether an exception, or one that it led to, is being dealt with: in an `except` or `finally`, or by `with`."""
+    """Whether an exception, or one that it caused, is being handled by an `except`, `finally` or `with`."""
     current = sys.exc_info()[1]
     while current is not None and current is not error:
         current = current.__cause__ or current.__context__

@@ -1,4 +1,4 @@
-"""Standard output and error that may be in any encoding, closed, or on a full disk."""
+"""Standard output and error in any encoding, closed, or on a full disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-# What is printed that is not ASCII, for terminals in another encoding than UTF-8.
+# Replacements of the non-ASCII characters that are printed, for terminals that do not use UTF-8.
 STAND_INS = {
     **{"–": "-", "−": "-", "━": "-", "─": "-", "│": "|", "×": "x", "²": "2"},
     **{"“": '"', "”": '"', "±": "+-", "…": "...", "→": "->", "†": "*", "§": "section", "∞": "inf"},
@@ -19,10 +19,10 @@ STAND_INS = {
 
 
 def prepare_streams() -> None:
-    """Let nothing that is printed fail for its characters, nor for a stream that was closed before the start.
+    """Make printing safe for all characters, and for streams that were closed before the start.
 
-    A character that the encoding does not have is printed as one that looks like it, or else as "?"; this
-    includes bytes of a file name that are not valid text.
+    A character that the encoding lacks is printed as a similar one, or else as "?"; this includes bytes of a file name
+    that are not valid text.
     """
     codecs.register_error("stand-in", _stand_in)
     for name in ("stdout", "stderr"):
@@ -40,18 +40,18 @@ def _stand_in(error: UnicodeError) -> tuple[str, int]:
 
 
 def echo(text: str, *, nl: bool = True) -> None:
-    """Print to standard output, in its own encoding: click writes UTF-8 to a stream that says it is ASCII."""
+    """Print to standard output in the stream's encoding; `click.echo` writes UTF-8 to a stream declared as ASCII."""
     click.echo(text, nl=nl, file=sys.stdout)
 
 
 def say(text: str) -> None:
-    """Print a line to standard error; nothing happens where it cannot be written."""
+    """Print a line to standard error; errors in writing are ignored."""
     with contextlib.suppress(OSError, ValueError):
         click.echo(text, file=sys.stderr)
 
 
 def give_up_stdout() -> None:
-    """Discard what is still to be written to standard output, so that Python does not try again at its exit."""
+    """Discard pending standard output, so that Python does not try to write it again at exit."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())

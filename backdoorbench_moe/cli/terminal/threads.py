@@ -1,4 +1,4 @@
-"""`--threads`, and a warning where the machine has fewer free cores than PyTorch uses threads."""
+"""`--threads`, and a warning if fewer cores are free than PyTorch uses threads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import click
 from backdoorbench_moe.errors import BbmoeWarning
 from backdoorbench_moe.process.cores import usable_cores
 
-# The system counts in hundredths of a second, so that a shorter measurement says little.
+# The system counts in hundredths of a second, so a shorter measurement is inaccurate.
 SHORTEST_SECONDS = 0.3
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
@@ -25,7 +25,7 @@ def threads_option(function: Any) -> Any:
         "--threads",
         type=click.IntRange(min=1),
         metavar="N",
-        help="CPU threads; another number changes the last digits.  [PyTorch's: one a core]",
+        help="CPU threads; their number affects the last digits of results.  [PyTorch's: one per core]",
     )(function)
 
 
@@ -33,9 +33,9 @@ def use_threads(threads: int | None, usage: CoreUsage, device: str | None) -> No
     """Set the number of CPU threads of PyTorch.
 
     Args:
-        threads: The number; None keeps PyTorch's own, and warns if fewer cores than that are free.
-        usage: The usage of the cores when the command started.
-        device: The device that was asked for; there is no warning if it is a GPU.
+        threads: The number; None keeps PyTorch's default, and warns if fewer cores are free.
+        usage: Usage of the cores at the start of the command.
+        device: The requested device; there is no warning for a GPU.
     """
     import torch
 
@@ -52,7 +52,7 @@ def use_threads(threads: int | None, usage: CoreUsage, device: str | None) -> No
 
 
 def warn_of_busy_cores(threads: int, usage: CoreUsage) -> None:
-    """Warn if fewer cores than `threads` are free, so that threads would have to wait for each other."""
+    """Warn if fewer than `threads` cores are free, so that threads would wait for each other."""
     free = usage.free_cores()
     if free is not None and threads > max(1, round(free)):
         warnings.warn(
@@ -66,13 +66,14 @@ def warn_of_busy_cores(threads: int, usage: CoreUsage) -> None:
 
 @dataclass(frozen=True)
 class CoreUsage:
-    """How long the cores of this process have worked up to some moment.
+    """Time for which the cores available to this process have been busy, at one moment.
 
     Attributes:
         cores: Number of cores that this process may use: those it is bound to, or fewer if a container has a quota.
         time: Seconds on a monotonic clock.
-        busy: Seconds that these cores have worked since the start of the system; None if the system does not say.
-        own: Seconds of these that this process has taken.
+        busy: Seconds for which these cores have been busy since the system started; None if the system does not
+            report them.
+        own: CPU seconds used by this process.
     """
 
     cores: float
@@ -82,14 +83,14 @@ class CoreUsage:
 
     @classmethod
     def now(cls) -> CoreUsage:
-        """Read the usage at this moment."""
+        """Read the current usage."""
         numbers = usable_cores()
         quota = _quota()
         cores = len(numbers) if quota is None else min(len(numbers), quota)
         return cls(cores, time.monotonic(), _busy_seconds(numbers), time.process_time())
 
     def free_cores(self) -> float | None:
-        """Compute how many cores other processes have left free since then; None if that is not known."""
+        """Compute how many cores other processes have left free since then; None if unknown."""
         now = CoreUsage.now()
         passed = now.time - self.time
         if self.busy is None or now.busy is None or passed < SHORTEST_SECONDS:
@@ -99,7 +100,7 @@ class CoreUsage:
 
 
 def _busy_seconds(numbers: set[int]) -> float | None:
-    """Seconds that some cores have worked since the start of the system, from /proc/stat; None without that file."""
+    """Return the busy seconds of some cores since the system started, from /proc/stat; None without that file."""
     try:
         lines = (PROC / "stat").read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):
@@ -110,13 +111,13 @@ def _busy_seconds(numbers: set[int]) -> float | None:
         for name, _, rest in (line.partition(" ") for line in lines)
         if name in names
     ]
-    # Fields of a core: user, nice, system, idle, waiting for input and output, and two kinds of interrupts.
+    # Fields of a core: user, nice, system, idle, I/O wait, and two kinds of interrupts.
     busy = sum(sum(fields[:3]) + sum(fields[5:7]) for fields in found)
     return busy / os.sysconf("SC_CLK_TCK") if found else None
 
 
 def _quota() -> float | None:
-    """Number of cores whose time a container may use; None if it has no limit."""
+    """Return the number of cores that a container's quota allows; None without a quota."""
     try:
         quota, period = (CGROUP / "cpu.max").read_text(encoding="ascii").split()
         return int(quota) / int(period)

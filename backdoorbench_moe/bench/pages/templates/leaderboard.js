@@ -1,7 +1,7 @@
-// Sorting and filtering of the tables. Without this script, the page shows everything in the order of the suites.
+// Sorting and filtering of the tables. Without this script, the page shows all rows in the order of the suites.
 "use strict";
 
-// The cell in a column; null for a cell that spans several, as that of a missing run.
+// The cell in a column; null for a cell that spans several columns, such as that of a missing run.
 function cellAt(row, column) {
   let start = 0;
   for (const cell of row.cells) {
@@ -26,7 +26,7 @@ function compare(a, b) {
 function sort(table, column, descending) {
   const rows = [...table.tBodies[0].rows].map((row) => [key(row, column), row]);
   rows.sort(([a], [b]) => {
-    // What has no value comes last either way.
+    // Rows without a value come last in both orders.
     if (a === null || b === null) return (a === null) - (b === null);
     return descending ? compare(b, a) : compare(a, b);
   });

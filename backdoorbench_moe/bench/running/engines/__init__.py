@@ -1,4 +1,4 @@
-"""Engines: they distribute jobs over processes, devices and machines."""
+"""Engines, which distribute jobs over processes, devices and machines."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ ENGINES = ("local", "ray")
 
 
 class Engine(Protocol):
-    """Makes runs side by side."""
+    """Executes runs in parallel."""
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
-        """Make the runs, started in the given order; yields each outcome when it is known.
+        """Execute the runs, started in the given order; yields each outcome when it is known.
 
-        Closing the iterator interrupts what is running; the next call continues it. A worker process that dies fails
-        only the run that it was making.
+        Closing the iterator interrupts the running runs; the next call continues them. If a worker process dies, only
+        the run that it was executing fails.
         """
         ...
 
@@ -32,19 +32,19 @@ def make_engine(
     gpus_per_run: float | None = None,
     threads: int | None = None,
 ) -> Engine:
-    """Make an engine by its name.
+    """Create an engine by name.
 
     Args:
         name: "local" or "ray".
-        workers: Runs side by side; None for one, on GPUs and in a Ray cluster for as many as fit.
-        device: The device that the runs ask for.
-        address: Of a running Ray cluster.
-        gpus_per_run: Share of a GPU for a run, in (0, 1], with Ray.
-        threads: CPU threads of a run; None for an equal share of the cores, with Ray for one.
+        workers: Number of parallel runs; None for one or, on GPUs and in a Ray cluster, for as many as fit.
+        device: The device requested by the runs.
+        address: Address of a running Ray cluster.
+        gpus_per_run: Share of a GPU per run, in (0, 1], with Ray.
+        threads: CPU threads per run; None for an equal share of the cores, with Ray for one.
 
     Raises:
-        UnknownNameError: There is no such engine.
-        ConfigError: An option belongs to another engine, or what the engine needs is not there.
+        UnknownNameError: The engine does not exist.
+        ConfigError: An option belongs to another engine, or a requirement of the engine is missing.
     """
     if name == "local":
         from backdoorbench_moe.bench.running.engines.local import LocalEngine, visible_gpus

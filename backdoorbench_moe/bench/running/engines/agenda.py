@@ -1,4 +1,4 @@
-"""The order of jobs: each after those that make the runs it needs."""
+"""Order of jobs: each after the jobs whose runs it depends on."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ READY = ("finished", "found")
 
 
 class Agenda:
-    """Jobs in the order in which they are handed out.
+    """A queue of jobs that respects their dependencies.
 
-    A job is ready when every run that it needs is made, as far as other jobs make them: the experts of a mixture wait
-    for their base, and no two workers train it. It is not thread-safe.
+    A job is ready when no other job still has to execute a run that it depends on. The experts of a mixture, for
+    example, wait for their base, so that two workers do not train it. Not thread-safe.
 
     Args:
-        jobs: The jobs; their order is kept among those that are ready.
+        jobs: The jobs; ready jobs are handed out in this order.
     """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
-        # By the folder of the run, which is computed once: reading a spec takes time.
+        # By run folder, computed once, as reading a spec is slow.
         self._waiting: dict[Path, Job] = {}
         self._lacks: dict[Path, set[Path]] = {}
         for job in jobs:
@@ -33,7 +33,7 @@ class Agenda:
             lacking.intersection_update(self._waiting)
 
     def __len__(self) -> int:
-        """Number of jobs that are not handed out."""
+        """Return the number of jobs that are not handed out."""
         return len(self._waiting)
 
     @property
@@ -42,24 +42,24 @@ class Agenda:
         return any(not self._lacks[path] for path in self._waiting)
 
     def take(self) -> Job | None:
-        """Hand out the first job that is ready; None if there is none now."""
+        """Hand out the first ready job; None if no job is ready."""
         path = next((path for path in self._waiting if not self._lacks[path]), None)
         return None if path is None else self._waiting.pop(path)
 
     def take_all(self) -> list[Job]:
-        """Hand out all jobs, ready or not, to drop them."""
+        """Remove and return all jobs, ready or not."""
         jobs = list(self._waiting.values())
         self._waiting.clear()
         return jobs
 
     def put_back(self, job: Job) -> None:
-        """Take back a job that was handed out; it is the last now."""
+        """Return a job to the end of the queue."""
         self._waiting[job.folder.path] = job
 
     def note(self, job: Job, outcome: Outcome) -> Iterator[Outcome]:
-        """Note how a job ended. Yields the outcome, and those of the jobs that cannot be done without its run.
+        """Note the outcome of a job. Yields it, and the outcomes of the jobs that cannot be executed without its run.
 
-        They fail if it failed; otherwise they wait for the next call.
+        These fail if the job failed; otherwise they wait for the next call.
         """
         yield outcome
         made = job.folder.path
@@ -68,13 +68,13 @@ class Agenda:
                 lacking.discard(made)
             return
         for path in [path for path in self._waiting if made in self._lacks[path]]:
-            # One that needs several of the runs is already gone with the first.
+            # A job that depends on several of the runs was already removed with the first.
             if (other := self._waiting.pop(path, None)) is not None:
                 yield from self.note(other, _without(other, outcome))
 
 
 def _without(job: Job, needed: Outcome) -> Outcome:
-    """The outcome of a job that needs a run which was not made."""
+    """Return the outcome of a job that depends on a run that was not finished."""
     if needed.status == "failed":
         return job.fail(f"needs {needed.name}, which failed")
     return Outcome(job.run_spec.name, "waiting")

@@ -1,4 +1,4 @@
-"""Runs side by side in processes of this machine, each on one GPU if there are GPUs."""
+"""Parallel runs in processes on this machine, each on one GPU if there are GPUs."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from backdoorbench_moe.process.allocator import keep_freed_memory
 from backdoorbench_moe.process.cores import usable_cores
 from backdoorbench_moe.process.signal_handlers import outside_of_imports
 
-# Signals that ask a worker to end: a scheduler sends SIGTERM to all processes of a job, a closed terminal SIGHUP.
+# Signals that ask a worker to end: schedulers send SIGTERM to all processes of a job, a closed terminal sends SIGHUP.
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
-# A guess, not measured on a GPU yet: benchmarks/speed/gpu.py measures how many runs side by side are fastest.
+# Not measured on a GPU yet: benchmarks/speed/gpu.py measures which number of parallel runs is fastest.
 MOST_ON_A_GPU = 4
-# Memory that CUDA and its libraries take in addition to tensors, and the share of a card that may be filled.
+# Memory that CUDA and its libraries use in addition to tensors, and the share of a GPU's memory that may be used.
 CONTEXT_BYTES = 1 << 30
 FILL = 0.9
-# How often a worker without a job looks whether the engine was stopped.
+# Seconds between checks of an idle worker whether the engine was stopped.
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class LocalEngine:
-    """Worker processes on this machine; one that dies is replaced.
+    """Worker processes on this machine; a worker that dies is replaced.
 
     Args:
-        workers: Number of worker processes; None for one on a CPU, and on GPUs for as many as fit (see
+        workers: Number of worker processes; None for one on a CPU, and for as many as fit on GPUs (see
             `runs_that_fit`).
-        gpus: CUDA devices. They are assigned to the workers in turn, and a worker sees no other device.
-        threads: CPU threads of a worker; None for an equal share of the cores.
+        gpus: CUDA devices, assigned to the workers in turn; a worker sees no other device.
+        threads: CPU threads per worker; None for an equal share of the cores.
 
     Raises:
         ConfigError: `workers` or `threads` is below 1.
@@ -59,14 +59,14 @@ class LocalEngine:
 
     @property
     def threads_each(self) -> int:
-        """CPU threads of a worker."""
+        """Number of CPU threads per worker."""
         return self.threads or max(1, len(usable_cores()) // self.workers)
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
-        """Make the runs; see `Engine.run`."""
+        """Execute the runs; see `Engine.run`."""
         agenda = _SharedAgenda([replace(job, wait=False) for job in jobs])
         done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        # It has no lock: a worker that is killed while it holds a lock would stop all others.
+        # Without a lock, as a worker killed while holding it would block all others.
         stop = multiprocessing.get_context("spawn").RawValue(ctypes.c_bool, False)
         if self._measure and jobs:
             self.workers = len(self.gpus) * self._fit(jobs[0], stop)
@@ -83,12 +83,12 @@ class LocalEngine:
     def _keep_busy(
         self, number: int, agenda: _SharedAgenda, done: queue.SimpleQueue[Outcome], stop: Any
     ) -> None:
-        """Hand jobs to one process until none is left. The engine has one such thread for each process."""
-        # The worker processes inherit the blocked signals. Ctrl-C stays blocked in them, as the engine tells them to
-        # stop; the others are blocked until a worker can handle them (see `_prepare`).
+        """Hand jobs to one process until none is left; runs in one thread per process."""
+        # Worker processes inherit the blocked signals. Ctrl-C stays blocked in them, as the engine tells them to stop;
+        # the others are blocked until a worker can handle them (see `_prepare`).
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
-        # The process that tracks shared memory is started first: starting it unblocks SIGINT and SIGTERM, which it
-        # ignores. It does not ignore SIGHUP, but inherits that it is blocked.
+        # Start the process that tracks shared memory first, as starting it unblocks SIGINT and SIGTERM, which it
+        # ignores. It does not ignore SIGHUP, but inherits the block.
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *ENDING_SIGNALS})
         pool = None
@@ -100,32 +100,33 @@ class LocalEngine:
                 pool = pool or self._start(number, stop)
                 outcome = pool.submit(work, job, _is_wanted).result()
                 if outcome.status == "held":
-                    # Another engine is making it. This one waits for it when no other job is left.
+                    # Another engine is executing it. This one waits for it when no other job is left.
                     agenda.put_back(replace(job, wait=True))
                     continue
                 agenda.note(job, outcome, done)
                 if outcome.status == "interrupted":
-                    # The signal may have been sent to this worker alone, which would also stop the next run.
+                    # The signal may have been sent to this worker only, which would also stop the next run.
                     pool.shutdown()
                     pool = None
             except BrokenProcessPool:
-                # Killed for its memory, or crashed in a library: the run has failed, and the next has a new process.
+                # Killed for its memory use, or crashed in a library: the run failed, and the next one gets a new
+                # process.
                 message = "the worker process died (killed, or out of memory?)"
                 agenda.note(job, _lost(job, stop, message), done)
                 pool = None
             except BaseException as error:
-                # Any error, such as a process that cannot start: without an outcome, the engine would wait for ever.
+                # Any error, such as a process that cannot start; without an outcome, the engine would wait forever.
                 agenda.note(job, _lost(job, stop, f"{type(error).__name__}: {error}"), done)
         if pool is not None:
             pool.shutdown()
 
     def _fit(self, job: Job, stop: Any) -> int:
-        """Return how many such runs fit on one GPU, measured in a few steps in a process of its own."""
+        """Return how many such runs fit on one GPU, measured with a few steps in a separate process."""
         try:
             with self._start(0, stop) as pool:
                 return runs_that_fit(*pool.submit(memory_of, job).result())
         except Exception:
-            return 1  # A run that does not fit at all, for example, fails with its own message.
+            return 1  # A run that does not fit at all, for example, will fail with its own message.
 
     def _start(self, number: int, stop: Any) -> ProcessPoolExecutor:
         gpu = self.gpus[number % len(self.gpus)] if self.gpus else None
@@ -144,9 +145,9 @@ class _SharedAgenda:
         self._agenda, self._changed = Agenda(jobs), threading.Condition()
 
     def take(self, stop: Any) -> Job | None:
-        """Hand out the next job, when it is ready; None if all are handed out, or if the engine was stopped.
+        """Hand out the next job when it is ready; None if all are handed out, or if the engine was stopped.
 
-        The last one that is ready is to be waited for if another engine is making it.
+        The last ready job waits if another engine is executing its run.
         """
         with self._changed:
             while not stop.value and self._agenda:
@@ -156,13 +157,13 @@ class _SharedAgenda:
         return None
 
     def put_back(self, job: Job) -> None:
-        """Take back a job that another engine is making."""
+        """Return a job whose run another engine is executing."""
         with self._changed:
             self._agenda.put_back(job)
             self._changed.notify_all()
 
     def note(self, job: Job, outcome: Outcome, done: queue.SimpleQueue[Outcome]) -> None:
-        """Pass on how a job ended, and how those ended that cannot be done without its run."""
+        """Pass on the outcome of a job, and those of the jobs that cannot be executed without its run."""
         with self._changed:
             for each in self._agenda.note(job, outcome):
                 done.put(each)
@@ -170,7 +171,7 @@ class _SharedAgenda:
 
 
 def _lost(job: Job, stop: Any, message: str) -> Outcome:
-    """Return the outcome of a job whose worker gave none: interrupted if the engine was stopped, otherwise failed."""
+    """Return the outcome of a job whose worker returned none: interrupted if the engine was stopped, else failed."""
     return Outcome(job.run_spec.name, "interrupted") if stop.value else job.fail(message)
 
 
@@ -183,7 +184,7 @@ def _prepare(threads: int, gpu: str | None, stop: Any) -> None:
     global _stop
     _stop = stop
     for number in ENDING_SIGNALS:
-        # One that is ignored, as SIGHUP under `nohup`, stays ignored.
+        # A signal that is already ignored, such as SIGHUP under `nohup`, stays ignored.
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, outside_of_imports(_terminate))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
@@ -197,18 +198,18 @@ def _prepare(threads: int, gpu: str | None, stop: Any) -> None:
 
 
 def _terminate(*_: object) -> None:
-    """Stop the run of this worker: the handler of ENDING_SIGNALS."""
+    """Stop the run of this worker; the handler of ENDING_SIGNALS."""
     global _terminated
     _terminated = True
     stop_working()
 
 
 def _end_with_parent() -> None:
-    """End this process if the engine's process was killed; otherwise the next call would find its runs locked."""
+    """End this process if the engine's process was killed, so that its runs are not locked for the next call."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os._exit(1)  # Safe at any time: files are written atomically, and runs continue from their last epoch.
+    os._exit(1)  # Safe at any time, as files are written atomically and runs continue from their last epoch.
 
 
 def _is_wanted() -> bool:

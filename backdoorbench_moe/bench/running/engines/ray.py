@@ -1,4 +1,4 @@
-"""Runs as tasks of a Ray cluster: a running one, or one that is started on this machine for this call."""
+"""Runs as tasks of a Ray cluster, either a running one or one started on this machine for the call."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from backdoorbench_moe.bench.running.engines.ray_flight import Flight, Resources
 from backdoorbench_moe.bench.running.worker import Job, Outcome
 from backdoorbench_moe.errors import BbmoeError, ConfigError
 
-OBJECT_STORE_BYTES = 128 << 20  # A local cluster shares the output folder: next to nothing is sent.
+OBJECT_STORE_BYTES = 128 << 20  # A local cluster shares the output folder, so almost nothing is sent.
 SECONDS_TO_ANSWER = 5.0
 
 
 class RayEngine:
-    """Runs as Ray tasks. Ray decides where and when; a run whose worker or node is lost starts on another one.
+    """Executes runs as Ray tasks. Ray schedules them; a run whose worker or node is lost is restarted on another one.
 
-    Every node needs this package, and the data at the same path or at its own $BBMOE_DATA. Nodes that share the output
-    folder work in it, and a lost run continues from its checkpoint. Other nodes work in a temporary folder and send
-    the files of a finished run to the driver; there a lost or interrupted run starts over.
+    Every node needs this package, and the data at the same path or in its own $BBMOE_DATA. Nodes that share the output
+    folder work in it, and a lost run continues from its checkpoint. Other nodes work in a temporary folder and send the
+    files of a finished run to the driver; on these nodes, a lost or interrupted run starts over.
 
     Args:
-        workers: Largest number of runs side by side; None for as many as the cluster has room for.
-        address: "auto" for the cluster that this machine is part of, "host:port" of its head, or "ray://host:port"
-            from outside of it; None starts one on this machine and stops it at the end. A program that has already
-            joined a cluster stays in it.
-        gpus_per_run: Share of a GPU for each run that may use one, in (0, 1]; None for a half, or for what lets
-            `workers` run side by side.
-        cpus_per_run: CPUs and torch threads of a run, from 1.
+        workers: Maximum number of parallel runs; None for as many as fit into the cluster.
+        address: "auto" for the cluster of this machine, "host:port" of its head, or "ray://host:port" from outside the
+            cluster; None starts a cluster on this machine and stops it at the end. A program that has already joined a
+            cluster stays in it.
+        gpus_per_run: Share of a GPU for each run that may use one, in (0, 1]; None for 0.5, or for the share with which
+            `workers` runs fit.
+        cpus_per_run: CPUs and torch threads per run, from 1.
 
     Raises:
         ConfigError: A value is out of range, Ray is not installed, or there is no cluster at the address.
@@ -65,7 +65,7 @@ class RayEngine:
         self.gpus_per_run, self.cpus_per_run = gpus_per_run, cpus_per_run
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
-        """Make the runs; see `Engine.run`. Raises BbmoeError if the cluster cannot be joined, or is lost."""
+        """Execute the runs; see `Engine.run`. Raises BbmoeError if the cluster cannot be joined or is lost."""
         from ray.exceptions import RayError
 
         try:
@@ -76,7 +76,7 @@ class RayEngine:
 
     @contextlib.contextmanager
     def _cluster(self) -> Iterator[None]:
-        """Be part of the cluster for as long as the block lasts."""
+        """Join the cluster for the duration of the block."""
         import ray
 
         if ray.is_initialized():
@@ -86,10 +86,12 @@ class RayEngine:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
         if self.address is None:
             options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-        # Ray ends the process at once on SIGTERM, where the caller may want to stop its runs first.
+        # Ray ends the process immediately on SIGTERM, but the caller may want to stop its runs first.
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(self.address or "local", **options)  # None instead of "local" would follow $RAY_ADDRESS.
+            ray.init(
+                self.address or "local", **options
+            )  # With None instead of "local", Ray would use $RAY_ADDRESS.
             if handler is not None and threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, handler)
         except (OSError, RuntimeError, ValueError) as error:
@@ -100,7 +102,7 @@ class RayEngine:
             ray.shutdown()
 
     def _resources(self) -> Resources:
-        """What a run asks for. Raises ConfigError if no node of the cluster has that much."""
+        """Return the resources of a run. Raises ConfigError if no node of the cluster has enough."""
         import ray
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -112,19 +114,20 @@ class RayEngine:
         if self.gpus_per_run is not None and not any(gpus):
             raise ConfigError.expected("--gpus-per-run", "a cluster with GPUs", self.gpus_per_run)
         share = self.gpus_per_run or _share(sum(gpus), self.workers)
-        # A process keeps the GPU it first used. Where a node has several, Ray may give the next run another.
+        # A process keeps the GPU that it used first, but on a node with several, Ray may assign another one to the next
+        # run.
         return Resources(self.cpus_per_run, share, reuse_process=max(gpus) <= 1)
 
 
 def _share(gpus: float, workers: int | None) -> float:
-    """The share of a GPU for each of `workers` runs; 0 without GPUs."""
+    """Return the share of a GPU for each of `workers` runs; 0 without GPUs."""
     if not gpus:
         return 0.0
     return 0.5 if workers is None else 1 / math.ceil(workers / gpus)
 
 
 def _check_address(address: str) -> None:
-    """Raise ConfigError if nobody listens at an address: Ray would try for minutes and then end the process."""
+    """Raise ConfigError if nothing listens at an address, as Ray would retry for minutes and then end the process."""
     if address == "auto":
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -140,5 +143,5 @@ def _no_cluster(address: str, error: Exception) -> ConfigError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return ConfigError(
         f"--address: no Ray cluster at {address} ({reason}); start one with `ray start --head`, "
-        "or leave --address out for one on this machine"
+        "or omit --address to start one on this machine"
     )

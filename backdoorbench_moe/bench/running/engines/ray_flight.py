@@ -1,4 +1,4 @@
-"""Jobs handed to Ray and their outcomes, on the driver's side."""
+"""Jobs submitted to Ray and their outcomes, on the driver's side."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ SECONDS_TO_STOP = 60.0
 
 @dataclass(frozen=True)
 class Resources:
-    """What every run asks of Ray.
+    """Resources that every run requests from Ray.
 
     Attributes:
-        cpus: CPUs, and torch threads.
-        gpus: Share of a GPU, in [0, 1]; a run on the CPU does not ask for it.
-        reuse_process: Whether a process may make several runs, one after the other.
+        cpus: Number of CPUs and torch threads.
+        gpus: Share of a GPU, in [0, 1]; not requested for runs on the CPU.
+        reuse_process: Whether a process may execute several runs, one after the other.
     """
 
     cpus: int
@@ -47,7 +47,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class _Try:
-    """A job as handed to Ray for the `number`-th time, from 0."""
+    """The `number`-th submission of a job to Ray, from 0."""
 
     job: Job
     number: int = 0
@@ -64,14 +64,14 @@ class _Try:
 class Flight:
     """The jobs of one call.
 
-    A job stops at its deadline by the clock of its node. The latest deadline is also checked by the driver's clock, so
-    that no job waits for a node after it, or continues because of a wrong clock. Ray's own retries are not used: a
-    process that is killed for memory would be retried without end.
+    A job stops at its deadline by the clock of its node. The driver also checks the latest deadline by its own clock,
+    so that no job still waits for a node after it, or continues because of a wrong clock. Ray's own retries are not
+    used, as a process that is killed for its memory use would be retried forever.
 
     Args:
         jobs: The jobs.
-        resources: What each asks of Ray.
-        limit: Number of jobs that are handed to Ray at a time; None for all.
+        resources: Resources that each job requests.
+        limit: Maximum number of jobs submitted to Ray at a time; None for all.
     """
 
     def __init__(self, jobs: Sequence[Job], resources: Resources, limit: int | None) -> None:
@@ -83,7 +83,7 @@ class Flight:
         deadlines = [job.deadline for job in jobs if job.deadline is not None]
         self.deadline = max(deadlines) if len(deadlines) == len(jobs) else None
         self.running: dict[Any, _Try] = {}
-        # Files of finished runs that others need, in Ray's store.
+        # Files of finished runs on which others depend, in Ray's object store.
         self._stored: dict[Path, Any] = {}
         self.is_over = self.sends_files = False
         self.token = uuid.uuid4().hex
@@ -98,7 +98,7 @@ class Flight:
         self.stop = _make_stop()
 
     def outcomes(self) -> Iterator[Outcome]:
-        """Each outcome as it comes. At the deadline what runs is stopped, and what waits is left."""
+        """Yield each outcome when it is known. At the deadline, running jobs are stopped, and waiting ones are left."""
         import ray
 
         while self.agenda or self.running:
@@ -119,7 +119,7 @@ class Flight:
                     yield from self.agenda.note(job, outcome)
 
     def close(self) -> None:
-        """Stop what runs, at its next step, and leave nothing behind."""
+        """Stop running jobs at their next step, and clean up."""
         import ray
         from ray.exceptions import RayError
 
@@ -141,9 +141,9 @@ class Flight:
         self.running[task.remote(one.job, home, self.resources.cpus, self.stop, one.key, inputs)] = one
 
     def _inputs(self, job: Job) -> dict[str, Any]:
-        """References to the files of the runs that a run needs, by name, for a node without the output folder.
+        """Return references to the files of the runs a run depends on, by name, for nodes without the output folder.
 
-        Ray sends them only when the node asks for them.
+        Ray sends the files only when the node requests them.
         """
         import ray
 
@@ -158,7 +158,7 @@ class Flight:
         return {name: self._stored[path] for name, path in wanted.items() if path in self._stored}
 
     def _halt(self) -> None:
-        """Tell the tasks that have started to stop; take back the others."""
+        """Tell started tasks to stop; cancel the others."""
         import ray
 
         self.is_over = True
@@ -168,7 +168,7 @@ class Flight:
                 ray.cancel(reference)
 
     def _collect(self, reference: Any) -> Outcome | None:
-        """The outcome of a task that ended; None if it was lost and is tried again."""
+        """Return the outcome of a task that has ended; None if it was lost and is retried."""
         import ray
         from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
@@ -196,10 +196,10 @@ class Flight:
 
 
 def _make_stop() -> Any:
-    """The actor that tells tasks to stop, on whatever node they are."""
+    """Create the actor that tells tasks on any node to stop."""
     import ray
 
-    # Here, so that it travels by value: its process need not import torch.
+    # Defined here so that it is sent by value, and its process need not import torch.
     class Stop:
         def __init__(self) -> None:
             self.told, self.started = False, set[str]()

@@ -1,4 +1,4 @@
-"""What Ray runs for a job, in a worker process on any node."""
+"""The Ray task of a job, in a worker process on any node."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from backdoorbench_moe.paths import CACHE_VARIABLE
 from backdoorbench_moe.process.allocator import keep_freed_memory
 from backdoorbench_moe.records import RunFolder
 
-# Where the data are, where decoded images are kept, and how many of them may be held in memory.
+# Variables for the folder of data, the cache of decoded images, and the number of images kept in memory.
 VARIABLES = (DATA_VARIABLE, CACHE_VARIABLE, MEMORY_VARIABLE)
 SECONDS_TO_ANSWER = 5.0
 
 
 @dataclass(frozen=True)
 class Home:
-    """Where the driver runs, so that a task can tell whether it shares the output folder.
+    """Location of the driver, by which a task can tell whether it shares the output folder.
 
     Attributes:
         token: A file in the driver's output folder.
@@ -43,7 +43,7 @@ class Home:
         return cls(str(token), str(Path.cwd()), {n: os.environ[n] for n in VARIABLES if n in os.environ})
 
     def enter(self) -> None:
-        """In a task, go to the driver's folder, if there is such a folder, and set the variables that are not set."""
+        """In a task, change to the driver's folder, if it exists, and set the variables that are not set."""
         with contextlib.suppress(OSError):
             os.chdir(self.folder)
         os.environ.update({**self.variables, **os.environ})
@@ -52,20 +52,20 @@ class Home:
 def make_run(
     job: Job, home: Home, threads: int, stop: Any, key: str, inputs: Mapping[str, Any]
 ) -> tuple[Outcome, Files | None]:
-    """In a worker process: make a run. Its files come along where the output folder is not the driver's.
+    """Execute a run in a worker process; its files are returned if the output folder is not the driver's.
 
     Args:
-        job: The run to make.
-        home: Where the driver runs.
+        job: The run to execute.
+        home: Location of the driver.
         threads: Number of torch threads.
         stop: The actor that tells tasks to stop.
-        key: Name of this try.
-        inputs: References to the files of the runs that it needs, by name.
+        key: Name of this submission.
+        inputs: References to the files of the runs that it depends on, by name.
     """
     import ray
     import torch
 
-    # A task that waits for Ray in its main thread gives its CPU away to another one meanwhile.
+    # A task that waits for Ray in its main thread releases its CPU to another task in the meantime.
     with ThreadPoolExecutor(1) as asking:
 
         def is_wanted() -> bool:
@@ -83,7 +83,7 @@ def make_run(
         for name, files in inputs.items():
             folder = RunFolder(Path(own.output) / name)
             if not is_finished(folder):
-                # Another task on this node may be writing it, too.
+                # Another task on this node may also be writing it.
                 deliver(folder, ray.get(files), wait=True)
         outcome = work(own, is_wanted)
     ended = outcome.status in ("finished", "failed")
@@ -96,5 +96,5 @@ def _is_told(stop: Any, key: str) -> bool:
 
     try:
         return bool(ray.get(stop.is_told.remote(key), timeout=SECONDS_TO_ANSWER))
-    except RayError:  # Its node was lost, and it starts again on another.
+    except RayError:  # The actor's node was lost; it restarts on another one.
         return False
