@@ -14,10 +14,15 @@ if "BBMOE_CACHE" not in os.environ:
     os.environ["BBMOE_CACHE"] = CACHE.name
 
 import pytest
+from hypothesis import HealthCheck, settings
 from quick import mark_quick
 from tiny import Tiny
 
 from backdoorbench_moe import data
+
+# On a busy machine, examples take longer to draw and to run.
+settings.register_profile("busy-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy-machine")
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ def place(tmp_path, monkeypatch):
 
 
 def test_what_is_left_is_said_and_what_is_there_is_saved(bbmoe, place) -> None:
-    words = ("bench", "queue", "queue.yaml", "--results", "results")
+    words = ("bench", "queue", "queue.yaml", "--results", "results", "--threads", "1")
     code, out, err = bbmoe(*words, "--budget", "0.000001s", width=120)
     assert code == 3 and "Traceback" not in err
     [line] = [line for line in out.splitlines() if line.startswith("part, 2 seeds")]
