@@ -13,7 +13,7 @@ from torchvision.transforms import Resize
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.models.backdoorbench_networks import PreActResNet18, ResNeXt29, SENet18
-from backdoorbench_moe.models.checks import check_image_size, check_positive
+from backdoorbench_moe.models.checks import check_colours, check_image_size, check_positive
 from backdoorbench_moe.moe.structure import ChannelGroup
 from backdoorbench_moe.options import FilePath
 
@@ -99,8 +99,7 @@ class BackdoorBenchModel(nn.Module):
         check_image_size(image_size, at_least=8)
         if architecture not in ARCHITECTURES:
             raise UnknownNameError("architecture", architecture, ARCHITECTURES)
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ConfigError.expected("mean and std", "three values each, those of std above 0", (mean, std))
+        check_colours(mean, std)
         self.architecture, self.weights = architecture, weights
         self.normalisation = (tuple(mean), tuple(std))
         self.trunk = _build(architecture, num_classes)

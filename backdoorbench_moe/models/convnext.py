@@ -71,7 +71,7 @@ class ConvNeXt(nn.Module):
         check_integer("features", features, 2)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ConfigError.expected("kernel_size", "an odd number of at least 1", kernel_size)
-        if not 1 / features <= mlp_ratio < math.inf:
+        if not (0 < mlp_ratio < math.inf and int(mlp_ratio * features) >= 1):
             raise ConfigError.expected("mlp_ratio", f"a number of at least 1/{features}", mlp_ratio)
         _check_patch_size(patch_size, image_size)
         self.patch_size, self._side = patch_size, image_size // patch_size

@@ -34,7 +34,7 @@ def profile_model(model: nn.Module, size: int) -> ModelProfile:
     on patches they did not select, these count as well.
 
     Args:
-        model: The model, on any device, "meta" included.
+        model: The model, on any device. On "meta", a layer in which tokens choose experts cannot be computed.
         size: Side of the image in pixels; of a model that takes texts, the tokens of the text.
     """
     training = {module: module.training for module in model.modules()}
@@ -49,9 +49,14 @@ def profile_model(model: nn.Module, size: int) -> ModelProfile:
     finally:
         for module, was_training in training.items():
             module.training = was_training
+    stored = model.state_dict().keys()
     return ModelProfile(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        buffers=sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point()),
+        buffers=sum(
+            buffer.numel()
+            for name, buffer in model.named_buffers()
+            if name in stored and buffer.is_floating_point()
+        ),
         multiply_adds=counter.get_total_flops() // 2,
     )
 

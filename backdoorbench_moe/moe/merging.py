@@ -53,6 +53,9 @@ def check_mergeable(model: nn.Module) -> WithMLPs:
         raise _refusal(model, "expected an attribute patch_size, the side of a patch in pixels")
     if not mlps:
         raise _refusal(model, "it has no MLPs")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if not isinstance(mlps, Mapping) or any(modules.get(name) is not mlp for name, mlp in mlps.items()):
+        raise _refusal(model, "expected that mlps returns modules of the model by their dotted names")
     for name, mlp in () if isinstance(model, MergesItself) else mlps.items():
         if form_of(mlp) is None:
             raise _refusal(
@@ -139,12 +142,14 @@ class MergedModel(MoEModel):
         super().__init__()
         if num_experts < 1:
             raise ConfigError.expected("num_experts", "an integer of at least 1", num_experts)
-        mlps = check_mergeable(dense).mlps()
+        check_mergeable(dense)
         self.network, self.num_experts = copy.deepcopy(dense), num_experts
         prefix = 0
         if isinstance(dense, Mergeable):
             self.patch_grid, prefix = dense.token_layout()
             self.patch_size = int(dense.patch_size)  # type: ignore[arg-type]
+        # Of the copy: experts share the activation and the dropouts of their MLP.
+        mlps = check_mergeable(self.network).mlps()
         for name, mlp in mlps.items():
             experts = experts_like(mlp, num_experts)
             router = gate(features_of(mlp), num_experts)

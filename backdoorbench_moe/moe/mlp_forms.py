@@ -17,6 +17,7 @@ class MLPForm:
         first: Names of the linear layers (hidden units, D).
         last: Name of the linear layer (D, hidden units).
         act: Name of the activation, a module without weights.
+        drops: Names of dropouts that such an MLP may have.
         bias: Whether the linear layers have biases. All of them have, or none has.
         experts: The experts of this form.
     """
@@ -25,6 +26,7 @@ class MLPForm:
     last: str
     act: str
     bias: bool
+    drops: tuple[str, ...]
     experts: type[MLPExperts] | type[GatedMLPExperts]
 
     @property
@@ -34,7 +36,7 @@ class MLPForm:
         return tuple(f"{name}.{part}" for name in (*self.first, self.last) for part in parts)
 
     def fits(self, mlp: nn.Module) -> bool:
-        """Whether an MLP is of this form, and has no other weights."""
+        """Whether an MLP is of this form, and has no other weights or modules that compute anything."""
         first = [getattr(mlp, name, None) for name in self.first]
         last = getattr(mlp, self.last, None)
         return (
@@ -46,12 +48,17 @@ class MLPForm:
                 for linear in first
             )
             and mlp.state_dict().keys() == {*self.tensors}
+            and all(
+                isinstance(child, nn.Identity)
+                for name, child in mlp.named_children()
+                if name not in (*self.first, self.act, self.last, *self.drops)
+            )
         )
 
 
 # As in timm and in transformers' Llama.
-PLAIN = MLPForm(("fc1",), "fc2", "act", True, MLPExperts)
-GATED = MLPForm(("gate_proj", "up_proj"), "down_proj", "act_fn", False, GatedMLPExperts)
+PLAIN = MLPForm(("fc1",), "fc2", "act", True, ("drop1", "drop2"), MLPExperts)
+GATED = MLPForm(("gate_proj", "up_proj"), "down_proj", "act_fn", False, (), GatedMLPExperts)
 FORMS = (PLAIN, GATED)
 
 

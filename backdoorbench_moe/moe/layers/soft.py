@@ -47,14 +47,17 @@ class SoftRouter(nn.Module):
 
         Returns:
             Dispatch weights (B, N, E, s), which sum to 1 over the N tokens of an image, and combine weights of the
-            same shape, which sum to 1 over the slots of all experts; both float32.
+            same shape, which sum to 1 over the slots of all experts that are not masked; both float32.
         """
         with full_precision(tokens.device):
             directions = self.scale.float() * F.normalize(self.slots.float(), dim=-1)
             logits = F.linear(F.normalize(tokens.float(), dim=-1), directions)
             logits = logits.unflatten(-1, (len(self.masked), -1))
-            audible = logits.masked_fill(self.masked.unsqueeze(1), torch.finfo(logits.dtype).min)
-            return logits.softmax(1), audible.flatten(2).softmax(-1).view_as(logits)
+            masked = self.masked.unsqueeze(1)
+            audible = logits.masked_fill(masked, torch.finfo(logits.dtype).min)
+            taken = audible.flatten(2).softmax(-1).view_as(logits)
+            # The softmax alone would be even if all experts are masked.
+            return logits.softmax(1), taken.masked_fill(masked, 0)
 
 
 class SoftMoELayer(MoELayer):
@@ -89,6 +92,7 @@ class SoftMoELayer(MoELayer):
         taken = taken * self.experts.heard.view(-1, 1)
         mixed = torch.einsum("bnes,besd->bnd", taken.to(outputs.dtype), outputs)
         gates = given[:, self.num_prefix_tokens :].sum(-1)
-        gates = gates / gates.sum(1, keepdim=True)
+        # The dispatch weights of all patches can underflow to 0 if a token before them takes a slot.
+        gates = gates / gates.sum(1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
         selected = (gates > 1 / gates.shape[1]) & ~self.router.masked
         return mixed, Routing(self.name, gates.transpose(1, 2), selected.transpose(1, 2))

@@ -15,6 +15,7 @@ from backdoorbench_moe.moe.layers import (
     SparseMoELayer,
     TopKRouter,
 )
+from backdoorbench_moe.ops.ranges import check_positive, check_weight
 from backdoorbench_moe.options import FilePath
 from bbmoe_vmoe.routed_vit import RoutedViT
 
@@ -96,8 +97,8 @@ class VMoE(RoutedViT):
             upcycle=upcycle,
         )
         self.router, self.top_k = router, _top_k(router, top_k, num_experts)
-        _check_not_negative(gate_std=gate_std, noise=noise, importance=importance, load=load)
-        _check_positive(capacity=capacity, eval_capacity=eval_capacity)
+        check_weight(gate_std=gate_std, noise=noise, importance=importance, load=load)
+        check_positive(capacity=capacity, eval_capacity=eval_capacity)
         self._router_options: dict[str, Any] = {"top_k": self.top_k, "gate_std": gate_std}
         if router != "expert-choice":
             self._router_options |= {"noise": noise, "importance": importance, "load": load}
@@ -186,15 +187,3 @@ def _top_k(router: str, top_k: int | None, num_experts: int) -> int:
     if not 1 <= top_k <= num_experts:
         raise ConfigError.expected("top_k", f"1 to {num_experts}, the number of experts", top_k)
     return top_k
-
-
-def _check_not_negative(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 <= value < float("inf"):
-            raise ConfigError.expected(name, "a finite number of at least 0", value)
-
-
-def _check_positive(**values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and not 0 < value < float("inf"):
-            raise ConfigError.expected(name, "a positive number, or none for no limit", value)
