@@ -34,12 +34,12 @@ def _why_not(network: nn.Module) -> str | None:
             return f"it has no MLPs of {PLAIN_MLP}"
         if _resolutions(network) > 1:
             return "its MLPs are at several resolutions, and all of them must have the same patches"
-        return "it is not one of timm's plain vision transformers, such as vit_tiny_patch16_224"
+        return "it is not a plain vision transformer of timm, such as vit_tiny_patch16_224"
     if type(network.patch_embed) is not PatchEmbed:
-        return f"its patches are made by {type(network.patch_embed).__name__}, not by one convolution"
+        return f"its patches are computed by {type(network.patch_embed).__name__}, not by one convolution"
     for number, block in enumerate(network.blocks):
         if not _is_plain(block):
-            return f"its block {number} is not a plain one, whose MLP is {PLAIN_MLP}"
+            return f"its block {number} is not plain, with an MLP of {PLAIN_MLP}"
     return None
 
 

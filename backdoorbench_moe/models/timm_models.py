@@ -222,7 +222,7 @@ def _build(architecture: str, *, image_size: int | None, **options: Any) -> nn.M
 def _unfit(architecture: str, image_size: int | None, error: Exception) -> ConfigError:
     if "'patch_size'" in str(error):  # A TypeError: the builder of the architecture also passes patch_size.
         return ConfigError(
-            f"patch_size: timm's {architecture!r} fixes its own, too large here; give it as patch_size to keep it"
+            f"patch_size: timm's {architecture!r} has a fixed patch size, too large here; set patch_size to keep it"
         )
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if "divisible by num_heads" in reason:
