@@ -56,7 +56,7 @@ class Classes(Splitter):
         return [group.sort().values.tolist() for group in classes.tensor_split(self.groups)]
 
     def names(self, num_classes: int, seed: int) -> tuple[str, ...]:
-        """Return names such as "classes 0, 3, 7", which list the classes of a group; only the first four of many.
+        """Return names such as "classes 0, 3, 7", which list the classes of a group; for more than six, the first four.
 
         Raises:
             ConfigError: There are fewer classes than groups.
