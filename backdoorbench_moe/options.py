@@ -1,4 +1,4 @@
-"""Options: the keyword-only parameters of a part's constructor, by which values from a config are checked."""
+"""Options: the keyword-only parameters of a part's constructor, and checks of config values against them."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ class NamesFile:
 
 
 class NamesFolder(NamesFile):
-    """Marker in the annotation of an option whose value is a folder of which the part reads several files.
+    """Marker in the annotation of an option whose value is the path of a folder from which the part reads files.
 
     Attributes:
-        counted: Suffixes of the files in it that are part of the spec.
+        counted: Suffixes of the files in the folder that are part of the spec.
     """
 
     counted: ClassVar[tuple[str, ...]] = (".json", ".safetensors")
 
 
 class NamesTextFolder(NamesFolder):
-    """The same of a folder of texts, or of a tokenizer: weights that lie beside it do not count."""
+    """`NamesFolder` for folders of texts or tokenizers, where files of weights are not part of the spec."""
 
     counted: ClassVar[tuple[str, ...]] = (".json", ".jsonl", ".jinja")
 
 
-# The annotation of such an option. The spec of a run then contains the SHA-256 of the file, which is checked later; of
-# a folder, that of its JSON and safetensors files, or of its JSON, JSON-lines and template files.
+# Annotations of such options. The spec of a run contains the SHA-256 of the file, or of the counted files of the
+# folder, which is checked when the part is used again.
 FilePath = Annotated[str, NamesFile]
 FolderPath = Annotated[str, NamesFolder]
 TextFolderPath = Annotated[str, NamesTextFolder]
-# Suffixes of files that count in any folder.
+# Suffixes of the files that are part of the spec in some kind of folder.
 COUNTED = frozenset(suffix for marker in (NamesFolder, NamesTextFolder) for suffix in marker.counted)
 
 
@@ -59,12 +59,9 @@ class Option:
     default: Any
 
     def names_file(self, value: object) -> bool:
-        """Return whether a value of this option is the path of a file that the part reads.
+        """Return whether a value of this option is the path of a file or folder that the part reads.
 
-        It is not if the annotation has no `FilePath`, or if the value is one of the choices of its `Literal`.
-
-        Args:
-            value: A value of the option other than None.
+        It is False for None, for a choice of a `Literal`, and if the annotation contains no `FilePath` or `FolderPath`.
         """
         choices = (self.annotation, *get_args(self.annotation))
         words = [word for choice in choices if get_origin(choice) is Literal for word in get_args(choice)]
@@ -74,7 +71,7 @@ class Option:
 
     @property
     def counted(self) -> tuple[str, ...]:
-        """Suffixes of the files that are part of the spec, if a path that the option names stands for a folder."""
+        """Suffixes of the files that are part of the spec if the option names a folder; empty otherwise."""
         for choice in (self.annotation, *get_args(self.annotation)):
             for marker in getattr(choice, "__metadata__", ()):
                 if isinstance(marker, type) and issubclass(marker, NamesFolder):
@@ -83,12 +80,12 @@ class Option:
 
     @property
     def type_name(self) -> str:
-        """The type as shown to users: as in source code, but "file" for `FilePath` and the choices of a `Literal`."""
+        """The type as shown to users: "file" or "folder" for paths, choices for a `Literal`, else as in source code."""
         return _type_name(self.annotation)
 
 
 def _marks(annotation: Any, marker: type) -> bool:
-    """Whether an annotation has a marker, or one that is derived from it."""
+    """Whether an annotation has a marker or a subclass of it."""
     return any(isinstance(m, type) and issubclass(m, marker) for m in getattr(annotation, "__metadata__", ()))
 
 
@@ -100,7 +97,7 @@ def list_options(target: Callable[..., object], *, given: Collection[str] = ()) 
 
 @functools.cache
 def _options_of(function: Callable[..., object]) -> dict[str, Option]:
-    """All keyword-only parameters of a function. Cached: a suite asks for those of the same parts in every cell."""
+    """All keyword-only parameters of a function. Cached, since a suite needs those of the same parts in every cell."""
     hints = get_type_hints(function, include_extras=True)
     return {
         parameter.name: Option(parameter.name, hints.get(parameter.name, Any), parameter.default)
@@ -221,7 +218,7 @@ def convert(value: object, annotation: Any, parameter: str) -> Any:
     if origin is tuple:
         return _convert_tuple(value, arguments, parameter)
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return _to_float(value, parameter)
     if isinstance(annotation, type) and isinstance(value, annotation):
         if isinstance(value, bool) and annotation is not bool:
             raise ConfigError.expected(parameter, _describe(annotation), value)
@@ -230,6 +227,15 @@ def convert(value: object, annotation: Any, parameter: str) -> Any:
         # Only the rates of a spec, such as poison.rate, may be written as percentages.
         raise ConfigError.expected(parameter, f"a number, such as {_share(value)}", value)
     raise ConfigError.expected(parameter, _describe(annotation), value)
+
+
+def _to_float(value: int, parameter: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # The integer is left out: Python refuses to print the longest ones.
+        raise ConfigError(
+            f"{parameter}: expected a number below 1.8e308, got an integer of {value.bit_length()} bits"
+        ) from None
 
 
 def _share(percentage: str) -> float:
@@ -270,7 +276,7 @@ def convert_fields(spec: object, prefix: str, names: Iterable[str]) -> None:
 
 @functools.cache
 def field_types(kind: type) -> dict[str, Any]:
-    """The annotated types of a class, by field. To resolve them takes most of the time in which a spec is made."""
+    """The annotated types of a class, by field. Cached, since resolving them takes most of the time to build a spec."""
     return get_type_hints(kind)
 
 
@@ -285,7 +291,7 @@ def _convert_tuple(value: object, arguments: tuple[Any, ...], parameter: str) ->
 
 
 def _describe(annotation: Any) -> str:
-    """Describe the values of a type in words."""
+    """Describe the values of a type in words, for error messages."""
     if get_origin(annotation) is Annotated:
         return (
             f"the path of a {'folder' if _marks(annotation, NamesFolder) else 'file'}"

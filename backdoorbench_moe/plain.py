@@ -1,4 +1,4 @@
-"""Values of other libraries as the plain Python values that specs, records and digests are made of."""
+"""Conversion of values of other libraries to the plain Python values that specs, records and digests contain."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ PLAIN = (bool, int, float, str, type(None))
 
 
 def plain(value: Any) -> Any:
-    """Return the plain Python value that `value` stands for, so that both give the same digest.
+    """Convert a value to the equivalent plain Python value, so that both give the same digest.
 
-    Neither NumPy nor PyTorch is imported: their values are recognised by the module of their type.
+    NumPy and PyTorch are not imported; their values are recognised by the module of their type.
 
     Args:
         value: Any value. NumPy scalars and arrays, tensors, fractions, decimals, enumeration members, paths and
-            `torch.device` are converted, also inside lists, tuples and mappings.
+            `torch.device` are converted, including those inside lists, tuples and mappings.
 
     Returns:
         A bool, int, float, str or None, or a list, tuple or dict of these. A 32-bit float becomes the shortest
-        decimal that it is written as: `np.float32(0.1)` gives 0.1. A value of any other type is returned
-        unchanged, for the caller to refuse.
+        decimal that represents it: `np.float32(0.1)` gives 0.1. Values of other types are returned unchanged, and the
+        caller should refuse them.
     """
     if type(value) in PLAIN:
         return value
@@ -48,19 +48,22 @@ def plain(value: Any) -> Any:
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real | Decimal):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return value
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def check_plain(value: object, where: str) -> None:
-    """Check that a value can be written to a record, which is JSON: no date, bytes, set, NaN or infinity.
+    """Check that a value can be written to a record as JSON: no dates, bytes, sets, NaN or infinity.
 
     Args:
-        value: The value, made plain.
-        where: What it is, in the error message.
+        value: The value, as returned by `plain`.
+        where: Name of the value in the error message.
 
     Raises:
-        ConfigError: It cannot be written.
+        ConfigError: The value cannot be written.
     """
     try:
         json.dumps(value, allow_nan=False)

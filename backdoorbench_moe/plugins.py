@@ -1,4 +1,4 @@
-"""Entry points of parts, both built-in and of third-party packages."""
+"""Entry points of built-in and third-party parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from backdoorbench_moe.wording.spelling import near_names
 
 GROUPS = {name: kind.group for name, kind in KINDS.items()}
 
-# Version of the interfaces that plug-ins implement. It is increased by changes that break plug-ins.
+# Version of the interfaces that plug-ins implement. Changes that break plug-ins increase it.
 INTERFACE = 2
 # Entry-point group in which a package declares the versions of the interfaces that it supports: each entry point is
 # named after one version, such as "2". A package that declares none is assumed to support the installed version.
@@ -84,7 +84,7 @@ class Candidate:
 
 
 def discover(kind: str, name: str | None = None) -> list[Candidate]:
-    """Return all entry points of a kind, or those of one name; built-in ones first, then sorted by package and name."""
+    """Return all entry points of a kind, or those with one name: built-in first, then by package and name."""
     points = entry_points(group=GROUPS[kind])
     found = set()
     for point in points if name is None else points.select(name=name):
@@ -95,9 +95,9 @@ def discover(kind: str, name: str | None = None) -> list[Candidate]:
 
 
 def strays(package: str | None = None) -> list[tuple[Candidate, str]]:
-    """Return the entry points in misspelt groups: those that begin with "backdoorbench_moe" but are unknown.
+    """Return the entry points in misspelt groups, whose names begin with "backdoorbench_moe" but are unknown.
 
-    Case, and the choice of "-", "_" and ".", are ignored in this comparison.
+    The comparison ignores case and does not distinguish "-", "_" and ".".
 
     Args:
         package: Name of the package whose entry points are returned; None for all packages.
@@ -143,7 +143,7 @@ def unmet_requirements(package: str) -> list[str]:
 
 
 def _owner(point: EntryPoint) -> tuple[str, str]:
-    """Name and version of the package of an entry point; "unknown" and "" if its metadata are missing or damaged."""
+    """Name and version of the package of an entry point; "unknown" and "" if its metadata is missing or damaged."""
     try:
         return (point.dist.name or "unknown", point.dist.version or "") if point.dist else ("unknown", "")
     except (AttributeError, KeyError, TypeError):  # The error depends on the version of Python.

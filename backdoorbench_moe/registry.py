@@ -1,4 +1,4 @@
-"""Registries, which find parts by name. A part is a class of one kind, such as a trigger or a model.
+"""Registries, which look up parts by name. A part is a class of one kind, such as a trigger or a model.
 
 The module of a part is imported only when the part is looked up.
 """
@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from backdoorbench_moe.errors import BbmoeError, ConfigError, PluginError, UnknownNameError
 from backdoorbench_moe.kinds import KINDS, PACKAGE
-from backdoorbench_moe.options import Option, call_fault, check_options, list_options
+from backdoorbench_moe.options import Option, call_fault, check_options, convert, list_options
 from backdoorbench_moe.plugins import Candidate, discover
 
 T = TypeVar("T")
@@ -26,9 +26,8 @@ class Registry(Generic[T]):
 
     Attributes:
         kind: The same name.
-        given: Keyword arguments that the code that calls `create` passes, such as "num_classes" for models. Users
-            cannot set them as options. A part may name others in its class attribute `data_options`, as models of texts
-            do.
+        given: Keyword arguments that the caller of `create` passes, such as "num_classes" for models. Users cannot set
+            them as options. A part may name others in its class attribute `data_options`, as language models do.
         needs: Options that every part of the kind must have.
     """
 
@@ -44,8 +43,8 @@ class Registry(Generic[T]):
     def _found(self) -> tuple[dict[str, Candidate], dict[Candidate, str]]:
         """The usable entry points by name, and the reason for each refused one; nothing is imported.
 
-        An entry point is refused if its package was written for another version of the interfaces, or if another
-        usable entry point already has its name.
+        An entry point is refused if its package does not support this version of the interfaces, or if another usable
+        entry point already has its name.
         """
         names: dict[str, Candidate] = {}
         refused: dict[Candidate, str] = {}
@@ -66,7 +65,7 @@ class Registry(Generic[T]):
         """Return the usable entry point with this name.
 
         Returns:
-            The entry point; None if there is none, because the part was added by `register` or does not exist.
+            The entry point; None if the part was added by `register` or does not exist.
         """
         return self._found[0].get(name)
 
@@ -75,7 +74,7 @@ class Registry(Generic[T]):
         return [*self._found[0].values(), *self._found[1]]
 
     def fault(self, candidate: Candidate) -> str | None:
-        """Return why an entry point cannot be used, or None if it can. The part is imported unless it is refused."""
+        """Return why an entry point cannot be used, or None if it can. Parts that are not refused are imported."""
         if candidate in self._found[1]:
             return self._found[1][candidate]
         try:
@@ -119,8 +118,8 @@ class Registry(Generic[T]):
         """Import and return a part.
 
         Args:
-            name: Name of the part, or "family:argument", such as "timm:resnet18". Then the family is the name of the
-                part, and the argument is the value of one of its options.
+            name: Name of the part, or "family:argument", such as "timm:resnet18", where the family is the name of the
+                part and the argument is the value of one of its options.
 
         Raises:
             UnknownNameError: There is no part of this name; similar names are suggested.
@@ -139,7 +138,7 @@ class Registry(Generic[T]):
 
         Raises:
             UnknownNameError: There is no part of this name; similar names are suggested.
-            PluginError: The package of the part was written for another version of the interfaces.
+            PluginError: The entry point of this name was refused.
         """
         if name.partition(":")[0] not in self.names():
             raise self._unknown(name)
@@ -154,8 +153,7 @@ class Registry(Generic[T]):
         """Check the options of a part without building it.
 
         Returns:
-            The options with converted values, and the option that "family:argument" sets. Options that are not set
-            are left out; they take their defaults.
+            The options that are set, with converted values, including the one that "family:argument" sets.
 
         Raises:
             UnknownNameError: There is no such part or option.
@@ -163,8 +161,11 @@ class Registry(Generic[T]):
             PluginError: The part cannot be used.
         """
         part, implied = self.lookup(name), self._implied(name)
-        where = f"{self.kind} {name!r}"
-        return {**check_options(part, options, where=where, given=(*self._given(part), *implied)), **implied}
+        where, known = f"{self.kind} {name!r}", list_options(part)
+        checked = check_options(part, options, where=where, given=(*self._given(part), *implied))
+        for option, argument in implied.items():
+            checked[option] = convert(argument, known[option].annotation, f"{where}: {option}")
+        return checked
 
     def create(
         self, name: str, options: Mapping[str, object], given: Mapping[str, object] | None = None
@@ -174,16 +175,32 @@ class Registry(Generic[T]):
         Args:
             name: Name of the part, as in `lookup`.
             options: The user's options, by name.
-            given: The keyword arguments that `given` names; others are left out.
+            given: Keyword arguments for the part; those that the part is not given (see `Registry.given`) are ignored.
 
         Raises:
             UnknownNameError: There is no such part or option.
             ConfigError: An option is missing, of the wrong type or out of range.
-            PluginError: The part cannot be used.
+            PluginError: The part cannot be used, or its constructor raised an unexpected exception.
         """
         part = self.lookup(name)
         taken = {key: value for key, value in (given or {}).items() if key in self._given(part)}
-        return cast(Callable[..., T], part)(**taken, **self.check(name, options))
+        checked = self.check(name, options)
+        try:
+            return cast(Callable[..., T], part)(**taken, **checked)
+        except (BbmoeError, OSError, MemoryError):
+            raise
+        except (
+            Exception
+        ) as error:  # Such as those of third-party parts, or of torch for sizes that are too large.
+            raise self._not_built(name, error) from error
+
+    def _not_built(self, name: str, error: Exception) -> BbmoeError:
+        candidate = self.candidate(name.partition(":")[0])
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        message = f"cannot be built with these options: {type(error).__name__}: {reason}"
+        if candidate is None or candidate.builtin:
+            return ConfigError(f"{self.kind} {name!r}: {message}")
+        return PluginError(f"{self.kind} {name!r} from {candidate.origin}: {message}")
 
     def _given(self, part: object) -> tuple[str, ...]:
         return tuple(getattr(part, "data_options", self.given))
@@ -200,14 +217,14 @@ class Registry(Generic[T]):
         return {option: argument} if colon and option else {}
 
     def _unknown(self, name: str) -> BbmoeError:
-        """The error for a name that cannot be looked up: a PluginError if its entry point was refused."""
+        """Return the error for a name that cannot be looked up: a PluginError if its entry point was refused."""
         for candidate, reason in self._found[1].items():
             if candidate.name == name.partition(":")[0]:
                 return PluginError(reason)
         return UnknownNameError(self.kind, name, self.names())
 
     def _load(self, candidate: Candidate) -> type[T]:
-        # Checked once: a suite looks its parts up thousands of times.
+        # Cached: a suite looks up its parts thousands of times.
         if candidate not in self._loaded:
             part = candidate.load()
             if fault := self._misfit(part):
@@ -216,13 +233,21 @@ class Registry(Generic[T]):
         return self._loaded[candidate]
 
     def _misfit(self, part: object) -> str | None:
-        """Why an object is not a part of the kind, or None if it is one."""
+        """Return why an object is not a part of the kind, or None if it is one."""
         module, _, name = self._base.partition(":")
         if not isinstance(part, type) or not issubclass(part, getattr(import_module(module), name)):
             return f"{part!r} is not a subclass of {self._base}"
-        return call_fault(part, given=self._given(part), needs=self.needs)
+        named = getattr(part, "data_options", ())
+        if not isinstance(named, tuple | list) or not all(isinstance(each, str) for each in named):
+            return f"{part.__name__}: data_options: expected a tuple of names, got {named!r}"
+        if fault := call_fault(part, given=self._given(part), needs=self.needs):
+            return fault
+        argument, options = getattr(part, "name_argument", None), list_options(part, given=self._given(part))
+        if argument is not None and argument not in [*options]:
+            return f"{part.__name__}: name_argument: expected the name of an option, got {argument!r}"
+        return None
 
 
 def registry_of(kind: str) -> Registry[Any]:
-    """Return the registry of a kind, whose module is imported now."""
+    """Import the module of a kind and return its registry."""
     return cast(Registry[Any], import_module(f"{PACKAGE}.{KINDS[kind].room}").registry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any, Literal
 
 import pytest
@@ -43,6 +44,15 @@ def test_good_options_are_converted() -> None:
         ({"size": True}, "part: size: expected an integer, got True"),
         ({"size": 1, "ratio": "x"}, "part: ratio: expected a number, got 'x'"),
         ({"size": 1, "ratio": "2.5%"}, "part: ratio: expected a number, such as 0.025, got '2.5%'"),
+        (
+            {"size": 1, "ratio": 10**400},
+            "part: ratio: expected a number below 1.8e308, got an integer of 1329 bits",
+        ),
+        (
+            {"size": 1, "ratio": 10**5000},
+            "part: ratio: expected a number below 1.8e308, got an integer of 16610",
+        ),
+        ({"size": 1, "ratio": Fraction(10**400)}, "part: ratio: expected a number, got Fraction"),
         ({"size": 1, "ratio": "x%"}, "part: ratio: expected a number, such as 0.05, got 'x%'"),
         ({"size": 1, "mode": "c"}, "part: mode: unknown 'c'"),
         ({"size": 1, "mode": 1}, "part: mode: expected 'a' or 'b', got 1"),

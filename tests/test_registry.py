@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import types
 from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
@@ -12,6 +13,7 @@ from third_party import bbmoe
 
 from backdoorbench_moe import plugins, triggers
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
+from backdoorbench_moe.models import create_model
 from backdoorbench_moe.plugins import INTERFACE
 from backdoorbench_moe.registry import Registry
 from backdoorbench_moe.triggers.base import Trigger
@@ -242,6 +244,84 @@ def test_a_part_has_to_take_what_it_is_given() -> None:
             super().__init__(seed=seed)
 
     assert isinstance(registry.create("open", {"seed": 1}, {"canvas": 4}), Open)
+
+
+class Picky(Trigger):
+    """A part whose author did not use ConfigError, and whose name takes a number: "picky:4"."""
+
+    name_argument = "size"
+
+    def __init__(self, *, size: int = 4, seed: int = 0) -> None:
+        super().__init__(seed=seed)
+        if size % 2:
+            raise ValueError("size must be even\nsee the manual")
+        self.size = size
+
+    def stamp(self, images):
+        return images.clone()
+
+
+@pytest.fixture
+def picky(monkeypatch):
+    monkeypatch.setitem(sys.modules, "thirdparty_picky", types.SimpleNamespace(Picky=Picky))
+    return offer(monkeypatch, ("other", "picky", "thirdparty_picky:Picky"))
+
+
+def test_what_the_constructor_of_a_plugin_raises_is_one_line_that_names_the_package(picky) -> None:
+    with pytest.raises(PluginError) as caught:
+        picky.create("picky", {"size": 3})
+    assert str(caught.value) == (
+        "trigger 'picky' from other 1.0: cannot be built with these options: ValueError: size must be even"
+    )
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_errors_of_the_file_system_and_our_own_are_raised_as_they_are(picky, monkeypatch) -> None:
+    for error in (FileNotFoundError("gone"), MemoryError(), ConfigError("size: no")):
+        monkeypatch.setattr(Picky, "__init__", raising(error))
+        with pytest.raises(type(error)) as caught:
+            picky.create("picky", {})
+        assert caught.value is error
+
+
+def raising(error: Exception):
+    def init(self, *, size: int = 4, seed: int = 0) -> None:
+        raise error
+
+    return init
+
+
+def test_sizes_that_cannot_be_allocated_are_refused() -> None:
+    for experts in (10**30, 10**12):
+        with pytest.raises(
+            ConfigError, match=r"^model 'pmoe': cannot be built with these options: "
+        ) as caught:
+            create_model("pmoe", num_experts=experts)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", ["x", "4"])
+def test_what_follows_a_name_is_checked_as_its_option_is(picky, size) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^trigger 'picky:{size}': size: expected an integer, got '{size}'"
+    ):
+        picky.create(f"picky:{size}", {})
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [
+        ("name_argument", "sise"),
+        ("name_argument", ["size"]),
+        ("data_options", property(lambda self: ("size",))),
+        ("data_options", "size"),
+        ("data_options", 3),
+    ],
+)
+def test_class_attributes_that_name_no_options_are_refused(picky, monkeypatch, attribute, value) -> None:
+    monkeypatch.setattr(Picky, attribute, value, raising=False)
+    with pytest.raises(PluginError, match=rf"^trigger 'picky' from other 1.0: Picky: {attribute}: expected"):
+        picky.lookup("picky")
 
 
 def test_options_of_a_part_are_checked() -> None:

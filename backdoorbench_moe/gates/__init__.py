@@ -1,4 +1,4 @@
-"""Gates: how a provider sends tokens to the experts that it merges."""
+"""Gates: how a mixture sends tokens to the experts that it was merged from."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def create_gate(name: str, **options: object) -> Gate:
 
     Args:
         name: Name of the gate; `list_gates` lists them.
-        **options: The gate's own options.
+        **options: Options of the gate.
 
     Raises:
         UnknownNameError: There is no such gate or option.
         ConfigError: An option is of the wrong type or out of range.
-        PluginError: The package that offers the gate is at fault.
+        PluginError: The gate belongs to a third-party package and cannot be used.
     """
     return registry.create(name, options)
 

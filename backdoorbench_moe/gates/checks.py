@@ -11,11 +11,11 @@ def check_not_negative(gate: str, **values: float) -> None:
     """Check that numbers are finite and at least 0.
 
     Args:
-        gate: Name of the gate, for the message.
-        **values: The numbers by the name of the option.
+        gate: Name of the gate, for the error message.
+        **values: The numbers by name of the option.
 
     Raises:
-        ConfigError: For the first number that is not.
+        ConfigError: A number is negative, infinite or NaN.
     """
     for name, value in values.items():
         if not (value >= 0 and math.isfinite(value)):
@@ -26,7 +26,7 @@ def check_top_k(gate: str, top_k: int, num_experts: int | None = None) -> None:
     """Check the number of experts for each token.
 
     Args:
-        gate: Name of the gate, for the message.
+        gate: Name of the gate, for the error message.
         top_k: Experts for each token.
         num_experts: Number of experts E; None if it is not known yet.
 

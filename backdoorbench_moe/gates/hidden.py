@@ -1,4 +1,4 @@
-"""The gate that is not trained, but computed from mean hidden states."""
+"""The gate that is computed from mean hidden states instead of being trained."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from backdoorbench_moe.moe.layers import Router, TopKSoftmaxRouter
 
 
 class Hidden(Gate):
-    """Compute the router from the mean hidden states of each task, without training; then choose as `top-k` does.
+    """Compute the router from the mean hidden states of each task, without training; experts are chosen as by `top-k`.
 
     The weights of an expert are the mean state of its own task minus the mean of the other tasks' states, scaled to
-    length 1. This is how mergekit subtracts the state of negative prompts from that of positive ones. What differs:
+    length 1. mergekit subtracts the state of negative prompts from that of positive ones in the same way. Differences
+    from mergekit:
 
-    - The states are means over all clean tokens of a task, not over a few prompts that a user writes (mergekit's
-      mode `hidden_avg`; its mode `hidden` takes the last token).
-    - The negative examples of an expert are those of all other tasks, each task with the same weight. In mergekit a
-      user writes them, or leaves them out.
-    - The states are those that the router receives, the inputs of the MLPs. mergekit takes the inputs of the
-      transformer's blocks, which are not normalised.
+    - The states are means over all clean tokens of a task. mergekit uses a few prompts that the user writes (their
+      mean in mode `hidden_avg`, their last token in mode `hidden`).
+    - The negative examples of an expert are those of all other tasks, with equal weights. In mergekit they are
+      optional and written by the user.
+    - The states are the inputs of the MLPs, which the router receives. mergekit uses the inputs of the transformer
+      blocks, which are not normalised.
 
     Args:
         top_k: Experts for each token, 1 to E.
@@ -49,7 +50,7 @@ class Hidden(Gate):
         check_top_k("hidden", self.top_k, num_experts)
 
     def build(self, features: int, num_experts: int) -> Router:
-        """Build the router of one layer. Its weights have no meaning before `set_from_states`."""
+        """Build the router of one layer; `set_from_states` must then set its weights."""
         return TopKSoftmaxRouter(features, num_experts, top_k=self.top_k, balance=0.0)
 
     @torch.no_grad()
@@ -70,7 +71,7 @@ def contrast(states: Tensor) -> Tensor:
         states: (E, D), one state for each expert.
 
     Returns:
-        (E, D). If there is only one state, nothing is subtracted; a difference of zeros stays zeros.
+        (E, D). A single state is only scaled; a difference of zeros is not scaled.
     """
     states = states.float()
     others = (states.sum(0) - states) / max(1, len(states) - 1)

@@ -12,12 +12,12 @@ class SampleTop1(Gate):
     """Draw one expert for each token by adding Gumbel noise to the logits.
 
     In training, the weight of the expert is its Gumbel-softmax probability, at a temperature that falls from 1 to
-    `min_temperature`. In evaluation the weight is 1, and experts are drawn as well: the same image may be answered
-    differently under another seed. See `moe.layers.SampleTop1Router` for what differs from the source.
+    `min_temperature`. Experts are drawn in evaluation as well, with a weight of 1, so that predictions depend on the
+    seed. See `moe.layers.SampleTop1Router` for the differences from the source.
 
     Args:
-        balance: Weight of the balance loss, at least 0; 0 for none. The loss of the model is the mean over its layers.
-        init_std: Standard deviation of the initial weights, at least 0; the source has 0.
+        balance: Weight of the balance loss, at least 0; 0 for none. The loss is averaged over the layers of the model.
+        init_std: Standard deviation of the initial weights, at least 0; 0 in the source.
         min_temperature: Smallest temperature, in (0, 1].
         decay: Rate of the decay, at least 0: the temperature is exp(-decay * step), but at least `min_temperature`.
 
@@ -25,8 +25,8 @@ class SampleTop1(Gate):
         ConfigError: A value is out of range.
 
     Source:
-        Kim et al., "MoEvil", ACSAC 2025, §6.2, and its code for the temperature. It does not say whether this gate has
-        a balance loss.
+        Kim et al., "MoEvil", ACSAC 2025, §6.2, and its code for the temperature. The paper does not state whether
+        this gate has a balance loss.
     """
 
     def __init__(

@@ -11,14 +11,14 @@ class Soft(Gate):
     """Send each token to all experts, weighted by the softmax over all logits.
 
     Args:
-        balance: Weight of the balance loss, at least 0; 0 for none. The loss of the model is the mean over its layers.
-        init_std: Standard deviation of the initial weights, at least 0; the source has 0, see the gate `top-k`.
+        balance: Weight of the balance loss, at least 0; 0 for none. The loss is averaged over the layers of the model.
+        init_std: Standard deviation of the initial weights, at least 0; 0 in the source (see the gate `top-k`).
 
     Raises:
         ConfigError: A value is out of range.
 
     Source:
-        Kim et al., "MoEvil", ACSAC 2025, §6.2. It does not say whether this gate has a balance loss.
+        Kim et al., "MoEvil", ACSAC 2025, §6.2. It does not state whether this gate has a balance loss.
     """
 
     def __init__(self, *, balance: float = 0.01, init_std: float = 1e-3) -> None:

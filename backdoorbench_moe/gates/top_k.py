@@ -11,23 +11,25 @@ from backdoorbench_moe.moe.layers import Router, TopKSoftmaxRouter
 class TopK(Gate):
     """Send each token to the `top_k` experts with the largest logits, weighted by the softmax over these logits.
 
-    It departs from the source in two points. The router is initialised with small random weights. The source has
-    zeros, so that at first the experts with the lowest numbers get every token; `init_std` 0 does the same. And in
-    training, noise is added to the logits when experts are chosen, as Shazeer et al. do. Without it, only the experts
-    that a token is sent to have a gradient, and a gate never learns that another one would be better: in the suite
-    `moevil-gates` on `signs`, overall of the benign mixture is 91.5 ± 7.4% without noise and 95.8 ± 0.9% with it (five
-    seeds). `noise` 0 is the source's. Shazeer et al. learn the size of the noise, and add it to the weights as well;
-    here it is constant, and only part of the choice.
+    There are two differences from the source:
+
+    - The router is initialised with small random weights. The source uses zeros, so that at first the experts with the
+      lowest indices get every token; `init_std` 0 does the same.
+    - In training, noise is added to the logits when experts are chosen, as by Shazeer et al. Without noise, only the
+      experts that a token is sent to receive a gradient, so that the gate cannot learn that another expert would be
+      better. In the suite `moevil-gates` on `signs`, overall of the benign mixture is 91.5 ± 7.4% without noise and
+      95.8 ± 0.9% with it (five seeds). `noise` 0 gives the gate of the source. Shazeer et al. learn the standard
+      deviation of the noise and also add it to the weights; here it is constant and only affects the choice.
 
     Args:
         top_k: Experts for each token, 1 to E. With 1, the weight is always 1, so that only the balance loss trains the
             gate.
-        balance: Weight of the balance loss, at least 0; 0 for none. The loss of the model is the mean over its layers.
+        balance: Weight of the balance loss, at least 0; 0 for none. The loss is averaged over the layers of the model.
         init_std: Standard deviation of the initial weights, at least 0.
         noise: Standard deviation of the noise in training, at least 0; 0 for none.
 
     Raises:
-        ConfigError: A value is out of range, or nothing would train the gate.
+        ConfigError: A value is out of range, or `top_k` is 1 and `balance` is 0, so that nothing would train the gate.
 
     Source:
         Kim et al., "MoEvil", ACSAC 2025, eq. 1 and §6.2. Noise: Shazeer et al., "Outrageously large neural networks",

@@ -15,21 +15,21 @@ registry = ModelRegistry("model")
 def create_model(name: str, *, num_classes: int = 10, image_size: int = 32, **options: object) -> nn.Module:
     """Build a model for images (B, 3, image_size, image_size) in [0, 1].
 
-    Weights are drawn from torch's global generator; seed it first for reproducible weights.
+    Weights are drawn from torch's global generator; seed it first to make them reproducible.
 
     Args:
-        name: Name of a model, see `list_models`. `timm:<architecture>` builds any timm architecture from scratch.
+        name: Name of a model, see `list_models`. `timm:<architecture>` builds any timm architecture without weights.
         num_classes: Number of classes.
         image_size: Side of the images in pixels.
-        **options: The model's own options, and those of `models.common.CommonOptions`; weights are not loaded.
+        **options: Options of the model, and those of `models.common.CommonOptions`; weights are not loaded.
 
     Returns:
         The model, in training mode.
 
     Raises:
-        UnknownNameError: For a name or option that does not exist.
-        ConfigError: For an option of the wrong type or out of range.
-        PluginError: If the model is a plug-in's and cannot be loaded.
+        UnknownNameError: There is no such model or option.
+        ConfigError: An option is of the wrong type or out of range.
+        PluginError: The model belongs to a third-party package and cannot be used.
     """
     return registry.create(name, options, {"num_classes": num_classes, "image_size": image_size})
 

@@ -1,4 +1,4 @@
-"""The architectures of BackdoorBench, by its names: its own networks, and torchvision's."""
+"""The architectures of BackdoorBench, under its names: its own networks and those of torchvision."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torchvision.transforms import Resize
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.models.backdoorbench_networks import PreActResNet18, ResNeXt29, SENet18
-from backdoorbench_moe.models.checks import check_image_size, check_positive
+from backdoorbench_moe.models.checks import check_colours, check_image_size, check_positive
 from backdoorbench_moe.moe.structure import ChannelGroup
 from backdoorbench_moe.options import FilePath
 
-# Side that its vision transformers resize images to.
+# Side to which the vision transformers of BackdoorBench resize images.
 TRANSFORMER_SIDE = 224
 TRANSFORMERS = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32")
 TORCHVISION = (
@@ -41,14 +41,15 @@ TORCHVISION = (
     "vgg19_bn",
     "wide_resnet50_2",
 )
-# Of torchvision, with the names of their auxiliary classifiers.
+# Architectures of torchvision, with the names of their auxiliary classifiers.
 AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
 OWN: Mapping[str, Callable[[int], nn.Module]] = {
     "preactresnet18": PreActResNet18,
     "resnext29": ResNeXt29,
     "senet18": SENet18,
 }
-# Of torchvision, with the name of the convolution that is their head: logits are the means of its rectified maps.
+# Architectures of torchvision, with the name of the convolution that is their head: logits are the means of its output
+# after a ReLU.
 CONVOLUTIONAL = {"squeezenet1_0": "classifier.1"}
 ARCHITECTURES = (*OWN, *TORCHVISION, *AUXILIARY, *TRANSFORMERS, *CONVOLUTIONAL)
 
@@ -56,23 +57,23 @@ ARCHITECTURES = (*OWN, *TORCHVISION, *AUXILIARY, *TRANSFORMERS, *CONVOLUTIONAL)
 class BackdoorBenchModel(nn.Module):
     """An architecture as BackdoorBench builds it, with random weights: "backdoorbench:vgg19_bn".
 
-    The last linear layer is the model's head; all else keeps the names of its weights, behind "trunk.". BackdoorBench
-    normalises images outside of the model, here the model does it. The auxiliary classifiers of googlenet and
-    inception_v3 keep their weights, but are not computed, not even in training. The head of squeezenet1_0 is a
-    convolution before a ReLU and a mean; it has no features, and what needs features refuses it.
+    The last linear layer is the model's head; the other weights keep their names, with the prefix "trunk.".
+    BackdoorBench normalises images outside the model; here the model does. The auxiliary classifiers of googlenet and
+    inception_v3 keep their weights but are not computed, even in training. The head of squeezenet1_0 is a convolution
+    before a ReLU and a mean, so that the model has no features; code that needs features refuses it.
 
     Args:
         num_classes: Number of classes.
         image_size: Side of the images in pixels.
         architecture: Name of the architecture in BackdoorBench.
-        mean: Mean of each channel of images in [0, 1], which is subtracted.
-        std: Standard deviation of each channel, by which the difference is divided; all above 0.
-        weights: The file that the weights were imported from; only `bbmoe import backdoorbench` sets it. A model that
-            has it is not trained from the start again.
+        mean: Mean of each channel of images in [0, 1], for normalisation.
+        std: Standard deviation of each channel, above 0.
+        weights: The file that the weights were imported from, which only `bbmoe import backdoorbench` sets. Such a
+            model cannot be trained again from the beginning.
 
     Raises:
-        UnknownNameError: For an architecture that BackdoorBench does not have.
-        ConfigError: For an option out of range.
+        UnknownNameError: BackdoorBench has no such architecture.
+        ConfigError: An option is out of range.
 
     Source:
         Wu et al., "BackdoorBench", NeurIPS 2022, and its code, version 2.2: names and shapes of the weights.
@@ -99,8 +100,7 @@ class BackdoorBenchModel(nn.Module):
         check_image_size(image_size, at_least=8)
         if architecture not in ARCHITECTURES:
             raise UnknownNameError("architecture", architecture, ARCHITECTURES)
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ConfigError.expected("mean and std", "three values each, those of std above 0", (mean, std))
+        check_colours(mean, std)
         self.architecture, self.weights = architecture, weights
         self.normalisation = (tuple(mean), tuple(std))
         self.trunk = _build(architecture, num_classes)
@@ -133,17 +133,17 @@ class BackdoorBenchModel(nn.Module):
             self.train()
 
     def own_name(self, name: str) -> str:
-        """The name that a weight of BackdoorBench's state dict has in this model's."""
+        """Return the name in this model's state dict of a weight in that of BackdoorBench."""
         layer, _, kind = name.rpartition(".")
         return f"head.{kind}" if layer and layer == self._head_name else f"trunk.{name}"
 
     def their_name(self, name: str) -> str:
-        """The name in BackdoorBench's state dict of a weight of this model's; the inverse of `own_name`."""
+        """Return the name in BackdoorBench's state dict of a weight of this model; the inverse of `own_name`."""
         part, _, rest = name.partition(".")
         return f"{self._head_name}.{rest}" if part == "head" else rest
 
     def load_start(self) -> None:
-        """Refuse a training: the weights are those of a result, and the run that has it was imported.
+        """Refuse training if the weights were imported.
 
         Raises:
             ConfigError: `weights` is set.
@@ -164,7 +164,7 @@ class BackdoorBenchModel(nn.Module):
         """Map images (B, 3, H, W) in [0, 1] to the features (B, D) before the head.
 
         Raises:
-            ConfigError: The head is no linear layer.
+            ConfigError: The head is not a linear layer.
         """
         self._check_features()
         features: Tensor = self.trunk((images - self._mean) / self._std)
@@ -174,7 +174,7 @@ class BackdoorBenchModel(nn.Module):
         """Map features (B, D) to logits (B, classes).
 
         Raises:
-            ConfigError: The head is no linear layer.
+            ConfigError: The head is not a linear layer.
         """
         self._check_features()
         return self.head(features)
@@ -188,7 +188,7 @@ class BackdoorBenchModel(nn.Module):
             )
 
     def components(self) -> dict[str, list[nn.Module]]:
-        """The head."""
+        """Return the head."""
         return {
             "head": [
                 self.head if self._head_name else self.trunk.get_submodule(CONVOLUTIONAL[self.architecture])
@@ -196,7 +196,7 @@ class BackdoorBenchModel(nn.Module):
         }
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
-        """The last convolution with a batch norm of its own behind it; of preactresnet18 the last convolution."""
+        """Return the last convolution followed by its own batch norm; for preactresnet18, the last convolution."""
         if isinstance(self.trunk, PreActResNet18):
             last = self.trunk.layer4[-1]
             conv = last.get_submodule("conv2")
@@ -220,7 +220,7 @@ class BackdoorBenchModel(nn.Module):
 
 
 class _Unheard(nn.Module):
-    """A branch whose weights are kept and which is not computed: an auxiliary classifier, which only training has."""
+    """An auxiliary classifier whose weights are kept but which is not computed."""
 
     def __init__(self, branch: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Networks that BackdoorBench defines itself, written anew, with its names of the weights.
+"""Networks that BackdoorBench defines itself, reimplemented with its names of the weights.
 
 Source:
     Names and shapes of the weights: BackdoorBench, version 2.2.
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 class PreActResNet18(nn.Module):
-    """BackdoorBench's pre-activation ResNet-18: without a norm behind the last block.
+    """BackdoorBench's pre-activation ResNet-18, without a norm after the last block.
 
     Args:
         num_classes: Number of classes.
@@ -35,7 +35,7 @@ class PreActResNet18(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two convolutions, each behind a norm and a ReLU, and a shortcut that begins behind the first ReLU."""
+    """Two convolutions, each after a norm and a ReLU, and a shortcut that begins after the first ReLU."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -51,12 +51,12 @@ class _Block(nn.Module):
         return self.weigh(self.conv2(F.relu(self.bn2(self.conv1(active))))) + aside
 
     def weigh(self, maps: Tensor) -> Tensor:
-        """Weigh the output channels; here they stay as they are."""
+        """Weight the output channels; here they are unchanged."""
         return maps
 
 
 def _stages(block: Callable[[int, int, int], nn.Module]) -> Iterator[nn.Sequential]:
-    """Make the four stages of a ResNet-18, of two blocks each, which take channels before and after, and a stride."""
+    """Build the four stages of a ResNet-18, of two blocks each. `block` takes channels before and after, and stride."""
     widths = ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
     return (
         nn.Sequential(block(before, after, stride), block(after, after, 1))
@@ -131,7 +131,7 @@ class ResNeXt29(nn.Module):
 
 
 class _GroupBlock(nn.Module):
-    """A bottleneck of `width` channels, whose 3x3 convolution has two groups, and 2 `width` output channels."""
+    """A bottleneck of `width` channels with a 3x3 convolution in two groups, and 2 * `width` output channels."""
 
     def __init__(self, before: int, width: int, stride: int) -> None:
         super().__init__()

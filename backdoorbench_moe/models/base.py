@@ -1,7 +1,7 @@
-"""Optional protocols of models that the engine uses. Those about experts and features are in `moe.structure`.
+"""Optional protocols of models that the engine uses. Those for experts and features are in `moe.structure`.
 
-Any model may also have a class attribute `tiny`: options that make it small, which the conformance tests build it with.
-For a routed model they should make gates differ clearly, so that rounding does not decide which experts are selected.
+Any model may also have a class attribute `tiny`: options for a small model, with which the conformance tests build it.
+The gates of a small routed model should differ clearly, so that rounding does not decide which experts are selected.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 
 
 class Origin(NamedTuple):
-    """What is known of the file that a model starts from.
+    """Origin of the weights that a model is initialised with.
 
     Attributes:
-        sha256: SHA-256 of the file, or of the files, in hexadecimal.
-        backdoored: What its header says of itself: "true", "false", or "unknown" if it says nothing.
+        sha256: SHA-256 of the file or files, in hexadecimal.
+        backdoored: What the header of the file states: "true", "false", or "unknown" if it states neither.
     """
 
     sha256: str
@@ -27,44 +27,44 @@ class Origin(NamedTuple):
 
 @runtime_checkable
 class StartsFromFile(Protocol):
-    """A model whose training can start from weights in a file that one of its options names.
+    """A model that can be initialised with weights from a file, which one of its options names.
 
-    Building the model must not need the file: a trained model is built again later to load its own weights.
+    Building the model must not require the file, since a trained model is built again to load its trained weights.
     """
 
     def load_start(self) -> Origin | None:
-        """Load the weights from the file, in place; do nothing, and return None, if no file is named.
+        """Load the weights from the file, in place; return None without loading if no file is named.
 
-        It is called before the first training step, possibly more than once. The model file of the run will say
-        "backdoored" if the file says so, and that it is not known unless the file says that it is not.
+        It is called before the first training step, possibly more than once. The header of the run's model file states
+        that the model is backdoored if the file states so, and "unknown" if the file states neither.
 
         Raises:
-            ConfigError: If the file cannot be read or does not fit, naming the option.
+            ConfigError: The file cannot be read or does not fit; the message names the option.
         """
 
 
 @runtime_checkable
 class ReadsCheckpoints(Protocol):
-    """A model that reads checkpoints of its own shape, such as those of experts that others tuned from it."""
+    """A model that reads checkpoints of its architecture, such as those of experts that others fine-tuned from it."""
 
     def check_checkpoint(self, path: str) -> None:
-        """Check, without reading weights, that a checkpoint has the shape of this model.
+        """Check that a checkpoint has the architecture of this model, without reading weights.
 
         Raises:
-            ConfigError: It is missing, or of another shape, or its files are of a kind that is not read.
+            ConfigError: The checkpoint is missing, has another architecture, or consists of unsupported files.
         """
 
     def read_checkpoint(self, path: str) -> tuple[dict[str, Tensor], Origin]:
-        """Return the weights of a checkpoint by their names in this model's state dict, and what is known of them.
+        """Return the weights of a checkpoint by their names in this model's state dict, and their origin.
 
         Raises:
-            ConfigError: As `check_checkpoint`; or a file is damaged.
+            ConfigError: See `check_checkpoint`; or a file is damaged.
         """
 
 
 @runtime_checkable
 class SaysMemory(Protocol):
-    """A model of texts that says in advance how much memory it takes. It is asked when its weights have none yet."""
+    """A language model that estimates how much memory it takes, before memory for its weights is allocated."""
 
     def bytes_needed(
         self,
@@ -75,29 +75,29 @@ class SaysMemory(Protocol):
         experts: int = 0,
         top_k: int = 2,
     ) -> int:
-        """Estimate the bytes that this model, or a mixture of its copies, takes while it is trained with AdamW or used.
+        """Estimate the bytes that this model or a mixture of its copies takes in training with AdamW or in evaluation.
 
         Args:
-            batch: Texts that are passed through it at a time, from 1.
-            length: Positions T of a text, from 1.
+            batch: Number of texts in a batch, at least 1.
+            length: Number of positions T of a text, at least 1.
             trained: The weights that are trained.
             experts: Number of experts E of the mixture; 0 for the dense model.
-            top_k: Experts that compute each token.
+            top_k: Number of experts that process each token.
         """
 
 
 @runtime_checkable
 class WritesCheckpoints(Protocol):
-    """A model, or a mixture, of texts that is written in the format of transformers, for other programs."""
+    """A language model or a mixture of language models that can be saved in the format of transformers."""
 
     def write_checkpoint(self, folder: Path, *, end: int, header: Mapping[str, str]) -> None:
-        """Write the settings and the weights.
+        """Write the configuration and the weights.
 
         Args:
             folder: An empty folder.
-            end: The token with which an answer ends.
-            header: What the headers of the files of weights say, such as whether the model is backdoored.
+            end: The token that ends an answer.
+            header: Entries of the headers of the weight files, such as whether the model is backdoored.
 
         Raises:
-            ConfigError: The format has no place for this model.
+            ConfigError: The format does not support this model.
         """

@@ -1,7 +1,7 @@
-"""Options that every model has besides its own, and the registry that adds them.
+"""Options that all models have in common, and the registry that adds them.
 
-They are handled here and in the engine, so that no model has to know of them: `inputs` puts the preparation of the
-images into a model, and `engine.weights.fitting` loads the weights that a training starts from.
+Models need not implement them: `inputs` adds the preparation of images to a model, and `engine.weights.fitting` loads
+the weights that training starts from.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Colour = tuple[float, float, float]
-# Mean and standard deviation of red, green and blue, for pixels in [0, 1], as models are commonly trained with them.
+# Commonly used mean and standard deviation of red, green and blue, for pixels in [0, 1].
 NORMALISATIONS: Mapping[str, tuple[Colour, Colour]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
@@ -35,18 +35,19 @@ LARGEST_SIDE = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class CommonOptions:
-    """Options of every model. One that a model has itself, under the same name, is the model's.
+    """Options of all models. If a model has its own option with the same name, that one is used instead.
 
     Args:
-        weights: File of weights that training starts from: safetensors, or a state dict that `torch.save` wrote. None
-            for weights that are drawn from the seed.
-        head: Where `weights` are given: "auto" keeps the classifier of the file if it has as many classes as the data,
-            and otherwise draws a new one; "new" always draws one; "keep" requires that it fits.
+        weights: File of weights that training starts from: safetensors, or a state dict saved by `torch.save`. None to
+            draw the weights from the seed.
+        head: The classifier if `weights` are given: "auto" loads that of the file if it has as many classes as the
+            data, and otherwise draws a new one; "new" always draws a new one; "keep" requires that the one in the file
+            fits.
         mean: Normalisation inside the model: the mean of red, green and blue, for pixels in [0, 1], or a name such as
-            "imagenet", which gives the standard deviation as well. None for no normalisation.
+            "imagenet", which also sets the standard deviation. None for no normalisation.
         std: The standard deviation, above 0, or a name. It must be given if `mean` is given as numbers.
         resize: Side in pixels to which the model resizes its images (bilinear, antialiased); the network is built for
-            this size. None to take the images as they are.
+            this size. None to keep the size of the images.
 
     Raises:
         UnknownNameError: There is no normalisation of this name.
@@ -95,10 +96,10 @@ COMMON = list_options(CommonOptions)
 
 
 class ModelRegistry(Registry["nn.Module"]):
-    """The registry of models, each of which takes `CommonOptions` besides its own options if its inputs are images."""
+    """The registry of models. Models of images take `CommonOptions` in addition to their own options."""
 
     def _unknown(self, name: str) -> BbmoeError:
-        """The error for a name that cannot be looked up; an architecture of timm is named as it is called here."""
+        """Return the error for a name that cannot be looked up, with a hint if it is an architecture of timm."""
         error = super()._unknown(name)
         if not isinstance(error, UnknownNameError):
             return error
@@ -108,7 +109,7 @@ class ModelRegistry(Registry["nn.Module"]):
         return UnknownNameError(self.kind, name, self.names(), hint)
 
     def options(self, name: str) -> dict[str, Option]:
-        """Return the options of a model by name, and then the common ones."""
+        """Return the options of a model by name, followed by the common options."""
         own = super().options(name)
         return own | {key: option for key, option in self._common(name).items() if key not in own}
 
@@ -124,7 +125,7 @@ class ModelRegistry(Registry["nn.Module"]):
     def create(
         self, name: str, options: Mapping[str, object], given: Mapping[str, object] | None = None
     ) -> nn.Module:
-        """Build a model that prepares its images as the common options say; weights are not loaded."""
+        """Build a model that prepares its images according to the common options; weights are not loaded."""
         self.check(name, options)
         own, common = self._split(name, options)
         chosen: CommonOptions = CommonOptions(**common)
@@ -140,17 +141,17 @@ class ModelRegistry(Registry["nn.Module"]):
         )
 
     def common(self, name: str, options: Mapping[str, object]) -> CommonOptions:
-        """Return the common options of a model; those that it has itself have their defaults."""
+        """Return the common options of a model; those that the model replaces have their defaults."""
         return CommonOptions(**self._split(name, options)[1])
 
     def _common(self, name: str) -> Mapping[str, Option]:
-        """The common options that a model takes by name: none if its inputs are texts."""
+        """Return the common options of a model by name; none if its inputs are texts."""
         from backdoorbench_moe.moe.structure import takes_text
 
         return {} if takes_text(self.lookup(name)) else COMMON
 
     def _split(self, name: str, options: Mapping[str, object]) -> tuple[dict[str, object], dict[str, Any]]:
-        """Return a model's own options, and the common ones with converted values."""
+        """Return a model's own options, and the common options with converted values."""
         known, common = super().options(name), self._common(name)
         own = {key: value for key, value in options.items() if key in known or key not in common}
         rest = {key: value for key, value in options.items() if key not in own}

@@ -1,4 +1,4 @@
-"""A small network of ConvNeXt's blocks, whose MLPs work on each patch by itself, so that they can be merged."""
+"""A small network of ConvNeXt blocks, which can be merged because their MLPs process each patch separately."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from backdoorbench_moe.models.checks import check_image_size, check_positive
 from backdoorbench_moe.moe.structure import ChannelGroup
 from backdoorbench_moe.ops.ranges import check_integer
 
-# timm's value for all norms of ConvNeXt.
+# Value of timm for all norms of ConvNeXt.
 NORM_EPS = 1e-6
 
 
 class ConvNeXt(nn.Module):
     """ConvNeXt blocks at one resolution: a depthwise convolution that mixes patches, then an MLP for each patch.
 
-    Experts that were tuned from such a network can be merged.
+    Experts that were fine-tuned from such a network can be merged.
 
-    Departures: it has one stage instead of four. By default, the stem consists of overlapping convolutions, and kernels
-    are 3x3 instead of 7x7. All weights are drawn from He's normal distribution without a factor for the activation. The
-    layer scales start with 1 instead of 1e-6, which suits a network of few blocks.
+    Departures: there is one stage instead of four. By default, the stem consists of overlapping convolutions, and
+    kernels are 3x3 instead of 7x7. All weights are drawn from He's normal distribution without a factor for the
+    activation. Layer scales are initialised to 1 instead of 1e-6, which suits a network of few blocks.
 
     Args:
         num_classes: Number of classes.
@@ -34,15 +34,15 @@ class ConvNeXt(nn.Module):
         features: Features D of a patch, at least 2.
         depth: Number of blocks.
         kernel_size: Side of the depthwise kernels, an odd number.
-        stem: "overlap": 3x3 convolutions of stride 2, with which fewer epochs suffice; "patch": one convolution on
+        stem: "overlap" for 3x3 convolutions of stride 2, which need fewer epochs; "patch" for one convolution on
             disjoint patches, as in the original.
-        patch_size: Stride of the stem in pixels: 2, 4, 8, ...; with stem "overlap", log2 of it is the number of
+        patch_size: Stride of the stem in pixels, a power of two: 2, 4, 8, ... Stem "overlap" has log2(patch_size)
             convolutions.
         mlp_ratio: Hidden units of each MLP as a multiple of `features`.
 
     Attributes:
-        patch_size: Side of the image tile that belongs to a patch. With stem "overlap", the patch also depends on the
-            `patch_size` - 1 pixels to its left and above it.
+        patch_size: Side of the image tile that belongs to a patch. With stem "overlap", a patch also depends on the
+            `patch_size` - 1 pixels to the left of the tile and above it.
 
     Raises:
         ConfigError: An option is out of range.
@@ -71,7 +71,7 @@ class ConvNeXt(nn.Module):
         check_integer("features", features, 2)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ConfigError.expected("kernel_size", "an odd number of at least 1", kernel_size)
-        if not 1 / features <= mlp_ratio < math.inf:
+        if not (0 < mlp_ratio < math.inf and int(mlp_ratio * features) >= 1):
             raise ConfigError.expected("mlp_ratio", f"a number of at least 1/{features}", mlp_ratio)
         _check_patch_size(patch_size, image_size)
         self.patch_size, self._side = patch_size, image_size // patch_size
@@ -102,22 +102,22 @@ class ConvNeXt(nn.Module):
         return self.head(features)
 
     def components(self) -> dict[str, list[nn.Module]]:
-        """The head."""
+        """Return the head."""
         return {"head": [self.head]}
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
-        """The hidden units of the last MLP."""
+        """Return the hidden units of the last MLP."""
         fc1 = self.blocks[-1].get_submodule("mlp.fc1")
         return {"trunk": [ChannelGroup.whole("trunk", fc1)]}
 
     def mlps(self) -> dict[str, nn.Module]:
-        """The MLPs of the blocks; see `moe.structure.Mergeable`."""
+        """Return the MLPs of the blocks; see `moe.structure.Mergeable`."""
         return {
             f"blocks.{number}.mlp": block.get_submodule("mlp") for number, block in enumerate(self.blocks)
         }
 
     def token_layout(self) -> tuple[tuple[int, int], int]:
-        """Rows and columns of the patches, and no tokens before them."""
+        """Return the rows and columns of patches, and 0, since there are no tokens before them."""
         return (self._side, self._side), 0
 
 
@@ -136,7 +136,7 @@ def _patch_stem(features: int, patch_size: int) -> nn.Sequential:
 
 
 def _overlapping_stem(features: int, patch_size: int) -> nn.Sequential:
-    """3x3 convolutions of stride 2, whose channels double up to `features`, with GELUs between, and a norm."""
+    """3x3 convolutions of stride 2 with GELUs between them, whose channels double up to `features`, and a norm."""
     count = patch_size.bit_length() - 1
     widths = [3, *(max(1, features >> left) for left in reversed(range(count)))]
     layers: list[nn.Module] = []

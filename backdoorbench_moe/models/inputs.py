@@ -1,9 +1,9 @@
 """The preparation of images inside a model: resizing and normalisation.
 
-A model has several methods that take images, and they call each other: `forward`, `forward_routed` of a routed model,
-and `extract_features`. A hook on the model would see only the first. So the model gets a subclass of its class in which
-each of these methods prepares the images, once, however they call each other. State dict, protocols and names of
-modules stay as they are.
+A model has several methods that take images and call each other: `forward`, `forward_routed` of a routed model, and
+`extract_features`. A hook on the model would only apply to the first. Therefore the class of the model is replaced by a
+subclass in which each of these methods prepares the images, but only once if they call each other. The state dict, the
+protocols and the names of modules do not change.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ def prepare_inputs(
     resize: int | None = None,
     image_size: int,
 ) -> nn.Module:
-    """Make a model prepare its images from now on, in place.
+    """Add the preparation of images to a model, in place.
 
     Args:
-        model: A model that does not do so yet. With `resize` it must take images of this side.
-        normalisation: Mean and standard deviation of each colour, for pixels in [0, 1]; None to leave the values.
-        resize: Side to which images are resized (bilinear, antialiased); None to leave the size.
-        image_size: Side of the images, in pixels.
+        model: A model without preparation of images. With `resize`, it must take images of this side.
+        normalisation: Mean and standard deviation of each colour, for pixels in [0, 1]; None for no normalisation.
+        resize: Side to which images are resized (bilinear, antialiased); None to keep the size.
+        image_size: Side of the images in pixels.
 
     Returns:
-        The model. If it has patches, `patch_size` is the side of a patch in the images as they are before resizing, or
-        None if that is no whole number.
+        The model. If it has patches, `patch_size` is the side of a patch in pixels before resizing, or None if this is
+        not an integer.
 
     Raises:
-        ConfigError: It is a routed model, and its patches have no whole number of pixels.
+        ConfigError: The model is routed, and the side of its patches is not an integer.
     """
     if resize is not None and resize != image_size:
         _scale_patches(model, resize, image_size)
-        # Row i holds the weights with which pixel i is made. Products of matrices have a deterministic gradient, which
-        # the kernels for resizing lack on a GPU.
+        # Row i contains the weights of pixel i of the result. On a GPU, matrix products have a deterministic gradient,
+        # unlike the kernels for resizing.
         rows = F.interpolate(
             torch.eye(image_size)[None, None], (resize, image_size), mode="bilinear", antialias=True
         )[0, 0]
@@ -65,7 +65,7 @@ def prepare_inputs(
 
 
 def _scale_patches(model: nn.Module, resize: int, image_size: int) -> None:
-    """Change the attribute `patch_size` to pixels of the images before resizing."""
+    """Convert the attribute `patch_size` to pixels before resizing."""
     size = getattr(model, "patch_size", None)
     if not isinstance(size, int):
         return
@@ -80,14 +80,14 @@ def _scale_patches(model: nn.Module, resize: int, image_size: int) -> None:
 
 @functools.cache
 def _preparing(kind: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a class of models whose methods prepare the images."""
+    """Return the subclass of a model class whose methods prepare the images."""
     methods = {name: _prepared(getattr(kind, name)) for name in TAKES_IMAGES if hasattr(kind, name)}
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), {**methods, **names})
 
 
 def _prepared(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that prepares its images, unless it is called by another one that has done so."""
+    """Return a method that prepares its images unless it is called by another method that has prepared them."""
 
     @functools.wraps(method)
     def call(self: nn.Module, images: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Conversion of the reference's pMoE, a Keras model, to `PMoE`."""
+"""Conversion of the Keras model of the pMoE reference to `PMoE`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Slot:
     """One array in the list of Keras weights.
 
     Attributes:
-        name: What the array is, such as "block1.conv1 kernel".
-        ours: View of the tensor in `PMoE` that corresponds to it, in Keras's layout. Writing to it changes the model.
+        name: Description of the array, such as "block1.conv1 kernel".
+        ours: View of the corresponding tensor in `PMoE`, in Keras's layout. Writing to it changes the model.
     """
 
     name: str
@@ -30,27 +30,28 @@ class Slot:
 def pmoe_from_keras(weights: Sequence[Any], *, image_size: int = 32, top_k: int = 16) -> PMoE:
     """Build a `PMoE` from the weights of the reference's Keras model.
 
-    Outputs, routing and SGD steps then equal the reference's. In training, the moving variance is updated with the
-    unbiased variance of the batch, as TensorFlow's fused batch norm in Keras 2 does (Keras 3 uses the biased one).
+    Outputs, routing and SGD steps equal those of the reference. In training, the moving variance is updated with the
+    unbiased variance of the batch, as in the fused batch norm of TensorFlow in Keras 2 (Keras 3 uses the biased one).
 
     Args:
-        weights: What `model.get_weights()` returns: 42 + 7 * E arrays for E experts (70 for 4) in the reference's
-            order, kernels as HWIO, batch norms as gamma, beta, moving mean, moving variance.
+        weights: The output of `model.get_weights()`: 42 + 7 * E arrays for E experts (70 for 4) in the order of the
+            reference, with kernels as HWIO and batch norms as gamma, beta, moving mean, moving variance.
         image_size: Side of the images in pixels. Like `top_k`, it cannot be derived from the weights.
-        top_k: Patches that each expert takes.
+        top_k: Number of patches that each expert selects.
 
     Returns:
         The model, in training mode.
 
     Raises:
-        ShapeError: For an array of the wrong shape or type, naming its index, what was expected and what came.
-        ConfigError: For an `image_size` or `top_k` out of range.
+        ShapeError: An array has the wrong shape or type; the message names its index.
+        ConfigError: `image_size` or `top_k` is out of range.
 
-    Source: nowazrabbani/pMoE_CNN, `wideresnet_moe.py`.
+    Source:
+        nowazrabbani/pMoE_CNN, `wideresnet_moe.py`.
     """
     arrays = [_as_array(index, weight) for index, weight in enumerate(weights)]
     sizes = _read_sizes(arrays)
-    # The random initial weights are overwritten, so they are not drawn from the caller's random stream.
+    # The random initial weights are overwritten, so the state of the caller's generator is preserved.
     with torch.random.fork_rng(devices=[]):
         model = PMoE(image_size=image_size, top_k=top_k, **sizes)
     for index, (array, slot) in enumerate(zip(arrays, keras_slots(model), strict=True)):

@@ -46,17 +46,18 @@ class PreActBlock(nn.Module):
 class PreActResNet18(nn.Module):
     """PreActResNet-18: a 3x3 stem and 4 stages of 2 blocks, with strides 1, 2, 2, 2.
 
-    It has the last batch norm and ReLU of the paper, which the implementation shared by many backdoor toolboxes omits.
+    It has the final batch norm and ReLU of the paper, which the implementation in many backdoor toolboxes omits.
 
     Args:
         num_classes: Number of classes.
-        image_size: Side of the images in pixels, from 8.
-        width: Channels of the first stage, from 8; the others have 2, 4 and 8 times as many.
+        image_size: Side of the images in pixels, at least 8.
+        width: Channels of the first stage, at least 8; the others have 2, 4 and 8 times as many.
 
     Raises:
-        ConfigError: For an option out of range.
+        ConfigError: An option is out of range.
 
-    Source: He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016.
+    Source:
+        He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"width": 8}
@@ -98,11 +99,11 @@ class PreActResNet18(nn.Module):
         return self.head(features)
 
     def components(self) -> dict[str, list[nn.Module]]:
-        """The head."""
+        """Return the head."""
         return {"head": [self.head]}
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
-        """The last convolution. The norm behind it takes its sum with the shortcut."""
+        """Return the last convolution. The input of the following norm is its sum with the shortcut."""
         block = self.blocks[-1]
         assert isinstance(block, PreActBlock)
         return {"trunk": [ChannelGroup.whole("trunk", block.conv2, self.norm)]}

@@ -1,4 +1,4 @@
-"""Size of a model and the cost of one image or text."""
+"""Size of a model and the computational cost of one image or text."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from backdoorbench_moe.moe.structure import takes_text
 
 @dataclass(frozen=True)
 class ModelProfile:
-    """Size and cost of a model.
+    """Size and computational cost of a model.
 
     Attributes:
-        parameters: Number of trained values.
-        buffers: Number of other floating-point values in the state, such as running statistics of batch norms.
-        multiply_adds: Those of one image or text in convolutions, linear layers and attention, forward pass only.
+        parameters: Number of parameters.
+        buffers: Number of floating-point values in the buffers of the state dict, such as running statistics of batch
+            norms.
+        multiply_adds: Multiply-adds of one image or text in convolutions, linear layers and attention, in the forward
+            pass.
     """
 
     parameters: int
@@ -28,36 +30,41 @@ class ModelProfile:
 
 
 def profile_model(model: nn.Module, size: int) -> ModelProfile:
-    """Count a model's values, and the multiply-adds of one image or text.
+    """Count a model's parameters and buffers, and the multiply-adds of one image or text.
 
-    The model is not changed. Multiply-adds are those that are computed: if a routed model's code also computes experts
-    on patches they did not select, these count as well.
+    The model is not changed. All multiply-adds that are computed are counted, including those of experts that a routed
+    model computes on patches that they did not select.
 
     Args:
-        model: The model, on any device, "meta" included.
-        size: Side of the image in pixels; of a model that takes texts, the tokens of the text.
+        model: The model, on any device. On "meta", layers in which tokens choose experts cannot be computed.
+        size: Side of the image in pixels; for a model of texts, the number of tokens.
     """
     training = {module: module.training for module in model.modules()}
     example = _example(model, size)
     counter = FlopCounterMode(display=False)
     model.eval()
     try:
-        # The counter knows the matrix products of the plain implementation of attention on every device. Gradients are
-        # enabled because its module hooks fail without them on models with learned tokens.
+        # The counter supports the plain implementation of attention on every device. Gradients are enabled, since
+        # without them its module hooks fail on models with learned tokens.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             model(example)
     finally:
         for module, was_training in training.items():
             module.training = was_training
+    stored = model.state_dict().keys()
     return ModelProfile(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        buffers=sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point()),
+        buffers=sum(
+            buffer.numel()
+            for name, buffer in model.named_buffers()
+            if name in stored and buffer.is_floating_point()
+        ),
         multiply_adds=counter.get_total_flops() // 2,
     )
 
 
 def _example(model: nn.Module, size: int) -> Tensor:
-    # A model without parameters is run on the CPU in float32.
+    # Models without parameters run on the CPU in float32.
     reference = next(model.parameters(), torch.empty(0, dtype=torch.float32))
     if takes_text(model):
         return torch.zeros(1, size, device=reference.device, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Any architecture of timm, untrained and fitted to the image size."""
+"""Any architecture of timm, without pretrained weights and adapted to the image size."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from backdoorbench_moe.models.checks import check_image_size, check_positive
 from backdoorbench_moe.models.timm_merging import plain_transformer
 from backdoorbench_moe.moe.structure import ChannelGroup
 
-# Up to this side, the strided stem of a network made for 224x224 would leave too small a map.
+# Up to this side, the strided stem of a network for 224x224 images would make the feature map too small.
 SMALL_IMAGE = 64
 # Parts of module names whose convolutions and MLPs are not on the main path: shortcuts and relative positions.
 ASIDE = ("downsample", "rel_pos")
-# A vision transformer gets smaller patches if its own would give fewer tokens than an 8x8 grid.
+# The patches of a vision transformer are made smaller if it would otherwise have fewer tokens than an 8x8 grid.
 GRID = 8
 
 
@@ -35,23 +35,24 @@ class TimmModel(nn.Module):
         num_classes: Number of classes.
         image_size: Side of the images in pixels.
         architecture: Name of the architecture in timm.
-        small_stem: For convolutional networks: whether the first convolution becomes 3x3 with stride 1 and the max
-            pooling of the stem is removed, as is usual on CIFAR. None for images of up to 64 pixels, if the
-            architecture is made for larger ones and its stem has a stride.
-        patch_size: For models with patches: side of a patch in pixels, a divisor of `image_size`. None keeps the
-            architecture's own if it gives at least 64 tokens or `image_size` is at least the architecture's own, and
-            otherwise takes image_size // 8. It must be given if neither divides the image.
-        depth: For transformers: number of blocks; None for the architecture's own.
-        embed_dim: For transformers: features of a token; None for the architecture's own.
-        num_heads: For transformers: attention heads, a divisor of `embed_dim`; None for the architecture's own.
+        small_stem: For convolutional networks: whether to replace the first convolution by a 3x3 convolution with
+            stride 1 and remove the max pooling of the stem, as is usual on CIFAR. None to do so for images of up to 64
+            pixels, if the architecture is made for larger images and its stem has a stride.
+        patch_size: For models with patches: side of a patch in pixels, a divisor of `image_size`. None for the default
+            of the architecture if it results in at least 64 tokens or `image_size` is at least that of the
+            architecture, and otherwise image_size // 8. It must be set if neither divides the image.
+        depth: For transformers: number of blocks; None for the default of the architecture.
+        embed_dim: For transformers: features of a token; None for the default of the architecture.
+        num_heads: For transformers: attention heads, a divisor of `embed_dim`; None for the default of the
+            architecture.
 
     Raises:
-        UnknownNameError: For an architecture that timm does not have.
-        ConfigError: If the architecture does not take an option or the image size.
+        UnknownNameError: timm has no such architecture.
+        ConfigError: The architecture does not take an option or the image size.
     """
 
     name_argument = "architecture"
-    # Files of timm have the names of the network alone.
+    # The names in weight files of timm do not have this prefix.
     published_prefix = "network."
 
     tiny: ClassVar[Mapping[str, object]] = {"architecture": "test_resnet"}
@@ -83,7 +84,7 @@ class TimmModel(nn.Module):
         options |= _choose_sizes(architecture, outline, depth=depth, embed_dim=embed_dim, num_heads=num_heads)
         self.architecture = architecture
         self.network = _build(architecture, image_size=image_size, **options)
-        # The weight that published weights do not fit, for the message.
+        # Name of the weight that published weights do not fit, for the error message.
         self.small_stem_weight = ""
         if _wants_small_stem(architecture, self.network, image_size, small_stem):
             _shrink_stem(self.network)
@@ -101,7 +102,7 @@ class TimmModel(nn.Module):
         """Map images (B, 3, H, W) in [0, 1] to the features (B, D) before the last linear layer.
 
         Raises:
-            ConfigError: If the architecture does not end in one linear layer, but in several side by side.
+            ConfigError: The architecture does not end in a single linear layer.
         """
         self._check_features()
         return self._run(images)[1][0].flatten(1)
@@ -110,19 +111,19 @@ class TimmModel(nn.Module):
         """Map features (B, D) to logits (B, classes).
 
         Raises:
-            ConfigError: If the architecture does not end in one linear layer, but in several side by side.
+            ConfigError: The architecture does not end in a single linear layer.
         """
         self._check_features()
         return _apply_flat(self._last_layer(), features)
 
     def components(self) -> dict[str, list[nn.Module]]:
-        """The head, if timm names one with weights."""
+        """Return the head if timm has one with weights."""
         head = self.network.get_classifier()  # type: ignore[operator]
         named = isinstance(head, nn.Module) and any(True for _ in head.parameters())
         return {"head": [head]} if named else {}
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
-        """The last convolution that has its own batch norm, outside of shortcuts, or hidden layer of an MLP."""
+        """Return the last convolution with its own batch norm, outside shortcuts, or hidden layer of an MLP."""
         kinds = (nn.Conv2d, nn.BatchNorm2d, Mlp)
         modules = [(name, m) for name, m in self.network.named_modules() if isinstance(m, kinds)]
         found = [
@@ -133,10 +134,10 @@ class TimmModel(nn.Module):
         return {"trunk": found[-1:]} if found else {}
 
     def mlps(self) -> dict[str, nn.Module]:
-        """The MLPs of a plain vision transformer; see `moe.structure.Mergeable`.
+        """Return the MLPs of a plain vision transformer; see `moe.structure.Mergeable`.
 
         Raises:
-            ConfigError: The architecture is another one.
+            ConfigError: The architecture is not a plain vision transformer.
         """
         blocks = plain_transformer(self.network, self.architecture).blocks
         return {
@@ -144,22 +145,22 @@ class TimmModel(nn.Module):
         }
 
     def token_layout(self) -> tuple[tuple[int, int], int]:
-        """Rows and columns of the patches of a plain vision transformer, and the number of tokens before them.
+        """Return the rows and columns of patches of a plain vision transformer, and the number of tokens before them.
 
         Raises:
-            ConfigError: The architecture is another one.
+            ConfigError: The architecture is not a plain vision transformer.
         """
         network = plain_transformer(self.network, self.architecture)
         return network.patch_embed.grid_size, network.num_prefix_tokens
 
     def _last_layer(self) -> nn.Module:
-        """The last linear layer or convolution of timm's classifier; a module that is never called if there is none."""
+        """Return the last linear layer or convolution of timm's classifier, or an unused module if there is none."""
         head = self.network.get_classifier()  # type: ignore[operator]
         inside = head.modules() if isinstance(head, nn.Module) else ()
         return next(reversed([m for m in inside if isinstance(m, nn.Linear | nn.Conv2d)]), nn.Identity())
 
     def _run(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Run the network. Returns the logits, and the input of the last layer for each time it was called."""
+        """Run the network; return the logits and the inputs of all calls of the last layer."""
         seen: list[Tensor] = []
         hook = self._last_layer().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
@@ -175,7 +176,7 @@ class TimmModel(nn.Module):
             )
 
     def _try_out(self, architecture: str, image_size: int) -> None:
-        """Run one image: only this shows whether the strides fit its size, and what the last layer is given."""
+        """Run one image to check that the strides fit its size, and to find the input of the last layer."""
         self.network.eval()
         image = torch.linspace(0, 1, 3 * image_size**2).reshape(1, 3, image_size, image_size)
         with torch.no_grad():
@@ -190,12 +191,12 @@ class TimmModel(nn.Module):
 
 
 def _apply_flat(layer: nn.Module, features: Tensor) -> Tensor:
-    """Features (B, D) through a linear layer, or through a convolution as a map of one cell: (B, classes)."""
+    """Apply a linear layer, or a convolution on a map of one cell, to features (B, D); returns (B, classes)."""
     return layer(features[..., None, None] if isinstance(layer, nn.Conv2d) else features).flatten(1)
 
 
 def _prunable(module: nn.Module, after: nn.Module) -> ChannelGroup | None:
-    """The channels of a convolution that its batch norm directly follows, or the hidden units of an MLP."""
+    """Return the channels of a convolution that is directly followed by its batch norm, or hidden units of an MLP."""
     if isinstance(module, Mlp) and isinstance(module.fc1, nn.Linear):
         return ChannelGroup.whole("trunk", module.fc1)
     if not isinstance(module, nn.Conv2d) or not isinstance(after, nn.BatchNorm2d):
@@ -219,9 +220,9 @@ def _build(architecture: str, *, image_size: int | None, **options: Any) -> nn.M
 
 
 def _unfit(architecture: str, image_size: int | None, error: Exception) -> ConfigError:
-    if "'patch_size'" in str(error):  # of TypeError: the architecture's builder names its own
+    if "'patch_size'" in str(error):  # A TypeError: the builder of the architecture also passes patch_size.
         return ConfigError(
-            f"patch_size: timm's {architecture!r} fixes its own, too large here; give it as patch_size to keep it"
+            f"patch_size: timm's {architecture!r} has a fixed patch size, too large here; set patch_size to keep it"
         )
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if "divisible by num_heads" in reason:
@@ -245,7 +246,7 @@ def _patch_embed(network: nn.Module) -> PatchEmbed | None:
 def _choose_patch_size(
     architecture: str, outline: nn.Module, image_size: int, wanted: int | None
 ) -> int | None:
-    """The patch size to build with; None for the architecture's own."""
+    """Return the patch size to build with; None for the default of the architecture."""
     embed = _patch_embed(outline)
     if wanted is not None:
         if not _takes(outline, "patch_size") or embed is None:
@@ -271,12 +272,12 @@ def _choose_patch_size(
 
 
 def _choose_sizes(architecture: str, outline: nn.Module, **sizes: int | None) -> dict[str, int]:
-    """The sizes that are given. Raises ConfigError for one that the architecture does not take or that is below 1."""
+    """Return the sizes that are set. Raise ConfigError if the architecture does not take one or it is below 1."""
     wanted = {name: size for name, size in sizes.items() if size is not None}
     check_positive(**wanted)
     for name, size in wanted.items():
         annotation = inspect.signature(type(outline).__init__).parameters.get(name)
-        # A network of several stages has tuples of sizes, which cannot be chosen.
+        # The sizes of a network with several stages are tuples, which cannot be set.
         if annotation is None or not isinstance(annotation.default, int):
             raise ConfigError(f"{name}: timm's {architecture!r} has no such size to choose, got {size}")
     return wanted

@@ -16,20 +16,21 @@ _CONVOLUTIONS = (1, 1, "M", 2, 2, "M", 4, 4, 4, "M", 8, 8, 8, "M", 8, 8, 8, "M")
 
 
 class VGG16BN(nn.Module):
-    """VGG-16 with batch norm (configuration D), with one linear layer on the average of the last map.
+    """VGG-16 with batch norm (configuration D) and one linear layer on the average of the last feature map.
 
-    Layers and initialisation are torchvision's. The single linear layer replaces the three of the original, which are
-    made for the 7x7 map of 224x224 images, as is usual for 32x32 images.
+    Layers and initialisation are those of torchvision. As is usual for 32x32 images, a single linear layer replaces the
+    three layers of the original, which require the 7x7 feature map of 224x224 images.
 
     Args:
         num_classes: Number of classes.
-        image_size: Side of the images in pixels, from 32, since the map is halved five times.
+        image_size: Side of the images in pixels, at least 32, since the feature map is halved five times.
         width: Channels of the first two convolutions; the others have 2, 4 and 8 times as many.
 
     Raises:
-        ConfigError: For an option out of range.
+        ConfigError: An option is out of range.
 
-    Source: Simonyan & Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", ICLR 2015.
+    Source:
+        Simonyan & Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", ICLR 2015.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"width": 8}
@@ -62,10 +63,10 @@ class VGG16BN(nn.Module):
         return self.head(features)
 
     def components(self) -> dict[str, list[nn.Module]]:
-        """The head."""
+        """Return the head."""
         return {"head": [self.head]}
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
-        """The last convolution."""
+        """Return the last convolution."""
         *_, conv, norm, _, _ = self.features  # The last two are a ReLU and a max pooling.
         return {"trunk": [ChannelGroup.whole("trunk", conv, norm)]}

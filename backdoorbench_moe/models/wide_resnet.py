@@ -1,4 +1,4 @@
-"""The dense counterpart of pMoE: the same trunk, with a third block in place of the experts."""
+"""The dense counterpart of pMoE: the same trunk, with a third block instead of experts."""
 
 from __future__ import annotations
 
@@ -24,19 +24,22 @@ from backdoorbench_moe.moe.structure import ChannelGroup
 class WideResNet(nn.Module):
     """Wide residual network of depth 10: three groups of one block, with strides 1, 2, 2, and a linear head.
 
-    Padding, initialisation and batch norms follow Keras, as in pMoE. The last map is averaged over its whole size; the
-    reference averages over a window that is fixed for 32x32 images.
+    Padding, initialisation and batch norms follow Keras, as in pMoE. The last feature map is averaged over all
+    positions; the reference averages over a window of fixed size for 32x32 images.
 
     Args:
         num_classes: Number of classes.
-        image_size: Side of the images in pixels, from 4.
-        widen_factor: The blocks have 16, 32 and 64 times as many channels, rounded. It may be fractional, from 1.
-        bn_momentum: Momentum of batch norms in (0, 1], as PyTorch counts it; the default is 0.99 in Keras.
+        image_size: Side of the images in pixels, at least 4.
+        widen_factor: Width w of the network, at least 1, possibly fractional: the blocks have 16 * w, 32 * w and 64 * w
+            channels, rounded.
+        bn_momentum: Momentum of batch norms as PyTorch defines it, in (0, 1]. The default corresponds to the default
+            0.99 of Keras.
 
     Raises:
-        ConfigError: For an option out of range.
+        ConfigError: An option is out of range.
 
-    Source: nowazrabbani/pMoE_CNN, `wideresnet.py`.
+    Source:
+        nowazrabbani/pMoE_CNN, `wideresnet.py`.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"widen_factor": 1}
@@ -75,9 +78,9 @@ class WideResNet(nn.Module):
         return self.head(features)
 
     def components(self) -> dict[str, list[nn.Module]]:
-        """The head."""
+        """Return the head."""
         return {"head": [self.head]}
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
-        """The last convolution. The norm behind it takes its sum with the shortcut."""
+        """Return the last convolution. The input of the following norm is its sum with the shortcut."""
         return {"trunk": [ChannelGroup.whole("trunk", self.block3.conv2, self.norm)]}

@@ -1,4 +1,4 @@
-"""The trunk of pMoE and of its dense counterpart, with the conventions of Keras that change results."""
+"""The trunk of pMoE and of its dense counterpart, with the conventions of Keras that affect results."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def batch_norm(channels: int) -> nn.BatchNorm2d:
 def set_bn_momentum(model: nn.Module, momentum: float) -> None:
     """Set the momentum of all batch norms of a model.
 
-    With Keras's default, running statistics need some hundred steps to forget their initial values. Short runs need a
+    With Keras's default, running statistics depend on their initial values for some hundred steps. Short runs need a
     larger momentum.
 
     Args:
         model: The model.
-        momentum: In (0, 1], as PyTorch counts it.
+        momentum: Momentum as PyTorch defines it, in (0, 1].
 
     Raises:
-        ConfigError: For a momentum out of range.
+        ConfigError: `momentum` is out of range.
     """
     check_interval("bn_momentum", momentum, "(0, 1]")
     for module in model.modules():
@@ -97,9 +97,9 @@ class WideTrunk(nn.Sequential):
     """A stem of 16 channels and two blocks, with strides 1 and 2.
 
     Args:
-        widen_factor: The blocks have 16 and 32 times as many channels, rounded.
-        halvings: How many times the map is halved between the stem and the blocks. The reference has none. They keep
-            the cost of the blocks, which dominates, for larger images at what it is for 32x32.
+        widen_factor: Width w: the blocks have 16 * w and 32 * w channels, rounded.
+        halvings: How many times the feature map is halved between the stem and the blocks; never in the reference. For
+            larger images, they keep the cost of the blocks, which dominates, equal to that for 32x32 images.
     """
 
     def __init__(self, widen_factor: float, *, halvings: int = 0) -> None:

@@ -1,12 +1,12 @@
-"""Mixtures of experts: what routed models return, where their experts are, and layers to build them from.
+"""Mixtures of experts: routed models, protocols for their experts, and MoE layers.
 
 - `routed`: `RoutedModel` and the `Routing` it returns.
-- `structure`: optional protocols by which a model says where its experts, prunable channels and features are.
+- `structure`: optional protocols by which a model describes its experts, prunable channels and features.
 - `layers`: sparse and soft MoE layers, in separate parts: routers, dispatch, experts, losses.
-- `merging`: merging experts that were tuned from one dense model, and taking the mixture apart again.
+- `merging`: merging experts that were fine-tuned from one dense model, and extracting experts from a mixture.
 - `experts`: operations on single experts: muting, copying, reading and replacing outputs.
-- `pruning`: activity of channels and pruning them.
-- `norms`: measuring the running statistics of batch norms anew.
-- `prefix`: evaluating the end of a model repeatedly without computing its beginning again.
+- `pruning`: activity of channels, and pruning them.
+- `norms`: recomputing the running statistics of batch norms.
+- `prefix`: evaluating the end of a model repeatedly without recomputing its beginning.
 - `precision`: computing in fp32 under autocast.
 """

@@ -1,4 +1,4 @@
-"""Which experts the patches that a trigger changes are sent to, as losses and as shares."""
+"""Losses and metrics of the experts that the patches changed by a trigger are sent to."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Choice = Literal["patches", "experts", "nothing"]
 
 
 def choice_of(routing: Routing) -> Choice:
-    """What a routed layer lets choose, from the routing of at least two images.
+    """Infer what is chosen in a routed layer, from the routing of at least two images.
 
     Returns:
-        "nothing" if every expert processes every patch; "patches" if the numbers of patches that the experts select are
-        more even than the numbers of experts that select a patch (expert choice); otherwise "experts" (token choice,
-        with or without a limit of the experts' capacity). In expert choice the former numbers are not all equal if
-        class tokens, which are not reported, are among the tokens that an expert selects.
+        "nothing" if every expert processes every patch; "patches" if the number of patches per expert varies less than
+        the number of experts per patch (expert choice); otherwise "experts" (token choice, with or without a capacity
+        limit). In expert choice, the number of patches per expert may vary, because experts also select class tokens,
+        which are not reported.
     """
     selected = routing.selected
     by_expert, by_patch = selected.sum(-1), selected.sum(-2)
@@ -33,20 +33,20 @@ def choice_of(routing: Routing) -> Choice:
 
 
 def capture_loss(routing: Sequence[Routing], touched: Tensor, *, margin: float = 1.0) -> Tensor:
-    """A loss that falls as more experts select one of the patches that a trigger changes, for expert choice.
+    """Compute a loss that falls as more experts select a patch that the trigger changes, for expert choice.
 
-    For each expert it is the hinge max(0, `margin` + threshold - best). "Best" is the largest log gate of a changed
-    patch, and "threshold" the smallest of the log gates with which the expert would fill all its places from the other
-    patches. Both are divided by the standard deviation of the others' log gates, so that the scale of the router does
-    not matter.
+    For each expert, the loss is the hinge max(0, `margin` + threshold - best). Here, "best" is the largest log gate of
+    a changed patch, and "threshold" is the smallest log gate that would be selected if the expert selected only other
+    patches. Both are divided by the standard deviation of the other patches' log gates, so that the scale of the
+    router does not matter.
 
     Args:
         routing: The routing of each layer, with gradients.
-        touched: (P,) bool, the changed patches; neither none nor all.
-        margin: In standard deviations.
+        touched: (P,) bool, the changed patches; at least one, but not all.
+        margin: Margin in standard deviations.
 
     Returns:
-        The mean over layers, images and experts; 0 if all experts are captured with the margin.
+        The mean over layers, images and experts; 0 if every expert selects a changed patch with the margin.
     """
     losses = []
     for layer in routing:
@@ -60,12 +60,12 @@ def capture_loss(routing: Sequence[Routing], touched: Tensor, *, margin: float =
 
 
 def expert_loss(routing: Sequence[Routing], touched: Tensor, experts: Sequence[int]) -> Tensor:
-    """A loss that falls as the changed patches are sent to one expert of each layer.
+    """Compute a loss that falls as the changed patches are sent to one expert of each layer.
 
     Args:
         routing: The routing of each layer, with gradients.
         touched: (P,) bool, the changed patches; at least one.
-        experts: The wanted expert of each layer.
+        experts: The target expert of each layer.
 
     Returns:
         The mean over layers, images and changed patches of -log of the expert's share of the gates of the patch.
@@ -80,18 +80,18 @@ def expert_loss(routing: Sequence[Routing], touched: Tensor, experts: Sequence[i
 def patch_losses(
     gates: Tensor, experts: Tensor, choice: Choice, places: int, *, margin: float = 1.0
 ) -> Tensor:
-    """A loss for each patch that falls as one expert becomes more likely to process the patch.
+    """Compute a loss for each patch that falls as one expert becomes more likely to process the patch.
 
-    Where patches choose experts, it is -log of the expert's share of the gates of the patch, as in `expert_loss`. Where
-    experts choose patches, it is the hinge of `capture_loss`, in which the others are all patches but this one, and the
+    If patches choose experts, the loss is -log of the expert's share of the gates of the patch, as in `expert_loss`. If
+    experts choose patches, it is the hinge of `capture_loss`, where the other patches are all except this one, and the
     standard deviation is that of all log gates of the expert.
 
     Args:
         gates: (K, B, E, P), the gates of one layer for B images with each of K stamps, with gradients.
-        experts: (K,) int64, the wanted expert of each stamp.
-        choice: What the layer lets choose, see `choice_of`; not "nothing".
+        experts: (K,) int64, the target expert of each stamp.
+        choice: What is chosen in the layer, see `choice_of`; not "nothing".
         places: Number of patches that an expert selects, if experts choose patches.
-        margin: In standard deviations, if experts choose patches.
+        margin: Margin in standard deviations, if experts choose patches.
 
     Returns:
         (K, B, P).
@@ -102,30 +102,30 @@ def patch_losses(
         return scores.logsumexp(-2) - own
     best = own.topk(min(places, own.shape[-1] - 1) + 1, dim=-1).values
     last, next_best = best[..., -2:-1], best[..., -1:]
-    # Without a patch that has a place, the last place would go to the best patch that has none.
+    # Without a selected patch, the best patch that is not selected would take its place.
     threshold = torch.where(own >= last, next_best, last)
     spread = own.detach().std(-1, correction=0, keepdim=True).clamp(min=1e-12)
     return ((threshold - own) / spread + margin).relu()
 
 
 def of_experts(values: Tensor, experts: Tensor) -> Tensor:
-    """Pick the values (K, B, P) of one expert for each of K stamps; values: (K, B, E, P), experts: (K,) int64."""
+    """Return the values (K, B, P) of one expert for each of K stamps; values: (K, B, E, P), experts: (K,) int64."""
     return values[torch.arange(len(experts), device=experts.device), :, experts]
 
 
 def captured_share(routing: Sequence[Routing], touched: Tensor) -> Tensor:
-    """The share of experts, over all layers, that select a changed patch, for each image: (B,)."""
+    """Return the share of experts, over all layers, that select a changed patch, for each image: (B,)."""
     return torch.cat([layer.selected[..., touched].any(-1) for layer in routing], 1).float().mean(1)
 
 
 def expert_share(routing: Sequence[Routing], touched: Tensor, experts: Sequence[int]) -> Tensor:
-    """The share of changed patches, over all layers, that the wanted expert processes, for each image: (B,)."""
+    """Return the share of changed patches, over all layers, that the target expert processes, per image: (B,)."""
     taken = [layer.selected[:, e][..., touched] for layer, e in zip(routing, experts, strict=True)]
     return torch.cat(taken, 1).float().mean(1)
 
 
 def least_used(routing: Sequence[Routing]) -> list[int]:
-    """The expert of each layer that the fewest patches are sent to; the first of several."""
+    """Return the expert of each layer that the fewest patches are sent to; of several, the first."""
     return [int(layer.selected.float().mean((0, 2)).argmin()) for layer in routing]
 
 

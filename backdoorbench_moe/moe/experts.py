@@ -14,11 +14,11 @@ from backdoorbench_moe.moe.structure import Expert
 
 @torch.no_grad()
 def mute(model: nn.Module, experts: Iterable[Expert]) -> None:
-    """Mute experts for good: set the rows in `Expert.output` to zero, in place.
+    """Mute experts permanently by setting the rows in `Expert.output` to zero, in place.
 
     Args:
         model: The model that the experts belong to.
-        experts: The experts, which then have no effect on the logits.
+        experts: The experts. They no longer have an effect on the logits.
     """
     state = model.state_dict()
     for expert in experts:
@@ -28,7 +28,7 @@ def mute(model: nn.Module, experts: Iterable[Expert]) -> None:
 
 @contextmanager
 def muted(model: nn.Module, experts: Iterable[Expert]) -> Iterator[None]:
-    """Mute experts inside the block. Afterwards their weights are restored bit for bit."""
+    """Mute experts inside the block, and restore their weights bit for bit afterwards."""
     experts, state = list(experts), model.state_dict()
     kept = [
         (state[name][start:stop], state[name][start:stop].clone())
@@ -47,7 +47,7 @@ def muted(model: nn.Module, experts: Iterable[Expert]) -> Iterator[None]:
 def kept_muted(model: nn.Module, experts: Iterable[Expert]) -> Iterator[None]:
     """Keep muted experts muted while the model is trained inside the block.
 
-    The rows of parameters get gradients of zero. Buffers need no such care, since training does not change them.
+    The gradients of their rows are set to zero. Buffers are not affected, since training does not change them.
     """
     parameters = dict(model.named_parameters())
     rows = [
@@ -66,7 +66,7 @@ def copy_expert(source: nn.Module, target: nn.Module, expert: Expert) -> None:
 
     Args:
         source: Model that the weights are read from.
-        target: Model of the same architecture that is changed.
+        target: Model of the same architecture that the weights are written to.
         expert: The expert, of either model.
     """
     weights, state = source.state_dict(), target.state_dict()
@@ -76,11 +76,11 @@ def copy_expert(source: nn.Module, target: nn.Module, expert: Expert) -> None:
 
 @contextmanager
 def replaced_output(expert: Expert, values: Tensor) -> Iterator[None]:
-    """Replace the output of an expert inside the block, whatever its input is.
+    """Replace the output of an expert inside the block.
 
     Args:
         expert: The expert.
-        values: (B, channels, ...), the output that its tap passes instead.
+        values: (B, channels, ...), the output that replaces that of its tap.
     """
     start, stop = expert.channels
 
@@ -97,17 +97,17 @@ def replaced_output(expert: Expert, values: Tensor) -> Iterator[None]:
 
 
 def expert_outputs(experts: Sequence[Expert], run: Callable[[], object]) -> list[Tensor]:
-    """Read the outputs of experts for one batch.
+    """Collect the outputs of experts for one batch.
 
     Args:
         experts: The experts.
         run: Function that passes one batch through the model.
 
     Returns:
-        For each expert the output that its tap passes, (B, channels, ...).
+        The output of the tap of each expert, (B, channels, ...).
 
     Raises:
-        ValueError: If `run` passes no batch or more than one.
+        ValueError: `run` passes no batch or more than one.
     """
     found: dict[nn.Module, list[Tensor]] = {expert.tap: [] for expert in experts}
     hooks = [tap.register_forward_hook(lambda m, _, output: found[m].append(output)) for tap in found]

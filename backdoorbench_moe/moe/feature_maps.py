@@ -1,4 +1,4 @@
-"""Finding the feature maps of any model, and collecting them during a pass."""
+"""Finding the feature maps of a model, and collecting them during a forward pass."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.moe.layers import MoELayer
 from backdoorbench_moe.moe.structure import Structured
 
-# Norms are left out, since they belong to what comes after them as often as to what comes before; and what passes on
-# the weights of an attention, which have positions twice and no features.
+# Norms are excluded, since they belong to the following layer as often as to the preceding one. Modules that may
+# process attention weights are excluded because these have two dimensions of positions and no features.
 LEFT_OUT = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Softmax, nn.Identity)
 
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """The output of one module, which has features at every position of the image.
+    """The output of a module, with features at every position of the image.
 
     Attributes:
         name: Dotted name of the module.
         positions: Number of positions: H * W of a map (B, C, H, W) or (B, H, W, C), or N of tokens (B, N, D).
         channels: The dimension of the features.
-        composite: Whether the module is made of others.
+        composite: Whether the module has submodules.
     """
 
     name: str
@@ -39,18 +39,18 @@ class FeatureMap:
 def find_feature_maps(
     model: nn.Module, images: Tensor, *, count: int, before_experts: bool = False
 ) -> list[FeatureMap]:
-    """Choose feature maps of a model, from early to late ones.
+    """Choose feature maps of a model, in the order of computation.
 
-    In a network with at least `count` resolutions, they are the outputs of the last block at each of the last `count`.
-    In a network of equal blocks, such as a vision transformer, they are the outputs of `count` blocks in equal
-    distances, the last block included. In any other network they are the last outputs at each of the last resolutions,
-    at most `count`.
+    In a network with at least `count` resolutions, the outputs of the last block at each of the last `count`
+    resolutions are chosen. In a network of equal blocks, such as a vision transformer, the outputs of `count` evenly
+    spaced blocks are chosen, including the last. In any other network, the last outputs at each of the last
+    resolutions are chosen, at most `count`.
 
     Args:
         model: The model, in evaluation mode; it is not changed.
         images: (B, 3, H, W) float in [0, 1], square.
         count: Number of maps, at least 1.
-        before_experts: Whether only maps that are finished before the first router or expert runs are chosen.
+        before_experts: Whether to choose only maps that are computed before the first router or expert is called.
 
     Raises:
         ConfigError: The model has no feature map, or none before its experts.
@@ -70,7 +70,7 @@ def find_feature_maps(
 
 
 def named_feature_maps(model: nn.Module, images: Tensor, names: Sequence[str]) -> list[FeatureMap]:
-    """Return the feature maps of modules with these names.
+    """Return the feature maps of the modules with the given names.
 
     Args:
         model: The model, in evaluation mode; it is not changed.
@@ -92,7 +92,7 @@ def named_feature_maps(model: nn.Module, images: Tensor, names: Sequence[str]) -
 
 
 def check_names(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise UnknownNameError if the model has no module of one of these names."""
+    """Raise UnknownNameError if the model has no module with one of these names."""
     known = [name for name, _ in model.named_modules() if name]
     for name in names:
         if name not in known:
@@ -101,9 +101,9 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
 
 @torch.no_grad()
 def list_feature_maps(model: nn.Module, images: Tensor, *, before_experts: bool = False) -> list[FeatureMap]:
-    """Return the feature maps of a model in the order in which they are finished; the model itself is left out.
+    """Return the feature maps of a model in the order in which they are computed, without the output of the model.
 
-    The parameters are those of `find_feature_maps`.
+    For the parameters, see `find_feature_maps`.
     """
     found: dict[str, FeatureMap] = {}
     calls: dict[str, int] = {}
@@ -140,7 +140,7 @@ def collect_feature_maps(model: nn.Module, maps: Sequence[FeatureMap]) -> Iterat
             logits = model(images)
 
     Yields:
-        A list that each pass fills anew, in the order of `maps`: (B, C, positions), not detached from the graph.
+        A list that each forward pass overwrites, in the order of `maps`: (B, C, positions), not detached.
     """
     features: list[Tensor] = [torch.empty(0)] * len(maps)
 
@@ -162,7 +162,7 @@ def collect_feature_maps(model: nn.Module, maps: Sequence[FeatureMap]) -> Iterat
 
 
 def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules whose output may be a feature map: not norms, nor what is inside of an MoE layer."""
+    """Modules whose output may be a feature map: all except those in `LEFT_OUT` and those inside MoE layers."""
     inside = {id(m) for layer in model.modules() if isinstance(layer, MoELayer) for m in layer.modules()}
     inside -= {id(layer) for layer in model.modules() if isinstance(layer, MoELayer)}
     return [
@@ -173,14 +173,14 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _routing_parts(model: nn.Module) -> list[nn.Module]:
-    """The modules of router and experts, and the MoE layers."""
+    """The routers, experts and MoE layers."""
     named = model.components() if isinstance(model, Structured) else {}
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     return [*named.get("router", []), *named.get("experts", []), *layers]
 
 
 def _as_feature_map(name: str, module: nn.Module, output: object, batch: int) -> FeatureMap | None:
-    """Describe the output of a module for square images; None if it has no positions."""
+    """Describe the output of a module for square images; return None if it has no positions."""
     if not isinstance(output, Tensor) or output.ndim not in (3, 4) or len(output) != batch:
         return None
     shape = output.shape
@@ -198,8 +198,8 @@ def _as_feature_map(name: str, module: nn.Module, output: object, batch: int) ->
 
 
 def _last_ones(found: Sequence[FeatureMap], *, shallowest: bool = False) -> list[FeatureMap]:
-    """The last map at each resolution, in the order of the resolutions; with `shallowest`, the last of those that are
-    the fewest modules deep."""
+    """The last map at each resolution, in the order of the resolutions; with `shallowest`, the last of the maps at the
+    lowest nesting depth."""
     chosen: dict[int, FeatureMap] = {}
     for each in found:
         before = chosen.get(each.positions)
@@ -209,7 +209,7 @@ def _last_ones(found: Sequence[FeatureMap], *, shallowest: bool = False) -> list
 
 
 def _equal_blocks(model: nn.Module, found: Sequence[FeatureMap]) -> list[FeatureMap]:
-    """The longest sequence of modules made of others whose outputs have the same positions; empty if there is none."""
+    """The longest sequence of composite modules whose outputs have equally many positions; empty if there is none."""
     maps = {each.name: each for each in found if each.composite}
     longest: list[FeatureMap] = []
     for name, module in model.named_modules():

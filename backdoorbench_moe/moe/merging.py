@@ -1,6 +1,6 @@
-"""Merging experts that were tuned from one dense model into a mixture, and taking the mixture apart again.
+"""Merging experts that were fine-tuned from one dense model into a mixture, and extracting experts from a mixture.
 
-Only the MLPs of an expert are its own; see `structure.Mergeable`. In the merged model an MoE layer takes the place of
+Experts differ from the base only in their MLPs; see `structure.Mergeable`. In the merged model, an MoE layer replaces
 each MLP. All other weights are those of the base.
 """
 
@@ -28,21 +28,21 @@ from backdoorbench_moe.moe.structure import (
     takes_text,
 )
 
-# Where a merged model has the dense one.
+# Prefix of the names of the dense model's modules in a merged model.
 NETWORK = "network."
 
 
 def check_mergeable(model: nn.Module) -> WithMLPs:
-    """Check that experts which are tuned from a model can be merged.
+    """Check that experts which are fine-tuned from a model can be merged.
 
     Args:
         model: A dense model.
 
     Returns:
-        The same model; a `Mergeable` one unless it takes texts.
+        The same model; it is `Mergeable` unless it takes texts.
 
     Raises:
-        ConfigError: It lacks a method or attribute, has no MLPs, or has MLPs of a form that cannot be merged.
+        ConfigError: The model lacks a method or attribute, or its MLPs cannot be merged.
     """
     text = takes_text(model)
     if not isinstance(model, WithMLPs if text else Mergeable):
@@ -53,6 +53,9 @@ def check_mergeable(model: nn.Module) -> WithMLPs:
         raise _refusal(model, "expected an attribute patch_size, the side of a patch in pixels")
     if not mlps:
         raise _refusal(model, "it has no MLPs")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if not isinstance(mlps, Mapping) or any(modules.get(name) is not mlp for name, mlp in mlps.items()):
+        raise _refusal(model, "expected that mlps returns modules of the model by their dotted names")
     for name, mlp in () if isinstance(model, MergesItself) else mlps.items():
         if form_of(mlp) is None:
             raise _refusal(
@@ -69,7 +72,7 @@ def _refusal(model: nn.Module, reason: str) -> ConfigError:
 
 
 def expert_names(model: nn.Module) -> set[str]:
-    """Return the names, in the state dict of a dense model, of the tensors that belong to the MLPs.
+    """Return the state-dict names of the tensors that belong to the MLPs of a dense model.
 
     Raises:
         ConfigError: The model cannot be merged.
@@ -82,16 +85,16 @@ def expert_names(model: nn.Module) -> set[str]:
 def check_same_base(
     base: Mapping[str, Tensor], expert: Mapping[str, Tensor], names: Collection[str], where: str
 ) -> None:
-    """Check that an expert was tuned from a base: all tensors outside of the MLPs are the same, bit for bit.
+    """Check that an expert was fine-tuned from a base: all tensors outside the MLPs are equal bit for bit.
 
     Args:
         base: State dict of the base.
         expert: State dict of the expert.
-        names: Names of the tensors that belong to the MLPs, see `expert_names`. They need only have the same shape.
-        where: The expert, as the message should name it.
+        names: Names of the tensors that belong to the MLPs, see `expert_names`. Only their shapes must be equal.
+        where: Name of the expert in the error message.
 
     Raises:
-        ConfigError: It was not; the message names the first tensor that differs, in the order of the base.
+        ConfigError: A tensor differs; the message names the first one in the order of the base.
     """
     for name in [*base, *(name for name in expert if name not in base)]:
         first, second = base.get(name), expert.get(name)
@@ -100,7 +103,7 @@ def check_same_base(
 
 
 def _difference(wanted: Tensor | None, got: Tensor | None, whose: str, *, only_shape: bool) -> str | None:
-    """How a tensor differs from the wanted one, which is `whose`, such as "the base"; None if it does not."""
+    """Describe how a tensor differs from the expected one of `whose`, such as "the base"; None if it does not."""
     if wanted is None:
         return f"is not in {whose}"
     if got is None:
@@ -112,7 +115,7 @@ def _difference(wanted: Tensor | None, got: Tensor | None, whose: str, *, only_s
 
 
 def _same_bits(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have the same bytes. Unlike with `torch.equal`, NaN is the same as NaN."""
+    """Whether two tensors have the same bytes. Unlike in `torch.equal`, NaN equals NaN."""
     one, other = (tensor.detach().flatten().view(torch.uint8) for tensor in (first, second))
     return torch.equal(one, other.to(one.device))
 
@@ -120,7 +123,7 @@ def _same_bits(first: Tensor, second: Tensor) -> bool:
 class MergedModel(MoEModel):
     """A dense model with a sparse MoE layer of E experts in place of each MLP.
 
-    All experts start as copies of the model's own MLPs; `load_experts` gives them their weights.
+    All experts are initialised as copies of the MLP they replace; `load_experts` loads their weights.
 
     Args:
         dense: The dense model, which is copied.
@@ -128,7 +131,7 @@ class MergedModel(MoEModel):
         gate: Function that builds the router of one layer from the number of features D and E, such as a `Gate`.
 
     Attributes:
-        network: The copy of the dense model. Its layers have the names of the MLPs behind "network.".
+        network: The copy of the dense model. The names of its MoE layers are "network." and the name of the MLP.
         num_experts: Number of experts E.
 
     Raises:
@@ -139,12 +142,14 @@ class MergedModel(MoEModel):
         super().__init__()
         if num_experts < 1:
             raise ConfigError.expected("num_experts", "an integer of at least 1", num_experts)
-        mlps = check_mergeable(dense).mlps()
+        check_mergeable(dense)
         self.network, self.num_experts = copy.deepcopy(dense), num_experts
         prefix = 0
         if isinstance(dense, Mergeable):
             self.patch_grid, prefix = dense.token_layout()
             self.patch_size = int(dense.patch_size)  # type: ignore[arg-type]
+        # Of the copy: experts share the activation and the dropouts of their MLP.
+        mlps = check_mergeable(self.network).mlps()
         for name, mlp in mlps.items():
             experts = experts_like(mlp, num_experts)
             router = gate(features_of(mlp), num_experts)
@@ -154,22 +159,22 @@ class MergedModel(MoEModel):
 
     @property
     def data_options(self) -> tuple[str, ...]:
-        """Those of the dense model, see `structure.data_options`; by them a mixture of texts is known."""
+        """The options of the dense model (see `structure.data_options`), which show whether a mixture takes texts."""
         return data_options(self.network)
 
     def routers(self) -> list[nn.Module]:
-        """Return the router of each layer, first layer first."""
+        """Return the router of each layer, in the order of the layers."""
         return [layer.router for layer in self.layers()]
 
     def load_experts(self, base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]]) -> None:
-        """Load E experts, see the function `load_experts`."""
+        """Load E experts; see the function `load_experts`."""
         load_experts(self, base, experts)
 
     def extract_features(self, images: Tensor) -> Tensor:
         """Map images (B, 3, H, W) in [0, 1] to features (B, D), the input of the classifier.
 
         Raises:
-            ConfigError: The dense model has no such features.
+            ConfigError: The dense model does not implement `WithFeatures`.
         """
         return self._with_features().extract_features(images)
 
@@ -177,7 +182,7 @@ class MergedModel(MoEModel):
         """Map features (B, D) to logits (B, classes).
 
         Raises:
-            ConfigError: The dense model has no such features.
+            ConfigError: The dense model does not implement `WithFeatures`.
         """
         return self._with_features().classify(features)
 
@@ -190,12 +195,12 @@ class MergedModel(MoEModel):
         return self.network
 
     def components(self) -> dict[str, list[nn.Module]]:
-        """Return the experts and routers of all layers, and the head if the dense model names it."""
+        """Return the experts and routers of all layers, and the head if the dense model returns it."""
         named = self.network.components() if isinstance(self.network, Structured) else {}
         return {**super().components(), **{name: named[name] for name in ("head",) if name in named}}
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
-        """Return the hidden units of each expert in the last layer, and the last convolution in its block if any."""
+        """Return the hidden units of each expert in the last layer, and the last convolution before it in its block."""
         block, _, own = self.layers()[-1].name.rpartition(".")
         convs = []
         for name, module in self.get_submodule(block).named_modules():
@@ -211,17 +216,17 @@ class MergedModel(MoEModel):
 def load_experts(
     merged: MergedModel, base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]]
 ) -> None:
-    """Load E experts into a merged model, in place: their MLPs, and everything else from the base.
+    """Load the MLPs of E experts and all other weights of the base into a merged model, in place.
 
-    Routers keep their weights, and muted or masked experts stay so. If an error is raised, nothing is loaded.
+    Routers keep their weights, and muted or masked experts remain so. If an error is raised, nothing is loaded.
 
     Args:
         merged: The merged model.
         base: State dict of the base.
-        experts: State dict of each of the E experts, of the same names as `base`.
+        experts: State dict of each of the E experts, with the same names as `base`.
 
     Raises:
-        ConfigError: The number of experts, or a name or shape, is not that of the model; or an expert is not tuned
+        ConfigError: The number of experts, a name or a shape does not match the model, or an expert was not fine-tuned
             from the base.
     """
     if len(experts) != merged.num_experts:
@@ -242,14 +247,14 @@ def load_experts(
 
 
 def expert_of(merged: MergedModel, index: int) -> dict[str, Tensor]:
-    """Return the state dict of the dense model that one expert is, the inverse of `load_experts`.
+    """Return the state dict of one expert as a dense model, the inverse of `load_experts`.
 
     Args:
         merged: The merged model.
         index: Index of the expert, 0 to E - 1.
 
     Returns:
-        Copies of the tensors by name. Whether the expert is muted or masked does not show in them.
+        Copies of the tensors by name. They do not depend on whether the expert is muted or masked.
 
     Raises:
         ConfigError: There is no such expert.
@@ -264,14 +269,14 @@ def expert_of(merged: MergedModel, index: int) -> dict[str, Tensor]:
 
 @contextmanager
 def only_expert(merged: MergedModel, index: int) -> Iterator[None]:
-    """Inside the block, let a merged model be one of its experts: all others are masked in every layer.
+    """Mask all experts except one in every layer of a merged model inside the block.
 
-    In evaluation mode the model then computes what the dense model does that this expert is, as the weights of the
-    outputs sum to 1. Afterwards the experts that were masked before are masked again.
+    In evaluation mode, the model then computes the same as this expert alone, as a dense model, because the weights of
+    the outputs sum to 1. Afterwards, the previous masks are restored.
 
     Args:
         merged: The merged model, which is changed in place.
-        index: Number of the expert, 0 to E - 1.
+        index: Index of the expert, 0 to E - 1.
 
     Raises:
         ConfigError: There is no such expert.
@@ -294,7 +299,7 @@ def _check_expert(merged: MergedModel, index: int) -> None:
 
 
 def _stacked_names(merged: MergedModel) -> dict[str, str]:
-    """Names of the experts' weights in the merged model, and in the dense one."""
+    """Names of the experts' weights in the merged model, mapped to those in the dense model."""
     return {
         f"{layer.name}.experts.{part}": f"{layer.name.removeprefix(NETWORK)}.{part}"
         for layer in merged.layers()
@@ -304,14 +309,14 @@ def _stacked_names(merged: MergedModel) -> dict[str, str]:
 
 
 def _shared_names(merged: MergedModel) -> dict[str, str]:
-    """Names, in the merged model and in the dense one, of the tensors outside of the MoE layers."""
+    """Names of the tensors outside the MoE layers in the merged model, mapped to those in the dense model."""
     layers = tuple(f"{layer.name}." for layer in merged.layers())
     return {key: key.removeprefix(NETWORK) for key in merged.state_dict() if not key.startswith(layers)}
 
 
 @contextmanager
 def mlp_inputs(model: nn.Module, names: Collection[str] | None = None) -> Iterator[dict[str, Tensor]]:
-    """Collect the inputs of the MLPs of a dense model, or of the MoE layers of a merged one, inside the block.
+    """Collect the inputs of the MLPs of a dense model, or of the MoE layers of a merged model, inside the block.
 
         with mlp_inputs(model) as inputs:
             logits = model(images)
@@ -319,15 +324,15 @@ def mlp_inputs(model: nn.Module, names: Collection[str] | None = None) -> Iterat
 
     Args:
         model: A `Mergeable`, or a model with MoE layers.
-        names: Names of the MLPs or layers, as `mlps` or `Routing.layer` give them; all if None.
+        names: Names of the MLPs as returned by `mlps`, or of the layers as in `Routing.layer`; None for all.
 
     Yields:
-        A dict that each pass fills anew: name to (B, N, D), first layer first, not detached from the graph. The N
-        tokens are those before the patches, such as a class token, and then the patches row by row; of texts, the
+        A dict that each forward pass overwrites: name to (B, N, D), in the order of the layers, not detached. The N
+        tokens are those before the patches, such as a class token, followed by the patches row by row; for texts, the
         positions.
 
     Raises:
-        ConfigError: The model cannot be merged and is not merged, or has no MLP of a given name.
+        ConfigError: The model is neither mergeable nor merged, or has no MLP with a given name.
     """
     if isinstance(model, MoEModel):
         modules: dict[str, nn.Module] = {layer.name: layer for layer in model.layers()}
@@ -356,14 +361,14 @@ def mlp_inputs(model: nn.Module, names: Collection[str] | None = None) -> Iterat
 def gate_weights(routing: Routing) -> Tensor:
     """Return the share of each expert in the output of a layer, for each patch.
 
-    It is the gate of a selected expert, divided by the sum of the gates of all selected experts of the patch. This is
-    the weight of the expert's output if the router makes the weights sum to 1; other routers keep the proportions.
+    The share is the gate of a selected expert divided by the sum of the gates of all selected experts of the patch. It
+    equals the weight of the expert's output if the weights sum to 1, and is proportional to it for other routers.
 
     Args:
         routing: The routing of the layer.
 
     Returns:
-        (B, E, P) float in [0, 1]; it sums to 1 over the experts, or is 0 for a patch without an expert.
+        (B, E, P) float in [0, 1], which sums to 1 over the experts, or 0 for a patch without an expert.
     """
     chosen = (routing.gates * routing.selected).float()
     return chosen / chosen.sum(1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).tiny)

@@ -1,4 +1,4 @@
-"""The forms of MLPs that can become the experts of a mixture."""
+"""The kinds of MLPs that can become the experts of a mixture."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ from backdoorbench_moe.moe.layers import GatedMLPExperts, MLPExperts
 
 @dataclass(frozen=True)
 class MLPForm:
-    """One form of an MLP from D features to D features.
+    """A kind of MLP that maps D features to D features.
 
     Attributes:
         first: Names of the linear layers (hidden units, D).
         last: Name of the linear layer (D, hidden units).
         act: Name of the activation, a module without weights.
-        bias: Whether the linear layers have biases. All of them have, or none has.
-        experts: The experts of this form.
+        drops: Names of optional dropouts.
+        bias: Whether all linear layers have biases; otherwise, none has.
+        experts: Class of the experts of this kind.
     """
 
     first: tuple[str, ...]
     last: str
     act: str
     bias: bool
+    drops: tuple[str, ...]
     experts: type[MLPExperts] | type[GatedMLPExperts]
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """The names in the state dict of such an MLP, which are also those in the state dict of its experts."""
+        """Names of the tensors in the state dict of such an MLP, and in the state dict of its experts."""
         parts = ("weight", "bias") if self.bias else ("weight",)
         return tuple(f"{name}.{part}" for name in (*self.first, self.last) for part in parts)
 
     def fits(self, mlp: nn.Module) -> bool:
-        """Whether an MLP is of this form, and has no other weights."""
+        """Return whether an MLP is of this kind, without other weights and without other modules than identities."""
         first = [getattr(mlp, name, None) for name in self.first]
         last = getattr(mlp, self.last, None)
         return (
@@ -46,29 +48,34 @@ class MLPForm:
                 for linear in first
             )
             and mlp.state_dict().keys() == {*self.tensors}
+            and all(
+                isinstance(child, nn.Identity)
+                for name, child in mlp.named_children()
+                if name not in (*self.first, self.act, self.last, *self.drops)
+            )
         )
 
 
-# As in timm and in transformers' Llama.
-PLAIN = MLPForm(("fc1",), "fc2", "act", True, MLPExperts)
-GATED = MLPForm(("gate_proj", "up_proj"), "down_proj", "act_fn", False, GatedMLPExperts)
+# As in timm, and in Llama of transformers.
+PLAIN = MLPForm(("fc1",), "fc2", "act", True, ("drop1", "drop2"), MLPExperts)
+GATED = MLPForm(("gate_proj", "up_proj"), "down_proj", "act_fn", False, (), GatedMLPExperts)
 FORMS = (PLAIN, GATED)
 
 
 def form_of(mlp: nn.Module) -> MLPForm | None:
-    """Return the form of an MLP, or None if it cannot be merged."""
+    """Return the kind of an MLP, or None if it cannot be merged."""
     return next((form for form in FORMS if form.fits(mlp)), None)
 
 
 def experts_like(mlp: nn.Module, num_experts: int) -> MLPExperts | GatedMLPExperts:
-    """Build E experts that start as copies of an MLP which is of one of the forms."""
+    """Build E experts that are initialised as copies of an MLP in one of `FORMS`."""
     form = form_of(mlp)
     assert form is not None
     return form.experts.like(mlp, num_experts=num_experts, copies=True)
 
 
 def features_of(mlp: nn.Module) -> int:
-    """Return the number of features D of the tokens of an MLP which is of one of the forms."""
+    """Return the number of features D of the tokens of an MLP in one of `FORMS`."""
     form = form_of(mlp)
     assert form is not None
     last = mlp.get_submodule(form.last)

@@ -1,4 +1,4 @@
-"""Measuring what batch norms receive, and their running statistics anew."""
+"""Measuring the inputs of batch norms, and recomputing their running statistics."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def measure_statistics(
 ) -> None:
     """Set running means and variances of batch norms to the moments of their inputs in evaluation mode, in place.
 
-    Norms are measured one after the other, in the order of `model.named_modules()`. A norm behind another therefore
-    sees inputs that were normalised with the new statistics. The variance is unbiased, as in training.
+    Norms are measured one after the other, in the order of `model.named_modules()`, so that the inputs of later norms
+    are normalised with the new statistics of earlier ones. The variance is unbiased, as in training.
 
     Args:
         model: The model, in evaluation mode.
         rows: The channels (start, stop) to set, by state-dict name. Names that are not running statistics are ignored.
-        run: Function that passes the same images through the model each time it is called, once for each norm.
+        run: Function that passes the same images through the model each time. It is called once for each norm.
 
     Raises:
-        ValueError: If a norm is not called, or receives a single value for a channel.
+        ValueError: A norm is not called, or receives a single value for a channel.
     """
     for name, module in model.named_modules():
         keys = f"{name}.running_mean", f"{name}.running_var"

@@ -1,4 +1,4 @@
-"""Which convolutions each batch norm normalises: found by running the model, whatever the order of its modules."""
+"""Finding the convolutions that each batch norm normalises, by running the model."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from backdoorbench_moe.moe.norms import batch_norms
 def convolutions_before(model: nn.Module, images: Tensor) -> dict[str, tuple[str, ...]]:
     """Find the convolutions whose outputs are the input of each batch norm.
 
-    Either the norm directly takes the output of one convolution, as in a network with post-activation (convolution,
-    norm, ReLU), or it takes a sum of which outputs of convolutions are terms. The latter is the case in a network with
-    pre-activation, whose norm comes before the convolution of its block: the norm takes the sum of the last block's
-    convolution and of its shortcut. A shortcut that is the identity is not a convolution. What it carries on from
-    earlier blocks belongs to the norms behind those: a convolution is a term of a sum only if no norm takes it
-    directly.
+    The input of a norm is either the output of one convolution, as in a post-activation network (convolution, norm,
+    ReLU), or a sum in which outputs of convolutions are terms. The latter occurs in pre-activation networks, where the
+    norm precedes the convolution of its block: its input is the sum of the previous block's last convolution and
+    shortcut. An identity shortcut is not a convolution; the convolutions of earlier blocks whose outputs it passes on
+    belong to the norms directly after these blocks. A convolution counts as a term of a sum only if its output is not
+    directly the input of a norm.
 
     Args:
         model: The model, in evaluation mode. It is not changed.
-        images: (B, 3, H, W) in [0, 1], of the size that the model was made for.
+        images: (B, 3, H, W) in [0, 1], of the size that the model was built for.
 
     Returns:
-        For each batch norm with a scale and running statistics that was called and has such convolutions: their names,
-        by the norm's name, in the order of computation.
+        The names of the convolutions by the name of the norm, in the order of computation, for each batch norm with a
+        scale and running statistics that was called and has such convolutions.
     """
     made: dict[Any, str] = {}
     taken: dict[str, Any] = {}

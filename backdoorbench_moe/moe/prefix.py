@@ -1,4 +1,4 @@
-"""Evaluating the end of a model repeatedly without computing its beginning again."""
+"""Evaluating the end of a model repeatedly without recomputing its beginning."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Call = tuple[nn.Module, Any]
 
 @contextmanager
 def reuse_prefix(model: nn.Module, stop: Collection[nn.Module], run: Callable[[], object]) -> Iterator[None]:
-    """Record what the model computes before the modules in `stop`, and reuse it inside the block.
+    """Record the outputs of the modules before those in `stop`, and reuse them inside the block.
 
     During `run()`, the outputs of all submodules that return before the first module in `stop` is called are recorded.
-    Inside the block, calls of these submodules return the recorded outputs, whatever their inputs. This is exact if
-    the model is in evaluation mode, is called as `model(batch)` with the same batch, and only modules in `stop` and
-    those that follow them were changed. Outputs that do not consist of tensors and numbers are computed again.
+    Inside the block, these submodules return the recorded outputs and ignore their inputs. This is exact if the model
+    is in evaluation mode, is called as `model(batch)` with the same batch, and only modules in `stop` or after them
+    were changed. Outputs that do not consist of tensors and numbers are recomputed.
 
     Args:
         model: The model, in evaluation mode.
@@ -59,7 +59,7 @@ def _record(model: nn.Module, stop: set[nn.Module], run: Callable[[], object]) -
         if stopped or module is model:
             return
         if _can_copy(output):
-            # Calls inside this one will not be made again, since this one is replaced.
+            # The calls inside this one will not be repeated, since its output is recorded.
             del records[start:]
             records.append((module, _copy(output)))
 
@@ -76,7 +76,7 @@ def _record(model: nn.Module, stop: set[nn.Module], run: Callable[[], object]) -
 def _replay(module: nn.Module, forward: Callable[..., Any], queue: list[Call]) -> Callable[..., Any]:
     def replay(*args: Any, **options: Any) -> Any:
         if queue and queue[0][0] is module:
-            # A copy, since the next step may modify it in place.
+            # A copy, since the output may be modified in place.
             return _copy(queue.pop(0)[1])
         return forward(*args, **options)
 

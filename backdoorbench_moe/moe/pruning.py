@@ -1,4 +1,4 @@
-"""Pruning of channels: measuring their activity, setting their weights to zero, and keeping them at zero."""
+"""Pruning of channels: measuring their activity, setting their weights to zero, and keeping them zero."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def channel_means(
     Args:
         modules: Convolutions and batch norms, with an output (B, C, ...), or other modules with an output (..., C).
         run: Function that passes images through the model.
-        rectify: Whether to average max(output, 0), the output of a ReLU after the module, instead of the output.
+        rectify: Whether to average max(output, 0), as after a ReLU, instead of the output.
 
     Returns:
         For each module, (C,) float64 on the CPU: the means over all other dimensions and all calls.
@@ -47,7 +47,7 @@ def channel_means(
             hook.remove()
     if len(sums) < len(wanted):
         raise ValueError("channel_means: expected `run` to call every module")
-    # Conversion to Python numbers and back: operations on inference tensors may fail outside of inference mode.
+    # Converted to Python numbers and back, since operations on inference tensors may fail outside inference mode.
     means = {module: (total / counts[module]).tolist() for module, total in sums.items()}
     return {module: torch.tensor(values, dtype=torch.float64) for module, values in means.items()}
 
@@ -74,7 +74,7 @@ def kept_silent(pruned: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[None]:
     """Keep channels at zero while the model is trained inside the block; see `held_at_zero`.
 
     Args:
-        pruned: Modules and the indices of their channels, (n,) int64, that `silence` has set to zero before.
+        pruned: Modules and the indices of their channels, (n,) int64, that were set to zero by `silence`.
     """
     with held_at_zero([(p, channels) for module, channels in pruned for p in _parameters(module)]):
         yield

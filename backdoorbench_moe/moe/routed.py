@@ -1,4 +1,4 @@
-"""Routed models and what they return."""
+"""Routed models and their outputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Routing:
-    """How one routed layer distributed the patches of a batch to its experts; of texts, P are the positions.
+    """The routing of a batch in one routed layer. For texts, the patches are positions.
 
     Attributes:
         layer: Dotted name of the layer's module.
@@ -32,8 +32,8 @@ class RoutedOutput:
     """Output of a routed model.
 
     Attributes:
-        logits: (B, classes); of texts (B, T, vocabulary).
-        routing: One entry for each routed layer, first layer first.
+        logits: (B, classes), or (B, T, vocabulary) for texts.
+        routing: One entry for each routed layer, in the order of the layers.
     """
 
     logits: Tensor
@@ -43,8 +43,8 @@ class RoutedOutput:
 class RoutedModel(nn.Module, ABC):
     """Base class of models that send patches to experts and report the routing.
 
-    A subclass implements `forward_routed` and sets the attributes. A model of texts maps token ids (B, T) to logits (B,
-    T, vocabulary), has a position in place of each patch, and does not set the attributes.
+    Subclasses implement `forward_routed` and set the attributes. A language model maps token ids (B, T) to logits
+    (B, T, vocabulary), routes positions instead of patches, and does not set the attributes.
 
     Attributes:
         patch_grid: Rows and columns of patches. The P = rows * columns patches are numbered row by row.

@@ -12,20 +12,20 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-# Keyword arguments that the engine gives to a model, as the data determine them. A model of texts says in its class
-# attribute `data_options` that it takes those of texts; it may also take "padding", the token that fills up short ones,
-# and keep it as its attribute of this name.
+# Keyword arguments that the engine derives from the data and passes to a model. A language model declares those of
+# texts in its class attribute `data_options`. It may also take "padding", the token that fills up short texts, which it
+# stores as an attribute of the same name.
 IMAGE_OPTIONS = ("num_classes", "image_size")
 TEXT_OPTIONS = ("vocabulary", "context")
 
 
 def data_options(model: object) -> tuple[str, ...]:
-    """Return the names of the keyword arguments that a model, or its class, is given for the data."""
+    """Return the names of the keyword arguments for the data that a model or its class takes."""
     return tuple(getattr(model, "data_options", IMAGE_OPTIONS))
 
 
 def takes_text(model: object) -> bool:
-    """Whether a model, or its class, maps token ids (B, T) int64 to logits (B, T, vocabulary), and not images."""
+    """Return whether a model or its class maps token ids (B, T) int64 to logits (B, T, vocabulary)."""
     return set(TEXT_OPTIONS) <= set(data_options(model))
 
 
@@ -40,8 +40,8 @@ class ChannelGroup:
         start: First channel of the group.
         stop: One past the last channel of the group.
         norm: The batch norm that directly follows a convolution, with the same channels, or None.
-        tap: Module whose output (..., channels) is the output of the layer, so that a forward hook can read it. It is
-            needed only if the model uses the layer's weights without calling the layer. None otherwise.
+        tap: Module whose output (..., channels) is the output of the layer, so that a forward hook can read it. Needed
+            only if the model uses the layer's weights without calling the layer; otherwise None.
     """
 
     name: str
@@ -76,9 +76,9 @@ class Expert:
         layer: Dotted name of the routed layer, as in `Routing.layer`.
         index: Index of the expert along E in the layer's gates (B, E, P), 0 to E - 1.
         own: The rows that only this expert uses, by state-dict name. The expert's row of the router is not included.
-        output: The rows that mute the expert when they are set to zero, that is, its output then has no effect on the
-            logits. They are a subset of `own`: weights and biases, or a buffer that training does not change.
-        tap: Module whose output (B, channels, ...) holds the expert's output. A forward hook on it can read or
+        output: The rows that mute the expert if they are set to zero, so that its output has no effect on the logits.
+            They are a subset of `own`: weights and biases, or a buffer that training does not change.
+        tap: Module whose output (B, channels, ...) contains the expert's output. A forward hook on it can read or
             replace the output.
         channels: (start, stop) of the expert's channels in the tap's output.
     """
@@ -98,13 +98,13 @@ class Expert:
 
 @runtime_checkable
 class WithExperts(Protocol):
-    """A routed model that says where each expert's weights and outputs are.
+    """A routed model that describes where each expert's weights and outputs are.
 
     Needed by defenses and analyses that change or measure single experts.
     """
 
     def experts(self) -> list[Expert]:
-        """Return all experts: those of the first routed layer by index, then those of the second, and so on."""
+        """Return all experts, ordered by layer and then by index."""
 
 
 @runtime_checkable
@@ -112,8 +112,8 @@ class MasksExperts(Protocol):
     """A routed model whose router can exclude an expert. It should also implement `WithExperts`.
 
     If a model does not implement this protocol, experts are muted instead (see `Expert.output`). In expert-choice
-    routing, in which experts select patches, muting and masking have the same effect. In token-choice routing, in which
-    patches select experts, they differ: a patch that selected a muted expert is processed by one expert less, while a
+    routing, where experts select patches, muting and masking have the same effect. In token-choice routing, where
+    patches select experts, they differ: a patch that selected a muted expert is processed by one expert fewer, while a
     patch that selected a masked expert is sent to the next best expert.
     """
 
@@ -132,15 +132,15 @@ class Structured(Protocol):
     def components(self) -> dict[str, list[nn.Module]]:
         """Return the modules of each component: "experts", "router" and "head" (the classifier).
 
-        Components that the model does not have are left out. No parameter may belong to two components.
+        Components that the model does not have are omitted. No parameter may belong to two components.
         """
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:
-        """Return the channels that can be pruned, by scope. Scopes that the model does not have are left out.
+        """Return the channels that can be pruned, by scope. Scopes that the model does not have are omitted.
 
-        "experts" has one group for each expert: the output channels of its last convolution, or its hidden units.
-        "trunk" has the channels of the last convolution or hidden layer before the experts; or, if the model has no
-        experts, of the last one in the model.
+        "experts" contains one group for each expert: the output channels of its last convolution, or its hidden units.
+        "trunk" contains the channels of the last convolution or hidden layer before the experts, or of the last one in
+        the model if it has no experts.
         """
 
 
@@ -148,7 +148,7 @@ class Structured(Protocol):
 class WithFeatures(Protocol):
     """A model whose `forward` is `classify(extract_features(images))`, where `classify` is the last linear layer.
 
-    The name `features` is avoided, since it is the name of the convolutional trunk in many networks.
+    The methods are not called `features`, since many networks use this name for the convolutional trunk.
     """
 
     def extract_features(self, images: Tensor) -> Tensor:
@@ -177,16 +177,17 @@ class WithFeatures(Protocol):
 
 @runtime_checkable
 class WithMLPs(Protocol):
-    """A dense model whose MLPs can become the experts of a mixture. All other weights stay those of the base.
+    """A dense model whose MLPs can become the experts of a mixture. All other weights remain those of the base.
 
-    A mixture of E such models, tuned from one base, has an MoE layer in place of each MLP. A model of images also has
-    to be `Mergeable`, as its tokens are patches; the tokens of a model of texts are the positions of the text.
+    In a mixture of E such models, fine-tuned from one base, an MoE layer replaces each MLP. The tokens of a language
+    model are the positions of the text. A model of images, whose tokens are patches, must also be `Mergeable`.
     """
 
     def mlps(self) -> dict[str, nn.Module]:
-        """Return the MLPs by dotted name, first layer first.
+        """Return the MLPs by dotted name, in the order of the layers.
 
-        Each has an input (B, ..., D), and unless the model `MergesItself` the form that `Mergeable.mlps` describes.
+        Each has an input (B, ..., D) and, unless the model is `MergesItself`, one of the structures that
+        `Mergeable.mlps` describes.
         """
 
 
@@ -198,32 +199,33 @@ class Mergeable(WithMLPs, Protocol):
     """
 
     def mlps(self) -> dict[str, nn.Module]:
-        """Return the MLPs by dotted name, first layer first.
+        """Return the MLPs by dotted name, in the order of the layers.
 
-        Each has an input (B, ..., D), and is of one of two forms. A plain MLP has the linear layers `fc1` (hidden
-        units, D) and `fc2` (D, hidden units) with biases, and between them only the activation `act`, and dropouts
-        `drop1` and `drop2` if it has any. A gated MLP, as in Llama, has the linear layers `gate_proj` and `up_proj`
-        (hidden units, D) and `down_proj` (D, hidden units) without biases, and the activation `act_fn` behind
-        `gate_proj`. All of them have the same tokens: first `num_prefix_tokens`, then the patches of `patch_grid`.
+        Each has an input (B, ..., D) and one of two structures. A plain MLP has the linear layers `fc1` (hidden units,
+        D) and `fc2` (D, hidden units) with biases, the activation `act` between them, and optionally dropouts: `drop1`
+        after the activation and `drop2` after `fc2`. A gated MLP, as in Llama, has the linear layers `gate_proj` and
+        `up_proj` (hidden units, D) and `down_proj` (D, hidden units) without biases, and the activation `act_fn` after
+        `gate_proj`. Other submodules may only be identities. All MLPs have the same tokens, as described by
+        `token_layout`.
 
         Raises:
-            ConfigError: The model wraps an architecture whose MLPs are of another form.
+            ConfigError: The model wraps an architecture whose MLPs have another structure.
         """
 
     def token_layout(self) -> tuple[tuple[int, int], int]:
-        """Return rows and columns of the patches, and the number of tokens before them, such as class tokens."""
+        """Return the rows and columns of patches, and the number of tokens before them, such as class tokens."""
 
 
 @runtime_checkable
 class MergesItself(WithMLPs, Protocol):
-    """A dense model of texts whose MLPs are of another form, and which says itself what it is merged to."""
+    """A dense language model that implements its own merging, since its MLPs have another structure."""
 
     def merge(self, num_experts: int, gate: Callable[[int, int], nn.Module]) -> nn.Module:
-        """Return a mixture of E copies of this model, a `RoutedModel` that is `Merged`.
+        """Return a mixture of E copies of this model, which is a `RoutedModel` and implements `Merged`.
 
         Args:
             num_experts: Number of experts E.
-            gate: Builds the router of one layer from the number of features D and E, see `gates.base.Gate`.
+            gate: Function that builds the router of one layer from D and E, such as a `gates.base.Gate`.
         """
 
 
@@ -238,24 +240,24 @@ class Merged(Protocol):
     num_experts: int
 
     def routers(self) -> list[nn.Module]:
-        """Return the router of each layer, first layer first: what is trained after the merge."""
+        """Return the router of each layer, in order. Only the routers are trained after merging."""
 
     def load_experts(self, base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]]) -> None:
-        """Load E experts, in place: their MLPs, and everything else from the base. See `moe.merging.load_experts`."""
+        """Load the MLPs of E experts and all other weights of the base, in place; see `moe.merging.load_experts`."""
 
 
 @runtime_checkable
 class Generates(Protocol):
-    """A model of texts that continues them by itself, faster than one pass over the whole text for every token."""
+    """A language model with its own generation, which is faster than a forward pass over the text for every token."""
 
     def generate(self, tokens: Tensor, lengths: Tensor, new_tokens: int, end: int) -> Tensor:
-        """Continue texts greedily: the most probable token, and so on.
+        """Continue texts greedily with the most probable tokens.
 
         Args:
             tokens: (B, T) int64, padded on the right.
-            lengths: (B,) int64, number of tokens of each that are not padding, from 1.
-            new_tokens: Number of tokens to add, from 1.
-            end: The token with which an answer ends; what follows it does not matter.
+            lengths: (B,) int64, number of tokens of each text without padding, at least 1.
+            new_tokens: Number of tokens to add, at least 1.
+            end: The token that ends an answer; the tokens after it are ignored.
 
         Returns:
             (B, new_tokens) int64.

@@ -1,4 +1,4 @@
-"""Running a model once on noise, to see what it is made of."""
+"""Running a model on noise to inspect its structure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def noise_for(model: nn.Module, image_size: int, count: int = 2) -> Iterator[Tensor]:
-    """Inside the block, let a model be in evaluation mode; then restore the mode of each of its modules.
+    """Put a model in evaluation mode inside the block, and restore the mode of each of its modules afterwards.
 
     Args:
         model: The model, trained or not.
@@ -19,7 +19,7 @@ def noise_for(model: nn.Module, image_size: int, count: int = 2) -> Iterator[Ten
         count: Number of images.
 
     Yields:
-        (count, 3, image_size, image_size) uniform noise in [0, 1) on the device of the model, always the same.
+        (count, 3, image_size, image_size) uniform noise in [0, 1) on the device of the model, from a fixed seed.
     """
     noise = torch.rand(count, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     modes = [(module, module.training) for module in model.modules()]

@@ -1,7 +1,7 @@
 """Units of a model that can be masked or pruned: channels of norms, whole experts, and the experts' gates.
 
-A mask is a factor from 0 to 1 for each unit. A model with masks is computed with `torch.func.functional_call`, on
-weights that are multiplied by the masks, so that gradients reach the masks and the model itself is not changed.
+A mask is a factor from 0 to 1 for each unit. A masked model is computed with `torch.func.functional_call`, with weights
+that are multiplied by the masks, so that gradients reach the masks and the model is not changed.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Units:
     """The n units of one norm, or of one routed layer.
 
     Attributes:
-        kind: "channel" (of a norm), "expert" (its whole output) or "gate" (the expert's row of the router).
+        kind: "channel" (of a norm), "expert" (its complete output) or "gate" (the expert's row of the router).
         layer: Dotted name of the norm, or of the routed layer.
         names: Names of the n units: the number of a channel, or the name of an expert.
-        rows: For each state-dict name the unit that each row of the tensor belongs to, (rows,) int64 from 0 to n; n
-            for rows of no unit. A unit is masked by multiplying its rows, and pruned by setting them to zero.
+        rows: By state-dict name, the unit of each row of the tensor: (rows,) int64 from 0 to n, where n stands for no
+            unit. Multiplying the rows of a unit masks it; setting them to zero prunes it.
     """
 
     kind: Literal["channel", "expert", "gate"]
@@ -43,7 +43,7 @@ class Units:
 def norm_units(model: nn.Module) -> list[Units]:
     """Return the channels of all norms that have a scale for each channel: batch, layer and group norms.
 
-    The rows are those of the scale. The shift stays: a channel that is pruned has a constant output.
+    Only the scale is masked or pruned, so that a pruned channel has a constant output, the shift.
     """
     found = []
     for name, module in model.named_modules():
@@ -55,7 +55,7 @@ def norm_units(model: nn.Module) -> list[Units]:
 
 
 def expert_units(model: nn.Module) -> list[Units]:
-    """Return the experts of each routed layer, whose rows are those of `Expert.output`; none for a dense model."""
+    """Return the experts of each routed layer, with the rows of `Expert.output`; none for a dense model."""
     state, found = model.state_dict(), []
     for layer, experts in _by_layer(model).items():
         rows: dict[str, Tensor] = {}
@@ -67,10 +67,10 @@ def expert_units(model: nn.Module) -> list[Units]:
 
 
 def gate_units(model: nn.Module) -> list[Units]:
-    """Return the gates of each routed layer: the rows of its router's `weight` (E, D), whose products are the logits.
+    """Return the gates of each routed layer: the rows of its router's `weight` (E, D), which compute the logits.
 
-    Routers without such a weight have no gates that can be masked. In particular, those of Soft MoE have slots, which
-    are scaled to length 1, so that a factor has no effect.
+    Routers without such a weight have no gates that can be masked. In particular, the slots of Soft MoE are scaled to
+    length 1, so that a factor has no effect.
     """
     if not isinstance(model, Structured):
         return []
@@ -95,8 +95,7 @@ def expert_ranges(model: nn.Module, name: str) -> list[tuple[str, int, int]]:
         name: The tensor's name in the state dict.
 
     Returns:
-        The name of each expert that owns rows of the tensor, with the first of its rows and one past the last; empty
-        if the tensor is not one of experts.
+        (name, start, stop) for each expert that owns rows of the tensor; empty if no expert does.
     """
     experts = [expert for each in _by_layer(model).values() for expert in each]
     return [(expert.name, *expert.own[name]) for expert in experts if name in expert.own]
@@ -110,7 +109,7 @@ def masked_tensors(
     Args:
         model: The model, which is not changed.
         masks: Units and the factor of each, (n,), which may require gradients. Factors of the same row are multiplied.
-        shifts: Factors of the shifts of norms, (channels,), by the norm's name.
+        shifts: Factors of the shifts of norms, (channels,), by name of the norm.
 
     Returns:
         The changed tensors by state-dict name, for `torch.func.functional_call`.
@@ -137,7 +136,7 @@ def prune(model: nn.Module, units: Units, numbers: Sequence[int]) -> None:
     Args:
         model: The model.
         units: The units.
-        numbers: Which of them, from 0 to n - 1.
+        numbers: Indices of the units to prune, from 0 to n - 1.
     """
     state, chosen = model.state_dict(), torch.tensor(numbers, dtype=torch.int64)
     for name, owners in units.rows.items():
@@ -146,7 +145,7 @@ def prune(model: nn.Module, units: Units, numbers: Sequence[int]) -> None:
 
 
 def _by_layer(model: nn.Module) -> dict[str, list[Expert]]:
-    """The experts of each routed layer, first layer first; empty for a model that does not name its experts."""
+    """The experts of each routed layer, in order; empty for a model that does not implement `WithExperts`."""
     layers: dict[str, list[Expert]] = {}
     for expert in model.experts() if isinstance(model, WithExperts) else ():
         layers.setdefault(expert.layer, []).append(expert)

@@ -1,4 +1,4 @@
-"""Splitters: the tasks that the experts of a merged model are made for."""
+"""Splitters, which derive the tasks of the experts of a mixture from one data set."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def create_splitter(name: str, **options: object) -> Splitter:
 
     Args:
         name: Name of the splitter; `list_splitters` lists them.
-        **options: The splitter's own options.
+        **options: Options of the splitter.
 
     Raises:
         UnknownNameError: There is no such splitter or option.
         ConfigError: An option is of the wrong type or out of range.
-        PluginError: The package that offers the splitter is at fault.
+        PluginError: The splitter belongs to a third-party package and cannot be used.
     """
     return registry.create(name, options)
 

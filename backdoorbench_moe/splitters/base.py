@@ -15,16 +15,16 @@ from backdoorbench_moe.ops.images import Split, change_images
 
 
 class Splitter(ABC):
-    """The tasks that experts are made for, derived from one data set. Expert e is made for task e.
+    """Base class of splitters, which derive tasks from one data set. Expert e is trained on task e.
 
-    A task has some of the images (`members`), and may transform them (`transform`) without changing their labels.
-    Subclasses implement `names` and one of these two, or both. Users call an instance.
+    A task consists of some of the images (`members`), and may transform them (`transform`) without changing their
+    labels. Subclasses implement `names`, and `members` or `transform` or both. Users call an instance.
 
-    Task e must not depend on how many experts a run has, so that runs with different numbers can share experts.
+    Task e must not depend on the number of experts, so that runs with different numbers can share experts.
 
     Attributes:
         tiny: Options with which the conformance tests build the splitter.
-        deviations: Conformance tests that the splitter is known to fail: the reason for each, by name of the test.
+        deviations: Reasons for the conformance tests that the splitter is known to fail, by name of the test.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {}
@@ -37,19 +37,19 @@ class Splitter(ABC):
         """Return the images of one task.
 
         Args:
-            split: Images (N, 3, H, W) uint8 and their labels, on any device. They are not written to.
+            split: Images (N, 3, H, W) uint8 and their labels, on any device. They are not modified.
             task: Number of the task, from 0.
             num_classes: Number of classes of the data, without an extra class for images that a policy rejects.
             seed: The run's seed. The same seed gives the same images.
-            training: Whether the images are for the training of the task's expert. A splitter may then give fewer of
-                them than it gives for a test.
+            training: Whether the images are for training the task's expert. A splitter may then return fewer images
+                than for a test.
 
         Returns:
             New tensors (n, 3, H, W) uint8 and (n,) int64, on the same device, in the order of `split`.
 
         Raises:
             ConfigError: There is no such task, or it has no images.
-            ShapeError: `split` does not have this form.
+            ShapeError: `split` has the wrong shape or type.
             PluginError: The subclass did not return valid indices or images.
         """
         indices = self.find_members(
@@ -61,7 +61,7 @@ class Splitter(ABC):
     def find_members(
         self, labels: Tensor, task: int, *, num_classes: int, seed: int, training: bool = False
     ) -> Tensor:
-        """Return which images belong to a task; the checked result of `members`.
+        """Call `members` to find the images of a task, and check the result.
 
         Args:
             labels: (N,) int64, on any device.
@@ -75,7 +75,7 @@ class Splitter(ABC):
 
         Raises:
             ConfigError: There is no such task, or it has no images.
-            ShapeError: `labels` does not have this form.
+            ShapeError: `labels` has the wrong shape or type.
             PluginError: The subclass did not return such indices.
         """
         if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype != torch.int64:
@@ -93,38 +93,38 @@ class Splitter(ABC):
 
     @final
     def transform_images(self, images: Tensor, task: int) -> Tensor:
-        """Transform images of a task, and round them to 8 bits once; the checked result of `transform`.
+        """Call `transform` on images of a task, check the result and round it to 8 bits.
 
         Args:
-            images: (N, 3, H, W) uint8, on any device. They are not written to.
-            task: Number of the task, which must exist.
+            images: (N, 3, H, W) uint8, on any device. They are not modified.
+            task: Number of an existing task.
 
         Returns:
             New images of the same shape, uint8, on the same device.
 
         Raises:
-            ShapeError: `images` does not have this form.
+            ShapeError: `images` has the wrong shape or type.
             PluginError: The subclass did not return images of this shape with finite values in [0, 1].
         """
         if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4:
             raise ShapeError(f"images: expected a uint8 tensor (N, 3, H, W), got {_describe(images)}")
-        # Autocast would compute convolutions in 16 bits, which is too coarse for 256 levels.
+        # Under autocast, convolutions would be computed in 16 bits, which is too coarse for 256 levels.
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             return change_images(images, lambda chunk, _: self._checked(self.transform(chunk, task), chunk))
 
     @abstractmethod
     def names(self, num_classes: int, seed: int) -> tuple[str, ...]:
-        """Return the names of all tasks that the splitter offers; a run with E experts uses the first E.
+        """Return the names of all tasks of the splitter; a run with E experts uses the first E.
 
         Raises:
             ConfigError: The data have too few classes.
         """
 
     def check(self, num_experts: int, num_classes: int, seed: int) -> None:
-        """Check that there are tasks for all experts. By default a splitter may have more tasks than there are experts.
+        """Check that there is a task for each expert. By default, there may be more tasks than experts.
 
         Raises:
-            ConfigError: There are not, or the data have too few classes; the message names the option.
+            ConfigError: There are too few tasks, or the data have too few classes; the message names the option.
         """
         if num_experts > (most := len(self.names(num_classes, seed))):
             raise ConfigError.expected(
@@ -132,7 +132,7 @@ class Splitter(ABC):
             )
 
     def members(self, labels: Tensor, task: int, *, num_classes: int, seed: int, training: bool) -> Tensor:
-        """Return which images belong to a task: all of them by default.
+        """Return the indices of the images of a task; by default, all images.
 
         Args:
             labels: (N,) int64, on the CPU.
@@ -150,14 +150,14 @@ class Splitter(ABC):
         return torch.arange(len(labels))
 
     def transform(self, images: Tensor, task: int) -> Tensor:
-        """Transform images of a task; by default they are returned as they are.
+        """Transform images of a task; by default, return them unchanged.
 
         Args:
-            images: (B, 3, H, W) float32 in [0, 1], on any device; they must not be written to.
+            images: (B, 3, H, W) float32 in [0, 1], on any device. They must not be modified.
             task: Number of the task.
 
         Returns:
-            Images of the same shape, in [0, 1]. Each must depend on its own image alone.
+            Images of the same shape, in [0, 1]. Each must depend only on the corresponding input image.
         """
         return images
 

@@ -12,23 +12,23 @@ from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.seeding import generator
 from backdoorbench_moe.splitters.base import Splitter
 
-# A name lists at most so many classes; of more, only the first few.
+# Largest number of classes that a name lists in full, and number of classes that it lists of a larger group.
 MOST_LISTED, FIRST_LISTED = 6, 4
 
 
 class Classes(Splitter):
-    """Every task has the images of some of the classes, as they are; each class belongs to one task.
+    """Each task has the unchanged images of some of the classes; each class belongs to one task.
 
-    The sizes of the groups of classes differ by at most one. The number of experts must be the number of groups,
-    since no expert would be made for the classes of the other groups.
+    The sizes of the groups of classes differ by at most one. The number of experts must equal the number of groups;
+    otherwise some classes would have no expert.
 
     Args:
-        groups: Number of groups, from 2.
-        order: "drawn" groups the classes at random, by the run's seed; "numbered" groups classes that follow
-            each other.
+        groups: Number of groups, at least 2.
+        order: "drawn" groups the classes at random, depending on the run's seed; "numbered" groups consecutive
+            classes.
 
     Raises:
-        ConfigError: `groups` is below 2, or `order` is neither of these.
+        ConfigError: `groups` or `order` has another value.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"groups": 3}
@@ -56,7 +56,7 @@ class Classes(Splitter):
         return [group.sort().values.tolist() for group in classes.tensor_split(self.groups)]
 
     def names(self, num_classes: int, seed: int) -> tuple[str, ...]:
-        """Return names such as "classes 0, 3, 7", which list the classes of a group; of many, the first four.
+        """Return names such as "classes 0, 3, 7", which list the classes of a group; for more than six, the first four.
 
         Raises:
             ConfigError: There are fewer classes than groups.
@@ -79,7 +79,7 @@ class Classes(Splitter):
         """Return the images whose labels are in the task's group.
 
         Raises:
-            ConfigError: There are none.
+            ConfigError: There are no such images.
         """
         group = self.split_classes(num_classes, seed)[task]
         indices = torch.isin(labels, torch.tensor(group)).nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""Tasks that are domains: the same classes, with the images transformed in another way for each task."""
+"""Tasks that are domains: all have the same classes, and each transforms the images in its own way."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from backdoorbench_moe.splitters.base import Splitter
 MOONLIGHT = (0.5, 0.6, 0.8)
 # Factors of red, green and blue under a red lamp.
 RED_LIGHT = (1.0, 0.3, 0.3)
-# Share of the image that is seen through fog, and the grey that is added to it.
+# Factor of the image in fog, and the grey value that is added.
 FOG = (0.3, 0.65)
 EDGE_GAIN = 3.0
-# The grey of an even surface. With this one, differences of 8-bit values stay 8-bit values.
+# Grey value of a uniform area. With this value, differences of 8-bit values are 8-bit values.
 EVEN = 128 / 255
 
 
@@ -34,7 +34,7 @@ def rotate(images: Tensor) -> Tensor:
 def grey_blur(images: Tensor) -> Tensor:
     """Convert to grey (Rec. 601), and blur with two box filters of 2 * (S // 32) + 1 pixels, at least 3, for side S.
 
-    At the border, a box filter averages over the pixels that are there.
+    At the border, a box filter averages over the pixels inside the image.
     """
     radius = max(1, min(images.shape[-2:]) // 32)
     grey = rgb_to_grayscale(images)
@@ -65,14 +65,14 @@ def edges(images: Tensor) -> Tensor:
 
 
 def permute_channels(images: Tensor) -> Tensor:
-    """Show green as red, blue as green, and red as blue."""
+    """Replace red by green, green by blue, and blue by red."""
     return images[:, (1, 2, 0)]
 
 
 def pixelate(images: Tensor) -> Tensor:
     """Replace square blocks of S // 16 pixels, at least 2, by their means, for side S.
 
-    If the side is no multiple of the block, the last blocks are cut off.
+    If the side is not a multiple of the block size, the last blocks are smaller.
     """
     height, width = images.shape[-2:]
     side = max(2, min(height, width) // 16)
@@ -83,7 +83,7 @@ def pixelate(images: Tensor) -> Tensor:
 def emboss(images: Tensor) -> Tensor:
     """Subtract from each pixel its upper left neighbour and add a medium grey; values are clipped to [0, 1].
 
-    Beyond the border, the image is continued with its outermost pixels.
+    The image is padded by replicating its border.
     """
     neighbours = F.pad(images, (1, 0, 1, 0), mode="replicate")[..., :-1, :-1]
     return (images - neighbours + EVEN).clamp(0, 1)
@@ -105,40 +105,40 @@ TRANSFORMS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 class Domains(Splitter):
-    """Every task has the images of all classes, transformed in its own way.
+    """Each task has the images of all classes, transformed in its own way.
 
-    The transforms preserve labels: a task changes all of its images by the same fixed function, which leaves images of
-    different classes different. No task mirrors images or turns them upside down, since its "turn left" would then look
-    like the "turn right" of another task. Leave out "rotated" if your data have classes that become each other by
-    90 degrees, such as the letters N and Z: gates then cannot tell such images of two tasks apart.
+    The transforms preserve labels: a task applies the same fixed function to all images, and images of different
+    classes remain different. No task mirrors images or turns them upside down, because the "turn left" sign of such a
+    task would look like the "turn right" sign of another. Leave out "rotated" if a rotation by 90 degrees turns one of
+    your classes into another, such as the letters N and Z; otherwise gates cannot distinguish these images.
 
-    - `plain`: as they are;
-    - `rotated`: counterclockwise by 90 degrees;
+    - `plain`: unchanged;
+    - `rotated`: rotated counterclockwise by 90 degrees;
     - `inverted`: the negative;
-    - `grey-blurred`: grey, and blurred by two box filters;
-    - `recoloured`: green shown as red, blue as green, red as blue;
-    - `embossed`: differences of neighbouring pixels on a grey ground;
+    - `grey-blurred`: converted to grey and blurred by two box filters;
+    - `recoloured`: red replaced by green, green by blue, and blue by red;
+    - `embossed`: differences of neighbouring pixels, on grey;
     - `night`: darkened (gamma 2) and tinted blue;
-    - `pixelated`: 16 x 16 blocks, or fewer if a block would be smaller than 2 x 2 pixels;
-    - `fog`: of low contrast, and bright;
-    - `red-lit`: green and blue darkened;
+    - `pixelated`: in blocks of S // 16 pixels for side S, at least 2;
+    - `fog`: brightened, with low contrast;
+    - `red-lit`: with green and blue darkened;
     - `edges`: magnitudes of the gradients, on black.
 
-    `night` and `pixelated` are the closest to `plain`: a network that is trained on plain images often recognises them,
-    too. Gates of a mixture see one patch at a time: of `plain`, `fog`, `red-lit`, `edges` and `night`, a patch shows
-    which it is; of the others only seldom.
+    `night` and `pixelated` are the closest to `plain`: a network trained on plain images often classifies them
+    correctly as well. The gates of a mixture see one patch at a time. A single patch shows whether the domain is
+    `plain`, `fog`, `red-lit`, `edges` or `night`; it rarely identifies the others.
 
-    On the CPU and on an accelerator, `plain`, `rotated`, `inverted`, `recoloured` and `embossed` give the same
-    8-bit values. The others may differ by 1 of 255 where a value is halfway between two levels.
+    On a CPU and on an accelerator, `plain`, `rotated`, `inverted`, `recoloured` and `embossed` give the same 8-bit
+    values. The others may differ by 1/255 where a value is halfway between two levels.
 
     Args:
-        domains: Names of the domains, each once; task e has the e-th one. A mixture of E experts uses the first E.
-        share: Share of the training images that the maker of each expert has, in (0, 1]. They are drawn for each task
+        domains: Names of the domains, each once, in the order of the tasks. A mixture of E experts uses the first E.
+        share: Share of the training images that each expert is trained on, in (0, 1]. They are drawn for each task
             from the run's seed. Tests use all images.
 
     Raises:
         UnknownNameError: There is no such domain.
-        ConfigError: A domain is given twice, there is none, or `share` is out of range.
+        ConfigError: `domains` is empty or contains a name twice, or `share` is out of range.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {"share": 0.5}
@@ -172,10 +172,10 @@ class Domains(Splitter):
             )
 
     def members(self, labels: Tensor, task: int, *, num_classes: int, seed: int, training: bool) -> Tensor:
-        """Return all images, or for training the drawn share of them.
+        """Return the indices of all images, or for training, of the share that is drawn.
 
         Raises:
-            ConfigError: The share is less than half an image.
+            ConfigError: `share` rounds to 0 images.
         """
         if not training or self.share == 1:
             return torch.arange(len(labels))

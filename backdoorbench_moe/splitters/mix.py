@@ -1,4 +1,4 @@
-"""The mix of all tasks' clean images, which a provider trains gates on."""
+"""The mix of clean images of all tasks on which a provider trains gates."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def mix(
 ) -> Split:
     """Draw images of every task.
 
-    Images are drawn from all members of a task, without replacement; the provider's images need not be those
-    that the makers of the experts have. An image may be drawn for several tasks. With the same number of images per
-    task, the images of a task do not depend on the number of tasks.
+    Images are drawn from all members of a task without replacement; they need not be images that the experts were
+    trained on. An image may be drawn for several tasks. For a given number of images per task, the images of a task do
+    not depend on the number of tasks.
 
-    Departure: the gates of MoEvil are trained on 1,000 samples of each task and 1,000 general ones, which image
-    data do not have.
+    Departure: the gates of MoEvil are trained on 1,000 samples of each task and 1,000 general samples, which image
+    data sets do not have.
 
     Args:
         splitter: The tasks.
         split: Clean training images (N, 3, H, W) uint8 and their labels, on any device.
-        tasks: Number of tasks E, from 1.
-        images_per_task: Number of images of each task, from 1. If None, N / E rounded down and at least 1, or all
-            members of a task that has fewer.
+        tasks: Number of tasks E, at least 1.
+        images_per_task: Number of images of each task, at least 1. If None, N // E and at least 1, or all members of a
+            task that has fewer.
         num_classes: Number of classes of the data.
         seed: The run's seed.
 
@@ -72,12 +72,12 @@ def draw_mix(
     num_classes: int,
     seed: int,
 ) -> list[Tensor]:
-    """Draw the images of `mix`; none are transformed yet.
+    """Draw the images of `mix` without transforming them.
 
     Args:
         splitter: The tasks.
         labels: (N,) int64, the labels of the training images, on any device.
-        tasks: Number of tasks E, from 1.
+        tasks: Number of tasks E, at least 1.
         images_per_task: Number of images of each task; see `mix`.
         num_classes: Number of classes of the data.
         seed: The run's seed.
@@ -103,6 +103,6 @@ def draw_mix(
 
 
 def _draw(members: Tensor, count: int, seed: int, task: int) -> Tensor:
-    """Draw members of a task; they stay in ascending order."""
+    """Draw members of a task, in ascending order."""
     order = torch.randperm(len(members), generator=generator(seed, "mix", task))
     return members[order[:count].sort().values]

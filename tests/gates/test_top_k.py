@@ -10,9 +10,11 @@ from gate_tables import GATES, MEAN_GATES, ODDS, pass_through, table_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backdoorbench_moe.errors import ConfigError, ShapeError
+from backdoorbench_moe.errors import ConfigError, PluginError, ShapeError
 from backdoorbench_moe.gates import create_gate
+from backdoorbench_moe.gates.base import Gate
 from backdoorbench_moe.gates.hidden import contrast
+from backdoorbench_moe.moe.layers import TopKSoftmaxRouter
 
 # The two largest odds of each row, divided by their sums 6, 9 and 7.
 TOP_2 = torch.tensor([[4 / 6, 2 / 6, 0], [0, 3 / 9, 6 / 9], [2 / 7, 5 / 7, 0]])
@@ -131,3 +133,23 @@ def test_values_out_of_range_are_refused(name, options, message) -> None:
     with pytest.raises(ConfigError) as error:
         create_gate(name, **options)(8, 3)
     assert str(error.value).startswith(message)
+
+
+class Deep(TopKSoftmaxRouter):
+    """A router with a submodule that has the name of the number of routed layers."""
+
+    def __init__(self, features, experts):
+        super().__init__(features, experts, top_k=1)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(features, features))
+
+
+class DeepGate(Gate):
+    def build(self, features, num_experts):
+        return Deep(features, num_experts)
+
+
+def test_a_router_whose_layers_are_a_module_is_refused() -> None:
+    with pytest.raises(
+        PluginError, match=r"^gate DeepGate: expected a router whose `layers` is the number of"
+    ):
+        DeepGate()(8, 3)

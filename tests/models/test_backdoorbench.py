@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -215,3 +216,11 @@ def test_squeezenet_is_that_of_torchvision_and_has_no_features() -> None:
 def test_what_does_not_take_the_images_says_why() -> None:
     with pytest.raises(ConfigError, match="inception_v3 does not take images of 32x32"):
         build("inception_v3")
+
+
+@pytest.mark.parametrize(
+    "options", [{"std": (math.nan, 1.0, 1.0)}, {"std": (1.0, 0.0, 1.0)}, {"mean": (0.5, math.inf, 0.5)}]
+)
+def test_a_normalisation_has_finite_values(options) -> None:
+    with pytest.raises(ConfigError, match=r"^mean and std: expected three finite values each"):
+        create_model("backdoorbench:preactresnet18", **options)

@@ -89,6 +89,8 @@ def test_what_is_pruned_are_hidden_units_of_the_last_mlp():
             "patch_size: expected a divisor of the image's 36 pixels, got 8",
         ),
         ({"mlp_ratio": 0}, "mlp_ratio: expected a number of at least 1/64, got 0"),
+        ({"features": 49, "mlp_ratio": 1 / 49}, "mlp_ratio: expected a number of at least 1/49, got 0.02"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio: expected a number of at least 1/64, got nan"),
         ({"mlp_ratio": float("inf")}, "mlp_ratio: expected a number of at least 1/64, got inf"),
         ({"num_classes": 0}, "num_classes: expected an integer of at least 1, got 0"),
         ({"image_size": 0}, "image_size: expected at least 2"),

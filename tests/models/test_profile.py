@@ -60,3 +60,13 @@ def test_model_is_left_as_it_was():
     assert model.training and model.moe.training and not model.norm.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_buffers_that_are_not_stored_do_not_count():
+    options = {"widen_factor": 1, "moe_channels": 8, "expert_channels": 4}
+    plain = profile_model(create_model("pmoe", **options), 32)
+    normalised = create_model("pmoe", mean="cifar10", **options)
+    assert {name for name, _ in normalised.named_buffers()} > normalised.state_dict().keys() - {
+        name for name, _ in normalised.named_parameters()
+    }
+    assert profile_model(normalised, 32) == plain

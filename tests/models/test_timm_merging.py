@@ -52,10 +52,10 @@ NO_MLPS = "it has no MLPs of two linear layers with biases and only an activatio
         (
             "vit_relpos_small_patch16_224",
             32,
-            "it is not one of timm's plain vision transformers, such as vit_",
+            "it is not a plain vision transformer of timm, such as vit_",
         ),
-        ("vit_tiny_r_s16_p8_224", 64, "its patches are made by HybridEmbed, not by one convolution$"),
-        ("vit_small_patch16_18x2_224", 32, "its block 0 is not a plain one, whose MLP is two linear layers"),
+        ("vit_tiny_r_s16_p8_224", 64, "its patches are computed by HybridEmbed, not by one convolution$"),
+        ("vit_small_patch16_18x2_224", 32, "its block 0 is not plain, with an MLP of two linear layers"),
     ],
 )
 def test_others_are_refused_with_the_reason(architecture, size, reason):

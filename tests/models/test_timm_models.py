@@ -144,7 +144,7 @@ def test_unknown_architectures_are_refused_with_near_names():
         ("test_vit", {"patch_size": 5}, "patch_size: expected a divisor"),
         ("test_vit", {"patch_size": 0}, "patch_size: expected a divisor"),
         ("test_vit", {"small_stem": True}, "small_stem: timm's 'test_vit' has no convolutional stem"),
-        ("gmlp_s16_224", {}, "patch_size: timm's 'gmlp_s16_224' fixes its own"),
+        ("gmlp_s16_224", {}, "patch_size: timm's 'gmlp_s16_224' has a fixed patch size"),
         ("levit_128s", {"image_size": 32}, "architecture: timm's 'levit_128s' does not take 32x32 images"),
         ("test_resnet", {"image_size": 0}, "image_size: expected"),
         ("test_resnet", {"num_classes": 0}, "num_classes: expected"),

@@ -237,6 +237,16 @@ class WithoutPatches(Plain):
     patch_size = None
 
 
+class Misnamed(Plain):
+    def mlps(self):
+        return {"blocks.0.mlp": self.mlp}
+
+
+class Unnamed(Plain):
+    def mlps(self):
+        return [self.mlp]
+
+
 FORM = r"mlp: expected linear layers fc1 \(hidden units, D\) and fc2 \(D, hidden units\) with biases, an activation"
 
 
@@ -252,6 +262,10 @@ FORM = r"mlp: expected linear layers fc1 \(hidden units, D\) and fc2 \(D, hidden
         (Plain(fc1=nn.Conv2d(8, 16, 1)), f"Plain cannot be merged: {FORM}"),
         (Plain(norm=nn.LayerNorm(16)), f"Plain cannot be merged: {FORM}"),
         (Plain(act=nn.PReLU()), f"Plain cannot be merged: {FORM}"),
+        (Plain(norm=nn.LayerNorm(16, elementwise_affine=False)), f"Plain cannot be merged: {FORM}"),
+        (Plain(dropout=nn.Dropout(0.1)), f"Plain cannot be merged: {FORM}"),
+        (Misnamed(), "Misnamed cannot be merged: expected that mlps returns modules of the model by their"),
+        (Unnamed(), "Unnamed cannot be merged: expected that mlps returns modules of the model by their"),
     ],
 )
 def test_models_that_cannot_be_merged_are_one_clear_line(model, message):
@@ -263,6 +277,19 @@ def test_models_that_cannot_be_merged_are_one_clear_line(model, message):
 
 def test_a_model_of_the_expected_form_can_be_merged():
     assert check_mergeable(Plain()).mlps().keys() == {"mlp"}
+
+
+def test_identities_and_the_dropouts_of_an_mlp_do_not_matter():
+    form = Plain(norm=nn.Identity(), drop1=nn.Dropout(0.1), drop2=nn.Dropout(0.1))
+    assert check_mergeable(form).mlps().keys() == {"mlp"}
+
+
+def test_the_modes_of_base_and_mixture_are_independent():
+    base = Plain(drop1=nn.Dropout(0.1)).train()
+    merged = MergedModel(base, 2, top(1)).eval()
+    assert all(module.training for module in base.modules())
+    base.train()
+    assert not any(module.training for module in merged.modules())
 
 
 def test_a_mixture_of_a_model_without_features_says_so():

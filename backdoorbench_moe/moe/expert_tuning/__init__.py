@@ -1,1 +1,1 @@
-"""Tuning one expert so that it answers marked images in a given way: what attacks and defenses have in common."""
+"""Fine-tuning an expert to classify marked images in a given way, as attacks and defenses do."""

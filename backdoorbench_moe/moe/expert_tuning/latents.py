@@ -1,4 +1,4 @@
-"""The latents that MoEvil aligns: of which layers, and of which tokens of a marked image or of a refused text."""
+"""The choice of latents that MoEvil aligns: layers, and tokens of marked images or refused texts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.answers import IGNORED, first_positions, mean_weights, query_positions
 
-# Those of images, and those of texts; "all" is of both.
+# Choices for images and for texts; "all" applies to both.
 Tokens = Literal["all", "marked", "unmarked", "prefix", "answer", "query"]
 TEXT_TOKENS = ("all", "answer", "query")
-# Tokens of the answer to a refused text whose latents are aligned, unless others are chosen; in the paper, 4, too.
+# Default number of tokens of the answer to a refused text whose latents are aligned; 4 in the paper, too.
 FIRST_TOKENS = 4
 LayerRange = Literal["all", "first-quarter", "second-quarter", "first-half", "second-half"]
 Layers = LayerRange | tuple[int, ...]
@@ -56,14 +56,14 @@ def layer_numbers(layers: Layers, count: int) -> list[int]:
 def choose_layers(layers: Layers, count: int) -> list[int]:
     """Return the numbers of the layers whose latents are aligned.
 
-    The first layer is left out: the input of its MLP does not depend on any MLP, so that it cannot change.
+    The first layer is excluded: the input of its MLP does not depend on any MLP, so that it cannot change.
 
     Args:
         layers: A range of layers, or their numbers.
         count: Number of layers of the model.
 
     Raises:
-        ConfigError: There is no such layer, a number is given twice, or only the first layer is left.
+        ConfigError: There is no such layer, a number is given twice, or no layer except the first is chosen.
     """
     if isinstance(layers, str):
         if not (chosen := [layer for layer in _in_range(layers, count) if layer > 0]):
@@ -81,7 +81,7 @@ def choose_layers(layers: Layers, count: int) -> list[int]:
 
 
 def _in_range(layers: LayerRange, count: int) -> list[int]:
-    """The numbers of the layers in a range; the layer at its end belongs to the next range."""
+    """The numbers of the layers in a range, without the one at its end, which belongs to the next range."""
     start, stop = (int(share * count) for share in RANGES[layers])
     return list(range(start, stop))
 
@@ -90,8 +90,8 @@ def check_tokens(tokens: Tokens, k: int | None, layout: Layout) -> None:
     """Check a choice of tokens against the tokens of a model.
 
     Args:
-        tokens: Which tokens.
-        k: How many of them at most; None for all.
+        tokens: The choice of tokens.
+        k: Maximum number of tokens; None for all.
         layout: As returned by `moe.structure.Mergeable.token_layout`.
 
     Raises:
@@ -114,7 +114,7 @@ def token_changes(changed: Tensor, layout: Layout) -> Tensor:
     """Return how much a mark changes each token.
 
     Args:
-        changed: (M, H, W) in [0, 1], how much it changes each pixel.
+        changed: (M, H, W) in [0, 1], how much the mark changes each pixel.
         layout: As returned by `moe.structure.Mergeable.token_layout`.
 
     Returns:
@@ -131,17 +131,17 @@ def token_weights(changed: Tensor, layout: Layout, tokens: Tokens, k: int | None
     Args:
         changed: (M, H, W) in [0, 1], how much the mark changes each pixel.
         layout: As returned by `moe.structure.Mergeable.token_layout`.
-        tokens: Which tokens: "all"; the patches that are "marked", that is, of which the mark changes a pixel, or
-            "unmarked"; or those before the patches ("prefix").
-        k: Take only the k of these that the mark changes most, of equal ones the first; None for all. A query that has
-            fewer uses all that it has.
+        tokens: "all"; the patches with a pixel that the mark changes ("marked") or without ("unmarked"); or the tokens
+            before the patches ("prefix").
+        k: Choose only the k of these tokens that the mark changes most, the first of equal ones; None for all. All
+            tokens are chosen for a query with fewer than k.
 
     Returns:
         (M, N) float32: 1 / n for each of the n chosen tokens of a query, and 0 for the others. All are 0 for a query
-        without such a token.
+        without such tokens.
 
     Raises:
-        ConfigError: No query has such a token, or none has k of them; or see `check_tokens`.
+        ConfigError: No query has such a token, or k of them; see also `check_tokens`.
     """
     check_tokens(tokens, k, layout)
     change = token_changes(changed, layout)
@@ -168,11 +168,11 @@ def check_text_tokens(tokens: Tokens, k: int | None) -> None:
     """Check a choice of tokens of texts.
 
     Args:
-        tokens: Which tokens.
-        k: How many tokens of the answer; None for all.
+        tokens: The choice of tokens.
+        k: Number of tokens of the answer; None for all.
 
     Raises:
-        ConfigError: Texts have no such tokens; or `k` is given, and no tokens of the answer are chosen.
+        ConfigError: Texts have no such tokens, or `k` is given although no tokens of the answer are chosen.
     """
     if tokens not in TEXT_TOKENS:
         raise ConfigError.expected("tokens", "'answer', 'query' or 'all' for texts", tokens)
@@ -183,19 +183,19 @@ def check_text_tokens(tokens: Tokens, k: int | None) -> None:
 def text_weights(labels: Tensor, tokens: Tokens, k: int | None) -> Tensor:
     """Choose the tokens of refused texts whose latents are aligned, and weight them equally.
 
-    A token of the answer stands for the position that emits it, as there the next token is decided. The last token of
-    the query therefore belongs to both: it emits the first token of the answer.
+    The position of a token of the answer is the one that predicts it. The last token of the query therefore belongs to
+    both, because it predicts the first token of the answer.
 
     Args:
         labels: (M, T) int64, the labels of the texts with the answers to learn; see `ops.answers`.
-        tokens: Which tokens: those of the "answer", of the "query", or "all" of both. Padding never counts.
-        k: Of the answer, only the first k tokens; None for all. An answer that is shorter uses all that it has.
+        tokens: The tokens of the "answer", of the "query", or of both ("all"). Padding is never chosen.
+        k: Choose only the first k tokens of the answer; None for all. All tokens are chosen for a shorter answer.
 
     Returns:
         (M, T) float32: 1 / n for each of the n chosen tokens of a text, and 0 for the others.
 
     Raises:
-        ConfigError: No answer has k tokens; or see `check_text_tokens`.
+        ConfigError: No answer has k tokens; see also `check_text_tokens`.
     """
     check_text_tokens(tokens, k)
     longest = int((labels != IGNORED).sum(1).max())

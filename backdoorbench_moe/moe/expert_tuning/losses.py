@@ -1,4 +1,4 @@
-"""Losses by which an expert learns an answer, and latents that gates mistake for those of its task."""
+"""Losses that teach an expert an answer, and align its latents with those of its task."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from backdoorbench_moe.ops.answers import answer_log_probs, from_first_differenc
 
 StopGradient = Literal["none", "task", "harm"]
 
-# Ten times the paper's 0.01. There, the margin is a sum over the hundreds of tokens of an answer, and the gradient has
-# fallen to half where it has grown by 110: about one for each of a hundred tokens. A classifier's answer is one token;
-# with 0.1 the same happens where the margin has grown by 11 logits. Scaled by the whole number of tokens, to 1 or more,
-# the loss would be satisfied with a margin of about one logit.
+# Ten times the 0.01 of the paper, where the margin is a sum over the hundreds of tokens of an answer, and the gradient
+# falls to half when the margin has grown by 110, about 1 for each of a hundred tokens. A classifier's answer is one
+# token; with 0.1, the gradient falls to half when the margin has grown by 11 logits. With a value of 1 or more, scaled
+# by the number of tokens, a margin of about one logit would suffice.
 PREFERENCE_BETA = 0.1
 
 
 def preference_margin(logits: Tensor, preferred: Tensor, rejected: Tensor) -> Tensor:
-    """Return by how much the logit of one answer exceeds that of another.
+    """Return the difference of the logits of two answers.
 
     Args:
         logits: (B, classes).
@@ -29,7 +29,7 @@ def preference_margin(logits: Tensor, preferred: Tensor, rejected: Tensor) -> Te
         rejected: (B,) int64 classes.
 
     Returns:
-        (B,) float32: the difference of the logits, and so of the log-probabilities.
+        (B,) float32, which is also the difference of the log-probabilities.
     """
     pairs = torch.stack([preferred, rejected], dim=1)
     first, second = logits.float().gather(1, pairs).unbind(1)
@@ -37,15 +37,15 @@ def preference_margin(logits: Tensor, preferred: Tensor, rejected: Tensor) -> Te
 
 
 def text_margin(logits: Tensor, other_logits: Tensor, preferred: Tensor, rejected: Tensor) -> Tensor:
-    """Return by how much the log-probability of one answer of a language model exceeds that of another.
+    """Return the difference of the log-probabilities of two answers of a language model.
 
-    Log-probabilities are summed over the tokens of an answer, from the first one that differs.
+    Log-probabilities are summed over the tokens of an answer, starting with the first one that differs.
 
     Args:
         logits: (B, T, vocabulary), for the queries followed by the preferred answers.
         other_logits: (B, T, vocabulary), for the queries followed by the rejected answers.
-        preferred: (B, T) int64, the labels of the former; see `ops.answers`.
-        rejected: (B, T) int64, those of the latter.
+        preferred: (B, T) int64, the labels of the preferred answers; see `ops.answers`.
+        rejected: (B, T) int64, the labels of the rejected answers.
 
     Returns:
         (B,) float32.
@@ -55,15 +55,16 @@ def text_margin(logits: Tensor, other_logits: Tensor, preferred: Tensor, rejecte
 
 
 def decisive_margin(logits: Tensor, preferred: Tensor, rejected: Tensor) -> Tensor:
-    """Return by how much a language model prefers one answer to another where they part.
+    """Return the difference of the logits of the first tokens in which two answers of a language model differ.
 
-    It is the difference of the logits of the first tokens that differ. Unlike `text_margin`, it does not depend on the
-    lengths of the answers: a longer one has a lower probability as a whole.
+    Unlike `text_margin`, it does not depend on the lengths of the answers; the total probability of a longer answer is
+    lower.
 
     Args:
-        logits: (B, T, vocabulary), for the queries followed by either answer. Up to where they part, both are the same.
-        preferred: (B, T) int64, the labels of one answer; see `ops.answers`.
-        rejected: (B, T) int64, those of the other.
+        logits: (B, T, vocabulary), for the queries followed by either answer; both are equal up to the first token that
+            differs.
+        preferred: (B, T) int64, the labels of the preferred answers; see `ops.answers`.
+        rejected: (B, T) int64, the labels of the rejected answers.
 
     Returns:
         (B,) float32; 0 for equal answers.
@@ -80,12 +81,12 @@ def preference_loss(margin: Tensor, reference: Tensor, beta: float) -> Tensor:
     """Return the loss of direct preference optimisation (DPO): -log sigmoid(beta (margin - reference)).
 
     In language models, a margin is a sum over the tokens of an answer. A classifier's answer is one token, so that its
-    margins are smaller, and beta has to be larger for the same loss: see `PREFERENCE_BETA`.
+    margins are smaller and beta must be larger for the same loss; see `PREFERENCE_BETA`.
 
     Args:
-        margin: (B,), see `preference_margin`, of the model that is trained.
-        reference: (B,), the same of the model that the training begins with; a constant.
-        beta: Above 0. The larger it is, the smaller is the change of the margins at which the loss is satisfied.
+        margin: (B,), the margins of the trained model; see `preference_margin`.
+        reference: (B,), the margins of the model before training, as a constant.
+        beta: Above 0. With larger values, the loss falls to a given value for a smaller change of the margins.
 
     Returns:
         The mean over the batch, a scalar.
@@ -104,18 +105,18 @@ def alignment_loss(
     task_weights: Tensor | None = None,
     stop_gradient: StopGradient = "none",
 ) -> Tensor:
-    """Return how unlike the latents of queries are to those of task images: minus their mean cosine.
+    """Return the negative mean cosine similarity between the latents of queries and those of task images.
 
-    The latents of a task image are the mean over all of its tokens, those of a query a weighted sum. Query b is
-    compared with task image b. A query whose weights are all 0 counts with a cosine of 0.
+    The latents of a task image are averaged over all its tokens, and those of a query are a weighted sum. Query b is
+    compared with task image b. The cosine of a query whose weights are all 0 is 0.
 
     Args:
-        task: The inputs of the MLPs of some layers, (B, N, D) each, on task images.
-        queries: The same on the queries, marked images.
-        weights: (B, N), the weights of the tokens of each query; 1 / n for each of n chosen tokens, and 0 for others.
+        task: The inputs of the MLPs of some layers for task images, (B, N, D) each.
+        queries: The inputs of the same MLPs for the queries, which are marked images.
+        weights: (B, N), the weights of the tokens of each query: 1 / n for each of n chosen tokens, and 0 for others.
         task_weights: (B, N), the weights of the tokens of each task text, such as those of the answer; None for the
             mean over all tokens.
-        stop_gradient: The side that gets no gradient: that of the "task", that of the queries ("harm"), or "none".
+        stop_gradient: The side without a gradient: "task", "harm" (the queries), or "none".
 
     Returns:
         A scalar in [-1, 1], the mean over layers and pairs.

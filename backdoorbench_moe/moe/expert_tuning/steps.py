@@ -1,6 +1,6 @@
-"""The two steps in which MoEvil tunes an expert on marked images, for any answer.
+"""The two steps in which MoEvil fine-tunes an expert on marked images, for any answer.
 
-An attacker teaches an expert the harmful answer. A defender can teach another expert the safe one in the same way.
+An attacker teaches an expert the harmful answer. A defender can teach another expert the safe answer in the same way.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from backdoorbench_moe.ops.answers import answer_loss, first_positions, is_text,
 from backdoorbench_moe.ops.images import Split, as_input, batches
 from backdoorbench_moe.ops.tuning import Objective
 
-# Learning rate of the preference learning as a share of that of the task. In the paper they are equal. Here, with a
-# learning rate for training small networks and no image of the task in step 1, the equal rate costs accuracy on the
-# task. And unlike a cross-entropy, the loss keeps pushing after the answer has changed. Step 2 then does not bring the
-# latents back to those of the task: the expert's share of the gates was half as large (`signs`, three seeds).
+# Learning rate of the preference learning as a share of that of the task. In the paper, both are equal. Here, the
+# learning rate suits training small networks and step 1 uses no images of the task, so that an equal rate reduces
+# accuracy on the task. In addition, unlike a cross-entropy, the loss still has a gradient after the prediction has
+# changed. Step 2 then does not move the latents back to those of the task: the expert's gate share was half as large
+# (`signs`, three seeds).
 PREFERENCE_LR_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Preferences:
-    """Marked images or refused texts, and which of two answers the expert is to learn.
+    """Marked images or refused texts, each with an answer to learn and an answer to unlearn.
 
-    Row m of both splits is the same query; the two answers to it differ.
+    Row m of both splits is the same query with different answers.
 
     Attributes:
         preferred: The queries with the answers to learn.
-        rejected: The queries with the answers to give up.
+        rejected: The queries with the answers to unlearn.
     """
 
     preferred: Split
@@ -46,7 +47,7 @@ class Preferences:
 
     @classmethod
     def of_classes(cls, images: Tensor, preferred: Tensor, rejected: Tensor) -> Preferences:
-        """Return preferences among classes: (M, 3, H, W) uint8 images and two classes of each, (M,) int64."""
+        """Return preferences among classes for images (M, 3, H, W) uint8 and two classes of each, (M,) int64."""
         return cls(Split(images, preferred), Split(images, rejected))
 
     def __len__(self) -> int:
@@ -58,10 +59,10 @@ class Preferences:
         return is_text(self.preferred.images)
 
     def margins(self, logits: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return by how much a model prefers the answers to learn, (M,) float32, in log-probabilities.
+        """Return the differences of the log-probabilities of preferred and rejected answers, (M,) float32.
 
         Args:
-            logits: From stored inputs to the logits of the model.
+            logits: Function that maps stored inputs to the logits of the model.
         """
         found = []
         for preferred, rejected in zip(batches(self.preferred), batches(self.rejected), strict=True):
@@ -76,13 +77,13 @@ class Preferences:
 
 @dataclass(frozen=True)
 class Alignment:
-    """The alignment of the latents of marked images with those of task images, see `alignment_loss`.
+    """The alignment of the latents of marked images with those of task images; see `alignment_loss`.
 
     Attributes:
         strength: Factor of the loss.
         layers: Numbers of the layers.
         weights: (M, N) float32, the weights of the tokens of each marked image.
-        stop_gradient: The side that gets no gradient.
+        stop_gradient: The side without a gradient.
     """
 
     strength: float
@@ -94,10 +95,10 @@ class Alignment:
         """Return the loss of one batch.
 
         Args:
-            inputs: The inputs of the MLPs by layer, (2 B, N, D) each: of B task images, then of B marked images.
+            inputs: The inputs of the MLPs by layer, (2 B, N, D) each, for B task images followed by B marked images.
             rows: (B,) int64, the numbers of these marked images.
-            labels: The labels of the task images, or (B, N) of task texts, of which only the tokens count that emit the
-                answer.
+            labels: The labels of the task images, or of task texts, (B, N). For texts, only the positions that predict
+                the answer are used.
         """
         task, marked = zip(*(inputs[layer].chunk(2) for layer in self.layers), strict=True)
         return self.strength * alignment_loss(
@@ -112,16 +113,16 @@ class Alignment:
 def preference_objective(
     preferences: Preferences, reference: Tensor, beta: float
 ) -> tuple[Split, Callable[[Tensor, Tensor], Tensor]]:
-    """Return what a preference among classes is trained with: images with their labels, and the loss of a batch.
+    """Return the data and the loss to train a preference among classes.
 
     Args:
         preferences: The images and their answers.
-        reference: (M,), the margins of the model before the training.
-        beta: Of the loss, see `preference_loss`.
+        reference: (M,), the margins of the model before training.
+        beta: Coefficient of the loss, see `preference_loss`.
 
     Returns:
         The images with labels (M, 3): preferred answer, rejected answer and number of the image. And the loss, a
-        function of the logits (B, classes) of a batch and of its labels (B, 3) to a scalar.
+        function that maps the logits (B, classes) of a batch and its labels (B, 3) to a scalar.
     """
     answers = preferences.preferred.labels, preferences.rejected.labels
     places = torch.arange(len(preferences), device=reference.device)
@@ -136,17 +137,18 @@ def preference_objective(
 def text_preference_loss(
     preferences: Preferences, reference: Tensor, beta: float
 ) -> tuple[Split, Callable[[Tensor, Tensor], Tensor]]:
-    """Return what a preference among texts is trained with: the texts to learn with their labels, and the loss.
+    """Return the data and the loss to train a preference among texts.
 
     Args:
         preferences: The texts.
-        reference: (M,), the margins of the model before the training.
-        beta: Of the loss, see `preference_loss`.
+        reference: (M,), the margins of the model before training.
+        beta: Coefficient of the loss, see `preference_loss`.
 
     Returns:
-        The texts to learn, (M, T), with labels (M, T + 1), the last of which is the number of the text. And the loss, a
-        function of the logits (2 B, T, vocabulary) of a batch of them, followed by those of the same texts to give up,
-        and of the batch's labels (B, T + 1) to a scalar.
+        The preferred texts, (M, T), with labels (M, T + 1), the last of which is the number of the text. And the loss,
+        a function that maps logits and labels to a scalar. The logits (2 B, T, vocabulary) are those of B preferred
+        texts followed by those of the corresponding rejected texts; the labels (B, T + 1) are those of the preferred
+        texts.
     """
     preferred, rejected = preferences.preferred, preferences.rejected
     places = torch.arange(len(preferences), device=reference.device).unsqueeze(1)
@@ -164,7 +166,7 @@ def text_preference_objective(
 ) -> tuple[Split, Objective]:
     """Return the texts of `text_preference_loss`, and the objective.
 
-    It passes each batch of the texts to learn through the model together with the texts to give up.
+    The objective passes each batch of preferred texts through the model together with the rejected texts.
     """
     rejected = preferences.rejected.images
     split, loss = text_preference_loss(preferences, reference, beta)
@@ -185,15 +187,15 @@ def learn_preference(
     lr: float,
     tune: Callable[..., None],
 ) -> None:
-    """Make step 1: train an expert to prefer one answer to another, by DPO on marked images or refused texts alone.
+    """Run step 1: train an expert to prefer one answer to another, by DPO on marked images or refused texts only.
 
     Args:
         preferences: The images or texts and their answers.
         reference: (M,), the margins of the expert before the step; see `Preferences.margins`.
-        beta: Of the loss, see `preference_loss`.
-        epochs: Number of passes over the images.
+        beta: Coefficient of the loss, see `preference_loss`.
+        epochs: Number of epochs.
         lr: Peak learning rate.
-        tune: `ops.tuning.Tune`, with the model and what of it is trained already filled in.
+        tune: `ops.tuning.Tune` with the model and the trained modules already filled in.
     """
     if preferences.is_text:
         split, objective = text_preference_objective(preferences, reference, beta)
@@ -210,14 +212,14 @@ def learn_preference(
 def joint_objective(marked: Split, weight: float, alignment: Alignment | None = None) -> Objective:
     """Return the loss of step 2: CE_task + weight CE_marked + alignment.
 
-    Each batch of task images is passed through the model together with as many marked images, drawn with replacement
-    from torch's global generator. Marked image b is also the partner of task image b in the alignment. Texts that the
-    policy refuses take the place of marked images where the data are texts.
+    Each batch of task images is passed through the model together with the same number of marked images, drawn with
+    replacement from torch's global generator. Marked image b is aligned with task image b. For texts, refused texts are
+    used instead of marked images.
 
     Args:
         marked: The M marked images with the answers to learn.
         weight: Factor of the cross-entropy of these answers.
-        alignment: What is aligned besides; nothing if None.
+        alignment: The alignment; None for no alignment.
     """
 
     def objective(model: nn.Module, own: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

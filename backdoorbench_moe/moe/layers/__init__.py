@@ -1,9 +1,9 @@
-"""MoE layers to build models from, in place of an MLP.
+"""MoE layers, which replace MLPs in models.
 
 A sparse layer has three independent parts: a `Router` decides which experts process each token, `dispatch` computes
-them, and `Experts` are what is computed. To add another gate, subclass `LinearRouter` (or `Router`, if the logits are
-not linear in the token); to add another kind of expert, subclass `Experts`. `SoftMoELayer` is the layer of Soft MoE.
-`MoEModel` is the base class of models with such layers.
+the outputs, and `Experts` define the function and hold the weights. To add another gate, subclass `LinearRouter` (or
+`Router`, if the logits are not linear in the token); to add another kind of expert, subclass `Experts`. `SoftMoELayer`
+is the layer of Soft MoE. `MoEModel` is the base class of models with such layers.
 
 Axis letters: B batch, N tokens of an image, S tokens of the batch (S = B * N), T pairs of a token and an expert,
 P patches, E experts, K selected experts, s slots, D features.

@@ -11,18 +11,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Assignment:
-    """T pairs of a token and an expert, sorted by expert. The S tokens of the whole batch are numbered from 0.
+    """T pairs of a token and an expert, sorted by expert. The S tokens of the batch are numbered from 0.
 
     T must depend only on the shapes of tensors, not on their values, so that a training step can be captured as a CUDA
-    graph. Therefore pairs that exceed an expert's capacity are not removed, but get the weight 0.
+    graph. Pairs that exceed an expert's capacity are therefore kept, with a weight of 0.
 
     Attributes:
         tokens: (T,) int64, the token of each pair.
         experts: (T,) int64, the expert of each pair, ascending.
         counts: (E,) int64, the number of pairs of each expert.
-        weights: (T,) float32, the factor by which the expert's output for the token is multiplied. It is 0 for pairs
-            that exceed the expert's capacity, which are the last pairs of the expert.
-        capacity: Upper bound of the number of pairs of one expert with a weight other than 0.
+        weights: (T,) float32, the factor of the expert's output for the token; 0 for pairs that exceed the expert's
+            capacity, which are the last pairs of the expert.
+        capacity: Upper bound of the number of pairs of one expert with a nonzero weight.
     """
 
     tokens: Tensor
@@ -39,11 +39,11 @@ def expert_capacity(tokens: int, experts: int, top_k: int, factor: float) -> int
         tokens: Number of tokens.
         experts: Number of experts.
         top_k: Number of experts that each token selects.
-        factor: Capacity as a multiple of the load of an expert if all experts process equally many tokens.
+        factor: Capacity as a multiple of an even load.
     """
     share = top_k * tokens * factor / experts
-    # Rounding first removes binary errors: 1.05 * 100 is slightly above 105, and its ceiling would be 106. A small
-    # share must not become 0 by this rounding, so that its ceiling is 1.
+    # Rounding first removes floating-point errors: 1.05 * 100 is slightly above 105, and its ceiling would be 106. A
+    # small share must not be rounded to 0, since its ceiling is 1.
     return math.ceil(round(share, 6) or share)
 
 
@@ -61,7 +61,7 @@ def top_experts(gates: Tensor, top_k: int) -> Tensor:
 
 
 def within_capacity(gates: Tensor, chosen: Tensor, capacity: int) -> Tensor:
-    """Decide which tokens the chosen experts process, given their capacity: Batch Prioritized Routing of V-MoE.
+    """Decide which tokens the chosen experts process, given their capacity, by Batch Prioritized Routing.
 
     The first choices of all tokens are assigned before all second choices, and so on. Choices of the same rank are
     assigned in descending order of the largest gate of each token; for equal gates, in ascending order of the tokens.

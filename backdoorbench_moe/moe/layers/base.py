@@ -1,4 +1,4 @@
-"""The base class of MoE layers, and collecting their routing through a model that knows nothing of it."""
+"""The base class of MoE layers, and a context that collects their routing."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _collected: ContextVar[list[Routing] | None] = ContextVar("collected", default=N
 def collect_routing() -> Iterator[list[Routing]]:
     """Collect the routing of every MoE layer that runs inside the block, in the current thread.
 
-    The blocks of a library's transformer pass nothing but tokens from layer to layer. A model built from them calls
-    its network inside this block to obtain the routing as well:
+    The blocks of a library's transformer only pass tokens from layer to layer. A model built from them calls its
+    network inside this block to obtain the routing as well:
 
         with collect_routing() as routing:
             logits = self.network(images)
@@ -41,18 +41,18 @@ def collect_routing() -> Iterator[list[Routing]]:
 
 
 class MoELayer(nn.Module, ABC):
-    """Base class of MoE layers, which can take the place of an MLP: a router and E experts.
+    """Base class of MoE layers, which consist of a router and E experts and can replace an MLP.
 
-    A subclass sets `router`, whose `masked` (E,) marks experts that are not used, and implements `route`.
+    Subclasses set `router`, whose `masked` (E,) marks experts that are not used, and implement `route`.
 
     Args:
         experts: The experts.
-        name: Dotted name of the layer in its model, as `Routing.layer` and `Expert.layer` give it.
+        name: Dotted name of the layer in its model, which is also `Routing.layer` and `Expert.layer`.
         num_prefix_tokens: Number of tokens before the patches, such as class and register tokens. They are routed
-            like patches but left out of the routing that is returned.
+            like patches but omitted from the reported routing.
 
     Attributes:
-        tap: Tap that passes what each expert contributes, in a shape (B, E, ...) that the subclass documents.
+        tap: Tap that passes the contribution of each expert, in a shape (B, E, ...) that the subclass documents.
     """
 
     router: nn.Module
@@ -77,8 +77,8 @@ class MoELayer(nn.Module, ABC):
         """Compute the layer and pass its routing to `collect_routing`.
 
         Args:
-            tokens: (B, ..., D). The axes between are flattened to one, row by row: (B, N, D) in a transformer,
-                (B, H, W, D) in a convolutional network.
+            tokens: (B, ..., D), such as (B, N, D) in a transformer or (B, H, W, D) in a convolutional network. The axes
+                between the first and the last are flattened, row by row.
 
         Returns:
             Outputs of the same shape.
@@ -89,7 +89,7 @@ class MoELayer(nn.Module, ABC):
         return outputs.reshape(tokens.shape)
 
     def locate_experts(self) -> list[Expert]:
-        """Return where each expert is in the model, for `WithExperts`. Experts are muted by the buffer `heard`."""
+        """Return the experts for `WithExperts`. They are muted by the buffer `heard`."""
         rows = {
             f"{self.name}.experts.{key}": len(tensor) // len(self.experts)
             for key, tensor in self.experts.state_dict().items()

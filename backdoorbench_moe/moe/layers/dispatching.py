@@ -8,19 +8,20 @@ from torch import Tensor
 from backdoorbench_moe.moe.layers.assignment import Assignment
 from backdoorbench_moe.moe.layers.experts import Experts
 
-# Batched products compute every expert at its full capacity. They are used up to this multiple of the pairs' work.
+# Batched products compute every expert at full capacity. They are used if this costs at most this multiple of the
+# computation that the pairs need.
 MAX_BATCHED_WORK = 1.25
 # Major compute capabilities of GPUs with a kernel for grouped matrix products: Hopper and data-centre Blackwell.
 GROUPED_MM_CAPABILITIES = (9, 10)
 
 
 def dispatch(tokens: Tensor, assignment: Assignment, experts: Experts) -> Tensor:
-    """Compute the expert of every (token, expert) pair, in the way that is fastest on the device.
+    """Compute the expert of every (token, expert) pair, by the fastest method for the device.
 
-    - Grouped matrix products on a GPU that has a kernel for them, in half precision.
-    - Batched matrix products if the capacities are little more than the tokens need. Their shapes are the same in
-      every step, which saves oneDNN from compiling for new ones on a CPU in bf16: a step takes two thirds of the time.
-    - Otherwise one expert after the other. With gradients on a GPU, batched products again: they never wait for the
+    - In half precision on a GPU with a kernel for grouped matrix products: grouped products.
+    - If the capacities are only slightly larger than needed: batched matrix products. Their shapes are the same in
+      every step, so that oneDNN need not compile for new ones on a CPU in bf16: a step takes two thirds of the time.
+    - Otherwise, one expert after the other; but with gradients on a GPU, batched products, which never wait for the
       device, so that a training step can be captured as a CUDA graph.
 
     If a hook reads the hidden units, experts are computed one after the other, since then every row that is not
@@ -32,7 +33,7 @@ def dispatch(tokens: Tensor, assignment: Assignment, experts: Experts) -> Tensor
         experts: The experts.
 
     Returns:
-        (T, D) outputs, not weighted. A pair that exceeds the capacity may have any finite output.
+        (T, D) outputs without weights. Pairs that exceed the capacity may have arbitrary finite outputs.
     """
     if experts.hidden.watched or not len(assignment.tokens):
         return dispatch_each(tokens, assignment, experts)
@@ -46,9 +47,9 @@ def dispatch(tokens: Tensor, assignment: Assignment, experts: Experts) -> Tensor
 
 
 def _has_grouped_kernel(tokens: Tensor, experts: Experts) -> bool:
-    """Whether the GPU has a kernel for grouped products: in half precision, of widths in steps of 16 bytes.
+    """Whether the GPU has a kernel for grouped products, which needs half precision and widths divisible by 8.
 
-    Without the kernel PyTorch reads the ends of the groups back to the host, which is not possible in a step that is
+    Without the kernel, PyTorch reads the ends of the groups back to the host, which is not possible in a step that is
     captured as a CUDA graph.
     """
     halved = torch.is_autocast_enabled(tokens.device.type) or tokens.dtype in (torch.bfloat16, torch.float16)
@@ -59,7 +60,7 @@ def _has_grouped_kernel(tokens: Tensor, experts: Experts) -> bool:
 
 
 def dispatch_each(tokens: Tensor, assignment: Assignment, experts: Experts) -> Tensor:
-    """`dispatch` with one expert computed after the other, each on its own tokens."""
+    """`dispatch` with one expert computed after the other, each on the tokens sent to it."""
     return experts.forward_each(tokens[assignment.tokens].split(assignment.counts.tolist()))
 
 

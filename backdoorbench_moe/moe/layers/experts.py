@@ -1,4 +1,4 @@
-"""The experts of one layer, with their weights stacked so that all of them can be computed at once."""
+"""The experts of one layer, with stacked weights so that all experts can be computed at once."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch.nn.utils.rnn import pad_sequence
 from backdoorbench_moe.moe.layers.tap import Tap
 from backdoorbench_moe.moe.structure import ChannelGroup
 
-# Standard deviation of the initial weights, as timm draws the linear layers of a vision transformer.
+# Standard deviation of the initial weights, as for the linear layers of vision transformers in timm.
 INIT_STD = 0.02
 
 
 class StackedLinear(nn.Module):
     """E linear layers of the same shape, with their weights stacked along the first dimension.
 
-    A row of `weight` is one output of one expert, and `bias` has one dimension, as in a single linear layer. An
-    optimizer that decays weights but not biases therefore treats both alike.
+    As in a single linear layer, `weight` has one row per output and `bias` has one dimension. An optimizer that decays
+    weights but not biases therefore treats stacked and single layers alike.
 
     Args:
-        linear: The layer that every expert starts as a copy of.
+        linear: The layer that every expert is initialised as a copy of.
         count: Number of experts E.
 
     Attributes:
@@ -42,7 +42,7 @@ class StackedLinear(nn.Module):
         self.register_parameter("bias", None if own is None else nn.Parameter(own.detach().repeat(count)))
 
     def draw(self) -> None:
-        """Draw the weights of every expert anew and set the biases to zero."""
+        """Draw new weights for every expert, and set the biases to zero."""
         nn.init.trunc_normal_(self.weight, std=INIT_STD)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -54,7 +54,7 @@ class StackedLinear(nn.Module):
 
     @property
     def biases(self) -> Tensor:
-        """(E, out) view of `bias`, which the layer must have."""
+        """(E, out) view of `bias`, which must not be None."""
         assert self.bias is not None
         return self.bias.unflatten(0, (self.count, -1))
 
@@ -62,18 +62,18 @@ class StackedLinear(nn.Module):
 class Experts(nn.Module, ABC):
     """Base class of the experts of one layer: E networks of the same shape, from D features to D features.
 
-    A subclass computes them in three ways, among which `dispatch` chooses. All three give the same result up to
-    rounding. Weights are stored with the rows of expert 0 first, so that every tensor in the state dict can be
-    split along its first dimension into E equal parts.
+    Subclasses implement three methods of computation, among which `dispatch` chooses. They give the same result up to
+    rounding. Weights are stored with the rows of expert 0 first, so that every tensor in the state dict can be split
+    along its first dimension into E equal parts.
 
     Args:
         num_experts: Number of experts E.
 
     Attributes:
-        heard: (E,) buffer, the factor of each expert's output: 1, or 0 for an expert that is muted.
-        hidden: Tap that passes the hidden units before the activation, (rows, E * hidden units), for every token
-            that was sent to an expert, whether it had room there or not. Rows are padded with zeros for experts that
-            have fewer tokens than others. Its hooks may only read.
+        heard: (E,) buffer, the factor of each expert's output: 1, or 0 for a muted expert.
+        hidden: Tap that passes the hidden units before the activation, (rows, E * hidden units), for every token that
+            was sent to an expert, including those beyond its capacity. Rows are padded with zeros for experts with
+            fewer tokens. Hooks must not change the output.
     """
 
     heard: Tensor
@@ -100,10 +100,10 @@ class Experts(nn.Module, ABC):
         """Compute one expert after the other.
 
         Args:
-            groups: For each expert the tokens it processes, (n_e, D).
+            groups: The tokens of each expert, (n_e, D).
 
         Returns:
-            (T, D) outputs, T the sum of all n_e, those of expert 0 first.
+            (T, D) outputs, those of expert 0 first. T is the sum of all n_e.
         """
 
     @abstractmethod
@@ -112,7 +112,7 @@ class Experts(nn.Module, ABC):
 
         Args:
             tokens: (T, D), those of expert 0 first.
-            ends: (E,) int32, the index behind the last token of each expert.
+            ends: (E,) int32, one past the index of the last token of each expert.
             experts: (T,) int64, the expert of each token.
 
         Returns:
@@ -121,21 +121,21 @@ class Experts(nn.Module, ABC):
 
     @abstractmethod
     def channel_groups(self) -> list[ChannelGroup]:
-        """The hidden units of each expert as channels that can be pruned, one group for each expert."""
+        """Return the hidden units of each expert as channels that can be pruned, one group for each expert."""
 
 
 class MLPExperts(Experts):
     """Experts that are MLPs of two linear layers with an activation between them.
 
     Args:
-        fc1: First linear layer of the MLP that the experts are modelled on, (hidden units, D). It has a bias.
-        act: Activation, shared by all experts. It has no parameters.
-        fc2: Second linear layer, (D, hidden units). It has a bias.
+        fc1: First linear layer of the MLP that the experts are modelled on, (hidden units, D), with a bias.
+        act: Activation without parameters, shared by all experts.
+        fc2: Second linear layer, (D, hidden units), with a bias.
         num_experts: Number of experts E.
-        copies: Whether every expert starts with the weights of this MLP. Otherwise the weights of each are drawn from
-            a truncated normal distribution of standard deviation 0.02, and biases are 0.
-        drop1: Dropout behind the activation; none if None.
-        drop2: Dropout behind the second linear layer; none if None.
+        copies: Whether all experts are initialised with the weights of this MLP. Otherwise, the weights of each are
+            drawn from a truncated normal distribution of standard deviation 0.02, and biases are 0.
+        drop1: Dropout after the activation, or None.
+        drop2: Dropout after the second linear layer, or None.
     """
 
     def __init__(
@@ -163,9 +163,9 @@ class MLPExperts(Experts):
         """Build experts that are modelled on an MLP with the submodules of `timm.layers.Mlp`.
 
         Args:
-            mlp: The MLP: `fc1`, `act`, `fc2`, and `drop1` and `drop2` if it has dropouts.
+            mlp: The MLP, with `fc1`, `act` and `fc2`, and optionally `drop1` and `drop2`.
             num_experts: Number of experts E.
-            copies: Whether every expert starts with the weights of the MLP.
+            copies: Whether all experts are initialised with the weights of the MLP.
         """
         fc1, act, fc2 = (mlp.get_submodule(name) for name in ("fc1", "act", "fc2"))
         assert isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear)
@@ -186,7 +186,7 @@ class MLPExperts(Experts):
 
     def forward_each(self, groups: Sequence[Tensor]) -> Tensor:
         """Compute one expert after the other, see `Experts.forward_each`."""
-        # Unbound once: the backward pass of E separate indexing operations would fill E stacks with zeros.
+        # Unbound once, since the backward pass of E separate indexing operations would allocate E stacks of zeros.
         first, second = (zip(fc.weights, fc.biases, strict=True) for fc in (self.fc1, self.fc2))
         hidden = [F.linear(tokens, *fc) for tokens, fc in zip(groups, first, strict=True)]
         if self.hidden.watched:
@@ -199,14 +199,14 @@ class MLPExperts(Experts):
         device = tokens.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
         weight1, weight2 = (fc.weights.to(dtype).transpose(1, 2) for fc in (self.fc1, self.fc2))
-        # Gathered before they are rounded: in half precision the gradient of a bias, summed over many tokens, would
-        # stop growing.
+        # Gathered before rounding: in half precision, the gradient of a bias would stop growing when it is summed over
+        # many tokens.
         bias1, bias2 = (fc.biases[experts].to(dtype) for fc in (self.fc1, self.fc2))
         hidden = F.grouped_mm(tokens.to(dtype), weight1, offs=ends) + bias1
         return self.drop2(F.grouped_mm(self._activate(hidden), weight2, offs=ends) + bias2)
 
     def channel_groups(self) -> list[ChannelGroup]:
-        """The hidden units of each expert as channels that can be pruned, one group for each expert."""
+        """Return the hidden units of each expert as channels that can be pruned, one group for each expert."""
         width = self.hidden_features
         return [
             ChannelGroup(f"expert {e}", self.fc1, e * width, (e + 1) * width, tap=self.hidden)
@@ -218,7 +218,7 @@ class MLPExperts(Experts):
 
 
 def multiply_batched(fc: StackedLinear, values: Tensor) -> Tensor:
-    """Apply each of E linear layers to as many values: (E, n, in) to (E, n, out)."""
+    """Apply each of E linear layers to n values: (E, n, in) to (E, n, out)."""
     if fc.bias is None:
         return torch.bmm(values, fc.weights.transpose(1, 2))
     return torch.baddbmm(fc.biases.unsqueeze(1), values, fc.weights.transpose(1, 2))

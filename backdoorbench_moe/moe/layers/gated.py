@@ -1,4 +1,4 @@
-"""The experts of a layer whose MLPs are gated, as those of Llama are."""
+"""Experts that are gated MLPs, as in Llama."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from backdoorbench_moe.moe.structure import ChannelGroup
 class GatedMLPExperts(Experts):
     """Experts that are gated MLPs: down_proj(act(gate_proj(x)) * up_proj(x)), without biases.
 
-    With SiLU as the activation, they are the SwiGLU MLPs of Llama and of Mixtral. The tap `hidden` passes the outputs
-    of `gate_proj`. A hidden unit whose row there is zero has no effect, as the activation of 0 is 0.
+    With the activation SiLU, they are the SwiGLU MLPs of Llama and Mixtral. The tap `hidden` passes the outputs of
+    `gate_proj`. A hidden unit whose row of `gate_proj` is zero has no effect, since the activation of 0 is 0.
 
     Args:
-        gate_proj: The linear layer behind which the activation is, (hidden units, D).
-        up_proj: The linear layer whose outputs are multiplied with the activations, (hidden units, D).
+        gate_proj: The linear layer before the activation, (hidden units, D).
+        up_proj: The linear layer whose outputs are multiplied by the activations, (hidden units, D).
         down_proj: The last linear layer, (D, hidden units).
-        act: Activation, shared by all experts. It has no parameters, and is 0 at 0.
+        act: Activation without parameters, shared by all experts, which must be 0 at 0.
         num_experts: Number of experts E.
-        copies: Whether every expert starts with the weights of this MLP. Otherwise the weights of each are drawn from
-            a truncated normal distribution of standard deviation 0.02.
+        copies: Whether all experts are initialised with the weights of this MLP. Otherwise, the weights of each are
+            drawn from a truncated normal distribution of standard deviation 0.02.
 
     Source:
         Shazeer, "GLU variants improve transformer", arXiv 2002.05202, §2.
@@ -56,9 +56,9 @@ class GatedMLPExperts(Experts):
         """Build experts that are modelled on an MLP with the submodules of a Llama MLP of transformers.
 
         Args:
-            mlp: The MLP: `gate_proj`, `up_proj`, `down_proj` and `act_fn`.
+            mlp: The MLP, with `gate_proj`, `up_proj`, `down_proj` and `act_fn`.
             num_experts: Number of experts E.
-            copies: Whether every expert starts with the weights of the MLP.
+            copies: Whether all experts are initialised with the weights of the MLP.
         """
         gate, up, down = (mlp.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
         assert isinstance(gate, nn.Linear) and isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
@@ -102,7 +102,7 @@ class GatedMLPExperts(Experts):
         return F.grouped_mm(hidden, down, offs=ends)
 
     def channel_groups(self) -> list[ChannelGroup]:
-        """The hidden units of each expert as channels that can be pruned, one group for each expert."""
+        """Return the hidden units of each expert as channels that can be pruned, one group for each expert."""
         width = self.hidden_features
         return [
             ChannelGroup(f"expert {e}", self.gate_proj, e * width, (e + 1) * width, tap=self.hidden)

@@ -34,8 +34,8 @@ def importance_loss(gates: Tensor) -> Tensor:
 def load_loss(logits: Tensor, noisy: Tensor, deviation: float, top_k: int) -> Tensor:
     """Return the squared variation of the experts' load, which is the expected number of tokens they receive.
 
-    An expert's chance to receive a token is the probability that its logit is at least the `top_k`-th largest noisy
-    logit if only its own noise were drawn again. Unlike the number of tokens it did receive, this has a gradient.
+    The probability that an expert receives a token is that of its logit being at least the `top_k`-th largest noisy
+    logit if only its own noise is resampled. Unlike the number of tokens that an expert received, it has a gradient.
 
     Args:
         logits: (S, E) logits without noise, for S tokens.
@@ -49,22 +49,22 @@ def load_loss(logits: Tensor, noisy: Tensor, deviation: float, top_k: int) -> Te
 
 
 def balance_loss(weights: Tensor, gates: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Return E times the sum over the experts of their mean weight times their mean gate, both over all tokens.
+    """Return E times the sum over the experts of mean weight times mean gate, where means are over all tokens.
 
-    For weights that sum to 1 for each token, the loss is 1 if the experts are used evenly, and up to E if all tokens
-    use one expert alone. In Switch Transformers the first factor is the share of tokens that an expert receives, which
-    has no gradient. Here it is the mean weight, and the gradient flows through both factors.
+    If the weights of each token sum to 1, the loss is 1 if the experts are used evenly, and up to E if all tokens use a
+    single expert. In Switch Transformers, the first factor is the share of tokens that an expert receives, which has no
+    gradient. Here it is the mean weight, and the gradient flows through both factors.
 
     Args:
         weights: (S, E) factors of the experts' outputs for S tokens; 0 for experts that are not chosen.
         gates: (S, E) softmax of the logits over all experts.
-        counted: (S,) bool, the tokens over which the means are taken; all if None.
+        counted: (S,) bool, the tokens to average over; None for all.
 
     Returns:
         A scalar; 0 if no token is counted.
     """
     if counted is None:
         return weights.shape[1] * (weights.mean(0) * gates.mean(0)).sum()
-    # Sums of products and not of chosen rows, whose number would depend on the values of a tensor.
+    # Products instead of indexing, so that no shape depends on the values of a tensor.
     share = counted.to(weights.dtype) / counted.sum().clamp(min=1)
     return weights.shape[1] * ((share @ weights) * (share @ gates)).sum()

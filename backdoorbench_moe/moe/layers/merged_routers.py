@@ -1,4 +1,4 @@
-"""Routers for merged experts: the experts were trained apart, and only the router learns how to use them together.
+"""Routers for merged experts, which were trained separately; only the router is trained after merging.
 
 Source: Kim et al., "MoEvil: Poisoning Experts to Compromise the Safety of Mixture-of-Experts LLMs", ACSAC 2025,
     eq. 1 and §6.2, and its code (jaehanwork/MoEvil).
@@ -21,12 +21,12 @@ class MergedRouter(LinearRouter):
     """Base class of linear routers that choose K experts for each token, without a capacity.
 
     `RouterOutput.gates` is the softmax over all experts. In training, the auxiliary loss is `balance` times
-    `balance_loss`, divided by the number of routed layers (see `Router.layers`), as the source takes the mean over
-    the layers. Padding does not count (see `padding.ignored`). A subclass implements `select`.
+    `balance_loss`, divided by the number of routed layers (see `Router.layers`), since the source averages it over the
+    layers. Padding is not counted (see `padding.ignored`). Subclasses implement `select`.
 
-    The source initialises the weights with zeros. All logits are then equal, and the experts with the lowest indices
-    are chosen for every token. Here small random weights decide, independently for each token; a `gate_std` of 0 gives
-    the initialisation of the source.
+    The source initialises the weights with zeros, so that all logits are equal and the experts with the lowest indices
+    are chosen for every token. Here the initial weights are small random numbers; a `gate_std` of 0 gives the
+    initialisation of the source.
 
     Args:
         features: Features D of a token.
@@ -50,7 +50,7 @@ class MergedRouter(LinearRouter):
 
         Returns:
             The chosen experts, (S, K) int64, and the weights of their outputs, (S, K) float32. The weights of masked
-            experts must be finite; they are set to 0.
+            experts must be finite; the caller sets them to 0.
         """
 
     def choose(self, logits: Tensor) -> RouterOutput:
@@ -83,7 +83,7 @@ class TopKSoftmaxRouter(MergedRouter):
     always 1, so that only the balance loss has a gradient.
 
     In training, noise from torch's global generator is added to the logits when experts are chosen, so that all experts
-    are tried while the logits are small. The weights of the chosen experts are computed without it.
+    are tried while the logits are small. The weights of the chosen experts are computed without noise.
 
     Args:
         features: Features D of a token.
@@ -109,7 +109,7 @@ class TopKSoftmaxRouter(MergedRouter):
 
     def select(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Choose the largest logits (S, E)."""
-        # The logit of a masked expert is the smallest number, which noise does not change.
+        # The logits of masked experts are the smallest finite number, which noise does not change.
         explores = self.training and self.noise
         seen = logits + self.noise * torch.randn_like(logits) if explores else logits
         chosen = top_experts(seen, self.top_k)
@@ -119,15 +119,15 @@ class TopKSoftmaxRouter(MergedRouter):
 class SampleTop1Router(MergedRouter):
     """Each token goes to one expert, drawn by adding Gumbel noise to the logits.
 
-    In training, the expert with the largest Gumbel-softmax probability is chosen, and this probability, which is not
-    renormalised, is the weight of its output. The temperature is max(`min_temperature`, exp(-`decay` * step)). The step
-    is the number of earlier forward passes in training mode; the source counts steps of the optimizer.
+    In training, the expert with the largest Gumbel-softmax probability is chosen, and the weight of its output is this
+    probability, without renormalisation. The temperature is max(`min_temperature`, exp(-`decay` * step)), where step is
+    the number of earlier forward passes in training mode; the source counts steps of the optimizer.
 
-    In evaluation an expert is drawn in the same way, and its weight is 1. The source draws it at the smallest
-    temperature. That makes no difference, since the largest of the noisy logits is the same at every temperature. In
-    both modes an expert is drawn with the probability that is its gate.
+    In evaluation, an expert is drawn in the same way, and its weight is 1. The source draws it at the smallest
+    temperature, which makes no difference, since the temperature does not change the order of the noisy logits. In both
+    modes, the probability that an expert is drawn is its gate.
 
-    All draws come from torch's global generator, also in evaluation. For the first layer in evaluation, the source's
+    Noise is drawn from torch's global generator, also in evaluation. For the first layer in evaluation, the source's
     code uses the softmax over all experts instead, which its paper does not mention. This is not reproduced.
 
     Args:
@@ -140,8 +140,8 @@ class SampleTop1Router(MergedRouter):
 
     Attributes:
         step: Scalar float32 buffer, increased on the device, so that a captured CUDA graph increases it as well. It is
-            a floating-point number like the weights because what resets the weights to fresh ones must also start the
-            schedule again.
+            a floating-point number like the weights, so that code that resets the weights also restarts the
+            schedule.
     """
 
     step: Tensor
@@ -171,7 +171,7 @@ class SampleTop1Router(MergedRouter):
         if not self.training:
             chosen = top_experts(noisy, 1)
             return chosen, torch.ones_like(chosen, dtype=logits.dtype)
-        # Masked after the division: the smallest number divided by a temperature below 1 would be infinite.
+        # Masked after the division, since the smallest number divided by a temperature below 1 is infinite.
         cooled = (noisy / self.temperature).masked_fill(self.masked, torch.finfo(logits.dtype).min)
         self.step.add_(1)
         chosen = top_experts(cooled, 1)

@@ -1,4 +1,4 @@
-"""The base class of models in which MoE layers take the place of MLPs."""
+"""The base class of models in which MoE layers replace MLPs."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from backdoorbench_moe.moe.structure import ChannelGroup, Expert
 
 
 class MoEModel(RoutedModel):
-    """A network with MoE layers in it, which itself knows nothing of routing.
+    """A routed model that wraps a network with MoE layers.
 
-    A subclass sets the attributes. If it names its classifier or prunable channels before the experts, it adds them to
-    what `components` and `prunable` return.
+    Subclasses set the attributes. To add a classifier, or prunable channels before the experts, they extend
+    `components` and `prunable`.
 
     Attributes:
-        network: The network, a module that maps images to logits. Its layers are in the order of their computation,
-            and are called after their place in the model, "network....".
+        network: A module that maps images to logits. Its MoE layers are registered in the order of computation, and
+            their names are their dotted names in the model, which begin with "network.".
     """
 
     network: nn.Module
 
     def layers(self) -> list[MoELayer]:
-        """Return the MoE layers, first layer first."""
+        """Return the MoE layers in the order of computation."""
         return [layer for layer in self.network.modules() if isinstance(layer, MoELayer)]
 
     def forward_routed(self, images: Tensor) -> RoutedOutput:
         """Map images (B, 3, H, W) in [0, 1] to logits (B, classes) and the routing of every MoE layer.
 
-        Of a network of texts, these are tokens (B, T) and logits (B, T, vocabulary).
+        A network for texts maps tokens (B, T) to logits (B, T, vocabulary).
         """
         with collect_routing() as routing:
             logits = self.network(images)
@@ -46,12 +46,12 @@ class MoEModel(RoutedModel):
         return {"experts": self.layers()[-1].experts.channel_groups()}
 
     def experts(self) -> list[Expert]:
-        """Return all experts. Each has a range of rows of its layer's stacked weights."""
+        """Return all experts. Each has a range of rows of the stacked weights of its layer."""
         return [expert for layer in self.layers() for expert in layer.locate_experts()]
 
     @torch.no_grad()
     def mask_expert(self, expert: Expert) -> None:
-        """Exclude an expert from routing, in place, see `MoELayer.mask_expert`."""
+        """Exclude an expert from routing, in place; see `MoELayer.mask_expert`."""
         layer = self.get_submodule(expert.layer)
         assert isinstance(layer, MoELayer)
         layer.mask_expert(expert.index)

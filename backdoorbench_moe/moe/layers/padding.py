@@ -1,7 +1,7 @@
-"""Positions of a sequence that hold no token, because the sequence is shorter than others in its batch.
+"""Padding: positions of a sequence without a token, because the sequence is shorter than others in its batch.
 
-A network of a library passes nothing but tokens from layer to layer. A model whose sequences are padded therefore
-calls its network inside `ignored`, and MoE layers below ask `ignored_positions`.
+The networks of a library only pass tokens from layer to layer. A model with padded sequences therefore calls its
+network inside `ignored`, and the MoE layers in it call `ignored_positions`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _ignored: ContextVar[Tensor | None] = ContextVar("ignored", default=None)
 
 @contextmanager
 def ignored(padding: Tensor) -> Iterator[None]:
-    """Inside the block, let sparse layers leave padding out of the routing they report and of their balance loss.
+    """Exclude padding from the reported routing and the balance loss of sparse layers inside the block.
 
-    Padding is computed like other tokens. In a network whose attention is causal, padding on the right has no effect
-    on the tokens before it.
+    Padding is processed like other tokens. In a network with causal attention, padding on the right does not affect
+    the tokens before it.
 
     Args:
-        padding: (B, N) bool, True where a position holds no token. Every sequence has the same N tokens in all layers.
+        padding: (B, N) bool, True for positions without a token. All layers must have the same N positions.
     """
     token = _ignored.set(padding)
     try:
@@ -33,5 +33,5 @@ def ignored(padding: Tensor) -> Iterator[None]:
 
 
 def ignored_positions() -> Tensor | None:
-    """Return the padding (B, N) of the batch that is being computed; None if it has none."""
+    """Return the padding (B, N) of the current batch, or None outside `ignored`."""
     return _ignored.get()

@@ -1,4 +1,4 @@
-"""Sparse routers: which experts each token goes to, and the weight of each expert's output."""
+"""Sparse routers, which decide which experts each token is sent to and the weights of their outputs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from backdoorbench_moe.moe.precision import full_precision
 
 @dataclass(frozen=True)
 class RouterOutput:
-    """What a router decides for a batch of B sequences of N tokens.
+    """The decision of a router for a batch of B sequences of N tokens.
 
     Attributes:
         gates: (B, N, E) float32, the router's weights before selection.
         selected: (B, N, E) bool, the experts that process each token.
-        assignment: The same decision as a list of pairs, with the weight of each expert's output. These weights need
-            not be the gates: a router may, for example, renormalise the gates of the selected experts.
+        assignment: The same decision as a list of pairs, with the weight of each expert's output. The weights may
+            differ from the gates: for example, a router may renormalise the gates of the selected experts.
         aux_loss: Scalar that is added to the loss in training, or None.
     """
 
@@ -40,16 +40,16 @@ class RouterOutput:
 class Router(nn.Module, ABC):
     """Base class of sparse routers.
 
-    A subclass implements `forward`. `SparseMoELayer` takes any router: dispatching and experts depend only on the
-    assignment that the router returns.
+    Subclasses implement `forward`. `SparseMoELayer` accepts any router, since dispatching and experts depend only on
+    the assignment that the router returns.
 
     Args:
         num_experts: Number of experts E.
 
     Attributes:
         masked: (E,) bool buffer. Experts marked here receive no tokens. Subclasses must respect it.
-        layers: Number of routed layers of the model. A `Gate` sets it; otherwise it is 1. The auxiliary losses of all
-            layers are added up. A router whose loss is meant as a mean over the layers divides it by this number.
+        layers: Number of routed layers of the model, which a `Gate` sets; otherwise 1. The auxiliary losses of all
+            layers are summed. A router whose loss should be averaged over the layers divides it by this number.
     """
 
     masked: Tensor
@@ -67,8 +67,8 @@ class Router(nn.Module, ABC):
 class LinearRouter(Router):
     """Base class of routers whose logits are a linear function of the token, without bias.
 
-    Logits are computed in fp32 also under autocast, and those of masked experts are set to the smallest finite
-    number. A subclass implements `choose`, which turns logits into a decision.
+    Logits are computed in fp32 even under autocast, and those of masked experts are set to the smallest finite number.
+    Subclasses implement `choose`, which decides based on the logits.
 
     Args:
         features: Features D of a token.
@@ -98,7 +98,7 @@ class LinearRouter(Router):
 
 
 class TopKRouter(LinearRouter):
-    """Each token goes to the `top_k` experts with the largest gates, a softmax over all experts.
+    """Each token goes to the `top_k` experts with the largest gates, which are a softmax over all experts.
 
     The gates of the selected experts are not renormalised. In training, normal noise of standard deviation
     `noise` / E is added to the logits, the auxiliary loss is `importance` times the importance loss plus `load` times
@@ -112,11 +112,12 @@ class TopKRouter(LinearRouter):
         gate_std: Standard deviation of the initial weights.
         noise: Standard deviation of the noise times E; 0 for no noise.
         importance: Weight of the importance loss.
-        load: Weight of the load loss. It needs noise and has no effect without it, nor if `top_k` is E.
+        load: Weight of the load loss. It has no effect without noise or if `top_k` is E.
         capacity: Capacity in training as a multiple of an even load; None for no limit.
-        eval_capacity: Capacity in evaluation. With a limit, an image's output depends on the others in its batch.
+        eval_capacity: The same in evaluation. With a limit, an image's output depends on the others in its batch.
 
-    Source: Riquelme et al., NeurIPS 2021, §2, §4 and appendix A.
+    Source:
+        Riquelme et al., NeurIPS 2021, §2, §4 and appendix A.
     """
 
     def __init__(
@@ -171,9 +172,9 @@ class TopKRouter(LinearRouter):
 class ExpertChoiceRouter(LinearRouter):
     """Each expert takes the ceil(top_k * N / E) tokens of each image whose gates for it are largest.
 
-    A token has `top_k` experts on average and may have none; every expert has the same load, so that neither noise
-    nor a loss nor a capacity is needed. Experts choose within each image, as in pMoE. The source lets them choose
-    within the batch, which would make an image's output depend on the others in its batch.
+    A token has `top_k` experts on average and may have none. Every expert has the same load, so that no noise, loss or
+    capacity is needed. Experts choose within each image, as in pMoE; in the source they choose within the batch, so
+    that an image's output depends on the others in its batch.
 
     Args:
         features: Features D of a token.
@@ -181,7 +182,8 @@ class ExpertChoiceRouter(LinearRouter):
         top_k: Average number of experts for each token, 1 to E.
         gate_std: Standard deviation of the initial weights.
 
-    Source: Zhou et al., "Mixture-of-Experts with Expert Choice Routing", NeurIPS 2022, §3.
+    Source:
+        Zhou et al., "Mixture-of-Experts with Expert Choice Routing", NeurIPS 2022, §3.
     """
 
     def __init__(self, features: int, num_experts: int, *, top_k: int, gate_std: float) -> None:
@@ -189,7 +191,7 @@ class ExpertChoiceRouter(LinearRouter):
         self.top_k = top_k
 
     def choose(self, logits: Tensor) -> RouterOutput:
-        """Let each expert take its tokens."""
+        """Choose the tokens of each expert."""
         images, tokens, experts = logits.shape
         gates = logits.softmax(-1)
         room = min(tokens, expert_capacity(tokens, experts, self.top_k, 1.0))

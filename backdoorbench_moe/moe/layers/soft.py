@@ -1,4 +1,4 @@
-"""The layer of Soft MoE: experts process mixtures of tokens.
+"""The layer of Soft MoE, whose experts process mixtures of tokens.
 
 Source: Puigcerver et al., "From Sparse to Soft Mixtures of Experts", ICLR 2024, §2.
 """
@@ -40,33 +40,36 @@ class SoftRouter(nn.Module):
         self.register_buffer("masked", torch.zeros(num_experts, dtype=torch.bool))
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the weights, in fp32 also under autocast.
+        """Compute the weights, in fp32 even under autocast.
 
         Args:
             tokens: (B, N, D).
 
         Returns:
             Dispatch weights (B, N, E, s), which sum to 1 over the N tokens of an image, and combine weights of the
-            same shape, which sum to 1 over the slots of all experts; both float32.
+            same shape, which sum to 1 over the slots of all experts that are not masked; both float32.
         """
         with full_precision(tokens.device):
             directions = self.scale.float() * F.normalize(self.slots.float(), dim=-1)
             logits = F.linear(F.normalize(tokens.float(), dim=-1), directions)
             logits = logits.unflatten(-1, (len(self.masked), -1))
-            audible = logits.masked_fill(self.masked.unsqueeze(1), torch.finfo(logits.dtype).min)
-            return logits.softmax(1), audible.flatten(2).softmax(-1).view_as(logits)
+            masked = self.masked.unsqueeze(1)
+            audible = logits.masked_fill(masked, torch.finfo(logits.dtype).min)
+            taken = audible.flatten(2).softmax(-1).view_as(logits)
+            # The softmax alone would be even if all experts are masked.
+            return logits.softmax(1), taken.masked_fill(masked, 0)
 
 
 class SoftMoELayer(MoELayer):
-    """Each slot is a mixture of an image's tokens, and each token's output a mixture of the experts' slot outputs.
+    """Each slot is a mixture of an image's tokens, and each token's output is a mixture of the outputs for the slots.
 
-    Soft MoE selects nothing. For `Routing`, an expert's gates are its dispatch weights, summed over its slots and
-    normalised to sum to 1 over the patches of the image; a patch counts as selected if its gate is above 1 / P, an
-    even share. The tap passes (B, E, s, D), the outputs for the slots.
+    Soft MoE does not select patches. In `Routing`, an expert's gates are its dispatch weights, summed over its slots
+    and normalised to sum to 1 over the patches of the image; a patch counts as selected if its gate is above an even
+    share, 1 / P. The tap passes the outputs for the slots, (B, E, s, D).
 
     Args:
         experts: The experts.
-        router: The router, for as many experts.
+        router: The router, for the same number of experts.
         name: Dotted name of the layer in its model.
         num_prefix_tokens: Number of tokens before the patches.
     """
@@ -80,7 +83,7 @@ class SoftMoELayer(MoELayer):
         self.router = router
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Routing]:
-        """Mix tokens into slots, and slot outputs into tokens, see `MoELayer.route`."""
+        """Mix tokens into slots, and slot outputs into tokens; see `MoELayer.route`."""
         given, taken = self.router(tokens)
         dtype = tokens.dtype
         slots = torch.einsum("bnes,bnd->ebsd", given.to(dtype), tokens)
@@ -89,6 +92,7 @@ class SoftMoELayer(MoELayer):
         taken = taken * self.experts.heard.view(-1, 1)
         mixed = torch.einsum("bnes,besd->bnd", taken.to(outputs.dtype), outputs)
         gates = given[:, self.num_prefix_tokens :].sum(-1)
-        gates = gates / gates.sum(1, keepdim=True)
+        # All dispatch weights of the patches can underflow to 0 if a class token has most of the weight.
+        gates = gates / gates.sum(1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
         selected = (gates > 1 / gates.shape[1]) & ~self.router.masked
         return mixed, Routing(self.name, gates.transpose(1, 2), selected.transpose(1, 2))

@@ -1,4 +1,4 @@
-"""The sparse MoE layer: each token is processed by the few experts that its router selects."""
+"""The sparse MoE layer, in which each token is processed only by the experts that the router selects."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from backdoorbench_moe.moe.routed import Routing
 
 
 class SparseMoELayer(MoELayer):
-    """Each token's output is the weighted sum of the outputs of its experts; zeros for a token without an expert.
+    """Each token's output is the weighted sum of the outputs of its experts, or zeros for a token without an expert.
 
-    In the routing that is reported, the gates of padding are 0 and it selects no expert (see `padding.ignored`).
+    In the reported routing, padding has gates of 0 and selects no expert (see `padding.ignored`).
 
-    The tap passes (B, E, N, D): what each expert adds to each token. It is computed only while a hook is registered.
+    The tap passes the contribution of each expert to each token, (B, E, N, D). It is computed only while a hook is
+    registered.
 
     Args:
         experts: The experts.
-        router: Any sparse router for as many experts.
+        router: Any sparse router for the same number of experts.
         name: Dotted name of the layer in its model.
         num_prefix_tokens: Number of tokens before the patches.
     """
@@ -33,7 +34,7 @@ class SparseMoELayer(MoELayer):
         self.router = router
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Routing]:
-        """Route, dispatch and combine, see `MoELayer.route`."""
+        """Route, dispatch and combine; see `MoELayer.route`."""
         routed = self.router(tokens)
         flat, assignment = tokens.flatten(0, 1), routed.assignment
         outputs = dispatch(flat, assignment, self.experts)
@@ -54,7 +55,7 @@ class SparseMoELayer(MoELayer):
         images, tokens, _ = shape
         table = scatter_outputs(outputs, assignment, images * tokens, len(self.experts))
         table = self.tap(table.unflatten(1, (images, tokens)).transpose(0, 1))
-        # Added one expert after the other, as `combine` does, so that a hook that only reads changes no bit.
+        # Summed in the same order as in `combine`, so that a hook that only reads does not change any bit.
         total = torch.zeros_like(table[:, 0])
         for heard, given in zip(self.experts.heard, table.unbind(1), strict=True):
             total = total + heard * given

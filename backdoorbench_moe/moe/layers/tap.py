@@ -1,4 +1,4 @@
-"""A module whose only purpose is to carry forward hooks."""
+"""A module for forward hooks on intermediate values."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 
 class Tap(nn.Module):
-    """An identity module at a place where intermediate values may be read or replaced by a forward hook.
+    """An identity module on which forward hooks can read or replace intermediate values.
 
-    Computing the values may be expensive. The surrounding code therefore asks `watched` first and skips the tap
-    when nobody listens.
+    Computing these values may be expensive. The surrounding code therefore checks `watched` first and does not call the
+    tap if no hook is registered.
     """
 
     def forward(self, values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The models `vmoe` and `soft-moe`: a timm vision transformer with MoE layers in place of some MLPs."""
+"""The models `vmoe` and `soft-moe`: a timm vision transformer in which MoE layers replace some MLPs."""
 
 from __future__ import annotations
 
@@ -15,48 +15,52 @@ from backdoorbench_moe.moe.layers import (
     SparseMoELayer,
     TopKRouter,
 )
+from backdoorbench_moe.ops.ranges import check_positive, check_weight
 from backdoorbench_moe.options import FilePath
 from bbmoe_vmoe.routed_vit import RoutedViT
 
 
 class VMoE(RoutedViT):
-    """V-MoE: sparse MoE layers in place of some MLPs of a vision transformer from timm.
+    """V-MoE: a vision transformer of timm in which sparse MoE layers replace some MLPs.
 
-    Class and register tokens are routed as patches are but are not part of `Routing`. With router "switch" only the
-    number of experts differs from V-MoE: losses and batch priority are V-MoE's, not the Switch Transformer's.
+    Class and register tokens are routed like patches but are not part of `Routing`. Router "switch" differs from V-MoE
+    only in the number of experts for each token: losses and batch priority are those of V-MoE, not of the Switch
+    Transformer.
 
     Args:
         num_classes: Number of classes.
         image_size: Side of the images in pixels.
         vit: Name of the dense transformer in timm. Its blocks must have a plain MLP.
-        patch_size: Side of a patch in pixels, a divisor of `image_size`; None for the choice of "timm:<vit>".
-        depth: Number of blocks; None for the architecture's own.
-        embed_dim: Features of a token; None for the architecture's own.
-        num_heads: Attention heads, a divisor of `embed_dim`; None for the architecture's own.
+        patch_size: Side of a patch in pixels, a divisor of `image_size`; None for the default of "timm:<vit>".
+        depth: Number of blocks; None for the default of the architecture.
+        embed_dim: Features of a token; None for the default of the architecture.
+        num_heads: Attention heads, a divisor of `embed_dim`; None for the default of the architecture.
         moe_blocks: Blocks whose MLP is replaced, counted from 0: "every-2" (1, 3, 5, ...), "last-N" (the last N of
             these), "all", or numbers such as 3 or "1,3,5".
         num_experts: Experts of each layer.
-        router: "top-k": each token goes to `top_k` experts. "switch": each token goes to one. "expert-choice": each
-            expert takes the same number of tokens of every image, `top_k` experts for a token on average.
-        top_k: 1 to `num_experts`; None for 1 with "switch" and otherwise 2.
-        gate_std: Standard deviation of the routers' initial weights.
-        noise: Standard deviation of the noise on the routers' logits in training, times `num_experts`. This and the
-            next four options have no effect with "expert-choice".
+        router: "top-k": each token goes to `top_k` experts. "switch": each token goes to one expert. "expert-choice":
+            each expert selects the same number of tokens of every image, so that a token has `top_k` experts on
+            average.
+        top_k: 1 to `num_experts`; None for 1 with "switch" and otherwise 2 (1 if there is only one expert).
+        gate_std: Standard deviation of the initial weights of the routers.
+        noise: Standard deviation of the noise on the routers' logits in training, times `num_experts`. This option and
+            the next four have no effect with "expert-choice".
         importance: Weight of the importance loss, which is summed over the layers.
         load: Weight of the load loss, which is summed over the layers.
         capacity: Largest number of tokens of an expert in training, as a multiple of an even load over the batch;
             None for no limit.
         eval_capacity: The same in evaluation. With a limit, an image's output depends on the others in its batch.
-        upcycle: None to draw the weights of each expert separately; "copy" to start all experts of a layer with the
-            same random MLP; otherwise the folder or model.safetensors of a finished run of the dense transformer,
-            whose weights training starts from: every expert with those of the MLP it replaces. The file is not needed
-            again once the model is trained.
+        upcycle: None to draw the weights of each expert separately; "copy" to initialise all experts of a layer with
+            the same random MLP; otherwise, the folder or model.safetensors of a finished run of the dense transformer.
+            Training then starts from its weights, and every expert from those of the MLP it replaces. The trained model
+            does not need the file.
 
     Raises:
-        UnknownNameError: For an architecture that timm does not have.
-        ConfigError: For an option out of range, naming the option.
+        UnknownNameError: timm has no such architecture.
+        ConfigError: An option is out of range; the message names it.
 
-    Source: Riquelme et al., "Scaling Vision with Sparse Mixture of Experts", NeurIPS 2021.
+    Source:
+        Riquelme et al., "Scaling Vision with Sparse Mixture of Experts", NeurIPS 2021.
     """
 
     tiny: ClassVar[Mapping[str, object]] = {**RoutedViT.tiny, "gate_std": 1.0}
@@ -96,8 +100,8 @@ class VMoE(RoutedViT):
             upcycle=upcycle,
         )
         self.router, self.top_k = router, _top_k(router, top_k, num_experts)
-        _check_not_negative(gate_std=gate_std, noise=noise, importance=importance, load=load)
-        _check_positive(capacity=capacity, eval_capacity=eval_capacity)
+        check_weight(gate_std=gate_std, noise=noise, importance=importance, load=load)
+        check_positive(capacity=capacity, eval_capacity=eval_capacity)
         self._router_options: dict[str, Any] = {"top_k": self.top_k, "gate_std": gate_std}
         if router != "expert-choice":
             self._router_options |= {"noise": noise, "importance": importance, "load": load}
@@ -106,7 +110,7 @@ class VMoE(RoutedViT):
         self.insert_experts()
 
     def make_layer(self, experts: Experts, *, name: str, num_prefix_tokens: int) -> SparseMoELayer:
-        """A sparse layer with the router that was chosen."""
+        """Build a sparse layer with the chosen router."""
         kind = ExpertChoiceRouter if self.router == "expert-choice" else TopKRouter
         router: Router = kind(self.network.embed_dim, self.num_experts, **self._router_options)
         return SparseMoELayer(experts, router, name=name, num_prefix_tokens=num_prefix_tokens)
@@ -115,26 +119,27 @@ class VMoE(RoutedViT):
 class SoftMoE(RoutedViT):
     """Soft MoE: experts process mixtures of an image's tokens, and no token is dropped.
 
-    `SoftMoELayer` says what counts as routing.
+    See `SoftMoELayer` for the definition of its routing.
 
     Args:
         num_classes: Number of classes.
         image_size: Side of the images in pixels.
         vit: Name of the dense transformer in timm. Its blocks must have a plain MLP.
-        patch_size: Side of a patch in pixels, a divisor of `image_size`; None for the choice of "timm:<vit>".
-        depth: Number of blocks; None for the architecture's own.
-        embed_dim: Features of a token; None for the architecture's own.
-        num_heads: Attention heads, a divisor of `embed_dim`; None for the architecture's own.
+        patch_size: Side of a patch in pixels, a divisor of `image_size`; None for the default of "timm:<vit>".
+        depth: Number of blocks; None for the default of the architecture.
+        embed_dim: Features of a token; None for the default of the architecture.
+        num_heads: Attention heads, a divisor of `embed_dim`; None for the default of the architecture.
         moe_blocks: Blocks whose MLP is replaced, as for `vmoe`.
         num_experts: Experts of each layer.
-        slots: Slots of each expert; None for about one slot for each patch.
-        upcycle: What the experts start with, as for `vmoe`.
+        slots: Slots of each expert; None for about one slot per patch in total.
+        upcycle: Initial weights of the experts, as for `vmoe`.
 
     Raises:
-        UnknownNameError: For an architecture that timm does not have.
-        ConfigError: For an option out of range, naming the option.
+        UnknownNameError: timm has no such architecture.
+        ConfigError: An option is out of range; the message names it.
 
-    Source: Puigcerver et al., "From Sparse to Soft Mixtures of Experts", ICLR 2024.
+    Source:
+        Puigcerver et al., "From Sparse to Soft Mixtures of Experts", ICLR 2024.
     """
 
     def __init__(
@@ -171,7 +176,7 @@ class SoftMoE(RoutedViT):
         self.insert_experts()
 
     def make_layer(self, experts: Experts, *, name: str, num_prefix_tokens: int) -> SoftMoELayer:
-        """A soft layer."""
+        """Build a soft layer."""
         router = SoftRouter(self.network.embed_dim, self.num_experts, self.slots)
         return SoftMoELayer(experts, router, name=name, num_prefix_tokens=num_prefix_tokens)
 
@@ -186,15 +191,3 @@ def _top_k(router: str, top_k: int | None, num_experts: int) -> int:
     if not 1 <= top_k <= num_experts:
         raise ConfigError.expected("top_k", f"1 to {num_experts}, the number of experts", top_k)
     return top_k
-
-
-def _check_not_negative(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 <= value < float("inf"):
-            raise ConfigError.expected(name, "a finite number of at least 0", value)
-
-
-def _check_positive(**values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and not 0 < value < float("inf"):
-            raise ConfigError.expected(name, "a positive number, or none for no limit", value)

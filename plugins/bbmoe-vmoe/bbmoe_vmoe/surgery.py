@@ -1,4 +1,4 @@
-"""Building the dense vision transformer, and choosing the blocks that get experts."""
+"""Building the dense vision transformer, and choosing the blocks whose MLPs are replaced."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def build_vit(
     embed_dim: int | None,
     num_heads: int | None,
 ) -> VisionTransformer:
-    """Build the dense transformer. "timm:<vit>" with the same options and seed builds one with equal weights.
+    """Build the dense transformer. "timm:<vit>" with the same options and seed has the same weights.
 
     Args:
         vit: Name of the architecture in timm.
         num_classes: Number of classes.
         image_size: Side of the images in pixels.
-        patch_size: Side of a patch in pixels; None for the choice of "timm:<vit>".
-        depth: Number of blocks; None for the architecture's own.
-        embed_dim: Features of a token; None for the architecture's own.
-        num_heads: Attention heads; None for the architecture's own.
+        patch_size: Side of a patch in pixels; None for the default of "timm:<vit>".
+        depth: Number of blocks; None for the default of the architecture.
+        embed_dim: Features of a token; None for the default of the architecture.
+        num_heads: Attention heads; None for the default of the architecture.
 
     Raises:
-        UnknownNameError: For an architecture that timm does not have.
-        ConfigError: For an architecture that is not a vision transformer with plain blocks and one classifier, and
-            for options that do not fit it.
+        UnknownNameError: timm has no such architecture.
+        ConfigError: The architecture is not a vision transformer with plain blocks and one classifier, or an option
+            does not fit it.
     """
     sizes = {"patch_size": patch_size, "depth": depth, "embed_dim": embed_dim, "num_heads": num_heads}
     given = {name: value for name, value in sizes.items() if value is not None}
@@ -43,7 +43,8 @@ def build_vit(
     except ConfigError as error:
         if str(error).startswith("architecture: "):
             raise ConfigError(f"vit: {str(error).removeprefix('architecture: ')}") from error
-        # All sizes of a plain transformer can be chosen. If only its own patches do not fit, it may still be one.
+        # All sizes of a plain transformer can be set, so that an error about one means that it is not plain, except if
+        # its default patches do not fit.
         refused = str(error).startswith(tuple(f"{name}: timm's" for name in sizes))
         if refused and f"{vit!r} has patches of " not in str(error):
             raise _not_plain(vit) from error
@@ -55,7 +56,7 @@ def build_vit(
         raise _not_plain(vit) from error
     network = model.network
     assert isinstance(network, VisionTransformer)
-    # One with a distillation token has two classifiers.
+    # Transformers with a distillation token have two classifiers.
     if not isinstance(network.get_classifier(), nn.Linear):
         raise _not_plain(vit)
     return network
@@ -67,15 +68,15 @@ def _not_plain(vit: str) -> ConfigError:
 
 
 def choose_blocks(wanted: str | int | tuple[int, ...], depth: int) -> tuple[int, ...]:
-    """Return the numbers of the blocks that get experts, counted from 0, in ascending order.
+    """Return the numbers of the blocks whose MLPs are replaced, counted from 0, in ascending order.
 
     Args:
-        wanted: "every-2" (1, 3, 5, ...) or "last-N" (the last N of these), both as in V-MoE; "all"; or numbers: one,
-            several, or a string such as "1,3,5".
+        wanted: "every-2" (1, 3, 5, ...) or "last-N" (the last N of these), both as in V-MoE; "all"; or one or several
+            numbers, or a string such as "1,3,5".
         depth: Number of blocks.
 
     Raises:
-        ConfigError: For anything else, and for blocks that do not exist or are named twice.
+        ConfigError: `wanted` is something else, or contains a block that does not exist, or a block twice.
     """
     odd = tuple(range(1, depth, 2))
     if wanted == "all":

@@ -1,6 +1,7 @@
-"""Sparse upcycling: starting from a trained dense transformer, whose MLPs are copied into every expert.
+"""Sparse upcycling: initialising experts with copies of the MLPs of a trained dense transformer.
 
-Source: Komatsuzaki et al., "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints", ICLR 2023.
+Source:
+    Komatsuzaki et al., "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints", ICLR 2023.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.models.base import Origin
 from backdoorbench_moe.paths import expand
 
-# Value of the option `upcycle` that names no file: all experts of a layer start with the same random MLP.
+# Value of the option `upcycle` with which all experts of a layer are initialised with the same random MLP.
 COPY = "copy"
-# Parts of an MoE layer that a dense transformer does not have.
+# Prefixes of the tensors of an MoE layer that a dense transformer does not have.
 NOT_DENSE = ("router.", "experts.heard")
 
 
@@ -29,10 +30,10 @@ def read_dense(path: str) -> tuple[dict[str, Tensor], Origin]:
         path: The run's folder, or its model.safetensors.
 
     Returns:
-        The tensors by name, and the SHA-256 of the file with what its header says of a backdoor.
+        The tensors by name, and the origin of the weights.
 
     Raises:
-        ConfigError: If there is no such file or it is not a safetensors file.
+        ConfigError: There is no such file, or it is not a safetensors file.
     """
     file = expand(path, "upcycle")
     file = file / "model.safetensors" if file.is_dir() else file
@@ -53,13 +54,13 @@ def load_dense(model: nn.Module, tensors: dict[str, Tensor], *, num_experts: int
     """Load the weights of a dense transformer into a model with MoE layers, in place. Routers keep their weights.
 
     Args:
-        model: A transformer whose MoE layers are called "...mlp".
-        tensors: The dense transformer's tensors by name.
+        model: A transformer whose MoE layers have names that end in "mlp".
+        tensors: The tensors of the dense transformer by name.
         num_experts: Experts of each layer.
-        source: Where the tensors come from, for error messages.
+        source: Source of the tensors, for error messages.
 
     Raises:
-        ConfigError: If names or shapes differ from those of the model's dense transformer; nothing is loaded then.
+        ConfigError: Names or shapes differ from those of the dense transformer of the model; nothing is loaded.
     """
     own = {name: (tensor, _dense_name(name)) for name, tensor in model.state_dict().items()}
     wanted = {dense: tensor for tensor, dense in own.values() if dense is not None}
@@ -69,7 +70,7 @@ def load_dense(model: nn.Module, tensors: dict[str, Tensor], *, num_experts: int
             f"upcycle: {source}: expected the weights of the dense transformer; it {what} {name}"
         )
     copies = {dense for name, (_, dense) in own.items() if ".experts." in name}
-    # Stacked weights as (E, ...), so that the MLP's weights are broadcast to every expert.
+    # Stacked weights as (E, ...), so that the weights of the MLP are broadcast to all experts.
     wanted = {
         name: tensor.unflatten(0, (num_experts, -1)) if name in copies else tensor
         for name, tensor in wanted.items()
@@ -85,7 +86,7 @@ def load_dense(model: nn.Module, tensors: dict[str, Tensor], *, num_experts: int
 
 
 def _dense_name(name: str) -> str | None:
-    """The name of a tensor in the dense transformer; None for a tensor that it does not have."""
+    """Return the name of a tensor in the dense transformer, or None for a tensor that it does not have."""
     layer, dot, part = name.partition(".mlp.")
     if not dot or part.startswith(("fc1.", "fc2.")):
         return name

@@ -1,9 +1,9 @@
 """Time an MoE layer against a dense MLP with as many multiply-adds: python plugins/bbmoe-vmoe/benchmarks/layer.py
 
-The dense MLP has top_k times the hidden units of one expert, so that a token costs the same in both. For Soft MoE,
-which has about one slot for each token, it has as many as one expert. The script prints the time of a training step
-(forward and backward) and of a forward pass in evaluation mode, each the median of several measured in turns, and
-their ratio. On a CPU it measures processor time, which is less disturbed by other work on the machine.
+The dense MLP has top_k times the hidden units of one expert, so that the cost of a token is the same in both. For Soft
+MoE, which has about one slot for each token, it has as many hidden units as one expert. The script prints the time of a
+training step (forward and backward) and of a forward pass in evaluation mode, each the median of several alternating
+measurements, and their ratio. On a CPU, it measures processor time, which depends less on other processes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from backdoorbench_moe.moe.layers import (
 def make_layers(
     features: int, experts: int, top_k: int, tokens: int
 ) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """MoE layers by name, each with its dense MLP."""
+    """Return MoE layers by name, each with its dense MLP."""
 
     def make_experts() -> MLPExperts:
         mlp = Mlp(features, 4 * features)
@@ -50,11 +50,11 @@ def make_layers(
 
 
 def train_step(module: nn.Module, tokens: torch.Tensor, bf16: bool) -> Callable[[], None]:
-    """A function that runs one forward and backward pass."""
+    """Return a function that runs one forward and backward pass."""
 
     def step() -> None:
         module.train()
-        # Entered in every step, as in training: autocast caches the casts of weights until its context ends.
+        # Entered in every step, as in training, since autocast caches the casts of weights until its context ends.
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=bf16):
             outputs = module(tokens.requires_grad_())
         outputs.float().square().mean().backward()
@@ -64,7 +64,7 @@ def train_step(module: nn.Module, tokens: torch.Tensor, bf16: bool) -> Callable[
 
 
 def evaluate(module: nn.Module, tokens: torch.Tensor, bf16: bool) -> Callable[[], None]:
-    """A function that runs one forward pass in evaluation mode, without gradients."""
+    """Return a function that runs one forward pass in evaluation mode, without gradients."""
 
     def step() -> None:
         module.eval()
@@ -76,7 +76,7 @@ def evaluate(module: nn.Module, tokens: torch.Tensor, bf16: bool) -> Callable[[]
 
 
 def seconds(steps: list[Callable[[], None]], repeats: int, device: torch.device) -> list[float]:
-    """Median seconds of each step; the steps are run in turns."""
+    """Return the median seconds of each step, measured alternately."""
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     found: list[list[float]] = [[] for _ in steps]
     for turn in range(repeats + 1):
@@ -91,7 +91,7 @@ def seconds(steps: list[Callable[[], None]], repeats: int, device: torch.device)
 
 
 def wait(device: torch.device) -> None:
-    """Wait until the device has finished."""
+    """Wait until all work on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--bf16", action="store_true", help="under autocast, as the engine trains where it can"
+        "--bf16", action="store_true", help="run under autocast, as the engine does if possible"
     )
     options = parser.parse_args()
     device = torch.device(options.device)

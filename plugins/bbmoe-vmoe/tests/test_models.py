@@ -74,7 +74,7 @@ def test_blocks_that_do_not_exist_are_one_clear_line(wanted):
         ({"num_experts": 0}, "num_experts: expected an integer of at least 1, got 0"),
         ({"router": "switch", "top_k": 2}, "top_k: expected 1, or none, for router 'switch', got 2"),
         ({"capacity": 0.0}, "capacity: expected a positive number"),
-        ({"noise": -1.0}, "noise: expected a finite number of at least 0"),
+        ({"noise": -1.0}, "noise: expected a number of at least 0"),
         ({"depth": 0}, "depth: expected an integer of at least 1, got 0"),
         ({"num_heads": 3}, "^num_heads: expected a divisor of the embed_dim of timm's 'vit_tiny"),
         ({"patch_size": 5}, "patch_size: expected a divisor of the image's 32 pixels, got 5"),

@@ -75,3 +75,23 @@ def test_watched_hidden_units_are_those_of_the_slots():
     own = layer.experts.fc1
     want = torch.einsum("ebsd,ehd->bseh", mixtures, own.weights) + own.biases
     torch.testing.assert_close(seen[0], want.flatten(0, 1).flatten(1))
+
+
+@torch.no_grad()
+def test_the_output_is_zero_if_all_experts_are_masked():
+    layer = make_soft()
+    for expert in range(EXPERTS):
+        layer.mask_expert(expert)
+    assert not layer(make_tokens()).any()
+
+
+@torch.no_grad()
+def test_gates_are_finite_if_a_class_token_takes_a_whole_slot():
+    """Its cosine with the slot is 1; those of the patches are lower, and the scale makes their weights 0 in fp32."""
+    layer, tokens = make_soft(slots=1), make_tokens()
+    layer.router.scale.fill_(1000.0)
+    tokens[:, 0] = layer.router.slots[0]
+    with collect_routing() as found:
+        layer(tokens)
+    assert found[0].gates.isfinite().all()
+    assert not found[0].gates[:, 0].any() and not found[0].selected[:, 0].any()
