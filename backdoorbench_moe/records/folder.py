@@ -34,6 +34,9 @@ RECORD, MODEL, TRIGGER, POISON, PROBE, SCORES, CHECKPOINT, LOCK = (
     "checkpoint",
     ".lock",
 )
+# Errors of `np.load` for a damaged file: RuntimeError for zip features that are not supported, TypeError for an array
+# that is not in a zip file.
+DAMAGE = (OSError, ValueError, EOFError, RuntimeError, TypeError, BadZipFile, zlib.error)
 
 
 class RunFolder:
@@ -206,7 +209,7 @@ class RunFolder:
         try:
             with np.load(self.path / name, allow_pickle=False) as file:
                 return dict(file)
-        except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
+        except DAMAGE as error:
             raise RecordError(f"{what} {self.path / name}: missing or damaged ({error})") from error
 
     def keep(self, name: str, source: Path) -> None:

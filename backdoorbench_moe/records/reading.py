@@ -27,6 +27,8 @@ REMOVED_IN = {3: {"parent", "scores", "verdict"}}
 # Keys that every row of the history, and every metric, must have.
 EPOCH_KEYS = {"epoch", "loss", "train_accuracy", "lr", "seconds"}
 METRIC_KEYS = {"value", "n"}
+# Records have about 10. Far more would exceed Python's recursion limit when a record is checked, copied or written.
+MOST_LEVELS = 100
 
 
 def parse_record(values: object, file: Path) -> Record:
@@ -44,6 +46,8 @@ def parse_record(values: object, file: Path) -> Record:
     """
     if not isinstance(values, dict) or "schema_version" not in values:
         raise RecordError(f"record {file}: damaged: expected the key 'schema_version'")
+    if _nests_too_deep(values):
+        raise RecordError(f"record {file}: damaged: nested deeper than {MOST_LEVELS} levels")
     values = _upgrade(values, file)
     known = {item.name for item in fields(Record)}
     missing, extra = known - values.keys(), values.keys() - known
@@ -61,6 +65,20 @@ def parse_record(values: object, file: Path) -> Record:
             f"record {file}: damaged: expected {digest}, the digest of its spec, found {record.digest}"
         )
     return record
+
+
+def _nests_too_deep(values: object) -> bool:
+    level = [values]
+    for _ in range(MOST_LEVELS):
+        level = [
+            item
+            for value in level
+            if isinstance(value, dict | list)
+            for item in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _upgrade(values: dict[str, Any], file: Path) -> dict[str, Any]:
