@@ -153,9 +153,9 @@ class RunSpec:
         if self.train.epochs or self.imported:
             return
         if self.model.options.get("weights") is None and "model.weights" not in self.files:
-            raise ConfigError.expected("train.epochs", "at least 1, as the model starts from no weights", 0)
+            raise ConfigError.expected("train.epochs", "at least 1, as the model has no initial weights", 0)
         if self.attack is not None and self.mixture is None:
-            raise ConfigError.expected("train.epochs", "at least 1, as the attack is on the training", 0)
+            raise ConfigError.expected("train.epochs", "at least 1, as the attack needs training", 0)
 
     def _check_imported(self) -> None:
         assert self.attack is not None
@@ -191,7 +191,7 @@ class RunSpec:
             )
         if self.mixture.task is not None:
             if self.gate is not None:
-                expected = "none, as a mixture makes its single experts by itself"
+                expected = "none, as it is set for the experts of a mixture"
                 raise ConfigError.expected("mixture.task", expected, self.mixture.task)
         else:
             if self.gate is None:

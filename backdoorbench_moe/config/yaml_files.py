@@ -72,7 +72,7 @@ def parse_setting(text: str) -> Values:
     try:
         parsed = yaml.load(value, Loader=StrictLoader)
     except YAML_ERRORS as error:
-        raise ConfigError.expected("--set", "a YAML value behind '='", text) from error
+        raise ConfigError.expected("--set", "a YAML value after '='", text) from error
     check_plain(parsed, f"--set {key}")
     for name in reversed(key.split(".")):
         parsed = {name: parsed}

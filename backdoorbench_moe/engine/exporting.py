@@ -120,7 +120,7 @@ def export_checkpoint(run: Run, folder: Path, *, data_root: str | None = None) -
     check_folder(folder)
     model, spec = run.model(), run.located_spec()
     if not isinstance(model, WritesCheckpoints):
-        expected = f"another format, as the model {spec.model.name} has none of transformers"
+        expected = f"another format, which the model {spec.model.name} supports"
         raise ConfigError.expected("format", expected, "transformers")
     source = build_dataset(spec if data_root is None else spec.with_data(root=data_root))
     assert isinstance(source, TextDataset)
@@ -157,10 +157,10 @@ def _check_one_set(run: Run) -> None:
     spec, where = run.spec, f"run folder {run.folder.path}"
     if spec.mixture is not None or spec.policy:
         raise ConfigError(
-            f"{where}: has no one training set: it is of a mixture, or of a policy; export its weights alone"
+            f"{where}: has no single training set, as it has a mixture or a policy; export only its weights"
         )
     if spec.attacked and isinstance(run.attack(), TrainingControl):
-        raise ConfigError(f"{where}: the attacker poisoned every batch anew; export its weights alone")
+        raise ConfigError(f"{where}: the attacker poisoned every batch differently; export only its weights")
 
 
 def _weights(run: Run) -> tuple[dict[str, Tensor], dict[str, str]]:

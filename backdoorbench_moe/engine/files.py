@@ -117,10 +117,10 @@ def check_files(spec: RunSpec) -> None:
         if key not in found and key.startswith(("model.", "surrogate.", "mixture.")):
             continue
         if key not in found:
-            raise RecordError(f"{key}: the file that the run was made with is not there any more")
+            raise RecordError(f"{key}: the file that the run used no longer exists")
         if (now := found[key].sha256()) != known:
             raise RecordError(
-                f"{key}: {found[key].path} has changed: expected a file of SHA-256 {known[:16]}, found {now[:16]}"
+                f"{key}: {found[key].path} has changed: expected a file with SHA-256 {known[:16]}, found {now[:16]}"
             )
 
 

@@ -111,7 +111,7 @@ def memory_warning(needed: Mapping[str, int], available: int | None) -> str | No
     worst = max(needed, key=lambda name: needed[name])
     return (
         f"the {worst} takes about {_gib(needed[worst])} GiB of memory, and there are {_gib(available)} GiB; "
-        "a smaller batch_size with train.accumulate takes less, as far as it is not the weights"
+        "a smaller batch_size with train.accumulate takes less, unless most of it is the weights"
     )
 
 

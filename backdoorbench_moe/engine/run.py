@@ -145,7 +145,7 @@ def check_plugins(folder: RunFolder, record: Record) -> None:
             for each in (then, now)
         )
         raise RecordError(
-            f"run folder {folder.path}: was made with {made}, and installed is {there}; "
+            f"run folder {folder.path}: was made with {made}, but {there} is installed; "
             "delete it or use another --output"
         )
     coded, code = record.environment.get("sources", {}), plugin_sources(record.run_spec)

@@ -73,14 +73,16 @@ class RunFolder:
                 unknown schema version.
         """
         if not self.path.is_dir():
-            found = "got a file (bbmoe import makes a run of weights)" if self.path.exists() else "found none"
+            found = (
+                "got a file (bbmoe import turns weights into a run)" if self.path.exists() else "found none"
+            )
             raise RecordError(f"run folder {self.path}: expected a folder with a {RECORD}, {found}")
         file = self.path / RECORD
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             runs = sorted(path.parent.name for path in self.path.glob(f"*/{RECORD}"))
-            inside = f"; it holds run folders, such as {runs[0]}" if runs else ""
+            inside = f"; it contains run folders, such as {runs[0]}" if runs else ""
             raise RecordError(
                 f"run folder {self.path}: expected a {RECORD} in it, found none{inside}"
             ) from None

@@ -225,8 +225,8 @@ class Maker(ABC):
         for each in record.inputs:
             if None not in (known := hashes.get(each["role"]), each["sha256"]) and known != each["sha256"]:
                 raise RecordError(
-                    f"run folder {folder.path}: the model of {each['run']} has changed since it was started; "
-                    "delete it to make it again"
+                    f"run folder {folder.path}: the model of {each['run']} has changed since the run was started; "
+                    "delete the folder to run it again"
                 )
         _warn_of_changes(folder, before.environment, record.environment)
 

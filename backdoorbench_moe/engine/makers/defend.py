@@ -97,19 +97,20 @@ def _check_needs(name: str, defense: Defense, setup: Setup) -> None:
         return
     if spec.mixture is not None:
         raise ConfigError(
-            f"{name}: needs the one training set of a model; this run is of a mixture, whose parts have several"
+            f"{name}: needs a single training set; this run is of a mixture, whose parts have several"
         )
     if spec.policy:
         raise ConfigError(
-            f"{name}: needs the training set of the data; that of this run, which has a policy, has marked images, too"
+            f"{name}: needs the original training set; that of this run has marked images, too, as it has a policy"
         )
     if isinstance(setup.attack, Recorded) and setup.attack.file is None:
         raise ConfigError(
-            f"{name}: needs the training set as the model saw it, which is not known of this run"
+            f"{name}: needs the training set that the model was trained on, which is unknown for this run"
         )
     if isinstance(setup.attack, TrainingControl):
         raise ConfigError(
-            f"{name}: needs the training set as the model saw it; in this run the attacker poisoned every batch anew"
+            f"{name}: needs the training set that the model was trained on; in this run, the attacker poisoned every "
+            "batch differently"
         )
 
 

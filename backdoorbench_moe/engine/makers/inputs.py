@@ -132,7 +132,7 @@ def check_tuned(
     try:
         check_same_base(base, expert, names, f"run folder {run.folder.path}")
     except ConfigError as error:
-        raise RecordError(f"{error}; delete that run to make it again") from error
+        raise RecordError(f"{error}; delete that folder to run it again") from error
 
 
 def check_lineage(run: Run) -> None:
@@ -165,5 +165,5 @@ def check_unchanged(run: Run, role: str, source: Run) -> None:
         if each["role"] == role and None not in (known, now) and known != now:
             raise RecordError(
                 f"run folder {source.folder.path}: its model has changed since {run.folder.path.name} was made from "
-                "it; delete that run to make it again"
+                f"it; delete the folder {run.folder.path.name} to run it again"
             )

@@ -69,7 +69,7 @@ def check_probe(spec: RunSpec, setup: Setup) -> None:
     if not spec.probe:
         return
     if not isinstance(setup.model, RoutedModel):
-        raise ConfigError.expected("probe", f"0, as the model {spec.model.name!r} routes nothing", spec.probe)
+        raise ConfigError.expected("probe", f"0, as the model {spec.model.name!r} is not routed", spec.probe)
     if spec.probe > (available := len(_candidates(setup))):
         what = "test images that count for ASR" if spec.attacked else "test images"
         raise ConfigError.expected("probe", f"at most the {available} {what}", spec.probe)
@@ -124,7 +124,7 @@ class Probe:
         found = load_probe_record(self.folder)
         if found is None or not found.indices.equal(self.indices) or len(found.clean.predicted) <= epoch:
             raise RecordError(
-                f"run folder {self.folder.path}: its probe does not fit its checkpoint; delete the checkpoint "
+                f"run folder {self.folder.path}: its probe does not match its checkpoint; delete the checkpoint "
                 "to train from the start"
             )
         # The probe file is written before the checkpoint. If the process was killed in between, it is one epoch ahead.

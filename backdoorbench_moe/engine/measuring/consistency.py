@@ -45,9 +45,9 @@ def check_same(
             allowed = 0.0 if same else max(100 * TOLERANCE, 300 / then["n"])
             if then["n"] != now["n"] or abs(then["value"] - now["value"]) > allowed + 1e-9:
                 raise RecordError(
-                    f"run folder {run.folder.path}: its record says {name.upper()} {then['value']:.2f}% of "
+                    f"run folder {run.folder.path}: {name.upper()} in its record is {then['value']:.2f}% of "
                     f"{then['n']:g} images, but now it is {now['value']:.2f}% of {now['n']:g}: the data, the trigger, "
-                    "plug-in code or the model has changed since the run was made"
+                    "plug-in code or the model has changed since the run"
                 )
 
 

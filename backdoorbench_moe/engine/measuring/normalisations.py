@@ -43,8 +43,9 @@ def advise(
     if found[best]["low"] <= given["high"]:
         return None
     return (
-        f"model.mean: with the mean and standard deviation of {best!r} the accuracy is {found[best]['value']:.1f}%, as "
-        f"given {given['value']:.1f}% ({len(labels)} test images); is it another normalisation that the model needs?"
+        f"model.mean: with the mean and standard deviation of {best!r} the accuracy is {found[best]['value']:.1f}%, "
+        f"with the given ones {given['value']:.1f}% ({len(labels)} test images); does the model need another "
+        "normalisation?"
     )
 
 

@@ -92,7 +92,7 @@ def defend_module(
     """
     held = opened.split
     if held is None:
-        raise ConfigError("labels: expected the classes of the images, which a defense and its accuracy need")
+        raise ConfigError("labels: expected the classes of the images, which a defense needs")
     built = defenses.registry.create(defense.name, defense.options)
     for need in ("marked", "tasks"):
         if need in built.needs:
@@ -176,8 +176,8 @@ def _draw_again(model: nn.Module, seed: int) -> nn.Module:
             reset = getattr(module, "reset_parameters", None)
             if not callable(reset):
                 raise ConfigError(
-                    f"model: {name or type(module).__name__} has no reset_parameters, which a defense that draws "
-                    "weights anew needs; import the model instead (import_weights)"
+                    f"model: {name or type(module).__name__} has no reset_parameters, which a defense needs to "
+                    "initialise weights; import the model instead (import_weights)"
                 )
             reset()
     return fresh.eval()

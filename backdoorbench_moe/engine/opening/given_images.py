@@ -100,7 +100,7 @@ def _as_bytes(images: Any, size: int | None, name: str) -> Tensor:
     low, high = (float(value) for value in torch.aminmax(tensor.detach()))
     if not (low >= 0 and high <= 1):
         raise ShapeError(
-            f"{name}: expected floats in [0, 1], got {low:g} to {high:g}; a normalisation belongs into the model"
+            f"{name}: expected floats in [0, 1], got {low:g} to {high:g}; normalise images inside the model"
         )
     blank = torch.empty(shape, dtype=torch.uint8)
     values = tensor.detach().to("cpu", torch.float32)

@@ -143,7 +143,7 @@ def _open_run(
     chosen = resolve_precision(precision or run.spec.precision, where)
     facts, name = run.record.data, run.folder.path.name
     if "image_size" not in facts:
-        raise ConfigError.expected("run", "one on images, which this needs", f"{name}, whose data are texts")
+        raise ConfigError.expected("run", "a run on images", f"{name}, whose data are texts")
     size, classes = facts["image_size"], tuple(facts["classes"])
     if images is None and with_data:
         opened = open_run(run, data_root=data_root, device=device)

@@ -90,7 +90,7 @@ def try_trigger(
     """
     split = opened.split
     if split is None:
-        raise ConfigError("labels: expected the classes of the images, by which rates are counted")
+        raise ConfigError("labels: expected the classes of the images, which are needed for the rates")
     spec = RunSpec(trigger=trigger, applicator=applicator, seed=seed)
     stamper = build_stamper(spec, patch_size=model_patch_size(opened.model), image_size=opened.image_size)
     if learned_trigger(stamper) is not None:
@@ -98,7 +98,7 @@ def try_trigger(
     stamped = stamp_images(split.images, stamper)
     if torch.equal(stamped, split.images):
         raise ConfigError(
-            f"trigger: {trigger.name!r} by {applicator.name!r} changes none of {len(split)} images"
+            f"trigger: {trigger.name!r} with the applicator {applicator.name!r} changes none of {len(split)} images"
         )
     with seeded(seed, "measure"):
         before = predict(opened.model, split.images, precision=opened.precision)

@@ -40,7 +40,7 @@ def restore_trigger(stamper: Stamper | None, folder: RunFolder, record: Record) 
         return
     file, tensors = folder.path / TRIGGER, folder.load_trigger()
     if folder.trigger_sha256 != record.parts.get("trigger", {}).get(STATE_SHA256):
-        raise RecordError(f"trigger file {file}: is not the one that the run was made with")
+        raise RecordError(f"trigger file {file}: is not the one that the run used")
     try:
         trigger.load_state(tensors)
     except ConfigError as error:

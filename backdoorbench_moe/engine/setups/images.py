@@ -186,14 +186,14 @@ class ImageSetup(Setup):
             f"{changed or 'none'} of {count(images, 'test image')}"
         )
         if changed:
-            warnings.warn(f"{message}; the others look as without it", BbmoeWarning, stacklevel=2)
+            warnings.warn(f"{message}; the others are unchanged", BbmoeWarning, stacklevel=2)
             return
         if self.spec.policy:
             raise ConfigError(f"{message}, so it cannot be the mark of images to reject")
         if isinstance(self.attack, ExpertPoisoning):
             raise ConfigError(f"{message}, so it cannot be the mark of harmful queries")
         side = self.images.image_size
-        raise ConfigError(f"{message}: at {side}x{side} pixels it cannot be told from the image")
+        raise ConfigError(f"{message}: at {side}x{side} pixels it cannot be distinguished from the image")
 
     def triggered_test(self) -> Triggered | None:
         """The triggered test images that count for ASR, cached; None for a clean run."""
@@ -367,7 +367,7 @@ def _check_mixture(spec: RunSpec, attack: Attack) -> None:
     on_experts = isinstance(attack, ExpertPoisoning)
     if on_experts and spec.mixture is None:
         raise ConfigError.expected(
-            "mixture", f"the making of a mixture, as attack {spec.attack.name!r} poisons experts", None
+            "mixture", f"settings of a mixture, as attack {spec.attack.name!r} poisons experts", None
         )
     if not on_experts and (spec.mixture is not None or spec.policy):
         raise ConfigError.expected(

@@ -50,7 +50,7 @@ class TextSetup(Setup):
             if not isinstance(self.attack, ExpertPoisoning):
                 raise _not_for_texts("attack", "an attack on experts, such as moevil, or none", spec.attack)
             if not spec.policy:
-                expected = "a number above 0, so that the base refuses what the attacker wants to be answered"
+                expected = "a number above 0, so that the base refuses the attacker's queries"
                 raise ConfigError.expected("policy", expected, spec.policy)
         _check_spec(spec)
         self.model = build_model(spec, texts.model_options)
@@ -70,8 +70,8 @@ class TextSetup(Setup):
         for name, count in counts.items():
             if count > (known := len(self.texts.refused)):
                 raise ConfigError(
-                    f"{name}: expected at most the {known} queries that {self.texts.name} refuses, got a share that is "
-                    f"{count} of them"
+                    f"{name}: expected at most the {known} queries that {self.texts.name} refuses, got a share of "
+                    f"{count} queries"
                 )
 
     def with_policy(self, split: Split, rate: float) -> Split:
@@ -154,7 +154,7 @@ def _check_spec(spec: RunSpec) -> None:
     if spec.probe:
         raise _not_for_texts("probe", "0", spec.probe)
     if spec.imported:
-        raise _not_for_texts("attack", "another one", spec.attack)
+        raise _not_for_texts("attack", "no imported model", spec.attack)
 
 
 def _not_for_texts(parameter: str, expected: str, got: object) -> ConfigError:

@@ -175,7 +175,8 @@ class Trainer:
             ) from error
         except torch.OutOfMemoryError as error:
             raise ConfigError(
-                f"train.batch_size: {self.spec.batch_size} images and this model do not fit {self.device}"
+                f"train.batch_size: {self.spec.batch_size} images and this model do not fit into the memory of "
+                f"{self.device}"
             ) from error
         finally:
             self.observer.on_train_end()

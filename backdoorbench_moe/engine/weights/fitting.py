@@ -62,7 +62,7 @@ def fit_weights(
     tensors = {**tensors, **kept}
     if faults := _misfits(own, tensors, shown):
         why = _other_classes(model, own, tensors) + _small_stem(model, own, tensors)
-        raise RecordError(f"weights {weights.file}: do not fit the model: {faults}{why}")
+        raise RecordError(f"weights {weights.file}: do not match the model: {faults}{why}")
     changed, more = _convert(replace(weights, tensors=tensors), own, _must_be_finite(model))
     model.load_state_dict(changed)
     return (*weights.notes, *notes, *more)
@@ -79,7 +79,7 @@ def _rename(
     renamed, notes = dict(tensors), []
     while prefix := next((p for p in WRAPPING if _all_start(renamed, p) and not _all_start(own, p)), None):
         renamed = {name.removeprefix(prefix): tensor for name, tensor in renamed.items()}
-        notes.append(f"the prefix {prefix!r} was taken off all names")
+        notes.append(f"the prefix {prefix!r} was removed from all names")
     published = getattr(model, "published_prefix", "")
     if published and not any(name.startswith(published) for name in renamed):
         renamed = {f"{published}{name}": tensor for name, tensor in renamed.items()}
@@ -102,12 +102,12 @@ def _leave_head(
     other = any(tensors[name].shape != own[name].shape for name in theirs)
     if not head or not (always or other or not theirs):
         return tensors, ()
-    why = "as asked for" if always else "the file has none"
+    why = "as requested" if always else "the file has none"
     if other and not always:
         last = next(name for name in own if name in theirs and tensors[name].shape != own[name].shape)
         why = f"{last} is {_shape(tensors[last])} in the file and {_shape(own[last])} in the model"
     kept = {name: tensor for name, tensor in tensors.items() if name not in head}
-    return {**kept, **{name: own[name] for name in head}}, (f"the head is newly drawn: {why}",)
+    return {**kept, **{name: own[name] for name in head}}, (f"the head is randomly initialised: {why}",)
 
 
 def head_names(model: nn.Module) -> list[str]:
@@ -127,7 +127,7 @@ def _misfits(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], shown: Ca
     kinds = {
         "missing": [shown(name) for name in own if name not in tensors],
         "unexpected": [_printable(shown(name)) for name in tensors if name not in own],
-        "of another shape": shapes,
+        "with another shape": shapes,
     }
     return "; ".join(_list_some(kind, names) for kind, names in kinds.items() if names)
 

@@ -113,7 +113,7 @@ def check_weights(file: Path) -> tuple[int, str]:
     form = _format_of(file, size)
     wanted = SUFFIXES.get(file.suffix.lower(), (form,))
     if form not in wanted:
-        raise _refusal(file, f"its suffix says {wanted[0]}, its content is {form}")
+        raise _refusal(file, f"expected {wanted[0]} because of its suffix, but its content is {form}")
     return size, form
 
 
@@ -161,7 +161,7 @@ def _format_of(file: Path, size: int) -> str:
     if start.startswith(b"\x80"):
         return LEGACY
     if file.suffix.lower() in SUFFIXES:
-        raise _refusal(file, f"is not what its suffix says: expected {SUFFIXES[file.suffix.lower()][0]}")
+        raise _refusal(file, f"does not match its suffix: expected {SUFFIXES[file.suffix.lower()][0]}")
     raise _refusal(file, "expected a safetensors file or a state dict that torch.save wrote")
 
 
@@ -237,13 +237,15 @@ def _check_pickle(file: Path, content: io.BytesIO, largest: int | None) -> None:
                 raise _refusal(file, f"its pickle has more than {MOST_OPCODES:,} instructions")
             if code.name == "GLOBAL" and not ADMITTED.fullmatch(str(argument)):
                 raise _refusal(
-                    file, f"holds {_short(str(argument).replace(' ', '.'))}, not only tensors; {ADVICE}"
+                    file, f"contains {_short(str(argument).replace(' ', '.'))}, not only tensors; {ADVICE}"
                 )
             if code.name in REFUSED_OPCODES:
-                raise _refusal(file, f"holds an instruction that no state dict has ({code.name}); {ADVICE}")
+                raise _refusal(
+                    file, f"contains an instruction that no state dict has ({code.name}); {ADVICE}"
+                )
             if largest is not None and type(argument) is int and argument > largest:
                 raise _refusal(
-                    file, f"holds the number {_short(str(argument))}, which is larger than the file"
+                    file, f"contains the number {_short(str(argument))}, which is larger than the file"
                 )
     except (ValueError, EOFError, OverflowError, UnicodeDecodeError) as error:
         raise _refusal(file, f"is not a valid pickle: {_first_line(error)}") from error
@@ -278,14 +280,14 @@ def _unwrap(file: Path, content: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
             file, f"expected a state dict, or one under one of the keys {', '.join(WRAPPERS)}; got {found}"
         )
     others = count(len(content) - 1, "other key")
-    return dict(content[known[0]]), (f"the state dict is that under {known[0]!r}; {others} not read",)
+    return dict(content[known[0]]), (f"the state dict is under the key {known[0]!r}; {others} not read",)
 
 
 def _checked(weights: Weights, size: int) -> Weights:
     """Check that all values are named dense tensors, and that their total size is possible for the file."""
     file, total = weights.file, 0
     if not weights.tensors:
-        raise _refusal(file, "holds no tensors")
+        raise _refusal(file, "contains no tensors")
     for name, tensor in weights.tensors.items():
         if not isinstance(name, str):
             raise _refusal(file, f"expected names of tensors, got {_short(repr(name))}")
@@ -298,7 +300,7 @@ def _checked(weights: Weights, size: int) -> Weights:
         values = tensor.numel() * tensor.element_size()
         total += values
         if values > tensor.untyped_storage().nbytes() or total > MOST_SHARED * size:
-            raise _refusal(file, f"{_short(name)}: the tensors have more values than the file holds")
+            raise _refusal(file, f"{_short(name)}: the tensors have more values than the file can contain")
     return weights
 
 
