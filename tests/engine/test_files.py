@@ -101,9 +101,7 @@ def test_a_large_file_is_not_copied_but_checked(tmp_path, monkeypatch) -> None:
     with pytest.raises(RecordError, match=r"trigger\.image: .* has changed"):
         run.stamper()
     (tmp_path / "p.png").unlink()
-    with pytest.raises(
-        RecordError, match=r"trigger\.image: the file that the run used no longer exists"
-    ):
+    with pytest.raises(RecordError, match=r"trigger\.image: the file that the run used no longer exists"):
         run.stamper()
 
 

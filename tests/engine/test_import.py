@@ -126,7 +126,7 @@ def test_a_wrong_normalisation_is_warned_of(file, tmp_path) -> None:
         BbmoeWarning, match=r"model\.mean: with the mean and standard deviation of '\w+' the accuracy"
     ):
         run = run_import(imported(file, mean=[0.0] * 3, std=[1.0] * 3), output=tmp_path / "runs")
-    assert "as given" in run.record.parts["model"]["start"]["notes"][-1]
+    assert "with the given ones" in run.record.parts["model"]["start"]["notes"][-1]
 
 
 def test_a_normalised_and_resized_routed_model_is_imported(tmp_path) -> None:

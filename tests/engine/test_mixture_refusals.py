@@ -222,7 +222,7 @@ def test_an_expert_of_other_weights_outside_of_its_mlps_is_noticed_before_anythi
     output = tmp_path / "runs"
     shutil.copytree(made, output)
     retrain(folder(output, "expert0-clean"), "stem")
-    message = r"run folder .*expert0-clean-.*: is not tuned from this base: stem.* has other values; delete that run"
+    message = r"run folder .*expert0-clean-.*: is not tuned from this base: stem.* has other values; delete that folder"
     with pytest.raises(RecordError, match=message):
         run_attack(mixture_spec(attack={"name": "hsft", "epochs": 1}), output=output)
     assert len([*output.iterdir()]) == 6

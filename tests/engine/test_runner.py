@@ -135,7 +135,7 @@ def test_a_trigger_that_is_lost_on_most_images_is_said(tmp_path, monkeypatch) ->
     images = Tiny().read()
     images.test.images[torch.arange(60) % 3 > 0, :, :4, :4] = 0
     monkeypatch.setattr(Tiny, "read", lambda self: images)
-    message = "trigger: 'square' with the applicator 'image' changes 20 of 60 test images; the others look as"
+    message = "trigger: 'square' with the applicator 'image' changes 20 of 60 test images; the others are"
     with pytest.warns(BbmoeWarning, match=message):
         Runner(tiny_spec(), tmp_path).maker(tiny_spec())
 

@@ -180,7 +180,7 @@ def test_a_model_that_merges_itself(own_models, tmp_path, whole) -> None:
         ({"poison": {"target": 1}}, "poison: expected its defaults and a rate of 0, as the data are texts"),
         ({"probe": 5}, "probe: expected 0, as the data are texts, got 5"),
         ({"train": {"augment": "flip"}}, "train.augment: expected 'none', as the data are texts, got 'flip'"),
-        ({"policy": 0}, "policy: expected a number above 0, so that the base refuses what the attacker wants"),
+        ({"policy": 0}, "policy: expected a number above 0, so that the base refuses the attacker's queries"),
         ({"policy": 0.9}, "policy: expected at most the 192 queries that toy refuses, got a share of 345"),
         ({"policy": 0.001}, "policy: 0.001 of 384 texts rounds down to 0 texts; expected at least"),
         ({"mixture": {"experts": 3}}, "mixture.experts: expected at most 2, the tasks of toy, got 3"),
