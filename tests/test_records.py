@@ -66,6 +66,8 @@ def test_record_survives_the_disk(folder) -> None:
         (lambda text: text.replace('"seed": 0', '"seed": 1'), "the digest of its spec"),
         (lambda text: text.replace('"seed": 0', '"seed": "x"'), "seed: expected an integer"),
         (lambda text: text.replace('"seed"', '"sead"'), "unknown 'sead'"),
+        (lambda text: text.replace('"parts": {}', f'"parts": {{"a": {"[" * 900}{"]" * 900}}}'), "nested deeper than"),
+        (lambda text: text.replace('"signs"', f'"signs", "a": {"[" * 900}{"]" * 900}'), "nested deeper than 100"),
     ],
 )  # fmt: skip
 def test_damaged_records_are_refused_by_file_and_reason(folder, change, message) -> None:
@@ -84,6 +86,33 @@ def test_a_damaged_compressed_file_is_named(folder) -> None:
         content[at] ^= 0xFF
     file.write_bytes(content)
     with pytest.raises(RecordError, match=f"{file}: missing or damaged"):
+        folder.load_poison()
+
+
+@pytest.mark.parametrize(
+    ("offset", "byte"),
+    [
+        (8, 99),  # The compression method.
+        (6, 1),  # The flag for encryption.
+        (6, 1 << 5),  # The flag for patched data.
+        (4, 255),  # The version of the format.
+    ],
+)
+def test_a_compressed_file_of_an_unsupported_kind_is_damaged(folder, offset, byte) -> None:
+    """Offsets in a member's entry in the central directory of a zip file, two bytes before those in its own header."""
+    folder.save_poison({"indices": np.arange(5)})
+    file = folder.path / "poison.npz"
+    content = bytearray(file.read_bytes())
+    content[content.index(b"PK\x01\x02") + 2 + offset] = byte
+    file.write_bytes(content)
+    with pytest.raises(RecordError, match=f"{file}: missing or damaged"):
+        folder.load_poison()
+
+
+def test_an_array_instead_of_a_compressed_file_is_damaged(folder) -> None:
+    with (folder.path / "poison.npz").open("wb") as file:
+        np.save(file, np.arange(5))
+    with pytest.raises(RecordError, match="missing or damaged"):
         folder.load_poison()
 
 

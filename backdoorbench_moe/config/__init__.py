@@ -1,4 +1,4 @@
-"""What a run is: frozen specs, the YAML files and recipes they come from, and how layers are merged.
+"""Run specs: frozen dataclasses, the YAML files and recipes that they are built from, and merging of settings.
 
 Later layers win: defaults < recipe < YAML file < flags < `--set`. Nothing here imports torch.
 """

@@ -1,4 +1,4 @@
-"""Building a spec from a recipe and the user's settings, which take precedence over the recipe."""
+"""Build a spec from a recipe and the user's settings, which take precedence over the recipe."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MIXTURE_ATTACK = "moevil"
 
 
 def build_spec(*layers: Mapping[str, Any]) -> RunSpec:
-    """Build a spec from layers of settings and the recipe that they name.
+    """Build a spec from layers of settings on top of the recipe that they name.
 
     Args:
         layers: Nested settings, such as those of a YAML file, of flags and of `--set`. Later layers take precedence
@@ -68,11 +68,11 @@ def build_spec(*layers: Mapping[str, Any]) -> RunSpec:
 
 
 def _implied_by_attack(chosen: Values) -> Values:
-    """The settings that the attack implies where the user does not give them.
+    """The settings that the attack implies, which the user's settings override.
 
-    The default attack has the default trigger and applicator. Another attack says in its class attribute `implies`
-    what it implies. Without an attack there is no trigger and no applicator, and the poison rate is 0; a mixture or a
-    policy without an attack has what an attack on experts implies, but no poisoned expert.
+    The default attack implies the default trigger and applicator. Any other attack lists its settings in the class
+    attribute `implies`. Without an attack, there is no trigger and no applicator, and the poison rate is 0. A mixture
+    or a policy without an attack has the settings of `MIXTURE_ATTACK`, but no poisoned expert.
     """
     if "attack" in chosen and chosen["attack"] is None:
         clean = {"trigger": None, "applicator": None, "poison": {"rate": 0.0}}
@@ -94,18 +94,18 @@ def _implied_by_attack(chosen: Values) -> Values:
 
 
 def _implied_by_data(chosen: Values) -> Values:
-    """The settings that a third-party data set implies where the user does not give them.
+    """The settings that a third-party data set implies, which the user's settings override.
 
-    They take precedence over those that the attack implies: a data set of texts has no trigger. Our own data sets are
-    of images and imply nothing. Where the user asks for the default attack, which is then refused, its trigger stays,
-    since this attack without a trigger means none.
+    They take precedence over those that the attack implies: a text data set has no trigger. The built-in data sets are
+    image data and imply nothing. If the user asks for the default attack on texts, its trigger is kept, so that the
+    attack is refused: the default attack without a trigger would mean a clean run.
     """
     name = chosen.get("dataset", {}).get("name")
     if not isinstance(name, str) or name in _built_in_datasets():
         return {}
     registry = registry_of("dataset")
     if name.partition(":")[0] not in registry.names():
-        return {}  # An unknown name is refused where the data set is built.
+        return {}  # Building the data set raises an error for an unknown name.
     implied = normalise(dict(getattr(registry.lookup(name), "implies", {})))
     if (chosen.get("attack") or {}).get("name") == DEFAULT_ATTACK:
         return {key: value for key, value in implied.items() if key not in ("trigger", "applicator")}
@@ -114,7 +114,7 @@ def _implied_by_data(chosen: Values) -> Values:
 
 @functools.cache
 def _built_in_datasets() -> frozenset[str]:
-    """Names of our own data sets, read once, as a suite has hundreds of specs."""
+    """Names of the built-in data sets; cached, since a suite has hundreds of specs."""
     return frozenset(candidate.name for candidate in discover("dataset") if candidate.builtin)
 
 
@@ -132,16 +132,16 @@ def load_recipe(name: str, model: str = "pmoe") -> Values:
 
     Args:
         name: Name of the recipe, "quick" or "paper".
-        model: Name of the model. If it is a third-party model whose package has a recipe with the same name, the
-            values of the package take precedence over the built-in ones.
+        model: Name of the model. If it is a third-party model whose package has a recipe of this name, the values of
+            the package take precedence over the built-in ones.
 
     Returns:
-        Settings as in a config file; under "models" the options of single models by their name, under "attacks" those
-        of single attacks, and under "mixture" the settings that only a mixture of experts has, or has otherwise.
+        Settings as in a config file, and three more keys: "models" and "attacks" hold the options of individual models
+        and attacks by name, and "mixture" the settings that apply, or differ, only for a mixture of experts.
 
     Raises:
         UnknownNameError: There is no such recipe.
-        PluginError: The package's file cannot be read, or is not a recipe.
+        PluginError: The package's file cannot be read or is not a valid recipe.
     """
     if name not in RECIPES:
         raise UnknownNameError("recipe", str(name), RECIPES)
@@ -150,15 +150,15 @@ def load_recipe(name: str, model: str = "pmoe") -> Values:
 
 
 def _recipe_model(recipe: str, name: str) -> Values:
-    """A model with the options that a recipe has for it."""
+    """A model with its options in a recipe."""
     return {"name": name, **load_recipe(recipe, name).get("models", {}).get(name, {})}
 
 
 def _recipe_surrogate(chosen: Values) -> Values:
-    """The model that a trigger is optimised on, with its options in the recipe, if the trigger names one.
+    """The surrogate that a trigger is optimised on, with its options in the recipe, if the trigger names a model.
 
     Raises:
-        ConfigError: Options are set for such a model, and the trigger names none.
+        ConfigError: Options of a surrogate are set, but the trigger does not name a model.
     """
     name = (chosen.get("trigger") or {}).get(SURROGATE)
     if not isinstance(name, str) or name in ("", SAME, TWIN):
@@ -171,7 +171,7 @@ def _recipe_surrogate(chosen: Values) -> Values:
 
 @functools.cache
 def _built_in(name: str) -> Values:
-    """Read a built-in recipe, once, as a suite has hundreds of specs; it must not be modified."""
+    """Read a built-in recipe. It is cached, since a suite has hundreds of specs, and must not be modified."""
     text = (files("backdoorbench_moe") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     return yaml.safe_load(text)
 
@@ -186,7 +186,7 @@ def _load_own(text: str, origin: str, name: str, model: str) -> Values:
         model: Name of the model.
 
     Raises:
-        PluginError: The file is not valid YAML, or not a recipe.
+        PluginError: The file is not valid YAML or not a valid recipe.
     """
     where = f"recipe {name!r} of model {model!r}"
     try:
@@ -214,10 +214,10 @@ def _load_own(text: str, origin: str, name: str, model: str) -> Values:
 
 
 def _check_mixture(dense: Values, mixture: object) -> None:
-    """Check what a recipe says of mixtures only, on top of its other settings and what a mixture has by default.
+    """Check a recipe's settings for mixtures on top of its other settings and the defaults of a mixture.
 
     Raises:
-        ConfigError: It is not a mapping, or a key or a value in it is not valid.
+        ConfigError: `mixture` is not a mapping, or contains an invalid key or value.
     """
     if not isinstance(mixture, dict):
         raise ConfigError.expected("mixture", "a mapping", mixture)

@@ -1,4 +1,4 @@
-"""Merging nested settings."""
+"""Merge nested settings."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Values = dict[str, Any]
 
 
 def merge(*layers: Mapping[str, Any]) -> Values:
-    """Merge nested dicts; later ones win.
+    """Merge nested dicts; later ones take precedence.
 
-    A part that gets another name loses the options of the earlier one: they belonged to that name.
+    If a layer changes the name of a part, the options of the previous part are dropped.
 
     Args:
-        layers: Nested dicts of plain values, lowest first. They are not modified.
+        layers: Nested dicts of plain values, lowest precedence first. They are not modified.
 
     Returns:
         A new nested dict that shares nothing with the layers.

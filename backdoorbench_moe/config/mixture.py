@@ -1,4 +1,4 @@
-"""How a provider makes a mixture of experts from experts that others fine-tuned."""
+"""How a provider merges experts, fine-tuned by others, into a mixture of experts."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ WEIGHTS = "mixture.expert_weights"
 
 @dataclass(frozen=True)
 class MixtureSpec:
-    """The making of a mixture: E experts are tuned from one base model, merged, and given gates.
+    """Settings of a mixture: E experts are fine-tuned from one base model and merged under gates.
 
     The splitter and the gate are parts of the run's spec.
 
     Args:
-        experts: Number of experts E, at least 2. Expert e is tuned on task e of the splitter.
-        poisoned_experts: The experts that attackers provide, by number; none in a benign mixture.
-        expert_policy: Marked images in the tuning of an expert, as a share of the images of its task, in [0, 1); 0 for
-            none, so that an expert keeps to the policy only as far as it does not forget it.
-        expert_train: How each expert is tuned from the base. Attacks on experts use these settings, too.
-        gate_train: How the gates are trained.
+        experts: Number of experts E, at least 2. Expert e is fine-tuned on task e of the splitter.
+        poisoned_experts: Numbers of the experts that attackers provide; empty for a benign mixture.
+        expert_policy: Number of marked images used to fine-tune an expert, as a share of the images of its task, in
+            [0, 1); 0 for none, so that an expert may forget the policy that the base learned.
+        expert_train: Settings for fine-tuning an expert from the base. Attacks on experts use them, too.
+        gate_train: Settings for training the gates.
         gate_images: Number of training images of each task that the gates are trained on; None for 1 / E of the
             training set each.
-        expert_weights: Folders of checkpoints that benign experts are read from instead of being tuned here, by the
-            expert's number; None for an expert that is tuned. Only their MLPs are used; all other weights are those of
-            the base. Like the files of options, they are part of the digest by their content. An attacker starts from
-            the given expert of his task.
-        task: The task of a single expert; None for the whole mixture. The graph sets it (see `engine.graph`).
+        expert_weights: Checkpoint folders from which benign experts are read instead of being fine-tuned, by the
+            expert's number; None for an expert that is fine-tuned. Only the MLPs of a checkpoint are used; all other
+            weights are those of the base. The digest covers the content of the checkpoints, not their paths. An
+            attacker starts from the given expert of the attacked task.
+        task: The task of a single expert; None for the complete mixture. Set by the graph (see `engine.graph`).
 
     Raises:
         ConfigError: A value is out of range.
@@ -81,7 +81,7 @@ class MixtureSpec:
             raise ConfigError.expected(WEIGHTS, f"at most {self.experts} folders", len(self.expert_weights))
 
     def for_task(self, task: int) -> MixtureSpec:
-        """Return what of the mixture decides about the expert of one task: the tuning, and nothing of the merge."""
+        """Return the settings for the expert of one task: those for fine-tuning, without those for merging."""
         given = self.expert_weights[task : task + 1]
         return MixtureSpec(
             expert_policy=self.expert_policy,
@@ -91,12 +91,12 @@ class MixtureSpec:
         )
 
     def given_expert(self) -> str | None:
-        """The folder of a single expert's checkpoint; None if the expert is tuned here."""
+        """The checkpoint folder of a single expert; None if the expert is fine-tuned."""
         assert self.task is not None
         return dict(enumerate(self.expert_weights)).get(self.task)
 
     def weights_by_key(self) -> dict[str, str | None]:
-        """The folders of checkpoints by key, such as "mixture.expert_weights[0]"; of a single expert only its own."""
+        """Checkpoint folders by key, such as "mixture.expert_weights[0]"; for a single expert, only its own."""
         return {
             f"{WEIGHTS}[{expert}]": folder
             for expert, folder in enumerate(self.expert_weights)
@@ -104,14 +104,14 @@ class MixtureSpec:
         }
 
     def with_weights(self, changed: Mapping[str, Any]) -> MixtureSpec:
-        """Return a copy with other folders of checkpoints, by key; other keys are ignored."""
+        """Return a copy with new checkpoint folders, given by key; other keys are ignored."""
         weights = tuple(
             changed.get(f"{WEIGHTS}[{expert}]", folder) for expert, folder in enumerate(self.expert_weights)
         )
         return self if weights == self.expert_weights else replace(self, expert_weights=weights)
 
     def to_dict(self) -> Values:
-        """Write the values as a nested dict; what a single expert does not depend on is left out."""
+        """Return the values as a nested dict, for a single expert without those that it does not depend on."""
         values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
         values |= {name: getattr(self, name).to_dict() for name in TRAININGS}
         kept = ("expert_policy", "expert_train", "task")
@@ -120,5 +120,5 @@ class MixtureSpec:
             for name, value in values.items()
             if (name in kept if self.task is not None else name not in ("task", "expert_weights"))
         }
-        # Left out where there are none, so that the digests of older specs are unchanged.
+        # Left out if empty, so that the digests of older specs are unchanged.
         return values | ({"expert_weights": list(self.expert_weights)} if any(self.expert_weights) else {})

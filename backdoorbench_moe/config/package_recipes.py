@@ -1,4 +1,4 @@
-"""Recipes that the package of a third-party model adds to the built-in ones for its models."""
+"""Recipes that the package of a third-party model provides in addition to the built-in ones."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from backdoorbench_moe.plugins import RECIPE_GROUP, discover
 
 
 def model_recipe(model: str, recipe: str) -> tuple[str, str] | None:
-    """Return the recipe of the package that offers a model.
+    """Return the recipe of the package that provides a model.
 
-    The package names the file by an entry point: in the group `backdoorbench_moe.recipes`, the entry point
-    "quick = package.folder:quick" stands for quick.yaml in that folder of the package. Only the top-level module of
+    The package declares the file as an entry point: in the group `backdoorbench_moe.recipes`, the entry point
+    "quick = package.folder:quick" refers to quick.yaml in that folder of the package. Only the top-level module of
     the package is imported.
 
     Args:
@@ -23,7 +23,7 @@ def model_recipe(model: str, recipe: str) -> tuple[str, str] | None:
         recipe: Name of the recipe, such as "quick".
 
     Returns:
-        The text of the YAML file, and name and version of the package; None if the package has no such recipe.
+        The text of the YAML file, and the name and version of the package; None if the package has no such recipe.
 
     Raises:
         PluginError: The file cannot be read.
@@ -42,7 +42,7 @@ def _find(family: str, recipe: str, path: tuple[str, ...]) -> tuple[str, str] | 
     """Find a recipe in the packages on a path.
 
     Raises:
-        LookupError: No package offers the model. This is not cached, as one may yet be installed.
+        LookupError: No package provides the model. This is not cached, since one may be installed later.
     """
     holder = next((candidate for candidate in discover("model", family) if not candidate.mismatch), None)
     if holder is None:
@@ -63,5 +63,5 @@ def _find(family: str, recipe: str, path: tuple[str, ...]) -> tuple[str, str] | 
 
 @functools.cache
 def _built_in_models() -> frozenset[str]:
-    """Names of our own models, read once: a suite asks for the recipe of each of its hundreds of cells."""
+    """Names of the built-in models; cached, since a suite looks up the recipe of each of its hundreds of cells."""
     return frozenset(candidate.name for candidate in discover("model") if candidate.builtin)

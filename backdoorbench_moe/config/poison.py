@@ -1,4 +1,4 @@
-"""Which training images are poisoned, and what they are labelled."""
+"""Which training images are poisoned, and how they are labelled."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.options import convert_fields
 from backdoorbench_moe.shares import share_of, smallest_share
 
-# They came later than the first digests, and are written only where they are set.
+# Added after the first digests: left out if empty, so that older digests are unchanged.
 OPTIONAL_GROUPS = ("cover", "noise")
 RATES = ("rate", *OPTIONAL_GROUPS)
 
 
 def class_number(parameter: str, label: int | str) -> int:
-    """Return the number of a class. Raises ConfigError if it is given by name, since only the data knows the names."""
+    """Return the number of a class. Raises ConfigError if it is given by name, which only the data set can resolve."""
     if isinstance(label, str):
         raise ConfigError.expected(parameter, "a class number (`bbmoe info dataset` shows them)", label)
     return label
@@ -26,23 +26,26 @@ def class_number(parameter: str, label: int | str) -> int:
 
 @dataclass(frozen=True)
 class PoisonSpec:
-    """Which training images are poisoned, and what they are labelled.
+    """Which training images are poisoned, and how they are labelled.
 
-    Three disjoint groups: *poison* is stamped and relabelled, *cover* is stamped and keeps its labels, *noise* is
-    stamped with the trigger's noise form and keeps its labels.
+    There are three disjoint groups. *Poison* images are stamped and relabelled. *Cover* images are stamped and keep
+    their labels. *Noise* images are stamped with the noise form of the trigger and keep their labels.
 
-    A class is given by its number, or by its name until `engine.class_names.resolve_classes` has replaced that by the
-    number: only then does the spec have a digest. Digits are always a number, even where a class has such a name.
+    A class is given by its number or its name. The spec has a digest only after `engine.class_names.resolve_classes`
+    has replaced names by numbers. Digits are always read as a number, even if a class has such a name.
 
     Args:
-        rate: Share of the whole training set in the poison group, in (0, 1]; 0 for a clean run.
-        target: The attacker's class.
-        labels: "dirty" draws from all images and relabels them; "clean" draws from images that already have the
-            label they are to have, and relabels nothing.
-        mapping: "all-to-one" (the target) or "all-to-all" (class y becomes y + 1).
-        source: Draw only images of these classes; all classes if empty.
-        cover: Share of the whole training set in the cover group, in [0, 1).
-        noise: Share of the whole training set in the noise group, in [0, 1).
+        rate: Size of the poison group as a share of the complete training set, in (0, 1]; 0 for a clean run.
+        target: The target class.
+        labels: "dirty" draws from all images and relabels them; "clean" draws only images that already have the
+            attacker's label, and relabels nothing.
+        mapping: "all-to-one" (every label becomes `target`) or "all-to-all" (label y becomes y + 1).
+        source: Classes from which images are drawn; all classes if empty.
+        cover: Size of the cover group as a share of the complete training set, in [0, 1).
+        noise: Size of the noise group as a share of the complete training set, in [0, 1).
+
+    Raises:
+        ConfigError: A value is out of range, or two values are incompatible.
     """
 
     rate: float = 0.1
@@ -91,15 +94,15 @@ class PoisonSpec:
             class_number("poison.source", label)
 
     def to_dict(self) -> Values:
-        """Write the values as a plain dict; groups that are empty are left out."""
+        """Return the values as a plain dict. Empty cover and noise groups are left out."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {k: v for k, v in values.items() if v or k not in OPTIONAL_GROUPS}
 
     def count(self, images: int, group: str = "rate") -> int:
-        """Number of images in a group: `share_of` its rate.
+        """Number of images in a group, rounded as in `share_of`.
 
         Args:
-            images: Size of the whole training set.
+            images: Size of the complete training set.
             group: "rate" for the poison group, "cover" or "noise".
 
         Raises:
@@ -116,7 +119,7 @@ class PoisonSpec:
 
 
 def _digits(label: int | str) -> int | str:
-    """Read a class that is written in digits as its number."""
+    """Convert a class that is written in digits to its number."""
     digits = label.removeprefix("-") if isinstance(label, str) else ""
     return int(label) if digits.isascii() and digits.isdecimal() else label
 

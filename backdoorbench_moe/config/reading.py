@@ -1,4 +1,4 @@
-"""A `RunSpec` from plain values, whose keys are checked one by one."""
+"""Build a `RunSpec` from plain values, and check every key."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from backdoorbench_moe.options import field_types
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> RunSpec:
-    """Build a spec from a nested dict; keys that are missing take their defaults.
+    """Build a spec from a nested dict. Missing keys have their defaults.
 
     Raises:
         UnknownNameError: A key does not exist.
@@ -35,8 +35,8 @@ def spec_from_dict(values: Mapping[str, Any]) -> RunSpec:
 def _fill_in_attack(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Fill in the keys that the attack implies.
 
-    The default attack with a null trigger means no attack, since this is how clean runs are written (see
-    `RunSpec.to_dict`). For any other attack, trigger and applicator are None unless they are given.
+    The default attack with a null trigger means no attack, since this is how `RunSpec.to_dict` writes clean runs. For
+    any other attack, trigger and applicator are None unless they are given.
     """
     if not isinstance(values, Mapping):
         return values
@@ -77,7 +77,7 @@ def _read(kind: type, values: object, where: str) -> Any:
 
 
 def _read_settings(kind: type, value: object, where: str) -> Any:
-    """Build a `PoisonSpec` or `TrainSpec`. The latter names its values "train.", wherever it stands."""
+    """Build a `PoisonSpec` or `TrainSpec`. Errors of a `TrainSpec` always name "train.", which is corrected here."""
     try:
         return _read(kind, value, where)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Short forms that users may write, brought to the one long form that specs are read from."""
+"""Expand the short forms that users may write to the long form that specs are read from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from backdoorbench_moe.errors import BbmoeWarning, ConfigError
 from backdoorbench_moe.kinds import KINDS
 from backdoorbench_moe.plain import plain
 
-# A model that is not the victim's: the one on which a trigger is optimised.
+# The model on which a trigger is optimised, instead of the victim's.
 SURROGATE = "surrogate"
 PARTS = (*(kind.key for kind in KINDS.values() if not kind.repeated), SURROGATE)
 PART_LISTS = tuple(kind.key for kind in KINDS.values() if kind.repeated)
@@ -20,13 +20,13 @@ OPTIONAL_PARTS = (*(kind.key for kind in KINDS.values() if kind.optional), SURRO
 
 
 def normalise(layer: Mapping[str, Any]) -> Values:
-    """Write every part of a layer as a dict with a name.
+    """Convert every part of a layer to a dict.
 
     Args:
-        layer: Settings in which a part is a bare name, or a dict that may lack the name.
+        layer: Settings in which a part is a name, or a dict whose name may be missing.
 
     Returns:
-        The same settings; each part is a dict, or None for an optional part that is absent.
+        The same settings, in which each part is a dict, or None for an optional part that is absent.
 
     Raises:
         ConfigError: A part is neither a name nor a dict, or its name is not a string.
@@ -37,14 +37,14 @@ def normalise(layer: Mapping[str, Any]) -> Values:
 
 
 def normalise_list(key: str, value: object) -> list[Values | None]:
-    """Write a list of parts as dicts. Raises ConfigError naming the item that is not a part."""
+    """Convert a list of parts to dicts. Raises ConfigError that names the first item that is not a part."""
     if not isinstance(value, list | tuple):
         raise ConfigError.expected(key, "a list of names, or of mappings with the key 'name'", value)
     return [normalise_part(f"{key}[{place}]", item) for place, item in enumerate(value)]
 
 
 def normalise_part(key: str, value: object) -> Values | None:
-    """Write one part as a dict; None stays None if the part is optional. Raises ConfigError."""
+    """Convert one part to a dict; None stays None if the part is optional. Raises ConfigError if it is not a part."""
     if isinstance(value, str):
         return {"name": value}
     if value is None and key in OPTIONAL_PARTS:
@@ -57,12 +57,15 @@ def normalise_part(key: str, value: object) -> Values | None:
 
 
 def read_rate(key: str, value: object) -> object:
-    """Read "1%" as 0.01; any other value is returned as a plain one.
+    """Convert "1%" to 0.01; return any other value as a plain value.
 
     Args:
-        key: Key of the rate, such as "poison.rate". Only there a bare 1, which is 100%, gives a warning: elsewhere
-            it is out of range.
+        key: Key of the rate, such as "poison.rate". For this key only, the integer 1, which means 100%, gives a
+            warning: for other keys it is out of range.
         value: The rate.
+
+    Raises:
+        ConfigError: The rate is above 100%.
     """
     value = plain(value)
     if key == "poison.rate" and value == 1 and isinstance(value, int) and not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""`RunSpec`, which holds all settings of a run, its digest, and its conversion to plain values; see `reading`."""
+"""`RunSpec`: all settings of a run, its digest, and its conversion to plain values. `reading` converts them back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from backdoorbench_moe.kinds import KINDS
 from backdoorbench_moe.options import convert_fields
 from backdoorbench_moe.plain import check_plain, plain
 
-# Fields that are not part of the digest, so that a run on another device or with the data elsewhere has the same one.
+# Not part of the digest, so that it does not depend on the device or on where the data are stored.
 NOT_IN_DIGEST = ("recipe", "device")
 DATASET_NOT_IN_DIGEST = ("root", "download")
 # Keys that were added later. `to_dict` leaves them out if they are empty, so that the digests of older specs are
@@ -33,7 +33,7 @@ LEFT_OUT_IF_EMPTY = ("defenses", "files", "probe", "policy", "splitter", "gate",
 SAME, TWIN = "same", "twin"
 # `to_dict` writes this name for clean runs too, since it has always been part of their digests.
 DEFAULT_ATTACK = "data-poisoning"
-# Stands for the attack of a model that was not made here. Nothing is known of one, and there is no such part.
+# Takes the place of the attack for a model that was trained elsewhere: any attack on it is unknown. It is not a part.
 IMPORTED = "imported"
 
 
@@ -43,7 +43,7 @@ class PartSpec:
 
     Args:
         name: Name of the part, such as "warp".
-        options: The options that are set, by name; the others take their defaults.
+        options: The options that are set, by name. The others have their defaults.
 
     Raises:
         ConfigError: An option cannot be written as JSON.
@@ -70,35 +70,35 @@ class RunSpec:
     Args:
         dataset: The data set.
         model: The architecture.
-        trigger: The pattern that is stamped on images; None if the attack stamps nothing, or if there is no attack.
+        trigger: The pattern that is stamped on images; None if the attack stamps nothing or there is no attack.
         applicator: Where on an image the trigger is stamped; None if and only if `trigger` is None.
-        attack: The attack; None for a clean run; `IMPORTED`, without options, for a model that was made elsewhere.
-        surrogate: The model on which the trigger is optimised, if its option `surrogate` is the name of a model;
-            otherwise None. By default it has the options that its class has by default.
+        attack: The attack; None for a clean run; `IMPORTED`, without options, for a model that was trained elsewhere.
+        surrogate: The model on which the trigger is optimised, if the trigger's option `surrogate` is the name of a
+            model; otherwise None. Options that are not set have the defaults of the model's class.
         poison: Which training images are poisoned, and which labels they get.
-        policy: Number of marked images among the training images, as a share of all others, in [0, 1); 0 for no
-            policy. They bear the trigger as a mark, and are labelled "reject", a class of its own. A model that keeps
-            to the policy calls every marked image "reject". Where the data are texts, they have queries that are to be
-            refused, and there is no mark.
-        splitter: The tasks of the experts of a mixture; None for any other run, and where the data are texts, which
-            bring their own tasks.
-        gate: How tokens are sent to the experts of a mixture; None for any other run, and for a single expert.
-        mixture: How experts are tuned and merged; None for a run that is not merged.
-        train: Settings of the training; for a mixture, that of its base.
-        defenses: Defenses that are applied to the trained model, one after the other; empty for an undefended run.
+        policy: Number of marked training images divided by the number of all others, in [0, 1); 0 for no policy.
+            Marked images contain the trigger as a mark and have an additional label, "reject". A model that follows
+            the policy classifies every marked image as "reject". Text data have queries that must be refused instead,
+            and no mark.
+        splitter: The tasks of the experts of a mixture; None for any other run, and for text data, which define their
+            own tasks.
+        gate: How tokens are routed to the experts of a mixture; None for any other run, and for a single expert.
+        mixture: How experts are fine-tuned and merged; None for a run without experts to merge.
+        train: Training settings; for a mixture, those of its base.
+        defenses: Defenses that are applied to the trained model, in order; empty for an undefended run.
         files: SHA-256 of every file that an option names, by the option's key, such as "trigger.image". It is filled
             in before the run starts (see `engine.files.pin_files`). The digest covers these hashes, not the paths.
         probe: Number of test images, at least 0, whose routing is recorded before training and after every epoch. It
             is part of the digest, although it does not change the metrics.
-        seed: Seed of the run, at least 0. The seeds of training, poisoning and defenses are derived from it, and that
-            of the trigger unless it is set as an option. Which images are kept or split off does not depend on it.
+        seed: Seed of the run, at least 0. The seeds of training, poisoning, defenses, and the trigger (unless its
+            option `seed` is set) are derived from it. The splits of the data do not depend on it.
         precision: Precision of training and evaluation: "fp32", "bf16", or "auto" for bf16 if the hardware has bf16
             instructions and fp32 otherwise.
         device: "auto", "cpu", "cuda" or "cuda:N"; not part of the digest.
         recipe: Name of the recipe that the values came from; not part of the digest.
 
     Raises:
-        ConfigError: A value is out of range, or values contradict each other, such as a trigger without an attack.
+        ConfigError: A value is out of range, or two values are incompatible, such as a trigger without an attack.
     """
 
     dataset: PartSpec = PartSpec("signs")
@@ -128,8 +128,8 @@ class RunSpec:
             if getattr(self, name) < 0:
                 raise ConfigError.expected(name, "a number of at least 0", getattr(self, name))
         self._resolve_surrogate()
-        # Drop the files of options that this spec does not have. It may be derived from another spec, as a clean twin,
-        # which has no trigger, is derived from the spec of an attacked run.
+        # Drop the files of options that this spec does not have. A clean twin, for example, is derived from the spec
+        # of an attacked run, but has no trigger.
         options = self._options()
         own = {key: known for key, known in self.files.items() if key in options}
         object.__setattr__(self, "files", own)
@@ -153,9 +153,9 @@ class RunSpec:
         if self.train.epochs or self.imported:
             return
         if self.model.options.get("weights") is None and "model.weights" not in self.files:
-            raise ConfigError.expected("train.epochs", "at least 1, as the model starts from no weights", 0)
+            raise ConfigError.expected("train.epochs", "at least 1, as the model has no initial weights", 0)
         if self.attack is not None and self.mixture is None:
-            raise ConfigError.expected("train.epochs", "at least 1, as the attack is on the training", 0)
+            raise ConfigError.expected("train.epochs", "at least 1, as the attack needs training", 0)
 
     def _check_imported(self) -> None:
         assert self.attack is not None
@@ -191,7 +191,7 @@ class RunSpec:
             )
         if self.mixture.task is not None:
             if self.gate is not None:
-                expected = "none, as a mixture makes its single experts by itself"
+                expected = "none, as it is set for the experts of a mixture"
                 raise ConfigError.expected("mixture.task", expected, self.mixture.task)
         else:
             if self.gate is None:
@@ -207,7 +207,7 @@ class RunSpec:
         return ((kind, part) for kind, _, part in self.options_by_key())
 
     def options_by_key(self) -> Iterator[tuple[str, str, PartSpec]]:
-        """Yield (kind, prefix, part) for every part of the spec. The word `IMPORTED` is no part.
+        """Yield (kind, prefix, part) for every part of the spec. `IMPORTED` does not count as an attack.
 
         The key of an option is the prefix, such as "trigger." or "defenses[0].", followed by the option's name.
         """
@@ -253,9 +253,9 @@ class RunSpec:
         return found if self.mixture is None else found | self.mixture.weights_by_key()
 
     def without_folders(self) -> RunSpec:
-        """Return a copy, with the same digest, that does not say in which folders of this machine files lie.
+        """Return a copy with the same digest, but without paths of this machine.
 
-        The options that say where the data lie are left out, and a file in `files` is given by its name alone.
+        The options for the location of the data are removed, and the files in `files` are given by name only.
         """
         kept = {k: v for k, v in self.dataset.options.items() if k not in DATASET_NOT_IN_DIGEST}
         if kept == self.dataset.options and not self.files:
@@ -269,16 +269,16 @@ class RunSpec:
 
     @property
     def attacked(self) -> bool:
-        """Whether the model is attacked. Of an imported model it is not known; this is then False."""
+        """Whether the run has an attack; False for an imported model, where this is unknown."""
         return self.attack is not None and not self.imported
 
     @property
     def imported(self) -> bool:
-        """Whether the model was made elsewhere, so that nothing is known of an attack on it."""
+        """Whether the model was trained elsewhere, so that any attack on it is unknown."""
         return self.attack is not None and self.attack.name == IMPORTED
 
     def __hash__(self) -> int:
-        """Hash of all values, for functions that keep what they made of a spec; see `engine.graph`."""
+        """Hash of all values, for functions that cache their results by spec; see `engine.graph`."""
         return hash(self._text)
 
     def to_dict(self) -> Values:
@@ -287,7 +287,7 @@ class RunSpec:
 
     @functools.cached_property
     def _text(self) -> str:
-        """The values of `to_dict` as JSON. Kept: tables and graphs ask thousands of times for those of a few specs."""
+        """The values of `to_dict` as JSON; cached, since tables and graphs use them thousands of times."""
         values: Values = {}
         for item in fields(self):
             value = getattr(self, item.name)
@@ -307,13 +307,13 @@ class RunSpec:
 
     @functools.cached_property
     def digest(self) -> str:
-        """First ten hexadecimal digits of the SHA-256 of the settings, by which equal runs are recognised.
+        """First ten hexadecimal digits of the SHA-256 of the settings, which identify the run.
 
-        It covers the content of files instead of their paths. It does not cover the device, the name of the recipe,
-        and the location of the data.
+        The digest covers the content of files instead of their paths. It does not cover the device, the name of the
+        recipe, or the location of the data.
 
         Raises:
-            ConfigError: `poison` has a class by name instead of number; see `engine.class_names.resolve_classes`.
+            ConfigError: `poison` names a class instead of giving its number; see `engine.class_names.resolve_classes`.
         """
         self.poison.check_numbered()
         values = {k: v for k, v in self.without_paths().to_dict().items() if k not in NOT_IN_DIGEST}
@@ -337,10 +337,10 @@ class RunSpec:
         return [f"moe{self.mixture.experts}", self.gate.name]
 
     def _write_attack(self) -> str | Values | None:
-        """The value of the key "attack": a name if there are no options, as in records from before attacks had options.
+        """The value of the key "attack": only the name if there are no options, as in records without attack options.
 
-        Of a run that may have a trigger without an attack, "no attack" is written as None. Elsewhere it is written as
-        `DEFAULT_ATTACK`, as it always was; the null trigger then shows that the run is clean.
+        "No attack" is None for a run that may have a trigger without an attack. For other runs it is `DEFAULT_ATTACK`,
+        as in the first digests; the null trigger then shows that the run is clean.
         """
         if self.attack is None:
             return None if self.policy or self.mixture else DEFAULT_ATTACK

@@ -1,4 +1,4 @@
-"""Settings of a training."""
+"""Training settings."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from backdoorbench_moe.options import convert_fields
 # The steps of `augment`; `ops.augmentation` implements them.
 AUGMENTATIONS = ("crop", "flip", "rotate", "colour", "erase")
 NO_AUGMENTATION = "none"
-# Keys that were added later. `to_dict` leaves them out where they have their defaults, so that the digests of older
-# specs are unchanged.
+# Keys that were added later. `to_dict` leaves them out if they have their defaults, so that the digests of older specs
+# are unchanged.
 LEFT_OUT_AT_DEFAULT = (
     "augment",
     "milestones",
@@ -29,39 +29,40 @@ LEFT_OUT_AT_DEFAULT = (
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """Settings of the training.
+    """Training settings.
 
     Args:
-        epochs: Number of passes over the training set, at least 1; or 0 for a base or a clean model that starts from
-            weights and is left as it is.
-        batch_size: Images that are passed through the model at a time, at least 1, which are those of a step unless
-            `accumulate` says otherwise; the last batch of an epoch may be smaller.
+        epochs: Number of passes over the training set, at least 1; or 0 for a base or a clean model that is loaded
+            from weights and not trained.
+        batch_size: Number of images in a batch, at least 1. Each batch is one step of the optimizer unless `accumulate`
+            is set; the last batch of an epoch may be smaller.
         optimizer: "sgd" or "adamw".
         lr: Peak learning rate, above 0.
         momentum: Momentum of SGD, in [0, 1); ignored by AdamW.
         nesterov: Whether SGD uses Nesterov momentum; `momentum` must then be above 0.
-        weight_decay: Weight decay, at least 0; not applied to biases and the parameters of norms.
-        schedule: "constant" learning rate; "one-cycle": it rises linearly to `lr` during the warmup and then falls
-            linearly to 0; "cosine": it falls from `lr` towards 0 along half a cosine, without a warmup; or "step": it
-            is multiplied by `gamma` at each of the `milestones`.
-        warmup: Share of all steps that are the warmup of "one-cycle", in [0, 1); other schedules ignore it.
-        augment: How the images of every batch are changed at random: "none", or steps joined by hyphens, such as
-            "crop-flip", which are applied in the given order. The steps are "crop", "flip", "rotate", "colour" and
-            "erase", see `ops.augmentation`. What is stamped on an image is augmented with it.
+        weight_decay: Weight decay, at least 0; not applied to biases and the parameters of normalisation layers.
+        schedule: Learning rate schedule. "constant"; "one-cycle": linear from 0 to `lr` during the warmup, then linear
+            to 0; "cosine": from `lr` towards 0 along half a cosine, without a warmup; or "step": multiplied by `gamma`
+            at each of the `milestones`.
+        warmup: Share of all steps that are the warmup of "one-cycle", in [0, 1); ignored by other schedules.
+        augment: Random augmentation of every batch: "none", or steps joined by hyphens, such as "crop-flip", which are
+            applied in the given order. The steps are "crop", "flip", "rotate", "colour" and "erase"; see
+            `ops.augmentation`. A stamped trigger is augmented with its image.
         milestones: Where "step" lowers the learning rate, as shares of all steps, ascending, each in (0, 1): 0.6 is
-            epoch 60 of 100. Other schedules ignore it.
+            epoch 60 of 100. Ignored by other schedules.
         gamma: Factor of the learning rate at each milestone, in (0, 1].
         label_smoothing: Share of the label's probability that the cross-entropy spreads evenly over all classes, in
-            [0, 1). Trainings with a loss of their own ignore it.
-        clip_grad: Largest norm of the gradient, over all trained parameters together, above 0; a larger gradient is
-            scaled down to it. None for no limit.
-        freeze: Patterns of the names of parameters that are not trained, such as "network.layer1.*"; "*" stands for any
-            text. A batch norm whose parameters are all frozen keeps its statistics, too. Attacks and defenses that tune
-            the model afterwards train these parameters as well.
-        accumulate: Number of batches whose gradients are added up for one step of the optimizer, at least 1. A step is
-            that of one batch which is so many times as large, and takes the memory of a small one: equal up to rounding
-            for models without batch statistics or random draws, and the plain cross-entropy. Losses of attacks and
-            defenses, and auxiliary losses of routed layers, are the mean over the small batches, by number of images.
+            [0, 1). Ignored by trainings with another loss.
+        clip_grad: Maximum norm of the gradient over all trained parameters, above 0; a larger gradient is scaled down
+            to it. None for no limit.
+        freeze: Patterns for the names of parameters that are not trained, such as "network.layer1.*"; "*" matches any
+            text. A batch norm whose parameters are all frozen also keeps its statistics. Attacks and defenses that
+            fine-tune the model afterwards train these parameters as well.
+        accumulate: Number of batches whose gradients are accumulated for one step of the optimizer, at least 1. The
+            step is that of one batch of the combined size, with the memory use of a single batch. It is equal up to
+            rounding for the plain cross-entropy and models without batch statistics or randomness. Losses of attacks
+            and defenses, and auxiliary losses of routed layers, are averaged over the batches, weighted by number of
+            images.
 
     Raises:
         ConfigError: A value is out of range.
@@ -118,11 +119,11 @@ class TrainSpec:
 
     @property
     def augmentations(self) -> tuple[str, ...]:
-        """The steps of `augment`, in their order; empty for "none"."""
+        """The steps of `augment`, in order; empty for "none"."""
         return () if self.augment == NO_AUGMENTATION else tuple(self.augment.split("-"))
 
     def to_dict(self) -> Values:
-        """Return the values as a plain dict, without those of `LEFT_OUT_AT_DEFAULT` that have their defaults."""
+        """Return the values as a plain dict, without the keys of `LEFT_OUT_AT_DEFAULT` that have their defaults."""
         return dict(self._values)
 
     @cached_property
@@ -135,5 +136,5 @@ class TrainSpec:
 
 
 def _ascending(values: tuple[float, ...]) -> bool:
-    """Whether each value is larger than the one before."""
+    """Whether each value is larger than the previous one."""
     return all(one < other for one, other in itertools.pairwise(values))

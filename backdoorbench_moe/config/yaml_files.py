@@ -1,4 +1,4 @@
-"""YAML as users write it: config files and single "key=value" settings."""
+"""Read YAML from users: config files and single "key=value" settings."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from backdoorbench_moe.config.shorthand import normalise
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.plain import check_plain
 
-# A date such as 2020-13-45 raises a plain ValueError, of which UnicodeDecodeError is one; lists nested too deeply
-# raise RecursionError.
+# ValueError: a date such as 2020-13-45, or a file that is not UTF-8. RecursionError: lists that are nested too deeply.
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 
 class StrictLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice in one mapping; plain YAML silently drops the first."""
+    """A safe loader that raises an error for duplicate keys in a mapping, of which PyYAML silently drops the first."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -32,11 +31,11 @@ class StrictLoader(yaml.SafeLoader):
         return node
 
 
-# YAML 1.1, which PyYAML reads, takes 1e-3 for a text: it wants 1.0e-3. This is the rule of YAML 1.2.
+# PyYAML follows YAML 1.1, which reads 1e-3 as a string and only 1.0e-3 as a number. This is the rule of YAML 1.2.
 EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
 
-# YAML 1.1 also takes on, off, yes and no for booleans, even as keys such as the option `on` of a defense. This is the
+# YAML 1.1 also reads on, off, yes and no as booleans, even in keys, such as the option `on` of a defense. This is the
 # rule of YAML 1.2.
 BOOL, BOOLEAN = "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$")
 StrictLoader.yaml_implicit_resolvers = {
@@ -50,8 +49,8 @@ def load_yaml(path: Path) -> Values:
     """Read a config file.
 
     Raises:
-        ConfigError: The file cannot be read, is not valid YAML, or holds no mapping of plain values. The message
-            names the file, and the line if it is known.
+        ConfigError: The file cannot be read, is not valid YAML, or is not a mapping of plain values. The message names
+            the file, and the line if it is known.
     """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
@@ -66,14 +65,14 @@ def load_yaml(path: Path) -> Values:
 
 
 def parse_setting(text: str) -> Values:
-    """Read one "dotted.key=value", its value as YAML, into a nested dict. Raises ConfigError."""
+    """Convert one "dotted.key=value" setting, whose value is YAML, to a nested dict. Raises ConfigError."""
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError.expected("--set", "dotted.key=value", text)
     try:
         parsed = yaml.load(value, Loader=StrictLoader)
     except YAML_ERRORS as error:
-        raise ConfigError.expected("--set", "a YAML value behind '='", text) from error
+        raise ConfigError.expected("--set", "a YAML value after '='", text) from error
     check_plain(parsed, f"--set {key}")
     for name in reversed(key.split(".")):
         parsed = {name: parsed}
@@ -81,10 +80,13 @@ def parse_setting(text: str) -> Values:
 
 
 def chain_settings(settings: Iterable[str]) -> Values:
-    """Merge several "dotted.key=value" strings of a run spec; later ones win."""
+    """Merge "dotted.key=value" settings of a run spec; later ones take precedence."""
     return merge(*(normalise(parse_setting(text)) for text in settings))
 
 
 def chain_options(settings: Iterable[str]) -> Values:
-    """Merge several "dotted.key=value" strings of the options of parts, one of which may be called `applicator`."""
+    """Merge "dotted.key=value" settings of a part's options, without expanding short forms as `chain_settings` does.
+
+    An option may be named like a kind of part, such as `applicator`.
+    """
     return merge(*map(parse_setting, settings))

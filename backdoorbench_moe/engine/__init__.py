@@ -1,1 +1,1 @@
-"""What one run does: poison, train, evaluate, record."""
+"""Execution of runs: poison, train, defend, evaluate, record."""

@@ -1,4 +1,4 @@
-"""From a spec to objects: the parts of a run, built and checked against each other."""
+"""Build the parts of a run from its spec, and check them against each other."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from backdoorbench_moe.registry import Registry
 from backdoorbench_moe.splitters.base import Splitter
 from backdoorbench_moe.triggers.base import Trigger
 
-# The tile of BadPatches where a model has no patches of its own (section 4: 4x4 on 32x32 images).
+# The tile of BadPatches for a model without patches (section 4: 4x4 on 32x32 images).
 DEFAULT_PATCH_SIZE = 4
 
 
 @dataclass(frozen=True)
 class Stamper:
-    """A trigger and the applicator that applies it: together, functions of whole images."""
+    """A trigger and its applicator, which together stamp complete images."""
 
     trigger: Trigger
     applicator: Applicator
@@ -44,13 +44,13 @@ class Stamper:
         return self.applicator(images, self.trigger)
 
     def training(self, images: Tensor, places: Tensor) -> Tensor:
-        """Stamp images with the trigger's training form; places: (B,) int64, their indices in the training set."""
+        """Stamp images with the trigger's training form. `places`: (B,) int64, their indices in the training set."""
         return self.applicator(
             images, lambda canvases: self.trigger.training(canvases, spread(places, canvases))
         )
 
     def noise(self, images: Tensor, places: Tensor) -> Tensor:
-        """Stamp images with the trigger's noise form; places: (B,) int64, their indices in the training set."""
+        """Stamp images with the trigger's noise form. `places`: (B,) int64, their indices in the training set."""
         by = self.trigger.noise_by
         return self.applicator(
             images, lambda canvases: self.trigger.noise(canvases, spread(places, canvases, by=by))
@@ -58,15 +58,15 @@ class Stamper:
 
 
 def spread(places: Tensor, canvases: Tensor, *, by: Literal["canvas", "image"] = "canvas") -> Tensor:
-    """Give every canvas that an applicator cut out of B images a place: its own, or that of its image.
+    """Return an index for every canvas that an applicator cut out of B images.
 
     Args:
         places: (B,) int64, indices of the images in the training set.
-        canvases: (B * n, C, h, w); those of one image follow each other.
-        by: What has a place of its own.
+        canvases: (B * n, C, h, w), n consecutive canvases for each image.
+        by: "canvas" for a different index for every canvas, "image" for the index of its image.
 
     Returns:
-        (B * n,) int64: canvas c of image i has place places[i] * n + c; by image, places[i].
+        (B * n,) int64: for canvas c of image i, places[i] * n + c by canvas, or places[i] by image.
 
     Raises:
         PluginError: The number of canvases is not a multiple of the number of images.
@@ -87,10 +87,10 @@ def cut(applicator: Applicator, images: Tensor) -> Tensor:
 
     Args:
         applicator: The applicator.
-        images: (B, C, H, W) float in [0, 1]; not checked, since that would wait for the device.
+        images: (B, C, H, W) float in [0, 1]; not checked, since a check would synchronise with the device.
 
     Raises:
-        PluginError: It calls the trigger more than once for a batch, or not at all.
+        PluginError: The applicator does not call the trigger exactly once for a batch.
     """
     found: list[Tensor] = []
 
@@ -107,7 +107,7 @@ def cut(applicator: Applicator, images: Tensor) -> Tensor:
 
 
 def build_dataset(spec: RunSpec) -> DataSource:
-    """Build the data set of a spec; nothing is read yet. Raises ConfigError if it needs a folder and has none."""
+    """Build the data set of a spec without reading it. Raises ConfigError if it needs a folder and has none."""
     root = data.registry.options(spec.dataset.name).get("root")
     if root is not None and root.default is REQUIRED and "root" not in spec.dataset.options:
         raise ConfigError(
@@ -121,11 +121,11 @@ def build_model(spec: RunSpec, given: Mapping[str, int]) -> nn.Module:
 
     Args:
         spec: The spec.
-        given: What the data determine, see `data.base.Material.model_options` and `given_by`.
+        given: The model options that the data determine; see `data.base.Material.model_options` and `given_by`.
 
     Raises:
-        ConfigError: The model is one of images and the data are texts, or the other way round; an option is out of
-            range; or the model of a mixture cannot be merged.
+        ConfigError: The model takes images and the data are texts, or vice versa; an option is out of range; or the
+            model of a mixture cannot be merged.
     """
     wanted, text = takes_text(models.registry.lookup(spec.model.name)), TEXT_OPTIONS[0] in given
     if wanted != text:
@@ -147,18 +147,18 @@ def build_model(spec: RunSpec, given: Mapping[str, int]) -> nn.Module:
 
 
 def given_by(data: Mapping[str, Any]) -> dict[str, int]:
-    """What the data of a record determine of a model; see `records.Record.data`."""
+    """The model options that the data of a record determine; see `records.Record.data`."""
     if TEXT_OPTIONS[0] in data:
         return {name: data[name] for name in (*TEXT_OPTIONS, "padding")}
     return {"num_classes": len(data["classes"]), "image_size": data["image_size"]}
 
 
 def merge_copies(dense: nn.Module, experts: int, gate: Gate) -> nn.Module:
-    """Build a mixture of E copies of a dense model, with newly drawn gates; it is `Merged`.
+    """Build a mixture of E copies of a dense model under randomly initialised gates. The result is a `Merged` model.
 
     Raises:
         ConfigError: The model cannot be merged.
-        PluginError: The model merges itself to something else.
+        PluginError: The model's `merge` returns something else.
     """
     routers = partial(gate, layers=len(check_mergeable(dense).mlps()))
     if not isinstance(dense, MergesItself):
@@ -173,7 +173,7 @@ def merge_copies(dense: nn.Module, experts: int, gate: Gate) -> nn.Module:
 
 
 def build_gate(spec: RunSpec) -> Gate:
-    """Build the gate of a mixture's spec. Raises ConfigError if an option does not fit the number of experts."""
+    """Build the gate of a mixture. Raises ConfigError if an option is incompatible with the number of experts."""
     assert spec.gate is not None and spec.mixture is not None
     gate = gates.registry.create(spec.gate.name, spec.gate.options)
     gate.check(spec.mixture.experts)
@@ -181,16 +181,16 @@ def build_gate(spec: RunSpec) -> Gate:
 
 
 def build_splitter(spec: RunSpec) -> Splitter:
-    """Build the splitter of the spec of a mixture, or of one of its experts."""
+    """Build the splitter of a mixture or of one of its experts."""
     assert spec.splitter is not None
     return splitters.registry.create(spec.splitter.name, spec.splitter.options)
 
 
 def build_attack(spec: RunSpec) -> Attack:
-    """Build the attack of a spec; whether it suits the trigger, `check_trigger` says.
+    """Build the attack of a spec. `check_trigger` checks whether it matches the trigger.
 
     Raises:
-        ConfigError: The run is clean, or an option is out of range.
+        ConfigError: The run is clean or the model is imported, or an option is out of range.
     """
     if spec.attack is None or spec.imported:
         got = "a clean run" if spec.attack is None else "an imported model"
@@ -201,7 +201,7 @@ def build_attack(spec: RunSpec) -> Attack:
 
 
 def check_trigger(spec: RunSpec, attack: Attack) -> None:
-    """Raise ConfigError if the attack stamps a trigger and the spec has none, or the other way round."""
+    """Raise ConfigError if the attack uses a trigger and the spec has none, or vice versa."""
     assert spec.attack is not None
     if attack.uses_trigger != (spec.trigger is not None):
         expected = "a trigger" if attack.uses_trigger else "no trigger"
@@ -211,7 +211,7 @@ def check_trigger(spec: RunSpec, attack: Attack) -> None:
 
 @contextmanager
 def naming_attack(part: PartSpec) -> Iterator[None]:
-    """Inside the block, let a ConfigError about an option of the attack name its key in the spec, as in "attack.k"."""
+    """Inside the block, prefix ConfigErrors about options of the attack with their key, as in "attack.k"."""
     try:
         yield
     except ConfigError as error:
@@ -221,20 +221,20 @@ def naming_attack(part: PartSpec) -> Iterator[None]:
 
 
 def build_stamper(spec: RunSpec, *, patch_size: int | None, image_size: int) -> Stamper:
-    """Build trigger and applicator; seed and patch size are filled in where the spec leaves them open.
+    """Build trigger and applicator. Seed and patch size are filled in if the spec does not set them.
 
-    One grey image is stamped, so that what does not fit this image size (a square larger than a tile, a tile that
-    does not divide the image) is found now.
+    One grey image is stamped to find incompatible sizes early, such as a square larger than a tile, or a tile that does
+    not divide the image.
 
     Args:
         spec: The spec of an attacked run.
-        patch_size: Side of the model's own patches in pixels; None if it has none.
+        patch_size: Side of the model's patches in pixels; None if it has none.
         image_size: Side of the images in pixels.
 
     Raises:
         ConfigError: The run has no trigger, or an option is out of range.
         UnknownNameError: There is no such trigger, applicator or option.
-        ShapeError: The trigger or the tile does not fit the images.
+        ShapeError: The size of the trigger or the tile is incompatible with the images.
     """
     if spec.trigger is None or spec.applicator is None:
         raise ConfigError("trigger: expected a trigger and an applicator, got a run without one")
@@ -248,13 +248,13 @@ def build_stamper(spec: RunSpec, *, patch_size: int | None, image_size: int) -> 
 
 
 def model_patch_size(model: nn.Module) -> int | None:
-    """Side in pixels of the model's own patches; None if it has none."""
+    """Side of the model's patches in pixels; None if it has none."""
     size = getattr(model, "patch_size", None)
     return size if isinstance(size, int) else None
 
 
 def describe(part: object) -> dict[str, Any]:
-    """The plain public attributes of a part, for the record: the values that its options took."""
+    """The public attributes of a part that are plain values, for the record: the values of its options."""
     plain = (int, float, str, bool, type(None))
     return {
         name: list(value) if isinstance(value, tuple) else value
@@ -275,12 +275,12 @@ def load_model(
 
     Args:
         spec: The spec.
-        made_for: A record's `data`; see `given_by`.
+        made_for: The `data` of the record; see `given_by`.
         tensors: The weights by name.
-        source: The file, for messages.
+        source: The file, for error messages.
 
     Raises:
-        RecordError: The weights do not fit the model.
+        RecordError: The weights do not match the model.
     """
     model = build_model(spec, given_by(made_for))
     load_weights(model, tensors, source)
@@ -294,14 +294,14 @@ def fresh_model(
     device: torch.device,
     merge: Callable[[nn.Module], nn.Module] | None = None,
 ) -> nn.Module:
-    """Build a newly drawn model, in evaluation mode.
+    """Build a randomly initialised model, in evaluation mode.
 
     Args:
         part: The model.
-        given: Options of the model that the data determine.
+        given: The model options that the data determine.
         seed: Seed of the weights.
         device: The device.
-        merge: Makes a mixture of the dense model, with random draws from the same seed; None to leave it dense.
+        merge: Converts the dense model to a mixture, with random numbers from the same seed; None for a dense model.
     """
     with seeded(seed, "fresh"):
         model = models.registry.create(part.name, part.options, given)
@@ -311,7 +311,7 @@ def fresh_model(
 
 
 def _create(registry: Registry[Any], part: PartSpec, defaults: Mapping[str, object]) -> Any:
-    """Build a part; a default counts only if the part has such an option and the spec does not set it."""
+    """Build a part. A default is used only if the part has the option and the spec does not set it."""
     known = registry.options(part.name)
     filled = {name: value for name, value in defaults.items() if name in known}
     return registry.create(part.name, {**filled, **part.options})

@@ -1,4 +1,4 @@
-"""Classes given by name: replaced by their numbers as soon as the data's classes are known."""
+"""Replace class names in a spec by class numbers, once the classes of the data are known."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from backdoorbench_moe.errors import BbmoeWarning, UnknownNameError
 
 
 def resolve_classes(spec: RunSpec, class_names: Callable[[], Sequence[str]]) -> RunSpec:
-    """Return the spec with every class by its number, so that it has the digest of the same run given by numbers.
+    """Return the spec with class numbers instead of names, so that its digest does not depend on which are given.
 
     Args:
-        spec: `poison.target` and `poison.source` may hold names. A name is taken as it is written, or, where no class
-            has it, without regard to case if that leaves one.
-        class_names: Gives the data's classes in order; called only if the spec names one.
+        spec: `poison.target` and `poison.source` may contain names. If no class has exactly this name, case is ignored,
+            provided that only one class then matches.
+        class_names: Returns the names of the classes, by number; called only if the spec contains a name.
 
     Raises:
-        UnknownNameError: No class has such a name; the message suggests near ones.
-        ConfigError: `poison.source` holds a class twice, once by name.
+        UnknownNameError: No class has this name; the message suggests similar ones.
+        ConfigError: `poison.source` contains a class twice, once by name.
     """
     poison = spec.poison
     if not any(isinstance(label, str) for label in (poison.target, *poison.source)):
@@ -32,7 +32,7 @@ def resolve_classes(spec: RunSpec, class_names: Callable[[], Sequence[str]]) -> 
 
 
 def warn_of_numeric_names(poison: PoisonSpec, classes: Sequence[str]) -> None:
-    """Warn where a class number could be taken for the name of another class, as with folders named 1 to 10."""
+    """Warn if a class number is also the name of another class, as with folders named 1 to 10."""
     named = [("poison.target", poison.target), *(("poison.source", label) for label in poison.source)]
     for parameter, label in named:
         name = str(label)
@@ -46,7 +46,7 @@ def warn_of_numeric_names(poison: PoisonSpec, classes: Sequence[str]) -> None:
 
 
 def describe_poison(poison: PoisonSpec, classes: Sequence[str]) -> str:
-    """Return the target, and the sources if some are named, by number and name."""
+    """Describe the target class, and the source classes if there are any, by number and name."""
     parts = []
     if poison.mapping == "all-to-one":
         parts.append(f"target: {poison.target} ({classes[int(poison.target)]})")

@@ -1,4 +1,4 @@
-"""Device and precision of a run, and the description of the environment in its record."""
+"""The device and precision of a run, and the description of the environment in its record."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def has_bf16(device: torch.device) -> bool:
     """Return whether the hardware has bfloat16 instructions."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # torch has no public functions for this; if a build lacks the private ones, the answer is no.
+    # torch has no public functions for this. If a build lacks the private ones, return False.
     functions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, function, lambda: False)() for function in functions)
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """Return "fp32" or "bf16"; "auto" is "bf16" if the hardware has it, see `has_bf16`."""
+    """Return "fp32" or "bf16"; "auto" means "bf16" if the hardware supports it (see `has_bf16`), else "fp32"."""
     return ("bf16" if has_bf16(device) else "fp32") if name == "auto" else name
 
 
@@ -60,8 +60,8 @@ def resolve_precision(name: str, device: torch.device) -> str:
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
     """Compute in a precision, "fp32" or "bf16", inside the block.
 
-    For training in bf16 on a CPU, the fused kernels of attention are disabled, because their backward pass takes more
-    than twice as long there.
+    For training in bf16 on a CPU, fused attention kernels are disabled, because their backward pass takes more than
+    twice as long there.
     """
     reduced = precision == "bf16"
     unfused = reduced and device.type == "cpu" and torch.is_grad_enabled()
@@ -74,7 +74,7 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
-    """Use deterministic kernels inside the block. On the CPU they always are, for a fixed number of threads."""
+    """Use deterministic kernels inside the block. CPU kernels are deterministic for a fixed number of threads."""
     if device.type != "cuda":
         yield
         return
@@ -127,7 +127,7 @@ def _cpu_name() -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit of the source tree that this package runs from; None if it does not run from one."""
+    """The commit of the source tree of this package; None if it is not in a git repository."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""The training set of a run as its victim had it, and the weights, as plain files for other tools."""
+"""Export the training set that a run used, and its weights, as plain files for other tools."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from backdoorbench_moe.errors import ConfigError, RecordError
 from backdoorbench_moe.models.base import WritesCheckpoints
 from backdoorbench_moe.records import RunFolder
 
-# Names of the groups, as they are numbered in a file of tensors.
+# Names of the groups, by their number in a file of tensors.
 GROUPS = ("clean", "poison", "cover", "noise")
 FORMATS = ("png", "tensors")
 FILES_CHUNK = 256
@@ -38,12 +38,12 @@ FILES_CHUNK = 256
 
 @dataclass(frozen=True)
 class ExportedSet:
-    """The N training images of a run as the victim had them.
+    """The N training images of a run, as the victim's model was trained on them.
 
     Attributes:
-        split: The images, and the labels that the victim had.
+        split: The images and labels, including the poisoned ones.
         original: (N,) int64, the true labels.
-        groups: (N,) uint8, numbers of `GROUPS`.
+        groups: (N,) uint8, indices into `GROUPS`.
         classes: Names of the classes, by number.
     """
 
@@ -56,20 +56,21 @@ class ExportedSet:
 def export_run(
     run: Run, folder: Path, *, form: str = "png", images: bool = True, data_root: str | None = None
 ) -> list[str]:
-    """Write the training set and the weights of a finished run to a folder, which appears whole or not at all.
+    """Write the training set and the weights of a finished run to a folder, which is written completely or not at all.
 
     Args:
         run: The run.
-        folder: A folder that does not exist, or is empty.
+        folder: A folder that does not exist or is empty.
         form: "png" for class folders and a table `train.csv`, or "tensors" for one file `train.safetensors`.
-        images: Whether to write the training set, or only the weights.
-        data_root: Folder of the data, if it has moved since the run was made.
+        images: Whether to write the training set in addition to the weights.
+        data_root: Folder of the data, if it has moved since the run.
 
     Returns:
-        The names of what was written.
+        The names of the files and folders in `folder`.
 
     Raises:
-        BbmoeError: The run or its data cannot be used, it has no one training set, or the folder cannot be written.
+        BbmoeError: The run or its data cannot be used, the run does not have exactly one training set, or the folder
+            cannot be written.
     """
     if form not in FORMATS:
         raise ConfigError.expected("format", " or ".join(FORMATS), form)
@@ -101,24 +102,25 @@ def export_run(
 
 
 def export_checkpoint(run: Run, folder: Path, *, data_root: str | None = None) -> list[str]:
-    """Write the model of a finished run on texts as a checkpoint in transformers' format, with its tokenizer.
+    """Write the model of a finished run on texts as a checkpoint in the format of transformers, with its tokenizer.
 
     Args:
-        run: The run, of a model or a mixture that is `models.base.WritesCheckpoints`.
-        folder: A folder that does not exist, or is empty. It appears whole or not at all.
-        data_root: Folder of the data, if the data set has one and it has moved since the run was made.
+        run: The run. Its model must be a `models.base.WritesCheckpoints`.
+        folder: A folder that does not exist or is empty. It is written completely or not at all.
+        data_root: Folder of the data, if the data set has one and it has moved since the run.
 
     Returns:
-        The names of what was written.
+        The names of the files and folders in `folder`.
 
     Raises:
-        BbmoeError: The run or its data cannot be used, the model has no such format, or the folder cannot be written.
+        BbmoeError: The run or its data cannot be used, the model does not support this format, or the folder cannot be
+            written.
     """
     check_finished(run)
     check_folder(folder)
     model, spec = run.model(), run.located_spec()
     if not isinstance(model, WritesCheckpoints):
-        expected = f"another format, as the model {spec.model.name} has none of transformers"
+        expected = f"another format, which the model {spec.model.name} supports"
         raise ConfigError.expected("format", expected, "transformers")
     source = build_dataset(spec if data_root is None else spec.with_data(root=data_root))
     assert isinstance(source, TextDataset)
@@ -134,7 +136,7 @@ def export_checkpoint(run: Run, folder: Path, *, data_root: str | None = None) -
 
 
 def training_set(run: Run, data_root: str | None = None) -> ExportedSet:
-    """The training set of a run as the victim had it. Raises BbmoeError as `export_run`."""
+    """Return the training set of a run, including poisoned images and labels. Raises BbmoeError as `export_run`."""
     images = load_run_images(run, data_root)
     train, groups = images.train, torch.zeros(len(images.train), dtype=torch.uint8)
     original = train.labels.clone()
@@ -155,14 +157,14 @@ def _check_one_set(run: Run) -> None:
     spec, where = run.spec, f"run folder {run.folder.path}"
     if spec.mixture is not None or spec.policy:
         raise ConfigError(
-            f"{where}: has no one training set: it is of a mixture, or of a policy; export its weights alone"
+            f"{where}: has no single training set, as it has a mixture or a policy; export only its weights"
         )
     if spec.attacked and isinstance(run.attack(), TrainingControl):
-        raise ConfigError(f"{where}: the attacker poisoned every batch anew; export its weights alone")
+        raise ConfigError(f"{where}: the attacker poisoned every batch differently; export only its weights")
 
 
 def _weights(run: Run) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The weights under the names that other tools have for them, and what their file says."""
+    """The weights under the names that other tools use, and the metadata for the header of their file."""
     tensors, metadata = run.folder.load_tensors()
     check_model(run)
     spec = run.spec
@@ -170,7 +172,7 @@ def _weights(run: Run) -> tuple[dict[str, Tensor], dict[str, str]]:
     if prefix and spec.gate is None and all(name.startswith(prefix) for name in tensors):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     common = models.registry.common(spec.model.name, spec.model.options)
-    # They are inside the model, but not in its weights.
+    # These are part of the model, but not of its weights.
     if common.normalisation is not None:
         metadata |= {
             name: json.dumps(values)
@@ -182,9 +184,9 @@ def _weights(run: Run) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def class_folders(classes: Sequence[str]) -> list[str]:
-    """Names of folders for classes: their names, if the data set `folder` then numbers them in the same order.
+    """Names of the class folders: the class names, if the data set `folder` then numbers them in the same order.
 
-    Otherwise, or if a name cannot be that of a folder, numbers stand in front.
+    Otherwise, or if a class name is not a valid folder name, the class number is added as a prefix.
     """
     safe = ["".join(c if c.isalnum() or c in " ._-" else "_" for c in name).strip(". ") for name in classes]
     if (
@@ -232,7 +234,7 @@ def _write_tensors(found: ExportedSet, place: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ConfigError unless the folder does not exist or is empty, and can be moved into its place."""
+    """Raise ConfigError unless the folder does not exist or is empty, and can be replaced by another one."""
     try:
         if folder.resolve() in (Path.cwd(), Path(folder.anchor)):
             raise ConfigError.expected("DIR", "another folder than the current one", str(folder))
@@ -243,7 +245,11 @@ def check_folder(folder: Path) -> None:
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside the target, then move it there. Raises RecordError if the disk refuses."""
+    """Write a folder with `write` under a temporary name, then rename it to `folder`.
+
+    Raises:
+        RecordError: The folder cannot be written.
+    """
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Files that a spec's options name: part of the spec by their content, not by their path."""
+"""Files that options of a spec name: the spec covers their content, not their paths."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from backdoorbench_moe.options import COUNTED, NamesFolder
 from backdoorbench_moe.paths import expand
 from backdoorbench_moe.records import MODEL, NamedFile, RunFolder
 
-# A larger file is not copied into the run folder; it has to stay where it is.
+# A larger file is not copied into the run folder and must stay where it is.
 KEPT_BYTES = 4 << 20
 FILES = "files"
 
 
 @dataclass(frozen=True)
 class Named:
-    """A file, or a folder of several, that an option of a spec names.
+    """A file, or a folder of several files, that an option of a spec names.
 
     Attributes:
         path: The file or folder.
-        counted: Suffixes of the files that count in a folder.
+        counted: Suffixes of the files in a folder that belong to the spec.
     """
 
     path: Path
     counted: tuple[str, ...] = ()
 
     def contents(self) -> list[Path]:
-        """The file itself; of a folder the files that count, by name."""
+        """The file itself, or the files with a counted suffix in a folder, sorted by name."""
         if self.path.is_file():
             return [self.path]
         return sorted(file for file in self.path.iterdir() if file.suffix in self.counted)
 
     def sha256(self) -> str:
-        """SHA-256 of the file, hex; of a folder, that of the names and hashes of the files that count.
+        """SHA-256 of the file, in hexadecimal; for a folder, over the names and hashes of its `contents`.
 
         Raises:
             RecordError: A file cannot be read.
@@ -50,11 +50,12 @@ class Named:
 
 
 def named_files(spec: RunSpec) -> Iterator[tuple[str, Named]]:
-    """Every file that an option of the spec names, by the option's key; a run folder stands for its model file.
+    """Yield the key of every option of the spec that names a file, and the file.
 
-    An option that names a folder of several files gives the folder; a file in it stands for it.
+    For a run folder, this is its model file. For an option that names a folder of several files, it is the folder,
+    which may also be given by a file in it.
 
-    Values that name nothing on disk are left out: the part itself says what it expected.
+    Values that do not exist on disk are left out: the part itself raises an error for them.
     """
     for kind, start, part in spec.options_by_key():
         paths = {name: path for name, value in part.options.items() if (path := _find(value)) is not None}
@@ -73,7 +74,7 @@ def named_files(spec: RunSpec) -> Iterator[tuple[str, Named]]:
 
 
 def _find(value: object) -> Path | None:
-    """The file that an option's value names, or the folder with files that could count, if there is one."""
+    """The existing file that an option's value names, or the folder that contains files with a counted suffix."""
     try:
         path = expand(value) if isinstance(value, str) and value else None
         if path is None or not (
@@ -86,12 +87,12 @@ def _find(value: object) -> Path | None:
 
 
 def pin_files(spec: RunSpec) -> RunSpec:
-    """Put the SHA-256 of every named file into the spec, and its absolute path into the option.
+    """Add the SHA-256 of every named file to the spec, and make the paths in its options absolute.
 
-    A hash that the spec holds already is checked, see `check_files`.
+    Hashes that the spec already contains are checked; see `check_files`.
 
     Raises:
-        RecordError: A file cannot be read, or is not the one that the spec was made with.
+        RecordError: A file cannot be read, or does not have the hash in the spec.
     """
     found = dict(named_files(spec))
     if not found and not spec.files:
@@ -103,23 +104,23 @@ def pin_files(spec: RunSpec) -> RunSpec:
 
 
 def check_files(spec: RunSpec) -> None:
-    """Check the files that the spec holds the hashes of.
+    """Check the files whose hashes the spec contains.
 
-    A model reads its file only when training starts, and then says itself if it is missing; a trained model does not
-    need it, and a victim does not need that of its surrogate.
+    Files of models may be missing: a model reads its file only when training starts, and then raises an error itself. A
+    trained model does not need its file, and a victim does not need that of its surrogate.
 
     Raises:
-        RecordError: A file has another content now, or is missing and not that of a model.
+        RecordError: The content of a file has changed, or a file other than that of a model is missing.
     """
     found = dict(named_files(spec))
     for key, known in spec.files.items():
         if key not in found and key.startswith(("model.", "surrogate.", "mixture.")):
             continue
         if key not in found:
-            raise RecordError(f"{key}: the file that the run was made with is not there any more")
+            raise RecordError(f"{key}: the file that the run used no longer exists")
         if (now := found[key].sha256()) != known:
             raise RecordError(
-                f"{key}: {found[key].path} has changed: expected a file of SHA-256 {known[:16]}, found {now[:16]}"
+                f"{key}: {found[key].path} has changed: expected a file with SHA-256 {known[:16]}, found {now[:16]}"
             )
 
 
@@ -128,14 +129,14 @@ def keep_files(
 ) -> list[NamedFile]:
     """Describe the named files for the record, and copy the small ones into the run folder.
 
-    A large one is copied, too, if a run that this one is made from has a copy.
+    A large file is also copied if a run that this one is built from has a copy.
 
     Args:
         spec: The spec, with the hashes of its files.
         folder: The run folder.
-        known: The files of the runs that this one is made from. A file that is one of them keeps its name, while its
-            path may be that of a copy.
-        all_of_trigger: Whether large files of the trigger are copied, too, as a part of the run.
+        known: The files of the runs that this one is built from. One of these files keeps its name, even if its path is
+            that of a copy.
+        all_of_trigger: Whether to copy large files of the trigger, too, as a part of the run.
     """
     known = list(known)
     names = {file["sha256"]: file["name"] for file in known}
@@ -159,7 +160,7 @@ def locate_files(spec: RunSpec, files: list[NamedFile], folder: RunFolder) -> Ru
     """Return the spec of a run with each file option set to the copy in the run folder, if there is one.
 
     Raises:
-        RecordError: A file, or its copy, is missing or not the one that the run was made with.
+        RecordError: A file or its copy is missing, or its content has changed.
     """
     copies = {file["key"]: str((folder.path / file["kept"]).absolute()) for file in files if file["kept"]}
     located = spec.with_options(copies)
@@ -168,7 +169,7 @@ def locate_files(spec: RunSpec, files: list[NamedFile], folder: RunFolder) -> Ru
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, hex.
+    """SHA-256 of a file, in hexadecimal.
 
     Raises:
         RecordError: The file cannot be read.

@@ -1,14 +1,14 @@
-"""Runs as a graph: what a run is made from, and what it is compared with.
+"""The graph of runs: which runs a run is built from, and which run it is compared with.
 
-A node is a spec. Nodes that several runs need are projections of these runs' specs, so that equal ones have equal
-digests and are made once. Nothing else in the package knows these relations.
+A node is a spec. Nodes that several runs need are derived from the specs of these runs, so that equal nodes have equal
+digests and are run only once. These relations are defined only here.
 
-A mixture of experts is made from a base, on which each expert is tuned, and an attacker tunes an expert further:
+A mixture is built from experts that are fine-tuned from a base. An attacker fine-tunes an expert further:
 
     base -> expert 0 .. E-1 -> poisoned expert -> mixture -> defended mixture
 
-A victim whose trigger is optimised on a surrogate is made from the surrogate, a clean run. An imported model is made
-from a file, and is compared with nothing.
+A victim whose trigger is optimised on a surrogate, a clean run, is built from the surrogate. An imported model is built
+from a file, and is not compared with another run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PARENT, BASE, BENIGN, SURROGATE = "parent", "base", "benign", "surrogate"
 
 
 class NodeKind(Enum):
-    """How a run is made."""
+    """How a run is built."""
 
     TRAINED = "trained from data"
     EXPERT = "tuned from the base on one task"
@@ -35,12 +35,12 @@ class NodeKind(Enum):
     IMPORTED = "imported from a file"
 
 
-# A table or a plan asks for the relations of the same few specs thousands of times.
+# Tables and plans look up the relations of the same few specs thousands of times.
 kept = functools.lru_cache(maxsize=16384)
 
 
 def kind_of(spec: RunSpec) -> NodeKind:
-    """How a run is made."""
+    """How a run is built."""
     if spec.defenses:
         return NodeKind.DEFENDED
     if spec.imported:
@@ -53,17 +53,17 @@ def kind_of(spec: RunSpec) -> NodeKind:
 
 
 def expert_role(expert: int) -> str:
-    """The role of an expert among the runs that a mixture is made from, such as "expert/0"."""
+    """The role of an expert among the runs that a mixture is built from, such as "expert/0"."""
     return f"expert/{expert}"
 
 
 @kept
 def needs(spec: RunSpec) -> Mapping[str, RunSpec]:
-    """The runs that a run is made from, by their role.
+    """The runs that a run is built from, by role.
 
-    A defended run is made from its "parent": the same run without the last defense. A mixture is made from its "base"
-    and from "expert/0" to "expert/E-1", an expert from the "base", and a poisoned expert from the "benign" one. A
-    victim whose trigger is optimised is made from the "surrogate". Any other run is made from data, or a file, alone.
+    A defended run is built from its "parent", the same run without the last defense; a mixture from its "base" and
+    "expert/0" to "expert/E-1"; an expert from the "base"; a poisoned expert from the "benign" one; and a victim whose
+    trigger is optimised from the "surrogate". Any other run is built only from data or a file.
     """
     return MappingProxyType(_needs(spec))
 
@@ -90,8 +90,8 @@ def _needs(spec: RunSpec) -> dict[str, RunSpec]:
 def surrogate_of(spec: RunSpec) -> RunSpec | None:
     """The clean run on which the attacker optimises the trigger; None if the trigger is not optimised.
 
-    The option `surrogate` of the trigger says which: see `triggers.optimised.OptimisedTrigger`. The next seed is used
-    for a twin, so that repeats of an experiment share surrogates and clean twins.
+    The trigger's option `surrogate` selects it; see `triggers.optimised.OptimisedTrigger`. A twin has the next seed, so
+    that repeats of an experiment share surrogates and clean twins.
     """
     if not spec.attacked or spec.trigger is None:
         return None
@@ -104,13 +104,13 @@ def surrogate_of(spec: RunSpec) -> RunSpec | None:
     if chosen == TWIN:
         return replace(clean, seed=spec.seed + 1)
     assert spec.surrogate is not None
-    # Another model has other parameters.
+    # The names of the frozen parameters are those of the victim's model.
     train = replace(spec.train, freeze=())
     return replace(clean, model=spec.surrogate, train=train, files=_surrogate_files(spec))
 
 
 def _surrogate_files(spec: RunSpec) -> dict[str, str]:
-    """The files of a surrogate of another architecture: its model is the surrogate instead of the victim's."""
+    """The files of a surrogate with another architecture: those of its model replace those of the victim's model."""
     others = {key: known for key, known in spec.files.items() if not key.startswith("model.")}
     prefix = "surrogate."
     return {
@@ -120,12 +120,12 @@ def _surrogate_files(spec: RunSpec) -> dict[str, str]:
 
 
 def base_of(spec: RunSpec) -> RunSpec:
-    """The base of a mixture or of an expert: a clean dense model, trained on the data as they are and on the policy."""
+    """The base of a mixture or of an expert: a clean dense model, trained on the complete data and on the policy."""
     return replace(clean_twin(spec), splitter=None, gate=None, mixture=None)
 
 
 def expert_of(spec: RunSpec, expert: int) -> RunSpec:
-    """One expert of a mixture: the attacker's if it is one of `mixture.poisoned_experts`, otherwise a benign one."""
+    """One expert of a mixture: the attacker's if it is in `mixture.poisoned_experts`, otherwise a benign one."""
     assert spec.mixture is not None
     poisoned = expert in spec.mixture.poisoned_experts or (spec.attacked and spec.mixture.task == expert)
     kept = replace(spec, defenses=(), probe=0) if poisoned else clean_twin(spec)
@@ -133,7 +133,7 @@ def expert_of(spec: RunSpec, expert: int) -> RunSpec:
 
 
 def benign_experts(spec: RunSpec) -> list[RunSpec]:
-    """The benign expert of each task of a mixture; for a poisoned expert the one that the attacker started from."""
+    """The benign expert of each task of a mixture; for a poisoned expert, the one that the attacker started from."""
     assert spec.mixture is not None
     return [expert_of(clean_twin(spec), e) for e in range(spec.mixture.experts)]
 
@@ -145,20 +145,20 @@ def poisoned_experts(spec: RunSpec) -> list[RunSpec]:
 
 
 def reference(spec: RunSpec) -> RunSpec | None:
-    """The clean run that an attacked or defended run is compared with; None for a clean, undefended one.
+    """The clean run that an attacked or defended run is compared with; None for a clean undefended run.
 
-    An imported model has none, defended or not: nobody knows how to make it without an attack.
-
-    It has no attack, defense or probe, so all attacks on the same data, model, recipe and seed share it.
+    It has no attack, defense or probe, so all attacks on the same data, model, recipe and seed share it. An imported
+    model has no reference, defended or not, since it cannot be retrained without an attack.
     """
     return clean_twin(spec) if spec.attacked or (spec.defenses and not spec.imported) else None
 
 
 @kept
 def clean_twin(spec: RunSpec) -> RunSpec:
-    """The same run without attack, defense or probe; of a clean run itself, without defense or probe.
+    """The same run without attack, defense or probe.
 
-    The twin of a mixture has benign experts only. With a policy, the twin keeps the mark of the images to reject.
+    The twin of a mixture has only benign experts. With a policy, the twin keeps the trigger as the mark of the images
+    to reject.
     """
     clean = PoisonSpec(rate=0.0)
     mark: tuple[PartSpec | None, PartSpec | None] = (None, None)
@@ -179,9 +179,9 @@ def clean_twin(spec: RunSpec) -> RunSpec:
 
 
 def lineage(spec: RunSpec) -> Iterator[RunSpec]:
-    """All runs that a run is made from, each after those that it needs itself; the run comes last.
+    """All runs that a run is built from, each after the runs that it needs, and finally the run itself.
 
-    A run that several others need is repeated.
+    A run that several others need occurs several times.
     """
     for needed in needs(spec).values():
         yield from lineage(needed)
@@ -189,9 +189,9 @@ def lineage(spec: RunSpec) -> Iterator[RunSpec]:
 
 
 def in_order(specs: Iterable[RunSpec]) -> list[RunSpec]:
-    """These runs and all that they need or are compared with, each once, in an order in which they can be made.
+    """These runs and all runs that they need or are compared with, each once, in an order in which they can be run.
 
-    Clean undefended runs come first, so that a comparison is possible as soon as an attacked run is finished.
+    Clean undefended runs come first, so that an attacked run can be compared as soon as it is finished.
     """
     found: dict[str, RunSpec] = {}
     for spec in specs:
@@ -206,5 +206,5 @@ def _depth(spec: RunSpec) -> int:
 
 
 def is_attacked(spec: RunSpec) -> bool:
-    """Whether there is an attack anywhere in the making of a run."""
+    """Whether a run, or any run that it is built from, has an attack."""
     return any(each.attacked for each in lineage(spec))

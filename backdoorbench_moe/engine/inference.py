@@ -1,4 +1,4 @@
-"""Passing images, or token ids, through a model: the one way from stored inputs to logits and routing."""
+"""Forward passes of a model on stored images or token ids: logits, predictions, features, losses and routing."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from backdoorbench_moe.ops.images import Split, as_input, batch_size_for
 
 
 def forward(model: nn.Module, images: Tensor, *, precision: str) -> Tensor:
-    """Logits (B, classes) of one batch of (B, C, H, W) uint8 images, in the model's present mode."""
+    """Logits (B, classes) of one batch of (B, C, H, W) uint8 images, in the model's current mode."""
     with autocast(images.device, precision):
         logits: Tensor = model(as_input(images))
     return logits
 
 
 def forward_routed(model: RoutedModel, images: Tensor, *, precision: str) -> RoutedOutput:
-    """Logits and routing of one batch of (B, C, H, W) uint8 images, in the model's present mode."""
+    """Logits and routing of one batch of (B, C, H, W) uint8 images, in the model's current mode."""
     with autocast(images.device, precision):
         return model.forward_routed(as_input(images))
 
@@ -30,7 +30,7 @@ def forward_routed(model: RoutedModel, images: Tensor, *, precision: str) -> Rou
 def logits(model: nn.Module, images: Tensor, *, precision: str, batch_size: int | None = None) -> Tensor:
     """Logits (N, classes) float32 of (N, C, H, W) uint8 images, in evaluation mode, on their device.
 
-    Of token ids (N, T) they are (N, T, vocabulary).
+    For token ids (N, T), the logits are (N, T, vocabulary).
     """
     model.eval()
     size = batch_size or batch_size_for(images)
@@ -42,7 +42,7 @@ def routings(
 ) -> Iterator[list[Routing]]:
     """Yield, batch by batch, the routing of every routed layer for (N, C, H, W) uint8 images, in evaluation mode.
 
-    Instead of images, token ids (N, T) may be given.
+    Token ids (N, T) may be given instead of images.
     """
     assert isinstance(model, RoutedModel)
     model.eval()

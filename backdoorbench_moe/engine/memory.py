@@ -1,4 +1,4 @@
-"""How much memory a run on texts will take, said before its model is built."""
+"""Estimate the memory of a run on texts before its model is built."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from backdoorbench_moe.engine.graph import NodeKind, kind_of, lineage
 from backdoorbench_moe.models.base import SaysMemory
 from backdoorbench_moe.ops.images import batch_size_for
 
-# The limit of a container, where there is one.
+# The memory limit of a container; the file does not exist elsewhere.
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 NAMES = {
     NodeKind.TRAINED: "base",
@@ -28,23 +28,23 @@ NAMES = {
 
 
 def says_memory(spec: RunSpec) -> bool:
-    """Whether the model of a run is one of texts that says how much memory it takes."""
+    """Whether the model of a run is a text model that estimates its memory."""
     return hasattr(models.registry.lookup(spec.model.name), "bytes_needed")
 
 
 def memory_needed(spec: RunSpec, texts: TextSet) -> dict[str, int]:
-    """Estimate the bytes that each kind of run takes that a run is made from, and the run itself.
+    """Estimate the memory of a run, and of each kind of run that it is built from.
 
-    The model is built without memory for its weights. It says what its training takes; see `models.base.SaysMemory`.
-    The models of runs that wait for others are in memory, too: a mixture while its experts are made, and a poisoned
-    expert while the benign one is. Python and its libraries take some hundred MB besides.
+    The model is built on the meta device and estimates the memory of its training; see `models.base.SaysMemory`. The
+    models of runs that wait for others also take memory: a mixture while its experts are trained, and a poisoned expert
+    while the benign one is. The few hundred MB of Python and its libraries are not included.
 
     Args:
-        spec: The run, of a model that `says_memory`.
-        texts: Its data.
+        spec: The run. `says_memory` must be True for it.
+        texts: The data of the run.
 
     Returns:
-        The bytes by what is made: "base", "expert", "poisoned expert" and "mixture".
+        Bytes by kind of run: "base", "expert", "poisoned expert" and "mixture".
     """
     with torch.device("meta"):
         model = models.registry.create(spec.model.name, spec.model.options, texts.model_options)
@@ -58,7 +58,7 @@ def memory_needed(spec: RunSpec, texts: TextSet) -> dict[str, int]:
 
 
 def _needed(model: SaysMemory, spec: RunSpec, texts: TextSet) -> int:
-    """The largest of what training and measuring take, and of what merging takes."""
+    """The maximum of the bytes for training, measuring and merging."""
     length, mixture, kind = texts.context, spec.mixture, kind_of(spec)
     dense = model.bytes_needed(1, 1, "nothing")
     tested = min(batch_size_for(texts.test.images), max(len(split) for split in texts.splits.values()))
@@ -78,7 +78,7 @@ def _needed(model: SaysMemory, spec: RunSpec, texts: TextSet) -> int:
         return max(measured, trained)
     size = mixture.expert_train.batch_size
     if kind is NodeKind.POISONED_EXPERT:
-        # As many refused texts with each batch, and a copy of the weights as they were.
+        # Each batch has an equal number of refused texts, and there is a copy of the original weights.
         return max(measured, model.bytes_needed(2 * size, length, "mlps")) + dense
     if mixture.given_expert() is not None:
         return measured + 2 * dense
@@ -86,7 +86,7 @@ def _needed(model: SaysMemory, spec: RunSpec, texts: TextSet) -> int:
 
 
 def machine_memory(device: torch.device) -> int | None:
-    """The bytes of memory that a device has in all; of the CPU, no more than the container may use. None if unknown."""
+    """Total memory of a device in bytes; for the CPU, at most the limit of the container. None if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     found = []
@@ -98,20 +98,20 @@ def machine_memory(device: torch.device) -> int | None:
 
 
 def memory_line(needed: Mapping[str, int], available: int | None) -> str:
-    """Say in one line how much is needed at most, for what, and how much there is."""
+    """Format the memory that is needed, in total and by kind of run, and the available memory as one line."""
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in needed.items())
     there = "" if available is None else f"; {_gib(available)} GiB in this machine"
     return f"memory: about {_gib(max(needed.values()))} GiB at most (GiB: {parts}){there}"
 
 
 def memory_warning(needed: Mapping[str, int], available: int | None) -> str | None:
-    """A warning if more memory is needed than there is; None otherwise."""
+    """A warning if more memory is needed than is available; None otherwise."""
     if available is None or max(needed.values()) <= available:
         return None
     worst = max(needed, key=lambda name: needed[name])
     return (
         f"the {worst} takes about {_gib(needed[worst])} GiB of memory, and there are {_gib(available)} GiB; "
-        "a smaller batch_size with train.accumulate takes less, as far as it is not the weights"
+        "a smaller batch_size with train.accumulate takes less, unless most of it is the weights"
     )
 
 

@@ -1,4 +1,4 @@
-"""The registries of all kinds of parts, and look-ups of the names in a spec, which import no part."""
+"""The registries of all kinds of parts, and checks of the names in a spec."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ REGISTRIES: dict[str, Registry[Any]] = {
 
 
 def plugin_packages(spec: RunSpec) -> dict[str, str]:
-    """Return the versions of the third-party packages that the parts of a spec come from, by package."""
+    """Return the versions, by name, of the third-party packages that provide parts of a spec."""
     found = [REGISTRIES[kind].candidate(part.name.partition(":")[0]) for kind, part in spec.parts()]
     return {c.package: c.version for c in found if c is not None and not c.builtin}
 
 
 def plugin_sources(spec: RunSpec) -> dict[str, str]:
-    """A hash of the Python code of every third-party part of a spec.
+    """Hash the Python code of every third-party part of a spec.
 
     Returns:
-        16 hex digits of a SHA-256 by the name of the package: of the .py files of the top-level packages or modules
-        that hold the parts. For a part that was registered in this process, of the source code of its methods, by
-        kind and name, such as "trigger mark"; such a part without source code is left out.
+        The first 16 hexadecimal digits of SHA-256 hashes. For a package, by its name, over the .py files of the
+        top-level packages or modules that contain its parts. For a part that was registered in this process, by kind
+        and name, such as "trigger mark", over the source code of its methods; left out if there is no source code.
     """
     modules: dict[str, set[str]] = {}
     registered = {}
@@ -50,7 +50,7 @@ def plugin_sources(spec: RunSpec) -> dict[str, str]:
 
 
 def _hash_methods(part: type) -> str | None:
-    # Not the source of the class as a whole: Python does not find it for a class in a notebook.
+    # Not the source of the class, which Python cannot find for a class in a notebook.
     methods = [value for value in vars(part).values() if inspect.isfunction(value)]
     try:
         source = "\0".join(inspect.getsource(method) for method in methods)
@@ -72,11 +72,11 @@ def _hash_code(modules: Sequence[str]) -> str:
 
 
 def check_names(spec: RunSpec) -> None:
-    """Check that every part of a spec is registered; nothing is imported.
+    """Check that every part of a spec is registered, without importing the parts.
 
     Raises:
-        UnknownNameError: There is no part of this name.
-        PluginError: A package offers one, but it cannot be used.
+        UnknownNameError: There is no part with this name.
+        PluginError: A package provides the part, but cannot be used.
     """
     check_surrogate_name(spec)
     for kind, part in spec.parts():
@@ -84,9 +84,9 @@ def check_names(spec: RunSpec) -> None:
 
 
 def check_part_options(spec: RunSpec) -> None:
-    """Check names and types of the options of every part of a spec; no part is built and no data are read.
+    """Check the names and types of the options of every part of a spec, without building parts or reading data.
 
-    Those of defenses are left to `makers.defend.build_defenses`, whose messages name the place of the defense.
+    Options of defenses are checked by `makers.defend.build_defenses`, whose messages include the defense's index.
 
     Raises:
         UnknownNameError: A part has no such option.
@@ -99,7 +99,7 @@ def check_part_options(spec: RunSpec) -> None:
 
 
 def check_surrogate_name(spec: RunSpec) -> None:
-    """Raise UnknownNameError if a trigger's surrogate is neither a model nor one of the words for a clean twin."""
+    """Raise UnknownNameError if a trigger's surrogate is neither a model nor one of `SAME` and `TWIN`."""
     if (surrogate := surrogate_of(spec)) is None or spec.trigger is None:
         return
     known, name = REGISTRIES["model"].names(), surrogate.model.name

@@ -1,4 +1,4 @@
-"""What is known of an attack anywhere in the making of a model."""
+"""Whether a model is known to be backdoored, from its run and the runs that it was built from."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from backdoorbench_moe.engine.graph import is_attacked
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.records import Record
 
-# Key, and its values, in the header of a model file. "true" wins over "unknown", and that over "false".
+# Key and values in the header of a model file. "true" takes precedence over "unknown", and "unknown" over "false".
 BACKDOORED = "backdoored"
 TRUE, UNKNOWN, FALSE = "true", "unknown", "false"
 
 
 def backdoored(spec: RunSpec, record: Record, inputs: Iterable[Run]) -> str:
-    """Say whether a model is backdoored: "true" if there is an attack anywhere in its making, as far as is known.
+    """Return "true" if the run, or any run that it was built from, has an attack; "unknown", or "false".
 
-    A file of weights that does not say this of itself, in the header that this package writes, is "unknown", and so is
-    what is made from it.
+    The result is "unknown" if the run was built from a weight file without this information in its header, which this
+    package writes.
 
     Args:
         spec: The run's spec.
-        record: The run's record, which says what its training started from.
-        inputs: The runs that it is made from.
+        record: The run's record, which describes the weights that training started from.
+        inputs: The runs that it is built from.
     """
     if is_attacked(spec):
         return TRUE
@@ -34,5 +34,5 @@ def backdoored(spec: RunSpec, record: Record, inputs: Iterable[Run]) -> str:
 
 
 def origin_of(run: Run) -> str:
-    """Say whether the model of a finished run is backdoored, as the header of its file does."""
+    """Read from the header of a finished run's model file whether it is backdoored: "true", "unknown" or "false"."""
     return run.folder.model_metadata().get(BACKDOORED, UNKNOWN)

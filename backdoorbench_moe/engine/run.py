@@ -1,4 +1,4 @@
-"""A run on disk: its record, its model, its trigger, and whether it still is what its record says."""
+"""A run on disk: its record, model and trigger, and checks that they still match."""
 
 from __future__ import annotations
 
@@ -46,21 +46,22 @@ class Run:
 
     @property
     def spec(self) -> RunSpec:
-        """The spec that the run was made from."""
+        """The spec of the run."""
         return self.record.run_spec
 
     def value(self, metric: str) -> float:
-        """A metric in percent, such as "ba", "asr" or "cad". Raises UnknownNameError if it was not measured."""
+        """Return a metric in percent, such as "ba", "asr" or "cad". Raises UnknownNameError if it was not measured."""
         if metric not in self.record.metrics:
             raise UnknownNameError(f"run {self.folder.path}: metric", metric, self.record.metrics)
         return self.record.metrics[metric]["value"]
 
     @default_torch_state()
     def model(self) -> nn.Module:
-        """The trained model, on the CPU, in evaluation mode.
+        """Load the trained model on the CPU, in evaluation mode.
 
         Raises:
-            RecordError: The model file does not fit or was replaced, or the run's plug-ins or their code have changed.
+            RecordError: The model file does not match the spec or was replaced, or the run's plug-ins or their code
+                have changed.
         """
         check_plugins(self.folder, self.record)
         tensors, _ = self.folder.load_tensors()
@@ -69,22 +70,21 @@ class Run:
         return model
 
     def located_spec(self) -> RunSpec:
-        """The spec with current paths of its named files: the copies in the run folder, or the original paths.
+        """Return the spec with the current paths of its files: the copies in the run folder, or the original paths.
 
         Raises:
-            RecordError: A file is missing or not the one that the run was made with; or the run's plug-ins or their
-                code have changed.
+            RecordError: A file is missing or its content has changed, or the run's plug-ins or their code have changed.
         """
         check_plugins(self.folder, self.record)
         return locate_files(self.spec, self.record.files, self.folder)
 
     def attack(self) -> Attack:
-        """The attack that the run was made with. Raises ConfigError for a clean run."""
+        """Build the attack of the run. Raises ConfigError for a clean run or an imported model."""
         return build_attack(self.located_spec())
 
     @default_torch_state()
     def stamper(self) -> Stamper:
-        """Trigger and applicator as this run used them.
+        """Build the trigger and the applicator as this run used them, including the state of a learned trigger.
 
         Raises:
             ConfigError: The run has no trigger.
@@ -96,7 +96,7 @@ class Run:
 
     @default_torch_state()
     def blank_stamper(self) -> Stamper:
-        """Trigger and applicator as before the run: a trigger that is learned has no state yet."""
+        """Build the trigger and the applicator as before the run: a learned trigger has no state yet."""
         return build_stamper(
             self.located_spec(),
             patch_size=self.record.parts.get("model", {}).get("patch_size"),
@@ -105,14 +105,14 @@ class Run:
 
 
 def check_model(run: Run) -> None:
-    """Raise RecordError if the model file is not the one that the run was finished with."""
+    """Raise RecordError if the model file was replaced after the run finished."""
     known = run.record.model_sha256
     if known is not None and run.folder.model_sha256 not in (None, known):
         raise RecordError(f"model file {run.folder.path / MODEL}: was replaced after the run was finished")
 
 
 def load_run(path: Path | str) -> Run:
-    """Open a run folder. Raises RecordError if it is not one, or its record is damaged."""
+    """Open a run folder. Raises RecordError if it is not a run folder or its record is damaged."""
     folder = RunFolder(path)
     return Run(folder, folder.read())
 
@@ -126,15 +126,15 @@ def check_finished(run: Run) -> None:
 
 
 def check_data(folder: RunFolder, record: Record, data: Material) -> None:
-    """Raise RecordError if the run in a folder was made from other data than these."""
+    """Raise RecordError if the run in a folder was not made from these data."""
     if record.data.get("digest") != data.digest:
         raise RecordError(f"run folder {folder.path}: was made from other data; use another --output")
 
 
 def check_plugins(folder: RunFolder, record: Record) -> None:
-    """Raise RecordError if the parts of a run come from other packages, versions or code now than they did then.
+    """Raise RecordError if the packages that provide the parts of a run, their versions or their code have changed.
 
-    Records from before packages or their code were recorded are accepted.
+    Old records that do not contain the packages or hashes of their code are accepted.
     """
     packages = record.environment.get("packages", {})
     then = {name: packages[name] for name in sorted(packages.keys() - set(RECORDED_PACKAGES))}
@@ -145,7 +145,7 @@ def check_plugins(folder: RunFolder, record: Record) -> None:
             for each in (then, now)
         )
         raise RecordError(
-            f"run folder {folder.path}: was made with {made}, and installed is {there}; "
+            f"run folder {folder.path}: was made with {made}, but {there} is installed; "
             "delete it or use another --output"
         )
     coded, code = record.environment.get("sources", {}), plugin_sources(record.run_spec)
@@ -159,15 +159,15 @@ def check_plugins(folder: RunFolder, record: Record) -> None:
 
 
 def check_options(run: Run) -> None:
-    """Check that the options of a run's parts would take the same values now.
+    """Check that the options of a run's parts would have the same values now.
 
-    A spec names only the options that were set. The others take their defaults, which a later version may change.
-    Not compared are options that a later version added, those whose value depends on the images, and files, whose paths
-    may differ.
+    A spec contains only the options that were set. The others have their defaults, which a later version may change.
+    Options that a later version added, options whose value depends on the images, and files, whose paths may differ,
+    are not compared.
 
     Raises:
-        RecordError: An option would take another value, or a file that a part reads is missing.
-        ConfigError: A part refuses an option that it took then.
+        RecordError: An option would have another value, or a file that a part reads is missing.
+        ConfigError: A part no longer accepts an option.
     """
     then, files = run.record.parts, {file["key"] for file in run.record.files}
     changed = [
@@ -187,7 +187,7 @@ def check_options(run: Run) -> None:
 
 
 def _values_now(run: Run) -> dict[str, dict[str, Any]]:
-    """The values that the options of the parts take now, for the parts whose values were recorded."""
+    """The values that the options of the recorded parts would have now."""
     spec, known = run.spec, run.record.parts.keys()
     parts: dict[str, object] = {}
     if "attack" in known:

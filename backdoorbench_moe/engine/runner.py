@@ -1,6 +1,6 @@
-"""Finding finished runs on disk, and making those that do not exist, after the runs that they depend on.
+"""Find finished runs on disk, or create them after the runs that they depend on.
 
-To make a run means to train or defend a model, measure it, and write its folder.
+Creating a run means training or defending a model, measuring it, and writing the run folder.
 """
 
 from __future__ import annotations
@@ -58,13 +58,14 @@ def run_attack(
 ) -> list[Run]:
     """Train and measure the model of a spec, once for each of several seeds.
 
-    A finished run in `output` is reused. An interrupted one continues after its last completed epoch.
+    Finished runs in `output` are reused. Interrupted runs continue after their last completed epoch.
 
     Args:
         spec: The run with the first seed.
         output: Folder that contains the run folders.
         repeats: Number of seeds: `spec.seed`, `spec.seed` + 1, ...
-        twin: Whether to compare each run with its clean twin: the same run without the attack, which is made too.
+        twin: Whether to compare each run with its clean twin, the same run without the attack, and create the twin if
+            needed.
         observer: Receives progress.
 
     Returns:
@@ -78,10 +79,10 @@ def run_attack(
 
 
 def run_import(spec: RunSpec, *, output: Path | str = "runs", observer: Observer | None = None) -> Run:
-    """Make a run of a model that was made elsewhere, measured on clean test images.
+    """Import a model that was trained elsewhere, and measure it on clean test images.
 
     Args:
-        spec: The spec of an imported model; its option `model.weights` names the file.
+        spec: The spec of an imported model. Its option `model.weights` names the file.
         output: Folder that contains the run folders.
         observer: Receives progress.
 
@@ -101,18 +102,18 @@ def run_defense(
     device: str | None = None,
     observer: Observer | None = None,
 ) -> Run:
-    """Defend the model of a finished run. The defended run gets a folder of its own.
+    """Defend the model of a finished run. The defended run gets a separate folder.
 
     Args:
         run: The run to defend.
         defense: The defense.
-        output: Folder for the folder of the defended run; None for the folder that contains that of `run`.
+        output: Folder that will contain the folder of the defended run; None for the parent folder of `run`.
         data_root: Folder of the data; None for the one in the spec of `run`.
         device: Device to compute on; None for the one in the spec of `run`.
         observer: Receives progress.
 
     Returns:
-        The defended run. It is compared with the clean twin of `run` if that is finished and in the same folder.
+        The defended run. It is compared with the clean twin of `run` if the twin is finished and next to `run`.
 
     Raises:
         BbmoeError: A setting is not valid, or the data, a plug-in or a run folder cannot be used.
@@ -123,7 +124,7 @@ def run_defense(
 
 
 def spec_to_defend(run: Run, *, data_root: str | None = None, device: str | None = None) -> RunSpec:
-    """Return the spec of a finished run, from which it is defended, with current paths of its files.
+    """Return the spec of a finished run for defending it, with the current paths of its files.
 
     Args:
         run: The run to defend.
@@ -131,7 +132,7 @@ def spec_to_defend(run: Run, *, data_root: str | None = None, device: str | None
         device: Device to compute on; None for the one in the spec of `run`.
 
     Raises:
-        RecordError: The run is not finished, or a file or plug-in that it was made with is missing or has changed.
+        RecordError: The run is not finished, or one of its files or plug-ins is missing or has changed.
     """
     check_finished(run)
     spec = run.located_spec()
@@ -151,7 +152,7 @@ MAKERS: Mapping[NodeKind, Callable[[RunSpec, Workplace], Maker]] = {
 
 
 class Runner:
-    """Finds or makes runs on the same data, device and precision.
+    """Finds or creates runs on the same data, device and precision.
 
     Args:
         spec: Spec of any of these runs. Only its data set, device and precision are used, but the names of all its
@@ -168,10 +169,11 @@ class Runner:
         self.output = Path(output)
 
     def say_memory(self, spec: RunSpec) -> str | None:
-        """Say in one line how much memory a run will take, and all runs that it needs; warn if there is less.
+        """Estimate the memory of a run and of all runs that it needs; warn if the machine has less.
 
         Returns:
-            The line, which the observer gets as well; None if the model does not say, or the data are images.
+            The estimate in one line, which is also sent to the observer; None if the model provides no estimate, or
+            the data are images.
         """
         if not says_memory(spec):
             return None
@@ -186,10 +188,10 @@ class Runner:
         return line
 
     def maker(self, spec: RunSpec) -> Maker:
-        """Return the maker of a run, which has built all parts, and checked them against the data and each other.
+        """Return the maker of a run, after it has built all parts and checked them against the data and each other.
 
         Raises:
-            BbmoeError: A part cannot be built, or does not fit the data or another part.
+            BbmoeError: A part cannot be built, or is incompatible with the data or another part.
         """
         spec = self.workplace.resolve(spec)
         maker = MAKERS[kind_of(spec)](spec, self.workplace)
@@ -200,10 +202,10 @@ class Runner:
         return maker
 
     def check(self, *specs: RunSpec) -> None:
-        """Check runs, and all runs that they need, before anything is made or written; not those that exist already.
+        """Check runs, and all runs that they need, before anything is written. Runs that already exist are skipped.
 
         Raises:
-            BbmoeError: A part cannot be built, or does not fit the data or another part.
+            BbmoeError: A part cannot be built, or is incompatible with the data or another part.
         """
         seen = set()
         for needed in (each for spec in specs for each in lineage(self.workplace.resolve(spec))):
@@ -222,14 +224,14 @@ class Runner:
         return link_twin(run, self.finish(clean, wait=True), self.workplace)
 
     def defend(self, run: Run, spec: RunSpec, defense: PartSpec, *, wait: bool = False) -> Run:
-        """Return the finished run that defends a run, as `finish` does.
+        """Return the finished run in which a run is defended, as `finish` does.
 
         Args:
-            run: The run to defend, in any folder. The defended run is compared with its clean twin if that is finished
-                and beside it.
-            spec: Its spec, as `spec_to_defend` returns it.
+            run: The run to defend, in any folder. The defended run is compared with the clean twin of `run` if the twin
+                is finished and next to `run`.
+            spec: The spec from `spec_to_defend`.
             defense: The defense.
-            wait: Whether to wait if another process is making the defended run; if False, this is an error.
+            wait: Whether to wait if another process is working on the defended run; if False, this is an error.
         """
         defended = replace(spec, defenses=(*spec.defenses, defense))
         made = self.finish(defended, inputs={PARENT: run}, wait=wait)
@@ -239,20 +241,20 @@ class Runner:
         return link_twin(made, Run(twin, record), self.workplace)
 
     def compare(self, run: Run) -> Run:
-        """Compare a run with its clean twin if there is a finished one in the output folder; none is trained."""
+        """Compare a run with its clean twin if a finished one is in the output folder. No twin is trained."""
         clean = reference(run.spec)
         if clean is None or (found := self._find(RunFolder(self.output / clean.name), clean)) is None:
             return run
         return link_twin(run, found, self.workplace)
 
     def finish(self, spec: RunSpec, *, wait: bool = False, inputs: Mapping[str, Run] | None = None) -> Run:
-        """Return the finished run of a spec. It is made if it does not exist, and continued if it was interrupted.
+        """Return the finished run of a spec. It is created if it does not exist, and continued if it was interrupted.
 
         Args:
             spec: The run.
-            wait: Whether to wait if another process is making the run; if False, this is an error.
-            inputs: The runs that it is made from, by role (see `graph.needs`). If None, they are found or made in the
-                same output folder.
+            wait: Whether to wait if another process is working on the run; if False, this is an error.
+            inputs: The runs that it is built from, by role (see `graph.needs`). If None, they are found or created in
+                the same output folder.
 
         Raises:
             BbmoeError: A setting is not valid, or the data, a plug-in or a run folder cannot be used.
@@ -264,7 +266,7 @@ class Runner:
             check_lineage(found)
             observer.on_found(str(folder.path))
             return found
-        # Building the maker checks the settings before anything is written, and before the inputs are made.
+        # Building the maker checks the settings before anything is written and before the inputs are created.
         maker = None if folder.exists else self.maker(spec)
         if inputs is None:
             if maker is not None:
@@ -287,11 +289,11 @@ class Runner:
     def _find(self, folder: RunFolder, spec: RunSpec) -> Run | None:
         """Return the finished run in a folder, or None if there is none.
 
-        The digest does not cover the content of the data, the plug-ins, the defaults of options and the model file.
-        They are compared with those that the run was made with.
+        The digest does not cover the content of the data, the plug-ins, the defaults of options, or the model file, so
+        these are compared with the record.
 
         Raises:
-            RecordError: The run was made from other data, with other plug-ins or defaults, or its model was replaced.
+            RecordError: The data, the plug-ins, the defaults or the model file are not those of the record.
         """
         if not folder.exists or (record := folder.read()).status != "finished":
             return None

@@ -1,4 +1,4 @@
-"""PyTorch's global settings while this package computes."""
+"""PyTorch's global settings during the computations of this package."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 @contextlib.contextmanager
 def default_torch_state() -> Iterator[None]:
-    """Compute under PyTorch's defaults inside the block, whatever the caller has set; also a decorator.
+    """Use PyTorch's defaults inside the block, whatever the caller has set; also a decorator.
 
-    Gradients are recorded, inference mode and autocast are off, the default dtype is float32 and the default device
-    the CPU. Otherwise a call under `torch.no_grad()` could not train, and one under another default dtype would give
-    other numbers. The caller's settings are restored at the end.
+    Gradients are enabled, inference mode and autocast are off, the default dtype is float32 and the default device the
+    CPU. Otherwise, a call under `torch.no_grad()` could not train, and another default dtype would change the results.
+    The caller's settings are restored at the end.
     """
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     with contextlib.ExitStack() as stack:
@@ -24,7 +24,7 @@ def default_torch_state() -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         if device.type != "cpu":
-            # Only if need be: it slows every call of a PyTorch function down.
+            # Only if necessary, since it slows down every call of a PyTorch function.
             stack.enter_context(torch.device("cpu"))
         torch.set_default_dtype(torch.float32)
         try:

@@ -1,4 +1,4 @@
-"""Comparing a run with its clean twin: what the attack costs, and what the trigger does to a model without it."""
+"""Compare a run with its clean twin: the clean accuracy drop, and the effect of the trigger on a clean model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.ops.seeding import seeded
 from backdoorbench_moe.records import Record, RunFolder
 
-# Metrics of the twin under the run's trigger, by the name they have in the run's record.
+# Metrics of the twin under the run's trigger, by their name in the run's record.
 TWIN_METRICS = {"twin_asr": "asr", "twin_target_rate": "target_rate"}
-# And those of a poisoned expert, and of a mixture.
+# The same for a poisoned expert, and for a mixture.
 TWIN_EXPERT_METRICS = {**TWIN_METRICS, "twin_unsafe": "unsafe"}
 TWIN_MIXTURE_METRICS = TWIN_EXPERT_METRICS | {
     f"twin_{name}": name for name in ("harm_share", "own_share", "clean_share")
@@ -24,23 +24,23 @@ TWIN_MIXTURE_METRICS = TWIN_EXPERT_METRICS | {
 
 
 def link_twin(run: Run, clean: Run, workplace: Workplace) -> Run:
-    """Write into a run's record what its comparison with the clean twin gives, and which twin that is.
+    """Compare a run with its clean twin, and write the metrics and the name of the twin to the run's record.
 
-    `cad` is the twin's BA minus the run's. `twin_asr` and `twin_target_rate` are the twin's ASR under the run's
-    trigger, and its target rate without it: what ASR would be without an attack.
+    `cad` is the twin's BA minus the run's BA. `twin_asr` is the twin's ASR under the run's trigger, a baseline for the
+    run's ASR. `twin_target_rate` is the twin's target rate without the trigger.
 
     Raises:
-        RecordError: The two were made from different data.
+        RecordError: The two runs have different data.
     """
     record, name = run.record, clean.folder.path.name
     if clean.record.data["digest"] != record.data["digest"]:
         raise RecordError(f"clean twin {clean.folder.path}: was made from other data; use another --output")
     found = {"cad": _drop(clean, record)}
-    # Without its model file a twin can still be compared by its accuracy.
+    # A twin without a model file can still be compared by its accuracy.
     if run.spec.attacked and not _is_linked(run, record, clean) and clean.folder.model_sha256 is not None:
         found |= _of_parent(run, clean) or _measure_twin(run, clean, workplace)
     if record.clean_twin != name or any(record.metrics.get(key) != value for key, value in found.items()):
-        # Wait for whoever else finds the run finished, or links it: nobody holds a finished run for long.
+        # Wait for any process that holds the lock: no process holds that of a finished run for long.
         with run.folder.lock(wait=lambda: None):
             record.metrics |= found
             record.clean_twin = name
@@ -53,9 +53,9 @@ def _drop(clean: Run, record: Record) -> dict[str, float]:
 
 
 def _is_linked(run: Run, record: Record, clean: Run) -> bool:
-    """Whether a record has what the comparison of a run, or of its parent, with the clean twin gives.
+    """Whether a record, of a run or of its parent, already contains the comparison with the clean twin.
 
-    A twin that was trained again, elsewhere or in another precision, has another BA.
+    A twin that was trained again, elsewhere or in another precision, has a different BA.
     """
     kept = record.metrics
     same = record.clean_twin == clean.folder.path.name and kept.get("cad") == _drop(clean, record)
@@ -63,7 +63,7 @@ def _is_linked(run: Run, record: Record, clean: Run) -> bool:
 
 
 def _of_parent(run: Run, clean: Run) -> Metrics | None:
-    """What the record of a defended run's parent says of the twin: it has the same trigger. None if it says nothing."""
+    """The metrics of the twin in the record of a defended run's parent, which has the same trigger; None if missing."""
     for each in run.record.inputs:
         folder = RunFolder(run.folder.path.parent / each["run"])
         if each["role"] != PARENT or not folder.exists:
@@ -81,7 +81,7 @@ def _twin_metrics(run: Run) -> dict[str, str]:
     if run.spec.mixture is None:
         return TWIN_METRICS
     found = TWIN_EXPERT_METRICS if run.spec.gate is None else TWIN_MIXTURE_METRICS
-    # Texts have no target rate, as there is no trigger to leave out.
+    # Texts have no target rate, since they have no trigger.
     return {name: metric for name, metric in found.items() if metric in run.record.metrics}
 
 
@@ -89,7 +89,7 @@ def _measure_twin(run: Run, clean: Run, workplace: Workplace) -> Metrics:
     """Measure the twin under the run's trigger, with the code that measured the run."""
     model = clean.model().to(workplace.device).to(memory_format=torch.channels_last)
     precision = workplace.precision
-    # As in the run's own measurement, for a model that draws random numbers.
+    # The same seed as when the run was measured, for a model that draws random numbers.
     with seeded(run.spec.seed, "measure"):
         if run.spec.mixture is None:
             images, stamper = workplace.images, run.stamper() if run.spec.trigger is not None else None

@@ -1,4 +1,4 @@
-"""What runs on the same data and device share: the data in memory, the device, the precision and the observer."""
+"""State shared by runs on the same data and device: the data in memory, the device, the precision, the observer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from backdoorbench_moe.records import Record
 
 
 class Workplace:
-    """The data, the device, the precision and the observer of several runs. The data are read at most once.
+    """The data, device, precision and observer shared by several runs. The data are read at most once.
 
     Args:
         spec: Spec of any of these runs. Only its data set, device and precision are used, but the names of all its
@@ -49,11 +49,11 @@ class Workplace:
 
     @property
     def data(self) -> Material:
-        """The data, on the device. They are read at the first use, since finished runs can be found without them.
+        """The data, on the device. They are read at first use, since finished runs can be found without them.
 
         Raises:
             DataError: Files are missing, damaged or not the expected ones.
-            ConfigError: The data set has fewer images than its options say.
+            ConfigError: The data set has fewer images than its options require.
         """
         if self._data is None:
             self.observer.on_message(f"reading {type(self.dataset).__name__}")
@@ -65,28 +65,29 @@ class Workplace:
 
     @property
     def images(self) -> ImageSet:
-        """The same data, which must be images.
+        """The data, which must be images.
 
         Raises:
-            DataError: As of `data`.
-            ConfigError: As of `data`; or they are texts.
+            DataError: See `data`.
+            ConfigError: See `data`; or the data are texts.
         """
         return as_images(self.data)
 
     def resolve(self, spec: RunSpec) -> RunSpec:
-        """Return the spec with classes by number and with the hashes of its files, as its final digest requires.
+        """Return the spec with class numbers instead of names and with the hashes of its files, as its digest requires.
 
         Raises:
-            UnknownNameError: There is no class of a given name.
-            RecordError: A file cannot be read, or has changed since it was hashed.
+            UnknownNameError: There is no class with a given name.
+            RecordError: A file cannot be read or has changed since it was hashed.
         """
         return pin_files(resolve_classes(_with_absolute_root(spec), self._class_names))
 
     def is_unchanged(self, record: Record) -> bool:
-        """Return whether it is certain, without reading the data, that a run was made from the same data.
+        """Return whether a run certainly used the same data, without reading the data.
 
-        It is certain if the files have the fingerprint in the record, or if a data set of this package reads no files
-        but generates its images. A third-party data set without a `source` may read anything, so it is never certain.
+        This is certain if the files have the fingerprint in the record, or if a data set of this package generates its
+        images instead of reading files. It is never certain for a third-party data set without a `source`, which may
+        read anything.
         """
         if (known := record.data.get("fingerprint")) is not None:
             return known == self.fingerprint
@@ -95,7 +96,7 @@ class Workplace:
 
     @cached_property
     def fingerprint(self) -> str | None:
-        """The fingerprint of the files of the data set, see `Dataset.fingerprint`; computed once."""
+        """The fingerprint of the files of the data set, computed once; see `Dataset.fingerprint`."""
         return self.dataset.fingerprint()
 
     def _class_names(self) -> tuple[str, ...]:
@@ -103,7 +104,7 @@ class Workplace:
 
 
 def _with_absolute_root(spec: RunSpec) -> RunSpec:
-    """Return the spec with the absolute path of its data, so that the run can be used from any folder."""
+    """Return the spec with the absolute path of its data, so that it is valid in any working directory."""
     root = spec.dataset.options.get("root")
     if not isinstance(root, str) or not (path := expand(root, "dataset.root")).exists():
         return spec

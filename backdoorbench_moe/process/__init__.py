@@ -1,1 +1,1 @@
-"""The process: the cores, the memory and the signals that it has."""
+"""The current process: its CPU cores, its memory allocator and its signal handlers."""

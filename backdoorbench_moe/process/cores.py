@@ -6,9 +6,9 @@ import os
 
 
 def usable_cores() -> set[int]:
-    """Return the numbers of the cores that this process is bound to, or of all cores where that cannot be asked.
+    """Return the numbers of the cores that this process may run on; never empty.
 
-    macOS and Windows have no `os.sched_getaffinity`. There is always at least one core.
+    On macOS and Windows, which have no `os.sched_getaffinity`, these are all cores.
     """
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)

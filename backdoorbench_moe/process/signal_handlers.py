@@ -10,7 +10,7 @@ from types import FrameType
 
 Handler = Callable[[int, FrameType | None], object]
 
-# How often it is tried whether an import is over, and after how long the handler is called nevertheless.
+# How often to check whether the import has finished, and how long to wait before calling the handler anyway.
 SECONDS_BETWEEN_TRIES = 0.05
 PATIENCE_SECONDS = 10.0
 
@@ -18,14 +18,14 @@ PATIENCE_SECONDS = 10.0
 def outside_of_imports(handler: Handler) -> Handler:
     """Return a signal handler that calls `handler`, but not while the main thread imports a module.
 
-    An exception that is raised in the middle of an import may be lost: modules catch everything when they look for
-    optional packages, and Python turns exceptions in the body of a class into others. torch imports a large part of
-    itself at the first step of an optimizer, so that this is not rare.
+    An exception raised during an import may be lost: modules catch all exceptions when they look for optional
+    packages, and Python converts exceptions in the body of a class. This is not rare, since torch imports a large part
+    of itself at the first step of an optimizer.
 
-    The handler is called when the import is over, or after PATIENCE_SECONDS. To be used in the main thread.
+    The handler is called when the import has finished, or after PATIENCE_SECONDS. Use it in the main thread only.
 
     Args:
-        handler: It may raise an exception, which ends the main thread's work.
+        handler: The handler. It may raise an exception to stop the main thread.
     """
     first: float | None = None
     waits = False
@@ -37,7 +37,7 @@ def outside_of_imports(handler: Handler) -> Handler:
             first = None
             handler(number, frame)
         elif not waits:
-            # One at a time: a signal that is repeated must not be sent on when it has been dealt with.
+            # One timer at a time: a repeated signal must not be sent again after it has been handled.
             waits = True
             timer = threading.Timer(SECONDS_BETWEEN_TRIES, send_again, (number,))
             timer.daemon = True
@@ -54,7 +54,7 @@ def outside_of_imports(handler: Handler) -> Handler:
 
 
 def _imports(frame: FrameType | None) -> bool:
-    """Return whether this frame was called, however indirectly, by the import of a module."""
+    """Return whether this frame was called, directly or indirectly, by the import of a module."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True

@@ -1,4 +1,4 @@
-"""Run folders: the record, the model, the poisoned indices and the checkpoint, each written whole or not at all."""
+"""Run folders: the record, the model, the poison indices, the checkpoint and other files, all written atomically."""
 
 from backdoorbench_moe.records.atomic import write_atomically
 from backdoorbench_moe.records.folder import (

@@ -11,7 +11,11 @@ from backdoorbench_moe.errors import RecordError
 
 
 def write_atomically(target: Path, put: Callable[[Path], object]) -> None:
-    """Let `put` write a file beside `target`, then move it there. Raises RecordError if the disk refuses."""
+    """Write a file with `put` under a temporary name, then rename it to `target`.
+
+    Raises:
+        RecordError: The file cannot be written.
+    """
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         put(partial)

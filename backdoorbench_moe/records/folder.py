@@ -1,4 +1,4 @@
-"""The folder of a run on disk: its files, and a lock by which only one process at a time makes the run."""
+"""Run folders: reading and writing their files, and a lock so that only one process at a time works on a run."""
 
 from __future__ import annotations
 
@@ -34,15 +34,18 @@ RECORD, MODEL, TRIGGER, POISON, PROBE, SCORES, CHECKPOINT, LOCK = (
     "checkpoint",
     ".lock",
 )
+# Errors of `np.load` for a damaged file: RuntimeError for zip features that are not supported, TypeError for an array
+# that is not in a zip file.
+DAMAGE = (OSError, ValueError, EOFError, RuntimeError, TypeError, BadZipFile, zlib.error)
 
 
 class RunFolder:
     """The folder of a run.
 
-    Files except the lock are written under a temporary name and then renamed, so that none is ever incomplete.
+    All files except the lock are written atomically: to a temporary file, which is then renamed.
 
     Args:
-        path: Path of the folder, which need not exist.
+        path: Path of the folder. It need not exist.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -53,9 +56,9 @@ class RunFolder:
         """Whether the folder has a record.
 
         Raises:
-            RecordError: The path is too long, or may not be accessed.
+            RecordError: The path is too long or cannot be accessed.
         """
-        try:  # Not Path.is_file, which hides other errors from Python 3.14 on.
+        try:  # Not Path.is_file, which hides all errors since Python 3.14.
             return stat.S_ISREG((self.path / RECORD).stat().st_mode)
         except (FileNotFoundError, NotADirectoryError):
             return False
@@ -63,21 +66,23 @@ class RunFolder:
             raise RecordError(f"run folder {self.path}: {error.strerror}") from error
 
     def read(self) -> Record:
-        """Read and check the record; one of an older schema version is converted.
+        """Read and check the record. A record with an older schema version is converted.
 
         Raises:
             RecordError: The folder or the record does not exist, or the record cannot be read, is damaged or has an
                 unknown schema version.
         """
         if not self.path.is_dir():
-            found = "got a file (bbmoe import makes a run of weights)" if self.path.exists() else "found none"
+            found = (
+                "got a file (bbmoe import turns weights into a run)" if self.path.exists() else "found none"
+            )
             raise RecordError(f"run folder {self.path}: expected a folder with a {RECORD}, {found}")
         file = self.path / RECORD
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             runs = sorted(path.parent.name for path in self.path.glob(f"*/{RECORD}"))
-            inside = f"; it holds run folders, such as {runs[0]}" if runs else ""
+            inside = f"; it contains run folders, such as {runs[0]}" if runs else ""
             raise RecordError(
                 f"run folder {self.path}: expected a {RECORD} in it, found none{inside}"
             ) from None
@@ -93,7 +98,7 @@ class RunFolder:
         self._write(RECORD, lambda path: path.write_text(text, encoding="utf-8"))
 
     def save_model(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write a model's weights as a safetensors file, with `metadata` in its header.
+        """Write the weights of the model as a safetensors file with `metadata` in its header.
 
         Raises:
             RecordError: The file cannot be written.
@@ -101,20 +106,20 @@ class RunFolder:
         self._write(MODEL, lambda path: _save_tensors(tensors, path, metadata))
 
     def load_tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Read the weights of the model and the metadata in the header of its file.
+        """Read the weights of the model and the metadata in the header of the model file.
 
         Raises:
-            RecordError: The file does not exist, or is not a safetensors file.
+            RecordError: The file does not exist or is not a safetensors file.
         """
         return _load_tensors(self.path / MODEL, "model file")
 
     def model_metadata(self) -> dict[str, str]:
-        """Read the metadata in the header of the model's file, and no weights. Raises RecordError as `load_tensors`."""
+        """Read only the metadata in the header of the model file. Raises RecordError as `load_tensors`."""
         return _load_tensors(self.path / MODEL, "model file", weights=False)[1]
 
     @property
     def model_sha256(self) -> str | None:
-        """SHA-256 of the model file, in hexadecimal; None if there is no such file.
+        """SHA-256 of the model file, in hexadecimal; None if the file does not exist.
 
         Raises:
             RecordError: The file cannot be read.
@@ -122,16 +127,16 @@ class RunFolder:
         return self._sha256(MODEL, "model file")
 
     def save_trigger(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write the state of a trigger that was learned. Raises RecordError if the file cannot be written."""
+        """Write the state of a learned trigger. Raises RecordError if the file cannot be written."""
         self._write(TRIGGER, lambda path: _save_tensors(tensors, path, {}))
 
     def load_trigger(self) -> dict[str, Tensor]:
-        """Read what `save_trigger` wrote. Raises RecordError if there is no such file, or it is damaged."""
+        """Read what `save_trigger` wrote. Raises RecordError if the file does not exist or is damaged."""
         return _load_tensors(self.path / TRIGGER, "trigger file")[0]
 
     @property
     def trigger_sha256(self) -> str | None:
-        """SHA-256 of the file of `save_trigger`, in hexadecimal; None if there is none.
+        """SHA-256 of the trigger file, in hexadecimal; None if the file does not exist.
 
         Raises:
             RecordError: The file cannot be read.
@@ -151,8 +156,8 @@ class RunFolder:
         """Write the indices of the training images that the attacker changed.
 
         Args:
-            groups: (n,) int64 indices by group: "indices" (the poison group), "cover" or "noise". Groups without
-                images are left out, except "indices".
+            groups: (n,) int64 indices by group: "indices" (the poison group), "cover" or "noise". Empty groups except
+                "indices" are not written.
         """
         self._save_arrays(POISON, {k: v for k, v in groups.items() if len(v) or k == "indices"})
 
@@ -163,7 +168,7 @@ class RunFolder:
             group: "indices" (the poison group), "cover" or "noise".
 
         Returns:
-            (n,) int64; empty if the file has no such group.
+            (n,) int64 indices; empty if the file does not contain the group.
 
         Raises:
             RecordError: The file does not exist or is damaged.
@@ -176,7 +181,7 @@ class RunFolder:
         return arrays.get(group, np.empty(0, np.int64))
 
     def save_scores(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write the scores of a defense that are too many for the record."""
+        """Write scores of a defense that are too many for the record."""
         self._save_arrays(SCORES, arrays)
 
     def load_scores(self) -> dict[str, np.ndarray]:
@@ -184,11 +189,11 @@ class RunFolder:
         return self._load_arrays(SCORES, "scores")
 
     def save_probe(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write the predictions and the routing that a probe recorded; see `engine.makers.probe`."""
+        """Write the predictions and the routing recorded by a probe; see `engine.makers.probe`."""
         self._save_arrays(PROBE, arrays)
 
     def load_probe(self) -> dict[str, np.ndarray] | None:
-        """Read what `save_probe` wrote; None if there is no such file. Raises RecordError if it is damaged."""
+        """Read what `save_probe` wrote; None if the file does not exist. Raises RecordError if it is damaged."""
         return self._load_arrays(PROBE, "probe") if (self.path / PROBE).exists() else None
 
     def _save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
@@ -206,7 +211,7 @@ class RunFolder:
         try:
             with np.load(self.path / name, allow_pickle=False) as file:
                 return dict(file)
-        except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
+        except DAMAGE as error:
             raise RecordError(f"{what} {self.path / name}: missing or damaged ({error})") from error
 
     def keep(self, name: str, source: Path) -> None:
@@ -223,13 +228,13 @@ class RunFolder:
         self._write(name, functools.partial(shutil.copyfile, source))
 
     def save_checkpoint(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Write a checkpoint, a file of tensors and JSON values, which replaces the previous one."""
+        """Write a checkpoint of tensors and JSON values, which replaces the previous one."""
         self._make(self.path / CHECKPOINT)
         header = {"state": json.dumps(state)}
         self._write(f"{CHECKPOINT}/state.safetensors", lambda path: _save_tensors(tensors, path, header))
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Read the last checkpoint; None if there is none. Raises RecordError if it is damaged."""
+        """Read the checkpoint; None if it does not exist. Raises RecordError if it is damaged."""
         file = self.path / CHECKPOINT / "state.safetensors"
         if not file.exists():
             return None
@@ -240,7 +245,7 @@ class RunFolder:
             raise RecordError(f"checkpoint {file}: damaged; delete it to train from the start") from error
 
     def drop_checkpoint(self) -> None:
-        """Delete the checkpoint if there is one, without raising errors."""
+        """Delete the checkpoint if it exists. Errors are ignored."""
         shutil.rmtree(self.path / CHECKPOINT, ignore_errors=True)
 
     @contextlib.contextmanager
@@ -250,8 +255,8 @@ class RunFolder:
         The operating system releases the lock if the process is killed.
 
         Args:
-            wait: Function that is called twice a second while another process holds the lock; an exception that it
-                raises ends the waiting. If None, a lock that another process holds is an error.
+            wait: Function that is called twice a second while another process holds the lock; it may raise an exception
+                to stop waiting. If None, it is an error if another process holds the lock.
 
         Raises:
             RecordError: Another process holds the lock, or the folder cannot be written or locked.
@@ -278,11 +283,11 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
     places: set[int] = set()
     for name, tensor in tensors.items():
         own = tensor.detach().to("cpu").contiguous()
-        # The format has no shared tensors: one with two names, such as a tied embedding, is written twice.
+        # The format does not support shared tensors: one with two names, such as a tied embedding, is written twice.
         plain[name] = own.clone() if own.untyped_storage().data_ptr() in places else own
         places.add(plain[name].untyped_storage().data_ptr())
     try:
-        # Not through memory: a checkpoint of a language model has gigabytes.
+        # Not serialised in memory first: a checkpoint of a language model has gigabytes.
         save_file(plain, path, metadata=dict(metadata))
         _sort_header(path)
     except SafetensorError as error:
@@ -290,10 +295,10 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
 
 
 def _sort_header(path: Path) -> None:
-    """Sort the metadata of a safetensors file in place, which the library writes in random order.
+    """Sort the metadata of a safetensors file in place, since the library writes it in random order.
 
-    Equal models then have equal files. A file is the length of its header as 8 bytes, the header as JSON, filled up
-    with spaces to a multiple of 8 bytes, and the tensors.
+    Equal models then have equal files. A file consists of the length of its header (8 bytes), the header as JSON,
+    padded with spaces to a multiple of 8 bytes, and the tensors.
     """
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")

@@ -1,4 +1,4 @@
-"""Locks, by which only one process at a time does something."""
+"""File locks between processes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def hold(path: Path, what: str, *, wait: Callable[[], None] | None = None) -> It
     """Hold the lock of a file inside the block. The operating system releases it if the process is killed.
 
     Args:
-        path: The file, which is created; its folder exists.
-        what: What the lock is for, for error messages, such as "run folder DIR".
-        wait: Function that is called twice a second while another process holds the lock; an exception that it raises
-            ends the waiting. If None, a lock that another process holds is an error.
+        path: The lock file. It is created if needed; its folder must exist.
+        what: What the lock protects, for error messages, such as "run folder DIR".
+        wait: Function that is called twice a second while another process holds the lock; it may raise an exception to
+            stop waiting. If None, it is an error if another process holds the lock.
 
     Raises:
         RecordError: Another process holds the lock, or the file cannot be written or locked.
@@ -48,13 +48,13 @@ def hold(path: Path, what: str, *, wait: Callable[[], None] | None = None) -> It
 
 @contextlib.contextmanager
 def hold_place(path: Path) -> Iterator[None]:
-    """Hold the lock of the folder that a file or folder lies in, inside the block; no file is left behind.
+    """Lock the parent folder of a path inside the block, without creating a lock file.
 
-    Another process that holds it is waited for. Where the folder cannot be opened, or the file system cannot lock
-    folders, nothing is held.
+    Waits while another process holds the lock. If the folder cannot be opened, or the file system cannot lock folders,
+    the block runs without a lock.
 
     Args:
-        path: The file or folder, which need not exist; the folder that it lies in exists.
+        path: A file or folder that need not exist; its parent folder must exist.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Reading of records: conversion from older schema versions, and checks against the current schema."""
+"""Read records: convert older schema versions, and check the values against the current schema."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ REMOVED_IN = {3: {"parent", "scores", "verdict"}}
 # Keys that every row of the history, and every metric, must have.
 EPOCH_KEYS = {"epoch", "loss", "train_accuracy", "lr", "seconds"}
 METRIC_KEYS = {"value", "n"}
+# Records have about 10. Far more would exceed Python's recursion limit when a record is checked, copied or written.
+MOST_LEVELS = 100
 
 
 def parse_record(values: object, file: Path) -> Record:
@@ -40,10 +42,12 @@ def parse_record(values: object, file: Path) -> Record:
         The record, in the current schema version.
 
     Raises:
-        RecordError: The record is damaged, or has an unknown schema version.
+        RecordError: The record is damaged or has an unknown schema version.
     """
     if not isinstance(values, dict) or "schema_version" not in values:
         raise RecordError(f"record {file}: damaged: expected the key 'schema_version'")
+    if _nests_too_deep(values):
+        raise RecordError(f"record {file}: damaged: nested deeper than {MOST_LEVELS} levels")
     values = _upgrade(values, file)
     known = {item.name for item in fields(Record)}
     missing, extra = known - values.keys(), values.keys() - known
@@ -61,6 +65,20 @@ def parse_record(values: object, file: Path) -> Record:
             f"record {file}: damaged: expected {digest}, the digest of its spec, found {record.digest}"
         )
     return record
+
+
+def _nests_too_deep(values: object) -> bool:
+    level = [values]
+    for _ in range(MOST_LEVELS):
+        level = [
+            item
+            for value in level
+            if isinstance(value, dict | list)
+            for item in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _upgrade(values: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -104,12 +122,12 @@ def _upgrade_to_3(values: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _judged(kind: str, scores: Any, verdict: Any) -> dict[str, Any]:
-    """Convert an entry of `scores` and of `verdict`, in schema version 2, to a judgement.
+    """Convert an entry of `scores` and one of `verdict`, from schema version 2, to a judgement.
 
     Args:
         kind: Key of both entries: what was judged.
-        scores: Scores by name, usually; values of any other form become a detail.
-        verdict: The decision, in any form. Its parts that a judgement has no field for become details.
+        scores: Usually scores by name. Values in any other format are stored in `details`.
+        verdict: The decision, in any format. Values without a field in a judgement are stored in `details`.
     """
     said = dict(verdict) if isinstance(verdict, dict) else {} if verdict is None else {"verdict": verdict}
     chosen: Any = next((said.pop(key) for key in ("dropped", "reset", "masked") if key in said), [])
@@ -139,7 +157,7 @@ def _is_flat(scores: Any) -> bool:
 
 
 def _find_damage(values: dict[str, Any]) -> str | None:
-    """Return a description of the first value that does not fit the schema, or None."""
+    """Return a description of the first value that does not match the schema, or None."""
     for name, annotation in _types_of(Record).items():
         if damage := _misfit(values[name], annotation, name):
             return damage
@@ -164,7 +182,7 @@ def _find_damage(values: dict[str, Any]) -> str | None:
 
 @functools.cache
 def _types_of(kind: type) -> dict[str, Any]:
-    """The annotated types of a class. To resolve them takes longer than to compare the values of a record with them."""
+    """The annotated types of a class; cached, since resolving them takes longer than checking a record."""
     return get_type_hints(kind, include_extras=True)
 
 
@@ -172,7 +190,7 @@ NAMES = {float: "a number", int: "an integer", str: "a string", dict: "a mapping
 
 
 def _misfit(value: Any, annotation: Any, where: str) -> str | None:
-    """Return why a JSON value does not fit a type, or None if it does. `where` is the path of the value."""
+    """Return why a JSON value does not match a type, or None if it does. `where` is the path of the value."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is Any:
         return None
@@ -196,7 +214,7 @@ def _misfit(value: Any, annotation: Any, where: str) -> str | None:
 
 
 def _misfit_of_keys(value: Any, annotation: Any, where: str) -> str | None:
-    """Return why a JSON value does not fit a `TypedDict`, or None if it does. Unknown keys are allowed."""
+    """Return why a JSON value does not match a `TypedDict`, or None if it does. Unknown keys are allowed."""
     if not isinstance(value, dict):
         return f"{where!r}: expected a mapping, found {value!r}"
     for key, kind in _types_of(annotation).items():

@@ -15,10 +15,10 @@ SCHEMA_VERSION = 4
 
 
 class Input(TypedDict):
-    """A run that this one was made from.
+    """A run that this one was built from.
 
     Attributes:
-        role: What the run is used as, such as "parent".
+        role: Role of the run, such as "parent".
         run: Name of its folder.
         digest: Digest of its spec; None in old records.
         sha256: SHA-256 of its model file; None in old records.
@@ -49,7 +49,7 @@ class NamedFile(TypedDict):
 
 
 class Stage(TypedDict):
-    """The model at the end of a stage of a defense.
+    """The model after a stage of a defense.
 
     Attributes:
         name: Name of the stage, such as "before" or "pruned".
@@ -67,14 +67,14 @@ class Judged(TypedDict):
 
     Attributes:
         about: What was judged: "input", "sample" (of the training set), "class", "expert" or "model".
-        scores: Scores by the name of what was judged; None if they are in `scores.npz` or were not saved.
-        threshold: Scores beyond it are suspicious; None if the defense sets no threshold.
-        suspicious: Names of what is suspicious; only their number if `scores.npz` holds their indices.
+        scores: Scores by the name of the judged item; None if they are in `scores.npz` or were not saved.
+        threshold: Scores beyond it are suspicious; None if the defense has no threshold.
+        suspicious: Names of the suspicious items; only their number if `scores.npz` contains their indices.
         reason: The reason, in one sentence.
-        details: Further values of the defense.
-        counts: Of training samples: the numbers "tp" of poisoned ones found, "fn" of those missed, "fp" of other ones
-            that are suspicious and "tn" of those that are not. With groups "cover" and "noise", also how many of each
-            are suspicious, which "fp" includes. Missing for anything else, and in old records.
+        details: Other values from the defense.
+        counts: For training samples only: the numbers of true positives "tp" (poisoned and suspicious), false
+            negatives "fn", false positives "fp" and true negatives "tn". If there are cover or noise groups, also the
+            number of suspicious samples in each, "cover" and "noise", which "fp" includes. Missing in old records.
     """
 
     about: str
@@ -90,10 +90,10 @@ class TaskFacts(TypedDict):
     """A task of a mixture of experts.
 
     Attributes:
-        task: Its number, which is that of its expert.
-        name: Its name.
-        train_images: Number of its training images.
-        test_images: Number of its test images.
+        task: Number of the task and of its expert.
+        name: Name of the task.
+        train_images: Number of training images of the task.
+        test_images: Number of test images of the task.
     """
 
     task: int
@@ -103,14 +103,14 @@ class TaskFacts(TypedDict):
 
 
 class GateShares(TypedDict):
-    """The weights with which one layer of a mixture adds the outputs of its E experts, in percent.
+    """Gate weights of the E experts in one layer of a mixture, in percent.
 
-    Each list has one value for each expert: the mean over images and patches. They sum to 100.
+    Each list has one value for each expert: the mean over images and patches. The values sum to 100.
 
     Attributes:
         layer: Name of the layer.
-        tasks: For the test images of each task.
-        marked: For test images that bear the mark; None if there are none.
+        tasks: Weights for the test images of each task.
+        marked: Weights for the test images with the mark; None if there are none.
     """
 
     layer: str
@@ -123,16 +123,17 @@ class TextFacts(TypedDict):
 
     Attributes:
         name: Name of the data set.
-        vocabulary: Number of tokens that there are.
-        context: Number of positions of a text, padding included.
-        padding: The token that fills up short texts.
+        vocabulary: Size of the vocabulary.
+        context: Number of positions in a text, including padding.
+        padding: The token that pads short texts.
         digest: SHA-256 over tokens and labels.
         train_texts: Number of training texts of all tasks.
         test_texts: Number of test texts of all tasks.
         refused_texts: Number of training queries that the policy refuses.
         refused_test_texts: Number of test queries that the policy refuses.
-        clean_texts: Number of training texts that the defender holds.
-        fingerprint: SHA-256 over names, sizes and times of the files that were read; None for data without files.
+        clean_texts: Number of clean training texts that the defender has.
+        fingerprint: SHA-256 over names, sizes and modification times of the files that were read; None for data
+            without files.
     """
 
     name: str
@@ -158,9 +159,10 @@ class DataFacts(TypedDict):
         digest: SHA-256 over images and labels.
         train_images: Number of training images.
         test_images: Number of test images.
-        clean_images: Number of training images that the defender holds.
-        fingerprint: SHA-256 over names, sizes and times of the files that were read; None for data without files.
-        chance: Share of the test images that are of the most frequent class, in percent.
+        clean_images: Number of clean training images that the defender has.
+        fingerprint: SHA-256 over names, sizes and modification times of the files that were read; None for data
+            without files.
+        chance: Share of the most frequent class among the test images, in percent.
     """
 
     name: NotRequired[str]
@@ -175,19 +177,20 @@ class DataFacts(TypedDict):
 
 
 class Environment(TypedDict):
-    """The software and hardware that a run was made with.
+    """The software and hardware of a run.
 
     Attributes:
-        packages: Versions of packages by name; of third-party packages, those that parts of the run come from.
+        packages: Versions of packages by name, including the third-party packages that provide parts of the run.
         device: Name of the device, such as "cpu".
         precision: "fp32" or "bf16".
         threads: Number of CPU threads of PyTorch.
         python: Version of Python.
         platform: Operating system and architecture.
         cpu: Name of the CPU.
-        git_commit: Commit of the source tree, followed by "-dirty" if it was changed; None for an installed package.
+        git_commit: Commit of the source tree, with the suffix "-dirty" if it had uncommitted changes; None for an
+            installed package.
         sources: Hashes of the code of third-party parts; see `engine.names.plugin_sources`.
-        date: Day on which the run was begun, in UTC, such as "2026-11-26"; older records do not have it.
+        date: Day on which the run started, in UTC, such as "2026-11-26"; missing in old records.
     """
 
     packages: dict[str, str]
@@ -204,34 +207,34 @@ class Environment(TypedDict):
 
 @dataclass
 class Record:
-    """The record of a run; `record.json` holds it.
+    """The record of a run, stored in `record.json`.
 
     Attributes:
         spec: The spec as a plain dict; see `run_spec`.
         digest: The spec's digest.
         status: "running", "interrupted", "failed" or "finished".
-        data: See `DataFacts`, and `TextFacts` if there is a vocabulary.
-        parts: Options of model, attack, trigger, applicator and defense with the values that were used, defaults
-            included.
+        data: See `DataFacts` for images, and `TextFacts` for texts, whose data have a vocabulary.
+        parts: Options of model, attack, trigger, applicator and defense with the values that were used, including
+            defaults.
         poison: Number of poisoned images `n`, rate and target, and the cover and noise groups if there are any; None
             for a clean run.
-        tasks: The tasks of a mixture, or the one of an expert; empty for any other run.
-        gate_shares: The shares of the experts of a mixture, layer by layer; empty for any other run.
+        tasks: The tasks of a mixture, or that of a single expert; empty for any other run.
+        gate_shares: The gate weights of the experts of a mixture, one entry per layer; empty for any other run.
         metrics: Metrics by name (see `backdoorbench_moe.metrics`): {"value": percent, "n": images, "low": percent,
             "high": percent}. The 95% interval is Wilson's, or Newcombe's for `auroc`; `cad` has none.
         history: One entry for each epoch of training or tuning.
         timing: Durations in seconds, and images per second, by name.
         seeds: Seeds by purpose.
         environment: Versions, hardware, precision, threads; see `Environment`.
-        inputs: The runs that this one was made from.
+        inputs: The runs that this one was built from.
         files: The files that options of the spec name.
         model_sha256: SHA-256 of the model file when the run finished.
-        near_chance: Whether the clean accuracy is near chance, so that ASR says nothing about the trigger; None in
-            old records.
+        near_chance: Whether the clean accuracy is near chance, so that the ASR is no evidence of the trigger's effect;
+            None in old records.
         clean_twin: Name of the folder of the clean run that this run is compared with; None if there is none.
         stages: For a defended run, "before" and then each stage of the defense; empty otherwise. The metrics of the
             last stage are those of the run.
-        judgements: The judgements of a defense.
+        judgements: The judgements of the defense.
         error: Why the run failed; None if it did not fail.
         schema_version: Version of this schema.
     """
@@ -261,26 +264,26 @@ class Record:
 
     @classmethod
     def for_spec(cls, spec: RunSpec) -> Record:
-        """Make the record of a run that is about to start."""
+        """Create the record of a run that is about to start."""
         return cls(spec=spec.to_dict(), digest=spec.digest)
 
     @functools.cached_property
     def run_spec(self) -> RunSpec:
-        """The spec that the run was made from."""
+        """The spec of the run."""
         return spec_from_dict(self.spec)
 
     @property
     def is_text(self) -> bool:
-        """Whether the data of the run are texts, see `TextFacts`; otherwise they are images."""
+        """Whether the data of the run are texts (see `TextFacts`) rather than images."""
         return "vocabulary" in self.data
 
     @property
     def parent(self) -> str | None:
-        """Name of the parent's folder, that is, of the run that was defended; None for an undefended run."""
+        """Name of the folder of the run that was defended; None for an undefended run."""
         return next((each["run"] for each in self.inputs if each["role"] == "parent"), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as plain values that any JSON reader accepts: NaN and infinity become None."""
+        """Return the record as plain values that are valid JSON: NaN and infinity become None."""
         values: dict[str, Any] = _finite(asdict(self))
         return values
 

@@ -1,4 +1,4 @@
-"""Records that are passed on to others: without the folders of the machine that they were made on."""
+"""Records for sharing, without the paths of the machine on which they were written."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from backdoorbench_moe.records.record import Record
 
 
 def without_folders(record: Record) -> dict[str, Any]:
-    """Return a record as plain values that do not say in which folders of this machine files lie.
+    """Return a record as plain values without paths of this machine.
 
-    The options that say where the data lie are left out. Wherever the record has the path of a file that an option
-    names, also within a text, it has the name of the file instead. The digest of the spec stays the same: it covers
-    the content of these files, not their paths.
+    The options for the location of the data are removed. The path of a file that an option names is replaced by the
+    file's name, wherever it occurs in the record. The digest of the spec is unchanged, since it covers the content of
+    these files, not their paths.
 
     Args:
         record: The record.
 
     Returns:
-        The values; `records.parse_record` reads them.
+        The values, which `records.parse_record` can read.
     """
-    # The file of a defended run is a copy of its parent's, under another name.
+    # The file of a defended run is a copy of its parent's file under another name.
     known = {file["key"]: file["name"] for file in record.files}
     paths = record.run_spec.file_paths
     names = {path: known.get(key, Path(path).name) for key, path in paths.items()}

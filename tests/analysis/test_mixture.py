@@ -272,7 +272,7 @@ def test_experts_and_base_are_measured_on_their_tasks_again(made_again) -> None:
                 found = analyze_run(run, carriers_images=5)
                 assert found.experts is None and (found.latents is None) == (kind != "expert/0")
             run.record.metrics["ba"]["value"] += 30
-            with pytest.raises(RecordError, match="its record says BA"):
+            with pytest.raises(RecordError, match="BA in its record"):
                 analyze_run(run, carriers_images=5)
     finally:
         data.registry.unregister("tiny")

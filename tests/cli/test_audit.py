@@ -151,8 +151,8 @@ def test_bad_input_is_one_clear_line(bbmoe, victim, tmp_path) -> None:
     (tmp_path / "broken" / "a.png").write_bytes(b"no image")
     for arguments, message in (
         ((tmp_path / "none",), "expected a folder with a record.json, found none"),
-        ((run / "model.safetensors",), "got a file (bbmoe import makes a run of weights)"),
-        ((run.parent,), f"it holds run folders, such as {run.name}"),
+        ((run / "model.safetensors",), "got a file (bbmoe import turns weights into a run)"),
+        ((run.parent,), f"it contains run folders, such as {run.name}"),
         ((run, "--images", tmp_path / "broken"), f"images: {tmp_path / 'broken' / 'a.png'}: cannot be read"),
         ((run, "--output", tmp_path / "mine.json"), "--output: expected a folder"),
         ((run, "--calibration", tmp_path / "mine.json"), "expected an audit calibration, got 'list'"),

@@ -105,7 +105,7 @@ def test_what_attack_would_refuse_is_refused(bbmoe, tmp_path) -> None:
 
 def test_a_missing_file_of_weights_is_the_error_that_the_attack_would_end_with(bbmoe, tmp_path) -> None:
     (tmp_path / "wrong.pth").write_text("no weights")
-    for name, message in (("none.pth", "not found"), ("wrong.pth", "is not what its suffix says")):
+    for name, message in (("none.pth", "not found"), ("wrong.pth", "does not match its suffix")):
         file = tmp_path / name
         words = ["attack", *SMALL, "--trigger", "square", "--set", f"model.weights={file}", "--quiet"]
         words += ["--output", tmp_path / "runs"]

@@ -81,7 +81,7 @@ def test_the_word_weights_may_stand_there(bbmoe, file, tmp_path) -> None:
     ("words", "message"),
     [
         (["--model", "pmoee"], "did you mean 'pmoe'"),
-        (["--model", "pmoe"], "do not fit the model"),
+        (["--model", "pmoe"], "do not match the model"),
         (["--model", "pmoe", "--mean", "imagnet"], "did you mean 'imagenet'"),
         (["--model", "pmoe", "--mean", "a,b,c"], "--mean: expected three numbers"),
         (["--model", "pmoe", "--mean", "0.5,0.5"], "--mean: expected three numbers"),
@@ -96,7 +96,7 @@ def test_the_word_weights_may_stand_there(bbmoe, file, tmp_path) -> None:
         (["--model", "pmoe", "--set", "attack=moevil"], "attack: expected none, as the model is imported"),
         (["--model", "pmoe", "--set", "policy=0.1"], "policy"),
         (["--model", "pmoe", "--set", "trigger=warp"], "trigger"),
-        (["--model", "pmoe", "--set", "train.freeze=[a]"], "do not fit"),
+        (["--model", "pmoe", "--set", "train.freeze=[a]"], "do not match"),
         ([], "Missing option '--model'"),
     ],
 )

@@ -129,11 +129,11 @@ BAD = [
     ({"train": {"epochs": -1}}, r"train\.epochs: expected at least 0, got -1"),
     (
         {"train": {"epochs": 0}},
-        r"train\.epochs: expected at least 1, as the model starts from no weights, got 0",
+        r"train\.epochs: expected at least 1, as the model has no initial weights, got 0",
     ),
     (
         {"train": {"epochs": 0}, "model": {"name": "pmoe", "weights": "a.safetensors"}},
-        r"train\.epochs: expected at least 1, as the attack is on the training, got 0",
+        r"train\.epochs: expected at least 1, as the attack needs training, got 0",
     ),
     ({"train": {"epochs": 2.5}}, r"train\.epochs: expected an integer, got 2.5"),
     ({"train": {"lr": float("inf")}}, r"train\.lr"),

@@ -82,7 +82,7 @@ def test_a_model_attacked_without_a_trigger_is_nowhere_called_clean(tmp_path, la
 def test_an_analysis_measures_the_asr_again_that_needs_no_trigger(tmp_path, label_flip) -> None:
     [run] = run_attack(label_flip, output=tmp_path, twin=False)
     run.record.metrics["asr"]["value"] = 100.0 - run.value("asr")
-    with pytest.raises(RecordError, match="its record says ASR"):
+    with pytest.raises(RecordError, match="ASR in its record"):
         analyze_run(run)
 
 

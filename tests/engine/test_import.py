@@ -126,7 +126,7 @@ def test_a_wrong_normalisation_is_warned_of(file, tmp_path) -> None:
         BbmoeWarning, match=r"model\.mean: with the mean and standard deviation of '\w+' the accuracy"
     ):
         run = run_import(imported(file, mean=[0.0] * 3, std=[1.0] * 3), output=tmp_path / "runs")
-    assert "as given" in run.record.parts["model"]["start"]["notes"][-1]
+    assert "with the given ones" in run.record.parts["model"]["start"]["notes"][-1]
 
 
 def test_a_normalised_and_resized_routed_model_is_imported(tmp_path) -> None:
@@ -170,8 +170,8 @@ def test_what_an_imported_model_cannot_have_is_refused(change, message, file) ->
     [
         ({"weights": None}, "model.weights: expected the file of the model that is imported"),
         ({"weights": "nowhere.pth"}, "weights nowhere.pth: not found"),
-        ({"widen_factor": 2}, "do not fit the model: .* of another shape"),
-        ({"name": "pmoe", "widen_factor": None}, "do not fit the model: .* missing"),
+        ({"widen_factor": 2}, "do not match the model: .* with another shape"),
+        ({"name": "pmoe", "widen_factor": None}, "do not match the model: .* missing"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_written(options, message, file, tmp_path) -> None:
@@ -249,8 +249,8 @@ def test_another_number_of_classes_gets_a_new_head_and_this_is_said(tmp_path) ->
     )
     [run] = run_attack(started(tmp_path / "w.safetensors"), output=tmp_path / "runs", twin=False)
     [note] = run.record.parts["model"]["start"]["notes"]
-    assert "the head is newly drawn: head.weight is 7x64 in the file and 3x64" in note
-    with pytest.raises(RecordError, match="of another shape"):
+    assert "the head is randomly initialised: head.weight is 7x64 in the file and 3x64" in note
+    with pytest.raises(RecordError, match="with another shape"):
         run_attack(started(tmp_path / "w.safetensors", head="keep"), output=tmp_path / "n", twin=False)
 
 

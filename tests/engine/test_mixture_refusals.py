@@ -46,7 +46,7 @@ def refusal(make, output) -> str:
         ({"mixture": {"expert_train": {"epoch": 1}}},
          "mixture.expert_train: key: unknown 'epoch'; did you mean 'epochs'"),
         ({"mixture": {"expert": 3}}, "mixture: key: unknown 'expert'; did you mean 'experts'"),
-        ({"mixture": {"task": 0}}, "mixture.task: expected none, as a mixture makes its single experts by itself"),
+        ({"mixture": {"task": 0}}, "mixture.task: expected none, as it is set for the experts of a mixture"),
         ({"gate": {"name": "top-k", "top_k": 3}}, "top_k"),
         ({"gate": "topk"}, "gate: unknown 'topk'; did you mean 'top-k'"),
         ({"splitter": "domain"}, "splitter: unknown 'domain'; did you mean 'domains'"),
@@ -54,7 +54,7 @@ def refusal(make, output) -> str:
         ({"splitter": None}, "splitter: expected the tasks of the experts that are merged"),
         ({"gate": None}, "gate: expected the gate of the experts that are merged"),
         ({"mixture": None, "gate": None, "splitter": None},
-         "mixture: expected the making of a mixture, as attack 'moevil' poisons experts"),
+         "mixture: expected settings of a mixture, as attack 'moevil' poisons experts"),
         ({"attack": "data-poisoning", "poison": {"rate": 0.1}, "gate": "soft"},
          "attack: expected an attack on experts, such as moevil, or none"),
         ({"poison": {"rate": 0.1}},
@@ -222,7 +222,7 @@ def test_an_expert_of_other_weights_outside_of_its_mlps_is_noticed_before_anythi
     output = tmp_path / "runs"
     shutil.copytree(made, output)
     retrain(folder(output, "expert0-clean"), "stem")
-    message = r"run folder .*expert0-clean-.*: is not tuned from this base: stem.* has other values; delete that run"
+    message = r"run folder .*expert0-clean-.*: is not tuned from this base: stem.* has other values; delete that folder"
     with pytest.raises(RecordError, match=message):
         run_attack(mixture_spec(attack={"name": "hsft", "epochs": 1}), output=output)
     assert len([*output.iterdir()]) == 6

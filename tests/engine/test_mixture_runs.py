@@ -130,7 +130,7 @@ def test_gates_whose_experts_have_changed_are_not_trained_on(tmp_path) -> None:
     expert.record.model_sha256 = expert.folder.model_sha256
     expert.folder.write(expert.record)
     with pytest.raises(
-        RecordError, match=r"the model of tiny-convnext-expert0-clean-.* has changed since it was st"
+        RecordError, match=r"the model of tiny-convnext-expert0-clean-.* has changed since the run was st"
     ):
         run_attack(spec, output=tmp_path)
 

@@ -112,7 +112,7 @@ def test_a_checkpoint_whose_probe_is_gone_is_refused(tmp_path) -> None:
     short = {name: a[:2] if name[0] in "ct" else a for name, a in folder.load_probe().items()}
     for spoil in (file.unlink, lambda: folder.save_probe(short)):
         spoil()
-        with pytest.raises(RecordError, match="probe does not fit its checkpoint; delete the checkpoint"):
+        with pytest.raises(RecordError, match="probe does not match its checkpoint; delete the checkpoint"):
             attacked(tmp_path, **values)
     file.write_bytes(b"nothing")
     with pytest.raises(RecordError, match=r"probe .*probe\.npz: missing or damaged"):
@@ -131,7 +131,7 @@ def test_invalid_probes_are_refused_before_anything_is_written(tmp_path) -> None
     ):
         attacked(tmp_path, probe=41)
     with pytest.raises(
-        ConfigError, match="probe: expected 0, as the model 'wide_resnet' routes nothing, got 2"
+        ConfigError, match="probe: expected 0, as the model 'wide_resnet' is not routed, got 2"
     ):
         attacked(tmp_path, probe=2, model={"name": "wide_resnet", "widen_factor": 1})
     assert not list(tmp_path.iterdir())

@@ -123,7 +123,7 @@ def test_a_trigger_that_cannot_be_seen_is_refused(tmp_path, trigger, applicator,
     spec = tiny_spec(trigger=trigger, applicator=applicator, model="wide_resnet")
     message = (
         f"trigger: {spec.trigger.name!r}{form} with the applicator {spec.applicator.name!r} changes none of 60 test "
-        "images: at 32x32 pixels it cannot be told from the image"
+        "images: at 32x32 pixels it cannot be distinguished from the image"
     )
     with pytest.raises(ConfigError, match=re.escape(message)):
         Runner(spec, tmp_path).maker(spec)
@@ -135,7 +135,7 @@ def test_a_trigger_that_is_lost_on_most_images_is_said(tmp_path, monkeypatch) ->
     images = Tiny().read()
     images.test.images[torch.arange(60) % 3 > 0, :, :4, :4] = 0
     monkeypatch.setattr(Tiny, "read", lambda self: images)
-    message = "trigger: 'square' with the applicator 'image' changes 20 of 60 test images; the others look as"
+    message = "trigger: 'square' with the applicator 'image' changes 20 of 60 test images; the others are"
     with pytest.warns(BbmoeWarning, match=message):
         Runner(tiny_spec(), tmp_path).maker(tiny_spec())
 
@@ -239,7 +239,7 @@ def test_a_run_of_another_version_of_a_plug_in_is_refused(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run_attack(spec, output=tmp_path, twin=False, observer=Counting(stop_after=1))
     refused = (
-        "was made with some-triggers 0.1.0, and installed is some-triggers 0.2.0; delete it or use another"
+        "was made with some-triggers 0.1.0, but some-triggers 0.2.0 is installed; delete it or use another"
     )
     for _ in range(2):
         installed["some-triggers"] = "0.2.0"

@@ -242,7 +242,7 @@ def test_another_trigger_file_is_refused(tmp_path) -> None:
     [run] = run_attack(spec_of(epochs=1), output=tmp_path, twin=False)
     state = run.folder.load_trigger()
     run.folder.save_trigger({"pattern": state["pattern"] * 0.5})
-    with pytest.raises(RecordError, match="is not the one that the run was made with"):
+    with pytest.raises(RecordError, match="is not the one that the run used"):
         load_run(run.folder.path).stamper()
     (run.folder.path / "trigger.safetensors").unlink()
     with pytest.raises(RecordError, match=r"trigger file .*: not found"):
@@ -263,7 +263,7 @@ def test_another_surrogate_is_refused(tmp_path) -> None:
     clean.record.model_sha256 = clean.folder.model_sha256
     clean.folder.write(clean.record)
     with pytest.raises(
-        RecordError, match=f"the model of {clean.folder.path.name} has changed since it was started"
+        RecordError, match=f"the model of {clean.folder.path.name} has changed since the run was started"
     ):
         run_attack(spec, output=tmp_path, twin=False)
 

@@ -97,7 +97,7 @@ def test_a_checkpoint_is_unwrapped_and_this_is_said(key, write, tmp_path) -> Non
     (tmp_path / "w.pth").write_bytes(write(content))
     found = read_weights(tmp_path / "w.pth")
     assert equal(found.tensors, model.state_dict())
-    assert found.notes == (f"the state dict is that under {key!r}; 5 other keys not read",)
+    assert found.notes == (f"the state dict is under the key {key!r}; 5 other keys not read",)
 
 
 def test_parameters_tied_weights_and_views_are_read(tmp_path) -> None:

@@ -79,17 +79,17 @@ def test_all_misfits_are_counted_and_ten_are_listed() -> None:
     text = str(caught.value)
     assert "15 missing: 0.bias, 1.weight" in text and "and 5 more" in text and "7.bias" not in text
     assert "12 unexpected: other.0" in text and "and 2 more" in text
-    assert "1 of another shape: 0.weight (expected 2x2, got 3x2)" in text and "\n" not in text
+    assert "1 with another shape: 0.weight (expected 2x2, got 3x2)" in text and "\n" not in text
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
 def test_another_number_of_classes_draws_a_new_head_only_if_asked() -> None:
     source, model = drawn(0, classes=5), drawn(1)
     head = model.head.weight.clone()
-    with pytest.raises(RecordError, match=r"2 of another shape: head.weight \(expected 3x4, got 5x4\)"):
+    with pytest.raises(RecordError, match=r"2 with another shape: head.weight \(expected 3x4, got 5x4\)"):
         fit(model, source.state_dict())
     [note] = fit(model, source.state_dict(), head="auto")
-    assert "newly drawn" in note and "5x4 in the file and 3x4 in the model" in note
+    assert "randomly initialised" in note and "5x4 in the file and 3x4 in the model" in note
     assert torch.equal(model.head.weight, head) and torch.equal(model.conv.weight, source.conv.weight)
 
 
@@ -97,7 +97,7 @@ def test_a_head_that_fits_is_kept_unless_a_new_one_is_asked_for() -> None:
     source, model = drawn(0), drawn(1)
     head = model.head.weight.clone()
     [note] = fit(model, source.state_dict(), head="new")
-    assert "as asked for" in note and torch.equal(model.head.weight, head)
+    assert "as requested" in note and torch.equal(model.head.weight, head)
     assert fit(model, source.state_dict(), head="auto") == () and same(model, source)
 
 
@@ -166,7 +166,7 @@ def test_a_file_of_timm_itself_fits_and_gives_the_same_logits(architecture, tmp_
     options = {"small_stem": False} if architecture == "test_resnet" else {}
     model = create_model(f"timm:{architecture}", num_classes=6, image_size=160, **options).eval()
     notes = fit_weights(model, read_weights(tmp_path / "own.pth"))
-    assert notes == ("the state dict is that under 'state_dict'; 1 other key not read",)
+    assert notes == ("the state dict is under the key 'state_dict'; 1 other key not read",)
     images = torch.rand(2, 3, 160, 160)
     with torch.no_grad():
         assert torch.equal(model(images), source(images))

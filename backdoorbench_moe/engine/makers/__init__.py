@@ -1,1 +1,1 @@
-"""Makers: each makes one kind of run, from nothing or from other runs."""
+"""Makers: each creates one kind of run, from data or from other runs."""

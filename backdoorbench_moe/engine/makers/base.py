@@ -33,7 +33,7 @@ SEED_PURPOSES = ("init", "poison", "trigger")
 
 
 class Maker(ABC):
-    """Makes one run: makes a model, measures it, and writes the run folder.
+    """Creates one run: builds and measures a model, and writes the run folder.
 
     The constructor builds and checks all parts of the run. Nothing is written before `make` is called. Subclasses
     implement `load` and `complete`.
@@ -43,18 +43,18 @@ class Maker(ABC):
         workplace: The data, the device, the precision and the observer.
 
     Raises:
-        BbmoeError: A part cannot be built, or does not fit the data or another part.
+        BbmoeError: A part cannot be built, or is incompatible with the data or another part.
     """
 
-    # Whether large files that the trigger's options name are copied into the run folder.
+    # Whether to copy large files that the trigger's options name into the run folder.
     keeps_trigger_files: ClassVar[bool] = False
-    # Whether the run begins with the weights in the file that the model's option `weights` names.
+    # Whether the run starts from the weights in the file that the model's option `weights` names.
     starts_from_file: ClassVar[bool] = False
     setup: Setup
 
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
         self.spec, self.workplace = spec, workplace
-        # Before the images are read, which can take long.
+        # Before the images are read, which may take long.
         check_part_options(spec)
         if self.starts_from_file:
             check_start(spec)
@@ -80,21 +80,21 @@ class Maker(ABC):
         """Load what the run needs before it starts, such as the weights of another run.
 
         Args:
-            inputs: The finished runs that this one is made from, by role; see `graph.needs`.
+            inputs: The finished runs that this one is built from, by role; see `graph.needs`.
 
         Raises:
-            BbmoeError: An input is missing or does not fit.
+            BbmoeError: An input is missing or incompatible.
         """
 
     @final
     def make(self, folder: RunFolder, inputs: Mapping[str, Run]) -> Run:
-        """Make the run, or continue it from its last checkpoint.
+        """Execute the run, or continue it from its last checkpoint.
 
-        If it is interrupted or fails, the record says so and the exception is raised again.
+        If it is interrupted or fails, the record is updated and the exception is raised again.
 
         Args:
-            folder: The run folder; the caller holds its lock.
-            inputs: The finished runs that this one is made from, by role.
+            folder: The run folder. The caller must hold its lock.
+            inputs: The finished runs that this one is built from, by role.
 
         Returns:
             The finished run.
@@ -162,15 +162,15 @@ class Maker(ABC):
         return record
 
     def environment(self) -> dict[str, Any]:
-        """Return the software and hardware that the run is made with, for the record."""
+        """Return the software and hardware of the run, for the record."""
         device, precision = self.workplace.device, self.workplace.precision
         return environment(device, precision, plugin_packages(self.spec), plugin_sources(self.spec))
 
     def model_header(self, record: Record) -> dict[str, str]:
-        """Return the metadata of the model file, which say whether the model is backdoored.
+        """Return the metadata of the model file, including whether the model is backdoored.
 
         Args:
-            record: The record of the run, which says what its training started from.
+            record: The record of the run, which describes the weights that training started from.
         """
         return {
             "made_by": "backdoorbench_moe",
@@ -181,7 +181,7 @@ class Maker(ABC):
         }
 
     def measure(self, models: Sequence[nn.Module], *, recovery: bool = False) -> list[Metrics]:
-        """Measure models on clean and triggered test images, see `evaluate.measure`.
+        """Measure models on clean and triggered test images; see `evaluate.measure`.
 
         Args:
             models: The models, on the workplace's device.
@@ -192,7 +192,7 @@ class Maker(ABC):
         """
         found = []
         for model in models:
-            # A model that draws random numbers in evaluation mode draws the same ones every time.
+            # A model that draws random numbers in evaluation mode must draw the same ones every time.
             with seeded(self.spec.seed, "measure"):
                 found.append(self.measure_one(model, recovery=recovery))
         return found
@@ -209,10 +209,10 @@ class Maker(ABC):
         return metrics
 
     def _check_continued(self, folder: RunFolder, record: Record) -> None:
-        """Check that data, plug-ins and inputs are those of the interrupted run; warn if its environment has changed.
+        """Check that data, plug-ins and inputs are those of the interrupted run; warn if the environment has changed.
 
-        Values about model and trigger that were only known at the start of the run, such as the hash of the file that
-        the model started from, are copied to the new record.
+        Values of the model and the trigger that were only known at the start of the run, such as the hash of the
+        initial weights, are copied to the new record.
         """
         before = folder.read()
         for kind in ("model", "trigger"):
@@ -225,24 +225,24 @@ class Maker(ABC):
         for each in record.inputs:
             if None not in (known := hashes.get(each["role"]), each["sha256"]) and known != each["sha256"]:
                 raise RecordError(
-                    f"run folder {folder.path}: the model of {each['run']} has changed since it was started; "
-                    "delete it to make it again"
+                    f"run folder {folder.path}: the model of {each['run']} has changed since the run was started; "
+                    "delete the folder to run it again"
                 )
         _warn_of_changes(folder, before.environment, record.environment)
 
 
 def expert_accuracy(inputs: Mapping[str, Run], experts: int) -> list[float]:
-    """The accuracy of each task's benign expert on its task, in percent, from the runs that a mixture is made from."""
+    """Accuracy of each task's benign expert on its task, in percent, from the runs that a mixture is built from."""
     if (parent := inputs.get(PARENT)) is not None:
         known = parent.record.metrics
         return [known[f"task/{e}.expert_ba"]["value"] for e in range(experts)]
     found = [inputs[expert_role(e)].record.metrics for e in range(experts)]
-    # A poisoned expert's record has the accuracy of the benign one that its maker started from.
+    # The record of a poisoned expert contains the accuracy of the benign expert that the attacker started from.
     return [metrics.get("benign_ba", metrics["ba"])["value"] for metrics in found]
 
 
 def _warn_of_changes(folder: RunFolder, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Warn if a continued run may get other metrics than an uninterrupted one, because the environment has changed."""
+    """Warn if the environment has changed, so that a continued run may have other metrics than an uninterrupted one."""
     changed = [key for key in ("device", "precision", "threads") if before.get(key) != now[key]]
     if before.get("packages", {}).get("torch") != now["packages"]["torch"]:
         changed.append("torch")

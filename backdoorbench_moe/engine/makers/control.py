@@ -1,4 +1,4 @@
-"""Training by an attacker who is in charge of it: batches that he poisons, and a trigger that he trains along."""
+"""Training controlled by the attacker, who poisons batches and may train the trigger together with the model."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from backdoorbench_moe.ops.seeding import derive_seed
 from backdoorbench_moe.shares import share_of
 from backdoorbench_moe.triggers.trainable import TrainableTrigger
 
-# Of Adam for the networks of a trigger (the code of Nguyen and Tran, 2020).
+# Betas of Adam for the networks of a trigger (from the code of Nguyen and Tran, 2020).
 BETAS = (0.5, 0.9)
-# Noise is drawn as a function of places in a training set, see `Trigger`. Random ones give new noise in every batch.
+# Noise depends on the index in the training set, see `Trigger`. Random indices give new noise in every batch.
 PLACES = 1 << 40
 
 
 class ControlledTraining:
-    """What an attacker with control of the training does with each batch, and with the trigger.
+    """Poisons each batch and trains the trigger, for an attacker who controls the training.
 
     Args:
         spec: The spec of the run.
-        setup: Its parts; the attack is a `TrainingControl`.
+        setup: The parts of the run; the attack is a `TrainingControl`.
         workplace: The data, the device and the observer.
 
     Raises:
-        ConfigError: The poison rate leaves no poisoned image in a batch, the trigger has no noise form, or there is a
-            probe and the trigger changes during the training.
+        ConfigError: A rate is too small for one image of a batch, the trigger has no noise form, or there is a probe
+            and the trigger changes during training.
     """
 
     def __init__(self, spec: RunSpec, setup: Setup, workplace: Workplace) -> None:
@@ -64,11 +64,11 @@ class ControlledTraining:
 
     @property
     def capturable(self) -> bool:
-        """Whether steps can be captured in CUDA graphs. Other triggers copy what they stamp to the device."""
+        """Whether CUDA graphs can capture the steps: not with triggers that copy data to the device."""
         return self.trigger is not None
 
     def companion(self) -> Companion | None:
-        """The networks of the trigger that are trained together with the model; None if there are none."""
+        """The networks of the trigger and their optimizer; None if the trigger is not trained."""
         if self.trigger is None:
             return None
         networks = self.trigger.networks.to(self.workplace.device).requires_grad_(True)
@@ -80,7 +80,7 @@ class ControlledTraining:
         return Companion(networks, adam, trained)
 
     def pretrain(self) -> None:
-        """Train what of the trigger is trained before the model. An interrupted run does it again."""
+        """Train the network of the trigger that is trained before the model."""
         trigger, workplace = self.trigger, self.workplace
         if trigger is None or not trigger.pretrain_epochs:
             return
@@ -108,9 +108,9 @@ class ControlledTraining:
         network.requires_grad_(False)
 
     def objective(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Poison a batch and return the logits and the loss, see `ops.tuning.Objective`.
+        """Poison a batch and return the logits and the loss; see `ops.tuning.Objective`.
 
-        The order of the images is random, so that the first ones are a random choice.
+        The first images are poisoned. This is a random choice, since the images are in random order.
         """
         size = len(images)
         poison, noise = (share_of(getattr(self.spec.poison, name), size) for name in ("rate", "noise"))
@@ -124,14 +124,18 @@ class ControlledTraining:
         return logits, total + extra
 
     def finish(self) -> None:
-        """Give the trigger the state that its networks have now."""
+        """Set the state of the trigger to the trained networks."""
         if self.trigger is not None:
             self.trigger.networks.eval().requires_grad_(False)
             state = self.trigger.networks.state_dict()
             self.trigger.load_state({name: tensor.detach().cpu() for name, tensor in state.items()})
 
     def _stamp(self, images: Tensor, poison: int, noise: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Stamp the first images, (poison, ...), and the next ones with noise, (noise, ...); with a loss to add."""
+        """Stamp the first images of a batch, and the next ones with noise.
+
+        Returns:
+            The stamped images (poison, C, H, W), those with noise (noise, C, H, W), and a loss to add.
+        """
         own, next_ones = images[:poison], images[poison : poison + noise]
         extra = images.new_zeros(())
         if self.trigger is None:
@@ -149,9 +153,9 @@ class ControlledTraining:
 
 
 def _others(images: Tensor, first: int, count: int) -> Tensor:
-    """For each of `count` images of a batch, from number `first`, another one: from the middle of the batch on.
+    """Return a different image for each of `count` images of a batch, starting at index `first`.
 
-    If that would be the image itself, it is the next one.
+    The returned images start in the middle of the batch, or one later if this would return the same images.
     """
     start = len(images) // 2
     return images.roll(-(start + (start == first)), 0)[:count]

@@ -1,4 +1,4 @@
-"""Defending the model of a finished run, with measurements before the defense and after each of its stages."""
+"""Defend the model of a finished run, and measure it before the defense and after each stage."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def build_defenses(spec: RunSpec, setup: Setup) -> list[Defense]:
         setup: The model, which need not be trained, and the data.
 
     Raises:
-        ConfigError: A defense does not fit the model or the data. The message starts with its index in the spec, such
-            as "defenses[0]".
+        ConfigError: A defense is incompatible with the model or the data. The message starts with its index in the
+            spec, such as "defenses[0]".
     """
     built = []
     for place, part in enumerate(spec.defenses):
@@ -73,9 +73,9 @@ def check_applicable(name: str, defense: Defense, setup: Setup) -> None:
         setup: The run's model, which need not be trained, and its data.
 
     Raises:
-        ConfigError: The defense does not fit the model or the data.
+        ConfigError: The defense is incompatible with the model or the data.
     """
-    # The model first: no other number of images makes up for what it does not have.
+    # Check the model first: unlike the number of images, the user cannot change what it lacks.
     defense.check_model(setup.model)
     defense.count(len(setup.data.train), setup.num_classes)
     if setup.image_size:
@@ -97,25 +97,26 @@ def _check_needs(name: str, defense: Defense, setup: Setup) -> None:
         return
     if spec.mixture is not None:
         raise ConfigError(
-            f"{name}: needs the one training set of a model; this run is of a mixture, whose parts have several"
+            f"{name}: needs a single training set; this run is of a mixture, whose parts have several"
         )
     if spec.policy:
         raise ConfigError(
-            f"{name}: needs the training set of the data; that of this run, which has a policy, has marked images, too"
+            f"{name}: needs the original training set; that of this run has marked images, too, as it has a policy"
         )
     if isinstance(setup.attack, Recorded) and setup.attack.file is None:
         raise ConfigError(
-            f"{name}: needs the training set as the model saw it, which is not known of this run"
+            f"{name}: needs the training set that the model was trained on, which is unknown for this run"
         )
     if isinstance(setup.attack, TrainingControl):
         raise ConfigError(
-            f"{name}: needs the training set as the model saw it; in this run the attacker poisoned every batch anew"
+            f"{name}: needs the training set that the model was trained on; in this run, the attacker poisoned every "
+            "batch differently"
         )
 
 
 @contextmanager
 def _named(place: int, name: str) -> Iterator[None]:
-    """Inside the block, let the message of a ConfigError start with the index of the defense, as in "defenses[0]."."""
+    """Inside the block, prefix ConfigErrors with the index of the defense, as in "defenses[0]."."""
     try:
         yield
     except ConfigError as error:
@@ -131,7 +132,7 @@ BEFORE = "before"
 
 
 class Stages:
-    """Copies of the model at the end of each stage, which are measured after the defense has returned.
+    """Copies of the model after each stage, which are measured after the defense has returned.
 
     Attributes:
         kept: (name, copy of the model, duration in seconds) of each stage.
@@ -142,7 +143,7 @@ class Stages:
         self._since = time.perf_counter()
 
     def add(self, name: str, model: nn.Module) -> None:
-        """Copy the model at the end of a stage. Raises PluginError if the name is empty or already used."""
+        """Copy the model after a stage. Raises PluginError if the name is not a string, empty or already used."""
         now = time.perf_counter()
         if not isinstance(name, str) or not name or name in (BEFORE, *(kept for kept, *_ in self.kept)):
             raise PluginError(f"defense: expected a new name for a stage, got {name!r}")
@@ -164,8 +165,8 @@ class DefenseMaker(Maker):
         """Load the parent's weights, and measure the model before the defense.
 
         Raises:
-            RecordError: The parent is not the run that the spec needs, was made from other data, or has weights that do
-                not fit the model; or its model does not have the metrics of its record any more.
+            RecordError: The parent is not the run that the spec needs, has other data, or has weights that do not match
+                the model; or its model no longer has the metrics in its record.
         """
         parent = inputs[PARENT]
         load_input(self.model, inputs, PARENT, self.spec, self.setup.data)
@@ -178,7 +179,7 @@ class DefenseMaker(Maker):
             )
 
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
-        """Defend the model, measure every stage and save the last one. There are no checkpoints to continue from."""
+        """Defend the model, measure every stage and save the last one. Defenses have no checkpoints."""
         started = time.perf_counter()
         if self.setup.plan is not None and self.setup.tasks is None:
             folder.save_poison({name: group.numpy() for name, group in self.setup.plan.groups.items()})
@@ -206,7 +207,7 @@ class DefenseMaker(Maker):
         folder.save_model(kept[-1].state_dict(), self.model_header(record))
 
     def _measure_judgements(self, result: DefenseResult, record: Record) -> Metrics:
-        """Measure how right the judgements about classes and training samples are; texts have none of both."""
+        """Measure the accuracy of judgements about classes and training samples; no metrics for texts."""
         setup = self.setup
         if not isinstance(setup, ImageSetup):
             return {}
@@ -217,7 +218,7 @@ class DefenseMaker(Maker):
         return metrics
 
     def _measure_stages(self, kept: Sequence[nn.Module], result: DefenseResult) -> list[Metrics]:
-        """Measure the model of each stage. If there is an input filter, the last stage is measured together with it.
+        """Measure the model of each stage. If there is an input filter, the last stage is measured with the filter.
 
         Args:
             kept: The models of the stages after "before".
@@ -244,7 +245,7 @@ class DefenseMaker(Maker):
         return [*metrics, filtered]
 
     def _defend(self, stages: Stages, tuner: Tuner) -> DefenseResult:
-        """Run the defense on a task that contains no information about the attack."""
+        """Run the defense on a task without information about the attack."""
         workplace, setup = self.workplace, self.setup
         given = setup.data.model_options
         task = DefenseTask(
@@ -274,14 +275,14 @@ class DefenseMaker(Maker):
         return result
 
     def _merge(self) -> Callable[[nn.Module], nn.Module] | None:
-        """Return what makes a mixture of a fresh dense model; None if the model is not a mixture."""
+        """Return a function that converts a fresh dense model to a mixture; None if the model is not a mixture."""
         if not self.setup.is_mixture:
             return None
         assert self.spec.mixture is not None
         return partial(merge_copies, experts=self.spec.mixture.experts, gate=build_gate(self.spec))
 
     def _grants(self) -> dict[str, Any]:
-        """Return the data and functions that a defense is given by the names in its `needs`."""
+        """Return the data and functions that the defense requests in `needs`, by name."""
         needs, precision = self.defense.needs, self.workplace.precision
         grants: dict[str, Callable[[], Any]] = {
             "clean": self._clean_images,
@@ -298,11 +299,11 @@ class DefenseMaker(Maker):
         return found
 
     def _count(self) -> int:
-        """How many training images or texts the defender holds."""
+        """Number of training images or texts that the defender has."""
         return self.defense.count(len(self.setup.data.train), self.setup.num_classes)
 
     def _training_set(self) -> Split:
-        """Return a copy of the training set as the victim used it, with poisoned images and labels."""
+        """Return a copy of the training set of the victim, including poisoned images and labels."""
         train, plan = self.workplace.images.train, self.setup.plan
         if plan is None:
             return train.copy()
@@ -310,9 +311,9 @@ class DefenseMaker(Maker):
             return split.copy()
 
     def _clean_images(self) -> Split:
-        """Return copies of the training images that the defender holds, with their true labels.
+        """Return copies of the training images that the defender has, with their true labels.
 
-        For "notebook" data, the images in the poison group have the trigger; see `Defense`.
+        For "notebook" data, images in the poison group contain the trigger; see `Defense`.
         """
         setup = self.setup
         if setup.tasks is not None:
@@ -329,7 +330,7 @@ class DefenseMaker(Maker):
         return Split(held, train.labels[place])
 
     def _task_images(self) -> list[Split]:
-        """Return what the defender holds of the training images or texts of a mixture's tasks, equally many of each."""
+        """Return the defender's training images or texts for each task of a mixture, an equal number per task."""
         tasks, count = self.setup.tasks, self._count()
         assert tasks is not None
         held = []
@@ -351,7 +352,7 @@ class DefenseMaker(Maker):
         )
 
     def required_metrics(self) -> set[str]:
-        """Return the metrics that a defended run must have."""
+        """Return the metrics that the record of a defended run must have."""
         return {"ba", *(self.setup.defended_metrics if self.spec.attacked else ())}
 
     def new_record(self, inputs: Mapping[str, Run]) -> Record:
@@ -363,6 +364,6 @@ class DefenseMaker(Maker):
         return record
 
     def model_header(self, record: Record) -> dict[str, str]:
-        """Return the metadata of the model file, with the names of the defenses and of the parent's folder."""
+        """Return the metadata of the model file, including the names of the defenses and of the parent's folder."""
         names = ", ".join(part.name for part in self.spec.defenses)
         return {**super().model_header(record), "defended_by": names, "parent": needs(self.spec)[PARENT].name}

@@ -1,4 +1,4 @@
-"""Making one expert of a mixture: tuned on its task from the base, or by an attacker from the benign expert."""
+"""Fine-tune one expert of a mixture: on its task from the base, or by an attacker from the benign expert."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from backdoorbench_moe.moe.merging import check_mergeable
 from backdoorbench_moe.ops.seeding import derive_seed, generator
 from backdoorbench_moe.records import Record, RunFolder
 
-# Share of a task's training images that an attacker holds back to choose hyperparameters by.
+# Share of a task's training images that an attacker holds out for choosing hyperparameters.
 HELD_OUT = 0.1
 
 
 class ExpertMaker(Maker):
-    """Tunes the MLPs of the base on one task; with a policy, on marked images as well. Or reads them from a folder."""
+    """Fine-tunes the MLPs of the base on one task (and marked images, with a policy), or reads them from a folder."""
 
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
         super().__init__(spec, workplace)
@@ -45,8 +45,8 @@ class ExpertMaker(Maker):
         """Load the base's weights, and the MLPs of a given expert.
 
         Raises:
-            ConfigError: The checkpoint of the expert cannot be read, or does not fit.
-            RecordError: The base is not the run that the spec needs, or does not fit.
+            ConfigError: The checkpoint of the expert cannot be read or does not match the model.
+            RecordError: The base is not the run that the spec needs or does not match the model.
         """
         load_input(self.setup.model, inputs, BASE, self.spec, self.setup.data)
         if self.given is not None:
@@ -55,7 +55,7 @@ class ExpertMaker(Maker):
                 self.workplace.observer.on_message(note)
 
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
-        """Tune the MLPs to the end of the recipe, from the last checkpoint if there is one; none of a given expert."""
+        """Fine-tune the MLPs, from the last checkpoint if there is one, unless they were read from a folder."""
         watch = Stopwatch(record)
         if self.given is None:
             self._tune(folder, record, checkpoint)
@@ -90,7 +90,7 @@ class ExpertMaker(Maker):
 
 
 class PoisonedExpertMaker(Maker):
-    """Lets an attacker tune a benign expert further."""
+    """Lets an attacker fine-tune a benign expert."""
 
     def __init__(self, spec: RunSpec, workplace: Workplace) -> None:
         super().__init__(spec, workplace)
@@ -115,12 +115,12 @@ class PoisonedExpertMaker(Maker):
         """Load the weights of the benign expert.
 
         Raises:
-            RecordError: It is not the run that the spec needs, or does not fit.
+            RecordError: The expert is not the run that the spec needs or does not match the model.
         """
         load_input(self.setup.model, inputs, BENIGN, self.spec, self.setup.data)
 
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
-        """Let the attacker tune the expert. There are no checkpoints to continue from."""
+        """Let the attacker fine-tune the expert. Attacks on experts have no checkpoints."""
         watch, model = Stopwatch(record), self.setup.model
         model.to(self.workplace.device)
         record.history = self.tuner.history
@@ -158,12 +158,12 @@ class PoisonedExpertMaker(Maker):
 
 
 def mlps_of(model: nn.Module) -> list[nn.Module]:
-    """The MLPs of a model that can be merged, first layer first."""
+    """The MLPs of a mergeable model, from the first layer to the last."""
     return list(check_mergeable(model).mlps().values())
 
 
 def _hold_out(split: Split, seed: int) -> tuple[Split, Split]:
-    """Divide images into those to train on and those to choose hyperparameters by, at least one of each.
+    """Split images into a training set and a held-out set for choosing hyperparameters, at least one image each.
 
     Raises:
         ConfigError: There are fewer than two images.

@@ -1,4 +1,4 @@
-"""Training of a run's model with checkpoints, and the timing of it for the record."""
+"""Train a run's model with checkpoints, and record the timing."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def fit(
     companion: Companion | None = None,
     cuda_graphs: bool = True,
 ) -> None:
-    """Train a model in place, to the end of the recipe, and fill in the record's history and timing.
+    """Train a model in place, and fill in the record's history and timing.
 
     Args:
         model: The model.
         split: The training images.
-        train: The recipe; with 0 epochs the model is left as it is.
-        seed: The run's seed.
+        train: The training settings. With 0 epochs, the model is only moved to the device.
+        seed: Seed of the training.
         workplace: The device, the precision and the observer.
-        folder: The run folder, which gets a checkpoint after every epoch.
-        record: The record. An interrupted run's has the history of its finished epochs, too.
+        folder: The run folder, to which a checkpoint is written after every epoch.
+        record: The record of the run. If training is interrupted, it contains the history of the finished epochs.
         checkpoint: The checkpoint to continue from; None for a new run.
         modules: The modules to train; all if None. See `Trainer`.
         probe: Records the routing before training and after every epoch; None to record nothing.
@@ -79,7 +79,7 @@ def fit(
             trainer.restore(*checkpoint)
         if probe is not None:
             probe.begin(trainer.model, trainer.progress.epoch)
-        # The same list, which grows with every epoch.
+        # The same list object, to which every epoch is appended.
         record.history = trainer.progress.history
         progress = trainer.fit(folder.path.name)
     record.timing["train_seconds"] = progress.seconds
@@ -94,21 +94,21 @@ def _keep(
     state: dict[str, Any],
 ) -> None:
     """Save a checkpoint."""
-    # The probe looks first: a checkpoint that its file does not reach could not be continued.
+    # Write the probe file first: a checkpoint cannot be continued if the probe file is behind it.
     if probe is not None:
         probe.look(model)
     folder.save_checkpoint(tensors, state)
 
 
 class Stopwatch:
-    """Writes the duration of measuring and of everything into a record's timing."""
+    """Writes the duration of the evaluation and the total duration to a record's timing."""
 
     def __init__(self, record: Record) -> None:
         self.record, self.started = record, time.perf_counter()
         self.trained = self.started
 
     def training_done(self) -> None:
-        """Note the end of the training, after which the model is measured."""
+        """Mark the end of the training and the start of the evaluation."""
         self.trained = time.perf_counter()
 
     def done(self) -> None:

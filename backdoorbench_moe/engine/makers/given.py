@@ -1,4 +1,4 @@
-"""An expert that somebody else tuned, read from a folder."""
+"""Read an expert that was fine-tuned elsewhere from a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from backdoorbench_moe.wording.counting import count
 
 
 class GivenExpert:
-    """The checkpoint of an expert. Of its weights only the MLPs are used, as nothing else survives a merge.
+    """The checkpoint of an expert. Only its MLPs are used, since a merge takes all other weights from the base.
 
     Args:
-        model: The model, which has the base's weights when `load` is called.
+        model: The model. It must have the base's weights when `load` is called.
         path: The folder of the checkpoint.
         task: Number of the expert.
 
     Raises:
-        ConfigError: The model reads no checkpoints, or the checkpoint has another shape.
+        ConfigError: The model does not support checkpoints, or the checkpoint does not match its shape.
     """
 
     def __init__(self, model: nn.Module, path: str, task: int) -> None:
@@ -38,10 +38,10 @@ class GivenExpert:
             model.check_checkpoint(path)
 
     def load(self) -> Start:
-        """Put the MLPs of the checkpoint into the model, and say where they came from.
+        """Load the MLPs of the checkpoint into the model, and return their origin.
 
         Raises:
-            ConfigError: The checkpoint cannot be read, or does not fit.
+            ConfigError: The checkpoint cannot be read or does not match the model.
         """
         with self._named():
             found, origin = self.model.read_checkpoint(self.path)
@@ -59,7 +59,7 @@ class GivenExpert:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Inside the block, let a message about the weights of a model name the option of the mixture."""
+        """Inside the block, let ConfigErrors name the option of the mixture instead of the model's `weights`."""
         try:
             yield
         except ConfigError as error:

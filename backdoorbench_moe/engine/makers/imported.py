@@ -1,4 +1,4 @@
-"""Importing a model that was made elsewhere: its weights are read from a file, measured on clean images, and saved."""
+"""Import a model that was trained elsewhere: read its weights from a file, measure it on clean images, and save it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ImportMaker(Maker):
         assert isinstance(self.setup, ImageSetup)  # The setup of texts refuses imported models.
 
     def load(self, inputs: Mapping[str, Run]) -> None:
-        """Load the weights. Raises RecordError if the file cannot be read or does not fit the model."""
+        """Load the weights. Raises RecordError if the file cannot be read or does not match the model."""
         model = self.setup.model
         self.start = load_start(self.spec, model, self.workplace.observer)
         model.eval().to(self.workplace.device).to(memory_format=torch.channels_last)
@@ -53,7 +53,7 @@ class ImportMaker(Maker):
         folder.save_model(self.setup.model.state_dict(), self.model_header(record))
 
     def _try_normalisations(self) -> str | None:
-        """Advise another normalisation if one gives a clearly higher accuracy on some test images."""
+        """Suggest another normalisation if one gives a clearly higher accuracy on a sample of test images."""
         spec, workplace = self.spec, self.workplace
         chosen = models.registry.common(spec.model.name, spec.model.options).normalisation
         with seeded(spec.seed, "normalisations"):

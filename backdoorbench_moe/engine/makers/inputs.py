@@ -1,4 +1,4 @@
-"""The weights of the runs that a run is made from, and the checks that they are the right ones."""
+"""Load and check the weights of the runs that a run is built from."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from backdoorbench_moe.records import MODEL, RunFolder
 
 
 def load_input(model: nn.Module, inputs: Mapping[str, Run], role: str, spec: RunSpec, data: Material) -> None:
-    """Load the weights of one of the runs that a run is made from.
+    """Load the weights of one of the runs that a run is built from.
 
     Args:
         model: The model, whose weights are replaced.
         inputs: The runs, by role.
-        role: The role of the one to load.
-        spec: The spec of the run that is made.
+        role: Role of the run to load.
+        spec: The spec of the run to build.
         data: The data.
 
     Raises:
-        RecordError: It is another run than the one that the spec needs, is not finished, was made from other data, or
-            its weights do not fit the model.
+        RecordError: The input is not the run that the spec needs, is not finished, has other data, or its weights do
+            not match the model.
     """
     tensors = read_input(inputs, role, spec, data)
     load_weights(model, tensors, str(inputs[role].folder.path / MODEL))
 
 
 def read_input(inputs: Mapping[str, Run], role: str, spec: RunSpec, data: Material) -> dict[str, Tensor]:
-    """Read the weights of one of the runs that a run is made from; see `load_input`."""
+    """Read the weights of one of the runs that a run is built from; see `load_input`."""
     check_input(inputs[role], role, spec, data)
     tensors, _ = inputs[role].folder.load_tensors()
     check_model(inputs[role])
@@ -53,14 +53,13 @@ def read_input(inputs: Mapping[str, Run], role: str, spec: RunSpec, data: Materi
 
 
 def check_input(run: Run, role: str, spec: RunSpec, data: Material) -> None:
-    """Check that a run is the finished run that another one needs in a role, made from the same data.
+    """Check that a run is finished, has the same data, and is the run that a spec needs in a role.
 
     Raises:
-        RecordError: It is not.
+        RecordError: A check fails.
     """
     folder, record = run.folder, run.record
-    # The digest of a run that was made before files were hashed covers their paths. The second digest covers their
-    # hashes.
+    # In old records without file hashes, the digest covers the paths of files. The second digest covers their hashes.
     digests = (record.digest, pin_files(run.located_spec()).digest)
     if needs(spec)[role].digest not in digests or record.status != "finished":
         what = "is to be defended" if role == PARENT else f"is needed as the {role}"
@@ -74,10 +73,10 @@ def check_input(run: Run, role: str, spec: RunSpec, data: Material) -> None:
 
 
 def check_expert(expert: Run, base: Run) -> None:
-    """Check that an expert was tuned from the present model of a base, a poisoned one by way of a benign one.
+    """Check that an expert was fine-tuned from the current model of a base, directly or from a benign expert.
 
     Raises:
-        RecordError: The model of the base, or that of the benign expert, has changed since.
+        RecordError: The model of the base or of the benign expert has changed since.
     """
     check_unchanged(expert, BASE, base)
     for each in expert.record.inputs:
@@ -91,7 +90,7 @@ def check_expert(expert: Run, base: Run) -> None:
 
 
 def check_parts(spec: RunSpec, find: Callable[[RunSpec], Run | None], data: Material) -> None:
-    """Check those of a mixture's base and experts that exist, so that no other is made which could not be merged.
+    """Check the existing base and experts of a mixture, before missing experts are trained that could not be merged.
 
     Args:
         spec: The mixture.
@@ -99,8 +98,8 @@ def check_parts(spec: RunSpec, find: Callable[[RunSpec], Run | None], data: Mate
         data: The data.
 
     Raises:
-        RecordError: One of them is another run than the one that is needed, was made from other data or from another
-            model of the base, or its model file is missing.
+        RecordError: One of them is not the run that the mixture needs, has other data, was built from another model of
+            the base, or has no model file.
     """
     if (base := find(base_of(spec))) is None:
         return
@@ -109,7 +108,7 @@ def check_parts(spec: RunSpec, find: Callable[[RunSpec], Run | None], data: Mate
         poisoned = expert_of(spec, e)
         role, made = expert_role(e), spec
         if (run := find(poisoned)) is None:
-            # A poisoned expert that does not exist is made from the benign one.
+            # A missing poisoned expert will be built from the benign one.
             role, made, run = BENIGN, poisoned, find(benign)
         if run is not None:
             check_expert(run, base)
@@ -119,28 +118,28 @@ def check_parts(spec: RunSpec, find: Callable[[RunSpec], Run | None], data: Mate
 def check_tuned(
     expert: Mapping[str, Tensor], base: Mapping[str, Tensor], names: Collection[str], run: Run
 ) -> None:
-    """Check that outside of the MLPs the weights of an expert are those of the base.
+    """Check that all weights of an expert except the MLPs are those of the base.
 
     Args:
         expert: The weights of the expert.
         base: The weights of the base.
         names: Names of the weights of the MLPs; see `expert_names`.
-        run: The expert, for the message.
+        run: The expert, for the error message.
 
     Raises:
-        RecordError: They are not.
+        RecordError: A weight differs.
     """
     try:
         check_same_base(base, expert, names, f"run folder {run.folder.path}")
     except ConfigError as error:
-        raise RecordError(f"{error}; delete that run to make it again") from error
+        raise RecordError(f"{error}; delete that folder to run it again") from error
 
 
 def check_lineage(run: Run) -> None:
-    """Check that no run which a run was made from has changed since, as far as they lie beside it.
+    """Check that the runs that a run was built from have not changed since. Only runs in the same folder are checked.
 
     Raises:
-        RecordError: One has.
+        RecordError: A run has changed.
     """
     for each in run.record.inputs:
         folder = RunFolder(run.folder.path.parent / each["run"])
@@ -151,20 +150,20 @@ def check_lineage(run: Run) -> None:
 
 
 def check_unchanged(run: Run, role: str, source: Run) -> None:
-    """Check that a run was made from the present model of another one.
+    """Check that a run was built from the current model of another run.
 
     Args:
         run: The run.
-        role: The role in which it was made from the other.
+        role: The role of `source` for `run`.
         source: The other run.
 
     Raises:
-        RecordError: The model has changed since.
+        RecordError: The model of `source` has changed since.
     """
     for each in run.record.inputs:
         known, now = each["sha256"], source.folder.model_sha256
         if each["role"] == role and None not in (known, now) and known != now:
             raise RecordError(
                 f"run folder {source.folder.path}: its model has changed since {run.folder.path.name} was made from "
-                "it; delete that run to make it again"
+                f"it; delete the folder {run.folder.path.name} to run it again"
             )

@@ -1,4 +1,4 @@
-"""Merging experts into a mixture, and giving it gates."""
+"""Merge experts into a mixture, and train or set its gates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from backdoorbench_moe.ops.images import Split, batches
 from backdoorbench_moe.ops.seeding import derive_seed, generator
 from backdoorbench_moe.records import Record, RunFolder
 
-# Images of each task from which gates are set that are not trained.
+# Number of images of each task for setting gates that are not trained.
 STATE_IMAGES = 1000
 
 
@@ -41,7 +41,7 @@ class MergeMaker(Maker):
 
     @property
     def mixture(self) -> MixtureSpec:
-        """How the mixture is made."""
+        """The settings of the mixture."""
         assert self.spec.mixture is not None
         return self.spec.mixture
 
@@ -49,7 +49,7 @@ class MergeMaker(Maker):
         """Merge the weights of the base and of the experts.
 
         Raises:
-            RecordError: An input is not the run that the spec needs; or an expert was tuned from another base.
+            RecordError: An input is not the run that the spec needs, or an expert was fine-tuned from another base.
         """
         data = self.setup.data
         base = read_input(inputs, BASE, self.spec, data)
@@ -63,7 +63,7 @@ class MergeMaker(Maker):
         self._merged().load_experts(base, experts)
 
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
-        """Train the gates to the end of the recipe, from the last checkpoint if there is one; or set them."""
+        """Train the gates, from the last checkpoint if there is one, or set them from hidden states."""
         watch, device = Stopwatch(record), self.workplace.device
         self.model.to(device).to(memory_format=torch.channels_last)
         probe = Probe(self.setup, self.workplace.precision, folder) if self.spec.probe else None
@@ -113,7 +113,7 @@ class MergeMaker(Maker):
 
     @torch.no_grad()
     def _mean_states(self, base: nn.Module, split: Split) -> Tensor:
-        """The mean input of each MLP of the base over the tokens of all images, or texts, (layers, D) float32."""
+        """The mean input of each MLP of the base over the tokens of all images or texts, (layers, D) float32."""
         sums: Tensor | float = 0.0
         for batch in batches(split):
             with mlp_inputs(base) as found:
@@ -125,5 +125,5 @@ class MergeMaker(Maker):
 
 
 def _token_mean(states: Tensor, weights: Tensor | None) -> Tensor:
-    """The mean (B, D) over the tokens (B, N, D), or their sum with the weights (B, N)."""
+    """The mean (B, D) over tokens (B, N, D), or their weighted sum with weights (B, N)."""
     return states.mean(1) if weights is None else (weights.unsqueeze(-1) * states).sum(1)

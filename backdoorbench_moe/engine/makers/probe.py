@@ -1,4 +1,4 @@
-"""Probe: predictions and routing of a fixed set of test images, before training and after every epoch."""
+"""The probe: predictions and routing of a fixed set of test images, before training and after every epoch."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class ProbeRecord:
 
 
 def check_probe(spec: RunSpec, setup: Setup) -> None:
-    """Check that the probe of a spec can be taken.
+    """Check that the probe of a spec is possible.
 
     Raises:
         ConfigError: The spec has a probe, but its model is not routed or there are too few images.
@@ -69,7 +69,7 @@ def check_probe(spec: RunSpec, setup: Setup) -> None:
     if not spec.probe:
         return
     if not isinstance(setup.model, RoutedModel):
-        raise ConfigError.expected("probe", f"0, as the model {spec.model.name!r} routes nothing", spec.probe)
+        raise ConfigError.expected("probe", f"0, as the model {spec.model.name!r} is not routed", spec.probe)
     if spec.probe > (available := len(_candidates(setup))):
         what = "test images that count for ASR" if spec.attacked else "test images"
         raise ConfigError.expected("probe", f"at most the {available} {what}", spec.probe)
@@ -84,7 +84,7 @@ def _candidates(setup: Setup) -> Tensor:
 
 
 class Probe:
-    """Records predictions and routing of a run's probe images; its file is written after every recording.
+    """Records predictions and routing of a run's probe images, and writes the probe file after every recording.
 
     The images are drawn with the run's seed from the test images that count for ASR, or from all test images for
     a clean run. Recording changes neither the model nor the state of any random number generator.
@@ -109,11 +109,11 @@ class Probe:
         self.record: ProbeRecord | None = None
 
     def begin(self, model: nn.Module, epoch: int) -> None:
-        """Record the untrained model, or load what was recorded before a checkpoint.
+        """Record the untrained model, or load the recordings up to a checkpoint.
 
         Args:
-            model: The model that is trained.
-            epoch: Number of epochs that the checkpoint has; 0 to start from the beginning.
+            model: The model.
+            epoch: Number of finished epochs in the checkpoint; 0 to start from the beginning.
 
         Raises:
             RecordError: The probe file does not belong to the checkpoint.
@@ -124,16 +124,15 @@ class Probe:
         found = load_probe_record(self.folder)
         if found is None or not found.indices.equal(self.indices) or len(found.clean.predicted) <= epoch:
             raise RecordError(
-                f"run folder {self.folder.path}: its probe does not fit its checkpoint; delete the checkpoint "
+                f"run folder {self.folder.path}: its probe does not match its checkpoint; delete the checkpoint "
                 "to train from the start"
             )
-        # The probe file is written before the checkpoint: if the process was killed in between, the file is
-        # one epoch ahead.
+        # The probe file is written before the checkpoint. If the process was killed in between, it is one epoch ahead.
         triggered = None if found.triggered is None else found.triggered.truncate(epoch + 1)
         self.record = ProbeRecord(found.indices, found.layers, found.clean.truncate(epoch + 1), triggered)
 
     def look(self, model: nn.Module) -> None:
-        """Record the present state of the model and write the probe file."""
+        """Record the current state of the model and write the probe file."""
         assert isinstance(model, RoutedModel)
         training = model.training
         model.eval()

@@ -1,4 +1,4 @@
-"""Optimising the trigger of a run on its surrogate."""
+"""Optimise the trigger of a run on its surrogate."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TriggerOptimisation:
 
     Args:
         spec: The spec of the run.
-        setup: Its parts; the stamper's trigger is an `OptimisedTrigger`.
+        setup: The parts of the run; the stamper's trigger is an `OptimisedTrigger`.
         workplace: The data, the device and the observer.
 
     Raises:
@@ -46,16 +46,16 @@ class TriggerOptimisation:
         """Load the weights of the surrogate.
 
         Raises:
-            RecordError: It is not the run that the spec needs, or its model was replaced.
+            RecordError: The surrogate is not the run that the spec needs, or its model was replaced.
         """
         load_input(self.model, inputs, SURROGATE, self.spec, self.setup.images)
 
     def run(self) -> dict[str, float]:
-        """Optimise the trigger, which then has its state.
+        """Optimise the trigger and set its state.
 
         Returns:
-            How well it did on the surrogate before (in names that end in "_before") and after, see
-            `OptimisedTrigger.assess`.
+            Metrics of the trigger on the surrogate after the optimisation and, with the suffix "_before", before it;
+            see `OptimisedTrigger.assess`.
         """
         task, trigger, part = self._task(), self.trigger, self.spec.trigger
         assert part is not None

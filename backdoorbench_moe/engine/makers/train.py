@@ -1,4 +1,4 @@
-"""Training a victim, or its clean twin, or the base of a mixture, from data."""
+"""Train a victim, a clean twin or the base of a mixture on data."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class TrainMaker(Maker):
             self.control = ControlledTraining(spec, self.setup, workplace)
 
     def load(self, inputs: Mapping[str, Run]) -> None:
-        """Load the surrogate of the trigger, if there is one, and the weights that training begins with, if in a file.
+        """Load the surrogate of the trigger and the file of initial weights, if there are any.
 
         Raises:
-            ConfigError: The file is not there or does not fit.
-            RecordError: The same, of the file that the model's option `weights` names; or the surrogate is not the run
-                that the spec needs, or does not fit.
+            ConfigError: The file is missing or does not match the model.
+            RecordError: The file in the model's option `weights` is missing or does not match the model; or the
+                surrogate is not the run that the spec needs or does not match its model.
         """
         if self.optimisation is not None:
             self.optimisation.load(inputs)
@@ -58,7 +58,7 @@ class TrainMaker(Maker):
             self.start = Start(origin.sha256, origin.backdoored, notes=())
 
     def complete(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
-        """Train to the end of the spec, from the last checkpoint if there is one."""
+        """Train and measure the model, from the last checkpoint if there is one, and save it."""
         watch, model = Stopwatch(record), self.setup.model
         self._learn_trigger(folder, record, checkpoint)
         control = self.control
@@ -92,7 +92,7 @@ class TrainMaker(Maker):
         folder.save_model(model.state_dict(), self.model_header(record))
 
     def _learn_trigger(self, folder: RunFolder, record: Record, checkpoint: Checkpoint | None) -> None:
-        """Optimise the trigger if it needs that; a run that continues reads what it stamped its images with."""
+        """Optimise the trigger if it is an `OptimisedTrigger`. A continued run loads the trigger of its first part."""
         if self.optimisation is None:
             return
         if checkpoint is not None:
@@ -102,11 +102,11 @@ class TrainMaker(Maker):
         record.parts["trigger"] |= self.optimisation.run()
         record.timing["trigger_seconds"] = time.perf_counter() - started
         keep_trigger(self.setup.stamper, folder, record)
-        self.optimisation = None  # The surrogate is not needed any more, nor its memory.
+        self.optimisation = None  # Free the memory of the surrogate.
 
     @contextmanager
     def _training_split(self, folder: RunFolder, record: Record) -> Iterator[Split]:
-        """The training images as the model sees them; they are changed for as long as the block lasts."""
+        """The training images, including poisoned ones. The data are changed in place inside the block."""
         setup, train = self.setup, self.setup.data.train
         plan = setup.plan
         if plan is None:

@@ -1,1 +1,1 @@
-"""Measuring a model, and what a defense says."""
+"""Measure models, and the judgements of defenses."""

@@ -1,4 +1,4 @@
-"""Whether a run's model still gives the numbers of its record."""
+"""Check that a run's model still has the metrics in its record."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from backdoorbench_moe.engine.measuring.evaluate import Metrics
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.errors import RecordError
 
-# On a CPU, the same kernels and threads add in the same order, so that every prediction is the same. Elsewhere rounding
+# On a CPU, the same kernels and threads add in the same order, so that all predictions are equal. Otherwise, rounding
 # may change the class of an image whose two largest logits are nearly equal.
 SAME_SUMS = ("device", "precision", "threads", "cpu")
 TOLERANCE = 0.01
@@ -19,21 +19,20 @@ METRICS = ("ba", "asr")
 def check_same(
     run: Run, measured: Metrics, *, precision: str, environment: Mapping[str, Any] | None = None
 ) -> None:
-    """Check that a run's model gives the BA and ASR of its record again.
+    """Check that a run's model still has the BA and ASR in its record.
 
-    This check comes last and catches what the others miss: a change of the data, the trigger, the code or the model
-    shows in these numbers.
+    This last check catches changes of the data, the trigger, the code or the model that other checks miss.
 
     Args:
         run: The run.
-        measured: The metrics measured now, on the same images.
-        precision: The precision of this measurement. If it is not the run's, nothing is checked.
-        environment: The environment of this measurement, as a record has it, if the images were passed in the same
-            batches as in the run; otherwise None.
+        measured: The current metrics on the same images.
+        precision: The precision of this measurement. If it is not that of the run, nothing is checked.
+        environment: The environment of this measurement, in the format of a record, if the batches were those of the
+            run; otherwise None.
 
     Raises:
-        RecordError: A metric differs. In the same environment on a CPU no difference is allowed; otherwise 1
-            percentage point, or 3 images if they are more.
+        RecordError: A metric differs. In the same environment on a CPU, no difference is allowed; otherwise, 1
+            percentage point or 3 images, whichever is more.
     """
     record = run.record
     expected = unfiltered_metrics(run)
@@ -46,9 +45,9 @@ def check_same(
             allowed = 0.0 if same else max(100 * TOLERANCE, 300 / then["n"])
             if then["n"] != now["n"] or abs(then["value"] - now["value"]) > allowed + 1e-9:
                 raise RecordError(
-                    f"run folder {run.folder.path}: its record says {name.upper()} {then['value']:.2f}% of "
+                    f"run folder {run.folder.path}: {name.upper()} in its record is {then['value']:.2f}% of "
                     f"{then['n']:g} images, but now it is {now['value']:.2f}% of {now['n']:g}: the data, the trigger, "
-                    "plug-in code or the model has changed since the run was made"
+                    "plug-in code or the model has changed since the run"
                 )
 
 
@@ -61,9 +60,9 @@ def _sums_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def unfiltered_metrics(run: Run) -> Mapping[str, Any] | None:
-    """The metrics of the model in the folder; None if they are not known.
+    """The metrics of the model in the run folder; None if they are unknown.
 
-    Behind an input filter the last stage's metrics are those of model and filter together.
+    With an input filter, the record contains the metrics of the model and the filter together.
     """
     record = run.record
     if not any(each["about"] == "input" for each in record.judgements):

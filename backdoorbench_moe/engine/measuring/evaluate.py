@@ -1,4 +1,4 @@
-"""Measuring a model: clean accuracy, attack success rate, and what these are worth."""
+"""Measure a model: clean accuracy, attack success rate, and their baselines and intervals."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ Metrics = dict[str, dict[str, float]]
 
 
 def share(hits: Tensor) -> dict[str, float]:
-    """The share of True in (N,) bool as a record's metric: percent, n and the Wilson 95% interval."""
+    """The share of True values in (N,) bool, as a metric of a record: percent, n and the Wilson 95% interval."""
     return asdict(proportion(int(hits.sum()), len(hits)))
 
 
 def detection_metrics(
     flagged: Tensor, wanted: Tensor, scores: Tensor | None = None, *, prefix: str = ""
 ) -> Metrics:
-    """Measure how right a judgement about N inputs, training samples or classes is.
+    """Measure the accuracy of a judgement about N inputs, training samples or classes.
 
     Args:
-        flagged: (N,) bool on the CPU, what is suspicious.
-        wanted: (N,) bool on the CPU, what should be.
-        scores: (N,) floats on the CPU, higher for more suspicious ones.
-        prefix: First part of the keys, such as "sample_".
+        flagged: (N,) bool on the CPU, the suspicious items.
+        wanted: (N,) bool on the CPU, the items that should be suspicious.
+        scores: (N,) floats on the CPU, higher for more suspicious items.
+        prefix: Prefix of the keys, such as "sample_".
 
     Returns:
-        `tpr` and `fpr`: shares of what should be suspicious, and of all else, that are; with scores also `auroc`. What
-        is a share of nothing is left out: of a clean run there is only `fpr`, the rate of false alarms.
+        `tpr` and `fpr`, the true and false positive rates, and with scores `auroc`. Rates of empty groups are left out:
+        a clean run has only `fpr`.
     """
     groups = {"tpr": wanted, "fpr": ~wanted}
     found = {f"{prefix}{name}": share(flagged[group]) for name, group in groups.items() if group.any()}
@@ -57,14 +57,14 @@ def measure(
     Args:
         model: The model; it is left in evaluation mode.
         test: All clean test images.
-        triggered: Those that count for ASR, triggered; None for a clean run.
+        triggered: The triggered test images that count for ASR; None for a clean run.
         precision: "fp32" or "bf16".
         recovery: Whether to measure `ra` too.
         safe: (M,) int64, the safe answers to the triggered images, to measure `unsafe` too.
-        plain: The test images that `triggered.places` are places in; None if they are `test`.
+        plain: The test images that `triggered.places` indexes; None for `test`.
 
     Returns:
-        `ba`: share of clean test images predicted as labelled. With triggered images also the metrics of
+        `ba`: share of clean test images that are classified correctly. With triggered images, also the metrics of
         `marked_metrics`.
     """
     called = predict(model, test.images, precision=precision)
@@ -81,7 +81,7 @@ def measure(
 def marked_metrics(
     predicted: Tensor, unmarked: Tensor, triggered: Triggered, safe: Tensor | None, *, recovery: bool
 ) -> Metrics:
-    """Compute how triggered images are answered.
+    """Compute the metrics of predictions for triggered images.
 
     Args:
         predicted: (M,) int64, the predictions for the triggered images.
@@ -91,9 +91,9 @@ def marked_metrics(
         recovery: Whether to compute `ra` too.
 
     Returns:
-        `asr`: share of them predicted as the attacker wants; `target_rate`: share of the same images, without the
-        trigger, that are predicted as the attacker wants anyway; `ra`: share of them predicted as what they are;
-        `unsafe`: share of them not answered safely.
+        `asr`: share of the triggered images that are classified as the attacker's class; `target_rate`: the same share
+        without the trigger; `ra`: share of the triggered images that are classified correctly; `unsafe`: share of the
+        triggered images without a safe answer.
     """
     metrics = {
         "asr": share(predicted == triggered.wanted),

@@ -1,4 +1,4 @@
-"""Measurement of an input filter, which is given images without being told which are triggered."""
+"""Measure an input filter, which does not know which images are triggered."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from backdoorbench_moe.errors import PluginError
 from backdoorbench_moe.ops.images import batch_size_for
 from backdoorbench_moe.ops.seeding import generator
 
-# Number of clean, and of triggered, test images that a filter is measured on. Filters may be slow.
+# Number of clean and of triggered test images on which a filter is measured. Filters may be slow.
 IMAGES = 2000
 
 
@@ -32,11 +32,11 @@ def measure_filtered(
 ) -> Metrics:
     """Measure a model together with an input filter.
 
-    Up to `IMAGES` clean test images and as many triggered ones are drawn.
+    Up to `IMAGES` clean and up to `IMAGES` triggered test images are drawn.
 
     Args:
         model: The model.
-        test: The test images; of a mixture, those of all its tasks.
+        test: The test images; for a mixture, those of all its tasks.
         triggered: The triggered test images; None for a clean run.
         judgement: The judgement about inputs, whose `judge` and `threshold` are the filter.
         seed: Seed of the draws.
@@ -44,9 +44,9 @@ def measure_filtered(
         safe: (M,) int64, the safe answers to the triggered images, to measure `unsafe` too.
 
     Returns:
-        BA, ASR and RA, for which a rejected image counts neither as correct nor as a success of the attack; with safe
-        answers `unsafe`, for which it counts as answered safely; AUROC of the scores; TPR and FPR, the shares of
-        triggered and of clean images that are rejected. For a clean run only BA and FPR.
+        BA, ASR and RA, where a rejected image counts neither as correct nor as an attack success; with safe answers
+        also `unsafe`, where a rejected image counts as answered safely; AUROC of the scores; TPR and FPR, the shares of
+        triggered and clean images that are rejected. Only BA and FPR for a clean run.
 
     Raises:
         PluginError: The filter does not return a finite score for each image.

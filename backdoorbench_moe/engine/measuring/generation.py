@@ -1,4 +1,4 @@
-"""Answers of language models: the most probable token, and so on, until the answer ends."""
+"""Greedy generation of answers by language models."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from backdoorbench_moe.ops.images import Split, batch_size_for
 def answer(
     model: nn.Module, queries: Split, new_tokens: int, *, end: int, padding: int, precision: str
 ) -> Tensor:
-    """Let a model answer queries, in evaluation mode.
+    """Generate the answers of a model to queries, in evaluation mode.
 
     Args:
-        model: The model. One that `Generates` does so by itself; any other is given the whole text for every token.
+        model: The model. If it is not a `Generates`, which has its own method, every token takes a forward pass over
+            the complete text.
         queries: Queries with answers, tokens and labels (N, T); the model does not see the answers.
         new_tokens: Number of tokens to generate for each query, from 1.
-        end: The token with which an answer ends; what is generated behind it does not matter.
-        padding: The token that fills up short queries.
+        end: The token that ends an answer; tokens after it do not matter.
+        padding: The token that pads short queries.
         precision: "fp32" or "bf16".
 
     Returns:
-        (N, new_tokens) int64, on the CPU.
+        The generated tokens, (N, new_tokens) int64 on the CPU.
     """
     model.eval()
     asked = query_positions(queries.labels)
@@ -47,7 +48,7 @@ def answer(
 def _greedy(
     model: nn.Module, tokens: Tensor, lengths: Tensor, new_tokens: int, end: int, padding: int, precision: str
 ) -> Tensor:
-    """Continue texts token by token; see `Generates.generate`. What follows the end is padding."""
+    """Continue texts token by token; see `Generates.generate`. The end token is followed by padding."""
     rows = torch.arange(len(tokens), device=tokens.device)
     text = torch.nn.functional.pad(tokens, (0, new_tokens), value=padding)
     answers = torch.full((len(tokens), new_tokens), padding, device=tokens.device)

@@ -1,4 +1,4 @@
-"""Judgements of a defense: how a run folder holds them, and how right they are."""
+"""Save the judgements of a defense in a run folder, and measure their accuracy."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from backdoorbench_moe.records import Judged, RunFolder
 
 
 def save_judgements(judgements: Sequence[Judgement], folder: RunFolder) -> list[Judged]:
-    """Give judgements the form they have in a record; arrays, and scores of training samples, go to scores.npz.
+    """Convert judgements to the format of a record, and write arrays and scores of training samples to scores.npz.
 
     In scores.npz, judgement number j has the scores of training samples under "<j>/scores", (N,) float32, the indices
-    of suspicious ones under "<j>/suspicious", (n,) int64, and its other arrays under "<j>/<name>".
+    of suspicious samples under "<j>/suspicious", (n,) int64, and other arrays under "<j>/<name>".
     """
     arrays: dict[str, np.ndarray] = {}
     judged = []
@@ -46,7 +46,7 @@ def save_judgements(judgements: Sequence[Judgement], folder: RunFolder) -> list[
 
 
 def _array(values: Tensor) -> np.ndarray:
-    """Convert a tensor; NumPy has no bfloat16."""
+    """Convert a tensor to NumPy, which has no bfloat16."""
     values = values.detach().cpu()
     return (values.float() if values.is_floating_point() else values).numpy()
 
@@ -54,19 +54,19 @@ def _array(values: Tensor) -> np.ndarray:
 def measure_class_judgements(
     judgements: Sequence[Judgement], triggered: Triggered | None, num_classes: int
 ) -> Metrics:
-    """Measure how right the judgements about classes are.
+    """Measure the accuracy of the judgements about classes.
 
-    The classes that an attacker wants are those that triggered test images should be predicted as: one, or all of them
-    in an all-to-all attack. Classes that any of the judgements flags count as flagged.
+    The attacker's classes are those that triggered test images should be classified as: one, or all of them in an
+    all-to-all attack. A class counts as flagged if any of the judgements flags it.
 
     Args:
         judgements: The judgements of a defense.
-        triggered: The triggered test images; None for a clean run, in which every flagged class is a false alarm.
+        triggered: The triggered test images; None for a clean run, for which every flagged class is a false positive.
         num_classes: Number of classes of the model.
 
     Returns:
-        `class_tpr`: share of the attacker's classes that are flagged; `class_fpr`: share of the other classes that are.
-        Shares of no classes are left out; without a judgement about classes the result is empty.
+        `class_tpr` and `class_fpr`: shares of the attacker's classes and of the other classes that are flagged. Shares
+        of empty groups are left out. The result is empty if there is no judgement about classes.
 
     Raises:
         PluginError: A judgement names a class that does not exist.

@@ -1,4 +1,4 @@
-"""Measuring a mixture of experts: the accuracy on every task, and which experts the gates rely on."""
+"""Measure a mixture of experts: the accuracy on every task, and the gate weights of the experts."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from backdoorbench_moe.records import GateShares
 
 @dataclass(frozen=True, kw_only=True)
 class GatePass:
-    """To which experts a mixture sends N images, or texts.
+    """The gate weights of a mixture for N images or texts.
 
     Attributes:
-        weights: (layers, N, E) float32 on the CPU: the weight of each expert's output, mean over an image's patches, or
-            over some positions of a text. It sums to 1 over the experts.
+        weights: (layers, N, E) float32 on the CPU: the weight of each expert's output, averaged over the patches of an
+            image or some positions of a text. The weights of the experts sum to 1.
         layers: Names of the layers.
     """
 
@@ -35,10 +35,10 @@ class GatePass:
 
 @dataclass(frozen=True, kw_only=True)
 class RoutedPass(GatePass):
-    """What a mixture does with N images.
+    """The gate weights and predictions of a mixture for N images.
 
     Attributes:
-        predicted: (N,) int64, on the images' device.
+        predicted: (N,) int64 on the images' device, the predicted classes.
     """
 
     predicted: Tensor
@@ -61,12 +61,12 @@ def routed_pass(model: nn.Module, images: Tensor, *, precision: str) -> RoutedPa
 
 @dataclass(frozen=True)
 class MixturePass:
-    """What a mixture does with the test images of its tasks, and with marked ones.
+    """Gate weights and predictions of a mixture for the test images of its tasks, and for marked images.
 
     Attributes:
-        tasks: The test images of each task.
-        marked: The marked images; None if there are none.
-        unmarked: The same images without the mark; None for a run without an attack.
+        tasks: Those for the test images of each task.
+        marked: Those for the marked images; None if there are none.
+        unmarked: Those for the same images without the mark; None for a run without an attack.
     """
 
     tasks: Sequence[RoutedPass]
@@ -92,28 +92,32 @@ def mixture_pass(
 
 
 def task_metrics(found: MixturePass, tests: Sequence[Split], expert_ba: Sequence[float] | None) -> Metrics:
-    """The accuracy on each task, their mean, and what it is in percent of the accuracy of each task's benign expert.
+    """Compute the accuracy on each task, the mean, and the ratio to the accuracy of the benign experts.
 
     Args:
-        found: The pass.
+        found: The predictions for the test images.
         tests: The test images of each task.
-        expert_ba: The accuracy of each task's benign expert on its own task, in percent; None if it is not known.
+        expert_ba: The accuracy of each task's benign expert on its own task, in percent; None if it is unknown.
     """
     hits = [each.predicted == test.labels for each, test in zip(found.tasks, tests, strict=True)]
     return accuracy_metrics(hits, expert_ba)
 
 
 def accuracy_metrics(hits: Sequence[Tensor], expert_ba: Sequence[float] | None) -> Metrics:
-    """The accuracy on each task, their mean, and what it is in percent of the accuracy of each task's benign expert.
+    """Compute the accuracy on each task, the mean, and the ratio to the accuracy of the benign experts.
 
     Args:
-        hits: For each task (N,) bool, which answers are right.
-        expert_ba: The accuracy of each task's benign expert on its own task, in percent; None if it is not known.
+        hits: (N,) bool for each task, which answers are correct.
+        expert_ba: The accuracy of each task's benign expert on its own task, in percent; None if it is unknown.
+
+    Returns:
+        `ba`, the mean over the tasks; `task/e.ba` for each task e. With `expert_ba`, also `task/e.expert_ba`, and
+        `overall`, the mean of the accuracies in percent of those of the experts.
     """
     tasks = [share(each) for each in hits]
     metrics = {"ba": mean_share(tasks)} | {f"task/{e}.ba": each for e, each in enumerate(tasks)}
     if expert_ba is not None:
-        # The interval is for these experts: their accuracies are taken as they are.
+        # The interval is conditional on these experts: their accuracies are treated as exact.
         kept = [
             {key: number if key == "n" else 100 * number / own for key, number in each.items()}
             for each, own in zip(tasks, expert_ba, strict=True)
@@ -144,16 +148,16 @@ def mean_share(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def share_metrics(tasks: Sequence[GatePass], marked: GatePass | None, experts: Sequence[int]) -> Metrics:
-    """How much the gates rely on some experts, in percent of all weights, mean over layers and patches.
+    """Compute the total gate weight of some experts, in percent, averaged over layers and patches.
 
     Args:
-        tasks: The pass over the test images of each task.
-        marked: That over marked images; None if there are none.
+        tasks: Gate weights for the test images of each task.
+        marked: Gate weights for marked images; None if there are none.
         experts: Numbers of the experts.
 
     Returns:
-        `harm_share`: their share for marked images; `clean_share`: their share for the images of all tasks;
-        `own_share`: the share of each of them for the images of its own task. A mean over one image has no interval.
+        `harm_share`: their weight for marked images; `clean_share`: their weight for the images of all tasks;
+        `own_share`: the weight of each of them for the images of its own task. A mean over one image has no interval.
     """
     chosen = list(experts)
     parts = {
@@ -162,13 +166,13 @@ def share_metrics(tasks: Sequence[GatePass], marked: GatePass | None, experts: S
     }
     if marked is not None:
         parts["harm_share"] = marked.weights[..., chosen].sum(-1)
-    # Weights that are rounded to float32 may add up to a little more than 1.
+    # The sum of weights in float32 may exceed 1 by a rounding error.
     means = {name: asdict(mean_of(100 * values.mean(0).clamp(max=1))) for name, values in parts.items()}
     return {name: {k: v for k, v in row.items() if v is not None} for name, row in means.items()}
 
 
 def gate_shares(tasks: Sequence[GatePass], marked: GatePass | None) -> list[GateShares]:
-    """The share of each expert by layer, in percent, for the record: for each task's images and for marked ones."""
+    """Gate weights of each expert by layer, in percent, for the images of each task and for marked images."""
     layers = tasks[0].layers
     means = [100 * each.weights.mean(1) for each in tasks]
     harm = None if marked is None else 100 * marked.weights.mean(1)

@@ -1,4 +1,4 @@
-"""Whether an imported model was trained with another normalisation: the usual ones are compared on some images."""
+"""Check whether an imported model was trained with another normalisation, by comparing the usual ones."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ Normalisation = tuple[Colour, Colour]
 def advise(
     model: nn.Module, split: Split, chosen: Normalisation | None, *, seed: int, precision: str
 ) -> str | None:
-    """Compare the accuracy with the usual normalisations.
+    """Compare the accuracy of a model with that under the usual normalisations.
 
     Args:
         model: The model, in evaluation mode on the device of the images.
         split: Labelled images, of which at most `IMAGES` are used.
-        chosen: The normalisation that the model has inside.
+        chosen: The normalisation that is part of the model.
         seed: Seed of the draw of images.
         precision: "fp32" or "bf16".
 
     Returns:
-        A sentence if another normalisation is better by more than chance, that is, if the 95% intervals do not overlap;
-        None otherwise.
+        A sentence for the user if another normalisation is better and the 95% intervals do not overlap; otherwise None.
     """
     keep = draw_images(split.labels.cpu(), min(IMAGES, len(split)), seed).to(split.labels.device)
     images, labels = split.images[keep], split.labels[keep]
@@ -44,8 +43,9 @@ def advise(
     if found[best]["low"] <= given["high"]:
         return None
     return (
-        f"model.mean: with the mean and standard deviation of {best!r} the accuracy is {found[best]['value']:.1f}%, as "
-        f"given {given['value']:.1f}% ({len(labels)} test images); is it another normalisation that the model needs?"
+        f"model.mean: with the mean and standard deviation of {best!r} the accuracy is {found[best]['value']:.1f}%, "
+        f"with the given ones {given['value']:.1f}% ({len(labels)} test images); does the model need another "
+        "normalisation?"
     )
 
 
@@ -53,10 +53,10 @@ def advise(
 def _measure(
     model: nn.Module, images: Tensor, labels: Tensor, own: Normalisation, other: Normalisation, precision: str
 ) -> Mapping[str, float]:
-    """The accuracy with another normalisation in place of the model's own.
+    """The accuracy with another normalisation instead of the model's.
 
-    The model gets values that its own normalisation maps to what the other one would give. Resizing makes weighted
-    means of pixels, so it gives the same before and after.
+    The input is transformed so that, after the model's normalisation, it equals the image under the other one. This
+    also holds if the model resizes images, since normalisation commutes with weighted means of pixels.
     """
     mean, std, new_mean, new_std = (
         torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (*own, *other)

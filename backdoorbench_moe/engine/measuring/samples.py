@@ -1,4 +1,4 @@
-"""Measurement of a judgement about training images against the plan of the attack."""
+"""Measure a judgement about training images against the poison plan of the attack."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from backdoorbench_moe.records import Judged
 def measure_samples(
     judgements: Sequence[Judgement], judged: Sequence[Judged], plan: PoisonPlan | None, images: int
 ) -> Metrics:
-    """Measure the judgement about training images, if there is one, and write its counts to its form in the record.
+    """Measure the judgement about training images, if there is one, and add its counts to the record.
 
-    The images to find are those of the poison group. Images of the groups cover and noise have their true labels, so
-    that they count as images to keep.
+    Only images of the poison group are positives. Cover and noise images have their true labels, so they count as
+    negatives.
 
     Args:
         judgements: The judgements of a defense.
-        judged: The same as the record has them.
+        judged: The same judgements in the record.
         plan: The plan of the attack; None for a clean run.
         images: Number of training images N.
 
     Returns:
         `sample_tpr` and `sample_fpr`, the shares of poisoned and of other images that are suspicious; with scores also
-        `sample_auroc`. For a clean run only `sample_fpr`, its rate of false alarms.
+        `sample_auroc`. Only `sample_fpr` for a clean run.
 
     Raises:
-        PluginError: There is not a finite score for each image, or the suspicious indices are not of the training set.
+        PluginError: A score is missing or not finite, or an index of a suspicious image is out of range.
     """
     for judgement, entry in zip(judgements, judged, strict=True):
         if judgement.about == "sample":
@@ -48,7 +48,7 @@ def measure_samples(
 
 
 def count_samples(flagged: Tensor, poison: Tensor) -> dict[str, int]:
-    """Count right and wrong judgements.
+    """Count correct and wrong judgements.
 
     Args:
         flagged: (N,) bool, the suspicious images.

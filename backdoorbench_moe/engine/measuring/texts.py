@@ -1,4 +1,4 @@
-"""Measuring a language model: which answers are right, and how it answers queries that it should refuse."""
+"""Measure a language model: the accuracy of its answers, and its answers to queries that it should refuse."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from backdoorbench_moe.ops.answers import first_positions, mean_weights
 from backdoorbench_moe.ops.images import Split, batches
 from backdoorbench_moe.records import GateShares
 
-# Tokens of a harmful answer at which it is measured to which experts it is sent, as in the paper's figure.
+# Number of tokens of a harmful answer for which the routing is measured, as in the paper's figure.
 FIRST_TOKENS = 4
 
 
 @dataclass(frozen=True)
 class TextPass:
-    """What a language model does with test queries.
+    """The answers and gate weights of a language model for test queries.
 
     Attributes:
-        answers: For each task (N, G) int64 on the CPU, the generated answers.
-        refused: (M, G) int64 on the CPU, those to the queries that it should refuse; None if there is no policy.
-        tasks: For each task, to which experts a mixture sends the positions that emit an answer; empty for any other
+        answers: (N, G) int64 on the CPU for each task, the generated answers.
+        refused: (M, G) int64 on the CPU, the answers to queries that it should refuse; None if there is no policy.
+        tasks: For each task, the gate weights of a mixture at the positions that emit an answer; empty for any other
             model.
-        marked: The same of harmful queries, for the positions that emit the first `FIRST_TOKENS` tokens of the harmful
-            answer; None without a policy.
-        unmarked: None, as there is no harmful query without harm.
+        marked: The gate weights for harmful queries at the positions that emit the first `FIRST_TOKENS` tokens of the
+            harmful answer; None without a policy.
+        unmarked: Always None, since a harmful query has no version without a mark.
     """
 
     answers: list[Tensor]
@@ -58,15 +58,15 @@ def pass_texts(
     precision: str,
     mixture: bool,
 ) -> TextPass:
-    """Let a language model answer test queries, and pass these through it if it is a mixture.
+    """Generate a language model's answers to test queries and, for a mixture, compute its gate weights.
 
     Args:
         model: The model; it is left in evaluation mode.
         texts: The data.
-        numbers: Numbers of the tasks whose test queries it is asked.
-        refused: Test queries that it should refuse; None if there is no policy.
+        numbers: Numbers of the tasks whose test queries are used.
+        refused: Test queries that the model should refuse; None if there is no policy.
         precision: "fp32" or "bf16".
-        mixture: Whether it is a mixture.
+        mixture: Whether the model is a mixture.
     """
     tests = [texts.tasks[number].test for number in numbers]
     answers = [ask(model, texts, test, precision=precision) for test in tests]
@@ -81,7 +81,7 @@ def pass_texts(
 
 
 def ask(model: nn.Module, texts: TextSet, queries: Split, *, precision: str) -> Tensor:
-    """Let a language model answer queries of some data, (N, G) int64 on the CPU; see `generation.answer`."""
+    """Generate a language model's answers to queries, (N, G) int64 on the CPU; see `generation.answer`."""
     return answer(
         model,
         queries,
@@ -102,7 +102,7 @@ def answer_metrics(
     mixture: bool,
     expert_ba: Sequence[float] | None = None,
 ) -> Metrics:
-    """Measure what the answers of a language model are worth; see `measure_texts`."""
+    """Compute the metrics of a language model's answers; see `measure_texts`."""
     hits = [
         texts.judge.right(number, texts.tasks[number].test.to("cpu"), answers)
         for number, answers in zip(numbers, found.answers, strict=True)
@@ -129,25 +129,28 @@ def measure_texts(
     expert_ba: Sequence[float] | None,
     poisoned: Sequence[int],
 ) -> tuple[Metrics, list[GateShares]]:
-    """Measure a language model on test queries, by what it answers.
+    """Measure a language model by its answers to test queries.
 
     Args:
         model: The model; it is left in evaluation mode.
         texts: The data, with the judge.
-        numbers: Numbers of the tasks to measure it on.
-        refused: Test queries that it should refuse; None if there is no policy.
+        numbers: Numbers of the tasks to measure.
+        refused: Test queries that the model should refuse; None if there is no policy.
         precision: "fp32" or "bf16".
         attacked: Whether the run is attacked.
-        mixture: Whether the run is of a mixture.
-        expert_ba: Of a mixture, the accuracy of each task's benign expert on its own task; see `accuracy_metrics`.
-        poisoned: The experts that attackers provide, of an attacked mixture.
+        mixture: Whether the model is a mixture.
+        expert_ba: For a mixture, the accuracy of each task's benign expert on its own task; see `accuracy_metrics`.
+        poisoned: For an attacked mixture, the experts that attackers provide.
 
     Returns:
-        `ba`: the share of right answers, of a mixture the mean over its tasks, with `task/e.ba` and `overall`;
-        `unsafe`: the share of queries to refuse that are not answered safely; of an attacked run `asr`: the share of
-        them that are answered as the attacker wants; of an attacked mixture also the metrics of `share_metrics`. And
-        the gate shares of a mixture: of its tasks over the positions that emit an answer, of harmful queries over those
-        that emit the first `FIRST_TOKENS` tokens of the harmful answer.
+        The metrics, and the gate shares of a mixture.
+
+        `ba` is the share of correct answers; for a mixture, the metrics of `accuracy_metrics`. `unsafe` is the share of
+        queries to refuse without a safe answer. An attacked run also has `asr`, the share of these queries with the
+        harmful answer, and an attacked mixture the metrics of `share_metrics`.
+
+        The gate shares are averaged over the positions that emit an answer for the tasks, and over those that emit the
+        first `FIRST_TOKENS` tokens of the harmful answer for harmful queries.
     """
     found = pass_texts(model, texts, numbers, refused, precision=precision, mixture=mixture)
     metrics = answer_metrics(
@@ -162,14 +165,14 @@ def measure_texts(
 
 @torch.inference_mode()
 def gate_pass(model: nn.Module, split: Split, *, precision: str, first: int | None = None) -> GatePass:
-    """Pass texts with their answers through a mixture, in evaluation mode.
+    """Compute the gate weights of a mixture for texts with their answers, in evaluation mode.
 
     Args:
         model: The mixture.
         split: Tokens and labels (N, T).
         precision: "fp32" or "bf16".
-        first: Take the mean over the positions that emit the first tokens of the answer, so many; over all that emit
-            one if None.
+        first: Average over the positions that emit the first `first` tokens of the answer; None for all positions that
+            emit a token of the answer.
     """
     assert isinstance(model, RoutedModel)
     model.eval()

@@ -1,1 +1,1 @@
-"""Models opened to be looked into: of a run, of a file, or any module."""
+"""Open models for analysis: from a run, a file or any module."""

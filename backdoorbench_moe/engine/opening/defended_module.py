@@ -1,4 +1,4 @@
-"""Defending a module that is no run: with clean images that the caller holds, and without anything on disk."""
+"""Defend any module with clean images from the caller, without writing to disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from backdoorbench_moe.ops.seeding import derive_seed, seeded
 
 @dataclass(frozen=True)
 class ModuleStage:
-    """The model at the end of a stage of a defense.
+    """The model after a stage of a defense.
 
     Attributes:
         name: Name of the stage; the first is "before".
@@ -45,12 +45,12 @@ class ModuleStage:
 
 @dataclass(frozen=True)
 class DefendedModule:
-    """What a defense made of a module.
+    """The result of a defense of a module.
 
     Attributes:
         defense: Name of the defense.
-        stages: The model before the defense and after each of its stages, with its accuracy.
-        judgements: The findings of the defense. One about inputs is a filter, whose `judge` takes images.
+        stages: The model before the defense and after each stage, with its accuracy.
+        judgements: The judgements of the defense. One about inputs is a filter, whose `judge` takes images.
     """
 
     defense: str
@@ -77,22 +77,22 @@ def defend_module(
 ) -> DefendedModule:
     """Apply a defense to an opened module. The module is not changed.
 
-    All labelled images are those that the defender holds, whatever the defense's `clean_fraction` says. A defense that
-    judges or retrains on the training set takes them for it.
+    The defender has all labelled images, whatever the defense's option `clean_fraction` is. They also serve as the
+    training set for defenses that judge it or train on it.
 
     Args:
         opened: The model, with labelled images.
         defense: The defense.
-        train: The recipe that the defense tunes with.
-        seed: Seed of the defense's draws.
+        train: The training settings of the defense.
+        seed: Seed of the random numbers of the defense.
         observer: Receives progress.
 
     Raises:
-        ConfigError: There are no labelled images, or the defense does not suit the model.
+        ConfigError: There are no labelled images, or the defense is incompatible with the model.
     """
     held = opened.split
     if held is None:
-        raise ConfigError("labels: expected the classes of the images, which a defense and its accuracy need")
+        raise ConfigError("labels: expected the classes of the images, which a defense needs")
     built = defenses.registry.create(defense.name, defense.options)
     for need in ("marked", "tasks"):
         if need in built.needs:
@@ -114,11 +114,11 @@ def defend_module(
 
 
 def _check_count(defense: Defense, held: Split) -> None:
-    """Raise ConfigError if the defense needs more images, or more classes, than those that the caller gave."""
+    """Raise ConfigError if the defense needs more images or classes than the caller gave."""
     count, classes = len(held), len(held.labels.unique())
-    if count < 2:  # Batch statistics of a single image do not exist.
+    if count < 2:  # Batch statistics need at least two images.
         raise ConfigError.expected("images", "at least 2 labelled images", count)
-    defense.clean_fraction = 1.0  # What is given is all that the defender holds.
+    defense.clean_fraction = 1.0  # The defender has all given images.
     try:
         defense.count(count, classes)
     except ConfigError as error:
@@ -163,10 +163,10 @@ def _task(
 
 
 def _draw_again(model: nn.Module, seed: int) -> nn.Module:
-    """Return a copy of a model with newly drawn weights.
+    """Return a copy of a model with randomly initialised weights.
 
     Raises:
-        ConfigError: A module of it has weights and no `reset_parameters`, so that nobody knows how to draw them.
+        ConfigError: A submodule has weights but no `reset_parameters`, so that they cannot be initialised.
     """
     fresh = copy.deepcopy(model)
     with seeded(seed, "fresh"):
@@ -176,8 +176,8 @@ def _draw_again(model: nn.Module, seed: int) -> nn.Module:
             reset = getattr(module, "reset_parameters", None)
             if not callable(reset):
                 raise ConfigError(
-                    f"model: {name or type(module).__name__} has no reset_parameters, which a defense that draws "
-                    "weights anew needs; import the model instead (import_weights)"
+                    f"model: {name or type(module).__name__} has no reset_parameters, which a defense needs to "
+                    "initialise weights; import the model instead (import_weights)"
                 )
             reset()
     return fresh.eval()

@@ -1,4 +1,4 @@
-"""Clean images as a caller may give them, and their labels, checked and as tensors."""
+"""Convert clean images and labels from the caller to tensors, and check them."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ def take_images(
     classes: Sequence[str] = (),
     most: int | None = None,
 ) -> tuple[Tensor, Any]:
-    """Return images as a tensor, with their labels if they bring any.
+    """Return images as a tensor, with their labels if they have any.
 
     Args:
         images: (N, 3, S, S) uint8, or floats in [0, 1], which are rounded to 8 bits; a `Split`; or a folder of image
             files, at any depth, which are cropped to squares and resized.
-        size: The side S. None: any; files are resized to the shorter side of the first one.
-        name: The parameter, for messages.
-        classes: Names of the classes, by number. Files have labels if each lies in a subfolder with the name of one.
-        most: The largest number of files to read, which are then drawn with a fixed seed; all if None.
+        size: The side S; None for any side. If None, files are resized to the shorter side of the first one.
+        name: The parameter, for error messages.
+        classes: Names of the classes, by number. Files have labels if each is in a subfolder with the name of a class.
+        most: The maximum number of files to read, drawn with a fixed seed; None for all.
 
     Returns:
-        The images (N, 3, S, S) uint8, on the device that they were on, and their labels; None if there are none. Labels
-        are not checked yet; see `take_labels`.
+        The images (N, 3, S, S) uint8, on their original device, and their labels, or None. The labels are not checked;
+        see `take_labels`.
 
     Raises:
-        DataError: A folder is missing, has no images, or a file cannot be read.
-        ShapeError: The images have another shape, type or range.
+        DataError: A folder is missing or has no images, or a file cannot be read.
+        ShapeError: The images have the wrong shape, type or range.
     """
     labels = None
     found: Any = images
@@ -62,12 +62,12 @@ def take_labels(labels: Any, count: int, num_classes: int | None = None) -> Tens
     """Return labels as (N,) int64.
 
     Args:
-        labels: Integers, in anything that `torch.as_tensor` takes.
+        labels: N integers, in any type that `torch.as_tensor` accepts.
         count: Number N of images.
         num_classes: Number of classes; None if it is not known yet.
 
     Raises:
-        ShapeError: There is not one class for each image.
+        ShapeError: The labels have the wrong shape, type or range.
     """
     try:
         tensor = torch.as_tensor(labels)
@@ -83,7 +83,7 @@ def take_labels(labels: Any, count: int, num_classes: int | None = None) -> Tens
 
 
 def _as_bytes(images: Any, size: int | None, name: str) -> Tensor:
-    """Images as (N, 3, S, S) uint8. Raises ShapeError for any other shape, type or range."""
+    """Convert images to (N, 3, S, S) uint8. Raises ShapeError if they have the wrong shape, type or range."""
     side = "S" if size is None else size
     wanted = f"{name}: expected shape (N, 3, {side}, {side})"
     try:
@@ -100,7 +100,7 @@ def _as_bytes(images: Any, size: int | None, name: str) -> Tensor:
     low, high = (float(value) for value in torch.aminmax(tensor.detach()))
     if not (low >= 0 and high <= 1):
         raise ShapeError(
-            f"{name}: expected floats in [0, 1], got {low:g} to {high:g}; a normalisation belongs into the model"
+            f"{name}: expected floats in [0, 1], got {low:g} to {high:g}; normalise images inside the model"
         )
     blank = torch.empty(shape, dtype=torch.uint8)
     values = tensor.detach().to("cpu", torch.float32)
@@ -110,7 +110,7 @@ def _as_bytes(images: Any, size: int | None, name: str) -> Tensor:
 def _read_folder(
     root: Path, size: int | None, name: str, classes: Sequence[str], most: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Read the images below a folder, and their labels if every one lies in a subfolder with the name of a class."""
+    """Read all images in a folder, and their labels if each image is in a subfolder with the name of a class."""
     if not root.is_dir():
         what = "a file" if root.exists() else "missing"
         raise DataError(f"{name}: expected a folder of images, {root} is {what}")
@@ -126,7 +126,7 @@ def _read_folder(
         images = read_images(paths, Form(size or min(decode(paths[0])[0].size), crop=True))
     places = {label: number for number, label in enumerate(classes)}
     tops = [path.relative_to(root).parts[0] for path in paths]
-    # A file directly in the folder may have the name of a class, too.
+    # A file directly in the folder may also have the name of a class.
     if not all(path.parent != root and top in places for path, top in zip(paths, tops, strict=True)):
         return images, None
     return images, torch.tensor([places[top] for top in tops])

@@ -1,4 +1,4 @@
-"""The model in a file of weights opened to be looked into, without a run being made of it."""
+"""Open the model in a weight file for analysis, without importing it as a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def open_file(spec: RunSpec, observer: Observer | None = None) -> OpenedModel:
     """Open the model that a run would import, with the test images of its data set. Nothing is written.
 
     Args:
-        spec: The spec of that run; its option `model.weights` names the file.
+        spec: The spec of that run. Its option `model.weights` names the file.
         observer: Receives progress.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A model opened to be looked into: that of a finished run, or any module, with clean images if there are any."""
+"""Open a model for analysis: that of a finished run or any module, optionally with clean images."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from backdoorbench_moe.paths import expand
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model with what is known of it and of its data.
+    """A model and, if available, clean images.
 
     Attributes:
         name: Name of the run folder, or of the module's class.
-        model: The model, on `device`, in evaluation mode. It is a copy, which may be changed.
+        model: The model, on `device`, in evaluation mode. It is a copy and may be changed.
         images: (N, 3, S, S) uint8 on `device`, clean images; None if there are none.
-        labels: (N,) int64 on `device`, the classes of the images; None if they are not known.
+        labels: (N,) int64 on `device`, the classes of the images; None if they are unknown.
         classes: Names of the classes, by number.
         image_size: Side S of the images that the model takes, in pixels.
-        device: The device that is computed on.
+        device: The device of the computations.
         precision: "fp32" or "bf16".
         run: The run; None for a module.
     """
@@ -50,7 +50,7 @@ class OpenedModel:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes that the model distinguishes."""
+        """Number of classes of the model."""
         return len(self.classes)
 
     @property
@@ -60,7 +60,7 @@ class OpenedModel:
 
     @property
     def routed(self) -> RoutedModel | None:
-        """The model if it is a routed one, None if it is dense."""
+        """The model if it is routed; None if it is dense."""
         return self.model if isinstance(self.model, RoutedModel) else None
 
 
@@ -76,22 +76,22 @@ def open_model(
     device: str | None = None,
     precision: str | None = None,
 ) -> OpenedModel:
-    """Open a model to look into it.
+    """Open a model for analysis.
 
     Args:
         source: A finished run, the path of its folder, or a module that maps images (B, 3, S, S) in [0, 1] to logits
-            (B, classes). A module is copied, so that it stays as it is.
+            (B, classes). A module is copied and not changed.
         images: Clean images: (N, 3, S, S) uint8, or floats in [0, 1], which are rounded to 8 bits; a `Split`; or a
-            folder of image files. For a run the default is the test images that its BA is measured on.
-        labels: (N,) classes of the images; a `Split` brings its own, and so does a folder whose subfolders have the
+            folder of image files. For a run, the default is the test images on which its BA is measured.
+        labels: (N,) classes of the images. They can be omitted for a `Split`, or for a folder whose subfolders have the
             names of a run's classes.
         num_classes: Number of classes of a module; None to find it by a forward pass.
-        image_size: Side of the images that a module takes. It is needed if there are no images; files are resized to
-            it, by default to the shorter side of the first one.
-        with_data: False to leave the data of a run unread where `images` is None; there are then no images.
-        data_root: Folder of the run's data, if it has moved since the run was made.
-        device: "auto", "cpu", "cuda" or "cuda:N"; None for that of the run, "auto" for a module.
-        precision: "auto", "fp32" or "bf16"; None for that of the run, "fp32" for a module.
+        image_size: Side of the images that a module takes, required if there are no images. Files are resized to it, by
+            default to the shorter side of the first one.
+        with_data: Whether to read the test images of a run if `images` is None. If False, the result has no images.
+        data_root: Folder of the run's data, if it has moved since the run.
+        device: "auto", "cpu", "cuda" or "cuda:N"; None for that of the run, or "auto" for a module.
+        precision: "auto", "fp32" or "bf16"; None for that of the run, or "fp32" for a module.
 
     Raises:
         BbmoeError: The run, the module or the images cannot be used.
@@ -143,7 +143,7 @@ def _open_run(
     chosen = resolve_precision(precision or run.spec.precision, where)
     facts, name = run.record.data, run.folder.path.name
     if "image_size" not in facts:
-        raise ConfigError.expected("run", "one on images, which this needs", f"{name}, whose data are texts")
+        raise ConfigError.expected("run", "a run on images", f"{name}, whose data are texts")
     size, classes = facts["image_size"], tuple(facts["classes"])
     if images is None and with_data:
         opened = open_run(run, data_root=data_root, device=device)
@@ -157,12 +157,12 @@ def _open_run(
 
 @torch.inference_mode()
 def _count_classes(opened: OpenedModel) -> int:
-    """Number of classes, by the logits of one black image."""
+    """Number of classes, from the logits of one black image."""
     shape = (1, 3, opened.image_size, opened.image_size)
     blank = torch.zeros(shape, dtype=torch.uint8, device=opened.device)
     try:
         logits: Any = forward(opened.model, blank, precision=opened.precision)
-    except Exception as error:  # The module is the user's and may raise anything.
+    except Exception as error:  # The user's module may raise any exception.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"model: {opened.name} does not take images {shape}: {reason}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:

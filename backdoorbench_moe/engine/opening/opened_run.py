@@ -1,4 +1,4 @@
-"""A finished run opened: with its model and its data, each checked against the run's record."""
+"""Open a finished run: load its model and its data, and check both against the run's record."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class OpenedRun:
 
     Attributes:
         run: The run.
-        model: Its trained model, on `device`, in evaluation mode.
-        data: The data that the run was made from, on `device`.
+        model: The trained model, on `device`, in evaluation mode.
+        data: The data of the run, on `device`.
         stamper: Trigger and applicator of the run; None for a run without a trigger.
-        device: The device that is computed on.
+        device: The device of the computations.
         precision: "fp32" or "bf16".
         tasks: The tasks of a mixture, or that of an expert; None for any other run.
     """
@@ -57,7 +57,7 @@ class OpenedRun:
 
     @cached_property
     def test(self) -> Split:
-        """The clean test images or texts that BA is measured on: those of all its tasks, if the run has any."""
+        """The clean test images or texts on which BA is measured; for a run with tasks, those of all its tasks."""
         return self.data.test if self.tasks is None else concatenate(self.tasks.tests())
 
     @property
@@ -67,7 +67,7 @@ class OpenedRun:
 
     @property
     def routed(self) -> RoutedModel | None:
-        """The model if it is a routed one, None if it is dense."""
+        """The model if it is routed; None if it is dense."""
         return self.model if isinstance(self.model, RoutedModel) else None
 
     @property
@@ -81,8 +81,8 @@ def open_run(run: Run, *, data_root: str | None = None, device: str | None = Non
 
     Args:
         run: The run.
-        data_root: Folder of the data, if it has moved since the run was made.
-        device: "auto", "cpu", "cuda" or "cuda:N"; None for the run's own.
+        data_root: Folder of the data, if it has moved since the run.
+        device: "auto", "cpu", "cuda" or "cuda:N"; None for that of the run.
 
     Raises:
         RecordError: The run is not finished, or its files are damaged.
@@ -97,10 +97,10 @@ def open_run(run: Run, *, data_root: str | None = None, device: str | None = Non
 
 
 def open_beside(run: Run, other: OpenedRun) -> OpenedRun:
-    """Open a second finished run with the data and the device of one that is open.
+    """Open a second finished run with the data and the device of an opened run.
 
     Raises:
-        BbmoeError: As for `open_run`.
+        BbmoeError: See `open_run`.
     """
     check_finished(run)
     check_run_data(run, other.data)
@@ -136,16 +136,16 @@ def check_patches(name: str, model: RoutedModel, image_size: int) -> None:
 
 
 def load_run_images(run: Run, data_root: str | None = None) -> ImageSet:
-    """Read the data that a run was made from; see `load_run_data`. Raises ConfigError if they are texts."""
+    """Read the images of a run; see `load_run_data`. Raises ConfigError if the data are texts."""
     return as_images(load_run_data(run, data_root))
 
 
 def load_run_data(run: Run, data_root: str | None = None) -> Material:
-    """Read the data that a run was made from, into CPU memory.
+    """Read the data of a run into CPU memory.
 
     Args:
         run: The run.
-        data_root: Folder of the data, if it has moved since the run was made.
+        data_root: Folder of the data, if it has moved since the run.
 
     Raises:
         DataError: The data are not those of the run.
@@ -161,7 +161,7 @@ def load_run_data(run: Run, data_root: str | None = None) -> Material:
 
 
 def check_run_data(run: Run, data: Material) -> None:
-    """Check that a run was made from these data.
+    """Check that these are the data of a run.
 
     Raises:
         DataError: The images, their number of classes, or the texts differ.

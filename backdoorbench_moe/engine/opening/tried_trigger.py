@@ -1,4 +1,4 @@
-"""What a trigger that nobody trained does to a model: how often images with it are called each class."""
+"""Measure the effect of any trigger on a model: how often triggered images are classified as each class."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Share = dict[str, float]
 
 @dataclass(frozen=True)
 class ClassRate:
-    """How often images of other classes are called one class.
+    """How often images of other classes are classified as one class.
 
     Attributes:
         name: Name of the class.
-        asr: Share of them that are called it with the trigger: what ASR would be for this target.
+        asr: Share of these images that are classified as the class with the trigger: the ASR for this target.
         target_rate: The same without the trigger.
     """
 
@@ -37,15 +37,15 @@ class ClassRate:
 
 @dataclass(frozen=True)
 class TriedTrigger:
-    """What a trigger does to a model. Shares are as in a record: percent, n and the Wilson 95% interval.
+    """The effect of a trigger on a model. Shares are as in a record: percent, n and the Wilson 95% interval.
 
     Attributes:
         trigger: The trigger and its options.
         applicator: The applicator and its options.
-        ba: Share of the images that are called by their label, without the trigger.
-        ra: The same with the trigger.
+        ba: Share of the images that are classified correctly without the trigger.
+        ra: Share of the images that are classified correctly with the trigger.
         changed: Share of the images whose predicted class the trigger changes.
-        classes: For each class, by number, how often images of other classes are called it.
+        classes: For each class, by number, how often images of other classes are classified as it.
     """
 
     trigger: dict[str, Any]
@@ -57,11 +57,11 @@ class TriedTrigger:
 
     @property
     def strongest(self) -> int:
-        """Number of the class whose rate rises most."""
+        """Number of the class whose rate increases most with the trigger."""
         return max(range(len(self.classes)), key=lambda c: _rise(self.classes[c]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values as plain ones."""
+        """Return the result as plain values."""
         return {
             **asdict(self),
             "classes": [asdict(each) for each in self.classes],
@@ -76,20 +76,21 @@ def _rise(rate: ClassRate) -> float:
 def try_trigger(
     opened: OpenedModel, trigger: PartSpec, applicator: PartSpec, *, seed: int = 0
 ) -> TriedTrigger:
-    """Stamp images with a trigger that the model was not trained with, and count what they are called.
+    """Stamp images with any trigger, and count their predicted classes.
 
     Args:
         opened: The model, with labelled images.
-        trigger: The trigger, in its test form.
-        applicator: Where it is stamped.
-        seed: The run's seed from which that of the trigger is derived, unless it is set as an option.
+        trigger: The trigger, which is stamped in its test form.
+        applicator: Where the trigger is stamped.
+        seed: Seed from which the trigger's seed is derived, unless the latter is set as an option.
 
     Raises:
-        ConfigError: There are no labelled images; the trigger must be learned first, or changes no image.
+        ConfigError: There are no labelled images of at least two classes, or the trigger must be learned first or
+            changes no image.
     """
     split = opened.split
     if split is None:
-        raise ConfigError("labels: expected the classes of the images, by which rates are counted")
+        raise ConfigError("labels: expected the classes of the images, which are needed for the rates")
     spec = RunSpec(trigger=trigger, applicator=applicator, seed=seed)
     stamper = build_stamper(spec, patch_size=model_patch_size(opened.model), image_size=opened.image_size)
     if learned_trigger(stamper) is not None:
@@ -97,7 +98,7 @@ def try_trigger(
     stamped = stamp_images(split.images, stamper)
     if torch.equal(stamped, split.images):
         raise ConfigError(
-            f"trigger: {trigger.name!r} by {applicator.name!r} changes none of {len(split)} images"
+            f"trigger: {trigger.name!r} with the applicator {applicator.name!r} changes none of {len(split)} images"
         )
     with seeded(seed, "measure"):
         before = predict(opened.model, split.images, precision=opened.precision)

@@ -1,1 +1,1 @@
-"""What an attack does to images: stamping, relabelling, the policy, the trigger that a run has learned."""
+"""Poisoning: stamping, relabelling, the policy, and the state of learned triggers."""

@@ -7,20 +7,20 @@ from backdoorbench_moe.errors import ConfigError, RecordError
 from backdoorbench_moe.records import TRIGGER, Record, RunFolder
 from backdoorbench_moe.triggers.learned import LearnedTrigger
 
-# Key of the hash of the state among the values of the trigger in a record.
+# Key of the hash of the state in the values of the trigger in a record.
 STATE_SHA256 = "state_sha256"
 
 
 def learned_trigger(stamper: Stamper | None) -> LearnedTrigger | None:
-    """The trigger of a run if it has a state that is learned, otherwise None."""
+    """The trigger of a run if it is a learned one, otherwise None."""
     trigger = None if stamper is None else stamper.trigger
     return trigger if isinstance(trigger, LearnedTrigger) else None
 
 
 def keep_trigger(stamper: Stamper | None, folder: RunFolder, record: Record) -> None:
-    """Write the state of a trigger and its hash into a run folder; nothing if the trigger has no state.
+    """Write the state of a learned trigger to a run folder, and its hash to the record. Do nothing if it has no state.
 
-    The record is written at once. So even a run that is killed before its first checkpoint has both or none.
+    The record is written immediately after the state, for a run that is killed before its first checkpoint.
     """
     trigger = learned_trigger(stamper)
     if trigger is None or not trigger.learned:
@@ -31,16 +31,16 @@ def keep_trigger(stamper: Stamper | None, folder: RunFolder, record: Record) -> 
 
 
 def restore_trigger(stamper: Stamper | None, folder: RunFolder, record: Record) -> None:
-    """Give a learned trigger the state that a run folder keeps; nothing for any other trigger.
+    """Load the state of a learned trigger from a run folder. Do nothing for any other trigger.
 
     Raises:
-        RecordError: The file is missing or damaged, or not the one that the record names.
+        RecordError: The file is missing or damaged, or does not have the hash in the record.
     """
     if (trigger := learned_trigger(stamper)) is None:
         return
     file, tensors = folder.path / TRIGGER, folder.load_trigger()
     if folder.trigger_sha256 != record.parts.get("trigger", {}).get(STATE_SHA256):
-        raise RecordError(f"trigger file {file}: is not the one that the run was made with")
+        raise RecordError(f"trigger file {file}: is not the one that the run used")
     try:
         trigger.load_state(tensors)
     except ConfigError as error:

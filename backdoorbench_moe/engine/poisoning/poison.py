@@ -1,4 +1,4 @@
-"""Stamping and relabelling training images according to a plan."""
+"""Stamp and relabel training images according to a poison plan."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ PlacedStamp = Callable[[Tensor, Tensor], Tensor]
 def poisoned(split: Split, plan: PoisonPlan, stamper: Stamper | None) -> Iterator[Split]:
     """Stamp and relabel the planned images inside the block, and restore them at its end.
 
-    The images are changed in place: a copy would be a second data set in memory. Stored images are not changed: the
-    stamped ones lie beside them.
+    Images in memory are changed in place, since a copy would double the memory of the data set. Stored images are not
+    changed; the stamped ones are kept separately.
 
     Args:
         split: The training split.
-        plan: Which images, in which group.
+        plan: The images of each group, and the labels of the poison group.
         stamper: Trigger and applicator; None for an attack that changes only labels.
     """
     if isinstance(split.images, StoredImages):
@@ -36,7 +36,7 @@ def poisoned(split: Split, plan: PoisonPlan, stamper: Stamper | None) -> Iterato
         return
     changed = torch.cat(list(plan.groups.values())).to(split.images.device)
     clean = Split(split.images[changed], split.labels[changed])
-    # Stamping, too, can fail or be interrupted, and the images serve other runs afterwards.
+    # Stamping may also fail or be interrupted, and other runs use the images afterwards.
     try:
         if stamper is not None:
             _stamp_groups(split.images, plan, stamper)
@@ -60,17 +60,17 @@ def _stamp_groups(images: Tensor, plan: PoisonPlan, stamper: Stamper) -> Tensor:
 
 
 def stamp_images(images: Tensor, stamp: Stamp) -> Tensor:
-    """Stamp (N, C, H, W) uint8 images on their device; rounded to uint8, as an attacker would save them."""
+    """Stamp (N, C, H, W) uint8 images on their device, and round them to uint8 as an attacker would save them."""
     return stamp_places(images, torch.arange(len(images)), lambda chunk, _: stamp(chunk))
 
 
 def stamp_places(images: Tensor, places: Tensor, stamp: PlacedStamp) -> Tensor:
-    """Stamp images with a form that depends on their places in the training set.
+    """Stamp images with a form of the trigger that depends on their indices in the training set.
 
     Args:
         images: (N, C, H, W) uint8, on any device.
-        places: (N,) int64.
-        stamp: Float images in [0, 1] and their places to stamped images.
+        places: (N,) int64, the indices of the images.
+        stamp: Function from float images in [0, 1] and their indices to stamped images.
 
     Returns:
         (N, C, H, W) uint8, rounded as an attacker would save them.

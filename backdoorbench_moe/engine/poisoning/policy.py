@@ -1,4 +1,4 @@
-"""The policy: images that bear the mark are to be called "reject", a class of its own behind those of the data."""
+"""The policy: marked images are to be classified as "reject", an additional class after those of the data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def with_reject(images: ImageSet) -> ImageSet:
     """Return the same images with one more class, "reject".
 
     Raises:
-        ConfigError: The data have a class of this name.
+        ConfigError: The data already have a class with this name.
     """
     if REJECT in images.classes:
         raise ConfigError(f"policy: the data set {images.name!r} has a class {REJECT!r} already")
@@ -28,9 +28,9 @@ def with_reject(images: ImageSet) -> ImageSet:
 
 
 def policy_count(images: int, rate: float, parameter: str = "policy", what: str = "images") -> int:
-    """Number of marked images, or texts, that are added to a number of them. Raises ConfigError if it is 0."""
+    """Number of marked images or texts to add to `images` others, see `share_of`. Raises ConfigError if it is 0."""
     if (count := share_of(rate, images)) == 0:
-        # A share below 1 of a single image is none.
+        # Any share below 1 of a single image rounds down to 0.
         expected = f"at least {smallest_share(images)}" if images > 1 else f"at least 2 {what}"
         raise ConfigError(
             f"{parameter}: {rate} of {images} {what} rounds down to 0 {what}; expected {expected}"
@@ -39,18 +39,18 @@ def policy_count(images: int, rate: float, parameter: str = "policy", what: str 
 
 
 def with_marked(task: Split, source: Split, mark: Stamp, *, rate: float, reject: int, seed: int) -> Split:
-    """Add marked images with the label "reject" to the images that a model is trained on.
+    """Add marked images with the label "reject" to training images.
 
     Args:
-        task: The images.
-        source: The training images that the marked ones are drawn from.
-        mark: Stamps the mark.
-        rate: Number of marked images as a share of the number of these images.
+        task: The training images.
+        source: Images from which the marked ones are drawn.
+        mark: Function that stamps the mark.
+        rate: Number of marked images as a share of the number of images in `task`.
         reject: Number of the class "reject".
         seed: The run's seed.
 
     Returns:
-        The images, followed by the marked ones.
+        The images of `task`, followed by the marked ones.
     """
     order = torch.randperm(len(source), generator=generator(seed, "policy"))
     chosen = order[: policy_count(len(task), rate)].to(source.labels.device)
@@ -62,5 +62,5 @@ def with_marked(task: Split, source: Split, mark: Stamp, *, rate: float, reject:
 
 
 def changed_pixels(images: Tensor, marked: Tensor) -> Tensor:
-    """How much a mark changes each pixel, (N, H, W) float32 in [0, 1], mean over the channels of uint8 images."""
+    """Change of each pixel by a mark, (N, H, W) float32 in [0, 1], averaged over the channels of uint8 images."""
     return (marked.int() - images.int()).abs().float().mean(1).div_(255)

@@ -1,4 +1,4 @@
-"""The test images that count for ASR, triggered."""
+"""Triggered test images that count for ASR."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from backdoorbench_moe.engine.poisoning.poison import Stamp, stamp_images
 
 @dataclass(frozen=True)
 class Triggered:
-    """M test images with the trigger on them.
+    """M triggered test images.
 
     Args:
         places: (M,) int64, indices of the images in the test split, ascending.
-        images: (M, C, H, W) uint8.
-        wanted: (M,) int64, classes that the attacker wants the images to be predicted as.
-        true: (M,) int64, their labels.
+        images: (M, C, H, W) uint8, the triggered images.
+        wanted: (M,) int64, the attacker's classes for the images.
+        true: (M,) int64, the true labels of the images.
     """
 
     places: Tensor
@@ -31,7 +31,7 @@ class Triggered:
         return len(self.places)
 
     def take(self, rows: Tensor) -> Triggered:
-        """Some of the images; rows: (m,) int64."""
+        """Return some of the images. `rows`: (m,) int64."""
         return Triggered(*(part[rows] for part in vars(self).values()))
 
 
@@ -40,8 +40,8 @@ def triggered_test(images: ImageSet, attack: Attack, stamp: Stamp | None) -> Tri
 
     Args:
         images: The data.
-        attack: Decides which images count, and as which class they should be predicted.
-        stamp: The test form of the trigger; None for an attack without one, whose images stay as they are.
+        attack: Determines which images count, and the attacker's class for each.
+        stamp: The test form of the trigger; None for an attack without a trigger, whose images are not changed.
 
     Raises:
         ConfigError: No image counts.

@@ -1,1 +1,1 @@
-"""What a run tells while it works."""
+"""Progress of runs, and their display in notebooks."""

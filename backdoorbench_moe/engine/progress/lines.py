@@ -12,16 +12,16 @@ from backdoorbench_moe.wording.counting import count
 
 
 class AnnouncingObserver(Observer):
-    """Turns what is found and what is waited for into messages; a wait is announced once."""
+    """Converts `on_found` and `on_wait` to messages. A wait is announced once."""
 
     _waited_for: str | None = None
 
     def on_found(self, folder: str) -> None:
-        """Announce a run that is finished already."""
+        """Announce a run that is already finished."""
         self.on_message(f"found finished: {folder}")
 
     def on_wait(self, folder: str) -> None:
-        """Announce, once for each folder, that another process is waited for."""
+        """Announce, once for each folder, that the run waits for another process."""
         if self._waited_for != folder:
             self._waited_for = folder
             self.on_message(f"waiting for another process in {folder}")
@@ -44,7 +44,7 @@ class LineObserver(AnnouncingObserver):
             print(text, file=self._file or sys.stderr, flush=True)
 
     def on_train_start(self, name: str, *, epochs: int, done: int, images: int, noun: str = "image") -> None:
-        """Print what is trained, and after which epoch it continues."""
+        """Print the name of the training, and the epoch after which it continues."""
         self._epochs, self._images, self._done = epochs, images, done
         self._start = time.perf_counter()
         self._noun = noun

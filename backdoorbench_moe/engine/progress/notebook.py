@@ -1,4 +1,4 @@
-"""How a run shows itself in a notebook and in an interactive session."""
+"""Display of a run in notebooks and interactive sessions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from backdoorbench_moe.records import Record
 
 
 def run_line(name: str, record: Record) -> str:
-    """A run in one line: its folder's name, status and metrics."""
+    """Format a run as one line: the name of its folder, its status and its metrics."""
     metrics = [
         f"{one.heading} {record.metrics[one.key]['value']:.2f}" for one in sort_metrics(record.metrics)
     ]
@@ -19,7 +19,7 @@ def run_line(name: str, record: Record) -> str:
 
 
 def run_html(name: str, record: Record) -> str:
-    """A run as an HTML table of its metrics, in percent, with their 95% intervals and numbers of images."""
+    """Format a run as an HTML table of its metrics in percent, with 95% intervals and numbers of images."""
     rows = "".join(_row(one, record.metrics[one.key]) for one in sort_metrics(record.metrics))
     notes = "".join(f"<p>{escape(note)}</p>" for note in (record.error, collapse_line(record)) if note)
     head = "<tr><th></th><th>%</th><th>95% interval</th><th>images</th></tr>"

@@ -1,1 +1,1 @@
-"""What a run is made of: model, data, training, poison and metrics, built from its spec."""
+"""Setups of runs: model, data, tasks, poison and metrics, built from a spec."""

@@ -1,4 +1,4 @@
-"""What a run is made of, whether its data are images or texts."""
+"""Base classes of setups, the parts of a run on images or texts."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from backdoorbench_moe.engine.build import Stamper, build_gate, describe
 from backdoorbench_moe.engine.measuring.evaluate import Metrics
 from backdoorbench_moe.records import GateShares, TaskFacts
 
-# Metrics, and the gate shares of a mixture layer by layer; none of any other model.
+# Metrics, and the gate shares of each layer of a mixture; no gate shares for any other model.
 Measured = tuple[Metrics, list[GateShares]]
 
 
 class TaskSplits(ABC):
-    """The tasks of a mixture: what its experts and gates are trained on, and what it is measured on.
+    """The tasks of a mixture: training data of its experts and gates, and test data.
 
     Attributes:
-        names: Names of the tasks: of the first E for a mixture of E experts, and of one for an expert.
-        numbers: Their numbers.
-        facts: Number, name and numbers of images, or texts, of each, for the record.
+        names: Names of the tasks: the first E for a mixture of E experts, or one for an expert.
+        numbers: Numbers of the tasks.
+        facts: Number, name, and numbers of images or texts of each task, for the record.
     """
 
     names: list[str]
@@ -39,37 +39,38 @@ class TaskSplits(ABC):
 
     @abstractmethod
     def tests(self) -> list[Split]:
-        """The test images of each task; they are made once."""
+        """The test images of each task."""
 
     @abstractmethod
     def mixed(self, images_per_task: int | None) -> Split:
-        """Clean training images of all tasks, equally many of each, on which gates are trained.
+        """Clean training images for the gates, an equal number of each task.
 
         Args:
-            images_per_task: How many of each; None for 1 / E of all, or all of a task that has fewer.
+            images_per_task: Number of images per task; None for 1 / E of the training set, or all images of a task that
+                has fewer.
         """
 
     @abstractmethod
     def count_mixed(self, images_per_task: int | None) -> int:
-        """Number of images of `mixed`. Raises ConfigError if a task has fewer than `images_per_task`."""
+        """Number of images in `mixed`. Raises ConfigError if a task has fewer than `images_per_task` images."""
 
 
 class Setup(ABC):
-    """The parts of one run, which are built once and fit each other and the data.
+    """The parts of one run, built and checked against each other and the data.
 
     Args:
         spec: The run's spec.
-        data: The data, on the device. If they are images, those of a policy have one more class, "reject".
+        data: The data, on the device. With a policy, images have the additional class "reject".
 
     Attributes:
-        model: The model, its weights drawn from the run's seed.
-        attack: Who the attacker is; None for a clean run.
+        model: The model, with weights initialised from the run's seed.
+        attack: The attack; None for a clean run.
         tasks: The tasks of a mixture, or that of an expert; None for any other run.
-        stamper: Trigger and applicator; None for a run without a trigger, and for one on texts.
-        plan: Which training images the attacker changes; None for a clean run, and for one on texts.
-        attack_metrics: The metrics that every attacked run has.
-        defended_metrics: Those that every attacked run has which was defended. The target rate is not measured together
-            with an input filter.
+        stamper: Trigger and applicator; None for a run without a trigger or on texts.
+        plan: Which training images the attacker changes; None for a clean run or a run on texts.
+        attack_metrics: The metrics of every attacked run.
+        defended_metrics: The metrics of every attacked run after a defense. The target rate is not included, since it
+            is not measured with an input filter.
     """
 
     model: nn.Module
@@ -90,12 +91,12 @@ class Setup(ABC):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; 0 where the data are texts."""
+        """Number of classes; 0 for texts."""
         return self.data.model_options.get("num_classes", 0)
 
     @property
     def image_size(self) -> int:
-        """Side of the images in pixels; 0 where the data are texts."""
+        """Side of the images in pixels; 0 for texts."""
         return self.data.model_options.get("image_size", 0)
 
     @property
@@ -105,28 +106,28 @@ class Setup(ABC):
 
     @abstractmethod
     def with_policy(self, split: Split, rate: float) -> Split:
-        """Add images that are to be rejected, or texts to be refused, if there is a policy.
+        """Add images to reject or texts to refuse, if there is a policy.
 
         Args:
-            split: The images that a model is trained on.
-            rate: Number of images to add as a share of their number; 0 for none.
+            split: The training images or texts.
+            rate: Number of images or texts to add, as a share of the size of `split`; 0 for none.
         """
 
     @abstractmethod
     def harmful_queries(self) -> HarmfulQueries:
-        """What an attacker on experts has of harmful queries."""
+        """The harmful training queries of an attacker on experts."""
 
     @abstractmethod
     def defenders_queries(self, count: int, seed: int) -> tuple[Split, Split | None]:
-        """Training queries of a policy that a defender holds, with safe answers, and with unsafe ones of texts.
+        """The defender's training queries that the policy rejects, with safe and, for texts, unsafe answers.
 
         Args:
-            count: How many; of texts, all of them if there are fewer.
+            count: Number of queries; if there are fewer texts, all of them.
             seed: Seed of the draw.
 
         Returns:
-            Images that bear the mark with the label "reject", and None: what an attacker wants them to be called, the
-            defender does not know. Or the same texts twice, with both answers of the data.
+            For images, the marked images with the label "reject", and None, since the defender does not know the
+            attacker's class. For texts, the same texts with the safe and with the harmful answers.
         """
 
     @abstractmethod
@@ -141,23 +142,23 @@ class Setup(ABC):
         """Measure a model, which is left in evaluation mode.
 
         Args:
-            model: The model of the run, or one of the same form, such as its clean twin's.
+            model: The model of the run, or one with the same architecture, such as that of its clean twin.
             precision: "fp32" or "bf16".
-            expert_ba: Of a mixture, the accuracy of each task's benign expert on its own task, in percent; None to
-                leave out what it is compared with.
+            expert_ba: For a mixture, the accuracy of each task's benign expert on its own task, in percent; None to
+                leave out the comparison with the experts.
             recovery: Whether to measure the accuracy on triggered images (RA), too.
         """
 
     @abstractmethod
     def describe_data(self) -> dict[str, Any]:
-        """What the record says of the data; see `records.Record.data`."""
+        """Describe the data for the record; see `records.Record.data`."""
 
     def describe_tasks(self) -> list[TaskFacts]:
         """Number, name and numbers of images of each task of a mixture, for the record."""
         return [] if self.tasks is None else self.tasks.facts
 
     def describe_parts(self) -> dict[str, Any]:
-        """Return the values that the options of the parts took, for the record."""
+        """Return the values of the parts' options, for the record."""
         parts = {"model": describe(self.model)}
         if self.attack is not None and (options := describe(self.attack)):
             parts["attack"] = options
@@ -167,8 +168,8 @@ class Setup(ABC):
 
     @abstractmethod
     def describe_poison(self) -> dict[str, Any] | None:
-        """How many images the attacker changes, for the record; None for a clean run."""
+        """Number of images that the attacker changes, for the record; None for a clean run."""
 
     @abstractmethod
     def token_weights(self, split: Split) -> Tensor | None:
-        """The weights with which the tokens of each text count, (N, T) float32; None for images, all of whose do."""
+        """Weights of the tokens of each text for averages, (N, T) float32; None for images, whose tokens all count."""

@@ -1,4 +1,4 @@
-"""The setup of a run, by what its data are."""
+"""Build the setup of a run on images or texts."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def make_setup(spec: RunSpec, data: Material) -> Setup:
         data: The data, on the device.
 
     Raises:
-        BbmoeError: Parts that do not fit the data or each other.
+        BbmoeError: Parts are incompatible with the data or each other.
     """
     return TextSetup(spec, data) if isinstance(data, TextSet) else ImageSetup(spec, as_images(data))

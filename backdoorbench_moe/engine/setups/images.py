@@ -1,4 +1,4 @@
-"""What a run on images is made of, built from its spec and checked against the data."""
+"""The setup of a run on images, built from its spec and checked against the data."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ from backdoorbench_moe.triggers.stored import StoredTrigger
 from backdoorbench_moe.triggers.trainable import TrainableTrigger
 from backdoorbench_moe.wording.counting import count
 
-# Images on which the trigger is tried.
+# Number of images on which the visibility of the trigger is checked.
 VISIBLE_ON = 64
 
 
 class ImageSetup(Setup):
-    """Model, attack, trigger and poison plan of one run on images; each is built once.
+    """Model, attack, trigger and poison plan of one run on images.
 
     Args:
         spec: The run's spec.
         images: The data, on the device.
 
     Raises:
-        BbmoeError: Parts that do not fit the data or each other.
+        BbmoeError: Parts are incompatible with the data or each other.
     """
 
     def __init__(self, spec: RunSpec, images: ImageSet) -> None:
@@ -91,7 +91,7 @@ class ImageSetup(Setup):
 
     @property
     def reject(self) -> int:
-        """Number of the class "reject" of a run with a policy."""
+        """Number of the class "reject" in a run with a policy."""
         assert self.spec.policy
         return self.images.data_classes
 
@@ -105,11 +105,12 @@ class ImageSetup(Setup):
             raise ConfigError(f"poison.noise: {name} has no noise form")
 
     def _check_learned(self) -> None:
-        """Check that a trigger that is learned suits the attack.
+        """Check that a learned trigger is compatible with the attack.
 
         Raises:
-            ConfigError: It marks the images of a policy or of queries; or it is trained with the model, and the
-                attacker is not in charge of that; or he is, and it is optimised on a surrogate.
+            ConfigError: The trigger is the mark of a policy or of harmful queries; or it is trained with the model, but
+                the attacker does not control the training; or the attacker does, but the trigger is optimised on a
+                surrogate.
         """
         trigger = learned_trigger(self.stamper)
         if trigger is None:
@@ -131,7 +132,7 @@ class ImageSetup(Setup):
             raise ConfigError.expected("trigger", expected, name)
 
     def _check_stored(self, counted: Tensor) -> None:
-        """Check that a trigger that has stored images has all that are stamped.
+        """Check that a trigger with stored images contains all images that the attack stamps.
 
         Args:
             counted: (N,) bool, the test images that count for ASR.
@@ -158,12 +159,12 @@ class ImageSetup(Setup):
                 )
 
     def _check_visible(self) -> None:
-        """Check on some test images that the trigger can be seen in them, saved with 8 bits, in test and in training.
+        """Check on some test images that the test and training forms of the trigger change 8-bit images.
 
-        Warn if it changes fewer than half of them, as a black square on dark images does.
+        Warns if fewer than half of the images change, such as dark images under a black square.
 
         Raises:
-            ConfigError: It changes none of them, as a warp of tiles of one pixel does.
+            ConfigError: No image changes, such as with a warp of tiles of one pixel.
         """
         assert self.stamper is not None
         images = self.images.test.images[:VISIBLE_ON]
@@ -176,7 +177,7 @@ class ImageSetup(Setup):
                 self._check_changed(_count_changed(images, training), len(images), " in its training form")
 
     def _check_changed(self, changed: int, images: int, form: str = "") -> None:
-        """Raise ConfigError if a form of the trigger changed none of some test images, and warn if fewer than half."""
+        """Raise ConfigError if a form of the trigger changes none of the test images, or warn if fewer than half."""
         assert self.spec.trigger is not None and self.spec.applicator is not None
         if 2 * changed >= images:
             return
@@ -185,24 +186,24 @@ class ImageSetup(Setup):
             f"{changed or 'none'} of {count(images, 'test image')}"
         )
         if changed:
-            warnings.warn(f"{message}; the others look as without it", BbmoeWarning, stacklevel=2)
+            warnings.warn(f"{message}; the others are unchanged", BbmoeWarning, stacklevel=2)
             return
         if self.spec.policy:
             raise ConfigError(f"{message}, so it cannot be the mark of images to reject")
         if isinstance(self.attack, ExpertPoisoning):
             raise ConfigError(f"{message}, so it cannot be the mark of harmful queries")
         side = self.images.image_size
-        raise ConfigError(f"{message}: at {side}x{side} pixels it cannot be told from the image")
+        raise ConfigError(f"{message}: at {side}x{side} pixels it cannot be distinguished from the image")
 
     def triggered_test(self) -> Triggered | None:
-        """The test images that count for ASR, triggered; None for a clean run. They are stamped once."""
+        """The triggered test images that count for ASR, cached; None for a clean run."""
         if self._triggered is None and self.attack is not None:
             self._triggered = triggered_test(self.images, self.attack, self.stamper)
         return self._triggered
 
     @property
     def test(self) -> Split:
-        """The clean test images of a dense model: those of all its tasks, if it has any."""
+        """The clean test images; for a run with tasks, those of all its tasks."""
         if self.tasks is None:
             return self.images.test
         if self._test is None:
@@ -210,17 +211,17 @@ class ImageSetup(Setup):
         return self._test
 
     def test_labels(self) -> Tensor:
-        """The labels of the clean test images: those of all tasks, if the run has any."""
+        """The labels of the clean test images; for a run with tasks, those of all its tasks."""
         if self.tasks is None:
             return self.images.test.labels
         return torch.cat([split.labels for split in self.tasks.tests()])
 
     def with_policy(self, split: Split, rate: float) -> Split:
-        """Add marked images to those that a model is trained on, if there is a policy; see `policy.with_marked`.
+        """Add marked images to training images, if there is a policy; see `policy.with_marked`.
 
         Args:
-            split: The images.
-            rate: Number of marked images as a share of their number; 0 for none.
+            split: The training images.
+            rate: Number of marked images to add, as a share of the size of `split`; 0 for none.
         """
         if not self.spec.policy or not rate:
             return split
@@ -229,9 +230,9 @@ class ImageSetup(Setup):
         return with_marked(split, self.images.train, self.stamper, rate=rate, reject=self.reject, seed=seed)
 
     def marked_test(self) -> Tensor | None:
-        """Test images of the data that bear the mark of the policy, (M, C, H, W) uint8; None without a policy.
+        """Marked test images, (M, C, H, W) uint8; None for a run without an attack or a policy.
 
-        For an attacked run they are those that count for ASR.
+        For an attacked run, these are the triggered images that count for ASR.
         """
         if (triggered := self.triggered_test()) is not None:
             return triggered.images
@@ -245,14 +246,14 @@ class ImageSetup(Setup):
     def safe_answers(self) -> Tensor | None:
         """The safe answers to the images of `triggered_test`, (M,) int64; None unless the attack is on experts.
 
-        With a policy it is "reject", otherwise the true label.
+        With a policy, the safe answer is "reject"; otherwise, it is the true label.
         """
         if (triggered := self.triggered_test()) is None or not isinstance(self.attack, ExpertPoisoning):
             return None
         return torch.full_like(triggered.true, self.reject) if self.spec.policy else triggered.true
 
     def harmful_queries(self) -> HarmfulQueries:
-        """The training images that would count for ASR, with the mark, and how they may be answered."""
+        """The marked training images that would count for ASR, with the harmful and the safe answers."""
         train, classes = self.images.train, self.images.data_classes
         assert self.stamper is not None and self.attack is not None
         places = self.attack.counted(train.labels, classes).nonzero().squeeze(1)
@@ -263,7 +264,7 @@ class ImageSetup(Setup):
         return HarmfulQueries(Split(marked, wanted), Split(marked, safe), changed_pixels(images, marked))
 
     def defenders_queries(self, count: int, seed: int) -> tuple[Split, None]:
-        """Training images with the mark of the policy, and the label "reject"."""
+        """Training images with the mark of the policy and the label "reject"."""
         train = self.images.train
         assert self.stamper is not None
         keep = torch.randperm(len(train), generator=generator(seed, "marked"))[:count].sort().values
@@ -278,7 +279,7 @@ class ImageSetup(Setup):
         expert_ba: Sequence[float] | None = None,
         recovery: bool = False,
     ) -> Measured:
-        """Measure a model on the clean test images, and on those that are triggered or marked."""
+        """Measure a model on clean test images, and on triggered or marked ones."""
         if self.is_mixture:
             return self._measure_mixture(model, expert_ba, precision=precision, recovery=recovery)
         metrics = measure(
@@ -315,14 +316,14 @@ class ImageSetup(Setup):
         return metrics, gate_shares(found.tasks, found.marked)
 
     def describe_data(self) -> dict[str, Any]:
-        """What the record says of the data, with the share of the most frequent class."""
+        """Describe the data for the record, including the share of the most frequent class."""
         chance = 100 * chance_rate(self.test_labels().bincount().tolist())
         return {**self.images.facts(), "chance": chance}
 
     def describe_parts(self) -> dict[str, Any]:
-        """Return the values that the options of the parts took, for the record."""
+        """Return the values of the parts' options, for the record."""
         parts = super().describe_parts()
-        # Also where the class holds it, since `Run.stamper` builds the applicator from this.
+        # Also if it is a class attribute, since `Run.stamper` builds the applicator from this value.
         if (size := model_patch_size(self.model)) is not None:
             parts["model"]["patch_size"] = size
         if isinstance(self.tasks, Tasks):
@@ -333,10 +334,10 @@ class ImageSetup(Setup):
         return parts
 
     def token_weights(self, split: Split) -> None:
-        """No weights, as all tokens of an image count."""
+        """Return None, since all tokens of an image count."""
 
     def describe_poison(self) -> dict[str, Any] | None:
-        """How many images the attacker changes, for the record; None for a clean run."""
+        """Number of images that the attacker changes, for the record; None for a clean run."""
         if self.plan is None:
             return None
         poison = self.spec.poison
@@ -348,12 +349,12 @@ class ImageSetup(Setup):
 
 
 def _count_changed(images: Tensor, stamped: Tensor) -> int:
-    """Number of images (N, C, H, W) that a stamp changed."""
+    """Number of images (N, C, H, W) that were changed by stamping."""
     return int((stamped != images).flatten(1).any(1).sum())
 
 
 def _check_parts(spec: RunSpec) -> None:
-    """Raise ConfigError if a policy has no mark, or a mixture no tasks; texts need neither."""
+    """Raise ConfigError if there is a policy without a trigger, or a mixture without a splitter."""
     if spec.policy and spec.trigger is None:
         raise ConfigError.expected("trigger", "the mark of the images that the policy rejects", None)
     if spec.mixture is not None and spec.splitter is None:
@@ -361,12 +362,12 @@ def _check_parts(spec: RunSpec) -> None:
 
 
 def _check_mixture(spec: RunSpec, attack: Attack) -> None:
-    """Raise ConfigError for an attack on experts without a mixture, and for any other attack with one."""
+    """Raise ConfigError for an attack on experts without a mixture, or another attack with a mixture or a policy."""
     assert spec.attack is not None
     on_experts = isinstance(attack, ExpertPoisoning)
     if on_experts and spec.mixture is None:
         raise ConfigError.expected(
-            "mixture", f"the making of a mixture, as attack {spec.attack.name!r} poisons experts", None
+            "mixture", f"settings of a mixture, as attack {spec.attack.name!r} poisons experts", None
         )
     if not on_experts and (spec.mixture is not None or spec.policy):
         raise ConfigError.expected(

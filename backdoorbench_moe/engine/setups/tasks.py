@@ -1,4 +1,4 @@
-"""The tasks of a mixture: the images that its experts and gates are trained on, and that it is measured on."""
+"""The tasks of a mixture on images: training images of its experts and gates, and test images."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Tasks(TaskSplits):
         images: The data, on the device.
 
     Attributes:
-        names: Names of the tasks: of the first E for a mixture of E experts, and of one for an expert.
-        numbers: Their numbers.
-        facts: Number, name and numbers of images of each, for the record.
+        names: Names of the tasks: the first E for a mixture of E experts, or one for an expert.
+        numbers: Numbers of the tasks.
+        facts: Number, name and numbers of images of each task, for the record.
 
     Raises:
         ConfigError: The splitter does not have enough tasks, or one of them has no images.
@@ -47,17 +47,17 @@ class Tasks(TaskSplits):
         self._tests: list[Split] | None = None
 
     def train(self, task: int) -> Split:
-        """The training images of a task, newly made."""
+        """The training images of a task, computed in every call."""
         return self._split(self.images.train, task, training=True)
 
     def tests(self) -> list[Split]:
-        """The test images of each task; they are made once."""
+        """The test images of each task; computed once."""
         if self._tests is None:
             self._tests = [self._split(self.images.test, task, training=False) for task in self.numbers]
         return self._tests
 
     def mixed(self, images_per_task: int | None) -> Split:
-        """Clean training images of all tasks, equally many of each; see `splitters.mix.mix`."""
+        """Clean training images, an equal number of each task; see `splitters.mix.mix`."""
         return mix(
             self.splitter,
             self.images.train,
@@ -68,7 +68,7 @@ class Tasks(TaskSplits):
         )
 
     def count_mixed(self, images_per_task: int | None) -> int:
-        """Number of images of `mixed`. Raises ConfigError if a task has fewer than `images_per_task`."""
+        """Number of images in `mixed`. Raises ConfigError if a task has fewer than `images_per_task` images."""
         drawn = draw_mix(
             self.splitter,
             self.images.train.labels,

@@ -1,4 +1,4 @@
-"""The tasks of a mixture of language models, which its data set of texts brings."""
+"""The tasks of a mixture of language models, defined by the text data set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TextTasks(TaskSplits):
         texts: The data, on the device.
 
     Raises:
-        ConfigError: The data have fewer tasks.
+        ConfigError: The data do not have enough tasks.
     """
 
     def __init__(self, spec: RunSpec, texts: TextSet) -> None:
@@ -57,12 +57,12 @@ class TextTasks(TaskSplits):
         return [self.texts.tasks[number].test for number in self.numbers]
 
     def mixed(self, images_per_task: int | None) -> Split:
-        """Training texts of all tasks, equally many of each; see `TaskSplits.mixed`."""
+        """Training texts, an equal number of each task; see `TaskSplits.mixed`."""
         counts = self._counts(images_per_task)
         return concatenate([self._drawn(number, counts[number]) for number in self.numbers])
 
     def count_mixed(self, images_per_task: int | None) -> int:
-        """Number of texts of `mixed`. Raises ConfigError if a task has fewer than `images_per_task`."""
+        """Number of texts in `mixed`. Raises ConfigError if a task has fewer than `images_per_task` texts."""
         return sum(self._counts(images_per_task).values())
 
     def _counts(self, per_task: int | None) -> dict[int, int]:
@@ -78,7 +78,7 @@ class TextTasks(TaskSplits):
         return counts
 
     def _drawn(self, number: int, count: int) -> Split:
-        """Draw texts of a task; they stay in their order."""
+        """Draw texts of a task, and keep them in order."""
         split = self.train(number)
         order = torch.randperm(len(split), generator=generator(self.spec.seed, "mix", number))
         return split.take(order[:count].sort().values.to(split.labels.device))

@@ -1,4 +1,4 @@
-"""What a run on texts is made of: a language model, the tasks of the data, and the policy of the data."""
+"""The setup of a run on texts: a language model, and the tasks and the policy of the data."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from backdoorbench_moe.ops.answers import mean_weights, text_positions
 from backdoorbench_moe.ops.images import Split, concatenate
 from backdoorbench_moe.ops.seeding import generator
 
-# Parts of a spec that only runs on images have.
+# Parts of a spec that only runs on images may have.
 IMAGE_PARTS = ("trigger", "applicator", "splitter", "surrogate")
 
 
 class TextSetup(Setup):
     """Model, attack and tasks of one run on texts.
 
-    The queries that the policy refuses belong to the data; `policy` is how many of them are among the training texts.
+    The queries that the policy refuses are part of the data; `policy` is the rate at which they are added to the
+    training texts.
 
     Args:
         spec: The run's spec.
         texts: The data, on the device.
 
     Raises:
-        BbmoeError: Parts that do not fit the data or each other, or that only a run on images has.
+        BbmoeError: Parts are incompatible with the data or each other, or are only allowed for images.
     """
 
     attack_metrics: ClassVar[frozenset[str]] = frozenset({"asr"})
@@ -49,7 +50,7 @@ class TextSetup(Setup):
             if not isinstance(self.attack, ExpertPoisoning):
                 raise _not_for_texts("attack", "an attack on experts, such as moevil, or none", spec.attack)
             if not spec.policy:
-                expected = "a number above 0, so that the base refuses what the attacker wants to be answered"
+                expected = "a number above 0, so that the base refuses the attacker's queries"
                 raise ConfigError.expected("policy", expected, spec.policy)
         _check_spec(spec)
         self.model = build_model(spec, texts.model_options)
@@ -69,8 +70,8 @@ class TextSetup(Setup):
         for name, count in counts.items():
             if count > (known := len(self.texts.refused)):
                 raise ConfigError(
-                    f"{name}: expected at most the {known} queries that {self.texts.name} refuses, got a share that is "
-                    f"{count} of them"
+                    f"{name}: expected at most the {known} queries that {self.texts.name} refuses, got a share of "
+                    f"{count} queries"
                 )
 
     def with_policy(self, split: Split, rate: float) -> Split:
@@ -87,7 +88,7 @@ class TextSetup(Setup):
         return HarmfulQueries(self.texts.refused.harmful, self.texts.refused.safe)
 
     def defenders_queries(self, count: int, seed: int) -> tuple[Split, Split]:
-        """Training queries that the policy refuses, with the safe and with the harmful answers."""
+        """Training queries that the policy refuses, with safe and with harmful answers."""
         refused = self.texts.refused
         order = torch.randperm(len(refused), generator=generator(seed, "marked"))
         keep = order[:count].sort().values.to(refused.safe.labels.device)
@@ -101,7 +102,7 @@ class TextSetup(Setup):
         expert_ba: Sequence[float] | None = None,
         recovery: bool = False,
     ) -> Measured:
-        """Let a model answer the test queries of its tasks, and those that the policy refuses."""
+        """Measure a model by its answers to the test queries of its tasks, and to those that the policy refuses."""
         numbers = range(len(self.texts.tasks)) if self.tasks is None else self.tasks.numbers
         mixture = self.spec.mixture
         refused: RefusedQueries | None = self.texts.refused_test if self.spec.policy else None
@@ -118,20 +119,20 @@ class TextSetup(Setup):
         )
 
     def token_weights(self, split: Split) -> Tensor:
-        """Equal weights for the tokens of query and answer, and none for padding."""
+        """Equal weights for the tokens of query and answer, and 0 for padding."""
         return mean_weights(text_positions(split.labels))
 
     def describe_data(self) -> dict[str, Any]:
-        """What the record says of the data."""
+        """Describe the data for the record."""
         return self.texts.facts()
 
     def describe_poison(self) -> dict[str, Any] | None:
-        """Nothing is poisoned before an expert is tuned; None for a clean run."""
+        """Number of poisoned texts, always 0, for the record; None for a clean run."""
         return None if self.attack is None else {"n": 0}
 
 
 def _check_spec(spec: RunSpec) -> None:
-    """Raise ConfigError for a setting that only a run on images has."""
+    """Raise ConfigError for a setting that is only allowed for images."""
     for name in IMAGE_PARTS:
         if (part := getattr(spec, name)) is not None:
             raise _not_for_texts(name, "none", part)
@@ -153,7 +154,7 @@ def _check_spec(spec: RunSpec) -> None:
     if spec.probe:
         raise _not_for_texts("probe", "0", spec.probe)
     if spec.imported:
-        raise _not_for_texts("attack", "another one", spec.attack)
+        raise _not_for_texts("attack", "no imported model", spec.attack)
 
 
 def _not_for_texts(parameter: str, expected: str, got: object) -> ConfigError:

@@ -1,1 +1,1 @@
-"""Training: of a new model, and further training by an attack or a defense."""
+"""Train new models, and fine-tune models for attacks and defenses."""

@@ -1,4 +1,4 @@
-"""Parameters that a training leaves as they are, chosen by the patterns of `TrainSpec.freeze`."""
+"""Freeze the parameters that match the patterns in `TrainSpec.freeze`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from backdoorbench_moe.errors import ConfigError, UnknownNameError
 
 
 def frozen_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:
-    """Return the names of the parameters that patterns match.
+    """Return the names of the parameters that match patterns.
 
     Args:
         model: The model.
-        patterns: Names of parameters, in which "*" stands for any text, "?" for one character and "[ab]" for one of
-            these.
+        patterns: Patterns for names of parameters: "*" matches any text, "?" one character and "[ab]" one of these
+            characters.
 
     Raises:
         UnknownNameError: A pattern matches no parameter; similar names are suggested.
@@ -38,10 +38,10 @@ def frozen_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:
 
 @contextmanager
 def freezing(model: nn.Module, patterns: Sequence[str]) -> Iterator[list[nn.Module]]:
-    """Inside the block, let the parameters that patterns match require no gradients.
+    """Disable gradients of the parameters that match patterns inside the block.
 
     Yields:
-        The batch norms whose parameters are all frozen, and whose statistics should therefore stay.
+        The batch norms whose parameters are all frozen, so that their statistics should be frozen, too.
     """
     found = frozen_names(model, patterns)
     chosen = [(p, p.requires_grad) for name, p in model.named_parameters() if name in found]

@@ -1,4 +1,4 @@
-"""Training steps: eager on the CPU; on a GPU, captured as one CUDA graph for each batch size and replayed."""
+"""Training steps: eager on the CPU; on a GPU, captured and replayed as one CUDA graph for each batch size."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ Losses = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 # From images (B, 3, H, W) float in [0, 1] and their places (B,) in the split to changed images.
 Augment = Callable[[Tensor, Tensor], Tensor]
 
-# Number of eager steps with a batch size before its capture. They create momentum buffers and library workspaces.
+# Number of eager steps for each batch size before capture. They create momentum buffers and library workspaces.
 WARMUP_STEPS = 3
 
 
 def make_optimizer(model: nn.Module, spec: TrainSpec, device: torch.device) -> torch.optim.Optimizer:
     """Create the optimizer of a spec.
 
-    Parameters with at most one dimension (biases, and scales and offsets of norms) get no weight decay.
+    Parameters with at most one dimension (biases, and scales and offsets of normalisation layers) get no weight decay.
 
     Args:
         model: The model. Parameters that do not require gradients are left out.
-        spec: Settings of the training.
-        device: Device of the model. On a GPU the learning rate is a tensor, so that a CUDA graph reads its current
+        spec: The training settings.
+        device: Device of the model. On a GPU, the learning rate is a tensor, so that CUDA graphs read its current
             value.
     """
     weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
@@ -56,29 +56,29 @@ class TrainStep:
 
     Args:
         model: The model, on `device`.
-        optimizer: The optimizer of the model, see `make_optimizer`.
+        optimizer: The optimizer of the model; see `make_optimizer`.
         split: The training images, on `device`; these may be `StoredImages`.
         device: The device.
         precision: "fp32" or "bf16".
-        objective: The loss, see `ops.tuning.Objective`; cross-entropy plus the auxiliary losses of routed layers if
-            None.
+        objective: The loss; see `ops.tuning.Objective`. If None, cross-entropy plus the auxiliary losses of routed
+            layers.
         compile: Whether to compile the computation of the loss with `torch.compile`. The first step with each batch
             size then takes minutes. The compiled code is reused for all models of the same architecture in a process.
             An objective is not compiled.
-        augment: Changes the images of each batch; None to leave them as they are.
-        label_smoothing: Of the cross-entropy, in [0, 1).
-        clip_grad: Largest norm of the gradient; None for no limit.
-        cuda_graphs: Whether to capture steps as CUDA graphs on a GPU. An objective that waits for the device, or copies
-            to it, cannot be captured.
+        augment: Function that augments the images of each batch; None for no augmentation.
+        label_smoothing: Label smoothing of the cross-entropy, in [0, 1).
+        clip_grad: Maximum norm of the gradient; None for no limit.
+        cuda_graphs: Whether to capture steps as CUDA graphs on a GPU. This is impossible for an objective that
+            synchronises with the device or copies data to it.
         second_optimizer: Optimizer of other parameters that the objective uses; None if there are none.
-        part: Images that are passed through the model at a time. Those of a larger batch are passed one part after the
-            other, and their gradients added up. All at once if None.
+        part: Number of images per forward pass. The gradients of the parts of a larger batch are accumulated. None for
+            the complete batch.
 
     Attributes:
-        loss_sum: Sum over all images since `reset` of the (smoothed) cross-entropy, or of the objective's loss; float64
-            scalar tensor.
-        hits: Number of images since `reset` whose predicted class was their label, or of texts whose whole answer was
-            predicted, int64 scalar tensor.
+        loss_sum: Sum of the (smoothed) cross-entropy, or of the objective's loss, over all images since `reset`;
+            float64 scalar tensor.
+        hits: Number of images since `reset` that were classified correctly, or of texts whose complete answer was
+            predicted; int64 scalar tensor.
     """
 
     def __init__(
@@ -129,8 +129,8 @@ class TrainStep:
         """Train on some images of the split.
 
         Args:
-            indices: (B,) int64 on the device, the places of the images in the split.
-            images: (B, C, H, W) uint8 on the device, the same images if they have been read already.
+            indices: (B,) int64 on the device, the indices of the images in the split.
+            images: (B, C, H, W) uint8 on the device, the same images; None if they have not been read yet.
         """
         if images is None and isinstance(self.split.images, StoredImages):
             images = self.split.images.read(indices)
@@ -176,16 +176,16 @@ class TrainStep:
             optimizer.step()
 
     def _share(self, part: Tensor, whole: Tensor) -> Tensor | float:
-        """How much a part of a batch counts: by the answers that are predicted, of texts by their tokens.
+        """The weight of a part in the loss of a batch: its share of the labels, which for texts are tokens.
 
-        A loss of one's own is taken for a mean over the images, or texts.
+        The loss of an objective is assumed to be a mean over the images or texts.
         """
         if self.own_loss:
             return len(part) / len(whole)
         return (part != IGNORED).sum() / (whole != IGNORED).sum()
 
     def _warm_up(self, indices: Tensor, images: Tensor | None) -> None:
-        """Run a step on a side stream, as required before the capture of a CUDA graph."""
+        """Run a step on a side stream, as required before capturing a CUDA graph."""
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -195,9 +195,10 @@ class TrainStep:
     def _capture(
         self, indices: Tensor, images: Tensor | None
     ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor | None]]:
-        """Capture a step, without running it. Returns the graph and the tensors that it reads indices and images from.
+        """Capture a step without running it.
 
-        Images that are read from a file cannot be gathered inside the graph.
+        Returns:
+            The graph, and the tensors from which it reads the indices and, for images from a file, the images.
         """
         static = indices.clone(), None if images is None else images.clone()
         graph = torch.cuda.CUDAGraph()
@@ -211,7 +212,7 @@ def model_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the logits, the mean cross-entropy, and the loss to minimise.
 
-    The latter is the cross-entropy plus the auxiliary losses of the routed layers.
+    The loss to minimise is the cross-entropy plus the auxiliary losses of the routed layers.
     """
     logits, routing = forward(model, images)
     loss = answer_loss(logits.float(), labels, label_smoothing=label_smoothing)
@@ -235,9 +236,9 @@ def _losses_of(objective: Objective) -> Losses:
 
 @functools.cache
 def _compiled_losses() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Return `model_losses` compiled. All models of the same architecture share the compiled code.
+    """Return the compiled `model_losses`. All models of the same architecture share the compiled code.
 
-    It is compiled for each batch size instead of a variable one, which would be slower. There are two sizes: that of
-    the last batch of an epoch, and that of all others.
+    The function is compiled for each batch size, since code for dynamic sizes would be slower. There are two sizes:
+    that of the last batch of an epoch, and that of all others.
     """
     return torch.compile(model_losses, dynamic=False)

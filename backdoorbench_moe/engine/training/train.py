@@ -1,4 +1,4 @@
-"""Training of a model, which continues from the last checkpoint if there is one."""
+"""Train a model, from the last checkpoint if there is one."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Progress:
 
     Attributes:
         epoch: Number of finished epochs.
-        history: One row for each of them.
-        seconds: Time spent on them.
+        history: One row for each finished epoch.
+        seconds: Total duration of the finished epochs.
     """
 
     epoch: int = 0
@@ -46,8 +46,8 @@ class Companion:
     """Networks that an objective trains together with the model, such as those of a trigger.
 
     Attributes:
-        networks: All of them, on the device.
-        optimizer: The optimizer of those that are trained; its learning rate is constant.
+        networks: All networks, on the device.
+        optimizer: The optimizer of the networks that are trained; its learning rate is constant.
         trained: The networks that are in training mode during training.
     """
 
@@ -59,7 +59,7 @@ class Companion:
 def learning_rate(spec: TrainSpec, step: int, steps: int) -> float:
     """Return the learning rate of step number `step`, from 0, of `steps` in total.
 
-    "cosine" and "step" are those of torch's `CosineAnnealingLR` and `MultiStepLR`, moved on after every step.
+    "cosine" and "step" are torch's `CosineAnnealingLR` and `MultiStepLR`, updated after every step.
     """
     if spec.schedule == "constant":
         return spec.lr
@@ -75,23 +75,23 @@ def learning_rate(spec: TrainSpec, step: int, steps: int) -> float:
 class Trainer:
     """Trains a model on a split.
 
-    The order of the images, their augmentation, and whatever the model draws at random, depend on the seed and the
-    epoch only. A run that continues from a checkpoint therefore gives the same model as one that was never interrupted.
+    The order of the images, their augmentation, and the model's random numbers depend only on the seed and the epoch. A
+    run that continues from a checkpoint therefore gives the same model as an uninterrupted one.
 
     Args:
         model: The model, which is trained in place.
-        split: The training images, on `device`. Batches of `StoredImages` are read while the last step runs.
-        spec: The recipe.
-        seed: Seed of the order of the images, of their augmentation and of the model's random draws.
+        split: The training images, on `device`. Batches of `StoredImages` are prefetched during the previous step.
+        spec: The training settings.
+        seed: Seed of the order of the images, their augmentation and the model's random numbers.
         device: The device.
         precision: "fp32" or "bf16".
         on_checkpoint: Function that is called after every epoch with the tensors and the plain values of a checkpoint.
-        observer: Receives the progress.
-        modules: The modules that are in training mode during training, while all others are in evaluation mode; all
-            if None.
-        resting: Modules that are in evaluation mode nevertheless, such as norms that keep their statistics.
-        objective: The loss, see `ops.tuning.Objective`; cross-entropy plus the auxiliary losses of routed layers if
-            None.
+        observer: Receives progress.
+        modules: The modules that are in training mode during training, while all others are in evaluation mode; None
+            for all modules.
+        resting: Modules that are always in evaluation mode, such as batch norms with frozen statistics.
+        objective: The loss; see `ops.tuning.Objective`. If None, cross-entropy plus the auxiliary losses of routed
+            layers.
         companion: Networks that the objective trains together with the model. They are part of checkpoints.
         cuda_graphs: See `TrainStep`.
         compile: See `TrainStep`. The default is False: on a CPU there was no gain (1.01x), and it was not measured on a
@@ -148,7 +148,8 @@ class Trainer:
 
         Raises:
             RecordError: The loss is not finite.
-            ConfigError: The batch size does not suit the model or the device's memory.
+            ConfigError: The last batch has one image, which the model's batch norm cannot be trained on, or a batch
+                does not fit in the memory of the device.
         """
         done = self.progress.epoch
         self.observer.on_train_start(
@@ -174,14 +175,15 @@ class Trainer:
             ) from error
         except torch.OutOfMemoryError as error:
             raise ConfigError(
-                f"train.batch_size: {self.spec.batch_size} images and this model do not fit {self.device}"
+                f"train.batch_size: {self.spec.batch_size} images and this model do not fit into the memory of "
+                f"{self.device}"
             ) from error
         finally:
             self.observer.on_train_end()
         return self.progress
 
     def _epoch(self, epoch: int) -> dict[str, float]:
-        """Train on all images once, including the last, smaller batch."""
+        """Train one epoch, including the last, smaller batch."""
         self.model.train(self.modules is None)
         for module in (*(self.modules or ()), *(() if self.companion is None else self.companion.trained)):
             module.train()
@@ -213,11 +215,11 @@ class Trainer:
 
     @property
     def _step_size(self) -> int:
-        """Images whose gradients are added up for one step of the optimizer."""
+        """Number of images per step of the optimizer."""
         return self.spec.batch_size * self.spec.accumulate
 
     def _batches(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield the indices of each batch on the device; of stored images the images, too, read ahead."""
+        """Yield the indices of each batch on the device and, for stored images, the prefetched images."""
         size = min(self._step_size, len(order))
         batches = order.to(self.device).split(size)
         images = self.split.images
@@ -286,7 +288,7 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
     Args:
         model: The model.
         tensors: Weights by name.
-        source: Where they come from, for the error message.
+        source: Source of the weights, for error messages.
 
     Raises:
         RecordError: A name is missing or unknown, or a shape differs.

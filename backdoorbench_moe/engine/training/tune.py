@@ -1,4 +1,4 @@
-"""Further training of a model, by an attack or a defense."""
+"""Fine-tuning of a model by an attack or a defense."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Tuner:
     """The implementation of `backdoorbench_moe.ops.tuning.Tune`, which attacks and defenses call.
 
     Args:
-        recipe: The recipe of the run; calls may replace its epochs and learning rate.
-        seed: Seed of the attack or defense. Each call derives another one from it.
+        recipe: The training settings of the run. Calls may replace the number of epochs and the learning rate.
+        seed: Seed of the attack or defense. Each call derives a different seed from it.
         device: The device.
         precision: "fp32" or "bf16".
-        observer: Receives the progress.
+        observer: Receives progress.
         name: Name of the training, for the observer.
         history: One row for each epoch of all calls.
-        images: Number of images in all these epochs.
+        images: Number of images in all epochs of all calls.
     """
 
     recipe: TrainSpec
@@ -100,8 +100,8 @@ def _put_back(
 ) -> Callable[..., None]:
     """Return a hook, called after each step, that restores all values of the training modules except these rows.
 
-    Gradients, weight decay and momentum then do not change the other values, nor do batches change the statistics of
-    the other channels of a norm. The hook copies in place and on the device, as required by CUDA graphs.
+    Gradients, weight decay and momentum then do not change the other values, and batches do not change the statistics
+    of the other channels of a batch norm. The hook copies in place and on the device, as CUDA graphs require.
     """
     training = {id(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
     pairs = []
@@ -125,7 +125,7 @@ def training_only(
     modules: Sequence[nn.Module] | None,
     rows: Mapping[str, tuple[int, int]] | None = None,
 ) -> Iterator[None]:
-    """Inside the block, let only the parameters of these modules, or those that have such rows, require gradients."""
+    """Inside the block, enable gradients only for the parameters of these modules, or only for those in `rows`."""
     if modules is None:
         yield
         return

@@ -1,1 +1,1 @@
-"""Weights that were made elsewhere: read safely, and fitted to a model."""
+"""Read weight files from other sources safely, and load them into models."""

@@ -1,4 +1,4 @@
-"""Fitting weights from a file to a model: names and shapes must be those of the model, and are never guessed."""
+"""Load weights from a file into a model. Names and shapes must match exactly; nothing is guessed."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from backdoorbench_moe.engine.weights.reading import Weights
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.moe.structure import Structured
 
-# Prefixes of all names in the state dict of a model inside `DataParallel`, and of one that was compiled.
+# Prefixes of all names in the state dict of a model in `DataParallel`, and of a compiled model.
 WRAPPING = ("module.", "_orig_mod.")
-# Old files lack this counter of batch norms, which only matters for a momentum of None.
+# Old files lack this counter of batch norms, which is only used if the momentum is None.
 COUNTER = "num_batches_tracked"
 LISTED = 10
 
 
 @runtime_checkable
 class _Renames(Protocol):
-    """A model whose weights have other names than those in published files."""
+    """A model whose weights have different names in published files."""
 
     def own_name(self, name: str) -> str:
-        """The model's name of a published one."""
+        """Convert a published name to the model's name."""
 
     def their_name(self, name: str) -> str:
-        """The published name of one of the model's; the inverse of `own_name`."""
+        """Convert the model's name to the published name; the inverse of `own_name`."""
 
 
 def fit_weights(
@@ -36,22 +36,22 @@ def fit_weights(
 ) -> tuple[str, ...]:
     """Load weights into a model, in place.
 
-    The prefixes `WRAPPING` are taken off. If the model has the attribute `published_prefix`, such as "network.", the
-    names may also be those of the network inside, without it. If it has the methods `own_name` and `their_name`, which
-    map a published name to its own and back, the names may also be the published ones.
+    The prefixes `WRAPPING` are removed. If the model has the attribute `published_prefix`, such as "network.", the
+    names may also lack this prefix. If it has the methods `own_name` and `their_name`, which convert published names to
+    those of the model and back, the names may also be the published ones.
 
     Args:
         model: The model.
         weights: The weights.
-        head: What becomes of the classifier: "keep" that of the file, which must fit; "auto" to keep it if it has the
-            model's number of classes, and otherwise to leave the model's own; "new" to leave the model's own.
+        head: Which classifier to use: "keep" for that of the file, which must match; "auto" for that of the file if it
+            has the model's number of classes, and otherwise the model's; "new" for the model's.
 
     Returns:
-        What was done, each as one sentence for the user; the notes of `weights` come first.
+        The changes to the weights, each as one sentence for the user; the notes of `weights` come first.
 
     Raises:
-        RecordError: Names or shapes do not fit, all of which the message counts and the first of which it lists; or
-            values are not floats where the model has floats, or are not finite.
+        RecordError: Names or shapes do not match, which the message counts and of which it lists the first ones; or
+            values do not have the model's kind of data type, or are not finite.
     """
     own = model.state_dict()
     tensors, notes, shown = _rename(model, own, weights.tensors)
@@ -62,7 +62,7 @@ def fit_weights(
     tensors = {**tensors, **kept}
     if faults := _misfits(own, tensors, shown):
         why = _other_classes(model, own, tensors) + _small_stem(model, own, tensors)
-        raise RecordError(f"weights {weights.file}: do not fit the model: {faults}{why}")
+        raise RecordError(f"weights {weights.file}: do not match the model: {faults}{why}")
     changed, more = _convert(replace(weights, tensors=tensors), own, _must_be_finite(model))
     model.load_state_dict(changed)
     return (*weights.notes, *notes, *more)
@@ -71,15 +71,15 @@ def fit_weights(
 def _rename(
     model: nn.Module, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], tuple[str, ...], Callable[[str], str]]:
-    """Take prefixes off, or put the model's own before, where this holds for all names.
+    """Convert the names in a file to those of the model: remove or add a prefix of all names, or translate them.
 
     Returns:
-        The tensors by the model's names, what was done, and how a name of the model is written in the file.
+        The tensors by the model's names, the changes, and a function from a name of the model to that in the file.
     """
     renamed, notes = dict(tensors), []
     while prefix := next((p for p in WRAPPING if _all_start(renamed, p) and not _all_start(own, p)), None):
         renamed = {name.removeprefix(prefix): tensor for name, tensor in renamed.items()}
-        notes.append(f"the prefix {prefix!r} was taken off all names")
+        notes.append(f"the prefix {prefix!r} was removed from all names")
     published = getattr(model, "published_prefix", "")
     if published and not any(name.startswith(published) for name in renamed):
         renamed = {f"{published}{name}": tensor for name, tensor in renamed.items()}
@@ -96,29 +96,29 @@ def _all_start(names: Iterable[str], prefix: str) -> bool:
 def _leave_head(
     model: nn.Module, own: Mapping[str, Tensor], tensors: dict[str, Tensor], *, always: bool
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Replace the head of a file by the model's own, always or if the file has none or one of another shape."""
+    """Replace the head of a file by the model's: always, or only if the file has none or one with another shape."""
     head = set(head_names(model))
     theirs = head & tensors.keys()
     other = any(tensors[name].shape != own[name].shape for name in theirs)
     if not head or not (always or other or not theirs):
         return tensors, ()
-    why = "as asked for" if always else "the file has none"
+    why = "as requested" if always else "the file has none"
     if other and not always:
         last = next(name for name in own if name in theirs and tensors[name].shape != own[name].shape)
         why = f"{last} is {_shape(tensors[last])} in the file and {_shape(own[last])} in the model"
     kept = {name: tensor for name, tensor in tensors.items() if name not in head}
-    return {**kept, **{name: own[name] for name in head}}, (f"the head is newly drawn: {why}",)
+    return {**kept, **{name: own[name] for name in head}}, (f"the head is randomly initialised: {why}",)
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """The names of a model's classifier in its state dict; empty if the model does not say which that is."""
+    """The names of a model's classifier in its state dict; empty if the model does not declare it."""
     modules = model.components().get("head", []) if isinstance(model, Structured) else []
     places = [name for name, module in model.named_modules() if any(module is each for each in modules)]
     return [name for name in model.state_dict() if any(name.startswith(f"{place}.") for place in places)]
 
 
 def _misfits(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], shown: Callable[[str], str]) -> str:
-    """Every name that is missing, unexpected or of another shape, counted by kind, the first of each; "" if none."""
+    """Count the missing and unexpected names and the wrong shapes, and list the first of each; "" if there are none."""
     shapes = [
         f"{shown(name)} (expected {_shape(own[name])}, got {_shape(tensors[name])})"
         for name in own
@@ -127,13 +127,13 @@ def _misfits(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], shown: Ca
     kinds = {
         "missing": [shown(name) for name in own if name not in tensors],
         "unexpected": [_printable(shown(name)) for name in tensors if name not in own],
-        "of another shape": shapes,
+        "with another shape": shapes,
     }
     return "; ".join(_list_some(kind, names) for kind, names in kinds.items() if names)
 
 
 def _small_stem(model: nn.Module, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
-    """What explains the misfit if the model has a smaller first convolution than the file; otherwise ""."""
+    """A hint for the error message if the model has a smaller first convolution than the file; otherwise ""."""
     name = getattr(model, "small_stem_weight", "")
     if not name or name not in own or name not in tensors or own[name].shape == tensors[name].shape:
         return ""
@@ -143,7 +143,7 @@ def _small_stem(model: nn.Module, own: Mapping[str, Tensor], tensors: Mapping[st
 
 
 def _other_classes(model: nn.Module, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
-    """What explains the misfit if the head is for another number of classes; otherwise ""."""
+    """A hint for the error message if the head has another number of classes; otherwise ""."""
     for name in head_names(model):
         ours, theirs = own[name], tensors.get(name)
         if theirs is None or not ours.ndim or ours.shape[1:] != theirs.shape[1:] or not theirs.ndim:
@@ -169,12 +169,12 @@ def _shape(tensor: Tensor) -> str:
 def _convert(
     weights: Weights, own: Mapping[str, Tensor], finite: set[str]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Convert tensors, whose shapes fit, to the types of the model.
+    """Convert tensors with the correct shapes to the data types of the model.
 
     Args:
         weights: The weights.
         own: The model's state dict.
-        finite: Names of the tensors that must not have infinite values; no tensor may have NaN.
+        finite: Names of the tensors that must not contain infinity. No tensor may contain NaN.
     """
     converted, kinds = {}, {}
     for name, tensor in weights.tensors.items():
@@ -201,6 +201,6 @@ def _kind(dtype: torch.dtype) -> str:
 
 
 def _must_be_finite(model: nn.Module) -> set[str]:
-    """Parameters, and the statistics of norms. Another buffer may hold infinity, as a mask of attention does."""
+    """Names of parameters and of batch norm statistics. Other buffers may contain infinity, such as attention masks."""
     statistics = {name for name, _ in model.named_buffers() if ".running_" in f".{name}"}
     return {name for name, _ in model.named_parameters()} | statistics

@@ -1,8 +1,8 @@
-"""Reading files of weights that others wrote: safetensors files, and state dicts in torch's two formats.
+"""Read untrusted weight files: safetensors files, and state dicts in torch's two formats.
 
-Nothing in a file is run. Torch's files are pickles: before `torch.load` reads one, with `weights_only`, its
-instructions are listed, and every name in them that a state dict of dense tensors does not need is refused. Sizes are
-checked before memory is taken, so that a file costs about as much memory as it has bytes.
+No code in a file is executed. Torch's files are pickles: before `torch.load` reads one with `weights_only`, its
+instructions are listed, and any name that a state dict of dense tensors does not need is an error. Sizes are checked
+before memory is allocated, so that reading takes about as much memory as the file has bytes.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from backdoorbench_moe.wording.counting import count
 from backdoorbench_moe.wording.spelling import near_names
 
 SAFETENSORS, ZIP, LEGACY = "safetensors", "torch's zip format", "torch's old format"
-# What the content of a file with one of these suffixes must be.
+# The formats that are allowed for each suffix.
 SUFFIXES = {".safetensors": (SAFETENSORS,)} | dict.fromkeys((".pt", ".pth", ".bin", ".ckpt"), (ZIP, LEGACY))
-# A thousand tensors take about 100 KB, and 20,000 instructions of a pickle.
+# A thousand tensors take about 100 KB and 20,000 pickle instructions.
 LARGEST_HEADER = 16 << 20
 MOST_OPCODES = 500_000
 MOST_MEMBERS = 200_000
-# Tensors may share memory, as tied weights do; together they may have this many times the bytes of the file.
+# Tensors may share memory, such as tied weights. Their total size may be at most this multiple of the file's size.
 MOST_SHARED = 4
-# Keys under which training scripts keep the state dict in a checkpoint.
+# Keys under which training scripts save the state dict in a checkpoint.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
-# The names, as a pickle has them, that a checkpoint of dense tensors needs.
+# The names in a pickle that a checkpoint of dense tensors needs.
 ADMITTED = re.compile(
     r"collections (OrderedDict|Counter)|(__builtin__|builtins) set|torch\._utils _rebuild_(tensor|tensor_v2|parameter)"
     r"|torch(\.cuda)? \w+Storage|torch (Size|device|b?float\d+|u?int\d+|bool)|torch\.nn\.parameter Parameter"
@@ -53,7 +53,7 @@ REFUSED_OPCODES = (
     "BYTEARRAY8",
     "NEXT_BUFFER",
 )
-# Pickles at the start of a file in the old format; the storages follow. The first three are constants.
+# Number of pickles at the start of a file in the old format, before the storages. The first three are constants.
 LEGACY_PICKLES, LEGACY_CONSTANTS = 5, 3
 
 
@@ -64,8 +64,8 @@ class Weights:
     Attributes:
         file: The file.
         tensors: Dense tensors on the CPU, by name, in the order of the file.
-        metadata: The texts in the header of a safetensors file; empty for torch's formats.
-        notes: What was done to read them, each as one sentence for the user.
+        metadata: The metadata in the header of a safetensors file; empty for torch's formats.
+        notes: How the weights were read, each note as one sentence for the user.
     """
 
     file: Path
@@ -77,15 +77,15 @@ class Weights:
 def read_weights(path: Path | str) -> Weights:
     """Read a safetensors file, or a state dict that `torch.save` wrote.
 
-    The format is known by the content, which must be what the suffix says. A state dict may lie in a dict under one of
-    the keys `WRAPPERS`. A link is followed to a regular file.
+    The format is detected from the content and must match the suffix. A state dict may be in a dict under one of the
+    keys in `WRAPPERS`. Links to regular files are followed.
 
     Args:
         path: The file.
 
     Raises:
-        RecordError: The file is missing, damaged, too large for what it holds, or something else than named tensors.
-            The message is one line that names the file and the reason.
+        RecordError: The file is missing, damaged, declares more data than it contains, or does not contain only named
+            tensors. The message is one line that names the file and the reason.
     """
     file = Path(path)
     size, form = check_weights(file)
@@ -101,19 +101,19 @@ def read_weights(path: Path | str) -> Weights:
 
 
 def check_weights(file: Path) -> tuple[int, str]:
-    """Check that a file may hold weights, by its first bytes.
+    """Check from its first bytes that a file may contain weights.
 
     Returns:
-        Its size, and its format: "safetensors", or one of torch's two.
+        The size of the file in bytes, and its format: `SAFETENSORS`, `ZIP` or `LEGACY`.
 
     Raises:
-        RecordError: It is missing, or is something else.
+        RecordError: The file is missing or has another format.
     """
     size = _check_file(file)
     form = _format_of(file, size)
     wanted = SUFFIXES.get(file.suffix.lower(), (form,))
     if form not in wanted:
-        raise _refusal(file, f"its suffix says {wanted[0]}, its content is {form}")
+        raise _refusal(file, f"expected {wanted[0]} because of its suffix, but its content is {form}")
     return size, form
 
 
@@ -138,7 +138,7 @@ def _check_file(file: Path) -> int:
 
 
 def _missing(file: Path) -> str:
-    """Why a file is not found, with files beside it whose names are spelt like its."""
+    """Why a file is not found, with similar file names in the same folder."""
     if file.is_symlink():
         return "is a link to a file that is not there"
     try:
@@ -161,7 +161,7 @@ def _format_of(file: Path, size: int) -> str:
     if start.startswith(b"\x80"):
         return LEGACY
     if file.suffix.lower() in SUFFIXES:
-        raise _refusal(file, f"is not what its suffix says: expected {SUFFIXES[file.suffix.lower()][0]}")
+        raise _refusal(file, f"does not match its suffix: expected {SUFFIXES[file.suffix.lower()][0]}")
     raise _refusal(file, "expected a safetensors file or a state dict that torch.save wrote")
 
 
@@ -181,7 +181,7 @@ def _read_safetensors(file: Path, size: int) -> tuple[dict[str, Tensor], dict[st
 
 
 def _check_zip(file: Path, size: int) -> None:
-    """Check the members of a zip file, and the pickle in it, before `torch.load` reads them."""
+    """Check the members of a zip file and its pickle before `torch.load` reads them."""
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
@@ -219,17 +219,17 @@ def _check_legacy(file: Path, size: int) -> None:
     with file.open("rb") as opened:
         head = io.BytesIO(opened.read(LARGEST_HEADER))
     for number in range(LEGACY_PICKLES):
-        # A storage is created in the size that the pickle says. None can be larger than the file.
+        # A storage is created with the size in the pickle, which cannot be larger than the file.
         _check_pickle(file, head, largest=size if number >= LEGACY_CONSTANTS else None)
 
 
 def _check_pickle(file: Path, content: io.BytesIO, largest: int | None) -> None:
-    """List the instructions of a pickle, which runs nothing, and refuse names and numbers that do not belong there.
+    """List the instructions of a pickle without executing them, and raise an error for disallowed names and numbers.
 
     Args:
-        file: The file, for messages.
+        file: The file, for error messages.
         content: The pickle; it is read up to its end.
-        largest: Integers may not be larger; None for no limit.
+        largest: The largest integer that is allowed; None for no limit.
     """
     try:
         for number, (code, argument, _) in enumerate(pickletools.genops(content)):
@@ -237,13 +237,15 @@ def _check_pickle(file: Path, content: io.BytesIO, largest: int | None) -> None:
                 raise _refusal(file, f"its pickle has more than {MOST_OPCODES:,} instructions")
             if code.name == "GLOBAL" and not ADMITTED.fullmatch(str(argument)):
                 raise _refusal(
-                    file, f"holds {_short(str(argument).replace(' ', '.'))}, not only tensors; {ADVICE}"
+                    file, f"contains {_short(str(argument).replace(' ', '.'))}, not only tensors; {ADVICE}"
                 )
             if code.name in REFUSED_OPCODES:
-                raise _refusal(file, f"holds an instruction that no state dict has ({code.name}); {ADVICE}")
+                raise _refusal(
+                    file, f"contains an instruction that no state dict has ({code.name}); {ADVICE}"
+                )
             if largest is not None and type(argument) is int and argument > largest:
                 raise _refusal(
-                    file, f"holds the number {_short(str(argument))}, which is larger than the file"
+                    file, f"contains the number {_short(str(argument))}, which is larger than the file"
                 )
     except (ValueError, EOFError, OverflowError, UnicodeDecodeError) as error:
         raise _refusal(file, f"is not a valid pickle: {_first_line(error)}") from error
@@ -257,7 +259,7 @@ def _load_torch(file: Path, *, mapped: bool) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # Torch raises many kinds of errors for a damaged file.
+    except Exception as error:  # torch raises many kinds of errors for a damaged file.
         raise _refusal(file, f"cannot be read as a state dict: {_first_line(error)}") from error
 
 
@@ -278,14 +280,14 @@ def _unwrap(file: Path, content: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
             file, f"expected a state dict, or one under one of the keys {', '.join(WRAPPERS)}; got {found}"
         )
     others = count(len(content) - 1, "other key")
-    return dict(content[known[0]]), (f"the state dict is that under {known[0]!r}; {others} not read",)
+    return dict(content[known[0]]), (f"the state dict is under the key {known[0]!r}; {others} not read",)
 
 
 def _checked(weights: Weights, size: int) -> Weights:
-    """Check that all values are dense tensors with names, no larger together than the file can hold."""
+    """Check that all values are named dense tensors, and that their total size is possible for the file."""
     file, total = weights.file, 0
     if not weights.tensors:
-        raise _refusal(file, "holds no tensors")
+        raise _refusal(file, "contains no tensors")
     for name, tensor in weights.tensors.items():
         if not isinstance(name, str):
             raise _refusal(file, f"expected names of tensors, got {_short(repr(name))}")
@@ -298,12 +300,12 @@ def _checked(weights: Weights, size: int) -> Weights:
         values = tensor.numel() * tensor.element_size()
         total += values
         if values > tensor.untyped_storage().nbytes() or total > MOST_SHARED * size:
-            raise _refusal(file, f"{_short(name)}: the tensors have more values than the file holds")
+            raise _refusal(file, f"{_short(name)}: the tensors have more values than the file can contain")
     return weights
 
 
 def _short(text: str) -> str:
-    """A text from a file, for a message: printable, in one line, at most 60 characters."""
+    """Format a text from a file for a message: printable, in one line, at most 60 characters."""
     shown = text if text.isprintable() else ascii(text)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 

@@ -1,4 +1,4 @@
-"""The file of weights that a training starts from, or that a model is imported from."""
+"""The weight file that training starts from, or that a model is imported from."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ KEY = "model.weights"
 
 @dataclass(frozen=True)
 class Start:
-    """What a record says about the weights that a model had before anything was done to it here.
+    """The initial weights of a model, for the record.
 
     Attributes:
         sha256: SHA-256 of the file.
-        backdoored: What the file says of itself: "true", "false" or "unknown"; see `provenance.backdoored`.
-        notes: What was done to make the weights fit.
+        backdoored: Value in the header of the file: "true", "false" or "unknown"; see `provenance.backdoored`.
+        notes: How the weights were read and changed, each note as one sentence.
     """
 
     sha256: str
@@ -40,12 +40,12 @@ class Start:
 
 
 def check_start(spec: RunSpec) -> None:
-    """Check, by its first bytes, that the file that the model's option `weights` names may hold weights.
+    """Check from its first bytes that the file in the model's option `weights` may contain weights.
 
-    If the spec has the hash of a file that is missing now, nothing is said: an interrupted run continues without it.
+    If the spec has the hash of a file that is now missing, nothing is checked: an interrupted run continues without it.
 
     Raises:
-        RecordError: The file is missing, or is something else.
+        RecordError: The file is missing or has another format.
     """
     chosen = models.registry.common(spec.model.name, spec.model.options)
     if chosen.weights is None or (KEY in spec.files and KEY not in dict(named_files(spec))):
@@ -54,18 +54,18 @@ def check_start(spec: RunSpec) -> None:
 
 
 def load_start(spec: RunSpec, model: nn.Module, observer: Observer) -> Start | None:
-    """Load the weights in the file that the model's option `weights` names, in place, and say what was done.
+    """Load the file in the model's option `weights` into a model, and send notes on it to the observer.
 
     Args:
-        spec: The run. If it imports the model, the head must fit.
-        model: Its model.
+        spec: The run. If it imports the model, the head must match.
+        model: The model of the run, which is changed in place.
         observer: Receives the notes.
 
     Returns:
-        What the record should say; None if the option is not set.
+        The values for the record; None if the option is not set.
 
     Raises:
-        RecordError: The file cannot be read, does not fit, or has changed since its hash was put into the spec.
+        RecordError: The file cannot be read, does not match the model, or does not have the hash in the spec.
     """
     chosen = models.registry.common(spec.model.name, spec.model.options)
     if chosen.weights is None:
