@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -21,6 +19,7 @@ from backdoorbench_moe.auditing.subject import Keep, in_memory
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.plain import plain
 from backdoorbench_moe.records import write_atomically
+from backdoorbench_moe.records.folder import DAMAGE
 
 CHECKS = "checks"
 
@@ -106,7 +105,7 @@ class Store:
             if str(arrays.pop("subject")) != self.digest:
                 return None
             return {key: torch.from_numpy(values) for key, values in arrays.items()}
-        except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile, zlib.error):
+        except (*DAMAGE, KeyError):
             return None
 
     def _save_arrays(self, name: str, arrays: Mapping[str, Tensor]) -> None:

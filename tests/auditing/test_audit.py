@@ -207,6 +207,21 @@ def test_arrays_are_kept_for_the_same_subject_only(tmp_path) -> None:
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("offset", [6, 10])
+def test_damaged_arrays_are_computed_again(tmp_path, offset) -> None:
+    """Offsets in a member's entry of a zip file: the version of the format, and the compression method."""
+    file = tmp_path / "checks" / "stamps.npz"
+
+    def make():
+        return {"values": torch.arange(3.0)}
+
+    Store(tmp_path, "a").keep()("stamps", make)
+    content = bytearray(file.read_bytes())
+    content[content.index(b"PK\x01\x02") + offset] = 255
+    file.write_bytes(content)
+    assert Store(tmp_path, "a").keep()("stamps", make)["values"].tolist() == [0, 1, 2]
+
+
 def test_the_digest_covers_what_a_score_depends_on() -> None:
     split = row_images(30)
     given = {"images": split.images, "labels": split.labels}
