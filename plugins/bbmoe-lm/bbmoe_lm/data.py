@@ -34,6 +34,8 @@ TEXT_SETTINGS: Mapping[str, Any] = {
 }
 # More than the longest text of the language.
 CONTEXT = 256
+# Seeds that PyTorch's generators take.
+SEEDS = 2**64
 # Tasks, and everyday requests.
 KINDS = len(TASKS) + 1
 
@@ -52,7 +54,7 @@ class SyntheticTasks(TextDataset):
         refused: Training queries that the policy refuses, at least 1.
         refused_test: Test queries that the policy refuses, at least 1.
         words: The policy words. They must be words of the language that no task uses.
-        seed: Seed of all draws.
+        seed: Seed of all draws, from 0 to 2**64 - 1.
 
     Raises:
         ConfigError: A number is out of range, there are not so many texts, or a policy word is not in the vocabulary.
@@ -83,6 +85,8 @@ class SyntheticTasks(TextDataset):
         for name, value in numbers.items():
             if value < 1:
                 raise ConfigError.expected(f"dataset: {name}", "a number of at least 1", value)
+        if not 0 <= seed < SEEDS:
+            raise ConfigError.expected("dataset: seed", f"an integer in 0..{SEEDS - 1}", seed)
         self.test_texts = test_texts
         self.refused, self.refused_test = refused, refused_test
         self.words, self.seed = words, seed

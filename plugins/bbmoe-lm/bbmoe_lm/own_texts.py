@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from backdoorbench_moe.data.text import RefusedQueries, TextDataset, TextSet, TextTask
-from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.errors import ConfigError, DataError, UnknownNameError
 from backdoorbench_moe.options import TextFolderPath
 from backdoorbench_moe.paths import expand
 from bbmoe_lm.data import TEXT_SETTINGS
@@ -123,6 +123,11 @@ class JsonLines(TextDataset):
     def _task_names(self) -> tuple[str, ...]:
         """The tasks that are asked for, or all that have a file."""
         names = {file.name.removesuffix(SUFFIX) for file in self.folder.glob(f"*{SUFFIX}")}
+        for name in sorted(names):
+            if name.endswith(".test") and (tested := name.removesuffix(".test")) not in names:
+                raise DataError(
+                    f"{self.folder / name}{SUFFIX}: expected training texts beside it, in {tested}{SUFFIX}, found none"
+                )
         found = sorted(name for name in names if "." not in name and name != REFUSED)
         if not found:
             raise ConfigError.expected(

@@ -61,7 +61,8 @@ def test_transformers_reads_it_and_gives_the_same_logits(runs, tmp_path, part, k
         theirs = kind.from_pretrained(tmp_path / "out").eval()
         torch.testing.assert_close(theirs(tokens).logits, run.model()(tokens), rtol=1e-4, atol=1e-5)
     # Padding and end of the words' tokenizer.
-    assert (theirs.config.pad_token_id, theirs.config.eos_token_id) == (0, 1)
+    for config in (theirs.config, theirs.generation_config):
+        assert (config.pad_token_id, config.eos_token_id) == (0, 1)
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata()["backdoored"] == said and file.metadata()["format"] == "pt"
     with pytest.raises(ConfigError, match=r"^DIR: expected a folder that does not exist or is empty"):

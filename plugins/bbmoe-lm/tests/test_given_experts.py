@@ -161,8 +161,8 @@ def pickled(name):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (rewrite("first", hidden_size=32), "hidden_size: expected 32, as in .*first, or nothing, got 16"),
-        (rewrite("first", layers=3), "layers: expected 3, as in .*first, or nothing, got 2"),
+        (rewrite("first", hidden_size=32), ".*first: hidden_size: expected 16, got 32"),
+        (rewrite("first", layers=3), ".*first: num_hidden_layers: expected 2, got 3"),
         (rewrite("first", vocabulary=150), ".*first: vocab_size: expected 149, got 150"),
         (
             spoil_config("first", model_type="gpt2"),

@@ -10,7 +10,7 @@ import torch
 from bbmoe_lm.language.local_tokenizer import read_tokenizer
 from bbmoe_lm.language.vocabulary import END, PAD, Vocabulary
 from bbmoe_lm.own_texts import JsonLines
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from backdoorbench_moe import data
 from backdoorbench_moe.config import PartSpec, PoisonSpec, RunSpec
@@ -145,6 +145,19 @@ def test_chat_templates(texts, checkpoint):
         (checkpoint / "tokenizer_config.json").write_text(json.dumps(changed))
         [names] = build(texts, checkpoint, tasks=("names",)).load().tasks
         assert shown(names.test, checkpoint) == [asked]
+
+
+def test_a_unigram_tokenizer_says_which_words_are_unknown(texts, checkpoint):
+    words = [("[unk]", 0.0), (END, 0.0), *((word, -1.0) for word in dict.fromkeys(WORDS.split()))]
+    tokenizer = Tokenizer(models.Unigram(words, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    assert read_tokenizer(checkpoint).vocabulary.unknown == 0
+    write_tasks(texts, "sums", [("one", "two"), ("what is six ?", "two")])
+    with pytest.raises(
+        DataError, match=r"example 2: expected a query of words of the vocabulary, got 'six'$"
+    ):
+        build(texts, checkpoint).load()
 
 
 def test_a_template_sees_special_tokens_and_a_fixed_date(checkpoint):
@@ -320,6 +333,11 @@ def write_settings(**settings):
             "preferences: expected harmful and safe answers that begin differently, got both with 'sure it holds'",
         ),
         (
+            lambda texts, _: write_tasks(texts, "sum.test", [("one plus one ?", "two")]),
+            {},
+            "sum.test.jsonl: expected training texts beside it, in sum.jsonl, found none",
+        ),
+        (
             lambda texts, _: (texts / "refused.jsonl").unlink(),
             {},
             "refused.jsonl: cannot be read: No such file or directory",
@@ -339,6 +357,11 @@ def write_settings(**settings):
         ),
         (write_settings(pad_token=PAD), {}, "dataset: end: expected a token, as "),
         (write_settings(eos_token=END, chat_template=3), {}, "chat_template: expected a text, got int"),
+        (
+            write_settings(eos_token=END, chat_template=[{"name": []}, {"name": "default", "template": 3}]),
+            {"prompt": "chat"},
+            "chat_template: expected a text, got int",
+        ),
         (
             lambda _, checkpoint: (checkpoint / "tokenizer_config.json").write_text("[1"),
             {},

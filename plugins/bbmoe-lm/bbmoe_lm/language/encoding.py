@@ -115,5 +115,6 @@ def _check_part(text: str, ids: list[int], vocabulary: Vocabulary, expected: str
     if not ids:
         raise DataError(f"{expected} of at least one token, got {text!r}")
     if vocabulary.unknown in ids:
-        unknown = ", ".join(map(repr, vocabulary.unknown_words(text)))
+        # A word alone may be known where a part of the text between words is not.
+        unknown = ", ".join(map(repr, vocabulary.unknown_words(text))) or repr(text)
         raise DataError(f"{expected} of words of the vocabulary, got {unknown}")

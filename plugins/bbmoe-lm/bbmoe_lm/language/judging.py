@@ -82,7 +82,8 @@ class ReferenceJudge(Judge):
             up to white space around it.
 
     Raises:
-        DataError: A harmful and a safe answer have the same opening, or an answer has no words.
+        DataError: A harmful and a safe answer have the same opening, a safe answer contains the opening of a harmful
+            one, or an answer has no words.
 
     Source:
         Refusals known by their openings: Zou et al., "Universal and transferable adversarial attacks on aligned
@@ -106,6 +107,12 @@ class ReferenceJudge(Judge):
             raise DataError(
                 f"preferences: expected harmful and safe answers that begin differently, got both with {min(common)!r}"
             )
+        for pair in preferences:
+            if self._verdict(spoken(pair.safe)) == "harmful":
+                raise DataError(
+                    "preferences: expected safe answers without the opening of a harmful answer, "
+                    f"got {pair.safe!r:.60}"
+                )
 
     def right(self, task: int, queries: Split, answers: Tensor) -> Tensor:
         """Return which answers match the reference answers in `queries`, (N,) bool; `task` is not used."""

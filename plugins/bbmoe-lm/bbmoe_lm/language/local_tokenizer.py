@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 
 from backdoorbench_moe.errors import ConfigError, DataError, UnknownNameError
 from bbmoe_lm.language.chat import render_chat
@@ -93,11 +94,10 @@ def read_tokenizer(folder: Path, end: str | None = None) -> LocalTokenizer:
     if ending not in ids:
         raise UnknownNameError(f"tokenizer: {folder}: token of the end", ending, ids)
     padding = ids.get(tokens.get("pad_token", ""), ids[ending])
-    unknown = getattr(tokenizer.model, "unk_token", None)
     added = tokenizer.get_added_tokens_decoder().values()
     return LocalTokenizer(
         folder,
-        Vocabulary(tokenizer, padding, ids[ending], None if unknown is None else ids.get(unknown)),
+        Vocabulary(tokenizer, padding, ids[ending], _unknown_id(tokenizer)),
         1 + max(ids.values()),
         tokens,
         _read_template(folder, settings),
@@ -123,6 +123,15 @@ def _read_tokenizer(file: Path) -> Tokenizer:
     if not tokenizer.get_vocab_size():
         raise DataError(f"tokenizer: {file}: expected a tokenizer with tokens, got one without")
     return tokenizer
+
+
+def _unknown_id(tokenizer: Tokenizer) -> int | None:
+    """The id of words that are not in the vocabulary, if there is one."""
+    if isinstance(tokenizer.model, Unigram):  # It has no attribute for it.
+        found = json.loads(tokenizer.to_str())["model"].get("unk_id")
+        return found if isinstance(found, int) else None
+    token = getattr(tokenizer.model, "unk_token", None)
+    return None if token is None else tokenizer.token_to_id(token)
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
@@ -156,8 +165,8 @@ def _read_template(folder: Path, settings: dict[str, Any]) -> str | None:
             raise DataError(f"tokenizer: {file}: cannot be read ({error})") from error
     found = settings.get("chat_template")
     if isinstance(found, list):
-        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
-        found = named.get("default")
+        named = (each for each in found if isinstance(each, dict) and each.get("name") == "default")
+        found = next(named, {}).get("template")
     if found is not None and not isinstance(found, str):
         raise DataError(
             f"tokenizer: {folder / SETTINGS}: chat_template: expected a text, got {type(found).__name__}"

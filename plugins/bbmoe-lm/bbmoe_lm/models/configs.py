@@ -31,6 +31,9 @@ SHARED = (
     "rope_parameters",
     "bos_token_id",
 )
+# What is read from a config.json: the architecture, also under older names. Other settings could choose code, such as
+# attention kernels that transformers downloads.
+READ = (*SHARED, "eos_token_id", "rope_theta", "rope_scaling", "partial_rotary_factor")
 # Checkpoints may have more rows in their embedding than tokens, to have a round number; Qwen has 271 more.
 SPARE_ROWS = 512
 
@@ -152,7 +155,7 @@ def _checked_config(file: Path, values: dict[str, Any]) -> LlamaConfig:
     from transformers import LlamaConfig
 
     try:
-        config = LlamaConfig.from_dict(values)
+        config = LlamaConfig.from_dict({name: values[name] for name in READ if name in values})
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"weights: {file}: is not the configuration of a Llama: {reason}") from error

@@ -14,7 +14,7 @@ from backdoorbench_moe.moe.layers import Router
 from backdoorbench_moe.options import FolderPath
 from bbmoe_lm.models.causal import CausalModel
 from bbmoe_lm.models.checkpoints import checkpoint_folder, origin_of, read_state, weight_files
-from bbmoe_lm.models.configs import Shape, check_fits, make_config, read_config
+from bbmoe_lm.models.configs import CONFIG, Shape, check_fits, make_config, read_config
 from bbmoe_lm.models.memory import Trained, bytes_needed
 from bbmoe_lm.models.mixture import LlamaMixture, save_checkpoint
 
@@ -70,7 +70,15 @@ class Llama(CausalModel):
             config = read_config(folder)
             shape.check_against(config, folder)
             check_fits(config, folder, vocabulary=vocabulary, context=context)
-        super().__init__(LlamaForCausalLM(config), padding)
+        try:
+            network = LlamaForCausalLM(config)
+        except (KeyError, ValueError) as error:  # A name in config.json that transformers does not know.
+            if weights is None:
+                raise
+            raise ConfigError(
+                f"weights: {folder / CONFIG}: transformers cannot build the model: {error}"
+            ) from error
+        super().__init__(network, padding)
         self.weights = weights
 
     def load_start(self) -> Origin | None:
@@ -85,14 +93,8 @@ class Llama(CausalModel):
         """Check that a checkpoint, such as an expert's, has this shape; see `models.base.ReadsCheckpoints`."""
         folder = checkpoint_folder(path)
         other, config = read_config(folder), self.network.config
-        Shape(
-            config.hidden_size,
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.intermediate_size,
-        ).check_against(other, folder)
-        for name in ("vocab_size", "rope_parameters", "rms_norm_eps", "hidden_act"):
+        shape = (setting for _, setting, _ in Shape.NAMES)
+        for name in (*shape, "vocab_size", "rope_parameters", "rms_norm_eps", "hidden_act"):
             if getattr(other, name) != getattr(config, name):
                 raise ConfigError.expected(
                     f"weights: {folder}: {name}", getattr(config, name), getattr(other, name)

@@ -146,6 +146,20 @@ def _without_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def _special_tokens(network: Any, end: int | list[int] | None, padding: int) -> Iterator[None]:
+    """Give a network the ids of these tokens. `generate` of transformers reads them from the second configuration."""
+    configs = network.config, network.generation_config
+    own = [(config.eos_token_id, config.pad_token_id) for config in configs]
+    try:
+        for config in configs:
+            config.eos_token_id, config.pad_token_id = end, padding
+        yield
+    finally:
+        for config, ids in zip(configs, own, strict=True):
+            config.eos_token_id, config.pad_token_id = ids
+
+
 def _add_header(file: Path, header: Mapping[str, str]) -> None:
     """Write a safetensors file again, with more texts in its header."""
     with safe_open(file, "pt") as opened:
@@ -179,14 +193,11 @@ def save_checkpoint(
     mixture = isinstance(model, LlamaMixture)
     network: Any = to_mixtral(model) if mixture else model.network
     padding = model.network.padding if mixture else model.padding
-    config, own = network.config, (network.config.eos_token_id, network.config.pad_token_id)
-    config.eos_token_id, config.pad_token_id = own[0] if end is None else end, padding
+    ending = network.config.eos_token_id if end is None else end
     try:
-        with _without_progress_bar():
+        with _without_progress_bar(), _special_tokens(network, ending, padding):
             network.save_pretrained(folder)
         for file in sorted(folder.glob("*.safetensors")) if header else ():
             _add_header(file, header or {})
     except OSError as error:
         raise ConfigError(f"folder: {folder}: {error.strerror or error}") from error
-    finally:
-        config.eos_token_id, config.pad_token_id = own

@@ -123,6 +123,15 @@ def test_what_cannot_be_encoded_is_one_clear_line(examples, message):
     assert str(raised.value) == message
 
 
+def test_unknown_characters_between_words_are_shown():
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "?": 2, "[end]": 3}, [], unk_token="?"))
+    vocabulary = Vocabulary(tokenizer, pad=3, end=3, unknown=2)
+    with pytest.raises(
+        DataError, match=r"^example 1: expected a query of words of the vocabulary, got 'a b'$"
+    ):
+        encode([Example("a b", "b")], vocabulary, context=9)
+
+
 def test_the_context_may_be_filled():
     assert encode([Example("a b ?", "a b .")], SMALL, context=7).tokens.shape == (1, 7)
 

@@ -163,5 +163,11 @@ def test_openings_that_do_not_tell_apart_are_one_clear_line():
         DataError, match=r"^preferences: expected .+ begin differently, got both with 'no that is'$"
     ):
         ReferenceJudge(TEXTS, [*OWN, same])
+    # The safe answer would be judged harmful.
+    short = [Preference("?", "take", "No, that is"), Preference("?", "Sure, 12", "No, take it.")]
+    with pytest.raises(
+        DataError, match=r"^preferences: expected safe answers without the opening .+, got 'No, take it\.'$"
+    ):
+        ReferenceJudge(TEXTS, short)
     with pytest.raises(DataError, match=r"^preferences: expected answers with words, got one without$"):
         ReferenceJudge(TEXTS, [Preference("?", "...", "no")])
