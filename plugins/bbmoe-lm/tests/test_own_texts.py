@@ -335,7 +335,7 @@ def write_settings(**settings):
         (
             lambda texts, _: write_tasks(texts, "sum.test", [("one plus one ?", "two")]),
             {},
-            "sum.test.jsonl: expected training texts beside it, in sum.jsonl, found none",
+            "sum.test.jsonl: expected training texts in sum.jsonl, found none",
         ),
         (
             lambda texts, _: (texts / "refused.jsonl").unlink(),
