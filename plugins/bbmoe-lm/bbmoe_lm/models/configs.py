@@ -84,7 +84,7 @@ class Shape:
         features, heads = values["hidden_size"], values["num_attention_heads"]
         if features % (2 * heads):
             raise ConfigError.expected(
-                "heads", f"a number of which twice divides hidden_size {features}", heads
+                "heads", f"a number whose double divides hidden_size {features}", heads
             )
         if values["num_key_value_heads"] is None:
             values["num_key_value_heads"] = heads
@@ -144,9 +144,7 @@ def read_config(folder: Path) -> LlamaConfig:
         raise ConfigError.expected(f"weights: {file}: model_type", "'llama'", got)
     for name in ("attention_bias", "mlp_bias", "quantization_config"):
         if values.get(name):
-            raise ConfigError.expected(
-                f"weights: {file}: {name}", "none, as Mixtral has no such", values[name]
-            )
+            raise ConfigError.expected(f"weights: {file}: {name}", "none, which Mixtral lacks", values[name])
     return _checked_config(file, values)
 
 

@@ -1,4 +1,4 @@
-"""The dense model: what transformers computes, padding, and options that do not fit."""
+"""The dense model: equality with transformers, padding, checkpoints, and invalid options."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def index_elsewhere(folder):
         (changed_config(model_type="qwen2"), "config.json: model_type: expected 'llama', got 'qwen2'"),
         (
             changed_config(attention_bias=True),
-            "attention_bias: expected none, as Mixtral has no such, got True",
+            "attention_bias: expected none, which Mixtral lacks, got True",
         ),
         (changed_config(hidden_act="nope"), "config.json: transformers cannot build the model: 'nope'"),
         (
@@ -177,7 +177,7 @@ def test_older_names_of_rotary_settings_are_read(lm, tmp_path):
 
 
 def test_generation_with_transformers_stops_at_the_end(lm, tmp_path):
-    """The first token that is generated is the end, so only it is."""
+    """The first generated token is the end token, so no other is generated."""
     model, (tokens, _) = lm.llama(), lm.texts()
     end = int(model(tokens[:1])[0, -1].argmax())
     own = model.network.generation_config.eos_token_id
@@ -199,7 +199,7 @@ def test_an_expert_of_another_shape_is_named(lm, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heads": 5}, "heads: expected a number of which twice divides hidden_size 32, got 5"),
+        ({"heads": 5}, "heads: expected a number whose double divides hidden_size 32, got 5"),
         ({"kv_heads": 3}, "kv_heads: expected a divisor of the 4 heads, got 3"),
         ({"layers": 0}, "layers: expected an integer of at least 1, got 0"),
         ({"context": 0}, "context: expected an integer of at least 1, got 0"),
